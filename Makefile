@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up everything they need; both are incremental.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two worker processes: torch threads of several tests would fight over the cores otherwise.
+WORKERS ?= 2
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(VENV)/.stamp-run
+	$(BIN)/mechdsl run examples/counting.mech
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp-run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+lint: $(VENV)/.stamp-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+bench: $(VENV)/.stamp-test
+	$(BIN)/python benchmarks/batched_against_plain.py
+
+clean:
+	rm -rf $(VENV) build dist

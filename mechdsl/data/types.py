@@ -1,0 +1,98 @@
+"""Prompts as the executor sees them: rows, runs, tokens, spans, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SpanAt:
+    """One occurrence of a named span in a prompt: characters `start` to `end` (exclusive)."""
+
+    name: str
+    start: int
+    end: int
+    within: tuple[str, ...] = ()
+    """Names of the spans around it, outermost first (`("part1",)` for an item of `part1`)."""
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """A text that a metric refers to, tokenised as the continuation of its prompt."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """`add gaussian(std: …) to SITE at POS`: what a corrupted run adds at a site."""
+
+    site: str
+    """Registered name of the component, `embed`."""
+    positions: tuple[tuple[int, ...], ...]
+    """Per row, the token positions it is added to."""
+    std: float | None
+    """In activation units; None where it is `sds` standard deviations, worked out from weights."""
+    sds: float | None
+    sd_tokens: tuple[int, ...] = ()
+    """Token ids (all rows before `limit`, with repetition) whose embeddings define one sd."""
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One row of one run."""
+
+    text: str
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    """Characters of `text` per token; (0, 0) for special tokens."""
+    special: tuple[bool, ...]
+    spans: tuple[SpanAt, ...]
+    values: Mapping[str, Any]
+    texts: Mapping[str, TextTokens]
+    """`answer`, `wrong` and the other texts of the block, as this run has them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """`clean` or a corruption: as many rows as the table, in the same order."""
+
+    name: str
+    rows: tuple[RunRow, ...]
+    noise: Noise | None = None
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """A prompts block made concrete for one tokenizer, seed, limit and part."""
+
+    name: str
+    row_ids: tuple[int, ...]
+    """Index of each row before `where`, `limit` and `split`: the same row has the same id in every
+    experiment, so that noise and caches agree."""
+    runs: Mapping[str, Run]
+    conventions: Mapping[str, str] = field(default_factory=dict)
+    """What was defaulted or dropped, in words, by short key (`bos`, `rows`, `answer`, …)."""
+    data_hash: str = ""
+    """SHA-256 of the data file, where there is one."""
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+
+@dataclass(frozen=True)
+class PositionCell:
+    """One value of the position axis."""
+
+    label: str
+    """As the table shows it: `last-item token`, `middle`, `-2`, `3`."""
+    hits: tuple[tuple[tuple[int, ...], ...], ...]
+    """Per row, the separate runs (one, or several that are averaged: the middle tokens of a ragged
+    span); per run, the joined token positions, 0-based in the model's unpadded input, ascending.
+    A row without the position has no runs and drops out of the cell."""
+    item: int | None = None
+    """1-based occurrence, for `each item token`."""

@@ -1,0 +1,949 @@
+"""The abstract syntax tree: frozen dataclasses, one per construct, each with its span.
+
+Spans never take part in comparison, so two texts with the same meaning give equal trees.
+Names stay strings here; what they refer to is found by `resolve`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mechdsl.source import Span
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    span: Span = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Name(Node):
+    id: str
+
+
+@dataclass(frozen=True)
+class Ref(Node):
+    """`fruit` or `fruit.train`."""
+
+    name: str
+    part: str | None = None
+
+
+# --- expressions -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Number(Node):
+    value: int | float
+
+
+@dataclass(frozen=True)
+class Percent(Node):
+    """`50%` has value 50."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class String(Node):
+    value: str
+
+
+@dataclass(frozen=True)
+class ShortSite(Node):
+    """`L9H9`, `L9H9.q`, `L3.mlp`, `L3N512`: layer, unit letter and number, component."""
+
+    layer: int
+    unit: Literal["H", "N"] | None = None
+    index: int | None = None
+    component: str | None = None
+
+
+@dataclass(frozen=True)
+class OfRef(Node):
+    """`answer of fewer`."""
+
+    name: str
+    of: Ref
+
+
+@dataclass(frozen=True)
+class Attribute(Node):
+    """`item.index`."""
+
+    name: str
+    attribute: str
+
+
+@dataclass(frozen=True)
+class Index(Node):
+    """`xs[2]`, `refusal[best of select]`."""
+
+    name: str
+    index: Expr | Ranked
+
+
+@dataclass(frozen=True)
+class Argument(Node):
+    """`sep: ", "`, `std: 3 sd of subject`, or a positional one (`name` None)."""
+
+    name: str | None
+    value: Expr | Range | Quantity | Site
+
+
+@dataclass(frozen=True)
+class Quantity(Node):
+    """`3 sd`, `3 sd of subject`."""
+
+    value: float
+    unit: str
+    of: str | None = None
+
+
+@dataclass(frozen=True)
+class Call(Node):
+    """`list(item, count, sep: " ")`. A call without arguments and brackets is a `Name`."""
+
+    name: str
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True)
+class ListOf(Node):
+    """`["a", "b"]`, `[1..3, 7]`."""
+
+    items: tuple[Expr | Range, ...]
+
+
+@dataclass(frozen=True)
+class EdgeTokenOf(Node):
+    """`first token of answer`."""
+
+    which: Literal["first", "last"]
+    of: Expr
+
+
+@dataclass(frozen=True)
+class Negative(Node):
+    operand: Expr
+
+
+@dataclass(frozen=True)
+class Binary(Node):
+    operator: Literal["+", "-", "*", "/"]
+    left: Expr
+    right: Expr
+
+
+@dataclass(frozen=True)
+class Conditional(Node):
+    condition: Expr
+    then: Expr
+    otherwise: Expr
+
+
+@dataclass(frozen=True)
+class Range(Node):
+    """`2..9`, both ends included."""
+
+    low: Expr
+    high: Expr
+
+
+@dataclass(frozen=True)
+class Compare(Node):
+    """`=` is equality."""
+
+    operator: Literal["<", "<=", ">", ">=", "=", "!="]
+    left: Expr
+    right: Expr
+
+
+@dataclass(frozen=True)
+class InRange(Node):
+    value: Expr
+    within: Range | Expr
+
+
+@dataclass(frozen=True)
+class Near(Node):
+    """`relative near -0.67 within 0.05`."""
+
+    value: Expr
+    target: Expr
+    tolerance: Expr
+
+
+@dataclass(frozen=True)
+class Logical(Node):
+    operator: Literal["and", "or"]
+    left: Expr
+    right: Expr
+
+
+@dataclass(frozen=True)
+class Not(Node):
+    operand: Expr
+
+
+Expr = (
+    Number
+    | Percent
+    | String
+    | Name
+    | ShortSite
+    | OfRef
+    | Attribute
+    | Index
+    | Call
+    | ListOf
+    | EdgeTokenOf
+    | Negative
+    | Binary
+    | Conditional
+    | Compare
+    | InRange
+    | Near
+    | Logical
+    | Not
+)
+
+
+@dataclass(frozen=True)
+class Domain(Node):
+    """What `x in …` and `for x in …` range over: `3..9`, `["a"]`, `words(toy)`, `0%..100% step 5%`."""
+
+    values: Expr | Range
+    step: Expr | None = None
+
+
+# --- sites --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Star(Node):
+    """`*`: every value there is."""
+
+
+@dataclass(frozen=True)
+class Bound(Node):
+    """One end of an axis range: `3`, `-1`, `50%`, `l`, `l + 1` (`name` with `offset`)."""
+
+    value: int | None = None
+    percent: float | None = None
+    name: str | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class AxisRange(Node):
+    """`10..20`, or one value (`high` None)."""
+
+    low: Bound
+    high: Bound | None = None
+
+
+AxisWord = Literal["layer", "head", "neuron", "expert", "feature"]
+
+
+@dataclass(frozen=True)
+class Axis(Node):
+    """`layer 10..20`, `heads 0, 3`, `layer * window 9`, `feature 12, 55 of res8`."""
+
+    word: AxisWord
+    plural: bool
+    values: tuple[Star | AxisRange, ...]
+    window: int | str | None = None
+    of: str | None = None
+
+
+@dataclass(frozen=True)
+class Site(Node):
+    """Component and axes. `names` are the words before the first axis that isn't `layer`-like:
+    one name is a component (`resid_post`) or a stack (`vision`), two are component and stack;
+    which is which, the registries say. `group` names (`name_movers`) stand here as a lone name.
+    """
+
+    names: tuple[Name, ...] = ()
+    axes: tuple[Axis, ...] = ()
+    short: ShortSite | None = None
+    ranked: Ranked | None = None
+    basis: str | None = None
+
+
+@dataclass(frozen=True)
+class Ranked(Node):
+    """`top 10 of cie`, `top 25% of caap`, `best of select`."""
+
+    which: Literal["top", "best"]
+    amount: int | str | Percent | None
+    of: str
+
+
+# --- positions ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Occurrence(Node):
+    """`item 3`, `item 2..4`, `item *`: 1-based; `low` None is `*`."""
+
+    low: int | None
+    high: int | None = None
+
+
+@dataclass(frozen=True)
+class SpanRef(Node):
+    """A named span: `subject`, `item 3`, `last-item of part1`, `"Answer"`, `image row 3 col 4`."""
+
+    name: str | None = None
+    literal: str | None = None
+    occurrence: Occurrence | None = None
+    edge: Literal["first", "last"] | None = None
+    row: Occurrence | None = None
+    col: Occurrence | None = None
+    of: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenIndex(Node):
+    """`token 5`, `token -2`, `tokens *`, `token 2..6`, `token c` (name of a `for`)."""
+
+    plural: bool
+    low: int | str | None
+    """None is `*`; a string is the name of a `for` variable."""
+    high: int | None = None
+
+
+@dataclass(frozen=True)
+class SpanTokens(Node):
+    """`subject token`, `subject tokens`, `each item token`, `each item tokens`."""
+
+    of: SpanRef
+    plural: bool
+    each: bool = False
+
+
+@dataclass(frozen=True)
+class EachTokenOf(Node):
+    """`each token of subject`."""
+
+    of: SpanRef
+
+
+@dataclass(frozen=True)
+class EdgeToken(Node):
+    """`last token`, `first token of subject`."""
+
+    which: Literal["first", "last"]
+    of: SpanRef | None = None
+
+
+@dataclass(frozen=True)
+class RankedTokens(Node):
+    """`top 25% of caap tokens`."""
+
+    ranked: Ranked
+    plural: bool
+
+
+@dataclass(frozen=True)
+class Joined(Node):
+    """`{A, B}`."""
+
+    items: Positions
+
+
+PointBase = TokenIndex | SpanTokens | EachTokenOf | EdgeToken | RankedTokens | Joined
+
+
+@dataclass(frozen=True)
+class Point(Node):
+    """A base with an offset in tokens: `subject token + 1`."""
+
+    base: PointBase
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Between(Node):
+    """`tokens between A and B`, `each token between A and B`; both ends included."""
+
+    each: bool
+    low: Point
+    high: Point
+
+
+@dataclass(frozen=True)
+class Except(Node):
+    """`tokens except P`, `each token except P`."""
+
+    each: bool
+    excluded: Point | Between | Except
+
+
+@dataclass(frozen=True)
+class Position(Node):
+    """One item of a position list. A bare number behind a `token` item is a `TokenIndex` too."""
+
+    body: Point | Between | Except
+    align: str | None = None
+
+
+@dataclass(frozen=True)
+class Positions(Node):
+    """`A, B`: a sweep over its items."""
+
+    items: tuple[Position, ...]
+
+
+# --- prompts and images -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Domained(Node):
+    """`x in DOMAIN`."""
+
+    names: tuple[Name, ...]
+    domain: Domain
+
+
+@dataclass(frozen=True)
+class Derived(Node):
+    """`a, b = EXPR`."""
+
+    names: tuple[Name, ...]
+    value: Expr
+
+
+@dataclass(frozen=True)
+class Template(Node):
+    """`template "…"` (inside `corrupt` too). `template in […]` is a `Domained` of the name
+    `template`."""
+
+    text: String
+
+
+@dataclass(frozen=True)
+class ChatTurn(Node):
+    role: str
+    text: String
+
+
+@dataclass(frozen=True)
+class Chat(Node):
+    turns: tuple[ChatTurn, ...]
+
+
+@dataclass(frozen=True)
+class RowsFrom(Node):
+    source: Expr
+
+
+@dataclass(frozen=True)
+class Rename(Node):
+    """`rename { subj = subject }`: (new name, column)."""
+
+    pairs: tuple[tuple[Name, Name], ...]
+
+
+@dataclass(frozen=True)
+class Where(Node):
+    condition: Expr
+
+
+@dataclass(frozen=True)
+class Split(Node):
+    percent: Percent
+
+
+@dataclass(frozen=True)
+class Text(Node):
+    """`answer EXPR`, `wrong EXPR` and `text NAME = EXPR` (`name` is then NAME)."""
+
+    name: Name
+    value: Expr
+
+
+@dataclass(frozen=True)
+class SpanDef(Node):
+    """`span subject in prompt` (`within`) or `span slot = "thing"` (`literal`)."""
+
+    name: Name
+    within: Name | None = None
+    literal: String | None = None
+
+
+@dataclass(frozen=True)
+class SwapValues(Node):
+    """`swap a, b` inside `corrupt`."""
+
+    first: Name
+    second: Name
+
+
+@dataclass(frozen=True)
+class AddNoise(Node):
+    """`add gaussian(std: 3 sd) to embed at subject tokens` inside `corrupt`."""
+
+    noise: Call
+    site: Site
+    at: Positions
+
+
+@dataclass(frozen=True)
+class ReplaceTokens(Node):
+    """`replace item tokens with "thing"`, in `corrupt` and as a rule."""
+
+    at: Positions
+    value: Expr
+
+
+@dataclass(frozen=True)
+class Blur(Node):
+    """`blur image radius 8`."""
+
+    image: Name
+    radius: int | float | str
+
+
+Change = Derived | SwapValues | Template | AddNoise | ReplaceTokens | Blur
+
+
+@dataclass(frozen=True)
+class Corrupt(Node):
+    name: Name
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class ImageLine(Node):
+    """`image from IMAGES`, `image gray`, `image "{file}"`, `image shapes(…)`."""
+
+    value: Expr | None = None
+    source: Ref | None = None
+
+
+@dataclass(frozen=True)
+class Region(Node):
+    name: Name
+    column: Name
+
+
+DataLine = (
+    Domained
+    | Derived
+    | Template
+    | Chat
+    | RowsFrom
+    | Rename
+    | Where
+    | Split
+    | Text
+    | SpanDef
+    | Corrupt
+    | ImageLine
+    | Region
+)
+
+
+# --- rules and other statements of an experiment ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Edge(Node):
+    """`attention layer * head * from Q to K`."""
+
+    stack: Name | None
+    axes: tuple[Axis, ...]
+    queries: Positions
+    keys: Positions
+
+
+@dataclass(frozen=True)
+class Patch(Node):
+    site: Site
+    at: Positions
+    onto: Positions | None = None
+    into_layer: Star | AxisRange | None = None
+    source: Ref | None = None
+
+
+@dataclass(frozen=True)
+class Ablate(Node):
+    """`fill` is `zero`, `mean`, `resample` (a `Name`) or `mean of x` (an `OfRef`); `by` a name."""
+
+    site: Site
+    at: Positions
+    fill: Expr
+    by: Name | None = None
+
+
+@dataclass(frozen=True)
+class Block(Node):
+    edge: Edge
+
+
+@dataclass(frozen=True)
+class Reweight(Node):
+    edge: Edge
+    factor: Expr
+
+
+@dataclass(frozen=True)
+class SetEdge(Node):
+    edge: Edge
+    value: Expr
+
+
+@dataclass(frozen=True)
+class SetSite(Node):
+    site: Site
+    at: Positions
+    value: Expr
+
+
+@dataclass(frozen=True)
+class PathRule(Node):
+    sender: Site
+    receiver: Site
+    at: Positions
+    through: tuple[Name, ...] = ()
+
+
+@dataclass(frozen=True)
+class Add(Node):
+    value: Expr
+    site: Site
+    at: Positions
+
+
+@dataclass(frozen=True)
+class Scale(Node):
+    site: Site
+    at: Positions
+    factor: Expr
+
+
+@dataclass(frozen=True)
+class ProjectOut(Node):
+    direction: Name
+    best: Ranked | None
+    site: Site
+    at: Positions
+
+
+@dataclass(frozen=True)
+class Clamp(Node):
+    site: Site
+    at: Positions
+    value: Expr
+
+
+@dataclass(frozen=True)
+class SwapSites(Node):
+    site: Site
+    at: Positions
+    other: Positions
+
+
+@dataclass(frozen=True)
+class Freeze(Node):
+    site: Site
+    at: Positions
+
+
+RuleBody = (
+    Patch
+    | Ablate
+    | ReplaceTokens
+    | Block
+    | Reweight
+    | SetEdge
+    | SetSite
+    | PathRule
+    | Add
+    | Scale
+    | ProjectOut
+    | Clamp
+    | SwapSites
+    | Freeze
+)
+
+
+@dataclass(frozen=True)
+class During(Node):
+    """`during prefill`, `during each step`, `during step 2..5`."""
+
+    phase: Literal["named", "each step", "step"]
+    name: str | None = None
+    steps: Occurrence | None = None
+
+
+@dataclass(frozen=True)
+class Rule(Node):
+    body: RuleBody
+    during: During | None = None
+
+
+@dataclass(frozen=True)
+class UseModel(Node):
+    """`model toy` inside an experiment."""
+
+    models: tuple[Ref, ...]
+
+
+@dataclass(frozen=True)
+class UsePrompts(Node):
+    kind: Literal["prompts", "images"]
+    prompts: Ref
+    limit: int | str | None = None
+
+
+@dataclass(frozen=True)
+class FromInto(Node):
+    sources: tuple[Ref, ...]
+    bases: tuple[Ref, ...]
+
+
+@dataclass(frozen=True)
+class Keep(Node):
+    condition: Expr
+
+
+@dataclass(frozen=True)
+class For(Node):
+    name: Name
+    domain: Domain
+    body: tuple[Statement, ...]
+
+
+@dataclass(frozen=True)
+class Against(Node):
+    control: Call
+
+
+@dataclass(frozen=True)
+class Generate(Node):
+    steps: int | str
+
+
+@dataclass(frozen=True)
+class Pick(Node):
+    """`top 20`, `random 20` behind `verify`."""
+
+    how: str
+    amount: int | str
+
+
+@dataclass(frozen=True)
+class Using(Node):
+    estimator: Call | Name
+    verify: tuple[Pick, ...] = ()
+
+
+@dataclass(frozen=True)
+class Discover(Node):
+    what: Name
+    over: tuple[Name, ...]
+    using: Call | Name
+    until: Expr | None = None
+    top: int | str | None = None
+    unit: Name | None = None
+
+
+@dataclass(frozen=True)
+class Search(Node):
+    how: Name
+    what: Name
+    up_to: int | str
+
+
+@dataclass(frozen=True)
+class ObserveAttention(Node):
+    edge: Edge
+
+
+@dataclass(frozen=True)
+class ObserveFeatures(Node):
+    basis: Name
+    at: Positions
+    top: int | str | None = None
+
+
+@dataclass(frozen=True)
+class Observe(Node):
+    """`observe logit_lens resid_post layer * at last token top 3`."""
+
+    what: Call | Name
+    site: Site
+    toward: Expr | None = None
+    at: Positions | None = None
+    other: Positions | None = None
+    top: int | str | None = None
+
+
+@dataclass(frozen=True)
+class Measure(Node):
+    metric: Expr
+    effect: Name
+    at: Position | None = None
+    per: Name | None = None
+
+
+@dataclass(frozen=True)
+class Stats(Node):
+    """`stats bootstrap(10000) confidence 95% correct holm by template`, each part optional."""
+
+    resampling: Call | None = None
+    confidence: Percent | None = None
+    correction: Name | None = None
+    by: Name | None = None
+
+
+@dataclass(frozen=True)
+class Report(Node):
+    """`report heatmap layer by head top 5 to "file"`."""
+
+    kind: Name
+    variable: Name | None = None
+    by: Name | None = None
+    top: int | str | None = None
+    file: String | None = None
+
+
+@dataclass(frozen=True)
+class Expect(Node):
+    """`expect COND` or `expect top 3 contains L9H9, L9H6`; `relaxed` is the word behind `on`."""
+
+    condition: Expr | None = None
+    top: int | str | None = None
+    contains: tuple[Site, ...] = ()
+    relaxed: Name | None = None
+    citing: String | None = None
+
+
+Statement = (
+    Rule
+    | UseModel
+    | UsePrompts
+    | FromInto
+    | Keep
+    | For
+    | Against
+    | Generate
+    | Using
+    | Discover
+    | Search
+    | ObserveAttention
+    | ObserveFeatures
+    | Observe
+    | Measure
+    | Stats
+    | Report
+    | Expect
+)
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Version(Node):
+    number: int
+
+
+@dataclass(frozen=True)
+class Use(Node):
+    path: String
+
+
+@dataclass(frozen=True)
+class Param(Node):
+    name: Name
+    value: Expr
+
+
+@dataclass(frozen=True)
+class ModelDef(Node):
+    name: Name
+    source: Call
+
+
+@dataclass(frozen=True)
+class PromptsDef(Node):
+    kind: Literal["prompts", "images"]
+    name: Name
+    lines: tuple[DataLine, ...]
+
+
+@dataclass(frozen=True)
+class MetricDef(Node):
+    name: Name
+    value: Expr
+
+
+@dataclass(frozen=True)
+class DirectionDef(Node):
+    name: Name
+    value: Expr
+    site: Site | None = None
+    at: Positions | None = None
+
+
+@dataclass(frozen=True)
+class BasisDef(Node):
+    name: Name
+    source: Call
+    site: Site | None = None
+    at: Positions | None = None
+
+
+@dataclass(frozen=True)
+class GroupDef(Node):
+    """Joined sites, or what another experiment ranked highest (one `Site` with `ranked`)."""
+
+    name: Name
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
+class Seed(Node):
+    value: int
+
+
+@dataclass(frozen=True)
+class ExperimentDef(Node):
+    name: Name
+    statements: tuple[Statement, ...]
+
+
+TopLevel = (
+    Version
+    | Use
+    | Param
+    | ModelDef
+    | PromptsDef
+    | MetricDef
+    | DirectionDef
+    | BasisDef
+    | GroupDef
+    | Seed
+    | ExperimentDef
+)
+
+
+@dataclass(frozen=True)
+class File(Node):
+    """A whole file. `comments` are (span, text) in order, for the formatter."""
+
+    statements: tuple[TopLevel, ...]
+    comments: tuple[Comment, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Comment(Node):
+    """A comment with its `#`; `own_line` where nothing stands before it on its line."""
+
+    text: str
+    own_line: bool

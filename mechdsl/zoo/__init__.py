@@ -1,0 +1,1 @@
+"""Tiny models trained by scripts in this repository and shipped as package data."""
