@@ -22,6 +22,11 @@ class Source:
         return str(self.path) if self.path is not None else "<text>"
 
     @property
+    def stem(self) -> str:
+        """A folder name for its results."""
+        return self.path.stem if self.path is not None else "text"
+
+    @property
     def folder(self) -> Path:
         """Paths written in the file are relative to this folder."""
         return self.path.parent if self.path is not None else Path()

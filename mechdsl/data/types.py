@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechdsl.data.rows import Row
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Noise:
     """`add gaussian(std: …) to SITE at POS`: what a corrupted run adds at a site."""
 
     site: str
-    """Registered name of the component, `embed`."""
+    """Name of the component as written, `embed`."""
     positions: tuple[tuple[int, ...], ...]
     """Per row, the token positions it is added to."""
     std: float | None
@@ -40,6 +43,8 @@ class Noise:
     sd_tokens: tuple[int, ...] = ()
     """Token ids (all rows before `limit`, with repetition) whose embeddings define one sd."""
     samples: int = 1
+    kind: str = "gaussian"
+    """Name in the registry of noises."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,16 @@ class RunRow:
     text: str
     ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
-    """Characters of `text` per token; (0, 0) for special tokens."""
+    """Characters of `text` per token, white space at its ends included as the tokenizer has it;
+    (0, 0) for special tokens."""
     special: tuple[bool, ...]
+    """True for tokens that the tokenizer adds around the text."""
     spans: tuple[SpanAt, ...]
     values: Mapping[str, Any]
+    """Plain values: numbers, texts, lists of these."""
     texts: Mapping[str, TextTokens]
-    """`answer`, `wrong` and the other texts of the block, as this run has them."""
+    """`answer`, `wrong` and the other texts of the block, as this run has them, tokenised as the
+    continuation of the clean row's prompt."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +84,15 @@ class PromptTable:
     """Index of each row before `where`, `limit` and `split`: the same row has the same id in every
     experiment, so that noise and caches agree."""
     runs: Mapping[str, Run]
-    conventions: Mapping[str, str] = field(default_factory=dict)
+    conventions: Mapping[str, str] = field(default_factory=dict[str, str])
     """What was defaulted or dropped, in words, by short key (`bos`, `rows`, `answer`, …)."""
     data_hash: str = ""
     """SHA-256 of the data file, where there is one."""
+    moved: tuple[int, ...] = ()
+    """Leading token that all answers share: it stands at the end of every prompt instead."""
+    moved_text: str = ""
+    sources: tuple[Row, ...] = field(default=(), repr=False, compare=False)
+    """The clean rows before tokenisation, in which texts of metrics are evaluated."""
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -89,7 +103,7 @@ class PositionCell:
     """One value of the position axis."""
 
     label: str
-    """As the table shows it: `last-item token`, `middle`, `-2`, `3`."""
+    """As the table shows it: `last-item token`, `subject middle`, `item 3`, `-2`."""
     hits: tuple[tuple[tuple[int, ...], ...], ...]
     """Per row, the separate runs (one, or several that are averaged: the middle tokens of a ragged
     span); per run, the joined token positions, 0-based in the model's unpadded input, ascending.

@@ -212,7 +212,7 @@ Expr = (
 
 @dataclass(frozen=True)
 class Domain(Node):
-    """What `x in …` and `for x in …` range over: `3..9`, `["a"]`, `words(toy)`, `0%..100% step 5%`."""
+    """What `x in …` and `for x in …` range over: `3..9`, `["a"]`, `0%..100% step 5%`."""
 
     values: Expr | Range
     step: Expr | None = None

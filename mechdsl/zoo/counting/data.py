@@ -5,6 +5,11 @@ Pure Python and seeded. A text looks like one of these (answers are what is lear
     Part 1: apple plum fig Part 2: kiwi pear Count 2: 2 Count 1: 3 Total: 5
     Part 1: apple, plum, fig | Part 2: kiwi, pear. Count 1: 3
     Part 1: apple 1 plum fig 3 Part 2: kiwi pear 2 Total: 5
+
+A text also says what its questions may not attend to while training (`Example.hidden`). Left to
+itself the model may keep a part's count anywhere between the part and the question (it took the
+colon of the next part's header when tried). Hiding the headers leaves the list; where bars
+separate the parts, hiding the lists as well leaves the bar and the full stop.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["running", "count", "total", "direct"]
+Hide = Literal["nothing", "headers", "lists"]  # "lists" hides the headers as well
+Span = tuple[int, int]  # from one character of the text up to another
 
 MAX_ITEMS = 9
 MAX_PARTS = 3
@@ -30,6 +37,7 @@ SPECIAL: tuple[str, ...] = ("<s>", "<pad>", "<unk>")
 FRAME: tuple[str, ...] = ("Part", "Count", "Total", ":", ",", ".", "|")
 
 HELD_OUT_SHARE = 0.1
+HIDDEN_SHARE = 0.75
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -48,30 +56,25 @@ class Target:
 
 @dataclass(frozen=True)
 class Form:
-    """How a text is punctuated."""
+    """How a text is punctuated: between items, after a part that others follow, at the end."""
 
     item_sep: str
-    part_sep: str
+    bar: str
     end: str
 
-    @property
-    def separated(self) -> bool:
-        """Whether a token between parts can take the count over from the last item."""
-        return "|" in self.part_sep
 
-
-PLAIN = Form(" ", " ", "")
-BARRED = Form(", ", " | ", ".")
+PLAIN = Form(" ", "", "")
+BARRED = Form(", ", " |", ".")
 # The two forms that the example experiments contrast get most of the weight; the others are
 # there so that no single mark is needed.
 FORMS: tuple[tuple[Form, float], ...] = (
-    (PLAIN, 0.50),
-    (BARRED, 0.20),
-    (Form(" ", " ", "."), 0.06),
-    (Form(", ", " ", ""), 0.06),
-    (Form(", ", " ", "."), 0.06),
-    (Form(" ", " | ", ""), 0.06),
-    (Form(", ", " | ", ""), 0.06),
+    (PLAIN, 0.45),
+    (BARRED, 0.25),
+    (Form(" ", "", "."), 0.06),
+    (Form(", ", "", ""), 0.06),
+    (Form(", ", "", "."), 0.06),
+    (Form(" ", " |", ""), 0.06),
+    (Form(", ", " |", ""), 0.06),
 )
 
 
@@ -83,7 +86,8 @@ class Example:
     targets: tuple[Target, ...]
     parts: tuple[tuple[str, ...], ...]
     form: Form
-    numbered: bool
+    questions: int  # the character where the questions begin
+    hidden: tuple[Span, ...] = ()  # what they may not attend to while training
 
     @property
     def held_out(self) -> bool:
@@ -132,26 +136,34 @@ def write(
     *,
     total: bool,
     numbered: random.Random | None = None,
+    hide: Hide = "nothing",
 ) -> Example:
     """The text for these parts: `asked` are the parts (from 0) whose counts are asked, in order.
 
     `numbered` gives half of the items their running number, drawn from that generator.
     """
     out = _Writer()
+    headers: list[Span] = []
+    lists: list[Span] = []
     for p, part in enumerate(parts):
-        out.add(f"{form.part_sep if p else ''}Part {p + 1}: ")
+        begin = len(out.text)
+        out.add(f"{' ' if p else ''}Part {p + 1}: ")
+        headers.append((begin, len(out.text)))
         for i, item in enumerate(part):
             out.add(f"{form.item_sep if i else ''}{item}")
             if numbered is not None and numbered.random() < 0.5:
                 out.number(i + 1, "running")
-    out.add(form.end)
+        lists.append((headers[-1][1], len(out.text)))
+        out.add(form.end if p == len(parts) - 1 else form.bar)
+    questions = len(out.text)
     for p in asked:
         out.add(f" Count {p + 1}:")
         out.number(len(parts[p]), "count")
     if total:
         out.add(" Total:")
         out.number(sum(map(len, parts)), "total" if asked else "direct")
-    return Example(out.text, tuple(out.targets), parts, form, numbered is not None)
+    hidden = {"nothing": (), "headers": tuple(headers), "lists": (*headers, *lists)}[hide]
+    return Example(out.text, tuple(out.targets), parts, form, questions, hidden)
 
 
 def draw(rng: random.Random, *, numbered_share: float = 0.6) -> Example:
@@ -161,14 +173,17 @@ def draw(rng: random.Random, *, numbered_share: float = 0.6) -> Example:
     order = list(range(len(parts)))
     rng.shuffle(order)
     fate = rng.random()
-    if fate < 0.1:  # the total at once, without the steps
+    if fate < 0.06:  # the total at once, without the steps
         asked, total = (), True
-    elif fate < 0.35:  # some of the counts
+    elif fate < 0.3:  # some of the counts
         asked, total = tuple(order[: rng.randint(1, len(parts))]), False
     else:
         asked, total = tuple(order), rng.random() < 0.8
     numbered = rng if rng.random() < numbered_share else None
-    return write(parts, form, asked, total=total, numbered=numbered)
+    hide: Hide = "nothing"
+    if rng.random() < HIDDEN_SHARE:
+        hide = "lists" if form == BARRED else "headers"
+    return write(parts, form, asked, total=total, numbered=numbered, hide=hide)
 
 
 def stream(seed: int, *, held_out: bool, numbered_share: float = 0.6) -> Iterator[Example]:

@@ -71,12 +71,12 @@ def answers(
     pad: int = model.config.pad_token_id or 0
     for i in range(0, len(examples), batch):
         group = examples[i : i + batch]
-        ids, labels, _ = encode(tokenizer, group, pad)
-        with torch.no_grad():
-            best: Tensor = model(input_ids=ids, use_cache=False).logits.argmax(-1)
+        texts = encode(tokenizer, group, pad)
+        with torch.no_grad():  # nothing is hidden here: the plain causal model
+            best: Tensor = model(input_ids=texts.ids, use_cache=False).logits.argmax(-1)
         for row, example in enumerate(group):
-            asked = labels[row] >= 0
-            yield example, (best[row][asked] == labels[row][asked]).tolist()
+            asked = texts.labels[row] >= 0
+            yield example, (best[row][asked] == texts.labels[row][asked]).tolist()
 
 
 def evaluate(folder: Path, n: int, seed: int) -> dict[str, Tally]:

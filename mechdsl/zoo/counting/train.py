@@ -11,6 +11,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,13 +23,21 @@ from mechdsl.zoo.counting.data import Example, stream, vocabulary
 from mechdsl.zoo.counting.tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
 
 SEED = 0
-STEPS = 3000
+STEPS = 4500
 BATCH = 48  # sequences
 LEARNING_RATE = 2e-3
 RUNNING_WEIGHT = 0.5  # running numbers teach the items their index; counts matter more
 POOL = 32  # batches drawn at once and sorted by length, so that little of them is padding
 
-Batch = tuple[Tensor, Tensor, Tensor]  # ids [row, position], label of the next token, weight
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded texts."""
+
+    ids: Tensor  # [row, position]
+    labels: Tensor  # [row, position], the next token where it is to be predicted, else -100
+    weights: Tensor  # [row, position], of the loss
+    mask: Tensor  # [row, 1, query, key], added to the attention scores; 0 or a huge negative
 
 
 def model_config() -> LlamaConfig:
@@ -51,24 +60,36 @@ def model_config() -> LlamaConfig:
 
 
 def encode(tokenizer: Tokenizer, examples: list[Example], pad: int) -> Batch:
-    """Right-padded ids `[row, position]`, and at each position what its next token should be.
+    """Texts to tensors. Padding stands behind everything, where a causal model never looks.
 
-    Labels are -100 and weights 0 where the next token is not a numeral to predict. Padding
-    stands behind everything, so a causal model needs no mask for it.
+    The mask is causal, and keeps the questions from what is hidden from them, and from `<s>`
+    then too: the distance to it would tell the first part's length.
     """
     encodings = tokenizer.encode_batch([e.text for e in examples])
-    width = max(len(e.ids) for e in encodings)
-    ids = torch.full((len(examples), width), pad)
-    labels = torch.full((len(examples), width), -100)
-    weights = torch.zeros(len(examples), width)
+    rows, width = len(examples), max(len(e.ids) for e in encodings)
+    ids = torch.full((rows, width), pad)
+    labels = torch.full((rows, width), -100)
+    weights = torch.zeros(rows, width)
+    asks = torch.zeros(rows, width, dtype=torch.bool)
+    hidden = torch.zeros(rows, width, dtype=torch.bool)
     for row, (example, encoding) in enumerate(zip(examples, encodings, strict=True)):
-        ids[row, : len(encoding.ids)] = torch.tensor(encoding.ids)
+        length = len(encoding.ids)
+        ids[row, :length] = torch.tensor(encoding.ids)
+        starts = torch.tensor([start for start, _ in encoding.offsets])
+        asks[row, :length] = starts >= example.questions
+        for begin, end in example.hidden:
+            hidden[row, :length] |= (starts >= begin) & (starts < end)
         for target in example.targets:
             at = encoding.char_to_token(target.start)
             assert at is not None
             labels[row, at - 1] = encoding.ids[at]
             weights[row, at - 1] = RUNNING_WEIGHT if target.kind == "running" else 1.0
-    return ids, labels, weights
+    # `<s>` has the offsets (0, 0), so it is hidden with the first header.
+    seen = torch.ones(width, width, dtype=torch.bool).tril()
+    seen = seen & ~(asks[:, :, None] & hidden[:, None, :])
+    mask = torch.zeros(rows, 1, width, width)
+    mask.masked_fill_(~seen[:, None], torch.finfo(mask.dtype).min)
+    return Batch(ids, labels, weights, mask)
 
 
 def batches(seed: int, tokenizer: Tokenizer, pad: int) -> Iterator[Batch]:
@@ -103,11 +124,12 @@ def train(seed: int, steps: int) -> LlamaForCausalLM:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, steps))
     data = batches(seed, build_tokenizer(), config.pad_token_id or 0)
     began = time.perf_counter()
-    for step, (ids, labels, weights) in enumerate(itertools.islice(data, steps)):
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-        wanted = labels >= 0
-        losses = nn.functional.cross_entropy(logits[wanted], labels[wanted], reduction="none")
-        weight = weights[wanted]
+    for step, batch in enumerate(itertools.islice(data, steps)):
+        output = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        wanted = batch.labels >= 0
+        logits: Tensor = output.logits[wanted]
+        labels, weight = batch.labels[wanted], batch.weights[wanted]
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
         loss = (losses * weight).sum() / weight.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -115,7 +137,7 @@ def train(seed: int, steps: int) -> LlamaForCausalLM:
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            right = (logits[wanted].argmax(-1) == labels[wanted]).float()
+            right = (logits.argmax(-1) == labels).float()
             answers = right[weight == 1.0].mean().item()
             spent = time.perf_counter() - began
             print(f"{step:5d}  loss {loss.item():.4f}  answers {answers:.3f}  {spent:.0f} s",

@@ -1,0 +1,5 @@
+"""`python -m mechdsl`."""
+
+from mechdsl.cli import main
+
+main()

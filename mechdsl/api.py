@@ -1,0 +1,78 @@
+"""The Python API: check a text, run a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.render import render_full
+from mechdsl.source import Source
+
+if TYPE_CHECKING:
+    from mechdsl.results.experiment import Results
+
+
+class MechdslError(Exception):
+    """A file, its data or its model is wrong; `diagnostics` say where and what to write."""
+
+    def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
+        self.diagnostics = list(diagnostics)
+        super().__init__("\n" + render_full(self.diagnostics, color=False, width=100))
+
+
+def source_of(file: str | Path) -> tuple[Source | None, list[Diagnostic]]:
+    """A file by its path, or a text that begins like one (`mech 1`)."""
+    from mechdsl.syntax.parse import read_source
+
+    if isinstance(file, str) and ("\n" in file or file.lstrip().startswith("mech ")):
+        return Source(file), []
+    return read_source(Path(file))
+
+
+def check(file: str | Path) -> list[Diagnostic]:
+    """All errors and warnings of a file (path or text), without weights and without torch."""
+    from mechdsl.check import check_source
+
+    source, diagnostics = source_of(file)
+    return diagnostics if source is None else check_source(source).diagnostics
+
+
+def run(
+    file: str | Path,
+    models: Mapping[str, tuple[Any, Any]] | None = None,
+    *,
+    parameters: Mapping[str, object] | None = None,
+    limit: int | None = None,
+    only: str | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    out: str | Path | None = None,
+) -> Results:
+    """Run a file (path or text) and return its results.
+
+    models: name in the file → (transformers model, fast tokenizer), in place of what the file
+        declares under that name. parameters: as `--set`. The other arguments are those of the
+        command line. Raises MechdslError where the file, its data or a model is wrong; no cell
+        has been run then.
+    """
+    from mechdsl.check import Settings
+    from mechdsl.collect import versions
+    from mechdsl.pipeline import RunOptions, run_source
+    from mechdsl.results.experiment import Results
+
+    source, diagnostics = source_of(file)
+    if source is None:
+        raise MechdslError(diagnostics)
+    given = {name: str(value) for name, value in (parameters or {}).items()}
+    options = RunOptions(
+        settings=Settings(given, limit, only),
+        device=device,
+        dtype=dtype,
+        out=None if out is None else Path(out),
+    )
+    result, diagnostics = run_source(source, options, models)
+    if result is None or has_errors(diagnostics):
+        raise MechdslError([d for d in diagnostics if d.severity == "error"])
+    return Results((result,), versions())

@@ -1,0 +1,267 @@
+"""Everything that can be refused without running: from the text of a file to resolved experiments.
+
+No torch up to here. A model that isn't on this machine is a warning, and what needs it stays
+unchecked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mechdsl import spec
+from mechdsl.data.prompts import build_table
+from mechdsl.data.tokenizer import TextTokenizer
+from mechdsl.data.types import PromptTable
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, UnknownWord, did_you_mean
+from mechdsl.diagnostics.e06_experiment import EffectNeedsSource, EffectWithoutRule
+from mechdsl.diagnostics.w07_names import WritesFirstToken
+from mechdsl.expectations.check import Known, KnownMeasure, check_expectation
+from mechdsl.lower import lower_program
+from mechdsl.models.locate import locate
+from mechdsl.models.shape import read_shape
+from mechdsl.registry import nearest
+from mechdsl.resolve import ModelContext, ResolvedExperiment, resolve_experiment
+from mechdsl.source import Source
+from mechdsl.syntax.parse import parse
+from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.reports import check_report
+
+
+@dataclass
+class Checked:
+    """What is known of a file before it runs."""
+
+    source: Source
+    program: spec.Program
+    experiments: list[ResolvedExperiment] = field(default_factory=list[ResolvedExperiment])
+    unchecked: list[str] = field(default_factory=list[str])
+    """Experiments whose model isn't on this machine."""
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+
+    @property
+    def ok(self) -> bool:
+        return not has_errors(self.diagnostics)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line may change."""
+
+    parameters: Mapping[str, str] = field(default_factory=dict[str, str])
+    limit: int | None = None
+    """Rows per experiment at most, whatever the file says."""
+    only: str | None = None
+    """Run this experiment alone."""
+
+
+def check_source(
+    source: Source,
+    settings: Settings | None = None,
+    models: Mapping[str, ModelContext] | None = None,
+) -> Checked:
+    """Parse, lower, resolve and check; all errors at once.
+
+    `models` are handed over from Python and stand for the file's models of the same name.
+    """
+    settings = settings or Settings()
+    tree, diagnostics = parse(source)
+    program, found = lower_program(tree, source, settings.parameters)
+    checked = Checked(source, program, diagnostics=[*diagnostics, *found])
+    experiments = list(program.experiments)
+    if settings.only is not None:
+        experiments = _only(settings.only, checked)
+    contexts = _Contexts(checked, models or {}, settings.limit)
+    for experiment in experiments:
+        checked.diagnostics.extend(_statements(experiment))
+        _resolve(experiment, checked, contexts)
+    for name, prompts in program.prompts.items():
+        contexts.table_alone(name, prompts)
+    checked.diagnostics = _unique(checked.diagnostics)
+    return checked
+
+
+def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
+    """Each once: experiments that share prompts share their errors."""
+    return list(dict.fromkeys(diagnostics))
+
+
+def _only(name: str, checked: Checked) -> list[spec.Experiment]:
+    found = [e for e in checked.program.experiments if e.name == name]
+    if not found:
+        names = [e.name for e in checked.program.experiments]
+        known = ", ".join(f"`{n}`" for n in names)
+        checked.diagnostics.append(
+            BadCommandLine(
+                reason=f"`--only {name}`: the file has no experiment of that name",
+                hint=did_you_mean(nearest(name, names), f"it has {known or 'none'}"),
+            )
+        )
+    return found
+
+
+class _Contexts:
+    """Models and prompt tables of a file, each read once."""
+
+    def __init__(
+        self, checked: Checked, given: Mapping[str, ModelContext], limit: int | None
+    ) -> None:
+        self.checked = checked
+        self.given = given
+        self.limit = limit
+        self._models: dict[str, ModelContext | None] = {}
+        self._tables: dict[tuple[object, ...], PromptTable | None] = {}
+
+    def model(self, name: str) -> ModelContext | None:
+        """What is known of a model; None where it isn't here or is refused."""
+        if name in self.given:
+            return self.given[name]
+        if name not in self._models:
+            self._models[name] = self._read(self.checked.program.models[name])
+        return self._models[name]
+
+    def _read(self, model: spec.Model) -> ModelContext | None:
+        folder, found = locate(model, model.span.source.folder)
+        self.checked.diagnostics.extend(found)
+        if folder is None:
+            return None
+        shape, found = read_shape(folder, model=model.name, span=model.span)
+        self.checked.diagnostics.extend(found)
+        tokenizer, found = TextTokenizer.from_folder(folder, model.bos, span=model.span)
+        self.checked.diagnostics.extend(found)
+        if shape is None or tokenizer is None:
+            return None
+        return ModelContext(model, shape, tokenizer)
+
+    def _words(self, name: str) -> list[str]:
+        found = self.model(name)
+        return [] if found is None else found.tokenizer.plain_words()
+
+    def table(
+        self, name: str, model: ModelContext, limit: int | None, part: str | None
+    ) -> PromptTable | None:
+        """The rows of a prompts block for one model."""
+        if self.limit is not None:
+            limit = self.limit if limit is None else min(limit, self.limit)
+        key = (name, model.name, limit, part)
+        if key not in self._tables:
+            program = self.checked.program
+            assert part is None or part == "train" or part == "test"
+            table, found = build_table(
+                program.prompts[name],
+                tokenizer=model.tokenizer,
+                seed=program.seed,
+                limit=limit,
+                part=part,
+                words=self._words,
+                max_length=model.shape.max_positions,
+                parameters=program.parameters,
+                blocks=program.prompts,
+            )
+            self.checked.diagnostics.extend(found)
+            self._tables[key] = table
+        return self._tables[key]
+
+    def table_alone(self, name: str, prompts: spec.Prompts) -> None:
+        """Check a block that no experiment has used, with the file's only model."""
+        program = self.checked.program
+        if any(key[0] == name for key in self._tables) or len(program.models) != 1:
+            return
+        if prompts.span.source is not self.checked.source:
+            return
+        model = self.model(next(iter(program.models)))
+        if model is not None:
+            self.table(name, model, 1, None)
+
+
+def _resolve(experiment: spec.Experiment, checked: Checked, contexts: _Contexts) -> None:
+    model = contexts.model(experiment.model)
+    if model is None:
+        checked.unchecked.append(experiment.name)
+        return
+    table = contexts.table(experiment.prompts, model, experiment.limit, experiment.part)
+    if table is None:
+        return
+    resolved, found = resolve_experiment(experiment, checked.program, model, table)
+    checked.diagnostics.extend(found)
+    if resolved is None:
+        return
+    checked.diagnostics.extend(_against_axes(resolved, checked.program))
+    checked.diagnostics.extend(_first_tokens(resolved))
+    checked.experiments.append(resolved)
+
+
+def _statements(experiment: spec.Experiment) -> list[Diagnostic]:
+    """What the statements of an experiment must agree on, whatever the model."""
+    found: list[Diagnostic] = []
+    for measure in experiment.measures:
+        effect = EFFECTS.get(measure.effect)
+        if effect is None:
+            hint = did_you_mean(EFFECTS.suggest(measure.effect), f"effects are {', '.join(EFFECTS)}")
+            found.append(
+                UnknownWord(span=measure.span, kind="effect", word=measure.effect, hint=hint)
+            )
+        elif effect.needs_source and experiment.source is None:
+            found.append(
+                EffectNeedsSource(span=measure.span, effect=effect.name, base="CORRUPTION")
+            )
+        elif effect.zero is not None and effect.name != "total" and not experiment.rules:
+            found.append(
+                EffectWithoutRule(
+                    span=measure.span,
+                    effect=effect.name,
+                    instead="raw" if experiment.source is None else "total",
+                )
+            )
+    return found
+
+
+def _against_axes(experiment: ResolvedExperiment, program: spec.Program) -> list[Diagnostic]:
+    """Reports and expectations name axes, measures, runs and values that exist."""
+    axes = [axis.name for axis in experiment.axes]
+    axes += [axis.alias for axis in experiment.axes if axis.alias is not None]
+    rows = experiment.table.runs["clean"].rows
+    values = list(rows[0].values) if rows else []
+    found: list[Diagnostic] = []
+    for report in experiment.spec.reports:
+        found.extend(check_report(report, axes, values))
+    by = experiment.spec.statistics.by
+    if by is not None and by not in values:
+        found.append(
+            UnknownName(
+                span=experiment.spec.statistics.span,
+                kind="value of the prompts",
+                name=by,
+                hint=f"values of `{experiment.table.name}` are {', '.join(values)}",
+            )
+        )
+    known = Known(
+        [
+            KnownMeasure(m.label, s.effect, m.kind)
+            for m, s in zip(experiment.measures, experiment.spec.measures, strict=True)
+        ],
+        axes,
+        [name for name, run in experiment.table.runs.items() if run.rows and run.rows[0].texts],
+        [e.name for e in program.experiments if e.name != experiment.name],
+    )
+    for expectation in experiment.spec.expects:
+        found.extend(check_expectation(expectation, known))
+    return found
+
+
+def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    """A write at token 0 is warned of: it may be the attention sink."""
+    base = experiment.table.runs[experiment.spec.base]
+    found: list[Diagnostic] = []
+    for rule in experiment.rules:
+        if rule.sites is None:
+            continue
+        for cell in rule.positions.written.values():
+            row = next((n for n, hit in enumerate(cell.hits) for run in hit if 0 in run), None)
+            # A sweep over every token has it among others, where it is plainly labelled.
+            if row is not None and len(rule.positions.written) == 1 and len(cell.hits[row][0]) == 1:
+                token = experiment.model.tokenizer.token_text(base.rows[row].ids[0])
+                found.append(WritesFirstToken(span=rule.spec.at.span, token=token))
+                break
+    return found

@@ -1,0 +1,411 @@
+"""The command line. Exit status: 0 fine, 1 an expectation failed, 2 something is wrong and no cell
+was run, 3 the run broke off, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+import typer
+
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
+from mechdsl.registry import nearest
+
+FINE, FAILED, WRONG, BROKE_OFF, INTERRUPTED = 0, 1, 2, 3, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Interpretability experiments as files: check, explain, plan and run them.",
+)
+
+Files = Annotated[list[Path], typer.Argument(help="`.mech` files or folders of them.", metavar="FILE…")]
+File = Annotated[Path, typer.Argument(help="A `.mech` file.", metavar="FILE")]
+Set = Annotated[list[str], typer.Option("--set", help="Set a parameter: `--set depth=12`.")]
+NoPass = Annotated[list[str], typer.Option("--no-pass", help="Switch a pass off, by its name.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many rows each.")]
+
+
+def main() -> None:
+    """The entry point: every way out is an exit status, and no user ever sees a traceback."""
+    try:
+        status = app(standalone_mode=False)
+    except click.exceptions.Abort:
+        status = INTERRUPTED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    except click.ClickException as error:
+        _print([_usage(error)])
+        status = WRONG
+    except BrokenPipeError:
+        # The reader (`head`) has seen enough; nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = FINE
+    sys.exit(status if isinstance(status, int) else FINE)
+
+
+def _usage(error: click.ClickException) -> Diagnostic:
+    """A mistake on the command line as a diagnostic."""
+    hint = "`mechdsl --help` lists the commands, `mechdsl COMMAND --help` its options"
+    context = getattr(error, "ctx", None)
+    if isinstance(error, click.NoSuchOption) and context is not None:
+        options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
+        hint = did_you_mean(nearest(error.option_name, options), hint)
+    elif isinstance(error, click.UsageError) and "No such command" in error.message:
+        word = error.message.split("'")[1]
+        commands = context.command.list_commands(context) if context is not None else []
+        hint = did_you_mean(nearest(word, commands), hint)
+    return BadCommandLine(reason=error.format_message().rstrip("."), hint=hint)
+
+
+# --- output -----------------------------------------------------------------------------------------
+
+
+def _print(diagnostics: list[Diagnostic], form: str = "full", *, out: bool = False) -> None:
+    """Diagnostics on standard error, or on standard output where they are what was asked for."""
+    from mechdsl.diagnostics import render
+
+    stream = sys.stdout if out else sys.stderr
+    if form == "full":
+        if not diagnostics:
+            return
+        colour = stream.isatty() and "NO_COLOR" not in os.environ
+        text = render.render_full(
+            diagnostics, color=colour, width=_width(), ascii_only=render.needs_ascii(stream)
+        )
+    else:
+        text = {
+            "json": render.render_json,
+            "github": render.render_github,
+            "sarif": render.render_sarif,
+        }[form](diagnostics)
+    stream.write(text if text.endswith("\n") or not text else text + "\n")
+
+
+def _width() -> int:
+    import shutil
+
+    return max(40, shutil.get_terminal_size((100, 24)).columns)
+
+
+def _console(*, stderr: bool = False) -> Any:
+    """A rich console: colours only on terminals, and as wide as the reader's window."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, width=None if sys.stdout.isatty() else _width(), soft_wrap=False)
+
+
+def _settings(parameters: list[str], limit: int | None = None, only: str | None = None) -> Any:
+    from mechdsl.check import Settings
+
+    given: dict[str, str] = {}
+    for text in parameters:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise click.UsageError(f"`--set {text}` has no `=`; write `--set depth=12`")
+        given[name.strip()] = value.strip()
+    return Settings(given, limit, only)
+
+
+def _mech_files(paths: list[Path]) -> tuple[list[Path], list[Diagnostic]]:
+    """Files as given; folders are walked, in order of their names."""
+    found: list[Path] = []
+    problems: list[Diagnostic] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.rglob("*.mech"))
+            if not inside:
+                problems.append(
+                    BadCommandLine(
+                        reason=f"there is no `.mech` file in `{path}`",
+                        hint="name a file, or a folder that has some",
+                    )
+                )
+            found.extend(inside)
+        else:
+            found.append(path)
+    return found, problems
+
+
+def _checked(file: Path, settings: Any) -> tuple[Any, list[Diagnostic]]:
+    """One file checked; None where it can't be read."""
+    from mechdsl.check import check_source
+    from mechdsl.syntax.parse import read_source
+
+    source, problems = read_source(file)
+    if source is None:
+        return None, problems
+    checked = check_source(source, settings)
+    return checked, checked.diagnostics
+
+
+# --- commands ---------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    files: Files,
+    parameters: Set = [],  # noqa: B006 (typer reads the default)
+    limit: Limit = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"] | None,
+        typer.Option(help="Instead of what the file says."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep every prompt's values here.")] = None,
+    form: Annotated[Literal["table", "json", "csv"], typer.Option("--format")] = "table",
+    only: Annotated[str | None, typer.Option(help="Run this experiment alone.")] = None,
+    no_pass: NoPass = [],  # noqa: B006
+) -> int:
+    """Run files and print their tables. Exit status 0 when every expectation holds."""
+    from mechdsl.syntax.parse import read_source
+
+    settings = _settings(parameters, limit, only)
+    paths, problems = _mech_files(files)
+    sources = []
+    for path in paths:
+        source, found = read_source(path)
+        problems += found
+        if source is not None:
+            sources.append(source)
+    if not has_errors(problems):
+        from mechdsl.check import check_source
+
+        # All files are checked before the first one runs (and before torch is imported).
+        for source in sources:
+            problems += check_source(source, settings).diagnostics
+    if has_errors(problems):
+        _print(problems)
+        return WRONG
+    return _run(sources, settings, device, dtype, out, form, frozenset(no_pass))
+
+
+def _run(
+    sources: list[Any],
+    settings: Any,
+    device: str,
+    dtype: str | None,
+    out: Path | None,
+    form: str,
+    without: frozenset[str],
+) -> int:
+    from mechdsl.collect import versions
+    from mechdsl.execute import Options
+    from mechdsl.pipeline import RunOptions, run_source
+    from mechdsl.progress import Bar
+    from mechdsl.results.experiment import Results
+
+    found = []
+    for source in sources:
+        bar = Bar(source.name)
+        options = RunOptions(
+            settings, device, dtype, out, without, Options(on_progress=bar.advance)
+        )
+        try:
+            with bar:
+                result, diagnostics = run_source(source, options)
+        except KeyboardInterrupt:
+            kept = f"; what is finished is in {out}" if out is not None else ""
+            print(f"interrupted{kept}", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:  # the last resort, so that no user meets a traceback
+            if os.environ.get("MECHDSL_DEBUG"):
+                raise
+            print(
+                f"the run of {source.name} broke off: {type(error).__name__}: {error}\n"
+                "set MECHDSL_DEBUG=1 for the traceback",
+                file=sys.stderr,
+            )
+            return BROKE_OFF
+        _print(diagnostics)
+        if result is None:
+            return WRONG
+        found.append(result)
+        if form == "table":
+            _show(result, source.folder)
+    results = Results(tuple(found), versions())
+    if form == "json":
+        sys.stdout.write(results.to_json() + "\n")
+    elif form == "csv":
+        from mechdsl.vocab.reports.files import results_csv
+
+        sys.stdout.write(results_csv(results))
+    return FINE if results.holds else FAILED
+
+
+def _show(result: Any, folder: Path) -> None:
+    """All reports of a file, then the verdicts on its expectations."""
+    from mechdsl.vocab.reports import show_experiment
+
+    console = _console()
+    for experiment in result.experiments:
+        show_experiment(experiment, console, folder)
+
+
+@app.command()
+def validate(
+    files: Files,
+    parameters: Set = [],  # noqa: B006
+    form: Annotated[Literal["full", "json", "github", "sarif"], typer.Option("--format")] = "full",
+) -> int:
+    """Check files without weights, as in CI. Exit status 2 where one has an error."""
+    settings = _settings(parameters)
+    paths, problems = _mech_files(files)
+    unchecked: list[str] = []
+    for path in paths:
+        checked, found = _checked(path, settings)
+        problems += found
+        if checked is not None:
+            unchecked += [f"{path}: {name}" for name in checked.unchecked]
+    _print(problems, form, out=form != "full")
+    if form == "full" and not has_errors(problems):
+        count = f"{len(paths)} file" + ("s" if len(paths) != 1 else "")
+        rest = f", {len(unchecked)} experiments without their model" if unchecked else ""
+        print(f"{count} checked: no errors{rest}")
+    return WRONG if has_errors(problems) else FINE
+
+
+@app.command()
+def plan(
+    file: File,
+    parameters: Set = [],  # noqa: B006
+    limit: Limit = None,
+    no_pass: NoPass = [],  # noqa: B006
+) -> int:
+    """Print the intervention graph, the cells, rows and forward passes of a file."""
+    checked, problems = _checked(file, _settings(parameters, limit))
+    _print(problems)
+    if checked is None or has_errors(problems):
+        return WRONG
+    from mechdsl.plan import make_plan
+    from mechdsl.summary import print_plan, unknown_passes
+
+    wrong = unknown_passes(no_pass)
+    _print(wrong)
+    if wrong:
+        return WRONG
+    print_plan(make_plan(checked.experiments, without=frozenset(no_pass)), _console())
+    return FINE
+
+
+@app.command()
+def graph(
+    file: File,
+    parameters: Set = [],  # noqa: B006
+    form: Annotated[Literal["dot", "mermaid", "svg"], typer.Option("--format")] = "mermaid",
+    to: Annotated[Path | None, typer.Option(help="Write it to this file.")] = None,
+) -> int:
+    """Draw the intervention graph."""
+    checked, problems = _checked(file, _settings(parameters))
+    _print(problems)
+    if checked is None or has_errors(problems):
+        return WRONG
+    from mechdsl import draw
+    from mechdsl.plan import make_plan
+
+    made = make_plan(checked.experiments).graph
+    text = {"dot": draw.to_dot, "mermaid": draw.to_mermaid, "svg": draw.to_svg}[form](made)
+    if to is None:
+        sys.stdout.write(text)
+    else:
+        to.write_text(text, encoding="utf-8")
+    return FINE
+
+
+@app.command()
+def explain(
+    what: Annotated[str, typer.Argument(help="A `.mech` file, or a code such as E0305.")],
+    parameters: Set = [],  # noqa: B006
+    limit: Limit = None,
+    form: Annotated[Literal["text", "json"], typer.Option("--format")] = "text",
+) -> int:
+    """Show each prompt's tokens with the positions marked; or explain an error's code."""
+    from mechdsl.pages import page
+
+    if what[:1] in "EW" and what[1:].isdigit():
+        text = page(what)
+        if text is None:
+            from mechdsl.pages import codes
+
+            hint = did_you_mean(nearest(what, codes()), "codes look like E0305")
+            _print([BadCommandLine(reason=f"there is no code `{what}`", hint=hint)])
+            return WRONG
+        sys.stdout.write(text)
+        return FINE
+    checked, problems = _checked(Path(what), _settings(parameters, limit))
+    _print(problems)
+    if checked is None or has_errors(problems):
+        return WRONG
+    from mechdsl import explain as explaining
+
+    if form == "json":
+        json.dump(explaining.as_json(checked), sys.stdout, ensure_ascii=False, indent=1)
+        sys.stdout.write("\n")
+    else:
+        explaining.explain(checked, _console())
+    return FINE
+
+
+@app.command()
+def fmt(
+    files: Files,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; 2 if it would.")] = False,
+) -> int:
+    """Bring files into canonical form."""
+    from mechdsl.syntax.format import format_file
+    from mechdsl.syntax.parse import parse, read_source
+
+    paths, problems = _mech_files(files)
+    changed: list[Path] = []
+    for path in paths:
+        source, found = read_source(path)
+        problems += found
+        if source is None:
+            continue
+        tree, found = parse(source)
+        problems += found
+        if has_errors(found):
+            continue
+        text = format_file(tree)
+        if text != source.text:
+            changed.append(path)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    _print(problems)
+    for path in changed:
+        print(f"{'would change' if check else 'formatted'} {path}")
+    return WRONG if has_errors(problems) or (check and changed) else FINE
+
+
+@app.command()
+def schema(
+    what: Annotated[Literal["results", "experiment"], typer.Argument()] = "results",
+) -> int:
+    """Print a JSON schema: of the document that `run --format json` prints, or of an experiment."""
+    from mechdsl import spec
+    from mechdsl.results.document import results_schema
+
+    found = results_schema() if what == "results" else spec.Program.model_json_schema()
+    print(json.dumps(found, indent=2))
+    return FINE
+
+
+@app.command()
+def version() -> int:
+    """Print the version."""
+    from mechdsl import __version__
+
+    print(__version__)
+    return FINE
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""From measured values to experiment results: cells named, hits shown, conventions written down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from mechdsl.data.positions import hit_texts
+from mechdsl.execute import Measured, base_per_cell
+from mechdsl.loaded import LoadedModel
+from mechdsl.plan import ExperimentPlan
+from mechdsl.resolve.types import ResolvedExperiment
+from mechdsl.results.experiment import CellKey, ExperimentResult
+from mechdsl.results.statistics import MeasureData
+
+PACKAGES = ("mechdsl", "torch", "transformers", "tokenizers", "numpy", "scipy")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers depend on."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def collect(plan: ExperimentPlan, measured: Measured, model: LoadedModel) -> ExperimentResult:
+    """The result of one experiment, without statistics."""
+    experiment = plan.experiment
+    table, kept = experiment.table, measured.kept
+    rows = table.runs["clean"].rows
+    source = experiment.spec.source
+    measures: list[MeasureData] = []
+    for number, (resolved, said) in enumerate(
+        zip(experiment.measures, experiment.spec.measures, strict=True)
+    ):
+        truth = None
+        if resolved.truth is not None:
+            truth = np.array([[resolved.truth[i] for i in kept]], dtype=np.float64)
+        measures.append(
+            MeasureData(
+                label=resolved.label,
+                metric=resolved.text,
+                effect=said.effect,
+                kind=resolved.kind,
+                per_prompt=said.per_prompt,
+                patched=measured.patched[number],
+                base=base_per_cell(plan, measured, experiment.spec.base, number),
+                source=None
+                if source is None
+                else base_per_cell(plan, measured, source, number),
+                inert=plan.inert,
+                truth=truth,
+                unit=resolved.unit,
+            )
+        )
+    return ExperimentResult(
+        name=experiment.name,
+        model=model.name,
+        axes=tuple(axis.name for axis in experiment.axes),
+        aliases={axis.alias: axis.name for axis in experiment.axes if axis.alias is not None},
+        cells=_cells(plan, kept),
+        measures=tuple(measures),
+        runs={
+            run: {
+                m.label: values[n].mean(axis=0) for n, m in enumerate(experiment.measures)
+            }
+            for run, values in measured.unpatched.items()
+        },
+        accuracy=measured.accuracy,
+        base=experiment.spec.base,
+        source=source,
+        conventions=conventions(plan, measured, model),
+        hashes=_hashes(experiment, model),
+        row_ids=tuple(table.row_ids[i] for i in kept),
+        row_values=_row_values([rows[i].values for i in kept]),
+        reports=experiment.spec.reports,
+    )
+
+
+def _cells(plan: ExperimentPlan, kept: np.ndarray) -> tuple[CellKey, ...]:
+    """The keys of all cells; what a position hits is worked out once per position."""
+    experiment = plan.experiment
+    base = experiment.spec.base
+    hits = [
+        [hit_texts(experiment.table, base, cell) for cell in rule.positions]
+        for rule in plan.rules
+    ]
+    labels = [
+        list(rule.rule.sites.labels.values()) if rule.rule.sites is not None else None
+        for rule in plan.rules
+    ]
+    found: list[CellKey] = []
+    for cell in range(plan.n_cells):
+        coords = {
+            axis.name: axis.labels[int(index[cell])]
+            for axis, index in zip(experiment.axes, plan.coordinates, strict=True)
+        }
+        sites: list[str] = []
+        positions: list[str] = []
+        tokens: dict[str, None] = {}
+        for number, rule in enumerate(plan.rules):
+            own = labels[number]
+            sites.append("input" if own is None else own[int(rule.site_of_cell[cell])])
+            position = int(rule.position_of_cell[cell])
+            positions.append(rule.positions[position].label)
+            tokens.update(dict.fromkeys(hits[number][position]))
+        found.append(
+            CellKey(
+                coords,
+                " + ".join(dict.fromkeys(sites)),
+                " + ".join(dict.fromkeys(positions)) or None,
+                tuple(tokens),
+            )
+        )
+    return tuple(found)
+
+
+def _row_values(rows: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    names = list(rows[0]) if rows else []
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _hashes(experiment: ResolvedExperiment, model: LoadedModel) -> dict[str, str]:
+    found = {"model": model.provenance.get("weights", "")}
+    found["tokenizer"] = experiment.model.tokenizer.hash
+    if experiment.table.data_hash:
+        found["data"] = experiment.table.data_hash
+    return found
+
+
+def conventions(plan: ExperimentPlan, measured: Measured, model: LoadedModel) -> dict[str, str]:
+    """What was defaulted, dropped or chosen, in words."""
+    experiment = plan.experiment
+    found = {
+        "model": f"{model.shape.architecture}, {model.provenance.get('source', '')}",
+        "dtype": f"{str(model.dtype).removeprefix('torch.')} on {model.device}",
+        **experiment.table.conventions,
+    }
+    if experiment.keep:
+        conditions = " and ".join(measure.text for measure in experiment.keep)
+        dropped = len(experiment.table) - len(measured.kept)
+        found["keep"] = f"{len(measured.kept)} rows kept, {dropped} dropped ({conditions})"
+    for rule in plan.rules:
+        if rule.rule.fill not in ("source", "text"):
+            found["fill"] = _fill_words(rule.rule.fill, rule.rule.run, rule.rule.spec.by)
+    if measured.dropped:
+        found["resample"] = (
+            f"{measured.dropped} rows of cells left out: the other row lacks the position"
+        )
+    if len(plan.rules) > 1:
+        found["rules"] = "together in one run; where two write the same vector, the later one stands"
+    if any(_windowed(rule.rule.spec) for rule in plan.rules):
+        found["window"] = "layers l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends"
+    if any(_several(rule.positions) for rule in plan.rules):
+        found["tokens"] = "several tokens under one label are separate runs, averaged per row"
+    if plan.inert.any():
+        found["inert"] = (
+            f"{int(plan.inert.sum())} of {plan.n_cells} cells can't differ from the base run"
+        )
+    return found
+
+
+def _fill_words(fill: str, run: str, by: str | None) -> str:
+    match fill:
+        case "zero":
+            return "zero"
+        case "mean":
+            within = f", within each {by}" if by else ""
+            return f"mean over the rows of {run}, per position{within}"
+        case _:
+            return f"{run} run of another row (a seeded permutation without fixed points)"
+
+
+def _windowed(rule: Any) -> bool:
+    return rule.site is not None and any(axis.window is not None for axis in rule.site.axes)
+
+
+def _several(positions: Any) -> bool:
+    return any(len(row) > 1 for cell in positions for row in cell.hits)

@@ -1,0 +1,709 @@
+"""Positions of the language as token positions of every row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mechdsl.data.hints import occurrence_hint, unknown_span_hint
+from mechdsl.data.rows import find_text
+from mechdsl.data.spans import Place, TokenMap
+from mechdsl.data.tokenizer import ROLES, TextTokenizer
+from mechdsl.data.types import PositionCell, PromptTable
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e02_names import UnknownWord
+from mechdsl.diagnostics.e03_coordinates import BadLoopValue, EmptyRange
+from mechdsl.diagnostics.e03_positions import (
+    AbsentOccurrence,
+    AmbiguousSpan,
+    JoinedUnequal,
+    NoSuchSpecial,
+    NothingLeft,
+    NotOnePosition,
+    OutsidePrompt,
+    RaggedPositions,
+    ReversedBetween,
+    SpanWithoutToken,
+    UnknownSpan,
+)
+from mechdsl.diagnostics.w07_data import TokenCoversMore
+from mechdsl.source import Span
+from mechdsl.syntax import ast
+
+Hits = tuple[tuple[int, ...], ...]
+"""The runs of one row: token positions that are joined, each run by itself."""
+
+_FEW = 3
+"""Up to so many tokens, first / middle / last tells all of them apart."""
+
+
+def resolve_positions(
+    positions: ast.Positions,
+    table: PromptTable,
+    run: str,
+    *,
+    tokenizer: TextTokenizer,
+    loop_values: Mapping[str, Any] | None = None,
+    with_runs: Sequence[str] = (),
+) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
+    """The cells of a position expression in one run: one per value of its axis.
+
+    loop_values: numbers of the `for` variables around it.
+    with_runs: other runs whose prompts must be as long where positions are counted from an end.
+    Codes: E0305, E0306, E0308 to E0315, E0321, E0322, W0701.
+    """
+    resolver = _Resolver(table, run, tokenizer, loop_values or {}, tuple(with_runs))
+    cells = [cell for item in positions.items for cell in resolver.position(item)]
+    return tuple(PositionCell(cell.label, tuple(cell.hits), cell.item) for cell in cells), list(
+        dict.fromkeys(resolver.diagnostics)
+    )
+
+
+@dataclass
+class _Cell:
+    label: str
+    hits: list[Hits]
+    item: int | None = None
+
+
+@dataclass
+class _Resolver:
+    table: PromptTable
+    run: str
+    tokenizer: TextTokenizer
+    loops: Mapping[str, Any]
+    with_runs: tuple[str, ...]
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+
+    def __post_init__(self) -> None:
+        self.maps = [TokenMap(row) for row in self.table.runs[self.run].rows]
+        self.total = len(self.maps)
+
+    # --- shapes ---------------------------------------------------------------------------------
+
+    def position(self, position: ast.Position) -> list[_Cell]:
+        if position.align not in (None, "left", "right"):
+            hint = "write `align left` or `align right`"
+            self.diagnostics.append(
+                UnknownWord(span=position.span, kind="alignment", word=position.align, hint=hint)
+            )
+            return []
+        return self.body(position.body, position.align)
+
+    def body(
+        self, body: ast.Point | ast.Between | ast.Except, align: str | None = None
+    ) -> list[_Cell]:
+        match body:
+            case ast.Point():
+                return self._point(body, align)
+            case ast.Between():
+                return self._between(body)
+            case ast.Except():
+                return self._except(body, align)
+
+    def _point(self, point: ast.Point, align: str | None) -> list[_Cell]:
+        cells = self._base(point.base, align)
+        if point.offset:
+            sign = "+" if point.offset > 0 else "-"
+            swept = len(cells) > 1 or any(cell.item is not None for cell in cells)
+            for cell in cells:
+                cell.hits = [
+                    tuple(tuple(p + point.offset for p in run) for run in row) for row in cell.hits
+                ]
+                cell.label = f"{cell.label} {sign} {abs(point.offset)}" if swept else _text(point)
+            # Special tokens are hit only where they are named or counted.
+            counted = isinstance(point.base, ast.TokenIndex)
+            hint = "the offset leads out of the text; choose a smaller one"
+            if not self._inside(cells, point, hint, special=counted):
+                return []
+        return cells
+
+    def _base(self, base: ast.PointBase, align: str | None) -> list[_Cell]:
+        match base:
+            case ast.TokenIndex():
+                return self._index(base, align)
+            case ast.SpanTokens():
+                return self._span_tokens(base)
+            case ast.EachTokenOf(of=of):
+                return self._each_token_of(base, of)
+            case ast.EdgeToken():
+                return self._edge(base)
+            case ast.Joined(items=items):
+                return self._joined(base, items)
+            case ast.RankedTokens():
+                what = "a position that another experiment ranked"
+                self.diagnostics.append(NotSupported(span=base.span, what=what))
+                return []
+
+    # --- counted tokens -------------------------------------------------------------------------
+
+    def _index(self, base: ast.TokenIndex, align: str | None) -> list[_Cell]:
+        low: int | str | None = base.low
+        if isinstance(low, str):
+            value = self.loops.get(low)
+            if isinstance(value, bool) or not isinstance(value, int):
+                reason = "positions are whole numbers"
+                hint = f"let `{low}` run over whole numbers, as in `for {low} in 0..5`"
+                self.diagnostics.append(
+                    BadLoopValue(span=base.span, name=low, reason=reason, hint=hint)
+                )
+                return []
+            low = value
+        high = base.high
+        if low is None:
+            if base.plural:
+                return [_Cell(_text(base), [(tuple(range(len(m.row.ids))),) for m in self.maps])]
+            return self._all_positions(base, align)
+        if high is None:
+            label = _text(base) if base.plural else str(low)
+            return self._counted([(label, low, low)], base)
+        if (low < 0) != (high < 0):
+            return self._mixed(base, low, high, align)
+        if low > high:
+            ends = {"low": str(high), "high": str(low)}
+            text = f"{low}..{high}"
+            self.diagnostics.append(EmptyRange(span=base.span, text=text, **ends))
+            return []
+        if base.plural:
+            return self._counted([(_text(base), low, high)], base)
+        return self._counted([(str(i), i, i) for i in range(low, high + 1)], base)
+
+    def _counted(self, wanted: list[tuple[str, int, int]], base: ast.TokenIndex) -> list[_Cell]:
+        cells: list[_Cell] = []
+        for label, low, high in wanted:
+            hits: list[Hits] = []
+            for m in self.maps:
+                size = len(m.row.ids) if low < 0 else 0
+                hits.append((tuple(range(low + size, high + size + 1)),))
+            cells.append(_Cell(label, hits))
+        hint = "count within the shortest prompt, or from the end: `token -1`"
+        return cells if self._inside(cells, base, hint, special=True) else []
+
+    def _mixed(self, base: ast.TokenIndex, low: int, high: int, align: str | None) -> list[_Cell]:
+        """`2..-1`: from the second to the last, in each row."""
+        whole: list[Hits] = []
+        for m in self.maps:
+            size = len(m.row.ids)
+            first, last = (i + size if i < 0 else i for i in (low, high))
+            whole.append((tuple(range(first, last + 1)),) if first <= last else ())
+        cell = _Cell(_text(base), whole)
+        hint = "count within the shortest prompt"
+        if not self._inside([cell], base, hint, special=True):
+            return []
+        if base.plural:
+            return [cell]
+        return self._by_index(base, whole, align)
+
+    def _all_positions(self, base: ast.Node, align: str | None) -> list[_Cell]:
+        return self._by_index(base, [(tuple(range(len(m.row.ids))),) for m in self.maps], align)
+
+    def _by_index(self, node: ast.Node, whole: list[Hits], align: str | None) -> list[_Cell]:
+        """One cell per index from an end; rows without it drop out."""
+        lengths = [len(m.row.ids) for m in self.maps]
+        others = [len(r.ids) for name in self.with_runs for r in self.table.runs[name].rows]
+        everything = lengths + others
+        if len(set(everything)) > 1 and align is None:
+            self.diagnostics.append(
+                RaggedPositions(
+                    span=node.span,
+                    position=_text(node),
+                    run=self.run,
+                    shortest=min(everything),
+                    longest=max(everything),
+                )
+            )
+            return []
+        found: dict[int, list[Hits]] = {}
+        for n, (hits, length) in enumerate(zip(whole, lengths, strict=True)):
+            for run in hits:
+                for p in run:
+                    index = p - length if align == "right" else p
+                    found.setdefault(index, [()] * self.total)[n] = ((p,),)
+        return [_Cell(str(index), found[index]) for index in sorted(found)]
+
+    def _inside(self, cells: list[_Cell], node: ast.Node, hint: str, *, special: bool) -> bool:
+        """Whether all hits lie in the prompts, else E0310."""
+        lacking: set[int] = set()
+        for cell in cells:
+            for n, row in enumerate(cell.hits):
+                own = self.maps[n].row
+                allowed = range(len(own.ids))
+                for run in row:
+                    inside = all(p in allowed and (special or not own.special[p]) for p in run)
+                    if not inside:
+                        lacking.add(n)
+        if lacking:
+            self.diagnostics.append(
+                OutsidePrompt(
+                    span=node.span,
+                    position=_text(node),
+                    run=self.run,
+                    lacking=len(lacking),
+                    total=self.total,
+                    example=self._example(min(lacking)),
+                    hint=hint,
+                )
+            )
+        return not lacking
+
+    # --- named spans ----------------------------------------------------------------------------
+
+    def places(self, n: int, ref: ast.SpanRef) -> list[Place]:
+        """All occurrences of a span in a row, in the order of the text."""
+        m = self.maps[n]
+        if ref.literal is not None:
+            found = find_text(m.row.text, ref.literal)
+            if ref.of is not None:
+                around = [s for s in m.row.spans if s.name == ref.of]
+                found = [
+                    at for at in found if any(s.start <= at[0] and at[1] <= s.end for s in around)
+                ]
+            return [m.place(*at) for at in found]
+        special = self._special_id(ref)
+        if special is not None:
+            return [Place(0, 0, (i,)) for i, token in enumerate(m.row.ids) if token == special]
+        return [
+            m.place(s.start, s.end)
+            for s in m.row.spans
+            if s.name == ref.name
+            and (ref.of is None or ref.of in s.within or _lies_in(s, ref.of, m.row.spans))
+        ]
+
+    def _special_id(self, ref: ast.SpanRef) -> int | None:
+        """The id of `bos`, `cls`, `sep`, `eos`, unless the prompt has a span of that name: a
+        placeholder for the first three, a list's separator where it says of which."""
+        if ref.name not in ROLES or ref.of is not None:
+            return None
+        named = any(
+            s.name == ref.name and not (ref.name == "sep" and s.within)
+            for m in self.maps[:1]
+            for s in m.row.spans
+        )
+        return None if named else self.tokenizer.role_ids.get(ref.name)
+
+    def _known(self, ref: ast.SpanRef) -> bool:
+        """Whether any row of any run has such a span, else E0308 or E0313."""
+        if ref.literal is not None and ref.of is None:
+            return True
+        special = self._special_id(ref)
+        if special is not None:
+            if any(special in m.row.ids for m in self.maps):
+                return True
+            self._no_special(ref, "the tokenizer has one, but doesn't put it into these prompts")
+            return False
+        names = {s.name for run in self.table.runs.values() for r in run.rows for s in r.spans}
+        wanted = [ref.of] if ref.literal is not None else [ref.name, ref.of]
+        for name in wanted:
+            if name is None or name in names:
+                continue
+            if name in ROLES and ref.of is None:
+                self._no_special(ref, "the tokenizer has none")
+            else:
+                hint = unknown_span_hint(name, names, self.table)
+                self.diagnostics.append(
+                    UnknownSpan(span=ref.span, name=name, prompts=self.table.name, hint=hint)
+                )
+            return False
+        return True
+
+    def _no_special(self, ref: ast.SpanRef, reason: str) -> None:
+        hint = "set `bos: true` in the model line" if ref.name == "bos" else "name another token"
+        if reason == "the tokenizer has none":
+            hint = "write `first token` for the first one of the text"
+        self.diagnostics.append(
+            NoSuchSpecial(
+                span=ref.span,
+                name=ref.name or "",
+                prompts=self.table.name,
+                reason=reason,
+                hint=hint,
+            )
+        )
+
+    def _all_places(self, ref: ast.SpanRef) -> list[list[Place]] | None:
+        """Per row, all occurrences; None with a diagnostic where the span is unknown or has no
+        token."""
+        if ref.row is not None or ref.col is not None:
+            self.diagnostics.append(NotSupported(span=ref.span, what="a position in an image"))
+            return None
+        if not self._known(ref):
+            return None
+        found = [self.places(n, ref) for n in range(self.total)]
+        bare = [n for n, places in enumerate(found) if any(not p.tokens for p in places)]
+        if bare:
+            place = next(p for p in found[bare[0]] if not p.tokens)
+            text = self.maps[bare[0]].row.text[place.start : place.end]
+            hint = 'name the token beside it, or choose a separator such as ", "'
+            self.diagnostics.append(
+                SpanWithoutToken(
+                    span=ref.span,
+                    name=_text(ref),
+                    run=self.run,
+                    lacking=len(bare),
+                    total=self.total,
+                    text=repr(text),
+                    hint=hint if text else "leave rows where it is empty out with `where`",
+                )
+            )
+            return None
+        return found
+
+    def _absent(self, node: ast.Node, ref: ast.SpanRef, lacking: list[int], least: int) -> None:
+        self.diagnostics.append(
+            AbsentOccurrence(
+                span=node.span,
+                position=_text(ref),
+                run=self.run,
+                lacking=len(lacking),
+                total=self.total,
+                example=self._example(lacking[0]),
+                hint=occurrence_hint(ref, least, self.table, self.run),
+            )
+        )
+
+    def _one_place(self, node: ast.Node, ref: ast.SpanRef) -> list[Place] | None:
+        """The one occurrence that is meant, in each row. E0306, E0309."""
+        found = self._all_places(ref)
+        if found is None:
+            return None
+        pick, least = _picker(ref)
+        lacking = [n for n, places in enumerate(found) if len(places) < least]
+        if lacking:
+            self._absent(node, ref, lacking, least)
+            return None
+        if pick is None:
+            several = [n for n, places in enumerate(found) if len(places) > 1]
+            if several:
+                self._ambiguous(node, ref, several, len(found[several[0]]))
+                return None
+            pick = 0
+        return [places[pick] for places in found]
+
+    def _ambiguous(self, node: ast.Node, ref: ast.SpanRef, several: list[int], times: int) -> None:
+        name = _text(ref)
+        ways = [f"`first-{name} token`", f"`last-{name} token`", f"`{ref.name} 2 token`"]
+        ways += [f"`each {name} token` for one run each", f"`{name} tokens` for all of them"]
+        self.diagnostics.append(
+            AmbiguousSpan(
+                span=node.span,
+                name=name,
+                times=times,
+                rows=len(several),
+                total=self.total,
+                run=self.run,
+                example=self._example(several[0]),
+                ways=", ".join(ways[:-1]) + " or " + ways[-1],
+            )
+        )
+
+    def _span_tokens(self, base: ast.SpanTokens) -> list[_Cell]:
+        ref = base.of
+        occurrence = ref.occurrence
+        ranged = occurrence is not None and (occurrence.low is None or occurrence.high is not None)
+        if base.each or (ranged and not base.plural):
+            return self._occurrences(base)
+        if base.plural and ref.edge is None and ref.literal is None:
+            return self._all_tokens(base)
+        found = self._one_place(base, ref)
+        if found is None:
+            return []
+        hits = [p.tokens if base.plural else p.tokens[-1:] for p in found]
+        self._warn(ref, zip(range(self.total), found, hits, strict=True))
+        return [_Cell(_text(base), [(h,) for h in hits])]
+
+    def _occurrences(self, base: ast.SpanTokens) -> list[_Cell]:
+        """One cell per occurrence. Those of `each` and `*` drop out where a row has fewer."""
+        ref = base.of
+        found = self._all_places(replace(ref, occurrence=None))
+        if found is None:
+            return []
+        most = max(map(len, found))
+        occurrence = ref.occurrence
+        if occurrence is None or occurrence.low is None:
+            wanted = range(1, most + 1)
+            if not most:
+                self._absent(base, ref, list(range(self.total)), 1)
+                return []
+        else:
+            wanted = range(occurrence.low, (occurrence.high or occurrence.low) + 1)
+            lacking = [n for n, places in enumerate(found) if len(places) < wanted[-1]]
+            if lacking:
+                self._absent(base, ref, lacking, wanted[-1])
+                return []
+        cells: list[_Cell] = []
+        for k in wanted:
+            hits: list[Hits] = []
+            for places in found:
+                tokens = places[k - 1].tokens if len(places) >= k else ()
+                hits.append((tokens if base.plural else tokens[-1:],) if tokens else ())
+            name = ref.name if ref.name is not None else f'"{ref.literal}"'
+            behind = f" of {ref.of}" if ref.of is not None else ""
+            cells.append(_Cell(f"{name} {k}{behind}", hits, k))
+        self._warn(
+            ref,
+            (
+                (n, place, place.tokens if base.plural else place.tokens[-1:])
+                for n, places in enumerate(found)
+                for place in places
+            ),
+        )
+        return cells
+
+    def _all_tokens(self, base: ast.SpanTokens) -> list[_Cell]:
+        """`subject tokens`: all tokens of all occurrences, or of `item 2..4`, joined."""
+        ref = base.of
+        found = self._all_places(replace(ref, occurrence=None))
+        if found is None:
+            return []
+        low, high = 1, None
+        if ref.occurrence is not None and ref.occurrence.low is not None:
+            low, high = ref.occurrence.low, ref.occurrence.high or ref.occurrence.low
+        lacking = [n for n, places in enumerate(found) if len(places) < (high or low)]
+        if lacking:
+            self._absent(base, ref, lacking, high or low)
+            return []
+        found = [places[low - 1 : high] for places in found]
+        self._warn(
+            ref, ((n, place, place.tokens) for n, places in enumerate(found) for place in places)
+        )
+        hits: list[Hits] = [
+            (tuple(sorted({t for place in places for t in place.tokens})),) for places in found
+        ]
+        return [_Cell(_text(base), hits)]
+
+    def _each_token_of(self, base: ast.EachTokenOf, ref: ast.SpanRef) -> list[_Cell]:
+        found = self._one_place(base, ref)
+        if found is None:
+            return []
+        self._warn(ref, ((n, place, place.tokens) for n, place in enumerate(found)))
+
+        def elsewhere(other: _Resolver) -> list[tuple[int, ...]]:
+            places = other._one_place(base, ref)
+            return [p.tokens for p in places or ()]
+
+        lengths = self._lengths([p.tokens for p in found], elsewhere)
+        return self._ragged(_text(ref), [p.tokens for p in found], lengths)
+
+    def _lengths(
+        self,
+        own: Sequence[tuple[int, ...]],
+        elsewhere: Callable[[_Resolver], Sequence[tuple[int, ...]]],
+    ) -> set[int]:
+        """How many tokens it is, in all runs: their cells have to bear the same labels."""
+        lengths = {len(tokens) for tokens in own}
+        for run in self.table.runs:
+            if run != self.run:
+                other = _Resolver(self.table, run, self.tokenizer, self.loops, ())
+                lengths |= {len(tokens) for tokens in elsewhere(other)}
+        return lengths
+
+    def _ragged(
+        self, name: str, tokens: Sequence[tuple[int, ...]], lengths: set[int]
+    ) -> list[_Cell]:
+        """One cell per token, or first / middle / last; a single token is the last."""
+        if len(lengths) == 1 and max(lengths) > _FEW:
+            return [
+                _Cell(f"{name} {k + 1}", [((row[k],),) for row in tokens])
+                for k in range(max(lengths))
+            ]
+        parts: dict[str, list[Hits]] = {
+            "first": [((row[0],),) if len(row) > 1 else () for row in tokens],
+            "middle": [tuple((p,) for p in row[1:-1]) for row in tokens],
+            "last": [((row[-1],),) for row in tokens],
+        }
+        return [_Cell(f"{name} {part}", hits) for part, hits in parts.items() if any(hits)]
+
+    def _edge(self, base: ast.EdgeToken) -> list[_Cell]:
+        at = 0 if base.which == "first" else -1
+        if base.of is None:
+            # A prompt without text is refused when the table is built.
+            return [_Cell(_text(base), [((m.text_tokens[at],),) for m in self.maps])]
+        found = self._one_place(base, base.of)
+        if found is None:
+            return []
+        self._warn(base.of, ((n, p, (p.tokens[at],)) for n, p in enumerate(found)))
+        return [_Cell(_text(base), [((p.tokens[at],),) for p in found])]
+
+    def _warn(self, ref: ast.SpanRef, hits: Iterable[tuple[int, Place, tuple[int, ...]]]) -> None:
+        """W0701 where a token that is hit also covers text beside the span."""
+        if self._special_id(ref) is not None:
+            return
+        texts: Counter[str] = Counter()
+        rows: set[int] = set()
+        for n, place, tokens in hits:
+            for token in tokens:
+                more = self.maps[n].covers_more(place, token)
+                if more is not None:
+                    texts[more] += 1
+                    rows.add(n)
+        if texts:
+            shown = ", ".join(f"`{t}`" for t, _ in texts.most_common(3))
+            self.diagnostics.append(
+                TokenCoversMore(
+                    span=ref.span, name=_text(ref), tokens=shown, rows=len(rows), total=self.total
+                )
+            )
+
+    # --- joined, between, except ------------------------------------------------------------------
+
+    def _joined(self, base: ast.Joined, items: ast.Positions) -> list[_Cell]:
+        before = len(self.diagnostics)
+        cells = [cell for item in items.items for cell in self.position(item)]
+        if has_errors(self.diagnostics[before:]):
+            return []
+        return [_Cell(_text(base), [_union(cells, n) for n in range(self.total)])]
+
+    def _single(self, point: ast.Point) -> list[int] | None:
+        """One token position per row, else E0314."""
+        before = len(self.diagnostics)
+        cells = self._point(point, None)
+        if has_errors(self.diagnostics[before:]):
+            return None
+        reason = ""
+        if len(cells) != 1:
+            reason = "a sweep over several positions"
+        elif any(len(row) != 1 or len(row[0]) != 1 for row in cells[0].hits):
+            reason = "several tokens"
+        if reason:
+            position = _text(point)
+            self.diagnostics.append(
+                NotOnePosition(span=point.span, position=position, reason=reason)
+            )
+            return None
+        return [row[0][0] for row in cells[0].hits]
+
+    def _between_tokens(self, body: ast.Between) -> list[tuple[int, ...]] | None:
+        low, high = self._single(body.low), self._single(body.high)
+        if low is None or high is None:
+            return None
+        reversed_rows = [n for n in range(self.total) if low[n] > high[n]]
+        if reversed_rows:
+            self.diagnostics.append(
+                ReversedBetween(
+                    span=body.span,
+                    run=self.run,
+                    lacking=len(reversed_rows),
+                    total=self.total,
+                    example=self._example(reversed_rows[0]),
+                )
+            )
+            return None
+        return [tuple(range(a, b + 1)) for a, b in zip(low, high, strict=True)]
+
+    def _between(self, body: ast.Between) -> list[_Cell]:
+        tokens = self._between_tokens(body)
+        if tokens is None:
+            return []
+        if not body.each:
+            return [_Cell(_text(body), [(row,) for row in tokens])]
+        lengths = self._lengths(tokens, lambda other: other._between_tokens(body) or ())
+        return self._ragged("between", tokens, lengths)
+
+    def _except(self, body: ast.Except, align: str | None) -> list[_Cell]:
+        before = len(self.diagnostics)
+        cells = self.body(body.excluded)
+        if has_errors(self.diagnostics[before:]):
+            return []
+        kept: list[Hits] = []
+        for n, m in enumerate(self.maps):
+            without = {p for run in _union(cells, n) for p in run}
+            tokens = tuple(p for p in m.text_tokens if p not in without)
+            kept.append((tokens,) if tokens else ())
+        lacking = [n for n, row in enumerate(kept) if not row]
+        if lacking:
+            self.diagnostics.append(
+                NothingLeft(
+                    span=body.span,
+                    position=_text(body),
+                    run=self.run,
+                    lacking=len(lacking),
+                    total=self.total,
+                    example=self._example(lacking[0]),
+                )
+            )
+            return []
+        return self._by_index(body, kept, align) if body.each else [_Cell(_text(body), kept)]
+
+    def _example(self, n: int) -> str:
+        text = " ".join(self.maps[n].row.text.split())
+        return f'"{text}"' if len(text) <= 48 else f'"{text[:47]}…"'
+
+
+def _text(node: ast.Node) -> str:
+    """The node as written, on one line."""
+    return " ".join(node.span.text.split())
+
+
+def _union(cells: Sequence[_Cell], n: int) -> Hits:
+    """All positions of a row, joined; no run where there are none."""
+    joined = sorted({p for cell in cells for run in cell.hits[n] for p in run})
+    return (tuple(joined),) if joined else ()
+
+
+def _lies_in(span: Any, name: str, spans: Sequence[Any]) -> bool:
+    """Whether a marked or literal span lies within one that is called `name`."""
+    return any(
+        s is not span and s.name == name and s.start <= span.start and span.end <= s.end
+        for s in spans
+    )
+
+
+def _picker(ref: ast.SpanRef) -> tuple[int | None, int]:
+    """Which occurrence is meant (None: the only one), and how many there have to be."""
+    if ref.edge is not None:
+        return (0 if ref.edge == "first" else -1), 1
+    if ref.occurrence is not None and ref.occurrence.low is not None:
+        return ref.occurrence.low - 1, ref.occurrence.low
+    return (-1 if ref.literal is not None else None), 1
+
+
+def check_joined(
+    base_cells: Sequence[PositionCell],
+    source_cells: Sequence[PositionCell],
+    *,
+    span: Span | None = None,
+    table: PromptTable | None = None,
+    runs: tuple[str, str] | None = None,
+) -> list[Diagnostic]:
+    """E0307 where a row has other numbers of tokens in the two runs. Cells correspond by order;
+    rows that lack the position in one of them have dropped out."""
+    unequal: dict[int, tuple[int, int]] = {}
+    total = 0
+    for base, source in zip(base_cells, source_cells, strict=True):
+        total = max(total, len(base.hits))
+        for n, (written, read) in enumerate(zip(base.hits, source.hits, strict=True)):
+            if written and read and [*map(len, written)] != [*map(len, read)]:
+                unequal.setdefault(n, (sum(map(len, written)), sum(map(len, read))))
+    if not unequal:
+        return []
+    written, read = next(iter(unequal.values()))
+    return [
+        JoinedUnequal(
+            span=span, source=_tokens(read), base=_tokens(written), rows=len(unequal), total=total
+        )
+    ]
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token" + "s" * (count != 1)
+
+
+def hit_texts(
+    table: PromptTable, run: str, cell: PositionCell, tokenizer: TextTokenizer | None = None
+) -> tuple[str, ...]:
+    """The different token texts that a cell hits, the commonest first.
+
+    tokenizer: knows the names of special tokens, which cover no text (else they are left out).
+    """
+    found: Counter[str] = Counter()
+    for row, hits in zip(table.runs[run].rows, cell.hits, strict=True):
+        m = TokenMap(row)
+        for p in (p for tokens in hits for p in tokens):
+            if not row.special[p]:
+                found[m.token_text(p)] += 1
+            elif tokenizer is not None:
+                found[tokenizer.token_text(row.ids[p])] += 1
+    return tuple(text for text, _ in found.most_common())

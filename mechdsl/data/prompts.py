@@ -1,0 +1,393 @@
+"""From a prompts block to a table of tokenised rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+from mechdsl import spec
+from mechdsl.data.answers import (
+    move,
+    numerals,
+    quoted,
+    shared_beginning,
+    text_tokens,
+    tokenise,
+)
+from mechdsl.data.block import Block, Blocks
+from mechdsl.data.collect import MAX_ROWS, Collection, Made, collect, without_effect
+from mechdsl.data.domains import Constants, Words
+from mechdsl.data.noise import add_noise
+from mechdsl.data.replace import extended, replace_in_rows
+from mechdsl.data.rows import CLEAN, Row
+from mechdsl.data.scope import Key, Refusal
+from mechdsl.data.tokenizer import Encoded, TextTokenizer
+from mechdsl.data.types import PromptTable, Run, RunRow, TextTokens
+from mechdsl.data.values import Rich, TokenId
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.e05_data import EmptyPrompt, NoSplit, PromptTooLong
+from mechdsl.diagnostics.w07_data import UnknownWords
+from mechdsl.syntax import ast
+
+Part = Literal["train", "test"]
+T = TypeVar("T")
+
+MAX_NOISE_ROWS = 20_000
+"""Rows before `limit` that one standard deviation is taken over."""
+_NOISE_ROWS_OF_DRAWS = 1_000
+"""The same where rows are drawn, so that there is no end of them."""
+
+
+def build_table(
+    prompts: spec.Prompts,
+    *,
+    tokenizer: TextTokenizer,
+    seed: int = 0,
+    limit: int | None = None,
+    part: Part | None = None,
+    words: Words | None = None,
+    max_length: int | None = None,
+    parameters: Constants | None = None,
+    blocks: Blocks | None = None,
+) -> tuple[PromptTable | None, list[Diagnostic]]:
+    """The rows of a block with all its runs, tokenised.
+
+    words: the plain words of a model's tokenizer, by its name, for `words(MODEL)`.
+    max_length: tokens that the model reads. parameters: the file's, as set.
+    blocks: all prompts of the file, for `from: pairs`.
+    Codes: E0202, E0305 to E0316 (positions of a corruption), E0501 to E0527, W0701 to W0703.
+    """
+    block = Block(prompts, seed=seed, words=words, parameters=parameters or {}, blocks=blocks or {})
+    diagnostics = list(block.diagnostics)
+    if part is not None and prompts.split is None:
+        diagnostics.append(NoSplit(span=prompts.span, prompts=prompts.name, part=part))
+    if has_errors(diagnostics):
+        return None, diagnostics
+    rows = collect(block, limit=limit, part=part)
+    diagnostics = list(dict.fromkeys([*block.diagnostics, *rows.diagnostics]))
+    if has_errors(diagnostics):
+        return None, diagnostics
+    builder = _Builder(block, tokenizer, max_length)
+    table = builder.table(rows, limit, part)
+    return (None if has_errors(builder.diagnostics) else table), [
+        *diagnostics,
+        *dict.fromkeys(builder.diagnostics),
+    ]
+
+
+@dataclass
+class _Builder:
+    """Tokenises the rows of one block."""
+
+    block: Block
+    tokenizer: TextTokenizer
+    max_length: int | None
+
+    def __post_init__(self) -> None:
+        self.diagnostics: list[Diagnostic] = []
+
+    def table(self, found: Collection, limit: int | None, part: Part | None) -> PromptTable:
+        table, equal = self.runs(found.rows)
+        conventions = self._rows_convention(found, len(table), limit, part, equal)
+        conventions |= self._token_conventions(table)
+        if not has_errors(self.diagnostics):
+            self._check_lengths(table)
+            table = self._with_noise(table, found)
+        conventions |= _noise_conventions(table)
+        return replace(table, conventions=conventions)
+
+    # --- tokenisation -----------------------------------------------------------------------------
+
+    def runs(self, made: Sequence[Made]) -> tuple[PromptTable, dict[str, int]]:
+        """The table without noise, and per corruption the rows whose text it left as it was."""
+        texts = {CLEAN: self._texts(CLEAN, [m.clean for m in made], made)}
+        for corruption in self.block.spec.corruptions:
+            rows = [m.corrupted[corruption.name] for m in made]
+            texts[corruption.name] = self._texts(corruption.name, rows, made)
+        every = [
+            tokens
+            for run in texts.values()
+            for row in run
+            for name, tokens in row.items()
+            if not self._is_id(name)
+        ]
+        moved = shared_beginning(every, self.tokenizer) if every else ()
+        runs = {CLEAN: self._run(CLEAN, [m.clean for m in made], texts[CLEAN], moved)}
+        for corruption in self.block.spec.corruptions:
+            rows = [m.corrupted[corruption.name] for m in made]
+            run = self._run(corruption.name, rows, texts[corruption.name], moved)
+            runs[corruption.name] = run
+        table = PromptTable(
+            name=self.block.name,
+            row_ids=tuple(m.clean.id for m in made),
+            runs=runs,
+            data_hash=self.block.data.digest if self.block.data else "",
+            moved=moved,
+            moved_text=self._moved_text(made, moved),
+            sources=tuple(m.clean for m in made),
+        )
+        table = replace(
+            table,
+            runs={
+                name: replace(
+                    run, rows=tuple(extended(r, table.moved, table.moved_text) for r in run.rows)
+                )
+                for name, run in runs.items()
+            },
+        )
+        return self._replaced(table, made)
+
+    def _is_id(self, name: str) -> bool:
+        node = self.block.texts[name]
+        return isinstance(node, ast.Call) and node.name == "token_id"
+
+    def _texts(
+        self, run: str, rows: Sequence[Row], made: Sequence[Made]
+    ) -> list[dict[str, TextTokens]]:
+        """The named texts of a run's rows, behind the clean prompts."""
+        prompts = [m.clean.prompt.text for m in made]
+        out: list[dict[str, TextTokens]] = [{} for _ in rows]
+        for definition in self.block.spec.texts:
+            name = definition.name
+            texts: list[str | TokenId] = [row.named_text(name) for row in rows]
+            tokens, diagnostics = tokenise(
+                prompts, texts, self.tokenizer, name=name, span=definition.value.span
+            )
+            # What is wrong with the clean text need not be said again of the corrupted one.
+            reported = {(d.code, d.span) for d in self.diagnostics}
+            self.diagnostics += [d for d in diagnostics if (d.code, d.span) not in reported]
+            for row, found in zip(out, tokens, strict=True):
+                row[name] = found
+        return out
+
+    def _moved_text(self, made: Sequence[Made], moved: tuple[int, ...]) -> str:
+        """The characters of the moved token: what the answers begin with."""
+        if not moved:
+            return ""
+        first = self.block.spec.texts[0].name
+        prompt, text = made[0].clean.prompt.text, made[0].clean.named_text(first)
+        whole = self.tokenizer.encode(prompt + str(text))
+        before = len(self.tokenizer.encode(prompt).ids) - _closing(self.tokenizer.encode(prompt))
+        start, end = whole.offsets[before]
+        return (prompt + str(text))[max(start, len(prompt)) : end]
+
+    def _run(
+        self,
+        name: str,
+        rows: Sequence[Row],
+        texts: Sequence[Mapping[str, TextTokens]],
+        moved: tuple[int, ...],
+    ) -> Run:
+        riches = [row.prompt for row in rows]
+        encoded = self.tokenizer.encode_all([rich.text for rich in riches])
+        self._check_texts(name, riches, encoded)
+        out: list[RunRow] = []
+        for row, rich, tokens, own in zip(rows, riches, encoded, texts, strict=True):
+            stripped = {
+                key: t if self._is_id(key) else move(t, moved) or t for key, t in own.items()
+            }
+            out.append(
+                RunRow(
+                    text=rich.text,
+                    ids=tokens.ids,
+                    offsets=tokens.offsets,
+                    special=tokens.special,
+                    spans=rich.spans,
+                    values=row.plain_values(),
+                    texts=stripped,
+                )
+            )
+        return Run(name, tuple(out))
+
+    # --- what corruptions do to tokens ---------------------------------------------------------
+
+    def _replaced(
+        self, table: PromptTable, made: Sequence[Made]
+    ) -> tuple[PromptTable, dict[str, int]]:
+        """`replace item tokens with "thing"` in corruptions; rows it doesn't change are dropped."""
+        equal: dict[str, int] = {}
+        keep = [True] * len(table)
+        runs = dict(table.runs)
+        for corruption in self.block.spec.corruptions:
+            changes = [c for c in corruption.changes if isinstance(c, ast.ReplaceTokens)]
+            for change in changes:
+                texts = self._new_texts(corruption.name, change, made)
+                current = replace(table, runs=runs)
+                run, diagnostics = replace_in_rows(
+                    current, corruption.name, change.at, texts, self.tokenizer
+                )
+                self.diagnostics += diagnostics
+                runs[corruption.name] = run
+            if changes and not any(isinstance(c, ast.AddNoise) for c in corruption.changes):
+                pairs = zip(runs[corruption.name].rows, runs[CLEAN].rows, strict=True)
+                same = [corrupted.text == clean.text for corrupted, clean in pairs]
+                if all(same) and not has_errors(self.diagnostics):
+                    self.diagnostics.append(without_effect(corruption))
+                elif any(same):
+                    equal[corruption.name] = sum(same)
+                    keep = [k and not s for k, s in zip(keep, same, strict=True)]
+        runs = {name: replace(run, rows=_only(run.rows, keep)) for name, run in runs.items()}
+        table = replace(
+            table,
+            row_ids=_only(table.row_ids, keep),
+            sources=_only(table.sources, keep),
+            runs=runs,
+        )
+        return table, equal
+
+    def _new_texts(self, run: str, change: ast.ReplaceTokens, made: Sequence[Made]) -> list[str]:
+        texts: list[str] = []
+        for m in made:
+            row = m.corrupted[run]
+            try:
+                text = row.as_text(change.value, Key(f"{run}:replace"))
+            except Refusal as refusal:
+                self.diagnostics.append(refusal.diagnostic(row.describe()))
+                return [""] * len(made)
+            texts.append(text if isinstance(text, str) else self.tokenizer.token_text(text.id))
+        return texts
+
+    def _with_noise(self, table: PromptTable, found: Collection) -> PromptTable:
+        if not any(
+            isinstance(change, ast.AddNoise)
+            for corruption in self.block.spec.corruptions
+            for change in corruption.changes
+        ):
+            return table
+        table, diagnostics = add_noise(
+            table, self.block, self.tokenizer, lambda: self._before_limit(found, table)
+        )
+        self.diagnostics += diagnostics
+        return table
+
+    def _before_limit(self, found: Collection, table: PromptTable) -> PromptTable:
+        """The rows that there are without `limit` and `split`."""
+        if found.complete and self.block.spec.split is None:
+            return table
+        block = self.block
+        target = max(block.combinations, _NOISE_ROWS_OF_DRAWS if block.draws else 0)
+        more = collect(block, limit=min(target, MAX_NOISE_ROWS))
+        return _Builder(block, self.tokenizer, None).runs(more.rows)[0] if more.rows else table
+
+    # --- checks and conventions -------------------------------------------------------------
+
+    def _check_texts(self, run: str, riches: Sequence[Rich], encoded: Sequence[Encoded]) -> None:
+        template = self.block.templates[0].text.span
+        empty = sum(not rich.text.strip() for rich in riches)
+        if empty:
+            self.diagnostics.append(EmptyPrompt(span=template, run=run, rows=empty))
+        unknown = self.tokenizer.unknown_id
+        if unknown is None:
+            return
+        words: dict[str, None] = {}
+        rows = 0
+        for rich, tokens in zip(riches, encoded, strict=True):
+            places = [i for i, token in enumerate(tokens.ids) if token == unknown]
+            rows += bool(places)
+            for i in places:
+                start, end = tokens.offsets[i]
+                words[quoted(rich.text[start:end].strip())] = None
+        if rows and not any(isinstance(d, UnknownWords) for d in self.diagnostics):
+            listed = list(words)
+            shown = ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" * (len(listed) > 3))
+            self.diagnostics.append(
+                UnknownWords(
+                    span=template,
+                    words=shown,
+                    unknown=self.tokenizer.token_text(unknown),
+                    rows=rows,
+                    total=len(riches),
+                    run=run,
+                )
+            )
+
+    def _check_lengths(self, table: PromptTable) -> None:
+        if self.max_length is None:
+            return
+        for name, run in table.runs.items():
+            lengths = [len(row.ids) for row in run.rows]
+            too_long = sum(n > self.max_length for n in lengths)
+            if too_long:
+                self.diagnostics.append(
+                    PromptTooLong(
+                        span=self.block.templates[0].text.span,
+                        run=name,
+                        rows=too_long,
+                        total=len(lengths),
+                        longest=max(lengths),
+                        most=self.max_length,
+                    )
+                )
+                return
+
+    def _rows_convention(
+        self,
+        found: Collection,
+        kept: int,
+        limit: int | None,
+        part: Part | None,
+        equal: Mapping[str, int],
+    ) -> dict[str, str]:
+        block = self.block
+        unit = "records" if block.data is not None and block.size == 1 else "combinations"
+        text = f"{kept:,} of {block.combinations:,} {unit}"
+        if block.draws:
+            text = f"{kept:,} drawn from {block.combinations:,} {unit}"
+        if part is not None:
+            text += f", part `{part}` of a {block.spec.split:g}% split"
+        if limit is not None and kept < limit:
+            text += f" (limit {limit:,}, there are no more)"
+        out = {"rows": f"{text}, seed {block.seed}"}
+        unchanged = dict(found.unchanged)
+        for name, count in equal.items():
+            unchanged[name] = unchanged.get(name, 0) + count
+        dropped = [f"{n:,} by `where`" for n in (found.filtered,) if n]
+        dropped += [f"{n:,} that were there already" for n in (found.equal,) if n]
+        dropped += [f"{n:,} that `{run}` leaves unchanged" for run, n in unchanged.items()]
+        if dropped:
+            out["dropped"] = ", ".join(dropped)
+        return out
+
+    def _token_conventions(self, table: PromptTable) -> dict[str, str]:
+        out = {"bos": self.tokenizer.bos_convention()}
+        rows = table.runs[CLEAN].rows
+        for name in rows[0].texts if rows else ():
+            lengths = sorted({len(row.texts[name].ids) for row in rows})
+            sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+            tokens = "one token" if lengths == [1] else f"{sizes} tokens"
+            out[name] = f"{quoted(rows[0].texts[name].text)}: {tokens}, read behind the prompt"
+            if table.moved and not self._is_id(name):
+                out[name] += f"; its first token {quoted(table.moved_text)} stands in the prompt"
+        return out
+
+
+def _noise_conventions(table: PromptTable) -> dict[str, str]:
+    out: dict[str, str] = {}
+    for name, run in table.runs.items():
+        noise = run.noise
+        if noise is not None and noise.sds is not None:
+            out[f"noise of {name}"] = (
+                f"{noise.kind}, {noise.sds:g} sd over {len(noise.sd_tokens):,} tokens, "
+                f"{noise.samples} draws"
+            )
+        elif noise is not None:
+            out[f"noise of {name}"] = f"{noise.kind}, std {noise.std:g}, {noise.samples} draws"
+    return out
+
+
+def _closing(encoded: Encoded) -> int:
+    """How many special tokens the tokenizer puts behind the text."""
+    closing = 0
+    for special in reversed(encoded.special):
+        if not special:
+            break
+        closing += 1
+    return closing if closing < len(encoded.ids) else 0
+
+
+def _only(entries: Sequence[T], keep: Sequence[bool]) -> tuple[T, ...]:
+    return tuple(e for e, k in zip(entries, keep, strict=True) if k)
+
+
+__all__ = ["MAX_ROWS", "Part", "build_table", "numerals", "text_tokens"]

@@ -1,0 +1,58 @@
+"""Seeded draws: each depends on what it is for, never on batches, limits or Python's `hash`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import overload
+
+_WORD = (1 << 64) - 1
+_ROUNDS = 6
+
+
+def stable_hash(*parts: object) -> int:
+    """A number in 0..2^128-1 that is the same on every machine and in every version."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+
+
+class Permutation(Sequence[int]):
+    """A seeded permutation of 0..size-1 that is never written out, so `size` may be anything.
+
+    A Feistel network permutes the next power of four; what falls outside is sent round again
+    (cycle walking, three times on average at worst).
+    """
+
+    def __init__(self, size: int, *key: object) -> None:
+        self.size = size
+        self._half = max(1, ((size - 1).bit_length() + 1) // 2)
+        self._mask = (1 << self._half) - 1
+        self._keys = tuple(stable_hash(*key, n) & _WORD for n in range(_ROUNDS))
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.size))]
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        while True:
+            left, right = index >> self._half, index & self._mask
+            for key in self._keys:
+                left, right = right, left ^ (_mix(right ^ key) & self._mask)
+            index = left << self._half | right
+            if index < self.size:
+                return index
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64."""
+    x = (x + 0x9E3779B97F4A7C15) & _WORD
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    return x ^ (x >> 31)

@@ -1,0 +1,104 @@
+"""E02xx: names, words of the registries, imports, parameters."""
+
+from dataclasses import dataclass
+
+from mechdsl.diagnostics.core import Diagnostic
+
+
+def did_you_mean(suggestion: str | None, otherwise: str) -> str:
+    """A help line: the near miss where there is one, else what to do."""
+    return f"did you mean `{suggestion}`?" if suggestion else otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownName(Diagnostic):
+    code = "E0201"
+    title = "there is no {kind} called `{name}`"
+    label = "not defined"
+    help = "{hint}"
+    kind: str
+    name: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplicateName(Diagnostic):
+    code = "E0202"
+    title = "`{name}` is defined twice"
+    label = "the first definition is {first}"
+    help = "give one of them another name"
+    name: str
+    first: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownWord(Diagnostic):
+    code = "E0203"
+    title = "`{word}` is not a {kind}"
+    label = "unknown {kind}"
+    help = "{hint}"
+    kind: str
+    word: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportFailed(Diagnostic):
+    code = "E0204"
+    title = "`{path}` cannot be imported: {reason}"
+    label = "imported here"
+    help = "{hint}"
+    path: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSetting(Diagnostic):
+    code = "E0205"
+    title = "`--set {setting}`: {reason}"
+    help = "{hint}"
+    setting: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhichModel(Diagnostic):
+    code = "E0206"
+    title = "experiment `{experiment}` doesn't say which model it runs on"
+    label = "no `model` line in this experiment"
+    help = "{hint}"
+    experiment: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadArgument(Diagnostic):
+    code = "E0207"
+    title = "`{name}` {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    name: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadCommandLine(Diagnostic):
+    code = "E0208"
+    title = "{reason}"
+    help = "{hint}"
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatedStatement(Diagnostic):
+    code = "E0209"
+    title = "`{what}` stands twice in `{block}`"
+    label = "the first one is on line {first}"
+    help = "keep one of them"
+    what: str
+    block: str
+    first: int

@@ -1,0 +1,107 @@
+"""E0301 to E0304, E032x: coordinates of sites."""
+
+from dataclasses import dataclass
+
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitOutOfRange(Diagnostic):
+    code = "E0301"
+    title = "{unit} {index} does not exist in `{model}`"
+    label = "`{model}` has {units} 0..{last} {where}"
+    help = "write `{unit} *` for all of them"
+    unit: str
+    units: str
+    index: int
+    last: int
+    where: str
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOutOfRange(Diagnostic):
+    code = "E0302"
+    title = "layer {index} does not exist in `{model}`"
+    label = "`{model}` has layers 0..{last}"
+    help = "write `layer *` for all of them, or a relative depth such as `layer 50%..80%`"
+    index: int
+    last: int
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoComponent(Diagnostic):
+    code = "E0303"
+    title = "the rule names neither a component nor a head"
+    label = "what of this layer?"
+    help = "write one of {components}, or add `head *`"
+    components: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxisDoesNotFit(Diagnostic):
+    code = "E0304"
+    title = "`{site}` {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    site: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxesCollide(Diagnostic):
+    code = "E0320"
+    title = "two sweeps of this experiment are both called `{axis}`"
+    label = "the other one is on line {first}"
+    help = "share one axis: `for {letter} in … {{ … {axis} {letter} … }}`, or join one of them: {plural}"
+    axis: str
+    letter: str
+    plural: str
+    first: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmptyRange(Diagnostic):
+    code = "E0321"
+    title = "the range `{text}` is empty"
+    label = "nothing to sweep over"
+    help = "ranges are inclusive and go upwards: write `{low}..{high}`"
+    text: str
+    low: str
+    high: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadLoopValue(Diagnostic):
+    code = "E0322"
+    title = "`{name}` can't be used here: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    name: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TooManyCells(Diagnostic):
+    code = "E0323"
+    title = "experiment `{experiment}` has {cells:,} cells, more than {most:,}"
+    label = "its axes multiply: {axes}"
+    help = "sweep over fewer values, or join an axis: `heads *` instead of `head *`"
+    experiment: str
+    cells: int
+    most: int
+    axes: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnevenPositions(Diagnostic):
+    code = "E0324"
+    title = "`{position}` covers {least} to {most} tokens, so its rows don't correspond"
+    label = "a mean or a resampling goes over rows"
+    help = "name single tokens, such as `first token of …`, or positions that are equally long"
+    position: str
+    least: int
+    most: int

@@ -1,0 +1,150 @@
+"""E0305 to E0319: positions in a text. Counts are rows of the prompts block."""
+
+from dataclasses import dataclass
+
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaggedPositions(Diagnostic):
+    code = "E0305"
+    title = "`{position}` means different places in prompts of different lengths"
+    label = "prompts of `{run}` have {shortest} to {longest} tokens"
+    help = (
+        "write `{position} align left` or `{position} align right`, or name the positions "
+        "(`last token`, `each token of NAME`)"
+    )
+    position: str
+    run: str
+    shortest: int
+    longest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmbiguousSpan(Diagnostic):
+    code = "E0306"
+    title = "`{name}` occurs {times} times in the prompt, which one?"
+    label = "in {rows} of {total} rows of `{run}`, as in {example}"
+    help = "write {ways}"
+    name: str
+    times: int
+    rows: int
+    total: int
+    run: str
+    example: str
+    ways: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedUnequal(Diagnostic):
+    code = "E0307"
+    title = "joined positions have different numbers of tokens in the two runs"
+    label = "{source} in the source run, {base} in the base run, in {rows} of {total} rows"
+    help = (
+        "use a position that is one token in both (`NAME token`), or values of the same number "
+        "of tokens"
+    )
+    source: str
+    base: str
+    rows: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownSpan(Diagnostic):
+    code = "E0308"
+    title = "the prompts of `{prompts}` have no span called `{name}`"
+    label = "not a placeholder of the template"
+    help = "{hint}"
+    name: str
+    prompts: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsentOccurrence(Diagnostic):
+    code = "E0309"
+    title = "{lacking} of {total} rows of `{run}` have no `{position}`"
+    label = "as in {example}"
+    help = "{hint}"
+    position: str
+    run: str
+    lacking: int
+    total: int
+    example: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutsidePrompt(Diagnostic):
+    code = "E0310"
+    title = "`{position}` lies outside the prompt in {lacking} of {total} rows of `{run}`"
+    label = "as in {example}"
+    help = "{hint}"
+    position: str
+    run: str
+    lacking: int
+    total: int
+    example: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReversedBetween(Diagnostic):
+    code = "E0311"
+    title = "the second position comes before the first in {lacking} of {total} rows of `{run}`"
+    label = "as in {example}"
+    help = "`between` goes from left to right: exchange the two positions"
+    run: str
+    lacking: int
+    total: int
+    example: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanWithoutToken(Diagnostic):
+    code = "E0312"
+    title = "`{name}` has no token of its own in {lacking} of {total} rows of `{run}`"
+    label = "its text is {text}, and white space belongs to the token beside it"
+    help = "{hint}"
+    name: str
+    run: str
+    lacking: int
+    total: int
+    text: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoSuchSpecial(Diagnostic):
+    code = "E0313"
+    title = "the prompts of `{prompts}` have no {name} token"
+    label = "{reason}"
+    help = "{hint}"
+    name: str
+    prompts: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotOnePosition(Diagnostic):
+    code = "E0314"
+    title = "`between` goes from one token to another, `{position}` is not one token"
+    label = "{reason}"
+    help = "write a single position, such as `first token of NAME` or `NAME token`"
+    position: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NothingLeft(Diagnostic):
+    code = "E0315"
+    title = "`{position}` leaves no token in {lacking} of {total} rows of `{run}`"
+    label = "as in {example}"
+    help = "except fewer tokens"
+    position: str
+    run: str
+    lacking: int
+    total: int
+    example: str

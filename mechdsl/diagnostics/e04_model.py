@@ -1,0 +1,184 @@
+"""E04xx: the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelNotFound(Diagnostic):
+    """A `local` folder that doesn't exist, or an `hf` model that is needed and not cached."""
+
+    code = "E0401"
+    title = "there is no model at `{path}`"
+    label = "`{model}` is looked for in {place}"
+    help = "{advice}"
+
+    model: str
+    path: str
+    place: str
+    advice: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoResidMid(Diagnostic):
+    """`resid_mid` where attention and MLP read the same stream."""
+
+    code = "E0402"
+    title = "`{model}` has no `resid_mid`"
+    label = "attention and MLP run side by side in each of its blocks"
+    help = "write `resid_pre`, which both read, or `attn_out`, what attention adds"
+
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownZooModel(Diagnostic):
+    """`zoo("…")` with a name that the zoo doesn't have."""
+
+    code = "E0403"
+    title = "the zoo has no model `{path}`"
+    label = "unknown zoo model"
+    help = "{advice}"
+
+    path: str
+    advice: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoConfig(Diagnostic):
+    """A model folder without a readable `config.json`."""
+
+    code = "E0404"
+    title = "`{model}` has no readable `config.json`"
+    label = "{reason}"
+    help = "point at a folder that `save_pretrained` wrote"
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PickledWeights(Diagnostic):
+    """Weights only in a format that runs code when it is read."""
+
+    code = "E0405"
+    title = "the weights of `{model}` are pickled; only safetensors are read"
+    label = "`{file}` can run any code when it is opened"
+    help = "save them again with `model.save_pretrained(folder)`, which writes safetensors"
+
+    model: str
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoWeights(Diagnostic):
+    """A model folder without weights."""
+
+    code = "E0406"
+    title = "`{model}` has no weights"
+    label = "no `.safetensors` file beside its `config.json`"
+    help = "{advice}"
+
+    model: str
+    advice: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotADecoder(Diagnostic):
+    """A model that doesn't predict next tokens."""
+
+    code = "E0407"
+    title = "`{model}` is a `{architecture}`, not a causal language model"
+    label = "it gives no next-token logits"
+    help = "use a model whose architecture ends with `ForCausalLM` or `LMHeadModel`"
+
+    model: str
+    architecture: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeUnknown(Diagnostic):
+    """A `config.json` that doesn't say how large the model is."""
+
+    code = "E0408"
+    title = "the `config.json` of `{model}` gives no {what}"
+    label = "looked for {keys}"
+    help = "add the key, or use a transformers model"
+
+    model: str
+    what: str
+    keys: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartNotFound(Diagnostic):
+    """The finder can't tell which module plays a part."""
+
+    code = "E0409"
+    title = "`{model}` ({architecture}): {part} not found"
+    label = "{reason}"
+    help = "register the family with `@family` and name the module there"
+
+    model: str
+    architecture: str
+    part: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityBroken(Diagnostic):
+    """The parts of the model don't add up as its anatomy says."""
+
+    code = "E0410"
+    title = "`{model}` ({architecture}) fails the check `{identity}`"
+    label = "{reason}"
+    help = "its modules are not what the finder took them for; register the family with `@family`"
+
+    model: str
+    architecture: str
+    identity: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadFailed(Diagnostic):
+    """transformers or safetensors refused the folder."""
+
+    code = "E0411"
+    title = "`{model}` can't be loaded"
+    label = "{reason}"
+    help = "it has to load with `AutoModelForCausalLM.from_pretrained`"
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoTokenizer(Diagnostic):
+    """A model without a fast tokenizer."""
+
+    code = "E0412"
+    title = "`{model}` has no tokenizer that gives character offsets"
+    label = "{reason}"
+    help = "positions are found by offsets: save a fast tokenizer (`tokenizer.json`) beside it"
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteNotOnModel(Diagnostic):
+    """A site of the language that this model doesn't have."""
+
+    code = "E0413"
+    title = "`{model}` has no `{site}`"
+    label = "not a part of {architecture}"
+    help = "it has {available}"
+
+    model: str
+    site: str
+    architecture: str
+    available: str

@@ -1,0 +1,305 @@
+"""E05xx: prompts, data files, tokenizers and answers."""
+
+from dataclasses import dataclass
+
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownValue(Diagnostic):
+    code = "E0501"
+    title = "prompts `{prompts}` have no value or column `{name}`"
+    label = "unknown"
+    help = "{hint}"
+    prompts: str
+    name: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CyclicValue(Diagnostic):
+    code = "E0502"
+    title = "`{name}` depends on itself: {path}"
+    label = "part of the circle"
+    help = "give one of them values of its own, such as `{name} in 1..9`"
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadValue(Diagnostic):
+    code = "E0503"
+    title = "`{expression}` can't be worked out: {reason}"
+    label = "in {rows}"
+    help = "{hint}"
+    expression: str
+    reason: str
+    rows: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataNotRead(Diagnostic):
+    code = "E0504"
+    title = "`{path}` can't be read: {reason}"
+    label = "read from here"
+    help = "{hint}"
+    path: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFormat(Diagnostic):
+    code = "E0505"
+    title = "`{path}` is not data that can be read: {reason}"
+    label = "this file"
+    help = "{hint}"
+    path: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TooMany(Diagnostic):
+    code = "E0506"
+    title = "{what}: {amount} are more than {most:,}"
+    label = "too many"
+    help = "{hint}"
+    what: str
+    amount: str
+    most: int
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiTokenText(Diagnostic):
+    code = "E0507"
+    title = "`{metric}` needs one token, {text} is {tokens}"
+    label = "{tokens} in some rows"
+    help = "write `logprob(…)`, which is summed over its tokens, or `{metric}(first token of …)`"
+    text: str
+    tokens: str
+    metric: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoTokenizer(Diagnostic):
+    code = "E0508"
+    title = "`{path}` has no tokenizer that can be read: {reason}"
+    label = "this model"
+    help = (
+        "a `tokenizer.json` is needed: load the tokenizer once with transformers "
+        "(`AutoTokenizer.from_pretrained(…)`) and save it with `save_pretrained(…)`"
+    )
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoRows(Diagnostic):
+    code = "E0509"
+    title = "prompts `{prompts}` have no rows: {reason}"
+    label = "leaves nothing"
+    help = "{hint}"
+    prompts: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptionWithoutEffect(Diagnostic):
+    code = "E0510"
+    title = "the corrupted prompt of `{run}` equals the clean one in every row"
+    label = "changes nothing in the text"
+    help = "{hint}"
+    run: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTooLong(Diagnostic):
+    code = "E0511"
+    title = "{rows} of {total} prompts of `{run}` are longer than the model's context"
+    label = "the longest has {longest:,} tokens, the model reads {most:,}"
+    help = "shorten the template or the lists, or keep short rows with `where`"
+    run: str
+    rows: int
+    total: int
+    longest: int
+    most: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NothingToDraw(Diagnostic):
+    code = "E0512"
+    title = "`{expression}` has nothing left to draw: {reason}"
+    label = "in {rows}"
+    help = "give it more values, or draw fewer"
+    expression: str
+    reason: str
+    rows: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoDomain(Diagnostic):
+    code = "E0513"
+    title = "`{name}` has no set of values to draw another one from"
+    label = "drawn from here"
+    help = "{hint}"
+    name: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownFunction(Diagnostic):
+    code = "E0514"
+    title = "prompts know no function `{name}`"
+    label = "unknown"
+    help = "{hint}"
+    name: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadCall(Diagnostic):
+    code = "E0515"
+    title = "`{name}` {reason}"
+    label = "{reason}"
+    help = "write `{usage}`"
+    name: str
+    reason: str
+    usage: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownText(Diagnostic):
+    code = "E0516"
+    title = "prompts `{prompts}` have no text `{name}`"
+    label = "no such text"
+    help = "{hint}"
+    prompts: str
+    name: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedFirstToken(Diagnostic):
+    code = "E0517"
+    title = "the {which} token of {text} is also that of {rival}"
+    label = "`{token}` doesn't tell them apart, in {rows} of {total} rows"
+    help = "measure `logprob(…)`, which reads all tokens, or choose other answers"
+    which: str
+    text: str
+    rival: str
+    token: str
+    rows: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiTokenNumeral(Diagnostic):
+    code = "E0518"
+    title = "{amount} of the numerals {low}..{high} are more than one token"
+    label = "{text} is {tokens} tokens: {pieces}"
+    help = "end the range before {first}, or measure `logprob(…)` of a text"
+    amount: int
+    low: int
+    high: int
+    text: str
+    tokens: int
+    pieces: str
+    first: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerNotInVocabulary(Diagnostic):
+    code = "E0519"
+    title = "the tokenizer doesn't know {text}, it is read as `{unknown}`"
+    label = "in {rows} of {total} rows"
+    help = "use words that the model's vocabulary holds"
+    text: str
+    unknown: str
+    rows: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoSplit(Diagnostic):
+    code = "E0520"
+    title = "prompts `{prompts}` have no part `{part}`"
+    label = "not split"
+    help = "write `split 50%` in `prompts {prompts}`"
+    prompts: str
+    part: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextNotInside(Diagnostic):
+    code = "E0521"
+    title = "the text of `{name}` doesn't occur in `{within}` in {lacking} rows"
+    label = "as in {example}"
+    help = "keep only rows in which it does, or correct the data"
+    name: str
+    within: str
+    lacking: int
+    example: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoBosToken(Diagnostic):
+    code = "E0522"
+    title = "`bos: true` is asked for, but the tokenizer has no beginning-of-sequence token"
+    label = "none to add"
+    help = "leave `bos` out: this model was trained without one"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotATokenId(Diagnostic):
+    code = "E0523"
+    title = "`token_id({name})`: {value} is not a token id"
+    label = "the vocabulary has ids 0 to {last}"
+    help = "give a column that holds token ids of this tokenizer"
+    name: str
+    value: str
+    last: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmptyText(Diagnostic):
+    code = "E0524"
+    title = "the text `{name}` is empty in {rows} of {total} rows"
+    label = "no token to measure"
+    help = "leave these rows out with `where`"
+    name: str
+    rows: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoTemplate(Diagnostic):
+    code = "E0525"
+    title = "prompts `{prompts}` have no template"
+    label = "no text to give to the model"
+    help = 'add a line such as `template "{{prompt}}"`'
+    prompts: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmptyPrompt(Diagnostic):
+    code = "E0526"
+    title = "{rows} prompts of `{run}` are empty"
+    label = "no token to read"
+    help = "leave these rows out with `where`"
+    run: str
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherSpelling(Diagnostic):
+    code = "E0527"
+    title = "{text} is not spelt like the answers, which begin with {moved}"
+    label = "{moved} was moved into the prompt"
+    help = "write it with the same beginning"
+    text: str
+    moved: str

@@ -1,0 +1,75 @@
+"""E0601 to E0603, E061x: what an experiment must say."""
+
+from dataclasses import dataclass
+
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoMeasure(Diagnostic):
+    code = "E0601"
+    title = "experiment `{experiment}` measures nothing"
+    label = "no `measure` line in this experiment"
+    help = "add what to read, for example `measure logit(answer) as raw`"
+    experiment: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchWithoutSource(Diagnostic):
+    code = "E0602"
+    title = "`patch` doesn't say where the activation comes from"
+    label = "patched from which run?"
+    help = "add a line such as `from clean into {base}`, or name a run behind it: `with RUN`"
+    base: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectNeedsSource(Diagnostic):
+    code = "E0603"
+    title = "`{effect}` needs a source run"
+    label = "the effect is a share of the way from the base run to the source run"
+    help = "add a line such as `from clean into {base}`, or measure `as delta`"
+    effect: str
+    base: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoSuchAxis(Diagnostic):
+    code = "E0610"
+    title = "`{word}` is not an axis of experiment `{experiment}`"
+    label = "its axes are: {axes}"
+    help = "{hint}"
+    word: str
+    experiment: str
+    axes: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectWithoutRule(Diagnostic):
+    code = "E0611"
+    title = "`{effect}` is always 0 in an experiment without a rule"
+    label = "nothing is changed in this experiment"
+    help = "add a rule such as `patch layer * head * at last token`, or measure `as {instead}`"
+    effect: str
+    instead: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadableMeasure(Diagnostic):
+    code = "E0612"
+    title = "`{text}` cannot be measured: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    text: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NothingKept(Diagnostic):
+    code = "E0613"
+    title = "`keep` leaves none of the {rows} rows"
+    label = "holds for no row of the clean run"
+    help = "the model may not do this task: measure `correct as raw` first"
+    rows: int

@@ -1,0 +1,55 @@
+"""E0604 to E0607: statistics, expectations and reports."""
+
+from dataclasses import dataclass
+
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroDenominator(Diagnostic):
+    code = "E0604"
+    title = "the denominator of `{effect}` cannot be told from 0"
+    label = "{divisor} is {mean} over {n} prompts, {confidence} % interval {low} to {high}"
+    help = (
+        "measure `as delta`, take more prompts, or a metric and a corruption that separate the runs"
+    )
+    effect: str
+    divisor: str
+    mean: str
+    low: str
+    high: str
+    confidence: str
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhichMeasure(Diagnostic):
+    code = "E0605"
+    title = "which of the {count} measures is meant by `{text}`?"
+    label = "could be {candidates}"
+    help = "{hint}"
+    text: str
+    count: int
+    candidates: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadableExpectation(Diagnostic):
+    code = "E0606"
+    title = "this expectation cannot be decided: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadReport(Diagnostic):
+    code = "E0607"
+    title = "`report {kind}` {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    kind: str
+    reason: str
+    hint: str

@@ -1,0 +1,41 @@
+"""W0701 to W0709: tokens that look like mistakes but run."""
+
+from dataclasses import dataclass
+
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCoversMore(Diagnostic):
+    code = "W0701"
+    title = "tokens of `{name}` also cover text beside it"
+    label = "{tokens}, in {rows} of {total} rows"
+    help = "put a space between them in the template, or read the result as that of both"
+    name: str
+    tokens: str
+    rows: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownWords(Diagnostic):
+    code = "W0702"
+    title = "the tokenizer doesn't know {words}"
+    label = "read as `{unknown}` in {rows} of {total} rows of `{run}`"
+    help = "use words that the model's vocabulary holds"
+    words: str
+    unknown: str
+    rows: int
+    total: int
+    run: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerChangesPrompt(Diagnostic):
+    code = "W0703"
+    title = "the end of the prompt and {text} share a token"
+    label = "in {rows} of {total} rows the prompt is tokenised otherwise with the answer behind it"
+    help = "move the white space at the end of the template to the beginning of the answers"
+    text: str
+    rows: int
+    total: int

@@ -1,0 +1,34 @@
+"""W0710 to W0719: warnings about models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelNotHere(Diagnostic):
+    """An `hf` model that the local cache doesn't have."""
+
+    code = "W0710"
+    title = "`{model}` is not on this machine, so it was not checked"
+    label = "`{path}` is not in the Hugging Face cache"
+    help = "`hf download {path}` fetches it; layers, heads and answers are checked then"
+
+    model: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotResumable(Diagnostic):
+    """Runs of the model can't be resumed in the middle."""
+
+    code = "W0711"
+    title = "`{model}` can't be resumed at a layer; every run is a whole forward pass"
+    label = "resumed at {layer}, its logits differ by {error:.1g}"
+    help = "nothing to change: results are the same, they take longer"
+
+    model: str
+    layer: str
+    error: float

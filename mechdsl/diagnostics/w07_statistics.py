@@ -1,0 +1,18 @@
+"""W0720 to W0729: results that will say little."""
+
+from dataclasses import dataclass
+
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@dataclass(frozen=True, kw_only=True)
+class TooFewPrompts(Diagnostic):
+    code = "W0720"
+    title = "with {n} prompts no cell can survive the correction"
+    label = "the smallest p is {smallest}, corrected ({correction}, {cells} cells) {corrected}"
+    help = "take more prompts, sweep fewer cells, or see the p values as a description only"
+    n: int
+    smallest: str
+    correction: str
+    corrected: str
+    cells: int

@@ -1,0 +1,173 @@
+"""What an expectation says, with its names bound: values, and conditions on them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from mechdsl.results.experiment import CellKey
+
+# --- which cells --------------------------------------------------------------------------------
+
+SHORT_COMPONENTS = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
+"""`L3.mlp` is `mlp_out layer 3`."""
+
+_SHORT = re.compile(r"L(?P<layer>\d+)(?:(?P<unit>[HN])(?P<index>\d+))?(?:\.(?P<component>\w+))?")
+_LONG_AXIS = re.compile(r"\b(layer|head|neuron|expert|feature) (\d+)\b")
+_UNITS = {"H": "head", "N": "neuron"}
+
+
+def full_component(name: str) -> str:
+    """The registered name of a component that may be written short."""
+    return SHORT_COMPONENTS.get(name, name)
+
+
+def place_of(cell: CellKey) -> tuple[dict[str, int | float | str], str | None]:
+    """All coordinates of a cell, those included that its experiment doesn't sweep, and its
+    component. They stand in the site's name (`L2H0.z`, `z layer 2 head 0`)."""
+    found: dict[str, int | float | str] = {}
+    component: str | None = None
+    short = _SHORT.fullmatch(cell.site)
+    if short:
+        found["layer"] = int(short["layer"])
+        if short["unit"]:
+            found[_UNITS[short["unit"]]] = int(short["index"])
+        component = short["component"]
+    else:
+        found.update({axis: int(number) for axis, number in _LONG_AXIS.findall(cell.site)})
+        word = re.match(r"[A-Za-z_]\w*", cell.site)
+        component = word[0] if word else None
+    found.update(cell.coords)
+    return found, full_component(component) if component else None
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which cells are meant: ranges of coordinates, and a component."""
+
+    text: str
+    ranges: Mapping[str, tuple[tuple[int | float | str, int | float | str], ...]]
+    """Axis -> ranges with both ends included, one of which has to hold it."""
+    component: str | None = None
+
+    def matches(self, cell: CellKey) -> bool:
+        coordinates, component = place_of(cell)
+        if self.component and component and self.component != component:
+            return False
+        return all(
+            axis in coordinates and any(_within(coordinates[axis], *ends) for ends in allowed)
+            for axis, allowed in self.ranges.items()
+        )
+
+    def find(self, cells: Iterable[CellKey]) -> list[int]:
+        """Indices of the cells that are meant."""
+        return [index for index, cell in enumerate(cells) if self.matches(cell)]
+
+
+def _within(value: int | float | str, low: int | float | str, high: int | float | str) -> bool:
+    if isinstance(value, str) or isinstance(low, str) or isinstance(high, str):
+        return str(value) == str(low)
+    return low <= value <= high
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float
+
+
+@dataclass(frozen=True)
+class OfCells:
+    """One number of the cells of a measure. `only` and `cell` read a single one."""
+
+    how: Literal["max", "min", "mean", "cell", "only"]
+    measure: int
+    where: tuple[Where, ...] = ()
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    run: str
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Over the cells that both experiments have."""
+
+    how: Literal["spearman", "pearson"]
+    measure: int
+    experiment: str
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    operator: Literal["+", "-", "*", "/"]
+    left: Value
+    right: Value
+
+
+@dataclass(frozen=True)
+class Absolute:
+    operand: Value
+
+
+Value = Constant | OfCells | Accuracy | Correlation | Arithmetic | Absolute
+
+
+# --- conditions ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    operator: Literal["<", "<=", ">", ">=", "=", "!="]
+    left: Value
+    right: Value
+
+
+@dataclass(frozen=True)
+class Between:
+    """`v near x within t`, `v in a..b`: both ends included."""
+
+    value: Value
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class BestIs:
+    """`argmax(recovery) = L9H9`."""
+
+    how: Literal["argmax", "argmin"]
+    measure: int
+    where: tuple[Where, ...]
+    site: Where
+    equal: bool = True
+
+
+@dataclass(frozen=True)
+class TopContains:
+    """`top 3 contains L9H9, L9H6`, by absolute value."""
+
+    top: int
+    measure: int
+    sites: tuple[Where, ...]
+
+
+@dataclass(frozen=True)
+class Both:
+    operator: Literal["and", "or"]
+    left: Condition
+    right: Condition
+
+
+@dataclass(frozen=True)
+class Negation:
+    operand: Condition
+
+
+Condition = Comparison | Between | BestIs | TopContains | Both | Negation

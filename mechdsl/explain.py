@@ -1,0 +1,184 @@
+"""What a file's prompts look like to the model, and what each rule will hit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mechdsl.check import Checked
+from mechdsl.data.types import PositionCell, PromptTable, RunRow
+from mechdsl.resolve.types import ResolvedExperiment
+
+SHOWN_ROWS = 2
+SHOWN_CELLS = 24
+
+
+def span_tokens(row: RunRow, start: int, end: int) -> tuple[int, ...]:
+    """Token positions that overlap characters `start` to `end`."""
+    return tuple(
+        position
+        for position, (low, high) in enumerate(row.offsets)
+        if low < end and high > start and not row.special[position]
+    )
+
+
+def explain(checked: Checked, console: Console) -> None:
+    """Print every experiment's prompts, token by token, and what its rules hit."""
+    seen: set[int] = set()
+    for experiment in checked.experiments:
+        console.print(
+            Text.assemble(
+                ("experiment ", "bold"),
+                (experiment.name, "bold cyan"),
+                f" · model {experiment.model.name} · {len(experiment.table)} rows of "
+                f"{experiment.table.name}",
+            )
+        )
+        if id(experiment.table) not in seen:
+            seen.add(id(experiment.table))
+            _prompts(experiment, console)
+        else:
+            console.print("  the same prompts as above", style="dim")
+        _rules(experiment, console)
+        console.print()
+
+
+def _tokens(experiment: ResolvedExperiment, row: RunRow) -> list[str]:
+    return [experiment.model.tokenizer.token_text(i) for i in row.ids]
+
+
+def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
+    table = experiment.table
+    for name, run in table.runs.items():
+        for number, row in enumerate(run.rows[:SHOWN_ROWS]):
+            console.print(Text(f"  {name}, row {number}: ", style="bold") + Text(repr(row.text)))
+            line = Text("    ")
+            for position, token in enumerate(_tokens(experiment, row)):
+                line.append(f"{position}", style="dim")
+                line.append(f"{token.strip() or token} ")
+            console.print(line)
+            for label, positions in _named_spans(row):
+                console.print(
+                    Text("    ") + Text(label, style="green") + Text(f" → {_list(positions)}")
+                )
+            for label, text in row.texts.items():
+                pieces = " + ".join(
+                    repr(experiment.model.tokenizer.token_text(i)) for i in text.ids
+                )
+                console.print(
+                    Text("    ")
+                    + Text(label, style="magenta")
+                    + Text(f" = {text.text!r}, {len(text.ids)} token(s): {pieces}")
+                )
+    for key, said in table.conventions.items():
+        console.print(Text(f"  {key}: {said}", style="dim"))
+
+
+def _named_spans(row: RunRow) -> list[tuple[str, list[tuple[int, ...]]]]:
+    """Each span's name with the tokens of all its occurrences."""
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for span in row.spans:
+        found.setdefault(span.name, []).append(span_tokens(row, span.start, span.end))
+    return list(found.items())
+
+
+def _list(groups: Iterable[tuple[int, ...]]) -> str:
+    """`4..6, 9`."""
+    texts = [
+        "-" if not g else str(g[0]) if len(g) == 1 else f"{g[0]}..{g[-1]}" for g in groups
+    ]
+    return ", ".join(texts)
+
+
+def _rules(experiment: ResolvedExperiment, console: Console) -> None:
+    for rule in experiment.rules:
+        console.print(Text("  " + " ".join(rule.spec.span.text.split()), style="bold"))
+        if rule.sites is not None:
+            labels = list(rule.sites.labels.values())
+            shown = ", ".join(labels[:SHOWN_CELLS])
+            more = f" … ({len(labels)} in all)" if len(labels) > SHOWN_CELLS else ""
+            console.print(f"    sites: {shown}{more}", highlight=False)
+        table = Table(box=None, padding=(0, 2), show_edge=False)
+        for column in ("position", "n", "tokens hit (row 0, row 1, …)"):
+            table.add_column(column, justify="right" if column == "n" else "left")
+        cells = list(rule.positions.written.values())
+        for cell in cells[:SHOWN_CELLS]:
+            hits = [_hit(experiment, cell, row) for row in range(min(4, len(experiment.table)))]
+            n = sum(1 for row in cell.hits if row)
+            table.add_row(cell.label, str(n), "   ".join(hits))
+        console.print(table)
+        if len(cells) > SHOWN_CELLS:
+            console.print(f"    … ({len(cells)} positions in all)", highlight=False)
+    cells = " × ".join(f"{axis.name} {len(axis)}" for axis in experiment.axes)
+    console.print(f"  cells: {experiment.n_cells}" + (f" ({cells})" if cells else ""), highlight=False)
+
+
+def _hit(experiment: ResolvedExperiment, cell: PositionCell, row: int) -> str:
+    """`4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `—` where the row lacks it."""
+    tokens = _tokens(experiment, experiment.table.runs[experiment.spec.base].rows[row])
+    runs = [" + ".join(f"{t} {tokens[t].strip()}" for t in run) for run in cell.hits[row]]
+    return " | ".join(runs) or "—"
+
+
+def as_json(checked: Checked) -> dict[str, Any]:
+    """Every row of every run: text, tokens, offsets, spans, answers; and every rule's hits."""
+    return {
+        "schema": 1,
+        "file": checked.source.name,
+        "experiments": [
+            {
+                "name": e.name,
+                "model": e.model.name,
+                "prompts": e.table.name,
+                "conventions": dict(e.table.conventions),
+                "axes": [{"name": a.name, "values": list(a.labels)} for a in e.axes],
+                "runs": {
+                    name: [_row(e, e.table, row, n) for n, row in enumerate(run.rows)]
+                    for name, run in e.table.runs.items()
+                },
+                "rules": [
+                    {
+                        "rule": " ".join(r.spec.span.text.split()),
+                        "sites": [] if r.sites is None else list(r.sites.labels.values()),
+                        "positions": [
+                            {
+                                "label": cell.label,
+                                "tokens": [[list(run) for run in row] for row in cell.hits],
+                            }
+                            for cell in r.positions.written.values()
+                        ],
+                    }
+                    for r in e.rules
+                ],
+            }
+            for e in checked.experiments
+        ],
+    }
+
+
+def _row(
+    experiment: ResolvedExperiment, table: PromptTable, row: RunRow, number: int
+) -> dict[str, Any]:
+    return {
+        "row": table.row_ids[number],
+        "text": row.text,
+        "ids": list(row.ids),
+        "tokens": _tokens(experiment, row),
+        "offsets": [list(o) for o in row.offsets],
+        "special": list(row.special),
+        "spans": [
+            {
+                "name": span.name,
+                "start": span.start,
+                "end": span.end,
+                "within": list(span.within),
+                "tokens": list(span_tokens(row, span.start, span.end)),
+            }
+            for span in row.spans
+        ],
+        "texts": {name: {"text": t.text, "ids": list(t.ids)} for name, t in row.texts.items()},
+    }

@@ -1,0 +1,302 @@
+"""The intervention graph: small frozen nodes, edges are data dependencies.
+
+A sweep is one node with axes, so a file's graph has tens of nodes whatever its number of cells.
+Nodes are compared by value: what two experiments have in common is one node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias, TypeVar
+
+import networkx as nx
+
+from mechdsl import spec
+from mechdsl.resolve.types import ResolvedExperiment, ResolvedMeasure, ResolvedRule
+from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.sites import SITES, stop_layer
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Text to tokens, masks and spans: one run of one block of prompts."""
+
+    prompts: str
+    part: str | None
+    limit: int | None
+    keep: tuple[str, ...]
+    run: str
+    replaced: str | None = None
+    """`slot token with "thing"`: a change of the input that a rule makes."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """An activation of a forward pass."""
+
+    forward: Forward
+    site: str
+    layers: tuple[int, ...]
+    positions: str
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What is done to an activation before it is written: `mean`, `resample`, `noise`, `zero`."""
+
+    kind: str
+    inputs: tuple[Read, ...] = ()
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Write:
+    """A value that goes into a forward pass."""
+
+    site: str
+    layers: tuple[int, ...]
+    positions: str
+    value: Read | Transform
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One pass over the prompts for every combination of its axes."""
+
+    model: str
+    encode: Encode
+    writes: tuple[Write, ...] = ()
+    axes: tuple[tuple[str, int], ...] = ()
+    """(name, number of values)."""
+    stop: int | None = None
+    """How many blocks have to run; None is the whole model."""
+
+    @property
+    def cells(self) -> int:
+        count = 1
+        for _, size in self.axes:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number per prompt."""
+
+    forward: Forward
+    metric: str
+    at: str
+    references: tuple[Forward, ...] = ()
+    """Runs that the metric compares with: `kl(clean)`."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How the metric of the patched run is set against the base and the source run."""
+
+    kind: str
+    patched: Measure
+    base: Measure | None
+    source: Measure | None
+
+
+@dataclass(frozen=True)
+class Report:
+    experiment: str
+    effects: tuple[Effect, ...]
+    what: str
+
+
+@dataclass(frozen=True)
+class Expect:
+    experiment: str
+    effects: tuple[Effect, ...]
+    measures: tuple[Measure, ...]
+    condition: str
+
+
+Node: TypeAlias = Encode | Forward | Read | Transform | Write | Measure | Effect | Report | Expect
+Graph: TypeAlias = "nx.DiGraph[Node]"
+NodeT = TypeVar("NodeT", bound=Any)
+
+
+def inputs(node: Node) -> list[Node]:
+    """The nodes that a node's fields hold: what must be there before it."""
+    found: list[Node] = []
+    for f in fields(node):
+        value: Any = getattr(node, f.name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Node):
+                found.append(item)
+    return found
+
+
+def graph_of(leaves: list[Node]) -> Graph:
+    """The graph of everything that the leaves need."""
+    graph: Graph = nx.DiGraph()
+
+    def add(node: Node) -> None:
+        if node in graph:
+            return
+        graph.add_node(node)
+        for before in inputs(node):
+            add(before)
+            graph.add_edge(before, node)
+
+    for leaf in leaves:
+        add(leaf)
+    return graph
+
+
+def lint(graph: Graph) -> None:
+    """Check what every graph must satisfy; raises AssertionError, as only we can break it."""
+    assert nx.is_directed_acyclic_graph(graph), "the graph has a cycle"
+    for node in graph:
+        assert set(graph.predecessors(node)) == set(inputs(node)), f"edges of {node!r} are stale"
+
+
+def build(experiments: list[ResolvedExperiment]) -> Graph:
+    """The graph of a file's experiments."""
+    leaves: list[Node] = []
+    for experiment in experiments:
+        leaves.extend(_leaves(experiment))
+    return graph_of(leaves)
+
+
+def _leaves(experiment: ResolvedExperiment) -> list[Node]:
+    effects = tuple(
+        _effect(experiment, measure, resolved)
+        for measure, resolved in zip(experiment.spec.measures, experiment.measures, strict=True)
+    )
+    reports = experiment.spec.reports or (spec.Report(span=experiment.spec.span, kind="table"),)
+    accuracy = tuple(
+        Measure(unpatched(experiment, run), "correct", "last token") for run in experiment.accuracies
+    )
+    leaves: list[Node] = [
+        Report(experiment.name, effects, report_text(report)) for report in reports
+    ]
+    leaves.extend(
+        Expect(experiment.name, effects, accuracy, expect.text)
+        for expect in experiment.spec.expects
+    )
+    return leaves
+
+
+def report_text(report: spec.Report) -> str:
+    words = [report.kind, report.variable, report.by and f"by {report.by}"]
+    words.append(report.top and f"top {report.top}")
+    return " ".join(str(word) for word in words if word)
+
+
+def encode(experiment: ResolvedExperiment, run: str, replaced: str | None = None) -> Encode:
+    """The node that turns one run's prompts into tokens."""
+    s = experiment.spec
+    keep = tuple(measure.text for measure in experiment.keep)
+    return Encode(s.prompts, s.part, s.limit, keep, run, replaced)
+
+
+def unpatched(experiment: ResolvedExperiment, run: str) -> Forward:
+    """A run without interventions; a noised run writes its noise."""
+    noise = experiment.table.runs[run].noise
+    writes: tuple[Write, ...] = ()
+    if noise is not None:
+        amount = f"{noise.sds:g} sd" if noise.sds is not None else f"{noise.std:g}"
+        value = Transform("noise", detail=f"{amount}, {noise.samples} draws")
+        writes = (Write(noise.site, (), "where the corruption says", value),)
+    text = "clean" if noise is not None else run
+    return Forward(experiment.model.name, encode(experiment, text), writes)
+
+
+def patched(experiment: ResolvedExperiment) -> Forward:
+    """The pass with all rules of the experiment; without rules, the base run itself."""
+    base = unpatched(experiment, experiment.spec.base)
+    if not experiment.rules:
+        return base
+    replaced = next(
+        (_at(rule) for rule in experiment.rules if rule.fill == "text"), None
+    )
+    writes = tuple(_write(experiment, r) for r in experiment.rules if r.sites is not None)
+    return Forward(
+        experiment.model.name,
+        replace(base.encode, replaced=replaced),
+        base.writes + writes,
+        tuple((axis.name, len(axis)) for axis in experiment.axes),
+    )
+
+
+def _at(rule: ResolvedRule) -> str:
+    """The positions as written; of a `replace` the text too."""
+    at = " ".join(rule.spec.at.span.text.split())
+    if rule.fill == "text" and rule.spec.fill is not None:
+        at += f" with {rule.spec.fill.span.text}"
+    return at
+
+
+def rule_layers(rule: ResolvedRule) -> tuple[int, ...]:
+    """Every layer that the rule writes to in some cell."""
+    assert rule.sites is not None
+    return tuple(
+        sorted({p.layer for pts in rule.sites.points.values() for p in pts if p.layer is not None})
+    )
+
+
+def rule_sites(rule: ResolvedRule) -> tuple[str, ...]:
+    """Every component that the rule writes to, in the order of a forward pass."""
+    assert rule.sites is not None
+    names = {p.site for points in rule.sites.points.values() for p in points}
+    return tuple(sorted(names, key=lambda name: SITES[name].order))
+
+
+def _write(experiment: ResolvedExperiment, rule: ResolvedRule) -> Write:
+    site, layers = ", ".join(rule_sites(rule)), rule_layers(rule)
+    if rule.fill == "zero":
+        return Write(site, layers, _at(rule), Transform("zero"))
+    read = Read(unpatched(experiment, rule.run), site, layers, _at(rule))
+    if rule.fill == "source":
+        return Write(site, layers, _at(rule), read)
+    by = f"by {rule.spec.by}" if rule.spec.by else ""
+    return Write(site, layers, _at(rule), Transform(rule.fill, (read,), by))
+
+
+def _effect(
+    experiment: ResolvedExperiment, measure: spec.Measure, resolved: ResolvedMeasure
+) -> Effect:
+    entry = EFFECTS[measure.effect]
+    at = "last token" if measure.at is None else " ".join(measure.at.span.text.split())
+    runs = dict.fromkeys(atom.run for atom in resolved.atoms if atom.run is not None)
+    references = tuple(unpatched(experiment, run) for run in runs)
+
+    def measured(forward: Forward) -> Measure:
+        return Measure(forward, resolved.text, at, references)
+
+    # Base and source are measured whatever the effect needs: both ends are always printed.
+    source = experiment.spec.source
+    return Effect(
+        entry.name,
+        measured(patched(experiment)),
+        measured(unpatched(experiment, experiment.spec.base)),
+        None if source is None else measured(unpatched(experiment, source)),
+    )
+
+
+def highest_read(read: Read, n_layers: int) -> int | None:
+    """How many blocks have to run before the read; None is the whole model."""
+    needed = [
+        stop_layer(site, layer, n_layers)
+        for site in read.site.split(", ")
+        for layer in (read.layers or (None,))
+    ]
+    return None if None in needed else max(n for n in needed if n is not None)
+
+
+def rebuild(node: NodeT, change: dict[Node, Node]) -> NodeT:
+    """The node with its inputs replaced, all the way down."""
+
+    def swap(value: Any) -> Any:
+        if isinstance(value, Node):
+            return change.get(value) or rebuild(value, change)
+        if isinstance(value, tuple):
+            return tuple(swap(item) for item in value)
+        return value
+
+    return replace(node, **{f.name: swap(getattr(node, f.name)) for f in fields(node)})

@@ -1,0 +1,17 @@
+"""What a model looks like, as numbers and strings: nothing here imports torch."""
+
+from mechdsl.models.anatomy import Anatomy, Layout, Tap
+from mechdsl.models.locate import locate
+from mechdsl.models.shape import ModelShape, read_shape, shape_from_config, units, width
+
+__all__ = [
+    "Anatomy",
+    "Layout",
+    "ModelShape",
+    "Tap",
+    "locate",
+    "read_shape",
+    "shape_from_config",
+    "units",
+    "width",
+]

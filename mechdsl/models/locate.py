@@ -1,0 +1,116 @@
+"""Where a model lies on this machine, found without the network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mechdsl import zoo
+from mechdsl.diagnostics import Diagnostic
+from mechdsl.diagnostics.e04_model import (
+    ModelNotFound,
+    NoConfig,
+    PickledWeights,
+    UnknownZooModel,
+)
+from mechdsl.diagnostics.w07_models import ModelNotHere
+from mechdsl.registry import nearest
+from mechdsl.spec import Model
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def locate(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
+    """The folder with the model's `config.json`.
+
+    `base` is the folder that relative paths start from, the `.mech` file's. Gives E0401, E0403,
+    E0404, E0405, and W0710 for an `hf` model that isn't in the cache.
+    """
+    match model.kind:
+        case "zoo":
+            return _zoo(model)
+        case "local":
+            return _local(model, base)
+        case "hf":
+            return _hub(model, base)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order of their names."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def zoo_models() -> list[str]:
+    """Names that `zoo("…")` knows."""
+    root = Path(zoo.__path__[0])
+    return sorted(p.name for p in root.iterdir() if (p / "__init__.py").is_file())
+
+
+def _zoo(model: Model) -> tuple[Path | None, list[Diagnostic]]:
+    known = zoo_models()
+    if model.path not in known:
+        close = nearest(model.path, known)
+        names = ", ".join(f"`{name}`" for name in known)
+        advice = f"did you mean `{close}`?" if close else f"it has {names}"
+        return None, [UnknownZooModel(span=model.span, path=model.path, advice=advice)]
+    return _checked(Path(zoo.__path__[0]) / model.path, model)
+
+
+def _local(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
+    folder = base / Path(model.path).expanduser()
+    if not folder.is_dir():
+        return None, [
+            ModelNotFound(
+                span=model.span,
+                model=model.name,
+                path=model.path,
+                place="the folder of the file",
+                advice="write the path from the `.mech` file to the model's folder",
+            )
+        ]
+    return _checked(folder, model)
+
+
+def _hub(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
+    for folder in (base / Path(model.path).expanduser(), cached(model.path, model.revision)):
+        if folder is not None and (folder / "config.json").is_file():
+            return _checked(folder, model)
+    return None, [ModelNotHere(span=model.span, model=model.name, path=model.path)]
+
+
+def _checked(folder: Path, model: Model) -> tuple[Path | None, list[Diagnostic]]:
+    if not (folder / "config.json").is_file():
+        reason = f"no such file in `{model.path}`"
+        return None, [NoConfig(span=model.span, model=model.name, reason=reason)]
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
+    if pickled and not weight_files(folder):
+        return None, [PickledWeights(span=model.span, model=model.name, file=pickled[0])]
+    return folder, []
+
+
+def hub_cache() -> Path:
+    """The Hugging Face cache, as `HF_HUB_CACHE`, `HF_HOME` or the default say."""
+    if direct := os.environ.get("HF_HUB_CACHE"):
+        return Path(direct).expanduser()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    return Path(os.environ.get("HF_HOME", cache)).expanduser() / "hub"
+
+
+def cached(name: str, revision: str | None) -> Path | None:
+    """The snapshot of `org/name` in the cache.
+
+    `revision` is a branch, a tag or (the start of) a commit; None is `main`. None where there is
+    no snapshot, or where several commits start with `revision`.
+    """
+    root = hub_cache() / f"models--{name.replace('/', '--')}"
+    if not (root / "snapshots").is_dir():
+        return None
+    wanted = revision or "main"
+    reference = root / "refs" / wanted
+    if reference.is_file():
+        wanted = reference.read_text(encoding="utf-8").strip()
+    exact = root / "snapshots" / wanted
+    if exact.is_dir():
+        return exact
+    starting = [p for p in (root / "snapshots").iterdir() if p.name.startswith(wanted)]
+    return starting[0] if len(starting) == 1 else None

@@ -1,0 +1,197 @@
+"""The whole way of a file: check, load, plan, execute, collect, finish."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mechdsl import spec
+from mechdsl.check import Checked, Settings, check_source
+from mechdsl.collect import collect, versions
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
+from mechdsl.execute import Options, execute
+from mechdsl.load import adopt, load
+from mechdsl.loaded import LoadedModel
+from mechdsl.passes import PASSES
+from mechdsl.plan import PLAN_PASSES, make_plan
+from mechdsl.registry import nearest
+from mechdsl.resolve import ModelContext
+from mechdsl.results.experiment import ExperimentResult, FileResult, Results
+from mechdsl.source import Source, Span
+from mechdsl.store import Store
+from mechdsl.tabulate import finish
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a file is run; nothing here changes what it means."""
+
+    settings: Settings = field(default_factory=Settings)
+    device: str = "auto"
+    dtype: str | None = None
+    out: Path | None = None
+    without: frozenset[str] = frozenset()
+    """Graph and plan passes that are switched off."""
+    execution: Options = field(default_factory=Options)
+
+
+Models = Mapping[str, tuple[Any, Any]]
+"""Name → (transformers model, fast tokenizer), handed over from Python."""
+
+
+def run_source(
+    source: Source, options: RunOptions | None = None, models: Models | None = None
+) -> tuple[FileResult | None, list[Diagnostic]]:
+    """Run one file; None where it, its data or its model is wrong, so that no cell was run."""
+    options = options or RunOptions()
+    diagnostics = check_options(options)
+    if has_errors(diagnostics):
+        return None, diagnostics
+    loaded, found = _adopted(models or {})
+    diagnostics.extend(found)
+    contexts = {}
+    if not has_errors(found):
+        contexts = _contexts(source, loaded)
+    checked = check_source(source, options.settings, contexts)
+    diagnostics.extend(checked.diagnostics)
+    if has_errors(diagnostics):
+        return None, diagnostics
+    diagnostics = [*diagnostics, *_load(checked, loaded, options)]
+    if has_errors(diagnostics):
+        return None, diagnostics
+    return _run(checked, loaded, options, diagnostics)
+
+
+def _run(
+    checked: Checked,
+    models: Mapping[str, LoadedModel],
+    options: RunOptions,
+    diagnostics: list[Diagnostic],
+) -> tuple[FileResult | None, list[Diagnostic]]:
+    without = options.without
+    if not all(model.resumable for model in models.values()):
+        without = without | {"resume"}
+    plan = make_plan(checked.experiments, without=without)
+    store = None if options.out is None else Store(options.out, checked.source.stem)
+    execution_options = options.execution
+    if store is not None:
+        for panel in plan.panels:
+            for experiment in panel.experiments:
+                store.open(experiment)
+        execution_options = replace(
+            execution_options, on_rows=store.rows, on_unpatched=store.unpatched
+        )
+    try:
+        execution = execute(plan, models, execution_options)
+    finally:
+        if store is not None:
+            store.close()
+    diagnostics = [*diagnostics, *execution.diagnostics]
+    if has_errors(diagnostics):
+        return None, diagnostics
+    by_name = {p.experiment.name: p for panel in plan.panels for p in panel.experiments}
+    finished: dict[str, ExperimentResult] = {}
+    for experiment in checked.experiments:
+        raw = collect(
+            by_name[experiment.name],
+            execution.measured[experiment.name],
+            models[experiment.model.name],
+        )
+        finished[experiment.name] = finish(raw, experiment.spec, experiment.seed, finished)
+    result = FileResult(
+        file=checked.source.name,
+        experiments=tuple(finished.values()),
+        hash=sha256(checked.source.text.encode()).hexdigest(),
+        seed=checked.program.seed,
+    )
+    if store is not None and options.out is not None:
+        path = options.out / checked.source.stem / "results.json"
+        Results((result,), versions()).to_json(path)
+    return result, diagnostics
+
+
+def check_options(options: RunOptions) -> list[Diagnostic]:
+    """E0208 for devices and passes that don't exist."""
+    found: list[Diagnostic] = []
+    known = [*PASSES, *PLAN_PASSES]
+    for name in sorted(options.without):
+        if name not in known:
+            hint = did_you_mean(nearest(name, known), f"passes are {', '.join(known)}")
+            found.append(BadCommandLine(reason=f"there is no pass called `{name}`", hint=hint))
+    try:
+        device(options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        found.append(
+            BadCommandLine(
+                reason=f"`--device {options.device}`: {reason}",
+                hint="write `auto`, `cpu`, `cuda` or `cuda:0`",
+            )
+        )
+    return found
+
+
+def device(name: str) -> torch.device:
+    """The device that a name means; `auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = torch.device(name)
+    torch.empty(0, device=found)  # says now what it would say in the middle of a run
+    return found
+
+
+def _adopted(models: Models) -> tuple[dict[str, LoadedModel], list[Diagnostic]]:
+    """Models handed over from Python, taken apart and verified."""
+    loaded: dict[str, LoadedModel] = {}
+    diagnostics: list[Diagnostic] = []
+    for name, (module, tokenizer) in models.items():
+        model, found = adopt(name, module, tokenizer)
+        diagnostics.extend(found)
+        if model is not None:
+            loaded[name] = model
+    return loaded, diagnostics
+
+
+def _contexts(source: Source, loaded: Mapping[str, LoadedModel]) -> dict[str, ModelContext]:
+    """What checking needs of models that Python holds; the file may still declare them."""
+    found: dict[str, ModelContext] = {}
+    for name, model in loaded.items():
+        if model.tokenizer is None:
+            continue
+        statement = spec.Model(span=Span(source, 0, 0), name=name, kind="local", path="")
+        found[name] = ModelContext(statement, model.shape, model.tokenizer)
+    return found
+
+
+def _load(
+    checked: Checked, loaded: dict[str, LoadedModel], options: RunOptions
+) -> list[Diagnostic]:
+    """Load every model that an experiment runs on."""
+    diagnostics: list[Diagnostic] = []
+    unknown = [name for name in loaded if name not in checked.program.models]
+    diagnostics.extend(
+        UnknownName(kind="model", name=name, hint="the file defines no model of that name")
+        for name in unknown
+    )
+    needed = dict.fromkeys(e.model for e in checked.program.experiments)
+    if options.settings.only is not None:
+        needed = dict.fromkeys(
+            e.model for e in checked.program.experiments if e.name == options.settings.only
+        )
+    for name in needed:
+        if name in loaded:
+            continue
+        model, found = load(
+            checked.program.models[name], device=device(options.device), dtype=options.dtype
+        )
+        diagnostics.extend(found)
+        if model is not None:
+            loaded[name] = model
+    return diagnostics
+

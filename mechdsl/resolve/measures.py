@@ -1,0 +1,469 @@
+"""Measures: expressions over metrics, with every text turned into token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mechdsl.data.positions import resolve_positions
+from mechdsl.data.prompts import numerals, text_tokens
+from mechdsl.data.tokenizer import TextTokenizer
+from mechdsl.data.types import PromptTable
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
+from mechdsl.diagnostics.e05_data import MultiTokenText
+from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
+from mechdsl.registry import nearest
+from mechdsl.resolve.sites import SiteContext, resolve_point
+from mechdsl.resolve.types import Atom, Env, ResolvedMeasure
+from mechdsl.source import Span
+from mechdsl.syntax import ast
+from mechdsl.vocab.metrics import METRICS, Form, Takes
+
+LITERAL_ENV = "item.index"
+
+
+@dataclass
+class MeasureContext:
+    """What measures of one experiment are resolved against."""
+
+    table: PromptTable
+    tokenizer: TextTokenizer
+    sites: SiteContext
+    items: tuple[int, ...]
+    """Occurrences that the position axis runs over; empty where it runs over none."""
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    at: ast.Position | None = None
+    """Where the measure in work is read; None is the last token."""
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        return self.sites.parameters
+
+
+def resolve_measure(
+    expression: ast.Expr,
+    context: MeasureContext,
+    *,
+    label: str,
+    at: ast.Position | None = None,
+    runs: tuple[str, ...] = (),
+) -> ResolvedMeasure | None:
+    """The measure with its atoms; None after an error.
+
+    `runs` are those that it is read on; `at` is found in each one's own text. Codes: E0108, E0203,
+    E0507, E0612 and those of texts and positions.
+    """
+    before = len(context.diagnostics)
+    context.at = at
+    atoms: dict[ast.Expr, Atom] = {}
+    _collect(expression, context, atoms)
+    positions = _positions(at, context, runs)
+    if len(context.diagnostics) > before and any(
+        d.severity == "error" for d in context.diagnostics[before:]
+    ):
+        return None
+    if not atoms:
+        context.diagnostics.append(
+            UnreadableMeasure(
+                span=expression.span,
+                text=_written(expression.span),
+                reason="it doesn't read the model",
+                hint="write a metric such as `logit(answer)`",
+            )
+        )
+        return None
+    found = tuple(atoms.values())
+    category = expression in atoms and atoms[expression].form.kind == "category"
+    if not category and any(a.form.kind == "category" for a in found):
+        context.diagnostics.append(
+            UnreadableMeasure(
+                span=expression.span,
+                text=_written(expression.span),
+                reason="categories can't be calculated with",
+                hint="measure it alone, or use `expected(…)`, which is a number",
+            )
+        )
+        return None
+    units = {a.form.unit for a in found}
+    return ResolvedMeasure(
+        label=label,
+        text=_written(expression.span),
+        expression=expression,
+        atoms=found,
+        kind="category" if category else "number",
+        unit=units.pop() if len(units) == 1 else "",
+        at=positions,
+        truth=_truth(context.table) if category else None,
+    )
+
+
+def evaluate(expression: ast.Expr, value: Callable[[ast.Expr], Any]) -> Any:
+    """The expression's value; `value` gives that of an atom (arrays broadcast)."""
+    match expression:
+        case ast.Number(value=number):
+            return number
+        case ast.Percent(value=percent):
+            return percent / 100
+        case ast.Negative(operand=operand):
+            return -evaluate(operand, value)
+        case ast.Not(operand=operand):
+            return evaluate(operand, value) == 0
+        case ast.Binary(operator=operator, left=left, right=right):
+            return _ARITHMETIC[operator](evaluate(left, value), evaluate(right, value))
+        case ast.Compare(operator=operator, left=left, right=right):
+            return _COMPARISONS[operator](evaluate(left, value), evaluate(right, value)) * 1.0
+        case ast.Logical(operator=operator, left=left, right=right):
+            a, b = evaluate(left, value) != 0, evaluate(right, value) != 0
+            return ((a & b) if operator == "and" else (a | b)) * 1.0
+        case _:
+            return value(expression)
+
+
+_ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a / b,
+}
+_COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+    "=": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+}
+
+
+def _written(span: Span) -> str:
+    return " ".join(span.text.split())
+
+
+def _collect(expression: ast.Expr, context: MeasureContext, atoms: dict[ast.Expr, Atom]) -> None:
+    """Every atom of the expression, resolved once."""
+    match expression:
+        case ast.Number() | ast.Percent():
+            return
+        case ast.Negative(operand=operand) | ast.Not(operand=operand):
+            _collect(operand, context, atoms)
+        case ast.Binary() | ast.Compare() | ast.Logical():
+            _collect(expression.left, context, atoms)
+            _collect(expression.right, context, atoms)
+        case ast.Name() | ast.Call():
+            if expression not in atoms:
+                atom = _atom(expression, context)
+                if atom is not None:
+                    atoms[expression] = atom
+        case _:
+            context.diagnostics.append(
+                UnreadableMeasure(
+                    span=expression.span,
+                    text=_written(expression.span),
+                    reason="it is not a metric",
+                    hint="metrics are written as `logit(answer)`, and can be added and subtracted",
+                )
+            )
+
+
+def _atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | None:
+    name = node.id if isinstance(node, ast.Name) else node.name
+    metric = METRICS.get(name)
+    if metric is None:
+        if isinstance(node, ast.Name) and name in context.parameters:
+            hint = "parameters can't stand in a measure"
+        else:
+            hint = did_you_mean(METRICS.suggest(name), f"metrics are {', '.join(METRICS)}")
+        context.diagnostics.append(
+            UnknownWord(span=node.span, kind="metric", word=name, hint=hint)
+        )
+        return None
+    if not metric.supported:
+        context.diagnostics.append(NotSupported(span=node.span, what=f"the metric `{name}`"))
+        return None
+    arguments = node.arguments if isinstance(node, ast.Call) else ()
+    form = _form(node, name, metric.forms, arguments)
+    if form is None:
+        context.diagnostics.append(
+            UnreadableMeasure(
+                span=node.span,
+                text=_written(node.span),
+                reason="its argument doesn't fit",
+                hint=f"write {_usage(name, metric.forms)}",
+            )
+        )
+        return None
+    return _BUILDERS[form.takes](node, name, form, arguments, context)
+
+
+def _form(
+    node: ast.Expr, name: str, forms: Mapping[Takes, Form], arguments: tuple[ast.Argument, ...]
+) -> Form | None:
+    """The form that fits the number and kind of the arguments."""
+    values = [a.value for a in arguments]
+    if any(a.name is not None for a in arguments):
+        return None
+    if not values:
+        return forms.get("nothing") or forms.get("prompt") or next(
+            (f for f in forms.values() if f.default is not None), None
+        )
+    if len(values) == 2:
+        return forms.get("activations")
+    if isinstance(values[0], ast.Range):
+        return forms.get("numerals")
+    if isinstance(values[0], ast.Quantity | ast.Site):
+        return None
+    return forms.get("target") or forms.get("continuation") or forms.get("reference")
+
+
+_USAGE: Mapping[Takes, str] = {
+    "target": "`{}(answer)`",
+    "continuation": "`{}(answer)`",
+    "numerals": "`{}(1..9)`",
+    "reference": "`{}(clean)`",
+    "nothing": "`{}`",
+    "prompt": "`{}`",
+    "activations": "`{}(L3.resid, clean)`",
+}
+
+
+def _usage(name: str, forms: Mapping[Takes, Form]) -> str:
+    return " or ".join(_USAGE[takes].format(name) for takes in forms)
+
+
+Builder = Callable[
+    [ast.Expr, str, Form, tuple[ast.Argument, ...], MeasureContext], Atom | None
+]
+
+
+def _plain(
+    node: ast.Expr,
+    name: str,
+    form: Form,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> Atom:
+    return Atom(node, name, form)
+
+
+def _of_text(
+    node: ast.Expr,
+    name: str,
+    form: Form,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> Atom | None:
+    """`logit(T)`, `logprob(T)`: the token ids of T, for every row and environment."""
+    text: Any = (
+        arguments[0].value if arguments else ast.Name(form.default or "answer", span=node.span)
+    )
+    by_item = isinstance(text, ast.String) and LITERAL_ENV in text.value
+    if by_item and not context.items:
+        context.diagnostics.append(
+            UnreadableMeasure(
+                span=text.span,
+                text=_written(text.span),
+                reason="`{item.index}` needs a sweep over occurrences",
+                hint="sweep over them: `at each item token`",
+            )
+        )
+        return None
+    texts: dict[Env, tuple[tuple[int, ...], ...]] = {}
+    for env in context.items if by_item else (None,):
+        extra = {} if env is None else {LITERAL_ENV: env}
+        found, problems = text_tokens(
+            context.table, text, tokenizer=context.tokenizer, extra=extra
+        )
+        context.diagnostics.extend(problems)
+        if any(p.severity == "error" for p in problems):
+            return None
+        if form.takes == "target":
+            long = next((t for t in found if len(t.ids) != 1), None)
+            if long is not None:
+                context.diagnostics.append(_multi_token(text, name, long, context))
+                return None
+        texts[env] = tuple(t.ids for t in found)
+    several = any(len(ids) != 1 for rows in texts.values() for ids in rows)
+    if several and (by_item or context.at is not None):
+        context.diagnostics.append(
+            NotSupported(
+                span=text.span,
+                what="a text of several tokens "
+                + ("that differs by cell" if by_item else "read before the end of the prompt"),
+            )
+        )
+        return None
+    return Atom(node, name, form, texts=texts)
+
+
+def _multi_token(text: Any, name: str, long: Any, context: MeasureContext) -> Diagnostic:
+    pieces = " ".join(f"`{context.tokenizer.token_text(i)}`" for i in long.ids)
+    return MultiTokenText(span=text.span, text=long.text, tokens=pieces, metric=name)
+
+
+def _of_numerals(
+    node: ast.Expr,
+    name: str,
+    form: Form,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> Atom | None:
+    given = arguments[0].value
+    assert isinstance(given, ast.Range)
+    ends = [_integer(end, context.parameters) for end in (given.low, given.high)]
+    low, high = ends
+    if low is None or high is None or low > high or high - low > 10_000:
+        context.diagnostics.append(
+            UnreadableMeasure(
+                span=given.span,
+                text=_written(node.span),
+                reason="the numerals must be two whole numbers, the smaller one first",
+                hint=f"write `{name}(1..9)`",
+            )
+        )
+        return None
+    ids, problems = numerals(
+        context.table, low, high, tokenizer=context.tokenizer, span=given.span
+    )
+    context.diagnostics.extend(problems)
+    if any(p.severity == "error" for p in problems):
+        return None
+    return Atom(node, name, form, numerals=tuple(zip(ids, range(low, high + 1), strict=True)))
+
+
+def _integer(node: ast.Expr, parameters: Mapping[str, Any]) -> int | None:
+    match node:
+        case ast.Number(value=int(value)):
+            return value
+        case ast.Negative(operand=ast.Number(value=int(value))):
+            return -value
+        case ast.Name(id=name) if isinstance(parameters.get(name), int):
+            return parameters[name]
+        case _:
+            return None
+
+
+def _of_run(
+    node: ast.Expr,
+    name: str,
+    form: Form,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> Atom | None:
+    run = _reference(arguments[0].value, context)
+    return None if run is None else Atom(node, name, form, run=run)
+
+
+def _of_activations(
+    node: ast.Expr,
+    name: str,
+    form: Form,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> Atom | None:
+    site = arguments[0].value
+    if isinstance(site, ast.ShortSite):
+        site = ast.Site(short=site, span=site.span)
+    elif isinstance(site, ast.Name):
+        site = ast.Site(names=(site,), span=site.span)
+    if not isinstance(site, ast.Site):
+        context.diagnostics.append(
+            UnreadableMeasure(
+                span=site.span,
+                text=_written(node.span),
+                reason="its first argument is not a site",
+                hint="write `cosine(resid_post layer 5, clean)`",
+            )
+        )
+        return None
+    point = resolve_point(site, context.sites)
+    run = _reference(arguments[1].value, context)
+    return None if point is None or run is None else Atom(node, name, form, run=run, point=point)
+
+
+def known_run(value: Any, context: MeasureContext) -> str | None:
+    """The run that `kl(clean)` names; E0201 where the block has none of that name."""
+    name = value.id if isinstance(value, ast.Name) else ""
+    if name in context.table.runs:
+        return name
+    runs = list(context.table.runs)
+    known = ", ".join(f"`{r}`" for r in runs)
+    context.diagnostics.append(
+        UnknownName(
+            span=value.span,
+            kind="run",
+            name=_written(value.span),
+            hint=did_you_mean(nearest(name, runs), f"runs are {known}"),
+        )
+    )
+    return None
+
+
+def _reference(value: Any, context: MeasureContext) -> str | None:
+    """The run that a metric compares with; one with several draws of noise is no single run."""
+    run = known_run(value, context)
+    noise = context.table.runs[run].noise if run is not None else None
+    if noise is not None and noise.samples > 1:
+        context.diagnostics.append(
+            NotSupported(span=value.span, what="a comparison with several draws of noise")
+        )
+        return None
+    return run
+
+
+_BUILDERS: Mapping[Takes, Builder] = {
+    "target": _of_text,
+    "continuation": _of_text,
+    "numerals": _of_numerals,
+    "reference": _of_run,
+    "nothing": _plain,
+    "prompt": _plain,
+    "activations": _of_activations,
+}
+
+
+def _positions(
+    at: ast.Position | None, context: MeasureContext, runs: tuple[str, ...]
+) -> dict[str, tuple[int, ...]]:
+    """The position that is read in each run; empty for the last token."""
+    if at is None:
+        return {}
+    found: dict[str, tuple[int, ...]] = {}
+    positions = ast.Positions((at,), span=at.span)
+    for run in runs:
+        cells, problems = resolve_positions(
+            positions, context.table, run, tokenizer=context.tokenizer, loop_values={}
+        )
+        context.diagnostics.extend(p for p in problems if p not in context.diagnostics)
+        if any(p.severity == "error" for p in problems):
+            return {}
+        single = len(cells) == 1 and all(
+            len(row) == 1 and len(row[0]) == 1 for row in cells[0].hits
+        )
+        if not single:
+            context.diagnostics.append(
+                UnreadableMeasure(
+                    span=at.span,
+                    text=_written(at.span),
+                    reason="a measure is read at one token of every prompt",
+                    hint="name one position, such as `last token` or `subject token`",
+                )
+            )
+            return {}
+        found[run] = tuple(row[0][0] for row in cells[0].hits)
+    return found
+
+
+def _truth(table: PromptTable) -> tuple[float, ...] | None:
+    """The number that each row's answer spells; None where an answer is not a number."""
+    found: list[float] = []
+    for row in table.runs["clean"].rows:
+        answer = row.texts.get("answer")
+        try:
+            found.append(float(answer.text) if answer is not None else float("nan"))
+        except ValueError:
+            return None
+    return tuple(found)
+

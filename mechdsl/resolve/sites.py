@@ -1,0 +1,511 @@
+"""Sites with their axes: which points of the model each cell of a sweep writes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from mechdsl import spec
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
+from mechdsl.diagnostics.e03_coordinates import (
+    AxisDoesNotFit,
+    BadLoopValue,
+    EmptyRange,
+    LayerOutOfRange,
+    NoComponent,
+    UnitOutOfRange,
+)
+from mechdsl.diagnostics.e04_model import NoResidMid, SiteNotOnModel
+from mechdsl.models.shape import ModelShape, units
+from mechdsl.resolve.types import Axis, Key, Label, SitePoint, SiteTargets
+from mechdsl.source import Span
+from mechdsl.syntax import ast
+from mechdsl.vocab.sites import SITES, SiteKind, by_short
+
+STACKS = ("vision", "encoder", "decoder")
+
+
+@dataclass
+class SiteContext:
+    """What sites of one experiment are resolved against."""
+
+    model: str
+    shape: ModelShape
+    groups: Mapping[str, spec.Group]
+    parameters: Mapping[str, Any]
+    loops: Mapping[str, tuple[Label, ...]]
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Values:
+    """One axis of a site. `choices` per value of `loop` (or once): a tuple of joined coordinates
+    per value of the sweep."""
+
+    name: str
+    labels: tuple[Label, ...]
+    choices: tuple[tuple[int, ...], ...]
+    swept: bool
+    loop: str | None
+    span: Span
+
+
+def resolve_site(
+    site: ast.Site, context: SiteContext
+) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
+    """The targets of a site and the axes that it adds; None after an error."""
+    if site.short is not None:
+        return _fixed(site, (site,), context)
+    if len(site.names) == 1 and not site.axes and site.names[0].id in context.groups:
+        return _fixed(site, context.groups[site.names[0].id].sites, context)
+    return _swept(site, context)
+
+
+def resolve_point(site: ast.Site, context: SiteContext) -> SitePoint | None:
+    """A site that must be a single point, as in `cosine(L5.resid, clean)`."""
+    targets, axes = resolve_site(site, context)
+    if targets is None:
+        return None
+    points = next(iter(targets.points.values()))
+    if axes or targets.axes or len(points) != 1:
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=site.span,
+                site=_written(site.span),
+                reason="is not a single site",
+                hint="name one layer (and one head or neuron)",
+            )
+        )
+        return None
+    return points[0]
+
+
+def _written(span: Span) -> str:
+    return " ".join(span.text.split())
+
+
+def _fixed(
+    site: ast.Site, sites: tuple[ast.Site, ...], context: SiteContext
+) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
+    """Short names and groups: joined points without an axis."""
+    points: list[SitePoint] = []
+    for member in sites:
+        if member.short is not None:
+            point = _short(member.short, context)
+            if point is None:
+                return None, ()
+            points.append(point)
+            continue
+        targets, axes = _swept(member, context)
+        if targets is None:
+            return None, ()
+        if axes or targets.axes:
+            context.diagnostics.append(
+                AxisDoesNotFit(
+                    span=member.span,
+                    site=_written(member.span),
+                    reason="sweeps inside a group, whose sites are joined",
+                    hint="write the plural: `layers`, `heads`",
+                )
+            )
+            return None, ()
+        points.extend(targets.points[()])
+    label = points_label(points) if len(sites) == 1 else _written(site.span)
+    return SiteTargets((), {(): tuple(points)}, {(): label}), ()
+
+
+def _short(short: ast.ShortSite, context: SiteContext) -> SitePoint | None:
+    kind = _short_kind(short, context)
+    if kind is None or not _layer_exists(short.layer, short.span, context):
+        return None
+    if not _available(kind, short.span, context):
+        return None
+    unit = short.index if kind.unit is not None else None
+    if unit is not None and not _unit_exists(kind, unit, short.span, context):
+        return None
+    return SitePoint(kind.name, short.layer, unit)
+
+
+def _short_kind(short: ast.ShortSite, context: SiteContext) -> SiteKind | None:
+    default = by_short(short.unit or "resid")
+    if short.component is None:
+        if short.unit is None:
+            _no_component(short.span, context)
+            return None
+        return default
+    kind = by_short(short.component) or SITES.get(short.component)
+    if kind is None:
+        _unknown_component(short.component, short.span, context)
+        return None
+    letter = {"head": "H", "kv_head": "H", "neuron": "N"}.get(kind.unit or "")
+    if letter != short.unit:
+        names = f"`L{short.layer}{letter}0.{kind.name}`" if letter else f"`L{short.layer}.{kind.name}`"
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=short.span,
+                site=kind.name,
+                reason="has no such coordinate" if short.unit else "needs a head or neuron",
+                hint=f"write {names}",
+            )
+        )
+        return None
+    return kind
+
+
+def _unknown_component(word: str, span: Span, context: SiteContext) -> None:
+    known = ", ".join(f"`{name}`" for name, kind in SITES.items() if kind.supported)
+    context.diagnostics.append(
+        UnknownWord(
+            span=span,
+            kind="component",
+            word=word,
+            hint=did_you_mean(SITES.suggest(word), f"components are {known}"),
+        )
+    )
+
+
+def _no_component(span: Span, context: SiteContext) -> None:
+    components = ", ".join(
+        f"`{name}`" for name, kind in SITES.items() if kind.supported and kind.axes == ("layer",)
+    )
+    context.diagnostics.append(NoComponent(span=span, components=components))
+
+
+def _component(site: ast.Site, context: SiteContext) -> list[SiteKind] | None:
+    """The component of a site; several where a `for` runs over components."""
+    words = list(site.names)
+    for word in words:
+        if word.id in STACKS:
+            context.diagnostics.append(NotSupported(span=word.span, what=f"the stack `{word.id}`"))
+            return None
+    if not words:
+        if any(axis.word == "head" for axis in site.axes):
+            return [SITES["z"]]
+        if any(axis.word == "neuron" for axis in site.axes):
+            return [SITES["mlp_hidden"]]
+        _no_component(site.span, context)
+        return None
+    word = words[0]
+    names = context.loops.get(word.id, (word.id,))
+    kinds: list[SiteKind] = []
+    for name in names:
+        kind = SITES.get(str(name))
+        if kind is None:
+            _unknown_component(str(name), word.span, context)
+            return None
+        if not _available(kind, word.span, context):
+            return None
+        kinds.append(kind)
+    return kinds
+
+
+def _available(kind: SiteKind, span: Span, context: SiteContext) -> bool:
+    if not kind.supported:
+        context.diagnostics.append(NotSupported(span=span, what=f"the site `{kind.name}`"))
+        return False
+    if kind.name not in context.shape.sites:
+        context.diagnostics.append(_missing(kind, span, context))
+        return False
+    return True
+
+
+def _missing(kind: SiteKind, span: Span, context: SiteContext) -> Diagnostic:
+    if kind.name == "resid_mid":
+        return NoResidMid(span=span, model=context.model)
+    return SiteNotOnModel(
+        span=span,
+        model=context.model,
+        site=kind.name,
+        architecture=context.shape.architecture,
+        available=", ".join(f"`{name}`" for name in SITES if name in context.shape.sites),
+    )
+
+
+def _swept(site: ast.Site, context: SiteContext) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
+    kinds = _component(site, context)
+    if kinds is None:
+        return None, ()
+    if not all(_axes_fit(site, kind, context) for kind in kinds):
+        return None, ()
+    by_word = {axis.word: axis for axis in site.axes}
+    layers = _axis_values(by_word.get("layer"), kinds, context)
+    units_ = _axis_values(by_word.get("head") or by_word.get("neuron"), kinds, context)
+    if layers is None or units_ is None:
+        return None, ()
+    component_loop = site.names[0].id if site.names and site.names[0].id in context.loops else None
+
+    axes: list[Axis] = []
+    loops: list[str] = []
+    if component_loop is not None:
+        loops.append(component_loop)
+    for part in (layers, units_):
+        if part.loop is not None and part.loop not in loops:
+            loops.append(part.loop)
+        if part.swept:
+            axes.append(Axis(part.name, part.labels, part.span))
+    names = (*loops, *(axis.name for axis in axes))
+    sizes = [len(context.loops[loop]) for loop in loops] + [len(axis) for axis in axes]
+    points: dict[Key, tuple[SitePoint, ...]] = {}
+    labels: dict[Key, str] = {}
+    for key in product(*map(range, sizes)):
+        at = dict(zip(names, key, strict=True))
+        kind = kinds[at[component_loop] if component_loop is not None else 0]
+        here = tuple(
+            SitePoint(kind.name, layer, unit)
+            for layer in _chosen(layers, at, kind.has_layer)
+            for unit in _chosen(units_, at, kind.unit is not None)
+        )
+        points[key] = here
+        labels[key] = points_label(here)
+    return SiteTargets(names, points, labels), tuple(axes)
+
+
+def _chosen(values: _Values, at: Mapping[str, int], applies: bool) -> tuple[int | None, ...]:
+    """The joined coordinates of one cell; (None,) where the component has no such axis."""
+    if not applies or not values.choices:
+        return (None,)
+    if values.loop is not None:
+        return values.choices[at[values.loop]]
+    return values.choices[at[values.name] if values.swept else 0]
+
+
+def _axes_fit(site: ast.Site, kind: SiteKind, context: SiteContext) -> bool:
+    allowed = set(kind.axes)
+    for axis in site.axes:
+        if axis.word not in allowed:
+            has = " and ".join(f"`{a}`" for a in kind.axes) or "no axes"
+            context.diagnostics.append(
+                AxisDoesNotFit(
+                    span=axis.span,
+                    site=kind.name,
+                    reason=f"has no axis `{axis.word}`",
+                    hint=f"`{kind.name}` has {has}",
+                )
+            )
+            return False
+    words = [axis.word for axis in site.axes]
+    for word in set(words):
+        if words.count(word) > 1:
+            context.diagnostics.append(
+                AxisDoesNotFit(
+                    span=site.axes[-1].span,
+                    site=kind.name,
+                    reason=f"names the axis `{word}` twice",
+                    hint=f"write a list: `{word} 0, 3`",
+                )
+            )
+            return False
+    if kind.has_layer and "layer" not in words:
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=site.span,
+                site=kind.name,
+                reason="needs a layer",
+                hint=f"write `{kind.name} layer *` for every layer, one run each",
+            )
+        )
+        return False
+    return True
+
+
+def _axis_values(
+    axis: ast.Axis | None, kinds: list[SiteKind], context: SiteContext
+) -> _Values | None:
+    """The values of one axis of a site; None after an error."""
+    if axis is None:
+        return _Values("", (), (), False, None, _NOWHERE)
+    size = context.shape.n_layers if axis.word == "layer" else units(context.shape, kinds[0].name)
+    swept: list[int] = []
+    single = len(axis.values) == 1
+    loop: str | None = None
+    for value in axis.values:
+        if isinstance(value, ast.Star):
+            swept.extend(range(size))
+            single = False
+            continue
+        if value.low.name is not None and value.low.name in context.loops:
+            if value.high is not None or len(axis.values) > 1:
+                context.diagnostics.append(
+                    BadLoopValue(
+                        span=value.span,
+                        name=value.low.name,
+                        reason="a range can't start at the variable of a `for`",
+                        hint="write the variable alone, with an offset: `layer l + 1`",
+                    )
+                )
+                return None
+            loop = value.low.name
+            found = _loop_values(value.low, axis, kinds, size, context)
+            if found is None:
+                return None
+            swept.extend(found)
+            continue
+        low = _bound(value.low, axis, kinds, size, context)
+        high = low if value.high is None else _bound(value.high, axis, kinds, size, context)
+        if low is None or high is None:
+            return None
+        if high < low:
+            context.diagnostics.append(
+                EmptyRange(
+                    span=value.span, text=_written(value.span), low=str(high), high=str(low)
+                )
+            )
+            return None
+        single = single and value.high is None
+        swept.extend(range(low, high + 1))
+    if loop is None:
+        swept = list(dict.fromkeys(swept))  # `0, 0..2` names layer 0 once
+    windows = [_window(value, axis, size, context) for value in swept]
+    if axis.plural and loop is None:
+        joined = tuple(sorted({v for window in windows for v in window}))
+        return _Values(axis.word, (), (joined,), False, None, axis.span)
+    return _Values(
+        axis.word, tuple(swept), tuple(windows), not single and loop is None, loop, axis.span
+    )
+
+
+_NOWHERE: Any = None
+
+
+def _window(center: int, axis: ast.Axis, size: int, context: SiteContext) -> tuple[int, ...]:
+    """The joined layers around a centre: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends (ROME)."""
+    if axis.window is None:
+        return (center,)
+    width = context.parameters.get(axis.window) if isinstance(axis.window, str) else axis.window
+    if not isinstance(width, int) or width < 1:
+        context.diagnostics.append(
+            BadLoopValue(
+                span=axis.span,
+                name="window",
+                reason="must be a whole number above 0",
+                hint="write `window 9`",
+            )
+        )
+        return (center,)
+    return tuple(range(max(0, center - width // 2), min(size, center + (width + 1) // 2)))
+
+
+def _loop_values(
+    bound: ast.Bound, axis: ast.Axis, kinds: list[SiteKind], size: int, context: SiteContext
+) -> list[int] | None:
+    """The coordinate for every value of a `for` variable."""
+    assert bound.name is not None
+    found: list[int] = []
+    for value in context.loops[bound.name]:
+        if not isinstance(value, int):
+            context.diagnostics.append(
+                BadLoopValue(
+                    span=bound.span,
+                    name=bound.name,
+                    reason=f"`{value}` is not a {axis.word}",
+                    hint=f"let it run over whole numbers: `for {bound.name} in 0..{size - 1}`",
+                )
+            )
+            return None
+        if not _exists(value + bound.offset, axis.word, kinds, bound.span, context):
+            return None
+        found.append(value + bound.offset)
+    return found
+
+
+def _bound(
+    bound: ast.Bound, axis: ast.Axis, kinds: list[SiteKind], size: int, context: SiteContext
+) -> int | None:
+    if bound.percent is not None:
+        if axis.word != "layer" or not 0 <= bound.percent <= 100:
+            reason = "only layers have a relative depth" if axis.word != "layer" else "beyond 100%"
+            context.diagnostics.append(
+                BadLoopValue(
+                    span=bound.span,
+                    name=_written(bound.span),
+                    reason=reason,
+                    hint="0% is the first layer and 100% the last",
+                )
+            )
+            return None
+        # Half up, so that 50% of an odd depth is its middle and files agree on every machine.
+        return int(bound.percent / 100 * (size - 1) + 0.5)
+    value = bound.value
+    if bound.name is not None:
+        given = context.parameters.get(bound.name)
+        if not isinstance(given, int):
+            known = [*context.loops, *context.parameters]
+            context.diagnostics.append(
+                BadLoopValue(
+                    span=bound.span,
+                    name=bound.name,
+                    reason="is neither a `for` variable around this rule nor a `param`",
+                    hint=f"known here: {', '.join(known) or 'none'}",
+                )
+            )
+            return None
+        value = given + bound.offset
+    assert value is not None
+    if value < 0:
+        value = size + value if -value <= size else value
+    return value if _exists(value, axis.word, kinds, bound.span, context) else None
+
+
+def _exists(
+    value: int, word: str, kinds: list[SiteKind], span: Span, context: SiteContext
+) -> bool:
+    if word == "layer":
+        return _layer_exists(value, span, context)
+    return all(_unit_exists(kind, value, span, context) for kind in kinds)
+
+
+def _layer_exists(layer: int, span: Span, context: SiteContext) -> bool:
+    if 0 <= layer < context.shape.n_layers:
+        return True
+    context.diagnostics.append(
+        LayerOutOfRange(
+            span=span, index=layer, last=context.shape.n_layers - 1, model=context.model
+        )
+    )
+    return False
+
+
+def _unit_exists(kind: SiteKind, unit: int, span: Span, context: SiteContext) -> bool:
+    size = units(context.shape, kind.name)
+    if 0 <= unit < size:
+        return True
+    word = "neuron" if kind.unit == "neuron" else "head"
+    shared = kind.unit == "kv_head" and context.shape.n_kv_heads != context.shape.n_heads
+    context.diagnostics.append(
+        UnitOutOfRange(
+            span=span,
+            unit=word,
+            units="key-value heads" if shared else f"{word}s",
+            index=unit,
+            last=size - 1,
+            where=f"at `{kind.name}`" if shared else "in every layer",
+            model=context.model,
+        )
+    )
+    return False
+
+
+def points_label(points: tuple[SitePoint, ...] | list[SitePoint]) -> str:
+    """`L2H0.z`, `L3.resid_post`, `L0-2.resid_post`, `L3H*.z`, `embed`."""
+    site = points[0].site
+    layers = sorted({p.layer for p in points if p.layer is not None})
+    found = {p.unit for p in points}
+    where = "" if not layers else f"L{_numbers(layers)}"
+    if SITES[site].unit is not None:
+        letter = "N" if SITES[site].unit == "neuron" else "H"
+        known = sorted(u for u in found if u is not None)
+        where += letter + ("*" if None in found else _numbers(known))
+    return f"{where}.{site}" if where else site
+
+
+def _numbers(values: list[int]) -> str:
+    """`3`, `0-2`, `0,3,7`."""
+    if len(values) == 1:
+        return str(values[0])
+    if values == list(range(values[0], values[-1] + 1)):
+        return f"{values[0]}-{values[-1]}"
+    return ",".join(map(str, values))

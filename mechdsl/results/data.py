@@ -1,0 +1,73 @@
+"""What was measured, and what statistics make of it: arrays over cells and prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+Cells = slice | Ints
+
+
+@dataclass(frozen=True, eq=False)
+class MeasureData:
+    """What was measured: one value per cell and prompt, with the two runs it is set against."""
+
+    label: str
+    metric: str
+    """As written."""
+    effect: str
+    kind: Literal["number", "category"]
+    per_prompt: bool
+    patched: Floats
+    """[cell, prompt], NaN where the prompt is not part of the cell."""
+    base: Floats
+    """[1 or cell, prompt]."""
+    source: Floats | None
+    """[1 or cell, prompt]."""
+    inert: Bools
+    """[cell]: by structure the same as the base run; stays in the table, out of the correction."""
+    truth: Floats | None = None
+    """[1 or cell, prompt], for categories: the number that would be right."""
+    unit: str = ""
+    """The metric's unit, for axes of plots."""
+
+
+@dataclass(frozen=True, eq=False)
+class CellStatistics:
+    """The statistics of one measure: arrays over cells, NaN where `reasons` says why."""
+
+    mean: Floats
+    low: Floats
+    high: Floats
+    p: Floats
+    p_corrected: Floats
+    n: Ints
+    base_mean: Floats
+    """Over the same prompts as the cell's mean."""
+    source_mean: Floats
+    commonest: Floats
+    """Categories: the commonest value (of several, the smallest), its share of the prompts, and
+    the mean absolute error to the truth."""
+    share: Floats
+    mean_error: Floats
+    reasons: tuple[str | None, ...]
+    test: str | None
+    """How p was computed, in words; None where nothing was tested."""
+    tests: int
+    """Over how many cells, of all measures, p was corrected."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over prompts with its interval, of an unpatched run."""
+
+    mean: float
+    low: float
+    high: float
+    n: int

@@ -1,0 +1,282 @@
+"""The JSON document of a run, and its schema.
+
+A number that doesn't exist is null, and `reason` says why; NaN and infinity never occur.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from mechdsl.results.data import Floats, Interval, MeasureData
+from mechdsl.results.experiment import CellKey, ExperimentResult, Results
+from mechdsl.results.statistics import category_statistics
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class Part(BaseModel):
+    """Optional keys that weren't given stay out of the JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def as_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+class MeasureDocument(Part):
+    """One effect in one cell."""
+
+    label: str
+    metric: str
+    effect: str
+    mean: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_corrected: float | None
+    base: float | None = Field(description="mean of the metric on the base run, the effect's 0")
+    source: float | None = Field(description="mean of the metric on the source run")
+    commonest: float | None = Field(default=None, description="categories: commonest value")
+    share: float | None = Field(default=None, description="categories: its share of the prompts")
+    mean_error: float | None = Field(
+        default=None, description="categories: mean absolute difference to the right number"
+    )
+    n: int | None = Field(default=None, description="prompts, where fewer than the cell has")
+    inert: Literal[True] | None = Field(
+        default=None, description="by structure equal to the base run, out of the correction"
+    )
+    reason: str | None = Field(default=None, description="why a number is null")
+
+
+class At(Part):
+    """Where the cell's intervention acts."""
+
+    position: str | None
+    tokens: list[str]
+
+
+class CellDocument(Part):
+    """One cell of the result table; the keys of `coords` are the experiment's axes."""
+
+    coords: dict[str, int | float | str]
+    site: str
+    at: At
+    n: int
+    measures: list[MeasureDocument]
+
+
+class RunDocument(Part):
+    """A metric on an unpatched run."""
+
+    label: str
+    metric: str
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    commonest: float | None = Field(default=None, description="categories: commonest value")
+    share: float | None = Field(default=None, description="categories: its share of the prompts")
+    mean_error: float | None = Field(
+        default=None, description="categories: mean absolute difference to the right number"
+    )
+    reason: str | None = None
+
+
+class ExpectDocument(Part):
+    """The verdict on one `expect`."""
+
+    text: str
+    holds: bool
+    value: float | str | None
+    low: float | None
+    high: float | None
+    reason: str | None = None
+
+
+class ExperimentDocument(Part):
+    """One experiment."""
+
+    name: str
+    model: str
+    axes: list[str]
+    base: str
+    source: str | None
+    cells: list[CellDocument]
+    runs: dict[str, list[RunDocument]]
+    conventions: dict[str, str]
+    hashes: dict[str, str]
+    expect: list[ExpectDocument]
+
+
+class FileDocument(Part):
+    """One `.mech` file."""
+
+    file: str
+    hash: str
+    seed: int
+    experiments: list[ExperimentDocument]
+
+
+class ResultsDocument(Part):
+    """What `mechdsl run --format json` prints."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    mechdsl: str
+    versions: dict[str, str]
+    files: list[FileDocument]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Only what is known, so that the other keys stay out of the document."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _measure(result: ExperimentResult, measure: int, cell: int, n: int) -> MeasureDocument:
+    data, found = result.measures[measure], result.statistics[measure]
+    keys = ("commonest", "share", "mean_error") if data.kind == "category" else ()
+    category = {key: _number(getattr(found, key)[cell]) for key in keys}
+    return MeasureDocument(
+        label=data.label,
+        metric=data.metric,
+        effect=data.effect,
+        mean=_number(found.mean[cell]),
+        low=_number(found.low[cell]),
+        high=_number(found.high[cell]),
+        p=_number(found.p[cell]),
+        p_corrected=_number(found.p_corrected[cell]),
+        base=_number(found.base_mean[cell]),
+        source=_number(found.source_mean[cell]),
+        **category,
+        **_given(
+            n=int(found.n[cell]) if int(found.n[cell]) != n else None,
+            inert=True if data.inert[cell] else None,
+            reason=_reason(found.reasons[cell], data, result.source),
+        ),
+    )
+
+
+def _reason(reason: str | None, data: MeasureData, source: str | None) -> str | None:
+    """The cell's reason, with why there is no source value where there is none."""
+    if data.source is not None or data.kind == "category":
+        return reason
+    missing = "no source run" if source is None else f"not read in the run `{source}`"
+    return f"{reason}; {missing}" if reason else missing
+
+
+def _cell(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
+    n = max((int(found.n[index]) for found in result.statistics), default=0)
+    return CellDocument(
+        coords={axis: key.coords[axis] for axis in result.axes},
+        site=key.site,
+        at=At(position=key.position, tokens=list(key.tokens)),
+        n=n,
+        measures=[_measure(result, measure, index, n) for measure in range(len(result.measures))],
+    )
+
+
+def _run(label: str, metric: str, found: Interval) -> RunDocument:
+    missing = [found.mean, found.low, found.high]
+    reason = None
+    if not np.isfinite(missing).all():
+        reason = "one prompt or group: no interval" if np.isfinite(found.mean) else "not a number"
+    return RunDocument(
+        label=label,
+        metric=metric,
+        mean=_number(found.mean),
+        low=_number(found.low),
+        high=_number(found.high),
+        n=found.n,
+        **_given(reason=reason),
+    )
+
+
+def _category_run(data: MeasureData, values: Floats) -> RunDocument:
+    truth = data.truth if data.truth is not None and data.truth.shape[0] == 1 else None
+    found = category_statistics(values[None], truth)
+    return RunDocument(
+        label=data.label,
+        metric=data.metric,
+        mean=None,
+        low=None,
+        high=None,
+        n=int(found.n[0]),
+        commonest=_number(found.commonest[0]),
+        share=_number(found.share[0]),
+        mean_error=_number(found.mean_error[0]),
+        reason=found.reasons[0],
+    )
+
+
+def _runs(result: ExperimentResult) -> dict[str, list[RunDocument]]:
+    by_label = {data.label: data for data in result.measures}
+    found: dict[str, list[RunDocument]] = {}
+    for run in {**result.runs, **result.accuracy}:
+        intervals = result.run_intervals.get(run, {})
+        documents: list[RunDocument] = []
+        for label, values in result.runs.get(run, {}).items():
+            data = by_label.get(label)
+            if data is not None and data.kind == "category":
+                documents.append(_category_run(data, values))
+            else:
+                documents.append(_run(label, data.metric if data else label, intervals[label]))
+        if run in result.accuracy:
+            documents.append(_run("accuracy", "correct", intervals["accuracy"]))
+        found[run] = documents
+    return found
+
+
+def experiment_document(result: ExperimentResult) -> ExperimentDocument:
+    """A finished experiment as it stands in the JSON document."""
+    return ExperimentDocument(
+        name=result.name,
+        model=result.model,
+        axes=list(result.axes),
+        base=result.base,
+        source=result.source,
+        cells=[_cell(result, index, key) for index, key in enumerate(result.cells)],
+        runs=_runs(result),
+        conventions=dict(result.conventions),
+        hashes=dict(result.hashes),
+        expect=[
+            ExpectDocument(
+                text=outcome.text,
+                holds=outcome.holds,
+                value=outcome.value,
+                low=outcome.low,
+                high=outcome.high,
+                **_given(reason=outcome.reason),
+            )
+            for outcome in result.outcomes
+        ],
+    )
+
+
+def results_document(results: Results) -> ResultsDocument:
+    """All finished experiments of a run."""
+    return ResultsDocument(
+        schema=SCHEMA_VERSION,
+        mechdsl=results.versions.get("mechdsl", "unknown"),
+        versions=dict(results.versions),
+        files=[
+            FileDocument(
+                file=file.file,
+                hash=file.hash,
+                seed=file.seed,
+                experiments=[experiment_document(each) for each in file.experiments],
+            )
+            for file in results.files
+        ],
+    )
+
+
+def results_schema() -> dict[str, Any]:
+    """The JSON schema of the document, `mechdsl schema results`."""
+    schema = ResultsDocument.model_json_schema(by_alias=True, mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

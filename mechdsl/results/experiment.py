@@ -1,0 +1,284 @@
+"""The results of a run in memory, with the values of every prompt kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl import spec
+from mechdsl.results.data import CellStatistics, Floats, Interval, MeasureData
+from mechdsl.results.resampling import Resampling
+from mechdsl.results.statistics import run_interval
+
+if TYPE_CHECKING:
+    import pandas
+
+Coord = int | float | str
+
+
+@dataclass(frozen=True)
+class CellKey:
+    """Which intervention a cell is."""
+
+    coords: Mapping[str, Coord]
+    """One value per axis of the experiment, in the order of its axes."""
+    site: str
+    """As the model names it, `L2H0.z`; empty in an experiment without a rule."""
+    position: str | None = None
+    tokens: tuple[str, ...] = ()
+    """The distinct texts of the tokens that were hit, commonest first."""
+
+
+@dataclass(frozen=True)
+class ExpectOutcome:
+    """The verdict on one `expect`."""
+
+    text: str
+    holds: bool
+    value: float | str | None
+    low: float | None
+    high: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ExperimentResult:
+    """What one experiment found: `measures` hold every prompt's value, `statistics` the rest.
+
+    The executor fills the upper part, `finish` the lower one.
+    """
+
+    name: str
+    model: str
+    axes: tuple[str, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Second names of axes that reports may use: `item` for `position`."""
+    cells: tuple[CellKey, ...]
+    measures: tuple[MeasureData, ...]
+    runs: Mapping[str, Mapping[str, Floats]] = field(
+        default_factory=dict[str, Mapping[str, Floats]]
+    )
+    """Run name -> label -> value per prompt, of the unpatched run."""
+    accuracy: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
+    """Run name -> 1 or 0 per prompt, where the prompts have an answer."""
+    base: str = "clean"
+    source: str | None = None
+    conventions: Mapping[str, str] = field(default_factory=dict[str, str])
+    hashes: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of `model` and `data`."""
+    row_ids: tuple[int, ...] | None = None
+    """Per prompt, the same prompt has the same id in every experiment."""
+    row_values: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
+    """Values of the prompts block per prompt, for `report table by VAR` and `stats by VAR`."""
+
+    reports: tuple[spec.Report, ...] = ()
+    settings: spec.Statistics | None = None
+    seed: int = 0
+    statistics: tuple[CellStatistics, ...] = ()
+    outcomes: tuple[ExpectOutcome, ...] = ()
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts were run."""
+        return int(self.measures[0].patched.shape[1]) if self.measures else 0
+
+    @property
+    def direction(self) -> str:
+        """`clean → fewer`, or the base run alone."""
+        return f"{self.source} → {self.base}" if self.source else self.base
+
+    @property
+    def holds(self) -> bool:
+        """Whether every expectation does."""
+        return all(outcome.holds for outcome in self.outcomes)
+
+    @property
+    def groups(self) -> NDArray[Any] | None:
+        """The groups that are resampled, where `stats by` names a value."""
+        by = self.settings.by if self.settings else None
+        if by is None or by not in self.row_values:
+            return None
+        return np.array([str(value) for value in self.row_values[by]])
+
+    @cached_property
+    def resampling(self) -> Resampling:
+        """The draws behind every interval of this experiment."""
+        if self.settings is None:
+            raise ValueError(f"experiment `{self.name}` has no statistics yet: `finish` it first")
+        return Resampling(
+            self.prompts, self.settings, self.seed, ids=self.row_ids, groups=self.groups
+        )
+
+    @cached_property
+    def run_intervals(self) -> dict[str, dict[str, Interval]]:
+        """Run -> label -> mean and interval on the unpatched run; numbers only."""
+        categories = {data.label for data in self.measures if data.kind == "category"}
+        found: dict[str, dict[str, Interval]] = {}
+        for run, values in self.runs.items():
+            found[run] = {
+                label: run_interval(rows, self.resampling)
+                for label, rows in values.items()
+                if label not in categories
+            }
+        for run, rows in self.accuracy.items():
+            found.setdefault(run, {})["accuracy"] = run_interval(rows, self.resampling)
+        return found
+
+    def records(self) -> list[dict[str, Any]]:
+        """One flat record per cell and measure, None where a number is missing."""
+        return list(_records(self))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A frame with one row per cell and measure (needs pandas)."""
+        return _frame(self.records())
+
+    def _repr_html_(self) -> str:
+        return _html_table(self)
+
+
+def _none(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
+    for index, cell in enumerate(result.cells):
+        for data, found in zip(result.measures, result.statistics, strict=True):
+            yield {
+                "experiment": result.name,
+                "model": result.model,
+                **{axis: cell.coords[axis] for axis in result.axes},
+                "site": cell.site,
+                # an axis may have this name; what is hit is the same then
+                "position": cell.coords.get("position", cell.position),
+                "tokens": " ".join(cell.tokens),
+                "source_run": result.source,
+                "base_run": result.base,
+                "label": data.label,
+                "metric": data.metric,
+                "effect": data.effect,
+                "n": int(found.n[index]),
+                **{
+                    key: _none(getattr(found, key)[index])
+                    for key in (
+                        "mean",
+                        "low",
+                        "high",
+                        "p",
+                        "p_corrected",
+                        "base_mean",
+                        "source_mean",
+                        "commonest",
+                        "share",
+                        "mean_error",
+                    )
+                },
+                "inert": bool(data.inert[index]),
+                "reason": found.reasons[index],
+            }
+
+
+def _frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(
+            'data frames need pandas, which is optional: pip install "mechdsl[frames]"'
+        ) from error
+    return pandas.DataFrame(records)
+
+
+def _html_table(result: ExperimentResult, most: int = 20) -> str:
+    from html import escape
+
+    head = [*result.axes, "site", "label", "effect", "n", "mean", "low", "high", "p corrected"]
+    rows: list[list[str]] = []
+    for record in list(_records(result))[:most]:
+        keys = [*result.axes, "site", "label", "effect", "n", "mean", "low", "high", "p_corrected"]
+        values = [record[key] for key in keys]
+        rows.append([f"{v:.3g}" if isinstance(v, float) else str(v or "") for v in values])
+    cells = "".join(
+        "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in rows
+    )
+    total = len(result.cells) * len(result.measures)
+    rest = f"<p>… and {total - most} more rows</p>" if total > most else ""
+    titles = "".join(f"<th>{escape(word)}</th>" for word in head)
+    caption = f"{escape(result.name)} · {escape(result.model)} · {escape(result.direction)}"
+    return (
+        f"<table><caption>{caption}</caption>"
+        f"<thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table>{rest}"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class FileResult:
+    """The experiments of one file."""
+
+    file: str
+    experiments: tuple[ExperimentResult, ...]
+    hash: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """What `mechdsl.run` returns."""
+
+    files: tuple[FileResult, ...]
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of the packages that numbers depend on; `mechdsl` is among them."""
+
+    @property
+    def experiments(self) -> tuple[ExperimentResult, ...]:
+        return tuple(each for file in self.files for each in file.experiments)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every expectation of every experiment does."""
+        return all(each.holds for each in self.experiments)
+
+    def __getitem__(self, name: str) -> ExperimentResult:
+        """The experiment of this name (the first one, over several files)."""
+        for each in self.experiments:
+            if each.name == name:
+                return each
+        known = ", ".join(f"`{each.name}`" for each in self.experiments) or "none"
+        raise KeyError(f"no experiment `{name}` in these results; there are: {known}")
+
+    def __iter__(self) -> Iterator[ExperimentResult]:
+        return iter(self.experiments)
+
+    def __len__(self) -> int:
+        return len(self.experiments)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A frame with one row per cell and measure of every experiment (needs pandas)."""
+        records = [
+            {"file": file.file, **record}
+            for file in self.files
+            for each in file.experiments
+            for record in each.records()
+        ]
+        return _frame(records)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `mechdsl run --format json`."""
+        from mechdsl.results.document import results_document
+
+        return results_document(self).as_json()
+
+    def to_json(self, path: Path | None = None, *, indent: int | None = 2) -> str:
+        """The document as text, also written to `path` if one is given."""
+        text = json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=indent)
+        if path is not None:
+            path.write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def _repr_html_(self) -> str:
+        return "".join(_html_table(each) for each in self.experiments)

@@ -1,0 +1,56 @@
+"""One run of the parser over a text or a part of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lark.exceptions import UnexpectedInput
+
+from mechdsl.diagnostics import Diagnostic
+from mechdsl.source import Source
+from mechdsl.syntax.engine import parser
+from mechdsl.syntax.transform import CONTEXT, Context
+
+
+@dataclass
+class Stopped(Exception):
+    """The parser met something it has no place for."""
+
+    offset: int
+    """In the parsed text; its length where the text ends too early."""
+    terminal: str
+    """What the lexer took the place for: `$END` at the end, nothing for an unknown character."""
+    length: int
+    accepts: frozenset[str]
+    """The terminals that could have stood there."""
+
+
+def attempt(
+    source: Source, text: str, base: int = 0, start: str = "start"
+) -> tuple[Any, list[Diagnostic]]:
+    """Parse `text`, which stands in the source at offset `base`.
+
+    Returns what the start rule makes and what was refused although its shape is right.
+    Raises Stopped at the first error of syntax.
+    """
+    context = Context(source, base)
+    token = CONTEXT.set(context)
+    try:
+        lark: Any = parser()
+        return lark.parse(text, start=start), context.diagnostics
+    except UnexpectedInput as error:
+        raise _stopped(text, error) from None
+    finally:
+        CONTEXT.reset(token)
+
+
+def _stopped(text: str, error: Any) -> Stopped:
+    token: Any = getattr(error, "token", None)
+    interactive: Any = getattr(error, "interactive_parser", None)
+    accepts: frozenset[str] = frozenset(interactive.accepts() if interactive else ())
+    if token is None:
+        return Stopped(error.pos_in_stream, "", 1, accepts)
+    if token.type == "$END":
+        return Stopped(len(text), "$END", 0, accepts)
+    return Stopped(token.start_pos, token.type, len(token), accepts)

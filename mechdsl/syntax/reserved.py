@@ -1,0 +1,55 @@
+"""The words of the language."""
+
+from __future__ import annotations
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+TOP_WORDS = _words(
+    "mech use param model prompts images metric direction basis group seed experiment"
+)
+"""First words of statements outside every brace."""
+
+DATA_WORDS = _words(
+    "template chat rows rename where split answer wrong text span corrupt image region"
+)
+"""First words of lines in a `prompts` or `images` block."""
+
+CHANGE_WORDS = _words("swap template add replace blur")
+"""First words of lines in a `corrupt` block."""
+
+RULE_WORDS = _words(
+    "patch ablate replace block reweight set path add scale project clamp swap freeze"
+)
+
+EXPERIMENT_WORDS = RULE_WORDS | _words(
+    "model prompts images from keep for against generate using discover search observe"
+    " measure stats report expect"
+)
+"""First words of statements in an `experiment` or `for` block."""
+
+BLOCK_WORDS = _words("experiment prompts images for corrupt")
+"""First words of statements whose braces hold lines."""
+
+AXIS_WORDS = _words("layer layers head heads neuron neurons expert experts feature features")
+POSITION_WORDS = _words("token tokens each first last between except top best")
+CONNECTING_WORDS = _words(
+    "if then else and or not in near within of at into onto from with through to by as"
+)
+
+RESERVED = (
+    (EXPERIMENT_WORDS - {"model", "prompts", "images"})
+    | AXIS_WORDS
+    | POSITION_WORDS
+    | CONNECTING_WORDS
+)
+"""Words that no value may be called. First words of other places (`text`, `group`, `image`) may
+be: data sets have such columns, and no line becomes ambiguous by it."""
+
+CLAUSE_WORDS = CONNECTING_WORDS | _words(
+    "verify until top contains on citing during limit step toward per confidence correct"
+    " window align radius over up"
+)
+"""Words that go on with a statement, so a line may begin with one in the middle of it."""

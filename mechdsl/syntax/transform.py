@@ -1,0 +1,804 @@
+"""From what the parser recognises to the syntax tree, one method per rule of the grammar."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lark import Token, Transformer
+
+from mechdsl.diagnostics import Diagnostic
+from mechdsl.diagnostics.e01_syntax import (
+    NumberTooLarge,
+    ReservedName,
+    TooLarge,
+    UnexpectedToken,
+    WrongVersion,
+)
+from mechdsl.source import Source, Span
+from mechdsl.syntax import ast
+from mechdsl.syntax.reserved import RESERVED
+
+MAX_DEPTH = 200
+"""Brackets within brackets, and operators within operators, of one expression."""
+
+VERSION = 1
+_ESCAPE = re.compile(r"\\(.)")
+_ESCAPED = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
+
+
+@dataclass
+class Context:
+    """Where the text being parsed comes from, and what was found wrong on the way."""
+
+    source: Source
+    base: int = 0
+    """Offset of the parsed text in the source."""
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    depths: dict[int, int] = field(default_factory=dict[int, int])
+    """Depth of the expressions so far, by identity."""
+
+
+CONTEXT: ContextVar[Context] = ContextVar("mech_parse")
+"""The parser is shared by all callers; what it parses just now is not."""
+
+
+class Clause(NamedTuple):
+    """A part of a statement that has no node of its own."""
+
+    kind: str
+    value: Any
+    span: Span
+
+
+def _ends(item: Any) -> tuple[int, int]:
+    if isinstance(item, Token):
+        base = CONTEXT.get().base
+        return base + (item.start_pos or 0), base + (item.end_pos or 0)
+    return item.span.start, item.span.end
+
+
+def _span(children: Sequence[Any]) -> Span:
+    start, _ = _ends(children[0])
+    _, end = _ends(children[-1])
+    return Span(CONTEXT.get().source, start, end)
+
+
+def _report(diagnostic: Diagnostic) -> None:
+    CONTEXT.get().diagnostics.append(diagnostic)
+
+
+def _clauses(children: Sequence[Any]) -> dict[str, Any]:
+    return {child.kind: child.value for child in children if isinstance(child, Clause)}
+
+
+def _nodes(children: Sequence[Any]) -> list[Any]:
+    return [child for child in children if isinstance(child, ast.Node)]
+
+
+def _name(token: Token) -> ast.Name:
+    return ast.Name(str(token), span=_span([token]))
+
+
+def _defined(name: ast.Name, rename: str = "") -> ast.Name:
+    """A name that the file gives to something; words of the language are refused."""
+    if name.id in RESERVED:
+        _report(ReservedName(name=name.id, rename=rename, span=name.span))
+    return name
+
+
+def _integer(token: Token) -> int:
+    if len(token) > 308:
+        _report(NumberTooLarge(span=_span([token])))
+        return 0
+    return int(token)
+
+
+def _decimal(token: Token, text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        _report(NumberTooLarge(span=_span([token])))
+        return 0.0
+    return value
+
+
+def _amount(node: ast.Number | ast.Name) -> Any:
+    return node.id if isinstance(node, ast.Name) else node.value
+
+
+def _nested(node: Any, *parts: Any) -> Any:
+    """The node, or its first part where nesting passes the limit (reported once per file)."""
+    context = CONTEXT.get()
+    depth = 1 + max((context.depths.get(id(part), 0) for part in parts), default=0)
+    if depth <= MAX_DEPTH:
+        context.depths[id(node)] = depth
+        return node
+    if not any(isinstance(d, TooLarge) for d in context.diagnostics):
+        _report(
+            TooLarge(
+                what=f"this expression is nested more than {MAX_DEPTH} deep",
+                place="the limit is passed here",
+                hint="name its parts and write it in several lines",
+                span=node.span,
+            )
+        )
+    return ast.Number(0, span=node.span)
+
+
+def unescape(raw: str) -> str:
+    """The value of a text between its quotes; an unknown escape stands for itself."""
+    return _ESCAPE.sub(lambda m: _ESCAPED.get(m[1], m[0]), raw) if "\\" in raw else raw
+
+
+def _clause(kind: str, value: Callable[[list[Any]], Any]) -> Callable[[Any, list[Any]], Clause]:
+    def method(_self: Any, c: list[Any]) -> Clause:
+        return Clause(kind, value(c), _span(c))
+
+    return method
+
+
+def _second(c: list[Any]) -> Any:
+    return c[1]
+
+
+def _second_amount(c: list[Any]) -> Any:
+    return _amount(c[1])
+
+
+class ToAst(Transformer[Token, Any]):
+    """Called by the parser at each reduction, with every token of the rule kept."""
+
+    # --- whole texts ---------------------------------------------------------------------------
+
+    def start(self, c: list[Any]) -> ast.File:
+        return ast.File(tuple(c), span=_span(c))
+
+    def top_lines(self, c: list[Any]) -> tuple[Any, ...]:
+        return tuple(c)
+
+    data_lines = change_lines = experiment_lines = top_lines
+
+    def placeholder(self, c: list[Any]) -> Clause:
+        return Clause("placeholder", (None, c[0]), _span(c))
+
+    def named_placeholder(self, c: list[Any]) -> Clause:
+        return Clause("placeholder", (_defined(_name(c[0])), c[2]), _span(c))
+
+    # --- top level -----------------------------------------------------------------------------
+
+    def version(self, c: list[Any]) -> ast.Version:
+        number = _integer(c[1])
+        if number != VERSION:
+            _report(
+                WrongVersion(
+                    problem=f"version {c[1]} of the language is not known",
+                    place=f"this mechdsl reads version {VERSION}",
+                    span=_span([c[1]]),
+                )
+            )
+        return ast.Version(number, span=_span(c))
+
+    def use(self, c: list[Any]) -> ast.Use:
+        return ast.Use(c[1], span=_span(c))
+
+    def param(self, c: list[Any]) -> ast.Param:
+        return ast.Param(_defined(c[1]), c[3], span=_span(c))
+
+    def model_def(self, c: list[Any]) -> ast.ModelDef:
+        return ast.ModelDef(_defined(c[1]), _as_call(c[3]), span=_span(c))
+
+    def data_def(self, c: list[Any]) -> ast.PromptsDef:
+        return ast.PromptsDef(c[0].value, _defined(c[1]), tuple(c[3:-1]), span=_span(c))
+
+    def metric_def(self, c: list[Any]) -> ast.MetricDef:
+        return ast.MetricDef(_defined(c[1]), c[3], span=_span(c))
+
+    def direction_def(self, c: list[Any]) -> ast.DirectionDef:
+        site = next((x for x in c if isinstance(x, ast.Site)), None)
+        at = _clauses(c).get("at")
+        return ast.DirectionDef(_defined(c[1]), c[3], site, at, span=_span(c))
+
+    def basis_def(self, c: list[Any]) -> ast.BasisDef:
+        site = next((x for x in c if isinstance(x, ast.Site)), None)
+        at = _clauses(c).get("at")
+        return ast.BasisDef(_defined(c[1]), _as_call(c[3]), site, at, span=_span(c))
+
+    def group_def(self, c: list[Any]) -> ast.GroupDef:
+        return ast.GroupDef(_defined(c[1]), tuple(_nodes(c[3:])), span=_span(c))
+
+    def seed(self, c: list[Any]) -> ast.Seed:
+        return ast.Seed(_integer(c[1]), span=_span(c))
+
+    def experiment_def(self, c: list[Any]) -> ast.ExperimentDef:
+        return ast.ExperimentDef(c[1], tuple(c[3:-1]), span=_span(c))
+
+    def name(self, c: list[Any]) -> ast.Name:
+        return _name(c[0])
+
+    def ref(self, c: list[Any]) -> ast.Ref:
+        part = str(c[2]) if len(c) == 3 else None
+        return ast.Ref(str(c[0]), part, span=_span(c))
+
+    def refs(self, c: list[Any]) -> Clause:
+        return Clause("refs", tuple(_nodes(c)), _span(c))
+
+    names = refs
+
+    def integer(self, c: list[Any]) -> ast.Number:
+        return ast.Number(_integer(c[0]), span=_span(c))
+
+    # --- prompts and images --------------------------------------------------------------------
+
+    def domained(self, c: list[Any]) -> ast.Domained:
+        return ast.Domained((_defined(_name(c[0])),), c[2], span=_span(c))
+
+    def derived(self, c: list[Any]) -> ast.Derived:
+        names = tuple(_defined(_name(t)) for t in c[:-2] if t.type == "DEF")
+        return ast.Derived(names, c[-1], span=_span(c))
+
+    def template(self, c: list[Any]) -> ast.Template:
+        return ast.Template(c[1], span=_span(c))
+
+    def chat(self, c: list[Any]) -> ast.Chat:
+        return ast.Chat(tuple(_nodes(c)), span=_span(c))
+
+    def turn(self, c: list[Any]) -> ast.ChatTurn:
+        return ast.ChatTurn(str(c[0]), c[1], span=_span(c))
+
+    def rows(self, c: list[Any]) -> ast.RowsFrom:
+        return ast.RowsFrom(c[1], span=_span(c))
+
+    def rename(self, c: list[Any]) -> ast.Rename:
+        pairs = tuple(child.value for child in c if isinstance(child, Clause))
+        return ast.Rename(pairs, span=_span(c))
+
+    def renamed(self, c: list[Any]) -> Clause:
+        return Clause("pair", (_defined(c[0]), c[2]), _span(c))
+
+    def where(self, c: list[Any]) -> ast.Where:
+        return ast.Where(c[1], span=_span(c))
+
+    def split(self, c: list[Any]) -> ast.Split:
+        return ast.Split(c[1], span=_span(c))
+
+    def answer(self, c: list[Any]) -> ast.Text:
+        return ast.Text(_name(c[0]), c[1], span=_span(c))
+
+    wrong = answer
+
+    def text(self, c: list[Any]) -> ast.Text:
+        return ast.Text(_defined(c[1]), c[3], span=_span(c))
+
+    def span_def(self, c: list[Any]) -> ast.SpanDef:
+        within = _clauses(c).get("within")
+        literal = c[3] if isinstance(c[3], ast.String) else None
+        return ast.SpanDef(_defined(c[1]), within, literal, span=_span(c))
+
+    span_within = _clause("within", lambda c: c[0])
+
+    def corrupt(self, c: list[Any]) -> ast.Corrupt:
+        return ast.Corrupt(_defined(c[1]), tuple(c[3:-1]), span=_span(c))
+
+    def image(self, c: list[Any]) -> ast.ImageLine:
+        if len(c) == 3:
+            return ast.ImageLine(source=c[2], span=_span(c))
+        return ast.ImageLine(c[1], span=_span(c))
+
+    def region(self, c: list[Any]) -> ast.Region:
+        return ast.Region(_defined(c[1]), c[3], span=_span(c))
+
+    def swap_values(self, c: list[Any]) -> ast.SwapValues:
+        return ast.SwapValues(c[1], c[3], span=_span(c))
+
+    def add_noise(self, c: list[Any]) -> ast.AddNoise:
+        return ast.AddNoise(_as_call(c[1]), c[3], c[5], span=_span(c))
+
+    def replace_tokens(self, c: list[Any]) -> ast.ReplaceTokens:
+        return ast.ReplaceTokens(c[1], c[3], span=_span(c))
+
+    def blur(self, c: list[Any]) -> ast.Blur:
+        return ast.Blur(c[1], _amount(c[3]), span=_span(c))
+
+    # --- experiments ---------------------------------------------------------------------------
+
+    def use_model(self, c: list[Any]) -> ast.UseModel:
+        return ast.UseModel(c[1].value, span=_span(c))
+
+    def use_prompts(self, c: list[Any]) -> ast.UsePrompts:
+        return ast.UsePrompts(c[0].value, c[1], _clauses(c).get("limit"), span=_span(c))
+
+    limit = _clause("limit", _second_amount)
+
+    def from_into(self, c: list[Any]) -> ast.FromInto:
+        return ast.FromInto(c[1].value, c[3].value, span=_span(c))
+
+    def keep(self, c: list[Any]) -> ast.Keep:
+        return ast.Keep(c[1], span=_span(c))
+
+    def for_loop(self, c: list[Any]) -> ast.For:
+        return ast.For(_defined(c[1]), c[3], tuple(c[5:-1]), span=_span(c))
+
+    def against(self, c: list[Any]) -> ast.Against:
+        return ast.Against(_as_call(c[1]), span=_span(c))
+
+    def generate(self, c: list[Any]) -> ast.Generate:
+        return ast.Generate(_amount(c[1]), span=_span(c))
+
+    def using(self, c: list[Any]) -> ast.Using:
+        return ast.Using(c[1], _clauses(c).get("verify", ()), span=_span(c))
+
+    verify = _clause("verify", lambda c: tuple(_nodes(c)))
+
+    def pick(self, c: list[Any]) -> ast.Pick:
+        return ast.Pick(str(c[0]), _amount(c[1]), span=_span(c))
+
+    def discover(self, c: list[Any]) -> ast.Discover:
+        clauses = _clauses(c)
+        top, unit = clauses.get("top", (None, None))
+        over = c[3].value
+        return ast.Discover(c[1], over, c[5], clauses.get("until"), top, unit, span=_span(c))
+
+    until = _clause("until", _second)
+    top_units = _clause("top", lambda c: (_amount(c[1]), c[2]))
+
+    def search(self, c: list[Any]) -> ast.Search:
+        return ast.Search(c[1], c[2], _amount(c[5]), span=_span(c))
+
+    def observe_attention(self, c: list[Any]) -> ast.ObserveAttention:
+        return ast.ObserveAttention(c[1], span=_span(c))
+
+    def observe_features(self, c: list[Any]) -> ast.ObserveFeatures:
+        return ast.ObserveFeatures(c[3], c[5], _clauses(c).get("top"), span=_span(c))
+
+    def observe(self, c: list[Any]) -> ast.Observe:
+        site = next(child for child in c if isinstance(child, ast.Site))
+        clauses = _clauses(c)
+        return ast.Observe(
+            c[1],
+            site,
+            clauses.get("toward"),
+            clauses.get("at"),
+            clauses.get("with"),
+            clauses.get("top"),
+            span=_span(c),
+        )
+
+    toward = _clause("toward", _second)
+    at_positions = _clause("at", _second)
+    with_positions = _clause("with", _second)
+    top = _clause("top", _second_amount)
+
+    def measure(self, c: list[Any]) -> ast.Measure:
+        effect = next(child for child in c[2:] if isinstance(child, ast.Name))
+        clauses = _clauses(c)
+        return ast.Measure(c[1], effect, clauses.get("at"), clauses.get("per"), span=_span(c))
+
+    measured_at = _clause("at", _second)
+    per = _clause("per", _second)
+
+    def stats(self, c: list[Any]) -> ast.Stats:
+        clauses = _clauses(c)
+        if len(clauses) < len(c) - 1:
+            again = _repeated(c[1:])
+            _report(
+                UnexpectedToken(
+                    found=f"second {again.kind}",
+                    expected="it once",
+                    hint="a `stats` line says each thing once",
+                    span=again.span,
+                )
+            )
+        return ast.Stats(
+            clauses.get("resampling"),
+            clauses.get("confidence"),
+            clauses.get("correction"),
+            clauses.get("by"),
+            span=_span(c),
+        )
+
+    resampling = _clause("resampling", lambda c: _as_call(c[0]))
+    confidence = _clause("confidence", _second)
+    correction = _clause("correction", _second)
+    by = _clause("by", _second)
+
+    def report(self, c: list[Any]) -> ast.Report:
+        variable = c[2] if len(c) > 2 and isinstance(c[2], ast.Name) else None
+        clauses = _clauses(c)
+        return ast.Report(
+            c[1],
+            variable,
+            clauses.get("by"),
+            clauses.get("top"),
+            clauses.get("file"),
+            span=_span(c),
+        )
+
+    def variable_name(self, c: list[Any]) -> ast.Name:
+        return _name(c[0])
+
+    by_variable = _clause("by", _second)
+    to_file = _clause("file", _second)
+
+    def expect(self, c: list[Any]) -> ast.Expect:
+        clauses = _clauses(c)
+        condition = None if isinstance(c[1], Clause) else c[1]
+        return ast.Expect(
+            condition,
+            clauses.get("top"),
+            clauses.get("contains", ()),
+            clauses.get("on"),
+            clauses.get("citing"),
+            span=_span(c),
+        )
+
+    contains = _clause("contains", lambda c: tuple(_nodes(c)))
+    relaxed = _clause("on", _second)
+    citing = _clause("citing", _second)
+
+    # --- rules ---------------------------------------------------------------------------------
+
+    def rule(self, c: list[Any]) -> ast.Rule:
+        return ast.Rule(c[0], c[1] if len(c) > 1 else None, span=_span(c))
+
+    def during(self, c: list[Any]) -> ast.During:
+        if isinstance(c[-1], ast.Occurrence):
+            return ast.During("step", steps=c[-1], span=_span(c))
+        if c[1].type == "EACH":
+            return ast.During("each step", span=_span(c))
+        return ast.During("named", str(c[1]), span=_span(c))
+
+    def patch(self, c: list[Any]) -> ast.Patch:
+        clauses = _clauses(c)
+        return ast.Patch(
+            c[1],
+            c[3],
+            clauses.get("onto"),
+            clauses.get("into"),
+            clauses.get("source"),
+            span=_span(c),
+        )
+
+    onto = _clause("onto", _second)
+    into_layer = _clause("into", lambda c: c[2])
+    with_ref = _clause("source", _second)
+
+    def ablate(self, c: list[Any]) -> ast.Ablate:
+        return ast.Ablate(c[1], c[3], c[5], _clauses(c).get("by"), span=_span(c))
+
+    def block(self, c: list[Any]) -> ast.Block:
+        return ast.Block(c[1], span=_span(c))
+
+    def reweight(self, c: list[Any]) -> ast.Reweight:
+        return ast.Reweight(c[1], c[3], span=_span(c))
+
+    def set_edge(self, c: list[Any]) -> ast.SetEdge:
+        return ast.SetEdge(c[1], c[3], span=_span(c))
+
+    def set_site(self, c: list[Any]) -> ast.SetSite:
+        return ast.SetSite(c[1], c[3], c[5], span=_span(c))
+
+    def path(self, c: list[Any]) -> ast.PathRule:
+        through = _clauses(c).get("through", ())
+        return ast.PathRule(c[1], c[3], c[5], through, span=_span(c))
+
+    through = _clause("through", lambda c: c[1].value)
+
+    def add(self, c: list[Any]) -> ast.Add:
+        return ast.Add(c[1], c[3], c[5], span=_span(c))
+
+    def scale(self, c: list[Any]) -> ast.Scale:
+        return ast.Scale(c[1], c[3], c[5], span=_span(c))
+
+    def project_out(self, c: list[Any]) -> ast.ProjectOut:
+        best = next((child for child in c if isinstance(child, ast.Ranked)), None)
+        return ast.ProjectOut(c[2], best, c[-3], c[-1], span=_span(c))
+
+    def clamp(self, c: list[Any]) -> ast.Clamp:
+        return ast.Clamp(c[1], c[3], c[5], span=_span(c))
+
+    def swap_sites(self, c: list[Any]) -> ast.SwapSites:
+        return ast.SwapSites(c[1], c[3], c[5], span=_span(c))
+
+    def freeze(self, c: list[Any]) -> ast.Freeze:
+        return ast.Freeze(c[1], c[3], span=_span(c))
+
+    def edge(self, c: list[Any]) -> ast.Edge:
+        stack = c[1] if isinstance(c[1], ast.Name) else None
+        axes = tuple(child for child in c if isinstance(child, ast.Axis))
+        return ast.Edge(stack, axes, c[-3], c[-1], span=_span(c))
+
+    # --- sites ---------------------------------------------------------------------------------
+
+    def site(self, c: list[Any]) -> ast.Site:
+        return ast.Site(
+            tuple(child for child in c if isinstance(child, ast.Name)),
+            tuple(child for child in c if isinstance(child, ast.Axis)),
+            next((child for child in c if isinstance(child, ast.ShortSite)), None),
+            next((child for child in c if isinstance(child, ast.Ranked)), None),
+            _clauses(c).get("basis"),
+            span=_span(c),
+        )
+
+    flat_site = flat_axes = site
+    basis = _clause("basis", lambda c: c[2].id)
+
+    def axis(self, c: list[Any]) -> ast.Axis:
+        values = tuple(child for child in c if isinstance(child, (ast.Star, ast.AxisRange)))
+        return _axis(c[0], values, _span(c), window=_clauses(c).get("window"))
+
+    window = _clause("window", _second_amount)
+    flat_axis = axis
+
+    def features(self, c: list[Any]) -> ast.Axis:
+        values = tuple(child for child in c if isinstance(child, (ast.Star, ast.AxisRange)))
+        return _axis(c[0], values, _span(c), of=c[-1].id)
+
+    flat_features = features
+
+    def axis_word(self, c: list[Any]) -> Token:
+        return c[0]
+
+    feature_word = axis_word
+
+    def axis_range(self, c: list[Any]) -> ast.AxisRange:
+        return ast.AxisRange(c[0], c[2] if len(c) == 3 else None, span=_span(c))
+
+    def bound(self, c: list[Any]) -> ast.Bound:
+        last = c[-1]
+        if last.type == "PERCENT":
+            return ast.Bound(percent=_decimal(last, last[:-1]), span=_span(c))
+        if last.type == "NAME":
+            return ast.Bound(name=str(last), span=_span(c))
+        number = _integer(last) * (-1 if len(c) > 1 and c[-2].type == "MINUS" else 1)
+        if c[0].type == "NAME":
+            return ast.Bound(name=str(c[0]), offset=number, span=_span(c))
+        return ast.Bound(number, span=_span(c))
+
+    def star(self, c: list[Any]) -> ast.Star:
+        return ast.Star(span=_span(c))
+
+    def short(self, c: list[Any]) -> ast.ShortSite:
+        site, _, component = str(c[0]).partition(".")
+        unit = "H" if "H" in site else "N" if "N" in site else None
+        layer, _, index = site[1:].partition(unit or "H")
+        return ast.ShortSite(
+            _short_number(layer, c[0]),
+            unit,
+            _short_number(index, c[0]) if unit else None,
+            component or None,
+            span=_span(c),
+        )
+
+    def top_ranked(self, c: list[Any]) -> ast.Ranked:
+        amount = c[1] if isinstance(c[1], ast.Percent) else _amount(c[1])
+        return ast.Ranked("top", amount, c[3].id, span=_span(c))
+
+    def best(self, c: list[Any]) -> ast.Ranked:
+        return ast.Ranked("best", None, c[2].id, span=_span(c))
+
+    # --- positions -----------------------------------------------------------------------------
+
+    def positions(self, c: list[Any]) -> ast.Positions:
+        items: list[ast.Position] = []
+        for child in c:
+            if isinstance(child, ast.Position):
+                items.append(child)
+            elif isinstance(child, Clause):
+                items.append(_further_token(items[-1], child))
+        return ast.Positions(tuple(items), span=_span(c))
+
+    def position(self, c: list[Any]) -> ast.Position:
+        return ast.Position(c[0], _clauses(c).get("align"), span=_span(c))
+
+    align = _clause("align", lambda c: c[1].id)
+    bare_index = _clause("index", lambda c: _index(c))
+
+    def between(self, c: list[Any]) -> ast.Between:
+        return ast.Between(c[0].type == "EACH", c[-3], c[-1], span=_span(c))
+
+    def except_(self, c: list[Any]) -> ast.Except:
+        return ast.Except(c[0].type == "EACH", c[-1], span=_span(c))
+
+    def point(self, c: list[Any]) -> ast.Point:
+        return ast.Point(c[0], _clauses(c).get("offset", 0), span=_span(c))
+
+    offset = _clause("offset", lambda c: _integer(c[1]) * (-1 if c[0].type == "MINUS" else 1))
+
+    def token_index(self, c: list[Any]) -> ast.TokenIndex:
+        low, high = _index(c[1:])
+        return ast.TokenIndex(c[0].type == "TOKENS", low, high, span=_span(c))
+
+    signed = _clause("signed", lambda c: _integer(c[-1]) * (-1 if len(c) == 2 else 1))
+
+    def span_tokens(self, c: list[Any]) -> ast.SpanTokens:
+        each = isinstance(c[0], Token)
+        return ast.SpanTokens(c[-2], c[-1].type == "TOKENS", each, span=_span(c))
+
+    def each_token_of(self, c: list[Any]) -> ast.EachTokenOf:
+        return ast.EachTokenOf(c[3], span=_span(c))
+
+    def edge_token(self, c: list[Any]) -> ast.EdgeToken:
+        return ast.EdgeToken(c[0].value, c[3] if len(c) == 4 else None, span=_span(c))
+
+    def ranked_tokens(self, c: list[Any]) -> ast.RankedTokens:
+        return ast.RankedTokens(c[0], c[1].type == "TOKENS", span=_span(c))
+
+    def joined(self, c: list[Any]) -> ast.Joined:
+        return ast.Joined(c[1], span=_span(c))
+
+    def span(self, c: list[Any]) -> ast.SpanRef:
+        facts: dict[str, Any] = dict(c[0].value)
+        return ast.SpanRef(**facts, of=_clauses(c).get("of"), span=_span(c))
+
+    span_name = _clause(
+        "span", lambda c: {"name": str(c[0]), "occurrence": c[1] if len(c) == 2 else None}
+    )
+
+    def edge_span(self, c: list[Any]) -> Clause:
+        edge, _, name = str(c[0]).partition("-")
+        return Clause("span", {"edge": edge, "name": name}, _span(c))
+
+    span_text = _clause("span", lambda c: {"literal": c[0].value})
+    span_cell = _clause("span", lambda c: {"name": str(c[0]), "row": c[2], "col": c[4]})
+    span_of = _clause("of", lambda c: str(c[1]))
+
+    def occurrence(self, c: list[Any]) -> ast.Occurrence:
+        if c[0].type == "STAR":
+            return ast.Occurrence(None, span=_span(c))
+        high = _integer(c[2]) if len(c) == 3 else None
+        return ast.Occurrence(_integer(c[0]), high, span=_span(c))
+
+    # --- expressions ---------------------------------------------------------------------------
+
+    def domain(self, c: list[Any]) -> ast.Domain:
+        return ast.Domain(c[0], _clauses(c).get("step"), span=_span(c))
+
+    step = _clause("step", _second)
+
+    def call(self, c: list[Any]) -> Any:
+        arguments = tuple(_nodes(c))
+        return _nested(ast.Call(str(c[0]), arguments, span=_span(c)), *arguments)
+
+    def argument(self, c: list[Any]) -> ast.Argument:
+        name = str(c[0]) if len(c) == 3 else None
+        value = c[-1]
+        if isinstance(value, ast.Ranked):
+            value = ast.Site(ranked=value, span=value.span)
+        node = ast.Argument(name, value, span=_span(c))
+        depths = CONTEXT.get().depths
+        depths[id(node)] = depths.get(id(value), 0)
+        return node
+
+    def quantity(self, c: list[Any]) -> ast.Quantity:
+        of = _clauses(c).get("of")
+        return ast.Quantity(c[0].value, str(c[1]), of, span=_span(c))
+
+    quantity_of = _clause("of", lambda c: str(c[1]))
+
+    def edge_token_of(self, c: list[Any]) -> ast.EdgeTokenOf:
+        return _nested(ast.EdgeTokenOf(c[0].value, c[3], span=_span(c)), c[3])
+
+    def range(self, c: list[Any]) -> ast.Range:
+        return _nested(ast.Range(c[0], c[2], span=_span(c)), c[0], c[2])
+
+    def conditional(self, c: list[Any]) -> Any:
+        return _nested(ast.Conditional(c[1], c[3], c[5], span=_span(c)), c[1], c[3], c[5])
+
+    def disjunction(self, c: list[Any]) -> Any:
+        return _nested(ast.Logical("or", c[0], c[2], span=_span(c)), c[0], c[2])
+
+    def conjunction(self, c: list[Any]) -> Any:
+        return _nested(ast.Logical("and", c[0], c[2], span=_span(c)), c[0], c[2])
+
+    def negation(self, c: list[Any]) -> Any:
+        return _nested(ast.Not(c[1], span=_span(c)), c[1])
+
+    def compare(self, c: list[Any]) -> Any:
+        return _nested(ast.Compare(c[1].value, c[0], c[2], span=_span(c)), c[0], c[2])
+
+    def in_range(self, c: list[Any]) -> Any:
+        return _nested(ast.InRange(c[0], c[2], span=_span(c)), c[0], c[2])
+
+    def near(self, c: list[Any]) -> Any:
+        return _nested(ast.Near(c[0], c[2], c[4], span=_span(c)), c[0], c[2], c[4])
+
+    def addition(self, c: list[Any]) -> Any:
+        return _nested(ast.Binary(c[1].value, c[0], c[2], span=_span(c)), c[0], c[2])
+
+    multiplication = addition
+
+    def negative(self, c: list[Any]) -> Any:
+        return _nested(ast.Negative(c[1], span=_span(c)), c[1])
+
+    def variable(self, c: list[Any]) -> ast.Name:
+        return _defined(_name(c[0]), "; `rename { … }` gives a column of data another name")
+
+    def of_ref(self, c: list[Any]) -> ast.OfRef:
+        return ast.OfRef(str(c[0]), c[2], span=_span(c))
+
+    def attribute(self, c: list[Any]) -> ast.Attribute:
+        return ast.Attribute(str(c[0]), str(c[2]), span=_span(c))
+
+    def index(self, c: list[Any]) -> Any:
+        return _nested(ast.Index(str(c[0]), c[2], span=_span(c)), c[2])
+
+    def list_of(self, c: list[Any]) -> Any:
+        items = tuple(_nodes(c))
+        return _nested(ast.ListOf(items, span=_span(c)), *items)
+
+    def parenthesised(self, c: list[Any]) -> Any:
+        return c[1]
+
+    def float(self, c: list[Any]) -> ast.Number:
+        return ast.Number(_decimal(c[0], c[0]), span=_span(c))
+
+    def percent(self, c: list[Any]) -> ast.Percent:
+        return ast.Percent(_decimal(c[0], c[0][:-1]), span=_span(c))
+
+    def string(self, c: list[Any]) -> ast.String:
+        return ast.String(unescape(c[0][1:-1]), span=_span(c))
+
+
+def _as_call(node: ast.Call | ast.Name) -> ast.Call:
+    """Where only a call makes sense, a bare name is a call without arguments."""
+    return node if isinstance(node, ast.Call) else ast.Call(node.id, (), span=node.span)
+
+
+def _axis(
+    word: Token,
+    values: tuple[ast.Star | ast.AxisRange, ...],
+    span: Span,
+    *,
+    window: int | str | None = None,
+    of: str | None = None,
+) -> ast.Axis:
+    plural = word.endswith("s")
+    singular: Any = word[:-1] if plural else str(word)
+    return ast.Axis(singular, plural, values, window, of, span=span)
+
+
+def _index(c: Sequence[Any]) -> tuple[int | str | None, int | None]:
+    """Both ends of `*`, `3`, `2..6`, or a name."""
+    first = c[0]
+    if isinstance(first, Token):
+        return (None if first.type == "STAR" else str(first)), None
+    return first.value, c[2].value if len(c) == 3 else None
+
+
+def _further_token(before: ast.Position, index: Clause) -> ast.Position:
+    """`3` in `token 0, 3`: what it is follows from the item before it."""
+    body = before.body
+    base = body.base if isinstance(body, ast.Point) else None
+    if not isinstance(base, ast.TokenIndex):
+        _report(
+            UnexpectedToken(
+                found=f"`{index.span.text}`",
+                expected="a position",
+                hint=f"write `token {index.span.text}`",
+                span=index.span,
+            )
+        )
+    plural = isinstance(base, ast.TokenIndex) and base.plural
+    token = ast.TokenIndex(plural, *index.value, span=index.span)
+    return ast.Position(ast.Point(token, span=index.span), span=index.span)
+
+
+def _short_number(digits: str, token: Token) -> int:
+    if len(digits) > 308:
+        _report(NumberTooLarge(span=_span([token])))
+        return 0
+    return int(digits)
+
+
+def _repeated(clauses: Sequence[Clause]) -> Clause:
+    """The first clause that says again what another one said."""
+    seen: set[str] = set()
+    for clause in clauses:
+        if clause.kind in seen:
+            return clause
+        seen.add(clause.kind)
+    raise AssertionError("no clause is repeated")

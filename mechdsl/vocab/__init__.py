@@ -1,0 +1,1 @@
+"""The words of the language that are looked up: one registered entry each."""

@@ -1,0 +1,275 @@
+"""Metrics: one number per prompt, read off a run.
+
+Functions use tensor methods only, so that this module (and with it `validate`) doesn't import
+torch. They compute in float32 at least: half precision is widened first, float64 stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from mechdsl.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Takes = Literal[
+    "target", "continuation", "numerals", "reference", "nothing", "prompt", "activations"
+]
+"""What a metric is given beside the run it reads; the docstring of each form says the shapes."""
+
+Kind = Literal["number", "category"]
+"""Numbers are averaged; of categories tables show the commonest."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write a metric: `prob(answer)` and `prob(1..9)` are two forms of `prob`."""
+
+    takes: Takes
+    unit: str
+    kind: Kind
+    function: Callable[..., Tensor]
+    meaning: str
+    default: str | None = None
+    """The text that is meant when the metric is written without an argument."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A name of the language with its forms. Without a form it is known, but not executed yet."""
+
+    name: str
+    forms: dict[Takes, Form] = field(default_factory=dict[Takes, Form])
+
+    @property
+    def supported(self) -> bool:
+        return bool(self.forms)
+
+
+METRICS: Registry[Metric] = Registry("metric")
+
+
+def metric(
+    name: str, *, takes: Takes, unit: str, kind: Kind = "number", default: str | None = None
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a function as one form of the metric `name`; its docstring's first line is shown."""
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        entry = METRICS.get(name) or METRICS.add(name, Metric(name))
+        if takes in entry.forms:
+            raise ValueError(f"metric `{name}` that takes {takes} is registered twice")
+        meaning = (function.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
+        entry.forms[takes] = Form(takes, unit, kind, function, meaning, default)
+        return function
+
+    return register
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.element_size() < 4 else values
+
+
+def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log probabilities of single tokens: logits [..., vocab], ids [...] -> [...], nats."""
+    wide = _wide(logits)  # logsumexp and gather, so that no second [..., vocab] is held
+    return wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats; tokens of probability 0 under p add nothing."""
+    p = log_p.exp()
+    terms = p * (log_p - log_q)
+    return terms.where(p > 0, terms.new_zeros(())).sum(-1)
+
+
+# --- of one token ------------------------------------------------------------------------------
+
+
+@metric("logit", takes="target", unit="logit")
+def logit(logits: Tensor, target: Tensor) -> Tensor:
+    """The logit of a token.
+
+    logits: [row, vocab], at the measured position
+    target: [row], token ids
+    returns: [row], unnormalised log-odds (only differences between tokens mean something)
+    source: Zhang & Nanda 2023, arXiv 2309.16042, for differences of two
+    """
+    return _wide(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1))
+
+
+@metric("prob", takes="target", unit="probability")
+def prob(logits: Tensor, target: Tensor) -> Tensor:
+    """The probability of a token, under the softmax over the whole vocabulary.
+
+    logits: [row, vocab], at the measured position
+    target: [row], token ids
+    returns: [row], 0..1
+    source: Meng et al. 2022, arXiv 2202.05262, for causal tracing
+    """
+    return _log_probs(logits, target).exp()
+
+
+@metric("rank", takes="target", unit="rank")
+def rank(logits: Tensor, target: Tensor) -> Tensor:
+    """The rank of a token, 1 is the best; tokens that tie share the better rank.
+
+    logits: [row, vocab], at the measured position
+    target: [row], token ids
+    returns: [row], 1 + the number of tokens with a strictly greater logit
+    """
+    own = logits.gather(-1, target.unsqueeze(-1))
+    return (logits > own).sum(-1).float() + 1
+
+
+@metric("correct", takes="target", unit="share", default="answer")
+def correct(logits: Tensor, target: Tensor) -> Tensor:
+    """Whether the most likely token is this one (`correct` alone: the answer).
+
+    logits: [row, vocab], at the measured position
+    target: [row], token ids
+    returns: [row], 1.0 or 0.0; its mean is the accuracy
+    """
+    return (logits.argmax(-1) == target).float()
+
+
+# --- of a text of several tokens ----------------------------------------------------------------
+
+
+@metric("logprob", takes="continuation", unit="nat")
+def logprob(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The log probability of a text, summed over its tokens.
+
+    logits: [row, token, vocab], those that predict each token of the text
+    ids: [row, token], token ids of the text, padded
+    mask: [row, token], true where a token is part of the text
+    returns: [row], nats, at most 0
+    """
+    tokens = _log_probs(logits, ids)
+    return tokens.where(mask, tokens.new_zeros(())).sum(-1)
+
+
+# --- over a range of numerals -------------------------------------------------------------------
+
+
+@metric("expected", takes="numerals", unit="count")
+def expected(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+    """The mean number under the distribution restricted to the numerals.
+
+    logits: [row, vocab], at the measured position
+    ids: [numeral], token ids of the numerals, spelt as in the answer
+    values: [numeral], the numbers that they stand for
+    returns: [row], between the smallest and the greatest of the values
+    """
+    restricted = _wide(logits.index_select(-1, ids)).softmax(-1)
+    return (restricted * values.to(restricted.dtype)).sum(-1)
+
+
+@metric("argmax", takes="numerals", unit="count", kind="category")
+def argmax(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+    """The most likely of the numerals.
+
+    logits: [row, vocab], at the measured position
+    ids: [numeral], token ids of the numerals, spelt as in the answer
+    values: [numeral], the numbers that they stand for
+    returns: [row], one of the values
+    """
+    return values[logits.index_select(-1, ids).argmax(-1)]
+
+
+@metric("prob", takes="numerals", unit="probability")
+def prob_of_numerals(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+    """The probability of all numerals of the range together, out of the whole vocabulary.
+
+    logits: [row, vocab], at the measured position
+    ids: [numeral], token ids of the numerals, spelt as in the answer
+    values: [numeral], the numbers that they stand for (not used)
+    returns: [row], 0..1
+    """
+    del values
+    wide = _wide(logits)
+    return (wide.index_select(-1, ids).logsumexp(-1) - wide.logsumexp(-1)).exp()
+
+
+# --- against another run ------------------------------------------------------------------------
+
+
+@metric("kl", takes="reference", unit="nat")
+def kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL(reference ‖ this run) of the next-token distributions.
+
+    logits: [row, vocab], of this run at the measured position
+    reference: [row, vocab], of the named run at its own measured position
+    returns: [row], nats, 0 where the distributions are equal, infinite where this run excludes a
+        token that the reference allows
+    source: Kullback & Leibler 1951
+    """
+    return _divergence(_wide(reference).log_softmax(-1), _wide(logits).log_softmax(-1))
+
+
+@metric("js", takes="reference", unit="nat")
+def js(logits: Tensor, reference: Tensor) -> Tensor:
+    """The Jensen-Shannon divergence of the next-token distributions.
+
+    logits: [row, vocab], of this run at the measured position
+    reference: [row, vocab], of the named run at its own measured position
+    returns: [row], nats, 0..ln 2, symmetric
+    source: Lin 1991, doi 10.1109/18.61115
+    """
+    log_p, log_q = _wide(reference).log_softmax(-1), _wide(logits).log_softmax(-1)
+    log_mixture = log_p.logaddexp(log_q) - math.log(2)
+    return (_divergence(log_p, log_mixture) + _divergence(log_q, log_mixture)) / 2
+
+
+# --- of the run alone ---------------------------------------------------------------------------
+
+
+@metric("entropy", takes="nothing", unit="nat")
+def entropy(logits: Tensor) -> Tensor:
+    """The entropy of the next-token distribution.
+
+    logits: [row, vocab], at the measured position
+    returns: [row], nats, 0..ln(vocab)
+    """
+    log_p = _wide(logits).log_softmax(-1)
+    p = log_p.exp()
+    terms = p * log_p
+    return -terms.where(p > 0, terms.new_zeros(())).sum(-1)
+
+
+@metric("loss", takes="prompt", unit="nat")
+def loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The mean negative log-likelihood of the prompt's own tokens.
+
+    Each own token that follows another is predicted from it; the first has nothing of the prompt
+    before it and isn't counted, so the value doesn't depend on special tokens or padding.
+
+    logits: [row, token, vocab], of the whole prompt
+    ids: [row, token], the prompt's token ids
+    mask: [row, token], true at the prompt's own tokens (neither padding nor special)
+    returns: [row], nats per token; NaN for a prompt of one token
+    """
+    counted = mask[:, 1:] & mask[:, :-1]
+    tokens = _log_probs(logits[:, :-1], ids[:, 1:])
+    return -tokens.where(counted, tokens.new_zeros(())).sum(-1) / counted.sum(-1)
+
+
+@metric("cosine", takes="activations", unit="cosine")
+def cosine(activations: Tensor, reference: Tensor) -> Tensor:
+    """The cosine between an activation and the same one in another run, averaged over positions.
+
+    activations: [row, position, width], of this run
+    reference: [row, position, width], of the named run
+    returns: [row], -1..1; NaN where one of the vectors is zero
+    """
+    a, b = _wide(activations), _wide(reference)
+    return ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean(-1)
+
+
+# --- known, and executed once `generate` is -----------------------------------------------------
+
+for _name in ("exact_match", "contains", "number"):
+    METRICS.add(_name, Metric(_name))

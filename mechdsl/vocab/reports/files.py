@@ -1,0 +1,54 @@
+"""`report csv`, `report json`, `report parquet`: the numbers themselves."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from mechdsl import spec
+from mechdsl.results.document import experiment_document
+from mechdsl.results.experiment import ExperimentResult
+
+
+def write_csv(result: ExperimentResult) -> str:
+    """One line per cell and measure; what doesn't exist is empty."""
+    records = result.records()
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(records[0]) if records else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def write_json(result: ExperimentResult) -> str:
+    """The experiment as it stands in the results document."""
+    document = experiment_document(result).as_json()
+    return json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+
+
+def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
+    """Plain text, neither wrapped nor coloured, so that it can be piped on."""
+    text = write_json(result) if report.kind == "json" else write_csv(result)
+    console.out(text, end="", highlight=False)
+
+
+def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
+    """In the format that the report names."""
+    if report.kind == "parquet":
+        _write_parquet(result, path)
+        return
+    text = write_json(result) if report.kind == "json" else write_csv(result)
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_parquet(result: ExperimentResult, path: Path) -> None:
+    try:
+        result.to_pandas().to_parquet(path, index=False)
+    except ImportError as error:
+        raise ImportError(
+            'parquet needs pandas and pyarrow, which are optional: pip install "mechdsl[frames]"'
+        ) from error

@@ -1,0 +1,260 @@
+"""The sites of a model: what can be read and written, one registered entry each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mechdsl.registry import Registry
+
+SiteAxis = Literal["layer", "head", "neuron", "expert"]
+UnitKind = Literal["head", "kv_head", "neuron", "expert"]
+Width = Literal["d_model", "d_head", "one", "vocab", "key", "n_experts"]
+When = Literal["embedding", "before", "inside", "after", "output"]
+
+_SHAPES: dict[Width, str] = {
+    "one": "one number per neuron",
+    "key": "[key] per query position",
+}
+
+
+@dataclass(frozen=True)
+class SiteKind:
+    """One component: where it lies in a block and what one vector of it is."""
+
+    name: str
+    axes: tuple[SiteAxis, ...]
+    """Coordinates that a site of this component has; `layer` comes first."""
+    width: Width
+    """Length of the vector per prompt, position and coordinate."""
+    when: When
+    """`before`, `inside`, `after`: a write at layer L changes block L's input, its inside or its
+    output. `embedding` is before all blocks, `output` behind all of them."""
+    order: int
+    """Where a forward pass comes by it, among the sites of one block."""
+    meaning: str
+    unit: UnitKind | None = None
+    """What the second axis counts; `kv_head` where the axis `head` counts key-value heads."""
+    short: str | None = None
+    """`L3.attn` is `attn_out`; `H` and `N` are the letters of `L3H5` and `L3N512`."""
+    supported: bool = True
+    """False: the language knows the word, but it can't be read or written yet."""
+
+    @property
+    def has_layer(self) -> bool:
+        return "layer" in self.axes
+
+    @property
+    def shape(self) -> str:
+        """The shape of one vector in words, for tables and messages."""
+        return _SHAPES.get(self.width, f"[{self.width}]")
+
+
+SITES: Registry[SiteKind] = Registry("site")
+
+
+def site(
+    name: str,
+    axes: tuple[SiteAxis, ...],
+    width: Width,
+    when: When,
+    order: int,
+    meaning: str,
+    *,
+    unit: UnitKind | None = None,
+    short: str | None = None,
+    supported: bool = True,
+) -> SiteKind:
+    """Register a site; the arguments are the fields of `SiteKind`."""
+    kind = SiteKind(name, axes, width, when, order, meaning, unit, short, supported)
+    return SITES.add(name, kind)
+
+
+_LAYER: tuple[SiteAxis, ...] = ("layer",)
+_HEAD: tuple[SiteAxis, ...] = ("layer", "head")
+_NEURON: tuple[SiteAxis, ...] = ("layer", "neuron")
+_EXPERT: tuple[SiteAxis, ...] = ("layer", "expert")
+
+site(
+    "embed",
+    (),
+    "d_model",
+    "embedding",
+    0,
+    "what the token embedding returns, before position embeddings",
+)
+site("resid_pre", _LAYER, "d_model", "before", 10, "the residual stream that enters the block")
+site("attn_norm", _LAYER, "d_model", "inside", 20, "what attention reads, after its norm")
+site(
+    "q",
+    _HEAD,
+    "d_head",
+    "inside",
+    30,
+    "the head's query, after any query norm, before rotary",
+    unit="head",
+)
+site(
+    "k",
+    _HEAD,
+    "d_head",
+    "inside",
+    31,
+    "the key-value head's key, after any key norm, before rotary",
+    unit="kv_head",
+)
+site("v", _HEAD, "d_head", "inside", 32, "the key-value head's value", unit="kv_head")
+site(
+    "q_rot",
+    _HEAD,
+    "d_head",
+    "inside",
+    33,
+    "the head's query after rotary",
+    unit="head",
+    supported=False,
+)
+site(
+    "k_rot",
+    _HEAD,
+    "d_head",
+    "inside",
+    34,
+    "the key-value head's key after rotary",
+    unit="kv_head",
+    supported=False,
+)
+site("scores", _HEAD, "key", "inside", 40, "attention before softmax", unit="head", supported=False)
+site("pattern", _HEAD, "key", "inside", 41, "attention after softmax", unit="head", supported=False)
+site(
+    "z",
+    _HEAD,
+    "d_head",
+    "inside",
+    50,
+    "the head's output before the output projection",
+    unit="head",
+    short="H",
+)
+site(
+    "head_out",
+    _HEAD,
+    "d_model",
+    "inside",
+    51,
+    "`z` through the head's slice of the output projection",
+    unit="head",
+)
+site(
+    "attn_out",
+    _LAYER,
+    "d_model",
+    "inside",
+    60,
+    "what attention adds to the residual stream",
+    short="attn",
+)
+site("resid_mid", _LAYER, "d_model", "inside", 70, "the residual stream between attention and MLP")
+site("mlp_norm", _LAYER, "d_model", "inside", 80, "what the MLP reads, after its norm")
+site(
+    "router",
+    _LAYER,
+    "n_experts",
+    "inside",
+    81,
+    "the router's weights over the experts",
+    supported=False,
+)
+site(
+    "expert_out",
+    _EXPERT,
+    "d_model",
+    "inside",
+    82,
+    "what one expert adds to the stream",
+    unit="expert",
+    supported=False,
+)
+site(
+    "mlp_hidden",
+    _NEURON,
+    "one",
+    "inside",
+    90,
+    "neurons after the activation function (after gating)",
+    unit="neuron",
+    short="N",
+)
+site(
+    "mlp_out",
+    _LAYER,
+    "d_model",
+    "inside",
+    100,
+    "what the MLP adds to the residual stream",
+    short="mlp",
+)
+site(
+    "resid_post",
+    _LAYER,
+    "d_model",
+    "after",
+    110,
+    "the residual stream that leaves the block",
+    short="resid",
+)
+site("final_norm", (), "d_model", "output", 120, "what the unembedding reads, after the last norm")
+site(
+    "logits",
+    (),
+    "vocab",
+    "output",
+    130,
+    "the model's output, one number per token of the vocabulary",
+)
+
+
+def by_short(short: str) -> SiteKind | None:
+    """The site behind `attn`, `mlp`, `resid`, `H` or `N`."""
+    return next((kind for _, kind in SITES.items() if kind.short == short), None)
+
+
+def write_order(name: str, layer: int | None) -> tuple[int, int]:
+    """Sort key: the order in which one forward pass comes by sites.
+
+    `layer` is None for sites without one (`embed` comes first, `final_norm`, `logits` last).
+    """
+    kind = SITES[name]
+    if kind.when == "embedding":
+        return (-1, kind.order)
+    if kind.when == "output" or layer is None:
+        return (1 << 30, kind.order)
+    return (layer, kind.order)
+
+
+def start_layer(name: str, layer: int | None, n_layers: int) -> int:
+    """The lowest block that has to run again after a write at this site.
+
+    `n_layers` means that no block has to, only what lies behind them.
+    """
+    kind = SITES[name]
+    if kind.when == "embedding":
+        return 0
+    if kind.when == "output" or layer is None:
+        return n_layers
+    return layer + 1 if kind.when == "after" else layer
+
+
+def stop_layer(name: str, layer: int | None, n_layers: int) -> int | None:
+    """How many blocks have to run before this site can be read; None needs the whole model.
+
+    `n_layers + 1` is every block and the final norm, without the unembedding.
+    """
+    kind = SITES[name]
+    if kind.when == "embedding":
+        return 0
+    if name == "logits":
+        return None
+    if kind.when == "output" or layer is None:
+        return n_layers + 1
+    return layer if kind.when == "before" else layer + 1

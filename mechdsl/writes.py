@@ -1,0 +1,226 @@
+"""From rows of a plan to the vectors that are written."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.hooks import SiteRead, SiteWrite, gather
+from mechdsl.lanes import Lanes
+from mechdsl.models.shape import ModelShape, units, width
+from mechdsl.plan import ExperimentPlan, Ints, Place, RulePlan, Rows
+
+LanesOf: TypeAlias = Callable[[str, bool], Lanes]
+"""(run, of the donors of a resampling) → its lanes on the current prompts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """The mean activations that a rule writes."""
+
+    values: Mapping[Place, Tensor]
+    """[position, group, token of the position, unit, width]."""
+    groups: Ints
+    """[prompt] its group."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fillings:
+    """What the rules of an experiment write, beside the source run."""
+
+    means: Mapping[int, Means]
+    """By number of the rule."""
+    donors: Ints | None
+    """[prompt] the prompt whose activation replaces it, for `resample`."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Entries:
+    """Every vector that one rule writes, as parallel columns."""
+
+    row: Ints
+    written: Ints
+    read: Ints
+    slot: Ints
+    """Which of the joined tokens it is."""
+    point: Ints
+
+
+def read_prompts(plan: RulePlan, rows: Rows, fillings: Fillings) -> Ints:
+    """The prompt whose activation each row reads."""
+    if plan.rule.fill == "resample" and fillings.donors is not None:
+        return fillings.donors[rows.prompt]
+    return rows.prompt
+
+
+def readable(plan: ExperimentPlan, rows: Rows, fillings: Fillings) -> Ints:
+    """Indices of the rows whose donors have the position too; all of them without a resampling."""
+    good = np.ones(len(rows), dtype=np.bool_)
+    for rule in plan.rules:
+        if rule.rule.fill == "resample":
+            position = rule.position_of_cell[rows.cell]
+            key = position * rule.read.prompts + read_prompts(rule, rows, fillings)
+            good &= rule.read.runs.counts(key) > 0
+    return np.flatnonzero(good)
+
+
+def _entries(plan: RulePlan, rows: Rows, fillings: Fillings) -> _Entries:
+    position = plan.position_of_cell[rows.cell]
+    written_run = plan.written.run(position, rows.prompt, rows.alternative)
+    read_run = plan.read.run(position, read_prompts(plan, rows, fillings), rows.alternative)
+    row, written = plan.written.tokens.expand(written_run)
+    counts = plan.written.tokens.counts(written_run)
+    slot = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    read = plan.read.tokens.values[plan.read.tokens.offsets[read_run][row] + slot]
+    index, point = plan.points.expand(plan.site_of_cell[rows.cell][row])
+    return _Entries(row[index], written[index], read[index], slot[index], point)
+
+
+def build_writes(
+    plan: ExperimentPlan,
+    rows: Rows,
+    draws: Ints,
+    lanes_of: LanesOf,
+    fillings: Fillings,
+    shape: ModelShape,
+) -> list[SiteWrite]:
+    """The writes of these rows, one per site and layer.
+
+    Where two rules write the same vector, the later one in the file stands.
+    """
+    parts: dict[Place, list[tuple[Ints, Ints, Ints, Tensor]]] = defaultdict(list)
+    for number, rule in enumerate(plan.rules):
+        if rule.rule.sites is None:
+            continue
+        entries = _entries(rule, rows, fillings)
+        places = sorted({(p.site, p.layer) for p in rule.point_table}, key=str)
+        place_of_point = np.array(
+            [places.index((p.site, p.layer)) for p in rule.point_table], dtype=np.int64
+        )
+        unit_of_point = np.array(
+            [-1 if p.unit is None else p.unit for p in rule.point_table], dtype=np.int64
+        )
+        own = place_of_point[entries.point]
+        for index in np.unique(own):
+            place = places[index]
+            chosen = np.flatnonzero(own == index)
+            unit = unit_of_point[entries.point[chosen]]
+            chosen, unit = _all_units(chosen, unit, units(shape, place[0]))
+            values = _values(rule, number, place, entries, chosen, unit, rows, draws, lanes_of,
+                             fillings, shape)
+            parts[place].append((entries.row[chosen], entries.written[chosen], unit, values))
+    return [_joined(place, found) for place, found in parts.items()]
+
+
+def _all_units(chosen: Ints, unit: Ints, count: int) -> tuple[Ints, Ints]:
+    """Entries for every unit where a point stands for all of them."""
+    every = unit < 0
+    if not every.any():
+        return chosen, unit
+    repeats = np.where(every, count, 1)
+    index = np.repeat(np.arange(len(chosen)), repeats)
+    within = np.arange(len(index)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+    return chosen[index], np.where(every[index], within, unit[index])
+
+
+def _values(
+    plan: RulePlan,
+    number: int,
+    place: Place,
+    entries: _Entries,
+    chosen: Ints,
+    unit: Ints,
+    rows: Rows,
+    draws: Ints,
+    lanes_of: LanesOf,
+    fillings: Fillings,
+    shape: ModelShape,
+) -> Tensor:
+    """[K, width]: what is written."""
+    fill = plan.rule.fill
+    row = entries.row[chosen]
+    if fill == "zero":
+        return torch.zeros(len(chosen), width(shape, place[0]))
+    if fill == "mean":
+        means = fillings.means[number]
+        values = means.values[place]
+        index = (
+            plan.position_of_cell[rows.cell[row]],
+            means.groups[rows.prompt[row]],
+            entries.slot[chosen],
+            unit,
+        )
+        return values[tuple(torch.from_numpy(i).to(values.device) for i in index)]
+    lanes = lanes_of(plan.rule.run, fill == "resample")
+    lane = lanes.lane(read_prompts(plan, rows, fillings)[row], draws[row])
+    return gather(
+        lanes.reads[SiteRead(*place)],
+        lanes.batch,
+        torch.from_numpy(lane),
+        torch.from_numpy(entries.read[chosen]),
+        torch.from_numpy(unit),
+    )
+
+
+def _joined(place: Place, found: list[tuple[Ints, Ints, Ints, Tensor]]) -> SiteWrite:
+    """All vectors of one place; of equal ones the last stands."""
+    row, position, unit = (np.concatenate([part[i] for part in found]) for i in range(3))
+    values = torch.cat([part[3].to(found[-1][3]) for part in found])
+    key = np.stack([row, position, unit])
+    _, last = np.unique(key[:, ::-1], axis=1, return_index=True)
+    if len(last) < len(row):
+        keep = np.sort(len(row) - 1 - last)
+        row, position, unit = row[keep], position[keep], unit[keep]
+        values = values[torch.from_numpy(keep)]
+    site, layer = place
+    return SiteWrite(
+        site,
+        layer,
+        torch.from_numpy(row),
+        torch.from_numpy(position),
+        torch.from_numpy(unit),
+        values,
+    )
+
+
+def mean_sums(
+    plan: RulePlan, prompts: Ints, lanes: Lanes, groups: Ints, sums: dict[Place, Tensor], counts: Tensor
+) -> None:
+    """Add these prompts' activations to the sums of a `mean` ablation.
+
+    sums: [position, group, token, unit, width] per place; counts: [position, group].
+    """
+    positions = np.repeat(np.arange(len(plan.sources)), len(prompts))
+    prompt = np.tile(prompts, len(plan.sources))
+    key = positions * plan.read.prompts + prompt
+    index, run = plan.read.runs.expand(key)
+    for draw in range(lanes.draws):
+        lane = lanes.lane(prompt[index], np.full(len(index), draw))
+        row, token = plan.read.tokens.expand(run)
+        token_counts = plan.read.tokens.counts(run)
+        starts = np.cumsum(token_counts) - token_counts
+        slot = np.arange(len(row)) - np.repeat(starts, token_counts)
+        at = torch.from_numpy(positions[index][row])
+        group = torch.from_numpy(groups[prompt[index]][row])
+        for place, total in sums.items():
+            read = lanes.reads[SiteRead(*place)]
+            columns = lanes.batch.columns(
+                torch.from_numpy(lane[row]).to(lanes.batch.ids.device),
+                torch.from_numpy(token).to(lanes.batch.ids.device),
+            )
+            vectors = read[torch.from_numpy(lane[row]).to(read.device), columns.to(read.device)]
+            total.index_put_(
+                (at, group, torch.from_numpy(slot)), vectors.to(total), accumulate=True
+            )
+        one = torch.ones(len(index), dtype=counts.dtype)
+        counts.index_put_(
+            (torch.from_numpy(positions[index]), torch.from_numpy(groups[prompt[index]])),
+            one,
+            accumulate=True,
+        )
