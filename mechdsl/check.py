@@ -198,7 +198,9 @@ def _statements(experiment: spec.Experiment) -> list[Diagnostic]:
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
         if effect is None:
-            hint = did_you_mean(EFFECTS.suggest(measure.effect), f"effects are {', '.join(EFFECTS)}")
+            hint = did_you_mean(
+                EFFECTS.suggest(measure.effect), f"effects are {', '.join(EFFECTS)}"
+            )
             found.append(
                 UnknownWord(span=measure.span, kind="effect", word=measure.effect, hint=hint)
             )

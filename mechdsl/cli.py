@@ -7,10 +7,9 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import click
-import typer
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
@@ -18,23 +17,30 @@ from mechdsl.registry import nearest
 
 FINE, FAILED, WRONG, BROKE_OFF, INTERRUPTED = 0, 1, 2, 3, 130
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Interpretability experiments as files: check, explain, plan and run them.",
 )
+def app() -> None:
+    """The commands."""
 
-Files = Annotated[list[Path], typer.Argument(help="`.mech` files or folders of them.", metavar="FILE…")]
-File = Annotated[Path, typer.Argument(help="A `.mech` file.", metavar="FILE")]
-Set = Annotated[list[str], typer.Option("--set", help="Set a parameter: `--set depth=12`.")]
-NoPass = Annotated[list[str], typer.Option("--no-pass", help="Switch a pass off, by its name.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many rows each.")]
+
+files_argument = click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+file_argument = click.argument("file", type=click.Path(path_type=Path))
+set_option = click.option(
+    "--set", "parameters", multiple=True, metavar="K=V", help="Set a parameter: --set depth=12."
+)
+limit_option = click.option(
+    "--limit", type=click.IntRange(min=1), help="At most this many rows per experiment."
+)
+no_pass_option = click.option(
+    "--no-pass", "no_pass", multiple=True, metavar="NAME", help="Switch a pass off."
+)
 
 
 def main() -> None:
-    """The entry point: every way out is an exit status, and no user ever sees a traceback."""
+    """The entry point: every way out is an exit status, and no user sees a traceback."""
     try:
         status = app(standalone_mode=False)
     except click.exceptions.Abort:
@@ -63,10 +69,11 @@ def _usage(error: click.ClickException) -> Diagnostic:
         word = error.message.split("'")[1]
         commands = context.command.list_commands(context) if context is not None else []
         hint = did_you_mean(nearest(word, commands), hint)
-    return BadCommandLine(reason=error.format_message().rstrip("."), hint=hint)
+    reason = error.format_message().partition(" Did you mean")[0].rstrip(".")
+    return BadCommandLine(reason=reason, hint=hint)
 
 
-# --- output -----------------------------------------------------------------------------------------
+# --- output ---
 
 
 def _print(diagnostics: list[Diagnostic], form: str = "full", *, out: bool = False) -> None:
@@ -79,7 +86,7 @@ def _print(diagnostics: list[Diagnostic], form: str = "full", *, out: bool = Fal
             return
         colour = stream.isatty() and "NO_COLOR" not in os.environ
         text = render.render_full(
-            diagnostics, color=colour, width=_width(), ascii_only=render.needs_ascii(stream)
+            diagnostics, color=colour, width=_width(), ascii=render.needs_ascii(stream)
         )
     else:
         text = {
@@ -103,7 +110,9 @@ def _console(*, stderr: bool = False) -> Any:
     return Console(stderr=stderr, width=None if sys.stdout.isatty() else _width(), soft_wrap=False)
 
 
-def _settings(parameters: list[str], limit: int | None = None, only: str | None = None) -> Any:
+def _settings(
+    parameters: tuple[str, ...], limit: int | None = None, only: str | None = None
+) -> Any:
     from mechdsl.check import Settings
 
     given: dict[str, str] = {}
@@ -115,7 +124,7 @@ def _settings(parameters: list[str], limit: int | None = None, only: str | None 
     return Settings(given, limit, only)
 
 
-def _mech_files(paths: list[Path]) -> tuple[list[Path], list[Diagnostic]]:
+def _mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnostic]]:
     """Files as given; folders are walked, in order of their names."""
     found: list[Path] = []
     problems: list[Diagnostic] = []
@@ -147,23 +156,39 @@ def _checked(file: Path, settings: Any) -> tuple[Any, list[Diagnostic]]:
     return checked, checked.diagnostics
 
 
-# --- commands ---------------------------------------------------------------------------------------
+# --- commands ---
 
 
 @app.command()
+@files_argument
+@set_option
+@limit_option
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    help="Instead of what the file says.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Keep every prompt's values here.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+)
+@click.option("--only", metavar="EXPERIMENT", help="Run this experiment alone.")
+@no_pass_option
 def run(
-    files: Files,
-    parameters: Set = [],  # noqa: B006 (typer reads the default)
-    limit: Limit = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "float64"] | None,
-        typer.Option(help="Instead of what the file says."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Keep every prompt's values here.")] = None,
-    form: Annotated[Literal["table", "json", "csv"], typer.Option("--format")] = "table",
-    only: Annotated[str | None, typer.Option(help="Run this experiment alone.")] = None,
-    no_pass: NoPass = [],  # noqa: B006
+    files: tuple[Path, ...],
+    parameters: tuple[str, ...],
+    limit: int | None,
+    device: str,
+    dtype: str | None,
+    out: Path | None,
+    form: str,
+    only: str | None,
+    no_pass: tuple[str, ...],
 ) -> int:
     """Run files and print their tables. Exit status 0 when every expectation holds."""
     from mechdsl.syntax.parse import read_source
@@ -242,20 +267,30 @@ def _run(
 
 
 def _show(result: Any, folder: Path) -> None:
-    """All reports of a file, then the verdicts on its expectations."""
-    from mechdsl.vocab.reports import show_experiment
+    """All reports of a file, each experiment with the verdicts on its expectations."""
+    from mechdsl.vocab.reports import show
+    from mechdsl.vocab.reports.verdicts import print_verdicts
 
     console = _console()
     for experiment in result.experiments:
-        show_experiment(experiment, console, folder)
+        for report in experiment.reports:
+            written = show(experiment, report, console, folder)
+            if written is not None:
+                console.print(f"{experiment.name}: report {report.kind} written to {written}")
+        print_verdicts(experiment, console)
 
 
 @app.command()
-def validate(
-    files: Files,
-    parameters: Set = [],  # noqa: B006
-    form: Annotated[Literal["full", "json", "github", "sarif"], typer.Option("--format")] = "full",
-) -> int:
+@files_argument
+@set_option
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["full", "json", "github", "sarif"]),
+    default="full",
+    show_default=True,
+)
+def validate(files: tuple[Path, ...], parameters: tuple[str, ...], form: str) -> int:
     """Check files without weights, as in CI. Exit status 2 where one has an error."""
     settings = _settings(parameters)
     paths, problems = _mech_files(files)
@@ -274,11 +309,12 @@ def validate(
 
 
 @app.command()
+@file_argument
+@set_option
+@limit_option
+@no_pass_option
 def plan(
-    file: File,
-    parameters: Set = [],  # noqa: B006
-    limit: Limit = None,
-    no_pass: NoPass = [],  # noqa: B006
+    file: Path, parameters: tuple[str, ...], limit: int | None, no_pass: tuple[str, ...]
 ) -> int:
     """Print the intervention graph, the cells, rows and forward passes of a file."""
     checked, problems = _checked(file, _settings(parameters, limit))
@@ -297,12 +333,17 @@ def plan(
 
 
 @app.command()
-def graph(
-    file: File,
-    parameters: Set = [],  # noqa: B006
-    form: Annotated[Literal["dot", "mermaid", "svg"], typer.Option("--format")] = "mermaid",
-    to: Annotated[Path | None, typer.Option(help="Write it to this file.")] = None,
-) -> int:
+@file_argument
+@set_option
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["dot", "mermaid", "svg"]),
+    default="mermaid",
+    show_default=True,
+)
+@click.option("--to", type=click.Path(path_type=Path), help="Write it to this file.")
+def graph(file: Path, parameters: tuple[str, ...], form: str, to: Path | None) -> int:
     """Draw the intervention graph."""
     checked, problems = _checked(file, _settings(parameters))
     _print(problems)
@@ -321,12 +362,13 @@ def graph(
 
 
 @app.command()
-def explain(
-    what: Annotated[str, typer.Argument(help="A `.mech` file, or a code such as E0305.")],
-    parameters: Set = [],  # noqa: B006
-    limit: Limit = None,
-    form: Annotated[Literal["text", "json"], typer.Option("--format")] = "text",
-) -> int:
+@click.argument("what", metavar="FILE|CODE")
+@set_option
+@limit_option
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+def explain(what: str, parameters: tuple[str, ...], limit: int | None, form: str) -> int:
     """Show each prompt's tokens with the positions marked; or explain an error's code."""
     from mechdsl.pages import page
 
@@ -355,10 +397,9 @@ def explain(
 
 
 @app.command()
-def fmt(
-    files: Files,
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; 2 if it would.")] = False,
-) -> int:
+@files_argument
+@click.option("--check", is_flag=True, help="Change nothing; exit status 2 if it would.")
+def fmt(files: tuple[Path, ...], check: bool) -> int:
     """Bring files into canonical form."""
     from mechdsl.syntax.format import format_file
     from mechdsl.syntax.parse import parse, read_source
@@ -386,9 +427,8 @@ def fmt(
 
 
 @app.command()
-def schema(
-    what: Annotated[Literal["results", "experiment"], typer.Argument()] = "results",
-) -> int:
+@click.argument("what", type=click.Choice(["results", "experiment"]), default="results")
+def schema(what: str) -> int:
     """Print a JSON schema: of the document that `run --format json` prints, or of an experiment."""
     from mechdsl import spec
     from mechdsl.results.document import results_schema

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mechdsl import spec
 from mechdsl.data.positions import hit_texts
 from mechdsl.execute import Measured, base_per_cell
 from mechdsl.loaded import LoadedModel
@@ -52,9 +53,7 @@ def collect(plan: ExperimentPlan, measured: Measured, model: LoadedModel) -> Exp
                 per_prompt=said.per_prompt,
                 patched=measured.patched[number],
                 base=base_per_cell(plan, measured, experiment.spec.base, number),
-                source=None
-                if source is None
-                else base_per_cell(plan, measured, source, number),
+                source=None if source is None else base_per_cell(plan, measured, source, number),
                 inert=plan.inert,
                 truth=truth,
                 unit=resolved.unit,
@@ -68,9 +67,7 @@ def collect(plan: ExperimentPlan, measured: Measured, model: LoadedModel) -> Exp
         cells=_cells(plan, kept),
         measures=tuple(measures),
         runs={
-            run: {
-                m.label: values[n].mean(axis=0) for n, m in enumerate(experiment.measures)
-            }
+            run: {m.label: values[n].mean(axis=0) for n, m in enumerate(experiment.measures)}
             for run, values in measured.unpatched.items()
         },
         accuracy=measured.accuracy,
@@ -80,8 +77,13 @@ def collect(plan: ExperimentPlan, measured: Measured, model: LoadedModel) -> Exp
         hashes=_hashes(experiment, model),
         row_ids=tuple(table.row_ids[i] for i in kept),
         row_values=_row_values([rows[i].values for i in kept]),
-        reports=experiment.spec.reports,
+        reports=experiment.spec.reports or (_table(experiment),),
     )
+
+
+def _table(experiment: ResolvedExperiment) -> spec.Report:
+    """What is shown where the file asks for nothing."""
+    return spec.Report(span=experiment.spec.span, kind="table")
 
 
 def _cells(plan: ExperimentPlan, kept: np.ndarray) -> tuple[CellKey, ...]:
@@ -89,8 +91,7 @@ def _cells(plan: ExperimentPlan, kept: np.ndarray) -> tuple[CellKey, ...]:
     experiment = plan.experiment
     base = experiment.spec.base
     hits = [
-        [hit_texts(experiment.table, base, cell) for cell in rule.positions]
-        for rule in plan.rules
+        [hit_texts(experiment.table, base, cell) for cell in rule.positions] for rule in plan.rules
     ]
     labels = [
         list(rule.rule.sites.labels.values()) if rule.rule.sites is not None else None
@@ -155,7 +156,9 @@ def conventions(plan: ExperimentPlan, measured: Measured, model: LoadedModel) ->
             f"{measured.dropped} rows of cells left out: the other row lacks the position"
         )
     if len(plan.rules) > 1:
-        found["rules"] = "together in one run; where two write the same vector, the later one stands"
+        found["rules"] = (
+            "together in one run; where two write the same vector, the later one stands"
+        )
     if any(_windowed(rule.rule.spec) for rule in plan.rules):
         found["window"] = "layers l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends"
     if any(_several(rule.positions) for rule in plan.rules):

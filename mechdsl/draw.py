@@ -98,7 +98,9 @@ def to_dot(graph: Graph) -> str:
     names = _numbered(graph)
     lines = ["digraph mechdsl {", "  rankdir=TB;", '  node [shape=box, style="rounded,filled"];']
     for node, name in names.items():
-        label = "\\n".join(part.replace("\\", "\\\\").replace('"', '\\"') for part in describe(node))
+        label = "\\n".join(
+            part.replace("\\", "\\\\").replace('"', '\\"') for part in describe(node)
+        )
         lines.append(f'  {name} [label="{label}", fillcolor="{COLOURS[type(node)]}"];')
     lines.extend(f"  {names[a]} -> {names[b]};" for a, b in _edges(graph, names))
     return "\n".join([*lines, "}"]) + "\n"
@@ -205,7 +207,7 @@ def _reorder(layers: list[list[Node]], neighbours: Callable[[Node], object]) -> 
             return sum(known) / len(known) if known else fallback[node] / max(len(fallback), 1)
 
         order = {node: number for number, node in enumerate(layer)}
-        layer.sort(key=lambda node: (mean(node, order), order[node]))  # noqa: B023
+        layer.sort(key=lambda node: (mean(node, order), order[node]))
         for number, node in enumerate(layer):
             place[node] = (number + 0.5) / len(layer)
 
@@ -221,8 +223,8 @@ def _line(a: _Box, b: _Box) -> str:
 
 def _rectangle(node: Node, box: _Box) -> str:
     texts = "".join(
-        f'<text x="{box.x + PADDING:.1f}" y="{box.y + PADDING + LINE * (i + 0.78):.1f}"'
-        f'{" font-weight=\"bold\"" if i == 0 else ""}>{escape(line)}</text>'
+        f'<text x="{box.x + PADDING:.1f}" y="{box.y + PADDING + LINE * (i + 0.78):.1f}" '
+        f'font-weight="{"bold" if i == 0 else "normal"}">{escape(line)}</text>'
         for i, line in enumerate(box.lines)
     )
     return (

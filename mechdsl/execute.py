@@ -134,7 +134,9 @@ class PanelRunner:
         self.seed = panel.experiments[0].experiment.seed
         self.measured: dict[str, Measured] = {}
         self.fillings: dict[str, Fillings] = {}
-        self.gauges = {p.experiment.name: Gauge.of(p.experiment.measures) for p in panel.experiments}
+        self.gauges = {
+            p.experiment.name: Gauge.of(p.experiment.measures) for p in panel.experiments
+        }
         self.keep = Gauge.of(panel.experiments[0].experiment.keep)
         everything = [m for p in panel.experiments for m in p.experiment.measures]
         self.spots: tuple[Spot, ...] = spots_of(everything)
@@ -164,8 +166,10 @@ class PanelRunner:
                 self.kept,
                 [np.full(shape, np.nan) for _ in experiment.measures],
                 {
-                    run: [np.full((len(environments), len(self.kept)), np.nan)
-                          for _ in experiment.measures]
+                    run: [
+                        np.full((len(environments), len(self.kept)), np.nan)
+                        for _ in experiment.measures
+                    ]
                     for run in _measured_runs(experiment)
                 },
                 {run: np.full(len(self.kept), np.nan) for run in experiment.accuracies},
@@ -323,8 +327,7 @@ class PanelRunner:
             references=self._references(gauge, prompts, lanes, draws),
         )
         return [
-            values.reshape(len(prompts), plain.draws).mean(axis=1)
-            for values in gauge.read(reading)
+            values.reshape(len(prompts), plain.draws).mean(axis=1) for values in gauge.read(reading)
         ]
 
     def _spot_logits(self, gauge: Gauge, lanes: Lanes) -> Tensor | None:
@@ -375,7 +378,7 @@ class PanelRunner:
             gauge = Gauge.of([correct])
             measured.accuracy[run][columns] = self._unpatched_values(gauge, run, batch, None)[0]
 
-    # --- what rules write -----------------------------------------------------------------------------
+    # --- what rules write -------------------------------------------------------------------------
 
     def _fillings(self, plan: ExperimentPlan) -> Fillings:
         donors = None
@@ -411,7 +414,7 @@ class PanelRunner:
         divisor = counts.clamp(min=1)[:, :, None, None, None]
         return Means({place: total / divisor for place, total in sums.items()}, codes)
 
-    # --- cells ----------------------------------------------------------------------------------------
+    # --- cells ------------------------------------------------------------------------------------
 
     def run(self) -> Iterator[int]:
         """Run all cells; yields the number of rows that each pass has finished."""
@@ -549,9 +552,7 @@ class PanelRunner:
                 assert atom.point is not None
                 read = reads[SiteRead(atom.point.site, atom.point.layer)]
                 position = columns[gauge.atoms[number][0]]
-                activations[number] = _vectors(
-                    read, taken, np.arange(len(rows)), position, atom
-                )
+                activations[number] = _vectors(read, taken, np.arange(len(rows)), position, atom)
         continued: dict[int, Tensor] = {}
         for number in gauge.continuations:
             atom = gauge.atoms[number][1]
@@ -604,7 +605,7 @@ def _measured_runs(experiment: ResolvedExperiment) -> list[str]:
 
 
 def _donors(kept: Ints, size: int, seed: int) -> Ints:
-    """A seeded permutation of the kept rows without a fixed point: everyone gets another's value."""
+    """A seeded permutation of the kept rows without a fixed point."""
     order = np.random.default_rng([2, seed % 2**63]).permutation(kept)
     donors = np.arange(size, dtype=np.int64)
     donors[order] = np.roll(order, 1)
@@ -627,4 +628,3 @@ def base_per_cell(plan: ExperimentPlan, measured: Measured, run: str, number: in
         return values
     index = [measured.environments.index(item) for item in plan.items]
     return values[index]
-

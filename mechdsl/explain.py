@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -56,15 +57,10 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
     for name, run in table.runs.items():
         for number, row in enumerate(run.rows[:SHOWN_ROWS]):
             console.print(Text(f"  {name}, row {number}: ", style="bold") + Text(repr(row.text)))
-            line = Text("    ")
-            for position, token in enumerate(_tokens(experiment, row)):
-                line.append(f"{position}", style="dim")
-                line.append(f"{token.strip() or token} ")
-            console.print(line)
+            _grid([token.strip() or repr(token) for token in _tokens(experiment, row)], console)
             for label, positions in _named_spans(row):
-                console.print(
-                    Text("    ") + Text(label, style="green") + Text(f" → {_list(positions)}")
-                )
+                where = _list(positions) if any(positions) else "white space, no token of its own"
+                console.print(Text("    ") + Text(label, style="green") + Text(f" → {where}"))
             for label, text in row.texts.items():
                 pieces = " + ".join(
                     repr(experiment.model.tokenizer.token_text(i)) for i in text.ids
@@ -78,6 +74,28 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
         console.print(Text(f"  {key}: {said}", style="dim"))
 
 
+def _grid(tokens: list[str], console: Console) -> None:
+    """Tokens under their positions, wrapped at the width of the console."""
+    room = max(20, console.width - 6)
+    line: list[tuple[str, str]] = []
+
+    def flush() -> None:
+        console.print(Text("    " + "  ".join(n for n, _ in line), style="dim"), soft_wrap=True)
+        console.print(Text("    " + "  ".join(t for _, t in line)), soft_wrap=True)
+        line.clear()
+
+    used = 0
+    for position, token in enumerate(tokens):
+        width = max(cell_len(token), len(str(position)))
+        if line and used + width + 2 > room:
+            flush()
+            used = 0
+        line.append((str(position).ljust(width), token + " " * (width - cell_len(token))))
+        used += width + 2
+    if line:
+        flush()
+
+
 def _named_spans(row: RunRow) -> list[tuple[str, list[tuple[int, ...]]]]:
     """Each span's name with the tokens of all its occurrences."""
     found: dict[str, list[tuple[int, ...]]] = {}
@@ -88,9 +106,7 @@ def _named_spans(row: RunRow) -> list[tuple[str, list[tuple[int, ...]]]]:
 
 def _list(groups: Iterable[tuple[int, ...]]) -> str:
     """`4..6, 9`."""
-    texts = [
-        "-" if not g else str(g[0]) if len(g) == 1 else f"{g[0]}..{g[-1]}" for g in groups
-    ]
+    texts = ["-" if not g else str(g[0]) if len(g) == 1 else f"{g[0]}..{g[-1]}" for g in groups]
     return ", ".join(texts)
 
 
@@ -114,7 +130,9 @@ def _rules(experiment: ResolvedExperiment, console: Console) -> None:
         if len(cells) > SHOWN_CELLS:
             console.print(f"    … ({len(cells)} positions in all)", highlight=False)
     cells = " × ".join(f"{axis.name} {len(axis)}" for axis in experiment.axes)
-    console.print(f"  cells: {experiment.n_cells}" + (f" ({cells})" if cells else ""), highlight=False)
+    console.print(
+        f"  cells: {experiment.n_cells}" + (f" ({cells})" if cells else ""), highlight=False
+    )
 
 
 def _hit(experiment: ResolvedExperiment, cell: PositionCell, row: int) -> str:

@@ -170,7 +170,8 @@ def _leaves(experiment: ResolvedExperiment) -> list[Node]:
     )
     reports = experiment.spec.reports or (spec.Report(span=experiment.spec.span, kind="table"),)
     accuracy = tuple(
-        Measure(unpatched(experiment, run), "correct", "last token") for run in experiment.accuracies
+        Measure(unpatched(experiment, run), "correct", "last token")
+        for run in experiment.accuracies
     )
     leaves: list[Node] = [
         Report(experiment.name, effects, report_text(report)) for report in reports
@@ -183,9 +184,10 @@ def _leaves(experiment: ResolvedExperiment) -> list[Node]:
 
 
 def report_text(report: spec.Report) -> str:
-    words = [report.kind, report.variable, report.by and f"by {report.by}"]
-    words.append(report.top and f"top {report.top}")
-    return " ".join(str(word) for word in words if word)
+    words = [report.kind, report.variable or ""]
+    words.append(f"by {report.by}" if report.by else "")
+    words.append(f"top {report.top}" if report.top else "")
+    return " ".join(word for word in words if word)
 
 
 def encode(experiment: ResolvedExperiment, run: str, replaced: str | None = None) -> Encode:
@@ -212,9 +214,7 @@ def patched(experiment: ResolvedExperiment) -> Forward:
     base = unpatched(experiment, experiment.spec.base)
     if not experiment.rules:
         return base
-    replaced = next(
-        (_at(rule) for rule in experiment.rules if rule.fill == "text"), None
-    )
+    replaced = next((_at(rule) for rule in experiment.rules if rule.fill == "text"), None)
     writes = tuple(_write(experiment, r) for r in experiment.rules if r.sites is not None)
     return Forward(
         experiment.model.name,

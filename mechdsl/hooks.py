@@ -93,7 +93,8 @@ class SegmentResult:
     logits: Tensor | None
     """[B, T, vocab], or [B, n, vocab] with `logits_at`; None if the run stopped early."""
     reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
-    """[B, T, units, width] each, copies; values after the writes at the same site."""
+    """[B, T, units, width] each, copies (inference tensors); values after the writes at the same
+    site."""
 
 
 def run_segment(
@@ -200,7 +201,6 @@ class _Work:
         self.start = start
         self.stop = stop
         self.found: dict[SiteRead, Tensor] = {}
-        self._modules = dict(model.module.named_modules())
         self._steps: dict[tuple[str, Side, int], list[tuple[tuple[int, int], Step]]]
         self._steps = defaultdict(list)
         self._streams: dict[int, Tensor] = {}
@@ -312,6 +312,9 @@ class _Work:
 
     def _on(self, spot: tuple[str, Side, int], order: tuple[int, int], step: Step) -> None:
         self._steps[spot].append((order, step))
+
+    def _module(self, path: str) -> nn.Module:
+        return self.model.module.get_submodule(path)
 
     def _entrance(self, layer: int) -> tuple[str, Side, int]:
         """What is read by block `layer`, by the final norm, by the unembedding."""
@@ -453,11 +456,11 @@ class _Work:
         stubbed: list[tuple[nn.Module, Any]] = []
         try:
             for layer in range(self.start):
-                block = self._modules[self.model.anatomy.block.format(layer=layer)]
+                block = self._module(self.model.anatomy.block.format(layer=layer))
                 stubbed.append((block, block.__dict__.get("forward")))
                 block.forward = Stub(self.model.calling.block_returns)
             for (path, side, item), steps in self._steps.items():
-                module = self._modules[path]
+                module = self._module(path)
                 ordered = [step for _, step in sorted(steps, key=lambda entry: entry[0])]
                 if side == "in":
                     hook = InHook(ordered)

@@ -171,7 +171,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None, st
                 output_loading_info=True,
             )
         except Exception as error:  # transformers raises whatever its parts raise
-            return None, " ".join(str(error).split())[:200] or type(error).__name__
+            return None, _text(error)
     module, info = cast("tuple[nn.Module, Mapping[str, Any]]", loaded)
     missing = sorted(str(key) for key in info.get("missing_keys", ()))
     if missing:
@@ -231,9 +231,16 @@ def _prove(
     anatomy, found = find_anatomy(module.named_modules(), shape, model=name, span=span)
     if anatomy is None:
         return None, found
-    return prove(
-        describe(name, module, shape, anatomy, tokenizer, provenance=provenance), span=span
-    )
+    try:
+        model = describe(name, module, shape, anatomy, tokenizer, provenance=provenance)
+    except Exception as error:  # whatever the model's own forward raises
+        return None, [LoadFailed(span=span, model=name, reason=f"it doesn't run: {_text(error)}")]
+    return prove(model, span=span)
+
+
+def _text(error: Exception) -> str:
+    """An exception in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def describe(
@@ -312,13 +319,14 @@ def prove(
             at, error = outcome.detail, outcome.error
             found.append(NotResumable(span=span, model=model.name, layer=at, error=error))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        return None, [_broken(model, "every site can be read and written", reason, span)]
+        return None, [_broken(model, "every site can be read and written", _text(error), span)]
     return replace(model, checks=tuple(checks), resumable=not found), found
 
 
 def _reason(outcome: Outcome) -> str:
     where = f"{outcome.detail}: " if outcome.detail else ""
+    if outcome.failure:
+        return where + outcome.failure
     if isinf(outcome.error):
         return f"{where}the shapes differ, or a value is not a number"
     return f"{where}off by {outcome.error:.2g} of the value's size"

@@ -26,6 +26,8 @@ class Outcome:
     tolerance: float
     detail: str = ""
     """Where the largest difference is: `layer 3`."""
+    failure: str = ""
+    """What it means not to pass, where that isn't being off by `error`."""
 
     @property
     def passed(self) -> bool:

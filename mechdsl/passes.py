@@ -1,4 +1,4 @@
-"""Graph passes: each takes a graph and gives an equal one with less work, and says whether it did."""
+"""Graph passes: each gives an equal graph with less work, and says whether it did."""
 
 from __future__ import annotations
 

@@ -194,4 +194,3 @@ def _load(
         if model is not None:
             loaded[name] = model
     return diagnostics
-

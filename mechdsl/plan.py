@@ -262,9 +262,11 @@ def plan_experiment(experiment: ResolvedExperiment, *, resume: bool) -> Experime
     """Lay the cells of one experiment out."""
     shape = experiment.shape
     count = experiment.n_cells
-    coordinates = tuple(
-        np.asarray(c, dtype=np.int64) for c in np.unravel_index(np.arange(count), shape)
-    ) if shape else ()
+    coordinates = (
+        tuple(np.asarray(c, dtype=np.int64) for c in np.unravel_index(np.arange(count), shape))
+        if shape
+        else ()
+    )
     names = [axis.name for axis in experiment.axes]
     by_name = dict(zip(names, coordinates, strict=True))
     rules = tuple(_rule_plan(rule, by_name, count) for rule in experiment.rules)

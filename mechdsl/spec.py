@@ -6,9 +6,10 @@ meaning; in JSON they are the text that was written.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SkipValidation, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 
 from mechdsl.source import Span
 from mechdsl.syntax import ast
@@ -18,20 +19,26 @@ def _as_written(node: Any) -> str | None:
     return None if node is None else " ".join(node.span.text.split())
 
 
-_TEXT = (
-    SkipValidation,
-    PlainSerializer(_as_written, return_type=str | None),
-    WithJsonSchema({"type": ["string", "null"]}),
-)
-ExprText = Annotated[ast.Expr, *_TEXT]
-SiteText = Annotated[ast.Site, *_TEXT]
-PositionsText = Annotated[ast.Positions, *_TEXT]
-PositionText = Annotated[ast.Position, *_TEXT]
-DomainText = Annotated[ast.Domain, *_TEXT]
-StringText = Annotated[ast.String, *_TEXT]
-ChangeText = Annotated[ast.Change, *_TEXT]
-SpanDefText = Annotated[ast.SpanDef, *_TEXT]
-Where = Annotated[Span, SkipValidation, Field(exclude=True, repr=False)]
+if TYPE_CHECKING:
+    ExprText = ast.Expr
+    SiteText = ast.Site
+    PositionsText = ast.Positions
+    PositionText = ast.Position
+    DomainText = ast.Domain
+    StringText = ast.String
+    ChangeText = ast.Change
+    SpanDefText = ast.SpanDef
+    Where = Span
+else:
+    # Pydantic never looks into a tree: it would spend a quarter of a second on its schema.
+    _AS_WRITTEN = Annotated[
+        Any,
+        PlainSerializer(_as_written, return_type=str | None),
+        WithJsonSchema({"type": "string"}),
+    ]
+    ExprText = SiteText = PositionsText = PositionText = _AS_WRITTEN
+    DomainText = StringText = ChangeText = SpanDefText = _AS_WRITTEN
+    Where = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
 
 
 class Spec(BaseModel):

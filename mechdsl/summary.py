@@ -32,7 +32,7 @@ def unknown_passes(names: Sequence[str]) -> list[Diagnostic]:
 def print_plan(plan: Plan, console: Console) -> None:
     """The graph, what the passes did to it, and the work per experiment."""
     console.print("intervention graph", style="bold")
-    console.print(to_text(plan.graph), highlight=False, markup=False, end="")
+    console.print(to_text(plan.graph), highlight=False, markup=False, end="", soft_wrap=True)
     for outcome in plan.passes:
         did = f"{outcome.before} → {outcome.after} nodes" if outcome.changed else "no changes"
         console.print(f"pass {outcome.name}: {did}", highlight=False)

@@ -7,40 +7,10 @@ from dataclasses import replace
 
 from mechdsl import spec
 from mechdsl.expectations.evaluate import evaluate
+from mechdsl.results.conventions import statistics_conventions
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.results.flips import CORRECTIONS
 from mechdsl.results.statistics import cell_statistics
 from mechdsl.vocab.effects import EFFECTS
-
-
-def statistics_conventions(result: ExperimentResult) -> dict[str, str]:
-    """How means, intervals and p came about, in words, for the block under every table."""
-    settings = result.settings
-    if settings is None or not result.statistics:
-        return {}
-    resampling = result.resampling
-    drawn = f"{resampling.units:,} groups by {settings.by}" if resampling.grouped else "prompts"
-    said = {
-        data.effect: EFFECTS[data.effect].per_prompt_formula or ""
-        if data.per_prompt
-        else EFFECTS[data.effect].formula
-        for data in result.measures
-        if data.kind == "number"
-    }
-    found: dict[str, str] = {}
-    if said:
-        found["effect"] = "; ".join(f"{name} = {formula}" for name, formula in said.items())
-        found["interval"] = (
-            f"{settings.confidence:g} % percentile bootstrap over {drawn}, "
-            f"{settings.resamples:,} resamples"
-        )
-    test = next((each.test for each in result.statistics if each.test), None)
-    tests = max(each.tests for each in result.statistics)
-    if test and tests:
-        found["p"] = test
-        found["correction"] = f"{CORRECTIONS[settings.correction][0]}, over {tests:,} cells"
-    found["seed"] = str(result.seed)
-    return found
 
 
 def finish(
@@ -68,6 +38,6 @@ def finish(
         ids=result.row_ids,
     )
     result = replace(result, statistics=tuple(statistics))
-    conventions = {**result.conventions, **statistics_conventions(result)}
+    conventions = {**result.conventions, **statistics_conventions(result, EFFECTS)}
     outcomes = tuple(evaluate(each, result, others) for each in experiment.expects)
     return replace(result, conventions=conventions, outcomes=outcomes)

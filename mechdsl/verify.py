@@ -282,7 +282,12 @@ def queries_and_keys_are_theirs(bench: _Bench) -> Iterator[Outcome]:
     what = "attends uniformly, and no other does"
     yield bench.equal(f"a head whose q is zero {what}", iter(found["q"]))
     yield bench.equal(f"a head whose k are zero {what}", iter(found["k"]))
-    yield Outcome("k of an earlier token matters", 0.0 if moved else 1.0, 0.5)
+    yield Outcome(
+        "k of an earlier token matters",
+        error=0.0 if moved else 1.0,
+        tolerance=0.5,
+        failure="z of the second token stays as it is without the first one's key",
+    )
 
 
 @dataclass(frozen=True)
@@ -375,8 +380,13 @@ def writes_work(bench: _Bench) -> Iterator[Outcome]:
         for number, (name, layer) in enumerate(changed, start=len(sites))
         if _difference(logits[number, -1], bench.logits[0, -1]) <= bench.tolerance / 10
     ]
-    identity = "a hundredfold value changes the logits"
-    yield Outcome(identity, 1.0 if idle else 0.0, 0.5, ", ".join(idle))
+    yield Outcome(
+        "a hundredfold value changes the logits",
+        error=float(len(idle)),
+        tolerance=0.5,
+        detail=", ".join(idle),
+        failure="they stay as they are",
+    )
 
 
 def _whole(

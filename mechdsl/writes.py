@@ -14,7 +14,7 @@ from torch import Tensor
 from mechdsl.hooks import SiteRead, SiteWrite, gather
 from mechdsl.lanes import Lanes
 from mechdsl.models.shape import ModelShape, units, width
-from mechdsl.plan import ExperimentPlan, Ints, Place, RulePlan, Rows
+from mechdsl.plan import ExperimentPlan, Ints, Place, Rows, RulePlan
 
 LanesOf: TypeAlias = Callable[[str, bool], Lanes]
 """(run, of the donors of a resampling) → its lanes on the current prompts."""
@@ -112,8 +112,9 @@ def build_writes(
             chosen = np.flatnonzero(own == index)
             unit = unit_of_point[entries.point[chosen]]
             chosen, unit = _all_units(chosen, unit, units(shape, place[0]))
-            values = _values(rule, number, place, entries, chosen, unit, rows, draws, lanes_of,
-                             fillings, shape)
+            values = _values(
+                rule, number, place, entries, chosen, unit, rows, draws, lanes_of, fillings, shape
+            )
             parts[place].append((entries.row[chosen], entries.written[chosen], unit, values))
     return [_joined(place, found) for place, found in parts.items()]
 
@@ -190,7 +191,12 @@ def _joined(place: Place, found: list[tuple[Ints, Ints, Ints, Tensor]]) -> SiteW
 
 
 def mean_sums(
-    plan: RulePlan, prompts: Ints, lanes: Lanes, groups: Ints, sums: dict[Place, Tensor], counts: Tensor
+    plan: RulePlan,
+    prompts: Ints,
+    lanes: Lanes,
+    groups: Ints,
+    sums: dict[Place, Tensor],
+    counts: Tensor,
 ) -> None:
     """Add these prompts' activations to the sums of a `mean` ablation.
 

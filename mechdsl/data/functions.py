@@ -106,9 +106,16 @@ class CallSite:
     def draw_other(self, values: Sequence[Value], without: set[object], key: Key) -> Value:
         """One of `values` that isn't in `without`.
 
-        The same draws are tried in the same order whatever is excluded, so a value that is still
-        allowed in the corrupted row stays.
+        What the clean row drew stays in the corrupted one as long as it is allowed.
         """
+        for value in self.scope.kept(key):
+            if frozen(plain(value)) not in without:
+                return value
+        value = self._draw_allowed(values, without, key)
+        self.scope.keep(key, value)
+        return value
+
+    def _draw_allowed(self, values: Sequence[Value], without: set[object], key: Key) -> Value:
         for attempt in range(_TRIES):
             if not len(values):
                 break

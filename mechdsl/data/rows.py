@@ -59,6 +59,7 @@ class Row:
         """What the corruption has written."""
         self.item_changes: dict[str, tuple[ast.Expr, Row]] = {}
         """Changes of names that only lists draw: applied to each item."""
+        self._drawn: dict[str, Value] = {}
         self._cache: dict[str, Value] = {}
 
     def _copy(self) -> Row:
@@ -91,6 +92,8 @@ class Row:
                 return place[name]
         definition = self._definition(name)
         if definition is not None:
+            if self.clean is not self and self.clean.known(name):
+                self.clean.value(name, span)  # draws first, so that they can be kept
             self._cache |= self._assigned(definition.names, definition.value, definition.path)
             return self._cache[name]
         if name in self.record:
@@ -200,6 +203,14 @@ class Row:
     def draw(self, key: Key, index: int, below: int) -> int:
         block = self.block
         return stable_hash(block.seed, block.name, self.id, key.path, index) % below
+
+    def kept(self, key: Key) -> list[Value]:
+        drawn = self.clean._drawn
+        return [drawn[key.path]] if self.run != CLEAN and key.path in drawn else []
+
+    def keep(self, key: Key, value: Value) -> None:
+        if self.run == CLEAN:
+            self.clean._drawn[key.path] = value
 
     def order(self, key: Key, size: int) -> Sequence[int]:
         return Permutation(size, self.block.seed, self.block.name, self.id, key.path)

@@ -88,6 +88,14 @@ class Scope(Protocol):
         """A seeded number in 0..below-1."""
         ...
 
+    def kept(self, key: Key) -> list[Value]:
+        """In a corrupted row, what the clean row drew there; else nothing."""
+        ...
+
+    def keep(self, key: Key, value: Value) -> None:
+        """Remember what was drawn."""
+        ...
+
     def order(self, key: Key, size: int) -> Sequence[int]:
         """A seeded permutation of 0..size-1."""
         ...

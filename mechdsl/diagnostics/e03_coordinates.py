@@ -55,7 +55,10 @@ class AxesCollide(Diagnostic):
     code = "E0320"
     title = "two sweeps of this experiment are both called `{axis}`"
     label = "the other one is on line {first}"
-    help = "share one axis: `for {letter} in … {{ … {axis} {letter} … }}`, or join one of them: {plural}"
+    help = (
+        "share one axis: `for {letter} in … {{ … {axis} {letter} … }}`, "
+        "or join one of them: {plural}"
+    )
     axis: str
     letter: str
     plural: str

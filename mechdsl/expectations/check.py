@@ -24,6 +24,7 @@ from mechdsl.expectations.conditions import (
     Correlation,
     Negation,
     OfCells,
+    Statement,
     TopContains,
     Value,
     Where,
@@ -81,7 +82,7 @@ def check_expectation(expectation: spec.Expectation, known: Known) -> list[Diagn
 
 def read_expectation(
     expectation: spec.Expectation, known: Known
-) -> tuple[Condition | None, list[Diagnostic]]:
+) -> tuple[Statement | None, list[Diagnostic]]:
     """The condition with its names bound, or None and why not."""
     reader = _Reader(known)
     try:
@@ -144,7 +145,7 @@ class _Reader:
                 return BestIs(how, measure, where, self.where(site), operator == "=")
         return Comparison(operator, self.value(left), self.value(right))
 
-    def top(self, expectation: spec.Expectation) -> Condition:
+    def top(self, expectation: spec.Expectation) -> TopContains:
         span = expectation.span
         if expectation.top is None:
             _unreadable(span, "it says nothing", "write a condition, or `top 3 contains L9H9`")

@@ -170,4 +170,6 @@ class Negation:
     operand: Condition
 
 
-Condition = Comparison | Between | BestIs | TopContains | Both | Negation
+Condition = Comparison | Between | BestIs | Both | Negation
+Statement = Condition | TopContains
+"""What stands behind `expect`."""

@@ -90,7 +90,9 @@ def evaluate(
     if condition is None:
         reason = diagnostics[0].message
         return ExpectOutcome(expectation.text, False, None, None, None, reason)
-    verdict = _Judge(result, others or {}, expectation.on_mean).judge(condition)
+    judge = _Judge(result, others or {}, expectation.on_mean)
+    top = isinstance(condition, TopContains)
+    verdict = judge.top(condition) if top else judge.judge(condition)
     return ExpectOutcome(
         expectation.text,
         verdict.holds,
@@ -123,8 +125,6 @@ class _Judge:
                 return self.between(condition, inside=True)
             case BestIs():
                 return self.best(condition)
-            case TopContains():
-                return self.top(condition)
             case Both():
                 left, right = self.judge(condition.left), self.judge(condition.right)
                 if condition.operator == "and":
@@ -142,9 +142,6 @@ class _Judge:
                 return self.between(condition, inside=False)
             case BestIs():
                 return self.judge(replace(condition, equal=not condition.equal))
-            case TopContains():
-                verdict = self.top(condition)
-                return replace(verdict, holds=not verdict.holds)
             case Both():
                 swapped: Literal["and", "or"] = "or" if condition.operator == "and" else "and"
                 left, right = Negation(condition.left), Negation(condition.right)
@@ -268,7 +265,7 @@ class _Judge:
                 said.append(f"{site.text} is number {ranks[0]}")
         if said:
             first = [_cell_name(self.result, cell) for cell in ranked[: condition.top]]
-            said.append(f"the top {condition.top} are {', '.join(first)}")
+            said.append(f"top {condition.top}: {', '.join(first)}")
         reason = "; ".join(said) or None
         return Verdict(not said, float(worst) if worst else None, reason=reason)
 

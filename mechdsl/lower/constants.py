@@ -22,7 +22,9 @@ def constant(node: object, parameters: Mapping[str, Constant]) -> Constant | Non
             return parameters.get(name, WORDS.get(name, None))
         case ast.Negative(operand=operand):
             inner = constant(operand, parameters)
-            return -inner if isinstance(inner, int | float) and not isinstance(inner, bool) else None
+            return (
+                -inner if isinstance(inner, int | float) and not isinstance(inner, bool) else None
+            )
         case _:
             return None
 

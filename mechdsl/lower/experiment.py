@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mechdsl import spec
 from mechdsl.diagnostics.core import Diagnostic
@@ -25,6 +25,8 @@ from mechdsl.syntax.walk import rewrite, walk
 
 if TYPE_CHECKING:
     from mechdsl.lower.program import Parts
+
+NodeT = TypeVar("NodeT", bound=ast.Node)
 
 CORRECTIONS = ("holm", "bh", "none")
 
@@ -107,21 +109,19 @@ class _Lowering:
                 case _:
                     self.later(statement.span, LATER[type(statement)])
 
-    def once(self, statement: ast.Node, seen: list[ast.Node] | list[object], what: str) -> None:
+    def once(self, statement: NodeT, seen: list[NodeT], what: str) -> None:
         """Keep a statement that may stand once in an experiment."""
         if seen:
-            first = seen[0]
-            assert isinstance(first, ast.Node)
             self.diagnostics.append(
                 RepeatedStatement(
                     span=statement.span,
                     what=what,
                     block=self.definition.name.id,
-                    first=first.span.line,
+                    first=seen[0].span.line,
                 )
             )
         else:
-            seen.append(statement)  # type: ignore[arg-type]
+            seen.append(statement)
 
     def loop(self, statement: ast.For, loops: tuple[str, ...]) -> None:
         name = statement.name
@@ -131,9 +131,7 @@ class _Lowering:
                 DuplicateName(span=name.span, name=name.id, first=place(taken.span, name.span))
             )
         else:
-            self.loops.append(
-                spec.Loop(span=name.span, name=name.id, domain=statement.domain)
-            )
+            self.loops.append(spec.Loop(span=name.span, name=name.id, domain=statement.domain))
         _use_names(statement.domain, self)
         self.collect(statement.body, (*loops, name.id))
 
@@ -226,7 +224,7 @@ def _model(work: _Lowering) -> str | None:
         )
         return None
     use = work.models[0]
-    if len(use.models) > 1:
+    if use.models[1:]:
         work.later(use.span, "several models in one experiment")
     ref = use.models[0]
     if not scope.use("model", ref.name, ref.span):
@@ -286,12 +284,14 @@ def _runs(work: _Lowering, prompts: spec.Prompts | None) -> tuple[str | None, st
         return None, CLEAN
     line = work.from_into[0]
     for refs, what in ((line.sources, "several sources"), (line.bases, "several bases")):
-        if len(refs) > 1:
+        if refs[1:]:
             work.later(refs[1].span, what)
         elif work.scope.has("prompts", refs[0].name):
-            work.later(refs[0].span, "a transplant between two blocks of prompts")
+            work.later(line.span, "a transplant between two blocks of prompts")
+            break
         elif work.scope.has("model", refs[0].name):
-            work.later(refs[0].span, "patching across models")
+            work.later(line.span, "patching across models")
+            break
     if work.unsupported:
         return None, CLEAN
     source = known_run(prompts, line.sources[0], work.diagnostics)
@@ -306,7 +306,6 @@ def _rules(
     for rule, loops in work.rules:
         _use_names(rule, work)
         body = rule.body
-        common = {"span": rule.span, "loops": loops}
         match body:
             case ast.Patch():
                 run = source
@@ -317,22 +316,26 @@ def _rules(
                     if prompts is not None and prompts.corruptions:
                         corruption = prompts.corruptions[0].name
                     work.diagnostics.append(PatchWithoutSource(span=rule.span, base=corruption))
-                found.append(
-                    spec.Rule(verb="patch", site=body.site, at=body.at, source=run, **common)
+                lowered = spec.Rule(
+                    span=rule.span, verb="patch", site=body.site, at=body.at, source=run
                 )
             case ast.Ablate():
                 by = None if body.by is None else body.by.id
-                found.append(
-                    spec.Rule(
-                        verb="ablate", site=body.site, at=body.at, fill=body.fill, by=by, **common
-                    )
+                lowered = spec.Rule(
+                    span=rule.span,
+                    verb="ablate",
+                    site=body.site,
+                    at=body.at,
+                    fill=body.fill,
+                    by=by,
                 )
             case ast.ReplaceTokens():
                 if not isinstance(body.value, ast.String):
                     work.later(body.value.span, "this replacement")
-                found.append(spec.Rule(verb="replace", at=body.at, fill=body.value, **common))
+                lowered = spec.Rule(span=rule.span, verb="replace", at=body.at, fill=body.value)
             case _:
                 raise AssertionError(f"rule {type(body).__name__} has no lowering")
+        found.append(lowered.model_copy(update={"loops": loops}))
     return tuple(found)
 
 

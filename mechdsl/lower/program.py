@@ -236,7 +236,9 @@ def _model(statement: ast.ModelDef, parts: Parts, scope: Scope) -> spec.Model | 
             nearest(call.name, MODEL_KINDS), 'write `zoo("…")`, `hf("…")` or `local("…")`'
         )
         scope.diagnostics.append(
-            BadArgument(span=call.span, name=call.name, reason="is not a source of models", hint=hint)
+            BadArgument(
+                span=call.span, name=call.name, reason="is not a source of models", hint=hint
+            )
         )
         return None
     values: dict[str, object] = {}
@@ -280,7 +282,13 @@ def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | 
     if name == "dtype" and value not in DTYPES:
         return "is not a dtype that is supported", f"write one of {', '.join(DTYPES)}"
     if name == "bos" and not isinstance(value, bool):
-        return "must be true or false", "`bos: true` adds the token once, `bos: false` leaves it out"
+        return (
+            "must be true or false",
+            "`bos: true` adds the token once, `bos: false` leaves it out",
+        )
     if name in ("path", "revision") and not isinstance(value, str):
-        return "must be a text in quotes", f'write `{name}: "…"`' if name != "path" else 'write `"…"`'
+        return (
+            "must be a text in quotes",
+            f'write `{name}: "…"`' if name != "path" else 'write `"…"`',
+        )
     return None

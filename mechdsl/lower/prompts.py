@@ -121,7 +121,9 @@ class _Block:
         if line.name.id == CLEAN:
             self.diagnostics.append(
                 DuplicateName(
-                    span=line.name.span, name=CLEAN, first="the uncorrupted run, which has this name"
+                    span=line.name.span,
+                    name=CLEAN,
+                    first="the uncorrupted run, which has this name",
                 )
             )
             return

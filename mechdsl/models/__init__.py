@@ -2,7 +2,14 @@
 
 from mechdsl.models.anatomy import Anatomy, Layout, Tap
 from mechdsl.models.locate import locate
-from mechdsl.models.shape import ModelShape, read_shape, shape_from_config, units, width
+from mechdsl.models.shape import (
+    ModelShape,
+    missing_site,
+    read_shape,
+    shape_from_config,
+    units,
+    width,
+)
 
 __all__ = [
     "Anatomy",
@@ -10,6 +17,7 @@ __all__ = [
     "ModelShape",
     "Tap",
     "locate",
+    "missing_site",
     "read_shape",
     "shape_from_config",
     "units",

@@ -86,8 +86,16 @@ class Bloom(Sequential):
     additive_positions = True
 
 
-@family("gemma3_text")
-class Gemma3(Sequential):
+@family("mpt")
+class MPT(Sequential):
+    """Its MLP adds the residual itself."""
+
+    taps: ClassVar[Mapping[str, tuple[str, Side]]] = {"mlp_out": ("ffn.down_proj", "out")}
+    additive_positions = True
+
+
+@family("gemma3_text", "exaone4", "apertus")
+class NormedHeads(Sequential):
     """Query and key norms stand behind the transpose."""
 
     qk_norm_heads_first = True

@@ -29,7 +29,8 @@ _SPLIT = {
 _BLOCKS = ("c_attn", "qkv_proj", "Wqkv", "qkv")
 """Fused projections that return all queries, then all keys, then all values."""
 _INTERLEAVED = ("query_key_value",)
-"""Fused projections that return query, key and value of each head in turn."""
+"""Fused projections that return query, key and value of each head in turn; with a single key-value
+head (Falcon) they can't, and are like the ones above."""
 _QK_NORMS = {"q": ("q_norm", "q_layernorm"), "k": ("k_norm", "k_layernorm")}
 _BEHIND_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
 _BEHIND_ATTENTION = ("post_self_attn_layernorm", "post_attention_layernorm")
@@ -41,6 +42,7 @@ _MLP_NORMS = (
     "norm2",
     "norm_2",
     "ffn_norm",
+    "feedforward_layernorm",
     "ln_mlp",
 )
 
@@ -113,7 +115,7 @@ class _Finder:
         attention = self._sublayer("attention", _ATTENTION)
         mlp = self._sublayer("MLP", _MLP)
         output = self._output_projection(attention)
-        down = self._down_projection(mlp)
+        down = self._down_projection(mlp) if "mlp_hidden" in self.shape.sites else None
         norms = [p for p, m in self.inside.items() if "." not in p and _is_norm(m)]
         behind_attention, behind_mlp = _norms_behind(norms)
         front = [n for n in norms if n not in (behind_attention, behind_mlp)]
@@ -239,7 +241,7 @@ class _Finder:
         return named[-1]
 
     def _down_projection(self, mlp: str) -> str | None:
-        """None where there are several, that is one per expert."""
+        """None where there is none to be sure of."""
         fitting = [
             p
             for p, (_, out) in self._projections(mlp).items()
@@ -310,7 +312,8 @@ class _Finder:
         """One projection for queries, keys and values."""
         heads, kv, d = self.shape.n_heads, self.shape.n_kv_heads, self.shape.d_head
         for path, (_, out) in found.items():
-            if _leaf(path) in _BLOCKS and out == (heads + 2 * kv) * d:
+            side_by_side = _leaf(path) in _BLOCKS or (_leaf(path) in _INTERLEAVED and kv == 1)
+            if side_by_side and out == (heads + 2 * kv) * d:
                 layouts = {
                     "q": Layout.heads(heads, d),
                     "k": Layout.heads(kv, d, offset=heads * d),

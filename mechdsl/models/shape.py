@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from mechdsl.diagnostics import Diagnostic
-from mechdsl.diagnostics.e04_model import NoConfig, NotADecoder, ShapeUnknown
+from mechdsl.diagnostics.e04_model import (
+    NoConfig,
+    NoResidMid,
+    NotADecoder,
+    ShapeUnknown,
+    SiteNotOnModel,
+)
 from mechdsl.models.adapters import family_of
 from mechdsl.source import Span
 from mechdsl.vocab.sites import SITES
@@ -107,7 +113,7 @@ def shape_from_config(
         family=model_type,
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=_first(text, _KV_HEADS) or (1 if multi_query else n_heads),
+        n_kv_heads=1 if multi_query else _first(text, _KV_HEADS) or n_heads,
         d_model=d_model,
         d_head=_first(text, _HEAD_WIDTH) or d_model // n_heads,
         d_mlp=_first(text, _MLP) or 4 * d_model,
@@ -132,6 +138,20 @@ def read_shape(
     if not isinstance(config, dict):
         return None, [NoConfig(span=span, model=model, reason="it is not a JSON object")]
     return shape_from_config(cast(dict[str, Any], config), model=model, span=span)
+
+
+def missing_site(
+    shape: ModelShape, site: str, *, model: str, span: Span | None = None
+) -> Diagnostic | None:
+    """Why a supported site of the language is not one of this model (E0402, E0413), or None."""
+    if site in shape.sites:
+        return None
+    if site == "resid_mid" and shape.parallel_block:
+        return NoResidMid(span=span, model=model)
+    available = ", ".join(f"`{name}`" for name in SITES if name in shape.sites)
+    return SiteNotOnModel(
+        span=span, model=model, site=site, architecture=shape.architecture, available=available
+    )
 
 
 def units(shape: ModelShape, site: str) -> int:

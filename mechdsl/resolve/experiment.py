@@ -168,11 +168,13 @@ def _numbers(
     if isinstance(values.low, ast.Percent):
         diagnostics.append(NotSupported(span=loop.domain.span, what="a `for` over percentages"))
         return None
-    if not all(isinstance(v, int | float) for v in (low, high, width)):
+    if (
+        not isinstance(low, int | float)
+        or not isinstance(high, int | float)
+        or not isinstance(width, int | float)
+    ):
         _bad_loop(loop, "a range needs numbers at both ends", diagnostics)
         return None
-    assert not isinstance(low, str) and not isinstance(high, str) and not isinstance(width, str)
-    assert low is not None and high is not None and width is not None
     if high < low or width <= 0:
         diagnostics.append(
             EmptyRange(
@@ -204,7 +206,12 @@ def _bad_loop(loop: spec.Loop, reason: str, diagnostics: list[Diagnostic]) -> No
 
 def _loops_used(work: _Work) -> None:
     """A `for` whose variable nothing uses would run the same cell again and again."""
-    used = {part.id for rule in work.experiment.rules for part in walk(_nodes(rule)) if isinstance(part, ast.Name)}
+    used = {
+        part.id
+        for rule in work.experiment.rules
+        for part in walk(_nodes(rule))
+        if isinstance(part, ast.Name)
+    }
     for rule in work.experiment.rules:
         for part in walk(_nodes(rule)):
             if isinstance(part, ast.Bound) and part.name is not None:
@@ -235,8 +242,8 @@ def _one_input(work: _Work) -> None:
 def _draws_agree(work: _Work) -> None:
     """Runs with noise must have equally many draws, so that draw k goes with draw k."""
     experiment = work.experiment
-    names = {experiment.base, experiment.source, *(rule.source for rule in experiment.rules)}
-    noises = [work.table.runs[n].noise for n in names if n in work.table.runs]
+    names = [experiment.base, experiment.source, *(rule.source for rule in experiment.rules)]
+    noises = [work.table.runs[n].noise for n in names if n is not None]
     samples = {noise.samples for noise in noises if noise is not None} - {1}
     if len(samples) > 1:
         work.diagnostics.append(
@@ -331,9 +338,7 @@ def _add_axis(axis: Axis, work: _Work) -> None:
     work.axes[axis.name] = axis
 
 
-def _fill(
-    rule: spec.Rule, work: _Work
-) -> tuple[Fill | None, str, tuple[str, ...] | None]:
+def _fill(rule: spec.Rule, work: _Work) -> tuple[Fill | None, str, tuple[str, ...] | None]:
     """What is written, the run that is read for it, and the groups of `mean by`."""
     base = work.experiment.base
     if rule.verb == "patch":
@@ -494,9 +499,7 @@ def _common(cell: PositionCell, source: PositionCell) -> tuple[PositionCell, Pos
         return cell, source
 
     def cut(one: PositionCell) -> PositionCell:
-        return replace(
-            one, hits=tuple(h if k else () for h, k in zip(one.hits, keep, strict=True))
-        )
+        return replace(one, hits=tuple(h if k else () for h, k in zip(one.hits, keep, strict=True)))
 
     return cut(cell), cut(source)
 

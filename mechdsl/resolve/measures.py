@@ -176,9 +176,7 @@ def _atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | None:
             hint = "parameters can't stand in a measure"
         else:
             hint = did_you_mean(METRICS.suggest(name), f"metrics are {', '.join(METRICS)}")
-        context.diagnostics.append(
-            UnknownWord(span=node.span, kind="metric", word=name, hint=hint)
-        )
+        context.diagnostics.append(UnknownWord(span=node.span, kind="metric", word=name, hint=hint))
         return None
     if not metric.supported:
         context.diagnostics.append(NotSupported(span=node.span, what=f"the metric `{name}`"))
@@ -206,8 +204,10 @@ def _form(
     if any(a.name is not None for a in arguments):
         return None
     if not values:
-        return forms.get("nothing") or forms.get("prompt") or next(
-            (f for f in forms.values() if f.default is not None), None
+        return (
+            forms.get("nothing")
+            or forms.get("prompt")
+            or next((f for f in forms.values() if f.default is not None), None)
         )
     if len(values) == 2:
         return forms.get("activations")
@@ -233,9 +233,7 @@ def _usage(name: str, forms: Mapping[Takes, Form]) -> str:
     return " or ".join(_USAGE[takes].format(name) for takes in forms)
 
 
-Builder = Callable[
-    [ast.Expr, str, Form, tuple[ast.Argument, ...], MeasureContext], Atom | None
-]
+Builder = Callable[[ast.Expr, str, Form, tuple[ast.Argument, ...], MeasureContext], Atom | None]
 
 
 def _plain(
@@ -273,9 +271,7 @@ def _of_text(
     texts: dict[Env, tuple[tuple[int, ...], ...]] = {}
     for env in context.items if by_item else (None,):
         extra = {} if env is None else {LITERAL_ENV: env}
-        found, problems = text_tokens(
-            context.table, text, tokenizer=context.tokenizer, extra=extra
-        )
+        found, problems = text_tokens(context.table, text, tokenizer=context.tokenizer, extra=extra)
         context.diagnostics.extend(problems)
         if any(p.severity == "error" for p in problems):
             return None
@@ -324,9 +320,7 @@ def _of_numerals(
             )
         )
         return None
-    ids, problems = numerals(
-        context.table, low, high, tokenizer=context.tokenizer, span=given.span
-    )
+    ids, problems = numerals(context.table, low, high, tokenizer=context.tokenizer, span=given.span)
     context.diagnostics.extend(problems)
     if any(p.severity == "error" for p in problems):
         return None
@@ -466,4 +460,3 @@ def _truth(table: PromptTable) -> tuple[float, ...] | None:
         except ValueError:
             return None
     return tuple(found)
-

@@ -143,7 +143,9 @@ def _short_kind(short: ast.ShortSite, context: SiteContext) -> SiteKind | None:
         return None
     letter = {"head": "H", "kv_head": "H", "neuron": "N"}.get(kind.unit or "")
     if letter != short.unit:
-        names = f"`L{short.layer}{letter}0.{kind.name}`" if letter else f"`L{short.layer}.{kind.name}`"
+        names = (
+            f"`L{short.layer}{letter}0.{kind.name}`" if letter else f"`L{short.layer}.{kind.name}`"
+        )
         context.diagnostics.append(
             AxisDoesNotFit(
                 span=short.span,
@@ -350,9 +352,7 @@ def _axis_values(
             return None
         if high < low:
             context.diagnostics.append(
-                EmptyRange(
-                    span=value.span, text=_written(value.span), low=str(high), high=str(low)
-                )
+                EmptyRange(span=value.span, text=_written(value.span), low=str(high), high=str(low))
             )
             return None
         single = single and value.high is None
@@ -450,9 +450,7 @@ def _bound(
     return value if _exists(value, axis.word, kinds, bound.span, context) else None
 
 
-def _exists(
-    value: int, word: str, kinds: list[SiteKind], span: Span, context: SiteContext
-) -> bool:
+def _exists(value: int, word: str, kinds: list[SiteKind], span: Span, context: SiteContext) -> bool:
     if word == "layer":
         return _layer_exists(value, span, context)
     return all(_unit_exists(kind, value, span, context) for kind in kinds)

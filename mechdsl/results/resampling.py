@@ -80,9 +80,12 @@ class Resampling:
     def interval(self, samples: Floats) -> tuple[Floats, Floats]:
         """The percentile interval over the first axis."""
         tail = (100.0 - self.confidence) / 2
-        quantile = np.nanpercentile if np.isnan(samples).any() else np.percentile
+        missing = np.isnan(samples)
+        none = missing.all(axis=0)  # numpy warns of columns without a number
+        quantile = np.nanpercentile if missing.any() else np.percentile
         with np.errstate(invalid="ignore"):
-            low, high = quantile(samples, [tail, 100.0 - tail], axis=0)
+            found = quantile(np.where(none, 0.0, samples), [tail, 100.0 - tail], axis=0)
+        low, high = np.where(none, np.nan, found)
         return low, high
 
 

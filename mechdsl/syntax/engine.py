@@ -23,7 +23,7 @@ STARTS = ("start", "top_lines", "data_lines", "change_lines", "experiment_lines"
 
 PACKAGE = Path(__file__).resolve().parent.parent
 TABLES = PACKAGE / "syntax" / "tables.bin"
-CONTEXTUAL_PRIORITY = 2
+CONTEXTUAL_PRIORITY = 3
 """Terminals of this priority and above are read only where the parser accepts them."""
 
 

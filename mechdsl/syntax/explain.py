@@ -172,7 +172,7 @@ def _misspelt(mistake: Mistake) -> Diagnostic | None:
     if mistake.cut_short or token is None or token.kind != "word":
         return None
     meant = closest(token.text, _words(mistake.accepts))
-    if meant is None:
+    if meant is None or meant == token.text:
         return None
     span = Span(mistake.source, token.start, token.end)
     return MisspeltWord(word=token.text, meant=meant, span=span)
@@ -181,7 +181,17 @@ def _misspelt(mistake: Mistake) -> Diagnostic | None:
 def _reserved(mistake: Mistake) -> Diagnostic | None:
     """A word of the language where a name is wanted."""
     token = mistake.token
-    if mistake.cut_short or token is None or token.text not in RESERVED:
+    if mistake.cut_short or token is None:
+        return None
+    before = mistake.before
+    if before is not None and before.text in RESERVED and token.kind == "sign":
+        # `prob(head)`: read as an axis, whose number is missing.
+        if before.depth > mistake.statement[0].depth:
+            return ReservedName(
+                name=before.text, span=Span(mistake.source, before.start, before.end)
+            )
+        return None
+    if token.text not in RESERVED:
         return None
     if mistake.lexed == "NAME" or "NAME" not in mistake.accepts:
         return None

@@ -19,18 +19,23 @@ class Hint:
 
 
 HINTS: tuple[Hint, ...] = (
-    Hint(r"\b([0-9]+) *$", r"- *([0-9]+)", "a range is written `{0}..{1}`"),
-    Hint(r"\b([0-9]+) *$", r": *([0-9]+)", "a range is written `{0}..{1}`"),
-    Hint(r"\b([0-9]+) +$", r"to +([0-9]+)\b", "a range is written `{0}..{1}`"),
-    Hint(r"\.\. *$", r"\. *([0-9]+)", "a range has two dots: `..{0}`"),
-    Hint(r"\b(last|first) +$", r"(\w+) +(tokens?)\b", "write `{0}-{1} {2}`"),
-    Hint(r"\b(\w+) +$", r"([0-9]+|\*)", "say which axis: `{0} layer {1}`", "LAYER"),
-    Hint(r"(?:at|onto|to|from|with|,) *$", r"(-?[0-9]+)", "write `token {0}`", "TOKEN"),
+    Hint(r"\b([0-9]+)\s*$", r"- *([0-9]+)", "a range is written `{0}..{1}`"),
+    Hint(r"\b([0-9]+)\s*$", r": *([0-9]+)", "a range is written `{0}..{1}`"),
+    Hint(r"\b([0-9]+)\s+$", r"to +([0-9]+)\b", "a range is written `{0}..{1}`"),
+    Hint(r"\.\.\s*$", r"\. *([0-9]+)", "a range has two dots: `..{0}`"),
+    Hint(r"\b(last|first)\s+$", r"(\w+) +(tokens?)\b", "write `{0}-{1} {2}`"),
+    Hint(r"\b(\w+)\s+$", r"([0-9]+|\*)", "say which axis: `{0} layer {1}`", "LAYER"),
+    Hint(r"(?:at|onto|to|from|with|,)\s*$", r"(-?[0-9]+)", "write `token {0}`", "TOKEN"),
     Hint(r"", r"to\b", "write `onto`: it says where the activation is written", "ONTO"),
     Hint(r"", r"to\b", "write `into`: `from SOURCE into BASE`", "INTO"),
     Hint(r"", r"(?:x|×|vs|against|and|,)(?!\w)", "write `by`: `heatmap layer by head`", "BY"),
     Hint(
-        r"\b((?:layer|head|neuron|expert|token)s?) *$",
+        r"",
+        r"((?:layer|head|neuron|expert|token)s?) *= *([\w.*%]+)",
+        "write `{0} {1}` without a sign between",
+    ),
+    Hint(
+        r"\b((?:layer|head|neuron|expert|token)s?)\s*$",
         r"[=:] *(\S+)",
         "write `{0} {1}` without a sign between",
     ),
@@ -42,7 +47,7 @@ HINTS: tuple[Hint, ...] = (
         "AT",
     ),
     Hint(r"^ablate\b", r"", "say what replaces it: `with mean`, `with zero`", "WITH"),
-    Hint(r"\b(?:last|first) *$", r"", "write `last token` or `last-item token`", "TOKEN"),
+    Hint(r"\b(?:last|first)\s*$", r"", "write `last token` or `last-item token`", "TOKEN"),
 )
 
 

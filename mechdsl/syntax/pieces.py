@@ -30,7 +30,11 @@ _HEADER = re.compile(
 )
 """What begins a statement of the outermost level and nothing else."""
 _DEFINITION = re.compile(r"[A-Za-z_]\w*(?=(?:\s*,\s*[A-Za-z_]\w*)*\s*=(?!=)|\s+in(?!\w))")
-_FROM_INTO = re.compile(r"from\s+[\w.]+(?:\s*,\s*[\w.]+)*\s+(?:into|to)\b")
+_FROM_INTO = re.compile(
+    r"from\s+(?!(?:last|first|each|tokens?|top)\b)[\w.]+(?:\s*,\s*[\w.]+)*"
+    r"\s+(?!(?:tokens?|row|of|at|(?:layer|head|neuron|expert|feature)s?)\b)[a-z]"
+)
+"""`from RUN into RUN`, also with `into` misspelt, but no `from POSITION` or `from SITE`."""
 
 WORDS = {
     "top_lines": TOP_WORDS,
@@ -188,10 +192,10 @@ def starts(text: str, inside: list[Piece], kind: str, depth: int) -> list[int]:
         if piece.kind != "word" or piece.depth != depth:
             continue
         before = inside[i - 1] if i else None
-        goes_on = before is not None and before.text in ("+", "-", "*", "/", ",", "=", "->", "..")
+        goes_on = before is not None and before.text in ("+", "-", "/", ",", "=", "->", "..")
         if piece.text in words:
-            inner = piece.text in ("from", "using") and not piece.first
-            if piece.text == "from" and not _FROM_INTO.match(text, piece.start):
+            inner = piece.text == "from" and not _FROM_INTO.match(text, piece.start)
+            if piece.text == "using" and found and inside[found[-1]].text == "discover":
                 inner = True
             if not inner and not (goes_on and not piece.first):
                 found.append(i)

@@ -8,7 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mechdsl.diagnostics import Diagnostic
-from mechdsl.diagnostics.e01_syntax import UnexpectedToken, UnterminatedString, WrongVersion
+from mechdsl.diagnostics.e01_syntax import (
+    UnexpectedCharacter,
+    UnexpectedToken,
+    UnterminatedString,
+    WrongVersion,
+)
 from mechdsl.source import Source, Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.attempt import Stopped, attempt
@@ -41,14 +46,28 @@ def recover(source: Source, stopped: int) -> tuple[list[Any], list[Diagnostic]]:
 
 
 def _causes(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
-    """Without what follows from an unclosed text: it has swallowed the rest of its line."""
-    swallowed = [d.span for d in diagnostics if isinstance(d, UnterminatedString) and d.span]
-    return [
-        d
-        for d in diagnostics
-        if isinstance(d, UnterminatedString)
-        or not any(d.span and s.start <= d.span.start <= s.end for s in swallowed)
-    ]
+    """Without what merely follows: an unclosed text has swallowed the rest of its line, and what
+    stands behind a sign without meaning would be fine behind the right one.
+    """
+    open_texts = [d.span for d in diagnostics if isinstance(d, UnterminatedString) and d.span]
+    swallowed = {span.line for span in open_texts}
+    signs = [d.span for d in diagnostics if isinstance(d, UnexpectedCharacter) and d.span]
+    behind = {skip_space(span.source.text, span.end) for span in signs}
+    behind |= {span.start for span in signs}
+
+    def follows(diagnostic: Diagnostic) -> bool:
+        span = diagnostic.span
+        if span is None or isinstance(diagnostic, UnterminatedString):
+            return False
+        if span.line in swallowed:
+            first = min(s.start for s in open_texts if s.line == span.line)
+            return span.start >= first
+        # White space at fault is where a missing bracket was put in.
+        return isinstance(diagnostic, UnexpectedToken) and (
+            span.start in behind or span.text.isspace()
+        )
+
+    return [d for d in diagnostics if not follows(d)]
 
 
 @dataclass
@@ -94,7 +113,12 @@ class _Reader:
                 return found + self._read(kind, begin, end)
             except Stopped as error:
                 mistake = self._locate(kind, begin, end, heads, error)
-            found += self._before(kind, begin, mistake.begin)
+            try:
+                found += self._read(kind, begin, mistake.begin)
+            except Stopped as error:
+                # The word that begins a statement was taken for a missing part of the one before.
+                mistake = self._locate(kind, begin, mistake.begin, heads, error)
+                found += self._before(kind, begin, mistake.begin)
             found += self._mistaken(kind, depth, mistake)
             begin = max(mistake.end, begin + 1)
         return found
@@ -118,9 +142,9 @@ class _Reader:
     def _locate(self, kind: str, begin: int, end: int, heads: list[int], error: Stopped) -> Mistake:
         """The statement that an error belongs to; `heads` are where statements begin."""
         offset = begin + error.offset
-        number = bisect_right(heads, offset)
+        number = bisect_right(heads, offset) if offset < end else bisect_left(heads, end)
         own = heads[number - 1] if number and heads[number - 1] >= begin else begin
-        following = heads[number] if number < len(heads) else end
+        following = min(heads[number], end) if number < len(heads) else end
         if own == offset and "$END" not in error.accepts and number > 1 and own > begin:
             # A statement begins here, but the one before it isn't finished.
             own, following = max(heads[number - 2], begin), offset

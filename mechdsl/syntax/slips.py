@@ -41,6 +41,10 @@ def _first_number(match: re.Match[str]) -> str:
     return (number[0] if number else "").ljust(len(match[0]))
 
 
+def _arrow(match: re.Match[str]) -> str:
+    return "->" if len(match[0]) == 2 else " "
+
+
 def _letters(match: re.Match[str]) -> str:
     return "x" * len(match[0])
 
@@ -69,6 +73,7 @@ SLIPS: tuple[Slip, ...] = (
     Slip(r"\|\|?", "write `or`", _padded("or")),
     Slip(r"[0-9]+[ \t]+%", "write the percent sign right behind its number: `50%`", _percent),
     Slip(r"[0-9]+[ \t]*[–—][ \t]*[0-9]+", "a range is written `10..20`", _first_number),
+    Slip(r"[0-9]+[ \t]*…[ \t]*[0-9]+", "a range is written `10..20`", _first_number),
     Slip(r"…", "a range is written `10..20`"),
     Slip(r"≥", "write `>=`", _padded(">")),
     Slip(r"≤", "write `<=`", _padded("<")),
@@ -76,7 +81,7 @@ SLIPS: tuple[Slip, ...] = (
     Slip(r"[×·]", "write `*`", _padded("*")),
     Slip(r"÷", "write `/`", _padded("/")),
     Slip(r"[−–—]", "write `-`", _padded("-")),
-    Slip(r"[→⟶]", "write `->`"),
+    Slip(r"[→⟶] ?", "write `->`", _arrow, 1),
     Slip(r"[^\W\dA-Za-z_]\w*", "names are made of the letters a to z, digits and `_`", _letters, 1),
     Slip(r"![^=\S]|!(?=\w)", "write `not`", _blank, 1),
     Slip(r"""[^\s\w"#{}()\[\].,:=+\-*/<>!%]""", "leave it out"),

@@ -110,6 +110,10 @@ def _amount(node: ast.Number | ast.Name) -> Any:
     return node.id if isinstance(node, ast.Name) else node.value
 
 
+def _count(token: Token) -> int | str:
+    return _integer(token) if token.type == "INT" else str(token)
+
+
 def _nested(node: Any, *parts: Any) -> Any:
     """The node, or its first part where nesting passes the limit (reported once per file)."""
     context = CONTEXT.get()
@@ -218,6 +222,8 @@ class ToAst(Transformer[Token, Any]):
 
     def name(self, c: list[Any]) -> ast.Name:
         return _name(c[0])
+
+    new_name = name
 
     def ref(self, c: list[Any]) -> ast.Ref:
         part = str(c[2]) if len(c) == 3 else None
@@ -343,10 +349,10 @@ class ToAst(Transformer[Token, Any]):
         return ast.Discover(c[1], over, c[5], clauses.get("until"), top, unit, span=_span(c))
 
     until = _clause("until", _second)
-    top_units = _clause("top", lambda c: (_amount(c[1]), c[2]))
+    top_units = _clause("top", lambda c: (_count(c[1]), _name(c[2])))
 
     def search(self, c: list[Any]) -> ast.Search:
-        return ast.Search(c[1], c[2], _amount(c[5]), span=_span(c))
+        return ast.Search(_name(c[1]), _name(c[2]), _amount(c[5]), span=_span(c))
 
     def observe_attention(self, c: list[Any]) -> ast.ObserveAttention:
         return ast.ObserveAttention(c[1], span=_span(c))
@@ -358,7 +364,7 @@ class ToAst(Transformer[Token, Any]):
         site = next(child for child in c if isinstance(child, ast.Site))
         clauses = _clauses(c)
         return ast.Observe(
-            c[1],
+            _name(c[1]) if isinstance(c[1], Token) else c[1],
             site,
             clauses.get("toward"),
             clauses.get("at"),
@@ -386,7 +392,7 @@ class ToAst(Transformer[Token, Any]):
             again = _repeated(c[1:])
             _report(
                 UnexpectedToken(
-                    found=f"second {again.kind}",
+                    found=f"second `{again.span.text}`",
                     expected="it once",
                     hint="a `stats` line says each thing once",
                     span=again.span,
@@ -409,7 +415,7 @@ class ToAst(Transformer[Token, Any]):
         variable = c[2] if len(c) > 2 and isinstance(c[2], ast.Name) else None
         clauses = _clauses(c)
         return ast.Report(
-            c[1],
+            _name(c[1]),
             variable,
             clauses.get("by"),
             clauses.get("top"),

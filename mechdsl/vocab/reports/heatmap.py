@@ -133,7 +133,7 @@ def _print_panel(
     label_width = min(
         max(len(str(v)) for v in [rows_axis, *row_values]), max(10, console.width // 3)
     )
-    number_width = max(len(text) for text in texts) + 1
+    number_width = max(len(text) for text in texts)  # the place of the mark keeps them apart
     widths = {
         value: max(number_width, 1 + max(len(line) for line in headers[value]))
         for value in column_values

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mechdsl import spec
+from mechdsl.results.conventions import statistics_conventions
 from mechdsl.results.data import Floats
 from mechdsl.results.experiment import CellKey, ExperimentResult
 from mechdsl.results.statistics import cell_statistics
@@ -126,13 +127,15 @@ def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
         effects=EFFECTS,
         ids=result.row_ids,
     )
-    return replace(
+    expanded = replace(
         result,
         axes=(by, *result.axes),
         cells=cells,
         measures=measures,
         statistics=tuple(statistics),
     )
+    said = {**result.conventions, **statistics_conventions(expanded, EFFECTS)}
+    return replace(expanded, conventions=said)
 
 
 def _sortable(value: object) -> tuple[int, float, str]:

@@ -54,7 +54,9 @@ def alpha(result: ExperimentResult) -> float:
 
 
 def measure_name(data: MeasureData) -> str:
-    """`recovery of ld`; per prompt where it is."""
+    """`recovery of ld`, per prompt where it is; `raw` is the metric itself."""
+    if data.effect == "raw":
+        return data.label
     each = " per prompt" if data.per_prompt else ""
     return f"{data.effect}{each} of {data.label}"
 
@@ -115,12 +117,15 @@ def conventions(result: ExperimentResult, report: spec.Report, console: Console)
     if key_width > console.width // 3:
         key_width = console.width // 3
     for key, value in result.conventions.items():
-        room = max(20, console.width - key_width - 4)
-        first, *rest = wrap(str(value), room) or [""]
-        lines = [f"  {key:<{key_width}}  {first}"]
-        lines += [" " * (key_width + 4) + line for line in rest]
-        for line in lines:
-            console.print(Text(line, style="dim"), highlight=False, soft_wrap=True)
+        hanging(f"  {key:<{key_width}}  ", str(value), console)
+
+
+def hanging(lead: str, text: str, console: Console) -> None:
+    """Dim text behind a lead, its further lines below its first."""
+    lines = wrap(text, max(20, console.width - len(lead))) or [""]
+    for number, line in enumerate(lines):
+        start = " " * len(lead) if number else lead
+        console.print(Text(start + line, style="dim"), highlight=False, soft_wrap=True)
 
 
 def survivors(result: ExperimentResult, measure: int) -> str | None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mechdsl.results.experiment import ExpectOutcome, ExperimentResult
-from mechdsl.vocab.reports.text import number_format
+from mechdsl.vocab.reports.text import hanging, number_format
 
 
 def print_verdicts(result: ExperimentResult, console: Console) -> None:
@@ -24,7 +24,7 @@ def print_verdicts(result: ExperimentResult, console: Console) -> None:
             text.append(f"  {value}", style="dim")
         console.print(text, highlight=False)
         if outcome.reason:
-            console.print(Text(f"       {outcome.reason}", style="dim"), highlight=False)
+            hanging(" " * 7, outcome.reason, console)
 
 
 def _value(outcome: ExpectOutcome) -> str:
@@ -32,6 +32,6 @@ def _value(outcome: ExpectOutcome) -> str:
         return outcome.value or ""
     ends = [math.nan if end is None else end for end in (outcome.low, outcome.high)]
     if not all(map(math.isfinite, ends)):
-        return f"{outcome.value:.4g}"
+        return f"{'rank ' if outcome.text.startswith('top ') else ''}{outcome.value:.4g}"
     write = number_format([outcome.value, *ends])
     return f"{write(outcome.value)} [{write(ends[0])}, {write(ends[1])}]"
