@@ -15,7 +15,11 @@ from mechdsl.data.tokenizer import TextTokenizer
 from mechdsl.data.types import PromptTable
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, UnknownWord, did_you_mean
-from mechdsl.diagnostics.e06_experiment import EffectNeedsSource, EffectWithoutRule
+from mechdsl.diagnostics.e06_experiment import (
+    EffectNeedsSource,
+    EffectWithoutRule,
+    UnreadableMeasure,
+)
 from mechdsl.diagnostics.w07_names import WritesFirstToken
 from mechdsl.expectations.check import Known, KnownMeasure, check_expectation
 from mechdsl.lower import lower_program
@@ -23,6 +27,8 @@ from mechdsl.models.locate import locate
 from mechdsl.models.shape import read_shape
 from mechdsl.registry import nearest
 from mechdsl.resolve import ModelContext, ResolvedExperiment, resolve_experiment
+from mechdsl.resolve.cells import cell_keys
+from mechdsl.results.flips import check_prompts
 from mechdsl.source import Source
 from mechdsl.syntax.parse import parse
 from mechdsl.vocab.effects import EFFECTS
@@ -189,6 +195,7 @@ def _resolve(experiment: spec.Experiment, checked: Checked, contexts: _Contexts)
         return
     checked.diagnostics.extend(_against_axes(resolved, checked.program))
     checked.diagnostics.extend(_first_tokens(resolved))
+    checked.diagnostics.extend(_enough_prompts(resolved))
     checked.experiments.append(resolved)
 
 
@@ -221,11 +228,21 @@ def _statements(experiment: spec.Experiment) -> list[Diagnostic]:
 
 def _against_axes(experiment: ResolvedExperiment, program: spec.Program) -> list[Diagnostic]:
     """Reports and expectations name axes, measures, runs and values that exist."""
-    axes = [axis.name for axis in experiment.axes]
-    axes += [axis.alias for axis in experiment.axes if axis.alias is not None]
+    own = [axis.name for axis in experiment.axes]
+    axes = own + [axis.alias for axis in experiment.axes if axis.alias is not None]
     rows = experiment.table.runs["clean"].rows
     values = list(rows[0].values) if rows else []
     found: list[Diagnostic] = []
+    for resolved, said in zip(experiment.measures, experiment.spec.measures, strict=True):
+        if resolved.kind == "category" and said.effect != "raw":
+            found.append(
+                UnreadableMeasure(
+                    span=said.span,
+                    text=resolved.text,
+                    reason="it is a category, which has no differences",
+                    hint="measure it `as raw`, or use `expected(…)`, which is a number",
+                )
+            )
     for report in experiment.spec.reports:
         found.extend(check_report(report, axes, values))
     by = experiment.spec.statistics.by
@@ -243,13 +260,29 @@ def _against_axes(experiment: ResolvedExperiment, program: spec.Program) -> list
             KnownMeasure(m.label, s.effect, m.kind)
             for m, s in zip(experiment.measures, experiment.spec.measures, strict=True)
         ],
-        axes,
+        own,
         [name for name, run in experiment.table.runs.items() if run.rows and run.rows[0].texts],
         [e.name for e in program.experiments if e.name != experiment.name],
+        {axis.alias: axis.name for axis in experiment.axes if axis.alias is not None},
+        tuple(cell_keys(experiment)) if experiment.spec.expects else None,
     )
     for expectation in experiment.spec.expects:
         found.extend(check_expectation(expectation, known))
     return found
+
+
+def _enough_prompts(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    """W0720 where no p can be small enough, however large the effect."""
+    tested = [m for m in experiment.spec.measures if EFFECTS[m.effect].tested]
+    if not tested or not experiment.rules:
+        return []
+    settings = experiment.spec.statistics
+    rows = experiment.table.runs["clean"].rows
+    units = len(rows)
+    if settings.by is not None:
+        units = len({str(row.values.get(settings.by)) for row in rows})
+    tests = len(tested) * experiment.n_cells
+    return check_prompts(units, tests, settings, tested[0].span)
 
 
 def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:

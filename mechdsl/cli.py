@@ -191,31 +191,22 @@ def run(
     no_pass: tuple[str, ...],
 ) -> int:
     """Run files and print their tables. Exit status 0 when every expectation holds."""
-    from mechdsl.syntax.parse import read_source
-
     settings = _settings(parameters, limit, only)
     paths, problems = _mech_files(files)
-    sources = []
+    # All files are checked before the first one runs (and before torch is imported).
+    everything: list[Any] = []
     for path in paths:
-        source, found = read_source(path)
+        checked, found = _checked(path, settings)
         problems += found
-        if source is not None:
-            sources.append(source)
-    if not has_errors(problems):
-        from mechdsl.check import check_source
-
-        # All files are checked before the first one runs (and before torch is imported).
-        for source in sources:
-            problems += check_source(source, settings).diagnostics
+        everything.append(checked)
+    _print(problems)
     if has_errors(problems):
-        _print(problems)
         return WRONG
-    return _run(sources, settings, device, dtype, out, form, frozenset(no_pass))
+    return _run(everything, device, dtype, out, form, frozenset(no_pass))
 
 
 def _run(
-    sources: list[Any],
-    settings: Any,
+    files: list[Any],
     device: str,
     dtype: str | None,
     out: Path | None,
@@ -224,19 +215,24 @@ def _run(
 ) -> int:
     from mechdsl.collect import versions
     from mechdsl.execute import Options
-    from mechdsl.pipeline import RunOptions, run_source
+    from mechdsl.pipeline import RunOptions, run_checked
     from mechdsl.progress import Bar
     from mechdsl.results.experiment import Results
 
     found = []
-    for source in sources:
+    for checked in files:
+        source = checked.source
         bar = Bar(source.name)
         options = RunOptions(
-            settings, device, dtype, out, without, Options(on_progress=bar.advance)
+            device=device,
+            dtype=dtype,
+            out=out,
+            without=without,
+            execution=Options(on_progress=bar.advance),
         )
         try:
             with bar:
-                result, diagnostics = run_source(source, options)
+                result, diagnostics = run_checked(checked, options)
         except KeyboardInterrupt:
             kept = f"; what is finished is in {out}" if out is not None else ""
             print(f"interrupted{kept}", file=sys.stderr)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from mechdsl import spec
-from mechdsl.data.positions import hit_texts
 from mechdsl.execute import Measured, base_per_cell
 from mechdsl.loaded import LoadedModel
 from mechdsl.plan import ExperimentPlan
+from mechdsl.resolve.cells import cell_keys
 from mechdsl.resolve.types import ResolvedExperiment
-from mechdsl.results.experiment import CellKey, ExperimentResult
+from mechdsl.results.experiment import ExperimentResult
 from mechdsl.results.statistics import MeasureData
 
 PACKAGES = ("mechdsl", "torch", "transformers", "tokenizers", "numpy", "scipy")
@@ -64,7 +64,7 @@ def collect(plan: ExperimentPlan, measured: Measured, model: LoadedModel) -> Exp
         model=model.name,
         axes=tuple(axis.name for axis in experiment.axes),
         aliases={axis.alias: axis.name for axis in experiment.axes if axis.alias is not None},
-        cells=_cells(plan, kept),
+        cells=tuple(cell_keys(experiment)),
         measures=tuple(measures),
         runs={
             run: {m.label: values[n].mean(axis=0) for n, m in enumerate(experiment.measures)}
@@ -84,43 +84,6 @@ def collect(plan: ExperimentPlan, measured: Measured, model: LoadedModel) -> Exp
 def _table(experiment: ResolvedExperiment) -> spec.Report:
     """What is shown where the file asks for nothing."""
     return spec.Report(span=experiment.spec.span, kind="table")
-
-
-def _cells(plan: ExperimentPlan, kept: np.ndarray) -> tuple[CellKey, ...]:
-    """The keys of all cells; what a position hits is worked out once per position."""
-    experiment = plan.experiment
-    base = experiment.spec.base
-    hits = [
-        [hit_texts(experiment.table, base, cell) for cell in rule.positions] for rule in plan.rules
-    ]
-    labels = [
-        list(rule.rule.sites.labels.values()) if rule.rule.sites is not None else None
-        for rule in plan.rules
-    ]
-    found: list[CellKey] = []
-    for cell in range(plan.n_cells):
-        coords = {
-            axis.name: axis.labels[int(index[cell])]
-            for axis, index in zip(experiment.axes, plan.coordinates, strict=True)
-        }
-        sites: list[str] = []
-        positions: list[str] = []
-        tokens: dict[str, None] = {}
-        for number, rule in enumerate(plan.rules):
-            own = labels[number]
-            sites.append("input" if own is None else own[int(rule.site_of_cell[cell])])
-            position = int(rule.position_of_cell[cell])
-            positions.append(rule.positions[position].label)
-            tokens.update(dict.fromkeys(hits[number][position]))
-        found.append(
-            CellKey(
-                coords,
-                " + ".join(dict.fromkeys(sites)),
-                " + ".join(dict.fromkeys(positions)) or None,
-                tuple(tokens),
-            )
-        )
-    return tuple(found)
 
 
 def _row_values(rows: list[Mapping[str, Any]]) -> dict[str, list[Any]]:

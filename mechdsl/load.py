@@ -100,14 +100,17 @@ def adopt(
     """Take over a model that Python holds already; it is put into eval mode, and not moved.
 
     tokenizer: a fast tokenizer of transformers, a `tokenizers.Tokenizer` or a `TextTokenizer`.
-    Gives E0407 to E0410, E0412, E0522 and W0711.
+    Gives E0407 to E0412, E0522 and W0711.
     """
     text, found = _adopt_tokenizer(name, tokenizer, bos, span)
     if text is None:
         return None, found
-    config = cast("dict[str, Any]", cast(Any, module).config.to_dict())
-    config["architectures"] = [type(module).__name__]
-    shape, found = shape_from_config(config, model=name, span=span)
+    config = getattr(module, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None, [LoadFailed(span=span, model=name, reason="it has no transformers config")]
+    values: dict[str, Any] = dict(cast(Any, config).to_dict())
+    values["architectures"] = [type(module).__name__]
+    shape, found = shape_from_config(values, model=name, span=span)
     if shape is None:
         return None, found
     provenance = {

@@ -25,7 +25,7 @@ from mechdsl.resolve import ModelContext
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
 from mechdsl.source import Source, Span
 from mechdsl.store import Store
-from mechdsl.tabulate import finish
+from mechdsl.tabulate import with_statistics, with_verdicts
 
 
 @dataclass(frozen=True)
@@ -48,24 +48,30 @@ Models = Mapping[str, tuple[Any, Any]]
 def run_source(
     source: Source, options: RunOptions | None = None, models: Models | None = None
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    """Run one file; None where it, its data or its model is wrong, so that no cell was run."""
+    """Check and run one file; None where it, its data or its model is wrong: no cell was run."""
     options = options or RunOptions()
+    loaded, diagnostics = _adopted(models or {})
+    contexts = _contexts(source, loaded)
+    checked = check_source(source, options.settings, contexts)
+    diagnostics = [*diagnostics, *checked.diagnostics]
+    if has_errors(diagnostics):
+        return None, diagnostics
+    result, found = run_checked(checked, options, loaded)
+    return result, [*diagnostics, *found]
+
+
+def run_checked(
+    checked: Checked, options: RunOptions, loaded: Mapping[str, LoadedModel] | None = None
+) -> tuple[FileResult | None, list[Diagnostic]]:
+    """Run a file that was checked. Its own diagnostics are not repeated."""
     diagnostics = check_options(options)
     if has_errors(diagnostics):
         return None, diagnostics
-    loaded, found = _adopted(models or {})
-    diagnostics.extend(found)
-    contexts = {}
-    if not has_errors(found):
-        contexts = _contexts(source, loaded)
-    checked = check_source(source, options.settings, contexts)
-    diagnostics.extend(checked.diagnostics)
+    models = dict(loaded or {})
+    diagnostics.extend(_load(checked, models, options))
     if has_errors(diagnostics):
         return None, diagnostics
-    diagnostics = [*diagnostics, *_load(checked, loaded, options)]
-    if has_errors(diagnostics):
-        return None, diagnostics
-    return _run(checked, loaded, options, diagnostics)
+    return _run(checked, models, options, diagnostics)
 
 
 def _run(
@@ -96,17 +102,15 @@ def _run(
     if has_errors(diagnostics):
         return None, diagnostics
     by_name = {p.experiment.name: p for panel in plan.panels for p in panel.experiments}
-    finished: dict[str, ExperimentResult] = {}
-    for experiment in checked.experiments:
-        raw = collect(
-            by_name[experiment.name],
-            execution.measured[experiment.name],
-            models[experiment.model.name],
-        )
-        finished[experiment.name] = finish(raw, experiment.spec, experiment.seed, finished)
+    results: dict[str, ExperimentResult] = {}
+    for each in checked.experiments:
+        raw = collect(by_name[each.name], execution.measured[each.name], models[each.model.name])
+        results[each.name] = with_statistics(raw, each.spec, each.seed)
+    # Verdicts last: an expectation may name an experiment that comes later in the file.
+    finished = [with_verdicts(results[e.name], e.spec, results) for e in checked.experiments]
     result = FileResult(
         file=checked.source.name,
-        experiments=tuple(finished.values()),
+        experiments=tuple(finished),
         hash=sha256(checked.source.text.encode()).hexdigest(),
         seed=checked.program.seed,
     )

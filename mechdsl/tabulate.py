@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from mechdsl import spec
 from mechdsl.expectations.evaluate import evaluate
 from mechdsl.results.conventions import statistics_conventions
@@ -13,18 +15,19 @@ from mechdsl.results.statistics import cell_statistics
 from mechdsl.vocab.effects import EFFECTS
 
 
-def finish(
-    result: ExperimentResult,
-    experiment: spec.Experiment,
-    seed: int,
-    others: Mapping[str, ExperimentResult] | None = None,
+def with_statistics(
+    result: ExperimentResult, experiment: spec.Experiment, seed: int
 ) -> ExperimentResult:
-    """The result with statistics, conventions and verdicts on its expectations.
-
-    `others` are finished experiments that an expectation may name (`spearman(…, other)`).
-    """
+    """The result with means, intervals and p, and how they came about among its conventions."""
+    measures = tuple(
+        data
+        if EFFECTS[data.effect].of_intervention
+        else replace(data, inert=np.zeros_like(data.inert))
+        for data in result.measures
+    )
     result = replace(
         result,
+        measures=measures,
         settings=experiment.statistics,
         seed=seed,
         reports=result.reports or experiment.reports,
@@ -39,5 +42,18 @@ def finish(
     )
     result = replace(result, statistics=tuple(statistics))
     conventions = {**result.conventions, **statistics_conventions(result, EFFECTS)}
+    return replace(result, conventions=conventions)
+
+
+def with_verdicts(
+    result: ExperimentResult,
+    experiment: spec.Experiment,
+    others: Mapping[str, ExperimentResult] | None = None,
+) -> ExperimentResult:
+    """The result with verdicts on its expectations.
+
+    `others` are experiments with statistics, which an expectation may name
+    (`spearman(recovery, other)`).
+    """
     outcomes = tuple(evaluate(each, result, others) for each in experiment.expects)
-    return replace(result, conventions=conventions, outcomes=outcomes)
+    return replace(result, outcomes=outcomes)

@@ -122,7 +122,7 @@ def text_tokens(
 
     `answer`, `wrong`, a text's name, `answer of fewer`, a text in quotes (evaluated on the clean
     row, where `extra` has `item.index` and the like), `first token of answer`. Tokens follow the
-    clean row's prompt. Codes: E0503, E0516, E0517, E0519, E0524, E0527, W0703.
+    clean row's prompt. Codes: E0503, E0516, E0517, E0519, E0520, E0524, W0703.
     """
     match expr:
         case ast.Name(id=name):
@@ -249,7 +249,7 @@ def numerals(
     """Token ids of the numerals `low` to `high`, spelt as in `answer`.
 
     That is with the same text before the digits, and padded to the answers' width where these have
-    leading zeros (`05`). Codes: E0518, E0519, E0527.
+    leading zeros (`05`). Codes: E0518, E0519, E0520.
     """
     span = span or table.sources[0].block.spec.span
     before, width = _spelling(table)
@@ -278,7 +278,11 @@ def numerals(
                 text=quoted(text.text),
                 tokens=len(text.ids),
                 pieces=pieces,
-                first=low + first,
+                hint=(
+                    f"end the range at {low + first - 1}"
+                    if first
+                    else "measure `logprob(…)` of a text, which is summed over its tokens"
+                ),
             )
         )
     if diagnostics:

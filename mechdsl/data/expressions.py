@@ -80,7 +80,7 @@ def number_of(node: ast.Expr, scope: Scope, key: Key) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         shown = plain(value)
         hint = 'numbers are written without quotes; texts are put together in quotes: `"{a} {b}"`'
-        raise bad(node.span, f"{shown!r} is not a number", hint)
+        raise bad(node.span, f"it is {shown!r}, not a number", hint)
     return value
 
 

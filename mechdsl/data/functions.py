@@ -270,43 +270,50 @@ def _flag(call: CallSite, name: str) -> bool:
 
 
 def _picks(
-    call: CallSite, size: int, count: int, distinct: bool, allowed: Callable[[int], object]
+    call: CallSite,
+    size: int,
+    count: int,
+    mark: Callable[[int], object] | None,
+    excluded: Callable[[int], bool] | None = None,
 ) -> Iterator[int]:
     """Indices of what is drawn. The first n are the same whatever `count` is.
 
-    `allowed` gives what an entry is compared by, or None where it mustn't be drawn.
+    mark: what entries are compared by where all have to be different.
+    excluded: whether an entry mustn't be drawn.
     """
-    if distinct:
+    if mark is not None:
         seen: set[object] = set()
         order = call.scope.order(call.key, size) if size else ()
-        found = 0
         for place in range(size):
-            if found == count:
+            if len(seen) == count:
                 return
-            mark = allowed(order[place])
-            if mark is not None and mark not in seen:
-                seen.add(mark)
-                found += 1
-                yield order[place]
-        if found < count:
-            raise call.empty(f"{count} different ones are asked for, there are {found}")
+            index = order[place]
+            own = mark(index)
+            if own not in seen and (excluded is None or not excluded(index)):
+                seen.add(own)
+                yield index
+        if len(seen) < count:
+            raise call.empty(f"{count} different ones are asked for, there are {len(seen)}")
         return
     for n in range(count):
         for attempt in range(_TRIES if size else 0):
             index = call.scope.draw(call.key.item(n), attempt, size)
-            if allowed(index) is not None:
+            if excluded is None or not excluded(index):
                 yield index
                 break
         else:
             raise call.empty("there is nothing but the row's own record" if size else "it is empty")
 
 
-def _item(call: CallSite, what: ast.Name | ast.String, scope: Scope, key: Key) -> Item:
-    """The item in a scope that has what was drawn for it."""
+def _item(
+    call: CallSite, what: ast.Name | ast.String, drawn: Mapping[str, Value], key: Key
+) -> Item:
+    """The item that is made of what was drawn for it, as the corruption leaves that."""
+    changed = {name: call.scope.changed_item(name, value, key) for name, value in drawn.items()}
     if isinstance(what, ast.String):
-        rich = scope.text(what, key)
+        rich = call.scope.with_values(changed).text(what, key)
         return Item(rich, rich)
-    value = call.scope.changed_item(what.id, scope.value(what.id, what.span), key)
+    value = changed[what.id]
     rich = render(value)
     if rich is None:
         raise call.bad(f"`{what.id}` has no text", "list texts or numbers", what.span)
@@ -337,8 +344,8 @@ def _from_domains(
     def mark(index: int) -> object:
         return tuple(frozen(plain(v)) for v in values(index).values())
 
-    for n, index in enumerate(_picks(call, size, count, distinct, mark)):
-        yield _item(call, what, call.scope.with_values(values(index)), call.key.item(n))
+    for n, index in enumerate(_picks(call, size, count, mark if distinct else None)):
+        yield _item(call, what, values(index), call.key.item(n))
 
 
 def _from_pool(
@@ -354,22 +361,25 @@ def _from_pool(
     fields = _fields(call, what)
     pool = _pool(call, source)
 
-    def mark(index: int) -> object:
+    def excluded(index: int) -> bool:
+        # A shot that is the question itself would give the answer away.
         entry = pool[index]
-        if isinstance(entry, Mapping) and call.scope.is_own(entry, fields):
-            return None  # a shot that is the question itself would give the answer away
-        return (frozen(plain(entry)),)
+        return isinstance(entry, Mapping) and call.scope.is_own(entry, fields)
+
+    def mark(index: int) -> object:
+        return frozen(plain(pool[index]))
 
     if count is None:
         check_length(len(pool), call.node.span)
         indices: Iterator[int] = iter(range(len(pool)))
     else:
-        indices = _picks(call, len(pool), count, distinct, mark)
+        indices = _picks(call, len(pool), count, mark if distinct else None, excluded)
     for n, index in enumerate(indices):
         entry = pool[index]
         if isinstance(entry, Mapping):
             values = dict(entry)
-            missing = [f for f in fields if f not in values and not call.scope.known(f)]
+            own = isinstance(what, ast.String)
+            missing = [f for f in fields if f not in values and not (own and call.scope.known(f))]
             if missing:
                 raise call.bad(
                     f"the records of `{source.id}` have no `{missing[0]}`",
@@ -380,7 +390,7 @@ def _from_pool(
             values = {fields[0]: entry}
         else:
             raise call.wrong("needs one name for each entry of the list", what.span)
-        yield _item(call, what, call.scope.with_values(values), call.key.item(n))
+        yield _item(call, what, values, call.key.item(n))
 
 
 def _fields(call: CallSite, what: ast.Name | ast.String) -> list[str]:

@@ -26,7 +26,7 @@ from mechdsl.data.tokenizer import Encoded, TextTokenizer
 from mechdsl.data.types import PromptTable, Run, RunRow, TextTokens
 from mechdsl.data.values import Rich, TokenId
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.e05_data import EmptyPrompt, NoSplit, PromptTooLong
+from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
 from mechdsl.diagnostics.w07_data import UnknownWords
 from mechdsl.syntax import ast
 
@@ -56,12 +56,10 @@ def build_table(
     words: the plain words of a model's tokenizer, by its name, for `words(MODEL)`.
     max_length: tokens that the model reads. parameters: the file's, as set.
     blocks: all prompts of the file, for `from: pairs`.
-    Codes: E0202, E0305 to E0316 (positions of a corruption), E0501 to E0527, W0701 to W0703.
+    Codes: E0202, E0305 to E0316 (positions of a corruption), E0501 to E0526, W0701 to W0703.
     """
     block = Block(prompts, seed=seed, words=words, parameters=parameters or {}, blocks=blocks or {})
     diagnostics = list(block.diagnostics)
-    if part is not None and prompts.split is None:
-        diagnostics.append(NoSplit(span=prompts.span, prompts=prompts.name, part=part))
     if has_errors(diagnostics):
         return None, diagnostics
     rows = collect(block, limit=limit, part=part)
@@ -334,7 +332,7 @@ class _Builder:
         text = f"{kept:,} of {block.combinations:,} {unit}"
         if block.draws:
             text = f"{kept:,} drawn from {block.combinations:,} {unit}"
-        if part is not None:
+        if part is not None and block.spec.split is not None:
             text += f", part `{part}` of a {block.spec.split:g}% split"
         if limit is not None and kept < limit:
             text += f" (limit {limit:,}, there are no more)"

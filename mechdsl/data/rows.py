@@ -163,10 +163,7 @@ class Row:
             written = render(self.clean.value(mark.name.id, mark.name.span))
             found = find_text(text, written.text) if written and written.text else []
             if not found:
-                raise Refusal(
-                    TextNotInside, mark.span, name=mark.name.id, within=name, lacking=1,
-                    example=self.describe(),
-                )  # fmt: skip
+                raise Refusal(TextNotInside, mark.span, name=mark.name.id, within=name)
             new = render(self.value(mark.name.id, mark.name.span))
             for start, end in reversed(found):
                 replaced = new.text if new else ""
@@ -198,7 +195,7 @@ class Row:
             return value
         node, before = self.item_changes[name]
         inner = before.with_values({name: value})
-        return evaluate(node, inner, Key(f"{self.run}:{key.path}"))
+        return evaluate(node, inner, Key(f"{self.run}:{key.path}.{name}"))
 
     def draw(self, key: Key, index: int, below: int) -> int:
         block = self.block
@@ -312,9 +309,10 @@ class Row:
 
     def describe(self) -> str:
         """Which row this is, for messages."""
-        parts = [f"record {self.places[RECORD]}"] if self.block.data is not None else []
-        parts += [f"{n} = {render_short(self.values[n])}" for n, _ in self.block.axes]
-        return "the row with " + ", ".join(parts[:4]) if parts else "every row"
+        shown = ", ".join(f"{n} = {render_short(self.values[n])}" for n, _ in self.block.axes[:4])
+        if self.block.data is not None:
+            return f"record {self.places[RECORD]}" + f", {shown}" * bool(shown)
+        return f"the row with {shown}" if shown else "every row"
 
 
 def render_short(value: Value) -> str:

@@ -107,7 +107,7 @@ class NotSupported(Diagnostic):
     help = "{later}"
 
     what: str
-    later: str = ""
+    later: str = "this version runs `patch`, `ablate` and `replace` on prompts of text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +170,8 @@ class BadPlaceholder(Diagnostic):
     problem: str
     place: str
     hint: str = (
-        "a placeholder is `{name}`, `{new = name}` or an expression such as `{count - 1}`;"
-        " braces that are part of the text are doubled, `{{` and `}}`"
+        "write `{name}`, `{new = name}` or `{count - 1}`;"
+        " a brace that belongs to the text is doubled: `{{`"
     )
 
 

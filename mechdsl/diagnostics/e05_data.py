@@ -75,8 +75,8 @@ class TooMany(Diagnostic):
 @dataclass(frozen=True, kw_only=True)
 class MultiTokenText(Diagnostic):
     code = "E0507"
-    title = "`{metric}` needs one token, {text} is {tokens}"
-    label = "{tokens} in some rows"
+    title = "`{metric}` needs a text of one token, `{text}` has more"
+    label = "read as {tokens}"
     help = "write `logprob(…)`, which is summed over its tokens, or `{metric}(first token of …)`"
     text: str
     tokens: str
@@ -202,14 +202,14 @@ class MultiTokenNumeral(Diagnostic):
     code = "E0518"
     title = "{amount} of the numerals {low}..{high} are more than one token"
     label = "{text} is {tokens} tokens: {pieces}"
-    help = "end the range before {first}, or measure `logprob(…)` of a text"
+    help = "{hint}"
     amount: int
     low: int
     high: int
     text: str
     tokens: int
     pieces: str
-    first: int
+    hint: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,25 +225,24 @@ class AnswerNotInVocabulary(Diagnostic):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoSplit(Diagnostic):
+class OtherSpelling(Diagnostic):
     code = "E0520"
-    title = "prompts `{prompts}` have no part `{part}`"
-    label = "not split"
-    help = "write `split 50%` in `prompts {prompts}`"
-    prompts: str
-    part: str
+    title = "{text} is not spelt like the answers, which begin with {moved}"
+    label = "{moved} was moved into the prompt"
+    help = "write it with the same beginning"
+    text: str
+    moved: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextNotInside(Diagnostic):
     code = "E0521"
-    title = "the text of `{name}` doesn't occur in `{within}` in {lacking} rows"
-    label = "as in {example}"
+    title = "the text of `{name}` doesn't occur in `{within}`"
+    label = "in {rows}"
     help = "keep only rows in which it does, or correct the data"
     name: str
     within: str
-    lacking: int
-    example: str
+    rows: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,13 +292,3 @@ class EmptyPrompt(Diagnostic):
     help = "leave these rows out with `where`"
     run: str
     rows: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class OtherSpelling(Diagnostic):
-    code = "E0527"
-    title = "{text} is not spelt like the answers, which begin with {moved}"
-    label = "{moved} was moved into the prompt"
-    help = "write it with the same beginning"
-    text: str
-    moved: str

@@ -38,7 +38,6 @@ class WhichMeasure(Diagnostic):
 class UnreadableExpectation(Diagnostic):
     code = "E0606"
     title = "this expectation cannot be decided: {reason}"
-    label = "{reason}"
     help = "{hint}"
     reason: str
     hint: str
@@ -48,7 +47,6 @@ class UnreadableExpectation(Diagnostic):
 class BadReport(Diagnostic):
     code = "E0607"
     title = "`report {kind}` {reason}"
-    label = "{reason}"
     help = "{hint}"
     kind: str
     reason: str

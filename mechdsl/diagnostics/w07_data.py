@@ -35,7 +35,7 @@ class AnswerChangesPrompt(Diagnostic):
     code = "W0703"
     title = "the end of the prompt and {text} share a token"
     label = "in {rows} of {total} rows the prompt is tokenised otherwise with the answer behind it"
-    help = "move the white space at the end of the template to the beginning of the answers"
+    help = "let the template end without a space, and the answers begin with one"
     text: str
     rows: int
     total: int

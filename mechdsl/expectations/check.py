@@ -208,7 +208,8 @@ class _Reader:
         measure = self.measure(node)
         if not self.known.one_cell:
             text = " ".join(node.span.text.split())
-            hint = f"say which: `max({text})`, `mean({text})`, or of one site as in `max(…, L9H9)`"
+            cell = f"{text}(L9H9)" if isinstance(node, ast.Name) else f"mean({text}, L9H9)"
+            hint = f"say which: `max({text})`, `mean({text})`, or one cell, as in `{cell}`"
             _unreadable(node.span, f"`{text}` has a value in every cell", hint)
         return OfCells("only", measure)
 

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 SHORT_COMPONENTS = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
 """`L3.mlp` is `mlp_out layer 3`."""
 
-_SHORT = re.compile(r"L(?P<layer>\d+)(?:(?P<unit>[HN])(?P<index>\d+))?(?:\.(?P<component>\w+))?")
-_LONG_AXIS = re.compile(r"\b(layer|head|neuron|expert|feature) (\d+)\b")
+_SITE = re.compile(r"(?:L(?P<layer>[^HN.]+)(?:(?P<unit>[HN])(?P<index>[^.]+))?\.)?(?P<name>\w+)")
+"""`L2H0.z`, `L0-2.resid_post`, `L3H*.z`, `embed`."""
 _UNITS = {"H": "head", "N": "neuron"}
+Coordinates = dict[str, int | float | str]
 
 
 def full_component(name: str) -> str:
@@ -25,23 +26,21 @@ def full_component(name: str) -> str:
     return SHORT_COMPONENTS.get(name, name)
 
 
-def place_of(cell: CellKey) -> tuple[dict[str, int | float | str], str | None]:
-    """All coordinates of a cell, those included that its experiment doesn't sweep, and its
-    component. They stand in the site's name (`L2H0.z`, `z layer 2 head 0`)."""
-    found: dict[str, int | float | str] = {}
-    component: str | None = None
-    short = _SHORT.fullmatch(cell.site)
-    if short:
-        found["layer"] = int(short["layer"])
-        if short["unit"]:
-            found[_UNITS[short["unit"]]] = int(short["index"])
-        component = short["component"]
-    else:
-        found.update({axis: int(number) for axis, number in _LONG_AXIS.findall(cell.site)})
-        word = re.match(r"[A-Za-z_]\w*", cell.site)
-        component = word[0] if word else None
-    found.update(cell.coords)
-    return found, full_component(component) if component else None
+def place_of(cell: CellKey) -> tuple[Coordinates, set[str]]:
+    """All coordinates of a cell, those included that its experiment doesn't sweep but its site's
+    name shows, and its components (several where rules act together)."""
+    found: Coordinates = {}
+    components: set[str] = set()
+    parts = [match for each in cell.site.split(" + ") if (match := _SITE.fullmatch(each))]
+    for part in parts:
+        components.add(part["name"])
+        if len(parts) > 1:
+            continue
+        if (part["layer"] or "").isdigit():
+            found["layer"] = int(part["layer"])
+        if part["unit"] and part["index"].isdigit():
+            found[_UNITS[part["unit"]]] = int(part["index"])
+    return {**found, **cell.coords}, components
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class Where:
     component: str | None = None
 
     def matches(self, cell: CellKey) -> bool:
-        coordinates, component = place_of(cell)
-        if self.component and component and self.component != component:
+        coordinates, components = place_of(cell)
+        if self.component and components and self.component not in components:
             return False
         return all(
             axis in coordinates and any(_within(coordinates[axis], *ends) for ends in allowed)

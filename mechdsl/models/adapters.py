@@ -66,7 +66,7 @@ class GPTNeoX(Family):
         return bool(config.get("use_parallel_residual", True))
 
 
-@family("gptj", "codegen", "phi", "cohere", "cohere2")
+@family("gptj", "phi", "cohere", "cohere2")
 class Parallel(Family):
     """One norm, read by attention and MLP side by side."""
 

@@ -18,6 +18,8 @@ from mechdsl.registry import nearest
 from mechdsl.spec import Model
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
+"""Pickles that a trainer leaves beside a model."""
 
 
 def locate(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
@@ -82,7 +84,11 @@ def _checked(folder: Path, model: Model) -> tuple[Path | None, list[Diagnostic]]
     if not (folder / "config.json").is_file():
         reason = f"no such file in `{model.path}`"
         return None, [NoConfig(span=model.span, model=model.name, reason=reason)]
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
+    pickled = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.suffix in _PICKLED and not path.name.startswith(_NO_WEIGHTS)
+    )
     if pickled and not weight_files(folder):
         return None, [PickledWeights(span=model.span, model=model.name, file=pickled[0])]
     return folder, []

@@ -169,8 +169,3 @@ class ResolvedExperiment:
         for size in self.shape:
             cells *= size
         return cells
-
-    def key(self, cell: tuple[int, ...], axes: tuple[str, ...]) -> Key:
-        """The part of a cell's indices that lies along these axes."""
-        names = [axis.name for axis in self.axes]
-        return tuple(cell[names.index(name)] for name in axes)

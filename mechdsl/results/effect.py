@@ -26,7 +26,8 @@ class Effect:
     """Divide by the denominator's absolute value."""
     tested: bool = True
     """Whether zero means "no effect", so that there is a p."""
-    needs_base: bool = True
+    of_intervention: bool = True
+    """Whether it depends on the patched run, so that an inert cell has none of it."""
     needs_source: bool = False
     per_prompt_formula: str | None = None
     """Set where `per prompt` (the mean of the ratios) may be written."""

@@ -52,7 +52,7 @@ class ExpectOutcome:
 class ExperimentResult:
     """What one experiment found: `measures` hold every prompt's value, `statistics` the rest.
 
-    The executor fills the upper part, `finish` the lower one.
+    The executor fills the upper part, `tabulate` the lower one.
     """
 
     name: str
@@ -111,7 +111,7 @@ class ExperimentResult:
     def resampling(self) -> Resampling:
         """The draws behind every interval of this experiment."""
         if self.settings is None:
-            raise ValueError(f"experiment `{self.name}` has no statistics yet: `finish` it first")
+            raise ValueError(f"experiment `{self.name}` has no statistics yet")
         return Resampling(
             self.prompts, self.settings, self.seed, ids=self.row_ids, groups=self.groups
         )
@@ -143,6 +143,20 @@ class ExperimentResult:
         return _html_table(self)
 
 
+NUMBERS = (
+    "mean",
+    "low",
+    "high",
+    "p",
+    "p_corrected",
+    "base_mean",
+    "source_mean",
+    "commonest",
+    "share",
+    "mean_error",
+)
+
+
 def _none(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
@@ -150,10 +164,7 @@ def _none(value: Any) -> float | None:
 def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
     for index, cell in enumerate(result.cells):
         for data, found in zip(result.measures, result.statistics, strict=True):
-            yield {
-                "experiment": result.name,
-                "model": result.model,
-                **{axis: cell.coords[axis] for axis in result.axes},
+            values = {
                 "site": cell.site,
                 # an axis may have this name; what is hit is the same then
                 "position": cell.coords.get("position", cell.position),
@@ -164,24 +175,17 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 "metric": data.metric,
                 "effect": data.effect,
                 "n": int(found.n[index]),
-                **{
-                    key: _none(getattr(found, key)[index])
-                    for key in (
-                        "mean",
-                        "low",
-                        "high",
-                        "p",
-                        "p_corrected",
-                        "base_mean",
-                        "source_mean",
-                        "commonest",
-                        "share",
-                        "mean_error",
-                    )
-                },
+                **{key: _none(getattr(found, key)[index]) for key in NUMBERS},
                 "inert": bool(data.inert[index]),
                 "reason": found.reasons[index],
             }
+            axes = {
+                # the variable of a `for` may be called like a column
+                f"axis_{axis}" if axis in values else axis: cell.coords[axis]
+                for axis in result.axes
+                if axis != "position"
+            }
+            yield {"experiment": result.name, "model": result.model, **axes, **values}
 
 
 def _frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
@@ -200,9 +204,12 @@ def _html_table(result: ExperimentResult, most: int = 20) -> str:
     head = [*result.axes, "site", "label", "effect", "n", "mean", "low", "high", "p corrected"]
     rows: list[list[str]] = []
     for record in list(_records(result))[:most]:
-        keys = [*result.axes, "site", "label", "effect", "n", "mean", "low", "high", "p_corrected"]
-        values = [record[key] for key in keys]
-        rows.append([f"{v:.3g}" if isinstance(v, float) else str(v or "") for v in values])
+        keys = ["site", "label", "effect", "n", "mean", "low", "high", "p_corrected"]
+        cell = result.cells[len(rows) // len(result.measures)]
+        values = [*(cell.coords[axis] for axis in result.axes), *(record[key] for key in keys)]
+        rows.append(
+            [f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v) for v in values]
+        )
     cells = "".join(
         "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in rows
     )

@@ -139,8 +139,8 @@ def check_prompts(
         TooFewPrompts(
             span=span,
             n=units,
-            smallest=f"{smallest:.2g}",
-            corrected=f"{corrected:.2g}",
+            smallest=f"{smallest:.3g}",
+            corrected=f"{corrected:.3g}",
             correction=CORRECTIONS[settings.correction][0],
             cells=tests,
         )

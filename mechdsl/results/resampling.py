@@ -80,13 +80,17 @@ class Resampling:
     def interval(self, samples: Floats) -> tuple[Floats, Floats]:
         """The percentile interval over the first axis."""
         tail = (100.0 - self.confidence) / 2
-        missing = np.isnan(samples)
-        none = missing.all(axis=0)  # numpy warns of columns without a number
-        quantile = np.nanpercentile if missing.any() else np.percentile
+        ends = [tail, 100.0 - tail]
+        columns = np.array(samples.T)  # a copy, by cell: partitioned in place, twice as fast
+        missing = np.isnan(columns)
         with np.errstate(invalid="ignore"):
-            found = quantile(np.where(none, 0.0, samples), [tail, 100.0 - tail], axis=0)
-        low, high = np.where(none, np.nan, found)
-        return low, high
+            if not missing.any():
+                low, high = np.percentile(columns, ends, axis=-1, overwrite_input=True)
+                return low, high
+            none = missing.all(axis=-1)
+            columns[none] = 0.0  # numpy warns of cells without a number
+            low, high = np.nanpercentile(columns, ends, axis=-1)
+        return np.where(none, np.nan, low), np.where(none, np.nan, high)
 
 
 @dataclass(frozen=True, eq=False)

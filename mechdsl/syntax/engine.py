@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import pickle
@@ -11,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import lark
 from lark import Lark, Token
 from lark.common import LexerConf
 from lark.exceptions import UnexpectedCharacters
@@ -94,13 +96,14 @@ def grammar_file() -> Path:
 
 
 def fingerprint(grammar: str) -> str:
-    """What the saved tables must have been made from."""
-    return hashlib.sha256(grammar.encode()).hexdigest()
+    """What the saved tables must have been made from: the grammar, by a lark of this kind."""
+    lark_version = ".".join(lark.__version__.split(".")[:2])
+    return hashlib.sha256(f"{lark_version}\n{grammar}".encode()).hexdigest()
 
 
 def build(grammar: str) -> dict[str, Any]:
     """The tables of a grammar, in plain lists, dictionaries and strings."""
-    lark: Any = Lark(
+    built: Any = Lark(
         grammar,
         parser="lalr",
         lexer="contextual",
@@ -109,7 +112,7 @@ def build(grammar: str) -> dict[str, Any]:
         maybe_placeholders=False,
     )
     file = io.BytesIO()
-    lark.save(file)
+    built.save(file)
     return {"grammar": fingerprint(grammar), **pickle.loads(file.getvalue())}
 
 
@@ -130,12 +133,19 @@ def parser() -> Lark:
     """The parser of this process, made at its first use."""
     tables = saved_tables() or build(grammar_file().read_text("utf-8"))
     loader: Any = Lark
-    return loader._load_from_dict(
-        tables["data"],
-        tables["memo"],
-        transformer=ToAst(),
-        _plugins={"ContextualLexer": MechLexer},
-    )
+    # Thousands of small objects that all stay: looking for garbage among them takes as long again.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return loader._load_from_dict(
+            tables["data"],
+            tables["memo"],
+            transformer=ToAst(),
+            _plugins={"ContextualLexer": MechLexer},
+        )
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @cache

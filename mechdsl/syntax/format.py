@@ -105,8 +105,10 @@ class _Writer:
         if written and "\n" not in written and not inside and len(flat) <= WIDTH:
             return [flat]
         nodes = body(node)
-        opening = [c for c in inside if not c.own_line and _behind_brace(node, nodes, c)][:1]
-        rest = [c for c in inside if c not in opening]
+        opening = inside[:1]
+        if not opening or opening[0].own_line or not _behind_brace(node, nodes, opening[0]):
+            opening = []
+        rest = inside[len(opening) :]
         first = f"{indent}{head} {{" + "".join(f"  {c.text}" for c in opening)
         if not nodes and not rest and not opening:
             return [f"{indent}{head} {{}}"]

@@ -10,7 +10,6 @@ from mechdsl.diagnostics.e01_syntax import NotText, TooLarge, Unreadable
 from mechdsl.source import Source, Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.attempt import Stopped, attempt
-from mechdsl.syntax.recover import recover
 from mechdsl.syntax.scan import outline
 
 MAX_REPORTED = 1000
@@ -28,6 +27,9 @@ def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
     try:
         file, diagnostics = attempt(source, source.text)
     except Stopped as error:
+        # Half of this package is about wrong texts; right ones start faster without it.
+        from mechdsl.syntax.recover import recover
+
         statements, diagnostics = recover(source, error.offset)
         file = ast.File(tuple(statements), span=Span(source, 0, len(source.text)))
     return replace(file, comments=found.comments), _reported(diagnostics)

@@ -24,7 +24,6 @@ RAW = _effect(
         formula="m(patched)",
         numerator=lambda patched, base, source: patched,
         tested=False,
-        needs_base=False,
     )
 )
 
@@ -34,6 +33,7 @@ TOTAL = _effect(
         meaning="what separates the two runs, without any intervention",
         formula="m(source) − m(base)",
         numerator=lambda patched, base, source: source - base,
+        of_intervention=False,
         needs_source=True,
         zero="base run",
     )

@@ -6,22 +6,38 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from mechdsl import spec
 from mechdsl.results.document import experiment_document
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment import ExperimentResult, Results
 
 
 def write_csv(result: ExperimentResult) -> str:
     """One line per cell and measure; what doesn't exist is empty."""
-    records = result.records()
+    return _csv(result.records())
+
+
+def _csv(records: list[dict[str, Any]]) -> str:
+    columns = dict.fromkeys(key for record in records for key in record)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]) if records else [], lineterminator="\n")
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n", restval="")
     writer.writeheader()
     writer.writerows(records)
     return text.getvalue()
+
+
+def results_csv(results: Results) -> str:
+    """The cells of all experiments of a run; an axis that an experiment lacks is empty."""
+    records = [
+        {"file": file.file, **record}
+        for file in results.files
+        for each in file.experiments
+        for record in each.records()
+    ]
+    return _csv(records)
 
 
 def write_json(result: ExperimentResult) -> str:

@@ -37,6 +37,8 @@ from mechdsl.vocab.reports.text import (
 
 FILE_WIDTH = 120
 """Characters per line of a table that is written to a file."""
+SHOWN_TOKENS = 6
+"""Distinct tokens of a position that a row shows; `explain` prints all."""
 GAP = 3
 """Characters between two columns."""
 
@@ -164,7 +166,9 @@ def _order(result: ExperimentResult, measure: int, report: spec.Report) -> list[
 
 
 def _tokens(cell: CellKey) -> str:
-    return ", ".join(token.strip() or repr(token) for token in cell.tokens)
+    shown = [token.strip() or repr(token) for token in cell.tokens[:SHOWN_TOKENS]]
+    more = len(cell.tokens) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:

@@ -1,0 +1,49 @@
+"""The cells of an experiment by name: coordinates, site, position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+
+from mechdsl.data.positions import hit_texts
+from mechdsl.resolve.types import Key, ResolvedExperiment, ResolvedRule
+from mechdsl.results.experiment import CellKey
+
+
+def cell_keys(experiment: ResolvedExperiment) -> Iterator[CellKey]:
+    """Every cell in the order of its axes, the last one fastest."""
+    names = [axis.name for axis in experiment.axes]
+    base = experiment.spec.base
+    hits = [
+        {
+            key: hit_texts(experiment.table, base, cell)
+            for key, cell in rule.positions.written.items()
+        }
+        for rule in experiment.rules
+    ]
+    parts = [_parts(rule, names) for rule in experiment.rules]
+    for index in product(*(range(len(axis)) for axis in experiment.axes)):
+        coords = {axis.name: axis.labels[i] for axis, i in zip(experiment.axes, index, strict=True)}
+        sites: dict[str, None] = {}
+        positions: dict[str, None] = {}
+        tokens: dict[str, None] = {}
+        for number, rule in enumerate(experiment.rules):
+            site_key, position_key = parts[number]
+            site = "input" if rule.sites is None else rule.sites.labels[site_key(index)]
+            sites[site] = None
+            key = position_key(index)
+            positions[rule.positions.written[key].label] = None
+            tokens.update(dict.fromkeys(hits[number][key]))
+        yield CellKey(coords, " + ".join(sites), " + ".join(positions) or None, tuple(tokens))
+
+
+def _parts(
+    rule: ResolvedRule, names: list[str]
+) -> tuple[Callable[[Key], Key], Callable[[Key], Key]]:
+    """How a cell's indices give those of the rule's sites and positions."""
+
+    def along(axes: tuple[str, ...]) -> Callable[[Key], Key]:
+        places = [names.index(axis) for axis in axes]
+        return lambda index: tuple(index[place] for place in places)
+
+    return along(rule.sites.axes if rule.sites is not None else ()), along(rule.positions.axes)

@@ -1,0 +1,26 @@
+"""Options that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Several workers share the cores; the numbers must not depend on how many threads sum them up.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-goldens",
+        action="store_true",
+        default=False,
+        help="Rewrite expected texts; read the diff before you commit it.",
+    )
+
+
+@pytest.fixture(scope="session")
+def update(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files are rewritten instead of compared."""
+    return bool(request.config.getoption("--update-goldens"))

@@ -1,0 +1,515 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mechdsl.data import TextTokenizer
+from mechdsl.data.types import PromptTable
+
+from .support import build, table
+
+FRUIT = """
+  count in 2..9
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+  corrupt fewer { count = count - 1 }
+"""
+
+PINNED = [
+    "Part 1: fig apple plum pear apple apple fig apple Count 1:",
+    "Part 1: fig fig pear fig apple pear fig plum fig Count 1:",
+    "Part 1: plum plum apple pear apple plum Count 1:",
+]
+
+
+def texts(made: PromptTable, run: str = "clean") -> list[str]:
+    return [row.text for row in made.runs[run].rows]
+
+
+def values(made: PromptTable, name: str, run: str = "clean") -> list[Any]:
+    return [row.values[name] for row in made.runs[run].rows]
+
+
+def codes(text: str, tokenizer: TextTokenizer, **options: Any) -> list[str]:
+    return [d.code for d in build(text, tokenizer, **options)[1]]
+
+
+class TestCombinations:
+    def test_every_combination_is_a_row(self, words: TextTokenizer) -> None:
+        made = table('a in 1..3 b in ["x", "y"] template "{a} {b}"', words)
+        assert sorted(texts(made)) == ["1 x", "1 y", "2 x", "2 y", "3 x", "3 y"]
+
+    def test_what_only_a_list_draws_is_no_axis(self, words: TextTokenizer) -> None:
+        made = table(FRUIT, words, limit=8)
+        assert sorted(values(made, "count")) == list(range(2, 10))
+        assert "item" not in made.runs["clean"].rows[0].values
+
+    def test_what_the_template_shows_as_well_is_one(self, words: TextTokenizer) -> None:
+        text = 'item in ["apple", "pear"] xs = list(item, 2, sep: " ") template "{item}: {xs}"'
+        assert sorted(values(table(text, words, limit=2), "item")) == ["apple", "pear"]
+
+    def test_where(self, words: TextTokenizer) -> None:
+        made = table('a in 1..3 b in 1..3 where a < b template "{a} {b}"', words)
+        assert sorted(texts(made)) == ["1 2", "1 3", "2 3"]
+        assert made.conventions["dropped"] == "6 by `where`"
+
+    def test_ranges_and_steps(self, words: TextTokenizer) -> None:
+        made = table('a in 0..1 step 0.25 template "{a}"', words)
+        assert sorted(texts(made)) == ["0", "0.25", "0.5", "0.75", "1"]
+        made = table('a in [1..3, 7] template "{a}"', words)
+        assert sorted(texts(made)) == ["1", "2", "3", "7"]
+        made = table('a in 0..0.3 step 0.1 template "{a}"', words)
+        assert sorted(texts(made)) == ["0", "0.1", "0.2", "0.3"]
+
+    def test_parameters(self, words: TextTokenizer) -> None:
+        made = table('a in 1..most template "{a}"', words, parameters={"most": 2})
+        assert sorted(texts(made)) == ["1", "2"]
+
+    def test_words_of_a_model(self, words: TextTokenizer) -> None:
+        made = table('w in words(toy) template "{w}"', words, words=lambda m: [m, "pear"])
+        assert sorted(texts(made)) == ["pear", "toy"]
+
+    def test_templates_are_a_value(self, words: TextTokenizer) -> None:
+        text = 'a in 1..2 template in ["{a} apple", "pear {b = a + 1}"]'
+        made = table(text, words)
+        assert sorted(texts(made)) == ["1 apple", "2 apple", "pear 2", "pear 3"]
+        assert set(values(made, "template")) == {"{a} apple", "pear {b = a + 1}"}
+        kept = table(text + 'where template = "{{a}} apple"', words)
+        assert sorted(texts(kept)) == ["1 apple", "2 apple"]
+
+
+class TestLimit:
+    @settings(max_examples=25, deadline=None)
+    @given(seed=st.integers(0, 10**6), sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+    def test_a_smaller_limit_is_a_part_of_a_larger_one(
+        self, words: TextTokenizer, seed: int, sizes: tuple[int, int]
+    ) -> None:
+        small, large = sorted(sizes)
+        a = table(FRUIT, words, seed=seed, limit=small)
+        b = table(FRUIT, words, seed=seed, limit=large)
+        assert a.row_ids == b.row_ids[:small]
+        for run in ("clean", "fewer"):
+            assert a.runs[run].rows == b.runs[run].rows[:small]
+
+    def test_draws_give_as_many_rows_as_asked_for(self, words: TextTokenizer) -> None:
+        made = table(FRUIT, words, limit=200)
+        assert len(made) == 200
+        assert len(set(texts(made))) == 200
+        assert len(set(made.row_ids)) == 200
+
+    def test_without_draws_there_are_no_more(self, words: TextTokenizer) -> None:
+        made = table('a in 1..3 template "{a}"', words, limit=200)
+        assert len(made) == 3
+        assert "there are no more" in made.conventions["rows"]
+
+    def test_draws_that_run_out(self, words: TextTokenizer) -> None:
+        text = 'item in ["apple", "pear"] xs = list(item, 2, sep: " ") template "{xs}"'
+        assert len(table(text, words, limit=100)) == 4
+
+    def test_seeds_differ(self, words: TextTokenizer) -> None:
+        a, b = (table(FRUIT, words, seed=s, limit=20) for s in (0, 1))
+        assert texts(a) != texts(b)
+
+    def test_python_hashes_and_global_randomness_play_no_part(self, words: TextTokenizer) -> None:
+        random.seed(1)
+        a = table(FRUIT, words, limit=20)
+        random.seed(2)
+        assert a == table(FRUIT, words, limit=20)
+
+    def test_rows_are_what_they_were(self, words: TextTokenizer) -> None:
+        """Cached results and published tables hang on this: change it knowingly or not at all."""
+        assert texts(table(FRUIT, words, limit=3)) == PINNED
+
+    def test_draws_hang_on_the_prompts_name(self, words: TextTokenizer) -> None:
+        a = table(f"prompts p {{ {FRUIT} }}", words, limit=20)
+        b = table(f"prompts q {{ {FRUIT} }}", words, limit=20)
+        assert texts(a) != texts(b)
+
+
+class TestDraws:
+    def test_other_is_another_one(self, words: TextTokenizer) -> None:
+        text = 'a in ["apple", "pear", "plum"] b = other(a) template "{a} {b}"'
+        made = table(text, words, limit=100)
+        assert sorted(texts(made)) == sorted(
+            f"{a} {b}"
+            for a in ("apple", "pear", "plum")
+            for b in ("apple", "pear", "plum")
+            if a != b
+        )
+
+    def test_others_are_all_different(self, words: TextTokenizer) -> None:
+        text = """a in ["apple", "pear", "plum", "fig", "kiwi"] b = other(a)
+        c, d, e = others(a, b) template "{a} {b} {c} {d} {e}" """
+        assert all(len(set(t.split())) == 5 for t in texts(table(text, words, limit=50)))
+
+    def test_choice_and_shuffle(self, words: TextTokenizer) -> None:
+        text = """n in 1..20 c = choice("apple", "pear") xs = list(y, 3, sep: " ", distinct: true)
+        y in ["fig", "plum", "kiwi"] zs = shuffle(xs) template "{n} {c} {xs} | {zs}" """
+        made = table(text, words)
+        assert set(values(made, "c")) == {"apple", "pear"}
+        for row in made.runs["clean"].rows:
+            assert sorted(row.values["xs"]) == sorted(row.values["zs"]) == ["fig", "kiwi", "plum"]
+        assert values(made, "xs") != values(made, "zs")
+
+    def test_lists(self, words: TextTokenizer) -> None:
+        text = """n in 0..3 y in ["fig", "plum"] xs = list(y, n, sep: ", ", last: " and ")
+        template "[{xs}]" """
+        made = table(text, words, limit=4)
+        shapes = {t.replace("plum", "x").replace("fig", "x") for t in texts(made)}
+        assert shapes == {"[]", "[x]", "[x and x]", "[x, x and x]"}
+
+    def test_items_of_lists(self, words: TextTokenizer) -> None:
+        text = """y in ["fig", "plum", "kiwi"] xs = list(y, 3, sep: " ", distinct: true)
+        template "{xs}: {second = xs[2]}" answer " {xs[3]}" """
+        for row in table(text, words, limit=5).runs["clean"].rows:
+            assert row.text.split()[-1] == row.text.split()[1]
+            assert row.texts["answer"].text == " " + row.values["xs"][2]
+
+    def test_texts_in_lists(self, words: TextTokenizer) -> None:
+        text = """y in ["fig", "plum"] z in 1..3 xs = list("{y} {z}", 2, sep: ", ")
+        template "{xs}" """
+        made = table(text, words, limit=10)
+        assert len(made) == 10
+        names = [s.name for s in made.runs["clean"].rows[0].spans]
+        assert names == ["xs", "y", "z", "sep", "y", "z"]
+
+    def test_conditions_and_arithmetic(self, words: TextTokenizer) -> None:
+        text = """a in 1..4 b = if a > 2 and not a = 4 then a * 2 else -a
+        h = a / 2 template "{a} {b} {h}" """
+        assert sorted(texts(table(text, words))) == ["1 -1 0.5", "2 -2 1", "3 6 1.5", "4 -4 2"]
+
+    def test_order_of_definitions_does_not_matter(self, words: TextTokenizer) -> None:
+        lines = ["a in 1..4", "b = a + 1", "c = b + a", 'd = "{b}-{c}"', 'template "{d} {c}"']
+        first = texts(table("\n".join(lines), words))
+        assert texts(table("\n".join(reversed(lines)), words)) == first
+
+
+class TestCorruptions:
+    def test_lists_keep_their_draws(self, words: TextTokenizer) -> None:
+        made = table(FRUIT + "corrupt more { count = count + 2 }", words, limit=50)
+        for clean, fewer, more in zip(
+            *(made.runs[r].rows for r in ("clean", "fewer", "more")), strict=True
+        ):
+            assert fewer.values["fruits"] == clean.values["fruits"][:-1]
+            assert more.values["fruits"][: clean.values["count"]] == clean.values["fruits"]
+            assert fewer.texts["answer"].text == f" {clean.values['count'] - 1}"
+
+    def test_distinct_lists_keep_their_draws(self, words: TextTokenizer) -> None:
+        text = """n in 2..5 y in words(toy) xs = list(y, n, sep: " ", distinct: true)
+        template "{xs}" corrupt more { n = n + 3 }"""
+        made = table(text, words, limit=20)
+        for clean, more in zip(made.runs["clean"].rows, made.runs["more"].rows, strict=True):
+            assert more.values["xs"][: clean.values["n"]] == clean.values["xs"]
+            assert len(set(more.values["xs"])) == clean.values["n"] + 3
+
+    def test_a_list_written_out_is_drawn_anew(self, words: TextTokenizer) -> None:
+        text = """y in words(toy) xs = list(y, 6, sep: " ") template "{xs} {cue = xs[1]}"
+        corrupt scrambled { xs = list(y, 6, sep: " ") }"""
+        made = table(text, words, limit=20)
+        assert not set(texts(made)) & set(texts(made, "scrambled"))
+        for row in made.runs["scrambled"].rows:
+            assert row.values["cue"] == row.values["xs"][0]
+
+    def test_items_that_a_list_draws_can_be_changed(self, words: TextTokenizer) -> None:
+        made = table(FRUIT + "corrupt swapped { item = other(item) }", words, limit=30)
+        for clean, swapped in zip(made.runs["clean"].rows, made.runs["swapped"].rows, strict=True):
+            pairs = list(zip(clean.values["fruits"], swapped.values["fruits"], strict=True))
+            assert len(pairs) == clean.values["count"]
+            assert all(a != b for a, b in pairs)
+
+    def test_spans_of_one_value_change_alone(self, words: TextTokenizer) -> None:
+        text = """io in ["apple", "pear", "plum", "fig", "kiwi"] s = other(io)
+        template "{io} {s1 = s} {s2 = s}" answer " {io}" wrong " {s}"
+        corrupt abc { io, s1, s2 = others(io, s) }
+        corrupt second { s2 = io }"""
+        made = table(text, words, limit=20)
+        for n in range(len(made)):
+            clean, abc, second = (made.runs[r].rows[n] for r in ("clean", "abc", "second"))
+            old, new = clean.text.split(), abc.text.split()
+            assert old[1] == old[2]
+            assert len(set(new) | set(old)) == 5
+            assert second.text.split() == [old[0], old[1], old[0]]
+
+    def test_derived_draws_stay_while_they_are_allowed(self, words: TextTokenizer) -> None:
+        text = """a in words(toy) b = other(a) template "{a} {b}" corrupt c { a = other(a, b) }"""
+        made = table(text, words, limit=50)
+        assert values(made, "b") == values(made, "b", "c")
+
+    def test_swap_and_template(self, words: TextTokenizer) -> None:
+        text = """a in 1..3 b in 4..6 template "{a} {b}" corrupt s { swap a, b }
+        corrupt t { template "{b}: {a} {c = a + b}" }"""
+        made = table(text, words)
+        for n, row in enumerate(made.runs["clean"].rows):
+            a, b = row.text.split()
+            assert made.runs["s"].rows[n].text == f"{b} {a}"
+            assert made.runs["t"].rows[n].text == f"{b}: {a} {int(a) + int(b)}"
+
+    def test_changes_follow_one_another(self, words: TextTokenizer) -> None:
+        text = 'a in 1..3 b in 4..6 template "{a} {b}" corrupt c { a = a + 1 b = a }'
+        for clean, row in zip(
+            *(table(text, words).runs[r].rows for r in ("clean", "c")), strict=True
+        ):
+            assert row.values["a"] == row.values["b"] == clean.values["a"] + 1
+
+    def test_rows_it_leaves_unchanged_are_dropped(self, words: TextTokenizer) -> None:
+        made = table('a in 1..4 template "{a}" corrupt c { a = 2 }', words)
+        assert sorted(texts(made)) == ["1", "3", "4"]
+        assert "1 that `c` leaves unchanged" in made.conventions["dropped"]
+
+    def test_noise_leaves_the_text(self, words: TextTokenizer) -> None:
+        text = """a in ["apple", "pear"] template "Part {a}:"
+        corrupt n { add gaussian(std: 3 sd, samples: 10) to embed at a tokens }
+        corrupt m { add gaussian(std: 0.5) to embed at last token }"""
+        made = table(text, words, limit=1)
+        noise, absolute = made.runs["n"].noise, made.runs["m"].noise
+        assert noise is not None
+        assert absolute is not None
+        assert (noise.site, noise.sds, noise.std, noise.samples) == ("embed", 3, None, 10)
+        assert noise.positions == ((2,),)
+        # Over all rows before `limit`, with repetition.
+        assert sorted(map(words.token_text, noise.sd_tokens)) == ["apple", "pear"]
+        assert (absolute.std, absolute.sds, absolute.sd_tokens) == (0.5, None, ())
+        assert absolute.positions == ((3,),)
+        assert made.conventions["noise of n"] == "gaussian, 3 sd over 2 tokens, 10 draws"
+
+    def test_sd_of_another_span(self, words: TextTokenizer) -> None:
+        text = """a in ["apple", "pear"] b = "fig" template "{a} {b}"
+        corrupt n { add gaussian(std: 3 sd of b) to embed at a tokens }"""
+        noise = table(text, words).runs["n"].noise
+        assert noise is not None
+        assert [words.token_text(t) for t in noise.sd_tokens] == ["fig", "fig"]
+
+    def test_sd_does_not_hang_on_limit_or_split(self, words: TextTokenizer) -> None:
+        text = (
+            FRUIT
+            + """split 50%
+        corrupt n { add gaussian(std: 3 sd) to embed at item tokens }"""
+        )
+        found = [
+            table(text, words, limit=limit, part=part).runs["n"].noise
+            for limit, part in ((3, None), (7, "train"))
+        ]
+        assert len({n.sd_tokens for n in found if n is not None}) == 1
+
+    def test_replaced_tokens(self, words: TextTokenizer) -> None:
+        made = table(FRUIT + 'corrupt blank { replace item tokens with "thing" }', words, limit=10)
+        for clean, blank in zip(made.runs["clean"].rows, made.runs["blank"].rows, strict=True):
+            things = " ".join(["thing"] * clean.values["count"])
+            assert blank.text == f"Part 1: {things} Count 1:"
+            assert len(blank.ids) == len(clean.ids)
+            assert [blank.text[s.start : s.end] for s in blank.spans if s.name == "item"] == (
+                things.split()
+            )
+
+
+class TestSplit:
+    @settings(max_examples=20, deadline=None)
+    @given(seed=st.integers(0, 1000), percent=st.integers(1, 99))
+    def test_parts_share_no_row(self, words: TextTokenizer, seed: int, percent: int) -> None:
+        text = f'a in 1..10 b in 1..10 template "{{a}} {{b}}" split {percent}%'
+        whole = table(text, words, seed=seed)
+        train = table(text, words, seed=seed, part="train")
+        test = table(text, words, seed=seed, part="test")
+        assert len(train) == percent
+        assert not set(train.row_ids) & set(test.row_ids)
+        assert set(train.row_ids) | set(test.row_ids) == set(whole.row_ids)
+
+    def test_limits_of_parts(self, words: TextTokenizer) -> None:
+        text = FRUIT + "split 30%"
+        small = table(text, words, part="test", limit=10)
+        large = table(text, words, part="test", limit=40)
+        train = table(text, words, part="train", limit=40)
+        assert small.row_ids == large.row_ids[:10]
+        assert not set(texts(large)) & set(texts(train))
+
+    def test_no_split(self, words: TextTokenizer) -> None:
+        assert len(table(FRUIT, words, part="train", limit=5)) == 5
+        assert codes('a in 1..3 template "{a}"', words, part="test") == ["E0509"]
+
+
+class TestFiles:
+    RECORDS = ({"x": "apple", "n": 1}, {"x": "pear", "n": 2}, {"x": "Zoë", "n": 3})
+
+    def write(self, folder: Path, name: str) -> None:
+        path = folder / name
+        match path.suffix:
+            case ".json":
+                path.write_text(json.dumps(self.RECORDS), encoding="utf-8")
+            case ".jsonl":
+                lines = [json.dumps(r, ensure_ascii=False) for r in self.RECORDS]
+                path.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+            case _:
+                sep = "," if path.suffix == ".csv" else "\t"
+                lines = [sep.join(["x", "n"]), *(f"{r['x']}{sep}{r['n']}" for r in self.RECORDS)]
+                path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+
+    @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv"])
+    def test_formats(self, words: TextTokenizer, tmp_path: Path, suffix: str) -> None:
+        self.write(tmp_path, f"d.{suffix}")
+        made = table(
+            f'rows "d.{suffix}" where n > 1 template "{{x}} {{n + 1}}"',
+            words,
+            path=tmp_path / "f.mech",
+        )
+        assert sorted(texts(made)) == ["Zoë 4", "pear 3"]
+        assert sorted(made.row_ids) == [1, 2]
+        assert len(made.data_hash) == 64
+
+    def test_parquet_needs_an_extra(self, words: TextTokenizer, tmp_path: Path) -> None:
+        (tmp_path / "d.parquet").write_bytes(b"PAR1")
+        made, (error,) = build('rows "d.parquet" template "{x}"', words, path=tmp_path / "f.mech")
+        assert made is None
+        assert error.code == "E0505"
+
+    def test_parquet(self, words: TextTokenizer, tmp_path: Path) -> None:
+        pyarrow: Any = pytest.importorskip("pyarrow")
+        parquet: Any = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(list(self.RECORDS)), tmp_path / "d.parquet")
+        made = table('rows "d.parquet" template "{x}"', words, path=tmp_path / "f.mech")
+        assert len(made) == 3
+
+    def test_numbers_that_are_written_in_their_own_way_stay_texts(
+        self, words: TextTokenizer, tmp_path: Path
+    ) -> None:
+        (tmp_path / "d.csv").write_text("y,z,s\n02,1,nan\n41,2,1.5\n")
+        made = table('rows "d.csv" template "{y} {z} {s}"', words, path=tmp_path / "f.mech")
+        assert sorted(values(made, "y")) == ["02", "41"]
+        assert sorted(values(made, "z")) == [1, 2]
+        assert sorted(values(made, "s")) == ["1.5", "nan"]
+
+    def test_quoted_line_breaks(self, words: TextTokenizer, tmp_path: Path) -> None:
+        (tmp_path / "d.csv").write_text('x\n"apple\npear, ""fig"""\n')
+        made = table('rows "d.csv" template "{x}"', words, path=tmp_path / "f.mech")
+        assert texts(made) == ['apple\npear, "fig"']
+
+    def test_records_inside_an_object(self, words: TextTokenizer, tmp_path: Path) -> None:
+        content = {"name": "r", "samples": [{"s": "apple"}, {"s": "pear"}], "tags": ["a"]}
+        (tmp_path / "d.json").write_text(json.dumps(content))
+        made = table('rows "d.json" template "{name} {s}"', words, path=tmp_path / "f.mech")
+        assert sorted(texts(made)) == ["r apple", "r pear"]
+
+    def test_rename(self, words: TextTokenizer, tmp_path: Path) -> None:
+        self.write(tmp_path, "d.json")
+        made = table(
+            'rows "d.json" rename { word = x } template "{word}"', words, path=tmp_path / "f.mech"
+        )
+        assert sorted(values(made, "word")) == ["Zoë", "apple", "pear"]
+
+    def test_records_times_values(self, words: TextTokenizer, tmp_path: Path) -> None:
+        self.write(tmp_path, "d.json")
+        made = table('rows "d.json" k in 1..2 template "{x} {k}"', words, path=tmp_path / "f.mech")
+        assert len(made) == 6
+        assert made.conventions["rows"].startswith("6 of 6 combinations")
+
+    def test_columns_that_hold_lists(self, words: TextTokenizer, tmp_path: Path) -> None:
+        rows = [{"ws": ["apple", "pear", "fig"]}, {"ws": ["plum"]}]
+        (tmp_path / "d.json").write_text(json.dumps(rows))
+        made = table(
+            'rows "d.json" xs = list(w, from: ws, sep: ", ") template "{xs} {ws[1]}"',
+            words,
+            path=tmp_path / "f.mech",
+        )
+        assert sorted(texts(made)) == ["apple, pear, fig apple", "plum plum"]
+
+    def test_shots_are_whole_records_and_never_the_question(
+        self, gpt2: TextTokenizer, tmp_path: Path
+    ) -> None:
+        rows = [{"input": f"i{n}", "output": f"o{n}"} for n in range(5)]
+        (tmp_path / "d.json").write_text(json.dumps(rows))
+        text = """
+        prompts p {
+          rows "d.json"
+          shots = list("Q: {input} A: {output}", 3, from: pairs, sep: " | ", distinct: true)
+          template "{shots} | Q: {input} A:"
+          answer " {output}"
+        }
+        prompts pairs { rows "d.json" template "{input}" }
+        """
+        made = table(text, gpt2, path=tmp_path / "f.mech", limit=30)
+        assert len(made) == 30
+        for row in made.runs["clean"].rows:
+            shots = row.text.split(" | ")
+            own = row.values["input"]
+            assert len(set(shots)) == 4
+            assert all(s.split()[1][1:] == s.split()[3][1:] for s in shots[:3])
+            assert not any(own in s.split() for s in shots[:3])
+            assert row.texts["answer"].text == f" o{own[1:]}"
+            assert [s.name for s in row.spans].count("input") == 4
+
+    def test_shuffled_columns(self, words: TextTokenizer, tmp_path: Path) -> None:
+        rows = [{"q": f"q{n}", "a": f"a{n}"} for n in range(20)]
+        (tmp_path / "d.json").write_text(json.dumps(rows))
+        made = table(
+            'rows "d.json" b = shuffle(a) template "{q} {b}"', words, path=tmp_path / "f.mech"
+        )
+        assert sorted(values(made, "b")) == sorted(values(made, "a"))
+        assert values(made, "b") != values(made, "a")
+
+    def test_spans_inside_columns(self, words: TextTokenizer, tmp_path: Path) -> None:
+        rows = [
+            {"prompt": "the apple of Anna is an apple", "subject": "apple", "other": "fig"},
+            {"prompt": "pineapple, pear", "subject": "pear", "other": "kiwi"},
+        ]
+        (tmp_path / "d.json").write_text(json.dumps(rows))
+        text = """rows "d.json" template "{prompt}" span subject in prompt
+        corrupt c { subject = other }"""
+        made = table(text, words, path=tmp_path / "f.mech")
+        by_subject = dict(zip(values(made, "subject"), made.runs["clean"].rows, strict=True))
+        places = [(s.name, s.start, s.within) for s in by_subject["apple"].spans]
+        inside = ("prompt",)
+        assert places == [("prompt", 0, ()), ("subject", 4, inside), ("subject", 24, inside)]
+        # A corrupted subject is written where the subject stands.
+        assert sorted(texts(made, "c")) == ["pineapple, kiwi", "the fig of Anna is an fig"]
+
+    def test_literal_spans_are_the_last_occurrence(self, words: TextTokenizer) -> None:
+        made = table('template "thing: anything, thing." span slot = "thing"', words)
+        (span,) = made.runs["clean"].rows[0].spans
+        assert (span.name, span.start) == ("slot", 17)
+
+
+class TestHugeThings:
+    def test_huge_products_are_sampled(self, words: TextTokenizer) -> None:
+        text = """a in 0..1000000 b in 0..1000000 x in 1..1000000000
+        xs = list(x, 3, sep: " ", distinct: true) where a < b template "{a} {b} {xs}"
+        corrupt c { a = other(a) }"""
+        made = table(text, words, limit=50)
+        assert len(made) == 50
+        assert all(row.values["a"] < row.values["b"] for row in made.runs["clean"].rows)
+
+    def test_huge_products_are_not_written_out(self, words: TextTokenizer) -> None:
+        assert codes('a in 0..1000000 b in 0..1000000 template "{a} {b}"', words) == ["E0506"]
+        assert codes('a in 0..300000 template "{a}"', words) == ["E0506"]
+        assert codes('a in 0..9 template "{a}"', words, limit=10**9) == ["E0506"]
+
+    def test_conditions_that_nothing_fulfils_are_given_up(
+        self, words: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("mechdsl.data.collect.MAX_TRIED", 500)
+        text = 'a in 0..1000000 b in 0..1000000 where a = b template "{a} {b}"'
+        assert codes(text, words, limit=10) == ["E0506"]
+
+    def test_huge_lists(self, words: TextTokenizer) -> None:
+        text = 'n in [1000000000] y in 1..5 ys = list(y, n) template "{ys}"'
+        assert codes(text, words) == ["E0506"]
+
+
+class TestConventions:
+    def test_rows(self, words: TextTokenizer) -> None:
+        made = table(FRUIT, words, limit=5, seed=3)
+        assert made.conventions["rows"] == "5 drawn from 8 combinations, seed 3"
+        made = table('a in 1..4 template "{a}" split 50%', words, part="train")
+        rows = "2 of 4 combinations, part `train` of a 50% split, seed 0"
+        assert made.conventions["rows"] == rows
+
+    def test_tokens(self, words: TextTokenizer) -> None:
+        made = table(FRUIT, words, limit=5)
+        assert made.conventions["bos"] == "`<s>` in front (by the tokenizer)"
+        assert made.conventions["answer"].endswith("one token, read behind the prompt")

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mechdsl.data import TextTokenizer
+from mechdsl.data.spans import TokenMap
+from mechdsl.data.types import RunRow
+
+from . import support
+
+NAMES = ("words", "gpt2", "qwen", "llama", "t5", "bert")
+
+
+def as_row(tokenizer: TextTokenizer, text: str) -> RunRow:
+    e = tokenizer.encode(text)
+    return RunRow(text, e.ids, e.offsets, e.special, (), {}, {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Mary gave John a bag",
+        "  Zoë,José: naïve café",
+        "plum 😀 fig 👩‍👩‍👧 kiwi",
+        "مرحبا بالعالم apple",
+        "שלום, pear.",
+        "one\n\ntwo\tthree ",
+        "12 345: 6",
+    ],
+)
+def test_offsets_are_characters_and_cover_the_text(
+    every: dict[str, TextTokenizer], name: str, text: str
+) -> None:
+    encoded = every[name].encode(text)
+    covered = {i for a, b in encoded.offsets for i in range(a, b)}
+    assert all(0 <= a <= b <= len(text) for a, b in encoded.offsets)
+    assert {i for i, char in enumerate(text) if not char.isspace()} <= covered
+    starts = [a for (a, _), s in zip(encoded.offsets, encoded.special, strict=True) if not s]
+    assert starts == sorted(starts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60, deadline=None)
+@given(
+    words=st.lists(
+        st.text("abcXYZ019éßñ😀שלםж,.:'-", min_size=1, max_size=6), min_size=1, max_size=6
+    ),
+    sep=st.sampled_from([" ", "  ", "\n", ", "]),
+    choice=st.integers(0, 5),
+)
+def test_the_hit_tokens_cover_the_span_and_no_other_word(
+    every: dict[str, TextTokenizer], name: str, words: list[str], sep: str, choice: int
+) -> None:
+    n = choice % len(words)
+    text = sep.join(words)
+    start = len(sep.join(words[:n])) + (len(sep) if n else 0)
+    end = start + len(words[n])
+    tokens = TokenMap(as_row(every[name], text))
+    hit = tokens.tokens(start, end)
+    covered = {i for t in hit for i in range(*tokens.places[t])}
+    assert set(range(start, end)) <= covered
+    # White space keeps words apart: nothing that is hit may reach over it, unless the token does.
+    low = max((i + 1 for i in range(start) if text[i].isspace()), default=0)
+    high = min((i for i in range(end, len(text)) if text[i].isspace()), default=len(text))
+    bridging = any(len(text[slice(*tokens.places[t])].split()) > 1 for t in hit)  # a fused unknown
+    assert bridging or covered <= set(range(low, high))
+
+
+def test_white_space_belongs_to_no_span(gpt2: TextTokenizer, llama: TextTokenizer) -> None:
+    for tokenizer in (gpt2, llama):
+        row = as_row(tokenizer, "When Mary went")
+        tokens = TokenMap(row)
+        (mary,) = tokens.tokens(5, 9)
+        assert tokens.token_text(mary) == "Mary"
+        assert row.offsets[mary] == (4, 9)
+        assert tokens.tokens(4, 5) == ()
+
+
+def test_line_breaks_are_tokens_of_their_own(gpt2: TextTokenizer) -> None:
+    row = as_row(gpt2, "apple\npear")
+    tokens = TokenMap(row)
+    (at,) = tokens.tokens(5, 6)
+    assert row.offsets[at] == (5, 6)
+
+
+def test_emoji_of_several_tokens(gpt2: TextTokenizer) -> None:
+    tokens = TokenMap(as_row(gpt2, "fig 😀 kiwi"))
+    hit = tokens.tokens(4, 5)
+    assert len(hit) >= 3
+    assert {tokens.token_text(t) for t in hit} == {"😀"}
+
+
+def test_trim_offsets_of_the_tokenizer_makes_no_difference() -> None:
+    text = "apple\n\npear fig "
+    a = support.wrapped(support.byte_level(trim=True)).encode(text)
+    b = support.wrapped(support.byte_level(trim=False)).encode(text)
+    assert a == b
+
+
+def test_the_given_tokenizer_is_left_alone() -> None:
+    backend = support.byte_level(trim=True)
+    before = backend.to_str()
+    support.wrapped(backend, bos_token="<|endoftext|>", bos=True)
+    assert backend.to_str() == before
+
+
+class TestBos:
+    def test_default(self, words: TextTokenizer, gpt2: TextTokenizer) -> None:
+        assert words.encode("apple").special == (True, False)
+        assert gpt2.encode("Mary").special == (False,)
+        assert words.bos_convention() == "`<s>` in front (by the tokenizer)"
+        assert gpt2.bos_convention() == "none in front"
+
+    def test_added_once(self) -> None:
+        gpt2 = support.wrapped(support.byte_level(), bos_token="<|endoftext|>", bos=True)
+        encoded = gpt2.encode("Mary")
+        assert encoded.ids[0] == gpt2.role_ids["bos"]
+        assert encoded.special == (True, False)
+        assert encoded.offsets[0] == (0, 0)
+        again = gpt2.encode("<|endoftext|>Mary")
+        assert again.ids == encoded.ids
+        assert gpt2.bos_convention() == "`<|endoftext|>` in front (bos: true)"
+
+    def test_not_twice_where_the_tokenizer_adds_it(self) -> None:
+        llama = support.wrapped(support.metaspace(), bos_token="<s>", bos=True)
+        assert llama.encode("apple").ids.count(llama.role_ids["bos"]) == 1
+
+    def test_taken_away(self) -> None:
+        llama = support.wrapped(support.metaspace(), bos_token="<s>", bos=False)
+        assert not any(llama.encode("apple").special)
+        assert llama.bos_convention() == "none in front (bos: false)"
+
+    def test_missing(self) -> None:
+        made, (error,) = TextTokenizer.from_backend(support.byte_level(), bos=True)
+        assert made is None
+        assert error.code == "E0522"
+
+
+class TestContinuation:
+    @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "qwen"])
+    def test_a_word_keeps_its_space(self, every: dict[str, TextTokenizer], name: str) -> None:
+        tokenizer = every[name]
+        ids, kept = tokenizer.continuation("When Mary and John went to the shop,", " Mary")
+        assert kept
+        assert "".join(map(tokenizer.token_text, ids)).strip() == "Mary"
+
+    def test_special_tokens_at_the_end_are_no_part_of_it(self, bert: TextTokenizer) -> None:
+        ids, kept = bert.continuation("the capital of France is", " Paris")
+        assert kept
+        assert [bert.token_text(i) for i in ids] == ["paris"]
+
+    def test_split_digits(self, qwen: TextTokenizer) -> None:
+        ids, _ = qwen.continuation("Count 1:", " 37")
+        assert [qwen.token_text(i) for i in ids] == [" ", "3", "7"]
+
+    def test_prompt_that_ends_in_a_space(self, gpt2: TextTokenizer) -> None:
+        ids, kept = gpt2.continuation("the capital of France is ", "Paris")
+        assert not kept
+        assert ids == gpt2.encode("Paris", add_special=False).ids
+
+    def test_empty_prompt(self, words: TextTokenizer) -> None:
+        ids, kept = words.continuation("", "apple")
+        assert kept
+        assert [words.token_text(i) for i in ids] == ["apple"]
+
+
+def test_plain_words(words: TextTokenizer, gpt2: TextTokenizer, llama: TextTokenizer) -> None:
+    assert {"apple", "Part", "kiwi"} <= set(words.plain_words())
+    assert not {"<s>", "1", ":"} & set(words.plain_words())
+    assert {"Mary", "apple"} <= set(gpt2.plain_words())
+    assert all(w.isalpha() for w in gpt2.plain_words())
+    assert {"Mary", "apple"} <= set(llama.plain_words())
+
+
+class TestFolder:
+    def test_reads_what_transformers_writes(self, tmp_path: Path, words: TextTokenizer) -> None:
+        from mechdsl.zoo.counting.tokenizer import save_tokenizer
+
+        save_tokenizer(tmp_path)
+        made, diagnostics = TextTokenizer.from_folder(tmp_path)
+        assert made is not None
+        assert not diagnostics
+        assert made.encode("apple pear") == words.encode("apple pear")
+        assert made.roles == {"bos": "<s>"}
+        assert made.hash == sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+        assert made.vocab_size == words.vocab_size
+
+    def test_tokens_that_are_objects(self, tmp_path: Path) -> None:
+        support.byte_level().save(str(tmp_path / "tokenizer.json"))
+        token = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": token}))
+        made, _ = TextTokenizer.from_folder(tmp_path, True)
+        assert made is not None
+        assert made.encode("Mary").special[0]
+
+    def test_config_is_optional(self, tmp_path: Path) -> None:
+        support.byte_level().save(str(tmp_path / "tokenizer.json"))
+        made, diagnostics = TextTokenizer.from_folder(tmp_path)
+        assert made is not None
+        assert not diagnostics
+
+    def test_no_tokenizer(self, tmp_path: Path) -> None:
+        made, (error,) = TextTokenizer.from_folder(tmp_path)
+        assert made is None
+        assert error.code == "E0508"
+        assert "save_pretrained" in error.help_text
+
+    def test_broken_tokenizer(self, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer.json").write_text("{}")
+        made, (error,) = TextTokenizer.from_folder(tmp_path)
+        assert made is None
+        assert error.code == "E0508"

@@ -1,0 +1,343 @@
+"""Prompts written out word by word, files that read them, and the comparison of two answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ..models import families
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.render import render_full
+from mechdsl.execute import Options
+from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.results.data import MeasureData
+from mechdsl.results.experiment import ExperimentResult, FileResult
+from mechdsl.source import Source
+
+from . import by_hand
+
+Record = dict[str, Any]
+Array = NDArray[np.float64]
+Metric = Callable[[Tensor, Record], float]
+"""Of the logits [T, vocab] of a prompt, and its record."""
+
+ABSOLUTE = 1e-4
+RELATIVE = 1e-3
+SMALL = 1e-2
+"""Effects below this are held to an absolute bound of SMALL * RELATIVE."""
+
+ROWS: list[Record] = [
+    {
+        "words": ["w3", "w4", "w5", "w6"],
+        "more": ["w9", "w8"],
+        "subject": "w1 w2 w24 w25",
+        "alt": "w12 w37 w13 w31",
+        "cue": "w26",
+        "cue2": "w27",
+        "a": "w10",
+        "b": "w11",
+    },
+    {
+        "words": ["w13", "w4"],
+        "more": ["w19", "w8", "w7", "w30"],
+        "subject": "w35",
+        "alt": "w36",
+        "cue": "w28",
+        "cue2": "w21",
+        "a": "w20",
+        "b": "w15",
+    },
+    {
+        "words": ["w23", "w14", "w17"],
+        "more": ["w9"],
+        "subject": "w33 w34",
+        "alt": "w16 w18",
+        "cue": "w29",
+        "cue2": "w22",
+        "a": "w17",
+        "b": "w32",
+    },
+    {
+        "words": ["w38", "w39", "w6", "w11", "w9"],
+        "more": ["w2", "w43", "w44"],
+        "subject": "w45 w46 w47",
+        "alt": "w30 w0 w8",
+        "cue": "w3",
+        "cue2": "w48",
+        "a": "w49",
+        "b": "w5",
+    },
+]
+"""Prompts of 12, 8, 9 and 12 tokens; those of `longer` have others."""
+
+PROMPTS = """
+prompts p {
+  rows "data.jsonl"
+  xs = list(item, from: words, sep: " ")
+  template "{xs} w40 {subject} w41 {cue} w42"
+  answer " {a}"
+  wrong " {b}"
+  corrupt other { subject = alt }
+  corrupt longer { words = more  cue = cue2 }
+}
+"""
+STATS = "stats bootstrap(100) confidence 95% correct none"
+DIFFERENCE = "measure logit(answer) - logit(wrong) as delta"
+
+WIDER = {
+    "attn.c_attn": 1.5,
+    "attn.c_proj": 4,
+    "v_proj": 2,
+    "o_proj": 3,
+    "query_key_value": 1.5,
+    "attention.dense": 5,
+    "mlp.c_proj": 2,
+    "down_proj": 2,
+    "dense_4h_to_h": 1.5,
+}
+"""Factors on weights, so that no head is drowned by the MLPs."""
+
+MODES: dict[str, RunOptions] = {
+    "plain": RunOptions(without=frozenset({"resume", "batch"})),
+    "batched": RunOptions(),
+    "padded on the left": RunOptions(execution=Options(side="left")),
+    "small passes": RunOptions(execution=Options(row_tokens=40, prompt_tokens=20)),
+}
+
+
+# --- prompts by hand --------------------------------------------------------------------------
+
+
+def ids_of(words: Sequence[str]) -> list[int]:
+    """`<s>`, then one token per word."""
+    return [1, *(len(families.SPECIAL) + int(word[1:]) for word in words)]
+
+
+def token(word: str) -> int:
+    return ids_of([word])[1]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of one run, with the places of its parts counted by hand."""
+
+    words: tuple[str, ...]
+    items: tuple[int, ...]
+    subject: tuple[int, ...]
+    cue: int
+
+    @property
+    def ids(self) -> list[int]:
+        return ids_of(self.words)
+
+    @property
+    def last(self) -> int:
+        return len(self.words)
+
+
+def prompt(record: Record, run: str = "clean") -> Prompt:
+    """The prompt of a record in one of the runs of `PROMPTS`."""
+    items = record["more"] if run == "longer" else record["words"]
+    subject = (record["alt"] if run == "other" else record["subject"]).split()
+    cue = record["cue2"] if run == "longer" else record["cue"]
+    words = (*items, "w40", *subject, "w41", cue, "w42")
+    n, s = len(items), len(subject)
+    return Prompt(words, tuple(range(1, n + 1)), tuple(range(n + 2, n + 2 + s)), n + s + 3)
+
+
+def prompts(run: str = "clean", rows: Sequence[Record] = ROWS) -> list[Prompt]:
+    return [prompt(record, run) for record in rows]
+
+
+# --- models and files ---------------------------------------------------------------------------
+
+
+@cache
+def bare(family: str) -> Any:
+    """The family's model as `transformers` has it, with more of what heads and neurons write."""
+    model = families.module(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for part, factor in WIDER.items():
+                if part in name and parameter.dim() == 2:
+                    parameter.mul_(factor)
+    return model
+
+
+def fast(tokenizer: Any) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+@cache
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    return fast(families.tokenizer())
+
+
+def experiment(name: str, *lines: str, stats: str = STATS) -> str:
+    """An experiment on the prompts `p`."""
+    body = "\n".join(f"  {line}" for line in ("model m", *lines, stats) if line)
+    return f"experiment {name} {{\n{body}\n}}\n"
+
+
+def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]] = ROWS) -> None:
+    lines = [json.dumps(row) for row in rows]
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def try_file(
+    text: str,
+    folder: Path,
+    model: Any,
+    options: RunOptions | None = None,
+    *,
+    tokenizer: Any = None,
+    prompts: str = PROMPTS,
+) -> tuple[FileResult | None, list[Diagnostic]]:
+    """Run experiments (`text`) on a model; `folder` holds their data."""
+    if not (folder / "data.jsonl").exists():
+        write_rows(folder)
+    whole = f'mech 1\nmodel m = local("handed over")\n{prompts}\n{text}'
+    pair = (model, tokenizer or word_tokenizer())
+    return run_source(Source(whole, folder / "file.mech"), options, {"m": pair})
+
+
+def run_file(
+    text: str,
+    folder: Path,
+    model: Any,
+    options: RunOptions | None = None,
+    **others: Any,
+) -> dict[str, ExperimentResult]:
+    """Experiment name → result; a diagnostic that is an error fails the test."""
+    result, diagnostics = try_file(text, folder, model, options, **others)
+    assert result is not None, render_full(diagnostics, color=False, width=100)
+    return {found.name: as_in_the_data(found) for found in result.experiments}
+
+
+def as_in_the_data(found: ExperimentResult) -> ExperimentResult:
+    """The result with its prompts in the order of the data file, not of the seeded draw."""
+    assert found.row_ids is not None
+    order = np.argsort(found.row_ids)
+    measures = [
+        replace(
+            m,
+            patched=m.patched[:, order],
+            base=m.base[:, order],
+            source=None if m.source is None else m.source[:, order],
+            truth=None if m.truth is None else m.truth[:, order],
+        )
+        for m in found.measures
+    ]
+    return replace(
+        found,
+        measures=tuple(measures),
+        row_ids=tuple(sorted(found.row_ids)),
+        accuracy={run: values[order] for run, values in found.accuracy.items()},
+    )
+
+
+def with_execution(options: RunOptions, **changes: Any) -> RunOptions:
+    return replace(options, execution=replace(options.execution, **changes))
+
+
+# --- values by hand -------------------------------------------------------------------------------
+
+
+@cache
+def _unpatched(family: str, ids: tuple[int, ...]) -> tuple[Tensor, dict[by_hand.Place, Tensor]]:
+    return by_hand.forward(family, bare(family), ids)
+
+
+def unpatched(family: str, of: Prompt) -> tuple[Tensor, dict[by_hand.Place, Tensor]]:
+    """Logits and all sites of an unpatched prompt."""
+    return _unpatched(family, tuple(of.ids))
+
+
+def patched(family: str, of: Prompt, edits: by_hand.Edits) -> Tensor:
+    """Logits [T, vocab] of a prompt with changes."""
+    return by_hand.forward(family, bare(family), of.ids, edits)[0]
+
+
+def difference(logits: Tensor, record: Record) -> float:
+    """`logit(answer) - logit(wrong)` at the last token."""
+    return float(logits[-1, token(record["a"])] - logits[-1, token(record["b"])])
+
+
+def differences(
+    family: str, rows: Sequence[Record], run: str = "clean", metric: Metric = difference
+) -> Array:
+    """[prompt] of an unpatched run."""
+    return np.array(
+        [metric(unpatched(family, prompt(record, run))[0], record) for record in rows]
+    )
+
+
+def last_logits(logits: Tensor) -> Array:
+    return logits[-1].double().numpy()
+
+
+Runs = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""The separate runs of one row: positions that are read and written, averaged over the runs."""
+
+
+def patches(
+    family: str,
+    cells: Sequence[Sequence[by_hand.Point]],
+    run: str,
+    where: Callable[[Prompt, Prompt], Runs],
+    metric: Metric = difference,
+) -> Array:
+    """[cell, prompt]: points of `run` put into the clean prompts; NaN where there is no run."""
+    found = np.full((len(cells), len(ROWS)), np.nan)
+    for n, record in enumerate(ROWS):
+        base, source = prompt(record), prompt(record, run)
+        seen = unpatched(family, source)[1]
+        for cell, points in enumerate(cells):
+            values = [
+                metric(patched(family, base, by_hand.copied(points, seen, *at)), record)
+                for at in where(source, base)
+            ]
+            if values:
+                found[cell, n] = np.mean(values)
+    return found
+
+
+# --- the comparison -------------------------------------------------------------------------------
+
+
+def errors(measure: MeasureData, expected: Array, base: Array) -> tuple[float, float]:
+    """Largest difference, and the largest one relative to the effect."""
+    error = np.abs(measure.patched - expected)
+    effect = np.abs(expected - base[None])
+    relative = error / np.maximum(effect, SMALL)
+    return float(np.nanmax(error)), float(np.nanmax(relative))
+
+
+def agree(measure: MeasureData, expected: Array, base: Array, *, large: float = 0.1) -> None:
+    """Every value per cell and prompt is the one that was worked out by hand.
+
+    large: the largest effect must be greater, and half of them ten times as great as what is
+    tolerated, or the comparison would prove nothing.
+    """
+    assert measure.patched.shape == expected.shape
+    np.testing.assert_array_equal(np.isnan(measure.patched), np.isnan(expected))
+    np.testing.assert_allclose(np.broadcast_to(measure.base, expected.shape)[0], base, atol=ABSOLUTE)
+    absolute, relative = errors(measure, expected, base)
+    assert absolute <= ABSOLUTE, f"off by {absolute:.1e}"
+    assert relative <= RELATIVE, f"off by {relative:.1e} of the effect"
+    effect = np.abs(expected - base[None])
+    assert np.nanmax(effect) > large, f"effects of {np.nanmax(effect):.1e} tell nothing"
+    assert np.nanmedian(effect) > 10 * ABSOLUTE, f"most effects are {np.nanmedian(effect):.1e}"
+

@@ -1,0 +1,208 @@
+"""Every site of every family, patched and ablated, equal to what hand-written hooks give (A1, A8).
+
+The prompts are of different lengths, and the source's positions are others than the base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ..models import reference
+from ..models.families import VERIFIED
+
+from mechdsl.results.experiment import ExperimentResult
+
+from .by_hand import Point, copied, zeroed
+from .support import (
+    ABSOLUTE,
+    DIFFERENCE,
+    MODES,
+    ROWS,
+    Array,
+    agree,
+    bare,
+    difference,
+    differences,
+    experiment,
+    patched,
+    prompts,
+    run_file,
+    unpatched,
+)
+
+AT = "at {cue token, last token}"
+LAYERS = range(3)
+HEADS = {"q": 4, "k": 2, "v": 2, "z": 4, "head_out": 4}
+SAME_HEADS = ("gpt2", "gpt_neox", "gpt_neox_sequential")
+NEURONS = range(3, 25)
+
+
+def sites(family: str) -> list[str]:
+    return [s for s in reference.SITES if not (s == "resid_mid" and family == "gpt_neox")]
+
+
+def heads(family: str, site: str) -> int:
+    return 4 if family in SAME_HEADS else HEADS[site]
+
+
+def swept(family: str, site: str, layers: Sequence[int]) -> tuple[str, list[list[Point]]]:
+    """A site with its axes as text, and the points of each cell in the order of the table."""
+    if site in reference.WITHOUT_LAYER:
+        return site, [[Point(site)]]
+    axis = "layer *" if len(layers) == 3 else f"layer {', '.join(map(str, layers))}"
+    if site in HEADS:
+        cells = [[Point(site, n, h)] for n in layers for h in range(heads(family, site))]
+        return f"{site} {axis} head *", cells
+    if site == "mlp_hidden":
+        cells = [[Point(site, n, u) for u in NEURONS] for n in layers]
+        return f"{site} {axis} neurons 3..24", cells
+    return f"{site} {axis}", [[Point(site, n)] for n in layers]
+
+
+def places(run: str) -> list[list[int]]:
+    return [[p.cue, p.last] for p in prompts(run)]
+
+
+@cache
+def expected_patch(family: str, cells: tuple[tuple[Point, ...], ...]) -> Array:
+    values = []
+    for points in cells:
+        row = []
+        for record, base, source in zip(ROWS, prompts(), prompts("longer"), strict=True):
+            seen = unpatched(family, source)[1]
+            edits = copied(points, seen, [source.cue, source.last], [base.cue, base.last])
+            row.append(difference(patched(family, base, edits), record))
+        values.append(row)
+    return np.array(values)
+
+
+@cache
+def expected_zero(family: str, cells: tuple[tuple[Point, ...], ...]) -> Array:
+    values = []
+    for points in cells:
+        row = []
+        for record, base in zip(ROWS, prompts(), strict=True):
+            edits = zeroed(points, unpatched(family, base)[1], [base.cue, base.last])
+            row.append(difference(patched(family, base, edits), record))
+        values.append(row)
+    return np.array(values)
+
+
+@cache
+def expected_mean(family: str, cells: tuple[tuple[Point, ...], ...]) -> Array:
+    """The mean over the clean rows, at the cue and at the last token separately."""
+    every = [unpatched(family, p)[1] for p in prompts()]
+    values = []
+    for points in cells:
+        mean = {
+            (p.site, p.layer): torch.stack(
+                [seen[p.site, p.layer][at] for seen, at in zip(every, places("clean"), strict=True)]
+            ).mean(0)
+            for p in points
+        }
+        row = []
+        for record, base in zip(ROWS, prompts(), strict=True):
+            edits = copied(points, mean, [0, 1], [base.cue, base.last])
+            row.append(difference(patched(family, base, edits), record))
+        values.append(row)
+    return np.array(values)
+
+
+@cache
+def expected_from(family: str, points: tuple[Point, ...], row: int, donor: int) -> float:
+    """Row `row` with the activations of the clean row `donor`."""
+    base, other = prompts()[row], prompts()[donor]
+    seen = unpatched(family, other)[1]
+    edits = copied(points, seen, [other.cue, other.last], [base.cue, base.last])
+    return difference(patched(family, base, edits), ROWS[row])
+
+
+def donors_of(family: str, cells: tuple[tuple[Point, ...], ...], values: Array) -> list[int]:
+    """Which row each row got its activations from, read off the values of all cells."""
+    found = []
+    for row, column in enumerate(values.T):
+        near = [
+            donor
+            for donor in range(len(ROWS))
+            if all(
+                abs(expected_from(family, points, row, donor) - value) <= ABSOLUTE
+                for points, value in zip(cells, column, strict=True)
+            )
+        ]
+        assert len(near) == 1, f"row {row} got the activations of the rows {near}"
+        found.append(near[0])
+    return found
+
+
+FILLS = ("patch", "zero", "mean", "resample")
+
+
+def file_of(family: str, layers: dict[str, Sequence[int]]) -> tuple[str, dict[str, list[list[Point]]]]:
+    """One experiment per site and fill, and the points of their cells."""
+    parts: list[str] = []
+    cells: dict[str, list[list[Point]]] = {}
+    for site in sites(family):
+        for fill in FILLS:
+            written, points = swept(family, site, layers[fill])
+            name = f"{fill}_{site}"
+            rule = f"patch {written} {AT}"
+            start = "from longer into clean"
+            if fill != "patch":
+                rule, start = f"ablate {written} {AT} with {fill}", ""
+            parts.append(experiment(name, "prompts p", start, rule, DIFFERENCE))
+            cells[name] = points
+    return "".join(parts), cells
+
+
+def compare(family: str, found: dict[str, ExperimentResult], cells: dict[str, list[list[Point]]]) -> None:
+    base = differences(family, ROWS)
+    permutation: list[int] | None = None
+    for name, lists in cells.items():
+        fill = name.split("_")[0]
+        points = tuple(map(tuple, lists))
+        measure = found[name].measures[0]
+        match fill:
+            case "patch":
+                expected = expected_patch(family, points)
+            case "zero":
+                expected = expected_zero(family, points)
+            case "mean":
+                expected = expected_mean(family, points)
+            case _:
+                donors = donors_of(family, points, measure.patched)
+                permutation = permutation or donors
+                assert donors == permutation, "one permutation serves a whole file"
+                expected = np.array(
+                    [
+                        [expected_from(family, p, row, donor) for row, donor in enumerate(donors)]
+                        for p in points
+                    ]
+                )
+        agree(measure, expected, base, large=0.02)
+    assert permutation is not None
+    assert sorted(permutation) == list(range(len(ROWS)))
+    assert all(donor != row for row, donor in enumerate(permutation)), "no row keeps its own"
+
+
+QUICK = {"patch": (0, 1, 2), "zero": (1,), "mean": (0,), "resample": (1,)}
+WHOLE = dict.fromkeys(FILLS, (0, 1, 2))
+
+
+@pytest.mark.parametrize("family", VERIFIED)
+def test_every_site_is_patched_and_ablated_as_by_hand(family: str, folder: Path) -> None:
+    text, cells = file_of(family, QUICK)
+    for mode in ("plain", "batched", "padded on the left"):
+        compare(family, run_file(text, folder, bare(family), MODES[mode]), cells)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("family", VERIFIED)
+def test_every_layer_of_every_site_is_as_by_hand(family: str, mode: str, folder: Path) -> None:
+    text, cells = file_of(family, WHOLE)
+    compare(family, run_file(text, folder, bare(family), MODES[mode]), cells)

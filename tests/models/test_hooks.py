@@ -1,0 +1,374 @@
+"""Segments: what is written happens exactly once, and nothing stays behind (A4 to A8, A10, A14)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mechdsl.hooks import (
+    Batch,
+    ReadMismatch,
+    SiteRead,
+    SiteWrite,
+    WriteMismatch,
+    bare_logits,
+    clean_model_check,
+    gather,
+    run_segment,
+)
+from mechdsl.loaded import LoadedModel
+from mechdsl.models.shape import units, width
+from mechdsl.vocab.sites import SITES
+
+from . import families
+
+ROWS = [[1, 9, 22, 31, 17, 40, 5], [1, 14, 8, 51], [1, 30, 11, 6, 45]]
+ALL = (*families.VERIFIED, *families.ALSO_READ)
+
+
+def batch_of(model: LoadedModel, rows: list[list[int]] = ROWS) -> Batch:
+    return Batch.of(rows, model.pad_id, "left")
+
+
+def logits_of(model: LoadedModel, batch: Batch, **arguments: Any) -> Tensor:
+    logits = run_segment(model, batch, **arguments).logits
+    assert logits is not None
+    return logits[batch.mask.bool()]
+
+
+def one(site: str, layer: int | None, position: int, values: Tensor, **fields: Any) -> SiteWrite:
+    """A write on row 0 of all units at one position; `values` is [units, width]."""
+    count = values.shape[0]
+    zeros = torch.zeros(count, dtype=torch.long)
+    return SiteWrite(site, layer, zeros, zeros + position, torch.arange(count), values, **fields)
+
+
+def layer_of(site: str, layer: int) -> int | None:
+    return layer if SITES[site].has_layer else None
+
+
+def nothing_left(module: nn.Module) -> bool:
+    """Looked at directly, without the package's own check."""
+    return not any(
+        part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+        for part in module.modules()
+    )
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_logits_are_those_of_the_bare_model(loaded: dict[str, LoadedModel], family: str) -> None:
+    model = loaded[family]
+    for row in ROWS:
+        alone = batch_of(model, [row])
+        with torch.no_grad():
+            bare = model.module(torch.tensor([row])).logits[0]
+        assert torch.allclose(logits_of(model, alone), bare, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_what_is_written_is_read_back(loaded: dict[str, LoadedModel], family: str) -> None:
+    model = loaded[family]
+    generator = torch.Generator().manual_seed(0)
+    for site in model.shape.sites:
+        where = SiteRead(site, layer_of(site, 1))
+        shape = (units(model.shape, site), width(model.shape, site))
+        values = torch.randn(shape, generator=generator)
+        for mode in ("set", "add"):
+            write = one(site, where.layer, 3, values, mode=mode)
+            batch = batch_of(model)
+            before = run_segment(model, batch, reads=[where]).reads[where]
+            after = run_segment(model, batch, reads=[where], writes=[write]).reads[where]
+            expected = before.clone()
+            expected[0, 3] = values if mode == "set" else before[0, 3] + values
+            real = batch.mask.bool()
+            assert torch.allclose(after[real], expected[real], atol=1e-5), (site, mode)
+
+
+@pytest.mark.parametrize("family", families.VERIFIED)
+def test_a_run_patched_with_itself_stays_and_times_100_moves(
+    loaded: dict[str, LoadedModel], family: str
+) -> None:
+    model = loaded[family]
+    batch = batch_of(model)
+    plain = logits_of(model, batch)
+    for site in model.shape.sites:
+        where = SiteRead(site, layer_of(site, model.shape.n_layers - 1))
+        own = run_segment(model, batch, reads=[where]).reads[where][0, 6]
+        same = logits_of(model, batch, writes=[one(site, where.layer, 6, own)])
+        assert torch.allclose(same, plain, atol=1e-5), site
+        # The last norm undoes a change of scale, so the direction changes too.
+        factor = torch.linspace(1, 100, own.numel()).view_as(own)
+        moved = logits_of(model, batch, writes=[one(site, where.layer, 6, own * factor)])
+        assert float((moved - plain).abs().max()) > 1e-2, site
+
+
+def test_order_of_rows_does_not_matter(loaded: dict[str, LoadedModel]) -> None:
+    for family in families.VERIFIED:
+        model = loaded[family]
+        order = torch.tensor([2, 0, 1])
+        values = torch.ones(model.shape.n_heads, model.shape.d_head)
+        batch = batch_of(model)
+        write = one("z", 1, 2, values)
+        moved = replace(write, rows=torch.ones_like(write.rows))
+        straight = run_segment(model, batch, writes=[write]).logits
+        permuted = run_segment(model, batch.take(order), writes=[moved]).logits
+        assert straight is not None
+        assert permuted is not None
+        assert torch.allclose(straight[order], permuted, atol=1e-5)
+
+
+# --- nothing stays behind -------------------------------------------------------------------------
+
+
+class _Interrupt:
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("family", families.VERIFIED)
+def test_the_model_is_left_as_it_was(
+    loaded: dict[str, LoadedModel], family: str, error: type[BaseException]
+) -> None:
+    model = loaded[family]
+    batch = batch_of(model)
+    before = bare_logits(model, batch)
+    assert nothing_left(model.module)
+    every = [
+        SiteRead(site, layer)
+        for site in model.shape.sites
+        for layer in (range(1, model.shape.n_layers) if SITES[site].has_layer else (None,))
+        if site != "embed"
+    ]
+    hidden = torch.zeros(*batch.ids.shape, model.shape.d_model)
+    run_segment(model, batch, reads=every, start=1, hidden=hidden)
+    assert nothing_left(model.module)
+    last = model.module.get_submodule(model.anatomy.block.format(layer=2))
+    handle = last.register_forward_hook(_Interrupt(error))
+    with pytest.raises(error):
+        run_segment(model, batch, reads=every, start=1, hidden=hidden)
+    handle.remove()
+    assert nothing_left(model.module)
+    assert clean_model_check(model.module) == []
+    assert torch.equal(bare_logits(model, batch), before)
+
+
+def test_hooks_and_forwards_of_others_stay(loaded: dict[str, LoadedModel]) -> None:
+    model = loaded["llama"]
+    block = model.module.get_submodule("model.layers.0")
+    calls: list[int] = []
+    handle = block.register_forward_hook(lambda *args: calls.append(1))
+    original = block.forward
+    block.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    theirs = block.forward
+    hidden = torch.zeros(3, 7, model.shape.d_model)
+    run_segment(model, batch_of(model), start=1, hidden=hidden)
+    assert block.forward is theirs
+    assert len(calls) == 1
+    handle.remove()
+    del block.forward
+
+
+# --- every write exactly once ---------------------------------------------------------------------
+
+
+def test_a_write_that_can_not_happen_is_refused(loaded: dict[str, LoadedModel]) -> None:
+    model = loaded["gpt2"]
+    batch = batch_of(model)
+    values = torch.zeros(1, model.shape.d_model)
+    hidden = torch.zeros(*batch.ids.shape, model.shape.d_model)
+    with pytest.raises(WriteMismatch, match="below layer 1"):
+        run_segment(model, batch, start=1, hidden=hidden, writes=[one("embed", None, 0, values)])
+    with pytest.raises(WriteMismatch, match="below layer 2"):
+        run_segment(model, batch, start=2, hidden=hidden, writes=[one("resid_post", 0, 0, values)])
+    with pytest.raises(WriteMismatch, match="above layer 1"):
+        run_segment(model, batch, stop=1, writes=[one("mlp_out", 1, 0, values)])
+    with pytest.raises(ReadMismatch):
+        run_segment(model, batch, stop=1, reads=[SiteRead("logits")])
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_module_that_runs_less_or_more_than_once_is_refused(
+    loaded: dict[str, LoadedModel], times: int
+) -> None:
+    model = loaded["llama"]
+    mlp = model.module.get_submodule("model.layers.1.mlp")
+    block = model.module.get_submodule("model.layers.1")
+    original = block.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for _ in range(times):
+            mlp(x)
+        return x
+
+    block.forward = forward
+    try:
+        write = one("mlp_out", 1, 0, torch.zeros(1, model.shape.d_model))
+        with pytest.raises(WriteMismatch, match="1 rows were to be written"):
+            run_segment(model, batch_of(model), writes=[write])
+        with pytest.raises(ReadMismatch):
+            run_segment(model, batch_of(model), reads=[SiteRead("mlp_out", 1)])
+    finally:
+        del block.forward
+    assert block.forward == original
+
+
+def _at(**changes: Any) -> Callable[[SiteWrite], SiteWrite]:
+    return lambda write: replace(write, **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_at(rows=torch.tensor([3])), "row"),
+        (_at(positions=torch.tensor([4])), "position"),
+        (_at(positions=torch.tensor([-1])), "position"),
+        (_at(units=torch.tensor([2])), "unit"),
+        (_at(values=torch.zeros(1, 5)), "must be"),
+        (_at(layer=3), "layer 3"),
+        (_at(layer=None), "needs a layer"),
+        (_at(site="router"), "no `router`"),
+    ],
+)
+def test_places_that_do_not_exist_are_refused(
+    loaded: dict[str, LoadedModel], change: Callable[[SiteWrite], SiteWrite], message: str
+) -> None:
+    """Row 1 has 4 tokens, so column 4 is padding or another token; `k` has two heads of four."""
+    model = loaded["llama"]
+    index = torch.tensor([1])
+    write = SiteWrite("k", 1, index, index, index, torch.zeros(1, model.shape.d_head))
+    with pytest.raises(ValueError, match=message):
+        run_segment(model, batch_of(model), writes=[change(write)])
+
+
+def test_one_vector_is_set_only_once(loaded: dict[str, LoadedModel]) -> None:
+    model = loaded["gpt2"]
+    write = one("z", 1, 2, torch.zeros(4, model.shape.d_head))
+    with pytest.raises(ValueError, match="set twice"):
+        run_segment(model, batch_of(model), writes=[write, write])
+    twice = replace(write, mode="add")
+    run_segment(model, batch_of(model), writes=[write, twice, twice])
+
+
+@pytest.mark.parametrize("site", ["z", "head_out", "attn_out", "resid_mid"])
+def test_what_is_set_is_set_before_anything_is_added(
+    loaded: dict[str, LoadedModel], site: str
+) -> None:
+    model = loaded["qwen3"]
+    shape = (units(model.shape, site), width(model.shape, site))
+    put = one(site, 1, 2, torch.full(shape, 3.0))
+    add = one(site, 1, 2, torch.full(shape, 0.5), mode="add")
+    where = SiteRead(site, 1)
+    for writes in ([add, put, add], [put, add, add]):
+        result = run_segment(model, batch_of(model), writes=writes, reads=[where])
+        assert torch.allclose(result.reads[where][0, 2], torch.full(shape, 4.0), atol=1e-5)
+        whole = one(site, 1, 2, torch.full(shape, 4.0))
+        expected = run_segment(model, batch_of(model), writes=[whole]).logits
+        assert result.logits is not None
+        assert expected is not None
+        assert torch.allclose(result.logits, expected, atol=1e-5)
+
+
+def test_empty_writes_do_nothing(loaded: dict[str, LoadedModel]) -> None:
+    model = loaded["gpt2"]
+    none = torch.zeros(0, dtype=torch.long)
+    write = SiteWrite("z", 1, none, none, none, torch.zeros(0, model.shape.d_head))
+    batch = batch_of(model)
+    assert torch.equal(logits_of(model, batch, writes=[write]), logits_of(model, batch))
+
+
+# --- segments -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_run_is_resumed_at_every_layer(loaded: dict[str, LoadedModel], family: str) -> None:
+    model = loaded[family]
+    n = model.shape.n_layers
+    batch = batch_of(model)
+    whole = logits_of(model, batch)
+    streams = [SiteRead("resid_pre", layer) for layer in range(n)]
+    reads = run_segment(model, batch, reads=streams, stop=n).reads
+    assert model.resumable
+    for stream in streams:
+        hidden = reads[stream].squeeze(2)
+        again = logits_of(model, batch, start=stream.layer, hidden=hidden)
+        assert torch.allclose(again, whole, atol=1e-5), stream
+
+
+@pytest.mark.parametrize("family", families.VERIFIED)
+def test_a_run_that_stops_early_reads_the_same(loaded: dict[str, LoadedModel], family: str) -> None:
+    model = loaded[family]
+    batch = batch_of(model)
+    ran: list[int] = []
+    handles = [
+        model.module.get_submodule(model.anatomy.block.format(layer=layer))
+        .register_forward_hook(lambda *args, layer=layer: ran.append(layer))
+        for layer in range(model.shape.n_layers)
+    ]  # fmt: skip
+    reads = [SiteRead("mlp_out", 0), SiteRead("resid_pre", 1)]
+    result = run_segment(model, batch, reads=reads, stop=1)
+    for handle in handles:
+        handle.remove()
+    assert result.logits is None
+    assert ran == [0]
+    whole = run_segment(model, batch, reads=reads).reads
+    assert all(torch.equal(result.reads[read], whole[read]) for read in reads)
+    last = SiteRead("final_norm")
+    assert run_segment(model, batch, reads=[last], stop=4).reads[last].shape[-1] == (
+        model.shape.d_model
+    )
+
+
+def test_only_wanted_positions_are_unembedded(loaded: dict[str, LoadedModel]) -> None:
+    for family in ALL:
+        model = loaded[family]
+        batch = batch_of(model)
+        at = torch.stack([batch.lengths - 1, batch.lengths - 3], dim=1)
+        some = run_segment(model, batch, logits_at=at).logits
+        whole = run_segment(model, batch).logits
+        assert some is not None
+        assert whole is not None
+        rows = torch.arange(3).repeat_interleave(2)
+        expected = gather(whole.unsqueeze(2), batch, rows, at.flatten(), torch.zeros_like(rows))
+        assert torch.allclose(some.flatten(0, 1), expected, atol=1e-5)
+
+
+def test_reads_see_the_writes_and_later_sites_too(loaded: dict[str, LoadedModel]) -> None:
+    """Writes at several sites of one run are done in the order of the forward pass."""
+    model = loaded["gpt2"]
+    batch = batch_of(model)
+    mid, out = SiteRead("resid_mid", 1), SiteRead("attn_out", 1)
+    values = torch.full((1, model.shape.d_model), 2.0)
+    writes = [one("resid_mid", 1, 3, values), one("attn_out", 1, 3, values * 3)]
+    reads = run_segment(model, batch, writes=writes, reads=[mid, out]).reads
+    assert torch.allclose(reads[mid][0, 3, 0], values[0])
+    assert torch.allclose(reads[out][0, 3, 0], values[0] * 3)
+
+
+def test_reads_are_copies_of_their_own(loaded: dict[str, LoadedModel]) -> None:
+    read = SiteRead("v", 0)
+    model = loaded["gpt2"]
+    value = run_segment(model, batch_of(model), reads=[read]).reads[read]
+    assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+
+
+def test_batches() -> None:
+    for side, starts in (("left", [0, 3, 2]), ("right", [0, 0, 0])):
+        batch = Batch.of(ROWS, 0, side)  # type: ignore[arg-type]
+        assert batch.starts.tolist() == starts
+        assert batch.lengths.tolist() == [7, 4, 5]
+        taken = batch.take(torch.tensor([1, 1, 0]))
+        assert taken.ids[0].tolist() == taken.ids[1].tolist()
+        start = starts[1]
+        assert taken.ids[1, start : start + 4].tolist() == ROWS[1]
+        assert batch.position_ids()[1, start : start + 4].tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="token"):
+        Batch.of([[1], []], 0, "left")

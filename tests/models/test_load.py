@@ -1,0 +1,215 @@
+"""Loading from folders and taking over from Python."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mechdsl import zoo
+from mechdsl.load import adopt, load
+from mechdsl.loaded import LoadedModel
+from mechdsl.models.locate import weight_files, zoo_models
+
+from . import families
+from .conftest import statement
+
+
+def test_a_loaded_model_says_what_it_is(loaded: dict[str, LoadedModel]) -> None:
+    model = loaded["llama"]
+    assert model.tokenizer is not None
+    assert model.tokenizer.encode("w3 w4").ids == (1, 6, 7)
+    assert not model.module.training
+    assert model.dtype == torch.float32
+    assert model.pad_id == 0
+    facts = model.provenance
+    assert facts["architecture"] == "LlamaForCausalLM"
+    assert len(facts["weights"]) == 64
+    assert facts["attention"] == "sdpa"
+    assert facts["torch"] == torch.__version__
+
+
+def test_hashes_tell_weights_apart(folders: dict[str, Path], tmp_path: Path) -> None:
+    other = families.build("gpt2", tmp_path / "other", seed=1)
+    hashes = set()
+    for folder in (folders["gpt2"], other, folders["gpt2"]):
+        model, _ = load(statement(str(folder)))
+        assert model is not None
+        hashes.add(model.provenance["weights"])
+    assert len(hashes) == 2
+
+
+def test_the_statement_and_the_caller_choose_the_dtype(folders: dict[str, Path]) -> None:
+    path = str(folders["gpt2"])
+    wide, _ = load(statement(path, dtype="float64"))
+    narrow, _ = load(statement(path, dtype="float64"), dtype="bfloat16")
+    assert wide is not None
+    assert wide.dtype == torch.float64
+    assert narrow is not None
+    assert narrow.dtype == torch.bfloat16
+    assert narrow.provenance["dtype"] == "bfloat16"
+
+
+def test_loading_says_nothing(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    load(statement(str(folders["qwen2"])))
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+
+
+def test_checks_take_a_moment(folders: dict[str, Path]) -> None:
+    start = time.perf_counter()
+    load(statement(str(folders["llama"])))
+    assert time.perf_counter() - start < 2
+
+
+def _without(name: str):
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+
+    return change
+
+
+def _truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def _deeper(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "n_layer": 4}))
+
+
+def _unheard_of(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "model_type": "unheard_of"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (_without("model.safetensors"), "E0406", "no weights"),
+        (_without("config.json"), "E0404", "config.json"),
+        (_without("tokenizer.json"), "E0508", "tokenizer"),
+        (_truncated, "E0411", "can't be loaded"),
+        (_deeper, "E0411", "can't be loaded"),
+        (_unheard_of, "E0411", "can't be loaded"),
+    ],
+)
+def test_folders_that_do_not_load(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    change: object,
+    code: str,
+    words: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = Path(shutil.copytree(folders["gpt2"], tmp_path / "copy"))
+    change(folder)  # type: ignore[operator]
+    model, problems = load(statement(str(folder)))
+    assert model is None
+    assert [d.code for d in problems] == [code]
+    assert words in problems[0].message
+    assert problems[0].span is not None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders["gpt2"], tmp_path / "copy"))
+    _deeper(folder)
+    _, problems = load(statement(str(folder)))
+    assert "the weights lack `transformer.h.3" in problems[0].label_text
+
+
+def test_an_hf_model_that_is_not_here_can_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    model, problems = load(statement("org/name", "hf"))
+    assert model is None
+    assert [d.code for d in problems] == ["E0401"]
+    assert problems[0].help_text == "`hf download org/name` fetches it"
+
+
+@pytest.mark.parametrize("family", families.VERIFIED)
+def test_a_model_from_python_is_taken_over(family: str) -> None:
+    module = families.module(family)
+    module.train()
+    model, problems = adopt("mine", module, families.tokenizer())
+    assert not problems
+    assert model is not None
+    assert model.module is module
+    assert not module.training
+    assert model.provenance["source"] == "handed over from Python"
+
+
+def test_a_fast_tokenizer_of_transformers_is_taken_over(folders: dict[str, Path]) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders["gpt2"])
+    model, _ = adopt("mine", families.module("gpt2"), tokenizer)
+    assert model is not None
+    assert model.tokenizer is not None
+    assert model.tokenizer.encode("w3").ids == (1, 6)
+
+
+def test_what_is_no_transformers_model_is_refused() -> None:
+    model, problems = adopt("mine", torch.nn.Linear(2, 2), families.tokenizer())
+    assert model is None
+    assert [d.code for d in problems] == ["E0411"]
+
+
+def test_importing_and_loading_says_nothing(folders: dict[str, Path]) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from tests.models.conftest import statement\n"
+        "from mechdsl.load import load\n"
+        "assert load(statement(sys.argv[1]))[0]"
+    )
+    root = Path(__file__).parents[2]
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(folders["gpt2"])],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
+    )
+    assert (ran.stdout, ran.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("name", zoo_models())
+def test_models_of_the_zoo_load(name: str) -> None:
+    if not weight_files(Path(zoo.__path__[0]) / name):
+        pytest.skip("not trained yet")
+    start = time.perf_counter()
+    model, problems = load(statement(name, "zoo"))
+    assert not problems
+    assert model is not None
+    assert model.resumable
+    assert time.perf_counter() - start < 3
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    model, problems = adopt("mine", families.module("gpt2"), object())
+    assert model is None
+    assert [d.code for d in problems] == ["E0412"]
+
+
+def test_what_is_no_decoder_is_refused() -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    module = BertForMaskedLM(BertConfig(vocab_size=20, intermediate_size=8, **sizes))
+    model, problems = adopt("mine", module, families.tokenizer())
+    assert model is None
+    assert [d.code for d in problems] == ["E0407"]

@@ -1,0 +1,186 @@
+"""Sizes and sites from a `config.json` alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mechdsl.loaded import LoadedModel
+from mechdsl.models.adapters import FAMILIES
+from mechdsl.models.shape import missing_site, read_shape, shape_from_config, units, width
+from mechdsl.vocab.sites import SITES, by_short, start_layer, stop_layer, write_order
+
+from . import families
+
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "n_inner": None,
+    "vocab_size": 50257,
+    "n_positions": 1024,
+}
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "hidden_size": 1024,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+
+
+def test_gpt2() -> None:
+    shape, problems = shape_from_config(GPT2)
+    assert not problems
+    assert shape is not None
+    assert (shape.n_layers, shape.n_heads, shape.n_kv_heads) == (12, 12, 12)
+    assert (shape.d_model, shape.d_head, shape.d_mlp) == (768, 64, 3072)
+    assert (shape.vocab_size, shape.max_positions) == (50257, 1024)
+    assert shape.parallel_block is False
+    assert "resid_mid" in shape.sites
+    assert "pattern" not in shape.sites
+
+
+def test_grouped_heads_of_a_width_of_their_own() -> None:
+    shape, _ = shape_from_config(QWEN3)
+    assert shape is not None
+    assert (units(shape, "q"), units(shape, "k"), units(shape, "z")) == (16, 8, 16)
+    assert (units(shape, "mlp_hidden"), units(shape, "resid_post")) == (3072, 1)
+    assert (width(shape, "k"), width(shape, "head_out"), width(shape, "mlp_hidden")) == (
+        128,
+        1024,
+        1,
+    )
+    with pytest.raises(ValueError, match="depends on the prompt"):
+        width(shape, "pattern")
+
+
+def test_a_text_model_inside_a_larger_one() -> None:
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": QWEN3}
+    shape, _ = shape_from_config(outer)
+    assert shape is not None
+    assert shape.n_layers == 28
+    assert shape.architecture == "Gemma3ForConditionalGeneration"
+
+
+@pytest.mark.parametrize(
+    ("config", "parallel"),
+    [
+        ({"model_type": "gpt_neox"}, True),
+        ({"model_type": "gpt_neox", "use_parallel_residual": False}, False),
+        ({"model_type": "gptj"}, True),
+        ({"model_type": "unheard_of"}, None),
+        ({"model_type": "unheard_of", "parallel_attn": True}, True),
+    ],
+)
+def test_parallel_blocks_have_no_resid_mid(config: dict[str, Any], parallel: bool | None) -> None:
+    sizes = {k: v for k, v in QWEN3.items() if k not in ("model_type", "architectures")}
+    shape, _ = shape_from_config({**sizes, **config})
+    assert shape is not None
+    assert shape.parallel_block is parallel
+    assert ("resid_mid" in shape.sites) == (not parallel)
+
+
+def test_a_site_that_the_model_lacks_is_explained() -> None:
+    neox = {**QWEN3, "model_type": "gpt_neox"}
+    shape, _ = shape_from_config(neox)
+    assert shape is not None
+    assert missing_site(shape, "attn_out", model="n") is None
+    parallel = missing_site(shape, "resid_mid", model="n")
+    assert parallel is not None
+    assert (parallel.code, parallel.message) == ("E0402", "`n` has no `resid_mid`")
+    experts, _ = shape_from_config({**QWEN3, "num_local_experts": 8})
+    assert experts is not None
+    other = missing_site(experts, "mlp_hidden", model="n")
+    assert other is not None
+    assert other.code == "E0413"
+    assert "`mlp_out`" in other.help_text
+
+
+def test_experts_have_no_neurons_of_their_own() -> None:
+    shape, _ = shape_from_config({**QWEN3, "num_local_experts": 8})
+    assert shape is not None
+    assert "mlp_hidden" not in shape.sites
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"architectures": ["BertForMaskedLM"]}, "E0407", "BertForMaskedLM"),
+        ({"is_encoder_decoder": True}, "E0407", "next-token"),
+        ({"n_layer": None}, "E0408", "number of layers"),
+        ({"vocab_size": "many"}, "E0408", "vocabulary size"),
+    ],
+)
+def test_configs_that_do_not_do(change: dict[str, Any], code: str, words: str) -> None:
+    shape, problems = shape_from_config({**GPT2, **change}, model="g")
+    assert shape is None
+    assert [d.code for d in problems] == [code]
+    assert words in problems[0].message + problems[0].label_text
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\xff"])
+def test_configs_that_can_not_be_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    shape, problems = read_shape(tmp_path)
+    assert shape is None
+    assert [d.code for d in problems] == ["E0404"]
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_the_config_alone_tells_what_the_modules_do(
+    loaded: dict[str, LoadedModel], folders: dict[str, Path], family: str
+) -> None:
+    shape, _ = read_shape(folders[family])
+    found = loaded[family].shape
+    assert shape is not None
+    assert shape.parallel_block in (None, found.parallel_block)
+    assert replace(shape, parallel_block=found.parallel_block) == found
+
+
+def test_every_registered_family_has_a_tiny_model(loaded: dict[str, LoadedModel]) -> None:
+    assert set(FAMILIES) <= {model.shape.family for model in loaded.values()}
+
+
+def test_sites_come_in_the_order_of_the_forward_pass(loaded: dict[str, LoadedModel]) -> None:
+    supported = [name for name, kind in SITES.items() if kind.supported]
+    assert len(supported) == 16
+    in_block = [name for name in supported if SITES[name].has_layer]
+    order = sorted(supported, key=lambda name: write_order(name, 1 if name in in_block else None))
+    assert order == ["embed", *in_block, "final_norm", "logits"]
+    assert write_order("resid_post", 1) < write_order("resid_pre", 2)
+
+
+def test_where_a_run_has_to_start_and_may_stop() -> None:
+    assert start_layer("embed", None, 4) == 0
+    assert start_layer("z", 2, 4) == 2
+    assert start_layer("resid_pre", 2, 4) == 2
+    assert start_layer("resid_post", 2, 4) == 3
+    assert start_layer("logits", None, 4) == 4
+    assert stop_layer("embed", None, 4) == 0
+    assert stop_layer("resid_pre", 2, 4) == 2
+    assert stop_layer("resid_post", 2, 4) == 3
+    assert stop_layer("final_norm", None, 4) == 5
+    assert stop_layer("logits", None, 4) is None
+
+
+def test_short_names() -> None:
+    found = {short: by_short(short) for short in ("attn", "mlp", "resid", "H", "N")}
+    assert {short: kind.name for short, kind in found.items() if kind} == {
+        "attn": "attn_out",
+        "mlp": "mlp_out",
+        "resid": "resid_post",
+        "H": "z",
+        "N": "mlp_hidden",
+    }
+    assert by_short("x") is None

@@ -1,0 +1,231 @@
+"""Faults in the anatomy that the checks on load have to find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from mechdsl.load import adopt, describe, prove
+from mechdsl.loaded import LoadedModel
+from mechdsl.models.anatomy import Anatomy, Layout, Tap
+from mechdsl.models.finder import find_anatomy
+
+from . import families
+
+
+def taps(anatomy: Anatomy, **changed: Tap) -> Anatomy:
+    return replace(anatomy, taps={**anatomy.taps, **changed})
+
+
+def layout(anatomy: Anatomy, site: str, layout: Layout) -> Anatomy:
+    return taps(anatomy, **{site: replace(anatomy.taps[site], layout=layout)})
+
+
+def swap(first: str, second: str) -> Callable[[Anatomy], Anatomy]:
+    return lambda a: taps(a, **{first: a.taps[second], second: a.taps[first]})
+
+
+def as_path(site: str, path: str) -> Callable[[Anatomy], Anatomy]:
+    def change(anatomy: Anatomy) -> Anatomy:
+        tap = anatomy.taps[site]
+        flat = Layout.heads(tap.layout.units, tap.layout.width)
+        return taps(anatomy, **{site: replace(tap, path=path, layout=flat)})
+
+    return change
+
+
+def both(site: str, other: str) -> Callable[[Anatomy], Anatomy]:
+    return lambda a: taps(a, **{site: a.taps[other]})
+
+
+FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
+    ("gpt2", "k and v swapped", swap("k", "v"), "z = v"),
+    ("llama", "k and v swapped", swap("k", "v"), "z = v"),
+    ("gpt2", "q and k swapped", swap("q", "k"), "whose q is zero"),
+    ("gpt2", "k taken for q", both("k", "q"), "k of an earlier token"),
+    ("gpt2", "q taken for k", both("q", "k"), "whose q is zero"),
+    (
+        "gpt2",
+        "thirds read as interleaved heads",
+        lambda a: layout(a, "q", Layout(4, 6, offset=0, stride=18)),
+        "whose q is zero",
+    ),
+    (
+        "gpt_neox",
+        "interleaved heads read as thirds",
+        lambda a: layout(a, "v", Layout.heads(4, 6, offset=48)),
+        "z = v",
+    ),
+    (
+        "gpt_neox",
+        "keys read as thirds",
+        lambda a: layout(a, "k", Layout.heads(4, 6, offset=24)),
+        "whose k are zero",
+    ),
+    (
+        "gpt2",
+        "heads of another width",
+        lambda a: layout(a, "z", Layout.heads(6, 4)),
+        "z = v",
+    ),
+    (
+        "llama",
+        "too many key-value heads",
+        lambda a: layout(a, "v", Layout.heads(4, 3)),
+        "z = v",
+    ),
+    (
+        "qwen3",
+        "queries before their norm",
+        lambda a: taps(
+            a, q=Tap("model.layers.{layer}.self_attn.q_proj", "out", Layout.heads(4, 6))
+        ),
+        "a hundredfold value",
+    ),
+    (
+        "llama",
+        "norms off by one",
+        lambda a: replace(a, attn_norm=a.mlp_norm, mlp_norm=a.attn_norm),
+        "attn_norm = its norm",
+    ),
+    ("llama", "inputs of the sublayers swapped", swap("attn_norm", "mlp_norm"), "attn_norm = its"),
+    ("llama", "outputs of the sublayers swapped", swap("attn_out", "mlp_out"), "the sum of"),
+    (
+        "llama",
+        "the gate taken for the neurons",
+        lambda a: taps(
+            a, mlp_hidden=Tap("model.layers.{layer}.mlp.gate_proj", "out", Layout.neurons(28))
+        ),
+        "mlp_hidden through the down projection",
+    ),
+    (
+        "gemma2",
+        "what is added taken before its norm",
+        as_path("attn_out", "model.layers.{layer}.self_attn"),
+        "resid_pre + attn_out + mlp_out",
+    ),
+    (
+        "gpt_neox",
+        "a parallel block taken for a sequential one",
+        lambda a: taps(replace(a, parallel=False), resid_mid=a.taps["attn_out"]),
+        "mlp_norm = its norm of resid_mid",
+    ),
+    (
+        "gpt_neox_sequential",
+        "a sequential block taken for a parallel one",
+        lambda a: replace(a, parallel=True),
+        "mlp_norm = its norm of resid_pre",
+    ),
+    (
+        "gemma3_text",
+        "query norms with tokens and heads exchanged",
+        lambda a: layout(a, "q", Layout(4, 6, axes="heads")),
+        "every site can be read",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "fault", "broken", "identity"), FAULTS, ids=[f"{f[0]}: {f[1]}" for f in FAULTS]
+)
+def test_a_wrong_anatomy_is_refused(
+    loaded: dict[str, LoadedModel],
+    family: str,
+    fault: str,
+    broken: Callable[[Anatomy], Anatomy],
+    identity: str,
+) -> None:
+    good = loaded[family]
+    bad = describe("m", good.module, good.shape, broken(good.anatomy))
+    model, found = prove(bad)
+    assert model is None, fault
+    assert [d.code for d in found] == ["E0410"]
+    assert identity in found[0].message
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_every_family_passes_every_check(loaded: dict[str, LoadedModel], family: str) -> None:
+    checks = loaded[family].checks
+    assert len(checks) >= 16
+    assert all(outcome.passed for outcome in checks)
+
+
+def test_a_wrong_number_of_key_value_heads_is_found_in_the_modules(
+    loaded: dict[str, LoadedModel],
+) -> None:
+    model = loaded["llama"]
+    wrong = replace(model.shape, n_kv_heads=4)
+    anatomy, found = find_anatomy(model.module.named_modules(), wrong)
+    assert anatomy is None
+    assert [d.code for d in found] == ["E0409"]
+    assert "not 4 heads of 6" in found[0].label_text
+
+
+def test_a_part_that_is_missing_is_named(loaded: dict[str, LoadedModel]) -> None:
+    model = loaded["llama"]
+    modules = [(p, m) for p, m in model.module.named_modules() if "o_proj" not in p]
+    _, found = find_anatomy(modules, model.shape)
+    assert "output projection of attention not found" in found[0].message
+
+
+class Gaining(nn.Module):
+    """A block that multiplies what attention adds, as some families do."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        out, *rest = self.attention(*args, **kwargs)
+        return (out * 2, *rest)
+
+
+def test_a_block_with_a_rule_of_its_own_is_refused() -> None:
+    module = families.module("llama")
+    for layer in module.model.layers:  # type: ignore[union-attr]
+        gained = Gaining(layer.self_attn)
+        layer.self_attn = gained
+    model, found = adopt("m", module, families.tokenizer())
+    assert model is None
+    assert found[0].code == "E0410"
+    assert "the sum of head_out" in found[0].message
+
+
+def test_layers_that_share_something_are_not_resumed() -> None:
+    """Queries of the last layer also get what the first block returned: fine, but not to resume."""
+    module = families.module("llama")
+    layers = module.get_submodule("model.layers")
+    kept: list[torch.Tensor] = []
+    first, last = layers.get_submodule("0"), layers.get_submodule("2.self_attn.q_proj")
+
+    def keep(block: nn.Module, args: object, output: torch.Tensor) -> None:
+        kept[:] = [output.mean(-1, keepdim=True)]
+
+    first.register_forward_hook(keep)
+    last.register_forward_hook(lambda m, args, out: out + kept[0])
+    model, found = adopt("m", module, families.tokenizer())
+    assert model is not None
+    assert not model.resumable
+    assert [d.code for d in found] == ["W0711"]
+    assert "layer" in found[0].label_text
+
+
+def test_a_model_that_does_not_run_is_refused() -> None:
+    module = families.module("llama")
+    module.get_submodule("model").register_forward_hook(lambda *args: 1 / 0)
+    model, found = adopt("m", module, families.tokenizer())
+    assert model is None
+    assert [d.code for d in found] == ["E0411"]
+    assert "it doesn't run: division by zero" in found[0].label_text
+
+
+def test_bfloat16_and_float64_pass_too() -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        module = families.module("llama").to(dtype)
+        model, found = adopt("m", module, families.tokenizer())
+        assert model is not None, found
+        assert model.dtype == dtype

@@ -1,0 +1,290 @@
+"""Expectations: what they may say, and whether they hold."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mechdsl.expectations.check import Known, KnownMeasure, check_expectation
+from mechdsl.expectations.conditions import place_of
+from mechdsl.expectations.evaluate import evaluate
+from mechdsl.results.experiment import CellKey, ExpectOutcome, ExperimentResult
+
+from .synthetic import expectation, finished, heads, measure, positions
+
+KNOWN = Known(
+    measures=[KnownMeasure("ld", "recovery")],
+    axes=["layer", "head"],
+    runs=["clean", "fewer"],
+    experiments=["other_experiment"],
+)
+TWO = replace(
+    KNOWN, measures=[KnownMeasure("ld", "recovery"), KnownMeasure("prob(answer)", "delta")]
+)
+
+
+@pytest.fixture(name="result", scope="module")
+def _result() -> ExperimentResult:
+    return finished(heads())
+
+
+def verdict(line: str, result: ExperimentResult, **others: ExperimentResult) -> ExpectOutcome:
+    return evaluate(expectation(line), result, others)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "max(recovery) > 0.3",
+        "recovery(L2H1) > 0.5",
+        "ld(L2H1) > 0.5",
+        "recovery(L2H1.z) > 0.5",
+        "argmax(recovery) = L2H1",
+        "L2H1 = argmax(recovery of ld)",
+        "argmin(recovery) = L1H3",
+        "argmax(recovery) != L0H0",
+        "top 2 contains L2H1, L1H3",
+        "mean(recovery, layer 0..1) < 0.05",
+        "mean(recovery, layer 0) = 0",
+        "max(recovery, layer: 2) > 0.5",
+        "max(recovery, layer: 1..2, head: 1) > 0.5",
+        "accuracy(clean) > 0.85",
+        "accuracy(clean) > 85%",
+        "accuracy(fewer) = 1",
+        "recovery(L2H1) near 0.6 within 0.05",
+        'recovery(L2H1) near 0.6 within 0.05 citing "Wang 2022"',
+        "recovery(L2H1) in 0.5..0.7",
+        "max(recovery) - min(recovery) > 0.7",
+        "2 * max(recovery) > 1",
+        "0.3 < max(recovery)",
+        "abs(recovery(L1H3)) > 0.1",
+        "recovery(L2H1) > recovery(L1H3)",
+        "max(recovery) > 0.3 and min(recovery) < 0",
+        "max(recovery) > 0.9 or min(recovery) < 0",
+        "not max(recovery) > 0.9",
+        "not (max(recovery) > 0.9 or min(recovery) > 0)",
+        "not recovery(L2H1) near 0 within 0.1",
+        "not argmax(recovery) = L0H0",
+        "not not max(recovery) > 0.3",
+    ],
+)
+def test_these_hold(line: str, result: ExperimentResult) -> None:
+    assert check_expectation(expectation(line), KNOWN) == []
+    found = verdict(line, result)
+    assert found.holds, found
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("max(recovery) > 0.7", None),
+        ("recovery(L2H1) < 0.6", "it holds on the mean, but not on the interval's near end"),
+        ("recovery(L2H1) near 0.6 within 0.001", "it holds on the mean, but"),
+        ("argmax(recovery) = L1H3", None),
+        ("top 2 contains L2H1, L0H0", "L0H0 is number"),
+        ("accuracy(clean) > 0.95", None),
+        ("recovery(L2H1) > recovery(L2H1)", "the value is the left side less the right side"),
+        ("max(recovery) > 0.3 and min(recovery) > 0", None),
+        ("not max(recovery) > 0.3", None),
+        # neither the bound nor its opposite is sure
+        ("not recovery(L2H1) > 0.6", "it holds on the mean, but"),
+        ("recovery(L9H9) > 0", "no cell is at L9H9"),
+        ("recovery(layer 2) > 0", "4 cells are at layer 2"),
+        ("recovery(L2H1.q) > 0", "no cell is at L2H1.q"),
+    ],
+)
+def test_these_do_not(line: str, reason: str | None, result: ExperimentResult) -> None:
+    found = verdict(line, result)
+    assert not found.holds
+    if reason:
+        assert reason in (found.reason or "")
+
+
+def test_on_mean_relaxes_the_bound(result: ExperimentResult) -> None:
+    assert not verdict("recovery(L2H1) < 0.6", result).holds
+    assert verdict("recovery(L2H1) < 0.6 on mean", result).holds
+
+
+def test_the_interval_of_a_cell_is_that_of_the_table(result: ExperimentResult) -> None:
+    found = verdict("recovery(L2H1) > 0", result)
+    table = result.statistics[0]
+    assert [found.value, found.low, found.high] == pytest.approx(
+        [table.mean[9], table.low[9], table.high[9]]
+    )
+
+
+def test_max_and_mean_are_resampled_over_prompts(result: ExperimentResult) -> None:
+    data = result.measures[0]
+    assert data.source is not None
+    draws = np.concatenate(list(result.resampling.weights())) / 64
+    p, b, s = (draws @ rows.T for rows in (data.patched, data.base, data.source))
+    values = (p - b) / (s - b)
+    for line, samples in (
+        ("max(recovery) > 0", values.max(1)),
+        ("min(recovery) > 0", values.min(1)),
+        ("mean(recovery, layer 1..2) > 0", values[:, 4:].mean(1)),
+    ):
+        found = verdict(line, result)
+        low, high = np.percentile(samples, [2.5, 97.5])
+        assert [found.low, found.high] == pytest.approx([low, high], abs=1e-9), line
+
+
+def test_correlations_pair_the_prompts(result: ExperimentResult) -> None:
+    same = verdict("spearman(recovery, other) > 0.99", result, other=replace(result, name="other"))
+    assert same.holds
+    assert same.value == pytest.approx(1.0)
+    independent = finished(replace(heads(seed=1), name="other", row_ids=None))
+    found = verdict("pearson(recovery, other) > 0.9", result, other=independent)
+    assert found.holds
+    assert found.low is not None
+    assert found.low < found.value < 1
+    few = replace(positions(), name="other")
+    found = verdict("spearman(recovery, other) > 0", result, other=finished(few))
+    assert found.reason == "only 0 cells have the same coordinates in `other`"
+
+
+def test_correlation_of_unequal_sizes(result: ExperimentResult) -> None:
+    other = finished(replace(heads(prompts=200, seed=2), name="other"))
+    assert verdict("pearson(recovery, other) > 0.9", result, other=other).holds
+
+
+def test_positions_are_named(result: ExperimentResult) -> None:
+    swept = finished(positions())
+    assert verdict('max(recovery, position: "last token") > 0.9', swept).holds
+    assert verdict('max(recovery, item: "first-item of part1 token") < 0.1', swept).holds
+    found = verdict("argmax(recovery) = L3.resid", swept)
+    assert found.holds
+    assert found.value == "L3.resid_post at last token"
+
+
+def test_a_fixed_site_is_named_too() -> None:
+    cells = tuple(
+        replace(cell, coords={"head": cell.coords["head"]})
+        for cell in heads().cells
+        if cell.coords["layer"] == 2
+    )
+    data = heads().measures[0]
+    part = replace(data, patched=data.patched[8:], inert=data.inert[8:])
+    result = finished(replace(heads(), axes=("head",), cells=cells, measures=(part,)))
+    assert verdict("recovery(L2H1) > 0.5", result).holds
+
+
+@pytest.mark.parametrize(
+    ("site", "coords", "components"),
+    [
+        ("L2H0.z", {"layer": 2, "head": 0}, {"z"}),
+        ("L3N512.mlp_hidden", {"layer": 3, "neuron": 512}, {"mlp_hidden"}),
+        ("L3.resid_post", {"layer": 3}, {"resid_post"}),
+        ("L0-2.resid_post", {}, {"resid_post"}),
+        ("L3H*.z", {"layer": 3}, {"z"}),
+        ("embed", {}, {"embed"}),
+        ("L1.attn_out + L1.mlp_out", {}, {"attn_out", "mlp_out"}),
+        ("", {}, set()),
+    ],
+)
+def test_the_place_of_a_cell(site: str, coords: dict[str, int], components: set[str]) -> None:
+    assert place_of(CellKey({}, site)) == (coords, components)
+    assert place_of(CellKey({"layer": 9}, site)) == ({**coords, "layer": 9}, components)
+
+
+def test_one_cell_needs_no_place() -> None:
+    data = measure(np.full((1, 40), 0.3), np.ones(40), effect="relative", label="ld")
+    one = finished(
+        replace(heads(prompts=40), axes=(), cells=(CellKey({}, "L2H1.z"),), measures=(data,))
+    )
+    assert verdict("relative near -0.7 within 0.05", one).holds
+    assert verdict("ld < 0", one).holds
+    assert verdict("relative of ld < 0", one).holds
+
+
+def test_a_metric_as_written_names_its_measure() -> None:
+    data = measure(np.full((1, 40), 0.3), np.ones(40), effect="delta", label="prob(answer)")
+    one = finished(replace(heads(prompts=40), axes=(), cells=(CellKey({}, ""),), measures=(data,)))
+    assert verdict("mean(prob(answer)) < 0", one).holds
+    assert verdict("prob( answer ) < 0", one).holds
+
+
+def test_one_prompt_gives_no_interval() -> None:
+    data = measure(np.array([[0.3]]), np.array([1.0]), label="ld")
+    one = finished(replace(heads(prompts=1), axes=(), cells=(CellKey({}, ""),), measures=(data,)))
+    found = verdict("delta < 0", one)
+    assert not found.holds
+    assert (found.value, found.low) == (pytest.approx(-0.7), None)
+    assert "one prompt: no interval; `on mean`" in (found.reason or "")
+    assert verdict("delta < 0 on mean", one).holds
+
+
+def test_cells_without_a_value_are_left_out(result: ExperimentResult) -> None:
+    data = result.measures[0]
+    patched = data.patched.copy()
+    patched[9] = np.nan
+    gone = finished(replace(heads(), measures=(replace(data, patched=patched),)))
+    assert verdict("argmax(abs) = L2H1", gone).reason is not None
+    assert not verdict("recovery(L2H1) > 0", gone).holds
+    assert verdict("recovery(L2H1) > 0", gone).reason == "no prompt is part of this cell"
+    assert verdict("max(recovery) < 0.1", gone).holds
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("max(recovry) > 0", "E0203", "did you mean `recovery`?"),
+        ("accuracy(claen) > 0", "E0201", "did you mean `clean`?"),
+        ("spearman(recovery, nowhere) > 0", "E0201", "name another experiment"),
+        ("max(recovery, haed: 1) > 0", "E0203", "did you mean `head`?"),
+        ("auc(recovery, k) < 0.4", "E0108", "curve"),
+        ("recovery > 0.3", "E0606", "max(recovery)"),
+        ("max(recovery)", "E0606", "write a condition"),
+        ("argmax(recovery) > 3", "E0606", "L9H9"),
+        ("max(recovery) > argmax(recovery)", "E0606", "L9H9"),
+        ("max(recovery, layer 50%..80%) > 0", "E0606", "from 0"),
+        ("max(recovery) near max(recovery) within 0.1", "E0606", "the number itself"),
+        ("accuracy > 0.9", "E0203", "this experiment measures"),
+        ("spearman(recovery) > 0", "E0606", "other_experiment"),
+    ],
+)
+def test_refused_before_running(line: str, code: str, words: str) -> None:
+    (found,) = check_expectation(expectation(line), KNOWN)
+    assert found.code == code
+    assert words in found.help_text
+
+
+@pytest.mark.parametrize("line", ["top 3 contains L9H9", "max(delta of ld) > 0"])
+def test_several_measures(line: str) -> None:
+    same = [KnownMeasure("ld", "delta"), KnownMeasure("entropy", "delta")]
+    (found,) = check_expectation(expectation("max(delta) > 0"), replace(KNOWN, measures=same))
+    assert found.code == "E0605"
+    assert "`delta of ld` or `delta of entropy`" in found.label_text
+    assert found.help_text == "name one, as in `delta of ld`"
+    refused = check_expectation(expectation(line), replace(KNOWN, measures=same))
+    assert [each.code for each in refused] == (["E0605"] if "top" in line else [])
+
+
+def test_measures_named_by_effect_or_label() -> None:
+    for line in ("max(recovery) > 0", "max(ld) > 0", "max(delta) > 0", "max(prob(answer)) > 0"):
+        assert check_expectation(expectation(line), TWO) == []
+
+
+def test_categories_are_no_numbers() -> None:
+    known = replace(KNOWN, measures=[KnownMeasure("argmax(1..9)", "raw", "category")])
+    (found,) = check_expectation(expectation("max(raw) > 0"), known)
+    assert found.code == "E0606"
+    assert "category" in found.message
+    (found,) = check_expectation(expectation("top 1 contains L0H0"), known)
+    assert found.code == "E0606"
+
+
+def test_known_cells_are_checked_before_running() -> None:
+    cells = [
+        CellKey({"layer": a, "head": b}, f"L{a}H{b}.z")
+        for a, b in itertools.product(range(3), range(4))
+    ]
+    known = replace(KNOWN, cells=cells)
+    (found,) = check_expectation(expectation("recovery(L9H9) > 0"), known)
+    assert "no cell is at L9H9" in found.message
+    assert check_expectation(expectation("recovery(L2H3) > 0"), known) == []
+    (found,) = check_expectation(expectation("recovery(layer 1) > 0"), known)
+    assert "4 cells" in found.message

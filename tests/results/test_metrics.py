@@ -1,0 +1,149 @@
+"""Every metric against a computation of its own in numpy and scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import special, stats
+
+from mechdsl.vocab.metrics import METRICS, Metric, metric
+
+ROWS, VOCAB = 7, 29
+
+
+@pytest.fixture(name="logits")
+def _logits() -> torch.Tensor:
+    return torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0)) * 4
+
+
+def values(name: str, takes: str, *arguments: torch.Tensor) -> np.ndarray:
+    return METRICS[name].forms[takes].function(*arguments).numpy()
+
+
+def softmax(logits: torch.Tensor) -> np.ndarray:
+    return special.softmax(logits.double().numpy(), axis=-1)
+
+
+def test_logit_and_prob(logits: torch.Tensor) -> None:
+    target = torch.arange(ROWS)
+    assert values("logit", "target", logits, target) == pytest.approx(np.diag(logits))
+    expected = softmax(logits)[np.arange(ROWS), np.arange(ROWS)]
+    assert values("prob", "target", logits, target) == pytest.approx(expected, rel=1e-5)
+
+
+def test_rank_is_one_plus_the_strictly_greater() -> None:
+    logits = torch.tensor([[3.0, 1.0, 3.0, 2.0]]).repeat(4, 1)
+    target = torch.tensor([0, 1, 2, 3])
+    assert values("rank", "target", logits, target).tolist() == [1, 4, 1, 3]
+
+
+def test_correct(logits: torch.Tensor) -> None:
+    best = logits.argmax(-1)
+    assert values("correct", "target", logits, best).tolist() == [1.0] * ROWS
+    assert values("correct", "target", logits, (best + 1) % VOCAB).tolist() == [0.0] * ROWS
+    assert METRICS["correct"].forms["target"].default == "answer"
+
+
+def test_logprob_sums_the_tokens_of_the_mask() -> None:
+    random = torch.Generator().manual_seed(1)
+    logits = torch.randn(ROWS, 3, VOCAB, generator=random)
+    ids = torch.randint(0, VOCAB, (ROWS, 3), generator=random)
+    mask = torch.arange(3)[None] < torch.arange(1, ROWS + 1)[:, None].clamp(max=3)
+    expected = [
+        sum(
+            special.log_softmax(logits[r, k].double().numpy())[ids[r, k]]
+            for k in range(3)
+            if mask[r, k]
+        )
+        for r in range(ROWS)
+    ]
+    assert values("logprob", "continuation", logits, ids, mask) == pytest.approx(expected, rel=1e-5)
+
+
+def test_numerals(logits: torch.Tensor) -> None:
+    ids, numbers = torch.tensor([4, 9, 2, 17]), torch.tensor([1, 2, 3, 4])
+    p = softmax(logits)[:, ids]
+    expected = (p * numbers.numpy()).sum(1) / p.sum(1)
+    assert values("expected", "numerals", logits, ids, numbers) == pytest.approx(expected, rel=1e-5)
+    best = numbers.numpy()[p.argmax(1)]
+    assert values("argmax", "numerals", logits, ids, numbers).tolist() == best.tolist()
+    assert METRICS["argmax"].forms["numerals"].kind == "category"
+    assert values("prob", "numerals", logits, ids, numbers) == pytest.approx(p.sum(1), rel=1e-5)
+
+
+def test_divergences(logits: torch.Tensor) -> None:
+    reference = logits.flip(0) * 0.5
+    p, q = softmax(reference), softmax(logits)
+    assert values("kl", "reference", logits, reference) == pytest.approx(
+        special.rel_entr(p, q).sum(1), rel=1e-4
+    )
+    m = (p + q) / 2
+    js = (special.rel_entr(p, m).sum(1) + special.rel_entr(q, m).sum(1)) / 2
+    assert values("js", "reference", logits, reference) == pytest.approx(js, rel=1e-4)
+    assert values("kl", "reference", logits, logits) == pytest.approx(0, abs=1e-6)
+
+
+def test_tokens_that_are_excluded_add_nothing() -> None:
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+    assert values("entropy", "nothing", logits) == pytest.approx(np.log(2))
+    assert values("kl", "reference", logits, logits) == pytest.approx(0)
+    assert values("js", "reference", logits, logits) == pytest.approx(0)
+    assert np.isinf(values("kl", "reference", logits, torch.zeros(1, 3))).all()
+
+
+def test_entropy(logits: torch.Tensor) -> None:
+    expected = stats.entropy(softmax(logits), axis=1)
+    assert values("entropy", "nothing", logits) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_loss_counts_own_tokens_only(left: bool) -> None:
+    random = torch.Generator().manual_seed(2)
+    logits = torch.randn(1, 6, VOCAB, generator=random)
+    ids = torch.randint(0, VOCAB, (1, 6), generator=random)
+    mask = torch.tensor([[False, False, True, True, True, True]])
+    if not left:
+        mask = mask.flip(1)
+    own = np.flatnonzero(mask[0].numpy())
+    expected = -np.mean(
+        [special.log_softmax(logits[0, t - 1].double().numpy())[ids[0, t]] for t in own[1:]]
+    )
+    assert values("loss", "prompt", logits, ids, mask)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_of_one_token_is_undefined() -> None:
+    mask = torch.tensor([[False, True]])
+    assert np.isnan(
+        values("loss", "prompt", torch.zeros(1, 2, 5), torch.zeros(1, 2).long(), mask)
+    ).all()
+
+
+def test_cosine() -> None:
+    a = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
+    b = torch.tensor([[[0.0, 2.0], [3.0, 3.0]]])
+    assert values("cosine", "activations", a, b) == pytest.approx(0.5)
+
+
+def test_half_precision_is_widened(logits: torch.Tensor) -> None:
+    half = logits.half()
+    target = torch.zeros(ROWS, dtype=torch.long)
+    assert METRICS["prob"].forms["target"].function(half, target).dtype == torch.float32
+    double = METRICS["prob"].forms["target"].function(logits.double(), target)
+    assert double.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", list(METRICS))
+def test_every_form_says_what_it_is(name: str) -> None:
+    entry = METRICS[name]
+    assert entry.supported == bool(entry.forms)
+    for form in entry.forms.values():
+        assert form.meaning
+        assert form.unit
+        assert "returns: [row]" in (form.function.__doc__ or "")
+
+
+def test_a_form_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="registered twice"):
+        metric("prob", takes="target", unit="probability")(lambda logits, target: target)
+    assert METRICS["number"] == Metric("number")

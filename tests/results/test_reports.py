@@ -1,0 +1,332 @@
+"""Reports as they look: golden texts at several widths, and files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mechdsl import spec
+from mechdsl.results.experiment import CellKey, ExperimentResult, FileResult, Results
+from mechdsl.vocab.reports import REPORTS, check_report, show
+from mechdsl.vocab.reports.files import results_csv
+from mechdsl.vocab.reports.text import number_format, p_text
+from mechdsl.vocab.reports.verdicts import print_verdicts
+
+from .synthetic import finished, heads, measure, positions, report
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def printed(
+    result: ExperimentResult, line: spec.Report | None, width: int, *, colour: bool = False
+) -> str:
+    text = io.StringIO()
+    console = Console(
+        file=text, width=width, force_terminal=colour, color_system="truecolor" if colour else None
+    )
+    if line is None:
+        print_verdicts(result, console)
+    else:
+        show(result, line, console)
+    return text.getvalue()
+
+
+def behaviour() -> ExperimentResult:
+    """Without a rule: one cell, a number and a category."""
+    random = np.random.default_rng(0)
+    right = np.array([2.0 + i % 3 for i in range(64)])[None]
+    guess = right + (random.random((1, 64)) < 0.2)
+    correct = (guess == right).astype(float)
+    given = {"effect": "raw", "unit": ""}
+    result = replace(
+        heads(),
+        name="behaviour",
+        axes=(),
+        cells=(CellKey({}, ""),),
+        measures=(
+            measure(correct, correct, label="correct", metric="correct", **given),
+            measure(
+                guess,
+                guess,
+                label="argmax(1..9)",
+                metric="argmax(1..9)",
+                kind="category",
+                truth=right,
+                **given,
+            ),
+        ),
+        runs={},
+        base="clean",
+        source=None,
+    )
+    return finished(result)
+
+
+CASES = {
+    "table": (lambda: finished(heads()), report("table")),
+    "table_top": (lambda: finished(positions()), report("table", top=4)),
+    "table_by_value": (lambda: finished(heads()), report("table", by="count", top=4)),
+    "behaviour": (behaviour, report("table", by="count")),
+    "heatmap": (lambda: finished(heads(3, 12)), report("heatmap", variable="layer", by="head")),
+    "heatmap_positions": (
+        lambda: finished(positions()),
+        report("heatmap", variable="layer", by="item"),
+    ),
+    "lines": (lambda: finished(positions()), report("lines", variable="layer")),
+    "verdicts": (
+        lambda: finished(
+            heads(), "max(recovery) > 0.3", "accuracy(clean) > 0.93", "top 1 contains L1H3"
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_goldens(name: str, request: pytest.FixtureRequest) -> None:
+    build, line = CASES[name]
+    result = build()
+    parts = [f"--- {width}\n{printed(result, line, width)}" for width in (60, 80, 120)]
+    text = re.sub(r" +$", "", "".join(parts), flags=re.MULTILINE)
+    path = GOLDENS / f"{name}.txt"
+    if request.config.getoption("--update-goldens", default=False):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_no_line_is_wider_than_the_terminal(name: str, width: int) -> None:
+    build, line = CASES[name]
+    for text in printed(build(), line, width).splitlines():
+        assert len(text) <= width
+
+
+@pytest.mark.parametrize("width", [24, 40, 60, 80, 120])
+def test_no_number_is_cut(width: int) -> None:
+    result = finished(heads())
+    text = printed(result, report("table"), width)
+    assert "…" not in text
+    for number in re.findall(r"-?\d\.\d+", printed(result, report("table"), 120)):
+        assert number in text or width < 80  # p goes first where room is short
+    intervals = re.findall(r"\[-?\d\.\d{3}, -?\d\.\d{3}\]", text)
+    assert len(intervals) == len(result.cells) or width < 30
+
+
+def test_colour_adds_nothing_but_colour() -> None:
+    result = finished(heads())
+    line = report("heatmap", variable="layer", by="head")
+    plain, coloured = printed(result, line, 80), printed(result, line, 80, colour=True)
+    assert "\x1b[" not in plain
+    assert "48;2;" in coloured
+    stripped = re.sub(r"\x1b\[[\d;]*m", "", coloured)
+    assert [row.rstrip() for row in stripped.splitlines()] == [
+        row.rstrip() for row in plain.splitlines()
+    ]
+
+
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = io.StringIO()
+    console = Console(file=text, width=80, force_terminal=True)
+    show(finished(heads()), report("heatmap", variable="layer", by="head"), console)
+    assert "48;" not in text.getvalue()
+
+
+def test_conventions_stand_under_tables_and_the_last_figure() -> None:
+    lines = (
+        report("heatmap", variable="layer", by="head"),
+        report("table", top=3),
+        report("lines", variable="layer"),
+    )
+    result = replace(finished(heads()), reports=lines)
+    shown = ["conventions" in printed(result, line, 80) for line in lines]
+    assert shown == [False, True, True]
+
+
+def test_top_ranks_by_absolute_value() -> None:
+    rows = printed(finished(heads()), report("table", top=2), 120).splitlines()
+    assert "L2H1.z" in rows[5]
+    assert "L1H3.z" in rows[6]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("heatmap", {"variable": "layer", "by": "head"}),
+        ("lines", {"variable": "layer", "by": "head"}),
+        ("lines", {"variable": "layer"}),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".svg", ".png", ".html"])
+def test_charts(name: str, values: dict[str, str], suffix: str, tmp_path: Path) -> None:
+    line = report(name, file=f"charts/it{suffix}", **values)
+    path = show(finished(heads()), line, Console(file=io.StringIO()), tmp_path)
+    assert path is not None
+    content = path.read_bytes()
+    start = {".svg": b"<svg", ".png": b"\x89PNG", ".html": b"<!DOCTYPE html>"}[suffix]
+    assert content.startswith(start)
+    if suffix == ".svg":
+        assert b"recovery of ld" in content
+        assert "clean → fewer".encode() in content
+    if suffix == ".html":
+        assert b"https://cdn" not in content  # opens without a network
+
+
+def test_charts_of_positions_and_facets(tmp_path: Path) -> None:
+    swept = finished(positions())
+    for number, line in enumerate(
+        (
+            report("heatmap", variable="layer", by="item", file="a.svg"),
+            report("lines", variable="position", by="layer", file="b.svg"),
+        )
+    ):
+        path = show(swept, line, Console(file=io.StringIO()), tmp_path)
+        assert path is not None, number
+        assert "part1 token" in path.read_text(encoding="utf-8")
+    cells = tuple(
+        replace(cell, coords={**cell.coords, "c": i % 2, "head": int(cell.coords["head"]) // 2})
+        for i, cell in enumerate(heads().cells)
+    )
+    three = finished(replace(heads(), axes=("layer", "head", "c"), cells=cells))
+    for kind in ("heatmap", "lines"):
+        line = report(kind, variable="layer", by="head", file=f"{kind}.svg")
+        path = show(three, line, Console(file=io.StringIO()), tmp_path)
+        assert path is not None
+        assert "c 1" in path.read_text(encoding="utf-8")
+    assert "c 1" in printed(three, report("heatmap", variable="layer", by="head"), 80)
+
+
+def test_categories_in_a_heatmap(tmp_path: Path) -> None:
+    result = heads()
+    values = np.tile(np.arange(12.0)[:, None] % 5 + 1, (1, 64))
+    data = measure(values, values[:1], effect="raw", kind="category", label="argmax(1..9)")
+    result = finished(replace(result, measures=(data,), runs={}))
+    text = printed(result, report("heatmap", variable="layer", by="head"), 80)
+    assert "the commonest value of every cell" in text
+    line = report("heatmap", variable="layer", by="head", file="x.svg")
+    path = show(result, line, Console(file=io.StringIO()), tmp_path)
+    assert path is not None
+    assert "commonest" in path.read_text(encoding="utf-8")
+    assert "report table" in printed(result, report("lines", variable="layer"), 80)
+
+
+def test_csv_of_a_whole_run() -> None:
+    first, second = finished(heads()), finished(positions())
+    text = results_csv(Results((FileResult("a.mech", (first, second)),)))
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert len(rows) == 24
+    assert [rows[0]["head"], rows[-1]["head"]] == ["0", ""]
+    assert rows[-1]["position"] == "last token"
+    assert {row["file"] for row in rows} == {"a.mech"}
+
+
+def test_data_files(tmp_path: Path) -> None:
+    result = finished(heads())
+    text = printed(result, report("csv"), 40)
+    assert text.count("\n") == 13
+    assert text.startswith("experiment,model,layer,head,site,position,tokens,")
+    path = show(result, report("csv", file="c.csv"), Console(file=io.StringIO()), tmp_path)
+    assert path is not None
+    assert path.read_text(encoding="utf-8") == text
+    document = json.loads(printed(result, report("json"), 40))
+    assert document["name"] == "where"
+    table = show(result, report("table", file="t.txt"), Console(file=io.StringIO()), tmp_path)
+    assert table is not None
+    assert "conventions" in table.read_text(encoding="utf-8")
+    rows = show(
+        result, report("table", by="count", file="t.csv"), Console(file=io.StringIO()), tmp_path
+    )
+    assert rows is not None
+    assert rows.read_text(encoding="utf-8").count("\n") == 37
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        (report("tabel"), "E0203", "did you mean `table`?"),
+        (report("bars", variable="layer"), "E0108", "table, heatmap, lines"),
+        (report("heatmap", variable="layer"), "E0607", "layer by head"),
+        (report("heatmap", variable="layer", by="layer"), "E0607", "layer by head"),
+        (report("lines"), "E0607", "report lines"),
+        (report("table", variable="layer"), "E0607", "report table top 10"),
+        (report("table", by="cuont"), "E0607", "`layer`, `head`"),
+        (report("lines", variable="layer", by="count"), "E0607", "`layer`, `head`"),
+        (report("heatmap", variable="layer", by="head", file="a.jpg"), "E0607", "`.svg` or"),
+    ],
+)
+def test_reports_that_cannot_be_drawn(line: spec.Report, code: str, words: str) -> None:
+    (found,) = check_report(line, ["layer", "head"], ["count"])
+    assert found.code == code
+    assert words in found.help_text
+
+
+def test_optional_packages_are_looked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechdsl.vocab.reports.find_spec", lambda name: None)
+    (found,) = check_report(report("parquet", file="a.parquet"))
+    assert "needs pandas and pyarrow" in found.message
+    assert "mechdsl[frames]" in found.help_text
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    line = report("parquet", file="a.parquet")
+    assert check_report(line) == []
+    path = show(finished(heads()), line, Console(file=io.StringIO()), tmp_path)
+    assert path is not None
+    assert path.stat().st_size > 0
+
+
+def test_parquet_is_for_files() -> None:
+    (found,) = check_report(report("parquet"))
+    assert found.code == "E0607"
+
+
+def test_many_tokens_are_counted() -> None:
+    swept = positions()
+    cells = tuple(replace(cell, tokens=tuple("abcdefghij")) for cell in swept.cells)
+    text = printed(finished(replace(swept, cells=cells)), report("table", top=1), 200)
+    assert "a, b, c, d, e, f and 4 more" in text
+
+
+def test_reports_that_can() -> None:
+    for line in (
+        report("table", by="count"),
+        report("table", by="layer", top=3),
+        report("heatmap", variable="layer", by="head", file="a.PNG"),
+        report("lines", variable="layer"),
+    ):
+        assert check_report(line, ["layer", "head"], ["count"]) == []
+    assert check_report(report("lines", variable="x")) == []
+
+
+@pytest.mark.parametrize("name", list(REPORTS))
+def test_every_report_is_described(name: str) -> None:
+    entry = REPORTS[name]
+    assert entry.meaning
+    assert entry.example.startswith(f"report {name}")
+    assert entry.supported == bool(entry.suffixes)
+
+
+def test_numbers_of_a_column_line_up() -> None:
+    write = number_format([0.5, -0.123456, 0.00001])
+    assert [write(v) for v in (0.5, -0.123456, -0.00001, np.nan)] == [
+        "0.500",
+        "-0.123",
+        "0.000",
+        "–",
+    ]
+    assert number_format([1234.5])(1234.5) == "1234"
+    assert number_format([12.345, 1.0])(12.345) == "12.35"
+    assert number_format([1e-7])(1e-7) == "1.00e-07"
+    assert number_format([1e9])(1e9) == "1.00e+09"
+    assert p_text(0.0001) == "0.0001"
+    assert p_text(2e-6) == "2e-06"

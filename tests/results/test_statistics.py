@@ -1,0 +1,253 @@
+"""Means, intervals, masks, groups."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mechdsl import spec
+from mechdsl.results import resampling as resampling_module
+from mechdsl.results.data import CellStatistics, MeasureData
+from mechdsl.results.resampling import Resampling
+from mechdsl.results.statistics import category_statistics, cell_statistics, check_denominator
+from mechdsl.vocab.effects import EFFECTS
+
+from .synthetic import SPAN, measure, statistics
+
+
+def one(
+    data: MeasureData, settings: spec.Statistics | None = None, seed: int = 0, **values: object
+) -> CellStatistics:
+    found = cell_statistics([data], settings or statistics(), seed, effects=EFFECTS, **values)
+    return found[0]
+
+
+@pytest.fixture(name="runs")
+def _runs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    random = np.random.default_rng(1)
+    base = random.normal(-1, 1, (1, 40))
+    source = base + random.normal(4, 1, (1, 40))
+    patched = base + np.array([[0.0], [0.5], [1.0]]) * (source - base)
+    return patched + random.normal(0, 0.2, patched.shape), base, source
+
+
+def test_effects_are_computed_on_means(runs: tuple[np.ndarray, ...]) -> None:
+    patched, base, source = runs
+    p, b, s = patched.mean(1), base.mean(), source.mean()
+    expected = {
+        "raw": p,
+        "total": np.full(3, s - b),
+        "delta": p - b,
+        "recovery": (p - b) / (s - b),
+        "relative": (p - b) / abs(b),
+    }
+    assert list(expected) == list(EFFECTS)
+    for effect, values in expected.items():
+        found = one(measure(patched, base, source, effect=effect))
+        assert found.mean == pytest.approx(values), effect
+        assert EFFECTS[effect].of_means(p, b, s) == pytest.approx(values)
+        assert found.base_mean == pytest.approx([b] * 3)
+        assert found.source_mean == pytest.approx([s] * 3)
+        assert (found.low <= found.mean).all()
+        assert (found.high >= found.mean).all()
+
+
+def test_relative_per_prompt_is_the_mean_of_ratios(runs: tuple[np.ndarray, ...]) -> None:
+    patched, base, _ = runs
+    found = one(measure(patched, base, effect="relative", per_prompt=True))
+    assert found.mean == pytest.approx(((patched - base) / np.abs(base)).mean(1))
+    base = base.copy()
+    base[0, 3] = 0.0
+    found = one(measure(patched, base, effect="relative", per_prompt=True))
+    assert found.n.tolist() == [40] * 3
+    assert found.reasons[0] == "the base run's value is 0 in 1 of 40 prompts"
+
+
+def test_intervals_are_those_of_a_plain_bootstrap(runs: tuple[np.ndarray, ...]) -> None:
+    patched, base, source = runs
+    settings = statistics(resamples=4000)
+    found = one(measure(patched, base, source), settings)
+    random = np.random.default_rng(99)
+    draws = random.integers(0, 40, (4000, 40))
+    b, s = base[0][draws].mean(1), source[0][draws].mean(1)
+    for cell in range(3):
+        values = (patched[cell][draws].mean(1) - b) / (s - b)
+        low, high = np.percentile(values, [2.5, 97.5])
+        width = high - low
+        assert found.low[cell] == pytest.approx(low, abs=0.08 * width)
+        assert found.high[cell] == pytest.approx(high, abs=0.08 * width)
+
+
+def test_coverage_is_near_the_confidence() -> None:
+    random = np.random.default_rng(5)
+    # 400 experiments of 40 prompts at once: each is a cell, and cells share weights only
+    deltas = random.gamma(2.0, 1.0, (400, 40))
+    found = one(measure(deltas, np.zeros(40)), statistics(resamples=1500, confidence=90.0))
+    covered = ((found.low <= 2.0) & (found.high >= 2.0)).mean()
+    assert 0.84 < covered < 0.94
+
+
+def test_results_do_not_depend_on_blocks(
+    runs: tuple[np.ndarray, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = measure(*runs)
+    whole = one(data)
+    monkeypatch.setattr(resampling_module, "BLOCK", 500)
+    monkeypatch.setattr("mechdsl.results.flips.BLOCK", 500)
+    parts = one(data)
+    for key in ("mean", "low", "high", "p"):
+        assert getattr(parts, key) == pytest.approx(getattr(whole, key), abs=1e-12)
+
+
+def test_a_permutation_of_prompts_changes_nothing(runs: tuple[np.ndarray, ...]) -> None:
+    patched, base, source = runs
+    ids = list(range(100, 140))
+    order = np.random.default_rng(2).permutation(40)
+    groups = np.array([i % 7 for i in range(40)])
+    for by, shuffled in ((None, None), (groups, groups[order])):
+        plain = one(measure(patched, base, source), ids=ids, groups=by)
+        moved = one(
+            measure(patched[:, order], base[:, order], source[:, order]),
+            ids=[ids[i] for i in order],
+            groups=shuffled,
+        )
+        for key in ("mean", "low", "high", "p", "p_corrected"):
+            assert getattr(moved, key).tolist() == getattr(plain, key).tolist(), key
+
+
+def test_missing_rows_leave_base_and_source_too(runs: tuple[np.ndarray, ...]) -> None:
+    patched, base, source = (array.copy() for array in runs)
+    patched[1, :15] = np.nan
+    found = one(measure(patched, base, source))
+    assert found.n.tolist() == [40, 25, 40]
+    p, b, s = (array[..., 15:].mean(-1) for array in (patched[1], base[0], source[0]))
+    assert found.mean[1] == pytest.approx((p - b) / (s - b))
+    assert found.base_mean[1] == pytest.approx(b)
+    alone = one(measure(patched[1:2, 15:], base[:, 15:], source[:, 15:]))
+    width = alone.high[0] - alone.low[0]
+    assert found.low[1] == pytest.approx(alone.low[0], abs=0.15 * width)
+    assert found.p[1] == pytest.approx(alone.p[0], abs=0.01)
+
+
+def test_base_and_source_may_differ_between_cells(runs: tuple[np.ndarray, ...]) -> None:
+    patched, base, source = runs
+    bases, sources = np.repeat(base, 3, 0), np.repeat(source, 3, 0)
+    same = one(measure(patched, bases, sources))
+    assert same.mean == pytest.approx(one(measure(patched, base, source)).mean)
+    bases[2] += 1.0
+    moved = one(measure(patched, bases, sources))
+    assert moved.mean[:2].tolist() == same.mean[:2].tolist()
+    assert moved.base_mean[2] == pytest.approx(base.mean() + 1)
+
+
+def test_nothing_left_is_null_with_a_reason(runs: tuple[np.ndarray, ...]) -> None:
+    patched, base, source = runs
+    empty = patched.copy()
+    empty[0], empty[1, 1:] = np.nan, np.nan
+    found = one(measure(empty, base, source))
+    assert found.reasons[0] == "no prompt is part of this cell"
+    assert np.isnan([found.mean[0], found.low[0], found.p[0], found.p_corrected[0]]).all()
+    assert found.reasons[1] == "one prompt: no interval"
+    assert np.isfinite(found.mean[1])
+    assert np.isnan([found.low[1], found.high[1]]).all()
+    assert found.p[1] == 1.0
+
+
+def test_infinite_values_are_null(runs: tuple[np.ndarray, ...]) -> None:
+    patched, base, _ = (array.copy() for array in runs)
+    patched[0, 0] = -np.inf
+    found = one(measure(patched, base))
+    assert np.isnan([found.mean[0], found.low[0], found.p[0]]).all()
+    assert found.reasons[0] == "infinite for at least one prompt"
+    assert np.isfinite(found.mean[1:]).all()
+
+
+def test_inert_cells_stay_out_of_the_correction(runs: tuple[np.ndarray, ...]) -> None:
+    patched, base, source = (array.copy() for array in runs)
+    patched[0] = base
+    inert = np.array([True, False, False])
+    found = one(measure(patched, base, source, inert=inert))
+    assert found.tests == 2
+    assert [found.mean[0], found.low[0], found.high[0]] == [0.0, 0.0, 0.0]
+    assert np.isnan(found.p[0])
+    assert found.reasons[0] == "cannot differ from the base run: not tested"
+    assert found.p_corrected[1] == pytest.approx(2 * found.p[1])
+
+
+def test_a_delta_of_nothing_has_p_one(runs: tuple[np.ndarray, ...]) -> None:
+    _, base, _ = runs
+    assert one(measure(base, base)).p.tolist() == [1.0]
+
+
+def test_correction_runs_over_all_measures(runs: tuple[np.ndarray, ...]) -> None:
+    patched, base, source = runs
+    measures = [
+        measure(patched, base),
+        measure(patched, base, source),
+        measure(patched, base, effect="raw"),
+    ]
+    found = cell_statistics(measures, statistics(), 0, effects=EFFECTS)
+    assert [each.tests for each in found] == [6, 6, 6]
+    assert np.isnan(found[2].p).all()
+    assert found[2].reasons[0] == "`raw` is not a difference: no p"
+    assert found[0].p_corrected.min() == pytest.approx(6 * found[0].p.min())
+
+
+def test_groups_are_drawn_whole() -> None:
+    random = np.random.default_rng(3)
+    groups = np.repeat(np.arange(8), 10)
+    deltas = random.normal(0, 1, 8)[groups] + random.normal(0, 0.01, 80)
+    rows = one(measure(deltas[None], np.zeros(80)))
+    whole = one(measure(deltas[None], np.zeros(80)), groups=groups)
+    # all the spread lies between groups, so prompts look 10 times more numerous than they are
+    ratio = (whole.high[0] - whole.low[0]) / (rows.high[0] - rows.low[0])
+    assert 2.4 < ratio < 3.8
+    sums = np.array([deltas[groups == g].sum() for g in range(8)])
+    assert whole.p == pytest.approx(one(measure(sums[None], np.zeros(8))).p)
+    lone = one(measure(deltas[None], np.zeros(80)), groups=np.zeros(80))
+    assert lone.reasons == ("one group: no interval",)
+
+
+def test_weights_are_draws_with_replacement() -> None:
+    draws = Resampling(9, statistics(resamples=5000), 4)
+    weights = np.concatenate(list(draws.weights()))
+    assert weights.shape == (5000, 9)
+    assert (weights.sum(1) == 9).all()
+    assert weights.mean(0) == pytest.approx(1.0, abs=0.06)
+    assert weights.var(0) == pytest.approx(8 / 9, abs=0.1)
+    other = Resampling(9, statistics(resamples=5000), 5)
+    assert (weights != np.concatenate(list(other.weights()))).any()
+
+
+def test_categories() -> None:
+    values = np.array([[3, 3, 4, 2, 3], [1, 2, np.nan, 2, 1], [np.nan] * 5], dtype=float)
+    truth = np.array([[3, 3, 3, 3, 3]], dtype=float)
+    found = category_statistics(values, truth)
+    assert found.commonest[:2].tolist() == [3, 1]  # of 1 and 2, equally common, the smaller
+    assert found.share[:2] == pytest.approx([0.6, 0.5])
+    assert found.mean_error[:2] == pytest.approx([0.4, 1.5])
+    assert found.n.tolist() == [5, 4, 0]
+    assert found.reasons == (
+        "a category has no mean",
+        "a category has no mean",
+        "no prompt is part of this cell",
+    )
+    assert np.isnan(category_statistics(values, None).mean_error).all()
+
+
+def test_denominators_near_zero_are_refused(runs: tuple[np.ndarray, ...]) -> None:
+    _, base, source = runs
+    settings, recovery = statistics(), EFFECTS["recovery"]
+    assert check_denominator(base, source, settings, 0, SPAN, effect=recovery) == []
+    near = base + np.random.default_rng(0).normal(0, 1, base.shape)
+    (found,) = check_denominator(base, near, settings, 0, SPAN, effect=recovery)
+    assert found.code == "E0604"
+    (found,) = check_denominator(base, base, settings, 0, SPAN, effect=recovery)
+    assert "0" in found.message
+    relative = EFFECTS["relative"]
+    assert check_denominator(base, None, settings, 0, SPAN, effect=relative) == []
+    (found,) = check_denominator(base - base.mean(), None, settings, 0, SPAN, effect=relative)
+    assert "m(base)" in found.label_text
+    assert check_denominator(base, None, settings, 0, SPAN, effect=EFFECTS["delta"]) == []
+    lone = check_denominator(base[:, :1], base[:, :1], settings, 0, SPAN, effect=recovery)
+    assert [each.code for each in lone] == ["E0604"]

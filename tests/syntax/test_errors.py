@@ -1,0 +1,239 @@
+"""What is said about a wrong text: one program for each message, its rendering beside it.
+
+`UPDATE_GOLDENS=1 pytest tests/syntax/test_errors.py` writes the renderings anew; read the diff.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from mechdsl.diagnostics.render import render_full
+from mechdsl.source import Source
+from mechdsl.syntax import ast
+from mechdsl.syntax.explain import closest, distance
+from mechdsl.syntax.hints import HINTS
+from mechdsl.syntax.parse import MAX_REPORTED, parse, parse_setting, read_source
+from mechdsl.syntax.slips import SLIPS, without_slips
+
+from .snippets import all_snippets, wrapped
+
+CASES = sorted((Path(__file__).parent / "errors").glob("*.mech"))
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_message(path: Path) -> None:
+    source = Source(path.read_text("utf-8"), Path("$FILE"))
+    _, problems = parse(source)
+    rendered = render_full(problems)
+    golden = path.with_suffix(".err")
+    if os.environ.get("UPDATE_GOLDENS"):
+        golden.write_text(rendered, "utf-8")
+    assert rendered == golden.read_text("utf-8")
+
+
+def codes(text: str) -> list[str]:
+    return [problem.code for problem in parse(Source(text))[1]]
+
+
+def test_all_errors_at_once_and_the_rest_kept() -> None:
+    source = Source((Path(__file__).parent / "errors" / "many.mech").read_text("utf-8"))
+    tree, problems = parse(source)
+    lines = {p.span.line for p in problems if p.span}
+    marked = {
+        number
+        for number, line in enumerate(source.text.splitlines(), 1)
+        if line.rstrip().endswith("# wrong")
+    }
+    assert lines == marked
+    assert [type(s).__name__ for s in tree.statements] == [
+        "Version",
+        "PromptsDef",
+        "ExperimentDef",
+        "Seed",
+    ]
+    prompts, experiment = tree.statements[1:3]
+    assert isinstance(prompts, ast.PromptsDef)
+    assert [type(line).__name__ for line in prompts.lines] == ["Domained", "Template", "Corrupt"]
+    assert isinstance(experiment, ast.ExperimentDef)
+    kinds = [type(s).__name__ for s in experiment.statements]
+    assert kinds == ["UseModel", "UsePrompts", "For", "Measure", "Report"]
+    loop = experiment.statements[2]
+    assert isinstance(loop, ast.For)
+    assert len(loop.body) == 1
+
+
+@pytest.mark.parametrize(("kind", "text"), all_snippets()[::3])
+def test_one_error_leaves_the_neighbours(kind: str, text: str) -> None:
+    # A statement on lines of its own survives an error before and behind it.
+    good, problems = parse(Source(wrapped(kind, text)))
+    assert not problems
+    tree, problems = parse(Source(wrapped(kind, f"wrongest thing )\n{text}\nwrongest 3 thing")))
+    assert problems
+    assert len(tree.statements) == len(good.statements)
+    assert tree.statements == good.statements
+
+
+def test_the_file_comes_back_in_order_without_repeats() -> None:
+    _, problems = parse(Source("mech 1\nexperiment e {\n pach x\n}\nprams x\nexperiment f {\n"))
+    starts = [p.span.start for p in problems if p.span]
+    assert starts == sorted(starts)
+    assert len(problems) == len(set(problems)) == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mech 1\nexperiment e " + "{" * 10_000,
+        "mech 1\nparam x = " + "[" * 10_000,
+        "mech 1\nparam x = " + "(" * 201 + "1" + ")" * 201,
+        "mech 1\n" + "param a = 3\n" * 420_000,
+        "mech 1\nparam x = " + "1+" * 5_000 + "1",
+        "mech 1\nparam x = " + "-" * 5_000 + "1",
+        "mech 1\nparam x = " + "if a then b else " * 2_000 + "1",
+        "mech 1\nprompts p { where " + "not " * 5_000 + "a }",
+        "mech 1\nprompts p { where a" + " and a" * 5_000 + " }",
+    ],
+)
+def test_limits(text: str) -> None:
+    started = time.perf_counter()
+    assert codes(text) == ["E0109"]
+    assert time.perf_counter() - started < 1
+
+
+def test_below_the_limits() -> None:
+    assert codes("mech 1\nparam x = " + "[" * 199 + "1" + "]" * 199) == []
+    assert codes("mech 1\nparam x = " + "1+" * 150 + "1") == []
+
+
+def test_no_endless_list_of_errors() -> None:
+    found = codes("mech 1\n" + ";" * 50_000)
+    assert len(found) == MAX_REPORTED + 1
+    assert found[-1] == "E0109"
+
+
+def test_many_errors_do_not_take_long() -> None:
+    started = time.perf_counter()
+    found = codes("mech 1\nexperiment e {\n" + "pach layer 3 at last token\n" * 500 + "}")
+    assert found == ["E0102"] * 500
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "  # a\n\n# b"])
+def test_empty(text: str) -> None:
+    tree, problems = parse(Source(text))
+    assert [p.code for p in problems] == ["E0111"]
+    assert len(tree.comments) == text.count("#")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("seed 0", ["E0107"]),
+        ("mech 2\nseed 0", ["E0107"]),
+        ("mech\nseed 0", ["E0107"]),
+        ("mech 1.0\nseed 0", ["E0107"]),
+        ("mech v1\nseed 0", ["E0107"]),
+        ("mech 1\nmech 1\nseed 0", ["E0107"]),
+        ("# a comment\nmech 1\nseed 0", []),
+        ("mech 1 seed 0", []),
+    ],
+)
+def test_version(text: str, found: list[str]) -> None:
+    tree, problems = parse(Source(text))
+    assert [p.code for p in problems] == found
+    assert isinstance(tree.statements[-1], ast.Seed)
+
+
+def test_reserved_names() -> None:
+    assert codes('mech 1\nprompts p { head in 1..3 template "{head}" }') == ["E0106"]
+    assert codes("mech 1\nprompts p { x = path + 1 }") == ["E0106"]
+    assert codes('mech 1\nprompts p { rows "x.csv" rename { h = head } }') == []
+    assert codes('mech 1\nprompts p { text in ["a"] group = text }') == []
+    assert codes("mech 1\nparam layer = 3") == ["E0106"]
+
+
+def test_numbers_too_large() -> None:
+    assert codes("mech 1\nseed " + "9" * 400) == ["E0114"]
+    assert codes("mech 1\nparam x = 1e999") == ["E0114"]
+    assert codes("mech 1\nexperiment e { patch L" + "9" * 400 + "H1 at last token }") == ["E0114"]
+
+
+def test_every_hint_and_slip_has_a_case() -> None:
+    texts = "\n".join(path.with_suffix(".err").read_text("utf-8") for path in CASES)
+    for known in HINTS:
+        fixed = known.text.split("{")[0]
+        assert f"= help: {fixed}" in texts, known
+    for slip in SLIPS:
+        assert f"= help: {slip.hint}" in texts, slip
+
+
+def test_slips_keep_every_place() -> None:
+    text = "mech 1; “a” == 50 % “ 'b' x := 3 && é 10–20 a≥b \"open\n\"also \\\n/* c */ // d\n…→"
+    clean, problems = without_slips(Source(text))
+    assert len(clean) == len(text)
+    assert len(problems) > 12
+
+
+def test_distance() -> None:
+    assert distance("exepct", "expect") == 1
+    assert distance("pach", "patch") == 1
+    assert distance("", "abc") == 3
+    assert closest("experimnt", {"experiment", "expect"}) == "experiment"
+    assert closest("Patch", {"patch"}) == "patch"
+    assert closest("xyz", {"patch"}) is None
+
+
+def test_settings() -> None:
+    assert parse_setting("12") == ast.Number(12, span=ast.Name("x", span=None).span)  # type: ignore[arg-type]
+    assert isinstance(parse_setting("[1, 2]"), ast.ListOf)
+    assert isinstance(parse_setting("resid_post"), ast.Name)
+    assert isinstance(parse_setting('"text"'), ast.String)
+    assert isinstance(parse_setting("-3"), ast.Negative)
+    for wrong in ("", "[1", "x = 3", "3 4", "head", "(" * 1000, "a\0", "…"):
+        assert parse_setting(wrong) is None
+
+
+def test_reading_files(tmp_path: Path) -> None:
+    good = tmp_path / "good.mech"
+    good.write_bytes(b"\xef\xbb\xbfmech 1\r\nseed 0\r\n")
+    source, problems = read_source(good)
+    assert source is not None
+    assert (source.text, problems) == ("mech 1\nseed 0\n", [])
+    for name, data, code in [
+        ("nul.mech", b"mech 1\0", "E0110"),
+        ("latin.mech", "mech 1 # ä".encode("latin-1"), "E0110"),
+    ]:
+        (tmp_path / name).write_bytes(data)
+        source, problems = read_source(tmp_path / name)
+        assert source is None
+        assert [p.code for p in problems] == [code]
+    for path, reason in [(tmp_path / "none.mech", "no such file"), (tmp_path, "it is a folder")]:
+        source, problems = read_source(path)
+        assert source is None
+        assert problems[0].code == "E0112"
+        assert reason in problems[0].message
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nothing_raises(seed: int) -> None:
+    # Random damage to right programs: never an exception, a tree and typed messages.
+    import random
+
+    draw = random.Random(seed)
+    examples = sorted((Path(__file__).parent / "examples").rglob("*.mech"))
+    for _ in range(25):
+        text = draw.choice(examples).read_text("utf-8")
+        for _ in range(draw.randint(1, 4)):
+            a = draw.randrange(len(text))
+            b = min(len(text), a + draw.randint(0, 12))
+            junk = draw.choice(["", "}", "{", "(", '"', "x", "3", ";", "at", "=", "é", "\n", ","])
+            text = text[:a] + junk + text[b:]
+        tree, problems = parse(Source(text))
+        assert isinstance(tree, ast.File)
+        for problem in problems:
+            assert problem.message
+        render_full(problems)

@@ -1,0 +1,192 @@
+"""How diagnostics are shown."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from mechdsl.diagnostics import Diagnostic
+from mechdsl.diagnostics.e01_syntax import MisspeltWord, UnexpectedToken, Unreadable
+from mechdsl.diagnostics.render import (
+    facts,
+    needs_ascii,
+    render_full,
+    render_github,
+    render_json,
+    render_one,
+    render_sarif,
+    summary,
+)
+from mechdsl.source import Source, Span
+
+TEXT = "mech 1\n\nexperiment e {\n  pach layer 0..2 head 14 at last-item token\n}\n"
+
+
+def wrong(text: str, marked: str, path: str | None = "a.mech") -> Diagnostic:
+    source = Source(text, Path(path) if path else None)
+    start = text.index(marked)
+    span = Span(source, start, start + len(marked))
+    return MisspeltWord(word=marked[:5], meant="patch", span=span)
+
+
+def test_form_of_the_language_page() -> None:
+    assert render_full([wrong(TEXT, "pach")]) == (
+        "error[E0102]: `pach` is not a word of the language\n"
+        " ┌─ a.mech:4:3\n"
+        "4 │   pach layer 0..2 head 14 at last-item token\n"
+        "  │   ^^^^ no such word\n"
+        "  = help: did you mean `patch`?\n"
+        "\n"
+        "1 error\n"
+    )
+
+
+def test_numbers_of_two_digits_move_the_frame() -> None:
+    text = "\n" * 17 + "  pach"
+    lines = render_one(wrong(text, "pach")).splitlines()
+    assert lines[1:] == [
+        "  ┌─ a.mech:18:3",
+        "18 │   pach",
+        "   │   ^^^^ no such word",
+        "   = help: did you mean `patch`?",
+    ]
+
+
+def test_without_a_place() -> None:
+    text = render_full([Unreadable(path="a.mech", reason="no such file")])
+    assert text.splitlines()[:2] == [
+        "error[E0112]: cannot read `a.mech`: no such file",
+        " = help: check the path; it is relative to the folder the command runs in",
+    ]
+
+
+def test_nothing_to_say() -> None:
+    assert render_full([]) == ""
+    assert json.loads(render_json([])) == []
+    assert render_github([]) == ""
+    assert json.loads(render_sarif([]))["runs"][0]["results"] == []
+
+
+def test_order_and_summary() -> None:
+    second, first = wrong(TEXT, "14"), wrong(TEXT, "pach")
+    other = wrong(TEXT, "pach", "b.mech")
+    text = render_full([other, second, first])
+    assert [line for line in text.splitlines() if "┌─" in line] == [
+        " ┌─ a.mech:4:3",
+        " ┌─ a.mech:4:24",
+        " ┌─ b.mech:4:3",
+    ]
+    assert text.endswith("\n3 errors\n")
+    assert summary([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "marked", "line", "carets"),
+    [
+        ("\tpach", "pach", "1 │     pach", "  │     ^^^^ no such word"),
+        ("pa\tch x", "pa\tch", "1 │ pa    ch x", "  │ ^^^^^^^^ no such word"),
+        ('"数量" pach', "pach", '1 │ "数量" pach', "  │        ^^^^ no such word"),
+        ("é pach", "pach", "1 │ é pach", "  │   ^^^^ no such word"),
+        ("e\u0301 pach", "pach", "1 │ e\u0301 pach", "  │   ^^^^ no such word"),
+        ("\x1b[31m pach", "pach", "1 │ \ufffd[31m pach", "  │       ^^^^ no such word"),
+        ("pach", "", "1 │ pach", "  │ ^ no such word"),
+    ],
+)
+def test_columns(text: str, marked: str, line: str, carets: str) -> None:
+    assert render_one(wrong(text, marked)).splitlines()[2:4] == [line, carets]
+
+
+def test_end_of_the_text() -> None:
+    source = Source("mech 1\n")
+    for offset in (6, 7):
+        problem = UnexpectedToken(found="x", expected="y", span=Span(source, offset, offset))
+        assert "^ expected y" in render_one(problem)
+
+
+def test_several_lines() -> None:
+    text = "a {\n  b\n  c\n} d"
+    assert render_one(wrong(text, "a {\n  b\n  c\n}")).splitlines()[1:-1] == [
+        " ┌─ a.mech:1:1",
+        "1 │ a {",
+        "  │ ^^^",
+        "  │ …",
+        "4 │ } d",
+        "  │ ^ no such word",
+    ]
+    assert "│ …" not in render_one(wrong(text, "b\n  c"))
+
+
+def test_long_lines_are_cut_around_the_place() -> None:
+    text = "x" * 500 + " pach " + "y" * 500
+    lines = render_full([wrong(text, "pach")], width=80).splitlines()
+    shown, carets = lines[2], lines[3]
+    assert len(shown) <= 80
+    assert shown.count("…") == 2
+    assert shown[carets.index("^") :].startswith("pach")
+    whole = render_one(wrong("z" * 3_000_000, "z" * 3_000_000), width=80)
+    assert max(map(len, whole.splitlines()[2:3])) <= 80
+
+
+def test_colours_only_where_wanted() -> None:
+    plain = render_full([wrong(TEXT, "pach")])
+    coloured = render_full([wrong(TEXT, "pach")], color=True)
+    assert "\x1b" not in plain
+    assert coloured.startswith("\x1b[1;31merror[E0102]\x1b[0m")
+    import re
+
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
+
+
+def test_ascii() -> None:
+    text = render_full([wrong("“ é pach", "pach")], ascii=True)
+    assert text.isascii()
+    assert "--> a.mech:1:5" in text
+    assert needs_ascii(io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert needs_ascii(io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    assert not needs_ascii(io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+
+
+def test_json() -> None:
+    (found,) = json.loads(render_json([wrong(TEXT, "pach")]))
+    assert found == {
+        "code": "E0102",
+        "severity": "error",
+        "message": "`pach` is not a word of the language",
+        "label": "no such word",
+        "help": "did you mean `patch`?",
+        "file": "a.mech",
+        "line": 4,
+        "column": 3,
+        "end_line": 4,
+        "end_column": 7,
+    }
+    assert facts(Unreadable(path="x", reason="y"))["line"] is None
+    assert facts(wrong(TEXT, "pach", None))["file"] == "<text>"
+
+
+def test_github() -> None:
+    text = render_github([wrong(TEXT, "pach", "a,b:c%.mech"), Unreadable(path="x", reason="100%")])
+    assert text.splitlines() == [
+        "::error title=E0112::cannot read `x`: 100%25%0A"
+        "check the path; it is relative to the folder the command runs in",
+        "::error file=a%2Cb%3Ac%25.mech,line=4,col=3,endLine=4,endColumn=7,title=E0102::"
+        "`pach` is not a word of the language%0Ano such word%0Adid you mean `patch`?",
+    ]
+
+
+def test_sarif() -> None:
+    log = json.loads(
+        render_sarif([wrong(TEXT, "pach", "my file.mech"), Unreadable(path="x", reason="y")])
+    )
+    assert log["version"] == "2.1.0"
+    (run,) = log["runs"]
+    assert [rule["id"] for rule in run["tool"]["driver"]["rules"]] == ["E0102", "E0112"]
+    nowhere, placed = run["results"]
+    assert "locations" not in nowhere
+    assert run["tool"]["driver"]["rules"][placed["ruleIndex"]]["id"] == "E0102"
+    place = placed["locations"][0]["physicalLocation"]
+    assert place["artifactLocation"]["uri"] == "my%20file.mech"
+    assert place["region"] == {"startLine": 4, "startColumn": 3, "endLine": 4, "endColumn": 7}

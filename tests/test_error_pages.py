@@ -1,0 +1,145 @@
+"""Every code has a page, and every page says the truth: its failing file fails with exactly the text
+that it shows, and its corrected file has no errors."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import mechdsl.diagnostics
+from mechdsl.diagnostics.core import CODES, Diagnostic
+from mechdsl.diagnostics.render import render_full
+
+for _module in pkgutil.iter_modules(mechdsl.diagnostics.__path__):
+    importlib.import_module(f"mechdsl.diagnostics.{_module.name}")
+
+PAGES = Path(__file__).parent.parent / "docs" / "errors"
+WHILE_RUNNING = ("E0604", "E0613")
+"""Found after the unpatched runs, before any cell."""
+SHOWN_ELSEWHERE = {
+    "E0208": "tests/cli/test_bad_input.py",
+    "E0409": "tests/models/test_load.py",
+    "E0410": "tests/models/test_verify.py",
+    "E0411": "tests/models/test_load.py",
+    "E0412": "tests/models/test_load.py",
+    "W0711": "tests/models/test_load.py",
+}
+"""Codes that need a broken model or command line, and the tests that cause them."""
+
+
+@dataclass(frozen=True)
+class Page:
+    code: str
+    text: str
+
+    def fence(self, title: str) -> tuple[str, str] | None:
+        """(language, content) of the first fence behind `Fails:` or `Corrected:`."""
+        found = re.search(rf"^{title}:\n+```(\w+)[^\n]*\n(.*?)^```", self.text, re.S | re.M)
+        return (found[1], found[2]) if found else None
+
+    @property
+    def message(self) -> str:
+        found = re.search(r"^```text\n(.*?)^```", self.text, re.S | re.M)
+        return found[1] if found else ""
+
+    def files(self) -> dict[str, str]:
+        """Data files beside the `.mech` file: fences that are called by a name."""
+        fences = re.findall(r"^```\w+ (\S+\.\w+)\n(.*?)^```", self.text, re.S | re.M)
+        return dict(fences)
+
+
+def pages() -> list[Page]:
+    return [Page(p.stem, p.read_text(encoding="utf-8")) for p in sorted(PAGES.glob("*.md"))]
+
+
+def test_every_code_has_a_page_and_every_page_a_code() -> None:
+    assert {page.code for page in pages()} == set(CODES)
+
+
+@pytest.mark.parametrize("code", sorted(CODES))
+def test_wording_is_complete(code: str) -> None:
+    kind = CODES[code]
+    assert kind.title, code
+    assert kind.help, f"{code} has no help line"
+    assert re.fullmatch(r"[EW]0\d{3}", code)
+
+
+def _diagnose(page: Page, text: str, folder: Path) -> tuple[str, list[Diagnostic]]:
+    path = folder / "page.mech"
+    path.write_text(text, encoding="utf-8")
+    for name, content in page.files().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    from mechdsl.check import check_source
+    from mechdsl.syntax.parse import read_source
+
+    source, found = read_source(path)
+    if source is not None:
+        found = check_source(source).diagnostics
+        if page.code in WHILE_RUNNING and not found:
+            from mechdsl.pipeline import run_source
+
+            found = run_source(source)[1]
+    return render_full(found, width=100).replace(str(path), "$FILE"), list(found)
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.code)
+def test_page_is_true(page: Page, tmp_path: Path, update: bool) -> None:
+    assert page.text.startswith(f"# {page.code}: ")
+    if page.code in SHOWN_ELSEWHERE:
+        assert (PAGES.parent.parent / SHOWN_ELSEWHERE[page.code]).is_file()
+        return
+    failing = page.fence("Fails")
+    assert failing is not None, "the page has no failing file"
+    language, content = failing
+    if language == "mech":
+        shown, found = _diagnose(page, content, tmp_path)
+        assert {d.code for d in found} == {page.code}, shown
+    else:
+        shown = _shell(content, tmp_path)
+        assert page.code in shown, shown
+    if update:
+        _rewrite(page, shown)
+    else:
+        assert page.message == shown
+    corrected = page.fence("Corrected")
+    assert corrected is not None, "the page has no corrected file"
+    if corrected[0] == "mech":
+        again = tmp_path / "corrected"
+        again.mkdir()
+        shown, found = _diagnose(page, corrected[1], again)
+        assert not found, shown
+
+
+def _shell(script: str, folder: Path) -> str:
+    """What a script prints on standard error, with `mechdsl` on its path."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "COLUMNS": "100",
+        "HF_HOME": str(folder / "no-cache"),
+    }
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+    return done.stderr.replace(str(folder), "$FOLDER")
+
+
+def _rewrite(page: Page, shown: str) -> None:
+    text = re.sub(
+        r"^```text\n.*?^```",
+        lambda _: f"```text\n{shown}```",
+        page.text,
+        count=1,
+        flags=re.S | re.M,
+    )
+    (PAGES / f"{page.code}.md").write_text(text, encoding="utf-8")
