@@ -36,7 +36,7 @@ RELATIVE = 1e-3
 SMALL = 1e-2
 """Effects below this are held to an absolute bound of SMALL * RELATIVE."""
 
-ROWS: list[Record] = [
+_RECORDS: list[Record] = [
     {
         "words": ["w3", "w4", "w5", "w6"],
         "more": ["w9", "w8"],
@@ -78,7 +78,8 @@ ROWS: list[Record] = [
         "b": "w5",
     },
 ]
-"""Prompts of 12, 8, 9 and 12 tokens; those of `longer` have others."""
+ROWS = [{**r, "turned": r["words"][1:] + r["words"][:1]} for r in _RECORDS]
+"""Prompts of 13, 8, 10 and 13 tokens; those of `longer` have others."""
 
 PROMPTS = """
 prompts p {
@@ -89,6 +90,7 @@ prompts p {
   wrong " {b}"
   corrupt other { subject = alt }
   corrupt longer { words = more  cue = cue2 }
+  corrupt turned { words = turned }
 }
 """
 STATS = "stats bootstrap(100) confidence 95% correct none"
@@ -147,7 +149,7 @@ class Prompt:
 
 def prompt(record: Record, run: str = "clean") -> Prompt:
     """The prompt of a record in one of the runs of `PROMPTS`."""
-    items = record["more"] if run == "longer" else record["words"]
+    items = record[{"longer": "more", "turned": "turned"}.get(run, "words")]
     subject = (record["alt"] if run == "other" else record["subject"]).split()
     cue = record["cue2"] if run == "longer" else record["cue"]
     words = (*items, "w40", *subject, "w41", cue, "w42")

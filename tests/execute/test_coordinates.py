@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mechdsl.results.experiment import ExperimentResult
@@ -177,9 +178,6 @@ def test_window_bounds_are_shown(shared: Path) -> None:
     assert [cell.site for cell in found.cells] == ["L0.attn_out", "L0-1.attn_out", "L1-2.attn_out"]
 
 
-Edit = Callable[[int], dict[tuple[str, int | None], list[object]]]
-
-
 def sources(n: int) -> tuple[Prompt, Prompt, Prompt]:
     return prompt(ROWS[n]), prompt(ROWS[n], "other"), prompt(ROWS[n], "longer")
 
@@ -217,8 +215,6 @@ def test_rules_with_other_sources_and_an_ablation_act_in_one_run(folder: Path, m
                 )
                 row.append(difference(patched("llama", base, edits), record))
             values.append(row)
-    import numpy as np
-
     agree(found.measures[0], np.array(values), differences("llama", ROWS))
 
 

@@ -138,7 +138,10 @@ def _print_panel(
         value: max(number_width, 1 + max(len(line) for line in headers[value]))
         for value in column_values
     }
-    for part in _parts(column_values, widths, console.width - label_width - 1):
+    room = console.width - label_width - 1
+    if sum(widths.values()) + len(widths) <= room:  # a gap besides, where nothing is cut for it
+        widths = {value: width + 1 for value, width in widths.items()}
+    for part in _parts(column_values, widths, room):
         console.print(Text(f"{'':<{label_width}}  {columns_axis}", style="dim"), highlight=False)
         height = max(len(headers[value]) for value in part)
         for line in range(height):
