@@ -21,9 +21,14 @@ FINE, FAILED, WRONG, BROKE_OFF, INTERRUPTED = 0, 1, 2, 3, 130
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Interpretability experiments as files: check, explain, plan and run them.",
+    invoke_without_command=True,
 )
-def app() -> None:
-    """The commands."""
+@click.version_option(package_name="mechdsl", message="%(version)s")
+@click.pass_context
+def app(context: click.Context) -> None:
+    """The commands; alone, the list of them."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 files_argument = click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -32,7 +37,10 @@ set_option = click.option(
     "--set", "parameters", multiple=True, metavar="K=V", help="Set a parameter: --set depth=12."
 )
 limit_option = click.option(
-    "--limit", type=click.IntRange(min=1), help="At most this many rows per experiment."
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="At most this many rows per experiment.",
 )
 no_pass_option = click.option(
     "--no-pass", "no_pass", multiple=True, metavar="NAME", help="Switch a pass off."
@@ -55,22 +63,45 @@ def main() -> None:
         # The reader (`head`) has seen enough; nothing is left to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FINE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _print([_unwritable(error)])
+        status = WRONG
     sys.exit(status if isinstance(status, int) else FINE)
+
+
+class _BadSetting(click.UsageError):
+    """`--set` without a name or a value."""
+
+    hint = "write `--set NAME=VALUE`, for example `--set depth=12`"
 
 
 def _usage(error: click.ClickException) -> Diagnostic:
     """A mistake on the command line as a diagnostic."""
-    hint = "`mechdsl --help` lists the commands, `mechdsl COMMAND --help` its options"
-    context = getattr(error, "ctx", None)
+    context: click.Context | None = getattr(error, "ctx", None)
+    if context is None or context.parent is None:
+        hint = "`mechdsl --help` lists the commands"
+    else:
+        hint = f"`mechdsl {context.info_name} --help` lists what it takes"
     if isinstance(error, click.NoSuchOption) and context is not None:
         options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
         hint = did_you_mean(nearest(error.option_name, options), hint)
     elif isinstance(error, click.UsageError) and "No such command" in error.message:
         word = error.message.split("'")[1]
-        commands = context.command.list_commands(context) if context is not None else []
-        hint = did_you_mean(nearest(word, commands), hint)
+        hint = did_you_mean(nearest(word, app.list_commands(click.Context(app))), hint)
+    elif isinstance(error, _BadSetting):
+        hint = error.hint
     reason = error.format_message().partition(" Did you mean")[0].rstrip(".")
-    return BadCommandLine(reason=reason, hint=hint)
+    return BadCommandLine(reason=reason[0].lower() + reason[1:], hint=hint)
+
+
+def _unwritable(error: OSError) -> Diagnostic:
+    """A file that a command was to write."""
+    return BadCommandLine(
+        reason=f"cannot write `{error.filename}`: {(error.strerror or str(error)).lower()}",
+        hint="name a file in a folder that exists and may be written to",
+    )
 
 
 # --- output ---
@@ -118,9 +149,12 @@ def _settings(
     given: dict[str, str] = {}
     for text in parameters:
         name, equals, value = text.partition("=")
-        if not equals or not name.strip():
-            raise click.UsageError(f"`--set {text}` has no `=`; write `--set depth=12`")
-        given[name.strip()] = value.strip()
+        name = name.strip()
+        if not equals or not name:
+            raise _BadSetting(f"`--set {text}` has no {'name' if equals else '`=`'}")
+        if name in given:
+            raise _BadSetting(f"`--set {name}=…` is given twice")
+        given[name] = value.strip()
     return Settings(given, limit, only)
 
 
@@ -129,7 +163,7 @@ def _mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnostic]]:
     found: list[Path] = []
     problems: list[Diagnostic] = []
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):  # which, unlike `Path.is_dir`, takes any name
             inside = sorted(path.rglob("*.mech"))
             if not inside:
                 problems.append(
@@ -141,7 +175,7 @@ def _mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnostic]]:
             found.extend(inside)
         else:
             found.append(path)
-    return found, problems
+    return list(dict.fromkeys(found)), problems
 
 
 def _checked(file: Path, settings: Any) -> tuple[Any, list[Diagnostic]]:
@@ -250,8 +284,15 @@ def _run(
         if result is None:
             return WRONG
         found.append(result)
-        if form == "table":
-            _show(result, source.folder)
+        if not result.experiments:
+            print(f"{source.name} has no experiments: nothing was run", file=sys.stderr)
+        try:
+            _show(result, source.folder, tables=form == "table")
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _print([_unwritable(error)])
+            return BROKE_OFF
     results = Results(tuple(found), versions())
     if form == "json":
         sys.stdout.write(results.to_json() + "\n")
@@ -262,18 +303,25 @@ def _run(
     return FINE if results.holds else FAILED
 
 
-def _show(result: Any, folder: Path) -> None:
-    """All reports of a file, each experiment with the verdicts on its expectations."""
+def _show(result: Any, folder: Path, *, tables: bool) -> None:
+    """All reports of a file, each experiment with the verdicts on its expectations.
+
+    tables: print them; else only those are made that go to a file.
+    """
     from mechdsl.vocab.reports import show
     from mechdsl.vocab.reports.verdicts import print_verdicts
 
     console = _console()
     for experiment in result.experiments:
         for report in experiment.reports:
+            if not tables and report.file is None:
+                continue
             written = show(experiment, report, console, folder)
             if written is not None:
-                console.print(f"{experiment.name}: report {report.kind} written to {written}")
-        print_verdicts(experiment, console)
+                said = f"{experiment.name}: report {report.kind} written to {written}"
+                print(said, file=sys.stdout if tables else sys.stderr)
+        if tables:
+            print_verdicts(experiment, console)
 
 
 @app.command()
@@ -368,7 +416,8 @@ def explain(what: str, parameters: tuple[str, ...], limit: int | None, form: str
     """Show each prompt's tokens with the positions marked; or explain an error's code."""
     from mechdsl.pages import page
 
-    if what[:1] in "EW" and what[1:].isdigit():
+    if what[:1] in "EWew" and what[1:].isdigit():
+        what = what.upper()
         text = page(what)
         if text is None:
             from mechdsl.pages import codes

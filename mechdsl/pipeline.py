@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -26,6 +27,8 @@ from mechdsl.results.experiment import ExperimentResult, FileResult, Results
 from mechdsl.source import Source, Span
 from mechdsl.store import Store
 from mechdsl.tabulate import with_statistics, with_verdicts
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 @dataclass(frozen=True)
@@ -121,24 +124,40 @@ def _run(
 
 
 def check_options(options: RunOptions) -> list[Diagnostic]:
-    """E0208 for devices and passes that don't exist."""
+    """E0208 for devices and passes that don't exist, and a folder that can't be written to."""
     found: list[Diagnostic] = []
     known = [*PASSES, *PLAN_PASSES]
     for name in sorted(options.without):
         if name not in known:
             hint = did_you_mean(nearest(name, known), f"passes are {', '.join(known)}")
             found.append(BadCommandLine(reason=f"there is no pass called `{name}`", hint=hint))
-    try:
-        device(options.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    problem = _device_problem(options.device)
+    if problem is not None:
         found.append(
             BadCommandLine(
-                reason=f"`--device {options.device}`: {reason}",
+                reason=f"`--device {options.device}`: {problem}",
                 hint="write `auto`, `cpu`, `cuda` or `cuda:0`",
             )
         )
+    if options.out is not None:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=options.out).close()
+        except OSError as error:
+            reason = f"`--out {options.out}`: {(error.strerror or str(error)).lower()}"
+            hint = "name a folder that may be written to; it is made where there is none"
+            found.append(BadCommandLine(reason=reason, hint=hint))
     return found
+
+
+def _device_problem(name: str) -> str | None:
+    """Why a device can't be used; None where it can."""
+    try:
+        kind = device(name).type
+    except (RuntimeError, AssertionError, NotImplementedError):
+        known = name.partition(":")[0] in DEVICES
+        return "torch finds no such device on this machine" if known else "there is no such device"
+    return None if kind in DEVICES else "models can't run there"
 
 
 def device(name: str) -> torch.device:
@@ -183,12 +202,10 @@ def _load(
         UnknownName(kind="model", name=name, hint="the file defines no model of that name")
         for name in unknown
     )
-    needed = dict.fromkeys(e.model for e in checked.program.experiments)
-    if options.settings.only is not None:
-        needed = dict.fromkeys(
-            e.model for e in checked.program.experiments if e.name == options.settings.only
-        )
-    for name in needed:
+    # With `--only` there may be models that nothing runs on.
+    wanted = {*(e.name for e in checked.experiments), *checked.unchecked}
+    needed = [e.model for e in checked.program.experiments if e.name in wanted]
+    for name in dict.fromkeys(needed):
         if name in loaded:
             continue
         model, found = load(

@@ -360,43 +360,57 @@ def _start(point: SitePoint, n_layers: int) -> int:
 
 # --- cells that can't differ from the base run ----------------------------------------------------
 
+SEEN_BY_LATER_TOKENS = frozenset({"resid_pre", "attn_norm", "k", "v"})
+"""Sites of a block that its attention carries to later positions; the rest stay where they are."""
+
 
 def _inert(
     experiment: ResolvedExperiment, rules: tuple[RulePlan, ...], count: int
 ) -> NDArray[np.bool_]:
     """Cells in which no write of any row can change what is measured, by structure.
 
-    Two arguments, both for causal decoders: up to the first token in which they differ, source and
-    base are the same prompt; and a write behind the last position that is read reaches nothing.
+    Three arguments, all for causal decoders: up to the first token in which they differ, source
+    and base are the same prompt; a write behind the last position that is read reaches nothing;
+    and a write above the last attention reaches its own position only.
     """
     if not rules or any(plan.rule.sites is None for plan in rules):
         return np.zeros(count, dtype=np.bool_)
     inert = np.ones(count, dtype=np.bool_)
-    last_read = _last_read(experiment)
+    reads = _read_positions(experiment)
     for plan in rules:
         shared = _shared_prefix(experiment, plan.rule)
-        dead = np.array(
-            [
-                _position_is_dead(written, read, shared, last_read)
-                for written, read in zip(plan.positions, plan.sources, strict=True)
-            ],
-            dtype=np.bool_,
-        )
-        inert &= dead[plan.position_of_cell]
+        pairs = list(zip(plan.positions, plan.sources, strict=True))
+        anywhere = np.array([_is_dead(w, r, shared, reads, False) for w, r in pairs])
+        on_top = np.array([_is_dead(w, r, shared, reads, True) for w, r in pairs])
+        top = _above_attention(experiment, plan)[plan.site_of_cell]
+        position = plan.position_of_cell
+        inert &= np.where(top, on_top[position], anywhere[position])
     return inert
 
 
-def _last_read(experiment: ResolvedExperiment) -> list[int] | None:
-    """Per prompt, the last position of the base run that a measure reads; None for all of it."""
+def _above_attention(experiment: ResolvedExperiment, plan: RulePlan) -> NDArray[np.bool_]:
+    """Per site combination: whether all its writes lie above the last attention."""
+    last = experiment.model.shape.n_layers - 1
+    above = [
+        SITES[p.site].when == "output" or (p.layer == last and p.site not in SEEN_BY_LATER_TOKENS)
+        for p in plan.point_table
+    ]
+    keys = range(len(plan.points.offsets) - 1)
+    return np.array([all(above[p] for p in _list(plan.points, key)) for key in keys])
+
+
+def _read_positions(experiment: ResolvedExperiment) -> list[frozenset[int]] | None:
+    """Per prompt, the positions of the base run that measures read; None for all of them."""
     base = experiment.spec.base
     rows = experiment.table.runs[base].rows
-    last = [0] * len(rows)
+    found: list[set[int]] = [set() for _ in rows]
     for measure in experiment.measures:
         if any(atom.form.takes in ("prompt", "continuation") for atom in measure.atoms):
             return None
         at = measure.at.get(base) or [len(row.ids) - 1 for row in rows]
-        last = [max(a, b) for a, b in zip(last, at, strict=True)]
-    return last
+        for positions, position in zip(found, at, strict=True):
+            positions.add(position)
+    return [frozenset(positions) for positions in found]
 
 
 def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> list[int] | None:
@@ -418,17 +432,21 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> list[i
     return shared
 
 
-def _position_is_dead(
+def _is_dead(
     written: PositionCell,
     read: PositionCell,
     shared: list[int] | None,
-    last_read: list[int] | None,
+    reads: list[frozenset[int]] | None,
+    local: bool,
 ) -> bool:
+    """Whether no write at this position matters; `local`: it is seen at its own position only."""
     for row, (runs, sources) in enumerate(zip(written.hits, read.hits, strict=True)):
         for tokens, origin in zip(runs, sources, strict=True):
             for token, source in zip(tokens, origin, strict=True):
-                behind = last_read is not None and token > last_read[row]
                 same = shared is not None and token == source and token < shared[row]
-                if not behind and not same:
+                unread = reads is not None and (
+                    token > max(reads[row]) or (local and token not in reads[row])
+                )
+                if not same and not unread:
                     return False
     return True

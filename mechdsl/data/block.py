@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 from mechdsl import spec
@@ -18,6 +19,7 @@ from mechdsl.diagnostics.e05_data import (
     DataFormat,
     NoDomain,
     NoTemplate,
+    TooMany,
     UnknownValue,
 )
 from mechdsl.registry import nearest
@@ -27,6 +29,9 @@ from mechdsl.syntax.template import Placeholder, parse_template
 
 TEMPLATE = "template"
 """Name of the value that says which of several templates a row is written with."""
+
+MAX_CHAIN = 50
+"""Definitions that hang on one another."""
 
 Blocks = Mapping[str, spec.Prompts]
 
@@ -263,34 +268,54 @@ class Block:
         return Refusal(UnknownValue, span, prompts=self.name, name=name, hint=hint)
 
     def _check_cycles(self) -> None:
-        graph: dict[str, Definition] = {}
-        for template in self.templates:
-            graph |= template.definitions
-        graph |= self.definitions
-        for name, value in self.texts.items():
-            graph.setdefault(name, Definition((name,), value))
-        done: set[str] = set()
+        """E0502, and E0506 for values that hang on one another in an endless chain."""
+        for template in self._all_templates():
+            graph = template.definitions | self.definitions
+            for name, value in self.texts.items():
+                graph.setdefault(name, Definition((name,), value))
+            found = self._circle(graph)
+            if found is not None:
+                self.diagnostics.append(found)
+                return
 
-        def visit(name: str, path: tuple[str, ...]) -> bool:
+    def _circle(self, graph: Mapping[str, Definition]) -> Diagnostic | None:
+        """What is wrong with the way definitions hang on one another. Rows are worked out by
+        recursion, which is why chains are bounded."""
+        steps: dict[str, int] = {}
+
+        def visit(name: str, path: tuple[str, ...]) -> Diagnostic | None:
+            if name in steps or name not in graph:
+                return None
+            span = graph[name].value.span
             if name in path:
                 around = path[path.index(name) :]
                 shown = " → ".join(f"`{n}`" for n in (*around, name))
-                span = graph[name].value.span
-                self.diagnostics.append(CyclicValue(span=span, name=name, path=shown))
-                return True
-            if name in done or name not in graph:
-                return False
-            found = any(
-                visit(use.name, (*path, name))
-                for use in uses(graph[name].value, self.placeholders)
-                if use.how in ("value", "pool")
+                return CyclicValue(span=span, name=name, path=shown)
+            longest = 0
+            for use in uses(graph[name].value, self.placeholders):
+                if use.how in ("value", "pool") and len(path) <= MAX_CHAIN:
+                    found = visit(use.name, (*path, name))
+                    if found is not None:
+                        return found
+                    longest = max(longest, steps.get(use.name, 0))
+            steps[name] = longest + 1
+            if steps[name] <= MAX_CHAIN:
+                return None
+            return TooMany(
+                span=span,
+                what=f"steps from which `{name}` is derived",
+                amount=f"{MAX_CHAIN + 1} or more",
+                most=MAX_CHAIN,
+                hint="derive it in fewer steps",
             )
-            done.add(name)
-            return found
 
-        for name in graph:
-            if visit(name, ()):
-                return
+        return next((f for f in (visit(name, ()) for name in graph) if f is not None), None)
+
+    def only(self, corruption: spec.Corruption) -> Block:
+        """The same block with one of its corruptions."""
+        other = copy(self)
+        other.spec = self.spec.model_copy(update={"corruptions": (corruption,)})
+        return other
 
     def _axes(self) -> Iterator[tuple[str, Sequence[Value]]]:
         """The domains that are crossed: all but those that only lists draw from."""

@@ -23,15 +23,14 @@ def add_noise(
     table: PromptTable,
     block: Block,
     tokenizer: TextTokenizer,
-    before_limit: Callable[[], PromptTable],
+    before_limit: Callable[[str], PromptTable],
 ) -> tuple[PromptTable, list[Diagnostic]]:
     """The table with the noise of its corruptions.
 
-    before_limit: gives the table of all rows, over whose tokens one `sd` is taken.
+    before_limit: gives the table of all rows of a run, over whose tokens one `sd` is taken.
     """
     diagnostics: list[Diagnostic] = []
     runs = dict(table.runs)
-    everything: PromptTable | None = None
     for corruption in block.spec.corruptions:
         changes = [c for c in corruption.changes if isinstance(c, ast.AddNoise)]
         for second in changes[1:]:
@@ -45,8 +44,7 @@ def add_noise(
             run = corruption.name
             noise = replace(noise, positions=_joined(change.at, table, run, tokenizer, diagnostics))
             if noise.sds is not None and not has_errors(diagnostics):
-                everything = everything or before_limit()
-                tokens = _sd_tokens(reader, everything, run, tokenizer, diagnostics)
+                tokens = _sd_tokens(reader, before_limit(run), run, tokenizer, diagnostics)
                 noise = replace(noise, sd_tokens=tokens)
             runs[run] = replace(runs[run], noise=noise)
     return replace(table, runs=runs), diagnostics

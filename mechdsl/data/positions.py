@@ -384,7 +384,8 @@ class _Resolver:
 
     def _ambiguous(self, node: ast.Node, ref: ast.SpanRef, several: list[int], times: int) -> None:
         name = _text(ref)
-        ways = [f"`first-{name} token`", f"`last-{name} token`", f"`{ref.name} 2 token`"]
+        behind = f" of {ref.of}" if ref.of is not None else ""
+        ways = [f"`first-{name} token`", f"`last-{name} token`", f"`{ref.name} 2{behind} token`"]
         ways += [f"`each {name} token` for one run each", f"`{name} tokens` for all of them"]
         self.diagnostics.append(
             AmbiguousSpan(

@@ -81,6 +81,8 @@ class _Builder:
     block: Block
     tokenizer: TextTokenizer
     max_length: int | None
+    texts: bool = True
+    """Whether answers and the like are tokenised."""
 
     def __post_init__(self) -> None:
         self.diagnostics: list[Diagnostic] = []
@@ -146,7 +148,7 @@ class _Builder:
         """The named texts of a run's rows, behind the clean prompts."""
         prompts = [m.clean.prompt.text for m in made]
         out: list[dict[str, TextTokens]] = [{} for _ in rows]
-        for definition in self.block.spec.texts:
+        for definition in self.block.spec.texts if self.texts else ():
             name = definition.name
             texts: list[str | TokenId] = [row.named_text(name) for row in rows]
             tokens, diagnostics = tokenise(
@@ -254,19 +256,22 @@ class _Builder:
         ):
             return table
         table, diagnostics = add_noise(
-            table, self.block, self.tokenizer, lambda: self._before_limit(found, table)
+            table, self.block, self.tokenizer, lambda run: self._before_limit(found, table, run)
         )
         self.diagnostics += diagnostics
         return table
 
-    def _before_limit(self, found: Collection, table: PromptTable) -> PromptTable:
-        """The rows that there are without `limit` and `split`."""
+    def _before_limit(self, found: Collection, table: PromptTable, run: str) -> PromptTable:
+        """The rows of a run that there are without `limit` and `split`, without their texts."""
         if found.complete and self.block.spec.split is None:
             return table
-        block = self.block
+        corruption = next(c for c in self.block.spec.corruptions if c.name == run)
+        block = self.block.only(corruption)
         target = max(block.combinations, _NOISE_ROWS_OF_DRAWS if block.draws else 0)
         more = collect(block, limit=min(target, MAX_NOISE_ROWS))
-        return _Builder(block, self.tokenizer, None).runs(more.rows)[0] if more.rows else table
+        if not more.rows:
+            return table
+        return _Builder(block, self.tokenizer, None, texts=False).runs(more.rows)[0]
 
     # --- checks and conventions -------------------------------------------------------------
 

@@ -330,6 +330,7 @@ def find_text(text: str, part: str) -> list[tuple[int, int]]:
     """Where a text occurs in another, without overlaps; whole words where there are any."""
     if not part.strip():
         return []
-    found = [m.span() for m in re.finditer(re.escape(part), text)]
-    whole = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(part)}(?!\w)", text)]
-    return whole or found
+    before = r"(?<!\w)" if re.match(r"\w", part) else ""
+    behind = r"(?!\w)" if re.search(r"\w\Z", part) else ""
+    whole = [m.span() for m in re.finditer(before + re.escape(part) + behind, text)]
+    return whole or [m.span() for m in re.finditer(re.escape(part), text)]

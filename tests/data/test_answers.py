@@ -37,7 +37,8 @@ class TestNamedTexts:
 
     def test_other_names(self, words: TextTokenizer) -> None:
         made = table(COUNT + 'text rival = " {count + 1}"', words)
-        assert ids(made, "rival", words)[0][0] == [str(made.sources[0].values["count"] + 1)]
+        count = made.runs["clean"].rows[0].values["count"]
+        assert ids(made, "rival", words)[0][0] == [str(count + 1)]
 
     def test_literals_are_evaluated_on_the_clean_row(self, words: TextTokenizer) -> None:
         made = table(COUNT, words)
@@ -94,7 +95,8 @@ class TestMovedToken:
         assert len(made.runs["clean"].rows[0].ids) == len(plain.ids) + 1
         assert made.moved == plain.ids[1:2] or qwen.token_text(made.moved[0]) == " "
         assert made.conventions["answer"].endswith("its first token ` ` stands in the prompt")
-        assert ids(made, '" {count + 1}"', qwen)[0][0] == [str(made.sources[0].values["count"] + 1)]
+        count = made.runs["clean"].rows[0].values["count"]
+        assert ids(made, '" {count + 1}"', qwen)[0][0] == [str(count + 1)]
 
     def test_one_answer_alone(self, qwen: TextTokenizer) -> None:
         made = table('n in 1..3 template "{n}:" answer " 3"', qwen)

@@ -501,6 +501,73 @@ class TestHugeThings:
         assert codes(text, words) == ["E0506"]
 
 
+class TestChains:
+    def test_circles_in_templates(self, words: TextTokenizer) -> None:
+        assert codes('template "{a = b} {b = a}"', words) == ["E0502"]
+        text = 'n in 1..2 template "{n}" corrupt c { template "{a = b} {b = a}" }'
+        assert codes(text, words) == ["E0502"]
+
+    def test_long_chains(self, words: TextTokenizer) -> None:
+        def chain(length: int) -> str:
+            lines = [f"x{n} = x{n - 1} + 1" for n in range(1, length)]
+            return "\n".join(["x0 in 1..2", *lines, f'template "{{x{length - 1}}}"'])
+
+        assert sorted(texts(table(chain(40), words))) == ["40", "41"]
+        assert codes(chain(5000), words) == ["E0506"]
+
+
+class TestRefusedRows:
+    """Errors that come up only when rows are made; each is told once, with one row as example."""
+
+    def test_each_is_told_once(self, words: TextTokenizer) -> None:
+        text = 'a in 0..9 b = 1 / a c = xs[3] xs = list(y, 2) y in [1, 2] template "{b} {c}"'
+        made, diagnostics = build(text, words)
+        assert made is None
+        assert sorted(d.message for d in diagnostics) == [
+            "`1 / a` can't be worked out: it divides by zero",
+            "`xs[3]` can't be worked out: `xs` has 2 items",
+        ]
+        assert all(d.label_text.startswith("in the row with a = ") for d in diagnostics)
+
+    @pytest.mark.parametrize(
+        ("lines", "code"),
+        [
+            ('a in 0..2 template "{1 / a}"', "E0503"),
+            ('a in 0..2 template "{if a then 1 else 2}"', "E0503"),
+            ('a in 0..2 xs = list(b, a - 1) b in 1..3 template "{xs}"', "E0503"),
+            ('a in 0..2 xs = list(b, a / 2) b in 1..3 template "{xs}"', "E0503"),
+            ('a in 0..2 b = a[1] template "{b}"', "E0503"),
+            ('a in 0..2 b, c = a template "{b}"', "E0503"),
+            ('a in 0..2 where a < "x" template "{a}"', "E0503"),
+            ('a in 1..2 b = other(a, 1, 2) template "{b}"', "E0512"),
+            ('a in [1] b = other(a) template "{b}"', "E0512"),
+            ('b in 1..3 xs = list(b, 4, distinct: true) template "{xs}"', "E0512"),
+            ('a in 1..3 b = other(a + 1) template "{b}"', "E0513"),
+            ('b in 1..3 xs = list(b, 4, sap: " ") template "{xs}"', "E0515"),
+            ('b in 1..3 xs = list(b, 4, 5) template "{xs}"', "E0515"),
+            ('b in 1..3 xs = list(b, 4, distinct: 3) template "{xs}"', "E0515"),
+            ('b in 1..3 template "{choice(b)}"', "E0515"),
+            ('b in 1..c c in 1..2 template "{b}"', "E0501"),
+            ('b in 3..1 template "{b}"', "E0509"),
+            ('b in 1..3 step 0 template "{b}"', "E0503"),
+            ('b in words(3) template "{b}"', "E0515"),
+            ('b in 1..3 xs = list(b, 2) template "{xs} {zz}" answer " {b2}"', "E0501"),
+            ('b in 1..3 xs = list(b, 2) template "{xs}" corrupt c { zz = 1 }', "E0501"),
+            ('b in 1..3 b2 = 1 template "{b} {b2 = b}"', "E0202"),
+            ('b in 1..3 template "{b} {b + }"', "E0113"),
+            ('b in 1..3 template "{b}" @guassian(std: 1) to embed at b token }', "E0203"),
+            ('b in 1..3 template "{b}" @gaussian(std: 0) to embed at b token }', "E0515"),
+            ('b in 1..3 template "{b}" @gaussian(std: 1) to z at b token }', "E0108"),
+            ('b in 1..3 template "{b}" corrupt c { replace zz token with "x" }', "E0308"),
+        ],
+    )  # fmt: skip
+    def test_codes(self, words: TextTokenizer, lines: str, code: str) -> None:
+        made, diagnostics = build(lines.replace("@", "corrupt c { add "), words)
+        assert made is None
+        assert {d.code for d in diagnostics if d.severity == "error"} == {code}
+        assert all(d.span is not None for d in diagnostics)
+
+
 class TestConventions:
     def test_rows(self, words: TextTokenizer) -> None:
         made = table(FRUIT, words, limit=5, seed=3)

@@ -149,6 +149,7 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     """Writes configuration, weights (safetensors) and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # is written for its owner only
     (folder / "generation_config.json").unlink(missing_ok=True)  # nothing in it but defaults
     save_tokenizer(folder)
 

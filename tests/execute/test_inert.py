@@ -1,0 +1,69 @@
+"""Cells that can't differ from the base run by structure are marked, and no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .support import DIFFERENCE, MODES, bare, experiment, run_file
+
+AT_CUE = "measure logit(answer) - logit(wrong) at cue token as delta"
+
+
+def marks(folder: Path, *lines: str, mode: str = "batched") -> list[bool]:
+    """The marks of an experiment's cells; marked ones have no effect, the others have one."""
+    text = experiment("e", "prompts p", *lines)
+    found = run_file(text, folder, bare("gpt2"), MODES[mode])["e"]
+    measure = found.measures[0]
+    effects = np.abs(measure.patched - measure.base).max(axis=1)
+    assert (effects[measure.inert] <= 1e-5).all()
+    assert (effects[~measure.inert] > 1e-3).all()
+    statistics = found.statistics[0]
+    assert (statistics.mean[measure.inert] == 0).all(), "structure says zero, so zero is shown"
+    assert np.isnan(statistics.p_corrected[measure.inert]).all(), "they are out of the correction"
+    assert not np.isnan(statistics.p_corrected[~measure.inert]).any()
+    return measure.inert.tolist()
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_common_prefix_is_marked(folder: Path, mode: str) -> None:
+    at = "at first token, last-item token, subject token, last token"
+    lines = ("from other into clean", f"patch resid_pre layer 1..2 {at}", DIFFERENCE)
+    assert marks(folder, *lines, mode=mode) == [True, True, False, False] * 2
+
+
+def test_one_differing_row_is_enough_not_to_be_marked(folder: Path) -> None:
+    at = "at first token of subject, subject token - 1"
+    lines = ("from other into clean", f"patch resid_pre layer 1 {at}", DIFFERENCE)
+    assert marks(folder, *lines) == [False, False]
+
+
+def test_a_prefix_at_other_positions_is_not_marked(folder: Path) -> None:
+    """`last-item token` lies elsewhere in the two runs, so it reads something else."""
+    lines = ("from longer into clean", "patch resid_pre layer 1 at last-item token", DIFFERENCE)
+    assert marks(folder, *lines) == [False]
+
+
+def test_a_write_behind_the_last_reader_is_marked(folder: Path) -> None:
+    rule = "patch attn_out layer 1 at subject token, cue token, last token"
+    assert marks(folder, "from longer into clean", rule, AT_CUE) == [False, False, True]
+
+
+def test_a_later_measure_lifts_the_mark(folder: Path) -> None:
+    rule = "patch attn_out layer 1 at cue token, last token"
+    lines = ("from longer into clean", rule, AT_CUE, DIFFERENCE)
+    text = experiment("e", "prompts p", *lines)
+    found = run_file(text, folder, bare("gpt2"))["e"]
+    assert not found.measures[1].inert.any()
+
+
+def test_an_ablation_within_the_prefix_is_not_marked(folder: Path) -> None:
+    rule = "ablate resid_pre layer 1 at first token, last token with zero"
+    assert marks(folder, rule, DIFFERENCE) == [False, False]
+
+
+def test_two_rules_are_marked_only_together(folder: Path) -> None:
+    rules = "patch resid_pre layer 1 at first token  patch attn_out layer * at last token"
+    assert marks(folder, "from other into clean", rules, DIFFERENCE) == [False] * 3

@@ -1,0 +1,87 @@
+"""The rule of the project's description, word for word, on a deep Llama with grouped queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import mechdsl
+
+from ..models import families
+from .support import PROMPTS, ROWS, STATS, agree, as_in_the_data, difference, prompt
+
+FILE = f"""mech 1
+model deep = local("deep")
+{PROMPTS}
+experiment heads {{
+  model deep
+  prompts p
+  from longer into clean
+  patch layer 10..20 head * at last-item token
+  measure logit(answer) - logit(wrong) as delta
+  {STATS}
+}}
+"""
+HEADS, D_HEAD = 4, 6
+
+
+def projection(model: Any, layer: int) -> Any:
+    return model.model.layers[layer].self_attn.o_proj
+
+
+@torch.no_grad()
+def read(model: Any, ids: list[int], layer: int, head: int, position: int) -> Tensor:
+    """One head's output before the output projection."""
+    kept: list[Tensor] = []
+    handle = projection(model, layer).register_forward_pre_hook(lambda m, args: kept.append(args[0]))
+    model(torch.tensor([ids]))
+    handle.remove()
+    return kept[0][0, position, head * D_HEAD : (head + 1) * D_HEAD].clone()
+
+
+@torch.no_grad()
+def write(
+    model: Any, ids: list[int], layer: int, head: int, position: int, vector: Tensor
+) -> Tensor:
+    """Logits of the prompt with that head's output replaced."""
+
+    def hook(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        z = args[0].clone()
+        z[0, position, head * D_HEAD : (head + 1) * D_HEAD] = vector
+        return (z, *args[1:])
+
+    handle = projection(model, layer).register_forward_pre_hook(hook)
+    logits = model(torch.tensor([ids])).logits[0]
+    handle.remove()
+    return logits
+
+
+def test_the_shortest_rule_equals_a_loop_of_hooks(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    families.build("llama", folder / "deep", num_hidden_layers=24)
+    (folder / "file.mech").write_text(FILE, encoding="utf-8")
+    found = as_in_the_data(mechdsl.run(folder / "file.mech")["heads"])
+    assert found.axes == ("layer", "head")
+    assert [tuple(c.coords.values()) for c in found.cells] == [
+        (layer, head) for layer in range(10, 21) for head in range(HEADS)
+    ]
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "deep").eval()
+    assert model.config.num_key_value_heads == 2
+    expected = np.zeros((11 * HEADS, len(ROWS)))
+    base = np.zeros(len(ROWS))
+    for n, record in enumerate(ROWS):
+        clean, source = prompt(record), prompt(record, "longer")
+        with torch.no_grad():
+            base[n] = difference(model(torch.tensor([clean.ids])).logits[0], record)
+        for cell in range(11 * HEADS):
+            layer, head = 10 + cell // HEADS, cell % HEADS
+            vector = read(model, source.ids, layer, head, source.items[-1])
+            logits = write(model, clean.ids, layer, head, clean.items[-1], vector)
+            expected[cell, n] = difference(logits, record)
+    agree(found.measures[0], expected, base, large=0.02)
