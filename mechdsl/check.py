@@ -209,7 +209,9 @@ def _statements(experiment: spec.Experiment) -> list[Diagnostic]:
                 EFFECTS.suggest(measure.effect), f"effects are {', '.join(EFFECTS)}"
             )
             found.append(
-                UnknownWord(span=measure.span, kind="effect", word=measure.effect, hint=hint)
+                UnknownWord(
+                    span=measure.effect_span, kind="effect", word=measure.effect, hint=hint
+                )
             )
         elif effect.needs_source and experiment.source is None:
             found.append(

@@ -63,11 +63,10 @@ def main() -> None:
         # The reader (`head`) has seen enough; nothing is left to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FINE
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _print([_unwritable(error)])
-        status = WRONG
+    except Exception as error:
+        status = _broke_off("mechdsl", error)
+        if isinstance(error, OSError):
+            status = WRONG
     sys.exit(status if isinstance(status, int) else FINE)
 
 
@@ -96,12 +95,20 @@ def _usage(error: click.ClickException) -> Diagnostic:
     return BadCommandLine(reason=reason[0].lower() + reason[1:], hint=hint)
 
 
-def _unwritable(error: OSError) -> Diagnostic:
-    """A file that a command was to write."""
-    return BadCommandLine(
-        reason=f"cannot write `{error.filename}`: {(error.strerror or str(error)).lower()}",
-        hint="name a file in a folder that exists and may be written to",
+def _broke_off(what: str, error: Exception) -> int:
+    """The last resort, so that no user meets a traceback."""
+    if isinstance(error, OSError) and error.filename is not None:
+        reason = f"cannot write `{error.filename}`: {(error.strerror or str(error)).lower()}"
+        hint = "name a file in a folder that exists and may be written to"
+        _print([BadCommandLine(reason=reason, hint=hint)])
+        return BROKE_OFF
+    if os.environ.get("MECHDSL_DEBUG"):
+        raise error
+    print(
+        f"{what} broke off: {type(error).__name__}: {error}\nset MECHDSL_DEBUG=1 for the traceback",
+        file=sys.stderr,
     )
+    return BROKE_OFF
 
 
 # --- output ---
@@ -271,15 +278,8 @@ def _run(
             kept = f"; what is finished is in {out}" if out is not None else ""
             print(f"interrupted{kept}", file=sys.stderr)
             return INTERRUPTED
-        except Exception as error:  # the last resort, so that no user meets a traceback
-            if os.environ.get("MECHDSL_DEBUG"):
-                raise
-            print(
-                f"the run of {source.name} broke off: {type(error).__name__}: {error}\n"
-                "set MECHDSL_DEBUG=1 for the traceback",
-                file=sys.stderr,
-            )
-            return BROKE_OFF
+        except Exception as error:
+            return _broke_off(f"the run of {source.name}", error)
         _print(diagnostics)
         if result is None:
             return WRONG
@@ -288,11 +288,10 @@ def _run(
             print(f"{source.name} has no experiments: nothing was run", file=sys.stderr)
         try:
             _show(result, source.folder, tables=form == "table")
-        except OSError as error:
-            if error.filename is None:
-                raise
-            _print([_unwritable(error)])
-            return BROKE_OFF
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            return _broke_off(f"a report of {source.name}", error)
     results = Results(tuple(found), versions())
     if form == "json":
         sys.stdout.write(results.to_json() + "\n")

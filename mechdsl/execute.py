@@ -436,6 +436,7 @@ class PanelRunner:
                 self.measured[name].dropped += len(rows) - len(good)
                 for part, values in self._passes(plan, rows.take(good), batch):
                     columns = np.searchsorted(self.kept, part.prompt)
+                    self._base_where_inert(plan, part, columns, values)
                     for (sums, counts), value in zip(totals[name], values, strict=True):
                         np.add.at(sums, (part.cell, columns), value)
                         np.add.at(counts, (part.cell, columns), 1)
@@ -453,6 +454,20 @@ class PanelRunner:
                     with np.errstate(invalid="ignore"):
                         found[:] = np.where(counts > 0, sums / counts, np.nan)
         self._lanes.clear()
+
+    def _base_where_inert(
+        self, plan: ExperimentPlan, rows: Rows, columns: Ints, values: Sequence[Floats]
+    ) -> None:
+        """What can't differ from the base run is equal to it, not off by a rounding error."""
+        inert = plan.inert[rows.cell]
+        if not inert.any():
+            return
+        experiment = plan.experiment
+        for number, value in enumerate(values):
+            measured = self.measured[experiment.name]
+            base = base_per_cell(plan, measured, experiment.spec.base, number)
+            cell = rows.cell if len(base) > 1 else np.zeros_like(rows.cell)
+            value[inert] = base[cell, columns][inert]
 
     def _copy_base(self, plan: ExperimentPlan) -> None:
         """Without rules the patched run is the base run."""

@@ -125,6 +125,7 @@ class Measure(Spec):
     label: str
     metric: ExprText
     effect: str
+    effect_span: Where
     at: PositionText | None = None
     per_prompt: bool = False
 

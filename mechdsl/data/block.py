@@ -340,6 +340,11 @@ class Block:
             if name in own or name not in drawn:
                 yield name, values
 
+    def is_token_id(self, text: str) -> bool:
+        """Whether a text is given as the id of a token, which nothing is tokenised for."""
+        node = self.texts[text]
+        return isinstance(node, ast.Call) and node.name == "token_id"
+
     # --- domains of names -------------------------------------------------------------------------
 
     def domain_of(self, node: ast.Expr, template: Template | None) -> Sequence[Value]:

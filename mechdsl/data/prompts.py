@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from mechdsl import spec
 from mechdsl.data.answers import (
@@ -17,6 +17,12 @@ from mechdsl.data.answers import (
 )
 from mechdsl.data.block import Block, Blocks
 from mechdsl.data.collect import MAX_ROWS, Collection, Made, collect, without_effect
+from mechdsl.data.conventions import (
+    Part,
+    noise_conventions,
+    rows_convention,
+    token_conventions,
+)
 from mechdsl.data.domains import Constants, Words
 from mechdsl.data.noise import add_noise
 from mechdsl.data.replace import extended, replace_in_rows
@@ -30,7 +36,6 @@ from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
 from mechdsl.diagnostics.w07_data import UnknownWords
 from mechdsl.syntax import ast
 
-Part = Literal["train", "test"]
 T = TypeVar("T")
 
 MAX_NOISE_ROWS = 20_000
@@ -89,12 +94,12 @@ class _Builder:
 
     def table(self, found: Collection, limit: int | None, part: Part | None) -> PromptTable:
         table, equal = self.runs(found.rows)
-        conventions = self._rows_convention(found, len(table), limit, part, equal)
-        conventions |= self._token_conventions(table)
+        conventions = rows_convention(self.block, found, len(table), limit, part, equal)
+        conventions |= token_conventions(self.block, table, self.tokenizer)
         if not has_errors(self.diagnostics):
             self._check_lengths(table)
             table = self._with_noise(table, found)
-        conventions |= _noise_conventions(table)
+        conventions |= noise_conventions(table)
         return replace(table, conventions=conventions)
 
     # --- tokenisation -----------------------------------------------------------------------------
@@ -110,7 +115,7 @@ class _Builder:
             for run in texts.values()
             for row in run
             for name, tokens in row.items()
-            if not self._is_id(name)
+            if not self.block.is_token_id(name)
         ]
         moved = shared_beginning(every, self.tokenizer) if every else ()
         runs = {CLEAN: self._run(CLEAN, [m.clean for m in made], texts[CLEAN], moved)}
@@ -138,10 +143,6 @@ class _Builder:
         )
         return self._replaced(table, made)
 
-    def _is_id(self, name: str) -> bool:
-        node = self.block.texts[name]
-        return isinstance(node, ast.Call) and node.name == "token_id"
-
     def _texts(
         self, run: str, rows: Sequence[Row], made: Sequence[Made]
     ) -> list[dict[str, TextTokens]]:
@@ -165,12 +166,16 @@ class _Builder:
         """The characters of the moved token: what the answers begin with."""
         if not moved:
             return ""
-        first = self.block.spec.texts[0].name
-        prompt, text = made[0].clean.prompt.text, made[0].clean.named_text(first)
-        whole = self.tokenizer.encode(prompt + str(text))
-        before = len(self.tokenizer.encode(prompt).ids) - _closing(self.tokenizer.encode(prompt))
-        start, end = whole.offsets[before]
-        return (prompt + str(text))[max(start, len(prompt)) : end]
+        name = next(n for n in self.block.texts if not self.block.is_token_id(n))
+        prompt, text = made[0].clean.prompt.text, str(made[0].clean.named_text(name))
+        before = self.tokenizer.encode(prompt)
+        whole = self.tokenizer.encode(prompt + text)
+        at = len(before) - _closing(before)
+        if whole.ids[at : at + 1] == moved:
+            start, end = whole.offsets[at]
+            return (prompt + text)[max(start, len(prompt)) : end]
+        start, end = self.tokenizer.encode(text, add_special=False).offsets[0]
+        return text[start:end]
 
     def _run(
         self,
@@ -185,7 +190,8 @@ class _Builder:
         out: list[RunRow] = []
         for row, rich, tokens, own in zip(rows, riches, encoded, texts, strict=True):
             stripped = {
-                key: t if self._is_id(key) else move(t, moved) or t for key, t in own.items()
+                key: t if self.block.is_token_id(key) else move(t, moved) or t
+                for key, t in own.items()
             }
             out.append(
                 RunRow(
@@ -323,60 +329,6 @@ class _Builder:
                     )
                 )
                 return
-
-    def _rows_convention(
-        self,
-        found: Collection,
-        kept: int,
-        limit: int | None,
-        part: Part | None,
-        equal: Mapping[str, int],
-    ) -> dict[str, str]:
-        block = self.block
-        unit = "records" if block.data is not None and block.size == 1 else "combinations"
-        text = f"{kept:,} of {block.combinations:,} {unit}"
-        if block.draws:
-            text = f"{kept:,} drawn from {block.combinations:,} {unit}"
-        if part is not None and block.spec.split is not None:
-            text += f", part `{part}` of a {block.spec.split:g}% split"
-        if limit is not None and kept < limit:
-            text += f" (limit {limit:,}, there are no more)"
-        out = {"rows": f"{text}, seed {block.seed}"}
-        unchanged = dict(found.unchanged)
-        for name, count in equal.items():
-            unchanged[name] = unchanged.get(name, 0) + count
-        dropped = [f"{n:,} by `where`" for n in (found.filtered,) if n]
-        dropped += [f"{n:,} that were there already" for n in (found.equal,) if n]
-        dropped += [f"{n:,} that `{run}` leaves unchanged" for run, n in unchanged.items()]
-        if dropped:
-            out["dropped"] = ", ".join(dropped)
-        return out
-
-    def _token_conventions(self, table: PromptTable) -> dict[str, str]:
-        out = {"bos": self.tokenizer.bos_convention()}
-        rows = table.runs[CLEAN].rows
-        for name in rows[0].texts if rows else ():
-            lengths = sorted({len(row.texts[name].ids) for row in rows})
-            sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-            tokens = "one token" if lengths == [1] else f"{sizes} tokens"
-            out[name] = f"{quoted(rows[0].texts[name].text)}: {tokens}, read behind the prompt"
-            if table.moved and not self._is_id(name):
-                out[name] += f"; its first token {quoted(table.moved_text)} stands in the prompt"
-        return out
-
-
-def _noise_conventions(table: PromptTable) -> dict[str, str]:
-    out: dict[str, str] = {}
-    for name, run in table.runs.items():
-        noise = run.noise
-        if noise is not None and noise.sds is not None:
-            out[f"noise of {name}"] = (
-                f"{noise.kind}, {noise.sds:g} sd over {len(noise.sd_tokens):,} tokens, "
-                f"{noise.samples} draws"
-            )
-        elif noise is not None:
-            out[f"noise of {name}"] = f"{noise.kind}, std {noise.std:g}, {noise.samples} draws"
-    return out
 
 
 def _closing(encoded: Encoded) -> int:

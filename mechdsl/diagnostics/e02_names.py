@@ -34,7 +34,7 @@ class DuplicateName(Diagnostic):
 @dataclass(frozen=True, kw_only=True)
 class UnknownWord(Diagnostic):
     code = "E0203"
-    title = "`{word}` is not a {kind}"
+    title = "there is no {kind} called `{word}`"
     label = "unknown {kind}"
     help = "{hint}"
     kind: str

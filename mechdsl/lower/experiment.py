@@ -399,6 +399,7 @@ def _measure(measure: ast.Measure, parts: Parts, scope: Scope) -> spec.Measure:
         label=label,
         metric=expand_metrics(metric, parts, scope),
         effect=measure.effect.id,
+        effect_span=measure.effect.span,
         at=measure.at,
         per_prompt=measure.per is not None,
     )

@@ -280,7 +280,7 @@ def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | 
             did_you_mean(nearest(name, allowed), f"arguments are {known}"),
         )
     if name == "dtype" and value not in DTYPES:
-        return "is not a dtype that is supported", f"write one of {', '.join(DTYPES)}"
+        return f"must be one of {', '.join(DTYPES)}", "write `dtype: float32`"
     if name == "bos" and not isinstance(value, bool):
         return (
             "must be true or false",
@@ -289,6 +289,6 @@ def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | 
     if name in ("path", "revision") and not isinstance(value, str):
         return (
             "must be a text in quotes",
-            f'write `{name}: "…"`' if name != "path" else 'write `"…"`',
+            f'write `{name}: "…"`' if name != "path" else f'write `{kind}("…")`',
         )
     return None

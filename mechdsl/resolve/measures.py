@@ -23,6 +23,7 @@ from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import METRICS, Form, Takes
 
 LITERAL_ENV = "item.index"
+MOST_NUMERALS = 10_000
 
 
 @dataclass
@@ -310,12 +311,17 @@ def _of_numerals(
     assert isinstance(given, ast.Range)
     ends = [_integer(end, context.parameters) for end in (given.low, given.high)]
     low, high = ends
-    if low is None or high is None or low > high or high - low > 10_000:
+    reason = ""
+    if low is None or high is None or low > high:
+        reason = "the numerals must be two whole numbers, the smaller one first"
+    elif high - low >= MOST_NUMERALS:
+        reason = f"{high - low + 1:,} numerals are more than {MOST_NUMERALS:,}"
+    if low is None or high is None or reason:
         context.diagnostics.append(
             UnreadableMeasure(
                 span=given.span,
                 text=_written(node.span),
-                reason="the numerals must be two whole numbers, the smaller one first",
+                reason=reason,
                 hint=f"write `{name}(1..9)`",
             )
         )

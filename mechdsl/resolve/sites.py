@@ -21,6 +21,7 @@ from mechdsl.diagnostics.e03_coordinates import (
 )
 from mechdsl.diagnostics.e04_model import NoResidMid, SiteNotOnModel
 from mechdsl.models.shape import ModelShape, units
+from mechdsl.registry import nearest
 from mechdsl.resolve.types import Axis, Key, Label, SitePoint, SiteTargets
 from mechdsl.source import Span
 from mechdsl.syntax import ast
@@ -302,12 +303,14 @@ def _axes_fit(site: ast.Site, kind: SiteKind, context: SiteContext) -> bool:
             )
             return False
     if kind.has_layer and "layer" not in words:
+        name = kind.name if site.names else _written(site.span)
+        every = f"{name} layer *" if site.names else f"layer * {name}"
         context.diagnostics.append(
             AxisDoesNotFit(
                 span=site.span,
-                site=kind.name,
+                site=name,
                 reason="needs a layer",
-                hint=f"write `{kind.name} layer *` for every layer, one run each",
+                hint=f"write `{every}` for every layer, one run each",
             )
         )
         return False
@@ -434,13 +437,18 @@ def _bound(
         given = context.parameters.get(bound.name)
         if not isinstance(given, int):
             known = [*context.loops, *context.parameters]
+            reason = "is neither a `for` variable around this rule nor a `param`"
+            hint = did_you_mean(
+                nearest(bound.name, known),
+                f"known here: {', '.join(f'`{name}`' for name in known)}"
+                if known
+                else f"write a number, or add a line `param {bound.name} = 3`",
+            )
+            if given is not None:
+                reason = f"is {given!r}, not a whole number"
+                hint = f"{axis.word}s are counted from 0"
             context.diagnostics.append(
-                BadLoopValue(
-                    span=bound.span,
-                    name=bound.name,
-                    reason="is neither a `for` variable around this rule nor a `param`",
-                    hint=f"known here: {', '.join(known) or 'none'}",
-                )
+                BadLoopValue(span=bound.span, name=bound.name, reason=reason, hint=hint)
             )
             return None
         value = given + bound.offset

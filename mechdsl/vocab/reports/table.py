@@ -290,12 +290,12 @@ def _print(columns: list[Column], console: Console) -> None:
         _paragraphs(full, console)
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    for column in kept:
+    for column, width in zip(kept, _widths(kept, console.width), strict=True):
         table.add_column(
             column.title,
             justify="right" if column.numeric else "left",
             no_wrap=not column.wraps,
-            min_width=column.least,
+            width=width,
             overflow="fold",
         )
     dim = next((column.cells for column in kept if column.title == "survives"), None)
@@ -303,6 +303,23 @@ def _print(columns: list[Column], console: Console) -> None:
         style = "" if dim is None or dim[index] == "yes" else "dim"
         table.add_row(*(Text(text) for text in texts), style=style)
     console.print(table)
+
+
+def _widths(columns: Sequence[Column], width: int) -> list[int]:
+    """The width of every column; those that wrap share what the others leave.
+
+    Fixed, because a column that is left to shrink may take the last one's letters with it.
+    """
+    found = [column.least for column in columns]
+    left = width - sum(found) - GAP * (len(columns) - 1)
+    while left > 0:
+        short = [i for i, column in enumerate(columns) if found[i] < column.width]
+        if not short:
+            break
+        for index in short[:left]:
+            found[index] += 1
+        left -= len(short[:left])
+    return found
 
 
 def _roomy(columns: Sequence[Column], width: int) -> bool:
