@@ -6,6 +6,7 @@ unchecked.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,13 +15,25 @@ from mechdsl.data.prompts import build_table
 from mechdsl.data.tokenizer import TextTokenizer
 from mechdsl.data.types import PromptTable
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, UnknownWord, did_you_mean
+from mechdsl.diagnostics.e01_syntax import MisspeltWord
+from mechdsl.diagnostics.e02_names import (
+    BadCommandLine,
+    MissingLine,
+    UnknownName,
+    UnknownWord,
+    did_you_mean,
+)
+from mechdsl.diagnostics.e03_positions import UnknownSpan
+from mechdsl.diagnostics.e05_data import UnknownText, UnknownValue
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
     EffectWithoutRule,
+    NoMeasure,
+    PatchWithoutSource,
     UnreadableMeasure,
 )
-from mechdsl.diagnostics.w07_names import WritesFirstToken
+from mechdsl.diagnostics.e06_statistics import BadReport, UnreadableExpectation
+from mechdsl.diagnostics.w07_names import PatchesItself, UnusedName, WritesFirstToken
 from mechdsl.expectations.check import Known, KnownMeasure, check_expectation
 from mechdsl.lower import lower_program
 from mechdsl.models.locate import locate
@@ -28,11 +41,26 @@ from mechdsl.models.shape import read_shape
 from mechdsl.registry import nearest
 from mechdsl.resolve import ModelContext, ResolvedExperiment, resolve_experiment
 from mechdsl.resolve.cells import cell_keys
-from mechdsl.results.flips import check_prompts
+from mechdsl.results.significance import check_prompts
 from mechdsl.source import Source
 from mechdsl.syntax.parse import parse
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.reports import check_report
+
+WORD = re.compile(r"[^\W\d]\w*")
+ABSENT = (
+    BadReport,
+    EffectNeedsSource,
+    EffectWithoutRule,
+    MissingLine,
+    NoMeasure,
+    PatchWithoutSource,
+    UnreadableExpectation,
+    UnusedName,
+)
+"""What a line with an error of syntax may be the cause of: an axis that is missing, for example."""
+UNKNOWN = (UnknownName, UnknownSpan, UnknownText, UnknownValue)
+"""What it may have defined."""
 
 
 @dataclass
@@ -72,25 +100,43 @@ def check_source(
     `models` are handed over from Python and stand for the file's models of the same name.
     """
     settings = settings or Settings()
-    tree, diagnostics = parse(source)
+    tree, syntax = parse(source)
     program, found = lower_program(tree, source, settings.parameters)
-    checked = Checked(source, program, diagnostics=[*diagnostics, *found])
+    checked = Checked(source, program, diagnostics=found)
     experiments = list(program.experiments)
     if settings.only is not None:
         experiments = _only(settings.only, checked)
     contexts = _Contexts(checked, models or {}, settings.limit)
     for experiment in experiments:
-        checked.diagnostics.extend(_statements(experiment))
+        checked.diagnostics.extend(_statements(experiment, program))
         _resolve(experiment, checked, contexts)
     for name, prompts in program.prompts.items():
         contexts.table_alone(name, prompts)
-    checked.diagnostics = _unique(checked.diagnostics)
+    found = [d for d in checked.diagnostics if not _follows(d, syntax)]
+    checked.diagnostics = _unique([*syntax, *found])
     return checked
 
 
 def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
-    """Each once: experiments that share prompts share their errors."""
-    return list(dict.fromkeys(diagnostics))
+    """Each once: experiments that share prompts share their errors, if not their counts."""
+    return list({(d.code, d.span, d.message): d for d in reversed(diagnostics)}.values())[::-1]
+
+
+def _follows(diagnostic: Diagnostic, syntax: list[Diagnostic]) -> bool:
+    """Whether something is only missing because its line has an error of syntax."""
+    if not has_errors(syntax):
+        return False
+    if isinstance(diagnostic, ABSENT):
+        return True
+    if not isinstance(diagnostic, UNKNOWN):
+        return False
+    broken: set[str] = set()
+    for error in syntax:
+        if error.span is not None:
+            broken.update(WORD.findall(error.span.source.line_text(error.span.line)))
+        if isinstance(error, MisspeltWord):
+            broken.add(error.meant)
+    return not broken.isdisjoint(WORD.findall(diagnostic.name))
 
 
 def _only(name: str, checked: Checked) -> list[spec.Experiment]:
@@ -199,9 +245,12 @@ def _resolve(experiment: spec.Experiment, checked: Checked, contexts: _Contexts)
     checked.experiments.append(resolved)
 
 
-def _statements(experiment: spec.Experiment) -> list[Diagnostic]:
+def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diagnostic]:
     """What the statements of an experiment must agree on, whatever the model."""
     found: list[Diagnostic] = []
+    for rule in experiment.rules:
+        if rule.source is not None and rule.source == experiment.base:
+            found.append(PatchesItself(span=rule.span, run=rule.source))
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
         if effect is None:
@@ -209,14 +258,12 @@ def _statements(experiment: spec.Experiment) -> list[Diagnostic]:
                 EFFECTS.suggest(measure.effect), f"effects are {', '.join(EFFECTS)}"
             )
             found.append(
-                UnknownWord(
-                    span=measure.effect_span, kind="effect", word=measure.effect, hint=hint
-                )
+                UnknownWord(span=measure.effect_span, kind="effect", word=measure.effect, hint=hint)
             )
         elif effect.needs_source and experiment.source is None:
-            found.append(
-                EffectNeedsSource(span=measure.span, effect=effect.name, base="CORRUPTION")
-            )
+            corruptions = program.prompts[experiment.prompts].corruptions
+            base = corruptions[0].name if corruptions else "CORRUPTION"
+            found.append(EffectNeedsSource(span=measure.span, effect=effect.name, base=base))
         elif effect.zero is not None and effect.name != "total" and not experiment.rules:
             found.append(
                 EffectWithoutRule(
@@ -275,7 +322,8 @@ def _against_axes(experiment: ResolvedExperiment, program: spec.Program) -> list
 
 def _enough_prompts(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """W0720 where no p can be small enough, however large the effect."""
-    tested = [m for m in experiment.spec.measures if EFFECTS[m.effect].tested]
+    known = [m for m in experiment.spec.measures if m.effect in EFFECTS]
+    tested = [m for m in known if EFFECTS[m.effect].tested]
     if not tested or not experiment.rules:
         return []
     settings = experiment.spec.statistics

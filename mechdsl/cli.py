@@ -145,7 +145,11 @@ def _console(*, stderr: bool = False) -> Any:
     """A rich console: colours only on terminals, and as wide as the reader's window."""
     from rich.console import Console
 
-    return Console(stderr=stderr, width=None if sys.stdout.isatty() else _width(), soft_wrap=False)
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # to `main`; rich would exit as if an expectation had failed
+
+    return Piped(stderr=stderr, width=None if sys.stdout.isatty() else _width(), soft_wrap=False)
 
 
 def _settings(

@@ -10,6 +10,7 @@ import numpy as np
 
 from mechdsl import spec
 from mechdsl.execute import Measured, base_per_cell
+from mechdsl.lanes import noise_scale
 from mechdsl.loaded import LoadedModel
 from mechdsl.plan import ExperimentPlan
 from mechdsl.resolve.cells import cell_keys
@@ -111,9 +112,18 @@ def conventions(plan: ExperimentPlan, measured: Measured, model: LoadedModel) ->
         conditions = " and ".join(measure.text for measure in experiment.keep)
         dropped = len(experiment.table) - len(measured.kept)
         found["keep"] = f"{len(measured.kept)} rows kept, {dropped} dropped ({conditions})"
-    for rule in plan.rules:
-        if rule.rule.fill not in ("source", "text"):
-            found["fill"] = _fill_words(rule.rule.fill, rule.rule.run, rule.rule.spec.by)
+    for name, run in experiment.table.runs.items():
+        noise = run.noise
+        if noise is not None and noise.sds is not None:
+            value = f"{noise.sds:g} sd = {noise_scale(model, noise):.4g}"
+            found[f"noise of {name}"] = f"{found[f'noise of {name}']}, {value}"
+    fills = [
+        _fill_words(rule.rule.fill, rule.rule.run, rule.rule.spec.by)
+        for rule in plan.rules
+        if rule.rule.fill not in ("source", "text")
+    ]
+    if fills:
+        found["fill"] = "; ".join(dict.fromkeys(fills))
     if measured.dropped:
         found["resample"] = (
             f"{measured.dropped} rows of cells left out: the other row lacks the position"

@@ -26,6 +26,7 @@ from mechdsl.lanes import (
     at_positions,
     compute_lanes,
     continuation_positions,
+    noise_writes,
     prompt_loss,
     spot_positions,
     spots_of,
@@ -42,6 +43,7 @@ from mechdsl.writes import (
     build_writes,
     mean_sums,
     readable,
+    unless_set,
 )
 
 PROMPT_TOKENS = 4096
@@ -529,6 +531,16 @@ class PanelRunner:
             return self.lanes(self._run(source), prompts)
 
         writes = build_writes(plan, rows, draws, lanes_of, fillings, self.model.shape)
+        if start == 0 and run.noise is not None:  # above, it is in the hidden state
+            noise = noise_writes(
+                self.model,
+                run.noise,
+                rows.prompt,
+                run.noise.samples,
+                self.table.row_ids,
+                self.seed,
+            )
+            writes = [*writes, *(unless_set(added, writes) for added in noise)]
 
         def forward(
             lanes: Lanes, at: Tensor | None, reads: Sequence[SiteRead]

@@ -128,7 +128,7 @@ def compute_lanes(
         model,
         batch,
         stop=request.stop if at is None and not full else None,
-        writes=_noise_writes(model, run.noise, lanes, draws, row_ids, seed),
+        writes=noise_writes(model, run.noise, lanes, draws, row_ids, seed),
         reads=list(dict.fromkeys([*wanted, *hidden_reads.values()])),
         logits_at=None if full else at,
     )
@@ -179,7 +179,7 @@ def _input_of(layer: int, n_layers: int) -> SiteRead:
     return SiteRead("resid_pre", layer) if layer < n_layers else SiteRead("resid_post", layer - 1)
 
 
-def _noise_writes(
+def noise_writes(
     model: LoadedModel,
     noise: Noise | None,
     lanes: Ints,
@@ -187,7 +187,10 @@ def _noise_writes(
     row_ids: Sequence[int],
     seed: int,
 ) -> list[SiteWrite]:
-    """The noise of a corrupted run as writes; the same for a row whatever it is batched with."""
+    """The noise of a corrupted run as writes; the same for a row whatever it is batched with.
+
+    `lanes` are prompts, each `draws` times in a row.
+    """
     if noise is None:
         return []
     scale = noise_scale(model, noise)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -187,6 +187,25 @@ def _joined(place: Place, found: list[tuple[Ints, Ints, Ints, Tensor]]) -> SiteW
         torch.from_numpy(position),
         torch.from_numpy(unit),
         values,
+    )
+
+
+def unless_set(added: SiteWrite, writes: Sequence[SiteWrite]) -> SiteWrite:
+    """What is added, without the vectors that a rule sets: these replace it."""
+    taken = {
+        (row, position)
+        for write in writes
+        if (write.site, write.layer) == (added.site, added.layer)
+        for row, position in zip(write.rows.tolist(), write.positions.tolist(), strict=True)
+    }
+    places = zip(added.rows.tolist(), added.positions.tolist(), strict=True)
+    keep = torch.tensor([place not in taken for place in places], dtype=torch.bool)
+    return replace(
+        added,
+        rows=added.rows[keep],
+        positions=added.positions[keep],
+        units=added.units[keep],
+        values=added.values[keep],
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from mechdsl.data import functions
 from mechdsl.data.scope import Key, Refusal, Scope
-from mechdsl.data.values import Items, TokenId, Value, plain
+from mechdsl.data.values import Items, Value, plain
 from mechdsl.diagnostics.e05_data import BadValue, UnknownFunction
 from mechdsl.registry import nearest
 from mechdsl.source import Span
@@ -170,6 +170,3 @@ def _call(node: ast.Call, scope: Scope, key: Key) -> Value:
         hint = f"did you mean `{near}`?" if near else f"there are {known}"
         raise Refusal(UnknownFunction, node.span, name=node.name, hint=hint)
     return function.apply(functions.CallSite(node, function, scope, key.call(), evaluate))
-
-
-__all__ = ["TokenId", "bad", "evaluate", "holds", "number_of", "whole_number"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from mechdsl.data.scope import Key, Refusal, Scope
-from mechdsl.data.values import Item, Items, Rich, TokenId, Value, frozen, plain, render
+from mechdsl.data.values import Item, Items, TokenId, Value, frozen, plain, render
 from mechdsl.diagnostics.e05_data import BadCall, BadValue, NothingToDraw, TooMany
 from mechdsl.registry import Registry
 from mechdsl.source import Span
@@ -218,9 +218,6 @@ def _token_id(call: CallSite) -> Value:
 
 # --- lists ------------------------------------------------------------------------------------
 
-Draw = Callable[[Scope], Item]
-"""Makes an item in the scope that holds what was drawn for it."""
-
 
 @_function(
     "list",
@@ -412,6 +409,3 @@ def _pool(call: CallSite, source: ast.Name) -> Sequence[Value]:
         hint = "give a column that holds lists, or prompts with `rows`"
         raise call.bad(f"`{source.id}` is not a list", hint, source.span)
     return value
-
-
-__all__ = ["FUNCTIONS", "MAX_ITEMS", "CallSite", "Function", "Rich", "check_length", "draw_others"]

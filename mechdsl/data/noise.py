@@ -56,7 +56,8 @@ class _Reader:
     def __init__(self, change: ast.AddNoise, diagnostics: list[Diagnostic]) -> None:
         self.change = change
         self.diagnostics = diagnostics
-        self.sd_of: str | None = None
+        self.sd_of: ast.Quantity | None = None
+        """`3 sd of subject`, where it names a span."""
 
     def read(self, block: Block) -> Noise | None:
         call = self.change.noise
@@ -77,7 +78,8 @@ class _Reader:
             match argument.name:
                 case "std":
                     if isinstance(value, ast.Quantity) and value.unit == "sd":
-                        sds, self.sd_of = value.value, value.of
+                        sds = value.value
+                        self.sd_of = value if value.of is not None else None
                     else:
                         number = self._number(value, block)
                         std = number if number is not None and number > 0 else None
@@ -144,7 +146,7 @@ def _sd_tokens(
     """The ids of the span's tokens in all rows, with repetition."""
     at = reader.change.at
     if reader.sd_of is not None:
-        ref = ast.SpanRef(name=reader.sd_of, span=reader.change.noise.span)
+        ref = ast.SpanRef(name=reader.sd_of.of, span=reader.sd_of.span)
         tokens = ast.SpanTokens(ref, plural=True, span=ref.span)
         point = ast.Point(tokens, span=ref.span)
         at = ast.Positions((ast.Position(point, span=ref.span),), span=ref.span)

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mechdsl.data.hints import occurrence_hint, unknown_span_hint
-from mechdsl.data.rows import find_text
-from mechdsl.data.spans import Place, TokenMap
-from mechdsl.data.tokenizer import ROLES, TextTokenizer
+from mechdsl.data.occurrences import Occurrences, as_written
+from mechdsl.data.spans import TokenMap
+from mechdsl.data.tokenizer import TextTokenizer
 from mechdsl.data.types import PositionCell, PromptTable
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord
 from mechdsl.diagnostics.e03_coordinates import BadLoopValue, EmptyRange
 from mechdsl.diagnostics.e03_positions import (
-    AbsentOccurrence,
-    AmbiguousSpan,
     JoinedUnequal,
-    NoSuchSpecial,
     NothingLeft,
     NotOnePosition,
     OutsidePrompt,
     RaggedPositions,
     ReversedBetween,
-    SpanWithoutToken,
-    UnknownSpan,
 )
-from mechdsl.diagnostics.w07_data import TokenCoversMore
 from mechdsl.source import Span
 from mechdsl.syntax import ast
 
@@ -79,8 +72,9 @@ class _Resolver:
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
     def __post_init__(self) -> None:
-        self.maps = [TokenMap(row) for row in self.table.runs[self.run].rows]
-        self.total = len(self.maps)
+        self.spans = Occurrences(self.table, self.run, self.tokenizer, self.diagnostics)
+        self.maps = self.spans.maps
+        self.total = self.spans.total
 
     # --- shapes ---------------------------------------------------------------------------------
 
@@ -113,7 +107,9 @@ class _Resolver:
                 cell.hits = [
                     tuple(tuple(p + point.offset for p in run) for run in row) for row in cell.hits
                 ]
-                cell.label = f"{cell.label} {sign} {abs(point.offset)}" if swept else _text(point)
+                cell.label = (
+                    f"{cell.label} {sign} {abs(point.offset)}" if swept else as_written(point)
+                )
             # Special tokens are hit only where they are named or counted.
             counted = isinstance(point.base, ast.TokenIndex)
             hint = "the offset leads out of the text; choose a smaller one"
@@ -155,10 +151,12 @@ class _Resolver:
         high = base.high
         if low is None:
             if base.plural:
-                return [_Cell(_text(base), [(tuple(range(len(m.row.ids))),) for m in self.maps])]
+                return [
+                    _Cell(as_written(base), [(tuple(range(len(m.row.ids))),) for m in self.maps])
+                ]
             return self._all_positions(base, align)
         if high is None:
-            label = _text(base) if base.plural else str(low)
+            label = as_written(base) if base.plural else str(low)
             return self._counted([(label, low, low)], base)
         if (low < 0) != (high < 0):
             return self._mixed(base, low, high, align)
@@ -168,7 +166,7 @@ class _Resolver:
             self.diagnostics.append(EmptyRange(span=base.span, text=text, **ends))
             return []
         if base.plural:
-            return self._counted([(_text(base), low, high)], base)
+            return self._counted([(as_written(base), low, high)], base)
         return self._counted([(str(i), i, i) for i in range(low, high + 1)], base)
 
     def _counted(self, wanted: list[tuple[str, int, int]], base: ast.TokenIndex) -> list[_Cell]:
@@ -189,7 +187,7 @@ class _Resolver:
             size = len(m.row.ids)
             first, last = (i + size if i < 0 else i for i in (low, high))
             whole.append((tuple(range(first, last + 1)),) if first <= last else ())
-        cell = _Cell(_text(base), whole)
+        cell = _Cell(as_written(base), whole)
         hint = "count within the shortest prompt"
         if not self._inside([cell], base, hint, special=True):
             return []
@@ -209,7 +207,7 @@ class _Resolver:
             self.diagnostics.append(
                 RaggedPositions(
                     span=node.span,
-                    position=_text(node),
+                    position=as_written(node),
                     run=self.run,
                     shortest=min(everything),
                     longest=max(everything),
@@ -239,166 +237,17 @@ class _Resolver:
             self.diagnostics.append(
                 OutsidePrompt(
                     span=node.span,
-                    position=_text(node),
+                    position=as_written(node),
                     run=self.run,
                     lacking=len(lacking),
                     total=self.total,
-                    example=self._example(min(lacking)),
+                    example=self.spans.example(min(lacking)),
                     hint=hint,
                 )
             )
         return not lacking
 
     # --- named spans ----------------------------------------------------------------------------
-
-    def places(self, n: int, ref: ast.SpanRef) -> list[Place]:
-        """All occurrences of a span in a row, in the order of the text."""
-        m = self.maps[n]
-        if ref.literal is not None:
-            found = find_text(m.row.text, ref.literal)
-            if ref.of is not None:
-                around = [s for s in m.row.spans if s.name == ref.of]
-                found = [
-                    at for at in found if any(s.start <= at[0] and at[1] <= s.end for s in around)
-                ]
-            return [m.place(*at) for at in found]
-        special = self._special_id(ref)
-        if special is not None:
-            return [Place(0, 0, (i,)) for i, token in enumerate(m.row.ids) if token == special]
-        return [
-            m.place(s.start, s.end)
-            for s in m.row.spans
-            if s.name == ref.name
-            and (ref.of is None or ref.of in s.within or _lies_in(s, ref.of, m.row.spans))
-        ]
-
-    def _special_id(self, ref: ast.SpanRef) -> int | None:
-        """The id of `bos`, `cls`, `sep`, `eos`, unless the prompt has a span of that name: a
-        placeholder for the first three, a list's separator where it says of which."""
-        if ref.name not in ROLES or ref.of is not None:
-            return None
-        named = any(
-            s.name == ref.name and not (ref.name == "sep" and s.within)
-            for m in self.maps[:1]
-            for s in m.row.spans
-        )
-        return None if named else self.tokenizer.role_ids.get(ref.name)
-
-    def _known(self, ref: ast.SpanRef) -> bool:
-        """Whether any row of any run has such a span, else E0308 or E0313."""
-        if ref.literal is not None and ref.of is None:
-            return True
-        special = self._special_id(ref)
-        if special is not None:
-            if any(special in m.row.ids for m in self.maps):
-                return True
-            self._no_special(ref, "the tokenizer has one, but doesn't put it into these prompts")
-            return False
-        names = {s.name for run in self.table.runs.values() for r in run.rows for s in r.spans}
-        wanted = [ref.of] if ref.literal is not None else [ref.name, ref.of]
-        for name in wanted:
-            if name is None or name in names:
-                continue
-            if name in ROLES and ref.of is None:
-                self._no_special(ref, "the tokenizer has none")
-            else:
-                hint = unknown_span_hint(name, names, self.table)
-                self.diagnostics.append(
-                    UnknownSpan(span=ref.span, name=name, prompts=self.table.name, hint=hint)
-                )
-            return False
-        return True
-
-    def _no_special(self, ref: ast.SpanRef, reason: str) -> None:
-        hint = "set `bos: true` in the model line" if ref.name == "bos" else "name another token"
-        if reason == "the tokenizer has none":
-            hint = "write `first token` for the first one of the text"
-        self.diagnostics.append(
-            NoSuchSpecial(
-                span=ref.span,
-                name=ref.name or "",
-                prompts=self.table.name,
-                reason=reason,
-                hint=hint,
-            )
-        )
-
-    def _all_places(self, ref: ast.SpanRef) -> list[list[Place]] | None:
-        """Per row, all occurrences; None with a diagnostic where the span is unknown or has no
-        token."""
-        if ref.row is not None or ref.col is not None:
-            self.diagnostics.append(NotSupported(span=ref.span, what="a position in an image"))
-            return None
-        if not self._known(ref):
-            return None
-        found = [self.places(n, ref) for n in range(self.total)]
-        bare = [n for n, places in enumerate(found) if any(not p.tokens for p in places)]
-        if bare:
-            place = next(p for p in found[bare[0]] if not p.tokens)
-            text = self.maps[bare[0]].row.text[place.start : place.end]
-            hint = 'name the token beside it, or choose a separator such as ", "'
-            self.diagnostics.append(
-                SpanWithoutToken(
-                    span=ref.span,
-                    name=_text(ref),
-                    run=self.run,
-                    lacking=len(bare),
-                    total=self.total,
-                    text=repr(text),
-                    hint=hint if text else "leave rows where it is empty out with `where`",
-                )
-            )
-            return None
-        return found
-
-    def _absent(self, node: ast.Node, ref: ast.SpanRef, lacking: list[int], least: int) -> None:
-        self.diagnostics.append(
-            AbsentOccurrence(
-                span=node.span,
-                position=_text(ref),
-                run=self.run,
-                lacking=len(lacking),
-                total=self.total,
-                example=self._example(lacking[0]),
-                hint=occurrence_hint(ref, least, self.table, self.run),
-            )
-        )
-
-    def _one_place(self, node: ast.Node, ref: ast.SpanRef) -> list[Place] | None:
-        """The one occurrence that is meant, in each row. E0306, E0309."""
-        found = self._all_places(ref)
-        if found is None:
-            return None
-        pick, least = _picker(ref)
-        lacking = [n for n, places in enumerate(found) if len(places) < least]
-        if lacking:
-            self._absent(node, ref, lacking, least)
-            return None
-        if pick is None:
-            several = [n for n, places in enumerate(found) if len(places) > 1]
-            if several:
-                self._ambiguous(node, ref, several, len(found[several[0]]))
-                return None
-            pick = 0
-        return [places[pick] for places in found]
-
-    def _ambiguous(self, node: ast.Node, ref: ast.SpanRef, several: list[int], times: int) -> None:
-        name = _text(ref)
-        behind = f" of {ref.of}" if ref.of is not None else ""
-        ways = [f"`first-{name} token`", f"`last-{name} token`", f"`{ref.name} 2{behind} token`"]
-        ways += [f"`each {name} token` for one run each", f"`{name} tokens` for all of them"]
-        self.diagnostics.append(
-            AmbiguousSpan(
-                span=node.span,
-                name=name,
-                times=times,
-                rows=len(several),
-                total=self.total,
-                run=self.run,
-                example=self._example(several[0]),
-                ways=", ".join(ways[:-1]) + " or " + ways[-1],
-            )
-        )
 
     def _span_tokens(self, base: ast.SpanTokens) -> list[_Cell]:
         ref = base.of
@@ -408,17 +257,17 @@ class _Resolver:
             return self._occurrences(base)
         if base.plural and ref.edge is None and ref.literal is None:
             return self._all_tokens(base)
-        found = self._one_place(base, ref)
+        found = self.spans.one_place(base, ref)
         if found is None:
             return []
         hits = [p.tokens if base.plural else p.tokens[-1:] for p in found]
-        self._warn(ref, zip(range(self.total), found, hits, strict=True))
-        return [_Cell(_text(base), [(h,) for h in hits])]
+        self.spans.warn(ref, zip(range(self.total), found, hits, strict=True))
+        return [_Cell(as_written(base), [(h,) for h in hits])]
 
     def _occurrences(self, base: ast.SpanTokens) -> list[_Cell]:
         """One cell per occurrence. Those of `each` and `*` drop out where a row has fewer."""
         ref = base.of
-        found = self._all_places(replace(ref, occurrence=None))
+        found = self.spans.all_places(replace(ref, occurrence=None))
         if found is None:
             return []
         most = max(map(len, found))
@@ -426,13 +275,13 @@ class _Resolver:
         if occurrence is None or occurrence.low is None:
             wanted = range(1, most + 1)
             if not most:
-                self._absent(base, ref, list(range(self.total)), 1)
+                self.spans.absent(base, ref, list(range(self.total)), 1)
                 return []
         else:
             wanted = range(occurrence.low, (occurrence.high or occurrence.low) + 1)
             lacking = [n for n, places in enumerate(found) if len(places) < wanted[-1]]
             if lacking:
-                self._absent(base, ref, lacking, wanted[-1])
+                self.spans.absent(base, ref, lacking, wanted[-1])
                 return []
         cells: list[_Cell] = []
         for k in wanted:
@@ -443,7 +292,7 @@ class _Resolver:
             name = ref.name if ref.name is not None else f'"{ref.literal}"'
             behind = f" of {ref.of}" if ref.of is not None else ""
             cells.append(_Cell(f"{name} {k}{behind}", hits, k))
-        self._warn(
+        self.spans.warn(
             ref,
             (
                 (n, place, place.tokens if base.plural else place.tokens[-1:])
@@ -456,7 +305,7 @@ class _Resolver:
     def _all_tokens(self, base: ast.SpanTokens) -> list[_Cell]:
         """`subject tokens`: all tokens of all occurrences, or of `item 2..4`, joined."""
         ref = base.of
-        found = self._all_places(replace(ref, occurrence=None))
+        found = self.spans.all_places(replace(ref, occurrence=None))
         if found is None:
             return []
         low, high = 1, None
@@ -464,29 +313,29 @@ class _Resolver:
             low, high = ref.occurrence.low, ref.occurrence.high or ref.occurrence.low
         lacking = [n for n, places in enumerate(found) if len(places) < (high or low)]
         if lacking:
-            self._absent(base, ref, lacking, high or low)
+            self.spans.absent(base, ref, lacking, high or low)
             return []
         found = [places[low - 1 : high] for places in found]
-        self._warn(
+        self.spans.warn(
             ref, ((n, place, place.tokens) for n, places in enumerate(found) for place in places)
         )
         hits: list[Hits] = [
             (tuple(sorted({t for place in places for t in place.tokens})),) for places in found
         ]
-        return [_Cell(_text(base), hits)]
+        return [_Cell(as_written(base), hits)]
 
     def _each_token_of(self, base: ast.EachTokenOf, ref: ast.SpanRef) -> list[_Cell]:
-        found = self._one_place(base, ref)
+        found = self.spans.one_place(base, ref)
         if found is None:
             return []
-        self._warn(ref, ((n, place, place.tokens) for n, place in enumerate(found)))
+        self.spans.warn(ref, ((n, place, place.tokens) for n, place in enumerate(found)))
 
         def elsewhere(other: _Resolver) -> list[tuple[int, ...]]:
-            places = other._one_place(base, ref)
+            places = other.spans.one_place(base, ref)
             return [p.tokens for p in places or ()]
 
         lengths = self._lengths([p.tokens for p in found], elsewhere)
-        return self._ragged(_text(ref), [p.tokens for p in found], lengths)
+        return self._ragged(as_written(ref), [p.tokens for p in found], lengths)
 
     def _lengths(
         self,
@@ -521,32 +370,12 @@ class _Resolver:
         at = 0 if base.which == "first" else -1
         if base.of is None:
             # A prompt without text is refused when the table is built.
-            return [_Cell(_text(base), [((m.text_tokens[at],),) for m in self.maps])]
-        found = self._one_place(base, base.of)
+            return [_Cell(as_written(base), [((m.text_tokens[at],),) for m in self.maps])]
+        found = self.spans.one_place(base, base.of)
         if found is None:
             return []
-        self._warn(base.of, ((n, p, (p.tokens[at],)) for n, p in enumerate(found)))
-        return [_Cell(_text(base), [((p.tokens[at],),) for p in found])]
-
-    def _warn(self, ref: ast.SpanRef, hits: Iterable[tuple[int, Place, tuple[int, ...]]]) -> None:
-        """W0701 where a token that is hit also covers text beside the span."""
-        if self._special_id(ref) is not None:
-            return
-        texts: Counter[str] = Counter()
-        rows: set[int] = set()
-        for n, place, tokens in hits:
-            for token in tokens:
-                more = self.maps[n].covers_more(place, token)
-                if more is not None:
-                    texts[more] += 1
-                    rows.add(n)
-        if texts:
-            shown = ", ".join(f"`{t}`" for t, _ in texts.most_common(3))
-            self.diagnostics.append(
-                TokenCoversMore(
-                    span=ref.span, name=_text(ref), tokens=shown, rows=len(rows), total=self.total
-                )
-            )
+        self.spans.warn(base.of, ((n, p, (p.tokens[at],)) for n, p in enumerate(found)))
+        return [_Cell(as_written(base), [((p.tokens[at],),) for p in found])]
 
     # --- joined, between, except ------------------------------------------------------------------
 
@@ -555,7 +384,7 @@ class _Resolver:
         cells = [cell for item in items.items for cell in self.position(item)]
         if has_errors(self.diagnostics[before:]):
             return []
-        return [_Cell(_text(base), [_union(cells, n) for n in range(self.total)])]
+        return [_Cell(as_written(base), [_union(cells, n) for n in range(self.total)])]
 
     def _single(self, point: ast.Point) -> list[int] | None:
         """One token position per row, else E0314."""
@@ -569,7 +398,7 @@ class _Resolver:
         elif any(len(row) != 1 or len(row[0]) != 1 for row in cells[0].hits):
             reason = "several tokens"
         if reason:
-            position = _text(point)
+            position = as_written(point)
             self.diagnostics.append(
                 NotOnePosition(span=point.span, position=position, reason=reason)
             )
@@ -588,7 +417,7 @@ class _Resolver:
                     run=self.run,
                     lacking=len(reversed_rows),
                     total=self.total,
-                    example=self._example(reversed_rows[0]),
+                    example=self.spans.example(reversed_rows[0]),
                 )
             )
             return None
@@ -599,7 +428,7 @@ class _Resolver:
         if tokens is None:
             return []
         if not body.each:
-            return [_Cell(_text(body), [(row,) for row in tokens])]
+            return [_Cell(as_written(body), [(row,) for row in tokens])]
         lengths = self._lengths(tokens, lambda other: other._between_tokens(body) or ())
         return self._ragged("between", tokens, lengths)
 
@@ -618,47 +447,21 @@ class _Resolver:
             self.diagnostics.append(
                 NothingLeft(
                     span=body.span,
-                    position=_text(body),
+                    position=as_written(body),
                     run=self.run,
                     lacking=len(lacking),
                     total=self.total,
-                    example=self._example(lacking[0]),
+                    example=self.spans.example(lacking[0]),
                 )
             )
             return []
-        return self._by_index(body, kept, align) if body.each else [_Cell(_text(body), kept)]
-
-    def _example(self, n: int) -> str:
-        text = " ".join(self.maps[n].row.text.split())
-        return f'"{text}"' if len(text) <= 48 else f'"{text[:47]}…"'
-
-
-def _text(node: ast.Node) -> str:
-    """The node as written, on one line."""
-    return " ".join(node.span.text.split())
+        return self._by_index(body, kept, align) if body.each else [_Cell(as_written(body), kept)]
 
 
 def _union(cells: Sequence[_Cell], n: int) -> Hits:
     """All positions of a row, joined; no run where there are none."""
     joined = sorted({p for cell in cells for run in cell.hits[n] for p in run})
     return (tuple(joined),) if joined else ()
-
-
-def _lies_in(span: Any, name: str, spans: Sequence[Any]) -> bool:
-    """Whether a marked or literal span lies within one that is called `name`."""
-    return any(
-        s is not span and s.name == name and s.start <= span.start and span.end <= s.end
-        for s in spans
-    )
-
-
-def _picker(ref: ast.SpanRef) -> tuple[int | None, int]:
-    """Which occurrence is meant (None: the only one), and how many there have to be."""
-    if ref.edge is not None:
-        return (0 if ref.edge == "first" else -1), 1
-    if ref.occurrence is not None and ref.occurrence.low is not None:
-        return ref.occurrence.low - 1, ref.occurrence.low
-    return (-1 if ref.literal is not None else None), 1
 
 
 def check_joined(

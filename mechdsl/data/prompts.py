@@ -163,7 +163,7 @@ class _Builder:
         return out
 
     def _moved_text(self, made: Sequence[Made], moved: tuple[int, ...]) -> str:
-        """The characters of the moved token: what the answers begin with."""
+        """The characters of the moved token, white space before it included."""
         if not moved:
             return ""
         name = next(n for n in self.block.texts if not self.block.is_token_id(n))
@@ -172,10 +172,8 @@ class _Builder:
         whole = self.tokenizer.encode(prompt + text)
         at = len(before) - _closing(before)
         if whole.ids[at : at + 1] == moved:
-            start, end = whole.offsets[at]
-            return (prompt + text)[max(start, len(prompt)) : end]
-        start, end = self.tokenizer.encode(text, add_special=False).offsets[0]
-        return text[start:end]
+            return (prompt + text)[len(prompt) : whole.offsets[at][1]]
+        return text[: self.tokenizer.encode(text, add_special=False).offsets[0][1]]
 
     def _run(
         self,
@@ -189,10 +187,10 @@ class _Builder:
         self._check_texts(name, riches, encoded)
         out: list[RunRow] = []
         for row, rich, tokens, own in zip(rows, riches, encoded, texts, strict=True):
-            stripped = {
-                key: t if self.block.is_token_id(key) else move(t, moved) or t
-                for key, t in own.items()
-            }
+            kept: dict[str, TextTokens] = {}
+            for key, text in own.items():
+                whole = text if self.block.is_token_id(key) else move(text, moved)
+                kept[key] = whole or text
             out.append(
                 RunRow(
                     text=rich.text,
@@ -201,7 +199,7 @@ class _Builder:
                     special=tokens.special,
                     spans=rich.spans,
                     values=row.plain_values(),
-                    texts=stripped,
+                    texts=kept,
                 )
             )
         return Run(name, tuple(out))

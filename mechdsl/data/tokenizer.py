@@ -88,6 +88,8 @@ class TextTokenizer:
             return refused(f"`tokenizer.json` is not understood ({error})")
         config = _read_config(path / "tokenizer_config.json")
         config = _read_config(path / "special_tokens_map.json") | config
+        # `add_bos_token` of the config plays no part: where there is a `tokenizer.json`, transformers
+        # leaves it out as well.
         made = cls(
             backend,
             roles=_roles(config),
@@ -143,8 +145,10 @@ class TextTokenizer:
         """The id that stands for whatever the vocabulary doesn't hold."""
         model = self._backend.model
         token = getattr(model, "unk_token", None)
-        if token is None:  # Unigram keeps an index instead of a token
-            return cast("int | None", getattr(model, "unk_id", None))
+        if token is None:
+            # Unigram keeps an index that can't be asked for; others may have no such token.
+            unigram = type(model).__name__ == "Unigram"
+            return self._backend.token_to_id("<unk>") if unigram else None
         return self._backend.token_to_id(cast("str", token))
 
     def token_text(self, token: int) -> str:
@@ -186,10 +190,11 @@ class TextTokenizer:
             batch = list(texts[start : start + _BATCH])
             for e in self._backend.encode_batch(batch, add_special_tokens=add_special):
                 special = tuple(flag == 1 for flag in e.special_tokens_mask)
-                offsets = tuple(
+                offsets = [
                     (0, 0) if added else at for at, added in zip(e.offsets, special, strict=True)
-                )
-                out.append(Encoded(tuple(e.ids), offsets, special))
+                ]
+                _place_prefix(e.tokens, offsets, special)
+                out.append(Encoded(tuple(e.ids), tuple(offsets), special))
         return out
 
     def _with_bos(self, encoded: Encoded) -> Encoded:
@@ -249,6 +254,18 @@ def _without_closing(encoded: Encoded) -> tuple[int, ...]:
         end -= 1
     # A prompt without text is its opening tokens.
     return encoded.ids[:end] if end else encoded.ids
+
+
+def _place_prefix(
+    tokens: Sequence[str], offsets: list[tuple[int, int]], special: Sequence[bool]
+) -> None:
+    """A `▁` that SentencePiece puts in front of the text claims the first character, which belongs
+    to the next token: it covers nothing."""
+    first = special.index(False) if False in special else len(tokens)
+    if first + 1 < len(tokens) and not tokens[first].strip("▁"):
+        start, end = offsets[first]
+        if end > offsets[first + 1][0]:
+            offsets[first] = (start, start)
 
 
 def _keep_white_space(backend: Tokenizer) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
+from mechdsl.record import Record, keyword_record
 from mechdsl.source import Span
 
 Severity = Literal["error", "warning"]
@@ -14,8 +15,8 @@ CODES: dict[str, type[Diagnostic]] = {}
 """Every code of the language, filled as the classes are defined."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Diagnostic:
+@keyword_record
+class Diagnostic(Record):
     """A subclass fixes `code` and the wording; its fields are the facts.
 
     `title`, `label` and `help` are format strings over the fields. `span` is None where no place

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.record import keyword_record
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnexpectedToken(Diagnostic):
     """A word, number or sign stands where the grammar has no place for it."""
 
@@ -21,7 +20,7 @@ class UnexpectedToken(Diagnostic):
     hint: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class MisspeltWord(Diagnostic):
     """A word of the language with a slip in it."""
 
@@ -34,7 +33,7 @@ class MisspeltWord(Diagnostic):
     meant: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class Unclosed(Diagnostic):
     """A brace or bracket is opened and never closed."""
 
@@ -48,7 +47,7 @@ class Unclosed(Diagnostic):
     place: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnexpectedCharacter(Diagnostic):
     """A character that no part of the language uses."""
 
@@ -61,7 +60,7 @@ class UnexpectedCharacter(Diagnostic):
     hint: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnterminatedString(Diagnostic):
     """A text in quotes doesn't end on its line."""
 
@@ -71,7 +70,7 @@ class UnterminatedString(Diagnostic):
     help = 'close it with `"` on the same line; `\\n` in it is a line break and `\\"` a quote'
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class ReservedName(Diagnostic):
     """A value is called like a word of the language."""
 
@@ -84,7 +83,7 @@ class ReservedName(Diagnostic):
     rename: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class WrongVersion(Diagnostic):
     """The first line isn't `mech 1`."""
 
@@ -97,7 +96,7 @@ class WrongVersion(Diagnostic):
     place: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NotSupported(Diagnostic):
     """The language has it, this version of mechdsl doesn't run it yet."""
 
@@ -110,7 +109,7 @@ class NotSupported(Diagnostic):
     later: str = "this version runs `patch`, `ablate` and `replace` on prompts of text"
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class TooLarge(Diagnostic):
     """A limit on size or nesting is passed, so the file isn't read further."""
 
@@ -124,7 +123,7 @@ class TooLarge(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NotText(Diagnostic):
     """The file is not UTF-8 text."""
 
@@ -136,7 +135,7 @@ class NotText(Diagnostic):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class EmptyFile(Diagnostic):
     """Nothing but comments and blank lines."""
 
@@ -146,7 +145,7 @@ class EmptyFile(Diagnostic):
     help = "start it with the line `mech 1`; `mechdsl new NAME` writes a file to begin with"
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class Unreadable(Diagnostic):
     """The file can't be opened."""
 
@@ -158,7 +157,7 @@ class Unreadable(Diagnostic):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class BadPlaceholder(Diagnostic):
     """What stands between the braces of a text is no expression."""
 
@@ -175,7 +174,7 @@ class BadPlaceholder(Diagnostic):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NumberTooLarge(Diagnostic):
     """A number that no float can hold."""
 

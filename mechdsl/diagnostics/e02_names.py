@@ -1,8 +1,7 @@
 """E02xx: names, words of the registries, imports, parameters."""
 
-from dataclasses import dataclass
-
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.record import keyword_record
 
 
 def did_you_mean(suggestion: str | None, otherwise: str) -> str:
@@ -10,7 +9,7 @@ def did_you_mean(suggestion: str | None, otherwise: str) -> str:
     return f"did you mean `{suggestion}`?" if suggestion else otherwise
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnknownName(Diagnostic):
     code = "E0201"
     title = "there is no {kind} called `{name}`"
@@ -21,7 +20,7 @@ class UnknownName(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class DuplicateName(Diagnostic):
     code = "E0202"
     title = "`{name}` is defined twice"
@@ -31,7 +30,7 @@ class DuplicateName(Diagnostic):
     first: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnknownWord(Diagnostic):
     code = "E0203"
     title = "there is no {kind} called `{word}`"
@@ -42,7 +41,7 @@ class UnknownWord(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class ImportFailed(Diagnostic):
     code = "E0204"
     title = "`{path}` cannot be imported: {reason}"
@@ -53,7 +52,7 @@ class ImportFailed(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class BadSetting(Diagnostic):
     code = "E0205"
     title = "`--set {setting}`: {reason}"
@@ -63,17 +62,20 @@ class BadSetting(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class WhichModel(Diagnostic):
+@keyword_record
+class MissingLine(Diagnostic):
+    """An experiment lacks its `model` or `prompts` line."""
+
     code = "E0206"
-    title = "experiment `{experiment}` doesn't say which model it runs on"
-    label = "no `model` line in this experiment"
+    title = "experiment `{experiment}` doesn't say which {what} it runs on"
+    label = "no `{what}` line in this experiment"
     help = "{hint}"
     experiment: str
+    what: str
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class BadArgument(Diagnostic):
     code = "E0207"
     title = "`{name}` {reason}"
@@ -84,7 +86,7 @@ class BadArgument(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class BadCommandLine(Diagnostic):
     code = "E0208"
     title = "{reason}"
@@ -93,7 +95,7 @@ class BadCommandLine(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class RepeatedStatement(Diagnostic):
     code = "E0209"
     title = "`{what}` stands twice in `{block}`"

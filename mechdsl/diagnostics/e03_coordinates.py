@@ -1,11 +1,10 @@
 """E0301 to E0304, E032x: coordinates of sites."""
 
-from dataclasses import dataclass
-
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.record import keyword_record
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnitOutOfRange(Diagnostic):
     code = "E0301"
     title = "{unit} {index} does not exist in `{model}`"
@@ -19,7 +18,7 @@ class UnitOutOfRange(Diagnostic):
     model: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class LayerOutOfRange(Diagnostic):
     code = "E0302"
     title = "layer {index} does not exist in `{model}`"
@@ -30,7 +29,7 @@ class LayerOutOfRange(Diagnostic):
     model: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoComponent(Diagnostic):
     code = "E0303"
     title = "the rule names neither a component nor a head"
@@ -39,7 +38,7 @@ class NoComponent(Diagnostic):
     components: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class AxisDoesNotFit(Diagnostic):
     code = "E0304"
     title = "`{site}` {reason}"
@@ -50,7 +49,7 @@ class AxisDoesNotFit(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class AxesCollide(Diagnostic):
     code = "E0320"
     title = "two sweeps of this experiment are both called `{axis}`"
@@ -65,7 +64,7 @@ class AxesCollide(Diagnostic):
     first: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class EmptyRange(Diagnostic):
     code = "E0321"
     title = "the range `{text}` is empty"
@@ -76,7 +75,7 @@ class EmptyRange(Diagnostic):
     high: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class BadLoopValue(Diagnostic):
     code = "E0322"
     title = "`{name}` can't be used here: {reason}"
@@ -87,7 +86,7 @@ class BadLoopValue(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class TooManyCells(Diagnostic):
     code = "E0323"
     title = "experiment `{experiment}` has {cells:,} cells, more than {most:,}"
@@ -99,7 +98,7 @@ class TooManyCells(Diagnostic):
     axes: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnevenPositions(Diagnostic):
     code = "E0324"
     title = "`{position}` covers {least} to {most} tokens, so its rows don't correspond"

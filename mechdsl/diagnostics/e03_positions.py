@@ -1,11 +1,10 @@
 """E0305 to E0319: positions in a text. Counts are rows of the prompts block."""
 
-from dataclasses import dataclass
-
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.record import keyword_record
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class RaggedPositions(Diagnostic):
     code = "E0305"
     title = "`{position}` means different places in prompts of different lengths"
@@ -20,7 +19,7 @@ class RaggedPositions(Diagnostic):
     longest: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class AmbiguousSpan(Diagnostic):
     code = "E0306"
     title = "`{name}` occurs {times} times in the prompt, which one?"
@@ -35,7 +34,7 @@ class AmbiguousSpan(Diagnostic):
     ways: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class JoinedUnequal(Diagnostic):
     code = "E0307"
     title = "joined positions have different numbers of tokens in the two runs"
@@ -50,7 +49,7 @@ class JoinedUnequal(Diagnostic):
     total: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnknownSpan(Diagnostic):
     code = "E0308"
     title = "the prompts of `{prompts}` have no span called `{name}`"
@@ -61,7 +60,7 @@ class UnknownSpan(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class AbsentOccurrence(Diagnostic):
     code = "E0309"
     title = "{lacking} of {total} rows of `{run}` have no `{position}`"
@@ -75,7 +74,7 @@ class AbsentOccurrence(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class OutsidePrompt(Diagnostic):
     code = "E0310"
     title = "`{position}` lies outside the prompt in {lacking} of {total} rows of `{run}`"
@@ -89,7 +88,7 @@ class OutsidePrompt(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class ReversedBetween(Diagnostic):
     code = "E0311"
     title = "the second position comes before the first in {lacking} of {total} rows of `{run}`"
@@ -101,7 +100,7 @@ class ReversedBetween(Diagnostic):
     example: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class SpanWithoutToken(Diagnostic):
     code = "E0312"
     title = "`{name}` has no token of its own in {lacking} of {total} rows of `{run}`"
@@ -115,7 +114,7 @@ class SpanWithoutToken(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoSuchSpecial(Diagnostic):
     code = "E0313"
     title = "the prompts of `{prompts}` have no {name} token"
@@ -127,7 +126,7 @@ class NoSuchSpecial(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NotOnePosition(Diagnostic):
     code = "E0314"
     title = "`between` goes from one token to another, `{position}` is not one token"
@@ -137,7 +136,7 @@ class NotOnePosition(Diagnostic):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NothingLeft(Diagnostic):
     code = "E0315"
     title = "`{position}` leaves no token in {lacking} of {total} rows of `{run}`"

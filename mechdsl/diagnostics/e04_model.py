@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.record import keyword_record
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class ModelNotFound(Diagnostic):
     """A `local` folder that doesn't exist, or an `hf` model that is needed and not cached."""
 
@@ -22,7 +21,7 @@ class ModelNotFound(Diagnostic):
     advice: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoResidMid(Diagnostic):
     """`resid_mid` where attention and MLP read the same stream."""
 
@@ -34,7 +33,7 @@ class NoResidMid(Diagnostic):
     model: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnknownZooModel(Diagnostic):
     """`zoo("…")` with a name that the zoo doesn't have."""
 
@@ -47,7 +46,7 @@ class UnknownZooModel(Diagnostic):
     advice: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoConfig(Diagnostic):
     """A model folder without a readable `config.json`."""
 
@@ -60,7 +59,7 @@ class NoConfig(Diagnostic):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class PickledWeights(Diagnostic):
     """Weights only in a format that runs code when it is read."""
 
@@ -73,7 +72,7 @@ class PickledWeights(Diagnostic):
     file: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoWeights(Diagnostic):
     """A model folder without weights."""
 
@@ -86,7 +85,7 @@ class NoWeights(Diagnostic):
     advice: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NotADecoder(Diagnostic):
     """A model that doesn't predict next tokens."""
 
@@ -99,7 +98,7 @@ class NotADecoder(Diagnostic):
     architecture: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class ShapeUnknown(Diagnostic):
     """A `config.json` that doesn't say how large the model is."""
 
@@ -113,7 +112,7 @@ class ShapeUnknown(Diagnostic):
     keys: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class PartNotFound(Diagnostic):
     """The finder can't tell which module plays a part."""
 
@@ -128,7 +127,7 @@ class PartNotFound(Diagnostic):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class IdentityBroken(Diagnostic):
     """The parts of the model don't add up as its anatomy says."""
 
@@ -143,7 +142,7 @@ class IdentityBroken(Diagnostic):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class LoadFailed(Diagnostic):
     """transformers or safetensors refused the folder."""
 
@@ -156,7 +155,7 @@ class LoadFailed(Diagnostic):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoTokenizer(Diagnostic):
     """A model without a fast tokenizer."""
 
@@ -169,7 +168,7 @@ class NoTokenizer(Diagnostic):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class SiteNotOnModel(Diagnostic):
     """A site of the language that this model doesn't have."""
 

@@ -1,11 +1,10 @@
 """E05xx: prompts, data files, tokenizers and answers."""
 
-from dataclasses import dataclass
-
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.record import keyword_record
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnknownValue(Diagnostic):
     code = "E0501"
     title = "prompts `{prompts}` have no value or column `{name}`"
@@ -16,7 +15,7 @@ class UnknownValue(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class CyclicValue(Diagnostic):
     code = "E0502"
     title = "`{name}` depends on itself: {path}"
@@ -26,7 +25,7 @@ class CyclicValue(Diagnostic):
     path: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class BadValue(Diagnostic):
     code = "E0503"
     title = "`{expression}` can't be worked out: {reason}"
@@ -38,7 +37,7 @@ class BadValue(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class DataNotRead(Diagnostic):
     code = "E0504"
     title = "`{path}` can't be read: {reason}"
@@ -49,7 +48,7 @@ class DataNotRead(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class DataFormat(Diagnostic):
     code = "E0505"
     title = "`{path}` is not data that can be read: {reason}"
@@ -60,7 +59,7 @@ class DataFormat(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class TooMany(Diagnostic):
     code = "E0506"
     title = "{what}: {amount} are more than {most:,}"
@@ -72,7 +71,7 @@ class TooMany(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class MultiTokenText(Diagnostic):
     code = "E0507"
     title = "`{metric}` needs a text of one token, `{text}` has more"
@@ -83,7 +82,7 @@ class MultiTokenText(Diagnostic):
     metric: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoTokenizer(Diagnostic):
     code = "E0508"
     title = "`{path}` has no tokenizer that can be read: {reason}"
@@ -96,7 +95,7 @@ class NoTokenizer(Diagnostic):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoRows(Diagnostic):
     code = "E0509"
     title = "prompts `{prompts}` have no rows: {reason}"
@@ -107,7 +106,7 @@ class NoRows(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class CorruptionWithoutEffect(Diagnostic):
     code = "E0510"
     title = "the corrupted prompt of `{run}` equals the clean one in every row"
@@ -117,7 +116,7 @@ class CorruptionWithoutEffect(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class PromptTooLong(Diagnostic):
     code = "E0511"
     title = "{rows} of {total} prompts of `{run}` are longer than the model's context"
@@ -130,7 +129,7 @@ class PromptTooLong(Diagnostic):
     most: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NothingToDraw(Diagnostic):
     code = "E0512"
     title = "`{expression}` has nothing left to draw: {reason}"
@@ -141,7 +140,7 @@ class NothingToDraw(Diagnostic):
     rows: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoDomain(Diagnostic):
     code = "E0513"
     title = "`{name}` has no set of values to draw another one from"
@@ -151,7 +150,7 @@ class NoDomain(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnknownFunction(Diagnostic):
     code = "E0514"
     title = "prompts know no function `{name}`"
@@ -161,7 +160,7 @@ class UnknownFunction(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class BadCall(Diagnostic):
     code = "E0515"
     title = "`{name}` {reason}"
@@ -172,7 +171,7 @@ class BadCall(Diagnostic):
     usage: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnknownText(Diagnostic):
     code = "E0516"
     title = "prompts `{prompts}` have no text `{name}`"
@@ -183,7 +182,7 @@ class UnknownText(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class SharedFirstToken(Diagnostic):
     code = "E0517"
     title = "the {which} token of {text} is also that of {rival}"
@@ -197,7 +196,7 @@ class SharedFirstToken(Diagnostic):
     total: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class MultiTokenNumeral(Diagnostic):
     code = "E0518"
     title = "{amount} of the numerals {low}..{high} are more than one token"
@@ -212,7 +211,7 @@ class MultiTokenNumeral(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class AnswerNotInVocabulary(Diagnostic):
     code = "E0519"
     title = "the tokenizer doesn't know {text}, it is read as `{unknown}`"
@@ -224,7 +223,7 @@ class AnswerNotInVocabulary(Diagnostic):
     total: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class OtherSpelling(Diagnostic):
     code = "E0520"
     title = "{text} is not spelt like the answers, which begin with {moved}"
@@ -234,7 +233,7 @@ class OtherSpelling(Diagnostic):
     moved: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class TextNotInside(Diagnostic):
     code = "E0521"
     title = "the text of `{name}` doesn't occur in `{within}`"
@@ -245,7 +244,7 @@ class TextNotInside(Diagnostic):
     rows: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoBosToken(Diagnostic):
     code = "E0522"
     title = "`bos: true` is asked for, but the tokenizer has no beginning-of-sequence token"
@@ -253,7 +252,7 @@ class NoBosToken(Diagnostic):
     help = "leave `bos` out: this model was trained without one"
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NotATokenId(Diagnostic):
     code = "E0523"
     title = "`token_id({name})`: {value} is not a token id"
@@ -264,7 +263,7 @@ class NotATokenId(Diagnostic):
     last: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class EmptyText(Diagnostic):
     code = "E0524"
     title = "the text `{name}` is empty in {rows} of {total} rows"
@@ -275,7 +274,7 @@ class EmptyText(Diagnostic):
     total: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoTemplate(Diagnostic):
     code = "E0525"
     title = "prompts `{prompts}` have no template"
@@ -284,7 +283,7 @@ class NoTemplate(Diagnostic):
     prompts: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class EmptyPrompt(Diagnostic):
     code = "E0526"
     title = "{rows} prompts of `{run}` are empty"

@@ -1,11 +1,10 @@
 """E0601 to E0603, E061x: what an experiment must say."""
 
-from dataclasses import dataclass
-
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.record import keyword_record
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoMeasure(Diagnostic):
     code = "E0601"
     title = "experiment `{experiment}` measures nothing"
@@ -14,7 +13,7 @@ class NoMeasure(Diagnostic):
     experiment: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class PatchWithoutSource(Diagnostic):
     code = "E0602"
     title = "`patch` doesn't say where the activation comes from"
@@ -23,7 +22,7 @@ class PatchWithoutSource(Diagnostic):
     base: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class EffectNeedsSource(Diagnostic):
     code = "E0603"
     title = "`{effect}` needs a source run"
@@ -33,7 +32,7 @@ class EffectNeedsSource(Diagnostic):
     base: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NoSuchAxis(Diagnostic):
     code = "E0610"
     title = "`{word}` is not an axis of experiment `{experiment}`"
@@ -45,7 +44,7 @@ class NoSuchAxis(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class EffectWithoutRule(Diagnostic):
     code = "E0611"
     title = "`{effect}` is always 0 in an experiment without a rule"
@@ -55,7 +54,7 @@ class EffectWithoutRule(Diagnostic):
     instead: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnreadableMeasure(Diagnostic):
     code = "E0612"
     title = "`{text}` cannot be measured: {reason}"
@@ -66,7 +65,7 @@ class UnreadableMeasure(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NothingKept(Diagnostic):
     code = "E0613"
     title = "`keep` leaves none of the {rows} rows"

@@ -1,11 +1,10 @@
 """E0604 to E0607: statistics, expectations and reports."""
 
-from dataclasses import dataclass
-
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.record import keyword_record
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class ZeroDenominator(Diagnostic):
     code = "E0604"
     title = "the denominator of `{effect}` cannot be told from 0"
@@ -22,7 +21,7 @@ class ZeroDenominator(Diagnostic):
     n: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class WhichMeasure(Diagnostic):
     code = "E0605"
     title = "which of the {count} measures is meant by `{text}`?"
@@ -34,7 +33,7 @@ class WhichMeasure(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnreadableExpectation(Diagnostic):
     code = "E0606"
     title = "this expectation cannot be decided: {reason}"
@@ -43,7 +42,7 @@ class UnreadableExpectation(Diagnostic):
     hint: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class BadReport(Diagnostic):
     code = "E0607"
     title = "`report {kind}` {reason}"

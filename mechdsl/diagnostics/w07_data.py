@@ -1,11 +1,10 @@
 """W0701 to W0709: tokens that look like mistakes but run."""
 
-from dataclasses import dataclass
-
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.record import keyword_record
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class TokenCoversMore(Diagnostic):
     code = "W0701"
     title = "tokens of `{name}` also cover text beside it"
@@ -17,7 +16,7 @@ class TokenCoversMore(Diagnostic):
     total: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class UnknownWords(Diagnostic):
     code = "W0702"
     title = "the tokenizer doesn't know {words}"
@@ -30,7 +29,7 @@ class UnknownWords(Diagnostic):
     run: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class AnswerChangesPrompt(Diagnostic):
     code = "W0703"
     title = "the end of the prompt and {text} share a token"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.record import keyword_record
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class ModelNotHere(Diagnostic):
     """An `hf` model that the local cache doesn't have."""
 
@@ -20,7 +19,7 @@ class ModelNotHere(Diagnostic):
     path: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class NotResumable(Diagnostic):
     """Runs of the model can't be resumed in the middle."""
 

@@ -1,11 +1,10 @@
 """W0720 to W0729: results that will say little."""
 
-from dataclasses import dataclass
-
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.record import keyword_record
 
 
-@dataclass(frozen=True, kw_only=True)
+@keyword_record
 class TooFewPrompts(Diagnostic):
     code = "W0720"
     title = "with {n} prompts no cell can survive the correction"

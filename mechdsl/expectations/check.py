@@ -35,7 +35,7 @@ from mechdsl.source import Span
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
-    from mechdsl.results.experiment import CellKey
+    from mechdsl.results.cell import CellKey
 
 Number = int | float | str
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from mechdsl.results.experiment import CellKey
+    from mechdsl.results.cell import CellKey
 
 # --- which cells --------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import (
     BadArgument,
     DuplicateName,
+    MissingLine,
     RepeatedStatement,
     UnknownName,
-    WhichModel,
 )
 from mechdsl.diagnostics.e06_experiment import NoMeasure, PatchWithoutSource
 from mechdsl.lower.constants import constant, whole_number
@@ -172,6 +172,7 @@ def lower_experiment(
     source, base = _runs(work, prompts)
     rules = _rules(work, prompts, source, base)
     measures = tuple(_measure(m, parts, scope) for m in work.measures)
+    _each_once(measures, work)
     if not measures and not work.unsupported:
         scope.diagnostics.append(
             NoMeasure(span=definition.name.span, experiment=definition.name.id)
@@ -218,8 +219,11 @@ def _model(work: _Lowering) -> str | None:
             else 'define one first: `model toy = zoo("counting")`'
         )
         scope.diagnostics.append(
-            WhichModel(
-                span=work.definition.name.span, experiment=work.definition.name.id, hint=hint
+            MissingLine(
+                span=work.definition.name.span,
+                experiment=work.definition.name.id,
+                what="model",
+                hint=hint,
             )
         )
         return None
@@ -234,12 +238,13 @@ def _model(work: _Lowering) -> str | None:
 
 def _prompts(work: _Lowering) -> spec.Prompts | None:
     if not work.prompts:
+        known = work.scope.names("prompts")
         work.diagnostics.append(
-            UnknownName(
+            MissingLine(
                 span=work.definition.name.span,
-                kind="prompts",
-                name="",
-                hint="add a line such as `prompts fruit limit 64` to the experiment",
+                experiment=work.definition.name.id,
+                what="prompts",
+                hint=f"add a line such as `prompts {known[0] if known else 'fruit'} limit 64`",
             )
         )
         return None
@@ -253,6 +258,8 @@ def _prompts(work: _Lowering) -> spec.Prompts | None:
     if found is None:
         return None
     limit = whole_number(use.limit, work.parts.parameters)
+    if isinstance(use.limit, str) and not work.scope.use("param", use.limit, use.span):
+        limit = 1
     if use.limit is not None and (limit is None or limit < 1):
         work.diagnostics.append(
             BadArgument(
@@ -262,8 +269,6 @@ def _prompts(work: _Lowering) -> spec.Prompts | None:
                 hint="write a number, or the name of a `param`",
             )
         )
-    if isinstance(use.limit, str):
-        work.scope.has("param", use.limit)
     part = use.prompts.part
     if part is not None and (part not in ("train", "test") or found.split is None):
         work.diagnostics.append(
@@ -403,6 +408,23 @@ def _measure(measure: ast.Measure, parts: Parts, scope: Scope) -> spec.Measure:
         at=measure.at,
         per_prompt=measure.per is not None,
     )
+
+
+def _each_once(measures: tuple[spec.Measure, ...], work: _Lowering) -> None:
+    """The same measure twice would only make the correction stricter."""
+    seen: dict[tuple[object, ...], spec.Measure] = {}
+    for measure in measures:
+        key = (measure.metric, measure.effect, measure.at, measure.per_prompt)
+        first = seen.setdefault(key, measure)
+        if first is not measure:
+            work.diagnostics.append(
+                RepeatedStatement(
+                    span=measure.span,
+                    what=_written(measure.span),
+                    block=work.definition.name.id,
+                    first=first.span.line,
+                )
+            )
 
 
 def _written(span: Span) -> str:

@@ -45,7 +45,8 @@ class Scope:
             found.used = True
             return True
         if found is not None:
-            hint = f"`{name}` is {article(found.kind)} {found.kind}"
+            plural = found.kind == "prompts"
+            hint = f"`{name}` is {'a block of prompts' if plural else a(found.kind)}"
         else:
             names = [n for n, d in self.definitions.items() if d.kind == kind]
             known = ", ".join(f"`{n}`" for n in names)
@@ -53,7 +54,8 @@ class Scope:
                 nearest(name, names),
                 f"defined are {known}" if known else f"define it first: `{kind} {name} …`",
             )
-        self.diagnostics.append(UnknownName(span=span, kind=kind, name=name, hint=hint))
+        word = "block of prompts" if kind == "prompts" else kind
+        self.diagnostics.append(UnknownName(span=span, kind=word, name=name, hint=hint))
         return False
 
     def has(self, kind: str, name: str) -> bool:
@@ -76,8 +78,8 @@ class Scope:
         )
 
 
-def article(noun: str) -> str:
-    return "an" if noun[0] in "aeiou" else "a"
+def a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def place(of: Span, seen_from: Span) -> str:

@@ -7,7 +7,7 @@ from itertools import product
 
 from mechdsl.data.positions import hit_texts
 from mechdsl.resolve.types import Key, ResolvedExperiment, ResolvedRule
-from mechdsl.results.experiment import CellKey
+from mechdsl.results.cell import CellKey
 
 
 def cell_keys(experiment: ResolvedExperiment) -> Iterator[CellKey]:

@@ -22,7 +22,7 @@ from mechdsl.diagnostics.e03_coordinates import (
     UnevenPositions,
 )
 from mechdsl.registry import nearest
-from mechdsl.resolve.measures import MeasureContext, resolve_measure
+from mechdsl.resolve.measures import MeasureContext, known_run, resolve_measure
 from mechdsl.resolve.sites import SiteContext, resolve_site
 from mechdsl.resolve.types import (
     Axis,
@@ -86,8 +86,6 @@ def resolve_experiment(
     _loops_used(work)
     _one_input(work)
     _draws_agree(work)
-    if has_errors(diagnostics):
-        return None, diagnostics
     axes = tuple(work.axes.values())
     measures, keep, accuracies = _measures(work, axes)
     if has_errors(diagnostics):
@@ -509,6 +507,8 @@ def _measures(
 ) -> tuple[tuple[ResolvedMeasure, ...], tuple[ResolvedMeasure, ...], dict[str, ResolvedMeasure]]:
     experiment = work.experiment
     items = sorted({i for axis in axes for i in axis.items if i is not None})
+    if has_errors(work.diagnostics):
+        items = items or [1]  # the rule that failed may have been a sweep over occurrences
     context = MeasureContext(
         work.table, work.model.tokenizer, work.sites, tuple(items), work.diagnostics
     )
@@ -520,13 +520,9 @@ def _measures(
     keep = [resolve_measure(k, context, label="keep", runs=("clean",)) for k in experiment.keep]
     accuracies: dict[str, ResolvedMeasure] = {}
     for call in _accuracy_calls(experiment):
-        value = call.arguments[0].value if len(call.arguments) == 1 else None
-        run = value.id if isinstance(value, ast.Name) else ""
-        if run not in work.table.runs:
-            known = ", ".join(f"`{r}`" for r in work.table.runs)
-            work.diagnostics.append(
-                UnknownName(span=call.span, kind="run", name=run, hint=f"runs are {known}")
-            )
+        value = call.arguments[0].value if len(call.arguments) == 1 else call
+        run = known_run(value, context)
+        if run is None:
             continue
         correct = ast.Name("correct", span=call.span)
         found = resolve_measure(correct, context, label="accuracy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -197,6 +198,9 @@ def _component(site: ast.Site, context: SiteContext) -> list[SiteKind] | None:
     kinds: list[SiteKind] = []
     for name in names:
         kind = SITES.get(str(name))
+        if kind is None and re.fullmatch(r"L\d+", str(name)):
+            _no_component(word.span, context)  # `L9`, a short name that ends too early
+            return None
         if kind is None:
             _unknown_component(str(name), word.span, context)
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mechdsl.registry import Registry
 from mechdsl.results.effect import Effect
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.results.flips import CORRECTIONS
+from mechdsl.results.significance import CORRECTION_NAMES
 
 
 def statistics_conventions(result: ExperimentResult, effects: Registry[Effect]) -> dict[str, str]:
@@ -33,6 +33,6 @@ def statistics_conventions(result: ExperimentResult, effects: Registry[Effect]) 
     tests = max(each.tests for each in result.statistics)
     if test and tests:
         found["p"] = test
-        found["correction"] = f"{CORRECTIONS[settings.correction][0]}, over {tests:,} cells"
+        found["correction"] = f"{CORRECTION_NAMES[settings.correction]}, over {tests:,} cells"
     found["seed"] = str(result.seed)
     return found

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from mechdsl.results.cell import CellKey
 from mechdsl.results.data import Floats, Interval, MeasureData
-from mechdsl.results.experiment import CellKey, ExperimentResult, Results
+from mechdsl.results.experiment import ExperimentResult, Results
 from mechdsl.results.statistics import category_statistics
 
 SCHEMA_VERSION: Literal[1] = 1

@@ -13,28 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl import spec
+from mechdsl.results.cell import CellKey
 from mechdsl.results.data import CellStatistics, Floats, Interval, MeasureData
 from mechdsl.results.resampling import Resampling
 from mechdsl.results.statistics import run_interval
 
 if TYPE_CHECKING:
     import pandas
-
-Coord = int | float | str
-
-
-@dataclass(frozen=True)
-class CellKey:
-    """Which intervention a cell is."""
-
-    coords: Mapping[str, Coord]
-    """One value per axis of the experiment, in the order of its axes."""
-    site: str
-    """As the model names it, `L2H0.z`; empty in an experiment without a rule."""
-    position: str | None = None
-    tokens: tuple[str, ...] = ()
-    """The distinct texts of the tokens that were hit, commonest first."""
-
 
 @dataclass(frozen=True)
 class ExpectOutcome:

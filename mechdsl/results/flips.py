@@ -9,15 +9,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from mechdsl import spec
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.w07_statistics import TooFewPrompts
 from mechdsl.results.data import Floats, Ints
 from mechdsl.results.resampling import BLOCK, blocks
-from mechdsl.source import Span
+from mechdsl.results.significance import EXACT_UP_TO
 
-EXACT_UP_TO = 14
-"""Prompts with a non-zero delta up to which all sign flips are enumerated."""
 MIN_FLIPS, MAX_FLIPS, FLIPS_PER_CELL = 10_000, 200_000, 20
 
 
@@ -118,30 +113,9 @@ def benjamini_hochberg(p: Floats) -> Floats:
     return corrected
 
 
-CORRECTIONS: Mapping[str, tuple[str, Callable[[Floats], Floats]]] = {
-    "holm": ("Holm", holm),
-    "bh": ("Benjamini-Hochberg", benjamini_hochberg),
-    "none": ("none", np.copy),
+CORRECTIONS: Mapping[str, Callable[[Floats], Floats]] = {
+    "holm": holm,
+    "bh": benjamini_hochberg,
+    "none": np.copy,
 }
-"""How `stats correct WORD` is called, and what it does to all p of an experiment."""
-
-
-def check_prompts(
-    units: int, tests: int, settings: spec.Statistics, span: Span | None
-) -> list[Diagnostic]:
-    """W0720 where so few prompts (or groups) leave no p that is small enough."""
-    smallest = 2.0 ** (1 - units)
-    # Holm multiplies the smallest p by the number of tests; the others may leave it as it is
-    corrected = min(1.0, smallest * (tests if settings.correction == "holm" else 1))
-    if units > EXACT_UP_TO or tests == 0 or corrected < 1 - settings.confidence / 100:
-        return []
-    return [
-        TooFewPrompts(
-            span=span,
-            n=units,
-            smallest=f"{smallest:.3g}",
-            corrected=f"{corrected:.3g}",
-            correction=CORRECTIONS[settings.correction][0],
-            cells=tests,
-        )
-    ]
+"""What `stats correct WORD` does to all p of an experiment."""

@@ -194,7 +194,7 @@ def cell_statistics(
     together = np.concatenate([entry.p for entry in found])
     known = ~np.isnan(together)
     corrected = together.copy()
-    corrected[known] = CORRECTIONS[settings.correction][1](together[known])
+    corrected[known] = CORRECTIONS[settings.correction](together[known])
     per_measure = np.split(corrected, np.cumsum([len(entry.p) for entry in found])[:-1])
     words = flips_in_words(resampling.units, tests, "group" if resampling.grouped else "prompt")
     return [

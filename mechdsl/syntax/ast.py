@@ -1,4 +1,4 @@
-"""The abstract syntax tree: frozen dataclasses, one per construct, each with its span.
+"""The abstract syntax tree: frozen records, one per construct, each with its span.
 
 Spans never take part in comparison, so two texts with the same meaning give equal trees.
 Names stay strings here; what they refer to is found by `resolve`.
@@ -6,23 +6,24 @@ Names stay strings here; what they refer to is found by `resolve`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
+from mechdsl.record import Record, keyword_record, record
 from mechdsl.source import Span
 
 
-@dataclass(frozen=True, kw_only=True)
-class Node:
+@keyword_record
+class Node(Record):
     span: Span = field(compare=False, repr=False)
 
 
-@dataclass(frozen=True)
+@record
 class Name(Node):
     id: str
 
 
-@dataclass(frozen=True)
+@record
 class Ref(Node):
     """`fruit` or `fruit.train`."""
 
@@ -33,24 +34,24 @@ class Ref(Node):
 # --- expressions -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class Number(Node):
     value: int | float
 
 
-@dataclass(frozen=True)
+@record
 class Percent(Node):
     """`50%` has value 50."""
 
     value: float
 
 
-@dataclass(frozen=True)
+@record
 class String(Node):
     value: str
 
 
-@dataclass(frozen=True)
+@record
 class ShortSite(Node):
     """`L9H9`, `L9H9.q`, `L3.mlp`, `L3N512`: layer, unit letter and number, component."""
 
@@ -60,7 +61,7 @@ class ShortSite(Node):
     component: str | None = None
 
 
-@dataclass(frozen=True)
+@record
 class OfRef(Node):
     """`answer of fewer`."""
 
@@ -68,7 +69,7 @@ class OfRef(Node):
     of: Ref
 
 
-@dataclass(frozen=True)
+@record
 class Attribute(Node):
     """`item.index`."""
 
@@ -76,7 +77,7 @@ class Attribute(Node):
     attribute: str
 
 
-@dataclass(frozen=True)
+@record
 class Index(Node):
     """`xs[2]`, `refusal[best of select]`."""
 
@@ -84,7 +85,7 @@ class Index(Node):
     index: Expr | Ranked
 
 
-@dataclass(frozen=True)
+@record
 class Argument(Node):
     """`sep: ", "`, `std: 3 sd of subject`, or a positional one (`name` None)."""
 
@@ -92,7 +93,7 @@ class Argument(Node):
     value: Expr | Range | Quantity | Site
 
 
-@dataclass(frozen=True)
+@record
 class Quantity(Node):
     """`3 sd`, `3 sd of subject`."""
 
@@ -101,7 +102,7 @@ class Quantity(Node):
     of: str | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Call(Node):
     """`list(item, count, sep: " ")`. A call without arguments and brackets is a `Name`."""
 
@@ -109,14 +110,14 @@ class Call(Node):
     arguments: tuple[Argument, ...]
 
 
-@dataclass(frozen=True)
+@record
 class ListOf(Node):
     """`["a", "b"]`, `[1..3, 7]`."""
 
     items: tuple[Expr | Range, ...]
 
 
-@dataclass(frozen=True)
+@record
 class EdgeTokenOf(Node):
     """`first token of answer`."""
 
@@ -124,26 +125,26 @@ class EdgeTokenOf(Node):
     of: Expr
 
 
-@dataclass(frozen=True)
+@record
 class Negative(Node):
     operand: Expr
 
 
-@dataclass(frozen=True)
+@record
 class Binary(Node):
     operator: Literal["+", "-", "*", "/"]
     left: Expr
     right: Expr
 
 
-@dataclass(frozen=True)
+@record
 class Conditional(Node):
     condition: Expr
     then: Expr
     otherwise: Expr
 
 
-@dataclass(frozen=True)
+@record
 class Range(Node):
     """`2..9`, both ends included."""
 
@@ -151,7 +152,7 @@ class Range(Node):
     high: Expr
 
 
-@dataclass(frozen=True)
+@record
 class Compare(Node):
     """`=` is equality."""
 
@@ -160,13 +161,13 @@ class Compare(Node):
     right: Expr
 
 
-@dataclass(frozen=True)
+@record
 class InRange(Node):
     value: Expr
     within: Range | Expr
 
 
-@dataclass(frozen=True)
+@record
 class Near(Node):
     """`relative near -0.67 within 0.05`."""
 
@@ -175,14 +176,14 @@ class Near(Node):
     tolerance: Expr
 
 
-@dataclass(frozen=True)
+@record
 class Logical(Node):
     operator: Literal["and", "or"]
     left: Expr
     right: Expr
 
 
-@dataclass(frozen=True)
+@record
 class Not(Node):
     operand: Expr
 
@@ -210,7 +211,7 @@ Expr = (
 )
 
 
-@dataclass(frozen=True)
+@record
 class Domain(Node):
     """What `x in …` and `for x in …` range over: `3..9`, `["a"]`, `0%..100% step 5%`."""
 
@@ -221,12 +222,12 @@ class Domain(Node):
 # --- sites --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class Star(Node):
     """`*`: every value there is."""
 
 
-@dataclass(frozen=True)
+@record
 class Bound(Node):
     """One end of an axis range: `3`, `-1`, `50%`, `l`, `l + 1` (`name` with `offset`)."""
 
@@ -236,7 +237,7 @@ class Bound(Node):
     offset: int = 0
 
 
-@dataclass(frozen=True)
+@record
 class AxisRange(Node):
     """`10..20`, or one value (`high` None)."""
 
@@ -247,7 +248,7 @@ class AxisRange(Node):
 AxisWord = Literal["layer", "head", "neuron", "expert", "feature"]
 
 
-@dataclass(frozen=True)
+@record
 class Axis(Node):
     """`layer 10..20`, `heads 0, 3`, `layer * window 9`, `feature 12, 55 of res8`."""
 
@@ -258,7 +259,7 @@ class Axis(Node):
     of: str | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Site(Node):
     """Component and axes. `names` are the words before the first axis that isn't `layer`-like:
     one name is a component (`resid_post`) or a stack (`vision`), two are component and stack;
@@ -272,7 +273,7 @@ class Site(Node):
     basis: str | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Ranked(Node):
     """`top 10 of cie`, `top 25% of caap`, `best of select`."""
 
@@ -284,7 +285,7 @@ class Ranked(Node):
 # --- positions ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class Occurrence(Node):
     """`item 3`, `item 2..4`, `item *`: 1-based; `low` None is `*`."""
 
@@ -292,7 +293,7 @@ class Occurrence(Node):
     high: int | None = None
 
 
-@dataclass(frozen=True)
+@record
 class SpanRef(Node):
     """A named span: `subject`, `item 3`, `last-item of part1`, `"Answer"`, `image row 3 col 4`."""
 
@@ -305,7 +306,7 @@ class SpanRef(Node):
     of: str | None = None
 
 
-@dataclass(frozen=True)
+@record
 class TokenIndex(Node):
     """`token 5`, `token -2`, `tokens *`, `token 2..6`, `token c` (name of a `for`)."""
 
@@ -315,7 +316,7 @@ class TokenIndex(Node):
     high: int | None = None
 
 
-@dataclass(frozen=True)
+@record
 class SpanTokens(Node):
     """`subject token`, `subject tokens`, `each item token`, `each item tokens`."""
 
@@ -324,14 +325,14 @@ class SpanTokens(Node):
     each: bool = False
 
 
-@dataclass(frozen=True)
+@record
 class EachTokenOf(Node):
     """`each token of subject`."""
 
     of: SpanRef
 
 
-@dataclass(frozen=True)
+@record
 class EdgeToken(Node):
     """`last token`, `first token of subject`."""
 
@@ -339,7 +340,7 @@ class EdgeToken(Node):
     of: SpanRef | None = None
 
 
-@dataclass(frozen=True)
+@record
 class RankedTokens(Node):
     """`top 25% of caap tokens`."""
 
@@ -347,7 +348,7 @@ class RankedTokens(Node):
     plural: bool
 
 
-@dataclass(frozen=True)
+@record
 class Joined(Node):
     """`{A, B}`."""
 
@@ -357,7 +358,7 @@ class Joined(Node):
 PointBase = TokenIndex | SpanTokens | EachTokenOf | EdgeToken | RankedTokens | Joined
 
 
-@dataclass(frozen=True)
+@record
 class Point(Node):
     """A base with an offset in tokens: `subject token + 1`."""
 
@@ -365,7 +366,7 @@ class Point(Node):
     offset: int = 0
 
 
-@dataclass(frozen=True)
+@record
 class Between(Node):
     """`tokens between A and B`, `each token between A and B`; both ends included."""
 
@@ -374,7 +375,7 @@ class Between(Node):
     high: Point
 
 
-@dataclass(frozen=True)
+@record
 class Except(Node):
     """`tokens except P`, `each token except P`."""
 
@@ -382,7 +383,7 @@ class Except(Node):
     excluded: Point | Between | Except
 
 
-@dataclass(frozen=True)
+@record
 class Position(Node):
     """One item of a position list. A bare number behind a `token` item is a `TokenIndex` too."""
 
@@ -390,7 +391,7 @@ class Position(Node):
     align: str | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Positions(Node):
     """`A, B`: a sweep over its items."""
 
@@ -400,7 +401,7 @@ class Positions(Node):
 # --- prompts and images -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class Domained(Node):
     """`x in DOMAIN`."""
 
@@ -408,7 +409,7 @@ class Domained(Node):
     domain: Domain
 
 
-@dataclass(frozen=True)
+@record
 class Derived(Node):
     """`a, b = EXPR`."""
 
@@ -416,7 +417,7 @@ class Derived(Node):
     value: Expr
 
 
-@dataclass(frozen=True)
+@record
 class Template(Node):
     """`template "…"` (inside `corrupt` too). `template in […]` is a `Domained` of the name
     `template`."""
@@ -424,40 +425,40 @@ class Template(Node):
     text: String
 
 
-@dataclass(frozen=True)
+@record
 class ChatTurn(Node):
     role: str
     text: String
 
 
-@dataclass(frozen=True)
+@record
 class Chat(Node):
     turns: tuple[ChatTurn, ...]
 
 
-@dataclass(frozen=True)
+@record
 class RowsFrom(Node):
     source: Expr
 
 
-@dataclass(frozen=True)
+@record
 class Rename(Node):
     """`rename { subj = subject }`: (new name, column)."""
 
     pairs: tuple[tuple[Name, Name], ...]
 
 
-@dataclass(frozen=True)
+@record
 class Where(Node):
     condition: Expr
 
 
-@dataclass(frozen=True)
+@record
 class Split(Node):
     percent: Percent
 
 
-@dataclass(frozen=True)
+@record
 class Text(Node):
     """`answer EXPR`, `wrong EXPR` and `text NAME = EXPR` (`name` is then NAME)."""
 
@@ -465,7 +466,7 @@ class Text(Node):
     value: Expr
 
 
-@dataclass(frozen=True)
+@record
 class SpanDef(Node):
     """`span subject in prompt` (`within`) or `span slot = "thing"` (`literal`)."""
 
@@ -474,7 +475,7 @@ class SpanDef(Node):
     literal: String | None = None
 
 
-@dataclass(frozen=True)
+@record
 class SwapValues(Node):
     """`swap a, b` inside `corrupt`."""
 
@@ -482,7 +483,7 @@ class SwapValues(Node):
     second: Name
 
 
-@dataclass(frozen=True)
+@record
 class AddNoise(Node):
     """`add gaussian(std: 3 sd) to embed at subject tokens` inside `corrupt`."""
 
@@ -491,7 +492,7 @@ class AddNoise(Node):
     at: Positions
 
 
-@dataclass(frozen=True)
+@record
 class ReplaceTokens(Node):
     """`replace item tokens with "thing"`, in `corrupt` and as a rule."""
 
@@ -499,7 +500,7 @@ class ReplaceTokens(Node):
     value: Expr
 
 
-@dataclass(frozen=True)
+@record
 class Blur(Node):
     """`blur image radius 8`."""
 
@@ -510,13 +511,13 @@ class Blur(Node):
 Change = Derived | SwapValues | Template | AddNoise | ReplaceTokens | Blur
 
 
-@dataclass(frozen=True)
+@record
 class Corrupt(Node):
     name: Name
     changes: tuple[Change, ...]
 
 
-@dataclass(frozen=True)
+@record
 class ImageLine(Node):
     """`image from IMAGES`, `image gray`, `image "{file}"`, `image shapes(…)`."""
 
@@ -524,7 +525,7 @@ class ImageLine(Node):
     source: Ref | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Region(Node):
     name: Name
     column: Name
@@ -550,7 +551,7 @@ DataLine = (
 # --- rules and other statements of an experiment ------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class Edge(Node):
     """`attention layer * head * from Q to K`."""
 
@@ -560,7 +561,7 @@ class Edge(Node):
     keys: Positions
 
 
-@dataclass(frozen=True)
+@record
 class Patch(Node):
     site: Site
     at: Positions
@@ -569,7 +570,7 @@ class Patch(Node):
     source: Ref | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Ablate(Node):
     """`fill` is `zero`, `mean`, `resample` (a `Name`) or `mean of x` (an `OfRef`); `by` a name."""
 
@@ -579,31 +580,31 @@ class Ablate(Node):
     by: Name | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Block(Node):
     edge: Edge
 
 
-@dataclass(frozen=True)
+@record
 class Reweight(Node):
     edge: Edge
     factor: Expr
 
 
-@dataclass(frozen=True)
+@record
 class SetEdge(Node):
     edge: Edge
     value: Expr
 
 
-@dataclass(frozen=True)
+@record
 class SetSite(Node):
     site: Site
     at: Positions
     value: Expr
 
 
-@dataclass(frozen=True)
+@record
 class PathRule(Node):
     sender: Site
     receiver: Site
@@ -611,21 +612,21 @@ class PathRule(Node):
     through: tuple[Name, ...] = ()
 
 
-@dataclass(frozen=True)
+@record
 class Add(Node):
     value: Expr
     site: Site
     at: Positions
 
 
-@dataclass(frozen=True)
+@record
 class Scale(Node):
     site: Site
     at: Positions
     factor: Expr
 
 
-@dataclass(frozen=True)
+@record
 class ProjectOut(Node):
     direction: Name
     best: Ranked | None
@@ -633,21 +634,21 @@ class ProjectOut(Node):
     at: Positions
 
 
-@dataclass(frozen=True)
+@record
 class Clamp(Node):
     site: Site
     at: Positions
     value: Expr
 
 
-@dataclass(frozen=True)
+@record
 class SwapSites(Node):
     site: Site
     at: Positions
     other: Positions
 
 
-@dataclass(frozen=True)
+@record
 class Freeze(Node):
     site: Site
     at: Positions
@@ -671,7 +672,7 @@ RuleBody = (
 )
 
 
-@dataclass(frozen=True)
+@record
 class During(Node):
     """`during prefill`, `during each step`, `during step 2..5`."""
 
@@ -680,55 +681,55 @@ class During(Node):
     steps: Occurrence | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Rule(Node):
     body: RuleBody
     during: During | None = None
 
 
-@dataclass(frozen=True)
+@record
 class UseModel(Node):
     """`model toy` inside an experiment."""
 
     models: tuple[Ref, ...]
 
 
-@dataclass(frozen=True)
+@record
 class UsePrompts(Node):
     kind: Literal["prompts", "images"]
     prompts: Ref
     limit: int | str | None = None
 
 
-@dataclass(frozen=True)
+@record
 class FromInto(Node):
     sources: tuple[Ref, ...]
     bases: tuple[Ref, ...]
 
 
-@dataclass(frozen=True)
+@record
 class Keep(Node):
     condition: Expr
 
 
-@dataclass(frozen=True)
+@record
 class For(Node):
     name: Name
     domain: Domain
     body: tuple[Statement, ...]
 
 
-@dataclass(frozen=True)
+@record
 class Against(Node):
     control: Call
 
 
-@dataclass(frozen=True)
+@record
 class Generate(Node):
     steps: int | str
 
 
-@dataclass(frozen=True)
+@record
 class Pick(Node):
     """`top 20`, `random 20` behind `verify`."""
 
@@ -736,13 +737,13 @@ class Pick(Node):
     amount: int | str
 
 
-@dataclass(frozen=True)
+@record
 class Using(Node):
     estimator: Call | Name
     verify: tuple[Pick, ...] = ()
 
 
-@dataclass(frozen=True)
+@record
 class Discover(Node):
     what: Name
     over: tuple[Name, ...]
@@ -752,26 +753,26 @@ class Discover(Node):
     unit: Name | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Search(Node):
     how: Name
     what: Name
     up_to: int | str
 
 
-@dataclass(frozen=True)
+@record
 class ObserveAttention(Node):
     edge: Edge
 
 
-@dataclass(frozen=True)
+@record
 class ObserveFeatures(Node):
     basis: Name
     at: Positions
     top: int | str | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Observe(Node):
     """`observe logit_lens resid_post layer * at last token top 3`."""
 
@@ -783,7 +784,7 @@ class Observe(Node):
     top: int | str | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Measure(Node):
     metric: Expr
     effect: Name
@@ -791,7 +792,7 @@ class Measure(Node):
     per: Name | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Stats(Node):
     """`stats bootstrap(10000) confidence 95% correct holm by template`, each part optional."""
 
@@ -801,7 +802,7 @@ class Stats(Node):
     by: Name | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Report(Node):
     """`report heatmap layer by head top 5 to "file"`."""
 
@@ -812,7 +813,7 @@ class Report(Node):
     file: String | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Expect(Node):
     """`expect COND` or `expect top 3 contains L9H9, L9H6`; `relaxed` is the word behind `on`."""
 
@@ -848,42 +849,42 @@ Statement = (
 # --- the file -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class Version(Node):
     number: int
 
 
-@dataclass(frozen=True)
+@record
 class Use(Node):
     path: String
 
 
-@dataclass(frozen=True)
+@record
 class Param(Node):
     name: Name
     value: Expr
 
 
-@dataclass(frozen=True)
+@record
 class ModelDef(Node):
     name: Name
     source: Call
 
 
-@dataclass(frozen=True)
+@record
 class PromptsDef(Node):
     kind: Literal["prompts", "images"]
     name: Name
     lines: tuple[DataLine, ...]
 
 
-@dataclass(frozen=True)
+@record
 class MetricDef(Node):
     name: Name
     value: Expr
 
 
-@dataclass(frozen=True)
+@record
 class DirectionDef(Node):
     name: Name
     value: Expr
@@ -891,7 +892,7 @@ class DirectionDef(Node):
     at: Positions | None = None
 
 
-@dataclass(frozen=True)
+@record
 class BasisDef(Node):
     name: Name
     source: Call
@@ -899,7 +900,7 @@ class BasisDef(Node):
     at: Positions | None = None
 
 
-@dataclass(frozen=True)
+@record
 class GroupDef(Node):
     """Joined sites, or what another experiment ranked highest (one `Site` with `ranked`)."""
 
@@ -907,12 +908,12 @@ class GroupDef(Node):
     sites: tuple[Site, ...]
 
 
-@dataclass(frozen=True)
+@record
 class Seed(Node):
     value: int
 
 
-@dataclass(frozen=True)
+@record
 class ExperimentDef(Node):
     name: Name
     statements: tuple[Statement, ...]
@@ -933,7 +934,7 @@ TopLevel = (
 )
 
 
-@dataclass(frozen=True)
+@record
 class File(Node):
     """A whole file. `comments` are (span, text) in order, for the formatter."""
 
@@ -941,7 +942,7 @@ class File(Node):
     comments: tuple[Comment, ...] = field(default=(), compare=False)
 
 
-@dataclass(frozen=True)
+@record
 class Comment(Node):
     """A comment with its `#`; `own_line` where nothing stands before it on its line."""
 

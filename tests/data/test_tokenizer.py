@@ -97,6 +97,18 @@ def test_emoji_of_several_tokens(gpt2: TextTokenizer) -> None:
     assert {tokens.token_text(t) for t in hit} == {"😀"}
 
 
+def test_the_prefix_that_sentencepiece_adds_covers_nothing(t5: TextTokenizer) -> None:
+    row = as_row(t5, "3 fig")
+    assert [t5.token_text(i) for i in row.ids[:2]] == ["▁", "3"]
+    assert row.offsets[:2] == ((0, 0), (0, 1))
+    assert TokenMap(row).tokens(0, 1) == (1,)
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "words"])
+def test_unknown_words_are_known_as_such(every: dict[str, TextTokenizer], name: str) -> None:
+    assert every[name].unknown_id in every[name].encode("fig 漢字").ids
+
+
 def test_trim_offsets_of_the_tokenizer_makes_no_difference() -> None:
     text = "apple\n\npear fig "
     a = support.wrapped(support.byte_level(trim=True)).encode(text)
@@ -217,3 +229,20 @@ class TestFolder:
         made, (error,) = TextTokenizer.from_folder(tmp_path)
         assert made is None
         assert error.code == "E0508"
+
+    @pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+    @pytest.mark.parametrize("kind", ["byte_level", "metaspace", "unigram"])
+    def test_the_same_tokens_as_transformers(
+        self, tmp_path: Path, kind: str, flags: dict[str, bool]
+    ) -> None:
+        transformers = pytest.importorskip("transformers")
+        backend = getattr(support, kind)()
+        backend.save(str(tmp_path / "tokenizer.json"))
+        bos = {"byte_level": "<|endoftext|>", "metaspace": "<s>", "unigram": "</s>"}[kind]
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, **flags}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        made, _ = TextTokenizer.from_folder(tmp_path)
+        assert made is not None
+        for text in ("Mary gave John a bag", "12 Zoë, 😀\n\nfig ", "Count 1:"):
+            assert list(made.encode(text).ids) == theirs(text)["input_ids"]

@@ -67,3 +67,24 @@ def test_an_ablation_within_the_prefix_is_not_marked(folder: Path) -> None:
 def test_two_rules_are_marked_only_together(folder: Path) -> None:
     rules = "patch resid_pre layer 1 at first token  patch attn_out layer * at last token"
     assert marks(folder, "from other into clean", rules, DIFFERENCE) == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("site", "marked"),
+    [
+        ("k layer 2 head 0", False),
+        ("v layer 2 heads *", False),
+        ("attn_norm layer 2", False),
+        ("q layer 2 heads *", True),
+        ("z layer 2 heads *", True),
+        ("mlp_out layer 2", True),
+        ("resid_post layer 2", True),
+        ("resid_post layer 1", False),
+        ("final_norm", True),
+    ],
+)
+def test_nothing_carries_on_from_a_position_behind_the_last_attention(
+    folder: Path, site: str, marked: bool
+) -> None:
+    rule = f"patch {site} at cue token, last token"
+    assert marks(folder, "from longer into clean", rule, DIFFERENCE)[0] is marked

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from mechdsl import spec
+from mechdsl.results.cell import CellKey
 from mechdsl.results.data import MeasureData
-from mechdsl.results.experiment import CellKey, ExperimentResult
+from mechdsl.results.experiment import ExperimentResult
 from mechdsl.source import Source, Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse

@@ -10,7 +10,7 @@ import pytest
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_one
 from mechdsl.expectations.check import Known, KnownMeasure, check_expectation
-from mechdsl.results.flips import check_prompts
+from mechdsl.results.significance import check_prompts
 from mechdsl.results.statistics import check_denominator
 from mechdsl.source import Source, Span
 from mechdsl.vocab.effects import EFFECTS

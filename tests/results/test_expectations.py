@@ -11,7 +11,8 @@ import pytest
 from mechdsl.expectations.check import Known, KnownMeasure, check_expectation
 from mechdsl.expectations.conditions import place_of
 from mechdsl.expectations.evaluate import evaluate
-from mechdsl.results.experiment import CellKey, ExpectOutcome, ExperimentResult
+from mechdsl.results.cell import CellKey
+from mechdsl.results.experiment import ExpectOutcome, ExperimentResult
 
 from .synthetic import expectation, finished, heads, measure, positions
 

@@ -14,11 +14,11 @@ from scipy import stats
 from mechdsl.results.flips import (
     CORRECTIONS,
     benjamini_hochberg,
-    check_prompts,
     flips_in_words,
     holm,
     sign_flip,
 )
+from mechdsl.results.significance import check_prompts
 
 from .synthetic import SPAN, statistics
 
@@ -84,7 +84,7 @@ def test_holm_by_hand() -> None:
 def test_benjamini_hochberg_is_scipys(p: list[float]) -> None:
     expected = stats.false_discovery_control(p, method="bh")
     assert benjamini_hochberg(np.array(p)) == pytest.approx(expected)
-    assert CORRECTIONS["none"][1](np.array(p)).tolist() == p
+    assert CORRECTIONS["none"](np.array(p)).tolist() == p
 
 
 def test_too_few_prompts_are_warned_of() -> None:

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from mechdsl import spec
-from mechdsl.results.experiment import CellKey, ExperimentResult, FileResult, Results
+from mechdsl.results.cell import CellKey
+from mechdsl.results.experiment import ExperimentResult, FileResult, Results
 from mechdsl.vocab.reports import REPORTS, check_report, show
 from mechdsl.vocab.reports.files import results_csv
 from mechdsl.vocab.reports.text import number_format, p_text

@@ -10,8 +10,9 @@ import altair as alt
 import numpy as np
 
 from mechdsl import spec
+from mechdsl.results.cell import Coord
 from mechdsl.results.data import MeasureData
-from mechdsl.results.experiment import Coord, ExperimentResult
+from mechdsl.results.experiment import ExperimentResult
 from mechdsl.vocab.reports.grid import axis_name, panels, values_of
 from mechdsl.vocab.reports.heatmap import row_order
 from mechdsl.vocab.reports.text import alpha, ends_of_scale, measure_name, number_format

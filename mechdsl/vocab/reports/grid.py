@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mechdsl.results.experiment import Coord, ExperimentResult
+from mechdsl.results.cell import Coord
+from mechdsl.results.experiment import ExperimentResult
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from rich.style import Style
 from rich.text import Text
 
 from mechdsl import spec
+from mechdsl.results.cell import Coord
 from mechdsl.results.data import Floats
-from mechdsl.results.experiment import Coord, ExperimentResult
+from mechdsl.results.experiment import ExperimentResult
 from mechdsl.vocab.reports.grid import Panel, axis_name, panels, values_of
 from mechdsl.vocab.reports.text import (
     MISSING,

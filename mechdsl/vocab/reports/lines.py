@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from mechdsl import spec
-from mechdsl.results.experiment import Coord, ExperimentResult
+from mechdsl.results.cell import Coord
+from mechdsl.results.experiment import ExperimentResult
 from mechdsl.vocab.reports.grid import axis_name, panels, values_of
 from mechdsl.vocab.reports.text import (
     MISSING,

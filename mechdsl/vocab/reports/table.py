@@ -18,9 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mechdsl import spec
+from mechdsl.results.cell import CellKey
 from mechdsl.results.conventions import statistics_conventions
 from mechdsl.results.data import Floats
-from mechdsl.results.experiment import CellKey, ExperimentResult
+from mechdsl.results.experiment import ExperimentResult
 from mechdsl.results.statistics import cell_statistics
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.reports.text import (

@@ -13,7 +13,7 @@ from rich.text import Text
 from mechdsl import spec
 from mechdsl.results.data import Floats, MeasureData
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.results.flips import CORRECTIONS
+from mechdsl.results.significance import CORRECTION_NAMES
 
 MISSING = "–"
 
@@ -137,7 +137,7 @@ def survivors(result: ExperimentResult, measure: int) -> str | None:
     tested = int(np.count_nonzero(~np.isnan(corrected)))
     with np.errstate(invalid="ignore"):
         good = int(np.count_nonzero(corrected < alpha(result)))
-    name = CORRECTIONS[result.settings.correction][0]
+    name = CORRECTION_NAMES[result.settings.correction]
     how = "no correction" if result.settings.correction == "none" else f"{name}'s correction"
     return f"{good} of {tested} cells survive {how} at p < {alpha(result):g}"
 

@@ -1,0 +1,238 @@
+"""Where named spans lie in the prompts of a run, and what is wrong where they don't."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mechdsl.data.hints import occurrence_hint, unknown_span_hint
+from mechdsl.data.rows import find_text
+from mechdsl.data.spans import Place, TokenMap
+from mechdsl.data.tokenizer import ROLES, TextTokenizer
+from mechdsl.data.types import PromptTable
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e03_positions import (
+    AbsentOccurrence,
+    AmbiguousSpan,
+    NoSuchSpecial,
+    SpanWithoutToken,
+    UnknownSpan,
+)
+from mechdsl.diagnostics.w07_data import TokenCoversMore
+from mechdsl.syntax import ast
+
+
+@dataclass
+class Occurrences:
+    """Finds spans in one run of a table. What is wrong goes into `diagnostics`."""
+
+    table: PromptTable
+    run: str
+    tokenizer: TextTokenizer
+    diagnostics: list[Diagnostic]
+
+    def __post_init__(self) -> None:
+        self.maps = [TokenMap(row) for row in self.table.runs[self.run].rows]
+        self.total = len(self.maps)
+
+    def places(self, n: int, ref: ast.SpanRef) -> list[Place]:
+        """All occurrences of a span in a row, in the order of the text."""
+        m = self.maps[n]
+        if ref.literal is not None:
+            found = find_text(m.row.text, ref.literal)
+            if ref.of is not None:
+                around = [s for s in m.row.spans if s.name == ref.of]
+                found = [
+                    at for at in found if any(s.start <= at[0] and at[1] <= s.end for s in around)
+                ]
+            return [m.place(*at) for at in found]
+        special = self.special_id(ref)
+        if special is not None:
+            return [Place(0, 0, (i,)) for i, token in enumerate(m.row.ids) if token == special]
+        return [
+            m.place(s.start, s.end)
+            for s in m.row.spans
+            if s.name == ref.name
+            and (ref.of is None or ref.of in s.within or _lies_in(s, ref.of, m.row.spans))
+        ]
+
+    def special_id(self, ref: ast.SpanRef) -> int | None:
+        """The id of `bos`, `cls`, `sep`, `eos`, unless the prompt has a span of that name: a
+        placeholder for the first three, a list's separator where it says of which."""
+        if ref.name not in ROLES or ref.of is not None:
+            return None
+        named = any(
+            s.name == ref.name and not (ref.name == "sep" and s.within)
+            for m in self.maps[:1]
+            for s in m.row.spans
+        )
+        return None if named else self.tokenizer.role_ids.get(ref.name)
+
+    def _known(self, ref: ast.SpanRef) -> bool:
+        """Whether any row of any run has such a span, else E0308 or E0313."""
+        if ref.literal is not None and ref.of is None:
+            return True
+        special = self.special_id(ref)
+        if special is not None:
+            if any(special in m.row.ids for m in self.maps):
+                return True
+            self._no_special(ref, "the tokenizer has one, but doesn't put it into these prompts")
+            return False
+        names = {s.name for run in self.table.runs.values() for r in run.rows for s in r.spans}
+        wanted = [ref.of] if ref.literal is not None else [ref.name, ref.of]
+        for name in wanted:
+            if name is None or name in names:
+                continue
+            if name in ROLES and ref.of is None:
+                self._no_special(ref, "the tokenizer has none")
+            else:
+                hint = unknown_span_hint(name, names, self.table)
+                self.diagnostics.append(
+                    UnknownSpan(span=ref.span, name=name, prompts=self.table.name, hint=hint)
+                )
+            return False
+        return True
+
+    def _no_special(self, ref: ast.SpanRef, reason: str) -> None:
+        hint = "set `bos: true` in the model line" if ref.name == "bos" else "name another token"
+        if reason == "the tokenizer has none":
+            hint = "write `first token` for the first one of the text"
+        self.diagnostics.append(
+            NoSuchSpecial(
+                span=ref.span,
+                name=ref.name or "",
+                prompts=self.table.name,
+                reason=reason,
+                hint=hint,
+            )
+        )
+
+    def all_places(self, ref: ast.SpanRef) -> list[list[Place]] | None:
+        """Per row, all occurrences; None with a diagnostic where the span is unknown or has no
+        token."""
+        if ref.row is not None or ref.col is not None:
+            self.diagnostics.append(NotSupported(span=ref.span, what="a position in an image"))
+            return None
+        if not self._known(ref):
+            return None
+        found = [self.places(n, ref) for n in range(self.total)]
+        bare = [n for n, places in enumerate(found) if any(not p.tokens for p in places)]
+        if bare:
+            place = next(p for p in found[bare[0]] if not p.tokens)
+            text = self.maps[bare[0]].row.text[place.start : place.end]
+            hint = 'name the token beside it, or choose a separator such as ", "'
+            self.diagnostics.append(
+                SpanWithoutToken(
+                    span=ref.span,
+                    name=as_written(ref),
+                    run=self.run,
+                    lacking=len(bare),
+                    total=self.total,
+                    text=repr(text),
+                    hint=hint if text else "leave rows where it is empty out with `where`",
+                )
+            )
+            return None
+        return found
+
+    def absent(self, node: ast.Node, ref: ast.SpanRef, lacking: list[int], least: int) -> None:
+        self.diagnostics.append(
+            AbsentOccurrence(
+                span=node.span,
+                position=as_written(ref),
+                run=self.run,
+                lacking=len(lacking),
+                total=self.total,
+                example=self.example(lacking[0]),
+                hint=occurrence_hint(ref, least, self.table, self.run),
+            )
+        )
+
+    def one_place(self, node: ast.Node, ref: ast.SpanRef) -> list[Place] | None:
+        """The one occurrence that is meant, in each row. E0306, E0309."""
+        found = self.all_places(ref)
+        if found is None:
+            return None
+        pick, least = _picker(ref)
+        lacking = [n for n, places in enumerate(found) if len(places) < least]
+        if lacking:
+            self.absent(node, ref, lacking, least)
+            return None
+        if pick is None:
+            several = [n for n, places in enumerate(found) if len(places) > 1]
+            if several:
+                self._ambiguous(node, ref, several, len(found[several[0]]))
+                return None
+            pick = 0
+        return [places[pick] for places in found]
+
+    def _ambiguous(self, node: ast.Node, ref: ast.SpanRef, several: list[int], times: int) -> None:
+        name = as_written(ref)
+        behind = f" of {ref.of}" if ref.of is not None else ""
+        ways = [f"`first-{name} token`", f"`last-{name} token`", f"`{ref.name} 2{behind} token`"]
+        ways += [f"`each {name} token` for one run each", f"`{name} tokens` for all of them"]
+        self.diagnostics.append(
+            AmbiguousSpan(
+                span=node.span,
+                name=name,
+                times=times,
+                rows=len(several),
+                total=self.total,
+                run=self.run,
+                example=self.example(several[0]),
+                ways=", ".join(ways[:-1]) + " or " + ways[-1],
+            )
+        )
+
+    def warn(self, ref: ast.SpanRef, hits: Iterable[tuple[int, Place, tuple[int, ...]]]) -> None:
+        """W0701 where a token that is hit also covers text beside the span."""
+        if self.special_id(ref) is not None:
+            return
+        texts: Counter[str] = Counter()
+        rows: set[int] = set()
+        for n, place, tokens in hits:
+            for token in tokens:
+                more = self.maps[n].covers_more(place, token)
+                if more is not None:
+                    texts[more] += 1
+                    rows.add(n)
+        if texts:
+            shown = ", ".join(f"`{t}`" for t, _ in texts.most_common(3))
+            self.diagnostics.append(
+                TokenCoversMore(
+                    span=ref.span,
+                    name=as_written(ref),
+                    tokens=shown,
+                    rows=len(rows),
+                    total=self.total,
+                )
+            )
+
+    def example(self, n: int) -> str:
+        text = " ".join(self.maps[n].row.text.split())
+        return f'"{text}"' if len(text) <= 48 else f'"{text[:47]}…"'
+
+
+def as_written(node: ast.Node) -> str:
+    """The node as written, on one line."""
+    return " ".join(node.span.text.split())
+
+
+def _lies_in(span: Any, name: str, spans: Sequence[Any]) -> bool:
+    """Whether a marked or literal span lies within one that is called `name`."""
+    return any(
+        s is not span and s.name == name and s.start <= span.start and span.end <= s.end
+        for s in spans
+    )
+
+
+def _picker(ref: ast.SpanRef) -> tuple[int | None, int]:
+    """Which occurrence is meant (None: the only one), and how many there have to be."""
+    if ref.edge is not None:
+        return (0 if ref.edge == "first" else -1), 1
+    if ref.occurrence is not None and ref.occurrence.low is not None:
+        return ref.occurrence.low - 1, ref.occurrence.low
+    return (-1 if ref.literal is not None else None), 1

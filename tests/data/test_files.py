@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+
+import pytest
+
+from mechdsl.data.files import read_data
+from mechdsl.source import Source, Span
+from mechdsl.syntax import ast
+from mechdsl.vocab.corruptions import CHANGES, NOISES, change_of
+
+
+def read(folder: Path, name: str, content: bytes | None) -> tuple[str, str, str]:
+    """Code, message and help of what is wrong with a file."""
+    if content is not None:
+        (folder / name).write_bytes(content)
+    source = Source(f'rows "{name}"', folder / "f.mech")
+    found, (error,) = read_data(name, Span(source, 5, 7 + len(name)))
+    assert found is None
+    return error.code, error.message, error.help_text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "message"),
+    [
+        ("d.json", None, "E0504", "there is no such file"),
+        ("d.txt", b"x", "E0505", "files end in .jsonl, .json, .csv, .tsv, .parquet"),
+        ("d", b"x", "E0505", "files end in"),
+        ("d.json", b"[1, 2", "E0505", "it is not JSON (Expecting"),
+        ("d.json", b"[1, 2]", "E0505", "record 0 is not an object"),
+        ("d.json", b"3", "E0505", "it holds neither a list nor an object"),
+        ("d.json", b'{"a": 1}', "E0505", "it is an object without a list of records in it"),
+        ("d.json", b'{"a": [{}], "b": [{}]}', "E0505", "without a list of records"),
+        ("d.json", b"[]", "E0505", "it has no records"),
+        ("d.jsonl", b'{"a": 1}\n{"a": }\n', "E0505", "line 2 is not JSON"),
+        ("d.jsonl", b'{"a": 1}\n\n3\n', "E0505", "line 3 is not an object"),
+        ("d.csv", b"a,b\n1,2\n3\n", "E0505", "record 1 has 1 fields, the header 2"),
+        ("d.csv", b"a,b\n", "E0505", "it has no records"),
+        ("d.csv", b"", "E0505", "it has no records"),
+        ("d.tsv", b"a\tb\n\xff\t2\n", "E0505", "byte 4 is not UTF-8"),
+    ],
+)
+def test_what_is_wrong_with_a_file(
+    tmp_path: Path, name: str, content: bytes | None, code: str, message: str
+) -> None:
+    found, text, _ = read(tmp_path, name, content)
+    assert found == code
+    assert message in text
+
+
+def test_near_names(tmp_path: Path) -> None:
+    (tmp_path / "facts.jsonl").touch()
+    assert read(tmp_path, "fact.jsonl", None)[2] == "did you mean `facts.jsonl`?"
+
+
+def test_folders_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "d.json").mkdir()
+    assert read(tmp_path, "d.json", None)[0] == "E0504"
+
+
+def test_every_change_of_the_language_is_registered() -> None:
+    missing = set(typing.get_args(ast.Change)) - {entry.node for _, entry in CHANGES.items()}
+    assert missing == {ast.Blur}  # images
+    assert all(entry.name == name and entry.usage for name, entry in CHANGES.items())
+    assert all(
+        (entry.apply is not None) == (entry.stage == "values") for _, entry in CHANGES.items()
+    )
+    span = Span(Source("x"), 0, 1)
+    blur = ast.Blur(ast.Name("x", span=span), 8, span=span)
+    assert change_of(blur) is None
+
+
+def test_noise_is_standard() -> None:
+    import numpy as np
+
+    for _, kind in NOISES.items():
+        values = kind.standard(np.random.default_rng(0), (200, 50))
+        assert values.shape == (200, 50)
+        assert abs(values.mean()) < 0.05
+        assert abs(values.std() - 1) < 0.05

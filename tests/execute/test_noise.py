@@ -1,0 +1,239 @@
+"""Noise on embeddings: which run it is in, how much it is, and that batches don't change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import mechdsl.lanes
+from mechdsl.execute import Options
+from mechdsl.pipeline import RunOptions
+
+from ..models.reference import Change
+from .by_hand import Point, copied, forward, together
+from .support import (
+    DIFFERENCE,
+    MODES,
+    ROWS,
+    agree,
+    bare,
+    difference,
+    experiment,
+    prompt,
+    run_file,
+    unpatched,
+    write_rows,
+)
+
+FAMILY = "gpt2"
+DRAWS = 3
+PROMPTS = """
+prompts p {
+  rows "data.jsonl"
+  xs = list(item, from: words, sep: " ")
+  template "{xs} w40 {subject} w41 {cue} w42"
+  answer " {a}"
+  wrong " {b}"
+  corrupt noised { add gaussian(std: 3 sd, samples: 3) to embed at subject tokens }
+  corrupt fixed { add gaussian(std: 0.5, samples: 3) to embed at subject tokens }
+}
+"""
+RESTORE = "patch resid_post layer * at subject token, last token"
+TEXT = experiment("e", "prompts p", "from clean into noised", RESTORE, DIFFERENCE)
+
+
+@dataclass
+class Seen:
+    """The noise that a run added: (row of the data, draw) → positions and vectors."""
+
+    noise: dict[tuple[int, int], list[tuple[int, Tensor]]] = field(default_factory=dict)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Writes down what is added, which nobody else can know."""
+    found, original = Seen(), mechdsl.lanes.noise_writes
+
+    def spy(
+        model: Any, noise: Any, lanes: Any, draws: int, row_ids: Any, seed: int
+    ) -> list[Any]:
+        writes = original(model, noise, lanes, draws, row_ids, seed)
+        own: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+        for write in writes:
+            columns = zip(write.rows.tolist(), write.positions.tolist(), write.values, strict=True)
+            for lane, position, vector in columns:
+                key = (int(row_ids[lanes[lane]]), lane % draws)
+                own.setdefault(key, []).append((position, vector.float()))
+        found.noise.update(own)
+        return writes
+
+    monkeypatch.setattr(mechdsl.lanes, "noise_writes", spy)
+    return found
+
+
+def noised(seen: Seen, n: int, draw: int) -> dict[tuple[str, int | None], list[Change]]:
+    """The clean embeddings with the noise on top."""
+    clean = unpatched(FAMILY, prompt(ROWS[n]))[1]["embed", None]
+    changes = [Change(at, 0, clean[at, 0] + noise) for at, noise in seen.noise[n, draw]]
+    return {("embed", None): changes}
+
+
+def over_draws(seen: Seen, n: int, *edits: dict[tuple[str, int | None], list[Change]]) -> float:
+    """The metric of a row, averaged over the draws."""
+    ids, values = prompt(ROWS[n]).ids, []
+    for draw in range(DRAWS):
+        changed = together(noised(seen, n, draw), *edits)
+        values.append(difference(forward(FAMILY, bare(FAMILY), ids, changed)[0], ROWS[n]))
+    return float(np.mean(values))
+
+
+def sd_by_hand() -> float:
+    """The standard deviation of all numbers in the embeddings of all subject tokens."""
+    table = bare(FAMILY).transformer.wte.weight.detach()
+    ids = [p.ids[i] for p in map(prompt, ROWS) for i in p.subject]
+    return float(table[ids].double().flatten().std())
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_restoring_in_a_noised_run_is_as_by_hand(folder: Path, seen: Seen, mode: str) -> None:
+    found = run_file(TEXT, folder, bare(FAMILY), MODES[mode], prompts=PROMPTS)["e"]
+    base = np.array([over_draws(seen, n) for n in range(len(ROWS))])
+    expected = []
+    for layer in range(3):
+        for place in ("subject", "last"):
+            row = []
+            for n, record in enumerate(ROWS):
+                clean = prompt(record)
+                at = [clean.subject[-1] if place == "subject" else clean.last]
+                point = [Point("resid_post", layer)]
+                row.append(over_draws(seen, n, copied(point, unpatched(FAMILY, clean)[1], at, at)))
+            expected.append(row)
+    agree(found.measures[0], np.array(expected), base)
+    source = found.measures[0].source
+    assert source is not None
+    clean_values = [difference(unpatched(FAMILY, prompt(r))[0], r) for r in ROWS]
+    np.testing.assert_allclose(source[0], clean_values, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("site", ["embed", "attn_out"])
+def test_rows_that_begin_at_the_embedding_are_noised_too(
+    folder: Path, seen: Seen, mode: str, site: str
+) -> None:
+    """Where the clean embedding is put in, it stands without noise; elsewhere the noise stays."""
+    layer = None if site == "embed" else 0
+    written = "embed" if layer is None else "attn_out layer 0"
+    rule = f"patch {written} at subject token"
+    text = experiment("e", "prompts p", "from clean into noised", rule, DIFFERENCE)
+    found = run_file(text, folder, bare(FAMILY), MODES[mode], prompts=PROMPTS)["e"]
+    base = np.array([over_draws(seen, n) for n in range(len(ROWS))])
+    expected = []
+    for n, record in enumerate(ROWS):
+        clean = prompt(record)
+        at = [clean.subject[-1]]
+        edits = copied([Point(site, layer)], unpatched(FAMILY, clean)[1], at, at)
+        # Of two changes at a place the later one stands.
+        expected.append(over_draws(seen, n, edits))
+    agree(found.measures[0], np.array([expected]), base)
+
+
+def test_noise_is_added_at_all_subject_tokens_and_nowhere_else(folder: Path, seen: Seen) -> None:
+    run_file(TEXT, folder, bare(FAMILY), prompts=PROMPTS)
+    assert set(seen.noise) == {(n, d) for n in range(len(ROWS)) for d in range(DRAWS)}
+    for (n, _), added in seen.noise.items():
+        assert tuple(at for at, _ in added) == prompt(ROWS[n]).subject
+    vectors = torch.stack([v for added in seen.noise.values() for _, v in added])
+    assert len(vectors.unique(dim=0)) == len(vectors), "every row, draw and token has its own"
+
+
+def test_three_sd_are_three_standard_deviations_of_the_subjects_embeddings(
+    folder: Path, seen: Seen
+) -> None:
+    found = run_file(TEXT, folder, bare(FAMILY), prompts=PROMPTS)["e"]
+    vectors = torch.stack([v for added in seen.noise.values() for _, v in added])
+    wanted = 3 * sd_by_hand()
+    assert float(vectors.std()) == pytest.approx(wanted, rel=0.1)
+    assert f"{wanted:.4g}" in found.conventions["noise of noised"]
+
+
+def test_a_plain_number_is_in_units_of_the_activation(folder: Path, seen: Seen) -> None:
+    text = experiment("e", "prompts p", "from clean into fixed", RESTORE, DIFFERENCE)
+    run_file(text, folder, bare(FAMILY), prompts=PROMPTS)
+    vectors = torch.stack([v for added in seen.noise.values() for _, v in added])
+    assert float(vectors.std()) == pytest.approx(0.5, rel=0.1)
+
+
+def as_lists(seen: Seen) -> dict[tuple[int, int], list[tuple[int, list[float]]]]:
+    return {
+        key: [(at, vector.tolist()) for at, vector in sorted(added, key=lambda pair: pair[0])]
+        for key, added in sorted(seen.noise.items())
+    }
+
+
+def test_noise_does_not_depend_on_the_batch(folder: Path, seen: Seen) -> None:
+    outcomes = []
+    for tokens in (1, 30, 4096):
+        seen.noise.clear()
+        options = RunOptions(execution=Options(prompt_tokens=tokens, row_tokens=tokens))
+        found = run_file(TEXT, folder, bare(FAMILY), options, prompts=PROMPTS)["e"]
+        outcomes.append((as_lists(seen), found.measures[0].patched, found.measures[0].base))
+    for noise, patched, base in outcomes[1:]:
+        assert noise == outcomes[0][0]
+        np.testing.assert_allclose(patched, outcomes[0][1], atol=1e-4)
+        np.testing.assert_allclose(base, outcomes[0][2], atol=1e-4)
+
+
+def test_noise_does_not_depend_on_the_limit(folder: Path, seen: Seen) -> None:
+    run_file(TEXT, folder, bare(FAMILY), prompts=PROMPTS)
+    whole = as_lists(seen)
+    seen.noise.clear()
+    limited = TEXT.replace("prompts p", "prompts p limit 2")
+    run_file(limited, folder, bare(FAMILY), prompts=PROMPTS)
+    part = as_lists(seen)
+    assert {row for row, _ in part} < {row for row, _ in whole}
+    # One sd is taken over all rows before the limit.
+    assert part == {key: whole[key] for key in part}
+
+
+def test_another_seed_gives_other_noise(folder: Path, seen: Seen) -> None:
+    run_file(TEXT, folder, bare(FAMILY), prompts=PROMPTS)
+    first = as_lists(seen)
+    seen.noise.clear()
+    run_file("seed 1\n" + TEXT, folder, bare(FAMILY), prompts=PROMPTS)
+    assert set(as_lists(seen)) == set(first)
+    assert all(as_lists(seen)[key] != first[key] for key in first)
+
+
+def test_patching_out_of_a_noised_run_pairs_its_draws(folder: Path, seen: Seen) -> None:
+    """`from noised into clean`: each draw gives its own patched run, and the metric is averaged."""
+    text = experiment("e", "prompts p", "from noised into clean", RESTORE, DIFFERENCE)
+    found = run_file(text, folder, bare(FAMILY), prompts=PROMPTS)["e"]
+    base = np.array([difference(unpatched(FAMILY, prompt(r))[0], r) for r in ROWS])
+    expected = []
+    for layer in range(3):
+        for place in ("subject", "last"):
+            row = []
+            for n, record in enumerate(ROWS):
+                clean, values = prompt(record), []
+                at = [clean.subject[-1] if place == "subject" else clean.last]
+                for draw in range(DRAWS):
+                    there = forward(FAMILY, bare(FAMILY), clean.ids, noised(seen, n, draw))[1]
+                    edits = copied([Point("resid_post", layer)], there, at, at)
+                    logits = forward(FAMILY, bare(FAMILY), clean.ids, edits)[0]
+                    values.append(difference(logits, record))
+                row.append(np.mean(values))
+            expected.append(row)
+    agree(found.measures[0], np.array(expected), base)
+
+
+def test_a_reordered_file_has_the_same_sd(folder: Path, seen: Seen) -> None:
+    first = run_file(TEXT, folder, bare(FAMILY), prompts=PROMPTS)["e"]
+    write_rows(folder, ROWS[::-1])
+    second = run_file(TEXT, folder, bare(FAMILY), prompts=PROMPTS)["e"]
+    assert first.conventions["noise of noised"] == second.conventions["noise of noised"]

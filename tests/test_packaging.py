@@ -1,0 +1,62 @@
+"""What lies outside the package (grammar, error pages) is found in a wheel too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """
+import mechdsl, mechdsl.pages, mechdsl.syntax.engine as engine
+from pathlib import Path
+assert Path(mechdsl.__file__).is_relative_to(Path(r"{site}")), mechdsl.__file__
+assert "E0301" in mechdsl.pages.page("E0301")
+assert Path(engine.grammar_file()).is_relative_to(Path(r"{site}"))
+assert mechdsl.check(Path(r"{file}")) == []
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, unpacked as an installer would."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(folder), str(ROOT)], check=True, capture_output=True)
+    site = folder / "site"
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        archive.extractall(site)
+    return site
+
+
+def test_a_wheel_runs_alone(wheel: Path, tmp_path: Path) -> None:
+    file = tmp_path / "fruit.mech"
+    file.write_text((ROOT / "examples/counting.mech").read_text(encoding="utf-8"), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(wheel)}
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(site=wheel, file=file)],
+        check=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+
+
+def test_the_wheel_has_what_it_needs_and_no_more(wheel: Path) -> None:
+    package = wheel / "mechdsl"
+    for needed in (
+        "py.typed",
+        "grammar/mech.lark",
+        "error_pages/E0301.md",
+        "syntax/tables.bin",
+        "zoo/counting/model.safetensors",
+        "zoo/counting/README.md",
+        "zoo/counting/LICENSE",
+    ):
+        assert (package / needed).is_file(), needed
+    assert not list(wheel.rglob("*.mech"))
+    assert sum(p.stat().st_size for p in (package / "zoo").rglob("*")) < 6_000_000
