@@ -15,7 +15,7 @@ from mechdsl.data.prompts import build_table
 from mechdsl.data.tokenizer import TextTokenizer
 from mechdsl.data.types import PromptTable
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.e01_syntax import MisspeltWord
+from mechdsl.diagnostics.e01_syntax import BadPlaceholder, MisspeltWord, UnterminatedString
 from mechdsl.diagnostics.e02_names import (
     BadCommandLine,
     MissingLine,
@@ -128,6 +128,8 @@ def _follows(diagnostic: Diagnostic, syntax: list[Diagnostic]) -> bool:
         return False
     if isinstance(diagnostic, ABSENT):
         return True
+    if isinstance(diagnostic, BadPlaceholder):  # in a text that was never closed
+        return any(isinstance(error, UnterminatedString) for error in syntax)
     if not isinstance(diagnostic, UNKNOWN):
         return False
     broken: set[str] = set()

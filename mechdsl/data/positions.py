@@ -165,6 +165,9 @@ class _Resolver:
             text = f"{low}..{high}"
             self.diagnostics.append(EmptyRange(span=base.span, text=text, **ends))
             return []
+        # One index too many is as wrong as a billion, and quicker to refuse.
+        longest = max(len(m.row.ids) for m in self.maps)
+        low, high = max(low, -longest - 1), min(high, longest)
         if base.plural:
             return self._counted([(as_written(base), low, high)], base)
         return self._counted([(str(i), i, i) for i in range(low, high + 1)], base)

@@ -88,8 +88,8 @@ class TextTokenizer:
             return refused(f"`tokenizer.json` is not understood ({error})")
         config = _read_config(path / "tokenizer_config.json")
         config = _read_config(path / "special_tokens_map.json") | config
-        # `add_bos_token` of the config plays no part: where there is a `tokenizer.json`, transformers
-        # leaves it out as well.
+        # `add_bos_token` of the config plays no part, as in transformers where there is a
+        # `tokenizer.json`.
         made = cls(
             backend,
             roles=_roles(config),

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from ..models import reference
 from ..models.reference import WITHOUT_LAYER, Change
-from torch import Tensor
 
 Place = tuple[str, int | None]
 """A site and its layer, None for `embed`, `final_norm`, `logits`."""

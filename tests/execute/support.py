@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from ..models import families
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +23,7 @@ from mechdsl.results.data import MeasureData
 from mechdsl.results.experiment import ExperimentResult, FileResult
 from mechdsl.source import Source
 
+from ..models import families
 from . import by_hand
 
 Record = dict[str, Any]
@@ -281,9 +281,7 @@ def differences(
     family: str, rows: Sequence[Record], run: str = "clean", metric: Metric = difference
 ) -> Array:
     """[prompt] of an unpatched run."""
-    return np.array(
-        [metric(unpatched(family, prompt(record, run))[0], record) for record in rows]
-    )
+    return np.array([metric(unpatched(family, prompt(record, run))[0], record) for record in rows])
 
 
 def last_logits(logits: Tensor) -> Array:
@@ -335,11 +333,12 @@ def agree(measure: MeasureData, expected: Array, base: Array, *, large: float = 
     """
     assert measure.patched.shape == expected.shape
     np.testing.assert_array_equal(np.isnan(measure.patched), np.isnan(expected))
-    np.testing.assert_allclose(np.broadcast_to(measure.base, expected.shape)[0], base, atol=ABSOLUTE)
+    np.testing.assert_allclose(
+        np.broadcast_to(measure.base, expected.shape)[0], base, atol=ABSOLUTE
+    )
     absolute, relative = errors(measure, expected, base)
     assert absolute <= ABSOLUTE, f"off by {absolute:.1e}"
     assert relative <= RELATIVE, f"off by {relative:.1e} of the effect"
     effect = np.abs(expected - base[None])
     assert np.nanmax(effect) > large, f"effects of {np.nanmax(effect):.1e} tell nothing"
     assert np.nanmedian(effect) > 10 * ABSOLUTE, f"most effects are {np.nanmedian(effect):.1e}"
-

@@ -85,10 +85,14 @@ CASES: dict[str, Case] = {
     ),
     "single_values_span_no_axis": Case(f"patch layer 1 head 2 {AT}", (), [[z(1, 2)]]),
     "neuron_sweep": Case(
-        f"patch layer 1 neuron * {AT}", ("neuron",), [[Point("mlp_hidden", 1, u)] for u in range(28)]
+        f"patch layer 1 neuron * {AT}",
+        ("neuron",),
+        [[Point("mlp_hidden", 1, u)] for u in range(28)],
     ),
     "all_neurons_joined": Case(
-        f"patch mlp_hidden layer * neurons * {AT}", ("layer",), [at("mlp_hidden", n) for n in range(3)]
+        f"patch mlp_hidden layer * neurons * {AT}",
+        ("layer",),
+        [at("mlp_hidden", n) for n in range(3)],
     ),
     "short_head": Case(f"patch L1H2 {AT}", (), [[z(1, 2)]]),
     "short_head_with_component": Case(f"patch L1H1.k {AT}", (), [[Point("k", 1, 1)]]),

@@ -142,6 +142,21 @@ def test_means_go_over_kept_rows_only(folder: Path) -> None:
         agree(measure, np.array([expected]), differences(FAMILY, ROWS)[kept], large=0.02)
 
 
+@pytest.mark.parametrize("mode", list(MODES))
+def test_the_mean_of_a_corrupted_run_is_its_own(folder: Path, mode: str) -> None:
+    rule = "ablate resid_post layer 0 at {cue token, last token} with mean of longer"
+    text = experiment("e", "prompts p", rule, DIFFERENCE)
+    place = ("resid_post", 0)
+    sources = prompts("longer")
+    mean = torch.stack([unpatched(FAMILY, p)[1][place][[p.cue, p.last]] for p in sources]).mean(0)
+    expected = []
+    for base, record in zip(prompts(), ROWS, strict=True):
+        edits = copied([Point(*place)], {place: mean}, [0, 1], [base.cue, base.last])
+        expected.append(difference(forward(FAMILY, bare(FAMILY), base.ids, edits)[0], record))
+    found = run_file(text, folder, bare(FAMILY), MODES[mode])["e"].measures[0]
+    agree(found, np.array([expected]), differences(FAMILY, ROWS))
+
+
 def test_the_parts_of_a_split_are_disjoint_and_complete(folder: Path) -> None:
     split = PROMPTS.replace('rows "data.jsonl"', 'rows "data.jsonl"  split 50%')
     text = "".join(
@@ -173,9 +188,7 @@ def test_a_limit_keeps_values_as_they_are(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "layer"), [({}, 1), ({"depth": "0"}, 0)])
-def test_a_parameter_is_set_from_outside(
-    folder: Path, given: dict[str, str], layer: int
-) -> None:
+def test_a_parameter_is_set_from_outside(folder: Path, given: dict[str, str], layer: int) -> None:
     rule = "patch resid_post layer depth at {cue token, last token}"
     text = "param depth = 1\n" + experiment("e", *START, rule, DIFFERENCE)
     options = RunOptions(settings=Settings(given))

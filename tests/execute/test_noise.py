@@ -60,9 +60,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Writes down what is added, which nobody else can know."""
     found, original = Seen(), mechdsl.lanes.noise_writes
 
-    def spy(
-        model: Any, noise: Any, lanes: Any, draws: int, row_ids: Any, seed: int
-    ) -> list[Any]:
+    def spy(model: Any, noise: Any, lanes: Any, draws: int, row_ids: Any, seed: int) -> list[Any]:
         writes = original(model, noise, lanes, draws, row_ids, seed)
         own: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
         for write in writes:

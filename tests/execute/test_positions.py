@@ -71,7 +71,7 @@ def counted(index: int) -> Where:
 
 
 def subject_part(part: str) -> Where:
-    """`first`, `middle`, `last` of the subject; a single token is last, middle ones are averaged."""
+    """`first`, `middle`, `last` of the subject; a single token is last, middles are averaged."""
 
     def where(source: Prompt, base: Prompt) -> Runs:
         n = len(base.subject)
@@ -120,17 +120,13 @@ CASES: dict[str, Case] = {
     "subject_tokens_elsewhere": one("subject tokens", "longer", lambda p: [*p.subject]),
     "first_of_subject": one("first token of subject", "other", lambda p: [p.subject[0]]),
     "behind_the_subject": one("subject token + 1", "other", lambda p: [p.subject[-1] + 1]),
-    "before_the_subjects_last": one(
-        "subject token - 1", "longer", lambda p: [p.subject[-1] - 1]
-    ),
+    "before_the_subjects_last": one("subject token - 1", "longer", lambda p: [p.subject[-1] - 1]),
     "each_token_of_subject": Case(
         "each token of subject",
         "other",
         {f"subject {part}": subject_part(part) for part in ("first", "middle", "last")},
     ),
-    "each_item": Case(
-        "each item token", "longer", {f"item {n}": nth_item(n) for n in range(1, 5)}
-    ),
+    "each_item": Case("each item token", "longer", {f"item {n}": nth_item(n) for n in range(1, 5)}),
     "second_item": Case("item 2 token", "turned", {None: nth_item(2)}),
     "first_item": one("first-item token", "longer", lambda p: [p.items[0]]),
     "last_item": one("last-item token", "longer", lambda p: [p.items[-1]]),
@@ -146,10 +142,10 @@ CASES: dict[str, Case] = {
             for k in (3, 2, 1)
         },
     ),
-    "counted_list": Case("token 1, 3", "longer", {str(i): same(lambda p, i=i: [i]) for i in (1, 3)}),  # type: ignore[misc]
-    "counted_joined": one(
-        "tokens -3..-1", "longer", lambda p: [p.last - 2, p.last - 1, p.last]
-    ),
+    "counted_list": Case(
+        "token 1, 3", "longer", {str(i): same(lambda p, i=i: [i]) for i in (1, 3)}
+    ),  # type: ignore[misc]
+    "counted_joined": one("tokens -3..-1", "longer", lambda p: [p.last - 2, p.last - 1, p.last]),
     "aligned_right": Case(
         "token * align right", "other", {str(i): counted(i) for i in range(-LONGEST, 0)}
     ),
@@ -246,7 +242,7 @@ def test_tables_show_the_words_that_were_hit(shared: Path) -> None:
     }
 
 
-# --- lists with separators, in two parts ------------------------------------------------------------
+# --- lists with separators, in two parts ----------------------------------------------------------
 
 PARTS = """
 prompts parts {

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ..models import reference
-from ..models.families import VERIFIED
 
 from mechdsl.results.experiment import ExperimentResult
 
+from ..models import reference
+from ..models.families import VERIFIED
 from .by_hand import Point, copied, zeroed
 from .support import (
     ABSOLUTE,
@@ -142,7 +142,9 @@ def donors_of(family: str, cells: tuple[tuple[Point, ...], ...], values: Array) 
 FILLS = ("patch", "zero", "mean", "resample")
 
 
-def file_of(family: str, layers: dict[str, Sequence[int]]) -> tuple[str, dict[str, list[list[Point]]]]:
+def file_of(
+    family: str, layers: dict[str, Sequence[int]]
+) -> tuple[str, dict[str, list[list[Point]]]]:
     """One experiment per site and fill, and the points of their cells."""
     parts: list[str] = []
     cells: dict[str, list[list[Point]]] = {}
@@ -159,7 +161,9 @@ def file_of(family: str, layers: dict[str, Sequence[int]]) -> tuple[str, dict[st
     return "".join(parts), cells
 
 
-def compare(family: str, found: dict[str, ExperimentResult], cells: dict[str, list[list[Point]]]) -> None:
+def compare(
+    family: str, found: dict[str, ExperimentResult], cells: dict[str, list[list[Point]]]
+) -> None:
     base = differences(family, ROWS)
     permutation: list[int] | None = None
     for name, lists in cells.items():

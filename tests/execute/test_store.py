@@ -15,7 +15,7 @@ from mechdsl.execute import Options
 from mechdsl.pipeline import RunOptions
 from mechdsl.results.experiment import ExperimentResult
 
-from .support import DIFFERENCE, STATS, bare, experiment, run_file
+from .support import DIFFERENCE, bare, experiment, run_file
 
 SECOND = "measure prob(answer) as raw"
 TEXT = experiment(
@@ -106,7 +106,3 @@ def _is_old(folder: Path, kept: list[Mapping[str, Any]]) -> bool:
     """The document of the run before is still that of a whole run."""
     text = (folder / "out" / "file" / "results.json").read_text(encoding="utf-8")
     return len(json.loads(text)["files"][0]["experiments"]) == 2
-
-
-def test_stats_line_is_the_files_own(folder: Path) -> None:
-    assert STATS in TEXT

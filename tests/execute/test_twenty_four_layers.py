@@ -37,7 +37,9 @@ def projection(model: Any, layer: int) -> Any:
 def read(model: Any, ids: list[int], layer: int, head: int, position: int) -> Tensor:
     """One head's output before the output projection."""
     kept: list[Tensor] = []
-    handle = projection(model, layer).register_forward_pre_hook(lambda m, args: kept.append(args[0]))
+    handle = projection(model, layer).register_forward_pre_hook(
+        lambda m, args: kept.append(args[0])
+    )
     model(torch.tensor([ids]))
     handle.remove()
     return kept[0][0, position, head * D_HEAD : (head + 1) * D_HEAD].clone()
