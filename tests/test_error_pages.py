@@ -27,11 +27,11 @@ WHILE_RUNNING = ("E0604", "E0613")
 """Found after the unpatched runs, before any cell."""
 SHOWN_ELSEWHERE = {
     "E0208": "tests/cli/test_bad_input.py",
-    "E0409": "tests/models/test_load.py",
+    "E0409": "tests/models/test_verify.py",
     "E0410": "tests/models/test_verify.py",
     "E0411": "tests/models/test_load.py",
     "E0412": "tests/models/test_load.py",
-    "W0711": "tests/models/test_load.py",
+    "W0711": "tests/models/test_verify.py",
 }
 """Codes that need a broken model or command line, and the tests that cause them."""
 

@@ -247,12 +247,27 @@ def test_unpatched_values_are_the_bare_models(folder: Path, family: str) -> None
 # --- any rule -------------------------------------------------------------------------------------
 
 ANY_SITE = st.sampled_from(
-    ["embed", "resid_pre layer *", "resid_pre layers 0..1", "attn_norm layer 1",
-     "q layer * heads 0, 2", "k layer 0..1 head *", "v layers * heads *", "z layer * head 1..2", "layer 2 head *",
-     "head_out layer 0, 2 head *", "attn_out layer * window 2", "mlp_norm layer 50%",
-     "mlp_hidden layer 1 neurons 3..20", "mlp_out layer *", "L1.resid", "L2H3",
-     "final_norm", "logits"]
-)  # fmt: skip
+    [
+        "embed",
+        "resid_pre layer *",
+        "resid_pre layers 0..1",
+        "attn_norm layer 1",
+        "q layer * heads 0, 2",
+        "k layer 0..1 head *",
+        "v layers * heads *",
+        "z layer * head 1..2",
+        "layer 2 head *",
+        "head_out layer 0, 2 head *",
+        "attn_out layer * window 2",
+        "mlp_norm layer 50%",
+        "mlp_hidden layer 1 neurons 3..20",
+        "mlp_out layer *",
+        "L1.resid",
+        "L2H3",
+        "final_norm",
+        "logits",
+    ]
+)
 ANY_POSITION = st.sampled_from(
     ["last token", "first token", "subject token", "subject tokens", "each token of subject",
      "item 1 token", "last-item token", "each item token", "token -2", "token -3..-1",
