@@ -112,6 +112,7 @@ def check_source(
         _resolve(experiment, checked, contexts)
     for name, prompts in program.prompts.items():
         contexts.table_alone(name, prompts)
+    checked.diagnostics.extend(_files_written(experiments))
     found = [d for d in checked.diagnostics if not _follows(d, syntax)]
     checked.diagnostics = _unique([*syntax, *found])
     return checked
@@ -319,6 +320,26 @@ def _against_axes(experiment: ResolvedExperiment, program: spec.Program) -> list
     )
     for expectation in experiment.spec.expects:
         found.extend(check_expectation(expectation, known))
+    return found
+
+
+def _files_written(experiments: list[spec.Experiment]) -> list[Diagnostic]:
+    """Two reports in one file: the second would silently take the place of the first."""
+    found: list[Diagnostic] = []
+    first: dict[str, spec.Report] = {}
+    for report in (report for experiment in experiments for report in experiment.reports):
+        if report.file is None:
+            continue
+        other = first.setdefault(report.file, report)
+        if other is not report:
+            found.append(
+                BadReport(
+                    span=report.span,
+                    kind=report.kind,
+                    reason=f"goes to `{report.file}`, as the report on line {other.span.line} does",
+                    hint="give each report a file of its own",
+                )
+            )
     return found
 
 

@@ -136,6 +136,9 @@ def conventions(plan: ExperimentPlan, measured: Measured, model: LoadedModel) ->
         found["window"] = "layers l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends"
     if any(_several(rule.positions) for rule in plan.rules):
         found["tokens"] = "several tokens under one label are separate runs, averaged per row"
+    left_out = dict.fromkeys(x for rule in plan.rules for x in rule.rule.positions.left_out)
+    if left_out:
+        found["positions"] = f"left out, as no row has them in both runs: {', '.join(left_out)}"
     if plan.inert.any():
         found["inert"] = (
             f"{int(plan.inert.sum())} of {plan.n_cells} cells can't differ from the base run"

@@ -93,6 +93,7 @@ def _run(
         for panel in plan.panels:
             for experiment in panel.experiments:
                 store.open(experiment)
+        # Listeners of the caller's own are refused by `check_options` beside `out`.
         execution_options = replace(
             execution_options, on_rows=store.rows, on_unpatched=store.unpatched
         )

@@ -21,6 +21,7 @@ from mechdsl.diagnostics.e03_coordinates import (
     TooManyCells,
     UnevenPositions,
 )
+from mechdsl.diagnostics.e03_positions import AbsentOccurrence
 from mechdsl.registry import nearest
 from mechdsl.resolve.measures import MeasureContext, known_run, resolve_measure
 from mechdsl.resolve.sites import SiteContext, resolve_site
@@ -414,15 +415,16 @@ def _position_targets(rule: spec.Rule, run: str, work: _Work) -> PositionTargets
     written: dict[Key, PositionCell] = {}
     read: dict[Key, PositionCell] = {}
     swept: list[PositionCell] | None = None
+    left_out: tuple[str, ...] = ()
     for key in product(*(range(len(work.loops[name])) for name in loops)):
         values = {
             **{k: v for k, v in work.program.parameters.items() if isinstance(v, int)},
             **{n: work.loops[n][i] for n, i in zip(loops, key, strict=True)},
         }
-        pair = _cells(rule, run, base, values, work)
-        if pair is None:
+        found = _cells(rule, run, base, values, work)
+        if found is None:
             return None
-        cells, reads = pair
+        cells, reads, left_out = found
         if loops and len(cells) > 1:
             work.diagnostics.append(
                 BadLoopValue(
@@ -453,13 +455,14 @@ def _position_targets(rule: spec.Rule, run: str, work: _Work) -> PositionTargets
             work,
         )
         names = (*names, "position")
-    return PositionTargets(names, written, read)
+    return PositionTargets(names, written, read, left_out)
 
 
 def _cells(
     rule: spec.Rule, run: str, base: str, values: Mapping[str, Any], work: _Work
-) -> tuple[list[PositionCell], list[PositionCell]] | None:
-    """The cells of a rule's positions in the base run, and the same ones where it reads."""
+) -> tuple[list[PositionCell], list[PositionCell], tuple[str, ...]] | None:
+    """The cells of a rule's positions in the base run, the same ones where it reads, and the
+    labels of those that no row has in both."""
 
     def found(name: str, other: str) -> tuple[PositionCell, ...] | None:
         cells, problems = resolve_positions(
@@ -477,17 +480,33 @@ def _cells(
     if cells is None:
         return None
     if run == base:
-        return list(cells), list(cells)
+        return list(cells), list(cells), ()
     sources = found(run, base)
     if sources is None:
         return None
     by_label = {cell.label: cell for cell in sources}
     pairs = [_common(cell, by_label[cell.label]) for cell in cells if cell.label in by_label]
+    pairs = [pair for pair in pairs if any(pair[0].hits)]
+    if not pairs:
+        work.diagnostics.append(
+            AbsentOccurrence(
+                span=rule.at.span,
+                position=" ".join(rule.at.span.text.split()),
+                run=run,
+                lacking=len(work.table),
+                total=len(work.table),
+                example=f'"{work.table.runs[run].rows[0].text}"',
+                hint=f"name a position that a row has in both `{base}` and `{run}`",
+            )
+        )
+        return None
     written = [pair[0] for pair in pairs]
     read = [pair[1] for pair in pairs]
     problems = check_joined(written, read, span=rule.at.span, table=work.table, runs=(base, run))
     work.diagnostics.extend(problems)
-    return None if has_errors(problems) else (written, read)
+    labels = dict.fromkeys(cell.label for cell in (*cells, *sources))
+    left_out = tuple(label for label in labels if label not in {cell.label for cell in written})
+    return None if has_errors(problems) else (written, read, left_out)
 
 
 def _common(cell: PositionCell, source: PositionCell) -> tuple[PositionCell, PositionCell]:

@@ -76,6 +76,8 @@ class PositionTargets:
     written: Mapping[Key, PositionCell]
     read: Mapping[Key, PositionCell]
     """Equal to `written` for rules that read no other run."""
+    left_out: tuple[str, ...] = ()
+    """Labels of positions that no row has in both runs."""
 
 
 Fill = Literal["source", "zero", "mean", "resample", "text"]

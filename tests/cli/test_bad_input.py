@@ -1,4 +1,4 @@
-"""Whatever is wrong is a diagnostic with a code and a help line; nothing runs, and the status is 2."""
+"""Whatever is wrong is a diagnostic with a code and a help line; nothing runs, status 2."""
 
 from __future__ import annotations
 
@@ -106,6 +106,7 @@ SAID: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
     "values up to 10⁹": ((("3..9", "1..1000000000"),), "E0506"),
     "10⁹ rows": ((("limit 16", "limit 1000000000"),), "E0506"),
     "10⁹ layers": ((("layer 0..1", "layer 0..1000000000"),), "E0302"),
+    "10⁹ tokens": ((("last-item token", "token 0..1000000000"),), "E0310"),
     "10⁹ turns": (
         (
             ("  patch layer 0..1", "  for l in 0..1000000000 { patch layer l"),

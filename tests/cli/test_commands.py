@@ -1,0 +1,206 @@
+"""The other commands, as a newcomer meets them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import mechdsl
+from mechdsl.cli import app
+from mechdsl.pages import codes
+
+from .conftest import HEADS, Command, process
+
+EXAMPLES = Path(mechdsl.__file__).parent.parent / "examples"
+TWO = HEADS + "\nexperiment again {\n  prompts fruit limit 16\n  measure correct as raw\n}\n"
+
+
+def test_alone_it_lists_its_commands(command: Command) -> None:
+    done = command()
+    assert done.status == 0
+    assert all(name in done.out for name in app.commands)
+    assert done.out == command("--help").out
+
+
+def test_version(command: Command) -> None:
+    wanted = f"{mechdsl.__version__}\n"
+    assert command("version").out == command("--version").out == wanted
+
+
+@pytest.mark.parametrize("name", sorted(app.commands))
+def test_help(name: str, command: Command) -> None:
+    done = command(name, "--help")
+    assert done.status == 0
+    usage, _, rest = done.out.partition("\n")
+    assert usage.startswith(f"Usage: mechdsl {name} ")
+    assert re.search(r"^  [A-Z].*\.$", rest, re.M), "no sentence says what it does"
+
+
+def test_validate_stays_without_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom mechdsl import cli\n"
+        f"sys.argv = ['mechdsl', 'validate', {str(EXAMPLES)!r}]\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'altair', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "no errors" in done.stdout
+
+
+def test_validate_walks_folders(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "a.mech").write_text(HEADS, encoding="utf-8")
+    (tmp_path / "b.mech").write_text(HEADS, encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("no program", encoding="utf-8")
+    assert command("validate", tmp_path).out.startswith("2 files checked")
+    assert command("validate", tmp_path, tmp_path / "b.mech").out.startswith("2 files checked")
+
+
+def test_a_file_without_experiments_says_so(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "common.mech"
+    path.write_text("mech 1\n", encoding="utf-8")
+    done = command("run", path)
+    assert (done.status, done.out) == (0, "")
+    assert "common.mech has no experiments: nothing was run" in done.err
+
+
+# --- plan ---
+
+
+def test_plan(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "two.mech"
+    path.write_text(TWO, encoding="utf-8")
+    done = command("plan", path)
+    assert done.status == 0, done.err
+    for said in ("Forward", "Read", "Write", "Measure", "layer 2 × head 4 = 8 cells"):
+        assert said in done.out
+    line = next(line for line in done.out.splitlines() if line.strip().startswith("heads"))
+    assert line.split()[1:4] == ["8", "16", "128"]
+    assert "128 patched rows" in done.out
+
+
+def test_plan_without_a_pass(command: Command, heads: Path) -> None:
+    assert "resume: switched off" in command("plan", heads, "--no-pass", "resume").out
+
+
+# --- graph ---
+
+
+@pytest.mark.parametrize(("form", "begin"), [("dot", "digraph"), ("mermaid", "flowchart")])
+def test_graph_as_text(form: str, begin: str, command: Command, heads: Path) -> None:
+    done = command("graph", heads, "--format", form)
+    assert done.status == 0, done.err
+    assert done.out.startswith(begin)
+
+
+def test_graph_as_svg(command: Command, heads: Path, tmp_path: Path) -> None:
+    path = tmp_path / "graph.svg"
+    assert command("graph", heads, "--format", "svg", "--to", path).status == 0
+    root = ElementTree.parse(path).getroot()
+    width, height = float(root.attrib["width"]), float(root.attrib["height"])
+    boxes = [
+        tuple(float(box.attrib[key]) for key in ("x", "y", "width", "height"))
+        for box in root.iter("{http://www.w3.org/2000/svg}rect")
+        if "x" in box.attrib
+    ]
+    assert len(boxes) > 8
+    for number, (x, y, w, h) in enumerate(boxes):
+        assert x >= 0
+        assert y >= 0
+        assert x + w <= width
+        assert y + h <= height
+        for x2, y2, w2, h2 in boxes[:number]:
+            assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
+
+
+# --- explain ---
+
+
+def test_explain_as_text(command: Command, heads: Path) -> None:
+    done = command("explain", heads)
+    assert done.status == 0, done.err
+    for said in ("clean, row 0:", "fewer, row 0:", "item → ", "answer = ", "last-item token"):
+        assert said in done.out
+
+
+def test_explain_as_json(command: Command, heads: Path) -> None:
+    done = command("explain", heads, "--format", "json")
+    (experiment,) = json.loads(done.out)["experiments"]
+    assert set(experiment["runs"]) == {"clean", "fewer"}
+    assert {len(rows) for rows in experiment["runs"].values()} == {16}
+    for rows in experiment["runs"].values():
+        for row in rows:
+            assert len(row["tokens"]) == len(row["ids"]) == len(row["offsets"])
+            assert set(row["texts"]) == {"answer"}
+            for span in row["spans"]:
+                if span["name"] == "item":
+                    (token,) = span["tokens"]
+                    assert row["tokens"][token].strip() == row["text"][span["start"] : span["end"]]
+
+
+@pytest.mark.parametrize("written", ["E0301", "e0301"])
+def test_explain_a_code(written: str, command: Command) -> None:
+    done = command("explain", written)
+    assert done.status == 0
+    assert done.out.startswith("# E0301: ")
+
+
+def test_every_code_can_be_explained(command: Command) -> None:
+    for code in codes():
+        assert command("explain", code).out.startswith(f"# {code}: ")
+
+
+# --- fmt ---
+
+
+def test_fmt(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "loose.mech"
+    path.write_text(HEADS.replace("  model toy", "model   toy # here"), encoding="utf-8")
+    loose = path.read_text(encoding="utf-8")
+    done = command("fmt", "--check", path)
+    assert (done.status, done.out) == (2, f"would change {path}\n")
+    assert path.read_text(encoding="utf-8") == loose
+    done = command("fmt", path)
+    assert (done.status, done.out) == (0, f"formatted {path}\n")
+    assert path.read_text(encoding="utf-8") == HEADS.replace(
+        "model toy\n  p", "model toy # here\n  p"
+    )
+    assert command("fmt", "--check", path).status == 0
+
+
+def test_fmt_leaves_wrong_files_alone(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.mech"
+    path.write_text("mech 1\nmodel  toy\n", encoding="utf-8")
+    assert command("fmt", path).status == 2
+    assert path.read_text(encoding="utf-8") == "mech 1\nmodel  toy\n"
+
+
+# --- schema ---
+
+
+@pytest.mark.parametrize("what", ["results", "experiment"])
+def test_schema(what: str, command: Command) -> None:
+    import jsonschema
+
+    jsonschema.Draft202012Validator.check_schema(json.loads(command("schema", what).out))
+
+
+def test_set(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "heads.mech"
+    text = HEADS.replace("mech 1\n", "mech 1\nparam depth = 1\n")
+    path.write_text(text.replace("0..1", "0..depth"), encoding="utf-8")
+    assert "layer 2 × head 4" in command("plan", path).out
+    assert "layer 4 × head 4" in command("plan", path, "--set", "depth=3").out
+
+
+def test_as_a_module_and_as_a_command(tmp_path: Path) -> None:
+    done = process("version", cwd=tmp_path)
+    assert (done.status, done.err) == (0, "")

@@ -1,0 +1,102 @@
+"""Ctrl-C: what is finished is kept, the model is as it was, and the status is 130."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mechdsl.execute import Options
+from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.source import Source
+
+from .conftest import HEADS
+
+LONG = HEADS.replace("layer 0..1 head * at last-item", "layer * neuron * at each item")
+
+
+def default_interrupt() -> None:
+    """Shells start background jobs deaf to Ctrl-C; the child must hear it wherever tests run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "long.mech").write_text(LONG, encoding="utf-8")
+    lines = tmp_path / "kept" / "long" / "heads.jsonl"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "mechdsl", "run", "long.mech", "--out", "kept"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_interrupt,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        until = time.monotonic() + 120
+        while not (lines.is_file() and lines.read_bytes().count(b"\n") > 5):
+            assert running.poll() is None, running.communicate()
+            assert time.monotonic() < until, "no cell was finished"
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted; what is finished is in kept" in err
+    assert out == ""
+    kept = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    assert kept[0]["axes"] == ["layer", "neuron", "position"]
+    cells = [line for line in kept if "cell" in line]
+    assert cells
+    assert all(len(line["rows"]) == len(line["values"][0]) for line in cells)
+    assert not (lines.parent / "results.json").exists()
+
+
+def test_while_checking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    from mechdsl import cli
+
+    monkeypatch.setattr(cli, "_checked", stop)
+    monkeypatch.setattr(sys, "argv", ["mechdsl", "run", "x.mech"])
+    with pytest.raises(SystemExit) as found:
+        cli.main()
+    assert found.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def hooks(model: Any) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def test_no_hook_is_left() -> None:
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    folder = str(files("mechdsl") / "zoo" / "counting")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def stop(done: int, total: int) -> None:
+        assert 0 < done < total
+        raise KeyboardInterrupt
+
+    assert hooks(model) == 0
+    with pytest.raises(KeyboardInterrupt):
+        run_source(
+            Source(LONG),
+            RunOptions(device="cpu", execution=Options(on_progress=stop)),
+            {"toy": (model, tokenizer)},
+        )
+    assert hooks(model) == 0

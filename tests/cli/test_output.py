@@ -1,0 +1,263 @@
+"""What programs read: JSON, CSV, annotations, exit statuses; and what terminals show."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from .conftest import HEADS, Command, process
+
+BEHAVIOUR = """
+experiment behaviour {
+  prompts fruit limit 16
+  measure correct as raw
+  measure argmax(1..9) as raw
+  expect accuracy(clean) > 0.5
+}
+"""
+FAILS = BEHAVIOUR.replace("accuracy(clean) > 0.5", "accuracy(clean) < 0.1")
+ESCAPE = "\x1b"
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def strict(text: str) -> Any:
+    """The document, where NaN and infinity are mistakes."""
+    return json.loads(text, parse_constant=no_constant)
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Path:
+    """A sweep, and an experiment without a rule."""
+    path = tmp_path / "both.mech"
+    path.write_text(HEADS + BEHAVIOUR, encoding="utf-8")
+    return path
+
+
+def test_json(command: Command, both: Path) -> None:
+    done = command("run", both, "--format", "json")
+    assert done.status == 0, done.err
+    document = strict(done.out)
+    schema = strict(command("schema", "results").out)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(document, schema)
+    assert document["schema"] == 1
+    (file,) = document["files"]
+    assert len(file["hash"]) == 64
+    sweep, behaviour = file["experiments"]
+    assert (sweep["name"], sweep["model"], sweep["axes"]) == ("heads", "toy", ["layer", "head"])
+    assert len(sweep["cells"]) == 8
+    for experiment in file["experiments"]:
+        for cell in experiment["cells"]:
+            assert list(cell["coords"]) == experiment["axes"]
+    cell = sweep["cells"][0]
+    assert cell["coords"] == {"layer": 0, "head": 0}
+    assert cell["site"] == "L0H0.z"
+    assert cell["at"]["position"] == "last-item token"
+    assert set(cell["at"]["tokens"]) <= {"apple", "pear", "plum", "fig"}
+    (measure,) = cell["measures"]
+    wanted = {"label", "metric", "effect", "mean", "low", "high", "p", "p_corrected"}
+    assert wanted <= set(measure)
+    assert measure["low"] <= measure["mean"] <= measure["high"]
+    assert set(sweep["runs"]) == {"clean", "fewer"}
+    assert {"model", "dtype", "rows", "bos", "answer", "seed"} <= set(sweep["conventions"])
+    (verdict,) = behaviour["expect"]
+    assert (verdict["text"], verdict["holds"]) == ("accuracy(clean) > 0.5", True)
+    raw = behaviour["cells"][0]["measures"][0]
+    assert raw["p"] is None
+    assert raw["reason"]
+
+
+def test_a_swept_position_is_an_axis(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "positions.mech"
+    path.write_text(
+        HEADS.replace("head * at last-item token", "head 0 at each item token"), encoding="utf-8"
+    )
+    (experiment,) = strict(command("run", path, "--format", "json").out)["files"][0]["experiments"]
+    assert experiment["axes"] == ["layer", "position"]
+    assert all(cell["n"] <= 16 for cell in experiment["cells"])
+    assert {cell["coords"]["position"] for cell in experiment["cells"]} >= {"item 1", "item 2"}
+
+
+def test_csv(command: Command, both: Path) -> None:
+    done = command("run", both, "--format", "csv")
+    assert done.status == 0, done.err
+    lines = list(csv.DictReader(io.StringIO(done.out)))
+    assert len(lines) == 8 + 2
+    assert {line["experiment"] for line in lines} == {"heads", "behaviour"}
+    assert {"layer", "head", "site", "n", "mean", "low", "high", "p_corrected"} <= set(lines[0])
+    assert not re.search(r"\b(nan|inf)\b", done.out, re.I)
+
+
+def test_reports_to_files_are_written_in_every_form(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "heads.mech"
+    path.write_text(HEADS.replace("report table", 'report csv to "heads.csv"'), encoding="utf-8")
+    for form in ("table", "json"):
+        done = command("run", path, "--format", form)
+        assert done.status == 0, done.err
+        assert (tmp_path / "heads.csv").read_text(encoding="utf-8").count("\n") == 9
+        (tmp_path / "heads.csv").unlink()
+    strict(done.out)
+    assert "heads.csv" in done.err
+
+
+def test_a_report_that_cannot_be_written(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "heads.mech"
+    path.write_text(HEADS.replace("report table", 'report csv to "no/x.csv"'), encoding="utf-8")
+    done = command("run", path)
+    assert done.status == 3
+    assert "cannot write" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_an_expectation_that_fails_is_status_1(form: str, command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "fails.mech"
+    path.write_text(HEADS + FAILS, encoding="utf-8")
+    done = command("run", path, "--format", form, "--only", "behaviour")
+    assert done.status == 1
+    if form == "json":
+        (experiment,) = strict(done.out)["files"][0]["experiments"]
+        assert experiment["expect"][0]["holds"] is False
+    if form == "table":
+        assert "fails" in done.out
+
+
+def test_only_and_limit(command: Command, both: Path) -> None:
+    done = command("run", both, "--only", "heads", "--limit", "5", "--format", "json")
+    (experiment,) = strict(done.out)["files"][0]["experiments"]
+    assert experiment["name"] == "heads"
+    assert {cell["n"] for cell in experiment["cells"]} == {5}
+
+
+def test_out_has_the_values_of_every_prompt(command: Command, heads: Path, tmp_path: Path) -> None:
+    assert command("run", heads, "--out", tmp_path / "kept").status == 0
+    folder = tmp_path / "kept" / "heads"
+    lines = [json.loads(x) for x in (folder / "heads.jsonl").read_text("utf-8").splitlines()]
+    assert lines[0]["axes"] == ["layer", "head"]
+    assert [line["run"] for line in lines if "run" in line] == ["fewer", "clean"]
+    cells = [line for line in lines if "cell" in line]
+    assert {tuple(line["coords"].values()) for line in cells} == {
+        (layer, head) for layer in (0, 1) for head in range(4)
+    }
+    assert sum(len(line["rows"]) for line in cells) == 8 * 16
+    strict((folder / "results.json").read_text("utf-8"))
+
+
+def test_forms_of_validate(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "bad.mech"
+    path.write_text(HEADS.replace("head *", "head 14"), encoding="utf-8")
+    (found,) = strict(command("validate", path, "--format", "json").out)
+    assert (found["code"], found["severity"]) == ("E0301", "error")
+    assert (found["line"], found["column"], found["end_column"]) == (18, 25, 27)
+    line = command("validate", path, "--format", "github").out
+    assert line.startswith("::error file=")
+    assert ",line=18,col=25," in line
+    log = strict(command("validate", path, "--format", "sarif").out)
+    (result,) = log["runs"][0]["results"]
+    assert result["ruleId"] == "E0301"
+    region = result["locations"][0]["physicalLocation"]["region"]
+    assert (region["startLine"], region["startColumn"]) == (18, 25)
+    (rule,) = log["runs"][0]["tool"]["driver"]["rules"]
+    assert "(*" not in rule["shortDescription"]["text"]
+
+
+def test_forms_of_validate_where_all_is_well(command: Command, heads: Path) -> None:
+    assert strict(command("validate", heads, "--format", "json").out) == []
+    assert command("validate", heads, "--format", "github").out == ""
+    assert strict(command("validate", heads, "--format", "sarif").out)["runs"][0]["results"] == []
+    done = command("validate", heads)
+    assert (done.status, done.out) == (0, "1 file checked: no errors\n")
+
+
+# --- terminals and pipes ---
+
+
+def test_import_noise_and_logs_stay_off_stdout(both: Path) -> None:
+    done = process("run", both, "--format", "json", cwd=both.parent)
+    assert done.status == 0
+    assert done.err == ""
+    strict(done.out)
+
+
+def test_a_pipe_gets_no_escape_codes(both: Path) -> None:
+    for arguments in (("run", both), ("plan", both), ("explain", both), ("validate", both)):
+        done = process(*arguments, cwd=both.parent)
+        assert ESCAPE not in done.out + done.err, arguments
+
+
+def on_a_terminal(*arguments: object, env: dict[str, str]) -> str:
+    """What a terminal is sent."""
+    leader, follower = pty.openpty()
+    with os.fdopen(leader, "rb", closefd=True) as screen:
+        done = subprocess.Popen(
+            [sys.executable, "-m", "mechdsl", *map(str, arguments)],
+            stdout=follower,
+            stderr=follower,
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", **env},
+        )
+        os.close(follower)
+        sent = b""
+        try:
+            while chunk := os.read(screen.fileno(), 65536):
+                sent += chunk
+        except OSError:  # the other end is closed
+            pass
+        assert done.wait(timeout=60) is not None
+    return sent.decode("utf-8")
+
+
+def test_colours_on_terminals_unless_unwanted(tmp_path: Path) -> None:
+    path = tmp_path / "bad.mech"
+    path.write_text(HEADS.replace("head *", "head 14"), encoding="utf-8")
+    coloured = on_a_terminal("validate", path, env={})
+    plain = on_a_terminal("validate", path, env={"NO_COLOR": "1"})
+    assert "\x1b[1;31m" in coloured
+    assert ESCAPE not in plain
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+def test_numbers_stay_whole_on_narrow_terminals(
+    columns: int, command: Command, both: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = strict(command("run", both, "--only", "heads", "--format", "json").out)
+    cells = document["files"][0]["experiments"][0]["cells"]
+    monkeypatch.setattr("mechdsl.cli._width", lambda: columns)
+    shown = command("run", both, "--only", "heads").out
+    assert max(map(len, shown.splitlines())) <= columns
+    for cell in cells:
+        measure = cell["measures"][0]
+        assert f"{measure['mean']:.3f}" in shown
+        assert f"[{measure['low']:.3f}, {measure['high']:.3f}]" in shown
+
+
+def test_a_reader_that_has_seen_enough(both: Path) -> None:
+    for arguments in (
+        "run both.mech",
+        "explain both.mech --format json",
+        "schema",
+        "plan both.mech",
+    ):
+        done = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {sys.executable} -m mechdsl {arguments} | head -2"],
+            cwd=both.parent,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=60,
+        )
+        assert done.returncode == 0, arguments
+        assert done.stderr == ""
