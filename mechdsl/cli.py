@@ -50,9 +50,12 @@ no_pass_option = click.option(
 def main() -> None:
     """The entry point: every way out is an exit status, and no user sees a traceback."""
     try:
-        status = app(standalone_mode=False)
-    except click.exceptions.Abort:
-        status = INTERRUPTED
+        # Not `app(…)`: click would end broken pipes as if an expectation had failed.
+        with app.make_context("mechdsl", sys.argv[1:]) as context:
+            status = app.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as error:
+        status = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = INTERRUPTED

@@ -8,43 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mechdsl.data.types import PromptTable, Run
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e06_experiment import NothingKept
-from mechdsl.gauge import Gauge, Reading
-from mechdsl.hooks import Batch, SiteRead, run_segment
-from mechdsl.lanes import (
-    LaneRequest,
-    Lanes,
-    Side,
-    Spot,
-    at_positions,
-    compute_lanes,
-    continuation_positions,
-    noise_writes,
-    prompt_loss,
-    spot_positions,
-    spots_of,
-)
+from mechdsl.fillings import Fillings, fillings_of
+from mechdsl.gauge import Gauge
+from mechdsl.lanes import Side
 from mechdsl.loaded import LoadedModel
-from mechdsl.models.shape import units, width
-from mechdsl.plan import ExperimentPlan, Ints, Panel, Place, Plan, Rows
-from mechdsl.resolve.types import Atom, ResolvedExperiment
-from mechdsl.results.statistics import Floats, check_denominator
+from mechdsl.patched import patched_values
+from mechdsl.plan import ExperimentPlan, Ints, Panel, Plan, Rows
+from mechdsl.resolve.types import ResolvedExperiment
+from mechdsl.results.data import Floats
+from mechdsl.results.statistics import check_denominator
+from mechdsl.runs import UnpatchedRuns
 from mechdsl.vocab.effects import EFFECTS
-from mechdsl.writes import (
-    Fillings,
-    Means,
-    build_writes,
-    mean_sums,
-    readable,
-    unless_set,
-)
+from mechdsl.writes import readable
 
 PROMPT_TOKENS = 4096
 """Tokens of one batch of unpatched prompts."""
@@ -72,8 +54,16 @@ class Measured:
     """Rows of cells that a `resample` donor without the position took out."""
 
 
-Finished = Callable[[Measured, Rows, Sequence[Floats]], None]
-"""Called with the rows of each pass and their values per measure."""
+class Sink(Protocol):
+    """Takes values as they are finished, to keep them."""
+
+    def unpatched(self, measured: Measured) -> None:
+        """Base and source runs of an experiment, before its cells."""
+        ...
+
+    def rows(self, measured: Measured, rows: Rows, values: Sequence[Floats]) -> None:
+        """The rows of one pass with their values per measure."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -82,8 +72,6 @@ class Options:
 
     side: Side = "right"
     on_progress: Progress | None = None
-    on_rows: Finished | None = None
-    on_unpatched: Callable[[Measured], None] | None = None
     row_tokens: int = ROW_TOKENS
     prompt_tokens: int = PROMPT_TOKENS
 
@@ -97,7 +85,10 @@ class Execution:
 
 
 def execute(
-    plan: Plan, models: Mapping[str, LoadedModel], options: Options | None = None
+    plan: Plan,
+    models: Mapping[str, LoadedModel],
+    options: Options | None = None,
+    sink: Sink | None = None,
 ) -> Execution:
     """Run every panel. Denominators and `keep` are checked for all before any cell runs.
 
@@ -105,15 +96,17 @@ def execute(
     """
     options = options or Options()
     execution = Execution()
-    runners = [PanelRunner(panel, models[panel.model], plan, options) for panel in plan.panels]
+    runners = [
+        PanelRunner(panel, models[panel.model], plan, options, sink) for panel in plan.panels
+    ]
     for runner in runners:
         execution.diagnostics.extend(runner.prepare())
         execution.measured.update(runner.measured)
     if has_errors(execution.diagnostics):
         return execution
-    if options.on_unpatched is not None:
+    if sink is not None:
         for measured in execution.measured.values():
-            options.on_unpatched(measured)
+            sink.unpatched(measured)
     total = sum(runner.total_rows() for runner in runners)
     done = 0
     for runner in runners:
@@ -127,28 +120,29 @@ def execute(
 class PanelRunner:
     """Runs the experiments of one panel on shared unpatched runs."""
 
-    def __init__(self, panel: Panel, model: LoadedModel, plan: Plan, options: Options) -> None:
+    def __init__(
+        self,
+        panel: Panel,
+        model: LoadedModel,
+        plan: Plan,
+        options: Options,
+        sink: Sink | None = None,
+    ) -> None:
         self.panel = panel
-        self.model = model
         self.plan = plan
         self.options = options
+        self.sink = sink
         self.table: PromptTable = panel.experiments[0].experiment.table
-        self.seed = panel.experiments[0].experiment.seed
         self.measured: dict[str, Measured] = {}
         self.fillings: dict[str, Fillings] = {}
         self.gauges = {
             p.experiment.name: Gauge.of(p.experiment.measures) for p in panel.experiments
         }
         self.keep = Gauge.of(panel.experiments[0].experiment.keep)
-        everything = [m for p in panel.experiments for m in p.experiment.measures]
-        self.spots: tuple[Spot, ...] = spots_of(everything)
-        if {} not in self.spots:  # `keep` and accuracies read the last token
-            self.spots = (*self.spots, {})
         gauges = (*self.gauges.values(), self.keep)
-        self.loss = next((g.loss for g in gauges if g.loss is not None), None)
+        self.runs = UnpatchedRuns(panel, model, gauges, resumes=plan.resumes, side=options.side)
         self.kept = np.arange(len(self.table), dtype=np.int64)
         self.batches: list[Ints] = []
-        self._lanes: dict[tuple[object, ...], Lanes] = {}
 
     # --- before any cell --------------------------------------------------------------------------
 
@@ -185,7 +179,9 @@ class PanelRunner:
             diagnostics.extend(self._denominators(plan.experiment))
         if not has_errors(diagnostics):
             for plan in self.panel.experiments:
-                self.fillings[plan.experiment.name] = self._fillings(plan)
+                self.fillings[plan.experiment.name] = fillings_of(
+                    plan, self.runs, self.kept, self.batches
+                )
         return diagnostics
 
     def total_rows(self) -> int:
@@ -202,9 +198,9 @@ class PanelRunner:
             return []
         good = np.ones(len(self.table), dtype=np.bool_)
         for batch in self._batches(self.kept):
-            for values in self._unpatched_values(self.keep, "clean", batch, None):
+            for values in self.runs.values(self.keep, "clean", batch, None):
                 good[batch] &= values != 0
-            self._lanes.clear()
+            self.runs.forget()
         self.kept = np.flatnonzero(good)
         if len(self.kept):
             return []
@@ -247,122 +243,10 @@ class PanelRunner:
             )
         return found
 
-    # --- unpatched runs ---------------------------------------------------------------------------
-
     def _forget(self) -> None:
         """Free what the finished batch computed; with a single batch it serves all stages."""
         if len(self.batches) > 1:
-            self._lanes.clear()
-
-    def _run(self, name: str) -> Run:
-        return self.table.runs[name]
-
-    def lanes(self, run: Run, prompts: Ints, continuation: Atom | None = None) -> Lanes:
-        """The unpatched run on these prompts, computed once while the batch is in work."""
-        name = run.name
-        key = (id(run), prompts.tobytes(), None if continuation is None else id(continuation))
-        found = self._lanes.get(key)
-        if found is None:
-            needs = self.panel.runs.get(name)
-            starts = {
-                int(start)
-                for plan in self.panel.experiments
-                if plan.experiment.spec.base == name and plan.rules and self.plan.resumes
-                for start in np.unique(plan.starts)
-                if start > 0
-            }
-            measured = needs is None or needs.measured or needs.stop is None
-            reads = set(needs.reads) if needs is not None else set[Place]()
-            reads |= self._gauge_reads()
-            found = self._lanes[key] = compute_lanes(
-                self.model,
-                run,
-                prompts,
-                self.table.row_ids,
-                LaneRequest(
-                    reads=frozenset(reads if continuation is None else ()),
-                    starts=frozenset(starts),
-                    spots=self.spots if measured else (),
-                    stop=None if starts or self._gauge_reads() or needs is None else needs.stop,
-                    loss=self.loss if measured and continuation is None else None,
-                    continuation=continuation,
-                ),
-                seed=self.seed,
-                side=self.options.side,
-            )
-        return found
-
-    def _gauge_reads(self) -> set[Place]:
-        """Sites that measures compare (`cosine`)."""
-        return {
-            (atom.point.site, atom.point.layer)
-            for gauge in self.gauges.values()
-            for _, atom in gauge.atoms
-            if atom.point is not None
-        }
-
-    def _unpatched_values(
-        self,
-        gauge: Gauge,
-        run: str,
-        prompts: Ints,
-        environment: int | None,
-    ) -> list[Floats]:
-        """Per measure, one value per prompt; draws of noise are averaged."""
-        plain = self.lanes(self._run(run), prompts)
-        lanes = np.repeat(prompts, plain.draws)
-        draws = np.tile(np.arange(plain.draws), len(prompts))
-        reading = Reading(
-            prompts=lanes,
-            items=[environment] * len(lanes),
-            logits=self._spot_logits(gauge, plain),
-            continued={
-                n: _present(self.lanes(self._run(run), prompts, gauge.atoms[n][1]).logits)
-                for n in gauge.continuations
-            },
-            loss=plain.loss,
-            activations={
-                n: self._activation(atom, gauge.spots[spot], plain, np.arange(len(lanes)))
-                for n, (spot, atom) in enumerate(gauge.atoms)
-                if atom.point is not None
-            },
-            references=self._references(gauge, prompts, lanes, draws),
-        )
-        return [
-            values.reshape(len(prompts), plain.draws).mean(axis=1) for values in gauge.read(reading)
-        ]
-
-    def _spot_logits(self, gauge: Gauge, lanes: Lanes) -> Tensor | None:
-        """[lane, spot of the gauge, vocab]."""
-        if lanes.logits is None or not gauge.needs_plain:
-            return None
-        return lanes.logits[:, [self.spots.index(spot) for spot in gauge.spots]]
-
-    def _references(
-        self, gauge: Gauge, prompts: Ints, row_prompts: Ints, draws: Ints
-    ) -> dict[int, Tensor]:
-        """What `kl(run)`, `js(run)` and `cosine(SITE, run)` compare each row with."""
-        found: dict[int, Tensor] = {}
-        for number, (spot, atom) in enumerate(gauge.atoms):
-            if atom.run is None:
-                continue
-            reference = self.lanes(self._run(atom.run), prompts)
-            lane = reference.lane(row_prompts, draws)
-            if atom.point is not None:
-                found[number] = self._activation(atom, gauge.spots[spot], reference, lane)
-            else:
-                logits = _present(reference.logits)
-                index = torch.from_numpy(lane).to(logits.device)
-                found[number] = logits[index, self.spots.index(gauge.spots[spot])]
-        return found
-
-    def _activation(self, atom: Atom, spot: Spot, lanes: Lanes, lane: Ints) -> Tensor:
-        """[row, 1, width]: the site of a `cosine` at the measured place of these lanes."""
-        assert atom.point is not None
-        read = lanes.reads[SiteRead(atom.point.site, atom.point.layer)]
-        prompts = np.repeat(lanes.prompts, lanes.draws)[lane]
-        position = spot_positions(spot, lanes.run, prompts, lanes.lengths[lane])
-        return _vectors(read, lanes.batch, lane, position, atom)
+            self.runs.forget()
 
     def _measure_unpatched(self, plan: ExperimentPlan, batch: Ints) -> None:
         """Base, source and accuracies of one experiment on one batch."""
@@ -371,50 +255,12 @@ class PanelRunner:
         columns = np.searchsorted(self.kept, batch)
         for run, values in measured.unpatched.items():
             for number, environment in enumerate(measured.environments):
-                found = self._unpatched_values(
-                    self.gauges[experiment.name], run, batch, environment
-                )
+                found = self.runs.values(self.gauges[experiment.name], run, batch, environment)
                 for measure, value in zip(values, found, strict=True):
                     measure[number, columns] = value
         for run, correct in experiment.accuracies.items():
             gauge = Gauge.of([correct])
-            measured.accuracy[run][columns] = self._unpatched_values(gauge, run, batch, None)[0]
-
-    # --- what rules write -------------------------------------------------------------------------
-
-    def _fillings(self, plan: ExperimentPlan) -> Fillings:
-        donors = None
-        if any(rule.rule.fill == "resample" for rule in plan.rules):
-            donors = _donors(self.kept, len(self.table), self.seed)
-        means = {
-            number: self._means(plan, number)
-            for number, rule in enumerate(plan.rules)
-            if rule.rule.fill == "mean"
-        }
-        return Fillings(means, donors)
-
-    def _means(self, plan: ExperimentPlan, number: int) -> Means:
-        """Mean activations over all kept rows, streamed by batches of prompts."""
-        rule = plan.rules[number]
-        names = rule.rule.groups or ("",) * len(self.table)
-        codes = np.unique(names, return_inverse=True)[1].astype(np.int64)
-        slots = int(rule.read.tokens.counts(np.arange(len(rule.read.tokens.offsets) - 1)).max())
-        shape = self.model.shape
-        places = {(p.site, p.layer) for p in rule.point_table}
-        size = (len(rule.sources), int(codes.max()) + 1)
-        sums = {
-            place: torch.zeros(
-                *size, slots, units(shape, place[0]), width(shape, place[0]), dtype=torch.float64
-            )
-            for place in places
-        }
-        counts = torch.zeros(*size, dtype=torch.float64)
-        for batch in self.batches:
-            lanes = self.lanes(self._run(rule.rule.run), batch)
-            mean_sums(rule, batch, lanes, codes, sums, counts)
-            self._forget()
-        divisor = counts.clamp(min=1)[:, :, None, None, None]
-        return Means({place: total / divisor for place, total in sums.items()}, codes)
+            measured.accuracy[run][columns] = self.runs.values(gauge, run, batch, None)[0]
 
     # --- cells ------------------------------------------------------------------------------------
 
@@ -442,8 +288,8 @@ class PanelRunner:
                     for (sums, counts), value in zip(totals[name], values, strict=True):
                         np.add.at(sums, (part.cell, columns), value)
                         np.add.at(counts, (part.cell, columns), 1)
-                    if self.options.on_rows is not None:
-                        self.options.on_rows(self.measured[name], part, values)
+                    if self.sink is not None:
+                        self.sink.rows(self.measured[name], part, values)
                     yield len(part)
             self._forget()
         for plan in self.panel.experiments:
@@ -455,7 +301,7 @@ class PanelRunner:
                 ):
                     with np.errstate(invalid="ignore"):
                         found[:] = np.where(counts > 0, sums / counts, np.nan)
-        self._lanes.clear()
+        self.runs.forget()
 
     def _base_where_inert(
         self, plan: ExperimentPlan, rows: Rows, columns: Ints, values: Sequence[Floats]
@@ -479,9 +325,9 @@ class PanelRunner:
             found[:] = values
 
     def _draws(self, plan: ExperimentPlan) -> int:
-        noise = self._run(plan.experiment.spec.base).noise
+        noise = self.runs.named(plan.experiment.spec.base).noise
         source = plan.experiment.spec.source
-        other = self._run(source).noise if source is not None else None
+        other = self.runs.named(source).noise if source is not None else None
         return max(noise.samples if noise else 1, other.samples if other else 1)
 
     def _passes(
@@ -490,18 +336,28 @@ class PanelRunner:
         """The rows in passes of equal start and input, with their values per measure."""
         draws = self._draws(plan)
         for start, run, group in self._groups(plan, rows):
-            lanes = self.lanes(run, batch)
+            lanes = self.runs.lanes(run, batch)
             size = max(1, self.options.row_tokens // (int(lanes.batch.ids.shape[1]) * draws))
             for first in range(0, len(group), size):
                 part = group.take(np.arange(first, min(first + size, len(group))))
                 repeated = part.take(np.repeat(np.arange(len(part)), draws))
                 draw = np.tile(np.arange(draws), len(part))
-                values = self._patched_values(plan, repeated, draw, run, start, batch)
+                values = patched_values(
+                    plan,
+                    self.gauges[plan.experiment.name],
+                    self.fillings[plan.experiment.name],
+                    self.runs,
+                    repeated,
+                    draw,
+                    run,
+                    start,
+                    batch,
+                )
                 yield part, [v.reshape(len(part), draws).mean(axis=1) for v in values]
 
     def _groups(self, plan: ExperimentPlan, rows: Rows) -> Iterator[tuple[int, Run, Rows]]:
         """Rows that can share a pass: same start layer, same input, and one cell if not batched."""
-        base = self._run(plan.experiment.spec.base)
+        base = self.runs.named(plan.experiment.spec.base)
         replaced = next((r for r in plan.rules if r.rule.fill == "text"), None)
         key = [plan.starts[rows.cell]]
         if replaced is not None:
@@ -517,107 +373,6 @@ class PanelRunner:
                 run = inputs[int(replaced.position_of_cell[group.cell[0]])]
             yield int(plan.starts[group.cell[0]]), run, group
 
-    def _patched_values(
-        self, plan: ExperimentPlan, rows: Rows, draws: Ints, run: Run, start: int, batch: Ints
-    ) -> list[Floats]:
-        """One pass (and one more per text of several tokens) over patched rows."""
-        name = plan.experiment.name
-        gauge, fillings = self.gauges[name], self.fillings[name]
-
-        def lanes_of(source: str, donors: bool) -> Lanes:
-            prompts = batch
-            if donors and fillings.donors is not None:
-                prompts = np.unique(fillings.donors[batch])
-            return self.lanes(self._run(source), prompts)
-
-        writes = build_writes(plan, rows, draws, lanes_of, fillings, self.model.shape)
-        if start == 0 and run.noise is not None:  # above, it is in the hidden state
-            noise = noise_writes(
-                self.model,
-                run.noise,
-                rows.prompt,
-                run.noise.samples,
-                self.table.row_ids,
-                self.seed,
-            )
-            writes = [*writes, *(unless_set(added, writes) for added in noise)]
-
-        def forward(
-            lanes: Lanes, at: Tensor | None, reads: Sequence[SiteRead]
-        ) -> tuple[Batch, Tensor | None, Mapping[SiteRead, Tensor]]:
-            lane = torch.from_numpy(lanes.lane(rows.prompt, draws))
-            taken = lanes.batch.take(lane)
-            hidden = lanes.hidden[start][lane.to(self.model.device)] if start > 0 else None
-            found = run_segment(
-                self.model,
-                taken,
-                start=start,
-                hidden=hidden,
-                writes=writes,
-                reads=reads,
-                logits_at=at,
-            )
-            return taken, found.logits, found.reads
-
-        logits: Tensor | None = None
-        loss: Tensor | None = None
-        activations: dict[int, Tensor] = {}
-        plain = self.lanes(run, batch)
-        lengths = plain.lengths[plain.lane(rows.prompt, draws)]
-        if gauge.needs_plain:
-            columns = [spot_positions(s, run.name, rows.prompt, lengths) for s in gauge.spots]
-            at = torch.from_numpy(np.stack(columns, axis=1)).to(self.model.device)
-            full = gauge.loss is not None or any(w.site == "logits" for w in writes)
-            points = {n: a for n, (_, a) in enumerate(gauge.atoms) if a.point is not None}
-            wanted = [SiteRead(a.point.site, a.point.layer) for a in points.values() if a.point]
-            taken, logits, reads = forward(plain, None if full else at, wanted)
-            if full and logits is not None:
-                if gauge.loss is not None:
-                    loss = prompt_loss(gauge.loss, logits, taken, run, rows.prompt)
-                logits = at_positions(logits, taken, at)
-            for number, atom in points.items():
-                assert atom.point is not None
-                read = reads[SiteRead(atom.point.site, atom.point.layer)]
-                position = columns[gauge.atoms[number][0]]
-                activations[number] = _vectors(read, taken, np.arange(len(rows)), position, atom)
-        continued: dict[int, Tensor] = {}
-        for number in gauge.continuations:
-            atom = gauge.atoms[number][1]
-            lanes = self.lanes(run, batch, atom)
-            at = continuation_positions(atom, rows.prompt, lengths).to(self.model.device)
-            written = any(w.site == "logits" for w in writes)
-            taken, found, _ = forward(lanes, None if written else at, ())
-            assert found is not None
-            continued[number] = at_positions(found, taken, at) if written else found
-        return gauge.read(
-            Reading(
-                prompts=rows.prompt,
-                items=[plan.items[cell] for cell in rows.cell],
-                logits=logits,
-                continued=continued,
-                loss=loss,
-                activations=activations,
-                references=self._references(gauge, batch, rows.prompt, draws),
-            )
-        )
-
-
-def _vectors(read: Tensor, batch: Batch, rows: Ints, positions: Ints, atom: Atom) -> Tensor:
-    """[row, 1, width]: one vector per row; all units side by side where none is named."""
-    assert atom.point is not None
-    device = batch.ids.device
-    row = torch.from_numpy(rows).to(device)
-    columns = batch.columns(row, torch.from_numpy(np.ascontiguousarray(positions)).to(device))
-    found = read[row.to(read.device), columns.to(read.device)]
-    if atom.point.unit is not None:
-        found = found[:, [atom.point.unit]]
-    return found.flatten(1)[:, None]
-
-
-def _present(logits: Tensor | None) -> Tensor:
-    assert logits is not None, "a measured run was stopped early"
-    return logits
-
 
 def _by_item(gauge: Gauge) -> bool:
     return any(atom.by_item for _, atom in gauge.atoms)
@@ -629,14 +384,6 @@ def _measured_runs(experiment: ResolvedExperiment) -> list[str]:
     if experiment.spec.source is not None:
         runs.append(experiment.spec.source)
     return list(dict.fromkeys(runs))
-
-
-def _donors(kept: Ints, size: int, seed: int) -> Ints:
-    """A seeded permutation of the kept rows without a fixed point."""
-    order = np.random.default_rng([2, seed % 2**63]).permutation(kept)
-    donors = np.arange(size, dtype=np.int64)
-    donors[order] = np.roll(order, 1)
-    return donors
 
 
 def groups_of(experiment: ResolvedExperiment, kept: Ints) -> np.ndarray | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -88,17 +88,12 @@ def _run(
         without = without | {"resume"}
     plan = make_plan(checked.experiments, without=without)
     store = None if options.out is None else Store(options.out, checked.source.stem)
-    execution_options = options.execution
     if store is not None:
         for panel in plan.panels:
             for experiment in panel.experiments:
                 store.open(experiment)
-        # Listeners of the caller's own are refused by `check_options` beside `out`.
-        execution_options = replace(
-            execution_options, on_rows=store.rows, on_unpatched=store.unpatched
-        )
     try:
-        execution = execute(plan, models, execution_options)
+        execution = execute(plan, models, options.execution, store)
     finally:
         if store is not None:
             store.close()

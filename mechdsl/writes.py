@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.fillings import Fillings
 from mechdsl.hooks import SiteRead, SiteWrite, gather
 from mechdsl.lanes import Lanes
 from mechdsl.models.shape import ModelShape, units, width
@@ -18,26 +19,6 @@ from mechdsl.plan import ExperimentPlan, Ints, Place, Rows, RulePlan
 
 LanesOf: TypeAlias = Callable[[str, bool], Lanes]
 """(run, of the donors of a resampling) → its lanes on the current prompts."""
-
-
-@dataclass(frozen=True, eq=False)
-class Means:
-    """The mean activations that a rule writes."""
-
-    values: Mapping[Place, Tensor]
-    """[position, group, token of the position, unit, width]."""
-    groups: Ints
-    """[prompt] its group."""
-
-
-@dataclass(frozen=True, eq=False)
-class Fillings:
-    """What the rules of an experiment write, beside the source run."""
-
-    means: Mapping[int, Means]
-    """By number of the rule."""
-    donors: Ints | None
-    """[prompt] the prompt whose activation replaces it, for `resample`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,45 +188,3 @@ def unless_set(added: SiteWrite, writes: Sequence[SiteWrite]) -> SiteWrite:
         units=added.units[keep],
         values=added.values[keep],
     )
-
-
-def mean_sums(
-    plan: RulePlan,
-    prompts: Ints,
-    lanes: Lanes,
-    groups: Ints,
-    sums: dict[Place, Tensor],
-    counts: Tensor,
-) -> None:
-    """Add these prompts' activations to the sums of a `mean` ablation.
-
-    sums: [position, group, token, unit, width] per place; counts: [position, group].
-    """
-    positions = np.repeat(np.arange(len(plan.sources)), len(prompts))
-    prompt = np.tile(prompts, len(plan.sources))
-    key = positions * plan.read.prompts + prompt
-    index, run = plan.read.runs.expand(key)
-    for draw in range(lanes.draws):
-        lane = lanes.lane(prompt[index], np.full(len(index), draw))
-        row, token = plan.read.tokens.expand(run)
-        token_counts = plan.read.tokens.counts(run)
-        starts = np.cumsum(token_counts) - token_counts
-        slot = np.arange(len(row)) - np.repeat(starts, token_counts)
-        at = torch.from_numpy(positions[index][row])
-        group = torch.from_numpy(groups[prompt[index]][row])
-        for place, total in sums.items():
-            read = lanes.reads[SiteRead(*place)]
-            columns = lanes.batch.columns(
-                torch.from_numpy(lane[row]).to(lanes.batch.ids.device),
-                torch.from_numpy(token).to(lanes.batch.ids.device),
-            )
-            vectors = read[torch.from_numpy(lane[row]).to(read.device), columns.to(read.device)]
-            total.index_put_(
-                (at, group, torch.from_numpy(slot)), vectors.to(total), accumulate=True
-            )
-        one = torch.ones(len(index), dtype=counts.dtype)
-        counts.index_put_(
-            (torch.from_numpy(positions[index]), torch.from_numpy(groups[prompt[index]])),
-            one,
-            accumulate=True,
-        )

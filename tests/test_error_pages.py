@@ -1,5 +1,7 @@
-"""Every code has a page, and every page says the truth: its failing file fails with exactly the text
-that it shows, and its corrected file has no errors."""
+"""Every code has a page, and every page says the truth.
+
+Its failing file fails with exactly the text that it shows; its corrected file has no errors.
+"""
 
 from __future__ import annotations
 

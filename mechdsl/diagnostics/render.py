@@ -268,10 +268,7 @@ def render_sarif(diagnostics: Iterable[Diagnostic]) -> str:
     ordered = in_order(diagnostics)
     classes = {d.code: type(d) for d in ordered}
     codes = sorted(classes)
-    rules = [
-        {"id": code, "shortDescription": {"text": (classes[code].__doc__ or code).split("\n")[0]}}
-        for code in codes
-    ]
+    rules = [{"id": code, "shortDescription": {"text": _about(classes[code])}} for code in codes]
     driver = {"name": "mechdsl", "rules": rules}
     run = {
         "tool": {"driver": driver},
@@ -284,6 +281,12 @@ def render_sarif(diagnostics: Iterable[Diagnostic]) -> str:
         "runs": [run],
     }
     return json.dumps(log, ensure_ascii=False, indent=2)
+
+
+def _about(kind: type[Diagnostic]) -> str:
+    """What a code is about; dataclasses without a docstring get their signature as one."""
+    written = (kind.__doc__ or "").split("\n")[0]
+    return kind.title if not written or written.startswith(f"{kind.__name__}(") else written
 
 
 def _sarif(diagnostic: Diagnostic, codes: Sequence[str]) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def test_fmt(command: Command, tmp_path: Path) -> None:
     done = command("fmt", path)
     assert (done.status, done.out) == (0, f"formatted {path}\n")
     assert path.read_text(encoding="utf-8") == HEADS.replace(
-        "model toy\n  p", "model toy # here\n  p"
+        "model toy\n  p", "model toy  # here\n  p"
     )
     assert command("fmt", "--check", path).status == 0
 

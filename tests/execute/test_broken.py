@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import mechdsl.execute
+import mechdsl.patched
 import mechdsl.writes
 from mechdsl.batch import Batch
 from mechdsl.hooks import SiteWrite, WriteMismatch, gather
@@ -94,7 +95,7 @@ def swapped_rows(*args: Any) -> list[SiteWrite]:
 def test_wrong_writes_are_noticed(
     folder: Path, mode: str, broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.execute, "build_writes", broken)
+    monkeypatch.setattr(mechdsl.patched, "build_writes", broken)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, mode)
 
@@ -152,6 +153,6 @@ def test_values_that_are_off_by_a_little_are_noticed(
     def rough(*args: Any) -> list[SiteWrite]:
         return [replace(w, values=w.values.to(torch.bfloat16)) for w in build_writes(*args)]
 
-    monkeypatch.setattr(mechdsl.execute, "build_writes", rough)
+    monkeypatch.setattr(mechdsl.patched, "build_writes", rough)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, "batched")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mechdsl.execute
+import mechdsl.patched
 from mechdsl.execute import Options
 from mechdsl.hooks import SiteWrite
 from mechdsl.pipeline import RunOptions
@@ -144,7 +145,7 @@ def scaled(factor: float) -> Callable[..., list[SiteWrite]]:
 def test_a_hundredfold_self_patch_changes_every_cell(
     folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.execute, "build_writes", scaled(100))
+    monkeypatch.setattr(mechdsl.patched, "build_writes", scaled(100))
     for result in run_file(self_patches(), folder, bare(family)).values():
         measure = result.measures[0]
         assert (np.abs(measure.patched - measure.base).max(axis=1) > 1e-3).all()

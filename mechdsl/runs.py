@@ -1,0 +1,184 @@
+"""The unpatched runs of a panel: computed once per batch of prompts, read by everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.data.types import PromptTable, Run
+from mechdsl.gauge import Gauge, Reading
+from mechdsl.hooks import Batch, SiteRead
+from mechdsl.lanes import (
+    LaneRequest,
+    Lanes,
+    Side,
+    Spot,
+    compute_lanes,
+    spot_positions,
+    spots_of,
+)
+from mechdsl.loaded import LoadedModel
+from mechdsl.plan import Ints, Panel, Place
+from mechdsl.resolve.types import Atom
+from mechdsl.results.data import Floats
+
+
+class UnpatchedRuns:
+    """Runs without rules on the prompts of one panel, for its gauges and rows."""
+
+    def __init__(
+        self,
+        panel: Panel,
+        model: LoadedModel,
+        gauges: Sequence[Gauge],
+        *,
+        resumes: bool,
+        side: Side,
+    ) -> None:
+        self.panel = panel
+        self.model = model
+        self.table: PromptTable = panel.experiments[0].experiment.table
+        self.seed = panel.experiments[0].experiment.seed
+        self.side: Side = side
+        self.resumes = resumes
+        self.gauges = gauges
+        self.spots = spots_of([m for gauge in gauges for m in gauge.measures])
+        if {} not in self.spots:  # accuracies read the last token
+            self.spots = (*self.spots, {})
+        self.loss = next((g.loss for g in gauges if g.loss is not None), None)
+        self._lanes: dict[tuple[object, ...], Lanes] = {}
+
+    def named(self, name: str) -> Run:
+        return self.table.runs[name]
+
+    def forget(self) -> None:
+        """Free everything that was computed."""
+        self._lanes.clear()
+
+    def lanes(self, run: Run, prompts: Ints, continuation: Atom | None = None) -> Lanes:
+        """The unpatched run on these prompts, computed once while the batch is in work."""
+        name = run.name
+        key = (id(run), prompts.tobytes(), None if continuation is None else id(continuation))
+        found = self._lanes.get(key)
+        if found is None:
+            needs = self.panel.runs.get(name)
+            starts = {
+                int(start)
+                for plan in self.panel.experiments
+                if plan.experiment.spec.base == name and plan.rules and self.resumes
+                for start in np.unique(plan.starts)
+                if start > 0
+            }
+            measured = needs is None or needs.measured or needs.stop is None
+            reads = set(needs.reads) if needs is not None else set[Place]()
+            reads |= self._gauge_reads()
+            found = self._lanes[key] = compute_lanes(
+                self.model,
+                run,
+                prompts,
+                self.table.row_ids,
+                LaneRequest(
+                    reads=frozenset(reads if continuation is None else ()),
+                    starts=frozenset(starts),
+                    spots=self.spots if measured else (),
+                    stop=None if starts or self._gauge_reads() or needs is None else needs.stop,
+                    loss=self.loss if measured and continuation is None else None,
+                    continuation=continuation,
+                ),
+                seed=self.seed,
+                side=self.side,
+            )
+        return found
+
+    def _gauge_reads(self) -> set[Place]:
+        """Sites that measures compare (`cosine`)."""
+        return {
+            (atom.point.site, atom.point.layer)
+            for gauge in self.gauges
+            for _, atom in gauge.atoms
+            if atom.point is not None
+        }
+
+    def values(
+        self,
+        gauge: Gauge,
+        run: str,
+        prompts: Ints,
+        environment: int | None,
+    ) -> list[Floats]:
+        """Per measure, one value per prompt; draws of noise are averaged."""
+        plain = self.lanes(self.named(run), prompts)
+        lanes = np.repeat(prompts, plain.draws)
+        draws = np.tile(np.arange(plain.draws), len(prompts))
+        reading = Reading(
+            prompts=lanes,
+            items=[environment] * len(lanes),
+            logits=self._spot_logits(gauge, plain),
+            continued={
+                n: present(self.lanes(self.named(run), prompts, gauge.atoms[n][1]).logits)
+                for n in gauge.continuations
+            },
+            loss=plain.loss,
+            activations={
+                n: self._activation(atom, gauge.spots[spot], plain, np.arange(len(lanes)))
+                for n, (spot, atom) in enumerate(gauge.atoms)
+                if atom.point is not None
+            },
+            references=self.references(gauge, prompts, lanes, draws),
+        )
+        return [
+            values.reshape(len(prompts), plain.draws).mean(axis=1) for values in gauge.read(reading)
+        ]
+
+    def _spot_logits(self, gauge: Gauge, lanes: Lanes) -> Tensor | None:
+        """[lane, spot of the gauge, vocab]."""
+        if lanes.logits is None or not gauge.needs_plain:
+            return None
+        return lanes.logits[:, [self.spots.index(spot) for spot in gauge.spots]]
+
+    def references(
+        self, gauge: Gauge, prompts: Ints, row_prompts: Ints, draws: Ints
+    ) -> dict[int, Tensor]:
+        """What `kl(run)`, `js(run)` and `cosine(SITE, run)` compare each row with."""
+        found: dict[int, Tensor] = {}
+        for number, (spot, atom) in enumerate(gauge.atoms):
+            if atom.run is None:
+                continue
+            reference = self.lanes(self.named(atom.run), prompts)
+            lane = reference.lane(row_prompts, draws)
+            if atom.point is not None:
+                found[number] = self._activation(atom, gauge.spots[spot], reference, lane)
+            else:
+                logits = present(reference.logits)
+                index = torch.from_numpy(lane).to(logits.device)
+                found[number] = logits[index, self.spots.index(gauge.spots[spot])]
+        return found
+
+    def _activation(self, atom: Atom, spot: Spot, lanes: Lanes, lane: Ints) -> Tensor:
+        """[row, 1, width]: the site of a `cosine` at the measured place of these lanes."""
+        assert atom.point is not None
+        read = lanes.reads[SiteRead(atom.point.site, atom.point.layer)]
+        prompts = np.repeat(lanes.prompts, lanes.draws)[lane]
+        position = spot_positions(spot, lanes.run, prompts, lanes.lengths[lane])
+        return vectors(read, lanes.batch, lane, position, atom)
+
+
+def vectors(read: Tensor, batch: Batch, rows: Ints, positions: Ints, atom: Atom) -> Tensor:
+    """[row, 1, width]: one vector per row; all units side by side where none is named."""
+    assert atom.point is not None
+    device = batch.ids.device
+    row = torch.from_numpy(rows).to(device)
+    columns = batch.columns(row, torch.from_numpy(np.ascontiguousarray(positions)).to(device))
+    found = read[row.to(read.device), columns.to(read.device)]
+    if atom.point.unit is not None:
+        found = found[:, [atom.point.unit]]
+    return found.flatten(1)[:, None]
+
+
+def present(logits: Tensor | None) -> Tensor:
+    """The logits of a run that is measured."""
+    assert logits is not None, "a measured run was stopped early"
+    return logits
