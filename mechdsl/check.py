@@ -24,7 +24,7 @@ from mechdsl.diagnostics.e02_names import (
     did_you_mean,
 )
 from mechdsl.diagnostics.e03_positions import UnknownSpan
-from mechdsl.diagnostics.e05_data import UnknownText, UnknownValue
+from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, UnknownText, UnknownValue
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
     EffectWithoutRule,
@@ -50,6 +50,7 @@ from mechdsl.vocab.reports import check_report
 WORD = re.compile(r"[^\W\d]\w*")
 ABSENT = (
     BadReport,
+    CorruptionWithoutEffect,
     EffectNeedsSource,
     EffectWithoutRule,
     MissingLine,

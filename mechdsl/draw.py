@@ -57,7 +57,8 @@ def describe(node: Node) -> list[str]:
         case Transform():
             return ["Transform", f"{node.kind} {node.detail}".strip()]
         case Write():
-            return ["Write", _site(node.site, node.layers), f"at {node.positions}"]
+            where = node.targets or _site(node.site, node.layers)
+            return ["Write", where, f"at {node.positions}"]
         case Measure():
             return ["Measure", node.metric, f"at {node.at}"]
         case Effect():

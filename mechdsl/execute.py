@@ -17,7 +17,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.fillings import Fillings, fillings_of
 from mechdsl.gauge import Gauge
-from mechdsl.lanes import Side
+from mechdsl.lanes import Lanes, Side
 from mechdsl.loaded import LoadedModel
 from mechdsl.patched import patched_values
 from mechdsl.plan import ExperimentPlan, Ints, Panel, Plan, Rows
@@ -32,6 +32,9 @@ PROMPT_TOKENS = 4096
 """Tokens of one batch of unpatched prompts."""
 ROW_TOKENS = 4096
 """Tokens of one pass over patched rows; larger ones cost more than they save on a CPU."""
+
+SMALL_PASS = 32
+"""Rows that are worth a pass of their own."""
 
 Progress = Callable[[int, int], None]
 """(rows done, rows in all)."""
@@ -70,7 +73,8 @@ class Sink(Protocol):
 class Options:
     """How an execution goes about it; results don't depend on it."""
 
-    side: Side = "right"
+    side: Side = "left"
+    """Prompts end in one column then, so that writes near the end need few columns."""
     on_progress: Progress | None = None
     row_tokens: int = ROW_TOKENS
     prompt_tokens: int = PROMPT_TOKENS
@@ -140,7 +144,14 @@ class PanelRunner:
         }
         self.keep = Gauge.of(panel.experiments[0].experiment.keep)
         gauges = (*self.gauges.values(), self.keep)
-        self.runs = UnpatchedRuns(panel, model, gauges, resumes=plan.resumes, side=options.side)
+        self.runs = UnpatchedRuns(
+            panel,
+            model,
+            gauges,
+            resumes=plan.resumes,
+            reuses=plan.reuses,
+            side=options.side,
+        )
         self.kept = np.arange(len(self.table), dtype=np.int64)
         self.batches: list[Ints] = []
 
@@ -337,9 +348,7 @@ class PanelRunner:
         draws = self._draws(plan)
         for start, run, group in self._groups(plan, rows):
             lanes = self.runs.lanes(run, batch)
-            size = max(1, self.options.row_tokens // (int(lanes.batch.ids.shape[1]) * draws))
-            for first in range(0, len(group), size):
-                part = group.take(np.arange(first, min(first + size, len(group))))
+            for part in self._sized(plan, group, lanes, draws):
                 repeated = part.take(np.repeat(np.arange(len(part)), draws))
                 draw = np.tile(np.arange(draws), len(part))
                 values = patched_values(
@@ -354,6 +363,28 @@ class PanelRunner:
                     batch,
                 )
                 yield part, [v.reshape(len(part), draws).mean(axis=1) for v in values]
+
+    def _sized(self, plan: ExperimentPlan, rows: Rows, lanes: Lanes, draws: int) -> Iterator[Rows]:
+        """Rows in parts of a good size; with kept keys and values, those that start late first."""
+        length = int(lanes.batch.ids.shape[1])
+        first = np.zeros(len(rows), dtype=np.int64)
+        if lanes.past is not None:
+            lane = lanes.lane(rows.prompt, np.zeros(len(rows), dtype=np.int64))
+            first = lanes.batch.starts.cpu().numpy()[lane] + plan.leftmost(rows)
+            order = np.argsort(-first, kind="stable")
+            rows, first = rows.take(order), first[order]
+        begin = 0
+        while begin < len(rows):
+            # The keys and values that are kept take memory, though no time worth counting.
+            width = max(length - int(first[begin]), length // 2, 1)
+            end = min(begin + max(1, self.options.row_tokens // (width * draws)), len(rows))
+            # A part computes all columns from its earliest row on, so it ends where the columns
+            # change, unless it would be too small to be worth a pass.
+            change = np.flatnonzero(first[begin:end] != first[begin])
+            if len(change) and change[0] >= SMALL_PASS:
+                end = begin + int(change[0])
+            yield rows.take(np.arange(begin, end))
+            begin = end
 
     def _groups(self, plan: ExperimentPlan, rows: Rows) -> Iterator[tuple[int, Run, Rows]]:
         """Rows that can share a pass: same start layer, same input, and one cell if not batched."""

@@ -7,6 +7,7 @@ Nodes are compared by value: what two experiments have in common is one node.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 from typing import Any, TypeAlias, TypeVar
 
 import networkx as nx
@@ -57,6 +58,10 @@ class Write:
     layers: tuple[int, ...]
     positions: str
     value: Read | Transform
+    targets: str = ""
+    """The first and the last of what its cells write: `L0H0.z … L3H3.z`."""
+    digest: str = ""
+    """Of all of them, so that rules with different heads stay different nodes."""
 
 
 @dataclass(frozen=True)
@@ -248,14 +253,18 @@ def rule_sites(rule: ResolvedRule) -> tuple[str, ...]:
 
 
 def _write(experiment: ResolvedExperiment, rule: ResolvedRule) -> Write:
-    site, layers = ", ".join(rule_sites(rule)), rule_layers(rule)
-    if rule.fill == "zero":
-        return Write(site, layers, _at(rule), Transform("zero"))
-    read = Read(unpatched(experiment, rule.run), site, layers, _at(rule))
-    if rule.fill == "source":
-        return Write(site, layers, _at(rule), read)
-    by = f"by {rule.spec.by}" if rule.spec.by else ""
-    return Write(site, layers, _at(rule), Transform(rule.fill, (read,), by))
+    assert rule.sites is not None
+    site, layers, at = ", ".join(rule_sites(rule)), rule_layers(rule), _at(rule)
+    labels = list(rule.sites.labels.values())
+    targets = labels[0] if len(labels) == 1 else f"{labels[0]} … {labels[-1]}"
+    digest = sha256("\n".join(labels).encode()).hexdigest()
+    value: Read | Transform = Transform("zero")
+    if rule.fill != "zero":
+        value = Read(unpatched(experiment, rule.run), site, layers, at)
+        if rule.fill != "source":
+            by = f"by {rule.spec.by}" if rule.spec.by else ""
+            value = Transform(rule.fill, (value,), by)
+    return Write(site, layers, at, value, targets, digest)
 
 
 def _effect(

@@ -37,6 +37,7 @@ from mechdsl.vocab.sites import SITES, start_layer, stop_layer, write_order
 
 __all__ = [
     "Batch",
+    "Past",
     "ReadMismatch",
     "SegmentResult",
     "SiteRead",
@@ -86,6 +87,23 @@ class SiteRead:
     layer: int | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Past:
+    """Keys and values of every block, as the model's own cache holds them (after rotary)."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    """Per block, two [B, key-value heads, columns, d_head]."""
+
+    def take(self, rows: Tensor, columns: int, start: int) -> Past:
+        """These rows' first columns. Blocks below `start` aren't run: of these one row of the first
+        is kept, from which the model sees how much lies before a suffix."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for layer, (keys, values) in enumerate(self.layers):
+            chosen = rows if layer >= start else rows[:1] if layer == 0 else rows[:0]
+            found.append((keys[:, :, :columns][chosen], values[:, :, :columns][chosen]))
+        return Past(tuple(found))
+
+
 @dataclass
 class SegmentResult:
     """What came out of a segment."""
@@ -95,6 +113,8 @@ class SegmentResult:
     reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
     """[B, T, units, width] each, copies (inference tensors); values after the writes at the same
     site."""
+    past: Past | None = None
+    """Keys and values of every block, where they were asked for."""
 
 
 def run_segment(
@@ -107,6 +127,8 @@ def run_segment(
     writes: Sequence[SiteWrite] = (),
     reads: Sequence[SiteRead] = (),
     logits_at: Tensor | None = None,
+    past: Past | None = None,
+    keep_past: bool = False,
 ) -> SegmentResult:
     """Run the layers from `start` on, with writes and reads.
 
@@ -118,6 +140,8 @@ def run_segment(
         computed and `logits` is None. None runs everything.
     logits_at: [B, n] long, positions (in the unpadded prompt) whose logits are wanted; all by
         default. Logits can't be read or written with it.
+    past: keys and values of the columns before the batch, which is a suffix then (`Batch.suffix`).
+    keep_past: return those of this run.
 
     Raises ValueError for places that don't exist, WriteMismatch for writes that couldn't happen
     exactly once, ReadMismatch for reads that didn't. The model is left as it was found.
@@ -127,25 +151,48 @@ def run_segment(
         raise ValueError("a segment that starts above layer 0 needs the hidden state there")
     if hidden is not None:
         work.substitute(hidden)
+    cache = _cache(past) if past is not None or keep_past else None
     with torch.inference_mode(), work.installed():
         try:
-            logits = bare_logits(model, batch)
+            logits = bare_logits(model, batch, cache)
         except _Stopped:
             logits = None
     if logits is not None:
         logits = work.output(logits)
     work.check()
-    return SegmentResult(logits, work.found)
+    return SegmentResult(logits, work.found, _past(cache) if keep_past else None)
 
 
-def bare_logits(model: LoadedModel, batch: Batch) -> Tensor:
+def bare_logits(model: LoadedModel, batch: Batch, cache: Any = None) -> Tensor:
     """[B, T, vocab]: the model's own forward, with nothing of ours but masks and positions."""
     arguments: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
     if "position_ids" in model.calling.accepts:
         arguments["position_ids"] = batch.position_ids()
     if "use_cache" in model.calling.accepts:
-        arguments["use_cache"] = False
+        arguments["use_cache"] = cache is not None
+    if cache is not None:
+        arguments["past_key_values"] = cache
     return model.module(**arguments).logits
+
+
+def _cache(past: Past | None) -> Any:
+    """A cache of the model library with these keys and values in it.
+
+    Made without a config: one that knows of sliding windows would forget what lies before them,
+    and the masks that the model makes do that already.
+    """
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache()
+    for layer, (keys, values) in enumerate(past.layers if past is not None else ()):
+        cache.update(keys[:, :, :0], values[:, :, :0], layer)
+        # Put in place rather than appended to nothing, which would copy them.
+        cache.layers[layer].keys, cache.layers[layer].values = keys, values
+    return cache
+
+
+def _past(cache: Any) -> Past:
+    return Past(tuple((layer.keys, layer.values) for layer in cache.layers))
 
 
 # --- one forward pass ---------------------------------------------------------------------------
@@ -266,7 +313,10 @@ class _Work:
             raise ValueError(f"a position for {name} is not in its prompt")
         if bool(((units < 0) | (units >= site_units)).any()):
             raise ValueError(f"a unit for {name} is not in 0..{site_units - 1}")
-        return _Place(number, write, rows, self.batch.columns(rows, positions), units)
+        columns = self.batch.columns(rows, positions)
+        if bool((columns < 0).any()):
+            raise ValueError(f"a position for {name} lies before the suffix that is run")
+        return _Place(number, write, rows, columns, units)
 
     def _extent(self, site: str) -> tuple[int, int]:
         """(units, width) of a site."""
@@ -345,6 +395,8 @@ class _Work:
             raise ValueError("a position in logits_at is not in its prompt")
         rows = torch.arange(len(self.batch), device=at.device)[:, None]
         columns = self.batch.starts[:, None] + at
+        if bool((columns < 0).any()):
+            raise ValueError("a position in logits_at lies before the suffix that is run")
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             return value[rows.to(value.device), columns.to(value.device)]

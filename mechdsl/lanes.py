@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.data.types import Noise, Run
-from mechdsl.hooks import Batch, SiteRead, SiteWrite, run_segment
+from mechdsl.hooks import Batch, Past, SiteRead, SiteWrite, run_segment
 from mechdsl.loaded import LoadedModel
 from mechdsl.plan import Ints, Place
 from mechdsl.resolve.types import Atom, ResolvedMeasure
@@ -35,6 +35,8 @@ class Lanes:
     reads: Mapping[SiteRead, Tensor]
     hidden: Mapping[int, Tensor]
     """Input of block L, [lane, T, d_model], for every L that a row starts at."""
+    past: Past | None
+    """Keys and values, where rows start from this run."""
     logits: Tensor | None
     """[lane, spot, vocab]; None where nothing is measured on this run."""
     loss: Tensor | None
@@ -56,6 +58,7 @@ class LaneRequest:
 
     reads: frozenset[Place] = frozenset()
     starts: frozenset[int] = frozenset()
+    past: bool = False
     spots: tuple[Spot, ...] = ()
     """Positions whose logits are wanted; with none, the run may stop early."""
     stop: int | None = None
@@ -131,6 +134,7 @@ def compute_lanes(
         writes=noise_writes(model, run.noise, lanes, draws, row_ids, seed),
         reads=list(dict.fromkeys([*wanted, *hidden_reads.values()])),
         logits_at=None if full else at,
+        keep_past=request.past,
     )
     logits, loss = result.logits, None
     if request.loss is not None and logits is not None:
@@ -145,6 +149,7 @@ def compute_lanes(
         lengths=length,
         reads={read: result.reads[read] for read in wanted},
         hidden={n: result.reads[read].squeeze(2) for n, read in hidden_reads.items()},
+        past=result.past,
         logits=None if at is None else logits,
         loss=loss,
     )

@@ -64,6 +64,8 @@ class LoadedModel:
     checks: tuple[Outcome, ...] = ()
     resumable: bool = True
     """Replaying from every layer gave the whole run's logits."""
+    continuable: bool = True
+    """So did running only the last tokens, on the keys and values of the rest."""
 
     @property
     def parallel(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mechdsl.data.types import Run
 from mechdsl.fillings import Fillings
 from mechdsl.gauge import Gauge, Reading
-from mechdsl.hooks import Batch, SiteRead, run_segment
+from mechdsl.hooks import Batch, SiteRead, SiteWrite, run_segment
 from mechdsl.lanes import (
     Lanes,
     at_positions,
@@ -23,7 +23,7 @@ from mechdsl.lanes import (
 from mechdsl.plan import ExperimentPlan, Ints, Rows
 from mechdsl.results.data import Floats
 from mechdsl.runs import UnpatchedRuns, vectors
-from mechdsl.writes import build_writes, unless_set
+from mechdsl.writes import after, build_writes, unless_set
 
 
 def patched_values(
@@ -51,31 +51,36 @@ def patched_values(
         return runs.lanes(runs.named(source), prompts)
 
     writes = build_writes(plan, rows, draws, lanes_of, fillings, model.shape)
+    noise: list[SiteWrite] = []
     if start == 0 and run.noise is not None:  # above, it is in the hidden state
-        noise = noise_writes(
-            model,
-            run.noise,
-            rows.prompt,
-            run.noise.samples,
-            runs.table.row_ids,
-            runs.seed,
+        added = noise_writes(
+            model, run.noise, rows.prompt, run.noise.samples, runs.table.row_ids, runs.seed
         )
-        writes = [*writes, *(unless_set(added, writes) for added in noise)]
+        noise = [unless_set(write, writes) for write in added]
 
     def forward(
-        lanes: Lanes, at: Tensor | None, reads: Sequence[SiteRead]
+        lanes: Lanes, at: Tensor, every: bool, reads: Sequence[SiteRead]
     ) -> tuple[Batch, Tensor | None, Mapping[SiteRead, Tensor]]:
-        lane = torch.from_numpy(lanes.lane(rows.prompt, draws))
+        """at: [row, n] positions that are read; every: compute the logits of all positions."""
+        lane = torch.from_numpy(lanes.lane(rows.prompt, draws)).to(model.device)
         taken = lanes.batch.take(lane)
-        hidden = lanes.hidden[start][lane.to(model.device)] if start > 0 else None
+        hidden = lanes.hidden[start][lane] if start > 0 else None
+        own, past = noise, None
+        first = first_column(plan, rows, taken, at) if lanes.past is not None else 0
+        if lanes.past is not None and first > 0:
+            past = lanes.past.take(lane, first, start)
+            taken = taken.suffix(first)
+            own = [after(write, taken) for write in noise]  # the rest is in what is kept
+            hidden = None if hidden is None else hidden[:, first:]
         found = run_segment(
             model,
             taken,
             start=start,
             hidden=hidden,
-            writes=writes,
+            writes=[*writes, *own],
             reads=reads,
-            logits_at=at,
+            logits_at=None if every else at,
+            past=past,
         )
         return taken, found.logits, found.reads
 
@@ -90,7 +95,7 @@ def patched_values(
         full = gauge.loss is not None or any(w.site == "logits" for w in writes)
         points = {n: a for n, (_, a) in enumerate(gauge.atoms) if a.point is not None}
         wanted = [SiteRead(a.point.site, a.point.layer) for a in points.values() if a.point]
-        taken, logits, reads = forward(plain, None if full else at, wanted)
+        taken, logits, reads = forward(plain, at, full, wanted)
         if full and logits is not None:
             if gauge.loss is not None:
                 loss = prompt_loss(gauge.loss, logits, taken, run, rows.prompt)
@@ -106,7 +111,7 @@ def patched_values(
         lanes = runs.lanes(run, batch, atom)
         at = continuation_positions(atom, rows.prompt, lengths).to(model.device)
         written = any(w.site == "logits" for w in writes)
-        taken, found, _ = forward(lanes, None if written else at, ())
+        taken, found, _ = forward(lanes, at, written, ())
         assert found is not None
         continued[number] = at_positions(found, taken, at) if written else found
     return gauge.read(
@@ -120,3 +125,13 @@ def patched_values(
             references=runs.references(gauge, batch, rows.prompt, draws),
         )
     )
+
+
+def first_column(plan: ExperimentPlan, rows: Rows, batch: Batch, at: Tensor) -> int:
+    """The first column that any of the rows writes to or is read at.
+
+    What lies before it is the base run's: it attends to nothing that is changed.
+    """
+    written = torch.from_numpy(plan.leftmost(rows)).to(batch.starts.device)
+    first = torch.minimum(written, at.min(dim=1).values)
+    return int((batch.starts + first).min())

@@ -20,7 +20,7 @@ from mechdsl.execute import Options, execute
 from mechdsl.load import adopt, load
 from mechdsl.loaded import LoadedModel
 from mechdsl.passes import PASSES
-from mechdsl.plan import PLAN_PASSES, make_plan
+from mechdsl.plan import PLAN_PASSES, PREFIX, RESUME, make_plan
 from mechdsl.registry import nearest
 from mechdsl.resolve import ModelContext
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
@@ -85,7 +85,9 @@ def _run(
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     without = options.without
     if not all(model.resumable for model in models.values()):
-        without = without | {"resume"}
+        without = without | {RESUME}
+    if not all(model.continuable for model in models.values()):
+        without = without | {PREFIX}
     plan = make_plan(checked.experiments, without=without)
     store = None if options.out is None else Store(options.out, checked.source.stem)
     if store is not None:

@@ -24,9 +24,10 @@ Ints: TypeAlias = NDArray[np.int64]
 Place: TypeAlias = tuple[str, int | None]
 """A component and its layer."""
 
-RESUME, BATCH = "resume", "batch"
+RESUME, PREFIX, BATCH = "resume", "prefix", "batch"
 PLAN_PASSES: Mapping[str, str] = {
     RESUME: "a row starts at its lowest write, from the base run's input of that block",
+    PREFIX: "a row computes its leftmost write and what follows, on keys and values that are kept",
     BATCH: "rows of many cells ride in one forward pass",
 }
 
@@ -75,6 +76,10 @@ class Hits:
                 runs.append(range(len(tokens), len(tokens) + len(row)))
                 tokens.extend(row)
         return Hits(len(cells[0].hits), Ragged.of(runs), Ragged.of(tokens))
+
+    def leftmost(self, runs: Ints) -> Ints:
+        """The first token of each run; tokens ascend."""
+        return self.tokens.values[self.tokens.offsets[runs]]
 
     def run(self, position: Ints, prompt: Ints, alternative: Ints) -> Ints:
         """The run of each row; rules with one run give it to every alternative."""
@@ -136,6 +141,14 @@ class ExperimentPlan:
     def n_cells(self) -> int:
         return len(self.starts)
 
+    def leftmost(self, rows: Rows) -> Ints:
+        """The first position that each row writes to."""
+        first = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
+        for plan in self.rules:
+            run = plan.written.run(plan.position_of_cell[rows.cell], rows.prompt, rows.alternative)
+            first = np.minimum(first, plan.written.leftmost(run))
+        return first
+
     def rows(self, prompts: Ints) -> Rows:
         """All rows on these prompts, ordered by start layer, cell, prompt."""
         cells = np.arange(self.n_cells)
@@ -185,6 +198,10 @@ class Plan:
     @property
     def resumes(self) -> bool:
         return RESUME not in self.without
+
+    @property
+    def reuses(self) -> bool:
+        return PREFIX not in self.without
 
     @property
     def batches(self) -> bool:

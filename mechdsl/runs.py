@@ -36,6 +36,7 @@ class UnpatchedRuns:
         gauges: Sequence[Gauge],
         *,
         resumes: bool,
+        reuses: bool,
         side: Side,
     ) -> None:
         self.panel = panel
@@ -44,6 +45,8 @@ class UnpatchedRuns:
         self.seed = panel.experiments[0].experiment.seed
         self.side: Side = side
         self.resumes = resumes
+        # A loss reads every position, so every position has to be computed.
+        self.reuses = reuses and all(gauge.loss is None for gauge in gauges)
         self.gauges = gauges
         self.spots = spots_of([m for gauge in gauges for m in gauge.measures])
         if {} not in self.spots:  # accuracies read the last token
@@ -65,10 +68,15 @@ class UnpatchedRuns:
         found = self._lanes.get(key)
         if found is None:
             needs = self.panel.runs.get(name)
+            rows = [
+                plan
+                for plan in self.panel.experiments
+                if plan.rules and run is self.named(plan.experiment.spec.base)
+            ]
             starts = {
                 int(start)
-                for plan in self.panel.experiments
-                if plan.experiment.spec.base == name and plan.rules and self.resumes
+                for plan in rows
+                if self.resumes
                 for start in np.unique(plan.starts)
                 if start > 0
             }
@@ -83,6 +91,7 @@ class UnpatchedRuns:
                 LaneRequest(
                     reads=frozenset(reads if continuation is None else ()),
                     starts=frozenset(starts),
+                    past=self.reuses and bool(rows),
                     spots=self.spots if measured else (),
                     stop=None if starts or self._gauge_reads() or needs is None else needs.stop,
                     loss=self.loss if measured and continuation is None else None,

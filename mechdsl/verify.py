@@ -51,7 +51,12 @@ def verify(model: LoadedModel) -> Iterator[Outcome]:
 
 
 REPLAY = "a run resumed at a layer = the whole run"
-"""The one check whose failure costs only speed."""
+CONTINUE = "a run continued on kept keys and values = the whole run"
+SHORTCUTS = (REPLAY, CONTINUE)
+"""The checks whose failure costs only speed."""
+
+_PREFIXES = (2, 5)
+"""Columns whose keys and values are kept; the first are all padding in one of the prompts."""
 
 
 @dataclass
@@ -417,6 +422,34 @@ def layers_can_be_resumed(bench: _Bench) -> Iterator[Outcome]:
     yield bench.equal(REPLAY, pairs(), bench.tolerance / 10)
 
 
+def prefixes_can_be_reused(bench: _Bench) -> Iterator[Outcome]:
+    model, batch = bench.model, bench.batch
+    every = torch.arange(len(batch))
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        past = run_segment(model, batch, keep_past=True).past
+        assert past is not None
+        for layer in range(model.shape.n_layers + 1):
+            below = bench.reads[SiteRead("resid_post", layer - 1)].squeeze(2) if layer else None
+            for first in _PREFIXES:
+                again = run_segment(
+                    model,
+                    batch.suffix(first),
+                    start=layer,
+                    hidden=None if below is None else below[:, first:],
+                    past=past.take(every, first, layer),
+                ).logits
+                assert again is not None
+                real = batch.mask[:, first:].to(again.device).bool()
+                yield f"layer {layer}, token {first}", again[real], bench.logits[:, first:][real]
+
+    try:
+        yield bench.equal(CONTINUE, pairs(), bench.tolerance / 10)
+    except Exception as error:  # a model without such a cache raises what it likes
+        text = " ".join(str(error).split())[:100]
+        yield Outcome(CONTINUE, float("inf"), bench.tolerance, failure=f"it doesn't run: {text}")
+
+
 CHECKS: tuple[Callable[[_Bench], Iterator[Outcome]], ...] = (
     logits_are_the_models,
     padding_changes_nothing,
@@ -429,4 +462,5 @@ CHECKS: tuple[Callable[[_Bench], Iterator[Outcome]], ...] = (
     queries_and_keys_are_theirs,
     writes_work,
     layers_can_be_resumed,
+    prefixes_can_be_reused,
 )

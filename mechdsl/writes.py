@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.fillings import Fillings
-from mechdsl.hooks import SiteRead, SiteWrite, gather
+from mechdsl.hooks import Batch, SiteRead, SiteWrite, gather
 from mechdsl.lanes import Lanes
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan import ExperimentPlan, Ints, Place, Rows, RulePlan
@@ -180,11 +180,21 @@ def unless_set(added: SiteWrite, writes: Sequence[SiteWrite]) -> SiteWrite:
         for row, position in zip(write.rows.tolist(), write.positions.tolist(), strict=True)
     }
     places = zip(added.rows.tolist(), added.positions.tolist(), strict=True)
-    keep = torch.tensor([place not in taken for place in places], dtype=torch.bool)
+    return _chosen(added, torch.tensor([place not in taken for place in places], dtype=torch.bool))
+
+
+def after(write: SiteWrite, suffix: Batch) -> SiteWrite:
+    """The part of a write that lies in a suffix."""
+    device = suffix.starts.device
+    columns = suffix.columns(write.rows.to(device), write.positions.to(device))
+    return _chosen(write, (columns >= 0).to(write.rows.device))
+
+
+def _chosen(write: SiteWrite, keep: Tensor) -> SiteWrite:
     return replace(
-        added,
-        rows=added.rows[keep],
-        positions=added.positions[keep],
-        units=added.units[keep],
-        values=added.values[keep],
+        write,
+        rows=write.rows[keep],
+        positions=write.positions[keep],
+        units=write.units[keep],
+        values=write.values[keep],
     )

@@ -11,6 +11,8 @@ def did_you_mean(suggestion: str | None, otherwise: str) -> str:
 
 @keyword_record
 class UnknownName(Diagnostic):
+    """A name that the file doesn't define."""
+
     code = "E0201"
     title = "there is no {kind} called `{name}`"
     label = "not defined"
@@ -22,6 +24,8 @@ class UnknownName(Diagnostic):
 
 @keyword_record
 class DuplicateName(Diagnostic):
+    """A name with two definitions."""
+
     code = "E0202"
     title = "`{name}` is defined twice"
     label = "the first definition is {first}"
@@ -32,6 +36,8 @@ class DuplicateName(Diagnostic):
 
 @keyword_record
 class UnknownWord(Diagnostic):
+    """A component, metric, effect or report that isn't one."""
+
     code = "E0203"
     title = "there is no {kind} called `{word}`"
     label = "unknown {kind}"
@@ -43,6 +49,8 @@ class UnknownWord(Diagnostic):
 
 @keyword_record
 class ImportFailed(Diagnostic):
+    """A file behind `use` that can't be read."""
+
     code = "E0204"
     title = "`{path}` cannot be imported: {reason}"
     label = "imported here"
@@ -54,6 +62,8 @@ class ImportFailed(Diagnostic):
 
 @keyword_record
 class BadSetting(Diagnostic):
+    """A `--set` that doesn't fit the file's parameters."""
+
     code = "E0205"
     title = "`--set {setting}`: {reason}"
     help = "{hint}"
@@ -77,6 +87,8 @@ class MissingLine(Diagnostic):
 
 @keyword_record
 class BadArgument(Diagnostic):
+    """An argument that can't be taken."""
+
     code = "E0207"
     title = "`{name}` {reason}"
     label = "{reason}"
@@ -88,6 +100,8 @@ class BadArgument(Diagnostic):
 
 @keyword_record
 class BadCommandLine(Diagnostic):
+    """A mistake on the command line."""
+
     code = "E0208"
     title = "{reason}"
     help = "{hint}"
@@ -97,6 +111,8 @@ class BadCommandLine(Diagnostic):
 
 @keyword_record
 class RepeatedStatement(Diagnostic):
+    """A statement that may stand once."""
+
     code = "E0209"
     title = "`{what}` stands twice in `{block}`"
     label = "the first one is on line {first}"

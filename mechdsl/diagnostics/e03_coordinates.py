@@ -6,6 +6,8 @@ from mechdsl.record import keyword_record
 
 @keyword_record
 class UnitOutOfRange(Diagnostic):
+    """A head or neuron that the model doesn't have."""
+
     code = "E0301"
     title = "{unit} {index} does not exist in `{model}`"
     label = "`{model}` has {units} 0..{last} {where}"
@@ -20,6 +22,8 @@ class UnitOutOfRange(Diagnostic):
 
 @keyword_record
 class LayerOutOfRange(Diagnostic):
+    """A layer that the model doesn't have."""
+
     code = "E0302"
     title = "layer {index} does not exist in `{model}`"
     label = "`{model}` has layers 0..{last}"
@@ -31,6 +35,8 @@ class LayerOutOfRange(Diagnostic):
 
 @keyword_record
 class NoComponent(Diagnostic):
+    """A rule that says where, but not what."""
+
     code = "E0303"
     title = "the rule names neither a component nor a head"
     label = "what of this layer?"
@@ -40,6 +46,8 @@ class NoComponent(Diagnostic):
 
 @keyword_record
 class AxisDoesNotFit(Diagnostic):
+    """An axis that its component doesn't have, or lacks."""
+
     code = "E0304"
     title = "`{site}` {reason}"
     label = "{reason}"
@@ -51,21 +59,22 @@ class AxisDoesNotFit(Diagnostic):
 
 @keyword_record
 class AxesCollide(Diagnostic):
+    """Two sweeps of one name in an experiment."""
+
     code = "E0320"
     title = "two sweeps of this experiment are both called `{axis}`"
     label = "the other one is on line {first}"
-    help = (
-        "share one axis: `for {letter} in … {{ … {axis} {letter} … }}`, "
-        "or join one of them: {plural}"
-    )
+    help = "share one axis: `{shared}`, or join one of them: `{plural}`"
     axis: str
-    letter: str
+    shared: str
     plural: str
     first: int
 
 
 @keyword_record
 class EmptyRange(Diagnostic):
+    """A range that goes downwards."""
+
     code = "E0321"
     title = "the range `{text}` is empty"
     label = "nothing to sweep over"
@@ -77,6 +86,8 @@ class EmptyRange(Diagnostic):
 
 @keyword_record
 class BadLoopValue(Diagnostic):
+    """A variable, parameter or depth that can't stand where it does."""
+
     code = "E0322"
     title = "`{name}` can't be used here: {reason}"
     label = "{reason}"
@@ -88,6 +99,8 @@ class BadLoopValue(Diagnostic):
 
 @keyword_record
 class TooManyCells(Diagnostic):
+    """Axes whose product is too large to run."""
+
     code = "E0323"
     title = "experiment `{experiment}` has {cells:,} cells, more than {most:,}"
     label = "its axes multiply: {axes}"
@@ -100,6 +113,8 @@ class TooManyCells(Diagnostic):
 
 @keyword_record
 class UnevenPositions(Diagnostic):
+    """A mean or resampling over positions that don't correspond."""
+
     code = "E0324"
     title = "`{position}` covers {least} to {most} tokens, so its rows don't correspond"
     label = "a mean or a resampling goes over rows"

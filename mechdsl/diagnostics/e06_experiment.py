@@ -6,6 +6,8 @@ from mechdsl.record import keyword_record
 
 @keyword_record
 class NoMeasure(Diagnostic):
+    """An experiment without a `measure` line."""
+
     code = "E0601"
     title = "experiment `{experiment}` measures nothing"
     label = "no `measure` line in this experiment"
@@ -15,6 +17,8 @@ class NoMeasure(Diagnostic):
 
 @keyword_record
 class PatchWithoutSource(Diagnostic):
+    """A `patch` without a run that it reads."""
+
     code = "E0602"
     title = "`patch` doesn't say where the activation comes from"
     label = "patched from which run?"
@@ -24,6 +28,8 @@ class PatchWithoutSource(Diagnostic):
 
 @keyword_record
 class EffectNeedsSource(Diagnostic):
+    """A share of a way that has only one end."""
+
     code = "E0603"
     title = "`{effect}` needs a source run"
     label = "the effect is a share of the way from the base run to the source run"
@@ -33,19 +39,9 @@ class EffectNeedsSource(Diagnostic):
 
 
 @keyword_record
-class NoSuchAxis(Diagnostic):
-    code = "E0610"
-    title = "`{word}` is not an axis of experiment `{experiment}`"
-    label = "its axes are: {axes}"
-    help = "{hint}"
-    word: str
-    experiment: str
-    axes: str
-    hint: str
-
-
-@keyword_record
 class EffectWithoutRule(Diagnostic):
+    """A difference between a run and itself."""
+
     code = "E0611"
     title = "`{effect}` is always 0 in an experiment without a rule"
     label = "nothing is changed in this experiment"
@@ -56,6 +52,8 @@ class EffectWithoutRule(Diagnostic):
 
 @keyword_record
 class UnreadableMeasure(Diagnostic):
+    """An expression that can't be read off a model's output."""
+
     code = "E0612"
     title = "`{text}` cannot be measured: {reason}"
     label = "{reason}"
@@ -67,6 +65,8 @@ class UnreadableMeasure(Diagnostic):
 
 @keyword_record
 class NothingKept(Diagnostic):
+    """A `keep` that leaves no row."""
+
     code = "E0613"
     title = "`keep` leaves none of the {rows} rows"
     label = "holds for no row of the clean run"

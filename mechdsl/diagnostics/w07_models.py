@@ -31,3 +31,16 @@ class NotResumable(Diagnostic):
     model: str
     layer: str
     error: float
+
+
+@keyword_record
+class NotContinuable(Diagnostic):
+    """Runs of the model can't go on from kept keys and values."""
+
+    code = "W0712"
+    title = "`{model}` can't continue on kept keys and values; every run computes all positions"
+    label = "{reason}"
+    help = "nothing to change: results are the same, they take longer"
+
+    model: str
+    reason: str

@@ -6,6 +6,8 @@ from mechdsl.record import keyword_record
 
 @keyword_record
 class UnusedName(Diagnostic):
+    """A name that nothing refers to."""
+
     code = "W0730"
     title = "`{name}` is never used"
     label = "{kind} defined here"
@@ -16,10 +18,12 @@ class UnusedName(Diagnostic):
 
 @keyword_record
 class WritesFirstToken(Diagnostic):
+    """A write at what may be the attention sink."""
+
     code = "W0731"
     title = "this rule writes at token 0, which may be the attention sink"
     label = "hits `{token}`"
-    help = "a large effect there may come from the sink; `token 1..` of the text are safer"
+    help = "an effect there may come from the sink alone: name a later token, or compare with one"
     token: str
 
 

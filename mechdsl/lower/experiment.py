@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 NodeT = TypeVar("NodeT", bound=ast.Node)
 
 CORRECTIONS = ("holm", "bh", "none")
+LARGEST = 10_000
+"""Parts of one measure."""
 
 # What the grammar knows and no stage executes yet, by the class of its node.
 LATER: dict[type[ast.Node], str] = {
@@ -359,6 +361,8 @@ def _use_names(node: ast.Node, work: _Lowering) -> None:
 
 def expand_metrics(expression: ast.Expr, parts: Parts, scope: Scope) -> ast.Expr:
     """The expression with the names of metrics replaced by what they stand for."""
+    written = expression
+    reason = "is defined by itself"
     for _ in range(len(parts.metrics) + 1):
         found = False
 
@@ -375,15 +379,20 @@ def expand_metrics(expression: ast.Expr, parts: Parts, scope: Scope) -> ast.Expr
         expression = rewrite(expression, change)
         if not found:
             return expression
+        if sum(1 for _ in walk(expression)) > LARGEST:
+            reason = f"has more than {LARGEST:,} parts when its metrics are written out"
+            break
+    for name in parts.metrics:
+        scope.has("metric", name)
     scope.diagnostics.append(
         BadArgument(
-            span=expression.span,
-            name="metric",
-            reason="is defined by itself",
-            hint="a metric may use other metrics, but not in a circle",
+            span=written.span,
+            name=_written(written.span),
+            reason=reason,
+            hint="a metric may use other metrics, but not in a circle or without end",
         )
     )
-    return expression
+    return written
 
 
 def _measure(measure: ast.Measure, parts: Parts, scope: Scope) -> spec.Measure:

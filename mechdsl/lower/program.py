@@ -8,8 +8,16 @@ from pathlib import Path
 
 from mechdsl import spec
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
-from mechdsl.diagnostics.e02_names import BadArgument, BadSetting, ImportFailed, did_you_mean
+from mechdsl.diagnostics.e01_syntax import NotSupported, NotText, Unreadable
+from mechdsl.diagnostics.e02_names import (
+    BadArgument,
+    BadSetting,
+    ImportFailed,
+    MissingLine,
+    UnknownName,
+    did_you_mean,
+)
+from mechdsl.diagnostics.w07_names import UnusedName
 from mechdsl.lower.constants import Constant, constant
 from mechdsl.lower.experiment import lower_experiment
 from mechdsl.lower.prompts import lower_prompts
@@ -75,6 +83,10 @@ def lower_program(
         experiments=tuple(parts.experiments),
         seed=parts.seed,
     )
+    if any(isinstance(d, ImportFailed) for d in scope.diagnostics):
+        # What seems to be missing may stand in the file that can't be read.
+        missing = (MissingLine, UnknownName, UnusedName)
+        return whole, [d for d in scope.diagnostics if not isinstance(d, missing)]
     return whole, scope.diagnostics
 
 
@@ -113,7 +125,7 @@ def _with_imports(
                 ImportFailed(
                     span=use.path.span,
                     path=use.path.value,
-                    reason=problems[0].message,
+                    reason=_why(problems[0]),
                     hint="paths are relative to the file that has the `use` line",
                 )
             )
@@ -125,6 +137,11 @@ def _with_imports(
     start = (source.path.resolve(),) if source.path is not None else ()
     visit(tree, source, start)
     return found
+
+
+def _why(problem: Diagnostic) -> str:
+    """Why a file can't be read, without its path, which the `use` line has."""
+    return problem.reason if isinstance(problem, Unreadable | NotText) else problem.message
 
 
 def _parameters(

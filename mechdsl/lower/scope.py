@@ -11,6 +11,12 @@ from mechdsl.registry import nearest
 from mechdsl.source import Span
 from mechdsl.syntax import ast
 
+EXAMPLES = {
+    "model": 'model {} = zoo("counting")',
+    "prompts": "prompts {} {{ … }}",
+    "param": "param {} = 12",
+}
+
 
 @dataclass
 class Definition:
@@ -50,12 +56,12 @@ class Scope:
         else:
             names = [n for n, d in self.definitions.items() if d.kind == kind]
             known = ", ".join(f"`{n}`" for n in names)
-            hint = did_you_mean(
-                nearest(name, names),
-                f"defined are {known}" if known else f"define it first: `{kind} {name} …`",
-            )
+            define = f"define it first: `{EXAMPLES[kind].format(name)}`"
+            hint = did_you_mean(nearest(name, names), f"defined are {known}" if known else define)
         word = "block of prompts" if kind == "prompts" else kind
         self.diagnostics.append(UnknownName(span=span, kind=word, name=name, hint=hint))
+        for other in self.definitions.values():
+            other.used = other.used or other.kind == kind  # any of them may have been meant
         return False
 
     def has(self, kind: str, name: str) -> bool:

@@ -262,10 +262,9 @@ def _rule(rule: spec.Rule, work: _Work) -> ResolvedRule | None:
         sites, axes = resolve_site(rule.site, work.sites)
         for axis in axes:
             _add_axis(axis, work)
-        if sites is None:
-            return None
     positions = _position_targets(rule, run, work)
-    if positions is None or fill is None:
+    broken = rule.site is not None and sites is None
+    if broken or positions is None or fill is None:
         return None
     if fill in ("mean", "resample"):
         _even(rule, positions, work)
@@ -323,14 +322,13 @@ def _even(rule: spec.Rule, positions: PositionTargets, work: _Work) -> None:
 def _add_axis(axis: Axis, work: _Work) -> None:
     first = work.axes.get(axis.name)
     if first is not None:
-        word = axis.name
+        word, letter = axis.name, axis.name[0]
+        shared, plural = f"for {letter} in … {{ … {word} {letter} … }}", f"{word}s"
+        if word == "position":
+            shared, plural = "for t in 3..5 { … at token t … }", "{A, B}"
         work.diagnostics.append(
             AxesCollide(
-                span=axis.span,
-                axis=word,
-                letter=word[0],
-                plural="`{A, B}`" if word == "position" else f"`{word}s`",
-                first=first.span.line,
+                span=axis.span, axis=word, shared=shared, plural=plural, first=first.span.line
             )
         )
         return

@@ -110,9 +110,9 @@ WIDER = {
 """Factors on weights, so that no head is drowned by the MLPs."""
 
 MODES: dict[str, RunOptions] = {
-    "plain": RunOptions(without=frozenset({"resume", "batch"})),
+    "plain": RunOptions(without=frozenset({"resume", "prefix", "batch"})),
     "batched": RunOptions(),
-    "padded on the left": RunOptions(execution=Options(side="left")),
+    "padded on the right": RunOptions(execution=Options(side="right")),
     "small passes": RunOptions(execution=Options(row_tokens=40, prompt_tokens=20)),
 }
 

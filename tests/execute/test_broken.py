@@ -18,7 +18,7 @@ import mechdsl.execute
 import mechdsl.patched
 import mechdsl.writes
 from mechdsl.batch import Batch
-from mechdsl.hooks import SiteWrite, WriteMismatch, gather
+from mechdsl.hooks import Past, SiteWrite, WriteMismatch, gather
 from mechdsl.lanes import Lanes
 from mechdsl.plan import plan_experiment
 from mechdsl.writes import build_writes
@@ -116,8 +116,28 @@ def test_a_read_at_the_wrong_token_is_noticed(
 
 def test_forgotten_padding_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Batch, "columns", lambda self, rows, positions: positions)
-    with pytest.raises(AssertionError):
-        compare(folder, "padded on the left")
+    with pytest.raises(AssertionError, match="off by"):
+        compare(folder, "plain")
+
+
+def test_another_prompts_past_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Past.take
+
+    def wrong(self: Past, rows: Any, columns: int, start: int) -> Past:
+        return original(self, rows.roll(1), columns, start)
+
+    monkeypatch.setattr(Past, "take", wrong)
+    with pytest.raises(AssertionError, match="off by"):
+        compare(folder, "batched")
+
+
+def test_a_suffix_that_begins_too_late_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = mechdsl.patched.first_column
+    monkeypatch.setattr(mechdsl.patched, "first_column", lambda *args: original(*args) + 1)
+    with pytest.raises(ValueError, match="before the suffix"):
+        compare(folder, "batched")
 
 
 def test_another_prompts_hidden_state_is_noticed(

@@ -168,7 +168,7 @@ def expected(family: str, name: str) -> Array:
 def test_each_cell_writes_the_points_that_its_rule_names(
     shared: Path, name: str, family: str
 ) -> None:
-    for mode in ("plain", "padded on the left"):
+    for mode in ("plain", "padded on the right"):
         found = results(shared, family, mode)[name]
         assert found.axes == CASES[name].axes
         assert len(found.cells) == len(CASES[name].cells)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,11 @@ def test_sizes_of_batches_and_the_side_of_padding_change_nothing(
     equal(values(TEXT, folder, bare("gpt2"), options), whole, 1e-4)
 
 
-@pytest.mark.parametrize("off", [{"resume"}, {"batch"}, {"resume", "batch"}])
+PASSES = ("resume", "prefix", "batch")
+SWITCHED_OFF = [set(off) for n in (1, 2, 3) for off in combinations(PASSES, n)]
+
+
+@pytest.mark.parametrize("off", SWITCHED_OFF, ids=lambda off: "+".join(sorted(off)))
 def test_passes_of_the_plan_change_nothing(folder: Path, off: set[str]) -> None:
     whole = values(TEXT, folder, bare("llama"))
     equal(values(TEXT, folder, bare("llama"), RunOptions(without=frozenset(off))), whole, 1e-4)
@@ -240,7 +245,7 @@ def test_progress_counts_up_to_the_total(folder: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unpatched_values_are_the_bare_models(folder: Path, family: str) -> None:
     model = bare(family)
-    found = run_file(TEXT, folder, model, MODES["padded on the left"])["heads"].measures[0]
+    found = run_file(TEXT, folder, model, MODES["padded on the right"])["heads"].measures[0]
     for n, (logits, record) in enumerate(zip(outputs(model), ROWS, strict=True)):
         assert abs(found.base[0, n] - difference(logits[0], record)) <= 1e-5
 

@@ -210,8 +210,26 @@ def test_layers_that_share_something_are_not_resumed() -> None:
     model, found = adopt("m", module, families.tokenizer())
     assert model is not None
     assert not model.resumable
-    assert [d.code for d in found] == ["W0711"]
+    assert [d.code for d in found] == ["W0711", "W0712"]
     assert "layer" in found[0].label_text
+
+
+def test_a_model_that_forgets_its_past_is_not_continued() -> None:
+    module = families.module("llama")
+
+    def forget(inner: nn.Module, args: object, kwargs: dict[str, object]) -> object:
+        if kwargs.get("past_key_values") is not None:
+            kwargs["past_key_values"].layers.clear()  # type: ignore[attr-defined]
+            kwargs["attention_mask"] = None
+        return args, kwargs
+
+    module.get_submodule("model").register_forward_pre_hook(forget, with_kwargs=True)
+    model, found = adopt("m", module, families.tokenizer())
+    assert model is not None
+    assert model.resumable
+    assert not model.continuable
+    assert [d.code for d in found] == ["W0712"]
+    assert "off by" in found[0].label_text
 
 
 def test_a_model_that_does_not_run_is_refused() -> None:

@@ -1,0 +1,61 @@
+"""Programs on the way from text to plan, without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mechdsl import spec
+from mechdsl.check import check_source
+from mechdsl.lower import lower_program
+from mechdsl.resolve import ResolvedExperiment
+from mechdsl.source import Source
+from mechdsl.syntax.parse import parse
+
+HEAD = """\
+mech 1
+
+model toy = zoo("counting")
+
+prompts fruit {
+  count in 3..9
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+  corrupt fewer { count = count - 1 }
+  corrupt other_fruit { item = other(item) }
+}
+"""
+FROM = "from clean into fewer"
+DELTA = "measure logit(answer) as delta"
+
+
+def experiment(*lines: str, name: str = "test", limit: int = 64) -> str:
+    """An experiment with these lines."""
+    body = "".join(f"  {line}\n" for line in (f"prompts fruit limit {limit}", *lines))
+    return f"\nexperiment {name} {{\n{body}}}\n"
+
+
+def lowered(text: str, path: Path | None = None) -> spec.Program:
+    source = Source(text, path)
+    tree, found = parse(source)
+    program, more = lower_program(tree, source)
+    assert not [*found, *more]
+    return program
+
+
+def resolved(text: str) -> list[ResolvedExperiment]:
+    checked = check_source(Source(text))
+    assert checked.ok, checked.diagnostics
+    return checked.experiments
+
+
+def one(*lines: str, head: str = HEAD) -> ResolvedExperiment:
+    """The only experiment of a file with these lines in it."""
+    (found,) = resolved(head + experiment(*lines))
+    return found
+
+
+def codes(*lines: str, head: str = HEAD) -> list[str]:
+    """What is said about an experiment with these lines."""
+    return [d.code for d in check_source(Source(head + experiment(*lines))).diagnostics]

@@ -1,0 +1,111 @@
+"""The intervention graph: what it holds, what the passes change, how it is drawn."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+from mechdsl.draw import to_dot, to_mermaid, to_svg, to_text
+from mechdsl.graph import Encode, Forward, Graph, Measure, Read, Write, lint
+from mechdsl.passes import PASSES, run_passes
+from mechdsl.plan import make_plan
+
+from .support import DELTA, FROM, HEAD, experiment, resolved
+
+HERE = Path(__file__).parent
+PASS_FIXTURES = sorted((HERE / "passes").glob("*.txt"))
+LAYERS = {"toy": 4}
+RULE = (FROM, "patch layer 0 head * at last token", DELTA)
+
+
+def graph(text: str) -> Graph:
+    """The graph before any pass."""
+    return make_plan(resolved(text), without=frozenset(PASSES)).graph
+
+
+def kinds(made: Graph, kind: type) -> int:
+    return sum(isinstance(node, kind) for node in made)
+
+
+def test_what_a_patch_needs() -> None:
+    made = graph(HEAD + experiment(*RULE))
+    lint(made)
+    assert nx.is_directed_acyclic_graph(made)
+    assert (kinds(made, Encode), kinds(made, Forward)) == (2, 3)
+    assert (kinds(made, Read), kinds(made, Write), kinds(made, Measure)) == (1, 1, 3)
+
+
+def test_experiments_share_what_is_equal() -> None:
+    text = HEAD + experiment(*RULE, name="a") + experiment(*RULE, name="b")
+    twice, once = graph(text), graph(HEAD + experiment(*RULE, name="a"))
+    assert kinds(twice, Forward) == kinds(once, Forward)
+    assert twice.number_of_nodes() == once.number_of_nodes() + 1  # the second report
+
+
+def test_other_rows_are_another_run() -> None:
+    text = HEAD + experiment(*RULE, name="a") + experiment(*RULE, name="b", limit=32)
+    assert kinds(graph(text), Forward) == 2 * kinds(graph(HEAD + experiment(*RULE)), Forward)
+
+
+@pytest.mark.parametrize("path", PASS_FIXTURES, ids=lambda path: path.stem)
+def test_pass(path: Path, update: bool) -> None:
+    """A fixture holds a title, lines of an experiment, the graph before and the graph after."""
+    title, lines, before, after = path.read_text(encoding="utf-8").split("\n---\n")
+    assert title.startswith("# ")
+    name = path.stem.partition("-")[0]
+    made = graph(HEAD + experiment(*lines.splitlines()))
+    changed, did = PASSES[name](made, LAYERS)
+    lint(changed)
+    assert did == (to_text(changed) != to_text(made))
+    again, did_again = PASSES[name](changed, LAYERS)
+    assert not did_again
+    assert to_text(again) == to_text(changed)
+    shown = [to_text(made).rstrip(), to_text(changed).rstrip() if did else "no changes"]
+    if update:
+        path.write_text("\n---\n".join([title, lines, *shown]) + "\n", encoding="utf-8")
+        return
+    assert shown == [before, after.rstrip()]
+
+
+def test_every_pass_has_a_fixture() -> None:
+    assert {path.stem.partition("-")[0] for path in PASS_FIXTURES} == set(PASSES)
+
+
+def test_passes_can_be_switched_off() -> None:
+    made = graph(HEAD + experiment("patch L0H0 at last token with fewer", DELTA))
+    kept, outcomes = run_passes(made, LAYERS, without=frozenset(PASSES))
+    assert outcomes == []
+    assert to_text(kept) == to_text(made)
+
+
+# --- drawing ---
+
+
+def test_every_node_and_edge_is_drawn() -> None:
+    made = graph(HEAD + experiment(*RULE))
+    nodes, edges = made.number_of_nodes(), made.number_of_edges()
+    dot, mermaid, svg = to_dot(made), to_mermaid(made), to_svg(made)
+    assert (dot.count("[label="), dot.count(" -> ")) == (nodes, edges)
+    assert (len(re.findall(r'n\d+\["', mermaid)), mermaid.count(" --> ")) == (nodes, edges)
+    assert (svg.count("<g>"), svg.count('marker-end="url(#arrow)"')) == (nodes, edges)
+
+
+def test_quotes_and_brackets_are_escaped() -> None:
+    made = graph(HEAD + experiment('replace last-item token with "fig"', DELTA))
+    assert '\\"fig\\"' in to_dot(made)
+    assert "#quot;fig#quot;" in to_mermaid(made)
+    assert "&quot;fig&quot;" in to_svg(made)
+
+
+def test_drawings_do_not_depend_on_the_order_of_experiments() -> None:
+    a, b = experiment(*RULE, name="a"), experiment(*RULE[:2], "measure loss as delta", name="b")
+    assert to_text(graph(HEAD + a + b)) == to_text(graph(HEAD + b + a))
+
+
+def test_sites_that_differ_are_different_nodes() -> None:
+    lines = [(FROM, f"patch {site} at last token", DELTA) for site in ("L0H1", "L0H2", "L0H1.q")]
+    text = HEAD + "".join(experiment(*each, name=f"e{n}") for n, each in enumerate(lines))
+    assert kinds(graph(text), Write) == 3

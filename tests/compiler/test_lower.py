@@ -1,0 +1,83 @@
+"""From syntax trees to the typed program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mechdsl.diagnostics.e02_names import UnknownName
+from mechdsl.lower import lower_program
+from mechdsl.source import Source
+from mechdsl.syntax.parse import parse
+
+from .support import DELTA, FROM, HEAD, experiment, lowered
+
+
+def test_an_experiment_is_data() -> None:
+    text = HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA)
+    (found,) = lowered(text).experiments
+    assert (found.name, found.model, found.prompts) == ("test", "toy", "fruit")
+    assert (found.source, found.base, found.limit) == ("clean", "fewer", 64)
+    (rule,) = found.rules
+    assert (rule.verb, rule.source) == ("patch", "clean")
+    assert found.statistics.correction == "holm"
+
+
+def test_the_only_model_need_not_be_named() -> None:
+    text = HEAD + experiment("measure correct as raw")
+    assert lowered(text).experiments[0].model == "toy"
+
+
+def test_names_may_be_used_before_they_are_defined() -> None:
+    head, model = HEAD.replace('model toy = zoo("counting")\n', ""), 'model toy = zoo("counting")\n'
+    text = head + experiment("measure ld as raw") + "metric ld = logit(answer)\n" + model
+    assert lowered(text).experiments[0].measures[0].label == "ld"
+
+
+def test_metrics_are_written_out() -> None:
+    text = HEAD.replace("\nprompts", "metric a = logit(answer)\nmetric b = a - 1\n\nprompts", 1)
+    (found,) = lowered(text + experiment("measure b as raw")).experiments
+    (again,) = lowered(HEAD + experiment("measure logit(answer) - 1 as raw")).experiments
+    assert found.measures[0].metric == again.measures[0].metric
+
+
+def test_parameters_from_the_command_line() -> None:
+    text = HEAD.replace("\nprompts", "param n = 8\n\nprompts", 1) + experiment(DELTA)
+    source = Source(text.replace("limit 64", "limit n").replace("delta", "raw"))
+    tree, _ = parse(source)
+    for settings, limit in (({}, 8), ({"n": "5"}, 5)):
+        program, found = lower_program(tree, source, settings)
+        assert (program.experiments[0].limit, found) == (limit, [])
+
+
+def test_imports_bring_names_and_no_experiments(tmp_path: Path) -> None:
+    shared = HEAD + experiment("measure correct as raw", name="elsewhere")
+    (tmp_path / "shared.mech").write_text(shared, encoding="utf-8")
+    text = 'mech 1\n\nuse "shared.mech"\nuse "shared.mech"\n' + experiment("measure correct as raw")
+    program = lowered(text, tmp_path / "main.mech")
+    assert [e.name for e in program.experiments] == ["test"]
+    assert list(program.models) == ["toy"]
+
+
+def test_imports_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a.mech").write_text('mech 1\nuse "b.mech"\n', encoding="utf-8")
+    (tmp_path / "b.mech").write_text('mech 1\nuse "a.mech"\n', encoding="utf-8")
+    source = Source((tmp_path / "a.mech").read_text("utf-8"), tmp_path / "a.mech")
+    _, found = lower_program(parse(source)[0], source)
+    assert [d.code for d in found] == ["E0204"]
+
+
+def test_loops_surround_their_rules() -> None:
+    lines = (
+        "for l in 0..2 {",
+        "patch attn_out layer l at last token",
+        "}",
+        "patch mlp_out layer 0 at last token",
+    )
+    (found,) = lowered(HEAD + experiment(FROM, *lines, DELTA)).experiments
+    assert [rule.loops for rule in found.rules] == [("l",), ()]
+
+
+def test_a_name_that_is_wrong_is_not_unused_as_well() -> None:
+    source = Source(HEAD + experiment("measure correct as raw").replace("fruit", "friut"))
+    _, found = lower_program(parse(source)[0], source)
+    assert [type(d) for d in found] == [UnknownName]

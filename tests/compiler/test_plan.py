@@ -1,0 +1,51 @@
+"""Cells and rows: what a run will do, counted before it does it."""
+
+from __future__ import annotations
+
+import pytest
+
+from mechdsl.plan import ExperimentPlan, make_plan
+from mechdsl.summary import count_rows, unpatched_rows
+
+from .support import DELTA, FROM, HEAD, experiment, resolved
+
+
+def planned(*lines: str, limit: int = 64) -> ExperimentPlan:
+    plan = make_plan(resolved(HEAD + experiment(*lines, limit=limit)))
+    (found,) = [e for panel in plan.panels for e in panel.experiments]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rule", "cells"),
+    [
+        ("patch layer * head * at last token", 16),
+        ("patch layers * head * at last token", 4),
+        ("patch resid_post layer * at first-item token, last token", 8),
+    ],
+)
+def test_each_cell_is_a_row_of_every_prompt(rule: str, cells: int) -> None:
+    plan = planned(FROM, rule, DELTA)
+    assert plan.n_cells == cells
+    assert count_rows(plan) == cells * 64
+    assert unpatched_rows(plan) == 2 * 64
+
+
+def test_prompts_without_the_position_have_no_row() -> None:
+    plan = planned(FROM, "patch resid_post layer 0 at each item token", DELTA)
+    fewer = plan.experiment.table.runs["fewer"].rows
+    assert count_rows(plan) == sum(int(row.values["count"]) for row in fewer)
+
+
+def test_an_experiment_without_a_rule_has_no_patched_rows() -> None:
+    plan = planned("measure correct as raw")
+    assert count_rows(plan) == 0
+    assert unpatched_rows(plan) == 64
+
+
+def test_all_experiments_are_planned_once() -> None:
+    names = ["a", "b", "c"]
+    text = HEAD + "".join(experiment("measure correct as raw", name=name) for name in names)
+    plan = make_plan(resolved(text))
+    found = [e.experiment.name for panel in plan.panels for e in panel.experiments]
+    assert sorted(found) == names

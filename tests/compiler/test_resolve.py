@@ -1,0 +1,135 @@
+"""Sweeps, joins, loops, windows, groups: the cells of an experiment."""
+
+from __future__ import annotations
+
+import pytest
+
+from mechdsl.resolve import ResolvedExperiment
+
+from .support import DELTA, FROM, HEAD, codes, one
+
+
+def axes(found: ResolvedExperiment) -> dict[str, int]:
+    return {axis.name: len(axis) for axis in found.axes}
+
+
+def points(found: ResolvedExperiment, rule: int = 0) -> list[list[tuple[int | None, int | None]]]:
+    """(layer, unit) of what each cell of a rule writes."""
+    sites = found.rules[rule].sites
+    assert sites is not None
+    return [[(p.layer, p.unit) for p in each] for each in sites.points.values()]
+
+
+@pytest.mark.parametrize(
+    ("site", "wanted"),
+    [
+        ("layer 0..1 head *", {"layer": 2, "head": 4}),
+        ("layers 0..1 head *", {"head": 4}),
+        ("layer 0..1 heads *", {"layer": 2}),
+        ("layers 0..1 heads *", {}),
+        ("layer 1 head 2", {}),
+        ("layer 0, 2, 3 head 1", {"layer": 3}),
+        ("layer 0, 0..2 head 1", {"layer": 3}),
+        ("layer -2..-1 head 1", {"layer": 2}),
+        ("layer 50%..100% head 1", {"layer": 2}),
+        ("L1H2", {}),
+        ("embed", {}),
+        ("mlp_hidden layer 0 neuron 3..7", {"neuron": 5}),
+        ("mlp_hidden layer *", {"layer": 4}),
+    ],
+)
+def test_singular_sweeps_plural_joins(site: str, wanted: dict[str, int]) -> None:
+    assert axes(one(FROM, f"patch {site} at last token", DELTA)) == wanted
+
+
+def test_joined_points() -> None:
+    found = one(FROM, "patch layers 0, 2 heads 1..2 at last token", DELTA)
+    assert points(found) == [[(0, 1), (0, 2), (2, 1), (2, 2)]]
+
+
+def test_relative_depth_rounds_half_up() -> None:
+    # Of four layers 50% is 1.5.
+    assert points(one(FROM, "patch layer 50% head 0 at last token", DELTA)) == [[(2, 0)]]
+
+
+@pytest.mark.parametrize(
+    ("width", "wanted"),
+    [
+        (1, [[0], [1], [2], [3]]),
+        (2, [[0], [0, 1], [1, 2], [2, 3]]),
+        (3, [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3]]),
+        (9, [[0, 1, 2, 3]] * 4),
+    ],
+)
+def test_windows_are_centred_and_cut(width: int, wanted: list[list[int]]) -> None:
+    found = one(FROM, f"patch mlp_out layer * window {width} at last token", DELTA)
+    assert [[layer for layer, _ in each] for each in points(found)] == wanted
+
+
+def test_loops_share_an_axis() -> None:
+    found = one(
+        FROM,
+        "for l in 0..2 {",
+        "patch attn_out layer l at last token",
+        "patch mlp_out layer l + 1 at last token",
+        "}",
+        DELTA,
+    )
+    assert axes(found) == {"l": 3}
+    assert [layer for ((layer, _),) in points(found, 0)] == [0, 1, 2]
+    assert [layer for ((layer, _),) in points(found, 1)] == [1, 2, 3]
+
+
+def test_loops_over_components_and_tokens() -> None:
+    found = one(
+        FROM,
+        "for c in [attn_out, mlp_out] {",
+        "for t in 2..4 {",
+        "patch c layer * at token t",
+        "}",
+        "}",
+        DELTA,
+    )
+    assert axes(found) == {"c": 2, "t": 3, "layer": 4}
+    assert found.n_cells == 24
+
+
+def test_groups_are_joined() -> None:
+    head = HEAD.replace("\nprompts", "group movers = L0H1, layers 2..3 head 0\n\nprompts", 1)
+    found = one(FROM, "patch movers at last token", DELTA, head=head)
+    assert points(found) == [[(0, 1), (2, 0), (3, 0)]]
+
+
+def test_positions_are_an_axis() -> None:
+    found = one(FROM, "patch resid_post layer 0 at first-item token, last token", DELTA)
+    assert found.axes[0].labels == ("first-item token", "last token")
+    found = one(FROM, "patch resid_post layer 0 at {first-item token, last token}", DELTA)
+    assert found.axes == ()
+
+
+def test_occurrences_are_an_axis_with_two_names() -> None:
+    (axis,) = one(FROM, "patch resid_post layer 0 at each item token", DELTA).axes
+    assert (axis.name, axis.alias) == ("position", "item")
+    assert axis.labels[:2] == ("item 1", "item 2")
+    assert axis.items == tuple(range(1, len(axis) + 1))
+
+
+def test_a_patch_reads_its_own_source() -> None:
+    line = "patch resid_post layer 0 at last token with other_fruit"
+    assert [rule.run for rule in one(line, DELTA).rules] == ["other_fruit"]
+    lines = ("patch resid_post layer 0 at last token", "ablate L1H1 at last token with mean")
+    assert [rule.run for rule in one(FROM, *lines, DELTA).rules] == ["clean", "clean"]
+
+
+def test_rows_that_lack_a_position_in_one_run_drop_out() -> None:
+    found = one(FROM, "patch resid_post layer 0 at each item token", DELTA)
+    clean, fewer = (found.table.runs[run].rows for run in ("clean", "fewer"))
+    for key, cell in found.rules[0].positions.written.items():
+        for row, hit in enumerate(cell.hits):
+            counts = (clean[row].values["count"], fewer[row].values["count"])
+            assert bool(hit) == (key[0] < min(counts))
+
+
+def test_errors_of_all_lines_at_once() -> None:
+    lines = ("patch layer 7 head 9 at itme token", "measure logi(answer) as raw")
+    assert set(codes(FROM, *lines)) == {"E0301", "E0302", "E0308", "E0203"}
