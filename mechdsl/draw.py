@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
+from typing import TypeAlias
 
 import networkx as nx
 
@@ -130,7 +132,19 @@ def _edges(graph: Graph, names: Mapping[Node, str]) -> list[tuple[Node, Node]]:
 # --- SVG ------------------------------------------------------------------------------------------
 
 LINE, CHARACTER, PADDING, GAP_X, GAP_Y, MARGIN = 16, 6.7, 9, 22, 46, 20
-WRAP = 30
+WRAP = 32
+
+
+@dataclass(frozen=True)
+class _Bend:
+    """Where an edge passes a layer between two boxes instead of behind them."""
+
+    start: Node
+    end: Node
+    level: int
+
+
+_Place: TypeAlias = Node | _Bend
 
 
 @dataclass
@@ -140,37 +154,38 @@ class _Box:
     height: float
     x: float = 0.0
     y: float = 0.0
+    floor: float = 0.0
+    """Where its layer ends: edges bend below it."""
 
 
 def to_svg(graph: Graph) -> str:
     """Layers from top to bottom, each ordered by where its inputs stand."""
     names = _numbered(graph)
-    boxes: dict[Node, _Box] = {}
-    for node in names:
-        parts = describe(node)
-        lines = [parts[0], *(line for part in parts[1:] for line in textwrap.wrap(part, WRAP))]
-        width = max(len(line) for line in lines) * CHARACTER + 2 * PADDING
-        boxes[node] = _Box(lines, width, len(lines) * LINE + 2 * PADDING)
-    layers = [
-        sorted(layer, key=lambda node: int(names[node][1:]))
-        for layer in nx.topological_generations(graph)
-    ]
-    layers = _pulled_down(graph, layers)
+    layers: list[list[_Place]] = [[*layer] for layer in _layers(graph, names)]
+    routes = _routes(layers, _edges(graph, names))
+    before: dict[_Place, list[_Place]] = {place: [] for layer in layers for place in layer}
+    after: dict[_Place, list[_Place]] = {place: [] for layer in layers for place in layer}
+    for route in routes:
+        for upper, lower in pairwise(route):
+            before[lower].append(upper)
+            after[upper].append(lower)
     for _ in range(4):
-        _reorder(layers, graph.predecessors)
-        _reorder(layers[::-1], graph.successors)
+        _reorder(layers, before)
+        _reorder(layers[::-1], after)
+    boxes = {place: _box(place) for layer in layers for place in layer}
     widths = [sum(boxes[n].width + GAP_X for n in layer) - GAP_X for layer in layers]
     width = max(widths, default=0) + 2 * MARGIN
     y: float = MARGIN
     for layer, own in zip(layers, widths, strict=True):
         x = (width - own) / 2
-        for node in layer:
-            boxes[node].x, boxes[node].y = x, y
-            x += boxes[node].width + GAP_X
-        y += max(boxes[n].height for n in layer) + GAP_Y
+        height = max(boxes[n].height for n in layer)
+        for place in layer:
+            boxes[place].x, boxes[place].y, boxes[place].floor = x, y, y + height
+            x += boxes[place].width + GAP_X
+        y += height + GAP_Y
     height = y - GAP_Y + MARGIN
-    shapes = [_line(boxes[a], boxes[b]) for a, b in _edges(graph, names)]
-    shapes += [_rectangle(node, box) for node, box in boxes.items()]
+    shapes = [_line([boxes[place] for place in route]) for route in routes]
+    shapes += [_rectangle(node, boxes[node]) for node in names]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="Helvetica, Arial, sans-serif" '
@@ -183,8 +198,23 @@ def to_svg(graph: Graph) -> str:
     )
 
 
-def _pulled_down(graph: Graph, layers: list[list[Node]]) -> list[list[Node]]:
-    """Nodes moved as low as what waits for them allows, so that edges are short."""
+def _box(place: _Place) -> _Box:
+    """The size of a node with its text; an edge that passes needs little room."""
+    if isinstance(place, _Bend):
+        return _Box([], 0, 0)
+    parts = describe(place)
+    lines = [parts[0], *(line for part in parts[1:] for line in _wrapped(part))]
+    width = max(len(line) for line in lines) * CHARACTER + 2 * PADDING
+    return _Box(lines, width, len(lines) * LINE + 2 * PADDING)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WRAP, break_on_hyphens=False)
+
+
+def _layers(graph: Graph, names: Mapping[Node, str]) -> list[list[Node]]:
+    """Nodes by depth, but as low as what waits for them allows, so that edges are short."""
+    layers: list[list[Node]] = list(nx.topological_generations(graph))
     level = {node: number for number, layer in enumerate(layers) for node in layer}
     for layer in reversed(layers):
         for node in layer:
@@ -195,31 +225,46 @@ def _pulled_down(graph: Graph, layers: list[list[Node]]) -> list[list[Node]]:
     for layer in layers:
         for node in layer:
             found[level[node]].append(node)
-    return [layer for layer in found if layer]
+    return [sorted(layer, key=lambda node: int(names[node][1:])) for layer in found if layer]
 
 
-def _reorder(layers: list[list[Node]], neighbours: Callable[[Node], object]) -> None:
+def _routes(layers: list[list[_Place]], edges: list[tuple[Node, Node]]) -> list[list[_Place]]:
+    """The places that each edge passes; its bends are added to the layers in between."""
+    level = {place: number for number, layer in enumerate(layers) for place in layer}
+    routes: list[list[_Place]] = []
+    for start, end in edges:
+        bends = [_Bend(start, end, number) for number in range(level[start] + 1, level[end])]
+        for bend in bends:
+            layers[bend.level].append(bend)
+        routes.append([start, *bends, end])
+    return routes
+
+
+def _reorder(layers: list[list[_Place]], neighbours: Mapping[_Place, list[_Place]]) -> None:
     """Sort each layer by the mean place of its neighbours in the layers before it."""
-    place: dict[Node, float] = {}
+    where: dict[_Place, float] = {}
     for layer in layers:
-
-        def mean(node: Node, fallback: dict[Node, int]) -> float:
-            known = [place[n] for n in neighbours(node) if n in place]  # type: ignore[union-attr]
-            return sum(known) / len(known) if known else fallback[node] / max(len(fallback), 1)
-
-        order = {node: number for number, node in enumerate(layer)}
-        layer.sort(key=lambda node: (mean(node, order), order[node]))
-        for number, node in enumerate(layer):
-            place[node] = (number + 0.5) / len(layer)
+        wanted: dict[_Place, float] = {}
+        for number, place in enumerate(layer):
+            known = [where[n] for n in neighbours[place] if n in where]
+            wanted[place] = sum(known) / len(known) if known else number / len(layer)
+        layer.sort(key=wanted.__getitem__)  # which keeps the order of equals
+        for number, place in enumerate(layer):
+            where[place] = (number + 0.5) / len(layer)
 
 
-def _line(a: _Box, b: _Box) -> str:
-    x1, y1, x2, y2 = a.x + a.width / 2, a.y + a.height, b.x + b.width / 2, b.y
-    bend = (y2 - y1) / 2
-    return (
-        f'<path d="M{x1:.1f},{y1:.1f} C{x1:.1f},{y1 + bend:.1f} {x2:.1f},{y2 - bend:.1f} '
-        f'{x2:.1f},{y2 - 2:.1f}" fill="none" stroke="#888" marker-end="url(#arrow)"/>'
-    )
+def _line(boxes: list[_Box]) -> str:
+    """An edge from the first box to the last, straight through the layers in between."""
+    x, y = boxes[0].x + boxes[0].width / 2, boxes[0].floor
+    path = f"M{x:.1f},{boxes[0].y + boxes[0].height:.1f} L{x:.1f},{y:.1f}"
+    for box in boxes[1:]:
+        to, top = box.x + box.width / 2, box.y
+        half = (top - y) / 2
+        last = box is boxes[-1]
+        path += f" C{x:.1f},{y + half:.1f} {to:.1f},{top - half:.1f} {to:.1f},{top - 2 * last:.1f}"
+        x, y = to, box.floor
+        path += "" if last else f" L{x:.1f},{y:.1f}"
+    return f'<path d="{path}" fill="none" stroke="#888" marker-end="url(#arrow)"/>'
 
 
 def _rectangle(node: Node, box: _Box) -> str:
