@@ -371,8 +371,8 @@ def plan(
     _print(problems)
     if checked is None or has_errors(problems):
         return WRONG
-    from mechdsl.plan import make_plan
-    from mechdsl.summary import print_plan, unknown_passes
+    from mechdsl.plan import make_plan, unknown_passes
+    from mechdsl.summary import print_plan
 
     wrong = unknown_passes(no_pass)
     _print(wrong)

@@ -15,13 +15,11 @@ from mechdsl import spec
 from mechdsl.check import Checked, Settings, check_source
 from mechdsl.collect import collect, versions
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
+from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName
 from mechdsl.execute import Options, execute
 from mechdsl.load import adopt, load
 from mechdsl.loaded import LoadedModel
-from mechdsl.passes import PASSES
-from mechdsl.plan import PLAN_PASSES, PREFIX, RESUME, make_plan
-from mechdsl.registry import nearest
+from mechdsl.plan import PREFIX, RESUME, make_plan, unknown_passes
 from mechdsl.resolve import ModelContext
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
 from mechdsl.source import Source, Span
@@ -123,12 +121,7 @@ def _run(
 
 def check_options(options: RunOptions) -> list[Diagnostic]:
     """E0208 for devices and passes that don't exist, and a folder that can't be written to."""
-    found: list[Diagnostic] = []
-    known = [*PASSES, *PLAN_PASSES]
-    for name in sorted(options.without):
-        if name not in known:
-            hint = did_you_mean(nearest(name, known), f"passes are {', '.join(known)}")
-            found.append(BadCommandLine(reason=f"there is no pass called `{name}`", hint=hint))
+    found = unknown_passes(sorted(options.without))
     problem = _device_problem(options.device)
     if problem is not None:
         found.append(

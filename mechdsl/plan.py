@@ -15,8 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.data.types import PositionCell
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 from mechdsl.graph import Encode, Forward, Graph, Measure, Read, build, unpatched
-from mechdsl.passes import PassOutcome, run_passes
+from mechdsl.passes import PASSES, PassOutcome, run_passes
+from mechdsl.registry import nearest
 from mechdsl.resolve.types import Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES, start_layer
 
@@ -206,6 +209,19 @@ class Plan:
     @property
     def batches(self) -> bool:
         return BATCH not in self.without
+
+
+def unknown_passes(names: Iterable[str]) -> list[Diagnostic]:
+    """E0208 for every `--no-pass` that names none."""
+    known = [*PASSES, *PLAN_PASSES]
+    return [
+        BadCommandLine(
+            reason=f"there is no pass called `{name}`",
+            hint=did_you_mean(nearest(name, known), f"passes are {', '.join(known)}"),
+        )
+        for name in names
+        if name not in known
+    ]
 
 
 def make_plan(

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 from mechdsl.draw import to_text
-from mechdsl.passes import PASSES
 from mechdsl.plan import PLAN_PASSES, ExperimentPlan, Plan, runs_of
-from mechdsl.registry import nearest
-
-
-def unknown_passes(names: Sequence[str]) -> list[Diagnostic]:
-    """E0208 for every `--no-pass` that names none."""
-    known = [*PASSES, *PLAN_PASSES]
-    return [
-        BadCommandLine(
-            reason=f"there is no pass called `{name}`",
-            hint=did_you_mean(nearest(name, known), f"passes are {', '.join(known)}"),
-        )
-        for name in names
-        if name not in known
-    ]
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -36,12 +17,22 @@ def print_plan(plan: Plan, console: Console) -> None:
     for outcome in plan.passes:
         did = f"{outcome.before} → {outcome.after} nodes" if outcome.changed else "no changes"
         console.print(f"pass {outcome.name}: {did}", highlight=False)
+    for name, meaning in PLAN_PASSES.items():
+        if name not in plan.without:
+            console.print(f"pass {name}: {meaning}", highlight=False)
     for name in sorted(plan.without):
         console.print(f"pass {name}: switched off", highlight=False)
     console.print()
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("experiment")
-    for title in ("cells", "prompts", "rows", "unpatched passes", "blocks per row"):
+    for title in (
+        "cells",
+        "prompts",
+        "rows",
+        "unpatched passes",
+        "blocks per row",
+        "tokens per row",
+    ):
         table.add_column(title, justify="right")
     total = 0
     for panel in plan.panels:
@@ -55,6 +46,7 @@ def print_plan(plan: Plan, console: Console) -> None:
                 f"{rows:,}",
                 f"{unpatched_rows(experiment):,}",
                 _blocks(experiment) if experiment.rules else "–",
+                _tokens(experiment, reuses=plan.reuses) if experiment.rules else "–",
             )
     console.print(table)
     console.print(
@@ -92,3 +84,21 @@ def _blocks(plan: ExperimentPlan) -> str:
     """Mean number of blocks that a row runs, of all."""
     n_layers = plan.experiment.model.shape.n_layers
     return f"{float(np.mean(n_layers - plan.starts)):.1f} of {n_layers}"
+
+
+def _tokens(plan: ExperimentPlan, *, reuses: bool) -> str:
+    """Mean number of tokens that a row computes, of all: from its leftmost write or read on."""
+    experiment = plan.experiment
+    base = experiment.spec.base
+    lengths = np.array([len(row.ids) for row in experiment.table.runs[base].rows], dtype=np.int64)
+    rows = plan.rows(np.arange(len(lengths), dtype=np.int64))
+    whole = lengths[rows.prompt]
+    first = np.minimum(plan.leftmost(rows), whole - 1)
+    for measure in experiment.measures:
+        if base in measure.at:
+            first = np.minimum(first, np.asarray(measure.at[base])[rows.prompt])
+        if any(atom.form.takes == "prompt" for atom in measure.atoms):
+            first = np.zeros_like(first)
+    if not reuses or any(rule.rule.sites is None for rule in plan.rules):
+        first = np.zeros_like(first)
+    return f"{float(np.mean(whole - first)):.1f} of {float(np.mean(whole)):.1f}"

@@ -21,6 +21,7 @@ from mechdsl.results.statistics import run_interval
 if TYPE_CHECKING:
     import pandas
 
+
 @dataclass(frozen=True)
 class ExpectOutcome:
     """The verdict on one `expect`."""
