@@ -68,10 +68,14 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
                 console.print(
                     Text("    ")
                     + Text(label, style="magenta")
-                    + Text(f" = {text.text!r}, {len(text.ids)} token(s): {pieces}")
+                    + Text(f" = {text.text!r}, {_count(len(text.ids))}: {pieces}")
                 )
     for key, said in table.conventions.items():
         console.print(Text(f"  {key}: {said}", style="dim"))
+
+
+def _count(tokens: int) -> str:
+    return "1 token" if tokens == 1 else f"{tokens} tokens"
 
 
 def _grid(tokens: list[str], console: Console) -> None:

@@ -24,16 +24,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"pass {name}: switched off", highlight=False)
     console.print()
     table = Table(box=None, padding=(0, 2), show_edge=False)
-    table.add_column("experiment")
-    for title in (
-        "cells",
-        "prompts",
-        "rows",
-        "unpatched passes",
-        "blocks per row",
-        "tokens per row",
-    ):
-        table.add_column(title, justify="right")
+    table.add_column("experiment", overflow="fold")
+    for title in ("cells", "prompts", "rows", "unpatched", "blocks a row", "tokens a row"):
+        table.add_column(title, justify="right", no_wrap=True)
     total = 0
     for panel in plan.panels:
         for experiment in panel.experiments:
