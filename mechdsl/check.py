@@ -305,7 +305,10 @@ def _against_axes(experiment: ResolvedExperiment, program: spec.Program) -> list
                 span=experiment.spec.statistics.span,
                 kind="value of the prompts",
                 name=by,
-                hint=f"values of `{experiment.table.name}` are {', '.join(values)}",
+                hint=did_you_mean(
+                    nearest(by, values),
+                    f"values of `{experiment.table.name}` are {', '.join(values)}",
+                ),
             )
         )
     known = Known(
@@ -353,7 +356,7 @@ def _enough_prompts(experiment: ResolvedExperiment) -> list[Diagnostic]:
     settings = experiment.spec.statistics
     rows = experiment.table.runs["clean"].rows
     units = len(rows)
-    if settings.by is not None:
+    if settings.by is not None and rows and settings.by in rows[0].values:
         units = len({str(row.values.get(settings.by)) for row in rows})
     tests = len(tested) * experiment.n_cells
     return check_prompts(units, tests, settings, tested[0].span)

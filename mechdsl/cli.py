@@ -3,6 +3,7 @@ was run, 3 the run broke off, 130 interrupted."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -43,12 +44,17 @@ limit_option = click.option(
     help="At most this many rows per experiment.",
 )
 no_pass_option = click.option(
-    "--no-pass", "no_pass", multiple=True, metavar="NAME", help="Switch a pass off."
+    "--no-pass",
+    "no_pass",
+    multiple=True,
+    metavar="NAME",
+    help="Switch a pass off; `plan` lists them.",
 )
 
 
 def main() -> None:
     """The entry point: every way out is an exit status, and no user sees a traceback."""
+    gc.disable()  # checking makes many objects and no garbage worth a tenth of its time
     try:
         # Not `app(…)`: click would end broken pipes as if an expectation had failed.
         with app.make_context("mechdsl", sys.argv[1:]) as context:
@@ -261,6 +267,7 @@ def _run(
     form: str,
     without: frozenset[str],
 ) -> int:
+    gc.enable()  # models and results do make garbage
     from mechdsl.collect import versions
     from mechdsl.execute import Options
     from mechdsl.pipeline import RunOptions, run_checked
@@ -358,7 +365,7 @@ def validate(files: tuple[Path, ...], parameters: tuple[str, ...], form: str) ->
     return WRONG if has_errors(problems) else FINE
 
 
-@app.command()
+@app.command(short_help="Print the graph, and how much there is to run.")
 @file_argument
 @set_option
 @limit_option
@@ -411,7 +418,7 @@ def graph(file: Path, parameters: tuple[str, ...], form: str, to: Path | None) -
     return FINE
 
 
-@app.command()
+@app.command(short_help="Show prompts token by token, or an error's page.")
 @click.argument("what", metavar="FILE|CODE")
 @set_option
 @limit_option
@@ -477,7 +484,7 @@ def fmt(files: tuple[Path, ...], check: bool) -> int:
     return WRONG if has_errors(problems) or (check and changed) else FINE
 
 
-@app.command()
+@app.command(short_help="Print a JSON schema.")
 @click.argument("what", type=click.Choice(["results", "experiment"]), default="results")
 def schema(what: str) -> int:
     """Print a JSON schema: of the document that `run --format json` prints, or of an experiment."""

@@ -28,19 +28,19 @@ def print_plan(plan: Plan, console: Console) -> None:
     for title in ("cells", "prompts", "rows", "unpatched", "blocks a row", "tokens a row"):
         table.add_column(title, justify="right", no_wrap=True)
     total = 0
-    for panel in plan.panels:
-        for experiment in panel.experiments:
-            rows = count_rows(experiment)
-            total += rows
-            table.add_row(
-                experiment.experiment.name,
-                f"{experiment.n_cells:,}",
-                f"{len(experiment.experiment.table):,}",
-                f"{rows:,}",
-                f"{unpatched_rows(experiment):,}",
-                _blocks(experiment) if experiment.rules else "–",
-                _tokens(experiment, reuses=plan.reuses) if experiment.rules else "–",
-            )
+    planned = [each for panel in plan.panels for each in panel.experiments]
+    for experiment in sorted(planned, key=lambda each: each.experiment.spec.span.start):
+        rows = count_rows(experiment)
+        total += rows
+        table.add_row(
+            experiment.experiment.name,
+            f"{experiment.n_cells:,}",
+            f"{len(experiment.experiment.table):,}",
+            f"{rows:,}",
+            f"{unpatched_rows(experiment):,}",
+            _blocks(experiment) if experiment.rules else "–",
+            _tokens(experiment, reuses=plan.reuses) if experiment.rules else "–",
+        )
     console.print(table)
     console.print(
         f"{total:,} patched rows in all: the plain loop runs one forward pass for each", style="dim"
@@ -58,7 +58,8 @@ def count_rows(plan: ExperimentPlan) -> int:
 
 def _draws(plan: ExperimentPlan) -> int:
     runs = plan.experiment.table.runs
-    names = [plan.experiment.spec.base, plan.experiment.spec.source]
+    spec = plan.experiment.spec
+    names = [spec.base, spec.source, *(rule.source for rule in spec.rules)]
     noises = [runs[name].noise for name in names if name is not None]
     return max((noise.samples for noise in noises if noise is not None), default=1)
 

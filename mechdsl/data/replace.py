@@ -137,7 +137,7 @@ def _rewrite(
         return offset + shift
 
     spans = tuple(
-        replace(s, start=moved(s.start, is_end=False), end=moved(s.end, is_end=True))
+        s._replace(start=moved(s.start, is_end=False), end=moved(s.end, is_end=True))
         for s in row.spans
     )
     return text, spans

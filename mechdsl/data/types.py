@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from mechdsl.data.rows import Row
 
 
-@dataclass(frozen=True)
-class SpanAt:
-    """One occurrence of a named span in a prompt: characters `start` to `end` (exclusive)."""
+class SpanAt(NamedTuple):
+    """One occurrence of a named span in a prompt: characters `start` to `end` (exclusive).
+
+    A tuple, because a hundred rows of lists make tens of thousands of them.
+    """
 
     name: str
     start: int

@@ -365,10 +365,18 @@ def expand_metrics(expression: ast.Expr, parts: Parts, scope: Scope) -> ast.Expr
     reason = "is defined by itself"
     for _ in range(len(parts.metrics) + 1):
         found = False
+        # What a metric is called with is a text, a run or a site, whatever its name.
+        arguments = {
+            part.span
+            for call in walk(expression)
+            if isinstance(call, ast.Call)
+            for part in walk(call.arguments)
+        }
 
-        def change(node: ast.Node) -> ast.Node:
+        def change(node: ast.Node, arguments: set[Span] = arguments) -> ast.Node:
             nonlocal found
-            if isinstance(node, ast.Name) and node.id in parts.metrics:
+            metric = isinstance(node, ast.Name) and node.span not in arguments
+            if isinstance(node, ast.Name) and metric and node.id in parts.metrics:
                 found = True
                 scope.has("metric", node.id)
                 return parts.metrics[node.id]

@@ -14,6 +14,7 @@ from mechdsl.diagnostics.e02_names import (
     BadSetting,
     ImportFailed,
     MissingLine,
+    RepeatedStatement,
     UnknownName,
     did_you_mean,
 )
@@ -23,7 +24,7 @@ from mechdsl.lower.experiment import lower_experiment
 from mechdsl.lower.prompts import lower_prompts
 from mechdsl.lower.scope import Scope
 from mechdsl.registry import nearest
-from mechdsl.source import Source
+from mechdsl.source import Source, Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse, parse_setting, read_source
 
@@ -42,6 +43,8 @@ class Parts:
     metrics: dict[str, ast.Expr] = field(default_factory=dict)
     experiments: list[spec.Experiment] = field(default_factory=list)
     seed: int = 0
+    seeded: Span | None = None
+    """Where; a file's own seed comes after those of its imports and replaces them."""
 
 
 def lower_program(
@@ -64,11 +67,10 @@ def lower_program(
         if imported:
             continue
         for statement in file.statements:
-            if isinstance(statement, ast.ExperimentDef) and scope.define(
-                "experiment", statement.name, imported=False
-            ):
+            if isinstance(statement, ast.ExperimentDef):
+                is_new = scope.define("experiment", statement.name, imported=False)
                 experiment = lower_experiment(statement, parts, scope)
-                if experiment is not None:
+                if experiment is not None and is_new:
                     parts.experiments.append(experiment)
     # What is not supported yet may be what uses a name.
     supported = not any(isinstance(d, NotSupported) for d in scope.diagnostics)
@@ -220,7 +222,17 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Parts, scope: Scope)
                 _refuse_ranked(sites, scope.diagnostics)
                 parts.groups[name.id] = spec.Group(span=statement.span, name=name.id, sites=sites)
         case ast.Seed(value=value):
-            parts.seed = value
+            first = parts.seeded
+            if first is not None and first.source is statement.span.source:
+                scope.diagnostics.append(
+                    RepeatedStatement(
+                        span=statement.span,
+                        what="seed",
+                        block=first.source.name,
+                        first=first.line,
+                    )
+                )
+            parts.seed, parts.seeded = value, statement.span
         case ast.PromptsDef(kind="images", name=name):
             _later(statement.name, "images", imported, scope)
         case ast.DirectionDef(name=name):

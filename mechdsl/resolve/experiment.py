@@ -393,7 +393,10 @@ def _groups(rule: spec.Rule, fill: Fill, work: _Work) -> tuple[str, ...] | None:
                 span=rule.span,
                 kind="value to group by",
                 name=rule.by,
-                hint=f"values of `{work.table.name}` are {known}"
+                hint=did_you_mean(
+                    nearest(rule.by, known.split(", ")),
+                    f"values of `{work.table.name}` are {known}",
+                )
                 if fill == "mean"
                 else "only `mean` can be taken within groups",
             )
