@@ -81,3 +81,26 @@ def test_a_name_that_is_wrong_is_not_unused_as_well() -> None:
     source = Source(HEAD + experiment("measure correct as raw").replace("fruit", "friut"))
     _, found = lower_program(parse(source)[0], source)
     assert [type(d) for d in found] == [UnknownName]
+
+
+def test_a_metric_may_be_called_like_a_text() -> None:
+    text = HEAD.replace("\nprompts", "metric answer = prob(answer)\n\nprompts", 1)
+    (found,) = lowered(text + experiment("measure answer as raw")).experiments
+    (again,) = lowered(HEAD + experiment("measure prob(answer) as raw")).experiments
+    assert found.measures[0].metric == again.measures[0].metric
+
+
+def test_a_second_experiment_of_a_name_still_uses_its_names() -> None:
+    text = HEAD.replace("\nprompts", "metric p = prob(answer)\n\nprompts", 1)
+    twice = experiment("measure correct as raw") + experiment("measure p as raw")
+    source = Source(text + twice)
+    program, found = lower_program(parse(source)[0], source)
+    assert [d.code for d in found] == ["E0202"]
+    assert len(program.experiments) == 1
+
+
+def test_the_seed_of_the_file_itself_holds(tmp_path: Path) -> None:
+    (tmp_path / "shared.mech").write_text(f"{HEAD}\nseed 5\n", encoding="utf-8")
+    rest = 'use "shared.mech"\n' + experiment("measure correct as raw")
+    assert lowered(f"mech 1\n{rest}", tmp_path / "a.mech").seed == 5
+    assert lowered(f"mech 1\nseed 7\n{rest}", tmp_path / "a.mech").seed == 7
