@@ -18,6 +18,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import BadPlaceholder, MisspeltWord, UnterminatedString
 from mechdsl.diagnostics.e02_names import (
     BadCommandLine,
+    DuplicateName,
     MissingLine,
     UnknownName,
     UnknownWord,
@@ -45,6 +46,7 @@ from mechdsl.results.significance import check_prompts
 from mechdsl.source import Source
 from mechdsl.syntax.parse import parse
 from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.reports import check_report
 
 WORD = re.compile(r"[^\W\d]\w*")
@@ -114,7 +116,14 @@ def check_source(
     for name, prompts in program.prompts.items():
         contexts.table_alone(name, prompts)
     checked.diagnostics.extend(_files_written(experiments))
+    checked.diagnostics.extend(
+        DuplicateName(span=value.span, name=name, first="the metric of the language")
+        for name, value in program.metrics.items()
+        if name in METRICS
+    )
     found = [d for d in checked.diagnostics if not _follows(d, syntax)]
+    if has_errors([*syntax, *found]):  # an error may be why a name isn't used
+        found = [d for d in found if not isinstance(d, UnusedName)]
     checked.diagnostics = _unique([*syntax, *found])
     return checked
 

@@ -198,7 +198,7 @@ class PanelRunner:
     def total_rows(self) -> int:
         """Patched rows of all experiments, draws included."""
         return sum(
-            len(plan.rows(batch)) * self._draws(plan)
+            len(plan.rows(batch)) * plan.draws
             for plan in self.panel.experiments
             if plan.rules
             for batch in self.batches
@@ -335,17 +335,11 @@ class PanelRunner:
         for found, values in zip(measured.patched, base, strict=True):
             found[:] = values
 
-    def _draws(self, plan: ExperimentPlan) -> int:
-        noise = self.runs.named(plan.experiment.spec.base).noise
-        source = plan.experiment.spec.source
-        other = self.runs.named(source).noise if source is not None else None
-        return max(noise.samples if noise else 1, other.samples if other else 1)
-
     def _passes(
         self, plan: ExperimentPlan, rows: Rows, batch: Ints
     ) -> Iterator[tuple[Rows, list[Floats]]]:
         """The rows in passes of equal start and input, with their values per measure."""
-        draws = self._draws(plan)
+        draws = plan.draws
         for start, run, group in self._groups(plan, rows):
             lanes = self.runs.lanes(run, batch)
             for part in self._sized(plan, group, lanes, draws):

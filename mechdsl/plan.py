@@ -144,6 +144,15 @@ class ExperimentPlan:
     def n_cells(self) -> int:
         return len(self.starts)
 
+    @property
+    def draws(self) -> int:
+        """Draws of noise that every row is run with, of all runs that it starts from or reads."""
+        spec = self.experiment.spec
+        names = [spec.base, spec.source, *(plan.rule.run for plan in self.rules)]
+        runs = self.experiment.table.runs
+        noises = [runs[name].noise for name in names if name is not None]
+        return max((noise.samples for noise in noises if noise is not None), default=1)
+
     def leftmost(self, rows: Rows) -> Ints:
         """The first position that each row writes to."""
         first = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)

@@ -186,6 +186,8 @@ class Program(Spec):
     models: dict[str, Model] = {}
     prompts: dict[str, Prompts] = {}
     groups: dict[str, Group] = {}
+    metrics: dict[str, ExprText] = {}
+    """Those that the file names; measures have them put in already."""
     parameters: dict[str, int | float | str | bool] = {}
     experiments: tuple[Experiment, ...] = ()
     seed: int = 0

@@ -53,15 +53,7 @@ def count_rows(plan: ExperimentPlan) -> int:
         return 0
     experiment = plan.experiment
     rows = plan.rows(np.arange(len(experiment.table), dtype=np.int64))
-    return len(rows) * _draws(plan)
-
-
-def _draws(plan: ExperimentPlan) -> int:
-    runs = plan.experiment.table.runs
-    spec = plan.experiment.spec
-    names = [spec.base, spec.source, *(rule.source for rule in spec.rules)]
-    noises = [runs[name].noise for name in names if name is not None]
-    return max((noise.samples for noise in noises if noise is not None), default=1)
+    return len(rows) * plan.draws
 
 
 def unpatched_rows(plan: ExperimentPlan) -> int:

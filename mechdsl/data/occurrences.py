@@ -147,7 +147,9 @@ class Occurrences:
                 lacking=len(lacking),
                 total=self.total,
                 example=self.example(lacking[0]),
-                hint=occurrence_hint(ref, least, self.table, self.run),
+                hint=occurrence_hint(ref, least, self.table, self.run)
+                if least > 0
+                else f"occurrences count from 1: write `{ref.name} 1 token`",
             )
         )
 
@@ -157,6 +159,9 @@ class Occurrences:
         if found is None:
             return None
         pick, least = _picker(ref)
+        if least < 1:  # `item 0`: occurrences count from 1
+            self.absent(node, ref, list(range(self.total)), least)
+            return None
         lacking = [n for n, places in enumerate(found) if len(places) < least]
         if lacking:
             self.absent(node, ref, lacking, least)

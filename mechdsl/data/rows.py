@@ -25,7 +25,7 @@ from mechdsl.data.values import (
     plain,
     render,
 )
-from mechdsl.diagnostics.e05_data import TextNotInside
+from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
 from mechdsl.source import Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.template import Placeholder
@@ -34,6 +34,9 @@ from mechdsl.vocab.corruptions import change_of
 RECORD = "record"
 """Name of the axis of a data file's records."""
 CLEAN = "clean"
+
+MAX_CHARACTERS = 100_000
+"""Of one text. Texts of texts would grow without end before a tokenizer sees them."""
 
 
 class Row:
@@ -138,7 +141,17 @@ class Row:
                 parts.append(("", Rich(piece)))
             else:
                 parts.append((piece.name or "", self._placed(piece, key)))
-        return concatenate(parts)
+        whole = concatenate(parts)
+        if len(whole.text) > MAX_CHARACTERS:
+            raise Refusal(
+                TooMany,
+                node.span,
+                what="this text",
+                amount=f"{len(whole.text):,} characters",
+                most=MAX_CHARACTERS,
+                hint="no model reads so much; shorten what stands in it",
+            )
+        return whole
 
     def _placed(self, piece: Placeholder, key: Key) -> Rich:
         own = piece.name is not None and piece.name in self.template.definitions

@@ -142,7 +142,7 @@ class EmptyFile(Diagnostic):
     code = "E0111"
     title = "the file is empty"
     label = "nothing but comments and blank lines"
-    help = "start it with the line `mech 1`; `mechdsl new NAME` writes a file to begin with"
+    help = "start it with the line `mech 1`, as in the examples"
 
 
 @keyword_record

@@ -362,7 +362,7 @@ class _Reader:
     def where(self, node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> Where:
         """A site as a filter of cells."""
         text = " ".join(node.span.text.split())
-        hint = "write a site such as `L9H9` or `layer 0..3`"
+        hint = "write a site such as `L9H9` or `L3.resid`"
         if isinstance(node, ast.ShortSite):
             return self.short(node, text)
         if not isinstance(node, ast.Site):

@@ -23,6 +23,7 @@ from mechdsl.lower.constants import Constant, constant
 from mechdsl.lower.experiment import lower_experiment
 from mechdsl.lower.prompts import lower_prompts
 from mechdsl.lower.scope import Scope
+from mechdsl.lower.unused import unused_in_blocks
 from mechdsl.registry import nearest
 from mechdsl.source import Source, Span
 from mechdsl.syntax import ast
@@ -76,11 +77,13 @@ def lower_program(
     supported = not any(isinstance(d, NotSupported) for d in scope.diagnostics)
     if supported and any(isinstance(s, ast.ExperimentDef) for s in tree.statements):
         scope.warn_unused()
+        scope.diagnostics.extend(unused_in_blocks(tree))
     whole = spec.Program(
         span=tree.span,
         models=parts.models,
         prompts=parts.prompts,
         groups=parts.groups,
+        metrics=parts.metrics,
         parameters=parts.parameters,
         experiments=tuple(parts.experiments),
         seed=parts.seed,

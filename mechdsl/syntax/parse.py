@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def read_source(path: Path) -> tuple[Source | None, list[Diagnostic]]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        reason = "it is a folder" if path.is_dir() else (error.strerror or str(error)).lower()
+        reason = "it is a folder" if os.path.isdir(path) else (error.strerror or str(error)).lower()
         return None, [Unreadable(path=str(path), reason=reason)]
     if b"\0" in data:
         return None, [NotText(path=str(path), reason="it holds a NUL byte")]

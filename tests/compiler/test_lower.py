@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mechdsl.check import check_source
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e02_names import UnknownName
 from mechdsl.lower import lower_program
 from mechdsl.source import Source
@@ -46,7 +48,8 @@ def test_parameters_from_the_command_line() -> None:
     tree, _ = parse(source)
     for settings, limit in (({}, 8), ({"n": "5"}, 5)):
         program, found = lower_program(tree, source, settings)
-        assert (program.experiments[0].limit, found) == (limit, [])
+        assert program.experiments[0].limit == limit
+        assert not has_errors(found)
 
 
 def test_imports_bring_names_and_no_experiments(tmp_path: Path) -> None:
@@ -79,7 +82,7 @@ def test_loops_surround_their_rules() -> None:
 
 def test_a_name_that_is_wrong_is_not_unused_as_well() -> None:
     source = Source(HEAD + experiment("measure correct as raw").replace("fruit", "friut"))
-    _, found = lower_program(parse(source)[0], source)
+    found = check_source(source).diagnostics
     assert [type(d) for d in found] == [UnknownName]
 
 
@@ -94,9 +97,9 @@ def test_a_second_experiment_of_a_name_still_uses_its_names() -> None:
     text = HEAD.replace("\nprompts", "metric p = prob(answer)\n\nprompts", 1)
     twice = experiment("measure correct as raw") + experiment("measure p as raw")
     source = Source(text + twice)
-    program, found = lower_program(parse(source)[0], source)
-    assert [d.code for d in found] == ["E0202"]
-    assert len(program.experiments) == 1
+    checked = check_source(source)
+    assert [d.code for d in checked.diagnostics] == ["E0202"]
+    assert len(checked.program.experiments) == 1
 
 
 def test_the_seed_of_the_file_itself_holds(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Names inside a prompts block that nothing refers to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.w07_names import UnusedName
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+
+
+def unused_in_blocks(tree: ast.File) -> list[Diagnostic]:
+    """W0730 for texts, spans and corruptions of the file's own blocks (`answer` aside: accuracies
+    and explanations read it). Values are looked at where rows are made of them."""
+    defined = [
+        (kind, name)
+        for block in tree.statements
+        if isinstance(block, ast.PromptsDef)
+        for kind, name in _definitions(block)
+    ]
+    definers = {id(name) for _, name in defined}
+    used = {word for node in walk(tree) if id(node) not in definers for word in _mentioned(node)}
+    return [
+        UnusedName(span=name.span, kind=kind, name=name.id)
+        for kind, name in defined
+        if name.id not in used
+    ]
+
+
+def _definitions(block: ast.PromptsDef) -> Iterator[tuple[str, ast.Name]]:
+    for line in block.lines:
+        match line:
+            case ast.Text(name=name) if name.id != "answer":
+                yield "text", name
+            case ast.SpanDef(name=name, within=None):
+                yield "span", name
+            case ast.Corrupt(name=name):
+                yield "corruption", name
+            case _:
+                pass
+
+
+def _mentioned(node: ast.Node) -> Iterator[str]:
+    """Every word of a node that may be a name."""
+    match node:
+        case ast.Name(id=word):
+            yield word
+        case ast.Ref(name=word) | ast.OfRef(name=word) | ast.Attribute(name=word):
+            yield word
+        case ast.Index(name=word):
+            yield word
+        case ast.SpanRef(name=name, of=of):
+            yield from (word for word in (name, of) if word is not None)
+        case ast.String(value=text):
+            for inside in re.findall(r"\{([^{}]*)\}", text):
+                yield from re.findall(r"\w+", inside)
+        case _:
+            pass
