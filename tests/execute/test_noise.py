@@ -235,3 +235,22 @@ def test_a_reordered_file_has_the_same_sd(folder: Path, seen: Seen) -> None:
     write_rows(folder, ROWS[::-1])
     second = run_file(TEXT, folder, bare(FAMILY), prompts=PROMPTS)["e"]
     assert first.conventions["noise of noised"] == second.conventions["noise of noised"]
+
+
+def test_a_rule_may_read_a_noised_run_of_its_own(folder: Path) -> None:
+    """`patch … with noised` averages over all draws, as `from noised into clean` does."""
+    rule = "patch resid_post layer * at subject token"
+    text = experiment("a", "prompts p", f"{rule} with noised", DIFFERENCE) + experiment(
+        "b", "prompts p", "from noised into clean", rule, DIFFERENCE
+    )
+    found = run_file(text, folder, bare(FAMILY), MODES["batched"], prompts=PROMPTS)
+    own, both = (found[name].measures[0].patched for name in ("a", "b"))
+    np.testing.assert_allclose(own, both, atol=1e-5)
+    one = run_file(
+        experiment("one", "prompts p", f"{rule} with noised", DIFFERENCE),
+        folder,
+        bare(FAMILY),
+        MODES["batched"],
+        prompts=PROMPTS.replace("samples: 3", "samples: 1"),
+    )["one"]
+    assert np.abs(own - one.measures[0].patched).max() > 0.01
