@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mechdsl import spec
+from mechdsl.data.block import Block
 from mechdsl.data.prompts import build_table
 from mechdsl.data.tokenizer import TextTokenizer
 from mechdsl.data.types import PromptTable
@@ -176,6 +177,7 @@ class _Contexts:
         self.given = given
         self.limit = limit
         self._models: dict[str, ModelContext | None] = {}
+        self._blocks: dict[str, Block] = {}
         self._tables: dict[tuple[object, ...], PromptTable | None] = {}
 
     def model(self, name: str) -> ModelContext | None:
@@ -223,6 +225,7 @@ class _Contexts:
                 max_length=model.shape.max_positions,
                 parameters=program.parameters,
                 blocks=program.prompts,
+                compiled=self._blocks,
             )
             self.checked.diagnostics.extend(found)
             self._tables[key] = table

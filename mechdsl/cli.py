@@ -55,6 +55,8 @@ no_pass_option = click.option(
 def main() -> None:
     """The entry point: every way out is an exit status, and no user sees a traceback."""
     gc.disable()  # checking makes many objects and no garbage worth a tenth of its time
+    # Pydantic would read the metadata of every installed package to look for plugins of its own.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     try:
         # Not `app(…)`: click would end broken pipes as if an expectation had failed.
         with app.make_context("mechdsl", sys.argv[1:]) as context:

@@ -1,8 +1,8 @@
 """Frozen dataclasses that cost little to define.
 
 A hundred kinds of nodes and as many diagnostics are defined at every start of the command, and the
-standard decorator compiles six functions for each. These compile three; equality, hash and
-representation are written once here.
+standard decorator compiles six functions for each. These compile one; equality, hash and
+representation are written once here, and that nothing is assigned to is the type checker's to see.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def _shown(kind: type[Record]) -> tuple[str, ...]:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def record(kind: T) -> T:
-    """`@dataclass(frozen=True)` for a subclass of Record."""
-    return dataclass(frozen=True, eq=False, repr=False)(kind)
+    """`@dataclass` for a subclass of Record; frozen, as far as the type checker is concerned."""
+    return dataclass(eq=False, repr=False)(kind)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def keyword_record(kind: T) -> T:
     """The same with all fields given by name."""
-    return dataclass(frozen=True, eq=False, repr=False, kw_only=True)(kind)
+    return dataclass(eq=False, repr=False, kw_only=True)(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from mechdsl import spec
 from mechdsl.data.domains import Constants, Words, make_domain
@@ -26,6 +27,9 @@ from mechdsl.registry import nearest
 from mechdsl.source import Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.template import Placeholder, parse_template
+
+if TYPE_CHECKING:
+    from mechdsl.data.rows import Row
 
 TEMPLATE = "template"
 """Name of the value that says which of several templates a row is written with."""
@@ -84,6 +88,8 @@ class Block:
         self.words = words
         self.blocks = blocks
         self.diagnostics: list[Diagnostic] = []
+        self.rows: dict[int, Row] = {}
+        """Rows that were worked out, by their ids: experiments of a file share them."""
         self._templates: dict[int, Template] = {}
         self._pools: dict[str, Sequence[Record]] = {}
         self._columns: dict[str, Sequence[Value]] = {}

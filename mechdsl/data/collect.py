@@ -135,7 +135,11 @@ class _Collector:
         while True:
             order = Permutation(block.combinations, block.seed, block.name, "rows", turn)
             for place in range(block.combinations):
-                yield Row(block, turn * block.combinations + order[place])
+                number = turn * block.combinations + order[place]
+                row = block.rows.get(number)
+                if row is None:
+                    row = block.rows[number] = Row(block, number)
+                yield row
             if self.limit is None or not block.draws:
                 return
             turn += 1

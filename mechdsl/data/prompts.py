@@ -55,15 +55,22 @@ def build_table(
     max_length: int | None = None,
     parameters: Constants | None = None,
     blocks: Blocks | None = None,
+    compiled: dict[str, Block] | None = None,
 ) -> tuple[PromptTable | None, list[Diagnostic]]:
     """The rows of a block with all its runs, tokenised.
 
     words: the plain words of a model's tokenizer, by its name, for `words(MODEL)`.
     max_length: tokens that the model reads. parameters: the file's, as set.
     blocks: all prompts of the file, for `from: pairs`.
+    compiled: blocks by name that were compiled before, with the rows they have worked out; a new
+        one is added. The other arguments but `limit`, `part` and the tokenizer must be the same.
     Codes: E0202, E0305 to E0316 (positions of a corruption), E0501 to E0526, W0701 to W0703.
     """
-    block = Block(prompts, seed=seed, words=words, parameters=parameters or {}, blocks=blocks or {})
+    block = (compiled or {}).get(prompts.name) or Block(
+        prompts, seed=seed, words=words, parameters=parameters or {}, blocks=blocks or {}
+    )
+    if compiled is not None:
+        compiled[prompts.name] = block
     diagnostics = list(block.diagnostics)
     if has_errors(diagnostics):
         return None, diagnostics

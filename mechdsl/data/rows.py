@@ -64,12 +64,14 @@ class Row:
         """Changes of names that only lists draw: applied to each item."""
         self._drawn: dict[str, Value] = {}
         self._cache: dict[str, Value] = {}
+        self._corrupted: dict[str, Row] = {}
 
     def _copy(self) -> Row:
         copy = object.__new__(Row)
         copy.__dict__.update(self.__dict__)
         copy.__dict__.pop("prompt", None)
         copy._cache = {}
+        copy._corrupted = {}
         return copy
 
     # --- names and values -----------------------------------------------------------------------
@@ -246,6 +248,9 @@ class Row:
     def corrupted(self, corruption: spec.Corruption) -> Row:
         """The same row with something changed, from top to bottom. What works on tokens or
         activations is left for later."""
+        known = self._corrupted.get(corruption.name)
+        if known is not None:
+            return known
         row = self._copy()
         row.run = corruption.name
         row.changed, row.item_changes = {}, {}
@@ -253,6 +258,7 @@ class Row:
             kind = change_of(change)
             if kind is not None and kind.apply is not None:
                 kind.apply(row, change)
+        self._corrupted[corruption.name] = row
         return row
 
     def assign(self, names: tuple[ast.Name, ...], value: ast.Expr) -> None:
