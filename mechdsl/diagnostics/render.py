@@ -96,6 +96,8 @@ class _Painter:
             last = diagnostic.span.source.line_column(diagnostic.span.end)[0]
             gutter = len(str(last))
             lines += self._place(diagnostic, diagnostic.span, gutter)
+        elif diagnostic.label_text:  # without a line to stand beside, on one of its own
+            lines.append(" " + self.paint("frame", "= cause:") + f" {_clean(diagnostic.label_text)}")
         if diagnostic.help_text:
             helps = _clean(diagnostic.help_text, keep="\n").split("\n")
             lead = " " * (gutter + 1)

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from mechdsl.load import adopt, describe, prove
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.anatomy import Anatomy, Layout, Tap
 from mechdsl.models.finder import find_anatomy
 
-from . import families
+from . import broken, families
 
 
 def taps(anatomy: Anatomy, **changed: Tap) -> Anatomy:
@@ -172,42 +171,15 @@ def test_a_part_that_is_missing_is_named(loaded: dict[str, LoadedModel]) -> None
     assert "output projection of attention not found" in found[0].message
 
 
-class Gaining(nn.Module):
-    """A block that multiplies what attention adds, as some families do."""
-
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        out, *rest = self.attention(*args, **kwargs)
-        return (out * 2, *rest)
-
-
 def test_a_block_with_a_rule_of_its_own_is_refused() -> None:
-    module = families.module("llama")
-    for layer in module.model.layers:  # type: ignore[union-attr]
-        gained = Gaining(layer.self_attn)
-        layer.self_attn = gained
-    model, found = adopt("m", module, families.tokenizer())
+    model, found = broken.gaining()
     assert model is None
     assert found[0].code == "E0410"
     assert "the sum of head_out" in found[0].message
 
 
 def test_layers_that_share_something_are_not_resumed() -> None:
-    """Queries of the last layer also get what the first block returned: fine, but not to resume."""
-    module = families.module("llama")
-    layers = module.get_submodule("model.layers")
-    kept: list[torch.Tensor] = []
-    first, last = layers.get_submodule("0"), layers.get_submodule("2.self_attn.q_proj")
-
-    def keep(block: nn.Module, args: object, output: torch.Tensor) -> None:
-        kept[:] = [output.mean(-1, keepdim=True)]
-
-    first.register_forward_hook(keep)
-    last.register_forward_hook(lambda m, args, out: out + kept[0])
-    model, found = adopt("m", module, families.tokenizer())
+    model, found = broken.sharing()
     assert model is not None
     assert not model.resumable
     assert [d.code for d in found] == ["W0711", "W0712"]
@@ -215,16 +187,7 @@ def test_layers_that_share_something_are_not_resumed() -> None:
 
 
 def test_a_model_that_forgets_its_past_is_not_continued() -> None:
-    module = families.module("llama")
-
-    def forget(inner: nn.Module, args: object, kwargs: dict[str, object]) -> object:
-        if kwargs.get("past_key_values") is not None:
-            kwargs["past_key_values"].layers.clear()  # type: ignore[attr-defined]
-            kwargs["attention_mask"] = None
-        return args, kwargs
-
-    module.get_submodule("model").register_forward_pre_hook(forget, with_kwargs=True)
-    model, found = adopt("m", module, families.tokenizer())
+    model, found = broken.forgetting()
     assert model is not None
     assert model.resumable
     assert not model.continuable
@@ -233,9 +196,7 @@ def test_a_model_that_forgets_its_past_is_not_continued() -> None:
 
 
 def test_a_model_that_does_not_run_is_refused() -> None:
-    module = families.module("llama")
-    module.get_submodule("model").register_forward_hook(lambda *args: 1 / 0)
-    model, found = adopt("m", module, families.tokenizer())
+    model, found = broken.failing()
     assert model is None
     assert [d.code for d in found] == ["E0411"]
     assert "it doesn't run: division by zero" in found[0].label_text

@@ -1,0 +1,102 @@
+"""Models with something wrong, each in its own way; one per code that no file alone can show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.load import adopt
+from mechdsl.loaded import LoadedModel
+
+from . import families
+
+Adopted = tuple[LoadedModel | None, list[Diagnostic]]
+
+
+class Gaining(nn.Module):
+    """A block that multiplies what attention adds, as some families do."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        out, *rest = self.attention(*args, **kwargs)
+        return (out * 2, *rest)
+
+
+def _adopted(module: nn.Module, tokenizer: Any = None) -> Adopted:
+    return adopt("toy", module, tokenizer or families.tokenizer())
+
+
+def nameless() -> Adopted:
+    """Its output projections go by a name that nobody has heard of."""
+    module = families.module("llama")
+    for layer in module.model.layers:  # type: ignore[union-attr]
+        attention: Any = layer.self_attn
+        attention.gizmo = attention.o_proj
+        del attention.o_proj
+    return _adopted(module)
+
+
+def gaining() -> Adopted:
+    module = families.module("llama")
+    for layer in module.model.layers:  # type: ignore[union-attr]
+        layer.self_attn = Gaining(layer.self_attn)
+    return _adopted(module)
+
+
+def failing() -> Adopted:
+    """It raises when it is called."""
+    module = families.module("llama")
+    module.get_submodule("model").register_forward_hook(lambda *args: 1 / 0)
+    return _adopted(module)
+
+
+def slow() -> Adopted:
+    """Its tokenizer has no offsets."""
+    return _adopted(families.module("gpt2"), object())
+
+
+def sharing() -> Adopted:
+    """Queries of the last layer also get what the first block returned: fine, but not to resume."""
+    module = families.module("llama")
+    layers = module.get_submodule("model.layers")
+    kept: list[torch.Tensor] = []
+    first, last = layers.get_submodule("0"), layers.get_submodule("2.self_attn.q_proj")
+
+    def keep(block: nn.Module, args: object, output: torch.Tensor) -> None:
+        kept[:] = [output.mean(-1, keepdim=True)]
+
+    first.register_forward_hook(keep)
+    last.register_forward_hook(lambda m, args, out: out + kept[0])
+    return _adopted(module)
+
+
+def forgetting() -> Adopted:
+    """It takes no notice of keys and values that it is given."""
+    module = families.module("llama")
+
+    def forget(inner: nn.Module, args: object, kwargs: dict[str, Any]) -> object:
+        if kwargs.get("past_key_values") is not None:
+            kwargs["past_key_values"].layers.clear()
+            kwargs["attention_mask"] = None
+        return args, kwargs
+
+    module.get_submodule("model").register_forward_pre_hook(forget, with_kwargs=True)
+    return _adopted(module)
+
+
+CAUSES: dict[str, Callable[[], Adopted]] = {
+    "E0409": nameless,
+    "E0410": gaining,
+    "E0411": failing,
+    "E0412": slow,
+    "W0711": sharing,
+    "W0712": forgetting,
+}
+"""By code; `docs/errors` shows what each of them says."""
