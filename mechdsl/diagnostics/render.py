@@ -97,7 +97,8 @@ class _Painter:
             gutter = len(str(last))
             lines += self._place(diagnostic, diagnostic.span, gutter)
         elif diagnostic.label_text:  # without a line to stand beside, on one of its own
-            lines.append(" " + self.paint("frame", "= cause:") + f" {_clean(diagnostic.label_text)}")
+            cause = _clean(diagnostic.label_text)
+            lines.append(" " + self.paint("frame", "= cause:") + f" {cause}")
         if diagnostic.help_text:
             helps = _clean(diagnostic.help_text, keep="\n").split("\n")
             lead = " " * (gutter + 1)
