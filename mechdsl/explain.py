@@ -116,7 +116,7 @@ def _list(groups: Iterable[tuple[int, ...]]) -> str:
 
 def _rules(experiment: ResolvedExperiment, console: Console) -> None:
     for rule in experiment.rules:
-        console.print(Text("  " + " ".join(rule.spec.span.text.split()), style="bold"))
+        console.print(Text("  " + rule.spec.span.written, style="bold"))
         if rule.sites is not None:
             labels = list(rule.sites.labels.values())
             shown = ", ".join(labels[:SHOWN_CELLS])
@@ -164,7 +164,7 @@ def as_json(checked: Checked) -> dict[str, Any]:
                 },
                 "rules": [
                     {
-                        "rule": " ".join(r.spec.span.text.split()),
+                        "rule": r.spec.span.written,
                         "sites": [] if r.sites is None else list(r.sites.labels.values()),
                         "positions": [
                             {

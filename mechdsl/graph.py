@@ -231,7 +231,7 @@ def patched(experiment: ResolvedExperiment) -> Forward:
 
 def _at(rule: ResolvedRule) -> str:
     """The positions as written; of a `replace` the text too."""
-    at = " ".join(rule.spec.at.span.text.split())
+    at = rule.spec.at.span.written
     if rule.fill == "text" and rule.spec.fill is not None:
         at += f" with {rule.spec.fill.span.text}"
     return at
@@ -271,7 +271,7 @@ def _effect(
     experiment: ResolvedExperiment, measure: spec.Measure, resolved: ResolvedMeasure
 ) -> Effect:
     entry = EFFECTS[measure.effect]
-    at = "last token" if measure.at is None else " ".join(measure.at.span.text.split())
+    at = "last token" if measure.at is None else measure.at.span.written
     runs = dict.fromkeys(atom.run for atom in resolved.atoms if atom.run is not None)
     references = tuple(unpatched(experiment, run) for run in runs)
 

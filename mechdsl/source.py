@@ -69,6 +69,11 @@ class Span:
     def text(self) -> str:
         return self.source.text[self.start : self.end]
 
+    @property
+    def written(self) -> str:
+        """The text on one line, as messages and tables quote it."""
+        return " ".join(self.text.split())
+
     def to(self, other: Span) -> Span:
         """The span from the start of this one to the end of the other."""
         return Span(self.source, min(self.start, other.start), max(self.end, other.end))

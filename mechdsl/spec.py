@@ -16,7 +16,7 @@ from mechdsl.syntax import ast
 
 
 def _as_written(node: Any) -> str | None:
-    return None if node is None else " ".join(node.span.text.split())
+    return None if node is None else node.span.written
 
 
 if TYPE_CHECKING:

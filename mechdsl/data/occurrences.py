@@ -127,7 +127,7 @@ class Occurrences:
             self.diagnostics.append(
                 SpanWithoutToken(
                     span=ref.span,
-                    name=as_written(ref),
+                    name=ref.span.written,
                     run=self.run,
                     lacking=len(bare),
                     total=self.total,
@@ -142,7 +142,7 @@ class Occurrences:
         self.diagnostics.append(
             AbsentOccurrence(
                 span=node.span,
-                position=as_written(ref),
+                position=ref.span.written,
                 run=self.run,
                 lacking=len(lacking),
                 total=self.total,
@@ -175,7 +175,7 @@ class Occurrences:
         return [places[pick] for places in found]
 
     def _ambiguous(self, node: ast.Node, ref: ast.SpanRef, several: list[int], times: int) -> None:
-        name = as_written(ref)
+        name = ref.span.written
         behind = f" of {ref.of}" if ref.of is not None else ""
         ways = [f"`first-{name} token`", f"`last-{name} token`", f"`{ref.name} 2{behind} token`"]
         ways += [f"`each {name} token` for one run each", f"`{name} tokens` for all of them"]
@@ -209,7 +209,7 @@ class Occurrences:
             self.diagnostics.append(
                 TokenCoversMore(
                     span=ref.span,
-                    name=as_written(ref),
+                    name=ref.span.written,
                     tokens=shown,
                     rows=len(rows),
                     total=self.total,
@@ -219,11 +219,6 @@ class Occurrences:
     def example(self, n: int) -> str:
         text = " ".join(self.maps[n].row.text.split())
         return f'"{text}"' if len(text) <= 48 else f'"{text[:47]}…"'
-
-
-def as_written(node: ast.Node) -> str:
-    """The node as written, on one line."""
-    return " ".join(node.span.text.split())
 
 
 def _lies_in(span: Any, name: str, spans: Sequence[Any]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mechdsl.data.occurrences import Occurrences, as_written
+from mechdsl.data.occurrences import Occurrences
 from mechdsl.data.spans import TokenMap
 from mechdsl.data.tokenizer import TextTokenizer
 from mechdsl.data.types import PositionCell, PromptTable
@@ -108,7 +108,7 @@ class _Resolver:
                     tuple(tuple(p + point.offset for p in run) for run in row) for row in cell.hits
                 ]
                 cell.label = (
-                    f"{cell.label} {sign} {abs(point.offset)}" if swept else as_written(point)
+                    f"{cell.label} {sign} {abs(point.offset)}" if swept else point.span.written
                 )
             # Special tokens are hit only where they are named or counted.
             counted = isinstance(point.base, ast.TokenIndex)
@@ -152,11 +152,11 @@ class _Resolver:
         if low is None:
             if base.plural:
                 return [
-                    _Cell(as_written(base), [(tuple(range(len(m.row.ids))),) for m in self.maps])
+                    _Cell(base.span.written, [(tuple(range(len(m.row.ids))),) for m in self.maps])
                 ]
             return self._all_positions(base, align)
         if high is None:
-            label = as_written(base) if base.plural else str(low)
+            label = base.span.written if base.plural else str(low)
             return self._counted([(label, low, low)], base)
         if (low < 0) != (high < 0):
             return self._mixed(base, low, high, align)
@@ -169,7 +169,7 @@ class _Resolver:
         longest = max(len(m.row.ids) for m in self.maps)
         low, high = max(low, -longest - 1), min(high, longest)
         if base.plural:
-            return self._counted([(as_written(base), low, high)], base)
+            return self._counted([(base.span.written, low, high)], base)
         return self._counted([(str(i), i, i) for i in range(low, high + 1)], base)
 
     def _counted(self, wanted: list[tuple[str, int, int]], base: ast.TokenIndex) -> list[_Cell]:
@@ -190,7 +190,7 @@ class _Resolver:
             size = len(m.row.ids)
             first, last = (i + size if i < 0 else i for i in (low, high))
             whole.append((tuple(range(first, last + 1)),) if first <= last else ())
-        cell = _Cell(as_written(base), whole)
+        cell = _Cell(base.span.written, whole)
         hint = "count within the shortest prompt"
         if not self._inside([cell], base, hint, special=True):
             return []
@@ -210,7 +210,7 @@ class _Resolver:
             self.diagnostics.append(
                 RaggedPositions(
                     span=node.span,
-                    position=as_written(node),
+                    position=node.span.written,
                     run=self.run,
                     shortest=min(everything),
                     longest=max(everything),
@@ -240,7 +240,7 @@ class _Resolver:
             self.diagnostics.append(
                 OutsidePrompt(
                     span=node.span,
-                    position=as_written(node),
+                    position=node.span.written,
                     run=self.run,
                     lacking=len(lacking),
                     total=self.total,
@@ -265,7 +265,7 @@ class _Resolver:
             return []
         hits = [p.tokens if base.plural else p.tokens[-1:] for p in found]
         self.spans.warn(ref, zip(range(self.total), found, hits, strict=True))
-        return [_Cell(as_written(base), [(h,) for h in hits])]
+        return [_Cell(base.span.written, [(h,) for h in hits])]
 
     def _occurrences(self, base: ast.SpanTokens) -> list[_Cell]:
         """One cell per occurrence. Those of `each` and `*` drop out where a row has fewer."""
@@ -325,7 +325,7 @@ class _Resolver:
         hits: list[Hits] = [
             (tuple(sorted({t for place in places for t in place.tokens})),) for places in found
         ]
-        return [_Cell(as_written(base), hits)]
+        return [_Cell(base.span.written, hits)]
 
     def _each_token_of(self, base: ast.EachTokenOf, ref: ast.SpanRef) -> list[_Cell]:
         found = self.spans.one_place(base, ref)
@@ -338,7 +338,7 @@ class _Resolver:
             return [p.tokens for p in places or ()]
 
         lengths = self._lengths([p.tokens for p in found], elsewhere)
-        return self._ragged(as_written(ref), [p.tokens for p in found], lengths)
+        return self._ragged(ref.span.written, [p.tokens for p in found], lengths)
 
     def _lengths(
         self,
@@ -373,12 +373,12 @@ class _Resolver:
         at = 0 if base.which == "first" else -1
         if base.of is None:
             # A prompt without text is refused when the table is built.
-            return [_Cell(as_written(base), [((m.text_tokens[at],),) for m in self.maps])]
+            return [_Cell(base.span.written, [((m.text_tokens[at],),) for m in self.maps])]
         found = self.spans.one_place(base, base.of)
         if found is None:
             return []
         self.spans.warn(base.of, ((n, p, (p.tokens[at],)) for n, p in enumerate(found)))
-        return [_Cell(as_written(base), [((p.tokens[at],),) for p in found])]
+        return [_Cell(base.span.written, [((p.tokens[at],),) for p in found])]
 
     # --- joined, between, except ------------------------------------------------------------------
 
@@ -387,7 +387,7 @@ class _Resolver:
         cells = [cell for item in items.items for cell in self.position(item)]
         if has_errors(self.diagnostics[before:]):
             return []
-        return [_Cell(as_written(base), [_union(cells, n) for n in range(self.total)])]
+        return [_Cell(base.span.written, [_union(cells, n) for n in range(self.total)])]
 
     def _single(self, point: ast.Point) -> list[int] | None:
         """One token position per row, else E0314."""
@@ -401,7 +401,7 @@ class _Resolver:
         elif any(len(row) != 1 or len(row[0]) != 1 for row in cells[0].hits):
             reason = "several tokens"
         if reason:
-            position = as_written(point)
+            position = point.span.written
             self.diagnostics.append(
                 NotOnePosition(span=point.span, position=position, reason=reason)
             )
@@ -431,7 +431,7 @@ class _Resolver:
         if tokens is None:
             return []
         if not body.each:
-            return [_Cell(as_written(body), [(row,) for row in tokens])]
+            return [_Cell(body.span.written, [(row,) for row in tokens])]
         lengths = self._lengths(tokens, lambda other: other._between_tokens(body) or ())
         return self._ragged("between", tokens, lengths)
 
@@ -450,7 +450,7 @@ class _Resolver:
             self.diagnostics.append(
                 NothingLeft(
                     span=body.span,
-                    position=as_written(body),
+                    position=body.span.written,
                     run=self.run,
                     lacking=len(lacking),
                     total=self.total,
@@ -458,7 +458,7 @@ class _Resolver:
                 )
             )
             return []
-        return self._by_index(body, kept, align) if body.each else [_Cell(as_written(body), kept)]
+        return self._by_index(body, kept, align) if body.each else [_Cell(body.span.written, kept)]
 
 
 def _union(cells: Sequence[_Cell], n: int) -> Hits:

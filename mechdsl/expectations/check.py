@@ -207,7 +207,7 @@ class _Reader:
         """A measure without saying of which cell, so there must be only one."""
         measure = self.measure(node)
         if not self.known.one_cell:
-            text = " ".join(node.span.text.split())
+            text = node.span.written
             cell = f"{text}(L9H9)" if isinstance(node, ast.Name) else f"mean({text}, L9H9)"
             hint = f"say which: `max({text})`, `mean({text})`, or one cell, as in `{cell}`"
             _unreadable(node.span, f"`{text}` has a value in every cell", hint)
@@ -268,7 +268,7 @@ class _Reader:
     def measure(self, node: ast.Expr) -> int:
         """The one measure that a name, `recovery of ld` or a metric as written means."""
         measures = self.known.measures
-        text = " ".join(node.span.text.split())
+        text = node.span.written
         found = self.labelled(node)
         if not found and isinstance(node, ast.Name):
             text = node.id
@@ -347,7 +347,7 @@ class _Reader:
             kind = "axis of this experiment"
             raise _Refused(UnknownWord(span=argument.span, kind=kind, word=axis, hint=hint))
         value = argument.value
-        text = " ".join(argument.span.text.split())
+        text = argument.span.written
         match value:
             case ast.String():
                 return Where(text, {axis: ((value.value, value.value),)})
@@ -361,7 +361,7 @@ class _Reader:
 
     def where(self, node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> Where:
         """A site as a filter of cells."""
-        text = " ".join(node.span.text.split())
+        text = node.span.written
         hint = "write a site such as `L9H9` or `L3.resid`"
         if isinstance(node, ast.ShortSite):
             return self.short(node, text)

@@ -395,7 +395,7 @@ def expand_metrics(expression: ast.Expr, parts: Parts, scope: Scope) -> ast.Expr
     scope.diagnostics.append(
         BadArgument(
             span=written.span,
-            name=_written(written.span),
+            name=written.span.written,
             reason=reason,
             hint="a metric may use other metrics, but not in a circle or without end",
         )
@@ -406,7 +406,7 @@ def expand_metrics(expression: ast.Expr, parts: Parts, scope: Scope) -> ast.Expr
 def _measure(measure: ast.Measure, parts: Parts, scope: Scope) -> spec.Measure:
     metric = measure.metric
     named = isinstance(metric, ast.Name) and metric.id in parts.metrics
-    label = metric.id if named and isinstance(metric, ast.Name) else _written(metric.span)
+    label = metric.id if named and isinstance(metric, ast.Name) else metric.span.written
     if measure.per is not None and (measure.per.id != "prompt" or measure.effect.id != "relative"):
         scope.diagnostics.append(
             BadArgument(
@@ -437,15 +437,11 @@ def _each_once(measures: tuple[spec.Measure, ...], work: _Lowering) -> None:
             work.diagnostics.append(
                 RepeatedStatement(
                     span=measure.span,
-                    what=_written(measure.span),
+                    what=measure.span.written,
                     block=work.definition.name.id,
                     first=first.span.line,
                 )
             )
-
-
-def _written(span: Span) -> str:
-    return " ".join(span.text.split())
 
 
 def _statistics(work: _Lowering) -> spec.Statistics:
@@ -530,7 +526,7 @@ def _expectation(expect: ast.Expect, work: _Lowering) -> spec.Expectation:
                 )
             )
         relaxed = "mean"
-    text = _written(expect.span).removeprefix("expect ")
+    text = expect.span.written.removeprefix("expect ")
     return spec.Expectation(
         span=expect.span,
         text=text,

@@ -178,7 +178,7 @@ def _numbers(
         diagnostics.append(
             EmptyRange(
                 span=loop.domain.span,
-                text=" ".join(loop.domain.span.text.split()),
+                text=loop.domain.span.written,
                 low=str(high),
                 high=str(low),
             )
@@ -373,7 +373,7 @@ def _fill(rule: spec.Rule, work: _Work) -> tuple[Fill | None, str, tuple[str, ..
             UnknownWord(
                 span=span,
                 kind="fill of an ablation",
-                word=" ".join(span.text.split()),
+                word=span.written,
                 hint=did_you_mean(nearest(name, FILLS), "write `zero`, `mean` or `resample`"),
             )
         )
@@ -492,7 +492,7 @@ def _cells(
         work.diagnostics.append(
             AbsentOccurrence(
                 span=rule.at.span,
-                position=" ".join(rule.at.span.text.split()),
+                position=rule.at.span.written,
                 run=run,
                 lacking=len(work.table),
                 total=len(work.table),

@@ -67,37 +67,42 @@ def resolve_measure(
     ):
         return None
     if not atoms:
-        context.diagnostics.append(
-            UnreadableMeasure(
-                span=expression.span,
-                text=_written(expression.span),
-                reason="it doesn't read the model",
-                hint="write a metric such as `logit(answer)`",
-            )
+        _refuse(
+            context,
+            expression.span,
+            "it doesn't read the model",
+            "write a metric such as `logit(answer)`",
         )
         return None
     found = tuple(atoms.values())
     category = expression in atoms and atoms[expression].form.kind == "category"
     if not category and any(a.form.kind == "category" for a in found):
-        context.diagnostics.append(
-            UnreadableMeasure(
-                span=expression.span,
-                text=_written(expression.span),
-                reason="categories can't be calculated with",
-                hint="measure it alone, or use `expected(…)`, which is a number",
-            )
+        _refuse(
+            context,
+            expression.span,
+            "categories can't be calculated with",
+            "measure it alone, or use `expected(…)`, which is a number",
         )
         return None
     units = {a.form.unit for a in found}
     return ResolvedMeasure(
         label=label,
-        text=_written(expression.span),
+        text=expression.span.written,
         expression=expression,
         atoms=found,
         kind="category" if category else "number",
         unit=units.pop() if len(units) == 1 else "",
         at=positions,
         truth=_truth(context.table) if category else None,
+    )
+
+
+def _refuse(
+    context: MeasureContext, span: Span, reason: str, hint: str, of: Span | None = None
+) -> None:
+    """E0612 at a span; `of` is the whole metric, where the span is a part of it."""
+    context.diagnostics.append(
+        UnreadableMeasure(span=span, text=(of or span).written, reason=reason, hint=hint)
     )
 
 
@@ -139,10 +144,6 @@ _COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def _written(span: Span) -> str:
-    return " ".join(span.text.split())
-
-
 def _collect(expression: ast.Expr, context: MeasureContext, atoms: dict[ast.Expr, Atom]) -> None:
     """Every atom of the expression, resolved once."""
     match expression:
@@ -159,13 +160,11 @@ def _collect(expression: ast.Expr, context: MeasureContext, atoms: dict[ast.Expr
                 if atom is not None:
                     atoms[expression] = atom
         case _:
-            context.diagnostics.append(
-                UnreadableMeasure(
-                    span=expression.span,
-                    text=_written(expression.span),
-                    reason="it is not a metric",
-                    hint="metrics are written as `logit(answer)`, and can be added and subtracted",
-                )
+            _refuse(
+                context,
+                expression.span,
+                "it is not a metric",
+                "metrics are written as `logit(answer)`, and can be added and subtracted",
             )
 
 
@@ -185,13 +184,11 @@ def _atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | None:
     arguments = node.arguments if isinstance(node, ast.Call) else ()
     form = _form(node, name, metric.forms, arguments)
     if form is None:
-        context.diagnostics.append(
-            UnreadableMeasure(
-                span=node.span,
-                text=_written(node.span),
-                reason="its argument doesn't fit",
-                hint=f"write {_usage(name, metric.forms)}",
-            )
+        _refuse(
+            context,
+            node.span,
+            "its argument doesn't fit",
+            f"write {_usage(name, metric.forms)}",
         )
         return None
     return _BUILDERS[form.takes](node, name, form, arguments, context)
@@ -260,13 +257,11 @@ def _of_text(
     )
     by_item = isinstance(text, ast.String) and LITERAL_ENV in text.value
     if by_item and not context.items:
-        context.diagnostics.append(
-            UnreadableMeasure(
-                span=text.span,
-                text=_written(text.span),
-                reason="`{item.index}` needs a sweep over occurrences",
-                hint="sweep over them: `at each item token`",
-            )
+        _refuse(
+            context,
+            text.span,
+            "`{item.index}` needs a sweep over occurrences",
+            "sweep over them: `at each item token`",
         )
         return None
     texts: dict[Env, tuple[tuple[int, ...], ...]] = {}
@@ -317,13 +312,12 @@ def _of_numerals(
     elif high - low >= MOST_NUMERALS:
         reason = f"{high - low + 1:,} numerals are more than {MOST_NUMERALS:,}"
     if low is None or high is None or reason:
-        context.diagnostics.append(
-            UnreadableMeasure(
-                span=given.span,
-                text=_written(node.span),
-                reason=reason,
-                hint=f"write `{name}(1..9)`",
-            )
+        _refuse(
+            context,
+            given.span,
+            reason,
+            f"write `{name}(1..9)`",
+            of=node.span,
         )
         return None
     ids, problems = numerals(context.table, low, high, tokenizer=context.tokenizer, span=given.span)
@@ -369,13 +363,12 @@ def _of_activations(
     elif isinstance(site, ast.Name):
         site = ast.Site(names=(site,), span=site.span)
     if not isinstance(site, ast.Site):
-        context.diagnostics.append(
-            UnreadableMeasure(
-                span=site.span,
-                text=_written(node.span),
-                reason="its first argument is not a site",
-                hint="write `cosine(resid_post layer 5, clean)`",
-            )
+        _refuse(
+            context,
+            site.span,
+            "its first argument is not a site",
+            "write `cosine(resid_post layer 5, clean)`",
+            of=node.span,
         )
         return None
     point = resolve_point(site, context.sites)
@@ -394,7 +387,7 @@ def known_run(value: Any, context: MeasureContext) -> str | None:
         UnknownName(
             span=value.span,
             kind="run",
-            name=_written(value.span),
+            name=value.span.written,
             hint=did_you_mean(nearest(name, runs), f"runs are {known}"),
         )
     )
@@ -443,13 +436,11 @@ def _positions(
             len(row) == 1 and len(row[0]) == 1 for row in cells[0].hits
         )
         if not single:
-            context.diagnostics.append(
-                UnreadableMeasure(
-                    span=at.span,
-                    text=_written(at.span),
-                    reason="a measure is read at one token of every prompt",
-                    hint="name one position, such as `last token` or `subject token`",
-                )
+            _refuse(
+                context,
+                at.span,
+                "a measure is read at one token of every prompt",
+                "name one position, such as `last token` or `subject token`",
             )
             return {}
         found[run] = tuple(row[0][0] for row in cells[0].hits)

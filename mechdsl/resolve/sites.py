@@ -77,17 +77,13 @@ def resolve_point(site: ast.Site, context: SiteContext) -> SitePoint | None:
         context.diagnostics.append(
             AxisDoesNotFit(
                 span=site.span,
-                site=_written(site.span),
+                site=site.span.written,
                 reason="is not a single site",
                 hint="name one layer (and one head or neuron)",
             )
         )
         return None
     return points[0]
-
-
-def _written(span: Span) -> str:
-    return " ".join(span.text.split())
 
 
 def _fixed(
@@ -109,14 +105,14 @@ def _fixed(
             context.diagnostics.append(
                 AxisDoesNotFit(
                     span=member.span,
-                    site=_written(member.span),
+                    site=member.span.written,
                     reason="sweeps inside a group, whose sites are joined",
                     hint="write the plural: `layers`, `heads`",
                 )
             )
             return None, ()
         points.extend(targets.points[()])
-    label = points_label(points) if len(sites) == 1 else _written(site.span)
+    label = points_label(points) if len(sites) == 1 else site.span.written
     return SiteTargets((), {(): tuple(points)}, {(): label}), ()
 
 
@@ -307,7 +303,7 @@ def _axes_fit(site: ast.Site, kind: SiteKind, context: SiteContext) -> bool:
             )
             return False
     if kind.has_layer and "layer" not in words:
-        name = kind.name if site.names else _written(site.span)
+        name = kind.name if site.names else site.span.written
         every = f"{name} layer *" if site.names else f"layer * {name}"
         context.diagnostics.append(
             AxisDoesNotFit(
@@ -359,7 +355,7 @@ def _axis_values(
             return None
         if high < low:
             context.diagnostics.append(
-                EmptyRange(span=value.span, text=_written(value.span), low=str(high), high=str(low))
+                EmptyRange(span=value.span, text=value.span.written, low=str(high), high=str(low))
             )
             return None
         single = single and value.high is None
@@ -428,7 +424,7 @@ def _bound(
             context.diagnostics.append(
                 BadLoopValue(
                     span=bound.span,
-                    name=_written(bound.span),
+                    name=bound.span.written,
                     reason=reason,
                     hint="0% is the first layer and 100% the last",
                 )
