@@ -33,8 +33,8 @@ PROMPT_TOKENS = 4096
 ROW_TOKENS = 4096
 """Tokens of one pass over patched rows; larger ones cost more than they save on a CPU."""
 
-SMALL_PASS = 32
-"""Rows that are worth a pass of their own."""
+SMALL_PASS = 256
+"""Tokens that are worth a pass of their own: fewer cost as much, as the weights are read anyway."""
 
 Progress = Callable[[int, int], None]
 """(rows done, rows in all)."""
@@ -374,9 +374,11 @@ class PanelRunner:
             end = min(begin + max(1, self.options.row_tokens // (width * draws)), len(rows))
             # A part computes all columns from its earliest row on, so it ends where the columns
             # change, unless it would be too small to be worth a pass.
-            change = np.flatnonzero(first[begin:end] != first[begin])
-            if len(change) and change[0] >= SMALL_PASS:
-                end = begin + int(change[0])
+            change = np.flatnonzero(np.diff(first[begin:end])) + 1
+            tokens = change * draws * (length - first[begin + change - 1])
+            large = change[tokens >= SMALL_PASS]
+            if len(large):
+                end = begin + int(large[0])
             yield rows.take(np.arange(begin, end))
             begin = end
 
