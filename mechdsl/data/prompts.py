@@ -64,7 +64,7 @@ def build_table(
     blocks: all prompts of the file, for `from: pairs`.
     compiled: blocks by name that were compiled before, with the rows they have worked out; a new
         one is added. The other arguments but `limit`, `part` and the tokenizer must be the same.
-    Codes: E0202, E0305 to E0316 (positions of a corruption), E0501 to E0526, W0701 to W0703.
+    Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703.
     """
     block = (compiled or {}).get(prompts.name) or Block(
         prompts, seed=seed, words=words, parameters=parameters or {}, blocks=blocks or {}

@@ -1,4 +1,4 @@
-"""E0305 to E0319: positions in a text. Counts are rows of the prompts block."""
+"""E0305 to E0315: positions in a text. Counts are rows of the prompts block."""
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.record import keyword_record

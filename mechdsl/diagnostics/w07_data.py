@@ -1,4 +1,4 @@
-"""W0701 to W0709: tokens that look like mistakes but run."""
+"""W0701 to W0703: tokens that look like mistakes but run."""
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.record import keyword_record

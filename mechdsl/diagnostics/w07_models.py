@@ -1,4 +1,4 @@
-"""W0710 to W0719: warnings about models."""
+"""W0710 to W0712: warnings about models."""
 
 from __future__ import annotations
 

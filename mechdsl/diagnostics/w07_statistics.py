@@ -1,4 +1,4 @@
-"""W0720 to W0729: results that will say little."""
+"""W0720: results that will say little."""
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.record import keyword_record
