@@ -1,0 +1,49 @@
+"""What is known of an experiment while it is being resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mechdsl import spec
+from mechdsl.data.types import PromptTable
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e03_coordinates import AxesCollide
+from mechdsl.resolve.sites import SiteContext
+from mechdsl.resolve.types import Axis, Label, ModelContext
+
+
+@dataclass
+class Work:
+    """One experiment, with the axes and diagnostics that have been found so far."""
+
+    experiment: spec.Experiment
+    program: spec.Program
+    model: ModelContext
+    table: PromptTable
+    sites: SiteContext
+    axes: dict[str, Axis] = field(default_factory=dict)
+
+    @property
+    def diagnostics(self) -> list[Diagnostic]:
+        return self.sites.diagnostics
+
+    @property
+    def loops(self) -> Mapping[str, tuple[Label, ...]]:
+        return self.sites.loops
+
+    def add_axis(self, axis: Axis) -> None:
+        """Enter a sweep; E0320 where another one has its name."""
+        first = self.axes.get(axis.name)
+        if first is not None:
+            word, letter = axis.name, axis.name[0]
+            shared, plural = f"for {letter} in … {{ … {word} {letter} … }}", f"{word}s"
+            if word == "position":
+                shared, plural = "for t in 3..5 { … at token t … }", "{A, B}"
+            self.diagnostics.append(
+                AxesCollide(
+                    span=axis.span, axis=word, shared=shared, plural=plural, first=first.span.line
+                )
+            )
+            return
+        self.axes[axis.name] = axis
