@@ -92,16 +92,18 @@ class Past:
     """Keys and values of every block, as the model's own cache holds them (after rotary)."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
-    """Per block, two [B, key-value heads, columns, d_head]."""
+    """Per block, two [B, key-value heads, T, d_head]."""
+    columns: int
+    """How many of the columns stand; those behind them are computed anew."""
 
     def take(self, rows: Tensor, columns: int, start: int) -> Past:
-        """These rows' first columns. Blocks below `start` aren't run: of these one row of the first
-        is kept, from which the model sees how much lies before a suffix."""
-        found: list[tuple[Tensor, Tensor]] = []
-        for layer, (keys, values) in enumerate(self.layers):
-            chosen = rows if layer >= start else rows[:1] if layer == 0 else rows[:0]
-            found.append((keys[:, :, :columns][chosen], values[:, :, :columns][chosen]))
-        return Past(tuple(found))
+        """These rows, copied, with their first columns; nothing of the blocks below `start`."""
+        none = rows[:0]
+        taken = [
+            tuple(part.index_select(0, rows if layer >= start else none) for part in pair)
+            for layer, pair in enumerate(self.layers)
+        ]
+        return Past(tuple((keys, values) for keys, values in taken), columns)
 
 
 @dataclass
@@ -141,6 +143,7 @@ def run_segment(
     logits_at: [B, n] long, positions (in the unpadded prompt) whose logits are wanted; all by
         default. Logits can't be read or written with it.
     past: keys and values of the columns before the batch, which is a suffix then (`Batch.suffix`).
+        The model writes the new ones into it.
     keep_past: return those of this run.
 
     Raises ValueError for places that don't exist, WriteMismatch for writes that couldn't happen
@@ -176,23 +179,20 @@ def bare_logits(model: LoadedModel, batch: Batch, cache: Any = None) -> Tensor:
 
 
 def _cache(past: Past | None) -> Any:
-    """A cache of the model library with these keys and values in it.
+    """What the model takes its past from, and puts it into; empty without one."""
+    # Imported late: the library's noise at import is silenced while models are loaded.
+    from mechdsl.kept import kept_cache
 
-    Made without a config: one that knows of sliding windows would forget what lies before them,
-    and the masks that the model makes do that already.
-    """
+    if past is not None:
+        return kept_cache(past.layers, past.columns)
     from transformers import DynamicCache
 
-    cache: Any = DynamicCache()
-    for layer, (keys, values) in enumerate(past.layers if past is not None else ()):
-        cache.update(keys[:, :, :0], values[:, :, :0], layer)
-        # Put in place rather than appended to nothing, which would copy them.
-        cache.layers[layer].keys, cache.layers[layer].values = keys, values
-    return cache
+    return DynamicCache()
 
 
 def _past(cache: Any) -> Past:
-    return Past(tuple((layer.keys, layer.values) for layer in cache.layers))
+    layers = tuple((layer.keys, layer.values) for layer in cache.layers)
+    return Past(layers, layers[0][0].shape[2])
 
 
 # --- one forward pass ---------------------------------------------------------------------------
