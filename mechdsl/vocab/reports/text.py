@@ -139,7 +139,8 @@ def survivors(result: ExperimentResult, measure: int) -> str | None:
         good = int(np.count_nonzero(corrected < alpha(result)))
     name = CORRECTION_NAMES[result.settings.correction]
     how = "no correction" if result.settings.correction == "none" else f"{name}'s correction"
-    return f"{good} of {tested} cells survive {how} at p < {alpha(result):g}"
+    cells = "cell survives" if tested == 1 else "cells survive"
+    return f"{good} of {tested} {cells} {how} at p < {alpha(result):g}"
 
 
 def inert_note(result: ExperimentResult, measure: int) -> str | None:
