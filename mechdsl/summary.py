@@ -27,11 +27,12 @@ def print_plan(plan: Plan, console: Console) -> None:
     table.add_column("experiment", overflow="fold")
     for title in ("cells", "prompts", "rows", "unpatched", "blocks a row", "tokens a row"):
         table.add_column(title, justify="right", no_wrap=True)
-    total = 0
+    total = alone = 0
     planned = [each for panel in plan.panels for each in panel.experiments]
     for experiment in sorted(planned, key=lambda each: each.experiment.spec.span.start):
         rows = count_rows(experiment)
         total += rows
+        alone += unpatched_rows(experiment)
         table.add_row(
             experiment.experiment.name,
             f"{experiment.n_cells:,}",
@@ -43,7 +44,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"{total:,} patched rows in all: the plain loop runs one forward pass for each", style="dim"
+        f"the plain loop runs {total + alone:,} forward passes, one for each of {total:,} patched "
+        f"rows and {alone:,} unpatched prompts",
+        style="dim",
     )
 
 

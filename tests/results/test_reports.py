@@ -240,6 +240,10 @@ def test_data_files(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == text
     document = json.loads(printed(result, report("json"), 40))
     assert document["name"] == "where"
+    for name, start in (("t.svg", b"<svg"), ("t.png", b"\x89PNG")):
+        picture = show(result, report("table", file=name), Console(file=io.StringIO()), tmp_path)
+        assert picture is not None
+        assert picture.read_bytes().startswith(start)
     table = show(result, report("table", file="t.txt"), Console(file=io.StringIO()), tmp_path)
     assert table is not None
     assert "conventions" in table.read_text(encoding="utf-8")

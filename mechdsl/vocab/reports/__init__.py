@@ -87,7 +87,7 @@ _report(
         meaning="every cell with its effect, interval and p",
         example="report table top 10",
         module="mechdsl.vocab.reports.table",
-        suffixes=(".txt", ".csv"),
+        suffixes=(".txt", ".csv", ".svg", ".png"),
         by_value=True,
     )
 )

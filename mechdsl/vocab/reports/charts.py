@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -291,3 +292,30 @@ def save_chart(chart: Any, path: Path) -> None:
         chart.save(str(path), format="png", scale_factor=PNG_SCALE)
     else:
         chart.save(str(path), format="svg")
+
+
+LINE_HEIGHT, LETTER_WIDTH, MARGIN = 18, 7.85, 16
+
+
+def save_text(text: str, path: Path) -> None:
+    """Lines of fixed-width text as a picture: SVG, or PNG by the ending."""
+    lines = [line.rstrip() for line in text.strip("\n").splitlines()]
+    width = max((len(line) for line in lines), default=0) * LETTER_WIDTH + 2 * MARGIN
+    height = len(lines) * LINE_HEIGHT + 2 * MARGIN
+    rows = "".join(
+        f'<text x="{MARGIN}" y="{MARGIN + LINE_HEIGHT * (i + 0.75):.1f}" xml:space="preserve" '
+        f'textLength="{len(line) * LETTER_WIDTH:.1f}" lengthAdjust="spacing">{escape(line)}</text>'
+        for i, line in enumerate(lines)
+        if line
+    )
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" '
+        f'font-family="DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="13" fill="{INK}">'
+        f'<rect width="100%" height="100%" fill="white"/>{rows}</svg>'
+    )
+    if path.suffix.lower() == ".png":
+        import vl_convert
+
+        path.write_bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))
+    else:
+        path.write_text(svg, encoding="utf-8")

@@ -82,8 +82,9 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """As plain text, or all its rows as CSV."""
-    if path.suffix.lower() == ".csv":
+    """As plain text, as a picture of it, or all its rows as CSV."""
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
         from mechdsl.vocab.reports.files import write_csv
 
         shown = grouped(result, report.by) if report.by in result.row_values else result
@@ -91,7 +92,12 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
         return
     text = io.StringIO()
     render(result, report, Console(file=text, width=FILE_WIDTH, color_system=None))
-    path.write_text(text.getvalue(), encoding="utf-8")
+    if suffix in (".svg", ".png"):
+        from mechdsl.vocab.reports.charts import save_text
+
+        save_text(text.getvalue(), path)
+    else:
+        path.write_text(text.getvalue(), encoding="utf-8")
 
 
 def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
