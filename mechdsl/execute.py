@@ -197,12 +197,7 @@ class PanelRunner:
 
     def total_rows(self) -> int:
         """Patched rows of all experiments, draws included."""
-        return sum(
-            len(plan.rows(batch)) * plan.draws
-            for plan in self.panel.experiments
-            if plan.rules
-            for batch in self.batches
-        )
+        return sum(plan.count(batch) for plan in self.panel.experiments for batch in self.batches)
 
     def _keep(self) -> list[Diagnostic]:
         if not self.keep.measures:
@@ -276,7 +271,7 @@ class PanelRunner:
     # --- cells ------------------------------------------------------------------------------------
 
     def run(self) -> Iterator[int]:
-        """Run all cells; yields the number of rows that each pass has finished."""
+        """Run all cells; yields how many rows, draws included, each pass has finished."""
         totals = {
             plan.experiment.name: [
                 (np.zeros(values.shape), np.zeros(values.shape))
@@ -293,6 +288,8 @@ class PanelRunner:
                 rows = plan.rows(batch)
                 good = readable(plan, rows, self.fillings[name])
                 self.measured[name].dropped += len(rows) - len(good)
+                if len(good) < len(rows):
+                    yield (len(rows) - len(good)) * plan.draws
                 for part, values in self._passes(plan, rows.take(good), batch):
                     columns = np.searchsorted(self.kept, part.prompt)
                     self._base_where_inert(plan, part, columns, values)
@@ -301,7 +298,7 @@ class PanelRunner:
                         np.add.at(counts, (part.cell, columns), 1)
                     if self.sink is not None:
                         self.sink.rows(self.measured[name], part, values)
-                    yield len(part)
+                    yield len(part) * plan.draws
             self._forget()
         for plan in self.panel.experiments:
             if plan.rules:

@@ -161,14 +161,25 @@ class ExperimentPlan:
             first = np.minimum(first, plan.written.leftmost(run))
         return first
 
-    def rows(self, prompts: Ints) -> Rows:
-        """All rows on these prompts, ordered by start layer, cell, prompt."""
-        cells = np.arange(self.n_cells)
+    def _runs(self, prompts: Ints) -> Ints:
+        """[cell, prompt]: how many runs there are, none where a rule has no position."""
         counts = np.ones((self.n_cells, len(prompts)), dtype=np.int64)
         for plan in self.rules:
             key = plan.position_of_cell[:, None] * plan.written.prompts + prompts[None, :]
             own = plan.written.runs.counts(key.ravel()).reshape(key.shape)
             counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
+        return counts
+
+    def count(self, prompts: Ints | None = None) -> int:
+        """Patched rows on these prompts (or all), draws included: passes of the plain loop."""
+        if prompts is None:
+            prompts = np.arange(len(self.experiment.table), dtype=np.int64)
+        return int(self._runs(prompts).sum()) * self.draws if self.rules else 0
+
+    def rows(self, prompts: Ints) -> Rows:
+        """All rows on these prompts, ordered by start layer, cell, prompt."""
+        cells = np.arange(self.n_cells)
+        counts = self._runs(prompts)
         order = np.argsort(self.starts, kind="stable")
         flat = counts[order].ravel()
         cell = np.repeat(np.repeat(cells[order], len(prompts)), flat)

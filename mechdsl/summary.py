@@ -30,7 +30,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     total = alone = 0
     planned = [each for panel in plan.panels for each in panel.experiments]
     for experiment in sorted(planned, key=lambda each: each.experiment.spec.span.start):
-        rows = count_rows(experiment)
+        rows = experiment.count()
         total += rows
         alone += unpatched_rows(experiment)
         table.add_row(
@@ -48,15 +48,6 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"rows and {alone:,} unpatched prompts",
         style="dim",
     )
-
-
-def count_rows(plan: ExperimentPlan) -> int:
-    """Patched rows, draws of noise included: forward passes of the plain loop."""
-    if not plan.rules:
-        return 0
-    experiment = plan.experiment
-    rows = plan.rows(np.arange(len(experiment.table), dtype=np.int64))
-    return len(rows) * plan.draws
 
 
 def unpatched_rows(plan: ExperimentPlan) -> int:

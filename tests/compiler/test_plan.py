@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mechdsl.plan import ExperimentPlan, make_plan
-from mechdsl.summary import count_rows, unpatched_rows
+from mechdsl.summary import unpatched_rows
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
 
@@ -27,19 +27,19 @@ def planned(*lines: str, limit: int = 64) -> ExperimentPlan:
 def test_each_cell_is_a_row_of_every_prompt(rule: str, cells: int) -> None:
     plan = planned(FROM, rule, DELTA)
     assert plan.n_cells == cells
-    assert count_rows(plan) == cells * 64
+    assert plan.count() == cells * 64
     assert unpatched_rows(plan) == 2 * 64
 
 
 def test_prompts_without_the_position_have_no_row() -> None:
     plan = planned(FROM, "patch resid_post layer 0 at each item token", DELTA)
     fewer = plan.experiment.table.runs["fewer"].rows
-    assert count_rows(plan) == sum(int(row.values["count"]) for row in fewer)
+    assert plan.count() == sum(int(row.values["count"]) for row in fewer)
 
 
 def test_an_experiment_without_a_rule_has_no_patched_rows() -> None:
     plan = planned("measure correct as raw")
-    assert count_rows(plan) == 0
+    assert plan.count() == 0
     assert unpatched_rows(plan) == 64
 
 

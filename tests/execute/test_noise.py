@@ -254,3 +254,12 @@ def test_a_rule_may_read_a_noised_run_of_its_own(folder: Path) -> None:
         prompts=PROMPTS.replace("samples: 3", "samples: 1"),
     )["one"]
     assert np.abs(own - one.measures[0].patched).max() > 0.01
+
+
+def test_progress_counts_draws_and_ends_at_the_total(folder: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    options = RunOptions(execution=Options(on_progress=lambda *call: calls.append(call)))
+    found = run_file(TEXT, folder, bare(FAMILY), options, prompts=PROMPTS)["e"]
+    cells, rows = found.measures[0].patched.shape
+    assert {total for _, total in calls} == {cells * rows * DRAWS}
+    assert calls[-1][0] == cells * rows * DRAWS

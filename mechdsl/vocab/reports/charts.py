@@ -23,7 +23,7 @@ LABELLED_UP_TO = 160
 NUMBERED_TICKS = 30
 """Values of an axis up to which every one is labelled."""
 PALETTE = ["#2166ac", "#d6604d", "#1b7837", "#762a83", "#b8860b", "#4d4d4d", "#35978f", "#c51b7d"]
-INK, QUIET, RULE = "#222222", "#666666", "#d9d9d9"
+INK, QUIET = "#222222", "#666666"
 FONT = "Helvetica Neue, Helvetica, Arial, sans-serif"
 PNG_SCALE = 2.0
 LABEL_WIDTH = 14

@@ -25,7 +25,6 @@ Hide = Literal["nothing", "headers", "lists"]  # "lists" hides the headers as we
 Span = tuple[int, int]  # from one character of the text up to another
 
 MAX_ITEMS = 9
-MAX_PARTS = 3
 MAX_NUMBER = 30  # totals reach 27; a few more numerals, so that "one too many" is a word as well
 
 ITEMS: tuple[str, ...] = (
