@@ -12,20 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B prompts of up to T tokens. Positions count from the first real token of each prompt.
-
-    Of a suffix, `ids` are the last columns only; `mask` still covers all of them.
-    """
+    """B prompts of up to T tokens. Positions count from the first real token of each prompt."""
 
     ids: Tensor
     """[B, T] long, token ids; the pad id where there is none."""
     mask: Tensor
-    """[B, columns before a suffix + T] long, 1 where the token is real."""
+    """[B, T] long, 1 where the token is real."""
     lengths: Tensor
     """[B] long, tokens of each prompt."""
     starts: Tensor
-    """[B] long, column of each prompt's first token; 0 everywhere when padded on the right, below
-    0 where it lies before a suffix."""
+    """[B] long, column of each prompt's first token; 0 everywhere when padded on the right."""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -65,23 +61,19 @@ class Batch:
             starts=self.starts[index],
         )
 
-    def suffix(self, first: int) -> Batch:
-        """The columns from `first` on; what lies before them is only attended to."""
-        return Batch(
-            ids=self.ids[:, first:],
-            mask=self.mask,
-            lengths=self.lengths,
-            starts=self.starts - first,
-        )
-
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
         """[K] columns of the padded tensors where `positions` of `rows` lie."""
         return self.starts[rows] + positions
 
+    def locate(
+        self, where: object, rows: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Row and column of each place, whatever the site; all of them are there."""
+        return rows, self.columns(rows, positions), torch.ones_like(rows, dtype=torch.bool)
+
     def position_ids(self) -> Tensor:
         """[B, T], 0 at the first real token, whatever stands before it."""
-        every = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
-        return every[:, every.shape[1] - self.ids.shape[1] :]
+        return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def gather(read: Tensor, batch: Batch, rows: Tensor, positions: Tensor, units: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Runs a plan: panels of experiments on the same prompts, prompt batch by prompt batch.
 
-The plain executor and the batched one are this code with plan passes off or on: a pass over the
-rows of one cell from the first layer, or over rows of many cells from their lowest write.
+The plain executor and the planned one are this code with plan passes off or on: whole passes over
+the rows of one cell, or passes over what changes in the rows of many cells.
 """
 
 from __future__ import annotations
@@ -12,29 +12,31 @@ from typing import Protocol
 
 import numpy as np
 
+from mechdsl.columns import Ints
 from mechdsl.data.types import PromptTable, Run
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.fillings import Fillings, fillings_of
 from mechdsl.gauge import Gauge
-from mechdsl.lanes import Lanes, Side
+from mechdsl.lanes import Side
 from mechdsl.loaded import LoadedModel
-from mechdsl.patched import patched_values
-from mechdsl.plan import ExperimentPlan, Ints, Panel, Plan, Rows
+from mechdsl.patched import Member, Patcher
+from mechdsl.plan import INERT, JOIN, SHARE, ExperimentPlan, Panel, Plan
+from mechdsl.profile import Profile
 from mechdsl.resolve.types import ResolvedExperiment
 from mechdsl.results.data import Floats
 from mechdsl.results.statistics import check_denominator
+from mechdsl.rule_plan import Rows
 from mechdsl.runs import UnpatchedRuns
+from mechdsl.share import SharedRows, Sharer
+from mechdsl.sizing import KEPT_SHARE, PassSize, free_memory, out_of_memory, stopwatch
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.writes import readable
 
 PROMPT_TOKENS = 4096
-"""Tokens of one batch of unpatched prompts."""
-ROW_TOKENS = 4096
-"""Tokens of one pass over patched rows; larger ones cost more than they save on a CPU."""
-
-SMALL_PASS = 256
-"""Tokens that are worth a pass of their own: fewer cost as much, as the weights are read anyway."""
+"""Tokens of one batch of unpatched prompts, at most."""
+BATCH_ROWS = 1 << 18
+"""Patched rows that are laid out at a time: columns of integers, a hundred bytes a row."""
 
 Progress = Callable[[int, int], None]
 """(rows done, rows in all)."""
@@ -76,7 +78,8 @@ class Options:
     side: Side = "left"
     """Prompts end in one column then, so that writes near the end need few columns."""
     on_progress: Progress | None = None
-    row_tokens: int = ROW_TOKENS
+    row_tokens: int | None = None
+    """Tokens of one pass over patched rows; found by measuring where none are given."""
     prompt_tokens: int = PROMPT_TOKENS
 
 
@@ -86,6 +89,7 @@ class Execution:
 
     measured: dict[str, Measured] = field(default_factory=dict[str, Measured])
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    profile: Profile = field(default_factory=Profile)
 
 
 def execute(
@@ -101,10 +105,13 @@ def execute(
     options = options or Options()
     execution = Execution()
     runners = [
-        PanelRunner(panel, models[panel.model], plan, options, sink) for panel in plan.panels
+        PanelRunner(panel, models[panel.model], plan, options, execution.profile, sink)
+        for panel in plan.panels
     ]
     for runner in runners:
-        execution.diagnostics.extend(runner.prepare())
+        with stopwatch(runner.runs.model.device) as seconds:
+            execution.diagnostics.extend(runner.prepare())
+        execution.profile.unpatched_seconds += seconds[0]
         execution.measured.update(runner.measured)
     if has_errors(execution.diagnostics):
         return execution
@@ -130,6 +137,7 @@ class PanelRunner:
         model: LoadedModel,
         plan: Plan,
         options: Options,
+        profile: Profile,
         sink: Sink | None = None,
     ) -> None:
         self.panel = panel
@@ -144,14 +152,9 @@ class PanelRunner:
         }
         self.keep = Gauge.of(panel.experiments[0].experiment.keep)
         gauges = (*self.gauges.values(), self.keep)
-        self.runs = UnpatchedRuns(
-            panel,
-            model,
-            gauges,
-            resumes=plan.resumes,
-            reuses=plan.reuses,
-            side=options.side,
-        )
+        self.runs = UnpatchedRuns(panel, model, gauges, plan=plan, side=options.side)
+        self.profile = profile
+        self.size = PassSize(model.device, bytes_per_token(model), fixed=options.row_tokens)
         self.kept = np.arange(len(self.table), dtype=np.int64)
         self.batches: list[Ints] = []
 
@@ -219,7 +222,11 @@ class PanelRunner:
         longest = max(
             (len(row.ids) for run in self.table.runs.values() for row in run.rows), default=1
         )
-        size = max(1, self.options.prompt_tokens // (longest * draws))
+        model = self.runs.model
+        room = int(free_memory(model.device) * KEPT_SHARE) // kept_bytes(model, self.table)
+        tokens = max(1, min(self.options.prompt_tokens, room))
+        cells = sum(each.n_cells for each in self.panel.experiments)
+        size = max(1, min(tokens // (longest * draws), BATCH_ROWS // max(1, cells)))
         return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     def _denominators(self, experiment: ResolvedExperiment) -> list[Diagnostic]:
@@ -271,59 +278,86 @@ class PanelRunner:
     # --- cells ------------------------------------------------------------------------------------
 
     def run(self) -> Iterator[int]:
-        """Run all cells; yields how many rows, draws included, each pass has finished."""
-        totals = {
-            plan.experiment.name: [
+        """Run all cells; yields how many rows, draws included, have been finished."""
+        plans = self.panel.experiments
+        totals = [
+            [
                 (np.zeros(values.shape), np.zeros(values.shape))
                 for values in self.measured[plan.experiment.name].patched
             ]
-            for plan in self.panel.experiments
-        }
+            for plan in plans
+        ]
+        fillings = [self.fillings[plan.experiment.name] for plan in plans]
+        gauges = [self.gauges[plan.experiment.name] for plan in plans]
+        patcher = Patcher(self.plan, plans, gauges, fillings, self.runs)
+        sharer = Sharer(plans, share=self.plan.does(SHARE))
         for batch in self.batches:
-            for plan in self.panel.experiments:
-                name = plan.experiment.name
+            rows: list[Rows] = []
+            for number, plan in enumerate(plans):
+                every = plan.rows(batch) if plan.rules else Rows.none()
                 if not plan.rules:
                     self._copy_base(plan)
-                    continue
-                rows = plan.rows(batch)
-                good = readable(plan, rows, self.fillings[name])
-                self.measured[name].dropped += len(rows) - len(good)
-                if len(good) < len(rows):
-                    yield (len(rows) - len(good)) * plan.draws
-                for part, values in self._passes(plan, rows.take(good), batch):
-                    columns = np.searchsorted(self.kept, part.prompt)
-                    self._base_where_inert(plan, part, columns, values)
-                    for (sums, counts), value in zip(totals[name], values, strict=True):
-                        np.add.at(sums, (part.cell, columns), value)
-                        np.add.at(counts, (part.cell, columns), 1)
-                    if self.sink is not None:
-                        self.sink.rows(self.measured[name], part, values)
-                    yield len(part) * plan.draws
+                live, dropped, inert = self._sorted_out(plan, every, fillings[number])
+                rows.append(live)
+                if len(inert):
+                    self._finish(number, inert, self._base_values(plan, inert), totals[number])
+                yield (dropped + len(inert)) * plan.draws
+            shared = sharer.of(rows)
+            self.profile.rows += sum(len(one) for one in rows)
+            self.profile.distinct += len(shared)
+            for member, values in self._patched(patcher, shared, batch):
+                plan = plans[member.number]
+                self._finish(member.number, member.rows, values, totals[member.number])
+                yield len(member.rows) * plan.draws
             self._forget()
-        for plan in self.panel.experiments:
+        for plan, sums_and_counts in zip(plans, totals, strict=True):
             if plan.rules:
-                for found, (sums, counts) in zip(
-                    self.measured[plan.experiment.name].patched,
-                    totals[plan.experiment.name],
-                    strict=True,
-                ):
+                patched = self.measured[plan.experiment.name].patched
+                for found, (sums, counts) in zip(patched, sums_and_counts, strict=True):
                     with np.errstate(invalid="ignore"):
                         found[:] = np.where(counts > 0, sums / counts, np.nan)
         self.runs.forget()
 
-    def _base_where_inert(
-        self, plan: ExperimentPlan, rows: Rows, columns: Ints, values: Sequence[Floats]
+    def _sorted_out(
+        self, plan: ExperimentPlan, rows: Rows, fillings: Fillings
+    ) -> tuple[Rows, int, Rows]:
+        """(rows to run, how many have no donor, rows that can't differ from the base run)."""
+        good = readable(plan, rows, fillings)
+        dropped = len(rows) - len(good)
+        self.measured[plan.experiment.name].dropped += dropped
+        rows = rows.take(good)
+        if not self.plan.does(INERT):
+            return rows, dropped, Rows.none()
+        inert = plan.is_inert(rows)
+        return rows.take(np.flatnonzero(~inert)), dropped, rows.take(np.flatnonzero(inert))
+
+    def _finish(
+        self,
+        number: int,
+        rows: Rows,
+        values: Sequence[Floats],
+        totals: Sequence[tuple[Floats, Floats]],
     ) -> None:
-        """What can't differ from the base run is equal to it, not off by a rounding error."""
-        inert = plan.inert[rows.cell]
-        if not inert.any():
-            return
+        """Add values of rows to their cells, and hand them on."""
+        columns = np.searchsorted(self.kept, rows.prompt)
+        for (sums, counts), value in zip(totals, values, strict=True):
+            np.add.at(sums, (rows.cell, columns), value)
+            np.add.at(counts, (rows.cell, columns), 1)
+        if self.sink is not None:
+            experiment = self.panel.experiments[number].experiment
+            self.sink.rows(self.measured[experiment.name], rows, values)
+
+    def _base_values(self, plan: ExperimentPlan, rows: Rows) -> list[Floats]:
+        """Per measure, [row], what the base run has."""
         experiment = plan.experiment
-        for number, value in enumerate(values):
-            measured = self.measured[experiment.name]
+        measured = self.measured[experiment.name]
+        columns = np.searchsorted(self.kept, rows.prompt)
+        found: list[Floats] = []
+        for number in range(len(experiment.measures)):
             base = base_per_cell(plan, measured, experiment.spec.base, number)
             cell = rows.cell if len(base) > 1 else np.zeros_like(rows.cell)
-            value[inert] = base[cell, columns][inert]
+            found.append(base[cell, columns])
+        return found
 
     def _copy_base(self, plan: ExperimentPlan) -> None:
         """Without rules the patched run is the base run."""
@@ -332,70 +366,106 @@ class PanelRunner:
         for found, values in zip(measured.patched, base, strict=True):
             found[:] = values
 
-    def _passes(
-        self, plan: ExperimentPlan, rows: Rows, batch: Ints
-    ) -> Iterator[tuple[Rows, list[Floats]]]:
-        """The rows in passes of equal start and input, with their values per measure."""
-        draws = plan.draws
-        for start, run, group in self._groups(plan, rows):
-            lanes = self.runs.lanes(run, batch)
-            for part in self._sized(plan, group, lanes, draws):
-                repeated = part.take(np.repeat(np.arange(len(part)), draws))
-                draw = np.tile(np.arange(draws), len(part))
-                values = patched_values(
-                    plan,
-                    self.gauges[plan.experiment.name],
-                    self.fillings[plan.experiment.name],
-                    self.runs,
-                    repeated,
-                    draw,
-                    run,
-                    start,
-                    batch,
-                )
-                yield part, [v.reshape(len(part), draws).mean(axis=1) for v in values]
+    # --- passes -----------------------------------------------------------------------------------
 
-    def _sized(self, plan: ExperimentPlan, rows: Rows, lanes: Lanes, draws: int) -> Iterator[Rows]:
-        """Rows in parts of a good size; with kept keys and values, those that start late first."""
-        length = int(lanes.batch.ids.shape[1])
-        first = np.zeros(len(rows), dtype=np.int64)
-        if lanes.past is not None:
-            lane = lanes.lane(rows.prompt, np.zeros(len(rows), dtype=np.int64))
-            first = lanes.batch.starts.cpu().numpy()[lane] + plan.leftmost(rows)
-            order = np.argsort(-first, kind="stable")
-            rows, first = rows.take(order), first[order]
-        begin = 0
-        while begin < len(rows):
-            # The keys and values that are kept take memory, though no time worth counting.
-            width = max(length - int(first[begin]), length // 2, 1)
-            end = min(begin + max(1, self.options.row_tokens // (width * draws)), len(rows))
-            # A part computes all columns from its earliest row on, so it ends where the columns
-            # change, unless it would be too small to be worth a pass.
-            change = np.flatnonzero(np.diff(first[begin:end])) + 1
-            tokens = change * draws * (length - first[begin + change - 1])
-            large = change[tokens >= SMALL_PASS]
-            if len(large):
-                end = begin + int(large[0])
-            yield rows.take(np.arange(begin, end))
-            begin = end
+    def _patched(
+        self, patcher: Patcher, shared: SharedRows, batch: Ints
+    ) -> Iterator[tuple[Member, list[Floats]]]:
+        """All distinct rows in passes of a good size, with the values of their members."""
+        widths, work = self._extent(shared)
+        for run, group in self._groups(shared, widths):
+            begin = 0
+            while begin < len(group):
+                ends = np.cumsum(widths[group[begin:]])
+                count = max(1, int(np.searchsorted(ends, self.size.current, side="right")))
+                chosen = group[begin : begin + count]
+                members = _members(shared, chosen)
+                tokens, blocks = int(widths[chosen].sum()), float(work[chosen].sum())
 
-    def _groups(self, plan: ExperimentPlan, rows: Rows) -> Iterator[tuple[int, Run, Rows]]:
-        """Rows that can share a pass: same start layer, same input, and one cell if not batched."""
-        base = self.runs.named(plan.experiment.spec.base)
-        replaced = next((r for r in plan.rules if r.rule.fill == "text"), None)
-        key = [plan.starts[rows.cell]]
-        if replaced is not None:
-            key.append(replaced.position_of_cell[rows.cell])
-        if not self.plan.batches:
-            key.append(rows.cell)
-        _, inverse = np.unique(np.stack(key), axis=1, return_inverse=True)
-        for number in range(int(inverse.max()) + 1 if len(rows) else 0):
-            group = rows.take(np.flatnonzero(inverse.reshape(-1) == number))
-            run = base
-            if replaced is not None:
-                inputs = list(replaced.rule.inputs.values())
-                run = inputs[int(replaced.position_of_cell[group.cell[0]])]
-            yield int(plan.starts[group.cell[0]]), run, group
+                try:
+                    with stopwatch(self.runs.model.device) as seconds:
+                        found = list(patcher.values(shared, chosen, members, run, batch))
+                except (RuntimeError, MemoryError) as error:
+                    if len(chosen) == 1 or not out_of_memory(error) or not self.size.halve():
+                        raise
+                    self.profile.halved += 1
+                    continue
+                self.profile.passed(tokens, seconds[0])
+                self.size.measured(tokens, blocks, seconds[0])
+                yield from found
+                begin += count
+
+    def _extent(self, shared: SharedRows) -> tuple[Ints, Floats]:
+        """Per distinct row: (tokens that it takes along, blocks times tokens)."""
+        widths = np.zeros(len(shared), dtype=np.int64)
+        blocks = np.zeros(len(shared), dtype=np.int64)
+        n_layers = self.runs.model.shape.n_layers
+        for number, plan in enumerate(self.panel.experiments):
+            own = np.flatnonzero(shared.owner == number)
+            if not len(own):
+                continue
+            rows = shared.rows.take(own)
+            which = plan.starting_run(rows)
+            lengths = np.zeros(len(rows), dtype=np.int64)
+            for index, run in enumerate(plan.starting_runs):
+                of_run = np.array([len(row.ids) for row in run.rows], dtype=np.int64)
+                lengths = np.where(which == index, of_run[rows.prompt], lengths)
+            first = plan.leftmost(rows) if self.plan.shortcuts.prefix else np.zeros_like(lengths)
+            widths[own] = np.maximum(1, lengths - first) * plan.draws
+            low = plan.lowest[rows.cell] if self.plan.shortcuts.resume else 0
+            blocks[own] = np.maximum(1, n_layers - low)
+        return widths, widths * blocks.astype(np.float64)
+
+    def _groups(self, shared: SharedRows, widths: Ints) -> Iterator[tuple[Run, Ints]]:
+        """Rows that can share passes: they start from the same run, and are of one cell if rows
+        don't join. Those that end up in the same columns come together."""
+        runs: dict[int, Run] = {}
+        start = np.zeros(len(shared), dtype=np.int64)
+        draws = np.zeros(len(shared), dtype=np.int64)
+        for number, plan in enumerate(self.panel.experiments):
+            own = np.flatnonzero(shared.owner == number)
+            which = plan.starting_run(shared.rows.take(own))
+            keys = [id(run) for run in plan.starting_runs]
+            runs.update(zip(keys, plan.starting_runs, strict=True))
+            if len(own):
+                start[own] = np.array(keys, dtype=np.int64)[which]
+                draws[own] = plan.draws
+        keys = [start, draws]
+        if not self.plan.does(JOIN):
+            keys += [shared.owner, shared.rows.cell]
+        _, group = np.unique(np.stack(keys), axis=1, return_inverse=True)
+        group = group.reshape(-1)
+        order = np.lexsort((shared.rows.prompt, widths, group))
+        for own in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
+            if len(own):
+                yield runs[int(start[own[0]])], own
+
+
+def _members(shared: SharedRows, chosen: Ints) -> list[Member]:
+    """The rows that these distinct rows stand for, by experiment."""
+    place = np.full(len(shared), -1, dtype=np.int64)
+    place[chosen] = np.arange(len(chosen))
+    found: list[Member] = []
+    for number, (distinct, rows) in enumerate(shared.members):
+        own = np.flatnonzero(place[distinct] >= 0)
+        if len(own):
+            found.append(Member(number, rows.take(own), place[distinct[own]]))
+    return found
+
+
+def bytes_per_token(model: LoadedModel) -> int:
+    """Of what one pass holds at once for a token: the MLP, the stream, queries, keys and values."""
+    shape = model.shape
+    heads = shape.n_heads * shape.d_head
+    return model.dtype.itemsize * (3 * shape.d_mlp + 12 * shape.d_model + 6 * heads)
+
+
+def kept_bytes(model: LoadedModel, table: PromptTable) -> int:
+    """Of what unpatched runs keep for a token of a prompt, in all blocks and runs."""
+    shape = model.shape
+    heads, shared = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
+    width = 3 * shape.d_model + 2 * heads + 4 * shared
+    return max(1, model.dtype.itemsize * width * shape.n_layers * len(table.runs))
 
 
 def _by_item(gauge: Gauge) -> bool:

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.columns import Ints
 from mechdsl.hooks import SiteRead
 from mechdsl.lanes import Lanes
 from mechdsl.models.shape import units, width
-from mechdsl.plan import ExperimentPlan, Ints, Place, RulePlan
+from mechdsl.plan import ExperimentPlan, Place
+from mechdsl.rule_plan import RulePlan
 from mechdsl.runs import UnpatchedRuns
 
 

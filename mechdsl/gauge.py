@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.columns import Ints
 from mechdsl.lanes import Spot, continuation_ids, spots_of
-from mechdsl.plan import Ints
 from mechdsl.resolve.measures import evaluate
 from mechdsl.resolve.types import Atom, Env, ResolvedMeasure
 from mechdsl.results.statistics import Floats
@@ -34,6 +34,12 @@ class Reading:
     """Atom number → [row, 1, width] at the measured place."""
     references: Mapping[int, Tensor]
     """Atom number → [row, vocab] logits, or [row, 1, width], of the reference run."""
+    tokens: Tensor | None = None
+    """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Where the logits of these tokens lie."""
+        return ids if self.tokens is None else torch.searchsorted(self.tokens, ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +70,20 @@ class Gauge:
     def needs_plain(self) -> bool:
         """Whether some atom is read off the prompts as they are."""
         return len(self.continuations) < len(self.atoms)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether no atom needs the logits of the whole vocabulary."""
+        return all(atom.form.narrow for _, atom in self.atoms)
+
+    def tokens(self, prompts: Ints) -> set[int]:
+        """The tokens whose logits a narrow gauge reads on these prompts."""
+        found: set[int] = set()
+        for _, atom in self.atoms:
+            found.update(token for token, _ in atom.numerals)
+            for texts in atom.texts.values():
+                found.update(texts[prompt][0] for prompt in prompts.tolist())
+        return found
 
     @property
     def loss(self) -> Atom | None:
@@ -112,15 +132,14 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading) -> Tensor:
                 device=logits.device,
             )
             if takes == "target":
-                return function(logits, target)
+                return function(logits, reading.columns(target))
             one = torch.ones_like(target, dtype=torch.bool)
             return function(logits[:, None], target[:, None], one[:, None])
         case "numerals":
             ids, numbers = zip(*atom.numerals, strict=True)
             device = logits.device
-            return function(
-                logits, torch.tensor(ids, device=device), torch.tensor(numbers, device=device)
-            )
+            columns = reading.columns(torch.tensor(ids, device=device))
+            return function(logits, columns, torch.tensor(numbers, device=device))
         case "reference":
             return function(logits, reading.references[number])
         case "nothing":

@@ -1,11 +1,10 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportPrivateUsage=false
-"""Reading and writing activations: run a segment of a model on rows, with writes.
+"""Reading and writing activations of a running model.
 
-A segment is the layers from `start` on (all of them by default). It is run by the model's own
-forward: blocks below are replaced by stubs that hand their input on, so masks, rotary tables and
-position biases are always the model's. Hooks stand only where something is read or written, and
-are gone when the call returns, however it ends.
+Hooks stand only where something is read or written, and are gone when the call returns, however it
+ends. Here is the plain way, whole passes over padded rows; `packed` runs only what changes, with
+the same hooks.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,26 +26,27 @@ from mechdsl.taps import (
     InHook,
     OutHook,
     Step,
-    Stub,
     clean_model_check,
     head_weights,
     layout_view,
+    replaced,
     through_heads,
 )
-from mechdsl.vocab.sites import SITES, start_layer, stop_layer, write_order
+from mechdsl.vocab.sites import SITES, stop_layer, write_order
 
 __all__ = [
     "Batch",
-    "Past",
     "ReadMismatch",
-    "SegmentResult",
+    "RunResult",
     "SiteRead",
+    "SiteWork",
     "SiteWrite",
     "WriteMismatch",
     "bare_logits",
     "clean_model_check",
+    "entrance",
     "gather",
-    "run_segment",
+    "run_whole",
 ]
 
 
@@ -78,6 +78,10 @@ class SiteWrite:
     """[K, width], cast to the activation's dtype and device."""
     mode: Literal["set", "add"] = "set"
 
+    def moved(self, rows: Tensor) -> SiteWrite:
+        """The same writes where row i is row `rows[i]`."""
+        return replace(self, rows=rows[self.rows])
+
 
 @dataclass(frozen=True)
 class SiteRead:
@@ -87,117 +91,107 @@ class SiteRead:
     layer: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Past:
-    """Keys and values of every block, as the model's own cache holds them (after rotary)."""
+class Frame(Protocol):
+    """Where the tokens of a pass lie in the model's tensors."""
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    """Per block, two [B, key-value heads, T, d_head]."""
-    columns: int
-    """How many of the columns stand; those behind them are computed anew."""
+    def __len__(self) -> int:
+        """Rows."""
+        ...
 
-    def take(self, rows: Tensor, columns: int, start: int) -> Past:
-        """These rows, copied, with their first columns; nothing of the blocks below `start`."""
-        none = rows[:0]
-        taken = [
-            tuple(part.index_select(0, rows if layer >= start else none) for part in pair)
-            for layer, pair in enumerate(self.layers)
-        ]
-        return Past(tuple((keys, values) for keys, values in taken), columns)
+    @property
+    def lengths(self) -> Tensor:
+        """[row] long, tokens of each row's prompt."""
+        ...
+
+    def locate(
+        self, where: SiteRead, rows: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices into the first two dimensions of the tensor tapped at a site, and which of the
+        places are there at all; the others can't be seen by any measure."""
+        ...
 
 
 @dataclass
-class SegmentResult:
-    """What came out of a segment."""
+class RunResult:
+    """What came out of a pass."""
 
     logits: Tensor | None
     """[B, T, vocab], or [B, n, vocab] with `logits_at`; None if the run stopped early."""
     reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
     """[B, T, units, width] each, copies (inference tensors); values after the writes at the same
     site."""
-    past: Past | None = None
-    """Keys and values of every block, where they were asked for."""
 
 
-def run_segment(
+def run_whole(
     model: LoadedModel,
     batch: Batch,
     *,
-    start: int = 0,
-    hidden: Tensor | None = None,
     stop: int | None = None,
     writes: Sequence[SiteWrite] = (),
     reads: Sequence[SiteRead] = (),
     logits_at: Tensor | None = None,
-    past: Past | None = None,
-    keep_past: bool = False,
-) -> SegmentResult:
-    """Run the layers from `start` on, with writes and reads.
+    tokens: Tensor | None = None,
+) -> RunResult:
+    """Run the whole model on padded rows, with writes and reads.
 
-    start: first block that runs; `n_layers` begins behind the last one. `resid_post` of the block
-        below it is still in reach, as it is what `hidden` holds.
-    hidden: [B, T, d_model], input of block `start` on this (padded) batch; None runs from the
-        embedding, with `start` 0.
     stop: number of blocks that run, `n_layers + 1` with the final norm; what lies above is not
         computed and `logits` is None. None runs everything.
     logits_at: [B, n] long, positions (in the unpadded prompt) whose logits are wanted; all by
         default. Logits can't be read or written with it.
-    past: keys and values of the columns before the batch, which is a suffix then (`Batch.suffix`).
-        The model writes the new ones into it.
-    keep_past: return those of this run.
+    tokens: [K] long, the only tokens whose logits are wanted; `vocab` is K then.
 
     Raises ValueError for places that don't exist, WriteMismatch for writes that couldn't happen
     exactly once, ReadMismatch for reads that didn't. The model is left as it was found.
     """
-    work = _Work(model, batch, start, stop, writes, reads, logits_at)
-    if start and hidden is None:
-        raise ValueError("a segment that starts above layer 0 needs the hidden state there")
-    if hidden is not None:
-        work.substitute(hidden)
-    cache = _cache(past) if past is not None or keep_past else None
-    with torch.inference_mode(), work.installed():
+    work = SiteWork(model, batch, writes, reads, stop)
+    if logits_at is not None:
+        work.keep_logits(batch, logits_at)
+    with torch.inference_mode(), work.installed(), narrowed(model, tokens):
         try:
-            logits = bare_logits(model, batch, cache)
+            logits = bare_logits(model, batch)
         except _Stopped:
             logits = None
     if logits is not None:
         logits = work.output(logits)
     work.check()
-    return SegmentResult(logits, work.found, _past(cache) if keep_past else None)
+    return RunResult(logits, work.found)
 
 
-def bare_logits(model: LoadedModel, batch: Batch, cache: Any = None) -> Tensor:
+def bare_logits(model: LoadedModel, batch: Batch) -> Tensor:
     """[B, T, vocab]: the model's own forward, with nothing of ours but masks and positions."""
-    arguments: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
+    return call(model, batch.ids, batch.mask, batch.position_ids())
+
+
+def call(model: LoadedModel, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+    """[B, T, vocab]: the model's own forward, without a cache."""
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in model.calling.accepts:
-        arguments["position_ids"] = batch.position_ids()
+        arguments["position_ids"] = positions
     if "use_cache" in model.calling.accepts:
-        arguments["use_cache"] = cache is not None
-    if cache is not None:
-        arguments["past_key_values"] = cache
+        arguments["use_cache"] = False
     return model.module(**arguments).logits
 
 
-def _cache(past: Past | None) -> Any:
-    """What the model takes its past from, and puts it into; empty without one."""
-    # Imported late: the library's noise at import is silenced while models are loaded.
-    from mechdsl.kept import kept_cache
+@contextmanager
+def narrowed(model: LoadedModel, tokens: Tensor | None) -> Generator[None]:
+    """The unembedding computes the logits of these tokens ([K] long) only, in this order."""
+    if tokens is None:
+        yield
+        return
+    module = model.module.get_submodule(model.anatomy.unembedding)
+    weight = module.get_parameter("weight")[tokens.to(model.device)]
+    bias = getattr(module, "bias", None)
+    bias = None if bias is None else bias[tokens.to(model.device)]
 
-    if past is not None:
-        return kept_cache(past.layers, past.columns)
-    from transformers import DynamicCache
+    def forward(hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, weight, bias)
 
-    return DynamicCache()
-
-
-def _past(cache: Any) -> Past:
-    layers = tuple((layer.keys, layer.values) for layer in cache.layers)
-    return Past(layers, layers[0][0].shape[2])
+    with replaced(module, forward):
+        yield
 
 
 # --- one forward pass ---------------------------------------------------------------------------
 
-_FIRST = (-2, 0)
 _LAST = (1 << 31, 0)
 
 
@@ -207,45 +201,41 @@ class _Stopped(Exception):
 
 @dataclass
 class _Place:
-    """One write with its indices in the padded batch, on the batch's device."""
+    """One write with its indices in the tapped tensor."""
 
     number: int
     write: SiteWrite
-    rows: Tensor
-    columns: Tensor
+    values: Tensor
+    first: Tensor
+    second: Tensor
     units: Tensor
 
     def put(self, view: Tensor, values: Tensor, *, add: bool) -> None:
         """Write `values` [K, width] into a [B, T, units, width] view."""
-        index = tuple(t.to(view.device) for t in (self.rows, self.columns, self.units))
+        index = tuple(t.to(view.device) for t in (self.first, self.second, self.units))
         view.index_put_(index, values, accumulate=add)
 
     def get(self, view: Tensor) -> Tensor:
         """[K, width] of a [B, T, units, width] view."""
-        return view[tuple(t.to(view.device) for t in (self.rows, self.columns, self.units))]
+        return view[tuple(t.to(view.device) for t in (self.first, self.second, self.units))]
 
 
-class _Work:
-    """Everything that is done during one forward pass, and what came of it."""
+class SiteWork:
+    """Everything that is read and written during one forward pass, and what came of it."""
 
     def __init__(
         self,
         model: LoadedModel,
-        batch: Batch,
-        start: int,
-        stop: int | None,
+        frame: Frame,
         writes: Sequence[SiteWrite],
         reads: Sequence[SiteRead],
-        logits_at: Tensor | None,
+        stop: int | None = None,
     ) -> None:
         n_layers = model.shape.n_layers
-        if not 0 <= start <= n_layers:
-            raise ValueError(f"start layer {start} is not in 0..{n_layers}")
-        if stop is not None and not start <= stop <= n_layers + 1:
-            raise ValueError(f"stop {stop} is not in {start}..{n_layers + 1}")
+        if stop is not None and not 0 <= stop <= n_layers + 1:
+            raise ValueError(f"stop {stop} is not in 0..{n_layers + 1}")
         self.model = model
-        self.batch = batch
-        self.start = start
+        self.frame = frame
         self.stop = stop
         self.found: dict[SiteRead, Tensor] = {}
         self._steps: dict[tuple[str, Side, int], list[tuple[tuple[int, int], Step]]]
@@ -258,9 +248,7 @@ class _Work:
         self._logits: tuple[list[_Place], list[SiteRead]] = ([], [])
         self._plan()
         if stop is not None:
-            self._on(self._entrance(stop), _LAST, _stop)
-        if logits_at is not None:
-            self._keep_logits(logits_at)
+            self._on(entrance(model, stop), _LAST, _stop)
 
     # --- planning -----------------------------------------------------------------------------
 
@@ -290,33 +278,37 @@ class _Work:
             raise ValueError(f"`{where.site}` {need}")
         if where.layer is not None and not 0 <= where.layer < n_layers:
             raise ValueError(f"layer {where.layer} is not in 0..{n_layers - 1}")
-        if start_layer(where.site, where.layer, n_layers) < self.start:
-            raise problem(f"{_name(where)} lies below layer {self.start}, where the run starts")
         needed = stop_layer(where.site, where.layer, n_layers)
         if self.stop is not None and (needed is None or needed > self.stop):
             raise problem(f"{_name(where)} lies above layer {self.stop}, where the run stops")
 
     def _place(self, number: int, write: SiteWrite) -> _Place:
         """Indices of a write; ValueError for a place that isn't in the batch."""
-        device = self.batch.ids.device
-        rows, positions, units = (t.to(device) for t in (write.rows, write.positions, write.units))
+        where = SiteRead(write.site, write.layer)
         site_units, site_width = self._extent(write.site)
         count = self._wanted[number]
-        name = _name(SiteRead(write.site, write.layer))
+        name = _name(where)
         if write.values.shape != (count, site_width):
             raise ValueError(f"values for {name} must be [{count}, {site_width}]")
-        if positions.shape != (count,) or units.shape != (count,):
+        if write.positions.shape != (count,) or write.units.shape != (count,):
             raise ValueError(f"rows, positions and units for {name} must be equally long")
-        if bool(((rows < 0) | (rows >= len(self.batch))).any()):
+        lengths = self.frame.lengths
+        rows, positions, units = (
+            t.to(lengths.device) for t in (write.rows, write.positions, write.units)
+        )
+        if bool(((rows < 0) | (rows >= len(self.frame))).any()):
             raise ValueError(f"a row for {name} is not in the batch")
-        if bool(((positions < 0) | (positions >= self.batch.lengths[rows])).any()):
+        if bool(((positions < 0) | (positions >= lengths[rows])).any()):
             raise ValueError(f"a position for {name} is not in its prompt")
         if bool(((units < 0) | (units >= site_units)).any()):
             raise ValueError(f"a unit for {name} is not in 0..{site_units - 1}")
-        columns = self.batch.columns(rows, positions)
-        if bool((columns < 0).any()):
-            raise ValueError(f"a position for {name} lies before the suffix that is run")
-        return _Place(number, write, rows, columns, units)
+        first, second, there = self.frame.locate(where, rows, positions)
+        values = write.values
+        if not bool(there.all()):
+            first, second, units = first[there], second[there], units[there]
+            values = values[there.to(values.device)]
+            self._wanted[number] = int(there.sum())
+        return _Place(number, write, values, first, second, units)
 
     def _extent(self, site: str) -> tuple[int, int]:
         """(units, width) of a site."""
@@ -326,13 +318,12 @@ class _Work:
         return layout.units, layout.width
 
     def _set_once(self, where: SiteRead, places: list[_Place]) -> None:
-        length, units = self.batch.ids.shape[1], self._extent(where.site)[0]
         keys = [
-            (place.rows * length + place.columns) * units + place.units
+            torch.stack([place.first, place.second, place.units])
             for place in places
             if place.write.mode == "set"
         ]
-        if keys and len(joined := torch.cat(keys)) != len(joined.unique()):
+        if keys and (joined := torch.cat(keys, dim=1)).shape[1] != joined.unique(dim=1).shape[1]:
             raise ValueError(f"a vector of {_name(where)} is set twice in one run")
 
     def _add_site(self, where: SiteRead, places: list[_Place], read: bool) -> None:
@@ -353,9 +344,7 @@ class _Work:
                 step = self._heads(places, reads, self.model.anatomy.taps["z"].layout)
             case _:
                 step = self._direct(places, reads, tap.layout)
-        below = where.site == "resid_post" and where.layer == self.start - 1
-        spot = self._entrance(self.start) if below else self._spot(tap, where.layer)
-        self._on(spot, order, step)
+        self._on(self._spot(tap, where.layer), order, step)
 
     def _spot(self, tap: Tap, layer: int | None) -> tuple[str, Side, int]:
         return tap.at(layer), tap.side, tap.item
@@ -363,40 +352,17 @@ class _Work:
     def _on(self, spot: tuple[str, Side, int], order: tuple[int, int], step: Step) -> None:
         self._steps[spot].append((order, step))
 
-    def _module(self, path: str) -> nn.Module:
-        return self.model.module.get_submodule(path)
-
-    def _entrance(self, layer: int) -> tuple[str, Side, int]:
-        """What is read by block `layer`, by the final norm, by the unembedding."""
-        anatomy, n_layers = self.model.anatomy, self.model.shape.n_layers
-        if layer < n_layers:
-            return anatomy.block.format(layer=layer), "in", 0
-        return (anatomy.final_norm if layer == n_layers else anatomy.unembedding), "in", 0
-
-    def substitute(self, hidden: Tensor) -> None:
-        """Let block `start` read `hidden` instead of what comes from below."""
-        expected = (*self.batch.ids.shape, self.model.shape.d_model)
-        if tuple(hidden.shape) != expected:
-            raise ValueError(f"hidden must be {list(expected)}, not {list(hidden.shape)}")
-
-        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            return hidden.to(device=value.device, dtype=value.dtype)
-
-        self._on(self._entrance(self.start), _FIRST, step)
-
-    def _keep_logits(self, positions: Tensor) -> None:
+    def keep_logits(self, batch: Batch, positions: Tensor) -> None:
         """Unembed only these positions ([B, n]) of each row."""
         if self._logits[0] or self._logits[1]:
             raise ValueError("logits can't be read or written where only some are computed")
-        if positions.shape[:1] != (len(self.batch),) or positions.dim() != 2:
+        if positions.shape[:1] != (len(batch),) or positions.dim() != 2:
             raise ValueError("logits_at must be [B, n]")
-        at = positions.to(self.batch.ids.device)
-        if bool(((at < 0) | (at >= self.batch.lengths[:, None])).any()):
+        at = positions.to(batch.ids.device)
+        if bool(((at < 0) | (at >= batch.lengths[:, None])).any()):
             raise ValueError("a position in logits_at is not in its prompt")
-        rows = torch.arange(len(self.batch), device=at.device)[:, None]
-        columns = self.batch.starts[:, None] + at
-        if bool((columns < 0).any()):
-            raise ValueError("a position in logits_at lies before the suffix that is run")
+        rows = torch.arange(len(batch), device=at.device)[:, None]
+        columns = batch.starts[:, None] + at
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             return value[rows.to(value.device), columns.to(value.device)]
@@ -406,10 +372,10 @@ class _Work:
     # --- steps ----------------------------------------------------------------------------------
 
     def _values(self, place: _Place, like: Tensor) -> Tensor:
-        return place.write.values.to(device=like.device, dtype=like.dtype)
+        return place.values.to(device=like.device, dtype=like.dtype)
 
     def _done(self, place: _Place) -> None:
-        self._applied[place.number] += int(place.rows.numel())
+        self._applied[place.number] += int(place.first.numel())
 
     def _keep(self, reads: list[SiteRead], view: Tensor) -> None:
         for read in reads:
@@ -480,14 +446,7 @@ class _Work:
                 new = self._values(place, view)
                 if place.write.mode == "set":
                     new = new - through_heads(place.get(z), place.units.to(z.device), weight)
-                whole = _Place(
-                    place.number,
-                    place.write,
-                    place.rows,
-                    place.columns,
-                    torch.zeros_like(place.units),
-                )
-                whole.put(view, new, add=True)
+                replace(place, units=torch.zeros_like(place.units)).put(view, new, add=True)
                 self._done(place)
             if reads:
                 per_head = torch.einsum("bthd,hdm->bthm", z, weight)
@@ -503,16 +462,11 @@ class _Work:
 
     @contextmanager
     def installed(self) -> Generator[None]:
-        """Stubs and hooks in place; gone afterwards, whatever happens inside."""
+        """Hooks in place; gone afterwards, whatever happens inside."""
         handles: list[Any] = []
-        stubbed: list[tuple[nn.Module, Any]] = []
         try:
-            for layer in range(self.start):
-                block = self._module(self.model.anatomy.block.format(layer=layer))
-                stubbed.append((block, block.__dict__.get("forward")))
-                block.forward = Stub(self.model.calling.block_returns)
             for (path, side, item), steps in self._steps.items():
-                module = self._module(path)
+                module = self.model.module.get_submodule(path)
                 ordered = [step for _, step in sorted(steps, key=lambda entry: entry[0])]
                 if side == "in":
                     hook = InHook(ordered)
@@ -524,10 +478,6 @@ class _Work:
         finally:
             for handle in handles:
                 handle.remove()
-            for block, before in stubbed:
-                block.__dict__.pop("forward", None)
-                if before is not None:
-                    block.forward = before
             self._streams.clear()
 
     def output(self, logits: Tensor) -> Tensor:
@@ -546,6 +496,14 @@ class _Work:
         for read in self._reads:
             if read not in self.found:
                 raise ReadMismatch(f"{_name(read)} was not passed")
+
+
+def entrance(model: LoadedModel, layer: int) -> tuple[str, Side, int]:
+    """What is read by block `layer`, by the final norm, by the unembedding."""
+    anatomy, n_layers = model.anatomy, model.shape.n_layers
+    if layer < n_layers:
+        return anatomy.block.format(layer=layer), "in", 0
+    return (anatomy.final_norm if layer == n_layers else anatomy.unembedding), "in", 0
 
 
 def _stop(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:

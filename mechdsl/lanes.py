@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,11 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.columns import Ints
 from mechdsl.data.types import Noise, Run
-from mechdsl.hooks import Batch, Past, SiteRead, SiteWrite, run_segment
+from mechdsl.hooks import Batch, SiteRead, SiteWrite, run_whole
+from mechdsl.kept import Kept, keeping
 from mechdsl.loaded import LoadedModel
-from mechdsl.plan import Ints, Place
+from mechdsl.plan import Place
 from mechdsl.resolve.types import Atom, ResolvedMeasure
+from mechdsl.taps import fused
 
 Side = Literal["left", "right"]
 Spot = Mapping[str, tuple[int, ...]]
@@ -33,12 +37,12 @@ class Lanes:
     lengths: Ints
     """[lane], tokens of the prompt itself, without a continuation behind it."""
     reads: Mapping[SiteRead, Tensor]
-    hidden: Mapping[int, Tensor]
-    """Input of block L, [lane, T, d_model], for every L that a row starts at."""
-    past: Past | None
-    """Keys and values, where rows start from this run."""
+    kept: Kept | None
+    """What rows that start from this run take over; None where they are whole passes."""
     logits: Tensor | None
     """[lane, spot, vocab]; None where nothing is measured on this run."""
+    tokens: Tensor | None
+    """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
     loss: Tensor | None
 
     @cached_property
@@ -57,11 +61,14 @@ class LaneRequest:
     """What is wanted of an unpatched run."""
 
     reads: frozenset[Place] = frozenset()
-    starts: frozenset[int] = frozenset()
-    past: bool = False
+    lowest: int | None = None
+    """The lowest block that rows start in; None keeps nothing for them."""
     spots: tuple[Spot, ...] = ()
     """Positions whose logits are wanted; with none, the run may stop early."""
     stop: int | None = None
+    tokens: Tensor | None = None
+    """[K] the only tokens whose logits are wanted, ascending."""
+    fuse: bool = False
     loss: Atom | None = None
     continuation: Atom | None = None
     """The text of several tokens that stands behind every prompt."""
@@ -118,7 +125,6 @@ def compute_lanes(
         lengths.append(len(own))
     batch = Batch.of(ids, model.pad_id, side, model.device)
     length = np.array(lengths, dtype=np.int64)
-    hidden_reads = {layer: _input_of(layer, model.shape.n_layers) for layer in request.starts}
     wanted = [SiteRead(*place) for place in request.reads]
     full = request.loss is not None or SiteRead("logits") in wanted
     at: Tensor | None = None
@@ -127,15 +133,22 @@ def compute_lanes(
         at = torch.from_numpy(np.stack(columns, axis=1)).to(model.device)
     if request.continuation is not None:
         at = continuation_positions(request.continuation, lanes, length).to(model.device)
-    result = run_segment(
-        model,
-        batch,
-        stop=request.stop if at is None and not full else None,
-        writes=noise_writes(model, run.noise, lanes, draws, row_ids, seed),
-        reads=list(dict.fromkeys([*wanted, *hidden_reads.values()])),
-        logits_at=None if full else at,
-        keep_past=request.past,
-    )
+    tokens = None if full or at is None else request.tokens
+    with ExitStack() as stack:
+        kept: Kept | None = None
+        if request.lowest is not None:
+            kept = stack.enter_context(keeping(model, batch, request.lowest))
+        if request.fuse:
+            stack.enter_context(fused(model.module))
+        result = run_whole(
+            model,
+            batch,
+            stop=request.stop if at is None and not full else None,
+            writes=noise_writes(model, run.noise, lanes, draws, row_ids, seed),
+            reads=wanted,
+            logits_at=None if full else at,
+            tokens=tokens,
+        )
     logits, loss = result.logits, None
     if request.loss is not None and logits is not None:
         loss = prompt_loss(request.loss, logits, batch, run, lanes)
@@ -147,10 +160,10 @@ def compute_lanes(
         draws=draws,
         batch=batch,
         lengths=length,
-        reads={read: result.reads[read] for read in wanted},
-        hidden={n: result.reads[read].squeeze(2) for n, read in hidden_reads.items()},
-        past=result.past,
+        reads=result.reads,
+        kept=kept,
         logits=None if at is None else logits,
+        tokens=tokens,
         loss=loss,
     )
 
@@ -177,11 +190,6 @@ def prompt_loss(atom: Atom, logits: Tensor, batch: Batch, run: Run, lanes: Ints)
         own = torch.tensor([not special for special in row.special], device=mask.device)
         mask[lane, start : start + len(row.ids)] = own
     return atom.form.function(logits, batch.ids, mask)
-
-
-def _input_of(layer: int, n_layers: int) -> SiteRead:
-    """What block `layer` reads; behind the last one, what the last one returns."""
-    return SiteRead("resid_pre", layer) if layer < n_layers else SiteRead("resid_post", layer - 1)
 
 
 def noise_writes(

@@ -32,14 +32,14 @@ from mechdsl.diagnostics.e04_model import (
     NoTokenizer,
     NoWeights,
 )
-from mechdsl.diagnostics.w07_models import ModelNotHere, NotContinuable, NotResumable
+from mechdsl.diagnostics.w07_models import ModelNotHere, NotRestartable
 from mechdsl.loaded import Calling, LoadedModel, Outcome
 from mechdsl.models.anatomy import Anatomy
 from mechdsl.models.finder import find_anatomy
 from mechdsl.models.locate import locate, weight_files
 from mechdsl.models.shape import ModelShape, read_shape, shape_from_config
 from mechdsl.source import Span
-from mechdsl.verify import CONTINUE, REPLAY, SHORTCUTS, verify
+from mechdsl.verify import RESTART, verify
 
 _DTYPES = {
     "float32": torch.float32,
@@ -317,22 +317,17 @@ def prove(
             checks.append(outcome)
             if outcome.passed:
                 continue
-            if outcome.identity not in SHORTCUTS:
+            if outcome.identity != RESTART:
                 return None, [_broken(model, outcome.identity, _reason(outcome), span)]
-            at, error = outcome.detail, outcome.error
-            if outcome.identity == REPLAY:
-                found.append(NotResumable(span=span, model=model.name, layer=at, error=error))
-            else:
-                reason = _reason(outcome)
-                found.append(NotContinuable(span=span, model=model.name, reason=reason))
+            reason = _reason(outcome)
+            found.append(NotRestartable(span=span, model=model.name, reason=reason))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         return None, [_broken(model, "every site can be read and written", _text(error), span)]
     failed = {outcome.identity for outcome in checks if not outcome.passed}
     return replace(
         model,
         checks=tuple(checks),
-        resumable=REPLAY not in failed,
-        continuable=CONTINUE not in failed,
+        restartable=RESTART not in failed,
     ), found
 
 

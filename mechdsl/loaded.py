@@ -62,10 +62,8 @@ class LoadedModel:
     provenance: Mapping[str, str]
     """Hash of the weights, revision, versions: what a result has to be kept with."""
     checks: tuple[Outcome, ...] = ()
-    resumable: bool = True
-    """Replaying from every layer gave the whole run's logits."""
-    continuable: bool = True
-    """So did running only the last tokens, on the keys and values of the rest."""
+    restartable: bool = True
+    """Rows that compute only what changes gave the logits of whole passes."""
 
     @property
     def parallel(self) -> bool:

@@ -1,137 +1,339 @@
-"""Patched rows: one forward pass from their start layer, read by the gauge."""
+"""Patched rows: one pass over rows of any cells and experiments, read by their gauges."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.columns import Ints
 from mechdsl.data.types import Run
 from mechdsl.fillings import Fillings
 from mechdsl.gauge import Gauge, Reading
-from mechdsl.hooks import Batch, SiteRead, SiteWrite, run_segment
+from mechdsl.hooks import SiteRead, SiteWrite, run_whole
 from mechdsl.lanes import (
     Lanes,
-    at_positions,
     continuation_positions,
     noise_writes,
     prompt_loss,
     spot_positions,
 )
-from mechdsl.plan import ExperimentPlan, Ints, Rows
+from mechdsl.packed import Places, run_packed
+from mechdsl.plan import FUSE, ExperimentPlan, Plan
 from mechdsl.results.data import Floats
+from mechdsl.rule_plan import Rows
 from mechdsl.runs import UnpatchedRuns, vectors
-from mechdsl.writes import after, build_writes, unless_set
+from mechdsl.share import SharedRows
+from mechdsl.writes import build_writes, unless_set
 
 
-def patched_values(
-    plan: ExperimentPlan,
-    gauge: Gauge,
-    fillings: Fillings,
-    runs: UnpatchedRuns,
-    rows: Rows,
-    draws: Ints,
-    run: Run,
-    start: int,
-    batch: Ints,
-) -> list[Floats]:
-    """One pass (and one more per text of several tokens) over patched rows.
+@dataclass(frozen=True, eq=False)
+class Member:
+    """Rows of one experiment that a pass serves."""
 
-    draws: [row] the draw of noise. run: what the rows start from. start: the first block that runs.
-    batch: the prompts in work. Returns one value per row for every measure of the gauge.
-    """
-    model = runs.model
+    number: int
+    """Of the experiment in its panel."""
+    rows: Rows
+    at: Ints
+    """[row] the row of the pass."""
 
-    def lanes_of(source: str, donors: bool) -> Lanes:
-        prompts = batch
-        if donors and fillings.donors is not None:
-            prompts = np.unique(fillings.donors[batch])
-        return runs.lanes(runs.named(source), prompts)
 
-    writes = build_writes(plan, rows, draws, lanes_of, fillings, model.shape)
-    noise: list[SiteWrite] = []
-    if start == 0 and run.noise is not None:  # above, it is in the hidden state
-        added = noise_writes(
-            model, run.noise, rows.prompt, run.noise.samples, runs.table.row_ids, runs.seed
+@dataclass(frozen=True, eq=False)
+class _PassRows:
+    """What runs in one pass; each distinct row once per draw of noise, draws side by side."""
+
+    run: Run
+    batch: Ints
+    prompts: Ints
+    draw: Ints
+    writes: Sequence[SiteWrite]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+class Patcher:
+    """Runs patched rows of a panel's experiments."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        plans: Sequence[ExperimentPlan],
+        gauges: Sequence[Gauge],
+        fillings: Sequence[Fillings],
+        runs: UnpatchedRuns,
+    ) -> None:
+        self.plan = plan
+        self.plans = plans
+        self.gauges = gauges
+        self.fillings = fillings
+        self.runs = runs
+        self.model = runs.model
+
+    def values(
+        self, shared: SharedRows, chosen: Ints, members: Sequence[Member], run: Run, batch: Ints
+    ) -> Iterator[tuple[Member, list[Floats]]]:
+        """One pass over the chosen distinct rows, which all start from `run`.
+
+        batch: the prompts in work. Gives one value per row and measure of each member.
+        """
+        draws = self.plans[int(shared.owner[chosen[0]])].draws
+        rows = self._pass_rows(shared, chosen, run, batch, draws)
+        gauges = [self.gauges[member.number] for member in members]
+        repeated = [_repeated(member, draws) for member in members]
+        lanes = self.runs.lanes(run, batch)
+        lengths = lanes.lengths[lanes.lane(rows.prompts, rows.draw)]
+        wanted = [
+            _wanted(gauge, member, run, lengths)
+            for gauge, member in zip(gauges, repeated, strict=True)
+        ]
+        logits, reads, tokens = self._forward(rows, lanes, gauges, wanted)
+        for member, many, gauge, want, own, read in zip(
+            members, repeated, gauges, wanted, logits, reads, strict=True
+        ):
+            reading = Reading(
+                prompts=many.rows.prompt,
+                items=[self.plans[member.number].items[cell] for cell in many.rows.cell],
+                logits=want.spots(own),
+                continued={n: self._continued(rows, many, gauge, n) for n in gauge.continuations},
+                loss=want.loss(own, gauge, many, rows, lanes, run),
+                activations=read,
+                references=self.runs.references(gauge, batch, many.rows.prompt, rows.draw[many.at]),
+                tokens=tokens,
+            )
+            values = gauge.read(reading)
+            yield member, [v.reshape(len(member.at), draws).mean(axis=1) for v in values]
+
+    def _pass_rows(
+        self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, draws: int
+    ) -> _PassRows:
+        index = np.repeat(np.arange(len(chosen)), draws)
+        draw = np.tile(np.arange(draws), len(chosen))
+        prompts = shared.rows.prompt[chosen][index]
+        owner = shared.owner[chosen][index]
+        writes: list[SiteWrite] = []
+        for number in np.unique(owner):
+            own = np.flatnonzero(owner == number)
+            rows = shared.rows.take(chosen[index[own]])
+            writes += self._writes(int(number), rows, draw[own], own, batch)
+        return _PassRows(run, batch, prompts, draw, writes)
+
+    def _writes(
+        self, number: int, rows: Rows, draw: Ints, at: Ints, batch: Ints
+    ) -> list[SiteWrite]:
+        """What the rows of one experiment write, by the rows of the pass (`at`)."""
+        fillings = self.fillings[number]
+
+        def lanes_of(source: str, donors: bool) -> Lanes:
+            prompts = batch
+            if donors and fillings.donors is not None:
+                prompts = np.unique(fillings.donors[batch])
+            return self.runs.lanes(self.runs.named(source), prompts)
+
+        plan = self.plans[number]
+        found = build_writes(plan, rows, draw, lanes_of, fillings, self.model.shape)
+        return [write.moved(torch.from_numpy(at)) for write in found]
+
+    def _forward(
+        self, rows: _PassRows, lanes: Lanes, gauges: Sequence[Gauge], wanted: Sequence[_Wanted]
+    ) -> tuple[list[Tensor], list[dict[int, Tensor]], Tensor | None]:
+        """Per member the logits at the places it wants, and its activations; and which tokens."""
+        final = (
+            np.concatenate([want.final[0] for want in wanted]),
+            np.concatenate([want.final[1] for want in wanted]),
         )
-        noise = [unless_set(write, writes) for write in added]
+        inside: dict[SiteRead, list[Places]] = {}
+        parts: list[dict[int, tuple[SiteRead, int]]] = []
+        for want in wanted:
+            parts.append({})
+            for atom, (place, where) in want.inside.items():
+                own = inside.setdefault(place, [])
+                parts[-1][atom] = place, len(own)
+                own.append(where)
+        ends = np.cumsum([len(want.final[0]) for want in wanted])[:-1].tolist()
+        if not len(final[0]) and not inside:  # texts of several tokens have passes of their own
+            return [torch.zeros(0)] * len(wanted), [{} for _ in wanted], None
+        tokens = self.runs.tokens(gauges, rows.batch)
+        if any(write.site == "logits" for write in rows.writes):
+            tokens = None
+        reads = {
+            read: (np.concatenate([p[0] for p in own]), np.concatenate([p[1] for p in own]))
+            for read, own in inside.items()
+        }
+        logits, found = self._run(rows, lanes, final, reads, tokens)
+        split = {
+            read: values.tensor_split(np.cumsum([len(p[0]) for p in inside[read]])[:-1].tolist())
+            for read, values in found.items()
+        }
+        activations = [
+            {atom: vectors(split[r][i], gauge.atoms[atom][1]) for atom, (r, i) in own.items()}
+            for gauge, own in zip(gauges, parts, strict=True)
+        ]
+        return list(logits.tensor_split(ends)), activations, tokens
 
-    def forward(
-        lanes: Lanes, at: Tensor, every: bool, reads: Sequence[SiteRead]
-    ) -> tuple[Batch, Tensor | None, Mapping[SiteRead, Tensor]]:
-        """at: [row, n] positions that are read; every: compute the logits of all positions."""
-        lane = torch.from_numpy(lanes.lane(rows.prompt, draws)).to(model.device)
-        taken = lanes.batch.take(lane)
-        hidden = lanes.hidden[start][lane] if start > 0 else None
-        own, past = noise, None
-        first = first_column(plan, rows, taken, at) if lanes.past is not None else 0
-        if lanes.past is not None and first > 0:
-            past = lanes.past.take(lane, first, start)
-            taken = taken.suffix(first)
-            own = [after(write, taken) for write in noise]  # the rest is in what is kept
-            hidden = None if hidden is None else hidden[:, first:]
-        found = run_segment(
-            model,
-            taken,
-            start=start,
-            hidden=hidden,
-            writes=[*writes, *own],
-            reads=reads,
-            logits_at=None if every else at,
-            past=past,
+    def _run(
+        self,
+        rows: _PassRows,
+        lanes: Lanes,
+        final: Places,
+        reads: Mapping[SiteRead, Places],
+        tokens: Tensor | None,
+    ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
+        """([place, vocab], [place, units, width] per site), on what was kept or in whole passes."""
+        lane = lanes.lane(rows.prompts, rows.draw)
+        if lanes.kept is not None:
+            result = run_packed(
+                self.model,
+                lanes.kept,
+                lane,
+                writes=rows.writes,
+                final=final,
+                reads=reads,
+                tokens=tokens,
+                shortcuts=self.plan.shortcuts,
+                fuse=self.plan.does(FUSE),
+            )
+            return result.logits, result.reads
+        return self._run_whole(rows, lanes, lane, final, reads, tokens)
+
+    def _run_whole(
+        self,
+        rows: _PassRows,
+        lanes: Lanes,
+        lane: Ints,
+        final: Places,
+        reads: Mapping[SiteRead, Places],
+        tokens: Tensor | None,
+    ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
+        noise: list[SiteWrite] = []
+        if rows.run.noise is not None:
+            added = noise_writes(
+                self.model,
+                rows.run.noise,
+                rows.prompts,
+                rows.run.noise.samples,
+                self.runs.table.row_ids,
+                self.runs.seed,
+            )
+            noise = [unless_set(write, rows.writes) for write in added]
+        batch = lanes.batch.take(torch.from_numpy(lane))
+        all_logits = any(write.site == "logits" for write in rows.writes)
+        slots, at = _by_row(final, len(rows), batch.lengths.cpu().numpy())
+        result = run_whole(
+            self.model,
+            batch,
+            writes=[*rows.writes, *noise],
+            reads=list(reads),
+            logits_at=None if all_logits else torch.from_numpy(at).to(self.model.device),
+            tokens=tokens,
         )
-        return taken, found.logits, found.reads
+        assert result.logits is not None
+        row = torch.from_numpy(final[0]).to(result.logits.device)
+        columns = torch.from_numpy(slots).to(row.device)
+        if all_logits:
+            columns = batch.columns(row, torch.from_numpy(final[1]).to(row.device))
+        found: dict[SiteRead, Tensor] = {}
+        for read, (read_rows, positions) in reads.items():
+            index = torch.from_numpy(read_rows).to(row.device)
+            where = batch.columns(index, torch.from_numpy(positions).to(row.device))
+            found[read] = result.reads[read][index, where]
+        return result.logits[row, columns], found
 
-    logits: Tensor | None = None
-    loss: Tensor | None = None
-    activations: dict[int, Tensor] = {}
-    plain = runs.lanes(run, batch)
-    lengths = plain.lengths[plain.lane(rows.prompt, draws)]
-    if gauge.needs_plain:
-        columns = [spot_positions(s, run.name, rows.prompt, lengths) for s in gauge.spots]
-        at = torch.from_numpy(np.stack(columns, axis=1)).to(model.device)
-        full = gauge.loss is not None or any(w.site == "logits" for w in writes)
-        points = {n: a for n, (_, a) in enumerate(gauge.atoms) if a.point is not None}
-        wanted = [SiteRead(a.point.site, a.point.layer) for a in points.values() if a.point]
-        taken, logits, reads = forward(plain, at, full, wanted)
-        if full and logits is not None:
-            if gauge.loss is not None:
-                loss = prompt_loss(gauge.loss, logits, taken, run, rows.prompt)
-            logits = at_positions(logits, taken, at)
-        for number, atom in points.items():
-            assert atom.point is not None
-            read = reads[SiteRead(atom.point.site, atom.point.layer)]
-            position = columns[gauge.atoms[number][0]]
-            activations[number] = vectors(read, taken, np.arange(len(rows)), position, atom)
-    continued: dict[int, Tensor] = {}
-    for number in gauge.continuations:
+    def _continued(self, rows: _PassRows, member: Member, gauge: Gauge, number: int) -> Tensor:
+        """[row, token, vocab]: a pass of the same rows with a text of several tokens behind."""
         atom = gauge.atoms[number][1]
-        lanes = runs.lanes(run, batch, atom)
-        at = continuation_positions(atom, rows.prompt, lengths).to(model.device)
-        written = any(w.site == "logits" for w in writes)
-        taken, found, _ = forward(lanes, at, written, ())
-        assert found is not None
-        continued[number] = at_positions(found, taken, at) if written else found
-    return gauge.read(
-        Reading(
-            prompts=rows.prompt,
-            items=[plan.items[cell] for cell in rows.cell],
-            logits=logits,
-            continued=continued,
-            loss=loss,
-            activations=activations,
-            references=runs.references(gauge, batch, rows.prompt, draws),
-        )
-    )
+        lanes = self.runs.lanes(rows.run, rows.batch, atom)
+        draw = rows.draw[member.at]
+        prompts = member.rows.prompt
+        count = np.arange(len(prompts))
+        writes = self._writes(member.number, member.rows, draw, count, rows.batch)
+        own = _PassRows(rows.run, rows.batch, prompts, draw, writes)
+        lengths = lanes.lengths[lanes.lane(prompts, draw)]
+        at = continuation_positions(atom, prompts, lengths).numpy()
+        final = (np.repeat(count, at.shape[1]), at.reshape(-1))
+        logits, _ = self._run(own, lanes, final, {}, None)
+        return logits.unflatten(0, at.shape)
 
 
-def first_column(plan: ExperimentPlan, rows: Rows, batch: Batch, at: Tensor) -> int:
-    """The first column that any of the rows writes to or is read at.
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """The places that one member reads."""
 
-    What lies before it is the base run's: it attends to nothing that is changed.
-    """
-    written = torch.from_numpy(plan.leftmost(rows)).to(batch.starts.device)
-    first = torch.minimum(written, at.min(dim=1).values)
-    return int((batch.starts + first).min())
+    final: Places
+    """Behind the last block: rows of the pass and positions."""
+    spots_per_row: int
+    """The first places of `final`, row by row; all others are those of a loss."""
+    inside: Mapping[int, tuple[SiteRead, Places]]
+    """Atom → the site of a `cosine` and where it is read."""
+    count: int
+    """Rows of the member."""
+
+    def spots(self, logits: Tensor) -> Tensor | None:
+        """[row, spot, vocab]"""
+        if not self.spots_per_row:
+            return None
+        spots = logits[: self.count * self.spots_per_row]
+        return spots.unflatten(0, (self.count, self.spots_per_row))
+
+    def loss(
+        self,
+        logits: Tensor,
+        gauge: Gauge,
+        member: Member,
+        rows: _PassRows,
+        lanes: Lanes,
+        run: Run,
+    ) -> Tensor | None:
+        """[row] the loss over all positions."""
+        if gauge.loss is None:
+            return None
+        lane = lanes.lane(member.rows.prompt, rows.draw[member.at])
+        batch = lanes.batch.take(torch.from_numpy(lane))
+        every = logits[self.count * self.spots_per_row :]
+        whole = every.new_zeros(*batch.ids.shape, every.shape[-1])
+        whole[batch.mask.bool().to(every.device)] = every
+        return prompt_loss(gauge.loss, whole, batch, run, member.rows.prompt)
+
+
+def _wanted(gauge: Gauge, member: Member, run: Run, lengths: Ints) -> _Wanted:
+    """What a gauge reads of a member's rows; lengths: [row of the pass]."""
+    own = lengths[member.at]
+    columns = [spot_positions(spot, run.name, member.rows.prompt, own) for spot in gauge.spots]
+    rows: list[Ints] = []
+    positions: list[Ints] = []
+    spots = len(columns) if gauge.needs_plain else 0
+    if spots:
+        rows.append(np.repeat(member.at, spots))
+        positions.append(np.stack(columns, axis=1).reshape(-1))
+    if gauge.loss is not None:
+        rows.append(np.repeat(member.at, own))
+        positions.append(np.concatenate([np.arange(n) for n in own]))
+    empty = np.zeros(0, dtype=np.int64)
+    inside = {
+        number: (SiteRead(atom.point.site, atom.point.layer), (member.at, columns[spot]))
+        for number, (spot, atom) in enumerate(gauge.atoms)
+        if atom.point is not None
+    }
+    final = (np.concatenate([empty, *rows]), np.concatenate([empty, *positions]))
+    return _Wanted(final, spots, inside, len(member.at))
+
+
+def _repeated(member: Member, draws: int) -> Member:
+    """Every row once per draw."""
+    index = np.repeat(np.arange(len(member.at)), draws)
+    at = member.at[index] * draws + np.tile(np.arange(draws), len(member.at))
+    return Member(member.number, member.rows.take(index), at)
+
+
+def _by_row(places: Places, rows: int, lengths: Ints) -> tuple[Ints, Ints]:
+    """([place] its slot, [row, slot] position): places listed by row, free slots read anywhere."""
+    order = np.argsort(places[0], kind="stable")
+    counts = np.bincount(places[0], minlength=rows)
+    slots = np.empty(len(order), dtype=np.int64)
+    slots[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    at = np.repeat(lengths[:, None] - 1, max(1, int(counts.max(initial=1))), axis=1)
+    at[places[0], slots] = places[1]
+    return slots, at

@@ -19,7 +19,7 @@ from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName
 from mechdsl.execute import Options, execute
 from mechdsl.load import adopt, load
 from mechdsl.loaded import LoadedModel
-from mechdsl.plan import PREFIX, RESUME, make_plan, unknown_passes
+from mechdsl.plan import RESTART_PASSES, make_plan, unknown_passes
 from mechdsl.resolve import ModelContext
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
 from mechdsl.source import Source, Span
@@ -82,10 +82,8 @@ def _run(
     diagnostics: list[Diagnostic],
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     without = options.without
-    if not all(model.resumable for model in models.values()):
-        without = without | {RESUME}
-    if not all(model.continuable for model in models.values()):
-        without = without | {PREFIX}
+    if not all(model.restartable for model in models.values()):
+        without = without | frozenset(RESTART_PASSES)
     plan = make_plan(checked.experiments, without=without)
     store = None if options.out is None else Store(options.out, checked.source.stem)
     if store is not None:

@@ -14,115 +14,40 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mechdsl.data.types import PositionCell
+from mechdsl.columns import Hits, Ints, Ragged
+from mechdsl.data.types import Run
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 from mechdsl.graph import Encode, Forward, Graph, Measure, Read, build, unpatched
+from mechdsl.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.passes import PASSES, PassOutcome, run_passes
 from mechdsl.registry import nearest
 from mechdsl.resolve.types import Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
-from mechdsl.vocab.sites import SITES, start_layer
+from mechdsl.restart import Shortcuts
+from mechdsl.rule_plan import Rows, RulePlan
+from mechdsl.vocab.sites import SITES
 
-Ints: TypeAlias = NDArray[np.int64]
 Place: TypeAlias = tuple[str, int | None]
 """A component and its layer."""
 
-RESUME, PREFIX, BATCH = "resume", "prefix", "batch"
-PLAN_PASSES: Mapping[str, str] = {
-    RESUME: "a row starts at its lowest write, from the base run's input of that block",
-    PREFIX: "a row computes its leftmost write and what follows, on keys and values that are kept",
-    BATCH: "rows of many cells ride in one forward pass",
+RESTART_PASSES: Mapping[str, str] = {
+    "resume": "a row starts at its lowest write, with what the unpatched run had there",
+    "inside": "it starts inside that block, and projects queries, keys, values only of changes",
+    "prefix": "it computes its leftmost write and what follows, on keys and values that are kept",
+    "last": "nothing is computed that no measure reads: in the last block few tokens, behind the "
+    "last one read none",
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Ragged:
-    """Lists of integers of different lengths, end to end."""
-
-    offsets: Ints
-    values: Ints
-
-    @staticmethod
-    def of(lists: Iterable[Sequence[int]]) -> Ragged:
-        found = list(lists)
-        offsets = np.zeros(len(found) + 1, dtype=np.int64)
-        np.cumsum([len(one) for one in found], out=offsets[1:])
-        return Ragged(offsets, np.array([v for one in found for v in one], dtype=np.int64))
-
-    def counts(self, keys: Ints) -> Ints:
-        return self.offsets[keys + 1] - self.offsets[keys]
-
-    def expand(self, keys: Ints) -> tuple[Ints, Ints]:
-        """(index into keys, value) for every value of every key, in order."""
-        counts = self.counts(keys)
-        index = np.repeat(np.arange(len(keys)), counts)
-        within = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return index, self.values[self.offsets[keys][index] + within]
-
-
-@dataclass(frozen=True, eq=False)
-class Hits:
-    """The token positions of a rule: (position, prompt) → runs → tokens."""
-
-    prompts: int
-    runs: Ragged
-    """Indexed by position * prompts + prompt."""
-    tokens: Ragged
-    """Indexed by run."""
-
-    @staticmethod
-    def of(cells: Sequence[PositionCell]) -> Hits:
-        runs: list[range] = []
-        tokens: list[tuple[int, ...]] = []
-        for cell in cells:
-            for row in cell.hits:
-                runs.append(range(len(tokens), len(tokens) + len(row)))
-                tokens.extend(row)
-        return Hits(len(cells[0].hits), Ragged.of(runs), Ragged.of(tokens))
-
-    def leftmost(self, runs: Ints) -> Ints:
-        """The first token of each run; tokens ascend."""
-        return self.tokens.values[self.tokens.offsets[runs]]
-
-    def run(self, position: Ints, prompt: Ints, alternative: Ints) -> Ints:
-        """The run of each row; rules with one run give it to every alternative."""
-        key = position * self.prompts + prompt
-        return self.runs.offsets[key] + np.minimum(alternative, self.runs.counts(key) - 1)
-
-
-@dataclass(frozen=True, eq=False)
-class RulePlan:
-    """One rule over all cells."""
-
-    rule: ResolvedRule
-    site_of_cell: Ints
-    position_of_cell: Ints
-    points: Ragged
-    """Site combination → indices into `point_table`."""
-    point_table: tuple[SitePoint, ...]
-    written: Hits
-    read: Hits
-    positions: tuple[PositionCell, ...]
-    """Where it writes, per value of `position_of_cell`."""
-    sources: tuple[PositionCell, ...]
-    """Where it reads."""
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """One row per (cell, prompt, alternative), as parallel columns."""
-
-    cell: Ints
-    prompt: Ints
-    """Index into the table's rows."""
-    alternative: Ints
-    """Which of several runs under one label (the middle tokens of a span), averaged later."""
-
-    def __len__(self) -> int:
-        return len(self.cell)
-
-    def take(self, index: Ints) -> Rows:
-        return Rows(self.cell[index], self.prompt[index], self.alternative[index])
+SHARE, INERT, JOIN, UNEMBED, FUSE = "share", "inert", "join", "unembed", "fuse"
+PLAN_PASSES: Mapping[str, str] = {
+    INERT: "rows that can't differ from the base run are not run",
+    SHARE: "rows that several cells or experiments have in common are run once",
+    **RESTART_PASSES,
+    UNEMBED: "only the logits that metrics read are computed, where they need no softmax",
+    JOIN: "rows of all layers, sites, rules and experiments ride in one pass, and join it where "
+    "they start",
+    FUSE: "activation functions written out step by step run in one kernel",
+}
+"""Name → what it does. `plan` shows what each saves, in this order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,16 +58,18 @@ class ExperimentPlan:
     coordinates: tuple[Ints, ...]
     """Per axis, the index of every cell along it."""
     rules: tuple[RulePlan, ...]
-    starts: Ints
-    """Per cell, the lowest block that has to run again (0 with the pass switched off)."""
+    lowest: Ints
+    """Per cell, the lowest block that it writes to or that a measure reads."""
+    inert_runs: tuple[Inert, ...]
+    """Per rule, what it writes that can't change anything."""
     inert: NDArray[np.bool_]
-    """Per cell: by structure it can't differ from the base run."""
+    """Per cell: by structure none of its rows can differ from the base run."""
     items: tuple[Env, ...]
     """Per cell, its occurrence, where an axis runs over occurrences."""
 
     @property
     def n_cells(self) -> int:
-        return len(self.starts)
+        return len(self.lowest)
 
     @property
     def draws(self) -> int:
@@ -153,6 +80,26 @@ class ExperimentPlan:
         noises = [runs[name].noise for name in names if name is not None]
         return max((noise.samples for noise in noises if noise is not None), default=1)
 
+    @property
+    def replaced(self) -> RulePlan | None:
+        """The rule that puts other text into the prompts, if there is one."""
+        return next((plan for plan in self.rules if plan.rule.fill == "text"), None)
+
+    @property
+    def starting_runs(self) -> tuple[Run, ...]:
+        """The runs that rows start from: the base run, or those with the text put in."""
+        if not self.rules:
+            return ()
+        if self.replaced is not None:
+            return tuple(self.replaced.rule.inputs.values())
+        return (self.experiment.table.runs[self.experiment.spec.base],)
+
+    def starting_run(self, rows: Rows) -> Ints:
+        """[row] index into `starting_runs`."""
+        if self.replaced is None:
+            return np.zeros(len(rows), dtype=np.int64)
+        return self.replaced.position_of_cell[rows.cell]
+
     def leftmost(self, rows: Rows) -> Ints:
         """The first position that each row writes to."""
         first = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
@@ -160,6 +107,10 @@ class ExperimentPlan:
             run = plan.written.run(plan.position_of_cell[rows.cell], rows.prompt, rows.alternative)
             first = np.minimum(first, plan.written.leftmost(run))
         return first
+
+    def is_inert(self, rows: Rows) -> NDArray[np.bool_]:
+        """Which rows can't differ from the base run, by structure."""
+        return inert_rows(self.inert_runs, self.rules, rows)
 
     def _runs(self, prompts: Ints) -> Ints:
         """[cell, prompt]: how many runs there are, none where a rule has no position."""
@@ -177,12 +128,9 @@ class ExperimentPlan:
         return int(self._runs(prompts).sum()) * self.draws if self.rules else 0
 
     def rows(self, prompts: Ints) -> Rows:
-        """All rows on these prompts, ordered by start layer, cell, prompt."""
-        cells = np.arange(self.n_cells)
-        counts = self._runs(prompts)
-        order = np.argsort(self.starts, kind="stable")
-        flat = counts[order].ravel()
-        cell = np.repeat(np.repeat(cells[order], len(prompts)), flat)
+        """All rows on these prompts, ordered by cell and prompt."""
+        flat = self._runs(prompts).ravel()
+        cell = np.repeat(np.repeat(np.arange(self.n_cells), len(prompts)), flat)
         prompt = np.repeat(np.tile(prompts, self.n_cells), flat)
         alternative = np.arange(len(cell)) - np.repeat(np.cumsum(flat) - flat, flat)
         return Rows(cell, prompt, alternative)
@@ -218,17 +166,19 @@ class Plan:
     panels: tuple[Panel, ...]
     without: frozenset[str] = field(default_factory=frozenset)
 
-    @property
-    def resumes(self) -> bool:
-        return RESUME not in self.without
+    def does(self, name: str) -> bool:
+        """Whether a plan pass is on."""
+        return name not in self.without
 
     @property
-    def reuses(self) -> bool:
-        return PREFIX not in self.without
+    def shortcuts(self) -> Shortcuts:
+        """What a row takes over from the run that it starts from."""
+        return Shortcuts(**{name: self.does(name) for name in RESTART_PASSES})
 
     @property
-    def batches(self) -> bool:
-        return BATCH not in self.without
+    def restarts(self) -> bool:
+        """Whether rows take anything over; else they are whole passes."""
+        return any(self.does(name) for name in RESTART_PASSES)
 
 
 def unknown_passes(names: Iterable[str]) -> list[Diagnostic]:
@@ -253,9 +203,7 @@ def make_plan(
     by_panel: dict[tuple[str, Encode], list[ExperimentPlan]] = {}
     for experiment in experiments:
         key = (experiment.model.name, unpatched(experiment, "clean").encode)
-        by_panel.setdefault(key, []).append(
-            plan_experiment(experiment, resume=RESUME not in without)
-        )
+        by_panel.setdefault(key, []).append(plan_experiment(experiment))
     panels = tuple(
         Panel(model, encode, tuple(plans), _needs(plans, graph))
         for (model, encode), plans in by_panel.items()
@@ -311,7 +259,7 @@ def runs_of(experiment: ResolvedExperiment) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def plan_experiment(experiment: ResolvedExperiment, *, resume: bool) -> ExperimentPlan:
+def plan_experiment(experiment: ResolvedExperiment) -> ExperimentPlan:
     """Lay the cells of one experiment out."""
     shape = experiment.shape
     count = experiment.n_cells
@@ -327,12 +275,14 @@ def plan_experiment(experiment: ResolvedExperiment, *, resume: bool) -> Experime
     for axis in experiment.axes:
         if axis.items:
             items = [axis.items[i] for i in by_name[axis.name]]
+    inert_runs = tuple(inert_of(experiment, plan) for plan in rules)
     return ExperimentPlan(
         experiment=experiment,
         coordinates=coordinates,
         rules=rules,
-        starts=_starts(experiment, rules, count, resume=resume),
-        inert=_inert(experiment, rules, count),
+        lowest=_lowest(experiment, rules, count),
+        inert_runs=inert_runs,
+        inert=inert_cells(inert_runs, rules, count),
         items=tuple(items),
     )
 
@@ -377,129 +327,31 @@ def _lookup(
     return ordinal[tuple(by_name[name] for name in axes)]
 
 
-def _starts(
-    experiment: ResolvedExperiment, rules: tuple[RulePlan, ...], count: int, *, resume: bool
-) -> Ints:
-    """The lowest block that each cell has to run again."""
+def _lowest(experiment: ResolvedExperiment, rules: tuple[RulePlan, ...], count: int) -> Ints:
+    """The lowest block that each cell writes to, or that a measure reads inside the model."""
     n_layers = experiment.model.shape.n_layers
-    if not resume or any(plan.rule.sites is None for plan in rules):
-        return np.zeros(count, dtype=np.int64)
-    starts = np.full(count, n_layers, dtype=np.int64)
+    lowest = np.full(count, n_layers, dtype=np.int64)
     for plan in rules:
-        lowest = np.array(
-            [
-                min(_start(plan.point_table[p], n_layers) for p in _list(plan.points, key))
-                for key in range(len(plan.points.offsets) - 1)
-            ],
-            dtype=np.int64,
-        )
-        starts = np.minimum(starts, lowest[plan.site_of_cell])
-    # What a measure reads from inside the model must still be computed in every row.
+        if plan.rule.sites is None:
+            continue
+        own = [
+            min(_block(plan.point_table[p], n_layers) for p in _list(plan.points, key))
+            for key in range(len(plan.points.offsets) - 1)
+        ]
+        lowest = np.minimum(lowest, np.array(own, dtype=np.int64)[plan.site_of_cell])
     for measure in experiment.measures:
         for atom in measure.atoms:
             if atom.point is not None:
-                layer = 0 if atom.point.site == "embed" else atom.point.layer
-                starts = np.minimum(starts, n_layers if layer is None else layer)
-    return starts
+                lowest = np.minimum(lowest, _block(atom.point, n_layers))
+    return lowest
 
 
 def _list(ragged: Ragged, key: int) -> Ints:
     return ragged.values[ragged.offsets[key] : ragged.offsets[key + 1]]
 
 
-def _start(point: SitePoint, n_layers: int) -> int:
-    return start_layer(point.site, point.layer, n_layers)
-
-
-# --- cells that can't differ from the base run ----------------------------------------------------
-
-SEEN_BY_LATER_TOKENS = frozenset({"resid_pre", "attn_norm", "k", "v"})
-"""Sites of a block that its attention carries to later positions; the rest stay where they are."""
-
-
-def _inert(
-    experiment: ResolvedExperiment, rules: tuple[RulePlan, ...], count: int
-) -> NDArray[np.bool_]:
-    """Cells in which no write of any row can change what is measured, by structure.
-
-    Three arguments, all for causal decoders: up to the first token in which they differ, source
-    and base are the same prompt; a write behind the last position that is read reaches nothing;
-    and a write above the last attention reaches its own position only.
-    """
-    if not rules or any(plan.rule.sites is None for plan in rules):
-        return np.zeros(count, dtype=np.bool_)
-    inert = np.ones(count, dtype=np.bool_)
-    reads = _read_positions(experiment)
-    for plan in rules:
-        shared = _shared_prefix(experiment, plan.rule)
-        pairs = list(zip(plan.positions, plan.sources, strict=True))
-        anywhere = np.array([_is_dead(w, r, shared, reads, False) for w, r in pairs])
-        on_top = np.array([_is_dead(w, r, shared, reads, True) for w, r in pairs])
-        top = _above_attention(experiment, plan)[plan.site_of_cell]
-        position = plan.position_of_cell
-        inert &= np.where(top, on_top[position], anywhere[position])
-    return inert
-
-
-def _above_attention(experiment: ResolvedExperiment, plan: RulePlan) -> NDArray[np.bool_]:
-    """Per site combination: whether all its writes lie above the last attention."""
-    last = experiment.model.shape.n_layers - 1
-    above = [
-        SITES[p.site].when == "output" or (p.layer == last and p.site not in SEEN_BY_LATER_TOKENS)
-        for p in plan.point_table
-    ]
-    keys = range(len(plan.points.offsets) - 1)
-    return np.array([all(above[p] for p in _list(plan.points, key)) for key in keys])
-
-
-def _read_positions(experiment: ResolvedExperiment) -> list[frozenset[int]] | None:
-    """Per prompt, the positions of the base run that measures read; None for all of them."""
-    base = experiment.spec.base
-    rows = experiment.table.runs[base].rows
-    found: list[set[int]] = [set() for _ in rows]
-    for measure in experiment.measures:
-        if any(atom.form.takes in ("prompt", "continuation") for atom in measure.atoms):
-            return None
-        at = measure.at.get(base) or [len(row.ids) - 1 for row in rows]
-        for positions, position in zip(found, at, strict=True):
-            positions.add(position)
-    return [frozenset(positions) for positions in found]
-
-
-def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> list[int] | None:
-    """Per prompt, how many leading tokens source and base share; None where the rule isn't a patch
-    between two plain prompts."""
-    source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
-    if rule.fill != "source" or source.noise is not None or base.noise is not None:
-        return None
-    if source is base:
-        return [len(row.ids) for row in base.rows]
-    shared: list[int] = []
-    for a, b in zip(source.rows, base.rows, strict=True):
-        same = 0
-        for x, y in zip(a.ids, b.ids, strict=False):
-            if x != y:
-                break
-            same += 1
-        shared.append(same)
-    return shared
-
-
-def _is_dead(
-    written: PositionCell,
-    read: PositionCell,
-    shared: list[int] | None,
-    reads: list[frozenset[int]] | None,
-    local: bool,
-) -> bool:
-    """Whether no write at this position matters; `local`: it is seen at its own position only."""
-    for row, (runs, sources) in enumerate(zip(written.hits, read.hits, strict=True)):
-        for tokens, origin in zip(runs, sources, strict=True):
-            for token, source in zip(tokens, origin, strict=True):
-                same = shared is not None and token == source and token < shared[row]
-                unread = reads is not None and (
-                    token > max(reads[row]) or (local and token not in reads[row])
-                )
-                if not same and not unread:
-                    return False
-    return True
+def _block(point: SitePoint, n_layers: int) -> int:
+    """The block that a site lies in; the number of blocks for what lies behind them."""
+    if point.layer is not None:
+        return point.layer
+    return 0 if SITES[point.site].when == "embedding" else n_layers

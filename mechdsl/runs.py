@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.columns import Ints
 from mechdsl.data.types import PromptTable, Run
 from mechdsl.gauge import Gauge, Reading
-from mechdsl.hooks import Batch, SiteRead
+from mechdsl.hooks import SiteRead
 from mechdsl.lanes import (
     LaneRequest,
     Lanes,
@@ -21,7 +22,7 @@ from mechdsl.lanes import (
     spots_of,
 )
 from mechdsl.loaded import LoadedModel
-from mechdsl.plan import Ints, Panel, Place
+from mechdsl.plan import FUSE, UNEMBED, Panel, Place, Plan
 from mechdsl.resolve.types import Atom
 from mechdsl.results.data import Floats
 
@@ -35,8 +36,7 @@ class UnpatchedRuns:
         model: LoadedModel,
         gauges: Sequence[Gauge],
         *,
-        resumes: bool,
-        reuses: bool,
+        plan: Plan,
         side: Side,
     ) -> None:
         self.panel = panel
@@ -44,10 +44,11 @@ class UnpatchedRuns:
         self.table: PromptTable = panel.experiments[0].experiment.table
         self.seed = panel.experiments[0].experiment.seed
         self.side: Side = side
-        self.resumes = resumes
-        # A loss reads every position, so every position has to be computed.
-        self.reuses = reuses and all(gauge.loss is None for gauge in gauges)
+        self.plan = plan
         self.gauges = gauges
+        narrow = all(gauge.narrow for gauge in gauges)
+        accuracies = any(each.experiment.accuracies for each in panel.experiments)
+        self.narrow = plan.does(UNEMBED) and narrow and not accuracies
         self.spots = spots_of([m for gauge in gauges for m in gauge.measures])
         if {} not in self.spots:  # accuracies read the last token
             self.spots = (*self.spots, {})
@@ -71,15 +72,13 @@ class UnpatchedRuns:
             rows = [
                 plan
                 for plan in self.panel.experiments
-                if plan.rules and run is self.named(plan.experiment.spec.base)
+                if any(run is start for start in plan.starting_runs)
             ]
-            starts = {
-                int(start)
-                for plan in rows
-                if self.resumes
-                for start in np.unique(plan.starts)
-                if start > 0
-            }
+            lowest = min((int(plan.lowest.min()) for plan in rows), default=None)
+            if not self.plan.restarts:
+                lowest = None
+            elif lowest is not None and not self.plan.shortcuts.resume:
+                lowest = 0
             measured = needs is None or needs.measured or needs.stop is None
             reads = set(needs.reads) if needs is not None else set[Place]()
             reads |= self._gauge_reads()
@@ -90,10 +89,11 @@ class UnpatchedRuns:
                 self.table.row_ids,
                 LaneRequest(
                     reads=frozenset(reads if continuation is None else ()),
-                    starts=frozenset(starts),
-                    past=self.reuses and bool(rows),
+                    lowest=lowest,
                     spots=self.spots if measured else (),
-                    stop=None if starts or self._gauge_reads() or needs is None else needs.stop,
+                    stop=None if rows or self._gauge_reads() or needs is None else needs.stop,
+                    tokens=self.tokens(self.gauges, prompts) if self.narrow else None,
+                    fuse=self.plan.does(FUSE),
                     loss=self.loss if measured and continuation is None else None,
                     continuation=continuation,
                 ),
@@ -101,6 +101,13 @@ class UnpatchedRuns:
                 side=self.side,
             )
         return found
+
+    def tokens(self, gauges: Iterable[Gauge], prompts: Ints) -> Tensor | None:
+        """[K] ascending: all that these gauges read of the logits; None for the vocabulary."""
+        if not self.plan.does(UNEMBED) or not all(gauge.narrow for gauge in gauges):
+            return None
+        found = sorted(set[int]().union(*(gauge.tokens(prompts) for gauge in gauges)))
+        return torch.tensor(found, dtype=torch.long, device=self.model.device)
 
     def _gauge_reads(self) -> set[Place]:
         """Sites that measures compare (`cosine`)."""
@@ -137,6 +144,7 @@ class UnpatchedRuns:
                 if atom.point is not None
             },
             references=self.references(gauge, prompts, lanes, draws),
+            tokens=plain.tokens,
         )
         return [
             values.reshape(len(prompts), plain.draws).mean(axis=1) for values in gauge.read(reading)
@@ -172,16 +180,14 @@ class UnpatchedRuns:
         read = lanes.reads[SiteRead(atom.point.site, atom.point.layer)]
         prompts = np.repeat(lanes.prompts, lanes.draws)[lane]
         position = spot_positions(spot, lanes.run, prompts, lanes.lengths[lane])
-        return vectors(read, lanes.batch, lane, position, atom)
+        row = torch.from_numpy(lane).to(read.device)
+        at = torch.from_numpy(np.ascontiguousarray(position)).to(read.device)
+        return vectors(read[row, lanes.batch.columns(row, at)], atom)
 
 
-def vectors(read: Tensor, batch: Batch, rows: Ints, positions: Ints, atom: Atom) -> Tensor:
-    """[row, 1, width]: one vector per row; all units side by side where none is named."""
+def vectors(found: Tensor, atom: Atom) -> Tensor:
+    """[row, 1, width] of [row, units, width]: all units side by side where none is named."""
     assert atom.point is not None
-    device = batch.ids.device
-    row = torch.from_numpy(rows).to(device)
-    columns = batch.columns(row, torch.from_numpy(np.ascontiguousarray(positions)).to(device))
-    found = read[row.to(read.device), columns.to(read.device)]
     if atom.point.unit is not None:
         found = found[:, [atom.point.unit]]
     return found.flatten(1)[:, None]

@@ -11,8 +11,9 @@ from typing import IO, Any
 import numpy as np
 
 from mechdsl.execute import Measured
-from mechdsl.plan import ExperimentPlan, Rows
+from mechdsl.plan import ExperimentPlan
 from mechdsl.results.statistics import Floats
+from mechdsl.rule_plan import Rows
 
 
 def _number(value: float) -> float | None:

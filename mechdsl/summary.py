@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +24,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print()
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("experiment", overflow="fold")
-    for title in ("cells", "prompts", "rows", "unpatched", "blocks a row", "tokens a row"):
+    for title in ("cells", "prompts", "rows", "unpatched"):
         table.add_column(title, justify="right", no_wrap=True)
     total = alone = 0
     planned = [each for panel in plan.panels for each in panel.experiments]
@@ -39,8 +38,6 @@ def print_plan(plan: Plan, console: Console) -> None:
             f"{len(experiment.experiment.table):,}",
             f"{rows:,}",
             f"{unpatched_rows(experiment):,}",
-            _blocks(experiment) if experiment.rules else "–",
-            _tokens(experiment, reuses=plan.reuses) if experiment.rules else "–",
         )
     console.print(table)
     console.print(
@@ -58,27 +55,3 @@ def unpatched_rows(plan: ExperimentPlan) -> int:
         noise = table.runs[name].noise
         count += len(table) * (noise.samples if noise is not None else 1)
     return count
-
-
-def _blocks(plan: ExperimentPlan) -> str:
-    """Mean number of blocks that a row runs, of all."""
-    n_layers = plan.experiment.model.shape.n_layers
-    return f"{float(np.mean(n_layers - plan.starts)):.1f} of {n_layers}"
-
-
-def _tokens(plan: ExperimentPlan, *, reuses: bool) -> str:
-    """Mean number of tokens that a row computes, of all: from its leftmost write or read on."""
-    experiment = plan.experiment
-    base = experiment.spec.base
-    lengths = np.array([len(row.ids) for row in experiment.table.runs[base].rows], dtype=np.int64)
-    rows = plan.rows(np.arange(len(lengths), dtype=np.int64))
-    whole = lengths[rows.prompt]
-    first = np.minimum(plan.leftmost(rows), whole - 1)
-    for measure in experiment.measures:
-        if base in measure.at:
-            first = np.minimum(first, np.asarray(measure.at[base])[rows.prompt])
-        if any(atom.form.takes == "prompt" for atom in measure.atoms):
-            first = np.zeros_like(first)
-    if not reuses or any(rule.rule.sites is None for rule in plan.rules):
-        first = np.zeros_like(first)
-    return f"{float(np.mean(whole - first)):.1f} of {float(np.mean(whole)):.1f}"

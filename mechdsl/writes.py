@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.columns import Ints
 from mechdsl.fillings import Fillings
-from mechdsl.hooks import Batch, SiteRead, SiteWrite, gather
+from mechdsl.hooks import SiteRead, SiteWrite, gather
 from mechdsl.lanes import Lanes
 from mechdsl.models.shape import ModelShape, units, width
-from mechdsl.plan import ExperimentPlan, Ints, Place, Rows, RulePlan
+from mechdsl.plan import ExperimentPlan, Place
+from mechdsl.rule_plan import Rows, RulePlan
 
 LanesOf: TypeAlias = Callable[[str, bool], Lanes]
 """(run, of the donors of a resampling) → its lanes on the current prompts."""
@@ -181,13 +183,6 @@ def unless_set(added: SiteWrite, writes: Sequence[SiteWrite]) -> SiteWrite:
     }
     places = zip(added.rows.tolist(), added.positions.tolist(), strict=True)
     return _chosen(added, torch.tensor([place not in taken for place in places], dtype=torch.bool))
-
-
-def after(write: SiteWrite, suffix: Batch) -> SiteWrite:
-    """The part of a write that lies in a suffix."""
-    device = suffix.starts.device
-    columns = suffix.columns(write.rows.to(device), write.positions.to(device))
-    return _chosen(write, (columns >= 0).to(write.rows.device))
 
 
 def _chosen(write: SiteWrite, keep: Tensor) -> SiteWrite:

@@ -1,4 +1,4 @@
-"""W0710 to W0712: warnings about models."""
+"""W0710 and W0711: warnings about models."""
 
 from __future__ import annotations
 
@@ -20,25 +20,11 @@ class ModelNotHere(Diagnostic):
 
 
 @keyword_record
-class NotResumable(Diagnostic):
-    """Runs of the model can't be resumed in the middle."""
+class NotRestartable(Diagnostic):
+    """Rows of the model can't take anything over from the unpatched run."""
 
     code = "W0711"
-    title = "`{model}` can't be resumed at a layer; every run is a whole forward pass"
-    label = "resumed at {layer}, its logits differ by {error:.1g}"
-    help = "nothing to change: results are the same, they take longer"
-
-    model: str
-    layer: str
-    error: float
-
-
-@keyword_record
-class NotContinuable(Diagnostic):
-    """Runs of the model can't go on from kept keys and values."""
-
-    code = "W0712"
-    title = "`{model}` can't continue on kept keys and values; every run computes all positions"
+    title = "`{model}` can't be restarted in the middle; every row is a whole forward pass"
     label = "{reason}"
     help = "nothing to change: results are the same, they take longer"
 

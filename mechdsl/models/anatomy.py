@@ -75,6 +75,8 @@ class Anatomy:
     attn_norm: str | None
     """The norm in front of attention; None where there is none (Olmo 2)."""
     mlp_norm: str | None
+    projections: tuple[str, ...]
+    """The linear maps that make queries, keys and values; one where they are fused."""
     output_projection: str
     """`z` goes in, attention's output (before any norm behind it) comes out."""
     down_projection: str | None

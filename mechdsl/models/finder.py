@@ -136,6 +136,7 @@ class _Finder:
             mlp=self._path(mlp),
             attn_norm=self._path(attn_norm) if attn_norm else None,
             mlp_norm=self._path(mlp_norm) if mlp_norm else None,
+            projections=self._inputs(attention),
             output_projection=self._path(output),
             down_projection=self._path(down) if down else None,
             parallel=parallel,
@@ -286,6 +287,15 @@ class _Finder:
         return taps
 
     def _queries_keys_values(self, attention: str) -> dict[str, Tap]:
+        """Queries, keys and values as attention reads them: behind their norm, if there is one."""
+        taps = self._projected(attention)
+        for site, names in _QK_NORMS.items():
+            if (norm := self._qk_norm(attention, names, taps[site].layout.units)) is not None:
+                taps[site] = norm
+        return taps
+
+    def _projected(self, attention: str) -> dict[str, Tap]:
+        """Queries, keys and values as their projections return them."""
         shape = self.shape
         found = self._projections(attention)
         counts = {"q": shape.n_heads, "k": shape.n_kv_heads, "v": shape.n_kv_heads}
@@ -303,10 +313,12 @@ class _Finder:
             taps[site] = Tap(self._path(path), "out", Layout.heads(counts[site], shape.d_head))
         if len(taps) < len(_SPLIT):
             taps = self._fused(found)
-        for site, names in _QK_NORMS.items():
-            if (norm := self._qk_norm(attention, names, counts[site])) is not None:
-                taps[site] = norm
         return taps
+
+    def _inputs(self, attention: str) -> tuple[str, ...]:
+        """Paths of the linear maps that make queries, keys and values."""
+        taps = self._projected(attention).values()
+        return tuple(dict.fromkeys(tap.path for tap in taps))
 
     def _fused(self, found: Mapping[str, tuple[int, int]]) -> dict[str, Tap]:
         """One projection for queries, keys and values."""

@@ -36,6 +36,8 @@ class Form:
     meaning: str
     default: str | None = None
     """The text that is meant when the metric is written without an argument."""
+    narrow: bool = False
+    """It reads the logits of its own tokens only, and no sum over the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,13 @@ METRICS: Registry[Metric] = Registry("metric")
 
 
 def metric(
-    name: str, *, takes: Takes, unit: str, kind: Kind = "number", default: str | None = None
+    name: str,
+    *,
+    takes: Takes,
+    unit: str,
+    kind: Kind = "number",
+    default: str | None = None,
+    narrow: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function as one form of the metric `name`; its docstring's first line is shown."""
 
@@ -63,7 +71,7 @@ def metric(
         if takes in entry.forms:
             raise ValueError(f"metric `{name}` that takes {takes} is registered twice")
         meaning = (function.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
-        entry.forms[takes] = Form(takes, unit, kind, function, meaning, default)
+        entry.forms[takes] = Form(takes, unit, kind, function, meaning, default, narrow)
         return function
 
     return register
@@ -89,7 +97,7 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 # --- of one token ------------------------------------------------------------------------------
 
 
-@metric("logit", takes="target", unit="logit")
+@metric("logit", takes="target", unit="logit", narrow=True)
 def logit(logits: Tensor, target: Tensor) -> Tensor:
     """The logit of a token.
 
@@ -155,7 +163,7 @@ def logprob(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 # --- over a range of numerals -------------------------------------------------------------------
 
 
-@metric("expected", takes="numerals", unit="count")
+@metric("expected", takes="numerals", unit="count", narrow=True)
 def expected(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
     """The mean number under the distribution restricted to the numerals.
 
@@ -168,7 +176,7 @@ def expected(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
     return (restricted * values.to(restricted.dtype)).sum(-1)
 
 
-@metric("argmax", takes="numerals", unit="count", kind="category")
+@metric("argmax", takes="numerals", unit="count", kind="category", narrow=True)
 def argmax(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
     """The most likely of the numerals.
 

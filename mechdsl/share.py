@@ -1,0 +1,151 @@
+"""Rows that several cells or experiments have in common, each run once.
+
+Two rows are the same where they start from the same run of the same prompt and write the same to
+the same places; what is measured on them may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mechdsl.columns import Hits, Ints
+from mechdsl.plan import ExperimentPlan
+from mechdsl.resolve.types import SitePoint
+from mechdsl.rule_plan import Rows, RulePlan
+
+
+@dataclass(frozen=True, eq=False)
+class SharedRows:
+    """The distinct rows of some experiments on the same prompts."""
+
+    owner: Ints
+    """[distinct] number of the experiment that says what is written."""
+    rows: Rows
+    """[distinct] as its experiment counts."""
+    members: tuple[tuple[Ints, Rows], ...]
+    """Per experiment: for each of its rows, the distinct row that it is; and the rows."""
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+
+class Sharer:
+    """Finds equal rows of the experiments of a panel."""
+
+    def __init__(self, plans: Sequence[ExperimentPlan], *, share: bool) -> None:
+        self.plans = plans
+        self.share = share
+        self._numbers: dict[Hashable, int] = {}
+        self._keys = [[self._rule(plan, rule) for rule in plan.rules] for plan in plans]
+
+    def of(self, rows: Sequence[Rows]) -> SharedRows:
+        """The rows of each experiment, equal ones once."""
+        owner = np.repeat(np.arange(len(rows)), [len(one) for one in rows])
+        every = Rows(
+            *(
+                np.concatenate([getattr(one, name) for one in rows])
+                for name in ("cell", "prompt", "alternative")
+            )
+        )
+        first = inverse = np.arange(len(owner))
+        if self.share and len(owner):
+            code = np.concatenate(
+                [
+                    _combined(self._columns(number, one), self._width())
+                    for number, one in enumerate(rows)
+                ]
+            )
+            _, first, inverse = np.unique(code, axis=0, return_index=True, return_inverse=True)
+            inverse = inverse.reshape(-1)
+        ends = np.cumsum([len(one) for one in rows])[:-1]
+        return SharedRows(
+            owner[first],
+            every.take(first),
+            tuple(zip(np.split(inverse, ends), rows, strict=True)),
+        )
+
+    def _width(self) -> int:
+        return 3 + 4 * max((len(plan.rules) for plan in self.plans), default=0)
+
+    def _columns(self, number: int, rows: Rows) -> list[Ints]:
+        """What makes a row of one experiment what it is."""
+        plan = self.plans[number]
+        runs = np.array([self._number(id(run)) for run in plan.starting_runs], dtype=np.int64)
+        draws = np.full(len(rows), plan.draws)
+        found = [runs[plan.starting_run(rows)], draws, rows.prompt]
+        for rule, key in zip(plan.rules, self._keys[number], strict=True):
+            position = rule.position_of_cell[rows.cell]
+            found += [
+                np.full(len(rows), key.fill),
+                key.points[rule.site_of_cell[rows.cell]],
+                key.written[rule.written.run(position, rows.prompt, rows.alternative)],
+            ]
+            if key.whole is None:
+                run = rule.read.run(position, rows.prompt, rows.alternative)
+                found.append(key.read[run])
+            else:
+                found.append(key.whole[position])
+        return found
+
+    def _rule(self, plan: ExperimentPlan, rule: RulePlan) -> _RuleKey:
+        fill: Hashable = (rule.rule.fill, rule.rule.run, rule.rule.groups)
+        points = [
+            tuple((p.site, p.layer, p.unit) for p in self._points(rule, key))
+            for key in range(len(rule.points.offsets) - 1)
+        ]
+        whole = None
+        if rule.rule.fill in ("mean", "resample"):
+            # What is written comes from all rows' positions, not from this row's alone.
+            cells = zip(rule.positions, rule.sources, strict=True)
+            numbers = [self._number((to.hits, of.hits)) for to, of in cells]
+            whole = np.array(numbers, dtype=np.int64)
+        return _RuleKey(
+            self._number(fill),
+            np.array([self._number(one) for one in points], dtype=np.int64),
+            self._tokens(rule.written),
+            self._tokens(rule.read),
+            whole,
+        )
+
+    @staticmethod
+    def _points(rule: RulePlan, key: int) -> Sequence[SitePoint]:
+        chosen = rule.points.values[rule.points.offsets[key] : rule.points.offsets[key + 1]]
+        return [rule.point_table[i] for i in chosen]
+
+    def _tokens(self, hits: Hits) -> Ints:
+        """[run] a number for its tokens: the token itself where there is one."""
+        runs = np.arange(len(hits.tokens.offsets) - 1)
+        found = hits.leftmost(runs) if len(runs) else runs
+        for run in np.flatnonzero(hits.tokens.counts(runs) > 1):
+            begin, end = hits.tokens.offsets[run : run + 2]
+            found[run] = -1 - self._number(hits.tokens.values[begin:end].tobytes())
+        return found
+
+    def _number(self, content: Hashable) -> int:
+        return self._numbers.setdefault(content, len(self._numbers))
+
+
+@dataclass(frozen=True, eq=False)
+class _RuleKey:
+    """Numbers for what a rule writes; equal ones mean the same."""
+
+    fill: int
+    points: Ints
+    """[site combination]"""
+    written: Ints
+    """[run]"""
+    read: Ints
+    """[run]"""
+    whole: Ints | None
+    """[position], where what is written hangs on the positions of all rows."""
+
+
+def _combined(columns: Sequence[Ints], width: int) -> Ints:
+    """[row, width]"""
+    count = len(columns[0])
+    found = np.full((count, width), -1, dtype=np.int64)
+    found[:, : len(columns)] = np.stack(columns, axis=1)
+    return found
