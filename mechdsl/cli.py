@@ -234,6 +234,7 @@ def _checked(file: Path, settings: Any) -> tuple[Any, list[Diagnostic]]:
     show_default=True,
 )
 @click.option("--only", metavar="EXPERIMENT", help="Run this experiment alone.")
+@click.option("--profile", is_flag=True, help="Afterwards, estimated against measured work.")
 @no_pass_option
 def run(
     files: tuple[Path, ...],
@@ -244,6 +245,7 @@ def run(
     out: Path | None,
     form: str,
     only: str | None,
+    profile: bool,
     no_pass: tuple[str, ...],
 ) -> int:
     """Run files and print their tables. Exit status 0 when every expectation holds."""
@@ -258,7 +260,7 @@ def run(
     _print(problems)
     if has_errors(problems):
         return WRONG
-    return _run(everything, device, dtype, out, form, frozenset(no_pass))
+    return _run(everything, device, dtype, out, form, profile, frozenset(no_pass))
 
 
 def _run(
@@ -267,6 +269,7 @@ def _run(
     dtype: str | None,
     out: Path | None,
     form: str,
+    profile: bool,
     without: frozenset[str],
 ) -> int:
     gc.enable()  # models and results do make garbage
@@ -276,7 +279,12 @@ def _run(
     from mechdsl.progress import Bar
     from mechdsl.results.experiment import Results
 
-    found = []
+    found: list[Any] = []
+    profiles: list[Any] = []
+
+    def keep(plan: Any, done: Any) -> None:
+        profiles.append((plan, done))
+
     for checked in files:
         source = checked.source
         bar = Bar(source.name)
@@ -286,6 +294,7 @@ def _run(
             out=out,
             without=without,
             execution=Options(on_progress=bar.advance),
+            on_profile=keep if profile else None,
         )
         try:
             with bar:
@@ -308,6 +317,10 @@ def _run(
             raise
         except Exception as error:
             return _broke_off(f"a report of {source.name}", error)
+        if profile:
+            from mechdsl.summary import print_profile
+
+            print_profile(profiles[-1][0], profiles[-1][1], _console(stderr=form != "table"))
     results = Results(tuple(found), versions())
     if form == "json":
         sys.stdout.write(results.to_json() + "\n")

@@ -13,6 +13,7 @@ from mechdsl.execute import Measured, base_per_cell
 from mechdsl.lanes import noise_scale
 from mechdsl.loaded import LoadedModel
 from mechdsl.plan import ExperimentPlan
+from mechdsl.profile import Profile
 from mechdsl.resolve.cells import cell_keys
 from mechdsl.resolve.types import ResolvedExperiment
 from mechdsl.results.experiment import ExperimentResult
@@ -32,7 +33,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def collect(plan: ExperimentPlan, measured: Measured, model: LoadedModel) -> ExperimentResult:
+def collect(
+    plan: ExperimentPlan, measured: Measured, model: LoadedModel, profile: Profile
+) -> ExperimentResult:
     """The result of one experiment, without statistics."""
     experiment = plan.experiment
     table, kept = experiment.table, measured.kept
@@ -74,7 +77,7 @@ def collect(plan: ExperimentPlan, measured: Measured, model: LoadedModel) -> Exp
         accuracy=measured.accuracy,
         base=experiment.spec.base,
         source=source,
-        conventions=conventions(plan, measured, model),
+        conventions={**conventions(plan, measured, model), **_fallbacks(model, profile)},
         hashes=_hashes(experiment, model),
         row_ids=tuple(table.row_ids[i] for i in kept),
         row_values=_row_values([rows[i].values for i in kept]),
@@ -143,6 +146,17 @@ def conventions(plan: ExperimentPlan, measured: Measured, model: LoadedModel) ->
         found["inert"] = (
             f"{int(plan.inert.sum())} of {plan.n_cells} cells can't differ from the base run"
         )
+    return found
+
+
+def _fallbacks(model: LoadedModel, profile: Profile) -> dict[str, str]:
+    """Where the run did not go as planned."""
+    found: dict[str, str] = {}
+    if not model.restartable:
+        found["planner"] = "every row is a whole forward pass: the model can't be restarted"
+    if profile.halved:
+        times = "once" if profile.halved == 1 else f"{profile.halved} times"
+        found["memory"] = f"ran out {times}; passes were halved and run again"
     return found
 
 

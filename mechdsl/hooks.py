@@ -483,6 +483,8 @@ class SiteWork:
     def output(self, logits: Tensor) -> Tensor:
         """The model's logits, after what is written and read there."""
         places, reads = self._logits
+        if (places or reads) and logits.shape[-1] != self.model.shape.vocab_size:
+            raise ValueError("logits can't be read or written where only some tokens' are computed")
         with torch.inference_mode():
             step = self._direct(places, reads, Layout.whole(width(self.model.shape, "logits")))
             return step(logits, self.model.module, logits) if places or reads else logits

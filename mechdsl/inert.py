@@ -1,13 +1,14 @@
 """Rows that can't differ from the base run, by structure: they are equal to it and are not run.
 
-Three arguments, all for causal decoders, and none of them looks at a float: up to the first token
-in which they differ, source and base are the same prompt; a write behind the last position that is
-read reaches nothing; and a write above the last attention reaches its own position only.
+Four arguments, all for causal decoders, and none of them looks at a float: up to the first token in
+which they differ, source and base are the same prompt; below the first attention a position knows
+its own token only; a write behind the last position that is read reaches nothing; and a write above
+the last attention reaches its own position only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,20 +21,24 @@ from mechdsl.vocab.sites import SITES
 
 SEEN_BY_LATER_TOKENS = frozenset({"resid_pre", "attn_norm", "k", "v"})
 """Sites of a block that its attention carries to later positions; the rest stay where they are."""
+MADE_OF_OWN_TOKEN = frozenset({"resid_pre", "attn_norm", "q", "k", "v"})
+"""Sites of the first block that hang on the position's own token."""
 
 Mask = NDArray[np.bool_]
 
 
+BETWEEN, ABOVE, BELOW = range(3)
+"""Where writes lie: in the middle, above the last attention, below the first one."""
+
+
 @dataclass(frozen=True, eq=False)
 class Inert:
-    """What one rule writes that can't change what is measured."""
+    """What one rule writes that can't change anything that is measured."""
 
-    below: Mask
-    """[run] where it reaches later positions."""
-    above: Mask
-    """[run] where it lies above the last attention."""
-    on_top: Mask
-    """[site combination] whether all its writes lie above the last attention."""
+    where: Ints
+    """[site combination] where its writes lie; `BETWEEN` unless all of them are elsewhere."""
+    runs: Mask
+    """[where, run of the rule's positions]"""
 
 
 def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
@@ -41,27 +46,29 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     runs = len(plan.written.tokens.offsets) - 1
     combinations = len(plan.points.offsets) - 1
     if plan.rule.sites is None:
-        nothing = np.zeros(runs, dtype=np.bool_)
-        return Inert(nothing, nothing, np.zeros(combinations, dtype=np.bool_))
+        return Inert(np.zeros(combinations, dtype=np.int64), np.zeros((3, runs), dtype=np.bool_))
     keys, _ = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
     _, token = plan.written.tokens.expand(np.arange(runs))
     of_run = np.repeat(np.arange(runs), plan.written.tokens.counts(np.arange(runs)))
     prompt = (keys % plan.written.prompts)[of_run]
-    same = np.zeros(len(token), dtype=np.bool_)
+    same = alike = np.zeros(len(token), dtype=np.bool_)
     shared = _shared_prefix(experiment, plan.rule)
     if shared is not None:
-        same = (token == plan.read.tokens.values) & (token < shared[prompt])
+        at_the_same = token == plan.read.tokens.values
+        same = at_the_same & (token < shared[prompt])
+        alike = at_the_same & _equal_tokens(experiment, plan.rule)[prompt, token]
     unread = elsewhere = np.zeros(len(token), dtype=np.bool_)
     reads = _read_positions(experiment)
     if reads is not None:
         last = reads.shape[1] - 1 - reads[:, ::-1].argmax(axis=1)
         unread = token > last[prompt]
         elsewhere = unread | ~reads[prompt, token]
-    return Inert(
-        below=_all_of(same | unread, of_run, runs),
-        above=_all_of(same | elsewhere, of_run, runs),
-        on_top=_above_attention(experiment, plan),
-    )
+    last_layer = experiment.model.shape.n_layers - 1
+    where = np.full(combinations, BETWEEN)
+    where[_all_points(plan, lambda point: _is_above_attention(point, last_layer))] = ABOVE
+    where[_all_points(plan, _is_below_attention)] = BELOW
+    tokens = (same | unread, same | elsewhere, alike | unread)
+    return Inert(where, np.stack([_all_of(mask, of_run, runs) for mask in tokens]))
 
 
 def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) -> Mask:
@@ -69,8 +76,7 @@ def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) ->
     found = np.full(len(rows), bool(rules), dtype=np.bool_)
     for one, plan in zip(inert, rules, strict=True):
         run = plan.written.run(plan.position_of_cell[rows.cell], rows.prompt, rows.alternative)
-        top = one.on_top[plan.site_of_cell[rows.cell]]
-        found &= np.where(top, one.above[run], one.below[run])
+        found &= one.runs[one.where[plan.site_of_cell[rows.cell]], run]
     return found
 
 
@@ -78,17 +84,11 @@ def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -
     """[cell] whether all that any of its rows writes changes nothing."""
     found = np.full(count, bool(rules), dtype=np.bool_)
     for one, plan in zip(inert, rules, strict=True):
-        below, above = (_of_positions(plan, runs) for runs in (one.below, one.above))
-        position = plan.position_of_cell
-        found &= np.where(one.on_top[plan.site_of_cell], above[position], below[position])
-    return found
-
-
-def _of_positions(plan: RulePlan, runs: Mask) -> Mask:
-    """[position] whether it holds for all runs there, on all prompts."""
-    key, run = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
-    found = np.ones(len(plan.positions), dtype=np.bool_)
-    np.logical_and.at(found, key // plan.written.prompts, runs[run])
+        key, run = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
+        dead = np.ones((3, len(plan.positions)), dtype=np.bool_)
+        for where in range(3):
+            np.logical_and.at(dead[where], key // plan.written.prompts, one.runs[where, run])
+        found &= dead[one.where[plan.site_of_cell], plan.position_of_cell]
     return found
 
 
@@ -99,18 +99,21 @@ def _all_of(mask: Mask, group: Ints, count: int) -> Mask:
     return found
 
 
-def _above_attention(experiment: ResolvedExperiment, plan: RulePlan) -> Mask:
-    """Per site combination: whether all its writes lie above the last attention."""
-    last = experiment.model.shape.n_layers - 1
-
-    def is_above(point: SitePoint) -> bool:
-        on_top = point.layer == last and point.site not in SEEN_BY_LATER_TOKENS
-        return on_top or SITES[point.site].when == "output"
-
-    above = np.array([is_above(point) for point in plan.point_table], dtype=np.bool_)
+def _all_points(plan: RulePlan, holds: Callable[[SitePoint], bool]) -> Mask:
+    """[site combination] whether something holds for all its sites."""
+    found = np.array([holds(point) for point in plan.point_table], dtype=np.bool_)
     combinations = len(plan.points.offsets) - 1
     index, point = plan.points.expand(np.arange(combinations))
-    return _all_of(above[point], index, combinations)
+    return _all_of(found[point], index, combinations)
+
+
+def _is_above_attention(point: SitePoint, last_layer: int) -> bool:
+    on_top = point.layer == last_layer and point.site not in SEEN_BY_LATER_TOKENS
+    return on_top or SITES[point.site].when == "output"
+
+
+def _is_below_attention(point: SitePoint) -> bool:
+    return point.site == "embed" or (point.layer == 0 and point.site in MADE_OF_OWN_TOKEN)
 
 
 def _read_positions(experiment: ResolvedExperiment) -> Mask | None:
@@ -143,3 +146,13 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
             same += 1
         shared.append(same)
     return np.array(shared, dtype=np.int64)
+
+
+def _equal_tokens(experiment: ResolvedExperiment, rule: ResolvedRule) -> Mask:
+    """[prompt, position] whether source and base have the same token there."""
+    source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
+    found = np.zeros((len(base.rows), max(len(row.ids) for row in base.rows)), dtype=np.bool_)
+    for prompt, (a, b) in enumerate(zip(source.rows, base.rows, strict=True)):
+        equal = [x == y for x, y in zip(a.ids, b.ids, strict=False)]
+        found[prompt, : len(equal)] = equal
+    return found

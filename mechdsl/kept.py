@@ -18,7 +18,7 @@ from mechdsl.loaded import LoadedModel
 from mechdsl.taps import given_to
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Kept:
     """Activations of an unpatched run on B lanes of T columns. Token = lane * T + column."""
 
@@ -30,6 +30,8 @@ class Kept:
     z: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     """Block → [token, heads, d_head]."""
     attention: dict[int, KeptAttention] = field(default_factory=dict[int, KeptAttention])
+    embedded: Tensor | None = None
+    """[token, d_model], what the embedding returns, where that isn't the tokens' own (noise)."""
 
     @property
     def columns(self) -> int:

@@ -134,6 +134,7 @@ def compute_lanes(
     if request.continuation is not None:
         at = continuation_positions(request.continuation, lanes, length).to(model.device)
     tokens = None if full or at is None else request.tokens
+    noised = [SiteRead("embed")] if run.noise is not None else []
     with ExitStack() as stack:
         kept: Kept | None = None
         if request.lowest is not None:
@@ -145,10 +146,12 @@ def compute_lanes(
             batch,
             stop=request.stop if at is None and not full else None,
             writes=noise_writes(model, run.noise, lanes, draws, row_ids, seed),
-            reads=wanted,
+            reads=[*wanted, *noised],
             logits_at=None if full else at,
             tokens=tokens,
         )
+        if kept is not None and noised:
+            kept.embedded = result.reads[noised[0]].flatten(0, 2)
     logits, loss = result.logits, None
     if request.loss is not None and logits is not None:
         loss = prompt_loss(request.loss, logits, batch, run, lanes)

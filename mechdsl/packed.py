@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.attention import attend, exchanged
-from mechdsl.hooks import SiteRead, SiteWork, SiteWrite, call, narrowed
+from mechdsl.hooks import ReadMismatch, SiteRead, SiteWork, SiteWrite, call, narrowed
 from mechdsl.kept import Kept, parts
 from mechdsl.loaded import LoadedModel
 from mechdsl.pack import (
@@ -96,10 +96,7 @@ def run_packed(
     at = torch.from_numpy(pass_.final[final[0], final_columns]).to(logits.device)
     return PackedResult(
         logits[at],
-        {
-            read: found[read][0][pass_.index(read, *read_columns[read]).to(found[read].device)]
-            for read in reads
-        },
+        {read: found[read][0][pass_.present(read, *read_columns[read])] for read in reads},
         tuple(0 if pack is None else len(pack) for pack in pass_.packs),
     )
 
@@ -177,6 +174,13 @@ class _Pass:
             lookup = pack.mlp.lookup if inside and pack.mlp is not None else pack.lookup
         return torch.from_numpy(lookup[rows, columns])
 
+    def present(self, where: SiteRead, rows: Ints, columns: Ints) -> Tensor:
+        """[n] token of the tapped tensor; ReadMismatch where one isn't computed."""
+        index = self.index(where, rows, columns)
+        if bool((index < 0).any()):
+            raise ReadMismatch(f"`{where.site}` is read at a token that isn't in the pass")
+        return index.to(self.device)
+
     # --- running ----------------------------------------------------------------------------------
 
     def run(
@@ -199,6 +203,7 @@ class _Pass:
             stack.enter_context(exchanged(self.model, self._attention, masked=False))
             if fuse:
                 stack.enter_context(fused(self.model.module))
+            stack.enter_context(self._embedded(lane * self.kept.columns + at))
             stack.enter_context(self._blocks())
             stack.enter_context(work.installed())
             stack.enter_context(self._top())
@@ -215,6 +220,23 @@ class _Pass:
 
     def _module(self, path: str) -> nn.Module:
         return self.model.module.get_submodule(path)
+
+    @contextmanager
+    def _embedded(self, index: Tensor) -> Generator[None]:
+        """Tokens are embedded as in the unpatched run, with its noise."""
+        embedded = self.kept.embedded
+        if embedded is None:
+            yield
+            return
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return embedded[index][None]
+
+        handle = self._module(self.model.anatomy.embedding).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def _blocks(self) -> Generator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +19,8 @@ from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName
 from mechdsl.execute import Options, execute
 from mechdsl.load import adopt, load
 from mechdsl.loaded import LoadedModel
-from mechdsl.plan import RESTART_PASSES, make_plan, unknown_passes
+from mechdsl.plan import RESTART_PASSES, Plan, make_plan, unknown_passes
+from mechdsl.profile import Profile
 from mechdsl.resolve import ModelContext
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
 from mechdsl.source import Source, Span
@@ -40,6 +41,8 @@ class RunOptions:
     without: frozenset[str] = frozenset()
     """Graph and plan passes that are switched off."""
     execution: Options = field(default_factory=Options)
+    on_profile: Callable[[Plan, Profile], None] | None = None
+    """Takes what was planned and what was done, after the run."""
 
 
 Models = Mapping[str, tuple[Any, Any]]
@@ -95,13 +98,20 @@ def _run(
     finally:
         if store is not None:
             store.close()
+    if options.on_profile is not None:
+        options.on_profile(plan, execution.profile)
     diagnostics = [*diagnostics, *execution.diagnostics]
     if has_errors(diagnostics):
         return None, diagnostics
     by_name = {p.experiment.name: p for panel in plan.panels for p in panel.experiments}
     results: dict[str, ExperimentResult] = {}
     for each in checked.experiments:
-        raw = collect(by_name[each.name], execution.measured[each.name], models[each.model.name])
+        raw = collect(
+            by_name[each.name],
+            execution.measured[each.name],
+            models[each.model.name],
+            execution.profile,
+        )
         results[each.name] = with_statistics(raw, each.spec, each.seed)
     # Verdicts last: an expectation may name an experiment that comes later in the file.
     finished = [with_verdicts(results[e.name], e.spec, results) for e in checked.experiments]

@@ -32,8 +32,8 @@ Place: TypeAlias = tuple[str, int | None]
 
 RESTART_PASSES: Mapping[str, str] = {
     "resume": "a row starts at its lowest write, with what the unpatched run had there",
-    "inside": "it starts inside that block, and projects queries, keys, values only of changes",
     "prefix": "it computes its leftmost write and what follows, on keys and values that are kept",
+    "inside": "it starts inside that block, and projects queries, keys, values only of changes",
     "last": "nothing is computed that no measure reads: in the last block few tokens, behind the "
     "last one read none",
 }
@@ -167,7 +167,7 @@ class Plan:
     without: frozenset[str] = field(default_factory=frozenset)
 
     def does(self, name: str) -> bool:
-        """Whether a plan pass is on."""
+        """Whether a pass is on."""
         return name not in self.without
 
     @property

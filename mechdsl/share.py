@@ -52,23 +52,15 @@ class Sharer:
         )
         first = inverse = np.arange(len(owner))
         if self.share and len(owner):
-            code = np.concatenate(
-                [
-                    _combined(self._columns(number, one), self._width())
-                    for number, one in enumerate(rows)
-                ]
-            )
-            _, first, inverse = np.unique(code, axis=0, return_index=True, return_inverse=True)
-            inverse = inverse.reshape(-1)
+            columns = [self._columns(number, one) for number, one in enumerate(rows)]
+            code = combined(columns, [len(one) for one in rows])
+            _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
         ends = np.cumsum([len(one) for one in rows])[:-1]
         return SharedRows(
             owner[first],
             every.take(first),
             tuple(zip(np.split(inverse, ends), rows, strict=True)),
         )
-
-    def _width(self) -> int:
-        return 3 + 4 * max((len(plan.rules) for plan in self.plans), default=0)
 
     def _columns(self, number: int, rows: Rows) -> list[Ints]:
         """What makes a row of one experiment what it is."""
@@ -143,9 +135,24 @@ class _RuleKey:
     """[position], where what is written hangs on the positions of all rows."""
 
 
-def _combined(columns: Sequence[Ints], width: int) -> Ints:
-    """[row, width]"""
-    count = len(columns[0])
-    found = np.full((count, width), -1, dtype=np.int64)
-    found[:, : len(columns)] = np.stack(columns, axis=1)
-    return found
+def combined(columns: Sequence[Sequence[Ints]], lengths: Sequence[int]) -> Ints:
+    """[row] one number for all columns: equal where all of them are.
+
+    columns: of several parts, side by side; a part that has fewer is filled up.
+    """
+    code = np.zeros(sum(lengths), dtype=np.int64)
+    size = 1
+    for number in range(max((len(part) for part in columns), default=0)):
+        column = np.concatenate(
+            [
+                part[number] if number < len(part) else np.full(length, -1, dtype=np.int64)
+                for part, length in zip(columns, lengths, strict=True)
+            ]
+        )
+        values, column = np.unique(column, return_inverse=True)
+        if size * len(values) >= 1 << 62:
+            distinct, code = np.unique(code, return_inverse=True)
+            size = len(distinct)
+        code = code * len(values) + column
+        size *= len(values)
+    return code

@@ -1,50 +1,130 @@
-"""What `mechdsl plan` prints."""
+"""What `mechdsl plan` prints, and what `run --profile` adds."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
 
+from mechdsl.cost import Cost, PlanCost, estimated_seconds, matmul_rate, plan_cost
 from mechdsl.draw import to_text
+from mechdsl.passes import PASSES
 from mechdsl.plan import PLAN_PASSES, ExperimentPlan, Plan, runs_of
+from mechdsl.profile import Profile
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """The graph, what the passes did to it, and the work per experiment."""
+    """The graph, the work per experiment, and what each pass saves."""
     console.print("intervention graph", style="bold")
     console.print(to_text(plan.graph), highlight=False, markup=False, end="", soft_wrap=True)
     for outcome in plan.passes:
         did = f"{outcome.before} → {outcome.after} nodes" if outcome.changed else "no changes"
         console.print(f"pass {outcome.name}: {did}", highlight=False)
-    for name, meaning in PLAN_PASSES.items():
-        if name not in plan.without:
-            console.print(f"pass {name}: {meaning}", highlight=False)
-    for name in sorted(plan.without):
-        console.print(f"pass {name}: switched off", highlight=False)
     console.print()
+    _experiments(plan, console)
+    console.print()
+    cost = plan_cost(plan)
+    _savings(cost, console)
+    _estimate(cost, console)
+
+
+def _experiments(plan: Plan, console: Console) -> None:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("experiment", overflow="fold")
     for title in ("cells", "prompts", "rows", "unpatched"):
         table.add_column(title, justify="right", no_wrap=True)
-    total = alone = 0
     planned = [each for panel in plan.panels for each in panel.experiments]
     for experiment in sorted(planned, key=lambda each: each.experiment.spec.span.start):
-        rows = experiment.count()
-        total += rows
-        alone += unpatched_rows(experiment)
         table.add_row(
             experiment.experiment.name,
             f"{experiment.n_cells:,}",
             f"{len(experiment.experiment.table):,}",
-            f"{rows:,}",
+            f"{experiment.count():,}",
             f"{unpatched_rows(experiment):,}",
         )
     console.print(table)
+
+
+def _savings(cost: PlanCost, console: Console) -> None:
+    """A line per pass: what is left after it."""
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    table.add_column("what is left after", no_wrap=True)
+    for title in ("cells", "rows", "forwards", "tokens × blocks", "FLOPs"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("saves", justify="right", no_wrap=True)
+    table.add_row("the plain loop", *_figures(cost.plain), "")
+    before = cost.plain
+    for saving in cost.savings:
+        after = saving.after
+        if not saving.on:
+            table.add_row(saving.name, *[""] * 5, "off", style="dim")
+            continue
+        changed = after != before
+        share = 1 - after.multiply_adds / before.multiply_adds if before.multiply_adds else 0.0
+        saved = f"{share:.0%}" if share >= 0.005 else "–"
+        table.add_row(saving.name, *_figures(after), saved, style="" if changed else "dim")
+        before = after
+    console.print(table)
+    for name, meaning in {**dict.fromkeys(PASSES, _STOP_EARLY), **PLAN_PASSES}.items():
+        console.print(f"{name}: {meaning}", style="dim", highlight=False)
+
+
+_STOP_EARLY = "runs that are only read stop above the highest read"
+
+
+def _figures(cost: Cost) -> list[str]:
+    return [
+        f"{cost.cells:,}",
+        f"{cost.rows:,}",
+        f"{cost.forwards:,}",
+        f"{cost.tokens:,}",
+        f"{cost.flops:.3g}",
+    ]
+
+
+def _estimate(cost: PlanCost, console: Console) -> None:
+    rate = matmul_rate()
+    plain, planned = (estimated_seconds(c, rate) for c in (cost.plain, cost.planned))
     console.print(
-        f"the plain loop runs {total + alone:,} forward passes, one for each of {total:,} patched "
-        f"rows and {alone:,} unpatched prompts",
-        style="dim",
+        f"about {_time(planned)} on this CPU, {_time(plain)} as a plain loop "
+        f"({2 * rate / 1e9:.0f} GFLOP/s in a large product, of which passes reach 70 %)",
+        highlight=False,
     )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def print_profile(plan: Plan, profile: Profile, console: Console) -> None:
+    """Estimated against measured, after a run."""
+    cost, rate = plan_cost(plan), matmul_rate()
+    console.print("profile", style="bold")
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    for title in ("", "estimated", "measured"):
+        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    measured = profile.unpatched_seconds + profile.patched_seconds
+    planned = cost.planned
+    table.add_row("rows", f"{planned.rows:,}", f"{profile.distinct:,}")
+    table.add_row("passes over rows", f"{planned.forwards:,}", f"{profile.passes:,}")
+    table.add_row("seconds", f"{estimated_seconds(planned, rate):.3g}", f"{measured:.3g}")
+    console.print(table)
+    console.print(
+        f"{profile.unpatched_seconds:.3g} s for unpatched runs, means and checks, "
+        f"{profile.patched_seconds:.3g} s for {profile.rows:,} patched rows, of which "
+        f"{profile.distinct:,} are distinct",
+        highlight=False,
+    )
+    if profile.tokens:
+        largest = max(profile.tokens)
+        rate_seen = sum(profile.tokens) / max(profile.patched_seconds, 1e-9)
+        console.print(
+            f"passes of up to {largest:,} tokens, {rate_seen:,.0f} tokens of rows per second",
+            highlight=False,
+        )
 
 
 def unpatched_rows(plan: ExperimentPlan) -> int:
