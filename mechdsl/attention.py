@@ -33,6 +33,7 @@ _NO_MATTER = frozenset(
         "is_causal",
         "position_ids",
         "output_attentions",
+        "output_router_logits",
         "use_cache",
         "cache_position",
         "attention_chunk_size",
@@ -119,11 +120,13 @@ def own_function(module: nn.Module, implementation: str) -> AttentionFunction:
     """The function that the module would attend with."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if implementation in ALL_ATTENTION_FUNCTIONS:
+    if implementation == "sdpa":
         return ALL_ATTENTION_FUNCTIONS[implementation]
+    if implementation != "eager":  # masks of other kernels aren't written out
+        raise CannotPack(f"its attention is `{implementation}`")
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
-        raise CannotPack(f"its attention `{implementation}` isn't known")
+        raise CannotPack("its attention isn't the library's")
     return eager
 
 

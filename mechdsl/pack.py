@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mechdsl.attention import Group
+from mechdsl.batch import on_device
 from mechdsl.kept import Kept
 from mechdsl.restart import BlockWork, Mask
 
@@ -94,10 +95,10 @@ def pack_block(work: BlockWork, lanes: Ints, kept: Kept, device: torch.device) -
         asking = work.attend[rows[begin]][columns]
         group = Group(
             start=start,
-            lanes=torch.from_numpy(lanes[rows[begin : end : count[begin]]]).to(device),
+            lanes=on_device(lanes[rows[begin : end : count[begin]]], device),
             rows=int(count[begin]),
-            columns=torch.from_numpy(columns).to(device),
-            queries=torch.from_numpy(np.flatnonzero(asking)).to(device),
+            columns=on_device(columns, device),
+            queries=on_device(np.flatnonzero(asking), device),
         )
         start += group.size
         groups.append(group)
@@ -110,9 +111,9 @@ def pack_block(work: BlockWork, lanes: Ints, kept: Kept, device: torch.device) -
         inside[token_rows[chosen], column[chosen]] = np.arange(int(chosen.sum()))
         taken = np.flatnonzero(~chosen)
         return Part(
-            computed=torch.from_numpy(np.flatnonzero(chosen)).to(device),
-            taken=torch.from_numpy(taken).to(device),
-            taken_from=torch.from_numpy(kept_index[taken]).to(device),
+            computed=on_device(np.flatnonzero(chosen), device),
+            taken=on_device(taken, device),
+            taken_from=on_device(kept_index[taken], device),
             lookup=inside,
         )
 
@@ -143,10 +144,10 @@ def entry(
         return None
     stays, fresh = np.flatnonzero(source >= 0), np.flatnonzero(source < 0)
     return Entry(
-        carried=torch.from_numpy(stays).to(device),
-        carried_from=torch.from_numpy(source[stays]).to(device),
-        fresh=torch.from_numpy(fresh).to(device),
-        fresh_from=torch.from_numpy(pack.kept_index[fresh]).to(device),
+        carried=on_device(stays, device),
+        carried_from=on_device(source[stays], device),
+        fresh=on_device(fresh, device),
+        fresh_from=on_device(pack.kept_index[fresh], device),
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.attention import attend, exchanged
+from mechdsl.batch import on_device
 from mechdsl.hooks import ReadMismatch, SiteRead, SiteWork, SiteWrite, call, narrowed
 from mechdsl.kept import Kept, parts
 from mechdsl.loaded import LoadedModel
@@ -93,7 +94,7 @@ def run_packed(
         shortcuts or Shortcuts(),
     )
     logits, found = pass_.run(writes, list(reads), tokens, fuse=fuse)
-    at = torch.from_numpy(pass_.final[final[0], final_columns]).to(logits.device)
+    at = on_device(pass_.final[final[0], final_columns], logits.device)
     return PackedResult(
         logits[at],
         {read: found[read][0][pass_.present(read, *read_columns[read])] for read in reads},
@@ -109,8 +110,11 @@ class _Columns:
         self.real = kept.batch.mask.cpu().numpy().astype(np.bool_)[lanes]
 
     def of(self, rows: Ints | Tensor, positions: Ints | Tensor) -> Ints:
-        """[n] columns."""
-        return self.starts[np.asarray(rows)] + np.asarray(positions)
+        """[n] columns; ValueError for a position that isn't in its prompt."""
+        row, position = np.asarray(rows), np.asarray(positions)
+        if ((position < 0) | (position >= self.real.sum(axis=1)[row])).any():
+            raise ValueError("a position is not in its prompt")
+        return self.starts[row] + position
 
 
 class _Pass:
@@ -151,7 +155,7 @@ class _Pass:
     @property
     def lengths(self) -> Tensor:
         """[row] tokens of each prompt."""
-        return self.kept.batch.lengths[torch.from_numpy(self.lanes).to(self.device)]
+        return self.kept.batch.lengths[on_device(self.lanes, self.device)]
 
     def locate(
         self, where: SiteRead, rows: Tensor, positions: Tensor
@@ -195,8 +199,8 @@ class _Pass:
         row, column = np.nonzero(self.universe >= 0)
         order = np.argsort(self.universe[row, column])
         row, column = row[order], column[order]
-        lane = torch.from_numpy(self.lanes[row]).to(self.device)
-        at = torch.from_numpy(column).to(self.device)
+        lane = on_device(self.lanes[row], self.device)
+        at = on_device(column, self.device)
         work = SiteWork(self.model, self, writes, reads)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
@@ -276,7 +280,7 @@ class _Pass:
         known[pack.lookup[row, column]] = self.universe[row, column]
         size = self.size
         same = len(known) == size and bool((known == np.arange(size)).all())
-        index = None if same else torch.from_numpy(known).to(self.device)
+        index = None if same else on_device(known, self.device)
         hidden_below = self.kept.hidden.get(layer)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -299,7 +303,7 @@ class _Pass:
         places = self.lanes[row] * self.kept.columns + column
         put = Entry(
             *(
-                torch.from_numpy(index).to(self.device)
+                on_device(index, self.device)
                 for index in (stays, source[stays], fresh, places[fresh])
             )
         )

@@ -116,7 +116,7 @@ def block_work(
         output = attend | (at["z"] & needed)
         middle = changed | output | at["head_out"] | at["attn_out"] | at["resid_mid"]
         mlp = (changed if parallel else middle) | at["mlp_norm"] | at["mlp_hidden"]
-        mlp = (mlp & needed) | read.get("mlp_hidden", none)
+        mlp = mlp & needed
         out = (middle | mlp | at["mlp_out"] | at["resid_post"]) & needed
         yield BlockWork(
             present=(attended_to & seen) | attend | out | reading,
@@ -124,7 +124,7 @@ def block_work(
             project=normed & seen,
             attend=attend,
             output=output,
-            mlp=mlp,
+            mlp=mlp | read.get("mlp_hidden", none),
         )
         carried = out
 

@@ -22,7 +22,7 @@ from mechdsl.lanes import (
     spots_of,
 )
 from mechdsl.loaded import LoadedModel
-from mechdsl.plan import FUSE, UNEMBED, Panel, Place, Plan
+from mechdsl.plan import FUSE, UNEMBED, Panel, Place, Plan, RunNeeds
 from mechdsl.resolve.types import Atom
 from mechdsl.results.data import Floats
 
@@ -79,9 +79,11 @@ class UnpatchedRuns:
                 lowest = None
             elif lowest is not None and not self.plan.shortcuts.resume:
                 lowest = 0
-            measured = needs is None or needs.measured or needs.stop is None
-            reads = set(needs.reads) if needs is not None else set[Place]()
-            reads |= self._gauge_reads()
+            # Where other text was put in, only rows are measured: positions are theirs.
+            own = run is self.table.runs.get(name)
+            measured = own and (needs is None or needs.measured or needs.stop is None)
+            reads = set(needs.reads) if needs is not None and own else set[Place]()
+            reads |= self._gauge_reads() if own else set[Place]()
             found = self._lanes[key] = compute_lanes(
                 self.model,
                 run,
@@ -91,7 +93,7 @@ class UnpatchedRuns:
                     reads=frozenset(reads if continuation is None else ()),
                     lowest=lowest,
                     spots=self.spots if measured else (),
-                    stop=None if rows or self._gauge_reads() or needs is None else needs.stop,
+                    stop=self._stop(needs, rows=bool(rows), own=own),
                     tokens=self.tokens(self.gauges, prompts) if self.narrow else None,
                     fuse=self.plan.does(FUSE),
                     loss=self.loss if measured and continuation is None else None,
@@ -101,6 +103,14 @@ class UnpatchedRuns:
                 side=self.side,
             )
         return found
+
+    def _stop(self, needs: RunNeeds | None, *, rows: bool, own: bool) -> int | None:
+        """How many blocks of a run have to be run; None for all and what lies behind them."""
+        if not own:
+            return self.model.shape.n_layers
+        if rows or self._gauge_reads() or needs is None:
+            return None
+        return needs.stop
 
     def tokens(self, gauges: Iterable[Gauge], prompts: Ints) -> Tensor | None:
         """[K] ascending: all that these gauges read of the logits; None for the vocabulary."""
