@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import TypeAlias, cast
 
 from mechdsl.data.types import SpanAt
@@ -91,17 +92,21 @@ def concatenate(parts: Iterable[tuple[str, Rich]]) -> Rich:
     for name, rich in parts:
         at = len(text)
         text += rich.text
-        around = (name,) if name else ()
         if name:
             spans.append(SpanAt(name, at, len(text)))
-        spans.extend(
-            SpanAt(s.name, at + s.start, at + s.end, (*around, *s.within)) for s in rich.spans
-        )
+        if rich.spans:
+            around = (name,) if name else ()
+            spans += [SpanAt(n, at + a, at + b, around + within) for n, a, b, within in rich.spans]
     return Rich(text, tuple(spans))
+
+
+_PLAIN = (str, int, float, NoneType)
 
 
 def plain(value: Value) -> object:
     """The value without spans, as tables and comparisons want it."""
+    if isinstance(value, _PLAIN):
+        return value  # as most are; whether it is a mapping is a slow question
     match value:
         case Rich(text=text):
             return text
@@ -119,6 +124,8 @@ def plain(value: Value) -> object:
 
 def frozen(value: object) -> object:
     """A plain value as something that can be compared and put in a set."""
+    if isinstance(value, _PLAIN):
+        return value
     if isinstance(value, list):
         return tuple(frozen(v) for v in cast("list[object]", value))
     if isinstance(value, Mapping):
