@@ -1,6 +1,6 @@
 """Frozen dataclasses that cost nothing until they are used.
 
-A hundred kinds of nodes and as many diagnostics are defined at every start of the command, few of
+A hundred kinds of nodes and more of diagnostics are defined at every start of the command, few of
 them are met in one file, and the standard decorator compiles six functions for each. These compile
 one, when the first object of the kind is made; equality, hash and representation are written once
 here, and that nothing is assigned to is the type checker's to see.
