@@ -20,6 +20,7 @@ from mechdsl.data.values import (
     Rich,
     TokenId,
     Value,
+    bare,
     concatenate,
     frozen,
     plain,
@@ -147,7 +148,7 @@ class Row:
         parts: list[tuple[str, Rich]] = []
         for piece in self.block.template(node).pieces:
             if isinstance(piece, str):
-                parts.append(("", Rich(piece)))
+                parts.append(("", bare(piece)))
             else:
                 parts.append((piece.name or "", self._placed(piece, key)))
         whole = concatenate(parts)

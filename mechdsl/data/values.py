@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import NoneType
 from typing import TypeAlias, cast
 
@@ -19,6 +20,12 @@ class Rich:
 
     text: str
     spans: tuple[SpanAt, ...] = ()
+
+
+@lru_cache(maxsize=256)
+def bare(text: str) -> Rich:
+    """A text without spans; rows are made of a few of these."""
+    return Rich(text)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def render(value: Value) -> Rich | None:
         case Rich():
             return value
         case str():
-            return Rich(value)
+            return bare(value)
         case bool():
             return Rich("true" if value else "false")
         case int() | float():
@@ -80,7 +87,7 @@ def _join(items: Items) -> Rich:
     for i, item in enumerate(items.items):
         if i:
             final = i == len(items.items) - 1
-            parts.append((SEPARATOR, Rich(items.last if final else items.sep)))
+            parts.append((SEPARATOR, bare(items.last if final else items.sep)))
         parts.append((items.name, item.rich))
     return concatenate(parts)
 
