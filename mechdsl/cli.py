@@ -3,6 +3,7 @@ was run, 3 the run broke off, 130 interrupted."""
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -55,6 +56,7 @@ no_pass_option = click.option(
 def main() -> None:
     """The entry point: every way out is an exit status, and no user sees a traceback."""
     gc.disable()  # checking makes many objects and no garbage worth a tenth of its time
+    atexit.register(gc.freeze)  # nor is it worth looking for at the end
     # Pydantic would read the metadata of every installed package to look for plugins of its own.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     try:
@@ -272,13 +274,16 @@ def _run(
     profile: bool,
     without: frozenset[str],
 ) -> int:
-    gc.enable()  # models and results do make garbage
     from mechdsl.collect import versions
     from mechdsl.execute import Options
+    from mechdsl.load import import_library
     from mechdsl.pipeline import RunOptions, run_checked
     from mechdsl.progress import Bar
     from mechdsl.results.experiment import Results
 
+    import_library()
+    gc.freeze()  # what was imported is no garbage,
+    gc.enable()  # but models and results do make some
     found: list[Any] = []
     profiles: list[Any] = []
 

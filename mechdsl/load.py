@@ -12,6 +12,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from hashlib import sha256
+from importlib import import_module
 from importlib.metadata import version
 from logging import CRITICAL
 from math import isinf
@@ -33,6 +34,7 @@ from mechdsl.diagnostics.e04_model import (
     NoWeights,
 )
 from mechdsl.diagnostics.w07_models import ModelNotHere, NotRestartable
+from mechdsl.garbage import uncollected
 from mechdsl.loaded import Calling, LoadedModel, Outcome
 from mechdsl.models.anatomy import Anatomy
 from mechdsl.models.finder import find_anatomy
@@ -160,8 +162,15 @@ def _quiet() -> Generator[None]:
                 logging.enable_progress_bar()
 
 
+def import_library() -> None:
+    """Import what models of every architecture need, which is nearly all that loading imports."""
+    with uncollected(), _quiet():
+        import_module("transformers.modeling_utils")
+
+
 def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None, str]:
     """The model, or why it can't be loaded. Weights that the files lack are a reason."""
+    import_library()
     with _quiet():
         from transformers import AutoModelForCausalLM
 

@@ -1,21 +1,51 @@
-"""Frozen dataclasses that cost little to define.
+"""Frozen dataclasses that cost nothing until they are used.
 
-A hundred kinds of nodes and as many diagnostics are defined at every start of the command, and the
-standard decorator compiles six functions for each. These compile one; equality, hash and
-representation are written once here, and that nothing is assigned to is the type checker's to see.
+A hundred kinds of nodes and more of diagnostics are defined at every start of the command, few of
+them are met in one file, and the standard decorator compiles six functions for each. These compile
+one, when the first object of the kind is made; equality, hash and representation are written once
+here, and that nothing is assigned to is the type checker's to see.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, TypeVar, dataclass_transform
+from threading import Lock
+from typing import Any, Self, TypeVar, dataclass_transform
 
 T = TypeVar("T", bound="type[Record]")
+
+_FIELDS = "__dataclass_fields__"
+_FINISHING = Lock()
+
+
+class _Unfinished:
+    """Stands where a kind keeps its fields, until they are asked for."""
+
+    def __init__(self, *, kw_only: bool) -> None:
+        self.kw_only = kw_only
+
+    def __get__(self, instance: Any, kind: type[Record]) -> Any:
+        _finish(kind)
+        return getattr(kind, _FIELDS)
+
+
+@cache
+def _finish(kind: type[Record]) -> None:
+    """Make dataclasses of a kind and of those it inherits from."""
+    with _FINISHING:
+        for each in reversed(kind.__mro__):
+            waiting = vars(each).get(_FIELDS)
+            if isinstance(waiting, _Unfinished):
+                dataclass(eq=False, repr=False, kw_only=waiting.kw_only)(each)
 
 
 class Record:
     """Equal to another of its class whose compared fields are equal."""
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        _finish(cls)
+        return object.__new__(cls)
 
     def _key(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in _compared(type(self)))
@@ -47,10 +77,12 @@ def _shown(kind: type[Record]) -> tuple[str, ...]:
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def record(kind: T) -> T:
     """`@dataclass` for a subclass of Record; frozen, as far as the type checker is concerned."""
-    return dataclass(eq=False, repr=False)(kind)
+    setattr(kind, _FIELDS, _Unfinished(kw_only=False))
+    return kind
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def keyword_record(kind: T) -> T:
     """The same with all fields given by name."""
-    return dataclass(eq=False, repr=False, kw_only=True)(kind)
+    setattr(kind, _FIELDS, _Unfinished(kw_only=True))
+    return kind

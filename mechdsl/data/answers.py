@@ -9,7 +9,7 @@ from typing import Any
 
 from mechdsl.data.rows import CLEAN, Row
 from mechdsl.data.scope import Key, Refusal
-from mechdsl.data.tokenizer import TextTokenizer
+from mechdsl.data.tokenizer import Encoded, TextTokenizer
 from mechdsl.data.types import PromptTable, TextTokens
 from mechdsl.data.values import TokenId
 from mechdsl.diagnostics.core import Diagnostic
@@ -44,10 +44,14 @@ def tokenise(
     *,
     name: str,
     span: Span,
+    encoded: Mapping[str, Encoded] | None = None,
 ) -> tuple[list[TextTokens], list[Diagnostic]]:
-    """A text of every row behind its prompt. Codes: E0519, E0523, E0524, W0703."""
+    """A text of every row behind its prompt. Codes: E0519, E0523, E0524, W0703.
+
+    encoded: the prompts, where they are tokenised already.
+    """
     pairs = [(p, t) for p, t in zip(prompts, texts, strict=True) if isinstance(t, str)]
-    found = iter(tokenizer.continuations(pairs))
+    found = iter(tokenizer.continuations(pairs, encoded))
     out: list[TextTokens] = []
     diagnostics: list[Diagnostic] = []
     empty, unknown, changed = 0, Counter[str](), Counter[str]()

@@ -80,6 +80,7 @@ class _Collector:
         self.failing = 0
         share = block.spec.split if block.spec.split is not None else 100.0
         self.share = Fraction(str(share)) / 100
+        self.only_values = [c.name for c in block.spec.corruptions if _only_values(c)]
 
     def too_many(self) -> TooMany | None:
         """E0506 for what can be told without looking at a row."""
@@ -156,18 +157,14 @@ class _Collector:
             return False
         self.seen.add(mark)
         corrupted = {c.name: row.corrupted(c) for c in self.block.spec.corruptions}
-        unchanged = [
-            c.name
-            for c in self.block.spec.corruptions
-            if _only_values(c) and corrupted[c.name].prompt.text == row.prompt.text
-        ]
+        unchanged = [n for n in self.only_values if corrupted[n].prompt.text == row.prompt.text]
         for name in unchanged:
             result.unchanged[name] = result.unchanged.get(name, 0) + 1
         if unchanged:
             return False
         # What is worked out now is refused here, with its row; later nothing fails any more.
         for each in (row, *corrupted.values()):
-            each.plain_values()
+            _ = each.plain_values
             for name in self.block.texts:
                 each.named_text(name)
             _ = each.prompt

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mechdsl.data.hints import occurrence_hint, unknown_span_hint
 from mechdsl.data.rows import find_text
 from mechdsl.data.spans import Place, TokenMap
 from mechdsl.data.tokenizer import ROLES, TextTokenizer
-from mechdsl.data.types import PromptTable
+from mechdsl.data.types import PromptTable, SpanAt
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_positions import (
@@ -52,11 +51,11 @@ class Occurrences:
         special = self.special_id(ref)
         if special is not None:
             return [Place(0, 0, (i,)) for i, token in enumerate(m.row.ids) if token == special]
+        around = [s for s in m.row.spans if s.name == ref.of]
         return [
             m.place(s.start, s.end)
             for s in m.row.spans
-            if s.name == ref.name
-            and (ref.of is None or ref.of in s.within or _lies_in(s, ref.of, m.row.spans))
+            if s.name == ref.name and (ref.of is None or ref.of in s.within or _lies_in(s, around))
         ]
 
     def special_id(self, ref: ast.SpanRef) -> int | None:
@@ -81,20 +80,23 @@ class Occurrences:
                 return True
             self._no_special(ref, "the tokenizer has one, but doesn't put it into these prompts")
             return False
-        names = {s.name for run in self.table.runs.values() for r in run.rows for s in r.spans}
         wanted = [ref.of] if ref.literal is not None else [ref.name, ref.of]
         for name in wanted:
-            if name is None or name in names:
+            if name is None or any(name == span.name for span in self._all_spans()):
                 continue
             if name in ROLES and ref.of is None:
                 self._no_special(ref, "the tokenizer has none")
             else:
+                names = {span.name for span in self._all_spans()}
                 hint = unknown_span_hint(name, names, self.table)
                 self.diagnostics.append(
                     UnknownSpan(span=ref.span, name=name, prompts=self.table.name, hint=hint)
                 )
             return False
         return True
+
+    def _all_spans(self) -> Iterator[SpanAt]:
+        return (s for run in self.table.runs.values() for row in run.rows for s in row.spans)
 
     def _no_special(self, ref: ast.SpanRef, reason: str) -> None:
         hint = "set `bos: true` in the model line" if ref.name == "bos" else "name another token"
@@ -221,12 +223,9 @@ class Occurrences:
         return f'"{text}"' if len(text) <= 48 else f'"{text[:47]}…"'
 
 
-def _lies_in(span: Any, name: str, spans: Sequence[Any]) -> bool:
-    """Whether a marked or literal span lies within one that is called `name`."""
-    return any(
-        s is not span and s.name == name and s.start <= span.start and span.end <= s.end
-        for s in spans
-    )
+def _lies_in(span: SpanAt, around: Sequence[SpanAt]) -> bool:
+    """Whether a marked or literal span lies within another one of these."""
+    return any(s is not span and s.start <= span.start and span.end <= s.end for s in around)
 
 
 def _picker(ref: ast.SpanRef) -> tuple[int | None, int]:

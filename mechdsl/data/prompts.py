@@ -113,10 +113,11 @@ class _Builder:
 
     def runs(self, made: Sequence[Made]) -> tuple[PromptTable, dict[str, int]]:
         """The table without noise, and per corruption the rows whose text it left as it was."""
-        texts = {CLEAN: self._texts(CLEAN, [m.clean for m in made], made)}
+        prompts = self.tokenizer.encode_unique(m.clean.prompt.text for m in made)
+        texts = {CLEAN: self._texts(CLEAN, [m.clean for m in made], made, prompts)}
         for corruption in self.block.spec.corruptions:
             rows = [m.corrupted[corruption.name] for m in made]
-            texts[corruption.name] = self._texts(corruption.name, rows, made)
+            texts[corruption.name] = self._texts(corruption.name, rows, made, prompts)
         every = [
             tokens
             for run in texts.values()
@@ -125,10 +126,11 @@ class _Builder:
             if not self.block.is_token_id(name)
         ]
         moved = shared_beginning(every, self.tokenizer) if every else ()
-        runs = {CLEAN: self._run(CLEAN, [m.clean for m in made], texts[CLEAN], moved)}
+        runs = {CLEAN: self._run(CLEAN, [m.clean for m in made], texts[CLEAN], moved, prompts)}
         for corruption in self.block.spec.corruptions:
             rows = [m.corrupted[corruption.name] for m in made]
-            run = self._run(corruption.name, rows, texts[corruption.name], moved)
+            changed = self.tokenizer.encode_unique(row.prompt.text for row in rows)
+            run = self._run(corruption.name, rows, texts[corruption.name], moved, changed)
             runs[corruption.name] = run
         table = PromptTable(
             name=self.block.name,
@@ -151,7 +153,11 @@ class _Builder:
         return self._replaced(table, made)
 
     def _texts(
-        self, run: str, rows: Sequence[Row], made: Sequence[Made]
+        self,
+        run: str,
+        rows: Sequence[Row],
+        made: Sequence[Made],
+        encoded: Mapping[str, Encoded],
     ) -> list[dict[str, TextTokens]]:
         """The named texts of a run's rows, behind the clean prompts."""
         prompts = [m.clean.prompt.text for m in made]
@@ -160,7 +166,12 @@ class _Builder:
             name = definition.name
             texts: list[str | TokenId] = [row.named_text(name) for row in rows]
             tokens, diagnostics = tokenise(
-                prompts, texts, self.tokenizer, name=name, span=definition.value.span
+                prompts,
+                texts,
+                self.tokenizer,
+                name=name,
+                span=definition.value.span,
+                encoded=encoded,
             )
             # What is wrong with the clean text need not be said again of the corrupted one.
             reported = {(d.code, d.span) for d in self.diagnostics}
@@ -188,9 +199,10 @@ class _Builder:
         rows: Sequence[Row],
         texts: Sequence[Mapping[str, TextTokens]],
         moved: tuple[int, ...],
+        prompts: Mapping[str, Encoded],
     ) -> Run:
         riches = [row.prompt for row in rows]
-        encoded = self.tokenizer.encode_all([rich.text for rich in riches])
+        encoded = [prompts[rich.text] for rich in riches]
         self._check_texts(name, riches, encoded)
         out: list[RunRow] = []
         for row, rich, tokens, own in zip(rows, riches, encoded, texts, strict=True):
@@ -205,7 +217,7 @@ class _Builder:
                     offsets=tokens.offsets,
                     special=tokens.special,
                     spans=rich.spans,
-                    values=row.plain_values(),
+                    values=row.plain_values,
                     texts=kept,
                 )
             )

@@ -20,6 +20,7 @@ from mechdsl.data.values import (
     Rich,
     TokenId,
     Value,
+    bare,
     concatenate,
     frozen,
     plain,
@@ -64,15 +65,22 @@ class Row:
         """Changes of names that only lists draw: applied to each item."""
         self._drawn: dict[str, Value] = {}
         self._cache: dict[str, Value] = {}
+        self._texts: dict[str, str | TokenId] = {}
         self._corrupted: dict[str, Row] = {}
 
     def _copy(self) -> Row:
         copy = object.__new__(Row)
         copy.__dict__.update(self.__dict__)
-        copy.__dict__.pop("prompt", None)
-        copy._cache = {}
+        copy._forget()
         copy._corrupted = {}
         return copy
+
+    def _forget(self) -> None:
+        """Work everything out anew, because something is changed."""
+        self._cache = {}
+        self._texts = {}
+        for worked_out in ("prompt", "plain_values"):
+            self.__dict__.pop(worked_out, None)
 
     # --- names and values -----------------------------------------------------------------------
 
@@ -140,7 +148,7 @@ class Row:
         parts: list[tuple[str, Rich]] = []
         for piece in self.block.template(node).pieces:
             if isinstance(piece, str):
-                parts.append(("", Rich(piece)))
+                parts.append(("", bare(piece)))
             else:
                 parts.append((piece.name or "", self._placed(piece, key)))
         whole = concatenate(parts)
@@ -283,8 +291,7 @@ class Row:
     ) -> None:
         self.changed = {**self.changed, **values}
         self.item_changes = {**self.item_changes, **items}
-        self._cache = {}
-        self.__dict__.pop("prompt", None)
+        self._forget()
 
     # --- results --------------------------------------------------------------------------------
 
@@ -306,7 +313,9 @@ class Row:
 
     def named_text(self, name: str) -> str | TokenId:
         """One of the texts that metrics refer to."""
-        return self.as_text(self.block.texts[name], Key(name))
+        if name not in self._texts:
+            self._texts[name] = self.as_text(self.block.texts[name], Key(name))
+        return self._texts[name]
 
     def as_text(self, node: ast.Expr, key: Key) -> str | TokenId:
         """An expression as a text for a metric."""
@@ -318,7 +327,8 @@ class Row:
             raise bad(node.span, "it has no text in this row", "give a text or a number")
         return rich.text
 
-    def plain_values(self) -> dict[str, object]:
+    @cached_property
+    def plain_values(self) -> Mapping[str, object]:
         """All values of the row, without spans."""
         names = dict.fromkeys(self.record) | dict.fromkeys(n for n, _ in self.block.axes)
         names |= dict.fromkeys(self.block.definitions) | dict.fromkeys(self.template.definitions)

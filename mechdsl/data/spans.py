@@ -35,9 +35,11 @@ class TokenMap:
     @cached_property
     def places(self) -> tuple[tuple[int, int], ...]:
         """The characters of each token, trimmed; empty for special tokens and white space."""
-        return tuple(
-            (0, 0) if special else trimmed(self.row.text, *at)
-            for at, special in zip(self.row.offsets, self.row.special, strict=True)
+        return tuple(self._trimmed(token) for token in range(len(self.row.offsets)))
+
+    def _trimmed(self, token: int) -> tuple[int, int]:
+        return (
+            (0, 0) if self.row.special[token] else trimmed(self.row.text, *self.row.offsets[token])
         )
 
     @cached_property
@@ -77,7 +79,7 @@ class TokenMap:
 
     def token_text(self, token: int) -> str:
         """What a token covers, trimmed; white space itself where it is nothing else."""
-        a, b = self.places[token]
+        a, b = self._trimmed(token)
         if a == b:
             a, b = self.row.offsets[token]
         return self.row.text[a:b]

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_data import NoBosToken, NoTokenizer
@@ -193,7 +193,7 @@ class TextTokenizer:
                 offsets = [
                     (0, 0) if added else at for at, added in zip(e.offsets, special, strict=True)
                 ]
-                _place_prefix(e.tokens, offsets, special)
+                _place_prefix(e, offsets, special)
                 out.append(Encoded(tuple(e.ids), tuple(offsets), special))
         return out
 
@@ -227,22 +227,28 @@ class TextTokenizer:
         """
         return self.continuations([(prompt, text)])[0]
 
-    def continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[tuple[int, ...], bool]]:
-        """`continuation` of many (prompt, text) pairs; equal ones are tokenised once."""
+    def continuations(
+        self, pairs: Sequence[tuple[str, str]], encoded: Mapping[str, Encoded] | None = None
+    ) -> list[tuple[tuple[int, ...], bool]]:
+        """`continuation` of many (prompt, text) pairs; equal ones are tokenised once.
+
+        encoded: the prompts, where they are tokenised already.
+        """
         unique = list(dict.fromkeys(pairs))
-        prompts = self._unique([p for p, _ in unique])
+        prompts = self.encode_unique(p for p, _ in unique) if encoded is None else encoded
         whole = self.encode_all([p + t for p, t in unique])
         found: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
-        for pair, encoded in zip(unique, whole, strict=True):
+        for pair, both in zip(unique, whole, strict=True):
             before = _without_closing(prompts[pair[0]])
-            ids = _without_closing(encoded)
+            ids = _without_closing(both)
             kept = ids[: len(before)] == before
             if not kept:
                 ids = self.encode(pair[1], add_special=False).ids
             found[pair] = (ids[len(before) :] if kept else ids, kept)
         return [found[pair] for pair in pairs]
 
-    def _unique(self, texts: Iterable[str]) -> dict[str, Encoded]:
+    def encode_unique(self, texts: Iterable[str]) -> dict[str, Encoded]:
+        """Tokenise many texts, equal ones once."""
         unique = list(dict.fromkeys(texts))
         return dict(zip(unique, self.encode_all(unique), strict=True))
 
@@ -257,15 +263,16 @@ def _without_closing(encoded: Encoded) -> tuple[int, ...]:
 
 
 def _place_prefix(
-    tokens: Sequence[str], offsets: list[tuple[int, int]], special: Sequence[bool]
+    encoding: Encoding, offsets: list[tuple[int, int]], special: Sequence[bool]
 ) -> None:
     """A `▁` that SentencePiece puts in front of the text claims the first character, which belongs
     to the next token: it covers nothing."""
-    first = special.index(False) if False in special else len(tokens)
-    if first + 1 < len(tokens) and not tokens[first].strip("▁"):
-        start, end = offsets[first]
-        if end > offsets[first + 1][0]:
-            offsets[first] = (start, start)
+    first = special.index(False) if False in special else len(offsets)
+    if first + 1 >= len(offsets):
+        return
+    start, end = offsets[first]
+    if end > offsets[first + 1][0] and not encoding.tokens[first].strip("▁"):
+        offsets[first] = (start, start)
 
 
 def _keep_white_space(backend: Tokenizer) -> None:

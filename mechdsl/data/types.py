@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mechdsl.record import Record, record
 
 if TYPE_CHECKING:
     from mechdsl.data.rows import Row
@@ -23,16 +25,16 @@ class SpanAt(NamedTuple):
     """Names of the spans around it, outermost first (`("part1",)` for an item of `part1`)."""
 
 
-@dataclass(frozen=True)
-class TextTokens:
+@record
+class TextTokens(Record):
     """A text that a metric refers to, tokenised as the continuation of its prompt."""
 
     text: str
     ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Noise:
+@record
+class Noise(Record):
     """`add gaussian(std: …) to SITE at POS`: what a corrupted run adds at a site."""
 
     site: str
@@ -49,8 +51,8 @@ class Noise:
     """Name in the registry of noises."""
 
 
-@dataclass(frozen=True)
-class RunRow:
+@record
+class RunRow(Record):
     """One row of one run."""
 
     text: str
@@ -68,8 +70,8 @@ class RunRow:
     continuation of the clean row's prompt."""
 
 
-@dataclass(frozen=True)
-class Run:
+@record
+class Run(Record):
     """`clean` or a corruption: as many rows as the table, in the same order."""
 
     name: str
@@ -77,8 +79,8 @@ class Run:
     noise: Noise | None = None
 
 
-@dataclass(frozen=True)
-class PromptTable:
+@record
+class PromptTable(Record):
     """A prompts block made concrete for one tokenizer, seed, limit and part."""
 
     name: str
@@ -100,8 +102,8 @@ class PromptTable:
         return len(self.row_ids)
 
 
-@dataclass(frozen=True)
-class PositionCell:
+@record
+class PositionCell(Record):
     """One value of the position axis."""
 
     label: str

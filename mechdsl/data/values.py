@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import NoneType
 from typing import TypeAlias, cast
 
 from mechdsl.data.types import SpanAt
@@ -18,6 +20,12 @@ class Rich:
 
     text: str
     spans: tuple[SpanAt, ...] = ()
+
+
+@lru_cache(maxsize=256)
+def bare(text: str) -> Rich:
+    """A text without spans; rows are made of a few of these."""
+    return Rich(text)
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ def render(value: Value) -> Rich | None:
         case Rich():
             return value
         case str():
-            return Rich(value)
+            return bare(value)
         case bool():
             return Rich("true" if value else "false")
         case int() | float():
@@ -79,7 +87,7 @@ def _join(items: Items) -> Rich:
     for i, item in enumerate(items.items):
         if i:
             final = i == len(items.items) - 1
-            parts.append((SEPARATOR, Rich(items.last if final else items.sep)))
+            parts.append((SEPARATOR, bare(items.last if final else items.sep)))
         parts.append((items.name, item.rich))
     return concatenate(parts)
 
@@ -91,17 +99,21 @@ def concatenate(parts: Iterable[tuple[str, Rich]]) -> Rich:
     for name, rich in parts:
         at = len(text)
         text += rich.text
-        around = (name,) if name else ()
         if name:
             spans.append(SpanAt(name, at, len(text)))
-        spans.extend(
-            SpanAt(s.name, at + s.start, at + s.end, (*around, *s.within)) for s in rich.spans
-        )
+        if rich.spans:
+            around = (name,) if name else ()
+            spans += [SpanAt(n, at + a, at + b, around + within) for n, a, b, within in rich.spans]
     return Rich(text, tuple(spans))
+
+
+_PLAIN = (str, int, float, NoneType)
 
 
 def plain(value: Value) -> object:
     """The value without spans, as tables and comparisons want it."""
+    if isinstance(value, _PLAIN):
+        return value  # as most are; whether it is a mapping is a slow question
     match value:
         case Rich(text=text):
             return text
@@ -119,6 +131,8 @@ def plain(value: Value) -> object:
 
 def frozen(value: object) -> object:
     """A plain value as something that can be compared and put in a set."""
+    if isinstance(value, _PLAIN):
+        return value
     if isinstance(value, list):
         return tuple(frozen(v) for v in cast("list[object]", value))
     if isinstance(value, Mapping):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from mechdsl.record import Record, record
 
 if TYPE_CHECKING:
     from mechdsl.results.cell import CellKey
@@ -43,8 +44,8 @@ def place_of(cell: CellKey) -> tuple[Coordinates, set[str]]:
     return {**found, **cell.coords}, components
 
 
-@dataclass(frozen=True)
-class Where:
+@record
+class Where(Record):
     """Which cells are meant: ranges of coordinates, and a component."""
 
     text: str
@@ -75,13 +76,13 @@ def _within(value: int | float | str, low: int | float | str, high: int | float 
 # --- values -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Constant:
+@record
+class Constant(Record):
     value: float
 
 
-@dataclass(frozen=True)
-class OfCells:
+@record
+class OfCells(Record):
     """One number of the cells of a measure. `only` and `cell` read a single one."""
 
     how: Literal["max", "min", "mean", "cell", "only"]
@@ -89,13 +90,13 @@ class OfCells:
     where: tuple[Where, ...] = ()
 
 
-@dataclass(frozen=True)
-class Accuracy:
+@record
+class Accuracy(Record):
     run: str
 
 
-@dataclass(frozen=True)
-class Correlation:
+@record
+class Correlation(Record):
     """Over the cells that both experiments have."""
 
     how: Literal["spearman", "pearson"]
@@ -103,15 +104,15 @@ class Correlation:
     experiment: str
 
 
-@dataclass(frozen=True)
-class Arithmetic:
+@record
+class Arithmetic(Record):
     operator: Literal["+", "-", "*", "/"]
     left: Value
     right: Value
 
 
-@dataclass(frozen=True)
-class Absolute:
+@record
+class Absolute(Record):
     operand: Value
 
 
@@ -121,15 +122,15 @@ Value = Constant | OfCells | Accuracy | Correlation | Arithmetic | Absolute
 # --- conditions ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Comparison:
+@record
+class Comparison(Record):
     operator: Literal["<", "<=", ">", ">=", "=", "!="]
     left: Value
     right: Value
 
 
-@dataclass(frozen=True)
-class Between:
+@record
+class Between(Record):
     """`v near x within t`, `v in a..b`: both ends included."""
 
     value: Value
@@ -137,8 +138,8 @@ class Between:
     high: float
 
 
-@dataclass(frozen=True)
-class BestIs:
+@record
+class BestIs(Record):
     """`argmax(recovery) = L9H9`."""
 
     how: Literal["argmax", "argmin"]
@@ -148,8 +149,8 @@ class BestIs:
     equal: bool = True
 
 
-@dataclass(frozen=True)
-class TopContains:
+@record
+class TopContains(Record):
     """`top 3 contains L9H9, L9H6`, by absolute value."""
 
     top: int
@@ -157,15 +158,15 @@ class TopContains:
     sites: tuple[Where, ...]
 
 
-@dataclass(frozen=True)
-class Both:
+@record
+class Both(Record):
     operator: Literal["and", "or"]
     left: Condition
     right: Condition
 
 
-@dataclass(frozen=True)
-class Negation:
+@record
+class Negation(Record):
     operand: Condition
 
 

@@ -10,14 +10,15 @@ from mechdsl import spec
 from mechdsl.data.tokenizer import TextTokenizer
 from mechdsl.data.types import PositionCell, PromptTable, Run
 from mechdsl.models.shape import ModelShape
+from mechdsl.record import Record, record
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import Form
 
 Label = int | float | str
 
 
-@dataclass(frozen=True)
-class ModelContext:
+@record
+class ModelContext(Record):
     """What is known of a model without its weights."""
 
     spec: spec.Model
@@ -29,8 +30,8 @@ class ModelContext:
         return self.spec.name
 
 
-@dataclass(frozen=True)
-class Axis:
+@record
+class Axis(Record):
     """One axis of the result table."""
 
     name: str
@@ -58,8 +59,8 @@ Key = tuple[int, ...]
 """Indices along the axes that something depends on."""
 
 
-@dataclass(frozen=True)
-class SiteTargets:
+@record
+class SiteTargets(Record):
     """The points of a rule for every combination of the axes it depends on."""
 
     axes: tuple[str, ...]
@@ -68,8 +69,8 @@ class SiteTargets:
     """As tables show the site: `L2H0.z`."""
 
 
-@dataclass(frozen=True)
-class PositionTargets:
+@record
+class PositionTargets(Record):
     """Where a rule writes in the base run and reads in the source run."""
 
     axes: tuple[str, ...]
@@ -83,8 +84,8 @@ class PositionTargets:
 Fill = Literal["source", "zero", "mean", "resample", "text"]
 
 
-@dataclass(frozen=True)
-class ResolvedRule:
+@record
+class ResolvedRule(Record):
     """One rule, ready to be laid out over cells."""
 
     spec: spec.Rule
@@ -104,8 +105,8 @@ Env = int | None
 """What a text may depend on beside the row: the occurrence of the cell (`{item.index}`)."""
 
 
-@dataclass(frozen=True)
-class Atom:
+@record
+class Atom(Record):
     """One metric of an expression, with its arguments worked out for every row."""
 
     node: ast.Expr
@@ -126,8 +127,8 @@ class Atom:
         return set(self.texts) != {None} and bool(self.texts)
 
 
-@dataclass(frozen=True)
-class ResolvedMeasure:
+@record
+class ResolvedMeasure(Record):
     """One expression over atoms, read at one position of each run."""
 
     label: str
@@ -142,8 +143,8 @@ class ResolvedMeasure:
     """Per row, the number that the answer spells, for categories."""
 
 
-@dataclass(frozen=True)
-class ResolvedExperiment:
+@record
+class ResolvedExperiment(Record):
     """Everything that a plan needs; still without weights."""
 
     spec: spec.Experiment

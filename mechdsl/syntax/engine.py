@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
 import pickle
@@ -18,6 +17,7 @@ from lark.common import LexerConf
 from lark.exceptions import UnexpectedCharacters
 from lark.lexer import Lexer, PatternStr, TerminalDef
 
+from mechdsl.garbage import uncollected
 from mechdsl.syntax.transform import ToAst
 
 STARTS = ("start", "top_lines", "data_lines", "change_lines", "experiment_lines", "placeholder")
@@ -133,19 +133,13 @@ def parser() -> Lark:
     """The parser of this process, made at its first use."""
     tables = saved_tables() or build(grammar_file().read_text("utf-8"))
     loader: Any = Lark
-    # Thousands of small objects that all stay: looking for garbage among them takes as long again.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         return loader._load_from_dict(
             tables["data"],
             tables["memo"],
             transformer=ToAst(),
             _plugins={"ContextualLexer": MechLexer},
         )
-    finally:
-        if collecting:
-            gc.enable()
 
 
 @cache

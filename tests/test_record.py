@@ -1,0 +1,111 @@
+"""Records are dataclasses, made when they are first needed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import pkgutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import field, fields, is_dataclass, replace
+from importlib import import_module
+from threading import Barrier
+
+import pytest
+
+from mechdsl import diagnostics
+from mechdsl.record import Record, keyword_record, record
+
+
+@keyword_record
+class Placed(Record):
+    place: int = field(default=0, compare=False, repr=False)
+
+
+@record
+class Word(Placed):
+    text: str
+    parts: list[str] = field(default_factory=list[str])
+
+
+def test_fields_are_known_before_an_object_is() -> None:
+    @record
+    class Fresh(Placed):
+        text: str
+
+    assert is_dataclass(Fresh)
+    assert [f.name for f in fields(Fresh)] == ["place", "text"]
+
+
+def test_a_subclass_has_fields_of_its_own_after_its_base_was_used() -> None:
+    assert Placed(place=1).place == 1
+
+    @record
+    class Late(Placed):
+        text: str
+
+    late = Late("a", place=2)
+    assert (late.text, late.place) == ("a", 2)
+    assert [f.name for f in fields(Late)] == ["place", "text"]
+
+
+def test_equality_hash_and_representation() -> None:
+    assert Word("a", place=1) == Word("a", place=2)
+    assert Word("a") != Word("b")
+    assert Word("a") != Placed()
+    assert hash(Placed(place=1)) == hash(Placed(place=2))
+    assert repr(Word("a", ["b"], place=3)) == "Word(text='a', parts=['b'])"
+    match Word("a"):
+        case Word("a", parts):
+            assert parts == []
+        case _:
+            pytest.fail("a record is matched by its fields")
+
+
+def test_copies() -> None:
+    word = Word("a", ["b"], place=3)
+    for same in (copy.copy(word), copy.deepcopy(word), pickle.loads(pickle.dumps(word))):
+        assert (same, same.place) == (word, 3)
+    assert replace(word, text="c") == Word("c", ["b"])
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(TypeError):
+        Word()  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        Placed(1)  # type: ignore[misc]
+
+
+def test_first_objects_in_many_threads() -> None:
+    for _ in range(50):
+
+        @record
+        class Fresh(Placed):
+            text: str
+
+        start = Barrier(4)
+
+        def make(text: str, kind: type[Fresh] = Fresh, start: Barrier = start) -> str:
+            start.wait()
+            return kind(text, place=1).text
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(make, "abcd")) == list("abcd")
+
+
+def _kinds(base: type[Record]) -> Iterator[type[Record]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
+
+
+def test_every_kind_is_rightly_defined() -> None:
+    """What is wrong with a definition shows only when it is used: here at the latest."""
+    for module in pkgutil.iter_modules(diagnostics.__path__, "mechdsl.diagnostics."):
+        import_module(module.name)
+    for name in ("syntax.ast", "data.types", "resolve.types", "expectations.conditions"):
+        import_module(f"mechdsl.{name}")
+    kinds = [kind for kind in _kinds(Record) if kind.__module__.startswith("mechdsl.")]
+    assert len(kinds) > 200
+    for kind in kinds:
+        assert is_dataclass(kind), kind
