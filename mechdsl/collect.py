@@ -142,9 +142,10 @@ def conventions(plan: ExperimentPlan, measured: Measured, model: LoadedModel) ->
     left_out = dict.fromkeys(x for rule in plan.rules for x in rule.rule.positions.left_out)
     if left_out:
         found["positions"] = f"left out, as no row has them in both runs: {', '.join(left_out)}"
-    if plan.inert.any():
+    if measured.inert:
         found["inert"] = (
-            f"{int(plan.inert.sum())} of {plan.n_cells} cells can't differ from the base run"
+            f"{int(plan.inert.sum())} of {plan.n_cells} cells, and {measured.inert:,} of "
+            f"{measured.rows:,} rows in all, can't differ from the base run"
         )
     return found
 

@@ -35,6 +35,8 @@ CHUNK = 1 << 18
 """Rows that are counted at a time."""
 PASS_TOKENS = 2048
 """Tokens of a pass in which rows join, as the first one has."""
+PROMPT_TOKENS = 4096
+"""Tokens of a batch of unpatched prompts, at most."""
 EFFICIENCY = 0.7
 """Share of a large product's rate that passes reach, as measured on two cores."""
 
@@ -93,10 +95,13 @@ def plan_cost(plan: Plan) -> PlanCost:
     """Count a plan; rows are laid out in chunks of prompts and forgotten."""
     plain = Cost()
     after = dict.fromkeys(("stop_early", *PLAN_PASSES), Cost())
+    batched = list(PLAN_PASSES).index(JOIN)
     for panel in plan.panels:
-        whole, stopped = _unpatched(panel, plan)
+        whole, stopped, batches = _unpatched(panel, plan)
         plain += whole
-        after = {name: cost + stopped for name, cost in after.items()}
+        together = replace(stopped, forwards=batches) if plan.does(JOIN) else stopped
+        for number, name in enumerate(after):
+            after[name] += together if number > batched else stopped
         counter = _Counter(panel, plan)
         for prompts in counter.chunks():
             rows_plain, rows_after = counter.count(prompts)
@@ -170,12 +175,14 @@ class _Block:
         return tokens(work.present), adds
 
 
-def _unpatched(panel: Panel, plan: Plan) -> tuple[Cost, Cost]:
-    """The unpatched runs of a panel: (all whole, those that are only read stopped early)."""
+def _unpatched(panel: Panel, plan: Plan) -> tuple[Cost, Cost, int]:
+    """The unpatched runs of a panel: (all whole, those that are only read stopped early, forward
+    passes over batches of prompts)."""
     experiment = panel.experiments[0].experiment
     shape = experiment.model.shape
     block = _Block.of(shape)
     whole = stopped = Cost()
+    batches = 0
     for name, needs in panel.runs.items():
         run = experiment.table.runs[name]
         lengths = _lengths(run)
@@ -190,7 +197,8 @@ def _unpatched(panel: Panel, plan: Plan) -> tuple[Cost, Cost]:
         if stop is not None and plan.does("stop_early"):
             all_of_it = Cost(0, 0, prompts, tokens * min(stop, n), per_block * min(stop, n))
         stopped += all_of_it
-    return whole, stopped
+        batches += -(-tokens // PROMPT_TOKENS)
+    return whole, stopped, batches
 
 
 def _lengths(run: Run) -> Ints:

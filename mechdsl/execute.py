@@ -57,6 +57,10 @@ class Measured:
     environments: tuple[int | None, ...]
     dropped: int = 0
     """Rows of cells that a `resample` donor without the position took out."""
+    rows: int = 0
+    """Rows of cells, run or not."""
+    inert: int = 0
+    """Of these, the ones that can't differ from the base run by structure."""
 
 
 class Sink(Protocol):
@@ -324,11 +328,14 @@ class PanelRunner:
         """(rows to run, how many have no donor, rows that can't differ from the base run)."""
         good = readable(plan, rows, fillings)
         dropped = len(rows) - len(good)
-        self.measured[plan.experiment.name].dropped += dropped
+        measured = self.measured[plan.experiment.name]
+        measured.dropped += dropped
         rows = rows.take(good)
+        inert = plan.is_inert(rows)
+        measured.rows += len(rows)
+        measured.inert += int(inert.sum())
         if not self.plan.does(INERT):
             return rows, dropped, Rows.none()
-        inert = plan.is_inert(rows)
         return rows.take(np.flatnonzero(~inert)), dropped, rows.take(np.flatnonzero(inert))
 
     def _finish(

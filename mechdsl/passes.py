@@ -54,6 +54,9 @@ def stop_early(graph: Graph, layers: Mapping[str, int]) -> tuple[Graph, bool]:
 
 
 PASSES: Mapping[str, Pass] = {"stop_early": stop_early}
+PASS_MEANINGS: Mapping[str, str] = {
+    "stop_early": "an unpatched run that is only read stops above the highest read",
+}
 
 
 def run_passes(

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from mechdsl.cost import Cost, PlanCost, estimated_seconds, matmul_rate, plan_cost
 from mechdsl.draw import to_text
-from mechdsl.passes import PASSES
+from mechdsl.passes import PASS_MEANINGS
 from mechdsl.plan import PLAN_PASSES, ExperimentPlan, Plan, runs_of
 from mechdsl.profile import Profile
 
@@ -64,11 +64,8 @@ def _savings(cost: PlanCost, console: Console) -> None:
         table.add_row(saving.name, *_figures(after), saved, style="" if changed else "dim")
         before = after
     console.print(table)
-    for name, meaning in {**dict.fromkeys(PASSES, _STOP_EARLY), **PLAN_PASSES}.items():
+    for name, meaning in {**PASS_MEANINGS, **PLAN_PASSES}.items():
         console.print(f"{name}: {meaning}", style="dim", highlight=False)
-
-
-_STOP_EARLY = "runs that are only read stop above the highest read"
 
 
 def _figures(cost: Cost) -> list[str]:
