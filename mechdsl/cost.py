@@ -278,7 +278,7 @@ class _Counter:
         adds = 0.0
         n, logits = self.shape.n_layers, self.shape.d_model * self.shape.vocab_size
         for plan, one in zip(self.plans, rows, strict=True):
-            lengths = _row_lengths(plan, one)
+            lengths = plan.lengths(one)
             count += len(one) * plan.draws
             tokens += int(lengths.sum()) * plan.draws * n
             adds += float(self.block.whole(lengths).sum()) * plan.draws * n
@@ -300,15 +300,6 @@ class _Counter:
         return replace(before, multiply_adds=before.multiply_adds - saved)
 
 
-def _row_lengths(plan: ExperimentPlan, rows: Rows) -> Ints:
-    """[row] tokens of the prompt that it starts from."""
-    which = plan.starting_run(rows)
-    found = np.zeros(len(rows), dtype=np.int64)
-    for index, run in enumerate(plan.starting_runs):
-        found = np.where(which == index, _lengths(run)[rows.prompt], found)
-    return found
-
-
 def _blocks(rule: RulePlan) -> Ints:
     """[site combination] equal where the same sites of the same blocks are written, in whatever
     heads or neurons."""
@@ -326,7 +317,7 @@ class _Shapes:
 
     def __init__(self, plan: ExperimentPlan, rows: Rows) -> None:
         self.plan = plan
-        lengths = _row_lengths(plan, rows)
+        lengths = plan.lengths(rows)
         columns: list[Ints] = [lengths]
         for rule in plan.rules:
             run = rule.written.run(rule.position_of_cell[rows.cell], rows.prompt, rows.alternative)

@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from mechdsl.columns import Ints
-from mechdsl.data.types import PromptTable, Run
+from mechdsl.cut import extent, groups, members_of
+from mechdsl.data.types import PromptTable
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.fillings import Fillings, fillings_of
@@ -21,7 +22,7 @@ from mechdsl.gauge import Gauge
 from mechdsl.lanes import Side
 from mechdsl.loaded import LoadedModel
 from mechdsl.patched import Member, Patcher
-from mechdsl.plan import INERT, JOIN, SHARE, ExperimentPlan, Panel, Plan
+from mechdsl.plan import INERT, SHARE, ExperimentPlan, Panel, Plan
 from mechdsl.profile import Profile
 from mechdsl.resolve.types import ResolvedExperiment
 from mechdsl.results.data import Floats
@@ -29,7 +30,15 @@ from mechdsl.results.statistics import check_denominator
 from mechdsl.rule_plan import Rows
 from mechdsl.runs import UnpatchedRuns
 from mechdsl.share import SharedRows, Sharer
-from mechdsl.sizing import KEPT_SHARE, PassSize, free_memory, out_of_memory, stopwatch
+from mechdsl.sizing import (
+    KEPT_SHARE,
+    PassSize,
+    bytes_per_token,
+    free_memory,
+    kept_bytes,
+    out_of_memory,
+    stopwatch,
+)
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.writes import readable
 
@@ -379,14 +388,14 @@ class PanelRunner:
         self, patcher: Patcher, shared: SharedRows, batch: Ints
     ) -> Iterator[tuple[Member, list[Floats]]]:
         """All distinct rows in passes of a good size, with the values of their members."""
-        widths, work = self._extent(shared)
-        for run, group in self._groups(shared, widths):
+        widths, work = extent(shared, self.runs.shortcuts, self.panel.experiments)
+        for run, group in groups(shared, self.plan, self.panel.experiments, widths):
             begin = 0
             while begin < len(group):
                 ends = np.cumsum(widths[group[begin:]])
                 count = max(1, int(np.searchsorted(ends, self.size.current, side="right")))
                 chosen = group[begin : begin + count]
-                members = _members(shared, chosen)
+                members = members_of(shared, chosen)
                 tokens, blocks = int(widths[chosen].sum()), float(work[chosen].sum())
 
                 try:
@@ -401,78 +410,6 @@ class PanelRunner:
                 self.size.measured(tokens, blocks, seconds[0])
                 yield from found
                 begin += count
-
-    def _extent(self, shared: SharedRows) -> tuple[Ints, Floats]:
-        """Per distinct row: (tokens that it takes along, blocks times tokens)."""
-        widths = np.zeros(len(shared), dtype=np.int64)
-        blocks = np.zeros(len(shared), dtype=np.int64)
-        n_layers = self.runs.model.shape.n_layers
-        for number, plan in enumerate(self.panel.experiments):
-            own = np.flatnonzero(shared.owner == number)
-            if not len(own):
-                continue
-            rows = shared.rows.take(own)
-            which = plan.starting_run(rows)
-            lengths = np.zeros(len(rows), dtype=np.int64)
-            for index, run in enumerate(plan.starting_runs):
-                of_run = np.array([len(row.ids) for row in run.rows], dtype=np.int64)
-                lengths = np.where(which == index, of_run[rows.prompt], lengths)
-            first = plan.leftmost(rows) if self.plan.shortcuts.prefix else np.zeros_like(lengths)
-            widths[own] = np.maximum(1, lengths - first) * plan.draws
-            low = plan.lowest[rows.cell] if self.plan.shortcuts.resume else 0
-            blocks[own] = np.maximum(1, n_layers - low)
-        return widths, widths * blocks.astype(np.float64)
-
-    def _groups(self, shared: SharedRows, widths: Ints) -> Iterator[tuple[Run, Ints]]:
-        """Rows that can share passes: they start from the same run, and are of one cell if rows
-        don't join. Those that end up in the same columns come together."""
-        runs: dict[int, Run] = {}
-        start = np.zeros(len(shared), dtype=np.int64)
-        draws = np.zeros(len(shared), dtype=np.int64)
-        for number, plan in enumerate(self.panel.experiments):
-            own = np.flatnonzero(shared.owner == number)
-            which = plan.starting_run(shared.rows.take(own))
-            keys = [id(run) for run in plan.starting_runs]
-            runs.update(zip(keys, plan.starting_runs, strict=True))
-            if len(own):
-                start[own] = np.array(keys, dtype=np.int64)[which]
-                draws[own] = plan.draws
-        keys = [start, draws]
-        if not self.plan.does(JOIN):
-            keys += [shared.owner, shared.rows.cell]
-        _, group = np.unique(np.stack(keys), axis=1, return_inverse=True)
-        group = group.reshape(-1)
-        order = np.lexsort((shared.rows.prompt, widths, group))
-        for own in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
-            if len(own):
-                yield runs[int(start[own[0]])], own
-
-
-def _members(shared: SharedRows, chosen: Ints) -> list[Member]:
-    """The rows that these distinct rows stand for, by experiment."""
-    place = np.full(len(shared), -1, dtype=np.int64)
-    place[chosen] = np.arange(len(chosen))
-    found: list[Member] = []
-    for number, (distinct, rows) in enumerate(shared.members):
-        own = np.flatnonzero(place[distinct] >= 0)
-        if len(own):
-            found.append(Member(number, rows.take(own), place[distinct[own]]))
-    return found
-
-
-def bytes_per_token(model: LoadedModel) -> int:
-    """Of what one pass holds at once for a token: the MLP, the stream, queries, keys and values."""
-    shape = model.shape
-    heads = shape.n_heads * shape.d_head
-    return model.dtype.itemsize * (3 * shape.d_mlp + 12 * shape.d_model + 6 * heads)
-
-
-def kept_bytes(model: LoadedModel, table: PromptTable) -> int:
-    """Of what unpatched runs keep for a token of a prompt, in all blocks and runs."""
-    shape = model.shape
-    heads, shared = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
-    width = 3 * shape.d_model + 2 * heads + 4 * shared
-    return max(1, model.dtype.itemsize * width * shape.n_layers * len(table.runs))
 
 
 def _by_item(gauge: Gauge) -> bool:

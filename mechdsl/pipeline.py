@@ -19,7 +19,7 @@ from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName
 from mechdsl.execute import Options, execute
 from mechdsl.load import adopt, load
 from mechdsl.loaded import LoadedModel
-from mechdsl.plan import RESTART_PASSES, Plan, make_plan, unknown_passes
+from mechdsl.plan import Plan, make_plan, unknown_passes
 from mechdsl.profile import Profile
 from mechdsl.resolve import ModelContext
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
@@ -84,10 +84,7 @@ def _run(
     options: RunOptions,
     diagnostics: list[Diagnostic],
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    without = options.without
-    if not all(model.restartable for model in models.values()):
-        without = without | frozenset(RESTART_PASSES)
-    plan = make_plan(checked.experiments, without=without)
+    plan = make_plan(checked.experiments, without=options.without)
     store = None if options.out is None else Store(options.out, checked.source.stem)
     if store is not None:
         for panel in plan.panels:

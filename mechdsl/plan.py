@@ -100,6 +100,15 @@ class ExperimentPlan:
             return np.zeros(len(rows), dtype=np.int64)
         return self.replaced.position_of_cell[rows.cell]
 
+    def lengths(self, rows: Rows) -> Ints:
+        """[row] tokens of the prompt that it starts from."""
+        which = self.starting_run(rows)
+        found = np.zeros(len(rows), dtype=np.int64)
+        for index, run in enumerate(self.starting_runs):
+            own = np.array([len(row.ids) for row in run.rows], dtype=np.int64)
+            found = np.where(which == index, own[rows.prompt], found)
+        return found
+
     def leftmost(self, rows: Rows) -> Ints:
         """The first position that each row writes to."""
         first = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)

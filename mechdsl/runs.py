@@ -24,6 +24,7 @@ from mechdsl.lanes import (
 from mechdsl.loaded import LoadedModel
 from mechdsl.plan import FUSE, UNEMBED, Panel, Place, Plan, RunNeeds
 from mechdsl.resolve.types import Atom
+from mechdsl.restart import Shortcuts
 from mechdsl.results.data import Floats
 
 
@@ -55,6 +56,11 @@ class UnpatchedRuns:
         self.loss = next((g.loss for g in gauges if g.loss is not None), None)
         self._lanes: dict[tuple[object, ...], Lanes] = {}
 
+    @property
+    def shortcuts(self) -> Shortcuts | None:
+        """What rows take over from these runs; None where they are whole passes."""
+        return self.plan.shortcuts if self.plan.restarts and self.model.restartable else None
+
     def named(self, name: str) -> Run:
         return self.table.runs[name]
 
@@ -75,9 +81,9 @@ class UnpatchedRuns:
                 if any(run is start for start in plan.starting_runs)
             ]
             lowest = min((int(plan.lowest.min()) for plan in rows), default=None)
-            if not self.plan.restarts:
+            if self.shortcuts is None:
                 lowest = None
-            elif lowest is not None and not self.plan.shortcuts.resume:
+            elif lowest is not None and not self.shortcuts.resume:
                 lowest = 0
             # Where other text was put in, only rows are measured: positions are theirs.
             own = run is self.table.runs.get(name)

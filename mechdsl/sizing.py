@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from mechdsl.data.types import PromptTable
+from mechdsl.loaded import LoadedModel
+
 START_TOKENS = 2048
 """Of the first pass. On two cores 1,000 to 4,000 are equally good; fewer read the weights too
 often, more fall out of the cache."""
@@ -66,7 +69,6 @@ class PassSize:
     fixed: int | None = None
     """A size that is given; nothing is measured then."""
     limit: int = MOST_TOKENS
-    halvings: int = 0
     rates: dict[int, float] = field(default_factory=dict[int, float])
     """Size → blocks of tokens per second, of the fastest pass."""
     current: int = START_TOKENS
@@ -97,7 +99,6 @@ class PassSize:
         """After running out of memory; false where nothing smaller is worth trying."""
         if self.current <= 1:
             return False
-        self.halvings += 1
         self.current = self.limit = max(1, self.current // 2)
         self.rates = {size: rate for size, rate in self.rates.items() if size <= self.limit}
         gc.collect()
@@ -115,3 +116,18 @@ def stopwatch(device: torch.device) -> Generator[list[float]]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds.append(time.perf_counter() - start)
+
+
+def bytes_per_token(model: LoadedModel) -> int:
+    """Of what one pass holds at once for a token: the MLP, the stream, queries, keys and values."""
+    shape = model.shape
+    heads = shape.n_heads * shape.d_head
+    return model.dtype.itemsize * (3 * shape.d_mlp + 12 * shape.d_model + 6 * heads)
+
+
+def kept_bytes(model: LoadedModel, table: PromptTable) -> int:
+    """Of what unpatched runs keep for a token of a prompt, in all blocks and runs."""
+    shape = model.shape
+    heads, shared = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
+    width = 3 * shape.d_model + 2 * heads + 4 * shared
+    return max(1, model.dtype.itemsize * width * shape.n_layers * len(table.runs))

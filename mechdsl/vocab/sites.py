@@ -232,19 +232,6 @@ def write_order(name: str, layer: int | None) -> tuple[int, int]:
     return (layer, kind.order)
 
 
-def start_layer(name: str, layer: int | None, n_layers: int) -> int:
-    """The lowest block that has to run again after a write at this site.
-
-    `n_layers` means that no block has to, only what lies behind them.
-    """
-    kind = SITES[name]
-    if kind.when == "embedding":
-        return 0
-    if kind.when == "output" or layer is None:
-        return n_layers
-    return layer + 1 if kind.when == "after" else layer
-
-
 def stop_layer(name: str, layer: int | None, n_layers: int) -> int | None:
     """How many blocks have to run before this site can be read; None needs the whole model.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def slow() -> Adopted:
 
 
 def sharing() -> Adopted:
-    """Queries of the last layer also get what the first block returned: fine, but not to resume."""
+    """Queries of the last layer also get what the first block returned, which rows may not pass."""
     module = families.module("llama")
     layers = module.get_submodule("model.layers")
     kept: list[torch.Tensor] = []
@@ -77,17 +78,44 @@ def sharing() -> Adopted:
     return _adopted(module)
 
 
-def forgetting() -> Adopted:
-    """It takes no notice of keys and values that it is given."""
+def by_itself() -> Adopted:
+    """Its attention is written out, past the functions that the library lets be exchanged."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
     module = families.module("llama")
 
-    def forget(inner: nn.Module, args: object, kwargs: dict[str, Any]) -> object:
-        if kwargs.get("past_key_values") is not None:
-            kwargs["past_key_values"].layers.clear()
-            kwargs["attention_mask"] = None
-        return args, kwargs
+    def attention(
+        part: Any, hidden_states: torch.Tensor, position_embeddings: Any, **kwargs: object
+    ) -> tuple[torch.Tensor, None]:
+        shape = (*hidden_states.shape[:-1], -1, part.head_dim)
+        q, k, v = (
+            project(hidden_states).view(shape).transpose(1, 2)
+            for project in (part.q_proj, part.k_proj, part.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        k, v = (repeat_kv(x, part.num_key_value_groups) for x in (k, v))
+        count = q.shape[2]
+        mask = torch.ones(count, count, dtype=torch.bool).tril()
+        given = kwargs["attention_mask"]
+        mask = mask if given is None else mask & given
+        scores = (q @ k.transpose(2, 3) * part.scaling).masked_fill(~mask, -1e9)
+        z = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return part.o_proj(z), None
 
-    module.get_submodule("model").register_forward_pre_hook(forget, with_kwargs=True)
+    for layer in module.model.layers:  # type: ignore[union-attr]
+        layer.self_attn.forward = partial(attention, layer.self_attn)
+    return _adopted(module)
+
+
+def asking() -> Adopted:
+    """Its attention function gets an argument that nobody has heard of."""
+    module = families.module("llama")
+
+    def ask(part: nn.Module, args: Any, kwargs: dict[str, Any]) -> object:
+        return args, {**kwargs, "gizmo": 1}
+
+    for layer in module.model.layers:  # type: ignore[union-attr]
+        layer.self_attn.register_forward_pre_hook(ask, with_kwargs=True)
     return _adopted(module)
 
 
@@ -96,7 +124,6 @@ CAUSES: dict[str, Callable[[], Adopted]] = {
     "E0410": gaining,
     "E0411": failing,
     "E0412": slow,
-    "W0711": sharing,
-    "W0712": forgetting,
+    "W0711": by_itself,
 }
 """By code; `docs/errors` shows what each of them says."""

@@ -38,6 +38,6 @@ def loaded(folders: dict[str, Path]) -> dict[str, LoadedModel]:
     for name, folder in folders.items():
         model, found = load(statement(str(folder)))
         assert model is not None, [(d.message, d.label_text) for d in found]
-        assert not found
+        assert [d.code for d in found] == (["W0711"] if name in families.WHOLE else [])
         models[name] = model
     return models

@@ -72,6 +72,15 @@ VERIFIED = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt_neox_
 """Families that every site is checked on against the hand-written hooks."""
 ALSO_READ = tuple(name for name in CONFIGS if name not in VERIFIED)
 """Families that the finder reads and the self-check accepts."""
+WHOLE = {
+    "gptj": "off by",
+    "bloom": "must match the existing size",
+    "falcon": "unsupported operand",
+    "mpt": "has no attribute",
+}
+"""Families whose rows are whole passes, and what the self-check says of them: attention past the
+library's functions, or arguments to it that packed rows don't know."""
+RESTARTABLE = tuple(name for name in CONFIGS if name not in WHOLE)
 
 
 def tokenizer() -> Tokenizer:

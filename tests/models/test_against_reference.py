@@ -1,25 +1,30 @@
 """Every site of every verified family against hooks written by hand (A1, A8).
 
-The package gets ragged prompts in one padded batch and may start above the embedding; the
-reference gets each prompt alone, without mask or positions.
+The package gets ragged prompts in one padded batch, or rows that start in the middle of one, many
+side by side; the reference gets each prompt alone, without mask or positions.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mechdsl.hooks import Batch, SiteRead, SiteWrite, gather, run_segment
+from mechdsl.hooks import Batch, SiteRead, SiteWrite, gather, run_whole
+from mechdsl.kept import Kept, keeping
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.anatomy import Layout, Tap
-from mechdsl.vocab.sites import start_layer, stop_layer
+from mechdsl.packed import run_packed
+from mechdsl.restart import Shortcuts
+from mechdsl.vocab.sites import stop_layer
 
 from . import families, reference
 
@@ -90,64 +95,147 @@ def expected(
     return chosen, plain, patched, ablated
 
 
-def found(
-    model: LoadedModel, site: str, layer: int, side: Side, chosen: list[Case], start: int
-) -> Tensor:
-    """[2 × prompts, T, vocab]: patched and ablated logits, all in one batch."""
-    n = len(BASES)
-    at = None if site in reference.WITHOUT_LAYER else layer
-    base = Batch.of(BASES, model.pad_id, side)
-    source = Batch.of(SOURCES, model.pad_id, side)
+@dataclass(frozen=True)
+class Way:
+    """How the package computes patched rows."""
+
+    name: str
+    packed: bool = True
+    shortcuts: Shortcuts | None = None
+    last: bool = False
+    """Only the last token's logits are asked for, so that the last block is cut."""
+
+
+WHOLE = Way("whole", packed=False)
+PACKED = Way("packed")
+CUT = Way("packed, last token", last=True)
+WAYS = (WHOLE, PACKED, CUT)
+OFF: dict[str, Shortcuts] = {
+    "resume": Shortcuts(resume=False),
+    "inside": Shortcuts(inside=False),
+    "prefix": Shortcuts(prefix=False),
+    "last": Shortcuts(last=False),
+    "all": Shortcuts(resume=False, inside=False, prefix=False, last=False),
+}
+"""By what is switched off."""
+
+
+def keep(model: LoadedModel, batch: Batch) -> Kept:
+    with keeping(model, batch, 0) as kept:
+        run_whole(model, batch)
+    return kept
+
+
+def places(
+    chosen: Sequence[int], lengths: Sequence[int], *, last: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(row, position) of every token of these rows, or of their last ones."""
+    found = [
+        (row, position)
+        for row in chosen
+        for position in range(lengths[row] - 1 if last else 0, lengths[row])
+    ]
+    row, position = np.array(found).T
+    return row, position
+
+
+def in_the_pass(
+    model: LoadedModel,
+    base: Batch,
+    kept: Kept | None,
+    lanes: Sequence[int],
+    writes: Sequence[SiteWrite],
+    way: Way,
+    tokens: Tensor | None = None,
+) -> list[Tensor]:
+    """Logits of each row, [T, vocab]; [1, vocab] where only the last token is asked for."""
+    lengths = [len(BASES[lane]) for lane in lanes]
+    final = places(range(len(lanes)), lengths, last=way.last)
+    if not way.packed:
+        rows = base.take(torch.tensor(lanes))
+        logits = run_whole(model, rows, writes=writes, tokens=tokens).logits
+        assert logits is not None
+        row = torch.from_numpy(final[0])
+        found = logits[row, rows.columns(row, torch.from_numpy(final[1]))]
+    else:
+        assert kept is not None
+        found = run_packed(
+            model,
+            kept,
+            np.array(lanes),
+            writes=writes,
+            final=final,
+            tokens=tokens,
+            shortcuts=way.shortcuts,
+        ).logits
+    return list(found.split([1 if way.last else n for n in lengths]))
+
+
+def patches(
+    model: LoadedModel,
+    site: str,
+    layer: int,
+    source: Batch,
+    reads: Mapping[SiteRead, Tensor],
+    chosen: list[Case],
+) -> SiteWrite:
+    """Rows 0 to 2 are patched from the sources, rows 3 to 5 are ablated."""
 
     def column(field: str) -> Tensor:
         return torch.tensor([value for case in chosen for value in getattr(case, field)])
 
     rows = torch.tensor([i for i, case in enumerate(chosen) for _ in case.unit])
-    where = SiteRead(site, at)
-    stop = stop_layer(site, at, model.shape.n_layers)
-    read = run_segment(model, source, reads=[where], stop=stop).reads[where]
-    values = gather(read, source, rows, column("source"), column("unit"))
-
-    hidden = None
-    if start:
-        below = SiteRead("resid_post", start - 1)
-        hidden = run_segment(model, base, reads=[below], stop=start).reads[below].squeeze(2)
-        hidden = hidden.repeat(2, 1, 1)
-    write = SiteWrite(
+    where = site_of(site, layer)
+    values = gather(reads[where], source, rows, column("source"), column("unit"))
+    return SiteWrite(
         site,
-        at,
-        torch.cat([rows, rows + n]),
+        where.layer,
+        torch.cat([rows, rows + len(BASES)]),
         column("base").repeat(2),
         column("unit").repeat(2),
         torch.cat([values, torch.zeros_like(values)]),
     )
-    both = base.take(torch.arange(n).repeat(2))
-    result = run_segment(model, both, start=start, hidden=hidden, writes=[write])
-    assert result.logits is not None
-    return result.logits
 
 
-def compare(model: LoadedModel, family: str, site: str, side: Side) -> tuple[float, float, float]:
+def site_of(site: str, layer: int) -> SiteRead:
+    return SiteRead(site, None if site in reference.WITHOUT_LAYER else layer)
+
+
+def layers_of(model: LoadedModel, site: str) -> range:
+    return range(1) if site in reference.WITHOUT_LAYER else range(model.shape.n_layers)
+
+
+def compare(
+    model: LoadedModel, family: str, site: str, side: Side, ways: Sequence[Way] = WAYS
+) -> tuple[float, float, float]:
     """Largest difference of logits, the same relative to the effect, and the smallest effect."""
     worst = relative = 0.0
     smallest = float("inf")
-    layers = range(1) if site in reference.WITHOUT_LAYER else range(model.shape.n_layers)
-    for layer in layers:
+    base = Batch.of(BASES, model.pad_id, side)
+    source = Batch.of(SOURCES, model.pad_id, side)
+    kept = keep(model, base) if any(way.packed for way in ways) else None
+    for layer in layers_of(model, site):
         chosen, plain, patched, ablated = expected(family, site, layer)
-        at = None if site in reference.WITHOUT_LAYER else layer
-        for start in {0, start_layer(site, at, model.shape.n_layers)}:
-            logits = found(model, site, layer, side, chosen, start)
-            for i, want in enumerate([*patched, *ablated]):
-                length = len(want)
-                columns = slice(-length, None) if side == "left" else slice(length)
-                got = logits[i, columns]
-                worst = max(worst, float((got - want).abs().max()))
-                before = _difference(plain[i % len(plain)])
-                effect = _difference(want) - before
-                error = abs(_difference(got) - before - effect)
+        where = site_of(site, layer)
+        stop = stop_layer(site, where.layer, model.shape.n_layers)
+        reads = run_whole(model, source, reads=[where], stop=stop).reads
+        write = patches(model, site, layer, source, reads, chosen)
+        for way in ways:
+            rows = in_the_pass(model, base, kept, [0, 1, 2, 0, 1, 2], [write], way)
+            for i, (got, want) in enumerate(zip(rows, [*patched, *ablated], strict=True)):
+                before = plain[i % len(plain)]
+                worst = max(worst, _furthest(got, want[-len(got) :]))
+                effect = _difference(want) - _difference(before)
+                error = abs(_difference(got) - _difference(before) - effect)
                 relative = max(relative, error / max(abs(effect), 1e-2))
-                smallest = min(smallest, float((want - plain[i % len(plain)])[-1].abs().max()))
+                smallest = min(smallest, float((want - before)[-1].abs().max()))
     return worst, relative, smallest
+
+
+def _furthest(got: Tensor, want: Tensor) -> float:
+    """The largest difference; infinite where one isn't a number."""
+    assert got.shape == want.shape
+    return float((got - want).abs().nan_to_num(nan=float("inf")).max())
 
 
 def _difference(logits: Tensor) -> float:
@@ -164,12 +252,87 @@ def available(family: str) -> list[str]:
 def test_every_site_is_patched_and_ablated_as_by_hand(
     loaded: dict[str, LoadedModel], family: str, side: Side
 ) -> None:
-    model = loaded[family]
+    """In a whole pass, and packed: all tokens' logits, and the last ones' alone."""
     for site in available(family):
-        worst, relative, smallest = compare(model, family, site, side)
-        assert worst <= ABSOLUTE, f"{site}: logits off by {worst:.1e}"
-        assert relative <= RELATIVE, f"{site}: effect off by {relative:.1e}"
-        assert smallest > 1e-3, f"{site}: a write without effect proves nothing"
+        held(loaded[family], family, site, side, WAYS)
+
+
+def held(model: LoadedModel, family: str, site: str, side: Side, ways: Sequence[Way]) -> None:
+    """The package's logits at a site are those of the hand-written hooks."""
+    worst, relative, smallest = compare(model, family, site, side, ways)
+    assert worst <= ABSOLUTE, f"{site}: logits off by {worst:.1e}"
+    assert relative <= RELATIVE, f"{site}: effect off by {relative:.1e}"
+    assert smallest > 1e-3, f"{site}: a write without effect proves nothing"
+
+
+@pytest.mark.parametrize("off", OFF)
+@pytest.mark.parametrize("family", families.VERIFIED)
+def test_without_a_shortcut_every_site_is_still_as_by_hand(
+    loaded: dict[str, LoadedModel], family: str, off: str
+) -> None:
+    side: Side = "left" if len(off) % 2 else "right"
+    ways = [Way(off, shortcuts=OFF[off]), Way(f"{off}, last", shortcuts=OFF[off], last=True)]
+    for site in available(family):
+        held(loaded[family], family, site, side, ways)
+
+
+def joined(
+    model: LoadedModel, family: str, side: Side
+) -> tuple[Batch, list[int], list[SiteWrite], list[Tensor], list[str]]:
+    """All cases of all sites and layers as rows of one pass, shuffled.
+
+    The base prompts, each row's lane, the writes, the reference's logits and what each row is.
+    """
+    source = Batch.of(SOURCES, model.pad_id, side)
+    cells = [(s, layer) for s in available(family) for layer in layers_of(model, s)]
+    reads = run_whole(model, source, reads=[site_of(*cell) for cell in cells]).reads
+    rows = 2 * len(BASES)
+    order = list(range(rows * len(cells)))
+    random.Random(1).shuffle(order)
+    place = torch.tensor(order)
+    lanes, wanted = [0] * len(order), [torch.zeros(0)] * len(order)
+    names, writes = [""] * len(order), list[SiteWrite]()
+    for number, (site, layer) in enumerate(cells):
+        chosen, _, patched, ablated = expected(family, site, layer)
+        write = patches(model, site, layer, source, reads, chosen)
+        mine = place[number * rows : (number + 1) * rows]
+        writes.append(write.moved(mine))
+        for i, want in enumerate([*patched, *ablated]):
+            row = int(mine[i])
+            lanes[row], wanted[row], names[row] = i % len(BASES), want, f"{site} layer {layer}"
+    return Batch.of(BASES, model.pad_id, side), lanes, writes, wanted, names
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", families.VERIFIED)
+def test_rows_of_all_sites_layers_and_prompts_ride_in_one_pass(
+    loaded: dict[str, LoadedModel], family: str, side: Side
+) -> None:
+    model = loaded[family]
+    base, lanes, writes, wanted, names = joined(model, family, side)
+    kept = keep(model, base)
+    assert len(lanes) > 230
+    for way in (PACKED, CUT, *(Way(off, shortcuts=each) for off, each in OFF.items())):
+        rows = in_the_pass(model, base, kept, lanes, writes, way)
+        for got, want, name in zip(rows, wanted, names, strict=True):
+            assert _furthest(got, want[-len(got) :]) <= ABSOLUTE, f"{way.name}: {name}"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", families.VERIFIED)
+def test_the_logits_of_some_tokens_are_a_slice_of_all(
+    loaded: dict[str, LoadedModel], family: str, side: Side
+) -> None:
+    model = loaded[family]
+    base, lanes, writes, wanted, names = joined(model, family, side)
+    writes = [write for write in writes if write.site != "logits"]
+    some = torch.tensor([TOKENS[1], 0, TOKENS[0], families.VOCABULARY - 1])
+    kept = keep(model, base)
+    for way in WAYS:
+        rows = in_the_pass(model, base, kept, lanes, writes, way, some)
+        for got, want, name in zip(rows, wanted, names, strict=True):
+            if not name.startswith("logits"):
+                assert _furthest(got, want[-len(got) :, some]) <= ABSOLUTE, f"{way.name}: {name}"
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)
@@ -177,11 +340,8 @@ def test_every_site_is_read_as_by_hand(loaded: dict[str, LoadedModel], family: s
     model = loaded[family]
     batch = Batch.of(BASES, model.pad_id, "left")
     for layer in range(model.shape.n_layers):
-        wanted = {
-            site: SiteRead(site, None if site in reference.WITHOUT_LAYER else layer)
-            for site in available(family)
-        }
-        reads = run_segment(model, batch, reads=list(wanted.values())).reads
+        wanted = {site: site_of(site, layer) for site in available(family)}
+        reads = run_whole(model, batch, reads=list(wanted.values())).reads
         for i, base in enumerate(BASES):
             _, seen = reference.run(family, _bare(family), base, layer)
             for site, where in wanted.items():
@@ -226,7 +386,7 @@ def test_the_comparison_fails_on_a_hook_that_misses_the_residual_branch(
     norm = model.anatomy.mlp_norm
     assert norm is not None
     tap = Tap(norm, "in", Layout.whole(model.shape.d_model))
-    monkeypatch.setattr("mechdsl.hooks._Work._between", _norm_only)
+    monkeypatch.setattr("mechdsl.hooks.SiteWork._between", _norm_only)
     worst, relative, _ = compare(_with_tap(model, "resid_mid", tap), "llama", "resid_mid", "left")
     assert worst > ABSOLUTE
     assert relative > RELATIVE

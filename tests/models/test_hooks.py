@@ -1,4 +1,4 @@
-"""Segments: what is written happens exactly once, and nothing stays behind (A4 to A8, A10, A14)."""
+"""Whole passes: every write exactly once, and nothing stays behind (A4 to A8, A10, A14)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mechdsl.hooks import (
     bare_logits,
     clean_model_check,
     gather,
-    run_segment,
+    run_whole,
 )
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.shape import units, width
@@ -36,7 +36,7 @@ def batch_of(model: LoadedModel, rows: list[list[int]] = ROWS) -> Batch:
 
 
 def logits_of(model: LoadedModel, batch: Batch, **arguments: Any) -> Tensor:
-    logits = run_segment(model, batch, **arguments).logits
+    logits = run_whole(model, batch, **arguments).logits
     assert logits is not None
     return logits[batch.mask.bool()]
 
@@ -81,8 +81,8 @@ def test_what_is_written_is_read_back(loaded: dict[str, LoadedModel], family: st
         for mode in ("set", "add"):
             write = one(site, where.layer, 3, values, mode=mode)
             batch = batch_of(model)
-            before = run_segment(model, batch, reads=[where]).reads[where]
-            after = run_segment(model, batch, reads=[where], writes=[write]).reads[where]
+            before = run_whole(model, batch, reads=[where]).reads[where]
+            after = run_whole(model, batch, reads=[where], writes=[write]).reads[where]
             expected = before.clone()
             expected[0, 3] = values if mode == "set" else before[0, 3] + values
             real = batch.mask.bool()
@@ -98,7 +98,7 @@ def test_a_run_patched_with_itself_stays_and_times_100_moves(
     plain = logits_of(model, batch)
     for site in model.shape.sites:
         where = SiteRead(site, layer_of(site, model.shape.n_layers - 1))
-        own = run_segment(model, batch, reads=[where]).reads[where][0, 6]
+        own = run_whole(model, batch, reads=[where]).reads[where][0, 6]
         same = logits_of(model, batch, writes=[one(site, where.layer, 6, own)])
         assert torch.allclose(same, plain, atol=1e-5), site
         # The last norm undoes a change of scale, so the direction changes too.
@@ -115,8 +115,8 @@ def test_order_of_rows_does_not_matter(loaded: dict[str, LoadedModel]) -> None:
         batch = batch_of(model)
         write = one("z", 1, 2, values)
         moved = replace(write, rows=torch.ones_like(write.rows))
-        straight = run_segment(model, batch, writes=[write]).logits
-        permuted = run_segment(model, batch.take(order), writes=[moved]).logits
+        straight = run_whole(model, batch, writes=[write]).logits
+        permuted = run_whole(model, batch.take(order), writes=[moved]).logits
         assert straight is not None
         assert permuted is not None
         assert torch.allclose(straight[order], permuted, atol=1e-5)
@@ -145,16 +145,16 @@ def test_the_model_is_left_as_it_was(
     every = [
         SiteRead(site, layer)
         for site in model.shape.sites
-        for layer in (range(1, model.shape.n_layers) if SITES[site].has_layer else (None,))
-        if site != "embed"
+        for layer in (range(model.shape.n_layers) if SITES[site].has_layer else (None,))
     ]
-    hidden = torch.zeros(*batch.ids.shape, model.shape.d_model)
-    run_segment(model, batch, reads=every, start=1, hidden=hidden)
+    some = torch.tensor([3, 5])
+    run_whole(model, batch, reads=every)
+    run_whole(model, batch, tokens=some)
     assert nothing_left(model.module)
     last = model.module.get_submodule(model.anatomy.block.format(layer=2))
     handle = last.register_forward_hook(_Interrupt(error))
     with pytest.raises(error):
-        run_segment(model, batch, reads=every, start=1, hidden=hidden)
+        run_whole(model, batch, reads=every, tokens=some)
     handle.remove()
     assert nothing_left(model.module)
     assert clean_model_check(model.module) == []
@@ -169,8 +169,7 @@ def test_hooks_and_forwards_of_others_stay(loaded: dict[str, LoadedModel]) -> No
     original = block.forward
     block.forward = lambda *args, **kwargs: original(*args, **kwargs)
     theirs = block.forward
-    hidden = torch.zeros(3, 7, model.shape.d_model)
-    run_segment(model, batch_of(model), start=1, hidden=hidden)
+    run_whole(model, batch_of(model), reads=[SiteRead("resid_pre", 0)])
     assert block.forward is theirs
     assert len(calls) == 1
     handle.remove()
@@ -184,15 +183,10 @@ def test_a_write_that_can_not_happen_is_refused(loaded: dict[str, LoadedModel]) 
     model = loaded["gpt2"]
     batch = batch_of(model)
     values = torch.zeros(1, model.shape.d_model)
-    hidden = torch.zeros(*batch.ids.shape, model.shape.d_model)
-    with pytest.raises(WriteMismatch, match="below layer 1"):
-        run_segment(model, batch, start=1, hidden=hidden, writes=[one("embed", None, 0, values)])
-    with pytest.raises(WriteMismatch, match="below layer 2"):
-        run_segment(model, batch, start=2, hidden=hidden, writes=[one("resid_post", 0, 0, values)])
     with pytest.raises(WriteMismatch, match="above layer 1"):
-        run_segment(model, batch, stop=1, writes=[one("mlp_out", 1, 0, values)])
+        run_whole(model, batch, stop=1, writes=[one("mlp_out", 1, 0, values)])
     with pytest.raises(ReadMismatch):
-        run_segment(model, batch, stop=1, reads=[SiteRead("logits")])
+        run_whole(model, batch, stop=1, reads=[SiteRead("logits")])
 
 
 @pytest.mark.parametrize("times", [0, 2])
@@ -213,9 +207,9 @@ def test_a_module_that_runs_less_or_more_than_once_is_refused(
     try:
         write = one("mlp_out", 1, 0, torch.zeros(1, model.shape.d_model))
         with pytest.raises(WriteMismatch, match="1 rows were to be written"):
-            run_segment(model, batch_of(model), writes=[write])
+            run_whole(model, batch_of(model), writes=[write])
         with pytest.raises(ReadMismatch):
-            run_segment(model, batch_of(model), reads=[SiteRead("mlp_out", 1)])
+            run_whole(model, batch_of(model), reads=[SiteRead("mlp_out", 1)])
     finally:
         del block.forward
     assert block.forward == original
@@ -246,16 +240,16 @@ def test_places_that_do_not_exist_are_refused(
     index = torch.tensor([1])
     write = SiteWrite("k", 1, index, index, index, torch.zeros(1, model.shape.d_head))
     with pytest.raises(ValueError, match=message):
-        run_segment(model, batch_of(model), writes=[change(write)])
+        run_whole(model, batch_of(model), writes=[change(write)])
 
 
 def test_one_vector_is_set_only_once(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["gpt2"]
     write = one("z", 1, 2, torch.zeros(4, model.shape.d_head))
     with pytest.raises(ValueError, match="set twice"):
-        run_segment(model, batch_of(model), writes=[write, write])
+        run_whole(model, batch_of(model), writes=[write, write])
     twice = replace(write, mode="add")
-    run_segment(model, batch_of(model), writes=[write, twice, twice])
+    run_whole(model, batch_of(model), writes=[write, twice, twice])
 
 
 @pytest.mark.parametrize("site", ["z", "head_out", "attn_out", "resid_mid"])
@@ -268,10 +262,10 @@ def test_what_is_set_is_set_before_anything_is_added(
     add = one(site, 1, 2, torch.full(shape, 0.5), mode="add")
     where = SiteRead(site, 1)
     for writes in ([add, put, add], [put, add, add]):
-        result = run_segment(model, batch_of(model), writes=writes, reads=[where])
+        result = run_whole(model, batch_of(model), writes=writes, reads=[where])
         assert torch.allclose(result.reads[where][0, 2], torch.full(shape, 4.0), atol=1e-5)
         whole = one(site, 1, 2, torch.full(shape, 4.0))
-        expected = run_segment(model, batch_of(model), writes=[whole]).logits
+        expected = run_whole(model, batch_of(model), writes=[whole]).logits
         assert result.logits is not None
         assert expected is not None
         assert torch.allclose(result.logits, expected, atol=1e-5)
@@ -285,22 +279,7 @@ def test_empty_writes_do_nothing(loaded: dict[str, LoadedModel]) -> None:
     assert torch.equal(logits_of(model, batch, writes=[write]), logits_of(model, batch))
 
 
-# --- segments -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ALL)
-def test_a_run_is_resumed_at_every_layer(loaded: dict[str, LoadedModel], family: str) -> None:
-    model = loaded[family]
-    n = model.shape.n_layers
-    batch = batch_of(model)
-    whole = logits_of(model, batch)
-    streams = [SiteRead("resid_pre", layer) for layer in range(n)]
-    reads = run_segment(model, batch, reads=streams, stop=n).reads
-    assert model.resumable
-    for stream in streams:
-        hidden = reads[stream].squeeze(2)
-        again = logits_of(model, batch, start=stream.layer, hidden=hidden)
-        assert torch.allclose(again, whole, atol=1e-5), stream
+# --- parts of a pass ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)
@@ -314,15 +293,15 @@ def test_a_run_that_stops_early_reads_the_same(loaded: dict[str, LoadedModel], f
         for layer in range(model.shape.n_layers)
     ]  # fmt: skip
     reads = [SiteRead("mlp_out", 0), SiteRead("resid_pre", 1)]
-    result = run_segment(model, batch, reads=reads, stop=1)
+    result = run_whole(model, batch, reads=reads, stop=1)
     for handle in handles:
         handle.remove()
     assert result.logits is None
     assert ran == [0]
-    whole = run_segment(model, batch, reads=reads).reads
+    whole = run_whole(model, batch, reads=reads).reads
     assert all(torch.equal(result.reads[read], whole[read]) for read in reads)
     last = SiteRead("final_norm")
-    assert run_segment(model, batch, reads=[last], stop=4).reads[last].shape[-1] == (
+    assert run_whole(model, batch, reads=[last], stop=4).reads[last].shape[-1] == (
         model.shape.d_model
     )
 
@@ -332,13 +311,26 @@ def test_only_wanted_positions_are_unembedded(loaded: dict[str, LoadedModel]) ->
         model = loaded[family]
         batch = batch_of(model)
         at = torch.stack([batch.lengths - 1, batch.lengths - 3], dim=1)
-        some = run_segment(model, batch, logits_at=at).logits
-        whole = run_segment(model, batch).logits
+        some = run_whole(model, batch, logits_at=at).logits
+        whole = run_whole(model, batch).logits
         assert some is not None
         assert whole is not None
         rows = torch.arange(3).repeat_interleave(2)
         expected = gather(whole.unsqueeze(2), batch, rows, at.flatten(), torch.zeros_like(rows))
         assert torch.allclose(some.flatten(0, 1), expected, atol=1e-5)
+
+
+def test_only_wanted_tokens_are_unembedded(loaded: dict[str, LoadedModel]) -> None:
+    wanted = torch.tensor([31, 4, 4, 52])
+    for family in ALL:
+        model = loaded[family]
+        batch = batch_of(model)
+        narrow = logits_of(model, batch, tokens=wanted)
+        assert torch.allclose(narrow, logits_of(model, batch)[:, wanted], atol=1e-5)
+        at = batch.lengths[:, None] - 1
+        last = run_whole(model, batch, tokens=wanted, logits_at=at).logits
+        assert last is not None
+        assert torch.allclose(last[:, 0], narrow[batch.lengths.cumsum(0) - 1], atol=1e-5)
 
 
 def test_reads_see_the_writes_and_later_sites_too(loaded: dict[str, LoadedModel]) -> None:
@@ -348,7 +340,7 @@ def test_reads_see_the_writes_and_later_sites_too(loaded: dict[str, LoadedModel]
     mid, out = SiteRead("resid_mid", 1), SiteRead("attn_out", 1)
     values = torch.full((1, model.shape.d_model), 2.0)
     writes = [one("resid_mid", 1, 3, values), one("attn_out", 1, 3, values * 3)]
-    reads = run_segment(model, batch, writes=writes, reads=[mid, out]).reads
+    reads = run_whole(model, batch, writes=writes, reads=[mid, out]).reads
     assert torch.allclose(reads[mid][0, 3, 0], values[0])
     assert torch.allclose(reads[out][0, 3, 0], values[0] * 3)
 
@@ -356,7 +348,7 @@ def test_reads_see_the_writes_and_later_sites_too(loaded: dict[str, LoadedModel]
 def test_reads_are_copies_of_their_own(loaded: dict[str, LoadedModel]) -> None:
     read = SiteRead("v", 0)
     model = loaded["gpt2"]
-    value = run_segment(model, batch_of(model), reads=[read]).reads[read]
+    value = run_whole(model, batch_of(model), reads=[read]).reads[read]
     assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 

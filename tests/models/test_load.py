@@ -195,7 +195,7 @@ def test_models_of_the_zoo_load(name: str) -> None:
     model, problems = load(statement(name, "zoo"))
     assert not problems
     assert model is not None
-    assert model.resumable
+    assert model.restartable
     assert time.perf_counter() - start < 3
 
 

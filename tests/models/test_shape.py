@@ -11,7 +11,7 @@ import pytest
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.adapters import FAMILIES
 from mechdsl.models.shape import missing_site, read_shape, shape_from_config, units, width
-from mechdsl.vocab.sites import SITES, by_short, start_layer, stop_layer, write_order
+from mechdsl.vocab.sites import SITES, by_short, stop_layer, write_order
 
 from . import families
 
@@ -161,12 +161,7 @@ def test_sites_come_in_the_order_of_the_forward_pass(loaded: dict[str, LoadedMod
     assert write_order("resid_post", 1) < write_order("resid_pre", 2)
 
 
-def test_where_a_run_has_to_start_and_may_stop() -> None:
-    assert start_layer("embed", None, 4) == 0
-    assert start_layer("z", 2, 4) == 2
-    assert start_layer("resid_pre", 2, 4) == 2
-    assert start_layer("resid_post", 2, 4) == 3
-    assert start_layer("logits", None, 4) == 4
+def test_where_a_run_may_stop() -> None:
     assert stop_layer("embed", None, 4) == 0
     assert stop_layer("resid_pre", 2, 4) == 2
     assert stop_layer("resid_post", 2, 4) == 3

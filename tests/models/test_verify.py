@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mechdsl.attention import CannotPack, own_function
 from mechdsl.load import adopt, describe, prove
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.anatomy import Anatomy, Layout, Tap
 from mechdsl.models.finder import find_anatomy
+from mechdsl.verify import RESTART
 
 from . import broken, families
 
@@ -150,7 +152,20 @@ def test_a_wrong_anatomy_is_refused(
 def test_every_family_passes_every_check(loaded: dict[str, LoadedModel], family: str) -> None:
     checks = loaded[family].checks
     assert len(checks) >= 16
-    assert all(outcome.passed for outcome in checks)
+    failed = [outcome for outcome in checks if not outcome.passed]
+    assert [outcome.identity for outcome in failed] == [RESTART] * (family in families.WHOLE)
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_families_that_can_not_be_restarted_are_known(
+    loaded: dict[str, LoadedModel], family: str
+) -> None:
+    model = loaded[family]
+    assert model.restartable == (family not in families.WHOLE)
+    if not model.restartable:
+        _, (warning,) = prove(model)
+        assert warning.code == "W0711"
+        assert families.WHOLE[family] in warning.label_text
 
 
 def test_a_wrong_number_of_key_value_heads_is_found_in_the_modules(
@@ -178,21 +193,24 @@ def test_a_block_with_a_rule_of_its_own_is_refused() -> None:
     assert "the sum of head_out" in found[0].message
 
 
-def test_layers_that_share_something_are_not_resumed() -> None:
-    model, found = broken.sharing()
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (broken.sharing, "size of tensor"),
+        (broken.by_itself, "off by"),
+        (broken.asking, "its attention takes `gizmo`"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_model_that_can_not_be_restarted_is_run_whole(
+    cause: Callable[[], broken.Adopted], reason: str
+) -> None:
+    model, found = cause()
     assert model is not None
-    assert not model.resumable
-    assert [d.code for d in found] == ["W0711", "W0712"]
-    assert "layer" in found[0].label_text
-
-
-def test_a_model_that_forgets_its_past_is_not_continued() -> None:
-    model, found = broken.forgetting()
-    assert model is not None
-    assert model.resumable
-    assert not model.continuable
-    assert [d.code for d in found] == ["W0712"]
-    assert "off by" in found[0].label_text
+    assert not model.restartable
+    assert [d.code for d in found] == ["W0711"]
+    assert reason in found[0].label_text
+    assert all(outcome.passed for outcome in model.checks if outcome.identity != RESTART)
 
 
 def test_a_model_that_does_not_run_is_refused() -> None:
@@ -202,9 +220,27 @@ def test_a_model_that_does_not_run_is_refused() -> None:
     assert "it doesn't run: division by zero" in found[0].label_text
 
 
-def test_bfloat16_and_float64_pass_too() -> None:
-    for dtype in (torch.bfloat16, torch.float64):
-        module = families.module("llama").to(dtype)
-        model, found = adopt("m", module, families.tokenizer())
-        assert model is not None, found
-        assert model.dtype == dtype
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_pass_too(dtype: torch.dtype) -> None:
+    module = families.module("llama").to(dtype)
+    model, found = adopt("m", module, families.tokenizer())
+    assert model is not None, found
+    assert model.dtype == dtype
+    assert model.restartable, found[0].label_text
+
+
+@pytest.mark.parametrize("family", families.VERIFIED)
+def test_eager_attention_is_restarted_too(family: str) -> None:
+    module = families.module(family, attn_implementation="eager")
+    assert module.config._attn_implementation == "eager"  # type: ignore[union-attr]
+    model, found = adopt("m", module, families.tokenizer())
+    assert not found
+    assert model is not None
+    assert model.restartable
+
+
+def test_kernels_without_a_written_mask_are_not_restarted(loaded: dict[str, LoadedModel]) -> None:
+    part = loaded["llama"].module.get_submodule("model.layers.0.self_attn")
+    assert own_function(part, "eager") is not own_function(part, "sdpa")
+    with pytest.raises(CannotPack, match="its attention is `flash_attention_2`"):
+        own_function(part, "flash_attention_2")

@@ -1,0 +1,116 @@
+"""Faults put into packed rows on purpose: comparisons by hand and the check on load find them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from mechdsl import packed
+from mechdsl.attention import KeptAttention
+from mechdsl.kept import Kept
+from mechdsl.load import prove
+from mechdsl.loaded import LoadedModel
+from mechdsl.pack import Part
+from mechdsl.restart import Mask
+
+from .test_against_reference import ABSOLUTE, CUT, PACKED, WHOLE, compare
+
+
+def _shifted_keys(keys: Tensor, values: Tensor, mask: Tensor | None) -> KeptAttention:
+    return KeptAttention(keys.roll(1, dims=2), values, mask)
+
+
+def _shifted_values(keys: Tensor, values: Tensor, mask: Tensor | None) -> KeptAttention:
+    return KeptAttention(keys, values.roll(1, dims=2), mask)
+
+
+def _keys_of_another_lane(keys: Tensor, values: Tensor, mask: Tensor | None) -> KeptAttention:
+    return KeptAttention(keys.roll(1, dims=0), values, mask)
+
+
+def _shifted_part(**fields: Any) -> Part:
+    return Part(**{**fields, "taken_from": (fields["taken_from"] - 1).clamp(min=0)})
+
+
+class _Below(dict[int, Tensor]):
+    """The input of a block is that of the one below."""
+
+    def get(self, key: int, default: Any = None) -> Any:
+        return super().get(max(key - 1, 0), default)
+
+
+def _hidden_of_the_block_below(batch: Any) -> Kept:
+    return Kept(batch, hidden=_Below())
+
+
+def _shifted_positions(model: LoadedModel, ids: Tensor, mask: Any, positions: Tensor) -> Tensor:
+    return _call(model, ids, mask, positions + 1)
+
+
+def _mixed_heads(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Key-value heads are repeated 0 1 0 1 in place of 0 0 1 1."""
+    *between, out = args
+    shared = query.shape[0] // key.shape[0]
+    order = [i + shared * j for i in range(shared) for j in range(key.shape[0])]
+    mixed = out[:, order].contiguous()
+    _attend(query[order], key, *between, mixed, **kwargs)
+    out[:, order] = mixed
+
+
+def _only_itself(mask: Mask) -> Mask:
+    return mask
+
+
+_call: Any = packed.__dict__["call"]
+_attend: Any = packed.__dict__["attend"]
+
+FAULTS: dict[str, tuple[str, str, Any]] = {
+    "kept keys shifted by a column": ("llama", "kept.KeptAttention", _shifted_keys),
+    "kept values shifted by a column": ("gpt2", "kept.KeptAttention", _shifted_values),
+    "kept keys of another lane": ("gpt2", "kept.KeptAttention", _keys_of_another_lane),
+    "the mask ignored": ("llama", "attention._mask", lambda *args: None),
+    "the window ignored": ("mistral", "attention._mask", lambda *args: None),
+    "taken from the column before": ("gpt_neox", "pack.Part", _shifted_part),
+    "the stream of the block below": ("qwen3", "kept.Kept", _hidden_of_the_block_below),
+    "later tokens forgotten": ("gpt2", "restart.later", _only_itself),
+    "rotary positions shifted": ("llama", "packed.call", _shifted_positions),
+    "learned positions shifted": ("gpt2", "packed.call", _shifted_positions),
+    "heads of another group": ("qwen2", "packed.attend", _mixed_heads),
+}
+"""Family, what is replaced, by what."""
+
+SITES = ("embed", "resid_pre", "k", "z")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_by_hand_and_on_load(
+    loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    family, name, put = FAULTS[fault]
+    model = loaded[family]
+    monkeypatch.setattr(f"mechdsl.{name}", put)
+    for way in (PACKED, CUT):
+        worst = max(compare(model, family, site, "left", [way])[0] for site in SITES)
+        assert worst > 100 * ABSOLUTE, way.name
+    whole = max(compare(model, family, site, "left", [WHOLE])[0] for site in SITES)
+    assert whole <= ABSOLUTE
+    again, found = prove(model)
+    assert again is not None
+    assert not again.restartable
+    assert [d.code for d in found] == ["W0711"]
+
+
+def test_padding_that_is_forgotten_is_found_too(
+    loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechdsl.packed._Columns.of", lambda self, rows, positions: positions + 0)
+    right, left = (
+        max(compare(loaded["gpt2"], "gpt2", site, side, [PACKED])[0] for site in SITES)
+        for side in ("right", "left")
+    )
+    assert right <= ABSOLUTE
+    assert left > 100 * ABSOLUTE
+    _, found = prove(loaded["gpt2"])
+    assert [d.code for d in found] == ["W0711"]
