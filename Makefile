@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
 # Two worker processes: torch threads of several tests would fight over the cores otherwise.
 WORKERS ?= 2
+# Of benchmarks/run.py, for example `make bench BENCH_ARGS="--work W1 --write"`.
+BENCH_ARGS ?=
 
 .PHONY: demo test test-all lint bench clean
 
@@ -34,8 +37,15 @@ test: lint
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-bench: $(VENV)/.stamp-test
-	$(BIN)/python benchmarks/batched_against_plain.py
+# The libraries that mechdsl is compared with; see benchmarks/README.md.
+$(BENCH)/.stamp-peers: benchmarks/peers.txt constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/peers.txt
+	touch $@
+
+bench: $(VENV)/.stamp-test $(BENCH)/.stamp-peers
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(BENCH) build dist

@@ -1,0 +1,1 @@
+"""The tools that are timed, one module each; a module is imported in its own environment alone."""
