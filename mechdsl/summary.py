@@ -46,9 +46,9 @@ def _experiments(plan: Plan, console: Console) -> None:
 
 def _savings(cost: PlanCost, console: Console) -> None:
     """A line per pass: what is left after it."""
-    table = Table(box=None, padding=(0, 2), show_edge=False)
-    table.add_column("what is left after", no_wrap=True)
-    for title in ("cells", "rows", "forwards", "tokens × blocks", "FLOPs"):
+    table = Table(box=None, padding=(0, 1), show_edge=False)
+    table.add_column("left after", no_wrap=True)
+    for title in ("cells", "rows", "forwards", "tokens×blocks", "FLOPs"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("saves", justify="right", no_wrap=True)
     table.add_row("the plain loop", *_figures(cost.plain), "")
@@ -80,10 +80,10 @@ def _figures(cost: Cost) -> list[str]:
 
 def _estimate(cost: PlanCost, console: Console) -> None:
     rate = matmul_rate()
-    plain, planned = (estimated_seconds(c, rate) for c in (cost.plain, cost.planned))
+    plain, planned = (estimated_seconds(c, cost.blocks, rate) for c in (cost.plain, cost.planned))
     console.print(
-        f"about {_time(planned)} on this CPU, {_time(plain)} as a plain loop "
-        f"({2 * rate / 1e9:.0f} GFLOP/s in a large product, of which passes reach 70 %)",
+        f"about {_time(planned)} on this CPU, {_time(plain)} as a plain loop, at "
+        f"{2 * rate / 1e9:.0f} GFLOP/s in a large product",
         highlight=False,
     )
 
@@ -107,7 +107,9 @@ def print_profile(plan: Plan, profile: Profile, console: Console) -> None:
     planned = cost.planned
     table.add_row("rows", f"{planned.rows:,}", f"{profile.distinct:,}")
     table.add_row("passes over rows", f"{planned.forwards:,}", f"{profile.passes:,}")
-    table.add_row("seconds", f"{estimated_seconds(planned, rate):.3g}", f"{measured:.3g}")
+    table.add_row(
+        "seconds", f"{estimated_seconds(planned, cost.blocks, rate):.3g}", f"{measured:.3g}"
+    )
     console.print(table)
     console.print(
         f"{profile.unpatched_seconds:.3g} s for unpatched runs, means and checks, "

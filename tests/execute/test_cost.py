@@ -1,0 +1,129 @@
+"""What `plan` says of the work is the work that is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mechdsl.patched
+from mechdsl.cost import Cost, PlanCost, plan_cost
+from mechdsl.packed import PackedResult, run_packed
+from mechdsl.pipeline import RunOptions
+from mechdsl.plan import PLAN_PASSES, Plan
+
+from .support import DIFFERENCE, bare, experiment, run_file
+
+FROM = "from other into clean"
+HEADS = "patch layer * head * at last token"
+SWEEPS = {
+    "heads": (FROM, HEADS),
+    "residual": (FROM, "patch resid_pre layer * at each token of subject"),
+    "windows": (FROM, "patch mlp_out layer * window 2 at cue token"),
+    "keys": ("ablate k layers 1..2 heads * at subject tokens with zero",),
+    "last block": (FROM, "patch resid_post layer 2 at each token of cue"),
+}
+
+
+def costs(
+    text: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    without: frozenset[str] = frozenset(),
+    family: str = "llama",
+) -> tuple[PlanCost, list[PackedResult]]:
+    """(what is planned, what the packed passes did)."""
+    plans: list[Plan] = []
+    done: list[PackedResult] = []
+
+    def counted(*args: Any, **kwargs: Any) -> PackedResult:
+        done.append(run_packed(*args, **kwargs))
+        return done[-1]
+
+    monkeypatch.setattr(mechdsl.patched, "run_packed", counted)
+    options = RunOptions(without=without, on_profile=lambda plan, _: plans.append(plan))
+    run_file(text, folder, bare(family), options, prompts=PROMPTS)
+    return plan_cost(plans[0]), done
+
+
+PROMPTS = """
+prompts p {
+  rows "data.jsonl"
+  xs = list(item, from: words, sep: " ")
+  template "{xs} w40 {subject} w41 {cue} w42"
+  answer " {a}"
+  wrong " {b}"
+  corrupt other { subject = alt }
+}
+"""
+
+
+def rows_only(cost: Cost, plan: PlanCost) -> int:
+    """Tokens through blocks without those of unpatched runs, which are the same throughout."""
+    lengths = 13 + 8 + 10 + 13
+    runs = 1 if plan.plain.forwards - plan.plain.rows == 4 else 2
+    return cost.tokens - runs * lengths * 3
+
+
+@pytest.mark.parametrize("without", [(), ("prefix",), ("resume",), ("inside",), ("last",)])
+@pytest.mark.parametrize("name", list(SWEEPS))
+def test_tokens_through_blocks_are_those_of_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, without: tuple[str, ...]
+) -> None:
+    text = experiment("e", "prompts p", *SWEEPS[name], DIFFERENCE)
+    off = frozenset({*without, "stop_early"})
+    planned, done = costs(text, folder, monkeypatch, off)
+    assert rows_only(planned.planned, planned) == sum(sum(each.work) for each in done)
+    assert planned.planned.rows <= planned.plain.rows
+
+
+def test_every_pass_has_a_line_and_none_costs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = experiment("e", "prompts p", FROM, HEADS, DIFFERENCE)
+    planned, _ = costs(text, folder, monkeypatch)
+    names = [saving.name for saving in planned.savings]
+    assert names == ["stop_early", *(name for name in PLAN_PASSES if name != "fuse")]
+    before = planned.plain
+    for saving in planned.savings:
+        assert saving.after.multiply_adds <= before.multiply_adds, saving.name
+        assert saving.after.tokens <= before.tokens, saving.name
+        assert saving.after.forwards <= before.forwards, saving.name
+        before = saving.after
+    assert before.multiply_adds < planned.plain.multiply_adds / 4
+
+
+def test_a_pass_that_is_off_saves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = experiment("e", "prompts p", FROM, HEADS, DIFFERENCE)
+    planned, _ = costs(text, folder, monkeypatch, frozenset(PLAN_PASSES) | {"stop_early"})
+    assert all(saving.after == planned.plain for saving in planned.savings)
+    assert not any(saving.on for saving in planned.savings)
+
+
+def test_the_plain_loop_is_counted_as_it_multiplies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Multiply-adds of linear maps, counted with hooks on the model, and those of attention."""
+    text = experiment("e", "prompts p", FROM, HEADS, DIFFERENCE)
+    model = bare("llama")
+    counted = [0]
+
+    def count(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        counted[0] += args[0].numel() * output.shape[-1]
+
+    maps = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    handles = [m.register_forward_hook(count) for m in maps]
+    with torch.inference_mode():
+        for length in (13, 8, 10, 13):
+            ids = torch.ones((1, length), dtype=torch.long)
+            model(input_ids=ids, logits_to_keep=1)
+    for handle in handles:
+        handle.remove()
+    planned, _ = costs(text, folder, monkeypatch)
+    heads = model.config.num_attention_heads * model.config.head_dim
+    pairs = sum(n * (n + 1) // 2 for n in (13, 8, 10, 13))
+    once = counted[0] + 3 * pairs * 2 * heads
+    passes = planned.plain.forwards // 4
+    assert planned.plain.multiply_adds == once * passes
