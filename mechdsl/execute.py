@@ -138,6 +138,7 @@ def execute(
             done += count
             if options.on_progress is not None:
                 options.on_progress(done, total)
+        execution.profile.unpatched_passes += runner.runs.passes
     return execution
 
 

@@ -13,7 +13,10 @@ class Profile:
     """Patched rows that could differ from the base run."""
     distinct: int = 0
     """Of these, how many were run: equal ones once."""
+    unpatched_passes: int = 0
+    """Forward passes over batches of unpatched prompts."""
     passes: int = 0
+    """Forward passes over rows."""
     tokens: list[int] = field(default_factory=list[int])
     """Of every pass, the tokens of its rows."""
     halved: int = 0

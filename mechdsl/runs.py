@@ -55,6 +55,8 @@ class UnpatchedRuns:
             self.spots = (*self.spots, {})
         self.loss = next((g.loss for g in gauges if g.loss is not None), None)
         self._lanes: dict[tuple[object, ...], Lanes] = {}
+        self.passes = 0
+        """Forward passes so far."""
 
     @property
     def shortcuts(self) -> Shortcuts | None:
@@ -90,6 +92,7 @@ class UnpatchedRuns:
             measured = own and (needs is None or needs.measured or needs.stop is None)
             reads = set(needs.reads) if needs is not None and own else set[Place]()
             reads |= self._gauge_reads() if own else set[Place]()
+            self.passes += 1
             found = self._lanes[key] = compute_lanes(
                 self.model,
                 run,

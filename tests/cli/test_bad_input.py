@@ -233,7 +233,7 @@ LINES: dict[str, tuple[str, str]] = {
     "run FILE --device xpu": ("E0208", "torch finds no such device on this machine"),
     "run FILE --device meta": ("E0208", "models can't run there"),
     "run FILE --no-pass nonsense": ("E0208", "passes are"),
-    "run FILE --no-pass bacth": ("E0208", "did you mean `batch`?"),
+    "run FILE --no-pass prefx": ("E0208", "did you mean `prefix`?"),
     "plan FILE --no-pass nonsense": ("E0208", "passes are"),
     "run FILE --only nonsense": ("E0208", "it has `heads`"),
     "run FILE --only head": ("E0208", "did you mean `heads`?"),

@@ -84,11 +84,15 @@ def test_plan(command: Command, tmp_path: Path) -> None:
         assert said in done.out
     line = next(line for line in done.out.splitlines() if line.strip().startswith("heads"))
     assert line.split()[1:4] == ["8", "16", "128"]
-    assert "128 patched rows" in done.out
+    loop = next(line for line in done.out.splitlines() if line.strip().startswith("the plain loop"))
+    assert loop.split()[3:5] == ["8", "128"]
 
 
 def test_plan_without_a_pass(command: Command, heads: Path) -> None:
-    assert "resume: switched off" in command("plan", heads, "--no-pass", "resume").out
+    done = command("plan", heads, "--no-pass", "resume")
+    rows = [line.split() for line in done.out.splitlines()]
+    assert ["resume", "off"] in rows
+    assert ["prefix", "off"] not in rows
 
 
 # --- graph ---

@@ -20,7 +20,7 @@ from mechdsl.source import Source
 
 from .conftest import HEADS
 
-LONG = HEADS.replace("layer 0..1 head * at last-item", "layer * neuron * at each item")
+LONG = HEADS.replace("layer 0..1 head * at", "layer * neuron * at last token,")
 
 
 def default_interrupt() -> None:

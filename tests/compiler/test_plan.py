@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mechdsl.plan import ExperimentPlan, make_plan
+from mechdsl.passes import PASSES
+from mechdsl.plan import PLAN_PASSES, RESTART_PASSES, ExperimentPlan, make_plan, unknown_passes
 from mechdsl.summary import unpatched_rows
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
@@ -49,3 +50,22 @@ def test_all_experiments_are_planned_once() -> None:
     plan = make_plan(resolved(text))
     found = [e.experiment.name for panel in plan.panels for e in panel.experiments]
     assert sorted(found) == names
+
+
+@pytest.mark.parametrize("name", [*PASSES, *PLAN_PASSES])
+def test_a_pass_is_switched_off_by_its_name(name: str) -> None:
+    experiments = resolved(HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA))
+    plan = make_plan(experiments, without=frozenset({name}))
+    assert [other for other in (*PASSES, *PLAN_PASSES) if not plan.does(other)] == [name]
+    assert plan.restarts
+    assert [n for n in RESTART_PASSES if not getattr(plan.shortcuts, n)] == (
+        [name] if name in RESTART_PASSES else []
+    )
+    assert not unknown_passes([name])
+
+
+def test_rows_that_take_nothing_over_are_whole_passes() -> None:
+    experiments = resolved(HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA))
+    assert not make_plan(experiments, without=frozenset(RESTART_PASSES)).restarts
+    for name in RESTART_PASSES:
+        assert make_plan(experiments, without=frozenset(RESTART_PASSES) - {name}).restarts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,13 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl import spec
+from mechdsl.check import Checked, check_source
+from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.render import render_full
-from mechdsl.execute import Options
+from mechdsl.execute import Execution, Options, execute
+from mechdsl.load import adopt
+from mechdsl.loaded import LoadedModel
+from mechdsl.passes import PASSES
 from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.plan import PLAN_PASSES, make_plan
+from mechdsl.resolve import ModelContext
 from mechdsl.results.data import MeasureData
 from mechdsl.results.experiment import ExperimentResult, FileResult
-from mechdsl.source import Source
+from mechdsl.source import Source, Span
 
 from ..models import families
 from . import by_hand
@@ -109,9 +116,12 @@ WIDER = {
 }
 """Factors on weights, so that no head is drowned by the MLPs."""
 
+EVERY_PASS = frozenset({*PASSES, *PLAN_PASSES})
+WITHOUT_PLAN = RunOptions(without=EVERY_PASS)
+"""Whole padded passes over the rows of one cell: what the plan is held against."""
 MODES: dict[str, RunOptions] = {
-    "plain": RunOptions(without=frozenset({"resume", "prefix", "batch"})),
-    "batched": RunOptions(),
+    "plain": WITHOUT_PLAN,
+    "planned": RunOptions(),
     "padded on the right": RunOptions(execution=Options(side="right")),
     "small passes": RunOptions(execution=Options(row_tokens=40, prompt_tokens=20)),
 }
@@ -165,9 +175,9 @@ def prompts(run: str = "clean", rows: Sequence[Record] = ROWS) -> list[Prompt]:
 
 
 @cache
-def bare(family: str) -> Any:
+def bare(family: str, seed: int = 0) -> Any:
     """The family's model as `transformers` has it, with more of what heads and neurons write."""
-    model = families.module(family)
+    model = families.module(family, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             for part, factor in WIDER.items():
@@ -226,6 +236,40 @@ def run_file(
     result, diagnostics = try_file(text, folder, model, options, **others)
     assert result is not None, render_full(diagnostics, color=False, width=100)
     return {found.name: as_in_the_data(found) for found in result.experiments}
+
+
+@cache
+def adopted(family: str, seed: int = 0) -> LoadedModel:
+    """The same model as the executor has it."""
+    model, diagnostics = adopt("m", bare(family, seed), word_tokenizer())
+    assert model is not None, render_full(diagnostics, color=False, width=100)
+    assert model.restartable
+    return model
+
+
+def check_file(text: str, folder: Path, model: LoadedModel, prompts: str = PROMPTS) -> Checked:
+    """Experiments (`text`), checked once to be run in several ways."""
+    whole = f'mech 1\nmodel m = local("handed over")\n{prompts}\n{text}'
+    source = Source(whole, folder / "file.mech")
+    assert model.tokenizer is not None
+    statement = spec.Model(span=Span(source, 0, 0), name="m", kind="local", path="")
+    context = ModelContext(statement, model.shape, model.tokenizer)
+    checked = check_source(source, models={"m": context})
+    assert checked.ok, render_full(checked.diagnostics, color=False, width=100)
+    return checked
+
+
+def execute_file(
+    checked: Checked,
+    model: LoadedModel,
+    without: Iterable[str] = (),
+    options: Options | None = None,
+) -> Execution:
+    """Run checked experiments without some passes."""
+    plan = make_plan(checked.experiments, without=frozenset(without))
+    found = execute(plan, {"m": model}, options)
+    assert not has_errors(found.diagnostics)
+    return found
 
 
 def as_in_the_data(found: ExperimentResult) -> ExperimentResult:

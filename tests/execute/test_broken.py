@@ -1,11 +1,13 @@
-"""The comparison with hand-written hooks fails when the executor is broken on purpose.
+"""The comparisons fail when the executor is broken on purpose.
 
-Each break is small and gives plausible numbers; a test that lets one pass tests nothing.
+Each break is small and gives plausible numbers; a test that lets one pass tests nothing. What is
+wrong with both executors shows beside hand-written hooks, what is wrong with packed rows beside
+whole passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-import mechdsl.execute
+import mechdsl.packed
 import mechdsl.patched
+import mechdsl.plan
+import mechdsl.share
 import mechdsl.writes
+from mechdsl.attention import attend
 from mechdsl.batch import Batch
-from mechdsl.hooks import Past, SiteWrite, WriteMismatch, gather
-from mechdsl.lanes import Lanes
-from mechdsl.plan import plan_experiment
+from mechdsl.gauge import Reading
+from mechdsl.hooks import SiteWrite, gather
+from mechdsl.kept import Kept
+from mechdsl.packed import run_packed
+from mechdsl.pipeline import RunOptions
+from mechdsl.restart import BlockWork, block_work
 from mechdsl.writes import build_writes
 
 from .by_hand import Point
 from .support import (
+    ABSOLUTE,
     DIFFERENCE,
     MODES,
     ROWS,
@@ -120,54 +130,6 @@ def test_forgotten_padding_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPa
         compare(folder, "plain")
 
 
-def test_another_prompts_past_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Past.take
-
-    def wrong(self: Past, rows: Any, columns: int, start: int) -> Past:
-        longer = columns > 5  # the check on load would notice it, and go without
-        return original(self, rows.flip(0) if longer else rows, columns, start)
-
-    monkeypatch.setattr(Past, "take", wrong)
-    with pytest.raises(AssertionError, match="off by"):
-        compare(folder, "batched")
-
-
-def test_a_suffix_that_begins_too_late_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = mechdsl.patched.first_column
-    monkeypatch.setattr(mechdsl.patched, "first_column", lambda *args: original(*args) + 1)
-    with pytest.raises(ValueError, match="before the suffix"):
-        compare(folder, "batched")
-
-
-def test_another_prompts_hidden_state_is_noticed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = Lanes.lane
-
-    def wrong(self: Lanes, prompts: Any, draws: Any) -> Any:
-        found = original(self, prompts, draws)
-        swapped = found ^ (found < 2)  # of the first two prompts, and in the base run alone
-        return np.asarray(swapped) if self.run == "clean" else found
-
-    monkeypatch.setattr(Lanes, "lane", wrong)
-    with pytest.raises((AssertionError, ValueError), match=r"off by|not in its prompt"):
-        compare(folder, "batched")
-
-
-def test_a_start_above_the_write_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The write couldn't happen (A4): no number comes out."""
-
-    def late(experiment: Any, *, resume: bool) -> Any:
-        plan = plan_experiment(experiment, resume=resume)
-        return replace(plan, starts=plan.starts + 1)
-
-    monkeypatch.setattr("mechdsl.plan.plan_experiment", late)
-    with pytest.raises(WriteMismatch):
-        compare(folder, "batched")
-
-
 def test_values_that_are_off_by_a_little_are_noticed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,4 +138,323 @@ def test_values_that_are_off_by_a_little_are_noticed(
 
     monkeypatch.setattr(mechdsl.patched, "build_writes", rough)
     with pytest.raises(AssertionError, match="off by"):
-        compare(folder, "batched")
+        compare(folder, "planned")
+
+
+# --- packed rows --------------------------------------------------------------------------------
+
+SEVERAL = (
+    TEXT
+    + experiment(
+        "keys", "prompts p", "from longer into clean",
+        "patch k layer * head 0 at cue token", DIFFERENCE,
+    )
+    + experiment(
+        "stream", "prompts p", "from other into clean",
+        "patch resid_post layer * at subject token", "measure loss as delta",
+    )
+)  # fmt: skip
+"""Rows that start in the middle of a block and between two, on one token or more; read at the last
+token, and before their writes."""
+
+
+def numbers(folder: Path, family: str, options: RunOptions, text: str = SEVERAL) -> np.ndarray:
+    found = run_file(text, folder, bare(family), options)
+    return np.concatenate([r.measures[0].patched.ravel() for r in found.values()])
+
+
+def off_by(folder: Path, family: str) -> float:
+    """How far packed rows are from whole passes."""
+    packed = numbers(folder, family, RunOptions())
+    return float(np.abs(packed - numbers(folder, family, MODES["plain"])).max())
+
+
+Broken = Callable[..., Any]
+
+
+def other_lane(tokens: Tensor, kept: Kept) -> Tensor:
+    """[token, …] of what was kept, of another prompt."""
+    return tokens.unflatten(0, (-1, kept.columns)).roll(1, 0).flatten(0, 1)
+
+
+def of_kept(change: Callable[[Kept], Kept]) -> Broken:
+    def broken(model: Any, kept: Kept, lanes: Any, **others: Any) -> Any:
+        return run_packed(model, change(kept), lanes, **others)
+
+    return broken
+
+
+def other_keys(kept: Kept) -> Kept:
+    return replace(
+        kept,
+        attention={n: replace(a, keys=a.keys.roll(1, 0)) for n, a in kept.attention.items()},
+    )
+
+
+def other_values(kept: Kept) -> Kept:
+    return replace(
+        kept,
+        attention={n: replace(a, values=a.values.roll(1, 0)) for n, a in kept.attention.items()},
+    )
+
+
+def other_masks(kept: Kept) -> Kept:
+    """Padding of another prompt."""
+    return replace(
+        kept,
+        attention={
+            n: replace(a, mask=None if a.mask is None else a.mask.roll(1, 0))
+            for n, a in kept.attention.items()
+        },
+    )
+
+
+def other_hidden(kept: Kept) -> Kept:
+    return replace(kept, hidden={n: other_lane(x, kept) for n, x in kept.hidden.items()})
+
+
+def other_final(kept: Kept) -> Kept:
+    """Only what the last block returned, for tokens that are read and were not computed."""
+    last = max(kept.hidden)
+    return replace(kept, hidden={**kept.hidden, last: other_lane(kept.hidden[last], kept)})
+
+
+def other_z(kept: Kept) -> Kept:
+    return replace(kept, z={n: other_lane(x, kept) for n, x in kept.z.items()})
+
+
+def other_outputs(kept: Kept) -> Kept:
+    """Of projections and MLPs."""
+    return replace(kept, outputs={p: other_lane(x, kept) for p, x in kept.outputs.items()})
+
+
+def one_block_too_late(kept: Kept) -> Kept:
+    """Rows get what enters the next block."""
+    return replace(kept, hidden={n: kept.hidden.get(n + 1, x) for n, x in kept.hidden.items()})
+
+
+def one_token_too_late(kept: Kept) -> Kept:
+    return replace(kept, hidden={n: x.roll(-1, 0) for n, x in kept.hidden.items()})
+
+
+def other_lanes(model: Any, kept: Kept, lanes: Any, **others: Any) -> Any:
+    """Rows start from another prompt that is as long as theirs."""
+    lengths = kept.batch.lengths.tolist()
+    one, other = next((a, b) for b in range(4) for a in range(b) if lengths[a] == lengths[b])
+    swapped = np.arange(len(lengths))
+    swapped[[one, other]] = other, one
+    return run_packed(model, kept, swapped[lanes], **others)
+
+
+def next_lanes(model: Any, kept: Kept, lanes: Any, **others: Any) -> Any:
+    return run_packed(model, kept, (lanes + 1) % (lanes.max() + 1), **others)
+
+
+def other_rows_writes(model: Any, kept: Kept, lanes: Any, *, writes: Any, **others: Any) -> Any:
+    """Rows of the same prompt trade what is written."""
+    other = np.arange(len(lanes))
+    for lane in np.unique(lanes):
+        own = np.flatnonzero(lanes == lane)
+        other[own] = np.roll(own, 1)
+    moved = [write.moved(torch.from_numpy(other)) for write in writes]
+    return run_packed(model, kept, lanes, writes=moved, **others)
+
+
+def other_rows_logits(model: Any, kept: Kept, lanes: Any, **others: Any) -> Any:
+    found = run_packed(model, kept, lanes, **others)
+    return replace(found, logits=found.logits.roll(1, 0))
+
+
+def inside(name: str, broken: Any) -> Broken:
+    """A part of `packed` is another one, while rows run and not while the model is checked."""
+
+    def run(*args: Any, **others: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mechdsl.packed, name, broken)
+            return run_packed(*args, **others)
+
+    return run
+
+
+def less_work(change: Callable[[list[BlockWork]], list[BlockWork]]) -> Broken:
+    def broken(*args: Any, **others: Any) -> Iterator[BlockWork]:
+        return iter(change(list(block_work(*args, **others))))
+
+    return inside("block_work", broken)
+
+
+def nothing(work: BlockWork) -> BlockWork:
+    return BlockWork(**{name: np.zeros_like(mask) for name, mask in vars(work).items()})
+
+
+def first_block_left_out(works: list[BlockWork]) -> list[BlockWork]:
+    """A row starts one block too late."""
+    started = np.zeros((len(works[0].present), 1), dtype=bool)
+    found: list[BlockWork] = []
+    for work in works:
+        here = work.present.any(axis=1, keepdims=True)
+        found.append(BlockWork(**{name: mask & started for name, mask in vars(work).items()}))
+        started = started | here
+    return found
+
+
+def first_column_left_out(works: list[BlockWork]) -> list[BlockWork]:
+    """A row starts one token too late, where it has more than one."""
+    found: list[BlockWork] = []
+    for work in works:
+        before = np.logical_or.accumulate(work.present, axis=1)
+        rest = np.roll(before, 1, axis=1)
+        rest[:, 0] = False
+        rest |= work.present.sum(axis=1, keepdims=True) == 1
+        found.append(BlockWork(**{name: mask & rest for name, mask in vars(work).items()}))
+    return found
+
+
+def last_block_left_out(works: list[BlockWork]) -> list[BlockWork]:
+    return [*works[:-1], nothing(works[-1])]
+
+
+def without_part(name: str) -> Broken:
+    """In blocks above the first one of a row, the unpatched run's value stands."""
+
+    def change(works: list[BlockWork]) -> list[BlockWork]:
+        return [replace(w, **{name: getattr(w, name) & ~(w.carried & w.present)}) for w in works]
+
+    return less_work(change)
+
+
+def carried_nowhere(works: list[BlockWork]) -> list[BlockWork]:
+    """Every block starts from the unpatched run."""
+    return [replace(work, carried=np.zeros_like(work.carried)) for work in works]
+
+
+def first_tokens_positions(value: Any, index: Any, size: int) -> Any:
+    """What the model knows of tokens, of others."""
+    return ORIGINAL_SELECTED(value, torch.arange(len(index)), size)
+
+
+ORIGINAL_SELECTED = mechdsl.packed._selected
+
+
+def unmasked(*args: Any, **others: Any) -> None:
+    query, key, value, groups, kept, *rest = args
+    attend(query, key, value, groups, replace(kept, mask=None), *rest, **others)
+
+
+def columns_without_padding(self: Any, rows: Any, positions: Any) -> Any:
+    return np.asarray(positions)
+
+
+def forgotten_padding(*args: Any, **others: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mechdsl.packed._Columns, "of", columns_without_padding)
+        return run_packed(*args, **others)
+
+
+BREAKS: dict[str, Broken] = {
+    "keys of another prompt": of_kept(other_keys),
+    "values of another prompt": of_kept(other_values),
+    "mask of another prompt": of_kept(other_masks),
+    "hidden state of another prompt": of_kept(other_hidden),
+    "hidden state of another prompt behind the last block": of_kept(other_final),
+    "z of another prompt": of_kept(other_z),
+    "projections of another prompt": of_kept(other_outputs),
+    "hidden state of the next block": of_kept(one_block_too_late),
+    "hidden state of the next token": of_kept(one_token_too_late),
+    "another lane": other_lanes,
+    "another row's writes": other_rows_writes,
+    "another row's logits": other_rows_logits,
+    "one block too late": less_work(first_block_left_out),
+    "one column too late": less_work(first_column_left_out),
+    "one block too few": less_work(last_block_left_out),
+    "stale projections": without_part("project"),
+    "stale attention": without_part("attend"),
+    "stale output projection": without_part("output"),
+    "stale MLP": without_part("mlp"),
+    "stale input": less_work(carried_nowhere),
+    "positions of other tokens": inside("_selected", first_tokens_positions),
+    "no mask": inside("attend", unmasked),
+    "forgotten padding": forgotten_padding,
+}
+NOT_IN: dict[str, str] = {"positions of other tokens": "gpt2"}
+"""GPT-2 knows positions below its first block only."""
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_packed_rows_are_whole_passes(folder: Path, family: str) -> None:
+    assert off_by(folder, family) <= ABSOLUTE
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("name", list(BREAKS))
+def test_broken_packed_rows_are_noticed(
+    folder: Path, name: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if NOT_IN.get(name) == family:
+        return
+    monkeypatch.setattr(mechdsl.patched, "run_packed", BREAKS[name])
+    assert off_by(folder, family) > 10 * ABSOLUTE
+
+
+def test_a_prompt_that_a_row_does_not_fit_in_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mechdsl.patched, "run_packed", next_lanes)
+    with pytest.raises((IndexError, ValueError)):
+        off_by(folder, FAMILY)
+
+
+# --- what is run, and what it counts for ----------------------------------------------------------
+
+
+def test_too_high_a_lowest_block_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rows would start from wasn't kept: no number comes out."""
+    original = mechdsl.plan._lowest
+    monkeypatch.setattr(mechdsl.plan, "_lowest", lambda *args: original(*args) + 1)
+    with pytest.raises((KeyError, AssertionError)) as found:
+        numbers(folder, FAMILY, RunOptions())
+    assert "off by" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["points", "written", "read"])
+def test_rows_that_only_seem_equal_are_noticed(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = mechdsl.share.Sharer._rule
+
+    def blurred(self: Any, plan: Any, rule: Any) -> Any:
+        key = original(self, plan, rule)
+        return replace(key, **{name: np.zeros_like(getattr(key, name))})
+
+    # Of three items and one: both cells read the same token in one direction, and write the same
+    # one in the other.
+    rule = "patch z layer * head * at item 1 token, last-item token"
+    text = "".join(
+        experiment(f"e{n}", "prompts p", f"from {direction}", rule, DIFFERENCE)
+        for n, direction in enumerate(["longer into clean", "clean into longer"])
+    )
+    plain = numbers(folder, FAMILY, MODES["plain"], text)
+    np.testing.assert_allclose(numbers(folder, FAMILY, RunOptions(), text), plain, atol=ABSOLUTE)
+    monkeypatch.setattr(mechdsl.share.Sharer, "_rule", blurred)
+    found = numbers(folder, FAMILY, RunOptions(), text)
+    assert np.abs(found - plain).max() > 10 * ABSOLUTE
+
+
+def test_rows_that_are_not_inert_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def every(self: Any, rows: Any) -> Any:
+        return np.ones(len(rows), dtype=bool)
+
+    monkeypatch.setattr(mechdsl.plan.ExperimentPlan, "is_inert", every)
+    with pytest.raises(AssertionError, match="off by"):
+        compare(folder, "planned")
+
+
+def test_another_tokens_logit_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def next_one(self: Reading, ids: Tensor) -> Tensor:
+        if self.tokens is None:
+            return ids
+        return (torch.searchsorted(self.tokens, ids) + 1) % len(self.tokens)
+
+    monkeypatch.setattr(Reading, "columns", next_one)
+    with pytest.raises(AssertionError):
+        compare(folder, "planned")

@@ -347,7 +347,7 @@ def test_correct_is_sometimes_true_and_sometimes_not() -> None:
 
 def test_categories_show_the_commonest_its_share_and_the_mean_error(shared: Path) -> None:
     number = list(MEASURES).index("argmax(1..9)")
-    statistics = results(shared, "gpt2", "batched")[f"e{number}"].statistics[0]
+    statistics = results(shared, "gpt2", "planned")[f"e{number}"].statistics[0]
     _, _, patched = expected("gpt2", "argmax(1..9)")
     truth = np.array([record["n"] for record in ROWS])
     for cell, values in enumerate(patched):

@@ -243,14 +243,14 @@ def test_a_rule_may_read_a_noised_run_of_its_own(folder: Path) -> None:
     text = experiment("a", "prompts p", f"{rule} with noised", DIFFERENCE) + experiment(
         "b", "prompts p", "from noised into clean", rule, DIFFERENCE
     )
-    found = run_file(text, folder, bare(FAMILY), MODES["batched"], prompts=PROMPTS)
+    found = run_file(text, folder, bare(FAMILY), MODES["planned"], prompts=PROMPTS)
     own, both = (found[name].measures[0].patched for name in ("a", "b"))
     np.testing.assert_allclose(own, both, atol=1e-5)
     one = run_file(
         experiment("one", "prompts p", f"{rule} with noised", DIFFERENCE),
         folder,
         bare(FAMILY),
-        MODES["batched"],
+        MODES["planned"],
         prompts=PROMPTS.replace("samples: 3", "samples: 1"),
     )["one"]
     assert np.abs(own - one.measures[0].patched).max() > 0.01

@@ -227,7 +227,7 @@ def test_a_position_hits_the_tokens_counted_by_hand(shared: Path, name: str, fam
 
 
 def test_rows_without_an_occurrence_drop_out_and_n_tells(shared: Path) -> None:
-    found = results(shared, "llama", "batched")["each_item"]
+    found = results(shared, "llama", "planned")["each_item"]
     shorter = [min(len(r["words"]), len(r["more"])) for r in ROWS]
     expected_n = [sum(n >= k for n in shorter) for k in range(1, 4)]
     assert found.statistics[0].n.tolist() == expected_n
@@ -236,7 +236,7 @@ def test_rows_without_an_occurrence_drop_out_and_n_tells(shared: Path) -> None:
 
 
 def test_tables_show_the_words_that_were_hit(shared: Path) -> None:
-    found = results(shared, "llama", "batched")
+    found = results(shared, "llama", "planned")
     assert set(found["last_item"].cells[0].tokens) == {r["words"][-1] for r in ROWS}
     assert found["last_token"].cells[0].tokens == ("w42",)
     assert set(found["each_item"].cells[1].tokens) == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import mechdsl.execute
 import mechdsl.patched
 from mechdsl.execute import Options
 from mechdsl.hooks import SiteWrite
 from mechdsl.pipeline import RunOptions
+from mechdsl.plan import INERT, RESTART_PASSES
 from mechdsl.writes import build_writes
 
 from .support import (
@@ -74,14 +75,14 @@ def test_sizes_of_batches_and_the_side_of_padding_change_nothing(
     equal(values(TEXT, folder, bare("gpt2"), options), whole, 1e-4)
 
 
-PASSES = ("resume", "prefix", "batch")
-SWITCHED_OFF = [set(off) for n in (1, 2, 3) for off in combinations(PASSES, n)]
+SWITCHED_OFF = [frozenset(off) for n in (1, 2, 3, 4) for off in combinations(RESTART_PASSES, n)]
 
 
 @pytest.mark.parametrize("off", SWITCHED_OFF, ids=lambda off: "+".join(sorted(off)))
-def test_passes_of_the_plan_change_nothing(folder: Path, off: set[str]) -> None:
+def test_what_rows_take_over_changes_nothing(folder: Path, off: frozenset[str]) -> None:
+    """All sets of these passes; `test_planner` has each pass on any rule."""
     whole = values(TEXT, folder, bare("llama"))
-    equal(values(TEXT, folder, bare("llama"), RunOptions(without=frozenset(off))), whole, 1e-4)
+    equal(values(TEXT, folder, bare("llama"), RunOptions(without=off)), whole, 1e-4)
 
 
 def test_reordered_data_reorders_the_values(folder: Path) -> None:
@@ -119,17 +120,15 @@ def self_patches() -> str:
     )
 
 
-@pytest.fixture
-def all_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+def all_cells(options: RunOptions) -> RunOptions:
     """Cells that can't differ are run like others."""
-    monkeypatch.setattr(mechdsl.execute.PanelRunner, "_base_where_inert", lambda *a: None)
+    return replace(options, without=options.without | {INERT})
 
 
-@pytest.mark.usefixtures("all_cells")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_patched_with_itself_is_unchanged(folder: Path, family: str) -> None:
-    for options in MODES.values():
-        for result in run_file(self_patches(), folder, bare(family), options).values():
+    for mode in MODES.values():
+        for result in run_file(self_patches(), folder, bare(family), all_cells(mode)).values():
             measure = result.measures[0]
             assert np.abs(measure.patched - measure.base).max() <= 1e-5
             assert measure.inert.all()
@@ -145,13 +144,13 @@ def scaled(factor: float) -> Callable[..., list[SiteWrite]]:
     return build
 
 
-@pytest.mark.usefixtures("all_cells")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_hundredfold_self_patch_changes_every_cell(
     folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mechdsl.patched, "build_writes", scaled(100))
-    for result in run_file(self_patches(), folder, bare(family)).values():
+    options = all_cells(RunOptions())
+    for result in run_file(self_patches(), folder, bare(family), options).values():
         measure = result.measures[0]
         assert (np.abs(measure.patched - measure.base).max(axis=1) > 1e-3).all()
 
@@ -235,7 +234,7 @@ def test_progress_counts_up_to_the_total(folder: Path) -> None:
     options = with_execution(RunOptions(), on_progress=lambda *pair: counts.append(pair))
     run_file(TEXT, folder, bare("gpt2"), options)
     done = [d for d, _ in counts]
-    assert done == sorted(set(done))
+    assert done == sorted(done)
     assert counts[-1][0] == counts[-1][1]
 
 

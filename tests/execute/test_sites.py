@@ -200,7 +200,7 @@ WHOLE = dict.fromkeys(FILLS, (0, 1, 2))
 @pytest.mark.parametrize("family", VERIFIED)
 def test_every_site_is_patched_and_ablated_as_by_hand(family: str, folder: Path) -> None:
     text, cells = file_of(family, QUICK)
-    for mode in ("plain", "batched", "padded on the right"):
+    for mode in ("plain", "planned", "padded on the right"):
         compare(family, run_file(text, folder, bare(family), MODES[mode]), cells)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def test_the_document_lies_beside_the_lines(folder: Path) -> None:
 def test_what_was_finished_before_an_interrupt_is_kept(folder: Path) -> None:
     whole = RunOptions(out=folder / "out", execution=Options(row_tokens=40))
     full = run_file(TEXT, folder, bare("gpt2"), whole)
-    complete = lines(folder, "items")
+    complete = {name: lines(folder, name) for name in full}
 
     done: list[int] = []
 
@@ -93,16 +92,16 @@ def test_what_was_finished_before_an_interrupt_is_kept(folder: Path) -> None:
     broken = replace(whole, execution=replace(whole.execution, on_progress=stop))
     with pytest.raises(KeyboardInterrupt):
         run_file(TEXT, folder, bare("gpt2"), broken)
-    kept = lines(folder, "items")
-    assert kept == complete[: len(kept)]
-    finished = sum(len(line["rows"]) for line in kept if "cell" in line)
-    assert finished == done[-1]
-    assert 0 < len(kept) < len(complete)
-    assert full["items"].cells
-    assert not (folder / "out" / "file" / "results.json").exists() or _is_old(folder, kept)
+    kept = {name: lines(folder, name) for name in full}
+    assert all(found == complete[name][: len(found)] for name, found in kept.items())
+    every = [line for found in kept.values() for line in found]
+    finished = sum(len(line["rows"]) for line in every if "cell" in line)
+    assert finished == done[-1] > 0
+    assert len(every) < sum(map(len, complete.values()))
+    assert not (folder / "out" / "file" / "results.json").exists() or _is_old(folder)
 
 
-def _is_old(folder: Path, kept: list[Mapping[str, Any]]) -> bool:
+def _is_old(folder: Path) -> bool:
     """The document of the run before is still that of a whole run."""
     text = (folder / "out" / "file" / "results.json").read_text(encoding="utf-8")
     return len(json.loads(text)["files"][0]["experiments"]) == 2
