@@ -59,6 +59,9 @@ def main() -> None:
     atexit.register(gc.freeze)  # nor is it worth looking for at the end
     # Pydantic would read the metadata of every installed package to look for plugins of its own.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
+    # Torch's threads spin while they wait for each other: with a core taken by other work that took
+    # thirty times as long. Sleeping instead costs nothing to speak of.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         # Not `app(…)`: click would end broken pipes as if an expectation had failed.
         with app.make_context("mechdsl", sys.argv[1:]) as context:

@@ -106,7 +106,8 @@ def print_profile(plan: Plan, profile: Profile, console: Console) -> None:
     measured = profile.unpatched_seconds + profile.patched_seconds
     planned = cost.planned
     table.add_row("rows", f"{planned.rows:,}", f"{profile.distinct:,}")
-    table.add_row("passes over rows", f"{planned.forwards:,}", f"{profile.passes:,}")
+    passes = profile.passes + profile.unpatched_passes
+    table.add_row("forwards", f"{planned.forwards:,}", f"{passes:,}")
     table.add_row(
         "seconds", f"{estimated_seconds(planned, cost.blocks, rate):.3g}", f"{measured:.3g}"
     )

@@ -235,6 +235,22 @@ def test_a_replaced_span_is_a_prompt_with_another_text(folder: Path, mode: str) 
         agree(found[name].measures[0], np.array([expected]), differences(FAMILY, ROWS))
 
 
+@pytest.mark.parametrize("measure", ["entropy at cue token", "loss", "cosine(L1.resid, clean)"])
+def test_a_shorter_prompt_is_not_read_where_another_experiment_reads(
+    folder: Path, measure: str
+) -> None:
+    """The place of the other measure lies behind the end of the prompts that are replaced."""
+    text = experiment("e", "prompts p", 'replace subject tokens with "w7"', DIFFERENCE)
+    text += experiment("other", *START, RULE, f"measure {measure} as delta")
+    text += experiment("late", *START, RULE, "measure entropy at cue token as delta")
+    expected = [
+        plain_difference([*r["words"], "w40", "w7", "w41", r["cue"], "w42"], r) for r in ROWS
+    ]
+    for options in MODES.values():
+        found = run_file(text, folder, bare(FAMILY), options)["e"].measures[0]
+        agree(found, np.array([expected]), differences(FAMILY, ROWS))
+
+
 def test_a_sweep_of_replacements_has_a_cell_for_each(folder: Path) -> None:
     text = experiment("e", "prompts p", 'replace cue token, "w41" token with "w7"', DIFFERENCE)
     expected = []

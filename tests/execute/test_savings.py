@@ -1,0 +1,401 @@
+"""What each pass saves, counted: tokens that go through each block's modules while rows run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor, nn
+
+from mechdsl.diagnostics.render import render_full
+from mechdsl.execute import Execution, Options
+from mechdsl.load import adopt
+from mechdsl.loaded import LoadedModel
+from mechdsl.passes import PASSES
+from mechdsl.plan import PLAN_PASSES, RESTART_PASSES
+
+from ..models import families
+from .support import (
+    DIFFERENCE,
+    EVERY_PASS,
+    ROWS,
+    adopted,
+    check_file,
+    execute_file,
+    experiment,
+    prompts,
+    word_tokenizer,
+)
+
+FAMILY = "llama"
+LAYERS = 3
+FROM = ("prompts p", "from longer into clean")
+TOKENS = sum(len(prompt.ids) for prompt in prompts())
+"""Of all clean prompts."""
+PARTS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "o": "self_attn.o_proj", "mlp": "mlp"}
+
+
+@dataclass
+class Work:
+    """What modules of a Llama computed."""
+
+    unpatched: bool
+    """Count padded prompts; else, from the first row on, packed ones and those of whole passes."""
+    started: bool = False
+    tokens: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """(part, block) → tokens that it was computed for."""
+    widths: list[tuple[int, int]] = field(default_factory=list)
+    """(tokens, logits of each) of every unembedding."""
+    execution: Execution = field(default_factory=Execution)
+
+    def of(self, part: str) -> list[int]:
+        """Per block."""
+        return [self.tokens[part, layer] for layer in range(LAYERS)]
+
+    @property
+    def through(self) -> int:
+        """Tokens through all blocks' MLPs."""
+        return sum(count for (part, _), count in self.tokens.items() if part == "mlp")
+
+    def counts(self, hidden: Tensor) -> bool:
+        return hidden.shape[0] > 1 if self.unpatched else self.started
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Any:
+        """Stands in for the forwards of the modules, which is where the work is done: what a row
+        takes over never gets there."""
+        with ExitStack() as stack:
+            for layer, block in enumerate(model.model.layers):
+                for part, path in PARTS.items():
+                    module = block.get_submodule(path)
+                    module.forward = self._counted(module.forward, part, layer)
+                    stack.callback(module.__dict__.pop, "forward")
+            handle = model.lm_head.register_forward_hook(self._unembedded)
+            stack.callback(handle.remove)
+            yield
+
+    def _counted(self, forward: Callable[..., Any], part: str, layer: int) -> Callable[..., Any]:
+        def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.counts(hidden):
+                self.tokens[part, layer] += hidden.shape[0] * hidden.shape[1]
+            return forward(hidden, *args, **kwargs)
+
+        return run
+
+    def _unembedded(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.counts(output):
+            self.widths.append((output.shape[0] * output.shape[1], output.shape[2]))
+
+
+def work_of(
+    folder: Path,
+    text: str,
+    without: Iterable[str] = (),
+    *,
+    unpatched: bool = False,
+    model: LoadedModel | None = None,
+    **options: Any,
+) -> Work:
+    """What patched rows of a file compute, or its unpatched runs, all prompts in one batch."""
+    model = model or adopted(FAMILY)
+    work = Work(unpatched)
+    checked = check_file(text, folder, model)
+
+    def started(done: int, total: int) -> None:
+        work.started = True
+
+    with work.on(model.module):
+        given = Options(on_progress=started, **options)
+        work.execution = execute_file(checked, model, without, given)
+    return work
+
+
+def only(*passes: str) -> frozenset[str]:
+    return EVERY_PASS - set(passes)
+
+
+def sweep(
+    site: str, at: str = "last token", measure: str = DIFFERENCE, *, run: str = "longer"
+) -> str:
+    return experiment("e", "prompts p", f"from {run} into clean", f"patch {site} at {at}", measure)
+
+
+def behind(first: Callable[[Any], int]) -> int:
+    """Tokens from one on, over all prompts."""
+    return sum(prompt.last - first(prompt) + 1 for prompt in prompts())
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def test_the_plain_loop_takes_every_token_through_every_block(folder: Path) -> None:
+    work = work_of(folder, sweep("resid_post layer *"), EVERY_PASS)
+    padded = len(ROWS) * max(len(prompt.ids) for prompt in prompts())
+    assert work.of("mlp") == work.of("q") == [3 * padded] * LAYERS
+    assert work.execution.profile.passes == 3
+
+
+def test_resume_does_not_enter_the_blocks_below_a_write(folder: Path) -> None:
+    """One cell a layer: the first block is entered by the rows of one, the last by those of all."""
+    text = sweep("resid_pre layer *")
+    assert work_of(folder, text, only("resume")).of("mlp") == [TOKENS, 2 * TOKENS, 3 * TOKENS]
+    assert work_of(folder, text, only("last")).of("mlp")[:2] == [3 * TOKENS, 3 * TOKENS]
+
+
+def test_prefix_takes_one_token_through_a_block_for_a_write_at_the_last_one(folder: Path) -> None:
+    text = sweep("resid_pre layer *")
+    rows = len(ROWS)
+    assert work_of(folder, text, only("prefix")).of("mlp") == [3 * rows] * LAYERS
+    assert work_of(folder, text, only("prefix", "resume")).of("mlp") == [rows, 2 * rows, 3 * rows]
+    assert work_of(folder, text).of("mlp") == [rows, 2 * rows, 3 * rows]
+
+
+@pytest.mark.parametrize(
+    ("at", "first"),
+    [("cue token", lambda p: p.cue), ("subject token", lambda p: p.subject[-1])],
+)
+def test_prefix_computes_what_follows_a_write(
+    folder: Path, at: str, first: Callable[[Any], int]
+) -> None:
+    count = behind(first)
+    work = work_of(folder, sweep("resid_pre layer *", at), only("prefix", "resume"))
+    assert work.of("mlp") == [count, 2 * count, 3 * count]
+
+
+def test_last_computes_only_what_is_read_of_the_last_block(folder: Path) -> None:
+    count = behind(lambda p: p.subject[-1])
+    rows = len(ROWS)
+    work = work_of(folder, sweep("resid_pre layer *", "subject token"))
+    assert work.of("mlp") == [count, 2 * count, 3 * rows]
+    assert work.of("o") == [count, 2 * count, 3 * rows]
+    assert work.of("k") == [rows, rows + count, rows + 2 * count], "the last token sees all keys"
+    kept = work_of(folder, sweep("resid_pre layer *", "subject token"), {"last"})
+    assert kept.of("mlp") == [count, 2 * count, 3 * count]
+
+
+def test_last_computes_nothing_behind_the_last_token_that_is_read(folder: Path) -> None:
+    measure = "measure logit(answer) - logit(wrong) at cue token as delta"
+    text = sweep("resid_pre layer *", "subject token", measure)
+    count = sum(prompt.cue - prompt.subject[-1] + 1 for prompt in prompts())
+    assert work_of(folder, text).of("mlp") == [count, 2 * count, 3 * len(ROWS)]
+
+
+def test_a_measure_of_all_tokens_reads_them_all_of_the_last_block(folder: Path) -> None:
+    text = sweep("resid_pre layer *", "subject token", "measure loss as delta")
+    count = behind(lambda p: p.subject[-1])
+    assert work_of(folder, text).of("mlp") == [count, 2 * count, 3 * count]
+
+
+@pytest.mark.parametrize("site", ["z layer * heads *", "attn_out layer *", "resid_mid layer *"])
+def test_inside_projects_nothing_in_the_block_of_a_write_behind_attention(
+    folder: Path, site: str
+) -> None:
+    """What leaves it changed is one token; the last one sees it in the block above."""
+    rows = len(ROWS)
+    work = work_of(folder, sweep(site, "cue token"))
+    assert work.of("q") == work.of("k") == [0, rows, 3 * rows]
+    whole = work_of(folder, sweep(site, "cue token"), {"inside", "inert"})
+    assert whole.of("q") == whole.of("k") == [rows, 3 * rows, 5 * rows]
+
+
+def test_inside_computes_no_mlp_in_the_block_of_a_write_behind_it(folder: Path) -> None:
+    rows = len(ROWS)
+    work = work_of(folder, sweep("mlp_out layer *", "cue token"))
+    assert work.of("q") == [0, rows, 3 * rows]
+    assert work.of("mlp") == [0, 2 * rows, 2 * rows], "a write of the last block isn't seen"
+    whole = work_of(folder, sweep("mlp_out layer *", "cue token"), {"inside", "inert"})
+    assert whole.of("mlp") == [2 * rows, 4 * rows, 3 * rows]
+
+
+def test_inside_projects_no_other_token_where_a_key_is_written(folder: Path) -> None:
+    """Later tokens of the block attend to it anew, with the queries that they had."""
+    rows = len(ROWS)
+    work = work_of(folder, sweep("k layer 1 heads *", "cue token"))
+    assert work.of("q") == [0, 0, 2 * rows]
+    assert work.of("o") == [0, 2 * rows, rows]
+
+
+def test_all_passes_on_and_off_compute_what_they_say(folder: Path) -> None:
+    """No pass makes more work than there is without it."""
+    text = sweep("z layer * head *", "subject token, cue token")
+    whole = work_of(folder, text)
+    for name in (*PLAN_PASSES, *PASSES):
+        assert work_of(folder, text, {name}).through >= whole.through, name
+        assert work_of(folder, text, only(name)).through <= work_of(folder, text, only()).through
+
+
+# --- which rows -----------------------------------------------------------------------------------
+
+
+def test_inert_rows_are_not_run(folder: Path) -> None:
+    """The first token is the same in both runs; a cell at the subject is run."""
+    text = sweep("resid_pre layer *", "first token, subject token", run="other")
+    profile = work_of(folder, text).execution.profile
+    assert profile.rows == profile.distinct == 3 * len(ROWS)
+    every = work_of(folder, text, {"inert"}).execution.profile
+    assert every.rows == every.distinct == 6 * len(ROWS)
+
+
+def test_a_file_of_inert_rows_runs_no_pass(folder: Path) -> None:
+    text = sweep("resid_pre layer *", "first token", run="other")
+    work = work_of(folder, text)
+    assert work.through == work.execution.profile.passes == 0
+    assert work_of(folder, text, {"inert"}).through > 0
+
+
+SECOND = ("measure prob(answer) as delta", "measure loss as delta")
+
+
+@pytest.mark.parametrize("second", SECOND)
+def test_rows_of_two_experiments_are_run_once(folder: Path, second: str) -> None:
+    rule = "patch z layer 0..1 head * at cue token"
+    first = experiment("a", *FROM, rule, DIFFERENCE)
+    one = experiment("a", *FROM, rule, DIFFERENCE, second)
+    text = first + experiment("b", *FROM, rule, second)
+    alone, both = work_of(folder, one), work_of(folder, text)
+    count = 2 * 4 * len(ROWS)
+    assert alone.execution.profile.distinct == both.execution.profile.distinct == count
+    assert both.execution.profile.rows == 2 * count
+    assert both.tokens == alone.tokens, "the second experiment adds no token"
+    assert work_of(folder, text, {"share"}).execution.profile.distinct == 2 * count
+
+
+def test_cells_that_are_the_same_row_are_run_once(folder: Path) -> None:
+    """A position may have two names."""
+    text = sweep("resid_pre layer 1", "cue token, token -2")
+    profile = work_of(folder, text).execution.profile
+    assert (profile.rows, profile.distinct) == (2 * len(ROWS), len(ROWS))
+
+
+def test_rows_of_all_cells_ride_in_one_pass(folder: Path) -> None:
+    text = sweep("z layer * head *") + experiment(
+        "f", *FROM, "patch resid_pre layer * at cue token", DIFFERENCE
+    )
+    assert work_of(folder, text).execution.profile.passes == 1
+    assert work_of(folder, text, {"join"}).execution.profile.passes == 15
+
+
+def test_a_pass_takes_the_tokens_that_it_is_given(folder: Path) -> None:
+    text = sweep("z layer * head *")
+    count = LAYERS * 4 * len(ROWS)
+    for tokens in (1, 7, 16):
+        profile = work_of(folder, text, row_tokens=tokens).execution.profile
+        assert profile.tokens == [tokens] * (count // tokens) + [count % tokens] * (
+            count % tokens > 0
+        )
+
+
+# --- unpatched runs, logits and kernels -----------------------------------------------------------
+
+
+def test_a_run_that_is_only_read_stops_above_the_highest_read(folder: Path) -> None:
+    rule = "patch resid_pre layer 0..1 at cue token with other"
+    text = experiment("e", "prompts p", rule, DIFFERENCE)
+    padded = len(ROWS) * max(len(prompt.ids) for prompt in prompts())
+    stopped = work_of(folder, text, unpatched=True)
+    assert stopped.of("mlp") == [2 * padded, padded, padded]
+    whole = work_of(folder, text, {"stop_early"}, unpatched=True)
+    assert whole.of("mlp") == [2 * padded] * LAYERS
+
+
+@pytest.mark.parametrize("unpatched", [False, True])
+def test_only_logits_that_are_read_are_computed(folder: Path, unpatched: bool) -> None:
+    text = sweep("z layer * head *")
+    read = {word for record in ROWS for word in (record["a"], record["b"])}
+    narrow = work_of(folder, text, unpatched=unpatched)
+    assert {width for _, width in narrow.widths} == {len(read)}
+    wide = work_of(folder, text, {"unembed"}, unpatched=unpatched)
+    assert {width for _, width in wide.widths} == {families.VOCABULARY}
+    assert sum(n for n, _ in wide.widths) == sum(n for n, _ in narrow.widths)
+
+
+def test_one_wide_metric_needs_the_whole_vocabulary(folder: Path) -> None:
+    work = work_of(folder, sweep("z layer * head *", measure="measure prob(answer) as delta"))
+    assert {width for _, width in work.widths} == {families.VOCABULARY}
+
+
+def test_only_tokens_that_are_read_are_unembedded(folder: Path) -> None:
+    work = work_of(folder, sweep("resid_pre layer 0", "subject token"))
+    assert sum(count for count, _ in work.widths) == len(ROWS)
+
+
+@pytest.mark.parametrize(("without", "calls"), [((), False), (("fuse",), True)])
+def test_activation_functions_run_in_one_kernel(
+    folder: Path, without: tuple[str, ...], calls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adopted("gpt2")
+    kind = type(model.module.transformer.h[0].mlp.act)
+    original, seen = kind.forward, Counter[str]()
+
+    def forward(self: nn.Module, given: Tensor) -> Tensor:
+        seen["calls"] += 1
+        return original(self, given)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    execute_file(check_file(sweep("z layer * head *"), folder, model), model, without)
+    assert (seen["calls"] > 0) is calls
+
+
+# --- cost grows with what changes -----------------------------------------------------------------
+
+
+@cache
+def deep() -> LoadedModel:
+    module = families.module(FAMILY, num_hidden_layers=8)
+    model, diagnostics = adopt("m", module, word_tokenizer())
+    assert model is not None, render_full(diagnostics, color=False, width=100)
+    return model
+
+
+SITES = (
+    "resid_pre layer {}",
+    "resid_post layer {}",
+    "z layer {} head *",
+    "mlp_out layer {}",
+    "k layer {} head 1",
+)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_twice_as_many_layers_are_at_most_twice_the_work(folder: Path, site: str) -> None:
+    """Counted from above: rows of higher layers are cheaper."""
+    few = work_of(folder, sweep(site.format("4..7"), "cue token"), model=deep()).through
+    below = work_of(folder, sweep(site.format("0..3"), "cue token"), model=deep()).through
+    many = work_of(folder, sweep(site.format("0..7"), "cue token"), model=deep()).through
+    assert 0 < few < below
+    assert few + below == many <= 2 * below
+
+
+@pytest.mark.parametrize("without", [(), *((name,) for name in RESTART_PASSES)])
+def test_twice_as_many_heads_or_prompts_are_twice_the_work(
+    folder: Path, without: tuple[str, ...]
+) -> None:
+    one = work_of(folder, sweep("z layer * head 0..1", "cue token"), without).through
+    assert work_of(folder, sweep("z layer * head 0..3", "cue token"), without).through == 2 * one
+    half = sweep("z layer * head 0..1", "cue token").replace("prompts p", "prompts p limit 2")
+    assert work_of(folder, half, without).through < one
+
+
+def test_a_second_experiment_on_the_same_rows_costs_nothing(folder: Path) -> None:
+    rule = "patch resid_pre layer * at cue token"
+    one = experiment("a", *FROM, rule, DIFFERENCE)
+    again = experiment("b", *FROM, rule, "measure logit(wrong) as raw")
+    assert work_of(folder, one + again).tokens == work_of(folder, one).tokens
+    shared = work_of(folder, one + again, unpatched=True)
+    assert shared.tokens == work_of(folder, one, unpatched=True).tokens
+
+
+def test_counting_leaves_the_values_as_they_are(folder: Path) -> None:
+    """The counters stand in the way of nothing."""
+    text = sweep("z layer * head *")
+    model = adopted(FAMILY)
+    counted = work_of(folder, text).execution.measured["e"].patched[0]
+    bare_run = execute_file(check_file(text, folder, model), model).measured["e"].patched[0]
+    np.testing.assert_allclose(counted, bare_run, atol=1e-6)
