@@ -57,6 +57,13 @@ class KeptAttention:
     """[lane or 1, heads or 1, T, T]: true where a query sees a key, or what is added to its score;
     None where every token sees every other."""
 
+    def part(self, lanes: slice) -> KeptAttention:
+        """Of some lanes."""
+        mask = self.mask
+        if mask is not None and mask.shape[0] > 1:
+            mask = mask[lanes]
+        return KeptAttention(self.keys[lanes], self.values[lanes], mask)
+
 
 @dataclass(frozen=True, eq=False)
 class Group:

@@ -33,6 +33,19 @@ class Kept:
     embedded: Tensor | None = None
     """[token, d_model], what the embedding returns, where that isn't the tokens' own (noise)."""
 
+    def part(self, rows: slice, batch: Batch) -> Kept:
+        """What was kept of some lanes, without copying."""
+        width = self.columns
+        tokens = slice(rows.start * width, rows.stop * width)
+        return Kept(
+            batch,
+            {layer: kept[tokens] for layer, kept in self.hidden.items()},
+            {path: kept[tokens] for path, kept in self.outputs.items()},
+            {layer: kept[tokens] for layer, kept in self.z.items()},
+            {layer: kept.part(rows) for layer, kept in self.attention.items()},
+            None if self.embedded is None else self.embedded[tokens],
+        )
+
     @property
     def columns(self) -> int:
         return int(self.batch.ids.shape[1])

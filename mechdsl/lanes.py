@@ -98,77 +98,127 @@ def spots_of(measures: Sequence[ResolvedMeasure]) -> tuple[Spot, ...]:
 
 def compute_lanes(
     model: LoadedModel,
-    run: Run,
+    runs: Sequence[tuple[Run, LaneRequest]],
     prompts: Ints,
     row_ids: Sequence[int],
-    request: LaneRequest,
     *,
     seed: int,
     side: Side,
-) -> Lanes:
-    """Run the unpatched model on these prompts and keep what was asked for.
+) -> list[Lanes]:
+    """Run the unpatched model on these prompts, all runs in one pass, and keep what was asked for.
 
     `row_ids` are the table's, so that noise hangs on the row and not on the batch.
     """
-    draws = run.noise.samples if run.noise is not None else 1
-    lanes = np.repeat(prompts, draws)
-    ids: list[tuple[int, ...]] = []
-    lengths: list[int] = []
-    for prompt in lanes:
-        own = run.rows[prompt].ids
-        behind = (
-            ()
-            if request.continuation is None
-            else continuation_ids(request.continuation, int(prompt))[:-1]
-        )
-        ids.append(own + behind)
-        lengths.append(len(own))
-    batch = Batch.of(ids, model.pad_id, side, model.device)
-    length = np.array(lengths, dtype=np.int64)
-    wanted = [SiteRead(*place) for place in request.reads]
-    full = request.loss is not None or SiteRead("logits") in wanted
-    at: Tensor | None = None
-    if request.spots:
-        columns = [spot_positions(spot, run.name, lanes, length) for spot in request.spots]
-        at = torch.from_numpy(np.stack(columns, axis=1)).to(model.device)
-    if request.continuation is not None:
-        at = continuation_positions(request.continuation, lanes, length).to(model.device)
-    tokens = None if full or at is None else request.tokens
-    noised = [SiteRead("embed")] if run.noise is not None else []
+    parts = [_Part.of(model, run, request, prompts) for run, request in runs]
+    batch = Batch.of([ids for part in parts for ids in part.ids], model.pad_id, side, model.device)
+    begins = np.cumsum([0, *(len(part.ids) for part in parts)])
+    requests = [request for _, request in runs]
+    wanted = list(dict.fromkeys(SiteRead(*place) for r in requests for place in sorted_places(r)))
+    noised = [SiteRead("embed")] if any(run.noise is not None for run, _ in runs) else []
+    full = SiteRead("logits") in wanted or any(r.loss is not None for r in requests)
+    measured = any(part.at is not None for part in parts)
+    at = _side_by_side(parts) if measured else None
+    stops = [r.stop if part.at is None else None for r, part in zip(requests, parts, strict=True)]
+    stop = None if full or None in stops else max(stop for stop in stops if stop is not None)
+    tokens = requests[0].tokens if measured and not full else None
+    lowest = [r.lowest for r in requests if r.lowest is not None]
     with ExitStack() as stack:
         kept: Kept | None = None
-        if request.lowest is not None:
-            kept = stack.enter_context(keeping(model, batch, request.lowest))
-        if request.fuse:
+        if lowest:
+            kept = stack.enter_context(keeping(model, batch, min(lowest)))
+        if requests[0].fuse:
             stack.enter_context(fused(model.module))
+        writes: list[SiteWrite] = []
+        for part, begin in zip(parts, begins, strict=False):
+            rows = torch.arange(begin, begin + len(part.ids))
+            added = noise_writes(model, part.run.noise, part.lanes, part.draws, row_ids, seed)
+            writes += [write.moved(rows) for write in added]
         result = run_whole(
             model,
             batch,
-            stop=request.stop if at is None and not full else None,
-            writes=noise_writes(model, run.noise, lanes, draws, row_ids, seed),
+            stop=stop,
+            writes=writes,
             reads=[*wanted, *noised],
-            logits_at=None if full else at,
+            logits_at=None if full or at is None else at.to(model.device),
             tokens=tokens,
         )
         if kept is not None and noised:
             kept.embedded = result.reads[noised[0]].flatten(0, 2)
-    logits, loss = result.logits, None
-    if request.loss is not None and logits is not None:
-        loss = prompt_loss(request.loss, logits, batch, run, lanes)
-    if full and logits is not None and at is not None:
-        logits = at_positions(logits, batch, at)
-    return Lanes(
-        run=run.name,
-        prompts=prompts,
-        draws=draws,
-        batch=batch,
-        lengths=length,
-        reads=result.reads,
-        kept=kept,
-        logits=None if at is None else logits,
-        tokens=tokens,
-        loss=loss,
-    )
+    found: list[Lanes] = []
+    for part, request, begin in zip(parts, requests, begins, strict=False):
+        rows = slice(int(begin), int(begin) + len(part.ids))
+        own = batch.part(rows)
+        logits = None if result.logits is None else result.logits[rows]
+        loss = None
+        if request.loss is not None and logits is not None:
+            loss = prompt_loss(request.loss, logits, own, part.run, part.lanes)
+        if full and logits is not None and part.at is not None:
+            logits = at_positions(logits, own, part.at.to(logits.device))
+        found.append(
+            Lanes(
+                run=part.run.name,
+                prompts=prompts,
+                draws=part.draws,
+                batch=own,
+                lengths=part.lengths,
+                reads={read: result.reads[read][rows] for read in wanted},
+                kept=None if kept is None or request.lowest is None else kept.part(rows, own),
+                logits=None if part.at is None else logits,
+                tokens=tokens,
+                loss=loss,
+            )
+        )
+    return found
+
+
+def sorted_places(request: LaneRequest) -> list[Place]:
+    """The sites that are read, in an order of their own."""
+    return sorted(request.reads, key=lambda place: (place[0], -1 if place[1] is None else place[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One run in a pass over several."""
+
+    run: Run
+    lanes: Ints
+    """[lane] its prompt."""
+    draws: int
+    ids: list[tuple[int, ...]]
+    lengths: Ints
+    """[lane] without a continuation."""
+    at: Tensor | None
+    """[lane, n] positions whose logits are wanted."""
+
+    @staticmethod
+    def of(model: LoadedModel, run: Run, request: LaneRequest, prompts: Ints) -> _Part:
+        draws = run.noise.samples if run.noise is not None else 1
+        lanes = np.repeat(prompts, draws)
+        text = request.continuation
+        ids = [
+            run.rows[p].ids + (() if text is None else continuation_ids(text, int(p))[:-1])
+            for p in lanes
+        ]
+        lengths = np.array([len(run.rows[p].ids) for p in lanes], dtype=np.int64)
+        at: Tensor | None = None
+        if request.spots:
+            columns = [spot_positions(spot, run.name, lanes, lengths) for spot in request.spots]
+            at = torch.from_numpy(np.stack(columns, axis=1))
+        if text is not None:
+            at = continuation_positions(text, lanes, lengths)
+        return _Part(run, lanes, draws, ids, lengths, at)
+
+
+def _side_by_side(parts: Sequence[_Part]) -> Tensor:
+    """[lane of all parts, n]: what isn't measured is read at the last token, and not used."""
+    width = max(part.at.shape[1] for part in parts if part.at is not None)
+    every = [
+        torch.from_numpy(part.lengths - 1)[:, None].expand(-1, width)
+        if part.at is None
+        else part.at
+        for part in parts
+    ]
+    return torch.cat(every)
 
 
 def at_positions(logits: Tensor, batch: Batch, at: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class Patcher:
             prompts = batch
             if donors and fillings.donors is not None:
                 prompts = np.unique(fillings.donors[batch])
-            return self.runs.lanes(self.runs.named(source), prompts)
+            return self.runs.lanes(self.runs.named(source), prompts, alone=donors)
 
         plan = self.plans[number]
         found = build_writes(plan, rows, draw, lanes_of, fillings, self.model.shape)

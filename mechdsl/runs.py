@@ -27,6 +27,9 @@ from mechdsl.resolve.types import Atom
 from mechdsl.restart import Shortcuts
 from mechdsl.results.data import Floats
 
+TOGETHER = 512
+"""Tokens of a run up to which others are run in the same pass."""
+
 
 class UnpatchedRuns:
     """Runs without rules on the prompts of one panel, for its gauges and rows."""
@@ -70,48 +73,90 @@ class UnpatchedRuns:
         """Free everything that was computed."""
         self._lanes.clear()
 
-    def lanes(self, run: Run, prompts: Ints, continuation: Atom | None = None) -> Lanes:
-        """The unpatched run on these prompts, computed once while the batch is in work."""
-        name = run.name
-        key = (id(run), prompts.tobytes(), None if continuation is None else id(continuation))
-        found = self._lanes.get(key)
-        if found is None:
-            needs = self.panel.runs.get(name)
-            rows = [
-                plan
-                for plan in self.panel.experiments
-                if any(run is start for start in plan.starting_runs)
-            ]
-            lowest = min((int(plan.lowest.min()) for plan in rows), default=None)
-            if self.shortcuts is None:
-                lowest = None
-            elif lowest is not None and not self.shortcuts.resume:
-                lowest = 0
-            # Where other text was put in, only rows are measured: positions are theirs.
-            own = run is self.table.runs.get(name)
-            measured = own and (needs is None or needs.measured or needs.stop is None)
-            reads = set(needs.reads) if needs is not None and own else set[Place]()
-            reads |= self._gauge_reads() if own else set[Place]()
+    def lanes(
+        self,
+        run: Run,
+        prompts: Ints,
+        continuation: Atom | None = None,
+        *,
+        alone: bool = False,
+    ) -> Lanes:
+        """The unpatched run on these prompts, computed once while the batch is in work.
+
+        Few prompts are run together with what the other runs have to give: one pass reads the
+        weights once; unless it is wanted `alone`.
+        """
+        key = self._key(run, prompts, continuation)
+        if key not in self._lanes:
+            due = [run]
+            if not alone and continuation is None and self._is_own(run):
+                due += self._companions(run, prompts)
             self.passes += 1
-            found = self._lanes[key] = compute_lanes(
+            found = compute_lanes(
                 self.model,
-                run,
+                [(each, self._request(each, prompts, continuation)) for each in due],
                 prompts,
                 self.table.row_ids,
-                LaneRequest(
-                    reads=frozenset(reads if continuation is None else ()),
-                    lowest=lowest,
-                    spots=self.spots if measured else (),
-                    stop=self._stop(needs, rows=bool(rows), own=own),
-                    tokens=self.tokens(self.gauges, prompts) if self.narrow else None,
-                    fuse=self.plan.does(FUSE),
-                    loss=self.loss if measured and continuation is None else None,
-                    continuation=continuation,
-                ),
                 seed=self.seed,
                 side=self.side,
             )
-        return found
+            for each, lanes in zip(due, found, strict=True):
+                self._lanes[self._key(each, prompts, continuation)] = lanes
+        return self._lanes[key]
+
+    def _companions(self, run: Run, prompts: Ints) -> list[Run]:
+        """Runs that are due too and can go along with few prompts, as they run about as far."""
+        few = sum(len(run.rows[prompt].ids) for prompt in prompts) <= TOGETHER
+        if not few or not self._goes_far(run, prompts):
+            return []
+        others = [self.named(name) for name in self.panel.runs]
+        return [
+            other
+            for other in others
+            if other is not run
+            and self._key(other, prompts, None) not in self._lanes
+            and self._goes_far(other, prompts)
+        ]
+
+    def _goes_far(self, run: Run, prompts: Ints) -> bool:
+        stop = self._request(run, prompts, None).stop
+        return stop is None or stop >= 0.75 * self.model.shape.n_layers
+
+    @staticmethod
+    def _key(run: Run, prompts: Ints, continuation: Atom | None) -> tuple[object, ...]:
+        return id(run), prompts.tobytes(), None if continuation is None else id(continuation)
+
+    def _is_own(self, run: Run) -> bool:
+        """Where other text was put in, only rows are measured: positions are theirs."""
+        return run is self.table.runs.get(run.name)
+
+    def _request(self, run: Run, prompts: Ints, continuation: Atom | None) -> LaneRequest:
+        """What experiments need of a run."""
+        own = self._is_own(run)
+        needs = self.panel.runs.get(run.name) if own else None
+        rows = [
+            plan
+            for plan in self.panel.experiments
+            if any(run is start for start in plan.starting_runs)
+        ]
+        lowest = min((int(plan.lowest.min()) for plan in rows), default=None)
+        if self.shortcuts is None:
+            lowest = None
+        elif lowest is not None and not self.shortcuts.resume:
+            lowest = 0
+        measured = own and (needs is None or needs.measured or needs.stop is None)
+        reads = set(needs.reads) if needs is not None else set[Place]()
+        reads |= self._gauge_reads() if own else set[Place]()
+        return LaneRequest(
+            reads=frozenset(reads if continuation is None else ()),
+            lowest=lowest,
+            spots=self.spots if measured else (),
+            stop=self._stop(needs, rows=bool(rows), own=own),
+            tokens=self.tokens(self.gauges, prompts) if self.narrow else None,
+            fuse=self.plan.does(FUSE),
+            loss=self.loss if measured and continuation is None else None,
+            continuation=continuation,
+        )
 
     def _stop(self, needs: RunNeeds | None, *, rows: bool, own: bool) -> int | None:
         """How many blocks of a run have to be run; None for all and what lies behind them."""
