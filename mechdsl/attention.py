@@ -145,7 +145,6 @@ def attend(
     kept: KeptAttention,
     out: Tensor,
     *,
-    module: nn.Module,
     masks: dict[object, Tensor | None],
     **arguments: Any,
 ) -> None:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mechdsl.attention import Group
 from mechdsl.batch import on_device
+from mechdsl.columns import Ints
 from mechdsl.kept import Kept
 from mechdsl.restart import BlockWork, Mask
-
-Ints: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

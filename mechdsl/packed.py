@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from mechdsl.attention import attend, exchanged
 from mechdsl.batch import on_device
+from mechdsl.columns import Ints
 from mechdsl.hooks import ReadMismatch, SiteRead, SiteWork, SiteWrite, call, narrowed
 from mechdsl.kept import Kept, parts
 from mechdsl.loaded import LoadedModel
 from mechdsl.pack import (
     BlockPack,
     Entry,
-    Ints,
     Part,
     entry,
     masks_of,
@@ -349,7 +349,6 @@ class _Pass:
             pack.groups,
             self.kept.attention[self.layer],
             out,
-            module=module,
             masks=self.masks,
             **kwargs,
         )
