@@ -453,7 +453,7 @@ def test_attention_of_packed_tokens_is_that_of_each_row(scheme: str, extra: dict
         arguments["s_aux"] = normal(HEADS)
     out = torch.full((count, HEADS, WIDTH), 7.0, dtype=torch.float64)
     kept = KeptAttention(keys, values, seen)
-    attend(query, key, value, found.groups, kept, out, module=nn.Identity(), masks={}, **arguments)
+    attend(query, key, value, found.groups, kept, out, masks={}, **arguments)
 
     for row, lane in enumerate(lanes):
         own = np.flatnonzero(present[row])
