@@ -250,7 +250,7 @@ def _mask(
         return None
     columns = group.columns[group.queries]
     key = (
-        id(kept.mask),
+        kept.mask.data_ptr(),  # blocks share it, cut anew for each
         before,
         tuple(group.lanes.tolist()) if kept.mask.shape[0] > 1 else (),
         tuple(columns.tolist()),

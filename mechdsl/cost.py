@@ -16,10 +16,13 @@ from mechdsl.columns import Ints
 from mechdsl.data.types import Run
 from mechdsl.models.shape import ModelShape
 from mechdsl.plan import (
+    BATCH_ROWS,
     FUSE,
     INERT,
     JOIN,
+    PASS_TOKENS,
     PLAN_PASSES,
+    PROMPT_TOKENS,
     RESTART_PASSES,
     SHARE,
     UNEMBED,
@@ -31,12 +34,6 @@ from mechdsl.restart import BlockWork, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.rule_plan import Rows, RulePlan
 from mechdsl.share import Sharer, combined
 
-CHUNK = 1 << 18
-"""Rows that are counted at a time."""
-PASS_TOKENS = 2048
-"""Tokens of a pass in which rows join, as the first one has."""
-PROMPT_TOKENS = 4096
-"""Tokens of a batch of unpatched prompts, at most."""
 EFFICIENCY = 0.8
 """Share of a large product's rate that passes over wide models reach, as measured on two cores."""
 CALL_SECONDS = 1.5e-3
@@ -228,7 +225,7 @@ class _Counter:
     def chunks(self) -> Iterator[Ints]:
         """Prompts whose rows can be laid out at a time."""
         cells = max(1, sum(each.n_cells for each in self.plans))
-        size = max(1, CHUNK // cells)
+        size = max(1, BATCH_ROWS // cells)
         every = np.arange(len(self.table), dtype=np.int64)
         return (every[i : i + size] for i in range(0, len(every), size))
 

@@ -22,7 +22,15 @@ from mechdsl.gauge import Gauge
 from mechdsl.lanes import Side
 from mechdsl.loaded import LoadedModel
 from mechdsl.patched import Member, Patcher
-from mechdsl.plan import INERT, SHARE, ExperimentPlan, Panel, Plan
+from mechdsl.plan import (
+    BATCH_ROWS,
+    INERT,
+    PROMPT_TOKENS,
+    SHARE,
+    ExperimentPlan,
+    Panel,
+    Plan,
+)
 from mechdsl.profile import Profile
 from mechdsl.resolve.types import ResolvedExperiment
 from mechdsl.results.data import Floats
@@ -41,11 +49,6 @@ from mechdsl.sizing import (
 )
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.writes import readable
-
-PROMPT_TOKENS = 4096
-"""Tokens of one batch of unpatched prompts, at most."""
-BATCH_ROWS = 1 << 18
-"""Patched rows that are laid out at a time: columns of integers, a hundred bytes a row."""
 
 Progress = Callable[[int, int], None]
 """(rows done, rows in all)."""

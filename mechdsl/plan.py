@@ -30,6 +30,14 @@ from mechdsl.vocab.sites import SITES
 Place: TypeAlias = tuple[str, int | None]
 """A component and its layer."""
 
+PROMPT_TOKENS = 4096
+"""Tokens of one batch of unpatched prompts, at most."""
+PASS_TOKENS = 2048
+"""Of the first pass over rows. On two cores 1,000 to 4,000 are equally good; fewer read the weights
+too often, more fall out of the cache."""
+BATCH_ROWS = 1 << 18
+"""Rows that are laid out at a time: columns of integers, a hundred bytes a row."""
+
 RESTART_PASSES: Mapping[str, str] = {
     "resume": "a row starts at its lowest write, with what the unpatched run had there",
     "prefix": "it computes its leftmost write and what follows, on keys and values that are kept",

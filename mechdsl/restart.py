@@ -8,6 +8,7 @@ these masks, and the packed run computes by them.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -96,7 +97,7 @@ def block_work(
     for layer in range(n_layers):
         written = {site: mask for (site, at), mask in rows.writes.items() if at == layer}
         read = {site: mask for (site, at), mask in rows.reads.items() if at == layer}
-        at = {**dict.fromkeys(_SITES, none), **written}
+        at = defaultdict(lambda: none, written)
         anything = np.logical_or.reduce([none, *written.values()])
         reading = np.logical_or.reduce([none, *read.values()])
         entered = carried
@@ -127,20 +128,3 @@ def block_work(
             mlp=mlp | read.get("mlp_hidden", none),
         )
         carried = out
-
-
-_SITES = (
-    "resid_pre",
-    "attn_norm",
-    "q",
-    "k",
-    "v",
-    "z",
-    "head_out",
-    "attn_out",
-    "resid_mid",
-    "mlp_norm",
-    "mlp_hidden",
-    "mlp_out",
-    "resid_post",
-)

@@ -22,7 +22,7 @@ from mechdsl.lanes import (
     spots_of,
 )
 from mechdsl.loaded import LoadedModel
-from mechdsl.plan import FUSE, UNEMBED, Panel, Place, Plan, RunNeeds
+from mechdsl.plan import FUSE, UNEMBED, ExperimentPlan, Panel, Place, Plan
 from mechdsl.resolve.types import Atom
 from mechdsl.restart import Shortcuts
 from mechdsl.results.data import Floats
@@ -107,7 +107,7 @@ class UnpatchedRuns:
     def _companions(self, run: Run, prompts: Ints) -> list[Run]:
         """Runs that are due too and can go along with few prompts, as they run about as far."""
         few = sum(len(run.rows[prompt].ids) for prompt in prompts) <= TOGETHER
-        if not few or not self._goes_far(run, prompts):
+        if not few or not self._goes_far(run):
             return []
         others = [self.named(name) for name in self.panel.runs]
         return [
@@ -115,11 +115,11 @@ class UnpatchedRuns:
             for other in others
             if other is not run
             and self._key(other, prompts, None) not in self._lanes
-            and self._goes_far(other, prompts)
+            and self._goes_far(other)
         ]
 
-    def _goes_far(self, run: Run, prompts: Ints) -> bool:
-        stop = self._request(run, prompts, None).stop
+    def _goes_far(self, run: Run) -> bool:
+        stop = self._stop(run)
         return stop is None or stop >= 0.75 * self.model.shape.n_layers
 
     @staticmethod
@@ -134,12 +134,7 @@ class UnpatchedRuns:
         """What experiments need of a run."""
         own = self._is_own(run)
         needs = self.panel.runs.get(run.name) if own else None
-        rows = [
-            plan
-            for plan in self.panel.experiments
-            if any(run is start for start in plan.starting_runs)
-        ]
-        lowest = min((int(plan.lowest.min()) for plan in rows), default=None)
+        lowest = min((int(plan.lowest.min()) for plan in self._starting(run)), default=None)
         if self.shortcuts is None:
             lowest = None
         elif lowest is not None and not self.shortcuts.resume:
@@ -151,18 +146,24 @@ class UnpatchedRuns:
             reads=frozenset(reads if continuation is None else ()),
             lowest=lowest,
             spots=self.spots if measured else (),
-            stop=self._stop(needs, rows=bool(rows), own=own),
+            stop=self._stop(run),
             tokens=self.tokens(self.gauges, prompts) if self.narrow else None,
             fuse=self.plan.does(FUSE),
             loss=self.loss if measured and continuation is None else None,
             continuation=continuation,
         )
 
-    def _stop(self, needs: RunNeeds | None, *, rows: bool, own: bool) -> int | None:
+    def _starting(self, run: Run) -> list[ExperimentPlan]:
+        """The experiments with rows that start from a run."""
+        plans = self.panel.experiments
+        return [plan for plan in plans if any(run is start for start in plan.starting_runs)]
+
+    def _stop(self, run: Run) -> int | None:
         """How many blocks of a run have to be run; None for all and what lies behind them."""
-        if not own:
+        if not self._is_own(run):
             return self.model.shape.n_layers
-        if rows or self._gauge_reads() or needs is None:
+        needs = self.panel.runs.get(run.name)
+        if needs is None or self._starting(run) or self._gauge_reads():
             return None
         return needs.stop
 

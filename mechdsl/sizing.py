@@ -13,10 +13,8 @@ import torch
 
 from mechdsl.data.types import PromptTable
 from mechdsl.loaded import LoadedModel
+from mechdsl.plan import PASS_TOKENS
 
-START_TOKENS = 2048
-"""Of the first pass. On two cores 1,000 to 4,000 are equally good; fewer read the weights too
-often, more fall out of the cache."""
 LEAST_TOKENS = 256
 MOST_TOKENS = 1 << 17
 KEPT_SHARE = 0.25
@@ -59,7 +57,7 @@ def out_of_memory(error: BaseException) -> bool:
 class PassSize:
     """The number of tokens of the next pass.
 
-    Sizes are powers of two times `START_TOKENS`. The next larger and the next smaller one are tried
+    Sizes are powers of two times `PASS_TOKENS`. The next larger and the next smaller one are tried
     now and then on passes that are full; the one with the most tokens per second is kept.
     """
 
@@ -71,7 +69,7 @@ class PassSize:
     limit: int = MOST_TOKENS
     rates: dict[int, float] = field(default_factory=dict[int, float])
     """Size → blocks of tokens per second, of the fastest pass."""
-    current: int = START_TOKENS
+    current: int = PASS_TOKENS
 
     def __post_init__(self) -> None:
         if self.fixed is not None:

@@ -44,20 +44,8 @@ def costs(
 
     monkeypatch.setattr(mechdsl.patched, "run_packed", counted)
     options = RunOptions(without=without, on_profile=lambda plan, _: plans.append(plan))
-    run_file(text, folder, bare(family), options, prompts=PROMPTS)
+    run_file(text, folder, bare(family), options)
     return plan_cost(plans[0]), done
-
-
-PROMPTS = """
-prompts p {
-  rows "data.jsonl"
-  xs = list(item, from: words, sep: " ")
-  template "{xs} w40 {subject} w41 {cue} w42"
-  answer " {a}"
-  wrong " {b}"
-  corrupt other { subject = alt }
-}
-"""
 
 
 def rows_only(cost: Cost, plan: PlanCost) -> int:

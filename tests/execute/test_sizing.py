@@ -29,7 +29,7 @@ from mechdsl.plan import ExperimentPlan
 from mechdsl.sizing import (
     LEAST_TOKENS,
     MOST_TOKENS,
-    START_TOKENS,
+    PASS_TOKENS,
     PassSize,
     out_of_memory,
 )
@@ -105,7 +105,7 @@ def hill(best: int) -> Rate:
 def test_it_climbs_to_the_size_with_the_most_tokens_per_second(best: int) -> None:
     wanted = min(max(1 << best, LEAST_TOKENS), MOST_TOKENS)
     sizes = climb(PassSize(CPU, bytes_per_token=1), hill(1 << best))
-    assert sizes[0] == START_TOKENS
+    assert sizes[0] == PASS_TOKENS
     assert set(sizes[20:]) == {wanted}
     steps = [b / a for a, b in pairwise(sizes)]
     assert set(steps) <= {0.25, 0.5, 1, 2, 4}, "it goes on from a neighbour of what was best"
@@ -114,8 +114,8 @@ def test_it_climbs_to_the_size_with_the_most_tokens_per_second(best: int) -> Non
 
 @pytest.mark.usefixtures("roomy")
 def test_what_is_slower_is_tried_once_and_left() -> None:
-    sizes = climb(PassSize(CPU, bytes_per_token=1), hill(START_TOKENS))
-    assert Counter(sizes) == {START_TOKENS: 38, START_TOKENS * 2: 1, START_TOKENS // 2: 1}
+    sizes = climb(PassSize(CPU, bytes_per_token=1), hill(PASS_TOKENS))
+    assert Counter(sizes) == {PASS_TOKENS: 38, PASS_TOKENS * 2: 1, PASS_TOKENS // 2: 1}
 
 
 @pytest.mark.usefixtures("roomy")
@@ -125,7 +125,7 @@ def test_small_passes_say_nothing_about_sizes() -> None:
     for _ in range(10):
         size.measured(size.current // 2, 1e9, 1e-3)
     assert size.rates == {}
-    assert size.current == START_TOKENS
+    assert size.current == PASS_TOKENS
 
 
 def test_a_size_that_is_given_stays() -> None:
@@ -147,13 +147,13 @@ def test_no_pass_is_larger_than_the_memory_there_is(
 @pytest.mark.usefixtures("roomy")
 def test_half_the_size_is_the_most_from_then_on() -> None:
     size = PassSize(CPU, bytes_per_token=1)
-    rate = hill(16 * START_TOKENS)
+    rate = hill(16 * PASS_TOKENS)
     climb(size, rate)
-    assert size.current == 16 * START_TOKENS
+    assert size.current == 16 * PASS_TOKENS
     assert size.halve()
-    assert size.current == 8 * START_TOKENS
-    assert set(climb(size, rate)) <= {8 * START_TOKENS, 4 * START_TOKENS}
-    assert size.current == 8 * START_TOKENS
+    assert size.current == 8 * PASS_TOKENS
+    assert set(climb(size, rate)) <= {8 * PASS_TOKENS, 4 * PASS_TOKENS}
+    assert size.current == 8 * PASS_TOKENS
 
 
 def test_one_token_is_not_halved() -> None:
