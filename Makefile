@@ -3,12 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
+OLDEST := .venv-oldest
 # Two worker processes: torch threads of several tests would fight over the cores otherwise.
 WORKERS ?= 2
+# What runs on the oldest transformers that pyproject.toml allows, too.
+OLDEST_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
+	tests/models/test_against_reference.py tests/models/test_packed.py \
+	tests/models/test_offload.py tests/zoo
 # Of benchmarks/run.py, for example `make bench BENCH_ARGS="--work W1 --write"`.
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-oldest lint families bench clean
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/mechdsl run examples/counting.mech
@@ -37,6 +42,20 @@ test: lint
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
+$(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt torch==2.13.0
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[offload]' pytest pytest-xdist
+	touch $@
+
+test-oldest: $(OLDEST)/.stamp-test
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(OLDEST_TESTS)
+	$(OLDEST)/bin/mechdsl run examples/counting.mech
+
+# Every architecture of tests/families against the reference; writes docs/models.md.
+families: $(VENV)/.stamp-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families --write
+
 # The libraries that mechdsl is compared with; see benchmarks/README.md.
 $(BENCH)/.stamp-peers: benchmarks/peers.txt constraints.txt
 	$(PYTHON) -m venv $(BENCH)
@@ -48,4 +67,4 @@ bench: $(VENV)/.stamp-test $(BENCH)/.stamp-peers
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) $(BENCH) build dist
+	rm -rf $(VENV) $(BENCH) $(OLDEST) build dist

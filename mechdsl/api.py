@@ -48,6 +48,7 @@ def run(
     only: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    offload: str | Path | None = None,
     out: str | Path | None = None,
 ) -> Results:
     """Run a file (path or text) and return its results.
@@ -70,6 +71,7 @@ def run(
         settings=Settings(given, limit, only),
         device=device,
         dtype=dtype,
+        offload=None if offload is None else Path(offload),
         out=None if out is None else Path(out),
     )
     result, diagnostics = run_source(source, options, models)

@@ -11,19 +11,16 @@ the model's; everything before and behind attention is the model's own code.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mechdsl.exchange import AttentionFunction, Distances, entry_of, exchanged_modules, plain
 from mechdsl.loaded import LoadedModel
-
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-"""(module, query, key, value, mask, **kwargs), as the model library calls it, to an output
-[B, T, heads, d_head] and weights. Query, key and value are [B, heads, T, d_head]."""
 
 _NAME = "mechdsl"
 _NO_MATTER = frozenset(
@@ -33,10 +30,13 @@ _NO_MATTER = frozenset(
         "is_causal",
         "position_ids",
         "output_attentions",
+        "output_hidden_states",
         "output_router_logits",
         "use_cache",
         "cache_position",
+        "logits_to_keep",
         "attention_chunk_size",
+        "deterministic",  # of flash kernels
     }
 )
 """Arguments of attention functions that change nothing where the mask is written out."""
@@ -57,12 +57,15 @@ class KeptAttention:
     """[lane or 1, heads or 1, T, T]: true where a query sees a key, or what is added to its score;
     None where every token sees every other."""
 
+    distances: Distances | None = None
+    """What is added to scores besides."""
+
     def part(self, lanes: slice) -> KeptAttention:
         """Of some lanes."""
         mask = self.mask
         if mask is not None and mask.shape[0] > 1:
             mask = mask[lanes]
-        return KeptAttention(self.keys[lanes], self.values[lanes], mask)
+        return KeptAttention(self.keys[lanes], self.values[lanes], mask, self.distances)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,8 @@ class Group:
     """[own]: columns of a row's own tokens."""
     queries: Tensor
     """[query]: which of the own tokens attend."""
+    every: bool = False
+    """The own tokens are all of the prompt's."""
 
     @property
     def size(self) -> int:
@@ -94,23 +99,36 @@ def exchanged(model: LoadedModel, function: AttentionFunction, *, masked: bool) 
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     configs = _configs(model.module)
-    before = [config._attn_implementation for config in configs]
-    make = ALL_MASK_ATTENTION_FUNCTIONS.get(before[0] if before else "eager")
+    before = implementations(model)
+    own = next(iter(before.values()), "eager")
+
+    def attended(part: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        way = before.get(id(getattr(part, "config", None)), own)
+        if way == "sdpa":
+            kwargs.pop("softcap", None)  # older libraries pass it over there
+        if not masked:
+            kwargs["rounds_scores"] = way == "eager"
+        return function(part, *args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
+        make = ALL_MASK_ATTENTION_FUNCTIONS.get(before.get(id(kwargs.get("config")), own))
         if not masked or make is None:
-            return None
+            return unmade
         return make(*args, **{**kwargs, "allow_is_causal_skip": False})
 
-    AttentionInterface.register(_NAME, function)
-    AttentionMaskInterface.register(_NAME, mask)
-    try:
+    with ExitStack() as stack:
+        written_out = stack.enter_context(
+            exchanged_modules(model.module, function, own, masked=masked)
+        )
+        # Some of these models look into a mask that is never used.
+        unmade = torch.zeros(1, 1, 1, 1, device=model.device) if written_out else None
+        AttentionInterface.register(_NAME, attended)
+        AttentionMaskInterface.register(_NAME, mask)
         for config in configs:
+            name = before[id(config)]
+            stack.callback(setattr, config, "_attn_implementation_internal", name)
             config._attn_implementation_internal = _NAME
         yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
 
 
 def _configs(module: nn.Module) -> list[Any]:
@@ -123,10 +141,19 @@ def _configs(module: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def own_function(module: nn.Module, implementation: str) -> AttentionFunction:
-    """The function that the module would attend with."""
+def implementations(model: LoadedModel) -> dict[int, str]:
+    """How modules attend, by their config's id: an image encoder otherwise than the text, say."""
+    return {id(config): config._attn_implementation for config in _configs(model.module)}
+
+
+def own_function(module: nn.Module, own: Mapping[int, str]) -> AttentionFunction:
+    """The function that the module would attend with; own: `implementations` before an exchange."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if entry_of(module) is not None:
+        return plain
+    first = next(iter(own.values()), "eager")
+    implementation = own.get(id(getattr(module, "config", None)), first)
     if implementation == "sdpa":
         return ALL_ATTENTION_FUNCTIONS[implementation]
     if implementation != "eager":  # masks of other kernels aren't written out
@@ -137,6 +164,15 @@ def own_function(module: nn.Module, implementation: str) -> AttentionFunction:
     return eager
 
 
+def biased(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A mask with what is added to scores besides."""
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return mask + bias
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -145,22 +181,31 @@ def attend(
     kept: KeptAttention,
     out: Tensor,
     *,
+    causal: bool = True,
     masks: dict[object, Tensor | None],
+    rounds_scores: bool = False,
     **arguments: Any,
 ) -> None:
     """Attention of packed tokens, written to `out`; tokens that don't attend stay as they are.
 
     query: [heads, N, d_head]; key, value: [key-value heads, N, d_head]; out: [N, heads, d_head].
-    masks: those of groups, kept from block to block. arguments: as the model calls attention.
+    causal: no token sees a later one. masks: those of groups, kept from block to block.
+    rounds_scores: they are kept in the type of queries, as eager attention does; in 16 bits they
+    lose what tells keys apart where all have something large in common. arguments: as the model
+    calls attention.
     """
     scaling = arguments.pop("scaling", None)
     cap = arguments.pop("softcap", None)
     sinks = arguments.pop("s_aux", None)
+    for kept_already in ("distances", "position_bias"):  # those of whole prompts
+        arguments.pop(kept_already, None)
     unknown = [n for n, v in arguments.items() if v is not None and n not in _NO_MATTER]
     if unknown:
         raise CannotPack(f"its attention takes `{unknown[0]}`")
     heads, _, width = query.shape
     scale = float(width**-0.5 if scaling is None else scaling)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    kind = query.dtype if rounds_scores else wide
     shared = heads // key.shape[0]
     for group in groups:
         own, asking = len(group.columns), len(group.queries)
@@ -176,19 +221,22 @@ def attend(
         if asking < own:
             q = q.index_select(4, group.queries)
         first = int(group.columns[0])
-        # Own tokens from one column on: nothing behind them is seen, so no kept key there is read.
-        suffix = int(group.columns[-1]) - first + 1 == own
-        before = first if suffix else kept.keys.shape[2]
+        # Own tokens from one column on: nothing behind them is seen, so no kept key there is read;
+        # and none at all where the own ones are all that there are.
+        suffix = group.every or (causal and int(group.columns[-1]) - first + 1 == own)
+        before = kept.keys.shape[2] if not suffix else 0 if group.every else first
         old_keys = kept.keys[group.lanes, :, :before]
         old_values = kept.values[group.lanes, :, :before]
         flat = q.reshape(lanes, q.shape[1], shared * rows * asking, width)
         shape = (lanes, q.shape[1], shared, rows, asking)
-        scores = query.new_empty(*shape, before + own if suffix else before)
+        scores = query.new_empty(*shape, before + own if suffix else before, dtype=kind)
         if before:
-            old = flat @ old_keys.transpose(-1, -2)
+            old = flat.to(kind) @ old_keys.to(kind).transpose(-1, -2)
             scores[..., :before] = old.view(*shape, before)
         mine = slice(before, None) if suffix else group.columns
-        scores[..., mine] = _own_scores(q, k)
+        scores[..., mine] = _own_scores(q.to(kind), k.to(kind))
+        if kept.distances is not None:
+            _add_distances(scores, kept.distances, q, k, old_keys, group, mine)
         scores *= scale
         if cap is not None:
             scores = (scores / cap).tanh() * cap
@@ -201,9 +249,10 @@ def attend(
                 mask = mask[:, :, None, None]
             if mask.dtype == torch.bool:
                 scores.masked_fill_(~mask, float("-inf"))
-            else:
+            elif mask.dtype == scores.dtype:
                 scores += mask
-        wide = torch.float32 if scores.element_size() < 4 else scores.dtype
+            else:  # biases in a wider type than queries and keys
+                scores = scores + mask
         if sinks is not None:
             sink = sinks.to(scores.dtype).view(1, -1, shared, 1, 1, 1).expand(*shape, 1)
             weights = torch.cat([scores, sink], dim=-1).softmax(-1, dtype=wide)[..., :-1]
@@ -217,14 +266,34 @@ def attend(
                 old = old.clone()
                 old[..., mine] = 0
             old = old.reshape(lanes, q.shape[1], shared * rows * asking, before)
-            found += (old @ old_values).view(*shape, width)
+            found += (old @ old_values).view(*shape, value.shape[-1])
         # back to [lane, row, token, head, d_head]
-        found = found.permute(0, 3, 4, 1, 2, 5).reshape(lanes, rows, asking, heads, width)
-        target = out[span].view(lanes, rows, own, heads, width)
+        found = found.permute(0, 3, 4, 1, 2, 5).reshape(lanes, rows, asking, heads, -1)
+        target = out[span].view(lanes, rows, own, heads, -1)
         if asking < own:
             target[:, :, group.queries] = found
         else:
             target.copy_(found)
+
+
+def _add_distances(
+    scores: Tensor,
+    distances: Distances,
+    q: Tensor,
+    k: Tensor,
+    old_keys: Tensor,
+    group: Group,
+    mine: slice | Tensor,
+) -> None:
+    """To scores [lane, head, 1, row, query, key] of q [lane, head, 1, row, query, d_head] with
+    kept keys [lane, head, key, d_head] and the rows' own [lane, head, row, key, d_head]."""
+    q, added = q.squeeze(2), torch.zeros_like(scores).squeeze(2)
+    at, before = group.columns[group.queries], old_keys.shape[2]
+    if before:
+        every = torch.arange(before, device=q.device)
+        added[..., :before] = distances.scores(q, old_keys[:, :, None], at, every)
+    added[..., mine] = distances.scores(q, k, at, group.columns)
+    scores += added.unsqueeze(2)
 
 
 def _own_scores(q: Tensor, k: Tensor) -> Tensor:
@@ -255,12 +324,16 @@ def _mask(
         tuple(group.lanes.tolist()) if kept.mask.shape[0] > 1 else (),
         tuple(columns.tolist()),
         len(group.columns),
+        group.every,
     )
     if key not in masks:
-        mask = kept.mask[group.lanes] if kept.mask.shape[0] > 1 else kept.mask
-        mask = mask[:, :, columns]
-        if before is not None:
-            mask = mask[..., : before + len(group.columns)]
+        mask = kept.mask if before is None else kept.mask[..., : before + len(group.columns)]
+        if group.every:
+            mask = kept.mask.index_select(-1, group.columns)
+        if mask.shape[0] > 1:  # at once: masks of all heads are large
+            mask = mask[group.lanes[:, None], :, columns].transpose(1, 2).contiguous()
+        else:
+            mask = mask[:, :, columns]
         bare = bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
         masks[key] = None if bare else mask
     return masks[key]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,10 @@ class Batch:
     """[B] long, tokens of each prompt."""
     starts: Tensor
     """[B] long, column of each prompt's first token; 0 everywhere when padded on the right."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """What else the model is called with (`pixel_values`), [B * n, …]: n for each prompt."""
+    frames: Mapping[str, Batch] = field(default_factory=dict[str, "Batch"])
+    """Tokens of the stacks beside the main one: `encoder`, `vision`."""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -60,29 +64,71 @@ class Batch:
             starts=torch.tensor(starts, device=device),
         )
 
+    @staticmethod
+    def grid(rows: int, tokens: int, device: torch.device | str = "cpu") -> Batch:
+        """Rows of so many tokens that have no ids: patches of images, frames of audio."""
+        ids = torch.zeros((rows, tokens), dtype=torch.long, device=device)
+        lengths = torch.full((rows,), tokens, device=device)
+        return Batch(ids, torch.ones_like(ids), lengths, torch.zeros_like(lengths))
+
+    def with_inputs(self, extra: Mapping[str, Tensor], **frames: Batch) -> Batch:
+        """The same tokens beside other inputs."""
+        return replace(self, extra=dict(extra), frames=frames)
+
     def take(self, rows: Tensor) -> Batch:
         """The batch with these rows, in this order, with repetition; padding stays as it is."""
         index = rows.to(self.ids.device)
-        return Batch(
-            ids=self.ids[index],
-            mask=self.mask[index],
-            lengths=self.lengths[index],
-            starts=self.starts[index],
-        )
+        return self._rows(lambda tensor: tensor[index])
 
     def part(self, rows: slice) -> Batch:
         """Some rows side by side, without copying."""
-        return Batch(self.ids[rows], self.mask[rows], self.lengths[rows], self.starts[rows])
+        return self._rows(lambda tensor: tensor[rows])
+
+    def _rows(self, of: Callable[[Tensor], Tensor]) -> Batch:
+        each = len(self)
+        return Batch(
+            ids=of(self.ids),
+            mask=of(self.mask),
+            lengths=of(self.lengths),
+            starts=of(self.starts),
+            extra={
+                name: of(tensor.unflatten(0, (each, -1))).flatten(0, 1)
+                for name, tensor in self.extra.items()
+            },
+            frames={name: frame._rows(of) for name, frame in self.frames.items()},
+        )
+
+    def of_site(self, site: str, stack: str) -> Batch:
+        """The tokens that a site of a stack has vectors of."""
+        if stack == "cross":
+            return self.of_stack("encoder") if site in ("k", "v") else self
+        return self.of_stack(stack) if stack else self
+
+    def of_stack(self, stack: str) -> Batch:
+        """The tokens of a stack beside the main one; ValueError where nothing is said of them."""
+        if stack not in self.frames:
+            raise ValueError(f"the batch has no tokens of the stack `{stack}`")
+        return self.frames[stack]
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
         """[K] columns of the padded tensors where `positions` of `rows` lie."""
         return self.starts[rows] + positions
 
+    @property
+    def leading(self) -> int:
+        """Size of the first dimension of the model's tensors."""
+        return len(self)
+
+    def lengths_of(self, site: str, stack: str) -> Tensor:
+        """[row] long, tokens that a site has vectors of."""
+        return self.of_site(site, stack).lengths
+
     def locate(
-        self, where: object, rows: Tensor, positions: Tensor
+        self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Row and column of each place, whatever the site; all of them are there."""
-        return rows, self.columns(rows, positions), torch.ones_like(rows, dtype=torch.bool)
+        """Row and column of each place; all of them are there."""
+        columns = self.of_site(site, stack).columns(rows, positions)
+        return rows, columns, torch.ones_like(rows, dtype=torch.bool)
 
     def position_ids(self) -> Tensor:
         """[B, T], 0 at the first real token, whatever stands before it."""

@@ -230,6 +230,12 @@ def _checked(file: Path, settings: Any) -> tuple[Any, list[Diagnostic]]:
     type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
     help="Instead of what the file says.",
 )
+@click.option(
+    "--offload",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Spread the model over devices, memory and this folder, with accelerate.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Keep every prompt's values here.")
 @click.option(
     "--format",
@@ -247,6 +253,7 @@ def run(
     limit: int | None,
     device: str,
     dtype: str | None,
+    offload: Path | None,
     out: Path | None,
     form: str,
     only: str | None,
@@ -265,13 +272,14 @@ def run(
     _print(problems)
     if has_errors(problems):
         return WRONG
-    return _run(everything, device, dtype, out, form, profile, frozenset(no_pass))
+    return _run(everything, device, dtype, offload, out, form, profile, frozenset(no_pass))
 
 
 def _run(
     files: list[Any],
     device: str,
     dtype: str | None,
+    offload: Path | None,
     out: Path | None,
     form: str,
     profile: bool,
@@ -299,6 +307,7 @@ def _run(
         options = RunOptions(
             device=device,
             dtype=dtype,
+            offload=offload,
             out=out,
             without=without,
             execution=Options(on_progress=bar.advance),
@@ -505,6 +514,30 @@ def fmt(files: tuple[Path, ...], check: bool) -> int:
     for path in changed:
         print(f"{'would change' if check else 'formatted'} {path}")
     return WRONG if has_errors(problems) or (check and changed) else FINE
+
+
+@app.command(short_help="Take a model apart: its sites, the checks, the passes that apply.")
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+def sites(model: str, form: str) -> int:
+    """Print a model's blocks and sites, the outcome of each check, and the planner passes that
+    apply. MODEL is a name of the zoo, a folder, or `org/name` in the Hugging Face cache."""
+    from mechdsl.load import import_library, look
+
+    import_library()
+    found, problems = look(model)
+    if found is None:
+        _print(problems)
+        return WRONG
+    from mechdsl import anatomy_table
+
+    if form == "json":
+        print(json.dumps(anatomy_table.as_json(found, problems), indent=1))
+    else:
+        anatomy_table.print_sites(found, problems, _console())
+    return FINE
 
 
 @app.command(short_help="Print a JSON schema.")

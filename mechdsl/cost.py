@@ -346,8 +346,13 @@ class _Shapes:
     def work(self, block: _Block, shape: ModelShape, shortcuts: Shortcuts) -> tuple[int, int]:
         """(tokens through blocks, multiply-adds)"""
         tokens = adds = 0
-        parallel = bool(shape.parallel_block)
-        for each in block_work(self.masks, shape.n_layers, parallel=parallel, shortcuts=shortcuts):
+        for each in block_work(
+            self.masks,
+            shape.n_layers,
+            parallel=shape.parallel_block,
+            causal=shape.causal,
+            shortcuts=shortcuts,
+        ):
             more_tokens, more_adds = block.of_work(each, self.counts)
             tokens += more_tokens
             adds += more_adds

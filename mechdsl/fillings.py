@@ -71,7 +71,7 @@ def _means(rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints]) -> Mean
     size = (len(rule.sources), int(codes.max()) + 1)
     sums = {
         place: torch.zeros(
-            *size, slots, units(shape, place[0]), width(shape, place[0]), dtype=torch.float64
+            *size, slots, units(shape, *place), width(shape, *place), dtype=torch.float64
         )
         for place in places
     }

@@ -10,7 +10,7 @@ the same hooks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.batch import Batch, gather
+from mechdsl.experts import ExpertHook, RouterHook
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.anatomy import Layout, Side, Tap
 from mechdsl.models.shape import width
@@ -26,11 +27,16 @@ from mechdsl.taps import (
     InHook,
     OutHook,
     Step,
+    at_hand,
     clean_model_check,
     head_weights,
+    layout_put,
     layout_view,
     replaced,
+    scale_of,
+    scaled,
     through_heads,
+    unscaled,
 )
 from mechdsl.vocab.sites import SITES, stop_layer, write_order
 
@@ -77,6 +83,13 @@ class SiteWrite:
     values: Tensor
     """[K, width], cast to the activation's dtype and device."""
     mode: Literal["set", "add"] = "set"
+    stack: str = ""
+    """Of which stack; the main one has no name."""
+
+    @property
+    def where(self) -> SiteRead:
+        """The site that is written."""
+        return SiteRead(self.site, self.layer, self.stack)
 
     def moved(self, rows: Tensor) -> SiteWrite:
         """The same writes where row i is row `rows[i]`."""
@@ -89,6 +102,7 @@ class SiteRead:
 
     site: str
     layer: int | None = None
+    stack: str = ""
 
 
 class Frame(Protocol):
@@ -99,12 +113,16 @@ class Frame(Protocol):
         ...
 
     @property
-    def lengths(self) -> Tensor:
-        """[row] long, tokens of each row's prompt."""
+    def leading(self) -> int:
+        """Size of the first dimension of the model's tensors."""
+        ...
+
+    def lengths_of(self, site: str, stack: str) -> Tensor:
+        """[row] long, tokens of each row that a site has vectors of."""
         ...
 
     def locate(
-        self, where: SiteRead, rows: Tensor, positions: Tensor
+        self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Indices into the first two dimensions of the tensor tapped at a site, and which of the
         places are there at all; the others can't be seen by any measure."""
@@ -152,42 +170,77 @@ def run_whole(
         except _Stopped:
             logits = None
     if logits is not None:
-        logits = work.output(logits)
+        logits = chosen(model, work.output(logits), tokens)
     work.check()
     return RunResult(logits, work.found)
 
 
 def bare_logits(model: LoadedModel, batch: Batch) -> Tensor:
-    """[B, T, vocab]: the model's own forward, with nothing of ours but masks and positions."""
-    return call(model, batch.ids, batch.mask, batch.position_ids())
+    """The model's own forward, with nothing of ours but masks and positions: [B, T, vocab], what
+    leaves a model without an unembedding, [B, T, d_model], or one output for a whole image."""
+    return call(model, arguments(model, batch))
 
 
-def call(model: LoadedModel, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-    """[B, T, vocab]: the model's own forward, without a cache."""
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if "position_ids" in model.calling.accepts:
-        arguments["position_ids"] = positions
-    if "use_cache" in model.calling.accepts:
-        arguments["use_cache"] = False
-    return model.module(**arguments).logits
+def arguments(model: LoadedModel, batch: Batch) -> dict[str, Tensor]:
+    """What the model is called with."""
+    ids, mask = batch.ids, batch.mask
+    match model.shape.takes:
+        case "image":
+            return dict(batch.extra)
+        case "two texts" | "audio":
+            given = dict(batch.extra)
+            if model.shape.takes == "two texts":
+                encoder = batch.of_stack("encoder")
+                given = {"input_ids": encoder.ids, "attention_mask": encoder.mask}
+            return given | {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+        case _:
+            plain = not batch.extra or model.calling.places_images
+            given = text_inputs(model, ids, batch.position_ids() if plain else None)
+            return {**given, **batch.extra, "attention_mask": mask}
+
+
+def text_inputs(model: LoadedModel, ids: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
+    """Tokens with their positions (0 for the first of a prompt), as the model counts them."""
+    calling = model.calling
+    given = {"input_ids": ids}
+    if positions is not None and calling.first_position is not None:
+        given["position_ids"] = positions + calling.first_position
+    if "token_type_ids" in calling.accepts:
+        given["token_type_ids"] = torch.zeros_like(ids)
+    return given
+
+
+def call(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Tensor:
+    """The model's output, without a cache."""
+    cache = {"use_cache": False} if "use_cache" in model.calling.accepts else {}
+    output = model.module(**arguments, **cache)
+    return output.logits if "logits" in output else output.last_hidden_state
 
 
 @contextmanager
 def narrowed(model: LoadedModel, tokens: Tensor | None) -> Generator[None]:
-    """The unembedding computes the logits of these tokens ([K] long) only, in this order."""
-    if tokens is None:
+    """The unembedding computes the logits of these tokens ([K] long) only, in this order, where it
+    can; `chosen` takes them out of all logits else."""
+    if tokens is None or model.anatomy.unembedding is None or not model.calling.narrows:
         yield
         return
     module = model.module.get_submodule(model.anatomy.unembedding)
-    weight = module.get_parameter("weight")[tokens.to(model.device)]
-    bias = getattr(module, "bias", None)
-    bias = None if bias is None else bias[tokens.to(model.device)]
+    with at_hand(module):
+        every, biases = module.get_parameter("weight"), getattr(module, "bias", None)
+        rows = tokens.to(every.device)
+        weight, bias = every[rows], None if biases is None else biases[rows]
 
     def forward(hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, weight, bias)
+        return nn.functional.linear(hidden.to(weight.device), weight, bias)
 
     with replaced(module, forward):
         yield
+
+
+def chosen(model: LoadedModel, logits: Tensor, tokens: Tensor | None) -> Tensor:
+    """The logits of these tokens, out of a pass that was `narrowed` to them."""
+    narrow = model.anatomy.unembedding is not None and model.calling.narrows
+    return logits if tokens is None or narrow else logits[..., tokens.to(logits.device)]
 
 
 # --- one forward pass ---------------------------------------------------------------------------
@@ -240,15 +293,18 @@ class SiteWork:
         self.found: dict[SiteRead, Tensor] = {}
         self._steps: dict[tuple[str, Side, int], list[tuple[tuple[int, int], Step]]]
         self._steps = defaultdict(list)
-        self._streams: dict[int, Tensor] = {}
+        self._by_heads: set[tuple[str, Side, int]] = set()
+        self._called_again: set[str] = set()
+        self._experts: list[tuple[str, ExpertHook | RouterHook]] = []
+        self._streams: dict[str, Tensor] = {}
+        stacks = [model.anatomy, *(stack.anatomy for stack in model.others.values())]
+        self._blocks = {block.path for anatomy in stacks for block in anatomy.blocks}
         self._applied = [0] * len(writes)
         self._wanted = [int(write.rows.numel()) for write in writes]
         self._writes = list(writes)
         self._reads = list(dict.fromkeys(reads))
         self._logits: tuple[list[_Place], list[SiteRead]] = ([], [])
         self._plan()
-        if stop is not None:
-            self._on(entrance(model, stop), _LAST, _stop)
 
     # --- planning -----------------------------------------------------------------------------
 
@@ -256,7 +312,7 @@ class SiteWork:
         """A step for each site and layer that is read or written."""
         writes: dict[SiteRead, list[_Place]] = defaultdict(list)
         for number, write in enumerate(self._writes):
-            where = SiteRead(write.site, write.layer)
+            where = write.where
             self._require(where, WriteMismatch)
             if self._wanted[number]:
                 writes[where].append(self._place(number, write))
@@ -270,29 +326,30 @@ class SiteWork:
     def _require(self, where: SiteRead, problem: type[Exception]) -> None:
         """The site is one of the model's and lies in the part that is run."""
         kind = SITES.get(where.site)
-        n_layers = self.model.shape.n_layers
-        if kind is None or where.site not in self.model.shape.sites:
+        if kind is None or (where.site == "logits" and "logits" not in self.model.shape.sites):
             raise ValueError(f"`{self.model.name}` has no `{where.site}`")
         if kind.has_layer != (where.layer is not None):
             need = "needs a layer" if kind.has_layer else "has no layers"
             raise ValueError(f"`{where.site}` {need}")
-        if where.layer is not None and not 0 <= where.layer < n_layers:
-            raise ValueError(f"layer {where.layer} is not in 0..{n_layers - 1}")
-        needed = stop_layer(where.site, where.layer, n_layers)
+        if where.site != "logits" or where.stack:
+            self.model.tap(where.site, where.layer, where.stack)
+        if where.stack not in ("", "cross"):  # comes before the main stack
+            return
+        needed = stop_layer(where.site, where.layer, self.model.shape.n_layers)
         if self.stop is not None and (needed is None or needed > self.stop):
             raise problem(f"{_name(where)} lies above layer {self.stop}, where the run stops")
 
     def _place(self, number: int, write: SiteWrite) -> _Place:
         """Indices of a write; ValueError for a place that isn't in the batch."""
-        where = SiteRead(write.site, write.layer)
-        site_units, site_width = self._extent(write.site)
+        where = write.where
+        site_units, site_width = self._extent(where)
         count = self._wanted[number]
         name = _name(where)
         if write.values.shape != (count, site_width):
             raise ValueError(f"values for {name} must be [{count}, {site_width}]")
         if write.positions.shape != (count,) or write.units.shape != (count,):
             raise ValueError(f"rows, positions and units for {name} must be equally long")
-        lengths = self.frame.lengths
+        lengths = self.frame.lengths_of(where.site, where.stack)
         rows, positions, units = (
             t.to(lengths.device) for t in (write.rows, write.positions, write.units)
         )
@@ -302,7 +359,9 @@ class SiteWork:
             raise ValueError(f"a position for {name} is not in its prompt")
         if bool(((units < 0) | (units >= site_units)).any()):
             raise ValueError(f"a unit for {name} is not in 0..{site_units - 1}")
-        first, second, there = self.frame.locate(where, rows, positions)
+        first, second, there = self.frame.locate(
+            where.site, where.layer, where.stack, rows, positions
+        )
         values = write.values
         if not bool(there.all()):
             first, second, units = first[there], second[there], units[there]
@@ -310,11 +369,13 @@ class SiteWork:
             self._wanted[number] = int(there.sum())
         return _Place(number, write, values, first, second, units)
 
-    def _extent(self, site: str) -> tuple[int, int]:
+    def _extent(self, where: SiteRead) -> tuple[int, int]:
         """(units, width) of a site."""
-        if site == "logits":
+        if where.site == "logits":
             return 1, self.model.shape.vocab_size
-        layout = self.model.anatomy.taps[site].layout
+        if where.site == "router":
+            return 1, self.model.stack(where.stack).shape.n_experts
+        layout = self.model.tap(where.site, where.layer, where.stack).layout
         return layout.units, layout.width
 
     def _set_once(self, where: SiteRead, places: list[_Place]) -> None:
@@ -332,22 +393,43 @@ class SiteWork:
         if where.site == "logits":
             self._logits = (places, reads)
             return
-        tap = self.model.anatomy.taps[where.site]
+        tap = self._tap(where)
         match where.site:
-            case "resid_mid":
-                stream = self.model.anatomy.taps["resid_pre"]
-                layer = where.layer or 0
+            case "resid_mid" if self._is_sum(where, tap):
+                stream = self._tap(replace(where, site="resid_pre"))
                 remember_order = (order[0], SITES["resid_pre"].order + 1)
-                self._on(self._spot(stream, layer), remember_order, self._remember(layer))
-                step = self._between(places, reads, layer)
+                self._on(self._spot(stream), remember_order, self._remember(stream.path))
+                step = self._between(places, reads, stream.path, self._scale(tap))
             case "head_out":
-                step = self._heads(places, reads, self.model.anatomy.taps["z"].layout)
+                step = self._heads(places, reads, self._tap(replace(where, site="z")).layout)
+            case "router" | "expert_out":
+                layout = Layout.whole(tap.layout.units)
+                experts = tap.layout.width if where.site == "router" else tap.layout.units
+                kind = RouterHook if where.site == "router" else ExpertHook
+                change = self._own_view(places, reads, layout)
+                self._experts.append((tap.path, kind(change, experts, self.frame.leading)))
+                return
             case _:
-                step = self._direct(places, reads, tap.layout)
-        self._on(self._spot(tap, where.layer), order, step)
+                step = self._direct(places, reads, tap.layout, self._scale(tap))
+        if tap.layout.axes != "flat":
+            self._by_heads.add(self._spot(tap))
+        if tap.again:
+            self._called_again.add(tap.path)
+        self._on(self._spot(tap), order, step)
 
-    def _spot(self, tap: Tap, layer: int | None) -> tuple[str, Side, int]:
-        return tap.at(layer), tap.side, tap.item
+    def _tap(self, where: SiteRead) -> Tap:
+        return self.model.tap(where.site, where.layer, where.stack)
+
+    def _is_sum(self, where: SiteRead, tap: Tap) -> bool:
+        """Whether the stream between the sublayers is no module's output."""
+        block = self.model.stack(where.stack).anatomy.blocks[where.layer or 0]
+        return tap in (block.taps.get("attn_out"), block.taps.get("mixer_out"))
+
+    def _scale(self, tap: Tap) -> float | Tensor:
+        return scale_of(self.model.module, tap)
+
+    def _spot(self, tap: Tap) -> tuple[str, Side, int]:
+        return tap.path, tap.side, tap.item
 
     def _on(self, spot: tuple[str, Side, int], order: tuple[int, int], step: Step) -> None:
         self._steps[spot].append((order, step))
@@ -367,7 +449,7 @@ class SiteWork:
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             return value[rows.to(value.device), columns.to(value.device)]
 
-        self._on((self.model.anatomy.unembedding, "in", 0), _LAST, step)
+        self._on(entrance(self.model, self.model.shape.n_layers + 1), _LAST, step)
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -383,31 +465,58 @@ class SiteWork:
                 raise ReadMismatch(f"{_name(read)} was passed twice in one run")
             self.found[read] = view.clone(memory_format=torch.contiguous_format)
 
-    def _direct(self, places: list[_Place], reads: list[SiteRead], layout: Layout) -> Step:
-        """A site that is a slice of the tapped tensor."""
+    def _direct(
+        self,
+        places: list[_Place],
+        reads: list[SiteRead],
+        layout: Layout,
+        scale: float | Tensor = 1.0,
+    ) -> Step:
+        """A site that is a slice of the tapped tensor, times `scale`."""
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             if places:
-                value = value.clone()
+                value = value.clone(memory_format=torch.contiguous_format)
             view = layout_view(value, layout)
+            for place in places:
+                new = unscaled(self._values(place, view), scale)
+                place.put(view, new, add=place.write.mode == "add")
+                self._done(place)
+            if places:
+                layout_put(value, layout, view)
+            self._keep(reads, scaled(view, scale))
+            return value
+
+        return step
+
+    def _own_view(
+        self, places: list[_Place], reads: list[SiteRead], layout: Layout
+    ) -> Callable[[Tensor], Tensor]:
+        """A site that is worked out for us alone, as [B, T, units, width]."""
+
+        def change(view: Tensor) -> Tensor:
+            if places:
+                view = view.clone()
             for place in places:
                 place.put(view, self._values(place, view), add=place.write.mode == "add")
                 self._done(place)
             self._keep(reads, view)
-            return value
+            return view
 
-        return step
+        return change
 
-    def _remember(self, layer: int) -> Step:
+    def _remember(self, path: str) -> Step:
         """Keeps the stream that enters a block, for `resid_mid` in the same block."""
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            self._streams[layer] = value
+            self._streams[path] = value
             return value
 
         return step
 
-    def _between(self, places: list[_Place], reads: list[SiteRead], layer: int) -> Step:
+    def _between(
+        self, places: list[_Place], reads: list[SiteRead], path: str, scale: float | Tensor
+    ) -> Step:
         """`resid_mid`: what attention adds is changed so that the sum is the value written.
 
         The stream between the sublayers is no module's output; a hook on the second norm would
@@ -415,7 +524,7 @@ class SiteWork:
         """
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            stream = self._streams[layer].unsqueeze(2)
+            stream = self._streams[path].unsqueeze(2)
             if places:
                 value = value.clone()
             view = value.unsqueeze(2)
@@ -423,10 +532,11 @@ class SiteWork:
                 new = self._values(place, view)
                 if place.write.mode == "set":
                     new = new - place.get(stream)
+                new = unscaled(new, scale)
                 place.put(view, new, add=place.write.mode == "add")
                 self._done(place)
             if reads:
-                self._keep(reads, stream + view)
+                self._keep(reads, stream + scaled(view, scale))
             return value
 
         return step
@@ -466,14 +576,34 @@ class SiteWork:
         handles: list[Any] = []
         try:
             for (path, side, item), steps in self._steps.items():
+                flat = (path, side, item) not in self._by_heads
+                once = path in self._called_again
                 module = self.model.module.get_submodule(path)
                 ordered = [step for _, step in sorted(steps, key=lambda entry: entry[0])]
                 if side == "in":
-                    hook = InHook(ordered)
+                    hook = InHook(ordered, self.frame.leading, flat=flat, once=once)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 else:
-                    out = OutHook(ordered, item)
-                    handles.append(module.register_forward_hook(out, with_kwargs=True))
+                    out = OutHook(ordered, item, self.frame.leading, flat=flat, once=once)
+                    # On blocks in front of the library's own, which collect what these return.
+                    handles.append(
+                        module.register_forward_hook(
+                            out, with_kwargs=True, prepend=path in self._blocks
+                        )
+                    )
+            for path, hook in self._experts:
+                module = self.model.module.get_submodule(path)
+                if isinstance(hook, RouterHook):
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            if self.stop is not None:  # behind all other hooks of that place
+                path, side, _ = entrance(self.model, self.stop)
+                module = self.model.module.get_submodule(path)
+                if side == "in":
+                    handles.append(module.register_forward_pre_hook(_stop))
+                else:
+                    handles.append(module.register_forward_hook(_stop))
             yield
         finally:
             for handle in handles:
@@ -485,15 +615,20 @@ class SiteWork:
         places, reads = self._logits
         if (places or reads) and logits.shape[-1] != self.model.shape.vocab_size:
             raise ValueError("logits can't be read or written where only some tokens' are computed")
+        if not (places or reads):
+            return logits
+        whole = logits.dim() == 2  # one output for a whole image
+        logits = logits.unsqueeze(1) if whole else logits
         with torch.inference_mode():
             step = self._direct(places, reads, Layout.whole(width(self.model.shape, "logits")))
-            return step(logits, self.model.module, logits) if places or reads else logits
+            logits = step(logits, self.model.module, logits)
+        return logits.squeeze(1) if whole else logits
 
     def check(self) -> None:
         """Every row of every write exactly once, every read once."""
         for write, applied, wanted in zip(self._writes, self._applied, self._wanted, strict=True):
             if applied != wanted:
-                name = _name(SiteRead(write.site, write.layer))
+                name = _name(write.where)
                 raise WriteMismatch(f"{wanted} rows were to be written at {name}, {applied} were")
         for read in self._reads:
             if read not in self.found:
@@ -501,16 +636,21 @@ class SiteWork:
 
 
 def entrance(model: LoadedModel, layer: int) -> tuple[str, Side, int]:
-    """What is read by block `layer`, by the final norm, by the unembedding."""
+    """What is read by block `layer`, what leaves the last block, what the unembedding reads."""
     anatomy, n_layers = model.anatomy, model.shape.n_layers
     if layer < n_layers:
-        return anatomy.block.format(layer=layer), "in", 0
-    return (anatomy.final_norm if layer == n_layers else anatomy.unembedding), "in", 0
+        return anatomy.blocks[layer].path, "in", 0
+    if layer > n_layers and anatomy.unembedding is not None:
+        return anatomy.unembedding, "in", 0
+    if layer > n_layers and (tap := anatomy.taps.get("final_norm")) is not None:
+        return tap.path, tap.side, 0
+    return anatomy.blocks[-1].path, "out", 0
 
 
-def _stop(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+def _stop(*args: Any) -> None:
     raise _Stopped
 
 
 def _name(where: SiteRead) -> str:
-    return f"`{where.site}`" if where.layer is None else f"`{where.site} layer {where.layer}`"
+    words = [where.site] if where.layer is None else [where.site, f"layer {where.layer}"]
+    return f"`{' '.join([words[0], *([where.stack] if where.stack else []), *words[1:]])}`"

@@ -1,9 +1,9 @@
 """Rows that can't differ from the base run, by structure: they are equal to it and are not run.
 
-Four arguments, all for causal decoders, and none of them looks at a float: up to the first token in
-which they differ, source and base are the same prompt; below the first attention a position knows
-its own token only; a write behind the last position that is read reaches nothing; and a write above
-the last attention reaches its own position only.
+Four arguments, and none of them looks at a float. In causal models source and base are the same
+prompt up to the first token in which they differ, and a write behind the last position that is read
+reaches nothing. In all models a position knows its own token only below the first attention, and a
+write above the last attention reaches its own position only.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mechdsl.resolve.types import ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.rule_plan import Rows, RulePlan
 from mechdsl.vocab.sites import SITES
 
-SEEN_BY_LATER_TOKENS = frozenset({"resid_pre", "attn_norm", "k", "v"})
+SEEN_BY_LATER_TOKENS = frozenset({"resid_pre", "attn_norm", "mixer_norm", "k", "v"})
 """Sites of a block that its attention carries to later positions; the rest stay where they are."""
-MADE_OF_OWN_TOKEN = frozenset({"resid_pre", "attn_norm", "q", "k", "v"})
+MADE_OF_OWN_TOKEN = frozenset({"resid_pre", "attn_norm", "mixer_norm", "q", "k", "v"})
 """Sites of the first block that hang on the position's own token."""
 
 Mask = NDArray[np.bool_]
@@ -51,17 +51,19 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     _, token = plan.written.tokens.expand(np.arange(runs))
     of_run = np.repeat(np.arange(runs), plan.written.tokens.counts(np.arange(runs)))
     prompt = (keys % plan.written.prompts)[of_run]
-    same = alike = np.zeros(len(token), dtype=np.bool_)
+    none = np.zeros(len(token), dtype=np.bool_)
+    causal = experiment.model.shape.causal
+    same = alike = none
     shared = _shared_prefix(experiment, plan.rule)
     if shared is not None:
         at_the_same = token == plan.read.tokens.values
-        same = at_the_same & (token < shared[prompt])
+        same = at_the_same & (token < shared[prompt]) if causal else none
         alike = at_the_same & _equal_tokens(experiment, plan.rule)[prompt, token]
-    unread = elsewhere = np.zeros(len(token), dtype=np.bool_)
+    unread = elsewhere = none
     reads = _read_positions(experiment)
     if reads is not None:
         last = reads.shape[1] - 1 - reads[:, ::-1].argmax(axis=1)
-        unread = token > last[prompt]
+        unread = token > last[prompt] if causal else none
         elsewhere = unread | ~reads[prompt, token]
     last_layer = experiment.model.shape.n_layers - 1
     where = np.full(combinations, BETWEEN)

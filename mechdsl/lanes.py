@@ -292,6 +292,7 @@ def noise_scale(model: LoadedModel, noise: Noise) -> float:
     """
     if noise.sds is None:
         return float(noise.std or 0.0)
+    assert model.anatomy.embedding is not None  # prompts are tokens
     embed = model.module.get_submodule(model.anatomy.embedding)
     ids, counts = np.unique(np.array(noise.sd_tokens, dtype=np.int64), return_counts=True)
     with torch.inference_mode():

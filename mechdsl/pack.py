@@ -84,18 +84,21 @@ def pack_block(work: BlockWork, lanes: Ints, kept: Kept, device: torch.device) -
     lookup[token_rows, column] = np.arange(len(column))
     kept_index = lanes[token_rows] * kept.columns + column
 
+    lengths = kept.batch.lengths.cpu().numpy()
     edges = np.flatnonzero((np.diff(which) != 0) | (np.diff(count) != 0)) + 1
     groups: list[Group] = []
     start = 0
     for begin, end in zip([0, *edges], [*edges, len(rows)], strict=True):
         columns = np.flatnonzero(present[begin])
+        own_lanes = lanes[rows[begin : end : count[begin]]]
         asking = work.attend[rows[begin]][columns]
         group = Group(
             start=start,
-            lanes=on_device(lanes[rows[begin : end : count[begin]]], device),
+            lanes=on_device(own_lanes, device),
             rows=int(count[begin]),
             columns=on_device(columns, device),
             queries=on_device(np.flatnonzero(asking), device),
+            every=bool((lengths[own_lanes] == len(columns)).all()),
         )
         start += group.size
         groups.append(group)

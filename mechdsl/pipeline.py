@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mechdsl.loaded import LoadedModel
 from mechdsl.plan import Plan, make_plan, unknown_passes
 from mechdsl.profile import Profile
 from mechdsl.resolve import ModelContext
+from mechdsl.resolve.sites import missing_points
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
 from mechdsl.source import Source, Span
 from mechdsl.store import Store
@@ -37,6 +39,8 @@ class RunOptions:
     settings: Settings = field(default_factory=Settings)
     device: str = "auto"
     dtype: str | None = None
+    offload: Path | None = None
+    """Folder for weights that fit into no device and not into memory, with accelerate."""
     out: Path | None = None
     without: frozenset[str] = frozenset()
     """Graph and plan passes that are switched off."""
@@ -73,6 +77,8 @@ def run_checked(
         return None, diagnostics
     models = dict(loaded or {})
     diagnostics.extend(_load(checked, models, options))
+    if not has_errors(diagnostics):
+        diagnostics.extend(_not_there(checked, models))
     if has_errors(diagnostics):
         return None, diagnostics
     return _run(checked, models, options, diagnostics)
@@ -125,7 +131,8 @@ def _run(
 
 
 def check_options(options: RunOptions) -> list[Diagnostic]:
-    """E0208 for devices and passes that don't exist, and a folder that can't be written to."""
+    """E0208 for devices and passes that don't exist, folders that can't be written to, and a
+    library that isn't installed."""
     found = unknown_passes(sorted(options.without))
     problem = _device_problem(options.device)
     if problem is not None:
@@ -135,14 +142,20 @@ def check_options(options: RunOptions) -> list[Diagnostic]:
                 hint="write `auto`, `cpu`, `cuda` or `cuda:0`",
             )
         )
-    if options.out is not None:
+    for option, folder in (("--out", options.out), ("--offload", options.offload)):
+        if folder is None:
+            continue
         try:
-            options.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=options.out).close()
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            reason = f"`--out {options.out}`: {(error.strerror or str(error)).lower()}"
+            reason = f"`{option} {folder}`: {(error.strerror or str(error)).lower()}"
             hint = "name a folder that may be written to; it is made where there is none"
             found.append(BadCommandLine(reason=reason, hint=hint))
+    if options.offload is not None and find_spec("accelerate") is None:
+        reason = "`--offload` needs accelerate, which isn't installed"
+        hint = "`pip install 'mechdsl[offload]'` installs it"
+        found.append(BadCommandLine(reason=reason, hint=hint))
     return found
 
 
@@ -163,6 +176,27 @@ def device(name: str) -> torch.device:
     found = torch.device(name)
     torch.empty(0, device=found)  # says now what it would say in the middle of a run
     return found
+
+
+def _spread(options: RunOptions) -> dict[str, object] | None:
+    """How weights are spread over devices, memory and a folder; None where they aren't."""
+    if options.offload is None:
+        return None
+    spread: dict[str, object] = {"device_map": "auto", "offload_folder": str(options.offload)}
+    if options.device != "auto":
+        from accelerate.utils import get_max_memory
+
+        only = device(options.device)
+        room = get_max_memory()
+        spread["max_memory"] = {k: v for k, v in room.items() if k == "cpu" or _is(only, k)}
+    return spread
+
+
+def _is(device: torch.device, name: int | str) -> bool:
+    """Whether accelerate calls a device this: a number for a GPU, else its kind."""
+    if isinstance(name, int):
+        return device.type not in ("cpu", "mps") and name == (device.index or 0)
+    return name == device.type
 
 
 def _adopted(models: Models) -> tuple[dict[str, LoadedModel], list[Diagnostic]]:
@@ -188,6 +222,23 @@ def _contexts(source: Source, loaded: Mapping[str, LoadedModel]) -> dict[str, Mo
     return found
 
 
+def _not_there(checked: Checked, models: Mapping[str, LoadedModel]) -> list[Diagnostic]:
+    """Sites that only a look at the modules shows to be missing: E0402, E0413, E0414."""
+    found: list[Diagnostic | None] = []
+    for experiment in checked.experiments:
+        model = models[experiment.model.name]
+        for rule in experiment.rules:
+            if rule.sites is not None:
+                points = [p for here in rule.sites.points.values() for p in here]
+                span = rule.spec.span
+                found.append(missing_points(points, model.shape, model.name, span))
+        for measure in (*experiment.measures, *experiment.keep):
+            points = [atom.point for atom in measure.atoms if atom.point is not None]
+            span = measure.expression.span
+            found.append(missing_points(points, model.shape, model.name, span))
+    return [each for each in found if each is not None]
+
+
 def _load(
     checked: Checked, loaded: dict[str, LoadedModel], options: RunOptions
 ) -> list[Diagnostic]:
@@ -205,7 +256,10 @@ def _load(
         if name in loaded:
             continue
         model, found = load(
-            checked.program.models[name], device=device(options.device), dtype=options.dtype
+            checked.program.models[name],
+            device=device(options.device),
+            dtype=options.dtype,
+            spread=_spread(options),
         )
         diagnostics.extend(found)
         if model is not None:

@@ -22,6 +22,10 @@ Places: TypeAlias = Mapping[tuple[str, int | None], Mask]
 """(site, layer) → where it is written or read."""
 
 
+INSIDE_MLP = ("router", "expert_out", "mlp_hidden")
+"""Sites that are passed while the MLP runs, on the tokens that it runs on."""
+
+
 @dataclass(frozen=True)
 class Shortcuts:
     """Which parts of the unpatched run a row may take over. All off is a whole pass."""
@@ -66,6 +70,10 @@ class RowMasks:
     final: Mask
     """Tokens that are read behind the last block."""
 
+    def reached(self, mask: Mask, *, causal: bool) -> Mask:
+        """The tokens that see one of these."""
+        return later(mask) if causal else mask.any(axis=1, keepdims=True) & self.real
+
 
 def later(mask: Mask) -> Mask:
     """The columns from the first one on."""
@@ -78,18 +86,18 @@ def earlier(mask: Mask) -> Mask:
 
 
 def block_work(
-    rows: RowMasks, n_layers: int, *, parallel: bool, shortcuts: Shortcuts
+    rows: RowMasks, n_layers: int, *, parallel: bool, causal: bool = True, shortcuts: Shortcuts
 ) -> Iterator[BlockWork]:
     """The work of each block, from the lowest up.
 
-    parallel: attention and MLP read the same stream.
+    parallel: attention and MLP read the same stream. causal: no token sees a later one.
     """
     none = np.zeros_like(rows.real)
     any_read = np.logical_or.reduce([rows.final, *rows.reads.values()])
-    seen = earlier(any_read) & rows.real if shortcuts.last else rows.real
+    seen = earlier(any_read) & rows.real if shortcuts.last and causal else rows.real
     carried = rows.writes.get(("embed", None), none) & seen
     everything = rows.real & seen
-    if shortcuts.prefix:
+    if shortcuts.prefix and causal:
         everything = later(np.logical_or.reduce([none, *rows.writes.values()])) & everything
     if not shortcuts.resume:
         carried = everything
@@ -111,13 +119,15 @@ def block_work(
         needed = rows.final if layer == n_layers - 1 and shortcuts.last else seen
         needed = needed | reading
         changed = entered | at["resid_pre"]
-        normed = changed | at["attn_norm"]
+        normed = changed | at["attn_norm"] | at["mixer_norm"]
         attended_to = normed | at["k"] | at["v"]
-        attend = (normed | at["q"] | later(attended_to)) & rows.real & needed
+        attend = normed | at["q"] | rows.reached(attended_to, causal=causal)
+        attend = attend & rows.real & needed
         output = attend | (at["z"] & needed)
-        middle = changed | output | at["head_out"] | at["attn_out"] | at["resid_mid"]
-        mlp = (changed if parallel else middle) | at["mlp_norm"] | at["mlp_hidden"]
-        mlp = mlp & needed
+        middle = changed | output | at["head_out"] | at["attn_out"]
+        middle = middle | at["mixer_out"] | at["resid_mid"]
+        mlp = (changed if parallel else middle) | at["mlp_norm"]
+        mlp = np.logical_or.reduce([mlp, *(at[site] for site in INSIDE_MLP)]) & needed
         out = (middle | mlp | at["mlp_out"] | at["resid_post"]) & needed
         yield BlockWork(
             present=(attended_to & seen) | attend | out | reading,
@@ -125,6 +135,6 @@ def block_work(
             project=normed & seen,
             attend=attend,
             output=output,
-            mlp=mlp | read.get("mlp_hidden", none),
+            mlp=np.logical_or.reduce([mlp, *(read.get(site, none) for site in INSIDE_MLP)]),
         )
         carried = out

@@ -11,15 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mechdsl.models.anatomy import Layout
-from mechdsl.models.finder import transposed
+from mechdsl.models.anatomy import Layout, Tap
+from mechdsl.models.projections import transposed
 
 Step = Callable[[Tensor, nn.Module, Tensor], Tensor]
 """(the tapped tensor, its module, the module's input) to the tensor that the model goes on with."""
 
 
 def layout_view(tensor: Tensor, layout: Layout) -> Tensor:
-    """[B, T, units, width] view of a tapped tensor; writing to it writes to the tensor."""
+    """[B, T, units, width] of a tapped tensor, a view wherever there can be one; what is written
+    to it is put back by `layout_put`."""
     match layout.axes:
         case "heads":
             return tensor
@@ -27,12 +28,35 @@ def layout_view(tensor: Tensor, layout: Layout) -> Tensor:
             return tensor.transpose(1, 2)
         case "flat":
             part = tensor[..., layout.offset : layout.end]
-            return part.unfold(-1, layout.width, max(layout.stride, 1))
+            if layout.group == 1:
+                return part.unfold(-1, layout.width, max(layout.stride, 1))
+            return _grouped(part, layout).flatten(-3, -2)
+
+
+def layout_put(tensor: Tensor, layout: Layout, view: Tensor) -> None:
+    """What was written to `layout_view` is in the tensor, also where that is no view."""
+    if layout.group > 1:
+        part = _grouped(tensor[..., layout.offset : layout.end], layout)
+        part.copy_(view.unflatten(-2, part.shape[-3:-1]))
+
+
+def _grouped(part: Tensor, layout: Layout) -> Tensor:
+    """[…, group, unit of it, width] view."""
+    groups = part.unfold(-1, layout.group * layout.width, layout.stride)
+    return groups.unflatten(-1, (layout.group, layout.width))
+
+
+_NAMES = ("hidden_states", "inputs_embeds", "hidden_state", "x", "input", "query")
+"""What modules call the activation that they get, where it isn't their first argument."""
+
+
+def _name(kwargs: dict[str, Any]) -> str:
+    return next((name for name in _NAMES if name in kwargs), _NAMES[0])
 
 
 def given_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The activation that a module was called with."""
-    value = args[0] if args else kwargs.get("hidden_states")
+    value = args[0] if args else kwargs.get(_name(kwargs))
     if not isinstance(value, Tensor):
         raise TypeError("a tapped module was called without an activation as its first argument")
     return value
@@ -42,12 +66,49 @@ def given_again(
     args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with another activation."""
-    return ((value, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": value})
+    return ((value, *args[1:]), kwargs) if args else ((), {**kwargs, _name(kwargs): value})
+
+
+@contextmanager
+def at_hand(module: nn.Module) -> Generator[None]:
+    """The module's own weights can be read, also where accelerate keeps them on a disk, or in
+    another memory, while the module isn't running."""
+    hook = module.__dict__.get("_hf_hook")
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    if hook is None or not any(weight.is_meta for weight in own):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, ())
+
+
+def scale_of(model: nn.Module, tap: Tap) -> float | Tensor:
+    """What a tapped tensor is multiplied with to be the site."""
+    if tap.scaled_by is None:
+        return tap.scale
+    path, _, name = tap.scaled_by.rpartition(".")
+    module = model.get_submodule(path)
+    with at_hand(module):
+        return module.get_parameter(name).detach() * tap.scale
+
+
+def scaled(value: Tensor, scale: float | Tensor) -> Tensor:
+    """The tensor times a scale; itself where that is one."""
+    return value if not isinstance(scale, Tensor) and scale == 1 else value * scale
+
+
+def unscaled(value: Tensor, scale: float | Tensor) -> Tensor:
+    """The other way round."""
+    return value if not isinstance(scale, Tensor) and scale == 1 else value / scale
 
 
 def head_weights(projection: nn.Module, layout: Layout) -> Tensor:
     """[units, width, d_model]: each head's slice of the output projection."""
-    weight = projection.get_parameter("weight")
+    with at_hand(projection):
+        weight = projection.get_parameter("weight")
     by_input = weight if transposed(projection) else weight.t()
     return by_input.unflatten(0, (layout.units, layout.width))
 
@@ -72,39 +133,76 @@ class Stub:
         return hidden if self.returns is None else (hidden, *[None] * (self.returns - 1))
 
 
-class InHook:
-    """Runs steps on what a module reads."""
+def _stepped(
+    steps: list[Step], value: Tensor, module: nn.Module, given: Tensor, leading: int, flat: bool
+) -> Tensor:
+    """The tensor after all steps. Those of vectors (`flat`) see [B, T, width] also where the model
+    has put all tokens in one dimension, tokens of one row in two (a grid, parts of an image), or
+    images of several rows behind one another."""
+    now = value
+    if flat:
+        now = value.reshape(leading, -1, value.shape[-1])
+        given = given.reshape(leading, -1, given.shape[-1])
+    before = now
+    for step in steps:
+        now = step(now, module, given)
+    if now is before:
+        return value
+    if now.shape == before.shape:
+        return now.reshape(value.shape)
+    return now.flatten(0, 1) if value.dim() == 2 else now
 
-    def __init__(self, steps: list[Step]) -> None:
+
+class InHook:
+    """Runs steps on what a module reads, the first time only if `once`."""
+
+    def __init__(
+        self, steps: list[Step], leading: int, *, flat: bool = True, once: bool = False
+    ) -> None:
         self.steps = steps
+        self.leading = leading
+        self.flat = flat
+        self.once = once
+        self.done = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = value = given_to(args, kwargs)
-        for step in self.steps:
-            value = step(value, module, given)
+        if self.once and self.done:
+            return None
+        self.done = True
+        given = given_to(args, kwargs)
+        value = _stepped(self.steps, given, module, given, self.leading, self.flat)
         return None if value is given else given_again(args, kwargs, value)
 
 
 class OutHook:
-    """Runs steps on what a module returns."""
+    """Runs steps on what a module returns, the first time only if `once`."""
 
-    def __init__(self, steps: list[Step], item: int) -> None:
+    def __init__(
+        self, steps: list[Step], item: int, leading: int, *, flat: bool = True, once: bool = False
+    ) -> None:
         self.steps = steps
         self.item = item
+        self.leading = leading
+        self.flat = flat
+        self.once = once
+        self.done = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        returned: Tensor = output[self.item] if isinstance(output, tuple) else output
-        value = returned
-        given = given_to(args, kwargs) if args or "hidden_states" in kwargs else returned
-        for step in self.steps:
-            value = step(value, module, given)
+        if self.once and self.done:
+            return None
+        self.done = True
+        several = isinstance(output, (tuple, list))
+        returned: Tensor = output[self.item] if several else output
+        first = args[0] if args else kwargs.get(_name(kwargs))
+        given = first if isinstance(first, Tensor) else returned
+        value = _stepped(self.steps, returned, module, given, self.leading, self.flat)
         if value is returned:
             return None
-        if not isinstance(output, tuple):
+        if not several:
             return value
-        return (*output[: self.item], value, *output[self.item + 1 :])
+        return type(output)([*output[: self.item], value, *output[self.item + 1 :]])
 
 
 @contextmanager
@@ -123,6 +221,7 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
 _FUSED: Mapping[str, Callable[[Tensor], Tensor]] = {
     "NewGELUActivation": partial(nn.functional.gelu, approximate="tanh"),
     "FastGELUActivation": partial(nn.functional.gelu, approximate="tanh"),
+    "BloomGelu": partial(nn.functional.gelu, approximate="tanh"),
 }
 """Activation functions written out step by step, by class: the same formula in one kernel."""
 

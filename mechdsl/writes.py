@@ -94,7 +94,7 @@ def build_writes(
             place = places[index]
             chosen = np.flatnonzero(own == index)
             unit = unit_of_point[entries.point[chosen]]
-            chosen, unit = _all_units(chosen, unit, units(shape, place[0]))
+            chosen, unit = _all_units(chosen, unit, units(shape, *place))
             values = _values(
                 rule, number, place, entries, chosen, unit, rows, draws, lanes_of, fillings, shape
             )
@@ -130,7 +130,7 @@ def _values(
     fill = plan.rule.fill
     row = entries.row[chosen]
     if fill == "zero":
-        return torch.zeros(len(chosen), width(shape, place[0]))
+        return torch.zeros(len(chosen), width(shape, *place))
     if fill == "mean":
         means = fillings.means[number]
         values = means.values[place]

@@ -9,6 +9,7 @@ import pytest
 # Several workers share the cores; the numbers must not depend on how many threads sum them up.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["MECHDSL_CACHE"] = ""  # checks run each time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -503,14 +503,15 @@ def hit_texts(
 ) -> tuple[str, ...]:
     """The different token texts that a cell hits, the commonest first.
 
-    tokenizer: knows the names of special tokens, which cover no text (else they are left out).
+    tokenizer: knows the names of tokens that cover no text (else they are left out).
     """
     found: Counter[str] = Counter()
     for row, hits in zip(table.runs[run].rows, cell.hits, strict=True):
         m = TokenMap(row)
         for p in (p for tokens in hits for p in tokens):
-            if not row.special[p]:
-                found[m.token_text(p)] += 1
-            elif tokenizer is not None:
-                found[tokenizer.token_text(row.ids[p])] += 1
+            text = "" if row.special[p] else m.token_text(p)
+            if not text and tokenizer is not None:
+                text = tokenizer.token_text(row.ids[p])
+            if text:
+                found[text] += 1
     return tuple(text for text, _ in found.most_common())

@@ -44,8 +44,10 @@ class TokenMap:
 
     @cached_property
     def text_tokens(self) -> tuple[int, ...]:
-        """The tokens of the prompt's own text."""
-        return tuple(i for i, special in enumerate(self.row.special) if not special)
+        """The tokens of the prompt's own text, without a space that the tokenizer put in front."""
+        own = [i for i, special in enumerate(self.row.special) if not special]
+        at = self.row.offsets
+        return tuple(own[next((n for n, i in enumerate(own) if at[i][0] < at[i][1]), 0) :])
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """The tokens that overlap some characters.

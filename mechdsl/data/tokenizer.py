@@ -20,6 +20,9 @@ from mechdsl.source import Span
 ROLES = ("bos", "cls", "sep", "eos")
 """Special tokens that positions can name."""
 
+_SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
+"""What slow tokenizers are kept in."""
+
 _BATCH = 4096
 
 
@@ -79,7 +82,8 @@ class TextTokenizer:
         try:
             content = file.read_bytes()
         except FileNotFoundError:
-            return refused("there is no `tokenizer.json` in the folder")
+            slow = [f", only `{name}`" for name in _SLOW if (path / name).exists()]
+            return refused("there is no `tokenizer.json` in the folder" + "".join(slow[:1]))
         except OSError as error:
             return refused(error.strerror or str(error))
         try:
@@ -193,7 +197,7 @@ class TextTokenizer:
                 offsets = [
                     (0, 0) if added else at for at, added in zip(e.offsets, special, strict=True)
                 ]
-                _place_prefix(e, offsets, special)
+                _place_prefixes(e, offsets, special)
                 out.append(Encoded(tuple(e.ids), tuple(offsets), special))
         return out
 
@@ -262,17 +266,16 @@ def _without_closing(encoded: Encoded) -> tuple[int, ...]:
     return encoded.ids[:end] if end else encoded.ids
 
 
-def _place_prefix(
+def _place_prefixes(
     encoding: Encoding, offsets: list[tuple[int, int]], special: Sequence[bool]
 ) -> None:
-    """A `▁` that SentencePiece puts in front of the text claims the first character, which belongs
-    to the next token: it covers nothing."""
-    first = special.index(False) if False in special else len(offsets)
-    if first + 1 >= len(offsets):
-        return
-    start, end = offsets[first]
-    if end > offsets[first + 1][0] and not encoding.tokens[first].strip("▁"):
-        offsets[first] = (start, start)
+    """A space that tokenizers put in front of a text, of each word or behind a special token (`▁`,
+    `Ġ`) claims the first character behind it, which belongs to the next token: it covers nothing.
+    """
+    for n, token in enumerate(encoding.tokens[:-1]):
+        start, end = offsets[n]
+        if not special[n + 1] and end > offsets[n + 1][0] and set(token) in ({"▁"}, {"Ġ"}):
+            offsets[n] = (start, start)
 
 
 def _keep_white_space(backend: Tokenizer) -> None:

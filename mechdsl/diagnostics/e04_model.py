@@ -86,16 +86,32 @@ class NoWeights(Diagnostic):
 
 
 @keyword_record
-class NotADecoder(Diagnostic):
-    """A model that doesn't predict next tokens."""
+class NotATextModel(Diagnostic):
+    """A model that can't be called with a prompt alone."""
 
     code = "E0407"
-    title = "`{model}` is a `{architecture}`, not a causal language model"
-    label = "it gives no next-token logits"
-    help = "use a model whose architecture ends with `ForCausalLM` or `LMHeadModel`"
+    title = "`{model}` is a `{architecture}`, which doesn't read prompts"
+    label = "prompts are given to language models: causal, masked or vision-language"
+    help = "run encoder-decoders and vision encoders from Python, with `mechdsl.hooks.run_whole`"
 
     model: str
     architecture: str
+
+
+@keyword_record
+class SiteNotInBlock(Diagnostic):
+    """A site that the model has in other blocks than the one that is asked for."""
+
+    code = "E0414"
+    title = "`{model}` has no `{site}` in layer {layer}"
+    label = "{reason}"
+    help = "it has one in {layers}"
+
+    model: str
+    site: str
+    layer: int
+    reason: str
+    layers: str
 
 
 @keyword_record

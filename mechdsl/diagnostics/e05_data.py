@@ -88,8 +88,8 @@ class NoTokenizer(Diagnostic):
     title = "`{path}` has no tokenizer that can be read: {reason}"
     label = "this model"
     help = (
-        "a `tokenizer.json` is needed: load the tokenizer once with transformers "
-        "(`AutoTokenizer.from_pretrained(…)`) and save it with `save_pretrained(…)`"
+        "positions need the offsets that a `tokenizer.json` gives; transformers writes one with "
+        "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`"
     )
     path: str
     reason: str

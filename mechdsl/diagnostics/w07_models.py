@@ -1,4 +1,4 @@
-"""W0710 and W0711: warnings about models."""
+"""W0710 to W0712: warnings about models."""
 
 from __future__ import annotations
 
@@ -29,4 +29,18 @@ class NotRestartable(Diagnostic):
     help = "nothing to change: results are the same, they take longer"
 
     model: str
+    reason: str
+
+
+@keyword_record
+class StackLeftOut(Diagnostic):
+    """A stack beside the main one whose sites can't be had."""
+
+    code = "W0712"
+    title = "`{model}` is taken without the sites of its stack `{stack}`"
+    label = "{reason}"
+    help = "the other sites are as they are on any model"
+
+    model: str
+    stack: str
     reason: str

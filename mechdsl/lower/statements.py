@@ -139,7 +139,7 @@ class Statements:
                 self.later(node.span, LATER[type(node)])
             elif isinstance(node, ast.Site) and node.basis is not None:
                 self.later(node.span, "a subspace")
-            elif isinstance(node, ast.Axis) and node.word in ("expert", "feature"):
+            elif isinstance(node, ast.Axis) and node.word == "feature":
                 self.later(node.span, f"`{node.word}` sites")
             elif isinstance(node, ast.SpanRef) and (node.row is not None or node.col is not None):
                 self.later(node.span, "an image position")

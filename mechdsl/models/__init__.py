@@ -1,6 +1,6 @@
 """What a model looks like, as numbers and strings: nothing here imports torch."""
 
-from mechdsl.models.anatomy import Anatomy, Layout, Tap
+from mechdsl.models.anatomy import Anatomy, BlockAnatomy, Layout, Tap
 from mechdsl.models.locate import locate
 from mechdsl.models.shape import (
     ModelShape,
@@ -13,6 +13,7 @@ from mechdsl.models.shape import (
 
 __all__ = [
     "Anatomy",
+    "BlockAnatomy",
     "Layout",
     "ModelShape",
     "Tap",

@@ -1,32 +1,119 @@
-"""Families of models: only what neither the config nor the module tree tells.
+"""What a family of models says of itself: only what neither its config nor its modules tell.
 
-A new entry is one `@family`-decorated class; the finder does the rest.
+Entries lie in `families/`, one `@family`-decorated class each; the finder does the rest. Outside of
+the package, an entry is made by importing a module with such a class before the model is loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from mechdsl.models.anatomy import Side
+from mechdsl.models.anatomy import BlockAnatomy, Layout
 from mechdsl.registry import Registry
+
+Arrangement = Literal["front", "behind the sum", "parallel"]
+"""Norms in front of the sublayers (and perhaps behind them too, before the sum); norms of the sums;
+or attention and MLP side by side."""
+
+Config = Mapping[str, Any]
+
+Inputs = Mapping[str, tuple[int, ...] | list[Any]]
+"""What a model is called with beside tokens, for one prompt, by name: the shape of a tensor of
+floats, or a list of whole numbers. Prompts lie behind one another in the first dimension."""
 
 
 class Family:
     """What holds of a family that is found by its modules alone; entries override."""
 
-    taps: ClassVar[Mapping[str, tuple[str, Side]]] = {}
-    """Site to (path within a block, side), where the finder's own choice would be wrong."""
-    qk_norm_heads_first: ClassVar[bool] = False
-    """Query and key norms see `[B, H, T, d_head]` instead of `[B, T, H, d_head]`."""
+    norms_behind_rotary: ClassVar[bool] = False
+    """Query and key norms stand behind rotary, so that `q` and `k` are what is projected."""
     additive_positions: ClassVar[bool] = False
     """Positions are added to the scores (ALiBi), so that a zero query doesn't attend uniformly."""
+    interleaved: ClassVar[bool] = False
+    """A fused projection returns query, key and value of each head in turn, as those called
+    `query_key_value` do."""
+    adds_up: ClassVar[bool] = True
+    """resid_pre + attn_out + mlp_out = resid_post; False where something else is added too."""
+    mixes: ClassVar[bool] = False
+    """No block attends: what is called attention there mixes tokens in another way."""
+    encodes: ClassVar[bool] = False
+    """Built as a causal model it still sees later tokens, unless `is_decoder` is set."""
 
     @staticmethod
-    def parallel(config: Mapping[str, Any]) -> bool | None:
-        """Whether attention and MLP read the same stream; None: only the modules can tell."""
+    def parts(config: Config) -> Mapping[str, str]:
+        """Paths within a block, where the finder's choice would be wrong: of `attention`,
+        `mixer` (what stands in its place), `attn_out` (what returns what is added), `output` (the
+        linear map that `z` goes into),
+        `mlp` (several with commas), `mlp_out`, `down`, `attn_norm`, `mlp_norm` (norms in front),
+        `attn_behind`, `mlp_behind` (norms before the sum), `middle`, `end` (norms of the sums);
+        of the model `final_norm` and `head` (what returns what the unembedding reads, where that is
+        no module); empty: there is none."""
+        return {}
+
+    @staticmethod
+    def arrangement(config: Config) -> Arrangement | None:
+        """None: tried out, in the order of `Arrangement`."""
         value = config.get("use_parallel_residual", config.get("parallel_attn"))
-        return None if value is None else bool(value)
+        return "parallel" if value is True else None
+
+    @staticmethod
+    def fused(n_heads: int, n_kv_heads: int, width: int) -> Mapping[str, Layout] | None:
+        """Where queries, keys and values lie in a fused projection, if in no common order."""
+        return None
+
+    @staticmethod
+    def scales(config: Config) -> Mapping[str, float]:
+        """Site to what its tensor is multiplied with before it is added to the stream."""
+        by = float(config.get("residual_multiplier") or 1.0)
+        return {"attn_out": by, "mlp_out": by, "mixer_out": by}
+
+    @staticmethod
+    def without(config: Config) -> Mapping[str, str]:
+        """Sites that can't be had, and why."""
+        nested = config.get("attn_config") or {}
+        if config.get("clip_qkv") or nested.get("clip_qkv"):
+            reason = "queries, keys and values are clamped outside of all modules"
+            return {"q": reason, "k": reason, "v": reason}
+        return {}
+
+    @staticmethod
+    def block(config: Config, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        """The parts of one block as they are, where they are not quite what the finder makes of
+        them."""
+        return block
+
+    @staticmethod
+    def whole(config: Config) -> str:
+        """Why rows can't start in the middle, from what an unpatched run kept; empty where they
+        can."""
+        return ""
+
+    @staticmethod
+    def refused(config: Config) -> str:
+        """Why models of this kind can't be taken apart at all; empty where they can."""
+        return ""
+
+    @staticmethod
+    def lost(config: Config) -> Mapping[str, str]:
+        """Stacks beside the main one (`encoder`, `vision`) that can't be had, and why; `config` is
+        the whole model's, as in what follows."""
+        return {}
+
+    @staticmethod
+    def picture(config: Config) -> Inputs:
+        """An image, for one prompt."""
+        vision = config.get("vision_config") or config
+        size = vision.get("image_size") or 32
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        channels = vision.get("num_channels") or vision.get("in_channels") or 3
+        return {"pixel_values": (1, int(channels), int(height), int(width))}
+
+    @staticmethod
+    def sound(config: Config) -> Inputs:
+        """What the encoder of a speech model reads, for one prompt; empty for other models."""
+        bins, places = config.get("num_mel_bins"), config.get("max_source_positions")
+        return {"input_features": (1, bins, 2 * places)} if bins and places else {}
 
 
 FAMILIES: Registry[type[Family]] = Registry("model family")
@@ -46,56 +133,3 @@ def family(*model_types: str) -> Callable[[type[Family]], type[Family]]:
 def family_of(model_type: str) -> type[Family]:
     """The entry of a `model_type`, or the defaults."""
     return FAMILIES.get(model_type) or Family
-
-
-@family("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "phi3")
-class Sequential(Family):
-    """Attention, then MLP, each added to the stream in turn."""
-
-    @staticmethod
-    def parallel(config: Mapping[str, Any]) -> bool | None:
-        return False
-
-
-@family("gpt_neox")
-class GPTNeoX(Family):
-    """Parallel unless the config says otherwise."""
-
-    @staticmethod
-    def parallel(config: Mapping[str, Any]) -> bool | None:
-        return bool(config.get("use_parallel_residual", True))
-
-
-@family("gptj", "phi", "cohere", "cohere2")
-class Parallel(Family):
-    """One norm, read by attention and MLP side by side."""
-
-    @staticmethod
-    def parallel(config: Mapping[str, Any]) -> bool | None:
-        return True
-
-
-@family("bloom")
-class Bloom(Sequential):
-    """Its sublayers add the residual themselves; what they add is their projection's output."""
-
-    taps: ClassVar[Mapping[str, tuple[str, Side]]] = {
-        "attn_out": ("self_attention.dense", "out"),
-        "mlp_out": ("mlp.dense_4h_to_h", "out"),
-    }
-    additive_positions = True
-
-
-@family("mpt")
-class MPT(Sequential):
-    """Its MLP adds the residual itself."""
-
-    taps: ClassVar[Mapping[str, tuple[str, Side]]] = {"mlp_out": ("ffn.down_proj", "out")}
-    additive_positions = True
-
-
-@family("gemma3_text", "exaone4", "apertus")
-class NormedHeads(Sequential):
-    """Query and key norms stand behind the transpose."""
-
-    qk_norm_heads_first = True

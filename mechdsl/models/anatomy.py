@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Side = Literal["in", "out"]
@@ -12,10 +12,10 @@ Axes = Literal["flat", "heads", "heads_first"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor is viewed as `[B, T, units, width]`, without copying.
+    """How a tensor is seen as `[B, T, units, width]`.
 
-    `flat` is `[B, T, F]`: unit u is features `offset + u * stride` onward. `heads` is that view
-    already, `heads_first` is `[B, units, T, width]`.
+    `flat` is `[B, T, F]`: unit u is features `offset + u // group * stride + u % group * width`
+    onward. `heads` is that view already, `heads_first` is `[B, units, T, width]`.
     """
 
     units: int
@@ -23,6 +23,8 @@ class Layout:
     offset: int = 0
     stride: int = 0
     axes: Axes = "flat"
+    group: int = 1
+    """Units side by side before `stride` is taken: the queries of one key (Falcon)."""
 
     @staticmethod
     def whole(width: int) -> Layout:
@@ -42,7 +44,8 @@ class Layout:
     @property
     def end(self) -> int:
         """One past the last feature that it touches."""
-        return self.offset + (self.units - 1) * self.stride + self.width
+        last = self.units // self.group - 1
+        return self.offset + last * self.stride + self.group * self.width
 
 
 @dataclass(frozen=True)
@@ -50,44 +53,114 @@ class Tap:
     """A tensor in the module tree: what a module reads or returns."""
 
     path: str
-    """Path of the module; `{layer}` stands for the block's number."""
     side: Side
     layout: Layout
     item: int = 0
     """Which one, where the module returns a tuple."""
+    scale: float = 1.0
+    """The site is the tensor times this: what a model multiplies it with before it is added."""
+    scaled_by: str | None = None
+    """Path of a parameter that it is multiplied with too, feature by feature (layer scale)."""
+    again: bool = False
+    """The module is called again in the same pass, on something else; the site is what it reads or
+    returns first."""
 
-    def at(self, layer: int | None) -> str:
-        """The module's path in one layer."""
-        return self.path if layer is None else self.path.format(layer=layer)
+
+@dataclass(frozen=True)
+class BlockAnatomy:
+    """The parts of one block by path; None or empty where there is no such part."""
+
+    path: str
+    taps: Mapping[str, Tap]
+    """Site to tensor. `resid_mid` stands for the stream that attention's output is added to where
+    its tap is that of what is added, `head_out` for what the output projection returns, `router`
+    and `expert_out` for what the experts are called with."""
+    projections: tuple[str, ...] = ()
+    """The linear maps that make queries, keys and values; one where they are fused."""
+    output: str | None = None
+    """`z` goes in, attention's output (before any norm behind it) comes out."""
+    mlp: tuple[str, ...] = ()
+    """The MLP, or the linear maps it consists of where it is no module of its own."""
+    down: str | None = None
+    """`mlp_hidden` goes in, and what the MLP adds comes out (before any norm behind it)."""
+    attn_norm: str | None = None
+    """The norm in front of attention (or of what stands in its place); in the stack `cross`, of
+    cross attention, as `attn_behind` and `middle` are there."""
+    mlp_norm: str | None = None
+    attn_behind: str | None = None
+    """The norm or scale between the output projection and the stream."""
+    mlp_behind: str | None = None
+    middle: str | None = None
+    """The norm that resid_pre + attn_out goes through, where norms stand behind the sum (BERT)."""
+    end: str | None = None
+    """The same of resid_mid + mlp_out."""
+    adds_up: bool = True
+    """resid_pre + attn_out + mlp_out = resid_post; False where more is added, or something else."""
+    passes_on: bool = True
+    """Where it doesn't add up: what mlp_out gains, resid_post gains all the same."""
+    behind: float | None = 1.0
+    """resid_post times this is what enters the next block; None where more happens in between."""
+    reads_stream: bool = True
+    """Its first sublayer reads resid_pre, through a norm or as it is."""
+    fed: bool = False
+    """Features of images are added to what it returns before the next block reads that."""
+
+    def with_taps(self, **changed: Tap) -> BlockAnatomy:
+        """With other taps for some sites."""
+        return replace(self, taps={**self.taps, **changed})
+
+    def without(self, *sites: str) -> BlockAnatomy:
+        """Without some sites."""
+        return replace(self, taps={s: t for s, t in self.taps.items() if s not in sites})
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a decoder by path. Paths with `{layer}` are those of block parts."""
+    """The parts of one stack of blocks by path."""
 
-    embedding: str
-    block: str
-    """`transformer.h.{layer}`."""
-    final_norm: str
-    unembedding: str
-    attention: str
-    mlp: str
-    attn_norm: str | None
-    """The norm in front of attention; None where there is none (Olmo 2)."""
-    mlp_norm: str | None
-    projections: tuple[str, ...]
-    """The linear maps that make queries, keys and values; one where they are fused."""
-    output_projection: str
-    """`z` goes in, attention's output (before any norm behind it) comes out."""
-    down_projection: str | None
-    """`mlp_hidden` goes in; None where there isn't one per block (experts)."""
-    parallel: bool
-    """Attention and MLP read the same stream."""
-    attn_norm_behind: bool
-    """A norm stands between the output projection and the residual stream."""
-    mlp_norm_behind: bool
-    additive_positions: bool
-    """Positions are added to the scores, so a zero query doesn't attend uniformly."""
+    blocks: tuple[BlockAnatomy, ...]
     taps: Mapping[str, Tap]
-    """Site to tensor, for every site of the model except `logits`. `resid_mid` is written through
-    `attn_out`'s tap and `head_out` on the output of the projection."""
+    """Sites outside the blocks, `logits` aside."""
+    embedding: str | None = None
+    """The token embedding; None where tokens aren't looked up (images, audio)."""
+    final_norm: str | None = None
+    """What makes `final_norm` of the last `resid_post`."""
+    unembedding: str | None = None
+    """None where there is none, or another stack's output is the model's."""
+    parallel: bool = False
+    """Attention and MLP read the same stream."""
+    arrangement: str = field(default="", compare=False)
+    """How norms and sublayers are taken to be arranged; alike in stacks that share blocks."""
+    additive_positions: bool = False
+    """Positions are added to the scores, so a zero query doesn't attend uniformly."""
+    norms_behind_rotary: bool = False
+    """Queries and keys are normed behind rotary, so that their length doesn't matter."""
+    whole: str = ""
+    """Why its rows can't start in the middle; empty where nothing is known against it."""
+    without: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Sites that there could be, and why they can't be had."""
+
+    def tap(self, site: str, layer: int | None) -> Tap | None:
+        """The tensor of a site; None where the block has none."""
+        return (self.taps if layer is None else self.blocks[layer].taps).get(site)
+
+    def layers(self, site: str) -> tuple[int, ...]:
+        """Blocks that have a site."""
+        return tuple(n for n, block in enumerate(self.blocks) if site in block.taps)
+
+    def sites(self) -> Iterator[str]:
+        """Every site that is somewhere, once."""
+        yield from dict.fromkeys([*self.taps, *(site for b in self.blocks for site in b.taps)])
+
+    def with_blocks(self, **changed: Tap) -> Anatomy:
+        """With other taps in all blocks; `{layer}` in a path stands for the block's number."""
+        blocks = [
+            block.with_taps(
+                **{
+                    site: replace(tap, path=tap.path.replace("{layer}", str(number)))
+                    for site, tap in changed.items()
+                }
+            )
+            for number, block in enumerate(self.blocks)
+        ]
+        return replace(self, blocks=tuple(blocks))

@@ -4,33 +4,54 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from mechdsl.diagnostics import Diagnostic
 from mechdsl.diagnostics.e04_model import (
     NoConfig,
     NoResidMid,
-    NotADecoder,
+    NotATextModel,
     ShapeUnknown,
     SiteNotOnModel,
 )
-from mechdsl.models.adapters import family_of
+from mechdsl.models.families import family_of
 from mechdsl.source import Span
 from mechdsl.vocab.sites import SITES
 
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
-_MODEL = ("hidden_size", "n_embd", "d_model", "model_dim")
+_LAYERS = (
+    "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers",
+    "n_layers", "depth", "decoder_num_hidden_layers",
+)  # fmt: skip
+_HEADS = (
+    "num_attention_heads", "n_head", "decoder_attention_heads", "num_heads", "n_heads",
+    "attention_heads", "decoder_num_attention_heads",
+)  # fmt: skip
+_KV_HEADS = (
+    "num_key_value_heads", "num_kv_heads", "n_head_kv", "decoder_num_key_value_heads",
+)  # fmt: skip
+_MODEL = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
 _HEAD_WIDTH = ("head_dim", "d_head", "d_kv", "kv_channels")
-_MLP = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")
+_MLP = (
+    "intermediate_size", "n_inner", "decoder_ffn_dim", "ffn_dim", "ffn_hidden_size", "d_ff",
+    "hidden_dim",
+)  # fmt: skip
 _VOCAB = ("vocab_size",)
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_NARROW = ("embedding_size", "word_embed_proj_dim")
+"""Widths of embeddings, in front of the stream and behind it, where that isn't the model's."""
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_MIXERS = (
+    "mamba", "ssm", "state_size", "conv_L_cache", "linear_num_", "linear_attn", "lru_width",
+    "rescale_every", "qk_dim_factor", "short_conv", "conv_kernel_size",
+)  # fmt: skip
+"""How keys begin that only configs of state-space, convolution or recurrent models have."""
 
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+Takes = Literal["text", "image", "audio", "two texts", "image and text"]
+"""What a model is called with; `two texts` is an encoder's and a decoder's."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +70,33 @@ class ModelShape:
     d_mlp: int
     vocab_size: int
     max_positions: int | None
-    parallel_block: bool | None
-    """Attention and MLP read the same stream; None: only the modules can tell."""
+    parallel_block: bool
+    """Attention and MLP read the same stream."""
     sites: frozenset[str]
     """Supported sites that this model has, as far as the config tells."""
+    d_value: int
+    """Width of a head's value and of `z`; `d_head` but for latent attention."""
+    d_embed: int
+    """Width of what the token embedding returns; `d_model` but for a few."""
+    n_experts: int
+    """Experts that a router chooses from, 0 where there are none."""
+    causal: bool
+    """No token sees a later one."""
+    takes: Takes = "text"
+    d_final: int = 0
+    """Width of `final_norm`; 0: `d_model`, as in all but a few."""
+    partly: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
+    """Sites that only some blocks have, and which; known of a loaded model."""
+    sizes: Mapping[tuple[str, int], tuple[int, int]] = field(
+        default_factory=dict[tuple[str, int], tuple[int, int]]
+    )
+    """(units, width) of a site in blocks where they are others; known of a loaded model."""
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    """The part of the config that describes this stack."""
+
+    def has(self, site: str, layer: int | None) -> bool:
+        """Whether a site is there, in one block."""
+        return site in self.sites and (layer is None or layer in self.partly.get(site, (layer,)))
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
@@ -63,41 +107,108 @@ def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
     return None
 
 
-def available_sites(*, parallel: bool | None, experts: bool) -> frozenset[str]:
-    """Supported sites of a decoder with this kind of block."""
+def available_sites(*, parallel: bool, experts: bool, dense: bool, mixers: bool) -> frozenset[str]:
+    """Supported sites of a decoder with these kinds of blocks."""
     missing: set[str] = set()
     if parallel:
         missing.add("resid_mid")
-    if experts:
+    if not dense:
         missing.add("mlp_hidden")
+    if not experts:
+        missing |= {"router", "expert_out"}
+    if mixers:
+        missing |= {"q", "k", "v", "z", "head_out", "attn_norm", "attn_out"}
+    else:
+        missing |= {"mixer_norm", "mixer_out"}
     return frozenset(name for name, kind in SITES.items() if kind.supported) - missing
 
 
 def shape_from_config(
     config: Mapping[str, Any], *, model: str = "model", span: Span | None = None
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
-    """The shape that a `config.json` describes.
+    """The shape that a `config.json` describes, of the stack that `layer` means.
 
-    `model` is the name in messages, `span` the model statement. Gives E0407 for a model that is
-    no causal decoder and E0408 for a config that lacks a number.
+    `model` is the name in messages, `span` the model statement. Gives E0408 for a config that
+    lacks a number.
     """
     architectures = config.get("architectures")
     names = [str(a) for a in cast(list[Any], architectures)] if architectures else []
-    nested = config.get("text_config")
-    text = cast(Mapping[str, Any], nested) if isinstance(nested, Mapping) else config
-    model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
-    architecture = names[0] if names else model_type
-    if names and not any(name.endswith(_DECODERS) for name in names):
-        return None, [NotADecoder(span=span, model=model, architecture=architecture)]
-    if config.get("is_encoder_decoder"):
-        return None, [NotADecoder(span=span, model=model, architecture=architecture)]
+    takes = _takes(config, names)
+    text = _part(config, "text_config", "decoder") if takes != "image" else config
+    if takes == "image":
+        text = _part(config, "vision_config")
+    return _shape(text, config, names, takes, model=model, span=span)
 
+
+def stack_shape(shape: ModelShape, config: Mapping[str, Any], stack: str) -> ModelShape | None:
+    """The shape of a stack beside the main one: `encoder`, `cross`, `vision`; `config` is the
+    whole model's. None where the config lacks a number."""
+    match stack:
+        case "cross":
+            return shape
+        case "encoder":
+            part = _part(_part(config, "encoder"), "text_config")
+            part = {**part, **_encoder_numbers(config)}
+        case _:
+            part = _part(config, "vision_config", "vision_tower", "vision_model")
+            if "embed_dim" in part:  # and `hidden_size` is the language model's
+                part = {**part, "hidden_size": part["embed_dim"]}
+    found, _ = _shape(part, part, [shape.architecture], "image", causal=False)
+    return found
+
+
+def _encoder_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An encoder-decoder's own keys for its encoder, under the names that others use."""
+    keys = {
+        "num_decoder_layers": ("num_layers", "encoder_layers", "encoder_num_hidden_layers"),
+        "num_attention_heads": ("encoder_attention_heads", "encoder_num_attention_heads"),
+        "num_key_value_heads": ("encoder_num_key_value_heads",),
+        "intermediate_size": ("encoder_ffn_dim",),
+    }
+    found = {key: _first(config, own) for key, own in keys.items()}
+    return {key: value for key, value in found.items() if value}
+
+
+def _part(config: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """The config of a part, or all of it where it isn't divided."""
+    for key in keys:
+        if isinstance(nested := config.get(key), Mapping):
+            return cast(Mapping[str, Any], nested)
+    return config
+
+
+def _takes(config: Mapping[str, Any], names: list[str]) -> Takes:
+    decodes = any(name.endswith("ForCausalLM") for name in names)
+    if config.get("is_encoder_decoder") and not decodes:
+        sounds = family_of(str(config.get("model_type"))).sound(config)
+        return "audio" if sounds else "two texts"
+    if decodes:
+        return "text"
+    images = isinstance(config.get("vision_config"), Mapping)
+    if images and not any("ForImageClassification" in n for n in names):
+        return "image and text"
+    return "image" if images or {"patch_size", "image_size"} <= config.keys() else "text"
+
+
+def _shape(
+    text: Mapping[str, Any],
+    config: Mapping[str, Any],
+    names: list[str],
+    takes: Takes,
+    *,
+    causal: bool | None = None,
+    model: str = "model",
+    span: Span | None = None,
+) -> tuple[ModelShape | None, list[Diagnostic]]:
+    model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
     found = {
-        "number of layers": (_first(text, _LAYERS), _LAYERS),
-        "number of heads": (_first(text, _HEADS), _HEADS),
+        "number of layers": (_first(text, _LAYERS) or _listed(text), _LAYERS),
+        "number of heads": (_first(text, _HEADS) or _headless(text), _HEADS),
         "model width": (_first(text, _MODEL), _MODEL),
         "vocabulary size": (_first(text, _VOCAB) or _first(config, _VOCAB), _VOCAB),
     }
+    if takes == "image":
+        del found["vocabulary size"]
     missing: list[Diagnostic] = [
         ShapeUnknown(span=span, model=model, what=what, keys=", ".join(f"`{k}`" for k in keys))
         for what, (value, keys) in found.items()
@@ -105,29 +216,103 @@ def shape_from_config(
     ]
     if missing:
         return None, missing
-    n_layers, n_heads, d_model, vocab_size = (value or 0 for value, _ in found.values())
-    parallel = family_of(model_type).parallel(text)
+    numbers = {what: value or 0 for what, (value, _) in found.items()}
+    n_heads, d_model = numbers["number of heads"], numbers["model width"]
+    entry = family_of(model_type)
+    parallel = entry.arrangement(text) == "parallel"
     multi_query = bool(text.get("multi_query")) and not text.get("new_decoder_architecture")
+    latent = _first(text, ("qk_nope_head_dim",))
+    rotary = _first(text, ("qk_rope_head_dim",))
+    width = _first(text, _HEAD_WIDTH) or d_model // n_heads
+    d_head = latent + (rotary or 0) if latent else width
+    experts = _first(text, _EXPERTS) or _first(_part(text, "ffn_config"), _EXPERTS) or 0
+    dense = _dense_blocks(text, numbers["number of layers"]) if experts else frozenset[int]()
+    sparse = frozenset(range(numbers["number of layers"])) - dense
+    partly = {"mlp_hidden": dense, "router": sparse, "expert_out": sparse} if dense else {}
+    if causal is None:
+        decodes = any(name.endswith(_DECODERS) for name in names) or not names
+        causal = decodes and takes != "image" and (not entry.encodes or _decodes(text))
+        causal = causal and text.get("use_bidirectional_attention") not in (True, "all")
     return ModelShape(
-        architecture=architecture,
+        architecture=names[0] if names else model_type,
         family=model_type,
-        n_layers=n_layers,
+        n_layers=numbers["number of layers"],
         n_heads=n_heads,
-        n_kv_heads=1 if multi_query else _first(text, _KV_HEADS) or n_heads,
+        n_kv_heads=n_heads if latent else 1 if multi_query else _kv_heads(text) or n_heads,
         d_model=d_model,
-        d_head=_first(text, _HEAD_WIDTH) or d_model // n_heads,
+        d_head=d_head,
         d_mlp=_first(text, _MLP) or 4 * d_model,
-        vocab_size=vocab_size,
+        vocab_size=numbers.get("vocabulary size", 0),
         max_positions=_first(text, _POSITIONS),
         parallel_block=parallel,
-        sites=available_sites(parallel=parallel, experts=bool(_first(text, _EXPERTS))),
+        sites=available_sites(
+            parallel=parallel,
+            experts=bool(experts),
+            dense=bool(dense) or not experts,
+            mixers=_has_mixers(text),
+        ),
+        d_value=_first(text, ("v_head_dim",)) or d_head,
+        d_embed=_first(text, ("input_embedding_size", *_NARROW)) or d_model,
+        n_experts=experts,
+        causal=causal,
+        takes=takes,
+        d_final=_narrow(text, d_model),
+        partly=partly,
+        config=text,
     ), []
 
 
-def read_shape(
+def _narrow(config: Mapping[str, Any], d_model: int) -> int:
+    """Width of what the unembedding reads, 0 for the model's."""
+    width = _first(config, ("output_embedding_size", *_NARROW)) or 0
+    return width if width != d_model else 0
+
+
+def _dense_blocks(config: Mapping[str, Any], n_layers: int) -> frozenset[int]:
+    """Blocks of a mixture-of-experts model that have one MLP, as far as the config tells."""
+    first = _first(config, ("first_k_dense_replace",))
+    kinds = config.get("mlp_layer_types")
+    if isinstance(kinds, list) and len(cast(list[Any], kinds)) == n_layers:
+        named = enumerate(cast(list[str], kinds))
+        return frozenset(layer for layer, kind in named if kind == "dense")
+    return frozenset(range(first or 0))
+
+
+def _kv_heads(config: Mapping[str, Any]) -> int | None:
+    if config.get("new_decoder_architecture") is False:  # Falcon: written, but not used
+        return None
+    return _first(config, _KV_HEADS)
+
+
+def _decodes(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("is_decoder"))
+
+
+def _has_mixers(config: Mapping[str, Any]) -> bool:
+    return mixes(config) or any(key.startswith(_MIXERS) for key in config)
+
+
+def mixes(config: Mapping[str, Any]) -> bool:
+    """Whether the config names blocks that attend without a softmax, or not at all."""
+    kinds = config.get("layer_types") or config.get("layers_block_type") or ()
+    return any(str(kind).startswith("linear_attention") for kind in kinds)
+
+
+def _listed(config: Mapping[str, Any]) -> int | None:
+    """How many blocks a list names."""
+    blocks = config.get("layers_block_type")
+    return len(cast(list[Any], blocks)) if isinstance(blocks, list) else None
+
+
+def _headless(config: Mapping[str, Any]) -> int | None:
+    """State-space models have no heads; one stands for all."""
+    return 1 if _has_mixers(config) else None
+
+
+def read_config(
     folder: Path, *, model: str = "model", span: Span | None = None
-) -> tuple[ModelShape | None, list[Diagnostic]]:
-    """The shape of the model in a folder; E0404 where its `config.json` can't be read."""
+) -> tuple[dict[str, Any] | None, list[Diagnostic]]:
+    """The `config.json` of a folder; E0404 where it can't be read."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -137,7 +322,21 @@ def read_shape(
         return None, [NoConfig(span=span, model=model, reason=f"not JSON: {error.msg}")]
     if not isinstance(config, dict):
         return None, [NoConfig(span=span, model=model, reason="it is not a JSON object")]
-    return shape_from_config(cast(dict[str, Any], config), model=model, span=span)
+    return cast(dict[str, Any], config), []
+
+
+def read_shape(
+    folder: Path, *, model: str = "model", span: Span | None = None
+) -> tuple[ModelShape | None, list[Diagnostic]]:
+    """The shape of the model in a folder; E0404 where its `config.json` can't be read, E0407 where
+    it doesn't read text alone."""
+    config, found = read_config(folder, model=model, span=span)
+    if config is None:
+        return None, found
+    shape, found = shape_from_config(config, model=model, span=span)
+    if shape is not None and shape.takes not in ("text", "image and text"):
+        return None, [NotATextModel(span=span, model=model, architecture=shape.architecture)]
+    return shape, found
 
 
 def missing_site(
@@ -154,8 +353,11 @@ def missing_site(
     )
 
 
-def units(shape: ModelShape, site: str) -> int:
-    """How many heads, key-value heads or neurons a site has per layer; 1 for whole vectors."""
+def units(shape: ModelShape, site: str, layer: int | None = None) -> int:
+    """How many heads, key-value heads or neurons a site has per layer, or in one layer; 1 for whole
+    vectors."""
+    if layer is not None and (site, layer) in shape.sizes:
+        return shape.sizes[site, layer][0]
     match SITES[site].unit:
         case "head":
             return shape.n_heads
@@ -163,17 +365,24 @@ def units(shape: ModelShape, site: str) -> int:
             return shape.n_kv_heads
         case "neuron":
             return shape.d_mlp
+        case "expert":
+            return shape.n_experts
         case _:
             return 1
 
 
-def width(shape: ModelShape, site: str) -> int:
-    """Length of one vector of a supported site."""
+def width(shape: ModelShape, site: str, layer: int | None = None) -> int:
+    """Length of one vector of a supported site, in one layer where layers differ."""
+    if layer is not None and (site, layer) in shape.sizes:
+        return shape.sizes[site, layer][1]
     match SITES[site].width:
         case "d_model":
-            return shape.d_model
+            own = {"embed": shape.d_embed, "final_norm": shape.d_final}
+            return own.get(site) or shape.d_model
         case "d_head":
-            return shape.d_head
+            return shape.d_value if site in ("v", "z") else shape.d_head
+        case "n_experts":
+            return shape.n_experts
         case "one":
             return 1
         case "vocab":

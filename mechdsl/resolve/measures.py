@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,8 @@ def resolve_measure(
         )
         return None
     found = tuple(atoms.values())
+    if not context.sites.shape.causal and not _masked(expression, found, at, context):
+        return None
     category = expression in atoms and atoms[expression].form.kind == "category"
     if not category and any(a.form.kind == "category" for a in found):
         _refuse(
@@ -95,6 +97,33 @@ def resolve_measure(
         at=positions,
         truth=_truth(context.table) if category else None,
     )
+
+
+def _masked(
+    expression: ast.Expr,
+    atoms: Sequence[Atom],
+    at: ast.Position | None,
+    context: MeasureContext,
+) -> bool:
+    """Whether a model that sees the whole prompt can measure this: it predicts tokens in their own
+    place, and not what comes next."""
+    logits = [a for a in atoms if a.form.takes != "activations"]
+    if logits and at is None:
+        reason = "a masked language model predicts tokens in their own place"
+        hint = 'write where: `at "[MASK]" token`, with the tokenizer\'s own mask in the template'
+    elif any(a.form.takes == "prompt" for a in logits):
+        reason = "a masked language model has no loss over a whole prompt"
+        hint = 'measure `logprob(answer) at "[MASK]" token`'
+    elif any(
+        a.form.takes == "continuation" and any(len(ids) > 1 for t in a.texts.values() for ids in t)
+        for a in logits
+    ):
+        reason = "a masked language model predicts one token in one place"
+        hint = "use answers of one token"
+    else:
+        return True
+    _refuse(context, expression.span, reason, hint)
+    return False
 
 
 def _refuse(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -20,8 +20,8 @@ from mechdsl.diagnostics.e03_coordinates import (
     NoComponent,
     UnitOutOfRange,
 )
-from mechdsl.diagnostics.e04_model import NoResidMid, SiteNotOnModel
-from mechdsl.models.shape import ModelShape, units
+from mechdsl.diagnostics.e04_model import SiteNotInBlock
+from mechdsl.models.shape import ModelShape, missing_site, units
 from mechdsl.registry import nearest
 from mechdsl.resolve.types import Axis, Key, Label, SitePoint, SiteTargets
 from mechdsl.source import Span
@@ -61,10 +61,53 @@ def resolve_site(
 ) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
     """The targets of a site and the axes that it adds; None after an error."""
     if site.short is not None:
-        return _fixed(site, (site,), context)
-    if len(site.names) == 1 and not site.axes and site.names[0].id in context.groups:
-        return _fixed(site, context.groups[site.names[0].id].sites, context)
-    return _swept(site, context)
+        targets, axes = _fixed(site, (site,), context)
+    elif len(site.names) == 1 and not site.axes and site.names[0].id in context.groups:
+        targets, axes = _fixed(site, context.groups[site.names[0].id].sites, context)
+    else:
+        targets, axes = _swept(site, context)
+    if targets is not None:
+        points = (point for here in targets.points.values() for point in here)
+        missing = missing_points(points, context.shape, context.model, site.span)
+        if missing is not None:
+            context.diagnostics.append(missing)
+            return None, ()
+    return targets, axes
+
+
+def missing_points(
+    points: Iterable[SitePoint], shape: ModelShape, model: str, span: Span
+) -> Diagnostic | None:
+    """E0301, E0402, E0413 or E0414 for the first point that the model doesn't have."""
+    points = list(points)
+    for site, layer in dict.fromkeys((point.site, point.layer) for point in points):
+        missing = missing_site(shape, site, model=model, span=span)
+        if missing is not None:
+            return missing
+        if not shape.has(site, layer):
+            own = sorted(shape.partly[site])
+            return SiteNotInBlock(
+                span=span,
+                model=model,
+                site=site,
+                layer=layer or 0,
+                reason="its blocks are not all built alike",
+                layers=f"layer {', '.join(map(str, own))}",
+            )
+    for point in points:
+        last = units(shape, point.site, point.layer) - 1
+        if point.unit is not None and point.unit > last:
+            word = "neuron" if SITES[point.site].unit == "neuron" else "head"
+            return UnitOutOfRange(
+                span=span,
+                unit=word,
+                units=f"{word}s",
+                index=point.unit,
+                last=last,
+                where=f"at `{point.site}` in layer {point.layer}",
+                model=model,
+            )
+    return None
 
 
 def resolve_point(site: ast.Site, context: SiteContext) -> SitePoint | None:
@@ -210,22 +253,10 @@ def _available(kind: SiteKind, span: Span, context: SiteContext) -> bool:
     if not kind.supported:
         context.diagnostics.append(NotSupported(span=span, what=f"the site `{kind.name}`"))
         return False
-    if kind.name not in context.shape.sites:
-        context.diagnostics.append(_missing(kind, span, context))
-        return False
-    return True
-
-
-def _missing(kind: SiteKind, span: Span, context: SiteContext) -> Diagnostic:
-    if kind.name == "resid_mid":
-        return NoResidMid(span=span, model=context.model)
-    return SiteNotOnModel(
-        span=span,
-        model=context.model,
-        site=kind.name,
-        architecture=context.shape.architecture,
-        available=", ".join(f"`{name}`" for name in SITES if name in context.shape.sites),
-    )
+    missing = missing_site(context.shape, kind.name, model=context.model, span=span)
+    if missing is not None:
+        context.diagnostics.append(missing)
+    return missing is None
 
 
 def _swept(site: ast.Site, context: SiteContext) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
@@ -236,7 +267,8 @@ def _swept(site: ast.Site, context: SiteContext) -> tuple[SiteTargets | None, tu
         return None, ()
     by_word = {axis.word: axis for axis in site.axes}
     layers = _axis_values(by_word.get("layer"), kinds, context)
-    units_ = _axis_values(by_word.get("head") or by_word.get("neuron"), kinds, context)
+    unit_axis = next((a for a in site.axes if a.word != "layer"), None)
+    units_ = _axis_values(unit_axis, kinds, context)
     if layers is None or units_ is None:
         return None, ()
     component_loop = site.names[0].id if site.names and site.names[0].id in context.loops else None
@@ -479,7 +511,7 @@ def _unit_exists(kind: SiteKind, unit: int, span: Span, context: SiteContext) ->
     size = units(context.shape, kind.name)
     if 0 <= unit < size:
         return True
-    word = "neuron" if kind.unit == "neuron" else "head"
+    word = kind.unit if kind.unit in ("neuron", "expert") else "head"
     shared = kind.unit == "kv_head" and context.shape.n_kv_heads != context.shape.n_heads
     context.diagnostics.append(
         UnitOutOfRange(

@@ -154,6 +154,16 @@ site(
     "what attention adds to the residual stream",
     short="attn",
 )
+site("mixer_norm", _LAYER, "d_model", "inside", 61, "what the mixer reads, after its norm")
+site(
+    "mixer_out",
+    _LAYER,
+    "d_model",
+    "inside",
+    62,
+    "what the mixer adds to the stream: attention, or the state-space, convolution or recurrent "
+    "layer in its place",
+)
 site("resid_mid", _LAYER, "d_model", "inside", 70, "the residual stream between attention and MLP")
 site("mlp_norm", _LAYER, "d_model", "inside", 80, "what the MLP reads, after its norm")
 site(
@@ -162,8 +172,7 @@ site(
     "n_experts",
     "inside",
     81,
-    "the router's weights over the experts",
-    supported=False,
+    "the weight of each expert's output, 0 for those that the router doesn't choose",
 )
 site(
     "expert_out",
@@ -171,9 +180,8 @@ site(
     "d_model",
     "inside",
     82,
-    "what one expert adds to the stream",
+    "what one expert adds to the experts' sum, its weight included",
     unit="expert",
-    supported=False,
 )
 site(
     "mlp_hidden",

@@ -12,6 +12,8 @@ from torch import nn
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.load import adopt
 from mechdsl.loaded import LoadedModel
+from tests.families import build, rows_seq2seq
+from tests.families.parts import Architecture
 
 from . import families
 
@@ -119,11 +121,19 @@ def asking() -> Adopted:
     return _adopted(module)
 
 
+def windowed() -> Adopted:
+    """Its encoder pads what it reads, so that it has more positions than the text has tokens."""
+    row = next(row for row in rows_seq2seq.TABLE if row.name == "led")
+    assert isinstance(row, Architecture)
+    return _adopted(build.model(row))
+
+
 CAUSES: dict[str, Callable[[], Adopted]] = {
     "E0409": nameless,
     "E0410": gaining,
     "E0411": failing,
     "E0412": slow,
     "W0711": by_itself,
+    "W0712": windowed,
 }
 """By code; `docs/errors` shows what each of them says."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from mechdsl import spec
 from mechdsl.load import load
@@ -32,12 +34,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: families.build(name, root / name) for name in families.CONFIGS}
 
 
+LATER = {"apertus": "5.1"}
+"""Families that versions of transformers before this one can't load."""
+
+
+class Models(dict[str, LoadedModel]):
+    """By family."""
+
+    def __missing__(self, name: str) -> LoadedModel:
+        pytest.skip(f"transformers {transformers.__version__} can't load {name}")
+
+
 @pytest.fixture(scope="session")
 def loaded(folders: dict[str, Path]) -> dict[str, LoadedModel]:
-    models: dict[str, LoadedModel] = {}
+    models = Models()
     for name, folder in folders.items():
+        if Version(transformers.__version__) < Version(LATER.get(name, "0")):
+            continue
         model, found = load(statement(str(folder)))
         assert model is not None, [(d.message, d.label_text) for d in found]
-        assert [d.code for d in found] == (["W0711"] if name in families.WHOLE else [])
+        assert not found, name
         models[name] = model
     return models

@@ -66,21 +66,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cohere2": {**_ROTARY, "sliding_window": 3},
     "apertus": _EVEN,
     "mpt": {"vocab_size": VOCABULARY, "n_layers": 3, "n_heads": 4, "d_model": 24},
+    "codegen": {"vocab_size": VOCABULARY, "n_layer": 3, "n_head": 8, "n_embd": 48, "rotary_dim": 4},
+    "gpt_neo": {
+        "vocab_size": VOCABULARY,
+        "num_layers": 3,
+        "num_heads": 4,
+        "hidden_size": 24,
+        "attention_types": [[["global", "local", "local"], 1]],
+        "window_size": 3,
+    },
+    "gpt_neox_japanese": {**_NEOX, "intermediate_multiple_size": 2},
+    "xglm": {
+        "vocab_size": VOCABULARY,
+        "num_layers": 3,
+        "attention_heads": 4,
+        "d_model": 24,
+        "ffn_dim": 28,
+    },
 }
 
 VERIFIED = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt_neox_sequential")
 """Families that every site is checked on against the hand-written hooks."""
 ALSO_READ = tuple(name for name in CONFIGS if name not in VERIFIED)
 """Families that the finder reads and the self-check accepts."""
-WHOLE = {
-    "gptj": "off by",
-    "bloom": "must match the existing size",
-    "falcon": "unsupported operand",
-    "mpt": "has no attribute",
-}
-"""Families whose rows are whole passes, and what the self-check says of them: attention past the
-library's functions, or arguments to it that packed rows don't know."""
-RESTARTABLE = tuple(name for name in CONFIGS if name not in WHOLE)
 
 
 def tokenizer() -> Tokenizer:
@@ -101,6 +109,8 @@ def module(family: str, seed: int = 0, **overrides: Any) -> nn.Module:
 
     settings = {"bos_token_id": 1, "eos_token_id": None, **CONFIGS[family], **overrides}
     config = AutoConfig.for_model(family.removesuffix("_sequential"), **settings)
+    if not hasattr(config, "pad_token_id"):  # transformers 5.0 reads it all the same
+        config.pad_token_id = None
     model = AutoModelForCausalLM.from_config(config)
     draw(model, seed)
     return model.eval()

@@ -21,7 +21,7 @@ from torch import Tensor
 from mechdsl.hooks import Batch, SiteRead, SiteWrite, gather, run_whole
 from mechdsl.kept import Kept, keeping
 from mechdsl.loaded import LoadedModel
-from mechdsl.models.anatomy import Layout, Tap
+from mechdsl.models.anatomy import Anatomy, Layout, Tap
 from mechdsl.packed import run_packed
 from mechdsl.restart import Shortcuts
 from mechdsl.vocab.sites import stop_layer
@@ -355,18 +355,24 @@ def test_available_sites_are_the_models(loaded: dict[str, LoadedModel]) -> None:
         assert loaded[family].shape.sites == set(available(family))
 
 
+def in_all(anatomy: Anatomy, site: str) -> Tap:
+    """A site's tap, with `{layer}` in its path."""
+    tap = anatomy.blocks[0].taps[site]
+    return replace(tap, path=tap.path.replace(".0.", ".{layer}."))
+
+
 def _with_tap(model: LoadedModel, site: str, tap: Tap) -> LoadedModel:
-    return replace(model, anatomy=replace(model.anatomy, taps={**model.anatomy.taps, site: tap}))
+    return replace(model, anatomy=model.anatomy.with_blocks(**{site: tap}))
 
 
 def _swapped(model: LoadedModel) -> LoadedModel:
-    return _with_tap(model, "v", model.anatomy.taps["k"])
+    return _with_tap(model, "v", in_all(model.anatomy, "k"))
 
 
 def _interleaved(model: LoadedModel) -> LoadedModel:
     heads, d = model.shape.n_heads, model.shape.d_head
     layout = Layout(heads, d, offset=2 * d, stride=3 * d)
-    return _with_tap(model, "v", replace(model.anatomy.taps["v"], layout=layout))
+    return _with_tap(model, "v", replace(in_all(model.anatomy, "v"), layout=layout))
 
 
 @pytest.mark.parametrize(("family", "broken"), [("llama", _swapped), ("gpt2", _interleaved)])
@@ -379,21 +385,17 @@ def test_the_comparison_fails_on_a_wrong_tap(
 
 
 def test_the_comparison_fails_on_a_hook_that_misses_the_residual_branch(
-    loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
+    loaded: dict[str, LoadedModel],
 ) -> None:
     """`resid_mid` written on the second norm's input alone leaves the stream as it was."""
     model = loaded["llama"]
-    norm = model.anatomy.mlp_norm
+    norm = model.anatomy.blocks[0].mlp_norm
     assert norm is not None
+    norm = norm.replace(".0.", ".{layer}.")
     tap = Tap(norm, "in", Layout.whole(model.shape.d_model))
-    monkeypatch.setattr("mechdsl.hooks.SiteWork._between", _norm_only)
     worst, relative, _ = compare(_with_tap(model, "resid_mid", tap), "llama", "resid_mid", "left")
     assert worst > ABSOLUTE
     assert relative > RELATIVE
-
-
-def _norm_only(work: Any, places: Any, reads: Any, layer: int) -> Any:
-    return work._direct(places, reads, Layout.whole(work.model.shape.d_model))
 
 
 def test_the_comparison_fails_when_padding_is_forgotten(

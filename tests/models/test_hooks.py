@@ -151,7 +151,7 @@ def test_the_model_is_left_as_it_was(
     run_whole(model, batch, reads=every)
     run_whole(model, batch, tokens=some)
     assert nothing_left(model.module)
-    last = model.module.get_submodule(model.anatomy.block.format(layer=2))
+    last = model.module.get_submodule(model.anatomy.blocks[2].path)
     handle = last.register_forward_hook(_Interrupt(error))
     with pytest.raises(error):
         run_whole(model, batch, reads=every, tokens=some)
@@ -288,7 +288,7 @@ def test_a_run_that_stops_early_reads_the_same(loaded: dict[str, LoadedModel], f
     batch = batch_of(model)
     ran: list[int] = []
     handles = [
-        model.module.get_submodule(model.anatomy.block.format(layer=layer))
+        model.module.get_submodule(model.anatomy.blocks[layer].path)
         .register_forward_hook(lambda *args, layer=layer: ran.append(layer))
         for layer in range(model.shape.n_layers)
     ]  # fmt: skip

@@ -89,7 +89,7 @@ def _deeper(folder: Path) -> None:
 def _unheard_of(folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    path.write_text(json.dumps({**config, "model_type": "unheard_of", "architectures": None}))
 
 
 @pytest.mark.parametrize(
@@ -205,11 +205,13 @@ def test_a_slow_tokenizer_is_refused() -> None:
     assert [d.code for d in problems] == ["E0412"]
 
 
-def test_what_is_no_decoder_is_refused() -> None:
-    from transformers import BertConfig, BertForMaskedLM
+def test_what_does_not_read_prompts_is_refused(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    module = BertForMaskedLM(BertConfig(vocab_size=20, intermediate_size=8, **sizes))
-    model, problems = adopt("mine", module, families.tokenizer())
+    sizes = {"d_model": 8, "num_layers": 1, "num_heads": 2, "d_kv": 4, "d_ff": 8}
+    module = T5ForConditionalGeneration(T5Config(vocab_size=20, **sizes))
+    module.save_pretrained(tmp_path)
+    model, problems = load(statement(str(tmp_path)))
     assert model is None
     assert [d.code for d in problems] == ["E0407"]
+    assert "T5ForConditionalGeneration" in problems[0].message

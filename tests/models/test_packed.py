@@ -584,12 +584,12 @@ def everywhere(model: LoadedModel) -> list[tuple[str, int | None]]:
     return [
         (site, layer)
         for site in sorted(model.shape.sites)
-        for layer in (range(model.shape.n_layers) if SITES[site].has_layer else (None,))
+        for layer in (model.anatomy.layers(site) if SITES[site].has_layer else (None,))
     ]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", families.RESTARTABLE)
+@pytest.mark.parametrize("family", families.CONFIGS)
 def test_every_restartable_family_gives_the_logits_of_whole_passes(
     loaded: dict[str, LoadedModel], family: str, side: Side
 ) -> None:
@@ -607,7 +607,7 @@ def test_every_restartable_family_gives_the_logits_of_whole_passes(
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", families.RESTARTABLE)
+@pytest.mark.parametrize("family", families.CONFIGS)
 def test_reads_inside_are_those_of_whole_passes(
     loaded: dict[str, LoadedModel], family: str, side: Side
 ) -> None:
@@ -685,7 +685,7 @@ def draw_case(model: LoadedModel, seed: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", families.RESTARTABLE)
+@pytest.mark.parametrize("family", families.CONFIGS)
 def test_any_rows_give_what_whole_passes_give(loaded: dict[str, LoadedModel], family: str) -> None:
     for seed in range(15):
         same_as_whole(loaded[family], **draw_case(loaded[family], seed))
@@ -868,7 +868,7 @@ def implementations(module: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize("family", families.RESTARTABLE)
+@pytest.mark.parametrize("family", families.CONFIGS)
 def test_the_model_is_left_as_it_was(
     loaded: dict[str, LoadedModel], family: str, error: type[BaseException]
 ) -> None:
@@ -886,8 +886,9 @@ def test_the_model_is_left_as_it_was(
         if armed[0]:
             raise error
 
-    for path in (model.anatomy.block, model.anatomy.mlp, model.anatomy.output_projection):
-        part = model.module.get_submodule(path.format(layer=1))
+    block = model.anatomy.blocks[1]
+    for path in (block.path, *block.mlp, block.output or ""):
+        part = model.module.get_submodule(path)
         handle = part.register_forward_hook(interrupt)
         with pytest.raises(error):
             run_packed(model, kept, np.array([0, 1]), **given)

@@ -10,23 +10,25 @@ from torch import Tensor
 from mechdsl import packed
 from mechdsl.attention import KeptAttention
 from mechdsl.kept import Kept
-from mechdsl.load import prove
 from mechdsl.loaded import LoadedModel
 from mechdsl.pack import Part
+from mechdsl.prove import prove
 from mechdsl.restart import Mask
 
 from .test_against_reference import ABSOLUTE, CUT, PACKED, WHOLE, compare
 
 
-def _shifted_keys(keys: Tensor, values: Tensor, mask: Tensor | None) -> KeptAttention:
+def _shifted_keys(keys: Tensor, values: Tensor, mask: Tensor | None, _: Any) -> KeptAttention:
     return KeptAttention(keys.roll(1, dims=2), values, mask)
 
 
-def _shifted_values(keys: Tensor, values: Tensor, mask: Tensor | None) -> KeptAttention:
+def _shifted_values(keys: Tensor, values: Tensor, mask: Tensor | None, _: Any) -> KeptAttention:
     return KeptAttention(keys, values.roll(1, dims=2), mask)
 
 
-def _keys_of_another_lane(keys: Tensor, values: Tensor, mask: Tensor | None) -> KeptAttention:
+def _keys_of_another_lane(
+    keys: Tensor, values: Tensor, mask: Tensor | None, _: Any
+) -> KeptAttention:
     return KeptAttention(keys.roll(1, dims=0), values, mask)
 
 
@@ -45,8 +47,8 @@ def _hidden_of_the_block_below(batch: Any) -> Kept:
     return Kept(batch, hidden=_Below())
 
 
-def _shifted_positions(model: LoadedModel, ids: Tensor, mask: Any, positions: Tensor) -> Tensor:
-    return _call(model, ids, mask, positions + 1)
+def _shifted_positions(model: LoadedModel, ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    return _inputs(model, ids, positions + 1)
 
 
 def _mixed_heads(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -63,8 +65,10 @@ def _only_itself(mask: Mask) -> Mask:
     return mask
 
 
-_call: Any = packed.__dict__["call"]
+_inputs: Any = packed.__dict__["text_inputs"]
 _attend: Any = packed.__dict__["attend"]
+
+INPUTS = "packed.text_inputs front.text_inputs"
 
 FAULTS: dict[str, tuple[str, str, Any]] = {
     "kept keys shifted by a column": ("llama", "kept.KeptAttention", _shifted_keys),
@@ -75,8 +79,8 @@ FAULTS: dict[str, tuple[str, str, Any]] = {
     "taken from the column before": ("gpt_neox", "pack.Part", _shifted_part),
     "the stream of the block below": ("qwen3", "kept.Kept", _hidden_of_the_block_below),
     "later tokens forgotten": ("gpt2", "restart.later", _only_itself),
-    "rotary positions shifted": ("llama", "packed.call", _shifted_positions),
-    "learned positions shifted": ("gpt2", "packed.call", _shifted_positions),
+    "rotary positions shifted": ("llama", INPUTS, _shifted_positions),
+    "learned positions shifted": ("gpt2", INPUTS, _shifted_positions),
     "heads of another group": ("qwen2", "packed.attend", _mixed_heads),
 }
 """Family, what is replaced, by what."""
@@ -90,13 +94,14 @@ def test_a_fault_is_found_by_hand_and_on_load(
 ) -> None:
     family, name, put = FAULTS[fault]
     model = loaded[family]
-    monkeypatch.setattr(f"mechdsl.{name}", put)
+    for one in name.split():
+        monkeypatch.setattr(f"mechdsl.{one}", put)
     for way in (PACKED, CUT):
         worst = max(compare(model, family, site, "left", [way])[0] for site in SITES)
         assert worst > 100 * ABSOLUTE, way.name
     whole = max(compare(model, family, site, "left", [WHOLE])[0] for site in SITES)
     assert whole <= ABSOLUTE
-    again, found = prove(model)
+    _, found, again = prove(model)
     assert again is not None
     assert not again.restartable
     assert [d.code for d in found] == ["W0711"]
@@ -112,5 +117,5 @@ def test_padding_that_is_forgotten_is_found_too(
     )
     assert right <= ABSOLUTE
     assert left > 100 * ABSOLUTE
-    _, found = prove(loaded["gpt2"])
+    _, found, _ = prove(loaded["gpt2"])
     assert [d.code for d in found] == ["W0711"]

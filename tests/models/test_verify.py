@@ -9,30 +9,32 @@ import pytest
 import torch
 
 from mechdsl.attention import CannotPack, own_function
-from mechdsl.load import adopt, describe, prove
-from mechdsl.loaded import LoadedModel
-from mechdsl.models.anatomy import Anatomy, Layout, Tap
-from mechdsl.models.finder import find_anatomy
+from mechdsl.load import adopt
+from mechdsl.loaded import LoadedModel, Stack
+from mechdsl.models.anatomy import Anatomy, BlockAnatomy, Layout, Tap
+from mechdsl.models.finder import find_anatomies
+from mechdsl.prove import describe, prove
 from mechdsl.verify import RESTART
 
 from . import broken, families
+from .test_against_reference import in_all
 
 
 def taps(anatomy: Anatomy, **changed: Tap) -> Anatomy:
-    return replace(anatomy, taps={**anatomy.taps, **changed})
+    return anatomy.with_blocks(**changed)
 
 
 def layout(anatomy: Anatomy, site: str, layout: Layout) -> Anatomy:
-    return taps(anatomy, **{site: replace(anatomy.taps[site], layout=layout)})
+    return taps(anatomy, **{site: replace(in_all(anatomy, site), layout=layout)})
 
 
 def swap(first: str, second: str) -> Callable[[Anatomy], Anatomy]:
-    return lambda a: taps(a, **{first: a.taps[second], second: a.taps[first]})
+    return lambda a: taps(a, **{first: in_all(a, second), second: in_all(a, first)})
 
 
 def as_path(site: str, path: str) -> Callable[[Anatomy], Anatomy]:
     def change(anatomy: Anatomy) -> Anatomy:
-        tap = anatomy.taps[site]
+        tap = in_all(anatomy, site)
         flat = Layout.heads(tap.layout.units, tap.layout.width)
         return taps(anatomy, **{site: replace(tap, path=path, layout=flat)})
 
@@ -40,7 +42,11 @@ def as_path(site: str, path: str) -> Callable[[Anatomy], Anatomy]:
 
 
 def both(site: str, other: str) -> Callable[[Anatomy], Anatomy]:
-    return lambda a: taps(a, **{site: a.taps[other]})
+    return lambda a: taps(a, **{site: in_all(a, other)})
+
+
+def parts(anatomy: Anatomy, change: Callable[[BlockAnatomy], BlockAnatomy]) -> Anatomy:
+    return replace(anatomy, blocks=tuple(change(block) for block in anatomy.blocks))
 
 
 FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
@@ -90,11 +96,16 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
     (
         "llama",
         "norms off by one",
-        lambda a: replace(a, attn_norm=a.mlp_norm, mlp_norm=a.attn_norm),
-        "attn_norm = its norm",
+        lambda a: parts(a, lambda b: replace(b, attn_norm=b.mlp_norm, mlp_norm=b.attn_norm)),
+        "attn_norm = the norm",
     ),
-    ("llama", "inputs of the sublayers swapped", swap("attn_norm", "mlp_norm"), "attn_norm = its"),
-    ("llama", "outputs of the sublayers swapped", swap("attn_out", "mlp_out"), "the sum of"),
+    (
+        "llama",
+        "inputs of the sublayers swapped",
+        swap("attn_norm", "mlp_norm"),
+        "attn_norm = the norm",
+    ),
+    ("llama", "outputs of the sublayers swapped", swap("attn_out", "mlp_out"), "mlp_norm ="),
     (
         "llama",
         "the gate taken for the neurons",
@@ -112,19 +123,19 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
     (
         "gpt_neox",
         "a parallel block taken for a sequential one",
-        lambda a: taps(replace(a, parallel=False), resid_mid=a.taps["attn_out"]),
-        "mlp_norm = its norm of resid_mid",
+        lambda a: taps(replace(a, parallel=False), resid_mid=in_all(a, "attn_out")),
+        "mlp_norm = the norm in front of it, of resid_mid",
     ),
     (
         "gpt_neox_sequential",
         "a sequential block taken for a parallel one",
         lambda a: replace(a, parallel=True),
-        "mlp_norm = its norm of resid_pre",
+        "mlp_norm = the norm in front of it, of resid_pre",
     ),
     (
-        "gemma3_text",
+        "qwen3",
         "query norms with tokens and heads exchanged",
-        lambda a: layout(a, "q", Layout(4, 6, axes="heads")),
+        lambda a: layout(a, "q", Layout(4, 6, axes="heads_first")),
         "every site can be read",
     ),
 ]
@@ -141,8 +152,8 @@ def test_a_wrong_anatomy_is_refused(
     identity: str,
 ) -> None:
     good = loaded[family]
-    bad = describe("m", good.module, good.shape, broken(good.anatomy))
-    model, found = prove(bad)
+    bad = describe("m", good.module, {"": Stack(broken(good.anatomy), good.shape)})
+    _, found, model = prove(bad)
     assert model is None, fault
     assert [d.code for d in found] == ["E0410"]
     assert identity in found[0].message
@@ -152,20 +163,7 @@ def test_a_wrong_anatomy_is_refused(
 def test_every_family_passes_every_check(loaded: dict[str, LoadedModel], family: str) -> None:
     checks = loaded[family].checks
     assert len(checks) >= 16
-    failed = [outcome for outcome in checks if not outcome.passed]
-    assert [outcome.identity for outcome in failed] == [RESTART] * (family in families.WHOLE)
-
-
-@pytest.mark.parametrize("family", families.CONFIGS)
-def test_families_that_can_not_be_restarted_are_known(
-    loaded: dict[str, LoadedModel], family: str
-) -> None:
-    model = loaded[family]
-    assert model.restartable == (family not in families.WHOLE)
-    if not model.restartable:
-        _, (warning,) = prove(model)
-        assert warning.code == "W0711"
-        assert families.WHOLE[family] in warning.label_text
+    assert [outcome.identity for outcome in checks if not outcome.passed] == []
 
 
 def test_a_wrong_number_of_key_value_heads_is_found_in_the_modules(
@@ -173,8 +171,8 @@ def test_a_wrong_number_of_key_value_heads_is_found_in_the_modules(
 ) -> None:
     model = loaded["llama"]
     wrong = replace(model.shape, n_kv_heads=4)
-    anatomy, found = find_anatomy(model.module.named_modules(), wrong)
-    assert anatomy is None
+    anatomies, found = find_anatomies(model.module.named_modules(), wrong)
+    assert not anatomies
     assert [d.code for d in found] == ["E0409"]
     assert "not 4 heads of 6" in found[0].label_text
 
@@ -182,7 +180,7 @@ def test_a_wrong_number_of_key_value_heads_is_found_in_the_modules(
 def test_a_part_that_is_missing_is_named(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["llama"]
     modules = [(p, m) for p, m in model.module.named_modules() if "o_proj" not in p]
-    _, found = find_anatomy(modules, model.shape)
+    _, found = find_anatomies(modules, model.shape)
     assert "output projection of attention not found" in found[0].message
 
 
@@ -241,6 +239,7 @@ def test_eager_attention_is_restarted_too(family: str) -> None:
 
 def test_kernels_without_a_written_mask_are_not_restarted(loaded: dict[str, LoadedModel]) -> None:
     part = loaded["llama"].module.get_submodule("model.layers.0.self_attn")
-    assert own_function(part, "eager") is not own_function(part, "sdpa")
+    config = id(part.config)
+    assert own_function(part, {config: "eager"}) is not own_function(part, {config: "sdpa"})
     with pytest.raises(CannotPack, match="its attention is `flash_attention_2`"):
-        own_function(part, "flash_attention_2")
+        own_function(part, {config: "flash_attention_2"})

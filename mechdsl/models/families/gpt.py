@@ -1,0 +1,134 @@
+"""GPT-2's elder kin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from mechdsl.models.adapters import Arrangement, Config, Family, family
+from mechdsl.models.anatomy import BlockAnatomy, Layout
+
+
+@family("gpt_neox")
+class GPTNeoX(Family):
+    """Parallel unless the config says otherwise."""
+
+    @staticmethod
+    def arrangement(config: Config) -> Arrangement | None:
+        return "parallel" if config.get("use_parallel_residual", True) else "front"
+
+
+@family("falcon")
+class Falcon(Family):
+    """Positions are rotary or added to the scores; parallel or not."""
+
+    @staticmethod
+    def arrangement(config: Config) -> Arrangement | None:
+        parallel = config.get("parallel_attn") or config.get("new_decoder_architecture")
+        return "parallel" if parallel else "front"
+
+
+@family("codegen")
+class CodeGen(Family):
+    """Queries, values and keys, in this order, for each of four groups of heads."""
+
+    @staticmethod
+    def arrangement(config: Config) -> Arrangement | None:
+        return "parallel"
+
+    @staticmethod
+    def fused(n_heads: int, n_kv_heads: int, width: int) -> Mapping[str, Layout] | None:
+        group = n_heads // 4
+        return {
+            site: Layout(
+                n_heads, width, offset=i * group * width, stride=3 * group * width, group=group
+            )
+            for i, site in enumerate(("q", "v", "k"))
+        }
+
+
+@family("gpt_bigcode")
+class GPTBigCode(Family):
+    """With a key for every head, each head's query, key and value lie together."""
+
+    interleaved = True
+
+
+@family("bloom")
+class Bloom(Family):
+    """Its sublayers add the residual themselves; what they add is their projection's output."""
+
+    additive_positions = True
+
+    @staticmethod
+    def arrangement(config: Config) -> Arrangement | None:
+        return "front"
+
+    @staticmethod
+    def parts(config: Config) -> Mapping[str, str]:
+        return {
+            "attn_out": "self_attention.dense",
+            "mlp_out": "mlp.dense_4h_to_h",
+            "mlp": "mlp.dense_h_to_4h, mlp.dense_4h_to_h",
+        }
+
+    @staticmethod
+    def block(config: Config, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        if not config.get("apply_residual_connection_post_layernorm"):
+            return block
+        # What is added is added to the normed stream.
+        tap = block.taps["resid_mid"]
+        middle = replace(tap, path=f"{block.path}.self_attention")
+        return replace(block.with_taps(resid_mid=middle), adds_up=False)
+
+
+@family("mpt")
+class MPT(Family):
+    """Its MLP adds the residual itself."""
+
+    additive_positions = True
+
+    @staticmethod
+    def arrangement(config: Config) -> Arrangement | None:
+        return "front"
+
+    @staticmethod
+    def parts(config: Config) -> Mapping[str, str]:
+        return {"mlp_out": "ffn.down_proj", "mlp": "ffn.up_proj, ffn.down_proj"}
+
+
+@family("gpt_neox_japanese")
+class GPTNeoXJapanese(Family):
+    """The last block adds a bias to what attention returns, outside of all modules."""
+
+    @staticmethod
+    def arrangement(config: Config) -> Arrangement | None:
+        return "front"
+
+    @staticmethod
+    def block(config: Config, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        if layer < config["num_hidden_layers"] - 1:
+            return block
+        return replace(block.without("attn_out", "resid_mid"), adds_up=False)
+
+
+@family("dbrx")
+class DBRX(Family):
+    """Attention and the norms around it are one module."""
+
+    @staticmethod
+    def parts(config: Config) -> Mapping[str, str]:
+        return {"norms": "norm_attn_norm.norm_1, norm_attn_norm.norm_2"}
+
+
+@family("ctrl")
+class CTRL(Family):
+    """Attention is handed its input three times."""
+
+    @staticmethod
+    def parts(config: Config) -> Mapping[str, str]:
+        return {"down": "ffn.2"}
+
+    @staticmethod
+    def without(config: Config) -> Mapping[str, str]:
+        return {"attn_norm": "attention is handed it three times, for queries, keys and values"}

@@ -1,0 +1,84 @@
+"""`mechdsl sites MODEL`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ..families import tables
+from ..families.build import model
+from ..families.parts import Architecture
+from ..models import families
+from .conftest import Command
+
+
+def folder(name: str, root: Path) -> Path:
+    """A tiny model of the tables, saved."""
+    row = next(row for row in tables.every() if row.name == name)
+    assert isinstance(row, Architecture)
+    model(row).save_pretrained(root / "model")  # type: ignore[operator]
+    return root / "model"
+
+
+def test_a_model_of_the_zoo(command: Command) -> None:
+    done = command("sites", "counting")
+    assert done.status == 0
+    assert not done.err
+    text = " ".join(done.out.split())
+    for said in (
+        "LlamaForCausalLM",
+        "4 blocks of width 128, 4 heads of 32",
+        "in front of attention `input_layernorm`",
+        "rows restarted at a block and token = whole passes",
+        "planner passes: all",
+    ):
+        assert said in text
+    assert "does not hold" not in text
+
+
+def test_experts_in_some_layers(command: Command, tmp_path: Path) -> None:
+    done = command("sites", folder("deepseek_v3", tmp_path), "--format", "json")
+    assert done.status == 0
+    stack = json.loads(done.out)["stacks"][""]
+    assert stack["sites"]["expert_out"]["layers"] == [1, 2]
+    assert stack["sites"]["mlp_hidden"]["layers"] == [0]
+    assert stack["sites"]["v"]["width"] == 6
+    assert "k" not in stack["sites"]
+
+
+def test_whole_passes_say_why(command: Command, tmp_path: Path) -> None:
+    done = command("sites", folder("mamba", tmp_path))
+    assert done.status == 0
+    text = " ".join(done.out.split())
+    assert "mixer_out" in text
+    assert "no `z`:" in text
+    assert "planner passes: every row is a whole pass (" in text
+
+
+def test_a_model_that_takes_images(command: Command, tmp_path: Path) -> None:
+    done = command("sites", folder("vit", tmp_path), "--format", "json")
+    found = json.loads(done.out)
+    assert found["stacks"][""]["causal"] is False
+    assert all(check["passed"] for check in found["checks"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("countin", "error[E0403]: the zoo has no model `countin`"),
+        ("countin", "did you mean `counting`?"),
+        ("no/such", "error[E0401]: there is no model at `no/such`"),
+    ],
+)
+def test_a_model_that_is_not_there(command: Command, name: str, said: str) -> None:
+    done = command("sites", name)
+    assert done.status == 2
+    assert said in done.err
+
+
+def test_a_model_that_is_refused(command: Command, tmp_path: Path) -> None:
+    done = command("sites", families.build("gpt2", tmp_path / "m") / "config.json")
+    assert done.status == 2
+    assert "error[E0401]" in done.err

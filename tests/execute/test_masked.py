@@ -1,0 +1,129 @@
+"""Files on a masked language model: every token sees every other, and there is no next token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+import mechdsl
+
+from ..families import reference, tables
+from ..families.build import VOCABULARY, model
+from ..families.parts import Architecture
+
+SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
+WORDS = (*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCABULARY)))
+IDS = {word: i for i, word in enumerate(WORDS)}
+FIRST, SECOND = ["w11", "w12", "w13", "w14"], ["w21", "w22 w23", "w24"]
+FILE = """\
+mech 1
+model bert = local("bert")
+prompts p {
+  a in ["w11", "w12", "w13", "w14"]
+  b in ["w21", "w22 w23", "w24"]
+  template "{a} {b} w9 [MASK] w8"
+  answer " w5"
+  wrong " w6"
+  corrupt other { a = "w15" }
+}
+experiment e {
+  model bert
+  prompts p
+  from clean into other
+  patch SITE at a token, b token, "w8" token
+  measure logit(answer) - logit(wrong) at "[MASK]" token as delta
+}
+"""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    made = Tokenizer(models.WordLevel(IDS, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(list(SPECIAL))
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+    )
+
+
+@pytest.fixture(scope="module")
+def bert() -> tuple[Architecture, nn.Module]:
+    row = next(row for row in tables.every() if row.name == "bert")
+    assert isinstance(row, Architecture)
+    return row, model(row)
+
+
+def prompt(a: str, b: str) -> tuple[dict[str, Tensor], dict[str, int], int]:
+    """The prompt, positions by name, the position of the mask."""
+    words = ["[CLS]", a, *b.split(), "w9", "[MASK]", "w8", "[SEP]"]
+    ids = torch.tensor([[IDS[word] for word in words]])
+    found = {"a token": 1, "b token": words.index("w9") - 1, '"w8" token': words.index("w8")}
+    return {"input_ids": ids}, found, words.index("[MASK]")
+
+
+def by_hand(
+    bert: tuple[Architecture, nn.Module], site: str, layer: int, position: str, a: str, b: str
+) -> float:
+    """The logit difference at the mask, patched less unpatched."""
+    row, module = bert
+    source, places, mask = prompt(a, b)
+    base, _, _ = prompt("w15", b)
+    _, seen = reference.run(row, module, source, layer)
+    vectors = enumerate(seen[site][places[position]])
+    changes = [reference.Change(places[position], unit, vector) for unit, vector in vectors]
+    plain, _ = reference.run(row, module, base, layer)
+    patched, _ = reference.run(row, module, base, layer, site, changes)
+    of = (patched - plain)[mask]
+    return float(of[IDS["w5"]] - of[IDS["w6"]])
+
+
+@pytest.mark.parametrize("site", ["resid_post", "resid_mid", "attn_out", "mlp_out", "k", "z"])
+def test_effects_are_those_of_plain_hooks(
+    bert: tuple[Architecture, nn.Module], tmp_path: Path, site: str
+) -> None:
+    path = tmp_path / "masked.mech"
+    text = f"{site} layer * heads 0..3" if site in ("k", "z") else f"{site} layer *"
+    path.write_text(FILE.replace("SITE", text), encoding="utf-8")
+    result = mechdsl.run(path, models={"bert": (bert[1], tokenizer())})["e"]
+    deltas = result.measures[0].patched - result.measures[0].base
+    assert len(result.cells) == 6
+    assert result.prompts == len(FIRST) * len(SECOND)
+    largest = 0.0
+    for cell, row in zip(result.cells, deltas, strict=True):
+        layer, position = int(cell.coords["layer"]), str(cell.coords["position"])
+        for a, b, delta in zip(result.row_values["a"], result.row_values["b"], row, strict=True):
+            hand = by_hand(bert, site, layer, position, a, b)
+            assert delta == pytest.approx(hand, abs=1e-4)
+            largest = max(largest, abs(hand))
+    assert largest > 0.02
+
+
+@pytest.mark.parametrize(
+    ("measure", "said"),
+    [
+        ("logit(answer)", "predicts tokens in their own place"),
+        ('loss at "[MASK]" token', "no loss over a whole prompt"),
+    ],
+)
+def test_what_needs_a_next_token_is_refused(
+    bert: tuple[Architecture, nn.Module], tmp_path: Path, measure: str, said: str
+) -> None:
+    path = tmp_path / "masked.mech"
+    text = FILE.replace("SITE", "resid_post layer 0")
+    text = text.replace('logit(answer) - logit(wrong) at "[MASK]" token', measure)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(mechdsl.MechdslError, match="E0612") as found:
+        mechdsl.run(path, models={"bert": (bert[1], tokenizer())})
+    assert said in str(found.value)

@@ -1,0 +1,1 @@
+"""Every architecture that the model library builds, against hooks written out for each."""

@@ -1,0 +1,175 @@
+"""Walks over the architectures of the tables: `python -m tests.families [NAME…] [--write]`.
+
+Prints a line for each as it goes; `--write` writes what was found to `docs/models.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from . import tables
+from .parts import Architecture, Refused
+from .walk import (
+    DIFFERENCE,
+    EFFECT_ERROR,
+    KINDS,
+    SMALLEST,
+    Walked,
+    layers_in_words,
+    walk,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PROCESSES = 2
+
+INTRO = f"""\
+# Models
+
+Which architectures of transformers mechdsl takes apart, and how far each was checked. Any other one
+may load as well: a model is taken apart by what its modules are, and refused unless what was found
+passes the checks.
+
+Of every architecture below there is a tiny model with wide random weights, and a table written by
+hand from its modeling file that says where every site lies (`tests/families/rows_*.py`). A
+reference that shares no code with the package applies the table with plain hooks, to one unpadded
+prompt at a time. The package gets ragged prompts in one padded batch (on both sides where the model
+allows it), and, where the planner's passes apply, rows that compute only what changes, of all sites
+and layers in one pass, with all tokens' outputs read and with one token's. Every site that the
+package offers is read, patched from other prompts and ablated, in every layer of every stack.
+
+Outputs and reads may differ by {DIFFERENCE:.0e} of the largest output (at least 1), effects on a
+difference of two logits by {EFFECT_ERROR:.0e} of the effect, and every write has to change the
+output by at least {SMALLEST:.0e}. “All” sites are those of the table; what else an architecture
+could have is in its comments. Architectures that compute parts in ways that rounding shows in are
+compared in float64 (marked so).
+
+`make families` runs it all and writes this page; `python -m tests.families NAME…` compares some.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.families", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="architectures; all by default")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    given = parser.parse_args(arguments)
+    rows = {row.name: row for row in tables.every()}
+    if unknown := [name for name in given.names if name not in rows]:
+        parser.error(f"not in the tables: {', '.join(unknown)}")
+    if given.write and given.names:
+        parser.error("the page is about all architectures; leave the names out")
+    found: list[Walked] = []
+    for walked in walks(given.names or list(rows)):
+        found.append(walked)
+        print(line(walked, rows[walked.name]), flush=True)
+    if given.write:
+        PAGE.write_text(page(found, rows), encoding="utf-8")
+    return int(any(walked.wrong() for walked in found))
+
+
+def walks(names: Sequence[str]) -> Iterator[Walked]:
+    """In the order of `names`, several at once."""
+    if len(names) == 1:
+        prepare()
+        yield one(names[0])
+        return
+    with ProcessPoolExecutor(PROCESSES, initializer=prepare) as pool:
+        yield from pool.map(one, names)
+
+
+def prepare() -> None:
+    """One thread for each process, and nothing of what the library says about its kernels."""
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+
+
+def one(name: str) -> Walked:
+    return walk(next(row for row in tables.every() if row.name == name))
+
+
+def line(walked: Walked, row: Architecture | Refused) -> str:
+    """What is printed about one architecture."""
+    if walked.refused:
+        said = f"refused: {walked.refused}"
+    else:
+        said = (
+            f"{walked.spots} sites, {walked.checks} checks, {', '.join(walked.sides)}, "
+            f"{walked.precision}, off by {walked.difference:.0e}, "
+            f"effects {walked.effect_error:.0e}, smallest {walked.smallest:.0e}"
+        )
+        if walked.whole:
+            said += f"; whole passes: {walked.whole}"
+    more = [f"    {text}" for text in (*sites_left(walked, row), *walked.wrong())]
+    return "\n".join([f"{walked.name} ({walked.seconds:.0f} s): {said}", *more])
+
+
+def sites_left(walked: Walked, row: Architecture | Refused) -> list[str]:
+    """Sites that only the table has, and sites that only the package has."""
+    if isinstance(row, Refused) or walked.refused:
+        return []
+    counts = {"": row.main.count} | {name: stack.count for name, stack in row.others.items()}
+    return [
+        f"{what}: {layers_in_words(spots, counts)}"
+        for what, spots in (("without", walked.missing), ("not in the table", walked.extra))
+        if spots
+    ]
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def page(found: Sequence[Walked], rows: Mapping[str, Architecture | Refused]) -> str:
+    taken = [walked for walked in found if not walked.refused]
+    by_kind = {kind: [walked for walked in taken if walked.kind == kind] for kind in KINDS}
+    whole = sum(bool(walked.whole) for walked in taken)
+    counts = ", ".join(f"{len(each)} {kind}" for kind, each in by_kind.items())
+    refused = [walked for walked in found if walked.refused]
+    parts = [
+        INTRO,
+        f"{counts}; {whole} of these {len(taken)} run whole passes alone, {len(refused)} more are "
+        f"refused. Variants of an architecture stand behind `/`. Run with torch "
+        f"{version('torch')} and transformers {version('transformers')}.\n",
+    ]
+    head = ("architecture", "sites", "planner passes", "checks", "largest difference")
+    for kind, each in by_kind.items():
+        body = [cells(walked, rows[walked.name]) for walked in each]
+        parts.append(f"## {kind.capitalize()}\n\n{table(head, body)}")
+    reasons = [(f"`{walked.name}`", reason(walked.refused)) for walked in refused]
+    parts.append(f"## Refused\n\n{table(('architecture', 'reason'), reasons)}")
+    return "\n".join(parts)
+
+
+def cells(walked: Walked, row: Architecture | Refused) -> tuple[str, ...]:
+    difference = f"{walked.difference:.0e}"
+    if walked.precision != "float32":
+        difference += f" ({walked.precision}; {walked.single:.0e} in float32)"
+    return (
+        f"`{walked.name}`",
+        "; ".join(sites_left(walked, row)) or "all",
+        f"whole passes: {reason(walked.whole)}" if walked.whole else "all",
+        str(walked.checks),
+        "; ".join([difference, *walked.wrong()]),
+    )
+
+
+def reason(text: str) -> str:
+    """A message in a cell: without the model's name, which is the same in all of them."""
+    return re.sub(r"^`m` (\(\w+\):? ?)?", "", text).replace("|", "\\|").replace("\n", " ")
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(each)} |\n" for each in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

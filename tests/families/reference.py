@@ -1,0 +1,373 @@
+"""Interventions by plain hooks on the bare model, one unpadded prompt at a time.
+
+Nothing here comes from the package. A model is called with nothing but its prompt; where a site
+lies between modules, what is written follows from its definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .parts import Architecture, Block, Heads, Stack
+
+ORDER = (
+    "embed", "resid_pre", "attn_norm", "mixer_norm", "q", "k", "v", "z", "head_out", "attn_out",
+    "mixer_out", "resid_mid", "mlp_norm", "router", "expert_out", "mlp_hidden", "mlp_out",
+    "resid_post", "final_norm", "logits",
+)  # fmt: skip
+WITHOUT_LAYER = ("embed", "final_norm", "logits")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A vector to write: at a position, in a head, neuron or expert (0 for whole vectors)."""
+
+    position: int
+    unit: int
+    vector: Tensor
+
+
+@dataclass
+class Session:
+    """One forward pass: every site of one layer is read, and one of them written."""
+
+    site: str
+    changes: Sequence[Change]
+    seen: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def edit(self, site: str, value: Tensor) -> Tensor:
+        """`value` is [T, units, width]; returns it changed if this is the site."""
+        if site == self.site:
+            value = value.clone()
+            for change in self.changes:
+                value[change.position, change.unit] = change.vector
+        assert site not in self.seen, f"{site} came by twice"
+        self.seen[site] = value.detach().clone()
+        return value
+
+
+def sites(stack: Stack, layer: int, *, main: bool = True) -> list[str]:
+    """The sites that there are in one layer, in the order of a forward pass."""
+    block = stack.at(layer)
+    found = {
+        "embed": stack.embed is not None,
+        "resid_pre": block.resid,
+        "attn_norm": block.attn_norm is not None,
+        "mixer_norm": block.mixer_norm is not None,
+        "q": block.q is not None,
+        "k": block.k is not None,
+        "v": block.v is not None,
+        "z": block.output is not None,
+        "head_out": block.output is not None,
+        "attn_out": block.attn_out is not None,
+        "mixer_out": block.mixer_out is not None,
+        "resid_mid": block.middle != "none" and block.resid,
+        "mlp_norm": block.mlp_norm is not None,
+        "router": block.experts is not None,
+        "expert_out": block.experts is not None,
+        "mlp_hidden": block.mlp_hidden is not None,
+        "mlp_out": block.mlp_out is not None,
+        "resid_post": block.resid,
+        "final_norm": stack.final_norm is not None,
+        "logits": main,
+    }
+    return [site for site in ORDER if found[site]]
+
+
+@torch.no_grad()
+def run(
+    architecture: Architecture,
+    module: nn.Module,
+    prompt: Mapping[str, Tensor],
+    layer: int,
+    site: str = "",
+    changes: Sequence[Change] = (),
+    stack: str = "",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the model returns for one prompt ([T, …] logits, or hidden states where it has no
+    unembedding), with `changes` at a site of one stack, and all sites of that layer: [T, units,
+    width] each, after the change. `prompt` is what the model is called with."""
+    session = Session(site, changes)
+    parts = architecture.others[stack] if stack else architecture.main
+    with _hooks(module, parts, layer, session):
+        output = module(**prompt)
+        logits = output.logits if "logits" in output else output.last_hidden_state
+    logits = logits[0]
+    if not stack:
+        shape = logits.shape
+        logits = session.edit("logits", logits.reshape(-1, 1, shape[-1])).reshape(shape)
+    return logits, session.seen
+
+
+@contextmanager
+def _hooks(module: nn.Module, stack: Stack, layer: int, session: Session) -> Iterator[None]:
+    handles = list(_handles(module, stack, layer, session))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+Edit = Callable[[Tensor], Tensor]
+
+
+def _handles(module: nn.Module, stack: Stack, layer: int, session: Session) -> Iterator[Any]:
+    block = stack.at(layer)
+    root = f"{stack.blocks}.{layer}"
+    stream: list[Tensor] = []
+
+    def part(path: str) -> nn.Module:
+        return module.get_submodule(f"{root}.{path}" if path else root)
+
+    def factor(scale: float | str) -> Any:
+        return part("").get_parameter(scale) if isinstance(scale, str) else scale
+
+    def whole(site: str, scale: Any = 1.0) -> Edit:
+        def edit(value: Tensor) -> Tensor:
+            width = value.shape[-1]
+            flat = value.reshape(-1, 1, width) * scale
+            changed = session.edit(site, flat)
+            return value if session.site != site else (changed / scale).reshape(value.shape)
+
+        return edit
+
+    if stack.embed is not None:
+        path, side = stack.embed
+        yield (_out if side == "out" else _in)(module.get_submodule(path), whole("embed"))
+    if block.resid:
+
+        def entering(value: Tensor) -> Tensor:
+            value = whole("resid_pre")(value)
+            stream[:] = [value]
+            return value
+
+        yield _in(part(""), entering)
+    if block.attn_norm is not None:
+        yield _in(part(block.attn_norm), whole("attn_norm"))
+    if block.mixer_norm is not None:
+        yield _in(part(block.mixer_norm), whole("mixer_norm"))
+    yield from _head_handles(block, part, session)
+    if block.output is not None:
+        yield from _output_handles(block, part(block.output), session)
+    for site, path, scale in (
+        ("attn_out", block.attn_out, block.attn_scale),
+        ("mixer_out", block.mixer_out, block.mixer_scale),
+    ):
+        if path is not None:
+            yield _out(part(path), whole(site, factor(scale)))
+    adds = block.attn_out or block.mixer_out
+    if block.resid and block.middle == "sum" and adds is not None:
+        scale = factor(block.attn_scale if block.attn_out is not None else block.mixer_scale)
+
+        def between(value: Tensor) -> Tensor:
+            middle = stream[0] + value * scale
+            width = middle.shape[-1]
+            changed = session.edit("resid_mid", middle.reshape(-1, 1, width))
+            if session.site != "resid_mid":
+                return value
+            return (changed.reshape(middle.shape) - stream[0]) / scale
+
+        yield _out(part(adds), between)
+    elif block.middle not in ("sum", "none"):
+        yield _out(part(block.middle), whole("resid_mid"))
+    if block.mlp_norm is not None:
+        yield _in(part(block.mlp_norm), whole("mlp_norm"))
+    if block.experts is not None:
+        yield _experts(part(block.experts), block.n_experts, session)
+    if block.mlp_hidden is not None:
+
+        def neurons(value: Tensor) -> Tensor:
+            width = value.shape[-1]
+            return session.edit("mlp_hidden", value.reshape(-1, width, 1)).reshape(value.shape)
+
+        yield _in(part(block.mlp_hidden), neurons)
+    if block.mlp_out is not None:
+        yield _out(part(block.mlp_out), whole("mlp_out", factor(block.mlp_scale)))
+    if block.resid:
+        # In front of hooks of the library's own, which collect what blocks return.
+        yield _out(part(""), whole("resid_post"), first=True)
+    if stack.final_norm is not None:
+        path, side = stack.final_norm
+        yield (_out if side == "out" else _in)(module.get_submodule(path), whole("final_norm"))
+
+
+def _head_handles(
+    block: Block, part: Callable[[str], nn.Module], session: Session
+) -> Iterator[Any]:
+    for site, heads in (("q", block.q), ("k", block.k), ("v", block.v)):
+        if heads is not None:
+            edit = _head_edit(site, heads, session)
+            yield _out(part(heads.path), _once(edit) if heads.again else edit)
+
+
+def _once(edit: Edit) -> Edit:
+    """Of what a module returns first in a pass."""
+    done: list[Tensor] = []
+
+    def first(value: Tensor) -> Tensor:
+        if done:
+            return value
+        done.append(value)
+        return edit(value)
+
+    return first
+
+
+def _head_edit(site: str, heads: Heads, session: Session) -> Edit:
+    def edit(value: Tensor) -> Tensor:
+        if heads.form == "heads_first":
+            return session.edit(site, value[0].transpose(0, 1)).transpose(0, 1)[None]
+        if heads.form == "heads":
+            return session.edit(site, value.reshape(-1, heads.heads, heads.width)).reshape(
+                value.shape
+            )
+        step = heads.width if heads.step is None else heads.step
+        flat = value.reshape(-1, value.shape[-1]).clone()
+        columns = [
+            slice(begin, begin + heads.width)
+            for h in range(heads.heads)
+            for begin in [heads.start + h // heads.group * step + h % heads.group * heads.width]
+        ]
+        changed = session.edit(site, torch.stack([flat[:, c] for c in columns], dim=1))
+        for h, c in enumerate(columns):
+            flat[:, c] = changed[:, h]
+        return flat.reshape(value.shape)
+
+    return edit
+
+
+def _output_handles(block: Block, output: nn.Module, session: Session) -> Iterator[Any]:
+    """`z`, and `head_out`: each head's share of what the projection returns."""
+    given: list[Tensor] = []
+    weight: Any = output.weight
+    if type(output).__name__ != "Conv1D":
+        weight = weight.T  # [in, out]
+
+    def entering(value: Tensor) -> Tensor:
+        heads = value.reshape(-1, block.heads, block.width)
+        changed = session.edit("z", heads)
+        given[:] = [changed]
+        return changed.reshape(value.shape)
+
+    def leaving(value: Tensor) -> Tensor:
+        slices = weight.reshape(block.heads, block.width, -1)
+        before = torch.stack([given[0][:, h] @ slices[h] for h in range(block.heads)], dim=1)
+        after = session.edit("head_out", before)
+        if session.site != "head_out":
+            return value
+        return value + (after - before).sum(1).reshape(value.shape)
+
+    yield _in(output, entering)
+    yield _out(output, leaving)
+
+
+def _experts(module: nn.Module, count: int, session: Session) -> Any:
+    """`router`: the weight of every expert, 0 where it isn't asked; `expert_out`: what each of them
+    adds, its weight included."""
+    forward = module.forward
+
+    def hook(part: nn.Module, args: Any, kwargs: Any) -> Any:
+        tokens, index, weights = args
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        dense = torch.zeros(len(flat), count, dtype=weights.dtype)
+        dense.scatter_add_(1, index.reshape(len(flat), -1), weights.reshape(len(flat), -1))
+        dense = session.edit("router", dense[:, None])[:, 0]
+        every = torch.arange(count).expand(len(flat), count).contiguous()
+        return (tokens, every.to(index.dtype), dense), kwargs
+
+    def leave(part: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+        tokens, index, dense = args
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        each = []
+        for expert in range(count):
+            one = torch.full((len(flat), 1), expert, dtype=index.dtype)
+            made = forward(tokens, one, dense[:, expert : expert + 1].contiguous())
+            each.append(made.reshape(flat.shape))
+        before = torch.stack(each, dim=1)
+        after = session.edit("expert_out", before)
+        if session.site != "expert_out":
+            return out
+        return out + (after - before).sum(1).reshape(out.shape)
+
+    class Both:
+        handles = (
+            module.register_forward_pre_hook(hook, with_kwargs=True),
+            module.register_forward_hook(leave, with_kwargs=True),
+        )
+
+        def remove(self) -> None:
+            for handle in self.handles:
+                handle.remove()
+
+    return Both()
+
+
+NAMES = ("hidden_states", "inputs_embeds", "hidden_state", "x", "input", "query")
+"""What modules call the activation that they get, where it isn't their first argument."""
+
+
+def _in(module: nn.Module, change: Edit) -> Any:
+    def hook(part: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        name = next(name for name in NAMES if name in kwargs)
+        return args, {**kwargs, name: change(kwargs[name])}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _out(module: nn.Module, change: Edit, *, first: bool = False) -> Any:
+    def hook(part: nn.Module, args: Any, out: Any) -> Any:
+        if isinstance(out, (tuple, list)):
+            return type(out)([change(out[0]), *out[1:]])
+        return change(out)
+
+    return module.register_forward_hook(hook, prepend=first)
+
+
+def prompts(architecture: Architecture, count: int, seed: int) -> list[dict[str, Tensor]]:
+    """What the model is called with, for each of some prompts."""
+    from .build import ids
+
+    rows = [(architecture.begins, *row[1:]) for row in ids(count, 8, seed)]
+    texts = [{"input_ids": torch.tensor([row])} for row in rows]
+    if architecture.takes == "text":
+        return texts
+    # Of other lengths than the texts.
+    decoder = [torch.tensor([row]) for row in ids(count + 1, 8, seed + 100)[1:]]
+    if architecture.takes == "two texts":
+        return [
+            {**text, "decoder_input_ids": row} for text, row in zip(texts, decoder, strict=True)
+        ]
+    generator = torch.Generator().manual_seed(seed)
+    if architecture.takes == "image":
+        vision = architecture.config.get("vision_config", architecture.config)
+        size = (1, vision["num_channels"], vision["image_size"], vision["image_size"])
+        return [{"pixel_values": torch.randn(size, generator=generator)} for _ in range(count)]
+    if architecture.takes == "audio":
+        name, shape = _sound(architecture)
+        sounds = [torch.randn(1, *shape, generator=generator) for _ in range(count)]
+        return [
+            {name: sound, "decoder_input_ids": row}
+            for sound, row in zip(sounds, decoder, strict=True)
+        ]
+    from .rows_vlm import with_picture
+
+    return [with_picture(architecture, row, generator) for row in ids(count, 8, seed)]
+
+
+def _sound(architecture: Architecture) -> tuple[str, tuple[int, ...]]:
+    """What an audio model calls the sound, and its shape."""
+    config = architecture.config
+    if "num_mel_bins" in config:  # frames go by twos
+        return "input_features", (config["num_mel_bins"], 2 * config["max_source_positions"])
+    if "input_feat_per_channel" in config:
+        return "input_features", (22, config["input_feat_per_channel"])
+    return "input_values", (3000,)

@@ -1,0 +1,26 @@
+"""The tables against the models alone: what a row says is where it says, and is all there is."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from . import tables
+from .check_rows import check
+from .parts import Architecture
+
+ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}
+QUICK = ("gpt2", "llama", "gemma3_text", "mixtral", "mamba", "bert", "t5", "vit", "llava")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ROWS]
+)
+def test_a_row_holds(name: str) -> None:
+    assert check(ROWS[name]) == []
+
+
+def test_no_name_is_in_the_tables_twice() -> None:
+    counts = Counter(row.name for row in tables.every())
+    assert [name for name, count in counts.items() if count > 1] == []

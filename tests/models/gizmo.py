@@ -1,0 +1,28 @@
+"""The entry of a family that the finder can't read by itself: all that it takes is one such file.
+
+Its output projection goes by a name that nobody has heard of, and attention adds half of what it
+returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mechdsl.models.adapters import Arrangement, Config, Family, family
+
+
+@family("gizmo")
+class Gizmo(Family):
+    """Llama's blocks, with other names."""
+
+    @staticmethod
+    def arrangement(config: Config) -> Arrangement | None:
+        return "front"
+
+    @staticmethod
+    def parts(config: Config) -> Mapping[str, str]:
+        return {"attention": "mixing", "output": "mixing.gizmo", "mlp": "thinking"}
+
+    @staticmethod
+    def scales(config: Config) -> Mapping[str, float]:
+        return {"attn_out": config["half"]}

@@ -1,0 +1,284 @@
+"""Attention that is written past the library's functions, exchanged and packed all the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mechdsl.attention import Group, KeptAttention, attend, exchanged, own_function
+from mechdsl.exchange import WRITTEN_OUT, entry_of, plain
+from mechdsl.hooks import Batch, clean_model_check, run_whole
+from mechdsl.kept import Kept, keeping
+from mechdsl.load import adopt
+from mechdsl.loaded import LoadedModel
+
+from . import families
+from .test_hooks import nothing_left
+from .test_packed import Side, every_token, everywhere, last_tokens, same_as_whole, write
+
+_ALIBI: dict[str, Any] = {"alibi": True, "multi_query": False, "bias": True}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptj": ("gptj", {}),
+    "codegen": ("codegen", {}),
+    "gpt_neo": ("gpt_neo", {}),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {}),
+    "xglm": ("xglm", {}),
+    "bloom": ("bloom", {}),
+    "bloom, heads not a power of two": ("bloom", {"n_head": 6}),
+    "bloom, normed residual": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    "mpt": ("mpt", {}),
+    "mpt, heads not a power of two": ("mpt", {"n_heads": 6}),
+    "mpt, a scale of its own": ("mpt", {"attn_config": {"softmax_scale": 0.6}}),
+    "mpt, clipped": ("mpt", {"attn_config": {"clip_qkv": 0.7}}),
+    "falcon": ("falcon", {}),
+    "falcon, eager": ("falcon", {"attn_implementation": "eager"}),
+    "falcon, a key for each head": ("falcon", {"multi_query": False, "bias": True}),
+    "falcon, one after the other": ("falcon", {"parallel_attn": False}),
+    "falcon, biases": ("falcon", {**_ALIBI, "parallel_attn": False}),
+    "falcon, biases, eager": ("falcon", {**_ALIBI, "attn_implementation": "eager"}),
+    "falcon, biases, one key": ("falcon", {"alibi": True}),
+    "falcon, groups": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, groups, eager": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "attn_implementation": "eager"},
+    ),
+    "falcon, groups, biases": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": True},
+    ),
+}
+"""Family and what is changed of its config."""
+
+ROWS = [
+    [1, 9, 22, 31, 17, 40, 5, 28, 33],
+    [1, 14, 8, 51],
+    [1, 30, 11, 6, 45, 19, 36],
+]
+
+
+@dataclass
+class Bare:
+    """What `exchanged` asks of a model."""
+
+    module: nn.Module
+    device: ClassVar[torch.device] = torch.device("cpu")
+
+
+def build(case: str, seed: int = 0) -> nn.Module:
+    family, changed = VARIANTS[case]
+    return families.module(family, seed, **changed)
+
+
+def logits(module: nn.Module, batch: Batch) -> Tensor:
+    """Of real tokens."""
+    with torch.inference_mode():
+        found = module(
+            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.position_ids()
+        )
+    return found.logits[batch.mask.bool()]
+
+
+@contextmanager
+def counted(module: nn.Module) -> Generator[list[nn.Module]]:
+    """The modules that attended with `plain` in place of what they do."""
+    calls: list[nn.Module] = []
+
+    def attend(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        assert own_function(part, {}) is plain
+        calls.append(part)
+        return plain(part, *args, **kwargs)
+
+    with exchanged(cast(LoadedModel, Bare(module)), attend, masked=True):
+        yield calls
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", VARIANTS)
+def test_outputs_are_the_modules_own(case: str, side: Side) -> None:
+    for seed in (0, 1):
+        module = build(case, seed)
+        batch = Batch.of(ROWS, 0, side)
+        expected = logits(module, batch)
+        with counted(module) as calls:
+            found = logits(module, batch)
+        assert len(calls) == 3
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert torch.equal(logits(module, batch), expected)
+        assert nothing_left(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["gptj", "codegen", "gpt_neo", "bloom", "mpt", "falcon, biases"])
+def test_half_precision(case: str, dtype: torch.dtype) -> None:
+    module = build(case).to(dtype)
+    batch = Batch.of(ROWS, 0, "left")
+    expected = logits(module, batch)
+    with counted(module):
+        found = logits(module, batch)
+    assert found.dtype == dtype
+    assert not found.isnan().any()
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+# --- packed ---------------------------------------------------------------------------------------
+
+
+def adopted(case: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    model, found = adopt("m", build(case).to(dtype), families.tokenizer())
+    assert model is not None, [(d.message, d.label_text) for d in found]
+    assert found == []
+    assert model.restartable
+    return model
+
+
+def kept_of(model: LoadedModel, side: Side, rows: Sequence[Sequence[int]] = ROWS) -> Kept:
+    batch = Batch.of(rows, model.pad_id, side)
+    with keeping(model, batch, 0) as kept:
+        run_whole(model, batch)
+    return kept
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_rows_are_those_of_whole_passes(case: str) -> None:
+    """Every site and layer, at an early token and at a late one."""
+    model = adopted(case)
+    for side in ("left", "right"):
+        kept = kept_of(model, side)
+        cells = [(*cell, position) for cell in everywhere(model) for position in (0, 3)]
+        lanes = [number % 3 for number in range(len(cells))]
+        writes = [
+            write(model, site, layer, [(row, position)], seed=row)
+            for row, (site, layer, position) in enumerate(cells)
+        ]
+        same_as_whole(model, kept, lanes, writes, every_token(kept, lanes))
+        same_as_whole(model, kept, lanes, writes, last_tokens(kept, lanes))
+    assert nothing_left(model.module)
+
+
+@pytest.mark.parametrize("case", ["codegen", "mpt", "bloom"])
+def test_rows_in_half_precision(case: str) -> None:
+    """Positions or biases are of a wider type than the model."""
+    assert adopted(case, torch.bfloat16).restartable
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+def test_biases_are_part_of_one_mask_for_all_blocks() -> None:
+    model = adopted("bloom, heads not a power of two")
+    masks = [kept.mask for kept in kept_of(model, "left").attention.values()]
+    assert all(mask is masks[0] for mask in masks)
+    mask = masks[0]
+    assert mask is not None
+    assert mask.shape == (3, 6, 9, 9)
+    lowest = torch.finfo(mask.dtype).min
+    assert (mask[1, :, :, :5] <= lowest / 2).all()  # padding
+    for query in range(5, 9):
+        assert (mask[1, :, query, query + 1 :] <= lowest / 2).all()
+    slopes = mask[1, :, 8, 6:] - mask[1, :, 8, 5:8]
+    assert torch.allclose(slopes, slopes[:, :1].expand(-1, 3))
+    assert slopes[:, 0].unique().numel() == 6
+
+
+@pytest.mark.parametrize("case", ["bloom", "mpt", "gpt_neo", "falcon, biases, eager"])
+def test_lanes_of_equal_length_share_a_mask(case: str) -> None:
+    model = adopted(case)
+    kept = kept_of(model, "left", [row[:4] for row in ROWS])
+    masks = [each.mask for each in kept.attention.values()]
+    if case == "gpt_neo":  # the first block sees everything
+        masks = masks[1:]
+    assert all(mask is masks[0] for mask in masks)
+    assert masks[0] is not None
+    assert masks[0].shape[0] == 1
+
+
+def test_windows_hide_what_lies_behind_them() -> None:
+    first, *others = kept_of(adopted("gpt_neo"), "left").attention.values()
+    assert first.mask is not None
+    sees = [
+        [int((mask[0, 0, query] > -1).sum()) for query in range(9)]
+        for mask in (first.mask, *(each.mask for each in others if each.mask is not None))
+    ]
+    assert sees == [[*range(1, 10)], [1, 2, *[3] * 7], [1, 2, *[3] * 7]]
+
+
+# --- nothing stays behind -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("family", ["gptj", "bloom", "falcon"])
+def test_modules_are_left_as_they_were(family: str, error: type[BaseException]) -> None:
+    module = build(family)
+    config = cast(Any, module).config
+    batch, before = Batch.of(ROWS, 0, "left"), config._attn_implementation
+    expected = logits(module, batch)
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    bare = cast(LoadedModel, Bare(module))
+    for masked in (True, False):
+        with pytest.raises(error), exchanged(bare, interrupt, masked=masked):
+            logits(module, batch)
+        assert nothing_left(module)
+        assert clean_model_check(module) == []
+        assert config._attn_implementation == before
+    with exchanged(bare, plain, masked=True):
+        assert len(clean_model_check(module)) == 3
+    assert torch.equal(logits(module, batch), expected)
+
+
+def test_a_forward_of_someone_else_comes_back() -> None:
+    module = build("bloom")
+    part = cast(Any, module).transformer.h[1].self_attention
+    own = part.forward
+    calls: list[int] = []
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    part.forward = theirs
+    with counted(module) as attended:
+        logits(module, Batch.of(ROWS, 0, "left"))
+    assert (len(attended), calls) == (3, [])
+    assert part.forward is theirs
+
+
+def test_only_modules_of_the_library_have_entries() -> None:
+    assert all(entry_of(build(case)) is None for case in ("bloom", "falcon"))
+    attention = cast(Any, build("bloom")).transformer.h[0].self_attention
+    assert entry_of(attention) is WRITTEN_OUT["BloomAttention"]
+
+    class BloomAttention(nn.Module):
+        pass
+
+    assert entry_of(BloomAttention()) is None
+
+
+@pytest.mark.parametrize("way", ["plain", "packed"])
+def test_biases_of_a_wider_type_keep_their_precision(way: str) -> None:
+    """256.5 is 256 in bfloat16: tokens far from the end would be mixed up."""
+    zeros = torch.zeros(1, 1, 2, 4, dtype=torch.bfloat16)
+    values = torch.tensor([[1.0], [0.0]]).expand(2, 4).bfloat16()[None, None]
+    mask = torch.tensor([256.5, 256.0]).expand(1, 1, 2, 2)
+    if way == "plain":
+        out, _ = plain(nn.Identity(), zeros, zeros, values, mask, scaling=1.0)
+        found = out[0, 1, 0]
+    else:
+        last = Group(0, torch.tensor([0]), 1, torch.tensor([1]), torch.tensor([0]))
+        kept = KeptAttention(zeros, values, mask)
+        query, value = zeros[0, :, :1], values[0, :, 1:]
+        out = torch.empty(1, 1, 4, dtype=torch.bfloat16)
+        attend(query, query, value, [last], kept, out, masks={}, scaling=1.0)
+        found = out[0, 0]
+    assert torch.allclose(found.float(), torch.tensor(1 / (1 + math.exp(-0.5))), atol=1e-2)

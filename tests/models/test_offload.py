@@ -1,0 +1,297 @@
+"""Models whose weights accelerate keeps on a disk while they aren't needed.
+
+Between the calls of a module its weights are `meta` tensors then. Everything is compared with the
+same model in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+import mechdsl
+from mechdsl import pipeline, zoo
+from mechdsl.batch import Batch
+from mechdsl.cli import main
+from mechdsl.data.types import Noise
+from mechdsl.hooks import SiteRead, SiteWrite, clean_model_check, run_whole
+from mechdsl.kept import keeping
+from mechdsl.lanes import noise_scale
+from mechdsl.load import adopt
+from mechdsl.loaded import LoadedModel
+from mechdsl.packed import run_packed
+from mechdsl.vocab.sites import SITES
+
+from . import families
+
+ROWS = ((1, 5, 9, 12, 7, 3), (1, 8, 4, 11), (1, 20, 6, 30, 2))
+CLOSE = 1e-5
+SPREAD: Mapping[str, Callable[[str], str]] = {
+    "blocks on disk": lambda path: "disk" if path.endswith((".0", ".2")) else "cpu",
+    "all but a block": lambda path: "cpu" if path.endswith(".1") else "disk",
+    "all": lambda path: "disk",
+}
+COUNTING = Path(zoo.__path__[0]) / "counting"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "counting.mech"
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
+
+
+def parts(module: nn.Module) -> list[str]:
+    """Paths of blocks, and of all modules beside them that have no parts."""
+    paths = {path: [*part.named_children()] for path, part in module.named_modules()}
+    blocks = min((p for p in paths if paths[p] and f"{p}.0" in paths), key=len)
+    leaves = [path for path, children in paths.items() if not children]
+    return [
+        *(f"{blocks}.{name}" for name, _ in paths[blocks]),
+        *(path for path in leaves if not path.startswith(f"{blocks}.")),
+    ]
+
+
+def spread(folder: Path, where: Callable[[str], str], to: Path) -> Any:
+    """The model of a folder, with some of its weights on disk."""
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    places = {path: where(path) for path in parts(whole)}
+    module: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map=places, offload_folder=to
+    )
+    assert any(weight.is_meta for weight in module.parameters())
+    return module
+
+
+def both(folder: Path, where: str, to: Path) -> tuple[LoadedModel, LoadedModel]:
+    """In memory, and spread."""
+    made: list[LoadedModel] = []
+    for module in (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        spread(folder, SPREAD[where], to),
+    ):
+        model, found = adopt("m", module, families.tokenizer())
+        assert model is not None, [d.message for d in found]
+        assert not found
+        made.append(model)
+    return made[0], made[1]
+
+
+def furthest(one: Tensor, other: Tensor) -> float:
+    assert one.device == other.device
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def points(model: LoadedModel) -> list[SiteRead]:
+    """Every site of every layer."""
+    return [
+        SiteRead(site, layer)
+        for site in SITES
+        if site in model.shape.sites
+        for layer in (range(model.shape.n_layers) if SITES[site].has_layer else (None,))
+    ]
+
+
+def writes_of(model: LoadedModel, sources: Mapping[SiteRead, Tensor]) -> list[SiteWrite]:
+    """In row i: at the i-th point, at two tokens, what the next prompt has there, in one unit."""
+    made: list[SiteWrite] = []
+    for number, (where, read) in enumerate(sources.items()):
+        lane, unit = number % len(ROWS), number % read.shape[2]
+        values = read[(lane + 1) % len(ROWS), -2:, unit]
+        two = torch.tensor([1, len(ROWS[lane]) - 1])
+        rows, units = torch.full_like(two, number), torch.full_like(two, unit)
+        made.append(SiteWrite(where.site, where.layer, rows, two, units, values))
+    return made
+
+
+@pytest.mark.parametrize("where", SPREAD)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_every_site_is_as_in_memory(
+    family: str, where: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    here, away = both(folders[family], where, tmp_path)
+    wanted = points(here)
+    assert wanted == points(away)
+    base = Batch.of(ROWS, here.pad_id, "left")
+    reads = [run_whole(model, base, reads=wanted).reads for model in (here, away)]
+    assert max(furthest(reads[1][one], reads[0][one]) for one in wanted) <= CLOSE
+    writes = writes_of(here, reads[0])
+    lanes = np.arange(len(wanted)) % len(ROWS)
+    rows = base.take(torch.from_numpy(lanes))
+    lengths = base.lengths.numpy()[lanes]
+    final = np.arange(len(lanes)), lengths - 1
+    some = torch.tensor([3, 4, 17, 40])
+    found: list[list[Tensor]] = []
+    for model in (here, away):
+        whole = run_whole(model, rows, writes=writes).logits
+        with keeping(model, base, 0) as kept:
+            run_whole(model, base)
+        packed = run_packed(model, kept, lanes, writes=writes, final=final)
+        inside = [write for write in writes if write.site != "logits"]
+        few = run_packed(model, kept, lanes, writes=inside, final=final, tokens=some)
+        narrow = run_whole(model, base, tokens=some).logits
+        assert whole is not None
+        assert narrow is not None
+        found.append([whole, packed.logits, few.logits, narrow])
+    assert max(furthest(*pair) for pair in zip(*found, strict=True)) <= CLOSE
+
+
+@pytest.mark.parametrize("where", SPREAD)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_model_is_left_as_it_was(
+    family: str, where: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    module = spread(folders[family], SPREAD[where], tmp_path)
+    ids = torch.tensor([ROWS[0]])
+
+    def state() -> list[tuple[str, bool, object, object]]:
+        return [
+            (path, weight.is_meta, part.__dict__.get("forward"), part.__dict__.get("_hf_hook"))
+            for path, part in module.named_modules()
+            for weight in (*part.parameters(recurse=False), torch.zeros(()))
+        ]
+
+    with torch.no_grad():
+        before, stood = module(ids).logits, state()
+    model, _ = adopt("m", module, families.tokenizer())
+    assert model is not None
+    batch = Batch.of(ROWS, model.pad_id, "left")
+    run_whole(model, batch, reads=[SiteRead("head_out", 0)], tokens=torch.tensor([1, 2]))
+    assert clean_model_check(module) == []
+    assert state() == stood
+    with torch.no_grad():
+        assert torch.equal(module(ids).logits, before)
+
+
+def test_its_hash_is_that_of_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    for number, where in enumerate(SPREAD):
+        here, away = both(folders["gpt2"], where, tmp_path / str(number))
+        assert away.provenance["weights"] == here.provenance["weights"]
+
+
+def test_it_says_where_its_inputs_go(folders: dict[str, Path], tmp_path: Path) -> None:
+    _, away = both(folders["llama"], "all", tmp_path)
+    assert away.device == torch.device("cpu")
+    assert away.dtype == torch.float32
+    assert away.provenance["dtype"] == "float32"
+
+
+def test_noise_by_embeddings_on_disk(folders: dict[str, Path], tmp_path: Path) -> None:
+    """`3 sd` is measured on the embeddings."""
+    here, away = both(folders["gpt2"], "all", tmp_path)
+    noise = Noise("embed", ((1,),), None, 3.0, (5, 6, 9))
+    assert noise_scale(away, noise) == noise_scale(here, noise) > 0
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def cells(results: Any) -> list[Any]:
+    """The table of every experiment."""
+    document = json.loads(results.to_json())
+    return [experiment["cells"] for experiment in document["files"][0]["experiments"]]
+
+
+@pytest.fixture(scope="module")
+def in_memory() -> list[Any]:
+    return cells(mechdsl.run(EXAMPLE, limit=24))
+
+
+def test_a_file_gives_the_same_table(in_memory: list[Any], tmp_path: Path) -> None:
+    """Half of the blocks of the model are on disk."""
+    module = spread(COUNTING, SPREAD["blocks on disk"], tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(COUNTING)
+    found = mechdsl.run(EXAMPLE, limit=24, models={"toy": (module, tokenizer)})
+    assert cells(found) == in_memory
+    assert clean_model_check(module) == []
+
+
+def test_a_file_from_the_command_line(
+    in_memory: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With memory for a part of the model, the rest is on disk."""
+    seen: list[bool] = []
+    load = pipeline.load
+
+    def look(*args: Any, **more: Any) -> Any:
+        model, found = load(*args, **more)
+        assert model is not None
+        seen.append(any(weight.is_meta for weight in model.module.parameters()))
+        return model, found
+
+    monkeypatch.setattr(pipeline, "load", look)
+    size = (COUNTING / "model.safetensors").stat().st_size
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": size * 2 // 3})
+    arguments = ("--limit", "24", "--format", "json", "--device", "cpu", "--offload", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mechdsl", "run", str(EXAMPLE), *map(str, arguments)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 0
+    found = json.loads(capsys.readouterr().out)["files"][0]["experiments"]
+    assert [experiment["cells"] for experiment in found] == in_memory
+    assert seen == [True]
+
+
+def test_where_all_fits_nothing_is_on_disk(in_memory: list[Any], tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    assert cells(mechdsl.run(EXAMPLE, limit=24, offload=folder)) == in_memory
+    assert [*folder.iterdir()] == []
+
+
+def test_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(mechdsl.MechdslError) as found:
+        mechdsl.run(EXAMPLE, offload=tmp_path)
+    (problem,) = found.value.diagnostics
+    assert problem.code == "E0208"
+    assert "`--offload` needs accelerate" in problem.message
+    assert "mechdsl[offload]" in str(found.value)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(mechdsl.MechdslError) as found:
+        mechdsl.run(EXAMPLE, offload=file)
+    (problem,) = found.value.diagnostics
+    assert problem.code == "E0208"
+    assert f"`--offload {file}`" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("device", "kept"),
+    [
+        ("cpu", {"cpu"}),
+        ("cuda", {0, "cpu"}),
+        ("cuda:1", {1, "cpu"}),
+        ("mps", {"mps", "cpu"}),
+    ],
+)
+def test_a_device_that_is_named_is_the_only_one(
+    device: str, kept: set[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "device", torch.device)
+    room = dict.fromkeys((0, 1, "mps", "cpu"), 1 << 30)
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: room)
+    spread = pipeline._spread(pipeline.RunOptions(device=device, offload=tmp_path))
+    assert spread is not None
+    assert set(cast("dict[object, int]", spread["max_memory"])) == kept
+
+
+def test_nothing_is_spread_without_the_option() -> None:
+    assert pipeline._spread(pipeline.RunOptions()) is None

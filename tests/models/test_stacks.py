@@ -1,0 +1,394 @@
+"""Stacks beside the main one: encoders, cross attention, image encoders, held to plain hooks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mechdsl.batch import Batch
+from mechdsl.diagnostics import Diagnostic
+from mechdsl.hooks import SiteRead, SiteWrite, bare_logits, clean_model_check, run_whole
+from mechdsl.inputs import image_token
+from mechdsl.kept import keeping
+from mechdsl.load import adopt
+from mechdsl.loaded import LoadedModel
+from mechdsl.models.adapters import Family
+from mechdsl.packed import run_packed
+from mechdsl.probe import sample
+from mechdsl.verify import verify
+from tests.families import build, reference, tables
+from tests.families.parts import Architecture, Stack
+from tests.families.walk import tokenizer
+
+ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}
+STACKS = [
+    *((name, stack) for name in ("t5", "bart", "whisper") for stack in ("encoder", "cross")),
+    *((name, "vision") for name in ("llava", "gemma3", "qwen2_vl")),
+]
+CLOSE = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, two prompts of it, and the same prompts as a batch of the package's."""
+
+    row: Architecture
+    model: LoadedModel
+    found: list[Diagnostic]
+    prompts: list[dict[str, Tensor]]
+    batch: Batch
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.module
+
+    def rows(self, logits: Tensor) -> list[Tensor]:
+        """[T, vocab] of each prompt."""
+        return [one[self.batch.mask[i].bool()] for i, one in enumerate(logits)]
+
+    def by_hand(self, prompt: int, stack: str, layer: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return reference.run(self.row, self.module, self.prompts[prompt], layer, stack=stack)
+
+
+@cache
+def case(name: str) -> Case:
+    row = ROWS[name]
+    model, found = adopt("m", build.model(row), tokenizer())
+    assert model is not None, [(d.message, d.label_text) for d in found]
+    prompts = reference.prompts(row, 2, seed=3)
+    return Case(row, model, found, prompts, batch_of(row, model, prompts))
+
+
+def batch_of(row: Architecture, model: LoadedModel, prompts: list[dict[str, Tensor]]) -> Batch:
+    """The prompts padded, and the tokens of the other stacks."""
+    text = "decoder_input_ids" if "decoder_input_ids" in prompts[0] else "input_ids"
+
+    def padded(name: str) -> Batch:
+        side = model.calling.side
+        return Batch.of([prompt[name][0].tolist() for prompt in prompts], model.pad_id, side)
+
+    tokens = padded(text)
+    extra: dict[str, list[Tensor]] = {}
+    for number, prompt in enumerate(prompts):
+        for name, value in prompt.items():
+            if name in ("input_ids", text):
+                continue
+            if value.shape == prompt[text].shape:  # one for each token
+                wide = torch.zeros_like(tokens.ids[:1])
+                wide[0, tokens.mask[number].bool()] = value[0]
+                value = wide
+            extra.setdefault(name, []).append(value)
+    frames: dict[str, Batch] = {}
+    for stack, parts in row.others.items():
+        if stack == "encoder" and text != "input_ids" and "input_ids" in prompts[0]:
+            frames[stack] = padded("input_ids")
+        elif stack != "cross":
+            frames[stack] = Batch.grid(len(prompts), counted(row, model.module, prompts[0], parts))
+    return tokens.with_inputs({n: torch.cat(values) for n, values in extra.items()}, **frames)
+
+
+def counted(row: Architecture, module: nn.Module, prompt: dict[str, Tensor], stack: Stack) -> int:
+    """Tokens that enter the first block of an encoder."""
+    name = next(name for name, parts in row.others.items() if parts is stack)
+    return len(reference.run(row, module, prompt, 0, stack=name)[1]["resid_pre"])
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float(((found - expected).abs().max() / expected.abs().max().clamp(min=1.0)).detach())
+
+
+def named(site: str, layer: int, stack: str) -> SiteRead:
+    return SiteRead(site, None if site in reference.WITHOUT_LAYER else layer, stack)
+
+
+def written(
+    case: Case, site: str, layer: int, stack: str, spot: tuple[int, int], vectors: list[Tensor]
+) -> list[Tensor]:
+    """Logits of each prompt where one vector of it is another one."""
+    position, unit = spot
+    count = len(vectors)
+    where = named(site, layer, stack)
+    write = SiteWrite(
+        site,
+        where.layer,
+        torch.arange(count),
+        torch.full((count,), position),
+        torch.full((count,), unit),
+        torch.stack(vectors),
+        stack=stack,
+    )
+    logits = run_whole(case.model, case.batch, writes=[write]).logits
+    assert logits is not None
+    return case.rows(logits)
+
+
+# --- reading and writing ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "stack"), STACKS)
+def test_reads_are_what_plain_hooks_see(name: str, stack: str) -> None:
+    at = case(name)
+    assert at.found == []
+    sites = at.model.stack(stack).shape.sites
+    for layer in range(at.row.others[stack].count):
+        expected = reference.sites(at.row.others[stack], layer, main=False)
+        assert set(expected) == sites
+        result = run_whole(at.model, at.batch, reads=[named(s, layer, stack) for s in expected])
+        for number in range(len(at.prompts)):
+            _, seen = at.by_hand(number, stack, layer)
+            for site in expected:
+                tokens = at.batch.of_site(site, stack).mask[number].bool()
+                found = result.reads[named(site, layer, stack)][number][tokens]
+                assert off(found, seen[site]) <= CLOSE, (site, layer)
+    assert clean_model_check(at.module) == []
+
+
+@pytest.mark.parametrize(("name", "stack"), STACKS)
+def test_writes_do_what_plain_hooks_do(name: str, stack: str) -> None:
+    """One vector of every prompt becomes that of the other prompt, at every site in turn."""
+    at = case(name)
+    layer = at.row.others[stack].count - 1
+    seen = [at.by_hand(number, stack, layer)[1] for number in range(2)]
+    plain = at.rows(bare_logits(at.model, at.batch))
+    moved = 0
+    for site in reference.sites(at.row.others[stack], layer, main=False):
+        count = seen[0][site].shape[1]
+        spot = (2, count - 1)
+        vectors = [3 * seen[1 - number][site][spot] for number in range(2)]
+        found = written(at, site, layer, stack, spot, vectors)
+        for number, vector in enumerate(vectors):
+            change = [reference.Change(*spot, vector)]
+            expected, _ = reference.run(
+                at.row, at.module, at.prompts[number], layer, site, change, stack
+            )
+            assert off(found[number], expected) <= CLOSE, (site, number)
+            moved += off(found[number], plain[number]) > 10 * CLOSE
+    assert moved > len(seen[0])
+    assert clean_model_check(at.module) == []
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_vl"])
+def test_embed_is_what_the_language_model_gets(name: str) -> None:
+    at = case(name)
+    read = SiteRead("embed")
+    found = run_whole(at.model, at.batch, reads=[read]).reads[read]
+    pictured = at.batch.ids == image_token(at.model)
+    assert pictured.any()
+    embedding: Any = at.module.get_submodule(at.model.anatomy.embedding or "")
+    with torch.no_grad():
+        blind = embedding(at.batch.ids)
+    real = at.batch.mask.bool()
+    assert torch.equal(found[real & ~pictured].squeeze(1), blind[real & ~pictured])
+    assert off(found[pictured].squeeze(1), blind[pictured]) > 0.1
+    identities = {check.identity for check in at.model.checks}
+    assert "noise at an image's tokens of embed changes the logits (with an image)" in identities
+
+
+# --- what the checks say ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_both_attentions_are_proved(name: str) -> None:
+    """What is added in a decoder's block adds up, through its norms, with cross attention."""
+    at = case(name)
+    identities = {check.identity: check for check in at.model.checks}
+    assert all(check.passed for check in identities.values())
+    for identity in (
+        "mlp_norm = the norm in front of it, of resid_mid",
+        "attn_norm = the norm in front of it, of resid_mid (cross)",
+        "v of cross attention is made of the encoder's final_norm (cross)",
+        "the sum of head_out and the bias = attn_out (encoder)",
+    ):
+        assert identity in identities
+
+
+def test_a_norm_taken_for_another_is_noticed() -> None:
+    """BART's norm behind cross attention stands in the sum; mBART's in front of it."""
+    for name, wrong in (("bart", "middle"), ("mbart", "attn_norm")):
+        model = case(name).model
+        cross = model.stack("cross")
+        path = model.anatomy.blocks[0].end or model.anatomy.blocks[0].mlp_norm
+        blocks = [replace(block, **{wrong: path}) for block in cross.anatomy.blocks]
+        anatomy = replace(cross.anatomy, blocks=tuple(blocks))
+        changed = replace(model, others={**model.others, "cross": replace(cross, anatomy=anatomy)})
+        failing = failed(changed)
+        assert any("the norm" in identity for identity in failing), failing
+
+
+def failed(model: LoadedModel) -> list[str]:
+    """Identities that don't hold, but for restarting."""
+    given = sample(model)
+    return [
+        one.identity
+        for stack in ("", *model.others)
+        for one in verify(model, given, stack)
+        if not one.passed and "restarted" not in one.identity
+    ]
+
+
+def test_an_image_put_in_elsewhere_is_noticed() -> None:
+    """`embed` taken from the token embedding is not what the language model gets."""
+    model = case("llava").model
+    tap = replace(model.anatomy.taps["embed"], path=model.anatomy.embedding or "", side="out")
+    anatomy = replace(model.anatomy, taps={**model.anatomy.taps, "embed": tap})
+    changed = replace(model, anatomy=anatomy)
+    found = failed(changed)
+    assert "embed at an image's tokens is not that of the token (with an image)" in found
+
+
+def test_a_stack_that_cannot_be_had_is_left_out() -> None:
+    """The decoder and its cross attention stay, and the reason is said."""
+    model, found = adopt("m", build.model(ROWS["pegasus_x"]), tokenizer())
+    assert model is not None
+    assert list(model.others) == ["cross"]
+    (left,) = found
+    assert (left.code, left.message, left.label_text) == (
+        "W0712",
+        "`m` is taken without the sites of its stack `encoder`",
+        "its encoder fills prompts up to whole blocks, and has global tokens beside them",
+    )
+
+
+def test_a_language_model_stays_where_its_images_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def picture(config: Any) -> dict[str, tuple[int, ...]]:
+        return {"pixel_values": (1, 3, 5, 5)}
+
+    monkeypatch.setattr(Family, "picture", staticmethod(picture))
+    model, found = adopt("m", build.model(ROWS["llava"]), tokenizer())
+    assert model is not None
+    assert (model.others, model.restartable, model.restarts_images) == ({}, True, False)
+    assert [d.code for d in found] == ["W0712"]
+    assert "Input image size (5*5) doesn't match model (8*8)" in found[0].label_text
+    read = SiteRead("resid_mid", 1)
+    batch = Batch.of([[1, 5, 6, 7], [1, 9]], model.pad_id, model.calling.side)
+    assert run_whole(model, batch, reads=[read]).reads[read].shape == (2, 4, 1, 20)
+
+
+def test_an_image_encoder_whose_last_block_is_not_read() -> None:
+    """LLaVA's default: what is written in the last block does nothing, which is no error."""
+    row = ROWS["llava"]
+    module = build.model(row, vision_feature_layer=-2)
+    model, found = adopt("m", module, tokenizer())
+    assert model is not None
+    assert not found
+    assert "vision" in model.others
+
+
+# --- packed rows --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper", "llava", "gemma3", "qwen2_vl"])
+def test_rows_start_in_the_middle(name: str) -> None:
+    """Packed rows are whole passes: of a decoder, each with its own encoder's tokens, and at text
+    and at an image's tokens."""
+    at = case(name)
+    assert at.model.restartable
+    assert at.model.restarts_images == (at.row.takes == "image and text")
+    lengths = at.batch.lengths.tolist()
+    lanes = np.array([0, 1, 0, 1])
+    for site, layer in (("embed", None), ("resid_pre", 1), ("v", 0), ("mlp_out", 2)):
+        width = at.model.tap(site, layer).layout.width
+        places = torch.tensor([3, 3, lengths[0] - 2, lengths[1] - 2])
+        values = torch.randn(4, width, generator=torch.Generator().manual_seed(1))
+        write = SiteWrite(
+            site, layer, torch.arange(4), places, torch.zeros(4, dtype=torch.long), values
+        )
+        batch = at.batch.take(torch.from_numpy(lanes))
+        logits = run_whole(at.model, batch, writes=[write]).logits
+        assert logits is not None
+        with keeping(at.model, at.batch, 0) as kept:
+            run_whole(at.model, at.batch)
+        last = np.array([lengths[lane] - 1 for lane in lanes])
+        result = run_packed(at.model, kept, lanes, writes=[write], final=(np.arange(4), last))
+        columns = batch.columns(torch.arange(4), torch.from_numpy(last))
+        assert off(result.logits, logits[torch.arange(4), columns]) <= CLOSE, (site, layer)
+        other = replace(write, stack=next(iter(at.model.others)))
+        with pytest.raises(ValueError, match="are whole passes"):
+            run_packed(at.model, kept, lanes, writes=[other], final=(np.arange(4), last))
+    assert clean_model_check(at.module) == []
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def raised(at: Case, where: SiteRead, batch: Batch | None = None) -> str:
+    with pytest.raises(ValueError, match=r"`|batch") as error:
+        run_whole(at.model, batch or at.batch, reads=[where])
+    assert clean_model_check(at.module) == []
+    return str(error.value)
+
+
+def test_places_that_are_not_there() -> None:
+    t5, llava = case("t5"), case("llava")
+    assert raised(t5, SiteRead("q", 0, "vision")) == (
+        "`m` has no stack `vision`; it has `encoder`, `cross`"
+    )
+    assert raised(t5, SiteRead("q", 2, "encoder")) == "layer 2 of `encoder` is not in 0..1"
+    assert raised(t5, SiteRead("mlp_out", 0, "cross")) == (
+        "`m` has no `mlp_out` in layer 0 of its stack `cross`"
+    )
+    assert raised(t5, SiteRead("logits", None, "encoder")) == (
+        "`m` has no `logits` of its stack `encoder`"
+    )
+    assert raised(llava, SiteRead("final_norm", None, "vision")) == (
+        "`m` has no `final_norm` of its stack `vision`"
+    )
+    text = Batch.of([[1, 5, 6]], t5.model.pad_id, "right")
+    assert raised(t5, SiteRead("q", 0), text) == "the batch has no tokens of the stack `encoder`"
+
+
+@pytest.mark.parametrize(
+    ("name", "stack", "site", "position", "message"),
+    [
+        ("t5", "cross", "q", 8, "a position for `q cross layer 1` is not in its prompt"),
+        ("t5", "encoder", "q", 8, "a position for `q encoder layer 1` is not in its prompt"),
+        ("llava", "vision", "q", 5, "a position for `q vision layer 1` is not in its prompt"),
+    ],
+)
+def test_positions_that_are_not_there(
+    name: str, stack: str, site: str, position: int, message: str
+) -> None:
+    at = case(name)
+    width = at.model.tap(site, 1, stack).layout.width
+    write = SiteWrite(
+        site,
+        1,
+        torch.tensor([0]),
+        torch.tensor([position]),
+        torch.tensor([0]),
+        torch.zeros(1, width),
+        stack=stack,
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_whole(at.model, at.batch, writes=[write])
+    assert clean_model_check(at.module) == []
+
+
+def test_nothing_is_left_behind_when_a_run_fails() -> None:
+    """The encoder has run, the decoder hasn't: hooks are gone from both."""
+    at = case("t5")
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("broken")
+
+    block = at.module.get_submodule(at.model.anatomy.blocks[1].path)
+    handle = block.register_forward_pre_hook(broken)
+    reads = [SiteRead("z", 0, "encoder"), SiteRead("z", 0, "cross"), SiteRead("z", 2)]
+    try:
+        with pytest.raises(RuntimeError, match="broken"):
+            run_whole(at.model, at.batch, reads=reads)
+    finally:
+        handle.remove()
+    assert clean_model_check(at.module) == []
+    plain = bare_logits(at.model, at.batch)
+    with torch.no_grad():
+        again = at.module(**at.prompts[0]).logits[0]
+    assert off(at.rows(plain)[0], again) <= CLOSE
