@@ -292,7 +292,7 @@ def _add_distances(
     if before:
         every = torch.arange(before, device=q.device)
         added[..., :before] = distances.scores(q, old_keys[:, :, None], at, every)
-    added[..., mine] = distances.scores(q, k, at, group.columns)
+    added[..., mine] = distances.scores(q, k, at, group.columns).to(added.dtype)
     scores += added.unsqueeze(2)
 
 

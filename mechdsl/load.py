@@ -32,7 +32,13 @@ from mechdsl.diagnostics.w07_models import ModelNotHere
 from mechdsl.garbage import uncollected
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.locate import locate, weight_files, zoo_models
-from mechdsl.models.shape import read_config, read_shape, shape_from_config
+from mechdsl.models.shape import (
+    ModelShape,
+    read_config,
+    read_shape,
+    shape_from_config,
+    shape_of,
+)
 from mechdsl.prove import take_apart, text_of
 from mechdsl.source import Source, Span
 from mechdsl.taps import at_hand
@@ -78,6 +84,7 @@ def load(
     )
     if module is None:
         return None, [LoadFailed(span=model.span, model=model.name, reason=reason)]
+    shape = _filled(module, shape)
     provenance = {
         "weights": _hash_files(files),
         "source": f'{model.kind}("{model.path}")',
@@ -120,8 +127,12 @@ def adopt(
     shape, found = shape_from_config(values, model=name, span=span)
     if shape is None:
         return None, found
+    try:
+        weights = _hash_parameters(module)
+    except ValueError as error:
+        return None, [LoadFailed(span=span, model=name, reason=str(error))]
     provenance = {
-        "weights": _hash_parameters(module),
+        "weights": weights,
         "source": "handed over from Python",
         "tokenizer": text.hash,
     }
@@ -149,15 +160,24 @@ def look(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
     config, found = read_config(folder, model=name, span=span)
     if config is None:
         return None, found
-    shape, found = shape_from_config(config, model=name, span=span)
+    shape, found = shape_of(config, folder, model=name, span=span)
     if shape is None:
         return None, found
     module, reason = _from_folder(folder, shape.architecture, torch.float32)
     if module is None:
         return None, [LoadFailed(span=span, model=name, reason=reason)]
+    shape = _filled(module, shape)
     return take_apart(
         name, module, shape, None, provenance={"source": text}, span=span, remembered=True
     )
+
+
+def _filled(module: nn.Module, shape: ModelShape) -> ModelShape:
+    """The shape by the config as the library has it: files leave out what its class takes for
+    granted, and some have names of another time."""
+    values: dict[str, Any] = dict(cast(Any, module).config.to_dict())
+    values["architectures"] = [type(module).__name__]
+    return shape_from_config(values)[0] or shape
 
 
 def _needed(missing: ModelNotHere) -> ModelNotFound:
@@ -265,14 +285,22 @@ def _hash_files(files: list[Path]) -> str:
 
 
 def _hash_parameters(module: nn.Module) -> str:
-    """SHA-256 over names and bytes of parameters and buffers."""
+    """SHA-256 over names and bytes of parameters and buffers; ValueError where one has none."""
     digest = sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        path, _, own = name.rpartition(".")
-        part = module.get_submodule(path)
-        with at_hand(part):
-            here = cast(Tensor, getattr(part, own)) if tensor.is_meta else tensor
+        here = _fetched(module, name) if tensor.is_meta else tensor
         flat = here.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _fetched(module: nn.Module, name: str) -> Tensor:
+    """A weight that accelerate keeps elsewhere; ValueError where there is none."""
+    path, _, own = name.rpartition(".")
+    part = module.get_submodule(path)
+    with at_hand(part):
+        weight = cast(Tensor, getattr(part, own))
+    if weight.is_meta:
+        raise ValueError(f"`{name}` is on the meta device, where there are no values")
+    return weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,6 +18,7 @@ from mechdsl.diagnostics.e04_model import (
     SiteNotOnModel,
 )
 from mechdsl.models.families import family_of
+from mechdsl.models.sparsity import dense_blocks
 from mechdsl.source import Span
 from mechdsl.vocab.sites import SITES
 
@@ -34,9 +36,11 @@ _KV_HEADS = (
 _MODEL = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
 _HEAD_WIDTH = ("head_dim", "d_head", "d_kv", "kv_channels")
 _MLP = (
-    "intermediate_size", "n_inner", "decoder_ffn_dim", "ffn_dim", "ffn_hidden_size", "d_ff",
+    "intermediate_size_mlp", "dense_intermediate_size", "prefix_dense_intermediate_size",
+    "intermediate_size", "n_inner", "decoder_ffn_dim", "ffn_dim", "ffn_hidden_size", "d_ff", "dff",
     "hidden_dim",
 )  # fmt: skip
+_TIMES = ("intermediate_multiple_size",)
 _VOCAB = ("vocab_size",)
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 _NARROW = ("embedding_size", "word_embed_proj_dim")
@@ -44,7 +48,7 @@ _NARROW = ("embedding_size", "word_embed_proj_dim")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _MIXERS = (
     "mamba", "ssm", "state_size", "conv_L_cache", "linear_num_", "linear_attn", "lru_width",
-    "rescale_every", "qk_dim_factor", "short_conv", "conv_kernel_size",
+    "rescale_every", "qk_dim_factor", "short_conv",
 )  # fmt: skip
 """How keys begin that only configs of state-space, convolution or recurrent models have."""
 
@@ -91,7 +95,7 @@ class ModelShape:
         default_factory=dict[tuple[str, int], tuple[int, int]]
     )
     """(units, width) of a site in blocks where they are others; known of a loaded model."""
-    config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
     """The part of the config that describes this stack."""
 
     def has(self, site: str, layer: int | None) -> bool:
@@ -226,7 +230,8 @@ def _shape(
     width = _first(text, _HEAD_WIDTH) or d_model // n_heads
     d_head = latent + (rotary or 0) if latent else width
     experts = _first(text, _EXPERTS) or _first(_part(text, "ffn_config"), _EXPERTS) or 0
-    dense = _dense_blocks(text, numbers["number of layers"]) if experts else frozenset[int]()
+    experts = 0 if text.get("is_moe") is False else experts
+    dense = dense_blocks(text, numbers["number of layers"]) if experts else frozenset[int]()
     sparse = frozenset(range(numbers["number of layers"])) - dense
     partly = {"mlp_hidden": dense, "router": sparse, "expert_out": sparse} if dense else {}
     if causal is None:
@@ -241,7 +246,7 @@ def _shape(
         n_kv_heads=n_heads if latent else 1 if multi_query else _kv_heads(text) or n_heads,
         d_model=d_model,
         d_head=d_head,
-        d_mlp=_first(text, _MLP) or 4 * d_model,
+        d_mlp=(_first(text, _TIMES) or 0) * d_model or _first(text, _MLP) or 4 * d_model,
         vocab_size=numbers.get("vocabulary size", 0),
         max_positions=_first(text, _POSITIONS),
         parallel_block=parallel,
@@ -266,16 +271,6 @@ def _narrow(config: Mapping[str, Any], d_model: int) -> int:
     """Width of what the unembedding reads, 0 for the model's."""
     width = _first(config, ("output_embedding_size", *_NARROW)) or 0
     return width if width != d_model else 0
-
-
-def _dense_blocks(config: Mapping[str, Any], n_layers: int) -> frozenset[int]:
-    """Blocks of a mixture-of-experts model that have one MLP, as far as the config tells."""
-    first = _first(config, ("first_k_dense_replace",))
-    kinds = config.get("mlp_layer_types")
-    if isinstance(kinds, list) and len(cast(list[Any], kinds)) == n_layers:
-        named = enumerate(cast(list[str], kinds))
-        return frozenset(layer for layer, kind in named if kind == "dense")
-    return frozenset(range(first or 0))
 
 
 def _kv_heads(config: Mapping[str, Any]) -> int | None:
@@ -325,6 +320,23 @@ def read_config(
     return cast(dict[str, Any], config), []
 
 
+def shape_of(
+    config: Mapping[str, Any], folder: Path, *, model: str = "model", span: Span | None = None
+) -> tuple[ModelShape | None, list[Diagnostic]]:
+    """The shape that a folder's config describes; what it leaves out is asked of the model library,
+    which takes time, only where a number is missing (E0408)."""
+    shape, found = shape_from_config(config, model=model, span=span)
+    if shape is not None:
+        return shape, []
+    try:
+        library = import_module("transformers")
+        whole = library.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    except Exception:  # whatever the library makes of it, or that it isn't there
+        return None, found
+    named = {key: config[key] for key in ("architectures",) if key in config}
+    return shape_from_config({**whole, **named}, model=model, span=span)
+
+
 def read_shape(
     folder: Path, *, model: str = "model", span: Span | None = None
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
@@ -333,7 +345,7 @@ def read_shape(
     config, found = read_config(folder, model=model, span=span)
     if config is None:
         return None, found
-    shape, found = shape_from_config(config, model=model, span=span)
+    shape, found = shape_of(config, folder, model=model, span=span)
     if shape is not None and shape.takes not in ("text", "image and text"):
         return None, [NotATextModel(span=span, model=model, architecture=shape.architecture)]
     return shape, found

@@ -90,7 +90,12 @@ CHECKS: tuple[Check, ...] = (
     writes_work,
     rows_can_be_restarted,
 )
-MAIN_ONLY = (logits_are_the_models, padding_changes_nothing, rows_can_be_restarted)
+MAIN_ONLY = (
+    logits_are_the_models,
+    padding_changes_nothing,
+    later_tokens_are_unseen,
+    rows_can_be_restarted,
+)
 """Checks of the model as a whole."""
 WITH_IMAGES: tuple[Check, ...] = (
     logits_are_the_models,

@@ -176,6 +176,8 @@ def heads_are_theirs(bench: Bench) -> Iterator[Outcome]:
             handed = []
         if handed and (not done or all(outcome.passed for outcome in handed)):
             done = handed
+    if not done and (bench.stack == "vision" or bench.model.shape.takes == "image"):
+        done = list(heads_answer_writes(bench))
     yield from done
 
 
@@ -200,6 +202,13 @@ def attention_is_handed_them(bench: Bench) -> Iterator[Outcome]:
         for where, own, handed in both(site, which):
             yield where, _profile(own), _profile(handed)
 
+    def slices() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for layer in bench.with_sites("z"):
+            query, _, value = calls[layer]
+            z = bench.read("z", layer)[:1] * 0
+            yield f"layer {layer}", z, z.new_zeros(1, query.shape[1], value.shape[2])
+
+    yield bench.equal("z has a slice for each head that attends", slices())
     yield bench.equal("attention is handed v", both("v", 2))
     yield bench.equal("attention is handed q, turned", lengths("q", 0), bench.tolerance * 10)
     yield bench.equal("attention is handed k, turned", lengths("k", 1), bench.tolerance * 10)
@@ -299,6 +308,65 @@ def _attended(
         )
         for layer, made in calls.items()
     }
+
+
+def heads_answer_writes(bench: Bench) -> Iterator[Outcome]:
+    """By writing alone, where attention is written out and every token sees every other: without
+    values a head returns nothing, a query matters to its own token's z, a key to that of others,
+    and none of them to another head."""
+    layers = bench.with_sites("q", "k", "v", "z")
+    found: dict[str, list[tuple[str, Tensor, Tensor]]] = {"v": [], "q": [], "k": []}
+    moved = True
+    for layer in layers:
+        own = {s: bench.read_of(0, s, layer) for s in ("q", "k", "v", "z")}
+        count = len(own["z"])
+        at = count // 2
+        elsewhere = [token for token in range(count) if token != at]
+        tries = [
+            (site, unit, range(count) if site == "v" else range(at, at + 1))
+            for site in ("v", "q", "k")
+            for unit in sorted({0, own[site].shape[1] - 1})
+        ]
+        writes = [
+            SiteWrite(
+                site,
+                layer,
+                torch.full((len(places),), number),
+                torch.tensor(list(places)),
+                torch.full((len(places),), unit),
+                -own[site][places.start : places.stop, unit] * (site != "v"),
+                stack=bench.stack,
+            )
+            for number, (site, unit, places) in enumerate(tries)
+        ]
+        read = SiteRead("z", layer, bench.stack)
+        batch = bench.batch.take(torch.zeros(len(tries), dtype=torch.long))
+        stop = 0 if bench.stack else bench.shape.n_layers
+        z = run_whole(bench.model, batch, writes=writes, reads=[read], stop=stop).reads[read]
+        for number, (site, unit, _) in enumerate(tries):
+            where, now, was = f"layer {layer}, unit {unit}", z[number], own["z"]
+            shared = was.shape[1] // own[site].shape[1]
+            mine = slice(unit * shared, (unit + 1) * shared)
+            others = [h for h in range(was.shape[1]) if not mine.start <= h < mine.stop]
+            found[site].append((where, now[:, others], was[:, others]))
+            if site == "v":
+                found[site].append((where, now[:, mine], torch.zeros_like(now[:, mine])))
+                continue
+            if site == "q":
+                found[site].append((where, now[elsewhere], was[elsewhere]))
+            felt = [at] if site == "q" else elsewhere
+            moved &= difference(now[felt, mine], was[felt, mine]) > bench.tolerance
+    if not layers:
+        return
+    yield bench.equal("a head without values returns nothing, and no other changes", found["v"])
+    yield bench.equal("a query matters to its own token and head alone", found["q"])
+    yield bench.equal("a key matters to its own head alone", found["k"])
+    yield Outcome(
+        "a query matters to its token, a key to others",
+        error=0.0 if moved else 1.0,
+        tolerance=0.5,
+        failure="z stays as it is",
+    )
 
 
 _ALIKE = 8

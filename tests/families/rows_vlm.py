@@ -392,12 +392,13 @@ row(
 
 # InternVL: what a sublayer returns is multiplied with a parameter of the block, one per feature.
 INTERN = replace(
-    attention("attention", 2, 8, names=("q_norm", "k_norm", "v_proj", "projection_layer")),
-    mlp_norm="mlp",
-    mlp_hidden="mlp.fc2",
-    attn_out=None,
-    resid=True,
-    adds_up=False,
+    with_mlp(
+        attention("attention", 2, 8, names=("q_norm", "k_norm", "v_proj", "projection_layer")),
+        "mlp",
+        down="fc2",
+    ),
+    attn_scale="lambda_1",
+    mlp_scale="lambda_2",
 )
 row(
     "internvl",

@@ -15,8 +15,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import mechdsl
@@ -72,6 +74,12 @@ def spread(folder: Path, where: Callable[[str], str], to: Path) -> Any:
         folder, dtype=torch.float32, device_map=places, offload_folder=to
     )
     assert any(weight.is_meta for weight in module.parameters())
+    if Version(transformers.__version__) < Version("5.3"):
+        try:
+            found = module(torch.tensor(ROWS[:1])).logits
+            assert not found.is_meta, "its weights aren't fetched"
+        except Exception as error:
+            pytest.skip(f"transformers {transformers.__version__} can't run it itself: {error}")
     return module
 
 
@@ -179,6 +187,16 @@ def test_its_hash_is_that_of_the_weights(folders: dict[str, Path], tmp_path: Pat
     for number, where in enumerate(SPREAD):
         here, away = both(folders["gpt2"], where, tmp_path / str(number))
         assert away.provenance["weights"] == here.provenance["weights"]
+
+
+def test_a_model_without_weights_is_refused(folders: dict[str, Path]) -> None:
+    config = AutoConfig.from_pretrained(folders["gpt2"])
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    model, (problem,) = adopt("m", module, families.tokenizer())
+    assert model is None
+    assert problem.code == "E0411"
+    assert "meta device" in problem.label_text
 
 
 def test_it_says_where_its_inputs_go(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ ALL_EXPERTS: dict[str, dict[str, Any]] = {
 }
 NAMES = (
     "llama", "gpt2", "gemma3_text", "gpt_neox", "bloom", "mixtral", "opt", "bert", "deepseek_v3",
-    "gpt_oss", "gemma2", "falcon", "olmo2",
+    "gpt_oss", "gemma2", "falcon", "olmo2", "deberta-v2",
 )  # fmt: skip
 QUICK = ("llama", "gemma3_text", "bloom", "mixtral", "bert")
 ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}

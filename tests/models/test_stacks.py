@@ -22,7 +22,7 @@ from mechdsl.loaded import LoadedModel
 from mechdsl.models.adapters import Family
 from mechdsl.packed import run_packed
 from mechdsl.probe import sample
-from mechdsl.verify import verify
+from mechdsl.verify import bench, verify, writing
 from tests.families import build, reference, tables
 from tests.families.parts import Architecture, Stack
 from tests.families.walk import tokenizer
@@ -232,6 +232,38 @@ def failed(model: LoadedModel) -> list[str]:
         for one in verify(model, given, stack)
         if not one.passed and "restarted" not in one.identity
     ]
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "whisper"])
+def test_long_rows_are_proved_piece_by_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row, single heads in some layers, a few written rows in a pass: the same checks."""
+    for module, constant, value in (
+        (bench, "_LONG", 8),
+        (bench, "_MAX_LAYERS", 2),
+        (writing, "TOKENS_PER_PASS", 20),
+    ):
+        monkeypatch.setattr(module, constant, value)
+    model, found = adopt("m", build.model(ROWS[name]), tokenizer())
+    assert not found
+    assert model is not None
+    told = [check.identity for check in case(name).model.checks]
+    assert [check.identity for check in model.checks] == told
+
+
+@pytest.mark.parametrize(("one", "other"), [("q", "k"), ("q", "v"), ("k", "v")])
+def test_heads_of_an_encoder_with_attention_of_its_own(one: str, other: str) -> None:
+    """No attention function is called in GOT-OCR's: what is written tells heads apart."""
+    model = case("got_ocr2").model
+    assert "a query matters to its own token and head alone (vision)" in {
+        check.identity for check in model.checks
+    }
+    vision = model.stack("vision")
+    blocks = tuple(
+        block.with_taps(**{one: block.taps[other], other: block.taps[one]})
+        for block in vision.anatomy.blocks
+    )
+    changed = replace(vision, anatomy=replace(vision.anatomy, blocks=blocks))
+    assert failed(replace(model, others={"vision": changed}))
 
 
 def test_an_image_put_in_elsewhere_is_noticed() -> None:

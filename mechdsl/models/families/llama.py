@@ -17,7 +17,7 @@ class Sequential(Family):
         return "front"
 
 
-@family("gptj", "phi", "cohere", "cohere2")
+@family("gptj", "phi", "cohere", "cohere2", "cohere2_moe", "cohere_compass_text")
 class Parallel(Family):
     """One norm, read by attention and MLP side by side."""
 

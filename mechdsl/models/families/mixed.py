@@ -80,7 +80,7 @@ class DiffLlama(_Front):
         return "its blocks attend twice"
 
 
-@family("gemma4_text", "gemma4_unified_text")
+@family("gemma4_text")
 class Gemma4(_Front):
     """Perhaps an embedding of the token for each layer, and late blocks without keys."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mechdsl.models.adapters import Arrangement, Config, Family, Inputs, family
+from mechdsl.models.adapters import Config, Family, Inputs, family
 from mechdsl.models.anatomy import BlockAnatomy
+from mechdsl.models.families.vision import LayerScaled
 
 
 def _square(config: Config) -> tuple[int, int]:
@@ -96,18 +96,5 @@ class Fed(Family):
 
 
 @family("internvl_vision")
-class InternVision(Family):
-    """What is added is scaled by parameters of the block."""
-
-    @staticmethod
-    def arrangement(config: Config) -> Arrangement | None:
-        return "front"
-
-    @staticmethod
-    def without(config: Config) -> Mapping[str, str]:
-        reason = "what is added is scaled outside of all modules, feature by feature"
-        return dict.fromkeys(("attn_out", "resid_mid", "mlp_out"), reason)
-
-    @staticmethod
-    def block(config: Config, layer: int, block: BlockAnatomy) -> BlockAnatomy:
-        return replace(block, adds_up=False)
+class InternVision(LayerScaled):
+    """What is added is always scaled."""
