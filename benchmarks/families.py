@@ -1,6 +1,6 @@
 """The planner on other families: how much faster than a plain loop it is, against GPT-2's figure.
 
-    python benchmarks/families.py [FAMILY…] [--work W1a] [--threads 1] [--write]
+    python -m benchmarks.families [FAMILY…] [--work W1a] [--threads 1] [--write]
 
 Models have GPT-2 small's depth, width, heads and vocabulary, and random weights. Both sides are
 timed in processor seconds of this process, the plain loop once, the planner three times (the best
