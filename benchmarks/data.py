@@ -173,6 +173,12 @@ def make(name: str, folder: Path, *, ioi: Path | None, small: bool = False) -> W
     work.write(folder / "work.json")
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "sweep.mech").write_text(MECH.format(rule=sweep.rule))
+    write_pairs(folder, pairs)
+    return work
+
+
+def write_pairs(folder: Path, pairs: Sequence[Pair]) -> None:
+    """The data file of the `.mech` files."""
     with (folder / "prompts.jsonl").open("w") as file:
         for pair in pairs:
             record = {
@@ -182,7 +188,6 @@ def make(name: str, folder: Path, *, ioi: Path | None, small: bool = False) -> W
                 "rival": pair.wrong,
             }
             file.write(json.dumps(record) + "\n")
-    return work
 
 
 def words(vocabulary: int) -> Tokenizer:

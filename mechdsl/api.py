@@ -33,10 +33,12 @@ def source_of(file: str | Path) -> tuple[Source | None, list[Diagnostic]]:
 
 def check(file: str | Path) -> list[Diagnostic]:
     """All errors and warnings of a file (path or text), without weights and without torch."""
-    from mechdsl.check import check_source
+    from mechdsl.check import Settings, check_source
 
     source, diagnostics = source_of(file)
-    return diagnostics if source is None else check_source(source).diagnostics
+    if source is None:
+        return diagnostics
+    return check_source(source, Settings(python="look")).diagnostics
 
 
 def run(
@@ -50,17 +52,20 @@ def run(
     dtype: str | None = None,
     offload: str | Path | None = None,
     out: str | Path | None = None,
+    allow_python: bool = False,
 ) -> Results:
     """Run a file (path or text) and return its results.
 
     models: name in the file → (transformers model, fast tokenizer), in place of what the file
-        declares under that name. parameters: as `--set`. The other arguments are those of the
-        command line. Raises MechdslError where the file, its data or a model is wrong; no cell
-        has been run then.
+        declares under that name. parameters: as `--set`. allow_python: run the Python files that
+        it refers to. The other arguments are those of the command line.
+    Raises MechdslError where the file, its data or a model is wrong (no cell has been run then),
+    and where a function of a Python file fails.
     """
     from mechdsl.check import Settings
     from mechdsl.collect import versions
     from mechdsl.pipeline import RunOptions, run_source
+    from mechdsl.python_files import PythonFailure
     from mechdsl.results.experiment import Results
 
     source, diagnostics = source_of(file)
@@ -68,13 +73,16 @@ def run(
         raise MechdslError(diagnostics)
     given = {name: str(value) for name, value in (parameters or {}).items()}
     options = RunOptions(
-        settings=Settings(given, limit, only),
+        settings=Settings(given, limit, only, "run" if allow_python else "refuse"),
         device=device,
         dtype=dtype,
         offload=None if offload is None else Path(offload),
         out=None if out is None else Path(out),
     )
-    result, diagnostics = run_source(source, options, models)
+    try:
+        result, diagnostics = run_source(source, options, models)
+    except PythonFailure as failure:
+        raise MechdslError([failure.diagnostic]) from failure
     if result is None or has_errors(diagnostics):
         raise MechdslError([d for d in diagnostics if d.severity == "error"])
     return Results((result,), versions())

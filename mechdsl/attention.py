@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mechdsl.exchange import AttentionFunction, Distances, entry_of, exchanged_modules, plain
 from mechdsl.loaded import LoadedModel
+from mechdsl.within import LayerWork
 
 _NAME = "mechdsl"
 _NO_MATTER = frozenset(
@@ -146,6 +147,15 @@ def implementations(model: LoadedModel) -> dict[int, str]:
     return {id(config): config._attn_implementation for config in _configs(model.module)}
 
 
+def cross_modules(model: LoadedModel) -> frozenset[int]:
+    """Ids of the modules by which a decoder attends to an encoder."""
+    if "cross" not in model.others:
+        return frozenset()
+    blocks = model.stack("cross").anatomy.blocks
+    paths = {path.rpartition(".")[0] for block in blocks for path in block.projections}
+    return frozenset(id(model.module.get_submodule(path)) for path in paths)
+
+
 def own_function(module: nn.Module, own: Mapping[int, str]) -> AttentionFunction:
     """The function that the module would attend with; own: `implementations` before an exchange."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -184,6 +194,7 @@ def attend(
     causal: bool = True,
     masks: dict[object, Tensor | None],
     rounds_scores: bool = False,
+    work: LayerWork | None = None,
     **arguments: Any,
 ) -> None:
     """Attention of packed tokens, written to `out`; tokens that don't attend stay as they are.
@@ -191,8 +202,8 @@ def attend(
     query: [heads, N, d_head]; key, value: [key-value heads, N, d_head]; out: [N, heads, d_head].
     causal: no token sees a later one. masks: those of groups, kept from block to block.
     rounds_scores: they are kept in the type of queries, as eager attention does; in 16 bits they
-    lose what tells keys apart where all have something large in common. arguments: as the model
-    calls attention.
+    lose what tells keys apart where all have something large in common. work: what is read and
+    written within attention. arguments: as the model calls attention.
     """
     scaling = arguments.pop("scaling", None)
     cap = arguments.pop("softcap", None)
@@ -207,6 +218,9 @@ def attend(
     wide = torch.promote_types(query.dtype, torch.float32)
     kind = query.dtype if rounds_scores else wide
     shared = heads // key.shape[0]
+    if work is not None:
+        query, key = work.turned("q_rot", query), work.turned("k_rot", key)
+        work.prepared(query.shape[1], heads, value)
     for group in groups:
         own, asking = len(group.columns), len(group.queries)
         if not asking:
@@ -253,11 +267,17 @@ def attend(
                 scores += mask
             else:  # biases in a wider type than queries and keys
                 scores = scores + mask
+        sink = None
         if sinks is not None:
             sink = sinks.to(scores.dtype).view(1, -1, shared, 1, 1, 1).expand(*shape, 1)
+        if work is not None:
+            sink = work.scored(group, scores, sink)
+        if sink is not None:
             weights = torch.cat([scores, sink], dim=-1).softmax(-1, dtype=wide)[..., :-1]
         else:
             weights = scores.softmax(-1, dtype=wide)
+        if work is not None:
+            weights = work.weighed(group, weights)
         weights = weights.to(value.dtype)
         found = _own_values(weights[..., mine], v)
         if before:
@@ -274,6 +294,43 @@ def attend(
             target[:, :, group.queries] = found
         else:
             target.copy_(found)
+
+
+def attend_whole(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    work: LayerWork,
+    *,
+    position_bias: Tensor | None = None,
+    distances: Distances | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """Attention of whole padded prompts, [B, T, heads, d_head], with what is read and written
+    within it.
+
+    query: [B, heads, T, d_head]; key, value: [B, key-value heads, T, d_head]. mask: written out.
+    """
+    lanes, heads, count, _ = query.shape
+    if isinstance(mask, Tensor) and mask.shape[-2] == 1:  # of keys alone
+        mask = mask.expand(*mask.shape[:-2], count, -1)
+    every = torch.arange(count, device=query.device)
+    group = Group(0, torch.arange(lanes, device=query.device), 1, every, every, every=True)
+    kept = KeptAttention(key, value, biased(mask, position_bias), distances)
+    out = value.new_empty(lanes * count, heads, value.shape[-1])
+    attend(
+        query.transpose(0, 1).flatten(1, 2),
+        key.transpose(0, 1).flatten(1, 2),
+        value.transpose(0, 1).flatten(1, 2),
+        [group],
+        kept,
+        out,
+        masks={},
+        work=work,
+        **arguments,
+    )
+    return out.unflatten(0, (lanes, count))
 
 
 def _add_distances(

@@ -112,12 +112,22 @@ class Batch:
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
         """[K] columns of the padded tensors where `positions` of `rows` lie."""
-        return self.starts[rows] + positions
+        return self.starts[rows.to(self.starts.device)] + positions.to(self.starts.device)
 
     @property
     def leading(self) -> int:
         """Size of the first dimension of the model's tensors."""
         return len(self)
+
+    @property
+    def lane_starts(self) -> Tensor:
+        """[B] long, column of each prompt's first token."""
+        return self.starts
+
+    @property
+    def key_width(self) -> int:
+        """Columns."""
+        return int(self.ids.shape[1])
 
     def lengths_of(self, site: str, stack: str) -> Tensor:
         """[row] long, tokens that a site has vectors of."""

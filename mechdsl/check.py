@@ -7,13 +7,16 @@ unchecked.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mechdsl import spec
 from mechdsl.data.block import Block
+from mechdsl.data.conventions import Part
+from mechdsl.data.elsewhere import Paired, paired_run
 from mechdsl.data.prompts import build_table
-from mechdsl.data.tokenizer import TextTokenizer
+from mechdsl.data.tokenizer import TOKENIZER_FILES, TextTokenizer
 from mechdsl.data.types import PromptTable
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import BadPlaceholder, MisspeltWord, UnterminatedString
@@ -25,6 +28,7 @@ from mechdsl.diagnostics.e02_names import (
     UnknownWord,
     did_you_mean,
 )
+from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue
 from mechdsl.diagnostics.e03_positions import UnknownSpan
 from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, UnknownText, UnknownValue
 from mechdsl.diagnostics.e06_experiment import (
@@ -34,18 +38,26 @@ from mechdsl.diagnostics.e06_experiment import (
     PatchWithoutSource,
     UnreadableMeasure,
 )
+from mechdsl.diagnostics.e06_onward import TestedWherePicked
 from mechdsl.diagnostics.e06_statistics import BadReport, UnreadableExpectation
 from mechdsl.diagnostics.w07_names import PatchesItself, UnusedName, WritesFirstToken
 from mechdsl.expectations.check import Known, KnownMeasure, check_expectation
 from mechdsl.lower import lower_program
+from mechdsl.lower.onward import in_order, with_needed
 from mechdsl.models.locate import locate
 from mechdsl.models.shape import read_shape
+from mechdsl.python_files import Mode, check_functions, of_prompts
 from mechdsl.registry import nearest
 from mechdsl.resolve import ModelContext, ResolvedExperiment, resolve_experiment
 from mechdsl.resolve.cells import cell_keys
+from mechdsl.resolve.elsewhere import joined_table, model_run, refused_pair
+from mechdsl.resolve.onward import Finding, VariantFinding
 from mechdsl.results.significance import check_prompts
+from mechdsl.results.variants import joined_axes, joined_cells
 from mechdsl.source import Source
+from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
+from mechdsl.syntax.walk import walk
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.reports import check_report
@@ -76,6 +88,10 @@ class Checked:
     experiments: list[ResolvedExperiment] = field(default_factory=list[ResolvedExperiment])
     unchecked: list[str] = field(default_factory=list[str])
     """Experiments whose model isn't on this machine."""
+    unrun: list[str] = field(default_factory=list[str])
+    """Experiments whose rows only Python can make, which wasn't run."""
+    unreported: set[str] = field(default_factory=set[str])
+    """Experiments that run only because another one uses what they find."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
     @property
@@ -91,7 +107,9 @@ class Settings:
     limit: int | None = None
     """Rows per experiment at most, whatever the file says."""
     only: str | None = None
-    """Run this experiment alone."""
+    """Run this experiment alone, with those whose results it uses."""
+    python: Mode = "refuse"
+    """What becomes of functions of Python files."""
 
 
 def check_source(
@@ -110,13 +128,21 @@ def check_source(
     experiments = list(program.experiments)
     if settings.only is not None:
         experiments = _only(settings.only, checked)
-    contexts = _Contexts(checked, models or {}, settings.limit)
+    checked.diagnostics.extend(check_functions(program, settings.python))
+    contexts = _Contexts(checked, models or {}, settings.limit, python=settings.python == "run")
     for experiment in experiments:
         checked.diagnostics.extend(_statements(experiment, program))
+    for experiment in in_order(experiments):
         _resolve(experiment, checked, contexts)
+    place = {experiment.key: number for number, experiment in enumerate(experiments)}
+    checked.experiments.sort(key=lambda each: place[each.spec.key])
+    for variants in by_name(checked.experiments):
+        checked.diagnostics.extend(_against_axes(variants, program))
+        checked.diagnostics.extend(_enough_prompts(variants))
     for name, prompts in program.prompts.items():
         contexts.table_alone(name, prompts)
-    checked.diagnostics.extend(_files_written(experiments))
+    reported = [e for e in experiments if e.name not in checked.unreported]
+    checked.diagnostics.extend(_files_written(reported))
     checked.diagnostics.extend(
         DuplicateName(span=value.span, name=name, first="the metric of the language")
         for name, value in program.metrics.items()
@@ -127,6 +153,14 @@ def check_source(
         found = [d for d in found if not isinstance(d, UnusedName)]
     checked.diagnostics = _unique([*syntax, *found])
     return checked
+
+
+def by_name(experiments: Iterable[ResolvedExperiment]) -> list[list[ResolvedExperiment]]:
+    """The experiments of the file, each with all its variants."""
+    found: dict[str, list[ResolvedExperiment]] = {}
+    for experiment in experiments:
+        found.setdefault(experiment.name, []).append(experiment)
+    return list(found.values())
 
 
 def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
@@ -140,9 +174,12 @@ def _follows(diagnostic: Diagnostic, syntax: list[Diagnostic]) -> bool:
         return False
     if isinstance(diagnostic, ABSENT):
         return True
+    if isinstance(diagnostic, BadLoopValue) and diagnostic.reason == UNUSED_LOOP:
+        return True
     if isinstance(diagnostic, BadPlaceholder):  # in a text that was never closed
         return any(isinstance(error, UnterminatedString) for error in syntax)
-    if not isinstance(diagnostic, UNKNOWN):
+    metric = isinstance(diagnostic, UnknownWord) and diagnostic.kind == "metric"
+    if not isinstance(diagnostic, UNKNOWN) and not metric:
         return False
     broken: set[str] = set()
     for error in syntax:
@@ -150,7 +187,10 @@ def _follows(diagnostic: Diagnostic, syntax: list[Diagnostic]) -> bool:
             broken.update(WORD.findall(error.span.source.line_text(error.span.line)))
         if isinstance(error, MisspeltWord):
             broken.add(error.meant)
-    return not broken.isdisjoint(WORD.findall(diagnostic.name))
+    if isinstance(diagnostic, UnknownName) and diagnostic.kind == "part":
+        return "split" in broken
+    name = diagnostic.word if isinstance(diagnostic, UnknownWord) else diagnostic.name
+    return not broken.isdisjoint(WORD.findall(name))
 
 
 def _only(name: str, checked: Checked) -> list[spec.Experiment]:
@@ -164,21 +204,33 @@ def _only(name: str, checked: Checked) -> list[spec.Experiment]:
                 hint=did_you_mean(nearest(name, names), f"it has {known or 'none'}"),
             )
         )
-    return found
+        return []
+    needed = with_needed(name, checked.program.experiments)
+    checked.unreported.update(e.name for e in needed if e.name != name)
+    return needed
 
 
 class _Contexts:
     """Models and prompt tables of a file, each read once."""
 
     def __init__(
-        self, checked: Checked, given: Mapping[str, ModelContext], limit: int | None
+        self,
+        checked: Checked,
+        given: Mapping[str, ModelContext],
+        limit: int | None,
+        *,
+        python: bool = False,
     ) -> None:
         self.checked = checked
         self.given = given
         self.limit = limit
+        self.python = python
         self._models: dict[str, ModelContext | None] = {}
         self._blocks: dict[str, Block] = {}
         self._tables: dict[tuple[object, ...], PromptTable | None] = {}
+        self._runs: dict[tuple[object, ...], Paired | None] = {}
+        self._joined: dict[tuple[object, ...], PromptTable | None] = {}
+        self._tokenizers: dict[tuple[object, ...], TextTokenizer | None] = {}
 
     def model(self, name: str) -> ModelContext | None:
         """What is known of a model; None where it isn't here or is refused."""
@@ -195,14 +247,27 @@ class _Contexts:
             return None
         shape, found = read_shape(folder, model=model.name, span=model.span)
         self.checked.diagnostics.extend(found)
-        tokenizer, found = TextTokenizer.from_folder(folder, model.bos, span=model.span)
-        self.checked.diagnostics.extend(found)
+        tokenizer = self._tokenizer(folder, model)
         if shape is None or tokenizer is None:
             return None
         return ModelContext(model, shape, tokenizer)
 
+    def _tokenizer(self, folder: Path, model: spec.Model) -> TextTokenizer | None:
+        """Checkpoints with the same files share one, which takes a while to read, and so their
+        prompts."""
+        key: tuple[object, ...] = (model.name,)
+        if model.matched is not None:
+            files = [folder / name for name in TOKENIZER_FILES]
+            key = (model.bos, *(file.read_bytes() for file in files if file.is_file()))
+        if key not in self._tokenizers:
+            found, problems = TextTokenizer.from_folder(folder, model.bos, span=model.span)
+            self.checked.diagnostics.extend(problems)
+            self._tokenizers[key] = found
+        return self._tokenizers[key]
+
     def _words(self, name: str) -> list[str]:
-        found = self.model(name)
+        names = self.checked.program.checkpoints.get(name, (name,))
+        found = self.model(names[0]) if names else None  # checkpoints have one tokenizer
         return [] if found is None else found.tokenizer.plain_words()
 
     def table(
@@ -211,25 +276,55 @@ class _Contexts:
         """The rows of a prompts block for one model."""
         if self.limit is not None:
             limit = self.limit if limit is None else min(limit, self.limit)
-        key = (name, model.name, limit, part)
+        key = (name, id(model.tokenizer), model.shape.max_positions, limit, part)
+        if key not in self._tables and self.needs_python(name):
+            self._tables[key] = None
         if key not in self._tables:
-            program = self.checked.program
             assert part is None or part == "train" or part == "test"
-            table, found = build_table(
-                program.prompts[name],
-                tokenizer=model.tokenizer,
-                seed=program.seed,
-                limit=limit,
-                part=part,
-                words=self._words,
-                max_length=model.shape.max_positions,
-                parameters=program.parameters,
-                blocks=program.prompts,
-                compiled=self._blocks,
-            )
+            table, found = self._build(name, model, limit=limit, part=part)
             self.checked.diagnostics.extend(found)
             self._tables[key] = table
         return self._tables[key]
+
+    def _build(
+        self,
+        name: str,
+        model: ModelContext,
+        *,
+        limit: int | None = None,
+        part: Part | None = None,
+        ids: Sequence[int] | None = None,
+    ) -> tuple[PromptTable | None, list[Diagnostic]]:
+        program = self.checked.program
+        return build_table(
+            program.prompts[name],
+            tokenizer=model.tokenizer,
+            seed=program.seed,
+            limit=limit,
+            part=part,
+            words=self._words,
+            max_length=model.shape.max_positions,
+            parameters=program.parameters,
+            blocks=program.prompts,
+            compiled=self._blocks,
+            ids=ids,
+            python=self.python,
+        )
+
+    def needs_python(self, name: str) -> bool:
+        """Whether only Python, which isn't run here, can make the rows of a block."""
+        return not self.python and bool(of_prompts(self.checked.program.prompts[name]))
+
+    def _block(self, name: str) -> Block:
+        program = self.checked.program
+        return Block(
+            program.prompts[name],
+            seed=program.seed,
+            words=self._words,
+            parameters=program.parameters,
+            blocks=program.prompts,
+            python=self.python,
+        )
 
     def table_alone(self, name: str, prompts: spec.Prompts) -> None:
         """Check a block that no experiment has used, with the file's only model."""
@@ -242,23 +337,145 @@ class _Contexts:
         if model is not None:
             self.table(name, model, 1, None)
 
+    def with_elsewhere(
+        self, experiment: spec.Experiment, model: ModelContext, table: PromptTable
+    ) -> PromptTable | None:
+        """The table with the experiment's runs of other blocks and models; experiments that share
+        a table share these too."""
+        names = tuple(run.name for run in experiment.elsewhere)
+        key = (id(table), model.name, *names)
+        if names and key not in self._joined:
+            runs = [self._elsewhere(run, experiment, model, table) for run in experiment.elsewhere]
+            self._joined[key] = joined_table(table, runs) if None not in runs else None
+        return self._joined[key] if names else table
+
+    def _elsewhere(
+        self,
+        run: spec.Elsewhere,
+        experiment: spec.Experiment,
+        model: ModelContext,
+        table: PromptTable,
+    ) -> Paired | None:
+        key = (id(table), model.name, run.name)
+        if key not in self._runs:
+            if run.prompts is not None:
+                found, problems = self._of_block(run, run.prompts, model, table)
+            else:
+                found, problems = self._of_model(run, experiment, model, table)
+            self.checked.diagnostics.extend(problems)
+            self._runs[key] = found
+        return self._runs[key]
+
+    def _of_block(
+        self, run: spec.Elsewhere, prompts: str, model: ModelContext, table: PromptTable
+    ) -> tuple[Paired | None, list[Diagnostic]]:
+        if self.needs_python(prompts):
+            return None, []
+        block = self._blocks.get(prompts)
+        if block is None:
+            block = self._blocks[prompts] = self._block(prompts)
+        if has_errors(block.diagnostics):
+            return None, block.diagnostics
+        return paired_run(
+            table,
+            self._blocks[table.name],
+            block,
+            run.run,
+            name=run.name,
+            build=lambda ids: self._build(prompts, model, ids=ids),
+            span=run.span,
+        )
+
+    def _of_model(
+        self,
+        run: spec.Elsewhere,
+        experiment: spec.Experiment,
+        model: ModelContext,
+        table: PromptTable,
+    ) -> tuple[Paired | None, list[Diagnostic]]:
+        assert run.model is not None
+        other = self.model(run.model)
+        if other is None:  # it isn't on this machine, or was refused
+            return None, []
+        problem = refused_pair(run, other, model)
+        if problem is not None:
+            return None, [problem]
+        theirs = self.table(experiment.prompts, other, experiment.limit, experiment.part)
+        return (None, []) if theirs is None else model_run(table, theirs, other, model, run)
+
 
 def _resolve(experiment: spec.Experiment, checked: Checked, contexts: _Contexts) -> None:
-    model = contexts.model(experiment.model)
-    if model is None:
-        checked.unchecked.append(experiment.name)
+    others = [run.model for run in experiment.elsewhere if run.model is not None]
+    found = [contexts.model(name) for name in (experiment.model, *others)]
+    model = found[0]
+    if model is None or None in found:
+        if experiment.name not in checked.unchecked:
+            checked.unchecked.append(experiment.name)
         return
     table = contexts.table(experiment.prompts, model, experiment.limit, experiment.part)
+    if table is not None:
+        table = contexts.with_elsewhere(experiment, model, table)
     if table is None:
+        blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]
+        python = any(name is not None and contexts.needs_python(name) for name in blocks)
+        if python and experiment.name not in checked.unrun:
+            checked.unrun.append(experiment.name)
         return
-    resolved, found = resolve_experiment(experiment, checked.program, model, table)
+    stand_ins = _stand_ins(experiment, checked)
+    if stand_ins is None:
+        return
+    resolved, found = resolve_experiment(experiment, checked.program, model, table, stand_ins)
     checked.diagnostics.extend(found)
     if resolved is None:
         return
-    checked.diagnostics.extend(_against_axes(resolved, checked.program))
     checked.diagnostics.extend(_first_tokens(resolved))
-    checked.diagnostics.extend(_enough_prompts(resolved))
+    checked.diagnostics.extend(_tested_where_picked(resolved, stand_ins))
     checked.experiments.append(resolved)
+
+
+def _stand_ins(experiment: spec.Experiment, checked: Checked) -> dict[str, Finding] | None:
+    """What stands in for the results that an experiment uses; None where one can't be had, which
+    is said of that one."""
+    found: dict[str, Finding] = {}
+    for name in experiment.after:
+        parts = [VariantFinding(each) for each in checked.experiments if each.name == name]
+        variants = [each for each in checked.program.experiments if each.name == name]
+        if len(parts) != len(variants):
+            for skipped in (checked.unchecked, checked.unrun):
+                if name in skipped and experiment.name not in skipped:
+                    skipped.append(experiment.name)
+            return None
+        found[name] = Finding(tuple(parts))
+    return found
+
+
+def _tested_where_picked(
+    experiment: ResolvedExperiment, found: Mapping[str, Finding]
+) -> list[Diagnostic]:
+    """W0721 for sites that are tested on the rows that they were picked on. Tokens are picked row
+    by row, which has no other rows to be tested on."""
+    table = experiment.table
+    said: list[Diagnostic] = []
+    for name, span in experiment.sites_of.items():
+        picked = {
+            row
+            for part in found[name].parts
+            if part.experiment.table.name == table.name
+            for row in part.experiment.table.row_ids
+        }
+        shared = len(picked.intersection(table.row_ids))
+        if shared:
+            said.append(
+                TestedWherePicked(
+                    span=span,
+                    experiment=experiment.name,
+                    of=name,
+                    block=table.name,
+                    shared=shared,
+                    rows=len(table),
+                )
+            )
+    return said
 
 
 def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diagnostic]:
@@ -291,10 +508,14 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
     return found
 
 
-def _against_axes(experiment: ResolvedExperiment, program: spec.Program) -> list[Diagnostic]:
+def _against_axes(
+    variants: Sequence[ResolvedExperiment], program: spec.Program
+) -> list[Diagnostic]:
     """Reports and expectations name axes, measures, runs and values that exist."""
-    own = [axis.name for axis in experiment.axes]
-    axes = own + [axis.alias for axis in experiment.axes if axis.alias is not None]
+    experiment = variants[0]
+    own = joined_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
+    aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
+    axes = [*own, *aliases]
     rows = experiment.table.runs["clean"].rows
     values = list(rows[0].values) if rows else []
     found: list[Diagnostic] = []
@@ -309,7 +530,7 @@ def _against_axes(experiment: ResolvedExperiment, program: spec.Program) -> list
                 )
             )
     for report in experiment.spec.reports:
-        found.extend(check_report(report, axes, values))
+        found.extend(check_report(report, axes, values, experiment.measures))
     by = experiment.spec.statistics.by
     if by is not None and by not in values:
         found.append(
@@ -323,20 +544,42 @@ def _against_axes(experiment: ResolvedExperiment, program: spec.Program) -> list
                 ),
             )
         )
+    found.extend(_accuracies(variants))
     known = Known(
         [
             KnownMeasure(m.label, s.effect, m.kind)
             for m, s in zip(experiment.measures, experiment.spec.measures, strict=True)
         ],
         own,
-        [name for name, run in experiment.table.runs.items() if run.rows and run.rows[0].texts],
+        list(experiment.table.runs) if rows and rows[0].texts else [],
         [e.name for e in program.experiments if e.name != experiment.name],
-        {axis.alias: axis.name for axis in experiment.axes if axis.alias is not None},
-        tuple(cell_keys(experiment)) if experiment.spec.expects else None,
+        aliases,
+        joined_cells(own, [(e.spec.variant, cell_keys(e)) for e in variants])
+        if experiment.spec.expects
+        else None,
     )
     for expectation in experiment.spec.expects:
         found.extend(check_expectation(expectation, known))
     return found
+
+
+def _accuracies(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
+    """E0606 for `accuracy(clean)` of several models, each of which has its own."""
+    names = list(dict.fromkeys(each.model.name for each in variants))
+    if len(names) == 1:
+        return []
+    return [
+        UnreadableExpectation(
+            span=expect.span,
+            reason="each model has an accuracy of its own",
+            hint=f"ask it of one: an experiment on `model {names[0]}` alone",
+        )
+        for expect in variants[0].spec.expects
+        if any(
+            isinstance(node, ast.Call) and node.name == "accuracy"
+            for node in walk(expect.condition)
+        )
+    ]
 
 
 def _files_written(experiments: list[spec.Experiment]) -> list[Diagnostic]:
@@ -359,8 +602,9 @@ def _files_written(experiments: list[spec.Experiment]) -> list[Diagnostic]:
     return found
 
 
-def _enough_prompts(experiment: ResolvedExperiment) -> list[Diagnostic]:
+def _enough_prompts(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
     """W0720 where no p can be small enough, however large the effect."""
+    experiment = variants[0]
     known = [m for m in experiment.spec.measures if m.effect in EFFECTS]
     tested = [m for m in known if EFFECTS[m.effect].tested]
     if not tested or not experiment.rules:
@@ -370,7 +614,7 @@ def _enough_prompts(experiment: ResolvedExperiment) -> list[Diagnostic]:
     units = len(rows)
     if settings.by is not None and rows and settings.by in rows[0].values:
         units = len({str(row.values.get(settings.by)) for row in rows})
-    tests = len(tested) * experiment.n_cells
+    tests = len(tested) * sum(each.n_cells for each in variants)
     return check_prompts(units, tests, settings, tested[0].span)
 
 
@@ -379,7 +623,9 @@ def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
     base = experiment.table.runs[experiment.spec.base]
     found: list[Diagnostic] = []
     for rule in experiment.rules:
-        if rule.sites is None:
+        # Which tokens another experiment ranks is not known yet.
+        ranked = any(isinstance(node, ast.RankedTokens) for node in walk(rule.spec.at))
+        if rule.sites is None or ranked:
             continue
         for cell in rule.positions.written.values():
             row = next((n for n, hit in enumerate(cell.hits) for run in hit if 0 in run), None)

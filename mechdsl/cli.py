@@ -9,13 +9,16 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 from mechdsl.registry import nearest
+
+if TYPE_CHECKING:
+    from mechdsl.python_files import Mode
 
 FINE, FAILED, WRONG, BROKE_OFF, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -43,6 +46,9 @@ limit_option = click.option(
     type=click.IntRange(min=1),
     metavar="N",
     help="At most this many rows per experiment.",
+)
+allow_python_option = click.option(
+    "--allow-python", is_flag=True, help="Run the Python files that the file refers to."
 )
 no_pass_option = click.option(
     "--no-pass",
@@ -113,6 +119,11 @@ def _usage(error: click.ClickException) -> Diagnostic:
 
 def _broke_off(what: str, error: Exception) -> int:
     """The last resort, so that no user meets a traceback."""
+    from mechdsl.python_files import PythonFailure
+
+    if isinstance(error, PythonFailure):
+        _print([error.diagnostic])
+        return BROKE_OFF
     if isinstance(error, OSError) and error.filename is not None:
         reason = f"cannot write `{error.filename}`: {(error.strerror or str(error)).lower()}"
         hint = "name a file in a folder that exists and may be written to"
@@ -169,7 +180,10 @@ def _console(*, stderr: bool = False) -> Any:
 
 
 def _settings(
-    parameters: tuple[str, ...], limit: int | None = None, only: str | None = None
+    parameters: tuple[str, ...],
+    limit: int | None = None,
+    only: str | None = None,
+    python: Mode = "refuse",
 ) -> Any:
     from mechdsl.check import Settings
 
@@ -182,7 +196,11 @@ def _settings(
         if name in given:
             raise _BadSetting(f"`--set {name}=…` is given twice")
         given[name] = value.strip()
-    return Settings(given, limit, only)
+    return Settings(given, limit, only, python)
+
+
+def _mode(allow_python: bool) -> Mode:
+    return "run" if allow_python else "refuse"
 
 
 def _mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnostic]]:
@@ -244,8 +262,9 @@ def _checked(file: Path, settings: Any) -> tuple[Any, list[Diagnostic]]:
     default="table",
     show_default=True,
 )
-@click.option("--only", metavar="EXPERIMENT", help="Run this experiment alone.")
+@click.option("--only", metavar="EXPERIMENT", help="Run this experiment, and what it needs.")
 @click.option("--profile", is_flag=True, help="Afterwards, estimated against measured work.")
+@allow_python_option
 @no_pass_option
 def run(
     files: tuple[Path, ...],
@@ -258,10 +277,11 @@ def run(
     form: str,
     only: str | None,
     profile: bool,
+    allow_python: bool,
     no_pass: tuple[str, ...],
 ) -> int:
     """Run files and print their tables. Exit status 0 when every expectation holds."""
-    settings = _settings(parameters, limit, only)
+    settings = _settings(parameters, limit, only, _mode(allow_python))
     paths, problems = _mech_files(files)
     # All files are checked before the first one runs (and before torch is imported).
     everything: list[Any] = []
@@ -337,7 +357,9 @@ def _run(
         if profile:
             from mechdsl.summary import print_profile
 
-            print_profile(profiles[-1][0], profiles[-1][1], _console(stderr=form != "table"))
+            for plan, done in profiles:  # several where experiments wait for others' results
+                print_profile(plan, done, _console(stderr=form != "table"))
+            profiles.clear()
     results = Results(tuple(found), versions())
     if form == "json":
         sys.stdout.write(results.to_json() + "\n")
@@ -381,18 +403,21 @@ def _show(result: Any, folder: Path, *, tables: bool) -> None:
 )
 def validate(files: tuple[Path, ...], parameters: tuple[str, ...], form: str) -> int:
     """Check files without weights, as in CI. Exit status 2 where one has an error."""
-    settings = _settings(parameters)
+    settings = _settings(parameters, python="look")
     paths, problems = _mech_files(files)
     unchecked: list[str] = []
+    unrun: list[str] = []
     for path in paths:
         checked, found = _checked(path, settings)
         problems += found
         if checked is not None:
             unchecked += [f"{path}: {name}" for name in checked.unchecked]
+            unrun += [f"{path}: {name}" for name in checked.unrun]
     _print(problems, form, out=form != "full")
     if form == "full" and not has_errors(problems):
         count = f"{len(paths)} file" + ("s" if len(paths) != 1 else "")
         rest = f", {len(unchecked)} experiments without their model" if unchecked else ""
+        rest += f", {len(unrun)} experiments without their Python" if unrun else ""
         print(f"{count} checked: no errors{rest}")
     return WRONG if has_errors(problems) else FINE
 
@@ -401,12 +426,17 @@ def validate(files: tuple[Path, ...], parameters: tuple[str, ...], form: str) ->
 @file_argument
 @set_option
 @limit_option
+@allow_python_option
 @no_pass_option
 def plan(
-    file: Path, parameters: tuple[str, ...], limit: int | None, no_pass: tuple[str, ...]
+    file: Path,
+    parameters: tuple[str, ...],
+    limit: int | None,
+    allow_python: bool,
+    no_pass: tuple[str, ...],
 ) -> int:
     """Print the intervention graph, the cells, rows and forward passes of a file."""
-    checked, problems = _checked(file, _settings(parameters, limit))
+    checked, problems = _checked(file, _settings(parameters, limit, python=_mode(allow_python)))
     _print(problems)
     if checked is None or has_errors(problems):
         return WRONG
@@ -432,9 +462,12 @@ def plan(
     show_default=True,
 )
 @click.option("--to", type=click.Path(path_type=Path), help="Write it to this file.")
-def graph(file: Path, parameters: tuple[str, ...], form: str, to: Path | None) -> int:
+@allow_python_option
+def graph(
+    file: Path, parameters: tuple[str, ...], form: str, to: Path | None, allow_python: bool
+) -> int:
     """Draw the intervention graph."""
-    checked, problems = _checked(file, _settings(parameters))
+    checked, problems = _checked(file, _settings(parameters, python=_mode(allow_python)))
     _print(problems)
     if checked is None or has_errors(problems):
         return WRONG
@@ -457,7 +490,10 @@ def graph(file: Path, parameters: tuple[str, ...], form: str, to: Path | None) -
 @click.option(
     "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
-def explain(what: str, parameters: tuple[str, ...], limit: int | None, form: str) -> int:
+@allow_python_option
+def explain(
+    what: str, parameters: tuple[str, ...], limit: int | None, form: str, allow_python: bool
+) -> int:
     """Show each prompt's tokens with the positions marked; or explain an error's code."""
     from mechdsl.pages import page
 
@@ -472,7 +508,9 @@ def explain(what: str, parameters: tuple[str, ...], limit: int | None, form: str
             return WRONG
         sys.stdout.write(text)
         return FINE
-    checked, problems = _checked(Path(what), _settings(parameters, limit))
+    checked, problems = _checked(
+        Path(what), _settings(parameters, limit, python=_mode(allow_python))
+    )
     _print(problems)
     if checked is None or has_errors(problems):
         return WRONG

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import compress, product
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mechdsl import spec
+from mechdsl.columns import Ints
+from mechdsl.conventions import conventions, fallbacks, model_words
 from mechdsl.execute import Measured, base_per_cell
-from mechdsl.lanes import noise_scale
 from mechdsl.loaded import LoadedModel
 from mechdsl.plan import ExperimentPlan
 from mechdsl.profile import Profile
 from mechdsl.resolve.cells import cell_keys
 from mechdsl.resolve.types import ResolvedExperiment
+from mechdsl.results.controls import null_bands
+from mechdsl.results.data import Floats
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.results.statistics import MeasureData
+from mechdsl.vocab.effects import EFFECTS
 
 PACKAGES = ("mechdsl", "torch", "transformers", "tokenizers", "numpy", "scipy")
 
@@ -34,13 +41,15 @@ def versions() -> dict[str, str]:
 
 
 def collect(
-    plan: ExperimentPlan, measured: Measured, model: LoadedModel, profile: Profile
+    plan: ExperimentPlan, measured: Measured, models: Mapping[str, LoadedModel], profile: Profile
 ) -> ExperimentResult:
-    """The result of one experiment, without statistics."""
+    """The result of one experiment, or of one variant of it, without statistics."""
     experiment = plan.experiment
+    model, *read = (models[name] for name in experiment.models)
     table, kept = experiment.table, measured.kept
     rows = table.runs["clean"].rows
     source = experiment.spec.source
+    there = plan.exists
     measures: list[MeasureData] = []
     for number, (resolved, said) in enumerate(
         zip(experiment.measures, experiment.spec.measures, strict=True)
@@ -55,10 +64,12 @@ def collect(
                 effect=said.effect,
                 kind=resolved.kind,
                 per_prompt=said.per_prompt,
-                patched=measured.patched[number],
-                base=base_per_cell(plan, measured, experiment.spec.base, number),
-                source=None if source is None else base_per_cell(plan, measured, source, number),
-                inert=plan.inert,
+                patched=measured.patched[number][there],
+                base=_of(there, base_per_cell(plan, measured, experiment.spec.base, number)),
+                source=None
+                if source is None
+                else _of(there, base_per_cell(plan, measured, source, number)),
+                inert=plan.inert[there],
                 truth=truth,
                 unit=resolved.unit,
             )
@@ -68,7 +79,7 @@ def collect(
         model=model.name,
         axes=tuple(axis.name for axis in experiment.axes),
         aliases={axis.alias: axis.name for axis in experiment.axes if axis.alias is not None},
-        cells=tuple(cell_keys(experiment)),
+        cells=tuple(compress(cell_keys(experiment), there)),
         measures=tuple(measures),
         runs={
             run: {m.label: values[n].mean(axis=0) for n, m in enumerate(experiment.measures)}
@@ -77,12 +88,94 @@ def collect(
         accuracy=measured.accuracy,
         base=experiment.spec.base,
         source=source,
-        conventions={**conventions(plan, measured, model), **_fallbacks(model, profile)},
-        hashes=_hashes(experiment, model),
+        called=_called(experiment),
+        conventions={
+            **conventions(plan, measured, model),
+            **{f"model {other.name}": model_words(other) for other in read},
+            **fallbacks(model, profile),
+        },
+        hashes={
+            **_hashes(experiment, model),
+            **{f"model {other.name}": other.provenance.get("weights", "") for other in read},
+        },
         row_ids=tuple(table.row_ids[i] for i in kept),
         row_values=_row_values([rows[i].values for i in kept]),
         reports=experiment.spec.reports or (_table(experiment),),
+        **_overlaid(experiment, kept, there),
     )
+
+
+def _called(experiment: ResolvedExperiment) -> dict[str, str]:
+    """The clean run beside that of another block or model is called by its own."""
+    ends = (experiment.spec.base, experiment.spec.source or "clean")
+    runs = [experiment.table.runs[name] for name in ends]
+    if any(run.prompts is not None for run in runs):
+        return {"clean": experiment.table.name}
+    if any(run.model is not None for run in runs):
+        return {"clean": experiment.model.name}
+    return {}
+
+
+def _of(there: NDArray[np.bool_], values: Floats) -> Floats:
+    """Of [1 or cell, prompt], the cells that there are."""
+    return values[there] if len(values) == len(there) else values
+
+
+def _overlaid(
+    experiment: ResolvedExperiment, kept: Ints, there: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """The tokens of every prompt, and which of them each cell hits: what an overlay draws on."""
+    if not any(report.kind == "overlay" for report in experiment.spec.reports):
+        return {}
+    rows = experiment.table.runs[experiment.spec.base].rows
+    tokenizer = experiment.model.tokenizer
+    texts = tuple(
+        tuple(
+            ("" if row.special[p] else row.text[slice(*row.offsets[p])])
+            or tokenizer.token_text(row.ids[p])
+            for p in range(len(row.ids))
+        )
+        for row in (rows[i] for i in kept)
+    )
+    names = [axis.name for axis in experiment.axes]
+    made: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = {}
+
+    def hits(index: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        keys = [
+            tuple(index[names.index(axis)] for axis in rule.positions.axes)
+            for rule in experiment.rules
+        ]
+        if tuple(keys) not in made:  # cells of one position share their tuples
+            cells = [r.positions.written[k] for r, k in zip(experiment.rules, keys, strict=True)]
+            made[tuple(keys)] = tuple(
+                tuple(sorted({p for cell in cells for run in cell.hits[i] for p in run}))
+                for i in kept
+            )
+        return made[tuple(keys)]
+
+    every = product(*(range(len(axis)) for axis in experiment.axes))
+    return {"texts": texts, "hits": tuple(hits(index) for index in compress(every, there))}
+
+
+def with_control(
+    result: ExperimentResult, plan: ExperimentPlan, measured: Mapping[str, Measured]
+) -> ExperimentResult:
+    """The result with what its control gave, where it has one."""
+    experiment, control = plan.experiment, plan.experiment.control
+    if control is None:
+        return result
+    bands = null_bands(
+        result.measures,
+        [
+            values[np.tile(plan.exists, control.draws)]
+            for values in measured[control.experiment.key].patched
+        ],
+        control.draws,
+        control.what,
+        confidence=experiment.spec.statistics.confidence,
+        effects=EFFECTS,
+    )
+    return replace(result, controls=bands)
 
 
 def _table(experiment: ResolvedExperiment) -> spec.Report:
@@ -100,81 +193,11 @@ def _hashes(experiment: ResolvedExperiment, model: LoadedModel) -> dict[str, str
     found["tokenizer"] = experiment.model.tokenizer.hash
     if experiment.table.data_hash:
         found["data"] = experiment.table.data_hash
-    return found
-
-
-def conventions(plan: ExperimentPlan, measured: Measured, model: LoadedModel) -> dict[str, str]:
-    """What was defaulted, dropped or chosen, in words."""
-    experiment = plan.experiment
-    found = {
-        "model": f"{model.shape.architecture}, {model.provenance.get('source', '')}",
-        "dtype": f"{str(model.dtype).removeprefix('torch.')} on {model.device}",
-        **experiment.table.conventions,
-    }
-    if experiment.keep:
-        conditions = " and ".join(measure.text for measure in experiment.keep)
-        dropped = len(experiment.table) - len(measured.kept)
-        found["keep"] = f"{len(measured.kept)} rows kept, {dropped} dropped ({conditions})"
-    for name, run in experiment.table.runs.items():
-        noise = run.noise
-        if noise is not None and noise.sds is not None:
-            value = f"{noise.sds:g} sd = {noise_scale(model, noise):.4g}"
-            found[f"noise of {name}"] = f"{found[f'noise of {name}']}, {value}"
-    fills = [
-        _fill_words(rule.rule.fill, rule.rule.run, rule.rule.spec.by)
-        for rule in plan.rules
-        if rule.rule.fill not in ("source", "text")
-    ]
-    if fills:
-        found["fill"] = "; ".join(dict.fromkeys(fills))
-    if measured.dropped:
-        found["resample"] = (
-            f"{measured.dropped} rows of cells left out: the other row lacks the position"
-        )
-    if len(plan.rules) > 1:
-        found["rules"] = (
-            "together in one run; where two write the same vector, the later one stands"
-        )
-    if any(_windowed(rule.rule.spec) for rule in plan.rules):
-        found["window"] = "layers l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends"
-    if any(_several(rule.positions) for rule in plan.rules):
-        found["tokens"] = "several tokens under one label are separate runs, averaged per row"
-    left_out = dict.fromkeys(x for rule in plan.rules for x in rule.rule.positions.left_out)
-    if left_out:
-        found["positions"] = f"left out, as no row has them in both runs: {', '.join(left_out)}"
-    if measured.inert:
-        found["inert"] = (
-            f"{int(plan.inert.sum())} of {plan.n_cells} cells, and {measured.inert:,} of "
-            f"{measured.rows:,} rows in all, can't differ from the base run"
+    found.update({f"data of {name}": d for name, d in experiment.table.other_data.items()})
+    for each in experiment.python:
+        key = f"python {each.file}"
+        # Files that are called the same lie beside different `.mech` files.
+        found[key if found.get(key, each.digest) == each.digest else f"python {each.path}"] = (
+            each.digest
         )
     return found
-
-
-def _fallbacks(model: LoadedModel, profile: Profile) -> dict[str, str]:
-    """Where the run did not go as planned."""
-    found: dict[str, str] = {}
-    if not model.restartable:
-        found["planner"] = "every row is a whole forward pass: the model can't be restarted"
-    if profile.halved:
-        times = "once" if profile.halved == 1 else f"{profile.halved} times"
-        found["memory"] = f"ran out {times}; passes were halved and run again"
-    return found
-
-
-def _fill_words(fill: str, run: str, by: str | None) -> str:
-    match fill:
-        case "zero":
-            return "zero"
-        case "mean":
-            within = f", within each {by}" if by else ""
-            return f"mean over the rows of {run}, per position{within}"
-        case _:
-            return f"{run} run of another row (a seeded permutation without fixed points)"
-
-
-def _windowed(rule: Any) -> bool:
-    return rule.site is not None and any(axis.window is not None for axis in rule.site.axes)
-
-
-def _several(positions: Any) -> bool:
-    return any(len(row) > 1 for cell in positions for row in cell.hits)

@@ -13,6 +13,9 @@ from mechdsl.data.types import PositionCell
 
 Ints: TypeAlias = NDArray[np.int64]
 
+NO_TOKEN = int(np.iinfo(np.int64).max)
+"""The first token of nothing."""
+
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
@@ -60,8 +63,11 @@ class Hits:
         return Hits(len(cells[0].hits), Ragged.of(runs), Ragged.of(tokens))
 
     def leftmost(self, runs: Ints) -> Ints:
-        """The first token of each run; tokens ascend."""
-        return self.tokens.values[self.tokens.offsets[runs]]
+        """The first token of each run; behind all of them where it has none."""
+        index, token = self.tokens.expand(runs)
+        found = np.full(len(runs), NO_TOKEN, dtype=np.int64)
+        np.minimum.at(found, index, token)
+        return found
 
     def run(self, position: Ints, prompt: Ints, alternative: Ints) -> Ints:
         """The run of each row; rules with one run give it to every alternative."""

@@ -12,7 +12,7 @@ from time import perf_counter
 
 import numpy as np
 
-from mechdsl.columns import Ints
+from mechdsl.columns import Ints, Ragged
 from mechdsl.data.types import Run
 from mechdsl.models.shape import ModelShape
 from mechdsl.plan import (
@@ -30,7 +30,8 @@ from mechdsl.plan import (
     Panel,
     Plan,
 )
-from mechdsl.restart import BlockWork, Mask, RowMasks, Shortcuts, block_work
+from mechdsl.resolve.types import SitePoint
+from mechdsl.restart import BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.rule_plan import Rows, RulePlan
 from mechdsl.share import Sharer, combined
 
@@ -187,7 +188,7 @@ def _unpatched(panel: Panel, plan: Plan) -> tuple[Cost, Cost, int]:
     whole = stopped = Cost()
     batches = 0
     for name, needs in panel.runs.items():
-        run = experiment.table.runs[name]
+        run = panel.table.runs[name]
         lengths = _lengths(run)
         draws = run.noise.samples if run.noise is not None else 1
         prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
@@ -249,7 +250,11 @@ class _Counter:
         if self.plan.does(SHARE):
             now = self._whole(own, prompts)
         after[SHARE] = now
-        shapes = [_Shapes(plan, rows) for plan, rows in zip(self.plans, own, strict=True)]
+        shapes = [
+            shape
+            for plan, rows in zip(self.plans, own, strict=True)
+            for shape in _shapes(plan, rows)
+        ]
         taken: dict[str, bool] = dict.fromkeys(RESTART_PASSES, False)
         for name in RESTART_PASSES:
             taken[name] = self.plan.does(name)
@@ -303,29 +308,47 @@ class _Counter:
         return replace(before, multiply_adds=before.multiply_adds - saved)
 
 
-def _blocks(rule: RulePlan) -> Ints:
+def _blocks(table: Sequence[SitePoint], points: Ragged) -> Ints:
     """[site combination] equal where the same sites of the same blocks are written, in whatever
     heads or neurons."""
     numbers: dict[frozenset[tuple[str, int | None]], int] = {}
-    places = [(point.site, point.layer) for point in rule.point_table]
+    places = [(point.site, point.layer) for point in table]
     found: list[int] = []
-    for begin, end in zip(rule.points.offsets[:-1], rule.points.offsets[1:], strict=True):
-        own = frozenset(places[point] for point in rule.points.values[begin:end])
+    for begin, end in zip(points.offsets[:-1], points.offsets[1:], strict=True):
+        own = frozenset(places[point] for point in points.values[begin:end])
         found.append(numbers.setdefault(own, len(numbers)))
     return np.array(found, dtype=np.int64)
 
 
-class _Shapes:
-    """The rows of an experiment by what they compute: alike rows are counted together."""
+def _shapes(plan: ExperimentPlan, rows: Rows) -> list[_Shapes]:
+    """The rows of an experiment; of path patching, those that record what receivers read too."""
+    found = [_Shapes(plan, rows)]
+    path = next((rule for rule in plan.rules if rule.paths is not None), None)
+    if path is not None and path.paths is not None and not path.paths.at_the_end:
+        at = path.written.run(path.position_of_cell[rows.cell], rows.prompt, rows.alternative)
+        sender = path.site_of_cell[rows.cell]
+        code = combined([[sender, at, rows.prompt]], [len(rows)])
+        _, first = np.unique(code, return_index=True)
+        found.append(_Shapes(plan, rows.take(first), recording=True))
+    return found
 
-    def __init__(self, plan: ExperimentPlan, rows: Rows) -> None:
+
+class _Shapes:
+    """The rows of an experiment by what they compute: alike rows are counted together.
+
+    recording: those of path patching in which all but the senders is held, and receivers are read.
+    """
+
+    def __init__(self, plan: ExperimentPlan, rows: Rows, *, recording: bool = False) -> None:
         self.plan = plan
+        self.recording = recording
         lengths = plan.lengths(rows)
         columns: list[Ints] = [lengths]
         for rule in plan.rules:
             run = rule.written.run(rule.position_of_cell[rows.cell], rows.prompt, rows.alternative)
             first = rule.written.leftmost(run) if len(rows) else run
-            blocks = _blocks(rule)[rule.site_of_cell[rows.cell]]
+            table, points, combination = self._places(rule)
+            blocks = _blocks(table, points)[combination[rows.cell]]
             columns += [blocks, first, rule.written.tokens.counts(run)]
         at = [
             np.asarray(measure.at[plan.experiment.spec.base])[rows.prompt]
@@ -358,30 +381,45 @@ class _Shapes:
             adds += more_adds
         return tokens, adds
 
+    def _places(self, rule: RulePlan) -> tuple[Sequence[SitePoint], Ragged, Ints]:
+        """What rows write: (points, combinations of them, combination of each cell)."""
+        paths = rule.paths
+        if paths is not None and not paths.at_the_end and not self.recording:
+            return paths.table, paths.points, paths.pair_of_cell
+        return rule.point_table, rule.points, rule.site_of_cell
+
     def _masks(self, at: Sequence[Ints]) -> RowMasks:
         """What the rows write and what is read of them."""
         rows, lengths = self.rows, self.lengths
         longest = int(lengths.max(initial=1))
         real = np.arange(longest)[None, :] < lengths[:, None]
         writes: dict[tuple[str, int | None], Mask] = {}
+        received: dict[tuple[str, int | None], Mask] = {}
         for rule in self.plan.rules:
             run = rule.written.run(rule.position_of_cell[rows.cell], rows.prompt, rows.alternative)
             row, token = rule.written.tokens.expand(run)
-            index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
+            table, points, combination = self._places(rule)
+            index, point = points.expand(combination[rows.cell][row])
+            target = received if rule.rule.fill == "observe" else writes
             for number in np.unique(point):
-                place = rule.point_table[number]
+                place = table[number]
                 own = index[point == number]
-                mask = writes.setdefault((place.site, place.layer), np.zeros_like(real))
+                mask = target.setdefault((place.site, place.layer), np.zeros_like(real))
                 mask[row[own], token[own]] = True
+            if self.recording and rule.paths is not None:
+                for place in {(p.site, p.layer) for p in rule.paths.table}:
+                    mask = received.setdefault(place, np.zeros_like(real))
+                    mask[row, token] = True
         final = np.zeros_like(real)
         measures = self.plan.experiment.measures
         base = self.plan.experiment.spec.base
-        if len(rows):
+        if len(rows) and not self.recording:
             if any(base not in measure.at for measure in measures):
                 final[np.arange(len(rows)), lengths - 1] = True
             for column in at:
                 final[np.arange(len(rows)), column] = True
-        if any(atom.form.takes == "prompt" for measure in measures for atom in measure.atoms):
+        whole = any(a.form.takes == "prompt" for measure in measures for a in measure.atoms)
+        if whole and not self.recording:
             final |= real
         reads = {
             (atom.point.site, atom.point.layer): final
@@ -389,4 +427,9 @@ class _Shapes:
             for atom in measure.atoms
             if atom.point is not None
         }
-        return RowMasks(real, writes, reads, final)
+        path = next((rule.paths for rule in self.plan.rules if rule.paths is not None), None)
+        held = None
+        if path is not None and (path.at_the_end or self.recording):
+            every = np.ones(len(rows), dtype=np.bool_)
+            held = Held(every, every & (not path.through_mlps))
+        return RowMasks(real, writes, {**reads, **received}, final, held)

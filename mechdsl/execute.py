@@ -7,7 +7,7 @@ the rows of one cell, or passes over what changes in the rows of many cells.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +32,7 @@ from mechdsl.plan import (
     Plan,
 )
 from mechdsl.profile import Profile
+from mechdsl.python_files import PythonFailure
 from mechdsl.resolve.types import ResolvedExperiment
 from mechdsl.results.data import Floats
 from mechdsl.results.statistics import check_denominator
@@ -116,19 +117,11 @@ def execute(
 ) -> Execution:
     """Run every panel. Denominators and `keep` are checked for all before any cell runs.
 
-    Codes: E0604, E0613. Raises what the model raises; it is left without hooks in any case.
+    Codes: E0223, E0604, E0613. Raises what the model raises; it is left without hooks in any case.
     """
     options = options or Options()
     execution = Execution()
-    runners = [
-        PanelRunner(panel, models[panel.model], plan, options, execution.profile, sink)
-        for panel in plan.panels
-    ]
-    for runner in runners:
-        with stopwatch(runner.runs.model.device) as seconds:
-            execution.diagnostics.extend(runner.prepare())
-        execution.profile.unpatched_seconds += seconds[0]
-        execution.measured.update(runner.measured)
+    runners = _prepared(plan, models, options, execution, sink)
     if has_errors(execution.diagnostics):
         return execution
     if sink is not None:
@@ -145,6 +138,46 @@ def execute(
     return execution
 
 
+def refused(
+    plan: Plan, models: Mapping[str, LoadedModel], options: Options | None = None
+) -> list[Diagnostic]:
+    """What `execute` would refuse after the unpatched runs, for experiments that run later."""
+    execution = Execution()
+    _prepared(plan, models, options or Options(), execution, None)
+    return execution.diagnostics
+
+
+def _prepared(
+    plan: Plan,
+    models: Mapping[str, LoadedModel],
+    options: Options,
+    execution: Execution,
+    sink: Sink | None,
+) -> list[PanelRunner]:
+    """Runners whose unpatched runs are done; what is wrong with them is in the execution."""
+    runners = [
+        PanelRunner(
+            panel,
+            models[panel.model],
+            plan,
+            options,
+            execution.profile,
+            sink,
+            others={name: models[name] for name in panel.models[1:]},
+        )
+        for panel in plan.panels
+    ]
+    for runner in runners:
+        with stopwatch(runner.runs.model.device) as seconds:
+            try:
+                execution.diagnostics.extend(runner.prepare())
+            except PythonFailure as failure:  # on an unpatched run: no cell was run
+                execution.diagnostics.append(failure.diagnostic)
+        execution.profile.unpatched_seconds += seconds[0]
+        execution.measured.update(runner.measured)
+    return runners
+
+
 class PanelRunner:
     """Runs the experiments of one panel on shared unpatched runs."""
 
@@ -156,20 +189,20 @@ class PanelRunner:
         options: Options,
         profile: Profile,
         sink: Sink | None = None,
+        *,
+        others: Mapping[str, LoadedModel] | None = None,
     ) -> None:
         self.panel = panel
         self.plan = plan
         self.options = options
         self.sink = sink
-        self.table: PromptTable = panel.experiments[0].experiment.table
+        self.table: PromptTable = panel.table
         self.measured: dict[str, Measured] = {}
         self.fillings: dict[str, Fillings] = {}
-        self.gauges = {
-            p.experiment.name: Gauge.of(p.experiment.measures) for p in panel.experiments
-        }
+        self.gauges = {p.experiment.key: Gauge.of(p.experiment.measures) for p in panel.experiments}
         self.keep = Gauge.of(panel.experiments[0].experiment.keep)
         gauges = (*self.gauges.values(), self.keep)
-        self.runs = UnpatchedRuns(panel, model, gauges, plan=plan, side=options.side)
+        self.runs = UnpatchedRuns(panel, model, gauges, plan=plan, side=options.side, others=others)
         self.profile = profile
         self.size = PassSize(model.device, bytes_per_token(model), fixed=options.row_tokens)
         self.kept = np.arange(len(self.table), dtype=np.int64)
@@ -185,10 +218,10 @@ class PanelRunner:
         self.batches = self._batches(self.kept)
         for plan in self.panel.experiments:
             experiment = plan.experiment
-            gauge = self.gauges[experiment.name]
+            gauge = self.gauges[experiment.key]
             environments = tuple(dict.fromkeys(plan.items)) if _by_item(gauge) else (None,)
             shape = (plan.n_cells, len(self.kept))
-            self.measured[experiment.name] = Measured(
+            self.measured[experiment.key] = Measured(
                 experiment,
                 self.kept,
                 [np.full(shape, np.nan) for _ in experiment.measures],
@@ -207,10 +240,11 @@ class PanelRunner:
                 self._measure_unpatched(plan, batch)
             self._forget()
         for plan in self.panel.experiments:
-            diagnostics.extend(self._denominators(plan.experiment))
+            if plan.experiment.control_of is None:  # else it has been said of that one
+                diagnostics.extend(self._denominators(plan.experiment))
         if not has_errors(diagnostics):
             for plan in self.panel.experiments:
-                self.fillings[plan.experiment.name] = fillings_of(
+                self.fillings[plan.experiment.key] = fillings_of(
                     plan, self.runs, self.kept, self.batches
                 )
         return diagnostics
@@ -248,7 +282,7 @@ class PanelRunner:
 
     def _denominators(self, experiment: ResolvedExperiment) -> list[Diagnostic]:
         """E0604 where a ratio would be taken over something that may be 0."""
-        measured = self.measured[experiment.name]
+        measured = self.measured[experiment.key]
         found: list[Diagnostic] = []
         for number, measure in enumerate(experiment.spec.measures):
             effect = EFFECTS[measure.effect]
@@ -259,6 +293,8 @@ class PanelRunner:
             other = measured.unpatched[source][number] if source is not None else None
             if effect.needs_source and other is None:
                 continue
+            if experiment.spec.variant:  # which one of them
+                effect = replace(effect, divisor=f"{effect.divisor} of {experiment.key}")
             found.extend(
                 check_denominator(
                     base,
@@ -281,11 +317,11 @@ class PanelRunner:
     def _measure_unpatched(self, plan: ExperimentPlan, batch: Ints) -> None:
         """Base, source and accuracies of one experiment on one batch."""
         experiment = plan.experiment
-        measured = self.measured[experiment.name]
+        measured = self.measured[experiment.key]
         columns = np.searchsorted(self.kept, batch)
         for run, values in measured.unpatched.items():
             for number, environment in enumerate(measured.environments):
-                found = self.runs.values(self.gauges[experiment.name], run, batch, environment)
+                found = self.runs.values(self.gauges[experiment.key], run, batch, environment)
                 for measure, value in zip(values, found, strict=True):
                     measure[number, columns] = value
         for run, correct in experiment.accuracies.items():
@@ -300,12 +336,12 @@ class PanelRunner:
         totals = [
             [
                 (np.zeros(values.shape), np.zeros(values.shape))
-                for values in self.measured[plan.experiment.name].patched
+                for values in self.measured[plan.experiment.key].patched
             ]
             for plan in plans
         ]
-        fillings = [self.fillings[plan.experiment.name] for plan in plans]
-        gauges = [self.gauges[plan.experiment.name] for plan in plans]
+        fillings = [self.fillings[plan.experiment.key] for plan in plans]
+        gauges = [self.gauges[plan.experiment.key] for plan in plans]
         patcher = Patcher(self.plan, plans, gauges, fillings, self.runs)
         sharer = Sharer(plans, share=self.plan.does(SHARE))
         for batch in self.batches:
@@ -329,7 +365,7 @@ class PanelRunner:
             self._forget()
         for plan, sums_and_counts in zip(plans, totals, strict=True):
             if plan.rules:
-                patched = self.measured[plan.experiment.name].patched
+                patched = self.measured[plan.experiment.key].patched
                 for found, (sums, counts) in zip(patched, sums_and_counts, strict=True):
                     with np.errstate(invalid="ignore"):
                         found[:] = np.where(counts > 0, sums / counts, np.nan)
@@ -341,7 +377,7 @@ class PanelRunner:
         """(rows to run, how many have no donor, rows that can't differ from the base run)."""
         good = readable(plan, rows, fillings)
         dropped = len(rows) - len(good)
-        measured = self.measured[plan.experiment.name]
+        measured = self.measured[plan.experiment.key]
         measured.dropped += dropped
         rows = rows.take(good)
         inert = plan.is_inert(rows)
@@ -365,12 +401,12 @@ class PanelRunner:
             np.add.at(counts, (rows.cell, columns), 1)
         if self.sink is not None:
             experiment = self.panel.experiments[number].experiment
-            self.sink.rows(self.measured[experiment.name], rows, values)
+            self.sink.rows(self.measured[experiment.key], rows, values)
 
     def _base_values(self, plan: ExperimentPlan, rows: Rows) -> list[Floats]:
         """Per measure, [row], what the base run has."""
         experiment = plan.experiment
-        measured = self.measured[experiment.name]
+        measured = self.measured[experiment.key]
         columns = np.searchsorted(self.kept, rows.prompt)
         found: list[Floats] = []
         for number in range(len(experiment.measures)):
@@ -381,7 +417,7 @@ class PanelRunner:
 
     def _copy_base(self, plan: ExperimentPlan) -> None:
         """Without rules the patched run is the base run."""
-        measured = self.measured[plan.experiment.name]
+        measured = self.measured[plan.experiment.key]
         base = measured.unpatched[plan.experiment.spec.base]
         for found, values in zip(measured.patched, base, strict=True):
             found[:] = values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.cells import cell_len
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mechdsl.check import Checked
 from mechdsl.data.types import PositionCell, PromptTable, RunRow
-from mechdsl.resolve.types import ResolvedExperiment
+from mechdsl.resolve.types import DRAW, ResolvedExperiment, ResolvedRule
 
 SHOWN_ROWS = 2
 SHOWN_CELLS = 24
@@ -34,7 +34,7 @@ def explain(checked: Checked, console: Console) -> None:
         console.print(
             Text.assemble(
                 ("experiment ", "bold"),
-                (experiment.name, "bold cyan"),
+                (experiment.key, "bold cyan"),
                 f" · model {experiment.model.name} · {len(experiment.table)} rows of "
                 f"{experiment.table.name}",
             )
@@ -45,6 +45,9 @@ def explain(checked: Checked, console: Console) -> None:
         else:
             console.print("  the same prompts as above", style="dim")
         _rules(experiment, console)
+        _control(experiment, console)
+        for picked, said in experiment.picks.items():
+            console.print(Text(f"  {picked}: {said}", style="dim"))
         console.print()
 
 
@@ -122,28 +125,77 @@ def _rules(experiment: ResolvedExperiment, console: Console) -> None:
             shown = ", ".join(labels[:SHOWN_CELLS])
             more = f" … ({len(labels)} in all)" if len(labels) > SHOWN_CELLS else ""
             console.print(f"    sites: {shown}{more}", highlight=False)
-        table = Table(box=None, padding=(0, 2), show_edge=False)
-        for column in ("position", "n", "tokens hit (row 0, row 1, …)"):
-            table.add_column(column, justify="right" if column == "n" else "left")
-        cells = list(rule.positions.written.values())
-        for cell in cells[:SHOWN_CELLS]:
-            hits = [_hit(experiment, cell, row) for row in range(min(4, len(experiment.table)))]
-            n = sum(1 for row in cell.hits if row)
-            table.add_row(cell.label, str(n), "   ".join(hits))
-        console.print(table)
-        if len(cells) > SHOWN_CELLS:
-            console.print(f"    … ({len(cells)} positions in all)", highlight=False)
+        if rule.path is not None:
+            labels = list(rule.path.receivers.labels.values())
+            shown = ", ".join(labels[:SHOWN_CELLS])
+            more = f" … ({len(labels)} in all)" if len(labels) > SHOWN_CELLS else ""
+            console.print(f"    receivers: {shown}{more}", highlight=False)
+        for title, run, cells in _hit_lists(experiment, rule):
+            if title:
+                console.print(f"    {title}", highlight=False)
+            _positions(experiment, run, cells, console)
     cells = " × ".join(f"{axis.name} {len(axis)}" for axis in experiment.axes)
     console.print(
         f"  cells: {experiment.n_cells}" + (f" ({cells})" if cells else ""), highlight=False
     )
 
 
-def _hit(experiment: ResolvedExperiment, cell: PositionCell, row: int) -> str:
+def _hit_lists(
+    experiment: ResolvedExperiment, rule: ResolvedRule
+) -> Iterator[tuple[str, str, list[PositionCell]]]:
+    """(title, run, positions): where a rule writes, and where it reads if that is elsewhere."""
+    base = experiment.spec.base
+    written = list(rule.positions.written.values())
+    if rule.edge is not None:
+        yield "queries", base, written
+        yield "keys", base, list(rule.edge.keys.written.values())
+        return
+    read = list(rule.positions.read.values())
+    if rule.fill in ("source", "path") and [c.hits for c in read] != [c.hits for c in written]:
+        yield f"read in `{rule.run}`", rule.run, read
+        yield f"written in `{base}`", base, written
+        return
+    yield "", base, written
+
+
+def _positions(
+    experiment: ResolvedExperiment, run: str, cells: list[PositionCell], console: Console
+) -> None:
+    """What positions hit in the first rows of a run."""
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    for column in ("position", "n", "tokens hit (row 0, row 1, …)"):
+        table.add_column(column, justify="right" if column == "n" else "left")
+    for cell in cells[:SHOWN_CELLS]:
+        hits = [_hit(experiment, run, cell, row) for row in range(min(4, len(experiment.table)))]
+        n = sum(1 for row in cell.hits if row)
+        table.add_row(cell.label, str(n), "   ".join(hits))
+    console.print(table)
+    if len(cells) > SHOWN_CELLS:
+        console.print(f"    … ({len(cells)} positions in all)", highlight=False)
+
+
+def _control(experiment: ResolvedExperiment, console: Console) -> None:
+    """What was drawn, for the first cell."""
+    control, asked = experiment.control, experiment.spec.against
+    if control is None or asked is None:
+        return
+    console.print(Text(f"  against {asked.span.written}", style="bold"))
+    console.print(Text(f"    {control.said}"))
+    for rule in control.experiment.rules:
+        if rule.sites is None or DRAW not in rule.sites.axes:
+            continue
+        rest = (0,) * (len(rule.sites.axes) - 1)
+        labels = [rule.sites.labels[draw, *rest] for draw in range(control.draws)]
+        more = f" … ({control.draws} in all)" if control.draws > SHOWN_CELLS else ""
+        cell = " of the first cell" if rest else ""
+        console.print(Text(f"    draws{cell}: {', '.join(labels[:SHOWN_CELLS])}{more}"))
+
+
+def _hit(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int) -> str:
     """`4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `—` where the row lacks it."""
-    tokens = _tokens(experiment, experiment.table.runs[experiment.spec.base].rows[row])
-    runs = [" + ".join(f"{t} {tokens[t].strip()}" for t in run) for run in cell.hits[row]]
-    return " | ".join(runs) or "—"
+    tokens = _tokens(experiment, experiment.table.runs[run].rows[row])
+    joined = [" + ".join(f"{t} {tokens[t].strip()}" for t in hit) for hit in cell.hits[row]]
+    return " | ".join(joined) or "—"
 
 
 def as_json(checked: Checked) -> dict[str, Any]:
@@ -154,9 +206,10 @@ def as_json(checked: Checked) -> dict[str, Any]:
         "experiments": [
             {
                 "name": e.name,
+                **({"variant": dict(e.spec.variant)} if e.spec.variant else {}),
                 "model": e.model.name,
                 "prompts": e.table.name,
-                "conventions": dict(e.table.conventions),
+                "conventions": {**e.table.conventions, **e.picks},
                 "axes": [{"name": a.name, "values": list(a.labels)} for a in e.axes],
                 "runs": {
                     name: [_row(e, e.table, row, n) for n, row in enumerate(run.rows)]
@@ -166,13 +219,12 @@ def as_json(checked: Checked) -> dict[str, Any]:
                     {
                         "rule": r.spec.span.written,
                         "sites": [] if r.sites is None else list(r.sites.labels.values()),
-                        "positions": [
-                            {
-                                "label": cell.label,
-                                "tokens": [[list(run) for run in row] for row in cell.hits],
-                            }
-                            for cell in r.positions.written.values()
-                        ],
+                        "receivers": []
+                        if r.path is None
+                        else list(r.path.receivers.labels.values()),
+                        "positions": _as_hits(r.positions.written.values()),
+                        "reads": _as_hits(r.positions.read.values()),
+                        "keys": [] if r.edge is None else _as_hits(r.edge.keys.written.values()),
                     }
                     for r in e.rules
                 ],
@@ -180,6 +232,13 @@ def as_json(checked: Checked) -> dict[str, Any]:
             for e in checked.experiments
         ],
     }
+
+
+def _as_hits(cells: Iterable[PositionCell]) -> list[dict[str, Any]]:
+    return [
+        {"label": cell.label, "tokens": [[list(run) for run in row] for row in cell.hits]}
+        for cell in cells
+    ]
 
 
 def _row(

@@ -16,6 +16,7 @@ from mechdsl.models.shape import units, width
 from mechdsl.plan import ExperimentPlan, Place
 from mechdsl.rule_plan import RulePlan
 from mechdsl.runs import UnpatchedRuns
+from mechdsl.vocab.sites import SITES
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +68,16 @@ def _means(rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints]) -> Mean
     codes = np.unique(names, return_inverse=True)[1].astype(np.int64)
     slots = int(rule.read.tokens.counts(np.arange(len(rule.read.tokens.offsets) - 1)).max())
     shape = runs.model.shape
-    places = {(p.site, p.layer) for p in rule.point_table}
+    places = {(p.site, p.layer) for p in rule.source_table}
     size = (len(rule.sources), int(codes.max()) + 1)
+    longest = max(len(row.ids) for row in runs.named(rule.rule.run).rows)
     sums = {
         place: torch.zeros(
-            *size, slots, units(shape, *place), width(shape, *place), dtype=torch.float64
+            *size,
+            slots,
+            units(shape, *place),
+            longest if SITES[place[0]].width == "key" else width(shape, *place),
+            dtype=torch.float64,
         )
         for place in places
     }
@@ -116,6 +122,7 @@ def _add(
                 torch.from_numpy(token).to(lanes.batch.ids.device),
             )
             vectors = read[torch.from_numpy(lane[row]).to(read.device), columns.to(read.device)]
+            vectors = vectors[..., : total.shape[-1]]  # those over keys may be padded
             total.index_put_(
                 (at, group, torch.from_numpy(slot)), vectors.to(total), accumulate=True
             )

@@ -34,6 +34,8 @@ class Reading:
     """Atom number → [row, 1, width] at the measured place."""
     references: Mapping[int, Tensor]
     """Atom number → [row, vocab] logits, or [row, 1, width], of the reference run."""
+    observed: Tensor | None = None
+    """[row] what `observe attention` sees; None on runs without rows."""
     tokens: Tensor | None = None
     """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
 
@@ -69,7 +71,8 @@ class Gauge:
     @property
     def needs_plain(self) -> bool:
         """Whether some atom is read off the prompts as they are."""
-        return len(self.continuations) < len(self.atoms)
+        own = [n for n, (_, atom) in enumerate(self.atoms) if atom.form.takes != "attention"]
+        return len(self.continuations) < len(own)
 
     @property
     def narrow(self) -> bool:
@@ -116,6 +119,9 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading) -> Tensor:
     if takes == "prompt":
         assert reading.loss is not None
         return reading.loss
+    if takes == "attention":
+        nothing = torch.full((len(reading.prompts),), torch.nan)
+        return nothing if reading.observed is None else reading.observed
     if takes == "activations":
         return function(reading.activations[number], reading.references[number])
     if number in reading.continued:
@@ -144,6 +150,43 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading) -> Tensor:
             return function(logits, reading.references[number])
         case "nothing":
             return function(logits)
+        case "rows":
+            return _of_python(atom, logits, reading.prompts)
+
+
+def _of_python(atom: Atom, logits: Tensor, prompts: Ints) -> Tensor:
+    """[row]: what the user's function makes of them. E0223 as PythonFailure."""
+    function = atom.python
+    assert function is not None
+    # A copy, so that a function that writes into it changes nothing that others read.
+    own = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    rows = [dict(atom.rows[prompt]) for prompt in prompts]
+    with torch.no_grad():
+        given = function.call(own, rows)
+    hint = "it takes `logits`, [n, vocab], and `rows`, n of them, and gives n numbers"
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise function.failure(f"it gave {_kind(given)}, not numbers", hint) from None
+    if found.shape != (len(prompts),):
+        shape = list(found.shape)
+        raise function.failure(f"it gave the shape {shape}, not [{len(prompts)}]", hint)
+    if found.is_complex():
+        raise function.failure("it gave complex numbers", hint)
+    found = found.detach().double().cpu()
+    if found.isnan().any():
+        row = atom.rows[prompts[int(found.isnan().nonzero()[0])]]
+        told = ", ".join(f"{name} = {value!r}" for name, value in row.items() if "." not in name)
+        raise function.failure(f"it gave NaN, in the row with {_short(told)}", hint)
+    return found
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a `{type(value).__name__}`"
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _continued(atom: Atom, logits: Tensor, prompts: Ints) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 import networkx as nx
 
 from mechdsl import spec
-from mechdsl.resolve.types import ResolvedExperiment, ResolvedMeasure, ResolvedRule
+from mechdsl.resolve.types import DRAW, ResolvedExperiment, ResolvedMeasure, ResolvedRule
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.sites import SITES, stop_layer
 
@@ -179,11 +179,10 @@ def _leaves(experiment: ResolvedExperiment) -> list[Node]:
         for run in experiment.accuracies
     )
     leaves: list[Node] = [
-        Report(experiment.name, effects, report_text(report)) for report in reports
+        Report(experiment.key, effects, report_text(report)) for report in reports
     ]
     leaves.extend(
-        Expect(experiment.name, effects, accuracy, expect.text)
-        for expect in experiment.spec.expects
+        Expect(experiment.key, effects, accuracy, expect.text) for expect in experiment.spec.expects
     )
     return leaves
 
@@ -204,14 +203,19 @@ def encode(experiment: ResolvedExperiment, run: str, replaced: str | None = None
 
 def unpatched(experiment: ResolvedExperiment, run: str) -> Forward:
     """A run without interventions; a noised run writes its noise."""
-    noise = experiment.table.runs[run].noise
+    there = experiment.table.runs[run]
+    noise = there.noise
     writes: tuple[Write, ...] = ()
     if noise is not None:
         amount = f"{noise.sds:g} sd" if noise.sds is not None else f"{noise.std:g}"
         value = Transform("noise", detail=f"{amount}, {noise.samples} draws")
         writes = (Write(noise.site, (), "where the corruption says", value),)
-    text = "clean" if noise is not None else run
-    return Forward(experiment.model.name, encode(experiment, text), writes)
+    text = run
+    if there.model is not None:
+        text = "clean"
+    elif noise is not None:
+        text = there.prompts or "clean"
+    return Forward(there.model or experiment.model.name, encode(experiment, text), writes)
 
 
 def patched(experiment: ResolvedExperiment) -> Forward:
@@ -220,7 +224,8 @@ def patched(experiment: ResolvedExperiment) -> Forward:
     if not experiment.rules:
         return base
     replaced = next((_at(rule) for rule in experiment.rules if rule.fill == "text"), None)
-    writes = tuple(_write(experiment, r) for r in experiment.rules if r.sites is not None)
+    acting = [r for r in experiment.rules if r.sites is not None and r.fill != "observe"]
+    writes = tuple(_write(experiment, rule) for rule in acting)
     return Forward(
         experiment.model.name,
         replace(base.encode, replaced=replaced),
@@ -232,6 +237,10 @@ def patched(experiment: ResolvedExperiment) -> Forward:
 def _at(rule: ResolvedRule) -> str:
     """The positions as written; of a `replace` the text too."""
     at = rule.spec.at.span.written
+    if DRAW in rule.positions.axes:
+        at = f"random tokens, as many as of {at}"
+    if rule.spec.onto is not None and rule.edge is None:
+        at += f" onto {rule.spec.onto.span.written}"
     if rule.fill == "text" and rule.spec.fill is not None:
         at += f" with {rule.spec.fill.span.text}"
     return at
@@ -256,15 +265,38 @@ def _write(experiment: ResolvedExperiment, rule: ResolvedRule) -> Write:
     assert rule.sites is not None
     site, layers, at = ", ".join(rule_sites(rule)), rule_layers(rule), _at(rule)
     labels = list(rule.sites.labels.values())
+    if rule.path is not None:
+        labels += rule.path.receivers.labels.values()
     targets = labels[0] if len(labels) == 1 else f"{labels[0]} … {labels[-1]}"
     digest = sha256("\n".join(labels).encode()).hexdigest()
-    value: Read | Transform = Transform("zero")
-    if rule.fill != "zero":
-        value = Read(unpatched(experiment, rule.run), site, layers, at)
-        if rule.fill != "source":
-            by = f"by {rule.spec.by}" if rule.spec.by else ""
-            value = Transform(rule.fill, (value,), by)
-    return Write(site, layers, at, value, targets, digest)
+    return Write(site, layers, at, _value(experiment, rule, site, at), targets, digest)
+
+
+def _value(
+    experiment: ResolvedExperiment, rule: ResolvedRule, site: str, at: str
+) -> Read | Transform:
+    """What a rule writes, and what it reads for it."""
+    assert rule.sites is not None
+    detail = f"by {rule.spec.by}" if rule.spec.by else ""
+    if rule.spec.fill is not None and rule.amounts is not None:
+        detail = rule.spec.fill.span.written
+    if rule.fill in ("zero", "number"):
+        return Transform(rule.fill, detail=detail)
+    if rule.python is not None:
+        detail = f"{rule.python.name} of {rule.python.file}"
+    if rule.edge is not None:
+        keys = "" if rule.spec.onto is None else rule.spec.onto.span.written
+        return Transform(rule.edge.kind, detail=f"to {keys} {detail}".strip())
+    points = rule.sites.points if rule.sites.sources is None else rule.sites.sources
+    layers = {p.layer for here in points.values() for p in here if p.layer is not None}
+    read = Read(unpatched(experiment, rule.run), site, tuple(sorted(layers)), at)
+    if rule.fill == "source":
+        return read
+    if rule.path is not None:
+        through = ", through MLPs" if rule.path.through_mlps else ""
+        receiver = "" if rule.spec.receiver is None else rule.spec.receiver.span.written
+        detail = f"to {receiver}{through}"
+    return Transform(rule.fill, (read,), detail)
 
 
 def _effect(

@@ -11,18 +11,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mechdsl.attention import (
+    attend_whole,
+    cross_modules,
+    exchanged,
+    implementations,
+    own_function,
+)
 from mechdsl.batch import Batch, gather
 from mechdsl.experts import ExpertHook, RouterHook
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.anatomy import Layout, Side, Tap
-from mechdsl.models.shape import width
+from mechdsl.models.shape import units, width
 from mechdsl.taps import (
     InHook,
     OutHook,
@@ -38,7 +45,8 @@ from mechdsl.taps import (
     through_heads,
     unscaled,
 )
-from mechdsl.vocab.sites import SITES, stop_layer, write_order
+from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, stop_layer, write_order
+from mechdsl.within import EdgeWrite, LayerWork, by_layer, layer_work
 
 __all__ = [
     "Batch",
@@ -121,6 +129,20 @@ class Frame(Protocol):
         """[row] long, tokens of each row that a site has vectors of."""
         ...
 
+    @property
+    def lane_starts(self) -> Tensor:
+        """[lane] long, column of the first token of each prompt that keys lie in."""
+        ...
+
+    @property
+    def key_width(self) -> int:
+        """Columns of these prompts."""
+        ...
+
+    def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Columns of the padded prompts in which positions lie."""
+        ...
+
     def locate(
         self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,6 +171,7 @@ def run_whole(
     reads: Sequence[SiteRead] = (),
     logits_at: Tensor | None = None,
     tokens: Tensor | None = None,
+    edges: Sequence[EdgeWrite] = (),
 ) -> RunResult:
     """Run the whole model on padded rows, with writes and reads.
 
@@ -157,14 +180,15 @@ def run_whole(
     logits_at: [B, n] long, positions (in the unpadded prompt) whose logits are wanted; all by
         default. Logits can't be read or written with it.
     tokens: [K] long, the only tokens whose logits are wanted; `vocab` is K then.
+    edges: of attention, that are changed.
 
     Raises ValueError for places that don't exist, WriteMismatch for writes that couldn't happen
     exactly once, ReadMismatch for reads that didn't. The model is left as it was found.
     """
-    work = SiteWork(model, batch, writes, reads, stop)
+    work = SiteWork(model, batch, writes, reads, stop, edges)
     if logits_at is not None:
         work.keep_logits(batch, logits_at)
-    with torch.inference_mode(), work.installed(), narrowed(model, tokens):
+    with torch.inference_mode(), work.installed(), opened(model, work), narrowed(model, tokens):
         try:
             logits = bare_logits(model, batch)
         except _Stopped:
@@ -215,6 +239,42 @@ def call(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Tensor:
     cache = {"use_cache": False} if "use_cache" in model.calling.accepts else {}
     output = model.module(**arguments, **cache)
     return output.logits if "logits" in output else output.last_hidden_state
+
+
+@contextmanager
+def opened(model: LoadedModel, work: SiteWork) -> Generator[None]:
+    """In layers where something is read or written within attention, that is computed here."""
+    if not work.within:
+        yield
+        return
+    own, current = implementations(model), [-1]
+    crossing = cross_modules(model)
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        layer = work.layer(current[0], query) if id(module) not in crossing else None
+        if layer is None:
+            return own_function(module, own)(module, query, key, value, attention_mask, **kwargs)
+        return attend_whole(query, key, value, attention_mask, layer, **kwargs), None
+
+    def enters(layer: int) -> Any:
+        def hook(*_: Any) -> None:
+            current[0] = layer
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(model.anatomy.blocks):
+            module = model.module.get_submodule(block.path)
+            stack.callback(module.register_forward_pre_hook(enters(layer)).remove)
+        stack.enter_context(exchanged(model, attention, masked=True))
+        yield
 
 
 @contextmanager
@@ -283,6 +343,7 @@ class SiteWork:
         writes: Sequence[SiteWrite],
         reads: Sequence[SiteRead],
         stop: int | None = None,
+        edges: Sequence[EdgeWrite] = (),
     ) -> None:
         n_layers = model.shape.n_layers
         if stop is not None and not 0 <= stop <= n_layers + 1:
@@ -304,6 +365,9 @@ class SiteWork:
         self._writes = list(writes)
         self._reads = list(dict.fromkeys(reads))
         self._logits: tuple[list[_Place], list[SiteRead]] = ([], [])
+        self._edges = by_layer(edges)
+        self.within = self._within()
+        self._layers: dict[int, LayerWork] = {}
         self._plan()
 
     # --- planning -----------------------------------------------------------------------------
@@ -319,6 +383,9 @@ class SiteWork:
         for read in self._reads:
             self._require(read, ReadMismatch)
         for where in dict.fromkeys([*writes, *self._reads]):
+            if where.site in WITHIN_ATTENTION:
+                self._set_once(where, writes[where])
+                continue
             places = sorted(writes[where], key=lambda place: place.write.mode == "add")
             self._set_once(where, places)
             self._add_site(where, places, where in self._reads)
@@ -331,7 +398,10 @@ class SiteWork:
         if kind.has_layer != (where.layer is not None):
             need = "needs a layer" if kind.has_layer else "has no layers"
             raise ValueError(f"`{where.site}` {need}")
-        if where.site != "logits" or where.stack:
+        if where.site in WITHIN_ATTENTION:
+            if where.stack or not self.model.shape.has(where.site, where.layer):
+                raise ValueError(f"`{self.model.name}` has no {_name(where)}")
+        elif where.site != "logits" or where.stack:
             self.model.tap(where.site, where.layer, where.stack)
         if where.stack not in ("", "cross"):  # comes before the main stack
             return
@@ -345,6 +415,8 @@ class SiteWork:
         site_units, site_width = self._extent(where)
         count = self._wanted[number]
         name = _name(where)
+        if SITES[where.site].width == "key":  # what lies behind a prompt's end is never seen
+            site_width = write.values.shape[1]
         if write.values.shape != (count, site_width):
             raise ValueError(f"values for {name} must be [{count}, {site_width}]")
         if write.positions.shape != (count,) or write.units.shape != (count,):
@@ -375,6 +447,11 @@ class SiteWork:
             return 1, self.model.shape.vocab_size
         if where.site == "router":
             return 1, self.model.stack(where.stack).shape.n_experts
+        if where.site in WITHIN_ATTENTION:
+            shape = self.model.shape
+            keys = SITES[where.site].width == "key"
+            each = 0 if keys else width(shape, where.site, where.layer)
+            return units(shape, where.site, where.layer), each
         layout = self.model.tap(where.site, where.layer, where.stack).layout
         return layout.units, layout.width
 
@@ -386,6 +463,52 @@ class SiteWork:
         ]
         if keys and (joined := torch.cat(keys, dim=1)).shape[1] != joined.unique(dim=1).shape[1]:
             raise ValueError(f"a vector of {_name(where)} is set twice in one run")
+
+    def _within(self) -> frozenset[int]:
+        """Layers where something is read or written within attention."""
+        found: set[int] = set()
+        for write in self._writes:
+            if write.site in WITHIN_ATTENTION and write.layer is not None:
+                self._note(found, write.site, write.layer, write.rows, write.positions)
+        for layer, edges in self._edges.items():
+            for edge in edges:
+                self._note(found, "pattern", layer, edge.rows, edge.queries)
+        read = {read.layer for read in self._reads if read.site in WITHIN_ATTENTION}
+        found |= {layer for layer in read if layer is not None}
+        return frozenset(found)
+
+    def _note(
+        self, found: set[int], site: str, layer: int, rows: Tensor, positions: Tensor
+    ) -> None:
+        """A layer counts where any of the places can be seen by a measure."""
+        if bool(self.frame.locate(site, layer, "", rows, positions)[2].any()):
+            found.add(layer)
+
+    def layer(self, layer: int, query: Tensor) -> LayerWork | None:
+        """What is done within the attention of a layer, which runs once; None where nothing is.
+
+        query: [B, heads, T, d_head], whose tokens are counted row by row.
+        """
+        if layer not in self.within:
+            return None
+        if layer in self._layers:
+            raise WriteMismatch(f"attention of layer {layer} ran twice in one run")
+        writes: list[tuple[str, Tensor, Tensor, Tensor, Tensor]] = []
+        for write in self._writes:
+            if write.layer == layer and write.site in WITHIN_ATTENTION:
+                where = write.rows, write.positions, write.units
+                writes.append((write.site, *where, write.values))
+        self._layers[layer] = layer_work(
+            layer,
+            self.frame,
+            int(query.shape[2]),
+            self.frame.lane_starts,
+            self.frame.key_width,
+            writes=writes,
+            edges=self._edges.get(layer, ()),
+            reads=[read.site for read in self._reads if read.layer == layer],
+        )
+        return self._layers[layer]
 
     def _add_site(self, where: SiteRead, places: list[_Place], read: bool) -> None:
         reads = [where] if read else []
@@ -626,13 +749,30 @@ class SiteWork:
 
     def check(self) -> None:
         """Every row of every write exactly once, every read once."""
+        for layer in self.within:
+            self._check_within(layer)
         for write, applied, wanted in zip(self._writes, self._applied, self._wanted, strict=True):
+            if write.site in WITHIN_ATTENTION:
+                continue
             if applied != wanted:
                 name = _name(write.where)
                 raise WriteMismatch(f"{wanted} rows were to be written at {name}, {applied} were")
         for read in self._reads:
             if read not in self.found:
                 raise ReadMismatch(f"{_name(read)} was not passed")
+
+    def _check_within(self, layer: int) -> None:
+        """Attention ran, all of its writes happened; what was read is put with the rest."""
+        work = self._layers.get(layer)
+        if work is None:
+            raise WriteMismatch(f"attention of layer {layer} was not passed")
+        if work.done != work.due:
+            raise WriteMismatch(
+                f"{work.due} changes were to be made in attention of layer {layer}, "
+                f"{work.done} were"
+            )
+        for site, found in work.found.items():
+            self.found[SiteRead(site, layer)] = found.unflatten(0, (self.frame.leading, -1))
 
 
 def entrance(model: LoadedModel, layer: int) -> tuple[str, Side, int]:

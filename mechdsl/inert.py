@@ -19,9 +19,11 @@ from mechdsl.resolve.types import ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.rule_plan import Rows, RulePlan
 from mechdsl.vocab.sites import SITES
 
-SEEN_BY_LATER_TOKENS = frozenset({"resid_pre", "attn_norm", "mixer_norm", "k", "v"})
+SEEN_BY_LATER_TOKENS = frozenset({"resid_pre", "attn_norm", "mixer_norm", "k", "v", "k_rot"})
 """Sites of a block that its attention carries to later positions; the rest stay where they are."""
-MADE_OF_OWN_TOKEN = frozenset({"resid_pre", "attn_norm", "mixer_norm", "q", "k", "v"})
+MADE_OF_OWN_TOKEN = frozenset(
+    {"resid_pre", "attn_norm", "mixer_norm", "q", "k", "v", "q_rot", "k_rot"}
+)
 """Sites of the first block that hang on the position's own token."""
 
 Mask = NDArray[np.bool_]
@@ -45,7 +47,7 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     """Of every run of a rule's positions, whether writing there changes nothing."""
     runs = len(plan.written.tokens.offsets) - 1
     combinations = len(plan.points.offsets) - 1
-    if plan.rule.sites is None:
+    if plan.rule.sites is None or plan.rule.fill == "observe":
         return Inert(np.zeros(combinations, dtype=np.int64), np.zeros((3, runs), dtype=np.bool_))
     keys, _ = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
     _, token = plan.written.tokens.expand(np.arange(runs))
@@ -67,7 +69,10 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
         elsewhere = unread | ~reads[prompt, token]
     last_layer = experiment.model.shape.n_layers - 1
     where = np.full(combinations, BETWEEN)
-    where[_all_points(plan, lambda point: _is_above_attention(point, last_layer))] = ABOVE
+    if plan.paths is None:
+        where[_all_points(plan, lambda point: _is_above_attention(point, last_layer))] = ABOVE
+    elif plan.paths.at_the_end:  # all attention is held
+        where[:] = ABOVE
     where[_all_points(plan, _is_below_attention)] = BELOW
     tokens = (same | unread, same | elsewhere, alike | unread)
     return Inert(where, np.stack([_all_of(mask, of_run, runs) for mask in tokens]))
@@ -135,7 +140,11 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
     """[prompt] how many leading tokens source and base share; None where the rule isn't a patch
     between two plain prompts."""
     source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
-    if rule.fill != "source" or source.noise is not None or base.noise is not None:
+    if rule.fill not in ("source", "path") or source.noise is not None or base.noise is not None:
+        return None
+    if rule.sites is not None and rule.sites.sources is not None:  # read in another layer
+        return None
+    if source.model != base.model:
         return None
     if source is base:
         return np.array([len(row.ids) for row in base.rows], dtype=np.int64)

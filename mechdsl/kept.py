@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdsl.attention import KeptAttention, biased, exchanged, implementations, own_function
+from mechdsl.attention import (
+    KeptAttention,
+    biased,
+    cross_modules,
+    exchanged,
+    implementations,
+    own_function,
+)
 from mechdsl.batch import Batch
 from mechdsl.loaded import LoadedModel
 from mechdsl.taps import given_to
@@ -92,15 +99,6 @@ def parts(model: LoadedModel, layer: int) -> tuple[tuple[str, ...], str | None, 
     linear maps that it consists of)."""
     block = model.anatomy.blocks[layer]
     return block.projections, block.output, block.mlp
-
-
-def cross_modules(model: LoadedModel) -> frozenset[int]:
-    """Ids of the modules by which a decoder attends to an encoder."""
-    if "cross" not in model.others:
-        return frozenset()
-    blocks = model.stack("cross").anatomy.blocks
-    paths = {path.rpartition(".")[0] for block in blocks for path in block.projections}
-    return frozenset(id(model.module.get_submodule(path)) for path in paths)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from mechdsl.loaded import LoadedModel
 from mechdsl.plan import Place
 from mechdsl.resolve.types import Atom, ResolvedMeasure
 from mechdsl.taps import fused
+from mechdsl.vocab.sites import WITHIN_ATTENTION
 
 Side = Literal["left", "right"]
 Spot = Mapping[str, tuple[int, ...]]
@@ -113,7 +114,9 @@ def compute_lanes(
     batch = Batch.of([ids for part in parts for ids in part.ids], model.pad_id, side, model.device)
     begins = np.cumsum([0, *(len(part.ids) for part in parts)])
     requests = [request for _, request in runs]
-    wanted = list(dict.fromkeys(SiteRead(*place) for r in requests for place in sorted_places(r)))
+    every = list(dict.fromkeys(SiteRead(*place) for r in requests for place in sorted_places(r)))
+    wanted = [read for read in every if read.site not in WITHIN_ATTENTION]
+    within = [read for read in every if read.site in WITHIN_ATTENTION]
     noised = [SiteRead("embed")] if any(run.noise is not None for run, _ in runs) else []
     full = SiteRead("logits") in wanted or any(r.loss is not None for r in requests)
     measured = any(part.at is not None for part in parts)
@@ -144,6 +147,10 @@ def compute_lanes(
         )
         if kept is not None and noised:
             kept.embedded = result.reads[noised[0]].flatten(0, 2)
+    reads = dict(result.reads)
+    if within:  # apart from what is kept for rows, as both take attention over
+        last = max(read.layer for read in within if read.layer is not None)
+        reads |= run_whole(model, batch, stop=last + 1, writes=writes, reads=within).reads
     found: list[Lanes] = []
     for part, request, begin in zip(parts, requests, begins, strict=False):
         rows = slice(int(begin), int(begin) + len(part.ids))
@@ -161,7 +168,7 @@ def compute_lanes(
                 draws=part.draws,
                 batch=own,
                 lengths=part.lengths,
-                reads={read: result.reads[read][rows] for read in wanted},
+                reads={read: reads[read][rows] for read in every},
                 kept=None if kept is None or request.lowest is None else kept.part(rows, own),
                 logits=None if part.at is None else logits,
                 tokens=tokens,
@@ -260,6 +267,7 @@ def noise_writes(
     if noise is None:
         return []
     scale = noise_scale(model, noise)
+    row_ids = row_ids if noise.row_ids is None else noise.row_ids
     rows: list[int] = []
     positions: list[int] = []
     values: list[np.ndarray] = []

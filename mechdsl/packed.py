@@ -19,7 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mechdsl.attention import CannotPack, attend, exchanged, implementations, own_function
+from mechdsl.attention import (
+    CannotPack,
+    attend,
+    cross_modules,
+    exchanged,
+    implementations,
+    own_function,
+)
 from mechdsl.batch import on_device
 from mechdsl.columns import Ints
 from mechdsl.front import entering, placed, prompt_of
@@ -33,7 +40,7 @@ from mechdsl.hooks import (
     narrowed,
     text_inputs,
 )
-from mechdsl.kept import Kept, cross_modules, parts
+from mechdsl.kept import Kept, parts
 from mechdsl.loaded import LoadedModel
 from mechdsl.pack import (
     BlockPack,
@@ -45,8 +52,9 @@ from mechdsl.pack import (
     same_work,
     universe,
 )
-from mechdsl.restart import INSIDE_MLP, BlockWork, RowMasks, Shortcuts, block_work
+from mechdsl.restart import INSIDE_MLP, BlockWork, Held, RowMasks, Shortcuts, block_work
 from mechdsl.taps import Stub, fused, given_again, given_to, replaced
+from mechdsl.within import EdgeWrite
 
 Places = tuple[Ints, Ints]
 """Rows and the positions in their prompts, as parallel columns."""
@@ -76,11 +84,14 @@ def run_packed(
     tokens: Tensor | None = None,
     shortcuts: Shortcuts | None = None,
     fuse: bool = True,
+    edges: Sequence[EdgeWrite] = (),
+    held: Held | None = None,
 ) -> PackedResult:
     """Run rows that start from kept lanes.
 
     lanes: [row], the lane that each starts from.
     final: places whose logits are wanted. tokens: [K] long, the only tokens whose logits are.
+    edges: of attention, that are changed. held: rows whose sublayers keep the lane's values.
     """
     columns = _Columns(kept, lanes)
     reads = reads or {}
@@ -94,6 +105,9 @@ def run_packed(
     written = [
         ((w.site, w.layer), w.rows.cpu().numpy(), columns.of(w.rows, w.positions)) for w in writes
     ]
+    written += [
+        (("pattern", e.layer), e.rows.cpu().numpy(), columns.of(e.rows, e.queries)) for e in edges
+    ]
     final_columns = columns.of(*final)
     read_behind = np.zeros(shape, dtype=np.bool_)
     read_behind[final[0], final_columns] = True
@@ -106,10 +120,11 @@ def run_packed(
             writes=masks_of(written, shape),
             reads=masks_of([((r.site, r.layer), *p) for r, p in read_columns.items()], shape),
             final=read_behind,
+            held=held,
         ),
         shortcuts or Shortcuts(),
     )
-    logits, found = pass_.run(writes, list(reads), tokens, fuse=fuse)
+    logits, found = pass_.run(writes, list(reads), tokens, fuse=fuse, edges=edges)
     at = on_device(pass_.final[final[0], final_columns], logits.device)
     return PackedResult(
         logits if whole else logits[at],
@@ -194,6 +209,21 @@ class _Pass:
         """All rows are one for the model."""
         return 1
 
+    @property
+    def lane_starts(self) -> Tensor:
+        """[lane] column of each kept prompt's first token."""
+        return self.kept.batch.starts
+
+    @property
+    def key_width(self) -> int:
+        """Columns of the kept prompts."""
+        return self.kept.columns
+
+    def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Columns of the kept prompts in which the rows' positions lie."""
+        row = rows.cpu().numpy()
+        return torch.from_numpy(_Columns(self.kept, self.lanes).of(row, positions.cpu().numpy()))
+
     def lengths_of(self, site: str, stack: str) -> Tensor:
         """[row] tokens of each prompt."""
         return self.kept.batch.lengths[on_device(self.lanes, self.device)]
@@ -249,6 +279,7 @@ class _Pass:
         tokens: Tensor | None,
         *,
         fuse: bool,
+        edges: Sequence[EdgeWrite] = (),
     ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
         """([final token, vocab], what was read)."""
         row, column = np.nonzero(self.universe >= 0)
@@ -266,7 +297,7 @@ class _Pass:
                 )
             writes = [write for write in writes if write.site != "embed"]
             reads = [read for read in reads if read.site != "embed"]
-        work = SiteWork(self.model, self, writes, reads)
+        work = self.sites = SiteWork(self.model, self, writes, reads, edges=edges)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(exchanged(self.model, self._attention, masked=False))
@@ -448,6 +479,7 @@ class _Pass:
             out,
             causal=self.causal,
             masks=self.masks,
+            work=self.sites.layer(self.layer, query),
             **kwargs,
         )
         return out[None], None

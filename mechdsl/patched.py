@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,13 +21,17 @@ from mechdsl.lanes import (
     prompt_loss,
     spot_positions,
 )
+from mechdsl.observed import Look, look
 from mechdsl.packed import Places, run_packed
+from mechdsl.paths import frozen, held_rows, received
 from mechdsl.plan import FUSE, ExperimentPlan, Plan
+from mechdsl.restart import Held
 from mechdsl.results.data import Floats
 from mechdsl.rule_plan import Rows
 from mechdsl.runs import UnpatchedRuns, vectors
 from mechdsl.share import SharedRows
-from mechdsl.writes import build_writes, unless_set
+from mechdsl.within import EdgeWrite
+from mechdsl.writes import build_edges, build_writes, unless_set
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +54,27 @@ class _PassRows:
     prompts: Ints
     draw: Ints
     writes: Sequence[SiteWrite]
+    edges: Sequence[EdgeWrite] = ()
+    held: Held | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def beside(self, part: _PassRows, at: Ints) -> _PassRows:
+        """With what a part's rows write, which are the rows `at`."""
+        where = torch.from_numpy(at)
+        held = self.held
+        if part.held is not None:
+            none = np.zeros(len(self), dtype=np.bool_)
+            held = Held(none, none) if held is None else held
+            held = Held(held.rows.copy(), held.mlps.copy())
+            held.rows[at], held.mlps[at] = part.held.rows, part.held.mlps
+        return replace(
+            self,
+            writes=[*self.writes, *(write.moved(where) for write in part.writes)],
+            edges=[*self.edges, *(edge.moved(where) for edge in part.edges)],
+            held=held,
+        )
 
 
 class Patcher:
@@ -87,12 +109,12 @@ class Patcher:
         lanes = self.runs.lanes(run, batch)
         lengths = lanes.lengths[lanes.lane(rows.prompts, rows.draw)]
         wanted = [
-            _wanted(gauge, member, run, lengths)
+            _wanted(gauge, member, run, lengths, self._look(member))
             for gauge, member in zip(gauges, repeated, strict=True)
         ]
-        logits, reads, tokens = self._forward(rows, lanes, gauges, wanted)
-        for member, many, gauge, want, own, read in zip(
-            members, repeated, gauges, wanted, logits, reads, strict=True
+        logits, reads, observed, tokens = self._forward(rows, lanes, gauges, wanted)
+        for member, many, gauge, want, own, read, seen in zip(
+            members, repeated, gauges, wanted, logits, reads, observed, strict=True
         ):
             reading = Reading(
                 prompts=many.rows.prompt,
@@ -102,10 +124,19 @@ class Patcher:
                 loss=want.loss(own, gauge, many, rows, lanes, run),
                 activations=read,
                 references=self.runs.references(gauge, batch, many.rows.prompt, rows.draw[many.at]),
+                observed=seen,
                 tokens=tokens,
             )
             values = gauge.read(reading)
             yield member, [v.reshape(len(member.at), draws).mean(axis=1) for v in values]
+
+    def _look(self, member: Member) -> Look | None:
+        """What an `observe` line of the member's experiment looks at."""
+        rules = self.plans[member.number].rules
+        rule = next((rule for rule in rules if rule.rule.fill == "observe"), None)
+        if rule is None:
+            return None
+        return look(rule, member.rows, member.at, self.model.shape)
 
     def _pass_rows(
         self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, draws: int
@@ -114,17 +145,38 @@ class Patcher:
         draw = np.tile(np.arange(draws), len(chosen))
         prompts = shared.rows.prompt[chosen][index]
         owner = shared.owner[chosen][index]
-        writes: list[SiteWrite] = []
+        found = _PassRows(run, batch, prompts, draw, [], [])
         for number in np.unique(owner):
             own = np.flatnonzero(owner == number)
             rows = shared.rows.take(chosen[index[own]])
-            writes += self._writes(int(number), rows, draw[own], own, batch)
-        return _PassRows(run, batch, prompts, draw, writes)
+            found = found.beside(self._rows_of(int(number), rows, draw[own], run, batch), own)
+        return found
 
-    def _writes(
-        self, number: int, rows: Rows, draw: Ints, at: Ints, batch: Ints
-    ) -> list[SiteWrite]:
-        """What the rows of one experiment write, by the rows of the pass (`at`)."""
+    def _rows_of(self, number: int, rows: Rows, draw: Ints, run: Run, batch: Ints) -> _PassRows:
+        """The rows of one experiment with what they write."""
+        plan, shape = self.plans[number], self.model.shape
+        path = next((rule for rule in plan.rules if rule.paths is not None), None)
+        own = _PassRows(run, batch, rows.prompt, draw, [])
+        if path is not None and path.paths is not None and not path.paths.at_the_end:
+
+            def sent(
+                senders: Rows, draws: Ints, held: Held, reads: Mapping[SiteRead, Places]
+            ) -> Mapping[SiteRead, Tensor]:
+                writes = self._writes(number, senders, draws, batch)
+                rows = _PassRows(run, batch, senders.prompt, draws, writes, held=held)
+                none = np.zeros(0, dtype=np.int64)
+                return self._run(rows, self.runs.lanes(run, batch), (none, none), reads, None)[1]
+
+            return replace(own, writes=received(path, rows, draw, sent, shape))
+        return replace(
+            own,
+            writes=self._writes(number, rows, draw, batch),
+            edges=build_edges(plan, rows, shape),
+            held=None if path is None else held_rows(path, len(rows)),
+        )
+
+    def _writes(self, number: int, rows: Rows, draw: Ints, batch: Ints) -> list[SiteWrite]:
+        """The vectors that the rows of one experiment write."""
         fillings = self.fillings[number]
 
         def lanes_of(source: str, donors: bool) -> Lanes:
@@ -134,28 +186,35 @@ class Patcher:
             return self.runs.lanes(self.runs.named(source), prompts, alone=donors)
 
         plan = self.plans[number]
-        found = build_writes(plan, rows, draw, lanes_of, fillings, self.model.shape)
-        return [write.moved(torch.from_numpy(at)) for write in found]
+        return build_writes(plan, rows, draw, lanes_of, fillings, self.model.shape)
 
     def _forward(
         self, rows: _PassRows, lanes: Lanes, gauges: Sequence[Gauge], wanted: Sequence[_Wanted]
-    ) -> tuple[list[Tensor], list[dict[int, Tensor]], Tensor | None]:
-        """Per member the logits at the places it wants, and its activations; and which tokens."""
+    ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[Tensor | None], Tensor | None]:
+        """Per member the logits at the places it wants, its activations, and the attention that
+        it observes; and which tokens."""
         final = (
             np.concatenate([want.final[0] for want in wanted]),
             np.concatenate([want.final[1] for want in wanted]),
         )
         inside: dict[SiteRead, list[Places]] = {}
         parts: list[dict[int, tuple[SiteRead, int]]] = []
+        looks: list[dict[SiteRead, int]] = []
         for want in wanted:
             parts.append({})
+            looks.append({})
             for atom, (place, where) in want.inside.items():
                 own = inside.setdefault(place, [])
                 parts[-1][atom] = place, len(own)
                 own.append(where)
+            for place, where in (want.look.places if want.look is not None else {}).items():
+                own = inside.setdefault(place, [])
+                looks[-1][place] = len(own)
+                own.append(where)
         ends = np.cumsum([len(want.final[0]) for want in wanted])[:-1].tolist()
         if not len(final[0]) and not inside:  # texts of several tokens have passes of their own
-            return [torch.zeros(0)] * len(wanted), [{} for _ in wanted], None
+            none = torch.zeros(0)
+            return [none] * len(wanted), [{} for _ in wanted], [None] * len(wanted), None
         tokens = self.runs.tokens(gauges, rows.batch)
         if any(write.site == "logits" for write in rows.writes):
             tokens = None
@@ -172,7 +231,11 @@ class Patcher:
             {atom: vectors(split[r][i], gauge.atoms[atom][1]) for atom, (r, i) in own.items()}
             for gauge, own in zip(gauges, parts, strict=True)
         ]
-        return list(logits.tensor_split(ends)), activations, tokens
+        observed = [
+            look and look.weights({r: split[r][i] for r, i in own.items()})
+            for look, own in zip((want.look for want in wanted), looks, strict=True)
+        ]
+        return list(logits.tensor_split(ends)), activations, observed, tokens
 
     def _run(
         self,
@@ -195,6 +258,8 @@ class Patcher:
                 tokens=tokens,
                 shortcuts=self.plan.shortcuts,
                 fuse=self.plan.does(FUSE),
+                edges=rows.edges,
+                held=rows.held,
             )
             return result.logits, result.reads
         return self._run_whole(rows, lanes, lane, final, reads, tokens)
@@ -220,6 +285,9 @@ class Patcher:
             )
             noise = [unless_set(write, rows.writes) for write in added]
         batch = lanes.batch.take(torch.from_numpy(lane))
+        if rows.held is not None:
+            freezing = frozen(self.model, batch, rows.held, rows.writes, noise)
+            rows = replace(rows, writes=[*freezing, *rows.writes])
         all_logits = any(write.site == "logits" for write in rows.writes)
         slots, at = _by_row(final, len(rows), batch.lengths.cpu().numpy())
         result = run_whole(
@@ -229,6 +297,7 @@ class Patcher:
             reads=list(reads),
             logits_at=None if all_logits else torch.from_numpy(at).to(self.model.device),
             tokens=tokens,
+            edges=rows.edges,
         )
         assert result.logits is not None
         row = torch.from_numpy(final[0]).to(result.logits.device)
@@ -249,8 +318,7 @@ class Patcher:
         draw = rows.draw[member.at]
         prompts = member.rows.prompt
         count = np.arange(len(prompts))
-        writes = self._writes(member.number, member.rows, draw, count, rows.batch)
-        own = _PassRows(rows.run, rows.batch, prompts, draw, writes)
+        own = self._rows_of(member.number, member.rows, draw, rows.run, rows.batch)
         lengths = lanes.lengths[lanes.lane(prompts, draw)]
         at = continuation_positions(atom, prompts, lengths).numpy()
         final = (np.repeat(count, at.shape[1]), at.reshape(-1))
@@ -270,6 +338,8 @@ class _Wanted:
     """Atom → the site of a `cosine` and where it is read."""
     count: int
     """Rows of the member."""
+    look: Look | None = None
+    """The attention that it observes."""
 
     def spots(self, logits: Tensor) -> Tensor | None:
         """[row, spot, vocab]"""
@@ -298,7 +368,7 @@ class _Wanted:
         return prompt_loss(gauge.loss, whole, batch, run, member.rows.prompt)
 
 
-def _wanted(gauge: Gauge, member: Member, run: Run, lengths: Ints) -> _Wanted:
+def _wanted(gauge: Gauge, member: Member, run: Run, lengths: Ints, look: Look | None) -> _Wanted:
     """What a gauge reads of a member's rows; lengths: [row of the pass]."""
     own = lengths[member.at]
     columns = [spot_positions(spot, run.name, member.rows.prompt, own) for spot in gauge.spots]
@@ -318,7 +388,7 @@ def _wanted(gauge: Gauge, member: Member, run: Run, lengths: Ints) -> _Wanted:
         if atom.point is not None
     }
     final = (np.concatenate([empty, *rows]), np.concatenate([empty, *positions]))
-    return _Wanted(final, spots, inside, len(member.at))
+    return _Wanted(final, spots, inside, len(member.at), look)
 
 
 def _repeated(member: Member, draws: int) -> Member:

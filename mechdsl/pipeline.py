@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,21 +13,26 @@ from typing import Any
 import torch
 
 from mechdsl import spec
-from mechdsl.check import Checked, Settings, check_source
-from mechdsl.collect import collect, versions
+from mechdsl.check import Checked, Settings, by_name, check_source
+from mechdsl.collect import collect, versions, with_control
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName
-from mechdsl.execute import Options, execute
+from mechdsl.diagnostics.e06_experiment import NothingKept
+from mechdsl.execute import Options, Progress, execute, refused
 from mechdsl.load import adopt, load
 from mechdsl.loaded import LoadedModel
-from mechdsl.plan import Plan, make_plan, unknown_passes
+from mechdsl.plan import Plan, make_plan, plan_experiment, unknown_passes
 from mechdsl.profile import Profile
-from mechdsl.resolve import ModelContext
+from mechdsl.resolve import ModelContext, ResolvedExperiment, resolve_experiment
+from mechdsl.resolve.controls import with_controls
+from mechdsl.resolve.onward import Finding, VariantFinding
 from mechdsl.resolve.sites import missing_points
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
+from mechdsl.results.variants import merged
 from mechdsl.source import Source, Span
 from mechdsl.store import Store
 from mechdsl.tabulate import with_statistics, with_verdicts
+from mechdsl.vocab.effects import EFFECTS
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -90,34 +95,67 @@ def _run(
     options: RunOptions,
     diagnostics: list[Diagnostic],
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    plan = make_plan(checked.experiments, without=options.without)
+    waiting = [each for each in checked.experiments if each.spec.after and _may_be_refused(each)]
+    if waiting:  # before any cell runs, and not when what they wait for has
+        found = refused(make_plan(waiting, without=options.without), models, options.execution)
+        if has_errors(found):
+            return None, [*diagnostics, *found]
     store = None if options.out is None else Store(options.out, checked.source.stem)
-    if store is not None:
-        for panel in plan.panels:
-            for experiment in panel.experiments:
-                store.open(experiment)
+    results: dict[str, ExperimentResult] = {}
+    findings: dict[str, Finding] = {}
+    progress = _Progress(options.execution.on_progress)
     try:
-        execution = execute(plan, models, options.execution, store)
+        for wave, later in _waves(checked.experiments):
+            # What an earlier wave found takes the place of what stood in for it.
+            wave, problems = _with_findings(wave, findings, checked.program)
+            picking = [each for each in wave if each.spec.after]
+            problems = [*problems, *_not_there(replace(checked, experiments=picking), models)]
+            diagnostics = [*diagnostics, *problems]
+            if has_errors(diagnostics):
+                return None, diagnostics
+            plan = make_plan(wave, without=options.without)
+            if store is not None:
+                for panel in plan.panels:
+                    for experiment in panel.experiments:
+                        store.open(experiment)
+            execution = execute(plan, models, progress.over(options.execution, later), store)
+            if options.on_profile is not None:
+                options.on_profile(plan, execution.profile)
+            diagnostics = [*diagnostics, *execution.diagnostics]
+            if has_errors(diagnostics):
+                return None, diagnostics
+            plans = {p.experiment.key: p for panel in plan.panels for p in panel.experiments}
+            for variants in by_name(wave):
+                first = variants[0]
+                raw = [
+                    with_control(
+                        collect(
+                            plans[each.key],
+                            execution.measured[each.key],
+                            models,
+                            execution.profile,
+                        ),
+                        plans[each.key],
+                        execution.measured,
+                    )
+                    for each in variants
+                ]
+                findings[first.name] = Finding(
+                    tuple(VariantFinding.of(*pair) for pair in zip(variants, raw, strict=True))
+                )
+                labels = [each.spec.variant for each in variants]
+                whole = merged(list(zip(labels, raw, strict=True)))
+                if not whole.prompts:
+                    diagnostics.append(_nothing_left(first))
+                    return None, diagnostics
+                results[first.name] = with_statistics(whole, first.spec, first.seed)
     finally:
         if store is not None:
             store.close()
-    if options.on_profile is not None:
-        options.on_profile(plan, execution.profile)
-    diagnostics = [*diagnostics, *execution.diagnostics]
-    if has_errors(diagnostics):
-        return None, diagnostics
-    by_name = {p.experiment.name: p for panel in plan.panels for p in panel.experiments}
-    results: dict[str, ExperimentResult] = {}
-    for each in checked.experiments:
-        raw = collect(
-            by_name[each.name],
-            execution.measured[each.name],
-            models[each.model.name],
-            execution.profile,
-        )
-        results[each.name] = with_statistics(raw, each.spec, each.seed)
     # Verdicts last: an expectation may name an experiment that comes later in the file.
-    finished = [with_verdicts(results[e.name], e.spec, results) for e in checked.experiments]
+    every = [variants[0] for variants in by_name(checked.experiments)]
+    reported = [e for e in every if e.name not in checked.unreported]
+    finished = [with_verdicts(results[e.name], e.spec, results) for e in reported]
     result = FileResult(
         file=checked.source.name,
         experiments=tuple(finished),
@@ -128,6 +166,72 @@ def _run(
         path = options.out / checked.source.stem / "results.json"
         Results((result,), versions()).to_json(path)
     return result, diagnostics
+
+
+def _nothing_left(experiment: ResolvedExperiment) -> Diagnostic:
+    """E0613 where each model has kept other rows."""
+    keep = experiment.spec.keep
+    span = keep[0].span if keep else experiment.spec.span
+    return NothingKept(span=span, rows=len(experiment.table))
+
+
+def _may_be_refused(experiment: ResolvedExperiment) -> bool:
+    """Whether its unpatched runs may show that it can't be measured: E0604, E0613."""
+    ratios = (EFFECTS[measure.effect].denominator for measure in experiment.spec.measures)
+    return bool(experiment.keep) or any(each is not None for each in ratios)
+
+
+def _waves(
+    experiments: Sequence[ResolvedExperiment],
+) -> Iterator[tuple[list[ResolvedExperiment], list[ResolvedExperiment]]]:
+    """(experiments whose results don't hang on one that is still to be run, those that come after
+    them), until all are run."""
+    left = list(experiments)
+    while left:
+        names = {each.name for each in left}
+        later = [each for each in left if not names.isdisjoint(each.spec.after)]
+        yield [each for each in left if names.isdisjoint(each.spec.after)], later
+        left = later
+
+
+def _with_findings(
+    wave: Sequence[ResolvedExperiment], found: Mapping[str, Finding], program: spec.Program
+) -> tuple[list[ResolvedExperiment], list[Diagnostic]]:
+    """Experiments with what others have found, in place of what stood in for it."""
+    resolved: list[ResolvedExperiment] = []
+    problems: list[Diagnostic] = []
+    for each in wave:
+        if not each.spec.after:
+            resolved.append(each)
+            continue
+        own = {name: found[name] for name in each.spec.after}
+        again, said = resolve_experiment(each.spec, program, each.model, each.table, own)
+        problems.extend(d for d in said if d.severity == "error")  # warnings have been said
+        if again is not None:
+            resolved.append(again)
+    return resolved, problems
+
+
+class _Progress:
+    """One bar over all waves; how many rows a later one has is counted with stand-ins."""
+
+    def __init__(self, tell: Progress | None) -> None:
+        self.tell = tell
+        self.before = 0
+
+    def over(self, options: Options, later: Sequence[ResolvedExperiment]) -> Options:
+        """The options of one wave."""
+        tell = self.tell
+        if tell is None or (not later and not self.before):
+            return options
+        behind = sum(plan_experiment(each).count() for each in with_controls(later))
+        before = self.before
+
+        def advance(done: int, total: int) -> None:
+            self.before = before + done
+            tell(before + done, before + total + behind)
+
+        return replace(options, on_progress=advance)
 
 
 def check_options(options: RunOptions) -> list[Diagnostic]:
@@ -225,13 +329,14 @@ def _contexts(source: Source, loaded: Mapping[str, LoadedModel]) -> dict[str, Mo
 def _not_there(checked: Checked, models: Mapping[str, LoadedModel]) -> list[Diagnostic]:
     """Sites that only a look at the modules shows to be missing: E0402, E0413, E0414."""
     found: list[Diagnostic | None] = []
-    for experiment in checked.experiments:
+    for experiment in with_controls(checked.experiments):
         model = models[experiment.model.name]
+        read = [models[name] for name in experiment.models[1:]]
         for rule in experiment.rules:
             if rule.sites is not None:
                 points = [p for here in rule.sites.points.values() for p in here]
                 span = rule.spec.span
-                found.append(missing_points(points, model.shape, model.name, span))
+                found += [missing_points(points, m.shape, m.name, span) for m in (model, *read)]
         for measure in (*experiment.measures, *experiment.keep):
             points = [atom.point for atom in measure.atoms if atom.point is not None]
             span = measure.expression.span
@@ -251,7 +356,13 @@ def _load(
     )
     # With `--only` there may be models that nothing runs on.
     wanted = {*(e.name for e in checked.experiments), *checked.unchecked}
-    needed = [e.model for e in checked.program.experiments if e.name in wanted]
+    needed = [
+        name
+        for e in checked.program.experiments
+        if e.name in wanted
+        for name in (e.model, *(run.model for run in e.elsewhere))
+        if name is not None
+    ]
     for name in dict.fromkeys(needed):
         if name in loaded:
             continue

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.columns import Hits, Ints, Ragged
-from mechdsl.data.types import Run
+from mechdsl.data.types import PromptTable, Run
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 from mechdsl.graph import Encode, Forward, Graph, Measure, Read, build, unpatched
 from mechdsl.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.passes import PASSES, PassOutcome, run_passes
 from mechdsl.registry import nearest
+from mechdsl.resolve.controls import with_controls
+from mechdsl.resolve.paths import reached
 from mechdsl.resolve.types import Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.restart import Shortcuts
-from mechdsl.rule_plan import Rows, RulePlan
+from mechdsl.rule_plan import PathPlan, Rows, RulePlan
 from mechdsl.vocab.sites import SITES
 
 Place: TypeAlias = tuple[str, int | None]
@@ -80,6 +83,15 @@ class ExperimentPlan:
         return len(self.lowest)
 
     @property
+    def exists(self) -> NDArray[np.bool_]:
+        """[cell] whether there is such a cell: paths only lead forward."""
+        found = np.ones(self.n_cells, dtype=np.bool_)
+        for plan in self.rules:
+            if plan.paths is not None:
+                found &= plan.paths.exists
+        return found
+
+    @property
     def draws(self) -> int:
         """Draws of noise that every row is run with, of all runs that it starts from or reads."""
         spec = self.experiment.spec
@@ -133,8 +145,7 @@ class ExperimentPlan:
         """[cell, prompt]: how many runs there are, none where a rule has no position."""
         counts = np.ones((self.n_cells, len(prompts)), dtype=np.int64)
         for plan in self.rules:
-            key = plan.position_of_cell[:, None] * plan.written.prompts + prompts[None, :]
-            own = plan.written.runs.counts(key.ravel()).reshape(key.shape)
+            own = plan.run_counts(prompts)
             counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
         return counts
 
@@ -172,6 +183,18 @@ class Panel:
     """Of the clean run."""
     experiments: tuple[ExperimentPlan, ...]
     runs: Mapping[str, RunNeeds]
+
+    @cached_property
+    def table(self) -> PromptTable:
+        """The prompts, with the runs of all experiments."""
+        tables = [plan.experiment.table for plan in self.experiments]
+        runs = {name: run for table in tables for name, run in table.runs.items()}
+        return replace(tables[0], runs=runs)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The model that it runs on, and others that are read."""
+        return tuple(dict.fromkeys(m for plan in self.experiments for m in plan.experiment.models))
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +238,9 @@ def make_plan(
     experiments: Sequence[ResolvedExperiment], *, without: frozenset[str] = frozenset()
 ) -> Plan:
     """The plan of a file; `without` names graph and plan passes that are switched off."""
-    layers = {e.model.name: e.model.shape.n_layers for e in experiments}
+    experiments = with_controls(experiments)
+    # Models that are patched into each other have the same number of layers.
+    layers = {name: e.model.shape.n_layers for e in experiments for name in e.models}
     graph, outcomes = run_passes(build(list(experiments)), layers, without=without)
     by_panel: dict[tuple[str, Encode], list[ExperimentPlan]] = {}
     for experiment in experiments:
@@ -287,7 +312,8 @@ def plan_experiment(experiment: ResolvedExperiment) -> ExperimentPlan:
     )
     names = [axis.name for axis in experiment.axes]
     by_name = dict(zip(names, coordinates, strict=True))
-    rules = tuple(_rule_plan(rule, by_name, count) for rule in experiment.rules)
+    parallel = experiment.model.shape.parallel_block
+    rules = tuple(_rule_plan(rule, by_name, count, parallel=parallel) for rule in experiment.rules)
     items: list[Env] = [None] * count
     for axis in experiment.axes:
         if axis.items:
@@ -304,30 +330,83 @@ def plan_experiment(experiment: ResolvedExperiment) -> ExperimentPlan:
     )
 
 
-def _rule_plan(rule: ResolvedRule, by_name: Mapping[str, Ints], count: int) -> RulePlan:
+def _rule_plan(
+    rule: ResolvedRule, by_name: Mapping[str, Ints], count: int, *, parallel: bool
+) -> RulePlan:
     site_of_cell = np.zeros(count, dtype=np.int64)
-    table: dict[SitePoint, int] = {}
+    table: dict[tuple[SitePoint, SitePoint], int] = {}
     lists: list[list[int]] = [[]]
     if rule.sites is not None:
-        keys = list(rule.sites.points)
-        site_of_cell = _lookup(keys, rule.sites.axes, by_name, count)
+        sites = rule.sites
+        keys = list(sites.points)
+        site_of_cell = _lookup(keys, sites.axes, by_name, count)
+        sources = sites.points if sites.sources is None else sites.sources
         lists = [
-            [table.setdefault(point, len(table)) for point in rule.sites.points[key]]
+            [
+                table.setdefault(pair, len(table))
+                for pair in zip(sites.points[key], sources[key], strict=True)
+            ]
             for key in keys
         ]
     positions = list(rule.positions.written)
     written = tuple(rule.positions.written[key] for key in positions)
     read = tuple(rule.positions.read[key] for key in positions)
+    amounts = np.zeros(count)
+    if rule.amounts is not None:
+        values = np.array(list(rule.amounts.values.values()))
+        amounts = values[_lookup(list(rule.amounts.values), rule.amounts.axes, by_name, count)]
+    keys_hit, key_of_cell = None, None
+    if rule.edge is not None:
+        cells = rule.edge.keys.written
+        keys_hit = Hits.of(tuple(cells.values()))
+        key_of_cell = _lookup(list(cells), rule.edge.keys.axes, by_name, count)
     return RulePlan(
         rule=rule,
         site_of_cell=site_of_cell,
         position_of_cell=_lookup(positions, rule.positions.axes, by_name, count),
         points=Ragged.of(lists),
-        point_table=tuple(table),
+        point_table=tuple(pair[0] for pair in table),
+        source_table=tuple(pair[1] for pair in table),
         written=Hits.of(written),
         read=Hits.of(read),
         positions=written,
         sources=read,
+        amounts=amounts,
+        keys=keys_hit,
+        key_of_cell=key_of_cell,
+        paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
+    )
+
+
+def _paths(
+    rule: ResolvedRule,
+    sender_of_cell: Ints,
+    by_name: Mapping[str, Ints],
+    count: int,
+    *,
+    parallel: bool,
+) -> PathPlan | None:
+    """Every combination of senders and receivers that some cell has, and who is reached."""
+    if rule.path is None:
+        return None
+    assert rule.sites is not None
+    receivers = rule.path.receivers
+    keys = list(receivers.points)
+    receiver_of_cell = _lookup(keys, receivers.axes, by_name, count)
+    of, to = list(rule.sites.points.values()), [receivers.points[key] for key in keys]
+    pairs, pair_of_cell = np.unique(
+        sender_of_cell * len(to) + receiver_of_cell, return_inverse=True
+    )
+    table: dict[SitePoint, int] = {}
+    lists = [
+        [
+            table.setdefault(point, len(table))
+            for point in reached(of[pair // len(to)], to[pair % len(to)], parallel=parallel)
+        ]
+        for pair in pairs.tolist()
+    ]
+    return PathPlan(
+        tuple(table), Ragged.of(lists), pair_of_cell.reshape(-1), rule.path.through_mlps
     )
 
 

@@ -26,7 +26,14 @@ from mechdsl.models.shape import ModelShape, stack_shape, units, width
 from mechdsl.probe import sample, tried
 from mechdsl.proofs import Proof, key_of, recall, remember
 from mechdsl.source import Span
-from mechdsl.verify import RESTART, RESTART_IMAGES, restarted_otherwise, verify
+from mechdsl.verify import (
+    OPENED,
+    RESTART,
+    RESTART_IMAGES,
+    restarted_otherwise,
+    verify,
+    with_sites_within,
+)
 from mechdsl.vocab.sites import SITES
 
 
@@ -278,7 +285,7 @@ def _proved(model: LoadedModel, span: Span | None) -> _Attempt:
                 checks.append(outcome)
                 if outcome.passed:
                     continue
-                if outcome.identity == RESTART_IMAGES:
+                if outcome.identity in (RESTART_IMAGES, OPENED):
                     continue
                 if outcome.identity != RESTART:
                     broken = _broken(model, outcome.identity, _reason(outcome), span)
@@ -298,6 +305,8 @@ def _with_checks(model: LoadedModel, checks: tuple[Outcome, ...], span: Span | N
     if RESTART in failed:
         reason = _reason(failed[RESTART])
         found = (NotRestartable(span=span, model=model.name, reason=reason),)
+    if any(outcome.identity == OPENED and outcome.passed for outcome in checks):
+        model = with_sites_within(model)
     proved = replace(
         model,
         checks=checks,

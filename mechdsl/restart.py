@@ -26,6 +26,14 @@ INSIDE_MLP = ("router", "expert_out", "mlp_hidden")
 """Sites that are passed while the MLP runs, on the tokens that it runs on."""
 
 
+WITHIN = ("q_rot", "k_rot", "scores", "pattern")
+OF_ATTENTION = ("q", "k", "v", *WITHIN)
+"""Sites that are there where queries, keys and values are computed; the last four where tokens
+attend."""
+BEHIND = 1 << 30
+"""A number above that of every block."""
+
+
 @dataclass(frozen=True)
 class Shortcuts:
     """Which parts of the unpatched run a row may take over. All off is a whole pass."""
@@ -59,6 +67,17 @@ class BlockWork:
 
 
 @dataclass(frozen=True, eq=False)
+class Held:
+    """Rows of path patching: what their sublayers return is the unpatched run's, but for what is
+    written; only the residual stream carries a change on."""
+
+    rows: NDArray[np.bool_]
+    """[row]"""
+    mlps: NDArray[np.bool_]
+    """[row] whether MLPs are held too."""
+
+
+@dataclass(frozen=True, eq=False)
 class RowMasks:
     """Some rows, by what they write and what is read of them."""
 
@@ -69,6 +88,17 @@ class RowMasks:
     """Sites that measures read inside the model."""
     final: Mask
     """Tokens that are read behind the last block."""
+    held: Held | None = None
+
+    @property
+    def top(self) -> NDArray[np.int64]:
+        """[row] the highest block that something is read in; all of them where it is read behind
+        the last one."""
+        found = np.full(len(self.real), -1, dtype=np.int64)
+        for (_, layer), mask in self.reads.items():
+            own = np.where(mask.any(axis=1), BEHIND if layer is None else layer, -1)
+            found = np.maximum(found, own)
+        return np.where(self.final.any(axis=1), BEHIND, found)
 
     def reached(self, mask: Mask, *, causal: bool) -> Mask:
         """The tokens that see one of these."""
@@ -102,6 +132,7 @@ def block_work(
     if not shortcuts.resume:
         carried = everything
     started = carried.any(axis=1)
+    held, top = rows.held, rows.top
     for layer in range(n_layers):
         written = {site: mask for (site, at), mask in rows.writes.items() if at == layer}
         read = {site: mask for (site, at), mask in rows.reads.items() if at == layer}
@@ -117,22 +148,35 @@ def block_work(
             entered = entered | anything
         started |= anything.any(axis=1)
         needed = rows.final if layer == n_layers - 1 and shortcuts.last else seen
+        if shortcuts.last:  # nothing above the highest read of a row
+            needed = needed & (top > layer)[:, None]
         needed = needed | reading
         changed = entered | at["resid_pre"]
         normed = changed | at["attn_norm"] | at["mixer_norm"]
-        attended_to = normed | at["k"] | at["v"]
-        attend = normed | at["q"] | rows.reached(attended_to, causal=causal)
-        attend = attend & rows.real & needed
+        attended_to = normed | at["k"] | at["v"] | at["k_rot"]
+        asked = np.logical_or.reduce([none, *(read.get(site, none) for site in WITHIN)])
+        attend = normed | at["q"] | at["q_rot"] | at["scores"] | at["pattern"]
+        attend = (attend | rows.reached(attended_to, causal=causal)) & needed | asked
+        attend = attend & rows.real
+        project = normed & seen
+        if held is not None:
+            attend &= ~held.rows[:, None]
+            projected = np.logical_or.reduce(
+                [none, *(read.get(site, none) for site in OF_ATTENTION)]
+            )
+            project &= projected | ~held.rows[:, None]
         output = attend | (at["z"] & needed)
         middle = changed | output | at["head_out"] | at["attn_out"]
         middle = middle | at["mixer_out"] | at["resid_mid"]
         mlp = (changed if parallel else middle) | at["mlp_norm"]
+        if held is not None:
+            mlp &= ~held.mlps[:, None]
         mlp = np.logical_or.reduce([mlp, *(at[site] for site in INSIDE_MLP)]) & needed
         out = (middle | mlp | at["mlp_out"] | at["resid_post"]) & needed
         yield BlockWork(
-            present=(attended_to & seen) | attend | out | reading,
+            present=(attended_to & seen & (top >= layer)[:, None]) | attend | out | reading,
             carried=carried & seen,
-            project=normed & seen,
+            project=project,
             attend=attend,
             output=output,
             mlp=np.logical_or.reduce([mlp, *(read.get(site, none) for site in INSIDE_MLP)]),

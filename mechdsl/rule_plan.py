@@ -5,10 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mechdsl.columns import Hits, Ints, Ragged
 from mechdsl.data.types import PositionCell
 from mechdsl.resolve.types import ResolvedRule, SitePoint
+from mechdsl.results.data import Floats
+from mechdsl.vocab.sites import SITES
+
+
+@dataclass(frozen=True, eq=False)
+class PathPlan:
+    """The receivers of a path rule."""
+
+    table: tuple[SitePoint, ...]
+    points: Ragged
+    """Pair of senders and receivers → indices into `table`, those that a sender reaches."""
+    pair_of_cell: Ints
+    through_mlps: bool
+
+    @property
+    def exists(self) -> NDArray[np.bool_]:
+        """[cell] whether any receiver lies behind a sender."""
+        return self.points.counts(self.pair_of_cell) > 0
+
+    @property
+    def at_the_end(self) -> bool:
+        """Whether paths lead to the end of the model, and nothing is recorded."""
+        return SITES[self.table[0].site].when == "output"
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +45,40 @@ class RulePlan:
     points: Ragged
     """Site combination → indices into `point_table`."""
     point_table: tuple[SitePoint, ...]
+    source_table: tuple[SitePoint, ...]
+    """Per point, the one that is read: another where a rule writes into another layer."""
     written: Hits
     read: Hits
     positions: tuple[PositionCell, ...]
     """Where it writes, per value of `position_of_cell`."""
     sources: tuple[PositionCell, ...]
     """Where it reads."""
+    amounts: Floats
+    """[cell] the number that is written, or that attention is multiplied with."""
+    keys: Hits | None = None
+    """Attention rules: the keys; `written` are the queries."""
+    key_of_cell: Ints | None = None
+    paths: PathPlan | None = None
+
+    @property
+    def writes_sites(self) -> bool:
+        """Whether vectors are written at its sites in the row itself."""
+        return self.rule.fill not in ("text", "edge", "observe", "path")
+
+    def run_counts(self, prompts: Ints) -> Ints:
+        """[cell, prompt]: how many runs there are, none where the rule has no place in a cell."""
+        counts = _counts(self.written, self.position_of_cell, prompts)
+        if self.keys is not None and self.key_of_cell is not None:
+            own = _counts(self.keys, self.key_of_cell, prompts)
+            counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
+        if self.paths is not None:
+            counts = np.where(self.paths.exists[:, None], counts, 0)
+        return counts
+
+
+def _counts(hits: Hits, position: Ints, prompts: Ints) -> Ints:
+    key = position[:, None] * hits.prompts + prompts[None, :]
+    return hits.runs.counts(key.ravel()).reshape(key.shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -42,10 +42,13 @@ class UnpatchedRuns:
         *,
         plan: Plan,
         side: Side,
+        others: Mapping[str, LoadedModel] | None = None,
     ) -> None:
+        """others: by name, the models that runs of other models run on."""
         self.panel = panel
         self.model = model
-        self.table: PromptTable = panel.experiments[0].experiment.table
+        self.others = others or {}
+        self.table: PromptTable = panel.table
         self.seed = panel.experiments[0].experiment.seed
         self.side: Side = side
         self.plan = plan
@@ -93,7 +96,7 @@ class UnpatchedRuns:
                 due += self._companions(run, prompts)
             self.passes += 1
             found = compute_lanes(
-                self.model,
+                self.model if run.model is None else self.others[run.model],
                 [(each, self._request(each, prompts, continuation)) for each in due],
                 prompts,
                 self.table.row_ids,
@@ -114,6 +117,7 @@ class UnpatchedRuns:
             other
             for other in others
             if other is not run
+            and other.model == run.model
             and self._key(other, prompts, None) not in self._lanes
             and self._goes_far(other)
         ]

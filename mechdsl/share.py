@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mechdsl.columns import Hits, Ints
+from mechdsl.columns import Hits, Ints, Ragged
 from mechdsl.plan import ExperimentPlan
-from mechdsl.resolve.types import SitePoint
 from mechdsl.rule_plan import Rows, RulePlan
 
 
@@ -69,6 +68,8 @@ class Sharer:
         draws = np.full(len(rows), plan.draws)
         found = [runs[plan.starting_run(rows)], draws, rows.prompt]
         for rule, key in zip(plan.rules, self._keys[number], strict=True):
+            if rule.rule.fill == "observe":  # whatever is looked at, the row is the same
+                continue
             position = rule.position_of_cell[rows.cell]
             found += [
                 np.full(len(rows), key.fill),
@@ -80,14 +81,34 @@ class Sharer:
                 found.append(key.read[run])
             else:
                 found.append(key.whole[position])
+            # The fill, in front, says which of these follow.
+            if rule.keys is not None and rule.key_of_cell is not None and key.keys is not None:
+                run = rule.keys.run(rule.key_of_cell[rows.cell], rows.prompt, rows.alternative)
+                found.append(key.keys[run])
+            if rule.rule.amounts is not None:
+                found.append(key.amounts[rows.cell])
+            if rule.paths is not None and key.receivers is not None:
+                found.append(key.receivers[rule.paths.pair_of_cell[rows.cell]])
         return found
 
     def _rule(self, plan: ExperimentPlan, rule: RulePlan) -> _RuleKey:
-        fill: Hashable = (rule.rule.fill, rule.rule.run, rule.rule.groups)
+        edge = None if rule.rule.edge is None else rule.rule.edge.kind
+        through = None if rule.paths is None else rule.paths.through_mlps
+        own = rule.rule
+        fill: Hashable = (own.fill, own.run, own.groups, own.python, edge, through)
+        pairs = list(zip(rule.point_table, rule.source_table, strict=True))
         points = [
-            tuple((p.site, p.layer, p.unit) for p in self._points(rule, key))
+            tuple(pairs[i] for i in _list(rule.points, key))
             for key in range(len(rule.points.offsets) - 1)
         ]
+        receivers = None
+        if rule.paths is not None:
+            paths = rule.paths
+            ends = [
+                tuple(paths.table[i] for i in _list(paths.points, key))
+                for key in range(len(paths.points.offsets) - 1)
+            ]
+            receivers = np.array([self._number(("to", end)) for end in ends], dtype=np.int64)
         whole = None
         if rule.rule.fill in ("mean", "resample"):
             # What is written comes from all rows' positions, not from this row's alone.
@@ -100,12 +121,10 @@ class Sharer:
             self._tokens(rule.written),
             self._tokens(rule.read),
             whole,
+            None if rule.keys is None else self._tokens(rule.keys),
+            np.array([self._number(("amount", one)) for one in rule.amounts.tolist()]),
+            receivers,
         )
-
-    @staticmethod
-    def _points(rule: RulePlan, key: int) -> Sequence[SitePoint]:
-        chosen = rule.points.values[rule.points.offsets[key] : rule.points.offsets[key + 1]]
-        return [rule.point_table[i] for i in chosen]
 
     def _tokens(self, hits: Hits) -> Ints:
         """[run] a number for its tokens: the token itself where there is one."""
@@ -133,6 +152,16 @@ class _RuleKey:
     """[run]"""
     whole: Ints | None
     """[position], where what is written hangs on the positions of all rows."""
+    keys: Ints | None
+    """[run of keys], of attention rules."""
+    amounts: Ints
+    """[cell]"""
+    receivers: Ints | None
+    """[pair of senders and receivers]"""
+
+
+def _list(ragged: Ragged, key: int) -> list[int]:
+    return ragged.values[ragged.offsets[key] : ragged.offsets[key + 1]].tolist()
 
 
 def combined(columns: Sequence[Sequence[Ints]], lengths: Sequence[int]) -> Ints:

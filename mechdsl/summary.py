@@ -35,13 +35,20 @@ def _experiments(plan: Plan, console: Console) -> None:
     planned = [each for panel in plan.panels for each in panel.experiments]
     for experiment in sorted(planned, key=lambda each: each.experiment.spec.span.start):
         table.add_row(
-            experiment.experiment.name,
+            experiment.experiment.key,
             f"{experiment.n_cells:,}",
             f"{len(experiment.experiment.table):,}",
             f"{experiment.count():,}",
             f"{unpatched_rows(experiment):,}",
         )
     console.print(table)
+    waiting = {e.experiment.name: e.experiment.stand_ins for e in planned if e.experiment.stand_ins}
+    for name, others in waiting.items():
+        console.print(
+            f"{name} is counted with stand-ins: what it picks is known when "
+            f"{' and '.join(others)} {'has' if len(others) == 1 else 'have'} run",
+            highlight=False,
+        )
 
 
 def _savings(cost: PlanCost, console: Console) -> None:

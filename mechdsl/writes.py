@@ -17,7 +17,10 @@ from mechdsl.hooks import SiteRead, SiteWrite, gather
 from mechdsl.lanes import Lanes
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan import ExperimentPlan, Place
+from mechdsl.python_files import PythonFunction
 from mechdsl.rule_plan import Rows, RulePlan
+from mechdsl.vocab.sites import SITES
+from mechdsl.within import EdgeWrite
 
 LanesOf: TypeAlias = Callable[[str, bool], Lanes]
 """(run, of the donors of a resampling) → its lanes on the current prompts."""
@@ -79,27 +82,64 @@ def build_writes(
     """
     parts: dict[Place, list[tuple[Ints, Ints, Ints, Tensor]]] = defaultdict(list)
     for number, rule in enumerate(plan.rules):
-        if rule.rule.sites is None:
+        # Senders of paths are written like patches, in rows where all else is held.
+        if not rule.writes_sites and rule.paths is None:
             continue
         entries = _entries(rule, rows, fillings)
-        places = sorted({(p.site, p.layer) for p in rule.point_table}, key=str)
-        place_of_point = np.array(
-            [places.index((p.site, p.layer)) for p in rule.point_table], dtype=np.int64
-        )
+        pairs = [
+            ((to.site, to.layer), (of.site, of.layer))
+            for to, of in zip(rule.point_table, rule.source_table, strict=True)
+        ]
+        places = sorted(set(pairs), key=str)
+        place_of_point = np.array([places.index(pair) for pair in pairs], dtype=np.int64)
         unit_of_point = np.array(
             [-1 if p.unit is None else p.unit for p in rule.point_table], dtype=np.int64
         )
         own = place_of_point[entries.point]
         for index in np.unique(own):
-            place = places[index]
+            to, of = places[index]
             chosen = np.flatnonzero(own == index)
             unit = unit_of_point[entries.point[chosen]]
-            chosen, unit = _all_units(chosen, unit, units(shape, *place))
+            chosen, unit = _all_units(chosen, unit, units(shape, *to))
             values = _values(
-                rule, number, place, entries, chosen, unit, rows, draws, lanes_of, fillings, shape
+                rule, number, of, entries, chosen, unit, rows, draws, lanes_of, fillings, shape
             )
-            parts[place].append((entries.row[chosen], entries.written[chosen], unit, values))
-    return [_joined(place, found) for place, found in parts.items()]
+            parts[to].append((entries.row[chosen], entries.written[chosen], unit, values))
+    return [joined(place, found) for place, found in parts.items()]
+
+
+def build_edges(plan: ExperimentPlan, rows: Rows, shape: ModelShape) -> list[EdgeWrite]:
+    """The edges of attention that these rows change, in the order of the file."""
+    found: list[EdgeWrite] = []
+    for rule in plan.rules:
+        edge = rule.rule.edge
+        if edge is None or edge.kind == "observe" or rule.keys is None or rule.key_of_cell is None:
+            continue
+        position = rule.position_of_cell[rows.cell]
+        queries = rule.written.run(position, rows.prompt, rows.alternative)
+        keys = rule.keys.run(rule.key_of_cell[rows.cell], rows.prompt, rows.alternative)
+        row, query = rule.written.tokens.expand(queries)
+        index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
+        layer = np.array([p.layer for p in rule.point_table], dtype=np.int64)[point]
+        unit = np.array([-1 if p.unit is None else p.unit for p in rule.point_table])[point]
+        for at in np.unique(layer):
+            chosen = np.flatnonzero(layer == at)
+            chosen, head = _all_units(chosen, unit[chosen], units(shape, "pattern", int(at)))
+            row_of = row[index[chosen]]
+            entry, key = rule.keys.tokens.expand(keys[row_of])
+            found.append(
+                EdgeWrite(
+                    int(at),
+                    edge.kind,
+                    torch.from_numpy(row_of),
+                    torch.from_numpy(query[index[chosen]]),
+                    torch.from_numpy(head),
+                    torch.from_numpy(entry),
+                    torch.from_numpy(key),
+                    torch.from_numpy(rule.amounts[rows.cell[row_of]]),
+                )
+            )
+    return found
 
 
 def _all_units(chosen: Ints, unit: Ints, count: int) -> tuple[Ints, Ints]:
@@ -129,8 +169,10 @@ def _values(
     """[K, width]: what is written."""
     fill = plan.rule.fill
     row = entries.row[chosen]
-    if fill == "zero":
-        return torch.zeros(len(chosen), width(shape, *place))
+    if fill in ("zero", "number"):
+        count = 1 if SITES[place[0]].width == "key" else width(shape, *place)
+        level = torch.from_numpy(plan.amounts[rows.cell[row]])
+        return level[:, None].expand(-1, count)
     if fill == "mean":
         means = fillings.means[number]
         values = means.values[place]
@@ -143,19 +185,44 @@ def _values(
         return values[tuple(torch.from_numpy(i).to(values.device) for i in index)]
     lanes = lanes_of(plan.rule.run, fill == "resample")
     lane = lanes.lane(read_prompts(plan, rows, fillings)[row], draws[row])
-    return gather(
+    vectors = gather(
         lanes.reads[SiteRead(*place)],
         lanes.batch,
         torch.from_numpy(lane),
         torch.from_numpy(entries.read[chosen]),
         torch.from_numpy(unit),
     )
+    return vectors if plan.rule.python is None else _of_python(plan.rule.python, vectors)
 
 
-def _joined(place: Place, found: list[tuple[Ints, Ints, Ints, Tensor]]) -> SiteWrite:
+def _of_python(function: PythonFunction, vectors: Tensor) -> Tensor:
+    """[K, width]: what the user's function makes of vectors. E0223 as PythonFailure."""
+    # A copy, so that a function that writes into it changes nothing that others read.
+    own = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32), copy=True)
+    with torch.no_grad():
+        given = function.call(own)
+    hint = "it takes `vectors`, [K, width], and gives as many of the same width"
+    try:
+        found = torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        kind = "nothing" if given is None else f"a `{type(given).__name__}`"
+        raise function.failure(f"it gave {kind}, not numbers", hint) from None
+    if found.shape != vectors.shape:
+        shapes = f"it gave the shape {list(found.shape)}, not {list(vectors.shape)}"
+        raise function.failure(shapes, hint)
+    if found.is_complex():
+        raise function.failure("it gave complex numbers", hint)
+    found = found.to(vectors)
+    if not found.isfinite().all():
+        raise function.failure("it gave NaN or infinity", hint)
+    return found
+
+
+def joined(place: Place, found: list[tuple[Ints, Ints, Ints, Tensor]]) -> SiteWrite:
     """All vectors of one place; of equal ones the last stands."""
     row, position, unit = (np.concatenate([part[i] for part in found]) for i in range(3))
-    values = torch.cat([part[3].to(found[-1][3]) for part in found])
+    longest = max(part[3].shape[1] for part in found)  # vectors over keys, of several rules
+    values = torch.cat([_widened(part[3], longest).to(found[-1][3]) for part in found])
     key = np.stack([row, position, unit])
     _, last = np.unique(key[:, ::-1], axis=1, return_index=True)
     if len(last) < len(row):
@@ -171,6 +238,13 @@ def _joined(place: Place, found: list[tuple[Ints, Ints, Ints, Tensor]]) -> SiteW
         torch.from_numpy(unit),
         values,
     )
+
+
+def _widened(values: Tensor, width: int) -> Tensor:
+    """[K, width]: what lies behind a vector over keys is never seen."""
+    if values.shape[1] == width:
+        return values
+    return values[:, torch.arange(width).clamp(max=values.shape[1] - 1)]
 
 
 def unless_set(added: SiteWrite, writes: Sequence[SiteWrite]) -> SiteWrite:

@@ -131,8 +131,9 @@ def text_tokens(
     match expr:
         case ast.Name(id=name):
             return _named(table, name, CLEAN, expr.span)
-        case ast.OfRef(name=name, of=of) if of.part is None:
-            return _named(table, name, of.name, expr.span)
+        case ast.OfRef(name=name, of=of):
+            run = of.name if of.part is None else f"{of.name}.{of.part}"
+            return _named(table, name, run, expr.span)
         case ast.EdgeTokenOf():
             return _edge(table, expr, tokenizer, extra)
         case _:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mechdsl import spec
 from mechdsl.data.domains import Constants, Words, make_domain
 from mechdsl.data.files import DataFile, read_data
+from mechdsl.data.python import Calls
 from mechdsl.data.scope import Refusal
 from mechdsl.data.uses import Use, draws, uses
 from mechdsl.data.values import Record, Value, frozen, plain
@@ -80,6 +82,7 @@ class Block:
         words: Words | None,
         parameters: Constants,
         blocks: Blocks,
+        python: bool = False,
     ) -> None:
         self.spec = prompts
         self.name = prompts.name
@@ -87,6 +90,8 @@ class Block:
         self.parameters = parameters
         self.words = words
         self.blocks = blocks
+        self.python = python
+        """Whether functions of Python files may be run."""
         self.diagnostics: list[Diagnostic] = []
         self.rows: dict[int, Row] = {}
         """Rows that were worked out, by their ids: experiments of a file share them."""
@@ -165,6 +170,11 @@ class Block:
     def placeholders(self, text: ast.String) -> list[ast.Expr]:
         """What stands in the braces of a text."""
         return [p.expr for p in self.template(text).pieces if isinstance(p, Placeholder)]
+
+    @cached_property
+    def calls(self) -> Calls:
+        """The `python(…)` in it."""
+        return Calls(self)
 
     @property
     def data_size(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -67,6 +67,17 @@ def collect(block: Block, *, limit: int | None, part: str | None = None) -> Coll
     return found.result
 
 
+def collect_rows(block: Block, ids: Iterable[int]) -> Collection:
+    """The rows with these numbers, without those that `where` leaves out. Codes: those of rows."""
+    found = _Collector(block, None, None)
+    for number in ids:
+        row = block.rows.get(number)
+        if row is None:
+            row = block.rows[number] = Row(block, number)
+        found.try_row(row)
+    return found.result
+
+
 class _Collector:
     def __init__(self, block: Block, limit: int | None, part: str | None) -> None:
         self.block = block
@@ -127,6 +138,16 @@ class _Collector:
         if not result.diagnostics:
             self._check_result()
 
+    def try_row(self, row: Row) -> None:
+        """Keep a row that is wanted by its number, whether or not another is equal to it."""
+        try:
+            if row.passes(self.block.spec.where):
+                self.result.rows.append(self._made(row))
+            else:
+                self.result.filtered += 1
+        except Refusal as refusal:
+            self.result.diagnostics.append(refusal.diagnostic(row.describe()))
+
     def _stream(self) -> Iterator[Row]:
         """All combinations in a seeded order; round after round where draws make new rows."""
         block = self.block
@@ -162,16 +183,21 @@ class _Collector:
             result.unchanged[name] = result.unchanged.get(name, 0) + 1
         if unchanged:
             return False
-        # What is worked out now is refused here, with its row; later nothing fails any more.
+        made = self._made(row)
+        self.distinct += 1
+        if self._belongs(self.distinct):
+            result.rows.append(made)
+        return True
+
+    def _made(self, row: Row) -> Made:
+        """What is worked out now is refused here, with its row; later nothing fails any more."""
+        corrupted = {c.name: row.corrupted(c) for c in self.block.spec.corruptions}
         for each in (row, *corrupted.values()):
             _ = each.plain_values
             for name in self.block.texts:
                 each.named_text(name)
             _ = each.prompt
-        self.distinct += 1
-        if self._belongs(self.distinct):
-            result.rows.append(Made(row, corrupted))
-        return True
+        return Made(row, corrupted)
 
     def _belongs(self, number: int) -> bool:
         """Whether the block's row of this number (from 1) is in the part."""

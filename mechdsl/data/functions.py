@@ -216,6 +216,11 @@ def _token_id(call: CallSite) -> Value:
     return TokenId(value)
 
 
+@_function("python", 'python("file.py:name")', "what a Python function gives", draws=False)
+def _python(call: CallSite) -> Value:
+    return call.scope.python(call.node)
+
+
 # --- lists ------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,8 @@ def unknown_span_hint(name: str, spans: Iterable[str], table: PromptTable) -> st
 
 def occurrence_hint(ref: ast.SpanRef, least: int, table: PromptTable, run: str) -> str:
     """Which rows to keep so that all have an occurrence."""
+    if table.runs[run].prompts is not None:
+        return "name a position that both blocks have, or read one `onto` another"
     count = _count_of(ref, table)
     if count is None:
         return "keep rows that have it with `where`, or name another position"

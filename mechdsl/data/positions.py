@@ -25,9 +25,15 @@ from mechdsl.diagnostics.e03_positions import (
 )
 from mechdsl.source import Span
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 
 Hits = tuple[tuple[int, ...], ...]
 """The runs of one row: token positions that are joined, each run by itself."""
+
+Ranked = Callable[
+    [ast.RankedTokens, str, Mapping[str, Any], list[Diagnostic]], list[tuple[str, list[Hits]]]
+]
+"""(expression, run, values of loops, diagnostics) → (label, hits of every row) of its cells."""
 
 _FEW = 3
 """Up to so many tokens, first / middle / last tells all of them apart."""
@@ -41,14 +47,16 @@ def resolve_positions(
     tokenizer: TextTokenizer,
     loop_values: Mapping[str, Any] | None = None,
     with_runs: Sequence[str] = (),
+    ranked: Ranked | None = None,
 ) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
     """The cells of a position expression in one run: one per value of its axis.
 
     loop_values: numbers of the `for` variables around it.
     with_runs: other runs whose prompts must be as long where positions are counted from an end.
+    ranked: picks the tokens that another experiment ranked; E0108 for them without it.
     Codes: E0305, E0306, E0308 to E0315, E0321, E0322, W0701.
     """
-    resolver = _Resolver(table, run, tokenizer, loop_values or {}, tuple(with_runs))
+    resolver = _Resolver(table, run, tokenizer, loop_values or {}, tuple(with_runs), ranked=ranked)
     cells = [cell for item in positions.items for cell in resolver.position(item)]
     return tuple(PositionCell(cell.label, tuple(cell.hits), cell.item) for cell in cells), list(
         dict.fromkeys(resolver.diagnostics)
@@ -70,6 +78,7 @@ class _Resolver:
     loops: Mapping[str, Any]
     with_runs: tuple[str, ...]
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    ranked: Ranked | None = None
 
     def __post_init__(self) -> None:
         self.spans = Occurrences(self.table, self.run, self.tokenizer, self.diagnostics)
@@ -130,9 +139,12 @@ class _Resolver:
             case ast.Joined(items=items):
                 return self._joined(base, items)
             case ast.RankedTokens():
-                what = "a position that another experiment ranked"
-                self.diagnostics.append(NotSupported(span=base.span, what=what))
-                return []
+                if self.ranked is None:
+                    what = "a position that another experiment ranked"
+                    self.diagnostics.append(NotSupported(span=base.span, what=what))
+                    return []
+                found = self.ranked(base, self.run, self.loops, self.diagnostics)
+                return [_Cell(label, hits) for label, hits in found]
 
     # --- counted tokens -------------------------------------------------------------------------
 
@@ -384,10 +396,16 @@ class _Resolver:
 
     def _joined(self, base: ast.Joined, items: ast.Positions) -> list[_Cell]:
         before = len(self.diagnostics)
-        cells = [cell for item in items.items for cell in self.position(item)]
+        found = [(item, self.position(item)) for item in items.items]
         if has_errors(self.diagnostics[before:]):
             return []
-        return [_Cell(base.span.written, [_union(cells, n) for n in range(self.total)])]
+        cells = [cell for _, own in found for cell in own]
+        ranked = [own for item, own in found if _is_ranked(item)]
+        hits = [
+            () if any(_unranked(own, n) for own in ranked) else _union(cells, n)
+            for n in range(self.total)
+        ]
+        return [_Cell(base.span.written, hits)]
 
     def _single(self, point: ast.Point) -> list[int] | None:
         """One token position per row, else E0314."""
@@ -441,11 +459,15 @@ class _Resolver:
         if has_errors(self.diagnostics[before:]):
             return []
         kept: list[Hits] = []
+        ranked = _is_ranked(body.excluded)
         for n, m in enumerate(self.maps):
+            if ranked and _unranked(cells, n):
+                kept.append(())
+                continue
             without = {p for run in _union(cells, n) for p in run}
             tokens = tuple(p for p in m.text_tokens if p not in without)
-            kept.append((tokens,) if tokens else ())
-        lacking = [n for n, row in enumerate(kept) if not row]
+            kept.append((tokens,) if tokens or ranked else ())
+        lacking = [] if ranked else [n for n, row in enumerate(kept) if not row]
         if lacking:
             self.diagnostics.append(
                 NothingLeft(
@@ -462,9 +484,20 @@ class _Resolver:
 
 
 def _union(cells: Sequence[_Cell], n: int) -> Hits:
-    """All positions of a row, joined; no run where there are none."""
-    joined = sorted({p for cell in cells for run in cell.hits[n] for p in run})
-    return (tuple(joined),) if joined else ()
+    """All positions of a row, joined as they are written: in two runs, and on both sides of `onto`,
+    they pair in this order. No run where there are none."""
+    joined = dict.fromkeys(p for cell in cells for run in cell.hits[n] for p in run)
+    # A run of no tokens, that of `top 0%`, is a run all the same.
+    return (tuple(joined),) if any(cell.hits[n] for cell in cells) else ()
+
+
+def _is_ranked(node: ast.Node) -> bool:
+    return any(isinstance(part, ast.RankedTokens) for part in walk(node))
+
+
+def _unranked(cells: Sequence[_Cell], n: int) -> bool:
+    """Whether the other experiment lacks this row, so that nothing is known of its tokens."""
+    return not any(cell.hits[n] for cell in cells)
 
 
 def check_joined(

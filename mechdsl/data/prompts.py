@@ -16,7 +16,14 @@ from mechdsl.data.answers import (
     tokenise,
 )
 from mechdsl.data.block import Block, Blocks
-from mechdsl.data.collect import MAX_ROWS, Collection, Made, collect, without_effect
+from mechdsl.data.collect import (
+    MAX_ROWS,
+    Collection,
+    Made,
+    collect,
+    collect_rows,
+    without_effect,
+)
 from mechdsl.data.conventions import (
     Part,
     noise_conventions,
@@ -56,27 +63,36 @@ def build_table(
     parameters: Constants | None = None,
     blocks: Blocks | None = None,
     compiled: dict[str, Block] | None = None,
+    ids: Sequence[int] | None = None,
+    python: bool = False,
 ) -> tuple[PromptTable | None, list[Diagnostic]]:
     """The rows of a block with all its runs, tokenised.
 
     words: the plain words of a model's tokenizer, by its name, for `words(MODEL)`.
     max_length: tokens that the model reads. parameters: the file's, as set.
     blocks: all prompts of the file, for `from: pairs`.
+    ids: numbers of the only rows that are wanted; those that are left out are missing.
+    python: whether functions of Python files may be run.
     compiled: blocks by name that were compiled before, with the rows they have worked out; a new
-        one is added. The other arguments but `limit`, `part` and the tokenizer must be the same.
+        one is added. All that the rows hang on (seed, words, parameters, blocks) must be the same.
     Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703.
     """
     block = (compiled or {}).get(prompts.name) or Block(
-        prompts, seed=seed, words=words, parameters=parameters or {}, blocks=blocks or {}
+        prompts,
+        seed=seed,
+        words=words,
+        parameters=parameters or {},
+        blocks=blocks or {},
+        python=python,
     )
     if compiled is not None:
         compiled[prompts.name] = block
     diagnostics = list(block.diagnostics)
     if has_errors(diagnostics):
         return None, diagnostics
-    rows = collect(block, limit=limit, part=part)
+    rows = collect(block, limit=limit, part=part) if ids is None else collect_rows(block, ids)
     diagnostics = list(dict.fromkeys([*block.diagnostics, *rows.diagnostics]))
-    if has_errors(diagnostics):
+    if has_errors(diagnostics) or (ids is not None and not rows.rows):
         return None, diagnostics
     builder = _Builder(block, tokenizer, max_length)
     table = builder.table(rows, limit, part)
@@ -107,7 +123,7 @@ class _Builder:
             self._check_lengths(table)
             table = self._with_noise(table, found)
         conventions |= noise_conventions(table)
-        return replace(table, conventions=conventions)
+        return replace(table, conventions=conventions, python=self.block.calls.functions)
 
     # --- tokenisation -----------------------------------------------------------------------------
 

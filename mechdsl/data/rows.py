@@ -208,6 +208,13 @@ class Row:
     def domain(self, node: ast.Expr) -> Sequence[Value]:
         return self.block.domain_of(node, self.template)
 
+    def python(self, node: ast.Call) -> Value:
+        names = self.block.calls.names(node)
+        if names is None:
+            names = (*self.plain_values, *(n for n in self.values if n not in self.plain_values))
+        row = {name: plain(self.value(name, node.span)) for name in names}
+        return self.block.calls.run(node, row)
+
     def records(self, name: str) -> Sequence[Record] | None:
         return self.block.records(name)
 

@@ -76,6 +76,10 @@ class Scope(Protocol):
         """The records of a block of prompts, by its name."""
         ...
 
+    def python(self, node: ast.Call) -> Value:
+        """What a function of a Python file gives for the row."""
+        ...
+
     def is_own(self, record: Record, fields: Sequence[str]) -> bool:
         """Whether the row has the same values in these fields."""
         ...

@@ -38,6 +38,10 @@ class Encoded:
         return len(self.ids)
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""What `from_folder` reads."""
+
+
 class TextTokenizer:
     """A `tokenizers.Tokenizer` with a policy for the beginning-of-sequence token.
 

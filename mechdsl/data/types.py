@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mechdsl.python_files import PythonFunction
 from mechdsl.record import Record, record
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Noise(Record):
     samples: int = 1
     kind: str = "gaussian"
     """Name in the registry of noises."""
+    row_ids: tuple[int, ...] | None = None
+    """Per row, its number in the block that it is of, where that isn't the table's."""
 
 
 @record
@@ -72,11 +75,15 @@ class RunRow(Record):
 
 @record
 class Run(Record):
-    """`clean` or a corruption: as many rows as the table, in the same order."""
+    """`clean`, a corruption, or a run from elsewhere: as many rows as the table, in its order."""
 
     name: str
     rows: tuple[RunRow, ...]
     noise: Noise | None = None
+    prompts: str | None = None
+    """The block that it is of, where that is another one."""
+    model: str | None = None
+    """The model that it runs on, where that isn't the experiment's."""
 
 
 @record
@@ -92,9 +99,13 @@ class PromptTable(Record):
     """What was defaulted or dropped, in words, by short key (`bos`, `rows`, `answer`, …)."""
     data_hash: str = ""
     """SHA-256 of the data file, where there is one."""
+    other_data: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The same of other blocks that it has runs of, by their names."""
     moved: tuple[int, ...] = ()
     """Leading token that all answers share: it stands at the end of every prompt instead."""
     moved_text: str = ""
+    python: tuple[PythonFunction, ...] = ()
+    """Functions of Python files that values are from."""
     sources: tuple[Row, ...] = field(default=(), repr=False, compare=False)
     """The clean rows before tokenisation, in which texts of metrics are evaluated."""
 

@@ -110,6 +110,19 @@ class BadCommandLine(Diagnostic):
 
 
 @keyword_record
+class CircularExperiments(Diagnostic):
+    """Experiments that wait for each other's results."""
+
+    code = "E0210"
+    title = "`{experiment}` needs its own results: {chain}"
+    label = "picked by `{of}`"
+    help = "let one of them name its sites or tokens itself"
+    experiment: str
+    of: str
+    chain: str
+
+
+@keyword_record
 class RepeatedStatement(Diagnostic):
     """A statement that may stand once."""
 

@@ -84,6 +84,9 @@ class EmptyRange(Diagnostic):
     high: str
 
 
+UNUSED_LOOP = "no rule of this loop uses it"
+
+
 @keyword_record
 class BadLoopValue(Diagnostic):
     """A variable, parameter or depth that can't stand where it does."""

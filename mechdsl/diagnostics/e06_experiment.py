@@ -17,13 +17,15 @@ class NoMeasure(Diagnostic):
 
 @keyword_record
 class PatchWithoutSource(Diagnostic):
-    """A `patch` without a run that it reads."""
+    """A `patch` or a `path` without a run that it reads."""
 
     code = "E0602"
-    title = "`patch` doesn't say where the activation comes from"
+    title = "`{verb}` doesn't say where the activation comes from"
     label = "patched from which run?"
-    help = "add a line such as `from clean into {base}`, or name a run behind it: `with RUN`"
+    help = "add a line such as `from clean into {base}`{otherwise}"
+    verb: str
     base: str
+    otherwise: str
 
 
 @keyword_record

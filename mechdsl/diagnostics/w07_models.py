@@ -13,7 +13,7 @@ class ModelNotHere(Diagnostic):
     code = "W0710"
     title = "`{model}` is not on this machine, so it was not checked"
     label = "`{path}` is not in the Hugging Face cache"
-    help = "`hf download {path}` fetches it; layers, heads and answers are checked then"
+    help = "`hf download {path}` fetches it; layers, heads, positions and answers are checked then"
 
     model: str
     path: str

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from mechdsl import spec
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_statistics import UnreadableExpectation, WhichMeasure
 from mechdsl.expectations.conditions import (
     Absolute,
     Accuracy,
+    Area,
     Arithmetic,
     BestIs,
     Between,
@@ -95,6 +95,18 @@ def read_expectation(
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
+
+
+def _calls(label: str, name: str) -> bool:
+    """Whether a metric is one call of this name: `prob(answer)`, not a sum of two."""
+    if not label.startswith(f"{name}(") or not label.endswith(")"):
+        return False
+    depth = 0
+    for place, character in enumerate(label):
+        depth += (character == "(") - (character == ")")
+        if depth == 0 and character == ")":
+            return place == len(label) - 1
+    return False
 
 
 def _unreadable(span: Span, reason: str, hint: str) -> NoReturn:
@@ -194,8 +206,7 @@ class _Reader:
                 hint = f"write `{node.name}(…) = L9H9`"
                 _unreadable(node.span, f"`{node.name}` is a site, not a number", hint)
             case "auc":
-                later = "it needs a curve over a swept share; compare `mean(prob)` for now"
-                raise _Refused(NotSupported(span=node.span, what="`auc`", later=later))
+                return self.area(node)
             case _:
                 measure = self.measure(ast.Name(span=node.span, id=node.name))
                 where = self.wheres(node.arguments)
@@ -225,6 +236,52 @@ class _Reader:
             found = UnknownName(span=other.span, kind="experiment", name=other.id, hint=hint)
             raise _Refused(found)
         return Correlation(how, measure, other.id)
+
+    def area(self, node: ast.Call) -> Area:
+        """`auc(prob, k)`: a measure, the axis of its curve, and which curve where there are
+        several."""
+        example = "auc(prob, k)"
+        first, named = self.argument(node, 0, example), self.argument(node, 1, example)
+        axes = (*self.known.axes, *self.known.aliases)
+        if first.span.written in axes and named.span.written not in axes:
+            exchanged = f"auc({named.span.written}, {first.span.written})"
+            _unreadable(first.span, "`auc` takes the measure first", f"write `{exchanged}`")
+        measure = self.measure(first)
+        axis = named.id if isinstance(named, ast.Name) else named.span.written
+        axis = self.known.aliases.get(axis, axis)
+        if axis not in self.known.axes:
+            listed = ", ".join(f"`{each}`" for each in self.known.axes)
+            near = nearest(axis, self.known.axes)
+            sweep = "sweep over something, for example `for k in 0%..100% step 5% { … }`"
+            hint = did_you_mean(near, f"its axes are: {listed}" if listed else sweep)
+            kind = "axis of this experiment"
+            raise _Refused(UnknownWord(span=named.span, kind=kind, word=axis, hint=hint))
+        where = self.wheres(node.arguments[2:])
+        if self.known.cells is not None:
+            self.curve(node, named, axis, where)
+        return Area(measure, axis, where)
+
+    def curve(self, node: ast.Call, named: ast.Expr, axis: str, where: Sequence[Where]) -> None:
+        """The cells must be one curve over numbers."""
+        cells = [self.known.cells[i] for i in self.find(where)] if self.known.cells else []
+        if not cells:
+            self.not_one(node.span, where, [])
+        at = [cell.coords[axis] for cell in cells]
+        word = next((value for value in at if isinstance(value, str)), None)
+        if word is not None:
+            reason = f"`{axis}` runs over words, such as `{word}`, and a curve over numbers"
+            hint = "name an axis of numbers, or write `mean(…)` for the mean over cells"
+            _unreadable(named.span, reason, hint)
+        distinct = set(at)
+        if len(distinct) < 2:
+            _unreadable(named.span, f"`{axis}` has one value, and a curve two or more", "sweep it")
+        if len(distinct) < len(at):
+            others = [name for name in self.known.axes if name != axis]
+            sized = ", ".join(f"`{name}`" for name in others) or "none"
+            count = len(at) // len(distinct)
+            hint = f"say which one beside it, as in `auc({node.arguments[0].value.span.written}, "
+            hint += f"{axis}, {others[0] if others else axis}: …)`; the other axes are {sized}"
+            _unreadable(node.span, f"it has {count} curves over `{axis}`", hint)
 
     def run(self, node: ast.Call) -> str:
         run = self.argument(node, 0, "accuracy(clean)")
@@ -275,6 +332,8 @@ class _Reader:
             found = [i for i, m in enumerate(measures) if node.id in (m.effect, m.label)]
             numbers = [i for i in found if measures[i].kind == "number"]
             found = numbers or found
+            # `prob` is short for the one `prob(answer)`.
+            found = found or [i for i, m in enumerate(measures) if _calls(m.label, node.id)]
         elif not found and isinstance(node, ast.OfRef):
             found = [
                 i
@@ -353,7 +412,7 @@ class _Reader:
                 return Where(text, {axis: ((value.value, value.value),)})
             case ast.Range():
                 return Where(text, {axis: ((self.constant(value.low), self.constant(value.high)),)})
-            case ast.Number():
+            case ast.Number() | ast.Percent():
                 return Where(text, {axis: ((value.value, value.value),)})
             case _:
                 hint = f'write `{axis}: 2`, `{axis}: 2..4` or `{axis}: "…"`'

@@ -116,7 +116,16 @@ class Absolute(Record):
     operand: Value
 
 
-Value = Constant | OfCells | Accuracy | Correlation | Arithmetic | Absolute
+@record
+class Area(Record):
+    """Under the curve of a measure over an axis, divided by the axis's range."""
+
+    measure: int
+    axis: str
+    where: tuple[Where, ...] = ()
+
+
+Value = Constant | OfCells | Accuracy | Correlation | Area | Arithmetic | Absolute
 
 
 # --- conditions ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from mechdsl.expectations.check import Known, KnownMeasure, read_expectation
 from mechdsl.expectations.conditions import (
     Absolute,
     Accuracy,
+    Area,
     Arithmetic,
     BestIs,
     Between,
@@ -285,6 +286,8 @@ class _Judge:
                 return self.accuracy(value.run)
             case Correlation():
                 return self.correlation(value)
+            case Area():
+                return self.area(value)
             case OfCells():
                 return self.of_cells(value)
 
@@ -368,6 +371,34 @@ class _Judge:
         why = None if math.isfinite(point) else "the effects don't differ between cells"
         estimate = self.estimate(float(point), np.concatenate(found), here.present)
         return replace(estimate, why=why or estimate.why)
+
+    def area(self, value: Area) -> Estimate:
+        """Trapezoids, divided by the range of the axis."""
+        cells = [i for i in range(len(self.result.cells)) if self.at(i, value.where)]
+        chosen = self.chosen(value.measure, value.where)
+        lacking = [i for i in cells if i not in chosen]
+        if lacking:
+            reason = self.result.statistics[value.measure].reasons[lacking[0]]
+            name = _cell_name(self.result, lacking[0])
+            return Estimate(math.nan, why=f"the curve has no value at {name}: {reason}")
+        at = np.array([float(self.result.cells[i].coords[value.axis]) for i in chosen])
+        order = np.argsort(at, kind="stable")
+        chosen, at = chosen[order], at[order]
+        if len(np.unique(at)) < max(2, len(at)):
+            return Estimate(math.nan, why=f"the cells are not one curve over `{value.axis}`")
+        # Each point counts with half the way to either neighbour.
+        share = np.zeros(len(at))
+        share[1:] += np.diff(at) / 2
+        share[:-1] += np.diff(at) / 2
+        share /= at[-1] - at[0]
+        means = self.result.statistics[value.measure].mean[chosen]
+        samples = np.zeros(self.result.resampling.resamples)
+        present = np.zeros((1, self.result.prompts), dtype=bool)
+        for these, rows, values in self.sampled(value.measure, chosen):
+            samples[rows] += values @ share[these]
+            if rows.start == 0:
+                present |= self.parts(value.measure, chosen[these]).present.any(0)
+        return self.estimate(float(means @ share), samples, present)
 
     # --- cells and their draws
 

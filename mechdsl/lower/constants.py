@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from mechdsl.percent import Percent
 from mechdsl.syntax import ast
 
 Constant: TypeAlias = int | float | str | bool
@@ -17,7 +18,7 @@ def constant(node: object, parameters: Mapping[str, Constant]) -> Constant | Non
         case ast.Number(value=value) | ast.String(value=value):
             return value
         case ast.Percent(value=value):
-            return value
+            return Percent(value)
         case ast.Name(id=name):
             return parameters.get(name, WORDS.get(name, None))
         case ast.Negative(operand=operand):

@@ -19,8 +19,10 @@ from mechdsl.diagnostics.e02_names import (
     did_you_mean,
 )
 from mechdsl.diagnostics.w07_names import UnusedName
+from mechdsl.lower.checkpoints import STAR, checkpoints
 from mechdsl.lower.constants import Constant, constant
 from mechdsl.lower.experiment import lower_experiment
+from mechdsl.lower.onward import with_order
 from mechdsl.lower.prompts import lower_prompts
 from mechdsl.lower.scope import Scope
 from mechdsl.lower.unused import unused_in_blocks
@@ -39,6 +41,8 @@ class Parts:
 
     parameters: dict[str, Constant] = field(default_factory=dict)
     models: dict[str, spec.Model] = field(default_factory=dict)
+    checkpoints: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the models that one with a `*` in its path stands for."""
     prompts: dict[str, spec.Prompts] = field(default_factory=dict)
     groups: dict[str, spec.Group] = field(default_factory=dict)
     metrics: dict[str, ast.Expr] = field(default_factory=dict)
@@ -70,9 +74,10 @@ def lower_program(
         for statement in file.statements:
             if isinstance(statement, ast.ExperimentDef):
                 is_new = scope.define("experiment", statement.name, imported=False)
-                experiment = lower_experiment(statement, parts, scope)
-                if experiment is not None and is_new:
-                    parts.experiments.append(experiment)
+                found = lower_experiment(statement, parts, scope)
+                if is_new:
+                    parts.experiments.extend(found)
+    parts.experiments = with_order(tree, parts, scope)
     # What is not supported yet may be what uses a name.
     supported = not any(isinstance(d, NotSupported) for d in scope.diagnostics)
     if supported and any(isinstance(s, ast.ExperimentDef) for s in tree.statements):
@@ -81,6 +86,7 @@ def lower_program(
     whole = spec.Program(
         span=tree.span,
         models=parts.models,
+        checkpoints=parts.checkpoints,
         prompts=parts.prompts,
         groups=parts.groups,
         metrics=parts.metrics,
@@ -211,18 +217,21 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Parts, scope: Scope)
         case ast.ModelDef(name=name):
             model = _model(statement, parts, scope)
             if scope.define("model", name, imported=imported) and model is not None:
-                parts.models[name.id] = model
+                members = checkpoints(model, scope.diagnostics)
+                parts.models.update((each.name, each) for each in members)
+                if STAR in model.path:
+                    parts.checkpoints[name.id] = tuple(each.name for each in members)
         case ast.PromptsDef(kind="prompts", name=name):
             if scope.define("prompts", name, imported=imported):
                 parts.prompts[name.id] = lower_prompts(statement, scope)
         case ast.MetricDef(name=name, value=value):
-            if isinstance(value, ast.Call) and value.name == "python":
-                scope.diagnostics.append(NotSupported(span=value.span, what="a metric in Python"))
             if scope.define("metric", name, imported=imported):
                 parts.metrics[name.id] = value
         case ast.GroupDef(name=name, sites=sites):
             if scope.define("group", name, imported=imported):
-                _refuse_ranked(sites, scope.diagnostics)
+                for site in sites:
+                    if site.ranked is not None and isinstance(site.ranked.amount, str):
+                        scope.has("param", site.ranked.amount)
                 parts.groups[name.id] = spec.Group(span=statement.span, name=name.id, sites=sites)
         case ast.Seed(value=value):
             first = parts.seeded
@@ -251,14 +260,6 @@ def _later(name: ast.Name, kind: str, imported: bool, scope: Scope) -> None:
     if scope.define(kind, name, imported=imported):
         scope.definitions[name.id].used = True
     scope.diagnostics.append(NotSupported(span=name.span, what=f"`{kind}`"))
-
-
-def _refuse_ranked(sites: tuple[ast.Site, ...], diagnostics: list[Diagnostic]) -> None:
-    diagnostics.extend(
-        NotSupported(span=site.span, what="a group that another experiment finds")
-        for site in sites
-        if site.ranked is not None
-    )
 
 
 def _model(statement: ast.ModelDef, parts: Parts, scope: Scope) -> spec.Model | None:

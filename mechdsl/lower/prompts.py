@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from mechdsl import spec
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import (
+    BadArgument,
     DuplicateName,
     RepeatedStatement,
     UnknownName,
@@ -101,7 +103,19 @@ class _Block:
                 self.rename.extend((new.id, old.id) for new, old in pairs)
             case ast.Split():
                 self.once(line, self.split, "split")
-                self.split = line
+                if 0 < line.percent.value < 100:
+                    self.split = line
+                else:
+                    self.diagnostics.append(
+                        BadArgument(
+                            span=line.percent.span,
+                            name="split",
+                            reason="must leave rows on both sides",
+                            hint="write a share between 0% and 100%, such as `split 50%`",
+                        )
+                    )
+                    half = replace(line.percent, value=50.0)
+                    self.split = self.split or replace(line, percent=half)
             case ast.Chat():
                 self.later(line, "`chat`")
             case ast.ImageLine() | ast.Region():

@@ -24,27 +24,17 @@ NodeT = TypeVar("NodeT", bound=ast.Node)
 
 # What the grammar knows and no stage executes yet, by the class of its node.
 LATER: dict[type[ast.Node], str] = {
-    ast.Block: "`block attention`",
-    ast.Reweight: "`reweight attention`",
-    ast.SetEdge: "`set attention`",
-    ast.SetSite: "`set`",
-    ast.PathRule: "path patching",
     ast.Add: "`add`",
     ast.Scale: "`scale`",
     ast.ProjectOut: "`project out`",
     ast.Clamp: "`clamp`",
-    ast.SwapSites: "`swap`",
-    ast.Freeze: "`freeze`",
-    ast.Against: "`against`",
     ast.Generate: "`generate`",
     ast.Using: "an estimator",
     ast.Discover: "`discover`",
     ast.Search: "`search`",
-    ast.ObserveAttention: "`observe attention`",
     ast.ObserveFeatures: "`observe features`",
     ast.Observe: "`observe`",
     ast.During: "`during`",
-    ast.Ranked: "a position or site that another experiment ranked",
 }
 
 
@@ -65,6 +55,9 @@ class Statements:
         self.stats: list[ast.Stats] = []
         self.reports: list[ast.Report] = []
         self.expects: list[ast.Expect] = []
+        self.against: list[ast.Against] = []
+        self.elsewhere: dict[str, spec.Elsewhere] = {}
+        """Runs of other blocks and models, by their names."""
         self.unsupported = False
 
     @property
@@ -80,6 +73,9 @@ class Statements:
             match statement:
                 case ast.Rule():
                     self.rule(statement, loops)
+                case ast.ObserveAttention():
+                    rule = ast.Rule(statement, span=statement.span)
+                    self.rule(rule, loops)
                 case ast.For():
                     self.loop(statement, loops)
                 case ast.UseModel():
@@ -90,6 +86,8 @@ class Statements:
                     self.once(statement, self.from_into, "from … into …")
                 case ast.Stats():
                     self.once(statement, self.stats, "stats")
+                case ast.Against():
+                    self.once(statement, self.against, "against")
                 case ast.Keep():
                     self.keep.append(statement.condition)
                 case ast.Measure():
@@ -141,13 +139,10 @@ class Statements:
                 self.later(node.span, "a subspace")
             elif isinstance(node, ast.Axis) and node.word == "feature":
                 self.later(node.span, f"`{node.word}` sites")
+            elif isinstance(node, ast.Edge) and node.stack is not None:
+                self.later(node.stack.span, f"attention of the stack `{node.stack.id}`")
             elif isinstance(node, ast.SpanRef) and (node.row is not None or node.col is not None):
                 self.later(node.span, "an image position")
-        if isinstance(rule.body, ast.Patch):
-            if rule.body.onto is not None:
-                self.later(rule.body.onto.span, "`onto`")
-            if rule.body.into_layer is not None:
-                self.later(rule.body.into_layer.span, "`into layer`")
         if len(self.diagnostics) == before:
             self.rules.append((rule, loops))
 
@@ -163,3 +158,5 @@ def use_names(node: ast.Node, work: Statements) -> None:
             work.scope.has("param", part.window)
         elif isinstance(part, ast.TokenIndex) and isinstance(part.low, str):
             work.scope.has("param", part.low)
+        elif isinstance(part, ast.Ranked) and isinstance(part.amount, str):
+            work.scope.has("param", part.amount)

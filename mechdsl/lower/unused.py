@@ -21,11 +21,12 @@ def unused_in_blocks(tree: ast.File) -> list[Diagnostic]:
         for kind, name in _definitions(block)
     ]
     definers = {id(name) for _, name in defined}
+    python = any(isinstance(node, ast.Call) and node.name == "python" for node in walk(tree))
     used = {word for node in walk(tree) if id(node) not in definers for word in _mentioned(node)}
     return [
         UnusedName(span=name.span, kind=kind, name=name.id)
         for kind, name in defined
-        if name.id not in used
+        if name.id not in used and not (python and kind == "text")  # a metric may read any of them
     ]
 
 
@@ -47,7 +48,9 @@ def _mentioned(node: ast.Node) -> Iterator[str]:
     match node:
         case ast.Name(id=word):
             yield word
-        case ast.Ref(name=word) | ast.OfRef(name=word) | ast.Attribute(name=word):
+        case ast.Ref(name=word, part=part):
+            yield from (name for name in (word, part) if name is not None)
+        case ast.OfRef(name=word) | ast.Attribute(name=word):
             yield word
         case ast.Index(name=word):
             yield word

@@ -20,7 +20,7 @@ from mechdsl.diagnostics.e04_model import (
 from mechdsl.models.families import family_of
 from mechdsl.models.sparsity import dense_blocks
 from mechdsl.source import Span
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION
 
 _LAYERS = (
     "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers",
@@ -112,7 +112,7 @@ def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
 
 
 def available_sites(*, parallel: bool, experts: bool, dense: bool, mixers: bool) -> frozenset[str]:
-    """Supported sites of a decoder with these kinds of blocks."""
+    """Sites of a decoder with these kinds of blocks."""
     missing: set[str] = set()
     if parallel:
         missing.add("resid_mid")
@@ -121,10 +121,10 @@ def available_sites(*, parallel: bool, experts: bool, dense: bool, mixers: bool)
     if not experts:
         missing |= {"router", "expert_out"}
     if mixers:
-        missing |= {"q", "k", "v", "z", "head_out", "attn_norm", "attn_out"}
+        missing |= {"q", "k", "v", "z", "head_out", "attn_norm", "attn_out", *WITHIN_ATTENTION}
     else:
         missing |= {"mixer_norm", "mixer_out"}
-    return frozenset(name for name, kind in SITES.items() if kind.supported) - missing
+    return frozenset(SITES) - missing
 
 
 def shape_from_config(

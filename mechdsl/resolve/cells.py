@@ -30,9 +30,16 @@ def cell_keys(experiment: ResolvedExperiment) -> Iterator[CellKey]:
         for number, rule in enumerate(experiment.rules):
             site_key, position_key = parts[number]
             site = "input" if rule.sites is None else rule.sites.labels[site_key(index)]
+            if rule.path is not None:
+                receivers = rule.path.receivers
+                site += f" → {receivers.labels[_along(receivers.axes, names)(index)]}"
             sites[site] = None
             key = position_key(index)
-            positions[rule.positions.written[key].label] = None
+            label = rule.positions.written[key].label
+            if rule.edge is not None:
+                keys = rule.edge.keys
+                label += f" → {keys.written[_along(keys.axes, names)(index)].label}"
+            positions[label] = None
             tokens.update(dict.fromkeys(hits[number][key]))
         yield CellKey(coords, " + ".join(sites), " + ".join(positions) or None, tuple(tokens))
 
@@ -41,9 +48,10 @@ def _parts(
     rule: ResolvedRule, names: list[str]
 ) -> tuple[Callable[[Key], Key], Callable[[Key], Key]]:
     """How a cell's indices give those of the rule's sites and positions."""
+    sites = rule.sites.axes if rule.sites is not None else ()
+    return _along(sites, names), _along(rule.positions.axes, names)
 
-    def along(axes: tuple[str, ...]) -> Callable[[Key], Key]:
-        places = [names.index(axis) for axis in axes]
-        return lambda index: tuple(index[place] for place in places)
 
-    return along(rule.sites.axes if rule.sites is not None else ()), along(rule.positions.axes)
+def _along(axes: tuple[str, ...], names: list[str]) -> Callable[[Key], Key]:
+    places = [names.index(axis) for axis in axes]
+    return lambda index: tuple(index[place] for place in places)

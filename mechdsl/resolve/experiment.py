@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mechdsl import spec
@@ -9,11 +11,15 @@ from mechdsl.data.types import PromptTable
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_coordinates import (
+    UNUSED_LOOP,
     BadLoopValue,
     TooManyCells,
 )
+from mechdsl.resolve.controls import resolve_control
+from mechdsl.resolve.depth import relative
 from mechdsl.resolve.loops import loop_values
 from mechdsl.resolve.measures import MeasureContext, known_run, resolve_measure
+from mechdsl.resolve.onward import Finding, Onward
 from mechdsl.resolve.rules import resolve_rule
 from mechdsl.resolve.sites import SiteContext
 from mechdsl.resolve.types import (
@@ -30,10 +36,15 @@ MOST_CELLS = 1_000_000
 
 
 def resolve_experiment(
-    experiment: spec.Experiment, program: spec.Program, model: ModelContext, table: PromptTable
+    experiment: spec.Experiment,
+    program: spec.Program,
+    model: ModelContext,
+    table: PromptTable,
+    found: Mapping[str, Finding] | None = None,
 ) -> tuple[ResolvedExperiment | None, list[Diagnostic]]:
     """The experiment with concrete axes, rules and measures; None after an error.
 
+    found: what the experiments found whose results it uses, of each of `experiment.after`.
     Codes: E0301 to E0323, E0402, E0413, E0507, E0612 and those of positions and texts.
     """
     diagnostics: list[Diagnostic] = []
@@ -44,8 +55,9 @@ def resolve_experiment(
     }
     if len(loops) != len(experiment.loops):
         return None, diagnostics
+    onward = Onward({name: each.on(model.name) for name, each in (found or {}).items()})
     sites = SiteContext(
-        model.name, model.shape, program.groups, program.parameters, loops, diagnostics
+        model.name, model.shape, program.groups, program.parameters, loops, diagnostics, onward
     )
     work = Work(experiment, program, model, table, sites)
     for loop in experiment.loops:
@@ -53,8 +65,12 @@ def resolve_experiment(
     rules = [resolve_rule(rule, work) for rule in experiment.rules]
     _loops_used(work)
     _one_input(work)
+    _alone(work)
     _draws_agree(work)
     axes = tuple(work.axes.values())
+    if any(axis == "model" for axis, _ in experiment.variant):
+        written = tuple(rule.site for rule in experiment.rules)
+        axes = tuple(relative(axis, written, model.shape.n_layers) for axis in axes)
     measures, keep, accuracies = _measures(work, axes)
     if has_errors(diagnostics):
         return None, diagnostics
@@ -68,6 +84,9 @@ def resolve_experiment(
         keep=keep,
         accuracies=accuracies,
         seed=program.seed,
+        picks=onward.picks,
+        stand_ins=onward.stand_ins,
+        sites_of=onward.sites_of,
     )
     if resolved.n_cells > MOST_CELLS:
         diagnostics.append(
@@ -80,7 +99,9 @@ def resolve_experiment(
             )
         )
         return None, diagnostics
-    return resolved, diagnostics
+    control, problems = resolve_control(resolved, MOST_CELLS)
+    diagnostics.extend(problems)
+    return (None if problems else replace(resolved, control=control)), diagnostics
 
 
 def _loops_used(work: Work) -> None:
@@ -97,13 +118,17 @@ def _loops_used(work: Work) -> None:
                 used.add(part.name)
             elif isinstance(part, ast.TokenIndex) and isinstance(part.low, str):
                 used.add(part.low)
+            elif isinstance(part, ast.Ranked) and isinstance(part.amount, str):
+                used.add(part.amount)
+    if has_errors(work.diagnostics):
+        return  # which may be why
     for loop in work.experiment.loops:
         if loop.name not in used:
             work.diagnostics.append(
                 BadLoopValue(
                     span=loop.span,
                     name=loop.name,
-                    reason="no rule of this loop uses it",
+                    reason=UNUSED_LOOP,
                     hint=f"write it where it should stand, for example `layer {loop.name}`",
                 )
             )
@@ -115,6 +140,20 @@ def _one_input(work: Work) -> None:
     work.diagnostics.extend(
         NotSupported(span=rule.span, what="a second `replace` in one experiment")
         for rule in replacing[1:]
+    )
+
+
+def _alone(work: Work) -> None:
+    """Path patching says what all else does; and one observation can be told from another by its
+    axes only."""
+    rules = work.experiment.rules
+    paths = [rule for rule in rules if rule.verb == "path"]
+    if paths and len(rules) > 1:
+        work.diagnostics.append(NotSupported(span=paths[0].span, what="a path beside other rules"))
+    observing = [rule for rule in rules if rule.verb == "observe"]
+    work.diagnostics.extend(
+        NotSupported(span=rule.span, what="a second `observe` in one experiment")
+        for rule in observing[1:]
     )
 
 
@@ -131,7 +170,8 @@ def _draws_agree(work: Work) -> None:
 
 
 def _nodes(rule: spec.Rule) -> Any:
-    return tuple(part for part in (rule.site, rule.at, rule.fill) if part is not None)
+    parts = (rule.site, rule.at, rule.fill, rule.onto, rule.into_layer, rule.edge, rule.receiver)
+    return tuple(part for part in parts if part is not None)
 
 
 def _measures(
@@ -142,7 +182,13 @@ def _measures(
     if has_errors(work.diagnostics):
         items = items or [1]  # the rule that failed may have been a sweep over occurrences
     context = MeasureContext(
-        work.table, work.model.tokenizer, work.sites, tuple(items), work.diagnostics
+        work.table,
+        work.model.tokenizer,
+        work.sites,
+        tuple(items),
+        work.diagnostics,
+        observes=any(rule.verb == "observe" for rule in experiment.rules),
+        metrics=work.program.metrics,
     )
     runs = tuple(dict.fromkeys(r for r in (experiment.base, experiment.source, "clean") if r))
     measures = [

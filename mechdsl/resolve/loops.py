@@ -7,11 +7,11 @@ from typing import Any
 
 from mechdsl import spec
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_coordinates import (
     BadLoopValue,
     EmptyRange,
 )
+from mechdsl.percent import Percent
 from mechdsl.resolve.types import (
     Label,
 )
@@ -46,6 +46,8 @@ def loop_values(
 
 def _plain(node: Any, parameters: Mapping[str, Any]) -> Label | None:
     match node:
+        case ast.Percent(value=value):
+            return Percent(value)
         case ast.Number(value=value) | ast.String(value=value):
             return value
         case ast.Negative(operand=ast.Number(value=value)):
@@ -68,9 +70,6 @@ def _numbers(
         return None
     low, high = _plain(values.low, parameters), _plain(values.high, parameters)
     width = 1 if step is None else _plain(step, parameters)
-    if isinstance(values.low, ast.Percent):
-        diagnostics.append(NotSupported(span=loop.domain.span, what="a `for` over percentages"))
-        return None
     if (
         not isinstance(low, int | float)
         or not isinstance(high, int | float)
@@ -78,7 +77,28 @@ def _numbers(
     ):
         _bad_loop(loop, "a range needs numbers at both ends", diagnostics)
         return None
-    if high < low or width <= 0:
+    percent = [isinstance(each, Percent) for each in (low, high, width)]
+    if step is None and isinstance(low, Percent) and isinstance(high, Percent):
+        _bad_loop(
+            loop,
+            "a range of percentages needs a step",
+            diagnostics,
+            f"for example `for {loop.name} in {low}..{high} step 5%`",
+        )
+        return None
+    if any(percent) and not all(percent):
+        _bad_loop(
+            loop,
+            "it mixes percentages and numbers",
+            diagnostics,
+            f"write all with their sign: `for {loop.name} in 0%..100% step 5%`",
+        )
+        return None
+    if width <= 0:
+        example = f"for {loop.name} in {low}..{high} step {'5%' if all(percent) else '1'}"
+        _bad_loop(loop, "its step is not above 0", diagnostics, f"for example `{example}`")
+        return None
+    if high < low:
         diagnostics.append(
             EmptyRange(
                 span=loop.domain.span,
@@ -92,16 +112,20 @@ def _numbers(
     if count > MOST_VALUES:
         _bad_loop(loop, f"{count:,} values are more than {MOST_VALUES:,}", diagnostics)
         return None
-    return tuple(low + i * width for i in range(count))
+    found = (low + i * width for i in range(count))
+    return tuple(Percent(value) if all(percent) else value for value in found)
 
 
-def _bad_loop(loop: spec.Loop, reason: str, diagnostics: list[Diagnostic]) -> None:
+def _bad_loop(
+    loop: spec.Loop, reason: str, diagnostics: list[Diagnostic], hint: str | None = None
+) -> None:
     diagnostics.append(
         BadLoopValue(
             span=loop.domain.span,
             name=loop.name,
             reason=reason,
-            hint="for example `for l in 0..11`, `for l in [0, 4, 8]` or "
+            hint=hint
+            or "for example `for l in 0..11`, `for l in [0, 4, 8]` or "
             "`for c in [attn_out, mlp_out]`",
         )
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.diagnostics.e05_data import MultiTokenText
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
+from mechdsl.python_files import find_function, is_python
 from mechdsl.registry import nearest
 from mechdsl.resolve.sites import SiteContext, resolve_point
 from mechdsl.resolve.types import Atom, Env, ResolvedMeasure
@@ -38,6 +39,10 @@ class MeasureContext:
     diagnostics: list[Diagnostic] = field(default_factory=list)
     at: ast.Position | None = None
     """Where the measure in work is read; None is the last token."""
+    observes: bool = False
+    """Whether the experiment observes attention."""
+    metrics: Collection[str] = ()
+    """Names of the metrics that the file defines."""
 
     @property
     def parameters(self) -> Mapping[str, Any]:
@@ -107,7 +112,7 @@ def _masked(
 ) -> bool:
     """Whether a model that sees the whole prompt can measure this: it predicts tokens in their own
     place, and not what comes next."""
-    logits = [a for a in atoms if a.form.takes != "activations"]
+    logits = [a for a in atoms if a.form.takes not in ("activations", "attention")]
     if logits and at is None:
         reason = "a masked language model predicts tokens in their own place"
         hint = 'write where: `at "[MASK]" token`, with the tokenizer\'s own mask in the template'
@@ -198,13 +203,15 @@ def _collect(expression: ast.Expr, context: MeasureContext, atoms: dict[ast.Expr
 
 
 def _atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | None:
+    if isinstance(node, ast.Call) and is_python(node):
+        return _of_python(node, context)
     name = node.id if isinstance(node, ast.Name) else node.name
     metric = METRICS.get(name)
     if metric is None:
         if isinstance(node, ast.Name) and name in context.parameters:
             hint = "parameters can't stand in a measure"
         else:
-            hint = did_you_mean(METRICS.suggest(name), f"metrics are {', '.join(METRICS)}")
+            hint = _other_word(node, name, context)
         context.diagnostics.append(UnknownWord(span=node.span, kind="metric", word=name, hint=hint))
         return None
     if not metric.supported:
@@ -216,11 +223,24 @@ def _atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | None:
         _refuse(
             context,
             node.span,
-            "its argument doesn't fit",
+            "its argument doesn't fit" if arguments else "it has no argument",
             f"write {_usage(name, metric.forms)}",
         )
         return None
     return _BUILDERS[form.takes](node, name, form, arguments, context)
+
+
+def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
+    """What to write where something else than a metric stands."""
+    rows = context.table.runs["clean"].rows
+    if name in context.metrics:
+        return f"`{name}` is defined in this file: write it alone, without brackets"
+    if isinstance(node, ast.Name) and rows and name in rows[0].values:
+        return f"`{name}` is a value of the prompts, and metrics are read off the model's output"
+    if name == "auc":
+        return "the area under a curve is an expectation: `expect auc(prob, k) < 0.4`"
+    known = ", ".join(word for word, metric in METRICS.items() if metric.supported)
+    return did_you_mean(METRICS.suggest(name), f"metrics are {known}")
 
 
 def _form(
@@ -234,6 +254,7 @@ def _form(
         return (
             forms.get("nothing")
             or forms.get("prompt")
+            or forms.get("attention")
             or next((f for f in forms.values() if f.default is not None), None)
         )
     if len(values) == 2:
@@ -253,6 +274,7 @@ _USAGE: Mapping[Takes, str] = {
     "nothing": "`{}`",
     "prompt": "`{}`",
     "activations": "`{}(L3.resid, clean)`",
+    "attention": "`{}`, beside a line `observe attention …`",
 }
 
 
@@ -270,6 +292,20 @@ def _plain(
     arguments: tuple[ast.Argument, ...],
     context: MeasureContext,
 ) -> Atom:
+    return Atom(node, name, form)
+
+
+def _of_attention(
+    node: ast.Expr,
+    name: str,
+    form: Form,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> Atom | None:
+    if not context.observes:
+        hint = "add a line `observe attention layer * head * from last token to …`"
+        _refuse(context, node.span, "nothing says which attention", hint)
+        return None
     return Atom(node, name, form)
 
 
@@ -405,9 +441,30 @@ def _of_activations(
     return None if point is None or run is None else Atom(node, name, form, run=run, point=point)
 
 
+def _of_python(node: ast.Call, context: MeasureContext) -> Atom | None:
+    """A function of a Python file. Nothing of it runs before there are logits."""
+    function, problems = find_function(node, "metric")
+    context.diagnostics.extend(problems)
+    if function is None:
+        return None
+    form = Form("rows", "", "number", function.call, "a function of a Python file")
+    rows = tuple(
+        {
+            **row.values,
+            **{name: text.text for name, text in row.texts.items()},
+            # No name of a value has a dot, so these take none of their places.
+            **{f"{name}.ids": text.ids for name, text in row.texts.items()},
+        }
+        for row in context.table.runs["clean"].rows
+    )
+    return Atom(node, function.name, form, python=function, rows=rows)
+
+
 def known_run(value: Any, context: MeasureContext) -> str | None:
     """The run that `kl(clean)` names; E0201 where the block has none of that name."""
     name = value.id if isinstance(value, ast.Name) else ""
+    if isinstance(value, ast.Attribute):  # a corruption of another block
+        name = f"{value.name}.{value.attribute}"
     if name in context.table.runs:
         return name
     runs = list(context.table.runs)
@@ -442,6 +499,7 @@ _BUILDERS: Mapping[Takes, Builder] = {
     "reference": _of_run,
     "nothing": _plain,
     "prompt": _plain,
+    "attention": _of_attention,
     "activations": _of_activations,
 }
 

@@ -3,53 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from itertools import product
-from typing import Any
 
 from mechdsl import spec
-from mechdsl.data.positions import check_joined, resolve_positions
 from mechdsl.data.replace import replace_tokens
-from mechdsl.data.types import PositionCell, Run
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.data.types import Run
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
-from mechdsl.diagnostics.e03_coordinates import (
-    BadLoopValue,
-    UnevenPositions,
-)
-from mechdsl.diagnostics.e03_positions import AbsentOccurrence
+from mechdsl.diagnostics.e03_coordinates import UnevenPositions
+from mechdsl.diagnostics.e03_rules import UnequalPrompts
+from mechdsl.diagnostics.e06_onward import BadPick
+from mechdsl.python_files import PythonFunction, find_function, is_python
 from mechdsl.registry import nearest
-from mechdsl.resolve.sites import resolve_site
-from mechdsl.resolve.types import (
-    Axis,
-    Fill,
-    Key,
-    PositionTargets,
-    ResolvedRule,
-    SiteTargets,
-)
+from mechdsl.resolve.amounts import resolve_amounts
+from mechdsl.resolve.edges import resolve_edge_rule
+from mechdsl.resolve.onward import pick_nothing
+from mechdsl.resolve.paths import resolve_path
+from mechdsl.resolve.sites import resolve_site, with_read_layers
+from mechdsl.resolve.targets import rule_targets
+from mechdsl.resolve.types import Amounts, Fill, Key, PositionTargets, ResolvedRule, SiteTargets
 from mechdsl.resolve.work import Work
+from mechdsl.spec import ATTENTION_VERBS
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
+from mechdsl.vocab.sites import SITES
 
 FILLS: Mapping[str, Fill] = {"zero": "zero", "mean": "mean", "resample": "resample"}
 
 
 def resolve_rule(rule: spec.Rule, work: Work) -> ResolvedRule | None:
     """The rule with its targets; its sweeps become axes of the experiment."""
+    if rule.verb in ATTENTION_VERBS:
+        return resolve_edge_rule(rule, work)
+    if rule.verb == "path":
+        return resolve_path(rule, work)
     fill, run, groups = _fill(rule, work)
     sites: SiteTargets | None = None
     if rule.site is not None:
         sites, axes = resolve_site(rule.site, work.sites)
+        if sites is not None and rule.into_layer is not None:
+            sites, more = with_read_layers(sites, rule.into_layer, work.sites)
+            axes = (*axes, *more)
         for axis in axes:
             work.add_axis(axis)
-    positions = _position_targets(rule, run, work)
+    sites, positions = pick_nothing(sites, rule_targets(rule, run, work))
+    amounts: Amounts | None = None
+    python: PythonFunction | None = None
+    if fill == "python":
+        assert isinstance(rule.fill, ast.Call)
+        python, problems = find_function(rule.fill, "fill")
+        work.diagnostics.extend(problems)
+        fill = fill if python is not None else None
+    if fill == "number":
+        amounts = resolve_amounts(rule.fill, work)
+        fill = fill if amounts is not None else None
     broken = rule.site is not None and sites is None
     if broken or positions is None or fill is None:
         return None
     if fill in ("mean", "resample"):
         _even(rule, positions, work)
+    if sites is not None:
+        _equally_long(rule, sites, fill, run, work)
     return ResolvedRule(
         spec=rule,
         fill=fill,
@@ -58,7 +71,39 @@ def resolve_rule(rule: spec.Rule, work: Work) -> ResolvedRule | None:
         positions=positions,
         inputs=_inputs(rule, positions, work),
         groups=groups,
+        amounts=amounts,
+        python=python,
     )
+
+
+def _equally_long(rule: spec.Rule, sites: SiteTargets, fill: Fill, run: str, work: Work) -> None:
+    """E0333 where vectors over the keys of one prompt would be written into a longer one."""
+    named = {p.site for points in sites.points.values() for p in points}
+    over_keys = sorted(site for site in named if SITES[site].width == "key")
+    if not over_keys or fill not in ("source", "mean", "resample"):
+        return
+    base = [len(row.ids) for row in work.table.runs[work.experiment.base].rows]
+    other = [len(row.ids) for row in work.table.runs[run].rows]
+    if fill == "source":
+        row = next((n for n, (a, b) in enumerate(zip(base, other, strict=True)) if a != b), None)
+        second = f"{other[row]} in `{run}`" if row is not None else ""
+        what, hint = "the two runs", "patch `z`, or let the corruption keep the number of tokens"
+    else:
+        row = next((n for n, length in enumerate(base) if length != other[0]), None)
+        second = f"row 0 has {other[0]}"
+        what, hint = "rows", "ablate `z`, or use prompts of one length"
+    if row is not None:
+        work.diagnostics.append(
+            UnequalPrompts(
+                span=rule.span,
+                site=over_keys[0],
+                what=what,
+                row=row,
+                first=base[row],
+                second=second,
+                hint=hint,
+            )
+        )
 
 
 def _inputs(rule: spec.Rule, positions: PositionTargets, work: Work) -> dict[Key, Run]:
@@ -87,6 +132,18 @@ def _inputs(rule: spec.Rule, positions: PositionTargets, work: Work) -> dict[Key
 
 def _even(rule: spec.Rule, positions: PositionTargets, work: Work) -> None:
     """Means and resamplings go over rows, so a position must be the same thing in every row."""
+    ranked = next((n for n in walk(rule.at) if isinstance(n, ast.RankedTokens)), None)
+    if ranked is not None:
+        work.diagnostics.append(
+            BadPick(
+                span=ranked.span,
+                text=ranked.span.written,
+                reason="every row has tokens of its own, so a mean or a resampling over rows has "
+                "nothing to go over",
+                hint="write `with zero`, or name positions that are the same in every row",
+            )
+        )
+        return
     for cell in positions.read.values():
         sizes = {len(tokens) for row in cell.hits for tokens in row}
         if len(sizes) > 1:
@@ -106,6 +163,10 @@ def _fill(rule: spec.Rule, work: Work) -> tuple[Fill | None, str, tuple[str, ...
     base = work.experiment.base
     if rule.verb == "patch":
         return "source", rule.source or base, None
+    if rule.verb in ("swap", "freeze"):
+        return "source", base, None
+    if rule.verb == "set":
+        return "python" if is_python(rule.fill) else "number", base, None
     if rule.verb == "replace":
         return "text", base, None
     run = "clean"
@@ -169,119 +230,3 @@ def _groups(rule: spec.Rule, fill: Fill, work: Work) -> tuple[str, ...] | None:
         )
         return None
     return tuple(str(row.values[rule.by]) for row in rows)
-
-
-def _position_targets(rule: spec.Rule, run: str, work: Work) -> PositionTargets | None:
-    """Where the rule writes and reads, for every value of the loops that its positions name."""
-    base = work.experiment.base
-    loops = [
-        name
-        for name in work.loops
-        if any(isinstance(n, ast.TokenIndex) and n.low == name for n in walk(rule.at))
-    ]
-    written: dict[Key, PositionCell] = {}
-    read: dict[Key, PositionCell] = {}
-    swept: list[PositionCell] | None = None
-    left_out: tuple[str, ...] = ()
-    for key in product(*(range(len(work.loops[name])) for name in loops)):
-        values = {
-            **{k: v for k, v in work.program.parameters.items() if isinstance(v, int)},
-            **{n: work.loops[n][i] for n, i in zip(loops, key, strict=True)},
-        }
-        found = _cells(rule, run, base, values, work)
-        if found is None:
-            return None
-        cells, reads, left_out = found
-        if loops and len(cells) > 1:
-            work.diagnostics.append(
-                BadLoopValue(
-                    span=rule.at.span,
-                    name=loops[0],
-                    reason="it can't stand beside another sweep of positions",
-                    hint="name one position: `token " + loops[0] + "`",
-                )
-            )
-            return None
-        swept = cells
-        for index, (cell, source) in enumerate(zip(cells, reads, strict=True)):
-            here = key if len(cells) == 1 else (*key, index)
-            written[here] = cell
-            read[here] = source
-    assert swept is not None
-    names = tuple(loops)
-    if len(swept) > 1:
-        items = tuple(cell.item for cell in swept)
-        work.add_axis(
-            Axis(
-                "position",
-                tuple(cell.label for cell in swept),
-                rule.at.span,
-                alias="item" if all(i is not None for i in items) else None,
-                items=items,
-            )
-        )
-        names = (*names, "position")
-    return PositionTargets(names, written, read, left_out)
-
-
-def _cells(
-    rule: spec.Rule, run: str, base: str, values: Mapping[str, Any], work: Work
-) -> tuple[list[PositionCell], list[PositionCell], tuple[str, ...]] | None:
-    """The cells of a rule's positions in the base run, the same ones where it reads, and the
-    labels of those that no row has in both."""
-
-    def found(name: str, other: str) -> tuple[PositionCell, ...] | None:
-        cells, problems = resolve_positions(
-            rule.at,
-            work.table,
-            name,
-            tokenizer=work.model.tokenizer,
-            loop_values=values,
-            with_runs=() if other == name else (other,),
-        )
-        work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
-        return None if has_errors(problems) else cells
-
-    cells = found(base, run)
-    if cells is None:
-        return None
-    if run == base:
-        return list(cells), list(cells), ()
-    sources = found(run, base)
-    if sources is None:
-        return None
-    by_label = {cell.label: cell for cell in sources}
-    pairs = [_common(cell, by_label[cell.label]) for cell in cells if cell.label in by_label]
-    pairs = [pair for pair in pairs if any(pair[0].hits)]
-    if not pairs:
-        work.diagnostics.append(
-            AbsentOccurrence(
-                span=rule.at.span,
-                position=rule.at.span.written,
-                run=run,
-                lacking=len(work.table),
-                total=len(work.table),
-                example=f'"{work.table.runs[run].rows[0].text}"',
-                hint=f"name a position that a row has in both `{base}` and `{run}`",
-            )
-        )
-        return None
-    written = [pair[0] for pair in pairs]
-    read = [pair[1] for pair in pairs]
-    problems = check_joined(written, read, span=rule.at.span, table=work.table, runs=(base, run))
-    work.diagnostics.extend(problems)
-    labels = dict.fromkeys(cell.label for cell in (*cells, *sources))
-    left_out = tuple(label for label in labels if label not in {cell.label for cell in written})
-    return None if has_errors(problems) else (written, read, left_out)
-
-
-def _common(cell: PositionCell, source: PositionCell) -> tuple[PositionCell, PositionCell]:
-    """Both without the rows that lack the position in one of the runs."""
-    keep = [bool(a) and bool(b) for a, b in zip(cell.hits, source.hits, strict=True)]
-    if all(keep):
-        return cell, source
-
-    def cut(one: PositionCell) -> PositionCell:
-        return replace(one, hits=tuple(h if k else () for h, k in zip(one.hits, keep, strict=True)))
-
-    return cut(cell), cut(source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -23,6 +23,7 @@ from mechdsl.diagnostics.e03_coordinates import (
 from mechdsl.diagnostics.e04_model import SiteNotInBlock
 from mechdsl.models.shape import ModelShape, missing_site, units
 from mechdsl.registry import nearest
+from mechdsl.resolve.onward import Onward
 from mechdsl.resolve.types import Axis, Key, Label, SitePoint, SiteTargets
 from mechdsl.source import Span
 from mechdsl.syntax import ast
@@ -41,6 +42,7 @@ class SiteContext:
     parameters: Mapping[str, Any]
     loops: Mapping[str, tuple[Label, ...]]
     diagnostics: list[Diagnostic] = field(default_factory=list)
+    onward: Onward = field(default_factory=Onward)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def resolve_site(
     """The targets of a site and the axes that it adds; None after an error."""
     if site.short is not None:
         targets, axes = _fixed(site, (site,), context)
+    elif site.ranked is not None:
+        targets, axes = _picked(site, site.ranked, context), ()
     elif len(site.names) == 1 and not site.axes and site.names[0].id in context.groups:
         targets, axes = _fixed(site, context.groups[site.names[0].id].sites, context)
     else:
@@ -141,6 +145,14 @@ def _fixed(
                 return None, ()
             points.append(point)
             continue
+        if member.ranked is not None:
+            found = context.onward.pick_sites(
+                member.ranked, context.parameters, context.diagnostics
+            )
+            if found is None:
+                return None, ()
+            points.extend(point for each in found for point in each.points)
+            continue
         targets, axes = _swept(member, context)
         if targets is None:
             return None, ()
@@ -155,8 +167,28 @@ def _fixed(
             )
             return None, ()
         points.extend(targets.points[()])
-    label = points_label(points) if len(sites) == 1 else site.span.written
+    points = list(dict.fromkeys(points))  # a group may name what is picked for it too
+    plain = len(sites) == 1 and sites[0].ranked is None
+    label = points_label(points) if plain else site.span.written
     return SiteTargets((), {(): tuple(points)}, {(): label}), ()
+
+
+def _picked(site: ast.Site, node: ast.Ranked, context: SiteContext) -> SiteTargets | None:
+    """`top 10 of cie`, joined, for every value of the `for` that its number names."""
+    loops = tuple(name for name in context.loops if name == node.amount)
+    points: dict[Key, tuple[SitePoint, ...]] = {}
+    labels: dict[Key, str] = {}
+    for key in product(*(range(len(context.loops[name])) for name in loops)):
+        values = {name: context.loops[name][i] for name, i in zip(loops, key, strict=True)}
+        found = context.onward.pick_sites(
+            node, {**context.parameters, **values}, context.diagnostics
+        )
+        if found is None:
+            return None
+        points[key] = tuple(dict.fromkeys(point for each in found for point in each.points))
+        several = f"top {values[loops[0]]} of {node.of}" if loops else site.span.written
+        labels[key] = found[0].label if len(found) == 1 else several
+    return SiteTargets(loops, points, labels)
 
 
 def _short(short: ast.ShortSite, context: SiteContext) -> SitePoint | None:
@@ -200,7 +232,7 @@ def _short_kind(short: ast.ShortSite, context: SiteContext) -> SiteKind | None:
 
 
 def _unknown_component(word: str, span: Span, context: SiteContext) -> None:
-    known = ", ".join(f"`{name}`" for name, kind in SITES.items() if kind.supported)
+    known = ", ".join(f"`{name}`" for name in SITES)
     context.diagnostics.append(
         UnknownWord(
             span=span,
@@ -213,7 +245,9 @@ def _unknown_component(word: str, span: Span, context: SiteContext) -> None:
 
 def _no_component(span: Span, context: SiteContext) -> None:
     components = ", ".join(
-        f"`{name}`" for name, kind in SITES.items() if kind.supported and kind.axes == ("layer",)
+        f"`{name}`"
+        for name, kind in SITES.items()
+        if kind.axes == ("layer",) and name in context.shape.sites
     )
     context.diagnostics.append(NoComponent(span=span, components=components))
 
@@ -250,17 +284,98 @@ def _component(site: ast.Site, context: SiteContext) -> list[SiteKind] | None:
 
 
 def _available(kind: SiteKind, span: Span, context: SiteContext) -> bool:
-    if not kind.supported:
-        context.diagnostics.append(NotSupported(span=span, what=f"the site `{kind.name}`"))
-        return False
     missing = missing_site(context.shape, kind.name, model=context.model, span=span)
     if missing is not None:
         context.diagnostics.append(missing)
     return missing is None
 
 
-def _swept(site: ast.Site, context: SiteContext) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
-    kinds = _component(site, context)
+def attention_sites(
+    edge: ast.Edge, context: SiteContext
+) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
+    """Layers and heads of a rule on edges of attention, as points of `pattern`; without a head
+    axis all heads."""
+    pattern = SITES["pattern"]
+    if not _available(pattern, edge.span, context):
+        return None, ()
+    if not any(axis.word == "layer" for axis in edge.axes):
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=edge.span,
+                site="attention",
+                reason="needs a layer",
+                hint="write `attention layer * …` for every layer, one run each, or "
+                "`attention layers * …` for all of them at once",
+            )
+        )
+        return None, ()
+    site = ast.Site((ast.Name("attention", span=edge.span),), edge.axes, span=edge.span)
+    targets, axes = _swept(site, context, [pattern])
+    if targets is None:
+        return None, ()
+    points = (point for here in targets.points.values() for point in here)
+    missing = missing_points(points, context.shape, context.model, edge.span)
+    if missing is not None:
+        context.diagnostics.append(missing)
+        return None, ()
+    labels = {key: label.replace(".pattern", ".attention") for key, label in targets.labels.items()}
+    return replace(targets, labels=labels), axes
+
+
+def with_read_layers(
+    read: SiteTargets, into: ast.Star | ast.AxisRange, context: SiteContext
+) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
+    """`into layer L`: what is read stays, what is written lies in other layers; several of them
+    are an axis `to_layer`."""
+    kinds = [SITES[p.site] for points in read.points.values() for p in points]
+    if not all(kind.has_layer for kind in kinds):
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=into.span,
+                site=kinds[0].name,
+                reason="has no layers to be written into",
+                hint="leave `into layer …` out",
+            )
+        )
+        return None, ()
+    for own in read.points.values():
+        if len({p.layer for p in own}) > 1:
+            context.diagnostics.append(
+                AxisDoesNotFit(
+                    span=into.span,
+                    site=points_label(own),
+                    reason="is read in several layers at once, which can't all go into one",
+                    hint="sweep with `layer`, the singular, or leave `into layer …` out",
+                )
+            )
+            return None, ()
+    word = ast.Axis("layer", False, (into,), span=into.span)
+    values = _axis_values(word, kinds, context)
+    if values is None:
+        return None, ()
+    axes = (Axis("to_layer", values.labels, values.span),) if values.swept else ()
+    extra = [values.loop] if values.loop is not None and values.loop not in read.axes else []
+    names = (*read.axes, *extra, *(axis.name for axis in axes))
+    sizes = [len(context.loops[loop]) for loop in extra] + [len(axis) for axis in axes]
+    points: dict[Key, tuple[SitePoint, ...]] = {}
+    sources: dict[Key, tuple[SitePoint, ...]] = {}
+    labels: dict[Key, str] = {}
+    for before, own in read.points.items():
+        for more in product(*map(range, sizes)):
+            key = (*before, *more)
+            at = dict(zip(names, key, strict=True))
+            index = at[values.loop] if values.loop is not None else at.get("to_layer", 0)
+            layer = values.choices[index][0]
+            points[key] = tuple(replace(p, layer=layer) for p in own)
+            sources[key] = own
+            labels[key] = f"{read.labels[before]} → L{layer}"
+    return SiteTargets(names, points, labels, sources), axes
+
+
+def _swept(
+    site: ast.Site, context: SiteContext, kinds: list[SiteKind] | None = None
+) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
+    kinds = _component(site, context) if kinds is None else kinds
     if kinds is None:
         return None, ()
     if not all(_axes_fit(site, kind, context) for kind in kinds):
@@ -386,8 +501,9 @@ def _axis_values(
         if low is None or high is None:
             return None
         if high < low:
+            ends = [value.low.span.written, (value.high or value.low).span.written]
             context.diagnostics.append(
-                EmptyRange(span=value.span, text=value.span.written, low=str(high), high=str(low))
+                EmptyRange(span=value.span, text=value.span.written, low=ends[1], high=ends[0])
             )
             return None
         single = single and value.high is None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from mechdsl import spec
 from mechdsl.data.tokenizer import TextTokenizer
 from mechdsl.data.types import PositionCell, PromptTable, Run
 from mechdsl.models.shape import ModelShape
+from mechdsl.python_files import PythonFunction
 from mechdsl.record import Record, record
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import Form
@@ -67,6 +68,8 @@ class SiteTargets(Record):
     points: Mapping[Key, tuple[SitePoint, ...]]
     labels: Mapping[Key, str]
     """As tables show the site: `L2H0.z`."""
+    sources: Mapping[Key, tuple[SitePoint, ...]] | None = None
+    """What is read for each of the points, where that is another one (`into layer`)."""
 
 
 @record
@@ -81,7 +84,34 @@ class PositionTargets(Record):
     """Labels of positions that no row has in both runs."""
 
 
-Fill = Literal["source", "zero", "mean", "resample", "text"]
+Fill = Literal[
+    "source", "zero", "mean", "resample", "text", "number", "python", "edge", "observe", "path"
+]
+EdgeKind = Literal["block", "reweight", "uniform", "weight", "observe"]
+
+
+@record
+class Amounts(Record):
+    """A number that a rule writes, for every value of the loops that it names."""
+
+    axes: tuple[str, ...]
+    values: Mapping[Key, float]
+
+
+@record
+class EdgeTargets(Record):
+    """Edges of attention: from the rule's positions, the queries, to these keys."""
+
+    kind: EdgeKind
+    keys: PositionTargets
+
+
+@record
+class PathTargets(Record):
+    """Where paths end."""
+
+    receivers: SiteTargets
+    through_mlps: bool
 
 
 @record
@@ -99,6 +129,17 @@ class ResolvedRule(Record):
     """`replace`: the base run with the text put in, for every value of its positions."""
     groups: tuple[str, ...] | None = None
     """Per row, the group whose mean fills it (`mean by template`)."""
+    amounts: Amounts | None = None
+    """`set`, `reweight`: the number."""
+    python: PythonFunction | None = None
+    """`set … to python(…)`: what makes new vectors of the base run's."""
+    edge: EdgeTargets | None = None
+    path: PathTargets | None = None
+
+    @property
+    def writes_sites(self) -> bool:
+        """Whether vectors are written at its sites: not on edges, nor by looking at them."""
+        return self.sites is not None and self.edge is None
 
 
 Env = int | None
@@ -120,6 +161,9 @@ class Atom(Record):
     """The reference run of `kl`, `js`, `cosine`."""
     point: SitePoint | None = None
     """The site of `cosine`."""
+    python: PythonFunction | None = None
+    rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
+    """What it is given of every row."""
 
     @property
     def by_item(self) -> bool:
@@ -157,10 +201,39 @@ class ResolvedExperiment(Record):
     accuracies: Mapping[str, ResolvedMeasure]
     """`correct` on the runs that an `accuracy(RUN)` asks for."""
     seed: int
+    picks: Mapping[str, str] = field(default_factory=dict[str, str])
+    """`top 3 of cie` → what that is, in words."""
+    stand_ins: tuple[str, ...] = ()
+    """Experiments that it picks from and that haven't run: their first cells stand in."""
+    sites_of: Mapping[str, ast.Span] = field(default_factory=dict, compare=False, repr=False)
+    """Experiments whose sites it uses → where."""
+    control: Control | None = None
+    control_of: str | None = None
+    """The experiment that this one is the control of, by its key."""
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def key(self) -> str:
+        """Its name among all variants."""
+        return self.spec.key
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The model that it runs on, and others that it reads."""
+        others = (run.model for run in self.spec.elsewhere if run.model is not None)
+        return tuple(dict.fromkeys((self.model.name, *others)))
+
+    @property
+    def python(self) -> tuple[PythonFunction, ...]:
+        """Functions of Python files that its numbers hang on."""
+        measured = [atom.python for m in (*self.measures, *self.keep) for atom in m.atoms]
+        written = [rule.python for rule in self.rules]
+        own = (each for each in (*measured, *written) if each is not None)
+        found = [*self.table.python, *own]
+        return tuple(dict.fromkeys(found))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -172,3 +245,20 @@ class ResolvedExperiment(Record):
         for size in self.shape:
             cells *= size
         return cells
+
+
+@record
+class Control(Record):
+    """The same experiment on targets that were drawn at random."""
+
+    experiment: ResolvedExperiment
+    """With an axis `DRAW` in front of all others."""
+    draws: int
+    what: str
+    """`random heads`."""
+    said: str
+    """How they were drawn."""
+
+
+DRAW = "random draw"
+"""An axis that no file can name."""

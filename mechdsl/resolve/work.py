@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mechdsl import spec
 from mechdsl.data.types import PromptTable
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_coordinates import AxesCollide
+from mechdsl.resolve.onward import Hits
 from mechdsl.resolve.sites import SiteContext
 from mechdsl.resolve.types import Axis, Label, ModelContext
+from mechdsl.syntax import ast
 
 
 @dataclass
@@ -31,6 +34,18 @@ class Work:
     @property
     def loops(self) -> Mapping[str, tuple[Label, ...]]:
         return self.sites.loops
+
+    def ranked(
+        self,
+        base: ast.RankedTokens,
+        run: str,
+        values: Mapping[str, Any],
+        diagnostics: list[Diagnostic],
+    ) -> list[tuple[str, list[Hits]]]:
+        """The tokens that another experiment ranked, in one run of this one's rows."""
+        return self.sites.onward.pick_tokens(
+            base, run, values, self.table, self.model.tokenizer, diagnostics
+        )
 
     def add_axis(self, axis: Axis) -> None:
         """Enter a sweep; E0320 where another one has its name."""

@@ -63,6 +63,19 @@ class CellStatistics:
     """Over how many cells, of all measures, p was corrected."""
 
 
+@dataclass(frozen=True, eq=False)
+class NullBand:
+    """What `against random(n)` found: the same effect on targets that were drawn at random."""
+
+    low: Floats
+    """[cell]: between `low` and `high` lie as many of the draws as the confidence says."""
+    high: Floats
+    mean: Floats
+    draws: int
+    what: str
+    """What was drawn, in words: `random heads`."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean over prompts with its interval, of an unpatched run."""

@@ -27,6 +27,16 @@ class Part(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
+class NullDocument(Part):
+    """The same effect on targets drawn at random (`against random(n)`)."""
+
+    mean: float | None
+    low: float | None = Field(description="most of the draws lie between `low` and `high`")
+    high: float | None
+    draws: int
+    what: str = Field(description="what was drawn")
+
+
 class MeasureDocument(Part):
     """One effect in one cell."""
 
@@ -45,6 +55,7 @@ class MeasureDocument(Part):
     mean_error: float | None = Field(
         default=None, description="categories: mean absolute difference to the right number"
     )
+    null: NullDocument | None = Field(default=None, description="controls, where there are some")
     n: int | None = Field(default=None, description="prompts, where fewer than the cell has")
     inert: Literal[True] | None = Field(
         default=None, description="by structure equal to the base run, out of the correction"
@@ -156,10 +167,24 @@ def _measure(result: ExperimentResult, measure: int, cell: int, n: int) -> Measu
         source=_number(found.source_mean[cell]),
         **category,
         **_given(
+            null=_null(result, measure, cell),
             n=int(found.n[cell]) if int(found.n[cell]) != n else None,
             inert=True if data.inert[cell] else None,
             reason=_reason(found.reasons[cell], data, result.source),
         ),
+    )
+
+
+def _null(result: ExperimentResult, measure: int, cell: int) -> NullDocument | None:
+    band = result.control(measure)
+    if band is None:
+        return None
+    return NullDocument(
+        mean=_number(band.mean[cell]),
+        low=_number(band.low[cell]),
+        high=_number(band.high[cell]),
+        draws=band.draws,
+        what=band.what,
     )
 
 

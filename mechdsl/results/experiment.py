@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl import spec
-from mechdsl.results.cell import CellKey
-from mechdsl.results.data import CellStatistics, Floats, Interval, MeasureData
+from mechdsl.percent import Percent
+from mechdsl.results.cell import CellKey, Coord
+from mechdsl.results.data import CellStatistics, Floats, Interval, MeasureData, NullBand
 from mechdsl.results.resampling import Resampling
 from mechdsl.results.statistics import run_interval
 
@@ -56,6 +57,8 @@ class ExperimentResult:
     """Run name -> 1 or 0 per prompt, where the prompts have an answer."""
     base: str = "clean"
     source: str | None = None
+    called: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Other names of base and source, for people: a block's or a model's for its clean run."""
     conventions: Mapping[str, str] = field(default_factory=dict[str, str])
     hashes: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of `model` and `data`."""
@@ -63,6 +66,12 @@ class ExperimentResult:
     """Per prompt, the same prompt has the same id in every experiment."""
     row_values: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
     """Values of the prompts block per prompt, for `report table by VAR` and `stats by VAR`."""
+    controls: tuple[NullBand | None, ...] = ()
+    """Per measure, or empty where no experiment was run `against` something."""
+    texts: tuple[tuple[str, ...], ...] = ()
+    """Per prompt, the tokens of the base run as text, for `report overlay`."""
+    hits: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    """Per cell and prompt, the indices into `texts` of the tokens that were hit."""
 
     reports: tuple[spec.Report, ...] = ()
     settings: spec.Statistics | None = None
@@ -78,7 +87,12 @@ class ExperimentResult:
     @property
     def direction(self) -> str:
         """`clean → fewer`, or the base run alone."""
-        return f"{self.source} → {self.base}" if self.source else self.base
+        base = self.shown(self.base)
+        return f"{self.shown(self.source)} → {base}" if self.source else base
+
+    def shown(self, runs: str) -> str:
+        """What people call a run, or several: `clean` says too little beside another block."""
+        return ", ".join(self.called.get(run, run) for run in runs.split(", "))
 
     @property
     def holds(self) -> bool:
@@ -92,6 +106,10 @@ class ExperimentResult:
         if by is None or by not in self.row_values:
             return None
         return np.array([str(value) for value in self.row_values[by]])
+
+    def control(self, measure: int) -> NullBand | None:
+        """The null band beside a measure."""
+        return self.controls[measure] if self.controls else None
 
     @cached_property
     def resampling(self) -> Resampling:
@@ -149,7 +167,8 @@ def _none(value: Any) -> float | None:
 
 def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
     for index, cell in enumerate(result.cells):
-        for data, found in zip(result.measures, result.statistics, strict=True):
+        for measure, data in enumerate(result.measures):
+            found = result.statistics[measure]
             values = {
                 "site": cell.site,
                 # an axis may have this name; what is hit is the same then
@@ -162,16 +181,33 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 "effect": data.effect,
                 "n": int(found.n[index]),
                 **{key: _none(getattr(found, key)[index]) for key in NUMBERS},
+                **_null(result, measure, index),
                 "inert": bool(data.inert[index]),
                 "reason": found.reasons[index],
             }
             axes = {
                 # the variable of a `for` may be called like a column
-                f"axis_{axis}" if axis in values else axis: cell.coords[axis]
+                f"axis_{axis}" if axis in values else axis: _number_of(cell.coords[axis])
                 for axis in result.axes
                 if axis != "position"
             }
             yield {"experiment": result.name, "model": result.model, **axes, **values}
+
+
+def _number_of(coordinate: Coord) -> Coord:
+    """A percentage without its sign, as columns are calculated with."""
+    return float(coordinate) if isinstance(coordinate, Percent) else coordinate
+
+
+def _null(result: ExperimentResult, measure: int, cell: int) -> dict[str, Any]:
+    """Columns that only experiments with controls have."""
+    if not result.controls:
+        return {}
+    band = result.control(measure)
+    return {
+        f"null_{key}": None if band is None else _none(getattr(band, key)[cell])
+        for key in ("mean", "low", "high")
+    }
 
 
 def _frame(records: list[dict[str, Any]]) -> pandas.DataFrame:

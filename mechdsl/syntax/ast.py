@@ -598,6 +598,11 @@ class SetEdge(Node):
 
 
 @record
+class ObserveAttention(Node):
+    edge: Edge
+
+
+@record
 class SetSite(Node):
     site: Site
     at: Positions
@@ -669,6 +674,7 @@ RuleBody = (
     | Clamp
     | SwapSites
     | Freeze
+    | ObserveAttention
 )
 
 
@@ -758,11 +764,6 @@ class Search(Node):
     how: Name
     what: Name
     up_to: int | str
-
-
-@record
-class ObserveAttention(Node):
-    edge: Edge
 
 
 @record

@@ -143,8 +143,9 @@ def _first_word(mistake: Mistake) -> Diagnostic | None:
     meant = closest(word.text, WORDS[mistake.kind])
     if meant is not None:
         return MisspeltWord(word=word.text, meant=meant, span=span)
+    said = hint("", mistake.source.text[word.start : mistake.end], mistake.accepts)
     return UnexpectedToken(
-        found=f"`{_short(word.text)}`", expected=_BLOCKS[mistake.kind], span=span
+        found=f"`{_short(word.text)}`", expected=_BLOCKS[mistake.kind], hint=said or "", span=span
     )
 
 
@@ -175,6 +176,15 @@ def _misspelt(mistake: Mistake) -> Diagnostic | None:
     if meant is None or meant == token.text:
         return None
     span = Span(mistake.source, token.start, token.end)
+    if token.text in keywords().values():  # `layers` for `layer`, but not `and` for `add`
+        if token.text.removesuffix("s") != meant.removesuffix("s"):
+            return None
+        return UnexpectedToken(
+            found=_found(mistake),
+            expected=_expected(mistake),
+            hint=f"write `{meant}`",
+            span=span,
+        )
     return MisspeltWord(word=token.text, meant=meant, span=span)
 
 

@@ -19,6 +19,214 @@ class Hint:
 
 
 HINTS: tuple[Hint, ...] = (
+    # Words of a rule in another order, or those of another rule.
+    Hint(
+        r"^patch\b.*\bat\b.*\binto\s*$",
+        r"(?!layer|[0-9])",
+        "write `onto`: it says at which tokens the activation is written; "
+        "`into layer 2` names a layer",
+        "LAYER",
+    ),
+    Hint(
+        r"^patch\b.*\b(?:into\s+layer|with)\b.*$",
+        r"onto\b",
+        "`onto` comes first: `at P onto Q into layer L with RUN`",
+    ),
+    Hint(
+        r"^patch\b(?!.*\bat\b).*$",
+        r"(onto|into|with)\b",
+        "`at` comes first: `at last token {0} …`",
+        "AT",
+    ),
+    Hint(r"^patch\b", r"->", "write `path`: it patches what goes from a sender to a receiver"),
+    Hint(
+        r"^path\b(?!.*\bat\b).*->.*$",
+        r"through\b",
+        "`at` comes first: `at last token through mlps`",
+        "AT",
+    ),
+    Hint(r"^path\b.*->.*$", r"->", "a path has one sender and one receiver"),
+    Hint(
+        r"^path\b(?!.*->).*$",
+        r"(?:to|into|at)\b|=|,",
+        "write `->` between sender and receiver: `path layer 0 head * -> logits at last token`",
+    ),
+    Hint(
+        r"^path\b.*->.*$",
+        r"onto\b",
+        "sender and receiver are at the same position: leave `onto …` out",
+    ),
+    Hint(r"^path\b.*->.*$", r"with\b", "a path reads the source run: name it in `from … into …`"),
+    Hint(
+        r"^(?:ablate|freeze|set|replace)\b",
+        r"onto\b",
+        "only `patch` reads at one position and writes at another",
+    ),
+    Hint(
+        r"^(?:ablate|freeze)\s+(?:pattern|scores)\b",
+        r"to\b",
+        "edges of attention are edited by `block attention layer * from Q to K`",
+    ),
+    Hint(
+        r"^freeze\b",
+        r"with\b",
+        "`freeze` holds the base run's own value; `ablate … with mean` writes another one",
+    ),
+    Hint(
+        r"^swap\s+\w+\s*$",
+        r",",
+        "`swap` exchanges two positions here: `swap resid_post layer 3 at A with B`; "
+        "values are swapped in a `corrupt` block",
+    ),
+    Hint(
+        r"^swap\b.*\bat\b.*$", r"(?:and|onto|to)\b", "write `with`: `swap SITE at A with B`", "WITH"
+    ),
+    Hint(
+        r"^swap\b.*\bwith\s+\w+\s*$",
+        r"\s*$",
+        "`swap` exchanges two positions of one run: write a position, such as `with first token`",
+        "TOKEN",
+    ),
+    Hint(r"^set\b(?!\s+attention)", r"(?:with|by)\b|=", "write `to`: `set SITE at P to 0`", "TO"),
+    Hint(
+        r"^set\s+attention\b",
+        r"(?:with|by)\b|=",
+        "write `to`: `to 0.2` or `to uniform`; `reweight attention … by 0.5` multiplies",
+        "TO",
+    ),
+    Hint(
+        r"^set\s+attention\b.*\bto\b",
+        r"\s*$",
+        "say what the weight becomes: `to 0.2` or `to uniform`",
+        "TO",
+    ),
+    Hint(
+        r"^reweight\b",
+        r"(?:with|to)\b|=",
+        "write `by`, which multiplies; `set attention … to 0.2` says what the weight becomes",
+        "BY",
+    ),
+    Hint(
+        r"^reweight\b",
+        r"\s*$",
+        "say by how much: `by 0` takes the edge out, `by 2` doubles it",
+        "BY",
+    ),
+    Hint(
+        r"\battention\b.*\bfrom\b(?!.*\bto\b).*$",
+        r"onto\b",
+        "write `to`: attention goes `from` a query `to` a key",
+        "TO",
+    ),
+    Hint(
+        r"\battention\b.*\bfrom\b(?!.*\bto\b).*$",
+        r"\s*$",
+        "say which tokens are attended to: `from last token to subject token`",
+        "TO",
+    ),
+    Hint(
+        r"\battention\b",
+        r"(?:to|at|onto)\b",
+        "attention goes from a query to a key: `from last token to subject token`",
+        "FROM",
+    ),
+    Hint(r"^(block|reweight)\s+$", r"", "write `{0} attention layer * from Q to K`", "ATTENTION"),
+    Hint(r"^observe\b", r"as\b", "an observation is shown as it is: leave `as …` out"),
+    Hint(
+        r"\bfrom\s+\w+\s*$",
+        r"tokens?\b",
+        "`from` is read as `from SOURCE into BASE` here; which tokens attend to which is said by "
+        "`attention layer * from Q to K`",
+        "INTO",
+    ),
+    Hint(
+        r"^from\s+([\w.]+)\s*$",
+        r"\s*$",
+        "write `from {0} into BASE`; a single rule names its source by `with {0}`",
+        "INTO",
+    ),
+    Hint(r"^(?:from|model)\b", r"and\b", "names are listed with commas", "COMMA"),
+    Hint(r"\b(?:from|into|model)\s*$", r"\[", "lists of names stand without brackets"),
+    Hint(r"^patch\b.*\bwith\s*$", r"\s*$", "name the run that is read, such as `with fewer`"),
+    Hint(
+        r"^patch\b.*\bwith\s+random\s*$",
+        r"\(",
+        "random targets are a line of their own: `against random(20)`",
+    ),
+    Hint(
+        r"^patch\b.*\bwith\s+python\s*$",
+        r"\(",
+        "`with` names a run; `set SITE at POSITION to python(…)` writes what a function makes",
+    ),
+    Hint(r"^against\s+(\w+)\s*$", r"([0-9]+)", "write `against {0}({1})`"),
+    Hint(r"\b(at|onto|from|to|with)\s*$", r"\s*$", "name tokens: `{0} last token`", "TOKEN"),
+    # What another experiment picks.
+    Hint(r"\btop\s+of\s+$", r"(\w+)", "say how many: `top 3 of {0}`"),
+    Hint(r"\btop\s+([\w%]+)\s+$", r"(?:in|from)\s+(\w+)", "write `top {0} of {1}`"),
+    Hint(r"\btop\s+([0-9]+)\s+$", r"percent\b", "write `{0}%`"),
+    Hint(
+        r"\btop\s+([A-Za-z_]\w*)\s*$",
+        r"%",
+        "leave the percent sign out: `{0}` has its own where it is defined",
+    ),
+    Hint(
+        r"\btop\s+(\S+)\s+of\s+(\w+)\s*$",
+        r"",
+        "say that tokens are meant: `top {0} of {1} tokens`",
+        "TOKENS",
+    ),
+    Hint(r"\bbest\s+$", r"([0-9]+)\s+of\s+(\w+)", "write `top {0} of {1}`"),
+    Hint(r"\bbest\s+(?!of\b)(\w+)\s+(?:at\s+)?$", r"", "write `best of {0}`"),
+    Hint(
+        r"^\w+\s+\w.*$",
+        r"((?:top\s+\S+|best)\s+of\s+\w+)",
+        "`{0}` is a whole site: leave out what stands before it",
+    ),
+    # Numbers and tokens.
+    Hint(
+        r"[^.\s]\s*$",
+        r"[0-9]+\.[0-9]+",
+        "a share is written with a percent sign, such as `25%`",
+        "PERCENT",
+    ),
+    Hint(
+        r"\btokens?\s+$",
+        r"[0-9.]+%",
+        "only layers have a relative depth: write `token 5`, or a name such as `last token`",
+    ),
+    Hint(r"^split\s+$", r"([0-9]+)(?![0-9%.])", "write the percent sign: `split {0}%`", "PERCENT"),
+    Hint(r"\b([0-9]+(?:\.[0-9]+)?)$", r"[x×](?!\w)", "write the number alone: `{0}`"),
+    Hint(
+        r"\btoken\s+except\s*$",
+        r"",
+        "write `tokens except …`, or `each token except …` for one run each",
+    ),
+    Hint(r"\bexcept\s*$", r"", "several tokens are meant: `tokens except …`"),
+    Hint(r"\bbetween\b", r"to\b", "write `and`: `tokens between A and B`", "AND"),
+    # Loops, reports, Python.
+    Hint(
+        r"^for\b.*\[[^\]]*$",
+        r"step\b",
+        "leave the brackets out: `for k in 0%..100% step 5%`",
+    ),
+    Hint(r"^for\b", r"by\b", "write `step`: `for k in 0%..100% step 5%`", "STEP"),
+    Hint(
+        r"^report\s+(\w+)\s+(\w+)\s+$",
+        r"(?:over\s+|per\s+)?(?!top\b|to\b|by\b|x\b|vs\b|against\b|and\b)([a-z_]\w*)",
+        "write `report {0} {1} by {2}`",
+        "BY",
+    ),
+    Hint(r"^corrupt\s*$", r"", "write `corrupt NAME {{ … }}`, with its changes between the braces"),
+    Hint(r"\bpython\([^\")]*$", r"", 'the file stands in quotes: `python("file.py:name")`'),
+    Hint(
+        r'"[^"]*\{[^"}]*"\s*$',
+        r"\w",
+        "the text ends at this quote: name the value on a line of its own, `x = …`, and write "
+        "that name in the text",
+    ),
+    Hint(r"^$", r"python\b", "say which value it makes: `count = python(…)`"),
+    Hint(r"^$", r"apply\b", "write `set SITE at POSITION to python(…)`"),
+    # Signs and words of other languages.
     Hint(r"\b([0-9]+)\s*$", r"- *([0-9]+)", "a range is written `{0}..{1}`"),
     Hint(r"\b([0-9]+)\s*$", r": *([0-9]+)", "a range is written `{0}..{1}`"),
     Hint(r"\b([0-9]+)\s+$", r"to +([0-9]+)\b", "a range is written `{0}..{1}`"),
@@ -41,7 +249,7 @@ HINTS: tuple[Hint, ...] = (
     ),
     Hint(r"^measure\b", r"", "say what is compared: `as recovery`, `as delta` or `as raw`", "AS"),
     Hint(
-        r"^(?:patch|ablate|freeze|scale|clamp)\b",
+        r"^(?:patch|ablate|freeze|scale|clamp|path|set|swap)\b",
         r"",
         "a rule says where it acts, such as `at last token`",
         "AT",

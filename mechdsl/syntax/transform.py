@@ -679,6 +679,11 @@ class ToAst(Transformer[Token, Any]):
         depths[id(node)] = depths.get(id(value), 0)
         return node
 
+    control = call
+
+    def word(self, c: list[Any]) -> ast.Argument:
+        return ast.Argument(None, ast.Name(str(c[0]), span=_span(c)), span=_span(c))
+
     def quantity(self, c: list[Any]) -> ast.Quantity:
         of = _clauses(c).get("of")
         return ast.Quantity(c[0].value, str(c[1]), of, span=_span(c))

@@ -15,6 +15,7 @@ from mechdsl.loaded import LoadedModel, Outcome
 from mechdsl.probe import texts
 from mechdsl.verify.bench import Bench, with_images
 from mechdsl.verify.heads import heads_are_theirs, rotary_comes_behind
+from mechdsl.verify.opened import OPENED, attention_opens, with_sites_within
 from mechdsl.verify.restarting import (
     RESTART,
     RESTART_IMAGES,
@@ -40,7 +41,15 @@ from mechdsl.verify.sums import (
 )
 from mechdsl.verify.writing import writes_work
 
-__all__ = ["CHECKS", "RESTART", "RESTART_IMAGES", "restarted_otherwise", "verify"]
+__all__ = [
+    "CHECKS",
+    "OPENED",
+    "RESTART",
+    "RESTART_IMAGES",
+    "restarted_otherwise",
+    "verify",
+    "with_sites_within",
+]
 
 
 def verify(model: LoadedModel, given: Batch, stack: str = "") -> Iterator[Outcome]:
@@ -89,9 +98,11 @@ CHECKS: tuple[Check, ...] = (
     rotary_comes_behind,
     writes_work,
     rows_can_be_restarted,
+    attention_opens,
 )
 MAIN_ONLY = (
     logits_are_the_models,
+    attention_opens,
     padding_changes_nothing,
     later_tokens_are_unseen,
     rows_can_be_restarted,

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Takes = Literal[
-    "target", "continuation", "numerals", "reference", "nothing", "prompt", "activations"
+    "target",
+    "continuation",
+    "numerals",
+    "reference",
+    "nothing",
+    "prompt",
+    "activations",
+    "rows",
+    "attention",
 ]
 """What a metric is given beside the run it reads; the docstring of each form says the shapes."""
 
@@ -281,3 +289,14 @@ def cosine(activations: Tensor, reference: Tensor) -> Tensor:
 
 for _name in ("exact_match", "contains", "number"):
     METRICS.add(_name, Metric(_name))
+
+
+@metric("attention", takes="attention", unit="share of attention", narrow=True)
+def attention(weights: Tensor) -> Tensor:
+    """The weight that the keys of an `observe attention` line get together.
+
+    weights: [row], averaged over the queries, heads and layers that are joined
+    returns: [row], 0..1
+    source: Vaswani et al. 2017, arXiv 1706.03762
+    """
+    return weights

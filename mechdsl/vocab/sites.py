@@ -37,8 +37,6 @@ class SiteKind:
     """What the second axis counts; `kv_head` where the axis `head` counts key-value heads."""
     short: str | None = None
     """`L3.attn` is `attn_out`; `H` and `N` are the letters of `L3H5` and `L3N512`."""
-    supported: bool = True
-    """False: the language knows the word, but it can't be read or written yet."""
 
     @property
     def has_layer(self) -> bool:
@@ -63,10 +61,9 @@ def site(
     *,
     unit: UnitKind | None = None,
     short: str | None = None,
-    supported: bool = True,
 ) -> SiteKind:
     """Register a site; the arguments are the fields of `SiteKind`."""
-    kind = SiteKind(name, axes, width, when, order, meaning, unit, short, supported)
+    kind = SiteKind(name, axes, width, when, order, meaning, unit, short)
     return SITES.add(name, kind)
 
 
@@ -112,7 +109,6 @@ site(
     33,
     "the head's query after rotary",
     unit="head",
-    supported=False,
 )
 site(
     "k_rot",
@@ -122,10 +118,17 @@ site(
     34,
     "the key-value head's key after rotary",
     unit="kv_head",
-    supported=False,
 )
-site("scores", _HEAD, "key", "inside", 40, "attention before softmax", unit="head", supported=False)
-site("pattern", _HEAD, "key", "inside", 41, "attention after softmax", unit="head", supported=False)
+site(
+    "scores",
+    _HEAD,
+    "key",
+    "inside",
+    40,
+    "attention before softmax, scaled, capped and masked",
+    unit="head",
+)
+site("pattern", _HEAD, "key", "inside", 41, "attention after softmax", unit="head")
 site(
     "z",
     _HEAD,
@@ -220,6 +223,9 @@ site(
     130,
     "the model's output, one number per token of the vocabulary",
 )
+
+WITHIN_ATTENTION = ("q_rot", "k_rot", "scores", "pattern")
+"""Sites that lie in no module: they are read and written where attention itself is computed."""
 
 
 def by_short(short: str) -> SiteKind | None:

@@ -245,7 +245,7 @@ class TestSets:
         bar, end, both = cells("bar token, last token, {last token, bar token}", parts, words)
         assert both.label == "{last token, bar token}"
         assert all(
-            q[0] == (p[0][0], r[0][0])
+            q[0] == (r[0][0], p[0][0])  # as written
             for p, r, q in zip(bar.hits, end.hits, both.hits, strict=True)
         )
 

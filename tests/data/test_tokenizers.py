@@ -97,7 +97,7 @@ def found(
 @given(pieces=st.lists(PIECE, min_size=1, max_size=6))
 def test_offsets_are_what_the_tokens_spell(kind: Kind, pieces: list[str]) -> None:
     text = "".join(pieces)
-    if UNKNOWN in spelling(kind, text):
+    if UNKNOWN in spelling(kind, text) or any(token in text for token in kind.roles.values()):
         return
     encoded = kind.wrapped().encode(text)
     own = [at for at, special in zip(encoded.offsets, encoded.special, strict=True) if not special]
@@ -354,7 +354,7 @@ def test_a_token_with_parts_of_two_characters() -> None:
         ("qwen", [("", "f"), ("w", "("), ("", "x)")], "(x"),  # ends inside
         ("llama3", [("", "f(x)=y x"), ("w", ","), ("", "y")], ",y"),
         ("llama3", [("", "in "), ("w", "20"), ("", "24")], "202"),
-        ("llama2", [("", "f("), ("w", "x"), ("", ")=y")], "(x)"),
+        ("llama2", [("", "f("), ("w", "x"), ("", ")=y")], "f(x)"),
         ("llama2", [("", "I "), ("w", "don"), ("", "'t know")], "don't"),
         ("llama2", [("", "I "), ("", "don"), ("w", "'t"), ("", " know")], "don't"),
         ("gemma", [("", "f("), ("w", "x"), ("", ")=y")], "f(x)"),

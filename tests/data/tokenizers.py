@@ -8,7 +8,9 @@ them. It asks neither the library for offsets nor mechdsl for positions.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -344,13 +346,15 @@ def _byte_fallback(special: Sequence[str], lines: Iterable[str], size: int) -> T
     """BPE on characters that spells what it doesn't hold in bytes."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<unk>", *special],
-        # Emoji and most scripts are left out, so that they are spelt in bytes.
-        limit_alphabet=70,
-        show_progress=False,
+        vocab_size=size, special_tokens=["<unk>", *special], show_progress=False
     )
-    tokenizer.train_from_iterator(lines, trainer)
+    lines = list(lines)
+    # Emoji and most scripts are left out, so that they are spelt in bytes. The trainer's own limit
+    # takes any of those that are equally frequent.
+    counts = Counter(character for line in lines for character in line)
+    rare = sorted(counts, key=lambda c: (-counts[c], c))[70:]
+    pieces = [piece for line in lines for piece in re.split(f"[{re.escape(''.join(rare))}]+", line)]
+    tokenizer.train_from_iterator([piece for piece in pieces if piece], trainer)
     state = json.loads(tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
     for b in range(256):

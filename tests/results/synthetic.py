@@ -10,7 +10,7 @@ import numpy as np
 
 from mechdsl import spec
 from mechdsl.results.cell import CellKey
-from mechdsl.results.data import MeasureData
+from mechdsl.results.data import MeasureData, NullBand
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.source import Source, Span
 from mechdsl.syntax import ast
@@ -161,3 +161,103 @@ def positions(layers: int = 4, prompts: int = 48) -> ExperimentResult:
 def finished(result: ExperimentResult, *expects: str, **values: Any) -> ExperimentResult:
     said = experiment(expects, result.name, **values)
     return with_verdicts(with_statistics(result, said, seed=0), said)
+
+
+def with_controls(result: ExperimentResult, draws: int = 20) -> ExperimentResult:
+    """A null band around 0 beside every measure that is a number."""
+    random = np.random.default_rng(5)
+    found: list[NullBand | None] = []
+    for data in result.measures:
+        if data.kind == "category":
+            found.append(None)
+            continue
+        middle = random.normal(0.0, 0.02, len(result.cells))
+        spread = np.full(len(result.cells), 0.12)
+        found.append(NullBand(middle - spread, middle + spread, middle, draws, "random heads"))
+    return replace(result, controls=tuple(found))
+
+
+def counted(layers: int = 3, items: int = 6, prompts: int = 96) -> ExperimentResult:
+    """Patching item k makes later layers answer k: a number and a category over layer and item."""
+    random = np.random.default_rng(7)
+    count = 2 + np.arange(prompts) % (items - 1)
+    places = list(itertools.product(range(layers), range(1, items + 1)))
+    guess = np.full((len(places), prompts), np.nan)
+    for cell, (layer, item) in enumerate(places):
+        right = random.random(prompts) < (layer + 1) / layers * 0.85
+        other = np.clip(item + random.integers(-2, 3, prompts), 1, 9)
+        guess[cell] = np.where(count >= item, np.where(right, item, other), np.nan)
+    numbers = np.array([[item] for _, item in places])
+    prob = np.clip((guess == numbers) * 0.7 + random.random(guess.shape) * 0.2, 0, 1)
+    prob[np.isnan(guess)] = np.nan
+    given: dict[str, Any] = {"effect": "raw", "unit": ""}
+    base = np.zeros(prompts)
+    named = [f"item {item} token" for _, item in places]
+    return replace(
+        heads(prompts=prompts),
+        name="countscope",
+        axes=("layer", "position"),
+        aliases={"item": "position"},
+        cells=tuple(
+            CellKey({"layer": a, "position": name}, f"L{a}.resid_post", name, ("apple", "pear"))
+            for (a, _), name in zip(places, named, strict=True)
+        ),
+        measures=(
+            measure(prob, base, label='prob(" {item.index}")', metric="prob", **given),
+            measure(
+                guess,
+                count,
+                label="argmax(1..9)",
+                metric="argmax(1..9)",
+                kind="category",
+                truth=count[None].astype(np.float64),
+                **given,
+            ),
+        ),
+        runs={},
+        accuracy={},
+        row_values={"count": count.tolist()},
+    )
+
+
+def read_tokens(layers: int = 1, prompts: int = 24) -> ExperimentResult:
+    """A sweep over all tokens of prompts of two lengths, from the right."""
+    random = np.random.default_rng(9)
+    fruits = ["apple", "pear", "plum", "fig", "kiwi"]
+    lists = [[f" {fruits[(i + k) % 5]}" for k in range(2 + i % 3)] for i in range(prompts)]
+    texts = tuple(("Part", " 1", ":", *each, " Count", " 1", ":") for each in lists)
+    longest = max(map(len, texts))
+    labels = list(range(-longest, 0))
+    places = list(itertools.product(range(layers), labels))
+    base = random.normal(-2.0, 0.5, (1, prompts))
+    source = base + 4.0
+    share = np.array([0.8 if p == -4 else 0.2 if p == -1 else 0.0 for _, p in places])[:, None]
+    patched = base + share * 4.0 + random.normal(0, 0.3, (len(places), prompts))
+    hits: list[tuple[tuple[int, ...], ...]] = []
+    for cell, (_, label) in enumerate(places):
+        inside = [len(text) + label >= 0 for text in texts]
+        patched[cell, [not each for each in inside]] = np.nan
+        hits.append(
+            tuple(
+                (len(text) + label,) if each else ()
+                for text, each in zip(texts, inside, strict=True)
+            )
+        )
+    return replace(
+        heads(prompts=prompts),
+        name="every_token",
+        axes=("layer", "position") if layers > 1 else ("position",),
+        cells=tuple(
+            CellKey(
+                {"layer": a, "position": p} if layers > 1 else {"position": p},
+                f"L{a}.resid_post",
+                str(p),
+            )
+            for a, p in places
+        ),
+        measures=(measure(patched, base, source),),
+        runs={},
+        accuracy={},
+        texts=texts,
+        hits=tuple(hits),
+    )

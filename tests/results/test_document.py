@@ -16,7 +16,7 @@ import pytest
 from mechdsl.results.document import experiment_document, results_schema
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
 
-from .synthetic import finished, heads, measure, positions
+from .synthetic import counted, finished, heads, measure, positions, with_controls
 
 
 @pytest.fixture(name="results", scope="module")
@@ -124,6 +124,21 @@ def test_categories_have_keys_of_their_own() -> None:
     run = document["runs"]["clean"][0]
     assert run["commonest"] == each["commonest"]
     assert run["mean_error"] == pytest.approx(np.abs(values[0] - 4).mean())
+
+
+def test_controls_stand_beside_their_measure() -> None:
+    result = finished(with_controls(counted()))
+    found = Results((FileResult("x.mech", (result,)),), {"mechdsl": "0.1.0"}).to_dict()
+    validate(found)
+    number, category = found["files"][0]["experiments"][0]["cells"][0]["measures"]
+    band = number["null"]
+    assert band["low"] < band["mean"] < band["high"]
+    assert (band["draws"], band["what"]) == (20, "random heads")
+    assert "null" not in category
+    first, second = result.records()[:2]
+    assert first["null_low"] == band["low"]
+    assert second["null_low"] is None
+    assert "null_low" not in finished(counted()).records()[0]
 
 
 def test_an_experiment_without_rules_is_one_cell() -> None:

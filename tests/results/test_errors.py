@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mechdsl import spec
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_one
 from mechdsl.expectations.check import Known, KnownMeasure, check_expectation
@@ -14,6 +16,7 @@ from mechdsl.results.significance import check_prompts
 from mechdsl.results.statistics import check_denominator
 from mechdsl.source import Source, Span
 from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.reports import check_report
 
 from .synthetic import expectation, statistics
 
@@ -27,9 +30,54 @@ experiment heads {
 """
 
 
-def span(line: str) -> Span:
-    start = TEXT.index(line)
-    return Span(Source(TEXT, Path("heads.mech")), start, start + len(line))
+REPORTS = """mech 1
+experiment countscope {
+  from fruit into blank
+  patch resid_post layer * at last-item token onto slot token
+  measure prob(answer) as raw
+  measure argmax(1..9) as raw
+  report confusion itme by argmax
+  report confusion count by prob
+  report overlay
+}
+"""
+
+
+def span(line: str, text: str = TEXT) -> Span:
+    start = text.index(line)
+    return Span(Source(text, Path("heads.mech")), start, start + len(line))
+
+
+@dataclass(frozen=True)
+class Measure:
+    label: str
+    text: str
+    kind: str
+
+
+def reported(kind: str, **values: str) -> list[Diagnostic]:
+    """What a report of `REPORTS` is refused with."""
+    words = [kind, values.get("variable", ""), f"by {values['by']}" if "by" in values else ""]
+    line = spec.Report(
+        span=span(f"report {' '.join(filter(None, words))}", REPORTS), kind=kind, **values
+    )
+    measures = [
+        Measure("prob(answer)", "prob(answer)", "number"),
+        Measure("argmax(1..9)", "argmax(1..9)", "category"),
+    ]
+    return check_report(line, ["layer"], ["count", "item"], measures)
+
+
+def confusion_rows() -> list[Diagnostic]:
+    return reported("confusion", variable="itme", by="argmax")
+
+
+def confusion_number() -> list[Diagnostic]:
+    return reported("confusion", variable="count", by="prob")
+
+
+def overlay_without_positions() -> list[Diagnostic]:
+    return reported("overlay")
 
 
 def zero_denominator() -> list[Diagnostic]:
@@ -55,20 +103,23 @@ def few_prompts() -> list[Diagnostic]:
 
 
 @pytest.mark.parametrize(
-    ("code", "cause"),
+    ("name", "cause"),
     [
         ("E0604", zero_denominator),
         ("E0605", several_measures),
         ("E0606", every_cell),
         ("W0720", few_prompts),
+        ("E0607_rows", confusion_rows),
+        ("E0607_number", confusion_number),
+        ("E0607_overlay", overlay_without_positions),
     ],
 )
-def test_rendered(code: str, cause: object, request: pytest.FixtureRequest) -> None:
+def test_rendered(name: str, cause: object, request: pytest.FixtureRequest) -> None:
     assert callable(cause)
     (found,) = cause()
-    assert found.code == code
+    assert found.code == name.partition("_")[0]
     text = render_one(found)
-    path = GOLDENS / f"{code}.err"
+    path = GOLDENS / f"{name}.err"
     if request.config.getoption("--update-goldens", default=False):
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")

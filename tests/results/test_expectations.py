@@ -236,7 +236,7 @@ def test_cells_without_a_value_are_left_out(result: ExperimentResult) -> None:
         ("accuracy(claen) > 0", "E0201", "did you mean `clean`?"),
         ("spearman(recovery, nowhere) > 0", "E0201", "name another experiment"),
         ("max(recovery, haed: 1) > 0", "E0203", "did you mean `head`?"),
-        ("auc(recovery, k) < 0.4", "E0108", "curve"),
+        ("auc(recovery, k) < 0.4", "E0203", "its axes are"),
         ("recovery > 0.3", "E0606", "max(recovery)"),
         ("max(recovery)", "E0606", "write a condition"),
         ("argmax(recovery) > 3", "E0606", "L9H9"),

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import re
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,24 @@ from mechdsl import spec
 from mechdsl.results.cell import CellKey
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
 from mechdsl.vocab.reports import REPORTS, check_report, show
+from mechdsl.vocab.reports.bar_charts import bars_chart
+from mechdsl.vocab.reports.charts import lines_chart
+from mechdsl.vocab.reports.confusion import confusions
 from mechdsl.vocab.reports.files import results_csv
+from mechdsl.vocab.reports.overlay import overlays, prompt_effects, visible
 from mechdsl.vocab.reports.text import number_format, p_text
 from mechdsl.vocab.reports.verdicts import print_verdicts
 
-from .synthetic import finished, heads, measure, positions, report
+from .synthetic import (
+    counted,
+    finished,
+    heads,
+    measure,
+    positions,
+    read_tokens,
+    report,
+    with_controls,
+)
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -82,6 +96,23 @@ CASES = {
         report("heatmap", variable="layer", by="item"),
     ),
     "lines": (lambda: finished(positions()), report("lines", variable="layer")),
+    "lines_controls": (
+        lambda: finished(with_controls(positions(2))),
+        report("lines", variable="layer"),
+    ),
+    "table_controls": (lambda: finished(with_controls(heads())), report("table", top=3)),
+    "bars": (lambda: finished(counted()), report("bars", variable="item")),
+    "bars_controls": (
+        lambda: finished(with_controls(heads())),
+        report("bars", variable="head", by="layer"),
+    ),
+    "confusion": (
+        lambda: finished(counted(2)),
+        report("confusion", variable="item", by="argmax"),
+    ),
+    "confusion_values": (behaviour, report("confusion", variable="count", by="argmax")),
+    "overlay": (lambda: finished(read_tokens()), report("overlay")),
+    "overlay_layers": (lambda: finished(read_tokens(3)), report("overlay", top=1)),
     "verdicts": (
         lambda: finished(
             heads(), "max(recovery) > 0.3", "accuracy(clean) > 0.93", "top 1 contains L1H3"
@@ -165,6 +196,8 @@ def test_top_ranks_by_absolute_value() -> None:
         ("heatmap", {"variable": "layer", "by": "head"}),
         ("lines", {"variable": "layer", "by": "head"}),
         ("lines", {"variable": "layer"}),
+        ("bars", {"variable": "layer"}),
+        ("bars", {"variable": "layer", "by": "head"}),
     ],
 )
 @pytest.mark.parametrize("suffix", [".svg", ".png", ".html"])
@@ -217,7 +250,7 @@ def test_categories_in_a_heatmap(tmp_path: Path) -> None:
     path = show(result, line, Console(file=io.StringIO()), tmp_path)
     assert path is not None
     assert "commonest" in path.read_text(encoding="utf-8")
-    assert "report table" in printed(result, report("lines", variable="layer"), 80)
+    assert "write `report bars layer`" in printed(result, report("lines", variable="layer"), 80)
 
 
 def test_csv_of_a_whole_run() -> None:
@@ -258,7 +291,14 @@ def test_data_files(tmp_path: Path) -> None:
     ("line", "code", "words"),
     [
         (report("tabel"), "E0203", "did you mean `table`?"),
-        (report("bars", variable="layer"), "E0108", "table, heatmap, lines"),
+        (report("graph"), "E0108", "table, heatmap, lines"),
+        (report("bars"), "E0607", "report bars position"),
+        (report("bars", variable="layer", by="cuont"), "E0607", "`layer`, `head`"),
+        (report("confusion", variable="layer"), "E0607", "item by argmax"),
+        (report("confusion", variable="lyaer", by="argmax"), "E0607", "did you mean `layer`?"),
+        (report("confusion", variable="xyz", by="argmax"), "E0607", "prompts are `count`"),
+        (report("overlay"), "E0607", "at token *"),
+        (report("overlay", variable="layer"), "E0607", "report overlay"),
         (report("heatmap", variable="layer"), "E0607", "layer by head"),
         (report("heatmap", variable="layer", by="layer"), "E0607", "layer by head"),
         (report("lines"), "E0607", "report lines"),
@@ -308,6 +348,9 @@ def test_reports_that_can() -> None:
         report("table", by="layer", top=3),
         report("heatmap", variable="layer", by="head", file="a.PNG"),
         report("lines", variable="layer"),
+        report("bars", variable="layer", by="head"),
+        report("confusion", variable="layer", by="argmax"),
+        report("confusion", variable="count", by="argmax", file="a.svg"),
     ):
         assert check_report(line, ["layer", "head"], ["count"]) == []
     assert check_report(report("lines", variable="x")) == []
@@ -335,3 +378,178 @@ def test_numbers_of_a_column_line_up() -> None:
     assert number_format([1e9])(1e9) == "1.00e+09"
     assert p_text(0.0001) == "0.0001"
     assert p_text(2e-6) == "2e-06"
+
+
+@pytest.mark.parametrize(
+    ("build", "line"),
+    [
+        (counted, report("confusion", variable="item", by="argmax")),
+        (counted, report("confusion", variable="count", by="argmax")),
+        (counted, report("bars", variable="item")),
+        (read_tokens, report("overlay")),
+        (lambda: read_tokens(2), report("overlay", top=1)),
+        (lambda: with_controls(heads()), report("lines", variable="layer", by="head")),
+        (lambda: with_controls(heads()), report("bars", variable="layer")),
+        (lambda: with_controls(positions()), report("lines", variable="item", by="layer")),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".svg", ".png", ".html"])
+def test_pictures(
+    build: Callable[[], ExperimentResult], line: spec.Report, suffix: str, tmp_path: Path
+) -> None:
+    given = line.model_copy(update={"file": f"it{suffix}"})
+    path = show(finished(build()), given, Console(file=io.StringIO()), tmp_path)
+    assert path is not None
+    start = {".svg": b"<svg", ".png": b"\x89PNG", ".html": b"<!DOCTYPE html>"}[suffix]
+    assert path.read_bytes().startswith(start)
+
+
+def test_every_panel_shows_its_own_cells() -> None:
+    """Layers with data of their own would show all of it in each."""
+    bars = bars_chart(finished(with_controls(heads())), report("bars", variable="layer"))
+    swept = replace(heads(), axes=("layer", "head", "k"))
+    cells = tuple(replace(cell, coords={**cell.coords, "k": 0}) for cell in swept.cells[:6])
+    cells += tuple(replace(cell, coords={**cell.coords, "k": 1}) for cell in swept.cells[:6])
+    swept = finished(with_controls(replace(swept, cells=cells)))
+    lines = lines_chart(swept, report("lines", variable="layer", by="head"))
+    for chart in (bars, lines):
+        drawn = chart.to_dict()["vconcat"][0]
+        assert drawn["facet"]["field"] == "panel"
+        assert not any("data" in layer for layer in drawn["spec"]["layer"])
+
+
+def test_confusion_counts_prompts() -> None:
+    result = finished(counted())
+    line = report("confusion", variable="item", by="argmax")
+    (found,) = confusions(result, line).values()
+    assert [each.title for each in found] == ["layer 0", "layer 1", "layer 2"]
+    guess = result.measures[1].patched
+    for layer, each in enumerate(found):
+        for row in range(6):
+            values = guess[layer * 6 + row]
+            assert each.total(row) == np.isfinite(values).sum()
+            assert sum(each.share(row, column) for column in range(len(each.columns))) == (
+                pytest.approx(1.0)
+            )
+            own = each.own[row]
+            assert own is not None
+            assert each.columns[own] == row + 1
+            assert each.counts[row][own] == np.count_nonzero(values == row + 1)
+
+
+def test_confusion_with_a_value_of_the_prompts() -> None:
+    result = finished(counted())
+    (found,) = confusions(result, report("confusion", variable="count", by="argmax")).values()
+    assert len(found) == len(result.cells)
+    counts = np.array(result.row_values["count"])
+    guess = result.measures[1].patched[0]
+    assert found[0].rows == tuple(sorted(set(counts.tolist())))
+    place = found[0].columns.index(1.0)
+    assert found[0].counts[0][place] == np.count_nonzero(guess[counts == 2] == 1)
+
+
+def test_an_axis_that_counts_nothing_has_no_own_category() -> None:
+    result = finished(counted())
+    (found,) = confusions(result, report("confusion", variable="layer", by="argmax")).values()
+    assert {own for each in found for own in each.own} == {None}
+    assert 0.0 not in found[0].columns
+
+
+def test_a_measure_is_called_by_its_name_or_its_word() -> None:
+    result = finished(counted())
+    named = replace(result.measures[1], label="guess")
+    result = replace(result, measures=(result.measures[0], named))
+    for word in ("guess", "argmax"):
+        assert confusions(result, report("confusion", variable="item", by=word))
+    assert not confusions(result, report("confusion", variable="item", by="prob"))
+
+
+def test_prompts_of_an_overlay_average_to_the_effect() -> None:
+    result = finished(read_tokens(2))
+    values = prompt_effects(result, 0)
+    found = np.nanmean(values, axis=1)
+    np.testing.assert_allclose(found, result.statistics[0].mean, atol=1e-9)
+    (shown,) = overlays(result, report("overlay", top=5)).values()
+    assert len(shown.prompts) == 5
+    first = shown.prompts[0]
+    assert first.tokens == result.texts[0]
+    assert [title for title, _ in first.rows] == ["layer 1", "layer 0"]
+    # the cell of token -1 is the last of its layer
+    assert first.rows[1][1][-1] == pytest.approx(values[len(values) // 2 - 1, 0])
+
+
+def test_tokens_that_no_cell_hits_have_no_number() -> None:
+    result = read_tokens()
+    hits = tuple(tuple(() for _ in row) if i < 6 else row for i, row in enumerate(result.hits))
+    text = printed(finished(replace(result, hits=hits)), report("overlay", top=1), 80)
+    _, tokens, numbers, *_ = text.split("prompt 1")[1].splitlines()
+    assert len(tokens.split()) == 8
+    assert len(numbers.split()) == 4
+
+
+def test_an_overlay_without_tokens_says_so(tmp_path: Path) -> None:
+    result = finished(replace(read_tokens(), hits=(), texts=()))
+    assert "weren't kept" in printed(result, report("overlay"), 80)
+    line = report("overlay", file="a.html")
+    path = show(result, line, Console(file=io.StringIO()), tmp_path)
+    assert path is not None
+    assert "weren&#x27;t kept" in path.read_text(encoding="utf-8")
+
+
+def test_tokens_are_visible() -> None:
+    assert [visible(text) for text in (" fig", "\n", "  ", "")] == ["fig", "\\n", "␣␣", "∅"]
+
+
+def test_controls_are_not_split_by_values() -> None:
+    result = finished(with_controls(heads()))
+    assert "null" not in printed(result, report("table", by="count", top=2), 120)
+
+
+@dataclass(frozen=True)
+class Named:
+    label: str
+    text: str
+    kind: str = "number"
+
+
+@pytest.mark.parametrize(
+    ("line", "measures", "message", "words"),
+    [
+        (
+            report("confusion", variable="layer", by="argmx"),
+            [Named("ld", "logit(answer)"), Named("argmax(1..9)", "argmax(1..9)", "category")],
+            "`argmx`, which is none of its measures",
+            "write `by argmax`",
+        ),
+        (
+            report("confusion", variable="layer", by="prob"),
+            [Named("prob(answer)", "prob(answer)")],
+            "`prob`, which is a number, not a category",
+            "add `measure argmax(1..9) as raw`",
+        ),
+        (
+            report("lines", variable="layer"),
+            [Named("argmax(1..9)", "argmax(1..9)", "category")],
+            "no number to draw: `argmax(1..9)` is a category",
+            "write `report bars layer`",
+        ),
+    ],
+)
+def test_reports_that_do_not_fit_the_measures(
+    line: spec.Report, measures: list[Named], message: str, words: str
+) -> None:
+    (found,) = check_report(line, ["layer", "position"], [], measures)
+    assert found.code == "E0607"
+    assert message in found.message
+    assert words in found.help_text
+
+
+def test_reports_that_fit_the_measures() -> None:
+    measures = [Named("guess", "argmax(1..9)", "category"), Named("ld", "logit(answer)")]
+    for line in (
+        report("confusion", variable="position", by="argmax"),
+        report("confusion", variable="position", by="guess"),
+        report("lines", variable="position"),
+        report("overlay"),
+    ):
+        assert check_report(line, ["layer", "position"], [], measures) == []

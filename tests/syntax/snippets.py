@@ -293,6 +293,9 @@ report heatmap layer by head
 report heatmap layer by position
 report heatmap ROWS by COLUMNS
 report heatmap layer by item top 5 to "heat.html"
+report lines model by layer
+report heatmap model by layer
+report bars model top 3
 report lines layer
 report lines layer by c
 report lines x by series to "x.svg"

@@ -163,7 +163,9 @@ def test_numbers_too_large() -> None:
 
 
 def test_every_hint_and_slip_has_a_case() -> None:
-    texts = "\n".join(path.with_suffix(".err").read_text("utf-8") for path in CASES)
+    mistakes = (Path(__file__).parents[1] / "mistakes").glob("*.txt")
+    goldens = [*(path.with_suffix(".err") for path in CASES), *mistakes]
+    texts = "\n".join(path.read_text("utf-8") for path in goldens)
     for known in HINTS:
         fixed = known.text.split("{")[0]
         assert f"= help: {fixed}" in texts, known

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 import numpy as np
@@ -16,7 +16,7 @@ from mechdsl.results.data import MeasureData
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.vocab.reports.grid import axis_name, panels, values_of
 from mechdsl.vocab.reports.heatmap import row_order
-from mechdsl.vocab.reports.text import alpha, ends_of_scale, measure_name, number_format
+from mechdsl.vocab.reports.text import alpha, ends_of_scale, measure_name, null_words, number_format
 
 LABELLED_UP_TO = 160
 """Cells of a map up to which their numbers are written into them."""
@@ -28,24 +28,29 @@ FONT = "Helvetica Neue, Helvetica, Arial, sans-serif"
 PNG_SCALE = 2.0
 LABEL_WIDTH = 14
 """Characters per line of a label under a chart."""
+BAND = 14
+"""Width of a null band that stands behind a single point."""
 SPLIT = "split(datum.label, '\\n')"
 """How vega breaks labels into lines."""
 
 
-def _label(value: Coord) -> str:
+def label(value: Coord) -> str:
     return "\n".join(wrap(str(value), LABEL_WIDTH)) or str(value)
 
 
-def _titled(chart: Any, result: ExperimentResult, data: MeasureData) -> Any:
+def titled(chart: Any, result: ExperimentResult, data: MeasureData) -> Any:
     ends = ends_of_scale(result, data)
     facts = [f"{result.model} · {result.direction} · n = {result.prompts}"]
     if ends:
         facts.append(ends)
+    null = null_words(result, next(n for n, each in enumerate(result.measures) if each is data))
+    if null:
+        facts.append(f"grey: {null}")
     title = f"{result.name}: {measure_name(data)}"
     return chart.properties(title=alt.TitleParams(title, subtitle=facts))
 
 
-def _themed(chart: Any) -> Any:
+def themed(chart: Any) -> Any:
     return (
         chart.configure(background="white", font=FONT, padding=16)
         .configure_view(stroke=None)
@@ -74,7 +79,7 @@ def _themed(chart: Any) -> Any:
     )
 
 
-def _value_title(data: MeasureData) -> str:
+def value_title(data: MeasureData) -> str:
     from mechdsl.vocab.effects import EFFECTS
 
     if EFFECTS[data.effect].scale_free or not data.unit:
@@ -102,10 +107,10 @@ def heatmap_chart(result: ExperimentResult, report: spec.Report) -> Any:
     """The effect over two axes, one map per measure and combination of the other axes."""
     rows, columns = axis_name(result, report.variable or ""), axis_name(result, report.by or "")
     maps = [
-        _titled(_heatmap(result, measure, rows, columns), result, data)
+        titled(_heatmap(result, measure, rows, columns), result, data)
         for measure, data in enumerate(result.measures)
     ]
-    return _themed(alt.vconcat(*maps, spacing=36).resolve_scale(color="independent"))
+    return themed(alt.vconcat(*maps, spacing=36).resolve_scale(color="independent"))
 
 
 def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) -> Any:
@@ -115,6 +120,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     write = (lambda v: f"{v:g}") if category else number_format(values, 2)
     finite = values[np.isfinite(values)]
     limit = float(np.abs(finite).max(initial=0.0)) or 1.0
+    least = float(finite.min(initial=limit)) if category else 0.0  # what has no colour
     shown = panels(result, (rows, columns))
     places = (row_order(result, rows), values_of(result, columns))
     labelled = len(places[0]) * len(places[1]) <= LABELLED_UP_TO
@@ -122,10 +128,10 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     records = [
         {
             "row": str(row),
-            "column": _label(column),
+            "column": label(column),
             "value": float(values[cell]) if np.isfinite(values[cell]) else None,
             "text": write(values[cell]) if np.isfinite(values[cell]) else "",
-            "strong": bool(abs(values[cell]) > 0.6 * limit) and not category,
+            "strong": bool(abs(values[cell] - least) > 0.6 * (limit - least)),
             "survives": bool(found.p_corrected[cell] < level),
             "panel": panel.title,
             "site": result.cells[cell].site,
@@ -141,7 +147,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
         scale = alt.Scale(
             domain=[-limit, 0, limit], range=["#b2182b", "#f7f7f7", "#2166ac"], clamp=True
         )
-    names = [_label(value) for value in places[1]]
+    names = [label(value) for value in places[1]]
     longest = max(len(line) for name in names for line in name.split("\n"))
     axis_x = alt.Axis(
         title=None if columns == "position" else columns,
@@ -165,7 +171,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
         y=alt.Y("row:N", sort=[str(v) for v in places[0]], axis=axis_y),
     )
     legend = alt.Legend(
-        title="commonest" if category else _value_title(data), gradientLength=160, format=".2~g"
+        title="commonest" if category else value_title(data), gradientLength=160, format=".2~g"
     )
     layers = [
         base.mark_rect(stroke="white", strokeWidth=1.5 if labelled else 0.4).encode(
@@ -182,11 +188,16 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     height = alt.Step(26 if labelled else _step(len(places[0]), 0) * 0.75)
     width = alt.Step(_step(len(names), 7.0 * longest))
     drawn = alt.layer(*layers).properties(width=width, height=height)
-    if len(shown) > 1:
-        header = alt.Header(title=None, labelLimit=320, labelAnchor="start")
-        order = [panel.title for panel in shown]
-        return drawn.facet(alt.Facet("panel:N", sort=order, header=header), columns=3)
-    return drawn
+    return faceted(drawn, [panel.title for panel in shown], 3)
+
+
+def faceted(drawn: Any, titles: list[str], columns: int) -> Any:
+    """One small chart per panel, where there are several. Layers with data of their own would
+    show all of it in every panel."""
+    if len(titles) < 2:
+        return drawn
+    header = alt.Header(title=None, labelLimit=320, labelAnchor="start")
+    return drawn.facet(alt.Facet("panel:N", sort=titles, header=header), columns=columns)
 
 
 # --- lines --------------------------------------------------------------------------------------
@@ -197,15 +208,15 @@ def lines_chart(result: ExperimentResult, report: spec.Report) -> Any:
     axis = axis_name(result, report.variable or "")
     series = None if report.by is None else axis_name(result, report.by)
     charts = [
-        _titled(_lines(result, measure, axis, series), result, data)
+        titled(_lines(result, measure, axis, series), result, data)
         for measure, data in enumerate(result.measures)
         if data.kind == "number"
     ]
-    return _themed(alt.vconcat(*charts, spacing=36).resolve_scale(color="independent"))
+    return themed(alt.vconcat(*charts, spacing=36).resolve_scale(color="independent"))
 
 
 def _lines(result: ExperimentResult, measure: int, axis: str, series: str | None) -> Any:
-    found = result.statistics[measure]
+    found, band = result.statistics[measure], result.control(measure)
     values = values_of(result, axis)
     numeric = not any(isinstance(value, str) for value in values)
     drawn = (axis,) if series is None else (axis, series)
@@ -216,12 +227,14 @@ def _lines(result: ExperimentResult, measure: int, axis: str, series: str | None
 
     records = [
         {
-            "x": key[0] if numeric else _label(key[0]),
+            "x": key[0] if numeric else label(key[0]),
             "line": line_of(panel.title, key) or " ",
             "panel": panel.title if series is not None else "",
             "mean": float(found.mean[cell]),
             "low": float(found.low[cell]) if np.isfinite(found.low[cell]) else None,
             "high": float(found.high[cell]) if np.isfinite(found.high[cell]) else None,
+            "null_low": float(band.low[cell]) if band and np.isfinite(band.low[cell]) else None,
+            "null_high": float(band.high[cell]) if band and np.isfinite(band.high[cell]) else None,
         }
         for panel in shown
         for key, cell in panel.cells.items()
@@ -240,40 +253,57 @@ def _lines(result: ExperimentResult, measure: int, axis: str, series: str | None
             axis=alt.Axis(title=title, values=ticks, format="d" if whole else "~g", grid=False),
         )
     else:
-        names = [_label(value) for value in values]
+        names = [label(value) for value in values]
         x = alt.X("x:N", sort=names, axis=alt.Axis(title=title, labelAngle=0, labelExpr=SPLIT))
     colour: Any = alt.value(PALETTE[0])
     if len(lines) > 1:
         legend = alt.Legend(
             title=series if series != "position" else None, labelLimit=320, symbolOpacity=1
         )
-        colour = alt.Color("line:N", sort=lines, scale=_colours(lines), legend=legend)
-    base = alt.Chart(alt.Data(values=records)).encode(x=x, color=colour)
-    y = alt.Y("mean:Q", axis=alt.Axis(title=_value_title(result.measures[measure])))
-    zero = (
-        alt.Chart(alt.Data(values=[{"zero": 0}]))
-        .mark_rule(color=QUIET, strokeDash=[3, 3], strokeWidth=1)
-        .encode(y="zero:Q")
-    )
+        colour = alt.Color("line:N", sort=lines, scale=colours(lines), legend=legend)
+    base = alt.Chart().encode(x=x, color=colour)
+    if not numeric and len(lines) > 1:
+        base = base.encode(xOffset=alt.XOffset("line:N", sort=lines))
+    y = alt.Y("mean:Q", axis=alt.Axis(title=value_title(result.measures[measure])))
     interval: Any = base.mark_area(opacity=0.18, line=False).encode(y=alt.Y("low:Q"), y2="high:Q")
     if not numeric:
         interval = base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q"), y2="high:Q")
     points = base.mark_point(size=36, filled=True, opacity=1).encode(
         y=y, tooltip=["line:N", "x:N", "mean:Q", "low:Q", "high:Q"]
     )
-    layers = [zero, interval, points]
+    layers = [zero_rule(), interval, points]
     if numeric:
         layers.insert(2, base.mark_line(strokeWidth=2).encode(y=y))
-    plot = alt.layer(*layers).properties(width=min(640, max(320, 36 * len(values))), height=280)
-    if series is not None and len(shown) > 1:
-        header = alt.Header(title=None, labelLimit=320, labelAnchor="start")
-        order = [panel.title for panel in shown]
-        data = alt.Data(values=records)
-        return plot.facet(alt.Facet("panel:N", sort=order, header=header), columns=2, data=data)
-    return plot
+    if band is not None:
+        form = "area" if numeric else "bar"
+        layers.insert(0, null_band(base, form, len(lines), **({} if numeric else {"size": BAND})))
+    plot = alt.layer(*layers, data=alt.Data(values=records)).properties(
+        width=min(640, max(320, 36 * len(values))), height=280
+    )
+    if series is None:
+        return plot
+    return faceted(plot, [panel.title for panel in shown], 2)
 
 
-def _colours(lines: list[str]) -> Any:
+def zero_rule() -> Any:
+    """A dashed line where there is no effect, once in every panel."""
+    rule = alt.Chart().transform_aggregate(n="count()").mark_rule
+    return rule(color=QUIET, strokeDash=[3, 3], strokeWidth=1).encode(y=alt.datum(0))
+
+
+def null_band(base: Any, form: Literal["area", "bar"], lines: int = 1, **mark: Any) -> Any:
+    """What controls that were drawn at random do, in grey: along a line, or behind each point.
+
+    Those of several lines lie on top of each other, so they are lighter.
+    """
+    shade = max(0.07, 0.3 / lines)
+    ends = {"y": alt.Y("null_low:Q"), "y2": "null_high:Q", "color": alt.value(QUIET)}
+    if form == "area":
+        return base.mark_area(opacity=shade, line=False).encode(detail="line:N", **ends)
+    return base.mark_bar(opacity=0.3, **mark).encode(**ends)
+
+
+def colours(lines: list[str]) -> Any:
     """Distinct colours for words, a run of colours for numbers and for many."""
     if len(lines) <= 4 or (len(lines) <= len(PALETTE) and not all(map(str.isdigit, lines))):
         return alt.Scale(domain=lines, range=PALETTE)

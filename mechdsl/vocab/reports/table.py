@@ -31,8 +31,11 @@ from mechdsl.vocab.reports.text import (
     heading,
     inert_note,
     notes,
+    null_texts,
+    null_words,
     number_format,
     p_text,
+    sortable,
     survivors,
 )
 
@@ -105,7 +108,7 @@ def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
     if by is None or result.settings is None:
         return result
     labels = [str(value) for value in result.row_values[by]]
-    values = sorted(set(result.row_values[by]), key=_sortable)
+    values = sorted(set(result.row_values[by]), key=sortable)
     masks = [np.array([label == str(value) for label in labels]) for value in values]
 
     def rows(data: Floats) -> Floats:
@@ -142,15 +145,11 @@ def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
         cells=cells,
         measures=measures,
         statistics=tuple(statistics),
+        controls=(),  # drawn for whole cells
+        hits=(),
     )
     said = {**result.conventions, **statistics_conventions(expanded, EFFECTS)}
     return replace(expanded, conventions=said)
-
-
-def _sortable(value: object) -> tuple[int, float, str]:
-    if isinstance(value, int | float):
-        return 0, float(value), ""
-    return 1, 0.0, str(value)
 
 
 def _repeat(data: Floats, times: int) -> Floats:
@@ -165,7 +164,7 @@ def _order(result: ExperimentResult, measure: int, report: spec.Report) -> list[
     order = list(range(len(result.cells)))
     axis = result.aliases.get(report.by, report.by) if report.by else None
     if axis in result.axes:
-        order.sort(key=lambda i: _sortable(result.cells[i].coords[axis or ""]))
+        order.sort(key=lambda i: sortable(result.cells[i].coords[axis or ""]))
     if report.top is None:
         return order
     size = found.share if result.measures[measure].kind == "category" else np.abs(found.mean)
@@ -206,8 +205,9 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
 
 
 def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
-    found = result.statistics[measure]
-    write = number_format([*found.mean[order], *found.low[order], *found.high[order]])
+    found, band = result.statistics[measure], result.control(measure)
+    shown = [found.mean, found.low, found.high, *([band.low, band.high] if band else [])]
+    write = number_format(float(value) for values in shown for value in values[order])
     confidence = result.settings.confidence if result.settings else 95.0
     intervals = [
         f"[{write(found.low[i])}, {write(found.high[i])}]" if np.isfinite(found.low[i]) else MISSING
@@ -217,6 +217,8 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         Column(result.measures[measure].effect, [write(found.mean[i]) for i in order], True),
         Column(f"{confidence:g} % interval", intervals, True),
     ]
+    if band is not None:
+        columns.append(Column("null", null_texts(band, order, write), True))
     if found.test is None:
         return columns
     level = alpha(result)
@@ -258,7 +260,9 @@ def _notes(
     if len(order) < len(result.cells):
         size = "share" if result.measures[measure].kind == "category" else "absolute value"
         said.append(f"the {len(order)} largest of {len(result.cells)} cells by {size}")
-    for line in (survivors(result, measure), inert_note(result, measure)):
+    null = null_words(result, measure)
+    remarks = survivors(result, measure), null and f"null: {null}", inert_note(result, measure)
+    for line in remarks:
         if line:
             said.append(line)
     if result.measures[measure].kind == "number":

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mechdsl import spec
-from mechdsl.results.data import Floats, MeasureData
+from mechdsl.results.data import Floats, MeasureData, NullBand
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.results.significance import CORRECTION_NAMES
 
@@ -38,6 +38,13 @@ def number_format(values: Iterable[float], digits: int = 3) -> Callable[[float],
         return text.lstrip("-") if float(text) == 0 else text
 
     return write
+
+
+def sortable(value: object) -> tuple[int, float, str]:
+    """Numbers by size, before words in their order."""
+    if isinstance(value, int | float):
+        return 0, float(value), ""
+    return 1, 0.0, str(value)
 
 
 def p_text(p: float) -> str:
@@ -68,23 +75,28 @@ def ends_of_scale(result: ExperimentResult, data: MeasureData) -> str | None:
     effect = EFFECTS[data.effect]
     if data.kind == "category" or effect.zero is None:
         return None
-    base = _mean(data.base)
-    source = math.nan if data.source is None else _mean(data.source)
-    write = number_format([base, source])
+    base = _means(data.base)
+    source = [math.nan] if data.source is None else _means(data.source)
+    write = number_format([*base, *source])
     unit = f" {data.unit}" if data.unit and not effect.scale_free else ""
-    zero = f"0 is {result.base} ({write(base)}{unit})"
+
+    def shown(values: Sequence[float], unit: str) -> str:
+        ends = dict.fromkeys(write(value) for value in (min(values), max(values)))
+        return f"{' to '.join(ends)}{unit}"
+
+    zero = f"0 is {result.shown(result.base)} ({shown(base, unit)})"
     if data.source is None or data.effect == "relative":
         return zero
+    name = result.shown(result.source or "")
     if effect.one is not None:
-        return f"{zero}, 1 is {result.source} ({write(source)})"
-    return f"{zero}, {result.source} has {write(source)}{unit}"
+        return f"{zero}, 1 is {name} ({shown(source, '')})"
+    return f"{zero}, {name} has {shown(source, unit)}"
 
 
-def _mean(values: Floats) -> float:
-    """Over prompts, where the run is the same for all cells."""
-    if values.shape[0] != 1 or np.isnan(values).all():
-        return math.nan
-    return float(np.nanmean(values))
+def _means(values: Floats) -> list[float]:
+    """Over prompts, of every distinct run: cells may be set against runs of their own."""
+    found = [float(np.nanmean(row)) if not np.isnan(row).all() else math.nan for row in values]
+    return found if len(found) == 1 or not np.isnan(found).any() else [math.nan]
 
 
 def heading(result: ExperimentResult, data: MeasureData, console: Console) -> None:
@@ -150,3 +162,31 @@ def inert_note(result: ExperimentResult, measure: int) -> str | None:
         return None
     cells = "1 cell is" if count == 1 else f"{count} cells are"
     return f"{cells} inert: by structure the same as {result.base}, so not tested or corrected for"
+
+
+def null_texts(band: NullBand, cells: Iterable[int], write: Callable[[float], str]) -> list[str]:
+    """`[low, high]` of the controls beside each cell."""
+    return [
+        f"[{write(band.low[cell])}, {write(band.high[cell])}]"
+        if math.isfinite(band.low[cell])
+        else MISSING
+        for cell in cells
+    ]
+
+
+def null_words(result: ExperimentResult, measure: int) -> str | None:
+    """What the null band is."""
+    band = result.control(measure)
+    if band is None:
+        return None
+    confidence = result.settings.confidence if result.settings else 95.0
+    return f"{confidence:g} % of {band.draws} {band.what} lie in it"
+
+
+def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list[str]:
+    """Remarks under a figure that marks survivors with a star and, where anything could be
+    drawn, shades the null band."""
+    survived, null = survivors(result, measure), null_words(result, measure)
+    shade = "░ null" if drawn else "null"
+    said = [f"* {survived}" if survived else None, f"{shade}: {null}" if null else None]
+    return [line for line in (*said, inert_note(result, measure)) if line]

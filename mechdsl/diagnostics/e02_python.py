@@ -1,0 +1,43 @@
+"""E022x: functions of the user's Python files."""
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.record import keyword_record
+
+
+@keyword_record
+class PythonNotAllowed(Diagnostic):
+    """Code that nobody has said may run."""
+
+    code = "E0221"
+    title = "`{function}` is Python, which runs only where you allow it"
+    label = "would run `{file}`"
+    help = "read `{file}`, then add `--allow-python` (`allow_python=True` from Python)"
+    function: str
+    file: str
+
+
+@keyword_record
+class PythonNotFound(Diagnostic):
+    """A function that isn't there, or isn't one that could be called."""
+
+    code = "E0222"
+    title = "`{written}` can't be called: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    written: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class PythonFailed(Diagnostic):
+    """An exception inside of a function, or a result that nothing can be made of."""
+
+    code = "E0223"
+    title = "`{function}` failed: {reason}"
+    label = "{where}"
+    help = "{hint}"
+    function: str
+    reason: str
+    where: str
+    hint: str

@@ -1,0 +1,83 @@
+"""What `observe attention` sees of patched rows: the weight of edges, out of the pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.columns import Ints
+from mechdsl.hooks import SiteRead
+from mechdsl.models.shape import ModelShape, units
+from mechdsl.packed import Places
+from mechdsl.rule_plan import Rows, RulePlan
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """Edges that are looked at, for rows of one experiment."""
+
+    rows: int
+    places: Mapping[SiteRead, Places]
+    """Rows of the pass and queries whose patterns are read, per layer."""
+    parts: Mapping[SiteRead, tuple[Ints, Ints, Ints, Ints, Ints]]
+    """Per layer: (row, place, head) of each query and head; and of each key which of these it
+    belongs to, and its position."""
+
+    def weights(self, found: Mapping[SiteRead, Tensor]) -> Tensor:
+        """[row] what the keys get together, averaged over joined queries, heads and layers.
+
+        found: [place, heads, key position] per layer.
+        """
+        total, count = torch.zeros(self.rows), torch.zeros(self.rows)
+        for read, (row, place, head, entry, key) in self.parts.items():
+            pattern = found[read].float().cpu()
+            each = torch.zeros(len(row))
+            index = torch.from_numpy(entry)
+            weight = pattern[
+                torch.from_numpy(place)[index],
+                torch.from_numpy(head)[index],
+                torch.from_numpy(key),
+            ]
+            each.index_add_(0, index, weight)
+            at = torch.from_numpy(row)
+            total.index_add_(0, at, each)
+            count.index_add_(0, at, torch.ones(len(row)))
+        return total / count
+
+
+def look(plan: RulePlan, rows: Rows, at: Ints, shape: ModelShape) -> Look:
+    """What an `observe` rule looks at; at: [row] the row of the pass."""
+    assert plan.keys is not None
+    assert plan.key_of_cell is not None
+    position = plan.position_of_cell[rows.cell]
+    queries = plan.written.run(position, rows.prompt, rows.alternative)
+    keys = plan.keys.run(plan.key_of_cell[rows.cell], rows.prompt, rows.alternative)
+    row, query = plan.written.tokens.expand(queries)
+    index, point = plan.points.expand(plan.site_of_cell[rows.cell][row])
+    row, query = row[index], query[index]
+    layers = np.array([p.layer for p in plan.point_table], dtype=np.int64)[point]
+    unit = np.array([-1 if p.unit is None else p.unit for p in plan.point_table])[point]
+    places: dict[SiteRead, Places] = {}
+    parts: dict[SiteRead, tuple[Ints, Ints, Ints, Ints, Ints]] = {}
+    for layer in np.unique(layers).tolist():
+        own = np.flatnonzero(layers == layer)
+        heads = units(shape, "pattern", layer)
+        every = unit[own] < 0
+        repeats = np.where(every, heads, 1)
+        again = np.repeat(np.arange(len(own)), repeats)
+        ends = np.cumsum(repeats)
+        within = np.arange(len(again)) - np.repeat(ends - repeats, repeats)
+        head = np.where(every[again], within, unit[own][again])
+        own = own[again]
+        distinct, place = np.unique(
+            np.stack([at[row[own]], query[own]]), axis=1, return_inverse=True
+        )
+        entry, key = plan.keys.tokens.expand(keys[row[own]])
+        read = SiteRead("pattern", layer)
+        places[read] = distinct[0], distinct[1]
+        parts[read] = row[own], place.reshape(-1), head, entry, key
+    return Look(len(rows), places, parts)

@@ -1,0 +1,282 @@
+"""Where rules read and write: positions of both runs, laid out over loops and sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, TypeAlias
+
+from mechdsl import spec
+from mechdsl.data.positions import check_joined, resolve_positions
+from mechdsl.data.types import PositionCell
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.e03_coordinates import BadLoopValue
+from mechdsl.diagnostics.e03_positions import AbsentOccurrence, JoinedUnequal
+from mechdsl.diagnostics.e03_rules import OverlappingPositions, UnpairedPositions
+from mechdsl.resolve.types import Axis, Key, PositionTargets
+from mechdsl.resolve.work import Work
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+
+
+@dataclass(frozen=True)
+class Found:
+    """Positions of one rule: the cells where it writes, those where it reads, in the same order,
+    and the labels of positions that no row has in both runs."""
+
+    written: list[PositionCell]
+    read: list[PositionCell]
+    left_out: tuple[str, ...] = ()
+
+
+Values: TypeAlias = Mapping[str, Any]
+"""Parameters and the current values of loops."""
+Find: TypeAlias = Callable[[Values], Found | None]
+
+
+def rule_targets(rule: spec.Rule, run: str, work: Work) -> PositionTargets | None:
+    """Where the rule writes and reads; its sweep over positions becomes an axis."""
+    nodes = [rule.at] if rule.onto is None else [rule.at, rule.onto]
+
+    def find(values: Values) -> Found | None:
+        if rule.onto is None:
+            return _same(rule.at, run, values, work)
+        if rule.verb == "swap":
+            return _exchanged(rule.at, rule.onto, values, work)
+        return _across(rule.at, rule.onto, run, values, work)
+
+    return laid_out(find, nodes, work)
+
+
+def plain_targets(
+    positions: ast.Positions, work: Work, axis: str = "position"
+) -> PositionTargets | None:
+    """Positions of the base run alone."""
+
+    def find(values: Values) -> Found | None:
+        cells = _cells(positions, work.experiment.base, values, work)
+        return None if cells is None else Found(cells, cells)
+
+    return laid_out(find, [positions], work, axis)
+
+
+def sweeps(positions: ast.Positions, work: Work) -> bool:
+    """Whether there is more than one cell; what is wrong with them is said elsewhere."""
+    before = len(work.diagnostics)
+    values = next(_loop_values(_loops_of([positions], work), work))[1]
+    cells = _cells(positions, work.experiment.base, values, work)
+    del work.diagnostics[before:]
+    return cells is not None and len(cells) > 1
+
+
+def laid_out(
+    find: Find, nodes: list[ast.Positions], work: Work, axis: str = "position"
+) -> PositionTargets | None:
+    """What `find` finds for every value of the loops that the positions name."""
+    loops = _loops_of(nodes, work)
+    written: dict[Key, PositionCell] = {}
+    read: dict[Key, PositionCell] = {}
+    found: Found | None = None
+    for key, values in _loop_values(loops, work):
+        found = find(values)
+        if found is None:
+            return None
+        if loops and len(found.written) > 1:
+            work.diagnostics.append(
+                BadLoopValue(
+                    span=nodes[0].span,
+                    name=loops[0],
+                    reason="it can't stand beside another sweep of positions",
+                    hint="name one position: `token " + loops[0] + "`",
+                )
+            )
+            return None
+        for index, (cell, source) in enumerate(zip(found.written, found.read, strict=True)):
+            here = key if len(found.written) == 1 else (*key, index)
+            written[here] = cell
+            read[here] = source
+    assert found is not None
+    names = tuple(loops)
+    swept = found.written
+    if len(swept) > 1:
+        items = tuple(cell.item for cell in swept)
+        work.add_axis(
+            Axis(
+                axis,
+                tuple(cell.label for cell in swept),
+                nodes[0].span,
+                alias="item" if all(i is not None for i in items) else None,
+                items=items,
+            )
+        )
+        names = (*names, axis)
+    return PositionTargets(names, written, read, found.left_out)
+
+
+def _loops_of(nodes: list[ast.Positions], work: Work) -> list[str]:
+    """The loops whose variables stand in positions."""
+    named: set[object] = set()
+    for part in (part for node in nodes for part in walk(node)):
+        if isinstance(part, ast.TokenIndex):
+            named.add(part.low)
+        elif isinstance(part, ast.Ranked):
+            named.add(part.amount)
+    return [name for name in work.loops if name in named]
+
+
+def _loop_values(loops: list[str], work: Work) -> Iterator[tuple[Key, Values]]:
+    """Every combination of the loops' values: its key, and the values by name."""
+    parameters = {k: v for k, v in work.program.parameters.items() if isinstance(v, int | float)}
+    for key in product(*(range(len(work.loops[name])) for name in loops)):
+        yield (
+            key,
+            {**parameters, **{n: work.loops[n][i] for n, i in zip(loops, key, strict=True)}},
+        )
+
+
+def _cells(
+    positions: ast.Positions, run: str, values: Values, work: Work, other: str | None = None
+) -> list[PositionCell] | None:
+    """The cells of positions in one run."""
+    cells, problems = resolve_positions(
+        positions,
+        work.table,
+        run,
+        tokenizer=work.model.tokenizer,
+        loop_values=values,
+        with_runs=() if other in (None, run) else (other,),
+        ranked=work.ranked,
+    )
+    work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
+    return None if has_errors(problems) else list(cells)
+
+
+def _same(positions: ast.Positions, run: str, values: Values, work: Work) -> Found | None:
+    """The same positions in the base run, where they are written, and in `run`."""
+    base = work.experiment.base
+    cells = _cells(positions, base, values, work, run)
+    if cells is None or run == base:
+        return None if cells is None else Found(cells, cells)
+    sources = _cells(positions, run, values, work, base)
+    if sources is None:
+        return None
+    by_label = {cell.label: cell for cell in sources}
+    pairs = [_common(cell, by_label[cell.label]) for cell in cells if cell.label in by_label]
+    labels = dict.fromkeys(cell.label for cell in (*cells, *sources))
+    return _checked(pairs, positions, run, tuple(labels), work)
+
+
+def _across(
+    at: ast.Positions, onto: ast.Positions, run: str, values: Values, work: Work
+) -> Found | None:
+    """Read at some positions of `run`, written at others of the base run."""
+    sources = _cells(at, run, values, work)
+    cells = _cells(onto, work.experiment.base, values, work)
+    if sources is None or cells is None:
+        return None
+    if len(cells) not in (1, len(sources)) and len(sources) > 1:
+        work.diagnostics.append(
+            UnpairedPositions(
+                span=onto.span,
+                first=f"{len(sources)} positions to read",
+                second=f"{len(cells)} positions to write",
+            )
+        )
+        return None
+    count = max(len(cells), len(sources))
+    cells = cells * count if len(cells) == 1 else cells
+    sources = sources * count if len(sources) == 1 else sources
+    pairs: list[tuple[PositionCell, PositionCell]] = []
+    several = len({cell.label for cell in cells}) > 1
+    for cell, source in zip(cells, sources, strict=True):
+        label = f"{source.label} → {cell.label}" if several else source.label
+        item = source.item if source.item is not None else cell.item
+        pairs.append(_common(replace(cell, label=label, item=item), source))
+    return _checked(pairs, at, run, tuple(pair[0].label for pair in pairs), work)
+
+
+def _exchanged(
+    first: ast.Positions, second: ast.Positions, values: Values, work: Work
+) -> Found | None:
+    """Two positions of the base run: each is written with what is read at the other."""
+    found = _across(first, second, work.experiment.base, values, work)
+    if found is None:
+        for number, said in enumerate(work.diagnostics):
+            if isinstance(said, JoinedUnequal) and said.span == first.span:
+                work.diagnostics[number] = UnpairedPositions(
+                    span=second.span,
+                    first=said.source,
+                    second=said.base,
+                    hint="write positions of equally many tokens on both sides",
+                )
+        return None
+    pairs: list[tuple[PositionCell, PositionCell]] = []
+    for to, of in zip(found.written, found.read, strict=True):
+        for row, (a, b) in enumerate(zip(to.hits, of.hits, strict=True)):
+            shared = [set(x) & set(y) for x, y in zip(a, b, strict=False)]
+            if any(shared):
+                work.diagnostics.append(
+                    OverlappingPositions(
+                        span=second.span,
+                        first=first.span.written,
+                        second=second.span.written,
+                        row=row,
+                        token=str(min(min(s) for s in shared if s)),
+                    )
+                )
+                return None
+        pairs.append((_joined(to, of), _joined(of, to)))
+    return Found([pair[0] for pair in pairs], [pair[1] for pair in pairs], found.left_out)
+
+
+def _joined(first: PositionCell, second: PositionCell) -> PositionCell:
+    """The tokens of both, side by side."""
+    hits = tuple(
+        tuple((*x, *y) for x, y in zip(a, b, strict=True))
+        for a, b in zip(first.hits, second.hits, strict=True)
+    )
+    return replace(first, hits=hits)
+
+
+def _checked(
+    pairs: list[tuple[PositionCell, PositionCell]],
+    positions: ast.Positions,
+    run: str,
+    labels: tuple[str, ...],
+    work: Work,
+) -> Found | None:
+    """Pairs that some row has in both runs, with as many tokens in each."""
+    base = work.experiment.base
+    pairs = [pair for pair in pairs if any(pair[0].hits)]
+    if not pairs:
+        work.diagnostics.append(
+            AbsentOccurrence(
+                span=positions.span,
+                position=positions.span.written,
+                run=run,
+                lacking=len(work.table),
+                total=len(work.table),
+                example=f'"{work.table.runs[run].rows[0].text}"',
+                hint=f"name a position that a row has in both `{base}` and `{run}`",
+            )
+        )
+        return None
+    written, read = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    problems = check_joined(written, read, span=positions.span, table=work.table, runs=(base, run))
+    work.diagnostics.extend(problems)
+    kept = {cell.label for cell in written}
+    left_out = tuple(label for label in labels if label not in kept)
+    return None if has_errors(problems) else Found(written, read, left_out)
+
+
+def _common(cell: PositionCell, source: PositionCell) -> tuple[PositionCell, PositionCell]:
+    """Both without the rows that lack the position in one of the runs."""
+    keep = [bool(a) and bool(b) for a, b in zip(cell.hits, source.hits, strict=True)]
+    if all(keep):
+        return cell, source
+
+    def cut(one: PositionCell) -> PositionCell:
+        return replace(one, hits=tuple(h if k else () for h, k in zip(one.hits, keep, strict=True)))
+
+    return cut(cell), cut(source)

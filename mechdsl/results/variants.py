@@ -1,0 +1,239 @@
+"""Results of one experiment on several models, sources or bases, put together as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mechdsl.results.cell import CellKey, Coord
+from mechdsl.results.data import Floats, MeasureData, NullBand
+from mechdsl.results.experiment import ExperimentResult
+
+Labels = tuple[tuple[str, int | str], ...]
+"""Axis and label of everything that there are several of."""
+NO_VALUE = "-"
+"""The coordinate of a cell along an axis that its variant doesn't have."""
+
+
+def joined_axes(parts: Sequence[tuple[Labels, Sequence[str]]]) -> list[str]:
+    """The axes of all variants: what there are several of comes first."""
+    own = [axis for labels, _ in parts for axis, _ in labels]
+    return list(dict.fromkeys([*own, *(axis for _, axes in parts for axis in axes)]))
+
+
+def joined_cells(
+    axes: Sequence[str], parts: Iterable[tuple[Labels, Iterable[CellKey]]]
+) -> list[CellKey]:
+    """The cells of all variants, one variant after the other."""
+    return [
+        replace(cell, coords={axis: _coord(axis, dict(labels), cell) for axis in axes})
+        for labels, cells in parts
+        for cell in cells
+    ]
+
+
+def _coord(axis: str, labels: Mapping[str, int | str], cell: CellKey) -> Coord:
+    if axis in labels:
+        return labels[axis]
+    # A sweep over positions that finds a single one has no axis.
+    missing = cell.position if axis == "position" else None
+    return cell.coords.get(axis, missing or NO_VALUE)
+
+
+def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult:
+    """One result with the cells of all variants, on the prompts that all of them have.
+
+    Statistics come afterwards, over all cells.
+    """
+    first = parts[0][1]
+    if len(parts) == 1 and not parts[0][0]:
+        return first
+    ids = _common([result for _, result in parts])
+    parts = [(labels, _on_rows(result, ids)) for labels, result in parts]
+    results = [result for _, result in parts]
+    axes = joined_axes([(labels, result.axes) for labels, result in parts])
+    several = len({result.model for result in results}) > 1
+    fewer = "" if ids is None or len(ids) == first.prompts else f"{len(ids)} that all have"
+    return replace(
+        results[0],
+        model=", ".join(dict.fromkeys(result.model for result in results)),
+        axes=tuple(axes),
+        aliases={name: axis for result in results for name, axis in result.aliases.items()},
+        cells=tuple(joined_cells(axes, [(labels, result.cells) for labels, result in parts])),
+        measures=tuple(
+            _measure([result.measures[n] for result in results]) for n in range(len(first.measures))
+        ),
+        runs=_by_run(results, several, lambda result: result.runs),
+        accuracy=_by_run(results, several, lambda result: result.accuracy),
+        base=", ".join(dict.fromkeys(result.base for result in results)),
+        source=", ".join(dict.fromkeys(r.source for r in results if r.source)) or None,
+        called=_called(results),
+        conventions={
+            **_said([(labels, result.conventions) for labels, result in parts]),
+            **({"prompts": fewer} if fewer else {}),
+        },
+        hashes=_hashes(parts),
+        controls=_controls(results),
+        texts=results[0].texts if len({result.texts for result in results}) == 1 else (),
+        hits=tuple(hit for result in results for hit in result.hits)
+        if len({result.texts for result in results}) == 1
+        else (),
+    )
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def _common(results: Sequence[ExperimentResult]) -> tuple[int, ...] | None:
+    """The numbers of the prompts that all variants have kept, in the order of the first."""
+    first = results[0].row_ids
+    if first is None or all(result.row_ids == first for result in results):
+        return first
+    kept = set(first).intersection(*(result.row_ids or () for result in results))
+    return tuple(number for number in first if number in kept)
+
+
+def _on_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> ExperimentResult:
+    """The result on some of its prompts."""
+    if ids is None or result.row_ids is None or result.row_ids == ids:
+        return result
+    places = {number: n for n, number in enumerate(result.row_ids)}
+    index = np.array([places[number] for number in ids], dtype=np.int64)
+
+    def cut(values: Floats | None) -> Any:
+        return None if values is None else values[:, index]
+
+    def chosen(values: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(values[i] for i in index.tolist())
+
+    return replace(
+        result,
+        measures=tuple(
+            replace(
+                data,
+                patched=cut(data.patched),
+                base=cut(data.base),
+                source=cut(data.source),
+                truth=cut(data.truth),
+            )
+            for data in result.measures
+        ),
+        runs={
+            run: {label: values[index] for label, values in found.items()}
+            for run, found in result.runs.items()
+        },
+        accuracy={run: values[index] for run, values in result.accuracy.items()},
+        row_ids=ids,
+        row_values={name: chosen(values) for name, values in result.row_values.items()},
+        texts=chosen(result.texts) if result.texts else (),
+        hits=tuple(chosen(hit) for hit in result.hits),
+    )
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def _measure(parts: Sequence[MeasureData]) -> MeasureData:
+    """One measure over the cells of all variants."""
+    cells = [len(data.patched) for data in parts]
+    sources = [data.source for data in parts]
+    truths = [data.truth for data in parts]
+    return replace(
+        parts[0],
+        patched=np.concatenate([data.patched for data in parts]),
+        base=_side_by_side([data.base for data in parts], cells),
+        source=None if any(s is None for s in sources) else _side_by_side(sources, cells),
+        truth=None if any(t is None for t in truths) else _side_by_side(truths, cells),
+        inert=np.concatenate([data.inert for data in parts]),
+    )
+
+
+def _side_by_side(values: Sequence[Floats | None], cells: Sequence[int]) -> Floats:
+    """[1 or cell, prompt] of each variant as one: a single row where all have the same one."""
+    found = [value for value in values if value is not None]
+    if all(len(v) == 1 and np.array_equal(v, found[0], equal_nan=True) for v in found):
+        return found[0]
+    rows = [np.broadcast_to(v, (n, v.shape[1])) for v, n in zip(found, cells, strict=True)]
+    return np.concatenate(rows)
+
+
+def _by_run(
+    results: Sequence[ExperimentResult],
+    several: bool,
+    of: Callable[[ExperimentResult], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The unpatched runs of all variants; those of several models say which."""
+    return {
+        f"{run} ({result.model})" if several else run: values
+        for result in results
+        for run, values in of(result).items()
+    }
+
+
+def _called(results: Sequence[ExperimentResult]) -> dict[str, str]:
+    """Names for people that all variants agree on."""
+    names = {run for result in results for run in (result.base, result.source) if run}
+    every = {run: {result.shown(run) for result in results} for run in names}
+    return {run: next(iter(found)) for run, found in every.items() if len(found) == 1}
+
+
+def _controls(results: Sequence[ExperimentResult]) -> tuple[NullBand | None, ...]:
+    if not all(result.controls for result in results):
+        return ()
+    found: list[NullBand | None] = []
+    for bands in zip(*(result.controls for result in results), strict=True):
+        known = [band for band in bands if band is not None]
+        if len(known) < len(results):
+            found.append(None)
+            continue
+        found.append(
+            replace(
+                known[0],
+                low=np.concatenate([band.low for band in known]),
+                high=np.concatenate([band.high for band in known]),
+                mean=np.concatenate([band.mean for band in known]),
+            )
+        )
+    return tuple(found)
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def _said(parts: Sequence[tuple[Labels, Mapping[str, str]]]) -> dict[str, str]:
+    """Conventions once where all variants have them, else with whose they are."""
+    found: dict[str, str] = {}
+    for key in dict.fromkeys(key for _, said in parts for key in said):
+        texts = [said.get(key) for _, said in parts]
+        if all(text == texts[0] for text in texts):
+            found[key] = texts[0] or ""
+            continue
+        whose = _whose([labels for labels, _ in parts], texts)
+        by_text: dict[str, dict[str, None]] = {}
+        for name, text in zip(whose, texts, strict=True):
+            if text is not None:
+                by_text.setdefault(text, {})[name] = None
+        found[key] = "; ".join(f"{', '.join(names)}: {text}" for text, names in by_text.items())
+    return found
+
+
+def _whose(labels: Sequence[Labels], texts: Sequence[str | None]) -> list[str]:
+    """What tells the variants apart that differ here: the label of one axis if that is enough."""
+    for axis in range(len(labels[0])):
+        own = [str(each[axis][1]) for each in labels]
+        if len(set(zip(own, texts, strict=True))) == len(set(own)):
+            return own
+    return [", ".join(f"{axis} {label}" for axis, label in each) for each in labels]
+
+
+def _hashes(parts: Sequence[tuple[Labels, ExperimentResult]]) -> dict[str, str]:
+    """Hashes by what they are of; those of several models say which."""
+    found: dict[str, str] = {}
+    for _, result in parts:
+        for key, value in result.hashes.items():
+            same = all(other.hashes.get(key) == value for _, other in parts)
+            found[key if same else f"{key} of {result.model}"] = value
+    return found

@@ -1,0 +1,678 @@
+"""What the grammar itself knows: statements, lines of prompts, positions, rules, expectations.
+
+One registered entry each, as far as it is executed; `docs/language.md` is written from them and
+from the other registries of this package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mechdsl.registry import Registry
+
+Group = Literal[
+    "file", "prompts", "position", "site", "rule", "onward", "experiment", "expectation"
+]
+
+OWN = "this page"
+"""The source of a definition that comes from no paper."""
+TRACING = "Meng et al. 2022, arXiv 2202.05262"
+PATCHING = "Zhang & Nanda 2023, arXiv 2309.16042"
+MEDIATION = "Vig et al. 2020, arXiv 2004.12265"
+CIRCUIT = "Wang et al. 2022, arXiv 2211.00593"
+PATHS = "Wang et al. 2022, arXiv 2211.00593; Goldowsky-Dill et al. 2023, arXiv 2304.05969"
+KNOCKOUT = "Geva et al. 2023, arXiv 2304.14767"
+SCOPES = "Ghandeharioun et al. 2024, arXiv 2401.06102"
+ACROSS = "Prakash et al. 2024, arXiv 2402.14811"
+VECTORS = "Todd et al. 2023, arXiv 2310.15213"
+DELETION = "Petsiuk et al. 2018, arXiv 1806.07421"
+ATTENTION = "Vaswani et al. 2017, arXiv 1706.03762"
+
+
+@dataclass(frozen=True)
+class Construct:
+    """One construct of the language."""
+
+    name: str
+    group: Group
+    example: str
+    """As it is typed: a line, a position or a site."""
+    meaning: str
+    source: str
+    """A paper with its number, or `this page`."""
+    test: str
+    """The file that holds its meaning."""
+    beside: str = ""
+    """Lines of the same block that the example needs."""
+
+
+CONSTRUCTS: Registry[Construct] = Registry("construct")
+
+
+def _construct(entry: Construct) -> None:
+    CONSTRUCTS.add(entry.name, entry)
+
+
+def _file(name: str, example: str, meaning: str, test: str, source: str = OWN) -> None:
+    _construct(Construct(name, "file", example, meaning, source, test))
+
+
+def _prompts(
+    name: str, example: str, meaning: str, test: str, source: str = OWN, beside: str = ""
+) -> None:
+    _construct(Construct(name, "prompts", example, meaning, source, test, beside))
+
+
+def _position(name: str, example: str, meaning: str, test: str = "", source: str = OWN) -> None:
+    test = test or "tests/execute/test_positions.py"
+    _construct(Construct(name, "position", example, meaning, source, test))
+
+
+def _site(name: str, example: str, meaning: str, test: str, source: str = OWN) -> None:
+    _construct(Construct(name, "site", example, meaning, source, test))
+
+
+def _rule(name: str, example: str, meaning: str, source: str, test: str, beside: str = "") -> None:
+    _construct(Construct(name, "rule", example, meaning, source, test, beside))
+
+
+def _onward(name: str, example: str, meaning: str, source: str, test: str) -> None:
+    _construct(Construct(name, "onward", example, meaning, source, test))
+
+
+def _experiment(
+    name: str, example: str, meaning: str, test: str, source: str = OWN, beside: str = ""
+) -> None:
+    _construct(Construct(name, "experiment", example, meaning, source, test, beside))
+
+
+def _expectation(
+    name: str, example: str, meaning: str, test: str = "", source: str = OWN, beside: str = ""
+) -> None:
+    test = test or "tests/results/test_expectations.py"
+    _construct(Construct(name, "expectation", example, meaning, source, test, beside))
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+_LOWER = "tests/compiler/test_lower.py"
+_ROWS = "tests/data/test_rows.py"
+
+_file("version", "mech 1", "The first line: the version of the language.", _LOWER)
+_file(
+    "use",
+    'use "common/fruit.mech"',
+    "Everything that another file defines; its experiments don't run. The path is relative to the "
+    "file that has the line.",
+    _LOWER,
+)
+_file(
+    "param",
+    "param depth = 2",
+    "A value with a name. `--set depth=3` changes it, and nothing else can be set from outside.",
+    "tests/execute/test_effects.py",
+)
+_file(
+    "model",
+    'model toy = zoo("counting")',
+    'A model: of the package (`zoo`), of the Hugging Face cache (`hf("org/name", revision: "…", '
+    'dtype: float32, bos: true)`) or of a folder (`local("…")`).',
+    "tests/models/test_load.py",
+)
+_file(
+    "checkpoints",
+    'model runs = local("runs/step-*")',
+    "One model for every folder that the `*` matches, in natural order; where it is used, the "
+    "experiment runs on each, an axis `model` with what the `*` stands for.",
+    "tests/elsewhere/test_models.py",
+)
+_file(
+    "prompts block",
+    'prompts colours { x in ["red", "blue"] template "Part 1: {x} Count 1:" }',
+    "Rows of text with named spans and values; its lines are below.",
+    _ROWS,
+)
+_file(
+    "metric",
+    "metric ld = logit(answer) - logit(wrong)",
+    "A name for an expression that measures may use.",
+    "tests/execute/test_metrics.py",
+)
+_file(
+    "metric in Python",
+    'metric margin = python("functions.py:margin")',
+    "A function of a Python file, called as `margin(logits, rows)`: the logits where the measure "
+    "is read, [row, vocab], and the values of each row. It gives one number per row, and runs with "
+    "`--allow-python` only; the file's hash is kept.",
+    "tests/python_files/test_python_files.py",
+)
+_file(
+    "group",
+    "group counters = L0H1, L1H2",
+    "Sites that a rule intervenes on together.",
+    "tests/execute/test_coordinates.py",
+)
+_file(
+    "group of what was found",
+    "group fv_heads = top 3 of cie",
+    "The sites that another experiment ranks highest, joined.",
+    "tests/onward/test_sites.py",
+    VECTORS,
+)
+_file(
+    "seed",
+    "seed 7",
+    "Where all randomness begins: rows, noise, resampling, random targets. 0 without this line.",
+    "tests/data/test_sampling.py",
+)
+_file(
+    "experiment",
+    "experiment heads { model toy prompts fruit limit 16 "
+    "ablate layer * head * at last token with zero measure logit(answer) as delta }",
+    "Rules, measures and reports. All its rules act in one run; their sweeps are the axes of its "
+    "table, one run for every combination.",
+    "tests/execute/test_coordinates.py",
+)
+
+# --- prompts --------------------------------------------------------------------------------------
+
+_prompts(
+    "template",
+    'template "Part 1: {fruits} Count 1:"',
+    "The text. Each placeholder is a span with that name; `{s2 = s}` is a second span of its own.",
+    _ROWS,
+)
+_prompts(
+    "several templates",
+    'template in ["Part 1: {fruits} Count 1:", "Part 2: {fruits} Count 2:"]',
+    "Each is combined with all values; `template` is a value like others.",
+    _ROWS,
+)
+_prompts("values", "count in 3..9", "The values of a name; every combination is a row.", _ROWS)
+_prompts(
+    "derived value",
+    "half = count / 2",
+    "Worked out of other values: arithmetic, `other(x)`, `choice(…)`, `if … then … else …`.",
+    _ROWS,
+)
+_prompts(
+    "list",
+    'fruits = list(item, count, sep: " ")',
+    "`count` draws of `item`, joined by `sep`; each draw is a span `item`, each separator a span "
+    "`sep of fruits`.",
+    _ROWS,
+)
+_prompts(
+    "value in Python",
+    'size = python("functions.py:total")',
+    "A function of a Python file, called with the values of the row. In a corruption it makes the "
+    "new value. It runs with `--allow-python` only.",
+    "tests/python_files/test_python_files.py",
+)
+_prompts(
+    "rows",
+    'rows "facts.jsonl"',
+    "One row per record of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file; its columns "
+    "are values.",
+    "tests/data/test_files.py",
+)
+_prompts(
+    "rename",
+    "rename { thing = object }",
+    "New name = column.",
+    "tests/data/test_files.py",
+    beside='rows "facts.jsonl"',
+)
+_prompts("where", "where count > 3", "Only rows for which this holds.", _ROWS)
+_prompts(
+    "split",
+    "split 50%",
+    "Deals the rows out into `NAME.train`, which gets this share, and `NAME.test`.",
+    "tests/execute/test_effects.py",
+)
+_prompts(
+    "answer",
+    'answer " {count}"',
+    "The text that should come next. It is tokenised as a continuation of the prompt; a leading "
+    "token that all answers share is moved into the prompt.",
+    "tests/data/test_answers.py",
+)
+_prompts("wrong", 'wrong " {count - 1}"', "A text to compare with.", "tests/data/test_answers.py")
+_prompts(
+    "text",
+    'text rival = " {count + 1}"',
+    "Any other text that measures name.",
+    "tests/data/test_answers.py",
+)
+_prompts(
+    "span in a column",
+    "span object in prompt",
+    "Where the text of one column lies inside that of another.",
+    "tests/data/test_positions.py",
+    beside='rows "facts.jsonl"',
+)
+_prompts(
+    "named span",
+    'span slot = "Count"',
+    "A name for the last occurrence of a literal text.",
+    "tests/data/test_positions.py",
+)
+_prompts(
+    "corrupt",
+    "corrupt fewer { count = count - 1 }",
+    "The same row with something changed, a second run of it. What is derived from the value "
+    "follows; a list keeps its draws and is cut or extended at its end.",
+    _ROWS,
+)
+
+# --- positions ------------------------------------------------------------------------------------
+
+_position("last token", "last token", "The last token of the prompt's own text.")
+_position("first token", "first token", "The first token of the prompt's own text.")
+_position("special token", "bos token", "A special token by its name: `bos`, `cls`, `sep`.")
+_position(
+    "token 5",
+    "token 5",
+    "The token of this number in the model's input, special tokens included; negative numbers "
+    "count from the end.",
+)
+_position("range of tokens", "token 2..6", "A sweep, one run per token; both ends included.")
+_position("tokens 2..6", "tokens 2..6", "All of them in one run.")
+_position(
+    "token *",
+    "token * align left",
+    "A sweep over every token. Prompts of different lengths are lined up at the `left` or the "
+    "`right`.",
+)
+_position("tokens *", "tokens *", "All tokens in one run.")
+_position("NAME token", "fruits token", "The last token of a span that occurs once.")
+_position("NAME tokens", "fruits tokens", "All tokens of a span, of all its occurrences, joined.")
+_position(
+    "each token of",
+    "each token of fruits",
+    "One run per token of the span; spans of several lengths are labelled first, middle, last.",
+)
+_position("first token of", "first token of fruits", "The first token of a span.")
+_position("offset", "last-item token + 1", "So many tokens later, or earlier with `-`.")
+_position(
+    "last-NAME", "last-item token", "The last occurrence of a span that occurs several times."
+)
+_position("NAME number", "item 3 token", "The third occurrence, counted from 1.")
+_position(
+    "each NAME",
+    "each item token",
+    "One run per occurrence, at its last token; prompts with fewer occurrences drop out of that "
+    "cell, and n tells. The axis is called `position` and `item`.",
+)
+_position("separators", "each sep of fruits token", "The separators of a list.")
+_position("literal", '"Count" token', "The last occurrence of a literal text.")
+_position("inside another", "last-item of fruits token", "An occurrence inside another span.")
+_position("A, B", "last-item token, last token", "A sweep over positions.")
+_position("{A, B}", "{last-item token, last token}", "Both in one run.")
+_position(
+    "tokens between",
+    "tokens between first-item token and last token",
+    "All tokens from one to the other, both included, in one run; `each token between …` sweeps.",
+)
+_position(
+    "tokens except",
+    "tokens except fruits tokens",
+    "All others of the prompt's own text in one run; `each token except …` sweeps.",
+)
+
+# --- sites: how they are written; the components are in `sites.py` --------------------------------
+
+_COORDINATES = "tests/execute/test_coordinates.py"
+
+_site(
+    "layer 0..2",
+    "resid_post layer 0..2",
+    "A sweep, one run per layer; both ends included.",
+    _COORDINATES,
+)
+_site("layers 0..2", "resid_post layers 0..2", "All of them in one run.", _COORDINATES)
+_site(
+    "layer *",
+    "layer * head *",
+    "Every value there is. A head without a component is `z`, a neuron `mlp_hidden`.",
+    _COORDINATES,
+)
+_site(
+    "relative depth",
+    "resid_post layer 25%..75%",
+    "0% is the first layer and 100% the last, rounded half up; the table shows percentages.",
+    "tests/elsewhere/test_models.py",
+)
+_site(
+    "window",
+    "resid_post layer * window 3",
+    "One run per centre l, which joins the layers l − ⌊w/2⌋ to l + ⌈w/2⌉ − 1, cut at the ends.",
+    _COORDINATES,
+    TRACING,
+)
+_site(
+    "short name",
+    "L1H2",
+    "Layer 1, head 2: its `z`. Also `L1H2.q`, `L3.mlp`, `L3.resid`, `L3N5`.",
+    _COORDINATES,
+)
+
+# --- rules ----------------------------------------------------------------------------------------
+
+_TRANSPLANTS = "tests/rules/test_transplants.py"
+_EDGES = "tests/rules/test_attention.py"
+_PATHS = "tests/rules/test_paths.py"
+
+_rule(
+    "patch",
+    "patch layer * head * at last-item token",
+    "The source run's vector is written into the base run, at the position of that name in each.",
+    f"{TRACING}; {PATCHING}",
+    "tests/execute/test_sites.py",
+)
+_rule(
+    "patch … onto",
+    "patch resid_post layer * at last-item token onto last token",
+    "Read at the first position in the source run, written at the second in the base run. A sweep "
+    "on both sides goes pair by pair.",
+    SCOPES,
+    _TRANSPLANTS,
+)
+_rule(
+    "patch … into layer",
+    "patch resid_post layer 1 at last token into layer *",
+    "Read at the layers that the site names, written at these; several are an axis `to_layer`.",
+    SCOPES,
+    _TRANSPLANTS,
+)
+_rule(
+    "patch … with RUN",
+    "patch resid_post layer * at last token with other",
+    "Another source for this rule alone.",
+    PATCHING,
+    _TRANSPLANTS,
+)
+_rule(
+    "ablate with zero",
+    "ablate layer * head * at last token with zero",
+    "The vector becomes zero.",
+    CIRCUIT,
+    "tests/execute/test_sites.py",
+)
+_rule(
+    "ablate with mean",
+    "ablate layer * head * at last token with mean",
+    "It becomes the mean over the clean rows at that position; `mean of fewer` takes another run, "
+    "`mean by count` the rows of the same value.",
+    CIRCUIT,
+    "tests/execute/test_effects.py",
+)
+_rule(
+    "ablate with resample",
+    "ablate layer * head * at last token with resample",
+    "It becomes that of another clean row, drawn once with the seed.",
+    CIRCUIT,
+    "tests/execute/test_sites.py",
+)
+_rule(
+    "replace",
+    'replace last-item token with "plum"',
+    "The text of these tokens is another one, before the model.",
+    OWN,
+    "tests/execute/test_effects.py",
+)
+_rule(
+    "swap",
+    "swap resid_post layer * at first-item token with last-item token",
+    "The base run's vectors at the two positions change places.",
+    OWN,
+    _TRANSPLANTS,
+)
+_rule(
+    "freeze",
+    "freeze mlp_out layers * at tokens *",
+    "Holds the base run's own value while other rules change what comes before it.",
+    MEDIATION,
+    _TRANSPLANTS,
+    beside="patch layer 0 head 1 at last-item token",
+)
+_rule(
+    "set to a number",
+    "set resid_post layer * at last token to 0.5",
+    "Every component of the vector becomes this number; also a `param` or a `for` variable.",
+    OWN,
+    _TRANSPLANTS,
+)
+_rule(
+    "set in Python",
+    'set resid_post layer * at last token to python("functions.py:halved")',
+    "A function of a Python file is given the vectors and gives those that are written. It runs "
+    "with `--allow-python` only.",
+    OWN,
+    "tests/python_files/test_python_files.py",
+)
+_rule(
+    "block attention",
+    "block attention layer * window 3 from last token to fruits tokens",
+    "The queries may not attend to the keys: their scores are −∞ before the softmax, the rest, "
+    "sinks included, is renormalised. Without a head axis all heads.",
+    KNOCKOUT,
+    _EDGES,
+)
+_rule(
+    "reweight attention",
+    "reweight attention layer * head * from last token to first-item token by 1.5",
+    "The weight of the edge is multiplied, then the row is renormalised to 1; `by 0` is `block`.",
+    OWN,
+    _EDGES,
+)
+_rule(
+    "set attention to a weight",
+    "set attention layer * head * from last token to first-item token to 0.2",
+    "Every visible edge gets this weight; the rest of the row is scaled so that it sums to 1.",
+    OWN,
+    _EDGES,
+)
+_rule(
+    "set attention to uniform",
+    "set attention layer * head * from last token to fruits tokens to uniform",
+    "The weight that the visible keys have together is spread evenly over them.",
+    OWN,
+    _EDGES,
+)
+_rule(
+    "path",
+    "path layer 0..1 head * -> q layer 2 head * at last token",
+    "The sender gets the source run's value, every other head and every MLP is held at the base "
+    "run's; what the receiver reads then is written into the base run. The receiver's axes are "
+    "`to_layer` and `to_head`; pairs in the wrong order are left out.",
+    PATHS,
+    _PATHS,
+)
+_rule(
+    "path … through mlps",
+    "path layer * head * -> logits at last token through mlps",
+    "MLPs recompute instead of being held. To `logits` or `final_norm` the measure is read off "
+    "this very run.",
+    PATHS,
+    _PATHS,
+)
+_rule(
+    "observe attention",
+    "observe attention layer * head * from last token to first-item token",
+    "The weight that the keys get together, averaged over the queries; a measure `attention` with "
+    "the effect `raw`, of the patched run where rules stand beside it.",
+    ATTENTION,
+    _EDGES,
+)
+_rule(
+    "for",
+    "for l in 0..2 { patch attn_out layer l at last token patch mlp_out layer l at last token }",
+    "An axis that several rules share. Also over numbers (`[0, 1, 4]`, `0%..100% step 5%`) and "
+    "components (`[attn_out, mlp_out]`).",
+    OWN,
+    _COORDINATES,
+)
+
+# --- what another experiment found ----------------------------------------------------------------
+
+_onward(
+    "top n of",
+    "patch top 3 of cie at last token",
+    "The three cells of `cie` with the largest signed mean effect of its first measure, joined; "
+    "`top 25% of cie` is a share of them.",
+    VECTORS,
+    "tests/onward/test_sites.py",
+)
+_onward(
+    "best of",
+    "patch best of cie at last token",
+    "The highest cell of `cie`, signed.",
+    OWN,
+    "tests/onward/test_sites.py",
+)
+_onward(
+    "top n% of … tokens",
+    "ablate embed at top 25% of places tokens with zero",
+    "In every row the tokens that `places`, which sweeps tokens, ranks highest in this row.",
+    DELETION,
+    "tests/onward/test_tokens.py",
+)
+_onward(
+    "curve",
+    "for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero }",
+    "More and more of them: an axis of percentages.",
+    DELETION,
+    "tests/onward/test_curves.py",
+)
+
+# --- experiments ----------------------------------------------------------------------------------
+
+_experiment(
+    "model line",
+    "model toy",
+    "What the experiment runs on; may be left out where the file has one model.",
+    _LOWER,
+)
+_experiment(
+    "several models",
+    "model toy, twin",
+    "Runs on each, an axis `model`.",
+    "tests/elsewhere/test_models.py",
+)
+_experiment(
+    "prompts line",
+    "prompts fruit limit 16",
+    "The block whose rows are sampled and whose texts the measures read; `limit` takes the first "
+    "16 of one seeded permutation. `fruit.train` and `fruit.test` are the parts of a `split`.",
+    "tests/execute/test_effects.py",
+)
+_experiment(
+    "from … into",
+    "from clean into fewer",
+    "Source run and base run: rules act on the base run, and `patch` reads the source. Effects "
+    "are 0 at the base and 1 at the source.",
+    "tests/execute/test_effects.py",
+    PATCHING,
+)
+_experiment(
+    "several sources or bases",
+    "from clean, other into fewer",
+    "Every combination is run, axes `source` and `base`; effects are against that combination's "
+    "own runs.",
+    "tests/elsewhere/test_variants.py",
+)
+_experiment(
+    "from block into block",
+    "from fruit into blank",
+    "Runs of two blocks. Rows are paired by their number, or the one row of a block serves all of "
+    "the other.",
+    "tests/elsewhere/test_blocks.py",
+    SCOPES,
+    beside="patch resid_post layer * at last-item token onto last token",
+)
+_experiment(
+    "from model into model",
+    "from twin into toy",
+    "Activations of one model are written into another of the same shape.",
+    "tests/elsewhere/test_models.py",
+    ACROSS,
+)
+_experiment(
+    "keep",
+    "keep correct",
+    "Only rows of which this holds in the clean run; kept and dropped are printed.",
+    "tests/execute/test_effects.py",
+)
+_experiment(
+    "against random",
+    "against random(3)",
+    "The same rules on matched random targets, drawn once with the seed: a null band beside the "
+    "effect. `random(20, positions)` says what is drawn.",
+    "tests/controls/test_controls.py",
+)
+_experiment(
+    "measure",
+    "measure prob(answer) at last-item token as delta",
+    "A metric, the position that it is read at (the last token where there is none) and the "
+    "effect. Metrics are expressions of the metrics below.",
+    "tests/execute/test_metrics.py",
+)
+_experiment(
+    "stats",
+    "stats bootstrap(2000) confidence 90% correct bh by count",
+    "Overrides resampling, confidence and the correction for many cells (`holm`, `bh`, `none`); "
+    "`by` resamples groups of rows.",
+    "tests/results/test_statistics.py",
+)
+_experiment(
+    "report",
+    "report table top 10",
+    "Shows the results; its kinds are below. `top n` ranks by absolute value.",
+    "tests/results/test_reports.py",
+)
+
+# --- expectations ---------------------------------------------------------------------------------
+
+_expectation(
+    "expect",
+    "expect max(delta) > 0.3",
+    "Must hold on the near end of the confidence interval; the exit status says whether all do.",
+)
+_expectation("expect on mean", "expect max(delta) > 0.3 on mean", "Must hold for the mean alone.")
+_expectation(
+    "expect of a cell", "expect delta(L1H2) < 0.1", "The effect of the cell with these coordinates."
+)
+_expectation("expect mean", "expect mean(delta, layer 0..1) < 0.05", "The mean over cells.")
+_expectation("expect argmax", "expect argmax(delta) = L1H2", "Which cell is the highest.")
+_expectation(
+    "expect top n contains",
+    "expect top 5 contains L1H2, L0H1",
+    "Whether these are among the cells with the largest absolute effects.",
+)
+_expectation(
+    "expect accuracy",
+    "expect accuracy(clean) > 0.9",
+    "The share of rows whose answer is the most likely token, in an unpatched run.",
+)
+_expectation(
+    "expect spearman",
+    "expect spearman(delta, cie) > 0.5",
+    "The rank correlation with the cells of another experiment.",
+)
+_expectation(
+    "expect near",
+    'expect delta(L1H2) near -0.67 within 0.5 citing "a paper"',
+    "Within a distance of a published value.",
+)
+_expectation(
+    "expect auc",
+    "expect auc(prob, k) < 0.4",
+    "The area under the curve of a measure over an axis of numbers (trapezoids), divided by the "
+    "axis's range.",
+    "tests/onward/test_curves.py",
+    DELETION,
+    beside="for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero } "
+    "measure prob(answer) as raw",
+)

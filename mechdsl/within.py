@@ -1,0 +1,372 @@
+# pyright: reportUnknownMemberType=false
+"""What is read and written within attention: rotated queries and keys, scores, weights, edges.
+
+These sites lie in no module of the model, so they are reached where attention is computed: for
+packed rows and for whole padded passes alike, in `attention.attend`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mechdsl.vocab.sites import WITHIN_ATTENTION
+
+EdgeChange = Literal["block", "reweight", "uniform", "weight"]
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeWrite:
+    """K queries of one layer whose weights on some keys are changed.
+
+    block: no weight, the others (and a sink) share it out. reweight: times `amounts`, and the same.
+    uniform: the keys share what they have together evenly. weight: each gets `amounts`, the others
+    share what is left in their old proportions. Keys that a query doesn't see are left alone.
+    """
+
+    layer: int
+    change: EdgeChange
+    rows: Tensor
+    """[K] long, row of the batch."""
+    queries: Tensor
+    """[K] long, token position in the unpadded prompt."""
+    heads: Tensor
+    """[K] long."""
+    entries: Tensor
+    """[E] long, which of the K each key belongs to …"""
+    keys: Tensor
+    """… [E] long, and its position in the unpadded prompt."""
+    amounts: Tensor
+    """[K]."""
+
+    def moved(self, rows: Tensor) -> EdgeWrite:
+        """The same where row i is row `rows[i]`."""
+        return EdgeWrite(
+            self.layer,
+            self.change,
+            rows[self.rows],
+            self.queries,
+            self.heads,
+            self.entries,
+            self.keys,
+            self.amounts,
+        )
+
+
+class Lying(Protocol):
+    """Where tokens lie in a pass: see `hooks.Frame`."""
+
+    def locate(
+        self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """First and second index of each place, and which are there."""
+        ...
+
+    def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Columns of the padded prompts in which positions lie."""
+        ...
+
+
+class Tokens(Protocol):
+    """Tokens that attention is computed of together: see `attention.Group`."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def lanes(self) -> Tensor: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> Tensor: ...
+    @property
+    def queries(self) -> Tensor: ...
+    @property
+    def every(self) -> bool: ...
+    @property
+    def size(self) -> int: ...
+
+
+@dataclass(eq=False)
+class _Change:
+    """One rule's part in one layer, by token of the pass."""
+
+    token: Tensor
+    """[K]"""
+    head: Tensor
+    """[K]"""
+    change: EdgeChange | Literal["scores", "pattern"]
+    entries: Tensor
+    columns: Tensor
+    amounts: Tensor
+    values: Tensor | None = None
+    """[K, key position], for written vectors."""
+    starts: Tensor | None = None
+    """[K] column of position 0, for written vectors."""
+
+
+@dataclass(eq=False)
+class LayerWork:
+    """Everything within the attention of one layer."""
+
+    starts: Tensor
+    """[lane] column of each prompt's first token."""
+    width: int
+    """Key positions of a vector over keys."""
+    rotated: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """q_rot, k_rot → (token, head, vectors)."""
+    changes: list[_Change] = field(default_factory=list[_Change])
+    wanted: frozenset[str] = frozenset()
+    found: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """[token, heads, width] of what is read."""
+    seen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    """Which keys each query of the group in work sees."""
+    done: int = 0
+    """Vectors written and queries changed so far …"""
+    due: int = 0
+    """… and in all."""
+
+    def turned(self, site: str, vectors: Tensor) -> Tensor:
+        """Queries or keys [heads, token, d_head] with what is written there."""
+        writes = self.rotated.get(site, ())
+        if writes:
+            vectors = vectors.clone()
+        for token, head, values in writes:
+            vectors[head.to(vectors.device), token.to(vectors.device)] = values.to(vectors)
+            self.done += len(token)
+        if site in self.wanted:
+            self.found[site] = vectors.transpose(0, 1).clone()
+        return vectors
+
+    def scored(self, group: Tokens, scores: Tensor, sink: Tensor | None) -> Tensor | None:
+        """Change masked scores [lane, key-value head, head of it, row, query, key] in place, and
+        give the sink's [… , 1] as it is then."""
+        self.seen = _seen(scores)
+        self._keep("scores", group, scores.masked_fill(~self.seen, 0))
+        for change in self.changes:
+            if change.change == "pattern":
+                continue
+            own, index = self._of(group, change, scores)
+            if not len(own):
+                continue
+            seen = self.seen[index]
+            rows = scores[index].masked_fill(~seen, float("-inf"))
+            if change.change == "scores":
+                rows = torch.where(seen, self._vectors(group, change, own, rows), rows)
+            else:
+                keys = self._keys(group, change, own, rows) & seen
+                beside = None if sink is None else sink[index]
+                rows, beside = _changed(change, change.amounts[own].to(rows), rows, keys, beside)
+                if sink is not None and beside is not None:
+                    sink = sink.clone()
+                    sink[index] = beside
+            scores[index] = rows
+        return sink
+
+    def weighed(self, group: Tokens, weights: Tensor) -> Tensor:
+        """Weights of the shape of the scores that were given last, with what is written there;
+        none where a query was left without a key."""
+        weights = weights.nan_to_num(0.0)  # of padding too, which sees nothing
+        for change in self.changes:
+            if change.change != "pattern":
+                continue
+            own, index = self._of(group, change, weights)
+            if len(own):
+                rows = weights[index]
+                vectors = self._vectors(group, change, own, rows)
+                weights[index] = torch.where(self.seen[index], vectors, rows)
+        self._keep("pattern", group, weights)
+        return weights
+
+    def _of(
+        self, group: Tokens, change: _Change, like: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Which of a change's queries lie in the group, and where: [lane, key-value head, head of
+        it, row, query]."""
+        device = like.device
+        token = change.token.to(device)
+        own = torch.nonzero((token >= group.start) & (token < group.start + group.size))[:, 0]
+        self.done += len(own)
+        at, count = token[own] - group.start, len(group.columns)
+        place = torch.full((count,), -1, device=device)
+        place[group.queries] = torch.arange(len(group.queries), device=device)
+        query = place[at % count]
+        asks = query >= 0  # others are seen by no measure behind this block
+        own, at, query = own[asks], at[asks], query[asks]
+        head = change.head.to(device)[own]
+        shared = like.shape[2]
+        index = (
+            at // (count * group.rows),
+            head // shared,
+            head % shared,
+            at // count % group.rows,
+            query,
+        )
+        return own.to(change.token.device), index
+
+    def _keys(self, group: Tokens, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
+        """[n, key] which keys are meant."""
+        place = torch.full((len(change.token),), -1, dtype=torch.long)
+        place[own] = torch.arange(len(own))
+        row = place[change.entries]
+        column = change.columns - self._first(group)
+        good = (row >= 0) & (column >= 0) & (column < rows.shape[1])
+        found = torch.zeros(rows.shape, dtype=torch.bool)
+        found[row[good], column[good]] = True
+        return found.to(rows.device)
+
+    def _vectors(self, group: Tokens, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
+        """[n, key] of vectors over key positions."""
+        assert change.values is not None
+        assert change.starts is not None
+        column = torch.arange(rows.shape[1])[None] + self._first(group)
+        position = column - change.starts[own][:, None]
+        inside = position.clamp(0, change.values.shape[1] - 1)
+        return change.values[own].to("cpu").gather(1, inside).to(rows)
+
+    def _keep(self, site: str, group: Tokens, found: Tensor) -> None:
+        """Keep what is read, by key position."""
+        if site not in self.wanted:
+            return
+        lanes, kinds, shared, rows, asking, keys = found.shape
+        position = torch.arange(self.width, device=found.device)
+        starts = self.starts.to(found.device)[group.lanes.to(found.device)]
+        column = position[None] + starts[:, None] - self._first(group)
+        inside = (column >= 0) & (column < keys)
+        index = column.clamp(0, keys - 1)[:, None, None, None, None]
+        shape = (lanes, kinds, shared, rows, asking, self.width)
+        taken = found.gather(-1, index.expand(shape))
+        taken = torch.where(inside[:, None, None, None, None], taken, taken.new_zeros(()))
+        taken = taken.permute(0, 3, 4, 1, 2, 5).flatten(3, 4)
+        span = slice(group.start, group.start + group.size)
+        target = self.found[site][span].view(lanes, rows, -1, kinds * shared, self.width)
+        target[:, :, group.queries.to(target.device)] = taken.to(target)
+
+    def prepared(self, tokens: int, heads: int, like: Tensor) -> None:
+        """Room for what is read of so many tokens."""
+        for site in self.wanted & {"scores", "pattern"}:
+            self.found[site] = like.new_zeros(tokens, heads, self.width)
+
+    @staticmethod
+    def _first(group: Tokens) -> int:
+        """The column that the first key of a group's scores lies in."""
+        return int(group.columns[0]) if group.every else 0
+
+
+def layer_work(
+    layer: int,
+    frame: Lying,
+    tokens: int,
+    starts: Tensor,
+    width: int,
+    *,
+    writes: Sequence[tuple[str, Tensor, Tensor, Tensor, Tensor]],
+    edges: Sequence[EdgeWrite],
+    reads: Sequence[str],
+) -> LayerWork:
+    """What is done in one layer.
+
+    tokens: second dimension of the model's tensors. writes: (site, rows, positions, units, values).
+    """
+    work = LayerWork(starts.cpu(), width, wanted=frozenset(reads) & set(WITHIN_ATTENTION))
+    for site, rows, positions, units, values in writes:
+        first, second, there = frame.locate(site, layer, "", rows, positions)
+        token = (first * tokens + second)[there].cpu()
+        kept = there.to(values.device)
+        if site in ("q_rot", "k_rot"):
+            work.rotated[site].append((token, units[there].cpu(), values[kept]))
+            work.due += len(token)
+            continue
+        work.due += len(token)
+        begin = frame.columns(rows, torch.zeros_like(positions)).cpu()[there.cpu()]
+        none = torch.zeros(0, dtype=torch.long)
+        change = "scores" if site == "scores" else "pattern"
+        work.changes.append(
+            _Change(token, units[there].cpu(), change, none, none, none, values[kept].cpu(), begin)
+        )
+    for edge in edges:
+        first, second, there = frame.locate("pattern", layer, "", edge.rows, edge.queries)
+        if not bool(there.all()):  # queries that no measure can see
+            edge = _some(edge, there.cpu())
+            first, second = first[there], second[there]
+        work.due += len(edge.rows)
+        columns = frame.columns(edge.rows[edge.entries], edge.keys).cpu()
+        token = (first * tokens + second).cpu()
+        work.changes.append(
+            _Change(
+                token,
+                edge.heads.cpu(),
+                edge.change,
+                edge.entries.cpu(),
+                columns,
+                edge.amounts.cpu(),
+            )
+        )
+    return work
+
+
+def _some(edge: EdgeWrite, there: Tensor) -> EdgeWrite:
+    """Of some of the queries."""
+    place = torch.cumsum(there, 0) - 1
+    kept = there[edge.entries]
+    return EdgeWrite(
+        edge.layer,
+        edge.change,
+        edge.rows[there],
+        edge.queries[there],
+        edge.heads[there],
+        place[edge.entries[kept]],
+        edge.keys[kept],
+        edge.amounts[there],
+    )
+
+
+def _seen(scores: Tensor) -> Tensor:
+    """Which keys a query sees, by masked scores."""
+    return scores > torch.finfo(scores.dtype).min / 2
+
+
+def _changed(
+    change: _Change, amounts: Tensor, scores: Tensor, keys: Tensor, sink: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [n, key], and the sink's [n, 1], whose softmax is the changed attention.
+
+    keys: [n, key], seen ones that are changed. Weights are changed by way of scores, so that
+    nothing is divided by a rest that has underflowed.
+    """
+    gone = float("-inf")
+    match change.change:
+        case "block":
+            return scores.masked_fill(keys, gone), sink
+        case "reweight":
+            return torch.where(keys, scores + amounts.log()[:, None], scores), sink
+        case "uniform":
+            together = scores.masked_fill(~keys, gone).logsumexp(-1, keepdim=True)
+            count = keys.sum(-1, keepdim=True)
+            return torch.where(keys, together - count.log(), scores), sink
+        case _:
+            others = scores.masked_fill(keys, gone)
+            whole = others if sink is None else torch.cat([others, sink], dim=-1)
+            rest = whole.logsumexp(-1, keepdim=True)
+            taken = amounts[:, None] * keys.sum(-1, keepdim=True)
+            left = 1 - taken
+            level = amounts.log()[:, None] + rest - left.clamp(min=1e-12).log()
+            new = torch.where(keys, level, scores)
+            # Nothing is left for the others, or there are none.
+            alone = ((left < 1e-6) | rest.isinf()) & keys.any(-1, keepdim=True)
+            new = torch.where(alone, torch.where(keys, torch.zeros_like(scores), gone), new)
+            return new, None if sink is None else sink.masked_fill(alone, gone)
+
+
+def by_layer(edges: Sequence[EdgeWrite]) -> Mapping[int, list[EdgeWrite]]:
+    """The edges of each layer, in order."""
+    found: dict[int, list[EdgeWrite]] = defaultdict(list)
+    for edge in edges:
+        found[edge.layer].append(edge)
+    return found

@@ -1,0 +1,1 @@
+"""A small Llama-shaped decoder that continues repeated sequences of words."""

@@ -1,0 +1,100 @@
+"""Measures accuracy on held-out texts: `python -m mechdsl.zoo.induction.evaluate`.
+
+A text of the form of `repeat` (the half twice, then its first word) asks for one word; a mixed text
+asks for every word of its later copies that the text before it determines.
+"""
+
+# pyright: reportUnknownMemberType=false
+# (signatures of torch, transformers and tokenizers are only partly typed)
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from mechdsl.zoo.counting.evaluate import Tally
+from mechdsl.zoo.induction.data import Example, repeats, stream
+from mechdsl.zoo.induction.train import encode
+
+SEED = 20261  # not the training seed; only held-out halves are drawn
+EXAMPLE_LENGTH = 12  # words of a half, in the example experiments
+LENGTHS = range(6, 21)
+
+# Rows of the table.
+OF_THE_EXAMPLE = f"repeats of {EXAMPLE_LENGTH} words"
+REPEATS = f"repeats of {LENGTHS[0]} to {LENGTHS[-1]} words"
+MIXED = "mixed, whole text"
+EVERY_WORD = "mixed, every word"
+
+
+def answers(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, examples: list[Example], batch: int = 64
+) -> Iterator[tuple[Example, list[bool]]]:
+    """For each text, whether each of the words to predict is the most likely next token."""
+    pad: int = model.config.pad_token_id or 0
+    for i in range(0, len(examples), batch):
+        group = examples[i : i + batch]
+        texts = encode(tokenizer, group, pad)
+        with torch.no_grad():
+            best: Tensor = model(input_ids=texts.ids, use_cache=False).logits.argmax(-1)
+        for row, example in enumerate(group):
+            asked = texts.labels[row] >= 0
+            yield example, (best[row][asked] == texts.labels[row][asked]).tolist()
+
+
+def evaluate(folder: Path, n: int, seed: int) -> dict[str, Tally]:
+    """Accuracy by form of text: `n` repeats of the example's length, about as many over all
+    lengths, and `n` mixed texts.
+    """
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    each = math.ceil(n / len(LENGTHS))
+    groups = {
+        OF_THE_EXAMPLE: list(islice(repeats(seed, EXAMPLE_LENGTH), n)),
+        REPEATS: [e for k in LENGTHS for e in islice(repeats(seed + k, k), each)],
+        MIXED: list(islice(stream(seed, held_out=True), n)),
+    }
+    tallies = {name: Tally() for name in (*groups, EVERY_WORD)}
+    for name, examples in groups.items():
+        for _, right in answers(model, tokenizer, examples):
+            tallies[name].add(all(right))
+            if name == MIXED:
+                for hit in right:
+                    tallies[EVERY_WORD].add(hit)
+    return tallies
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="model folder")
+    parser.add_argument("--n", type=int, default=4000, help="number of texts of each form")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tallies = evaluate(args.model, args.n, args.seed)
+    if args.json:
+        print(json.dumps({
+            name: {"n": t.n, "right": t.right, "accuracy": t.share, "interval": t.interval()}
+            for name, t in tallies.items()
+        }, indent=2))  # fmt: skip
+        return
+    print(f"{'held-out texts':<28} {'n':>6} {'right':>6} {'accuracy':>9}   95 % interval (Wilson)")
+    for name, t in tallies.items():
+        low, high = t.interval()
+        print(f"{name:<28} {t.n:>6} {t.right:>6} {t.share:>9.4f}   {low:.4f} .. {high:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Trains the induction model: `python -m mechdsl.zoo.induction.train --out DIR`."""
+
+# pyright: reportUnknownMemberType=false
+# (signatures of torch, transformers and tokenizers are only partly typed)
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mechdsl.zoo.induction.data import Example, stream, vocabulary
+from mechdsl.zoo.induction.tokenizer import MAX_POSITIONS, build_tokenizer, save_tokenizer
+
+SEED = 1
+STEPS = 1600
+BATCH = 64  # sequences
+LEARNING_RATE = 2e-3
+WEIGHT_DECAY = 0.1
+HEAD_PENALTY = 8e-3  # see `head_penalty`
+PATTERN_SHARE = 0.25  # of queries and keys in it: enough to silence idle heads, not to blur others
+WORKING_HEADS = (2, 1)  # the number that a layer's strongest head gets; see `renumber`
+POOL = 32  # batches drawn at once and sorted by length, so that little of them is padding
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded texts."""
+
+    ids: Tensor  # [row, position]
+    labels: Tensor  # [row, position], the next token where it is to be predicted, else -100
+
+
+def model_config() -> LlamaConfig:
+    """The shape: 2 layers, 4 heads, width 128, next to no MLP, rotary positions, RMS norms."""
+    words = vocabulary()
+    return LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=128,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+        bos_token_id=words.index("<s>"),
+        pad_token_id=words.index("<pad>"),
+        eos_token_id=None,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def encode(tokenizer: Tokenizer, examples: list[Example], pad: int) -> Batch:
+    """Texts to tensors. Padding stands behind everything, where a causal model never looks."""
+    encodings = tokenizer.encode_batch([e.text for e in examples])
+    rows, width = len(examples), max(len(e.ids) for e in encodings)
+    ids = torch.full((rows, width), pad)
+    labels = torch.full((rows, width), -100)
+    for row, (example, encoding) in enumerate(zip(examples, encodings, strict=True)):
+        ids[row, : len(encoding.ids)] = torch.tensor(encoding.ids)
+        # The word at place i is token i + 1, behind `<s>`, and is predicted at token i.
+        places = torch.tensor(example.targets, dtype=torch.long)
+        labels[row, places] = ids[row, places + 1]
+    return Batch(ids, labels)
+
+
+def batches(seed: int, tokenizer: Tokenizer, pad: int) -> Iterator[Batch]:
+    """Endless training batches of texts of similar length, in random order."""
+    examples = stream(seed, held_out=False)
+    order = random.Random(seed)
+    while True:
+        pool = sorted(itertools.islice(examples, POOL * BATCH), key=lambda e: len(e.words))
+        groups = [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
+        order.shuffle(groups)
+        for group in groups:
+            yield encode(tokenizer, group, pad)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to nothing; a share of the highest rate."""
+    warm = 150
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+def head_weights(model: LlamaForCausalLM, layer: int) -> tuple[Tensor, ...]:
+    """Query, key, value and output matrices of a layer's heads, each [head, dimension, width].
+
+    They are views: writing to them changes the model.
+    """
+    weights = dict(model.named_parameters())
+    q, k, v, o = (weights[f"model.layers.{layer}.self_attn.{m}_proj.weight"] for m in "qkvo")
+    # Rows of q, k and v and columns of o belong to a head.
+    heads = model.config.num_attention_heads
+    return tuple(matrix.unflatten(0, (heads, -1)) for matrix in (q, k, v, o.T))
+
+
+def head_norms(model: LlamaForCausalLM, layer: int) -> Tensor:
+    """The norm of each head's weights, with less weight on its queries and keys."""
+    q, k, v, o = head_weights(model, layer)
+    parts = torch.cat((PATTERN_SHARE * q, PATTERN_SHARE * k, v, o), 1)
+    return parts.square().sum((1, 2)).add(1e-12).sqrt()
+
+
+def head_penalty(model: LlamaForCausalLM) -> Tensor:
+    """The sum over all heads of the norm (not squared) of the head's weights.
+
+    Any number of heads can do the same work, and training spreads it over all of them: each can
+    then be ablated without effect. A norm per head has it done by as few as are needed.
+    """
+    layers = range(model.config.num_hidden_layers)
+    return torch.cat([head_norms(model, layer) for layer in layers]).sum()
+
+
+def renumber(model: LlamaForCausalLM) -> None:
+    """Give the heads that work the numbers of `WORKING_HEADS`; the model computes the same.
+
+    Chance would number them otherwise on each machine, or both alike, which would hide a mistake
+    in the number of a head.
+    """
+    with torch.no_grad():
+        for layer, number in enumerate(WORKING_HEADS):
+            strongest = int(head_norms(model, layer).argmax())
+            for matrix in head_weights(model, layer):
+                matrix.copy_(matrix.roll(number - strongest, 0))
+
+
+def train(seed: int, steps: int) -> LlamaForCausalLM:
+    """A model trained from scratch on `steps` batches."""
+    torch.manual_seed(seed)
+    config = model_config()
+    model = LlamaForCausalLM(config)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, steps))
+    data = batches(seed, build_tokenizer(), config.pad_token_id or 0)
+    began = time.perf_counter()
+    for step, batch in enumerate(itertools.islice(data, steps)):
+        output = model(input_ids=batch.ids, use_cache=False)
+        wanted = batch.labels >= 0
+        logits: Tensor = output.logits[wanted]
+        labels = batch.labels[wanted]
+        loss = nn.functional.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        (loss + HEAD_PENALTY * head_penalty(model)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            right = (logits.argmax(-1) == labels).float().mean().item()
+            spent = time.perf_counter() - began
+            print(f"{step:5d}  loss {loss.item():.4f}  right {right:.3f}  {spent:.0f} s",
+                  flush=True)  # fmt: skip
+    renumber(model)
+    return model.eval()
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """Writes configuration, weights (safetensors) and tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # is written for its owner only
+    (folder / "generation_config.json").unlink(missing_ok=True)  # nothing in it but defaults
+    save_tokenizer(folder)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    began = time.perf_counter()
+    save(train(args.seed, args.steps), args.out)
+    print(f"trained and saved in {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

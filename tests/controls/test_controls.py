@@ -1,0 +1,428 @@
+"""`against random(n)`: the band is that of explicit experiments on the targets that were drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from itertools import combinations
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mechdsl
+from mechdsl.check import Checked, Settings, check_source
+from mechdsl.passes import PASSES
+from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.plan import PLAN_PASSES, make_plan
+from mechdsl.resolve.controls import combination
+from mechdsl.resolve.types import Control, SitePoint
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.source import Source
+from mechdsl.syntax.parse import read_source
+
+FILE = Path(__file__).parent / "group.mech"
+TEXT = FILE.read_text("utf-8")
+START = TEXT[: TEXT.index("experiment together")]
+"""Everything above the experiments."""
+EVERY_PASS = frozenset({*PASSES, *PLAN_PASSES})
+
+
+@cache
+def checked() -> Checked:
+    source, _ = read_source(FILE)
+    assert source is not None
+    found = check_source(source)
+    assert found.ok, found.diagnostics
+    return found
+
+
+@cache
+def results() -> mechdsl.Results:
+    return mechdsl.run(FILE)
+
+
+def control(name: str, of: Checked | None = None) -> Control:
+    found = next(e for e in (of or checked()).experiments if e.name == name).control
+    assert found is not None
+    return found
+
+
+def check(*lines: str, start: str = START) -> Checked:
+    body = "".join(f"  {line}\n" for line in lines)
+    return check_source(Source(f"{start}experiment e {{\n  prompts fruit limit 12\n{body}}}\n"))
+
+
+def drawn(of: Control, rule: int = 0) -> dict[tuple[int, ...], tuple[SitePoint, ...]]:
+    sites = of.experiment.rules[rule].sites
+    assert sites is not None
+    return dict(sites.points)
+
+
+def explicit(rules: list[str], *lines: str) -> list[ExperimentResult]:
+    """One experiment for each rule, run by itself."""
+    text = START
+    for number, rule in enumerate(rules):
+        body = "\n  ".join((*lines, rule))
+        text += f"experiment e{number} {{\n  prompts fruit limit 12\n  {body}\n}}\n"
+    return list(mechdsl.run(text))
+
+
+def effects(found: list[ExperimentResult], measure: int = 0) -> np.ndarray:
+    return np.array([float(each.statistics[measure].mean[0]) for each in found])
+
+
+def same_band(result: ExperimentResult, cell: int, values: np.ndarray, measure: int = 0) -> None:
+    band = result.control(measure)
+    assert band is not None
+    assert band.draws == len(values)
+    ends = [np.quantile(values, 0.025), np.quantile(values, 0.975), values.mean()]
+    found = [band.low[cell], band.high[cell], band.mean[cell]]
+    assert found == pytest.approx(ends, rel=1e-3, abs=1e-4)
+
+
+PATCH = ("from clean into fewer", "measure logit(answer) as delta")
+BOTH = (
+    "from clean into fewer",
+    "measure logit(answer) - logit(answer of fewer) as recovery",
+    "measure logit(answer) as delta",
+)
+
+
+# --- bands ----------------------------------------------------------------------------------------
+
+
+def test_two_heads_together() -> None:
+    rules = []
+    for points in drawn(control("together")).values():
+        first, second = points
+        rules.append(
+            f"for l in [{first.layer}] {{ patch layer l head {first.unit} at last-item token }} "
+            f"for k in [{second.layer}] {{ patch layer k head {second.unit} at last-item token }}"
+        )
+    found = explicit(rules, *BOTH)
+    for measure in range(2):
+        same_band(results()["together"], 0, effects(found, measure), measure)
+
+
+def test_a_band_for_every_cell() -> None:
+    points = drawn(control("each_head"))
+    rules = [f"patch L{p.layer}H{p.unit} at last-item token" for (p,) in points.values()]
+    values = dict(zip(points, effects(explicit(rules, *PATCH)), strict=True))
+    result = results()["each_head"]
+    for cell, (layer, head) in enumerate(np.ndindex(2, 4)):
+        same_band(result, cell, np.array([values[draw, layer, head] for draw in range(3)]))
+
+
+def test_layers() -> None:
+    points = drawn(control("each_layer"))
+    rules = [f"patch resid_post layer {p.layer} at last-item token" for (p,) in points.values()]
+    values = dict(zip(points, effects(explicit(rules, *PATCH)), strict=True))
+    for cell in range(4):
+        own = np.array([values[draw, cell] for draw in range(2)])
+        same_band(results()["each_layer"], cell, own)
+
+
+def test_heads_in_other_layers() -> None:
+    points = drawn(control("other_layers"))
+    rules = [f"ablate L{p.layer}H{p.unit} at last-item token with zero" for (p,) in points.values()]
+    measure = "measure logit(answer) as delta"
+    values = dict(zip(points, effects(explicit(rules, measure)), strict=True))
+    for cell in range(4):
+        own = np.array([values[draw, cell] for draw in range(2)])
+        same_band(results()["other_layers"], cell, own)
+    assert all(p.layer != 1 and p.unit == head for (_, head), (p,) in points.items())
+
+
+def test_neurons() -> None:
+    rules = []
+    for points in drawn(control("neurons")).values():
+        units = ", ".join(str(p.unit) for p in points)
+        rules.append(f"ablate layer 1 neurons {units} at last-item token with mean")
+    found = explicit(rules, "measure logit(answer) as delta")
+    same_band(results()["neurons"], 0, effects(found))
+
+
+@cache
+def bare() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(files("mechdsl") / "zoo" / "counting")).eval()
+
+
+@torch.no_grad()
+def logits_and_layer(ids: tuple[int, ...], patch: Callable[[torch.Tensor], None]) -> Any:
+    seen: list[torch.Tensor] = []
+
+    def hook(module: Any, arguments: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        patch(hidden)
+        seen.append(hidden)
+
+    handle = bare().model.layers[1].register_forward_hook(hook)
+    try:
+        logits = bare()(torch.tensor([ids])).logits[0, -1]
+    finally:
+        handle.remove()
+    return logits, seen[0].clone()
+
+
+def test_positions_by_hand() -> None:
+    """Every row has tokens of its own, so this is held against hooks, prompt by prompt."""
+    of = control("elsewhere")
+    table, rule = of.experiment.table, of.experiment.rules[0]
+    clean, base = table.runs["clean"].rows, table.runs["fewer"].rows
+    values = np.zeros((of.draws, len(table)))
+    for row, (own, other) in enumerate(zip(clean, base, strict=True)):
+        answer = own.texts["answer"].ids[0]
+        _, source = logits_and_layer(own.ids, lambda hidden: None)
+        before, _ = logits_and_layer(other.ids, lambda hidden: None)
+        for draw in range(of.draws):
+            ((token,),) = rule.positions.written[(draw,)].hits[row]
+            assert rule.positions.read[(draw,)].hits[row] == ((token,),)
+
+            def patch(hidden: Any, token: int = token, source: Any = source) -> None:
+                hidden[0, token] = source[0, token]
+
+            after, _ = logits_and_layer(other.ids, patch)
+            values[draw, row] = float(after[answer] - before[answer])
+    same_band(results()["elsewhere"], 0, values.mean(axis=1))
+
+
+def test_without_any_pass_it_is_the_same() -> None:
+    source, _ = read_source(FILE)
+    assert source is not None
+    plain, _ = run_source(source, RunOptions(without=EVERY_PASS))
+    assert plain is not None
+    for result in plain.experiments:
+        for own, other in zip(result.controls, results()[result.name].controls, strict=True):
+            assert own is not None
+            assert other is not None
+            assert own.low == pytest.approx(other.low, rel=1e-3, abs=1e-4)
+            assert own.high == pytest.approx(other.high, rel=1e-3, abs=1e-4)
+
+
+def test_the_confidence_is_the_experiment_s() -> None:
+    narrow = TEXT.replace("  against random(8)", "  stats confidence 50%\n  against random(8)")
+    values = results()["together"].control(0)
+    found = mechdsl.run(narrow, only="together")["together"].control(0)
+    assert values is not None
+    assert found is not None
+    assert values.low[0] < found.low[0] < found.high[0] < values.high[0]
+    assert values.mean == pytest.approx(found.mean)
+
+
+# --- what is drawn --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["together", "each_head", "neurons"])
+def test_as_many_in_each_layer_and_none_of_its_own(name: str) -> None:
+    experiment = next(e for e in checked().experiments if e.name == name)
+    own = experiment.rules[0].sites
+    assert own is not None
+    for (_, *cell), points in drawn(control(name)).items():
+        before = own.points[tuple(cell)]
+        assert sorted((p.site, p.layer or 0) for p in points) == sorted(
+            (p.site, p.layer or 0) for p in before
+        )
+        assert len(set(points)) == len(points)
+        assert not set(points) & set(before)
+
+
+@pytest.mark.parametrize("name", ["together", "each_head", "each_layer", "neurons"])
+def test_all_draws_of_a_cell_differ(name: str) -> None:
+    by_cell: dict[tuple[int, ...], list[frozenset[SitePoint]]] = {}
+    for (_, *cell), points in drawn(control(name)).items():
+        by_cell.setdefault(tuple(cell), []).append(frozenset(points))
+    for sets in by_cell.values():
+        assert len(set(sets)) == len(sets) == control(name).draws
+
+
+def test_the_seed_and_the_targets_are_all_that_matters() -> None:
+    lines = (*PATCH, "patch L0H1 at last-item token", "against random(3)")
+    first = drawn(control("e", check(*lines)))
+    others = START + "experiment before { prompts fruit limit 3 measure logit(answer) as raw }\n"
+    assert drawn(control("e", check(*lines, start=others))) == first
+    swept = (*PATCH, "patch layer 0 head 1, 3 at last token", "against random(3)")
+    sweep = drawn(control("e", check(*swept)))
+    assert {sweep[draw, 0] for draw in range(3)} == set(first.values())
+    lines = (*PATCH, "patch layer 1 neurons 0..3 at last token", "against random(5)")
+    one, two = (
+        drawn(control("e", check(*lines, start=START.replace("seed 3", f"seed {seed}"))))
+        for seed in (3, 4)
+    )
+    assert one != two
+
+
+def test_rules_that_share_a_head_share_what_is_drawn_for_it() -> None:
+    rules = (
+        "ablate L0H1 at last token with zero",
+        "ablate L0H1.q at first token of fruits with zero",
+        "ablate L0H3 at last token with zero",
+    )
+    found = control("e", check(*PATCH, *rules, "against random(1)"))
+    first, second, third = (drawn(found, rule)[(0,)][0] for rule in range(3))
+    assert (first.layer, first.unit) == (second.layer, second.unit)
+    assert {first.unit, third.unit} == {0, 2}
+
+
+def test_what_has_no_others_stays() -> None:
+    rules = ('replace first token of fruits with "fig"', "ablate L0H1 at last token with zero")
+    found = control("e", check("measure logit(answer) as delta", *rules, "against random(2)"))
+    assert found.what == "random heads"
+    assert '`replace first token of fruits with "fig"` as it is' in found.said
+
+
+def test_few_others() -> None:
+    """Of four heads three are joined: one of their own is among any other three."""
+    rule = "ablate layer 0 heads 0..2 at last token with zero"
+    found = control("e", check("measure logit(answer) as delta", rule, "against random(3)"))
+    assert {frozenset(p.unit for p in points) for points in drawn(found).values()} == {
+        frozenset(each) for each in combinations(range(4), 3) if each != (0, 1, 2)
+    }
+    assert "own among them" in found.said
+
+
+def test_embeddings_have_positions_only() -> None:
+    rule = "ablate embed at first token of fruits with zero"
+    found = control("e", check("measure logit(answer) as delta", rule, "against random(6)"))
+    assert found.what == "random positions"
+    rows = found.experiment.table.runs["clean"].rows
+    own = check("measure logit(answer) as delta", rule).experiments[0].rules[0].positions
+    for cell in found.experiment.rules[0].positions.written.values():
+        for row, before, hits in zip(rows, own.written[()].hits, cell.hits, strict=True):
+            ((token,),) = hits
+            assert not row.special[token]
+            assert hits != before
+
+
+def test_joined_tokens_keep_their_number() -> None:
+    rule = "ablate resid_post layer 1 at tokens except fruits tokens with zero"
+    text = "against random(4, positions)"
+    found = control("e", check("measure logit(answer) as delta", rule, text))
+    own = check("measure logit(answer) as delta", rule).experiments[0].rules[0].positions
+    for cell in found.experiment.rules[0].positions.written.values():
+        for before, hits in zip(own.written[()].hits, cell.hits, strict=True):
+            assert [len(run) for run in hits] == [len(run) for run in before]
+            assert all(list(run) == sorted(set(run)) for run in hits)
+
+
+def test_many_of_many() -> None:
+    """More sets than can be counted through."""
+    rule = "ablate layer 1 neurons 0..150 at last token with zero"
+    found = control("e", check("measure logit(answer) as delta", rule, "against random(5)"))
+    sets = [frozenset(p.unit for p in points) for points in drawn(found).values()]
+    assert len(set(sets)) == 5
+    assert all(len(each) == 151 and not each & set(range(151)) for each in sets)
+
+
+def test_combinations_are_those_of_itertools() -> None:
+    pool = (2, 3, 5, 7, 11, 13)
+    for size in range(7):
+        every = [combination(pool, size, rank) for rank in range(comb(6, size))]
+        assert every == list(combinations(pool, size))
+
+
+# --- around it ------------------------------------------------------------------------------------
+
+
+def test_controls_are_no_experiments_of_the_file() -> None:
+    names = [e.name for e in checked().experiments]
+    assert [each.name for each in results()] == names
+    document = results().to_dict()["files"][0]["experiments"]
+    assert [each["name"] for each in document] == names
+    null = document[0]["cells"][0]["measures"][0]["null"]
+    assert null["draws"] == 8
+    assert null["what"] == "random heads"
+    assert null["low"] < null["mean"] < null["high"]
+
+
+def test_the_plan_counts_their_rows() -> None:
+    with_, without = (
+        make_plan(check(*PATCH, "patch layer 0..1 head * at last-item token", *more).experiments)
+        for more in (("against random(3)",), ())
+    )
+    own, drawn_ = (each.count() for each in with_.panels[0].experiments)
+    assert own == sum(each.count() for each in without.panels[0].experiments)
+    assert drawn_ == 3 * own
+
+
+def test_conventions() -> None:
+    said = results()["together"].conventions["controls"]
+    assert said.startswith("random heads, 8 draws, seed 3; ")
+    assert said.endswith("95 % of the draws lie in the band")
+    text = TEXT.replace("  against random(8)\n", "")
+    alone = mechdsl.run(text, only="together")["together"]
+    assert alone.controls == ()
+    assert alone.conventions["controls"].startswith("none (`against random(20)`")
+
+
+def test_a_number_from_the_command_line() -> None:
+    text = TEXT.replace("seed 3", "seed 3\nparam draws = 2").replace("random(8)", "random(draws)")
+    found = check_source(Source(text), Settings({"draws": "5"}))
+    assert found.ok, found.diagnostics
+    assert control("together", found).draws == 5
+
+
+def test_several_bases_have_a_band_each() -> None:
+    lines = (
+        "from clean into fewer, clean",
+        "measure logit(answer) as delta",
+        "ablate L0H1 at last token with zero",
+        "against random(3)",
+    )
+    body = "".join(f"  {line}\n" for line in lines)
+    text = f"{START}experiment e {{\n  prompts fruit limit 12\n{body}}}\n"
+    (result,) = mechdsl.run(text)
+    band = result.control(0)
+    assert band is not None
+    assert len(band.low) == len(result.cells) == 2
+    assert (band.low <= band.high).all()
+
+
+def test_values_are_kept(tmp_path: Path) -> None:
+    mechdsl.run(TEXT, only="together", out=tmp_path)
+    kept = {path.name for path in (tmp_path / "text").iterdir()}
+    assert kept == {"together.jsonl", "together against random.jsonl", "results.json"}
+
+
+# --- with other rules -----------------------------------------------------------------------------
+
+RULES = [
+    ("path L0H{unit} -> logits at last token", 1),
+    ("block attention layer 1 head {unit} from last token to fruits tokens", 2),
+    ("patch z layer 1 head {unit} at last-item token into layer 2", 2),
+    ("freeze L1H{unit} at last token patch resid_post layer 0 at last-item token", 3),
+]
+
+
+@pytest.mark.parametrize(("rule", "unit"), RULES, ids=lambda each: str(each).split()[0])
+def test_rules_of_other_kinds(rule: str, unit: int) -> None:
+    heads = "heads" if rule.startswith("freeze") else ""
+    lines = (*PATCH, rule.format(unit=unit), f"against random(3{', ' * bool(heads)}{heads})")
+    found = control("e", check(*lines))
+    units = [points[0].unit for points in drawn(found).values()]
+    assert unit not in units
+    text = START + "experiment e {\n  prompts fruit limit 12\n  " + "\n  ".join(lines) + "\n}\n"
+    values = effects(explicit([rule.format(unit=other) for other in units], *PATCH))
+    same_band(mechdsl.run(text)["e"], 0, values)
+
+
+def test_what_another_experiment_picks(tmp_path: Path) -> None:
+    """What stands in for it, all heads of one layer, has no others; what is picked does."""
+    picked = (
+        "experiment each {\n  prompts fruit limit 12\n  from clean into fewer\n"
+        "  patch layer * head * at last-item token\n  measure logit(answer) as delta\n}\n"
+        "experiment best {\n  prompts fruit limit 12\n  from clean into fewer\n"
+        "  patch top 4 of each at last-item token\n  measure logit(answer) as delta\n"
+        "  against random(5)\n}\n"
+    )
+    found = mechdsl.run(START + picked)["best"]
+    band = found.control(0)
+    assert band is not None
+    assert band.high[0] < found.statistics[0].mean[0]
+    assert found.conventions["controls"].startswith("random heads, 5 draws")

@@ -1,0 +1,154 @@
+"""Two more blocks of prompts, files with several models, and single prompts by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.render import render_full
+from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.results.data import MeasureData
+from mechdsl.results.experiment import ExperimentResult, FileResult
+from mechdsl.source import Source
+
+from ..execute import by_hand
+from ..execute.support import (
+    PROMPTS,
+    ROWS,
+    Array,
+    Prompt,
+    Record,
+    agree,
+    as_in_the_data,
+    bare,
+    difference,
+    prompt,
+    word_tokenizer,
+    write_rows,
+)
+
+OTHERS = """
+prompts q {
+  rows "data.jsonl"
+  template "w7 {cue2} w8 w9 {subject} {alt}"
+  corrupt swapped { swap subject, alt }
+}
+prompts blank {
+  cue = "w30"
+  subject = "w3 w2"
+  template "w6 w6 {cue} w7 {subject} w1"
+}
+"""
+"""`q` is as long as the data; `blank` has one row. Neither has answers."""
+
+SEEDS = {"m": 0, "tuned": 1, "third": 2}
+"""The weights of each model."""
+
+
+def q(record: Record, run: str = "clean") -> Prompt:
+    """A row of `q`, its places counted by hand; `cue` is not in it."""
+    first, second = record["subject"].split(), record["alt"].split()
+    if run == "swapped":
+        first, second = second, first
+    words = ("w7", record["cue2"], "w8", "w9", *first, *second)
+    return Prompt(words, (), tuple(range(5, 5 + len(first))), 0)
+
+
+BLANK = Prompt(("w6", "w6", "w30", "w7", "w3", "w2", "w1"), (), (5, 6), 3)
+
+
+def attempt(
+    text: str,
+    folder: Path,
+    models: Mapping[str, Any],
+    options: RunOptions | None = None,
+    *,
+    prompts: str = PROMPTS + OTHERS,
+    tokenizers: Mapping[str, Any] | None = None,
+) -> tuple[FileResult | None, list[Diagnostic]]:
+    """Run a file on models that are handed over."""
+    if not (folder / "data.jsonl").exists():
+        write_rows(folder)
+    known = "\n".join(f'model {name} = local("handed over")' for name in models)
+    pairs = {
+        name: (model, (tokenizers or {}).get(name) or word_tokenizer())
+        for name, model in models.items()
+    }
+    whole = f"mech 1\n{known}\n{prompts}\n{text}"
+    return run_source(Source(whole, folder / "file.mech"), options, pairs)
+
+
+def run(
+    text: str, folder: Path, models: Mapping[str, Any], options: Any = None, **others: Any
+) -> dict[str, ExperimentResult]:
+    """Experiment name → result, prompts in the order of the data."""
+    result, diagnostics = attempt(text, folder, models, options, **others)
+    assert result is not None, render_full(diagnostics, color=False, width=100)
+    return {found.name: as_in_the_data(found) for found in result.experiments}
+
+
+def models(family: str, *names: str) -> dict[str, Any]:
+    return {name: bare(family, SEEDS[name]) for name in names or ("m",)}
+
+
+def unpatched(family: str, of: Prompt, model: str = "m") -> Any:
+    return by_hand.forward(family, bare(family, SEEDS[model]), of.ids)
+
+
+def patched(family: str, of: Prompt, edits: by_hand.Edits, model: str = "m") -> Any:
+    return by_hand.forward(family, bare(family, SEEDS[model]), of.ids, edits)[0]
+
+
+Where = tuple[Sequence[int], Sequence[int]]
+
+
+def by_prompt(
+    family: str,
+    cells: Sequence[Sequence[by_hand.Point]],
+    sources: Sequence[Prompt],
+    bases: Sequence[Prompt],
+    where: Sequence[Where],
+    *,
+    read: str = "m",
+    model: str = "m",
+) -> tuple[Array, Array, Array]:
+    """([cell, prompt] patched, [prompt] base, [prompt] source): one prompt at a time."""
+    found = np.zeros((len(cells), len(ROWS)))
+    base, source = np.zeros(len(ROWS)), np.zeros(len(ROWS))
+    for n, record in enumerate(ROWS):
+        logits, seen = unpatched(family, sources[n], read)
+        source[n] = difference(logits, record)
+        base[n] = difference(unpatched(family, bases[n], model)[0], record)
+        for cell, points in enumerate(cells):
+            edits = by_hand.copied(points, seen, *where[n])
+            found[cell, n] = difference(patched(family, bases[n], edits, model), record)
+    return found, base, source
+
+
+def layers(site: str, count: int = 3) -> list[list[by_hand.Point]]:
+    return [[by_hand.Point(site, layer)] for layer in range(count)]
+
+
+def same(measure: MeasureData, expected: tuple[Array, Array, Array], rows: slice) -> None:
+    """The cells of one variant, and both ends of its scale."""
+    values, base, source = expected
+    count = len(values)
+    part = type(measure)(
+        **{
+            **{name: getattr(measure, name) for name in measure.__dataclass_fields__},
+            "patched": measure.patched[rows],
+            "base": np.broadcast_to(measure.base, measure.patched.shape)[rows],
+        }
+    )
+    assert part.patched.shape == (count, len(ROWS))
+    agree(part, values, base)
+    if measure.source is not None:
+        own = np.broadcast_to(measure.source, measure.patched.shape)[rows]
+        np.testing.assert_allclose(own, np.broadcast_to(source, own.shape), atol=1e-4)
+
+
+__all__ = ["prompt"]

@@ -1,0 +1,296 @@
+"""`from tuned into m`, `model a, b` and checkpoints, against single prompts by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ..execute.by_hand import Point
+from ..execute.support import DIFFERENCE, MODES, ROWS, experiment, fast, prompts, token
+from ..models import families
+from .support import attempt, by_prompt, layers, models, run, same, unpatched
+
+FAMILIES = ("gpt2", "llama", "gpt_neox")
+EVERY = slice(None)
+
+
+def across(*lines: str) -> str:
+    """An experiment without a `model` line."""
+    return experiment("e", *lines).replace("  model m\n", "")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_from_one_model_into_another(folder: Path, family: str, mode: str) -> None:
+    """The other model's activations, the other model's metric for the source's end."""
+    text = across(
+        "prompts p", "from tuned into m", "patch resid_post layer * at subject token", DIFFERENCE
+    )
+    found = run(text, folder, models(family, "m", "tuned"), MODES[mode])["e"]
+    assert found.model == "m"
+    bases = prompts()
+    where = [(b.subject[-1:], b.subject[-1:]) for b in bases]
+    expected = by_prompt(family, layers("resid_post"), bases, bases, where, read="tuned")
+    same(found.measures[0], expected, EVERY)
+    assert "model tuned" in found.conventions
+    assert found.hashes["model"] != found.hashes["model tuned"]
+
+
+@pytest.mark.parametrize("site", ["embed", "z", "q", "mlp_hidden", "logits"])
+def test_equal_tokens_are_not_equal_activations(folder: Path, site: str) -> None:
+    """What is inert within a model isn't between two: no token need differ for that."""
+    where = {"z": " layer 0 heads *", "q": " layer 0 heads *", "mlp_hidden": " layer 0"}
+    text = across(
+        "prompts p", "from tuned into m", f"patch {site}{where.get(site, '')} at tokens *",
+        DIFFERENCE,
+    )  # fmt: skip
+    found = run(text, folder, models("llama", "m", "tuned"))["e"]
+    bases = prompts()
+    every = [(range(len(b.ids)), range(len(b.ids))) for b in bases]
+    layer = 0 if site in where else None
+    expected = by_prompt("llama", [[Point(site, layer)]], bases, bases, every, read="tuned")
+    same(found.measures[0], expected, EVERY)
+    if site == "logits":  # then it is the other model's
+        np.testing.assert_allclose(found.measures[0].patched[0], expected[2], atol=1e-4)
+
+
+def test_a_model_beside_other_runs(folder: Path) -> None:
+    """`with tuned`, a corruption as the base, and a distance to the other model."""
+    text = experiment(
+        "e", "prompts p", "from clean into other",
+        "patch resid_post layer 0 at subject token",
+        "patch mlp_out layer 2 at last token with tuned",
+        DIFFERENCE, "measure kl(tuned) as delta", "expect accuracy(tuned) >= 0",
+    ).replace("from clean into other", "from tuned into other")  # fmt: skip
+    found = run(text, folder, models("gpt2", "m", "tuned"))["e"]
+    from ..execute.by_hand import copied, together
+    from ..execute.support import difference
+    from .support import patched
+
+    for n, record in enumerate(ROWS):
+        source, base = prompts()[n], prompts("other")[n]
+        logits, seen = unpatched("gpt2", source, "tuned")
+        edits = together(
+            copied([Point("resid_post", 0)], seen, source.subject[-1:], base.subject[-1:]),
+            copied([Point("mlp_out", 2)], seen, (source.last,), (base.last,)),
+        )
+        new = patched("gpt2", base, edits)
+        assert abs(found.measures[0].patched[0, n] - difference(new, record)) < 1e-4
+        reference, own = (x[-1].double().log_softmax(-1) for x in (logits, new))
+        kl = float((reference.exp() * (reference - own)).sum())
+        assert abs(found.measures[1].patched[0, n] - kl) < 1e-4
+        best = int(logits[-1].argmax()) == token(record["a"])
+        assert found.accuracy["tuned"][n] == float(best)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_models_beside_each_other(folder: Path, family: str) -> None:
+    text = experiment(
+        "e",
+        "prompts p",
+        "from other into clean",
+        "patch z layer 1 head * at last token",
+        DIFFERENCE,
+    ).replace("model m", "model m, tuned")
+    found = run(text, folder, models(family, "m", "tuned"))["e"]
+    assert found.axes == ("model", "head")
+    assert [cell.coords["model"] for cell in found.cells] == ["m"] * 4 + ["tuned"] * 4
+    cells = [[Point("z", 1, head)] for head in range(4)]
+    sources, bases = prompts("other"), prompts()
+    where = [((s.last,), (b.last,)) for s, b in zip(sources, bases, strict=True)]
+    for number, name in enumerate(("m", "tuned")):
+        expected = by_prompt(family, cells, sources, bases, where, read=name, model=name)
+        same(found.measures[0], expected, slice(4 * number, 4 * number + 4))
+    assert set(found.runs) == {
+        f"{run} ({name})" for run in ("clean", "other") for name in ("m", "tuned")
+    }
+    assert found.statistics[0].tests == 8
+
+
+def test_models_of_different_depth(folder: Path) -> None:
+    """Each has its own layers; relative depth is shown as it is written."""
+    deep = families.module("llama", 3, num_hidden_layers=6)
+    text = "".join(
+        experiment(
+            name, "prompts p", "from other into clean", f"patch resid_post {where} at last token",
+            DIFFERENCE,
+        ).replace("model m", "model m, deep")
+        for name, where in (
+            ("every", "layer *"), ("half", "layer 0%, 50%, 100%"), ("upper", "layer 50%..100%"),
+            ("window", "layer 50% window 2"), ("joined", "layers 0%..50%"),
+        )
+    )  # fmt: skip
+    found = run(text, folder, {**models("llama"), "deep": deep})
+    coords = {
+        name: [(c.coords["model"], c.coords.get("layer"), c.site) for c in each.cells]
+        for name, each in found.items()
+    }
+    assert [c[:2] for c in coords["every"]] == [
+        *(("m", n) for n in range(3)), *(("deep", n) for n in range(6)),
+    ]  # fmt: skip
+    assert coords["half"] == [
+        ("m", "0%", "L0.resid_post"), ("m", "50%", "L1.resid_post"), ("m", "100%", "L2.resid_post"),
+        ("deep", "0%", "L0.resid_post"), ("deep", "50%", "L3.resid_post"),
+        ("deep", "100%", "L5.resid_post"),
+    ]  # fmt: skip
+    assert [c[:2] for c in coords["upper"]] == [
+        ("m", "50%"), ("m", "100%"), ("deep", "60%"), ("deep", "80%"), ("deep", "100%"),
+    ]  # fmt: skip
+    assert coords["window"] == [
+        ("m", None, "L0-1.resid_post"), ("deep", None, "L2-3.resid_post"),
+    ]  # fmt: skip
+    assert coords["joined"] == [
+        ("m", None, "L0-1.resid_post"), ("deep", None, "L0-3.resid_post"),
+    ]  # fmt: skip
+    sources, bases = prompts("other"), prompts()
+    where = [((s.last,), (b.last,)) for s, b in zip(sources, bases, strict=True)]
+    expected = by_prompt("llama", layers("resid_post"), sources, bases, where)
+    same(found["every"].measures[0], expected, slice(0, 3))
+    same(found["half"].measures[0], expected, slice(0, 3))
+
+
+def test_rows_that_only_some_models_keep(folder: Path) -> None:
+    """`keep` is asked of each model; the rows that all of them keep are compared."""
+    lines = ("prompts p", "from other into clean", "keep logit(answer) > logit(wrong)",
+             "patch resid_post layer * at last token", DIFFERENCE)  # fmt: skip
+    several = experiment("e", *lines).replace("model m", "model m, tuned")
+    family = next(
+        name for name in ("gpt2", "llama", "gpt_neox", "qwen2", "mistral") if _differ(name)
+    )
+    found = run(several, folder, models(family, "m", "tuned"))["e"]
+    kept = [_kept(family, "m"), _kept(family, "tuned")]
+    assert found.row_ids is not None
+    assert set(found.row_ids) == kept[0] & kept[1]
+    assert found.prompts == len(kept[0] & kept[1])
+    assert "that all have" in found.conventions["prompts"]
+
+
+def _kept(family: str, model: str) -> set[int]:
+    from ..execute.support import difference
+
+    return {
+        n
+        for n, (of, record) in enumerate(zip(prompts(), ROWS, strict=True))
+        if difference(unpatched(family, of, model)[0], record) > 0
+    }
+
+
+def _differ(family: str) -> bool:
+    kept = [_kept(family, "m"), _kept(family, "tuned")]
+    return kept[0] != kept[1] and len(kept[0] & kept[1]) > 0
+
+
+def save(family: str, seed: int, folder: Path, **overrides: int) -> None:
+    families.module(family, seed, **overrides).save_pretrained(folder)
+    fast(families.tokenizer()).save_pretrained(folder)
+
+
+def test_checkpoints_in_natural_order(folder: Path) -> None:
+    """The star's part is the label, a number where all are; each checkpoint is a model."""
+    from mechdsl.pipeline import run_source
+    from mechdsl.source import Source
+
+    from ..execute.support import PROMPTS
+
+    for seed, step in enumerate((1000, 90, 200)):
+        save("gpt2", seed, folder / "runs" / f"step-{step}")
+    (folder / "runs" / "step-notes.txt").write_text("no folder", encoding="utf-8")
+    text = experiment("e", "prompts p", "from other into clean", "patch resid_post layer 1 at "
+                      "last token", DIFFERENCE).replace("model m", "model steps")  # fmt: skip
+    text += (
+        text.replace("experiment e", "experiment s")
+        .replace("from other", "from steps")
+        .replace("into clean", "into final")
+        .replace("  model steps\n", "")
+    )
+    whole = (
+        'mech 1\nmodel steps = local("runs/step-*")\nmodel final = local("runs/step-1000")\n'
+        f"{PROMPTS}{text}"
+    )
+    result, found = run_source(Source(whole, folder / "file.mech"))
+    assert result is not None, found
+    steps, sources = result.experiments
+    assert steps.axes == ("model",)
+    assert [cell.coords["model"] for cell in steps.cells] == [90, 200, 1000]
+    assert sources.axes == ("source",)
+    assert [cell.coords["source"] for cell in sources.cells] == [90, 200, 1000]
+    alone = whole.replace("model steps\n", "model final\n").split("experiment s")[0]
+    alone = alone.replace('model steps = local("runs/step-*")\n', "")
+    result, _ = run_source(Source(alone, folder / "file.mech"))
+    assert result is not None
+    one = result.experiments[0].measures[0].patched[0]
+    np.testing.assert_allclose(steps.measures[0].patched[2], one, atol=1e-5)
+    # The last checkpoint patched into itself changes nothing.
+    np.testing.assert_allclose(
+        sources.measures[0].patched[2], sources.measures[0].base[-1], atol=1e-4
+    )
+
+
+def test_a_model_that_is_not_one_of_the_two(folder: Path) -> None:
+    text = experiment("e", "prompts p", "from tuned into m", "patch z layer 0 head 0 at last token",
+                      DIFFERENCE).replace("model m", "model third")  # fmt: skip
+    _, found = attempt(text, folder, models("gpt2", "m", "tuned", "third"))
+    assert [d.code for d in found if d.severity == "error"] == ["E0207"]
+
+
+def test_models_of_other_sizes_or_tokens(folder: Path) -> None:
+    from tokenizers import processors
+
+    text = across("prompts p", "from tuned into m", "patch z layer 0 head 0 at last token",
+                  DIFFERENCE)  # fmt: skip
+    deep = families.module("gpt2", 3, n_layer=4)
+    _, found = attempt(text, folder, {**models("gpt2"), "tuned": deep})
+    errors = [d for d in found if d.severity == "error"]
+    assert [d.code for d in errors] == ["E0415"]
+    assert "4 and 3 layers" in errors[0].label_text
+    bare = families.tokenizer()
+    bare.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    _, found = attempt(text, folder, models("gpt2", "m", "tuned"), tokenizers={"tuned": fast(bare)})
+    errors = [d for d in found if d.severity == "error"]
+    assert [d.code for d in errors] == ["E0416"]
+
+
+def test_checkpoints_share_their_tokenizer_and_prompts(folder: Path) -> None:
+    from mechdsl.check import check_source
+    from mechdsl.source import Source
+
+    from ..execute.support import PROMPTS
+
+    for step in range(3):
+        save("llama", step, folder / "runs" / str(step))
+    lines = ("prompts p", "from clean into other", "patch z layer 0 head 0 at last token")
+    text = experiment("e", *lines, DIFFERENCE).replace("model m", "model steps")
+    whole = f'mech 1\nmodel steps = local("runs/*")\n{PROMPTS}{text}'
+    checked = check_source(Source(whole, folder / "file.mech"))
+    assert checked.ok
+    assert [e.spec.variant for e in checked.experiments] == [(("model", n),) for n in range(3)]
+    assert len({id(e.model.tokenizer) for e in checked.experiments}) == 1
+    assert len({id(e.table) for e in checked.experiments}) == 1
+    assert list(checked.program.models) == ["steps:0", "steps:1", "steps:2"]
+
+
+def test_several_models_on_both_sides(folder: Path) -> None:
+    """Into each model from each: a model's own run is its clean one."""
+    text = across(
+        "prompts p", "from tuned, third into m, tuned", "patch resid_post layer 1 at cue token",
+        DIFFERENCE,
+    )  # fmt: skip
+    found = run(text, folder, models("gpt2", "m", "tuned", "third"))["e"]
+    assert found.axes == ("source", "base")
+    assert found.model == "m, tuned"
+    bases = prompts()
+    where = [((b.cue,), (b.cue,)) for b in bases]
+    pairs = [(c.coords["source"], c.coords["base"]) for c in found.cells]
+    assert pairs == [("tuned", "m"), ("tuned", "tuned"), ("third", "m"), ("third", "tuned")]
+    for cell, (source, base) in enumerate(pairs):
+        expected = by_prompt(
+            "gpt2", layers("resid_post")[1:2], bases, bases, where,
+            read=str(source), model=str(base),
+        )  # fmt: skip
+        if source == base:
+            error = abs(found.measures[0].patched[cell] - expected[1]).max()
+            assert error < 1e-4
+            continue
+        same(found.measures[0], expected, slice(cell, cell + 1))

@@ -1,0 +1,256 @@
+"""Random experiments from the whole language: the plan gives what whole padded passes give.
+
+Files are put together from positions, sites, rules and measures; those that the checks refuse are
+refused before anything runs, and all others are run twice.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.passes import PASSES
+from mechdsl.pipeline import RunOptions
+from mechdsl.plan import PLAN_PASSES
+
+from . import support
+
+MORE = """
+prompts elsewhere {
+  rows "data.jsonl"
+  template "w7 {subject} w40 {alt} w41 {cue2} w42"
+}
+prompts single {
+  template "w3 w4 w40 w1 w2 w41 w26 w42"
+  span subject = "w1 w2"
+}
+group few = L0H1, L2H0, L1H3
+"""
+FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "mistral", "bloom")
+RUNS = ("clean", "other", "longer", "turned")
+LAYERS = 3
+
+ONE = (
+    "last token",
+    "first token",
+    "token -2",
+    "subject token",
+    "first-item token",
+    "last-item token",
+    "item 2 token",
+    '"w41" token',
+    "last-item token + 1",
+)
+JOINED = (
+    "subject tokens",
+    "tokens *",
+    "{first-item token, last token}",
+    "tokens except subject tokens",
+    "tokens between first-item token and last-item token",
+)
+SWEPT = ("each item token", "each token of subject", "first-item token, last token", "token 1..3")
+VECTORS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn_norm", "mlp_norm")
+HEADS = ("q", "k", "v", "z", "head_out", "q_rot", "k_rot", "scores", "pattern")
+MEASURES = (
+    "measure logit(answer) - logit(wrong) as delta",
+    "measure prob(answer) as raw",
+    "measure logprob(answer) as delta",
+    "measure kl(clean) as raw",
+    "measure entropy as delta",
+    "measure logit(answer) at subject token as delta",
+)
+
+
+@st.composite
+def positions(draw: Any, *, swept: bool = True) -> str:
+    """One position of the language."""
+    kinds = [ONE, ONE, JOINED, *([SWEPT] if swept else [])]
+    return draw(st.sampled_from(draw(st.sampled_from(kinds))))
+
+
+@st.composite
+def axis(draw: Any, word: str, size: int, *, swept: bool) -> str:
+    """`layer 1`, `layers 0..2`, `head *`."""
+    low = draw(st.integers(0, size - 1))
+    high = draw(st.integers(low, size - 1))
+    joined = [f"{word}s {low}..{high}", f"{word}s *", f"{word} {low}"]
+    sweeps = [f"{word} *", f"{word} {low}..{high}"]
+    return draw(st.sampled_from([*joined, *(sweeps if swept else [])]))
+
+
+@st.composite
+def sites(draw: Any, *, swept: bool) -> str:
+    """A component with its axes."""
+    kinds = ["vector", "vector", "head", "head", "neuron", "embed", "few", "L1H2.q", "L2.mlp"]
+    kind = draw(st.sampled_from(kinds))
+    if kind not in ("vector", "head", "neuron"):
+        return kind
+    layer = draw(axis("layer", LAYERS, swept=swept))
+    if kind == "vector":
+        return f"{draw(st.sampled_from(VECTORS))} {layer}"
+    if kind == "neuron":
+        return f"mlp_hidden {layer} neurons 1..{draw(st.integers(2, 9))}"
+    return f"{draw(st.sampled_from(HEADS))} {layer} {draw(axis('head', 2, swept=swept))}"
+
+
+@st.composite
+def edges(draw: Any, *, swept: bool) -> str:
+    """Layers, heads, queries and keys."""
+    layer = draw(axis("layer", LAYERS, swept=swept))
+    head = draw(st.sampled_from(["", " head 1", " heads 0..2"]))
+    queries = draw(st.sampled_from((*ONE, "tokens *", "subject tokens")))
+    keys = draw(positions(swept=swept))
+    return f"attention {layer}{head} from {queries} to {keys}"
+
+
+@st.composite
+def rules(draw: Any, *, swept: bool) -> str:
+    """Any rule but a path."""
+    verb = draw(
+        st.sampled_from(
+            ["patch", "patch", "onto", "into", "ablate", "swap", "freeze", "set", "edge", "observe"]
+        )
+    )
+    if verb == "edge":
+        what = draw(
+            st.sampled_from(
+                ["block {}", "reweight {} by 2.5", "set {} to uniform", "set {} to 0.05"]
+            )
+        )
+        return what.format(draw(edges(swept=swept)))
+    if verb == "observe":
+        return f"observe {draw(edges(swept=swept))}"
+    site, at = draw(sites(swept=swept)), draw(positions(swept=swept))
+    match verb:
+        case "onto":
+            return f"patch {site} at {at} onto {draw(st.sampled_from(ONE))}"
+        case "into":
+            return f"patch {site} at {at} into layer {draw(st.integers(0, LAYERS - 1))}"
+        case "ablate":
+            fill = draw(st.sampled_from(["zero", "mean", "resample", "mean of turned"]))
+            return f"ablate {site} at {at} with {fill}"
+        case "swap":
+            return f"swap {site} at {at} with {draw(st.sampled_from(ONE))}"
+        case "set":
+            return f"set {site} at {at} to {draw(st.sampled_from(['0.5', '-1', '0']))}"
+        case _:
+            return f"{verb} {site} at {at}"
+
+
+@st.composite
+def paths(draw: Any) -> str:
+    """A path on its own."""
+    kinds = ["z", "attn_out", "mlp_out", "resid_post", "embed", "mlp_hidden", "head_out"]
+    kind = draw(st.sampled_from(kinds))
+    sender = kind
+    if kind != "embed":
+        sender = f"{kind} {draw(axis('layer', LAYERS, swept=True))}"
+    if kind in ("z", "head_out"):
+        sender += f" {draw(axis('head', 4, swept=True))}"
+    if kind == "mlp_hidden":
+        sender += " neurons 0..7"
+    to = draw(st.sampled_from(["q", "k", "v", "mlp_norm", "attn_norm", "logits", "final_norm"]))
+    receiver = to
+    if to not in ("logits", "final_norm"):
+        receiver = f"{to} {draw(axis('layer', LAYERS, swept=True))}"
+    if to in ("q", "k", "v"):
+        receiver += f" {draw(axis('head', 2, swept=True))}"
+    through = draw(st.sampled_from(["", " through mlps"]))
+    return f"path {sender} -> {receiver} at {draw(positions())}{through}"
+
+
+@st.composite
+def experiments(draw: Any) -> str:
+    """An experiment with one to three rules; only the first sweeps, as sweeps would collide."""
+    source, base, more = draw(st.permutations(RUNS))[:3]
+    ends = draw(st.integers(0, 7))
+    if ends == 0:
+        base = f"{base}, {more}"
+    elif ends == 1:
+        source = f"{source}, {more}"
+    elif ends == 2:
+        base = draw(st.sampled_from(["elsewhere", "single"]))
+    elif ends == 3:
+        source = draw(st.sampled_from(["elsewhere", "single"]))
+    match draw(st.integers(0, 9)):
+        case 0 | 1:
+            lines = [draw(paths())]
+        case 2:
+            at = draw(positions(swept=False))
+            lines = [f"for c in [attn_out, mlp_out, z] {{ patch c layer * at {at} }}"]
+        case 3:
+            lines = [
+                f"for l in 0..1 {{ patch resid_post layer l at {draw(st.sampled_from(ONE))}",
+                f"freeze attn_out layer l + 1 at {draw(positions(swept=False))} }}",
+            ]
+        case 4:
+            lines = [
+                f"for w in [0, 0.5, 3] {{ reweight {draw(edges(swept=False))} by w }}",
+            ]
+        case _:
+            count = draw(st.integers(1, 3))
+            lines = [draw(rules(swept=number == 0)) for number in range(count)]
+    measures = draw(st.lists(st.sampled_from(MEASURES), min_size=1, max_size=2, unique=True))
+    return MORE + support.experiment(
+        "e", "prompts p", f"from {source} into {base}", *lines, *measures
+    )
+
+
+@st.composite
+def cases(draw: Any) -> tuple[str, str, frozenset[str]]:
+    """(family, file, passes that are switched off in the planned run)."""
+    off = draw(st.sets(st.sampled_from([*PASSES, *PLAN_PASSES]), max_size=3))
+    return draw(st.sampled_from(FAMILIES)), draw(experiments()), frozenset(off)
+
+
+def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
+    """Plain and planned are equal, or both are refused with the same words."""
+    family, text, off = case
+    model = support.bare(family)
+    plain, problems = support.try_file(text, folder, model, support.WITHOUT_PLAN)
+    planned, again = support.try_file(text, folder, model, RunOptions(without=off))
+    assert [(d.code, d.message) for d in problems] == [(d.code, d.message) for d in again]
+    if plain is None or planned is None:
+        assert has_errors(problems)
+        assert plain is planned
+        event("refused: " + next(d.code for d in problems if d.severity == "error"))
+        return
+    event("run: " + text.split("from ")[1].splitlines()[1].split()[0])
+    (one,), (other,) = plain.experiments, planned.experiments
+    assert one.cells == other.cells
+    for expected, found in zip(one.measures, other.measures, strict=True):
+        assert np.array_equal(np.isnan(expected.patched), np.isnan(found.patched))
+        effect = np.abs(expected.patched - expected.base)
+        error = np.abs(expected.patched - found.patched)
+        assert np.nanmax(error, initial=0) <= support.ABSOLUTE, text
+        limit = support.RELATIVE * np.maximum(effect, support.SMALL)
+        good = np.isnan(error) | np.isnan(effect) | (error <= limit)
+        assert good.all(), f"{text}\n{np.nanmax(error / np.maximum(effect, support.SMALL))}"
+
+
+QUIET = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@given(case=cases())
+def test_plan_is_whole_passes(case: tuple[str, str, frozenset[str]], tmp_path: Any) -> None:
+    compare(case, tmp_path)
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=int(os.environ.get("MECHDSL_RANDOM_FILES", "600")),
+    deadline=None,
+    suppress_health_check=QUIET,
+)
+@given(case=cases())
+def test_plan_is_whole_passes_at_length(
+    case: tuple[str, str, frozenset[str]], tmp_path: Any
+) -> None:
+    compare(case, tmp_path)

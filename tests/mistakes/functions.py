@@ -1,0 +1,47 @@
+"""What the files of this folder refer to."""
+
+import torch
+
+
+def margin(logits, rows):
+    """The answer's logit above the best other one."""
+    found = []
+    for line, row in zip(logits, rows, strict=True):
+        (own,) = row["answer.ids"]
+        others = line.clone()
+        others[own] = -torch.inf
+        found.append(line[own] - others.max())
+    return found
+
+
+def difference(logits, rows):
+    """What `logit(answer) - logit(rival)` is."""
+    answer = torch.tensor([row["answer.ids"][0] for row in rows])
+    rival = torch.tensor([row["rival.ids"][0] for row in rows])
+    each = torch.arange(len(rows))
+    return logits[each, answer] - logits[each, rival]
+
+
+def total(row):
+    return row["count"] + len(row["fruits"][0])
+
+
+def shorter(row):
+    return row["count"] - 1
+
+
+def next_word(row):
+    words = ["apple", "pear", "plum", "fig"]
+    return words[(words.index(row["item"]) + 1) % 4]
+
+
+def halved(vectors):
+    return vectors * 0.5
+
+
+def same(vectors):
+    return vectors.numpy()
+
+
+def a_half(vectors):
+    return torch.full_like(vectors, 0.5)

@@ -1,0 +1,1 @@
+"""What one experiment found, used in another."""

@@ -1,0 +1,91 @@
+"""Files on the counting model, and what they found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from mechdsl.check import Checked, Settings, check_source
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.render import render_full
+from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.plan import PLAN_PASSES
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.source import Source
+
+HERE = Path(__file__).parent
+ZOO = HERE.parent.parent / "mechdsl" / "zoo" / "counting"
+PLAIN = frozenset(PLAN_PASSES)
+HEAD = """\
+mech 1
+
+model toy = zoo("counting")
+
+prompts fruit {
+  count in 3..9
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+  split 50%
+  corrupt fewer { count = count - 1 }
+}
+"""
+Array = NDArray[np.float64]
+
+
+def experiment(name: str, *lines: str, prompts: str = "fruit.test limit 8") -> str:
+    body = "".join(f"  {line}\n" for line in (f"prompts {prompts}", *lines))
+    return f"\nexperiment {name} {{\n{body}}}\n"
+
+
+def checked(text: str, *, head: str = HEAD) -> Checked:
+    return check_source(Source(head + text))
+
+
+def run(
+    text: str,
+    *,
+    head: str = HEAD,
+    only: str | None = None,
+    without: frozenset[str] = frozenset(),
+) -> dict[str, ExperimentResult]:
+    """Name → result, in the order of the file."""
+    options = RunOptions(settings=Settings(only=only), without=without)
+    result, found = run_source(Source(head + text), options)
+    assert not has_errors(found), render_full(found)
+    assert result is not None
+    return {each.name: each for each in result.experiments}
+
+
+def patched(result: ExperimentResult, measure: int = 0) -> Array:
+    """[cell, row]."""
+    return result.measures[measure].patched
+
+
+def best_sites(result: ExperimentResult, count: int) -> list[str]:
+    """The sites with the largest mean, from the records, as short names."""
+    records = sorted(result.records(), key=lambda record: -record["mean"])
+    return [record["site"].removesuffix(".z") for record in records[:count]]
+
+
+@cache
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(ZOO).eval()
+
+
+def without_tokens(ids: Sequence[int], tokens: Sequence[int], answer: int) -> tuple[float, float]:
+    """(logit, probability) of the answer where the embeddings of some tokens are zero."""
+    net = model()
+    with torch.no_grad():
+        embedded = net.get_input_embeddings()(torch.tensor([list(ids)])).clone()
+        embedded[0, list(tokens)] = 0
+        logits = net(inputs_embeds=embedded).logits[0, -1]
+    return float(logits[answer]), float(logits.softmax(-1)[answer])

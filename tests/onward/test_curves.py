@@ -1,0 +1,135 @@
+"""Loops over percentages, and the area under what they measure."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mechdsl.results.experiment import ExperimentResult, FileResult, Results
+
+from .support import HERE, PLAIN, Array, checked, experiment, patched, run
+from .test_tokens import PLACES, expected, orders
+
+CURVE = experiment(
+    "curve",
+    "for k in 0%..100% step 20% {",
+    "  ablate embed at top k of places tokens with zero",
+    "}",
+    "measure prob(answer) as raw",
+    "measure logit(answer) as delta",
+    "expect auc(prob, k) < 0.9",
+    "expect auc(delta, k) in -20..0",
+    "expect auc(prob, k) = 0.5",
+    prompts="fruit limit 6",
+)
+SHARES = [0, 20, 40, 60, 80, 100]
+
+
+def trapezoid(values: Array) -> float:
+    """Of the values at every 20%, divided by the range."""
+    at = np.array(SHARES) / 100
+    return float(sum((at[i + 1] - at[i]) * (values[i] + values[i + 1]) / 2 for i in range(5)))
+
+
+@pytest.mark.parametrize("without", [frozenset[str](), PLAIN], ids=["planned", "plain"])
+def test_every_point_by_hand(without: frozenset[str]) -> None:
+    text = CURVE + PLACES
+    found = run(text, without=without)
+    rows = patched(found["curve"])
+    ranked = orders(found["places"])
+    for cell, share in zip(range(6), SHARES, strict=True):
+        own = {
+            row: order[: max(1, int(share * len(order) / 100 + 0.5)) if share else 0]
+            for row, order in ranked.items()
+        }
+        assert np.allclose(rows[cell], expected(text, "curve", own, of=1), atol=1e-5)
+        logits = patched(found["curve"], 1)[cell]
+        assert np.allclose(logits, expected(text, "curve", own), atol=1e-4)
+    assert np.array_equal(rows[0], found["curve"].measures[0].base[0])
+    assert found["curve"].measures[0].inert.tolist() == [True, False, False, False, False, False]
+
+
+def test_labels_are_percentages_and_numbers() -> None:
+    found = run(CURVE + PLACES)["curve"]
+    assert [str(cell.coords["k"]) for cell in found.cells] == [f"{k}%" for k in SHARES]
+    assert [cell.coords["k"] for cell in found.cells] == SHARES
+    assert [str(r["k"]) for r in found.records()][::2] == [f"{float(k)}" for k in SHARES]
+
+    document = json.loads(Results((FileResult("a.mech", (found,)),)).to_json())
+    cells = document["files"][0]["experiments"][0]["cells"]
+    assert [cell["coords"]["k"] for cell in cells] == SHARES
+
+
+def test_area_by_hand() -> None:
+    found = run(CURVE + PLACES)["curve"]
+    below, within, equal = found.outcomes
+    values = patched(found)
+    assert below.value == pytest.approx(trapezoid(values.mean(axis=1)))
+    order = found.resampling.order
+    drawn = np.concatenate(list(found.resampling.weights()))
+    samples = [
+        trapezoid((values[:, order] * weights).sum(axis=1) / weights.sum())
+        for weights in drawn[:2000]
+    ]
+    low, high = np.percentile(samples, [2.5, 97.5])
+    assert below.low == pytest.approx(low, abs=0.02)
+    assert below.high == pytest.approx(high, abs=0.02)
+    assert below.holds
+    assert within.holds
+    assert not equal.holds
+    deltas = found.measures[1].patched - found.measures[1].base
+    assert within.value == pytest.approx(trapezoid(deltas.mean(axis=1)))
+
+
+def test_all_but_more_and_more() -> None:
+    """At 100% nothing is left to write at: the base run itself."""
+    text = CURVE.replace("at top k", "at tokens except top k") + PLACES
+    found = run(text)["curve"]
+    assert np.array_equal(patched(found)[-1], found.measures[0].base[0])
+    assert not np.array_equal(patched(found)[0], found.measures[0].base[0])
+
+
+def test_one_curve_of_several() -> None:
+    text = experiment(
+        "curve",
+        "for k in 0%..100% step 50% {",
+        "  ablate resid_post layer 0..1 at top k of places tokens with zero",
+        "}",
+        "measure prob(answer) as raw",
+        "expect auc(prob, k, layer 1) < 2",
+        "expect auc(prob, k, layer: 0) < 2",
+        prompts="fruit limit 6",
+    )
+    found: ExperimentResult = run(text + PLACES)["curve"]
+    means = patched(found).mean(axis=1)
+    by_layer = {
+        layer: [m for m, c in zip(means, found.cells, strict=True) if c.coords["layer"] == layer]
+        for layer in (0, 1)
+    }
+    for outcome, layer in zip(found.outcomes, (1, 0), strict=True):
+        a, b, c = by_layer[layer]
+        assert outcome.value == pytest.approx((a + 2 * b + c) / 4)
+    prob = experiment(
+        "x",
+        "for l in [0, 3] {",
+        "  ablate mlp_out layer l at last token with zero",
+        "}",
+        "measure prob(answer) as raw",
+        "expect auc(prob, l) < 2",
+    )
+    one = run(prob)["x"]
+    assert one.outcomes[0].value == pytest.approx(patched(one).mean())
+
+
+def test_a_share_names_one_cell() -> None:
+    text = CURVE.replace("expect auc(prob, k) = 0.5", "expect prob(k: 100%) < 0.5") + PLACES
+    assert not [d for d in checked(text).diagnostics if d.severity == "error"]
+    found = run(text)["curve"]
+    assert found.outcomes[2].value == pytest.approx(patched(found)[-1].mean())
+
+
+def test_the_file() -> None:
+    found = run("", head=(HERE / "curve.mech").read_text(encoding="utf-8"))
+    assert found["curve"].holds

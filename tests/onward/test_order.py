@@ -1,0 +1,150 @@
+"""Who runs before whom, and what stands in for results that aren't there yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mechdsl import pipeline
+from mechdsl.cli import app
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.execute import Options
+from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.source import Source
+
+from .support import HEAD, best_sites, checked, experiment, patched, run
+
+DELTA = "measure logit(answer) as delta"
+
+
+def ablate(name: str, what: str, prompts: str = "fruit.test limit 6") -> str:
+    return experiment(name, f"ablate {what} at last token with zero", DELTA, prompts=prompts)
+
+
+HEADS = ablate("heads", "layer * head *", "fruit.train limit 6")
+LAYERS = experiment(
+    "layers",
+    "ablate mlp_out layer * at last token with zero",
+    "ablate best of heads at last token with zero",
+    DELTA,
+)
+LAST = ablate("last", "top 2 of layers", "fruit limit 6")
+
+
+def test_a_chain_in_three_waves(monkeypatch: pytest.MonkeyPatch) -> None:
+    waves: list[list[str]] = []
+    whole = pipeline.execute
+
+    def spy(plan: object, *rest: object) -> object:
+        names = [p.experiment.name for panel in plan.panels for p in panel.experiments]  # type: ignore[attr-defined]
+        waves.append(sorted(names))
+        return whole(plan, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "execute", spy)
+    alone = ablate("alone", "mlp_out layer *", "fruit.train limit 6")
+    found = run(LAST + alone + LAYERS + HEADS)
+    assert waves == [["alone", "heads"], ["layers"], ["last"]]
+    assert list(found) == ["last", "alone", "layers", "heads"]
+    # Both rules of a cell make its site, so what both name is written twice, the same.
+    best = best_sites(found["heads"], 1)[0]
+    layers = sorted(found["layers"].records(), key=lambda r: -r["mean"])[:2]
+    own = [r["site"].split(" + ")[0].removesuffix("_out") for r in layers]
+    by_hand = run(
+        f"\ngroup hand = {best}, {', '.join(own)}\n" + ablate("last", "hand", "fruit limit 6")
+    )
+    assert np.allclose(patched(found["last"]), patched(by_hand["last"]), atol=1e-5)
+
+
+def test_stand_ins_are_the_first_cells() -> None:
+    done = checked(ablate("a", "top 3 of heads") + HEADS)
+    assert done.ok
+    (one,) = (e for e in done.experiments if e.name == "a")
+    assert one.rules[0].sites is not None
+    points = one.rules[0].sites.points[()]
+    assert [(p.site, p.layer, p.unit) for p in points] == [("z", 0, 0), ("z", 0, 1), ("z", 0, 2)]
+    assert one.stand_ins == ("heads",)
+    assert [e.name for e in done.experiments] == ["a", "heads"]
+
+
+def test_stand_ins_are_the_first_tokens() -> None:
+    places = experiment("places", "ablate embed at token * align left with zero", DELTA)
+    text = experiment("a", "ablate embed at top 25% of places tokens with zero", DELTA) + places
+    (one,) = (e for e in checked(text).experiments if e.name == "a")
+    rows = one.table.runs["clean"].rows
+    hits = one.rules[0].positions.written[()].hits
+    for row, hit in zip(rows, hits, strict=True):
+        assert hit == (tuple(range(int(len(row.ids) / 4 + 0.5))),)
+
+
+def test_all_else_is_checked_with_them() -> None:
+    text = ablate("a", "top 3 of heads").replace("last token", "lost token")
+    assert {d.code for d in checked(text + HEADS).diagnostics} == {"E0308", "W0720"}
+
+
+def test_what_an_error_keeps_from_running_is_not_said_twice() -> None:
+    broken = HEADS.replace("head *", "head 99")
+    assert [d.code for d in checked(ablate("a", "best of heads") + broken).diagnostics] == ["E0301"]
+
+
+def test_plan_says_that_it_counts_stand_ins(tmp_path: Path) -> None:
+    path = tmp_path / "a.mech"
+    path.write_text(HEAD + ablate("a", "top 3 of heads") + HEADS, encoding="utf-8")
+    shown = CliRunner().invoke(app, ["plan", str(path)])
+    assert shown.exit_code == 0, shown.output
+    said = "a is counted with stand-ins: what it picks is known when heads has run"
+    assert said in shown.output
+    shown = CliRunner().invoke(app, ["explain", str(path)])
+    assert "top 3 of heads: known when `heads` has run" in shown.output
+
+
+def test_only_runs_what_it_needs_and_reports_itself() -> None:
+    alone = ablate("alone", "mlp_out layer *", "fruit.train limit 6")
+    text = LAST + alone + LAYERS + HEADS
+    found = run(text, only="layers")
+    assert list(found) == ["layers"]
+    assert np.array_equal(patched(found["layers"]), patched(run(text)["layers"]))
+
+
+def test_one_bar_over_all_waves() -> None:
+    told: list[tuple[int, int]] = []
+    options = RunOptions(execution=Options(on_progress=lambda *now: told.append(now)))
+    result, found = run_source(Source(HEAD + LAST + LAYERS + HEADS), options)
+    assert result is not None
+    assert not has_errors(found)
+    done = [now for now, _ in told]
+    assert done == sorted(done)
+    assert told[-1][0] == told[-1][1]
+    assert {total for _, total in told} == {told[-1][1]}
+
+
+def test_a_denominator_of_0_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*rest: object) -> object:
+        raise AssertionError(rest)
+
+    monkeypatch.setattr(pipeline, "execute", never)
+    text = experiment(
+        "a",
+        "from clean into fewer",
+        "patch best of heads at last token",
+        "measure logprob(answer) - logprob(answer) as recovery",
+    )
+    result, found = run_source(Source(HEAD + text + HEADS))
+    assert result is None
+    assert [d.code for d in found if d.severity == "error"] == ["E0604"]
+
+
+def test_what_is_found_too_late() -> None:
+    """An experiment that another one waits for keeps no row."""
+    places = experiment(
+        "places",
+        "keep logit(answer) > 1000",
+        "ablate embed at token * align left with zero",
+        DELTA,
+    )
+    text = experiment("a", "ablate embed at top 25% of places tokens with zero", DELTA) + places
+    result, found = run_source(Source(HEAD + text))
+    assert result is None
+    assert [d.code for d in found if d.severity == "error"] == ["E0613"]

@@ -1,0 +1,138 @@
+"""`top 3 of E`, `best of E` and groups as sites, against the sites written out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from .support import HERE, PLAIN, best_sites, checked, experiment, patched, run
+
+MEASURE = "measure logit(answer) - logit(answer of fewer) as recovery"
+WHICH = experiment(
+    "which",
+    "from clean into fewer",
+    "patch layer * head * at last token",
+    MEASURE,
+    prompts="fruit.train limit 8",
+)
+
+
+def patch(name: str, what: str) -> str:
+    return experiment(name, "from clean into fewer", f"patch {what} at last token", MEASURE)
+
+
+def test_the_file() -> None:
+    found = run("", head=(HERE / "heads.mech").read_text(encoding="utf-8"))
+    assert list(found) == ["together", "grouped", "which"]
+    three = best_sites(found["which"], 3)
+    records = {r["site"].removesuffix(".z"): r["mean"] for r in found["which"].records()}
+    said = found["together"].conventions["top 3 of which"]
+    listed = ", ".join(f"{site}.z ({records[site]:.3g})" for site in three)
+    assert said.startswith(f"{listed}; by mean recovery of logit(answer)")
+    assert found["grouped"].conventions["top 3 of which"] == said
+
+
+@pytest.mark.parametrize(
+    ("written", "count"),
+    [("top 3 of which", 3), ("best of which", 1), ("top 25% of which", 4), ("top 1% of which", 1)],
+)
+def test_as_if_named(written: str, count: int) -> None:
+    picked = run(patch("picked", written) + WHICH)
+    sites = best_sites(picked["which"], count)
+    by_hand = run(f"\ngroup hand = {', '.join(sites)}\n" + patch("named", "hand"))
+    assert np.array_equal(patched(picked["picked"]), patched(by_hand["named"]))
+    one = picked["picked"].cells[0].site
+    assert one == (f"{sites[0]}.z" if count == 1 else written)
+
+
+def test_a_group_with_named_sites_and_a_parameter() -> None:
+    text = "\nparam n = 2\ngroup chosen = L0H1, top n of which\n" + WHICH + patch("a", "chosen")
+    found = run(text)
+    sites = ["L0H1", *best_sites(found["which"], 2)]
+    by_hand = run(f"\ngroup hand = {', '.join(sites)}\n" + patch("b", "hand"))
+    assert np.array_equal(patched(found["a"]), patched(by_hand["b"]))
+
+
+def test_a_share_may_be_a_parameter() -> None:
+    found = run("\nparam share = 25%\n" + WHICH + patch("a", "top share of which"))
+    same = run(WHICH + patch("a", "top 25% of which"))
+    assert np.array_equal(patched(found["a"]), patched(same["a"]))
+
+
+def test_signed_and_not_absolute() -> None:
+    which = experiment(
+        "which",
+        "ablate layer * head * at last token with zero",
+        "measure logit(answer) as delta",
+        prompts="fruit.train limit 8",
+    )
+    found = run(
+        which
+        + experiment(
+            "a", "ablate best of which at last token with zero", "measure logit(answer) as delta"
+        )
+    )
+    means = {r["site"]: r["mean"] for r in found["which"].records()}
+    assert max(abs(m) for m in means.values()) > max(means.values())
+    assert found["a"].cells[0].site == max(means, key=lambda site: means[site])
+
+
+def test_a_site_counts_with_its_best_position() -> None:
+    which = experiment(
+        "which",
+        "ablate resid_post layer * at {first-item token}, last token with zero",
+        "measure logit(answer) as delta",
+        prompts="fruit.train limit 8",
+    ).replace("{first-item token}", "first-item token")
+    found = run(
+        which
+        + experiment(
+            "a", "ablate top 2 of which at last token with zero", "measure logit(answer) as delta"
+        )
+    )
+    best: dict[str, float] = {}
+    for record in found["which"].records():
+        best[record["site"]] = max(record["mean"], best.get(record["site"], -np.inf))
+    two = sorted(best, key=lambda site: -best[site])[:2]
+    said = found["a"].conventions["top 2 of which"]
+    assert said.startswith(", ".join(f"{site} ({best[site]:.3g})" for site in two))
+    assert said.endswith("each of the 4 sites by the best of its cells")
+
+
+@pytest.mark.parametrize("without", [frozenset[str](), PLAIN], ids=["planned", "plain"])
+def test_more_and_more_of_them(without: frozenset[str]) -> None:
+    curve = experiment(
+        "curve",
+        "from clean into fewer",
+        "for k in [0, 1, 2, 16] {",
+        "  patch top k of which at last token",
+        "}",
+        MEASURE,
+        "measure prob(answer) as raw",
+    )
+    found = run(curve + WHICH, without=without)
+    rows = patched(found["curve"])
+    assert np.array_equal(rows[0], found["curve"].measures[0].base[0])
+    assert next(cell.site for cell in found["curve"].cells) == "nothing"
+    for row, count in ((1, 1), (2, 2), (3, 16)):
+        same = run(patch("same", f"top {count} of which") + WHICH, without=without)
+        assert np.allclose(rows[row], patched(same["same"])[0], atol=1e-4)
+    # All heads at the last token are not all of the residual stream, so 16 is not the source run.
+    assert [cell.coords["k"] for cell in found["curve"].cells] == [0, 1, 2, 16]
+
+
+def test_none_at_all() -> None:
+    found = run(patch("a", "top 0 of which") + WHICH)
+    assert np.array_equal(patched(found["a"]), found["a"].measures[0].base)
+
+
+def test_same_rows_are_warned_of() -> None:
+    same = WHICH.replace("fruit.train limit 8", "fruit.test limit 6")
+    found = list(checked(patch("a", "top 3 of which") + same).diagnostics)
+    (warning,) = (d for d in found if d.code == "W0721")
+    assert warning.span is not None
+    assert warning.span.text == "top 3 of which"
+    shown = warning.label_text
+    ids = [set(e.table.row_ids) for e in checked(patch("a", "best of which") + same).experiments]
+    assert shown == f"{len(ids[0] & ids[1])} of its 8 rows are rows of `which`"
+    assert "W0721" not in {d.code for d in checked(patch("a", "best of which") + WHICH).diagnostics}

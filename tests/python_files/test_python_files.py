@@ -1,0 +1,645 @@
+"""Functions of Python files: what they are given, what becomes of what they give, and when they
+don't run at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mechdsl
+from mechdsl.api import MechdslError
+from mechdsl.check import Checked, Settings, check_source
+from mechdsl.diagnostics.e02_python import PythonFailed, PythonNotFound
+from mechdsl.pipeline import run_checked
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.syntax.parse import read_source
+
+from ..cli.conftest import Command, command
+
+__all__ = ["command"]
+
+HERE = Path(__file__).parent
+METRIC = """\
+mech 1
+
+model toy = zoo("counting")
+
+prompts fruit {
+  count in 3..9
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+  corrupt fewer { count = count - 1 }
+}
+
+metric own = python("own.py:own")
+
+experiment heads {
+  prompts fruit limit 8
+  from clean into fewer
+  patch layer 0..1 head * at last-item token
+  measure own as delta
+  measure logit(answer) as delta
+  stats correct none
+}
+"""
+VALUE = """\
+mech 1
+
+model toy = zoo("counting")
+
+prompts fruit {
+  count in 3..9
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+  corrupt fewer { count = python("own.py:own") }
+}
+
+experiment heads {
+  prompts fruit limit 8
+  from clean into fewer
+  patch layer 0..1 head * at last-item token
+  measure logit(answer) as delta
+  stats correct none
+}
+"""
+
+
+def write(folder: Path, text: str, code: str) -> Path:
+    path = folder / "file.mech"
+    path.write_text(text, encoding="utf-8")
+    (folder / "own.py").write_text(code, encoding="utf-8")
+    return path
+
+
+def check(path: Path, settings: Settings) -> Checked:
+    source, _ = read_source(path)
+    assert source is not None
+    return check_source(source, settings)
+
+
+def failure(path: Path) -> PythonFailed:
+    with pytest.raises(MechdslError) as found:
+        mechdsl.run(path, allow_python=True)
+    (diagnostic,) = found.value.diagnostics
+    assert isinstance(diagnostic, PythonFailed), diagnostic
+    return diagnostic
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results() -> mechdsl.Results:
+    return mechdsl.run(HERE / "metric.mech", allow_python=True)
+
+
+def test_a_metric_is_what_the_same_one_in_the_language_is(results: mechdsl.Results) -> None:
+    ours, theirs, _ = results["heads"].measures
+    assert theirs.label == "theirs"
+    assert theirs.metric == 'python("functions.py:difference")'
+    for part in ("patched", "base", "source"):
+        assert getattr(theirs, part) == pytest.approx(getattr(ours, part), rel=1e-5, abs=1e-5)
+    recovery, again, _ = results["heads"].statistics
+    assert again.mean == pytest.approx(recovery.mean, rel=1e-5, abs=1e-6)
+
+
+@torch.no_grad()
+def test_a_metric_of_the_whole_vocabulary(results: mechdsl.Results) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(files("mechdsl") / "zoo" / "counting"))
+    checked = check(HERE / "metric.mech", Settings(python="run"))
+    table = checked.experiments[0].table
+    margins = []
+    for clean, fewer in zip(table.runs["clean"].rows, table.runs["fewer"].rows, strict=True):
+        logits = model(torch.tensor([fewer.ids])).logits[0, -1]
+        own = clean.texts["answer"].ids[0]
+        rest = torch.cat([logits[:own], logits[own + 1 :]])
+        margins.append(float(logits[own] - rest.max()))
+    assert results["heads"].measures[2].base[0] == pytest.approx(margins, rel=1e-4, abs=1e-4)
+
+
+def test_a_metric_keeps_rows_and_is_calculated_with(results: mechdsl.Results) -> None:
+    (difference,) = results["kept"].measures
+    assert 0 < results["kept"].prompts <= results["heads"].prompts
+    heads = {
+        row: theirs - margin
+        for row, theirs, margin in zip(
+            results["heads"].row_ids or (),
+            results["heads"].measures[1].base[0],
+            results["heads"].measures[2].base[0],
+            strict=True,
+        )
+    }
+    assert results["kept"].row_ids is not None
+    expected = [heads[row] for row in results["kept"].row_ids]
+    assert difference.base[0] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_what_a_metric_is_given(tmp_path: Path) -> None:
+    code = """
+import torch
+
+def own(logits, rows):
+    assert isinstance(rows, list) and all(type(row) is dict for row in rows)
+    assert logits.dtype == torch.float32 and logits.shape[0] == len(rows)
+    assert logits.shape[1] > 40 and not logits.requires_grad
+    for row in rows:
+        assert row["answer"] == f" {row['count']}"
+        assert len(row["fruits"]) == row["count"]
+        assert len(row["answer.ids"]) == 1
+    logits.zero_()
+    rows.clear()
+    return torch.zeros(len(logits))
+"""
+    found = mechdsl.run(write(tmp_path, METRIC, code), allow_python=True)["heads"]
+    alone = METRIC.replace("  measure own as delta\n", "").replace(
+        'metric own = python("own.py:own")\n', ""
+    )
+    plain = mechdsl.run(alone)["heads"]
+    assert (found.measures[0].patched == 0).all()
+    # What it does to its logits and rows changes nothing beside it.
+    assert found.measures[1].patched == pytest.approx(plain.measures[0].patched, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "[float(x[0]) for x in logits]",
+        "logits[:, 0]",
+        "logits[:, 0].double()",
+        "logits[:, 0].numpy()",
+        "[x[0] for x in logits]",
+        "tuple(x[0].item() for x in logits)",
+    ],
+)
+def test_numbers_in_many_forms(given: str, tmp_path: Path) -> None:
+    code = f"def own(logits, rows):\n    return {given}\n"
+    found = mechdsl.run(write(tmp_path, METRIC, code), allow_python=True)["heads"]
+    assert found.measures[0].patched.shape == (8, 8)
+
+
+def test_booleans_are_shares(tmp_path: Path) -> None:
+    code = "def own(logits, rows):\n    return logits.argmax(-1) == 20\n"
+    found = mechdsl.run(write(tmp_path, METRIC, code), allow_python=True)["heads"]
+    assert set(np.unique(found.measures[0].base)) <= {0.0, 1.0}
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def table(path: Path, name: str = "heads") -> Any:
+    checked = check(path, Settings(python="run"))
+    assert checked.ok, checked.diagnostics
+    return next(e for e in checked.experiments if e.name == name).table
+
+
+def test_values_are_those_of_the_language(tmp_path: Path) -> None:
+    plain = (HERE / "values.mech").read_text("utf-8")
+    for own, other in (
+        ('python("functions.py:total")', "count + 1"),
+        ('python("functions.py:shorter")', "count - 1"),
+        ('python("functions.py:next_word")', "other(item)"),
+    ):
+        plain = plain.replace(own, other)
+    (tmp_path / "plain.mech").write_text(plain, encoding="utf-8")
+    ours, theirs = table(HERE / "values.mech"), table(tmp_path / "plain.mech")
+    for run in ("clean", "fewer"):
+        rows = zip(ours.runs[run].rows, theirs.runs[run].rows, strict=True)
+        assert all(a.ids == b.ids and a.texts == b.texts for a, b in rows)
+    words = ["apple", "pear", "plum", "fig"]
+    for clean, renamed in zip(ours.runs["clean"].rows, ours.runs["renamed"].rows, strict=True):
+        own, other = clean.values["fruits"], renamed.values["fruits"]
+        assert [words[(words.index(word) + 1) % 4] for word in own] == other
+        assert clean.values["size"] == len(own) + len(own[0])
+    for row in ours.runs["fewer"].rows:  # what is derived follows
+        assert row.values["size"] == row.values["count"] + len(row.values["fruits"][0])
+
+
+def test_results_by_a_value(tmp_path: Path) -> None:
+    found = mechdsl.run(HERE / "values.mech", allow_python=True)["heads"]
+    assert len(set(found.row_values["size"])) > 2
+
+
+def test_a_value_sees_what_stands_above_it(tmp_path: Path) -> None:
+    code = """
+def own(row):
+    return " ".join(sorted(row))
+def late(row):
+    return ",".join(sorted(row))
+def text(row):
+    return " 5"
+"""
+    text = """\
+mech 1
+model toy = zoo("counting")
+prompts p {
+  early in 3..4
+  a = early + 1
+  b = "{later} x"
+  seen = python("own.py:own")
+  c = "{seen}!"
+  sight = python("own.py:late")
+  later = early + 2
+  template "Part {early} {b} {c} {sight}"
+  answer python("own.py:text")
+}
+"""
+    rows = table_alone(write(tmp_path, text, code))
+    assert rows[0].values["seen"] == "a early"
+    assert rows[0].values["sight"] == "a,c,early,seen"
+
+
+def table_alone(path: Path) -> Any:
+    """The rows of a file without an experiment."""
+    text = path.read_text("utf-8")
+    path.write_text(text + "experiment e { prompts p measure entropy as raw }\n", encoding="utf-8")
+    return table(path, "e").runs["clean"].rows
+
+
+def test_a_number_of_numpy_is_a_number(tmp_path: Path) -> None:
+    code = "import numpy as np\ndef own(row):\n    return np.int64(row['count'] - 1)\n"
+    rows = table(write(tmp_path, VALUE, code)).runs["fewer"].rows
+    assert all(type(row.values["count"]) is int for row in rows)
+
+
+def test_where_and_texts(tmp_path: Path) -> None:
+    code = """
+def own(row):
+    return row["count"] < 6
+
+def rival(row):
+    return f" {row['count'] - 1}"
+"""
+    text = VALUE.replace('python("own.py:own")', "count - 1").replace(
+        "  answer", '  where python("own.py:own")\n  text rival = python("own.py:rival")\n  answer'
+    )
+    text = text.replace("logit(answer)", "logit(rival)")
+    rows = table(write(tmp_path, text, code)).runs["clean"].rows
+    assert {row.values["count"] for row in rows} == {3, 4, 5}
+    assert all(row.texts["rival"].text == f" {row.values['count'] - 1}" for row in rows)
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["metric", "values"])
+def test_the_hash_is_kept(name: str) -> None:
+    found = mechdsl.run(HERE / f"{name}.mech", allow_python=True)["heads"]
+    digest = sha256((HERE / "functions.py").read_bytes()).hexdigest()
+    assert found.hashes["python functions.py"] == digest
+    said = found.conventions["python"]
+    assert digest[:12] in said
+    assert ("`difference`, `margin`" if name == "metric" else "`total`") in said
+
+
+def test_the_file_that_was_checked_is_the_one_that_runs(tmp_path: Path) -> None:
+    path = write(tmp_path, METRIC, "def own(logits, rows):\n    return logits[:, 0]\n")
+    checked = check(path, Settings(python="run"))
+    (tmp_path / "own.py").write_text("def own(logits, rows):\n    return logits[:, 1]\n")
+    from mechdsl.pipeline import RunOptions
+
+    result, diagnostics = run_checked(checked, RunOptions())
+    assert result is None
+    assert "has changed since it was checked" in diagnostics[0].message
+
+
+# --- nothing runs unless it is allowed ------------------------------------------------------------
+
+MARK = """
+from pathlib import Path
+Path(__file__).with_name("it ran").touch()
+def own(*all):
+    Path(__file__).with_name("it ran").touch()
+    return all[0]["count"] - 1 if len(all) == 1 else all[0][:, 0]
+"""
+
+
+@pytest.mark.parametrize("text", [METRIC, VALUE], ids=["metric", "value"])
+def test_nothing_runs_without_a_word(text: str, tmp_path: Path, command: Command) -> None:
+    path = write(tmp_path, text, MARK)
+    mark = tmp_path / "it ran"
+    assert {d.code for d in mechdsl.check(path)} <= {"W0740"}
+    done = command("validate", path)
+    assert done.status == 0
+    for arguments in (("run",), ("plan",), ("explain",), ("graph",), ("run", "--only", "heads")):
+        done = command(*arguments, path)
+        assert done.status == 2, done.out
+        assert "E0221" in done.err
+    with pytest.raises(MechdslError, match="E0221"):
+        mechdsl.run(path)
+    assert not mark.exists()
+    assert command("plan", path, "--allow-python").status == 0
+    assert command("run", path, "--allow-python").status == 0
+    assert mark.exists()
+
+
+def test_validating_imports_neither_the_file_nor_torch(tmp_path: Path) -> None:
+    path = write(tmp_path, METRIC, "import torch\n" + MARK)
+    code = "import sys, mechdsl; print(mechdsl.check(sys.argv[1]), 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["[]", "False"]
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_what_is_not_checked_is_said(tmp_path: Path, command: Command) -> None:
+    text = VALUE.replace("last-item token", "last-itm token")
+    done = command("validate", write(tmp_path, text, MARK))
+    assert done.status == 0
+    assert "W0740" in done.err
+    assert done.out == "1 file checked: no errors, 1 experiments without their Python\n"
+    done = command("plan", "--allow-python", tmp_path / "file.mech")
+    assert done.status == 2
+    assert "last-itm" in done.err
+
+
+# --- functions that can't be called ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("def own(logits):\n    return 0\n", "takes 1 argument, and is called with 2"),
+        ("def own(a, b, c):\n    return 0\n", "takes 3 arguments"),
+        ("def own(a, b, *, c):\n    return 0\n", "must be given by name"),
+        ("own = 3\n", "defines no function `own`"),
+        ("async def own(a, b):\n    return 0\n", "defines no function `own`"),
+        ("class A:\n    def own(a, b):\n        return 0\n", "defines no function `own`"),
+        ("def own(a, b:\n", "line 1 of `own.py` is not Python"),
+        ("def own(a, b):\n    return 0\n\0", "is not Python"),
+    ],
+)
+def test_functions_that_cannot_be_called(code: str, reason: str, tmp_path: Path) -> None:
+    (found,) = mechdsl.check(write(tmp_path, METRIC, code))
+    assert isinstance(found, PythonNotFound)
+    assert reason in found.reason
+    assert found.span is not None
+    assert found.span.text == 'python("own.py:own")'
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def own(logits, rows, more=1):\n    return logits[:, 0]\n",
+        "def own(*all):\n    return all[0][:, 0]\n",
+        "def own(logits, /, rows, *, more=1):\n    return logits[:, 0]\n",
+        "if True:\n    def own(logits, rows):\n        return logits[:, 0]\n",
+        "def own(a):\n    return 0\ndef own(logits, rows):\n    return logits[:, 0]\n",
+        "# coding: latin-1\ndef own(logits, rows):\n    return logits[:, 0]\n",
+    ],
+)
+def test_functions_that_can(code: str, tmp_path: Path) -> None:
+    path = write(tmp_path, METRIC, code)
+    assert mechdsl.check(path) == []
+    assert mechdsl.run(path, allow_python=True)["heads"].prompts == 8
+
+
+# --- functions that fail --------------------------------------------------------------------------
+
+METRICS = [
+    ("    return 1 / 0\n", "ZeroDivisionError: division by zero", "at own.py:2"),
+    ("    return rows[0]['cuont']\n", "KeyError: 'cuont'", "at own.py:2"),
+    ("    return None\n", "it gave nothing, not numbers", "own.py"),
+    ("    return {}\n", "it gave a `dict`, not numbers", "own.py"),
+    ("    return 'abc'\n", "it gave a `str`, not numbers", "own.py"),
+    ("    return ['a' for row in rows]\n", "it gave a `list`, not numbers", "own.py"),
+    ("    return logits\n", "it gave the shape [8, ", "own.py"),
+    ("    return 0.5\n", "it gave the shape [], not [8]", "own.py"),
+    ("    return logits[1:, 0]\n", "it gave the shape [7], not [8]", "own.py"),
+    ("    return logits[:, 0] * 1j\n", "it gave complex numbers", "own.py"),
+    ("    return logits[:, 0] * float('nan')\n", "it gave NaN, in the row with ", "own.py"),
+    ("    import sys; sys.exit(0)\n", "SystemExit: 0", "at own.py:2"),
+    ("    import helpers\n", "ModuleNotFoundError: No module named 'helpers'", "at own.py:2"),
+    ("    raise RuntimeError('out of memory')\n", "RuntimeError: out of memory", "at own.py:2"),
+]
+
+
+@pytest.mark.parametrize(("body", "reason", "where"), METRICS)
+def test_a_metric_that_fails(body: str, reason: str, where: str, tmp_path: Path) -> None:
+    found = failure(write(tmp_path, METRIC, f"def own(logits, rows):\n{body}"))
+    assert found.reason.startswith(reason)
+    assert found.where == where
+    assert found.span is not None
+    assert found.span.text == 'python("own.py:own")'
+
+
+VALUES = [
+    ("    return 1 / 0\n", "ZeroDivisionError: division by zero", "at own.py:2"),
+    ("    return row['cuont']\n", "KeyError: 'cuont'", "at own.py:2"),
+    ("    return None\n", "it gave `NoneType`, not a number or a text", "own.py"),
+    ("    return [1]\n", "it gave `list`, not a number or a text", "own.py"),
+    ("    return float('nan')\n", "it gave NaN, not a number or a text", "own.py"),
+    ("    import torch; return torch.zeros(3)\n", "it gave `Tensor`, not a number", "own.py"),
+]
+
+
+@pytest.mark.parametrize(("body", "reason", "where"), VALUES)
+def test_a_value_that_fails(body: str, reason: str, where: str, tmp_path: Path) -> None:
+    found = failure(write(tmp_path, VALUE, f"def own(row):\n{body}"))
+    assert found.reason.startswith(reason)
+    assert found.where == where
+    if "cuont" in body:
+        assert "`count`" in found.hint
+
+
+def test_a_file_that_fails_as_it_is_loaded(tmp_path: Path) -> None:
+    code = "def own(logits, rows):\n    return logits[:, 0]\n\nraise ValueError('not today')\n"
+    found = failure(write(tmp_path, METRIC, code))
+    assert found.reason == "ValueError: not today"
+    assert found.where == "at own.py:4"
+
+
+def test_a_function_that_is_gone_when_the_file_is_loaded(tmp_path: Path) -> None:
+    code = "def own(logits, rows):\n    return logits[:, 0]\n\ndel own\n"
+    assert "leaves no function" in failure(write(tmp_path, METRIC, code)).reason
+
+
+def test_the_line_is_that_of_the_users_file(tmp_path: Path) -> None:
+    """Of the innermost of its functions, not of a library that it calls."""
+    code = """
+import json
+
+def own(logits, rows):
+    return inner(rows)
+
+def inner(rows):
+    return json.loads("{")
+"""
+    assert failure(write(tmp_path, METRIC, code)).where == "at own.py:8"
+
+
+def test_exit_status(tmp_path: Path, command: Command) -> None:
+    """2 where no cell was run, 3 where the run broke off."""
+    done = command(
+        "run", "--allow-python", write(tmp_path, METRIC, "def own(logits, rows):\n    return 0\n")
+    )
+    assert done.status == 2
+    assert "error[E0223]" in done.err
+    code = """
+calls = []
+
+def own(logits, rows):
+    calls.append(1)
+    if len(calls) > 2:
+        raise ValueError("too often")
+    return logits[:, 0]
+"""
+    path = write(tmp_path, METRIC, code)
+    done = command("run", "--allow-python", path)
+    assert done.status == 3
+    assert "error[E0223]: `own` failed: ValueError: too often" in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_a_failure_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    folder = str(files("mechdsl") / "zoo" / "counting")
+    pair = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        PreTrainedTokenizerFast.from_pretrained(folder),
+    )
+    code = """
+calls = []
+
+def own(logits, rows):
+    calls.append(1)
+    return logits[:, 0] if len(calls) < 3 else 0
+"""
+    path = write(tmp_path, METRIC, code)
+    with pytest.raises(MechdslError, match="E0223"):
+        mechdsl.run(path, models={"toy": pair}, allow_python=True)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pair[0].modules())
+    text = METRIC.replace("  measure own as delta\n", "").replace(
+        'metric own = python("own.py:own")\n', ""
+    )
+    again, plain = mechdsl.run(text, models={"toy": pair}), mechdsl.run(text)
+    assert _numbers(again["heads"]) == pytest.approx(_numbers(plain["heads"]))
+
+
+def _numbers(result: ExperimentResult) -> Any:
+    return result.measures[0].patched
+
+
+def test_a_function_of_an_imported_file(tmp_path: Path) -> None:
+    """The path is relative to the file that names it."""
+    (tmp_path / "common").mkdir()
+    write(tmp_path / "common", METRIC[: METRIC.index("experiment")], MARK)
+    path = tmp_path / "main.mech"
+    path.write_text(
+        'mech 1\nuse "common/file.mech"\n' + METRIC[METRIC.index("experiment") :], encoding="utf-8"
+    )
+    assert mechdsl.check(path) == []
+    assert mechdsl.run(path, allow_python=True)["heads"].prompts == 8
+
+
+# --- interventions --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written() -> mechdsl.Results:
+    return mechdsl.run(HERE / "writes.mech", allow_python=True)
+
+
+def test_vectors_that_stay_change_nothing(written: mechdsl.Results) -> None:
+    (found,) = written["same"].measures
+    assert found.patched == pytest.approx(
+        np.broadcast_to(found.base, found.patched.shape), abs=1e-4
+    )
+
+
+def test_what_a_function_gives_is_written(written: mechdsl.Results) -> None:
+    (ours,), (theirs,) = written["ours"].measures, written["theirs"].measures
+    assert theirs.patched == pytest.approx(ours.patched, rel=1e-5, abs=1e-5)
+    assert np.abs(theirs.patched - theirs.base).max() > 0.1
+    assert "`a_half` of functions.py" in written["theirs"].conventions["python"]
+    assert "python functions.py" in written["theirs"].hashes
+
+
+@torch.no_grad()
+def test_it_is_given_the_base_runs_vectors(written: mechdsl.Results) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(files("mechdsl") / "zoo" / "counting"))
+    checked = check(HERE / "writes.mech", Settings(python="run"))
+    experiment = next(e for e in checked.experiments if e.name == "halved")
+    expected = np.zeros((4, len(experiment.table)))
+    for number, row in enumerate(experiment.table.runs["clean"].rows):
+        tokens = [
+            n
+            for n, special in enumerate(row.special)
+            if not any(
+                low < span.end and high > span.start
+                for span in row.spans
+                if span.name == "fruits"
+                for low, high in [row.offsets[n]]
+            )
+            and not special
+        ]
+        for layer in range(4):
+
+            def halve(module: Any, inputs: Any, output: Any, tokens: Any = tokens) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                hidden[0, tokens] *= 0.5
+
+            handle = model.model.layers[layer].register_forward_hook(halve)
+            logits = model(torch.tensor([row.ids])).logits[0, -1]
+            handle.remove()
+            expected[layer, number] = float(logits[row.texts["answer"].ids[0]])
+    assert written["halved"].measures[0].patched == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("vectors[1:]", "it gave the shape ["),
+        ("vectors[:, 0]", "it gave the shape ["),
+        ("None", "it gave nothing, not numbers"),
+        ("vectors * float('nan')", "it gave NaN or infinity"),
+        ("vectors / 0 * 0", "it gave NaN or infinity"),
+        ("vectors.shape['a']", "TypeError"),
+    ],
+)
+def test_a_fill_that_fails(body: str, reason: str, tmp_path: Path, command: Command) -> None:
+    """What is written is made while cells run, so that the run breaks off."""
+    text = METRIC.replace('metric own = python("own.py:own")\n', "")
+    text = text.replace("  measure own as delta\n", "").replace(
+        "patch layer 0..1 head * at last-item token",
+        'set layer 0..1 head * at last-item token to python("own.py:own")',
+    )
+    path = write(tmp_path, text, f"def own(vectors):\n    return {body}\n")
+    assert failure(path).reason.startswith(reason)
+    done = command("run", "--allow-python", path)
+    assert done.status == 3
+    assert done.out == ""
+    assert "E0223" in done.err
+
+
+def test_functions_of_another_block_are_kept_too(tmp_path: Path) -> None:
+    text = VALUE.replace('python("own.py:own")', "count - 1").replace(
+        "experiment heads {",
+        "prompts other {\n  count in 3..9\n"
+        '  item in ["apple", "pear", "plum", "fig"]\n'
+        '  fruits = list(item, count, sep: " ")\n  size = python("own.py:own")\n'
+        '  template "Part 1: {fruits} Count 1:"\n}\n\nexperiment heads {',
+    )
+    text = text.replace("from clean into fewer", "from other into fewer")
+    path = write(tmp_path, text, "def own(row):\n    return 1\n")
+    assert {d.code for d in mechdsl.check(path)} == {"W0740"}
+    found = mechdsl.run(path, allow_python=True)["heads"]
+    assert found.hashes["python own.py"] == sha256((tmp_path / "own.py").read_bytes()).hexdigest()

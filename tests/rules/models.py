@@ -1,0 +1,100 @@
+"""The tiny models that rules are tried on, as `transformers` has them."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import families
+
+WIDER = {
+    "attn.c_attn": 1.5,
+    "attn.c_proj": 4,
+    "v_proj": 2,
+    "o_proj": 3,
+    "query_key_value": 1.5,
+    "attention.dense": 5,
+    "mlp.c_proj": 2,
+    "down_proj": 2,
+    "dense_4h_to_h": 1.5,
+}
+"""Factors on weights, so that no head is drowned by the MLPs."""
+
+GPT_OSS: dict[str, Any] = {
+    "vocab_size": families.VOCABULARY,
+    "num_hidden_layers": 3,
+    "hidden_size": 20,
+    "intermediate_size": 28,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 3,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "attention_bias": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+FAMILIES = (
+    "gpt2",
+    "llama",
+    "gpt_neox",
+    "gpt_neox_sequential",
+    "mistral",
+    "gemma2",
+    "qwen3",
+    "gpt_oss",
+)
+BIASED_OUTPUT = ("gpt2", "llama", "gpt_neox", "gpt_neox_sequential", "gpt_oss")
+"""Their attention's output projection has a bias."""
+STRAIGHT = ("gpt2", "llama", "gpt_neox", "gpt_neox_sequential")
+"""Also without norms: `gpt2 without norms`."""
+WITHOUT_NORMS = " without norms"
+
+
+@cache
+def bare(name: str) -> Any:
+    """The model in 32 bits: what the package is given."""
+    family = name.removesuffix(WITHOUT_NORMS)
+    model = _gpt_oss() if family == "gpt_oss" else families.module(family)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            for part, factor in WIDER.items():
+                if part in key and parameter.dim() >= 2:
+                    parameter.mul_(factor)
+        if name.endswith(WITHOUT_NORMS):
+            _take_norms_out(model)
+    return model
+
+
+@cache
+def double(name: str) -> Any:
+    """The same weights in 64 bits: what the reference computes with."""
+    model = copy.deepcopy(bare(name)).double()
+    model.config._experts_implementation = "eager"  # the others have no 64 bits
+    return model
+
+
+def _gpt_oss() -> Any:
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    config = GptOssConfig(bos_token_id=1, eos_token_id=None, pad_token_id=None, **GPT_OSS)
+    model = AutoModelForCausalLM.from_config(config)
+    families.draw(model, 0)
+    return model.eval()
+
+
+def _take_norms_out(model: Any) -> None:
+    """No norm before a sublayer, none at the end; weights are drawn in, so that nothing grows."""
+    for part in list(model.modules()):
+        for name, child in list(part.named_children()):
+            if "norm" in type(child).__name__.lower():
+                setattr(part, name, nn.Identity())
+    for key, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            parameter.mul_(0.4 if "embed" in key or "wte" in key else 0.5)

@@ -1,0 +1,479 @@
+"""Forward passes of tiny models, written out by hand, on one unpadded prompt at a time.
+
+Nothing here comes from the package. The modules of the bare model are its linear maps, norms and
+activation functions; attention, rotary embeddings, masks, windows, caps, sinks and the order of
+things are written out. Every site is read, any vectors of any sites are written, edges of attention
+are edited one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Place = tuple[str, int | None]
+"""A site and its layer, None for `embed`, `final_norm`, `logits`."""
+WITHOUT_LAYER = ("embed", "final_norm", "logits")
+
+
+@dataclass(frozen=True)
+class Write:
+    """A vector that stands at a site in place of the computed one.
+
+    position and unit are None for all of them; unit is the head or the neuron. Of `scores` and
+    `pattern`, a vector is over keys and its position is the query.
+    """
+
+    site: str
+    layer: int | None
+    vector: Tensor
+    position: int | None = None
+    unit: int | None = None
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An edit of the attention from any of `queries` to any of `keys`; heads None are all."""
+
+    kind: Literal["block", "reweight", "uniform", "set"]
+    layer: int
+    queries: Sequence[int]
+    keys: Sequence[int]
+    amount: float = 0.0
+    heads: Sequence[int] | None = None
+
+
+@dataclass
+class Run:
+    """What a forward pass gives: logits [T, vocab], and every site as [T, units, width]."""
+
+    writes: Sequence[Write] = ()
+    edges: Sequence[Edge] = ()
+    seen: dict[Place, Tensor] = field(default_factory=dict)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        self.here: dict[Place, list[Write]] = {}
+        for write in self.writes:
+            self.here.setdefault((write.site, write.layer), []).append(write)
+
+    def __getitem__(self, place: Place) -> Tensor:
+        return self.seen[place]
+
+    def at(
+        self, site: str, layer: int | None, value: Tensor, allowed: Tensor | None = None
+    ) -> Tensor:
+        """The site's value [T, units, width] with what is written there; where it is kept."""
+        writes = self.here.get((site, layer), [])
+        if writes:
+            value = value.clone()
+        for write in writes:
+            positions = range(len(value)) if write.position is None else [write.position]
+            units = range(value.shape[1]) if write.unit is None else [write.unit]
+            for position in positions:
+                for unit in units:
+                    vector = write.vector.expand_as(value[position, unit])
+                    if allowed is not None:
+                        vector = torch.where(allowed[position], vector, value[position, unit])
+                    value[position, unit] = vector
+        self.seen[site, layer] = value
+        return value
+
+    def whole(self, site: str, layer: int | None, value: Tensor) -> Tensor:
+        """The same for a site without heads, [T, width]."""
+        return self.at(site, layer, value[:, None])[:, 0]
+
+
+# --- families -------------------------------------------------------------------------------------
+
+
+class Stack:
+    """A model taken apart; x is [T, d_model] everywhere."""
+
+    parallel = False
+    cap: float | None = None
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config = model.config
+        self.layers = model.config.num_hidden_layers
+        self.heads = model.config.num_attention_heads
+
+    def embed(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def positions(self, x: Tensor) -> Tensor:
+        """The stream before the first block."""
+        return x
+
+    def block(self, layer: int) -> Any:
+        raise NotImplementedError
+
+    def norms(self, block: Any) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+    def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values, [T, heads, d_head]."""
+        raise NotImplementedError
+
+    def rotate(self, x: Tensor) -> Tensor:
+        return x
+
+    def scale(self, width: int) -> float:
+        return width**-0.5
+
+    def window(self, layer: int) -> int | None:
+        return None
+
+    def sinks(self, block: Any) -> Tensor | None:
+        return None
+
+    def output(self, block: Any) -> tuple[Tensor, Tensor | None]:
+        """The output projection, [heads * d_head, d_model], and its bias."""
+        raise NotImplementedError
+
+    def behind_attention(self, block: Any, x: Tensor) -> Tensor:
+        return x
+
+    def neurons(self, block: Any, x: Tensor) -> Tensor | None:
+        """[T, neurons], None where there are experts."""
+        raise NotImplementedError
+
+    def down(self, block: Any, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def behind_mlp(self, block: Any, x: Tensor) -> Tensor:
+        return x
+
+    def final(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def unembed(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class GPT2(Stack):
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.transformer.wte.weight[ids]
+
+    def positions(self, x: Tensor) -> Tensor:
+        return x + self.model.transformer.wpe.weight[: len(x)]
+
+    def block(self, layer: int) -> Any:
+        return self.model.transformer.h[layer]
+
+    def norms(self, block: Any) -> tuple[Any, Any]:
+        return block.ln_1, block.ln_2
+
+    def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = x @ block.attn.c_attn.weight + block.attn.c_attn.bias
+        q, k, v = (part.unflatten(1, (self.heads, -1)) for part in out.chunk(3, dim=1))
+        return q, k, v
+
+    def output(self, block: Any) -> tuple[Tensor, Tensor | None]:
+        return block.attn.c_proj.weight, block.attn.c_proj.bias
+
+    def neurons(self, block: Any, x: Tensor) -> Tensor | None:
+        return block.mlp.act(x @ block.mlp.c_fc.weight + block.mlp.c_fc.bias)
+
+    def down(self, block: Any, hidden: Tensor) -> Tensor:
+        return hidden @ block.mlp.c_proj.weight + block.mlp.c_proj.bias
+
+    def final(self, x: Tensor) -> Tensor:
+        return self.model.transformer.ln_f(x)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        return x @ self.model.lm_head.weight.T
+
+
+def _turned(x: Tensor, theta: float, width: int) -> Tensor:
+    """Each pair (i, i + half) of features is turned by its position's angle; x [T, heads, width].
+
+    width: as the model counts it; one feature makes a pair all the same.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-2 * torch.arange(half, dtype=x.dtype) / width)
+    angles = torch.arange(len(x), dtype=x.dtype)[:, None, None] * frequencies
+    a, b = x[..., :half], x[..., half:]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Llama(Stack):
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.model.embed_tokens.weight[ids]
+
+    def block(self, layer: int) -> Any:
+        return self.model.model.layers[layer]
+
+    def norms(self, block: Any) -> tuple[Any, Any]:
+        return block.input_layernorm, block.post_attention_layernorm
+
+    def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention, width = block.self_attn, block.self_attn.head_dim
+        q = attention.q_proj(x).unflatten(1, (-1, width))
+        k = attention.k_proj(x).unflatten(1, (-1, width))
+        v = attention.v_proj(x).unflatten(1, (-1, width))
+        return q, k, v
+
+    def rotate(self, x: Tensor) -> Tensor:
+        return _turned(x, self.config.rope_parameters["rope_theta"], x.shape[-1])
+
+    def output(self, block: Any) -> tuple[Tensor, Tensor | None]:
+        return block.self_attn.o_proj.weight.T, block.self_attn.o_proj.bias
+
+    def neurons(self, block: Any, x: Tensor) -> Tensor | None:
+        mlp = block.mlp
+        return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+
+    def down(self, block: Any, hidden: Tensor) -> Tensor:
+        return block.mlp.down_proj(hidden)
+
+    def final(self, x: Tensor) -> Tensor:
+        return self.model.model.norm(x)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        return self.model.lm_head(x)
+
+
+class Mistral(Llama):
+    def window(self, layer: int) -> int | None:
+        return self.config.sliding_window
+
+
+class Qwen3(Llama):
+    def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(block, x)
+        return block.self_attn.q_norm(q), block.self_attn.k_norm(k), v
+
+
+class Gemma2(Llama):
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.cap = model.config.attn_logit_softcapping
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return super().embed(ids) * self.config.hidden_size**0.5
+
+    def norms(self, block: Any) -> tuple[Any, Any]:
+        return block.input_layernorm, block.pre_feedforward_layernorm
+
+    def scale(self, width: int) -> float:
+        return self.config.query_pre_attn_scalar**-0.5
+
+    def window(self, layer: int) -> int | None:
+        windowed = self.config.layer_types[layer] == "sliding_attention"
+        return self.config.sliding_window if windowed else None
+
+    def behind_attention(self, block: Any, x: Tensor) -> Tensor:
+        return block.post_attention_layernorm(x)
+
+    def behind_mlp(self, block: Any, x: Tensor) -> Tensor:
+        return block.post_feedforward_layernorm(x)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        cap = self.config.final_logit_softcapping
+        return torch.tanh(super().unembed(x) / cap) * cap
+
+
+class GptOss(Llama):
+    def window(self, layer: int) -> int | None:
+        windowed = self.config.layer_types[layer] == "sliding_attention"
+        return self.config.sliding_window if windowed else None
+
+    def sinks(self, block: Any) -> Tensor | None:
+        return block.self_attn.sinks
+
+    def neurons(self, block: Any, x: Tensor) -> Tensor | None:
+        return None
+
+    def down(self, block: Any, hidden: Tensor) -> Tensor:
+        """Of what the experts read: each token's best ones, by their weights."""
+        router, experts = block.mlp.router, block.mlp.experts
+        best, chosen = (hidden @ router.weight.T + router.bias).topk(router.top_k, dim=1)
+        out = torch.zeros_like(hidden)
+        for token, (weights, numbers) in enumerate(zip(best.softmax(1), chosen, strict=True)):
+            for weight, n in zip(weights, numbers, strict=True):
+                both = hidden[token] @ experts.gate_up_proj[n] + experts.gate_up_proj_bias[n]
+                gate, up = both[::2].clamp(max=experts.limit), both[1::2]
+                up = up.clamp(-experts.limit, experts.limit)
+                made = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
+                out[token] += weight * (made @ experts.down_proj[n] + experts.down_proj_bias[n])
+        return out
+
+
+class NeoX(Stack):
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.parallel = model.config.use_parallel_residual
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.gpt_neox.embed_in.weight[ids]
+
+    def block(self, layer: int) -> Any:
+        return self.model.gpt_neox.layers[layer]
+
+    def norms(self, block: Any) -> tuple[Any, Any]:
+        return block.input_layernorm, block.post_attention_layernorm
+
+    def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = block.attention.query_key_value(x).unflatten(1, (self.heads, 3, -1))
+        return out[:, :, 0], out[:, :, 1], out[:, :, 2]
+
+    def rotate(self, x: Tensor) -> Tensor:
+        rope = self.config.rope_parameters
+        width = int(x.shape[-1] * rope.get("partial_rotary_factor", 1.0))
+        even = width + width % 2
+        turned = _turned(x[..., :even], rope["rope_theta"], width)
+        return torch.cat([turned, x[..., even:]], dim=-1)
+
+    def output(self, block: Any) -> tuple[Tensor, Tensor | None]:
+        return block.attention.dense.weight.T, block.attention.dense.bias
+
+    def neurons(self, block: Any, x: Tensor) -> Tensor | None:
+        return block.mlp.act(block.mlp.dense_h_to_4h(x))
+
+    def down(self, block: Any, hidden: Tensor) -> Tensor:
+        return block.mlp.dense_4h_to_h(hidden)
+
+    def final(self, x: Tensor) -> Tensor:
+        return self.model.gpt_neox.final_layer_norm(x)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        return x @ self.model.get_output_embeddings().weight.T
+
+
+STACKS: dict[str, type[Stack]] = {
+    "gpt2": GPT2,
+    "llama": Llama,
+    "mistral": Mistral,
+    "qwen3": Qwen3,
+    "gemma2": Gemma2,
+    "gpt_oss": GptOss,
+    "gpt_neox": NeoX,
+    "gpt_neox_sequential": NeoX,
+}
+
+
+def stack(name: str, model: Any) -> Stack:
+    return STACKS[name.split(" ")[0]](model)
+
+
+# --- a forward pass -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def forward(
+    name: str,
+    model: Any,
+    ids: Sequence[int],
+    writes: Iterable[Write] = (),
+    edges: Iterable[Edge] = (),
+) -> Run:
+    """One prompt through the model; the later of two writes to one vector stands."""
+    parts = stack(name, model)
+    run = Run(tuple(writes), tuple(edges))
+    x = run.whole("embed", None, parts.embed(torch.tensor(list(ids))))
+    x = parts.positions(x)
+    for layer in range(parts.layers):
+        x = _block(parts, layer, x, run)
+    x = run.whole("final_norm", None, parts.final(x))
+    run.logits = run.whole("logits", None, parts.unembed(x))
+    return run
+
+
+def _block(parts: Stack, layer: int, x: Tensor, run: Run) -> Tensor:
+    block = parts.block(layer)
+    first, second = parts.norms(block)
+    pre = run.whole("resid_pre", layer, x)
+    attn = run.whole("attn_out", layer, _attention(parts, layer, first(pre), run))
+    if parts.parallel:
+        mlp = run.whole("mlp_out", layer, _mlp(parts, layer, second(pre), run))
+        return run.whole("resid_post", layer, pre + attn + mlp)
+    mid = run.whole("resid_mid", layer, pre + attn)
+    mlp = run.whole("mlp_out", layer, _mlp(parts, layer, second(mid), run))
+    return run.whole("resid_post", layer, mid + mlp)
+
+
+def _mlp(parts: Stack, layer: int, x: Tensor, run: Run) -> Tensor:
+    block = parts.block(layer)
+    x = run.whole("mlp_norm", layer, x)
+    hidden = parts.neurons(block, x)
+    if hidden is not None:
+        hidden = run.at("mlp_hidden", layer, hidden[:, :, None])[:, :, 0]
+    return parts.behind_mlp(block, parts.down(block, x if hidden is None else hidden))
+
+
+def _attention(parts: Stack, layer: int, x: Tensor, run: Run) -> Tensor:
+    block = parts.block(layer)
+    x = run.whole("attn_norm", layer, x)
+    q, k, v = parts.project(block, x)
+    q, k, v = run.at("q", layer, q), run.at("k", layer, k), run.at("v", layer, v)
+    q, k = run.at("q_rot", layer, parts.rotate(q)), run.at("k_rot", layer, parts.rotate(k))
+    heads, shared = q.shape[1], q.shape[1] // k.shape[1]
+
+    visible = _visible(len(x), parts.window(layer))
+    scores = torch.empty(len(x), heads, len(x), dtype=x.dtype)
+    for head in range(heads):
+        scores[:, head] = q[:, head] @ k[:, head // shared].T * parts.scale(q.shape[2])
+    if parts.cap is not None:
+        scores = torch.tanh(scores / parts.cap) * parts.cap
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    scores = run.at("scores", layer, scores, visible)
+
+    sinks = parts.sinks(block)
+    every = scores  # [query, head, key], behind the keys the sink
+    if sinks is not None:
+        every = torch.cat([scores, sinks[None, :, None].expand(len(x), heads, 1)], dim=2)
+    rows = every.softmax(2)
+    for edge in run.edges:
+        if edge.layer == layer:
+            for query in edge.queries:
+                keys = [key for key in edge.keys if visible[query, key]]
+                for head in range(heads) if edge.heads is None else edge.heads:
+                    if keys:
+                        rows[query, head] = _edited(rows[query, head], edge, keys)
+    pattern = rows[:, :, : len(x)]
+    pattern = run.at("pattern", layer, pattern, visible)
+
+    z = torch.empty_like(q)
+    for head in range(heads):
+        z[:, head] = pattern[:, head] @ v[:, head // shared]
+    z = run.at("z", layer, z)
+    weight, bias = parts.output(block)
+    slices = weight.unflatten(0, (heads, -1))
+    each = torch.stack([z[:, head] @ slices[head] for head in range(heads)], dim=1)
+    total = run.at("head_out", layer, each).sum(1)
+    return parts.behind_attention(block, total if bias is None else total + bias)
+
+
+def _visible(length: int, window: int | None) -> Tensor:
+    """[query, key]"""
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    return (distance >= 0) & (distance < (window or length))
+
+
+def _edited(row: Tensor, edge: Edge, keys: list[int]) -> Tensor:
+    """The weights of the keys, and of the sink, for one query of one head."""
+    row = row.clone()
+    match edge.kind:
+        case "block":
+            row[keys] = 0
+            return row / row.sum() if row.sum() > 0 else row
+        case "reweight":
+            row[keys] *= edge.amount
+            return row / row.sum() if row.sum() > 0 else row
+        case "uniform":
+            row[keys] = row[keys].sum() / len(keys)
+            return row
+        case "set":
+            row[keys] = 0
+            left = 1 - edge.amount * len(keys)
+            if row.sum() > 0:
+                row = row / row.sum() * left
+            row[keys] = edge.amount
+            return row

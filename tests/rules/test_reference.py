@@ -1,0 +1,157 @@
+"""The reference against the bare model, before anything is held to it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from ..execute import by_hand
+from ..models.reference import FAMILIES as BY_HOOKS
+from . import reference
+from .models import BIASED_OUTPUT, FAMILIES, STRAIGHT, WITHOUT_NORMS, bare, double
+from .reference import Edge, Write, forward
+
+NAMES = (*FAMILIES, *(name + WITHOUT_NORMS for name in STRAIGHT))
+IDS = [1, 5, 17, 40, 22, 9, 31, 33, 46, 12]
+T = len(IDS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_edits_it_is_the_bare_model(name: str) -> None:
+    run = forward(name, double(name), IDS)
+    with torch.no_grad():
+        expected = double(name)(torch.tensor([IDS])).logits[0]
+        single = bare(name)(torch.tensor([IDS])).logits[0].double()
+    large = max(1.0, float(expected.abs().max()))  # some norms have 32 bits in any case
+    assert (run.logits - expected).abs().max() <= 1e-5 * large
+    assert (run.logits - single).abs().max() <= 1e-5 * large
+    assert expected.std() > 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_pattern_is_that_of_the_eager_model(name: str) -> None:
+    model: Any = copy.deepcopy(double(name))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = model(torch.tensor([IDS]), output_attentions=True).attentions
+    run = forward(name, double(name), IDS)
+    for layer, pattern in enumerate(found):
+        assert (run["pattern", layer] - pattern[0].transpose(0, 1)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in BY_HOOKS])
+def test_all_sites_are_those_of_hooks(name: str) -> None:
+    """With writes at several places at once."""
+    generator = torch.Generator().manual_seed(3)
+    plain = forward(name, double(name), IDS)
+    writes, edits = [], {}
+    places = [("z", 0, 4), ("k", 1, 2), ("mlp_hidden", 1, 6), ("embed", None, 3)]
+    for site, layer, position in places:
+        shape = plain[site, layer].shape
+        vector = torch.randn(shape[2], generator=generator, dtype=torch.float64)
+        writes.append(Write(site, layer, vector, position, shape[1] - 1))
+        change = by_hand.Change(position, shape[1] - 1, vector)
+        edits[site, layer] = [change]
+    run = forward(name, double(name), IDS, writes)
+    logits, seen = by_hand.forward(name, double(name), IDS, edits)
+    assert (run.logits - logits).abs().max() <= 1e-5
+    for place, value in seen.items():
+        assert (run[place] - value).abs().max() <= 1e-5, place
+    assert (run.logits - plain.logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_writing_what_was_read_changes_nothing(name: str) -> None:
+    plain = forward(name, double(name), IDS)
+    writes = [
+        Write(site, layer, value[position, unit], position, unit)
+        for (site, layer), value in plain.seen.items()
+        for position in range(T)
+        for unit in range(value.shape[1])
+        if site != "mlp_hidden" or unit == 0
+    ]
+    again = forward(name, double(name), IDS, writes)
+    assert torch.equal(again.logits, plain.logits)
+
+
+def test_heads_and_their_bias_add_up() -> None:
+    for name in FAMILIES:
+        plain = forward(name, double(name), IDS)
+        bias = reference.stack(name, double(name)).output(
+            reference.stack(name, double(name)).block(1)
+        )[1]
+        assert (bias is not None) == (name in BIASED_OUTPUT)
+        if name == "gemma2":
+            continue
+        total = plain["head_out", 1].sum(1) + (0 if bias is None else bias)
+        assert (total - plain["attn_out", 1][:, 0]).abs().max() <= 1e-9
+
+
+# --- edges ----------------------------------------------------------------------------------------
+
+
+def edited(name: str, *edges: Edge) -> reference.Run:
+    return forward(name, double(name), IDS, (), edges)
+
+
+def sums(run: reference.Run, layer: int = 1) -> torch.Tensor:
+    return run["pattern", layer].sum(2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_edges_are_edited_as_they_are_defined(name: str) -> None:
+    plain = forward(name, double(name), IDS)
+    before, keys = plain["pattern", 1][9, 2], [1, 8, 9]
+    visible = plain["scores", 1][9, 2].isfinite()
+    seen = [key for key in keys if visible[key]]
+    rest = [key for key in range(T) if key not in keys]
+
+    def row(kind: Any, amount: float = 0) -> torch.Tensor:
+        return edited(name, Edge(kind, 1, [9], keys, amount, [2]))["pattern", 1][9, 2]
+
+    # block and reweight are what the same change of scores gives
+    for kind, amount in (("block", 0.0), ("reweight", 1.5), ("reweight", 0.0)):
+        scores = plain["scores", 1][9, 2].clone()
+        scores[keys] += torch.tensor(amount).double().log()
+        write = Write("scores", 1, scores, 9, 2)
+        same = forward(name, double(name), IDS, [write])["pattern", 1][9, 2]
+        assert (row(kind, amount) - same).abs().max() <= 1e-9
+    even = row("uniform")
+    assert (even[seen] - before[seen].mean()).abs().max() <= 1e-9
+    assert torch.equal(even[rest], before[rest])
+    fixed = row("set", 0.2)
+    assert (fixed[seen] - 0.2).abs().max() <= 1e-9
+    ratio = fixed[rest][before[rest] > 0] / before[rest][before[rest] > 0]
+    assert (ratio - ratio[0]).abs().max() <= 1e-9
+    sink = 1 - before.sum()
+    assert (fixed.sum() + ratio[0] * sink - 1).abs() <= 1e-9
+    for kind in ("block", "reweight", "uniform", "set"):
+        run = edited(name, Edge(kind, 1, [9], keys, 0.2, [2]))
+        same = torch.ones(T, run["pattern", 1].shape[1], dtype=torch.bool)
+        same[9, 2] = False
+        assert torch.equal(run["pattern", 1][same], plain["pattern", 1][same])
+        assert (run.logits - plain.logits).abs().max() > 1e-3
+
+
+def test_a_query_without_a_key_attends_to_nothing() -> None:
+    run = edited("llama", Edge("block", 1, [4], range(T)))
+    assert (run["z", 1][4] == 0).all()
+    assert (sums(run)[4] == 0).all()
+
+
+def test_edits_of_one_row_act_in_order() -> None:
+    one = Edge("reweight", 1, [9], [2, 3], 3.0)
+    two = Edge("set", 1, [9], [3, 4], 0.2)
+    first, second = edited("llama", one, two), edited("llama", two, one)
+    assert (first.logits - second.logits).abs().max() > 1e-3
+    assert (sums(first) - 1).abs().max() <= 1e-9
+
+
+def test_invisible_keys_stay_invisible() -> None:
+    plain = forward("mistral", double("mistral"), IDS)
+    for kind in ("block", "reweight", "uniform", "set"):
+        run = edited("mistral", Edge(kind, 1, [5], [0, 1, 2, 6, 7], 0.2))  # type: ignore[arg-type]
+        assert torch.equal(run.logits, plain.logits)

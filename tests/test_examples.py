@@ -1,0 +1,90 @@
+"""The shipped examples run as written, and what their comments say was found is what they find."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mechdsl.check import check_source
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.render import render_full
+from mechdsl.pipeline import run_source
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.syntax.parse import read_source
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.mech"))
+NEEDS_WEIGHTS = {"gpt2_ioi"}
+
+
+@cache
+def results(name: str) -> dict[str, ExperimentResult]:
+    source, problems = read_source(EXAMPLES / f"{name}.mech")
+    assert source is not None, problems
+    found, diagnostics = run_source(source)
+    assert found is not None, render_full(diagnostics, color=False, width=100)
+    return {each.name: each for each in found.experiments}
+
+
+def means(found: ExperimentResult, measure: int = 0) -> dict[str, float]:
+    """Site, and position where there are several, → mean effect."""
+    many = "position" in found.axes
+    return {
+        f"{cell.site} {cell.coords['position']}" if many else cell.site: float(mean)
+        for cell, mean in zip(found.cells, found.statistics[measure].mean, strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NEEDS_WEIGHTS])
+def test_expectations_hold(name: str) -> None:
+    for each in results(name).values():
+        assert each.holds, [outcome for outcome in each.outcomes if not outcome.holds]
+
+
+def test_without_weights_what_was_not_checked_is_said() -> None:
+    source, _ = read_source(EXAMPLES / "gpt2_ioi.mech")
+    assert source is not None
+    checked = check_source(source)
+    assert not has_errors(checked.diagnostics)
+    told = render_full(checked.diagnostics, color=False, width=100)
+    if checked.unchecked:  # nobody has downloaded it
+        assert len(checked.unchecked) == 4
+        assert "layers, heads, positions and answers are checked then" in told
+
+
+def test_three_ways_find_one_induction_circuit() -> None:
+    found = results("induction")
+    attention = means(found["attention_pattern"])
+    assert max(attention, key=attention.__getitem__).startswith("L1H1")
+    ablated = means(found["by_ablation"])
+    assert set(sorted(ablated, key=ablated.__getitem__)[:2]) == {"L0H2.z", "L1H1.z"}
+    assert sorted(ablated.values())[1] < -5 < -0.1 < sorted(ablated.values())[2]
+    paths = means(found["by_path"])
+    assert min(paths, key=paths.__getitem__) == "L0H2.z → L1H1.k"
+    assert sorted(paths.values())[0] < -5 < -0.01 < sorted(paths.values())[1]
+
+
+def test_counts_of_the_first_items_are_read_out() -> None:
+    found = results("countscope")
+    read = means(found["countscope"])
+    assert read["L1.resid_post item 2"] > 0.95
+    assert read["L1.resid_post item 4"] > 0.8
+    assert read["L3.resid_post item 2"] < 0.05
+    commas = found["separators_are_shortcuts"].statistics[0].mean
+    assert np.abs(commas).max() < 1e-4
+
+
+def test_parts_are_moved_and_not_added_up() -> None:
+    found = results("system2")
+    stored = means(found["stored_in_the_last_item"])
+    assert stored["L1.resid_post last-item of part1 token"] > 0.7
+    assert abs(stored["L1.resid_post first-item of part1 token"]) < 0.05
+    moved = means(found["moved_by_heads"])
+    assert max(moved, key=moved.__getitem__) == "L3H1.z"
+    cut = found["cut_the_route"].statistics[0].mean
+    assert cut[0] < -1.5
+    assert abs(cut[1]) < 0.05
+    assert np.abs(found["aggregated_at_the_end"].statistics[0].mean).max() < 0.1
