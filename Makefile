@@ -13,7 +13,7 @@ OLDEST_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
 # Of benchmarks/run.py, for example `make bench BENCH_ARGS="--work W1 --write"`.
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all test-oldest lint families bench clean
+.PHONY: demo test test-all test-oldest lint families language bench clean
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/mechdsl run examples/counting.mech
@@ -57,6 +57,10 @@ test-oldest: $(OLDEST)/.stamp-test
 # Every architecture of tests/families against the reference; writes docs/models.md.
 families: $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families --write
+
+# The language as far as it is executed, from the registries; writes docs/language.md.
+language: $(VENV)/.stamp-test
+	$(BIN)/python -m tests.language --write
 
 # The libraries that mechdsl is compared with; see benchmarks/README.md.
 $(BENCH)/.stamp-peers: benchmarks/peers.txt constraints.txt

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mechdsl.diagnostics.core import Diagnostic
@@ -14,7 +15,7 @@ from mechdsl.models.anatomy import Anatomy, Tap
 from mechdsl.models.shape import units, width
 from mechdsl.plan import RESTART_PASSES
 from mechdsl.verify import RESTART
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION
 
 
 def print_sites(model: LoadedModel, found: Sequence[Diagnostic], console: Console) -> None:
@@ -53,8 +54,8 @@ def as_json(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str, Any]:
                 "sites": {
                     site: {
                         "units": _units(stack, site),
-                        "width": width(stack.shape, site),
-                        "layers": list(stack.anatomy.layers(site)),
+                        "width": _width(stack, site),
+                        "layers": _layers(stack, site),
                         "tensor": _tensor(stack.anatomy, site),
                     }
                     for site in _names(stack)
@@ -132,6 +133,18 @@ def _units(stack: Stack, site: str) -> int:
     return units(stack.shape, site)
 
 
+def _width(stack: Stack, site: str) -> int | None:
+    """None for vectors over the tokens of a prompt."""
+    return None if SITES[site].width == "key" else width(stack.shape, site)
+
+
+def _layers(stack: Stack, site: str) -> list[int]:
+    """Those that have it; within attention the config tells."""
+    if site not in WITHIN_ATTENTION:
+        return list(stack.anatomy.layers(site))
+    return [layer for layer in range(stack.shape.n_layers) if stack.shape.has(site, layer)]
+
+
 def _sites(stack: Stack) -> Table:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     for title in ("site", "per layer", "layers", "tensor"):
@@ -139,19 +152,21 @@ def _sites(stack: Stack) -> Table:
     for site in _names(stack):
         count = _units(stack, site)
         axis = SITES[site].unit
-        size = f"[{width(stack.shape, site)}]"
+        size = f"[{_width(stack, site) or 'key'}]"
         if axis is not None:
             word = {"kv_head": "key-value heads"}.get(axis, f"{axis}s")
             size = f"{count} {word}" if size == "[1]" else f"{count} {word} × {size}"
-        layers = stack.anatomy.layers(site)
+        layers = _layers(stack, site)
         every = len(layers) == stack.shape.n_layers
         where = "" if not layers else "all" if every else ", ".join(map(str, layers))
-        table.add_row(site, size, where, _tensor(stack.anatomy, site))
+        table.add_row(site, escape(size), where, _tensor(stack.anatomy, site))
     return table
 
 
 def _tensor(anatomy: Anatomy, site: str) -> str:
     """The module whose input or output it is, in the first block that has it."""
+    if site in WITHIN_ATTENTION:
+        return "where attention is computed"
     layers = anatomy.layers(site)
     tap = anatomy.tap(site, layers[0] if layers else None)
     if tap is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mechdsl import spec
@@ -178,8 +178,11 @@ def _follows(diagnostic: Diagnostic, syntax: list[Diagnostic]) -> bool:
         return True
     if isinstance(diagnostic, BadPlaceholder):  # in a text that was never closed
         return any(isinstance(error, UnterminatedString) for error in syntax)
-    metric = isinstance(diagnostic, UnknownWord) and diagnostic.kind == "metric"
-    if not isinstance(diagnostic, UNKNOWN) and not metric:
+    if isinstance(diagnostic, UnknownWord) and diagnostic.kind == "metric":
+        name = diagnostic.word
+    elif isinstance(diagnostic, UNKNOWN):
+        name = diagnostic.name
+    else:
         return False
     broken: set[str] = set()
     for error in syntax:
@@ -189,7 +192,6 @@ def _follows(diagnostic: Diagnostic, syntax: list[Diagnostic]) -> bool:
             broken.add(error.meant)
     if isinstance(diagnostic, UnknownName) and diagnostic.kind == "part":
         return "split" in broken
-    name = diagnostic.word if isinstance(diagnostic, UnknownWord) else diagnostic.name
     return not broken.isdisjoint(WORD.findall(name))
 
 
@@ -421,8 +423,9 @@ def _resolve(experiment: spec.Experiment, checked: Checked, contexts: _Contexts)
         if python and experiment.name not in checked.unrun:
             checked.unrun.append(experiment.name)
         return
+    table = _with_means(experiment, checked, contexts, model, table)
     stand_ins = _stand_ins(experiment, checked)
-    if stand_ins is None:
+    if stand_ins is None or table is None:
         return
     resolved, found = resolve_experiment(experiment, checked.program, model, table, stand_ins)
     checked.diagnostics.extend(found)
@@ -431,6 +434,28 @@ def _resolve(experiment: spec.Experiment, checked: Checked, contexts: _Contexts)
     checked.diagnostics.extend(_first_tokens(resolved))
     checked.diagnostics.extend(_tested_where_picked(resolved, stand_ins))
     checked.experiments.append(resolved)
+
+
+def _with_means(
+    experiment: spec.Experiment,
+    checked: Checked,
+    contexts: _Contexts,
+    model: ModelContext,
+    table: PromptTable,
+) -> PromptTable | None:
+    """The table with the other blocks that means are taken of; None where one can't be built."""
+    beside: dict[str, PromptTable] = {}
+    for rule in experiment.rules:
+        fill = rule.fill
+        if not isinstance(fill, ast.OfRef) or fill.of.name in table.runs:
+            continue
+        if fill.of.name not in checked.program.prompts:
+            continue
+        other = contexts.table(fill.of.name, model, None, None)
+        if other is None:
+            return None
+        beside[fill.of.name] = other
+    return replace(table, beside=beside) if beside else table
 
 
 def _stand_ins(experiment: spec.Experiment, checked: Checked) -> dict[str, Finding] | None:

@@ -51,7 +51,11 @@ def conventions(plan: ExperimentPlan, measured: Measured, model: LoadedModel) ->
             found[f"noise of {name}"] = f"{found[f'noise of {name}']}, {value}"
     found.update(experiment.picks)
     fills = [
-        _fill_words(rule.rule.fill, rule.rule.run, rule.rule.spec.by)
+        _fill_words(
+            rule.rule.fill,
+            rule.rule.run if rule.rule.apart is None else rule.rule.apart.name,
+            rule.rule.spec.by,
+        )
         for rule in plan.rules
         if rule.rule.fill in ("zero", "mean", "resample")
     ]

@@ -66,11 +66,14 @@ def _means(rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints]) -> Mean
     """Mean activations over all kept rows, streamed by batches of prompts."""
     names = rule.rule.groups or ("",) * len(runs.table)
     codes = np.unique(names, return_inverse=True)[1].astype(np.int64)
-    slots = int(rule.read.tokens.counts(np.arange(len(rule.read.tokens.offsets) - 1)).max())
+    tokens = rule.averaged.tokens
+    slots = int(tokens.counts(np.arange(len(tokens.offsets) - 1)).max())
     shape = runs.model.shape
     places = {(p.site, p.layer) for p in rule.source_table}
     size = (len(rule.sources), int(codes.max()) + 1)
-    longest = max(len(row.ids) for row in runs.named(rule.rule.run).rows)
+    apart = rule.rule.apart
+    run = runs.named(rule.rule.run) if apart is None else apart.table.runs[apart.run]
+    longest = max(len(row.ids) for row in run.rows)
     sums = {
         place: torch.zeros(
             *size,
@@ -82,9 +85,17 @@ def _means(rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints]) -> Mean
         for place in places
     }
     counts = torch.zeros(*size, dtype=torch.float64)
+    read = codes if apart is None else np.zeros(len(apart.table), dtype=np.int64)
+    if apart is not None:
+        every = np.arange(len(apart.table), dtype=np.int64)
+        size = max(len(batch) for batch in batches)
+        batches = [every[i : i + size] for i in range(0, len(every), size)]
     for batch in batches:
-        lanes = runs.lanes(runs.named(rule.rule.run), batch)
-        _add(rule, batch, lanes, codes, sums, counts)
+        if apart is None:
+            lanes = runs.lanes(run, batch)
+        else:
+            lanes = runs.apart(apart.table, run, batch, places)
+        _add(rule, batch, lanes, read, sums, counts)
         if len(batches) > 1:
             runs.forget()
     divisor = counts.clamp(min=1)[:, :, None, None, None]
@@ -105,12 +116,12 @@ def _add(
     """
     positions = np.repeat(np.arange(len(plan.sources)), len(prompts))
     prompt = np.tile(prompts, len(plan.sources))
-    key = positions * plan.read.prompts + prompt
-    index, run = plan.read.runs.expand(key)
+    key = positions * plan.averaged.prompts + prompt
+    index, run = plan.averaged.runs.expand(key)
     for draw in range(lanes.draws):
         lane = lanes.lane(prompt[index], np.full(len(index), draw))
-        row, token = plan.read.tokens.expand(run)
-        token_counts = plan.read.tokens.counts(run)
+        row, token = plan.averaged.tokens.expand(run)
+        token_counts = plan.averaged.tokens.counts(run)
         starts = np.cumsum(token_counts) - token_counts
         slot = np.arange(len(row)) - np.repeat(starts, token_counts)
         at = torch.from_numpy(positions[index][row])

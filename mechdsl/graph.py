@@ -75,6 +75,8 @@ class Forward:
     """(name, number of values)."""
     stop: int | None = None
     """How many blocks have to run; None is the whole model."""
+    after: tuple[Effect, ...] = ()
+    """Of other experiments, which say where this one acts (`top 3 of cie`)."""
 
     @property
     def cells(self) -> int:
@@ -162,17 +164,22 @@ def lint(graph: Graph) -> None:
 
 def build(experiments: list[ResolvedExperiment]) -> Graph:
     """The graph of a file's experiments."""
-    leaves: list[Node] = []
-    for experiment in experiments:
-        leaves.extend(_leaves(experiment))
-    return graph_of(leaves)
+    known: dict[str, tuple[Effect, ...]] = {}
+
+    def effects(experiment: ResolvedExperiment) -> tuple[Effect, ...]:
+        if experiment.key not in known:
+            named = [e for e in experiments if e.name in experiment.spec.after]
+            after = tuple(first for e in named for first in effects(e)[:1])
+            pairs = zip(experiment.spec.measures, experiment.measures, strict=True)
+            known[experiment.key] = tuple(
+                _effect(experiment, measure, resolved, after) for measure, resolved in pairs
+            )
+        return known[experiment.key]
+
+    return graph_of([leaf for each in experiments for leaf in _leaves(each, effects(each))])
 
 
-def _leaves(experiment: ResolvedExperiment) -> list[Node]:
-    effects = tuple(
-        _effect(experiment, measure, resolved)
-        for measure, resolved in zip(experiment.spec.measures, experiment.measures, strict=True)
-    )
+def _leaves(experiment: ResolvedExperiment, effects: tuple[Effect, ...]) -> list[Node]:
     reports = experiment.spec.reports or (spec.Report(span=experiment.spec.span, kind="table"),)
     accuracy = tuple(
         Measure(unpatched(experiment, run), "correct", "last token")
@@ -218,8 +225,11 @@ def unpatched(experiment: ResolvedExperiment, run: str) -> Forward:
     return Forward(there.model or experiment.model.name, encode(experiment, text), writes)
 
 
-def patched(experiment: ResolvedExperiment) -> Forward:
-    """The pass with all rules of the experiment; without rules, the base run itself."""
+def patched(experiment: ResolvedExperiment, after: tuple[Effect, ...] = ()) -> Forward:
+    """The pass with all rules of the experiment; without rules, the base run itself.
+
+    after: the effects that say where it acts.
+    """
     base = unpatched(experiment, experiment.spec.base)
     if not experiment.rules:
         return base
@@ -231,6 +241,7 @@ def patched(experiment: ResolvedExperiment) -> Forward:
         replace(base.encode, replaced=replaced),
         base.writes + writes,
         tuple((axis.name, len(axis)) for axis in experiment.axes),
+        after=after,
     )
 
 
@@ -289,7 +300,11 @@ def _value(
         return Transform(rule.edge.kind, detail=f"to {keys} {detail}".strip())
     points = rule.sites.points if rule.sites.sources is None else rule.sites.sources
     layers = {p.layer for here in points.values() for p in here if p.layer is not None}
-    read = Read(unpatched(experiment, rule.run), site, tuple(sorted(layers)), at)
+    forward = unpatched(experiment, rule.run)
+    if rule.apart is not None:
+        other = Encode(rule.apart.table.name, None, None, (), rule.apart.run)
+        forward = Forward(experiment.model.name, other)
+    read = Read(forward, site, tuple(sorted(layers)), at)
     if rule.fill == "source":
         return read
     if rule.path is not None:
@@ -300,7 +315,10 @@ def _value(
 
 
 def _effect(
-    experiment: ResolvedExperiment, measure: spec.Measure, resolved: ResolvedMeasure
+    experiment: ResolvedExperiment,
+    measure: spec.Measure,
+    resolved: ResolvedMeasure,
+    after: tuple[Effect, ...],
 ) -> Effect:
     entry = EFFECTS[measure.effect]
     at = "last token" if measure.at is None else measure.at.span.written
@@ -314,7 +332,7 @@ def _effect(
     source = experiment.spec.source
     return Effect(
         entry.name,
-        measured(patched(experiment)),
+        measured(patched(experiment, after)),
         measured(unpatched(experiment, experiment.spec.base)),
         None if source is None else measured(unpatched(experiment, source)),
     )

@@ -53,6 +53,8 @@ class RulePlan:
     """Where it writes, per value of `position_of_cell`."""
     sources: tuple[PositionCell, ...]
     """Where it reads."""
+    averaged: Hits
+    """What a mean is taken of: `read`, but for the rows of another block."""
     amounts: Floats
     """[cell] the number that is written, or that attention is multiplied with."""
     keys: Hits | None = None

@@ -107,6 +107,15 @@ class UnpatchedRuns:
                 self._lanes[self._key(each, prompts, continuation)] = lanes
         return self._lanes[key]
 
+    def apart(self, table: PromptTable, run: Run, prompts: Ints, places: Iterable[Place]) -> Lanes:
+        """A run of another block on rows of its own, of which these sites are read."""
+        self.passes += 1
+        request = LaneRequest(reads=frozenset(places), stop=self.model.shape.n_layers + 1)
+        (found,) = compute_lanes(
+            self.model, [(run, request)], prompts, table.row_ids, seed=self.seed, side=self.side
+        )
+        return found
+
     def _companions(self, run: Run, prompts: Ints) -> list[Run]:
         """Runs that are due too and can go along with few prompts, as they run about as far."""
         few = sum(len(run.rows[prompt].ids) for prompt in prompts) <= TOGETHER

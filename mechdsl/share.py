@@ -95,7 +95,8 @@ class Sharer:
         edge = None if rule.rule.edge is None else rule.rule.edge.kind
         through = None if rule.paths is None else rule.paths.through_mlps
         own = rule.rule
-        fill: Hashable = (own.fill, own.run, own.groups, own.python, edge, through)
+        apart = None if own.apart is None else own.apart.name
+        fill: Hashable = (own.fill, own.run, apart, own.groups, own.python, edge, through)
         pairs = list(zip(rule.point_table, rule.source_table, strict=True))
         points = [
             tuple(pairs[i] for i in _list(rule.points, key))

@@ -106,6 +106,8 @@ class PromptTable(Record):
     moved_text: str = ""
     python: tuple[PythonFunction, ...] = ()
     """Functions of Python files that values are from."""
+    beside: Mapping[str, PromptTable] = field(default_factory=dict[str, "PromptTable"])
+    """Other blocks, with rows of their own, that means are taken of."""
     sources: tuple[Row, ...] = field(default=(), repr=False, compare=False)
     """The clean rows before tokenisation, in which texts of metrics are evaluated."""
 

@@ -106,7 +106,7 @@ class NotSupported(Diagnostic):
     help = "{later}"
 
     what: str
-    later: str = "this version runs `patch`, `ablate` and `replace` on prompts of text"
+    later: str = "docs/language.md has a row for everything that this version runs"
 
 
 @keyword_record

@@ -194,6 +194,8 @@ def _rules(
                 )
             case ast.Ablate():
                 by = None if body.by is None else body.by.id
+                if isinstance(body.fill, ast.OfRef):
+                    work.scope.has("prompts", body.fill.of.name)
                 lowered = spec.Rule(
                     span=rule.span,
                     verb="ablate",

@@ -57,15 +57,8 @@ Own: TypeAlias = Mapping[Slot, tuple[int, ...]]
 """The targets of one cell, ascending, by where they can be exchanged."""
 Picked: TypeAlias = Mapping[tuple[Slot, int], int]
 """Target → the one that was drawn in its place."""
-
-
-class _TooFew(Exception):
-    """There are fewer other targets than draws."""
-
-    def __init__(self, label: str, possible: int) -> None:
-        super().__init__(label)
-        self.label = label
-        self.possible = possible
+Hits: TypeAlias = tuple[tuple[int, ...], ...]
+"""The runs of one row."""
 
 
 def resolve_control(
@@ -90,16 +83,6 @@ def resolve_control(
         ]
     try:
         return _Drawing(experiment, asked).control(), []
-    except _TooFew as few:
-        reason = f"there are only {few.possible} others like {few.label}"
-        if few.possible == 1:
-            reason = f"there is only one other like {few.label}"
-        hint = f"write `against random({few.possible}{f', {asked.what}' if asked.what else ''})`"
-        if not few.possible:
-            reason = f"there is nothing else like {few.label}"
-            hint = "join fewer targets, or draw something else: `random(20, layers)`"
-            if asked.what == "layers":
-                hint = "draw something else: `random(20, positions)`"
     except _NothingToDraw as nothing:
         reason, hint = nothing.reason, nothing.hint
     if experiment.stand_ins:  # what is really picked may have others
@@ -126,6 +109,12 @@ class _Drawing:
         """What a draw has in common with what it stands for, in words."""
         self.notes: dict[str, None] = {}
         self.drawn: dict[str, None] = {}
+        self.different: set[int] = set()
+        """How many draws differ, in each cell that has others."""
+        self.alone: dict[int, tuple[tuple[str, ...], set[Key]]] = {}
+        """Rule → axes, and the keys along them that have no others and stand for themselves."""
+        self.like: list[str] = []
+        """Labels of what is written and has no others."""
 
     def control(self) -> Control:
         kinds: list[spec.Drawn | None] = [self._kind(rule) for rule in self.experiment.rules]
@@ -133,9 +122,11 @@ class _Drawing:
             raise self._nothing()
         rules = self._sites(kinds)
         rules = [
-            self._positions(rule) if kind == "positions" else rule
-            for rule, kind in zip(rules, kinds, strict=True)
+            self._positions(n, rule) if kind == "positions" else rule
+            for n, (rule, kind) in enumerate(zip(rules, kinds, strict=True))
         ]
+        self._say_alone(kinds)
+        self._say_repeats()
         kept = [
             f"`{rule.spec.span.written}` as it is"
             for rule, kind in zip(self.experiment.rules, kinds, strict=True)
@@ -169,6 +160,58 @@ class _Drawing:
             return _NothingToDraw(reason, "sites, layers and positions of rules can be drawn")
         reason = f"no rule of this experiment has {what}"
         return _NothingToDraw(reason, "leave out what is drawn, or name what the rules have")
+
+    def _say_alone(self, kinds: Sequence[spec.Drawn | None]) -> None:
+        """How many cells have no others, which can't be all."""
+        axes = [axis.name for axis in self.experiment.axes]
+        parts = []
+        for n, (names, keys) in self.alone.items():
+            own = self.experiment.rules[n].positions
+            where = [axes.index(name) for name in names], [axes.index(name) for name in own.axes]
+            parts.append((*where, keys, {key for key, cell in own.written.items() if _any(cell)}))
+        whole = some = 0
+        for cell in product(*(range(len(axis)) for axis in self.experiment.axes)):
+            fixed = [
+                tuple(cell[i] for i in along) in keys
+                for along, places, keys, written in parts
+                if tuple(cell[i] for i in places) in written
+            ]
+            whole += all(fixed)
+            some += any(fixed) and not all(fixed)
+        cells = self.experiment.n_cells
+        if whole == cells:
+            raise self._nothing_else(kinds)
+        if whole:
+            has = "has no others and stands for itself"
+            if whole > 1:
+                has = "have no others and stand for themselves"
+            self.notes[f"{whole:,} of {cells:,} cells {has}"] = None
+        if some:
+            stays = "a rule has no others and stays as it is"
+            self.notes[f"in {some:,} of {cells:,} cells {stays}"] = None
+
+    def _nothing_else(self, kinds: Sequence[spec.Drawn | None]) -> _NothingToDraw:
+        if not self.like:
+            reason = "no cell of this experiment writes anything"
+            return _NothingToDraw(reason, "let it write something: `top 3`, say, not `top 0`")
+        has = {word for rule in self.experiment.rules for word in self._has(rule)}
+        word = next((each for each in FINEST_FIRST if each in has and each not in kinds), None)
+        hint = "join fewer targets"
+        if word is not None:
+            hint += f", or draw something else: `random({self.asked.draws}, {word})`"
+        return _NothingToDraw(f"there is nothing else like {self.like[0]}", hint)
+
+    def _say_repeats(self) -> None:
+        fewest = min(self.different)
+        if fewest == self.asked.draws:
+            return
+        said = f"{fewest:,} different ones, drawn several times each"
+        if fewest == 1:
+            said = "a single other, drawn every time"
+        elif 2 * fewest > self.asked.draws:
+            said = f"{fewest:,} different ones, some drawn twice"
+        only = "in some cells only " if len(self.different) > 1 else ""
+        self.notes[f"{only}{said}"] = None
 
     # --- what is drawn ----------------------------------------------------------------------------
 
@@ -220,22 +263,42 @@ class _Drawing:
         def here(n: int, cell: Key) -> tuple[SitePoint, ...]:
             return _targets(self.experiment.rules[n]).points[key(n, cell)]
 
-        own = {cell: _merged(self._own(kinds[n], here(n, cell)) for n in chosen) for cell in cells}
+        somewhere = [_written_along(rule.positions, names) for rule in self.experiment.rules]
+
+        def writes(n: int, cell: Key) -> bool:
+            along, keys = somewhere[n]
+            return tuple(cell[i] for i in along) in keys
+
+        own = {
+            cell: _merged(self._own(kinds[n], here(n, cell)) for n in chosen if writes(n, cell))
+            for cell in cells
+        }
         everywhere = _merged(own.values())
         points: list[dict[Key, tuple[SitePoint, ...]]] = [{} for _ in rules]
         sources: list[dict[Key, tuple[SitePoint, ...]]] = [{} for _ in rules]
+        labels: list[dict[Key, str]] = [{} for _ in rules]
+        alone: set[Key] = set()
         for cell in cells:
-            fits = self._fitting(point for n in chosen for point in here(n, cell))
-            labels = dict.fromkeys(_targets(rules[n]).labels[key(n, cell)] for n in chosen)
-            label = f"`{' + '.join(labels)}`"
-            for draw, picked in enumerate(self._draws(own[cell], everywhere, fits, label)):
-                for n in chosen:
-                    before, read = here(n, cell), _targets(rules[n]).sources
-                    points[n][draw, *cell] = self._moved(before, before, kinds[n], picked)
-                    if read is not None:
-                        moved = self._moved(read[key(n, cell)], before, kinds[n], picked)
-                        sources[n][draw, *cell] = moved
+            written = [n for n in chosen if writes(n, cell)]
+            fits = self._fitting(point for n in written for point in here(n, cell))
+            draws = self._draws(own[cell], everywhere, fits)
+            called = {n: _targets(rules[n]).labels[key(n, cell)] for n in chosen}
+            if not draws:
+                alone.add(cell)
+                if written:
+                    some = dict.fromkeys(called[n] for n in written)
+                    self.like.append(f"`{' + '.join(some)}`")
+            for draw, n in product(range(self.asked.draws), chosen):
+                picked = draws[draw] if draws and n in written else None
+                before, read = here(n, cell), _targets(rules[n]).sources
+                after = self._moved(before, before, kinds[n], picked)
+                points[n][draw, *cell] = after
+                labels[n][draw, *cell] = called[n] if picked is None else _label(after)
+                if read is not None:
+                    moved = self._moved(read[key(n, cell)], before, kinds[n], picked)
+                    sources[n][draw, *cell] = moved
         for n in chosen:
+            self.alone[n] = names, alone
             word = kinds[n]
             assert word is not None
             self.drawn[word] = None
@@ -245,12 +308,7 @@ class _Drawing:
                 self.matched["of the same component, as many in each layer"] = None
             rules[n] = replace(
                 rules[n],
-                sites=SiteTargets(
-                    (DRAW, *names),
-                    points[n],
-                    {key: _label(here) for key, here in points[n].items()},
-                    sources[n] or None,
-                ),
+                sites=SiteTargets((DRAW, *names), points[n], labels[n], sources[n] or None),
             )
         return rules
 
@@ -289,10 +347,11 @@ class _Drawing:
 
         return tuple(layer for layer in range(self.shape.n_layers) if fits(layer))
 
-    def _draws(
-        self, own: Own, everywhere: Own, fitting: Sequence[int], label: str
-    ) -> Iterator[Picked]:
-        """For every draw, what takes the place of each target of a cell; all draws differ."""
+    def _draws(self, own: Own, everywhere: Own, fitting: Sequence[int]) -> list[Picked]:
+        """For every draw, what takes the place of each target of a cell; none without others.
+
+        Where there are fewer others than draws, each is drawn as often as the next, or once more.
+        """
         slots = sorted(own, key=lambda slot: (slot.word, slot.size, slot.layer or 0))
         everything = {
             slot: tuple(fitting) if slot.word == "layers" else tuple(range(slot.size))
@@ -301,20 +360,26 @@ class _Drawing:
         tiers = (
             ("none that a rule names", everywhere),
             ("none of the cell's own", own),
-            ("the cell's own among them, as there are too few others", {}),
+            ("the cell's own among them where there are too few others", {}),
         )
+        chosen = None
         most = 0
         for note, without in tiers if own else ():
             pools = [_besides(everything[slot], without.get(slot, ())) for slot in slots]
             sizes = [comb(len(p), len(own[slot])) for p, slot in zip(pools, slots, strict=True)]
-            itself = not without  # which is no control
+            # What the cell has itself is no control.
+            itself = not without and all(set(own[s]).issubset(everything[s]) for s in slots)
             possible = prod(sizes) - itself
-            most = max(most, possible)
-            if possible >= self.asked.draws:
-                self.notes.setdefault(note)
-                yield from self._picks(own, slots, pools, sizes, itself=itself)
-                return
-        raise _TooFew(label, most)
+            if possible > most:
+                most, chosen = possible, (note, pools, sizes, itself)
+            if most >= self.asked.draws:
+                break
+        if chosen is None:
+            return []
+        said, pools, sizes, itself = chosen
+        self.notes[said] = None
+        self.different.add(min(most, self.asked.draws))
+        return list(self._picks(own, slots, pools, sizes, itself=itself))
 
     def _picks(
         self,
@@ -331,7 +396,7 @@ class _Drawing:
         order = Permutation(min(total, MOST_RANKS), key)
         draw = given = 0
         while given < self.asked.draws:
-            rank = order[draw]
+            rank = order[draw % len(order)]
             found: dict[tuple[Slot, int], int] = {}
             same = True
             for slot, pool, size in zip(slots, pools, sizes, strict=True):
@@ -355,9 +420,12 @@ class _Drawing:
         points: Sequence[SitePoint],
         written: Sequence[SitePoint],
         kind: spec.Drawn | None,
-        picked: Picked,
+        picked: Picked | None,
     ) -> tuple[SitePoint, ...]:
-        """Points with what was drawn for those that are written (which they may be themselves)."""
+        """Points with what was drawn for those that are written (which they may be themselves);
+        as they are without it."""
+        if picked is None:
+            return tuple(points)
         found: list[SitePoint] = []
         for point, target in zip(points, written, strict=True):
             slot = self._slot(target, kind)
@@ -376,12 +444,12 @@ class _Drawing:
 
     # --- positions --------------------------------------------------------------------------------
 
-    def _positions(self, rule: ResolvedRule) -> ResolvedRule:
+    def _positions(self, n: int, rule: ResolvedRule) -> ResolvedRule:
         """The rule at other tokens of the same rows."""
         self.drawn["positions"] = None
         self.matched["as many tokens of the same row, special tokens excluded"] = None
         own = rule.positions
-        across = rule.spec.onto is not None
+        across = rule.spec.onto is not None or rule.apart is not None
         base = self.experiment.table.runs[self.experiment.spec.base].rows
         other = self.experiment.table.runs[rule.run].rows
         if not across and any(a.ids != b.ids for a, b in zip(base, other, strict=True)):
@@ -396,45 +464,71 @@ class _Drawing:
         ]
         written: dict[Key, PositionCell] = {}
         read: dict[Key, PositionCell] = {}
+        alone: set[Key] = set()
+        self.alone[n] = own.axes, alone
         for key, cell in own.written.items():
-            drawn = [
+            rows = [
                 self._row(row, tokens, hits)
                 for row, (tokens, hits) in enumerate(zip(allowed, cell.hits, strict=True))
             ]
-            possible = prod(len(each) for each in drawn)
-            if all(list(each) == [hits] for each, hits in zip(drawn, cell.hits, strict=True)):
-                possible = 0
-            if possible < self.asked.draws:
-                raise _TooFew(f"`{cell.label}`", possible)
+            if not any(each for each, _ in rows):
+                alone.add(key)
+                if _any(cell):
+                    self.like.append(f"`{cell.label}`")
+            elif any(each and among for each, among in rows):
+                self.notes["own tokens among them in rows that have too few others"] = None
+            stay = [any(row) and not each for row, (each, _) in zip(cell.hits, rows, strict=True)]
+            if any(stay) and key not in alone:
+                self.notes["rows without others as they are"] = None
+            found: set[tuple[Hits, ...]] = set()
             for draw in range(self.asked.draws):
-                hits = tuple(each[draw % len(each)] for each in drawn)
+                hits = tuple(
+                    each[draw] if each else before
+                    for before, (each, _) in zip(cell.hits, rows, strict=True)
+                )
+                found.add(hits)
                 written[draw, *key] = replace(cell, hits=hits)
                 read[draw, *key] = own.read[key] if across else written[draw, *key]
+            if key not in alone:
+                self.different.add(len(found))
         return replace(
             rule, positions=PositionTargets((DRAW, *own.axes), written, read, own.left_out)
         )
 
-    def _row(
-        self, row: int, allowed: tuple[int, ...], hits: tuple[tuple[int, ...], ...]
-    ) -> Sequence[tuple[tuple[int, ...], ...]]:
-        """What may stand for the runs of one row: as many tokens, others where there are enough."""
+    def _row(self, row: int, allowed: tuple[int, ...], hits: Hits) -> tuple[Sequence[Hits], bool]:
+        """For every draw, what stands for the runs of one row, as many tokens (none without
+        others); and whether the row's own may be among them."""
+        sizes = [len(run) for run in hits]
         taken = {token for run in hits for token in run}
-        most = max((len(run) for run in hits), default=0)
-        pool = tuple(token for token in allowed if token not in taken)
-        if len(pool) < most:
-            self.notes["own tokens among them in rows that have too few others"] = None
-            pool = allowed
-        if not most or len(pool) < most:
-            return [hits]
+        most = 0
+        pool: tuple[int, ...] = ()
+        for tokens in (_besides(allowed, sorted(taken)), allowed) if taken else ():
+            itself = taken <= set(tokens)
+            possible = max(comb(len(tokens), size) for size in sizes) - itself
+            if len(tokens) >= max(sizes) and possible > most:
+                most, pool = possible, tokens
+            if most >= self.asked.draws:
+                break
+        if not most:
+            return [], False
         id_ = self.experiment.table.row_ids[row]
         key = stable_hash(self.experiment.seed, "control", "positions", id_, pool)
+        options = self._options(pool, hits, key)
+        found: list[Hits] = []
+        while len(found) < self.asked.draws:  # once more, in another order
+            again = len(found) // len(options)
+            order = Permutation(len(options), key, again) if again else range(len(options))
+            found.extend(options[n] for n in order)
+        return found, not taken.isdisjoint(pool)
+
+    def _options(self, pool: tuple[int, ...], hits: Hits, key: int) -> list[Hits]:
+        """Different tokens of the pool for the runs of one row, enough for all draws."""
         sizes = [comb(len(pool), len(run)) for run in hits]
-        count = min(max(sizes), self.asked.draws + 1)
         orders = [
             Permutation(min(size, MOST_RANKS), key, run)
             for size, run in zip(sizes, hits, strict=True)
         ]
-        return [
+        found = [
             tuple(
                 subset(
                     pool,
@@ -446,8 +540,9 @@ class _Drawing:
                 )
                 for run, size, order in zip(hits, sizes, orders, strict=True)
             )
-            for draw in range(count)
+            for draw in range(min(max(sizes), self.asked.draws + 1))
         ]
+        return [each for each in found if each != hits][: self.asked.draws]
 
 
 def with_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedExperiment]:
@@ -463,6 +558,21 @@ def with_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedExp
 def _targets(rule: ResolvedRule) -> SiteTargets:
     assert rule.sites is not None
     return rule.sites
+
+
+def _any(cell: PositionCell) -> bool:
+    """Whether anything is written there, in any row."""
+    return any(run for row in cell.hits for run in row)
+
+
+def _written_along(
+    positions: PositionTargets, axes: Sequence[str]
+) -> tuple[tuple[int, ...], set[Key]]:
+    """Those of these axes that positions have; the keys along them where anything is written."""
+    along = tuple(n for n, axis in enumerate(axes) if axis in positions.axes)
+    places = [positions.axes.index(axes[n]) for n in along]
+    written = (key for key, cell in positions.written.items() if _any(cell))
+    return along, {tuple(key[place] for place in places) for key in written}
 
 
 def _besides(everything: Sequence[int], without: Sequence[int]) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ def resolve_path(rule: spec.Rule, work: Work) -> ResolvedRule | None:
         return None
     fine = _kinds(rule.site, senders, SENDERS, "start", work)
     fine = _kinds(rule.receiver, receivers, RECEIVERS, "end", work) and fine
-    if not fine or not _one_layer_of_neurons(rule, senders, work):
+    if not fine or not _neurons_alone(rule, senders, work):
         return None
     if not _any_path(rule, senders, receivers, work):
         return None
@@ -94,15 +94,15 @@ def _kinds(
     return False
 
 
-def _one_layer_of_neurons(rule: spec.Rule, senders: SiteTargets, work: Work) -> bool:
-    """Neurons beside earlier senders would have to be told apart from those that change."""
+def _neurons_alone(rule: spec.Rule, senders: SiteTargets, work: Work) -> bool:
+    """Neurons behind another sender would have to be told apart from those that it changes."""
     if rule.through_mlps:
         return True
+    parallel = work.sites.shape.parallel_block
     for points in senders.points.values():
-        neurons = {p.layer for p in points if p.site == "mlp_hidden"}
-        layers = {p.layer for p in points}
-        if neurons and len(layers) > 1:
-            what = "a path from neurons of several layers at once, without `through mlps`,"
+        neurons = [SitePoint("mlp_norm", p.layer, None) for p in points if p.site == "mlp_hidden"]
+        if neurons and reached(points, tuple(neurons), parallel=parallel):
+            what = "a path from neurons and what comes before them, without `through mlps`,"
             work.diagnostics.append(NotSupported(span=rule.span, what=what))
             return False
     return True

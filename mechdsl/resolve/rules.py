@@ -20,7 +20,15 @@ from mechdsl.resolve.onward import pick_nothing
 from mechdsl.resolve.paths import resolve_path
 from mechdsl.resolve.sites import resolve_site, with_read_layers
 from mechdsl.resolve.targets import rule_targets
-from mechdsl.resolve.types import Amounts, Fill, Key, PositionTargets, ResolvedRule, SiteTargets
+from mechdsl.resolve.types import (
+    Amounts,
+    Apart,
+    Fill,
+    Key,
+    PositionTargets,
+    ResolvedRule,
+    SiteTargets,
+)
 from mechdsl.resolve.work import Work
 from mechdsl.spec import ATTENTION_VERBS
 from mechdsl.syntax import ast
@@ -45,7 +53,8 @@ def resolve_rule(rule: spec.Rule, work: Work) -> ResolvedRule | None:
             axes = (*axes, *more)
         for axis in axes:
             work.add_axis(axis)
-    sites, positions = pick_nothing(sites, rule_targets(rule, run, work))
+    apart = _apart(rule, work)
+    sites, positions = pick_nothing(sites, rule_targets(rule, run, work, apart))
     amounts: Amounts | None = None
     python: PythonFunction | None = None
     if fill == "python":
@@ -62,7 +71,7 @@ def resolve_rule(rule: spec.Rule, work: Work) -> ResolvedRule | None:
     if fill in ("mean", "resample"):
         _even(rule, positions, work)
     if sites is not None:
-        _equally_long(rule, sites, fill, run, work)
+        _equally_long(rule, sites, fill, (apart or Apart(work.table, run)), work)
     return ResolvedRule(
         spec=rule,
         fill=fill,
@@ -72,24 +81,47 @@ def resolve_rule(rule: spec.Rule, work: Work) -> ResolvedRule | None:
         inputs=_inputs(rule, positions, work),
         groups=groups,
         amounts=amounts,
+        apart=apart,
         python=python,
     )
 
 
-def _equally_long(rule: spec.Rule, sites: SiteTargets, fill: Fill, run: str, work: Work) -> None:
+def _apart(rule: spec.Rule, work: Work) -> Apart | None:
+    """The other block of `mean of BLOCK`; E0201 for a run that it doesn't have."""
+    fill = rule.fill
+    if not isinstance(fill, ast.OfRef) or fill.of.name in work.table.runs:
+        return None
+    table = work.table.beside.get(fill.of.name)
+    if table is None:
+        return None
+    run = fill.of.part or "clean"
+    if run not in table.runs:
+        others = [f"{table.name}.{name}" for name in table.runs if name != "clean"]
+        known = ", ".join(f"`{name}`" for name in others)
+        instead = f"it has {known}" if known else "leave it out"
+        hint = did_you_mean(nearest(fill.of.span.written, others), instead)
+        work.diagnostics.append(
+            UnknownName(span=fill.of.span, kind="run", name=fill.of.span.written, hint=hint)
+        )
+        return None
+    return Apart(table, run)
+
+
+def _equally_long(rule: spec.Rule, sites: SiteTargets, fill: Fill, read: Apart, work: Work) -> None:
     """E0333 where vectors over the keys of one prompt would be written into a longer one."""
     named = {p.site for points in sites.points.values() for p in points}
     over_keys = sorted(site for site in named if SITES[site].width == "key")
     if not over_keys or fill not in ("source", "mean", "resample"):
         return
     base = [len(row.ids) for row in work.table.runs[work.experiment.base].rows]
-    other = [len(row.ids) for row in work.table.runs[run].rows]
+    other = [len(row.ids) for row in read.table.runs[read.run].rows]
     if fill == "source":
         row = next((n for n, (a, b) in enumerate(zip(base, other, strict=True)) if a != b), None)
-        second = f"{other[row]} in `{run}`" if row is not None else ""
+        second = f"{other[row]} in `{read.run}`" if row is not None else ""
         what, hint = "the two runs", "patch `z`, or let the corruption keep the number of tokens"
     else:
-        row = next((n for n, length in enumerate(base) if length != other[0]), None)
+        lengths = [*base, *other]
+        row = next((n for n, length in enumerate(lengths) if length != other[0]), None)
         second = f"row 0 has {other[0]}"
         what, hint = "rows", "ablate `z`, or use prompts of one length"
     if row is not None:
@@ -98,8 +130,8 @@ def _equally_long(rule: spec.Rule, sites: SiteTargets, fill: Fill, run: str, wor
                 span=rule.span,
                 site=over_keys[0],
                 what=what,
-                row=row,
-                first=base[row],
+                row=row % len(base),
+                first=[*base, *other][row],
                 second=second,
                 hint=hint,
             )
@@ -144,8 +176,8 @@ def _even(rule: spec.Rule, positions: PositionTargets, work: Work) -> None:
             )
         )
         return
-    for cell in positions.read.values():
-        sizes = {len(tokens) for row in cell.hits for tokens in row}
+    for written, cell in zip(positions.written.values(), positions.read.values(), strict=True):
+        sizes = {len(tokens) for row in (*cell.hits, *written.hits) for tokens in row}
         if len(sizes) > 1:
             work.diagnostics.append(
                 UnevenPositions(
@@ -176,10 +208,12 @@ def _fill(rule: spec.Rule, work: Work) -> tuple[Fill | None, str, tuple[str, ...
         name = word.name
         run = word.of.name
         if run not in work.table.runs:
-            if run in work.program.prompts:
-                work.diagnostics.append(
-                    NotSupported(span=word.of.span, what="the mean of another block of prompts")
-                )
+            if run in work.table.beside and name == "mean" and rule.by is None:
+                return "mean", "clean", None
+            if run in work.table.beside:
+                what = f"`{name}`" if name != "mean" else "a mean within groups"
+                what = f"{what} of another block of prompts"
+                work.diagnostics.append(NotSupported(span=word.of.span, what=what))
             else:
                 known = ", ".join(f"`{r}`" for r in work.table.runs)
                 work.diagnostics.append(

@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 
 from mechdsl import spec
 from mechdsl.data.positions import check_joined, resolve_positions
-from mechdsl.data.types import PositionCell
+from mechdsl.data.types import PositionCell, PromptTable
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e03_coordinates import BadLoopValue
 from mechdsl.diagnostics.e03_positions import AbsentOccurrence, JoinedUnequal
 from mechdsl.diagnostics.e03_rules import OverlappingPositions, UnpairedPositions
-from mechdsl.resolve.types import Axis, Key, PositionTargets
+from mechdsl.resolve.types import Apart, Axis, Key, PositionTargets
 from mechdsl.resolve.work import Work
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
@@ -35,11 +35,18 @@ Values: TypeAlias = Mapping[str, Any]
 Find: TypeAlias = Callable[[Values], Found | None]
 
 
-def rule_targets(rule: spec.Rule, run: str, work: Work) -> PositionTargets | None:
-    """Where the rule writes and reads; its sweep over positions becomes an axis."""
+def rule_targets(
+    rule: spec.Rule, run: str, work: Work, apart: Apart | None = None
+) -> PositionTargets | None:
+    """Where the rule writes and reads; its sweep over positions becomes an axis.
+
+    apart: another block whose rows are read, whichever they are.
+    """
     nodes = [rule.at] if rule.onto is None else [rule.at, rule.onto]
 
     def find(values: Values) -> Found | None:
+        if apart is not None:
+            return _apart(rule.at, apart, values, work)
         if rule.onto is None:
             return _same(rule.at, run, values, work)
         if rule.verb == "swap":
@@ -136,12 +143,18 @@ def _loop_values(loops: list[str], work: Work) -> Iterator[tuple[Key, Values]]:
 
 
 def _cells(
-    positions: ast.Positions, run: str, values: Values, work: Work, other: str | None = None
+    positions: ast.Positions,
+    run: str,
+    values: Values,
+    work: Work,
+    other: str | None = None,
+    *,
+    table: PromptTable | None = None,
 ) -> list[PositionCell] | None:
-    """The cells of positions in one run."""
+    """The cells of positions in one run, of the sampled rows or of another block's."""
     cells, problems = resolve_positions(
         positions,
-        work.table,
+        table or work.table,
         run,
         tokenizer=work.model.tokenizer,
         loop_values=values,
@@ -165,6 +178,32 @@ def _same(positions: ast.Positions, run: str, values: Values, work: Work) -> Fou
     pairs = [_common(cell, by_label[cell.label]) for cell in cells if cell.label in by_label]
     labels = dict.fromkeys(cell.label for cell in (*cells, *sources))
     return _checked(pairs, positions, run, tuple(labels), work)
+
+
+def _apart(positions: ast.Positions, apart: Apart, values: Values, work: Work) -> Found | None:
+    """The same positions in the base run and in the rows of another block."""
+    cells = _cells(positions, work.experiment.base, values, work)
+    sources = _cells(positions, apart.run, values, work, table=apart.table)
+    if cells is None or sources is None:
+        return None
+    there = {cell.label: cell for cell in sources if any(cell.hits)}
+    kept = [cell for cell in cells if cell.label in there]
+    if not kept:
+        run = apart.table.runs[apart.run]
+        work.diagnostics.append(
+            AbsentOccurrence(
+                span=positions.span,
+                position=positions.span.written,
+                run=apart.name,
+                lacking=len(apart.table),
+                total=len(apart.table),
+                example=f'"{run.rows[0].text}"',
+                hint=f"name a position that rows of `{apart.name}` have too",
+            )
+        )
+        return None
+    left_out = tuple(cell.label for cell in cells if cell.label not in there)
+    return Found(kept, [there[cell.label] for cell in kept], left_out)
 
 
 def _across(

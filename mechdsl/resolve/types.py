@@ -115,6 +115,19 @@ class PathTargets(Record):
 
 
 @record
+class Apart(Record):
+    """A run of another block, on rows of its own, that a mean is taken of."""
+
+    table: PromptTable
+    run: str
+
+    @property
+    def name(self) -> str:
+        """As a rule writes it."""
+        return self.table.name if self.run == "clean" else f"{self.table.name}.{self.run}"
+
+
+@record
 class ResolvedRule(Record):
     """One rule, ready to be laid out over cells."""
 
@@ -131,6 +144,8 @@ class ResolvedRule(Record):
     """Per row, the group whose mean fills it (`mean by template`)."""
     amounts: Amounts | None = None
     """`set`, `reweight`: the number."""
+    apart: Apart | None = None
+    """`mean of BLOCK`: what is averaged; `positions.read` are in its rows then."""
     python: PythonFunction | None = None
     """`set … to python(…)`: what makes new vectors of the base run's."""
     edge: EdgeTargets | None = None

@@ -64,9 +64,9 @@ def _prompts(
     _construct(Construct(name, "prompts", example, meaning, source, test, beside))
 
 
-def _position(name: str, example: str, meaning: str, test: str = "", source: str = OWN) -> None:
-    test = test or "tests/execute/test_positions.py"
-    _construct(Construct(name, "position", example, meaning, source, test))
+def _position(name: str, example: str, meaning: str, beside: str = "") -> None:
+    test = "tests/execute/test_positions.py"
+    _construct(Construct(name, "position", example, meaning, OWN, test, beside))
 
 
 def _site(name: str, example: str, meaning: str, test: str, source: str = OWN) -> None:
@@ -305,7 +305,12 @@ _position(
     "One run per occurrence, at its last token; prompts with fewer occurrences drop out of that "
     "cell, and n tells. The axis is called `position` and `item`.",
 )
-_position("separators", "each sep of fruits token", "The separators of a list.")
+_position(
+    "separators",
+    "each sep of fruits token",
+    "The separators of a list, one run each.",
+    beside="prompts commas limit 4",
+)
 _position("literal", '"Count" token', "The last occurrence of a literal text.")
 _position("inside another", "last-item of fruits token", "An occurrence inside another span.")
 _position("A, B", "last-item token, last token", "A sweep over positions.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
@@ -285,6 +286,145 @@ def test_few_others() -> None:
         frozenset(each) for each in combinations(range(4), 3) if each != (0, 1, 2)
     }
     assert "own among them" in found.said
+
+
+def test_fewer_others_than_draws() -> None:
+    """Of three other heads one is drawn six times, the others seven times."""
+    rule = "patch layer * head * at last-item token"
+    found = control("e", check(*PATCH, rule, "against random(20)"))
+    by_cell: dict[tuple[int, ...], list[int | None]] = {}
+    for (_, layer, head), (point,) in drawn(found).items():
+        assert point.layer == layer
+        by_cell.setdefault((layer, head), []).append(point.unit)
+    assert len(by_cell) == 16
+    for (_, head), units in by_cell.items():
+        assert set(units) == set(range(4)) - {head}
+        assert sorted(Counter(units).values()) == [6, 7, 7]
+        assert all(len(set(units[n : n + 3])) == 3 for n in range(0, 18, 3))
+    assert "none of the cell's own; 3 different ones, drawn several times each" in found.said
+
+    values = effects(explicit([f"patch L1H{head} at last-item token" for head in range(4)], *PATCH))
+    body = "".join(f"  {line}\n" for line in (*PATCH, rule, "against random(20)"))
+    text = f"{START}experiment e {{\n  prompts fruit limit 12\n{body}}}\n"
+    (result,) = mechdsl.run(text)
+    for head in range(4):
+        others = [values[unit] for unit in by_cell[1, head] if unit is not None]
+        same_band(result, 4 + head, np.array(others))
+
+
+def test_one_draw_more_than_there_are_others() -> None:
+    rule = "patch L1H2 at last-item token"
+    few, more = (control("e", check(*PATCH, rule, f"against random({n})")) for n in (3, 4))
+    assert "different" not in few.said
+    assert "3 different ones, some drawn twice" in more.said
+    assert all(drawn(more)[key] == points for key, points in drawn(few).items())
+
+
+def test_the_most_different_ones() -> None:
+    """Two of four heads: the other two are one set, with their own there are five."""
+    rule = "ablate layer 0 heads 0, 1 at last token with zero"
+    lines = ("measure logit(answer) as delta", rule)
+    one, many = (control("e", check(*lines, f"against random({n})")) for n in (1, 20))
+    assert [{p.unit for p in points} for points in drawn(one).values()] == [{2, 3}]
+    sets = Counter(frozenset(p.unit for p in points) for points in drawn(many).values())
+    assert set(sets) == {frozenset(s) for s in combinations(range(4), 2) if s != (0, 1)}
+    assert set(sets.values()) == {4}
+    assert "5 different ones, drawn several times each" in many.said
+
+
+def test_a_rule_without_others_beside_one_that_has_some() -> None:
+    rules = (
+        "ablate layer 0 heads * at last token with zero",
+        "ablate layer 1..2 head 1 at last token with zero",
+    )
+    found = control("e", check("measure logit(answer) as delta", *rules, "against random(3)"))
+    assert "stand" not in found.said
+    for points in drawn(found, 0).values():
+        assert {(p.layer, p.unit) for p in points} == {(0, head) for head in range(4)}
+    assert all(p.unit != 1 for (p,) in drawn(found, 1).values())
+
+
+PLACES = (
+    "experiment places {\n  prompts fruit limit 6\n  ablate embed at token * align left with zero\n"
+    "  measure prob(answer) as delta\n}\n"
+)
+WHICH = (
+    "experiment which {\n  prompts fruit limit 6\n  from clean into fewer\n"
+    "  patch layer * head * at last-item token\n  measure logit(answer) as delta\n}\n"
+)
+CURVES = [
+    ("ablate embed at top k of places tokens with zero", PLACES, ""),
+    ("from clean into fewer patch top k of which at last-item token", WHICH, ""),
+    ("ablate resid_post layer 0 at top k of places tokens with zero", PLACES, ", positions"),
+]
+
+
+@pytest.mark.parametrize(("rule", "picked", "what"), CURVES, ids=["tokens", "sites", "named"])
+def test_ends_of_a_curve_stand_for_themselves(rule: str, picked: str, what: str) -> None:
+    start, _, rest = rule.rpartition("patch ")
+    inside = f"patch {rest}" if start else rule
+    curve = (
+        f"experiment curve {{\n  prompts fruit limit 6\n  {start}\n"
+        f"  for k in 0%..100% step 25% {{ {inside} }}\n"
+        f"  measure logit(answer) as delta\n  against random(5{what})\n}}\n"
+    )
+    found = mechdsl.run(START + picked + curve)["curve"]
+    said = found.conventions["controls"]
+    assert "2 of 5 cells have no others and stand for themselves" in said
+    band = found.control(0)
+    assert band is not None
+    means = found.statistics[0].mean
+    for end in (0, 4):
+        ends = [band.low[end], band.mean[end], band.high[end]]
+        assert ends == pytest.approx([means[end]] * 3, rel=1e-4, abs=1e-5)
+    assert all(band.low[cell] < band.high[cell] for cell in (1, 2, 3))
+
+
+def test_few_other_tokens() -> None:
+    """A row's other tokens are drawn as often as each other, in every round another order."""
+    rule = "ablate embed at last-item token with zero"
+    lines = ("measure logit(answer) as delta", rule, "against random(45)")
+    found = control("e", check(*lines))
+    cells = found.experiment.rules[0].positions.written
+    rows = found.experiment.table.runs["clean"].rows
+    assert len({cell.hits for cell in cells.values()}) == 45
+    assert "different" not in found.said
+    own = check(*lines).experiments[0].rules[0].positions.written[()].hits
+    for number, row in enumerate(rows):
+        counts = Counter(cells[draw,].hits[number][0] for draw in range(45))
+        ((token,),) = own[number]
+        others = {n for n, special in enumerate(row.special) if not special} - {token}
+        assert set(counts) == {(other,) for other in others}
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_few_other_tokens_of_one_row() -> None:
+    rule = "ablate embed at last-item token with zero"
+    lines = ("measure logit(answer) as delta", rule, "against random(60)")
+    body = "".join(f"  {line}\n" for line in lines)
+    text = f"{START}experiment e {{\n  prompts fruit limit 1\n{body}}}\n"
+    found = control("e", check_source(Source(text)))
+    cells = found.experiment.rules[0].positions.written.values()
+    counts = Counter(cell.hits for cell in cells)
+    assert f"; {len(counts)} different ones, drawn several times each" in found.said
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_cells_in_which_one_rule_has_others() -> None:
+    lines = (
+        "for k in 0%..100% step 50% { ablate embed at top k of places tokens with zero }",
+        "ablate L0H1 at last token with zero",
+    )
+    body = "".join(f"  {line}\n" for line in lines)
+    text = (
+        f"{START}{PLACES}experiment e {{\n  prompts fruit limit 6\n{body}"
+        "  measure logit(answer) as delta\n  against random(5)\n}\n"
+    )
+    said = mechdsl.run(text)["e"].conventions["controls"]
+    assert said.startswith("random heads and positions, 5 draws")
+    assert "in 1 of 3 cells a rule has no others and stays as it is" in said
+    assert "stand" not in said
+    assert "in some cells only 3 different ones, some drawn twice" in said
 
 
 def test_embeddings_have_positions_only() -> None:

@@ -298,6 +298,11 @@ def agree(
     compare(found.measures[0], values, base, large=large, most=most, precise=precise)
 
 
+def rounding(values: Array) -> float:
+    """How much more large logits are rounded in 32 bits than those below 10."""
+    return max(1.0, float(np.nanmax(np.abs(values))) / 10)
+
+
 def compare(
     measure: MeasureData,
     values: Array,
@@ -308,7 +313,7 @@ def compare(
     precise: bool = False,
 ) -> None:
     """values: [cell, prompt]"""
-    absolute, small = (1e-5, 1e-3) if precise else (ABSOLUTE, SMALL)
+    absolute, small = (1e-5, 1e-3) if precise else (ABSOLUTE, SMALL * rounding(values))
     assert measure.patched.shape == values.shape
     np.testing.assert_array_equal(np.isnan(measure.patched), np.isnan(values))
     start = np.zeros_like(values) if base is None else np.broadcast_to(base, values.shape)

@@ -228,10 +228,10 @@ EDITS: dict[str, Case] = {
         made(lambda text, layer, query, key: edges(text, "block", [layer], query, key)),
     ),
     "reweight": Case(
-        f"reweight attention layer * head 0, 3 from last token to {BOTH} by 1.5",
+        f"reweight attention layer * head 0, 3 from last token to {BOTH} by 4",
         ("layer", "head"),
         product(LAYERS, (0, 3)),
-        edit("reweight", LAST, BOTH, 1.5),
+        edit("reweight", LAST, BOTH, 4),
     ),
     "reweight_much": Case(
         f"reweight attention layers * from tokens * to {BOTH} by 8",

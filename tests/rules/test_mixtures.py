@@ -26,6 +26,7 @@ from .support import (
     experiment,
     plain,
     records,
+    rounding,
     rows,
     run_file,
     tokens,
@@ -191,7 +192,7 @@ def agree(name: str, key: str, lines: Sequence[str], found: np.ndarray, own: np.
     where = f"{name}, {key}: {lines}\n{found}\nnot\n{own}"
     assert found.shape == own.shape, where
     assert error.max() <= ABSOLUTE, where
-    assert (error <= RELATIVE * np.maximum(effect, SMALL)).all(), where
+    assert (error <= RELATIVE * np.maximum(effect, SMALL * rounding(own))).all(), where
 
 
 def hold(data: Path, name: str, seed: int, mode: str, count: int = 10) -> None:
@@ -252,7 +253,7 @@ def hold_paths(data: Path, name: str, seed: int, mode: str, count: int = 8) -> N
         receivers = _group(draw, RECEIVERS, parallel)
         if draw.random() < 0.3:
             receivers = {"logits": End("logits")}
-        if not _overlap(list(senders.values())) and any(
+        if not _overlap(list(senders.values()), parallel) and any(
             leads(s, r, parallel=parallel) for s in senders.values() for r in receivers.values()
         ):
             key, at, mlps = (
@@ -293,11 +294,11 @@ INNER = {
 }
 
 
-def _overlap(senders: Sequence[End]) -> bool:
-    """One sender is a part of another; or there are neurons beside something else, which is refused
-    where MLPs are held."""
-    neurons = [end for end in senders if end.site == "mlp_hidden"]
-    if neurons and len({(end.site, end.layer) for end in senders}) > 1:
+def _overlap(senders: Sequence[End], parallel: bool) -> bool:
+    """One sender is a part of another; or one comes before neurons, which is refused where MLPs are
+    held."""
+    inputs = [End("mlp_norm", end.layer) for end in senders if end.site == "mlp_hidden"]
+    if any(leads(end, to, parallel=parallel) for end in senders for to in inputs):
         return True
     return any((a.site, b.site) in INNER and a.layer == b.layer for a in senders for b in senders)
 

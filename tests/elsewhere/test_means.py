@@ -1,0 +1,86 @@
+"""`ablate … with mean of BLOCK`: the mean over the rows of another block, however many there are."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mechdsl.diagnostics.core import has_errors
+
+from ..execute.by_hand import Change
+from ..execute.support import (
+    DIFFERENCE,
+    MODES,
+    PROMPTS,
+    ROWS,
+    Prompt,
+    agree,
+    difference,
+    experiment,
+    prompts,
+)
+from .support import OTHERS, attempt, models, patched, run, unpatched
+
+SIX = """
+prompts six {
+  x in ["w8", "w9"]
+  y in ["w11", "w12", "w13"]
+  template "w6 {x} w40 w7 {y} w42"
+  corrupt plain { x = "w5" }
+}
+"""
+
+
+def six(*, plain: bool = False) -> list[Prompt]:
+    first = ("w5",) if plain else ("w8", "w9")
+    words = product(first, ("w11", "w12", "w13"))
+    return [Prompt(("w6", x, "w40", "w7", y, "w42"), (), (), 0) for x, y in words]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("of", ["six", "six.plain"])
+def test_mean_of_another_block(folder: Path, family: str, mode: str, of: str) -> None:
+    text = experiment(
+        "e", "prompts p", f"ablate z layer * heads 0..2 at last token with mean of {of}",
+        DIFFERENCE,
+    )  # fmt: skip
+    found = run(text, folder, models(family), MODES[mode], prompts=PROMPTS + SIX)["e"]
+    assert found.conventions["fill"] == f"mean over the rows of {of}, per position"
+    seen = [unpatched(family, row)[1] for row in six(plain=of == "six.plain")]
+    bases = prompts()
+    values = np.zeros((3, len(ROWS)))
+    base = np.zeros(len(ROWS))
+    for n, record in enumerate(ROWS):
+        base[n] = difference(unpatched(family, bases[n])[0], record)
+        for layer in range(3):
+            mean = torch.stack([one["z", layer][-1] for one in seen]).mean(dim=0)
+            changes = [Change(bases[n].last, head, mean[head]) for head in range(3)]
+            logits = patched(family, bases[n], {("z", layer): changes})
+            values[layer, n] = difference(logits, record)
+    agree(found.measures[0], values, base)
+
+
+@pytest.mark.parametrize(
+    ("rule", "code", "said"),
+    [
+        ("ablate z layer 1 head 0 at cue token with mean of six", "E0308", "`six`"),
+        ("ablate z layer 1 head 0 at last token with resample of six", "E0108", "`resample` of"),
+        ("ablate z layer 1 head 0 at last token with mean of sixx", "E0201", "`sixx`"),
+        ("ablate z layer 1 head 0 at last token with mean of six.plane", "E0201", "six.plain"),
+        ("ablate pattern layer 1 head 0 at last token with mean of six", "E0333", "`pattern`"),
+    ],
+)
+def test_what_is_refused(folder: Path, rule: str, code: str, said: str) -> None:
+    text = experiment("e", "prompts p", rule, DIFFERENCE)
+    found, diagnostics = attempt(text, folder, models("llama"), prompts=PROMPTS + SIX + OTHERS)
+    assert found is None
+    assert has_errors(diagnostics)
+    errors = [d for d in diagnostics if d.severity == "error"]
+    assert [d.code for d in errors] == [code], [d.message for d in errors]
+    told = errors[0].message + errors[0].help_text
+    assert said in told, told

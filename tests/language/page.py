@@ -1,0 +1,380 @@
+"""The rows of `docs/language.md`, each with a file in which its example can be checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mechdsl.vocab.constructs import CIRCUIT, CONSTRUCTS, OWN, PATCHING, TRACING, Construct, Group
+from mechdsl.vocab.corruptions import CHANGES, NOISES
+from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import METRICS, Form, Takes
+from mechdsl.vocab.reports import REPORTS
+from mechdsl.vocab.sites import SITES, SiteKind
+
+PAGE = Path(__file__).parents[2] / "docs" / "language.md"
+
+INTRO = """\
+# The language
+
+Every construct that is executed: an example, what it means, where the definition comes from, and
+the test that holds it. What the language has beyond that (steering, bases, estimators, circuits,
+search, generation, images, `chat`) parses, and is refused with [E0108](errors/E0108.md).
+
+Singular sweeps, plural joins: `layer 0..2` is one run per layer, `layers 0..2` one run with all
+three. Ranges include both ends. “Base run” is the run that rules act on, “source run” the one that
+is read; all values that rules read are those of unpatched runs. Where two rules write one vector,
+the later one in the file stands.
+
+This page is written by `make language` from the registries in `mechdsl/vocab/`.
+"""
+
+BASE = """\
+mech 1
+
+TOP
+
+prompts fruit {
+  count in 3..9
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+  wrong " {count - 1}"
+  split 50%
+  corrupt fewer { count = count - 1 }
+  corrupt other { item = other(item) }
+}
+
+prompts commas {
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, 3, sep: " , ")
+  template "Part 1: {fruits} Count 1:"
+  answer " 3"
+  corrupt other { item = other(item) }
+}
+
+prompts blank {
+  template "Part 1: thing Count 1:"
+}
+
+experiment cie {
+  model toy
+  prompts fruit.train limit 4
+  from clean into fewer
+  patch layer * head * at last token
+  measure logit(answer) as delta
+}
+
+experiment places {
+  model toy
+  prompts fruit limit 4
+  ablate embed at token * align left with zero
+  measure logit(answer) as delta
+}
+
+experiment example {
+BODY
+}
+"""
+"""A file for what stands in an experiment."""
+
+PROMPTS = """\
+mech 1
+model toy = zoo("counting")
+prompts example {
+LINES
+}
+experiment e {
+  prompts example limit 2
+  measure entropy as raw
+}
+"""
+MODELS = ('model toy = zoo("counting")', 'model twin = zoo("counting")')
+LINES = (
+    "model toy",
+    "prompts fruit limit 16",
+    "from clean into other",
+    "patch layer * head * at last-item token",
+    "measure logit(answer) as delta",
+)
+"""An experiment; a line that begins like the example gives way to it."""
+GRID = "patch layer * head * at each item token"
+BLOCK = (
+    "count in 3..9",
+    'item in ["apple", "pear", "plum", "fig"]',
+    'fruits = list(item, count, sep: " ")',
+    'template "Part 1: {fruits} Count 1:"',
+    'answer " {count}"',
+)
+RECORDS = ('template "{prompt}"', 'answer " {n}"')
+RULES = ("patch", "ablate", "replace", "swap", "freeze", "set", "block", "reweight", "path")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table."""
+
+    example: str
+    meaning: str
+    source: str
+    test: str
+    file: str
+    """The example in a file."""
+    absent: bool = False
+    """A site that the model of the file doesn't have: it only has to parse."""
+
+    @property
+    def at(self) -> int:
+        """Where the example begins in its file."""
+        return self.file.index(self.example)
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    intro: str
+    lines: tuple[Line, ...]
+
+
+def in_experiment(*lines: str, default: tuple[str, ...] = LINES) -> str:
+    """A file with an experiment of these lines, and the default for what they leave out."""
+    firsts = {line.split()[0] for line in lines}
+    ruled = bool(firsts & {*RULES, "for", "observe"})
+    kept = [
+        line
+        for line in default
+        if line.split()[0] not in firsts - {"for"} and not (ruled and line.startswith("patch"))
+    ]
+    order = ("model", "prompts", "from")
+    body = sorted(
+        (*kept, *lines), key=lambda line: order.index(w) if (w := line.split()[0]) in order else 9
+    )
+    return BASE.replace("TOP", "\n".join(MODELS)).replace(
+        "BODY", "\n".join(f"  {line}" for line in body)
+    )
+
+
+def in_block(*lines: str) -> str:
+    """A file with a prompts block of these lines, and the default for what they leave out."""
+    text = " ".join(lines)
+    default = RECORDS if "facts.jsonl" in text else BLOCK
+    names = {line.split()[0] for line in lines}
+    kept = [line for line in default if line.split()[0] not in names]
+    return PROMPTS.replace("LINES", "\n".join(f"  {line}" for line in (*lines, *kept)))
+
+
+def on_top(example: str) -> str:
+    """A file with this statement."""
+    if example == "mech 1":
+        return in_experiment()
+    models = () if example.startswith("model") else MODELS[:1]
+    file = BASE.replace("TOP", "\n".join((*models, example)))
+    if example.startswith("use"):
+        return (
+            f"mech 1\n{example}\nexperiment e {{\n  prompts apples\n  measure entropy as raw\n}}\n"
+        )
+    model = re.match(r"model (\w+)", example)
+    if model is not None:
+        file = file.replace("model toy\n", f"model {model[1]}\n")
+    lines = (f"model {model[1]}" if model else LINES[0], *LINES[1:])
+    return file.replace("BODY", "\n".join(f"  {line}" for line in lines))
+
+
+def written(entry: Construct) -> str:
+    """The example of a construct in a file."""
+    beside = (entry.beside,) if entry.beside else ()
+    match entry.group:
+        case "file":
+            return on_top(entry.example)
+        case "prompts":
+            return in_block(entry.example, *beside)
+        case "position":
+            return in_experiment(f"ablate resid_post layer 1 at {entry.example} with zero", *beside)
+        case "site":
+            return in_experiment(f"patch {entry.example} at last token")
+        case _:
+            return in_experiment(entry.example, *beside)
+
+
+def of_group(group: Group) -> Iterator[Line]:
+    for _, entry in CONSTRUCTS.items():
+        if entry.group == group:
+            yield Line(entry.example, entry.meaning, entry.source, entry.test, written(entry))
+
+
+# --- the other registries ------------------------------------------------------------------
+
+FRAMEWORK = "Elhage et al. 2021, transformer-circuits.pub/2021/framework"
+ROTARY = "Su et al. 2021, arXiv 2104.09864"
+EXPERTS = "Shazeer et al. 2017, arXiv 1701.06538"
+SITE_SOURCES = {
+    "q": FRAMEWORK,
+    "k": FRAMEWORK,
+    "v": FRAMEWORK,
+    "q_rot": ROTARY,
+    "k_rot": ROTARY,
+    "pattern": FRAMEWORK,
+    "scores": FRAMEWORK,
+    "z": FRAMEWORK,
+    "head_out": FRAMEWORK,
+    "router": EXPERTS,
+    "expert_out": EXPERTS,
+}
+METRIC_EXAMPLES: dict[Takes, str] = {
+    "target": "{}(answer)",
+    "continuation": "{}(answer)",
+    "numerals": "{}(1..9)",
+    "reference": "{}(clean)",
+    "nothing": "{}",
+    "prompt": "{}",
+    "activations": "{}(L1.resid, clean)",
+    "rows": "{}",
+    "attention": "observe {} layer * from last token to first-item token",
+}
+EFFECT_SOURCES = {"recovery": PATCHING, "relative": CIRCUIT}
+NOT_HERE = ("router", "expert_out", "mixer_norm", "mixer_out")
+"""Sites that the model of the examples lacks."""
+
+
+def sites() -> Iterator[Line]:
+    for name, kind in SITES.items():
+        example = " ".join((name, *(f"{axis} *" for axis in kind.axes)))
+        yield Line(
+            example,
+            f"{_sentence(kind.meaning)} {_vector(kind)}",
+            SITE_SOURCES.get(name, OWN),
+            "tests/families/test_rows.py",
+            in_experiment(f"patch {example} at last token"),
+            absent=name in NOT_HERE,
+        )
+
+
+def _vector(kind: SiteKind) -> str:
+    return _sentence(kind.shape) if kind.width == "one" else f"Shape `{kind.shape}`."
+
+
+def metrics() -> Iterator[Line]:
+    for name, entry in METRICS.items():
+        for form in entry.forms.values():
+            example = METRIC_EXAMPLES[form.takes].format(name)
+            observed = example.startswith("observe")
+            line = example if observed else f"measure {example} as raw"
+            kind = "; a category" if form.kind == "category" else ""
+            yield Line(
+                example,
+                f"{_sentence(form.meaning)} In {form.unit}{kind}.",
+                _of_docstring(form),
+                "tests/rules/test_attention.py" if observed else "tests/results/test_metrics.py",
+                in_experiment(line, LINES[4]) if observed else in_experiment(line),
+            )
+
+
+def _of_docstring(form: Form) -> str:
+    found = re.search(r"^ *source: (.*?)(?:, for .*)?$", form.function.__doc__ or "", re.M)
+    return found[1] if found else OWN
+
+
+def effects() -> Iterator[Line]:
+    for name, effect in EFFECTS.items():
+        formula = effect.formula
+        if effect.per_prompt_formula:
+            formula += f"; `{name} per prompt`: {effect.per_prompt_formula}"
+        yield Line(
+            f"measure logit(answer) as {name}",
+            f"{_sentence(effect.meaning)} {formula}.",
+            EFFECT_SOURCES.get(name, OWN),
+            "tests/execute/test_effects.py",
+            in_experiment(f"measure logit(answer) as {name}"),
+        )
+
+
+def reports() -> Iterator[Line]:
+    for _, kind in REPORTS.items():
+        if kind.supported:
+            lines = (GRID, LINES[4], "measure argmax(1..9) as raw", kind.example)
+            yield Line(
+                kind.example,
+                _sentence(kind.meaning),
+                OWN,
+                "tests/results/test_reports.py",
+                in_experiment(*lines),
+            )
+
+
+def changes() -> Iterator[Line]:
+    for _, change in CHANGES.items():
+        example = change.usage.replace("subject", "fruits").replace("{counterfactual}", "{fruits}")
+        if change.name == "swap":
+            example = "swap count, number"
+        values = ("number in 3..9",) if change.name == "swap" else ()
+        yield Line(
+            example,
+            _sentence(change.meaning),
+            TRACING if change.stage == "activations" else OWN,
+            "tests/execute/test_noise.py" if change.stage == "activations" else _ROWS,
+            in_block(*values, f"corrupt changed {{ {example} }}"),
+        )
+    for _, noise in NOISES.items():
+        yield Line(
+            noise.usage,
+            f"{_sentence(noise.meaning)} `3 sd` is three standard deviations, one scalar, of the "
+            "embeddings of the named tokens over all rows before `limit`; `samples` averages the "
+            "metric over that many draws.",
+            TRACING,
+            "tests/execute/test_noise.py",
+            in_block(f"corrupt noised {{ add {noise.usage} to embed at fruits tokens }}"),
+        )
+
+
+_ROWS = "tests/data/test_rows.py"
+
+
+def _sentence(text: str) -> str:
+    quoted = text.startswith("`")
+    return (text if quoted else text[0].upper() + text[1:]) + "."
+
+
+# --- the page ------------------------------------------------------------------------------
+
+
+def sections() -> list[Section]:
+    return [
+        Section("The file", "Statements at the outermost level.", tuple(of_group("file"))),
+        Section("Prompts", "Lines of a `prompts` block.", tuple(of_group("prompts"))),
+        Section("Changes", "Lines of a `corrupt` block.", tuple(changes())),
+        Section("Positions", "What stands behind `at`.", tuple(of_group("position"))),
+        Section("Coordinates", "How sites are written.", tuple(of_group("site"))),
+        Section("Sites", "The components.", tuple(sites())),
+        Section("Rules", "What an experiment does.", tuple(of_group("rule"))),
+        Section(
+            "Results of other experiments",
+            "Where a site or tokens can stand, `top n of EXPERIMENT` can too.",
+            tuple(of_group("onward")),
+        ),
+        Section("Experiments", "The other lines.", tuple(of_group("experiment"))),
+        Section("Metrics", "What `measure` and `keep` read.", tuple(metrics())),
+        Section("Effects", "What stands behind `as`.", tuple(effects())),
+        Section("Reports", "What stands behind `report`.", tuple(reports())),
+        Section("Expectations", "What has to hold.", tuple(of_group("expectation"))),
+    ]
+
+
+def page() -> str:
+    return "\n".join([INTRO, *map(_table, sections())])
+
+
+def _table(section: Section) -> str:
+    rows = [("example", "meaning", "source", "test"), ("---",) * 4]
+    rows += [
+        (f"`{_cell(line.example)}`", _cell(line.meaning), line.source, f"`{line.test}`")
+        for line in section.lines
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"## {section.title}\n\n{section.intro}\n\n{table}\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,102 @@
+"""The page of the language is fresh, complete, and its examples are right."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from mechdsl.check import Settings, check_source
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.render import render_full
+from mechdsl.lower.statements import LATER
+from mechdsl.source import Source
+from mechdsl.syntax import ast
+from mechdsl.syntax.parse import parse
+from mechdsl.syntax.walk import walk
+
+from .page import PAGE, Line, page, sections
+
+ROOT = Path(__file__).parents[2]
+LINES = [(section.title, line) for section in sections() for line in section.lines]
+IDS = [f"{title}: {line.example}" for title, line in LINES]
+REFUSED_IN_THE_FILE: set[type[ast.Node]] = {ast.DirectionDef, ast.BasisDef}
+"""Statements of the outermost level that are E0108."""
+REFUSED_IN_PROMPTS: set[type[ast.Node]] = {ast.Chat, ast.ImageLine, ast.Region, ast.Blur}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples refer to."""
+    folder = tmp_path_factory.mktemp("language")
+    shutil.copy(ROOT / "tests" / "python_files" / "functions.py", folder)
+    records = [
+        {"prompt": "Part 1: apple Count 1:", "object": "apple", "n": 3},
+        {"prompt": "Part 1: pear Count 1:", "object": "pear", "n": 4},
+    ]
+    (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    (folder / "common").mkdir()
+    (folder / "common" / "fruit.mech").write_text(
+        'mech 1\nmodel toy = zoo("counting")\n'
+        'prompts apples { x in ["apple", "pear"] template "Part 1: {x} Count 1:" }\n',
+        encoding="utf-8",
+    )
+    for step in (1, 2):
+        model = Path(str(files("mechdsl"))) / "zoo" / "counting"
+        (folder / "runs").mkdir(exist_ok=True)
+        (folder / "runs" / f"step-{step}").symlink_to(model, target_is_directory=True)
+    return folder
+
+
+def test_the_page_is_fresh() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `make language`"
+
+
+@pytest.mark.parametrize(("title", "line"), LINES, ids=IDS)
+def test_the_example_is_right(title: str, line: Line, folder: Path) -> None:
+    source = Source(line.file, folder / "example.mech")
+    tree, problems = parse(source)
+    assert not problems, render_full(problems)
+    assert tree.statements
+    found = check_source(source, Settings(python="look")).diagnostics
+    if line.absent:
+        assert {d.code for d in found if d.severity == "error"} <= {"E0402", "E0413", "E0414"}
+    else:
+        assert not has_errors(found), f"{line.file}\n{render_full(found)}"
+
+
+@pytest.mark.parametrize(("title", "line"), LINES, ids=IDS)
+def test_the_row_is_complete(title: str, line: Line) -> None:
+    assert (ROOT / line.test).is_file(), line.test
+    assert line.source
+    assert line.meaning.endswith(".")
+    assert line.example in line.file
+
+
+def test_every_statement_has_a_row_or_is_refused() -> None:
+    shown = {type(node) for _, line in LINES for node in _inside(line)}
+    wanted: set[type[ast.Node]] = {
+        *get_args(ast.RuleBody),
+        *get_args(ast.Statement),
+        *get_args(ast.TopLevel),
+        *get_args(ast.DataLine),
+        *get_args(ast.Change),
+    }
+    refused = {*LATER, *REFUSED_IN_THE_FILE, *REFUSED_IN_PROMPTS}
+    assert wanted - shown - refused == set()
+    assert shown & refused == set()
+
+
+def _inside(line: Line) -> list[ast.Node]:
+    """The nodes that the example itself consists of."""
+    tree, _ = parse(Source(line.file))
+    begin, end = line.at, line.at + len(line.example)
+    return [
+        node
+        for node in walk(tree)
+        if isinstance(node, ast.Node) and begin <= node.span.start and node.span.end <= end
+    ]
