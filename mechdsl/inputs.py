@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.batch import Batch
-from mechdsl.hooks import call
+from mechdsl.calls import call
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.adapters import Family, Inputs, family_of
 from mechdsl.taps import given_to

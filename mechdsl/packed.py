@@ -28,6 +28,7 @@ from mechdsl.attention import (
     own_function,
 )
 from mechdsl.batch import on_device
+from mechdsl.calls import call, chosen, narrowed, text_inputs
 from mechdsl.columns import Ints
 from mechdsl.front import entering, placed, prompt_of
 from mechdsl.hooks import (
@@ -35,10 +36,6 @@ from mechdsl.hooks import (
     SiteRead,
     SiteWork,
     SiteWrite,
-    call,
-    chosen,
-    narrowed,
-    text_inputs,
 )
 from mechdsl.kept import Kept, parts
 from mechdsl.loaded import LoadedModel

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.batch import Batch
-from mechdsl.hooks import bare_logits, call, narrowed, text_inputs
+from mechdsl.calls import bare_logits, call, narrowed, text_inputs
 from mechdsl.inputs import config_of, pictures, tokens_seen, with_images, with_sounds
 from mechdsl.loaded import Calling, LoadedModel, Stack
 from mechdsl.models.anatomy import Tap

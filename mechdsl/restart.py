@@ -16,6 +16,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mechdsl.vocab.sites import WITHIN_ATTENTION
+
 Mask: TypeAlias = NDArray[np.bool_]
 """[row, column]"""
 Places: TypeAlias = Mapping[tuple[str, int | None], Mask]
@@ -26,8 +28,7 @@ INSIDE_MLP = ("router", "expert_out", "mlp_hidden")
 """Sites that are passed while the MLP runs, on the tokens that it runs on."""
 
 
-WITHIN = ("q_rot", "k_rot", "scores", "pattern")
-OF_ATTENTION = ("q", "k", "v", *WITHIN)
+OF_ATTENTION = ("q", "k", "v", *WITHIN_ATTENTION)
 """Sites that are there where queries, keys and values are computed; the last four where tokens
 attend."""
 BEHIND = 1 << 30
@@ -154,7 +155,7 @@ def block_work(
         changed = entered | at["resid_pre"]
         normed = changed | at["attn_norm"] | at["mixer_norm"]
         attended_to = normed | at["k"] | at["v"] | at["k_rot"]
-        asked = np.logical_or.reduce([none, *(read.get(site, none) for site in WITHIN)])
+        asked = np.logical_or.reduce([none, *(read.get(site, none) for site in WITHIN_ATTENTION)])
         attend = normed | at["q"] | at["q_rot"] | at["scores"] | at["pattern"]
         attend = (attend | rows.reached(attended_to, causal=causal)) & needed | asked
         attend = attend & rows.real

@@ -107,6 +107,8 @@ class _Change:
     """[K, key position], for written vectors."""
     starts: Tensor | None = None
     """[K] column of position 0, for written vectors."""
+    add: bool = False
+    """They are added to what is there."""
 
 
 @dataclass(eq=False)
@@ -117,10 +119,10 @@ class LayerWork:
     """[lane] column of each prompt's first token."""
     width: int
     """Key positions of a vector over keys."""
-    rotated: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(
+    rotated: dict[str, list[tuple[Tensor, Tensor, Tensor, bool]]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    """q_rot, k_rot → (token, head, vectors)."""
+    """q_rot, k_rot → (token, head, vectors, whether they are added)."""
     changes: list[_Change] = field(default_factory=list[_Change])
     wanted: frozenset[str] = frozenset()
     found: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -137,8 +139,9 @@ class LayerWork:
         writes = self.rotated.get(site, ())
         if writes:
             vectors = vectors.clone()
-        for token, head, values in writes:
-            vectors[head.to(vectors.device), token.to(vectors.device)] = values.to(vectors)
+        for token, head, values, add in writes:
+            index = head.to(vectors.device), token.to(vectors.device)
+            vectors.index_put_(index, values.to(vectors), accumulate=add)
             self.done += len(token)
         if site in self.wanted:
             self.found[site] = vectors.transpose(0, 1).clone()
@@ -148,7 +151,6 @@ class LayerWork:
         """Change masked scores [lane, key-value head, head of it, row, query, key] in place, and
         give the sink's [… , 1] as it is then."""
         self.seen = _seen(scores)
-        self._keep("scores", group, scores.masked_fill(~self.seen, 0))
         for change in self.changes:
             if change.change == "pattern":
                 continue
@@ -167,6 +169,7 @@ class LayerWork:
                     sink = sink.clone()
                     sink[index] = beside
             scores[index] = rows
+        self._keep("scores", group, scores.masked_fill(~self.seen, 0))
         return sink
 
     def weighed(self, group: Tokens, weights: Tensor) -> Tensor:
@@ -228,7 +231,8 @@ class LayerWork:
         column = torch.arange(rows.shape[1])[None] + self._first(group)
         position = column - change.starts[own][:, None]
         inside = position.clamp(0, change.values.shape[1] - 1)
-        return change.values[own].to("cpu").gather(1, inside).to(rows)
+        found = change.values[own].to("cpu").gather(1, inside).to(rows)
+        return rows + found if change.add else found
 
     def _keep(self, site: str, group: Tokens, found: Tensor) -> None:
         """Keep what is read, by key position."""
@@ -266,29 +270,39 @@ def layer_work(
     starts: Tensor,
     width: int,
     *,
-    writes: Sequence[tuple[str, Tensor, Tensor, Tensor, Tensor]],
+    writes: Sequence[tuple[str, Tensor, Tensor, Tensor, Tensor, bool]],
     edges: Sequence[EdgeWrite],
     reads: Sequence[str],
 ) -> LayerWork:
     """What is done in one layer.
 
-    tokens: second dimension of the model's tensors. writes: (site, rows, positions, units, values).
+    tokens: second dimension of the model's tensors. writes: (site, rows, positions, units, values,
+        whether they are added).
     """
     work = LayerWork(starts.cpu(), width, wanted=frozenset(reads) & set(WITHIN_ATTENTION))
-    for site, rows, positions, units, values in writes:
+    for site, rows, positions, units, values, add in writes:
         first, second, there = frame.locate(site, layer, "", rows, positions)
         token = (first * tokens + second)[there].cpu()
         kept = there.to(values.device)
         if site in ("q_rot", "k_rot"):
-            work.rotated[site].append((token, units[there].cpu(), values[kept]))
+            work.rotated[site].append((token, units[there].cpu(), values[kept], add))
             work.due += len(token)
             continue
         work.due += len(token)
         begin = frame.columns(rows, torch.zeros_like(positions)).cpu()[there.cpu()]
         none = torch.zeros(0, dtype=torch.long)
-        change = "scores" if site == "scores" else "pattern"
         work.changes.append(
-            _Change(token, units[there].cpu(), change, none, none, none, values[kept].cpu(), begin)
+            _Change(
+                token,
+                units[there].cpu(),
+                "scores" if site == "scores" else "pattern",
+                none,
+                none,
+                none,
+                values[kept].cpu(),
+                begin,
+                add,
+            )
         )
     for edge in edges:
         first, second, there = frame.locate("pattern", layer, "", edge.rows, edge.queries)

@@ -129,7 +129,8 @@ class RepeatedStatement(Diagnostic):
     code = "E0209"
     title = "`{what}` stands twice in `{block}`"
     label = "the first one is on line {first}"
-    help = "keep one of them"
+    help = "{hint}"
     what: str
     block: str
     first: int
+    hint: str = "keep one of them"

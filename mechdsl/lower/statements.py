@@ -38,6 +38,13 @@ LATER: dict[type[ast.Node], str] = {
 }
 
 
+# Of which several stand in one statement.
+LISTED: dict[type[ast.Node], str] = {
+    ast.FromInto: "keep one of them; several runs are a list: `from A, B into C`",
+    ast.UseModel: "keep one of them; several models are a list: `model A, B`",
+}
+
+
 class Statements:
     """Collects the statements of one experiment."""
 
@@ -108,6 +115,7 @@ class Statements:
                     what=what,
                     block=self.definition.name.id,
                     first=seen[0].span.line,
+                    hint=LISTED.get(type(statement), "keep one of them"),
                 )
             )
         else:

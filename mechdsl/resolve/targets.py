@@ -210,8 +210,12 @@ def _across(
     at: ast.Positions, onto: ast.Positions, run: str, values: Values, work: Work
 ) -> Found | None:
     """Read at some positions of `run`, written at others of the base run."""
+    said = len(work.diagnostics)
+    base = work.experiment.base
     sources = _cells(at, run, values, work)
-    cells = _cells(onto, work.experiment.base, values, work)
+    cells = _cells(onto, base, values, work)
+    if sources is None and cells is None and run != base:
+        _exchangeable(at, onto, run, values, work, said)
     if sources is None or cells is None:
         return None
     if len(cells) not in (1, len(sources)) and len(sources) > 1:
@@ -233,6 +237,19 @@ def _across(
         item = source.item if source.item is not None else cell.item
         pairs.append(_common(replace(cell, label=label, item=item), source))
     return _checked(pairs, at, run, tuple(pair[0].label for pair in pairs), work)
+
+
+def _exchangeable(
+    at: ast.Positions, onto: ast.Positions, run: str, values: Values, work: Work, said: int
+) -> None:
+    """Where each side has the position of the other, one message instead of two."""
+    base, now = work.experiment.base, len(work.diagnostics)
+    fits = _cells(at, base, values, work) and _cells(onto, run, values, work)
+    del work.diagnostics[now:]
+    first = next((d for d in work.diagnostics[said:] if isinstance(d, AbsentOccurrence)), None)
+    if fits and first is not None:
+        hint = f"`{run}` is read here and `{base}` is written: exchange the positions, or the runs"
+        work.diagnostics[said:] = [replace(first, hint=hint)]
 
 
 def _exchanged(

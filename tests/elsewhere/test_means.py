@@ -1,4 +1,4 @@
-"""`ablate … with mean of BLOCK`: the mean over the rows of another block, however many there are."""
+"""`ablate … with mean of BLOCK`: over the rows of another block, however many there are."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.passes import PASSES
 from mechdsl.pipeline import RunOptions
 from mechdsl.plan import PLAN_PASSES
+from mechdsl.results.experiment import ExperimentResult
 
 from . import support
 
@@ -197,9 +198,36 @@ def experiments(draw: Any) -> str:
             count = draw(st.integers(1, 3))
             lines = [draw(rules(swept=number == 0)) for number in range(count)]
     measures = draw(st.lists(st.sampled_from(MEASURES), min_size=1, max_size=2, unique=True))
-    return MORE + support.experiment(
-        "e", "prompts p", f"from {source} into {base}", *lines, *measures
+    against = draw(st.sampled_from(["", "", "", "against random(3)"]))
+    text = MORE + support.experiment(
+        "e", "prompts p", f"from {source} into {base}", *lines, *measures, against
     )
+    return text + (draw(onward()) if draw(st.integers(0, 3)) == 0 else "")
+
+
+@st.composite
+def onward(draw: Any) -> str:
+    """Experiments that act where others had the largest effects, which are far from zero."""
+    measure = "measure logit(answer) - logit(wrong) as delta"
+    heads = "ablate z layer * head * at tokens * with zero"
+    words = "ablate embed at token 1..4 with zero"
+    first = support.experiment("heads", "prompts p", heads, measure)
+    second = support.experiment("words", "prompts p", words, measure)
+    at = draw(positions())
+    rule = draw(
+        st.sampled_from(
+            [
+                f"ablate top {draw(st.integers(1, 5))} of heads at {at} with mean",
+                f"ablate top 25% of heads at {at} with zero",
+                "ablate resid_pre layer * at top 2 of words tokens with zero",
+                "ablate embed at tokens except top 50% of words tokens with zero",
+                "for k in 0%..100% step 50% { ablate embed at top k of words tokens with zero }",
+                "block attention layer * from last token to top 2 of words tokens",
+            ]
+        )
+    )
+    last = support.experiment("then", "prompts p", rule, draw(st.sampled_from(MEASURES)))
+    return first + second + last
 
 
 @st.composite
@@ -222,7 +250,13 @@ def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
         event("refused: " + next(d.code for d in problems if d.severity == "error"))
         return
     event("run: " + text.split("from ")[1].splitlines()[1].split()[0])
-    (one,), (other,) = plain.experiments, planned.experiments
+    event(f"experiments: {len(plain.experiments)}, against: {'against' in text}")
+    for one, other in zip(plain.experiments, planned.experiments, strict=True):
+        same(one, other, text)
+
+
+def same(one: ExperimentResult, other: ExperimentResult, text: str) -> None:
+    """Two results are equal, to 1e-4 and 1e-3 of the effect; so are their null bands."""
     assert one.cells == other.cells
     for expected, found in zip(one.measures, other.measures, strict=True):
         assert np.array_equal(np.isnan(expected.patched), np.isnan(found.patched))
@@ -232,6 +266,12 @@ def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
         limit = support.RELATIVE * np.maximum(effect, support.SMALL)
         good = np.isnan(error) | np.isnan(effect) | (error <= limit)
         assert good.all(), f"{text}\n{np.nanmax(error / np.maximum(effect, support.SMALL))}"
+    for expected, found in zip(one.controls, other.controls, strict=True):
+        assert (expected is None) == (found is None)
+        if expected is not None and found is not None:
+            for name in ("low", "mean", "high"):
+                a, b = getattr(expected, name), getattr(found, name)
+                np.testing.assert_allclose(a, b, atol=support.ABSOLUTE, rtol=support.RELATIVE)
 
 
 QUIET = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large)

@@ -20,12 +20,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from mechdsl.batch import Batch, gather
+from mechdsl.calls import bare_logits
 from mechdsl.diagnostics.w07_models import NotRestartable
-from mechdsl.hooks import SiteRead, SiteWrite, bare_logits, run_whole
+from mechdsl.hooks import SiteRead, SiteWrite, run_whole
 from mechdsl.kept import Kept, keeping
 from mechdsl.load import adopt
 from mechdsl.loaded import LoadedModel
 from mechdsl.packed import run_packed
+from mechdsl.vocab.sites import WITHIN_ATTENTION
 
 from . import reference
 from .build import VOCABULARY, model
@@ -554,7 +556,9 @@ class _Walk:
                 rowed = (
                     reference.sites(stacks[name], layer, main=not name) if name in stacks else []
                 )
-                offered = {s for s in shape.sites if shape.has(s, layer)} if shape else set()
+                # Those within attention have a reference of their own, in tests/rules.
+                known = shape.sites - set(WITHIN_ATTENTION) if shape else frozenset[str]()
+                offered = {s for s in known if shape is not None and shape.has(s, layer)}
                 for site in dict.fromkeys([*rowed, *sorted(offered)]):
                     if layer and site in reference.WITHOUT_LAYER:
                         continue

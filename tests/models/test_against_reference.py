@@ -24,7 +24,7 @@ from mechdsl.loaded import LoadedModel
 from mechdsl.models.anatomy import Anatomy, Layout, Tap
 from mechdsl.packed import run_packed
 from mechdsl.restart import Shortcuts
-from mechdsl.vocab.sites import stop_layer
+from mechdsl.vocab.sites import WITHIN_ATTENTION, stop_layer
 
 from . import families, reference
 
@@ -352,7 +352,7 @@ def test_every_site_is_read_as_by_hand(loaded: dict[str, LoadedModel], family: s
 
 def test_available_sites_are_the_models(loaded: dict[str, LoadedModel]) -> None:
     for family in families.VERIFIED:
-        assert loaded[family].shape.sites == set(available(family))
+        assert loaded[family].shape.sites == {*available(family), *WITHIN_ATTENTION}
 
 
 def in_all(anatomy: Anatomy, site: str) -> Tap:

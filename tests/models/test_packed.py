@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.attention import Group, KeptAttention, attend
+from mechdsl.calls import bare_logits
 from mechdsl.hooks import (
     Batch,
     ReadMismatch,
     SiteRead,
     SiteWrite,
-    bare_logits,
     clean_model_check,
     run_whole,
 )

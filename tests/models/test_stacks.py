@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.batch import Batch
+from mechdsl.calls import bare_logits
 from mechdsl.diagnostics import Diagnostic
-from mechdsl.hooks import SiteRead, SiteWrite, bare_logits, clean_model_check, run_whole
+from mechdsl.hooks import SiteRead, SiteWrite, clean_model_check, run_whole
 from mechdsl.inputs import image_token
 from mechdsl.kept import keeping
 from mechdsl.load import adopt
