@@ -79,7 +79,7 @@ def collect(
         model=model.name,
         axes=tuple(axis.name for axis in experiment.axes),
         aliases={axis.alias: axis.name for axis in experiment.axes if axis.alias is not None},
-        cells=tuple(compress(cell_keys(experiment), there)),
+        cells=tuple(cell_keys(experiment)),
         measures=tuple(measures),
         runs={
             run: {m.label: values[n].mean(axis=0) for n, m in enumerate(experiment.measures)}

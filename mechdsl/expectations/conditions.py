@@ -32,15 +32,21 @@ def place_of(cell: CellKey) -> tuple[Coordinates, set[str]]:
     name shows, and its components (several where rules act together)."""
     found: Coordinates = {}
     components: set[str] = set()
-    parts = [match for each in cell.site.split(" + ") if (match := _SITE.fullmatch(each))]
-    for part in parts:
-        components.add(part["name"])
-        if len(parts) > 1:
-            continue
-        if (part["layer"] or "").isdigit():
-            found["layer"] = int(part["layer"])
-        if part["unit"] and part["index"].isdigit():
-            found[_UNITS[part["unit"]]] = int(part["index"])
+    rules = cell.site.split(" + ")
+    for rule in rules:
+        # `L0H2.z → L1H1.k`: a path is at its sender, and its receiver has axes of its own.
+        for written, prefix in zip(rule.split(" → "), ("", "to_"), strict=False):
+            part = _SITE.fullmatch(written)
+            if part is None:
+                continue
+            if not prefix:
+                components.add(part["name"])
+            if len(rules) > 1:
+                continue
+            if (part["layer"] or "").isdigit():
+                found[f"{prefix}layer"] = int(part["layer"])
+            if part["unit"] and part["index"].isdigit():
+                found[prefix + _UNITS[part["unit"]]] = int(part["index"])
     return {**found, **cell.coords}, components
 
 
