@@ -10,11 +10,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.data.types import PositionCell
+from mechdsl.resolve.types import SitePoint
 
 Ints: TypeAlias = NDArray[np.int64]
 
+EVERY = -1
+"""Stands for all units of a site, in columns of units."""
 NO_TOKEN = int(np.iinfo(np.int64).max)
 """The first token of nothing."""
+
+
+def counted(counts: Ints) -> tuple[Ints, Ints]:
+    """(index into counts, 0..count-1) for each of so many, in order."""
+    index = np.repeat(np.arange(len(counts)), counts)
+    return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def units_of(points: Sequence[SitePoint]) -> Ints:
+    """[point] head or neuron, `EVERY` where a point stands for all of them."""
+    return np.array([EVERY if p.unit is None else p.unit for p in points], dtype=np.int64)
+
+
+def each_unit(unit: Ints, count: int) -> tuple[Ints, Ints]:
+    """(index into unit, head or neuron): `EVERY` once for each of `count` units."""
+    every = unit == EVERY
+    index, within = counted(np.where(every, count, 1))
+    return index, np.where(every[index], within, unit[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +57,7 @@ class Ragged:
 
     def expand(self, keys: Ints) -> tuple[Ints, Ints]:
         """(index into keys, value) for every value of every key, in order."""
-        counts = self.counts(keys)
-        index = np.repeat(np.arange(len(keys)), counts)
-        within = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+        index, within = counted(self.counts(keys))
         return index, self.values[self.offsets[keys][index] + within]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.columns import Ints
+from mechdsl.columns import Ints, counted
 from mechdsl.hooks import SiteRead
 from mechdsl.lanes import Lanes
 from mechdsl.models.shape import units, width
@@ -121,9 +121,7 @@ def _add(
     for draw in range(lanes.draws):
         lane = lanes.lane(prompt[index], np.full(len(index), draw))
         row, token = plan.averaged.tokens.expand(run)
-        token_counts = plan.averaged.tokens.counts(run)
-        starts = np.cumsum(token_counts) - token_counts
-        slot = np.arange(len(row)) - np.repeat(starts, token_counts)
+        _, slot = counted(plan.averaged.tokens.counts(run))
         at = torch.from_numpy(positions[index][row])
         group = torch.from_numpy(groups[prompt[index]][row])
         for place, total in sums.items():

@@ -83,8 +83,17 @@ def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) ->
     found = np.full(len(rows), bool(rules), dtype=np.bool_)
     for one, plan in zip(inert, rules, strict=True):
         run = plan.written.run(plan.position_of_cell[rows.cell], rows.prompt, rows.alternative)
-        found &= one.runs[one.where[plan.site_of_cell[rows.cell]], run]
+        dead = one.runs[one.where[plan.site_of_cell[rows.cell]], run]
+        if _changes_edges(plan) and plan.keys is not None and plan.key_of_cell is not None:
+            key = plan.keys.run(plan.key_of_cell[rows.cell], rows.prompt, rows.alternative)
+            dead |= plan.keys.tokens.counts(key) == 0
+        found &= dead
     return found
+
+
+def _changes_edges(plan: RulePlan) -> bool:
+    """Whether it changes edges to keys, of which there may be none."""
+    return plan.rule.fill == "edge"
 
 
 def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -> Mask:
@@ -95,7 +104,14 @@ def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -
         dead = np.ones((3, len(plan.positions)), dtype=np.bool_)
         for where in range(3):
             np.logical_and.at(dead[where], key // plan.written.prompts, one.runs[where, run])
-        found &= dead[one.where[plan.site_of_cell], plan.position_of_cell]
+        own = dead[one.where[plan.site_of_cell], plan.position_of_cell]
+        if _changes_edges(plan) and plan.keys is not None and plan.key_of_cell is not None:
+            key, run = plan.keys.runs.expand(np.arange(len(plan.keys.runs.offsets) - 1))
+            none = np.ones(int(plan.key_of_cell.max()) + 1, dtype=np.bool_)
+            empty = plan.keys.tokens.counts(run) == 0
+            np.logical_and.at(none, key // plan.keys.prompts, empty)
+            own |= none[plan.key_of_cell]
+        found &= own
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.columns import Ints
+from mechdsl.columns import Ints, each_unit, units_of
 from mechdsl.hooks import SiteRead
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.packed import Places
@@ -60,18 +60,12 @@ def look(plan: RulePlan, rows: Rows, at: Ints, shape: ModelShape) -> Look:
     index, point = plan.points.expand(plan.site_of_cell[rows.cell][row])
     row, query = row[index], query[index]
     layers = np.array([p.layer for p in plan.point_table], dtype=np.int64)[point]
-    unit = np.array([-1 if p.unit is None else p.unit for p in plan.point_table])[point]
+    unit = units_of(plan.point_table)[point]
     places: dict[SiteRead, Places] = {}
     parts: dict[SiteRead, tuple[Ints, Ints, Ints, Ints, Ints]] = {}
     for layer in np.unique(layers).tolist():
         own = np.flatnonzero(layers == layer)
-        heads = units(shape, "pattern", layer)
-        every = unit[own] < 0
-        repeats = np.where(every, heads, 1)
-        again = np.repeat(np.arange(len(own)), repeats)
-        ends = np.cumsum(repeats)
-        within = np.arange(len(again)) - np.repeat(ends - repeats, repeats)
-        head = np.where(every[again], within, unit[own][again])
+        again, head = each_unit(unit[own], units(shape, "pattern", layer))
         own = own[again]
         distinct, place = np.unique(
             np.stack([at[row[own]], query[own]]), axis=1, return_inverse=True

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.columns import Ints
+from mechdsl.columns import Ints, counted
 from mechdsl.data.types import Run
 from mechdsl.fillings import Fillings
 from mechdsl.gauge import Gauge, Reading
@@ -403,7 +403,7 @@ def _by_row(places: Places, rows: int, lengths: Ints) -> tuple[Ints, Ints]:
     order = np.argsort(places[0], kind="stable")
     counts = np.bincount(places[0], minlength=rows)
     slots = np.empty(len(order), dtype=np.int64)
-    slots[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    slots[order] = counted(counts)[1]
     at = np.repeat(lengths[:, None] - 1, max(1, int(counts.max(initial=1))), axis=1)
     at[places[0], slots] = places[1]
     return slots, at

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.columns import Ints
+from mechdsl.columns import Ints, counted, each_unit, units_of
 from mechdsl.hooks import Batch, SiteRead, SiteWrite, run_whole
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.shape import ModelShape, units
@@ -64,7 +64,7 @@ def received(
     table = plan.paths.table
     places = sorted({(p.site, p.layer) for p in table}, key=str)
     of_point = np.array([places.index((p.site, p.layer)) for p in table], dtype=np.int64)
-    unit_of = np.array([-1 if p.unit is None else p.unit for p in table], dtype=np.int64)
+    unit_of = units_of(table)
     reads: dict[SiteRead, Places] = {}
     back: dict[Place, tuple[Ints, Ints]] = {}
     for number, place in enumerate(places):
@@ -79,8 +79,8 @@ def received(
     found = run(rows.take(first), draws[first], held, reads)
     writes: list[SiteWrite] = []
     for place, (own, index) in back.items():
-        unit = unit_of[wanted.point[own]]
-        own, unit, index = _every_unit(own, unit, index, units(shape, *place))
+        again, unit = each_unit(unit_of[wanted.point[own]], units(shape, *place))
+        own, index = own[again], index[again]
         values = found[SiteRead(*place)]
         vectors = values[
             torch.from_numpy(index).to(values.device), torch.from_numpy(unit).to(values.device)
@@ -95,17 +95,6 @@ def _wanted(plan: RulePlan, rows: Rows, at: Ints) -> _Received:
     row, token = plan.written.tokens.expand(at)
     index, point = plan.paths.points.expand(plan.paths.pair_of_cell[rows.cell][row])
     return _Received(row[index], token[index], point)
-
-
-def _every_unit(own: Ints, unit: Ints, index: Ints, count: int) -> tuple[Ints, Ints, Ints]:
-    """One entry for each unit where a receiver stands for all of them."""
-    every = unit < 0
-    if not every.any():
-        return own, unit, index
-    repeats = np.where(every, count, 1)
-    again = np.repeat(np.arange(len(own)), repeats)
-    within = np.arange(len(again)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-    return own[again], np.where(every[again], within, unit[again]), index[again]
 
 
 # --- whole passes ---------------------------------------------------------------------------------
@@ -150,10 +139,8 @@ def _everywhere(
 ) -> SiteWrite:
     """What was read of these rows, at all tokens and units."""
     count = read.shape[2]
-    row = np.repeat(rows, lengths[rows] * count)
-    ends = np.cumsum(lengths[rows] * count)
-    within = np.arange(len(row)) - np.repeat(ends - lengths[rows] * count, lengths[rows] * count)
-    where = torch.from_numpy(row), torch.from_numpy(within // count)
+    index, within = counted(lengths[rows] * count)
+    where = torch.from_numpy(rows[index]), torch.from_numpy(within // count)
     unit = torch.from_numpy(within % count)
     columns = batch.columns(*where).to(read.device)
     values = read[where[0].to(read.device), columns, unit.to(read.device)]

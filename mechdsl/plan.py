@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mechdsl.columns import Hits, Ints, Ragged
+from mechdsl.columns import Hits, Ints, Ragged, counted
 from mechdsl.data.types import PromptTable, Run
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
@@ -158,9 +158,9 @@ class ExperimentPlan:
     def rows(self, prompts: Ints) -> Rows:
         """All rows on these prompts, ordered by cell and prompt."""
         flat = self._runs(prompts).ravel()
-        cell = np.repeat(np.repeat(np.arange(self.n_cells), len(prompts)), flat)
-        prompt = np.repeat(np.tile(prompts, self.n_cells), flat)
-        alternative = np.arange(len(cell)) - np.repeat(np.cumsum(flat) - flat, flat)
+        place, alternative = counted(flat)
+        cell = np.repeat(np.arange(self.n_cells), len(prompts))[place]
+        prompt = np.tile(prompts, self.n_cells)[place]
         return Rows(cell, prompt, alternative)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.columns import Ints
+from mechdsl.columns import Ints, counted, each_unit, units_of
 from mechdsl.fillings import Fillings
 from mechdsl.hooks import SiteRead, SiteWrite, gather
 from mechdsl.lanes import Lanes
@@ -61,8 +61,7 @@ def _entries(plan: RulePlan, rows: Rows, fillings: Fillings) -> _Entries:
     written_run = plan.written.run(position, rows.prompt, rows.alternative)
     read_run = plan.read.run(position, read_prompts(plan, rows, fillings), rows.alternative)
     row, written = plan.written.tokens.expand(written_run)
-    counts = plan.written.tokens.counts(written_run)
-    slot = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    _, slot = counted(plan.written.tokens.counts(written_run))
     read = plan.read.tokens.values[plan.read.tokens.offsets[read_run][row] + slot]
     index, point = plan.points.expand(plan.site_of_cell[rows.cell][row])
     return _Entries(row[index], written[index], read[index], slot[index], point)
@@ -92,15 +91,14 @@ def build_writes(
         ]
         places = sorted(set(pairs), key=str)
         place_of_point = np.array([places.index(pair) for pair in pairs], dtype=np.int64)
-        unit_of_point = np.array(
-            [-1 if p.unit is None else p.unit for p in rule.point_table], dtype=np.int64
-        )
+        unit_of_point = units_of(rule.point_table)
         own = place_of_point[entries.point]
         for index in np.unique(own):
             to, of = places[index]
             chosen = np.flatnonzero(own == index)
             unit = unit_of_point[entries.point[chosen]]
-            chosen, unit = _all_units(chosen, unit, units(shape, *to))
+            again, unit = each_unit(unit, units(shape, *to))
+            chosen = chosen[again]
             values = _values(
                 rule, number, of, entries, chosen, unit, rows, draws, lanes_of, fillings, shape
             )
@@ -121,10 +119,11 @@ def build_edges(plan: ExperimentPlan, rows: Rows, shape: ModelShape) -> list[Edg
         row, query = rule.written.tokens.expand(queries)
         index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
         layer = np.array([p.layer for p in rule.point_table], dtype=np.int64)[point]
-        unit = np.array([-1 if p.unit is None else p.unit for p in rule.point_table])[point]
+        unit = units_of(rule.point_table)[point]
         for at in np.unique(layer):
             chosen = np.flatnonzero(layer == at)
-            chosen, head = _all_units(chosen, unit[chosen], units(shape, "pattern", int(at)))
+            again, head = each_unit(unit[chosen], units(shape, "pattern", int(at)))
+            chosen = chosen[again]
             row_of = row[index[chosen]]
             entry, key = rule.keys.tokens.expand(keys[row_of])
             found.append(
@@ -140,17 +139,6 @@ def build_edges(plan: ExperimentPlan, rows: Rows, shape: ModelShape) -> list[Edg
                 )
             )
     return found
-
-
-def _all_units(chosen: Ints, unit: Ints, count: int) -> tuple[Ints, Ints]:
-    """Entries for every unit where a point stands for all of them."""
-    every = unit < 0
-    if not every.any():
-        return chosen, unit
-    repeats = np.where(every, count, 1)
-    index = np.repeat(np.arange(len(chosen)), repeats)
-    within = np.arange(len(index)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-    return chosen[index], np.where(every[index], within, unit[index])
 
 
 def _values(

@@ -416,6 +416,8 @@ class _Reader:
                 return Where(text, {axis: ((value.value, value.value),)})
             case _:
                 hint = f'write `{axis}: 2`, `{axis}: 2..4` or `{axis}: "…"`'
+                if isinstance(value, ast.Name):
+                    hint = f'write words in quotes: `{axis}: "{value.id}"`'
                 _unreadable(argument.span, "not a value of an axis", hint)
 
     def where(self, node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> Where:

@@ -257,6 +257,9 @@ class Onward:
         listed = ", ".join(f"{site.label} ({site.value:.3g})" for site in chosen[:SHOWN])
         more = f" … and {len(chosen) - SHOWN} more" if len(chosen) > SHOWN else ""
         said = f"{listed or 'nothing'}{more}; by mean {finding.measure}"
+        lowest = finding.sites[-1]
+        if chosen and lowest not in chosen and -lowest.value > abs(chosen[0].value):
+            said += f", signed: {lowest.label} ({lowest.value:.3g}) is larger, but below 0"
         if finding.cells > len(finding.sites):
             said += f", each of the {len(finding.sites)} sites by the best of its cells"
         self.picks[key] = said
@@ -362,7 +365,7 @@ class Onward:
         else:
             said = (
                 f"{_ends(least, most)} of {_ends(min(sizes), max(sizes))} tokens in each row, by "
-                f"the row's own {finding.measure}"
+                f"the row's own {finding.measure}, signed"
             )
             if finding.cells > len(_position_labels(finding.parts[0].experiment)):
                 said += ", each token by the best of its cells"

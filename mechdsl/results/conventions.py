@@ -33,6 +33,7 @@ def statistics_conventions(result: ExperimentResult, effects: Registry[Effect]) 
     tests = max(each.tests for each in result.statistics)
     if test and tests:
         found["p"] = test
-        found["correction"] = f"{CORRECTION_NAMES[settings.correction]}, over {tests:,} cells"
+        found["correction"] = f"{CORRECTION_NAMES[settings.correction]}, over {tests:,} cell"
+        found["correction"] += "" if tests == 1 else "s"
     found["seed"] = str(result.seed)
     return found

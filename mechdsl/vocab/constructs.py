@@ -206,8 +206,8 @@ _prompts(
 _prompts(
     "value in Python",
     'size = python("functions.py:total")',
-    "A function of a Python file, called with the values of the row. In a corruption it makes the "
-    "new value. It runs with `--allow-python` only.",
+    "A function of a Python file, called as `total(row)` with the values of the row, a `dict`. In a "
+    "corruption it makes the new value. It runs with `--allow-python` only.",
     "tests/python_files/test_python_files.py",
 )
 _prompts(
@@ -526,7 +526,8 @@ _onward(
     "top n of",
     "patch top 3 of cie at last token",
     "The three cells of `cie` with the largest signed mean effect of its first measure, joined; "
-    "`top 25% of cie` is a share of them.",
+    "`top 25% of cie` is a share of them. Where falls matter, as under an ablation, let `cie` "
+    "measure the negative: `measure -logprob(answer) as delta`.",
     VECTORS,
     "tests/onward/test_sites.py",
 )
@@ -540,7 +541,8 @@ _onward(
 _onward(
     "top n% of … tokens",
     "ablate embed at top 25% of places tokens with zero",
-    "In every row the tokens that `places`, which sweeps tokens, ranks highest in this row.",
+    "In every row the tokens that `places`, which sweeps tokens, ranks highest in this row; "
+    "signed, as above.",
     DELETION,
     "tests/onward/test_tokens.py",
 )

@@ -133,3 +133,18 @@ def test_a_share_names_one_cell() -> None:
 def test_the_file() -> None:
     found = run("", head=(HERE / "curve.mech").read_text(encoding="utf-8"))
     assert found["curve"].holds
+
+
+def test_edges_to_no_keys_are_the_base_run() -> None:
+    text = experiment(
+        "cut",
+        "for k in 0%..50% step 25% {",
+        "  block attention layers * from last token to top k of places tokens",
+        "}",
+        "measure logit(answer) as delta",
+        prompts="fruit limit 6",
+    )
+    measure = run(text + PLACES)["cut"].measures[0]
+    assert measure.inert.tolist() == [True, False, False]
+    assert np.array_equal(measure.patched[0], np.broadcast_to(measure.base, (1, 6))[0])
+    assert np.abs(measure.patched[1:] - measure.base).max() > 0.1

@@ -77,6 +77,8 @@ class ReportKind:
     """An axis that the experiment must have, without being named."""
     numbers_only: bool = False
     """Leaves categories out, so that there must be a measure that is a number."""
+    top: bool = False
+    """Whether `top n` may follow: how many of what it shows."""
     file_only: bool = False
     needs: tuple[str, ...] = ()
     """Optional packages, looked for before anything is run."""
@@ -116,6 +118,7 @@ _report(
         module="mechdsl.vocab.reports.table",
         suffixes=(".txt", ".csv", ".svg", ".png"),
         by_value=True,
+        top=True,
     )
 )
 _report(
@@ -199,6 +202,7 @@ _report(
         example="report overlay top 5",
         module="mechdsl.vocab.reports.overlay",
         suffixes=(".html", ".svg", ".png"),
+        top=True,
         along="position",
         numbers_only=True,
     )
@@ -258,6 +262,8 @@ def _wrong_words(kind: ReportKind, report: spec.Report) -> Wrong:
         return f"has `{report.by}` twice", example
     if not kind.variable and report.variable is not None:
         return f"takes no axis, but `{report.variable}` stands behind it", example
+    if report.top is not None and not kind.top:
+        return f"shows everything, but `top {report.top}` stands behind it", example
     if kind.along is not None and report.by is not None:
         return f"takes no `by`, but `by {report.by}` stands behind it", example
     return None
@@ -270,7 +276,7 @@ def _wrong_axes(
     values: Collection[str],
     measures: Sequence[Measured] | None,
 ) -> Wrong:
-    listed = ", ".join(f"`{axis}`" for axis in axes) or "none: it has one cell"
+    listed = ", ".join(f"`{axis}`" for axis in axes)
     by = None if kind.by_category else report.by
     names = [name for each in measures or () for name in short_names(each.label, each.text)]
     if kind.by_category and report.variable in names and report.by in (*axes, *values):
@@ -280,6 +286,8 @@ def _wrong_axes(
         if word is None or word in axes or (too and word in values):
             continue
         hint = f"the experiment's axes are {listed}"
+        if not axes:
+            hint = "the experiment sweeps nothing: its one cell is shown by `report table`"
         if kind.variable_value and values:
             listed = ", ".join(f"`{value}`" for value in values)
             near = nearest(word, [*axes, *values])

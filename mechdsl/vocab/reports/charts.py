@@ -14,7 +14,7 @@ from mechdsl import spec
 from mechdsl.results.cell import Coord
 from mechdsl.results.data import MeasureData
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.vocab.reports.grid import axis_name, panels, values_of
+from mechdsl.vocab.reports.grid import axis_name, number, numeric, panels, values_of
 from mechdsl.vocab.reports.heatmap import row_order
 from mechdsl.vocab.reports.text import alpha, ends_of_scale, measure_name, null_words, number_format
 
@@ -218,7 +218,7 @@ def lines_chart(result: ExperimentResult, report: spec.Report) -> Any:
 def _lines(result: ExperimentResult, measure: int, axis: str, series: str | None) -> Any:
     found, band = result.statistics[measure], result.control(measure)
     values = values_of(result, axis)
-    numeric = not any(isinstance(value, str) for value in values)
+    numbered = numeric(values)
     drawn = (axis,) if series is None else (axis, series)
     shown = panels(result, drawn)
 
@@ -227,7 +227,7 @@ def _lines(result: ExperimentResult, measure: int, axis: str, series: str | None
 
     records = [
         {
-            "x": key[0] if numeric else label(key[0]),
+            "x": number(key[0]) if numbered else label(key[0]),
             "line": line_of(panel.title, key) or " ",
             "panel": panel.title if series is not None else "",
             "mean": float(found.mean[cell]),
@@ -243,14 +243,21 @@ def _lines(result: ExperimentResult, measure: int, axis: str, series: str | None
     lines = list(dict.fromkeys(str(record["line"]) for record in records))
     title = axis if axis != "position" else None
     x: Any
-    if numeric:
+    if numbered:
+        percent = all(str(value).endswith("%") for value in values)
         whole = all(isinstance(value, int) for value in values)
         every = int(np.ceil(len(values) / NUMBERED_TICKS))
         ticks: Any = values[::every] if whole else alt.Undefined
         x = alt.X(
             "x:Q",
-            scale=alt.Scale(domain=[min(values), max(values)], nice=False, padding=12),
-            axis=alt.Axis(title=title, values=ticks, format="d" if whole else "~g", grid=False),
+            scale=alt.Scale(domain=[number(values[0]), number(values[-1])], nice=False, padding=12),
+            axis=alt.Axis(
+                title=title,
+                values=ticks,
+                format="d" if whole else "~r" if percent else "~g",
+                labelExpr="datum.label + '%'" if percent else alt.Undefined,
+                grid=False,
+            ),
         )
     else:
         names = [label(value) for value in values]
@@ -262,21 +269,21 @@ def _lines(result: ExperimentResult, measure: int, axis: str, series: str | None
         )
         colour = alt.Color("line:N", sort=lines, scale=colours(lines), legend=legend)
     base = alt.Chart().encode(x=x, color=colour)
-    if not numeric and len(lines) > 1:
+    if not numbered and len(lines) > 1:
         base = base.encode(xOffset=alt.XOffset("line:N", sort=lines))
     y = alt.Y("mean:Q", axis=alt.Axis(title=value_title(result.measures[measure])))
     interval: Any = base.mark_area(opacity=0.18, line=False).encode(y=alt.Y("low:Q"), y2="high:Q")
-    if not numeric:
+    if not numbered:
         interval = base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q"), y2="high:Q")
     points = base.mark_point(size=36, filled=True, opacity=1).encode(
         y=y, tooltip=["line:N", "x:N", "mean:Q", "low:Q", "high:Q"]
     )
     layers = [zero_rule(), interval, points]
-    if numeric:
+    if numbered:
         layers.insert(2, base.mark_line(strokeWidth=2).encode(y=y))
     if band is not None:
-        form = "area" if numeric else "bar"
-        layers.insert(0, null_band(base, form, len(lines), **({} if numeric else {"size": BAND})))
+        form = "area" if numbered else "bar"
+        layers.insert(0, null_band(base, form, len(lines), **({} if numbered else {"size": BAND})))
     plot = alt.layer(*layers, data=alt.Data(values=records)).properties(
         width=min(640, max(320, 36 * len(values))), height=280
     )

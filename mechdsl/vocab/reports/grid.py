@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mechdsl.results.cell import Coord
 from mechdsl.results.experiment import ExperimentResult
+
+
+DEPTH = re.compile(r"[0-9.]+%")
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,17 @@ def values_of(result: ExperimentResult, axis: str) -> list[Coord]:
     """The values of an axis in order: numbers by size, words as they were written."""
     seen = dict.fromkeys(cell.coords[axis] for cell in result.cells)
     values = list(seen)
-    if any(isinstance(value, str) for value in values):
-        return values
-    return sorted(values)
+    return sorted(values, key=number) if numeric(values) else values
+
+
+def numeric(values: Sequence[Coord]) -> bool:
+    """Whether they are numbers, or layers by their relative depth such as `33.3%`."""
+    return not any(isinstance(value, str) and not DEPTH.fullmatch(value) for value in values)
+
+
+def number(value: Coord) -> float:
+    """Where a value of a numeric axis stands."""
+    return float(value.rstrip("%")) if isinstance(value, str) else value
 
 
 def panels(result: ExperimentResult, drawn: Sequence[str]) -> list[Panel]:

@@ -18,7 +18,7 @@ from mechdsl import spec
 from mechdsl.results.cell import Coord
 from mechdsl.results.data import Floats
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.vocab.reports.grid import axis_name, panels, values_of
+from mechdsl.vocab.reports.grid import axis_name, numeric, panels, values_of
 from mechdsl.vocab.reports.matrix import Entry, Matrix, colour
 from mechdsl.vocab.reports.text import (
     MISSING,
@@ -38,8 +38,7 @@ UPWARDS = {"layer", "to_layer"}
 def row_order(result: ExperimentResult, axis: str) -> list[Coord]:
     """Values from the top of the map to its bottom."""
     values = values_of(result, axis)
-    numeric = not any(isinstance(value, str) for value in values)
-    return values[::-1] if axis in UPWARDS and numeric else values
+    return values[::-1] if axis in UPWARDS and numeric(values) else values
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:

@@ -185,7 +185,10 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
             continue
         texts = [str(cell.coords[axis]) for cell in cells]
         numeric = not any(isinstance(cell.coords[axis], str) for cell in cells)
-        in_site = axis in ("layer", "head", "neuron") and all(cell.site for cell in cells)
+        named = "→" if axis.startswith("to_") else ""
+        in_site = axis.removeprefix("to_") in ("layer", "head", "neuron") and all(
+            cell.site and named in cell.site for cell in cells
+        )
         columns.append(Column(axis, texts, numeric, 3 if in_site else 0, describes=True))
     if any(cell.site for cell in cells):
         columns.append(Column("site", [cell.site for cell in cells], wraps=True, describes=True))

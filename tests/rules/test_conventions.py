@@ -1,0 +1,60 @@
+"""What tables say about attention that was opened, and about what paths hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ..execute import support
+from ..models import families
+
+EDGES = "block attention layer * head * from last token to subject token"
+PATTERN = "patch pattern layer 1 head * at last token with turned"
+SDPA = "written out (eager) in layers 0 to 2 (the model's own is `sdpa`)"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("rule", [EDGES, PATTERN])
+def test_eager_and_fused_attention_agree(tmp_path: Path, family: str, rule: str) -> None:
+    """A kernel that gives no weights is replaced, and the table says so; the numbers are equal."""
+    fused = support.bare(family)
+    eager = families.module(family, attn_implementation="eager")
+    eager.load_state_dict(fused.state_dict())
+    assert fused.config._attn_implementation == "sdpa"
+    text = support.experiment("e", "prompts p", rule, support.DIFFERENCE)
+    one = support.run_file(text, tmp_path, fused)["e"]
+    other = support.run_file(text, tmp_path, eager)["e"]
+    np.testing.assert_allclose(one.measures[0].patched, other.measures[0].patched, atol=1e-4)
+    assert np.nanmax(np.abs(one.measures[0].patched - one.measures[0].base)) > 0.1
+    if rule == EDGES:
+        assert one.conventions["attention"] == SDPA
+        assert other.conventions["attention"] == "written out (eager) in layers 0 to 2"
+        assert one.conventions["edges"].startswith("blocked keys get no weight")
+    with torch.no_grad():  # and the model is as it was
+        ids = torch.tensor([support.prompt(support.ROWS[0]).ids])
+        assert torch.equal(fused(ids).logits, support.bare(family)(ids).logits)
+    assert fused.config._attn_implementation == "sdpa"
+
+
+def test_what_a_path_holds_is_said(tmp_path: Path) -> None:
+    lines = ("prompts p", "from turned into clean")
+    text = support.experiment(
+        "e", *lines, "path layer * head * -> q layer * head * at tokens *", support.DIFFERENCE
+    ) + support.experiment(
+        "f", *lines, "path layer * head 0 -> logits at last token through mlps", support.DIFFERENCE
+    )
+    found = support.run_file(text, tmp_path, support.bare("llama"))
+    assert found["e"].conventions["path"] == (
+        "beside the senders, the heads (z) of layers 0 to 2 and the MLPs (mlp_out) of layers 0 to "
+        "2 are held at the base run, norms recomputed; receivers are then written into the base run"
+    )
+    assert found["e"].conventions["pairs"].startswith("48 of 144; ")
+    assert len(found["e"].cells) == 48
+    assert found["f"].conventions["path"] == (
+        "beside the senders, the heads (z) of layers 0 to 2 are held at the base run, MLPs and "
+        "norms recomputed"
+    )
+    assert "pairs" not in found["f"].conventions
