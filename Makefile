@@ -9,7 +9,7 @@ WORKERS ?= 2
 # What runs on the oldest transformers that pyproject.toml allows, too.
 OLDEST_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
 	tests/models/test_against_reference.py tests/models/test_packed.py \
-	tests/models/test_offload.py tests/zoo
+	tests/models/test_offload.py tests/zoo tests/rules/test_conventions.py tests/test_examples.py
 # Of benchmarks/run.py, for example `make bench BENCH_ARGS="--work W1 --write"`.
 BENCH_ARGS ?=
 

@@ -22,7 +22,7 @@ TINY_DEEP = Shape(layers=12, heads=4, width=64)
 MINIMAL_PAIRS = 16
 """Rows of W5."""
 
-MECH = """\
+HEAD = """\
 mech 1
 
 model gpt2 = local("model")
@@ -34,7 +34,10 @@ prompts pairs {{
   wrong "{{rival}}"
   corrupt corrupted {{ text = other }}
 }}
-
+"""
+MECH = (
+    HEAD
+    + """
 experiment sweep {{
   model gpt2
   prompts pairs
@@ -43,6 +46,7 @@ experiment sweep {{
   measure logit(answer) - logit(wrong) as raw
 }}
 """
+)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.data import random_pairs, words, write_pairs
+from benchmarks.data import HEAD, random_pairs, words, write_pairs
 from benchmarks.model import build
 from benchmarks.work import Shape
 from mechdsl import spec
@@ -35,19 +35,9 @@ from mechdsl.resolve import ModelContext
 from mechdsl.source import Source, Span
 
 PROMPTS, TOKENS = 8, 16
-MECH = """\
-mech 1
-
-model gpt2 = local("model")
-
-prompts pairs {{
-  rows "prompts.jsonl"
-  template "{{text}}"
-  answer "{{right}}"
-  wrong "{{rival}}"
-  corrupt corrupted {{ text = other }}
-}}
-
+MECH = (
+    HEAD
+    + """
 experiment sweep {{
   model gpt2
   prompts pairs
@@ -58,6 +48,7 @@ experiment sweep {{
   measure logit(answer) - logit(wrong) as raw
 }}
 """
+)
 
 
 @dataclass(frozen=True)

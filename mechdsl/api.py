@@ -71,6 +71,11 @@ def run(
     source, diagnostics = source_of(file)
     if source is None:
         raise MechdslError(diagnostics)
+    for name, pair in (models or {}).items():
+        if not hasattr(pair, "__len__") or len(pair) != 2:
+            raise TypeError(
+                f"a model comes with its tokenizer: models={{{name!r}: (model, tokenizer)}}"
+            )
     given = {name: str(value) for name, value in (parameters or {}).items()}
     options = RunOptions(
         settings=Settings(given, limit, only, "run" if allow_python else "refuse"),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mechdsl.exchange import AttentionFunction, Distances, entry_of, exchanged_modules, plain
 from mechdsl.loaded import LoadedModel
-from mechdsl.within import LayerWork
+from mechdsl.within import Group, LayerWork
 
 _NAME = "mechdsl"
 _NO_MATTER = frozenset(
@@ -67,30 +67,6 @@ class KeptAttention:
         if mask is not None and mask.shape[0] > 1:
             mask = mask[lanes]
         return KeptAttention(self.keys[lanes], self.values[lanes], mask, self.distances)
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Rows whose tokens lie in the same columns, equally many on each lane; tokens of a group lie
-    side by side, by lane, row and column."""
-
-    start: int
-    """Its first token in the pack."""
-    lanes: Tensor
-    """[lane]"""
-    rows: int
-    """Rows on each lane."""
-    columns: Tensor
-    """[own]: columns of a row's own tokens."""
-    queries: Tensor
-    """[query]: which of the own tokens attend."""
-    every: bool = False
-    """The own tokens are all of the prompt's."""
-
-    @property
-    def size(self) -> int:
-        """Tokens."""
-        return len(self.lanes) * self.rows * len(self.columns)
 
 
 @contextmanager

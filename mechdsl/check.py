@@ -9,14 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from mechdsl import spec
-from mechdsl.data.block import Block
-from mechdsl.data.conventions import Part
-from mechdsl.data.elsewhere import Paired, paired_run
-from mechdsl.data.prompts import build_table
-from mechdsl.data.tokenizer import TOKENIZER_FILES, TextTokenizer
+from mechdsl.contexts import Contexts
 from mechdsl.data.types import PromptTable
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import BadPlaceholder, MisspeltWord, UnterminatedString
@@ -44,14 +39,11 @@ from mechdsl.diagnostics.w07_names import PatchesItself, UnusedName, WritesFirst
 from mechdsl.expectations.check import Known, KnownMeasure, check_expectation
 from mechdsl.lower import lower_program
 from mechdsl.lower.onward import in_order, with_needed
-from mechdsl.models.locate import locate
-from mechdsl.models.shape import read_shape
-from mechdsl.python_files import Mode, check_functions, of_prompts
+from mechdsl.python_files import Mode, check_functions
 from mechdsl.registry import nearest
 from mechdsl.resolve import ModelContext, ResolvedExperiment, resolve_experiment
 from mechdsl.resolve.cells import cell_keys
-from mechdsl.resolve.elsewhere import joined_table, model_run, refused_pair
-from mechdsl.resolve.onward import Finding, VariantFinding
+from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.results.significance import check_prompts
 from mechdsl.results.variants import joined_axes, joined_cells
 from mechdsl.source import Source
@@ -129,7 +121,13 @@ def check_source(
     if settings.only is not None:
         experiments = _only(settings.only, checked)
     checked.diagnostics.extend(check_functions(program, settings.python))
-    contexts = _Contexts(checked, models or {}, settings.limit, python=settings.python == "run")
+    contexts = Contexts(
+        program,
+        checked.diagnostics,
+        models or {},
+        settings.limit,
+        python=settings.python == "run",
+    )
     for experiment in experiments:
         checked.diagnostics.extend(_statements(experiment, program))
     for experiment in in_order(experiments):
@@ -140,7 +138,8 @@ def check_source(
         checked.diagnostics.extend(_against_axes(variants, program))
         checked.diagnostics.extend(_enough_prompts(variants))
     for name, prompts in program.prompts.items():
-        contexts.table_alone(name, prompts)
+        if prompts.span.source is source:
+            contexts.table_alone(name)
     reported = [e for e in experiments if e.name not in checked.unreported]
     checked.diagnostics.extend(_files_written(reported))
     checked.diagnostics.extend(
@@ -212,201 +211,7 @@ def _only(name: str, checked: Checked) -> list[spec.Experiment]:
     return needed
 
 
-class _Contexts:
-    """Models and prompt tables of a file, each read once."""
-
-    def __init__(
-        self,
-        checked: Checked,
-        given: Mapping[str, ModelContext],
-        limit: int | None,
-        *,
-        python: bool = False,
-    ) -> None:
-        self.checked = checked
-        self.given = given
-        self.limit = limit
-        self.python = python
-        self._models: dict[str, ModelContext | None] = {}
-        self._blocks: dict[str, Block] = {}
-        self._tables: dict[tuple[object, ...], PromptTable | None] = {}
-        self._runs: dict[tuple[object, ...], Paired | None] = {}
-        self._joined: dict[tuple[object, ...], PromptTable | None] = {}
-        self._tokenizers: dict[tuple[object, ...], TextTokenizer | None] = {}
-
-    def model(self, name: str) -> ModelContext | None:
-        """What is known of a model; None where it isn't here or is refused."""
-        if name in self.given:
-            return self.given[name]
-        if name not in self._models:
-            self._models[name] = self._read(self.checked.program.models[name])
-        return self._models[name]
-
-    def _read(self, model: spec.Model) -> ModelContext | None:
-        folder, found = locate(model, model.span.source.folder)
-        self.checked.diagnostics.extend(found)
-        if folder is None:
-            return None
-        shape, found = read_shape(folder, model=model.name, span=model.span)
-        self.checked.diagnostics.extend(found)
-        tokenizer = self._tokenizer(folder, model)
-        if shape is None or tokenizer is None:
-            return None
-        return ModelContext(model, shape, tokenizer)
-
-    def _tokenizer(self, folder: Path, model: spec.Model) -> TextTokenizer | None:
-        """Checkpoints with the same files share one, which takes a while to read, and so their
-        prompts."""
-        key: tuple[object, ...] = (model.name,)
-        if model.matched is not None:
-            files = [folder / name for name in TOKENIZER_FILES]
-            key = (model.bos, *(file.read_bytes() for file in files if file.is_file()))
-        if key not in self._tokenizers:
-            found, problems = TextTokenizer.from_folder(folder, model.bos, span=model.span)
-            self.checked.diagnostics.extend(problems)
-            self._tokenizers[key] = found
-        return self._tokenizers[key]
-
-    def _words(self, name: str) -> list[str]:
-        names = self.checked.program.checkpoints.get(name, (name,))
-        found = self.model(names[0]) if names else None  # checkpoints have one tokenizer
-        return [] if found is None else found.tokenizer.plain_words()
-
-    def table(
-        self, name: str, model: ModelContext, limit: int | None, part: str | None
-    ) -> PromptTable | None:
-        """The rows of a prompts block for one model."""
-        if self.limit is not None:
-            limit = self.limit if limit is None else min(limit, self.limit)
-        key = (name, id(model.tokenizer), model.shape.max_positions, limit, part)
-        if key not in self._tables and self.needs_python(name):
-            self._tables[key] = None
-        if key not in self._tables:
-            assert part is None or part == "train" or part == "test"
-            table, found = self._build(name, model, limit=limit, part=part)
-            self.checked.diagnostics.extend(found)
-            self._tables[key] = table
-        return self._tables[key]
-
-    def _build(
-        self,
-        name: str,
-        model: ModelContext,
-        *,
-        limit: int | None = None,
-        part: Part | None = None,
-        ids: Sequence[int] | None = None,
-    ) -> tuple[PromptTable | None, list[Diagnostic]]:
-        program = self.checked.program
-        return build_table(
-            program.prompts[name],
-            tokenizer=model.tokenizer,
-            seed=program.seed,
-            limit=limit,
-            part=part,
-            words=self._words,
-            max_length=model.shape.max_positions,
-            parameters=program.parameters,
-            blocks=program.prompts,
-            compiled=self._blocks,
-            ids=ids,
-            python=self.python,
-        )
-
-    def needs_python(self, name: str) -> bool:
-        """Whether only Python, which isn't run here, can make the rows of a block."""
-        return not self.python and bool(of_prompts(self.checked.program.prompts[name]))
-
-    def _block(self, name: str) -> Block:
-        program = self.checked.program
-        return Block(
-            program.prompts[name],
-            seed=program.seed,
-            words=self._words,
-            parameters=program.parameters,
-            blocks=program.prompts,
-            python=self.python,
-        )
-
-    def table_alone(self, name: str, prompts: spec.Prompts) -> None:
-        """Check a block that no experiment has used, with the file's only model."""
-        program = self.checked.program
-        if any(key[0] == name for key in self._tables) or len(program.models) != 1:
-            return
-        if prompts.span.source is not self.checked.source:
-            return
-        model = self.model(next(iter(program.models)))
-        if model is not None:
-            self.table(name, model, 1, None)
-
-    def with_elsewhere(
-        self, experiment: spec.Experiment, model: ModelContext, table: PromptTable
-    ) -> PromptTable | None:
-        """The table with the experiment's runs of other blocks and models; experiments that share
-        a table share these too."""
-        names = tuple(run.name for run in experiment.elsewhere)
-        key = (id(table), model.name, *names)
-        if names and key not in self._joined:
-            runs = [self._elsewhere(run, experiment, model, table) for run in experiment.elsewhere]
-            self._joined[key] = joined_table(table, runs) if None not in runs else None
-        return self._joined[key] if names else table
-
-    def _elsewhere(
-        self,
-        run: spec.Elsewhere,
-        experiment: spec.Experiment,
-        model: ModelContext,
-        table: PromptTable,
-    ) -> Paired | None:
-        key = (id(table), model.name, run.name)
-        if key not in self._runs:
-            if run.prompts is not None:
-                found, problems = self._of_block(run, run.prompts, model, table)
-            else:
-                found, problems = self._of_model(run, experiment, model, table)
-            self.checked.diagnostics.extend(problems)
-            self._runs[key] = found
-        return self._runs[key]
-
-    def _of_block(
-        self, run: spec.Elsewhere, prompts: str, model: ModelContext, table: PromptTable
-    ) -> tuple[Paired | None, list[Diagnostic]]:
-        if self.needs_python(prompts):
-            return None, []
-        block = self._blocks.get(prompts)
-        if block is None:
-            block = self._blocks[prompts] = self._block(prompts)
-        if has_errors(block.diagnostics):
-            return None, block.diagnostics
-        return paired_run(
-            table,
-            self._blocks[table.name],
-            block,
-            run.run,
-            name=run.name,
-            build=lambda ids: self._build(prompts, model, ids=ids),
-            span=run.span,
-        )
-
-    def _of_model(
-        self,
-        run: spec.Elsewhere,
-        experiment: spec.Experiment,
-        model: ModelContext,
-        table: PromptTable,
-    ) -> tuple[Paired | None, list[Diagnostic]]:
-        assert run.model is not None
-        other = self.model(run.model)
-        if other is None:  # it isn't on this machine, or was refused
-            return None, []
-        problem = refused_pair(run, other, model)
-        if problem is not None:
-            return None, [problem]
-        theirs = self.table(experiment.prompts, other, experiment.limit, experiment.part)
-        return (None, []) if theirs is None else model_run(table, theirs, other, model, run)
-
-
-def _resolve(experiment: spec.Experiment, checked: Checked, contexts: _Contexts) -> None:
+def _resolve(experiment: spec.Experiment, checked: Checked, contexts: Contexts) -> None:
     others = [run.model for run in experiment.elsewhere if run.model is not None]
     found = [contexts.model(name) for name in (experiment.model, *others)]
     model = found[0]
@@ -439,7 +244,7 @@ def _resolve(experiment: spec.Experiment, checked: Checked, contexts: _Contexts)
 def _with_means(
     experiment: spec.Experiment,
     checked: Checked,
-    contexts: _Contexts,
+    contexts: Contexts,
     model: ModelContext,
     table: PromptTable,
 ) -> PromptTable | None:

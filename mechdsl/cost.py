@@ -325,7 +325,7 @@ def _shapes(plan: ExperimentPlan, rows: Rows) -> list[_Shapes]:
     found = [_Shapes(plan, rows)]
     path = next((rule for rule in plan.rules if rule.paths is not None), None)
     if path is not None and path.paths is not None and not path.paths.at_the_end:
-        at = path.written.run(path.position_of_cell[rows.cell], rows.prompt, rows.alternative)
+        at = path.written_runs(rows)
         sender = path.site_of_cell[rows.cell]
         code = combined([[sender, at, rows.prompt]], [len(rows)])
         _, first = np.unique(code, return_index=True)
@@ -345,7 +345,7 @@ class _Shapes:
         lengths = plan.lengths(rows)
         columns: list[Ints] = [lengths]
         for rule in plan.rules:
-            run = rule.written.run(rule.position_of_cell[rows.cell], rows.prompt, rows.alternative)
+            run = rule.written_runs(rows)
             first = rule.written.leftmost(run) if len(rows) else run
             table, points, combination = self._places(rule)
             blocks = _blocks(table, points)[combination[rows.cell]]
@@ -396,7 +396,7 @@ class _Shapes:
         writes: dict[tuple[str, int | None], Mask] = {}
         received: dict[tuple[str, int | None], Mask] = {}
         for rule in self.plan.rules:
-            run = rule.written.run(rule.position_of_cell[rows.cell], rows.prompt, rows.alternative)
+            run = rule.written_runs(rows)
             row, token = rule.written.tokens.expand(run)
             table, points, combination = self._places(rule)
             index, point = points.expand(combination[rows.cell][row])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.columns import Ints, counted
-from mechdsl.hooks import SiteRead
+from mechdsl.frame import SiteRead
 from mechdsl.lanes import Lanes
 from mechdsl.models.shape import units, width
 from mechdsl.plan import ExperimentPlan, Place

@@ -19,7 +19,8 @@ from torch import Tensor
 from mechdsl.batch import on_device
 from mechdsl.calls import text_inputs
 from mechdsl.columns import Ints
-from mechdsl.hooks import SiteRead, SiteWrite, run_whole
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.kept import Kept
 from mechdsl.loaded import LoadedModel
 

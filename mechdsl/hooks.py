@@ -23,34 +23,12 @@ from mechdsl.attention import (
     implementations,
     own_function,
 )
-from mechdsl.batch import Batch, gather
+from mechdsl.batch import Batch
 from mechdsl.calls import bare_logits, chosen, narrowed
+from mechdsl.frame import SiteRead, SiteWrite
 from mechdsl.loaded import LoadedModel
-from mechdsl.sitework import (
-    ReadMismatch,
-    SiteRead,
-    SiteWork,
-    SiteWrite,
-    Stopped,
-    WriteMismatch,
-    entrance,
-)
-from mechdsl.taps import clean_model_check
+from mechdsl.sitework import SiteWork, Stopped
 from mechdsl.within import EdgeWrite
-
-__all__ = [
-    "Batch",
-    "ReadMismatch",
-    "RunResult",
-    "SiteRead",
-    "SiteWork",
-    "SiteWrite",
-    "WriteMismatch",
-    "clean_model_check",
-    "entrance",
-    "gather",
-    "run_whole",
-]
 
 
 @dataclass

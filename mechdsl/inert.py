@@ -82,11 +82,10 @@ def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) ->
     """[row] whether all that it writes changes nothing."""
     found = np.full(len(rows), bool(rules), dtype=np.bool_)
     for one, plan in zip(inert, rules, strict=True):
-        run = plan.written.run(plan.position_of_cell[rows.cell], rows.prompt, rows.alternative)
-        dead = one.runs[one.where[plan.site_of_cell[rows.cell]], run]
-        if _changes_edges(plan) and plan.keys is not None and plan.key_of_cell is not None:
-            key = plan.keys.run(plan.key_of_cell[rows.cell], rows.prompt, rows.alternative)
-            dead |= plan.keys.tokens.counts(key) == 0
+        dead = one.runs[one.where[plan.site_of_cell[rows.cell]], plan.written_runs(rows)]
+        if _changes_edges(plan) and plan.keys is not None:
+            dead |= plan.keys.tokens.counts(plan.key_runs(rows)) == 0
+            dead |= _as_it_is(plan)[rows.cell]
         found &= dead
     return found
 
@@ -94,6 +93,12 @@ def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) ->
 def _changes_edges(plan: RulePlan) -> bool:
     """Whether it changes edges to keys, of which there may be none."""
     return plan.rule.fill == "edge"
+
+
+def _as_it_is(plan: RulePlan) -> Mask:
+    """[cell] whether attention is multiplied by 1."""
+    edge = plan.rule.edge
+    return (plan.amounts == 1) & (edge is not None and edge.kind == "reweight")
 
 
 def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -> Mask:
@@ -110,7 +115,7 @@ def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -
             none = np.ones(int(plan.key_of_cell.max()) + 1, dtype=np.bool_)
             empty = plan.keys.tokens.counts(run) == 0
             np.logical_and.at(none, key // plan.keys.prompts, empty)
-            own |= none[plan.key_of_cell]
+            own |= none[plan.key_of_cell] | _as_it_is(plan)
         found &= own
     return found
 

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.batch import Batch
 from mechdsl.columns import Ints
 from mechdsl.data.types import Noise, Run
-from mechdsl.hooks import Batch, SiteRead, SiteWrite, run_whole
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.kept import Kept, keeping
 from mechdsl.loaded import LoadedModel
 from mechdsl.plan import Place

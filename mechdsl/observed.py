@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.columns import Ints, each_unit, units_of
-from mechdsl.hooks import SiteRead
+from mechdsl.frame import SiteRead
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.packed import Places
 from mechdsl.rule_plan import Rows, RulePlan
@@ -52,11 +52,8 @@ class Look:
 def look(plan: RulePlan, rows: Rows, at: Ints, shape: ModelShape) -> Look:
     """What an `observe` rule looks at; at: [row] the row of the pass."""
     assert plan.keys is not None
-    assert plan.key_of_cell is not None
-    position = plan.position_of_cell[rows.cell]
-    queries = plan.written.run(position, rows.prompt, rows.alternative)
-    keys = plan.keys.run(plan.key_of_cell[rows.cell], rows.prompt, rows.alternative)
-    row, query = plan.written.tokens.expand(queries)
+    keys = plan.key_runs(rows)
+    row, query = plan.written.tokens.expand(plan.written_runs(rows))
     index, point = plan.points.expand(plan.site_of_cell[rows.cell][row])
     row, query = row[index], query[index]
     layers = np.array([p.layer for p in plan.point_table], dtype=np.int64)[point]

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.attention import Group
 from mechdsl.batch import on_device
 from mechdsl.columns import Ints
 from mechdsl.kept import Kept
 from mechdsl.restart import BlockWork, Mask
+from mechdsl.within import Group
 
 
 @dataclass(frozen=True, eq=False)

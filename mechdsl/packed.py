@@ -30,13 +30,8 @@ from mechdsl.attention import (
 from mechdsl.batch import on_device
 from mechdsl.calls import call, chosen, narrowed, text_inputs
 from mechdsl.columns import Ints
+from mechdsl.frame import ReadMismatch, SiteRead, SiteWrite
 from mechdsl.front import entering, placed, prompt_of
-from mechdsl.hooks import (
-    ReadMismatch,
-    SiteRead,
-    SiteWork,
-    SiteWrite,
-)
 from mechdsl.kept import Kept, parts
 from mechdsl.loaded import LoadedModel
 from mechdsl.pack import (
@@ -50,6 +45,7 @@ from mechdsl.pack import (
     universe,
 )
 from mechdsl.restart import INSIDE_MLP, BlockWork, Held, RowMasks, Shortcuts, block_work
+from mechdsl.sitework import SiteWork
 from mechdsl.taps import Stub, fused, given_again, given_to, replaced
 from mechdsl.within import EdgeWrite
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from mechdsl.columns import Ints, counted
 from mechdsl.data.types import Run
 from mechdsl.fillings import Fillings
+from mechdsl.frame import SiteRead, SiteWrite
 from mechdsl.gauge import Gauge, Reading
-from mechdsl.hooks import SiteRead, SiteWrite, run_whole
+from mechdsl.hooks import run_whole
 from mechdsl.lanes import (
     Lanes,
     continuation_positions,
@@ -273,7 +274,7 @@ class Patcher:
         reads: Mapping[SiteRead, Places],
         tokens: Tensor | None,
     ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
-        noise: list[SiteWrite] = []
+        added: list[SiteWrite] = []
         if rows.run.noise is not None:
             added = noise_writes(
                 self.model,
@@ -283,17 +284,16 @@ class Patcher:
                 self.runs.table.row_ids,
                 self.runs.seed,
             )
-            noise = [unless_set(write, rows.writes) for write in added]
         batch = lanes.batch.take(torch.from_numpy(lane))
         if rows.held is not None:
-            freezing = frozen(self.model, batch, rows.held, rows.writes, noise)
+            freezing = frozen(self.model, batch, rows.held, rows.writes, added)
             rows = replace(rows, writes=[*freezing, *rows.writes])
         all_logits = any(write.site == "logits" for write in rows.writes)
         slots, at = _by_row(final, len(rows), batch.lengths.cpu().numpy())
         result = run_whole(
             self.model,
             batch,
-            writes=[*rows.writes, *noise],
+            writes=[*rows.writes, *(unless_set(write, rows.writes) for write in added)],
             reads=list(reads),
             logits_at=None if all_logits else torch.from_numpy(at).to(self.model.device),
             tokens=tokens,

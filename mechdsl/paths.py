@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.batch import Batch
 from mechdsl.columns import Ints, counted, each_unit, units_of
-from mechdsl.hooks import Batch, SiteRead, SiteWrite, run_whole
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.packed import Places
 from mechdsl.plan import Place
 from mechdsl.restart import Held
 from mechdsl.rule_plan import Rows, RulePlan
-from mechdsl.writes import joined
+from mechdsl.writes import joined, unless_set
 
 Run = Callable[[Rows, Ints, Held, Mapping[SiteRead, Places]], Mapping[SiteRead, Tensor]]
 """Runs rows (with their draws) of which the senders are patched and the rest is held; gives what
@@ -55,8 +57,7 @@ def received(
 ) -> list[SiteWrite]:
     """What receivers of these rows read behind their patched senders, to be written there."""
     assert plan.paths is not None
-    position = plan.position_of_cell[rows.cell]
-    at = plan.written.run(position, rows.prompt, rows.alternative)
+    at = plan.written_runs(rows)
     same = np.stack([plan.site_of_cell[rows.cell], at, rows.prompt, draws])
     _, first, sender = np.unique(same, axis=1, return_index=True, return_inverse=True)
     sender = sender.reshape(-1)
@@ -130,7 +131,7 @@ def frozen(
             continue
         read = found[SiteRead(site, layer)]
         write = _everywhere(read, site, layer, own, batch, lengths)
-        writes.append(_unless(write, [w for w in senders if (w.site, w.layer) == (site, layer)]))
+        writes.append(unless_set(write, senders))
     return writes
 
 
@@ -145,26 +146,3 @@ def _everywhere(
     columns = batch.columns(*where).to(read.device)
     values = read[where[0].to(read.device), columns, unit.to(read.device)]
     return SiteWrite(site, layer, *where, unit, values)
-
-
-def _unless(write: SiteWrite, others: Sequence[SiteWrite]) -> SiteWrite:
-    """Without the vectors that others write."""
-    taken = {
-        place
-        for other in others
-        for place in zip(
-            other.rows.tolist(), other.positions.tolist(), other.units.tolist(), strict=True
-        )
-    }
-    if not taken:
-        return write
-    places = zip(write.rows.tolist(), write.positions.tolist(), write.units.tolist(), strict=True)
-    keep = torch.tensor([place not in taken for place in places], dtype=torch.bool)
-    return SiteWrite(
-        write.site,
-        write.layer,
-        write.rows[keep],
-        write.positions[keep],
-        write.units[keep],
-        write.values[keep.to(write.values.device)],
-    )

@@ -25,7 +25,7 @@ from mechdsl.plan import Plan, make_plan, plan_experiment, unknown_passes
 from mechdsl.profile import Profile
 from mechdsl.resolve import ModelContext, ResolvedExperiment, resolve_experiment
 from mechdsl.resolve.controls import with_controls
-from mechdsl.resolve.onward import Finding, VariantFinding
+from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.sites import missing_points
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
 from mechdsl.results.variants import merged
@@ -145,6 +145,9 @@ def _run(
                 )
                 labels = [each.spec.variant for each in variants]
                 whole = merged(list(zip(labels, raw, strict=True)))
+                if checked.program.parameters:
+                    said = {"parameters": _parameter_words(checked.program.parameters)}
+                    whole = replace(whole, conventions={**whole.conventions, **said})
                 if not whole.prompts:
                     diagnostics.append(_nothing_left(first))
                     return None, diagnostics
@@ -166,6 +169,12 @@ def _run(
         path = options.out / checked.source.stem / "results.json"
         Results((result,), versions()).to_json(path)
     return result, diagnostics
+
+
+def _parameter_words(parameters: Mapping[str, object]) -> str:
+    """What every `param` is in this run: `--set` may have changed it."""
+    texts = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in parameters.items()}
+    return ", ".join(f"{name} = {text}" for name, text in texts.items())
 
 
 def _nothing_left(experiment: ResolvedExperiment) -> Diagnostic:

@@ -133,8 +133,7 @@ class ExperimentPlan:
         """The first position that each row writes to."""
         first = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
         for plan in self.rules:
-            run = plan.written.run(plan.position_of_cell[rows.cell], rows.prompt, rows.alternative)
-            first = np.minimum(first, plan.written.leftmost(run))
+            first = np.minimum(first, plan.written.leftmost(plan.written_runs(rows)))
         return first
 
     def is_inert(self, rows: Rows) -> NDArray[np.bool_]:

@@ -67,6 +67,16 @@ class RulePlan:
         """Whether vectors are written at its sites in the row itself."""
         return self.rule.fill not in ("text", "edge", "observe", "path")
 
+    def written_runs(self, rows: Rows) -> Ints:
+        """[row] the run that each row writes at: an index into `written.tokens`."""
+        return self.written.run(self.position_of_cell[rows.cell], rows.prompt, rows.alternative)
+
+    def key_runs(self, rows: Rows) -> Ints:
+        """[row] the run of each row's keys: an index into `keys.tokens`; attention rules only."""
+        assert self.keys is not None
+        assert self.key_of_cell is not None
+        return self.keys.run(self.key_of_cell[rows.cell], rows.prompt, rows.alternative)
+
     def run_counts(self, prompts: Ints) -> Ints:
         """[cell, prompt]: how many runs there are, none where the rule has no place in a cell."""
         counts = _counts(self.written, self.position_of_cell, prompts)

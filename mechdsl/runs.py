@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mechdsl.columns import Ints
 from mechdsl.data.types import PromptTable, Run
+from mechdsl.frame import SiteRead
 from mechdsl.gauge import Gauge, Reading
-from mechdsl.hooks import SiteRead
 from mechdsl.lanes import (
     LaneRequest,
     Lanes,

@@ -74,7 +74,7 @@ class Sharer:
             found += [
                 np.full(len(rows), key.fill),
                 key.points[rule.site_of_cell[rows.cell]],
-                key.written[rule.written.run(position, rows.prompt, rows.alternative)],
+                key.written[rule.written_runs(rows)],
             ]
             if key.whole is None:
                 run = rule.read.run(position, rows.prompt, rows.alternative)
@@ -82,9 +82,8 @@ class Sharer:
             else:
                 found.append(key.whole[position])
             # The fill, in front, says which of these follow.
-            if rule.keys is not None and rule.key_of_cell is not None and key.keys is not None:
-                run = rule.keys.run(rule.key_of_cell[rows.cell], rows.prompt, rows.alternative)
-                found.append(key.keys[run])
+            if key.keys is not None:
+                found.append(key.keys[rule.key_runs(rows)])
             if rule.rule.amounts is not None:
                 found.append(key.amounts[rows.cell])
             if rule.paths is not None and key.receivers is not None:

@@ -12,13 +12,14 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mechdsl.batch import Batch
 from mechdsl.experts import ExpertHook, RouterHook
+from mechdsl.frame import Frame, ReadMismatch, SiteRead, SiteWrite, WriteMismatch
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.anatomy import Layout, Side, Tap
 from mechdsl.models.shape import units, width
@@ -36,96 +37,6 @@ from mechdsl.taps import (
 )
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, stop_layer, write_order
 from mechdsl.within import EdgeWrite, LayerWork, by_layer, layer_work
-
-
-class WriteMismatch(RuntimeError):
-    """A write didn't happen, or happened more than once; the run's numbers mean nothing."""
-
-
-class ReadMismatch(RuntimeError):
-    """A site that was to be read was not passed, or more than once."""
-
-
-@dataclass(frozen=True, eq=False)
-class SiteWrite:
-    """K vectors written at one site of one layer.
-
-    At one site, everything that is set is set before anything is added.
-    """
-
-    site: str
-    layer: int | None
-    """None for `embed`, `final_norm`, `logits`."""
-    rows: Tensor
-    """[K] long, row of the batch."""
-    positions: Tensor
-    """[K] long, token position in the unpadded prompt."""
-    units: Tensor
-    """[K] long, head or neuron; 0 for whole vectors."""
-    values: Tensor
-    """[K, width], cast to the activation's dtype and device."""
-    mode: Literal["set", "add"] = "set"
-    stack: str = ""
-    """Of which stack; the main one has no name."""
-
-    @property
-    def where(self) -> SiteRead:
-        """The site that is written."""
-        return SiteRead(self.site, self.layer, self.stack)
-
-    def moved(self, rows: Tensor) -> SiteWrite:
-        """The same writes where row i is row `rows[i]`."""
-        return replace(self, rows=rows[self.rows])
-
-
-@dataclass(frozen=True)
-class SiteRead:
-    """One site of one layer, on all rows and positions."""
-
-    site: str
-    layer: int | None = None
-    stack: str = ""
-
-
-class Frame(Protocol):
-    """Where the tokens of a pass lie in the model's tensors."""
-
-    def __len__(self) -> int:
-        """Rows."""
-        ...
-
-    @property
-    def leading(self) -> int:
-        """Size of the first dimension of the model's tensors."""
-        ...
-
-    def lengths_of(self, site: str, stack: str) -> Tensor:
-        """[row] long, tokens of each row that a site has vectors of."""
-        ...
-
-    @property
-    def lane_starts(self) -> Tensor:
-        """[lane] long, column of the first token of each prompt that keys lie in."""
-        ...
-
-    @property
-    def key_width(self) -> int:
-        """Columns of these prompts."""
-        ...
-
-    def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Columns of the padded prompts in which positions lie."""
-        ...
-
-    def locate(
-        self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices into the first two dimensions of the tensor tapped at a site, and which of the
-        places are there at all; the others can't be seen by any measure."""
-        ...
-
-
-# --- one forward pass ---------------------------------------------------------------------------
 
 _LAST = (1 << 31, 0)
 
@@ -315,18 +226,14 @@ class SiteWork:
             return None
         if layer in self._layers:
             raise WriteMismatch(f"attention of layer {layer} ran twice in one run")
-        writes = [
-            (w.site, w.rows, w.positions, w.units, w.values, w.mode == "add")
-            for w in sorted(self._writes, key=lambda w: w.mode == "add")
-            if w.layer == layer and w.site in WITHIN_ATTENTION
-        ]
+        writes = [w for w in self._writes if w.layer == layer and w.site in WITHIN_ATTENTION]
         self._layers[layer] = layer_work(
             layer,
             self.frame,
             int(query.shape[2]),
             self.frame.lane_starts,
             self.frame.key_width,
-            writes=writes,
+            writes=sorted(writes, key=lambda write: write.mode == "add"),
             edges=self._edges.get(layer, ()),
             reads=[read.site for read in self._reads if read.layer == layer],
         )

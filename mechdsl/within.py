@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mechdsl.frame import Frame, SiteWrite
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
 EdgeChange = Literal["block", "reweight", "uniform", "weight"]
@@ -46,49 +47,31 @@ class EdgeWrite:
 
     def moved(self, rows: Tensor) -> EdgeWrite:
         """The same where row i is row `rows[i]`."""
-        return EdgeWrite(
-            self.layer,
-            self.change,
-            rows[self.rows],
-            self.queries,
-            self.heads,
-            self.entries,
-            self.keys,
-            self.amounts,
-        )
+        return replace(self, rows=rows[self.rows])
 
 
-class Lying(Protocol):
-    """Where tokens lie in a pass: see `hooks.Frame`."""
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows whose tokens lie in the same columns, equally many on each lane; tokens of a group lie
+    side by side, by lane, row and column."""
 
-    def locate(
-        self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """First and second index of each place, and which are there."""
-        ...
+    start: int
+    """Its first token in the pack."""
+    lanes: Tensor
+    """[lane]"""
+    rows: int
+    """Rows on each lane."""
+    columns: Tensor
+    """[own]: columns of a row's own tokens."""
+    queries: Tensor
+    """[query]: which of the own tokens attend."""
+    every: bool = False
+    """The own tokens are all of the prompt's."""
 
-    def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Columns of the padded prompts in which positions lie."""
-        ...
-
-
-class Tokens(Protocol):
-    """Tokens that attention is computed of together: see `attention.Group`."""
-
     @property
-    def start(self) -> int: ...
-    @property
-    def lanes(self) -> Tensor: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def columns(self) -> Tensor: ...
-    @property
-    def queries(self) -> Tensor: ...
-    @property
-    def every(self) -> bool: ...
-    @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Tokens."""
+        return len(self.lanes) * self.rows * len(self.columns)
 
 
 @dataclass(eq=False)
@@ -147,7 +130,7 @@ class LayerWork:
             self.found[site] = vectors.transpose(0, 1).clone()
         return vectors
 
-    def scored(self, group: Tokens, scores: Tensor, sink: Tensor | None) -> Tensor | None:
+    def scored(self, group: Group, scores: Tensor, sink: Tensor | None) -> Tensor | None:
         """Change masked scores [lane, key-value head, head of it, row, query, key] in place, and
         give the sink's [… , 1] as it is then."""
         self.seen = _seen(scores)
@@ -172,7 +155,7 @@ class LayerWork:
         self._keep("scores", group, scores.masked_fill(~self.seen, 0))
         return sink
 
-    def weighed(self, group: Tokens, weights: Tensor) -> Tensor:
+    def weighed(self, group: Group, weights: Tensor) -> Tensor:
         """Weights of the shape of the scores that were given last, with what is written there;
         none where a query was left without a key."""
         weights = weights.nan_to_num(0.0)  # of padding too, which sees nothing
@@ -187,9 +170,7 @@ class LayerWork:
         self._keep("pattern", group, weights)
         return weights
 
-    def _of(
-        self, group: Tokens, change: _Change, like: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _of(self, group: Group, change: _Change, like: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Which of a change's queries lie in the group, and where: [lane, key-value head, head of
         it, row, query]."""
         device = like.device
@@ -213,7 +194,7 @@ class LayerWork:
         )
         return own.to(change.token.device), index
 
-    def _keys(self, group: Tokens, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
+    def _keys(self, group: Group, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
         """[n, key] which keys are meant."""
         place = torch.full((len(change.token),), -1, dtype=torch.long)
         place[own] = torch.arange(len(own))
@@ -224,7 +205,7 @@ class LayerWork:
         found[row[good], column[good]] = True
         return found.to(rows.device)
 
-    def _vectors(self, group: Tokens, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
+    def _vectors(self, group: Group, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
         """[n, key] of vectors over key positions."""
         assert change.values is not None
         assert change.starts is not None
@@ -234,7 +215,7 @@ class LayerWork:
         found = change.values[own].to("cpu").gather(1, inside).to(rows)
         return rows + found if change.add else found
 
-    def _keep(self, site: str, group: Tokens, found: Tensor) -> None:
+    def _keep(self, site: str, group: Group, found: Tensor) -> None:
         """Keep what is read, by key position."""
         if site not in self.wanted:
             return
@@ -258,52 +239,41 @@ class LayerWork:
             self.found[site] = like.new_zeros(tokens, heads, self.width)
 
     @staticmethod
-    def _first(group: Tokens) -> int:
+    def _first(group: Group) -> int:
         """The column that the first key of a group's scores lies in."""
         return int(group.columns[0]) if group.every else 0
 
 
 def layer_work(
     layer: int,
-    frame: Lying,
+    frame: Frame,
     tokens: int,
     starts: Tensor,
     width: int,
     *,
-    writes: Sequence[tuple[str, Tensor, Tensor, Tensor, Tensor, bool]],
+    writes: Sequence[SiteWrite],
     edges: Sequence[EdgeWrite],
     reads: Sequence[str],
 ) -> LayerWork:
     """What is done in one layer.
 
-    tokens: second dimension of the model's tensors. writes: (site, rows, positions, units, values,
-        whether they are added).
+    tokens: second dimension of the model's tensors. starts, width: of the kept keys, as in `Frame`.
+    writes, edges: of this layer. reads: names of sites.
     """
     work = LayerWork(starts.cpu(), width, wanted=frozenset(reads) & set(WITHIN_ATTENTION))
-    for site, rows, positions, units, values, add in writes:
-        first, second, there = frame.locate(site, layer, "", rows, positions)
-        token = (first * tokens + second)[there].cpu()
-        kept = there.to(values.device)
-        if site in ("q_rot", "k_rot"):
-            work.rotated[site].append((token, units[there].cpu(), values[kept], add))
-            work.due += len(token)
-            continue
+    for write in writes:
+        rows, positions, add = write.rows, write.positions, write.mode == "add"
+        first, second, there = frame.locate(write.site, layer, "", rows, positions)
+        token, head = (first * tokens + second)[there].cpu(), write.units[there].cpu()
+        values = write.values[there.to(write.values.device)]
         work.due += len(token)
+        if write.site in ("q_rot", "k_rot"):
+            work.rotated[write.site].append((token, head, values, add))
+            continue
         begin = frame.columns(rows, torch.zeros_like(positions)).cpu()[there.cpu()]
         none = torch.zeros(0, dtype=torch.long)
-        work.changes.append(
-            _Change(
-                token,
-                units[there].cpu(),
-                "scores" if site == "scores" else "pattern",
-                none,
-                none,
-                none,
-                values[kept].cpu(),
-                begin,
-                add,
-            )
-        )
+        kind = "scores" if write.site == "scores" else "pattern"
+        work.changes.append(_Change(token, head, kind, none, none, none, values.cpu(), begin, add))
     for edge in edges:
         first, second, there = frame.locate("pattern", layer, "", edge.rows, edge.queries)
         if not bool(there.all()):  # queries that no measure can see
@@ -329,15 +299,14 @@ def _some(edge: EdgeWrite, there: Tensor) -> EdgeWrite:
     """Of some of the queries."""
     place = torch.cumsum(there, 0) - 1
     kept = there[edge.entries]
-    return EdgeWrite(
-        edge.layer,
-        edge.change,
-        edge.rows[there],
-        edge.queries[there],
-        edge.heads[there],
-        place[edge.entries[kept]],
-        edge.keys[kept],
-        edge.amounts[there],
+    return replace(
+        edge,
+        rows=edge.rows[there],
+        queries=edge.queries[there],
+        heads=edge.heads[there],
+        entries=place[edge.entries[kept]],
+        keys=edge.keys[kept],
+        amounts=edge.amounts[there],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.batch import gather
 from mechdsl.columns import Ints, counted, each_unit, units_of
 from mechdsl.fillings import Fillings
-from mechdsl.hooks import SiteRead, SiteWrite, gather
+from mechdsl.frame import SiteRead, SiteWrite
 from mechdsl.lanes import Lanes
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan import ExperimentPlan, Place
@@ -58,7 +59,7 @@ def readable(plan: ExperimentPlan, rows: Rows, fillings: Fillings) -> Ints:
 
 def _entries(plan: RulePlan, rows: Rows, fillings: Fillings) -> _Entries:
     position = plan.position_of_cell[rows.cell]
-    written_run = plan.written.run(position, rows.prompt, rows.alternative)
+    written_run = plan.written_runs(rows)
     read_run = plan.read.run(position, read_prompts(plan, rows, fillings), rows.alternative)
     row, written = plan.written.tokens.expand(written_run)
     _, slot = counted(plan.written.tokens.counts(written_run))
@@ -111,12 +112,10 @@ def build_edges(plan: ExperimentPlan, rows: Rows, shape: ModelShape) -> list[Edg
     found: list[EdgeWrite] = []
     for rule in plan.rules:
         edge = rule.rule.edge
-        if edge is None or edge.kind == "observe" or rule.keys is None or rule.key_of_cell is None:
+        if edge is None or edge.kind == "observe" or rule.keys is None:
             continue
-        position = rule.position_of_cell[rows.cell]
-        queries = rule.written.run(position, rows.prompt, rows.alternative)
-        keys = rule.keys.run(rule.key_of_cell[rows.cell], rows.prompt, rows.alternative)
-        row, query = rule.written.tokens.expand(queries)
+        keys = rule.key_runs(rows)
+        row, query = rule.written.tokens.expand(rule.written_runs(rows))
         index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
         layer = np.array([p.layer for p in rule.point_table], dtype=np.int64)[point]
         unit = units_of(rule.point_table)[point]
@@ -236,22 +235,23 @@ def _widened(values: Tensor, width: int) -> Tensor:
 
 
 def unless_set(added: SiteWrite, writes: Sequence[SiteWrite]) -> SiteWrite:
-    """What is added, without the vectors that a rule sets: these replace it."""
-    taken = {
-        (row, position)
-        for write in writes
-        if (write.site, write.layer) == (added.site, added.layer)
-        for row, position in zip(write.rows.tolist(), write.positions.tolist(), strict=True)
-    }
-    places = zip(added.rows.tolist(), added.positions.tolist(), strict=True)
-    return _chosen(added, torch.tensor([place not in taken for place in places], dtype=torch.bool))
-
-
-def _chosen(write: SiteWrite, keep: Tensor) -> SiteWrite:
+    """What is added or held, without the vectors that a rule sets: these replace it."""
+    taken: set[tuple[int, int, int]] = set()
+    for write in writes:
+        if (write.site, write.layer) == (added.site, added.layer):
+            taken.update(_places(write))
+    if not taken:
+        return added
+    keep = torch.tensor([place not in taken for place in _places(added)], dtype=torch.bool)
     return replace(
-        write,
-        rows=write.rows[keep],
-        positions=write.positions[keep],
-        units=write.units[keep],
-        values=write.values[keep],
+        added,
+        rows=added.rows[keep],
+        positions=added.positions[keep],
+        units=added.units[keep],
+        values=added.values[keep.to(added.values.device)],
     )
+
+
+def _places(write: SiteWrite) -> Iterator[tuple[int, int, int]]:
+    """(row, position, unit) of each vector."""
+    return zip(write.rows.tolist(), write.positions.tolist(), write.units.tolist(), strict=True)

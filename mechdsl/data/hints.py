@@ -19,6 +19,9 @@ def unknown_span_hint(name: str, spans: Iterable[str], table: PromptTable) -> st
             f"`{name}` is a value, but its text isn't marked: write it as `{{{name}}}` in the "
             f"template, or add `span {name} in COLUMN`"
         )
+    defined = table.sources[0].block.spec.spans if table.sources else ()
+    if any(each.name.id == name and each.literal is not None for each in defined):
+        return f"`span {name} = …` looks for its text in the prompts, and finds it in none"
     near = nearest(name, spans)
     listed = ", ".join(f"`{s}`" for s in spans)
     return did_you_mean(near, f"there is {listed}" if spans else "write a placeholder: `{name}`")

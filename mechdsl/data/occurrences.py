@@ -89,8 +89,10 @@ class Occurrences:
             else:
                 names = {span.name for span in self._all_spans()}
                 hint = unknown_span_hint(name, names, self.table)
+                others = (run.prompts for run in self.table.runs.values() if run.prompts)
+                blocks = "`, `".join(dict.fromkeys((self.table.name, *others)))
                 self.diagnostics.append(
-                    UnknownSpan(span=ref.span, name=name, prompts=self.table.name, hint=hint)
+                    UnknownSpan(span=ref.span, name=name, prompts=blocks, hint=hint)
                 )
             return False
         return True

@@ -10,7 +10,7 @@ from typing import Any
 from mechdsl.data.occurrences import Occurrences
 from mechdsl.data.spans import TokenMap
 from mechdsl.data.tokenizer import TextTokenizer
-from mechdsl.data.types import PositionCell, PromptTable
+from mechdsl.data.types import Hits, PositionCell, PromptTable
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord
@@ -26,9 +26,6 @@ from mechdsl.diagnostics.e03_positions import (
 from mechdsl.source import Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
-
-Hits = tuple[tuple[int, ...], ...]
-"""The runs of one row: token positions that are joined, each run by itself."""
 
 Ranked = Callable[
     [ast.RankedTokens, str, Mapping[str, Any], list[Diagnostic]], list[tuple[str, list[Hits]]]

@@ -177,7 +177,10 @@ class Row:
             rich = render(evaluate(piece.expr, self, key))
         if rich is None:
             reason = "it is a list or record, or the row has no value for it"
-            hint = 'write lists as `list(item, from: column, sep: ", ")`'
+            hint = (
+                f"write `{piece.name or piece.expr.span.written} in […]` for one row per value, or "
+                'lists as `list(item, from: column, sep: ", ")`'
+            )
             raise bad(piece.span, reason, hint)
         return rich
 

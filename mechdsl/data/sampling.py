@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
+from math import comb
 from typing import overload
 
 _WORD = (1 << 64) - 1
@@ -48,6 +49,32 @@ class Permutation(Sequence[int]):
             index = left << self._half | right
             if index < self.size:
                 return index
+
+
+def subset(pool: Sequence[int], size: int, rank: int | None, *key: object) -> tuple[int, ...]:
+    """The set of this rank; without one, that of a seeded draw."""
+    if rank is not None:
+        return combination(pool, size, rank)
+    order = Permutation(len(pool), *key)
+    return tuple(sorted(pool[order[n]] for n in range(size)))
+
+
+def combination(pool: Sequence[int], size: int, rank: int) -> tuple[int, ...]:
+    """The set of this rank among all sets of this size, in the order of `itertools`."""
+    found: list[int] = []
+    start = 0
+    for left in range(size, 0, -1):
+        if left == 1:  # as in most cells: no need to count
+            start, rank = start + rank, 0
+        while True:
+            behind = comb(len(pool) - start - 1, left - 1)
+            if rank < behind:
+                break
+            rank -= behind
+            start += 1
+        found.append(pool[start])
+        start += 1
+    return tuple(found)
 
 
 def _mix(x: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from mechdsl.python_files import PythonFunction
 from mechdsl.record import Record, record
@@ -115,13 +115,17 @@ class PromptTable(Record):
         return len(self.row_ids)
 
 
+Hits: TypeAlias = tuple[tuple[int, ...], ...]
+"""The runs of one row: token positions that are joined, each run by itself."""
+
+
 @record
 class PositionCell(Record):
     """One value of the position axis."""
 
     label: str
     """As the table shows it: `last-item token`, `subject middle`, `item 3`, `-2`."""
-    hits: tuple[tuple[tuple[int, ...], ...], ...]
+    hits: tuple[Hits, ...]
     """Per row, the separate runs (one, or several that are averaged: the middle tokens of a ragged
     span); per run, the joined token positions, 0-based in the model's unpadded input, ascending.
     A row without the position has no runs and drops out of the cell."""

@@ -30,6 +30,7 @@ from mechdsl.expectations.conditions import (
     Where,
     full_component,
 )
+from mechdsl.percent import Percent
 from mechdsl.registry import nearest
 from mechdsl.source import Span
 from mechdsl.syntax import ast
@@ -411,14 +412,18 @@ class _Reader:
             case ast.String():
                 return Where(text, {axis: ((value.value, value.value),)})
             case ast.Range():
-                return Where(text, {axis: ((self.constant(value.low), self.constant(value.high)),)})
+                return Where(text, {axis: ((self.end(value.low), self.end(value.high)),)})
             case ast.Number() | ast.Percent():
-                return Where(text, {axis: ((value.value, value.value),)})
+                return Where(text, {axis: ((self.end(value), self.end(value)),)})
             case _:
                 hint = f'write `{axis}: 2`, `{axis}: 2..4` or `{axis}: "…"`'
                 if isinstance(value, ast.Name):
                     hint = f'write words in quotes: `{axis}: "{value.id}"`'
                 _unreadable(argument.span, "not a value of an axis", hint)
+
+    def end(self, node: ast.Expr) -> float:
+        """An end of a range of cells: `50%` is 50 on an axis, as its cells say it."""
+        return Percent(node.value) if isinstance(node, ast.Percent) else self.constant(node)
 
     def where(self, node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> Where:
         """A site as a filter of cells."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
+from mechdsl.percent import Percent
 from mechdsl.record import Record, record
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class Where(Record):
 
 
 def _within(value: int | float | str, low: int | float | str, high: int | float | str) -> bool:
+    if isinstance(value, str) and isinstance(low, Percent) and value.endswith("%"):
+        value = float(value[:-1])  # a layer by its relative depth
     if isinstance(value, str) or isinstance(low, str) or isinstance(high, str):
         return str(value) == str(low)
     return low <= value <= high

@@ -13,8 +13,8 @@ from math import comb, prod
 from typing import TypeAlias
 
 from mechdsl import spec
-from mechdsl.data.sampling import Permutation, stable_hash
-from mechdsl.data.types import PositionCell
+from mechdsl.data.sampling import Permutation, stable_hash, subset
+from mechdsl.data.types import Hits, PositionCell
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_coordinates import TooManyCells
 from mechdsl.diagnostics.e06_controls import BadControl
@@ -57,8 +57,6 @@ Own: TypeAlias = Mapping[Slot, tuple[int, ...]]
 """The targets of one cell, ascending, by where they can be exchanged."""
 Picked: TypeAlias = Mapping[tuple[Slot, int], int]
 """Target → the one that was drawn in its place."""
-Hits: TypeAlias = tuple[tuple[int, ...], ...]
-"""The runs of one row."""
 
 
 def resolve_control(
@@ -594,29 +592,3 @@ def _label(points: Sequence[SitePoint]) -> str:
     for point in points:
         by_layer.setdefault((point.site, point.layer), []).append(point)
     return " + ".join(points_label(each) for each in by_layer.values())
-
-
-def subset(pool: Sequence[int], size: int, rank: int | None, *key: object) -> tuple[int, ...]:
-    """The set of this rank; without one, that of a seeded draw."""
-    if rank is not None:
-        return combination(pool, size, rank)
-    order = Permutation(len(pool), *key)
-    return tuple(sorted(pool[order[n]] for n in range(size)))
-
-
-def combination(pool: Sequence[int], size: int, rank: int) -> tuple[int, ...]:
-    """The set of this rank among all sets of this size, in the order of `itertools`."""
-    found: list[int] = []
-    start = 0
-    for left in range(size, 0, -1):
-        if left == 1:  # as in most cells: no need to count
-            start, rank = start + rank, 0
-        while True:
-            behind = comb(len(pool) - start - 1, left - 1)
-            if rank < behind:
-                break
-            rank -= behind
-            start += 1
-        found.append(pool[start])
-        start += 1
-    return tuple(found)

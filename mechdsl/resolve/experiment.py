@@ -16,12 +16,13 @@ from mechdsl.diagnostics.e03_coordinates import (
     TooManyCells,
 )
 from mechdsl.resolve.controls import resolve_control
+from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.depth import relative
+from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.loops import loop_values
 from mechdsl.resolve.measures import MeasureContext, known_run, resolve_measure
-from mechdsl.resolve.onward import Finding, Onward
+from mechdsl.resolve.onward import Onward
 from mechdsl.resolve.rules import resolve_rule
-from mechdsl.resolve.sites import SiteContext
 from mechdsl.resolve.types import (
     Axis,
     ModelContext,

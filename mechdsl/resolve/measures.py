@@ -17,7 +17,8 @@ from mechdsl.diagnostics.e05_data import MultiTokenText
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.python_files import find_function, is_python
 from mechdsl.registry import nearest
-from mechdsl.resolve.sites import SiteContext, resolve_point
+from mechdsl.resolve.coordinates import SiteContext
+from mechdsl.resolve.sites import resolve_point
 from mechdsl.resolve.types import Atom, Env, ResolvedMeasure
 from mechdsl.source import Span
 from mechdsl.syntax import ast

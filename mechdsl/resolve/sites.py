@@ -4,58 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
-from typing import Any
 
-from mechdsl import spec
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_coordinates import (
     AxisDoesNotFit,
-    BadLoopValue,
-    EmptyRange,
-    LayerOutOfRange,
     NoComponent,
     UnitOutOfRange,
 )
 from mechdsl.diagnostics.e04_model import SiteNotInBlock
 from mechdsl.models.shape import ModelShape, missing_site, units
-from mechdsl.registry import nearest
-from mechdsl.resolve.onward import Onward
-from mechdsl.resolve.types import Axis, Key, Label, SitePoint, SiteTargets
+from mechdsl.resolve.coordinates import (
+    AxisValues,
+    SiteContext,
+    axis_values,
+    layer_exists,
+    unit_exists,
+)
+from mechdsl.resolve.types import Axis, Key, SitePoint, SiteTargets
 from mechdsl.source import Span
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES, SiteKind, by_short
 
 STACKS = ("vision", "encoder", "decoder")
-
-
-@dataclass
-class SiteContext:
-    """What sites of one experiment are resolved against."""
-
-    model: str
-    shape: ModelShape
-    groups: Mapping[str, spec.Group]
-    parameters: Mapping[str, Any]
-    loops: Mapping[str, tuple[Label, ...]]
-    diagnostics: list[Diagnostic] = field(default_factory=list)
-    onward: Onward = field(default_factory=Onward)
-
-
-@dataclass(frozen=True)
-class _Values:
-    """One axis of a site. `choices` per value of `loop` (or once): a tuple of joined coordinates
-    per value of the sweep."""
-
-    name: str
-    labels: tuple[Label, ...]
-    choices: tuple[tuple[int, ...], ...]
-    swept: bool
-    loop: str | None
-    span: Span
 
 
 def resolve_site(
@@ -193,12 +167,12 @@ def _picked(site: ast.Site, node: ast.Ranked, context: SiteContext) -> SiteTarge
 
 def _short(short: ast.ShortSite, context: SiteContext) -> SitePoint | None:
     kind = _short_kind(short, context)
-    if kind is None or not _layer_exists(short.layer, short.span, context):
+    if kind is None or not layer_exists(short.layer, short.span, context):
         return None
     if not _available(kind, short.span, context):
         return None
     unit = short.index if kind.unit is not None else None
-    if unit is not None and not _unit_exists(kind, unit, short.span, context):
+    if unit is not None and not unit_exists(kind, unit, short.span, context):
         return None
     return SitePoint(kind.name, short.layer, unit)
 
@@ -350,10 +324,10 @@ def with_read_layers(
             )
             return None, ()
     word = ast.Axis("layer", False, (into,), span=into.span)
-    values = _axis_values(word, kinds, context)
+    values = axis_values(word, kinds, context)
     if values is None:
         return None, ()
-    axes = (Axis("to_layer", values.labels, values.span),) if values.swept else ()
+    axes = () if values.sweep is None else (replace(values.sweep, name="to_layer"),)
     extra = [values.loop] if values.loop is not None and values.loop not in read.axes else []
     names = (*read.axes, *extra, *(axis.name for axis in axes))
     sizes = [len(context.loops[loop]) for loop in extra] + [len(axis) for axis in axes]
@@ -381,9 +355,9 @@ def _swept(
     if not all(_axes_fit(site, kind, context) for kind in kinds):
         return None, ()
     by_word = {axis.word: axis for axis in site.axes}
-    layers = _axis_values(by_word.get("layer"), kinds, context)
+    layers = axis_values(by_word.get("layer"), kinds, context)
     unit_axis = next((a for a in site.axes if a.word != "layer"), None)
-    units_ = _axis_values(unit_axis, kinds, context)
+    units_ = axis_values(unit_axis, kinds, context)
     if layers is None or units_ is None:
         return None, ()
     component_loop = site.names[0].id if site.names and site.names[0].id in context.loops else None
@@ -395,8 +369,8 @@ def _swept(
     for part in (layers, units_):
         if part.loop is not None and part.loop not in loops:
             loops.append(part.loop)
-        if part.swept:
-            axes.append(Axis(part.name, part.labels, part.span))
+        if part.sweep is not None:
+            axes.append(part.sweep)
     names = (*loops, *(axis.name for axis in axes))
     sizes = [len(context.loops[loop]) for loop in loops] + [len(axis) for axis in axes]
     points: dict[Key, tuple[SitePoint, ...]] = {}
@@ -414,13 +388,13 @@ def _swept(
     return SiteTargets(names, points, labels), tuple(axes)
 
 
-def _chosen(values: _Values, at: Mapping[str, int], applies: bool) -> tuple[int | None, ...]:
+def _chosen(values: AxisValues, at: Mapping[str, int], applies: bool) -> tuple[int | None, ...]:
     """The joined coordinates of one cell; (None,) where the component has no such axis."""
     if not applies or not values.choices:
         return (None,)
     if values.loop is not None:
         return values.choices[at[values.loop]]
-    return values.choices[at[values.name] if values.swept else 0]
+    return values.choices[0 if values.sweep is None else at[values.sweep.name]]
 
 
 def _axes_fit(site: ast.Site, kind: SiteKind, context: SiteContext) -> bool:
@@ -462,185 +436,6 @@ def _axes_fit(site: ast.Site, kind: SiteKind, context: SiteContext) -> bool:
         )
         return False
     return True
-
-
-def _axis_values(
-    axis: ast.Axis | None, kinds: list[SiteKind], context: SiteContext
-) -> _Values | None:
-    """The values of one axis of a site; None after an error."""
-    if axis is None:
-        return _Values("", (), (), False, None, _NOWHERE)
-    size = context.shape.n_layers if axis.word == "layer" else units(context.shape, kinds[0].name)
-    swept: list[int] = []
-    single = len(axis.values) == 1
-    loop: str | None = None
-    for value in axis.values:
-        if isinstance(value, ast.Star):
-            swept.extend(range(size))
-            single = False
-            continue
-        if value.low.name is not None and value.low.name in context.loops:
-            if value.high is not None or len(axis.values) > 1:
-                context.diagnostics.append(
-                    BadLoopValue(
-                        span=value.span,
-                        name=value.low.name,
-                        reason="a range can't start at the variable of a `for`",
-                        hint="write the variable alone, with an offset: `layer l + 1`",
-                    )
-                )
-                return None
-            loop = value.low.name
-            found = _loop_values(value.low, axis, kinds, size, context)
-            if found is None:
-                return None
-            swept.extend(found)
-            continue
-        low = _bound(value.low, axis, kinds, size, context)
-        high = low if value.high is None else _bound(value.high, axis, kinds, size, context)
-        if low is None or high is None:
-            return None
-        if high < low:
-            ends = [value.low.span.written, (value.high or value.low).span.written]
-            context.diagnostics.append(
-                EmptyRange(span=value.span, text=value.span.written, low=ends[1], high=ends[0])
-            )
-            return None
-        single = single and value.high is None
-        swept.extend(range(low, high + 1))
-    if loop is None:
-        swept = list(dict.fromkeys(swept))  # `0, 0..2` names layer 0 once
-    windows = [_window(value, axis, size, context) for value in swept]
-    if axis.plural and loop is None:
-        joined = tuple(sorted({v for window in windows for v in window}))
-        return _Values(axis.word, (), (joined,), False, None, axis.span)
-    return _Values(
-        axis.word, tuple(swept), tuple(windows), not single and loop is None, loop, axis.span
-    )
-
-
-_NOWHERE: Any = None
-
-
-def _window(center: int, axis: ast.Axis, size: int, context: SiteContext) -> tuple[int, ...]:
-    """The joined layers around a centre: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends (ROME)."""
-    if axis.window is None:
-        return (center,)
-    width = context.parameters.get(axis.window) if isinstance(axis.window, str) else axis.window
-    if not isinstance(width, int) or width < 1:
-        context.diagnostics.append(
-            BadLoopValue(
-                span=axis.span,
-                name="window",
-                reason="must be a whole number above 0",
-                hint="write `window 9`",
-            )
-        )
-        return (center,)
-    return tuple(range(max(0, center - width // 2), min(size, center + (width + 1) // 2)))
-
-
-def _loop_values(
-    bound: ast.Bound, axis: ast.Axis, kinds: list[SiteKind], size: int, context: SiteContext
-) -> list[int] | None:
-    """The coordinate for every value of a `for` variable."""
-    assert bound.name is not None
-    found: list[int] = []
-    for value in context.loops[bound.name]:
-        if not isinstance(value, int):
-            context.diagnostics.append(
-                BadLoopValue(
-                    span=bound.span,
-                    name=bound.name,
-                    reason=f"`{value}` is not a {axis.word}",
-                    hint=f"let it run over whole numbers: `for {bound.name} in 0..{size - 1}`",
-                )
-            )
-            return None
-        if not _exists(value + bound.offset, axis.word, kinds, bound.span, context):
-            return None
-        found.append(value + bound.offset)
-    return found
-
-
-def _bound(
-    bound: ast.Bound, axis: ast.Axis, kinds: list[SiteKind], size: int, context: SiteContext
-) -> int | None:
-    if bound.percent is not None:
-        if axis.word != "layer" or not 0 <= bound.percent <= 100:
-            reason = "only layers have a relative depth" if axis.word != "layer" else "beyond 100%"
-            context.diagnostics.append(
-                BadLoopValue(
-                    span=bound.span,
-                    name=bound.span.written,
-                    reason=reason,
-                    hint="0% is the first layer and 100% the last",
-                )
-            )
-            return None
-        # Half up, so that 50% of an odd depth is its middle and files agree on every machine.
-        return int(bound.percent / 100 * (size - 1) + 0.5)
-    value = bound.value
-    if bound.name is not None:
-        given = context.parameters.get(bound.name)
-        if not isinstance(given, int):
-            known = [*context.loops, *context.parameters]
-            reason = "is neither a `for` variable around this rule nor a `param`"
-            hint = did_you_mean(
-                nearest(bound.name, known),
-                f"known here: {', '.join(f'`{name}`' for name in known)}"
-                if known
-                else f"write a number, or add a line `param {bound.name} = 3`",
-            )
-            if given is not None:
-                reason = f"is {given!r}, not a whole number"
-                hint = f"{axis.word}s are counted from 0"
-            context.diagnostics.append(
-                BadLoopValue(span=bound.span, name=bound.name, reason=reason, hint=hint)
-            )
-            return None
-        value = given + bound.offset
-    assert value is not None
-    if value < 0:
-        value = size + value if -value <= size else value
-    return value if _exists(value, axis.word, kinds, bound.span, context) else None
-
-
-def _exists(value: int, word: str, kinds: list[SiteKind], span: Span, context: SiteContext) -> bool:
-    if word == "layer":
-        return _layer_exists(value, span, context)
-    return all(_unit_exists(kind, value, span, context) for kind in kinds)
-
-
-def _layer_exists(layer: int, span: Span, context: SiteContext) -> bool:
-    if 0 <= layer < context.shape.n_layers:
-        return True
-    context.diagnostics.append(
-        LayerOutOfRange(
-            span=span, index=layer, last=context.shape.n_layers - 1, model=context.model
-        )
-    )
-    return False
-
-
-def _unit_exists(kind: SiteKind, unit: int, span: Span, context: SiteContext) -> bool:
-    size = units(context.shape, kind.name)
-    if 0 <= unit < size:
-        return True
-    word = kind.unit if kind.unit in ("neuron", "expert") else "head"
-    shared = kind.unit == "kv_head" and context.shape.n_kv_heads != context.shape.n_heads
-    context.diagnostics.append(
-        UnitOutOfRange(
-            span=span,
-            unit=word,
-            units="key-value heads" if shared else f"{word}s",
-            index=unit,
-            last=size - 1,
-            where=f"at `{kind.name}`" if shared else "in every layer",
-            model=context.model,
-        )
-    )
-    return False
 
 
 def points_label(points: tuple[SitePoint, ...] | list[SitePoint]) -> str:

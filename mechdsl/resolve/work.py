@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mechdsl import spec
-from mechdsl.data.types import PromptTable
+from mechdsl.data.types import Hits, PromptTable
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_coordinates import AxesCollide
-from mechdsl.resolve.onward import Hits
-from mechdsl.resolve.sites import SiteContext
+from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.types import Axis, Label, ModelContext
 from mechdsl.syntax import ast
 

@@ -27,6 +27,7 @@ HINTS: tuple[Hint, ...] = (
         "`into layer 2` names a layer",
         "LAYER",
     ),
+    Hint(r"^patch\b.*\bonto\b.*$", r"onto\s+layers?\b", "write `into`: `onto` names tokens"),
     Hint(
         r"^patch\b.*\b(?:into\s+layer|with)\b.*$",
         r"onto\b",
@@ -212,10 +213,25 @@ HINTS: tuple[Hint, ...] = (
     Hint(r"^for\b", r"by\b", "write `step`: `for k in 0%..100% step 5%`", "STEP"),
     Hint(
         r"^report\s+(\w+)\s+(\w+)\s+$",
-        r"(?:over\s+|per\s+)?(?!top\b|to\b|by\b|x\b|vs\b|against\b|and\b)([a-z_]\w*)",
+        r"(?:over\s+|per\s+|on\s+)?(?!top\b|to\b|by\b|x\b|vs\b|against\b|and\b)([a-z_]\w*)",
         "write `report {0} {1} by {2}`",
         "BY",
     ),
+    Hint(r"^report\b(?!.*\bto\s)", r'("[^"]*")', "write `to` in front of the file: `to {0}`"),
+    Hint(r"^report\b.*\b(?:best|first|largest|limit)\s+$", r"([0-9]+)", "write `top {0}`"),
+    Hint(r"^for\s+(\w+)\s*$", r"of\b|=", "write `in`: `for {0} in [0, 1, 2]`", "IN"),
+    Hint(r"^template\s*$", r"\[", "several templates are values: `template in [ … ]`"),
+    Hint(
+        r"^(answer|wrong|template)\s+$",
+        r"(\{\w+\})",
+        'a text stands in quotes: `{0} " {1}"`',
+    ),
+    Hint(
+        r"^(?:experiment|prompts|model|corrupt|group|metric|param)\s+\w+\s*$",
+        r"-",
+        "a name has letters, digits and `_`, but no `-`",
+    ),
+    Hint(r"\b(kl|js)\($", r"\)", "name the run that it is compared with: `{0}(clean)`"),
     Hint(r"^corrupt\s*$", r"", "write `corrupt NAME {{ … }}`, with its changes between the braces"),
     Hint(r"\bpython\([^\")]*$", r"", 'the file stands in quotes: `python("file.py:name")`'),
     Hint(
@@ -232,6 +248,11 @@ HINTS: tuple[Hint, ...] = (
     Hint(r"\b([0-9]+)\s+$", r"to +([0-9]+)\b", "a range is written `{0}..{1}`"),
     Hint(r"\.\.\s*$", r"\. *([0-9]+)", "a range has two dots: `..{0}`"),
     Hint(r"\b(last|first)\s+$", r"(\w+) +(tokens?)\b", "write `{0}-{1} {2}`"),
+    Hint(
+        r"\bwindow\s+$",
+        r"([0-9]+)\s+(layers?\s+\S+)",
+        "a window stands behind its axis: `{1} window {0}`",
+    ),
     Hint(r"\b(\w+)\s+$", r"([0-9]+|\*)", "say which axis: `{0} layer {1}`", "LAYER"),
     Hint(r"(?:at|onto|to|from|with|,)\s*$", r"(-?[0-9]+)", "write `token {0}`", "TOKEN"),
     Hint(r"", r"to\b", "write `onto`: it says where the activation is written", "ONTO"),
@@ -246,6 +267,19 @@ HINTS: tuple[Hint, ...] = (
         r"\b((?:layer|head|neuron|expert|token)s?)\s*$",
         r"[=:] *(\S+)",
         "write `{0} {1}` without a sign between",
+    ),
+    Hint(r"\([^()]*\b([a-z_]+)\s*$", r"=(?!=)", "an option has a colon: `{0}: …`"),
+    Hint(
+        r"\{[^}]*\btokens?\s+$",
+        r"\w",
+        "positions are listed with commas: `{{first token, last token}}`",
+        "COMMA",
+    ),
+    Hint(
+        r"\b(?:at|to|from|onto|with)\s+\{\s*[\w-]+\s*$",
+        r",",
+        "each has its own `token`: `{{first token, last token}}`",
+        "TOKEN",
     ),
     Hint(r"^measure\b", r"", "say what is compared: `as recovery`, `as delta` or `as raw`", "AS"),
     Hint(

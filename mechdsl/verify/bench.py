@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mechdsl.batch import Batch
-from mechdsl.hooks import SiteRead, run_whole
+from mechdsl.frame import SiteRead
+from mechdsl.hooks import run_whole
 from mechdsl.loaded import LoadedModel, Outcome
 from mechdsl.models.anatomy import Anatomy, Tap
 from mechdsl.models.shape import ModelShape

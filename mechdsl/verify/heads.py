@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mechdsl.attention import CannotPack, exchanged, implementations, own_function
 from mechdsl.batch import Batch
-from mechdsl.hooks import SiteRead, SiteWrite, run_whole
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.loaded import Outcome
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.verify.bench import Bench, difference

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mechdsl.hooks import SiteRead, run_whole
+from mechdsl.frame import SiteRead
+from mechdsl.hooks import run_whole
 from mechdsl.loaded import LoadedModel, Outcome
 from mechdsl.verify.bench import Bench
 from mechdsl.vocab.sites import WITHIN_ATTENTION

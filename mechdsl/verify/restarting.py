@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mechdsl.attention import CannotPack
 from mechdsl.batch import Batch
-from mechdsl.hooks import SiteRead, SiteWrite, run_whole
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.kept import keeping
 from mechdsl.loaded import LoadedModel, Outcome
 from mechdsl.packed import run_packed

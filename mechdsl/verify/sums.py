@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mechdsl.batch import Batch
 from mechdsl.calls import bare_logits, call
-from mechdsl.hooks import SiteRead, SiteWrite, run_whole
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.inputs import image_token
 from mechdsl.loaded import LoadedModel, Outcome
 from mechdsl.taps import at_hand, given_to, layout_view

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mechdsl.hooks import SiteRead, SiteWrite, run_whole
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.loaded import Outcome
 from mechdsl.verify.bench import TOKENS_PER_PASS, Bench, difference, hundredfold, sites_of
 

@@ -193,7 +193,8 @@ _prompts("values", "count in 3..9", "The values of a name; every combination is 
 _prompts(
     "derived value",
     "half = count / 2",
-    "Worked out of other values: arithmetic, `other(x)`, `choice(…)`, `if … then … else …`.",
+    "Worked out of other values: arithmetic, `other(x)` (another value of the same domain; several "
+    "different ones: `a, b = others(x)`), `choice(…)`, `shuffle(column)`, `if … then … else …`.",
     _ROWS,
 )
 _prompts(
@@ -206,8 +207,8 @@ _prompts(
 _prompts(
     "value in Python",
     'size = python("functions.py:total")',
-    "A function of a Python file, called as `total(row)` with the values of the row, a `dict`. In a "
-    "corruption it makes the new value. It runs with `--allow-python` only.",
+    "A function of a Python file, called as `total(row)` with the values of the row, a `dict`. In "
+    "a corruption it makes the new value. It runs with `--allow-python` only.",
     "tests/python_files/test_python_files.py",
 )
 _prompts(
@@ -303,7 +304,8 @@ _position(
     "each NAME",
     "each item token",
     "One run per occurrence, at its last token; prompts with fewer occurrences drop out of that "
-    "cell, and n tells. The axis is called `position` and `item`.",
+    "cell, and n tells. The axis is called `position` and `item`; `{item.index}` in the text that "
+    'a metric names, as in `prob(" {item.index}")`, is the number of the occurrence.',
 )
 _position(
     "separators",
@@ -409,6 +411,7 @@ _rule(
     "ablate with mean",
     "ablate layer * head * at last token with mean",
     "It becomes the mean over the clean rows at that position; `mean of fewer` takes another run, "
+    "`mean of listed` another block of prompts with rows of its own, "
     "`mean by count` the rows of the same value.",
     CIRCUIT,
     "tests/execute/test_effects.py",
@@ -490,8 +493,9 @@ _rule(
     "path",
     "path layer 0..1 head * -> q layer 2 head * at last token",
     "The sender gets the source run's value, every other head and every MLP is held at the base "
-    "run's; what the receiver reads then is written into the base run. The receiver's axes are "
-    "`to_layer` and `to_head`; pairs in the wrong order are left out.",
+    "run's; what the receiver reads then is written into the base run. Receivers are `attn_norm`, "
+    "`q`, `k`, `v`, `mlp_norm`, `final_norm` and `logits`; their axes are `to_layer` and "
+    "`to_head`. Pairs in the wrong order are left out.",
     PATHS,
     _PATHS,
 )

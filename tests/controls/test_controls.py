@@ -17,10 +17,10 @@ import torch
 
 import mechdsl
 from mechdsl.check import Checked, Settings, check_source
+from mechdsl.data.sampling import combination
 from mechdsl.passes import PASSES
 from mechdsl.pipeline import RunOptions, run_source
 from mechdsl.plan import PLAN_PASSES, make_plan
-from mechdsl.resolve.controls import combination
 from mechdsl.resolve.types import Control, SitePoint
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.source import Source

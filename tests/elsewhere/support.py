@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from ..execute.support import (
     as_in_the_data,
     bare,
     difference,
-    prompt,
     word_tokenizer,
     write_rows,
 )
@@ -136,19 +136,13 @@ def layers(site: str, count: int = 3) -> list[list[by_hand.Point]]:
 def same(measure: MeasureData, expected: tuple[Array, Array, Array], rows: slice) -> None:
     """The cells of one variant, and both ends of its scale."""
     values, base, source = expected
-    count = len(values)
-    part = type(measure)(
-        **{
-            **{name: getattr(measure, name) for name in measure.__dataclass_fields__},
-            "patched": measure.patched[rows],
-            "base": np.broadcast_to(measure.base, measure.patched.shape)[rows],
-        }
+    part = replace(
+        measure,
+        patched=measure.patched[rows],
+        base=np.broadcast_to(measure.base, measure.patched.shape)[rows],
     )
-    assert part.patched.shape == (count, len(ROWS))
+    assert part.patched.shape == (len(values), len(ROWS))
     agree(part, values, base)
     if measure.source is not None:
         own = np.broadcast_to(measure.source, measure.patched.shape)[rows]
         np.testing.assert_allclose(own, np.broadcast_to(source, own.shape), atol=1e-4)
-
-
-__all__ = ["prompt"]

@@ -23,9 +23,9 @@ import mechdsl.plan
 import mechdsl.share
 import mechdsl.writes
 from mechdsl.attention import attend
-from mechdsl.batch import Batch
+from mechdsl.batch import Batch, gather
+from mechdsl.frame import SiteWrite
 from mechdsl.gauge import Reading
-from mechdsl.hooks import SiteWrite, gather
 from mechdsl.kept import Kept
 from mechdsl.packed import run_packed
 from mechdsl.pipeline import RunOptions

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mechdsl.patched
 from mechdsl.execute import Options
-from mechdsl.hooks import SiteWrite
+from mechdsl.frame import SiteWrite
 from mechdsl.pipeline import RunOptions
 from mechdsl.plan import INERT, RESTART_PASSES
 from mechdsl.writes import build_writes

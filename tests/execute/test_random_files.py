@@ -34,7 +34,9 @@ prompts single {
 group few = L0H1, L2H0, L1H3
 """
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "mistral", "bloom")
-RUNS = ("clean", "other", "longer", "turned")
+RUNS = ("clean", "other", "longer", "turned", "noised")
+NOISED = "  corrupt noised { add gaussian(std: 0.5, samples: 2) to embed at subject tokens }\n}\n"
+PROMPTS = support.PROMPTS.rstrip().removesuffix("}") + NOISED
 LAYERS = 3
 
 ONE = (
@@ -241,8 +243,9 @@ def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
     """Plain and planned are equal, or both are refused with the same words."""
     family, text, off = case
     model = support.bare(family)
-    plain, problems = support.try_file(text, folder, model, support.WITHOUT_PLAN)
-    planned, again = support.try_file(text, folder, model, RunOptions(without=off))
+    whole, some = support.WITHOUT_PLAN, RunOptions(without=off)
+    plain, problems = support.try_file(text, folder, model, whole, prompts=PROMPTS)
+    planned, again = support.try_file(text, folder, model, some, prompts=PROMPTS)
     assert [(d.code, d.message) for d in problems] == [(d.code, d.message) for d in again]
     if plain is None or planned is None:
         assert has_errors(problems)

@@ -48,8 +48,10 @@ package offers is read, patched from other prompts and ablated, in every layer o
 Outputs and reads may differ by {DIFFERENCE:.0e} of the largest output (at least 1), effects on a
 difference of two logits by {EFFECT_ERROR:.0e} of the effect, and every write has to change the
 output by at least {SMALLEST:.0e}. “All” sites are those of the table; what else an architecture
-could have is in its comments. Architectures that compute parts in ways that rounding shows in are
-compared in float64 (marked so).
+could have is in its comments. “Edges” says whether attention, computed from its queries, keys,
+values and masks, gives what the model's own does in every block: then there are `q_rot`, `k_rot`,
+`scores`, `pattern` and rules on edges (held to a reference in `tests/rules`). Architectures that
+compute parts in ways that rounding shows in are compared in float64 (marked so).
 
 `make families` runs it all and writes this page; `python -m tests.families NAME…` compares some.
 """
@@ -133,13 +135,14 @@ def page(found: Sequence[Walked], rows: Mapping[str, Architecture | Refused]) ->
     whole = sum(bool(walked.whole) for walked in taken)
     counts = ", ".join(f"{len(each)} {kind}" for kind, each in by_kind.items())
     refused = [walked for walked in found if walked.refused]
+    opened = sum(walked.opened for walked in taken)
     parts = [
         INTRO,
-        f"{counts}; {whole} of these {len(taken)} run whole passes alone, {len(refused)} more are "
-        f"refused. Variants of an architecture stand behind `/`. Run with torch "
-        f"{version('torch')} and transformers {version('transformers')}.\n",
+        f"{counts}; {whole} of these {len(taken)} run whole passes alone, edges of {opened} can be "
+        f"changed, {len(refused)} more are refused. Variants of an architecture stand behind `/`. "
+        f"Run with torch {version('torch')} and transformers {version('transformers')}.\n",
     ]
-    head = ("architecture", "sites", "planner passes", "checks", "largest difference")
+    head = ("architecture", "sites", "edges", "planner passes", "checks", "largest difference")
     for kind, each in by_kind.items():
         body = [cells(walked, rows[walked.name]) for walked in each]
         parts.append(f"## {kind.capitalize()}\n\n{table(head, body)}")
@@ -155,6 +158,7 @@ def cells(walked: Walked, row: Architecture | Refused) -> tuple[str, ...]:
     return (
         f"`{walked.name}`",
         "; ".join(sites_left(walked, row)) or "all",
+        "yes" if walked.opened else "no",
         f"whole passes: {reason(walked.whole)}" if walked.whole else "all",
         str(walked.checks),
         "; ".join([difference, *walked.wrong()]),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.batch import Batch
-from mechdsl.hooks import SiteWrite
+from mechdsl.frame import SiteWrite
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.anatomy import Tap
 from mechdsl.packed import PackedResult, run_packed

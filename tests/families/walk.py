@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from mechdsl.batch import Batch, gather
 from mechdsl.calls import bare_logits
 from mechdsl.diagnostics.w07_models import NotRestartable
-from mechdsl.hooks import SiteRead, SiteWrite, run_whole
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.kept import Kept, keeping
 from mechdsl.load import adopt
 from mechdsl.loaded import LoadedModel
@@ -103,6 +104,8 @@ class Walked:
     """Passed while it was loaded."""
     whole: str = ""
     """Why its rows are whole passes; empty where the planner's passes apply."""
+    opened: bool = False
+    """Its attention can be opened, so that it has the sites within attention and edges."""
     missing: list[Spot] = field(default_factory=list[Spot])
     """Sites of the row that the package doesn't offer."""
     extra: list[Spot] = field(default_factory=list[Spot])
@@ -519,6 +522,7 @@ class _Walk:
             self.found.refused = "; ".join(f"{d.message}: {d.label_text}" for d in diagnostics)
             return
         self.found.checks = sum(check.passed for check in loaded.checks)
+        self.found.opened = set(WITHIN_ATTENTION) <= loaded.shape.sites
         self.found.whole = "; ".join(d.reason for d in diagnostics if isinstance(d, NotRestartable))
         seeing = row.takes == "image and text"
         if seeing and loaded.restartable and not loaded.restarts_images:

@@ -12,7 +12,7 @@ from mechdsl.vocab.corruptions import CHANGES, NOISES
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, Form, Takes
 from mechdsl.vocab.reports import REPORTS
-from mechdsl.vocab.sites import SITES, SiteKind
+from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, SiteKind
 
 PAGE = Path(__file__).parents[2] / "docs" / "language.md"
 
@@ -239,6 +239,9 @@ NOT_HERE = ("router", "expert_out", "mixer_norm", "mixer_out")
 """Sites that the model of the examples lacks."""
 
 
+ATTENTION_TEST = "tests/rules/test_attention.py"
+
+
 def sites() -> Iterator[Line]:
     for name, kind in SITES.items():
         example = " ".join((name, *(f"{axis} *" for axis in kind.axes)))
@@ -246,7 +249,7 @@ def sites() -> Iterator[Line]:
             example,
             f"{_sentence(kind.meaning)} {_vector(kind)}",
             SITE_SOURCES.get(name, OWN),
-            "tests/families/test_rows.py",
+            ATTENTION_TEST if name in WITHIN_ATTENTION else "tests/families/test_rows.py",
             in_experiment(f"patch {example} at last token"),
             absent=name in NOT_HERE,
         )

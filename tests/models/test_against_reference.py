@@ -18,7 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mechdsl.hooks import Batch, SiteRead, SiteWrite, gather, run_whole
+from mechdsl.batch import Batch, gather
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.kept import Kept, keeping
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.anatomy import Anatomy, Layout, Tap

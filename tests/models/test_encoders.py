@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mechdsl.batch import Batch
-from mechdsl.hooks import SiteRead, SiteWrite, run_whole
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.kept import Kept, keeping
 from mechdsl.load import adopt
 from mechdsl.loaded import LoadedModel

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.attention import Group, KeptAttention, attend, exchanged, own_function
+from mechdsl.batch import Batch
 from mechdsl.exchange import WRITTEN_OUT, entry_of, plain
-from mechdsl.hooks import Batch, clean_model_check, run_whole
+from mechdsl.hooks import run_whole
 from mechdsl.kept import Kept, keeping
 from mechdsl.load import adopt
 from mechdsl.loaded import LoadedModel
+from mechdsl.taps import clean_model_check
 
 from . import families
 from .test_hooks import nothing_left

@@ -26,12 +26,14 @@ from mechdsl import pipeline, zoo
 from mechdsl.batch import Batch
 from mechdsl.cli import main
 from mechdsl.data.types import Noise
-from mechdsl.hooks import SiteRead, SiteWrite, clean_model_check, run_whole
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.kept import keeping
 from mechdsl.lanes import noise_scale
 from mechdsl.load import adopt
 from mechdsl.loaded import LoadedModel
 from mechdsl.packed import run_packed
+from mechdsl.taps import clean_model_check
 from mechdsl.vocab.sites import SITES
 
 from . import families

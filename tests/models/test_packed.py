@@ -13,21 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.attention import Group, KeptAttention, attend
+from mechdsl.batch import Batch
 from mechdsl.calls import bare_logits
-from mechdsl.hooks import (
-    Batch,
-    ReadMismatch,
-    SiteRead,
-    SiteWrite,
-    clean_model_check,
-    run_whole,
-)
+from mechdsl.frame import ReadMismatch, SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.kept import Kept, keeping
 from mechdsl.loaded import LoadedModel
 from mechdsl.models.shape import units, width
 from mechdsl.pack import BlockPack, pack_block
 from mechdsl.packed import PackedResult, Places, run_packed
 from mechdsl.restart import BlockWork, Mask, RowMasks, Shortcuts, block_work
+from mechdsl.taps import clean_model_check
 from mechdsl.vocab.sites import SITES
 
 from . import families

@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 from mechdsl.batch import Batch
-from mechdsl.hooks import SiteRead, SiteWrite, clean_model_check, run_whole
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.kept import keeping
 from mechdsl.load import adopt, load
 from mechdsl.loaded import LoadedModel
 from mechdsl.packed import run_packed
+from mechdsl.taps import clean_model_check
 from mechdsl.verify import RESTART
 
 from ..families import build, reference, tables

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mechdsl.batch import Batch
 from mechdsl.calls import bare_logits
 from mechdsl.diagnostics import Diagnostic
-from mechdsl.hooks import SiteRead, SiteWrite, clean_model_check, run_whole
+from mechdsl.frame import SiteRead, SiteWrite
+from mechdsl.hooks import run_whole
 from mechdsl.inputs import image_token
 from mechdsl.kept import keeping
 from mechdsl.load import adopt
@@ -23,6 +24,7 @@ from mechdsl.loaded import LoadedModel
 from mechdsl.models.adapters import Family
 from mechdsl.packed import run_packed
 from mechdsl.probe import sample
+from mechdsl.taps import clean_model_check
 from mechdsl.verify import bench, verify, writing
 from tests.families import build, reference, tables
 from tests.families.parts import Architecture, Stack

@@ -7,6 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from mechdsl.expectations.conditions import Where
+from mechdsl.percent import Percent
+from mechdsl.results.cell import CellKey
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
 
 from .support import HERE, PLAIN, Array, checked, experiment, patched, run
@@ -60,6 +63,25 @@ def test_labels_are_percentages_and_numbers() -> None:
     document = json.loads(Results((FileResult("a.mech", (found,)),)).to_json())
     cells = document["files"][0]["experiments"][0]["cells"]
     assert [cell["coords"]["k"] for cell in cells] == SHARES
+
+
+def test_part_of_a_curve_by_hand() -> None:
+    lines = ["expect mean(prob, k: 0%..40%) > 0", "expect mean(prob, k: 0..40) > 0"]
+    lines += ["expect prob(k: 40%) > 0"]
+    text = CURVE.replace("expect auc(prob, k) < 0.9", "\n  ".join(lines))
+    found = run(text + PLACES)["curve"]
+    percent, plain, one, *_ = (outcome.value for outcome in found.outcomes)
+    means = patched(found).mean(axis=1)
+    assert percent == pytest.approx(means[:3].mean()) == plain
+    assert one == pytest.approx(means[2])
+
+
+def test_depths_are_ranges_too() -> None:
+    cells = [CellKey({"layer": depth}, "L0.z") for depth in ("0%", "33.3%", "66.7%", "100%")]
+    half = Where("", {"layer": ((Percent(0), Percent(50)),)})
+    assert half.find(cells) == [0, 1]
+    assert Where("", {"layer": ((Percent(100), Percent(100)),)}).find(cells) == [3]
+    assert Where("", {"layer": ((0.0, 50.0),)}).find(cells) == []
 
 
 def test_area_by_hand() -> None:
@@ -128,6 +150,14 @@ def test_a_share_names_one_cell() -> None:
     assert not [d for d in checked(text).diagnostics if d.severity == "error"]
     found = run(text)["curve"]
     assert found.outcomes[2].value == pytest.approx(patched(found)[-1].mean())
+
+
+def test_a_range_of_shares() -> None:
+    """Both ends are percentages, as the axis is."""
+    lines = CURVE.replace("expect auc(prob, k) = 0.5", "expect mean(prob, k: 0%..40%) > 2")
+    found = run(lines + PLACES)["curve"]
+    (outcome,) = (each for each in found.outcomes if "0%..40%" in each.text)
+    assert outcome.value == pytest.approx(float(patched(found)[:3].mean()))
 
 
 def test_the_file() -> None:

@@ -9,20 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..execute.support import WIDER
 from ..models import families
-
-WIDER = {
-    "attn.c_attn": 1.5,
-    "attn.c_proj": 4,
-    "v_proj": 2,
-    "o_proj": 3,
-    "query_key_value": 1.5,
-    "attention.dense": 5,
-    "mlp.c_proj": 2,
-    "down_proj": 2,
-    "dense_4h_to_h": 1.5,
-}
-"""Factors on weights, so that no head is drowned by the MLPs."""
 
 GPT_OSS: dict[str, Any] = {
     "vocab_size": families.VOCABULARY,

@@ -23,11 +23,13 @@ from mechdsl.source import Source
 
 from ..execute.support import (
     ABSOLUTE,
+    DIFFERENCE,
     MODES,
     PROMPTS,
     RELATIVE,
     ROWS,
     SMALL,
+    STATS,
     Prompt,
     Record,
     as_in_the_data,
@@ -44,8 +46,6 @@ Array = NDArray[np.float64]
 Key = tuple[Coord | None, ...]
 """The coordinates of a cell, None where any is right."""
 
-STATS = "stats bootstrap(100) confidence 95% correct none"
-DIFFERENCE = "measure logit(answer) - logit(wrong) as delta"
 QUICK = ("plain", "planned")
 """With all passes off, and on."""
 

@@ -197,6 +197,8 @@ def faceted(drawn: Any, titles: list[str], columns: int) -> Any:
     if len(titles) < 2:
         return drawn
     header = alt.Header(title=None, labelLimit=320, labelAnchor="start")
+    rows = -(-len(titles) // columns)
+    columns = -(-len(titles) // rows)  # as full as can be: places without a panel show an axis
     return drawn.facet(alt.Facet("panel:N", sort=titles, header=header), columns=columns)
 
 

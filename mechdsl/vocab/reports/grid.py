@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from mechdsl.results.cell import Coord
 from mechdsl.results.experiment import ExperimentResult
 
-
 DEPTH = re.compile(r"[0-9.]+%")
 
 

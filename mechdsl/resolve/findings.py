@@ -1,0 +1,239 @@
+"""What experiments found: their sites and tokens, ranked by their first measure.
+
+Before an experiment has run, its cells stand in for its ranking, in the order of its grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
+from typing import TYPE_CHECKING
+
+from mechdsl.data.positions import resolve_positions
+from mechdsl.data.types import Hits, PromptTable
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.resolve.types import (
+    Key,
+    ResolvedExperiment,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.vocab.effects import EFFECTS
+
+if TYPE_CHECKING:
+    from mechdsl.data.tokenizer import TextTokenizer
+    from mechdsl.results.data import Floats
+    from mechdsl.results.experiment import ExperimentResult
+
+
+class Refused(Exception):
+    """Why nothing can be picked, and what to write."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class RankedSite:
+    """What a cell of another experiment writes, with its mean effect."""
+
+    label: str
+    points: tuple[SitePoint, ...]
+    value: float
+    """NaN where it hasn't run."""
+
+
+@dataclass(frozen=True, eq=False)
+class VariantFinding:
+    """One variant of an experiment (most have one), with what it found once it has run."""
+
+    experiment: ResolvedExperiment
+    measure: str = ""
+    """`recovery of ld`."""
+    means: Floats | None = None
+    """[cell] of its first measure."""
+    values: Floats | None = None
+    """[cell, row] of every prompt."""
+    row_ids: tuple[int, ...] = ()
+    """Of the rows that it kept."""
+
+    @staticmethod
+    def of(experiment: ResolvedExperiment, result: ExperimentResult) -> VariantFinding:
+        """What a measured experiment found, by its first measure."""
+        import numpy as np  # not at the top: `validate` has nothing to calculate
+
+        from mechdsl.results.resampling import parts
+
+        data = result.measures[0]
+        ids = result.row_ids if result.row_ids is not None else experiment.table.row_ids
+        name = data.label if data.effect == "raw" else f"{data.effect} of {data.label}"
+        if data.kind == "category":  # has no effect; picking by it is refused before anything runs
+            none = np.full(len(data.patched), np.nan)
+            return VariantFinding(experiment, name, none, data.patched, ids)
+        effect = EFFECTS[data.effect]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            means = parts(data, effect, slice(None), np.arange(data.patched.shape[1])).mean()
+            values = effect.of_means(data.patched, data.base, data.source)
+        return VariantFinding(
+            experiment, name, means, np.broadcast_to(values, data.patched.shape), ids
+        )
+
+    def sites(self) -> Iterator[RankedSite]:
+        """Of every cell that has a value, in the order of the grid."""
+        experiment = self.experiment
+        axes = [axis.name for axis in experiment.axes]
+        places = [[axes.index(a) for a in site_targets(rule).axes] for rule in experiment.rules]
+        cells = product(*(range(len(axis)) for axis in experiment.axes))
+        for cell, index in enumerate(cells):
+            value = math.nan if self.means is None else float(self.means[cell])
+            if self.means is not None and not math.isfinite(value):
+                continue
+            points: dict[SitePoint, None] = {}
+            labels: dict[str, None] = {}
+            for rule, place in zip(experiment.rules, places, strict=True):
+                key = tuple(index[i] for i in place)
+                labels[site_targets(rule).labels[key]] = None
+                points.update(dict.fromkeys(_written(rule, key)))
+            yield RankedSite(" + ".join(labels), tuple(points), value)
+
+    def tokens(
+        self, table: PromptTable, run: str, tokenizer: TextTokenizer
+    ) -> Iterator[tuple[int, float, int]]:
+        """(row id, value, token of the run) of every position in every row that has it."""
+        own = self.experiment
+        rule = _token_rule(own)
+        index = [axis.name for axis in own.axes].index("position")
+        by_label = _by_label(own, rule, table, run, tokenizer)
+        cells = [by_label.get(str(label)) for label in own.axes[index].labels]
+        here = set(table.row_ids)
+        columns = own.table.row_ids if self.values is None else self.row_ids
+        worth = None if self.values is None else self._worth(index, self.values)
+        for column, row in enumerate(columns):
+            for number, cell in enumerate(cells if row in here else ()):
+                hits = () if cell is None else cell.get(row, ())
+                value = 0.0 if worth is None else float(worth[number, column])
+                if hits and math.isfinite(value):
+                    yield row, value, hits[0][0]
+
+    def _worth(self, axis: int, values: Floats) -> Floats:
+        """[position, row]: a position with several cells (in several layers, say) counts with the
+        best of them."""
+        import numpy as np
+
+        shape = (*self.experiment.shape, values.shape[1])
+        moved = np.moveaxis(values.reshape(shape), axis, 0)
+        flat = moved.reshape(moved.shape[0], -1, values.shape[1])
+        highest = np.where(np.isnan(flat), -np.inf, flat).max(axis=1)
+        return np.where(np.isneginf(highest), np.nan, highest)
+
+
+@dataclass(eq=False)
+class Finding:
+    """What all variants of an experiment found; without values before they have run."""
+
+    parts: tuple[VariantFinding, ...]
+    _orders: dict[tuple[int, str], dict[int, list[int]]] = field(
+        default_factory=dict[tuple[int, str], dict[int, list[int]]], repr=False
+    )
+
+    @property
+    def name(self) -> str:
+        return self.parts[0].experiment.name
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether it has not run yet."""
+        return any(part.means is None for part in self.parts)
+
+    @property
+    def measure(self) -> str:
+        return self.parts[0].measure
+
+    @property
+    def cells(self) -> int:
+        return sum(part.experiment.n_cells for part in self.parts)
+
+    def on(self, model: str) -> Finding:
+        """Of a comparison of models, what it found on one of them."""
+        own = tuple(part for part in self.parts if part.experiment.model.name == model)
+        return self if not own or len(own) == len(self.parts) else Finding(own)
+
+    @cached_property
+    def sites(self) -> list[RankedSite]:
+        """Its sites, the best first. A site with several cells (at several positions, say) counts
+        once, with the best of them."""
+        best: dict[tuple[SitePoint, ...], RankedSite] = {}
+        for site in (site for part in self.parts for site in part.sites()):
+            old = best.get(site.points)
+            if old is None or site.value > old.value:
+                best[site.points] = site
+        ranked = list(best.values())
+        return ranked if self.stands_in else sorted(ranked, key=lambda site: -site.value)
+
+    def tokens(
+        self, table: PromptTable, run: str, tokenizer: TextTokenizer
+    ) -> dict[int, list[int]]:
+        """Row id → the tokens of a run that it ranked in that row, the best first."""
+        key = (id(table), run)
+        if key not in self._orders:
+            best: dict[int, dict[int, float]] = {}
+            for part in self.parts:
+                for row, value, token in part.tokens(table, run, tokenizer):
+                    own = best.setdefault(row, {})
+                    own[token] = max(value, own.get(token, value))
+            # Sorting is stable: ties stay in the order of the grid.
+            self._orders[key] = {
+                row: sorted(own, key=lambda token, own=own: -own[token])
+                for row, own in best.items()
+            }
+        return self._orders[key]
+
+
+def site_targets(rule: ResolvedRule) -> SiteTargets:
+    """The sites of a rule that has some; picks of others are refused first."""
+    assert rule.sites is not None
+    return rule.sites
+
+
+def _written(rule: ResolvedRule, key: Key) -> tuple[SitePoint, ...]:
+    """What a rule writes in a cell; for one on attention, the heads' outputs."""
+    points = site_targets(rule).points[key]
+    if rule.edge is None:
+        return points
+    return tuple(replace(point, site="z") for point in points)
+
+
+def _token_rule(experiment: ResolvedExperiment) -> ResolvedRule:
+    """The rule whose positions are swept."""
+    return next(rule for rule in experiment.rules if "position" in rule.positions.axes)
+
+
+def _by_label(
+    own: ResolvedExperiment,
+    rule: ResolvedRule,
+    table: PromptTable,
+    run: str,
+    tokenizer: TextTokenizer,
+) -> dict[str, dict[int, Hits]]:
+    """Label → row id → where the positions of an experiment are in one run."""
+    positions = rule.positions
+    targets = {own.spec.base: positions.written, rule.run: positions.read}.get(run)
+    if targets is not None:
+        return {
+            cell.label: dict(zip(own.table.row_ids, cell.hits, strict=True))
+            for cell in targets.values()
+        }
+    # A run that it neither wrote nor read: the same positions, found in that run's own text.
+    cells, problems = resolve_positions(rule.spec.at, table, run, tokenizer=tokenizer)
+    if has_errors(problems):
+        raise Refused(
+            f"the positions of `{own.name}` aren't in `{run}`: {problems[0].message}",
+            f"let `{own.name}` run on `{run}` too",
+        )
+    return {cell.label: dict(zip(table.row_ids, cell.hits, strict=True)) for cell in cells}
