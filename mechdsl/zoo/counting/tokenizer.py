@@ -1,46 +1,28 @@
-"""Builds the counting model's tokenizer: one token a word, `<s>` in front of every text."""
+"""Builds the counting model's tokenizer: words and punctuation marks are tokens."""
 
 # pyright: reportUnknownMemberType=false
-# (signatures of torch, transformers and tokenizers are only partly typed)
+# (signatures of tokenizers are only partly typed)
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, pre_tokenizers
 
+from mechdsl.zoo import words
 from mechdsl.zoo.counting.data import SPECIAL, vocabulary
 
 MAX_LENGTH = 512
 
 
 def build_tokenizer() -> Tokenizer:
-    """Words and punctuation marks are tokens; an unknown word is `<unk>`."""
-    ids = {word: i for i, word in enumerate(vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    """Words and punctuation marks are tokens."""
+    split = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     )
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words with spaces
-    tokenizer.add_special_tokens(list(SPECIAL))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", ids["<s>"])]
-    )
-    return tokenizer
+    return words.word_tokenizer(vocabulary(), SPECIAL, split)
 
 
 def save_tokenizer(folder: Path) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`."""
-    build_tokenizer().save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": MAX_LENGTH,
-        "padding_side": "left",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    words.save_tokenizer(build_tokenizer(), folder, longest=MAX_LENGTH)
