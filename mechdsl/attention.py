@@ -200,6 +200,8 @@ def attend(
     for group in groups:
         own, asking = len(group.columns), len(group.queries)
         if not asking:
+            if work is not None:
+                work.unseen(group)
             continue
         lanes, rows = len(group.lanes), group.rows
         span = slice(group.start, group.start + group.size)

@@ -130,6 +130,12 @@ class LayerWork:
             self.found[site] = vectors.transpose(0, 1).clone()
         return vectors
 
+    def unseen(self, group: Group) -> None:
+        """A group of which no token attends, as no measure could see it."""
+        for change in self.changes:
+            inside = (change.token >= group.start) & (change.token < group.start + group.size)
+            self.done += int(inside.sum())
+
     def scored(self, group: Group, scores: Tensor, sink: Tensor | None) -> Tensor | None:
         """Change masked scores [lane, key-value head, head of it, row, query, key] in place, and
         give the sink's [… , 1] as it is then."""

@@ -67,6 +67,7 @@ MEASURES = (
     "measure kl(clean) as raw",
     "measure entropy as delta",
     "measure logit(answer) at subject token as delta",
+    "measure cosine(L1.resid, clean) at subject token as raw",
 )
 
 
