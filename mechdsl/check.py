@@ -44,8 +44,8 @@ from mechdsl.registry import nearest
 from mechdsl.resolve import ModelContext, ResolvedExperiment, resolve_experiment
 from mechdsl.resolve.cells import cell_keys
 from mechdsl.resolve.findings import Finding, VariantFinding
+from mechdsl.results.cell import joined_axes, joined_cells
 from mechdsl.results.significance import check_prompts
-from mechdsl.results.variants import joined_axes, joined_cells
 from mechdsl.source import Source
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse

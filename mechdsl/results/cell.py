@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 Coord = int | float | str
 
@@ -19,3 +19,36 @@ class CellKey:
     position: str | None = None
     tokens: tuple[str, ...] = ()
     """The distinct texts of the tokens that were hit, commonest first."""
+
+
+# --- cells of several variants --------------------------------------------------------------------
+
+Labels = tuple[tuple[str, int | str], ...]
+"""Axis and label of everything that there are several of."""
+NO_VALUE = "-"
+"""The coordinate of a cell along an axis that its variant doesn't have."""
+
+
+def joined_axes(parts: Sequence[tuple[Labels, Sequence[str]]]) -> list[str]:
+    """The axes of all variants: what there are several of comes first."""
+    own = [axis for labels, _ in parts for axis, _ in labels]
+    return list(dict.fromkeys([*own, *(axis for _, axes in parts for axis in axes)]))
+
+
+def joined_cells(
+    axes: Sequence[str], parts: Iterable[tuple[Labels, Iterable[CellKey]]]
+) -> list[CellKey]:
+    """The cells of all variants, one variant after the other."""
+    return [
+        replace(cell, coords={axis: _coord(axis, dict(labels), cell) for axis in axes})
+        for labels, cells in parts
+        for cell in cells
+    ]
+
+
+def _coord(axis: str, labels: Mapping[str, int | str], cell: CellKey) -> Coord:
+    if axis in labels:
+        return labels[axis]
+    # A sweep over positions that finds a single one has no axis.
+    missing = cell.position if axis == "position" else None
+    return cell.coords.get(axis, missing or NO_VALUE)

@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from mechdsl.results.cell import CellKey, Coord
+from mechdsl.results.cell import Labels, joined_axes, joined_cells
 from mechdsl.results.data import Floats, MeasureData, NullBand
 from mechdsl.results.experiment import ExperimentResult
-
-Labels = tuple[tuple[str, int | str], ...]
-"""Axis and label of everything that there are several of."""
-NO_VALUE = "-"
-"""The coordinate of a cell along an axis that its variant doesn't have."""
-
-
-def joined_axes(parts: Sequence[tuple[Labels, Sequence[str]]]) -> list[str]:
-    """The axes of all variants: what there are several of comes first."""
-    own = [axis for labels, _ in parts for axis, _ in labels]
-    return list(dict.fromkeys([*own, *(axis for _, axes in parts for axis in axes)]))
-
-
-def joined_cells(
-    axes: Sequence[str], parts: Iterable[tuple[Labels, Iterable[CellKey]]]
-) -> list[CellKey]:
-    """The cells of all variants, one variant after the other."""
-    return [
-        replace(cell, coords={axis: _coord(axis, dict(labels), cell) for axis in axes})
-        for labels, cells in parts
-        for cell in cells
-    ]
-
-
-def _coord(axis: str, labels: Mapping[str, int | str], cell: CellKey) -> Coord:
-    if axis in labels:
-        return labels[axis]
-    # A sweep over positions that finds a single one has no axis.
-    missing = cell.position if axis == "position" else None
-    return cell.coords.get(axis, missing or NO_VALUE)
 
 
 def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult:
