@@ -2,82 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
+from typing import TypeVar
 
 from mechdsl.data.positions import hit_texts
+from mechdsl.data.types import PositionCell
 from mechdsl.resolve.paths import reached
 from mechdsl.resolve.types import Key, ResolvedExperiment, ResolvedRule
 from mechdsl.results.cell import CellKey
 
+T = TypeVar("T")
+
 
 def cell_keys(experiment: ResolvedExperiment) -> Iterator[CellKey]:
     """Every cell that there is, in the order of its axes, the last one fastest."""
-    names = [axis.name for axis in experiment.axes]
-    base = experiment.spec.base
-    hits = [
-        {
-            key: hit_texts(experiment.table, base, cell)
-            for key, cell in rule.positions.written.items()
-        }
-        for rule in experiment.rules
-    ]
-    keys_hit = [
-        {}
-        if rule.edge is None
-        else {
-            key: hit_texts(experiment.table, base, cell)
-            for key, cell in rule.edge.keys.written.items()
-        }
-        for rule in experiment.rules
-    ]
-    parts = [_parts(rule, names) for rule in experiment.rules]
-    parallel = experiment.model.shape.parallel_block
+    rules = [_NamedRule(experiment, rule) for rule in experiment.rules]
     for index in product(*(range(len(axis)) for axis in experiment.axes)):
-        if not all(_leads(rule, names, index, parallel) for rule in experiment.rules):
+        if not all(rule.leads(index) for rule in rules):
             continue
         coords = {axis.name: axis.labels[i] for axis, i in zip(experiment.axes, index, strict=True)}
-        sites: dict[str, None] = {}
-        positions: dict[str, None] = {}
-        tokens: dict[str, None] = {}
-        for number, rule in enumerate(experiment.rules):
-            site_key, position_key = parts[number]
-            site = "input" if rule.sites is None else rule.sites.labels[site_key(index)]
-            if rule.path is not None:
-                receivers = rule.path.receivers
-                site += f" → {receivers.labels[_along(receivers.axes, names)(index)]}"
-            sites[site] = None
-            key = position_key(index)
-            label = rule.positions.written[key].label
-            if rule.edge is not None:
-                keys = rule.edge.keys
-                label += f" → {keys.written[_along(keys.axes, names)(index)].label}"
-            positions[label] = None
-            tokens.update(dict.fromkeys(hits[number][key]))
-            if rule.edge is not None:
-                keys = rule.edge.keys
-                tokens.update(dict.fromkeys(keys_hit[number][_along(keys.axes, names)(index)]))
+        sites = dict.fromkeys(rule.site(index) for rule in rules)
+        positions = dict.fromkeys(rule.position(index) for rule in rules)
+        tokens = dict.fromkeys(text for rule in rules for text in rule.tokens(index))
         yield CellKey(coords, " + ".join(sites), " + ".join(positions) or None, tuple(tokens))
 
 
-def _parts(
-    rule: ResolvedRule, names: list[str]
-) -> tuple[Callable[[Key], Key], Callable[[Key], Key]]:
-    """How a cell's indices give those of the rule's sites and positions."""
-    sites = rule.sites.axes if rule.sites is not None else ()
-    return _along(sites, names), _along(rule.positions.axes, names)
+class _NamedRule:
+    """What a rule's part of a cell is called, by the cell's indices along the axes."""
+
+    def __init__(self, experiment: ResolvedExperiment, rule: ResolvedRule) -> None:
+        names = [axis.name for axis in experiment.axes]
+        self.parallel = experiment.model.shape.parallel_block
+
+        def hits(cells: Mapping[Key, PositionCell]) -> dict[Key, tuple[str, ...]]:
+            base = experiment.spec.base
+            return {key: hit_texts(experiment.table, base, cell) for key, cell in cells.items()}
+
+        positions, edge, path = rule.positions, rule.edge, rule.path
+        self.sites = self.ends = self.senders = self.receivers = self.keys = None
+        self.positions = _along(positions.written, positions.axes, names)
+        self.texts = [_along(hits(positions.written), positions.axes, names)]
+        if rule.sites is not None:
+            self.sites = _along(rule.sites.labels, rule.sites.axes, names)
+            self.senders = _along(rule.sites.points, rule.sites.axes, names)
+        if path is not None:
+            self.ends = _along(path.receivers.labels, path.receivers.axes, names)
+            self.receivers = _along(path.receivers.points, path.receivers.axes, names)
+        if edge is not None:
+            self.keys = _along(edge.keys.written, edge.keys.axes, names)
+            self.texts.append(_along(hits(edge.keys.written), edge.keys.axes, names))
+
+    def leads(self, index: Key) -> bool:
+        """Whether a path has a receiver behind its sender."""
+        if self.senders is None or self.receivers is None:
+            return True
+        return bool(reached(self.senders(index), self.receivers(index), parallel=self.parallel))
+
+    def site(self, index: Key) -> str:
+        name = "input" if self.sites is None else self.sites(index)
+        return name if self.ends is None else f"{name} → {self.ends(index)}"
+
+    def position(self, index: Key) -> str:
+        label = self.positions(index).label
+        return label if self.keys is None else f"{label} → {self.keys(index).label}"
+
+    def tokens(self, index: Key) -> Iterator[str]:
+        """The texts of tokens that are hit: those of queries, then of keys."""
+        for texts in self.texts:
+            yield from texts(index)
 
 
-def _along(axes: tuple[str, ...], names: list[str]) -> Callable[[Key], Key]:
+def _along(values: Mapping[Key, T], axes: Sequence[str], names: list[str]) -> Callable[[Key], T]:
+    """A cell's value of what depends on some of its axes."""
     places = [names.index(axis) for axis in axes]
-    return lambda index: tuple(index[place] for place in places)
-
-
-def _leads(rule: ResolvedRule, names: list[str], index: Key, parallel: bool) -> bool:
-    """Whether a path of this cell has a receiver behind its sender."""
-    if rule.path is None or rule.sites is None:
-        return True
-    senders = rule.sites.points[_along(rule.sites.axes, names)(index)]
-    receivers = rule.path.receivers
-    ends = receivers.points[_along(receivers.axes, names)(index)]
-    return bool(reached(senders, ends, parallel=parallel))
+    return lambda index: values[tuple(index[place] for place in places)]
