@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mechdsl import zoo
+from mechdsl.zoo.commands import Tally
 from mechdsl.zoo.counting.data import draw, is_held_out, stream, vocabulary
-from mechdsl.zoo.counting.evaluate import SEED, Tally, evaluate
+from mechdsl.zoo.counting.evaluate import SEED, evaluate
 
 FOLDER = Path(zoo.__path__[0]) / "counting"
 

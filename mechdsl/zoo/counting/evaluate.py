@@ -9,11 +9,7 @@ all its questions are, which is the same as answering them one after another by 
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,37 +17,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from mechdsl.zoo.commands import Tally, evaluate_command
 from mechdsl.zoo.counting.data import BARRED, PLAIN, Example, stream
 from mechdsl.zoo.counting.train import encode
 
 SEED = 20260  # not the training seed; only held-out lists are drawn
 ORDINALS = ("first count asked", "second count asked", "third count asked")
-
-
-@dataclass
-class Tally:
-    """How many of `n` were right."""
-
-    right: int = 0
-    n: int = 0
-
-    def add(self, right: bool) -> None:
-        self.right += right
-        self.n += 1
-
-    @property
-    def share(self) -> float:
-        return self.right / self.n if self.n else math.nan
-
-    def interval(self, z: float = 1.959964) -> tuple[float, float]:
-        """Wilson's score interval, 95 % by default."""
-        if not self.n:
-            return math.nan, math.nan
-        p, n = self.share, self.n
-        middle = p + z * z / (2 * n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        scale = 1 + z * z / n
-        return (middle - half) / scale, (middle + half) / scale
 
 
 def held_out(n: int, seed: int) -> list[Example]:
@@ -104,25 +75,8 @@ def evaluate(folder: Path, n: int, seed: int) -> dict[str, Tally]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="model folder")
-    parser.add_argument("--n", type=int, default=4000, help="number of held-out texts")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    tallies = evaluate(args.model, args.n, args.seed)
-    if args.json:
-        print(json.dumps({
-            name: {"n": t.n, "right": t.right, "accuracy": t.share, "interval": t.interval()}
-            for name, t in tallies.items()
-        }, indent=2))  # fmt: skip
-        return
-    print(f"{'held-out texts':<28} {'n':>6} {'right':>6} {'accuracy':>9}   95 % interval (Wilson)")
-    for name, t in tallies.items():
-        low, high = t.interval()
-        print(f"{name:<28} {t.n:>6} {t.right:>6} {t.share:>9.4f}   {low:.4f} .. {high:.4f}")
+    folder = Path(__file__).parent
+    evaluate_command(__doc__, evaluate, folder=folder, seed=SEED, counted="held-out texts")
 
 
 if __name__ == "__main__":

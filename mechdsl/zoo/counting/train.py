@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mechdsl.zoo.commands import train_command
 from mechdsl.zoo.counting.data import Example, stream, vocabulary
 from mechdsl.zoo.counting.tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
 
@@ -145,27 +144,9 @@ def train(seed: int, steps: int) -> LlamaForCausalLM:
     return model.eval()
 
 
-def save(model: LlamaForCausalLM, folder: Path) -> None:
-    """Writes configuration, weights (safetensors) and tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # is written for its owner only
-    (folder / "generation_config.json").unlink(missing_ok=True)  # nothing in it but defaults
-    save_tokenizer(folder)
-
-
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    began = time.perf_counter()
-    save(train(args.seed, args.steps), args.out)
-    print(f"trained and saved in {time.perf_counter() - began:.0f} s")
+    train_command(__doc__, train, save_tokenizer, seed=SEED, steps=STEPS, threads=2)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ asks for every word of its later copies that the text before it determines.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Iterator
 from itertools import islice
@@ -21,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from mechdsl.zoo.counting.evaluate import Tally
+from mechdsl.zoo.commands import Tally, evaluate_command
 from mechdsl.zoo.induction.data import Example, repeats, stream
 from mechdsl.zoo.induction.train import encode
 
@@ -75,25 +73,8 @@ def evaluate(folder: Path, n: int, seed: int) -> dict[str, Tally]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="model folder")
-    parser.add_argument("--n", type=int, default=4000, help="number of texts of each form")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    tallies = evaluate(args.model, args.n, args.seed)
-    if args.json:
-        print(json.dumps({
-            name: {"n": t.n, "right": t.right, "accuracy": t.share, "interval": t.interval()}
-            for name, t in tallies.items()
-        }, indent=2))  # fmt: skip
-        return
-    print(f"{'held-out texts':<28} {'n':>6} {'right':>6} {'accuracy':>9}   95 % interval (Wilson)")
-    for name, t in tallies.items():
-        low, high = t.interval()
-        print(f"{name:<28} {t.n:>6} {t.right:>6} {t.share:>9.4f}   {low:.4f} .. {high:.4f}")
+    folder = Path(__file__).parent
+    evaluate_command(__doc__, evaluate, folder=folder, seed=SEED, counted="texts of each form")
 
 
 if __name__ == "__main__":
