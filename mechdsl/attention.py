@@ -150,6 +150,13 @@ def own_function(module: nn.Module, own: Mapping[int, str]) -> AttentionFunction
     return eager
 
 
+def of_queries(mask: Any, count: int) -> Any:
+    """A mask with a row for each of `count` queries, where it has one of keys alone."""
+    if isinstance(mask, Tensor) and mask.shape[-2] == 1:
+        return mask.expand(*mask.shape[:-2], count, -1)
+    return mask
+
+
 def biased(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """A mask with what is added to scores besides."""
     if bias is None or mask is None:
@@ -291,8 +298,7 @@ def attend_whole(
     query: [B, heads, T, d_head]; key, value: [B, key-value heads, T, d_head]. mask: written out.
     """
     lanes, heads, count, _ = query.shape
-    if isinstance(mask, Tensor) and mask.shape[-2] == 1:  # of keys alone
-        mask = mask.expand(*mask.shape[:-2], count, -1)
+    mask = of_queries(mask, count)
     every = torch.arange(count, device=query.device)
     group = Group(0, torch.arange(lanes, device=query.device), 1, every, every, every=True)
     kept = KeptAttention(key, value, biased(mask, position_bias), distances)

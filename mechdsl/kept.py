@@ -19,6 +19,7 @@ from mechdsl.attention import (
     cross_modules,
     exchanged,
     implementations,
+    of_queries,
     own_function,
 )
 from mechdsl.batch import Batch
@@ -133,9 +134,7 @@ def keeping(model: LoadedModel, batch: Batch, lowest: int) -> Generator[Kept]:
         out, weights = function(module, query, key, value, attention_mask, **kwargs)
         layer = current[0]
         if layer >= lowest:
-            mask = attention_mask
-            if isinstance(mask, Tensor) and mask.shape[-2] == 1:  # of keys alone
-                mask = mask.expand(*mask.shape[:-2], query.shape[2], -1)
+            mask = of_queries(attention_mask, query.shape[2])
             if (bias := kwargs.get("position_bias")) is not None:
                 mask = with_bias(mask, bias)
             if id(module) in crossing:
