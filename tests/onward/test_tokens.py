@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -61,10 +63,10 @@ def expected(
         ("top 100% of places tokens", lambda n: n),
     ],
 )
-def test_by_hand(at: str, count: object, without: frozenset[str]) -> None:
+def test_by_hand(at: str, count: Callable[[int], int], without: frozenset[str]) -> None:
     text = ablate("a", at) + PLACES
     found = run(text, without=without)
-    ranked = {row: order[: count(len(order))] for row, order in orders(found["places"]).items()}  # type: ignore[operator]
+    ranked = {row: order[: count(len(order))] for row, order in orders(found["places"]).items()}
     assert np.allclose(patched(found["a"])[0], expected(text, "a", ranked), atol=1e-4)
 
 
