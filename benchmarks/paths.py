@@ -25,14 +25,14 @@ from torch import Tensor
 from benchmarks.data import HEAD, random_pairs, words, write_pairs
 from benchmarks.model import build
 from benchmarks.work import Shape
-from mechdsl import spec
-from mechdsl.check import check_source
-from mechdsl.cost import estimated_seconds, matmul_rate, plan_cost
-from mechdsl.execute import execute
-from mechdsl.load import adopt
-from mechdsl.plan import make_plan
-from mechdsl.resolve import ModelContext
-from mechdsl.source import Source, Span
+from mechdsl.base.source import Source, Span
+from mechdsl.execute.execute import execute
+from mechdsl.loading.load import adopt
+from mechdsl.plan.cost import estimated_seconds, matmul_rate, plan_cost
+from mechdsl.plan.plan import make_plan
+from mechdsl.program import spec
+from mechdsl.resolve.resolved import ModelContext
+from mechdsl.validate.file import check_source
 
 PROMPTS, TOKENS = 8, 16
 MECH = (

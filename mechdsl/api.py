@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.render import render_full
-from mechdsl.source import Source
 
 if TYPE_CHECKING:
     from mechdsl.results.experiment import Results
@@ -33,7 +33,7 @@ def source_of(file: str | Path) -> tuple[Source | None, list[Diagnostic]]:
 
 def check(file: str | Path) -> list[Diagnostic]:
     """All errors and warnings of a file (path or text), without weights and without torch."""
-    from mechdsl.check import Settings, check_source
+    from mechdsl.validate.file import Settings, check_source
 
     source, diagnostics = source_of(file)
     if source is None:
@@ -62,11 +62,11 @@ def run(
     Raises MechdslError where the file, its data or a model is wrong (no cell has been run then),
     and where a function of a Python file fails.
     """
-    from mechdsl.check import Settings
-    from mechdsl.collect import versions
     from mechdsl.pipeline import RunOptions, run_source
-    from mechdsl.python_files import PythonFailure
+    from mechdsl.program.python_files import PythonFailure
+    from mechdsl.results.collect import versions
     from mechdsl.results.experiment import Results
+    from mechdsl.validate.file import Settings
 
     source, diagnostics = source_of(file)
     if source is None:

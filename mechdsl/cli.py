@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
-from mechdsl.registry import nearest
 
 if TYPE_CHECKING:
-    from mechdsl.python_files import Mode
+    from mechdsl.program.python_files import Mode
 
 FINE, FAILED, WRONG, BROKE_OFF, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -119,7 +119,7 @@ def _usage(error: click.ClickException) -> Diagnostic:
 
 def _broke_off(what: str, error: Exception) -> int:
     """The last resort, so that no user meets a traceback."""
-    from mechdsl.python_files import PythonFailure
+    from mechdsl.program.python_files import PythonFailure
 
     if isinstance(error, PythonFailure):
         _print([error.diagnostic])
@@ -185,7 +185,7 @@ def _settings(
     only: str | None = None,
     python: Mode = "refuse",
 ) -> Any:
-    from mechdsl.check import Settings
+    from mechdsl.validate.file import Settings
 
     given: dict[str, str] = {}
     for text in parameters:
@@ -225,8 +225,8 @@ def _mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnostic]]:
 
 def _checked(file: Path, settings: Any) -> tuple[Any, list[Diagnostic]]:
     """One file checked; None where it can't be read."""
-    from mechdsl.check import check_source
     from mechdsl.syntax.parse import read_source
+    from mechdsl.validate.file import check_source
 
     source, problems = read_source(file)
     if source is None:
@@ -305,12 +305,12 @@ def _run(
     profile: bool,
     without: frozenset[str],
 ) -> int:
-    from mechdsl.collect import versions
-    from mechdsl.execute import Options
-    from mechdsl.load import import_library
+    from mechdsl.execute.execute import Options
+    from mechdsl.loading.load import import_library
     from mechdsl.pipeline import RunOptions, run_checked
-    from mechdsl.progress import Bar
+    from mechdsl.results.collect import versions
     from mechdsl.results.experiment import Results
+    from mechdsl.show.progress import Bar
 
     import_library()
     gc.freeze()  # what was imported is no garbage,
@@ -355,7 +355,7 @@ def _run(
         except Exception as error:
             return _broke_off(f"a report of {source.name}", error)
         if profile:
-            from mechdsl.summary import print_profile
+            from mechdsl.show.plan import print_profile
 
             for plan, done in profiles:  # several where experiments wait for others' results
                 print_profile(plan, done, _console(stderr=form != "table"))
@@ -364,7 +364,7 @@ def _run(
     if form == "json":
         sys.stdout.write(results.to_json() + "\n")
     elif form == "csv":
-        from mechdsl.vocab.reports.files import results_csv
+        from mechdsl.show.reports.files import results_csv
 
         sys.stdout.write(results_csv(results))
     return FINE if results.holds else FAILED
@@ -375,8 +375,8 @@ def _show(result: Any, folder: Path, *, tables: bool) -> None:
 
     tables: print them; else only those are made that go to a file.
     """
+    from mechdsl.show.reports.verdicts import print_verdicts
     from mechdsl.vocab.reports import show
-    from mechdsl.vocab.reports.verdicts import print_verdicts
 
     console = _console()
     for experiment in result.experiments:
@@ -440,8 +440,8 @@ def plan(
     _print(problems)
     if checked is None or has_errors(problems):
         return WRONG
-    from mechdsl.plan import make_plan, unknown_passes
-    from mechdsl.summary import print_plan
+    from mechdsl.plan.plan import make_plan, unknown_passes
+    from mechdsl.show.plan import print_plan
 
     wrong = unknown_passes(no_pass)
     _print(wrong)
@@ -471,8 +471,8 @@ def graph(
     _print(problems)
     if checked is None or has_errors(problems):
         return WRONG
-    from mechdsl import draw
-    from mechdsl.plan import make_plan
+    from mechdsl.plan.plan import make_plan
+    from mechdsl.show import graph as draw
 
     made = make_plan(checked.experiments).graph
     text = {"dot": draw.to_dot, "mermaid": draw.to_mermaid, "svg": draw.to_svg}[form](made)
@@ -495,13 +495,13 @@ def explain(
     what: str, parameters: tuple[str, ...], limit: int | None, form: str, allow_python: bool
 ) -> int:
     """Show each prompt's tokens with the positions marked; or explain an error's code."""
-    from mechdsl.pages import page
+    from mechdsl.diagnostics.pages import page
 
     if what[:1] in "EWew" and what[1:].isdigit():
         what = what.upper()
         text = page(what)
         if text is None:
-            from mechdsl.pages import codes
+            from mechdsl.diagnostics.pages import codes
 
             hint = did_you_mean(nearest(what, codes()), "codes look like E0305")
             _print([BadCommandLine(reason=f"there is no code `{what}`", hint=hint)])
@@ -514,7 +514,7 @@ def explain(
     _print(problems)
     if checked is None or has_errors(problems):
         return WRONG
-    from mechdsl import explain as explaining
+    from mechdsl.show import prompts as explaining
 
     if form == "json":
         json.dump(explaining.as_json(checked), sys.stdout, ensure_ascii=False, indent=1)
@@ -529,7 +529,7 @@ def explain(
 @click.option("--check", is_flag=True, help="Change nothing; exit status 2 if it would.")
 def fmt(files: tuple[Path, ...], check: bool) -> int:
     """Bring files into canonical form."""
-    from mechdsl.syntax.format import format_file
+    from mechdsl.syntax.format.file import format_file
     from mechdsl.syntax.parse import parse, read_source
 
     paths, problems = _mech_files(files)
@@ -562,14 +562,14 @@ def fmt(files: tuple[Path, ...], check: bool) -> int:
 def sites(model: str, form: str) -> int:
     """Print a model's blocks and sites, the outcome of each check, and the planner passes that
     apply. MODEL is a name of the zoo, a folder, or `org/name` in the Hugging Face cache."""
-    from mechdsl.load import import_library, look
+    from mechdsl.loading.load import import_library, look
 
     import_library()
     found, problems = look(model)
     if found is None:
         _print(problems)
         return WRONG
-    from mechdsl import anatomy_table
+    from mechdsl.show import anatomy as anatomy_table
 
     if form == "json":
         print(json.dumps(anatomy_table.as_json(found, problems), indent=1))
@@ -582,7 +582,7 @@ def sites(model: str, form: str) -> int:
 @click.argument("what", type=click.Choice(["results", "experiment"]), default="results")
 def schema(what: str) -> int:
     """Print a JSON schema: of the document that `run --format json` prints, or of an experiment."""
-    from mechdsl import spec
+    from mechdsl.program import spec
     from mechdsl.results.document import results_schema
 
     found = results_schema() if what == "results" else spec.Program.model_json_schema()

@@ -12,26 +12,27 @@ from typing import Any
 
 import torch
 
-from mechdsl import spec
-from mechdsl.check import Checked, Settings, by_name, check_source
-from mechdsl.collect import collect, versions, with_control
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName
 from mechdsl.diagnostics.e06_experiment import NothingKept
-from mechdsl.execute import Options, Progress, execute, refused
-from mechdsl.load import adopt, load
-from mechdsl.loaded import LoadedModel
-from mechdsl.plan import Plan, make_plan, plan_experiment, unknown_passes
-from mechdsl.profile import Profile
-from mechdsl.resolve import ModelContext, ResolvedExperiment, resolve_experiment
-from mechdsl.resolve.controls import with_controls
+from mechdsl.execute.execute import Options, Progress, execute, refused
+from mechdsl.execute.profile import Profile
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.load import adopt, load
+from mechdsl.plan.plan import Plan, make_plan, plan_experiment, unknown_passes
+from mechdsl.program import spec
+from mechdsl.resolve.experiment import resolve_experiment
 from mechdsl.resolve.findings import Finding, VariantFinding
+from mechdsl.resolve.random_targets import with_controls
+from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
 from mechdsl.resolve.sites import missing_points
+from mechdsl.results.collect import collect, versions, with_control
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
+from mechdsl.results.finish import with_statistics, with_verdicts
+from mechdsl.results.store import Store
 from mechdsl.results.variants import merged
-from mechdsl.source import Source, Span
-from mechdsl.store import Store
-from mechdsl.tabulate import with_statistics, with_verdicts
+from mechdsl.validate.file import Checked, Settings, by_name, check_source
 from mechdsl.vocab.effects import EFFECTS
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")

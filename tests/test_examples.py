@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl.check import check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
 from mechdsl.pipeline import run_source
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.syntax.parse import read_source
+from mechdsl.validate.file import check_source
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.mech"))

@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
-import mechdsl, mechdsl.pages, mechdsl.syntax.engine as engine
+import mechdsl, mechdsl.diagnostics.pages, mechdsl.syntax.grammar as engine
 from pathlib import Path
 assert Path(mechdsl.__file__).is_relative_to(Path(r"{site}")), mechdsl.__file__
-assert "E0301" in mechdsl.pages.page("E0301")
+assert "E0301" in mechdsl.diagnostics.pages.page("E0301")
 assert Path(engine.grammar_file()).is_relative_to(Path(r"{site}"))
 assert mechdsl.check(Path(r"{file}")) == []
 """

@@ -14,13 +14,13 @@ from tokenizers import Tokenizer
 from benchmarks.model import build
 from benchmarks.tools.base import Timed, Tool
 from benchmarks.work import Picks, Work, count
-from mechdsl import spec
-from mechdsl.check import Checked, Settings, check_source
-from mechdsl.execute import execute
-from mechdsl.load import adopt
-from mechdsl.plan import make_plan
-from mechdsl.resolve import ModelContext
-from mechdsl.source import Source, Span
+from mechdsl.base.source import Source, Span
+from mechdsl.execute.execute import execute
+from mechdsl.loading.load import adopt
+from mechdsl.plan.plan import make_plan
+from mechdsl.program import spec
+from mechdsl.resolve.resolved import ModelContext
+from mechdsl.validate.file import Checked, Settings, check_source
 
 
 class Mechdsl(Tool):

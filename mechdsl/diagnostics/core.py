@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
-from mechdsl.record import Record, keyword_record
-from mechdsl.source import Span
+from mechdsl.base.record import Record, keyword_record
+from mechdsl.base.source import Span
 
 Severity = Literal["error", "warning"]
 

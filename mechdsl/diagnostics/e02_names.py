@@ -1,7 +1,7 @@
 """E02xx: names, words of the registries, imports, parameters."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 def did_you_mean(suggestion: str | None, otherwise: str) -> str:

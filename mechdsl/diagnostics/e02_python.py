@@ -1,7 +1,7 @@
 """E022x: functions of the user's Python files."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

@@ -1,7 +1,7 @@
 """E0301 to E0304, E032x: coordinates of sites."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

@@ -1,7 +1,7 @@
 """E0305 to E0315: positions in a text. Counts are rows of the prompts block."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

@@ -1,7 +1,7 @@
 """E033x: rules that read in one place and write in another, on edges of attention, along paths."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record
@@ -92,7 +92,7 @@ class NotATextModel(Diagnostic):
     code = "E0407"
     title = "`{model}` is a `{architecture}`, which doesn't read prompts"
     label = "prompts are given to language models: causal, masked or vision-language"
-    help = "run encoder-decoders and vision encoders from Python, with `mechdsl.hooks.run_whole`"
+    help = "run encoder-decoders and vision encoders from Python, with `mechdsl.hooks.whole_pass.run_whole`"
 
     model: str
     architecture: str

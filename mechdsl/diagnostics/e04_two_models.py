@@ -1,7 +1,7 @@
 """E0415 and E0416: patches from one model into another."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

@@ -1,7 +1,7 @@
 """E05xx: prompts, data files, tokenizers and answers."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

@@ -1,7 +1,7 @@
 """E0527 to E0530: runs of another block of prompts."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

@@ -1,7 +1,7 @@
 """E063x: controls that an experiment is set against."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

@@ -1,7 +1,7 @@
 """E0601 to E0603, E061x: what an experiment must say."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

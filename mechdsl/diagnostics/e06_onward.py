@@ -1,7 +1,7 @@
 """E0620, W0721: results of one experiment in another."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

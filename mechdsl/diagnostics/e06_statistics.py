@@ -1,7 +1,7 @@
 """E0604 to E0607: statistics, expectations and reports."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

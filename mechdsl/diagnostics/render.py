@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
 
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.source import Span
 
 TAB = 4
 """Columns of a tab."""

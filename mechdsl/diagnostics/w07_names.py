@@ -1,7 +1,7 @@
 """W073x: names and positions that look like mistakes but run."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

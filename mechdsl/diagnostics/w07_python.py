@@ -1,7 +1,7 @@
 """W074x: what is left unchecked because it is Python."""
 
+from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.record import keyword_record
 
 
 @keyword_record

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
+from mechdsl.base.registry import Registry
 from mechdsl.models.anatomy import BlockAnatomy, Layout
-from mechdsl.registry import Registry
 
 Arrangement = Literal["front", "behind the sum", "parallel"]
 """Norms in front of the sublayers (and perhaps behind them too, before the sum); norms of the sums;

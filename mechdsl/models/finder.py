@@ -12,15 +12,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mechdsl.diagnostics import Diagnostic
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import PartNotFound
 from mechdsl.models.adapters import Arrangement
 from mechdsl.models.anatomy import Anatomy, BlockAnatomy, Layout, Tap
-from mechdsl.models.block import ATTENTION, MIXER, Around, Block, as_bert, is_norm, mixer_of
+from mechdsl.models.block_parts import ATTENTION, MIXER, Around, Block, as_bert, is_norm, mixer_of
 from mechdsl.models.families import Family, family_of
 from mechdsl.models.projections import NotFound, leaf, sizes
 from mechdsl.models.shape import ModelShape, mixes
-from mechdsl.source import Span
 
 
 def find_anatomies(

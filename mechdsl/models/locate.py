@@ -6,16 +6,11 @@ import os
 from pathlib import Path
 
 from mechdsl import zoo
-from mechdsl.diagnostics import Diagnostic
-from mechdsl.diagnostics.e04_model import (
-    ModelNotFound,
-    NoConfig,
-    PickledWeights,
-    UnknownZooModel,
-)
+from mechdsl.base.registry import nearest
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e04_model import ModelNotFound, NoConfig, PickledWeights, UnknownZooModel
 from mechdsl.diagnostics.w07_models import ModelNotHere
-from mechdsl.registry import nearest
-from mechdsl.spec import Model
+from mechdsl.program.spec import Model
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")

@@ -9,7 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from mechdsl.diagnostics import Diagnostic
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import (
     NoConfig,
     NoResidMid,
@@ -19,7 +20,6 @@ from mechdsl.diagnostics.e04_model import (
 )
 from mechdsl.models.families import family_of
 from mechdsl.models.sparsity import dense_blocks
-from mechdsl.source import Span
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION
 
 _LAYERS = (

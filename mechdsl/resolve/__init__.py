@@ -1,6 +1,5 @@
-"""From the typed program to experiments in which everything is concrete, without weights."""
+"""From the typed program to experiments in which everything is concrete, without weights.
 
-from mechdsl.resolve.experiment import resolve_experiment
-from mechdsl.resolve.types import ModelContext, ResolvedExperiment
-
-__all__ = ["ModelContext", "ResolvedExperiment", "resolve_experiment"]
+In: a `spec.Experiment`, its model's shape and its prompt table. Out: a `ResolvedExperiment` whose
+sites, layers, positions and texts are numbers. Imports prompts, models and below.
+"""

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from itertools import product
 
 from mechdsl.diagnostics.e03_rules import BadAmount
+from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.measures import evaluate
-from mechdsl.resolve.types import Amounts, Key
-from mechdsl.resolve.work import Work
+from mechdsl.resolve.resolved import Amounts, Key
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 

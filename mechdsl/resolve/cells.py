@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import TypeVar
 
-from mechdsl.data.positions import hit_texts
-from mechdsl.data.types import PositionCell
-from mechdsl.resolve.paths import reached
-from mechdsl.resolve.types import Key, ResolvedExperiment, ResolvedRule
-from mechdsl.results.cell import CellKey
+from mechdsl.prompts.positions import hit_texts
+from mechdsl.prompts.table import PositionCell
+from mechdsl.resolve.cell_key import CellKey
+from mechdsl.resolve.path_rules import reached
+from mechdsl.resolve.resolved import Key, ResolvedExperiment, ResolvedRule
 
 T = TypeVar("T")
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mechdsl import spec
+from mechdsl.base.registry import nearest
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e03_coordinates import (
@@ -16,10 +17,9 @@ from mechdsl.diagnostics.e03_coordinates import (
     UnitOutOfRange,
 )
 from mechdsl.models.shape import ModelShape, units
-from mechdsl.registry import nearest
-from mechdsl.resolve.onward import Onward
-from mechdsl.resolve.types import Axis, Label
-from mechdsl.source import Span
+from mechdsl.program import spec
+from mechdsl.resolve.picks import Onward
+from mechdsl.resolve.resolved import Axis, Label
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SiteKind
 

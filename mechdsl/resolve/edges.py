@@ -6,15 +6,14 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
-from mechdsl import spec
-from mechdsl.data.types import PositionCell
+from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_rules import BadEdit
-from mechdsl.registry import nearest
+from mechdsl.program import spec
+from mechdsl.prompts.table import PositionCell
 from mechdsl.resolve.amounts import resolve_amounts
-from mechdsl.resolve.sites import attention_sites
-from mechdsl.resolve.targets import plain_targets, sweeps
-from mechdsl.resolve.types import (
+from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.resolved import (
     Amounts,
     EdgeKind,
     EdgeTargets,
@@ -22,7 +21,8 @@ from mechdsl.resolve.types import (
     PositionTargets,
     ResolvedRule,
 )
-from mechdsl.resolve.work import Work
+from mechdsl.resolve.sites import attention_sites
+from mechdsl.resolve.targets import plain_targets, sweeps
 from mechdsl.syntax import ast
 
 UNIFORM = "uniform"

@@ -6,30 +6,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mechdsl import spec
-from mechdsl.data.types import PromptTable
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
-from mechdsl.diagnostics.e03_coordinates import (
-    UNUSED_LOOP,
-    BadLoopValue,
-    TooManyCells,
-)
-from mechdsl.resolve.controls import resolve_control
+from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue, TooManyCells
+from mechdsl.program import spec
+from mechdsl.prompts.table import PromptTable
 from mechdsl.resolve.coordinates import SiteContext
-from mechdsl.resolve.depth import relative
 from mechdsl.resolve.findings import Finding
+from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.loops import loop_values
 from mechdsl.resolve.measures import MeasureContext, known_run, resolve_measure
-from mechdsl.resolve.onward import Onward
+from mechdsl.resolve.picks import Onward
+from mechdsl.resolve.random_targets import resolve_control
+from mechdsl.resolve.relative_depth import relative
+from mechdsl.resolve.resolved import Axis, ModelContext, ResolvedExperiment, ResolvedMeasure
 from mechdsl.resolve.rules import resolve_rule
-from mechdsl.resolve.types import (
-    Axis,
-    ModelContext,
-    ResolvedExperiment,
-    ResolvedMeasure,
-)
-from mechdsl.resolve.work import Work
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 

@@ -12,22 +12,16 @@ from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING
 
-from mechdsl.data.positions import resolve_positions
-from mechdsl.data.types import Hits, PromptTable
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.resolve.types import (
-    Key,
-    ResolvedExperiment,
-    ResolvedRule,
-    SitePoint,
-    SiteTargets,
-)
+from mechdsl.prompts.positions import resolve_positions
+from mechdsl.prompts.table import Hits, PromptTable
+from mechdsl.resolve.resolved import Key, ResolvedExperiment, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.vocab.effects import EFFECTS
 
 if TYPE_CHECKING:
-    from mechdsl.data.tokenizer import TextTokenizer
-    from mechdsl.results.data import Floats
+    from mechdsl.prompts.tokenizer import TextTokenizer
     from mechdsl.results.experiment import ExperimentResult
+    from mechdsl.statistics.data import Floats
 
 
 class Refused(Exception):
@@ -68,7 +62,7 @@ class VariantFinding:
         """What a measured experiment found, by its first measure."""
         import numpy as np  # not at the top: `validate` has nothing to calculate
 
-        from mechdsl.results.resampling import parts
+        from mechdsl.statistics.bootstrap import parts
 
         data = result.measures[0]
         ids = result.row_ids if result.row_ids is not None else experiment.table.row_ids

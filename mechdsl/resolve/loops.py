@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mechdsl import spec
+from mechdsl.base.percent import Percent
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e03_coordinates import (
-    BadLoopValue,
-    EmptyRange,
-)
-from mechdsl.percent import Percent
-from mechdsl.resolve.types import (
-    Label,
-)
+from mechdsl.diagnostics.e03_coordinates import BadLoopValue, EmptyRange
+from mechdsl.program import spec
+from mechdsl.resolve.resolved import Label
 from mechdsl.syntax import ast
 
 MOST_VALUES = 1_000_000

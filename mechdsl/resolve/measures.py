@@ -6,21 +6,21 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mechdsl.data.positions import resolve_positions
-from mechdsl.data.prompts import numerals, text_tokens
-from mechdsl.data.tokenizer import TextTokenizer
-from mechdsl.data.types import PromptTable
+from mechdsl.base.registry import nearest
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.diagnostics.e05_data import MultiTokenText
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
-from mechdsl.python_files import find_function, is_python
-from mechdsl.registry import nearest
+from mechdsl.program.python_files import find_function, is_python
+from mechdsl.prompts.build_table import numerals, text_tokens
+from mechdsl.prompts.positions import resolve_positions
+from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.resolve.coordinates import SiteContext
+from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
 from mechdsl.resolve.sites import resolve_point
-from mechdsl.resolve.types import Atom, Env, ResolvedMeasure
-from mechdsl.source import Span
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import METRICS, Form, Takes
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mechdsl import spec
-from mechdsl.data.replace import replace_tokens
-from mechdsl.data.types import Run
+from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_coordinates import UnevenPositions
 from mechdsl.diagnostics.e03_rules import UnequalPrompts
 from mechdsl.diagnostics.e06_onward import BadPick
-from mechdsl.python_files import PythonFunction, find_function, is_python
-from mechdsl.registry import nearest
+from mechdsl.program import spec
+from mechdsl.program.python_files import PythonFunction, find_function, is_python
+from mechdsl.program.spec import ATTENTION_VERBS
+from mechdsl.prompts.replaced_text import replace_tokens
+from mechdsl.prompts.table import Run
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.edges import resolve_edge_rule
-from mechdsl.resolve.onward import pick_nothing
-from mechdsl.resolve.paths import resolve_path
-from mechdsl.resolve.sites import resolve_site, with_read_layers
-from mechdsl.resolve.targets import rule_targets
-from mechdsl.resolve.types import (
+from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.path_rules import resolve_path
+from mechdsl.resolve.picks import pick_nothing
+from mechdsl.resolve.resolved import (
     Amounts,
     Apart,
     Fill,
@@ -29,8 +29,8 @@ from mechdsl.resolve.types import (
     ResolvedRule,
     SiteTargets,
 )
-from mechdsl.resolve.work import Work
-from mechdsl.spec import ATTENTION_VERBS
+from mechdsl.resolve.sites import resolve_site, with_read_layers
+from mechdsl.resolve.targets import rule_targets
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 from mechdsl.vocab.sites import SITES

@@ -7,14 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
 
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
-from mechdsl.diagnostics.e03_coordinates import (
-    AxisDoesNotFit,
-    NoComponent,
-    UnitOutOfRange,
-)
+from mechdsl.diagnostics.e03_coordinates import AxisDoesNotFit, NoComponent, UnitOutOfRange
 from mechdsl.diagnostics.e04_model import SiteNotInBlock
 from mechdsl.models.shape import ModelShape, missing_site, units
 from mechdsl.resolve.coordinates import (
@@ -24,8 +21,7 @@ from mechdsl.resolve.coordinates import (
     layer_exists,
     unit_exists,
 )
-from mechdsl.resolve.types import Axis, Key, SitePoint, SiteTargets
-from mechdsl.source import Span
+from mechdsl.resolve.resolved import Axis, Key, SitePoint, SiteTargets
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES, SiteKind, by_short
 

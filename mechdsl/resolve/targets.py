@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, TypeAlias
 
-from mechdsl import spec
-from mechdsl.data.positions import check_joined, resolve_positions
-from mechdsl.data.types import PositionCell, PromptTable
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e03_coordinates import BadLoopValue
 from mechdsl.diagnostics.e03_positions import AbsentOccurrence, JoinedUnequal
 from mechdsl.diagnostics.e03_rules import OverlappingPositions, UnpairedPositions
-from mechdsl.resolve.types import Apart, Axis, Key, PositionTargets
-from mechdsl.resolve.work import Work
+from mechdsl.program import spec
+from mechdsl.prompts.positions import check_joined, resolve_positions
+from mechdsl.prompts.table import PositionCell, PromptTable
+from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.resolved import Apart, Axis, Key, PositionTargets
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 

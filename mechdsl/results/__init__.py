@@ -1,6 +1,4 @@
-"""Effects with their statistics, and the document that machines read.
+"""What a run found: in memory, as the JSON document, on disk; verdicts on expectations.
 
-`effect` says what an effect is, `statistics` computes means, intervals and p, `experiment` holds
-the results of a run in memory, `document` is the JSON form. Nothing is imported here, because
-`validate` needs `effect` only, and numpy isn't free.
+In: measured values and statistics. Out: `Results`. Imports execute, statistics and below.
 """

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from mechdsl.results.cell import CellKey
-from mechdsl.results.data import Floats, Interval, MeasureData
+from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment import ExperimentResult, Results
-from mechdsl.results.statistics import category_statistics
+from mechdsl.statistics.cells import category_statistics
+from mechdsl.statistics.data import Floats, Interval, MeasureData
 
 SCHEMA_VERSION: Literal[1] = 1
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mechdsl.results.cell import Labels, joined_axes, joined_cells
-from mechdsl.results.data import Floats, MeasureData, NullBand
+from mechdsl.resolve.cell_key import Labels, joined_axes, joined_cells
 from mechdsl.results.experiment import ExperimentResult
+from mechdsl.statistics.data import Floats, MeasureData, NullBand
 
 
 def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from mechdsl.record import Record, keyword_record, record
-from mechdsl.source import Span
+from mechdsl.base.record import Record, keyword_record, record
+from mechdsl.base.source import Span
 
 
 @keyword_record

@@ -7,9 +7,9 @@ from typing import Any
 
 from lark.exceptions import UnexpectedInput
 
-from mechdsl.diagnostics import Diagnostic
-from mechdsl.source import Source
-from mechdsl.syntax.engine import parser
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.syntax.grammar import parser
 from mechdsl.syntax.transform import CONTEXT, Context
 
 

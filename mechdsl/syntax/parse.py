@@ -6,9 +6,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from mechdsl.diagnostics import Diagnostic
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotText, TooLarge, Unreadable
-from mechdsl.source import Source, Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.attempt import Stopped, attempt
 from mechdsl.syntax.scan import outline
@@ -29,7 +29,7 @@ def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
         file, diagnostics = attempt(source, source.text)
     except Stopped as error:
         # Half of this package is about wrong texts; right ones start faster without it.
-        from mechdsl.syntax.recover import recover
+        from mechdsl.syntax.mistakes.recover import recover
 
         statements, diagnostics = recover(source, error.offset)
         file = ast.File(tuple(statements), span=Span(source, 0, len(source.text)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mechdsl.diagnostics import Diagnostic
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import EmptyFile, NotText, TooLarge
-from mechdsl.source import Source, Span
 from mechdsl.syntax import ast
 
 MAX_CHARACTERS = 2_000_000

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from lark import Token, Transformer
 
-from mechdsl.diagnostics import Diagnostic
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import (
     NumberTooLarge,
     ReservedName,
@@ -19,7 +20,6 @@ from mechdsl.diagnostics.e01_syntax import (
     UnexpectedToken,
     WrongVersion,
 )
-from mechdsl.source import Source, Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.reserved import RESERVED
 

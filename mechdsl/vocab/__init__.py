@@ -1,1 +1,5 @@
-"""The words of the language that are looked up: one registered entry each."""
+"""The words of the language that are looked up: one registered entry each.
+
+In: nothing. Out: registries of sites, metrics, corruptions, effects and reports, without torch and
+without drawing. Imports program and below.
+"""

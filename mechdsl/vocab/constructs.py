@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mechdsl.registry import Registry
+from mechdsl.base.registry import Registry
 
 Group = Literal[
     "file", "prompts", "position", "site", "rule", "onward", "experiment", "expectation"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from mechdsl.registry import Registry
+from mechdsl.base.registry import Registry
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ instead of averaging ratios.
 
 from __future__ import annotations
 
-from mechdsl.registry import Registry
-from mechdsl.results.effect import Effect
+from mechdsl.base.registry import Registry
+from mechdsl.vocab.effect_kind import Effect
 
 EFFECTS: Registry[Effect] = Registry("effect")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from mechdsl.registry import Registry
+from mechdsl.base.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mechdsl.registry import Registry
+from mechdsl.base.registry import Registry
 
 SiteAxis = Literal["layer", "head", "neuron", "expert"]
 UnitKind = Literal["head", "kv_head", "neuron", "expert"]

@@ -13,7 +13,7 @@ import pytest
 
 import mechdsl
 from mechdsl.cli import app
-from mechdsl.pages import codes
+from mechdsl.diagnostics.pages import codes
 
 from .conftest import HEADS, Command, process
 

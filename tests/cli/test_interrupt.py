@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from mechdsl.execute import Options
+from mechdsl.base.source import Source
+from mechdsl.execute.execute import Options
 from mechdsl.pipeline import RunOptions, run_source
-from mechdsl.source import Source
 
 from .conftest import HEADS
 

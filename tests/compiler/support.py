@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mechdsl import spec
-from mechdsl.check import check_source
-from mechdsl.lower import lower_program
-from mechdsl.resolve import ResolvedExperiment
-from mechdsl.source import Source
+from mechdsl.base.source import Source
+from mechdsl.program import spec
+from mechdsl.program.lower_file import lower_program
+from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.syntax.parse import parse
+from mechdsl.validate.file import check_source
 
 HEAD = """\
 mech 1

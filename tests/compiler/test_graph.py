@@ -8,10 +8,10 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-from mechdsl.draw import to_dot, to_mermaid, to_svg, to_text
-from mechdsl.graph import Encode, Forward, Graph, Measure, Read, Write, lint
-from mechdsl.passes import PASSES, run_passes
-from mechdsl.plan import make_plan
+from mechdsl.graph.nodes import Encode, Forward, Graph, Measure, Read, Write, lint
+from mechdsl.graph.passes import PASSES, run_passes
+from mechdsl.plan.plan import make_plan
+from mechdsl.show.graph import to_dot, to_mermaid, to_svg, to_text
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
 

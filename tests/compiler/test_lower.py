@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mechdsl.check import check_source
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e02_names import UnknownName
-from mechdsl.lower import lower_program
-from mechdsl.source import Source
+from mechdsl.program.lower_file import lower_program
 from mechdsl.syntax.parse import parse
+from mechdsl.validate.file import check_source
 
 from .support import DELTA, FROM, HEAD, experiment, lowered
 

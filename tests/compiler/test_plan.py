@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mechdsl.passes import PASSES
-from mechdsl.plan import PLAN_PASSES, RESTART_PASSES, ExperimentPlan, make_plan, unknown_passes
-from mechdsl.summary import unpatched_rows
+from mechdsl.graph.passes import PASSES
+from mechdsl.plan.plan import PLAN_PASSES, RESTART_PASSES, ExperimentPlan, make_plan, unknown_passes
+from mechdsl.show.plan import unpatched_rows
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
 

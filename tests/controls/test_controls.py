@@ -16,15 +16,15 @@ import pytest
 import torch
 
 import mechdsl
-from mechdsl.check import Checked, Settings, check_source
-from mechdsl.data.sampling import combination
-from mechdsl.passes import PASSES
+from mechdsl.base.source import Source
+from mechdsl.graph.passes import PASSES
 from mechdsl.pipeline import RunOptions, run_source
-from mechdsl.plan import PLAN_PASSES, make_plan
-from mechdsl.resolve.types import Control, SitePoint
+from mechdsl.plan.plan import PLAN_PASSES, make_plan
+from mechdsl.prompts.seeded_draws import combination
+from mechdsl.resolve.resolved import Control, SitePoint
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.source import Source
 from mechdsl.syntax.parse import read_source
+from mechdsl.validate.file import Checked, Settings, check_source
 
 FILE = Path(__file__).parent / "group.mech"
 TEXT = FILE.read_text("utf-8")

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from mechdsl.data import TextTokenizer, numerals, text_tokens
-from mechdsl.data.types import PromptTable
+from mechdsl.prompts.build_table import numerals, text_tokens
+from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.tokenizer import TextTokenizer
 
 from .support import build, metric_text, table
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.data.files import read_data
-from mechdsl.source import Source, Span
+from mechdsl.base.source import Source, Span
+from mechdsl.prompts.data_files import read_data
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import CHANGES, NOISES, change_of
 

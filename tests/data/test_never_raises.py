@@ -8,16 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechdsl.data import (
-    TextTokenizer,
-    hit_texts,
-    numerals,
-    replace_tokens,
-    resolve_positions,
-    text_tokens,
-)
-from mechdsl.data.types import PromptTable
-from mechdsl.diagnostics import has_errors
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.prompts.build_table import numerals, text_tokens
+from mechdsl.prompts.positions import hit_texts, resolve_positions
+from mechdsl.prompts.replaced_text import replace_tokens
+from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.tokenizer import TextTokenizer
 
 from .support import build, metric_text, positions, table
 

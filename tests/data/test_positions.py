@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechdsl.data import TextTokenizer, check_joined, hit_texts, replace_tokens, resolve_positions
-from mechdsl.data.spans import TokenMap
-from mechdsl.data.types import PromptTable
+from mechdsl.prompts.positions import check_joined, hit_texts, resolve_positions
+from mechdsl.prompts.replaced_text import replace_tokens
+from mechdsl.prompts.span_tokens import TokenMap
+from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.tokenizer import TextTokenizer
 
 from .support import cells, hit, positions, table
 

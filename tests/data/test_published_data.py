@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.data import TextTokenizer, hit_texts
-from mechdsl.diagnostics import has_errors
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.prompts.positions import hit_texts
+from mechdsl.prompts.tokenizer import TextTokenizer
 
 from .support import build, cells, hit
 

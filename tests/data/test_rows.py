@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechdsl.data import TextTokenizer
-from mechdsl.data.types import PromptTable
+from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.tokenizer import TextTokenizer
 
 from .support import build, table
 
@@ -492,7 +492,7 @@ class TestHugeThings:
     def test_conditions_that_nothing_fulfils_are_given_up(
         self, words: TextTokenizer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("mechdsl.data.collect.MAX_TRIED", 500)
+        monkeypatch.setattr("mechdsl.prompts.row_selection.MAX_TRIED", 500)
         text = 'a in 0..1000000 b in 0..1000000 where a = b template "{a} {b}"'
         assert codes(text, words, limit=10) == ["E0506"]
 

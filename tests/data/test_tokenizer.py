@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechdsl.data import TextTokenizer
-from mechdsl.data.spans import TokenMap
-from mechdsl.data.types import RunRow
+from mechdsl.prompts.span_tokens import TokenMap
+from mechdsl.prompts.table import RunRow
+from mechdsl.prompts.tokenizer import TextTokenizer
 
 from . import support
 

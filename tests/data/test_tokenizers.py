@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 
 import mechdsl
 from mechdsl import cli
-from mechdsl.data import TextTokenizer, resolve_positions
-from mechdsl.data.types import PromptTable
-from mechdsl.diagnostics import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.prompts.positions import resolve_positions
+from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.tokenizer import TextTokenizer
 
 from . import support
 from .tokenizers import (

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_full
 from mechdsl.pipeline import RunOptions, run_source
-from mechdsl.results.data import MeasureData
 from mechdsl.results.experiment import ExperimentResult, FileResult
-from mechdsl.source import Source
+from mechdsl.statistics.data import MeasureData
 
 from ..execute import by_hand
 from ..execute.support import (

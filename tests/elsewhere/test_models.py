@@ -189,8 +189,8 @@ def save(family: str, seed: int, folder: Path, **overrides: int) -> None:
 
 def test_checkpoints_in_natural_order(folder: Path) -> None:
     """The star's part is the label, a number where all are; each checkpoint is a model."""
+    from mechdsl.base.source import Source
     from mechdsl.pipeline import run_source
-    from mechdsl.source import Source
 
     from ..execute.support import PROMPTS
 
@@ -253,8 +253,8 @@ def test_models_of_other_sizes_or_tokens(folder: Path) -> None:
 
 
 def test_checkpoints_share_their_tokenizer_and_prompts(folder: Path) -> None:
-    from mechdsl.check import check_source
-    from mechdsl.source import Source
+    from mechdsl.base.source import Source
+    from mechdsl.validate.file import check_source
 
     from ..execute.support import PROMPTS
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.check import check_source
-from mechdsl.source import Source
+from mechdsl.base.source import Source
+from mechdsl.validate.file import check_source
 
 from ..execute.by_hand import Point, copied, forward
 from ..execute.support import (

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl.check import check_source
+from mechdsl.base.source import Source
 from mechdsl.pipeline import RunOptions
-from mechdsl.source import Source
+from mechdsl.validate.file import check_source
 
 from ..execute.by_hand import Point
 from ..execute.support import DIFFERENCE, MODES, PROMPTS, ROWS, experiment, prompts

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.check import check_source
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_full
-from mechdsl.source import Source
+from mechdsl.validate.file import check_source
 
 HERE = Path(__file__).parent
 CASES = sorted(HERE.glob("*.mech"))

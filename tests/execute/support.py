@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mechdsl import spec
-from mechdsl.check import Checked, check_source
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.render import render_full
-from mechdsl.execute import Execution, Options, execute
-from mechdsl.load import adopt
-from mechdsl.loaded import LoadedModel
-from mechdsl.passes import PASSES
+from mechdsl.execute.execute import Execution, Options, execute
+from mechdsl.graph.passes import PASSES
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.load import adopt
 from mechdsl.pipeline import RunOptions, run_source
-from mechdsl.plan import PLAN_PASSES, make_plan
-from mechdsl.resolve import ModelContext
-from mechdsl.results.data import MeasureData
+from mechdsl.plan.plan import PLAN_PASSES, make_plan
+from mechdsl.program import spec
+from mechdsl.resolve.resolved import ModelContext
 from mechdsl.results.experiment import ExperimentResult, FileResult
-from mechdsl.source import Source, Span
+from mechdsl.statistics.data import MeasureData
+from mechdsl.validate.file import Checked, check_source
 
 from ..models import families
 from . import by_hand

@@ -17,20 +17,20 @@ import pytest
 import torch
 from torch import Tensor
 
-import mechdsl.packed
-import mechdsl.patched
-import mechdsl.plan
-import mechdsl.share
-import mechdsl.writes
-from mechdsl.attention import attend
-from mechdsl.batch import Batch, gather
-from mechdsl.frame import SiteWrite
-from mechdsl.gauge import Reading
-from mechdsl.kept import Kept
-from mechdsl.packed import run_packed
+import mechdsl.execute.patched_rows
+import mechdsl.execute.writes
+import mechdsl.packed.packed_pass
+import mechdsl.plan.plan
+import mechdsl.plan.share
+from mechdsl.execute.measuring import Reading
+from mechdsl.execute.writes import build_writes
+from mechdsl.hooks.attention import attend
+from mechdsl.hooks.batch import Batch, gather
+from mechdsl.hooks.places import SiteWrite
+from mechdsl.packed.activation_cache import Kept
+from mechdsl.packed.packed_pass import run_packed
 from mechdsl.pipeline import RunOptions
-from mechdsl.restart import BlockWork, block_work
-from mechdsl.writes import build_writes
+from mechdsl.plan.restart import BlockWork, block_work
 
 from .by_hand import Point
 from .support import (
@@ -105,7 +105,7 @@ def swapped_rows(*args: Any) -> list[SiteWrite]:
 def test_wrong_writes_are_noticed(
     folder: Path, mode: str, broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.patched, "build_writes", broken)
+    monkeypatch.setattr(mechdsl.execute.patched_rows, "build_writes", broken)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, mode)
 
@@ -119,7 +119,7 @@ def early(read: Any, batch: Batch, rows: Any, positions: Any, units: Any) -> Any
 def test_a_read_at_the_wrong_token_is_noticed(
     folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.writes, "gather", early)
+    monkeypatch.setattr(mechdsl.execute.writes, "gather", early)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, mode)
 
@@ -136,7 +136,7 @@ def test_values_that_are_off_by_a_little_are_noticed(
     def rough(*args: Any) -> list[SiteWrite]:
         return [replace(w, values=w.values.to(torch.bfloat16)) for w in build_writes(*args)]
 
-    monkeypatch.setattr(mechdsl.patched, "build_writes", rough)
+    monkeypatch.setattr(mechdsl.execute.patched_rows, "build_writes", rough)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, "planned")
 
@@ -270,7 +270,7 @@ def inside(name: str, broken: Any) -> Broken:
 
     def run(*args: Any, **others: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mechdsl.packed, name, broken)
+            patch.setattr(mechdsl.packed.packed_pass, name, broken)
             return run_packed(*args, **others)
 
     return run
@@ -333,7 +333,7 @@ def first_tokens_positions(value: Any, index: Any, size: int) -> Any:
     return ORIGINAL_SELECTED(value, torch.arange(len(index)), size)
 
 
-ORIGINAL_SELECTED = mechdsl.packed._selected
+ORIGINAL_SELECTED = mechdsl.packed.packed_pass._selected
 
 
 def unmasked(*args: Any, **others: Any) -> None:
@@ -347,7 +347,7 @@ def columns_without_padding(self: Any, rows: Any, positions: Any) -> Any:
 
 def forgotten_padding(*args: Any, **others: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mechdsl.packed._Columns, "of", columns_without_padding)
+        patch.setattr(mechdsl.packed.packed_pass._Columns, "of", columns_without_padding)
         return run_packed(*args, **others)
 
 
@@ -392,14 +392,14 @@ def test_broken_packed_rows_are_noticed(
 ) -> None:
     if NOT_IN.get(name) == family:
         return
-    monkeypatch.setattr(mechdsl.patched, "run_packed", BREAKS[name])
+    monkeypatch.setattr(mechdsl.execute.patched_rows, "run_packed", BREAKS[name])
     assert off_by(folder, family) > 10 * ABSOLUTE
 
 
 def test_a_prompt_that_a_row_does_not_fit_in_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.patched, "run_packed", next_lanes)
+    monkeypatch.setattr(mechdsl.execute.patched_rows, "run_packed", next_lanes)
     with pytest.raises((IndexError, ValueError)):
         off_by(folder, FAMILY)
 
@@ -409,8 +409,8 @@ def test_a_prompt_that_a_row_does_not_fit_in_is_refused(
 
 def test_too_high_a_lowest_block_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What rows would start from wasn't kept: no number comes out."""
-    original = mechdsl.plan._lowest
-    monkeypatch.setattr(mechdsl.plan, "_lowest", lambda *args: original(*args) + 1)
+    original = mechdsl.plan.plan._lowest
+    monkeypatch.setattr(mechdsl.plan.plan, "_lowest", lambda *args: original(*args) + 1)
     with pytest.raises((KeyError, AssertionError)) as found:
         numbers(folder, FAMILY, RunOptions())
     assert "off by" not in str(found.value)
@@ -420,7 +420,7 @@ def test_too_high_a_lowest_block_is_refused(folder: Path, monkeypatch: pytest.Mo
 def test_rows_that_only_seem_equal_are_noticed(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = mechdsl.share.Sharer._rule
+    original = mechdsl.plan.share.Sharer._rule
 
     def blurred(self: Any, plan: Any, rule: Any) -> Any:
         key = original(self, plan, rule)
@@ -435,7 +435,7 @@ def test_rows_that_only_seem_equal_are_noticed(
     )
     plain = numbers(folder, FAMILY, MODES["plain"], text)
     np.testing.assert_allclose(numbers(folder, FAMILY, RunOptions(), text), plain, atol=ABSOLUTE)
-    monkeypatch.setattr(mechdsl.share.Sharer, "_rule", blurred)
+    monkeypatch.setattr(mechdsl.plan.share.Sharer, "_rule", blurred)
     found = numbers(folder, FAMILY, RunOptions(), text)
     assert np.abs(found - plain).max() > 10 * ABSOLUTE
 
@@ -444,7 +444,7 @@ def test_rows_that_are_not_inert_are_noticed(folder: Path, monkeypatch: pytest.M
     def every(self: Any, rows: Any) -> Any:
         return np.ones(len(rows), dtype=bool)
 
-    monkeypatch.setattr(mechdsl.plan.ExperimentPlan, "is_inert", every)
+    monkeypatch.setattr(mechdsl.plan.plan.ExperimentPlan, "is_inert", every)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, "planned")
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-import mechdsl.patched
-from mechdsl.cost import Cost, PlanCost, plan_cost
-from mechdsl.packed import PackedResult, run_packed
+import mechdsl.execute.patched_rows
+from mechdsl.packed.packed_pass import PackedResult, run_packed
 from mechdsl.pipeline import RunOptions
-from mechdsl.plan import PLAN_PASSES, Plan
+from mechdsl.plan.cost import Cost, PlanCost, plan_cost
+from mechdsl.plan.plan import PLAN_PASSES, Plan
 
 from .support import DIFFERENCE, bare, experiment, run_file
 
@@ -42,7 +42,7 @@ def costs(
         done.append(run_packed(*args, **kwargs))
         return done[-1]
 
-    monkeypatch.setattr(mechdsl.patched, "run_packed", counted)
+    monkeypatch.setattr(mechdsl.execute.patched_rows, "run_packed", counted)
     options = RunOptions(without=without, on_profile=lambda plan, _: plans.append(plan))
     run_file(text, folder, bare(family), options)
     return plan_cost(plans[0]), done

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.check import Settings
 from mechdsl.pipeline import RunOptions
+from mechdsl.validate.file import Settings
 
 from .by_hand import Point, copied, forward
 from .support import (

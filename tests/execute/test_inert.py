@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl.plan import INERT
+from mechdsl.plan.plan import INERT
 
 from .support import DIFFERENCE, MODES, ROWS, bare, experiment, run_file, write_rows
 

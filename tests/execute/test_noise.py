@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import mechdsl.lanes
-from mechdsl.execute import Options
+import mechdsl.execute.unpatched_batch
+from mechdsl.execute.execute import Options
 from mechdsl.pipeline import RunOptions
 
 from ..models.reference import Change
@@ -58,7 +58,7 @@ class Seen:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Writes down what is added, which nobody else can know."""
-    found, original = Seen(), mechdsl.lanes.noise_writes
+    found, original = Seen(), mechdsl.execute.unpatched_batch.noise_writes
 
     def spy(model: Any, noise: Any, lanes: Any, draws: int, row_ids: Any, seed: int) -> list[Any]:
         writes = original(model, noise, lanes, draws, row_ids, seed)
@@ -71,7 +71,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         found.noise.update(own)
         return writes
 
-    monkeypatch.setattr(mechdsl.lanes, "noise_writes", spy)
+    monkeypatch.setattr(mechdsl.execute.unpatched_batch, "noise_writes", spy)
     return found
 
 

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import mechdsl.patched
-from mechdsl.execute import Options
-from mechdsl.frame import SiteWrite
+import mechdsl.execute.patched_rows
+from mechdsl.execute.execute import Options
+from mechdsl.execute.writes import build_writes
+from mechdsl.hooks.places import SiteWrite
 from mechdsl.pipeline import RunOptions
-from mechdsl.plan import INERT, RESTART_PASSES
-from mechdsl.writes import build_writes
+from mechdsl.plan.plan import INERT, RESTART_PASSES
 
 from .support import (
     DIFFERENCE,
@@ -148,7 +148,7 @@ def scaled(factor: float) -> Callable[..., list[SiteWrite]]:
 def test_a_hundredfold_self_patch_changes_every_cell(
     folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.patched, "build_writes", scaled(100))
+    monkeypatch.setattr(mechdsl.execute.patched_rows, "build_writes", scaled(100))
     options = all_cells(RunOptions())
     for result in run_file(self_patches(), folder, bare(family), options).values():
         measure = result.measures[0]

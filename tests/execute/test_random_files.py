@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.passes import PASSES
+from mechdsl.graph.passes import PASSES
 from mechdsl.pipeline import RunOptions
-from mechdsl.plan import PLAN_PASSES
+from mechdsl.plan.plan import PLAN_PASSES
 from mechdsl.results.experiment import ExperimentResult
 
 from . import support

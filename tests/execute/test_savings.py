@@ -15,11 +15,11 @@ import pytest
 from torch import Tensor, nn
 
 from mechdsl.diagnostics.render import render_full
-from mechdsl.execute import Execution, Options
-from mechdsl.load import adopt
-from mechdsl.loaded import LoadedModel
-from mechdsl.passes import PASSES
-from mechdsl.plan import PLAN_PASSES, RESTART_PASSES
+from mechdsl.execute.execute import Execution, Options
+from mechdsl.graph.passes import PASSES
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.load import adopt
+from mechdsl.plan.plan import PLAN_PASSES, RESTART_PASSES
 
 from ..models import families
 from .support import (

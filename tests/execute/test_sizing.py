@@ -18,21 +18,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mechdsl.execute
-import mechdsl.patched
-import mechdsl.sizing
-from mechdsl.execute import Execution, Options
-from mechdsl.load import adopt
-from mechdsl.loaded import LoadedModel
-from mechdsl.pipeline import RunOptions
-from mechdsl.plan import ExperimentPlan
-from mechdsl.sizing import (
+import mechdsl.execute.execute
+import mechdsl.execute.pass_size
+import mechdsl.execute.patched_rows
+from mechdsl.execute.execute import Execution, Options
+from mechdsl.execute.pass_size import (
     LEAST_TOKENS,
     MOST_TOKENS,
     PASS_TOKENS,
     PassSize,
     out_of_memory,
 )
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.load import adopt
+from mechdsl.pipeline import RunOptions
+from mechdsl.plan.plan import ExperimentPlan
 
 from ..models import families
 from .support import (
@@ -77,7 +77,7 @@ def few_objects() -> Iterator[None]:
 @pytest.fixture
 def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that is never in the way."""
-    monkeypatch.setattr(mechdsl.sizing, "free_memory", lambda device: 1 << 60)
+    monkeypatch.setattr(mechdsl.execute.pass_size, "free_memory", lambda device: 1 << 60)
 
 
 Rate = Callable[[int], float]
@@ -138,7 +138,7 @@ def test_a_size_that_is_given_stays() -> None:
 def test_no_pass_is_larger_than_the_memory_there_is(
     free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.sizing, "free_memory", lambda device: free)
+    monkeypatch.setattr(mechdsl.execute.pass_size, "free_memory", lambda device: free)
     size = PassSize(CPU, bytes_per_token=1000)
     bound = max(LEAST_TOKENS, free // 1000)
     assert all(tokens <= bound for tokens in climb(size, hill(1 << 40)))
@@ -196,7 +196,7 @@ def test_other_errors_are_not(error: BaseException) -> None:
 
 def full_above(tokens: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Memory is full in passes over rows with more tokens in a block than this."""
-    packed, whole = mechdsl.patched.run_packed, mechdsl.patched.run_whole
+    packed, whole = mechdsl.execute.patched_rows.run_packed, mechdsl.execute.patched_rows.run_whole
     raised: Counter[str] = Counter()
 
     def limited(found: Any, count: int) -> Any:
@@ -212,8 +212,8 @@ def full_above(tokens: int, error: BaseException, monkeypatch: pytest.MonkeyPatc
     def run_whole(model: Any, batch: Any, **kwargs: Any) -> Any:
         return limited(whole(model, batch, **kwargs), batch.ids.numel())
 
-    monkeypatch.setattr(mechdsl.patched, "run_packed", run_packed)
-    monkeypatch.setattr(mechdsl.patched, "run_whole", run_whole)
+    monkeypatch.setattr(mechdsl.execute.patched_rows, "run_packed", run_packed)
+    monkeypatch.setattr(mechdsl.execute.patched_rows, "run_whole", run_whole)
     return raised
 
 
@@ -363,7 +363,7 @@ def test_rows_that_are_laid_out_in_parts_are_the_same(
         return found
 
     monkeypatch.setattr(ExperimentPlan, "rows", counted)
-    monkeypatch.setattr(mechdsl.execute, "BATCH_ROWS", rows)
+    monkeypatch.setattr(mechdsl.execute.execute, "BATCH_ROWS", rows)
     found = execute_file(checked, model)
     same(found, whole)
     assert found.profile.distinct == whole.profile.distinct

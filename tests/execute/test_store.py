@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mechdsl.execute import Options
+from mechdsl.execute.execute import Options
 from mechdsl.pipeline import RunOptions
 from mechdsl.results.experiment import ExperimentResult
 

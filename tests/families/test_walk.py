@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.batch import Batch
-from mechdsl.frame import SiteWrite
-from mechdsl.loaded import LoadedModel
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import SiteWrite
 from mechdsl.models.anatomy import Tap
-from mechdsl.packed import PackedResult, run_packed
+from mechdsl.packed.packed_pass import PackedResult, run_packed
 
 from . import reference, tables
 from .__main__ import PAGE, cells, prepare, reason

@@ -19,15 +19,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
-from mechdsl.batch import Batch, gather
-from mechdsl.calls import bare_logits
 from mechdsl.diagnostics.w07_models import NotRestartable
-from mechdsl.frame import SiteRead, SiteWrite
-from mechdsl.hooks import run_whole
-from mechdsl.kept import Kept, keeping
-from mechdsl.load import adopt
-from mechdsl.loaded import LoadedModel
-from mechdsl.packed import run_packed
+from mechdsl.hooks.batch import Batch, gather
+from mechdsl.hooks.calls import bare_logits
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.loading.load import adopt
+from mechdsl.packed.activation_cache import Kept, keeping
+from mechdsl.packed.packed_pass import run_packed
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
 from . import reference

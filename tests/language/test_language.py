@@ -10,14 +10,14 @@ from typing import get_args
 
 import pytest
 
-from mechdsl.check import Settings, check_source
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
-from mechdsl.lower.statements import LATER
-from mechdsl.source import Source
+from mechdsl.program.statements import LATER
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
+from mechdsl.validate.file import Settings, check_source
 
 from .page import PAGE, Line, page, sections
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.check import Settings, check_source
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_full
-from mechdsl.source import Source
+from mechdsl.validate.file import Settings, check_source
 
 HERE = Path(__file__).parent
 MISTAKES = sorted(HERE.glob("*.mech"))

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.load import adopt
-from mechdsl.loaded import LoadedModel
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.load import adopt
 from tests.families import build, rows_seq2seq
 from tests.families.parts import Architecture
 

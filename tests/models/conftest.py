@@ -9,10 +9,10 @@ import torch
 import transformers
 from packaging.version import Version
 
-from mechdsl import spec
-from mechdsl.load import load
-from mechdsl.loaded import LoadedModel
-from mechdsl.source import Source, Span
+from mechdsl.base.source import Source, Span
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.load import load
+from mechdsl.program import spec
 
 from . import families
 

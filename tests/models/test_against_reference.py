@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mechdsl.batch import Batch, gather
-from mechdsl.frame import SiteRead, SiteWrite
-from mechdsl.hooks import run_whole
-from mechdsl.kept import Kept, keeping
-from mechdsl.loaded import LoadedModel
+from mechdsl.hooks.batch import Batch, gather
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.anatomy import Anatomy, Layout, Tap
-from mechdsl.packed import run_packed
-from mechdsl.restart import Shortcuts
+from mechdsl.packed.activation_cache import Kept, keeping
+from mechdsl.packed.packed_pass import run_packed
+from mechdsl.plan.restart import Shortcuts
 from mechdsl.vocab.sites import WITHIN_ATTENTION, stop_layer
 
 from . import families, reference

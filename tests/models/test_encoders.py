@@ -16,16 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.batch import Batch
-from mechdsl.frame import SiteRead, SiteWrite
-from mechdsl.hooks import run_whole
-from mechdsl.kept import Kept, keeping
-from mechdsl.load import adopt
-from mechdsl.loaded import LoadedModel
-from mechdsl.packed import run_packed
-from mechdsl.probe import sample
-from mechdsl.restart import Shortcuts
-from mechdsl.taps import replaced
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.hook_points import replaced
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.loading.load import adopt
+from mechdsl.loading.probe import sample
+from mechdsl.packed.activation_cache import Kept, keeping
+from mechdsl.packed.packed_pass import run_packed
+from mechdsl.plan.restart import Shortcuts
 from mechdsl.vocab.sites import SITES
 
 from ..families import build, reference, tables

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.attention import Group, KeptAttention, attend, exchanged, own_function
-from mechdsl.batch import Batch
-from mechdsl.exchange import WRITTEN_OUT, entry_of, plain
-from mechdsl.hooks import run_whole
-from mechdsl.kept import Kept, keeping
-from mechdsl.load import adopt
-from mechdsl.loaded import LoadedModel
-from mechdsl.taps import clean_model_check
+from mechdsl.hooks.attention import Group, KeptAttention, attend, exchanged, own_function
+from mechdsl.hooks.attention_modules import WRITTEN_OUT, entry_of, plain
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.hook_points import clean_model_check
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.loading.load import adopt
+from mechdsl.packed.activation_cache import Kept, keeping
 
 from . import families
 from .test_hooks import nothing_left

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mechdsl.load import adopt
+from mechdsl.loading.load import adopt
 from mechdsl.models.adapters import FAMILIES
 
 from ..families.build import model

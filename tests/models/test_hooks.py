@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.batch import Batch, gather
-from mechdsl.calls import bare_logits
-from mechdsl.frame import ReadMismatch, SiteRead, SiteWrite, WriteMismatch
-from mechdsl.hooks import run_whole
-from mechdsl.loaded import LoadedModel
+from mechdsl.hooks.batch import Batch, gather
+from mechdsl.hooks.calls import bare_logits
+from mechdsl.hooks.hook_points import clean_model_check
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import ReadMismatch, SiteRead, SiteWrite, WriteMismatch
+from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.shape import units, width
-from mechdsl.taps import clean_model_check
 from mechdsl.vocab.sites import SITES
 
 from . import families

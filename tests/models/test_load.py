@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mechdsl import zoo
-from mechdsl.load import adopt, load
-from mechdsl.loaded import LoadedModel
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.load import adopt, load
 from mechdsl.models.locate import weight_files, zoo_models
 
 from . import families
@@ -173,7 +173,7 @@ def test_importing_and_loading_says_nothing(folders: dict[str, Path]) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "from tests.models.conftest import statement\n"
-        "from mechdsl.load import load\n"
+        "from mechdsl.loading.load import load\n"
         "assert load(statement(sys.argv[1]))[0]"
     )
     root = Path(__file__).parents[2]

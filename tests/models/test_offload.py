@@ -23,17 +23,17 @@ from transformers.utils import logging
 
 import mechdsl
 from mechdsl import pipeline, zoo
-from mechdsl.batch import Batch
 from mechdsl.cli import main
-from mechdsl.data.types import Noise
-from mechdsl.frame import SiteRead, SiteWrite
-from mechdsl.hooks import run_whole
-from mechdsl.kept import keeping
-from mechdsl.lanes import noise_scale
-from mechdsl.load import adopt
-from mechdsl.loaded import LoadedModel
-from mechdsl.packed import run_packed
-from mechdsl.taps import clean_model_check
+from mechdsl.execute.unpatched_batch import noise_scale
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.hook_points import clean_model_check
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.loading.load import adopt
+from mechdsl.packed.activation_cache import keeping
+from mechdsl.packed.packed_pass import run_packed
+from mechdsl.prompts.table import Noise
 from mechdsl.vocab.sites import SITES
 
 from . import families

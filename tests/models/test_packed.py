@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.attention import Group, KeptAttention, attend
-from mechdsl.batch import Batch
-from mechdsl.calls import bare_logits
-from mechdsl.frame import ReadMismatch, SiteRead, SiteWrite
-from mechdsl.hooks import run_whole
-from mechdsl.kept import Kept, keeping
-from mechdsl.loaded import LoadedModel
+from mechdsl.hooks.attention import Group, KeptAttention, attend
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.calls import bare_logits
+from mechdsl.hooks.hook_points import clean_model_check
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import ReadMismatch, SiteRead, SiteWrite
+from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.shape import units, width
-from mechdsl.pack import BlockPack, pack_block
-from mechdsl.packed import PackedResult, Places, run_packed
-from mechdsl.restart import BlockWork, Mask, RowMasks, Shortcuts, block_work
-from mechdsl.taps import clean_model_check
+from mechdsl.packed.activation_cache import Kept, keeping
+from mechdsl.packed.layout import BlockPack, pack_block
+from mechdsl.packed.packed_pass import PackedResult, Places, run_packed
+from mechdsl.plan.restart import BlockWork, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.vocab.sites import SITES
 
 from . import families

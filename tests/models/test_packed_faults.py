@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from mechdsl import packed
-from mechdsl.attention import KeptAttention
-from mechdsl.kept import Kept
-from mechdsl.loaded import LoadedModel
-from mechdsl.pack import Part
-from mechdsl.prove import prove
-from mechdsl.restart import Mask
+from mechdsl.hooks.attention import KeptAttention
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.prove import prove
+from mechdsl.packed import packed_pass as packed
+from mechdsl.packed.activation_cache import Kept
+from mechdsl.packed.layout import Part
+from mechdsl.plan.restart import Mask
 
 from .test_against_reference import ABSOLUTE, CUT, PACKED, WHOLE, compare
 
@@ -110,7 +110,9 @@ def test_a_fault_is_found_by_hand_and_on_load(
 def test_padding_that_is_forgotten_is_found_too(
     loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mechdsl.packed._Columns.of", lambda self, rows, positions: positions + 0)
+    monkeypatch.setattr(
+        "mechdsl.packed.packed_pass._Columns.of", lambda self, rows, positions: positions + 0
+    )
     right, left = (
         max(compare(loaded["gpt2"], "gpt2", site, side, [PACKED])[0] for site in SITES)
         for side in ("right", "left")

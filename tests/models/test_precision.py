@@ -27,15 +27,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.batch import Batch
-from mechdsl.frame import SiteRead, SiteWrite
-from mechdsl.hooks import run_whole
-from mechdsl.kept import keeping
-from mechdsl.load import adopt, load
-from mechdsl.loaded import LoadedModel
-from mechdsl.packed import run_packed
-from mechdsl.taps import clean_model_check
-from mechdsl.verify import RESTART
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.hook_points import clean_model_check
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.loading.load import adopt, load
+from mechdsl.loading.verify import RESTART
+from mechdsl.packed.activation_cache import keeping
+from mechdsl.packed.packed_pass import run_packed
 
 from ..families import build, reference, tables
 from ..families.parts import Architecture

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mechdsl import prove
-from mechdsl.load import adopt, load
-from mechdsl.loaded import LoadedModel
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading import prove
+from mechdsl.loading.load import adopt, load
 
 from ..families import tables
 from ..families.build import model
@@ -67,7 +67,7 @@ def test_what_they_hang_on_may_not_change(
         case "config":
             folder = families.build("llama", tmp_path / "other", rope_theta=5000.0)
         case "version":
-            monkeypatch.setattr("mechdsl.proofs.version", lambda name: "0")
+            monkeypatch.setattr("mechdsl.loading.proof_store.version", lambda name: "0")
         case "switched off":
             monkeypatch.setenv("MECHDSL_CACHE", "")
         case _:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mechdsl.loaded import LoadedModel
+from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.models.adapters import FAMILIES
 from mechdsl.models.shape import missing_site, read_shape, shape_from_config, units, width
 from mechdsl.vocab.sites import SITES, by_short, stop_layer, write_order

@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.batch import Batch
-from mechdsl.calls import bare_logits
-from mechdsl.diagnostics import Diagnostic
-from mechdsl.frame import SiteRead, SiteWrite
-from mechdsl.hooks import run_whole
-from mechdsl.inputs import image_token
-from mechdsl.kept import keeping
-from mechdsl.load import adopt
-from mechdsl.loaded import LoadedModel
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.calls import bare_logits
+from mechdsl.hooks.hook_points import clean_model_check
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.loading.load import adopt
+from mechdsl.loading.probe import sample
+from mechdsl.loading.probe_inputs import image_token
+from mechdsl.loading.verify import bench, verify, writing
 from mechdsl.models.adapters import Family
-from mechdsl.packed import run_packed
-from mechdsl.probe import sample
-from mechdsl.taps import clean_model_check
-from mechdsl.verify import bench, verify, writing
+from mechdsl.packed.activation_cache import keeping
+from mechdsl.packed.packed_pass import run_packed
 from tests.families import build, reference, tables
 from tests.families.parts import Architecture, Stack
 from tests.families.walk import tokenizer

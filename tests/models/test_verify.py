@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechdsl.attention import CannotPack, own_function
-from mechdsl.load import adopt
-from mechdsl.loaded import LoadedModel, Stack
+from mechdsl.hooks.attention import CannotPack, own_function
+from mechdsl.hooks.loaded import LoadedModel, Stack
+from mechdsl.loading.load import adopt
+from mechdsl.loading.prove import describe, prove
+from mechdsl.loading.verify import OPENED, RESTART
 from mechdsl.models.anatomy import Anatomy, BlockAnatomy, Layout, Tap
 from mechdsl.models.finder import find_anatomies
-from mechdsl.prove import describe, prove
-from mechdsl.verify import OPENED, RESTART
 
 from . import broken, families
 from .test_against_reference import in_all

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from mechdsl.check import Checked, Settings, check_source
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
 from mechdsl.pipeline import RunOptions, run_source
-from mechdsl.plan import PLAN_PASSES
+from mechdsl.plan.plan import PLAN_PASSES
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.source import Source
+from mechdsl.validate.file import Checked, Settings, check_source
 
 HERE = Path(__file__).parent
 ZOO = HERE.parent.parent / "mechdsl" / "zoo" / "counting"

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from mechdsl.expectations.conditions import Where
-from mechdsl.percent import Percent
-from mechdsl.results.cell import CellKey
+from mechdsl.base.percent import Percent
+from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
+from mechdsl.validate.conditions import Where
 
 from .support import HERE, PLAIN, Array, checked, experiment, patched, run
 from .test_tokens import PLACES, expected, orders

@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from mechdsl import pipeline
+from mechdsl.base.source import Source
 from mechdsl.cli import app
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.execute import Options
+from mechdsl.execute.execute import Options
 from mechdsl.pipeline import RunOptions, run_source
-from mechdsl.source import Source
 
 from .support import HEAD, best_sites, checked, experiment, patched, run
 

@@ -16,11 +16,11 @@ import torch
 
 import mechdsl
 from mechdsl.api import MechdslError
-from mechdsl.check import Checked, Settings, check_source
 from mechdsl.diagnostics.e02_python import PythonFailed, PythonNotFound
 from mechdsl.pipeline import run_checked
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.syntax.parse import read_source
+from mechdsl.validate.file import Checked, Settings, check_source
 
 from ..cli.conftest import Command, command
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mechdsl import spec
-from mechdsl.results.cell import CellKey
-from mechdsl.results.data import MeasureData, NullBand
+from mechdsl.base.source import Source, Span
+from mechdsl.program import spec
+from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.source import Source, Span
+from mechdsl.results.finish import with_statistics, with_verdicts
+from mechdsl.statistics.data import MeasureData, NullBand
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
-from mechdsl.tabulate import with_statistics, with_verdicts
 
 SPAN = Span(Source(""), 0, 0)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl import spec
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_one
-from mechdsl.expectations.check import Known, KnownMeasure, check_expectation
-from mechdsl.results.significance import check_prompts
-from mechdsl.results.statistics import check_denominator
-from mechdsl.source import Source, Span
+from mechdsl.program import spec
+from mechdsl.statistics.cells import check_denominator
+from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
+from mechdsl.validate.reachable_p import check_prompts
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.reports import check_report
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mechdsl.expectations.check import Known, KnownMeasure, check_expectation
-from mechdsl.expectations.conditions import place_of
-from mechdsl.expectations.evaluate import evaluate
-from mechdsl.results.cell import CellKey
+from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment import ExpectOutcome, ExperimentResult
+from mechdsl.results.verdicts import evaluate
+from mechdsl.validate.conditions import place_of
+from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
 
 from .synthetic import expectation, finished, heads, measure, positions
 

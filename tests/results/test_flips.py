@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from mechdsl.results.flips import (
+from mechdsl.statistics.sign_flips import (
     CORRECTIONS,
     benjamini_hochberg,
     flips_in_words,
     holm,
     sign_flip,
 )
-from mechdsl.results.significance import check_prompts
+from mechdsl.validate.reachable_p import check_prompts
 
 from .synthetic import SPAN, statistics
 

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mechdsl import spec
-from mechdsl.results.cell import CellKey
+from mechdsl.program import spec
+from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
+from mechdsl.show.reports.bar_charts import bars_chart
+from mechdsl.show.reports.charts import lines_chart
+from mechdsl.show.reports.confusion import confusions
+from mechdsl.show.reports.files import results_csv
+from mechdsl.show.reports.overlay import overlays, prompt_effects, visible
+from mechdsl.show.reports.text import number_format, p_text
+from mechdsl.show.reports.verdicts import print_verdicts
 from mechdsl.vocab.reports import REPORTS, check_report, show
-from mechdsl.vocab.reports.bar_charts import bars_chart
-from mechdsl.vocab.reports.charts import lines_chart
-from mechdsl.vocab.reports.confusion import confusions
-from mechdsl.vocab.reports.files import results_csv
-from mechdsl.vocab.reports.overlay import overlays, prompt_effects, visible
-from mechdsl.vocab.reports.text import number_format, p_text
-from mechdsl.vocab.reports.verdicts import print_verdicts
 
 from .synthetic import (
     counted,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mechdsl import spec
-from mechdsl.results import resampling as resampling_module
-from mechdsl.results.data import CellStatistics, MeasureData
-from mechdsl.results.resampling import Resampling
-from mechdsl.results.statistics import category_statistics, cell_statistics, check_denominator
+from mechdsl.program import spec
+from mechdsl.statistics import bootstrap as resampling_module
+from mechdsl.statistics.bootstrap import Resampling
+from mechdsl.statistics.cells import category_statistics, cell_statistics, check_denominator
+from mechdsl.statistics.data import CellStatistics, MeasureData
 from mechdsl.vocab.effects import EFFECTS
 
 from .synthetic import SPAN, measure, statistics
@@ -93,7 +93,7 @@ def test_results_do_not_depend_on_blocks(
     data = measure(*runs)
     whole = one(data)
     monkeypatch.setattr(resampling_module, "BLOCK", 500)
-    monkeypatch.setattr("mechdsl.results.flips.BLOCK", 500)
+    monkeypatch.setattr("mechdsl.statistics.sign_flips.BLOCK", 500)
     parts = one(data)
     for key in ("mean", "low", "high", "p"):
         assert getattr(parts, key) == pytest.approx(getattr(whole, key), abs=1e-12)

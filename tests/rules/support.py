@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_full
 from mechdsl.pipeline import run_source
-from mechdsl.results.cell import Coord
-from mechdsl.results.data import MeasureData
+from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult, FileResult
-from mechdsl.source import Source
+from mechdsl.statistics.data import MeasureData
 
 from ..execute.support import (
     ABSOLUTE,

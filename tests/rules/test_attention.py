@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.results.cell import Coord
+from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
 
 from ..execute.support import MODES

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.render import render_full
-from mechdsl.source import Source
 from mechdsl.syntax import ast
-from mechdsl.syntax.explain import closest, distance
-from mechdsl.syntax.hints import HINTS
+from mechdsl.syntax.mistakes.hints import HINTS
+from mechdsl.syntax.mistakes.messages import closest, distance
+from mechdsl.syntax.mistakes.slips import SLIPS, without_slips
 from mechdsl.syntax.parse import MAX_REPORTED, parse, parse_setting, read_source
-from mechdsl.syntax.slips import SLIPS, without_slips
 
 from .snippets import all_snippets, wrapped
 

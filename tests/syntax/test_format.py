@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechdsl.source import Source, Span
+from mechdsl.base.source import Source, Span
 from mechdsl.syntax import ast
-from mechdsl.syntax.format import FormatError, format_file
+from mechdsl.syntax.format.file import FormatError, format_file
 from mechdsl.syntax.parse import parse
 
 from .snippets import CHANGES, DATA, TOP, all_snippets, experiment_snippets, wrapped

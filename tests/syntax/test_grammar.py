@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from lark import Lark
 
-from mechdsl.source import Source
-from mechdsl.syntax import ast, engine
+from mechdsl.base.source import Source
+from mechdsl.syntax import ast
+from mechdsl.syntax import grammar as engine
 from mechdsl.syntax.attempt import attempt
+from mechdsl.syntax.mistakes.pieces import WORDS
 from mechdsl.syntax.parse import parse
-from mechdsl.syntax.pieces import WORDS
 from mechdsl.syntax.reserved import CLAUSE_WORDS, RESERVED
 
 from .snippets import all_snippets, wrapped
@@ -184,7 +185,7 @@ def test_word_lists_agree_with_the_grammar() -> None:
 
 def test_saved_tables_are_those_of_the_grammar() -> None:
     saved = engine.saved_tables()
-    assert saved is not None, "run `python -m mechdsl.syntax.build`"
+    assert saved is not None, "run `python -m mechdsl.syntax.build_tables`"
     assert saved["grammar"] == engine.fingerprint(engine.grammar_file().read_text("utf-8"))
     # Rules are numbered in an order that depends on hashes, so behaviour is compared: the same
     # states by what they accept, the same trees.
@@ -229,7 +230,7 @@ def test_without_good_tables_the_grammar_is_read(
 def test_imports_nothing_heavy_and_starts_fast() -> None:
     code = (
         "import time, sys; t = time.process_time()\n"
-        "from mechdsl.source import Source; from mechdsl.syntax.parse import parse\n"
+        "from mechdsl.base.source import Source; from mechdsl.syntax.parse import parse\n"
         "from pathlib import Path\n"
         "tree, problems = parse(Source(Path(sys.argv[1]).read_text()))\n"
         "assert not problems\n"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.diagnostics import Diagnostic
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import MisspeltWord, UnexpectedToken, Unreadable
 from mechdsl.diagnostics.render import (
     facts,
@@ -20,7 +21,6 @@ from mechdsl.diagnostics.render import (
     render_sarif,
     summary,
 )
-from mechdsl.source import Source, Span
 
 TEXT = "mech 1\n\nexperiment e {\n  pach layer 0..2 head 14 at last-item token\n}\n"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mechdsl.source import Source, Span
+from mechdsl.base.source import Source, Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
 from mechdsl.syntax.template import Placeholder, parse_template

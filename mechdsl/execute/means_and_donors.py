@@ -1,0 +1,143 @@
+"""What rules write beside the source run: means, and donors of resamplings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.execute.unpatched_batch import Lanes
+from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.hooks.places import SiteRead
+from mechdsl.models.shape import units, width
+from mechdsl.plan.columns import Ints, counted
+from mechdsl.plan.plan import ExperimentPlan, Place
+from mechdsl.plan.rules import RulePlan
+from mechdsl.vocab.sites import SITES
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """The mean activations that a rule writes."""
+
+    values: Mapping[Place, Tensor]
+    """[position, group, token of the position, unit, width]."""
+    groups: Ints
+    """[prompt] its group."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fillings:
+    """What the rules of an experiment write, beside the source run."""
+
+    means: Mapping[int, Means]
+    """By number of the rule."""
+    donors: Ints | None
+    """[prompt] the prompt whose activation replaces it, for `resample`."""
+
+
+def fillings_of(
+    plan: ExperimentPlan, runs: UnpatchedRuns, kept: Ints, batches: Sequence[Ints]
+) -> Fillings:
+    """Average and permute over the kept rows, streamed by batches of prompts."""
+    donors = None
+    if any(rule.rule.fill == "resample" for rule in plan.rules):
+        donors = _donors(kept, len(runs.table), runs.seed)
+    means = {
+        number: _means(rule, runs, batches)
+        for number, rule in enumerate(plan.rules)
+        if rule.rule.fill == "mean"
+    }
+    return Fillings(means, donors)
+
+
+def _donors(kept: Ints, size: int, seed: int) -> Ints:
+    """A seeded permutation of the kept rows without a fixed point."""
+    order = np.random.default_rng([2, seed % 2**63]).permutation(kept)
+    donors = np.arange(size, dtype=np.int64)
+    donors[order] = np.roll(order, 1)
+    return donors
+
+
+def _means(rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints]) -> Means:
+    """Mean activations over all kept rows, streamed by batches of prompts."""
+    names = rule.rule.groups or ("",) * len(runs.table)
+    codes = np.unique(names, return_inverse=True)[1].astype(np.int64)
+    tokens = rule.averaged.tokens
+    slots = int(tokens.counts(np.arange(len(tokens.offsets) - 1)).max())
+    shape = runs.model.shape
+    places = {(p.site, p.layer) for p in rule.source_table}
+    size = (len(rule.sources), int(codes.max()) + 1)
+    apart = rule.rule.apart
+    run = runs.named(rule.rule.run) if apart is None else apart.table.runs[apart.run]
+    longest = max(len(row.ids) for row in run.rows)
+    sums = {
+        place: torch.zeros(
+            *size,
+            slots,
+            units(shape, *place),
+            longest if SITES[place[0]].width == "key" else width(shape, *place),
+            dtype=torch.float64,
+        )
+        for place in places
+    }
+    counts = torch.zeros(*size, dtype=torch.float64)
+    read = codes if apart is None else np.zeros(len(apart.table), dtype=np.int64)
+    if apart is not None:
+        every = np.arange(len(apart.table), dtype=np.int64)
+        size = max(len(batch) for batch in batches)
+        batches = [every[i : i + size] for i in range(0, len(every), size)]
+    for batch in batches:
+        if apart is None:
+            lanes = runs.lanes(run, batch)
+        else:
+            lanes = runs.apart(apart.table, run, batch, places)
+        _add(rule, batch, lanes, read, sums, counts)
+        if len(batches) > 1:
+            runs.forget()
+    divisor = counts.clamp(min=1)[:, :, None, None, None]
+    return Means({place: total / divisor for place, total in sums.items()}, codes)
+
+
+def _add(
+    plan: RulePlan,
+    prompts: Ints,
+    lanes: Lanes,
+    groups: Ints,
+    sums: dict[Place, Tensor],
+    counts: Tensor,
+) -> None:
+    """Add these prompts' activations to the sums of a `mean` ablation.
+
+    sums: [position, group, token, unit, width] per place; counts: [position, group].
+    """
+    positions = np.repeat(np.arange(len(plan.sources)), len(prompts))
+    prompt = np.tile(prompts, len(plan.sources))
+    key = positions * plan.averaged.prompts + prompt
+    index, run = plan.averaged.runs.expand(key)
+    for draw in range(lanes.draws):
+        lane = lanes.lane(prompt[index], np.full(len(index), draw))
+        row, token = plan.averaged.tokens.expand(run)
+        _, slot = counted(plan.averaged.tokens.counts(run))
+        at = torch.from_numpy(positions[index][row])
+        group = torch.from_numpy(groups[prompt[index]][row])
+        for place, total in sums.items():
+            read = lanes.reads[SiteRead(*place)]
+            columns = lanes.batch.columns(
+                torch.from_numpy(lane[row]).to(lanes.batch.ids.device),
+                torch.from_numpy(token).to(lanes.batch.ids.device),
+            )
+            vectors = read[torch.from_numpy(lane[row]).to(read.device), columns.to(read.device)]
+            vectors = vectors[..., : total.shape[-1]]  # those over keys may be padded
+            total.index_put_(
+                (at, group, torch.from_numpy(slot)), vectors.to(total), accumulate=True
+            )
+        one = torch.ones(len(index), dtype=counts.dtype)
+        counts.index_put_(
+            (torch.from_numpy(positions[index]), torch.from_numpy(groups[prompt[index]])),
+            one,
+            accumulate=True,
+        )

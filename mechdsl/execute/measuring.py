@@ -1,0 +1,199 @@
+"""Metrics read off a run: from logits at the measured places to one number per row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.execute.unpatched_batch import Spot, continuation_ids, spots_of
+from mechdsl.plan.columns import Ints
+from mechdsl.resolve.measures import evaluate
+from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
+from mechdsl.statistics.cells import Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a run gives a gauge. Rows are lanes of an unpatched run or patched rows."""
+
+    prompts: Ints
+    """[row] index into the table."""
+    items: Sequence[Env]
+    """[row] the occurrence that `{item.index}` stands for."""
+    logits: Tensor | None
+    """[row, spot, vocab] of the plain prompts."""
+    continued: Mapping[int, Tensor]
+    """Atom number → [row, token, vocab] of the prompts with that text behind them."""
+    loss: Tensor | None
+    activations: Mapping[int, Tensor]
+    """Atom number → [row, 1, width] at the measured place."""
+    references: Mapping[int, Tensor]
+    """Atom number → [row, vocab] logits, or [row, 1, width], of the reference run."""
+    observed: Tensor | None = None
+    """[row] what `observe attention` sees; None on runs without rows."""
+    tokens: Tensor | None = None
+    """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Where the logits of these tokens lie."""
+        return ids if self.tokens is None else torch.searchsorted(self.tokens, ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Gauge:
+    """The measures of one experiment, with their atoms numbered."""
+
+    measures: tuple[ResolvedMeasure, ...]
+    atoms: tuple[tuple[int, Atom], ...]
+    """(number of its spot, atom)."""
+    spots: tuple[Spot, ...]
+
+    @staticmethod
+    def of(measures: Sequence[ResolvedMeasure]) -> Gauge:
+        spots = spots_of(measures)
+        atoms = [(spots.index(m.at), atom) for m in measures for atom in m.atoms]
+        return Gauge(tuple(measures), tuple(atoms), spots)
+
+    @property
+    def continuations(self) -> tuple[int, ...]:
+        """Numbers of the atoms that need a pass of their own, with their text behind the prompt."""
+        return tuple(
+            n
+            for n, (_, atom) in enumerate(self.atoms)
+            if atom.form.takes == "continuation" and _longest(atom) > 1
+        )
+
+    @property
+    def needs_plain(self) -> bool:
+        """Whether some atom is read off the prompts as they are."""
+        own = [n for n, (_, atom) in enumerate(self.atoms) if atom.form.takes != "attention"]
+        return len(self.continuations) < len(own)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether no atom needs the logits of the whole vocabulary."""
+        return all(atom.form.narrow for _, atom in self.atoms)
+
+    def tokens(self, prompts: Ints) -> set[int]:
+        """The tokens whose logits a narrow gauge reads on these prompts."""
+        found: set[int] = set()
+        for _, atom in self.atoms:
+            found.update(token for token, _ in atom.numerals)
+            for texts in atom.texts.values():
+                found.update(texts[prompt][0] for prompt in prompts.tolist())
+        return found
+
+    @property
+    def loss(self) -> Atom | None:
+        return next((a for _, a in self.atoms if a.form.takes == "prompt"), None)
+
+    def read(self, reading: Reading) -> list[Floats]:
+        """One value per row for every measure."""
+        found: list[Floats] = []
+        number = 0
+        for measure in self.measures:
+            values: dict[Any, Floats] = {}
+            for atom in measure.atoms:
+                spot = self.atoms[number][0]
+                value = _value(atom, number, spot, reading)
+                values[atom.node] = value.detach().double().cpu().numpy()
+                number += 1
+            with np.errstate(divide="ignore", invalid="ignore"):
+                result = evaluate(measure.expression, values.__getitem__)
+            found.append(np.broadcast_to(result, len(reading.prompts)).astype(np.float64))
+        return found
+
+
+def _longest(atom: Atom) -> int:
+    return max((len(ids) for rows in atom.texts.values() for ids in rows), default=0)
+
+
+def _value(atom: Atom, number: int, spot: int, reading: Reading) -> Tensor:
+    """[row]: the atom's metric."""
+    takes, function = atom.form.takes, atom.form.function
+    if takes == "prompt":
+        assert reading.loss is not None
+        return reading.loss
+    if takes == "attention":
+        nothing = torch.full((len(reading.prompts),), torch.nan)
+        return nothing if reading.observed is None else reading.observed
+    if takes == "activations":
+        return function(reading.activations[number], reading.references[number])
+    if number in reading.continued:
+        return _continued(atom, reading.continued[number], reading.prompts)
+    assert reading.logits is not None
+    logits = reading.logits[:, spot]
+    match takes:
+        case "target" | "continuation":
+            target = torch.tensor(
+                [
+                    atom.texts[item if atom.by_item else None][prompt][0]
+                    for prompt, item in zip(reading.prompts, reading.items, strict=True)
+                ],
+                device=logits.device,
+            )
+            if takes == "target":
+                return function(logits, reading.columns(target))
+            one = torch.ones_like(target, dtype=torch.bool)
+            return function(logits[:, None], target[:, None], one[:, None])
+        case "numerals":
+            ids, numbers = zip(*atom.numerals, strict=True)
+            device = logits.device
+            columns = reading.columns(torch.tensor(ids, device=device))
+            return function(logits, columns, torch.tensor(numbers, device=device))
+        case "reference":
+            return function(logits, reading.references[number])
+        case "nothing":
+            return function(logits)
+        case "rows":
+            return _of_python(atom, logits, reading.prompts)
+
+
+def _of_python(atom: Atom, logits: Tensor, prompts: Ints) -> Tensor:
+    """[row]: what the user's function makes of them. E0223 as PythonFailure."""
+    function = atom.python
+    assert function is not None
+    # A copy, so that a function that writes into it changes nothing that others read.
+    own = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    rows = [dict(atom.rows[prompt]) for prompt in prompts]
+    with torch.no_grad():
+        given = function.call(own, rows)
+    hint = "it takes `logits`, [n, vocab], and `rows`, n of them, and gives n numbers"
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise function.failure(f"it gave {_kind(given)}, not numbers", hint) from None
+    if found.shape != (len(prompts),):
+        shape = list(found.shape)
+        raise function.failure(f"it gave the shape {shape}, not [{len(prompts)}]", hint)
+    if found.is_complex():
+        raise function.failure("it gave complex numbers", hint)
+    found = found.detach().double().cpu()
+    if found.isnan().any():
+        row = atom.rows[prompts[int(found.isnan().nonzero()[0])]]
+        told = ", ".join(f"{name} = {value!r}" for name, value in row.items() if "." not in name)
+        raise function.failure(f"it gave NaN, in the row with {_short(told)}", hint)
+    return found
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a `{type(value).__name__}`"
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _continued(atom: Atom, logits: Tensor, prompts: Ints) -> Tensor:
+    """A text of several tokens: [row, token, vocab], ragged over rows."""
+    texts = [continuation_ids(atom, int(p)) for p in prompts]
+    width = logits.shape[1]
+    ids = torch.tensor([t + (0,) * (width - len(t)) for t in texts], device=logits.device)
+    lengths = torch.tensor([len(t) for t in texts], device=logits.device)
+    mask = torch.arange(width, device=logits.device)[None, :] < lengths[:, None]
+    return atom.form.function(logits, ids, mask)

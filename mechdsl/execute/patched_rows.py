@@ -1,0 +1,409 @@
+"""Patched rows: one pass over rows of any cells and experiments, read by their gauges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.execute.means_and_donors import Fillings
+from mechdsl.execute.measuring import Gauge, Reading
+from mechdsl.execute.observed_attention import Look, look
+from mechdsl.execute.paths import frozen, held_rows, received
+from mechdsl.execute.unpatched_batch import (
+    Lanes,
+    continuation_positions,
+    noise_writes,
+    prompt_loss,
+    spot_positions,
+)
+from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
+from mechdsl.execute.writes import build_edges, build_writes, unless_set
+from mechdsl.hooks.inside_attention import EdgeWrite
+from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.packed.packed_pass import Places, run_packed
+from mechdsl.plan.columns import Ints, counted
+from mechdsl.plan.plan import FUSE, ExperimentPlan, Plan
+from mechdsl.plan.restart import Held
+from mechdsl.plan.rules import Rows
+from mechdsl.plan.share import SharedRows
+from mechdsl.prompts.table import Run
+from mechdsl.statistics.data import Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """Rows of one experiment that a pass serves."""
+
+    number: int
+    """Of the experiment in its panel."""
+    rows: Rows
+    at: Ints
+    """[row] the row of the pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class _PassRows:
+    """What runs in one pass; each distinct row once per draw of noise, draws side by side."""
+
+    run: Run
+    batch: Ints
+    prompts: Ints
+    draw: Ints
+    writes: Sequence[SiteWrite]
+    edges: Sequence[EdgeWrite] = ()
+    held: Held | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def beside(self, part: _PassRows, at: Ints) -> _PassRows:
+        """With what a part's rows write, which are the rows `at`."""
+        where = torch.from_numpy(at)
+        held = self.held
+        if part.held is not None:
+            none = np.zeros(len(self), dtype=np.bool_)
+            held = Held(none, none) if held is None else held
+            held = Held(held.rows.copy(), held.mlps.copy())
+            held.rows[at], held.mlps[at] = part.held.rows, part.held.mlps
+        return replace(
+            self,
+            writes=[*self.writes, *(write.moved(where) for write in part.writes)],
+            edges=[*self.edges, *(edge.moved(where) for edge in part.edges)],
+            held=held,
+        )
+
+
+class Patcher:
+    """Runs patched rows of a panel's experiments."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        plans: Sequence[ExperimentPlan],
+        gauges: Sequence[Gauge],
+        fillings: Sequence[Fillings],
+        runs: UnpatchedRuns,
+    ) -> None:
+        self.plan = plan
+        self.plans = plans
+        self.gauges = gauges
+        self.fillings = fillings
+        self.runs = runs
+        self.model = runs.model
+
+    def values(
+        self, shared: SharedRows, chosen: Ints, members: Sequence[Member], run: Run, batch: Ints
+    ) -> Iterator[tuple[Member, list[Floats]]]:
+        """One pass over the chosen distinct rows, which all start from `run`.
+
+        batch: the prompts in work. Gives one value per row and measure of each member.
+        """
+        draws = self.plans[int(shared.owner[chosen[0]])].draws
+        rows = self._pass_rows(shared, chosen, run, batch, draws)
+        gauges = [self.gauges[member.number] for member in members]
+        repeated = [_repeated(member, draws) for member in members]
+        lanes = self.runs.lanes(run, batch)
+        lengths = lanes.lengths[lanes.lane(rows.prompts, rows.draw)]
+        wanted = [
+            _wanted(gauge, member, run, lengths, self._look(member))
+            for gauge, member in zip(gauges, repeated, strict=True)
+        ]
+        logits, reads, observed, tokens = self._forward(rows, lanes, gauges, wanted)
+        for member, many, gauge, want, own, read, seen in zip(
+            members, repeated, gauges, wanted, logits, reads, observed, strict=True
+        ):
+            reading = Reading(
+                prompts=many.rows.prompt,
+                items=[self.plans[member.number].items[cell] for cell in many.rows.cell],
+                logits=want.spots(own),
+                continued={n: self._continued(rows, many, gauge, n) for n in gauge.continuations},
+                loss=want.loss(own, gauge, many, rows, lanes, run),
+                activations=read,
+                references=self.runs.references(gauge, batch, many.rows.prompt, rows.draw[many.at]),
+                observed=seen,
+                tokens=tokens,
+            )
+            values = gauge.read(reading)
+            yield member, [v.reshape(len(member.at), draws).mean(axis=1) for v in values]
+
+    def _look(self, member: Member) -> Look | None:
+        """What an `observe` line of the member's experiment looks at."""
+        rules = self.plans[member.number].rules
+        rule = next((rule for rule in rules if rule.rule.fill == "observe"), None)
+        if rule is None:
+            return None
+        return look(rule, member.rows, member.at, self.model.shape)
+
+    def _pass_rows(
+        self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, draws: int
+    ) -> _PassRows:
+        index = np.repeat(np.arange(len(chosen)), draws)
+        draw = np.tile(np.arange(draws), len(chosen))
+        prompts = shared.rows.prompt[chosen][index]
+        owner = shared.owner[chosen][index]
+        found = _PassRows(run, batch, prompts, draw, [], [])
+        for number in np.unique(owner):
+            own = np.flatnonzero(owner == number)
+            rows = shared.rows.take(chosen[index[own]])
+            found = found.beside(self._rows_of(int(number), rows, draw[own], run, batch), own)
+        return found
+
+    def _rows_of(self, number: int, rows: Rows, draw: Ints, run: Run, batch: Ints) -> _PassRows:
+        """The rows of one experiment with what they write."""
+        plan, shape = self.plans[number], self.model.shape
+        path = next((rule for rule in plan.rules if rule.paths is not None), None)
+        own = _PassRows(run, batch, rows.prompt, draw, [])
+        if path is not None and path.paths is not None and not path.paths.at_the_end:
+
+            def sent(
+                senders: Rows, draws: Ints, held: Held, reads: Mapping[SiteRead, Places]
+            ) -> Mapping[SiteRead, Tensor]:
+                writes = self._writes(number, senders, draws, batch)
+                rows = _PassRows(run, batch, senders.prompt, draws, writes, held=held)
+                none = np.zeros(0, dtype=np.int64)
+                return self._run(rows, self.runs.lanes(run, batch), (none, none), reads, None)[1]
+
+            return replace(own, writes=received(path, rows, draw, sent, shape))
+        return replace(
+            own,
+            writes=self._writes(number, rows, draw, batch),
+            edges=build_edges(plan, rows, shape),
+            held=None if path is None else held_rows(path, len(rows)),
+        )
+
+    def _writes(self, number: int, rows: Rows, draw: Ints, batch: Ints) -> list[SiteWrite]:
+        """The vectors that the rows of one experiment write."""
+        fillings = self.fillings[number]
+
+        def lanes_of(source: str, donors: bool) -> Lanes:
+            prompts = batch
+            if donors and fillings.donors is not None:
+                prompts = np.unique(fillings.donors[batch])
+            return self.runs.lanes(self.runs.named(source), prompts, alone=donors)
+
+        plan = self.plans[number]
+        return build_writes(plan, rows, draw, lanes_of, fillings, self.model.shape)
+
+    def _forward(
+        self, rows: _PassRows, lanes: Lanes, gauges: Sequence[Gauge], wanted: Sequence[_Wanted]
+    ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[Tensor | None], Tensor | None]:
+        """Per member the logits at the places it wants, its activations, and the attention that
+        it observes; and which tokens."""
+        final = (
+            np.concatenate([want.final[0] for want in wanted]),
+            np.concatenate([want.final[1] for want in wanted]),
+        )
+        inside: dict[SiteRead, list[Places]] = {}
+        parts: list[dict[int, tuple[SiteRead, int]]] = []
+        looks: list[dict[SiteRead, int]] = []
+        for want in wanted:
+            parts.append({})
+            looks.append({})
+            for atom, (place, where) in want.inside.items():
+                own = inside.setdefault(place, [])
+                parts[-1][atom] = place, len(own)
+                own.append(where)
+            for place, where in (want.look.places if want.look is not None else {}).items():
+                own = inside.setdefault(place, [])
+                looks[-1][place] = len(own)
+                own.append(where)
+        ends = np.cumsum([len(want.final[0]) for want in wanted])[:-1].tolist()
+        if not len(final[0]) and not inside:  # texts of several tokens have passes of their own
+            none = torch.zeros(0)
+            return [none] * len(wanted), [{} for _ in wanted], [None] * len(wanted), None
+        tokens = self.runs.tokens(gauges, rows.batch)
+        if any(write.site == "logits" for write in rows.writes):
+            tokens = None
+        reads = {
+            read: (np.concatenate([p[0] for p in own]), np.concatenate([p[1] for p in own]))
+            for read, own in inside.items()
+        }
+        logits, found = self._run(rows, lanes, final, reads, tokens)
+        split = {
+            read: values.tensor_split(np.cumsum([len(p[0]) for p in inside[read]])[:-1].tolist())
+            for read, values in found.items()
+        }
+        activations = [
+            {atom: vectors(split[r][i], gauge.atoms[atom][1]) for atom, (r, i) in own.items()}
+            for gauge, own in zip(gauges, parts, strict=True)
+        ]
+        observed = [
+            look and look.weights({r: split[r][i] for r, i in own.items()})
+            for look, own in zip((want.look for want in wanted), looks, strict=True)
+        ]
+        return list(logits.tensor_split(ends)), activations, observed, tokens
+
+    def _run(
+        self,
+        rows: _PassRows,
+        lanes: Lanes,
+        final: Places,
+        reads: Mapping[SiteRead, Places],
+        tokens: Tensor | None,
+    ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
+        """([place, vocab], [place, units, width] per site), on what was kept or in whole passes."""
+        lane = lanes.lane(rows.prompts, rows.draw)
+        if lanes.kept is not None:
+            result = run_packed(
+                self.model,
+                lanes.kept,
+                lane,
+                writes=rows.writes,
+                final=final,
+                reads=reads,
+                tokens=tokens,
+                shortcuts=self.plan.shortcuts,
+                fuse=self.plan.does(FUSE),
+                edges=rows.edges,
+                held=rows.held,
+            )
+            return result.logits, result.reads
+        return self._run_whole(rows, lanes, lane, final, reads, tokens)
+
+    def _run_whole(
+        self,
+        rows: _PassRows,
+        lanes: Lanes,
+        lane: Ints,
+        final: Places,
+        reads: Mapping[SiteRead, Places],
+        tokens: Tensor | None,
+    ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
+        added: list[SiteWrite] = []
+        if rows.run.noise is not None:
+            added = noise_writes(
+                self.model,
+                rows.run.noise,
+                rows.prompts,
+                rows.run.noise.samples,
+                self.runs.table.row_ids,
+                self.runs.seed,
+            )
+        batch = lanes.batch.take(torch.from_numpy(lane))
+        if rows.held is not None:
+            freezing = frozen(self.model, batch, rows.held, rows.writes, added)
+            rows = replace(rows, writes=[*freezing, *rows.writes])
+        all_logits = any(write.site == "logits" for write in rows.writes)
+        slots, at = _by_row(final, len(rows), batch.lengths.cpu().numpy())
+        result = run_whole(
+            self.model,
+            batch,
+            writes=[*rows.writes, *(unless_set(write, rows.writes) for write in added)],
+            reads=list(reads),
+            logits_at=None if all_logits else torch.from_numpy(at).to(self.model.device),
+            tokens=tokens,
+            edges=rows.edges,
+        )
+        assert result.logits is not None
+        row = torch.from_numpy(final[0]).to(result.logits.device)
+        columns = torch.from_numpy(slots).to(row.device)
+        if all_logits:
+            columns = batch.columns(row, torch.from_numpy(final[1]).to(row.device))
+        found: dict[SiteRead, Tensor] = {}
+        for read, (read_rows, positions) in reads.items():
+            index = torch.from_numpy(read_rows).to(row.device)
+            where = batch.columns(index, torch.from_numpy(positions).to(row.device))
+            found[read] = result.reads[read][index, where]
+        return result.logits[row, columns], found
+
+    def _continued(self, rows: _PassRows, member: Member, gauge: Gauge, number: int) -> Tensor:
+        """[row, token, vocab]: a pass of the same rows with a text of several tokens behind."""
+        atom = gauge.atoms[number][1]
+        lanes = self.runs.lanes(rows.run, rows.batch, atom)
+        draw = rows.draw[member.at]
+        prompts = member.rows.prompt
+        count = np.arange(len(prompts))
+        own = self._rows_of(member.number, member.rows, draw, rows.run, rows.batch)
+        lengths = lanes.lengths[lanes.lane(prompts, draw)]
+        at = continuation_positions(atom, prompts, lengths).numpy()
+        final = (np.repeat(count, at.shape[1]), at.reshape(-1))
+        logits, _ = self._run(own, lanes, final, {}, None)
+        return logits.unflatten(0, at.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """The places that one member reads."""
+
+    final: Places
+    """Behind the last block: rows of the pass and positions."""
+    spots_per_row: int
+    """The first places of `final`, row by row; all others are those of a loss."""
+    inside: Mapping[int, tuple[SiteRead, Places]]
+    """Atom → the site of a `cosine` and where it is read."""
+    count: int
+    """Rows of the member."""
+    look: Look | None = None
+    """The attention that it observes."""
+
+    def spots(self, logits: Tensor) -> Tensor | None:
+        """[row, spot, vocab]"""
+        if not self.spots_per_row:
+            return None
+        spots = logits[: self.count * self.spots_per_row]
+        return spots.unflatten(0, (self.count, self.spots_per_row))
+
+    def loss(
+        self,
+        logits: Tensor,
+        gauge: Gauge,
+        member: Member,
+        rows: _PassRows,
+        lanes: Lanes,
+        run: Run,
+    ) -> Tensor | None:
+        """[row] the loss over all positions."""
+        if gauge.loss is None:
+            return None
+        lane = lanes.lane(member.rows.prompt, rows.draw[member.at])
+        batch = lanes.batch.take(torch.from_numpy(lane))
+        every = logits[self.count * self.spots_per_row :]
+        whole = every.new_zeros(*batch.ids.shape, every.shape[-1])
+        whole[batch.mask.bool().to(every.device)] = every
+        return prompt_loss(gauge.loss, whole, batch, run, member.rows.prompt)
+
+
+def _wanted(gauge: Gauge, member: Member, run: Run, lengths: Ints, look: Look | None) -> _Wanted:
+    """What a gauge reads of a member's rows; lengths: [row of the pass]."""
+    own = lengths[member.at]
+    columns = [spot_positions(spot, run.name, member.rows.prompt, own) for spot in gauge.spots]
+    rows: list[Ints] = []
+    positions: list[Ints] = []
+    spots = len(columns) if gauge.needs_plain else 0
+    if spots:
+        rows.append(np.repeat(member.at, spots))
+        positions.append(np.stack(columns, axis=1).reshape(-1))
+    if gauge.loss is not None:
+        rows.append(np.repeat(member.at, own))
+        positions.append(np.concatenate([np.arange(n) for n in own]))
+    empty = np.zeros(0, dtype=np.int64)
+    inside = {
+        number: (SiteRead(atom.point.site, atom.point.layer), (member.at, columns[spot]))
+        for number, (spot, atom) in enumerate(gauge.atoms)
+        if atom.point is not None
+    }
+    final = (np.concatenate([empty, *rows]), np.concatenate([empty, *positions]))
+    return _Wanted(final, spots, inside, len(member.at), look)
+
+
+def _repeated(member: Member, draws: int) -> Member:
+    """Every row once per draw."""
+    index = np.repeat(np.arange(len(member.at)), draws)
+    at = member.at[index] * draws + np.tile(np.arange(draws), len(member.at))
+    return Member(member.number, member.rows.take(index), at)
+
+
+def _by_row(places: Places, rows: int, lengths: Ints) -> tuple[Ints, Ints]:
+    """([place] its slot, [row, slot] position): places listed by row, free slots read anywhere."""
+    order = np.argsort(places[0], kind="stable")
+    counts = np.bincount(places[0], minlength=rows)
+    slots = np.empty(len(order), dtype=np.int64)
+    slots[order] = counted(counts)[1]
+    at = np.repeat(lengths[:, None] - 1, max(1, int(counts.max(initial=1))), axis=1)
+    at[places[0], slots] = places[1]
+    return slots, at

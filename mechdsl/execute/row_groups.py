@@ -1,0 +1,73 @@
+"""Rows cut into passes: which may ride together, in which order, and how many tokens they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mechdsl.execute.patched_rows import Member
+from mechdsl.plan.columns import Ints
+from mechdsl.plan.plan import JOIN, ExperimentPlan, Plan
+from mechdsl.plan.restart import Shortcuts
+from mechdsl.plan.share import SharedRows
+from mechdsl.prompts.table import Run
+from mechdsl.statistics.data import Floats
+
+
+def extent(
+    shared: SharedRows, shortcuts: Shortcuts | None, plans: Sequence[ExperimentPlan]
+) -> tuple[Ints, Floats]:
+    """Per distinct row: (tokens that it takes along, blocks times tokens)."""
+    widths = np.zeros(len(shared), dtype=np.int64)
+    blocks = np.zeros(len(shared), dtype=np.int64)
+    for number, each in enumerate(plans):
+        own = np.flatnonzero(shared.owner == number)
+        if not len(own):
+            continue
+        rows = shared.rows.take(own)
+        lengths = each.lengths(rows)
+        first = each.leftmost(rows) if shortcuts and shortcuts.prefix else np.zeros_like(lengths)
+        widths[own] = np.maximum(1, lengths - first) * each.draws
+        low = each.lowest[rows.cell] if shortcuts and shortcuts.resume else 0
+        blocks[own] = np.maximum(1, each.experiment.model.shape.n_layers - low)
+    return widths, widths * blocks.astype(np.float64)
+
+
+def groups(
+    shared: SharedRows, plan: Plan, plans: Sequence[ExperimentPlan], widths: Ints
+) -> Iterator[tuple[Run, Ints]]:
+    """Rows that can share passes: they start from the same run, and are of one cell if rows
+    don't join. Those that end up in the same columns come together."""
+    runs: dict[int, Run] = {}
+    start = np.zeros(len(shared), dtype=np.int64)
+    draws = np.zeros(len(shared), dtype=np.int64)
+    for number, each in enumerate(plans):
+        own = np.flatnonzero(shared.owner == number)
+        which = each.starting_run(shared.rows.take(own))
+        keys = [id(run) for run in each.starting_runs]
+        runs.update(zip(keys, each.starting_runs, strict=True))
+        if len(own):
+            start[own] = np.array(keys, dtype=np.int64)[which]
+            draws[own] = each.draws
+    keys = [start, draws]
+    if not plan.does(JOIN):
+        keys += [shared.owner, shared.rows.cell]
+    _, group = np.unique(np.stack(keys), axis=1, return_inverse=True)
+    group = group.reshape(-1)
+    order = np.lexsort((shared.rows.prompt, widths, group))
+    for own in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
+        if len(own):
+            yield runs[int(start[own[0]])], own
+
+
+def members_of(shared: SharedRows, chosen: Ints) -> list[Member]:
+    """The rows that these distinct rows stand for, by experiment."""
+    place = np.full(len(shared), -1, dtype=np.int64)
+    place[chosen] = np.arange(len(chosen))
+    found: list[Member] = []
+    for number, (distinct, rows) in enumerate(shared.members):
+        own = np.flatnonzero(place[distinct] >= 0)
+        if len(own):
+            found.append(Member(number, rows.take(own), place[distinct[own]]))
+    return found

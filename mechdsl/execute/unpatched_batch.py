@@ -1,0 +1,314 @@
+"""Unpatched runs of a batch of prompts: what they compute is kept for the rows that start there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.hook_points import fused
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.packed.activation_cache import Kept, keeping
+from mechdsl.plan.columns import Ints
+from mechdsl.plan.plan import Place
+from mechdsl.prompts.table import Noise, Run
+from mechdsl.resolve.resolved import Atom, ResolvedMeasure
+from mechdsl.vocab.sites import WITHIN_ATTENTION
+
+Side = Literal["left", "right"]
+Spot = Mapping[str, tuple[int, ...]]
+"""Run → per prompt, the position that a measure reads; empty for the last token."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lanes:
+    """One unpatched run on some prompts. Lane = index of the prompt in `prompts` * draws + draw."""
+
+    run: str
+    prompts: Ints
+    draws: int
+    batch: Batch
+    lengths: Ints
+    """[lane], tokens of the prompt itself, without a continuation behind it."""
+    reads: Mapping[SiteRead, Tensor]
+    kept: Kept | None
+    """What rows that start from this run take over; None where they are whole passes."""
+    logits: Tensor | None
+    """[lane, spot, vocab]; None where nothing is measured on this run."""
+    tokens: Tensor | None
+    """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
+    loss: Tensor | None
+
+    @cached_property
+    def _place(self) -> Ints:
+        table = np.full(int(self.prompts.max()) + 1, -1, dtype=np.int64)
+        table[self.prompts] = np.arange(len(self.prompts))
+        return table
+
+    def lane(self, prompts: Ints, draws: Ints) -> Ints:
+        """The lane of each (prompt, draw); a run without noise has one for all draws."""
+        return self._place[prompts] * self.draws + (draws if self.draws > 1 else 0)
+
+
+@dataclass(frozen=True)
+class LaneRequest:
+    """What is wanted of an unpatched run."""
+
+    reads: frozenset[Place] = frozenset()
+    lowest: int | None = None
+    """The lowest block that rows start in; None keeps nothing for them."""
+    spots: tuple[Spot, ...] = ()
+    """Positions whose logits are wanted; with none, the run may stop early."""
+    stop: int | None = None
+    tokens: Tensor | None = None
+    """[K] the only tokens whose logits are wanted, ascending."""
+    fuse: bool = False
+    loss: Atom | None = None
+    continuation: Atom | None = None
+    """The text of several tokens that stands behind every prompt."""
+
+
+def spot_positions(spot: Spot, run: str, prompts: Ints, lengths: Ints) -> Ints:
+    """The position that each lane is read at: the spot's, else the last token of the prompt."""
+    where = spot.get(run)
+    if where is None:
+        return lengths - 1
+    return np.asarray(where, dtype=np.int64)[prompts]
+
+
+def continuation_ids(atom: Atom, prompt: int) -> tuple[int, ...]:
+    """The token ids of a text that a metric sums over, for one prompt."""
+    return atom.texts[None][prompt]
+
+
+def spots_of(measures: Sequence[ResolvedMeasure]) -> tuple[Spot, ...]:
+    """The distinct places that measures read."""
+    found: list[Spot] = []
+    for measure in measures:
+        if measure.at not in found:
+            found.append(measure.at)
+    return tuple(found)
+
+
+def compute_lanes(
+    model: LoadedModel,
+    runs: Sequence[tuple[Run, LaneRequest]],
+    prompts: Ints,
+    row_ids: Sequence[int],
+    *,
+    seed: int,
+    side: Side,
+) -> list[Lanes]:
+    """Run the unpatched model on these prompts, all runs in one pass, and keep what was asked for.
+
+    `row_ids` are the table's, so that noise hangs on the row and not on the batch.
+    """
+    parts = [_Part.of(model, run, request, prompts) for run, request in runs]
+    batch = Batch.of([ids for part in parts for ids in part.ids], model.pad_id, side, model.device)
+    begins = np.cumsum([0, *(len(part.ids) for part in parts)])
+    requests = [request for _, request in runs]
+    every = list(dict.fromkeys(SiteRead(*place) for r in requests for place in sorted_places(r)))
+    wanted = [read for read in every if read.site not in WITHIN_ATTENTION]
+    within = [read for read in every if read.site in WITHIN_ATTENTION]
+    noised = [SiteRead("embed")] if any(run.noise is not None for run, _ in runs) else []
+    full = SiteRead("logits") in wanted or any(r.loss is not None for r in requests)
+    measured = any(part.at is not None for part in parts)
+    at = _side_by_side(parts) if measured else None
+    stops = [r.stop if part.at is None else None for r, part in zip(requests, parts, strict=True)]
+    stop = None if full or None in stops else max(stop for stop in stops if stop is not None)
+    tokens = requests[0].tokens if measured and not full else None
+    lowest = [r.lowest for r in requests if r.lowest is not None]
+    with ExitStack() as stack:
+        kept: Kept | None = None
+        if lowest:
+            kept = stack.enter_context(keeping(model, batch, min(lowest)))
+        if requests[0].fuse:
+            stack.enter_context(fused(model.module))
+        writes: list[SiteWrite] = []
+        for part, begin in zip(parts, begins, strict=False):
+            rows = torch.arange(begin, begin + len(part.ids))
+            added = noise_writes(model, part.run.noise, part.lanes, part.draws, row_ids, seed)
+            writes += [write.moved(rows) for write in added]
+        result = run_whole(
+            model,
+            batch,
+            stop=stop,
+            writes=writes,
+            reads=[*wanted, *noised],
+            logits_at=None if full or at is None else at.to(model.device),
+            tokens=tokens,
+        )
+        if kept is not None and noised:
+            kept.embedded = result.reads[noised[0]].flatten(0, 2)
+    reads = dict(result.reads)
+    if within:  # apart from what is kept for rows, as both take attention over
+        last = max(read.layer for read in within if read.layer is not None)
+        reads |= run_whole(model, batch, stop=last + 1, writes=writes, reads=within).reads
+    found: list[Lanes] = []
+    for part, request, begin in zip(parts, requests, begins, strict=False):
+        rows = slice(int(begin), int(begin) + len(part.ids))
+        own = batch.part(rows)
+        logits = None if result.logits is None else result.logits[rows]
+        loss = None
+        if request.loss is not None and logits is not None:
+            loss = prompt_loss(request.loss, logits, own, part.run, part.lanes)
+        if full and logits is not None and part.at is not None:
+            logits = at_positions(logits, own, part.at.to(logits.device))
+        found.append(
+            Lanes(
+                run=part.run.name,
+                prompts=prompts,
+                draws=part.draws,
+                batch=own,
+                lengths=part.lengths,
+                reads={read: reads[read][rows] for read in every},
+                kept=None if kept is None or request.lowest is None else kept.part(rows, own),
+                logits=None if part.at is None else logits,
+                tokens=tokens,
+                loss=loss,
+            )
+        )
+    return found
+
+
+def sorted_places(request: LaneRequest) -> list[Place]:
+    """The sites that are read, in an order of their own."""
+    return sorted(request.reads, key=lambda place: (place[0], -1 if place[1] is None else place[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One run in a pass over several."""
+
+    run: Run
+    lanes: Ints
+    """[lane] its prompt."""
+    draws: int
+    ids: list[tuple[int, ...]]
+    lengths: Ints
+    """[lane] without a continuation."""
+    at: Tensor | None
+    """[lane, n] positions whose logits are wanted."""
+
+    @staticmethod
+    def of(model: LoadedModel, run: Run, request: LaneRequest, prompts: Ints) -> _Part:
+        draws = run.noise.samples if run.noise is not None else 1
+        lanes = np.repeat(prompts, draws)
+        text = request.continuation
+        ids = [
+            run.rows[p].ids + (() if text is None else continuation_ids(text, int(p))[:-1])
+            for p in lanes
+        ]
+        lengths = np.array([len(run.rows[p].ids) for p in lanes], dtype=np.int64)
+        at: Tensor | None = None
+        if request.spots:
+            columns = [spot_positions(spot, run.name, lanes, lengths) for spot in request.spots]
+            at = torch.from_numpy(np.stack(columns, axis=1))
+        if text is not None:
+            at = continuation_positions(text, lanes, lengths)
+        return _Part(run, lanes, draws, ids, lengths, at)
+
+
+def _side_by_side(parts: Sequence[_Part]) -> Tensor:
+    """[lane of all parts, n]: what isn't measured is read at the last token, and not used."""
+    width = max(part.at.shape[1] for part in parts if part.at is not None)
+    every = [
+        torch.from_numpy(part.lengths - 1)[:, None].expand(-1, width)
+        if part.at is None
+        else part.at
+        for part in parts
+    ]
+    return torch.cat(every)
+
+
+def at_positions(logits: Tensor, batch: Batch, at: Tensor) -> Tensor:
+    """[B, n, vocab] of [B, T, vocab], at positions [B, n] of the unpadded prompts."""
+    rows = torch.arange(len(batch), device=logits.device)[:, None]
+    return logits[rows, batch.starts[:, None] + at]
+
+
+def continuation_positions(atom: Atom, lanes: Ints, lengths: Ints) -> Tensor:
+    """[lane, token]: where each token of the text is predicted; the last one is repeated."""
+    counts = np.array([len(continuation_ids(atom, int(p))) for p in lanes], dtype=np.int64)
+    steps = np.minimum(np.arange(counts.max())[None, :], counts[:, None] - 1)
+    return torch.from_numpy(lengths[:, None] - 1 + steps)
+
+
+def prompt_loss(atom: Atom, logits: Tensor, batch: Batch, run: Run, lanes: Ints) -> Tensor:
+    """[lane]: the loss over the prompts' own tokens, special ones and continuations aside."""
+    mask = torch.zeros_like(batch.mask, dtype=torch.bool)
+    for lane, prompt in enumerate(lanes):
+        row = run.rows[prompt]
+        start = int(batch.starts[lane])
+        own = torch.tensor([not special for special in row.special], device=mask.device)
+        mask[lane, start : start + len(row.ids)] = own
+    return atom.form.function(logits, batch.ids, mask)
+
+
+def noise_writes(
+    model: LoadedModel,
+    noise: Noise | None,
+    lanes: Ints,
+    draws: int,
+    row_ids: Sequence[int],
+    seed: int,
+) -> list[SiteWrite]:
+    """The noise of a corrupted run as writes; the same for a row whatever it is batched with.
+
+    `lanes` are prompts, each `draws` times in a row.
+    """
+    if noise is None:
+        return []
+    scale = noise_scale(model, noise)
+    row_ids = row_ids if noise.row_ids is None else noise.row_ids
+    rows: list[int] = []
+    positions: list[int] = []
+    values: list[np.ndarray] = []
+    for lane, prompt in enumerate(lanes):
+        for position in noise.positions[prompt]:
+            key = [seed % 2**63, row_ids[prompt], lane % draws, position]
+            random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+            rows.append(lane)
+            positions.append(position)
+            values.append(random.standard_normal(model.shape.d_model) * scale)
+    count = len(rows)
+    return [
+        SiteWrite(
+            noise.site,
+            None,
+            torch.tensor(rows, dtype=torch.long),
+            torch.tensor(positions, dtype=torch.long),
+            torch.zeros(count, dtype=torch.long),
+            torch.from_numpy(np.stack(values)) if count else torch.zeros(0, model.shape.d_model),
+            mode="add",
+        )
+    ]
+
+
+def noise_scale(model: LoadedModel, noise: Noise) -> float:
+    """The standard deviation of the noise, in units of the activation.
+
+    `3 sd` is three standard deviations, one scalar, of the embeddings of the span's tokens over
+    all rows (Meng et al. 2022, arXiv 2202.05262).
+    """
+    if noise.sds is None:
+        return float(noise.std or 0.0)
+    assert model.anatomy.embedding is not None  # prompts are tokens
+    embed = model.module.get_submodule(model.anatomy.embedding)
+    ids, counts = np.unique(np.array(noise.sd_tokens, dtype=np.int64), return_counts=True)
+    with torch.inference_mode():
+        vectors = embed(torch.from_numpy(ids).to(model.device)).double().cpu().numpy()
+    weights = counts / counts.sum()
+    mean = (weights[:, None] * vectors).sum(0).mean()
+    variance = (weights[:, None] * (vectors - mean) ** 2).sum(0).mean()
+    numbers = counts.sum() * vectors.shape[1]
+    return float(noise.sds * np.sqrt(variance * numbers / (numbers - 1)))

@@ -1,0 +1,277 @@
+"""The unpatched runs of a panel: computed once per batch of prompts, read by everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.execute.measuring import Gauge, Reading
+from mechdsl.execute.unpatched_batch import (
+    LaneRequest,
+    Lanes,
+    Side,
+    Spot,
+    compute_lanes,
+    spot_positions,
+    spots_of,
+)
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import SiteRead
+from mechdsl.plan.columns import Ints
+from mechdsl.plan.plan import FUSE, UNEMBED, ExperimentPlan, Panel, Place, Plan
+from mechdsl.plan.restart import Shortcuts
+from mechdsl.prompts.table import PromptTable, Run
+from mechdsl.resolve.resolved import Atom
+from mechdsl.statistics.data import Floats
+
+TOGETHER = 512
+"""Tokens of a run up to which others are run in the same pass."""
+
+
+class UnpatchedRuns:
+    """Runs without rules on the prompts of one panel, for its gauges and rows."""
+
+    def __init__(
+        self,
+        panel: Panel,
+        model: LoadedModel,
+        gauges: Sequence[Gauge],
+        *,
+        plan: Plan,
+        side: Side,
+        others: Mapping[str, LoadedModel] | None = None,
+    ) -> None:
+        """others: by name, the models that runs of other models run on."""
+        self.panel = panel
+        self.model = model
+        self.others = others or {}
+        self.table: PromptTable = panel.table
+        self.seed = panel.experiments[0].experiment.seed
+        self.side: Side = side
+        self.plan = plan
+        self.gauges = gauges
+        narrow = all(gauge.narrow for gauge in gauges)
+        accuracies = any(each.experiment.accuracies for each in panel.experiments)
+        self.narrow = plan.does(UNEMBED) and narrow and not accuracies
+        self.spots = spots_of([m for gauge in gauges for m in gauge.measures])
+        if {} not in self.spots:  # accuracies read the last token
+            self.spots = (*self.spots, {})
+        self.loss = next((g.loss for g in gauges if g.loss is not None), None)
+        self._lanes: dict[tuple[object, ...], Lanes] = {}
+        self.passes = 0
+        """Forward passes so far."""
+
+    @property
+    def shortcuts(self) -> Shortcuts | None:
+        """What rows take over from these runs; None where they are whole passes."""
+        return self.plan.shortcuts if self.plan.restarts and self.model.restartable else None
+
+    def named(self, name: str) -> Run:
+        return self.table.runs[name]
+
+    def forget(self) -> None:
+        """Free everything that was computed."""
+        self._lanes.clear()
+
+    def lanes(
+        self,
+        run: Run,
+        prompts: Ints,
+        continuation: Atom | None = None,
+        *,
+        alone: bool = False,
+    ) -> Lanes:
+        """The unpatched run on these prompts, computed once while the batch is in work.
+
+        Few prompts are run together with what the other runs have to give: one pass reads the
+        weights once; unless it is wanted `alone`.
+        """
+        key = self._key(run, prompts, continuation)
+        if key not in self._lanes:
+            due = [run]
+            if not alone and continuation is None and self._is_own(run):
+                due += self._companions(run, prompts)
+            self.passes += 1
+            found = compute_lanes(
+                self.model if run.model is None else self.others[run.model],
+                [(each, self._request(each, prompts, continuation)) for each in due],
+                prompts,
+                self.table.row_ids,
+                seed=self.seed,
+                side=self.side,
+            )
+            for each, lanes in zip(due, found, strict=True):
+                self._lanes[self._key(each, prompts, continuation)] = lanes
+        return self._lanes[key]
+
+    def apart(self, table: PromptTable, run: Run, prompts: Ints, places: Iterable[Place]) -> Lanes:
+        """A run of another block on rows of its own, of which these sites are read."""
+        self.passes += 1
+        request = LaneRequest(reads=frozenset(places), stop=self.model.shape.n_layers + 1)
+        (found,) = compute_lanes(
+            self.model, [(run, request)], prompts, table.row_ids, seed=self.seed, side=self.side
+        )
+        return found
+
+    def _companions(self, run: Run, prompts: Ints) -> list[Run]:
+        """Runs that are due too and can go along with few prompts, as they run about as far."""
+        few = sum(len(run.rows[prompt].ids) for prompt in prompts) <= TOGETHER
+        if not few or not self._goes_far(run):
+            return []
+        others = [self.named(name) for name in self.panel.runs]
+        return [
+            other
+            for other in others
+            if other is not run
+            and other.model == run.model
+            and self._key(other, prompts, None) not in self._lanes
+            and self._goes_far(other)
+        ]
+
+    def _goes_far(self, run: Run) -> bool:
+        stop = self._stop(run)
+        return stop is None or stop >= 0.75 * self.model.shape.n_layers
+
+    @staticmethod
+    def _key(run: Run, prompts: Ints, continuation: Atom | None) -> tuple[object, ...]:
+        return id(run), prompts.tobytes(), None if continuation is None else id(continuation)
+
+    def _is_own(self, run: Run) -> bool:
+        """Where other text was put in, only rows are measured: positions are theirs."""
+        return run is self.table.runs.get(run.name)
+
+    def _request(self, run: Run, prompts: Ints, continuation: Atom | None) -> LaneRequest:
+        """What experiments need of a run."""
+        own = self._is_own(run)
+        needs = self.panel.runs.get(run.name) if own else None
+        lowest = min((int(plan.lowest.min()) for plan in self._starting(run)), default=None)
+        if self.shortcuts is None:
+            lowest = None
+        elif lowest is not None and not self.shortcuts.resume:
+            lowest = 0
+        measured = own and (needs is None or needs.measured or needs.stop is None)
+        reads = set(needs.reads) if needs is not None else set[Place]()
+        reads |= self._gauge_reads() if own else set[Place]()
+        return LaneRequest(
+            reads=frozenset(reads if continuation is None else ()),
+            lowest=lowest,
+            spots=self.spots if measured else (),
+            stop=self._stop(run),
+            tokens=self.tokens(self.gauges, prompts) if self.narrow else None,
+            fuse=self.plan.does(FUSE),
+            loss=self.loss if measured and continuation is None else None,
+            continuation=continuation,
+        )
+
+    def _starting(self, run: Run) -> list[ExperimentPlan]:
+        """The experiments with rows that start from a run."""
+        plans = self.panel.experiments
+        return [plan for plan in plans if any(run is start for start in plan.starting_runs)]
+
+    def _stop(self, run: Run) -> int | None:
+        """How many blocks of a run have to be run; None for all and what lies behind them."""
+        if not self._is_own(run):
+            return self.model.shape.n_layers
+        needs = self.panel.runs.get(run.name)
+        if needs is None or self._starting(run) or self._gauge_reads():
+            return None
+        return needs.stop
+
+    def tokens(self, gauges: Iterable[Gauge], prompts: Ints) -> Tensor | None:
+        """[K] ascending: all that these gauges read of the logits; None for the vocabulary."""
+        if not self.plan.does(UNEMBED) or not all(gauge.narrow for gauge in gauges):
+            return None
+        found = sorted(set[int]().union(*(gauge.tokens(prompts) for gauge in gauges)))
+        return torch.tensor(found, dtype=torch.long, device=self.model.device)
+
+    def _gauge_reads(self) -> set[Place]:
+        """Sites that measures compare (`cosine`)."""
+        return {
+            (atom.point.site, atom.point.layer)
+            for gauge in self.gauges
+            for _, atom in gauge.atoms
+            if atom.point is not None
+        }
+
+    def values(
+        self,
+        gauge: Gauge,
+        run: str,
+        prompts: Ints,
+        environment: int | None,
+    ) -> list[Floats]:
+        """Per measure, one value per prompt; draws of noise are averaged."""
+        plain = self.lanes(self.named(run), prompts)
+        lanes = np.repeat(prompts, plain.draws)
+        draws = np.tile(np.arange(plain.draws), len(prompts))
+        reading = Reading(
+            prompts=lanes,
+            items=[environment] * len(lanes),
+            logits=self._spot_logits(gauge, plain),
+            continued={
+                n: present(self.lanes(self.named(run), prompts, gauge.atoms[n][1]).logits)
+                for n in gauge.continuations
+            },
+            loss=plain.loss,
+            activations={
+                n: self._activation(atom, gauge.spots[spot], plain, np.arange(len(lanes)))
+                for n, (spot, atom) in enumerate(gauge.atoms)
+                if atom.point is not None
+            },
+            references=self.references(gauge, prompts, lanes, draws),
+            tokens=plain.tokens,
+        )
+        return [
+            values.reshape(len(prompts), plain.draws).mean(axis=1) for values in gauge.read(reading)
+        ]
+
+    def _spot_logits(self, gauge: Gauge, lanes: Lanes) -> Tensor | None:
+        """[lane, spot of the gauge, vocab]."""
+        if lanes.logits is None or not gauge.needs_plain:
+            return None
+        return lanes.logits[:, [self.spots.index(spot) for spot in gauge.spots]]
+
+    def references(
+        self, gauge: Gauge, prompts: Ints, row_prompts: Ints, draws: Ints
+    ) -> dict[int, Tensor]:
+        """What `kl(run)`, `js(run)` and `cosine(SITE, run)` compare each row with."""
+        found: dict[int, Tensor] = {}
+        for number, (spot, atom) in enumerate(gauge.atoms):
+            if atom.run is None:
+                continue
+            reference = self.lanes(self.named(atom.run), prompts)
+            lane = reference.lane(row_prompts, draws)
+            if atom.point is not None:
+                found[number] = self._activation(atom, gauge.spots[spot], reference, lane)
+            else:
+                logits = present(reference.logits)
+                index = torch.from_numpy(lane).to(logits.device)
+                found[number] = logits[index, self.spots.index(gauge.spots[spot])]
+        return found
+
+    def _activation(self, atom: Atom, spot: Spot, lanes: Lanes, lane: Ints) -> Tensor:
+        """[row, 1, width]: the site of a `cosine` at the measured place of these lanes."""
+        assert atom.point is not None
+        read = lanes.reads[SiteRead(atom.point.site, atom.point.layer)]
+        prompts = np.repeat(lanes.prompts, lanes.draws)[lane]
+        position = spot_positions(spot, lanes.run, prompts, lanes.lengths[lane])
+        row = torch.from_numpy(lane).to(read.device)
+        at = torch.from_numpy(np.ascontiguousarray(position)).to(read.device)
+        return vectors(read[row, lanes.batch.columns(row, at)], atom)
+
+
+def vectors(found: Tensor, atom: Atom) -> Tensor:
+    """[row, 1, width] of [row, units, width]: all units side by side where none is named."""
+    assert atom.point is not None
+    if atom.point.unit is not None:
+        found = found[:, [atom.point.unit]]
+    return found.flatten(1)[:, None]
+
+
+def present(logits: Tensor | None) -> Tensor:
+    """The logits of a run that is measured."""
+    assert logits is not None, "a measured run was stopped early"
+    return logits

@@ -1,0 +1,257 @@
+"""From rows of a plan to the vectors that are written."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.execute.means_and_donors import Fillings
+from mechdsl.execute.unpatched_batch import Lanes
+from mechdsl.hooks.batch import gather
+from mechdsl.hooks.inside_attention import EdgeWrite
+from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.models.shape import ModelShape, units, width
+from mechdsl.plan.columns import Ints, counted, each_unit, units_of
+from mechdsl.plan.plan import ExperimentPlan, Place
+from mechdsl.plan.rules import Rows, RulePlan
+from mechdsl.program.python_files import PythonFunction
+from mechdsl.vocab.sites import SITES
+
+LanesOf: TypeAlias = Callable[[str, bool], Lanes]
+"""(run, of the donors of a resampling) → its lanes on the current prompts."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Entries:
+    """Every vector that one rule writes, as parallel columns."""
+
+    row: Ints
+    written: Ints
+    read: Ints
+    slot: Ints
+    """Which of the joined tokens it is."""
+    point: Ints
+
+
+def read_prompts(plan: RulePlan, rows: Rows, fillings: Fillings) -> Ints:
+    """The prompt whose activation each row reads."""
+    if plan.rule.fill == "resample" and fillings.donors is not None:
+        return fillings.donors[rows.prompt]
+    return rows.prompt
+
+
+def readable(plan: ExperimentPlan, rows: Rows, fillings: Fillings) -> Ints:
+    """Indices of the rows whose donors have the position too; all of them without a resampling."""
+    good = np.ones(len(rows), dtype=np.bool_)
+    for rule in plan.rules:
+        if rule.rule.fill == "resample":
+            position = rule.position_of_cell[rows.cell]
+            key = position * rule.read.prompts + read_prompts(rule, rows, fillings)
+            good &= rule.read.runs.counts(key) > 0
+    return np.flatnonzero(good)
+
+
+def _entries(plan: RulePlan, rows: Rows, fillings: Fillings) -> _Entries:
+    position = plan.position_of_cell[rows.cell]
+    written_run = plan.written_runs(rows)
+    read_run = plan.read.run(position, read_prompts(plan, rows, fillings), rows.alternative)
+    row, written = plan.written.tokens.expand(written_run)
+    _, slot = counted(plan.written.tokens.counts(written_run))
+    read = plan.read.tokens.values[plan.read.tokens.offsets[read_run][row] + slot]
+    index, point = plan.points.expand(plan.site_of_cell[rows.cell][row])
+    return _Entries(row[index], written[index], read[index], slot[index], point)
+
+
+def build_writes(
+    plan: ExperimentPlan,
+    rows: Rows,
+    draws: Ints,
+    lanes_of: LanesOf,
+    fillings: Fillings,
+    shape: ModelShape,
+) -> list[SiteWrite]:
+    """The writes of these rows, one per site and layer.
+
+    Where two rules write the same vector, the later one in the file stands.
+    """
+    parts: dict[Place, list[tuple[Ints, Ints, Ints, Tensor]]] = defaultdict(list)
+    for number, rule in enumerate(plan.rules):
+        # Senders of paths are written like patches, in rows where all else is held.
+        if not rule.writes_sites and rule.paths is None:
+            continue
+        entries = _entries(rule, rows, fillings)
+        pairs = [
+            ((to.site, to.layer), (of.site, of.layer))
+            for to, of in zip(rule.point_table, rule.source_table, strict=True)
+        ]
+        places = sorted(set(pairs), key=str)
+        place_of_point = np.array([places.index(pair) for pair in pairs], dtype=np.int64)
+        unit_of_point = units_of(rule.point_table)
+        own = place_of_point[entries.point]
+        for index in np.unique(own):
+            to, of = places[index]
+            chosen = np.flatnonzero(own == index)
+            unit = unit_of_point[entries.point[chosen]]
+            again, unit = each_unit(unit, units(shape, *to))
+            chosen = chosen[again]
+            values = _values(
+                rule, number, of, entries, chosen, unit, rows, draws, lanes_of, fillings, shape
+            )
+            parts[to].append((entries.row[chosen], entries.written[chosen], unit, values))
+    return [joined(place, found) for place, found in parts.items()]
+
+
+def build_edges(plan: ExperimentPlan, rows: Rows, shape: ModelShape) -> list[EdgeWrite]:
+    """The edges of attention that these rows change, in the order of the file."""
+    found: list[EdgeWrite] = []
+    for rule in plan.rules:
+        edge = rule.rule.edge
+        if edge is None or edge.kind == "observe" or rule.keys is None:
+            continue
+        keys = rule.key_runs(rows)
+        row, query = rule.written.tokens.expand(rule.written_runs(rows))
+        index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
+        layer = np.array([p.layer for p in rule.point_table], dtype=np.int64)[point]
+        unit = units_of(rule.point_table)[point]
+        for at in np.unique(layer):
+            chosen = np.flatnonzero(layer == at)
+            again, head = each_unit(unit[chosen], units(shape, "pattern", int(at)))
+            chosen = chosen[again]
+            row_of = row[index[chosen]]
+            entry, key = rule.keys.tokens.expand(keys[row_of])
+            found.append(
+                EdgeWrite(
+                    int(at),
+                    edge.kind,
+                    torch.from_numpy(row_of),
+                    torch.from_numpy(query[index[chosen]]),
+                    torch.from_numpy(head),
+                    torch.from_numpy(entry),
+                    torch.from_numpy(key),
+                    torch.from_numpy(rule.amounts[rows.cell[row_of]]),
+                )
+            )
+    return found
+
+
+def _values(
+    plan: RulePlan,
+    number: int,
+    place: Place,
+    entries: _Entries,
+    chosen: Ints,
+    unit: Ints,
+    rows: Rows,
+    draws: Ints,
+    lanes_of: LanesOf,
+    fillings: Fillings,
+    shape: ModelShape,
+) -> Tensor:
+    """[K, width]: what is written."""
+    fill = plan.rule.fill
+    row = entries.row[chosen]
+    if fill in ("zero", "number"):
+        count = 1 if SITES[place[0]].width == "key" else width(shape, *place)
+        level = torch.from_numpy(plan.amounts[rows.cell[row]])
+        return level[:, None].expand(-1, count)
+    if fill == "mean":
+        means = fillings.means[number]
+        values = means.values[place]
+        index = (
+            plan.position_of_cell[rows.cell[row]],
+            means.groups[rows.prompt[row]],
+            entries.slot[chosen],
+            unit,
+        )
+        return values[tuple(torch.from_numpy(i).to(values.device) for i in index)]
+    lanes = lanes_of(plan.rule.run, fill == "resample")
+    lane = lanes.lane(read_prompts(plan, rows, fillings)[row], draws[row])
+    vectors = gather(
+        lanes.reads[SiteRead(*place)],
+        lanes.batch,
+        torch.from_numpy(lane),
+        torch.from_numpy(entries.read[chosen]),
+        torch.from_numpy(unit),
+    )
+    return vectors if plan.rule.python is None else _of_python(plan.rule.python, vectors)
+
+
+def _of_python(function: PythonFunction, vectors: Tensor) -> Tensor:
+    """[K, width]: what the user's function makes of vectors. E0223 as PythonFailure."""
+    # A copy, so that a function that writes into it changes nothing that others read.
+    own = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32), copy=True)
+    with torch.no_grad():
+        given = function.call(own)
+    hint = "it takes `vectors`, [K, width], and gives as many of the same width"
+    try:
+        found = torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        kind = "nothing" if given is None else f"a `{type(given).__name__}`"
+        raise function.failure(f"it gave {kind}, not numbers", hint) from None
+    if found.shape != vectors.shape:
+        shapes = f"it gave the shape {list(found.shape)}, not {list(vectors.shape)}"
+        raise function.failure(shapes, hint)
+    if found.is_complex():
+        raise function.failure("it gave complex numbers", hint)
+    found = found.to(vectors)
+    if not found.isfinite().all():
+        raise function.failure("it gave NaN or infinity", hint)
+    return found
+
+
+def joined(place: Place, found: list[tuple[Ints, Ints, Ints, Tensor]]) -> SiteWrite:
+    """All vectors of one place; of equal ones the last stands."""
+    row, position, unit = (np.concatenate([part[i] for part in found]) for i in range(3))
+    longest = max(part[3].shape[1] for part in found)  # vectors over keys, of several rules
+    values = torch.cat([_widened(part[3], longest).to(found[-1][3]) for part in found])
+    key = np.stack([row, position, unit])
+    _, last = np.unique(key[:, ::-1], axis=1, return_index=True)
+    if len(last) < len(row):
+        keep = np.sort(len(row) - 1 - last)
+        row, position, unit = row[keep], position[keep], unit[keep]
+        values = values[torch.from_numpy(keep)]
+    site, layer = place
+    return SiteWrite(
+        site,
+        layer,
+        torch.from_numpy(row),
+        torch.from_numpy(position),
+        torch.from_numpy(unit),
+        values,
+    )
+
+
+def _widened(values: Tensor, width: int) -> Tensor:
+    """[K, width]: what lies behind a vector over keys is never seen."""
+    if values.shape[1] == width:
+        return values
+    return values[:, torch.arange(width).clamp(max=values.shape[1] - 1)]
+
+
+def unless_set(added: SiteWrite, writes: Sequence[SiteWrite]) -> SiteWrite:
+    """What is added or held, without the vectors that a rule sets: these replace it."""
+    taken: set[tuple[int, int, int]] = set()
+    for write in writes:
+        if (write.site, write.layer) == (added.site, added.layer):
+            taken.update(_places(write))
+    if not taken:
+        return added
+    keep = torch.tensor([place not in taken for place in _places(added)], dtype=torch.bool)
+    return replace(
+        added,
+        rows=added.rows[keep],
+        positions=added.positions[keep],
+        units=added.units[keep],
+        values=added.values[keep.to(added.values.device)],
+    )
+
+
+def _places(write: SiteWrite) -> Iterator[tuple[int, int, int]]:
+    """(row, position, unit) of each vector."""
+    return zip(write.rows.tolist(), write.positions.tolist(), write.units.tolist(), strict=True)

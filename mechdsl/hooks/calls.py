@@ -1,0 +1,83 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+"""How a model is called: with which tensors, without a cache, with a part of its unembedding."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.hook_points import at_hand, replaced
+from mechdsl.hooks.loaded import LoadedModel
+
+
+def bare_logits(model: LoadedModel, batch: Batch) -> Tensor:
+    """The model's own forward, with nothing of ours but masks and positions: [B, T, vocab], what
+    leaves a model without an unembedding, [B, T, d_model], or one output for a whole image."""
+    return call(model, arguments(model, batch))
+
+
+def arguments(model: LoadedModel, batch: Batch) -> dict[str, Tensor]:
+    """What the model is called with."""
+    ids, mask = batch.ids, batch.mask
+    match model.shape.takes:
+        case "image":
+            return dict(batch.extra)
+        case "two texts" | "audio":
+            given = dict(batch.extra)
+            if model.shape.takes == "two texts":
+                encoder = batch.of_stack("encoder")
+                given = {"input_ids": encoder.ids, "attention_mask": encoder.mask}
+            return given | {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+        case _:
+            plain = not batch.extra or model.calling.places_images
+            given = text_inputs(model, ids, batch.position_ids() if plain else None)
+            return {**given, **batch.extra, "attention_mask": mask}
+
+
+def text_inputs(model: LoadedModel, ids: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
+    """Tokens with their positions (0 for the first of a prompt), as the model counts them."""
+    calling = model.calling
+    given = {"input_ids": ids}
+    if positions is not None and calling.first_position is not None:
+        given["position_ids"] = positions + calling.first_position
+    if "token_type_ids" in calling.accepts:
+        given["token_type_ids"] = torch.zeros_like(ids)
+    return given
+
+
+def call(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Tensor:
+    """The model's output, without a cache."""
+    cache = {"use_cache": False} if "use_cache" in model.calling.accepts else {}
+    output = model.module(**arguments, **cache)
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+@contextmanager
+def narrowed(model: LoadedModel, tokens: Tensor | None) -> Generator[None]:
+    """The unembedding computes the logits of these tokens ([K] long) only, in this order, where it
+    can; `chosen` takes them out of all logits else."""
+    if tokens is None or model.anatomy.unembedding is None or not model.calling.narrows:
+        yield
+        return
+    module = model.module.get_submodule(model.anatomy.unembedding)
+    with at_hand(module):
+        every, biases = module.get_parameter("weight"), getattr(module, "bias", None)
+        rows = tokens.to(every.device)
+        weight, bias = every[rows], None if biases is None else biases[rows]
+
+    def forward(hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden.to(weight.device), weight, bias)
+
+    with replaced(module, forward):
+        yield
+
+
+def chosen(model: LoadedModel, logits: Tensor, tokens: Tensor | None) -> Tensor:
+    """The logits of these tokens, out of a pass that was `narrowed` to them."""
+    narrow = model.anatomy.unembedding is not None and model.calling.narrows
+    return logits if tokens is None or narrow else logits[..., tokens.to(logits.device)]

@@ -1,0 +1,361 @@
+# pyright: reportUnknownMemberType=false
+"""What is read and written within attention: rotated queries and keys, scores, weights, edges.
+
+These sites lie in no module of the model, so they are reached where attention is computed: for
+packed rows and for whole padded passes alike, in `attention.attend`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mechdsl.hooks.places import Frame, SiteWrite
+from mechdsl.vocab.sites import WITHIN_ATTENTION
+
+EdgeChange = Literal["block", "reweight", "uniform", "weight"]
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeWrite:
+    """K queries of one layer whose weights on some keys are changed.
+
+    block: no weight, the others (and a sink) share it out. reweight: times `amounts`, and the same.
+    uniform: the keys share what they have together evenly. weight: each gets `amounts`, the others
+    share what is left in their old proportions. Keys that a query doesn't see are left alone.
+    """
+
+    layer: int
+    change: EdgeChange
+    rows: Tensor
+    """[K] long, row of the batch."""
+    queries: Tensor
+    """[K] long, token position in the unpadded prompt."""
+    heads: Tensor
+    """[K] long."""
+    entries: Tensor
+    """[E] long, which of the K each key belongs to …"""
+    keys: Tensor
+    """… [E] long, and its position in the unpadded prompt."""
+    amounts: Tensor
+    """[K]."""
+
+    def moved(self, rows: Tensor) -> EdgeWrite:
+        """The same where row i is row `rows[i]`."""
+        return replace(self, rows=rows[self.rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows whose tokens lie in the same columns, equally many on each lane; tokens of a group lie
+    side by side, by lane, row and column."""
+
+    start: int
+    """Its first token in the pack."""
+    lanes: Tensor
+    """[lane]"""
+    rows: int
+    """Rows on each lane."""
+    columns: Tensor
+    """[own]: columns of a row's own tokens."""
+    queries: Tensor
+    """[query]: which of the own tokens attend."""
+    every: bool = False
+    """The own tokens are all of the prompt's."""
+
+    @property
+    def size(self) -> int:
+        """Tokens."""
+        return len(self.lanes) * self.rows * len(self.columns)
+
+
+@dataclass(eq=False)
+class _Change:
+    """One rule's part in one layer, by token of the pass."""
+
+    token: Tensor
+    """[K]"""
+    head: Tensor
+    """[K]"""
+    change: EdgeChange | Literal["scores", "pattern"]
+    entries: Tensor
+    columns: Tensor
+    amounts: Tensor
+    values: Tensor | None = None
+    """[K, key position], for written vectors."""
+    starts: Tensor | None = None
+    """[K] column of position 0, for written vectors."""
+    add: bool = False
+    """They are added to what is there."""
+
+
+@dataclass(eq=False)
+class LayerWork:
+    """Everything within the attention of one layer."""
+
+    starts: Tensor
+    """[lane] column of each prompt's first token."""
+    width: int
+    """Key positions of a vector over keys."""
+    rotated: dict[str, list[tuple[Tensor, Tensor, Tensor, bool]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """q_rot, k_rot → (token, head, vectors, whether they are added)."""
+    changes: list[_Change] = field(default_factory=list[_Change])
+    wanted: frozenset[str] = frozenset()
+    found: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """[token, heads, width] of what is read."""
+    seen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    """Which keys each query of the group in work sees."""
+    done: int = 0
+    """Vectors written and queries changed so far …"""
+    due: int = 0
+    """… and in all."""
+
+    def turned(self, site: str, vectors: Tensor) -> Tensor:
+        """Queries or keys [heads, token, d_head] with what is written there."""
+        writes = self.rotated.get(site, ())
+        if writes:
+            vectors = vectors.clone()
+        for token, head, values, add in writes:
+            index = head.to(vectors.device), token.to(vectors.device)
+            vectors.index_put_(index, values.to(vectors), accumulate=add)
+            self.done += len(token)
+        if site in self.wanted:
+            self.found[site] = vectors.transpose(0, 1).clone()
+        return vectors
+
+    def unseen(self, group: Group) -> None:
+        """A group of which no token attends, as no measure could see it."""
+        for change in self.changes:
+            inside = (change.token >= group.start) & (change.token < group.start + group.size)
+            self.done += int(inside.sum())
+
+    def scored(self, group: Group, scores: Tensor, sink: Tensor | None) -> Tensor | None:
+        """Change masked scores [lane, key-value head, head of it, row, query, key] in place, and
+        give the sink's [… , 1] as it is then."""
+        self.seen = _seen(scores)
+        for change in self.changes:
+            if change.change == "pattern":
+                continue
+            own, index = self._of(group, change, scores)
+            if not len(own):
+                continue
+            seen = self.seen[index]
+            rows = scores[index].masked_fill(~seen, float("-inf"))
+            if change.change == "scores":
+                rows = torch.where(seen, self._vectors(group, change, own, rows), rows)
+            else:
+                keys = self._keys(group, change, own, rows) & seen
+                beside = None if sink is None else sink[index]
+                rows, beside = _changed(change, change.amounts[own].to(rows), rows, keys, beside)
+                if sink is not None and beside is not None:
+                    sink = sink.clone()
+                    sink[index] = beside
+            scores[index] = rows
+        self._keep("scores", group, scores.masked_fill(~self.seen, 0))
+        return sink
+
+    def weighed(self, group: Group, weights: Tensor) -> Tensor:
+        """Weights of the shape of the scores that were given last, with what is written there;
+        none where a query was left without a key."""
+        weights = weights.nan_to_num(0.0)  # of padding too, which sees nothing
+        for change in self.changes:
+            if change.change != "pattern":
+                continue
+            own, index = self._of(group, change, weights)
+            if len(own):
+                rows = weights[index]
+                vectors = self._vectors(group, change, own, rows)
+                weights[index] = torch.where(self.seen[index], vectors, rows)
+        self._keep("pattern", group, weights)
+        return weights
+
+    def _of(self, group: Group, change: _Change, like: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Which of a change's queries lie in the group, and where: [lane, key-value head, head of
+        it, row, query]."""
+        device = like.device
+        token = change.token.to(device)
+        own = torch.nonzero((token >= group.start) & (token < group.start + group.size))[:, 0]
+        self.done += len(own)
+        at, count = token[own] - group.start, len(group.columns)
+        place = torch.full((count,), -1, device=device)
+        place[group.queries] = torch.arange(len(group.queries), device=device)
+        query = place[at % count]
+        asks = query >= 0  # others are seen by no measure behind this block
+        own, at, query = own[asks], at[asks], query[asks]
+        head = change.head.to(device)[own]
+        shared = like.shape[2]
+        index = (
+            at // (count * group.rows),
+            head // shared,
+            head % shared,
+            at // count % group.rows,
+            query,
+        )
+        return own.to(change.token.device), index
+
+    def _keys(self, group: Group, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
+        """[n, key] which keys are meant."""
+        place = torch.full((len(change.token),), -1, dtype=torch.long)
+        place[own] = torch.arange(len(own))
+        row = place[change.entries]
+        column = change.columns - self._first(group)
+        good = (row >= 0) & (column >= 0) & (column < rows.shape[1])
+        found = torch.zeros(rows.shape, dtype=torch.bool)
+        found[row[good], column[good]] = True
+        return found.to(rows.device)
+
+    def _vectors(self, group: Group, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
+        """[n, key] of vectors over key positions."""
+        assert change.values is not None
+        assert change.starts is not None
+        column = torch.arange(rows.shape[1])[None] + self._first(group)
+        position = column - change.starts[own][:, None]
+        inside = position.clamp(0, change.values.shape[1] - 1)
+        found = change.values[own].to("cpu").gather(1, inside).to(rows)
+        return rows + found if change.add else found
+
+    def _keep(self, site: str, group: Group, found: Tensor) -> None:
+        """Keep what is read, by key position."""
+        if site not in self.wanted:
+            return
+        lanes, kinds, shared, rows, asking, keys = found.shape
+        position = torch.arange(self.width, device=found.device)
+        starts = self.starts.to(found.device)[group.lanes.to(found.device)]
+        column = position[None] + starts[:, None] - self._first(group)
+        inside = (column >= 0) & (column < keys)
+        index = column.clamp(0, keys - 1)[:, None, None, None, None]
+        shape = (lanes, kinds, shared, rows, asking, self.width)
+        taken = found.gather(-1, index.expand(shape))
+        taken = torch.where(inside[:, None, None, None, None], taken, taken.new_zeros(()))
+        taken = taken.permute(0, 3, 4, 1, 2, 5).flatten(3, 4)
+        span = slice(group.start, group.start + group.size)
+        target = self.found[site][span].view(lanes, rows, -1, kinds * shared, self.width)
+        target[:, :, group.queries.to(target.device)] = taken.to(target)
+
+    def prepared(self, tokens: int, heads: int, like: Tensor) -> None:
+        """Room for what is read of so many tokens."""
+        for site in self.wanted & {"scores", "pattern"}:
+            self.found[site] = like.new_zeros(tokens, heads, self.width)
+
+    @staticmethod
+    def _first(group: Group) -> int:
+        """The column that the first key of a group's scores lies in."""
+        return int(group.columns[0]) if group.every else 0
+
+
+def layer_work(
+    layer: int,
+    frame: Frame,
+    tokens: int,
+    starts: Tensor,
+    width: int,
+    *,
+    writes: Sequence[SiteWrite],
+    edges: Sequence[EdgeWrite],
+    reads: Sequence[str],
+) -> LayerWork:
+    """What is done in one layer.
+
+    tokens: second dimension of the model's tensors. starts, width: of the kept keys, as in `Frame`.
+    writes, edges: of this layer. reads: names of sites.
+    """
+    work = LayerWork(starts.cpu(), width, wanted=frozenset(reads) & set(WITHIN_ATTENTION))
+    for write in writes:
+        rows, positions, add = write.rows, write.positions, write.mode == "add"
+        first, second, there = frame.locate(write.site, layer, "", rows, positions)
+        token, head = (first * tokens + second)[there].cpu(), write.units[there].cpu()
+        values = write.values[there.to(write.values.device)]
+        work.due += len(token)
+        if write.site in ("q_rot", "k_rot"):
+            work.rotated[write.site].append((token, head, values, add))
+            continue
+        begin = frame.columns(rows, torch.zeros_like(positions)).cpu()[there.cpu()]
+        none = torch.zeros(0, dtype=torch.long)
+        kind = "scores" if write.site == "scores" else "pattern"
+        work.changes.append(_Change(token, head, kind, none, none, none, values.cpu(), begin, add))
+    for edge in edges:
+        first, second, there = frame.locate("pattern", layer, "", edge.rows, edge.queries)
+        if not bool(there.all()):  # queries that no measure can see
+            edge = _some(edge, there.cpu())
+            first, second = first[there], second[there]
+        work.due += len(edge.rows)
+        columns = frame.columns(edge.rows[edge.entries], edge.keys).cpu()
+        token = (first * tokens + second).cpu()
+        work.changes.append(
+            _Change(
+                token,
+                edge.heads.cpu(),
+                edge.change,
+                edge.entries.cpu(),
+                columns,
+                edge.amounts.cpu(),
+            )
+        )
+    return work
+
+
+def _some(edge: EdgeWrite, there: Tensor) -> EdgeWrite:
+    """Of some of the queries."""
+    place = torch.cumsum(there, 0) - 1
+    kept = there[edge.entries]
+    return replace(
+        edge,
+        rows=edge.rows[there],
+        queries=edge.queries[there],
+        heads=edge.heads[there],
+        entries=place[edge.entries[kept]],
+        keys=edge.keys[kept],
+        amounts=edge.amounts[there],
+    )
+
+
+def _seen(scores: Tensor) -> Tensor:
+    """Which keys a query sees, by masked scores."""
+    return scores > torch.finfo(scores.dtype).min / 2
+
+
+def _changed(
+    change: _Change, amounts: Tensor, scores: Tensor, keys: Tensor, sink: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [n, key], and the sink's [n, 1], whose softmax is the changed attention.
+
+    keys: [n, key], seen ones that are changed. Weights are changed by way of scores, so that
+    nothing is divided by a rest that has underflowed.
+    """
+    gone = float("-inf")
+    match change.change:
+        case "block":
+            return scores.masked_fill(keys, gone), sink
+        case "reweight":
+            return torch.where(keys, scores + amounts.log()[:, None], scores), sink
+        case "uniform":
+            together = scores.masked_fill(~keys, gone).logsumexp(-1, keepdim=True)
+            count = keys.sum(-1, keepdim=True)
+            return torch.where(keys, together - count.log(), scores), sink
+        case _:
+            others = scores.masked_fill(keys, gone)
+            whole = others if sink is None else torch.cat([others, sink], dim=-1)
+            rest = whole.logsumexp(-1, keepdim=True)
+            taken = amounts[:, None] * keys.sum(-1, keepdim=True)
+            left = 1 - taken
+            level = amounts.log()[:, None] + rest - left.clamp(min=1e-12).log()
+            new = torch.where(keys, level, scores)
+            # Nothing is left for the others, or there are none.
+            alone = ((left < 1e-6) | rest.isinf()) & keys.any(-1, keepdim=True)
+            new = torch.where(alone, torch.where(keys, torch.zeros_like(scores), gone), new)
+            return new, None if sink is None else sink.masked_fill(alone, gone)
+
+
+def by_layer(edges: Sequence[EdgeWrite]) -> Mapping[int, list[EdgeWrite]]:
+    """The edges of each layer, in order."""
+    found: dict[int, list[EdgeWrite]] = defaultdict(list)
+    for edge in edges:
+        found[edge.layer].append(edge)
+    return found

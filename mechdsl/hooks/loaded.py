@@ -1,0 +1,123 @@
+"""A model that was loaded and verified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from mechdsl.models.anatomy import Anatomy, Tap
+from mechdsl.models.shape import ModelShape
+
+if TYPE_CHECKING:
+    from mechdsl.prompts.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One check of a model's anatomy."""
+
+    identity: str
+    """What has to hold, in words: `resid_pre + attn_out + mlp_out = resid_post`."""
+    error: float
+    """The largest difference, relative to the size of what was compared."""
+    tolerance: float
+    detail: str = ""
+    """Where the largest difference is: `layer 3`."""
+    failure: str = ""
+    """What it means not to pass, where that isn't being off by `error`."""
+    compared: int = 1
+    """Tensors that were compared; a check without any says nothing, and isn't kept."""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Calling:
+    """How the model wants to be called; found by trying it."""
+
+    accepts: frozenset[str]
+    """Names of its forward's arguments."""
+    block_returns: int | None = None
+    """Length of the tuple that a block returns; None for a bare tensor."""
+    first_position: int | None = 0
+    """Position id of a prompt's first token; None where the model is left to count by itself."""
+    places_images: bool = False
+    """An image's tokens are counted as others are, so that positions are given with images too."""
+    side: Literal["left", "right"] = "left"
+    """Where padding is harmless: on the right alone for models that count columns."""
+    reads: Literal["every token", "first token", "all tokens"] = "every token"
+    """What its output is made of: each token's is its own, or there is one output for a whole
+    image, made of the first token (the class token) or of all."""
+    packs: Literal["tokens", "one prompt"] = "tokens"
+    """What a pass over packed rows is called with: their tokens, or one prompt, where the model
+    counts positions or looks at whole prompts by itself, and for images."""
+    narrows: bool = True
+    """The unembedding may compute some tokens' logits alone: nothing is added to them behind it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A list of blocks with its sizes."""
+
+    anatomy: Anatomy
+    shape: ModelShape
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model in eval mode with its anatomy, its tokenizer and what was proved about it."""
+
+    name: str
+    """As the file calls it."""
+    module: torch.nn.Module
+    anatomy: Anatomy
+    """Of the main stack: the language model's, the decoder's, or the only one."""
+    shape: ModelShape
+    tokenizer: TextTokenizer | None
+    """None only while a model is looked at without text."""
+    pad_id: int
+    device: torch.device
+    dtype: torch.dtype
+    calling: Calling
+    provenance: Mapping[str, str]
+    """Hash of the weights, revision, versions: what a result has to be kept with."""
+    checks: tuple[Outcome, ...] = ()
+    restartable: bool = True
+    """Rows that compute only what changes gave the logits of whole passes; of a vision-language
+    model, rows of text."""
+    restarts_images: bool = False
+    """And so did rows with an image."""
+    others: Mapping[str, Stack] = field(default_factory=dict[str, Stack])
+    """Stacks beside the main one: `encoder`, `cross` (the decoder's blocks, by their attention to
+    the encoder), `vision`."""
+
+    @property
+    def parallel(self) -> bool:
+        return self.anatomy.parallel
+
+    def stack(self, name: str) -> Stack:
+        """A stack by name; the main one has none. ValueError where there isn't one."""
+        if not name:
+            return Stack(self.anatomy, self.shape)
+        if name not in self.others:
+            there = ", ".join(f"`{other}`" for other in self.others) or "none beside the main one"
+            raise ValueError(f"`{self.name}` has no stack `{name}`; it has {there}")
+        return self.others[name]
+
+    def tap(self, site: str, layer: int | None, stack: str = "") -> Tap:
+        """The tensor of a site; ValueError where there is none."""
+        own = self.stack(stack)
+        if layer is not None and not 0 <= layer < own.shape.n_layers:
+            of = f" of `{stack}`" if stack else ""
+            raise ValueError(f"layer {layer}{of} is not in 0..{own.shape.n_layers - 1}")
+        tap = own.anatomy.tap(site, layer)
+        if tap is None:
+            where = "" if layer is None else f" in layer {layer}"
+            where += f" of its stack `{stack}`" if stack else ""
+            raise ValueError(f"`{self.name}` has no `{site}`{where}")
+        return tap

@@ -1,0 +1,525 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportPrivateUsage=false
+"""What is read and written during one forward pass, site by site.
+
+Hooks stand only where something is read or written. Where a pass lays its tokens is its `Frame`'s
+to say: whole padded prompts, or packed rows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.experts import ExpertHook, RouterHook
+from mechdsl.hooks.hook_points import (
+    InHook,
+    OutHook,
+    Step,
+    head_weights,
+    layout_put,
+    layout_view,
+    scale_of,
+    scaled,
+    through_heads,
+    unscaled,
+)
+from mechdsl.hooks.inside_attention import EdgeWrite, LayerWork, by_layer, layer_work
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import Frame, ReadMismatch, SiteRead, SiteWrite, WriteMismatch
+from mechdsl.models.anatomy import Layout, Side, Tap
+from mechdsl.models.shape import units, width
+from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, stop_layer, write_order
+
+_LAST = (1 << 31, 0)
+
+
+class Stopped(Exception):
+    """Everything that was asked for has been computed."""
+
+
+@dataclass
+class _Place:
+    """One write with its indices in the tapped tensor."""
+
+    number: int
+    write: SiteWrite
+    values: Tensor
+    first: Tensor
+    second: Tensor
+    units: Tensor
+
+    def put(self, view: Tensor, values: Tensor, *, add: bool) -> None:
+        """Write `values` [K, width] into a [B, T, units, width] view."""
+        index = tuple(t.to(view.device) for t in (self.first, self.second, self.units))
+        view.index_put_(index, values, accumulate=add)
+
+    def get(self, view: Tensor) -> Tensor:
+        """[K, width] of a [B, T, units, width] view."""
+        return view[tuple(t.to(view.device) for t in (self.first, self.second, self.units))]
+
+
+class SiteWork:
+    """Everything that is read and written during one forward pass, and what came of it."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        frame: Frame,
+        writes: Sequence[SiteWrite],
+        reads: Sequence[SiteRead],
+        stop: int | None = None,
+        edges: Sequence[EdgeWrite] = (),
+    ) -> None:
+        n_layers = model.shape.n_layers
+        if stop is not None and not 0 <= stop <= n_layers + 1:
+            raise ValueError(f"stop {stop} is not in 0..{n_layers + 1}")
+        self.model = model
+        self.frame = frame
+        self.stop = stop
+        self.found: dict[SiteRead, Tensor] = {}
+        self._steps: dict[tuple[str, Side, int], list[tuple[tuple[int, int], Step]]]
+        self._steps = defaultdict(list)
+        self._by_heads: set[tuple[str, Side, int]] = set()
+        self._called_again: set[str] = set()
+        self._experts: list[tuple[str, ExpertHook | RouterHook]] = []
+        self._streams: dict[str, Tensor] = {}
+        stacks = [model.anatomy, *(stack.anatomy for stack in model.others.values())]
+        self._blocks = {block.path for anatomy in stacks for block in anatomy.blocks}
+        self._applied = [0] * len(writes)
+        self._wanted = [int(write.rows.numel()) for write in writes]
+        self._writes = list(writes)
+        self._reads = list(dict.fromkeys(reads))
+        self._logits: tuple[list[_Place], list[SiteRead]] = ([], [])
+        self._edges = by_layer(edges)
+        self.within = self._within()
+        self._layers: dict[int, LayerWork] = {}
+        self._plan()
+
+    # --- planning -----------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        """A step for each site and layer that is read or written."""
+        writes: dict[SiteRead, list[_Place]] = defaultdict(list)
+        for number, write in enumerate(self._writes):
+            where = write.where
+            self._require(where, WriteMismatch)
+            if self._wanted[number]:
+                writes[where].append(self._place(number, write))
+        for read in self._reads:
+            self._require(read, ReadMismatch)
+        for where in dict.fromkeys([*writes, *self._reads]):
+            if where.site in WITHIN_ATTENTION:
+                self._set_once(where, writes[where])
+                continue
+            places = sorted(writes[where], key=lambda place: place.write.mode == "add")
+            self._set_once(where, places)
+            self._add_site(where, places, where in self._reads)
+
+    def _require(self, where: SiteRead, problem: type[Exception]) -> None:
+        """The site is one of the model's and lies in the part that is run."""
+        kind = SITES.get(where.site)
+        if kind is None or (where.site == "logits" and "logits" not in self.model.shape.sites):
+            raise ValueError(f"`{self.model.name}` has no `{where.site}`")
+        if kind.has_layer != (where.layer is not None):
+            need = "needs a layer" if kind.has_layer else "has no layers"
+            raise ValueError(f"`{where.site}` {need}")
+        if where.site in WITHIN_ATTENTION:
+            if where.stack or not self.model.shape.has(where.site, where.layer):
+                raise ValueError(f"`{self.model.name}` has no {_name(where)}")
+        elif where.site != "logits" or where.stack:
+            self.model.tap(where.site, where.layer, where.stack)
+        if where.stack not in ("", "cross"):  # comes before the main stack
+            return
+        needed = stop_layer(where.site, where.layer, self.model.shape.n_layers)
+        if self.stop is not None and (needed is None or needed > self.stop):
+            raise problem(f"{_name(where)} lies above layer {self.stop}, where the run stops")
+
+    def _place(self, number: int, write: SiteWrite) -> _Place:
+        """Indices of a write; ValueError for a place that isn't in the batch."""
+        where = write.where
+        site_units, site_width = self._extent(where)
+        count = self._wanted[number]
+        name = _name(where)
+        if SITES[where.site].width == "key":  # what lies behind a prompt's end is never seen
+            site_width = write.values.shape[1]
+        if write.values.shape != (count, site_width):
+            raise ValueError(f"values for {name} must be [{count}, {site_width}]")
+        if write.positions.shape != (count,) or write.units.shape != (count,):
+            raise ValueError(f"rows, positions and units for {name} must be equally long")
+        lengths = self.frame.lengths_of(where.site, where.stack)
+        rows, positions, units = (
+            t.to(lengths.device) for t in (write.rows, write.positions, write.units)
+        )
+        if bool(((rows < 0) | (rows >= len(self.frame))).any()):
+            raise ValueError(f"a row for {name} is not in the batch")
+        if bool(((positions < 0) | (positions >= lengths[rows])).any()):
+            raise ValueError(f"a position for {name} is not in its prompt")
+        if bool(((units < 0) | (units >= site_units)).any()):
+            raise ValueError(f"a unit for {name} is not in 0..{site_units - 1}")
+        first, second, there = self.frame.locate(
+            where.site, where.layer, where.stack, rows, positions
+        )
+        values = write.values
+        if not bool(there.all()):
+            first, second, units = first[there], second[there], units[there]
+            values = values[there.to(values.device)]
+            self._wanted[number] = int(there.sum())
+        return _Place(number, write, values, first, second, units)
+
+    def _extent(self, where: SiteRead) -> tuple[int, int]:
+        """(units, width) of a site."""
+        if where.site == "logits":
+            return 1, self.model.shape.vocab_size
+        if where.site == "router":
+            return 1, self.model.stack(where.stack).shape.n_experts
+        if where.site in WITHIN_ATTENTION:
+            shape = self.model.shape
+            keys = SITES[where.site].width == "key"
+            each = 0 if keys else width(shape, where.site, where.layer)
+            return units(shape, where.site, where.layer), each
+        layout = self.model.tap(where.site, where.layer, where.stack).layout
+        return layout.units, layout.width
+
+    def _set_once(self, where: SiteRead, places: list[_Place]) -> None:
+        keys = [
+            torch.stack([place.first, place.second, place.units])
+            for place in places
+            if place.write.mode == "set"
+        ]
+        if keys and (joined := torch.cat(keys, dim=1)).shape[1] != joined.unique(dim=1).shape[1]:
+            raise ValueError(f"a vector of {_name(where)} is set twice in one run")
+
+    def _within(self) -> frozenset[int]:
+        """Layers where something is read or written within attention."""
+        found: set[int] = set()
+        for write in self._writes:
+            if write.site in WITHIN_ATTENTION and write.layer is not None:
+                self._note(found, write.site, write.layer, write.rows, write.positions)
+        for layer, edges in self._edges.items():
+            for edge in edges:
+                self._note(found, "pattern", layer, edge.rows, edge.queries)
+        read = {read.layer for read in self._reads if read.site in WITHIN_ATTENTION}
+        found |= {layer for layer in read if layer is not None}
+        return frozenset(found)
+
+    def _note(
+        self, found: set[int], site: str, layer: int, rows: Tensor, positions: Tensor
+    ) -> None:
+        """A layer counts where any of the places can be seen by a measure."""
+        if bool(self.frame.locate(site, layer, "", rows, positions)[2].any()):
+            found.add(layer)
+
+    def layer(self, layer: int, query: Tensor) -> LayerWork | None:
+        """What is done within the attention of a layer, which runs once; None where nothing is.
+
+        query: [B, heads, T, d_head], whose tokens are counted row by row.
+        """
+        if layer not in self.within:
+            return None
+        if layer in self._layers:
+            raise WriteMismatch(f"attention of layer {layer} ran twice in one run")
+        writes = [w for w in self._writes if w.layer == layer and w.site in WITHIN_ATTENTION]
+        self._layers[layer] = layer_work(
+            layer,
+            self.frame,
+            int(query.shape[2]),
+            self.frame.lane_starts,
+            self.frame.key_width,
+            writes=sorted(writes, key=lambda write: write.mode == "add"),
+            edges=self._edges.get(layer, ()),
+            reads=[read.site for read in self._reads if read.layer == layer],
+        )
+        return self._layers[layer]
+
+    def _add_site(self, where: SiteRead, places: list[_Place], read: bool) -> None:
+        reads = [where] if read else []
+        order = write_order(where.site, where.layer)
+        if where.site == "logits":
+            self._logits = (places, reads)
+            return
+        tap = self._tap(where)
+        match where.site:
+            case "resid_mid" if self._is_sum(where, tap):
+                stream = self._tap(replace(where, site="resid_pre"))
+                remember_order = (order[0], SITES["resid_pre"].order + 1)
+                self._on(self._spot(stream), remember_order, self._remember(stream.path))
+                step = self._between(places, reads, stream.path, self._scale(tap))
+            case "head_out":
+                step = self._heads(places, reads, self._tap(replace(where, site="z")).layout)
+            case "router" | "expert_out":
+                layout = Layout.whole(tap.layout.units)
+                experts = tap.layout.width if where.site == "router" else tap.layout.units
+                kind = RouterHook if where.site == "router" else ExpertHook
+                change = self._own_view(places, reads, layout)
+                self._experts.append((tap.path, kind(change, experts, self.frame.leading)))
+                return
+            case _:
+                step = self._direct(places, reads, tap.layout, self._scale(tap))
+        if tap.layout.axes != "flat":
+            self._by_heads.add(self._spot(tap))
+        if tap.again:
+            self._called_again.add(tap.path)
+        self._on(self._spot(tap), order, step)
+
+    def _tap(self, where: SiteRead) -> Tap:
+        return self.model.tap(where.site, where.layer, where.stack)
+
+    def _is_sum(self, where: SiteRead, tap: Tap) -> bool:
+        """Whether the stream between the sublayers is no module's output."""
+        block = self.model.stack(where.stack).anatomy.blocks[where.layer or 0]
+        return tap in (block.taps.get("attn_out"), block.taps.get("mixer_out"))
+
+    def _scale(self, tap: Tap) -> float | Tensor:
+        return scale_of(self.model.module, tap)
+
+    def _spot(self, tap: Tap) -> tuple[str, Side, int]:
+        return tap.path, tap.side, tap.item
+
+    def _on(self, spot: tuple[str, Side, int], order: tuple[int, int], step: Step) -> None:
+        self._steps[spot].append((order, step))
+
+    def keep_logits(self, batch: Batch, positions: Tensor) -> None:
+        """Unembed only these positions ([B, n]) of each row."""
+        if self._logits[0] or self._logits[1]:
+            raise ValueError("logits can't be read or written where only some are computed")
+        if positions.shape[:1] != (len(batch),) or positions.dim() != 2:
+            raise ValueError("logits_at must be [B, n]")
+        at = positions.to(batch.ids.device)
+        if bool(((at < 0) | (at >= batch.lengths[:, None])).any()):
+            raise ValueError("a position in logits_at is not in its prompt")
+        rows = torch.arange(len(batch), device=at.device)[:, None]
+        columns = batch.starts[:, None] + at
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            return value[rows.to(value.device), columns.to(value.device)]
+
+        self._on(entrance(self.model, self.model.shape.n_layers + 1), _LAST, step)
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def _values(self, place: _Place, like: Tensor) -> Tensor:
+        return place.values.to(device=like.device, dtype=like.dtype)
+
+    def _done(self, place: _Place) -> None:
+        self._applied[place.number] += int(place.first.numel())
+
+    def _keep(self, reads: list[SiteRead], view: Tensor) -> None:
+        for read in reads:
+            if read in self.found:
+                raise ReadMismatch(f"{_name(read)} was passed twice in one run")
+            self.found[read] = view.clone(memory_format=torch.contiguous_format)
+
+    def _direct(
+        self,
+        places: list[_Place],
+        reads: list[SiteRead],
+        layout: Layout,
+        scale: float | Tensor = 1.0,
+    ) -> Step:
+        """A site that is a slice of the tapped tensor, times `scale`."""
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            if places:
+                value = value.clone(memory_format=torch.contiguous_format)
+            view = layout_view(value, layout)
+            for place in places:
+                new = unscaled(self._values(place, view), scale)
+                place.put(view, new, add=place.write.mode == "add")
+                self._done(place)
+            if places:
+                layout_put(value, layout, view)
+            self._keep(reads, scaled(view, scale))
+            return value
+
+        return step
+
+    def _own_view(
+        self, places: list[_Place], reads: list[SiteRead], layout: Layout
+    ) -> Callable[[Tensor], Tensor]:
+        """A site that is worked out for us alone, as [B, T, units, width]."""
+
+        def change(view: Tensor) -> Tensor:
+            if places:
+                view = view.clone()
+            for place in places:
+                place.put(view, self._values(place, view), add=place.write.mode == "add")
+                self._done(place)
+            self._keep(reads, view)
+            return view
+
+        return change
+
+    def _remember(self, path: str) -> Step:
+        """Keeps the stream that enters a block, for `resid_mid` in the same block."""
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            self._streams[path] = value
+            return value
+
+        return step
+
+    def _between(
+        self, places: list[_Place], reads: list[SiteRead], path: str, scale: float | Tensor
+    ) -> Step:
+        """`resid_mid`: what attention adds is changed so that the sum is the value written.
+
+        The stream between the sublayers is no module's output; a hook on the second norm would
+        leave the residual branch as it was.
+        """
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            stream = self._streams[path].unsqueeze(2)
+            if places:
+                value = value.clone()
+            view = value.unsqueeze(2)
+            for place in places:
+                new = self._values(place, view)
+                if place.write.mode == "set":
+                    new = new - place.get(stream)
+                new = unscaled(new, scale)
+                place.put(view, new, add=place.write.mode == "add")
+                self._done(place)
+            if reads:
+                self._keep(reads, stream + scaled(view, scale))
+            return value
+
+        return step
+
+    def _heads(self, places: list[_Place], reads: list[SiteRead], layout: Layout) -> Step:
+        """`head_out`: a head's part of the projection's output, changed by its difference.
+
+        Several heads of one row and position add up.
+        """
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            z, weight = layout_view(given, layout), head_weights(module, layout)
+            if places:
+                value = value.clone()
+            view = value.unsqueeze(2)
+            for place in places:
+                new = self._values(place, view)
+                if place.write.mode == "set":
+                    new = new - through_heads(place.get(z), place.units.to(z.device), weight)
+                replace(place, units=torch.zeros_like(place.units)).put(view, new, add=True)
+                self._done(place)
+            if reads:
+                per_head = torch.einsum("bthd,hdm->bthm", z, weight)
+                for place in places:
+                    add = place.write.mode == "add"
+                    place.put(per_head, self._values(place, per_head), add=add)
+                self._keep(reads, per_head)
+            return value
+
+        return step
+
+    # --- running ----------------------------------------------------------------------------
+
+    @contextmanager
+    def installed(self) -> Generator[None]:
+        """Hooks in place; gone afterwards, whatever happens inside."""
+        handles: list[Any] = []
+        try:
+            for (path, side, item), steps in self._steps.items():
+                flat = (path, side, item) not in self._by_heads
+                once = path in self._called_again
+                module = self.model.module.get_submodule(path)
+                ordered = [step for _, step in sorted(steps, key=lambda entry: entry[0])]
+                if side == "in":
+                    hook = InHook(ordered, self.frame.leading, flat=flat, once=once)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    out = OutHook(ordered, item, self.frame.leading, flat=flat, once=once)
+                    # On blocks in front of the library's own, which collect what these return.
+                    handles.append(
+                        module.register_forward_hook(
+                            out, with_kwargs=True, prepend=path in self._blocks
+                        )
+                    )
+            for path, hook in self._experts:
+                module = self.model.module.get_submodule(path)
+                if isinstance(hook, RouterHook):
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            if self.stop is not None:  # behind all other hooks of that place
+                path, side, _ = entrance(self.model, self.stop)
+                module = self.model.module.get_submodule(path)
+                if side == "in":
+                    handles.append(module.register_forward_pre_hook(_stop))
+                else:
+                    handles.append(module.register_forward_hook(_stop))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._streams.clear()
+
+    def output(self, logits: Tensor) -> Tensor:
+        """The model's logits, after what is written and read there."""
+        places, reads = self._logits
+        if (places or reads) and logits.shape[-1] != self.model.shape.vocab_size:
+            raise ValueError("logits can't be read or written where only some tokens' are computed")
+        if not (places or reads):
+            return logits
+        whole = logits.dim() == 2  # one output for a whole image
+        logits = logits.unsqueeze(1) if whole else logits
+        with torch.inference_mode():
+            step = self._direct(places, reads, Layout.whole(width(self.model.shape, "logits")))
+            logits = step(logits, self.model.module, logits)
+        return logits.squeeze(1) if whole else logits
+
+    def check(self) -> None:
+        """Every row of every write exactly once, every read once."""
+        for layer in self.within:
+            self._check_within(layer)
+        for write, applied, wanted in zip(self._writes, self._applied, self._wanted, strict=True):
+            if write.site in WITHIN_ATTENTION:
+                continue
+            if applied != wanted:
+                name = _name(write.where)
+                raise WriteMismatch(f"{wanted} rows were to be written at {name}, {applied} were")
+        for read in self._reads:
+            if read not in self.found:
+                raise ReadMismatch(f"{_name(read)} was not passed")
+
+    def _check_within(self, layer: int) -> None:
+        """Attention ran, all of its writes happened; what was read is put with the rest."""
+        work = self._layers.get(layer)
+        if work is None:
+            raise WriteMismatch(f"attention of layer {layer} was not passed")
+        if work.done != work.due:
+            raise WriteMismatch(
+                f"{work.due} changes were to be made in attention of layer {layer}, "
+                f"{work.done} were"
+            )
+        for site, found in work.found.items():
+            self.found[SiteRead(site, layer)] = found.unflatten(0, (self.frame.leading, -1))
+
+
+def entrance(model: LoadedModel, layer: int) -> tuple[str, Side, int]:
+    """What is read by block `layer`, what leaves the last block, what the unembedding reads."""
+    anatomy, n_layers = model.anatomy, model.shape.n_layers
+    if layer < n_layers:
+        return anatomy.blocks[layer].path, "in", 0
+    if layer > n_layers and anatomy.unembedding is not None:
+        return anatomy.unembedding, "in", 0
+    if layer > n_layers and (tap := anatomy.taps.get("final_norm")) is not None:
+        return tap.path, tap.side, 0
+    return anatomy.blocks[-1].path, "out", 0
+
+
+def _stop(*args: Any) -> None:
+    raise Stopped
+
+
+def _name(where: SiteRead) -> str:
+    words = [where.site] if where.layer is None else [where.site, f"layer {where.layer}"]
+    return f"`{' '.join([words[0], *([where.stack] if where.stack else []), *words[1:]])}`"

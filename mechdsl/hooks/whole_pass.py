@@ -1,0 +1,115 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+"""Reading and writing activations of a running model.
+
+Hooks are gone when the call returns, however it ends. Here is the plain way, whole passes over
+padded rows; `packed` runs only what changes, with the same hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechdsl.hooks.attention import (
+    attend_whole,
+    cross_modules,
+    exchanged,
+    implementations,
+    own_function,
+)
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.calls import bare_logits, chosen, narrowed
+from mechdsl.hooks.inside_attention import EdgeWrite
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.sites import SiteWork, Stopped
+
+
+@dataclass
+class RunResult:
+    """What came out of a pass."""
+
+    logits: Tensor | None
+    """[B, T, vocab], or [B, n, vocab] with `logits_at`; None if the run stopped early."""
+    reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
+    """[B, T, units, width] each, copies (inference tensors); values after the writes at the same
+    site."""
+
+
+def run_whole(
+    model: LoadedModel,
+    batch: Batch,
+    *,
+    stop: int | None = None,
+    writes: Sequence[SiteWrite] = (),
+    reads: Sequence[SiteRead] = (),
+    logits_at: Tensor | None = None,
+    tokens: Tensor | None = None,
+    edges: Sequence[EdgeWrite] = (),
+) -> RunResult:
+    """Run the whole model on padded rows, with writes and reads.
+
+    stop: number of blocks that run, `n_layers + 1` with the final norm; what lies above is not
+        computed and `logits` is None. None runs everything.
+    logits_at: [B, n] long, positions (in the unpadded prompt) whose logits are wanted; all by
+        default. Logits can't be read or written with it.
+    tokens: [K] long, the only tokens whose logits are wanted; `vocab` is K then.
+    edges: of attention, that are changed.
+
+    Raises ValueError for places that don't exist, WriteMismatch for writes that couldn't happen
+    exactly once, ReadMismatch for reads that didn't. The model is left as it was found.
+    """
+    work = SiteWork(model, batch, writes, reads, stop, edges)
+    if logits_at is not None:
+        work.keep_logits(batch, logits_at)
+    with torch.inference_mode(), work.installed(), opened(model, work), narrowed(model, tokens):
+        try:
+            logits = bare_logits(model, batch)
+        except Stopped:
+            logits = None
+    if logits is not None:
+        logits = chosen(model, work.output(logits), tokens)
+    work.check()
+    return RunResult(logits, work.found)
+
+
+@contextmanager
+def opened(model: LoadedModel, work: SiteWork) -> Generator[None]:
+    """In layers where something is read or written within attention, that is computed here."""
+    if not work.within:
+        yield
+        return
+    own, current = implementations(model), [-1]
+    crossing = cross_modules(model)
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        layer = work.layer(current[0], query) if id(module) not in crossing else None
+        if layer is None:
+            return own_function(module, own)(module, query, key, value, attention_mask, **kwargs)
+        return attend_whole(query, key, value, attention_mask, layer, **kwargs), None
+
+    def enters(layer: int) -> Any:
+        def hook(*_: Any) -> None:
+            current[0] = layer
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(model.anatomy.blocks):
+            module = model.module.get_submodule(block.path)
+            stack.callback(module.register_forward_pre_hook(enters(layer)).remove)
+        stack.enter_context(exchanged(model, attention, masked=True))
+        yield

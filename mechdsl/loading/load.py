@@ -1,0 +1,295 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+"""Models from folders, from the hub's cache or from Python: loaded, taken apart, verified."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from hashlib import sha256
+from importlib import import_module
+from logging import CRITICAL
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from mechdsl.base.garbage import uncollected
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e04_model import LoadFailed, ModelNotFound, NoTokenizer, NoWeights
+from mechdsl.diagnostics.w07_models import ModelNotHere
+from mechdsl.hooks.hook_points import at_hand
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.prove import take_apart, text_of
+from mechdsl.models.locate import locate, weight_files, zoo_models
+from mechdsl.models.shape import ModelShape, read_config, read_shape, shape_from_config, shape_of
+from mechdsl.program import spec
+from mechdsl.prompts.tokenizer import TextTokenizer
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def load(
+    model: spec.Model,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    base: Path | None = None,
+    spread: Mapping[str, object] | None = None,
+) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """Load, take apart and verify the model of a `model` statement, without the network.
+
+    dtype: overrides the statement's. base: folder that relative paths start from, by default that
+    of the statement's file. spread: arguments for the library (`device_map`) that say where weights
+    go, in place of `device`. Gives E0401, E0403 to E0411, E0508, E0522 and W0711.
+    """
+    folder, found = locate(model, model.span.source.folder if base is None else base)
+    if folder is None:
+        return None, [_needed(d) if isinstance(d, ModelNotHere) else d for d in found]
+    files = weight_files(folder)
+    if not files:
+        hub = model.kind == "hf"
+        advice = f"`hf download {model.path}` fetches them" if hub else "copy them there"
+        return None, [NoWeights(span=model.span, model=model.name, advice=advice)]
+    shape, found = read_shape(folder, model=model.name, span=model.span)
+    if shape is None:
+        return None, found
+    tokenizer, found = TextTokenizer.from_folder(folder, model.bos, span=model.span)
+    if tokenizer is None:
+        return None, found
+    module, reason = _from_folder(
+        folder, shape.architecture, _DTYPES[dtype or model.dtype], spread or {}
+    )
+    if module is None:
+        return None, [LoadFailed(span=model.span, model=model.name, reason=reason)]
+    shape = _filled(module, shape)
+    provenance = {
+        "weights": _hash_files(files),
+        "source": f'{model.kind}("{model.path}")',
+        "revision": _revision(folder, model),
+        "tokenizer": tokenizer.hash,
+    }
+    module = module if spread else module.to(device)
+    return take_apart(
+        model.name,
+        module,
+        shape,
+        tokenizer,
+        provenance=provenance,
+        span=model.span,
+        remembered=not spread,
+    )
+
+
+def adopt(
+    name: str,
+    module: nn.Module,
+    tokenizer: Any,
+    *,
+    bos: bool | None = None,
+    span: Span | None = None,
+) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """Take over a model that Python holds already; it is put into eval mode, and not moved.
+
+    tokenizer: a fast tokenizer of transformers, a `tokenizers.Tokenizer` or a `TextTokenizer`.
+    Gives E0407 to E0412, E0522, W0711 and W0712.
+    """
+    text, found = _adopt_tokenizer(name, tokenizer, bos, span)
+    if text is None:
+        return None, found
+    config = getattr(module, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None, [LoadFailed(span=span, model=name, reason="it has no transformers config")]
+    values: dict[str, Any] = dict(cast(Any, config).to_dict())
+    values["architectures"] = [type(module).__name__]
+    shape, found = shape_from_config(values, model=name, span=span)
+    if shape is None:
+        return None, found
+    try:
+        weights = _hash_parameters(module)
+    except ValueError as error:
+        return None, [LoadFailed(span=span, model=name, reason=str(error))]
+    provenance = {
+        "weights": weights,
+        "source": "handed over from Python",
+        "tokenizer": text.hash,
+    }
+    return take_apart(name, module, shape, text, provenance=provenance, span=span)
+
+
+def look(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """Take a model apart that no file names: of the zoo, of a folder, of the cache. It needs no
+    tokenizer, and may take anything: images, audio, two texts.
+
+    Gives E0401, E0403 to E0406, E0408 to E0411, W0711 and W0712.
+    """
+    kind = "local" if Path(name).is_dir() else "hf" if "/" in name else "zoo"
+    kind = "zoo" if name in zoo_models() else kind
+    text = f'{kind}("{name}")'
+    span = Span(Source(text, Path(name)), 0, len(text))
+    statement = spec.Model(span=span, name=name, kind=kind, path=name)
+    folder, found = locate(statement, Path.cwd())
+    if folder is None:
+        return None, [_needed(d) if isinstance(d, ModelNotHere) else d for d in found]
+    files = weight_files(folder)
+    if not files:
+        advice = "a folder with a `config.json` and safetensors is needed"
+        return None, [NoWeights(span=span, model=name, advice=advice)]
+    config, found = read_config(folder, model=name, span=span)
+    if config is None:
+        return None, found
+    shape, found = shape_of(config, folder, model=name, span=span)
+    if shape is None:
+        return None, found
+    module, reason = _from_folder(folder, shape.architecture, torch.float32)
+    if module is None:
+        return None, [LoadFailed(span=span, model=name, reason=reason)]
+    shape = _filled(module, shape)
+    return take_apart(
+        name, module, shape, None, provenance={"source": text}, span=span, remembered=True
+    )
+
+
+def _filled(module: nn.Module, shape: ModelShape) -> ModelShape:
+    """The shape by the config as the library has it: files leave out what its class takes for
+    granted, and some have names of another time."""
+    values: dict[str, Any] = dict(cast(Any, module).config.to_dict())
+    values["architectures"] = [type(module).__name__]
+    return shape_from_config(values)[0] or shape
+
+
+def _needed(missing: ModelNotHere) -> ModelNotFound:
+    """What was a warning while checking is an error when the model has to run."""
+    return ModelNotFound(
+        span=missing.span,
+        model=missing.model,
+        path=missing.path,
+        place="the Hugging Face cache",
+        advice=f"`hf download {missing.path}` fetches it",
+    )
+
+
+def _revision(folder: Path, model: spec.Model) -> str:
+    """The commit of a snapshot in the cache, else the revision as written."""
+    return folder.name if folder.parent.name == "snapshots" else model.revision or ""
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Nothing that libraries say on import or while loading reaches the user."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sink = io.StringIO()
+    with warnings.catch_warnings(), redirect_stderr(sink), redirect_stdout(sink):
+        warnings.simplefilter("ignore")
+        from transformers.utils import logging
+
+        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity(CRITICAL)
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()
+
+
+def import_library() -> None:
+    """Import what models of every architecture need, which is nearly all that loading imports."""
+    with uncollected(), _quiet():
+        import_module("transformers.modeling_utils")
+
+
+def _from_folder(
+    folder: Path,
+    architecture: str,
+    dtype: torch.dtype,
+    spread: Mapping[str, object] | None = None,
+) -> tuple[nn.Module | None, str]:
+    """The model, or why it can't be loaded. Weights that the files lack are a reason."""
+    import_library()
+    with _quiet():
+        import transformers
+
+        # As the config names it, so that a masked language model isn't loaded as another one.
+        made: Any = getattr(transformers, architecture, None)
+        if not hasattr(made, "from_pretrained"):
+            made = transformers.AutoModelForCausalLM
+        try:
+            loaded: Any = made.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **(spread or {}),
+            )
+        except Exception as error:  # transformers raises whatever its parts raise
+            return None, text_of(error)
+    module, info = cast("tuple[nn.Module, Mapping[str, Any]]", loaded)
+    missing = sorted(str(key) for key in info.get("missing_keys", ()))
+    if missing:
+        return None, f"the weights lack `{missing[0]}` and {len(missing) - 1} more"
+    return module, ""
+
+
+def _adopt_tokenizer(
+    name: str, tokenizer: Any, bos: bool | None, span: Span | None
+) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+    if isinstance(tokenizer, TextTokenizer):
+        return tokenizer, []
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not isinstance(backend, Tokenizer):
+        reason = f"`{type(tokenizer).__name__}` is not a fast tokenizer"
+        return None, [NoTokenizer(span=span, model=name, reason=reason)]
+    roles = {
+        f"{role}_token": getattr(tokenizer, f"{role}_token", None)
+        for role in ("bos", "cls", "sep", "eos")
+    }
+    return TextTokenizer.from_backend(backend, **roles, bos=bos, span=span)
+
+
+def _hash_files(files: list[Path]) -> str:
+    """SHA-256 over the safetensors files, in order of their names."""
+    digest = sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _hash_parameters(module: nn.Module) -> str:
+    """SHA-256 over names and bytes of parameters and buffers; ValueError where one has none."""
+    digest = sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        here = _fetched(module, name) if tensor.is_meta else tensor
+        flat = here.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fetched(module: nn.Module, name: str) -> Tensor:
+    """A weight that accelerate keeps elsewhere; ValueError where there is none."""
+    path, _, own = name.rpartition(".")
+    part = module.get_submodule(path)
+    with at_hand(part):
+        weight = cast(Tensor, getattr(part, own))
+    if weight.is_meta:
+        raise ValueError(f"`{name}` is on the meta device, where there are no values")
+    return weight

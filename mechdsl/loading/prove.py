@@ -1,0 +1,335 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+"""A model taken apart: of the anatomies that it could have, the first that passes all checks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from math import isinf
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e04_model import IdentityBroken, LoadFailed
+from mechdsl.diagnostics.w07_models import NotRestartable, StackLeftOut
+from mechdsl.hooks.loaded import Calling, LoadedModel, Outcome, Stack
+from mechdsl.loading.probe import sample, tried
+from mechdsl.loading.proof_store import Proof, key_of, recall, remember
+from mechdsl.loading.verify import (
+    OPENED,
+    RESTART,
+    RESTART_IMAGES,
+    restarted_otherwise,
+    verify,
+    with_sites_within,
+)
+from mechdsl.models.adapters import family_of
+from mechdsl.models.anatomy import Anatomy
+from mechdsl.models.finder import find_anatomies, stack_names
+from mechdsl.models.shape import ModelShape, stack_shape, units, width
+from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.vocab.sites import SITES
+
+
+def take_apart(
+    name: str,
+    module: nn.Module,
+    shape: ModelShape,
+    tokenizer: TextTokenizer | None,
+    *,
+    provenance: Mapping[str, str],
+    span: Span | None,
+    remembered: bool = False,
+) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """The model with the first of its possible anatomies that passes the checks; else what the
+    one that got furthest fails at.
+
+    remembered: checks that were passed before needn't be run again; only for weights that come
+    straight from files.
+    """
+    module.eval()
+    config: Mapping[str, Any] = cast(Any, module).config.to_dict()
+    shapes = {"": shape}
+    for stack in stack_names(shape):
+        other = stack_shape(shape, config, stack)
+        if other is not None:
+            shapes[stack] = other
+    found: dict[str, list[Anatomy]] = {}
+    lost: dict[str, str] = {}
+
+    def lose(stack: str, problem: Diagnostic | str) -> None:
+        told = isinstance(problem, str)
+        lost[stack] = problem if told else f"{problem.message}: {problem.label_text}"
+
+    def left_out() -> list[Diagnostic]:
+        return [
+            StackLeftOut(span=span, model=name, stack=stack, reason=reason)
+            for stack, reason in lost.items()
+        ]
+
+    for stack, reason in family_of(str(config.get("model_type"))).lost(config).items():
+        shapes.pop(stack, None)
+        lose(stack, reason)
+    for stack, own in shapes.items():
+        anatomies, problems = find_anatomies(
+            module.named_modules(), own, stack=stack, model=name, span=span
+        )
+        if anatomies:
+            found[stack] = anatomies
+        elif not stack:
+            return None, problems
+        elif problems and stack != "cross":
+            lose(stack, problems[0])
+    key = key_of(config, **_surroundings(module)) if remembered else ""
+    known = recall(key) if key else None
+    at = dict.fromkeys(found, 0) if known is None else dict(known.chosen)
+    if known is not None:
+        lost = dict(known.lost)
+    best: dict[str, _Attempt] = {}
+    while True:
+        stacks = {stack: Stack(found[stack][n], shapes[stack]) for stack, n in at.items()}
+        if "cross" in stacks:
+            stacks["cross"] = Stack(_alike(found["cross"], stacks[""].anatomy), shapes["cross"])
+        attempt = _attempt(
+            name, module, stacks, tokenizer, provenance=provenance, span=span, known=known
+        )
+        if attempt.model is not None:
+            if key and known is None:
+                model = attempt.model
+                remember(key, Proof(dict(at), dict(lost), model.checks, model.calling.packs))
+            return attempt.model, [*left_out(), *attempt.problems]
+        stack = "" if attempt.stack == "cross" else attempt.stack
+        if stack not in best or attempt.passed > best[stack].passed:
+            best[stack] = attempt
+        at[stack] += 1
+        if at[stack] < len(found[stack]):
+            continue
+        if not stack and "vision" in at:  # perhaps it's the image that it fails on
+            stack, at[""] = "vision", 0
+            best.setdefault(stack, best[""])
+        if not stack:
+            return None, list(best[stack].problems)
+        lose(stack, best[stack].problems[0])
+        del at[stack]
+
+
+def _alike(anatomies: list[Anatomy], main: Anatomy) -> Anatomy:
+    """The one that takes blocks to be arranged as another stack does."""
+    return next((a for a in anatomies if a.arrangement == main.arrangement), anatomies[0])
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What became of one choice of anatomies."""
+
+    passed: int
+    """Checks."""
+    problems: tuple[Diagnostic, ...] = ()
+    model: LoadedModel | None = None
+    """With its checks; None where one of them isn't passed."""
+    stack: str = ""
+    """That which is wrong."""
+
+
+def _attempt(
+    name: str,
+    module: nn.Module,
+    stacks: Mapping[str, Stack],
+    tokenizer: TextTokenizer | None,
+    *,
+    provenance: Mapping[str, str],
+    span: Span | None,
+    known: Proof | None,
+) -> _Attempt:
+    try:
+        model = describe(name, module, stacks, tokenizer, provenance=provenance)
+    except Exception as error:  # whatever the model's own forward raises
+        problem = LoadFailed(span=span, model=name, reason=f"it doesn't run: {text_of(error)}")
+        return _Attempt(0, (problem,), stack="vision" if "vision" in stacks else "")
+    if known is not None:
+        model = replace(model, calling=replace(model.calling, packs=known.packs))
+        return _with_checks(model, known.checks, span)
+    return _proved(model, span)
+
+
+def _surroundings(module: nn.Module) -> dict[str, str]:
+    """What the outcome of checks hangs on beside config and versions."""
+    first = next(module.parameters())
+    return {
+        "class": type(module).__name__,
+        "dtype": str(first.dtype),
+        "device": first.device.type,
+        "attention": str(getattr(cast(Any, module).config, "_attn_implementation", "")),
+        "hooks": str("_hf_hook" in module.__dict__),
+    }
+
+
+def text_of(error: Exception) -> str:
+    """An exception in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def describe(
+    name: str,
+    module: nn.Module,
+    stacks: Mapping[str, Stack],
+    tokenizer: TextTokenizer | None = None,
+    *,
+    provenance: Mapping[str, str] | None = None,
+) -> LoadedModel:
+    """A model with an anatomy that nothing has been proved about yet; the main stack is `""`.
+
+    Raises what the model's own forward raises.
+    """
+    config: Any = cast(Any, module).config
+    main = stacks[""]
+    pad = getattr(config, "pad_token_id", None)
+    # Padding is masked, so any id will do where the config names none.
+    pad_id = pad if isinstance(pad, int) and 0 <= pad < main.shape.vocab_size else 0
+    accepts = frozenset(inspect.signature(module.forward).parameters)
+    dtype = next(module.parameters()).dtype
+    own = {stack: replace(s, shape=_fitted(s, main=not stack)) for stack, s in stacks.items()}
+    return tried(
+        LoadedModel(
+            name=name,
+            module=module,
+            anatomy=main.anatomy,
+            shape=own[""].shape,
+            tokenizer=tokenizer,
+            pad_id=pad_id,
+            device=_entrance(module),
+            dtype=dtype,
+            calling=Calling(accepts),
+            others={stack: s for stack, s in own.items() if stack},
+            provenance={
+                **(provenance or {}),
+                "architecture": main.shape.architecture,
+                "dtype": str(dtype).removeprefix("torch."),
+                "attention": str(getattr(config, "_attn_implementation", "")),
+                "torch": version("torch"),
+                "transformers": version("transformers"),
+            },
+        )
+    )
+
+
+def _entrance(module: nn.Module) -> torch.device:
+    """Where the model wants its inputs: where its first weight is, or, of weights that accelerate
+    has spread, where it runs them."""
+    hook = module.__dict__.get("_hf_hook")
+    runs = getattr(hook, "execution_device", None)
+    if runs is not None:
+        return torch.device(runs)
+    return next(weight.device for weight in module.parameters() if not weight.is_meta)
+
+
+def _fitted(stack: Stack, *, main: bool) -> ModelShape:
+    """The shape with what the modules show of it."""
+    anatomy, shape = stack.anatomy, stack.shape
+    embed, final = anatomy.taps.get("embed"), anatomy.taps.get("final_norm")
+    layers = {site: anatomy.layers(site) for site in anatomy.sites()}
+    inside = {site: numbers for site, numbers in layers.items() if SITES[site].has_layer}
+    neurons = next(
+        (b.taps["mlp_hidden"].layout.units for b in anatomy.blocks if "mlp_hidden" in b.taps),
+        shape.d_mlp,
+    )
+    output = {"logits"} if main and (anatomy.unembedding or shape.takes == "image") else set()
+    shape = replace(shape, d_mlp=neurons)
+    sizes = {
+        (site, layer): (block.taps[site].layout.units, block.taps[site].layout.width)
+        for site in ("q", "k", "v", "z", "head_out", "mlp_hidden")
+        for layer, block in enumerate(anatomy.blocks)
+        if site in block.taps
+    }
+    return replace(
+        shape,
+        sizes={
+            (site, layer): size
+            for (site, layer), size in sizes.items()
+            if size != (units(shape, site), width(shape, site))
+        },
+        d_embed=embed.layout.width if embed else shape.d_embed,
+        d_final=final.layout.width if final and final.layout.width != shape.d_model else 0,
+        parallel_block=anatomy.parallel,
+        sites=frozenset(layers) | output,
+        partly={
+            site: frozenset(numbers)
+            for site, numbers in inside.items()
+            if len(numbers) < shape.n_layers
+        },
+    )
+
+
+def prove(
+    model: LoadedModel, *, span: Span | None = None
+) -> tuple[int, list[Diagnostic], LoadedModel | None]:
+    """Verify a described model: (checks passed, E0410 for the identity that broke or W0711 for a
+    lost shortcut, the model with its checks)."""
+    attempt = _proved(model, span)
+    return attempt.passed, list(attempt.problems), attempt.model
+
+
+def _proved(model: LoadedModel, span: Span | None) -> _Attempt:
+    checks: list[Outcome] = []
+    stack = ""
+    try:
+        given = sample(model)
+        for stack in ("", *model.others):
+            for outcome in verify(model, given, stack):
+                checks.append(outcome)
+                if outcome.passed:
+                    continue
+                if outcome.identity in (RESTART_IMAGES, OPENED):
+                    continue
+                if outcome.identity != RESTART:
+                    broken = _broken(model, outcome.identity, _reason(outcome), span)
+                    return _Attempt(len(checks), (broken,), stack=stack)
+                if (other := restarted_otherwise(model, given)) is not None:
+                    model, checks[-1] = other
+    except Exception as error:  # a model that is built otherwise raises what it likes
+        broken = _broken(model, "every site can be read and written", text_of(error), span)
+        return _Attempt(len(checks), (broken,), stack=stack)
+    return _with_checks(model, tuple(checks), span)
+
+
+def _with_checks(model: LoadedModel, checks: tuple[Outcome, ...], span: Span | None) -> _Attempt:
+    """A model that passed its checks, all but those that only cost time."""
+    failed = {outcome.identity: outcome for outcome in checks if not outcome.passed}
+    found: tuple[Diagnostic, ...] = ()
+    if RESTART in failed:
+        reason = _reason(failed[RESTART])
+        found = (NotRestartable(span=span, model=model.name, reason=reason),)
+    if any(outcome.identity == OPENED and outcome.passed for outcome in checks):
+        model = with_sites_within(model)
+    proved = replace(
+        model,
+        checks=checks,
+        restartable=RESTART not in failed,
+        restarts_images=any(o.identity == RESTART_IMAGES and o.passed for o in checks),
+    )
+    return _Attempt(len(checks), found, proved)
+
+
+def _reason(outcome: Outcome) -> str:
+    where = f"{outcome.detail}: " if outcome.detail else ""
+    if outcome.failure:
+        return where + outcome.failure
+    if isinf(outcome.error):
+        return f"{where}the shapes differ, or a value is not a number"
+    return f"{where}off by {outcome.error:.2g} of the value's size"
+
+
+def _broken(model: LoadedModel, identity: str, reason: str, span: Span | None) -> IdentityBroken:
+    return IdentityBroken(
+        span=span,
+        model=model.name,
+        architecture=model.shape.architecture,
+        identity=identity,
+        reason=reason,
+    )

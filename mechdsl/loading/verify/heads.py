@@ -1,0 +1,398 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+"""Heads are what they are called: queries, keys, values and `z` of this head and no other."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechdsl.hooks.attention import CannotPack, exchanged, implementations, own_function
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.loaded import Outcome
+from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.loading.verify.bench import Bench, difference
+from mechdsl.models.shape import ModelShape, units, width
+
+
+def values_are_values(bench: Bench) -> Iterator[Outcome]:
+    """Over one token attention can only return its value."""
+    layers, stack = bench.with_sites("v", "z"), bench.stack
+    if not layers or not takes_tokens(bench):
+        return
+    rows = [bench.real_of(i, bench.batch.ids, bench.batch)[:1].tolist() for i in range(2)]
+    wanted = [SiteRead(site, layer, stack) for layer in layers for site in ("v", "z")]
+    reads = run_tokens(bench, rows, wanted)
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for layer in layers:
+            z, v = (reads[SiteRead(site, layer, stack)] for site in ("z", "v"))
+            yield f"layer {layer}", z, _per_head(v, z.shape[2])
+
+    yield bench.equal("z = v of the head's group, over one token", pairs())
+
+
+def takes_tokens(bench: Bench) -> bool:
+    """Whether the stack attends to tokens of text, of which there may be any number."""
+    if bench.model.shape.takes in ("text", "image and text"):
+        return not bench.stack
+    return bench.model.shape.takes == "two texts" or (
+        bench.model.shape.takes == "audio" and not bench.stack
+    )
+
+
+def run_tokens(
+    bench: Bench,
+    rows: Sequence[Sequence[int]],
+    reads: Sequence[SiteRead],
+    writes: Sequence[SiteWrite] = (),
+) -> dict[SiteRead, Tensor]:
+    """What is read where the stack, and what it attends to, sees these tokens."""
+    model, takes = bench.model, bench.model.shape.takes
+    right = takes in ("two texts", "audio")
+    batch = Batch.of(rows, model.pad_id, "right" if right else "left", model.device)
+    match takes:
+        case "two texts":
+            batch = batch.with_inputs({}, encoder=batch)
+        case "audio":
+            heard = bench.batch.take(torch.zeros(len(rows), dtype=torch.long))
+            batch = batch.with_inputs(heard.extra, **heard.frames)
+        case _:
+            pass
+    stop = 0 if bench.stack == "encoder" else model.shape.n_layers
+    return run_whole(model, batch, reads=reads, writes=writes, stop=stop).reads
+
+
+def queries_and_keys_are_theirs(bench: Bench) -> Iterator[Outcome]:
+    """Without a query, or without its keys, a head attends uniformly, and no other head does.
+
+    Two tokens, the second is looked at. In each row the heads with one bit of their number + 1
+    are silenced in one layer: the query at the second token, the keys at both, or the key at the
+    first token alone (which has to matter, as a query there does not).
+    """
+    stack, shape = bench.stack, bench.shape
+    layers = bench.with_sites("q", "k", "v", "z")
+    if not layers or not takes_tokens(bench):
+        return
+    rows = _silencing(shape, layers)
+    two = bench.real_of(0, bench.batch.ids, bench.batch)[:2].tolist()
+    writes = [
+        write
+        for layer in layers
+        for site in ("q", "k")
+        if (write := _silence(bench, rows, site, layer)) is not None
+    ]
+    wanted = [SiteRead(site, layer, stack) for layer in layers for site in ("v", "z")]
+    reads = run_tokens(bench, [two] * (1 + len(rows)), wanted, writes)
+
+    found: dict[str, list[tuple[str, Tensor, Tensor]]] = {"q": [], "k": []}
+    moved = True
+    silent: dict[tuple[int, int, str], Tensor] = {}
+    for number, row in enumerate(rows, start=1):
+        z = reads[SiteRead("z", row.layer, stack)][:, 1]
+        v = _per_head(reads[SiteRead("v", row.layer, stack)], z.shape[1])[number]
+        hit = torch.tensor([h in row.heads for h in range(z.shape[1])], device=z.device)
+        where = f"layer {row.layer}"
+        if row.positions == (0,):
+            moved &= bool(((z[number] - z[0])[hit].abs().amax(-1) > 0).all())
+            continue
+        found[row.site].append((where, z[number][~hit], z[0][~hit])) if not hit.all() else None
+        if not bench.anatomy.additive_positions:
+            found[row.site].append((where, z[number][hit], v.mean(0)[hit]))
+        elif (twin := silent.get((row.layer, row.bit, "q"))) is not None:
+            found["k"].append((where, z[number][hit], twin[hit]))
+        silent[row.layer, row.bit, row.site] = z[number]
+    what = "attends uniformly, and no other does"
+    yield bench.equal(f"a head whose q is zero {what}", iter(found["q"]))
+    yield bench.equal(f"a head whose k are zero {what}", iter(found["k"]))
+    yield Outcome(
+        "k of an earlier token matters",
+        error=0.0 if moved else 1.0,
+        tolerance=0.5,
+        failure="z of the second token stays as it is without the first one's key",
+    )
+
+
+@dataclass(frozen=True)
+class _Silenced:
+    """Heads without query or keys in one layer."""
+
+    site: str
+    layer: int
+    bit: int
+    units: tuple[int, ...]
+    positions: tuple[int, ...]
+    heads: frozenset[int]
+
+
+def _silencing(shape: ModelShape, layers: Sequence[int]) -> list[_Silenced]:
+    rows: list[_Silenced] = []
+    for layer in layers:
+        for site, positions in (("q", (1,)), ("k", (0, 1)), ("k", (0,))):
+            count = units(shape, site, layer)
+            group = units(shape, "z", layer) // count
+            for bit in range(count.bit_length()):
+                chosen = tuple(u for u in range(count) if (u + 1) >> bit & 1)
+                heads = frozenset(u * group + i for u in chosen for i in range(group))
+                rows.append(_Silenced(site, layer, bit, chosen, positions, heads))
+    return rows
+
+
+def _silence(bench: Bench, rows: Sequence[_Silenced], site: str, layer: int) -> SiteWrite | None:
+    places = [
+        (number, position, unit)
+        for number, row in enumerate(rows, start=1)
+        if row.site == site and row.layer == layer
+        for position in row.positions
+        for unit in row.units
+    ]
+    if not places:
+        return None
+    row, position, unit = torch.tensor(places).unbind(1)
+    zeros = torch.zeros(len(places), width(bench.shape, site, layer))
+    return SiteWrite(site, layer, row, position, unit, zeros, stack=bench.stack)
+
+
+def _per_head(kv: Tensor, heads: int) -> Tensor:
+    """[B, T, heads, d_head] of key-value heads, each repeated for its group."""
+    return kv.repeat_interleave(heads // kv.shape[2], dim=2)
+
+
+def heads_are_theirs(bench: Bench) -> Iterator[Outcome]:
+    """By what attention does; where a family does more (sinks, gates, norms of values, other
+    stacks), by what its attention function is handed."""
+    done = list(values_are_values(bench))
+    if all(outcome.passed for outcome in done):
+        done += queries_and_keys_are_theirs(bench)
+    if not done or not all(outcome.passed for outcome in done):
+        try:
+            handed = list(attention_is_handed_them(bench))
+        except (RuntimeError, ValueError, IndexError):  # heads that can't even be compared
+            handed = []
+        if handed and (not done or all(outcome.passed for outcome in handed)):
+            done = handed
+    if not done and (bench.stack == "vision" or bench.model.shape.takes == "image"):
+        done = list(heads_answer_writes(bench))
+    yield from done
+
+
+def attention_is_handed_them(bench: Bench) -> Iterator[Outcome]:
+    """Values as they are; queries and keys but for rotary, which keeps the length of each head's
+    vector; and what a head returns is in its own slice of `z`. Nothing where the model doesn't
+    attend through the library's attention functions."""
+    read: dict[SiteRead, Tensor] = {}
+    calls = _attended(bench, None, read)
+    layers = sorted({n for site in ("q", "k", "v", "z") for n in bench.with_sites(site)})
+    if not layers or not calls.keys() >= set(layers):
+        return
+
+    def both(site: str, which: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(where, the site, what attention was handed), [token, head, width] each."""
+        for layer in layers:
+            if site in bench.anatomy.blocks[layer].taps:
+                own = bench.real(read[SiteRead(site, layer, bench.stack)], site)
+                yield f"layer {layer}", own, _unrepeated(calls[layer][which], own.shape[1])
+
+    def lengths(site: str, which: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for where, own, handed in both(site, which):
+            yield where, _profile(own), _profile(handed)
+
+    def slices() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for layer in bench.with_sites("z"):
+            query, _, value = calls[layer]
+            z = bench.read("z", layer)[:1] * 0
+            yield f"layer {layer}", z, z.new_zeros(1, query.shape[1], value.shape[2])
+
+    yield bench.equal("z has a slice for each head that attends", slices())
+    yield bench.equal("attention is handed v", both("v", 2))
+    yield bench.equal("attention is handed q, turned", lengths("q", 0), bench.tolerance * 10)
+    yield bench.equal("attention is handed k, turned", lengths("k", 1), bench.tolerance * 10)
+
+    def silent() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for head in (0, -1):
+            reads: dict[SiteRead, Tensor] = {}
+            _attended(bench, head, reads)
+            for layer in bench.with_sites("z"):
+                z = bench.real(reads[SiteRead("z", layer, bench.stack)])
+                others = list(range(z.shape[1]))
+                del others[head]
+                still = z[:, others].abs().sum((0, 2)) == 0
+                where = f"layer {layer}, head {head}"
+                yield where, z[:, head], torch.zeros_like(z[:, head])
+                yield where, still.float(), torch.zeros(len(others), device=z.device)
+
+    yield bench.equal("z of a head that attends to nothing is zero, and no other", silent())
+
+
+def _unrepeated(handed: Tensor, units: int) -> Tensor:
+    """[token, units, width] of [token, heads, width]: some models repeat keys and values for the
+    heads that read them, one by one or all in turn."""
+    shared = handed.shape[1] // units
+    one_by_one = shared == 1 or torch.equal(handed[:, 0], handed[:, 1])
+    return handed[:, ::shared] if one_by_one else handed[:, :units]
+
+
+def _profile(heads: Tensor) -> Tensor:
+    """[token, head]: lengths of the heads' vectors, relative to all of the token's."""
+    lengths = heads.double().norm(dim=-1)
+    if lengths.shape[1] == 1:
+        return lengths / lengths.mean()
+    return lengths / lengths.mean(1, keepdim=True)
+
+
+def _attended(
+    bench: Bench, silenced: int | None, reads: dict[SiteRead, Tensor] | None = None
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """Block → (query, key, value) that its attention function got, [token, head, width]; one head
+    may be made to return zero."""
+    model = bench.model
+    paths = {id(module): path for path, module in model.module.named_modules()}
+    implemented = implementations(model)
+    calls: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+
+    def layer_of(module: torch.nn.Module) -> int | None:
+        start = paths[id(module)] + "."
+        blocks = enumerate(bench.anatomy.blocks)
+        return next((n for n, b in blocks if any(p.startswith(start) for p in b.projections)), None)
+
+    def function(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        own = own_function(module, implemented)
+        out, weights = own(module, query, key, value, attention_mask, **kwargs)
+        layer = layer_of(module)
+        if layer is not None:
+            calls[layer].append((query, key, value))
+            if silenced is not None:
+                out = out.clone()
+                out[:, :, silenced] = 0
+        return out, weights
+
+    wanted = [
+        SiteRead(site, n, bench.stack)
+        for site in ("q", "k", "v", "z")
+        for n in bench.with_sites(site)
+    ]
+    try:
+        with exchanged(model, function, masked=True):
+            found = run_whole(model, bench.batch, reads=wanted).reads
+    except CannotPack:  # another kernel
+        return {}
+    if reads is not None:
+        reads.update(found)
+
+    def joined(parts: list[Tensor], site: str) -> Tensor:
+        """[token, head, width]; images may be attended to one by one, or all of them twice."""
+        mask = bench.batch.of_site(site, bench.stack).mask.bool()
+        if parts[0].shape[0] * parts[0].shape[2] == mask.numel():
+            parts = parts[:1]
+        tokens = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
+        return tokens[mask.flatten()] if len(tokens) == mask.numel() else tokens
+
+    sites = ("q", "k", "v")
+    return {
+        layer: (
+            joined([one[0] for one in made], sites[0]),
+            joined([one[1] for one in made], sites[1]),
+            joined([one[2] for one in made], sites[2]),
+        )
+        for layer, made in calls.items()
+    }
+
+
+def heads_answer_writes(bench: Bench) -> Iterator[Outcome]:
+    """By writing alone, where attention is written out and every token sees every other: without
+    values a head returns nothing, a query matters to its own token's z, a key to that of others,
+    and none of them to another head."""
+    layers = bench.with_sites("q", "k", "v", "z")
+    found: dict[str, list[tuple[str, Tensor, Tensor]]] = {"v": [], "q": [], "k": []}
+    moved = True
+    for layer in layers:
+        own = {s: bench.read_of(0, s, layer) for s in ("q", "k", "v", "z")}
+        count = len(own["z"])
+        at = count // 2
+        elsewhere = [token for token in range(count) if token != at]
+        tries = [
+            (site, unit, range(count) if site == "v" else range(at, at + 1))
+            for site in ("v", "q", "k")
+            for unit in sorted({0, own[site].shape[1] - 1})
+        ]
+        writes = [
+            SiteWrite(
+                site,
+                layer,
+                torch.full((len(places),), number),
+                torch.tensor(list(places)),
+                torch.full((len(places),), unit),
+                -own[site][places.start : places.stop, unit] * (site != "v"),
+                stack=bench.stack,
+            )
+            for number, (site, unit, places) in enumerate(tries)
+        ]
+        read = SiteRead("z", layer, bench.stack)
+        batch = bench.batch.take(torch.zeros(len(tries), dtype=torch.long))
+        stop = 0 if bench.stack else bench.shape.n_layers
+        z = run_whole(bench.model, batch, writes=writes, reads=[read], stop=stop).reads[read]
+        for number, (site, unit, _) in enumerate(tries):
+            where, now, was = f"layer {layer}, unit {unit}", z[number], own["z"]
+            shared = was.shape[1] // own[site].shape[1]
+            mine = slice(unit * shared, (unit + 1) * shared)
+            others = [h for h in range(was.shape[1]) if not mine.start <= h < mine.stop]
+            found[site].append((where, now[:, others], was[:, others]))
+            if site == "v":
+                found[site].append((where, now[:, mine], torch.zeros_like(now[:, mine])))
+                continue
+            if site == "q":
+                found[site].append((where, now[elsewhere], was[elsewhere]))
+            felt = [at] if site == "q" else elsewhere
+            moved &= difference(now[felt, mine], was[felt, mine]) > bench.tolerance
+    if not layers:
+        return
+    yield bench.equal("a head without values returns nothing, and no other changes", found["v"])
+    yield bench.equal("a query matters to its own token and head alone", found["q"])
+    yield bench.equal("a key matters to its own head alone", found["k"])
+    yield Outcome(
+        "a query matters to its token, a key to others",
+        error=0.0 if moved else 1.0,
+        tolerance=0.5,
+        failure="z stays as it is",
+    )
+
+
+_ALIKE = 8
+"""Tokens in a row: short convolutions see nothing else."""
+
+
+def rotary_comes_behind(bench: Bench) -> Iterator[Outcome]:
+    """In the first block a token at two places has one query and one key, unless its stream knows
+    the place already."""
+    model = bench.model
+    sites = [s for s in ("q", "k") if s in bench.anatomy.blocks[0].taps]
+    if bench.stack or model.shape.takes != "text" or not sites:
+        return
+    first, second = (int(i) for i in bench.real_of(0, bench.batch.ids, bench.batch)[:2])
+    row = [first] * _ALIKE + [second]
+    batch = Batch.of([row], model.pad_id, "left", model.device)
+    here, there = _ALIKE - 1, _ALIKE - 2
+    wanted = [SiteRead("resid_pre", 0)] if "resid_pre" in model.shape.sites else []
+    reads = run_whole(model, batch, reads=[*wanted, *(SiteRead(s, 0) for s in sites)]).reads
+    for where in wanted:
+        stream = reads[where][0]
+        if difference(stream[here], stream[there]) > bench.tolerance:
+            return
+    pairs = [(s, reads[SiteRead(s, 0)][0, here], reads[SiteRead(s, 0)][0, there]) for s in sites]
+    yield bench.equal("q and k of one token are alike at two places", pairs)
+
+
+# --- writing works -----------------------------------------------------------------------------

@@ -1,0 +1,202 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+"""What an unpatched run leaves behind for the rows that start from it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechdsl.hooks.attention import (
+    KeptAttention,
+    biased,
+    cross_modules,
+    exchanged,
+    implementations,
+    of_queries,
+    own_function,
+)
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.hook_points import given_to
+from mechdsl.hooks.loaded import LoadedModel
+
+
+@dataclass(eq=False)
+class Kept:
+    """Activations of an unpatched run on B lanes of T columns. Token = lane * T + column."""
+
+    batch: Batch
+    hidden: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """Block → [token, d_model], its input; of the number behind the last, what that returns."""
+    outputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Path of a linear map or sublayer → [token, width], what it returns."""
+    z: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """Block → [token, heads, d_head]."""
+    attention: dict[int, KeptAttention] = field(default_factory=dict[int, KeptAttention])
+    across: dict[int, KeptAttention] = field(default_factory=dict[int, KeptAttention])
+    """Block → what its attention to the encoder had: keys and values of the encoder's tokens."""
+    embedded: Tensor | None = None
+    """[token, d_model], what the embedding returns, where that isn't the tokens' own (noise)."""
+    tuples: dict[str, int] = field(default_factory=dict[str, int])
+    """Path of one of `outputs` → length of the tuple that it returns, if it returns one."""
+    positions: Tensor | None = None
+    """[…, lane, column], the positions that a language model is given with images."""
+    encoded: Any = None
+    """What an encoder-decoder's encoder returns, the library's object of tensors."""
+
+    def part(self, rows: slice, batch: Batch) -> Kept:
+        """What was kept of some lanes, without copying."""
+        width = self.columns
+        tokens = slice(rows.start * width, rows.stop * width)
+        return Kept(
+            batch,
+            {layer: kept[tokens] for layer, kept in self.hidden.items()},
+            {path: kept[tokens] for path, kept in self.outputs.items()},
+            {layer: kept[tokens] for layer, kept in self.z.items()},
+            {layer: kept.part(rows) for layer, kept in self.attention.items()},
+            {layer: kept.part(rows) for layer, kept in self.across.items()},
+            None if self.embedded is None else self.embedded[tokens],
+            self.tuples,
+            None if self.positions is None else self.positions[..., rows, :],
+            None if self.encoded is None else self.encoded_of(rows),
+        )
+
+    def encoded_of(self, lanes: slice) -> Any:
+        """What the encoder returned for some lanes."""
+        own, count = self.encoded, len(self.batch)
+
+        def part(value: Any) -> Any:
+            lying = isinstance(value, Tensor) and value.shape[0] == count
+            return value[lanes] if lying else value
+
+        return type(own)(**{name: part(value) for name, value in own.items()})
+
+    @property
+    def columns(self) -> int:
+        return int(self.batch.ids.shape[1])
+
+    @cached_property
+    def sees_later(self) -> bool:
+        """Whether a token attends to one behind it."""
+        masks = {id(one.mask): one.mask for one in self.attention.values()}
+        real = self.batch.mask.bool()[:, None, :, None]
+        for mask in masks.values():
+            if mask is None:
+                return True
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            if bool((seen & real).triu(1).any()):
+                return True
+        return False
+
+
+def parts(model: LoadedModel, layer: int) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
+    """Paths of one block's (projections of queries, keys, values; output projection; MLP, or the
+    linear maps that it consists of)."""
+    block = model.anatomy.blocks[layer]
+    return block.projections, block.output, block.mlp
+
+
+@contextmanager
+def keeping(model: LoadedModel, batch: Batch, lowest: int) -> Generator[Kept]:
+    """What the model computes inside is kept, from block `lowest` on.
+
+    A model that doesn't attend through the library's attention functions leaves `attention` empty.
+    """
+    kept = Kept(batch)
+    current = [-1]
+    n_layers = model.shape.n_layers
+    own = implementations(model)
+    crossing = cross_modules(model)
+    joined: dict[tuple[int, int], tuple[Any, Tensor, Any]] = {}
+
+    def with_bias(mask: Any, bias: Tensor) -> Any:
+        """Both in one, which blocks share as they share these."""
+        key = id(mask), id(bias)
+        if key not in joined:
+            joined[key] = mask, bias, biased(mask, bias)
+        return joined[key][2]
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        function = own_function(module, own)
+        out, weights = function(module, query, key, value, attention_mask, **kwargs)
+        layer = current[0]
+        if layer >= lowest:
+            mask = of_queries(attention_mask, query.shape[2])
+            if (bias := kwargs.get("position_bias")) is not None:
+                mask = with_bias(mask, bias)
+            if id(module) in crossing:
+                kept.across[layer] = KeptAttention(key, value, mask)
+                return out, weights
+            kept.attention[layer] = KeptAttention(key, value, mask, kwargs.get("distances"))
+            kept.z[layer] = out.flatten(0, 1)
+        return out, weights
+
+    def enters(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            current[0] = layer
+            if layer >= lowest:
+                kept.hidden[layer] = given_to(args, kwargs).flatten(0, 1)
+
+        return hook
+
+    def leaves(module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
+        kept.hidden[n_layers] = hidden.flatten(0, 1)
+
+    def merges(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept.embedded = given_to(args, kwargs).flatten(0, 1)
+        places = kwargs.get("position_ids")
+        if places is not None:
+            kept.positions = places.expand(*places.shape[:-2], len(batch), -1)
+
+    def encodes(module: nn.Module, args: Any, output: Any) -> None:
+        kept.encoded = output
+
+    def returns(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(output, (tuple, list)):
+                kept.tuples[path] = len(output)
+            value = value.reshape(-1, value.shape[-1])
+            # Where sublayers stand side by side, one may be added to the other in place.
+            kept.outputs[path] = value.clone() if model.parallel else value
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in range(n_layers):
+            block = model.module.get_submodule(model.anatomy.blocks[layer].path)
+            handle = block.register_forward_pre_hook(enters(layer), with_kwargs=True)
+            stack.callback(handle.remove)
+            if layer == n_layers - 1:
+                stack.callback(block.register_forward_hook(leaves).remove)
+            if layer >= lowest:
+                projections, output, mlp = parts(model, layer)
+                for path in (*projections, *([output] if output else []), *mlp):
+                    module = model.module.get_submodule(path)
+                    stack.callback(module.register_forward_hook(returns(path)).remove)
+        if crossing:
+            encoder: Any = model.module
+            handle = encoder.get_encoder().register_forward_hook(encodes)
+            stack.callback(handle.remove)
+        embed = model.anatomy.taps.get("embed")
+        if batch.extra and embed is not None and embed.side == "in":
+            merged = model.module.get_submodule(embed.path)
+            handle = merged.register_forward_pre_hook(merges, with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(exchanged(model, attention, masked=True))
+        with torch.inference_mode():
+            yield kept

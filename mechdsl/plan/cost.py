@@ -1,0 +1,435 @@
+"""What a plan costs, and what each pass saves: rows, tokens through blocks, multiply-adds.
+
+Counted on the rows themselves, with the masks that the packed run computes by, so nothing here is a
+rule of thumb but the size of an MLP and the rate of the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import numpy as np
+
+from mechdsl.models.shape import ModelShape
+from mechdsl.plan.columns import Ints, Ragged
+from mechdsl.plan.plan import (
+    BATCH_ROWS,
+    FUSE,
+    INERT,
+    JOIN,
+    PASS_TOKENS,
+    PLAN_PASSES,
+    PROMPT_TOKENS,
+    RESTART_PASSES,
+    SHARE,
+    UNEMBED,
+    ExperimentPlan,
+    Panel,
+    Plan,
+)
+from mechdsl.plan.restart import BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
+from mechdsl.plan.rules import Rows, RulePlan
+from mechdsl.plan.share import Sharer, combined
+from mechdsl.prompts.table import Run
+from mechdsl.resolve.resolved import SitePoint
+
+EFFICIENCY = 0.8
+"""Share of a large product's rate that passes over wide models reach, as measured on two cores."""
+CALL_SECONDS = 1.5e-3
+"""Of one block in one pass, whatever its size: what small models mostly take."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of patched rows and unpatched prompts."""
+
+    cells: int = 0
+    """Cells with a row to run."""
+    rows: int = 0
+    forwards: int = 0
+    """Calls of the model: one per row in a plain loop."""
+    tokens: int = 0
+    """Tokens times the blocks that they pass through."""
+    multiply_adds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.cells + other.cells,
+            self.rows + other.rows,
+            self.forwards + other.forwards,
+            self.tokens + other.tokens,
+            self.multiply_adds + other.multiply_adds,
+        )
+
+    @property
+    def flops(self) -> float:
+        """Two per multiply-add."""
+        return 2 * self.multiply_adds
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What stands after one pass."""
+
+    name: str
+    after: Cost
+    on: bool = True
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """A plain loop over a file, and what is left of it pass by pass."""
+
+    plain: Cost
+    savings: tuple[Saving, ...]
+    blocks: int = 0
+    """Of the deepest model."""
+
+    @property
+    def planned(self) -> Cost:
+        """With all passes that are on."""
+        return self.savings[-1].after if self.savings else self.plain
+
+
+def plan_cost(plan: Plan) -> PlanCost:
+    """Count a plan; rows are laid out in chunks of prompts and forgotten."""
+    plain = Cost()
+    after = dict.fromkeys(("stop_early", *PLAN_PASSES), Cost())
+    batched = list(PLAN_PASSES).index(JOIN)
+    for panel in plan.panels:
+        whole, stopped, batches = _unpatched(panel, plan)
+        plain += whole
+        together = replace(stopped, forwards=batches) if plan.does(JOIN) else stopped
+        for number, name in enumerate(after):
+            after[name] += together if number > batched else stopped
+        counter = _Counter(panel, plan)
+        for prompts in counter.chunks():
+            rows_plain, rows_after = counter.count(prompts)
+            plain += rows_plain
+            after = {name: cost + rows_after[name] for name, cost in after.items()}
+    return PlanCost(
+        plain,
+        tuple(Saving(name, cost, plan.does(name)) for name, cost in after.items() if name != FUSE),
+        max((p.experiments[0].experiment.model.shape.n_layers for p in plan.panels), default=0),
+    )
+
+
+def matmul_rate(size: int = 1024, repeats: int = 3) -> float:
+    """Multiply-adds per second of a product of square matrices in float32, the best of some."""
+    a = np.ones((size, size), dtype=np.float32)
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one starts the threads
+        start = perf_counter()
+        np.matmul(a, a)
+        best = min(best, perf_counter() - start)
+    return size**3 / best
+
+
+def estimated_seconds(cost: Cost, blocks: int, rate: float) -> float:
+    """Seconds that the work takes in a model of so many blocks, at a rate of multiply-adds per
+    second. Rough: it knows neither caches nor other work on the machine."""
+    return cost.multiply_adds / (rate * EFFICIENCY) + cost.forwards * blocks * CALL_SECONDS
+
+
+# --- one token in one block -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Multiply-adds per token of the parts of a block."""
+
+    project: int
+    output: int
+    mlp: int
+    key: int
+    """Attention's, per key that a query sees."""
+
+    @staticmethod
+    def of(shape: ModelShape) -> _Block:
+        heads = shape.n_heads * shape.d_head
+        # A hidden layer of four widths has no gate, as a rule; others have.
+        matrices = 2 if shape.d_mlp == 4 * shape.d_model else 3
+        return _Block(
+            project=shape.d_model * (heads + 2 * shape.n_kv_heads * shape.d_head),
+            output=heads * shape.d_model,
+            mlp=matrices * shape.d_model * shape.d_mlp,
+            key=2 * heads,
+        )
+
+    def whole(self, lengths: Ints) -> Ints:
+        """[row] all tokens of a prompt in one block."""
+        pairs = lengths * (lengths + 1) // 2
+        return lengths * (self.project + self.output + self.mlp) + pairs * self.key
+
+    def of_work(self, work: BlockWork, counts: Ints) -> tuple[int, int]:
+        """(tokens, multiply-adds) of rows, each counted so often."""
+        seen = np.arange(1, work.present.shape[1] + 1)
+
+        def tokens(mask: Mask) -> int:
+            return int(mask.sum(axis=1) @ counts)
+
+        adds = (
+            tokens(work.project) * self.project
+            + tokens(work.output) * self.output
+            + tokens(work.mlp) * self.mlp
+            + int((work.attend @ seen) @ counts) * self.key
+        )
+        return tokens(work.present), adds
+
+
+def _unpatched(panel: Panel, plan: Plan) -> tuple[Cost, Cost, int]:
+    """The unpatched runs of a panel: (all whole, those that are only read stopped early, forward
+    passes over batches of prompts)."""
+    experiment = panel.experiments[0].experiment
+    shape = experiment.model.shape
+    block = _Block.of(shape)
+    whole = stopped = Cost()
+    batches = 0
+    for name, needs in panel.runs.items():
+        run = panel.table.runs[name]
+        lengths = _lengths(run)
+        draws = run.noise.samples if run.noise is not None else 1
+        prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
+        per_block = int(block.whole(lengths).sum()) * draws
+        logits = prompts * shape.d_model * shape.vocab_size
+        n = shape.n_layers
+        all_of_it = Cost(0, 0, prompts, tokens * n, per_block * n + logits)
+        whole += all_of_it
+        stop = needs.stop
+        if stop is not None and plan.does("stop_early"):
+            all_of_it = Cost(0, 0, prompts, tokens * min(stop, n), per_block * min(stop, n))
+        stopped += all_of_it
+        batches += -(-tokens // PROMPT_TOKENS)
+    return whole, stopped, batches
+
+
+def _lengths(run: Run) -> Ints:
+    return np.array([len(row.ids) for row in run.rows], dtype=np.int64)
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+class _Counter:
+    """Counts the rows of one panel."""
+
+    def __init__(self, panel: Panel, plan: Plan) -> None:
+        self.plans = panel.experiments
+        self.plan = plan
+        self.table = self.plans[0].experiment.table
+        self.shape = self.plans[0].experiment.model.shape
+        self.block = _Block.of(self.shape)
+        self.sharer = Sharer(self.plans, share=plan.does(SHARE))
+
+    def chunks(self) -> Iterator[Ints]:
+        """Prompts whose rows can be laid out at a time."""
+        cells = max(1, sum(each.n_cells for each in self.plans))
+        size = max(1, BATCH_ROWS // cells)
+        every = np.arange(len(self.table), dtype=np.int64)
+        return (every[i : i + size] for i in range(0, len(every), size))
+
+    def count(self, prompts: Ints) -> tuple[Cost, dict[str, Cost]]:
+        """(of the plain loop, after each pass) on these prompts."""
+        every = [plan.rows(prompts) if plan.rules else Rows.none() for plan in self.plans]
+        plain = now = self._whole(every, prompts)
+        after = {"stop_early": plain}
+        if self.plan.does(INERT):
+            every = [
+                rows.take(np.flatnonzero(~plan.is_inert(rows)))
+                for plan, rows in zip(self.plans, every, strict=True)
+            ]
+            now = self._whole(every, prompts)
+        after[INERT] = now
+        shared = self.sharer.of(every)
+        own = [
+            shared.rows.take(np.flatnonzero(shared.owner == number))
+            for number in range(len(self.plans))
+        ]
+        if self.plan.does(SHARE):
+            now = self._whole(own, prompts)
+        after[SHARE] = now
+        shapes = [
+            shape
+            for plan, rows in zip(self.plans, own, strict=True)
+            for shape in _shapes(plan, rows)
+        ]
+        taken: dict[str, bool] = dict.fromkeys(RESTART_PASSES, False)
+        for name in RESTART_PASSES:
+            taken[name] = self.plan.does(name)
+            if taken[name]:
+                now = self._restarted(now, shapes, Shortcuts(**taken))
+            after[name] = now
+        narrow = all(
+            atom.form.narrow for p in self.plans for m in p.experiment.measures for atom in m.atoms
+        )
+        if self.plan.does(UNEMBED) and narrow:
+            now = self._narrowed(now, shapes)
+        after[UNEMBED] = now
+        if self.plan.does(JOIN) and now.rows:
+            width = sum(one.width for one in shapes)
+            passes = -(-width // PASS_TOKENS)
+            now = replace(now, forwards=min(now.forwards, passes))
+        after[JOIN] = after[FUSE] = now
+        return plain, after
+
+    def _cells(self, rows: Sequence[Rows], prompts: Ints) -> int:
+        """Cells with a row; counted on the first prompts, as all have the same."""
+        if not len(prompts) or prompts[0] != 0:
+            return 0
+        return sum(len(np.unique(one.cell)) for one in rows)
+
+    def _whole(self, rows: Sequence[Rows], prompts: Ints) -> Cost:
+        """Every row a whole pass."""
+        count = tokens = 0
+        adds = 0.0
+        n, logits = self.shape.n_layers, self.shape.d_model * self.shape.vocab_size
+        for plan, one in zip(self.plans, rows, strict=True):
+            lengths = plan.lengths(one)
+            count += len(one) * plan.draws
+            tokens += int(lengths.sum()) * plan.draws * n
+            adds += float(self.block.whole(lengths).sum()) * plan.draws * n
+            adds += len(one) * plan.draws * float(logits)
+        return Cost(self._cells(rows, prompts), count, count, tokens, adds)
+
+    def _restarted(self, before: Cost, shapes: Sequence[_Shapes], shortcuts: Shortcuts) -> Cost:
+        tokens = 0
+        adds = before.rows * float(self.shape.d_model * self.shape.vocab_size)
+        for one in shapes:
+            more_tokens, more_adds = one.work(self.block, self.shape, shortcuts)
+            tokens += more_tokens
+            adds += more_adds
+        return replace(before, tokens=tokens, multiply_adds=adds)
+
+    def _narrowed(self, before: Cost, shapes: Sequence[_Shapes]) -> Cost:
+        """Two rows of the unembedding for every row instead of the vocabulary."""
+        saved = before.rows * float(self.shape.d_model * (self.shape.vocab_size - 2))
+        return replace(before, multiply_adds=before.multiply_adds - saved)
+
+
+def _blocks(table: Sequence[SitePoint], points: Ragged) -> Ints:
+    """[site combination] equal where the same sites of the same blocks are written, in whatever
+    heads or neurons."""
+    numbers: dict[frozenset[tuple[str, int | None]], int] = {}
+    places = [(point.site, point.layer) for point in table]
+    found: list[int] = []
+    for begin, end in zip(points.offsets[:-1], points.offsets[1:], strict=True):
+        own = frozenset(places[point] for point in points.values[begin:end])
+        found.append(numbers.setdefault(own, len(numbers)))
+    return np.array(found, dtype=np.int64)
+
+
+def _shapes(plan: ExperimentPlan, rows: Rows) -> list[_Shapes]:
+    """The rows of an experiment; of path patching, those that record what receivers read too."""
+    found = [_Shapes(plan, rows)]
+    path = next((rule for rule in plan.rules if rule.paths is not None), None)
+    if path is not None and path.paths is not None and not path.paths.at_the_end:
+        at = path.written_runs(rows)
+        sender = path.site_of_cell[rows.cell]
+        code = combined([[sender, at, rows.prompt]], [len(rows)])
+        _, first = np.unique(code, return_index=True)
+        found.append(_Shapes(plan, rows.take(first), recording=True))
+    return found
+
+
+class _Shapes:
+    """The rows of an experiment by what they compute: alike rows are counted together.
+
+    recording: those of path patching in which all but the senders is held, and receivers are read.
+    """
+
+    def __init__(self, plan: ExperimentPlan, rows: Rows, *, recording: bool = False) -> None:
+        self.plan = plan
+        self.recording = recording
+        lengths = plan.lengths(rows)
+        columns: list[Ints] = [lengths]
+        for rule in plan.rules:
+            run = rule.written_runs(rows)
+            first = rule.written.leftmost(run) if len(rows) else run
+            table, points, combination = self._places(rule)
+            blocks = _blocks(table, points)[combination[rows.cell]]
+            columns += [blocks, first, rule.written.tokens.counts(run)]
+        at = [
+            np.asarray(measure.at[plan.experiment.spec.base])[rows.prompt]
+            for measure in plan.experiment.measures
+            if plan.experiment.spec.base in measure.at
+        ]
+        code = combined([[*columns, *at]], [len(rows)])
+        _, first, counts = np.unique(code, return_index=True, return_counts=True)
+        self.rows = rows.take(first)
+        self.lengths = lengths[first]
+        self.counts = counts * plan.draws
+        self.masks = self._masks([column[first] for column in at])
+        begin = np.where(
+            self.masks.real.any(axis=1), plan.leftmost(self.rows) if len(first) else 0, 0
+        )
+        self.width = int(np.maximum(1, self.lengths - begin) @ self.counts)
+
+    def work(self, block: _Block, shape: ModelShape, shortcuts: Shortcuts) -> tuple[int, int]:
+        """(tokens through blocks, multiply-adds)"""
+        tokens = adds = 0
+        for each in block_work(
+            self.masks,
+            shape.n_layers,
+            parallel=shape.parallel_block,
+            causal=shape.causal,
+            shortcuts=shortcuts,
+        ):
+            more_tokens, more_adds = block.of_work(each, self.counts)
+            tokens += more_tokens
+            adds += more_adds
+        return tokens, adds
+
+    def _places(self, rule: RulePlan) -> tuple[Sequence[SitePoint], Ragged, Ints]:
+        """What rows write: (points, combinations of them, combination of each cell)."""
+        paths = rule.paths
+        if paths is not None and not paths.at_the_end and not self.recording:
+            return paths.table, paths.points, paths.pair_of_cell
+        return rule.point_table, rule.points, rule.site_of_cell
+
+    def _masks(self, at: Sequence[Ints]) -> RowMasks:
+        """What the rows write and what is read of them."""
+        rows, lengths = self.rows, self.lengths
+        longest = int(lengths.max(initial=1))
+        real = np.arange(longest)[None, :] < lengths[:, None]
+        writes: dict[tuple[str, int | None], Mask] = {}
+        received: dict[tuple[str, int | None], Mask] = {}
+        for rule in self.plan.rules:
+            run = rule.written_runs(rows)
+            row, token = rule.written.tokens.expand(run)
+            table, points, combination = self._places(rule)
+            index, point = points.expand(combination[rows.cell][row])
+            target = received if rule.rule.fill == "observe" else writes
+            for number in np.unique(point):
+                place = table[number]
+                own = index[point == number]
+                mask = target.setdefault((place.site, place.layer), np.zeros_like(real))
+                mask[row[own], token[own]] = True
+            if self.recording and rule.paths is not None:
+                for place in {(p.site, p.layer) for p in rule.paths.table}:
+                    mask = received.setdefault(place, np.zeros_like(real))
+                    mask[row, token] = True
+        final = np.zeros_like(real)
+        measures = self.plan.experiment.measures
+        base = self.plan.experiment.spec.base
+        if len(rows) and not self.recording:
+            if any(base not in measure.at for measure in measures):
+                final[np.arange(len(rows)), lengths - 1] = True
+            for column in at:
+                final[np.arange(len(rows)), column] = True
+        whole = any(a.form.takes == "prompt" for measure in measures for a in measure.atoms)
+        if whole and not self.recording:
+            final |= real
+        reads = {
+            (atom.point.site, atom.point.layer): final
+            for measure in measures
+            for atom in measure.atoms
+            if atom.point is not None
+        }
+        path = next((rule.paths for rule in self.plan.rules if rule.paths is not None), None)
+        held = None
+        if path is not None and (path.at_the_end or self.recording):
+            every = np.ones(len(rows), dtype=np.bool_)
+            held = Held(every, every & (not path.through_mlps))
+        return RowMasks(real, writes, {**reads, **received}, final, held)

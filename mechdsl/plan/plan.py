@@ -1,0 +1,453 @@
+"""The plan: cells laid out as rows, columns of integers in numpy.
+
+The unit is the row: one cell on one prompt, because positions (and with several tokens under one
+label, the number of runs) differ from prompt to prompt. Rows are made for a batch of prompts at a
+time and never held as objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.base.registry import nearest
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
+from mechdsl.graph.nodes import Encode, Forward, Graph, Measure, Read, build, unpatched
+from mechdsl.graph.passes import PASSES, PassOutcome, run_passes
+from mechdsl.plan.columns import Hits, Ints, Ragged, counted
+from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
+from mechdsl.plan.restart import Shortcuts
+from mechdsl.plan.rules import PathPlan, Rows, RulePlan
+from mechdsl.prompts.table import PromptTable, Run
+from mechdsl.resolve.path_rules import reached
+from mechdsl.resolve.random_targets import with_controls
+from mechdsl.resolve.resolved import Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
+from mechdsl.vocab.sites import SITES
+
+Place: TypeAlias = tuple[str, int | None]
+"""A component and its layer."""
+
+PROMPT_TOKENS = 4096
+"""Tokens of one batch of unpatched prompts, at most."""
+PASS_TOKENS = 2048
+"""Of the first pass over rows. On two cores 1,000 to 4,000 are equally good; fewer read the weights
+too often, more fall out of the cache."""
+BATCH_ROWS = 1 << 18
+"""Rows that are laid out at a time: columns of integers, a hundred bytes a row."""
+
+RESTART_PASSES: Mapping[str, str] = {
+    "resume": "a row starts at its lowest write, with what the unpatched run had there",
+    "prefix": "it computes its leftmost write and what follows, on keys and values that are kept",
+    "inside": "it starts inside that block, and projects queries, keys, values only of changes",
+    "last": "nothing is computed that no measure reads: in the last block few tokens, behind the "
+    "last one read none",
+}
+SHARE, INERT, JOIN, UNEMBED, FUSE = "share", "inert", "join", "unembed", "fuse"
+PLAN_PASSES: Mapping[str, str] = {
+    INERT: "rows that can't differ from the base run are not run",
+    SHARE: "rows that several cells or experiments have in common are run once",
+    **RESTART_PASSES,
+    UNEMBED: "only the logits that metrics read are computed, where they need no softmax",
+    JOIN: "rows of all layers, sites, rules and experiments ride in one pass, and join it where "
+    "they start",
+    FUSE: "activation functions written out step by step run in one kernel",
+}
+"""Name → what it does. `plan` shows what each saves, in this order."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExperimentPlan:
+    """Everything that is known of an experiment's rows before the model runs."""
+
+    experiment: ResolvedExperiment
+    coordinates: tuple[Ints, ...]
+    """Per axis, the index of every cell along it."""
+    rules: tuple[RulePlan, ...]
+    lowest: Ints
+    """Per cell, the lowest block that it writes to or that a measure reads."""
+    inert_runs: tuple[Inert, ...]
+    """Per rule, what it writes that can't change anything."""
+    inert: NDArray[np.bool_]
+    """Per cell: by structure none of its rows can differ from the base run."""
+    items: tuple[Env, ...]
+    """Per cell, its occurrence, where an axis runs over occurrences."""
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.lowest)
+
+    @property
+    def exists(self) -> NDArray[np.bool_]:
+        """[cell] whether there is such a cell: paths only lead forward."""
+        found = np.ones(self.n_cells, dtype=np.bool_)
+        for plan in self.rules:
+            if plan.paths is not None:
+                found &= plan.paths.exists
+        return found
+
+    @property
+    def draws(self) -> int:
+        """Draws of noise that every row is run with, of all runs that it starts from or reads."""
+        spec = self.experiment.spec
+        names = [spec.base, spec.source, *(plan.rule.run for plan in self.rules)]
+        runs = self.experiment.table.runs
+        noises = [runs[name].noise for name in names if name is not None]
+        return max((noise.samples for noise in noises if noise is not None), default=1)
+
+    @property
+    def replaced(self) -> RulePlan | None:
+        """The rule that puts other text into the prompts, if there is one."""
+        return next((plan for plan in self.rules if plan.rule.fill == "text"), None)
+
+    @property
+    def starting_runs(self) -> tuple[Run, ...]:
+        """The runs that rows start from: the base run, or those with the text put in."""
+        if not self.rules:
+            return ()
+        if self.replaced is not None:
+            return tuple(self.replaced.rule.inputs.values())
+        return (self.experiment.table.runs[self.experiment.spec.base],)
+
+    def starting_run(self, rows: Rows) -> Ints:
+        """[row] index into `starting_runs`."""
+        if self.replaced is None:
+            return np.zeros(len(rows), dtype=np.int64)
+        return self.replaced.position_of_cell[rows.cell]
+
+    def lengths(self, rows: Rows) -> Ints:
+        """[row] tokens of the prompt that it starts from."""
+        which = self.starting_run(rows)
+        found = np.zeros(len(rows), dtype=np.int64)
+        for index, run in enumerate(self.starting_runs):
+            own = np.array([len(row.ids) for row in run.rows], dtype=np.int64)
+            found = np.where(which == index, own[rows.prompt], found)
+        return found
+
+    def leftmost(self, rows: Rows) -> Ints:
+        """The first position that each row writes to."""
+        first = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
+        for plan in self.rules:
+            first = np.minimum(first, plan.written.leftmost(plan.written_runs(rows)))
+        return first
+
+    def is_inert(self, rows: Rows) -> NDArray[np.bool_]:
+        """Which rows can't differ from the base run, by structure."""
+        return inert_rows(self.inert_runs, self.rules, rows)
+
+    def _runs(self, prompts: Ints) -> Ints:
+        """[cell, prompt]: how many runs there are, none where a rule has no position."""
+        counts = np.ones((self.n_cells, len(prompts)), dtype=np.int64)
+        for plan in self.rules:
+            own = plan.run_counts(prompts)
+            counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
+        return counts
+
+    def count(self, prompts: Ints | None = None) -> int:
+        """Patched rows on these prompts (or all), draws included: passes of the plain loop."""
+        if prompts is None:
+            prompts = np.arange(len(self.experiment.table), dtype=np.int64)
+        return int(self._runs(prompts).sum()) * self.draws if self.rules else 0
+
+    def rows(self, prompts: Ints) -> Rows:
+        """All rows on these prompts, ordered by cell and prompt."""
+        flat = self._runs(prompts).ravel()
+        place, alternative = counted(flat)
+        cell = np.repeat(np.arange(self.n_cells), len(prompts))[place]
+        prompt = np.tile(prompts, self.n_cells)[place]
+        return Rows(cell, prompt, alternative)
+
+
+@dataclass(frozen=True)
+class RunNeeds:
+    """What an unpatched run has to give."""
+
+    forward: Forward
+    reads: frozenset[Place] = frozenset()
+    measured: bool = False
+    stop: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Experiments on the same model and prompts, which share their unpatched runs."""
+
+    model: str
+    encode: Encode
+    """Of the clean run."""
+    experiments: tuple[ExperimentPlan, ...]
+    runs: Mapping[str, RunNeeds]
+
+    @cached_property
+    def table(self) -> PromptTable:
+        """The prompts, with the runs of all experiments."""
+        tables = [plan.experiment.table for plan in self.experiments]
+        runs = {name: run for table in tables for name, run in table.runs.items()}
+        return replace(tables[0], runs=runs)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The model that it runs on, and others that are read."""
+        return tuple(dict.fromkeys(m for plan in self.experiments for m in plan.experiment.models))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The whole file."""
+
+    graph: Graph
+    passes: tuple[PassOutcome, ...]
+    panels: tuple[Panel, ...]
+    without: frozenset[str] = field(default_factory=frozenset)
+
+    def does(self, name: str) -> bool:
+        """Whether a pass is on."""
+        return name not in self.without
+
+    @property
+    def shortcuts(self) -> Shortcuts:
+        """What a row takes over from the run that it starts from."""
+        return Shortcuts(**{name: self.does(name) for name in RESTART_PASSES})
+
+    @property
+    def restarts(self) -> bool:
+        """Whether rows take anything over; else they are whole passes."""
+        return any(self.does(name) for name in RESTART_PASSES)
+
+
+def unknown_passes(names: Iterable[str]) -> list[Diagnostic]:
+    """E0208 for every `--no-pass` that names none."""
+    known = [*PASSES, *PLAN_PASSES]
+    return [
+        BadCommandLine(
+            reason=f"there is no pass called `{name}`",
+            hint=did_you_mean(nearest(name, known), f"passes are {', '.join(known)}"),
+        )
+        for name in names
+        if name not in known
+    ]
+
+
+def make_plan(
+    experiments: Sequence[ResolvedExperiment], *, without: frozenset[str] = frozenset()
+) -> Plan:
+    """The plan of a file; `without` names graph and plan passes that are switched off."""
+    experiments = with_controls(experiments)
+    # Models that are patched into each other have the same number of layers.
+    layers = {name: e.model.shape.n_layers for e in experiments for name in e.models}
+    graph, outcomes = run_passes(build(list(experiments)), layers, without=without)
+    by_panel: dict[tuple[str, Encode], list[ExperimentPlan]] = {}
+    for experiment in experiments:
+        key = (experiment.model.name, unpatched(experiment, "clean").encode)
+        by_panel.setdefault(key, []).append(plan_experiment(experiment))
+    panels = tuple(
+        Panel(model, encode, tuple(plans), _needs(plans, graph))
+        for (model, encode), plans in by_panel.items()
+    )
+    return Plan(graph, tuple(outcomes), panels, without)
+
+
+def _needs(plans: Sequence[ExperimentPlan], graph: Graph) -> dict[str, RunNeeds]:
+    """What the graph asks of every unpatched run of a panel, and what only rows need."""
+    wanted: dict[Forward, RunNeeds] = {}
+    for node in graph:
+        if not isinstance(node, Forward) or node.axes:
+            continue
+        users = list(graph.successors(node))
+        reads = frozenset(
+            (site, layer)
+            for user in users
+            if isinstance(user, Read)
+            for site in user.site.split(", ")
+            for layer in (user.layers if SITES[site].has_layer else (None,))
+        )
+        whole = replace(node, stop=None)
+        old = wanted.get(whole, RunNeeds(whole, stop=node.stop))
+        wanted[whole] = RunNeeds(
+            whole,
+            old.reads | reads,
+            old.measured or any(isinstance(user, Measure) for user in users),
+            node.stop if old.stop is not None else None,
+        )
+    needs: dict[str, RunNeeds] = {}
+    for plan in plans:
+        experiment = plan.experiment
+        for run in runs_of(experiment):
+            forward = unpatched(experiment, run)
+            found = wanted.get(forward, RunNeeds(forward))
+            if run == "clean" and experiment.keep:  # filters rows before the graph is run
+                found = replace(found, measured=True, stop=None)
+            needs[run] = found
+    return needs
+
+
+def runs_of(experiment: ResolvedExperiment) -> tuple[str, ...]:
+    """Every unpatched run that the experiment reads, measures or starts from."""
+    names = [experiment.spec.base]
+    if experiment.spec.source is not None:
+        names.append(experiment.spec.source)
+    names.extend(rule.run for rule in experiment.rules)
+    names.extend(experiment.accuracies)
+    for measure in (*experiment.measures, *experiment.keep):
+        names.extend(atom.run for atom in measure.atoms if atom.run is not None)
+    if experiment.keep:
+        names.append("clean")
+    return tuple(dict.fromkeys(names))
+
+
+def plan_experiment(experiment: ResolvedExperiment) -> ExperimentPlan:
+    """Lay the cells of one experiment out."""
+    shape = experiment.shape
+    count = experiment.n_cells
+    coordinates = (
+        tuple(np.asarray(c, dtype=np.int64) for c in np.unravel_index(np.arange(count), shape))
+        if shape
+        else ()
+    )
+    names = [axis.name for axis in experiment.axes]
+    by_name = dict(zip(names, coordinates, strict=True))
+    parallel = experiment.model.shape.parallel_block
+    rules = tuple(_rule_plan(rule, by_name, count, parallel=parallel) for rule in experiment.rules)
+    items: list[Env] = [None] * count
+    for axis in experiment.axes:
+        if axis.items:
+            items = [axis.items[i] for i in by_name[axis.name]]
+    inert_runs = tuple(inert_of(experiment, plan) for plan in rules)
+    return ExperimentPlan(
+        experiment=experiment,
+        coordinates=coordinates,
+        rules=rules,
+        lowest=_lowest(experiment, rules, count),
+        inert_runs=inert_runs,
+        inert=inert_cells(inert_runs, rules, count),
+        items=tuple(items),
+    )
+
+
+def _rule_plan(
+    rule: ResolvedRule, by_name: Mapping[str, Ints], count: int, *, parallel: bool
+) -> RulePlan:
+    site_of_cell = np.zeros(count, dtype=np.int64)
+    table: dict[tuple[SitePoint, SitePoint], int] = {}
+    lists: list[list[int]] = [[]]
+    if rule.sites is not None:
+        sites = rule.sites
+        keys = list(sites.points)
+        site_of_cell = _lookup(keys, sites.axes, by_name, count)
+        sources = sites.points if sites.sources is None else sites.sources
+        lists = [
+            [
+                table.setdefault(pair, len(table))
+                for pair in zip(sites.points[key], sources[key], strict=True)
+            ]
+            for key in keys
+        ]
+    positions = list(rule.positions.written)
+    written = tuple(rule.positions.written[key] for key in positions)
+    read = tuple(rule.positions.read[key] for key in positions)
+    amounts = np.zeros(count)
+    if rule.amounts is not None:
+        values = np.array(list(rule.amounts.values.values()))
+        amounts = values[_lookup(list(rule.amounts.values), rule.amounts.axes, by_name, count)]
+    keys_hit, key_of_cell = None, None
+    if rule.edge is not None:
+        cells = rule.edge.keys.written
+        keys_hit = Hits.of(tuple(cells.values()))
+        key_of_cell = _lookup(list(cells), rule.edge.keys.axes, by_name, count)
+    return RulePlan(
+        rule=rule,
+        site_of_cell=site_of_cell,
+        position_of_cell=_lookup(positions, rule.positions.axes, by_name, count),
+        points=Ragged.of(lists),
+        point_table=tuple(pair[0] for pair in table),
+        source_table=tuple(pair[1] for pair in table),
+        written=Hits.of(written),
+        read=Hits.of(written if rule.apart is not None else read),
+        averaged=Hits.of(read),
+        positions=written,
+        sources=read,
+        amounts=amounts,
+        keys=keys_hit,
+        key_of_cell=key_of_cell,
+        paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
+    )
+
+
+def _paths(
+    rule: ResolvedRule,
+    sender_of_cell: Ints,
+    by_name: Mapping[str, Ints],
+    count: int,
+    *,
+    parallel: bool,
+) -> PathPlan | None:
+    """Every combination of senders and receivers that some cell has, and who is reached."""
+    if rule.path is None:
+        return None
+    assert rule.sites is not None
+    receivers = rule.path.receivers
+    keys = list(receivers.points)
+    receiver_of_cell = _lookup(keys, receivers.axes, by_name, count)
+    of, to = list(rule.sites.points.values()), [receivers.points[key] for key in keys]
+    pairs, pair_of_cell = np.unique(
+        sender_of_cell * len(to) + receiver_of_cell, return_inverse=True
+    )
+    table: dict[SitePoint, int] = {}
+    lists = [
+        [
+            table.setdefault(point, len(table))
+            for point in reached(of[pair // len(to)], to[pair % len(to)], parallel=parallel)
+        ]
+        for pair in pairs.tolist()
+    ]
+    return PathPlan(
+        tuple(table), Ragged.of(lists), pair_of_cell.reshape(-1), rule.path.through_mlps
+    )
+
+
+def _lookup(
+    keys: Sequence[Key], axes: Sequence[str], by_name: Mapping[str, Ints], count: int
+) -> Ints:
+    """Per cell, which of `keys` (all combinations along `axes`) it has."""
+    if not axes:
+        return np.zeros(count, dtype=np.int64)
+    sizes = [max(key[i] for key in keys) + 1 for i in range(len(axes))]
+    ordinal = np.zeros(sizes, dtype=np.int64)
+    for index, key in enumerate(keys):
+        ordinal[key] = index
+    return ordinal[tuple(by_name[name] for name in axes)]
+
+
+def _lowest(experiment: ResolvedExperiment, rules: tuple[RulePlan, ...], count: int) -> Ints:
+    """The lowest block that each cell writes to, or that a measure reads inside the model."""
+    n_layers = experiment.model.shape.n_layers
+    lowest = np.full(count, n_layers, dtype=np.int64)
+    for plan in rules:
+        if plan.rule.sites is None:
+            continue
+        own = [
+            min(_block(plan.point_table[p], n_layers) for p in _list(plan.points, key))
+            for key in range(len(plan.points.offsets) - 1)
+        ]
+        lowest = np.minimum(lowest, np.array(own, dtype=np.int64)[plan.site_of_cell])
+    for measure in experiment.measures:
+        for atom in measure.atoms:
+            if atom.point is not None:
+                lowest = np.minimum(lowest, _block(atom.point, n_layers))
+    return lowest
+
+
+def _list(ragged: Ragged, key: int) -> Ints:
+    return ragged.values[ragged.offsets[key] : ragged.offsets[key + 1]]
+
+
+def _block(point: SitePoint, n_layers: int) -> int:
+    """The block that a site lies in; the number of blocks for what lies behind them."""
+    if point.layer is not None:
+        return point.layer
+    return 0 if SITES[point.site].when == "embedding" else n_layers

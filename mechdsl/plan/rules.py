@@ -1,0 +1,116 @@
+"""A rule over all cells and prompts, and the rows that cells have, as columns of integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.plan.columns import Hits, Ints, Ragged
+from mechdsl.prompts.table import PositionCell
+from mechdsl.resolve.resolved import ResolvedRule, SitePoint
+from mechdsl.statistics.data import Floats
+from mechdsl.vocab.sites import SITES
+
+
+@dataclass(frozen=True, eq=False)
+class PathPlan:
+    """The receivers of a path rule."""
+
+    table: tuple[SitePoint, ...]
+    points: Ragged
+    """Pair of senders and receivers → indices into `table`, those that a sender reaches."""
+    pair_of_cell: Ints
+    through_mlps: bool
+
+    @property
+    def exists(self) -> NDArray[np.bool_]:
+        """[cell] whether any receiver lies behind a sender."""
+        return self.points.counts(self.pair_of_cell) > 0
+
+    @property
+    def at_the_end(self) -> bool:
+        """Whether paths lead to the end of the model, and nothing is recorded."""
+        return SITES[self.table[0].site].when == "output"
+
+
+@dataclass(frozen=True, eq=False)
+class RulePlan:
+    """One rule over all cells."""
+
+    rule: ResolvedRule
+    site_of_cell: Ints
+    position_of_cell: Ints
+    points: Ragged
+    """Site combination → indices into `point_table`."""
+    point_table: tuple[SitePoint, ...]
+    source_table: tuple[SitePoint, ...]
+    """Per point, the one that is read: another where a rule writes into another layer."""
+    written: Hits
+    read: Hits
+    positions: tuple[PositionCell, ...]
+    """Where it writes, per value of `position_of_cell`."""
+    sources: tuple[PositionCell, ...]
+    """Where it reads."""
+    averaged: Hits
+    """What a mean is taken of: `read`, but for the rows of another block."""
+    amounts: Floats
+    """[cell] the number that is written, or that attention is multiplied with."""
+    keys: Hits | None = None
+    """Attention rules: the keys; `written` are the queries."""
+    key_of_cell: Ints | None = None
+    paths: PathPlan | None = None
+
+    @property
+    def writes_sites(self) -> bool:
+        """Whether vectors are written at its sites in the row itself."""
+        return self.rule.fill not in ("text", "edge", "observe", "path")
+
+    def written_runs(self, rows: Rows) -> Ints:
+        """[row] the run that each row writes at: an index into `written.tokens`."""
+        return self.written.run(self.position_of_cell[rows.cell], rows.prompt, rows.alternative)
+
+    def key_runs(self, rows: Rows) -> Ints:
+        """[row] the run of each row's keys: an index into `keys.tokens`; attention rules only."""
+        assert self.keys is not None
+        assert self.key_of_cell is not None
+        return self.keys.run(self.key_of_cell[rows.cell], rows.prompt, rows.alternative)
+
+    def run_counts(self, prompts: Ints) -> Ints:
+        """[cell, prompt]: how many runs there are, none where the rule has no place in a cell."""
+        counts = _counts(self.written, self.position_of_cell, prompts)
+        if self.keys is not None and self.key_of_cell is not None:
+            own = _counts(self.keys, self.key_of_cell, prompts)
+            counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
+        if self.paths is not None:
+            counts = np.where(self.paths.exists[:, None], counts, 0)
+        return counts
+
+
+def _counts(hits: Hits, position: Ints, prompts: Ints) -> Ints:
+    key = position[:, None] * hits.prompts + prompts[None, :]
+    return hits.runs.counts(key.ravel()).reshape(key.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """One row per (cell, prompt, alternative), as parallel columns."""
+
+    cell: Ints
+    prompt: Ints
+    """Index into the table's rows."""
+    alternative: Ints
+    """Which of several runs under one label (the middle tokens of a span), averaged later."""
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+    @staticmethod
+    def none() -> Rows:
+        """No rows."""
+        empty = np.zeros(0, dtype=np.int64)
+        return Rows(empty, empty, empty)
+
+    def take(self, index: Ints) -> Rows:
+        return Rows(self.cell[index], self.prompt[index], self.alternative[index])

@@ -1,0 +1,187 @@
+"""Rows that several cells or experiments have in common, each run once.
+
+Two rows are the same where they start from the same run of the same prompt and write the same to
+the same places; what is measured on them may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mechdsl.plan.columns import Hits, Ints, Ragged
+from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.rules import Rows, RulePlan
+
+
+@dataclass(frozen=True, eq=False)
+class SharedRows:
+    """The distinct rows of some experiments on the same prompts."""
+
+    owner: Ints
+    """[distinct] number of the experiment that says what is written."""
+    rows: Rows
+    """[distinct] as its experiment counts."""
+    members: tuple[tuple[Ints, Rows], ...]
+    """Per experiment: for each of its rows, the distinct row that it is; and the rows."""
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+
+class Sharer:
+    """Finds equal rows of the experiments of a panel."""
+
+    def __init__(self, plans: Sequence[ExperimentPlan], *, share: bool) -> None:
+        self.plans = plans
+        self.share = share
+        self._numbers: dict[Hashable, int] = {}
+        self._keys = [[self._rule(plan, rule) for rule in plan.rules] for plan in plans]
+
+    def of(self, rows: Sequence[Rows]) -> SharedRows:
+        """The rows of each experiment, equal ones once."""
+        owner = np.repeat(np.arange(len(rows)), [len(one) for one in rows])
+        every = Rows(
+            *(
+                np.concatenate([getattr(one, name) for one in rows])
+                for name in ("cell", "prompt", "alternative")
+            )
+        )
+        first = inverse = np.arange(len(owner))
+        if self.share and len(owner):
+            columns = [self._columns(number, one) for number, one in enumerate(rows)]
+            code = combined(columns, [len(one) for one in rows])
+            _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+        ends = np.cumsum([len(one) for one in rows])[:-1]
+        return SharedRows(
+            owner[first],
+            every.take(first),
+            tuple(zip(np.split(inverse, ends), rows, strict=True)),
+        )
+
+    def _columns(self, number: int, rows: Rows) -> list[Ints]:
+        """What makes a row of one experiment what it is."""
+        plan = self.plans[number]
+        runs = np.array([self._number(id(run)) for run in plan.starting_runs], dtype=np.int64)
+        draws = np.full(len(rows), plan.draws)
+        found = [runs[plan.starting_run(rows)], draws, rows.prompt]
+        for rule, key in zip(plan.rules, self._keys[number], strict=True):
+            if rule.rule.fill == "observe":  # whatever is looked at, the row is the same
+                continue
+            position = rule.position_of_cell[rows.cell]
+            found += [
+                np.full(len(rows), key.fill),
+                key.points[rule.site_of_cell[rows.cell]],
+                key.written[rule.written_runs(rows)],
+            ]
+            if key.whole is None:
+                run = rule.read.run(position, rows.prompt, rows.alternative)
+                found.append(key.read[run])
+            else:
+                found.append(key.whole[position])
+            # The fill, in front, says which of these follow.
+            if key.keys is not None:
+                found.append(key.keys[rule.key_runs(rows)])
+            if rule.rule.amounts is not None:
+                found.append(key.amounts[rows.cell])
+            if rule.paths is not None and key.receivers is not None:
+                found.append(key.receivers[rule.paths.pair_of_cell[rows.cell]])
+        return found
+
+    def _rule(self, plan: ExperimentPlan, rule: RulePlan) -> _RuleKey:
+        edge = None if rule.rule.edge is None else rule.rule.edge.kind
+        through = None if rule.paths is None else rule.paths.through_mlps
+        own = rule.rule
+        apart = None if own.apart is None else own.apart.name
+        fill: Hashable = (own.fill, own.run, apart, own.groups, own.python, edge, through)
+        pairs = list(zip(rule.point_table, rule.source_table, strict=True))
+        points = [
+            tuple(pairs[i] for i in _list(rule.points, key))
+            for key in range(len(rule.points.offsets) - 1)
+        ]
+        receivers = None
+        if rule.paths is not None:
+            paths = rule.paths
+            ends = [
+                tuple(paths.table[i] for i in _list(paths.points, key))
+                for key in range(len(paths.points.offsets) - 1)
+            ]
+            receivers = np.array([self._number(("to", end)) for end in ends], dtype=np.int64)
+        whole = None
+        if rule.rule.fill in ("mean", "resample"):
+            # What is written comes from all rows' positions, not from this row's alone.
+            cells = zip(rule.positions, rule.sources, strict=True)
+            numbers = [self._number((to.hits, of.hits)) for to, of in cells]
+            whole = np.array(numbers, dtype=np.int64)
+        return _RuleKey(
+            self._number(fill),
+            np.array([self._number(one) for one in points], dtype=np.int64),
+            self._tokens(rule.written),
+            self._tokens(rule.read),
+            whole,
+            None if rule.keys is None else self._tokens(rule.keys),
+            np.array([self._number(("amount", one)) for one in rule.amounts.tolist()]),
+            receivers,
+        )
+
+    def _tokens(self, hits: Hits) -> Ints:
+        """[run] a number for its tokens: the token itself where there is one."""
+        runs = np.arange(len(hits.tokens.offsets) - 1)
+        found = hits.leftmost(runs) if len(runs) else runs
+        for run in np.flatnonzero(hits.tokens.counts(runs) > 1):
+            begin, end = hits.tokens.offsets[run : run + 2]
+            found[run] = -1 - self._number(hits.tokens.values[begin:end].tobytes())
+        return found
+
+    def _number(self, content: Hashable) -> int:
+        return self._numbers.setdefault(content, len(self._numbers))
+
+
+@dataclass(frozen=True, eq=False)
+class _RuleKey:
+    """Numbers for what a rule writes; equal ones mean the same."""
+
+    fill: int
+    points: Ints
+    """[site combination]"""
+    written: Ints
+    """[run]"""
+    read: Ints
+    """[run]"""
+    whole: Ints | None
+    """[position], where what is written hangs on the positions of all rows."""
+    keys: Ints | None
+    """[run of keys], of attention rules."""
+    amounts: Ints
+    """[cell]"""
+    receivers: Ints | None
+    """[pair of senders and receivers]"""
+
+
+def _list(ragged: Ragged, key: int) -> list[int]:
+    return ragged.values[ragged.offsets[key] : ragged.offsets[key + 1]].tolist()
+
+
+def combined(columns: Sequence[Sequence[Ints]], lengths: Sequence[int]) -> Ints:
+    """[row] one number for all columns: equal where all of them are.
+
+    columns: of several parts, side by side; a part that has fewer is filled up.
+    """
+    code = np.zeros(sum(lengths), dtype=np.int64)
+    size = 1
+    for number in range(max((len(part) for part in columns), default=0)):
+        column = np.concatenate(
+            [
+                part[number] if number < len(part) else np.full(length, -1, dtype=np.int64)
+                for part, length in zip(columns, lengths, strict=True)
+            ]
+        )
+        values, column = np.unique(column, return_inverse=True)
+        if size * len(values) >= 1 << 62:
+            distinct, code = np.unique(code, return_inverse=True)
+            size = len(distinct)
+        code = code * len(values) + column
+        size *= len(values)
+    return code

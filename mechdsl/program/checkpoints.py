@@ -1,0 +1,96 @@
+"""`local("runs/step-*")`: one model for every folder that matches, in natural order."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import BadArgument
+from mechdsl.diagnostics.e04_model import ModelNotFound
+from mechdsl.program import spec
+
+STAR = "*"
+
+
+def checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequence[spec.Model]:
+    """The models that a statement defines: itself, or what matches the `*` of its path.
+
+    Codes: E0207 for a path with several stars, or one that is not of a folder; E0401 where nothing
+    matches.
+    """
+    if STAR in (model.revision or ""):
+        diagnostics.append(
+            BadArgument(
+                span=model.span,
+                name=f"{model.revision}",
+                reason="has a `*`, which only folders may have",
+                hint='write one revision, or the folder of several: `local("runs/step-*")`',
+            )
+        )
+        return []
+    if STAR not in model.path:
+        return [model]
+    if model.path.count(STAR) > 1 or model.kind != "local":
+        only = model.kind == "local"
+        diagnostics.append(
+            BadArgument(
+                span=model.span,
+                name=model.path,
+                reason="has more than one `*`"
+                if only
+                else "has a `*`, which only folders may have",
+                hint='write one, for the part that differs: `local("runs/step-*")`',
+            )
+        )
+        return []
+    found = matching(model.span.source.folder, model.path)
+    if not found:
+        diagnostics.append(
+            ModelNotFound(
+                span=model.span,
+                model=model.name,
+                path=model.path,
+                place="the folder of the file",
+                advice="no folder matches; write the path from the `.mech` file, with `*` for the "
+                "part that differs",
+            )
+        )
+    return [
+        model.model_copy(
+            update={
+                "name": f"{model.name}:{matched}",
+                "path": model.path.replace(STAR, matched),
+                "matched": matched,
+            }
+        )
+        for matched in found
+    ]
+
+
+def matching(base: Path, path: str) -> list[str]:
+    """What `*` stands for in the folders that match, as people count: `step-9` before `step-10`."""
+    before, _, after = path.partition(STAR)
+    parent, _, start = before.rpartition("/")
+    end, slash, rest = after.partition("/")
+    folder = base / Path(parent or ("/" if before.startswith("/") else ".")).expanduser()
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    found = [
+        name[len(start) : len(name) - len(end)]
+        for name in names
+        if name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end)
+        if start or not name.startswith(".")
+        if (folder / name / rest if slash else folder / name).is_dir()
+    ]
+    return sorted(found, key=_natural)
+
+
+def _natural(text: str) -> list[tuple[int, int, str]]:
+    """Digits as numbers, so that 9 comes before 10."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", text)
+    return [(0, int(p), p) if p[0].isdigit() and p.isascii() else (1, 0, p) for p in parts]

@@ -1,0 +1,303 @@
+"""An `experiment` block as typed data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mechdsl.base.registry import nearest
+from mechdsl.diagnostics.e02_names import (
+    BadArgument,
+    MissingLine,
+    UnknownName,
+    UnknownWord,
+    did_you_mean,
+)
+from mechdsl.diagnostics.e06_experiment import NoMeasure, PatchWithoutSource
+from mechdsl.program import spec
+from mechdsl.program.constants import whole_number
+from mechdsl.program.lower_controls import lower_control
+from mechdsl.program.lower_measures import (
+    each_once,
+    expand_metrics,
+    lower_expectation,
+    lower_measure,
+    lower_report,
+    lower_statistics,
+)
+from mechdsl.program.lower_other_runs import (
+    End,
+    Variant,
+    in_model,
+    models_of,
+    run_of,
+    sides,
+    variants,
+)
+from mechdsl.program.names import Scope
+from mechdsl.program.statements import Statements, use_names
+from mechdsl.syntax import ast
+
+if TYPE_CHECKING:
+    from mechdsl.program.lower_file import Parts
+
+
+def lower_experiment(
+    definition: ast.ExperimentDef, parts: Parts, scope: Scope
+) -> tuple[spec.Experiment, ...]:
+    """The typed experiment, or one for each combination of what it compares; none where it can't
+    be run. The reasons are in the scope."""
+    work = Statements(definition, parts, scope)
+    work.collect(definition.statements)
+    before = len([d for d in scope.diagnostics if d.severity == "error"])
+    prompts = _prompts(work)
+    sources, bases = ([], []) if prompts is None else sides(work, prompts)
+    models = models_of(work, bases)
+    rules = _rules_of(work, prompts, sources)
+    measures = tuple(lower_measure(m, parts, scope) for m in work.measures)
+    measures = (*_observed(next(iter(rules.values()))), *measures)
+    each_once(measures, work)
+    if not measures and not work.unsupported:
+        scope.diagnostics.append(
+            NoMeasure(span=definition.name.span, experiment=definition.name.id)
+        )
+    statistics = lower_statistics(work)
+    against = lower_control(work)
+    expects = tuple(lower_expectation(e, work) for e in work.expects)
+    combined = [] if prompts is None else variants(models, sources, bases, prompts, work)
+    broken = work.unsupported or before != len(
+        [d for d in scope.diagnostics if d.severity == "error"]
+    )
+    if broken or prompts is None:
+        return ()
+    use = work.prompts[0]
+    part = use.prompts.part
+    assert part is None or part == "train" or part == "test"
+    whole = spec.Experiment(
+        span=definition.name.span,
+        name=definition.name.id,
+        model="",
+        prompts=prompts.name,
+        part=part,
+        limit=whole_number(use.limit, parts.parameters),
+        loops=tuple(work.loops),
+        keep=tuple(expand_metrics(k, parts, scope) for k in work.keep),
+        measures=measures,
+        statistics=statistics,
+        against=against,
+        reports=tuple(lower_report(r, work) for r in work.reports),
+        expects=expects,
+    )
+    return tuple(_variant(whole, each, rules[each.reads], work) for each in combined)
+
+
+def _variant(
+    whole: spec.Experiment, variant: Variant, rules: tuple[spec.Rule, ...], work: Statements
+) -> spec.Experiment:
+    own, elsewhere = in_model(variant, rules, work)
+    return whole.model_copy(
+        update={
+            "variant": variant.labels,
+            "model": variant.model,
+            "source": variant.source,
+            "base": variant.base,
+            "elsewhere": elsewhere,
+            "rules": own,
+        }
+    )
+
+
+def _prompts(work: Statements) -> spec.Prompts | None:
+    if not work.prompts:
+        known = work.scope.names("prompts")
+        work.diagnostics.append(
+            MissingLine(
+                span=work.definition.name.span,
+                experiment=work.definition.name.id,
+                what="prompts",
+                hint=f"add a line such as `prompts {known[0] if known else 'fruit'} limit 64`",
+            )
+        )
+        return None
+    use = work.prompts[0]
+    if use.kind == "images":
+        work.later(use.span, "images")
+        return None
+    if not work.scope.use("prompts", use.prompts.name, use.prompts.span):
+        return None
+    found = work.parts.prompts.get(use.prompts.name)
+    if found is None:
+        return None
+    limit = whole_number(use.limit, work.parts.parameters)
+    if isinstance(use.limit, str) and not work.scope.use("param", use.limit, use.span):
+        limit = 1
+    if use.limit is not None and (limit is None or limit < 1):
+        work.diagnostics.append(
+            BadArgument(
+                span=use.span,
+                name="limit",
+                reason="must be a whole number above 0",
+                hint="write a number, or the name of a `param`",
+            )
+        )
+    part = use.prompts.part
+    if part is not None and (part not in ("train", "test") or found.split is None):
+        work.diagnostics.append(
+            UnknownName(
+                span=use.prompts.span,
+                kind="part",
+                name=f"{found.name}.{part}",
+                hint=f"add `split 50%` to `prompts {found.name}`: it makes "
+                f"`{found.name}.train` and `{found.name}.test`"
+                if found.split is None
+                else f"the parts are `{found.name}.train` and `{found.name}.test`",
+            )
+        )
+    return found
+
+
+def _rules_of(
+    work: Statements, prompts: spec.Prompts | None, sources: Sequence[End]
+) -> dict[str | None, tuple[spec.Rule, ...]]:
+    """The rules for every source, which patches read unless they say another."""
+    runs = [source.run for source in sources]
+    found = {run: _rules(work, prompts, run) for run in (runs[:1] or [None])}
+    for run in runs[1:]:
+        said = len(work.diagnostics)
+        found[run] = _rules(work, prompts, run)
+        del work.diagnostics[said:]  # it was said of the first one
+    return found
+
+
+def _rules(
+    work: Statements, prompts: spec.Prompts | None, source: str | None
+) -> tuple[spec.Rule, ...]:
+    found: list[spec.Rule] = []
+    for rule, loops in work.rules:
+        use_names(rule, work)
+        body = rule.body
+        match body:
+            case ast.Patch():
+                run = source
+                if body.source is not None and prompts is not None:
+                    run = run_of(body.source, prompts, work)
+                elif run is None and not work.from_into:
+                    _without_source("patch", rule, prompts, work)
+                lowered = spec.Rule(
+                    span=rule.span,
+                    verb="patch",
+                    site=body.site,
+                    at=body.at,
+                    source=run,
+                    onto=body.onto,
+                    into_layer=body.into_layer,
+                )
+            case ast.Ablate():
+                by = None if body.by is None else body.by.id
+                if isinstance(body.fill, ast.OfRef):
+                    work.scope.has("prompts", body.fill.of.name)
+                lowered = spec.Rule(
+                    span=rule.span,
+                    verb="ablate",
+                    site=body.site,
+                    at=body.at,
+                    fill=body.fill,
+                    by=by,
+                )
+            case ast.ReplaceTokens():
+                if not isinstance(body.value, ast.String):
+                    work.later(body.value.span, "this replacement")
+                lowered = spec.Rule(span=rule.span, verb="replace", at=body.at, fill=body.value)
+            case ast.SwapSites():
+                lowered = spec.Rule(
+                    span=rule.span, verb="swap", site=body.site, at=body.at, onto=body.other
+                )
+            case ast.Freeze():
+                lowered = spec.Rule(span=rule.span, verb="freeze", site=body.site, at=body.at)
+            case ast.SetSite():
+                lowered = spec.Rule(
+                    span=rule.span, verb="set", site=body.site, at=body.at, fill=body.value
+                )
+            case ast.PathRule():
+                lowered = _path(rule, body, source, prompts, work)
+            case ast.Block() | ast.Reweight() | ast.SetEdge() | ast.ObserveAttention():
+                lowered = _attention(rule, body)
+            case _:
+                raise AssertionError(f"rule {type(body).__name__} has no lowering")
+        found.append(lowered.model_copy(update={"loops": loops}))
+    return tuple(found)
+
+
+def _observed(rules: tuple[spec.Rule, ...]) -> tuple[spec.Measure, ...]:
+    """An observation is a measure of what it looks at."""
+    return tuple(
+        spec.Measure(
+            span=rule.span,
+            label="attention",
+            metric=ast.Name("attention", span=rule.span),
+            effect="raw",
+            effect_span=rule.span,
+        )
+        for rule in rules
+        if rule.verb == "observe"
+    )
+
+
+def _without_source(
+    verb: str, rule: ast.Rule, prompts: spec.Prompts | None, work: Statements
+) -> None:
+    corruption = "RUN"
+    if prompts is not None and prompts.corruptions:
+        corruption = prompts.corruptions[0].name
+    otherwise = ", or name a run behind it: `with RUN`" if verb == "patch" else ""
+    work.diagnostics.append(
+        PatchWithoutSource(span=rule.span, verb=verb, base=corruption, otherwise=otherwise)
+    )
+
+
+def _path(
+    rule: ast.Rule,
+    body: ast.PathRule,
+    source: str | None,
+    prompts: spec.Prompts | None,
+    work: Statements,
+) -> spec.Rule:
+    """`path SENDER -> RECEIVER at POS through mlps`."""
+    if source is None and not work.from_into:
+        _without_source("path", rule, prompts, work)
+    for word in body.through:
+        if word.id != "mlps":
+            hint = did_you_mean(nearest(word.id, ["mlps"]), "only `mlps` can be let through")
+            work.diagnostics.append(
+                UnknownWord(span=word.span, kind="part of a path", word=word.id, hint=hint)
+            )
+    return spec.Rule(
+        span=rule.span,
+        verb="path",
+        site=body.sender,
+        receiver=body.receiver,
+        at=body.at,
+        source=source,
+        through_mlps=bool(body.through),
+    )
+
+
+def _attention(
+    rule: ast.Rule, body: ast.Block | ast.Reweight | ast.SetEdge | ast.ObserveAttention
+) -> spec.Rule:
+    """A rule on edges of attention."""
+    verb: spec.Verb
+    fill = None
+    match body:
+        case ast.Block():
+            verb = "block"
+        case ast.Reweight():
+            verb, fill = "reweight", body.factor
+        case ast.SetEdge():
+            verb, fill = "set edge", body.value
+        case ast.ObserveAttention():
+            verb = "observe"
+    edge = body.edge
+    return spec.Rule(
+        span=rule.span, verb=verb, edge=edge, at=edge.queries, onto=edge.keys, fill=fill
+    )

@@ -1,0 +1,327 @@
+"""A file with its imports as one `Program`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mechdsl.base.registry import nearest
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e01_syntax import NotSupported, NotText, Unreadable
+from mechdsl.diagnostics.e02_names import (
+    BadArgument,
+    BadSetting,
+    ImportFailed,
+    MissingLine,
+    RepeatedStatement,
+    UnknownName,
+    did_you_mean,
+)
+from mechdsl.diagnostics.w07_names import UnusedName
+from mechdsl.program import spec
+from mechdsl.program.checkpoints import STAR, checkpoints
+from mechdsl.program.constants import Constant, constant
+from mechdsl.program.lower_experiment import lower_experiment
+from mechdsl.program.lower_prompts import lower_prompts
+from mechdsl.program.names import Scope
+from mechdsl.program.run_order import with_order
+from mechdsl.program.unused_names import unused_in_blocks
+from mechdsl.syntax import ast
+from mechdsl.syntax.parse import parse, parse_setting, read_source
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+MODEL_KINDS = ("zoo", "hf", "local")
+
+
+@dataclass
+class Parts:
+    """What the top-level statements of all files have defined so far."""
+
+    parameters: dict[str, Constant] = field(default_factory=dict)
+    models: dict[str, spec.Model] = field(default_factory=dict)
+    checkpoints: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the models that one with a `*` in its path stands for."""
+    prompts: dict[str, spec.Prompts] = field(default_factory=dict)
+    groups: dict[str, spec.Group] = field(default_factory=dict)
+    metrics: dict[str, ast.Expr] = field(default_factory=dict)
+    experiments: list[spec.Experiment] = field(default_factory=list)
+    seed: int = 0
+    seeded: Span | None = None
+    """Where; a file's own seed comes after those of its imports and replaces them."""
+
+
+def lower_program(
+    tree: ast.File, source: Source, settings: Mapping[str, str] | None = None
+) -> tuple[spec.Program, list[Diagnostic]]:
+    """The typed program of a parsed file; `settings` are the `--set k=v` of the command line.
+
+    Codes: E0108 for what is not supported yet, E02xx for names, imports and parameters, E06xx for
+    experiments that lack a part, W0730 for unused names.
+    """
+    scope = Scope()
+    files = _with_imports(tree, source, scope.diagnostics)
+    parts = Parts()
+    _parameters(files, parts, scope, settings or {})
+    # Definitions before experiments: a file may use a name before the line that defines it.
+    for file, imported in files:
+        for statement in file.statements:
+            _define(statement, imported, parts, scope)
+    for file, imported in files:
+        if imported:
+            continue
+        for statement in file.statements:
+            if isinstance(statement, ast.ExperimentDef):
+                is_new = scope.define("experiment", statement.name, imported=False)
+                found = lower_experiment(statement, parts, scope)
+                if is_new:
+                    parts.experiments.extend(found)
+    parts.experiments = with_order(tree, parts, scope)
+    # What is not supported yet may be what uses a name.
+    supported = not any(isinstance(d, NotSupported) for d in scope.diagnostics)
+    if supported and any(isinstance(s, ast.ExperimentDef) for s in tree.statements):
+        scope.warn_unused()
+        scope.diagnostics.extend(unused_in_blocks(tree))
+    whole = spec.Program(
+        span=tree.span,
+        models=parts.models,
+        checkpoints=parts.checkpoints,
+        prompts=parts.prompts,
+        groups=parts.groups,
+        metrics=parts.metrics,
+        parameters=parts.parameters,
+        experiments=tuple(parts.experiments),
+        seed=parts.seed,
+    )
+    if any(isinstance(d, ImportFailed) for d in scope.diagnostics):
+        # What seems to be missing may stand in the file that can't be read.
+        missing = (MissingLine, UnknownName, UnusedName)
+        return whole, [d for d in scope.diagnostics if not isinstance(d, missing)]
+    return whole, scope.diagnostics
+
+
+def _with_imports(
+    tree: ast.File, source: Source, diagnostics: list[Diagnostic]
+) -> list[tuple[ast.File, bool]]:
+    """The file and everything it imports, imported files first, each once."""
+    found: list[tuple[ast.File, bool]] = []
+    done: set[Path] = set()
+
+    def visit(file: ast.File, origin: Source, chain: tuple[Path, ...]) -> None:
+        for statement in file.statements:
+            if isinstance(statement, ast.Use):
+                follow(statement, origin, chain)
+        found.append((file, origin is not source))
+
+    def follow(use: ast.Use, origin: Source, chain: tuple[Path, ...]) -> None:
+        path = origin.folder / use.path.value
+        real = path.resolve()
+        if real in chain:
+            diagnostics.append(
+                ImportFailed(
+                    span=use.path.span,
+                    path=use.path.value,
+                    reason="it imports this file",
+                    hint="move what both need into a third file",
+                )
+            )
+            return
+        if real in done:
+            return
+        done.add(real)
+        imported, problems = read_source(path)
+        if imported is None:
+            diagnostics.append(
+                ImportFailed(
+                    span=use.path.span,
+                    path=use.path.value,
+                    reason=_why(problems[0]),
+                    hint="paths are relative to the file that has the `use` line",
+                )
+            )
+            return
+        file, problems = parse(imported)
+        diagnostics.extend(problems)
+        visit(file, imported, (*chain, real))
+
+    start = (source.path.resolve(),) if source.path is not None else ()
+    visit(tree, source, start)
+    return found
+
+
+def _why(problem: Diagnostic) -> str:
+    """Why a file can't be read, without its path, which the `use` line has."""
+    return problem.reason if isinstance(problem, Unreadable | NotText) else problem.message
+
+
+def _parameters(
+    files: list[tuple[ast.File, bool]], parts: Parts, scope: Scope, settings: Mapping[str, str]
+) -> None:
+    """Parameters first: everything else may use them."""
+    for file, imported in files:
+        for statement in file.statements:
+            if not isinstance(statement, ast.Param):
+                continue
+            value = constant(statement.value, parts.parameters)
+            if value is None:
+                scope.diagnostics.append(
+                    BadArgument(
+                        span=statement.value.span,
+                        name=statement.name.id,
+                        reason="must be a number, a text, or true or false",
+                        hint="write a plain value: `param depth = 12`",
+                    )
+                )
+                value = 0
+            if scope.define("param", statement.name, imported=imported):
+                parts.parameters[statement.name.id] = value
+    for name, text in settings.items():
+        _override(name, text, parts, scope.diagnostics)
+
+
+def _override(name: str, text: str, parts: Parts, diagnostics: list[Diagnostic]) -> None:
+    """`--set name=text`: only parameters can be set, to a value of the same kind."""
+    setting = f"{name}={text}"
+    if name not in parts.parameters:
+        known = ", ".join(f"`{p}`" for p in parts.parameters)
+        hint = did_you_mean(
+            nearest(name, parts.parameters),
+            f"parameters are {known}" if known else f"add `param {name} = …` to the file",
+        )
+        diagnostics.append(
+            BadSetting(setting=setting, reason=f"the file has no parameter `{name}`", hint=hint)
+        )
+        return
+    old = parts.parameters[name]
+    if isinstance(old, str):
+        parts.parameters[name] = text
+        return
+    expression = parse_setting(text)
+    value = None if expression is None else constant(expression, {})
+    if value is None or isinstance(value, str) or isinstance(value, bool) != isinstance(old, bool):
+        wanted = "true or false" if isinstance(old, bool) else "a number"
+        diagnostics.append(
+            BadSetting(
+                setting=setting,
+                reason=f"`{name}` is {wanted}",
+                hint=f"for example `--set {name}={str(old).lower()}`",
+            )
+        )
+        return
+    parts.parameters[name] = value
+
+
+def _define(statement: ast.TopLevel, imported: bool, parts: Parts, scope: Scope) -> None:
+    match statement:
+        case ast.ModelDef(name=name):
+            model = _model(statement, parts, scope)
+            if scope.define("model", name, imported=imported) and model is not None:
+                members = checkpoints(model, scope.diagnostics)
+                parts.models.update((each.name, each) for each in members)
+                if STAR in model.path:
+                    parts.checkpoints[name.id] = tuple(each.name for each in members)
+        case ast.PromptsDef(kind="prompts", name=name):
+            if scope.define("prompts", name, imported=imported):
+                parts.prompts[name.id] = lower_prompts(statement, scope)
+        case ast.MetricDef(name=name, value=value):
+            if scope.define("metric", name, imported=imported):
+                parts.metrics[name.id] = value
+        case ast.GroupDef(name=name, sites=sites):
+            if scope.define("group", name, imported=imported):
+                for site in sites:
+                    if site.ranked is not None and isinstance(site.ranked.amount, str):
+                        scope.has("param", site.ranked.amount)
+                parts.groups[name.id] = spec.Group(span=statement.span, name=name.id, sites=sites)
+        case ast.Seed(value=value):
+            first = parts.seeded
+            if first is not None and first.source is statement.span.source:
+                scope.diagnostics.append(
+                    RepeatedStatement(
+                        span=statement.span,
+                        what="seed",
+                        block=first.source.name,
+                        first=first.line,
+                    )
+                )
+            parts.seed, parts.seeded = value, statement.span
+        case ast.PromptsDef(kind="images", name=name):
+            _later(statement.name, "images", imported, scope)
+        case ast.DirectionDef(name=name):
+            _later(name, "direction", imported, scope)
+        case ast.BasisDef(name=name):
+            _later(name, "basis", imported, scope)
+        case _:
+            pass
+
+
+def _later(name: ast.Name, kind: str, imported: bool, scope: Scope) -> None:
+    """A definition that parses but cannot be used yet; its name is known all the same."""
+    if scope.define(kind, name, imported=imported):
+        scope.definitions[name.id].used = True
+    scope.diagnostics.append(NotSupported(span=name.span, what=f"`{kind}`"))
+
+
+def _model(statement: ast.ModelDef, parts: Parts, scope: Scope) -> spec.Model | None:
+    call = statement.source
+    if call.name not in MODEL_KINDS:
+        hint = did_you_mean(
+            nearest(call.name, MODEL_KINDS), 'write `zoo("…")`, `hf("…")` or `local("…")`'
+        )
+        scope.diagnostics.append(
+            BadArgument(
+                span=call.span, name=call.name, reason="is not a source of models", hint=hint
+            )
+        )
+        return None
+    values: dict[str, object] = {}
+    for position, argument in enumerate(call.arguments):
+        name = argument.name or ("path" if position == 0 else "")
+        if isinstance(argument.value, ast.Name) and name == "dtype":
+            values[name] = argument.value.id
+        else:
+            values[name] = constant(argument.value, parts.parameters)
+        problem = _argument_problem(name, values[name], call.name)
+        if problem is not None:
+            reason, hint = problem
+            scope.diagnostics.append(
+                BadArgument(span=argument.span, name=name or "argument", reason=reason, hint=hint)
+            )
+            return None
+    if "path" not in values:
+        scope.diagnostics.append(
+            BadArgument(
+                span=call.span,
+                name=call.name,
+                reason="needs a name or a path",
+                hint=f'write `{call.name}("…")`',
+            )
+        )
+        return None
+    return spec.Model.model_validate(
+        {"span": statement.span, "name": statement.name.id, "kind": call.name, **values}
+    )
+
+
+def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | None:
+    """Why an argument of `hf(…)` can't be taken, and what to write."""
+    allowed = ("path", "dtype", "bos") + (("revision",) if kind == "hf" else ())
+    if name not in allowed:
+        known = ", ".join(allowed[1:])
+        return (
+            f"is not an argument of `{kind}`",
+            did_you_mean(nearest(name, allowed), f"arguments are {known}"),
+        )
+    if name == "dtype" and value not in DTYPES:
+        return f"must be one of {', '.join(DTYPES)}", "write `dtype: float32`"
+    if name == "bos" and not isinstance(value, bool):
+        return (
+            "must be true or false",
+            "`bos: true` adds the token once, `bos: false` leaves it out",
+        )
+    if name in ("path", "revision") and not isinstance(value, str):
+        return (
+            "must be a text in quotes",
+            f'write `{name}: "…"`' if name != "path" else f'write `{kind}("…")`',
+        )
+    return None

@@ -1,0 +1,200 @@
+"""What an experiment measures and shows, as typed data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.e02_names import BadArgument, RepeatedStatement
+from mechdsl.program import spec
+from mechdsl.program.constants import constant, whole_number
+from mechdsl.program.names import Scope
+from mechdsl.program.statements import Statements
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import rewrite, walk
+
+if TYPE_CHECKING:
+    from mechdsl.program.lower_file import Parts
+
+CORRECTIONS = ("holm", "bh", "none")
+LARGEST = 10_000
+"""Parts of one measure."""
+
+
+def expand_metrics(expression: ast.Expr, parts: Parts, scope: Scope) -> ast.Expr:
+    """The expression with the names of metrics replaced by what they stand for."""
+    written = expression
+    reason = "is defined by itself"
+    for _ in range(len(parts.metrics) + 1):
+        found = False
+        # What a metric is called with is a text, a run or a site, whatever its name.
+        arguments = {
+            part.span
+            for call in walk(expression)
+            if isinstance(call, ast.Call)
+            for part in walk(call.arguments)
+        }
+
+        def change(node: ast.Node, arguments: set[Span] = arguments) -> ast.Node:
+            nonlocal found
+            metric = isinstance(node, ast.Name) and node.span not in arguments
+            if isinstance(node, ast.Name) and metric and node.id in parts.metrics:
+                found = True
+                scope.has("metric", node.id)
+                return parts.metrics[node.id]
+            if isinstance(node, ast.Name):
+                scope.has("param", node.id)
+            return node
+
+        expression = rewrite(expression, change)
+        if not found:
+            return expression
+        if sum(1 for _ in walk(expression)) > LARGEST:
+            reason = f"has more than {LARGEST:,} parts when its metrics are written out"
+            break
+    for name in parts.metrics:
+        scope.has("metric", name)
+    scope.diagnostics.append(
+        BadArgument(
+            span=written.span,
+            name=written.span.written,
+            reason=reason,
+            hint="a metric may use other metrics, but not in a circle or without end",
+        )
+    )
+    return written
+
+
+def lower_measure(measure: ast.Measure, parts: Parts, scope: Scope) -> spec.Measure:
+    metric = measure.metric
+    named = isinstance(metric, ast.Name) and metric.id in parts.metrics
+    label = metric.id if named and isinstance(metric, ast.Name) else metric.span.written
+    if measure.per is not None and (measure.per.id != "prompt" or measure.effect.id != "relative"):
+        scope.diagnostics.append(
+            BadArgument(
+                span=measure.per.span,
+                name=f"per {measure.per.id}",
+                reason="is not a way of averaging",
+                hint="only `as relative per prompt` averages ratios",
+            )
+        )
+    return spec.Measure(
+        span=measure.span,
+        label=label,
+        metric=expand_metrics(metric, parts, scope),
+        effect=measure.effect.id,
+        effect_span=measure.effect.span,
+        at=measure.at,
+        per_prompt=measure.per is not None,
+    )
+
+
+def each_once(measures: tuple[spec.Measure, ...], work: Statements) -> None:
+    """The same measure twice would only make the correction stricter."""
+    seen: dict[tuple[object, ...], spec.Measure] = {}
+    for measure in measures:
+        key = (measure.metric, measure.effect, measure.at, measure.per_prompt)
+        first = seen.setdefault(key, measure)
+        if first is not measure:
+            work.diagnostics.append(
+                RepeatedStatement(
+                    span=measure.span,
+                    what=measure.span.written,
+                    block=work.definition.name.id,
+                    first=first.span.line,
+                )
+            )
+
+
+def lower_statistics(work: Statements) -> spec.Statistics:
+    if not work.stats:
+        return spec.Statistics(span=work.definition.name.span)
+    line = work.stats[0]
+    values: dict[str, object] = {"span": line.span}
+    if line.resampling is not None:
+        arguments = line.resampling.arguments
+        count = constant(arguments[0].value, work.parts.parameters) if len(arguments) == 1 else None
+        good = isinstance(count, int) and 100 <= count <= 1_000_000
+        if line.resampling.name != "bootstrap" or not good:
+            work.diagnostics.append(
+                BadArgument(
+                    span=line.resampling.span,
+                    name=line.resampling.name,
+                    reason="is not a resampling that is supported",
+                    hint="write `bootstrap(n)` with n from 100 to 1,000,000",
+                )
+            )
+        values["resamples"] = count if good else 10_000
+    if line.confidence is not None:
+        if not 50 <= line.confidence.value < 100:
+            work.diagnostics.append(
+                BadArgument(
+                    span=line.confidence.span,
+                    name="confidence",
+                    reason="must lie between 50% and 100%",
+                    hint="write `confidence 95%`",
+                )
+            )
+        else:
+            values["confidence"] = line.confidence.value
+    if line.correction is not None:
+        if line.correction.id not in CORRECTIONS:
+            work.diagnostics.append(
+                BadArgument(
+                    span=line.correction.span,
+                    name=line.correction.id,
+                    reason="is not a correction for many comparisons",
+                    hint=f"write one of {', '.join(CORRECTIONS)}",
+                )
+            )
+        else:
+            values["correction"] = line.correction.id
+    if line.by is not None:
+        values["by"] = line.by.id
+    return spec.Statistics.model_validate(values)
+
+
+def lower_report(report: ast.Report, work: Statements) -> spec.Report:
+    top = whole_number(report.top, work.parts.parameters)
+    if report.top is not None and (top is None or top < 1):
+        work.diagnostics.append(
+            BadArgument(
+                span=report.span,
+                name="top",
+                reason="must be a whole number above 0",
+                hint="write `top 10`",
+            )
+        )
+    return spec.Report(
+        span=report.span,
+        kind=report.kind.id,
+        variable=None if report.variable is None else report.variable.id,
+        by=None if report.by is None else report.by.id,
+        top=top,
+        file=None if report.file is None else report.file.value,
+    )
+
+
+def lower_expectation(expect: ast.Expect, work: Statements) -> spec.Expectation:
+    relaxed: Literal["mean"] | None = None
+    if expect.relaxed is not None:
+        if expect.relaxed.id != "mean":
+            work.diagnostics.append(
+                BadArgument(
+                    span=expect.relaxed.span,
+                    name=f"on {expect.relaxed.id}",
+                    reason="is not a way of comparing",
+                    hint="`on mean` compares the mean alone, without its interval",
+                )
+            )
+        relaxed = "mean"
+    text = expect.span.written.removeprefix("expect ")
+    return spec.Expectation(
+        span=expect.span,
+        text=text,
+        condition=expect.condition,
+        top=whole_number(expect.top, work.parts.parameters),
+        contains=expect.contains,
+        on_mean=relaxed is not None,
+        citing=None if expect.citing is None else expect.citing.value,
+    )

@@ -1,0 +1,322 @@
+"""Runs of other blocks and models, and experiments that compare several.
+
+What is compared is written out: one experiment for every combination, each resolved, planned and
+run like any other, and put together again when all are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from mechdsl.base.registry import nearest
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import (
+    BadArgument,
+    DuplicateName,
+    MissingLine,
+    UnknownName,
+    did_you_mean,
+)
+from mechdsl.diagnostics.e05_elsewhere import NeitherSampled
+from mechdsl.program import spec
+from mechdsl.program.lower_prompts import CLEAN
+from mechdsl.program.names import place
+from mechdsl.program.statements import Statements
+from mechdsl.syntax import ast
+
+Label = int | str
+
+
+@dataclass(frozen=True)
+class End:
+    """A run on one side of `from … into …`."""
+
+    run: str
+    """As tables call it."""
+    label: Label
+    model: str | None = None
+    """Where the file names a model."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One combination of a model, a source and a base."""
+
+    model: str
+    source: str | None
+    base: str
+    labels: tuple[tuple[str, Label], ...]
+    """Of what there are several."""
+    reads: str | None
+    """The source as written: where it is the variant's own model, that is its clean run."""
+
+
+def run_of(ref: ast.Ref, prompts: spec.Prompts, work: Statements) -> str | None:
+    """The name of a run: `clean`, a corruption, another block or its corruption, another model.
+
+    E0201 where there is none, E0202 where there are two.
+    """
+    own = [CLEAN, *(c.name for c in prompts.corruptions)]
+    blocks, models = work.scope.names("prompts"), work.scope.names("model")
+    if ref.part is None and ref.name in own:
+        if ref.name in (*blocks, *models):
+            first = work.scope.definitions[ref.name]
+            what = "model" if first.kind == "model" else "block of prompts"
+            where = f"the {what} {place(first.span, ref.span)}; it is a run of `{prompts.name}` too"
+            work.diagnostics.append(DuplicateName(span=ref.span, name=ref.name, first=where))
+        return ref.name
+    if ref.name == prompts.name and ref.part in (None, *own):
+        return ref.part or CLEAN
+    block = work.parts.prompts.get(ref.name)
+    if block is not None and block is not prompts and work.scope.has("prompts", ref.name):
+        run = ref.part or CLEAN
+        if run == CLEAN or run in [c.name for c in block.corruptions]:
+            name = ref.name if run == CLEAN else f"{ref.name}.{run}"
+            _note(work, spec.Elsewhere(span=ref.span, name=name, prompts=ref.name, run=run))
+            return name
+        own, prompts = [CLEAN, *(c.name for c in block.corruptions)], block
+        blocks, models = [], []
+    if ref.part is None and ref.name in work.parts.models and work.scope.has("model", ref.name):
+        _note(work, spec.Elsewhere(span=ref.span, name=ref.name, model=ref.name))
+        return ref.name
+    work.diagnostics.append(_unknown(ref, prompts, own, blocks, models))
+    return None
+
+
+def _note(work: Statements, run: spec.Elsewhere) -> None:
+    work.elsewhere.setdefault(run.name, run)
+
+
+def _unknown(
+    ref: ast.Ref,
+    prompts: spec.Prompts,
+    own: Sequence[str],
+    blocks: Sequence[str],
+    models: Sequence[str],
+) -> Diagnostic:
+    runs = ", ".join(f"`{r}`" for r in own)
+    hint = f"runs of `{prompts.name}` are {runs}"
+    others = [*blocks, *(models if len(models) > 1 else ())]
+    others = [name for name in others if name != prompts.name]
+    if others:
+        hint += "; other runs are " + ", ".join(f"`{name}`" for name in others)
+    written = ref.name if ref.part is None else f"{ref.name}.{ref.part}"
+    if written in ("zero", "mean", "resample"):
+        hint = f"`ablate … with {written}` writes that; a `patch` reads a run: " + runs
+        return UnknownName(span=ref.span, kind="run", name=written, hint=hint)
+    near = nearest(ref.name if ref.part is None else ref.part, [*own, *others])
+    if near is not None and ref.part is not None and ref.name == prompts.name and near != CLEAN:
+        near = f"{ref.name}.{near}"
+    return UnknownName(span=ref.span, kind="run", name=written, hint=did_you_mean(near, hint))
+
+
+# --- both sides of `from … into …` -------------------------------------------------------------
+
+
+def sides(work: Statements, prompts: spec.Prompts) -> tuple[list[End], list[End]]:
+    """(sources, bases) of `from … into …`; without one, no sources and the clean run."""
+    if not work.from_into:
+        return [], [End(CLEAN, CLEAN)]
+    line = work.from_into[0]
+    sources = list(_ends(line.sources, prompts, work))
+    bases = [
+        # What rules act on is a run of its own model, whichever that is.
+        End(CLEAN, end.label, end.model) if end.model is not None else end
+        for end in _ends(line.bases, prompts, work)
+    ]
+    for refs in (line.sources, line.bases):
+        _once([(ref.span.written, ref.span) for ref in refs], work)
+    kinds = {end.model is not None for end in bases}
+    if len(kinds) > 1:
+        work.diagnostics.append(
+            BadArgument(
+                span=line.bases[1].span,
+                name=line.bases[1].span.written,
+                reason="stands beside a base of another kind",
+                hint="let all bases be runs of one model, or all be models",
+            )
+        )
+    return sources, bases
+
+
+def _ends(refs: Sequence[ast.Ref], prompts: spec.Prompts, work: Statements) -> Iterator[End]:
+    own = [CLEAN, *(c.name for c in prompts.corruptions)]
+    for ref in refs:
+        members = work.parts.checkpoints.get(ref.name)
+        if ref.part is None and members is not None and ref.name not in own:
+            work.scope.has("model", ref.name)
+            for name, label in zip(members, labels_of(members, work), strict=True):
+                _note(work, spec.Elsewhere(span=ref.span, name=name, model=name))
+                yield End(name, label, name)
+            continue
+        run = run_of(ref, prompts, work)
+        if run is None:
+            continue
+        there = work.elsewhere.get(run)
+        yield End(run, ref.span.written, None if there is None else there.model)
+
+
+def _once(written: Sequence[tuple[str, Span]], work: Statements) -> None:
+    seen: set[str] = set()
+    for name, span in written:
+        if name in seen:
+            work.diagnostics.append(
+                BadArgument(
+                    span=span,
+                    name=name,
+                    reason="stands twice in one list",
+                    hint="every combination is run once: name each run and model once",
+                )
+            )
+        seen.add(name)
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def labels_of(names: Sequence[str], work: Statements) -> list[Label]:
+    """What tables call models: checkpoints by what the star stands for, numbers if all are."""
+    found = [work.parts.models[name].matched or name for name in names]
+    if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in found):
+        return [int(label) for label in found]
+    return list[Label](found)
+
+
+def models_of(work: Statements, bases: Sequence[End]) -> list[tuple[str, Label]]:
+    """The models that the experiment runs on; none after an error.
+
+    `into tuned` names the model as well; a `model` line beside it may name both sides.
+    """
+    across = [(end.model, end.label) for end in bases if end.model is not None]
+    if len(across) not in (0, len(bases)):
+        return []  # which has been refused
+    if across:
+        line = work.from_into[0]
+        named = {
+            name
+            for ref in (*line.sources, *line.bases)
+            for name in work.parts.checkpoints.get(ref.name, (ref.name,))
+        }
+        for use in work.models:
+            for ref in use.models:
+                if not work.scope.use("model", ref.name, ref.span):
+                    return []
+                if not named.issuperset(work.parts.checkpoints.get(ref.name, (ref.name,))):
+                    work.diagnostics.append(
+                        BadArgument(
+                            span=ref.span,
+                            name=ref.name,
+                            reason="is neither the model that is read nor the one that is patched",
+                            hint=f"write `model {across[0][0]}`, or leave the line out",
+                        )
+                    )
+        return across
+    if not work.models:
+        return _only_model(work)
+    found: list[str] = []
+    refs = work.models[0].models
+    for ref in refs:
+        if not work.scope.use("model", ref.name, ref.span):
+            return []
+        found += work.parts.checkpoints.get(ref.name, (ref.name,))
+    _once([(ref.name, ref.span) for ref in refs], work)
+    if not all(name in work.parts.models for name in found):
+        return []
+    return list(zip(found, labels_of(found, work), strict=True))
+
+
+def _only_model(work: Statements) -> list[tuple[str, Label]]:
+    """The file's only model, which needs no line."""
+    known = work.scope.names("model")
+    if len(known) == 1:
+        work.scope.use("model", known[0], work.definition.span)
+        names = work.parts.checkpoints.get(known[0], (known[0],))
+        if not all(name in work.parts.models for name in names):
+            return []
+        return list(zip(names, labels_of(names, work), strict=True))
+    hint = 'define one first: `model toy = zoo("counting")`'
+    work.diagnostics.append(
+        MissingLine(
+            span=work.definition.name.span,
+            experiment=work.definition.name.id,
+            what="model",
+            hint=f"add a line such as `model {known[0]}`" if known else hint,
+        )
+    )
+    return []
+
+
+# --- combinations ---------------------------------------------------------------------------------
+
+
+def variants(
+    models: Sequence[tuple[str, Label]],
+    sources: Sequence[End],
+    bases: Sequence[End],
+    prompts: spec.Prompts,
+    work: Statements,
+) -> list[Variant]:
+    """Every combination, the last one fastest. E0202 for loops called like them, E0530 for
+    combinations that no sampled row takes part in."""
+    across = any(end.model is not None for end in bases)
+    found: list[Variant] = []
+    for (model, name), source, base in product(
+        [("", "")] if across else models, sources or [None], bases
+    ):
+        model = base.model or model
+        labels: list[tuple[str, Label]] = []
+        if not across and len(models) > 1:
+            labels.append(("model", name))
+        if source is not None and len(sources) > 1:
+            labels.append(("source", source.label))
+        if len(bases) > 1:
+            labels.append(("base", base.label))
+        reads = run = None if source is None else source.run
+        if source is not None and source.model == model:
+            run = CLEAN
+        found.append(Variant(model, run, base.run, tuple(labels), reads))
+    _sampled(found, prompts, work)
+    compared = {axis for variant in found for axis, _ in variant.labels}
+    work.diagnostics.extend(
+        DuplicateName(
+            span=loop.span,
+            name=loop.name,
+            first=f"the axis of the {loop.name}s that are compared",
+        )
+        for loop in work.loops
+        if loop.name in compared
+    )
+    return found
+
+
+def _sampled(found: Sequence[Variant], prompts: spec.Prompts, work: Statements) -> None:
+    for variant in found:
+        ends = [work.elsewhere.get(run) for run in (variant.source, variant.base) if run]
+        blocks = [end.prompts for end in ends if end is not None and end.prompts is not None]
+        if variant.source is None or len(blocks) < 2:
+            continue
+        work.diagnostics.append(
+            NeitherSampled(
+                span=work.from_into[0].span,
+                source=variant.source,
+                base=variant.base,
+                prompts=prompts.name,
+                instead=blocks[1],
+            )
+        )
+        return
+
+
+def in_model(
+    variant: Variant, rules: Sequence[spec.Rule], work: Statements
+) -> tuple[tuple[spec.Rule, ...], tuple[spec.Elsewhere, ...]]:
+    """The rules of a combination, and the runs of elsewhere that it has: its own model's run is
+    its clean one."""
+    own = {run.name for run in work.elsewhere.values() if run.model == variant.model}
+    changed = tuple(
+        rule.model_copy(update={"source": CLEAN}) if rule.source in own else rule for rule in rules
+    )
+    return changed, tuple(run for run in work.elsewhere.values() if run.name not in own)

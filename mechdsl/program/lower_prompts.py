@@ -1,0 +1,199 @@
+"""A `prompts` block as typed data."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from mechdsl.base.registry import nearest
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e02_names import (
+    BadArgument,
+    DuplicateName,
+    RepeatedStatement,
+    UnknownName,
+    did_you_mean,
+)
+from mechdsl.program import spec
+from mechdsl.program.names import Scope, place
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+
+CLEAN = "clean"
+
+
+class _Block:
+    """Collects the lines of one block; each name once."""
+
+    def __init__(self, definition: ast.PromptsDef, scope: Scope) -> None:
+        self.definition = definition
+        self.scope = scope
+        self.seen: dict[str, ast.Name] = {}
+        self.values: list[spec.Value] = []
+        self.templates: list[ast.String] = []
+        self.texts: list[spec.TextDef] = []
+        self.spans: list[ast.SpanDef] = []
+        self.corruptions: list[spec.Corruption] = []
+        self.where: list[ast.Expr] = []
+        self.rows: ast.RowsFrom | None = None
+        self.rename: list[tuple[str, str]] = []
+        self.split: ast.Split | None = None
+
+    @property
+    def diagnostics(self) -> list[Diagnostic]:
+        return self.scope.diagnostics
+
+    def name(self, name: ast.Name) -> None:
+        first = self.seen.setdefault(name.id, name)
+        if first is not name:
+            self.diagnostics.append(
+                DuplicateName(span=name.span, name=name.id, first=place(first.span, name.span))
+            )
+
+    def later(self, node: ast.Node, what: str) -> None:
+        self.diagnostics.append(NotSupported(span=node.span, what=what))
+
+    def once(self, node: ast.Node, first: ast.Node | None, what: str) -> None:
+        if first is not None:
+            self.diagnostics.append(
+                RepeatedStatement(
+                    span=node.span,
+                    what=what,
+                    block=self.definition.name.id,
+                    first=first.span.line,
+                )
+            )
+
+    def add(self, line: ast.DataLine) -> None:
+        match line:
+            case ast.Domained(names=names, domain=domain):
+                if [n.id for n in names] == ["template"]:
+                    self._templates(line)
+                    return
+                for name in names:
+                    self.name(name)
+                ids = tuple(n.id for n in names)
+                self.values.append(spec.Value(span=line.span, names=ids, domain=domain))
+            case ast.Derived(names=names, value=value):
+                for name in names:
+                    self.name(name)
+                ids = tuple(n.id for n in names)
+                self.values.append(spec.Value(span=line.span, names=ids, value=value))
+            case ast.Template(text=text):
+                self.once(line, self.templates[0] if self.templates else None, "template")
+                self.templates.append(text)
+            case ast.Text(name=name, value=value):
+                self.name(name)
+                self.texts.append(spec.TextDef(span=line.span, name=name.id, value=value))
+            case ast.SpanDef(name=name):
+                if line.within is None:
+                    self.name(name)
+                self.spans.append(line)
+            case ast.Corrupt():
+                self._corruption(line)
+            case ast.Where(condition=condition):
+                self.where.append(condition)
+            case ast.RowsFrom():
+                self.once(line, self.rows, "rows")
+                if not isinstance(line.source, ast.String):
+                    self.later(line.source, "rows from a hub data set")
+                self.rows = line
+            case ast.Rename(pairs=pairs):
+                self.rename.extend((new.id, old.id) for new, old in pairs)
+            case ast.Split():
+                self.once(line, self.split, "split")
+                if 0 < line.percent.value < 100:
+                    self.split = line
+                else:
+                    self.diagnostics.append(
+                        BadArgument(
+                            span=line.percent.span,
+                            name="split",
+                            reason="must leave rows on both sides",
+                            hint="write a share between 0% and 100%, such as `split 50%`",
+                        )
+                    )
+                    half = replace(line.percent, value=50.0)
+                    self.split = self.split or replace(line, percent=half)
+            case ast.Chat():
+                self.later(line, "`chat`")
+            case ast.ImageLine() | ast.Region():
+                self.later(line, "images")
+
+    def _templates(self, line: ast.Domained) -> None:
+        self.once(line, self.templates[0] if self.templates else None, "template")
+        values = line.domain.values
+        items = values.items if isinstance(values, ast.ListOf) else (values,)
+        for item in items:
+            if isinstance(item, ast.String):
+                self.templates.append(item)
+            else:
+                self.later(item, "a template that isn't a text in quotes")
+
+    def _corruption(self, line: ast.Corrupt) -> None:
+        if line.name.id == CLEAN:
+            self.diagnostics.append(
+                DuplicateName(
+                    span=line.name.span,
+                    name=CLEAN,
+                    first="the uncorrupted run, which has this name",
+                )
+            )
+            return
+        self.name(line.name)
+        for change in line.changes:
+            if isinstance(change, ast.Blur):
+                self.later(change, "`blur`")
+        self.corruptions.append(
+            spec.Corruption(span=line.name.span, name=line.name.id, changes=line.changes)
+        )
+
+
+def lower_prompts(definition: ast.PromptsDef, scope: Scope) -> spec.Prompts:
+    """The typed block. Codes: E0108, E0201 (`words(MODEL)`), E0202, E0209."""
+    block = _Block(definition, scope)
+    for line in definition.lines:
+        block.add(line)
+    for node in walk(definition.lines):
+        # `words(toy)` is the one place where a block refers to a model.
+        if isinstance(node, ast.Call) and node.name == "words" and len(node.arguments) == 1:
+            model = node.arguments[0].value
+            if isinstance(model, ast.Name):
+                scope.use("model", model.id, model.span)
+        elif isinstance(node, ast.Name):
+            scope.has("param", node.id)
+        elif isinstance(node, ast.String):
+            for word in re.findall(r"\w+", " ".join(re.findall(r"\{([^{}]*)\}", node.value))):
+                scope.has("param", word)
+    return spec.Prompts(
+        span=definition.name.span,
+        name=definition.name.id,
+        values=tuple(block.values),
+        templates=tuple(block.templates),
+        rows=None if block.rows is None else block.rows.source,
+        rename=tuple(block.rename),
+        where=tuple(block.where),
+        split=None if block.split is None else block.split.percent.value,
+        texts=tuple(block.texts),
+        spans=tuple(block.spans),
+        corruptions=tuple(block.corruptions),
+    )
+
+
+def known_run(prompts: spec.Prompts, ref: ast.Ref, diagnostics: list[Diagnostic]) -> str | None:
+    """The name of a run of the block: `clean` or one of its corruptions; else None, with E0201."""
+    runs = [CLEAN, *(c.name for c in prompts.corruptions)]
+    if ref.part is None and ref.name in runs:
+        return ref.name
+    known = ", ".join(f"`{r}`" for r in runs)
+    written = ref.name if ref.part is None else f"{ref.name}.{ref.part}"
+    diagnostics.append(
+        UnknownName(
+            span=ref.span,
+            kind="run",
+            name=written,
+            hint=did_you_mean(nearest(ref.name, runs), f"runs of `{prompts.name}` are {known}"),
+        )
+    )
+    return None

@@ -1,0 +1,326 @@
+"""Functions of the user's Python files: found by reading, run only where that is allowed.
+
+Finding one neither imports nor runs the file. What runs later are the very bytes that were read
+then, so that the SHA-256 kept with the results is that of the code that made them.
+"""
+
+from __future__ import annotations
+
+import ast as python
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from traceback import walk_tb
+from types import ModuleType
+from typing import Any, Literal
+
+from mechdsl.base.registry import nearest
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import did_you_mean
+from mechdsl.diagnostics.e02_python import PythonFailed, PythonNotAllowed, PythonNotFound
+from mechdsl.diagnostics.w07_python import PythonNotRun
+from mechdsl.program import spec
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+
+NAME = "python"
+"""`python("file.py:name")`."""
+
+Mode = Literal["refuse", "look", "run"]
+"""What becomes of Python in a file: an error, only looked at (`validate`), or run."""
+
+Use = Literal["metric", "value", "fill"]
+"""What a function is for, and so what it is called with."""
+
+INSIDE = "it can't stand inside a text or another metric"
+OUTSIDE = (
+    "give it a name (`x = python(…)`, `metric refused = python(…)`), and write that name there"
+)
+
+PARAMETERS: dict[Use, tuple[str, ...]] = {
+    "metric": ("logits", "rows"),
+    "value": ("row",),
+    "fill": ("vectors",),
+}
+
+
+class PythonFailure(Exception):
+    """A function failed. Caught where its rows are known, or at the end of the run."""
+
+    def __init__(self, diagnostic: PythonFailed) -> None:
+        super().__init__(diagnostic.message)
+        self.diagnostic = diagnostic
+
+
+@dataclass(frozen=True)
+class PythonFunction:
+    """A function that was found, and not run so far."""
+
+    path: Path
+    file: str
+    """The path as written."""
+    name: str
+    digest: str
+    """SHA-256 of the file."""
+    span: Span = field(compare=False, repr=False)
+
+    def call(self, *arguments: Any) -> Any:
+        """What it gives; PythonFailure for every exception."""
+        function = self._load()
+        try:
+            return function(*arguments)
+        except (Exception, SystemExit) as error:
+            raise self.failure(_told(error), *self._hint(error), error=error) from error
+
+    def failure(
+        self, reason: str, hint: str, *, error: BaseException | None = None
+    ) -> PythonFailure:
+        """What is wrong with it, with the line of its file where that is known."""
+        line = self._line(error)
+        where = self.file if line is None else f"at {self.file}:{line}"
+        return PythonFailure(
+            PythonFailed(span=self.span, function=self.name, reason=reason, where=where, hint=hint)
+        )
+
+    def _hint(self, error: BaseException) -> tuple[str]:
+        if isinstance(error, ImportError):
+            return (
+                "what is installed can be imported, what lies beside the file can't: its hash "
+                "stands for all of the code",
+            )
+        return (f"correct `{self.name}`, or leave out what it can't take",)
+
+    def _line(self, error: BaseException | None) -> int | None:
+        """The innermost line of the file that led to an exception."""
+        if error is None:
+            return None
+        lines = [
+            line
+            for frame, line in walk_tb(error.__traceback__)
+            if frame.f_code.co_filename == str(self.path)
+        ]
+        return lines[-1] if lines else None
+
+    def _load(self) -> Callable[..., Any]:
+        try:
+            module = _module(self.path, self.digest)
+            found = getattr(module, self.name, None)
+        except (Exception, SystemExit) as error:
+            raise self.failure(_told(error), *self._hint(error), error=error) from error
+        if not callable(found):
+            raise self.failure("the file leaves no function of that name", "define it with `def`")
+        return found
+
+
+def _told(error: BaseException) -> str:
+    """An exception on one line."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+@cache
+def _module(path: Path, digest: str) -> ModuleType:
+    """The file as a module, run once; not among those that others can import by its name."""
+    content = path.read_bytes()
+    if sha256(content).hexdigest() != digest:
+        raise RuntimeError("the file has changed since it was checked")
+    name = f"mechdsl_python_{digest[:16]}"
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module  # where dataclasses and pickle look for it
+    try:
+        exec(compile(content, str(path), "exec"), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def is_python(node: object) -> bool:
+    """Whether an expression is `python(…)`."""
+    return isinstance(node, ast.Call) and node.name == NAME
+
+
+def find_function(node: ast.Call, use: Use) -> tuple[PythonFunction | None, list[Diagnostic]]:
+    """The function that `python("file.py:name")` means. Nothing of it runs. Code: E0222."""
+    try:
+        return _found(node, use), []
+    except _Missing as missing:
+        written = node.span.written
+        problem = PythonNotFound(
+            span=node.span, written=written, reason=missing.reason, hint=missing.hint
+        )
+        return None, [problem]
+
+
+class _Missing(Exception):
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+def _found(node: ast.Call, use: Use) -> PythonFunction:
+    example = 'write the file and the function: `python("metrics.py:refused")`'
+    value = node.arguments[0].value if len(node.arguments) == 1 else None
+    if not isinstance(value, ast.String) or node.arguments[0].name is not None:
+        raise _Missing("it takes one text in quotes", example)
+    file, colon, name = value.value.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise _Missing("it names no function", example)
+    if not file.endswith(".py"):
+        raise _Missing(f"`{file}` is no Python file", "its name must end in `.py`")
+    path = node.span.source.folder / file
+    content = _content(path, file)
+    functions = _functions(content, file)
+    if name not in functions:
+        known = ", ".join(f"`{each}`" for each in functions)
+        hint = did_you_mean(
+            nearest(name, functions), f"it defines {known}" if known else "define it with `def`"
+        )
+        raise _Missing(f"`{file}` defines no function `{name}`", hint)
+    _check_parameters(functions[name], name, use)
+    return PythonFunction(path.resolve(), file, name, sha256(content).hexdigest(), node.span)
+
+
+def _content(path: Path, file: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        names = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        hint = "the path is relative to the folder of the `.mech` file"
+        raise _Missing(
+            f"there is no file `{file}`", did_you_mean(nearest(path.name, names), hint)
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise _Missing(f"`{file}`: {reason}", "name a file that can be read") from None
+
+
+def _functions(content: bytes, file: str) -> dict[str, python.FunctionDef]:
+    """The functions that a file defines at its top, by name; of equal names the last one."""
+    try:
+        tree = python.parse(content, filename=file)
+    except SyntaxError as error:
+        where = f"line {error.lineno}" if error.lineno else "it"
+        raise _Missing(
+            f"{where} of `{file}` is not Python: {error.msg}", "correct the file"
+        ) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise _Missing(f"`{file}` is not Python: {error}", "correct the file") from None
+    found: dict[str, python.FunctionDef] = {}
+
+    def look(statements: list[python.stmt]) -> None:
+        for statement in statements:
+            match statement:
+                case python.FunctionDef(name=name):
+                    found[name] = statement
+                case python.If() | python.Try():
+                    look([*statement.body, *statement.orelse])
+                case _:
+                    pass
+
+    look(tree.body)
+    return found
+
+
+def _check_parameters(function: python.FunctionDef, name: str, use: Use) -> None:
+    """It must take what it will be called with."""
+    own = function.args
+    most = len(own.posonlyargs) + len(own.args)
+    least = most - len(own.defaults)
+    wanted = PARAMETERS[use]
+    forced = any(default is None for default in own.kw_defaults)
+    fits = least <= len(wanted) and (most >= len(wanted) or own.vararg is not None)
+    if fits and not forced:
+        return
+    plural = "argument" if most == 1 else "arguments"
+    reason = f"`{name}` takes {most} {plural}, and is called with {len(wanted)}"
+    if fits:
+        reason = f"`{name}` has arguments that must be given by name"
+    raise _Missing(reason, f"write `def {name}({', '.join(wanted)}):`")
+
+
+# --- in a file ------------------------------------------------------------------------------------
+
+
+def of_prompts(prompts: spec.Prompts) -> list[ast.Call]:
+    """All `python(…)` that rows of a block are made with."""
+    parts: list[Any] = [value.value for value in prompts.values]
+    parts += [text.value for text in prompts.texts]
+    parts += list(prompts.where)
+    parts += [corruption.changes for corruption in prompts.corruptions]
+    return [node for part in parts for node in _calls(part)]
+
+
+def check_functions(program: spec.Program, mode: Mode) -> list[Diagnostic]:
+    """E0221 for Python that isn't allowed, E0222 for what can't be called, W0740 for rows that
+    are not looked at because of it."""
+    if mode == "run":  # a function may count, and begins anew with every run
+        _module.cache_clear()
+    found: list[Diagnostic] = []
+    seen: set[Span] = set()
+    for node, use in _uses(program):
+        if node.span in seen:
+            continue
+        seen.add(node.span)
+        if use is None:
+            found.append(
+                PythonNotFound(
+                    span=node.span,
+                    written=node.span.written,
+                    reason=INSIDE,
+                    hint=OUTSIDE,
+                )
+            )
+            continue
+        function, problems = find_function(node, use)
+        found += problems
+        if function is not None and mode == "refuse":
+            found.append(
+                PythonNotAllowed(span=node.span, function=function.name, file=function.file)
+            )
+    if mode == "look":
+        for name, prompts in program.prompts.items():
+            for node in of_prompts(prompts)[:1]:
+                found.append(PythonNotRun(span=node.span, prompts=name))
+    return found
+
+
+def _uses(program: spec.Program) -> Iterator[tuple[ast.Call, Use | None]]:
+    """Every `python(…)` of a file and what it is for; None where it can't stand."""
+    for prompts in program.prompts.values():
+        for node in of_prompts(prompts):
+            yield node, "value"
+    for expression in program.metrics.values():
+        yield from _in_metric(expression)
+    for experiment in program.experiments:
+        for measure in experiment.measures:
+            yield from _in_metric(measure.metric)
+        for condition in experiment.keep:
+            yield from _in_metric(condition)
+        for rule in experiment.rules:
+            for node in _calls(rule.fill):
+                yield node, "fill"
+
+
+def _in_metric(expression: ast.Expr) -> Iterator[tuple[ast.Call, Use | None]]:
+    inner = {
+        id(node)
+        for call in walk(expression)
+        if isinstance(call, ast.Call)
+        for node in _calls(call.arguments)
+    }
+    for node in _calls(expression):
+        yield node, None if id(node) in inner else "metric"
+
+
+def _calls(part: Any) -> list[ast.Call]:
+    return [node for node in walk(part) if isinstance(node, ast.Call) and node.name == NAME]

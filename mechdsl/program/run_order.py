@@ -1,0 +1,110 @@
+"""Which experiments have to run before which: `top 10 of cie` needs what `cie` found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mechdsl.base.registry import nearest
+from mechdsl.diagnostics.e02_names import CircularExperiments, UnknownName, did_you_mean
+from mechdsl.program import spec
+from mechdsl.program.names import Scope
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+
+if TYPE_CHECKING:
+    from mechdsl.program.lower_file import Parts
+
+
+def with_order(tree: ast.File, parts: Parts, scope: Scope) -> list[spec.Experiment]:
+    """The experiments, each with the names of those whose results it uses.
+
+    Codes: E0201 for experiments that there are not, E0210 for circles.
+    """
+    ranked = {e.name: list(_ranked(e, parts.groups)) for e in parts.experiments}
+    own = (g for g in parts.groups.values() if g.span.source is tree.span.source)
+    every = [node for nodes in ranked.values() for node in nodes]
+    every.extend(node for group in own for node in _in_tree(group.sites))
+    known = scope.names("experiment")
+    for node in {node.span: node for node in every}.values():
+        if node.of not in known:
+            listed = ", ".join(f"`{name}`" for name in known)
+            scope.diagnostics.append(
+                UnknownName(
+                    span=node.span,
+                    kind="experiment",
+                    name=node.of,
+                    hint=did_you_mean(nearest(node.of, known), f"the file has {listed or 'none'}"),
+                )
+            )
+    _circles(ranked, scope)
+    return [
+        e.model_copy(update={"after": tuple(dict.fromkeys(node.of for node in ranked[e.name]))})
+        for e in parts.experiments
+    ]
+
+
+def _ranked(experiment: spec.Experiment, groups: Mapping[str, spec.Group]) -> Iterator[ast.Ranked]:
+    """Every `top n of …` of an experiment, those in the groups that it names included."""
+    for part in (*experiment.rules, *experiment.measures):
+        for name in type(part).model_fields:
+            yield from _in_tree(getattr(part, name), groups)
+    yield from _in_tree(experiment.keep, groups)
+
+
+def _in_tree(tree: object, groups: Mapping[str, spec.Group] | None = None) -> Iterator[ast.Ranked]:
+    for node in walk(tree):
+        if isinstance(node, ast.Ranked):
+            yield node
+        elif groups and isinstance(node, ast.Name) and node.id in groups:
+            yield from _in_tree(groups[node.id].sites)
+
+
+def _circles(ranked: Mapping[str, Sequence[ast.Ranked]], scope: Scope) -> None:
+    """E0210 once per circle, at the line of its first experiment that needs the next one."""
+    done: set[str] = set()
+
+    def visit(name: str, chain: tuple[str, ...]) -> None:
+        if name in done:
+            return
+        for node in ranked[name]:
+            if node.of in chain:
+                circle = (*chain[chain.index(node.of) :], node.of)
+                first = next(n for n in ranked[circle[0]] if n.of == circle[1])
+                found = CircularExperiments(
+                    span=first.span,
+                    experiment=circle[0],
+                    of=circle[1],
+                    chain=" → ".join(circle),
+                )
+                if found not in scope.diagnostics:
+                    scope.diagnostics.append(found)
+            elif node.of in ranked:
+                visit(node.of, (*chain, node.of))
+        done.add(name)
+
+    for name in ranked:
+        visit(name, (name,))
+
+
+def in_order(experiments: Sequence[spec.Experiment]) -> list[spec.Experiment]:
+    """Each behind those whose results it uses, else as in the file; without circles, and without
+    what uses experiments that are missing."""
+    names = {e.name for e in experiments}
+    left, found, done = list(experiments), list[spec.Experiment](), set[str]()
+    while ready := [e for e in left if done.issuperset(e.after)]:
+        found.extend(ready)
+        left = [e for e in left if not done.issuperset(e.after)]
+        waiting = {e.name for e in left}
+        done = {name for name in names if name not in waiting}
+    return found
+
+
+def with_needed(name: str, experiments: Sequence[spec.Experiment]) -> list[spec.Experiment]:
+    """An experiment with everything that has to run before it."""
+    wanted = {name}
+    while True:
+        more = {of for e in experiments if e.name in wanted for of in e.after}
+        if more <= wanted:
+            return [e for e in experiments if e.name in wanted]
+        wanted |= more

@@ -1,0 +1,276 @@
+"""The experiment as typed data: what a file says, after names of the file are bound.
+
+Expressions, sites and positions stay syntax trees, because only data and models give them a
+meaning; in JSON they are the text that was written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SkipValidation,
+    WithJsonSchema,
+)
+from pydantic.json_schema import SkipJsonSchema
+
+from mechdsl.base.source import Span
+from mechdsl.syntax import ast
+
+
+def _as_written(node: Any) -> str | None:
+    return None if node is None else node.span.written
+
+
+if TYPE_CHECKING:
+    ExprText = ast.Expr
+    SiteText = ast.Site
+    PositionsText = ast.Positions
+    PositionText = ast.Position
+    DomainText = ast.Domain
+    StringText = ast.String
+    ChangeText = ast.Change
+    SpanDefText = ast.SpanDef
+    BoundText = ast.Star | ast.AxisRange
+    EdgeText = ast.Edge
+    Where = Span
+else:
+    # Pydantic never looks into a tree: it would spend a quarter of a second on its schema.
+    _AS_WRITTEN = Annotated[
+        Any,
+        PlainSerializer(_as_written, return_type=str | None),
+        WithJsonSchema({"type": "string"}),
+    ]
+    ExprText = SiteText = PositionsText = PositionText = _AS_WRITTEN
+    DomainText = StringText = ChangeText = SpanDefText = BoundText = EdgeText = _AS_WRITTEN
+    Where = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
+
+
+class Spec(BaseModel):
+    """Every part knows the span that it came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    span: Where
+
+
+class Model(Spec):
+    """`model toy = zoo("counting")`."""
+
+    name: str
+    kind: Literal["zoo", "hf", "local"]
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    bos: bool | None = None
+    """None: as the tokenizer does by itself."""
+    matched: str | None = None
+    """What the `*` of its path stands for: one of several checkpoints."""
+
+
+class Value(Spec):
+    """A value of a prompts block, in order of the file: `x in …` (domain) or `x = …` (value)."""
+
+    names: tuple[str, ...]
+    domain: DomainText | None = None
+    value: ExprText | None = None
+
+
+class TextDef(Spec):
+    """`answer`, `wrong`, or `text NAME = …`: a text that metrics refer to."""
+
+    name: str
+    value: ExprText
+
+
+class Corruption(Spec):
+    name: str
+    changes: tuple[ChangeText, ...]
+
+
+class Prompts(Spec):
+    """One `prompts` block."""
+
+    name: str
+    values: tuple[Value, ...] = ()
+    templates: tuple[StringText, ...] = ()
+    rows: ExprText | None = None
+    """The file's path as a string expression."""
+    rename: tuple[tuple[str, str], ...] = ()
+    """(new name, column)."""
+    where: tuple[ExprText, ...] = ()
+    split: float | None = None
+    """Percent of the rows in `NAME.train`."""
+    texts: tuple[TextDef, ...] = ()
+    spans: tuple[SpanDefText, ...] = ()
+    corruptions: tuple[Corruption, ...] = ()
+
+
+Verb = Literal[
+    "patch",
+    "ablate",
+    "replace",
+    "swap",
+    "freeze",
+    "set",
+    "block",
+    "reweight",
+    "set edge",
+    "observe",
+    "path",
+]
+ATTENTION_VERBS: frozenset[Verb] = frozenset({"block", "reweight", "set edge", "observe"})
+"""Rules on edges of attention: from queries to keys."""
+
+
+class Rule(Spec):
+    """One intervention. `loops` are the `for` variables around it, outermost first."""
+
+    verb: Verb
+    site: SiteText | None = None
+    """What is written; of a path the sender. None for rules on the input and on attention."""
+    at: PositionsText
+    """Of attention rules the queries."""
+    source: str | None = None
+    """patch: the run that is read (`with RUN`, else the experiment's source)."""
+    fill: ExprText | None = None
+    """ablate: zero, mean, resample, `mean of …`; replace: the text; set, reweight: the number."""
+    by: str | None = None
+    onto: PositionsText | None = None
+    """patch: where it is written; swap: the other positions; attention rules: the keys."""
+    into_layer: BoundText | None = None
+    """patch: the layers that are written, where they aren't those that are read."""
+    edge: EdgeText | None = None
+    """Attention rules: layers and heads."""
+    receiver: SiteText | None = None
+    through_mlps: bool = False
+    """path: whether MLPs recompute, or are held too."""
+    loops: tuple[str, ...] = ()
+
+
+class Loop(Spec):
+    """`for NAME in DOMAIN`: an axis that several rules share."""
+
+    name: str
+    domain: DomainText
+
+
+class Measure(Spec):
+    """`label` is the name of the metric, or the expression as written."""
+
+    label: str
+    metric: ExprText
+    effect: str
+    effect_span: Where
+    at: PositionText | None = None
+    per_prompt: bool = False
+
+
+class Statistics(Spec):
+    resamples: int = 10_000
+    confidence: float = 95.0
+    correction: str = "holm"
+    by: str | None = None
+
+
+class Report(Spec):
+    kind: str
+    variable: str | None = None
+    by: str | None = None
+    top: int | None = None
+    file: str | None = None
+
+
+class Expectation(Spec):
+    text: str
+    condition: ExprText | None = None
+    top: int | None = None
+    contains: tuple[SiteText, ...] = ()
+    on_mean: bool = False
+    citing: str | None = None
+
+
+class Group(Spec):
+    """`group name_movers = L9H9, L9H6`: sites that are intervened on together."""
+
+    name: str
+    sites: tuple[SiteText, ...]
+
+
+Drawn = Literal["heads", "neurons", "experts", "layers", "positions"]
+
+
+class Control(Spec):
+    """`against random(20, heads)`: the same rules on targets that are drawn at random."""
+
+    draws: int
+    what: Drawn | None = None
+    """None: the finest that the rules' sites have."""
+
+
+class Elsewhere(Spec):
+    """A run that isn't one of the sampled block in the experiment's model."""
+
+    name: str
+    """As tables call it: `fruit`, `listed.fewer`, `tuned`."""
+    prompts: str | None = None
+    """The block that it is of, where that is another one."""
+    run: str = "clean"
+    """Of that block."""
+    model: str | None = None
+    """The model that it runs on, where that is another one."""
+
+
+class Experiment(Spec):
+    """One experiment: everything that its block says, with the file's names bound.
+
+    One that compares several models, sources or bases is several of these, each a `variant`.
+    """
+
+    name: str
+    variant: tuple[tuple[str, int | str], ...] = ()
+    """Which one of several: (`model`, `source` or `base`; its label), axes of the results."""
+    model: str
+    prompts: str
+    part: Literal["train", "test"] | None = None
+    limit: int | None = None
+    source: str | None = None
+    base: str = "clean"
+    elsewhere: tuple[Elsewhere, ...] = ()
+    """Every other run that is read, written into or measured."""
+    loops: tuple[Loop, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    keep: tuple[ExprText, ...] = ()
+    measures: tuple[Measure, ...]
+    statistics: Statistics
+    against: Control | None = None
+    reports: tuple[Report, ...] = ()
+    expects: tuple[Expectation, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Its name, with what makes it this variant: `e (source: other, base: fewer)`."""
+        said = ", ".join(f"{axis}: {label}" for axis, label in self.variant)
+        return f"{self.name} ({said})" if said else self.name
+
+    after: tuple[str, ...] = ()
+    """Experiments whose results it uses: `top 10 of cie`."""
+
+
+class Program(Spec):
+    """A file with everything it imports."""
+
+    models: dict[str, Model] = {}
+    checkpoints: dict[str, tuple[str, ...]] = {}
+    """What a model with a `*` in its path stands for: names of models."""
+    prompts: dict[str, Prompts] = {}
+    groups: dict[str, Group] = {}
+    metrics: dict[str, ExprText] = {}
+    """Those that the file names; measures have them put in already."""
+    parameters: dict[str, SkipValidation[int | float | str | bool]] = {}
+    """As they are: a percentage stays one."""
+    experiments: tuple[Experiment, ...] = ()
+    seed: int = 0

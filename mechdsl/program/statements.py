@@ -1,0 +1,167 @@
+"""The statements of an experiment, sorted; E0108 for those that can't be executed yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e02_names import DuplicateName, RepeatedStatement
+from mechdsl.program import spec
+from mechdsl.program.names import Scope, place
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+
+if TYPE_CHECKING:
+    from mechdsl.program.lower_file import Parts
+
+NodeT = TypeVar("NodeT", bound=ast.Node)
+
+# What the grammar knows and no stage executes yet, by the class of its node.
+LATER: dict[type[ast.Node], str] = {
+    ast.Add: "`add`",
+    ast.Scale: "`scale`",
+    ast.ProjectOut: "`project out`",
+    ast.Clamp: "`clamp`",
+    ast.Generate: "`generate`",
+    ast.Using: "an estimator",
+    ast.Discover: "`discover`",
+    ast.Search: "`search`",
+    ast.ObserveFeatures: "`observe features`",
+    ast.Observe: "`observe`",
+    ast.During: "`during`",
+}
+
+
+# Of which several stand in one statement.
+LISTED: dict[type[ast.Node], str] = {
+    ast.FromInto: "keep one of them; several runs are a list: `from A, B into C`",
+    ast.UseModel: "keep one of them; several models are a list: `model A, B`",
+}
+
+
+class Statements:
+    """Collects the statements of one experiment."""
+
+    def __init__(self, definition: ast.ExperimentDef, parts: Parts, scope: Scope) -> None:
+        self.definition = definition
+        self.parts = parts
+        self.scope = scope
+        self.models: list[ast.UseModel] = []
+        self.prompts: list[ast.UsePrompts] = []
+        self.from_into: list[ast.FromInto] = []
+        self.keep: list[ast.Expr] = []
+        self.loops: list[spec.Loop] = []
+        self.rules: list[tuple[ast.Rule, tuple[str, ...]]] = []
+        self.measures: list[ast.Measure] = []
+        self.stats: list[ast.Stats] = []
+        self.reports: list[ast.Report] = []
+        self.expects: list[ast.Expect] = []
+        self.against: list[ast.Against] = []
+        self.elsewhere: dict[str, spec.Elsewhere] = {}
+        """Runs of other blocks and models, by their names."""
+        self.unsupported = False
+
+    @property
+    def diagnostics(self) -> list[Diagnostic]:
+        return self.scope.diagnostics
+
+    def later(self, span: Span, what: str) -> None:
+        self.unsupported = True
+        self.diagnostics.append(NotSupported(span=span, what=what))
+
+    def collect(self, statements: Sequence[ast.Statement], loops: tuple[str, ...] = ()) -> None:
+        for statement in statements:
+            match statement:
+                case ast.Rule():
+                    self.rule(statement, loops)
+                case ast.ObserveAttention():
+                    rule = ast.Rule(statement, span=statement.span)
+                    self.rule(rule, loops)
+                case ast.For():
+                    self.loop(statement, loops)
+                case ast.UseModel():
+                    self.once(statement, self.models, "model")
+                case ast.UsePrompts():
+                    self.once(statement, self.prompts, "prompts")
+                case ast.FromInto():
+                    self.once(statement, self.from_into, "from … into …")
+                case ast.Stats():
+                    self.once(statement, self.stats, "stats")
+                case ast.Against():
+                    self.once(statement, self.against, "against")
+                case ast.Keep():
+                    self.keep.append(statement.condition)
+                case ast.Measure():
+                    self.measures.append(statement)
+                case ast.Report():
+                    self.reports.append(statement)
+                case ast.Expect():
+                    self.expects.append(statement)
+                case _:
+                    self.later(statement.span, LATER[type(statement)])
+
+    def once(self, statement: NodeT, seen: list[NodeT], what: str) -> None:
+        """Keep a statement that may stand once in an experiment."""
+        if seen:
+            self.diagnostics.append(
+                RepeatedStatement(
+                    span=statement.span,
+                    what=what,
+                    block=self.definition.name.id,
+                    first=seen[0].span.line,
+                    hint=LISTED.get(type(statement), "keep one of them"),
+                )
+            )
+        else:
+            seen.append(statement)
+
+    def loop(self, statement: ast.For, loops: tuple[str, ...]) -> None:
+        name = statement.name
+        taken = next((x for x in self.loops if x.name == name.id), None)
+        if taken is not None:
+            self.diagnostics.append(
+                DuplicateName(span=name.span, name=name.id, first=place(taken.span, name.span))
+            )
+        else:
+            self.loops.append(spec.Loop(span=name.span, name=name.id, domain=statement.domain))
+        use_names(statement.domain, self)
+        self.collect(statement.body, (*loops, name.id))
+
+    def rule(self, rule: ast.Rule, loops: tuple[str, ...]) -> None:
+        """Keep a rule that can be executed; E0108 at the part that can't."""
+        before = len(self.diagnostics)
+        what = LATER.get(type(rule.body))
+        if what is not None:
+            self.later(rule.body.span, what)
+            return
+        for node in walk(rule):
+            if type(node) in LATER:
+                self.later(node.span, LATER[type(node)])
+            elif isinstance(node, ast.Site) and node.basis is not None:
+                self.later(node.span, "a subspace")
+            elif isinstance(node, ast.Axis) and node.word == "feature":
+                self.later(node.span, f"`{node.word}` sites")
+            elif isinstance(node, ast.Edge) and node.stack is not None:
+                self.later(node.stack.span, f"attention of the stack `{node.stack.id}`")
+            elif isinstance(node, ast.SpanRef) and (node.row is not None or node.col is not None):
+                self.later(node.span, "an image position")
+        if len(self.diagnostics) == before:
+            self.rules.append((rule, loops))
+
+
+def use_names(node: ast.Node, work: Statements) -> None:
+    """Mark groups and parameters that a rule refers to as used."""
+    for part in walk(node):
+        if isinstance(part, ast.Name):
+            _ = work.scope.has("group", part.id) or work.scope.has("param", part.id)
+        elif isinstance(part, ast.Bound) and part.name is not None:
+            work.scope.has("param", part.name)
+        elif isinstance(part, ast.Axis) and isinstance(part.window, str):
+            work.scope.has("param", part.window)
+        elif isinstance(part, ast.TokenIndex) and isinstance(part.low, str):
+            work.scope.has("param", part.low)
+        elif isinstance(part, ast.Ranked) and isinstance(part.amount, str):
+            work.scope.has("param", part.amount)

@@ -1,0 +1,310 @@
+"""Texts that metrics refer to, as tokens behind the prompt."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mechdsl.base.registry import nearest
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import did_you_mean
+from mechdsl.diagnostics.e05_data import (
+    AnswerNotInVocabulary,
+    EmptyText,
+    MultiTokenNumeral,
+    NotATokenId,
+    OtherSpelling,
+    SharedFirstToken,
+    UnknownText,
+)
+from mechdsl.diagnostics.w07_data import AnswerChangesPrompt
+from mechdsl.prompts.row_scope import Key, Refusal
+from mechdsl.prompts.rows import CLEAN, Row
+from mechdsl.prompts.table import PromptTable, TextTokens
+from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
+from mechdsl.prompts.values import TokenId
+from mechdsl.syntax import ast
+
+ANSWER = "answer"
+
+
+def quoted(text: str) -> str:
+    """A text for a message, its white space visible."""
+    shown = text if len(text) <= 40 else text[:37] + "…"
+    return "`" + shown.replace("\n", "\\n").replace("\t", "\\t") + "`"
+
+
+def tokenise(
+    prompts: Sequence[str],
+    texts: Sequence[str | TokenId],
+    tokenizer: TextTokenizer,
+    *,
+    name: str,
+    span: Span,
+    encoded: Mapping[str, Encoded] | None = None,
+) -> tuple[list[TextTokens], list[Diagnostic]]:
+    """A text of every row behind its prompt. Codes: E0519, E0523, E0524, W0703.
+
+    encoded: the prompts, where they are tokenised already.
+    """
+    pairs = [(p, t) for p, t in zip(prompts, texts, strict=True) if isinstance(t, str)]
+    found = iter(tokenizer.continuations(pairs, encoded))
+    out: list[TextTokens] = []
+    diagnostics: list[Diagnostic] = []
+    empty, unknown, changed = 0, Counter[str](), Counter[str]()
+    for text in texts:
+        if isinstance(text, TokenId):
+            if not 0 <= text.id < tokenizer.vocab_size and not diagnostics:
+                last = tokenizer.vocab_size - 1
+                diagnostics.append(NotATokenId(span=span, name=name, value=str(text.id), last=last))
+            out.append(TextTokens(tokenizer.token_text(max(text.id, 0)), (text.id,)))
+            continue
+        ids, kept = next(found)
+        empty += not ids
+        unknown[text] += tokenizer.unknown_id in ids
+        changed[text] += not kept
+        out.append(TextTokens(text, ids))
+    if empty:
+        diagnostics.append(EmptyText(span=span, name=name, rows=empty, total=len(texts)))
+    first = next((t for t, n in unknown.most_common() if n), None)
+    if first is not None:
+        diagnostics.append(
+            AnswerNotInVocabulary(
+                span=span,
+                text=quoted(first),
+                unknown=tokenizer.token_text(tokenizer.unknown_id or 0),
+                rows=sum(unknown.values()),
+                total=len(texts),
+            )
+        )
+    first = next((t for t, n in changed.most_common() if n), None)
+    if first is not None:
+        rows = sum(changed.values())
+        diagnostics.append(
+            AnswerChangesPrompt(span=span, text=quoted(first), rows=rows, total=len(texts))
+        )
+    return out, diagnostics
+
+
+def shared_beginning(found: Sequence[TextTokens], tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """The leading token that all texts share, if it can move into the prompt.
+
+    White space alone always moves (the space that some tokenizers put before a digit); a word only
+    if it tells no answers apart, that is where there are several answers.
+    """
+    firsts = {t.ids[:1] for t in found}
+    if len(firsts) != 1 or any(len(t.ids) < 2 for t in found):
+        return ()
+    (first,) = firsts
+    several = len({t.text for t in found}) > 1
+    # A space that is a token of its own decodes to nothing in some vocabularies.
+    is_space = bool(first) and not tokenizer.token_text(first[0]).strip(" ▁\t\n")
+    return first if several or is_space else ()
+
+
+def move(tokens: TextTokens, moved: tuple[int, ...]) -> TextTokens | None:
+    """The text without the token that stands in the prompt; None where it begins otherwise."""
+    if not moved:
+        return tokens
+    return TextTokens(tokens.text, tokens.ids[1:]) if tokens.ids[:1] == moved else None
+
+
+# --- T of `logit(T)` ---------------------------------------------------------------------------
+
+
+def text_tokens(
+    table: PromptTable,
+    expr: ast.Expr,
+    *,
+    tokenizer: TextTokenizer,
+    extra: Mapping[str, Any] | None = None,
+) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
+    """What a text in a metric stands for, in every row of the table.
+
+    `answer`, `wrong`, a text's name, `answer of fewer`, a text in quotes (evaluated on the clean
+    row, where `extra` has `item.index` and the like), `first token of answer`. Tokens follow the
+    clean row's prompt. Codes: E0503, E0516, E0517, E0519, E0520, E0524, W0703.
+    """
+    match expr:
+        case ast.Name(id=name):
+            return _named(table, name, CLEAN, expr.span)
+        case ast.OfRef(name=name, of=of):
+            run = of.name if of.part is None else f"{of.name}.{of.part}"
+            return _named(table, name, run, expr.span)
+        case ast.EdgeTokenOf():
+            return _edge(table, expr, tokenizer, extra)
+        case _:
+            return _evaluated(table, expr, tokenizer, extra or {})
+
+
+def _named(
+    table: PromptTable, name: str, run: str, span: Span
+) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
+    rows = table.runs[run].rows if run in table.runs else ()
+    known = list(table.runs[CLEAN].rows[0].texts) if len(table) else []
+    if run not in table.runs:
+        near = nearest(run, table.runs)
+        runs = ", ".join(f"`{r}`" for r in table.runs)
+        hint = did_you_mean(f"{name} of {near}" if near else None, f"there are runs {runs}")
+        shown = f"{name} of {run}"
+    elif name not in known:
+        listed = ", ".join(f"`{n}`" for n in known)
+        otherwise = f"there is {listed}" if known else 'add a line such as `answer " {count}"`'
+        hint = did_you_mean(nearest(name, known), otherwise)
+        shown = name
+    else:
+        return tuple(row.texts[name] for row in rows), []
+    return (), [UnknownText(span=span, prompts=table.name, name=shown, hint=hint)]
+
+
+def _evaluated(
+    table: PromptTable, expr: ast.Expr, tokenizer: TextTokenizer, extra: Mapping[str, Any]
+) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
+    texts: list[str | TokenId] = []
+    for row in table.sources:
+        try:
+            texts.append(row.with_values(extra).as_text(expr, Key(f"measure:{expr.span.text}")))
+        except Refusal as refusal:
+            return (), [refusal.diagnostic(row.describe())]
+    return _behind(table, texts, tokenizer, expr.span.text, expr.span)
+
+
+def _behind(
+    table: PromptTable,
+    texts: Sequence[str | TokenId],
+    tokenizer: TextTokenizer,
+    name: str,
+    span: Span,
+) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
+    """Texts behind the clean prompts, without the token that was moved there."""
+    prompts = [row.prompt.text for row in table.sources]
+    found, diagnostics = tokenise(prompts, texts, tokenizer, name=name, span=span)
+    moved = [move(t, () if isinstance(x, TokenId) else table.moved)
+             for t, x in zip(found, texts, strict=True)]  # fmt: skip
+    other = next((t for t, m in zip(found, moved, strict=True) if m is None), None)
+    if other is not None:
+        diagnostics.append(
+            OtherSpelling(span=span, text=quoted(other.text), moved=quoted(table.moved_text))
+        )
+    return tuple(m or t for m, t in zip(moved, found, strict=True)), diagnostics
+
+
+def _edge(
+    table: PromptTable,
+    expr: ast.EdgeTokenOf,
+    tokenizer: TextTokenizer,
+    extra: Mapping[str, Any] | None,
+) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
+    whole, diagnostics = text_tokens(table, expr.of, tokenizer=tokenizer, extra=extra)
+    if not whole or any(not t.ids for t in whole):
+        return (), diagnostics
+    edge = 0 if expr.which == "first" else -1
+    shared = _rivals(table, whole, edge)
+    if shared:
+        row, rival = shared[0]
+        diagnostics.append(
+            SharedFirstToken(
+                span=expr.span,
+                which=expr.which,
+                text=quoted(whole[row].text),
+                rival=quoted(rival),
+                token=tokenizer.token_text(whole[row].ids[edge]).strip(),
+                rows=len({r for r, _ in shared}),
+                total=len(table),
+            )
+        )
+    ids = [t.ids[edge] for t in whole]
+    return tuple(TextTokens(tokenizer.token_text(i), (i,)) for i in ids), diagnostics
+
+
+def _rivals(table: PromptTable, whole: Sequence[TextTokens], edge: int) -> list[tuple[int, str]]:
+    """Rows in which another text has the same token there: the row's own other texts, or, where it
+    has none, the same text of other rows."""
+    shared: list[tuple[int, str]] = []
+    declared = False
+    for n, own in enumerate(whole):
+        others = [t for run in table.runs.values() for t in run.rows[n].texts.values()]
+        others = [t for t in others if t.text != own.text]
+        declared = declared or bool(others)
+        shared += [(n, t.text) for t in others if t.ids[edge] == own.ids[edge]]
+    if declared:
+        return shared
+    by_token: dict[int, str] = {}
+    for n, own in enumerate(whole):
+        rival = by_token.setdefault(own.ids[edge], own.text)
+        if rival != own.text:
+            shared.append((n, rival))
+    return shared
+
+
+# --- numerals ------------------------------------------------------------------------------------
+
+
+def numerals(
+    table: PromptTable,
+    low: int,
+    high: int,
+    *,
+    tokenizer: TextTokenizer,
+    span: Span | None = None,
+) -> tuple[tuple[int, ...], list[Diagnostic]]:
+    """Token ids of the numerals `low` to `high`, spelt as in `answer`.
+
+    That is with the same text before the digits, and padded to the answers' width where these have
+    leading zeros (`05`). Codes: E0518, E0519, E0520.
+    """
+    span = span or table.sources[0].block.spec.span
+    before, width = _spelling(table)
+    texts = [f"{before}{number:0{width}d}" for number in range(low, high + 1)]
+    # One prompt stands for all: the token behind the prompt's last one is what counts.
+    prompt = table.sources[0].prompt.text
+    found, diagnostics = tokenise(
+        [prompt] * len(texts), texts, tokenizer, name="numeral", span=span
+    )
+    diagnostics = [d for d in diagnostics if d.severity == "error"]
+    moved = [move(t, table.moved) for t in found]
+    if any(m is None for m in moved):
+        text, beginning = quoted(texts[0]), quoted(table.moved_text)
+        return (), [OtherSpelling(span=span, text=text, moved=beginning)]
+    kept = [m for m in moved if m is not None]
+    long = [(n, t) for n, t in enumerate(kept) if len(t.ids) > 1]
+    if long:
+        first, text = long[0]
+        pieces = " ".join(quoted(tokenizer.token_text(i)) for i in text.ids)
+        diagnostics.append(
+            MultiTokenNumeral(
+                span=span,
+                amount=len(long),
+                low=low,
+                high=high,
+                text=quoted(text.text),
+                tokens=len(text.ids),
+                pieces=pieces,
+                hint=(
+                    f"end the range at {low + first - 1}"
+                    if first
+                    else "measure `logprob(…)` of a text, which is summed over its tokens"
+                ),
+            )
+        )
+    if diagnostics:
+        return (), diagnostics
+    return tuple(t.ids[0] for t in kept), []
+
+
+def _spelling(table: PromptTable) -> tuple[str, int]:
+    """What stands before the digits of the answers, and how many digits they are padded to."""
+    rows: Sequence[Row] = table.sources
+    texts = [row.texts[ANSWER].text for row in table.runs[CLEAN].rows if ANSWER in row.texts]
+    matches = [re.match(r"(\D*)(\d+)", text) for text in texts]
+    found = [m.groups() for m in matches if m is not None]
+    if not found:
+        ends_in_space = bool(rows) and rows[0].prompt.text[-1:].isspace()
+        glued = bool(texts) and not texts[0][:1].isspace()
+        return ("" if ends_in_space or glued else " "), 1
+    before = Counter(b for b, _ in found).most_common(1)[0][0]
+    padded = any(len(digits) > 1 and digits.startswith("0") for _, digits in found)
+    return before, max(len(digits) for _, digits in found) if padded else 1

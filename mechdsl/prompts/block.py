@@ -1,0 +1,437 @@
+"""A prompts block, made ready to give rows: its names found, its data read, its axes counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from mechdsl.base.registry import nearest
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import DuplicateName, did_you_mean
+from mechdsl.diagnostics.e05_data import (
+    CyclicValue,
+    DataFormat,
+    NoDomain,
+    NoTemplate,
+    TooMany,
+    UnknownValue,
+)
+from mechdsl.program import spec
+from mechdsl.prompts.data_files import DataFile, read_data
+from mechdsl.prompts.domains import Constants, Words, make_domain
+from mechdsl.prompts.names_used import Use, draws, uses
+from mechdsl.prompts.python_values import Calls
+from mechdsl.prompts.row_scope import Refusal
+from mechdsl.prompts.values import Record, Value, frozen, plain
+from mechdsl.syntax import ast
+from mechdsl.syntax.template import Placeholder, parse_template
+
+if TYPE_CHECKING:
+    from mechdsl.prompts.rows import Row
+
+TEMPLATE = "template"
+"""Name of the value that says which of several templates a row is written with."""
+
+MAX_CHAIN = 50
+"""Definitions that hang on one another."""
+
+Blocks = Mapping[str, spec.Prompts]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """`a, b = EXPR`: the names that are defined together, and by what."""
+
+    names: tuple[str, ...]
+    value: ast.Expr
+
+    @property
+    def path(self) -> str:
+        """What its draws are called."""
+        return ",".join(self.names)
+
+
+@dataclass
+class Template:
+    """A template's pieces, and the names that its placeholders define (`{s2 = s}`)."""
+
+    text: ast.String
+    pieces: Sequence[str | Placeholder]
+    definitions: dict[str, Definition] = field(default_factory=dict[str, Definition])
+
+    def __post_init__(self) -> None:
+        for piece in self.pieces:
+            if isinstance(piece, Placeholder) and piece.name is not None:
+                itself = isinstance(piece.expr, ast.Name) and piece.expr.id == piece.name
+                if not itself:
+                    self.definitions[piece.name] = Definition((piece.name,), piece.expr)
+
+
+class Block:
+    """The names of a block and what they stand for. Build it with `compile_block`."""
+
+    def __init__(
+        self,
+        prompts: spec.Prompts,
+        *,
+        seed: int,
+        words: Words | None,
+        parameters: Constants,
+        blocks: Blocks,
+        python: bool = False,
+    ) -> None:
+        self.spec = prompts
+        self.name = prompts.name
+        self.seed = seed
+        self.parameters = parameters
+        self.words = words
+        self.blocks = blocks
+        self.python = python
+        """Whether functions of Python files may be run."""
+        self.diagnostics: list[Diagnostic] = []
+        self.rows: dict[int, Row] = {}
+        """Rows that were worked out, by their ids: experiments of a file share them."""
+        self._templates: dict[int, Template] = {}
+        self._pools: dict[str, Sequence[Record]] = {}
+        self._columns: dict[str, Sequence[Value]] = {}
+        self.data: DataFile | None = self._read()
+        self.columns: tuple[str, ...] = self.data.columns if self.data else ()
+        self.templates: tuple[Template, ...] = tuple(map(self.template, prompts.templates))
+        self.domains: dict[str, Sequence[Value]] = {}
+        self.definitions: dict[str, Definition] = {}
+        for value in prompts.values:
+            self._define(value)
+        self.texts: dict[str, ast.Expr] = {t.name: t.value for t in prompts.texts}
+        self.marks: dict[str, list[ast.SpanDef]] = {}
+        """Spans that are marked inside the text of a column (`span subject in prompt`)."""
+        for span in prompts.spans:
+            if span.within is not None:
+                self.marks.setdefault(span.within.id, []).append(span)
+        self._check_names()
+        self.axes: tuple[tuple[str, Sequence[Value]], ...] = tuple(self._axes())
+        self.size = 1
+        """Combinations of values, for each record."""
+        for _, values in self.axes:
+            self.size *= len(values)
+        self.draws: bool = any(draws(node, self.placeholders) for node in self._clean_parts())
+
+    # --- building -------------------------------------------------------------------------------
+
+    def _read(self) -> DataFile | None:
+        source = self.spec.rows
+        if not isinstance(source, ast.String):
+            return None
+        data, diagnostics = read_data(source.value, source.span)
+        self.diagnostics += diagnostics
+        if data is None or not self.spec.rename:
+            return data
+        new_names = {old: new for new, old in self.spec.rename}
+        for old in new_names:
+            if old not in data.columns:
+                self.diagnostics.append(
+                    UnknownValue(
+                        span=source.span,
+                        prompts=self.name,
+                        name=old,
+                        hint=_hint(old, data.columns, "columns"),
+                    )
+                )
+        records = tuple({new_names.get(k, k): v for k, v in r.items()} for r in data.records)
+        columns = tuple(new_names.get(c, c) for c in data.columns)
+        return DataFile(records, columns, data.digest)
+
+    def _define(self, value: spec.Value) -> None:
+        if value.domain is not None:
+            values, diagnostics = make_domain(
+                value.domain, prompts=self.name, constants=self.parameters, words=self.words
+            )
+            self.diagnostics += diagnostics
+            for name in value.names:
+                self.domains[name] = values
+        elif value.value is not None:
+            definition = Definition(value.names, value.value)
+            for name in value.names:
+                self.definitions[name] = definition
+
+    def template(self, text: ast.String) -> Template:
+        """The parsed text; every text of the file is parsed once. Codes: E0113 and its like."""
+        found = self._templates.get(id(text))
+        if found is None:
+            pieces, diagnostics = parse_template(text)
+            self.diagnostics += diagnostics
+            # The tree holds on to `text`, so its id stays its own.
+            found = self._templates[id(text)] = Template(text, pieces)
+        return found
+
+    def placeholders(self, text: ast.String) -> list[ast.Expr]:
+        """What stands in the braces of a text."""
+        return [p.expr for p in self.template(text).pieces if isinstance(p, Placeholder)]
+
+    @cached_property
+    def calls(self) -> Calls:
+        """The `python(…)` in it."""
+        return Calls(self)
+
+    @property
+    def data_size(self) -> int:
+        """Records of the data file; 1 where there is none."""
+        return len(self.data.records) if self.data else 1
+
+    @property
+    def combinations(self) -> int:
+        """Rows of one round."""
+        return self.size * self.data_size
+
+    # --- names ------------------------------------------------------------------------------------
+
+    def _clean_parts(self) -> Iterator[ast.Expr]:
+        """All expressions that the clean row is made of."""
+        for definition in self.definitions.values():
+            yield definition.value
+        for template in self.templates:
+            yield template.text
+        yield from self.texts.values()
+        yield from self.spec.where
+        for span in self.spec.spans:
+            if span.literal is not None:
+                yield span.literal
+
+    def _changed_parts(self) -> Iterator[tuple[set[str], ast.Node]]:
+        """What corruptions write, with the names that each change gives a new value."""
+        for corruption in self.spec.corruptions:
+            for change in corruption.changes:
+                if isinstance(change, ast.Derived):
+                    yield {n.id for n in change.names}, change.value
+                elif isinstance(change, ast.SwapValues):
+                    yield set(), change.first
+                    yield set(), change.second
+                elif isinstance(change, ast.Template):
+                    yield set(), change.text
+                elif isinstance(change, ast.ReplaceTokens):
+                    yield set(), change.value
+
+    def _all_templates(self) -> Iterator[Template]:
+        yield from self.templates
+        for corruption in self.spec.corruptions:
+            for change in corruption.changes:
+                if isinstance(change, ast.Template):
+                    yield self.template(change.text)
+
+    def _check_names(self) -> None:
+        """E0202, E0501, E0502, E0525: all that can be said before a row is made."""
+        if not self.templates:
+            self.diagnostics.append(NoTemplate(span=self.spec.span, prompts=self.name))
+        for template in self._all_templates():
+            for name in template.definitions:
+                if name in self.domains or name in self.definitions:
+                    self._duplicate(template, name)
+        if self.spec.rows is None or self.data is not None:
+            self._check_uses()
+        self._check_cycles()
+
+    def _duplicate(self, template: Template, name: str) -> None:
+        for piece in template.pieces:
+            if isinstance(piece, Placeholder) and piece.name == name:
+                first = f"a value of prompts `{self.name}`"
+                self.diagnostics.append(DuplicateName(span=piece.span, name=name, first=first))
+
+    def _check_uses(self) -> None:
+        names = self.names()
+        parts: list[ast.Node] = [*self._clean_parts(), *(n for _, n in self._changed_parts())]
+        for use in uses(tuple(parts), self.placeholders):
+            if use.name in names or (use.how == "pool" and use.name in self.blocks):
+                continue
+            self.diagnostics.append(self._unknown(use.name, use.span))
+        for corruption in self.spec.corruptions:
+            for change in corruption.changes:
+                targets = change.names if isinstance(change, ast.Derived) else ()
+                for target in targets:
+                    if target.id not in names:
+                        self.diagnostics.append(self._unknown(target.id, target.span))
+        for spans in self.marks.values():
+            for span in spans:
+                for name in (span.name, span.within):
+                    if name is not None and name.id not in names:
+                        self.diagnostics.append(self._unknown(name.id, name.span))
+
+    def names(self) -> dict[str, None]:
+        """Every name that a row has, in the order of the file."""
+        found: dict[str, None] = dict.fromkeys(self.columns)
+        for value in self.spec.values:
+            found |= dict.fromkeys(value.names)
+        for template in self._all_templates():
+            found |= dict.fromkeys(template.definitions)
+        if len(self.templates) > 1:
+            found[TEMPLATE] = None
+        found |= dict.fromkeys(self.texts) | dict.fromkeys(self.parameters)
+        return found | dict.fromkeys(("true", "false"))
+
+    def _unknown(self, name: str, span: Span) -> UnknownValue:
+        names = [n for n in self.names() if n not in ("true", "false")]
+        hint = _hint(name, names, "names")
+        return UnknownValue(span=span, prompts=self.name, name=name, hint=hint)
+
+    def unknown(self, name: str, span: Span) -> Refusal:
+        """E0501 for a name that a row doesn't have."""
+        if name in self.domains:
+            hint = f"a row has many: `{name}` is only drawn by a list; `xs[1]` is one of them"
+        else:
+            hint = self._unknown(name, span).hint
+        return Refusal(UnknownValue, span, prompts=self.name, name=name, hint=hint)
+
+    def _check_cycles(self) -> None:
+        """E0502, and E0506 for values that hang on one another in an endless chain."""
+        for template in self._all_templates():
+            graph = template.definitions | self.definitions
+            for name, value in self.texts.items():
+                graph.setdefault(name, Definition((name,), value))
+            found = self._circle(graph)
+            if found is not None:
+                self.diagnostics.append(found)
+                return
+
+    def _circle(self, graph: Mapping[str, Definition]) -> Diagnostic | None:
+        """What is wrong with the way definitions hang on one another. Rows are worked out by
+        recursion, which is why chains are bounded."""
+        steps: dict[str, int] = {}
+
+        def visit(name: str, path: tuple[str, ...]) -> Diagnostic | None:
+            if name in steps or name not in graph:
+                return None
+            span = graph[name].value.span
+            if name in path:
+                around = path[path.index(name) :]
+                shown = " → ".join(f"`{n}`" for n in (*around, name))
+                return CyclicValue(span=span, name=name, path=shown)
+            longest = 0
+            for use in uses(graph[name].value, self.placeholders):
+                if use.how in ("value", "pool") and len(path) <= MAX_CHAIN:
+                    found = visit(use.name, (*path, name))
+                    if found is not None:
+                        return found
+                    longest = max(longest, steps.get(use.name, 0))
+            steps[name] = longest + 1
+            if steps[name] <= MAX_CHAIN:
+                return None
+            return TooMany(
+                span=span,
+                what=f"steps from which `{name}` is derived",
+                amount=f"{MAX_CHAIN + 1} or more",
+                most=MAX_CHAIN,
+                hint="derive it in fewer steps",
+            )
+
+        return next((f for f in (visit(name, ()) for name in graph) if f is not None), None)
+
+    def only(self, corruption: spec.Corruption) -> Block:
+        """The same block with one of its corruptions."""
+        other = copy(self)
+        other.spec = self.spec.model_copy(update={"corruptions": (corruption,)})
+        return other
+
+    def _axes(self) -> Iterator[tuple[str, Sequence[Value]]]:
+        """The domains that are crossed: all but those that only lists draw from."""
+        drawn = set[str]()
+        own = set[str]()
+
+        def note(found: Iterable[Use], changed: set[str]) -> None:
+            for use in found:
+                if use.how == "item":
+                    drawn.add(use.name)
+                elif use.how == "value" and use.name not in changed:
+                    own.add(use.name)
+
+        for part in self._clean_parts():
+            note(uses(part, self.placeholders), set())
+        for changed, part in self._changed_parts():
+            # `item = other(item)` changes each item that the lists drew.
+            note(uses(part, self.placeholders), changed)
+        if len(self.templates) > 1:
+            yield TEMPLATE, tuple(t.text.value for t in self.templates)
+        for name, values in self.domains.items():
+            if name in own or name not in drawn:
+                yield name, values
+
+    def is_token_id(self, text: str) -> bool:
+        """Whether a text is given as the id of a token, which nothing is tokenised for."""
+        node = self.texts[text]
+        return isinstance(node, ast.Call) and node.name == "token_id"
+
+    # --- domains of names -------------------------------------------------------------------------
+
+    def domain_of(self, node: ast.Expr, template: Template | None) -> Sequence[Value]:
+        """What a name ranges over: its own domain, or that of what it is drawn from. E0513."""
+        found = self._domain(node, template, frozenset())
+        if found is None:
+            shown = node.span.text
+            hint = 'give values to draw from: `x in ["a", "b"]`, then `other(x)`'
+            raise Refusal(NoDomain, node.span, name=shown, hint=hint)
+        return found
+
+    def _domain(
+        self, node: object, template: Template | None, seen: frozenset[str]
+    ) -> Sequence[Value] | None:
+        match node:
+            case ast.Name(id=name) if name not in seen:
+                if name in self.domains:
+                    return self.domains[name]
+                if name == TEMPLATE and len(self.templates) > 1:
+                    return [t.text.value for t in self.templates]
+                definition = self.definitions.get(name)
+                if definition is None and template is not None:
+                    definition = template.definitions.get(name)
+                if definition is not None:
+                    return self._domain(definition.value, template, seen | {name})
+                return self.column(name)
+            case ast.Index(name=name):
+                inner = ast.Name(name, span=node.span)
+                return self._domain(inner, template, seen)
+            case ast.Call(name="other" | "others" | "shuffle" | "list", arguments=(first, *_)):
+                return self._domain(first.value, template, seen)
+            case ast.Call(name="choice", arguments=arguments) if len(arguments) > 1:
+                fixed = [a.value for a in arguments]
+                values = [n.value for n in fixed if isinstance(n, ast.Number | ast.String)]
+                return values if len(values) == len(fixed) else None
+            case _:
+                return None
+
+    def column(self, name: str) -> Sequence[Value] | None:
+        """The different values of a column."""
+        if self.data is None or name not in self.columns:
+            return None
+        if name not in self._columns:
+            values = (record.get(name) for record in self.data.records)
+            unique = {frozen(plain(v)): v for v in values if v is not None}
+            self._columns[name] = tuple(unique.values())
+        return self._columns[name]
+
+    def records(self, name: str) -> Sequence[Record] | None:
+        """The records of this or another block, None where it has none. E0504, E0505."""
+        if name == self.name:
+            return self.data.records if self.data else None
+        if name not in self.blocks:
+            return None
+        if name not in self._pools:
+            other = Block(
+                self.blocks[name],
+                seed=self.seed,
+                words=self.words,
+                parameters=self.parameters,
+                blocks={},
+            )
+            wrong = next((d for d in other.diagnostics if d.code in ("E0504", "E0505")), None)
+            if isinstance(wrong, DataFormat) and wrong.span is not None:
+                facts = {"path": wrong.path, "reason": wrong.reason, "hint": wrong.hint}
+                raise Refusal(DataFormat, wrong.span, **facts)
+            self._pools[name] = other.data.records if other.data else ()
+        return self._pools[name] or None
+
+
+def _hint(name: str, known: Iterable[str], what: str) -> str:
+    names = list(known)
+    listed = ", ".join(f"`{n}`" for n in names[:12]) + (" …" if len(names) > 12 else "")
+    return did_you_mean(nearest(name, names), f"its {what} are {listed}" if names else "define it")

@@ -1,0 +1,374 @@
+"""From a prompts block to a table of tokenised rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
+from mechdsl.diagnostics.w07_data import UnknownWords
+from mechdsl.program import spec
+from mechdsl.prompts.answers import move, numerals, quoted, shared_beginning, text_tokens, tokenise
+from mechdsl.prompts.block import Block, Blocks
+from mechdsl.prompts.domains import Constants, Words
+from mechdsl.prompts.noise import add_noise
+from mechdsl.prompts.prompt_conventions import (
+    Part,
+    noise_conventions,
+    rows_convention,
+    token_conventions,
+)
+from mechdsl.prompts.replaced_text import extended, replace_in_rows
+from mechdsl.prompts.row_scope import Key, Refusal
+from mechdsl.prompts.row_selection import (
+    MAX_ROWS,
+    Collection,
+    Made,
+    collect,
+    collect_rows,
+    without_effect,
+)
+from mechdsl.prompts.rows import CLEAN, Row
+from mechdsl.prompts.table import PromptTable, Run, RunRow, TextTokens
+from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
+from mechdsl.prompts.values import Rich, TokenId
+from mechdsl.syntax import ast
+
+T = TypeVar("T")
+
+MAX_NOISE_ROWS = 20_000
+"""Rows before `limit` that one standard deviation is taken over."""
+_NOISE_ROWS_OF_DRAWS = 1_000
+"""The same where rows are drawn, so that there is no end of them."""
+
+
+def build_table(
+    prompts: spec.Prompts,
+    *,
+    tokenizer: TextTokenizer,
+    seed: int = 0,
+    limit: int | None = None,
+    part: Part | None = None,
+    words: Words | None = None,
+    max_length: int | None = None,
+    parameters: Constants | None = None,
+    blocks: Blocks | None = None,
+    compiled: dict[str, Block] | None = None,
+    ids: Sequence[int] | None = None,
+    python: bool = False,
+) -> tuple[PromptTable | None, list[Diagnostic]]:
+    """The rows of a block with all its runs, tokenised.
+
+    words: the plain words of a model's tokenizer, by its name, for `words(MODEL)`.
+    max_length: tokens that the model reads. parameters: the file's, as set.
+    blocks: all prompts of the file, for `from: pairs`.
+    ids: numbers of the only rows that are wanted; those that are left out are missing.
+    python: whether functions of Python files may be run.
+    compiled: blocks by name that were compiled before, with the rows they have worked out; a new
+        one is added. All that the rows hang on (seed, words, parameters, blocks) must be the same.
+    Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703.
+    """
+    block = (compiled or {}).get(prompts.name) or Block(
+        prompts,
+        seed=seed,
+        words=words,
+        parameters=parameters or {},
+        blocks=blocks or {},
+        python=python,
+    )
+    if compiled is not None:
+        compiled[prompts.name] = block
+    diagnostics = list(block.diagnostics)
+    if has_errors(diagnostics):
+        return None, diagnostics
+    rows = collect(block, limit=limit, part=part) if ids is None else collect_rows(block, ids)
+    diagnostics = list(dict.fromkeys([*block.diagnostics, *rows.diagnostics]))
+    if has_errors(diagnostics) or (ids is not None and not rows.rows):
+        return None, diagnostics
+    builder = _Builder(block, tokenizer, max_length)
+    table = builder.table(rows, limit, part)
+    return (None if has_errors(builder.diagnostics) else table), [
+        *diagnostics,
+        *dict.fromkeys(builder.diagnostics),
+    ]
+
+
+@dataclass
+class _Builder:
+    """Tokenises the rows of one block."""
+
+    block: Block
+    tokenizer: TextTokenizer
+    max_length: int | None
+    texts: bool = True
+    """Whether answers and the like are tokenised."""
+
+    def __post_init__(self) -> None:
+        self.diagnostics: list[Diagnostic] = []
+
+    def table(self, found: Collection, limit: int | None, part: Part | None) -> PromptTable:
+        table, equal = self.runs(found.rows)
+        conventions = rows_convention(self.block, found, len(table), limit, part, equal)
+        conventions |= token_conventions(self.block, table, self.tokenizer)
+        if not has_errors(self.diagnostics):
+            self._check_lengths(table)
+            table = self._with_noise(table, found)
+        conventions |= noise_conventions(table)
+        return replace(table, conventions=conventions, python=self.block.calls.functions)
+
+    # --- tokenisation -----------------------------------------------------------------------------
+
+    def runs(self, made: Sequence[Made]) -> tuple[PromptTable, dict[str, int]]:
+        """The table without noise, and per corruption the rows whose text it left as it was."""
+        prompts = self.tokenizer.encode_unique(m.clean.prompt.text for m in made)
+        texts = {CLEAN: self._texts(CLEAN, [m.clean for m in made], made, prompts)}
+        for corruption in self.block.spec.corruptions:
+            rows = [m.corrupted[corruption.name] for m in made]
+            texts[corruption.name] = self._texts(corruption.name, rows, made, prompts)
+        every = [
+            tokens
+            for run in texts.values()
+            for row in run
+            for name, tokens in row.items()
+            if not self.block.is_token_id(name)
+        ]
+        moved = shared_beginning(every, self.tokenizer) if every else ()
+        runs = {CLEAN: self._run(CLEAN, [m.clean for m in made], texts[CLEAN], moved, prompts)}
+        for corruption in self.block.spec.corruptions:
+            rows = [m.corrupted[corruption.name] for m in made]
+            changed = self.tokenizer.encode_unique(row.prompt.text for row in rows)
+            run = self._run(corruption.name, rows, texts[corruption.name], moved, changed)
+            runs[corruption.name] = run
+        table = PromptTable(
+            name=self.block.name,
+            row_ids=tuple(m.clean.id for m in made),
+            runs=runs,
+            data_hash=self.block.data.digest if self.block.data else "",
+            moved=moved,
+            moved_text=self._moved_text(made, moved),
+            sources=tuple(m.clean for m in made),
+        )
+        table = replace(
+            table,
+            runs={
+                name: replace(
+                    run, rows=tuple(extended(r, table.moved, table.moved_text) for r in run.rows)
+                )
+                for name, run in runs.items()
+            },
+        )
+        return self._replaced(table, made)
+
+    def _texts(
+        self,
+        run: str,
+        rows: Sequence[Row],
+        made: Sequence[Made],
+        encoded: Mapping[str, Encoded],
+    ) -> list[dict[str, TextTokens]]:
+        """The named texts of a run's rows, behind the clean prompts."""
+        prompts = [m.clean.prompt.text for m in made]
+        out: list[dict[str, TextTokens]] = [{} for _ in rows]
+        for definition in self.block.spec.texts if self.texts else ():
+            name = definition.name
+            texts: list[str | TokenId] = [row.named_text(name) for row in rows]
+            tokens, diagnostics = tokenise(
+                prompts,
+                texts,
+                self.tokenizer,
+                name=name,
+                span=definition.value.span,
+                encoded=encoded,
+            )
+            # What is wrong with the clean text need not be said again of the corrupted one.
+            reported = {(d.code, d.span) for d in self.diagnostics}
+            self.diagnostics += [d for d in diagnostics if (d.code, d.span) not in reported]
+            for row, found in zip(out, tokens, strict=True):
+                row[name] = found
+        return out
+
+    def _moved_text(self, made: Sequence[Made], moved: tuple[int, ...]) -> str:
+        """The characters of the moved token, white space before it included."""
+        if not moved:
+            return ""
+        name = next(n for n in self.block.texts if not self.block.is_token_id(n))
+        prompt, text = made[0].clean.prompt.text, str(made[0].clean.named_text(name))
+        before = self.tokenizer.encode(prompt)
+        whole = self.tokenizer.encode(prompt + text)
+        at = len(before) - _closing(before)
+        if whole.ids[at : at + 1] == moved:
+            return (prompt + text)[len(prompt) : whole.offsets[at][1]]
+        return text[: self.tokenizer.encode(text, add_special=False).offsets[0][1]]
+
+    def _run(
+        self,
+        name: str,
+        rows: Sequence[Row],
+        texts: Sequence[Mapping[str, TextTokens]],
+        moved: tuple[int, ...],
+        prompts: Mapping[str, Encoded],
+    ) -> Run:
+        riches = [row.prompt for row in rows]
+        encoded = [prompts[rich.text] for rich in riches]
+        self._check_texts(name, riches, encoded)
+        out: list[RunRow] = []
+        for row, rich, tokens, own in zip(rows, riches, encoded, texts, strict=True):
+            kept: dict[str, TextTokens] = {}
+            for key, text in own.items():
+                whole = text if self.block.is_token_id(key) else move(text, moved)
+                kept[key] = whole or text
+            out.append(
+                RunRow(
+                    text=rich.text,
+                    ids=tokens.ids,
+                    offsets=tokens.offsets,
+                    special=tokens.special,
+                    spans=rich.spans,
+                    values=row.plain_values,
+                    texts=kept,
+                )
+            )
+        return Run(name, tuple(out))
+
+    # --- what corruptions do to tokens ---------------------------------------------------------
+
+    def _replaced(
+        self, table: PromptTable, made: Sequence[Made]
+    ) -> tuple[PromptTable, dict[str, int]]:
+        """`replace item tokens with "thing"` in corruptions; rows it doesn't change are dropped."""
+        equal: dict[str, int] = {}
+        keep = [True] * len(table)
+        runs = dict(table.runs)
+        for corruption in self.block.spec.corruptions:
+            changes = [c for c in corruption.changes if isinstance(c, ast.ReplaceTokens)]
+            for change in changes:
+                texts = self._new_texts(corruption.name, change, made)
+                current = replace(table, runs=runs)
+                run, diagnostics = replace_in_rows(
+                    current, corruption.name, change.at, texts, self.tokenizer
+                )
+                self.diagnostics += diagnostics
+                runs[corruption.name] = run
+            if changes and not any(isinstance(c, ast.AddNoise) for c in corruption.changes):
+                pairs = zip(runs[corruption.name].rows, runs[CLEAN].rows, strict=True)
+                same = [corrupted.text == clean.text for corrupted, clean in pairs]
+                if all(same) and not has_errors(self.diagnostics):
+                    self.diagnostics.append(without_effect(corruption))
+                elif any(same):
+                    equal[corruption.name] = sum(same)
+                    keep = [k and not s for k, s in zip(keep, same, strict=True)]
+        runs = {name: replace(run, rows=_only(run.rows, keep)) for name, run in runs.items()}
+        table = replace(
+            table,
+            row_ids=_only(table.row_ids, keep),
+            sources=_only(table.sources, keep),
+            runs=runs,
+        )
+        return table, equal
+
+    def _new_texts(self, run: str, change: ast.ReplaceTokens, made: Sequence[Made]) -> list[str]:
+        texts: list[str] = []
+        for m in made:
+            row = m.corrupted[run]
+            try:
+                text = row.as_text(change.value, Key(f"{run}:replace"))
+            except Refusal as refusal:
+                self.diagnostics.append(refusal.diagnostic(row.describe()))
+                return [""] * len(made)
+            texts.append(text if isinstance(text, str) else self.tokenizer.token_text(text.id))
+        return texts
+
+    def _with_noise(self, table: PromptTable, found: Collection) -> PromptTable:
+        if not any(
+            isinstance(change, ast.AddNoise)
+            for corruption in self.block.spec.corruptions
+            for change in corruption.changes
+        ):
+            return table
+        table, diagnostics = add_noise(
+            table, self.block, self.tokenizer, lambda run: self._before_limit(found, table, run)
+        )
+        self.diagnostics += diagnostics
+        return table
+
+    def _before_limit(self, found: Collection, table: PromptTable, run: str) -> PromptTable:
+        """The rows of a run that there are without `limit` and `split`, without their texts."""
+        if found.complete and self.block.spec.split is None:
+            return table
+        corruption = next(c for c in self.block.spec.corruptions if c.name == run)
+        block = self.block.only(corruption)
+        target = max(block.combinations, _NOISE_ROWS_OF_DRAWS if block.draws else 0)
+        more = collect(block, limit=min(target, MAX_NOISE_ROWS))
+        if not more.rows:
+            return table
+        return _Builder(block, self.tokenizer, None, texts=False).runs(more.rows)[0]
+
+    # --- checks and conventions -------------------------------------------------------------
+
+    def _check_texts(self, run: str, riches: Sequence[Rich], encoded: Sequence[Encoded]) -> None:
+        template = self.block.templates[0].text.span
+        empty = sum(not rich.text.strip() for rich in riches)
+        if empty:
+            self.diagnostics.append(EmptyPrompt(span=template, run=run, rows=empty))
+        unknown = self.tokenizer.unknown_id
+        if unknown is None:
+            return
+        words: dict[str, None] = {}
+        rows = 0
+        for rich, tokens in zip(riches, encoded, strict=True):
+            places = [i for i, token in enumerate(tokens.ids) if token == unknown]
+            rows += bool(places)
+            for i in places:
+                start, end = tokens.offsets[i]
+                words[quoted(rich.text[start:end].strip())] = None
+        if rows and not any(isinstance(d, UnknownWords) for d in self.diagnostics):
+            listed = list(words)
+            shown = ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" * (len(listed) > 3))
+            self.diagnostics.append(
+                UnknownWords(
+                    span=template,
+                    words=shown,
+                    unknown=self.tokenizer.token_text(unknown),
+                    rows=rows,
+                    total=len(riches),
+                    run=run,
+                )
+            )
+
+    def _check_lengths(self, table: PromptTable) -> None:
+        if self.max_length is None:
+            return
+        for name, run in table.runs.items():
+            lengths = [len(row.ids) for row in run.rows]
+            too_long = sum(n > self.max_length for n in lengths)
+            if too_long:
+                self.diagnostics.append(
+                    PromptTooLong(
+                        span=self.block.templates[0].text.span,
+                        run=name,
+                        rows=too_long,
+                        total=len(lengths),
+                        longest=max(lengths),
+                        most=self.max_length,
+                    )
+                )
+                return
+
+
+def _closing(encoded: Encoded) -> int:
+    """How many special tokens the tokenizer puts behind the text."""
+    closing = 0
+    for special in reversed(encoded.special):
+        if not special:
+            break
+        closing += 1
+    return closing if closing < len(encoded.ids) else 0
+
+
+def _only(entries: Sequence[T], keep: Sequence[bool]) -> tuple[T, ...]:
+    return tuple(e for e, k in zip(entries, keep, strict=True) if k)
+
+
+__all__ = ["MAX_ROWS", "Part", "build_table", "numerals", "text_tokens"]

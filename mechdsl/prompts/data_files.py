@@ -1,0 +1,183 @@
+"""Data files: `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` as records."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import import_module
+from math import isfinite
+from pathlib import Path
+from typing import Any, cast
+
+from mechdsl.base.registry import nearest
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e05_data import DataFormat, DataNotRead
+from mechdsl.prompts.values import Record, Value
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """The records of a file and the SHA-256 of its bytes."""
+
+    records: tuple[Record, ...]
+    columns: tuple[str, ...]
+    digest: str
+
+
+class _Malformed(Exception):
+    """A file that doesn't hold records; `reason` and `hint` are for the reader."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+def read_data(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]:
+    """Read a data file; the path is relative to the `.mech` file. Codes: E0504, E0505."""
+    file = span.source.folder / path
+    reader = _READERS.get(file.suffix.lower())
+    if reader is None:
+        known = ", ".join(_READERS)
+        reason = f"files end in {known}"
+        hint = "convert it to one of these"
+        return None, [DataFormat(span=span, path=path, reason=reason, hint=hint)]
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        reason = (
+            "there is no such file"
+            if isinstance(error, FileNotFoundError)
+            else str(error.strerror or error)
+        )
+        return None, [DataNotRead(span=span, path=path, reason=reason, hint=_hint(file))]
+    try:
+        records = reader(content)
+        if not records:
+            raise _Malformed("it has no records", "add some")
+    except _Malformed as error:
+        return None, [DataFormat(span=span, path=path, reason=error.reason, hint=error.hint)]
+    columns = dict.fromkeys(name for record in records for name in record)
+    return DataFile(tuple(records), tuple(columns), sha256(content).hexdigest()), []
+
+
+def _hint(file: Path) -> str:
+    folder = file.parent
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    near = nearest(file.name, names)
+    if near:
+        return f"did you mean `{near}`?"
+    return "the path is relative to the folder of the `.mech` file"
+
+
+def _text(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _Malformed(f"byte {error.start} is not UTF-8", "save the file in UTF-8") from None
+
+
+def _object(value: Any, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise _Malformed(f"{where} is not an object", "every record is an object with the columns")
+    return cast("Record", value)
+
+
+def _json_lines(content: bytes) -> list[Record]:
+    records: list[Record] = []
+    for number, line in enumerate(_text(content).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            reason = f"line {number} is not JSON ({error})"
+            raise _Malformed(reason, "write one object per line") from None
+        records.append(_object(value, f"line {number}"))
+    return records
+
+
+def _json(content: bytes) -> list[Record]:
+    try:
+        value = json.loads(_text(content))
+    except ValueError as error:
+        raise _Malformed(f"it is not JSON ({error})", "correct the file") from None
+    if isinstance(value, dict):
+        return _inner_records(cast("dict[str, Any]", value))
+    if not isinstance(value, list):
+        raise _Malformed("it holds neither a list nor an object", "write a list of objects")
+    entries = cast("list[Any]", value)
+    return [_object(entry, f"record {n}") for n, entry in enumerate(entries)]
+
+
+def _inner_records(whole: Mapping[str, Any]) -> list[Record]:
+    """An object with one list of objects in it: these are the records, the rest goes with each."""
+    lists = [k for k, v in whole.items() if _is_table(v)]
+    if len(lists) != 1:
+        reason = "it is an object without a list of records in it"
+        raise _Malformed(reason, "write a list of objects")
+    shared = {k: v for k, v in whole.items() if k != lists[0]}
+    return [cast("Record", shared | entry) for entry in whole[lists[0]]]
+
+
+def _is_table(value: object) -> bool:
+    entries = cast("list[object]", value) if isinstance(value, list) else []
+    return bool(entries) and all(isinstance(entry, dict) for entry in entries)
+
+
+def _separated(delimiter: str) -> Callable[[bytes], list[Record]]:
+    def read(content: bytes) -> list[Record]:
+        lines = csv.reader(io.StringIO(_text(content), newline=""), delimiter=delimiter)
+        try:
+            table = [line for line in lines if line]
+        except csv.Error as error:
+            raise _Malformed(f"line {lines.line_num}: {error}", "correct the file") from None
+        if not table:
+            return []
+        header, *body = table
+        for number, line in enumerate(body):
+            if len(line) != len(header):
+                reason = f"record {number} has {len(line)} fields, the header {len(header)}"
+                raise _Malformed(reason, "quote fields that contain the separator")
+        columns = [_typed(column) for column in zip(*body, strict=True)]
+        return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)]
+
+    return read
+
+
+def _typed(column: Sequence[str]) -> Sequence[Value]:
+    """Whole columns of numbers become numbers, unless that changes how one is written (`02`)."""
+    for convert in (int, float):
+        try:
+            values = [convert(text) for text in column]
+        except ValueError:
+            continue
+        if all(isfinite(v) and repr(v) == t for v, t in zip(values, column, strict=True)):
+            return values
+    return column
+
+
+def _parquet(content: bytes) -> list[Record]:
+    try:
+        parquet = cast("Any", import_module("pyarrow.parquet"))
+    except ImportError:
+        reason = "reading parquet needs the package pyarrow"
+        raise _Malformed(reason, "pip install 'mechdsl[frames]'") from None
+    try:
+        return cast("list[Record]", parquet.read_table(io.BytesIO(content)).to_pylist())
+    except Exception as error:  # pyarrow has its own tree of exceptions
+        raise _Malformed(f"pyarrow: {error}", "write the file again") from None
+
+
+_READERS: Mapping[str, Callable[[bytes], list[Record]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _separated(","),
+    ".tsv": _separated("\t"),
+    ".parquet": _parquet,
+}

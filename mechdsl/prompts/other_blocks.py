@@ -1,0 +1,140 @@
+"""Runs of another block of prompts, as runs of the table whose rows are sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.e05_elsewhere import OtherEnding, PartnerMissing, RowsNotPaired
+from mechdsl.program.python_files import PythonFunction
+from mechdsl.prompts.answers import quoted
+from mechdsl.prompts.block import Block
+from mechdsl.prompts.replaced_text import extended
+from mechdsl.prompts.row_selection import collect
+from mechdsl.prompts.rows import CLEAN
+from mechdsl.prompts.table import PromptTable, Run
+
+Build = Callable[[Sequence[int]], tuple[PromptTable | None, list[Diagnostic]]]
+"""Numbers of rows → the other block's table of these."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A run of another block, and how its rows were found."""
+
+    run: Run
+    how: str
+    python: tuple[PythonFunction, ...] = ()
+    """Functions of Python files that its values are from."""
+    data_hash: str = ""
+
+
+def paired_run(
+    table: PromptTable,
+    own: Block,
+    other: Block,
+    run: str,
+    *,
+    name: str,
+    build: Build,
+    span: Span,
+) -> tuple[Paired | None, list[Diagnostic]]:
+    """A run of `other` with a row for each of the table's: its only row, or the one with the same
+    number. Codes: E0527 to E0529 and those of the other block."""
+    single = _single(other, own)
+    if single is None and other.combinations != own.combinations:
+        return None, [
+            RowsNotPaired(
+                span=span,
+                other=other.name,
+                prompts=own.name,
+                others=other.combinations,
+                rows=own.combinations,
+            )
+        ]
+    wanted = [single] * len(table) if single is not None else list(table.row_ids)
+    found, diagnostics = build(list(dict.fromkeys(wanted)))
+    if has_errors(diagnostics):
+        return None, diagnostics
+    there = {} if found is None else {number: n for n, number in enumerate(found.row_ids)}
+    lacking = [number for number in wanted if number not in there]
+    if found is None or lacking:
+        return None, [*diagnostics, _missing(lacking, own, other, len(table), span)]
+    if _ends_otherwise(found, table):
+        return None, [
+            *diagnostics,
+            OtherEnding(
+                span=span,
+                other=other.name,
+                prompts=own.name,
+                theirs=_ending(found),
+                own=_ending(table),
+            ),
+        ]
+    index = [there[number] for number in wanted]
+    how = "its only row beside each" if single is not None else "by their number, beside those"
+    there_run = _aligned(found, table, run, name, index)
+    return Paired(there_run, how, found.python, found.data_hash), diagnostics
+
+
+def _single(other: Block, own: Block) -> int | None:
+    """The number of the block's row, if it has one only."""
+    if other.combinations == 1 and not (other.draws and own.combinations == 1):
+        return 0
+    if other.combinations != own.combinations and other.spec.where and not other.draws:
+        found = collect(other, limit=2).rows
+        return found[0].clean.id if len(found) == 1 else None
+    return None
+
+
+def _missing(
+    lacking: Sequence[int], own: Block, other: Block, total: int, span: Span
+) -> PartnerMissing:
+    where = other.spec.where
+    by_where = f"by `where {where[0].span.written}`" if where else "its tokens are left unchanged"
+    hint = "make their values the same, so that all rows are kept"
+    if where:
+        hint = f"write the same `where` in `{own.name}`"
+    return PartnerMissing(
+        span=span,
+        other=other.name,
+        prompts=own.name,
+        lacking=len(lacking),
+        total=total,
+        row=lacking[0],
+        reason=by_where,
+        hint=hint,
+    )
+
+
+def _has_texts(table: PromptTable) -> bool:
+    return any(row.texts for row in table.runs[CLEAN].rows[:1])
+
+
+def _ends_otherwise(found: PromptTable, table: PromptTable) -> bool:
+    """Whether what the answers begin with stands at the end of one table's prompts only."""
+    return found.moved != table.moved and _has_texts(found) and _has_texts(table)
+
+
+def _ending(table: PromptTable) -> str:
+    return quoted(table.moved_text) if table.moved else "nothing that answers begin with"
+
+
+def _aligned(
+    found: PromptTable, table: PromptTable, run: str, name: str, index: Sequence[int]
+) -> Run:
+    """The run with the other table's rows in this one's order."""
+    there = found.runs[run]
+    rows = there.rows
+    if not _has_texts(found):  # answers are read behind it as behind the table's own prompts
+        rows = tuple(extended(row, table.moved, table.moved_text) for row in rows)
+    noise = there.noise
+    if noise is not None:
+        noise = replace(
+            noise,
+            positions=tuple(noise.positions[i] for i in index),
+            row_ids=tuple(found.row_ids[i] for i in index),
+        )
+    return Run(name, tuple(rows[i] for i in index), noise, prompts=found.name)

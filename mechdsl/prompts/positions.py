@@ -1,0 +1,547 @@
+"""Positions of the language as token positions of every row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e02_names import UnknownWord
+from mechdsl.diagnostics.e03_coordinates import BadLoopValue, EmptyRange
+from mechdsl.diagnostics.e03_positions import (
+    JoinedUnequal,
+    NothingLeft,
+    NotOnePosition,
+    OutsidePrompt,
+    RaggedPositions,
+    ReversedBetween,
+)
+from mechdsl.prompts.span_occurrences import Occurrences
+from mechdsl.prompts.span_tokens import TokenMap
+from mechdsl.prompts.table import Hits, PositionCell, PromptTable
+from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+
+Ranked = Callable[
+    [ast.RankedTokens, str, Mapping[str, Any], list[Diagnostic]], list[tuple[str, list[Hits]]]
+]
+"""(expression, run, values of loops, diagnostics) → (label, hits of every row) of its cells."""
+
+_FEW = 3
+"""Up to so many tokens, first / middle / last tells all of them apart."""
+
+
+def resolve_positions(
+    positions: ast.Positions,
+    table: PromptTable,
+    run: str,
+    *,
+    tokenizer: TextTokenizer,
+    loop_values: Mapping[str, Any] | None = None,
+    with_runs: Sequence[str] = (),
+    ranked: Ranked | None = None,
+) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
+    """The cells of a position expression in one run: one per value of its axis.
+
+    loop_values: numbers of the `for` variables around it.
+    with_runs: other runs whose prompts must be as long where positions are counted from an end.
+    ranked: picks the tokens that another experiment ranked; E0108 for them without it.
+    Codes: E0305, E0306, E0308 to E0315, E0321, E0322, W0701.
+    """
+    resolver = _Resolver(table, run, tokenizer, loop_values or {}, tuple(with_runs), ranked=ranked)
+    cells = [cell for item in positions.items for cell in resolver.position(item)]
+    return tuple(PositionCell(cell.label, tuple(cell.hits), cell.item) for cell in cells), list(
+        dict.fromkeys(resolver.diagnostics)
+    )
+
+
+@dataclass
+class _Cell:
+    label: str
+    hits: list[Hits]
+    item: int | None = None
+
+
+@dataclass
+class _Resolver:
+    table: PromptTable
+    run: str
+    tokenizer: TextTokenizer
+    loops: Mapping[str, Any]
+    with_runs: tuple[str, ...]
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    ranked: Ranked | None = None
+
+    def __post_init__(self) -> None:
+        self.spans = Occurrences(self.table, self.run, self.tokenizer, self.diagnostics)
+        self.maps = self.spans.maps
+        self.total = self.spans.total
+
+    # --- shapes ---------------------------------------------------------------------------------
+
+    def position(self, position: ast.Position) -> list[_Cell]:
+        if position.align not in (None, "left", "right"):
+            hint = "write `align left` or `align right`"
+            self.diagnostics.append(
+                UnknownWord(span=position.span, kind="alignment", word=position.align, hint=hint)
+            )
+            return []
+        return self.body(position.body, position.align)
+
+    def body(
+        self, body: ast.Point | ast.Between | ast.Except, align: str | None = None
+    ) -> list[_Cell]:
+        match body:
+            case ast.Point():
+                return self._point(body, align)
+            case ast.Between():
+                return self._between(body)
+            case ast.Except():
+                return self._except(body, align)
+
+    def _point(self, point: ast.Point, align: str | None) -> list[_Cell]:
+        cells = self._base(point.base, align)
+        if point.offset:
+            sign = "+" if point.offset > 0 else "-"
+            swept = len(cells) > 1 or any(cell.item is not None for cell in cells)
+            for cell in cells:
+                cell.hits = [
+                    tuple(tuple(p + point.offset for p in run) for run in row) for row in cell.hits
+                ]
+                cell.label = (
+                    f"{cell.label} {sign} {abs(point.offset)}" if swept else point.span.written
+                )
+            # Special tokens are hit only where they are named or counted.
+            counted = isinstance(point.base, ast.TokenIndex)
+            hint = "the offset leads out of the text; choose a smaller one"
+            if not self._inside(cells, point, hint, special=counted):
+                return []
+        return cells
+
+    def _base(self, base: ast.PointBase, align: str | None) -> list[_Cell]:
+        match base:
+            case ast.TokenIndex():
+                return self._index(base, align)
+            case ast.SpanTokens():
+                return self._span_tokens(base)
+            case ast.EachTokenOf(of=of):
+                return self._each_token_of(base, of)
+            case ast.EdgeToken():
+                return self._edge(base)
+            case ast.Joined(items=items):
+                return self._joined(base, items)
+            case ast.RankedTokens():
+                if self.ranked is None:
+                    what = "a position that another experiment ranked"
+                    self.diagnostics.append(NotSupported(span=base.span, what=what))
+                    return []
+                found = self.ranked(base, self.run, self.loops, self.diagnostics)
+                return [_Cell(label, hits) for label, hits in found]
+
+    # --- counted tokens -------------------------------------------------------------------------
+
+    def _index(self, base: ast.TokenIndex, align: str | None) -> list[_Cell]:
+        low: int | str | None = base.low
+        if isinstance(low, str):
+            value = self.loops.get(low)
+            if isinstance(value, bool) or not isinstance(value, int):
+                reason = "positions are whole numbers"
+                hint = f"let `{low}` run over whole numbers, as in `for {low} in 0..5`"
+                self.diagnostics.append(
+                    BadLoopValue(span=base.span, name=low, reason=reason, hint=hint)
+                )
+                return []
+            low = value
+        high = base.high
+        if low is None:
+            if base.plural:
+                return [
+                    _Cell(base.span.written, [(tuple(range(len(m.row.ids))),) for m in self.maps])
+                ]
+            return self._all_positions(base, align)
+        if high is None:
+            label = base.span.written if base.plural else str(low)
+            return self._counted([(label, low, low)], base)
+        if (low < 0) != (high < 0):
+            return self._mixed(base, low, high, align)
+        if low > high:
+            ends = {"low": str(high), "high": str(low)}
+            text = f"{low}..{high}"
+            self.diagnostics.append(EmptyRange(span=base.span, text=text, **ends))
+            return []
+        # One index too many is as wrong as a billion, and quicker to refuse.
+        longest = max(len(m.row.ids) for m in self.maps)
+        low, high = max(low, -longest - 1), min(high, longest)
+        if base.plural:
+            return self._counted([(base.span.written, low, high)], base)
+        return self._counted([(str(i), i, i) for i in range(low, high + 1)], base)
+
+    def _counted(self, wanted: list[tuple[str, int, int]], base: ast.TokenIndex) -> list[_Cell]:
+        cells: list[_Cell] = []
+        for label, low, high in wanted:
+            hits: list[Hits] = []
+            for m in self.maps:
+                size = len(m.row.ids) if low < 0 else 0
+                hits.append((tuple(range(low + size, high + size + 1)),))
+            cells.append(_Cell(label, hits))
+        hint = "count within the shortest prompt, or from the end: `token -1`"
+        return cells if self._inside(cells, base, hint, special=True) else []
+
+    def _mixed(self, base: ast.TokenIndex, low: int, high: int, align: str | None) -> list[_Cell]:
+        """`2..-1`: from the second to the last, in each row."""
+        whole: list[Hits] = []
+        for m in self.maps:
+            size = len(m.row.ids)
+            first, last = (i + size if i < 0 else i for i in (low, high))
+            whole.append((tuple(range(first, last + 1)),) if first <= last else ())
+        cell = _Cell(base.span.written, whole)
+        hint = "count within the shortest prompt"
+        if not self._inside([cell], base, hint, special=True):
+            return []
+        if base.plural:
+            return [cell]
+        return self._by_index(base, whole, align)
+
+    def _all_positions(self, base: ast.Node, align: str | None) -> list[_Cell]:
+        return self._by_index(base, [(tuple(range(len(m.row.ids))),) for m in self.maps], align)
+
+    def _by_index(self, node: ast.Node, whole: list[Hits], align: str | None) -> list[_Cell]:
+        """One cell per index from an end; rows without it drop out."""
+        lengths = [len(m.row.ids) for m in self.maps]
+        others = [len(r.ids) for name in self.with_runs for r in self.table.runs[name].rows]
+        everything = lengths + others
+        if len(set(everything)) > 1 and align is None:
+            self.diagnostics.append(
+                RaggedPositions(
+                    span=node.span,
+                    position=node.span.written,
+                    run=self.run,
+                    shortest=min(everything),
+                    longest=max(everything),
+                )
+            )
+            return []
+        found: dict[int, list[Hits]] = {}
+        for n, (hits, length) in enumerate(zip(whole, lengths, strict=True)):
+            for run in hits:
+                for p in run:
+                    index = p - length if align == "right" else p
+                    found.setdefault(index, [()] * self.total)[n] = ((p,),)
+        return [_Cell(str(index), found[index]) for index in sorted(found)]
+
+    def _inside(self, cells: list[_Cell], node: ast.Node, hint: str, *, special: bool) -> bool:
+        """Whether all hits lie in the prompts, else E0310."""
+        lacking: set[int] = set()
+        for cell in cells:
+            for n, row in enumerate(cell.hits):
+                own = self.maps[n].row
+                allowed = range(len(own.ids))
+                for run in row:
+                    inside = all(p in allowed and (special or not own.special[p]) for p in run)
+                    if not inside:
+                        lacking.add(n)
+        if lacking:
+            self.diagnostics.append(
+                OutsidePrompt(
+                    span=node.span,
+                    position=node.span.written,
+                    run=self.run,
+                    lacking=len(lacking),
+                    total=self.total,
+                    example=self.spans.example(min(lacking)),
+                    hint=hint,
+                )
+            )
+        return not lacking
+
+    # --- named spans ----------------------------------------------------------------------------
+
+    def _span_tokens(self, base: ast.SpanTokens) -> list[_Cell]:
+        ref = base.of
+        occurrence = ref.occurrence
+        ranged = occurrence is not None and (occurrence.low is None or occurrence.high is not None)
+        if base.each or (ranged and not base.plural):
+            return self._occurrences(base)
+        if base.plural and ref.edge is None and ref.literal is None:
+            return self._all_tokens(base)
+        found = self.spans.one_place(base, ref)
+        if found is None:
+            return []
+        hits = [p.tokens if base.plural else p.tokens[-1:] for p in found]
+        self.spans.warn(ref, zip(range(self.total), found, hits, strict=True))
+        return [_Cell(base.span.written, [(h,) for h in hits])]
+
+    def _occurrences(self, base: ast.SpanTokens) -> list[_Cell]:
+        """One cell per occurrence. Those of `each` and `*` drop out where a row has fewer."""
+        ref = base.of
+        found = self.spans.all_places(replace(ref, occurrence=None))
+        if found is None:
+            return []
+        most = max(map(len, found))
+        occurrence = ref.occurrence
+        if occurrence is None or occurrence.low is None:
+            wanted = range(1, most + 1)
+            if not most:
+                self.spans.absent(base, ref, list(range(self.total)), 1)
+                return []
+        else:
+            wanted = range(occurrence.low, (occurrence.high or occurrence.low) + 1)
+            lacking = [n for n, places in enumerate(found) if len(places) < wanted[-1]]
+            if lacking:
+                self.spans.absent(base, ref, lacking, wanted[-1])
+                return []
+        cells: list[_Cell] = []
+        for k in wanted:
+            hits: list[Hits] = []
+            for places in found:
+                tokens = places[k - 1].tokens if len(places) >= k else ()
+                hits.append((tokens if base.plural else tokens[-1:],) if tokens else ())
+            name = ref.name if ref.name is not None else f'"{ref.literal}"'
+            behind = f" of {ref.of}" if ref.of is not None else ""
+            cells.append(_Cell(f"{name} {k}{behind}", hits, k))
+        self.spans.warn(
+            ref,
+            (
+                (n, place, place.tokens if base.plural else place.tokens[-1:])
+                for n, places in enumerate(found)
+                for place in places
+            ),
+        )
+        return cells
+
+    def _all_tokens(self, base: ast.SpanTokens) -> list[_Cell]:
+        """`subject tokens`: all tokens of all occurrences, or of `item 2..4`, joined."""
+        ref = base.of
+        found = self.spans.all_places(replace(ref, occurrence=None))
+        if found is None:
+            return []
+        low, high = 1, None
+        if ref.occurrence is not None and ref.occurrence.low is not None:
+            low, high = ref.occurrence.low, ref.occurrence.high or ref.occurrence.low
+        lacking = [n for n, places in enumerate(found) if len(places) < (high or low)]
+        if lacking:
+            self.spans.absent(base, ref, lacking, high or low)
+            return []
+        found = [places[low - 1 : high] for places in found]
+        self.spans.warn(
+            ref, ((n, place, place.tokens) for n, places in enumerate(found) for place in places)
+        )
+        hits: list[Hits] = [
+            (tuple(sorted({t for place in places for t in place.tokens})),) for places in found
+        ]
+        return [_Cell(base.span.written, hits)]
+
+    def _each_token_of(self, base: ast.EachTokenOf, ref: ast.SpanRef) -> list[_Cell]:
+        found = self.spans.one_place(base, ref)
+        if found is None:
+            return []
+        self.spans.warn(ref, ((n, place, place.tokens) for n, place in enumerate(found)))
+
+        def elsewhere(other: _Resolver) -> list[tuple[int, ...]]:
+            places = other.spans.one_place(base, ref)
+            return [p.tokens for p in places or ()]
+
+        lengths = self._lengths([p.tokens for p in found], elsewhere)
+        return self._ragged(ref.span.written, [p.tokens for p in found], lengths)
+
+    def _lengths(
+        self,
+        own: Sequence[tuple[int, ...]],
+        elsewhere: Callable[[_Resolver], Sequence[tuple[int, ...]]],
+    ) -> set[int]:
+        """How many tokens it is, in all runs: their cells have to bear the same labels."""
+        lengths = {len(tokens) for tokens in own}
+        for run in self.table.runs:
+            if run != self.run:
+                other = _Resolver(self.table, run, self.tokenizer, self.loops, ())
+                lengths |= {len(tokens) for tokens in elsewhere(other)}
+        return lengths
+
+    def _ragged(
+        self, name: str, tokens: Sequence[tuple[int, ...]], lengths: set[int]
+    ) -> list[_Cell]:
+        """One cell per token, or first / middle / last; a single token is the last."""
+        if len(lengths) == 1 and max(lengths) > _FEW:
+            return [
+                _Cell(f"{name} {k + 1}", [((row[k],),) for row in tokens])
+                for k in range(max(lengths))
+            ]
+        parts: dict[str, list[Hits]] = {
+            "first": [((row[0],),) if len(row) > 1 else () for row in tokens],
+            "middle": [tuple((p,) for p in row[1:-1]) for row in tokens],
+            "last": [((row[-1],),) for row in tokens],
+        }
+        return [_Cell(f"{name} {part}", hits) for part, hits in parts.items() if any(hits)]
+
+    def _edge(self, base: ast.EdgeToken) -> list[_Cell]:
+        at = 0 if base.which == "first" else -1
+        if base.of is None:
+            # A prompt without text is refused when the table is built.
+            return [_Cell(base.span.written, [((m.text_tokens[at],),) for m in self.maps])]
+        found = self.spans.one_place(base, base.of)
+        if found is None:
+            return []
+        self.spans.warn(base.of, ((n, p, (p.tokens[at],)) for n, p in enumerate(found)))
+        return [_Cell(base.span.written, [((p.tokens[at],),) for p in found])]
+
+    # --- joined, between, except ------------------------------------------------------------------
+
+    def _joined(self, base: ast.Joined, items: ast.Positions) -> list[_Cell]:
+        before = len(self.diagnostics)
+        found = [(item, self.position(item)) for item in items.items]
+        if has_errors(self.diagnostics[before:]):
+            return []
+        cells = [cell for _, own in found for cell in own]
+        ranked = [own for item, own in found if _is_ranked(item)]
+        hits = [
+            () if any(_unranked(own, n) for own in ranked) else _union(cells, n)
+            for n in range(self.total)
+        ]
+        return [_Cell(base.span.written, hits)]
+
+    def _single(self, point: ast.Point) -> list[int] | None:
+        """One token position per row, else E0314."""
+        before = len(self.diagnostics)
+        cells = self._point(point, None)
+        if has_errors(self.diagnostics[before:]):
+            return None
+        reason = ""
+        if len(cells) != 1:
+            reason = "a sweep over several positions"
+        elif any(len(row) != 1 or len(row[0]) != 1 for row in cells[0].hits):
+            reason = "several tokens"
+        if reason:
+            position = point.span.written
+            self.diagnostics.append(
+                NotOnePosition(span=point.span, position=position, reason=reason)
+            )
+            return None
+        return [row[0][0] for row in cells[0].hits]
+
+    def _between_tokens(self, body: ast.Between) -> list[tuple[int, ...]] | None:
+        low, high = self._single(body.low), self._single(body.high)
+        if low is None or high is None:
+            return None
+        reversed_rows = [n for n in range(self.total) if low[n] > high[n]]
+        if reversed_rows:
+            self.diagnostics.append(
+                ReversedBetween(
+                    span=body.span,
+                    run=self.run,
+                    lacking=len(reversed_rows),
+                    total=self.total,
+                    example=self.spans.example(reversed_rows[0]),
+                )
+            )
+            return None
+        return [tuple(range(a, b + 1)) for a, b in zip(low, high, strict=True)]
+
+    def _between(self, body: ast.Between) -> list[_Cell]:
+        tokens = self._between_tokens(body)
+        if tokens is None:
+            return []
+        if not body.each:
+            return [_Cell(body.span.written, [(row,) for row in tokens])]
+        lengths = self._lengths(tokens, lambda other: other._between_tokens(body) or ())
+        return self._ragged("between", tokens, lengths)
+
+    def _except(self, body: ast.Except, align: str | None) -> list[_Cell]:
+        before = len(self.diagnostics)
+        cells = self.body(body.excluded)
+        if has_errors(self.diagnostics[before:]):
+            return []
+        kept: list[Hits] = []
+        ranked = _is_ranked(body.excluded)
+        for n, m in enumerate(self.maps):
+            if ranked and _unranked(cells, n):
+                kept.append(())
+                continue
+            without = {p for run in _union(cells, n) for p in run}
+            tokens = tuple(p for p in m.text_tokens if p not in without)
+            kept.append((tokens,) if tokens or ranked else ())
+        lacking = [] if ranked else [n for n, row in enumerate(kept) if not row]
+        if lacking:
+            self.diagnostics.append(
+                NothingLeft(
+                    span=body.span,
+                    position=body.span.written,
+                    run=self.run,
+                    lacking=len(lacking),
+                    total=self.total,
+                    example=self.spans.example(lacking[0]),
+                )
+            )
+            return []
+        return self._by_index(body, kept, align) if body.each else [_Cell(body.span.written, kept)]
+
+
+def _union(cells: Sequence[_Cell], n: int) -> Hits:
+    """All positions of a row, joined as they are written: in two runs, and on both sides of `onto`,
+    they pair in this order. No run where there are none."""
+    joined = dict.fromkeys(p for cell in cells for run in cell.hits[n] for p in run)
+    # A run of no tokens, that of `top 0%`, is a run all the same.
+    return (tuple(joined),) if any(cell.hits[n] for cell in cells) else ()
+
+
+def _is_ranked(node: ast.Node) -> bool:
+    return any(isinstance(part, ast.RankedTokens) for part in walk(node))
+
+
+def _unranked(cells: Sequence[_Cell], n: int) -> bool:
+    """Whether the other experiment lacks this row, so that nothing is known of its tokens."""
+    return not any(cell.hits[n] for cell in cells)
+
+
+def check_joined(
+    base_cells: Sequence[PositionCell],
+    source_cells: Sequence[PositionCell],
+    *,
+    span: Span | None = None,
+    table: PromptTable | None = None,
+    runs: tuple[str, str] | None = None,
+) -> list[Diagnostic]:
+    """E0307 where a row has other numbers of tokens in the two runs. Cells correspond by order;
+    rows that lack the position in one of them have dropped out."""
+    unequal: dict[int, tuple[int, int]] = {}
+    total = 0
+    for base, source in zip(base_cells, source_cells, strict=True):
+        total = max(total, len(base.hits))
+        for n, (written, read) in enumerate(zip(base.hits, source.hits, strict=True)):
+            if written and read and [*map(len, written)] != [*map(len, read)]:
+                unequal.setdefault(n, (sum(map(len, written)), sum(map(len, read))))
+    if not unequal:
+        return []
+    written, read = next(iter(unequal.values()))
+    return [
+        JoinedUnequal(
+            span=span, source=_tokens(read), base=_tokens(written), rows=len(unequal), total=total
+        )
+    ]
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token" + "s" * (count != 1)
+
+
+def hit_texts(
+    table: PromptTable, run: str, cell: PositionCell, tokenizer: TextTokenizer | None = None
+) -> tuple[str, ...]:
+    """The different token texts that a cell hits, the commonest first.
+
+    tokenizer: knows the names of tokens that cover no text (else they are left out).
+    """
+    found: Counter[str] = Counter()
+    for row, hits in zip(table.runs[run].rows, cell.hits, strict=True):
+        m = TokenMap(row)
+        for p in (p for tokens in hits for p in tokens):
+            text = "" if row.special[p] else m.token_text(p)
+            if not text and tokenizer is not None:
+                text = tokenizer.token_text(row.ids[p])
+            if text:
+                found[text] += 1
+    return tuple(text for text, _ in found.most_common())

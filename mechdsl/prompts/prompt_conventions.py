@@ -1,0 +1,76 @@
+"""What a table of prompts does by default, in words, to be printed under every result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from mechdsl.prompts.answers import quoted
+from mechdsl.prompts.block import Block
+from mechdsl.prompts.row_selection import Collection
+from mechdsl.prompts.rows import CLEAN
+from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.tokenizer import TextTokenizer
+
+Part = Literal["train", "test"]
+
+
+def rows_convention(
+    block: Block,
+    found: Collection,
+    kept: int,
+    limit: int | None,
+    part: Part | None,
+    unchanged: Mapping[str, int],
+) -> dict[str, str]:
+    """Which rows the table has (`rows`), and what was left out on the way (`dropped`).
+
+    unchanged: by corruption, rows whose tokens it left as they were.
+    """
+    unit = "records" if block.data is not None and block.size == 1 else "combinations"
+    text = f"{kept:,} of {block.combinations:,} {unit}"
+    if block.draws:
+        text = f"{kept:,} drawn from {block.combinations:,} {unit}"
+    if part is not None and block.spec.split is not None:
+        text += f", part `{part}` of a {block.spec.split:g}% split"
+    if limit is not None and kept < limit:
+        text += f" (limit {limit:,}, there are no more)"
+    out = {"rows": f"{text}, seed {block.seed}"}
+    equal = dict(found.unchanged)
+    for run, count in unchanged.items():
+        equal[run] = equal.get(run, 0) + count
+    dropped = [f"{n:,} by `where`" for n in (found.filtered,) if n]
+    dropped += [f"{n:,} that were there already" for n in (found.equal,) if n]
+    dropped += [f"{n:,} that `{run}` leaves unchanged" for run, n in equal.items()]
+    if dropped:
+        out["dropped"] = ", ".join(dropped)
+    return out
+
+
+def token_conventions(block: Block, table: PromptTable, tokenizer: TextTokenizer) -> dict[str, str]:
+    """The beginning-of-sequence token, and how answers and the like were tokenised."""
+    out = {"bos": tokenizer.bos_convention()}
+    rows = table.runs[CLEAN].rows
+    for name in rows[0].texts if rows else ():
+        lengths = sorted({len(row.texts[name].ids) for row in rows})
+        sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+        tokens = "one token" if lengths == [1] else f"{sizes} tokens"
+        out[name] = f"{quoted(rows[0].texts[name].text)}: {tokens}, read behind the prompt"
+        if table.moved and not block.is_token_id(name):
+            out[name] += f"; its first token {quoted(table.moved_text)} stands in the prompt"
+    return out
+
+
+def noise_conventions(table: PromptTable) -> dict[str, str]:
+    """How much noise corrupted runs add; one standard deviation is worked out from weights."""
+    out: dict[str, str] = {}
+    for name, run in table.runs.items():
+        noise = run.noise
+        if noise is None:
+            continue
+        if noise.sds is not None:
+            size = f"{noise.sds:g} sd over {len(noise.sd_tokens):,} tokens"
+        else:
+            size = f"std {noise.std:g}"
+        out[f"noise of {name}"] = f"{noise.kind}, {size}, {noise.samples} draws"
+    return out

@@ -1,0 +1,143 @@
+"""Tokens of a prompt replaced by other text, before the model reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.prompts.positions import resolve_positions
+from mechdsl.prompts.span_tokens import TokenMap, trimmed
+from mechdsl.prompts.table import PositionCell, PromptTable, Run, RunRow, SpanAt
+from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.syntax import ast
+
+
+def replace_tokens(
+    table: PromptTable, run: str, cell: PositionCell, text: str, tokenizer: TextTokenizer
+) -> Run:
+    """The run with the text of the hit tokens replaced and tokenised again; answers stay.
+
+    A span whose tokens are all hit is replaced once, the innermost one counting; other tokens that
+    are hit are replaced word by word. So each `item` of a list becomes one `thing`.
+    """
+    hits = [tuple(p for tokens in row for p in tokens) for row in cell.hits]
+    return _replaced(table, run, hits, [text] * len(hits), tokenizer)
+
+
+def replace_in_rows(
+    table: PromptTable,
+    run: str,
+    at: ast.Positions,
+    texts: Sequence[str],
+    tokenizer: TextTokenizer,
+) -> tuple[Run, list[Diagnostic]]:
+    """The same at a position of the language, with a text for each row; cells are joined."""
+    cells, diagnostics = resolve_positions(at, table, run, tokenizer=tokenizer)
+    if has_errors(diagnostics):
+        return table.runs[run], diagnostics
+    hits = [
+        tuple(sorted({p for cell in cells for tokens in cell.hits[n] for p in tokens}))
+        for n in range(len(table))
+    ]
+    return _replaced(table, run, hits, texts, tokenizer), diagnostics
+
+
+def _replaced(
+    table: PromptTable,
+    run: str,
+    hits: Sequence[tuple[int, ...]],
+    texts: Sequence[str],
+    tokenizer: TextTokenizer,
+) -> Run:
+    old = table.runs[run]
+    written = [
+        _rewrite(row, _units(row, tokens), text)
+        for row, tokens, text in zip(old.rows, hits, texts, strict=True)
+    ]
+    # The moved token is put back by hand: alone behind the prompt it may be tokenised otherwise.
+    tail = len(table.moved_text)
+    encoded = tokenizer.encode_all([text[: len(text) - tail] for text, _ in written])
+    rows: list[RunRow] = []
+    for row, (text, spans), tokens in zip(old.rows, written, encoded, strict=True):
+        new = replace(
+            row,
+            text=text[: len(text) - tail],
+            ids=tokens.ids,
+            offsets=tokens.offsets,
+            special=tokens.special,
+            spans=spans,
+        )
+        rows.append(extended(new, table.moved, table.moved_text))
+    return replace(old, rows=tuple(rows))
+
+
+def extended(row: RunRow, moved: tuple[int, ...], text: str) -> RunRow:
+    """A row with the token that all answers share at the end of its text."""
+    if not moved:
+        return row
+    end = len(row.ids)
+    while end and row.special[end - 1]:
+        end -= 1
+    end = end or len(row.ids)
+    at = (len(row.text), len(row.text) + len(text))
+    return replace(
+        row,
+        text=row.text + text,
+        ids=(*row.ids[:end], *moved, *row.ids[end:]),
+        offsets=(*row.offsets[:end], at, *row.offsets[end:]),
+        special=(*row.special[:end], False, *row.special[end:]),
+    )
+
+
+def _units(row: RunRow, hits: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The characters that are replaced together, from left to right, without overlaps."""
+    tokens = TokenMap(row)
+    left = {p for p in hits if not row.special[p]}
+    units: list[tuple[int, int]] = []
+    # Innermost first: an item before the list that it stands in.
+    for span in sorted(row.spans, key=lambda s: s.end - s.start):
+        own = set(tokens.tokens(span.start, span.end))
+        if own and own <= left:
+            units.append(trimmed(row.text, span.start, span.end))
+            left -= own
+    last: tuple[int, int] | None = None
+    words: list[tuple[int, int]] = []
+    for p in sorted(left):
+        start, end = tokens.places[p]
+        if start == end:
+            continue
+        if last is not None and start <= last[1]:
+            last = words[-1] = (last[0], max(last[1], end))
+        else:
+            last = (start, end)
+            words.append(last)
+    return sorted(u for u in (*units, *words) if u[0] < u[1])
+
+
+def _rewrite(
+    row: RunRow, units: Sequence[tuple[int, int]], new: str
+) -> tuple[str, tuple[SpanAt, ...]]:
+    """The text with every unit replaced, and the spans where they are now."""
+    parts: list[str] = []
+    at = 0
+    for start, end in units:
+        parts += [row.text[at:start], new]
+        at = end
+    text = "".join([*parts, row.text[at:]])
+
+    def moved(offset: int, *, is_end: bool) -> int:
+        shift = 0
+        for start, end in units:
+            if offset >= end:
+                shift += len(new) - (end - start)
+            elif offset > start:
+                # Within what was replaced: the whole of it counts.
+                return start + shift + (len(new) if is_end else 0)
+        return offset + shift
+
+    spans = tuple(
+        s._replace(start=moved(s.start, is_end=False), end=moved(s.end, is_end=True))
+        for s in row.spans
+    )
+    return text, spans

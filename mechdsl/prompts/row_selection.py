@@ -1,0 +1,261 @@
+"""Which rows a table has: one seeded order of all combinations, filtered, without repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, NoRows, TooMany
+from mechdsl.program import spec
+from mechdsl.prompts.block import Block
+from mechdsl.prompts.row_scope import Refusal
+from mechdsl.prompts.rows import Row
+from mechdsl.prompts.seeded_draws import Permutation
+from mechdsl.prompts.values import TokenId, frozen, plain
+from mechdsl.syntax import ast
+
+MAX_ROWS = 200_000
+"""Rows of a table."""
+MAX_TRIED = 500_000
+"""Combinations that are looked at to find them."""
+_MAX_BARREN = 1_000
+"""Rows drawn one after another that were all there already."""
+_MAX_FAILING = 20
+"""Rows that can't be built before it is given up."""
+
+
+@dataclass
+class Made:
+    """A row with its corruptions, by name."""
+
+    clean: Row
+    corrupted: dict[str, Row]
+
+
+@dataclass
+class Collection:
+    """The rows of a table, in the seeded order, and what became of the others."""
+
+    rows: list[Made] = field(default_factory=list[Made])
+    tried: int = 0
+    filtered: int = 0
+    """Left out by `where`."""
+    equal: int = 0
+    """Left out because they were there already."""
+    unchanged: dict[str, int] = field(default_factory=dict[str, int])
+    """Left out because the corruption left the prompt as it was."""
+    complete: bool = False
+    """Every combination was looked at."""
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+
+
+def collect(block: Block, *, limit: int | None, part: str | None = None) -> Collection:
+    """The first `limit` rows of the block, or of its part `train` or `test`.
+
+    A split deals the rows of the whole block out in turn, so that the parts never share a row and
+    a smaller limit gives a part of a larger one. Codes: E0506, E0509, E0510 and those of rows.
+    """
+    found = _Collector(block, limit, part)
+    refused = found.too_many()
+    if refused is not None:
+        found.result.diagnostics.append(refused)
+    else:
+        found.run()
+    return found.result
+
+
+def collect_rows(block: Block, ids: Iterable[int]) -> Collection:
+    """The rows with these numbers, without those that `where` leaves out. Codes: those of rows."""
+    found = _Collector(block, None, None)
+    for number in ids:
+        row = block.rows.get(number)
+        if row is None:
+            row = block.rows[number] = Row(block, number)
+        found.try_row(row)
+    return found.result
+
+
+class _Collector:
+    def __init__(self, block: Block, limit: int | None, part: str | None) -> None:
+        self.block = block
+        self.limit = limit
+        self.part = part
+        self.result = Collection()
+        self.seen: set[object] = set()
+        self.distinct = 0
+        """Rows of the whole block so far."""
+        self.failures: dict[tuple[type[Diagnostic], Span], Diagnostic] = {}
+        self.failing = 0
+        share = block.spec.split if block.spec.split is not None else 100.0
+        self.share = Fraction(str(share)) / 100
+        self.only_values = [c.name for c in block.spec.corruptions if _only_values(c)]
+
+    def too_many(self) -> TooMany | None:
+        """E0506 for what can be told without looking at a row."""
+        block = self.block
+        if self.limit is not None:
+            return self._rows_error(f"{self.limit:,}") if self.limit > MAX_ROWS else None
+        most = MAX_TRIED if block.spec.where else MAX_ROWS
+        return self._rows_error(f"{block.combinations:,}") if block.combinations > most else None
+
+    def _rows_error(self, amount: str) -> TooMany:
+        return TooMany(
+            span=self.block.spec.span,
+            what=f"rows of prompts `{self.block.name}`",
+            amount=amount,
+            most=MAX_ROWS,
+            hint=f"write `prompts {self.block.name} limit 1000` in the experiment",
+        )
+
+    def run(self) -> None:
+        result = self.result
+        barren = 0
+        for row in self._stream():
+            if result.tried == MAX_TRIED:
+                result.diagnostics.append(self._gave_up())
+                break
+            result.tried += 1
+            try:
+                new = self._take(row)
+            except Refusal as refusal:
+                new = True
+                self.failing += 1
+                key = (refusal.kind, refusal.span)
+                self.failures.setdefault(key, refusal.diagnostic(row.describe()))
+                if self.failing == _MAX_FAILING:
+                    break
+            if len(result.rows) == (MAX_ROWS + 1 if self.limit is None else self.limit):
+                break
+            barren = 0 if new else barren + 1
+            if barren > _MAX_BARREN and result.tried >= self.block.combinations:
+                break
+        else:
+            result.complete = True
+        result.diagnostics += self.failures.values()
+        if not result.diagnostics:
+            self._check_result()
+
+    def try_row(self, row: Row) -> None:
+        """Keep a row that is wanted by its number, whether or not another is equal to it."""
+        try:
+            if row.passes(self.block.spec.where):
+                self.result.rows.append(self._made(row))
+            else:
+                self.result.filtered += 1
+        except Refusal as refusal:
+            self.result.diagnostics.append(refusal.diagnostic(row.describe()))
+
+    def _stream(self) -> Iterator[Row]:
+        """All combinations in a seeded order; round after round where draws make new rows."""
+        block = self.block
+        if not block.combinations:
+            return
+        turn = 0
+        while True:
+            order = Permutation(block.combinations, block.seed, block.name, "rows", turn)
+            for place in range(block.combinations):
+                number = turn * block.combinations + order[place]
+                row = block.rows.get(number)
+                if row is None:
+                    row = block.rows[number] = Row(block, number)
+                yield row
+            if self.limit is None or not block.draws:
+                return
+            turn += 1
+
+    def _take(self, row: Row) -> bool:
+        """Keep a row if it is wanted; whether it was a new one."""
+        result = self.result
+        if not row.passes(self.block.spec.where):
+            result.filtered += 1
+            return False
+        mark = self._mark(row)
+        if mark in self.seen:
+            result.equal += 1
+            return False
+        self.seen.add(mark)
+        corrupted = {c.name: row.corrupted(c) for c in self.block.spec.corruptions}
+        unchanged = [n for n in self.only_values if corrupted[n].prompt.text == row.prompt.text]
+        for name in unchanged:
+            result.unchanged[name] = result.unchanged.get(name, 0) + 1
+        if unchanged:
+            return False
+        made = self._made(row)
+        self.distinct += 1
+        if self._belongs(self.distinct):
+            result.rows.append(made)
+        return True
+
+    def _made(self, row: Row) -> Made:
+        """What is worked out now is refused here, with its row; later nothing fails any more."""
+        corrupted = {c.name: row.corrupted(c) for c in self.block.spec.corruptions}
+        for each in (row, *corrupted.values()):
+            _ = each.plain_values
+            for name in self.block.texts:
+                each.named_text(name)
+            _ = each.prompt
+        return Made(row, corrupted)
+
+    def _belongs(self, number: int) -> bool:
+        """Whether the block's row of this number (from 1) is in the part."""
+        train = int(number * self.share) > int((number - 1) * self.share)
+        return self.part is None or train == (self.part == "train")
+
+    def _mark(self, row: Row) -> object:
+        """What makes two rows equal: prompt, texts, and the values that are not drawn."""
+        texts = (row.named_text(name) for name in self.block.texts)
+        fixed = tuple(
+            frozen(plain(value)) for value in (*row.values.values(), *row.record.values())
+        )
+        marks = tuple(t.id if isinstance(t, TokenId) else t for t in texts)
+        return (row.prompt.text, marks, fixed)
+
+    def _gave_up(self) -> TooMany:
+        where = self.block.spec.where
+        kept = len(self.result.rows)
+        return TooMany(
+            span=where[0].span if where else self.block.spec.span,
+            what=f"combinations looked at for {self.limit or MAX_ROWS:,} rows ({kept:,} found)",
+            amount=f"{self.block.combinations:,}",
+            most=MAX_TRIED,
+            hint="narrow the values themselves, so that fewer have to be left out",
+        )
+
+    def _check_result(self) -> None:
+        result, block = self.result, self.block
+        if len(result.rows) > MAX_ROWS:
+            result.diagnostics.append(self._rows_error(f"more than {MAX_ROWS:,}"))
+        elif not result.rows and result.unchanged:
+            for corruption in block.spec.corruptions:
+                if result.unchanged.get(corruption.name):
+                    result.diagnostics.append(without_effect(corruption))
+        elif not result.rows:
+            where = block.spec.where
+            reason, hint = "nothing is left", "give it values"
+            if where:
+                reason = "no combination fulfils `where`"
+                hint = "change the condition, or give more values"
+            elif self.part is not None:
+                reason = f"too few for a part `{self.part}`"
+            span = where[0].span if where else block.spec.span
+            result.diagnostics.append(
+                NoRows(span=span, prompts=block.name, reason=reason, hint=hint)
+            )
+
+
+def without_effect(corruption: spec.Corruption) -> CorruptionWithoutEffect:
+    """E0510 at the corruption."""
+    return CorruptionWithoutEffect(
+        span=corruption.span,
+        run=corruption.name,
+        hint="change a value that the template shows, or `template` itself",
+    )
+
+
+def _only_values(corruption: spec.Corruption) -> bool:
+    """Whether the text alone tells what the corruption did."""
+    late = (ast.AddNoise, ast.ReplaceTokens)
+    return not any(isinstance(change, late) for change in corruption.changes)

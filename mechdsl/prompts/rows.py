@@ -1,0 +1,402 @@
+"""Rows of a prompts block before tokenisation: values worked out when they are asked for."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import cast
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
+from mechdsl.program import spec
+from mechdsl.prompts.block import TEMPLATE, Block, Definition, Template
+from mechdsl.prompts.expressions import bad, evaluate, holds
+from mechdsl.prompts.functions import FUNCTIONS, CallSite, draw_others
+from mechdsl.prompts.row_scope import Key, Refusal
+from mechdsl.prompts.seeded_draws import Permutation, stable_hash
+from mechdsl.prompts.table import SpanAt
+from mechdsl.prompts.values import (
+    Items,
+    Record,
+    Rich,
+    TokenId,
+    Value,
+    bare,
+    concatenate,
+    frozen,
+    plain,
+    render,
+)
+from mechdsl.syntax import ast
+from mechdsl.syntax.template import Placeholder
+from mechdsl.vocab.corruptions import change_of
+
+RECORD = "record"
+"""Name of the axis of a data file's records."""
+CLEAN = "clean"
+
+_JOINERS = "\u200c\u200d"
+_SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
+
+MAX_CHARACTERS = 100_000
+"""Of one text. Texts of texts would grow without end before a tokenizer sees them."""
+
+
+class Row:
+    """One row of a block, clean or corrupted. Its methods raise `Refusal`."""
+
+    def __init__(self, block: Block, row_id: int) -> None:
+        self.block = block
+        self.id = row_id
+        self.run = CLEAN
+        self.clean = self
+        """The row that this one is a corruption of."""
+        index = row_id % (block.combinations)
+        index, at = divmod(index, block.data_size)
+        self.record: Record = block.data.records[at] if block.data else {}
+        self.places: dict[str, int] = {RECORD: at}
+        self.values: dict[str, Value] = {}
+        for name, values in reversed(block.axes):
+            index, at = divmod(index, len(values))
+            self.places[name] = at
+            self.values[name] = values[at]
+        self.template: Template = block.templates[self.places.get(TEMPLATE, 0)]
+        self.changed: dict[str, Value] = {}
+        """What the corruption has written."""
+        self.item_changes: dict[str, tuple[ast.Expr, Row]] = {}
+        """Changes of names that only lists draw: applied to each item."""
+        self._drawn: dict[str, Value] = {}
+        self._cache: dict[str, Value] = {}
+        self._texts: dict[str, str | TokenId] = {}
+        self._corrupted: dict[str, Row] = {}
+
+    def _copy(self) -> Row:
+        copy = object.__new__(Row)
+        copy.__dict__.update(self.__dict__)
+        copy._forget()
+        copy._corrupted = {}
+        return copy
+
+    def _forget(self) -> None:
+        """Work everything out anew, because something is changed."""
+        self._cache = {}
+        self._texts = {}
+        for worked_out in ("prompt", "plain_values"):
+            self.__dict__.pop(worked_out, None)
+
+    # --- names and values -----------------------------------------------------------------------
+
+    def known(self, name: str) -> bool:
+        return (
+            name in self.changed
+            or name in self.values
+            or name in self.record
+            or self._definition(name) is not None
+            or name in self.block.parameters
+        )
+
+    def _definition(self, name: str) -> Definition | None:
+        found = self.block.definitions.get(name) or self.template.definitions.get(name)
+        if found is None and name in self.block.texts and name not in self.record:
+            return Definition((name,), self.block.texts[name])
+        return found
+
+    def value(self, name: str, span: Span) -> Value:
+        for place in (self.changed, self.values, self._cache):
+            if name in place:
+                return place[name]
+        definition = self._definition(name)
+        if definition is not None:
+            if self.clean is not self and self.clean.known(name):
+                self.clean.value(name, span)  # draws first, so that they can be kept
+            self._cache |= self._assigned(definition.names, definition.value, definition.path)
+            return self._cache[name]
+        if name in self.record:
+            return self.record[name]
+        if name in self.block.parameters:
+            return self.block.parameters[name]
+        if name in ("true", "false"):
+            return name == "true"
+        if name in self.block.columns:
+            return None
+        raise self.block.unknown(name, span)
+
+    def attribute(self, name: str, attribute: str, span: Span) -> Value:
+        dotted = f"{name}.{attribute}"
+        if dotted in self.values:
+            return self.values[dotted]
+        value = self.value(name, span)
+        if isinstance(value, Mapping) and attribute in value:
+            return value[attribute]
+        raise bad(span, f"`{name}` has no `{attribute}`", "write the name alone")
+
+    def _assigned(self, names: tuple[str, ...], node: ast.Expr, path: str) -> dict[str, Value]:
+        """The values that one definition gives to its names."""
+        key = Key(path)
+        if len(names) == 1:
+            return {names[0]: evaluate(node, self, key)}
+        if isinstance(node, ast.Call) and node.name == "others":
+            call = CallSite(node, FUNCTIONS["others"], self, key.call(), evaluate)
+            return dict(zip(names, draw_others(call, len(names)), strict=True))
+        value = evaluate(node, self, key)
+        entries = [i.value for i in value.items] if isinstance(value, Items) else value
+        if not isinstance(entries, list) or len(entries) != len(names):
+            hint = "write `others(…)`, or a list of as many values"
+            raise bad(node.span, f"it doesn't give {len(names)} values", hint)
+        return dict(zip(names, entries, strict=True))
+
+    def text(self, node: ast.String, key: Key) -> Rich:
+        """A text with its placeholders filled in; each one with a name is a span."""
+        parts: list[tuple[str, Rich]] = []
+        for piece in self.block.template(node).pieces:
+            if isinstance(piece, str):
+                parts.append(("", bare(piece)))
+            else:
+                parts.append((piece.name or "", self._placed(piece, key)))
+        whole = concatenate(parts)
+        if len(whole.text) > MAX_CHARACTERS:
+            raise Refusal(
+                TooMany,
+                node.span,
+                what="this text",
+                amount=f"{len(whole.text):,} characters",
+                most=MAX_CHARACTERS,
+                hint="no model reads so much; shorten what stands in it",
+            )
+        return whole
+
+    def _placed(self, piece: Placeholder, key: Key) -> Rich:
+        own = piece.name is not None and piece.name in self.template.definitions
+        if own or isinstance(piece.expr, ast.Name):
+            name = piece.name if own and piece.name else cast("ast.Name", piece.expr).id
+            rich = render(self.value(name, piece.expr.span))
+            rich = self._marked(name, rich) if rich and name in self.block.marks else rich
+        else:
+            rich = render(evaluate(piece.expr, self, key))
+        if rich is None:
+            reason = "it is a list or record, or the row has no value for it"
+            hint = (
+                f"write `{piece.name or piece.expr.span.written} in […]` for one row per value, or "
+                'lists as `list(item, from: column, sep: ", ")`'
+            )
+            raise bad(piece.span, reason, hint)
+        return rich
+
+    def _marked(self, name: str, rich: Rich) -> Rich:
+        """A column's text with the spans that lie in it. Where the corruption changed such a span's
+        value, its text changes with it."""
+        spans = list(rich.spans)
+        text = rich.text
+        for mark in self.block.marks[name]:
+            written = render(self.clean.value(mark.name.id, mark.name.span))
+            found = find_text(text, written.text) if written and written.text else []
+            if not found:
+                raise Refusal(TextNotInside, mark.span, name=mark.name.id, within=name)
+            new = render(self.value(mark.name.id, mark.name.span))
+            for start, end in reversed(found):
+                replaced = new.text if new else ""
+                if replaced != text[start:end]:
+                    text = text[:start] + replaced + text[end:]
+                    spans = [_shifted(s, end, len(replaced) - (end - start)) for s in spans]
+                spans.append(SpanAt(mark.name.id, start, start + len(replaced)))
+        return Rich(text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
+
+    # --- what functions need --------------------------------------------------------------------
+
+    def placeholders(self, node: ast.String) -> Sequence[ast.Expr]:
+        return self.block.placeholders(node)
+
+    def domain(self, node: ast.Expr) -> Sequence[Value]:
+        return self.block.domain_of(node, self.template)
+
+    def python(self, node: ast.Call) -> Value:
+        names = self.block.calls.names(node)
+        if names is None:
+            names = (*self.plain_values, *(n for n in self.values if n not in self.plain_values))
+        row = {name: plain(self.value(name, node.span)) for name in names}
+        return self.block.calls.run(node, row)
+
+    def records(self, name: str) -> Sequence[Record] | None:
+        return self.block.records(name)
+
+    def is_own(self, record: Record, fields: Sequence[str]) -> bool:
+        shared = [f for f in fields if f in record and f in self.record]
+        return bool(shared) and all(
+            frozen(plain(record[f])) == frozen(plain(self.record[f])) for f in shared
+        )
+
+    def changed_item(self, name: str, value: Value, key: Key) -> Value:
+        if name not in self.item_changes:
+            return value
+        node, before = self.item_changes[name]
+        inner = before.with_values({name: value})
+        return evaluate(node, inner, Key(f"{self.run}:{key.path}.{name}"))
+
+    def draw(self, key: Key, index: int, below: int) -> int:
+        block = self.block
+        return stable_hash(block.seed, block.name, self.id, key.path, index) % below
+
+    def kept(self, key: Key) -> list[Value]:
+        drawn = self.clean._drawn
+        return [drawn[key.path]] if self.run != CLEAN and key.path in drawn else []
+
+    def keep(self, key: Key, value: Value) -> None:
+        if self.run == CLEAN:
+            self.clean._drawn[key.path] = value
+
+    def order(self, key: Key, size: int) -> Sequence[int]:
+        return Permutation(size, self.block.seed, self.block.name, self.id, key.path)
+
+    def elsewhere(self, name: str, span: Span) -> Value:
+        key = (self.block.seed, self.block.name, "shuffle", name)
+        if self.block.data is not None and name in self.record:
+            records = self.block.data.records
+            return records[Permutation(len(records), *key)[self.places[RECORD]]].get(name)
+        for axis, values in self.block.axes:
+            if axis == name:
+                return values[Permutation(len(values), *key)[self.places[name]]]
+        raise bad(span, f"`{name}` is no column", "shuffle a column or a list")
+
+    def with_values(self, values: Mapping[str, Value]) -> Row:
+        copy = self._copy()
+        copy.values = {**self.values, **values}
+        copy.changed = {k: v for k, v in self.changed.items() if k not in values}
+        return copy
+
+    # --- corruption -----------------------------------------------------------------------------
+
+    def corrupted(self, corruption: spec.Corruption) -> Row:
+        """The same row with something changed, from top to bottom. What works on tokens or
+        activations is left for later."""
+        known = self._corrupted.get(corruption.name)
+        if known is not None:
+            return known
+        row = self._copy()
+        row.run = corruption.name
+        row.changed, row.item_changes = {}, {}
+        for change in corruption.changes:
+            kind = change_of(change)
+            if kind is not None and kind.apply is not None:
+                kind.apply(row, change)
+        self._corrupted[corruption.name] = row
+        return row
+
+    def assign(self, names: tuple[ast.Name, ...], value: ast.Expr) -> None:
+        ids = tuple(name.id for name in names)
+        if len(ids) == 1 and ids[0] in self.block.domains and ids[0] not in self.values:
+            before = self._copy()
+            before.item_changes = dict(self.item_changes)
+            self._write({}, {ids[0]: (value, before)})
+            return
+        self._write(self._assigned(ids, value, f"{self.run}:{','.join(ids)}"), {})
+
+    def exchange(self, first: ast.Name, second: ast.Name) -> None:
+        a, b = self.value(first.id, first.span), self.value(second.id, second.span)
+        self._write({first.id: b, second.id: a}, {})
+
+    def use_template(self, text: ast.String) -> None:
+        self.template = self.block.template(text)
+        self._write({}, {})
+
+    def _write(
+        self, values: Mapping[str, Value], items: Mapping[str, tuple[ast.Expr, Row]]
+    ) -> None:
+        self.changed = {**self.changed, **values}
+        self.item_changes = {**self.item_changes, **items}
+        self._forget()
+
+    # --- results --------------------------------------------------------------------------------
+
+    def passes(self, conditions: Sequence[ast.Expr]) -> bool:
+        """Whether all conditions of `where` hold."""
+        return all(holds(node, self, Key(f"where.{n}")) for n, node in enumerate(conditions))
+
+    @cached_property
+    def prompt(self) -> Rich:
+        """The prompt with its spans, in the order of the text."""
+        rich = self.text(self.template.text, Key(TEMPLATE))
+        spans = list(rich.spans)
+        for definition in self.block.spec.spans:
+            if definition.literal is not None:
+                literal = self.text(definition.literal, Key(definition.name.id)).text
+                found = find_text(rich.text, literal)
+                spans += [SpanAt(definition.name.id, *at) for at in found[-1:]]
+        return Rich(rich.text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
+
+    def named_text(self, name: str) -> str | TokenId:
+        """One of the texts that metrics refer to."""
+        if name not in self._texts:
+            self._texts[name] = self.as_text(self.block.texts[name], Key(name))
+        return self._texts[name]
+
+    def as_text(self, node: ast.Expr, key: Key) -> str | TokenId:
+        """An expression as a text for a metric."""
+        value = evaluate(node, self, key)
+        if isinstance(value, TokenId):
+            return value
+        rich = render(value)
+        if rich is None:
+            raise bad(node.span, "it has no text in this row", "give a text or a number")
+        return rich.text
+
+    @cached_property
+    def plain_values(self) -> Mapping[str, object]:
+        """All values of the row, without spans."""
+        names = dict.fromkeys(self.record) | dict.fromkeys(n for n, _ in self.block.axes)
+        names |= dict.fromkeys(self.block.definitions) | dict.fromkeys(self.template.definitions)
+        names |= dict.fromkeys(self.changed)
+        span = self.block.spec.span
+        return {name: plain(self.value(name, span)) for name in names}
+
+    def describe(self) -> str:
+        """Which row this is, for messages."""
+        shown = ", ".join(f"{n} = {render_short(self.values[n])}" for n, _ in self.block.axes[:4])
+        if self.block.data is not None:
+            return f"record {self.places[RECORD]}" + f", {shown}" * bool(shown)
+        return f"the row with {shown}" if shown else "every row"
+
+
+def render_short(value: Value) -> str:
+    text = repr(value) if isinstance(value, str) else str(plain(value))
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def _shifted(span: SpanAt, end: int, by: int) -> SpanAt:
+    """A span after the text up to `end` has become longer by `by`."""
+    start = span.start + by if span.start >= end else span.start
+    return SpanAt(span.name, start, span.end + by if span.end >= end else span.end, span.within)
+
+
+def find_text(text: str, part: str) -> list[tuple[int, int]]:
+    """Where a text occurs in another, without overlaps; whole words where there are any."""
+    if not part.strip():
+        return []
+    starts = [m.start() for m in re.finditer(f"(?={re.escape(part)})", text)]
+    every = [(start, start + len(part)) for start in starts]
+    whole = [at for at in every if not any(_goes_on(text, edge) for edge in at)]
+    found: list[tuple[int, int]] = []
+    for at in whole or every:
+        if not found or at[0] >= found[-1][1]:
+            found.append(at)
+    return found
+
+
+def _goes_on(text: str, at: int) -> bool:
+    """Whether a word, or a character of several code points, goes on across a place."""
+    if not 0 < at < len(text):
+        return False
+    before, behind = text[at - 1], text[at]
+    if before in _JOINERS or behind in _JOINERS or behind in _SKIN_TONES or _is_mark(behind):
+        return True
+    return _in_word(before) and _in_word(behind)
+
+
+def _in_word(char: str) -> bool:
+    return char == "_" or char.isalnum() or _is_mark(char)
+
+
+def _is_mark(char: str) -> bool:
+    """An accent, a vowel sign: part of the letter before it."""
+    return unicodedata.category(char).startswith("M")

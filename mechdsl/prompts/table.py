@@ -1,0 +1,133 @@
+"""Prompts as the executor sees them: rows, runs, tokens, spans, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from mechdsl.base.record import Record, record
+from mechdsl.program.python_files import PythonFunction
+
+if TYPE_CHECKING:
+    from mechdsl.prompts.rows import Row
+
+
+class SpanAt(NamedTuple):
+    """One occurrence of a named span in a prompt: characters `start` to `end` (exclusive).
+
+    A tuple, because a hundred rows of lists make tens of thousands of them.
+    """
+
+    name: str
+    start: int
+    end: int
+    within: tuple[str, ...] = ()
+    """Names of the spans around it, outermost first (`("part1",)` for an item of `part1`)."""
+
+
+@record
+class TextTokens(Record):
+    """A text that a metric refers to, tokenised as the continuation of its prompt."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@record
+class Noise(Record):
+    """`add gaussian(std: …) to SITE at POS`: what a corrupted run adds at a site."""
+
+    site: str
+    """Name of the component as written, `embed`."""
+    positions: tuple[tuple[int, ...], ...]
+    """Per row, the token positions it is added to."""
+    std: float | None
+    """In activation units; None where it is `sds` standard deviations, worked out from weights."""
+    sds: float | None
+    sd_tokens: tuple[int, ...] = ()
+    """Token ids (all rows before `limit`, with repetition) whose embeddings define one sd."""
+    samples: int = 1
+    kind: str = "gaussian"
+    """Name in the registry of noises."""
+    row_ids: tuple[int, ...] | None = None
+    """Per row, its number in the block that it is of, where that isn't the table's."""
+
+
+@record
+class RunRow(Record):
+    """One row of one run."""
+
+    text: str
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    """Characters of `text` per token, white space at its ends included as the tokenizer has it;
+    (0, 0) for special tokens."""
+    special: tuple[bool, ...]
+    """True for tokens that the tokenizer adds around the text."""
+    spans: tuple[SpanAt, ...]
+    values: Mapping[str, Any]
+    """Plain values: numbers, texts, lists of these."""
+    texts: Mapping[str, TextTokens]
+    """`answer`, `wrong` and the other texts of the block, as this run has them, tokenised as the
+    continuation of the clean row's prompt."""
+
+
+@record
+class Run(Record):
+    """`clean`, a corruption, or a run from elsewhere: as many rows as the table, in its order."""
+
+    name: str
+    rows: tuple[RunRow, ...]
+    noise: Noise | None = None
+    prompts: str | None = None
+    """The block that it is of, where that is another one."""
+    model: str | None = None
+    """The model that it runs on, where that isn't the experiment's."""
+
+
+@record
+class PromptTable(Record):
+    """A prompts block made concrete for one tokenizer, seed, limit and part."""
+
+    name: str
+    row_ids: tuple[int, ...]
+    """Index of each row before `where`, `limit` and `split`: the same row has the same id in every
+    experiment, so that noise and caches agree."""
+    runs: Mapping[str, Run]
+    conventions: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What was defaulted or dropped, in words, by short key (`bos`, `rows`, `answer`, …)."""
+    data_hash: str = ""
+    """SHA-256 of the data file, where there is one."""
+    other_data: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The same of other blocks that it has runs of, by their names."""
+    moved: tuple[int, ...] = ()
+    """Leading token that all answers share: it stands at the end of every prompt instead."""
+    moved_text: str = ""
+    python: tuple[PythonFunction, ...] = ()
+    """Functions of Python files that values are from."""
+    beside: Mapping[str, PromptTable] = field(default_factory=dict[str, "PromptTable"])
+    """Other blocks, with rows of their own, that means are taken of."""
+    sources: tuple[Row, ...] = field(default=(), repr=False, compare=False)
+    """The clean rows before tokenisation, in which texts of metrics are evaluated."""
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+
+Hits: TypeAlias = tuple[tuple[int, ...], ...]
+"""The runs of one row: token positions that are joined, each run by itself."""
+
+
+@record
+class PositionCell(Record):
+    """One value of the position axis."""
+
+    label: str
+    """As the table shows it: `last-item token`, `subject middle`, `item 3`, `-2`."""
+    hits: tuple[Hits, ...]
+    """Per row, the separate runs (one, or several that are averaged: the middle tokens of a ragged
+    span); per run, the joined token positions, 0-based in the model's unpadded input, ascending.
+    A row without the position has no runs and drops out of the cell."""
+    item: int | None = None
+    """1-based occurrence, for `each item token`."""

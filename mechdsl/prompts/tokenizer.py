@@ -1,0 +1,314 @@
+"""Tokenizers, read without transformers: texts to ids with offsets in characters."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import Encoding, Tokenizer
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e05_data import NoBosToken, NoTokenizer
+
+ROLES = ("bos", "cls", "sep", "eos")
+"""Special tokens that positions can name."""
+
+_SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
+"""What slow tokenizers are kept in."""
+
+_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised text. Offsets are characters; (0, 0) for special tokens."""
+
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    special: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""What `from_folder` reads."""
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` with a policy for the beginning-of-sequence token.
+
+    `bos`: True puts the token in front once, False takes it away, None leaves what the tokenizer
+    does by itself.
+    """
+
+    def __init__(
+        self,
+        backend: Tokenizer,
+        *,
+        roles: Mapping[str, str],
+        bos: bool | None,
+        digest: str,
+        name: str = "",
+    ) -> None:
+        self._backend = backend
+        self.roles: dict[str, str] = {
+            role: token
+            for role, token in roles.items()
+            if role in ROLES and backend.token_to_id(token) is not None
+        }
+        self.bos = bos
+        self.hash = digest
+        """SHA-256 of `tokenizer.json`."""
+        self.name = name
+        _keep_white_space(backend)
+        # Padding and truncation are for batches; a prompt is never cut silently.
+        backend.no_padding()
+        backend.no_truncation()
+
+    @classmethod
+    def from_folder(
+        cls, path: Path, bos: bool | None = None, *, span: Span | None = None
+    ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+        """Read `tokenizer.json` and `tokenizer_config.json` of a folder. Codes: E0508, E0522."""
+        file = path / "tokenizer.json"
+
+        def refused(reason: str) -> tuple[None, list[Diagnostic]]:
+            return None, [NoTokenizer(span=span, path=path.name or str(path), reason=reason)]
+
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:
+            slow = [f", only `{name}`" for name in _SLOW if (path / name).exists()]
+            return refused("there is no `tokenizer.json` in the folder" + "".join(slow[:1]))
+        except OSError as error:
+            return refused(error.strerror or str(error))
+        try:
+            backend = Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises plain `Exception`
+            return refused(f"`tokenizer.json` is not understood ({error})")
+        config = _read_config(path / "tokenizer_config.json")
+        config = _read_config(path / "special_tokens_map.json") | config
+        # `add_bos_token` of the config plays no part, as in transformers where there is a
+        # `tokenizer.json`.
+        made = cls(
+            backend,
+            roles=_roles(config),
+            bos=bos,
+            digest=sha256(content).hexdigest(),
+            name=path.name,
+        )
+        return made._checked(span)
+
+    @classmethod
+    def from_backend(
+        cls,
+        backend: Tokenizer,
+        *,
+        bos_token: str | None = None,
+        cls_token: str | None = None,
+        sep_token: str | None = None,
+        eos_token: str | None = None,
+        bos: bool | None = None,
+        span: Span | None = None,
+    ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+        """Wrap a copy of a tokenizer that Python holds already. Codes: E0522."""
+        content = backend.to_str()
+        tokens = {"bos": bos_token, "cls": cls_token, "sep": sep_token, "eos": eos_token}
+        made = cls(
+            Tokenizer.from_str(content),
+            roles={role: token for role, token in tokens.items() if token is not None},
+            bos=bos,
+            digest=sha256(content.encode()).hexdigest(),
+        )
+        return made._checked(span)
+
+    def _checked(self, span: Span | None) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+        if self.bos and "bos" not in self.roles:
+            return None, [NoBosToken(span=span)]
+        return self, []
+
+    # --- vocabulary ---------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def role_ids(self) -> dict[str, int]:
+        """Token ids of `bos`, `cls`, `sep`, `eos`, as far as the tokenizer has them."""
+        found = {role: self._backend.token_to_id(token) for role, token in self.roles.items()}
+        return {role: number for role, number in found.items() if number is not None}
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id that stands for whatever the vocabulary doesn't hold."""
+        model = self._backend.model
+        token = getattr(model, "unk_token", None)
+        if token is None:
+            # Unigram keeps an index that can't be asked for; others may have no such token.
+            unigram = type(model).__name__ == "Unigram"
+            return self._backend.token_to_id("<unk>") if unigram else None
+        return self._backend.token_to_id(cast("str", token))
+
+    def token_text(self, token: int) -> str:
+        """A token as a reader knows it: decoded, special tokens by their name."""
+        text = self._backend.decode([token], skip_special_tokens=False)
+        return text if text and "\ufffd" not in text else self._backend.id_to_token(token) or ""
+
+    def plain_words(self) -> list[str]:
+        """Words of letters that are one token behind a space, in the order of their ids."""
+        candidates: dict[str, None] = {}
+        for number in range(self.vocab_size):
+            text = self._backend.decode([number], skip_special_tokens=True).strip()
+            if text.isalpha():
+                candidates[text] = None
+        words = list(candidates)
+        before = len(self._raw(["1"])[0].ids)
+        encoded = self._raw([f"1 {word}" for word in words])
+        unknown = self.unknown_id
+        return [
+            word
+            for word, e in zip(words, encoded, strict=True)
+            if len(e.ids) == before + 1 and unknown not in e.ids[-1:]
+        ]
+
+    # --- texts to tokens ----------------------------------------------------------------------
+
+    def encode(self, text: str, add_special: bool = True) -> Encoded:
+        """Tokenise a text; without special tokens if asked."""
+        return self.encode_all([text], add_special)[0]
+
+    def encode_all(self, texts: Sequence[str], add_special: bool = True) -> list[Encoded]:
+        """Tokenise many texts."""
+        encoded = self._raw(texts, add_special)
+        return [self._with_bos(e) for e in encoded] if add_special else encoded
+
+    def _raw(self, texts: Sequence[str], add_special: bool = False) -> list[Encoded]:
+        out: list[Encoded] = []
+        for start in range(0, len(texts), _BATCH):
+            batch = list(texts[start : start + _BATCH])
+            for e in self._backend.encode_batch(batch, add_special_tokens=add_special):
+                special = tuple(flag == 1 for flag in e.special_tokens_mask)
+                offsets = [
+                    (0, 0) if added else at for at, added in zip(e.offsets, special, strict=True)
+                ]
+                _place_prefixes(e, offsets, special)
+                out.append(Encoded(tuple(e.ids), tuple(offsets), special))
+        return out
+
+    def _with_bos(self, encoded: Encoded) -> Encoded:
+        bos = self.role_ids.get("bos")
+        if self.bos is None or bos is None:
+            return encoded
+        present = encoded.ids[:1] == (bos,)
+        if self.bos and not present:
+            return Encoded(
+                (bos, *encoded.ids), ((0, 0), *encoded.offsets), (True, *encoded.special)
+            )
+        if not self.bos and present and encoded.special[0]:
+            return Encoded(encoded.ids[1:], encoded.offsets[1:], encoded.special[1:])
+        return encoded
+
+    def bos_convention(self) -> str:
+        """What happens with the beginning-of-sequence token, in words."""
+        bos = self.roles.get("bos")
+        first = self.encode("a").ids[:1]
+        there = bos is not None and first == (self.role_ids["bos"],)
+        if there:
+            return f"`{bos}` in front ({'by the tokenizer' if self.bos is None else 'bos: true'})"
+        return "none in front" if self.bos is None else "none in front (bos: false)"
+
+    def continuation(self, prompt: str, text: str) -> tuple[tuple[int, ...], bool]:
+        """A text tokenised as the continuation of a prompt.
+
+        The second value is False where the prompt's own tokens change once the text stands
+        behind it (a prompt that ends in a space); the text is then tokenised by itself.
+        """
+        return self.continuations([(prompt, text)])[0]
+
+    def continuations(
+        self, pairs: Sequence[tuple[str, str]], encoded: Mapping[str, Encoded] | None = None
+    ) -> list[tuple[tuple[int, ...], bool]]:
+        """`continuation` of many (prompt, text) pairs; equal ones are tokenised once.
+
+        encoded: the prompts, where they are tokenised already.
+        """
+        unique = list(dict.fromkeys(pairs))
+        prompts = self.encode_unique(p for p, _ in unique) if encoded is None else encoded
+        whole = self.encode_all([p + t for p, t in unique])
+        found: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
+        for pair, both in zip(unique, whole, strict=True):
+            before = _without_closing(prompts[pair[0]])
+            ids = _without_closing(both)
+            kept = ids[: len(before)] == before
+            if not kept:
+                ids = self.encode(pair[1], add_special=False).ids
+            found[pair] = (ids[len(before) :] if kept else ids, kept)
+        return [found[pair] for pair in pairs]
+
+    def encode_unique(self, texts: Iterable[str]) -> dict[str, Encoded]:
+        """Tokenise many texts, equal ones once."""
+        unique = list(dict.fromkeys(texts))
+        return dict(zip(unique, self.encode_all(unique), strict=True))
+
+
+def _without_closing(encoded: Encoded) -> tuple[int, ...]:
+    """The ids without special tokens at the end (an encoder's `[SEP]`)."""
+    end = len(encoded.ids)
+    while end and encoded.special[end - 1]:
+        end -= 1
+    # A prompt without text is its opening tokens.
+    return encoded.ids[:end] if end else encoded.ids
+
+
+def _place_prefixes(
+    encoding: Encoding, offsets: list[tuple[int, int]], special: Sequence[bool]
+) -> None:
+    """A space that tokenizers put in front of a text, of each word or behind a special token (`▁`,
+    `Ġ`) claims the first character behind it, which belongs to the next token: it covers nothing.
+    """
+    for n, token in enumerate(encoding.tokens[:-1]):
+        start, end = offsets[n]
+        if not special[n + 1] and end > offsets[n + 1][0] and set(token) in ({"▁"}, {"Ġ"}):
+            offsets[n] = (start, start)
+
+
+def _keep_white_space(backend: Tokenizer) -> None:
+    """Offsets with white space in them, so that a token which is only white space has a place."""
+    processor = backend.post_processor
+    if processor is None:
+        return
+    state = cast("bytes", processor.__getstate__())
+    wanted = re.sub(rb'"trim_offsets":\s*true', b'"trim_offsets":false', state)
+    if wanted != state:
+        processor.__setstate__(wanted)
+        backend.post_processor = processor
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
+
+
+def _roles(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by role; an entry is the token itself, or an object with `content`."""
+    found: dict[str, str] = {}
+    for role in ROLES:
+        entry = config.get(f"{role}_token")
+        if isinstance(entry, Mapping):
+            entry = cast("Mapping[str, Any]", entry).get("content")
+        if isinstance(entry, str):
+            found[role] = entry
+    return found

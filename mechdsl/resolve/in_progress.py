@@ -1,0 +1,63 @@
+"""What is known of an experiment while it is being resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e03_coordinates import AxesCollide
+from mechdsl.program import spec
+from mechdsl.prompts.table import Hits, PromptTable
+from mechdsl.resolve.coordinates import SiteContext
+from mechdsl.resolve.resolved import Axis, Label, ModelContext
+from mechdsl.syntax import ast
+
+
+@dataclass
+class Work:
+    """One experiment, with the axes and diagnostics that have been found so far."""
+
+    experiment: spec.Experiment
+    program: spec.Program
+    model: ModelContext
+    table: PromptTable
+    sites: SiteContext
+    axes: dict[str, Axis] = field(default_factory=dict)
+
+    @property
+    def diagnostics(self) -> list[Diagnostic]:
+        return self.sites.diagnostics
+
+    @property
+    def loops(self) -> Mapping[str, tuple[Label, ...]]:
+        return self.sites.loops
+
+    def ranked(
+        self,
+        base: ast.RankedTokens,
+        run: str,
+        values: Mapping[str, Any],
+        diagnostics: list[Diagnostic],
+    ) -> list[tuple[str, list[Hits]]]:
+        """The tokens that another experiment ranked, in one run of this one's rows."""
+        return self.sites.onward.pick_tokens(
+            base, run, values, self.table, self.model.tokenizer, diagnostics
+        )
+
+    def add_axis(self, axis: Axis) -> None:
+        """Enter a sweep; E0320 where another one has its name."""
+        first = self.axes.get(axis.name)
+        if first is not None:
+            word, letter = axis.name, axis.name[0]
+            shared, plural = f"for {letter} in … {{ … {word} {letter} … }}", f"{word}s"
+            if word == "position":
+                shared, plural = "for t in 3..5 { … at token t … }", "{A, B}"
+            self.diagnostics.append(
+                AxesCollide(
+                    span=axis.span, axis=word, shared=shared, plural=plural, first=first.span.line
+                )
+            )
+            return
+        self.axes[axis.name] = axis

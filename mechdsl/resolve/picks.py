@@ -1,0 +1,386 @@
+"""What one experiment found, used in another: `top 10 of cie`, `top 25% of caap tokens`.
+
+Before an experiment has run, its cells stand in for its ranking, in the order of its grid, so that
+everything that needs it can be checked and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from mechdsl.base.percent import Percent
+from mechdsl.base.registry import nearest
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import did_you_mean
+from mechdsl.diagnostics.e06_onward import BadPick
+from mechdsl.prompts.table import Hits, PositionCell, PromptTable
+from mechdsl.resolve.findings import Finding, RankedSite, Refused, site_targets
+from mechdsl.resolve.resolved import (
+    Key,
+    PositionTargets,
+    ResolvedExperiment,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.syntax import ast
+
+if TYPE_CHECKING:
+    from mechdsl.prompts.tokenizer import TextTokenizer
+
+SHOWN = 10
+"""Sites of a pick that the conventions list."""
+
+
+@dataclass
+class Onward:
+    """Findings that an experiment may use, and what it picked of them."""
+
+    found: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
+    picks: dict[str, str] = field(default_factory=dict[str, str])
+    """As written → what was picked, in words."""
+    sites_of: dict[str, Span] = field(default_factory=dict[str, Span])
+    """Experiments whose sites are used → where."""
+    _longest: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    _runs: dict[Span, tuple[str, Mapping[int, Sequence[int]]]] = field(
+        default_factory=dict[Span, tuple[str, Mapping[int, Sequence[int]]]]
+    )
+    """Of tokens that are picked: the first run that they were found in, and all there are."""
+
+    @property
+    def stand_ins(self) -> tuple[str, ...]:
+        return tuple(name for name, finding in self.found.items() if finding.stands_in)
+
+    # --- sites ------------------------------------------------------------------------------------
+
+    def pick_sites(
+        self, node: ast.Ranked, values: Mapping[str, Any], diagnostics: list[Diagnostic]
+    ) -> list[RankedSite] | None:
+        """The best sites of an experiment; None after E0620."""
+        finding = self.found[node.of]
+        try:
+            for part in finding.parts:
+                _check_sites(part.experiment, node)
+            count = _count(node, values, len(finding.sites), f"`{node.of}` has {{}} sites")
+        except Refused as refusal:
+            diagnostics.append(_bad(node, refusal))
+            return None
+        self.sites_of.setdefault(node.of, node.span)
+        chosen = finding.sites[:count]
+        self._say_sites(node, finding, chosen)
+        return chosen
+
+    def _say_sites(self, node: ast.Ranked, finding: Finding, chosen: Sequence[RankedSite]) -> None:
+        key = node.span.written
+        if finding.stands_in:
+            self.picks[key] = f"known when `{finding.name}` has run; its first cells stand in"
+            return
+        least, most = self._longest.get(key, (len(chosen), -1))
+        self._longest[key] = (min(least, len(chosen)), max(most, len(chosen)))
+        if len(chosen) <= most:  # of several values of a loop, the most is listed
+            return
+        listed = ", ".join(f"{site.label} ({site.value:.3g})" for site in chosen[:SHOWN])
+        more = f" … and {len(chosen) - SHOWN} more" if len(chosen) > SHOWN else ""
+        said = f"{listed or 'nothing'}{more}; by mean {finding.measure}"
+        lowest = finding.sites[-1]
+        if chosen and lowest not in chosen and -lowest.value > abs(chosen[0].value):
+            said += f", signed: {lowest.label} ({lowest.value:.3g}) is larger, but below 0"
+        if finding.cells > len(finding.sites):
+            said += f", each of the {len(finding.sites)} sites by the best of its cells"
+        self.picks[key] = said
+
+    # --- tokens -----------------------------------------------------------------------------------
+
+    def pick_tokens(
+        self,
+        base: ast.RankedTokens,
+        run: str,
+        values: Mapping[str, Any],
+        table: PromptTable,
+        tokenizer: TextTokenizer,
+        diagnostics: list[Diagnostic],
+    ) -> list[tuple[str, list[Hits]]]:
+        """(label, hits per row) of every cell; none after E0620."""
+        node = base.ranked
+        finding = self.found[node.of]
+        try:
+            return self._hits(base, finding, run, values, table, tokenizer)
+        except Refused as refusal:
+            diagnostics.append(_bad(node, refusal, base.span))
+            return []
+
+    def _hits(
+        self,
+        base: ast.RankedTokens,
+        finding: Finding,
+        run: str,
+        values: Mapping[str, Any],
+        table: PromptTable,
+        tokenizer: TextTokenizer,
+    ) -> list[tuple[str, list[Hits]]]:
+        node, name = base.ranked, finding.name
+        for part in finding.parts:
+            _check_tokens(part.experiment, node, table, tokenizer)
+        orders = finding.tokens(table, run, tokenizer)
+        if not orders:
+            raise Refused(
+                f"`{name}` has none of the {len(table)} rows that this experiment runs on",
+                "let both run on the same part and limit of their prompts",
+            )
+        self._same_tokens(base, finding, run, orders)
+        counts = {
+            row: _count(node, values, len(order), f"row {row} has {{}} tokens of `{name}`")
+            for row, order in orders.items()
+        }
+        self._say_tokens(node, finding, orders, counts, len(table) - len(orders))
+        label = _label(base, values)
+        amount = _amount(node, values)
+        single = not isinstance(amount, Percent) and amount == 1
+        if base.plural or single or not any(counts.values()):
+            hits: list[Hits] = [
+                (tuple(sorted(orders[row][: counts[row]])),) if row in orders else ()
+                for row in table.row_ids
+            ]
+            return [(label, hits)]
+        return [
+            (
+                f"{rank + 1} of {name}",
+                [
+                    ((orders[row][rank],),) if row in orders and rank < counts[row] else ()
+                    for row in table.row_ids
+                ],
+            )
+            for rank in range(max(counts.values()))
+        ]
+
+    def _same_tokens(
+        self,
+        base: ast.RankedTokens,
+        finding: Finding,
+        run: str,
+        orders: Mapping[int, Sequence[int]],
+    ) -> None:
+        """What is read in one run and written in another must be there in both, whichever tokens
+        turn out to be picked."""
+        first, before = self._runs.setdefault(base.span, (run, orders))
+        for row, order in orders.items():
+            other = len(before.get(row, ()))
+            if other != len(order):
+                raise Refused(
+                    f"row {row} has {other} tokens of `{finding.name}` in `{first}` and "
+                    f"{len(order)} in `{run}`",
+                    f"let `{finding.name}` sweep positions that a row has in both runs",
+                )
+
+    def _say_tokens(
+        self,
+        node: ast.Ranked,
+        finding: Finding,
+        orders: Mapping[int, Sequence[int]],
+        counts: Mapping[int, int],
+        lacking: int,
+    ) -> None:
+        key = f"{node.span.written} tokens"
+        least, most = self._longest.get(key, (min(counts.values()), max(counts.values())))
+        least, most = min(least, *counts.values()), max(most, *counts.values())
+        self._longest[key] = (least, most)
+        sizes = [len(order) for order in orders.values()]
+        if finding.stands_in:
+            said = f"known when `{finding.name}` has run; its first tokens stand in"
+        else:
+            said = (
+                f"{_ends(least, most)} of {_ends(min(sizes), max(sizes))} tokens in each row, by "
+                f"the row's own {finding.measure}, signed"
+            )
+            if finding.cells > len(_position_labels(finding.parts[0].experiment)):
+                said += ", each token by the best of its cells"
+        if lacking:
+            said += (
+                f"; {lacking} of {lacking + len(orders)} rows dropped, `{finding.name}` lacks them"
+            )
+        self.picks[key] = said
+
+
+def pick_nothing(
+    sites: SiteTargets | None, positions: PositionTargets | None
+) -> tuple[SiteTargets | None, PositionTargets | None]:
+    """Cells that pick no site write at no token: any site stands in for them.
+
+    A cell has sites and positions of its own in every stage behind this one.
+    """
+    if sites is None or positions is None or all(sites.points.values()):
+        return sites, positions
+    some = next((p for p in sites.points.values() if p), (SitePoint("embed", None, None),))
+    points = {key: here or some for key, here in sites.points.items()}
+    sources = sites.sources
+    if sources is not None:
+        read = next((p for p in sources.values() if p), some)
+        sources = {key: here or read for key, here in sources.items()}
+    axes = (*positions.axes, *(a for a in sites.axes if a not in positions.axes))
+    sizes = {axis: 1 + max(key[i] for key in sites.points) for i, axis in enumerate(sites.axes)}
+    more = axes[len(positions.axes) :]
+    written: dict[Key, PositionCell] = {}
+    read_at: dict[Key, PositionCell] = {}
+    for before in positions.written:
+        for behind in product(*(range(sizes[axis]) for axis in more)):
+            key = (*before, *behind)
+            at = dict(zip(axes, key, strict=True))
+            empty = not sites.points[tuple(at[axis] for axis in sites.axes)]
+            for cells, into in ((positions.written, written), (positions.read, read_at)):
+                cell = cells[before]
+                into[key] = _without_tokens(cell) if empty else cell
+    labels = {key: label if sites.points[key] else "nothing" for key, label in sites.labels.items()}
+    return (
+        replace(sites, points=points, labels=labels, sources=sources),
+        replace(positions, axes=axes, written=written, read=read_at),
+    )
+
+
+def _without_tokens(cell: PositionCell) -> PositionCell:
+    return replace(cell, hits=tuple(((),) if row else () for row in cell.hits))
+
+
+# --- amounts --------------------------------------------------------------------------------------
+
+
+def _amount(node: ast.Ranked, values: Mapping[str, Any]) -> int | Percent:
+    """How many, or what share."""
+    amount: Any = 1 if node.which == "best" else node.amount
+    if isinstance(amount, ast.Percent):
+        amount = Percent(amount.value)
+    name = f"{amount}"
+    if isinstance(amount, str):
+        if amount not in values:
+            known = ", ".join(f"`{each}`" for each in values)
+            raise Refused(
+                f"`{amount}` is neither a `for` variable around it nor a `param`",
+                did_you_mean(
+                    nearest(amount, values),
+                    f"known here: {known}" if known else "write a number or a percentage",
+                ),
+            )
+        amount = values[amount]
+        name = f"`{name}` = {amount}"
+    if isinstance(amount, Percent):
+        if not 0 <= amount <= 100:
+            raise Refused(f"{name} is not between 0% and 100%", "write a share such as `25%`")
+        return amount
+    if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
+        raise Refused(
+            f"{name} is neither a whole number nor a percentage",
+            "count them (`top 10 of …`) or name a share (`top 25% of …`)",
+        )
+    return amount
+
+
+def _count(node: ast.Ranked, values: Mapping[str, Any], total: int, there: str) -> int:
+    """How many of `total` are meant. `there` says how many there are."""
+    amount = _amount(node, values)
+    if isinstance(amount, Percent):
+        # Half up; a share is never rounded down to nothing.
+        return max(1, int(amount * total / 100 + 0.5)) if amount else 0
+    if amount > total:
+        raise Refused(
+            f"{there.format(total)}, fewer than {amount}",
+            f"write a smaller number, or a share such as `top 25% of {node.of}`",
+        )
+    return amount
+
+
+def _label(base: ast.RankedTokens, values: Mapping[str, Any]) -> str:
+    node = base.ranked
+    if not isinstance(node.amount, str):
+        return base.span.written
+    return f"top {values[node.amount]} of {node.of} {'tokens' if base.plural else 'token'}"
+
+
+def _ends(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _bad(node: ast.Ranked, refusal: Refused, span: Span | None = None) -> BadPick:
+    where = span or node.span
+    return BadPick(span=where, text=where.written, reason=refusal.reason, hint=refusal.hint)
+
+
+# --- what can be picked ---------------------------------------------------------------------------
+
+
+def _check_first_measure(experiment: ResolvedExperiment) -> None:
+    name = experiment.name
+    if not experiment.rules:
+        raise Refused(
+            f"`{name}` intervenes nowhere, so it has nothing to rank",
+            "name an experiment with a rule that sweeps",
+        )
+    first = experiment.measures[0]
+    if first.kind == "category":
+        raise Refused(
+            f"the first measure of `{name}`, `{first.text}`, is a category, which has no order",
+            f"let `{name}` measure a number first, such as `logit(answer)`",
+        )
+
+
+def _check_sites(experiment: ResolvedExperiment, node: ast.Ranked) -> None:
+    _check_first_measure(experiment)
+    name = experiment.name
+    without = [rule for rule in experiment.rules if rule.sites is None]
+    tokens = f"{node.span.written} tokens"
+    if without:
+        some = "" if len(without) == len(experiment.rules) else "some rules of "
+        raise Refused(
+            f"{some}`{name}` change{'' if some else 's'} the input, which is no site",
+            f"name its tokens, `{tokens}`, or an experiment that sweeps sites",
+        )
+    swept = {axis for rule in experiment.rules for axis in site_targets(rule).axes}
+    if not swept and experiment.n_cells > 1:
+        site = next(iter(site_targets(experiment.rules[0]).labels.values()))
+        raise Refused(
+            f"`{name}` sweeps positions only, all at {site}",
+            f"name its tokens, `{tokens}`, or an experiment that sweeps sites",
+        )
+
+
+def _position_labels(experiment: ResolvedExperiment) -> tuple[Any, ...]:
+    return next(axis.labels for axis in experiment.axes if axis.name == "position")
+
+
+def _check_tokens(
+    experiment: ResolvedExperiment, node: ast.Ranked, table: PromptTable, tokenizer: TextTokenizer
+) -> None:
+    _check_first_measure(experiment)
+    name = experiment.name
+    if experiment.table.name != table.name:
+        raise Refused(
+            f"`{name}` ranks tokens of `{experiment.table.name}`, this experiment runs on "
+            f"`{table.name}`",
+            "let both name one block of prompts: tokens are ranked row by row",
+        )
+    if experiment.model.tokenizer.hash != tokenizer.hash:
+        raise Refused(
+            f"`{name}` ranks tokens of `{experiment.model.name}`, which has another tokenizer",
+            "let both run on one model",
+        )
+    sweeping = [rule for rule in experiment.rules if "position" in rule.positions.axes]
+    if not sweeping:
+        raise Refused(
+            f"`{name}` doesn't sweep positions",
+            "let it sweep single tokens, for example `at each token of …`, or pick its sites: "
+            f"`{node.span.written}`",
+        )
+    rule = sweeping[0]
+    if rule.spec.onto is not None:
+        raise Refused(
+            f"a cell of `{name}` has tokens in two places",
+            "let it sweep single tokens, for example `at each token of …`",
+        )
+    for cell in rule.positions.written.values():
+        if any(row and (len(row) != 1 or len(row[0]) != 1) for row in cell.hits):
+            raise Refused(
+                f"the cell `{cell.label}` of `{name}` covers several tokens",
+                "let it sweep single tokens: `each token …` or `token *`, on spans that are "
+                "equally long",
+            )

@@ -1,0 +1,594 @@
+"""Controls: the rules of an experiment on targets that are drawn at random, matched to its own.
+
+What is drawn hangs on the seed and on the targets that it stands for, and on nothing else, so that
+the same targets have the same controls in every experiment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import comb, prod
+from typing import TypeAlias
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e03_coordinates import TooManyCells
+from mechdsl.diagnostics.e06_controls import BadControl
+from mechdsl.models.shape import ModelShape, units
+from mechdsl.program import spec
+from mechdsl.prompts.seeded_draws import Permutation, stable_hash, subset
+from mechdsl.prompts.table import Hits, PositionCell
+from mechdsl.resolve.resolved import (
+    DRAW,
+    Axis,
+    Control,
+    Key,
+    PositionTargets,
+    ResolvedExperiment,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.resolve.sites import points_label
+from mechdsl.vocab.sites import SITES
+
+UNIT_WORDS: Mapping[str, spec.Drawn] = {
+    "head": "heads",
+    "kv_head": "heads",
+    "neuron": "neurons",
+    "expert": "experts",
+}
+MOST_RANKS = 1 << 62
+"""Sets that are counted through; of more, two that are drawn are never the same."""
+FINEST_FIRST: tuple[spec.Drawn, ...] = ("heads", "neurons", "experts", "layers", "positions")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where targets can take each other's place: the heads of one layer, or all layers."""
+
+    word: spec.Drawn
+    size: int
+    layer: int | None
+
+
+Own: TypeAlias = Mapping[Slot, tuple[int, ...]]
+"""The targets of one cell, ascending, by where they can be exchanged."""
+Picked: TypeAlias = Mapping[tuple[Slot, int], int]
+"""Target → the one that was drawn in its place."""
+
+
+def resolve_control(
+    experiment: ResolvedExperiment, most_cells: int
+) -> tuple[Control | None, list[Diagnostic]]:
+    """What the experiment is set against; None where it is against nothing, or after an error.
+
+    Codes: E0323, E0630.
+    """
+    asked = experiment.spec.against
+    if asked is None:
+        return None, []
+    if experiment.n_cells * asked.draws > most_cells:
+        return None, [
+            TooManyCells(
+                span=asked.span,
+                experiment=experiment.name,
+                cells=experiment.n_cells * asked.draws,
+                most=most_cells,
+                axes=f"{experiment.n_cells:,} cells × {asked.draws:,} draws",
+            )
+        ]
+    try:
+        return _Drawing(experiment, asked).control(), []
+    except _NothingToDraw as nothing:
+        reason, hint = nothing.reason, nothing.hint
+    if experiment.stand_ins:  # what is really picked may have others
+        return None, []
+    text = asked.span.written
+    return None, [BadControl(span=asked.span, text=text, reason=reason, hint=hint)]
+
+
+class _NothingToDraw(Exception):
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+class _Drawing:
+    """The draws of one experiment."""
+
+    def __init__(self, experiment: ResolvedExperiment, asked: spec.Control) -> None:
+        self.experiment = experiment
+        self.asked = asked
+        self.shape: ModelShape = experiment.model.shape
+        self.matched: dict[str, None] = {}
+        """What a draw has in common with what it stands for, in words."""
+        self.notes: dict[str, None] = {}
+        self.drawn: dict[str, None] = {}
+        self.different: set[int] = set()
+        """How many draws differ, in each cell that has others."""
+        self.alone: dict[int, tuple[tuple[str, ...], set[Key]]] = {}
+        """Rule → axes, and the keys along them that have no others and stand for themselves."""
+        self.like: list[str] = []
+        """Labels of what is written and has no others."""
+
+    def control(self) -> Control:
+        kinds: list[spec.Drawn | None] = [self._kind(rule) for rule in self.experiment.rules]
+        if not any(kinds):
+            raise self._nothing()
+        rules = self._sites(kinds)
+        rules = [
+            self._positions(n, rule) if kind == "positions" else rule
+            for n, (rule, kind) in enumerate(zip(rules, kinds, strict=True))
+        ]
+        self._say_alone(kinds)
+        self._say_repeats()
+        kept = [
+            f"`{rule.spec.span.written}` as it is"
+            for rule, kind in zip(self.experiment.rules, kinds, strict=True)
+            if kind is None and rule.fill != "observe"
+        ]
+        own = self.experiment.spec
+        draws = self.asked.draws
+        shadow = replace(
+            self.experiment,
+            spec=own.model_copy(
+                update={
+                    "name": f"{own.name} against random",
+                    "against": None,
+                    "reports": (spec.Report(span=self.asked.span, kind="null band"),),
+                    "expects": (),
+                }
+            ),
+            axes=(Axis(DRAW, tuple(range(draws)), self.asked.span), *self.experiment.axes),
+            rules=tuple(rules),
+            accuracies={},
+            control_of=self.experiment.key,
+        )
+        what = f"random {' and '.join(self.drawn)}"
+        drawn = f"{what}, {draws:,} draws, seed {self.experiment.seed}"
+        return Control(shadow, draws, what, "; ".join([drawn, *self.matched, *self.notes, *kept]))
+
+    def _nothing(self) -> _NothingToDraw:
+        what = self.asked.what
+        if what is None:
+            reason = "no rule of this experiment has targets that could be others"
+            return _NothingToDraw(reason, "sites, layers and positions of rules can be drawn")
+        reason = f"no rule of this experiment has {what}"
+        return _NothingToDraw(reason, "leave out what is drawn, or name what the rules have")
+
+    def _say_alone(self, kinds: Sequence[spec.Drawn | None]) -> None:
+        """How many cells have no others, which can't be all."""
+        axes = [axis.name for axis in self.experiment.axes]
+        parts = []
+        for n, (names, keys) in self.alone.items():
+            own = self.experiment.rules[n].positions
+            where = [axes.index(name) for name in names], [axes.index(name) for name in own.axes]
+            parts.append((*where, keys, {key for key, cell in own.written.items() if _any(cell)}))
+        whole = some = 0
+        for cell in product(*(range(len(axis)) for axis in self.experiment.axes)):
+            fixed = [
+                tuple(cell[i] for i in along) in keys
+                for along, places, keys, written in parts
+                if tuple(cell[i] for i in places) in written
+            ]
+            whole += all(fixed)
+            some += any(fixed) and not all(fixed)
+        cells = self.experiment.n_cells
+        if whole == cells:
+            raise self._nothing_else(kinds)
+        if whole:
+            has = "has no others and stands for itself"
+            if whole > 1:
+                has = "have no others and stand for themselves"
+            self.notes[f"{whole:,} of {cells:,} cells {has}"] = None
+        if some:
+            stays = "a rule has no others and stays as it is"
+            self.notes[f"in {some:,} of {cells:,} cells {stays}"] = None
+
+    def _nothing_else(self, kinds: Sequence[spec.Drawn | None]) -> _NothingToDraw:
+        if not self.like:
+            reason = "no cell of this experiment writes anything"
+            return _NothingToDraw(reason, "let it write something: `top 3`, say, not `top 0`")
+        has = {word for rule in self.experiment.rules for word in self._has(rule)}
+        word = next((each for each in FINEST_FIRST if each in has and each not in kinds), None)
+        hint = "join fewer targets"
+        if word is not None:
+            hint += f", or draw something else: `random({self.asked.draws}, {word})`"
+        return _NothingToDraw(f"there is nothing else like {self.like[0]}", hint)
+
+    def _say_repeats(self) -> None:
+        fewest = min(self.different)
+        if fewest == self.asked.draws:
+            return
+        said = f"{fewest:,} different ones, drawn several times each"
+        if fewest == 1:
+            said = "a single other, drawn every time"
+        elif 2 * fewest > self.asked.draws:
+            said = f"{fewest:,} different ones, some drawn twice"
+        only = "in some cells only " if len(self.different) > 1 else ""
+        self.notes[f"{only}{said}"] = None
+
+    # --- what is drawn ----------------------------------------------------------------------------
+
+    def _kind(self, rule: ResolvedRule) -> spec.Drawn | None:
+        """What is drawn for a rule; None where nothing of it is."""
+        has = self._has(rule)
+        if self.asked.what is not None:
+            return self.asked.what if self.asked.what in has else None
+        return next((word for word in FINEST_FIRST if word in has), None)
+
+    def _has(self, rule: ResolvedRule) -> set[spec.Drawn]:
+        """What could be drawn for a rule: there are others of it."""
+        if rule.sites is None or rule.fill == "observe":
+            return set()
+        points = {point for here in rule.sites.points.values() for point in here}
+        found: set[spec.Drawn] = set()
+        for point in points:
+            unit = SITES[point.site].unit
+            if point.unit is not None and unit is not None and self._size(point) > 1:
+                found.add(UNIT_WORDS[unit])
+        # The order of layers is what a path is about.
+        in_layers = all(point.layer is not None for point in points)
+        if rule.path is None and self.shape.n_layers > 1 and in_layers:
+            found.add("layers")
+        if rule.edge is None and rule.spec.verb != "swap":
+            found.add("positions")
+        return found
+
+    def _size(self, point: SitePoint) -> int:
+        return units(self.shape, point.site, point.layer)
+
+    # --- sites ------------------------------------------------------------------------------------
+
+    def _sites(self, kinds: Sequence[spec.Drawn | None]) -> list[ResolvedRule]:
+        """The rules with other units or layers, the same ones in all rules that share some."""
+        rules = list(self.experiment.rules)
+        chosen = [n for n, kind in enumerate(kinds) if kind not in (None, "positions")]
+        if not chosen:
+            return rules
+        used = {axis for n in chosen for axis in _targets(rules[n]).axes}
+        axes = [axis for axis in self.experiment.axes if axis.name in used]
+        names = tuple(axis.name for axis in axes)
+        cells = list(product(*(range(len(axis)) for axis in axes)))
+
+        def key(n: int, cell: Key) -> Key:
+            at = dict(zip(names, cell, strict=True))
+            return tuple(at[name] for name in _targets(self.experiment.rules[n]).axes)
+
+        def here(n: int, cell: Key) -> tuple[SitePoint, ...]:
+            return _targets(self.experiment.rules[n]).points[key(n, cell)]
+
+        somewhere = [_written_along(rule.positions, names) for rule in self.experiment.rules]
+
+        def writes(n: int, cell: Key) -> bool:
+            along, keys = somewhere[n]
+            return tuple(cell[i] for i in along) in keys
+
+        own = {
+            cell: _merged(self._own(kinds[n], here(n, cell)) for n in chosen if writes(n, cell))
+            for cell in cells
+        }
+        everywhere = _merged(own.values())
+        points: list[dict[Key, tuple[SitePoint, ...]]] = [{} for _ in rules]
+        sources: list[dict[Key, tuple[SitePoint, ...]]] = [{} for _ in rules]
+        labels: list[dict[Key, str]] = [{} for _ in rules]
+        alone: set[Key] = set()
+        for cell in cells:
+            written = [n for n in chosen if writes(n, cell)]
+            fits = self._fitting(point for n in written for point in here(n, cell))
+            draws = self._draws(own[cell], everywhere, fits)
+            called = {n: _targets(rules[n]).labels[key(n, cell)] for n in chosen}
+            if not draws:
+                alone.add(cell)
+                if written:
+                    some = dict.fromkeys(called[n] for n in written)
+                    self.like.append(f"`{' + '.join(some)}`")
+            for draw, n in product(range(self.asked.draws), chosen):
+                picked = draws[draw] if draws and n in written else None
+                before, read = here(n, cell), _targets(rules[n]).sources
+                after = self._moved(before, before, kinds[n], picked)
+                points[n][draw, *cell] = after
+                labels[n][draw, *cell] = called[n] if picked is None else _label(after)
+                if read is not None:
+                    moved = self._moved(read[key(n, cell)], before, kinds[n], picked)
+                    sources[n][draw, *cell] = moved
+        for n in chosen:
+            self.alone[n] = names, alone
+            word = kinds[n]
+            assert word is not None
+            self.drawn[word] = None
+            if word == "layers":
+                self.matched["the same component, in as many layers"] = None
+            else:
+                self.matched["of the same component, as many in each layer"] = None
+            rules[n] = replace(
+                rules[n],
+                sites=SiteTargets((DRAW, *names), points[n], labels[n], sources[n] or None),
+            )
+        return rules
+
+    def _own(
+        self, kind: spec.Drawn | None, points: Sequence[SitePoint]
+    ) -> dict[Slot, tuple[int, ...]]:
+        """What of these points can be another."""
+        found: dict[Slot, set[int]] = {}
+        for point in points:
+            slot = self._slot(point, kind)
+            if slot is not None:
+                target = point.layer if kind == "layers" else point.unit
+                assert target is not None
+                found.setdefault(slot, set()).add(target)
+        return {slot: tuple(sorted(targets)) for slot, targets in found.items()}
+
+    def _slot(self, point: SitePoint, kind: spec.Drawn | None) -> Slot | None:
+        if kind == "layers":
+            return Slot("layers", self.shape.n_layers, None)
+        unit = SITES[point.site].unit
+        if kind is None or point.unit is None or unit is None or UNIT_WORDS[unit] != kind:
+            return None
+        return Slot(kind, self._size(point), point.layer)
+
+    def _fitting(self, written: Iterable[SitePoint]) -> tuple[int, ...]:
+        """The layers that have everything that is written in a cell."""
+        points = set(written)
+
+        def fits(layer: int) -> bool:
+            return all(
+                self.shape.has(p.site, layer)
+                and units(self.shape, p.site, layer) == units(self.shape, p.site, p.layer)
+                for p in points
+                if p.layer is not None
+            )
+
+        return tuple(layer for layer in range(self.shape.n_layers) if fits(layer))
+
+    def _draws(self, own: Own, everywhere: Own, fitting: Sequence[int]) -> list[Picked]:
+        """For every draw, what takes the place of each target of a cell; none without others.
+
+        Where there are fewer others than draws, each is drawn as often as the next, or once more.
+        """
+        slots = sorted(own, key=lambda slot: (slot.word, slot.size, slot.layer or 0))
+        everything = {
+            slot: tuple(fitting) if slot.word == "layers" else tuple(range(slot.size))
+            for slot in slots
+        }
+        tiers = (
+            ("none that a rule names", everywhere),
+            ("none of the cell's own", own),
+            ("the cell's own among them where there are too few others", {}),
+        )
+        chosen = None
+        most = 0
+        for note, without in tiers if own else ():
+            pools = [_besides(everything[slot], without.get(slot, ())) for slot in slots]
+            sizes = [comb(len(p), len(own[slot])) for p, slot in zip(pools, slots, strict=True)]
+            # What the cell has itself is no control.
+            itself = not without and all(set(own[s]).issubset(everything[s]) for s in slots)
+            possible = prod(sizes) - itself
+            if possible > most:
+                most, chosen = possible, (note, pools, sizes, itself)
+            if most >= self.asked.draws:
+                break
+        if chosen is None:
+            return []
+        said, pools, sizes, itself = chosen
+        self.notes[said] = None
+        self.different.add(min(most, self.asked.draws))
+        return list(self._picks(own, slots, pools, sizes, itself=itself))
+
+    def _picks(
+        self,
+        own: Own,
+        slots: Sequence[Slot],
+        pools: Sequence[tuple[int, ...]],
+        sizes: Sequence[int],
+        *,
+        itself: bool,
+    ) -> Iterator[Picked]:
+        parts = [(slot.word, slot.size, slot.layer, own[slot]) for slot in slots]
+        key = stable_hash(self.experiment.seed, "control", *parts, *map(len, pools))
+        total = prod(sizes)
+        order = Permutation(min(total, MOST_RANKS), key)
+        draw = given = 0
+        while given < self.asked.draws:
+            rank = order[draw % len(order)]
+            found: dict[tuple[Slot, int], int] = {}
+            same = True
+            for slot, pool, size in zip(slots, pools, sizes, strict=True):
+                rank, here = divmod(rank, size)
+                place = here if total <= MOST_RANKS else None
+                targets = subset(pool, len(own[slot]), place, key, slot.layer, draw)
+                same = same and targets == own[slot]
+                # Which one stands for which is drawn too, as rules may treat them differently.
+                several = len(targets) > 1
+                places = Permutation(len(targets), key, slot.layer, draw) if several else (0,)
+                for n, target in enumerate(own[slot]):
+                    found[slot, target] = targets[places[n]]
+            draw += 1
+            if same and itself:
+                continue
+            given += 1
+            yield found
+
+    def _moved(
+        self,
+        points: Sequence[SitePoint],
+        written: Sequence[SitePoint],
+        kind: spec.Drawn | None,
+        picked: Picked | None,
+    ) -> tuple[SitePoint, ...]:
+        """Points with what was drawn for those that are written (which they may be themselves);
+        as they are without it."""
+        if picked is None:
+            return tuple(points)
+        found: list[SitePoint] = []
+        for point, target in zip(points, written, strict=True):
+            slot = self._slot(target, kind)
+            if slot is None:
+                found.append(point)
+            elif kind == "layers":
+                # `into layer`: what is read stays where it is.
+                same = point == target and target.layer is not None
+                found.append(
+                    replace(point, layer=picked[slot, target.layer or 0]) if same else point
+                )
+            else:
+                assert target.unit is not None
+                found.append(replace(point, unit=picked[slot, target.unit]))
+        return tuple(found)
+
+    # --- positions --------------------------------------------------------------------------------
+
+    def _positions(self, n: int, rule: ResolvedRule) -> ResolvedRule:
+        """The rule at other tokens of the same rows."""
+        self.drawn["positions"] = None
+        self.matched["as many tokens of the same row, special tokens excluded"] = None
+        own = rule.positions
+        across = rule.spec.onto is not None or rule.apart is not None
+        base = self.experiment.table.runs[self.experiment.spec.base].rows
+        other = self.experiment.table.runs[rule.run].rows
+        if not across and any(a.ids != b.ids for a, b in zip(base, other, strict=True)):
+            self.notes["read at the same token of the other run"] = None
+        allowed = [
+            tuple(
+                token
+                for token, special in enumerate(row.special)
+                if not special and (across or (token < len(there.ids) and not there.special[token]))
+            )
+            for row, there in zip(base, other, strict=True)
+        ]
+        written: dict[Key, PositionCell] = {}
+        read: dict[Key, PositionCell] = {}
+        alone: set[Key] = set()
+        self.alone[n] = own.axes, alone
+        for key, cell in own.written.items():
+            rows = [
+                self._row(row, tokens, hits)
+                for row, (tokens, hits) in enumerate(zip(allowed, cell.hits, strict=True))
+            ]
+            if not any(each for each, _ in rows):
+                alone.add(key)
+                if _any(cell):
+                    self.like.append(f"`{cell.label}`")
+            elif any(each and among for each, among in rows):
+                self.notes["own tokens among them in rows that have too few others"] = None
+            stay = [any(row) and not each for row, (each, _) in zip(cell.hits, rows, strict=True)]
+            if any(stay) and key not in alone:
+                self.notes["rows without others as they are"] = None
+            found: set[tuple[Hits, ...]] = set()
+            for draw in range(self.asked.draws):
+                hits = tuple(
+                    each[draw] if each else before
+                    for before, (each, _) in zip(cell.hits, rows, strict=True)
+                )
+                found.add(hits)
+                written[draw, *key] = replace(cell, hits=hits)
+                read[draw, *key] = own.read[key] if across else written[draw, *key]
+            if key not in alone:
+                self.different.add(len(found))
+        return replace(
+            rule, positions=PositionTargets((DRAW, *own.axes), written, read, own.left_out)
+        )
+
+    def _row(self, row: int, allowed: tuple[int, ...], hits: Hits) -> tuple[Sequence[Hits], bool]:
+        """For every draw, what stands for the runs of one row, as many tokens (none without
+        others); and whether the row's own may be among them."""
+        sizes = [len(run) for run in hits]
+        taken = {token for run in hits for token in run}
+        most = 0
+        pool: tuple[int, ...] = ()
+        for tokens in (_besides(allowed, sorted(taken)), allowed) if taken else ():
+            itself = taken <= set(tokens)
+            possible = max(comb(len(tokens), size) for size in sizes) - itself
+            if len(tokens) >= max(sizes) and possible > most:
+                most, pool = possible, tokens
+            if most >= self.asked.draws:
+                break
+        if not most:
+            return [], False
+        id_ = self.experiment.table.row_ids[row]
+        key = stable_hash(self.experiment.seed, "control", "positions", id_, pool)
+        options = self._options(pool, hits, key)
+        found: list[Hits] = []
+        while len(found) < self.asked.draws:  # once more, in another order
+            again = len(found) // len(options)
+            order = Permutation(len(options), key, again) if again else range(len(options))
+            found.extend(options[n] for n in order)
+        return found, not taken.isdisjoint(pool)
+
+    def _options(self, pool: tuple[int, ...], hits: Hits, key: int) -> list[Hits]:
+        """Different tokens of the pool for the runs of one row, enough for all draws."""
+        sizes = [comb(len(pool), len(run)) for run in hits]
+        orders = [
+            Permutation(min(size, MOST_RANKS), key, run)
+            for size, run in zip(sizes, hits, strict=True)
+        ]
+        found = [
+            tuple(
+                subset(
+                    pool,
+                    len(run),
+                    order[draw % len(order)] if size <= MOST_RANKS else None,
+                    key,
+                    run,
+                    draw,
+                )
+                for run, size, order in zip(hits, sizes, orders, strict=True)
+            )
+            for draw in range(min(max(sizes), self.asked.draws + 1))
+        ]
+        return [each for each in found if each != hits][: self.asked.draws]
+
+
+def with_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedExperiment]:
+    """Every experiment, and behind it what it is set against."""
+    return [
+        each
+        for experiment in experiments
+        for each in (experiment, experiment.control and experiment.control.experiment)
+        if each is not None
+    ]
+
+
+def _targets(rule: ResolvedRule) -> SiteTargets:
+    assert rule.sites is not None
+    return rule.sites
+
+
+def _any(cell: PositionCell) -> bool:
+    """Whether anything is written there, in any row."""
+    return any(run for row in cell.hits for run in row)
+
+
+def _written_along(
+    positions: PositionTargets, axes: Sequence[str]
+) -> tuple[tuple[int, ...], set[Key]]:
+    """Those of these axes that positions have; the keys along them where anything is written."""
+    along = tuple(n for n, axis in enumerate(axes) if axis in positions.axes)
+    places = [positions.axes.index(axes[n]) for n in along]
+    written = (key for key, cell in positions.written.items() if _any(cell))
+    return along, {tuple(key[place] for place in places) for key in written}
+
+
+def _besides(everything: Sequence[int], without: Sequence[int]) -> tuple[int, ...]:
+    out = set(without)
+    return tuple(each for each in everything if each not in out)
+
+
+def _merged(parts: Iterable[Own]) -> dict[Slot, tuple[int, ...]]:
+    found: dict[Slot, set[int]] = {}
+    for part in parts:
+        for slot, targets in part.items():
+            found.setdefault(slot, set()).update(targets)
+    return {slot: tuple(sorted(targets)) for slot, targets in found.items()}
+
+
+def _label(points: Sequence[SitePoint]) -> str:
+    """All points, whatever a table could show: `L0H2.z + L1H3.z`."""
+    by_layer: dict[tuple[str, int | None], list[SitePoint]] = {}
+    for point in points:
+        by_layer.setdefault((point.site, point.layer), []).append(point)
+    return " + ".join(points_label(each) for each in by_layer.values())

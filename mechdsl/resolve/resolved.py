@@ -1,0 +1,279 @@
+"""A resolved experiment: every name, coordinate, position and text is concrete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mechdsl.base.record import Record, record
+from mechdsl.models.shape import ModelShape
+from mechdsl.program import spec
+from mechdsl.program.python_files import PythonFunction
+from mechdsl.prompts.table import PositionCell, PromptTable, Run
+from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.syntax import ast
+from mechdsl.vocab.metrics import Form
+
+Label = int | float | str
+
+
+@record
+class ModelContext(Record):
+    """What is known of a model without its weights."""
+
+    spec: spec.Model
+    shape: ModelShape
+    tokenizer: TextTokenizer
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+
+@record
+class Axis(Record):
+    """One axis of the result table."""
+
+    name: str
+    labels: tuple[Label, ...]
+    span: ast.Span = field(compare=False, repr=False)
+    alias: str | None = None
+    """A second name that reports may use: `item` for the positions of `each item token`."""
+    items: tuple[int | None, ...] = ()
+    """1-based occurrence per value, where the axis runs over occurrences."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class SitePoint:
+    """Where one write lands: `unit` None is every head or neuron, or the whole vector."""
+
+    site: str
+    layer: int | None
+    unit: int | None
+
+
+Key = tuple[int, ...]
+"""Indices along the axes that something depends on."""
+
+
+@record
+class SiteTargets(Record):
+    """The points of a rule for every combination of the axes it depends on."""
+
+    axes: tuple[str, ...]
+    points: Mapping[Key, tuple[SitePoint, ...]]
+    labels: Mapping[Key, str]
+    """As tables show the site: `L2H0.z`."""
+    sources: Mapping[Key, tuple[SitePoint, ...]] | None = None
+    """What is read for each of the points, where that is another one (`into layer`)."""
+
+
+@record
+class PositionTargets(Record):
+    """Where a rule writes in the base run and reads in the source run."""
+
+    axes: tuple[str, ...]
+    written: Mapping[Key, PositionCell]
+    read: Mapping[Key, PositionCell]
+    """Equal to `written` for rules that read no other run."""
+    left_out: tuple[str, ...] = ()
+    """Labels of positions that no row has in both runs."""
+
+
+Fill = Literal[
+    "source", "zero", "mean", "resample", "text", "number", "python", "edge", "observe", "path"
+]
+EdgeKind = Literal["block", "reweight", "uniform", "weight", "observe"]
+
+
+@record
+class Amounts(Record):
+    """A number that a rule writes, for every value of the loops that it names."""
+
+    axes: tuple[str, ...]
+    values: Mapping[Key, float]
+
+
+@record
+class EdgeTargets(Record):
+    """Edges of attention: from the rule's positions, the queries, to these keys."""
+
+    kind: EdgeKind
+    keys: PositionTargets
+
+
+@record
+class PathTargets(Record):
+    """Where paths end."""
+
+    receivers: SiteTargets
+    through_mlps: bool
+
+
+@record
+class Apart(Record):
+    """A run of another block, on rows of its own, that a mean is taken of."""
+
+    table: PromptTable
+    run: str
+
+    @property
+    def name(self) -> str:
+        """As a rule writes it."""
+        return self.table.name if self.run == "clean" else f"{self.table.name}.{self.run}"
+
+
+@record
+class ResolvedRule(Record):
+    """One rule, ready to be laid out over cells."""
+
+    spec: spec.Rule
+    fill: Fill
+    run: str
+    """The run that is read: the source of a patch, the run of `mean of …`."""
+    sites: SiteTargets | None
+    """None for `replace`, which changes the input."""
+    positions: PositionTargets
+    inputs: Mapping[Key, Run] = field(default_factory=dict[Key, Run])
+    """`replace`: the base run with the text put in, for every value of its positions."""
+    groups: tuple[str, ...] | None = None
+    """Per row, the group whose mean fills it (`mean by template`)."""
+    amounts: Amounts | None = None
+    """`set`, `reweight`: the number."""
+    apart: Apart | None = None
+    """`mean of BLOCK`: what is averaged; `positions.read` are in its rows then."""
+    python: PythonFunction | None = None
+    """`set … to python(…)`: what makes new vectors of the base run's."""
+    edge: EdgeTargets | None = None
+    path: PathTargets | None = None
+
+    @property
+    def writes_sites(self) -> bool:
+        """Whether vectors are written at its sites: not on edges, nor by looking at them."""
+        return self.sites is not None and self.edge is None
+
+
+Env = int | None
+"""What a text may depend on beside the row: the occurrence of the cell (`{item.index}`)."""
+
+
+@record
+class Atom(Record):
+    """One metric of an expression, with its arguments worked out for every row."""
+
+    node: ast.Expr
+    name: str
+    form: Form
+    texts: Mapping[Env, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """Per environment and row, the token ids of T."""
+    numerals: tuple[tuple[int, int], ...] = ()
+    """(token id, number) of `expected(1..9)`."""
+    run: str | None = None
+    """The reference run of `kl`, `js`, `cosine`."""
+    point: SitePoint | None = None
+    """The site of `cosine`."""
+    python: PythonFunction | None = None
+    rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
+    """What it is given of every row."""
+
+    @property
+    def by_item(self) -> bool:
+        """Whether its text differs between the cells of one row."""
+        return set(self.texts) != {None} and bool(self.texts)
+
+
+@record
+class ResolvedMeasure(Record):
+    """One expression over atoms, read at one position of each run."""
+
+    label: str
+    text: str
+    expression: ast.Expr
+    atoms: tuple[Atom, ...]
+    kind: Literal["number", "category"]
+    unit: str
+    at: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Per run and row, the token position that is read; runs that are missing read their last."""
+    truth: tuple[float, ...] | None = None
+    """Per row, the number that the answer spells, for categories."""
+
+
+@record
+class ResolvedExperiment(Record):
+    """Everything that a plan needs; still without weights."""
+
+    spec: spec.Experiment
+    model: ModelContext
+    table: PromptTable
+    axes: tuple[Axis, ...]
+    rules: tuple[ResolvedRule, ...]
+    measures: tuple[ResolvedMeasure, ...]
+    keep: tuple[ResolvedMeasure, ...]
+    accuracies: Mapping[str, ResolvedMeasure]
+    """`correct` on the runs that an `accuracy(RUN)` asks for."""
+    seed: int
+    picks: Mapping[str, str] = field(default_factory=dict[str, str])
+    """`top 3 of cie` → what that is, in words."""
+    stand_ins: tuple[str, ...] = ()
+    """Experiments that it picks from and that haven't run: their first cells stand in."""
+    sites_of: Mapping[str, ast.Span] = field(default_factory=dict, compare=False, repr=False)
+    """Experiments whose sites it uses → where."""
+    control: Control | None = None
+    control_of: str | None = None
+    """The experiment that this one is the control of, by its key."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def key(self) -> str:
+        """Its name among all variants."""
+        return self.spec.key
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The model that it runs on, and others that it reads."""
+        others = (run.model for run in self.spec.elsewhere if run.model is not None)
+        return tuple(dict.fromkeys((self.model.name, *others)))
+
+    @property
+    def python(self) -> tuple[PythonFunction, ...]:
+        """Functions of Python files that its numbers hang on."""
+        measured = [atom.python for m in (*self.measures, *self.keep) for atom in m.atoms]
+        written = [rule.python for rule in self.rules]
+        own = (each for each in (*measured, *written) if each is not None)
+        found = [*self.table.python, *own]
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(axis) for axis in self.axes)
+
+    @property
+    def n_cells(self) -> int:
+        cells = 1
+        for size in self.shape:
+            cells *= size
+        return cells
+
+
+@record
+class Control(Record):
+    """The same experiment on targets that were drawn at random."""
+
+    experiment: ResolvedExperiment
+    """With an axis `DRAW` in front of all others."""
+    draws: int
+    what: str
+    """`random heads`."""
+    said: str
+    """How they were drawn."""
+
+
+DRAW = "random draw"
+"""An axis that no file can name."""

@@ -1,0 +1,59 @@
+"""From measured values to a finished experiment: statistics, conventions, expectations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from mechdsl.program import spec
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.statistics_conventions import statistics_conventions
+from mechdsl.results.verdicts import evaluate
+from mechdsl.statistics.cells import cell_statistics
+from mechdsl.vocab.effects import EFFECTS
+
+
+def with_statistics(
+    result: ExperimentResult, experiment: spec.Experiment, seed: int
+) -> ExperimentResult:
+    """The result with means, intervals and p, and how they came about among its conventions."""
+    measures = tuple(
+        data
+        if EFFECTS[data.effect].of_intervention
+        else replace(data, inert=np.zeros_like(data.inert))
+        for data in result.measures
+    )
+    result = replace(
+        result,
+        measures=measures,
+        settings=experiment.statistics,
+        seed=seed,
+        reports=result.reports or experiment.reports,
+    )
+    statistics = cell_statistics(
+        result.measures,
+        experiment.statistics,
+        seed,
+        result.groups,
+        effects=EFFECTS,
+        ids=result.row_ids,
+    )
+    result = replace(result, statistics=tuple(statistics))
+    conventions = {**result.conventions, **statistics_conventions(result, EFFECTS)}
+    return replace(result, conventions=conventions)
+
+
+def with_verdicts(
+    result: ExperimentResult,
+    experiment: spec.Experiment,
+    others: Mapping[str, ExperimentResult] | None = None,
+) -> ExperimentResult:
+    """The result with verdicts on its expectations.
+
+    `others` are experiments with statistics, which an expectation may name
+    (`spearman(recovery, other)`).
+    """
+    outcomes = tuple(evaluate(each, result, others) for each in experiment.expects)
+    return replace(result, outcomes=outcomes)

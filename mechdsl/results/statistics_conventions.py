@@ -1,0 +1,39 @@
+"""How the statistics of an experiment came about, in words."""
+
+from __future__ import annotations
+
+from mechdsl.base.registry import Registry
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.validate.reachable_p import CORRECTION_NAMES
+from mechdsl.vocab.effect_kind import Effect
+
+
+def statistics_conventions(result: ExperimentResult, effects: Registry[Effect]) -> dict[str, str]:
+    """How means, intervals and p came about, in words, for the block under every table."""
+    settings = result.settings
+    if settings is None or not result.statistics:
+        return {}
+    resampling = result.resampling
+    drawn = f"{resampling.units:,} groups by {settings.by}" if resampling.grouped else "prompts"
+    said = {
+        data.effect: effects[data.effect].per_prompt_formula or ""
+        if data.per_prompt
+        else effects[data.effect].formula
+        for data in result.measures
+        if data.kind == "number"
+    }
+    found: dict[str, str] = {}
+    if said:
+        found["effect"] = "; ".join(f"{name} = {formula}" for name, formula in said.items())
+        found["interval"] = (
+            f"{settings.confidence:g} % percentile bootstrap over {drawn}, "
+            f"{settings.resamples:,} resamples"
+        )
+    test = next((each.test for each in result.statistics if each.test), None)
+    tests = max(each.tests for each in result.statistics)
+    if test and tests:
+        found["p"] = test
+        found["correction"] = f"{CORRECTION_NAMES[settings.correction]}, over {tests:,} cell"
+        found["correction"] += "" if tests == 1 else "s"
+    found["seed"] = str(result.seed)
+    return found

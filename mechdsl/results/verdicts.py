@@ -1,0 +1,500 @@
+"""Deciding expectations on the results, with intervals from the same draws as the tables."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from mechdsl.program import spec
+from mechdsl.results.experiment import ExpectOutcome, ExperimentResult
+from mechdsl.statistics.bootstrap import Parts, Resampling, blocks, parts
+from mechdsl.statistics.data import Floats, Ints
+from mechdsl.validate.conditions import (
+    Absolute,
+    Accuracy,
+    Area,
+    Arithmetic,
+    BestIs,
+    Between,
+    Both,
+    Comparison,
+    Condition,
+    Constant,
+    Correlation,
+    Negation,
+    OfCells,
+    TopContains,
+    Value,
+    Where,
+)
+from mechdsl.validate.expectations import Known, KnownMeasure, read_expectation
+from mechdsl.vocab.effects import EFFECTS
+
+ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": np.divide,
+}
+OPPOSITE: Mapping[str, Literal["<", "<=", ">", ">=", "=", "!="]] = {
+    "<": ">=",
+    "<=": ">",
+    ">": "<=",
+    ">=": "<",
+    "=": "!=",
+    "!=": "=",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A number with its value under every resample (None: a constant)."""
+
+    point: float
+    samples: Floats | None = None
+    why: str | None = None
+    """Why there is no number, or no interval."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    holds: bool
+    value: float | str | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+
+def evaluate(
+    expectation: spec.Expectation,
+    result: ExperimentResult,
+    others: Mapping[str, ExperimentResult] | None = None,
+) -> ExpectOutcome:
+    """The verdict on one expectation of a finished experiment.
+
+    `others` are finished experiments by name, which correlations may read.
+    """
+    known = Known(
+        measures=[KnownMeasure(m.label, m.effect, m.kind) for m in result.measures],
+        axes=result.axes,
+        aliases=result.aliases,
+        runs=list(result.accuracy),
+        experiments=list(others or {}),
+        cells=result.cells,
+    )
+    condition, diagnostics = read_expectation(expectation, known)
+    if condition is None:
+        reason = diagnostics[0].message
+        return ExpectOutcome(expectation.text, False, None, None, None, reason)
+    judge = _Judge(result, others or {}, expectation.on_mean)
+    top = isinstance(condition, TopContains)
+    verdict = judge.top(condition) if top else judge.judge(condition)
+    return ExpectOutcome(
+        expectation.text,
+        verdict.holds,
+        verdict.value,
+        verdict.low,
+        verdict.high,
+        verdict.reason,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+class _Judge:
+    def __init__(
+        self, result: ExperimentResult, others: Mapping[str, ExperimentResult], on_mean: bool
+    ) -> None:
+        self.result = result
+        self.others = others
+        self.on_mean = on_mean
+
+    # --- conditions
+
+    def judge(self, condition: Condition) -> Verdict:
+        match condition:
+            case Comparison():
+                return self.compare(condition)
+            case Between():
+                return self.between(condition, inside=True)
+            case BestIs():
+                return self.best(condition)
+            case Both():
+                left, right = self.judge(condition.left), self.judge(condition.right)
+                if condition.operator == "and":
+                    return right if left.holds else left
+                return left if left.holds else right
+            case Negation():
+                return self.negated(condition.operand)
+
+    def negated(self, condition: Condition) -> Verdict:
+        """`not` moves inwards, so that what it denies must fail on the whole interval."""
+        match condition:
+            case Comparison():
+                return self.judge(replace(condition, operator=OPPOSITE[condition.operator]))
+            case Between():
+                return self.between(condition, inside=False)
+            case BestIs():
+                return self.judge(replace(condition, equal=not condition.equal))
+            case Both():
+                swapped: Literal["and", "or"] = "or" if condition.operator == "and" else "and"
+                left, right = Negation(condition.left), Negation(condition.right)
+                return self.judge(Both(swapped, left, right))
+            case Negation():
+                return self.judge(condition.operand)
+
+    def compare(self, condition: Comparison) -> Verdict:
+        left, right = self.value(condition.left), self.value(condition.right)
+        difference = _combine("-", left, right)
+        shown, reason = difference, None
+        if right.samples is None:
+            shown = left
+        elif left.samples is None:
+            shown = right
+        else:
+            reason = "the value is the left side less the right side"
+        low, high = self.ends(difference)
+
+        def holds(low: float, high: float) -> bool:
+            match condition.operator:
+                case ">":
+                    return low > 0
+                case ">=":
+                    return low >= 0
+                case "<":
+                    return high < 0
+                case "<=":
+                    return high <= 0
+                case "=":
+                    return abs(low) <= 1e-9 and abs(high) <= 1e-9
+                case "!=":
+                    return low > 1e-9 or high < -1e-9
+
+        return self.verdict(shown, difference.point, low, high, holds, reason)
+
+    def between(self, condition: Between, inside: bool) -> Verdict:
+        value = self.value(condition.value)
+        low, high = self.ends(value)
+        # the bounds are sums of decimal numbers, so they give way by a rounding error
+        slack = 1e-12 * max(1.0, abs(condition.low), abs(condition.high))
+
+        def holds(low: float, high: float) -> bool:
+            if inside:
+                return low >= condition.low - slack and high <= condition.high + slack
+            return high < condition.low - slack or low > condition.high + slack
+
+        return self.verdict(value, value.point, low, high, holds, None)
+
+    def ends(self, value: Estimate) -> tuple[float, float]:
+        """What a condition is tested on: the interval, or the mean alone with `on mean`."""
+        if self.on_mean or value.samples is None:
+            return value.point, value.point
+        low, high = self.result.resampling.interval(value.samples)
+        return float(low), float(high)
+
+    def verdict(
+        self,
+        shown: Estimate,
+        point: float,
+        low: float,
+        high: float,
+        holds: Callable[[float, float], bool],
+        reason: str | None,
+    ) -> Verdict:
+        if shown.samples is None:
+            shown_low, shown_high = math.nan, math.nan
+        else:
+            shown_low, shown_high = (
+                float(end) for end in self.result.resampling.interval(shown.samples)
+            )
+        if not math.isfinite(point):
+            return Verdict(False, reason=shown.why or "there is no such number")
+        numbers = (_finite(shown.point), _finite(shown_low), _finite(shown_high))
+        if math.isnan(low) or math.isnan(high):
+            why = f"{shown.why or 'no interval'}; `on mean` would decide it on the mean alone"
+            return Verdict(False, *numbers, why)
+        good = holds(low, high)
+        if not good and holds(point, point):
+            reason = "it holds on the mean, but not on the interval's near end"
+        elif shown.why and None in numbers:
+            reason = shown.why
+        return Verdict(good, *numbers, reason)
+
+    def best(self, condition: BestIs) -> Verdict:
+        cells = self.chosen(condition.measure, condition.where)
+        if not len(cells):
+            return Verdict(False, reason="no cell has a value")
+        sign = 1.0 if condition.how == "argmax" else -1.0
+        means = sign * self.result.statistics[condition.measure].mean[cells]
+        winner = int(cells[int(means.argmax())])
+        cell = self.result.cells[winner]
+        # the share of resamples in which the same kind of cell wins is said, not tested
+        leader = np.full(self.result.settings.resamples if self.result.settings else 0, -np.inf)
+        index = np.zeros(len(leader), dtype=np.int64)
+        for these, rows, values in self.sampled(condition.measure, cells):
+            signed = np.where(np.isnan(values), -np.inf, sign * values)
+            best = signed.max(1)
+            better = best > leader[rows]
+            index[rows] = np.where(better, cells[these][signed.argmax(1)], index[rows])
+            leader[rows] = np.where(better, best, leader[rows])
+        stable = float((index == winner).mean()) if len(index) else math.nan
+        here = condition.site.matches(cell)
+        reason = None if stable == 1 else f"the same cell in {stable:.0%} of the resamples"
+        return Verdict(here == condition.equal, _cell_name(self.result, winner), reason=reason)
+
+    def top(self, condition: TopContains) -> Verdict:
+        cells = self.chosen(condition.measure, ())
+        means = np.abs(self.result.statistics[condition.measure].mean[cells])
+        ranked = [int(cells[i]) for i in np.argsort(-means, kind="stable")]
+        worst, said = 0, list[str]()
+        for site in condition.sites:
+            ranks = [
+                i + 1 for i, cell in enumerate(ranked) if site.matches(self.result.cells[cell])
+            ]
+            if not ranks:
+                said.append(f"no cell is at {site.text}")
+                continue
+            worst = max(worst, ranks[0])
+            if ranks[0] > condition.top:
+                said.append(f"{site.text} is number {ranks[0]}")
+        if said:
+            first = [_cell_name(self.result, cell) for cell in ranked[: condition.top]]
+            said.append(f"top {condition.top}: {', '.join(first)}")
+        reason = "; ".join(said) or None
+        return Verdict(not said, float(worst) if worst else None, reason=reason)
+
+    # --- values
+
+    def value(self, value: Value) -> Estimate:
+        match value:
+            case Constant():
+                return Estimate(value.value)
+            case Arithmetic():
+                return _combine(value.operator, self.value(value.left), self.value(value.right))
+            case Absolute():
+                inner = self.value(value.operand)
+                samples = None if inner.samples is None else np.abs(inner.samples)
+                return Estimate(abs(inner.point), samples, inner.why)
+            case Accuracy():
+                return self.accuracy(value.run)
+            case Correlation():
+                return self.correlation(value)
+            case Area():
+                return self.area(value)
+            case OfCells():
+                return self.of_cells(value)
+
+    def accuracy(self, run: str) -> Estimate:
+        resampling = self.result.resampling
+        rows = self.result.accuracy[run][resampling.order]
+        known = ~np.isnan(rows)
+        filled = np.where(known, rows, 0.0)
+        if not known.any():
+            return Estimate(math.nan, why="no prompt has an answer")
+        with np.errstate(invalid="ignore"):
+            samples = np.concatenate(
+                [(w @ filled) / (w @ known.astype(np.float64)) for w in resampling.weights()]
+            )
+        return self.estimate(float(filled[known].sum() / known.sum()), samples, known[None])
+
+    def estimate(self, point: float, samples: Floats, present: Any) -> Estimate:
+        """Without an interval where only one prompt or group stands behind the number."""
+        resampling = self.result.resampling
+        if resampling.units_of(present.any(0)[None])[0] < 2:
+            unit = "group" if resampling.grouped else "prompt"
+            return Estimate(point, np.full_like(samples, np.nan), f"one {unit}: no interval")
+        return Estimate(point, samples)
+
+    def of_cells(self, value: OfCells) -> Estimate:
+        cells = self.chosen(value.measure, value.where)
+        if not len(cells):
+            found = [i for i in range(len(self.result.cells)) if self.at(i, value.where)]
+            reasons = self.result.statistics[value.measure].reasons
+            return Estimate(math.nan, why=reasons[found[0]] if found else "no such cell")
+        if value.how in ("cell", "only") and len(cells) > 1:
+            return Estimate(math.nan, why=f"{len(cells)} cells are meant, not one")
+        means = self.result.statistics[value.measure].mean[cells]
+        resamples = self.result.resampling.resamples
+        total, count = np.zeros(resamples), np.zeros(resamples)
+        greatest, least = np.full(resamples, -np.inf), np.full(resamples, np.inf)
+        present = np.zeros((1, self.result.prompts), dtype=bool)
+        for these, rows, values in self.sampled(value.measure, cells):
+            known = ~np.isnan(values)
+            total[rows] += np.where(known, values, 0.0).sum(1)
+            count[rows] += known.sum(1)
+            greatest[rows] = np.maximum(greatest[rows], np.where(known, values, -np.inf).max(1))
+            least[rows] = np.minimum(least[rows], np.where(known, values, np.inf).min(1))
+            if rows.start == 0:
+                present |= self.parts(value.measure, cells[these]).present.any(0)
+        with np.errstate(invalid="ignore"):
+            samples = {"max": greatest, "min": least}.get(value.how, total / count)
+        samples = np.where(count > 0, samples, np.nan)
+        point = {"max": means.max(), "min": means.min()}.get(value.how, means.mean())
+        return self.estimate(float(point), samples, present)
+
+    def correlation(self, value: Correlation) -> Estimate:
+        other = self.others[value.experiment]
+        measure = self.result.measures[value.measure]
+        same = [
+            i
+            for i, m in enumerate(other.measures)
+            if m.kind == "number" and m.effect == measure.effect
+        ]
+        exact = [i for i in same if other.measures[i].label == measure.label]
+        candidates = exact or same
+        if len(candidates) != 1:
+            why = f"`{other.name}` has {len(candidates)} measures `as {measure.effect}`, not one"
+            return Estimate(math.nan, why=why)
+        mine, theirs = _matched(self.result, value.measure, other, candidates[0])
+        if len(mine) < 3:
+            why = f"only {len(mine)} cells have the same coordinates in `{other.name}`"
+            return Estimate(math.nan, why=why)
+        here = self.parts(value.measure, mine)
+        there_draws = _draws(other, self.result)
+        there = _parts(other, candidates[0], theirs, there_draws.order)
+        correlate = _spearman if value.how == "spearman" else _pearson
+        point = correlate(here.mean()[None], there.mean()[None])[0]
+        columns = max(len(mine), self.result.prompts, other.prompts)  # so that blocks are equal
+        pairs = zip(
+            self.result.resampling.weights(columns),
+            there_draws.weights(columns),
+            strict=True,
+        )
+        found = [correlate(here.weighted(a), there.weighted(b)) for a, b in pairs]
+        why = None if math.isfinite(point) else "the effects don't differ between cells"
+        estimate = self.estimate(float(point), np.concatenate(found), here.present)
+        return replace(estimate, why=why or estimate.why)
+
+    def area(self, value: Area) -> Estimate:
+        """Trapezoids, divided by the range of the axis."""
+        cells = [i for i in range(len(self.result.cells)) if self.at(i, value.where)]
+        chosen = self.chosen(value.measure, value.where)
+        lacking = [i for i in cells if i not in chosen]
+        if lacking:
+            reason = self.result.statistics[value.measure].reasons[lacking[0]]
+            name = _cell_name(self.result, lacking[0])
+            return Estimate(math.nan, why=f"the curve has no value at {name}: {reason}")
+        at = np.array([float(self.result.cells[i].coords[value.axis]) for i in chosen])
+        order = np.argsort(at, kind="stable")
+        chosen, at = chosen[order], at[order]
+        if len(np.unique(at)) < max(2, len(at)):
+            return Estimate(math.nan, why=f"the cells are not one curve over `{value.axis}`")
+        # Each point counts with half the way to either neighbour.
+        share = np.zeros(len(at))
+        share[1:] += np.diff(at) / 2
+        share[:-1] += np.diff(at) / 2
+        share /= at[-1] - at[0]
+        means = self.result.statistics[value.measure].mean[chosen]
+        samples = np.zeros(self.result.resampling.resamples)
+        present = np.zeros((1, self.result.prompts), dtype=bool)
+        for these, rows, values in self.sampled(value.measure, chosen):
+            samples[rows] += values @ share[these]
+            if rows.start == 0:
+                present |= self.parts(value.measure, chosen[these]).present.any(0)
+        return self.estimate(float(means @ share), samples, present)
+
+    # --- cells and their draws
+
+    def at(self, cell: int, where: Sequence[Where]) -> bool:
+        return all(each.matches(self.result.cells[cell]) for each in where)
+
+    def chosen(self, measure: int, where: Sequence[Where]) -> Ints:
+        """The cells that are meant and have a value."""
+        means = self.result.statistics[measure].mean
+        found = [i for i in range(len(means)) if np.isfinite(means[i]) and self.at(i, where)]
+        return np.array(found, dtype=np.int64)
+
+    def parts(self, measure: int, cells: Ints) -> Parts:
+        return _parts(self.result, measure, cells, self.result.resampling.order)
+
+    def sampled(self, measure: int, cells: Ints) -> Any:
+        """(block of cells, block of resamples, effects [resample, cell]), all of them."""
+        for block in blocks(len(cells), self.result.prompts):
+            rows = self.parts(measure, cells[block])
+            done = 0
+            for weights in self.result.resampling.weights(rows.present.shape[0]):
+                here = slice(done, done + len(weights))
+                done = here.stop
+                yield block, here, rows.weighted(weights)
+
+
+def _parts(result: ExperimentResult, measure: int, cells: Ints, order: Ints) -> Parts:
+    data = result.measures[measure]
+    return parts(data, EFFECTS[data.effect], cells, order)
+
+
+def _combine(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate) -> Estimate:
+    compute = ARITHMETIC[sign]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        point = float(compute(left.point, right.point))
+        if left.samples is None and right.samples is None:
+            return Estimate(point, None, left.why or right.why)
+        one = left.point if left.samples is None else left.samples
+        two = right.point if right.samples is None else right.samples
+        return Estimate(point, np.asarray(compute(one, two)), left.why or right.why)
+
+
+def _cell_name(result: ExperimentResult, index: int) -> str:
+    """The site, with those coordinates that it doesn't show."""
+    cell = result.cells[index]
+    shown = [
+        f"{axis} {value}" if not isinstance(value, str) else value
+        for axis, value in cell.coords.items()
+        if axis not in ("layer", "head", "neuron", "expert", "feature") or not cell.site
+    ]
+    return " at ".join([cell.site, *shown] if cell.site else shown) or "the only cell"
+
+
+def _matched(
+    mine: ExperimentResult, measure: int, other: ExperimentResult, other_measure: int
+) -> tuple[Ints, Ints]:
+    """Cells of two experiments that have equal coordinates, and a value in both."""
+    places = {tuple(sorted(cell.coords.items())): i for i, cell in enumerate(other.cells)}
+    pairs = [
+        (i, places[key])
+        for i, cell in enumerate(mine.cells)
+        if (key := tuple(sorted(cell.coords.items()))) in places
+        and np.isfinite(mine.statistics[measure].mean[i])
+        and np.isfinite(other.statistics[other_measure].mean[places[key]])
+    ]
+    both = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
+def _draws(other: ExperimentResult, mine: ExperimentResult) -> Resampling:
+    """The other experiment's draws: the same prompts together, or else independent ones."""
+    draws = other.resampling
+    shared = (
+        mine.row_ids is not None
+        and other.row_ids is not None
+        and sorted(mine.row_ids) == sorted(other.row_ids)
+        and not draws.grouped
+        and not mine.resampling.grouped
+    )
+    ids = list(range(other.prompts)) if other.row_ids is None else other.row_ids
+    settings = mine.settings if mine.settings is not None else other.settings
+    if settings is None:
+        raise ValueError("a correlation needs finished experiments")
+    seed = mine.seed if shared else mine.seed + 1
+    return Resampling(other.prompts, settings, seed, ids=ids, groups=other.groups)
+
+
+def _pearson(left: Floats, right: Floats) -> Floats:
+    """Row by row."""
+    a = left - left.mean(1, keepdims=True)
+    b = right - right.mean(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+
+
+def _spearman(left: Floats, right: Floats) -> Floats:
+    from scipy.stats import rankdata  # not at the top: slow to import
+
+    return _pearson(rankdata(left, axis=1), rankdata(right, axis=1))

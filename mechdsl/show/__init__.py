@@ -1,0 +1,5 @@
+"""Everything that draws or prints: reports, the graph, the plan, prompts, anatomy.
+
+In: results, plans, graphs, prompt tables. Out: text for the terminal, or files. Imports results and
+below.
+"""

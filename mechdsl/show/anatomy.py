@@ -1,0 +1,213 @@
+"""What `mechdsl sites` prints: a model's blocks and sites, what was checked, which passes apply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.hooks.loaded import LoadedModel, Outcome, Stack
+from mechdsl.loading.verify import RESTART
+from mechdsl.models.anatomy import Anatomy, Tap
+from mechdsl.models.shape import units, width
+from mechdsl.plan.plan import RESTART_PASSES
+from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION
+
+
+def print_sites(model: LoadedModel, found: Sequence[Diagnostic], console: Console) -> None:
+    """Blocks, heads, sites with their tensors, positions of norms, checks, planner passes."""
+    for name in ("", *model.others):
+        stack = model.stack(name)
+        title = f"{model.shape.architecture}, {name}" if name else model.shape.architecture
+        console.print(title, style="bold", highlight=False)
+        console.print(_sizes(stack), highlight=False, soft_wrap=True)
+        console.print(_norms(stack.anatomy), highlight=False, soft_wrap=True)
+        console.print()
+        console.print(_sites(stack))
+        for site, reason in stack.anatomy.without.items():
+            console.print(f"  no `{site}`: {reason}", highlight=False, soft_wrap=True)
+        console.print()
+    console.print(_checks(model.checks))
+    console.print()
+    console.print(_passes(model, found), highlight=False, soft_wrap=True)
+
+
+def as_json(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "architecture": model.shape.architecture,
+        "dtype": model.provenance["dtype"],
+        "stacks": {
+            name: {
+                "layers": stack.shape.n_layers,
+                "heads": stack.shape.n_heads,
+                "key_value_heads": stack.shape.n_kv_heads,
+                "head_width": stack.shape.d_head,
+                "width": stack.shape.d_model,
+                "experts": stack.shape.n_experts,
+                "parallel": stack.anatomy.parallel,
+                "causal": stack.shape.causal,
+                "sites": {
+                    site: {
+                        "units": _units(stack, site),
+                        "width": _width(stack, site),
+                        "layers": _layers(stack, site),
+                        "tensor": _tensor(stack.anatomy, site),
+                    }
+                    for site in _names(stack)
+                },
+                "without": dict(stack.anatomy.without),
+            }
+            for name in ("", *model.others)
+            for stack in (model.stack(name),)
+        },
+        "checks": [
+            {
+                "identity": one.identity,
+                "passed": one.passed,
+                # JSON knows no infinity.
+                "error": one.error if one.error < float("inf") else None,
+                "tolerance": one.tolerance,
+            }
+            for one in model.checks
+        ],
+        "passes": list(RESTART_PASSES) if model.restartable else [],
+        "warnings": [f"{one.code}: {one.message}: {one.label_text}" for one in found],
+    }
+
+
+def _sizes(stack: Stack) -> str:
+    shape = stack.shape
+    words = [f"{shape.n_layers} blocks of width {shape.d_model}"]
+    if "z" in shape.sites:
+        heads = f"{shape.n_heads} heads of {shape.d_head}"
+        if shape.d_value != shape.d_head:
+            heads += f" (values of {shape.d_value})"
+        words.append(f"{heads}, {shape.n_kv_heads} key-value heads")
+    if "mlp_hidden" in shape.sites:
+        words.append(f"{shape.d_mlp} neurons")
+    if shape.n_experts:
+        words.append(f"{shape.n_experts} experts")
+    if shape.vocab_size:
+        words.append(f"{shape.vocab_size} tokens or labels")
+    words.append("no token sees a later one" if shape.causal else "every token sees every other")
+    return "  " + ", ".join(words)
+
+
+def _norms(anatomy: Anatomy) -> str:
+    """Where norms stand in the first block."""
+    block = anatomy.blocks[0]
+    if anatomy.parallel:
+        how = "attention and MLP side by side"
+    elif block.middle is not None:
+        how = "norms of the sums"
+    else:
+        how = "attention, then the MLP"
+    places = {
+        "in front of attention": block.attn_norm,
+        "in front of the MLP": block.mlp_norm,
+        "behind attention": block.attn_behind,
+        "behind the MLP": block.mlp_behind,
+        "of resid_pre + attn_out": block.middle,
+        "of resid_mid + mlp_out": block.end,
+        "last": anatomy.final_norm,
+    }
+    start = len(block.path) + 1
+    said = [
+        f"{place} `{path[start:] if path.startswith(block.path + '.') else path}`"
+        for place, path in places.items()
+        if path is not None
+    ]
+    return f"  {how}; norms: {', '.join(said) or 'none'}"
+
+
+def _names(stack: Stack) -> list[str]:
+    return [site for site in SITES if site in stack.shape.sites]
+
+
+def _units(stack: Stack, site: str) -> int:
+    return units(stack.shape, site)
+
+
+def _width(stack: Stack, site: str) -> int | None:
+    """None for vectors over the tokens of a prompt."""
+    return None if SITES[site].width == "key" else width(stack.shape, site)
+
+
+def _layers(stack: Stack, site: str) -> list[int]:
+    """Those that have it; within attention the config tells."""
+    if site not in WITHIN_ATTENTION:
+        return list(stack.anatomy.layers(site))
+    return [layer for layer in range(stack.shape.n_layers) if stack.shape.has(site, layer)]
+
+
+def _sites(stack: Stack) -> Table:
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    for title in ("site", "per layer", "layers", "tensor"):
+        table.add_column(title, overflow="fold")
+    for site in _names(stack):
+        count = _units(stack, site)
+        axis = SITES[site].unit
+        size = f"[{_width(stack, site) or 'key'}]"
+        if axis is not None:
+            word = {"kv_head": "key-value heads"}.get(axis, f"{axis}s")
+            size = f"{count} {word}" if size == "[1]" else f"{count} {word} × {size}"
+        layers = _layers(stack, site)
+        every = len(layers) == stack.shape.n_layers
+        where = "" if not layers else "all" if every else ", ".join(map(str, layers))
+        table.add_row(site, escape(size), where, _tensor(stack.anatomy, site))
+    return table
+
+
+def _tensor(anatomy: Anatomy, site: str) -> str:
+    """The module whose input or output it is, in the first block that has it."""
+    if site in WITHIN_ATTENTION:
+        return "where attention is computed"
+    layers = anatomy.layers(site)
+    tap = anatomy.tap(site, layers[0] if layers else None)
+    if tap is None:
+        return "what the model returns"
+    path = tap.path
+    if layers:
+        block = anatomy.blocks[layers[0]].path
+        parent = block.rpartition(".")[0]
+        path = parent + ".{layer}" + path.removeprefix(block)
+    return _said(site, tap, path, anatomy)
+
+
+def _said(site: str, tap: Tap, path: str, anatomy: Anatomy) -> str:
+    side = "input" if tap.side == "in" else "output"
+    if site == "head_out":
+        return f"heads' shares of the {side} of {path}"
+    if site == "resid_mid" and anatomy.blocks[0].middle is None:
+        return f"resid_pre + the {side} of {path}"
+    factor = f"{tap.scale:g} × " if tap.scale != 1 else ""
+    if tap.scaled_by is not None:
+        factor += f"{tap.scaled_by.rpartition('.')[2]} × "
+    return f"{factor}{side} of {path}"
+
+
+def _checks(checks: Sequence[Outcome]) -> Table:
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    table.add_column("check", overflow="fold")
+    table.add_column("off by", justify="right", no_wrap=True)
+    table.add_column("at most", justify="right", no_wrap=True)
+    table.add_column("")
+    for one in checks:
+        outcome = "holds" if one.passed else "does not hold"
+        table.add_row(one.identity, f"{one.error:.1e}", f"{one.tolerance:.0e}", outcome)
+    return table
+
+
+def _passes(model: LoadedModel, found: Sequence[Diagnostic]) -> str:
+    if model.restartable:
+        return f"planner passes: all ({', '.join(RESTART_PASSES)} and those that need no restart)"
+    reason = next((one.label_text for one in found if one.code == "W0711"), "")
+    failed = next((one for one in model.checks if one.identity == RESTART), None)
+    reason = reason or (failed.failure if failed is not None else "")
+    lost = ", ".join(RESTART_PASSES)
+    return f"planner passes: every row is a whole pass ({reason}); {lost} do not apply"

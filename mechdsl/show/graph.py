@@ -1,0 +1,279 @@
+"""The intervention graph as DOT, Mermaid or SVG, with a plain layered layout."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from typing import TypeAlias
+
+import networkx as nx
+
+from mechdsl.graph.nodes import (
+    Effect,
+    Encode,
+    Expect,
+    Forward,
+    Graph,
+    Measure,
+    Node,
+    Read,
+    Report,
+    Transform,
+    Write,
+)
+
+COLOURS: Mapping[type, str] = {
+    Encode: "#e8eef7",
+    Forward: "#fde9d0",
+    Read: "#e3f3e6",
+    Transform: "#f3e6f5",
+    Write: "#fbdcdc",
+    Measure: "#e0f2f4",
+    Effect: "#fff6cc",
+    Report: "#eeeeee",
+    Expect: "#eeeeee",
+}
+
+
+def describe(node: Node) -> list[str]:
+    """What a node says: its kind first, then a few short lines."""
+    match node:
+        case Encode():
+            name = node.prompts if node.part is None else f"{node.prompts}.{node.part}"
+            limit = "" if node.limit is None else f" limit {node.limit}"
+            lines = [f"{name}{limit}", f"run {node.run}"]
+            lines += [f"keep {condition}" for condition in node.keep]
+            lines += [f"replace {node.replaced}"] if node.replaced else []
+            return ["Encode", *lines]
+        case Forward():
+            sweep = " × ".join(f"{name} {size}" for name, size in node.axes)
+            lines = [f"{node.model} on {node.encode.run}"]
+            lines += [f"{sweep} = {node.cells} cells"] if node.axes else []
+            lines += [f"first {node.stop} blocks"] if node.stop is not None else []
+            return ["Forward", *lines]
+        case Read():
+            return ["Read", _site(node.site, node.layers), f"at {node.positions}"]
+        case Transform():
+            return ["Transform", f"{node.kind} {node.detail}".strip()]
+        case Write():
+            where = node.targets or _site(node.site, node.layers)
+            return ["Write", where, f"at {node.positions}"]
+        case Measure():
+            return ["Measure", node.metric, f"at {node.at}"]
+        case Effect():
+            return ["Effect", node.kind]
+        case Report():
+            return ["Report", node.experiment, node.what]
+        case Expect():
+            return ["Expect", node.experiment, node.condition]
+
+
+def _site(site: str, layers: tuple[int, ...]) -> str:
+    if not layers:
+        return site
+    if len(layers) > 1 and layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"{site} layers {layers[0]}..{layers[-1]}"
+    return f"{site} layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
+def _numbered(graph: Graph) -> dict[Node, str]:
+    """A short name per node, in the order of the data."""
+    order = nx.lexicographical_topological_sort(graph, key=lambda node: "\n".join(describe(node)))
+    return {node: f"n{number}" for number, node in enumerate(order)}
+
+
+def to_text(graph: Graph) -> str:
+    """Each node, indented, with what it waits for."""
+    names = _numbered(graph)
+    lines: list[str] = []
+    for node, name in names.items():
+        waits = sorted((names[n] for n in graph.predecessors(node)), key=lambda n: int(n[1:]))
+        after = f"  ← {', '.join(waits)}" if waits else ""
+        lines.append(f"{name:>4}  {' · '.join(describe(node))}{after}")
+    return "\n".join(lines) + "\n"
+
+
+def to_dot(graph: Graph) -> str:
+    """Graphviz DOT."""
+    names = _numbered(graph)
+    lines = ["digraph mechdsl {", "  rankdir=TB;", '  node [shape=box, style="rounded,filled"];']
+    for node, name in names.items():
+        label = "\\n".join(
+            part.replace("\\", "\\\\").replace('"', '\\"') for part in describe(node)
+        )
+        lines.append(f'  {name} [label="{label}", fillcolor="{COLOURS[type(node)]}"];')
+    lines.extend(f"  {names[a]} -> {names[b]};" for a, b in _edges(graph, names))
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def to_mermaid(graph: Graph) -> str:
+    """A Mermaid flow chart."""
+    names = _numbered(graph)
+    lines = ["flowchart TD"]
+    for node, name in names.items():
+        label = "<br/>".join(escape(part).replace("&quot;", "#quot;") for part in describe(node))
+        lines.append(f'  {name}["{label}"]')
+    lines.extend(f"  {names[a]} --> {names[b]}" for a, b in _edges(graph, names))
+    for kind, colour in COLOURS.items():
+        members = ",".join(name for node, name in names.items() if isinstance(node, kind))
+        if members:
+            lines.append(f"  classDef {kind.__name__} fill:{colour},stroke:#888,color:#222")
+            lines.append(f"  class {members} {kind.__name__}")
+    return "\n".join(lines) + "\n"
+
+
+def _edges(graph: Graph, names: Mapping[Node, str]) -> list[tuple[Node, Node]]:
+    return sorted(graph.edges, key=lambda edge: (int(names[edge[0]][1:]), int(names[edge[1]][1:])))
+
+
+# --- SVG ------------------------------------------------------------------------------------------
+
+LINE, CHARACTER, PADDING, GAP_X, GAP_Y, MARGIN = 16, 6.7, 9, 22, 46, 20
+WRAP = 32
+
+
+@dataclass(frozen=True)
+class _Bend:
+    """Where an edge passes a layer between two boxes instead of behind them."""
+
+    start: Node
+    end: Node
+    level: int
+
+
+_Place: TypeAlias = Node | _Bend
+
+
+@dataclass
+class _Box:
+    lines: list[str]
+    width: float
+    height: float
+    x: float = 0.0
+    y: float = 0.0
+    floor: float = 0.0
+    """Where its layer ends: edges bend below it."""
+
+
+def to_svg(graph: Graph) -> str:
+    """Layers from top to bottom, each ordered by where its inputs stand."""
+    names = _numbered(graph)
+    layers: list[list[_Place]] = [[*layer] for layer in _layers(graph, names)]
+    routes = _routes(layers, _edges(graph, names))
+    before: dict[_Place, list[_Place]] = {place: [] for layer in layers for place in layer}
+    after: dict[_Place, list[_Place]] = {place: [] for layer in layers for place in layer}
+    for route in routes:
+        for upper, lower in pairwise(route):
+            before[lower].append(upper)
+            after[upper].append(lower)
+    for _ in range(4):
+        _reorder(layers, before)
+        _reorder(layers[::-1], after)
+    boxes = {place: _box(place) for layer in layers for place in layer}
+    widths = [sum(boxes[n].width + GAP_X for n in layer) - GAP_X for layer in layers]
+    width = max(widths, default=0) + 2 * MARGIN
+    y: float = MARGIN
+    for layer, own in zip(layers, widths, strict=True):
+        x = (width - own) / 2
+        height = max(boxes[n].height for n in layer)
+        for place in layer:
+            boxes[place].x, boxes[place].y, boxes[place].floor = x, y, y + height
+            x += boxes[place].width + GAP_X
+        y += height + GAP_Y
+    height = y - GAP_Y + MARGIN
+    shapes = [_line([boxes[place] for place in route]) for route in routes]
+    shapes += [_rectangle(node, boxes[node]) for node in names]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="Helvetica, Arial, sans-serif" '
+        'font-size="12">\n'
+        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
+        'markerHeight="7" orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="#888"/></marker></defs>\n'
+        f'<rect width="{width:.0f}" height="{height:.0f}" fill="white"/>\n'
+        + "\n".join(shapes)
+        + "\n</svg>\n"
+    )
+
+
+def _box(place: _Place) -> _Box:
+    """The size of a node with its text; an edge that passes needs little room."""
+    if isinstance(place, _Bend):
+        return _Box([], 0, 0)
+    parts = describe(place)
+    lines = [parts[0], *(line for part in parts[1:] for line in _wrapped(part))]
+    width = max(len(line) for line in lines) * CHARACTER + 2 * PADDING
+    return _Box(lines, width, len(lines) * LINE + 2 * PADDING)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WRAP, break_on_hyphens=False)
+
+
+def _layers(graph: Graph, names: Mapping[Node, str]) -> list[list[Node]]:
+    """Nodes by depth, but as low as what waits for them allows, so that edges are short."""
+    layers: list[list[Node]] = list(nx.topological_generations(graph))
+    level = {node: number for number, layer in enumerate(layers) for node in layer}
+    for layer in reversed(layers):
+        for node in layer:
+            below = [level[after] for after in graph.successors(node)]
+            if below:
+                level[node] = min(below) - 1
+    found: list[list[Node]] = [[] for _ in layers]
+    for layer in layers:
+        for node in layer:
+            found[level[node]].append(node)
+    return [sorted(layer, key=lambda node: int(names[node][1:])) for layer in found if layer]
+
+
+def _routes(layers: list[list[_Place]], edges: list[tuple[Node, Node]]) -> list[list[_Place]]:
+    """The places that each edge passes; its bends are added to the layers in between."""
+    level = {place: number for number, layer in enumerate(layers) for place in layer}
+    routes: list[list[_Place]] = []
+    for start, end in edges:
+        bends = [_Bend(start, end, number) for number in range(level[start] + 1, level[end])]
+        for bend in bends:
+            layers[bend.level].append(bend)
+        routes.append([start, *bends, end])
+    return routes
+
+
+def _reorder(layers: list[list[_Place]], neighbours: Mapping[_Place, list[_Place]]) -> None:
+    """Sort each layer by the mean place of its neighbours in the layers before it."""
+    where: dict[_Place, float] = {}
+    for layer in layers:
+        wanted: dict[_Place, float] = {}
+        for number, place in enumerate(layer):
+            known = [where[n] for n in neighbours[place] if n in where]
+            wanted[place] = sum(known) / len(known) if known else number / len(layer)
+        layer.sort(key=wanted.__getitem__)  # which keeps the order of equals
+        for number, place in enumerate(layer):
+            where[place] = (number + 0.5) / len(layer)
+
+
+def _line(boxes: list[_Box]) -> str:
+    """An edge from the first box to the last, straight through the layers in between."""
+    x, y = boxes[0].x + boxes[0].width / 2, boxes[0].floor
+    path = f"M{x:.1f},{boxes[0].y + boxes[0].height:.1f} L{x:.1f},{y:.1f}"
+    for box in boxes[1:]:
+        to, top = box.x + box.width / 2, box.y
+        half = (top - y) / 2
+        last = box is boxes[-1]
+        path += f" C{x:.1f},{y + half:.1f} {to:.1f},{top - half:.1f} {to:.1f},{top - 2 * last:.1f}"
+        x, y = to, box.floor
+        path += "" if last else f" L{x:.1f},{y:.1f}"
+    return f'<path d="{path}" fill="none" stroke="#888" marker-end="url(#arrow)"/>'
+
+
+def _rectangle(node: Node, box: _Box) -> str:
+    texts = "".join(
+        f'<text x="{box.x + PADDING:.1f}" y="{box.y + PADDING + LINE * (i + 0.78):.1f}" '
+        f'font-weight="{"bold" if i == 0 else "normal"}">{escape(line)}</text>'
+        for i, line in enumerate(box.lines)
+    )
+    return (
+        f'<g><rect x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" '
+        f'height="{box.height:.1f}" rx="6" fill="{COLOURS[type(node)]}" stroke="#999"/>{texts}</g>'
+    )

@@ -1,0 +1,144 @@
+"""What `mechdsl plan` prints, and what `run --profile` adds."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from mechdsl.execute.profile import Profile
+from mechdsl.graph.passes import PASS_MEANINGS
+from mechdsl.plan.cost import Cost, PlanCost, estimated_seconds, matmul_rate, plan_cost
+from mechdsl.plan.plan import PLAN_PASSES, ExperimentPlan, Plan, runs_of
+from mechdsl.show.graph import to_text
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The graph, the work per experiment, and what each pass saves."""
+    console.print("intervention graph", style="bold")
+    console.print(to_text(plan.graph), highlight=False, markup=False, end="", soft_wrap=True)
+    for outcome in plan.passes:
+        did = f"{outcome.before} → {outcome.after} nodes" if outcome.changed else "no changes"
+        console.print(f"pass {outcome.name}: {did}", highlight=False)
+    console.print()
+    _experiments(plan, console)
+    console.print()
+    cost = plan_cost(plan)
+    _savings(cost, console)
+    _estimate(cost, console)
+
+
+def _experiments(plan: Plan, console: Console) -> None:
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    table.add_column("experiment", overflow="fold")
+    for title in ("cells", "prompts", "rows", "unpatched"):
+        table.add_column(title, justify="right", no_wrap=True)
+    planned = [each for panel in plan.panels for each in panel.experiments]
+    for experiment in sorted(planned, key=lambda each: each.experiment.spec.span.start):
+        table.add_row(
+            experiment.experiment.key,
+            f"{experiment.n_cells:,}",
+            f"{len(experiment.experiment.table):,}",
+            f"{experiment.count():,}",
+            f"{unpatched_rows(experiment):,}",
+        )
+    console.print(table)
+    waiting = {e.experiment.name: e.experiment.stand_ins for e in planned if e.experiment.stand_ins}
+    for name, others in waiting.items():
+        console.print(
+            f"{name} is counted with stand-ins: what it picks is known when "
+            f"{' and '.join(others)} {'has' if len(others) == 1 else 'have'} run",
+            highlight=False,
+        )
+
+
+def _savings(cost: PlanCost, console: Console) -> None:
+    """A line per pass: what is left after it."""
+    table = Table(box=None, padding=(0, 1), show_edge=False)
+    table.add_column("left after", no_wrap=True)
+    for title in ("cells", "rows", "forwards", "tokens×blocks", "FLOPs"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("saves", justify="right", no_wrap=True)
+    table.add_row("the plain loop", *_figures(cost.plain), "")
+    before = cost.plain
+    for saving in cost.savings:
+        after = saving.after
+        if not saving.on:
+            table.add_row(saving.name, *[""] * 5, "off", style="dim")
+            continue
+        changed = after != before
+        share = 1 - after.multiply_adds / before.multiply_adds if before.multiply_adds else 0.0
+        saved = f"{share:.0%}" if share >= 0.005 else "–"
+        table.add_row(saving.name, *_figures(after), saved, style="" if changed else "dim")
+        before = after
+    console.print(table)
+    for name, meaning in {**PASS_MEANINGS, **PLAN_PASSES}.items():
+        console.print(f"{name}: {meaning}", style="dim", highlight=False)
+
+
+def _figures(cost: Cost) -> list[str]:
+    return [
+        f"{cost.cells:,}",
+        f"{cost.rows:,}",
+        f"{cost.forwards:,}",
+        f"{cost.tokens:,}",
+        f"{cost.flops:.3g}",
+    ]
+
+
+def _estimate(cost: PlanCost, console: Console) -> None:
+    rate = matmul_rate()
+    plain, planned = (estimated_seconds(c, cost.blocks, rate) for c in (cost.plain, cost.planned))
+    console.print(
+        f"about {_time(planned)} on this CPU, {_time(plain)} as a plain loop, at "
+        f"{2 * rate / 1e9:.0f} GFLOP/s in a large product",
+        highlight=False,
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def print_profile(plan: Plan, profile: Profile, console: Console) -> None:
+    """Estimated against measured, after a run."""
+    cost, rate = plan_cost(plan), matmul_rate()
+    console.print("profile", style="bold")
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    for title in ("", "estimated", "measured"):
+        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    measured = profile.unpatched_seconds + profile.patched_seconds
+    planned = cost.planned
+    table.add_row("rows", f"{planned.rows:,}", f"{profile.distinct:,}")
+    passes = profile.passes + profile.unpatched_passes
+    table.add_row("forwards", f"{planned.forwards:,}", f"{passes:,}")
+    table.add_row(
+        "seconds", f"{estimated_seconds(planned, cost.blocks, rate):.3g}", f"{measured:.3g}"
+    )
+    console.print(table)
+    console.print(
+        f"{profile.unpatched_seconds:.3g} s for unpatched runs, means and checks, "
+        f"{profile.patched_seconds:.3g} s for {profile.rows:,} patched rows, of which "
+        f"{profile.distinct:,} are distinct",
+        highlight=False,
+    )
+    if profile.tokens:
+        largest = max(profile.tokens)
+        rate_seen = sum(profile.tokens) / max(profile.patched_seconds, 1e-9)
+        console.print(
+            f"passes of up to {largest:,} tokens, {rate_seen:,.0f} tokens of rows per second",
+            highlight=False,
+        )
+
+
+def unpatched_rows(plan: ExperimentPlan) -> int:
+    """Prompts of all unpatched runs of the experiment, draws included."""
+    table = plan.experiment.table
+    count = 0
+    for name in runs_of(plan.experiment):
+        noise = table.runs[name].noise
+        count += len(table) * (noise.samples if noise is not None else 1)
+    return count

@@ -1,0 +1,265 @@
+"""What a file's prompts look like to the model, and what each rule will hit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mechdsl.prompts.table import PositionCell, PromptTable, RunRow
+from mechdsl.resolve.resolved import DRAW, ResolvedExperiment, ResolvedRule
+from mechdsl.validate.file import Checked
+
+SHOWN_ROWS = 2
+SHOWN_CELLS = 24
+
+
+def span_tokens(row: RunRow, start: int, end: int) -> tuple[int, ...]:
+    """Token positions that overlap characters `start` to `end`."""
+    return tuple(
+        position
+        for position, (low, high) in enumerate(row.offsets)
+        if low < end and high > start and not row.special[position]
+    )
+
+
+def explain(checked: Checked, console: Console) -> None:
+    """Print every experiment's prompts, token by token, and what its rules hit."""
+    seen: set[int] = set()
+    for experiment in checked.experiments:
+        console.print(
+            Text.assemble(
+                ("experiment ", "bold"),
+                (experiment.key, "bold cyan"),
+                f" · model {experiment.model.name} · {len(experiment.table)} rows of "
+                f"{experiment.table.name}",
+            )
+        )
+        if id(experiment.table) not in seen:
+            seen.add(id(experiment.table))
+            _prompts(experiment, console)
+        else:
+            console.print("  the same prompts as above", style="dim")
+        _rules(experiment, console)
+        _control(experiment, console)
+        for picked, said in experiment.picks.items():
+            console.print(Text(f"  {picked}: {said}", style="dim"))
+        console.print()
+
+
+def _tokens(experiment: ResolvedExperiment, row: RunRow) -> list[str]:
+    return [experiment.model.tokenizer.token_text(i) for i in row.ids]
+
+
+def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
+    table = experiment.table
+    for name, run in table.runs.items():
+        for number, row in enumerate(run.rows[:SHOWN_ROWS]):
+            console.print(Text(f"  {name}, row {number}: ", style="bold") + Text(repr(row.text)))
+            _grid([token.strip() or repr(token) for token in _tokens(experiment, row)], console)
+            for label, positions in _named_spans(row):
+                where = _list(positions) if any(positions) else "white space, no token of its own"
+                console.print(Text("    ") + Text(label, style="green") + Text(f" → {where}"))
+            for label, text in row.texts.items():
+                pieces = " + ".join(
+                    repr(experiment.model.tokenizer.token_text(i)) for i in text.ids
+                )
+                console.print(
+                    Text("    ")
+                    + Text(label, style="magenta")
+                    + Text(f" = {text.text!r}, {_count(len(text.ids))}: {pieces}")
+                )
+    for key, said in table.conventions.items():
+        console.print(Text(f"  {key}: {said}", style="dim"))
+
+
+def _count(tokens: int) -> str:
+    return "1 token" if tokens == 1 else f"{tokens} tokens"
+
+
+def _grid(tokens: list[str], console: Console) -> None:
+    """Tokens under their positions, wrapped at the width of the console."""
+    room = max(20, console.width - 6)
+    line: list[tuple[str, str]] = []
+
+    def flush() -> None:
+        console.print(Text("    " + "  ".join(n for n, _ in line), style="dim"), soft_wrap=True)
+        console.print(Text("    " + "  ".join(t for _, t in line)), soft_wrap=True)
+        line.clear()
+
+    used = 0
+    for position, token in enumerate(tokens):
+        width = max(cell_len(token), len(str(position)))
+        if line and used + width + 2 > room:
+            flush()
+            used = 0
+        line.append((str(position).ljust(width), token + " " * (width - cell_len(token))))
+        used += width + 2
+    if line:
+        flush()
+
+
+def _named_spans(row: RunRow) -> list[tuple[str, list[tuple[int, ...]]]]:
+    """Each span's name with the tokens of all its occurrences."""
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for span in row.spans:
+        found.setdefault(span.name, []).append(span_tokens(row, span.start, span.end))
+    return list(found.items())
+
+
+def _list(groups: Iterable[tuple[int, ...]]) -> str:
+    """`4..6, 9`."""
+    texts = ["-" if not g else str(g[0]) if len(g) == 1 else f"{g[0]}..{g[-1]}" for g in groups]
+    return ", ".join(texts)
+
+
+def _rules(experiment: ResolvedExperiment, console: Console) -> None:
+    for rule in experiment.rules:
+        console.print(Text("  " + rule.spec.span.written, style="bold"))
+        if rule.sites is not None:
+            labels = list(rule.sites.labels.values())
+            shown = ", ".join(labels[:SHOWN_CELLS])
+            more = f" … ({len(labels)} in all)" if len(labels) > SHOWN_CELLS else ""
+            console.print(f"    sites: {shown}{more}", highlight=False)
+        if rule.path is not None:
+            labels = list(rule.path.receivers.labels.values())
+            shown = ", ".join(labels[:SHOWN_CELLS])
+            more = f" … ({len(labels)} in all)" if len(labels) > SHOWN_CELLS else ""
+            console.print(f"    receivers: {shown}{more}", highlight=False)
+        for title, run, cells in _hit_lists(experiment, rule):
+            if title:
+                console.print(f"    {title}", highlight=False)
+            _positions(experiment, run, cells, console)
+    cells = " × ".join(f"{axis.name} {len(axis)}" for axis in experiment.axes)
+    console.print(
+        f"  cells: {experiment.n_cells}" + (f" ({cells})" if cells else ""), highlight=False
+    )
+
+
+def _hit_lists(
+    experiment: ResolvedExperiment, rule: ResolvedRule
+) -> Iterator[tuple[str, str, list[PositionCell]]]:
+    """(title, run, positions): where a rule writes, and where it reads if that is elsewhere."""
+    base = experiment.spec.base
+    written = list(rule.positions.written.values())
+    if rule.edge is not None:
+        yield "queries", base, written
+        yield "keys", base, list(rule.edge.keys.written.values())
+        return
+    read = list(rule.positions.read.values())
+    if rule.fill in ("source", "path") and [c.hits for c in read] != [c.hits for c in written]:
+        yield f"read in `{rule.run}`", rule.run, read
+        yield f"written in `{base}`", base, written
+        return
+    yield "", base, written
+
+
+def _positions(
+    experiment: ResolvedExperiment, run: str, cells: list[PositionCell], console: Console
+) -> None:
+    """What positions hit in the first rows of a run."""
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    for column in ("position", "n", "tokens hit (row 0, row 1, …)"):
+        table.add_column(column, justify="right" if column == "n" else "left")
+    for cell in cells[:SHOWN_CELLS]:
+        hits = [_hit(experiment, run, cell, row) for row in range(min(4, len(experiment.table)))]
+        n = sum(1 for row in cell.hits if row)
+        table.add_row(cell.label, str(n), "   ".join(hits))
+    console.print(table)
+    if len(cells) > SHOWN_CELLS:
+        console.print(f"    … ({len(cells)} positions in all)", highlight=False)
+
+
+def _control(experiment: ResolvedExperiment, console: Console) -> None:
+    """What was drawn, for the first cell."""
+    control, asked = experiment.control, experiment.spec.against
+    if control is None or asked is None:
+        return
+    console.print(Text(f"  against {asked.span.written}", style="bold"))
+    console.print(Text(f"    {control.said}"))
+    for rule in control.experiment.rules:
+        if rule.sites is None or DRAW not in rule.sites.axes:
+            continue
+        rest = (0,) * (len(rule.sites.axes) - 1)
+        labels = [rule.sites.labels[draw, *rest] for draw in range(control.draws)]
+        more = f" … ({control.draws} in all)" if control.draws > SHOWN_CELLS else ""
+        cell = " of the first cell" if rest else ""
+        console.print(Text(f"    draws{cell}: {', '.join(labels[:SHOWN_CELLS])}{more}"))
+
+
+def _hit(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int) -> str:
+    """`4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `—` where the row lacks it."""
+    tokens = _tokens(experiment, experiment.table.runs[run].rows[row])
+    joined = [" + ".join(f"{t} {tokens[t].strip()}" for t in hit) for hit in cell.hits[row]]
+    return " | ".join(joined) or "—"
+
+
+def as_json(checked: Checked) -> dict[str, Any]:
+    """Every row of every run: text, tokens, offsets, spans, answers; and every rule's hits."""
+    return {
+        "schema": 1,
+        "file": checked.source.name,
+        "experiments": [
+            {
+                "name": e.name,
+                **({"variant": dict(e.spec.variant)} if e.spec.variant else {}),
+                "model": e.model.name,
+                "prompts": e.table.name,
+                "conventions": {**e.table.conventions, **e.picks},
+                "axes": [{"name": a.name, "values": list(a.labels)} for a in e.axes],
+                "runs": {
+                    name: [_row(e, e.table, row, n) for n, row in enumerate(run.rows)]
+                    for name, run in e.table.runs.items()
+                },
+                "rules": [
+                    {
+                        "rule": r.spec.span.written,
+                        "sites": [] if r.sites is None else list(r.sites.labels.values()),
+                        "receivers": []
+                        if r.path is None
+                        else list(r.path.receivers.labels.values()),
+                        "positions": _as_hits(r.positions.written.values()),
+                        "reads": _as_hits(r.positions.read.values()),
+                        "keys": [] if r.edge is None else _as_hits(r.edge.keys.written.values()),
+                    }
+                    for r in e.rules
+                ],
+            }
+            for e in checked.experiments
+        ],
+    }
+
+
+def _as_hits(cells: Iterable[PositionCell]) -> list[dict[str, Any]]:
+    return [
+        {"label": cell.label, "tokens": [[list(run) for run in row] for row in cell.hits]}
+        for cell in cells
+    ]
+
+
+def _row(
+    experiment: ResolvedExperiment, table: PromptTable, row: RunRow, number: int
+) -> dict[str, Any]:
+    return {
+        "row": table.row_ids[number],
+        "text": row.text,
+        "ids": list(row.ids),
+        "tokens": _tokens(experiment, row),
+        "offsets": [list(o) for o in row.offsets],
+        "special": list(row.special),
+        "spans": [
+            {
+                "name": span.name,
+                "start": span.start,
+                "end": span.end,
+                "within": list(span.within),
+                "tokens": list(span_tokens(row, span.start, span.end)),
+            }
+            for span in row.spans
+        ],
+        "texts": {name: {"text": t.text, "ids": list(t.ids)} for name, t in row.texts.items()},
+    }

@@ -1,0 +1,104 @@
+"""`report bars X [by SERIES]`: the effect as bars with its interval; of categories, the shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from mechdsl.program import spec
+from mechdsl.resolve.cell_key import Coord
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.show.reports.grid import Panel, axis_name, panels, values_of
+from mechdsl.show.reports.intervals import Gauges, Line, draw_bar, label_lines, label_widths
+from mechdsl.show.reports.text import MISSING, conventions, figure_notes, heading, notes
+from mechdsl.statistics.data import CellStatistics
+
+MOST_BAR, LEAST_BAR = 40, 10
+"""Characters of a share of 1."""
+SHARE_WIDTH = len("      n  commonest  share")
+
+
+def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
+    """One bar per value of the axis and, where there is one, of the series."""
+    axes = drawn_axes(result, report)
+    values = [values_of(result, axis) for axis in axes]
+    labels = [[str(value) for value in each] for each in values]
+    for measure, data in enumerate(result.measures):
+        heading(result, data, console)
+        category = data.kind == "category"
+        shares = _Shares(axes, label_widths(axes, labels, console.width - SHARE_WIDTH))
+        layout = Gauges.of(result, measure, axes, labels, console.width, draw_bar)
+        for panel in panels(result, axes):
+            if panel.title:
+                console.print(Text(panel.title, style="bold"), highlight=False)
+            lines = _lines(panel, values)
+            if category:
+                shares.print(result.statistics[measure], lines, console)
+            else:
+                layout.print(lines, console)
+        drawn = layout.scale.width > 0
+        if category:
+            notes(["the commonest value of every cell and its share of the prompts"], console)
+            continue
+        legend = ["▒ and ─ are the interval, on either side of the mean"] if drawn else []
+        notes([*legend, *figure_notes(result, measure, drawn=drawn)], console)
+    conventions(result, report, console)
+
+
+def drawn_axes(result: ExperimentResult, report: spec.Report) -> tuple[str, ...]:
+    """The axis of the bars, and that of the series where there is one."""
+    words = [report.variable or "", *([report.by] if report.by else [])]
+    return tuple(axis_name(result, word) for word in words)
+
+
+def _lines(panel: Panel, values: list[list[Coord]]) -> list[Line]:
+    """Cells with their labels, a label only where it changes."""
+    keys = [(first, second) for first in values[0] for second in values[1]] if values[1:] else None
+    found: list[Line] = []
+    last: Coord | None = None
+    for key in keys or [(value,) for value in values[0]]:
+        if key not in panel.cells:
+            continue
+        labels = ["" if key[0] == last else str(key[0]), *map(str, key[1:])]
+        found.append((labels, panel.cells[key]))
+        last = key[0]
+    return found
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """The commonest value of every cell with a bar of its share."""
+
+    titles: Sequence[str]
+    widths: Sequence[int]
+
+    def print(self, found: CellStatistics, lines: Sequence[Line], console: Console) -> None:
+        head = f"{label_lines(self.titles, self.widths)[0]}  {'n':>5}  commonest  share"
+        room = min(MOST_BAR, console.width - len(head) - 2)
+        console.print(Text(head, style="dim"), highlight=False, soft_wrap=True)
+        for texts, cell in lines:
+            first, *more = label_lines(texts, self.widths)
+            share = float(found.share[cell])
+            known = math.isfinite(share)
+            value = f"{found.commonest[cell]:g}" if known else MISSING
+            text = Text().append(first, style="bold").append(f"  {int(found.n[cell]):>5}")
+            text.append(f"  {value:>9}  {f'{share:.3f}' if known else MISSING:>5}")
+            if known and room >= LEAST_BAR:
+                text.append("  ").append("█" * round(share * room), style="blue")
+            text.rstrip()
+            console.print(text, highlight=False, soft_wrap=True)
+            for line in more:
+                console.print(Text(line.rstrip(), style="bold"), highlight=False)
+
+
+def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
+    """As SVG, PNG or a standalone HTML page."""
+    from mechdsl.show.reports.bar_charts import bars_chart
+    from mechdsl.show.reports.charts import save_chart
+
+    save_chart(bars_chart(result, report), path)

@@ -1,0 +1,61 @@
+"""Cells laid out along axes, for reports that draw them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mechdsl.resolve.cell_key import Coord
+from mechdsl.results.experiment import ExperimentResult
+
+DEPTH = re.compile(r"[0-9.]+%")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The cells that share every coordinate but those along the drawn axes."""
+
+    title: str
+    """The shared coordinates, empty where there are none."""
+    cells: dict[tuple[Coord, ...], int]
+    """Coordinates along the drawn axes -> index of the cell."""
+
+
+def axis_name(result: ExperimentResult, word: str) -> str:
+    """The axis that a report's word means (`item` may stand for `position`)."""
+    return word if word in result.axes else result.aliases.get(word, word)
+
+
+def values_of(result: ExperimentResult, axis: str) -> list[Coord]:
+    """The values of an axis in order: numbers by size, words as they were written."""
+    seen = dict.fromkeys(cell.coords[axis] for cell in result.cells)
+    values = list(seen)
+    return sorted(values, key=number) if numeric(values) else values
+
+
+def numeric(values: Sequence[Coord]) -> bool:
+    """Whether they are numbers, or layers by their relative depth such as `33.3%`."""
+    return not any(isinstance(value, str) and not DEPTH.fullmatch(value) for value in values)
+
+
+def number(value: Coord) -> float:
+    """Where a value of a numeric axis stands."""
+    return float(value.rstrip("%")) if isinstance(value, str) else value
+
+
+def panels(result: ExperimentResult, drawn: Sequence[str]) -> list[Panel]:
+    """One panel per combination of the other axes' values."""
+    others = [axis for axis in result.axes if axis not in drawn]
+    found: dict[tuple[Coord, ...], Panel] = {}
+    for index, cell in enumerate(result.cells):
+        key = tuple(cell.coords[axis] for axis in others)
+        if key not in found:
+            found[key] = Panel(", ".join(map(coordinate, others, key)), {})
+        found[key].cells[tuple(cell.coords[axis] for axis in drawn)] = index
+    return list(found.values())
+
+
+def coordinate(axis: str, value: Coord) -> str:
+    """`head 3`; a position speaks for itself."""
+    return str(value) if axis == "position" else f"{axis} {value}"

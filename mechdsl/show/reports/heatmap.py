@@ -1,0 +1,108 @@
+"""`report heatmap ROWS by COLUMNS`: the effect over two axes.
+
+In the terminal with coloured backgrounds (and the numbers, so that nothing hangs on colour), in
+files as a chart. Layers run upwards, as in papers: layer 0 is the lowest row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from mechdsl.program import spec
+from mechdsl.resolve.cell_key import Coord
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.show.reports.grid import axis_name, numeric, panels, values_of
+from mechdsl.show.reports.matrix import Entry, Matrix, colour
+from mechdsl.show.reports.text import (
+    MISSING,
+    alpha,
+    conventions,
+    heading,
+    inert_note,
+    notes,
+    number_format,
+    survivors,
+)
+from mechdsl.statistics.data import Floats
+
+UPWARDS = {"layer", "to_layer"}
+"""Axes drawn with 0 at the bottom."""
+
+
+def row_order(result: ExperimentResult, axis: str) -> list[Coord]:
+    """Values from the top of the map to its bottom."""
+    values = values_of(result, axis)
+    return values[::-1] if axis in UPWARDS and numeric(values) else values
+
+
+def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
+    """One map per measure and combination of the axes that aren't drawn."""
+    rows_axis = axis_name(result, report.variable or "")
+    columns_axis = axis_name(result, report.by or "")
+    for measure, data in enumerate(result.measures):
+        heading(result, data, console)
+        found = result.statistics[measure]
+        category = data.kind == "category"
+        values = found.commonest if category else found.mean
+        write = (lambda v: f"{v:g}") if category else number_format(values, 2)
+        limit = float(np.nanmax(np.abs(values), initial=0.0)) if np.isfinite(values).any() else 0.0
+        entries = [
+            Entry(text, None if category else colour(value, limit), text.endswith("*"))
+            for i, value in enumerate(values)
+            for text in [_cell_text(result, measure, i, write(value))]
+        ]
+        width = max(len(entry.text) for entry in entries)
+        rows, columns = row_order(result, rows_axis), values_of(result, columns_axis)
+        for panel in panels(result, (rows_axis, columns_axis)):
+            if panel.title:
+                console.print(Text(panel.title, style="bold"), highlight=False)
+            laid_out = [
+                [
+                    entries[panel.cells[row, column]] if (row, column) in panel.cells else Entry()
+                    for column in columns
+                ]
+                for row in rows
+            ]
+            names = list(map(str, rows)), list(map(str, columns))
+            Matrix(*names, laid_out, rows_axis, columns_axis, number_width=width).print(console)
+        notes(_notes(result, measure, write, values), console)
+    conventions(result, report, console)
+
+
+def _cell_text(result: ExperimentResult, measure: int, cell: int, number: str) -> str:
+    if not math.isfinite(
+        result.statistics[measure].mean[cell] + 0.0
+        if result.measures[measure].kind == "number"
+        else result.statistics[measure].share[cell]
+    ):
+        return MISSING
+    survived = result.statistics[measure].p_corrected[cell] < alpha(result)
+    return f"{number}*" if survived else f"{number} "
+
+
+def _notes(
+    result: ExperimentResult, measure: int, write: Callable[[float], str], values: Floats
+) -> list[str]:
+    said: list[str] = []
+    if result.measures[measure].kind == "category":
+        said.append("the commonest value of every cell")
+    elif np.isfinite(values).any():
+        said.append(f"from {write(np.nanmin(values))} to {write(np.nanmax(values))}")
+    survived = survivors(result, measure)
+    if survived:
+        said.append(f"* {survived}")
+    inert = inert_note(result, measure)
+    return [*said, inert] if inert else said
+
+
+def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
+    """As SVG, PNG or a standalone HTML page."""
+    from mechdsl.show.reports.charts import heatmap_chart, save_chart
+
+    save_chart(heatmap_chart(result, report), path)

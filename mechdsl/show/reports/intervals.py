@@ -1,0 +1,207 @@
+"""Means with their intervals as numbers and drawn to scale, one cell per line of the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from textwrap import wrap
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.show.reports.text import MISSING, alpha, null_texts, number_format
+
+LEAST_GAUGE, MOST_GAUGE = 12, 60
+"""Characters that the drawn intervals take at least (else only numbers are shown) and at most."""
+LEAST_LABEL = 10
+"""Characters that labels wrap to at least."""
+GAP = 2
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where numbers lie on a line of characters."""
+
+    left: float
+    right: float
+    width: int
+
+    def at(self, value: float) -> int:
+        """The place of a number; those beyond the ends stand at the ends."""
+        place = (value - self.left) / (self.right - self.left) * (self.width - 1)
+        return round(min(max(place, 0), self.width - 1))
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What is drawn of a cell."""
+
+    mean: float
+    low: float
+    high: float
+    null: tuple[float, float]
+
+
+Draw = Callable[[Ends, Scale], str]
+Line = tuple[Sequence[str], int]
+"""Labels in front, and the cell."""
+
+
+def _ground(ends: Ends, scale: Scale) -> list[str]:
+    """An empty line with the null band, and 0 as a bar."""
+    drawn = [" "] * scale.width
+    if math.isfinite(sum(ends.null)):
+        for place in range(scale.at(ends.null[0]), scale.at(ends.null[1]) + 1):
+            drawn[place] = "░"
+    drawn[scale.at(0.0)] = "│"
+    return drawn
+
+
+def draw_point(ends: Ends, scale: Scale) -> str:
+    """The interval as a line with its mean."""
+    if not math.isfinite(ends.mean) or scale.right <= scale.left:
+        return ""
+    drawn = _ground(ends, scale)
+    if math.isfinite(ends.low):
+        for place in range(scale.at(ends.low), scale.at(ends.high) + 1):
+            drawn[place] = "─"
+    drawn[scale.at(ends.mean)] = "●"
+    return "".join(drawn).rstrip()
+
+
+def draw_bar(ends: Ends, scale: Scale) -> str:
+    """A bar from 0 to the mean; the interval is light inside of it and a line beyond."""
+    if not math.isfinite(ends.mean) or scale.right <= scale.left:
+        return ""
+    drawn = _ground(ends, scale)
+    zero, mean = scale.at(0.0), scale.at(ends.mean)
+    bar = range(zero + 1, mean + 1) if mean > zero else range(mean, zero)
+    for place in bar:
+        drawn[place] = "█"
+    if math.isfinite(ends.low):
+        for place in range(scale.at(ends.low), scale.at(ends.high) + 1):
+            if place in bar:
+                drawn[place] = "▒"
+            elif place != zero:
+                drawn[place] = "─"
+    return "".join(drawn).rstrip()
+
+
+def _longest(texts: Iterable[str]) -> int:
+    return max(map(len, texts), default=0)
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """Texts and widths of all cells of a measure, so that the lines of all panels line up."""
+
+    titles: Sequence[str]
+    """Of the labels."""
+    widths: Sequence[int]
+    """Of the labels."""
+    means: list[str]
+    """Per cell, with a mark where it survives the correction."""
+    intervals: list[str]
+    interval_title: str
+    nulls: list[str]
+    """Per cell, empty where there are none or they have no room."""
+    ends: list[Ends]
+    scale: Scale
+    scale_texts: tuple[str, str]
+    draw: Draw
+
+    @classmethod
+    def of(
+        cls,
+        result: ExperimentResult,
+        measure: int,
+        titles: Sequence[str],
+        labels: Sequence[Sequence[str]],
+        width: int,
+        draw: Draw,
+    ) -> Gauges:
+        """labels: per title, every label that occurs."""
+        found, band = result.statistics[measure], result.control(measure)
+        null = np.full((2, len(found.mean)), np.nan) if band is None else [band.low, band.high]
+        everything = np.concatenate([found.mean, found.low, found.high, *null])
+        write = number_format(everything)
+        level = alpha(result)
+        means = [
+            write(mean) + ("*" if corrected < level else " ")
+            for mean, corrected in zip(found.mean, found.p_corrected, strict=True)
+        ]
+        intervals = [
+            f"[{write(low)}, {write(high)}]" if math.isfinite(low) else MISSING
+            for low, high in zip(found.low, found.high, strict=True)
+        ]
+        confidence = result.settings.confidence if result.settings else 95.0
+        title = f"{confidence:g} % interval"
+        nulls = [] if band is None else null_texts(band, range(len(found.mean)), write)
+        ends = [
+            Ends(float(mean), float(low), float(high), (float(least), float(most)))
+            for mean, low, high, least, most in zip(
+                found.mean, found.low, found.high, *null, strict=True
+            )
+        ]
+        numbers = _longest(means) + _longest([title, *intervals]) + 3 * GAP
+        widths = label_widths(titles, labels, width - numbers)
+        taken = sum(widths) + GAP * (len(widths) - 1) + numbers
+        if nulls and taken + _longest(nulls) > width:
+            nulls = []
+        room = min(MOST_GAUGE, width - taken - (_longest(nulls) + GAP if nulls else 0))
+        # the scale runs over all panels alike, 0 included, so that they can be compared
+        limits = float(np.nanmin([*everything, 0.0])), float(np.nanmax([*everything, 0.0]))
+        scale = Scale(*limits, room if room >= LEAST_GAUGE else 0)
+        texts = write(limits[0]), write(limits[1])
+        return cls(titles, widths, means, intervals, title, nulls, ends, scale, texts, draw)
+
+    def print(self, lines: Sequence[Line], console: Console) -> None:
+        """One panel."""
+        second = _longest(self.means)
+        third = _longest([self.interval_title, *self.intervals])
+        fourth = _longest(["null", *self.nulls])
+        heads = [f"{name:<{width}}" for name, width in zip(self.titles, self.widths, strict=True)]
+        head = f"{'  '.join(heads)}  {'mean':>{second - 1}}   {self.interval_title:<{third}}" + (
+            f"  {'null':<{fourth}}" if self.nulls else ""
+        )
+        if self.scale.width:
+            left, right = self.scale_texts
+            head += f"  {left}{right:>{max(1, self.scale.width - len(left))}}"
+        console.print(Text(head.rstrip(), style="dim"), highlight=False, soft_wrap=True)
+        for labels, cell in lines:
+            first, *more = label_lines(labels, self.widths)
+            text = Text().append(first, style="bold")
+            text.append(f"  {self.means[cell]:>{second}}  {self.intervals[cell]:<{third}}")
+            if self.nulls:
+                text.append(f"  {self.nulls[cell]:<{fourth}}")
+            if self.scale.width:
+                text.append("  ")
+                text.append(self.draw(self.ends[cell], self.scale), style="blue")
+            text.rstrip()
+            console.print(text, highlight=False, soft_wrap=True)
+            for line in more:
+                console.print(Text(line.rstrip(), style="bold"), highlight=False)
+
+
+def label_lines(labels: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Labels beside each other, wrapped to their widths."""
+    parts = [wrap(text, width) or [""] for text, width in zip(labels, widths, strict=True)]
+    return [
+        "  ".join(
+            f"{part[line] if line < len(part) else '':<{width}}"
+            for part, width in zip(parts, widths, strict=True)
+        )
+        for line in range(max(map(len, parts)))
+    ]
+
+
+def label_widths(titles: Sequence[str], labels: Sequence[Sequence[str]], room: int) -> list[int]:
+    """As wide as the labels are, or what there is room for."""
+    widths = [_longest([title, *texts]) for title, texts in zip(titles, labels, strict=True)]
+    each = max(LEAST_LABEL, (room - GAP * (len(widths) - 1)) // len(widths))
+    if sum(widths) + GAP * (len(widths) - 1) <= room:
+        return widths
+    return [min(width, max(each, len(title))) for width, title in zip(widths, titles, strict=True)]

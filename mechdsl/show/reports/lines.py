@@ -1,0 +1,43 @@
+"""`report lines X [by SERIES]`: the effect along one axis, with its interval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from mechdsl.program import spec
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.show.reports.grid import axis_name, panels, values_of
+from mechdsl.show.reports.intervals import Gauges, draw_point
+from mechdsl.show.reports.text import conventions, figure_notes, heading, notes
+
+
+def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
+    """Per series one row per value: mean, interval, and the interval drawn to scale."""
+    axis = axis_name(result, report.variable or "")
+    values = values_of(result, axis)
+    for measure, data in enumerate(result.measures):
+        heading(result, data, console)
+        if data.kind == "category":
+            notes([f"a category has no line: write `report bars {report.variable}`"], console)
+            continue
+        labels = [str(value) for value in values]
+        layout = Gauges.of(result, measure, [axis], [labels], console.width, draw_point)
+        for panel in panels(result, (axis,)):
+            if panel.title:
+                console.print(Text(panel.title, style="bold"), highlight=False)
+            found = [
+                ([str(value)], panel.cells[value,]) for value in values if (value,) in panel.cells
+            ]
+            layout.print(found, console)
+        notes(figure_notes(result, measure, drawn=layout.scale.width > 0), console)
+    conventions(result, report, console)
+
+
+def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
+    """As SVG, PNG or a standalone HTML page."""
+    from mechdsl.show.reports.charts import lines_chart, save_chart
+
+    save_chart(lines_chart(result, report), path)

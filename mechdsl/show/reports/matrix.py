@@ -1,0 +1,150 @@
+"""Numbers in rows and columns on coloured backgrounds, for the terminal.
+
+The numbers are always there, so that nothing hangs on colour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from textwrap import wrap
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from mechdsl.show.reports.text import MISSING
+
+Colour = tuple[int, int, int]
+NEGATIVE, NEUTRAL, POSITIVE = (178, 24, 43), (247, 247, 247), (33, 102, 172)
+HEADER_WIDTH = 12
+"""Headers of columns wrap to this, or to their longest word."""
+DARK = 140
+"""Luminance up to which a background takes white letters."""
+
+
+def colour(value: float, limit: float) -> Colour | None:
+    """A diverging scale: white at 0, full colour at `limit` and beyond."""
+    if not math.isfinite(value) or limit <= 0:
+        return None
+    share = min(1.0, abs(value) / limit)
+    end = POSITIVE if value > 0 else NEGATIVE
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(NEUTRAL, end, strict=True))
+    return red, green, blue
+
+
+def takes_white(background: Colour) -> bool:
+    """Whether white letters are read better on it than black ones."""
+    return sum(w * c for w, c in zip((0.299, 0.587, 0.114), background, strict=True)) <= DARK
+
+
+def style_of(background: Colour | None) -> Style:
+    """Letters that can be read on it."""
+    if background is None:
+        return Style()
+    ink = "white" if takes_white(background) else "black"
+    red, green, blue = background
+    return Style(color=ink, bgcolor=f"rgb({red},{green},{blue})")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One number, with a place for a mark behind it."""
+
+    text: str = f"{MISSING} "
+    colour: Colour | None = None
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Entries under the names of columns, behind the names of rows."""
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    entries: Sequence[Sequence[Entry]]
+    """[row][column]."""
+    rows_title: str = ""
+    columns_title: str = ""
+    header_colours: Sequence[Colour | None] = field(default_factory=tuple)
+    """Per column, where its name is coloured too."""
+    number_width: int = 0
+    """At least; for several matrices that should line up."""
+
+    def print(self, console: Console) -> None:
+        """The matrix in as many parts as the width asks for."""
+        headers = [_wrapped(name) for name in self.columns]
+        longest = max(len(name) for name in (self.rows_title, *self.rows))
+        label_width = min(longest, max(10, console.width // 3))
+        # the place of the mark keeps numbers apart
+        number_width = max(len(entry.text) for row in self.entries for entry in row)
+        number_width = max(number_width, self.number_width)
+        widths = [max(number_width, 1 + max(map(len, header))) for header in headers]
+        room = console.width - label_width - 1
+        if sum(widths) + len(widths) <= room:  # a gap besides, where nothing is cut for it
+            widths = [width + 1 for width in widths]
+        for part in _parts(widths, room):
+            if self.columns_title:
+                title = f"{'':<{label_width}}  {self.columns_title}"
+                console.print(Text(title, style="dim"), highlight=False)
+            self._print_header(part, headers, widths, label_width, console)
+            self._print_rows(part, widths, label_width, console)
+
+    def _print_header(
+        self,
+        part: Sequence[int],
+        headers: Sequence[Sequence[str]],
+        widths: Sequence[int],
+        label_width: int,
+        console: Console,
+    ) -> None:
+        height = max(len(headers[column]) for column in part)
+        for line in range(height):
+            label = self.rows_title if line == height - 1 else ""
+            text = Text().append(f"{label:<{label_width}} ", style="dim")
+            for column in part:
+                padded = [""] * (height - len(headers[column])) + list(headers[column])
+                background = self.header_colours[column] if self.header_colours else None
+                style = style_of(background) + Style(bold=True)
+                text.append(f"{padded[line]:>{widths[column] - 1}} ", style=style)
+            _print_line(text, console)
+
+    def _print_rows(
+        self, part: Sequence[int], widths: Sequence[int], label_width: int, console: Console
+    ) -> None:
+        for row, entries in zip(self.rows, self.entries, strict=True):
+            names = wrap(row, max(1, label_width)) or [""]
+            text = Text().append(f"{names[0]:<{label_width}} ", style="bold")
+            for column in part:
+                entry = entries[column]
+                bold = Style(bold=True) if entry.bold else Style()
+                shown = f"{entry.text:>{widths[column]}}"
+                text.append(shown, style=style_of(entry.colour) + bold)
+            _print_line(text, console)
+            for more in names[1:]:
+                console.print(Text(more, style="bold"), highlight=False)
+
+
+def _print_line(text: Text, console: Console) -> None:
+    if console.color_system is None:
+        text.rstrip()
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _wrapped(header: str) -> list[str]:
+    longest = max((len(word) for word in header.split()), default=1)
+    return wrap(header, max(HEADER_WIDTH, longest)) or [""]
+
+
+def _parts(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Columns that fit beside each other."""
+    parts: list[list[int]] = [[]]
+    used = 0
+    for column, width in enumerate(widths):
+        if parts[-1] and used + width > room:
+            parts.append([])
+            used = 0
+        parts[-1].append(column)
+        used += width
+    return parts

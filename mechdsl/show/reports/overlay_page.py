@@ -1,0 +1,211 @@
+"""Shaded prompts as a page (HTML, the text flows) or as a picture (SVG, PNG)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+from mechdsl.program import spec
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.show.reports.charts import FONT, INK, PNG_SCALE, QUIET
+from mechdsl.show.reports.matrix import Colour, colour, takes_white
+from mechdsl.show.reports.overlay import Overlay, Shaded, overlays, remarks, visible
+from mechdsl.show.reports.text import ends_of_scale, measure_name, number_format
+
+WIDTH, MARGIN = 860, 20
+"""Of the picture at most; tokens wrap to it."""
+LETTER, DIGIT = 8.0, 6.3
+"""Widths of a letter of a token and of a number."""
+BOX, LINE = 24, 44
+"""Heights of a token's box, and of a line with its numbers."""
+NO_SHADE = (255, 255, 255)
+MONO = "DejaVu Sans Mono, Menlo, Consolas, monospace"
+
+
+def save_overlay(result: ExperimentResult, report: spec.Report, path: Path) -> None:
+    """In the format of the file's ending."""
+    found = overlays(result, report)
+    if path.suffix.lower() == ".html":
+        path.write_text(_page(result, found), encoding="utf-8")
+        return
+    svg = _Picture(result).draw(found)
+    if path.suffix.lower() == ".png":
+        import vl_convert
+
+        path.write_bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))
+    else:
+        path.write_text(svg, encoding="utf-8")
+
+
+def _heads(result: ExperimentResult, measure: int, shown: Overlay) -> Iterator[str]:
+    """The title, then what stands below it."""
+    data = result.measures[measure]
+    yield f"{result.name}: {measure_name(data)}"
+    ends = ends_of_scale(result, data)
+    yield " · ".join([result.model, result.direction, *([ends] if ends else [])])
+    yield from remarks(result, measure, shown)
+
+
+def _rgb(shade: Colour | None) -> str:
+    return f"rgb{shade or NO_SHADE}".replace(" ", "")
+
+
+def _ink(shade: Colour | None) -> str:
+    return "white" if shade is not None and takes_white(shade) else INK
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+STYLE = f"""
+body {{ font-family: {FONT}; color: {INK}; margin: 24px; }}
+h1 {{ font-size: 18px; margin: 24px 0 4px; }}
+h2 {{ font-size: 13px; margin: 16px 0 4px; }}
+p, small {{ color: {QUIET}; font-size: 12px; margin: 2px 0; }}
+.row {{ display: flex; margin: 2px 0; }}
+.row > span {{ flex: 0 0 auto; min-width: 72px; padding: 3px 8px 0 0; font-size: 12px; }}
+.row > div {{ display: flex; flex-wrap: wrap; gap: 2px; }}
+.token {{ display: inline-block; text-align: center; font-family: {MONO}; font-size: 13px; }}
+.token b {{ display: block; font-weight: normal; padding: 3px 5px; border-radius: 3px; }}
+.token small {{ display: block; font-size: 10px; min-height: 13px; }}
+"""
+
+
+def _page(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
+    body = "".join(_measure(result, measure, shown) for measure, shown in found.items())
+    title = escape(result.name)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
+    )
+
+
+def _measure(result: ExperimentResult, measure: int, shown: Overlay) -> str:
+    first, *facts = _heads(result, measure, shown)
+    write = number_format([shown.limit], 2)
+    lines = [f"<h1>{escape(first)}</h1>", *(f"<p>{escape(fact)}</p>" for fact in facts)]
+    for each in shown.prompts:
+        lines.append(f"<h2>prompt {each.prompt + 1}</h2>")
+        columns = _columns(each, write)
+        for title, values in each.rows:
+            label = f"<span>{escape(title)}</span>" if title else ""
+            tokens = "".join(
+                _span(token, value, colour(value, shown.limit), column)
+                for token, value, column in zip(each.tokens, values, columns, strict=True)
+            )
+            lines.append(f'<div class="row">{label}<div>{tokens}</div></div>')
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One token of a prompt, with its numbers in all rows."""
+
+    text: str
+    letters: int
+    digits: int
+    write: Callable[[float], str]
+
+    def number(self, value: float) -> str:
+        return self.write(value) if math.isfinite(value) else ""
+
+
+def _columns(each: Shaded, write: Callable[[float], str]) -> list[_Column]:
+    """As wide in every row, so that rows can be compared."""
+    return [
+        _Column(
+            visible(token),
+            len(visible(token)),
+            max(len(write(row[i])) for _, row in each.rows),
+            write,
+        )
+        for i, token in enumerate(each.tokens)
+    ]
+
+
+def _span(token: str, value: float, shade: Colour | None, column: _Column) -> str:
+    style = f"background:{_rgb(shade)};color:{_ink(shade)}"
+    number = column.number(value)
+    width = f"min-width:{max(column.letters + 1, 0.8 * column.digits):.1f}ch"
+    return (
+        f'<span class="token" style="{width}" title="{escape(repr(token))} {number}">'
+        f'<b style="{style}">{escape(column.text)}</b><small>{number}</small></span>'
+    )
+
+
+# --- the picture --------------------------------------------------------------------------------
+
+
+@dataclass
+class _Picture:
+    """Shapes from top to bottom; `y` is where the next one goes."""
+
+    result: ExperimentResult
+    y: float = MARGIN / 2
+    right: float = 0
+    shapes: list[str] = field(default_factory=list[str])
+
+    def draw(self, found: Mapping[int, Overlay]) -> str:
+        for measure, shown in found.items():
+            first, *facts = _heads(self.result, measure, shown)
+            self.words(first, 15, INK, "bold")
+            for fact in facts:
+                self.words(fact, 11, QUIET)
+            self.y += 8
+            write = number_format([shown.limit], 2)
+            for each in shown.prompts:
+                self.words(f"prompt {each.prompt + 1}", 12, INK, "bold")
+                self.y += 4
+                self.prompt(each, shown.limit, write)
+                self.y += 6
+            self.y += 14
+        height, width = self.y, self.right + MARGIN
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+            f'font-family="{FONT}"><rect width="100%" height="100%" fill="white"/>'
+            f"{''.join(self.shapes)}</svg>"
+        )
+
+    def words(self, text: str, size: int, ink: str, weight: str = "normal") -> None:
+        self.y += size + 4
+        self.right = max(self.right, MARGIN + len(text) * size * 0.58)
+        self.shapes.append(
+            f'<text x="{MARGIN}" y="{self.y:.1f}" font-size="{size}" fill="{ink}" '
+            f'font-weight="{weight}">{escape(text)}</text>'
+        )
+        self.y += 3
+
+    def prompt(self, each: Shaded, limit: float, write: Callable[[float], str]) -> None:
+        """Its tokens once per row of numbers, in columns that line up."""
+        columns = _columns(each, write)
+        widths = [max(c.letters * LETTER + 10, c.digits * DIGIT + 4) for c in columns]
+        longest = max(len(title) for title, _ in each.rows)
+        left = MARGIN + (longest * 7 + 10 if longest else 0)
+        for title, values in each.rows:
+            if title:
+                self.shapes.append(
+                    f'<text x="{MARGIN}" y="{self.y + 16:.1f}" font-size="12" fill="{INK}">'
+                    f"{escape(title)}</text>"
+                )
+            x = left
+            for column, value, width in zip(columns, values, widths, strict=True):
+                if x > left and x + width > WIDTH - MARGIN:
+                    x, self.y = left, self.y + LINE
+                shade = colour(value, limit)
+                self.token(column.text, column.number(value), shade, x, width)
+                x += width + 2
+                self.right = max(self.right, x)
+            self.y += LINE
+
+    def token(self, text: str, number: str, shade: Colour | None, x: float, width: float) -> None:
+        middle = x + width / 2
+        self.shapes.append(
+            f'<rect x="{x:.1f}" y="{self.y:.1f}" width="{width:.1f}" height="{BOX}" rx="3" '
+            f'fill="{_rgb(shade)}"/>'
+            f'<text x="{middle:.1f}" y="{self.y + 16:.1f}" font-size="13" text-anchor="middle" '
+            f'font-family="{MONO}" fill="{_ink(shade)}">{escape(text)}</text>'
+            f'<text x="{middle:.1f}" y="{self.y + BOX + 12:.1f}" font-size="10" '
+            f'text-anchor="middle" font-family="{MONO}" fill="{QUIET}">{number}</text>'
+        )

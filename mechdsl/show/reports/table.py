@@ -1,0 +1,356 @@
+"""`report table [by VAR] [top n]`: every cell with its effect, interval and p.
+
+Where the terminal is narrow, columns that repeat others go first, then text wraps; numbers are
+never cut. What still doesn't fit is printed as one paragraph per cell.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mechdsl.program import spec
+from mechdsl.resolve.cell_key import CellKey
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.statistics_conventions import statistics_conventions
+from mechdsl.show.reports.text import (
+    MISSING,
+    alpha,
+    conventions,
+    heading,
+    inert_note,
+    notes,
+    null_texts,
+    null_words,
+    number_format,
+    p_text,
+    sortable,
+    survivors,
+)
+from mechdsl.statistics.cells import cell_statistics
+from mechdsl.statistics.data import Floats
+from mechdsl.vocab.effects import EFFECTS
+
+FILE_WIDTH = 120
+"""Characters per line of a table that is written to a file."""
+SHOWN_TOKENS = 6
+"""Distinct tokens of a position that a row shows; `explain` prints all."""
+GAP = 3
+"""Characters between two columns."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column as text. Of those with `spare`, the highest goes first when room is short."""
+
+    title: str
+    cells: list[str]
+    numeric: bool = False
+    spare: int = 0
+    wraps: bool = False
+    describes: bool = False
+    """Says which cell it is; where it is the same in all rows it can stand above them."""
+
+    @property
+    def least(self) -> int:
+        """The width that it can't go under."""
+        if not self.wraps:
+            return max(len(text) for text in (*self.title.split("\n"), *self.cells))
+        words = [word for text in self.cells for word in text.split()]
+        return min(24, max(len(word) for word in [self.title, *words]))
+
+    @property
+    def width(self) -> int:
+        return max([len(self.title), *(len(text) for text in self.cells)])
+
+
+def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
+    """One table per measure, the conventions under the last."""
+    shown = grouped(result, report.by) if report.by in result.row_values else result
+    for measure, data in enumerate(shown.measures):
+        heading(result, data, console)
+        order = _order(shown, measure, report)
+        columns = _columns(shown, measure, order)
+        _print(columns, console)
+        notes(_notes(shown, measure, order, report), console)
+    conventions(shown, report, console)
+
+
+def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
+    """As plain text, as a picture of it, or all its rows as CSV."""
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        from mechdsl.show.reports.files import write_csv
+
+        shown = grouped(result, report.by) if report.by in result.row_values else result
+        path.write_text(write_csv(shown), encoding="utf-8")
+        return
+    text = io.StringIO()
+    render(result, report, Console(file=text, width=FILE_WIDTH, color_system=None))
+    if suffix in (".svg", ".png"):
+        from mechdsl.show.reports.charts import save_text
+
+        save_text(text.getvalue(), path)
+    else:
+        path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
+    """Every cell once for each value of the prompts: an axis more, corrected for as a whole."""
+    if by is None or result.settings is None:
+        return result
+    labels = [str(value) for value in result.row_values[by]]
+    values = sorted(set(result.row_values[by]), key=sortable)
+    masks = [np.array([label == str(value) for label in labels]) for value in values]
+
+    def rows(data: Floats) -> Floats:
+        # prompts of other values are not part of the cell: NaN leaves them out everywhere
+        return np.concatenate([np.where(mask, data, np.nan) for mask in masks])
+
+    measures = tuple(
+        replace(
+            data,
+            patched=rows(data.patched),
+            base=_repeat(data.base, len(values)),
+            source=None if data.source is None else _repeat(data.source, len(values)),
+            truth=None if data.truth is None else _repeat(data.truth, len(values)),
+            inert=np.tile(data.inert, len(values)),
+        )
+        for data in result.measures
+    )
+    cells = tuple(
+        replace(cell, coords={by: value, **cell.coords})
+        for value in values
+        for cell in result.cells
+    )
+    statistics = cell_statistics(
+        measures,
+        result.settings,
+        result.seed,
+        result.groups,
+        effects=EFFECTS,
+        ids=result.row_ids,
+    )
+    expanded = replace(
+        result,
+        axes=(by, *result.axes),
+        cells=cells,
+        measures=measures,
+        statistics=tuple(statistics),
+        controls=(),  # drawn for whole cells
+        hits=(),
+    )
+    said = {**result.conventions, **statistics_conventions(expanded, EFFECTS)}
+    return replace(expanded, conventions=said)
+
+
+def _repeat(data: Floats, times: int) -> Floats:
+    return data if data.shape[0] == 1 else np.tile(data, (times, 1))
+
+
+# --- which rows and columns ---------------------------------------------------------------------
+
+
+def _order(result: ExperimentResult, measure: int, report: spec.Report) -> list[int]:
+    found = result.statistics[measure]
+    order = list(range(len(result.cells)))
+    axis = result.aliases.get(report.by, report.by) if report.by else None
+    if axis in result.axes:
+        order.sort(key=lambda i: sortable(result.cells[i].coords[axis or ""]))
+    if report.top is None:
+        return order
+    size = found.share if result.measures[measure].kind == "category" else np.abs(found.mean)
+    return sorted(order, key=lambda i: -np.nan_to_num(size[i], nan=-1.0))[: report.top]
+
+
+def _tokens(cell: CellKey) -> str:
+    shown = [token.strip() or repr(token) for token in cell.tokens[:SHOWN_TOKENS]]
+    more = len(cell.tokens) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
+    cells = [result.cells[i] for i in order]
+    columns: list[Column] = []
+    for axis in result.axes:
+        if axis == "position":
+            continue
+        texts = [str(cell.coords[axis]) for cell in cells]
+        numeric = not any(isinstance(cell.coords[axis], str) for cell in cells)
+        named = "→" if axis.startswith("to_") else ""
+        in_site = axis.removeprefix("to_") in ("layer", "head", "neuron") and all(
+            cell.site and named in cell.site for cell in cells
+        )
+        columns.append(Column(axis, texts, numeric, 3 if in_site else 0, describes=True))
+    if any(cell.site for cell in cells):
+        columns.append(Column("site", [cell.site for cell in cells], wraps=True, describes=True))
+    positions = [str(cell.coords.get("position", cell.position) or "") for cell in cells]
+    if any(positions):
+        columns.append(Column("position", positions, wraps=True, describes=True))
+    if any(cell.tokens for cell in cells):
+        tokens = [_tokens(cell) for cell in cells]
+        columns.append(Column("tokens hit", tokens, spare=2, wraps=True, describes=True))
+    if result.source:
+        columns.append(Column("direction", [result.direction] * len(cells), spare=4))
+    found = result.statistics[measure]
+    columns.append(Column("n", [str(int(found.n[i])) for i in order], True, describes=True))
+    if result.measures[measure].kind == "category":
+        return columns + _category_columns(result, measure, order)
+    return columns + _number_columns(result, measure, order)
+
+
+def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
+    found, band = result.statistics[measure], result.control(measure)
+    shown = [found.mean, found.low, found.high, *([band.low, band.high] if band else [])]
+    write = number_format(float(value) for values in shown for value in values[order])
+    confidence = result.settings.confidence if result.settings else 95.0
+    intervals = [
+        f"[{write(found.low[i])}, {write(found.high[i])}]" if np.isfinite(found.low[i]) else MISSING
+        for i in order
+    ]
+    columns = [
+        Column(result.measures[measure].effect, [write(found.mean[i]) for i in order], True),
+        Column(f"{confidence:g} % interval", intervals, True),
+    ]
+    if band is not None:
+        columns.append(Column("null", null_texts(band, order, write), True))
+    if found.test is None:
+        return columns
+    level = alpha(result)
+    verdicts = [
+        "inert"
+        if result.measures[measure].inert[i]
+        else MISSING
+        if np.isnan(found.p_corrected[i])
+        else "yes"
+        if found.p_corrected[i] < level
+        else "no"
+        for i in order
+    ]
+    return [
+        *columns,
+        Column("p", [p_text(found.p[i]) for i in order], True, spare=1),
+        Column("corrected", [p_text(found.p_corrected[i]) for i in order], True),
+        Column("survives", verdicts),
+    ]
+
+
+def _category_columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
+    found = result.statistics[measure]
+    share, error = number_format(found.share[order]), number_format(found.mean_error[order])
+    commonest = [f"{found.commonest[i]:g}" if found.n[i] else MISSING for i in order]
+    columns = [
+        Column("commonest", commonest, True),
+        Column("share", [share(found.share[i]) for i in order], True),
+    ]
+    if np.isfinite(found.mean_error[order]).any():
+        columns.append(Column("mean error", [error(found.mean_error[i]) for i in order], True))
+    return columns
+
+
+def _notes(
+    result: ExperimentResult, measure: int, order: Sequence[int], report: spec.Report
+) -> list[str]:
+    said: list[str] = []
+    if len(order) < len(result.cells):
+        size = "share" if result.measures[measure].kind == "category" else "absolute value"
+        said.append(f"the {len(order)} largest of {len(result.cells)} cells by {size}")
+    null = null_words(result, measure)
+    remarks = survivors(result, measure), null and f"null: {null}", inert_note(result, measure)
+    for line in remarks:
+        if line:
+            said.append(line)
+    if result.measures[measure].kind == "number":
+        found = result.statistics[measure]
+        reasons = {
+            reason
+            for i in order
+            if (reason := found.reasons[i]) and not np.isfinite([found.mean[i], found.low[i]]).all()
+        }
+        said += [f"{MISSING} where {reason}" for reason in sorted(reasons)]
+    return said
+
+
+# --- printing -----------------------------------------------------------------------------------
+
+
+def _fits(columns: Sequence[Column], width: int) -> bool:
+    return sum(column.least + GAP for column in columns) - GAP <= width
+
+
+def _print(columns: list[Column], console: Console) -> None:
+    kept = list(columns)
+    for spare in (4, 3):
+        if not _roomy(kept, console.width):
+            kept = [column for column in kept if column.spare != spare]
+    if not _roomy(kept, console.width) and len(kept[0].cells) > 1:
+        same = [column for column in kept if column.describes and len(set(column.cells)) == 1]
+        kept = [column for column in kept if column not in same]
+        said = "; ".join(f"{column.title} {column.cells[0]}" for column in same)
+        notes([f"in every row: {said}"] if same else [], console)
+    full = kept
+    for spare in (2, 1):
+        if not _fits(kept, console.width):
+            kept = [column for column in kept if column.spare != spare]
+    if not _fits(kept, console.width):
+        _paragraphs(full, console)
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    for column, width in zip(kept, _widths(kept, console.width), strict=True):
+        table.add_column(
+            column.title,
+            justify="right" if column.numeric else "left",
+            no_wrap=not column.wraps,
+            width=width,
+            overflow="fold",
+        )
+    dim = next((column.cells for column in kept if column.title == "survives"), None)
+    for index, texts in enumerate(zip(*(column.cells for column in kept), strict=True)):
+        style = "" if dim is None or dim[index] == "yes" else "dim"
+        table.add_row(*(Text(text) for text in texts), style=style)
+    console.print(table)
+
+
+def _widths(columns: Sequence[Column], width: int) -> list[int]:
+    """The width of every column; those that wrap share what the others leave.
+
+    Fixed, because a column that is left to shrink may take the last one's letters with it.
+    """
+    found = [column.least for column in columns]
+    left = width - sum(found) - GAP * (len(columns) - 1)
+    while left > 0:
+        short = [i for i, column in enumerate(columns) if found[i] < column.width]
+        if not short:
+            break
+        for index in short[:left]:
+            found[index] += 1
+        left -= len(short[:left])
+    return found
+
+
+def _roomy(columns: Sequence[Column], width: int) -> bool:
+    """Whether no column has to wrap."""
+    return sum(column.width + GAP for column in columns) - GAP <= width
+
+
+def _paragraphs(columns: Sequence[Column], console: Console) -> None:
+    """`title text` pairs, one paragraph per cell, for very narrow terminals."""
+    for index in range(len(columns[0].cells)):
+        pairs = [f"{column.title} {column.cells[index]}" for column in columns]
+        lines, line = list[str](), ""
+        for pair in pairs:
+            joined = f"{line}  {pair}" if line else pair
+            if line and len(joined) > console.width - 2:
+                lines.append(line)
+                joined = pair
+            line = joined
+        for number, text in enumerate([*lines, line]):
+            console.print(Text(text if number == 0 else f"  {text}"), highlight=False)

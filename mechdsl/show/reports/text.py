@@ -1,0 +1,192 @@
+"""What reports in the terminal share: numbers as text, headings, the conventions block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from textwrap import wrap
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from mechdsl.program import spec
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.statistics.data import Floats, MeasureData, NullBand
+from mechdsl.validate.reachable_p import CORRECTION_NAMES
+
+MISSING = "–"
+
+
+def number_format(values: Iterable[float], digits: int = 3) -> Callable[[float], str]:
+    """One way to write all numbers of a column, so that they can be compared by eye.
+
+    `digits` is how many the greatest of them shows behind a leading zero.
+    """
+    finite = [abs(float(v)) for v in values if math.isfinite(v)]
+    greatest = max(finite, default=0.0)
+    if greatest and not 0.01 <= greatest < 1e6:
+        return lambda value: f"{value:.{digits - 1}e}" if math.isfinite(value) else MISSING
+    whole = len(str(int(greatest)))
+    places = max(0, digits + 1 - max(whole, 1))
+
+    def write(value: float) -> str:
+        if not math.isfinite(value):
+            return MISSING
+        text = f"{value:.{places}f}"
+        # a rounded zero has no sign
+        return text.lstrip("-") if float(text) == 0 else text
+
+    return write
+
+
+def sortable(value: object) -> tuple[int, float, str]:
+    """Numbers by size, before words in their order."""
+    if isinstance(value, int | float):
+        return 0, float(value), ""
+    return 1, 0.0, str(value)
+
+
+def p_text(p: float) -> str:
+    """p with four places, or its power of ten below that."""
+    if not math.isfinite(p):
+        return MISSING
+    return f"{p:.0e}" if p < 0.00005 else f"{p:.4f}"
+
+
+def alpha(result: ExperimentResult) -> float:
+    """The level that a corrected p has to stay under: 0.05 for intervals of 95 %."""
+    confidence = result.settings.confidence if result.settings else 95.0
+    return round(1 - confidence / 100, 10)
+
+
+def measure_name(data: MeasureData) -> str:
+    """`recovery of ld`, per prompt where it is; `raw` is the metric itself."""
+    if data.effect == "raw":
+        return data.label
+    each = " per prompt" if data.per_prompt else ""
+    return f"{data.effect}{each} of {data.label}"
+
+
+def ends_of_scale(result: ExperimentResult, data: MeasureData) -> str | None:
+    """`0 is fewer (-2.1), 1 is clean (3.4)`: the unpatched runs, as far as the effect has them."""
+    from mechdsl.vocab.effects import EFFECTS
+
+    effect = EFFECTS[data.effect]
+    if data.kind == "category" or effect.zero is None:
+        return None
+    base = _means(data.base)
+    source = [math.nan] if data.source is None else _means(data.source)
+    write = number_format([*base, *source])
+    unit = f" {data.unit}" if data.unit and not effect.scale_free else ""
+
+    def shown(values: Sequence[float], unit: str) -> str:
+        ends = dict.fromkeys(write(value) for value in (min(values), max(values)))
+        return f"{' to '.join(ends)}{unit}"
+
+    zero = f"0 is {result.shown(result.base)} ({shown(base, unit)})"
+    if data.source is None or data.effect == "relative":
+        return zero
+    name = result.shown(result.source or "")
+    if effect.one is not None:
+        return f"{zero}, 1 is {name} ({shown(source, '')})"
+    return f"{zero}, {name} has {shown(source, unit)}"
+
+
+def _means(values: Floats) -> list[float]:
+    """Over prompts, of every distinct run: cells may be set against runs of their own."""
+    found = [float(np.nanmean(row)) if not np.isnan(row).all() else math.nan for row in values]
+    return found if len(found) == 1 or not np.isnan(found).any() else [math.nan]
+
+
+def heading(result: ExperimentResult, data: MeasureData, console: Console) -> None:
+    """Which experiment and measure, on which model, in which direction, against which ends."""
+    console.print()
+    title = Text(f"{result.name}: ", style="bold")
+    title.append(measure_name(data))
+    console.print(title, highlight=False)
+    facts = [result.model, result.direction, f"n = {result.prompts}"]
+    ends = ends_of_scale(result, data)
+    if ends:
+        facts.append(ends)
+    console.print(Text(" · ".join(facts), style="dim"), highlight=False)
+
+
+def notes(lines: Sequence[str], console: Console) -> None:
+    """Short remarks under a table."""
+    for line in lines:
+        console.print(Text(line, style="dim"), highlight=False)
+
+
+def conventions(result: ExperimentResult, report: spec.Report, console: Console) -> None:
+    """Everything that was defaulted or worked out: under every table, and under the last figure
+    of an experiment (those before it are followed by it)."""
+    followed = report in result.reports and report != result.reports[-1]
+    if not result.conventions or (followed and report.kind != "table"):
+        return
+    console.print(Text("conventions", style="dim bold"), highlight=False)
+    key_width = max(len(key) for key in result.conventions)
+    if key_width > console.width // 3:
+        key_width = console.width // 3
+    for key, value in result.conventions.items():
+        hanging(f"  {key:<{key_width}}  ", str(value), console)
+
+
+def hanging(lead: str, text: str, console: Console) -> None:
+    """Dim text behind a lead, its further lines below its first."""
+    lines = wrap(text, max(20, console.width - len(lead))) or [""]
+    for number, line in enumerate(lines):
+        start = " " * len(lead) if number else lead
+        console.print(Text(start + line, style="dim"), highlight=False, soft_wrap=True)
+
+
+def survivors(result: ExperimentResult, measure: int) -> str | None:
+    """How many cells survive the correction, in words."""
+    found = result.statistics[measure]
+    if not found.test or result.settings is None:
+        return None
+    corrected = found.p_corrected
+    tested = int(np.count_nonzero(~np.isnan(corrected)))
+    with np.errstate(invalid="ignore"):
+        good = int(np.count_nonzero(corrected < alpha(result)))
+    name = CORRECTION_NAMES[result.settings.correction]
+    how = "no correction" if result.settings.correction == "none" else f"{name}'s correction"
+    cells = "cell survives" if tested == 1 else "cells survive"
+    return f"{good} of {tested} {cells} {how} at p < {alpha(result):g}"
+
+
+def inert_note(result: ExperimentResult, measure: int) -> str | None:
+    """How many cells were left out because they can't differ."""
+    count = int(np.count_nonzero(result.measures[measure].inert))
+    if not count:
+        return None
+    cells = "1 cell is" if count == 1 else f"{count} cells are"
+    return f"{cells} inert: by structure the same as {result.base}, so not tested or corrected for"
+
+
+def null_texts(band: NullBand, cells: Iterable[int], write: Callable[[float], str]) -> list[str]:
+    """`[low, high]` of the controls beside each cell."""
+    return [
+        f"[{write(band.low[cell])}, {write(band.high[cell])}]"
+        if math.isfinite(band.low[cell])
+        else MISSING
+        for cell in cells
+    ]
+
+
+def null_words(result: ExperimentResult, measure: int) -> str | None:
+    """What the null band is."""
+    band = result.control(measure)
+    if band is None:
+        return None
+    confidence = result.settings.confidence if result.settings else 95.0
+    return f"{confidence:g} % of {band.draws} {band.what} lie in it"
+
+
+def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list[str]:
+    """Remarks under a figure that marks survivors with a star and, where anything could be
+    drawn, shades the null band."""
+    survived, null = survivors(result, measure), null_words(result, measure)
+    shade = "░ null" if drawn else "null"
+    said = [f"* {survived}" if survived else None, f"{shade}: {null}" if null else None]
+    return [line for line in (*said, inert_note(result, measure)) if line]

@@ -1,0 +1,37 @@
+"""The verdict on each `expect`, printed behind an experiment's reports."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.text import Text
+
+from mechdsl.results.experiment import ExpectOutcome, ExperimentResult
+from mechdsl.show.reports.text import hanging, number_format
+
+
+def print_verdicts(result: ExperimentResult, console: Console) -> None:
+    """One line per expectation, with its value and interval; a reason below where it has one."""
+    if not result.outcomes:
+        return
+    console.print()
+    for outcome in result.outcomes:
+        word, style = ("holds", "green") if outcome.holds else ("fails", "bold red")
+        text = Text().append(word, style=style).append(f"  expect {outcome.text}")
+        value = _value(outcome)
+        if value:
+            text.append(f"  {value}", style="dim")
+        console.print(text, highlight=False)
+        if outcome.reason:
+            hanging(" " * 7, outcome.reason, console)
+
+
+def _value(outcome: ExpectOutcome) -> str:
+    if outcome.value is None or isinstance(outcome.value, str):
+        return outcome.value or ""
+    ends = [math.nan if end is None else end for end in (outcome.low, outcome.high)]
+    if not all(map(math.isfinite, ends)):
+        return f"{'rank ' if outcome.text.startswith('top ') else ''}{outcome.value:.4g}"
+    write = number_format([outcome.value, *ends])
+    return f"{write(outcome.value)} [{write(ends[0])}, {write(ends[1])}]"

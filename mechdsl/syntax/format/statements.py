@@ -1,0 +1,302 @@
+"""The canonical text of one statement, on one line and without comments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from mechdsl.syntax import ast
+from mechdsl.syntax.format.constructs import (
+    CONDITION,
+    SUM,
+    axis_value,
+    call,
+    domain,
+    edge,
+    expression,
+    names,
+    occurrence,
+    percentage,
+    position,
+    positions,
+    ranked,
+    ref,
+    site,
+    string,
+    within,
+)
+
+
+def _optional(word: str, value: Any) -> str:
+    """` word value`, or nothing."""
+    return "" if value is None else f" {word} {value}"
+
+
+def _of(word: str, node: Any, text: Any) -> str:
+    """` word text(node)`, or nothing."""
+    return "" if node is None else f" {word} {text(node)}"
+
+
+def _id(name: ast.Name) -> str:
+    return name.id
+
+
+def _text(text: ast.String) -> str:
+    return string(text.value)
+
+
+def _condition(node: ast.Expr) -> str:
+    return within(node, CONDITION)
+
+
+def _sum(node: ast.Expr) -> str:
+    return within(node, SUM)
+
+
+def _percent(node: ast.Percent) -> str:
+    return percentage(node.value)
+
+
+def _refs(nodes: Iterable[ast.Ref]) -> str:
+    return ", ".join(map(ref, nodes))
+
+
+def header(node: Any) -> str | None:
+    """What stands before the brace of a statement that holds lines; None for any other."""
+    match node:
+        case ast.PromptsDef():
+            return f"{node.kind} {node.name.id}"
+        case ast.ExperimentDef():
+            return f"experiment {node.name.id}"
+        case ast.Corrupt():
+            return f"corrupt {node.name.id}"
+        case ast.For():
+            return f"for {node.name.id} in {domain(node.domain)}"
+        case ast.Chat():
+            return "chat"
+        case _:
+            return None
+
+
+def body(node: Any) -> tuple[Any, ...]:
+    """What stands in the braces of such a statement."""
+    match node:
+        case ast.PromptsDef():
+            return node.lines
+        case ast.ExperimentDef():
+            return node.statements
+        case ast.Corrupt():
+            return node.changes
+        case ast.For():
+            return node.body
+        case ast.Chat():
+            return node.turns
+        case _:
+            return ()
+
+
+def line(node: Any) -> str:
+    """A statement without lines in braces."""
+    for part in (_top, _data, _rule, _statement):
+        text = part(node)
+        if text is not None:
+            return text
+    raise TypeError(f"{type(node).__name__} is no statement")
+
+
+def _top(node: Any) -> str | None:
+    match node:
+        case ast.Version():
+            return f"mech {node.number}"
+        case ast.Use():
+            return f"use {_text(node.path)}"
+        case ast.Param():
+            return f"param {node.name.id} = {expression(node.value)}"
+        case ast.ModelDef():
+            return f"model {node.name.id} = {call(node.source)}"
+        case ast.MetricDef():
+            return f"metric {node.name.id} = {within(node.value, SUM)}"
+        case ast.DirectionDef():
+            place = _of("at", node.site, site) + _of("at", node.at, positions)
+            return f"direction {node.name.id} = {within(node.value, SUM)}{place}"
+        case ast.BasisDef():
+            place = _of("at", node.site, site) + _of("at", node.at, positions)
+            return f"basis {node.name.id} = {call(node.source)}{place}"
+        case ast.GroupDef():
+            return f"group {node.name.id} = {', '.join(map(site, node.sites))}"
+        case ast.Seed():
+            return f"seed {node.value}"
+        case _:
+            return None
+
+
+def _data(node: Any) -> str | None:
+    match node:
+        case ast.Domained():
+            return f"{names(node.names)} in {domain(node.domain)}"
+        case ast.Derived():
+            return f"{names(node.names)} = {expression(node.value)}"
+        case ast.Template():
+            return f"template {_text(node.text)}"
+        case ast.ChatTurn():
+            return f"{node.role} {_text(node.text)}"
+        case ast.RowsFrom():
+            return f"rows {within(node.source, SUM)}"
+        case ast.Rename():
+            pairs = ", ".join(f"{new.id} = {old.id}" for new, old in node.pairs)
+            return f"rename {{ {pairs} }}"
+        case ast.Where():
+            return f"where {within(node.condition, CONDITION)}"
+        case ast.Split():
+            return f"split {percentage(node.percent.value)}"
+        case ast.Text():
+            if node.name.id in ("answer", "wrong"):
+                return f"{node.name.id} {expression(node.value)}"
+            return f"text {node.name.id} = {expression(node.value)}"
+        case ast.SpanDef():
+            if node.literal is not None:
+                return f"span {node.name.id} = {_text(node.literal)}"
+            return f"span {node.name.id}" + _of("in", node.within, _id)
+        case ast.ImageLine():
+            if node.source is not None:
+                return f"image from {ref(node.source)}"
+            return f"image {within(node.value, SUM)}"
+        case ast.Region():
+            return f"region {node.name.id} = {node.column.id}"
+        case ast.SwapValues():
+            return f"swap {node.first.id}, {node.second.id}"
+        case ast.AddNoise():
+            return f"add {call(node.noise)} to {site(node.site)} at {positions(node.at)}"
+        case ast.ReplaceTokens():
+            return f"replace {positions(node.at)} with {within(node.value, SUM)}"
+        case ast.Blur():
+            return f"blur {node.image.id} radius {node.radius}"
+        case _:
+            return None
+
+
+def _rule(node: Any) -> str | None:
+    match node:
+        case ast.Rule():
+            return line(node.body) + _of("during", node.during, _during)
+        case ast.Patch():
+            return (
+                f"patch {site(node.site)} at {positions(node.at)}"
+                + _of("onto", node.onto, positions)
+                + _of("into layer", node.into_layer, axis_value)
+                + _of("with", node.source, ref)
+            )
+        case ast.Ablate():
+            fill = within(node.fill, SUM)
+            by = _of("by", node.by, _id)
+            return f"ablate {site(node.site)} at {positions(node.at)} with {fill}{by}"
+        case ast.Block():
+            return f"block {edge(node.edge)}"
+        case ast.Reweight():
+            return f"reweight {edge(node.edge)} by {within(node.factor, SUM)}"
+        case ast.SetEdge():
+            return f"set {edge(node.edge)} to {within(node.value, SUM)}"
+        case ast.SetSite():
+            return f"set {site(node.site)} at {positions(node.at)} to {within(node.value, SUM)}"
+        case ast.PathRule():
+            through = f" through {names(node.through)}" if node.through else ""
+            ends = f"{site(node.sender)} -> {site(node.receiver)}"
+            return f"path {ends} at {positions(node.at)}{through}"
+        case ast.Add():
+            return f"add {within(node.value, SUM)} to {site(node.site)} at {positions(node.at)}"
+        case ast.Scale():
+            factor = within(node.factor, SUM)
+            return f"scale {site(node.site)} at {positions(node.at)} by {factor}"
+        case ast.ProjectOut():
+            best = f"[{ranked(node.best)}]" if node.best else ""
+            place = f"{site(node.site)} at {positions(node.at)}"
+            return f"project out {node.direction.id}{best} from {place}"
+        case ast.Clamp():
+            return f"clamp {site(node.site)} at {positions(node.at)} to {within(node.value, SUM)}"
+        case ast.SwapSites():
+            other = positions(node.other)
+            return f"swap {site(node.site)} at {positions(node.at)} with {other}"
+        case ast.Freeze():
+            return f"freeze {site(node.site)} at {positions(node.at)}"
+        case _:
+            return None
+
+
+def _during(node: ast.During) -> str:
+    if node.phase == "each step":
+        return "each step"
+    return f"step {occurrence(node.steps)}" if node.steps else str(node.name)
+
+
+def _statement(node: Any) -> str | None:
+    match node:
+        case ast.UseModel():
+            return f"model {_refs(node.models)}"
+        case ast.UsePrompts():
+            return f"{node.kind} {ref(node.prompts)}" + _optional("limit", node.limit)
+        case ast.FromInto():
+            return f"from {_refs(node.sources)} into {_refs(node.bases)}"
+        case ast.Keep():
+            return f"keep {within(node.condition, CONDITION)}"
+        case ast.Against():
+            return f"against {call(node.control)}"
+        case ast.Generate():
+            return f"generate {node.steps}"
+        case ast.Using():
+            picks = ", ".join(f"{pick.how} {pick.amount}" for pick in node.verify)
+            return f"using {call(node.estimator)}" + (f" verify {picks}" if picks else "")
+        case ast.Discover():
+            end = _of("until", node.until, _condition)
+            if node.top is not None and node.unit is not None:
+                end += f" top {node.top} {node.unit.id}"
+            return f"discover {node.what.id} over {names(node.over)} using {call(node.using)}{end}"
+        case ast.Search():
+            return f"search {node.how.id} {node.what.id} up to {node.up_to}"
+        case ast.ObserveAttention():
+            return f"observe {edge(node.edge)}"
+        case ast.ObserveFeatures():
+            top = _optional("top", node.top)
+            return f"observe features of {node.basis.id} at {positions(node.at)}{top}"
+        case ast.Observe():
+            return _observe(node)
+        case ast.Measure():
+            at, per = _of("at", node.at, position), _of("per", node.per, _id)
+            return f"measure {within(node.metric, SUM)}{at} as {node.effect.id}{per}"
+        case ast.Stats():
+            return (
+                "stats"
+                + (f" {call(node.resampling)}" if node.resampling else "")
+                + _of("confidence", node.confidence, _percent)
+                + _of("correct", node.correction, _id)
+                + _of("by", node.by, _id)
+            )
+        case ast.Report():
+            return (
+                f"report {node.kind.id}"
+                + (f" {node.variable.id}" if node.variable else "")
+                + _of("by", node.by, _id)
+                + _optional("top", node.top)
+                + _of("to", node.file, _text)
+            )
+        case ast.Expect():
+            if node.condition is not None:
+                what = within(node.condition, CONDITION)
+            else:
+                what = f"top {node.top} contains {', '.join(map(site, node.contains))}"
+            return (
+                f"expect {what}" + _of("on", node.relaxed, _id) + _of("citing", node.citing, _text)
+            )
+        case _:
+            return None
+
+
+def _observe(node: ast.Observe) -> str:
+    # `at` before the site is optional; it reads well behind a call, as in `probe(count) at`.
+    what = call(node.what) + (" at" if isinstance(node.what, ast.Call) else "")
+    return (
+        f"observe {what} {site(node.site)}"
+        + _of("toward", node.toward, _sum)
+        + _of("at", node.at, positions)
+        + _of("with", node.other, positions)
+        + _optional("top", node.top)
+    )

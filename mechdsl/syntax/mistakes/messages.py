@@ -1,0 +1,284 @@
+"""From a place where the parser stopped to a message that says what to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e01_syntax import MisspeltWord, ReservedName, UnexpectedToken, WrongVersion
+from mechdsl.syntax.grammar import keywords
+from mechdsl.syntax.mistakes.hints import hint
+from mechdsl.syntax.mistakes.pieces import WORDS, Piece
+from mechdsl.syntax.reserved import CHANGE_WORDS, DATA_WORDS, EXPERIMENT_WORDS, RESERVED, TOP_WORDS
+
+_BLOCKS = {
+    "top_lines": "a statement of the file, such as `prompts` or `experiment`",
+    "data_lines": "a line of a `prompts` block, such as `template` or `answer`",
+    "change_lines": "a change, such as `count = count - 1`",
+    "experiment_lines": "a statement of an `experiment`, such as `patch` or `measure`",
+}
+_HOMES = (
+    (TOP_WORDS, "at the outermost level of the file, outside every brace"),
+    (EXPERIMENT_WORDS, "in an `experiment` block"),
+    (DATA_WORDS, "in a `prompts` or `images` block"),
+    (CHANGE_WORDS, "in a `corrupt` block"),
+)
+_SHOWN = 4
+_LONGEST = 30
+_AXES = frozenset(
+    name + plural
+    for name in ("LAYER", "HEAD", "NEURON", "EXPERT", "FEATURE")
+    for plural in ("", "S")
+)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """Where the parser stopped, and in what."""
+
+    source: Source
+    kind: str
+    """Which lines it was reading."""
+    begin: int
+    end: int
+    """The statement at fault."""
+    offset: int
+    """Where the parser stopped; the end of the block if a statement is cut short by it."""
+    token: Piece | None
+    before: Piece | None
+    statement: list[Piece]
+    accepts: frozenset[str]
+    lexed: str
+    """What the lexer took the token for."""
+
+    @property
+    def cut_short(self) -> bool:
+        """The statement ends where something is still missing."""
+        return self.offset >= self.end or self.token is None
+
+    @property
+    def span(self) -> Span:
+        """The token, or behind the one before where the next statement is innocent."""
+        innocent = self.cut_short or (self.token is not None and self.token.first)
+        if innocent and self.before is not None and self.before.start >= self.begin:
+            return Span(self.source, self.before.end, self.before.end)
+        if self.token is None:
+            return Span(self.source, self.offset, self.offset)
+        return Span(self.source, self.token.start, self.token.end)
+
+
+def explain(mistake: Mistake) -> Diagnostic:
+    """The message for a mistake: the most telling that applies."""
+    return (
+        _first_word(mistake)
+        or _misspelt(mistake)
+        or _hinted(mistake)
+        or _reserved(mistake)
+        or _unexpected(mistake)
+    )
+
+
+def distance(a: str, b: str) -> int:
+    """Letters to insert, delete, replace or swap with a neighbour to get from one to the other."""
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, last, row = row, before, [i]
+        for j, y in enumerate(b, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a misspelt one most likely is: a third of its letters may differ."""
+    if not 2 < len(word) <= _LONGEST:
+        return None
+    ranked = sorted((distance(word.lower(), k), k) for k in known)
+    if ranked and ranked[0][0] <= max(1, (len(word) + 1) // 3):
+        return ranked[0][1]
+    return None
+
+
+def _first_word(mistake: Mistake) -> Diagnostic | None:
+    """A statement that begins with something no statement of its block begins with."""
+    if not mistake.statement:
+        return None
+    word = mistake.statement[0]
+    span = Span(mistake.source, word.start, word.end)
+    if word.text == "mech" and mistake.kind == "top_lines":
+        return WrongVersion(
+            problem="`mech` stands a second time", place="the version is known", span=span
+        )
+    if word.kind != "word":
+        if mistake.offset > word.start:
+            return None
+        expected = _BLOCKS[mistake.kind]
+        return UnexpectedToken(found=f"`{_short(word.text)}`", expected=expected, span=span)
+    if word.text in WORDS[mistake.kind] or _is_definition(mistake):
+        return None
+    for words, home in _HOMES:
+        if word.text in words:
+            return UnexpectedToken(
+                found=f"`{word.text}`",
+                expected=_BLOCKS[mistake.kind],
+                hint=f"`{word.text}` belongs {home}",
+                span=span,
+            )
+    meant = closest(word.text, WORDS[mistake.kind])
+    if meant is not None:
+        return MisspeltWord(word=word.text, meant=meant, span=span)
+    said = hint("", mistake.source.text[word.start : mistake.end], mistake.accepts)
+    return UnexpectedToken(
+        found=f"`{_short(word.text)}`", expected=_BLOCKS[mistake.kind], hint=said or "", span=span
+    )
+
+
+def _is_definition(mistake: Mistake) -> bool:
+    if mistake.kind not in ("data_lines", "change_lines") or len(mistake.statement) < 2:
+        return False
+    return mistake.statement[1].text in ("=", "in", ",")
+
+
+def _hinted(mistake: Mistake) -> Diagnostic | None:
+    found = hint(
+        mistake.source.text[mistake.begin : mistake.offset],
+        mistake.source.text[mistake.offset : mistake.end],
+        mistake.accepts,
+    )
+    if found is None:
+        return None
+    return UnexpectedToken(
+        found=_found(mistake), expected=_expected(mistake), hint=found, span=mistake.span
+    )
+
+
+def _misspelt(mistake: Mistake) -> Diagnostic | None:
+    token = mistake.token
+    if mistake.cut_short or token is None or token.kind != "word":
+        return None
+    meant = closest(token.text, _words(mistake.accepts))
+    if meant is None or meant == token.text:
+        return None
+    span = Span(mistake.source, token.start, token.end)
+    if token.text in keywords().values():  # `layers` for `layer`, but not `and` for `add`
+        if token.text.removesuffix("s") != meant.removesuffix("s"):
+            return None
+        return UnexpectedToken(
+            found=_found(mistake),
+            expected=_expected(mistake),
+            hint=f"write `{meant}`",
+            span=span,
+        )
+    return MisspeltWord(word=token.text, meant=meant, span=span)
+
+
+def _reserved(mistake: Mistake) -> Diagnostic | None:
+    """A word of the language where a name is wanted."""
+    token = mistake.token
+    if mistake.cut_short or token is None:
+        return None
+    before = mistake.before
+    if before is not None and before.text in RESERVED and token.kind == "sign":
+        # `prob(head)`: read as an axis, whose number is missing.
+        if before.depth > mistake.statement[0].depth:
+            return ReservedName(
+                name=before.text, span=Span(mistake.source, before.start, before.end)
+            )
+        return None
+    if token.text not in RESERVED:
+        return None
+    if mistake.lexed == "NAME" or "NAME" not in mistake.accepts:
+        return None
+    return ReservedName(name=token.text, span=Span(mistake.source, token.start, token.end))
+
+
+def _unexpected(mistake: Mistake) -> Diagnostic:
+    return UnexpectedToken(found=_found(mistake), expected=_expected(mistake), span=mistake.span)
+
+
+def _found(mistake: Mistake) -> str:
+    token = mistake.token
+    if not mistake.cut_short and token is not None:
+        return f"`{_short(token.text)}`"
+    if mistake.statement and mistake.statement[0].kind == "word":
+        return f"end of the `{mistake.statement[0].text}` statement"
+    return "end of the statement"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 30 else f"{text[:29]}…"
+
+
+def _words(accepts: Iterable[str]) -> set[str]:
+    known = keywords()
+    return {known[name] for name in accepts if known.get(name, "").isalpha()}
+
+
+_GROUPS: tuple[tuple[str, frozenset[str]], ...] = (
+    (
+        "a position, such as `last token`",
+        frozenset({"TOKEN", "TOKENS", "EACH", "FIRST", "LAST", "TOP", "BEST", "EDGE_SPAN"})
+        | {"STRING", "NAME", "LBRACE"},
+    ),
+    (
+        "a site, such as `resid_post layer 3`",
+        frozenset({"SHORT", "TOP", "BEST", "NAME"}) | _AXES,
+    ),
+    (
+        "an expression",
+        frozenset({"NAME", "INT", "FLOAT", "PERCENT", "STRING", "SHORT", "MINUS", "LPAR", "LSQB"})
+        | {"NOT", "IF"},
+    ),
+    ("a layer, head or range", frozenset({"STAR", "INT", "PERCENT", "NAME", "MINUS"})),
+    ("an operator", frozenset({"PLUS", "MINUS", "STAR", "SLASH"})),
+    ("a comparison", frozenset({"COMPARISON", "EQUAL", "IN", "NEAR"})),
+    ("an axis such as `layer 3`", _AXES),
+)
+"""What several terminals together mean; a group is named when all of it is accepted (of the first
+three: all but what the place excludes)."""
+
+_SINGLES = {
+    "NAME": "a name",
+    "DEF": "a name",
+    "ARGUMENT": "an argument",
+    "INT": "a whole number",
+    "FLOAT": "a number",
+    "PERCENT": "a percentage",
+    "STRING": "a text in quotes",
+    "SHORT": "a site such as `L9H9`",
+    "EDGE_SPAN": "`last-…`",
+    "BEST": "`best of`",
+    "COMPARISON": "a comparison",
+    "$END": "the end",
+}
+
+
+def _expected(mistake: Mistake) -> str:
+    """What could stand there, in a few words."""
+    left = set(mistake.accepts)
+    known = keywords()
+    complete = "$END" in left
+    if complete:
+        left -= {name for name in left if known.get(name, "") in WORDS[mistake.kind]}
+        left -= {"$END", "DEF"}
+    texts: list[str] = []
+    for text, group in _GROUPS:
+        core = group - {"NOT", "IF", "TOP", "BEST"}
+        if core <= left:
+            texts.append(text)
+            left -= group
+    clauses = sorted(f"`{known[name]}`" for name in left if known.get(name, "").isalpha())
+    signs = sorted(f"`{known[name]}`" for name in left if not known.get(name, "a").isalpha())
+    others = sorted({_SINGLES[name] for name in left if name in _SINGLES})
+    texts = clauses + others + texts if len(clauses) <= _SHOWN else texts + others + clauses
+    texts = [*texts, *signs][:_SHOWN]
+    if complete:
+        texts = [*texts[: _SHOWN - 1], "the next statement"]
+    if len(texts) > 1:
+        return f"{', '.join(texts[:-1])} or {texts[-1]}"
+    return texts[0] if texts else "something else"

@@ -1,0 +1,193 @@
+"""What an expectation says, with its names bound: values, and conditions on them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+from mechdsl.base.percent import Percent
+from mechdsl.base.record import Record, record
+
+if TYPE_CHECKING:
+    from mechdsl.resolve.cell_key import CellKey
+
+# --- which cells --------------------------------------------------------------------------------
+
+SHORT_COMPONENTS = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
+"""`L3.mlp` is `mlp_out layer 3`."""
+
+_SITE = re.compile(r"(?:L(?P<layer>[^HN.]+)(?:(?P<unit>[HN])(?P<index>[^.]+))?\.)?(?P<name>\w+)")
+"""`L2H0.z`, `L0-2.resid_post`, `L3H*.z`, `embed`."""
+_UNITS = {"H": "head", "N": "neuron"}
+Coordinates = dict[str, int | float | str]
+
+
+def full_component(name: str) -> str:
+    """The registered name of a component that may be written short."""
+    return SHORT_COMPONENTS.get(name, name)
+
+
+def place_of(cell: CellKey) -> tuple[Coordinates, set[str]]:
+    """All coordinates of a cell, those included that its experiment doesn't sweep but its site's
+    name shows, and its components (several where rules act together)."""
+    found: Coordinates = {}
+    components: set[str] = set()
+    rules = cell.site.split(" + ")
+    for rule in rules:
+        # `L0H2.z → L1H1.k`: a path is at its sender, and its receiver has axes of its own.
+        for written, prefix in zip(rule.split(" → "), ("", "to_"), strict=False):
+            part = _SITE.fullmatch(written)
+            if part is None:
+                continue
+            if not prefix:
+                components.add(part["name"])
+            if len(rules) > 1:
+                continue
+            if (part["layer"] or "").isdigit():
+                found[f"{prefix}layer"] = int(part["layer"])
+            if part["unit"] and part["index"].isdigit():
+                found[prefix + _UNITS[part["unit"]]] = int(part["index"])
+    return {**found, **cell.coords}, components
+
+
+@record
+class Where(Record):
+    """Which cells are meant: ranges of coordinates, and a component."""
+
+    text: str
+    ranges: Mapping[str, tuple[tuple[int | float | str, int | float | str], ...]]
+    """Axis -> ranges with both ends included, one of which has to hold it."""
+    component: str | None = None
+
+    def matches(self, cell: CellKey) -> bool:
+        coordinates, components = place_of(cell)
+        if self.component and components and self.component not in components:
+            return False
+        return all(
+            axis in coordinates and any(_within(coordinates[axis], *ends) for ends in allowed)
+            for axis, allowed in self.ranges.items()
+        )
+
+    def find(self, cells: Iterable[CellKey]) -> list[int]:
+        """Indices of the cells that are meant."""
+        return [index for index, cell in enumerate(cells) if self.matches(cell)]
+
+
+def _within(value: int | float | str, low: int | float | str, high: int | float | str) -> bool:
+    if isinstance(value, str) and isinstance(low, Percent) and value.endswith("%"):
+        value = float(value[:-1])  # a layer by its relative depth
+    if isinstance(value, str) or isinstance(low, str) or isinstance(high, str):
+        return str(value) == str(low)
+    return low <= value <= high
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+@record
+class Constant(Record):
+    value: float
+
+
+@record
+class OfCells(Record):
+    """One number of the cells of a measure. `only` and `cell` read a single one."""
+
+    how: Literal["max", "min", "mean", "cell", "only"]
+    measure: int
+    where: tuple[Where, ...] = ()
+
+
+@record
+class Accuracy(Record):
+    run: str
+
+
+@record
+class Correlation(Record):
+    """Over the cells that both experiments have."""
+
+    how: Literal["spearman", "pearson"]
+    measure: int
+    experiment: str
+
+
+@record
+class Arithmetic(Record):
+    operator: Literal["+", "-", "*", "/"]
+    left: Value
+    right: Value
+
+
+@record
+class Absolute(Record):
+    operand: Value
+
+
+@record
+class Area(Record):
+    """Under the curve of a measure over an axis, divided by the axis's range."""
+
+    measure: int
+    axis: str
+    where: tuple[Where, ...] = ()
+
+
+Value = Constant | OfCells | Accuracy | Correlation | Area | Arithmetic | Absolute
+
+
+# --- conditions ---------------------------------------------------------------------------------
+
+
+@record
+class Comparison(Record):
+    operator: Literal["<", "<=", ">", ">=", "=", "!="]
+    left: Value
+    right: Value
+
+
+@record
+class Between(Record):
+    """`v near x within t`, `v in a..b`: both ends included."""
+
+    value: Value
+    low: float
+    high: float
+
+
+@record
+class BestIs(Record):
+    """`argmax(recovery) = L9H9`."""
+
+    how: Literal["argmax", "argmin"]
+    measure: int
+    where: tuple[Where, ...]
+    site: Where
+    equal: bool = True
+
+
+@record
+class TopContains(Record):
+    """`top 3 contains L9H9, L9H6`, by absolute value."""
+
+    top: int
+    measure: int
+    sites: tuple[Where, ...]
+
+
+@record
+class Both(Record):
+    operator: Literal["and", "or"]
+    left: Condition
+    right: Condition
+
+
+@record
+class Negation(Record):
+    operand: Condition
+
+
+Condition = Comparison | Between | BestIs | Both | Negation
+Statement = Condition | TopContains
+"""What stands behind `expect`."""

@@ -1,0 +1,346 @@
+"""Reports: how the results of an experiment are shown, one entry each.
+
+An entry names the module that draws it, which is imported on use, because drawing needs rich or
+altair and checking a file doesn't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Protocol, cast
+
+from mechdsl.base.registry import Registry, nearest
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
+from mechdsl.diagnostics.e06_statistics import BadReport
+from mechdsl.program import spec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mechdsl.results.experiment import ExperimentResult
+
+
+class Measured(Protocol):
+    """What a check knows of a measure."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
+def short_names(label: str, text: str) -> tuple[str, ...]:
+    """What a report may call a measure: its name, or the first word of `argmax(1..9)`."""
+    return tuple(dict.fromkeys((label, text.partition("(")[0].strip())))
+
+
+class _Drawing(Protocol):
+    """What the module of a report defines."""
+
+    def render(self, result: ExperimentResult, report: spec.Report, console: Console) -> None: ...
+
+    def save(self, result: ExperimentResult, report: spec.Report, path: Path) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportKind:
+    """One word behind `report`."""
+
+    name: str
+    meaning: str
+    example: str
+    module: str | None = None
+    """None: part of the language, but not drawn yet."""
+    suffixes: tuple[str, ...] = ()
+    """Endings of the files it can be written to; the first is the usual one."""
+    variable: bool = False
+    """Whether a variable has to stand behind it, an axis of the experiment."""
+    by: bool = False
+    """Whether `by` has to follow."""
+    by_value: bool = False
+    """Whether `by` may name a value of the prompts instead of an axis."""
+    variable_value: bool = False
+    """Whether the variable may be a value of the prompts instead of an axis."""
+    by_category: bool = False
+    """Whether `by` names a measure that is a category, instead of an axis."""
+    along: str | None = None
+    """An axis that the experiment must have, without being named."""
+    numbers_only: bool = False
+    """Leaves categories out, so that there must be a measure that is a number."""
+    top: bool = False
+    """Whether `top n` may follow: how many of what it shows."""
+    file_only: bool = False
+    needs: tuple[str, ...] = ()
+    """Optional packages, looked for before anything is run."""
+
+    @property
+    def supported(self) -> bool:
+        return self.module is not None
+
+    def _drawing(self) -> _Drawing:
+        if self.module is None:
+            raise ValueError(f"`report {self.name}` isn't drawn yet: `check_report` refuses it")
+        return cast(_Drawing, import_module(self.module))
+
+    def render(self, result: ExperimentResult, report: spec.Report, console: Console) -> None:
+        """Print it."""
+        self._drawing().render(result, report, console)
+
+    def save(self, result: ExperimentResult, report: spec.Report, path: Path) -> None:
+        """Write it to a file, whose ending says the format."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._drawing().save(result, report, path)
+
+
+REPORTS: Registry[ReportKind] = Registry("report")
+PICTURES = (".svg", ".png", ".html")
+
+
+def _report(entry: ReportKind) -> None:
+    REPORTS.add(entry.name, entry)
+
+
+_report(
+    ReportKind(
+        name="table",
+        meaning="every cell with its effect, interval and p",
+        example="report table top 10",
+        module="mechdsl.show.reports.table",
+        suffixes=(".txt", ".csv", ".svg", ".png"),
+        by_value=True,
+        top=True,
+    )
+)
+_report(
+    ReportKind(
+        name="heatmap",
+        meaning="the effect over two axes",
+        example="report heatmap layer by head",
+        module="mechdsl.show.reports.heatmap",
+        suffixes=PICTURES,
+        variable=True,
+        by=True,
+    )
+)
+_report(
+    ReportKind(
+        name="lines",
+        meaning="the effect along one axis, with its interval",
+        example="report lines layer by position",
+        module="mechdsl.show.reports.lines",
+        suffixes=PICTURES,
+        variable=True,
+        numbers_only=True,
+    )
+)
+_report(
+    ReportKind(
+        name="csv",
+        meaning="one line per cell and measure",
+        example='report csv to "cells.csv"',
+        module="mechdsl.show.reports.files",
+        suffixes=(".csv",),
+    )
+)
+_report(
+    ReportKind(
+        name="json",
+        meaning="the experiment as in `run --format json`",
+        example='report json to "cells.json"',
+        module="mechdsl.show.reports.files",
+        suffixes=(".json",),
+    )
+)
+_report(
+    ReportKind(
+        name="parquet",
+        meaning="one row per cell and measure, for data frames (needs mechdsl[frames])",
+        example='report parquet to "cells.parquet"',
+        module="mechdsl.show.reports.files",
+        suffixes=(".parquet",),
+        file_only=True,
+        needs=("pandas", "pyarrow"),
+    )
+)
+_report(
+    ReportKind(
+        name="bars",
+        meaning="the effect as bars along one axis, with its interval",
+        example="report bars position",
+        module="mechdsl.show.reports.bars",
+        suffixes=PICTURES,
+        variable=True,
+    )
+)
+_report(
+    ReportKind(
+        name="confusion",
+        meaning="how often each category is found for each value of an axis or of the prompts",
+        example="report confusion item by argmax",
+        module="mechdsl.show.reports.confusion",
+        suffixes=PICTURES,
+        variable=True,
+        variable_value=True,
+        by=True,
+        by_category=True,
+    )
+)
+_report(
+    ReportKind(
+        name="overlay",
+        meaning="the effect at each token, on the tokens of the first prompts",
+        example="report overlay top 5",
+        module="mechdsl.show.reports.overlay",
+        suffixes=(".html", ".svg", ".png"),
+        top=True,
+        along="position",
+        numbers_only=True,
+    )
+)
+_report(
+    ReportKind(
+        name="graph", meaning="the circuit that was found", example='report graph to "c.svg"'
+    )
+)
+_report(
+    ReportKind(name="html", meaning="all reports as one page", example='report html to "r.html"')
+)
+
+
+def check_report(
+    report: spec.Report,
+    axes: Sequence[str] | None = None,
+    values: Collection[str] = (),
+    measures: Sequence[Measured] | None = None,
+) -> list[Diagnostic]:
+    """What is wrong with a `report` line: E0108, E0203, E0607.
+
+    `axes` are the names that the experiment's axes go by and `measures` what it measures, None
+    while they aren't known; `values` those of the prompts block.
+    """
+    kind = REPORTS.get(report.kind)
+    if kind is None:
+        hint = did_you_mean(REPORTS.suggest(report.kind), f"reports are {', '.join(REPORTS)}")
+        return [UnknownWord(span=report.span, kind="report", word=report.kind, hint=hint)]
+    if not kind.supported:
+        shown = [name for name, each in REPORTS.items() if each.supported]
+        later = f"reports that can be drawn are {', '.join(shown)}"
+        return [NotSupported(span=report.span, what=f"`report {kind.name}`", later=later)]
+    wrong = (
+        _wrong_words(kind, report)
+        or (None if axes is None else _wrong_axes(kind, report, axes, values, measures))
+        or (None if measures is None else _wrong_measures(kind, report, measures))
+        or _wrong_file(kind, report)
+    )
+    if wrong is None:
+        return []
+    reason, hint = wrong
+    return [BadReport(span=report.span, kind=report.kind, reason=reason, hint=hint)]
+
+
+Wrong = tuple[str, str] | None
+"""(What is wrong, what to write)."""
+
+
+def _wrong_words(kind: ReportKind, report: spec.Report) -> Wrong:
+    example = f"write it as in `{kind.example}`"
+    if kind.variable and report.variable is None:
+        return "doesn't say along which axis", example
+    if kind.by and report.by is None:
+        return f"doesn't say by which {'measure' if kind.by_category else 'axis'}", example
+    if kind.variable and report.variable == report.by:
+        return f"has `{report.by}` twice", example
+    if not kind.variable and report.variable is not None:
+        return f"takes no axis, but `{report.variable}` stands behind it", example
+    if report.top is not None and not kind.top:
+        return f"shows everything, but `top {report.top}` stands behind it", example
+    if kind.along is not None and report.by is not None:
+        return f"takes no `by`, but `by {report.by}` stands behind it", example
+    return None
+
+
+def _wrong_axes(
+    kind: ReportKind,
+    report: spec.Report,
+    axes: Sequence[str],
+    values: Collection[str],
+    measures: Sequence[Measured] | None,
+) -> Wrong:
+    listed = ", ".join(f"`{axis}`" for axis in axes)
+    by = None if kind.by_category else report.by
+    names = [name for each in measures or () for name in short_names(each.label, each.text)]
+    if kind.by_category and report.variable in names and report.by in (*axes, *values):
+        exchanged = f"`report {kind.name} {report.by} by {report.variable}`"
+        return f"is by a measure, and `{report.by}` is none", f"write {exchanged}"
+    for word, too in ((report.variable, kind.variable_value), (by, kind.by_value)):
+        if word is None or word in axes or (too and word in values):
+            continue
+        hint = f"the experiment's axes are {listed}"
+        if not axes:
+            hint = "the experiment sweeps nothing: its one cell is shown by `report table`"
+        if kind.variable_value and values:
+            listed = ", ".join(f"`{value}`" for value in values)
+            near = nearest(word, [*axes, *values])
+            hint = did_you_mean(near, f"{hint}; values of the prompts are {listed}")
+        return f"has no axis `{word}` to run along", hint
+    if kind.along is not None and kind.along not in axes:
+        return (
+            f"needs the axis `{kind.along}`, and this experiment has no sweep over positions",
+            "sweep them: `at token *`, `at each token of NAME`, or `at A token, B token`",
+        )
+    return None
+
+
+def _wrong_measures(kind: ReportKind, report: spec.Report, measures: Sequence[Measured]) -> Wrong:
+    categories = [each for each in measures if each.kind == "category"]
+    if kind.by_category:
+        known = [short_names(each.label, each.text) for each in categories]
+        if any(report.by in names for names in known):
+            return None
+        number = any(report.by in short_names(each.label, each.text) for each in measures)
+        what = "is a number, not a category" if number else "is none of its measures"
+        if not known:
+            return f"is by `{report.by}`, which {what}", "add `measure argmax(1..9) as raw`"
+        ways = " or ".join(f"`by {names[-1]}`" for names in dict.fromkeys(known))
+        return f"is by `{report.by}`, which {what}", f"write {ways}"
+    if kind.numbers_only and measures and len(categories) == len(measures):
+        names = " and ".join(dict.fromkeys(f"`{each.label}`" for each in categories))
+        verb = "is a category" if len(categories) == 1 else "are categories"
+        instead = f"`report bars {report.variable}`" if report.variable else "`report table`"
+        return f"has no number to draw: {names} {verb}", f"write {instead}"
+    return None
+
+
+def _wrong_file(kind: ReportKind, report: spec.Report) -> Wrong:
+    if kind.file_only and report.file is None:
+        return "is nothing that can be printed", f"write it as in `{kind.example}`"
+    missing = [module for module in kind.needs if find_spec(module) is None]
+    if missing:
+        return f"needs {' and '.join(missing)}", 'pip install "mechdsl[frames]"'
+    if report.file is not None and PurePath(report.file).suffix.lower() not in kind.suffixes:
+        endings = " or ".join(f"`{suffix}`" for suffix in kind.suffixes)
+        return f"cannot be written to `{report.file}`", f"its file ends in {endings}"
+    return None
+
+
+def show(
+    result: ExperimentResult, report: spec.Report, console: Console, folder: Path | None = None
+) -> Path | None:
+    """Print a report, or write it where it says `to "file"` (relative to `folder`)."""
+    kind = REPORTS[report.kind]
+    if report.file is None:
+        kind.render(result, report, console)
+        return None
+    path = (folder or Path()) / report.file
+    kind.save(result, report, path)
+    return path
