@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mechdsl.base.arrays import Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.means_and_donors import Fillings, fillings_of
@@ -32,7 +33,6 @@ from mechdsl.execute.unpatched_batch import Side
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.writes import readable
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.columns import Ints
 from mechdsl.plan.plan import BATCH_ROWS, INERT, PROMPT_TOKENS, SHARE, ExperimentPlan, Panel, Plan
 from mechdsl.plan.rules import Rows
 from mechdsl.plan.share import SharedRows, Sharer
@@ -40,7 +40,6 @@ from mechdsl.program.python_files import PythonFailure
 from mechdsl.prompts.table import PromptTable
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.statistics.cells import check_denominator
-from mechdsl.statistics.data import Floats
 from mechdsl.vocab.effects import EFFECTS
 
 Progress = Callable[[int, int], None]

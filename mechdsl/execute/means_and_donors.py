@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Ints
 from mechdsl.execute.unpatched_batch import Lanes
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.hooks.places import SiteRead
 from mechdsl.models.shape import units, width
-from mechdsl.plan.columns import Ints, counted
+from mechdsl.plan.columns import counted
 from mechdsl.plan.plan import ExperimentPlan, Place
 from mechdsl.plan.rules import RulePlan
 from mechdsl.vocab.sites import SITES

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.unpatched_batch import Spot, continuation_ids, spots_of
-from mechdsl.plan.columns import Ints
 from mechdsl.resolve.measures import evaluate
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
-from mechdsl.statistics.cells import Floats
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.means_and_donors import Fillings
 from mechdsl.execute.measuring import Gauge, Reading
 from mechdsl.execute.observed_attention import Look, look
@@ -26,13 +27,12 @@ from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.packed_pass import Places, run_packed
-from mechdsl.plan.columns import Ints, counted
+from mechdsl.plan.columns import counted
 from mechdsl.plan.plan import FUSE, ExperimentPlan, Plan
 from mechdsl.plan.restart import Held
 from mechdsl.plan.rules import Rows
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.table import Run
-from mechdsl.statistics.data import Floats
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Ints
 from mechdsl.execute.writes import joined, unless_set
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
@@ -23,7 +24,7 @@ from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.packed.packed_pass import Places
-from mechdsl.plan.columns import Ints, counted, each_unit, units_of
+from mechdsl.plan.columns import counted, each_unit, units_of
 from mechdsl.plan.plan import Place
 from mechdsl.plan.restart import Held
 from mechdsl.plan.rules import Rows, RulePlan

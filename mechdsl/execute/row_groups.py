@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.patched_rows import Member
-from mechdsl.plan.columns import Ints
 from mechdsl.plan.plan import JOIN, ExperimentPlan, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.table import Run
-from mechdsl.statistics.data import Floats
 
 
 def extent(

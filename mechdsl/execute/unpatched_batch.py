@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Ints
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.activation_cache import Kept, keeping
-from mechdsl.plan.columns import Ints
 from mechdsl.plan.plan import Place
 from mechdsl.prompts.table import Noise, Run
 from mechdsl.resolve.resolved import Atom, ResolvedMeasure

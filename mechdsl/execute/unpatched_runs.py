@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.measuring import Gauge, Reading
 from mechdsl.execute.unpatched_batch import (
     LaneRequest,
@@ -20,12 +21,10 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import SiteRead
-from mechdsl.plan.columns import Ints
 from mechdsl.plan.plan import FUSE, UNEMBED, ExperimentPlan, Panel, Place, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.prompts.table import PromptTable, Run
 from mechdsl.resolve.resolved import Atom
-from mechdsl.statistics.data import Floats
 
 TOGETHER = 512
 """Tokens of a run up to which others are run in the same pass."""

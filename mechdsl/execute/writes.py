@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Ints
 from mechdsl.execute.means_and_donors import Fillings
 from mechdsl.execute.unpatched_batch import Lanes
 from mechdsl.hooks.batch import gather
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.models.shape import ModelShape, units, width
-from mechdsl.plan.columns import Ints, counted, each_unit, units_of
+from mechdsl.plan.columns import counted, each_unit, units_of
 from mechdsl.plan.plan import ExperimentPlan, Place
 from mechdsl.plan.rules import Rows, RulePlan
 from mechdsl.program.python_files import PythonFunction

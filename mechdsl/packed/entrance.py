@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Ints
 from mechdsl.hooks.batch import on_device
 from mechdsl.hooks.calls import text_inputs
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.activation_cache import Kept
-from mechdsl.plan.columns import Ints
 
 EMBED = SiteRead("embed")
 

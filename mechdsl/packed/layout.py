@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Ints
 from mechdsl.hooks.batch import on_device
 from mechdsl.hooks.inside_attention import Group
 from mechdsl.packed.activation_cache import Kept
-from mechdsl.plan.columns import Ints
 from mechdsl.plan.restart import BlockWork, Mask
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mechdsl.base.arrays import Ints
 from mechdsl.hooks.attention import (
     CannotPack,
     attend,
@@ -46,7 +47,6 @@ from mechdsl.packed.layout import (
     same_work,
     universe,
 )
-from mechdsl.plan.columns import Ints
 from mechdsl.plan.restart import INSIDE_MLP, BlockWork, Held, RowMasks, Shortcuts, block_work
 
 Places = tuple[Ints, Ints]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mechdsl.base.arrays import Ints
 from mechdsl.prompts.table import PositionCell
 from mechdsl.resolve.resolved import SitePoint
-
-Ints: TypeAlias = NDArray[np.int64]
 
 EVERY = -1
 """Stands for all units of a site, in columns of units."""

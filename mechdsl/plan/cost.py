@@ -12,8 +12,9 @@ from time import perf_counter
 
 import numpy as np
 
+from mechdsl.base.arrays import Ints
 from mechdsl.models.shape import ModelShape
-from mechdsl.plan.columns import Ints, Ragged
+from mechdsl.plan.columns import Ragged
 from mechdsl.plan.plan import (
     BATCH_ROWS,
     FUSE,

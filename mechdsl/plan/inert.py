@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mechdsl.plan.columns import Ints
+from mechdsl.base.arrays import Ints
 from mechdsl.plan.rules import Rows, RulePlan
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES

@@ -15,12 +15,13 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mechdsl.base.arrays import Ints
 from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 from mechdsl.graph.nodes import Encode, Forward, Graph, Measure, Read, build, unpatched
 from mechdsl.graph.passes import PASSES, PassOutcome, run_passes
-from mechdsl.plan.columns import Hits, Ints, Ragged, counted
+from mechdsl.plan.columns import Hits, Ragged, counted
 from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.plan.rules import PathPlan, Rows, RulePlan

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mechdsl.plan.columns import Hits, Ints, Ragged
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.prompts.table import PositionCell
 from mechdsl.resolve.resolved import ResolvedRule, SitePoint
-from mechdsl.statistics.data import Floats
 from mechdsl.vocab.sites import SITES
 
 

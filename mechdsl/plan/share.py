@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mechdsl.plan.columns import Hits, Ints, Ragged
+from mechdsl.base.arrays import Ints
+from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rules import Rows, RulePlan
 

@@ -19,9 +19,9 @@ from mechdsl.resolve.resolved import Key, ResolvedExperiment, ResolvedRule, Site
 from mechdsl.vocab.effects import EFFECTS
 
 if TYPE_CHECKING:
+    from mechdsl.base.arrays import Floats
     from mechdsl.prompts.tokenizer import TextTokenizer
     from mechdsl.results.experiment import ExperimentResult
-    from mechdsl.statistics.data import Floats
 
 
 class Refused(Exception):

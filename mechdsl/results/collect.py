@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.execute import Measured, base_per_cell
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.columns import Ints
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.resolve.cells import cell_keys
@@ -22,7 +22,6 @@ from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.results.run_conventions import conventions, fallbacks, model_words
 from mechdsl.statistics.cells import MeasureData
-from mechdsl.statistics.data import Floats
 from mechdsl.statistics.null_bands import null_bands
 from mechdsl.vocab.effects import EFFECTS
 

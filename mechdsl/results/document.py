@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from mechdsl.base.arrays import Floats
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment import ExperimentResult, Results
 from mechdsl.statistics.cells import category_statistics
-from mechdsl.statistics.data import Floats, Interval, MeasureData
+from mechdsl.statistics.data import Interval, MeasureData
 
 SCHEMA_VERSION: Literal[1] = 1
 

@@ -10,11 +10,11 @@ from typing import IO, Any
 
 import numpy as np
 
+from mechdsl.base.arrays import Floats
 from mechdsl.execute.execute import Measured
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rules import Rows
 from mechdsl.results.variants import joined_axes
-from mechdsl.statistics.cells import Floats
 
 
 def _number(value: float) -> float | None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from mechdsl.base.arrays import Floats
 from mechdsl.resolve.cell_key import Labels, joined_axes, joined_cells
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.statistics.data import Floats, MeasureData, NullBand
+from mechdsl.statistics.data import MeasureData, NullBand
 
 
 def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mechdsl.base.arrays import Floats, Ints
 from mechdsl.program import spec
 from mechdsl.results.experiment import ExpectOutcome, ExperimentResult
 from mechdsl.statistics.bootstrap import Parts, Resampling, blocks, parts
-from mechdsl.statistics.data import Floats, Ints
 from mechdsl.validate.conditions import (
     Absolute,
     Accuracy,

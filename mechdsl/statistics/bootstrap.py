@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mechdsl.base.arrays import Bools, Cells, Floats, Ints
 from mechdsl.program import spec
-from mechdsl.statistics.data import Bools, Cells, Floats, Ints, MeasureData
+from mechdsl.statistics.data import MeasureData
 from mechdsl.vocab.effect_kind import Effect
 
 BLOCK = 4_000_000

@@ -9,21 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mechdsl.base.arrays import Bools, Cells, Floats, Ints
 from mechdsl.base.registry import Registry
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_statistics import ZeroDenominator
 from mechdsl.program import spec
 from mechdsl.statistics.bootstrap import Resampling, blocks, parts
-from mechdsl.statistics.data import (
-    Bools,
-    Cells,
-    CellStatistics,
-    Floats,
-    Interval,
-    Ints,
-    MeasureData,
-)
+from mechdsl.statistics.data import CellStatistics, Interval, MeasureData
 from mechdsl.statistics.sign_flips import CORRECTIONS, flips_in_words, sign_flip
 from mechdsl.vocab.effect_kind import Effect
 

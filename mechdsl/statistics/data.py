@@ -5,13 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-Ints = NDArray[np.int64]
-Cells = slice | Ints
+from mechdsl.base.arrays import Bools, Floats, Ints
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from mechdsl.base.arrays import Floats
 from mechdsl.base.registry import Registry
 from mechdsl.statistics.bootstrap import parts
-from mechdsl.statistics.data import Floats, MeasureData, NullBand
+from mechdsl.statistics.data import MeasureData, NullBand
 from mechdsl.vocab.effect_kind import Effect
 
 

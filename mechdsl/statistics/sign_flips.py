@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from mechdsl.base.arrays import Floats, Ints
 from mechdsl.statistics.bootstrap import BLOCK, blocks
-from mechdsl.statistics.data import Floats, Ints
 from mechdsl.validate.reachable_p import EXACT_UP_TO
 
 MIN_FLIPS, MAX_FLIPS, FLIPS_PER_CELL = 10_000, 200_000, 20

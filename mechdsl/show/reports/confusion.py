@@ -17,13 +17,13 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.show.reports.grid import Panel, axis_name, panels, values_of
 from mechdsl.show.reports.matrix import Entry, Matrix, colour
 from mechdsl.show.reports.text import MISSING, conventions, heading, notes, sortable
-from mechdsl.statistics.data import Floats
 from mechdsl.vocab.reports import short_names
 
 MOST_COLUMNS = 30

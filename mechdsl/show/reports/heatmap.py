@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
@@ -29,7 +30,6 @@ from mechdsl.show.reports.text import (
     number_format,
     survivors,
 )
-from mechdsl.statistics.data import Floats
 
 UPWARDS = {"layer", "to_layer"}
 """Axes drawn with 0 at the bottom."""

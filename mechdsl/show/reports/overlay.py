@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.show.reports.grid import panels
@@ -21,7 +22,6 @@ from mechdsl.show.reports.heatmap import UPWARDS
 from mechdsl.show.reports.matrix import Entry, Matrix, colour
 from mechdsl.show.reports.text import conventions, heading, notes, number_format
 from mechdsl.statistics.bootstrap import parts
-from mechdsl.statistics.data import Floats
 from mechdsl.vocab.effects import EFFECTS
 
 PROMPTS = 3

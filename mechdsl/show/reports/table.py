@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment import ExperimentResult
@@ -36,7 +37,6 @@ from mechdsl.show.reports.text import (
     survivors,
 )
 from mechdsl.statistics.cells import cell_statistics
-from mechdsl.statistics.data import Floats
 from mechdsl.vocab.effects import EFFECTS
 
 FILE_WIDTH = 120

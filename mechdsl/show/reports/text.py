@@ -10,9 +10,10 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.statistics.data import Floats, MeasureData, NullBand
+from mechdsl.statistics.data import MeasureData, NullBand
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 
 MISSING = "–"
