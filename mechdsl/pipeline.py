@@ -23,12 +23,13 @@ from mechdsl.loading.load import adopt, load
 from mechdsl.plan.plan import Plan, make_plan, plan_experiment, unknown_passes
 from mechdsl.program import spec
 from mechdsl.resolve.experiment import resolve_experiment
-from mechdsl.resolve.findings import Finding, VariantFinding
+from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
 from mechdsl.resolve.sites import missing_points
 from mechdsl.results.collect import collect, versions, with_control
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
+from mechdsl.results.findings import found_by
 from mechdsl.results.finish import with_statistics, with_verdicts
 from mechdsl.results.store import Store
 from mechdsl.results.variants import merged
@@ -142,7 +143,7 @@ def _run(
                     for each in variants
                 ]
                 findings[first.name] = Finding(
-                    tuple(VariantFinding.of(*pair) for pair in zip(variants, raw, strict=True))
+                    tuple(found_by(*pair) for pair in zip(variants, raw, strict=True))
                 )
                 labels = [each.spec.variant for each in variants]
                 whole = merged(list(zip(labels, raw, strict=True)))

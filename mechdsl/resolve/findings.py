@@ -16,12 +16,10 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.table import Hits, PromptTable
 from mechdsl.resolve.resolved import Key, ResolvedExperiment, ResolvedRule, SitePoint, SiteTargets
-from mechdsl.vocab.effects import EFFECTS
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
     from mechdsl.prompts.tokenizer import TextTokenizer
-    from mechdsl.results.experiment import ExperimentResult
 
 
 class Refused(Exception):
@@ -56,27 +54,6 @@ class VariantFinding:
     """[cell, row] of every prompt."""
     row_ids: tuple[int, ...] = ()
     """Of the rows that it kept."""
-
-    @staticmethod
-    def of(experiment: ResolvedExperiment, result: ExperimentResult) -> VariantFinding:
-        """What a measured experiment found, by its first measure."""
-        import numpy as np  # not at the top: `validate` has nothing to calculate
-
-        from mechdsl.statistics.bootstrap import parts
-
-        data = result.measures[0]
-        ids = result.row_ids if result.row_ids is not None else experiment.table.row_ids
-        name = data.label if data.effect == "raw" else f"{data.effect} of {data.label}"
-        if data.kind == "category":  # has no effect; picking by it is refused before anything runs
-            none = np.full(len(data.patched), np.nan)
-            return VariantFinding(experiment, name, none, data.patched, ids)
-        effect = EFFECTS[data.effect]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            means = parts(data, effect, slice(None), np.arange(data.patched.shape[1])).mean()
-            values = effect.of_means(data.patched, data.base, data.source)
-        return VariantFinding(
-            experiment, name, means, np.broadcast_to(values, data.patched.shape), ids
-        )
 
     def sites(self) -> Iterator[RankedSite]:
         """Of every cell that has a value, in the order of the grid."""
