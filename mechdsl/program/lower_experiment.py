@@ -39,11 +39,11 @@ from mechdsl.program.statements import Statements, use_names
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
-    from mechdsl.program.lower_file import Parts
+    from mechdsl.program.definitions import Definitions
 
 
 def lower_experiment(
-    definition: ast.ExperimentDef, parts: Parts, scope: Scope
+    definition: ast.ExperimentDef, parts: Definitions, scope: Scope
 ) -> tuple[spec.Experiment, ...]:
     """The typed experiment, or one for each combination of what it compares; none where it can't
     be run. The reasons are in the scope."""

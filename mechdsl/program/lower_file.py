@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from mechdsl.base.registry import nearest
-from mechdsl.base.source import Source, Span
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported, NotText, Unreadable
 from mechdsl.diagnostics.e02_names import (
@@ -22,7 +21,8 @@ from mechdsl.diagnostics.e02_names import (
 from mechdsl.diagnostics.w07_names import UnusedName
 from mechdsl.program import spec
 from mechdsl.program.checkpoints import STAR, checkpoints
-from mechdsl.program.constants import Constant, constant
+from mechdsl.program.constants import constant
+from mechdsl.program.definitions import Definitions
 from mechdsl.program.lower_experiment import lower_experiment
 from mechdsl.program.lower_prompts import lower_prompts
 from mechdsl.program.names import Scope
@@ -35,23 +35,6 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODEL_KINDS = ("zoo", "hf", "local")
 
 
-@dataclass
-class Parts:
-    """What the top-level statements of all files have defined so far."""
-
-    parameters: dict[str, Constant] = field(default_factory=dict)
-    models: dict[str, spec.Model] = field(default_factory=dict)
-    checkpoints: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names of the models that one with a `*` in its path stands for."""
-    prompts: dict[str, spec.Prompts] = field(default_factory=dict)
-    groups: dict[str, spec.Group] = field(default_factory=dict)
-    metrics: dict[str, ast.Expr] = field(default_factory=dict)
-    experiments: list[spec.Experiment] = field(default_factory=list)
-    seed: int = 0
-    seeded: Span | None = None
-    """Where; a file's own seed comes after those of its imports and replaces them."""
-
-
 def lower_program(
     tree: ast.File, source: Source, settings: Mapping[str, str] | None = None
 ) -> tuple[spec.Program, list[Diagnostic]]:
@@ -62,7 +45,7 @@ def lower_program(
     """
     scope = Scope()
     files = _with_imports(tree, source, scope.diagnostics)
-    parts = Parts()
+    parts = Definitions()
     _parameters(files, parts, scope, settings or {})
     # Definitions before experiments: a file may use a name before the line that defines it.
     for file, imported in files:
@@ -156,7 +139,10 @@ def _why(problem: Diagnostic) -> str:
 
 
 def _parameters(
-    files: list[tuple[ast.File, bool]], parts: Parts, scope: Scope, settings: Mapping[str, str]
+    files: list[tuple[ast.File, bool]],
+    parts: Definitions,
+    scope: Scope,
+    settings: Mapping[str, str],
 ) -> None:
     """Parameters first: everything else may use them."""
     for file, imported in files:
@@ -180,7 +166,7 @@ def _parameters(
         _override(name, text, parts, scope.diagnostics)
 
 
-def _override(name: str, text: str, parts: Parts, diagnostics: list[Diagnostic]) -> None:
+def _override(name: str, text: str, parts: Definitions, diagnostics: list[Diagnostic]) -> None:
     """`--set name=text`: only parameters can be set, to a value of the same kind."""
     setting = f"{name}={text}"
     if name not in parts.parameters:
@@ -212,7 +198,7 @@ def _override(name: str, text: str, parts: Parts, diagnostics: list[Diagnostic])
     parts.parameters[name] = value
 
 
-def _define(statement: ast.TopLevel, imported: bool, parts: Parts, scope: Scope) -> None:
+def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: Scope) -> None:
     match statement:
         case ast.ModelDef(name=name):
             model = _model(statement, parts, scope)
@@ -262,7 +248,7 @@ def _later(name: ast.Name, kind: str, imported: bool, scope: Scope) -> None:
     scope.diagnostics.append(NotSupported(span=name.span, what=f"`{kind}`"))
 
 
-def _model(statement: ast.ModelDef, parts: Parts, scope: Scope) -> spec.Model | None:
+def _model(statement: ast.ModelDef, parts: Definitions, scope: Scope) -> spec.Model | None:
     call = statement.source
     if call.name not in MODEL_KINDS:
         hint = did_you_mean(

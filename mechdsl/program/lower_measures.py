@@ -14,14 +14,14 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.walk import rewrite, walk
 
 if TYPE_CHECKING:
-    from mechdsl.program.lower_file import Parts
+    from mechdsl.program.definitions import Definitions
 
 CORRECTIONS = ("holm", "bh", "none")
 LARGEST = 10_000
-"""Parts of one measure."""
+"""Definitions of one measure."""
 
 
-def expand_metrics(expression: ast.Expr, parts: Parts, scope: Scope) -> ast.Expr:
+def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Scope) -> ast.Expr:
     """The expression with the names of metrics replaced by what they stand for."""
     written = expression
     reason = "is defined by itself"
@@ -65,7 +65,7 @@ def expand_metrics(expression: ast.Expr, parts: Parts, scope: Scope) -> ast.Expr
     return written
 
 
-def lower_measure(measure: ast.Measure, parts: Parts, scope: Scope) -> spec.Measure:
+def lower_measure(measure: ast.Measure, parts: Definitions, scope: Scope) -> spec.Measure:
     metric = measure.metric
     named = isinstance(metric, ast.Name) and metric.id in parts.metrics
     label = metric.id if named and isinstance(metric, ast.Name) else metric.span.written

@@ -13,10 +13,10 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
 if TYPE_CHECKING:
-    from mechdsl.program.lower_file import Parts
+    from mechdsl.program.definitions import Definitions
 
 
-def with_order(tree: ast.File, parts: Parts, scope: Scope) -> list[spec.Experiment]:
+def with_order(tree: ast.File, parts: Definitions, scope: Scope) -> list[spec.Experiment]:
     """The experiments, each with the names of those whose results it uses.
 
     Codes: E0201 for experiments that there are not, E0210 for circles.

@@ -15,7 +15,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
 if TYPE_CHECKING:
-    from mechdsl.program.lower_file import Parts
+    from mechdsl.program.definitions import Definitions
 
 NodeT = TypeVar("NodeT", bound=ast.Node)
 
@@ -45,7 +45,7 @@ LISTED: dict[type[ast.Node], str] = {
 class Statements:
     """Collects the statements of one experiment."""
 
-    def __init__(self, definition: ast.ExperimentDef, parts: Parts, scope: Scope) -> None:
+    def __init__(self, definition: ast.ExperimentDef, parts: Definitions, scope: Scope) -> None:
         self.definition = definition
         self.parts = parts
         self.scope = scope

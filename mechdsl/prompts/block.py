@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
@@ -24,7 +24,7 @@ from mechdsl.program import spec
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
 from mechdsl.prompts.names_used import Use, draws, uses
-from mechdsl.prompts.python_values import Calls
+from mechdsl.prompts.python_values import Calls, Names
 from mechdsl.prompts.row_scope import Refusal
 from mechdsl.prompts.values import Record, Value, frozen, plain
 from mechdsl.syntax import ast
@@ -174,7 +174,7 @@ class Block:
     @cached_property
     def calls(self) -> Calls:
         """The `python(…)` in it."""
-        return Calls(self)
+        return Calls(_parts(self), allowed=self.python)
 
     @property
     def data_size(self) -> int:
@@ -435,3 +435,37 @@ def _hint(name: str, known: Iterable[str], what: str) -> str:
     names = list(known)
     listed = ", ".join(f"`{n}`" for n in names[:12]) + (" …" if len(names) > 12 else "")
     return did_you_mean(nearest(name, names), f"its {what} are {listed}" if names else "define it")
+
+
+def _parts(block: Block) -> Iterator[tuple[Names | None, Any]]:
+    """What rows are made of, each part with the names that a function in it is given.
+
+    A value sees those that stand above it in the file and hang on nothing from it on, so that no
+    value hangs on itself; texts, conditions and corruptions see all values.
+    """
+    given = (*block.columns, *(name for name, _ in block.axes))
+    definitions = list({id(d): d for d in block.definitions.values()}.values())
+    places = {name: n for n, d in enumerate(definitions) for name in d.names}
+    below = len(definitions)
+    places |= {name: below for name in block.texts if name not in places}
+    for template in block.templates:
+        places |= {name: below for name in template.definitions if name not in places}
+    last: dict[int, int] = {below: below}
+
+    def reach(number: int) -> int:
+        """The last definition in the file that one hangs on, itself included."""
+        if number not in last:
+            last[number] = number
+            used = {use.name for use in uses(definitions[number].value, block.placeholders)}
+            last[number] = max([number, *(reach(places[n]) for n in used if n in places)])
+        return last[number]
+
+    for number, definition in enumerate(definitions):
+        above = [n for n in range(number) if reach(n) < number]
+        yield (*given, *(name for n in above for name in definitions[n].names)), definition.value
+    every = (*given, *(name for definition in definitions for name in definition.names))
+    settled = tuple(n for n in every if n not in places or reach(places[n]) < below)
+    for node in (*block.texts.values(), *block.spec.where):
+        yield settled, node
+    for corruption in block.spec.corruptions:
+        yield None, corruption.changes

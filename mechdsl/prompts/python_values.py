@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from mechdsl.diagnostics.e02_python import PythonFailed, PythonNotAllowed, PythonNotFound
 from mechdsl.program.python_files import (
@@ -14,13 +14,9 @@ from mechdsl.program.python_files import (
     PythonFunction,
     find_function,
 )
-from mechdsl.prompts.names_used import uses
 from mechdsl.prompts.row_scope import Refusal
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
-
-if TYPE_CHECKING:
-    from mechdsl.prompts.block import Block
 
 Names = tuple[str, ...]
 
@@ -28,15 +24,16 @@ Names = tuple[str, ...]
 class Calls:
     """The `python(…)` of a block."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, parts: Iterable[tuple[Names | None, Any]], *, allowed: bool) -> None:
+        """parts: what rows are made of, each with the names that a function in it is given."""
         self._found: dict[int, tuple[ast.Call, Names | None]] = {}
-        for names, node in _parts(block):
+        for names, node in parts:
             for call in _calls(node):
                 # The tree holds on to the call, so its id stays its own; an equal one elsewhere
                 # may see other names.
                 self._found[id(call)] = call, names
         self._functions: dict[int, PythonFunction] = {}
-        self.allowed = block.python
+        self.allowed = allowed
 
     @property
     def functions(self) -> tuple[PythonFunction, ...]:
@@ -105,40 +102,6 @@ class Calls:
             raise Refusal(PythonNotAllowed, node.span, function=found.name, file=found.file)
         self._functions[id(node)] = found
         return found
-
-
-def _parts(block: Block) -> Iterator[tuple[Names | None, Any]]:
-    """What rows are made of, each part with the names that a function in it is given.
-
-    A value sees those that stand above it in the file and hang on nothing from it on, so that no
-    value hangs on itself; texts, conditions and corruptions see all values.
-    """
-    given = (*block.columns, *(name for name, _ in block.axes))
-    definitions = list({id(d): d for d in block.definitions.values()}.values())
-    places = {name: n for n, d in enumerate(definitions) for name in d.names}
-    below = len(definitions)
-    places |= {name: below for name in block.texts if name not in places}
-    for template in block.templates:
-        places |= {name: below for name in template.definitions if name not in places}
-    last: dict[int, int] = {below: below}
-
-    def reach(number: int) -> int:
-        """The last definition in the file that one hangs on, itself included."""
-        if number not in last:
-            last[number] = number
-            used = {use.name for use in uses(definitions[number].value, block.placeholders)}
-            last[number] = max([number, *(reach(places[n]) for n in used if n in places)])
-        return last[number]
-
-    for number, definition in enumerate(definitions):
-        above = [n for n in range(number) if reach(n) < number]
-        yield (*given, *(name for n in above for name in definitions[n].names)), definition.value
-    every = (*given, *(name for definition in definitions for name in definition.names))
-    settled = tuple(n for n in every if n not in places or reach(places[n]) < below)
-    for node in (*block.texts.values(), *block.spec.where):
-        yield settled, node
-    for corruption in block.spec.corruptions:
-        yield None, corruption.changes
 
 
 def _calls(node: Any) -> list[ast.Call]:

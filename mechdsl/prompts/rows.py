@@ -16,11 +16,11 @@ from mechdsl.prompts.expressions import bad, evaluate, holds
 from mechdsl.prompts.functions import FUNCTIONS, CallSite, draw_others
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.seeded_draws import Permutation, stable_hash
-from mechdsl.prompts.table import SpanAt
 from mechdsl.prompts.values import (
     Items,
     Record,
     Rich,
+    SpanAt,
     TokenId,
     Value,
     bare,

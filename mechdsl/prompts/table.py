@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mechdsl.base.record import Record, record
 from mechdsl.program.python_files import PythonFunction
+from mechdsl.prompts.values import SpanAt
 
 if TYPE_CHECKING:
     from mechdsl.prompts.rows import Row
-
-
-class SpanAt(NamedTuple):
-    """One occurrence of a named span in a prompt: characters `start` to `end` (exclusive).
-
-    A tuple, because a hundred rows of lists make tens of thousands of them.
-    """
-
-    name: str
-    start: int
-    end: int
-    within: tuple[str, ...] = ()
-    """Names of the spans around it, outermost first (`("part1",)` for an item of `part1`)."""
 
 
 @record

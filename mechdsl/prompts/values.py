@@ -6,12 +6,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import NoneType
-from typing import TypeAlias, cast
-
-from mechdsl.prompts.table import SpanAt
+from typing import NamedTuple, TypeAlias, cast
 
 SEPARATOR = "sep"
 """Name of the spans between the items of a list."""
+
+
+class SpanAt(NamedTuple):
+    """One occurrence of a named span in a prompt: characters `start` to `end` (exclusive).
+
+    A tuple, because a hundred rows of lists make tens of thousands of them.
+    """
+
+    name: str
+    start: int
+    end: int
+    within: tuple[str, ...] = ()
+    """Names of the spans around it, outermost first (`("part1",)` for an item of `part1`)."""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment import ExperimentResult, FileResult, Results
 from mechdsl.show.reports.bar_charts import bars_chart
 from mechdsl.show.reports.charts import lines_chart
-from mechdsl.show.reports.confusion import confusions
+from mechdsl.show.reports.confusion_counts import confusions
 from mechdsl.show.reports.files import results_csv
-from mechdsl.show.reports.overlay import overlays, prompt_effects, visible
 from mechdsl.show.reports.text import number_format, p_text
+from mechdsl.show.reports.token_shades import overlays, prompt_effects, visible
 from mechdsl.show.reports.verdicts import print_verdicts
 from mechdsl.vocab.reports import REPORTS, check_report, show
 

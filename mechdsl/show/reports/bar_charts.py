@@ -11,7 +11,6 @@ import numpy as np
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.show.reports.bars import drawn_axes
 from mechdsl.show.reports.charts import (
     INK,
     PALETTE,
@@ -25,7 +24,7 @@ from mechdsl.show.reports.charts import (
     value_title,
     zero_rule,
 )
-from mechdsl.show.reports.grid import panels, values_of
+from mechdsl.show.reports.grid import drawn_axes, panels, values_of
 
 BAR = 26
 """Width of a bar, less where there are many."""

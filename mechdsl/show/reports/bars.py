@@ -13,7 +13,7 @@ from rich.text import Text
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.show.reports.grid import Panel, axis_name, panels, values_of
+from mechdsl.show.reports.grid import Panel, drawn_axes, panels, values_of
 from mechdsl.show.reports.intervals import Gauges, Line, draw_bar, label_lines, label_widths
 from mechdsl.show.reports.text import MISSING, conventions, figure_notes, heading, notes
 from mechdsl.statistics.data import CellStatistics
@@ -48,12 +48,6 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
         legend = ["▒ and ─ are the interval, on either side of the mean"] if drawn else []
         notes([*legend, *figure_notes(result, measure, drawn=drawn)], console)
     conventions(result, report, console)
-
-
-def drawn_axes(result: ExperimentResult, report: spec.Report) -> tuple[str, ...]:
-    """The axis of the bars, and that of the series where there is one."""
-    words = [report.variable or "", *([report.by] if report.by else [])]
-    return tuple(axis_name(result, word) for word in words)
 
 
 def _lines(panel: Panel, values: list[list[Coord]]) -> list[Line]:

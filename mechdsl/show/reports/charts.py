@@ -13,8 +13,7 @@ import numpy as np
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.show.reports.grid import axis_name, number, numeric, panels, values_of
-from mechdsl.show.reports.heatmap import row_order
+from mechdsl.show.reports.grid import axis_name, number, numeric, panels, row_order, values_of
 from mechdsl.show.reports.text import alpha, ends_of_scale, measure_name, null_words, number_format
 from mechdsl.statistics.data import MeasureData
 

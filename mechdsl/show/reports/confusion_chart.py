@@ -9,7 +9,7 @@ import altair as alt
 from mechdsl.program import spec
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.show.reports.charts import INK, LABELLED_UP_TO, QUIET, faceted, themed, titled
-from mechdsl.show.reports.confusion import Confusion, confusions
+from mechdsl.show.reports.confusion_counts import Confusion, confusions
 
 
 def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:

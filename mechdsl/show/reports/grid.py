@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
 
@@ -59,3 +60,19 @@ def panels(result: ExperimentResult, drawn: Sequence[str]) -> list[Panel]:
 def coordinate(axis: str, value: Coord) -> str:
     """`head 3`; a position speaks for itself."""
     return str(value) if axis == "position" else f"{axis} {value}"
+
+
+UPWARDS = {"layer", "to_layer"}
+"""Axes drawn with 0 at the bottom."""
+
+
+def row_order(result: ExperimentResult, axis: str) -> list[Coord]:
+    """Values from the top of the map to its bottom."""
+    values = values_of(result, axis)
+    return values[::-1] if axis in UPWARDS and numeric(values) else values
+
+
+def drawn_axes(result: ExperimentResult, report: spec.Report) -> tuple[str, ...]:
+    """The axis of the bars, and that of the series where there is one."""
+    words = [report.variable or "", *([report.by] if report.by else [])]
+    return tuple(axis_name(result, word) for word in words)

@@ -16,9 +16,8 @@ from rich.text import Text
 
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
-from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.show.reports.grid import axis_name, numeric, panels, values_of
+from mechdsl.show.reports.grid import axis_name, panels, row_order, values_of
 from mechdsl.show.reports.matrix import Entry, Matrix, colour
 from mechdsl.show.reports.text import (
     MISSING,
@@ -30,15 +29,6 @@ from mechdsl.show.reports.text import (
     number_format,
     survivors,
 )
-
-UPWARDS = {"layer", "to_layer"}
-"""Axes drawn with 0 at the bottom."""
-
-
-def row_order(result: ExperimentResult, axis: str) -> list[Coord]:
-    """Values from the top of the map to its bottom."""
-    values = values_of(result, axis)
-    return values[::-1] if axis in UPWARDS and numeric(values) else values
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:

@@ -12,8 +12,8 @@ from mechdsl.program import spec
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.show.reports.charts import FONT, INK, PNG_SCALE, QUIET
 from mechdsl.show.reports.matrix import Colour, colour, takes_white
-from mechdsl.show.reports.overlay import Overlay, Shaded, overlays, remarks, visible
 from mechdsl.show.reports.text import ends_of_scale, measure_name, number_format
+from mechdsl.show.reports.token_shades import Overlay, Shaded, overlays, remarks, visible
 
 WIDTH, MARGIN = 860, 20
 """Of the picture at most; tokens wrap to it."""

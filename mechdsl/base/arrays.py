@@ -1,0 +1,14 @@
+"""Types of arrays that all stages share."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats: TypeAlias = NDArray[np.float64]
+Bools: TypeAlias = NDArray[np.bool_]
+Ints: TypeAlias = NDArray[np.int64]
+Cells: TypeAlias = slice | Ints
+"""Of an array over cells, some or all."""

@@ -1,0 +1,26 @@
+"""What an experiment found once it has run, for those that pick from it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mechdsl.resolve.findings import VariantFinding
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.statistics.bootstrap import parts
+from mechdsl.vocab.effects import EFFECTS
+
+
+def found_by(experiment: ResolvedExperiment, result: ExperimentResult) -> VariantFinding:
+    """What a measured experiment found, by its first measure."""
+    data = result.measures[0]
+    ids = result.row_ids if result.row_ids is not None else experiment.table.row_ids
+    name = data.label if data.effect == "raw" else f"{data.effect} of {data.label}"
+    if data.kind == "category":  # has no effect; picking by it is refused before anything runs
+        none = np.full(len(data.patched), np.nan)
+        return VariantFinding(experiment, name, none, data.patched, ids)
+    effect = EFFECTS[data.effect]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = parts(data, effect, slice(None), np.arange(data.patched.shape[1])).mean()
+        values = effect.of_means(data.patched, data.base, data.source)
+    return VariantFinding(experiment, name, means, np.broadcast_to(values, data.patched.shape), ids)
