@@ -22,10 +22,11 @@ def marks(folder: Path, *lines: str, mode: str = "planned", family: str = "gpt2"
     measure = found.measures[0]
     effects = np.abs(measure.patched - measure.base).max(axis=1)
     # Without the pass they are run like others, and differ by rounding.
-    assert (effects[measure.inert] <= (1e-5 if INERT in options.without else 0)).all()
+    near = 1e-5 if INERT in options.without else 0
+    assert (effects[measure.inert] <= near).all()
     assert (effects[~measure.inert] > 1e-3).all()
     statistics = found.statistics[0]
-    assert (statistics.mean[measure.inert] == 0).all(), "structure says zero, so zero is shown"
+    assert (np.abs(statistics.mean[measure.inert]) <= near).all(), "structure says zero"
     assert np.isnan(statistics.p_corrected[measure.inert]).all(), "they are out of the correction"
     assert not np.isnan(statistics.p_corrected[~measure.inert]).any()
     return measure.inert.tolist()
