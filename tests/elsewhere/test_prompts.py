@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from mechdsl.base.source import Source
 from mechdsl.validate.file import check_source
 
-from ..execute.by_hand import Point, copied, forward
+from ..execute.by_hand import Point, copied, forward, noise
 from ..execute.support import (
     DIFFERENCE,
     MODES,
@@ -68,13 +67,6 @@ prompts one {
 """
 
 
-def noise(row: int, draw: int, position: int, width: int) -> torch.Tensor:
-    """As documented: of the seed, the row, the draw and the token, nothing else."""
-    key = np.random.SeedSequence([0, row, draw, position])
-    drawn = np.random.Generator(np.random.Philox(key)).standard_normal(width)
-    return torch.from_numpy(drawn * 0.7).float()
-
-
 @pytest.mark.parametrize("block", ["n", "one"])
 @pytest.mark.parametrize("mode", MODES)
 def test_noise_is_that_of_the_other_blocks_row(folder: Path, block: str, mode: str) -> None:
@@ -95,7 +87,7 @@ def test_noise_is_that_of_the_other_blocks_row(folder: Path, block: str, mode: s
         for draw in range(3):
             row = n if block == "n" else 0
             changes = [
-                Change(at, 0, clean[at, 0] + noise(row, draw, at, clean.shape[-1]))
+                Change(at, 0, clean[at, 0] + 0.7 * noise(row, draw, at, clean.shape[-1]))
                 for at in of.subject
             ]
             seen = forward("gpt2", bare("gpt2"), of.ids, {("embed", None): changes})[1]

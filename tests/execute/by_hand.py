@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +77,13 @@ def forward(
 
 def _neurons(module: Any, session: _Layer) -> Any:
     return reference._in(module, lambda x: session.edit("mlp_hidden", x, heads=x.shape[-1]))
+
+
+def noise(row: int, draw: int, position: int, width: int) -> Tensor:
+    """Of one standard deviation; of the seed 0, the row, the draw and the token, nothing else."""
+    key = np.random.SeedSequence([0, row, draw, position])
+    drawn = np.random.Generator(np.random.Philox(key)).standard_normal(width)
+    return torch.from_numpy(drawn)
 
 
 @dataclass(frozen=True)

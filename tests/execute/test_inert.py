@@ -9,7 +9,22 @@ import pytest
 
 from mechdsl.plan.plan import INERT
 
-from .support import DIFFERENCE, MODES, ROWS, bare, experiment, run_file, write_rows
+from ..models.reference import Change
+from .support import (
+    DIFFERENCE,
+    MODES,
+    ROWS,
+    agree,
+    bare,
+    difference,
+    differences,
+    experiment,
+    patched,
+    prompt,
+    run_file,
+    unpatched,
+    write_rows,
+)
 
 AT_CUE = "measure logit(answer) - logit(wrong) at cue token as delta"
 
@@ -49,6 +64,26 @@ def test_a_prefix_at_other_positions_is_not_marked(folder: Path) -> None:
     """`last-item token` lies elsewhere in the two runs, so it reads something else."""
     lines = ("from longer into clean", "patch resid_pre layer 1 at last-item token", DIFFERENCE)
     assert marks(folder, *lines) == [False]
+
+
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+@pytest.mark.parametrize(
+    ("site", "of", "to"), [("resid_post", 0, 1), ("resid_pre", 1, 0), ("resid_pre", 1, 2)]
+)
+def test_a_prefix_that_is_written_into_another_layer_is_not_marked(
+    folder: Path, site: str, of: int, to: int, mode: str
+) -> None:
+    """Source and base share the token, but what another layer makes of it is not what is there."""
+    rule = f"patch {site} layer {of} at first token into layer {to}"
+    text = experiment("e", "prompts p", "from other into clean", rule, DIFFERENCE)
+    found = run_file(text, folder, bare("gpt2"), MODES[mode])["e"].measures[0]
+    expected = []
+    for record in ROWS:
+        vector = unpatched("gpt2", prompt(record, "other"))[1][site, of][1, 0]
+        edits = {(site, to): [Change(1, 0, vector)]}
+        expected.append(difference(patched("gpt2", prompt(record), edits), record))
+    agree(found, np.array([expected]), differences("gpt2", ROWS))
+    assert not found.inert.any()
 
 
 def test_a_write_behind_the_last_reader_is_marked(folder: Path) -> None:

@@ -230,6 +230,33 @@ def test_patching_out_of_a_noised_run_pairs_its_draws(folder: Path, seen: Seen) 
     agree(found.measures[0], np.array(expected), base)
 
 
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+def test_the_mean_of_a_noised_run_is_over_all_draws(folder: Path, seen: Seen, mode: str) -> None:
+    """One mean of all rows and draws, written in a single run."""
+    rule = "ablate resid_post layer 0..1 at {subject token, last token} with mean of fixed"
+    text = experiment("e", "prompts p", rule, DIFFERENCE)
+    found = run_file(text, folder, bare(FAMILY), MODES[mode], prompts=PROMPTS)["e"]
+    places = [[p.subject[-1], p.last] for p in map(prompt, ROWS)]
+    every = [
+        (n, forward(FAMILY, bare(FAMILY), prompt(ROWS[n]).ids, noised(seen, n, draw))[1])
+        for n in range(len(ROWS))
+        for draw in range(DRAWS)
+    ]
+    expected = []
+    for layer in (0, 1):
+        site = ("resid_post", layer)
+        mean = {site: torch.stack([sites[site][places[n]] for n, sites in every]).mean(0)}
+        edits = [copied([Point(*site)], mean, [0, 1], at) for at in places]
+        expected.append(
+            [
+                difference(forward(FAMILY, bare(FAMILY), prompt(r).ids, edit)[0], r)
+                for r, edit in zip(ROWS, edits, strict=True)
+            ]
+        )
+    base = np.array([difference(unpatched(FAMILY, prompt(r))[0], r) for r in ROWS])
+    agree(found.measures[0], np.array(expected), base)
+
+
 def test_a_reordered_file_has_the_same_sd(folder: Path, seen: Seen) -> None:
     first = run_file(TEXT, folder, bare(FAMILY), prompts=PROMPTS)["e"]
     write_rows(folder, ROWS[::-1])

@@ -193,6 +193,36 @@ def compare(
     assert all(donor != row for row, donor in enumerate(permutation)), "no row keeps its own"
 
 
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+def test_a_row_whose_donor_lacks_the_position_is_left_out(folder: Path, mode: str) -> None:
+    """Prompts have 4, 2, 3 and 5 items: one gives only the items that it has."""
+    family, layers = "llama", (0, 1)
+    cells = tuple((Point("resid_post", layer),) for layer in layers)
+    rule = "ablate resid_post layer 0..1 at {} with resample"
+    text = "".join(
+        experiment(name, "prompts p", rule.format(at), DIFFERENCE)
+        for name, at in (("all", AT.removeprefix("at ")), ("some", "each item token"))
+    )
+    found = run_file(text, folder, bare(family), MODES[mode])
+    donors = donors_of(family, cells, found["all"].measures[0].patched)
+    expected = np.full((len(layers), 5, len(ROWS)), np.nan)
+    dropped = 0
+    for row, donor in enumerate(donors):
+        base, other = prompts()[row], prompts()[donor]
+        seen = unpatched(family, other)[1]
+        dropped += len(layers) * max(0, len(base.items) - len(other.items))
+        for item, (to, of) in enumerate(zip(base.items, other.items, strict=False)):
+            for layer in layers:
+                edits = copied([Point("resid_post", layer)], seen, [of], [to])
+                value = difference(patched(family, base, edits), ROWS[row])
+                expected[layer, item, row] = value
+    base_values = differences(family, ROWS)
+    agree(found["some"].measures[0], expected.reshape(10, -1), base_values, large=0.02)
+    said = f"{dropped} rows of cells left out: the other row lacks the position"
+    assert found["some"].conventions["resample"] == said
+    assert "resample" not in found["all"].conventions
+
+
 QUICK = {"patch": (0, 1, 2), "zero": (1,), "mean": (0,), "resample": (1,)}
 WHOLE = dict.fromkeys(FILLS, (0, 1, 2))
 

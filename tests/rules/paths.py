@@ -119,13 +119,30 @@ def path(
     read, written: the positions in the source run and in the base run.
     """
     base, source = plain(name, model, base_ids), plain(name, model, source_ids)
-    layers = model.config.num_hidden_layers
-    first = forward(
-        name,
-        model,
-        base_ids,
-        [*held(base, senders, layers, mlps=mlps), *copied(senders, source, read, written)],
+    return between(
+        name, model, base_ids, base, source, senders, receivers, read, written, mlps=mlps
     )
+
+
+def between(
+    name: str,
+    model: Any,
+    base_ids: Sequence[int],
+    base: Run,
+    source: Run,
+    senders: Sequence[End],
+    receivers: Sequence[End],
+    read: Sequence[int],
+    written: Sequence[int],
+    *,
+    mlps: bool = False,
+) -> Tensor:
+    """The same of two runs; what is written in the base run (noise) is written in both passes."""
+    layers = model.config.num_hidden_layers
+    still = held(base, senders, layers, mlps=mlps)
+    sent = copied(senders, source, read, written)
+    first = forward(name, model, base_ids, [*base.writes, *still, *sent])
     if any(receiver.site in LAST for receiver in receivers):
         return first.logits
-    return forward(name, model, base_ids, copied(receivers, first, written, written)).logits
+    got = copied(receivers, first, written, written)
+    return forward(name, model, base_ids, [*base.writes, *got]).logits

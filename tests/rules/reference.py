@@ -472,8 +472,9 @@ def _edited(row: Tensor, edge: Edge, keys: list[int]) -> Tensor:
             return row
         case "set":
             row[keys] = 0
-            left = 1 - edge.amount * len(keys)
-            if row.sum() > 0:
-                row = row / row.sum() * left
+            if row.sum() == 0:  # nothing else is there, and a row sums to 1
+                row[keys] = 1 / len(keys)
+                return row
+            row = row / row.sum() * (1 - edge.amount * len(keys))
             row[keys] = edge.amount
             return row

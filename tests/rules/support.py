@@ -191,19 +191,25 @@ def experiment(name: str, *lines: str, block: str = "p", measure: str = DIFFEREN
 
 
 def try_file(
-    text: str, folder: Path, name: str, mode: str = "planned", *, precise: bool = False
+    text: str,
+    folder: Path,
+    name: str,
+    mode: str = "planned",
+    *,
+    precise: bool = False,
+    blocks: str = BLOCKS,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     """Run experiments on a model by its name; precise: in 64 bits."""
-    whole = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{text}'
+    whole = f'mech 1\nmodel m = local("handed over")\n{blocks}\n{text}'
     pair = (double(name) if precise else bare(name), word_tokenizer())
     return run_source(Source(whole, folder / "file.mech"), MODES[mode], {"m": pair})
 
 
 def run_file(
-    text: str, folder: Path, name: str, mode: str, *, precise: bool = False
+    text: str, folder: Path, name: str, mode: str, *, precise: bool = False, blocks: str = BLOCKS
 ) -> dict[str, ExperimentResult]:
     """Experiment → result, prompts in the order of the data; an error fails the test."""
-    result, diagnostics = try_file(text, folder, name, mode, precise=precise)
+    result, diagnostics = try_file(text, folder, name, mode, precise=precise, blocks=blocks)
     errors = [found for found in diagnostics if found.severity == "error"]
     assert result is not None, render_full(errors, color=False, width=100)
     return {found.name: as_in_the_data(found) for found in result.experiments}

@@ -42,6 +42,7 @@ LAYERS, HEADS = range(3), range(4)
 EACH = [(n,) for n in LAYERS]
 ONE: list[tuple[Coord, ...]] = [()]
 CUE, LAST, SUBJECT = "cue token", "last token", "subject token"
+AT_CUE = "measure logit(answer) - logit(wrong) at cue token as delta"
 SAME_HEADS = ("gpt2", "gpt_neox", "gpt_neox_sequential")
 """Families with as many key heads as query heads."""
 
@@ -281,6 +282,13 @@ EDITS: dict[str, Case] = {
         ("layer", "head"),
         product((0, 1), (1, 3)),
         edit("set", "{cue token, last token}", "subject tokens", 0.2),
+    ),
+    "set_where_there_is_no_other_key": Case(
+        "set attention layer * from {first token, last token} to {token 0, first token} to 0.2",
+        ("layer",),
+        EACH,
+        edit("set", "{first token, last token}", "{token 0, first token}", 0.2),
+        but=WINDOWED,
     ),
     "set_zero": Case(
         f"set attention layer * from last token to {BOTH} to 0",
@@ -762,6 +770,24 @@ def test_later_tokens_are_not_edited(data: Path, name: str, mode: str) -> None:
         np.testing.assert_allclose(beside, alone, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", QUICK)
+def test_queries_behind_the_last_reader_leave_the_others_their_amounts(
+    data: Path, mode: str
+) -> None:
+    """What is set in each cell is its own, where some of its queries are seen by no measure."""
+    rule = f"reweight attention layer * from {PAIR} to subject token by c"
+    text = experiment("e", f"for c in [0.1, 3, 9] {{ {rule} }}", measure=AT_CUE)
+
+    def value(n: int, c: float, layer: int) -> float:
+        of = rows()[n]
+        run = edited("llama", of, edges=edges(of, "reweight", [layer], CUE, SUBJECT, c))
+        return difference(run.logits, records()[n], tokens(of, CUE)[0])
+
+    found = run_file(text, data, "llama", mode)["e"]
+    cells = table(product((0.1, 3, 9), LAYERS), value, 4)
+    agree(found, ("c", "layer"), cells, unpatched("llama", at=CUE), large=0.02)
+
+
 def test_attention_to_later_tokens_only_is_refused(data: Path) -> None:
     text = experiment("e", "block attention layers * from cue token to last token")
     assert "E0332" in codes(text, data)
@@ -797,7 +823,7 @@ class Look:
     cells: Sequence[tuple[Coord, ...]]
     of: Callable[..., Sequence[tuple[int, int, str, str]]]
     """Of the cell's coordinates: layer, head, queries, keys."""
-    act: Act = lambda name, n: [([], [])]
+    act: Act = lambda name, n, *at: [([], [])]
     base: str = "clean"
 
 
@@ -860,7 +886,7 @@ LOOKS: dict[str, Look] = {
         ("layer", "head"),
         product((1, 2), HEADS),
         direct(LAST, CUE),
-        lambda name, n: [(taken(name, n, "longer", [End("resid_post", 0)], PAIR), [])],
+        lambda name, n, *at: [(taken(name, n, "longer", [End("resid_post", 0)], PAIR), [])],
     ),
     "of_an_edited_run": Look(
         (
@@ -870,7 +896,18 @@ LOOKS: dict[str, Look] = {
         ("layer", "head"),
         GRID,
         direct(LAST, BOTH),
-        lambda name, n: [([], edges(rows()[n], "reweight", LAYERS, LAST, CUE, 3))],
+        lambda name, n, *at: [([], edges(rows()[n], "reweight", LAYERS, LAST, CUE, 3))],
+    ),
+    "beside_a_rule_that_changes_nothing": Look(
+        (
+            "from other into clean",
+            "patch resid_post layer 0 at first token, subject token",
+            "observe attention layer 1..2 head * from last token to cue token",
+        ),
+        ("position", "layer", "head"),
+        product(("first token", SUBJECT), (1, 2), HEADS),
+        lambda at, layer, head: [(layer, head, LAST, CUE)],
+        lambda name, n, where, *at: [(taken(name, n, "other", [End("resid_post", 0)], where), [])],
     ),
     "of_the_corrupted_run": Look(
         (
@@ -881,7 +918,7 @@ LOOKS: dict[str, Look] = {
         ("layer", "head"),
         product((1, 2), HEADS),
         direct(LAST, CUE),
-        lambda name, n: [
+        lambda name, n, *at: [
             (
                 copied(
                     [End("resid_post", 0)],
@@ -908,7 +945,7 @@ def hold_look(data: Path, key: str, name: str, mode: str) -> None:
 
     def value(n: int, *at: Coord) -> float | None:
         text = rows(look.base)[n]
-        ((writes, changes),) = look.act(name, n)
+        ((writes, changes),) = look.act(name, n, *at)
         run = edited(name, text, writes, changes)
         ((layer, head, query, where),) = look.of(*at)
         try:

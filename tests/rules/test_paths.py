@@ -14,10 +14,13 @@ import pytest
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
 
+from ..execute.by_hand import noise
 from ..execute.support import MODES
 from .models import STRAIGHT, WITHOUT_NORMS, double
-from .paths import LAST, RECEIVERS, SENDERS, End, leads, path
+from .paths import LAST, RECEIVERS, SENDERS, End, between, leads, path, plain
+from .reference import Run, Write, forward
 from .support import (
+    BLOCKS,
     QUICK,
     Array,
     Key,
@@ -292,6 +295,73 @@ def test_also_on_other_models(data: Path, key: str) -> None:
 @pytest.mark.parametrize("key", list(CASES))
 def test_a_path_of_every_model(data: Path, key: str, name: str, mode: str) -> None:
     hold(results(data, name, mode)[key], name, CASES[key])
+
+
+# --- runs with noise ------------------------------------------------------------------------------
+
+DRAWS = 3
+NOISED = BLOCKS.replace(
+    "corrupt other { subject = alt }",
+    f"corrupt noised {{ add gaussian(std: 0.5, samples: {DRAWS}) to embed at subject tokens }}",
+)
+LOUD = {
+    f"{key}_{way}": replace(case, run=run, base=base, mlps=mlps)
+    for key, case, mlps in (
+        ("to_queries", Case(grid("z", (0, 3)), grid("q", (1,))), False),
+        ("to_values_through_mlps", Case(grid("z", (0, 3)), grid("v", (0,))), True),
+        ("to_logits", Case(grid("z", (0, 3)), LOGITS, "last token"), False),
+    )
+    for way, run, base in (("out", "noised", "clean"), ("in", "clean", "noised"))
+}
+
+
+def draw_of(name: str, run: str, n: int, draw: int) -> Run:
+    """The unpatched run of a row, with one draw of noise where it has noise."""
+    text = rows()[n]
+    clean = plain(name, double(name), text.ids)
+    if run == "clean":
+        return clean
+    embedded = clean["embed", None]
+    changed = [
+        Write("embed", None, embedded[at, 0] + 0.5 * noise(n, draw, at, embedded.shape[2]), at)
+        for at in text.spans["subject"]
+    ]
+    return forward(name, double(name), text.ids, changed)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+def test_each_draw_of_noise_has_its_own_path(data: Path, mode: str) -> None:
+    """The metric is averaged over the draws, each sent and received on its own."""
+    name = "llama"
+    text = "".join(case.experiment(key) for key, case in LOUD.items())
+    found = run_file(text, data, name, mode, precise=True, blocks=NOISED)
+    for key, case in LOUD.items():
+        values: dict[Key, list[float]] = {}
+        base = np.zeros(len(records()))
+        for n, record in enumerate(records()):
+            at, ids = tokens(rows()[n], case.at), rows()[n].ids
+            runs = [
+                [draw_of(name, run, n, draw) for run in (case.base, case.run)]
+                for draw in range(DRAWS)
+            ]
+            base[n] = np.mean([difference(own.logits, record) for own, _ in runs])
+            for (of, senders), (to, receivers) in itertools.product(
+                case.sender.cells, case.receiver.cells
+            ):
+                if not leads(senders[0], receivers[0], parallel=False):
+                    continue
+                each = [
+                    difference(
+                        between(
+                            name, double(name), ids, *pair, senders, receivers, at, at,
+                            mlps=case.mlps,
+                        ),
+                        record,
+                    )
+                    for pair in runs
+                ]  # fmt: skip
+                values.setdefault((*of, *to), []).append(float(np.mean(each)))
+        agree(found[key], case.axes, values, base, large=2e-3, most=False, precise=True)
 
 
 # --- every sender with every receiver ------------------------------------------------------------
