@@ -307,8 +307,8 @@ NOISED = BLOCKS.replace(
 LOUD = {
     f"{key}_{way}": replace(case, run=run, base=base, mlps=mlps)
     for key, case, mlps in (
-        ("to_queries", Case(grid("z", (0, 3)), grid("q", (1,))), False),
-        ("to_values_through_mlps", Case(grid("z", (0, 3)), grid("v", (0,))), True),
+        ("to_queries", Case(grid("z", (0, 3)), grid("q", (0, 1))), False),
+        ("to_values_through_mlps", Case(grid("z", (0, 3)), grid("v", (0, 1))), True),
         ("to_logits", Case(grid("z", (0, 3)), LOGITS, "last token"), False),
     )
     for way, run, base in (("out", "noised", "clean"), ("in", "clean", "noised"))
