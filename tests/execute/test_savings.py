@@ -25,6 +25,7 @@ from ..models import families
 from .support import (
     DIFFERENCE,
     EVERY_PASS,
+    PROMPTS,
     ROWS,
     adopted,
     check_file,
@@ -265,6 +266,18 @@ def test_rows_of_two_experiments_are_run_once(folder: Path, second: str) -> None
     assert both.execution.profile.rows == 2 * count
     assert both.tokens == alone.tokens, "the second experiment adds no token"
     assert work_of(folder, text, {"share"}).execution.profile.distinct == 2 * count
+
+
+def test_rows_of_other_numbers_of_draws_are_rows_of_their_own(folder: Path) -> None:
+    """Equal writes, but one experiment averages over three draws of its source."""
+    noise = "corrupt noised { add gaussian(std: 0.5, samples: 3) to embed at subject tokens }"
+    blocks = PROMPTS.replace("corrupt other { subject = alt }", noise)
+    rule = "ablate z layer 0 head * at cue token with zero"
+    text = experiment("one", "prompts p", rule, DIFFERENCE)
+    text += experiment("three", "prompts p", "from noised into clean", rule, DIFFERENCE)
+    model = adopted(FAMILY)
+    profile = execute_file(check_file(text, folder, model, blocks), model).profile
+    assert profile.rows == profile.distinct == 2 * 4 * len(ROWS)
 
 
 def test_cells_that_are_the_same_row_are_run_once(folder: Path) -> None:
