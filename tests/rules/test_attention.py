@@ -252,6 +252,14 @@ EDITS: dict[str, Case] = {
         [(0,), (0.5,), (3,)],
         made(lambda text, c: edges(text, "reweight", [1], LAST, BOTH, c)),
     ),
+    "reweight_loop_of_queries": Case(
+        "for c in [0.1, 3, 9] "
+        "{ reweight attention layer 0..1 from cue token, last token to subject token by c }",
+        ("c", "layer", "position"),
+        product((0.1, 3, 9), (0, 1), (CUE, LAST)),
+        made(lambda text, c, layer, query: edges(text, "reweight", [layer], query, SUBJECT, c)),
+        but=WINDOWED,
+    ),
     "uniform": Case(
         "set attention layer * head * from last token "
         "to {cue token, subject token, last token} to uniform",
@@ -902,11 +910,11 @@ LOOKS: dict[str, Look] = {
         (
             "from other into clean",
             "patch resid_post layer 0 at first token, subject token",
-            "observe attention layer 1..2 head * from last token to cue token",
+            "observe attention layer 1..2 head * from cue token to subject token",
         ),
         ("position", "layer", "head"),
         product(("first token", SUBJECT), (1, 2), HEADS),
-        lambda at, layer, head: [(layer, head, LAST, CUE)],
+        lambda at, layer, head: [(layer, head, CUE, SUBJECT)],
         lambda name, n, where, *at: [(taken(name, n, "other", [End("resid_post", 0)], where), [])],
     ),
     "of_the_corrupted_run": Look(
