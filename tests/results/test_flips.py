@@ -64,6 +64,12 @@ def test_random_flips_come_near_and_are_never_zero() -> None:
     assert sign_flip(np.ones((1, 30)), 2000, 0) == pytest.approx([1 / 40_001])
 
 
+@pytest.mark.parametrize(("n", "p"), [(14, 2 / 2**14), (15, 1 / 10_001)])
+def test_up_to_fourteen_prompts_all_flips_are_taken(n: int, p: float) -> None:
+    """Of equal deltas only the flip of none and of all come as far."""
+    assert sign_flip(np.ones((1, n)), 1, 0) == pytest.approx([p])
+
+
 def test_too_many_cells_take_the_normal_approximation() -> None:
     deltas = np.random.default_rng(0).normal(0.4, 1, (2, 30))
     z = np.abs(deltas.sum(1)) / np.sqrt((deltas**2).sum(1))

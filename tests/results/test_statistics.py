@@ -174,6 +174,22 @@ def test_inert_cells_stay_out_of_the_correction(runs: tuple[np.ndarray, ...]) ->
     assert found.p_corrected[1] == pytest.approx(2 * found.p[1])
 
 
+@pytest.mark.parametrize("out", ["inert", "missing"])
+def test_cells_that_are_not_tested_ask_for_no_more_flips(out: str) -> None:
+    """800 cells take 16,000 flips, 600 of them 12,000."""
+    base, inert = np.zeros((1, 40)), np.zeros(800, dtype=bool)
+    patched = np.ones((800, 40))
+    if out == "inert":
+        inert[:200], patched[:200] = True, 0
+    else:
+        patched[:200] = np.nan
+    found = one(measure(patched, base, inert=inert))
+    assert found.tests == 600
+    assert found.p[-1] == pytest.approx(1 / 12_001)
+    assert found.test is not None
+    assert "12,000 random flips" in found.test
+
+
 def test_a_delta_of_nothing_has_p_one(runs: tuple[np.ndarray, ...]) -> None:
     _, base, _ = runs
     assert one(measure(base, base)).p.tolist() == [1.0]
@@ -206,6 +222,7 @@ def test_groups_are_drawn_whole() -> None:
     assert whole.p == pytest.approx(one(measure(sums[None], np.zeros(8))).p)
     lone = one(measure(deltas[None], np.zeros(80)), groups=np.zeros(80))
     assert lone.reasons == ("one group: no interval",)
+    assert np.isnan([lone.low, lone.high]).all(), "its prompts were drawn together"
 
 
 def test_weights_are_draws_with_replacement() -> None:
@@ -233,6 +250,13 @@ def test_categories() -> None:
         "no prompt is part of this cell",
     )
     assert np.isnan(category_statistics(values, None).mean_error).all()
+
+
+def test_each_cell_has_the_right_numbers_of_its_own() -> None:
+    """Where a position names an item, what is right differs between cells."""
+    values = np.array([[3, 4], [3, 4]], dtype=float)
+    found = category_statistics(values, np.array([[3, 4], [5, 8]], dtype=float))
+    assert found.mean_error.tolist() == [0, 3]
 
 
 def test_denominators_near_zero_are_refused(runs: tuple[np.ndarray, ...]) -> None:
