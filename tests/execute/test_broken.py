@@ -440,6 +440,52 @@ def test_rows_that_only_seem_equal_are_noticed(
     assert np.abs(found - plain).max() > 10 * ABSOLUTE
 
 
+EDGE = "attention layer 1 from last token to"
+ALMOST_EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
+    "fill": (
+        ("ablate z layer 1 heads * at last token with mean",),
+        ("ablate z layer 1 heads * at last token with mean of other",),
+    ),
+    "whole": (
+        (
+            "from clean into longer",
+            "ablate z layer 1 heads * at item 1 token, last-item token with mean of longer",
+        ),
+    ),
+    "amounts": ((f"for c in [0.1, 9] {{ reweight {EDGE} cue token by c }}",),),
+    "keys": ((f"reweight {EDGE} cue token, subject token by 9",),),
+    "receivers": (
+        (
+            "from longer into clean",
+            "path attn_out layer 0 -> mlp_norm layer 1..2 at {cue token, last token}",
+        ),
+    ),
+}
+"""What alone tells the rows of some experiments apart, and these experiments."""
+
+
+@pytest.mark.parametrize("name", list(ALMOST_EQUAL))
+def test_rows_that_differ_in_one_thing_are_told_apart(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part of a row's key is there for a number."""
+    original = mechdsl.plan.share.Sharer._rule
+
+    def blurred(self: Any, plan: Any, rule: Any) -> Any:
+        key = original(self, plan, rule)
+        return replace(key, **{name: np.zeros_like(getattr(key, name))})
+
+    text = "".join(
+        experiment(f"e{n}", "prompts p", *lines, DIFFERENCE)
+        for n, lines in enumerate(ALMOST_EQUAL[name])
+    )
+    plain = numbers(folder, FAMILY, MODES["plain"], text)
+    np.testing.assert_allclose(numbers(folder, FAMILY, RunOptions(), text), plain, atol=ABSOLUTE)
+    monkeypatch.setattr(mechdsl.plan.share.Sharer, "_rule", blurred)
+    found = numbers(folder, FAMILY, RunOptions(), text)
+    assert np.abs(found - plain).max() > 10 * ABSOLUTE
+
+
 def test_rows_that_are_not_inert_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def every(self: Any, rows: Any) -> Any:
         return np.ones(len(rows), dtype=bool)
