@@ -53,6 +53,8 @@ def run(
     offload: str | Path | None = None,
     out: str | Path | None = None,
     allow_python: bool = False,
+    pass_tokens: int | None = None,
+    prompt_tokens: int | None = None,
 ) -> Results:
     """Run a file (path or text) and return its results.
 
@@ -62,6 +64,7 @@ def run(
     Raises MechdslError where the file, its data or a model is wrong (no cell has been run then),
     and where a function of a Python file fails.
     """
+    from mechdsl.execute.execute import Options
     from mechdsl.pipeline import RunOptions, run_source
     from mechdsl.program.python_files import PythonFailure
     from mechdsl.results.collect import versions
@@ -83,6 +86,7 @@ def run(
         dtype=dtype,
         offload=None if offload is None else Path(offload),
         out=None if out is None else Path(out),
+        execution=Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens),
     )
     try:
         result, diagnostics = run_source(source, options, models)

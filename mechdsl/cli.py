@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 
 if TYPE_CHECKING:
+    from mechdsl.execute.execute import Options
     from mechdsl.program.python_files import Mode
 
 FINE, FAILED, WRONG, BROKE_OFF, INTERRUPTED = 0, 1, 2, 3, 130
@@ -56,6 +58,18 @@ no_pass_option = click.option(
     multiple=True,
     metavar="NAME",
     help="Switch a pass off; `plan` lists them.",
+)
+pass_tokens_option = click.option(
+    "--pass-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="At most this many tokens in a pass over patched rows; else it is chosen.",
+)
+prompt_tokens_option = click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="At most this many tokens in a batch of unpatched prompts.",
 )
 
 
@@ -266,6 +280,8 @@ def _checked(file: Path, settings: Any) -> tuple[Any, list[Diagnostic]]:
 @click.option("--profile", is_flag=True, help="Afterwards, estimated against measured work.")
 @allow_python_option
 @no_pass_option
+@pass_tokens_option
+@prompt_tokens_option
 def run(
     files: tuple[Path, ...],
     parameters: tuple[str, ...],
@@ -279,6 +295,8 @@ def run(
     profile: bool,
     allow_python: bool,
     no_pass: tuple[str, ...],
+    pass_tokens: int | None,
+    prompt_tokens: int | None,
 ) -> int:
     """Run files and print their tables. Exit status 0 when every expectation holds."""
     settings = _settings(parameters, limit, only, _mode(allow_python))
@@ -292,7 +310,10 @@ def run(
     _print(problems)
     if has_errors(problems):
         return WRONG
-    return _run(everything, device, dtype, offload, out, form, profile, frozenset(no_pass))
+    from mechdsl.execute.execute import Options
+
+    sizes = Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens)
+    return _run(everything, device, dtype, offload, out, form, profile, frozenset(no_pass), sizes)
 
 
 def _run(
@@ -304,8 +325,8 @@ def _run(
     form: str,
     profile: bool,
     without: frozenset[str],
+    execution: Options,
 ) -> int:
-    from mechdsl.execute.execute import Options
     from mechdsl.loading.load import import_library
     from mechdsl.pipeline import RunOptions, run_checked
     from mechdsl.results.collect import versions
@@ -330,7 +351,7 @@ def _run(
             offload=offload,
             out=out,
             without=without,
-            execution=Options(on_progress=bar.advance),
+            execution=replace(execution, on_progress=bar.advance),
             on_profile=keep if profile else None,
         )
         try:
@@ -354,11 +375,11 @@ def _run(
             raise
         except Exception as error:
             return _broke_off(f"a report of {source.name}", error)
-        if profile:
+        if profile and result.sizes is not None:
             from mechdsl.show.plan import print_profile
 
             for plan, done in profiles:  # several where experiments wait for others' results
-                print_profile(plan, done, _console(stderr=form != "table"))
+                print_profile(plan, done, result.sizes, _console(stderr=form != "table"))
             profiles.clear()
     results = Results(tuple(found), versions())
     if form == "json":
@@ -428,26 +449,35 @@ def validate(files: tuple[Path, ...], parameters: tuple[str, ...], form: str) ->
 @limit_option
 @allow_python_option
 @no_pass_option
+@pass_tokens_option
+@prompt_tokens_option
 def plan(
     file: Path,
     parameters: tuple[str, ...],
     limit: int | None,
     allow_python: bool,
     no_pass: tuple[str, ...],
+    pass_tokens: int | None,
+    prompt_tokens: int | None,
 ) -> int:
     """Print the intervention graph, the cells, rows and forward passes of a file."""
     checked, problems = _checked(file, _settings(parameters, limit, python=_mode(allow_python)))
     _print(problems)
     if checked is None or has_errors(problems):
         return WRONG
-    from mechdsl.plan.plan import make_plan, unknown_passes
+    from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, make_plan, unknown_passes
     from mechdsl.show.plan import print_plan
 
     wrong = unknown_passes(no_pass)
     _print(wrong)
     if wrong:
         return WRONG
-    print_plan(make_plan(checked.experiments, without=frozenset(no_pass)), _console())
+    print_plan(
+        make_plan(checked.experiments, without=frozenset(no_pass)),
+        _console(),
+        pass_tokens or PASS_TOKENS,
+        prompt_tokens or PROMPT_TOKENS,
+    )
     return FINE
 
 

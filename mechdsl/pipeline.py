@@ -16,7 +16,7 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName
 from mechdsl.diagnostics.e06_experiment import NothingKept
-from mechdsl.execute.execute import Options, Progress, execute, refused
+from mechdsl.execute.execute import Options, Progress, execute, refused, sizes_of
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt, load
@@ -97,9 +97,11 @@ def _run(
     options: RunOptions,
     diagnostics: list[Diagnostic],
 ) -> tuple[FileResult | None, list[Diagnostic]]:
+    sizes = sizes_of(checked.experiments, models, options.execution)
     waiting = [each for each in checked.experiments if each.spec.after and _may_be_refused(each)]
     if waiting:  # before any cell runs, and not when what they wait for has
-        found = refused(make_plan(waiting, without=options.without), models, options.execution)
+        later_plan = make_plan(waiting, without=options.without)
+        found = refused(later_plan, models, options.execution, sizes)
         if has_errors(found):
             return None, [*diagnostics, *found]
     store = None if options.out is None else Store(options.out, checked.source.stem)
@@ -120,7 +122,8 @@ def _run(
                 for panel in plan.panels:
                     for experiment in panel.experiments:
                         store.open(experiment)
-            execution = execute(plan, models, progress.over(options.execution, later), store)
+            told = progress.over(options.execution, later)
+            execution = execute(plan, models, told, store, sizes)
             if options.on_profile is not None:
                 options.on_profile(plan, execution.profile)
             diagnostics = [*diagnostics, *execution.diagnostics]
@@ -136,6 +139,7 @@ def _run(
                             execution.measured[each.key],
                             models,
                             execution.profile,
+                            sizes,
                         ),
                         plans[each.key],
                         execution.measured,
@@ -166,6 +170,7 @@ def _run(
         experiments=tuple(finished),
         hash=sha256(checked.source.text.encode()).hexdigest(),
         seed=checked.program.seed,
+        sizes=sizes.kept,
     )
     if store is not None and options.out is not None:
         path = options.out / checked.source.stem / "results.json"

@@ -6,7 +6,7 @@ the rows of one cell, or passes over what changes in the rows of many cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -17,15 +17,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.means_and_donors import Fillings, fillings_of
 from mechdsl.execute.measuring import Gauge
-from mechdsl.execute.pass_size import (
-    KEPT_SHARE,
-    PassSize,
-    bytes_per_token,
-    free_memory,
-    kept_bytes,
-    out_of_memory,
-    stopwatch,
-)
+from mechdsl.execute.pass_size import WORTH_MEASURING, Sizes, out_of_memory, release, stopwatch
 from mechdsl.execute.patched_rows import Member, Patcher
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.row_groups import extent, groups, members_of
@@ -33,7 +25,7 @@ from mechdsl.execute.unpatched_batch import Side
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.writes import readable
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.plan import BATCH_ROWS, INERT, PROMPT_TOKENS, SHARE, ExperimentPlan, Panel, Plan
+from mechdsl.plan.plan import BATCH_ROWS, INERT, SHARE, ExperimentPlan, Panel, Plan
 from mechdsl.plan.rules import Rows
 from mechdsl.plan.share import SharedRows, Sharer
 from mechdsl.program.python_files import PythonFailure
@@ -41,6 +33,9 @@ from mechdsl.prompts.table import PromptTable
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.statistics.cells import check_denominator
 from mechdsl.vocab.effects import EFFECTS
+
+FULL_SHARE = 0.7
+"""Of its size, what a pass must hold to tell how fast that size is."""
 
 Progress = Callable[[int, int], None]
 """(rows done, rows in all)."""
@@ -81,14 +76,17 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """How an execution goes about it; results don't depend on it."""
+    """How an execution goes about it; results don't depend on it but for their last bits."""
 
     side: Side = "left"
     """Prompts end in one column then, so that writes near the end need few columns."""
     on_progress: Progress | None = None
-    row_tokens: int | None = None
-    """Tokens of one pass over patched rows; found by measuring where none are given."""
-    prompt_tokens: int = PROMPT_TOKENS
+    pass_tokens: int | None = None
+    """Most tokens of one pass over patched rows; chosen by device, free memory and measuring where
+    none are given."""
+    prompt_tokens: int | None = None
+    """Most tokens of one batch of unpatched prompts; fewer than usual where memory is short and
+    neither is given."""
 
 
 @dataclass
@@ -100,24 +98,42 @@ class Execution:
     profile: Profile = field(default_factory=Profile)
 
 
+def sizes_of(
+    experiments: Iterable[ResolvedExperiment],
+    models: Mapping[str, LoadedModel],
+    options: Options,
+) -> Sizes:
+    """What a run of these experiments is laid out by, before anything is measured."""
+    uses = [(models[name], each.table) for each in experiments for name in each.models]
+    return Sizes.of(options.pass_tokens, options.prompt_tokens, uses)
+
+
 def execute(
     plan: Plan,
     models: Mapping[str, LoadedModel],
     options: Options | None = None,
     sink: Sink | None = None,
+    sizes: Sizes | None = None,
 ) -> Execution:
     """Run every panel. Denominators and `keep` are checked for all before any cell runs.
 
+    sizes: of the run that this is a part of; they are settled here if they aren't yet.
     Codes: E0223, E0604, E0613. Raises what the model raises; it is left without hooks in any case.
     """
     options = options or Options()
+    if sizes is None:
+        experiments = [each.experiment for panel in plan.panels for each in panel.experiments]
+        sizes = sizes_of(experiments, models, options)
     execution = Execution()
-    runners = _prepared(plan, models, options, execution, sink)
+    runners = _prepared(plan, models, options, sizes, execution, sink)
     if has_errors(execution.diagnostics):
         return execution
     if sink is not None:
         for measured in execution.measured.values():
             sink.unpatched(measured)
+    if runners and not sizes.settled:
+        max(runners, key=lambda runner: runner.total_rows()).measure_sizes()
+    sizes.settled = True
     total = sum(runner.total_rows() for runner in runners)
     done = 0
     for runner in runners:
@@ -130,11 +146,11 @@ def execute(
 
 
 def refused(
-    plan: Plan, models: Mapping[str, LoadedModel], options: Options | None = None
+    plan: Plan, models: Mapping[str, LoadedModel], options: Options, sizes: Sizes
 ) -> list[Diagnostic]:
     """What `execute` would refuse after the unpatched runs, for experiments that run later."""
     execution = Execution()
-    _prepared(plan, models, options or Options(), execution, None)
+    _prepared(plan, models, options, sizes, execution, None)
     return execution.diagnostics
 
 
@@ -142,6 +158,7 @@ def _prepared(
     plan: Plan,
     models: Mapping[str, LoadedModel],
     options: Options,
+    sizes: Sizes,
     execution: Execution,
     sink: Sink | None,
 ) -> list[PanelRunner]:
@@ -151,7 +168,8 @@ def _prepared(
             panel,
             models[panel.model],
             plan,
-            options,
+            options.side,
+            sizes,
             execution.profile,
             sink,
             others={name: models[name] for name in panel.models[1:]},
@@ -169,6 +187,19 @@ def _prepared(
     return runners
 
 
+@dataclass(frozen=True)
+class _SortedOut:
+    """The rows of an experiment on a batch of prompts."""
+
+    live: Rows
+    left_out: Rows
+    """Those that aren't run, as they can't differ from the base run."""
+    dropped: int
+    """How many have no donor."""
+    inert: int
+    """How many can't differ, left out or not."""
+
+
 class PanelRunner:
     """Runs the experiments of one panel on shared unpatched runs."""
 
@@ -177,7 +208,8 @@ class PanelRunner:
         panel: Panel,
         model: LoadedModel,
         plan: Plan,
-        options: Options,
+        side: Side,
+        sizes: Sizes,
         profile: Profile,
         sink: Sink | None = None,
         *,
@@ -185,7 +217,7 @@ class PanelRunner:
     ) -> None:
         self.panel = panel
         self.plan = plan
-        self.options = options
+        self.sizes = sizes
         self.sink = sink
         self.table: PromptTable = panel.table
         self.measured: dict[str, Measured] = {}
@@ -193,9 +225,8 @@ class PanelRunner:
         self.gauges = {p.experiment.key: Gauge.of(p.experiment.measures) for p in panel.experiments}
         self.keep = Gauge.of(panel.experiments[0].experiment.keep)
         gauges = (*self.gauges.values(), self.keep)
-        self.runs = UnpatchedRuns(panel, model, gauges, plan=plan, side=options.side, others=others)
+        self.runs = UnpatchedRuns(panel, model, gauges, plan=plan, side=side, others=others)
         self.profile = profile
-        self.size = PassSize(model.device, bytes_per_token(model), fixed=options.row_tokens)
         self.kept = np.arange(len(self.table), dtype=np.int64)
         self.batches: list[Ints] = []
 
@@ -261,15 +292,16 @@ class PanelRunner:
     def _batches(self, prompts: Ints) -> list[Ints]:
         """Prompts in groups of similar size in tokens, in the order of the table."""
         draws = max((r.noise.samples for r in self.table.runs.values() if r.noise), default=1)
-        longest = max(
+        cells = sum(each.n_cells for each in self.panel.experiments)
+        tokens = self.sizes.prompt_tokens // (self._longest() * draws)
+        size = max(1, min(tokens, BATCH_ROWS // max(1, cells)))
+        return [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+    def _longest(self) -> int:
+        """Tokens of the longest prompt in any run."""
+        return max(
             (len(row.ids) for run in self.table.runs.values() for row in run.rows), default=1
         )
-        model = self.runs.model
-        room = int(free_memory(model.device) * KEPT_SHARE) // kept_bytes(model, self.table)
-        tokens = max(1, min(self.options.prompt_tokens, room))
-        cells = sum(each.n_cells for each in self.panel.experiments)
-        size = max(1, min(tokens // (longest * draws), BATCH_ROWS // max(1, cells)))
-        return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     def _denominators(self, experiment: ResolvedExperiment) -> list[Diagnostic]:
         """E0604 where a ratio would be taken over something that may be 0."""
@@ -331,21 +363,22 @@ class PanelRunner:
             ]
             for plan in plans
         ]
-        fillings = [self.fillings[plan.experiment.key] for plan in plans]
-        gauges = [self.gauges[plan.experiment.key] for plan in plans]
-        patcher = Patcher(self.plan, plans, gauges, fillings, self.runs)
-        sharer = Sharer(plans, share=self.plan.does(SHARE))
+        patcher, sharer = self._patcher(), self._sharer()
         for batch in self.batches:
             rows: list[Rows] = []
             for number, plan in enumerate(plans):
-                every = plan.rows(batch) if plan.rules else Rows.none()
                 if not plan.rules:
                     self._copy_base(plan)
-                live, dropped, inert = self._sorted_out(plan, every, fillings[number])
-                rows.append(live)
-                if len(inert):
-                    self._finish(number, inert, self._base_values(plan, inert), totals[number])
-                yield (dropped + len(inert)) * plan.draws
+                found = self._sorted_out(plan, batch)
+                measured = self.measured[plan.experiment.key]
+                measured.dropped += found.dropped
+                measured.rows += len(found.live) + len(found.left_out)
+                measured.inert += found.inert
+                rows.append(found.live)
+                if len(found.left_out):
+                    values = self._base_values(plan, found.left_out)
+                    self._finish(number, found.left_out, values, totals[number])
+                yield (found.dropped + len(found.left_out)) * plan.draws
             shared = sharer.of(rows)
             self.profile.rows += sum(len(one) for one in rows)
             self.profile.distinct += len(shared)
@@ -362,21 +395,28 @@ class PanelRunner:
                         found[:] = np.where(counts > 0, sums / counts, np.nan)
         self.runs.forget()
 
-    def _sorted_out(
-        self, plan: ExperimentPlan, rows: Rows, fillings: Fillings
-    ) -> tuple[Rows, int, Rows]:
-        """(rows to run, how many have no donor, rows that can't differ from the base run)."""
-        good = readable(plan, rows, fillings)
-        dropped = len(rows) - len(good)
-        measured = self.measured[plan.experiment.key]
-        measured.dropped += dropped
-        rows = rows.take(good)
+    def _patcher(self) -> Patcher:
+        plans = self.panel.experiments
+        fillings = [self.fillings[plan.experiment.key] for plan in plans]
+        gauges = [self.gauges[plan.experiment.key] for plan in plans]
+        return Patcher(self.plan, plans, gauges, fillings, self.runs)
+
+    def _sharer(self) -> Sharer:
+        return Sharer(self.panel.experiments, share=self.plan.does(SHARE))
+
+    def _sorted_out(self, plan: ExperimentPlan, batch: Ints) -> _SortedOut:
+        """Which rows of an experiment have to be run."""
+        every = plan.rows(batch) if plan.rules else Rows.none()
+        good = readable(plan, every, self.fillings[plan.experiment.key])
+        rows = every.take(good)
         inert = plan.is_inert(rows)
-        measured.rows += len(rows)
-        measured.inert += int(inert.sum())
-        if not self.plan.does(INERT):
-            return rows, dropped, Rows.none()
-        return rows.take(np.flatnonzero(~inert)), dropped, rows.take(np.flatnonzero(inert))
+        out = inert if self.plan.does(INERT) else np.zeros_like(inert)
+        return _SortedOut(
+            live=rows.take(np.flatnonzero(~out)),
+            left_out=rows.take(np.flatnonzero(out)),
+            dropped=len(every) - len(rows),
+            inert=int(inert.sum()),
+        )
 
     def _finish(
         self,
@@ -413,32 +453,72 @@ class PanelRunner:
         for found, values in zip(measured.patched, base, strict=True):
             found[:] = values
 
+    # --- the size of a pass ---------------------------------------------------------------------
+
+    def measure_sizes(self) -> None:
+        """Settle the size of a pass by trying some on rows of the first batch, where there is
+        enough to run. Their values are thrown away."""
+        enough = WORTH_MEASURING * self.sizes.pass_tokens
+        if self.total_rows() * self._longest() < enough:
+            return
+        plans, batch = self.panel.experiments, self.batches[0]
+        shared = self._sharer().of([self._sorted_out(plan, batch).live for plan in plans])
+        widths, work = extent(shared, self.runs.shortcuts, plans)
+        if int(widths.sum()) * len(self.batches) < enough:
+            return
+        run, group = max(
+            groups(shared, self.plan, plans, widths), key=lambda each: int(widths[each[1]].sum())
+        )
+        group = group[len(group) // 2 :]  # by width: the first ones are the narrowest
+        ends = np.cumsum(widths[group])
+        patcher = self._patcher()
+
+        def rate(tokens: int) -> float:
+            """Work per second of a pass of this size, the better of two."""
+            chosen = group[: int(np.searchsorted(ends, tokens, side="right"))]
+            if int(widths[chosen].sum()) < FULL_SHARE * tokens:
+                return 0.0
+            members = members_of(shared, chosen)
+            took: list[float] = []
+            try:
+                for _ in range(2):
+                    with stopwatch(self.runs.model.device) as seconds:
+                        list(patcher.values(shared, chosen, members, run, batch))
+                    took += seconds
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                release()
+                return 0.0
+            return float(work[chosen].sum()) / max(min(took), 1e-9)
+
+        self.sizes.measure(rate)
+        self._forget()
+
     # --- passes -----------------------------------------------------------------------------------
 
     def _patched(
         self, patcher: Patcher, shared: SharedRows, batch: Ints
     ) -> Iterator[tuple[Member, list[Floats]]]:
         """All distinct rows in passes of a good size, with the values of their members."""
-        widths, work = extent(shared, self.runs.shortcuts, self.panel.experiments)
+        widths, _ = extent(shared, self.runs.shortcuts, self.panel.experiments)
         for run, group in groups(shared, self.plan, self.panel.experiments, widths):
             begin = 0
             while begin < len(group):
                 ends = np.cumsum(widths[group[begin:]])
-                count = max(1, int(np.searchsorted(ends, self.size.current, side="right")))
+                count = max(1, int(np.searchsorted(ends, self.sizes.pass_tokens, side="right")))
                 chosen = group[begin : begin + count]
                 members = members_of(shared, chosen)
-                tokens, blocks = int(widths[chosen].sum()), float(work[chosen].sum())
-
+                tokens = int(widths[chosen].sum())
                 try:
                     with stopwatch(self.runs.model.device) as seconds:
                         found = list(patcher.values(shared, chosen, members, run, batch))
                 except (RuntimeError, MemoryError) as error:
-                    if len(chosen) == 1 or not out_of_memory(error) or not self.size.halve():
+                    if len(chosen) == 1 or not out_of_memory(error) or not self.sizes.halve():
                         raise
                     self.profile.halved += 1
                     continue
                 self.profile.passed(tokens, seconds[0])
-                self.size.measured(tokens, blocks, seconds[0])
                 yield from found
                 begin += count
 

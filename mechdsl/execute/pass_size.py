@@ -1,20 +1,29 @@
-"""How many tokens go into one pass: found by measuring, and held to the memory there is."""
+"""How many tokens go into one pass: settled before the first patched row, then kept.
+
+With a size, a plan and one number of threads two runs are equal bit for bit: seconds and free
+memory have no say but in the size itself, which stands in the results.
+"""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.plan import PASS_TOKENS
+from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS
 from mechdsl.prompts.table import PromptTable
+from mechdsl.statistics.data import ChosenBy, PassSizes
 
+DEVICE_FACTOR = 8
+"""How many times the tokens of a CPU's pass one takes elsewhere."""
+WORTH_MEASURING = 200
+"""Passes of a run below which trying other sizes costs more than they save."""
 LEAST_TOKENS = 256
 MOST_TOKENS = 1 << 17
 KEPT_SHARE = 0.25
@@ -54,55 +63,88 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @dataclass
-class PassSize:
-    """The number of tokens of the next pass.
+class Sizes:
+    """How many tokens go into one pass, and into one batch of prompts, for one run of a file.
 
-    Sizes are powers of two times `PASS_TOKENS`. The next larger and the next smaller one are tried
-    now and then on passes that are full; the one with the most tokens per second is kept.
+    Both are settled before the first patched row and kept. Only running out of memory changes the
+    size of a pass then: it is halved, and what is left runs at half the size.
     """
 
-    device: torch.device
-    bytes_per_token: int
-    """Of the largest tensors that are alive at once."""
-    fixed: int | None = None
-    """A size that is given; nothing is measured then."""
+    pass_tokens: int = PASS_TOKENS
+    prompt_tokens: int = PROMPT_TOKENS
     limit: int = MOST_TOKENS
-    rates: dict[int, float] = field(default_factory=dict[int, float])
-    """Size → blocks of tokens per second, of the fastest pass."""
-    current: int = PASS_TOKENS
+    """The largest pass that there is memory for."""
+    chosen: ChosenBy = "default"
+    """What `pass_tokens` comes from."""
+    settled: bool = False
+    """No size is tried any more."""
 
-    def __post_init__(self) -> None:
-        if self.fixed is not None:
-            self.current = self.limit = self.fixed
-            return
-        room = int(free_memory(self.device) * 0.5) // max(1, self.bytes_per_token)
-        self.limit = max(LEAST_TOKENS, min(MOST_TOKENS, room))
-        if self.device.type != "cpu":
-            self.current *= 8
-        self.current = min(self.current, self.limit)
+    @staticmethod
+    def of(
+        pass_tokens: int | None,
+        prompt_tokens: int | None,
+        uses: Iterable[tuple[LoadedModel, PromptTable]],
+    ) -> Sizes:
+        """What is given stands, and free memory is asked for nothing beside a given size of passes.
 
-    def measured(self, tokens: int, work: float, seconds: float) -> None:
-        """A pass of so many tokens did this work. Small passes tell nothing about sizes."""
-        if self.fixed is not None or tokens < 0.7 * self.current or seconds <= 0:
+        uses: the models and prompts of the run.
+        """
+        if pass_tokens is not None:
+            prompts = prompt_tokens or PROMPT_TOKENS
+            return Sizes(pass_tokens, prompts, pass_tokens, "given", settled=True)
+        usual, limit, room = PASS_TOKENS * DEVICE_FACTOR, MOST_TOKENS, PROMPT_TOKENS
+        for model, table in uses:
+            if model.device.type == "cpu":
+                usual = PASS_TOKENS
+            free = free_memory(model.device)
+            limit = min(limit, int(free * 0.5) // max(1, bytes_per_token(model)))
+            room = min(room, int(free * KEPT_SHARE) // kept_bytes(model, table))
+        limit = max(LEAST_TOKENS, limit)
+        short = limit < usual or (prompt_tokens is None and room < PROMPT_TOKENS)
+        prompts = prompt_tokens or max(1, room)
+        return Sizes(min(usual, limit), prompts, limit, "memory" if short else "default")
+
+    @property
+    def kept(self) -> PassSizes:
+        """As it stands in the results."""
+        return PassSizes(self.pass_tokens, self.prompt_tokens, self.chosen)
+
+    def measure(self, rate: Callable[[int], float]) -> None:
+        """Climb to the size with the highest rate: double and half of the best are tried once.
+
+        rate: of a pass of so many tokens; 0 where there is none of that size.
+        """
+        self.settled = True
+        rates = {self.pass_tokens: rate(self.pass_tokens)}
+        if not rates[self.pass_tokens]:  # rows of a pass don't even fill this one
             return
-        self.rates[self.current] = max(self.rates.get(self.current, 0.0), work / seconds)
-        best = max(self.rates, key=lambda size: self.rates[size])
-        for near in (best * 2, best // 2):
-            if near not in self.rates and LEAST_TOKENS <= near <= self.limit:
-                self.current = near
-                return
-        self.current = best
+        while True:
+            best = max(rates, key=lambda size: rates[size])
+            near = [
+                size
+                for size in (best * 2, best // 2)
+                if size not in rates and LEAST_TOKENS <= size <= self.limit
+            ]
+            if not near:
+                break
+            rates[near[0]] = rate(near[0])
+        self.pass_tokens, self.chosen = best, "measured"
 
     def halve(self) -> bool:
         """After running out of memory; false where nothing smaller is worth trying."""
-        if self.current <= 1:
+        if self.pass_tokens <= 1:
             return False
-        self.current = self.limit = max(1, self.current // 2)
-        self.rates = {size: rate for size, rate in self.rates.items() if size <= self.limit}
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.pass_tokens = self.limit = self.pass_tokens // 2
+        self.chosen = "memory"
+        release()
         return True
+
+
+def release() -> None:
+    """Give back the memory of what is no longer used."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -38,16 +38,20 @@ def groups(
 ) -> Iterator[tuple[Run, Ints]]:
     """Rows that can share passes: they start from the same run, and are of one cell if rows
     don't join. Those that end up in the same columns come together."""
-    runs: dict[int, Run] = {}
+    runs: list[Run] = []
     start = np.zeros(len(shared), dtype=np.int64)
     draws = np.zeros(len(shared), dtype=np.int64)
     for number, each in enumerate(plans):
         own = np.flatnonzero(shared.owner == number)
         which = each.starting_run(shared.rows.take(own))
-        keys = [id(run) for run in each.starting_runs]
-        runs.update(zip(keys, each.starting_runs, strict=True))
+        numbers: list[int] = []
+        for run in each.starting_runs:
+            known = [n for n, other in enumerate(runs) if other is run]
+            numbers.append(known[0] if known else len(runs))
+            if not known:
+                runs.append(run)
         if len(own):
-            start[own] = np.array(keys, dtype=np.int64)[which]
+            start[own] = np.array(numbers, dtype=np.int64)[which]
             draws[own] = each.draws
     keys = [start, draws]
     if not plan.does(JOIN):

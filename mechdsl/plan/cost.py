@@ -94,18 +94,23 @@ class PlanCost:
         return self.savings[-1].after if self.savings else self.plain
 
 
-def plan_cost(plan: Plan) -> PlanCost:
-    """Count a plan; rows are laid out in chunks of prompts and forgotten."""
+def plan_cost(
+    plan: Plan, pass_tokens: int = PASS_TOKENS, prompt_tokens: int = PROMPT_TOKENS
+) -> PlanCost:
+    """Count a plan; rows are laid out in chunks of prompts and forgotten.
+
+    pass_tokens, prompt_tokens: most tokens of a pass over rows, and of a batch of prompts.
+    """
     plain = Cost()
     after = dict.fromkeys(("stop_early", *PLAN_PASSES), Cost())
     batched = list(PLAN_PASSES).index(JOIN)
     for panel in plan.panels:
-        whole, stopped, batches = _unpatched(panel, plan)
+        whole, stopped, batches = _unpatched(panel, plan, prompt_tokens)
         plain += whole
         together = replace(stopped, forwards=batches) if plan.does(JOIN) else stopped
         for number, name in enumerate(after):
             after[name] += together if number > batched else stopped
-        counter = _Counter(panel, plan)
+        counter = _Counter(panel, plan, pass_tokens)
         for prompts in counter.chunks():
             rows_plain, rows_after = counter.count(prompts)
             plain += rows_plain
@@ -180,7 +185,7 @@ class _Block:
         return tokens(work.present), adds
 
 
-def _unpatched(panel: Panel, plan: Plan) -> tuple[Cost, Cost, int]:
+def _unpatched(panel: Panel, plan: Plan, prompt_tokens: int) -> tuple[Cost, Cost, int]:
     """The unpatched runs of a panel: (all whole, those that are only read stopped early, forward
     passes over batches of prompts)."""
     experiment = panel.experiments[0].experiment
@@ -202,7 +207,7 @@ def _unpatched(panel: Panel, plan: Plan) -> tuple[Cost, Cost, int]:
         if stop is not None and plan.does("stop_early"):
             all_of_it = Cost(0, 0, prompts, tokens * min(stop, n), per_block * min(stop, n))
         stopped += all_of_it
-        batches += -(-tokens // PROMPT_TOKENS)
+        batches += -(-tokens // prompt_tokens)
     return whole, stopped, batches
 
 
@@ -216,9 +221,10 @@ def _lengths(run: Run) -> Ints:
 class _Counter:
     """Counts the rows of one panel."""
 
-    def __init__(self, panel: Panel, plan: Plan) -> None:
+    def __init__(self, panel: Panel, plan: Plan, pass_tokens: int) -> None:
         self.plans = panel.experiments
         self.plan = plan
+        self.pass_tokens = pass_tokens
         self.table = self.plans[0].experiment.table
         self.shape = self.plans[0].experiment.model.shape
         self.block = _Block.of(self.shape)
@@ -270,7 +276,7 @@ class _Counter:
         after[UNEMBED] = now
         if self.plan.does(JOIN) and now.rows:
             width = sum(one.width for one in shapes)
-            passes = -(-width // PASS_TOKENS)
+            passes = -(-width // self.pass_tokens)
             now = replace(now, forwards=min(now.forwards, passes))
         after[JOIN] = after[FUSE] = now
         return plain, after

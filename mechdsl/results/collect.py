@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.execute import Measured, base_per_cell
+from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import ExperimentPlan
@@ -20,7 +21,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.cells import cell_keys
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.experiment import ExperimentResult
-from mechdsl.results.run_conventions import conventions, fallbacks, model_words
+from mechdsl.results.run_conventions import conventions, fallbacks, model_words, pass_sizes
 from mechdsl.statistics.cells import MeasureData
 from mechdsl.statistics.null_bands import null_bands
 from mechdsl.vocab.effects import EFFECTS
@@ -40,7 +41,11 @@ def versions() -> dict[str, str]:
 
 
 def collect(
-    plan: ExperimentPlan, measured: Measured, models: Mapping[str, LoadedModel], profile: Profile
+    plan: ExperimentPlan,
+    measured: Measured,
+    models: Mapping[str, LoadedModel],
+    profile: Profile,
+    sizes: Sizes,
 ) -> ExperimentResult:
     """The result of one experiment, or of one variant of it, without statistics."""
     experiment = plan.experiment
@@ -92,6 +97,7 @@ def collect(
             **conventions(plan, measured, model),
             **{f"model {other.name}": model_words(other) for other in read},
             **fallbacks(model, profile),
+            **pass_sizes(sizes.kept),
         },
         hashes={
             **_hashes(experiment, model),

@@ -14,7 +14,7 @@ from mechdsl.base.arrays import Floats
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment import ExperimentResult, Results
 from mechdsl.statistics.cells import category_statistics
-from mechdsl.statistics.data import Interval, MeasureData
+from mechdsl.statistics.data import ChosenBy, Interval, MeasureData
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -124,12 +124,21 @@ class ExperimentDocument(Part):
     expect: list[ExpectDocument]
 
 
+class SizesDocument(Part):
+    """What the run was laid out by; given both numbers, two runs are equal bit for bit."""
+
+    pass_tokens: int = Field(description="most tokens of a pass over patched rows")
+    prompt_tokens: int = Field(description="most tokens of a batch of unpatched prompts")
+    chosen: ChosenBy = Field(description="what `pass_tokens` comes from")
+
+
 class FileDocument(Part):
     """One `.mech` file."""
 
     file: str
     hash: str
     seed: int
+    sizes: SizesDocument | None = Field(default=None, description="where something was run")
     experiments: list[ExperimentDocument]
 
 
@@ -296,6 +305,7 @@ def results_document(results: Results) -> ResultsDocument:
                 file=file.file,
                 hash=file.hash,
                 seed=file.seed,
+                **_given(sizes=None if file.sizes is None else SizesDocument(**vars(file.sizes))),
                 experiments=[experiment_document(each) for each in file.experiments],
             )
             for file in results.files

@@ -18,7 +18,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.statistics.bootstrap import Resampling
 from mechdsl.statistics.cells import run_interval
-from mechdsl.statistics.data import CellStatistics, Interval, MeasureData, NullBand
+from mechdsl.statistics.data import CellStatistics, Interval, MeasureData, NullBand, PassSizes
 
 if TYPE_CHECKING:
     import pandas
@@ -254,6 +254,8 @@ class FileResult:
     experiments: tuple[ExperimentResult, ...]
     hash: str = ""
     seed: int = 0
+    sizes: PassSizes | None = None
+    """What the run was laid out by; with it, two runs are equal bit for bit."""
 
 
 @dataclass(frozen=True, eq=False)

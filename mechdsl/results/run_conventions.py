@@ -8,7 +8,8 @@ from mechdsl.execute.execute import Measured
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.plan import PROMPT_TOKENS, ExperimentPlan
+from mechdsl.statistics.data import PassSizes
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
 EDGES = {
@@ -100,6 +101,14 @@ def fallbacks(model: LoadedModel, profile: Profile) -> dict[str, str]:
         times = "once" if profile.halved == 1 else f"{profile.halved} times"
         found["memory"] = f"ran out {times}; passes were halved and run again"
     return found
+
+
+def pass_sizes(sizes: PassSizes) -> dict[str, str]:
+    """What `--pass-tokens` and `--prompt-tokens` repeat, where it isn't what always stands."""
+    if sizes.chosen == "default" and sizes.prompt_tokens == PROMPT_TOKENS:
+        return {}
+    passes, prompts = f"{sizes.pass_tokens:,}", f"{sizes.prompt_tokens:,}"
+    return {"passes": f"up to {passes} tokens each, prompts in batches of up to {prompts}"}
 
 
 def _fill_words(fill: str, run: str, by: str | None) -> str:

@@ -8,11 +8,17 @@ from rich.table import Table
 from mechdsl.execute.profile import Profile
 from mechdsl.graph.passes import PASS_MEANINGS
 from mechdsl.plan.cost import Cost, PlanCost, estimated_seconds, matmul_rate, plan_cost
-from mechdsl.plan.plan import PLAN_PASSES, ExperimentPlan, Plan, runs_of
+from mechdsl.plan.plan import PASS_TOKENS, PLAN_PASSES, PROMPT_TOKENS, ExperimentPlan, Plan, runs_of
 from mechdsl.show.graph import to_text
+from mechdsl.statistics.data import PassSizes
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(
+    plan: Plan,
+    console: Console,
+    pass_tokens: int = PASS_TOKENS,
+    prompt_tokens: int = PROMPT_TOKENS,
+) -> None:
     """The graph, the work per experiment, and what each pass saves."""
     console.print("intervention graph", style="bold")
     console.print(to_text(plan.graph), highlight=False, markup=False, end="", soft_wrap=True)
@@ -22,7 +28,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print()
     _experiments(plan, console)
     console.print()
-    cost = plan_cost(plan)
+    cost = plan_cost(plan, pass_tokens, prompt_tokens)
     _savings(cost, console)
     _estimate(cost, console)
 
@@ -103,9 +109,9 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def print_profile(plan: Plan, profile: Profile, console: Console) -> None:
+def print_profile(plan: Plan, profile: Profile, sizes: PassSizes, console: Console) -> None:
     """Estimated against measured, after a run."""
-    cost, rate = plan_cost(plan), matmul_rate()
+    cost, rate = plan_cost(plan, sizes.pass_tokens, sizes.prompt_tokens), matmul_rate()
     console.print("profile", style="bold")
     table = Table(box=None, padding=(0, 2), show_edge=False)
     for title in ("", "estimated", "measured"):

@@ -217,6 +217,8 @@ LINES: dict[str, tuple[str, str]] = {
     "run": ("E0208", "`mechdsl run --help` lists what it takes"),
     "run FILE --format xml": ("E0208", "'table', 'json', 'csv'"),
     "run FILE --limit 0": ("E0208", "0 is not in the range"),
+    "run FILE --pass-tokens 0": ("E0208", "0 is not in the range"),
+    "plan FILE --prompt-tokens 0": ("E0208", "0 is not in the range"),
     "run FILE --limit many": ("E0208", "--limit"),
     "run FILE --dtype float8": ("E0208", "float8"),
     "run FILE --set": ("E0208", "requires an argument"),

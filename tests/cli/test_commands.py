@@ -96,6 +96,17 @@ def test_plan_without_a_pass(command: Command, heads: Path) -> None:
     assert ["prefix", "off"] not in rows
 
 
+def test_plan_counts_passes_of_the_size_that_is_given(command: Command, heads: Path) -> None:
+    def forwards(*given: object) -> int:
+        lines = [line.split() for line in command("plan", heads, *given).out.splitlines()]
+        return next(int(line[3]) for line in lines if line[:1] == ["join"])
+
+    usual = forwards()
+    assert forwards("--pass-tokens", 64) > usual
+    assert forwards("--pass-tokens", 10**9) <= usual
+    assert forwards("--prompt-tokens", 16) > usual
+
+
 # --- graph ---
 
 

@@ -145,6 +145,34 @@ def test_only_and_limit(command: Command, both: Path) -> None:
     assert {cell["n"] for cell in experiment["cells"]} == {5}
 
 
+def test_two_processes_with_one_pass_size_are_equal_bit_for_bit(heads: Path) -> None:
+    arguments = ("run", heads, "--pass-tokens", 40, "--format", "json", "--out")
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    one, other = (
+        process(*arguments, name, cwd=heads.parent, env={**one_thread, "PYTHONHASHSEED": seed})
+        for name, seed in (("one", "1"), ("other", "2"))
+    )
+    assert one.status == 0, one.err
+    assert one.out == other.out
+    (file,) = strict(one.out)["files"]
+    assert file["sizes"] == {"pass_tokens": 40, "prompt_tokens": 4096, "chosen": "given"}
+    (found,) = file["experiments"]
+    said = "up to 40 tokens each, prompts in batches of up to 4,096"
+    assert found["conventions"]["passes"] == said
+    rows = [(heads.parent / name / "heads" / "heads.jsonl") for name in ("one", "other")]
+    assert rows[0].read_bytes() == rows[1].read_bytes()
+    assert rows[0].read_text("utf-8").count('"cell"') > 8, "several passes"
+
+
+def test_a_size_that_nobody_gave_stands_in_the_json_alone(command: Command, heads: Path) -> None:
+    done = command("run", heads, "--format", "json")
+    (file,) = strict(done.out)["files"]
+    assert file["sizes"] == {"pass_tokens": 2048, "prompt_tokens": 4096, "chosen": "default"}
+    assert "passes" not in file["experiments"][0]["conventions"]
+    given = command("run", heads, "--format", "json", "--prompt-tokens", "16")
+    assert strict(given.out)["files"][0]["sizes"]["prompt_tokens"] == 16
+
+
 def test_out_has_the_values_of_every_prompt(command: Command, heads: Path, tmp_path: Path) -> None:
     assert command("run", heads, "--out", tmp_path / "kept").status == 0
     folder = tmp_path / "kept" / "heads"

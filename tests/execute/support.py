@@ -123,7 +123,7 @@ MODES: dict[str, RunOptions] = {
     "plain": WITHOUT_PLAN,
     "planned": RunOptions(),
     "padded on the right": RunOptions(execution=Options(side="right")),
-    "small passes": RunOptions(execution=Options(row_tokens=40, prompt_tokens=20)),
+    "small passes": RunOptions(execution=Options(pass_tokens=40, prompt_tokens=20)),
 }
 
 

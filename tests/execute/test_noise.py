@@ -178,7 +178,7 @@ def test_noise_does_not_depend_on_the_batch(folder: Path, seen: Seen) -> None:
     outcomes = []
     for tokens in (1, 30, 4096):
         seen.noise.clear()
-        options = RunOptions(execution=Options(prompt_tokens=tokens, row_tokens=tokens))
+        options = RunOptions(execution=Options(prompt_tokens=tokens, pass_tokens=tokens))
         found = run_file(TEXT, folder, bare(FAMILY), options, prompts=PROMPTS)["e"]
         outcomes.append((as_lists(seen), found.measures[0].patched, found.measures[0].base))
     for noise, patched, base in outcomes[1:]:

@@ -110,14 +110,14 @@ class Case:
     seed: int
     text: str
     side: Any
-    row_tokens: int | None
+    pass_tokens: int | None
     prompt_tokens: int
     features: tuple[str, ...] = field(compare=False)
     """What occurs in it."""
 
     @property
     def options(self) -> Options:
-        return Options(self.side, row_tokens=self.row_tokens, prompt_tokens=self.prompt_tokens)
+        return Options(self.side, pass_tokens=self.pass_tokens, prompt_tokens=self.prompt_tokens)
 
 
 Draw = Callable[..., Any]

@@ -71,7 +71,7 @@ def test_sizes_of_batches_and_the_side_of_padding_change_nothing(
     folder: Path, tokens: int, side: Any
 ) -> None:
     whole = values(TEXT, folder, bare("gpt2"))
-    options = RunOptions(execution=Options(side, row_tokens=tokens, prompt_tokens=tokens))
+    options = RunOptions(execution=Options(side, pass_tokens=tokens, prompt_tokens=tokens))
     equal(values(TEXT, folder, bare("gpt2"), options), whole, 1e-4)
 
 
@@ -322,5 +322,5 @@ def test_plain_and_batched_plans_agree_on_any_rule(
 ) -> None:
     text = experiment("e", "prompts p", f"from {direction}", *rules, f"measure {metric} as delta")
     plain = values(text, folder, bare(family), MODES["plain"])
-    options = RunOptions(execution=Options(side, row_tokens=tokens, prompt_tokens=tokens))
+    options = RunOptions(execution=Options(side, pass_tokens=tokens, prompt_tokens=tokens))
     equal(values(text, folder, bare(family), options), plain, 1e-4)

@@ -299,7 +299,7 @@ def test_a_pass_takes_the_tokens_that_it_is_given(folder: Path) -> None:
     text = sweep("z layer * head *")
     count = LAYERS * 4 * len(ROWS)
     for tokens in (1, 7, 16):
-        profile = work_of(folder, text, row_tokens=tokens).execution.profile
+        profile = work_of(folder, text, pass_tokens=tokens).execution.profile
         assert profile.tokens == [tokens] * (count // tokens) + [count % tokens] * (
             count % tokens > 0
         )

@@ -7,9 +7,11 @@ import json
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -26,13 +28,20 @@ from mechdsl.execute.pass_size import (
     LEAST_TOKENS,
     MOST_TOKENS,
     PASS_TOKENS,
-    PassSize,
+    PROMPT_TOKENS,
+    Sizes,
+    bytes_per_token,
+    kept_bytes,
     out_of_memory,
 )
+from mechdsl.execute.patched_rows import Patcher
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
 from mechdsl.pipeline import RunOptions
 from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.results.experiment import Results
+from mechdsl.statistics.data import PassSizes
+from mechdsl.validate.file import Checked
 
 from ..models import families
 from .support import (
@@ -44,10 +53,10 @@ from .support import (
     execute_file,
     experiment,
     run_file,
+    try_file,
     word_tokenizer,
 )
 
-CPU = torch.device("cpu")
 FROM = ("prompts p", "from longer into clean")
 TEXT = (
     experiment(
@@ -74,24 +83,20 @@ def few_objects() -> Iterator[None]:
 # --- the climb ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is never in the way."""
-    monkeypatch.setattr(mechdsl.execute.pass_size, "free_memory", lambda device: 1 << 60)
-
-
 Rate = Callable[[int], float]
-"""Size of a pass → blocks of tokens per second, by a clock that is made up."""
+"""Tokens of a pass → work per second, by a clock that is made up."""
 
 
-def climb(size: PassSize, rate: Rate, passes: int = 40) -> list[int]:
-    """The sizes of full passes."""
-    found: list[int] = []
-    for _ in range(passes):
-        found.append(size.current)
-        work = 3.0 * size.current
-        size.measured(size.current, work, work / rate(size.current))
-    return found
+def climb(sizes: Sizes, rate: Rate) -> list[int]:
+    """The sizes that are tried."""
+    tried: list[int] = []
+
+    def counted(tokens: int) -> float:
+        tried.append(tokens)
+        return rate(tokens)
+
+    sizes.measure(counted)
+    return tried
 
 
 def hill(best: int) -> Rate:
@@ -99,67 +104,70 @@ def hill(best: int) -> Rate:
     return lambda size: 1e6 / (1 + abs(np.log2(size / best)))
 
 
-@pytest.mark.usefixtures("roomy")
 @settings(derandomize=True, deadline=None)
 @given(best=st.integers(0, 20))
-def test_it_climbs_to_the_size_with_the_most_tokens_per_second(best: int) -> None:
-    wanted = min(max(1 << best, LEAST_TOKENS), MOST_TOKENS)
-    sizes = climb(PassSize(CPU, bytes_per_token=1), hill(1 << best))
-    assert sizes[0] == PASS_TOKENS
-    assert set(sizes[20:]) == {wanted}
-    steps = [b / a for a, b in pairwise(sizes)]
-    assert set(steps) <= {0.25, 0.5, 1, 2, 4}, "it goes on from a neighbour of what was best"
-    assert all(LEAST_TOKENS <= size <= MOST_TOKENS for size in sizes)
+def test_it_climbs_to_the_size_with_the_most_work_per_second(best: int) -> None:
+    sizes = Sizes()
+    tried = climb(sizes, hill(1 << best))
+    assert tried[0] == PASS_TOKENS
+    assert sizes.pass_tokens == min(max(1 << best, LEAST_TOKENS), MOST_TOKENS)
+    assert (sizes.chosen, sizes.settled) == ("measured", True)
+    assert max(Counter(tried).values()) == 1
+    assert all(LEAST_TOKENS <= size <= MOST_TOKENS for size in tried)
 
 
-@pytest.mark.usefixtures("roomy")
 def test_what_is_slower_is_tried_once_and_left() -> None:
-    sizes = climb(PassSize(CPU, bytes_per_token=1), hill(PASS_TOKENS))
-    assert Counter(sizes) == {PASS_TOKENS: 38, PASS_TOKENS * 2: 1, PASS_TOKENS // 2: 1}
+    sizes = Sizes()
+    assert climb(sizes, hill(PASS_TOKENS)) == [PASS_TOKENS, PASS_TOKENS * 2, PASS_TOKENS // 2]
+    assert sizes.pass_tokens == PASS_TOKENS
 
 
-@pytest.mark.usefixtures("roomy")
-def test_small_passes_say_nothing_about_sizes() -> None:
-    """The last pass of a batch is short, and slow for its tokens."""
-    size = PassSize(CPU, bytes_per_token=1)
-    for _ in range(10):
-        size.measured(size.current // 2, 1e9, 1e-3)
-    assert size.rates == {}
-    assert size.current == PASS_TOKENS
+def test_a_size_that_no_rows_fill_is_not_chosen() -> None:
+    sizes = Sizes()
+    climb(sizes, lambda size: 0.0 if size > PASS_TOKENS else 1.0 + size)
+    assert sizes.kept == PassSizes(PASS_TOKENS, PROMPT_TOKENS, "measured")
+    small = Sizes()
+    assert climb(small, lambda size: 0.0) == [PASS_TOKENS]
+    assert small.kept == PassSizes(PASS_TOKENS, PROMPT_TOKENS, "default")
 
 
-def test_a_size_that_is_given_stays() -> None:
-    size = PassSize(CPU, bytes_per_token=1, fixed=77)
-    assert set(climb(size, hill(4096))) == {77}
-    assert PassSize(CPU, bytes_per_token=1 << 50, fixed=77).current == 77
+def test_sizes_that_are_given_stand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory isn't even asked for."""
+    monkeypatch.delattr(mechdsl.execute.pass_size, "free_memory")
+    uses = [(adopted("llama"), check_file(TEXT, folder, adopted("llama")).experiments[0].table)]
+    assert Sizes.of(77, None, uses).kept == PassSizes(77, PROMPT_TOKENS, "given")
+    assert Sizes.of(77, 9, uses).kept == PassSizes(77, 9, "given")
+    assert Sizes.of(77, 9, uses).settled
 
 
-@pytest.mark.parametrize("free", [0, 1 << 20, 1 << 30, 1 << 40])
+@pytest.mark.parametrize("free", [0, 1 << 20, 1 << 24, 1 << 40])
 def test_no_pass_is_larger_than_the_memory_there_is(
-    free: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mechdsl.execute.pass_size, "free_memory", lambda device: free)
-    size = PassSize(CPU, bytes_per_token=1000)
-    bound = max(LEAST_TOKENS, free // 1000)
-    assert all(tokens <= bound for tokens in climb(size, hill(1 << 40)))
+    model = adopted("llama")
+    table = check_file(TEXT, folder, model).experiments[0].table
+    sizes = Sizes.of(None, None, [(model, table)])
+    room, kept = bytes_per_token(model), kept_bytes(model, table)
+    assert sizes.limit == min(MOST_TOKENS, max(LEAST_TOKENS, free // 2 // room))
+    assert sizes.pass_tokens == min(PASS_TOKENS, sizes.limit)
+    assert sizes.prompt_tokens == min(PROMPT_TOKENS, max(1, free // 4 // kept))
+    assert sizes.chosen == ("default" if free == 1 << 40 else "memory")
+    assert Sizes.of(None, 9, [(model, table)]).prompt_tokens == 9
+    assert all(tokens <= sizes.limit for tokens in climb(sizes, hill(1 << 40)))
 
 
-@pytest.mark.usefixtures("roomy")
 def test_half_the_size_is_the_most_from_then_on() -> None:
-    size = PassSize(CPU, bytes_per_token=1)
-    rate = hill(16 * PASS_TOKENS)
-    climb(size, rate)
-    assert size.current == 16 * PASS_TOKENS
-    assert size.halve()
-    assert size.current == 8 * PASS_TOKENS
-    assert set(climb(size, rate)) <= {8 * PASS_TOKENS, 4 * PASS_TOKENS}
-    assert size.current == 8 * PASS_TOKENS
+    sizes = Sizes(pass_tokens=16 * PASS_TOKENS, settled=True)
+    assert sizes.halve()
+    assert sizes.kept == PassSizes(8 * PASS_TOKENS, PROMPT_TOKENS, "memory")
+    assert sizes.limit == 8 * PASS_TOKENS
 
 
 def test_one_token_is_not_halved() -> None:
-    size = PassSize(CPU, bytes_per_token=1, fixed=5)
-    assert [size.halve() for _ in range(4)] == [True, True, False, False]
-    assert size.current == 1
+    sizes = Sizes(pass_tokens=5)
+    assert [sizes.halve() for _ in range(4)] == [True, True, False, False]
+    assert sizes.pass_tokens == 1
 
 
 CPU_MESSAGE = (
@@ -230,23 +238,23 @@ PLAIN = tuple(EVERY_PASS)
 
 
 @pytest.mark.parametrize(
-    ("kind", "row_tokens", "without"),
+    ("kind", "pass_tokens", "without"),
     [("GPU", None, ()), ("CPU", 500, ()), ("Python", 500, ()), ("CPU", 500, PLAIN)],
     ids=["measured", "given", "of Python", "plain"],
 )
 def test_a_run_that_is_out_of_memory_goes_on_with_smaller_passes(
     folder: Path,
     kind: str,
-    row_tokens: int | None,
+    pass_tokens: int | None,
     without: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = adopted("llama")
     checked = check_file(TEXT, folder, model)
-    whole = execute_file(checked, model, without, Options(row_tokens=row_tokens))
+    whole = execute_file(checked, model, without, Options(pass_tokens=pass_tokens))
     assert whole.profile.halved == 0
     raised = full_above(30, FULL[kind], monkeypatch)
-    found = execute_file(checked, model, without, Options(row_tokens=row_tokens))
+    found = execute_file(checked, model, without, Options(pass_tokens=pass_tokens))
     same(found, whole)
     assert found.profile.halved == raised["times"] > 0
     assert found.profile.distinct == whole.profile.distinct
@@ -297,6 +305,136 @@ def test_another_error_is_raised_at_once(folder: Path, monkeypatch: pytest.Monke
     assert raised["times"] == 1
 
 
+# --- a layout that is a function of plan and size -------------------------------------------------
+
+
+def layout(
+    checked: Checked, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[tuple[bytes, bytes]], Execution]:
+    """(rows and prompts of every pass, what was measured)."""
+    passes: list[tuple[bytes, bytes]] = []
+    values = Patcher.values
+
+    def noted(self: Patcher, shared: Any, chosen: Any, members: Any, run: Any, batch: Any) -> Any:
+        passes.append((chosen.tobytes(), batch.tobytes()))
+        return values(self, shared, chosen, members, run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Patcher, "values", noted)
+        return passes, execute_file(checked, adopted("llama"), (), options)
+
+
+def equal(one: Execution, other: Execution) -> None:
+    for a, b in zip(patched_values(one), patched_values(other), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_neither_clock_nor_memory_changes_the_layout_of_a_given_size(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = check_file(TEXT, folder, adopted("llama"))
+    options = Options(pass_tokens=40)
+    passes, found = layout(checked, options, monkeypatch)
+    assert len(passes) > 10
+    random = Random(0)
+    monkeypatch.setattr(
+        mechdsl.execute.pass_size.time, "perf_counter", lambda: random.uniform(-1e9, 1e9)
+    )
+    monkeypatch.setattr(
+        mechdsl.execute.pass_size, "free_memory", lambda device: random.randrange(1 << 40)
+    )
+    monkeypatch.setattr(mechdsl.execute.execute, "WORTH_MEASURING", 1)
+    again, same_values = layout(checked, options, monkeypatch)
+    assert again == passes
+    equal(found, same_values)
+
+
+@pytest.mark.parametrize("bases", [("clean", "other"), ("other", "clean")])
+def test_passes_come_in_the_order_of_the_file_not_of_addresses(
+    folder: Path, bases: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = "ablate z layer * head * at cue token with zero"
+    text = "".join(
+        experiment(f"on_{base}", "prompts p", f"from longer into {base}", rule, DIFFERENCE)
+        for base in bases
+    )
+    checked = check_file(text, folder, adopted("llama"))
+    started: dict[str, None] = {}
+    values = Patcher.values
+
+    def noted(self: Patcher, *args: Any) -> Any:
+        started[args[3].name] = None
+        return values(self, *args)
+
+    monkeypatch.setattr(Patcher, "values", noted)
+    execute_file(checked, adopted("llama"), (), Options(pass_tokens=40))
+    assert tuple(started) == bases
+
+
+@pytest.fixture
+def every_pass_takes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the largest is the fastest; and passes are small enough for a few rows to measure them."""
+    monkeypatch.setattr(mechdsl.execute.execute, "WORTH_MEASURING", 2)
+    monkeypatch.setattr(mechdsl.execute.pass_size, "PASS_TOKENS", 64)
+    monkeypatch.setattr(mechdsl.execute.pass_size, "LEAST_TOKENS", 32)
+    clock = count()
+    monkeypatch.setattr(mechdsl.execute.pass_size.time, "perf_counter", lambda: float(next(clock)))
+
+
+@pytest.mark.usefixtures("every_pass_takes_a_second")
+def test_a_size_that_was_measured_gives_the_same_bits_when_it_is_given(folder: Path) -> None:
+    result, problems = try_file(TEXT, folder, bare("llama"))
+    assert result is not None, problems
+    assert result.sizes == PassSizes(256, PROMPT_TOKENS, "measured")
+    given = RunOptions(execution=Options(pass_tokens=256))
+    again, problems = try_file(TEXT, folder, bare("llama"), given)
+    assert again is not None, problems
+    assert again.sizes == PassSizes(256, PROMPT_TOKENS, "given")
+    one, other = (Results((replace(each, sizes=None),)).to_json() for each in (result, again))
+    assert one == other
+    assert "up to 256 tokens each, prompts in batches of up to 4,096" in one
+
+
+def test_rows_that_were_measured_are_kept_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What trying sizes has computed is in no value, no file and no count."""
+    checked = check_file(TEXT, folder, adopted("llama"))
+    given = execute_file(checked, adopted("llama"), (), Options(pass_tokens=PASS_TOKENS))
+    monkeypatch.setattr(mechdsl.execute.execute, "WORTH_MEASURING", 0)
+    monkeypatch.setattr(mechdsl.execute.execute, "FULL_SHARE", 0)
+    monkeypatch.setattr(mechdsl.execute.pass_size.Sizes, "halve", None)
+    passes, found = layout(checked, Options(), monkeypatch)
+    assert len(passes) > len(found.profile.tokens), "some were thrown away"
+    assert sum(found.profile.tokens) == sum(given.profile.tokens)
+    assert found.profile.distinct == given.profile.distinct
+    for one, other in zip(found.measured.values(), given.measured.values(), strict=True):
+        assert (one.rows, one.inert, one.dropped) == (other.rows, other.inert, other.dropped)
+    same(found, given)
+
+
+@pytest.mark.usefixtures("every_pass_takes_a_second")
+def test_a_size_that_memory_is_too_short_for_is_not_chosen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third pass is the first one of twice the size. Nothing is halved: none was kept of it."""
+    values = Patcher.values
+    calls = 0
+
+    def full(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise FULL["CPU"]
+        return values(*args)
+
+    monkeypatch.setattr(Patcher, "values", full)
+    checked = check_file(TEXT, folder, adopted("llama"))
+    found = execute_file(checked, adopted("llama"))
+    assert found.profile.halved == 0
+    assert max(found.profile.tokens) == 64
+
+
 # --- memory over many cells -----------------------------------------------------------------------
 
 
@@ -336,7 +474,7 @@ def test_memory_is_flat_over_a_thousand_cells(folder: Path, without: tuple[str, 
 
     tracemalloc.start()
     try:
-        execute_file(checked, model, without, Options(on_progress=look, row_tokens=20))
+        execute_file(checked, model, without, Options(on_progress=look, pass_tokens=20))
     finally:
         tracemalloc.stop()
     assert calls > 200

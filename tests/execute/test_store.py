@@ -53,7 +53,7 @@ def arrays(found: list[dict[str, Any]], result: ExperimentResult) -> list[np.nda
 @pytest.mark.parametrize("tokens", [20, 4096])
 def test_the_lines_hold_what_the_arrays_hold(folder: Path, tokens: int) -> None:
     options = RunOptions(
-        out=folder / "out", execution=Options(row_tokens=tokens, prompt_tokens=tokens)
+        out=folder / "out", execution=Options(pass_tokens=tokens, prompt_tokens=tokens)
     )
     for name, result in run_file(TEXT, folder, bare("gpt2"), options).items():
         found = lines(folder, name)
@@ -78,7 +78,7 @@ def test_the_document_lies_beside_the_lines(folder: Path) -> None:
 
 
 def test_what_was_finished_before_an_interrupt_is_kept(folder: Path) -> None:
-    whole = RunOptions(out=folder / "out", execution=Options(row_tokens=40))
+    whole = RunOptions(out=folder / "out", execution=Options(pass_tokens=40))
     full = run_file(TEXT, folder, bare("gpt2"), whole)
     complete = {name: lines(folder, name) for name in full}
 
