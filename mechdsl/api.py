@@ -53,6 +53,7 @@ def run(
     offload: str | Path | None = None,
     out: str | Path | None = None,
     allow_python: bool = False,
+    no_pass: Sequence[str] = (),
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
 ) -> Results:
@@ -86,6 +87,7 @@ def run(
         dtype=dtype,
         offload=None if offload is None else Path(offload),
         out=None if out is None else Path(out),
+        without=frozenset(no_pass),
         execution=Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens),
     )
     try:

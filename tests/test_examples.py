@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import mechdsl
+from mechdsl import Results
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
-from mechdsl.pipeline import run_source
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.syntax.parse import read_source
 from mechdsl.validate.file import check_source
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-NAMES = sorted(path.stem for path in EXAMPLES.glob("*.mech"))
-NEEDS_WEIGHTS = {"gpt2_ioi"}
+from .baseline import compare
+from .baseline.runs import EXAMPLES, NAMES
 
 
 @cache
+def whole(name: str) -> Results:
+    return mechdsl.run(EXAMPLES / f"{name}.mech")
+
+
 def results(name: str) -> dict[str, ExperimentResult]:
-    source, problems = read_source(EXAMPLES / f"{name}.mech")
-    assert source is not None, problems
-    found, diagnostics = run_source(source)
-    assert found is not None, render_full(diagnostics, color=False, width=100)
-    return {each.name: each for each in found.experiments}
+    return {each.name: each for each in whole(name)}
 
 
 def means(found: ExperimentResult, measure: int = 0) -> dict[str, float]:
@@ -38,10 +38,22 @@ def means(found: ExperimentResult, measure: int = 0) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in NEEDS_WEIGHTS])
+@pytest.mark.parametrize("name", NAMES)
 def test_expectations_hold(name: str) -> None:
     for each in results(name).values():
         assert each.holds, [outcome for outcome in each.outcomes if not outcome.holds]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_are_those_that_were_frozen(name: str) -> None:
+    """`python -m tests.baseline --freeze` rewrites them, where a change is meant."""
+    expected = json.loads(compare.FROZEN.read_text(encoding="utf-8"))[name]
+    found = compare.frozen(whole(name).to_dict())
+    assert list(found) == list(expected)
+    for key, rows in expected.items():
+        for number, (row, values) in enumerate(zip(rows, found[key], strict=True)):
+            pairs = list(zip(row, values, strict=True))
+            assert all(compare.close(*pair) for pair in pairs), f"{key}, row {number}: {pairs}"
 
 
 def test_without_weights_what_was_not_checked_is_said() -> None:
