@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -562,6 +563,7 @@ def fmt(files: tuple[Path, ...], check: bool) -> int:
     from mechdsl.syntax.format.file import format_file
     from mechdsl.syntax.parse import parse, read_source
 
+    import_module("mechdsl.vocab.corruptions")  # whose words the parser looks up
     paths, problems = _mech_files(files)
     changed: list[Path] = []
     for path in paths:

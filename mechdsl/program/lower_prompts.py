@@ -142,9 +142,6 @@ class _Block:
             )
             return
         self.name(line.name)
-        for change in line.changes:
-            if isinstance(change, ast.Blur):
-                self.later(change, "`blur`")
         self.corruptions.append(
             spec.Corruption(span=line.name.span, name=line.name.id, changes=line.changes)
         )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     PositionText = ast.Position
     DomainText = ast.Domain
     StringText = ast.String
-    ChangeText = ast.Change
+    ChangeText = ast.CorruptLine
     SpanDefText = ast.SpanDef
     BoundText = ast.Star | ast.AxisRange
     EdgeText = ast.Edge

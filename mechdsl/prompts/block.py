@@ -29,6 +29,7 @@ from mechdsl.prompts.row_scope import Refusal
 from mechdsl.prompts.values import Record, Value, frozen, plain
 from mechdsl.syntax import ast
 from mechdsl.syntax.template import Placeholder, parse_template
+from mechdsl.vocab.corruptions import kind_of, problems
 
 if TYPE_CHECKING:
     from mechdsl.prompts.rows import Row
@@ -71,6 +72,17 @@ class Template:
                     self.definitions[piece.name] = Definition((piece.name,), piece.expr)
 
 
+def _without_wrong_changes(prompts: spec.Prompts, parameters: Constants) -> spec.Prompts:
+    """The block, so that what is wrong elsewhere in it can be told too."""
+    right = tuple(
+        c.model_copy(
+            update={"changes": tuple(x for x in c.changes if not problems((x,), parameters))}
+        )
+        for c in prompts.corruptions
+    )
+    return prompts.model_copy(update={"corruptions": right})
+
+
 class Block:
     """The names of a block and what they stand for. Build it with `compile_block`."""
 
@@ -84,7 +96,7 @@ class Block:
         blocks: Blocks,
         python: bool = False,
     ) -> None:
-        self.spec = prompts
+        self.spec = _without_wrong_changes(prompts, parameters)
         self.name = prompts.name
         self.seed = seed
         self.parameters = parameters
@@ -92,7 +104,9 @@ class Block:
         self.blocks = blocks
         self.python = python
         """Whether functions of Python files may be run."""
-        self.diagnostics: list[Diagnostic] = []
+        self.diagnostics: list[Diagnostic] = [
+            d for c in prompts.corruptions for d in problems(c.changes, parameters)
+        ]
         self.rows: dict[int, Row] = {}
         """Rows that were worked out, by their ids: experiments of a file share them."""
         self._templates: dict[int, Template] = {}
@@ -204,22 +218,16 @@ class Block:
         """What corruptions write, with the names that each change gives a new value."""
         for corruption in self.spec.corruptions:
             for change in corruption.changes:
-                if isinstance(change, ast.Derived):
-                    yield {n.id for n in change.names}, change.value
-                elif isinstance(change, ast.SwapValues):
-                    yield set(), change.first
-                    yield set(), change.second
-                elif isinstance(change, ast.Template):
-                    yield set(), change.text
-                elif isinstance(change, ast.ReplaceTokens):
-                    yield set(), change.value
+                kind = kind_of(change)
+                written = {name.id for name in kind.writes(change)}
+                for node in kind.reads(change):
+                    yield written, node
 
     def _all_templates(self) -> Iterator[Template]:
         yield from self.templates
         for corruption in self.spec.corruptions:
             for change in corruption.changes:
-                if isinstance(change, ast.Template):
-                    yield self.template(change.text)
+                yield from map(self.template, kind_of(change).templates(change))
 
     def _check_names(self) -> None:
         """E0202, E0501, E0502, E0525: all that can be said before a row is made."""
@@ -248,8 +256,7 @@ class Block:
             self.diagnostics.append(self._unknown(use.name, use.span))
         for corruption in self.spec.corruptions:
             for change in corruption.changes:
-                targets = change.names if isinstance(change, ast.Derived) else ()
-                for target in targets:
+                for target in kind_of(change).writes(change):
                     if target.id not in names:
                         self.diagnostics.append(self._unknown(target.id, target.span))
         for spans in self.marks.values():

@@ -35,6 +35,7 @@ from mechdsl.prompts.table import PromptTable, Run, RunRow, TextTokens
 from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
 from mechdsl.prompts.values import Rich, TokenId
 from mechdsl.syntax import ast
+from mechdsl.vocab.corruptions import ActivationChange, TokenChange, of_kind
 
 T = TypeVar("T")
 
@@ -242,16 +243,17 @@ class _Builder:
         keep = [True] * len(table)
         runs = dict(table.runs)
         for corruption in self.block.spec.corruptions:
-            changes = [c for c in corruption.changes if isinstance(c, ast.ReplaceTokens)]
-            for change in changes:
-                texts = self._new_texts(corruption.name, change, made)
+            changes = of_kind(TokenChange, corruption.changes)
+            for kind, change in changes:
+                texts = self._new_texts(corruption.name, change.word, kind.text(change), made)
                 current = replace(table, runs=runs)
+                assert change.tokens is not None
                 run, diagnostics = replace_in_rows(
-                    current, corruption.name, change.at, texts, self.tokenizer
+                    current, corruption.name, change.tokens, texts, self.tokenizer
                 )
                 self.diagnostics += diagnostics
                 runs[corruption.name] = run
-            if changes and not any(isinstance(c, ast.AddNoise) for c in corruption.changes):
+            if changes and not of_kind(ActivationChange, corruption.changes):
                 pairs = zip(runs[corruption.name].rows, runs[CLEAN].rows, strict=True)
                 same = [corrupted.text == clean.text for corrupted, clean in pairs]
                 if all(same) and not has_errors(self.diagnostics):
@@ -268,24 +270,22 @@ class _Builder:
         )
         return table, equal
 
-    def _new_texts(self, run: str, change: ast.ReplaceTokens, made: Sequence[Made]) -> list[str]:
+    def _new_texts(self, run: str, word: str, text: ast.Expr, made: Sequence[Made]) -> list[str]:
+        """The text that a row's tokens are replaced by, for each row."""
         texts: list[str] = []
         for m in made:
             row = m.corrupted[run]
             try:
-                text = row.as_text(change.value, Key(f"{run}:replace"))
+                new = row.as_text(text, Key(f"{run}:{word}"))
             except Refusal as refusal:
                 self.diagnostics.append(refusal.diagnostic(row.describe()))
                 return [""] * len(made)
-            texts.append(text if isinstance(text, str) else self.tokenizer.token_text(text.id))
+            texts.append(new if isinstance(new, str) else self.tokenizer.token_text(new.id))
         return texts
 
     def _with_noise(self, table: PromptTable, found: Collection) -> PromptTable:
-        if not any(
-            isinstance(change, ast.AddNoise)
-            for corruption in self.block.spec.corruptions
-            for change in corruption.changes
-        ):
+        corruptions = self.block.spec.corruptions
+        if not any(of_kind(ActivationChange, c.changes) for c in corruptions):
             return table
         table, diagnostics = add_noise(
             table, self.block, self.tokenizer, lambda run: self._before_limit(found, table, run)

@@ -15,7 +15,7 @@ from mechdsl.prompts.row_scope import Refusal
 from mechdsl.prompts.rows import Row
 from mechdsl.prompts.seeded_draws import Permutation
 from mechdsl.prompts.values import TokenId, frozen, plain
-from mechdsl.syntax import ast
+from mechdsl.vocab.corruptions import ValueChange, kind_of
 
 MAX_ROWS = 200_000
 """Rows of a table."""
@@ -257,5 +257,4 @@ def without_effect(corruption: spec.Corruption) -> CorruptionWithoutEffect:
 
 def _only_values(corruption: spec.Corruption) -> bool:
     """Whether the text alone tells what the corruption did."""
-    late = (ast.AddNoise, ast.ReplaceTokens)
-    return not any(isinstance(change, late) for change in corruption.changes)
+    return all(isinstance(kind_of(change), ValueChange) for change in corruption.changes)

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import cast
+from typing import NoReturn, cast
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
@@ -31,7 +31,7 @@ from mechdsl.prompts.values import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.template import Placeholder
-from mechdsl.vocab.corruptions import change_of
+from mechdsl.vocab.corruptions import ValueChange, kind_of
 
 RECORD = "record"
 """Name of the axis of a data file's records."""
@@ -277,8 +277,8 @@ class Row:
         row.run = corruption.name
         row.changed, row.item_changes = {}, {}
         for change in corruption.changes:
-            kind = change_of(change)
-            if kind is not None and kind.apply is not None:
+            kind = kind_of(change)
+            if isinstance(kind, ValueChange):
                 kind.apply(row, change)
         self._corrupted[corruption.name] = row
         return row
@@ -299,6 +299,19 @@ class Row:
     def use_template(self, text: ast.String) -> None:
         self.template = self.block.template(text)
         self._write({}, {})
+
+    def plain_value(self, name: ast.Name) -> object:
+        return plain(self.value(name.id, name.span))
+
+    def put(self, name: ast.Name, value: float | str) -> None:
+        self._write({name.id: value}, {})
+
+    def permutation(self, name: ast.Name, size: int) -> Sequence[int]:
+        order = self.order(Key(f"{self.run}:{name.id}"), max(1, size))
+        return [order[place] for place in range(size)]
+
+    def refuse(self, node: ast.Node, reason: str, hint: str) -> NoReturn:
+        raise bad(node.span, reason, hint)
 
     def _write(
         self, values: Mapping[str, Value], items: Mapping[str, tuple[ast.Expr, Row]]

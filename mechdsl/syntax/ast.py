@@ -419,8 +419,7 @@ class Derived(Node):
 
 @record
 class Template(Node):
-    """`template "…"` (inside `corrupt` too). `template in […]` is a `Domained` of the name
-    `template`."""
+    """`template "…"`. `template in […]` is a `Domained` of the name `template`."""
 
     text: String
 
@@ -476,45 +475,34 @@ class SpanDef(Node):
 
 
 @record
-class SwapValues(Node):
-    """`swap a, b` inside `corrupt`."""
+class Change(Node):
+    """A line of `corrupt` that begins with a word: `swap a, b`, `replace item tokens with "thing"`,
+    `add gaussian(std: 3 sd) to embed at subject tokens`.
 
-    first: Name
-    second: Name
+    Which of its parts a word takes, and what it does with them, its entry in `vocab.corruptions`
+    says.
+    """
 
-
-@record
-class AddNoise(Node):
-    """`add gaussian(std: 3 sd) to embed at subject tokens` inside `corrupt`."""
-
-    noise: Call
-    site: Site
-    at: Positions
-
-
-@record
-class ReplaceTokens(Node):
-    """`replace item tokens with "thing"`, in `corrupt` and as a rule."""
-
-    at: Positions
-    value: Expr
+    word: str
+    values: tuple[ChangeValue, ...] = ()
+    tokens: Positions | None = None
+    """Behind the word stand values or tokens."""
+    to: Site | None = None
+    at: Positions | None = None
+    given: Expr | None = None
+    """Behind `with`."""
+    by: Expr | None = None
+    radius: int | float | str | None = None
 
 
-@record
-class Blur(Node):
-    """`blur image radius 8`."""
-
-    image: Name
-    radius: int | float | str
-
-
-Change = Derived | SwapValues | Template | AddNoise | ReplaceTokens | Blur
+ChangeValue = Name | Call | String | Number | Percent
+CorruptLine = Derived | Change
 
 
 @record
 class Corrupt(Node):
     name: Name
-    changes: tuple[Change, ...]
+    changes: tuple[CorruptLine, ...]
 
 
 @record
@@ -578,6 +566,12 @@ class Ablate(Node):
     at: Positions
     fill: Expr
     by: Name | None = None
+
+
+@record
+class ReplaceTokens(Node):
+    at: Positions
+    value: Expr
 
 
 @record

@@ -18,6 +18,7 @@ from lark.exceptions import UnexpectedCharacters
 from lark.lexer import Lexer, PatternStr, TerminalDef
 
 from mechdsl.base.garbage import uncollected
+from mechdsl.syntax.reserved import CHANGE_WORDS
 from mechdsl.syntax.transform import ToAst
 
 STARTS = ("start", "top_lines", "data_lines", "change_lines", "experiment_lines", "placeholder")
@@ -30,11 +31,12 @@ CONTEXTUAL_PRIORITY = 3
 
 
 class MechLexer(Lexer):
-    """Lark's contextual lexer with three differences, none of which changes a right file.
+    """Lark's contextual lexer with four differences, none of which changes a right file.
 
     Literals, names and punctuation are read wherever they stand, so that a wrong one reaches the
     parser and its message names the word; a keyword is only ever a whole word; one regular
-    expression serves all states, which saves compiling one for each.
+    expression serves all states, which saves compiling one for each; words of changes that the
+    grammar doesn't have are looked up in `CHANGE_WORDS`.
     """
 
     def __init__(
@@ -80,9 +82,12 @@ class MechLexer(Lexer):
                         kind, found = name, special
                         break
                 else:
-                    keyword = self.words.get(found.group())
+                    word = found.group()
+                    keyword = self.words.get(word)
                     if keyword in accepted:
                         kind = keyword
+                    elif word in CHANGE_WORDS and "CHANGE" in accepted:
+                        kind = "CHANGE"
             start, position = position, found.end()
             token = Token(kind or "", found.group(), start, end_pos=position)
             lexer_state.last_token = token

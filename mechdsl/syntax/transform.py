@@ -297,17 +297,30 @@ class ToAst(Transformer[Token, Any]):
     def region(self, c: list[Any]) -> ast.Region:
         return ast.Region(_defined(c[1]), c[3], span=_span(c))
 
-    def swap_values(self, c: list[Any]) -> ast.SwapValues:
-        return ast.SwapValues(c[1], c[3], span=_span(c))
+    def worded_change(self, c: list[Any]) -> ast.Change:
+        nodes = _nodes(c)
+        tokens = nodes[0] if isinstance(nodes[0], ast.Positions) else None
+        clauses = _clauses(c)
+        to, at = clauses.get("place", (None, None))
+        return ast.Change(
+            str(c[0]),
+            () if tokens is not None else tuple(nodes),
+            tokens,
+            to,
+            at,
+            clauses.get("with"),
+            clauses.get("by"),
+            clauses.get("radius"),
+            span=_span(c),
+        )
 
-    def add_noise(self, c: list[Any]) -> ast.AddNoise:
-        return ast.AddNoise(_as_call(c[1]), c[3], c[5], span=_span(c))
+    def change_word(self, c: list[Any]) -> Token:
+        return c[0]
 
-    def replace_tokens(self, c: list[Any]) -> ast.ReplaceTokens:
-        return ast.ReplaceTokens(c[1], c[3], span=_span(c))
-
-    def blur(self, c: list[Any]) -> ast.Blur:
-        return ast.Blur(c[1], _amount(c[3]), span=_span(c))
+    change_place = _clause("place", lambda c: (c[1] if len(c) == 4 else None, c[-1]))
+    change_with = _clause("with", _second)
+    change_by = _clause("by", _second)
+    radius = _clause("radius", _second_amount)
 
     # --- experiments ---------------------------------------------------------------------------
 
@@ -474,6 +487,9 @@ class ToAst(Transformer[Token, Any]):
 
     def ablate(self, c: list[Any]) -> ast.Ablate:
         return ast.Ablate(c[1], c[3], c[5], _clauses(c).get("by"), span=_span(c))
+
+    def replace_tokens(self, c: list[Any]) -> ast.ReplaceTokens:
+        return ast.ReplaceTokens(c[1], c[3], span=_span(c))
 
     def block(self, c: list[Any]) -> ast.Block:
         return ast.Block(c[1], span=_span(c))

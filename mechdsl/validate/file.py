@@ -51,6 +51,7 @@ from mechdsl.syntax.walk import walk
 from mechdsl.validate.contexts import Contexts
 from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
 from mechdsl.validate.reachable_p import check_prompts
+from mechdsl.vocab.corruptions import problems
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.reports import check_report
@@ -129,6 +130,9 @@ def check_source(
         settings.limit,
         python=settings.python == "run",
     )
+    for prompts in program.prompts.values():
+        for corruption in prompts.corruptions:
+            checked.diagnostics.extend(problems(corruption.changes, program.parameters))
     for experiment in experiments:
         checked.diagnostics.extend(_statements(experiment, program))
     for experiment in in_order(experiments):

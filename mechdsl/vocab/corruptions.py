@@ -1,24 +1,42 @@
-"""What a `corrupt` block can do: one entry per kind of change, one per kind of noise."""
+"""What a `corrupt` block can do: one entry per kind of change, one per kind of noise.
+
+An entry says everything about its word: how it is written, which names it reads and writes, what
+it does to a row, and what can be wrong with it. The grammar has one shape for all of them
+(`ast.Change`), so that a new word is one class here, or in any module that is imported before a
+file is read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, Protocol, TypeVar, cast
 
 from mechdsl.base.registry import Registry
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e01_syntax import NotSupported, UnexpectedToken
+from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
+from mechdsl.diagnostics.e05_data import BadCall
 from mechdsl.syntax import ast
+from mechdsl.syntax.reserved import CHANGE_WORDS
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+MAX_SAMPLES = 10_000
+"""Draws of noise that one metric is averaged over."""
+
+Parameters = Mapping[str, object]
+"""The `param`s of the file."""
 
 
 class ChangingRow(Protocol):
     """A row that is being corrupted; each change sees what the ones before it did."""
 
     def assign(self, names: tuple[ast.Name, ...], value: ast.Expr) -> None:
-        """Give these names a new value, drawn for this corruption."""
+        """Give these names a new value, an expression drawn for this corruption."""
         ...
 
     def exchange(self, first: ast.Name, second: ast.Name) -> None:
@@ -29,96 +47,358 @@ class ChangingRow(Protocol):
         """Write the row with another template."""
         ...
 
+    def plain_value(self, name: ast.Name) -> object:
+        """The value of a name: a number, a text, true or false, a list of these, or None."""
+        ...
+
+    def put(self, name: ast.Name, value: float | str) -> None:
+        """Give a name this value."""
+        ...
+
+    def permutation(self, name: ast.Name, size: int) -> Sequence[int]:
+        """A seeded order of 0..size-1, drawn for this corruption, this row and this name."""
+        ...
+
+    def refuse(self, node: ast.Node, reason: str, hint: str) -> NoReturn:
+        """E0503 at a part of the change: this row can't be changed so."""
+        ...
+
+
+# --- how a change is written ----------------------------------------------------------------------
+
+_CLAUSES = {"to": "to", "at": "at", "given": "with", "by": "by", "radius": "radius"}
+"""Field of `ast.Change` -> the word in front of it."""
+_SHOWN: Mapping[type[ast.Node], str] = {
+    ast.Name: "a name",
+    ast.String: "a text in quotes",
+    ast.Call: "a call",
+    ast.Number: "a number",
+    ast.Percent: "a percentage",
+}
+
 
 @dataclass(frozen=True)
-class Change:
-    """A kind of change. `apply` changes the row's values; kinds that work on tokens or on
-    activations have none, since they need the tokenised prompt."""
+class Signature:
+    """What stands behind the word of a change.
 
-    name: str
-    usage: str
-    meaning: str
-    node: type[ast.Change]
-    stage: Literal["values", "tokens", "activations"]
-    apply: Callable[[ChangingRow, Any], None] | None = None
+    values: the kinds of node that it takes, in order; `repeated` lets the last one come again.
+    tokens: a position stands there instead.
+    needs, may: the clauses behind, by their field of `ast.Change` (`given` is `with`).
+    """
+
+    values: tuple[type[ast.ChangeValue], ...] = ()
+    repeated: bool = False
+    tokens: bool = False
+    needs: tuple[str, ...] = ()
+    may: tuple[str, ...] = ()
+
+    def problem(self, change: ast.Change, usage: str) -> Diagnostic | None:
+        """E0101 for the first part that is missing, of another kind or too many."""
+
+        def unexpected(span: Span, found: str, expected: str) -> Diagnostic:
+            hint = f"write it as in `{usage}`"
+            return UnexpectedToken(span=span, found=found, expected=expected, hint=hint)
+
+        def cut_short(expected: str) -> Diagnostic:
+            end = Span(change.span.source, change.span.end, change.span.end)
+            return unexpected(end, f"end of the `{change.word}` statement", expected)
+
+        if self.tokens != (change.tokens is not None):
+            wrong = change.tokens or change.values[0]
+            expected = "a position, such as `last token`" if self.tokens else _SHOWN[self.values[0]]
+            return unexpected(wrong.span, f"`{wrong.span.written}`", expected)
+        kinds = self.values
+        if self.repeated:
+            kinds += self.values[-1:] * (len(change.values) - len(kinds))
+        for value, kind in zip(change.values, kinds, strict=False):
+            bare_call = kind is ast.Call and isinstance(value, ast.Name)
+            if not (isinstance(value, kind) or bare_call):
+                return unexpected(value.span, f"`{value.span.written}`", _SHOWN[kind])
+        if len(change.values) < len(kinds):
+            return cut_short(f"`,` and {_SHOWN[kinds[len(change.values)]]}")
+        if len(change.values) > len(kinds):
+            more = change.values[len(kinds)]
+            return unexpected(more.span, f"`{more.span.written}`", "the next statement")
+        for clause, word in _CLAUSES.items():
+            given = getattr(change, clause)
+            if given is None and clause in self.needs:
+                return cut_short(f"`{word}`")
+            if given is not None and clause not in (*self.needs, *self.may):
+                span = given.span if isinstance(given, ast.Node) else change.span
+                return unexpected(span, f"`{word}`", "the next statement")
+        return None
 
 
-CHANGES: Registry[Change] = Registry("change")
+# --- kinds of changes -----------------------------------------------------------------------------
+
+C = TypeVar("C", ast.Change, ast.Derived)
 
 
-def change_of(node: ast.Change) -> Change | None:
-    """The registered kind of a change, None where this version has none."""
-    return next((entry for _, entry in CHANGES.items() if isinstance(node, entry.node)), None)
+class ChangeKind(Generic[C]):
+    """One kind of line in a `corrupt` block: subclass one of the three below."""
+
+    name: ClassVar[str]
+    usage: ClassVar[str]
+    """An example, as the page of the language shows it."""
+    meaning: ClassVar[str]
+    signature: ClassVar[Signature]
+    later: ClassVar[bool] = False
+    """Part of the language, but not executed yet."""
+
+    def problems(self, change: C, parameters: Parameters) -> list[Diagnostic]:
+        """What is wrong with how it is written, as far as that needs no row: E0101, E0108 and the
+        entry's own."""
+        if self.later:
+            return [NotSupported(span=change.span, what=f"`{self.name}`")]
+        if isinstance(change, ast.Derived):
+            return []
+        found = self.signature.problem(change, self.usage)
+        return self.refusals(change, parameters) if found is None else [found]
+
+    def refusals(self, change: C, parameters: Parameters) -> list[Diagnostic]:
+        """What else is wrong with one whose parts are right."""
+        return []
+
+    def reads(self, change: C) -> tuple[ast.Expr, ...]:
+        """The expressions in it, whose names must be names of the row."""
+        if isinstance(change, ast.Derived):
+            return (change.value,)
+        return (*change.values, *(e for e in (change.given, change.by) if e is not None))
+
+    def writes(self, change: C) -> tuple[ast.Name, ...]:
+        """The names that are given a new value by an expression, which for names that only lists
+        draw means each of their items."""
+        return ()
+
+    def templates(self, change: C) -> tuple[ast.String, ...]:
+        """The texts in it that whole rows are written with."""
+        return ()
 
 
-def _change(entry: Change) -> Change:
-    return CHANGES.add(entry.name, entry)
+class ValueChange(ChangeKind[C]):
+    """Changes the values of a row, before its text is written."""
+
+    def apply(self, row: ChangingRow, change: C) -> None:
+        """Change the row."""
+        raise NotImplementedError
 
 
-def _assign(row: ChangingRow, change: ast.Derived) -> None:
-    row.assign(change.names, change.value)
+class TokenChange(ChangeKind[ast.Change]):
+    """Writes another text in place of tokens (`change.tokens`) of the written prompt."""
+
+    def text(self, change: ast.Change) -> ast.Expr:
+        """What stands there instead; a text in each row."""
+        raise NotImplementedError
 
 
-def _exchange(row: ChangingRow, change: ast.SwapValues) -> None:
-    row.exchange(change.first, change.second)
+class ActivationChange(ChangeKind[ast.Change]):
+    """Leaves the text as it is, and adds noise (at `change.at`) while the model runs."""
+
+    def noise(self, change: ast.Change, parameters: Parameters) -> AddedNoise:
+        """What is added, of a change without problems."""
+        raise NotImplementedError
+
+    def reads(self, change: ast.Change) -> tuple[ast.Expr, ...]:
+        """Nothing of the row."""
+        return ()
 
 
-def _use_template(row: ChangingRow, change: ast.Template) -> None:
-    row.use_template(change.text)
+CHANGES: Registry[ChangeKind[Any]] = Registry("change")
+K = TypeVar("K", bound=ChangeKind[Any])
 
 
-SET = _change(
-    Change(
-        name="set",
-        usage="count = count - 1",
-        meaning="a value is another one; what is derived from it follows",
-        node=ast.Derived,
-        stage="values",
-        apply=_assign,
-    )
-)
+def change(name: str) -> Callable[[type[K]], type[K]]:
+    """Register a kind of change; its word begins a line of a `corrupt` block from now on, and is
+    free as a name everywhere else."""
 
-SWAP = _change(
-    Change(
-        name="swap",
-        usage="swap a, b",
-        meaning="two values change places",
-        node=ast.SwapValues,
-        stage="values",
-        apply=_exchange,
-    )
-)
+    def register(kind: type[K]) -> type[K]:
+        kind.name = name
+        CHANGES.add(name, kind())
+        CHANGE_WORDS.add(name)
+        return kind
 
-TEMPLATE = _change(
-    Change(
-        name="template",
-        usage='template "{counterfactual}"',
-        meaning="the same values in another text",
-        node=ast.Template,
-        stage="values",
-        apply=_use_template,
-    )
-)
+    return register
 
-REPLACE = _change(
-    Change(
-        name="replace",
-        usage='replace item tokens with "thing"',
-        meaning="the text of these tokens is another one",
-        node=ast.ReplaceTokens,
-        stage="tokens",
-    )
-)
 
-ADD = _change(
-    Change(
-        name="add",
-        usage="add gaussian(std: 3 sd) to embed at subject tokens",
-        meaning="noise is added to an activation; the text stays",
-        node=ast.AddNoise,
-        stage="activations",
-    )
-)
+def kind_of(line: ast.CorruptLine) -> ChangeKind[Any]:
+    """The entry of a line. The grammar knows no word without one."""
+    return SET if isinstance(line, ast.Derived) else CHANGES[line.word]
+
+
+W = TypeVar("W", TokenChange, ActivationChange)
+
+
+def of_kind(kind: type[W], lines: Sequence[ast.CorruptLine]) -> list[tuple[W, ast.Change]]:
+    """The lines with an entry of this kind, each behind its entry."""
+    worded = [line for line in lines if isinstance(line, ast.Change)]
+    found = [(kind_of(line), line) for line in worded]
+    return [(entry, line) for entry, line in found if isinstance(entry, kind)]
+
+
+def problems(lines: Sequence[ast.CorruptLine], parameters: Parameters) -> list[Diagnostic]:
+    """What is wrong with the lines of a `corrupt` block before there is a row."""
+    return [d for line in lines for d in kind_of(line).problems(line, parameters)]
+
+
+# --- changes of values ----------------------------------------------------------------------------
+
+
+class Set(ValueChange[ast.Derived]):
+    """The one kind that has no word of its own."""
+
+    name = "set"
+    usage = "count = count - 1"
+    meaning = "a value is another one; what is derived from it follows"
+
+    def writes(self, change: ast.Derived) -> tuple[ast.Name, ...]:
+        return change.names
+
+    def apply(self, row: ChangingRow, change: ast.Derived) -> None:
+        row.assign(change.names, change.value)
+
+
+SET = CHANGES.add(Set.name, Set())
+
+
+@change("swap")
+class Swap(ValueChange[ast.Change]):
+    usage = "swap count, number"
+    meaning = "two values change places"
+    signature = Signature((ast.Name, ast.Name))
+
+    def apply(self, row: ChangingRow, change: ast.Change) -> None:
+        first, second = cast("tuple[ast.Name, ast.Name]", change.values)
+        row.exchange(first, second)
+
+
+@change("template")
+class Template(ValueChange[ast.Change]):
+    usage = 'template "{fruits}"'
+    meaning = "the same values in another text"
+    signature = Signature((ast.String,))
+
+    def templates(self, change: ast.Change) -> tuple[ast.String, ...]:
+        return cast("tuple[ast.String]", change.values)
+
+    def apply(self, row: ChangingRow, change: ast.Change) -> None:
+        row.use_template(*self.templates(change))
+
+
+@change("blur")
+class Blur(ChangeKind[ast.Change]):
+    usage = "blur image radius 8"
+    meaning = "an image is blurred"
+    signature = Signature((ast.Name,), needs=("radius",))
+    later = True
+
+
+# --- changes of tokens ----------------------------------------------------------------------------
+
+
+@change("replace")
+class Replace(TokenChange):
+    usage = 'replace item tokens with "thing"'
+    meaning = "the text of these tokens is another one"
+    signature = Signature(tokens=True, needs=("given",))
+
+    def text(self, change: ast.Change) -> ast.Expr:
+        assert change.given is not None
+        return change.given
+
+
+# --- changes of activations -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AddedNoise:
+    """`gaussian(std: 3 sd of subject, samples: 10)`, read."""
+
+    kind: str
+    """Name in the registry of noises."""
+    site: str
+    std: float | None
+    """In activation units; None where it is `sds`."""
+    sds: float | None
+    """Standard deviations."""
+    sd_of: ast.Quantity | None = None
+    """`3 sd of subject`, where it names a span."""
+    samples: int = 1
+
+
+@change("add")
+class Add(ActivationChange):
+    usage = "add gaussian(std: 3 sd) to embed at fruits tokens"
+    meaning = "noise is added to an activation; the text stays"
+    signature = Signature((ast.Call,), needs=("to", "at"))
+
+    def refusals(self, change: ast.Change, parameters: Parameters) -> list[Diagnostic]:
+        return self._read(change, parameters)[1]
+
+    def noise(self, change: ast.Change, parameters: Parameters) -> AddedNoise:
+        noise, wrong = self._read(change, parameters)
+        assert noise is not None, wrong
+        return noise
+
+    def _read(
+        self, change: ast.Change, parameters: Parameters
+    ) -> tuple[AddedNoise | None, list[Diagnostic]]:
+        """The noise, or why there is none: E0108, E0203, E0515."""
+        call = change.values[0]
+        if isinstance(call, ast.Name):
+            call = ast.Call(call.id, (), span=call.span)
+        assert isinstance(call, ast.Call)
+        assert change.to is not None
+        kind = NOISES.get(call.name)
+        if kind is None:
+            known = ", ".join(f"`{name}`" for name in NOISES)
+            hint = did_you_mean(NOISES.suggest(call.name), f"there is {known}")
+            return None, [UnknownWord(span=call.span, kind="noise", word=call.name, hint=hint)]
+        wrong: list[Diagnostic] = []
+        site = change.to
+        embed = [name.id for name in site.names] == ["embed"]
+        if not embed or site.axes or site.basis is not None:
+            what = "noise on another site than `embed`"
+            wrong.append(NotSupported(span=site.span, what=what))
+
+        def refused(reason: str, node: ast.Node) -> tuple[None, list[Diagnostic]]:
+            bad = BadCall(span=node.span, name=kind.name, reason=reason, usage=kind.usage)
+            return None, [*wrong, bad]
+
+        std: float | None = None
+        sds: float | None = None
+        sd_of: ast.Quantity | None = None
+        samples = 1
+        for argument in call.arguments:
+            value = argument.value
+            match argument.name:
+                case "std":
+                    if isinstance(value, ast.Quantity) and value.unit == "sd":
+                        sds = value.value
+                        sd_of = value if value.of is not None else None
+                    else:
+                        number = _number(value, parameters)
+                        std = number if number is not None and number > 0 else None
+                case "samples":
+                    number = _number(value, parameters)
+                    if number is None or number != int(number) or not 1 <= number <= MAX_SAMPLES:
+                        return refused(f"takes 1 to {MAX_SAMPLES:,} samples", argument)
+                    samples = int(number)
+                case name:
+                    return refused(f"has no argument `{name or '…'}`", argument)
+        if (std is None and sds is None) or (sds is not None and sds <= 0):
+            return refused("needs a standard deviation above 0", call)
+        if wrong:
+            return None, wrong
+        return AddedNoise(kind.name, "embed", std, sds, sd_of, samples), []
+
+
+def _number(node: object, parameters: Parameters) -> int | float | None:
+    """A number, or the parameter that a name stands for."""
+    value = node.value if isinstance(node, ast.Number) else None
+    if isinstance(node, ast.Name):
+        found = parameters.get(node.id)
+        value = found if isinstance(found, int | float) else None
+    return value
 
 
 @dataclass(frozen=True)

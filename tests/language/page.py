@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mechdsl.vocab.constructs import CIRCUIT, CONSTRUCTS, OWN, PATCHING, TRACING, Construct, Group
-from mechdsl.vocab.corruptions import CHANGES, NOISES
+from mechdsl.vocab.corruptions import CHANGES, NOISES, ActivationChange
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, Form, Takes
 from mechdsl.vocab.reports import REPORTS
@@ -309,16 +309,15 @@ def reports() -> Iterator[Line]:
 
 def changes() -> Iterator[Line]:
     for _, change in CHANGES.items():
-        example = change.usage.replace("subject", "fruits").replace("{counterfactual}", "{fruits}")
-        if change.name == "swap":
-            example = "swap count, number"
-        values = ("number in 3..9",) if change.name == "swap" else ()
+        if change.later:
+            continue
+        noise = isinstance(change, ActivationChange)
         yield Line(
-            example,
+            change.usage,
             _sentence(change.meaning),
-            TRACING if change.stage == "activations" else OWN,
-            "tests/execute/test_noise.py" if change.stage == "activations" else _ROWS,
-            in_block(*values, f"corrupt changed {{ {example} }}"),
+            TRACING if noise else OWN,
+            "tests/execute/test_noise.py" if noise else _ROWS,
+            in_block("number in 3..9", f"corrupt changed {{ {change.usage} }}"),
         )
     for _, noise in NOISES.items():
         yield Line(

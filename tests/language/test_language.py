@@ -26,7 +26,7 @@ LINES = [(section.title, line) for section in sections() for line in section.lin
 IDS = [f"{title}: {line.example}" for title, line in LINES]
 REFUSED_IN_THE_FILE: set[type[ast.Node]] = {ast.DirectionDef, ast.BasisDef}
 """Statements of the outermost level that are E0108."""
-REFUSED_IN_PROMPTS: set[type[ast.Node]] = {ast.Chat, ast.ImageLine, ast.Region, ast.Blur}
+REFUSED_IN_PROMPTS: set[type[ast.Node]] = {ast.Chat, ast.ImageLine, ast.Region}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_every_statement_has_a_row_or_is_refused() -> None:
         *get_args(ast.Statement),
         *get_args(ast.TopLevel),
         *get_args(ast.DataLine),
-        *get_args(ast.Change),
+        *get_args(ast.CorruptLine),
     }
     refused = {*LATER, *REFUSED_IN_THE_FILE, *REFUSED_IN_PROMPTS}
     assert wanted - shown - refused == set()

@@ -163,16 +163,22 @@ def _data(node: Any) -> str | None:
             return f"image {within(node.value, SUM)}"
         case ast.Region():
             return f"region {node.name.id} = {node.column.id}"
-        case ast.SwapValues():
-            return f"swap {node.first.id}, {node.second.id}"
-        case ast.AddNoise():
-            return f"add {call(node.noise)} to {site(node.site)} at {positions(node.at)}"
-        case ast.ReplaceTokens():
-            return f"replace {positions(node.at)} with {within(node.value, SUM)}"
-        case ast.Blur():
-            return f"blur {node.image.id} radius {node.radius}"
+        case ast.Change():
+            return _change(node)
         case _:
             return None
+
+
+def _change(node: ast.Change) -> str:
+    values = ", ".join(within(value, SUM) for value in node.values)
+    return (
+        f"{node.word} {values if node.tokens is None else positions(node.tokens)}"
+        + _of("to", node.to, site)
+        + _of("at", node.at, positions)
+        + _of("with", node.given, _sum)
+        + _of("by", node.by, _sum)
+        + _optional("radius", node.radius)
+    )
 
 
 def _rule(node: Any) -> str | None:
@@ -190,6 +196,8 @@ def _rule(node: Any) -> str | None:
             fill = within(node.fill, SUM)
             by = _of("by", node.by, _id)
             return f"ablate {site(node.site)} at {positions(node.at)} with {fill}{by}"
+        case ast.ReplaceTokens():
+            return f"replace {positions(node.at)} with {within(node.value, SUM)}"
         case ast.Block():
             return f"block {edge(node.edge)}"
         case ast.Reweight():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from mechdsl.base.source import Source, Span
@@ -36,7 +37,7 @@ _FROM_INTO = re.compile(
 )
 """`from RUN into RUN`, also with `into` misspelt, but no `from POSITION` or `from SITE`."""
 
-WORDS = {
+WORDS: Mapping[str, Set[str]] = {
     "top_lines": TOP_WORDS,
     "data_lines": DATA_WORDS,
     "change_lines": CHANGE_WORDS,
