@@ -18,8 +18,8 @@ DATA_WORDS = _words(
 """First words of lines in a `prompts` or `images` block."""
 
 CHANGE_WORDS = set(_words("swap template add replace blur"))
-"""First words of lines in a `corrupt` block: those of the grammar, and those that entries of
-`vocab.corruptions` add, which stay free as names everywhere else."""
+"""First words of lines in a `corrupt` block: those of the grammar, and those that
+`syntax.changes.register` adds, which stay free as names everywhere else."""
 
 RULE_WORDS = _words(
     "patch ablate replace block reweight set path add scale project clamp swap freeze"

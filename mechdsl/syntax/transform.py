@@ -21,6 +21,7 @@ from mechdsl.diagnostics.e01_syntax import (
     WrongVersion,
 )
 from mechdsl.syntax import ast
+from mechdsl.syntax.changes import problem
 from mechdsl.syntax.reserved import RESERVED
 
 MAX_DEPTH = 200
@@ -302,7 +303,7 @@ class ToAst(Transformer[Token, Any]):
         tokens = nodes[0] if isinstance(nodes[0], ast.Positions) else None
         clauses = _clauses(c)
         to, at = clauses.get("place", (None, None))
-        return ast.Change(
+        change = ast.Change(
             str(c[0]),
             () if tokens is not None else tuple(nodes),
             tokens,
@@ -313,6 +314,10 @@ class ToAst(Transformer[Token, Any]):
             clauses.get("radius"),
             span=_span(c),
         )
+        wrong = problem(change)
+        if wrong is not None:
+            _report(wrong)
+        return change
 
     def change_word(self, c: list[Any]) -> Token:
         return c[0]

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, Protocol, TypeVar, cast
 
 from mechdsl.base.registry import Registry
-from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported, UnexpectedToken
+from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e05_data import BadCall
 from mechdsl.syntax import ast
-from mechdsl.syntax.reserved import CHANGE_WORDS
+from mechdsl.syntax.changes import Signature, register
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,71 +63,6 @@ class ChangingRow(Protocol):
         ...
 
 
-# --- how a change is written ----------------------------------------------------------------------
-
-_CLAUSES = {"to": "to", "at": "at", "given": "with", "by": "by", "radius": "radius"}
-"""Field of `ast.Change` -> the word in front of it."""
-_SHOWN: Mapping[type[ast.Node], str] = {
-    ast.Name: "a name",
-    ast.String: "a text in quotes",
-    ast.Call: "a call",
-    ast.Number: "a number",
-    ast.Percent: "a percentage",
-}
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What stands behind the word of a change.
-
-    values: the kinds of node that it takes, in order; `repeated` lets the last one come again.
-    tokens: a position stands there instead.
-    needs, may: the clauses behind, by their field of `ast.Change` (`given` is `with`).
-    """
-
-    values: tuple[type[ast.ChangeValue], ...] = ()
-    repeated: bool = False
-    tokens: bool = False
-    needs: tuple[str, ...] = ()
-    may: tuple[str, ...] = ()
-
-    def problem(self, change: ast.Change, usage: str) -> Diagnostic | None:
-        """E0101 for the first part that is missing, of another kind or too many."""
-
-        def unexpected(span: Span, found: str, expected: str) -> Diagnostic:
-            hint = f"write it as in `{usage}`"
-            return UnexpectedToken(span=span, found=found, expected=expected, hint=hint)
-
-        def cut_short(expected: str) -> Diagnostic:
-            end = Span(change.span.source, change.span.end, change.span.end)
-            return unexpected(end, f"end of the `{change.word}` statement", expected)
-
-        if self.tokens != (change.tokens is not None):
-            wrong = change.tokens or change.values[0]
-            expected = "a position, such as `last token`" if self.tokens else _SHOWN[self.values[0]]
-            return unexpected(wrong.span, f"`{wrong.span.written}`", expected)
-        kinds = self.values
-        if self.repeated:
-            kinds += self.values[-1:] * (len(change.values) - len(kinds))
-        for value, kind in zip(change.values, kinds, strict=False):
-            bare_call = kind is ast.Call and isinstance(value, ast.Name)
-            if not (isinstance(value, kind) or bare_call):
-                return unexpected(value.span, f"`{value.span.written}`", _SHOWN[kind])
-        if len(change.values) < len(kinds):
-            return cut_short(f"`,` and {_SHOWN[kinds[len(change.values)]]}")
-        if len(change.values) > len(kinds):
-            more = change.values[len(kinds)]
-            return unexpected(more.span, f"`{more.span.written}`", "the next statement")
-        for clause, word in _CLAUSES.items():
-            given = getattr(change, clause)
-            if given is None and clause in self.needs:
-                return cut_short(f"`{word}`")
-            if given is not None and clause not in (*self.needs, *self.may):
-                span = given.span if isinstance(given, ast.Node) else change.span
-                return unexpected(span, f"`{word}`", "the next statement")
-        return None
-
-
 # --- kinds of changes -----------------------------------------------------------------------------
 
 C = TypeVar("C", ast.Change, ast.Derived)
@@ -148,12 +82,12 @@ class ChangeKind(Generic[C]):
     def problems(self, change: C, parameters: Parameters) -> list[Diagnostic]:
         """What is wrong with how it is written, as far as that needs no row: E0101, E0108 and the
         entry's own."""
+        wrong = None if isinstance(change, ast.Derived) else self.signature.problem(change)
+        if wrong is not None:
+            return [wrong]
         if self.later:
             return [NotSupported(span=change.span, what=f"`{self.name}`")]
-        if isinstance(change, ast.Derived):
-            return []
-        found = self.signature.problem(change, self.usage)
-        return self.refusals(change, parameters) if found is None else [found]
+        return self.refusals(change, parameters)
 
     def refusals(self, change: C, parameters: Parameters) -> list[Diagnostic]:
         """What else is wrong with one whose parts are right."""
@@ -211,13 +145,13 @@ def change(name: str) -> Callable[[type[K]], type[K]]:
     """Register a kind of change; its word begins a line of a `corrupt` block from now on, and is
     free as a name everywhere else."""
 
-    def register(kind: type[K]) -> type[K]:
+    def entered(kind: type[K]) -> type[K]:
         kind.name = name
         CHANGES.add(name, kind())
-        CHANGE_WORDS.add(name)
+        register(name, kind.signature)
         return kind
 
-    return register
+    return entered
 
 
 def kind_of(line: ast.CorruptLine) -> ChangeKind[Any]:

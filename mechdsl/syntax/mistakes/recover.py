@@ -17,6 +17,7 @@ from mechdsl.diagnostics.e01_syntax import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.attempt import Stopped, attempt
+from mechdsl.syntax.changes import SIGNATURES
 from mechdsl.syntax.mistakes.messages import Mistake, explain
 from mechdsl.syntax.mistakes.pieces import INSIDE, Piece, balance, block_of, matched, starts
 from mechdsl.syntax.mistakes.slips import without_slips
@@ -145,7 +146,8 @@ class _Reader:
         number = bisect_right(heads, offset) if offset < end else bisect_left(heads, end)
         own = heads[number - 1] if number and heads[number - 1] >= begin else begin
         following = min(heads[number], end) if number < len(heads) else end
-        if own == offset and "$END" not in error.accepts and number > 1 and own > begin:
+        accepts = self._accepts(kind, own, offset, error)
+        if own == offset and "$END" not in accepts and number > 1 and own > begin:
             # A statement begins here, but the one before it isn't finished.
             own, following = max(heads[number - 2], begin), offset
         after = bisect_left(self.pieces, offset, key=_offset)
@@ -160,9 +162,15 @@ class _Reader:
             token=token if token is not None and token.start < end else None,
             before=before if before is not None and before.start >= begin else None,
             statement=self._between(own, following),
-            accepts=error.accepts,
+            accepts=accepts,
             lexed=error.terminal,
         )
+
+    def _accepts(self, kind: str, own: int, offset: int, error: Stopped) -> frozenset[str]:
+        """What could have stood there; of a change, what its own parts allow."""
+        before = [piece.text for piece in self._between(own, offset)]
+        signature = SIGNATURES.get(before[0]) if before and kind == "change_lines" else None
+        return error.accepts if signature is None else signature.accepts(before, error.accepts)
 
     def _mistaken(self, kind: str, depth: int, mistake: Mistake) -> list[Any]:
         """Report a mistake; where it is in the lines of a block, the others of them are kept."""

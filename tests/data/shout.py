@@ -1,0 +1,45 @@
+"""The entries of two changes that nobody has heard of: all that they take is one such file."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e05_data import BadCall
+from mechdsl.syntax import ast
+from mechdsl.syntax.changes import Signature
+from mechdsl.vocab.corruptions import ChangingRow, Parameters, TokenChange, ValueChange, change
+
+
+@change("shout")
+class Shout(ValueChange[ast.Change]):
+    usage = "shout count, item by 2"
+    meaning = "the words of these values in a seeded order, in capitals, so often"
+    signature = Signature((ast.Name,), repeated=True, may=("by",))
+
+    def refusals(self, change: ast.Change, parameters: Parameters) -> list[Diagnostic]:
+        times = change.by
+        if times is None or isinstance(times, ast.Number):
+            return []
+        reason = "takes a plain number"
+        return [BadCall(span=times.span, name=self.name, reason=reason, usage=self.usage)]
+
+    def apply(self, row: ChangingRow, change: ast.Change) -> None:
+        times = change.by.value if isinstance(change.by, ast.Number) else 1
+        for name in cast("tuple[ast.Name, ...]", change.values):
+            value = row.plain_value(name)
+            if not isinstance(value, str):
+                row.refuse(name, "only a text can be shouted", "name a text")
+            words = value.upper().split()
+            order = row.permutation(name, len(words))
+            row.put(name, " ".join([words[place] for place in order] * int(times)))
+
+
+@change("erase")
+class Erase(TokenChange):
+    usage = "erase last-item token"
+    meaning = "these tokens are left out"
+    signature = Signature(tokens=True)
+
+    def text(self, change: ast.Change) -> ast.Expr:
+        return ast.String("", span=change.span)
