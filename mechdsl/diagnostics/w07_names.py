@@ -17,6 +17,17 @@ class UnusedName(Diagnostic):
 
 
 @keyword_record
+class HidesMetric(Diagnostic):
+    """A metric of the file has the name of one of the language, and takes its place."""
+
+    code = "W0734"
+    title = "metric `{name}` has the name of a metric of the language"
+    label = "`{name}` alone means this in the file"
+    help = "give it another name, unless it shall take the place of the other"
+    name: str
+
+
+@keyword_record
 class WritesFirstToken(Diagnostic):
     """A write at what may be the attention sink."""
 

@@ -55,7 +55,7 @@ def lower_experiment(
     models = models_of(work, bases)
     rules = _rules_of(work, prompts, sources)
     measures = tuple(lower_measure(m, parts, scope) for m in work.measures)
-    measures = (*_observed(next(iter(rules.values()))), *measures)
+    measures = (*_observed(next(iter(rules.values())), parts), *measures)
     each_once(measures, work)
     if not measures and not work.unsupported:
         scope.diagnostics.append(
@@ -228,12 +228,13 @@ def _rules(
     return tuple(found)
 
 
-def _observed(rules: tuple[spec.Rule, ...]) -> tuple[spec.Measure, ...]:
-    """An observation is a measure of what it looks at."""
+def _observed(rules: tuple[spec.Rule, ...], parts: Parts) -> tuple[spec.Measure, ...]:
+    """An observation is a measure of what it looks at; `attention` alone may be the file's own."""
+    label = "observed attention" if "attention" in parts.metrics else "attention"
     return tuple(
         spec.Measure(
             span=rule.span,
-            label="attention",
+            label=label,
             metric=ast.Name("attention", span=rule.span),
             effect="raw",
             effect_span=rule.span,

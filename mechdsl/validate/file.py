@@ -16,7 +16,6 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import BadPlaceholder, MisspeltWord, UnterminatedString
 from mechdsl.diagnostics.e02_names import (
     BadCommandLine,
-    DuplicateName,
     MissingLine,
     UnknownName,
     UnknownWord,
@@ -34,7 +33,7 @@ from mechdsl.diagnostics.e06_experiment import (
 )
 from mechdsl.diagnostics.e06_onward import TestedWherePicked
 from mechdsl.diagnostics.e06_statistics import BadReport, UnreadableExpectation
-from mechdsl.diagnostics.w07_names import PatchesItself, UnusedName, WritesFirstToken
+from mechdsl.diagnostics.w07_names import HidesMetric, PatchesItself, UnusedName, WritesFirstToken
 from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
 from mechdsl.program.python_files import Mode, check_functions
@@ -148,7 +147,7 @@ def check_source(
     reported = [e for e in experiments if e.name not in checked.unreported]
     checked.diagnostics.extend(_files_written(reported))
     checked.diagnostics.extend(
-        DuplicateName(span=value.span, name=name, first="the metric of the language")
+        HidesMetric(span=value.span, name=name)
         for name, value in program.metrics.items()
         if name in METRICS
     )
