@@ -21,6 +21,7 @@ import mechdsl.diagnostics
 from mechdsl.diagnostics.core import CODES, Diagnostic, has_errors
 from mechdsl.diagnostics.render import render_full
 
+from .markdown import Fence, fences
 from .models.broken import CAUSES
 
 for _module in pkgutil.iter_modules(mechdsl.diagnostics.__path__):
@@ -36,19 +37,17 @@ class Page:
     code: str
     text: str
 
-    def fence(self, title: str) -> tuple[str, str] | None:
-        """(language, content) of the first fence behind `Fails:` or `Corrected:`."""
-        found = re.search(rf"^{title}:\n+```(\w+)[^\n]*\n(.*?)^```", self.text, re.S | re.M)
-        return (found[1], found[2]) if found else None
+    def program(self, label: str) -> Fence | None:
+        """The first fence behind `Fails:` or `Corrected:`."""
+        return next((each for each in fences(self.text) if each.label == label), None)
 
     @property
-    def message(self) -> str:
-        found = re.search(r"^```text\n(.*?)^```", self.text, re.S | re.M)
-        return found[1] if found else ""
+    def message(self) -> Fence:
+        return next(each for each in fences(self.text) if each.language == "text" and not each.file)
 
     def files(self) -> dict[str, str]:
         """Files beside the `.mech` file: fences that are called by a name."""
-        return dict(re.findall(r"^```\w+ (\S+\.\w+)\n(.*?)^```", self.text, re.S | re.M))
+        return {each.file: each.content for each in fences(self.text) if each.file}
 
 
 def pages() -> list[Page]:
@@ -90,30 +89,30 @@ def _diagnose(page: Page, text: str, folder: Path) -> tuple[str, list[Diagnostic
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.code)
 def test_page_is_true(page: Page, tmp_path: Path, update: bool) -> None:
     assert page.text.startswith(f"# {page.code}: ")
-    failing = page.fence("Fails")
+    failing = page.program("Fails:")
     assert failing is not None, "the page has no failing file"
-    language, content = failing
     if page.code in CAUSES:  # a model from Python, which no command line has
         _, found = CAUSES[page.code]()
         shown = render_full([d for d in found if d.code == page.code], width=100)
         assert shown, page.code
-    elif language == "mech":
-        shown, found = _diagnose(page, content, tmp_path)
+    elif failing.language == "mech":
+        shown, found = _diagnose(page, failing.content, tmp_path)
         assert {d.code for d in found} == {page.code}, shown
     else:
-        shown = _shell(content, tmp_path)
+        shown = _shell(failing.content, tmp_path)
         assert page.code in shown, shown
     shown = re.sub(r"\n\n\d+ (error|warning)s?(, \d+ warnings?)?\n$", "\n", shown)  # the count
     if update:
-        _rewrite(page, shown)
+        text = page.message.replaced(page.text, shown)
+        (PAGES / f"{page.code}.md").write_text(text, encoding="utf-8")
     else:
-        assert page.message == shown
-    corrected = page.fence("Corrected")
-    assert corrected is not None or language == "sh", "the page has no corrected file"
-    if corrected is not None and corrected[0] == "mech":
+        assert page.message.content == shown
+    corrected = page.program("Corrected:")
+    assert corrected is not None or failing.language == "sh", "the page has no corrected file"
+    if corrected is not None and corrected.language == "mech":
         again = tmp_path / "corrected"
         again.mkdir()
-        shown, found = _diagnose(page, corrected[1], again)
+        shown, found = _diagnose(page, corrected.content, again)
         assert not has_errors(found), shown
         assert page.code not in {d.code for d in found}, shown
 
@@ -131,14 +130,3 @@ def _shell(script: str, folder: Path) -> str:
     )
     assert "Traceback" not in done.stderr
     return done.stderr.replace(str(folder), "$FOLDER")
-
-
-def _rewrite(page: Page, shown: str) -> None:
-    text = re.sub(
-        r"^```text\n.*?^```",
-        lambda _: f"```text\n{shown}```",
-        page.text,
-        count=1,
-        flags=re.S | re.M,
-    )
-    (PAGES / f"{page.code}.md").write_text(text, encoding="utf-8")

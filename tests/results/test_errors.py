@@ -114,12 +114,12 @@ def few_prompts() -> list[Diagnostic]:
         ("E0607_overlay", overlay_without_positions),
     ],
 )
-def test_rendered(name: str, cause: object, request: pytest.FixtureRequest) -> None:
+def test_rendered(name: str, cause: object, update: bool) -> None:
     assert callable(cause)
     (found,) = cause()
     assert found.code == name.partition("_")[0]
     text = render_one(found)
     path = GOLDENS / f"{name}.err"
-    if request.config.getoption("--update-goldens", default=False):
+    if update:
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")

@@ -123,13 +123,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_goldens(name: str, request: pytest.FixtureRequest) -> None:
+def test_goldens(name: str, update: bool) -> None:
     build, line = CASES[name]
     result = build()
     parts = [f"--- {width}\n{printed(result, line, width)}" for width in (60, 80, 120)]
     text = re.sub(r" +$", "", "".join(parts), flags=re.MULTILINE)
     path = GOLDENS / f"{name}.txt"
-    if request.config.getoption("--update-goldens", default=False):
+    if update:
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
 

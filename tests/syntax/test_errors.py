@@ -1,11 +1,7 @@
-"""What is said about a wrong text: one program for each message, its rendering beside it.
-
-`UPDATE_GOLDENS=1 pytest tests/syntax/test_errors.py` writes the renderings anew; read the diff.
-"""
+"""Reading a wrong text: all errors at once, the rest kept, limits; messages: `tests/messages`."""
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -18,21 +14,9 @@ from mechdsl.syntax.mistakes.hints import HINTS
 from mechdsl.syntax.mistakes.messages import closest, distance
 from mechdsl.syntax.mistakes.slips import SLIPS, without_slips
 from mechdsl.syntax.parse import MAX_REPORTED, parse, parse_setting, read_source
+from tests.messages.cases import all_cases, program
 
 from .snippets import all_snippets, wrapped
-
-CASES = sorted((Path(__file__).parent / "errors").glob("*.mech"))
-
-
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_message(path: Path) -> None:
-    source = Source(path.read_text("utf-8"), Path("$FILE"))
-    _, problems = parse(source)
-    rendered = render_full(problems)
-    golden = path.with_suffix(".err")
-    if os.environ.get("UPDATE_GOLDENS"):
-        golden.write_text(rendered, "utf-8")
-    assert rendered == golden.read_text("utf-8")
 
 
 def codes(text: str) -> list[str]:
@@ -40,7 +24,7 @@ def codes(text: str) -> list[str]:
 
 
 def test_all_errors_at_once_and_the_rest_kept() -> None:
-    source = Source((Path(__file__).parent / "errors" / "many.mech").read_text("utf-8"))
+    source = Source(program("many_at_once", "Spelling, signs and quotes through a whole file"))
     tree, problems = parse(source)
     lines = {p.span.line for p in problems if p.span}
     marked = {
@@ -163,9 +147,7 @@ def test_numbers_too_large() -> None:
 
 
 def test_every_hint_and_slip_has_a_case() -> None:
-    mistakes = (Path(__file__).parents[1] / "mistakes").glob("*.txt")
-    goldens = [*(path.with_suffix(".err") for path in CASES), *mistakes]
-    texts = "\n".join(path.read_text("utf-8") for path in goldens)
+    texts = "\n".join(case.said.content for case in all_cases() if case.said is not None)
     for known in HINTS:
         fixed = known.text.split("{")[0]
         assert f"= help: {fixed}" in texts, known
