@@ -13,20 +13,11 @@ import pytest
 
 from mechdsl import cli
 
-HEADS = """\
-mech 1
+from ..fruit import FRUIT
 
-model toy = zoo("counting")
-
-prompts fruit {
-  count in 3..9
-  item in ["apple", "pear", "plum", "fig"]
-  fruits = list(item, count, sep: " ")
-  template "Part 1: {fruits} Count 1:"
-  answer " {count}"
-  corrupt fewer { count = count - 1 }
-}
-
+HEADS = (
+    FRUIT
+    + """
 experiment heads {
   model toy
   prompts fruit limit 16
@@ -36,6 +27,7 @@ experiment heads {
   report table
 }
 """
+)
 """A file that is right; tests change it."""
 
 

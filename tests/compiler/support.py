@@ -11,21 +11,9 @@ from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.syntax.parse import parse
 from mechdsl.validate.file import check_source
 
-HEAD = """\
-mech 1
+from .. import fruit
 
-model toy = zoo("counting")
-
-prompts fruit {
-  count in 3..9
-  item in ["apple", "pear", "plum", "fig"]
-  fruits = list(item, count, sep: " ")
-  template "Part 1: {fruits} Count 1:"
-  answer " {count}"
-  corrupt fewer { count = count - 1 }
-  corrupt other_fruit { item = other(item) }
-}
-"""
+HEAD = fruit.head(fruit.FEWER, "corrupt other_fruit { item = other(item) }")
 FROM = "from clean into fewer"
 DELTA = "measure logit(answer) as delta"
 

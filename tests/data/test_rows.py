@@ -12,16 +12,10 @@ from hypothesis import strategies as st
 from mechdsl.prompts.table import PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
 
+from .. import fruit
 from .support import build, table
 
-FRUIT = """
-  count in 2..9
-  item in ["apple", "pear", "plum", "fig"]
-  fruits = list(item, count, sep: " ")
-  template "Part 1: {fruits} Count 1:"
-  answer " {count}"
-  corrupt fewer { count = count - 1 }
-"""
+FRUIT = "\n".join(["", *fruit.VALUES, fruit.FEWER, ""]).replace("3..9", "2..9")
 
 PINNED = [
     "Part 1: fig apple plum pear apple apple fig apple Count 1:",

@@ -103,7 +103,7 @@ def check(blocks: str, lines: tuple[str, ...], folder: Path):
     return check_source(Source(text, folder / "file.mech"))
 
 
-FRUIT = """
+COUNTED = """
 prompts fruit {
   count in 2..9
   item in ["apple", "pear"]
@@ -116,9 +116,9 @@ LINES = ("patch z layer 0 head 0 at last token", "measure logit(answer) as delta
 
 
 def test_pairs_hold_with_the_same_where(folder: Path) -> None:
-    other = FRUIT.replace("fruit", "listed").replace("Part {count}", "Count {count}")
+    other = COUNTED.replace("fruit", "listed").replace("Part {count}", "Count {count}")
     found = check(
-        FRUIT + other, ("prompts fruit limit 7", "from listed into clean", *LINES), folder
+        COUNTED + other, ("prompts fruit limit 7", "from listed into clean", *LINES), folder
     )
     assert found.ok
     table = found.experiments[0].table
@@ -130,10 +130,10 @@ def test_pairs_hold_with_the_same_where(folder: Path) -> None:
 
 
 def test_a_block_with_one_row_left_serves_all(folder: Path) -> None:
-    other = FRUIT.replace("fruit", "listed").replace("count > 3", 'count = 4 and item = "pear"')
+    other = COUNTED.replace("fruit", "listed").replace("count > 3", 'count = 4 and item = "pear"')
     other = other.replace("2..9", "2..5")
     found = check(
-        FRUIT + other, ("prompts fruit limit 7", "from listed into clean", *LINES), folder
+        COUNTED + other, ("prompts fruit limit 7", "from listed into clean", *LINES), folder
     )
     assert found.ok
     rows = found.experiments[0].table.runs["listed"].rows
@@ -143,11 +143,11 @@ def test_a_block_with_one_row_left_serves_all(folder: Path) -> None:
 
 def test_texts_of_the_other_block_can_be_measured(folder: Path) -> None:
     """`answer of listed` is that of the row that is read."""
-    other = FRUIT.replace("fruit", "listed").replace('" {count}"', '" {count - 1}"')
+    other = COUNTED.replace("fruit", "listed").replace('" {count}"', '" {count - 1}"')
     lines = ("prompts fruit limit 5", "from listed into clean", LINES[0],
              "measure logit(answer) - logit(answer of listed) as delta",
              "expect accuracy(listed) >= 0")  # fmt: skip
-    found = check(FRUIT + other, lines, folder)
+    found = check(COUNTED + other, lines, folder)
     assert found.ok, [d.message for d in found.diagnostics]
     atoms = found.experiments[0].measures[0].atoms
     tokenizer = found.experiments[0].model.tokenizer
@@ -156,8 +156,8 @@ def test_texts_of_the_other_block_can_be_measured(folder: Path) -> None:
 
 
 def test_the_split_of_the_sampled_block_counts(folder: Path) -> None:
-    sampled = FRUIT.replace("where count > 3", "split 50%")
-    other = FRUIT.replace("fruit", "listed").replace("where count > 3", "")
+    sampled = COUNTED.replace("where count > 3", "split 50%")
+    other = COUNTED.replace("fruit", "listed").replace("where count > 3", "")
     lines = ("prompts fruit.test limit 5", "from listed into clean", *LINES)
     found = check(sampled + other, lines, folder)
     assert found.ok

@@ -14,6 +14,8 @@ from mechdsl.vocab.metrics import METRICS, Form, Takes
 from mechdsl.vocab.reports import REPORTS
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, SiteKind
 
+from .. import fruit
+
 PAGE = Path(__file__).parents[2] / "docs" / "language.md"
 
 INTRO = """\
@@ -31,23 +33,11 @@ the later one in the file stands.
 This page is written by `make language` from the registries in `mechdsl/vocab/`.
 """
 
-BASE = """\
-mech 1
-
-TOP
-
-prompts fruit {
-  count in 3..9
-  item in ["apple", "pear", "plum", "fig"]
-  fruits = list(item, count, sep: " ")
-  template "Part 1: {fruits} Count 1:"
-  answer " {count}"
-  wrong " {count - 1}"
-  split 50%
-  corrupt fewer { count = count - 1 }
-  corrupt other { item = other(item) }
-}
-
+OTHER = "corrupt other { item = other(item) }"
+BASE = (
+    "mech 1\n\nTOP\n\n"
+    + fruit.block('wrong " {count - 1}"', "split 50%", fruit.FEWER, OTHER)
+    + """
 prompts commas {
   item in ["apple", "pear", "plum", "fig"]
   fruits = list(item, 3, sep: " , ")
@@ -79,6 +69,7 @@ experiment example {
 BODY
 }
 """
+)
 """A file for what stands in an experiment."""
 
 PROMPTS = """\
@@ -102,13 +93,6 @@ LINES = (
 )
 """An experiment; a line that begins like the example gives way to it."""
 GRID = "patch layer * head * at each item token"
-BLOCK = (
-    "count in 3..9",
-    'item in ["apple", "pear", "plum", "fig"]',
-    'fruits = list(item, count, sep: " ")',
-    'template "Part 1: {fruits} Count 1:"',
-    'answer " {count}"',
-)
 RECORDS = ('template "{prompt}"', 'answer " {n}"')
 RULES = ("patch", "ablate", "replace", "swap", "freeze", "set", "block", "reweight", "path")
 
@@ -160,7 +144,7 @@ def in_experiment(*lines: str, default: tuple[str, ...] = LINES) -> str:
 def in_block(*lines: str) -> str:
     """A file with a prompts block of these lines, and the default for what they leave out."""
     text = " ".join(lines)
-    default = RECORDS if "facts.jsonl" in text else BLOCK
+    default = RECORDS if "facts.jsonl" in text else fruit.VALUES
     names = {line.split()[0] for line in lines}
     kept = [line for line in default if line.split()[0] not in names]
     return PROMPTS.replace("LINES", "\n".join(f"  {line}" for line in (*lines, *kept)))

@@ -20,24 +20,12 @@ from mechdsl.plan.plan import PLAN_PASSES
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.validate.file import Checked, Settings, check_source
 
+from .. import fruit
+
 HERE = Path(__file__).parent
 ZOO = HERE.parent.parent / "mechdsl" / "zoo" / "counting"
 PLAIN = frozenset(PLAN_PASSES)
-HEAD = """\
-mech 1
-
-model toy = zoo("counting")
-
-prompts fruit {
-  count in 3..9
-  item in ["apple", "pear", "plum", "fig"]
-  fruits = list(item, count, sep: " ")
-  template "Part 1: {fruits} Count 1:"
-  answer " {count}"
-  split 50%
-  corrupt fewer { count = count - 1 }
-}
-"""
+HEAD = fruit.head("split 50%", fruit.FEWER)
 Array = NDArray[np.float64]
 
 

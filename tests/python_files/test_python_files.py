@@ -22,25 +22,16 @@ from mechdsl.results.experiment import ExperimentResult
 from mechdsl.syntax.parse import read_source
 from mechdsl.validate.file import Checked, Settings, check_source
 
+from .. import fruit
 from ..cli.conftest import Command, command
+from ..fruit import FRUIT
 
 __all__ = ["command"]
 
 HERE = Path(__file__).parent
-METRIC = """\
-mech 1
-
-model toy = zoo("counting")
-
-prompts fruit {
-  count in 3..9
-  item in ["apple", "pear", "plum", "fig"]
-  fruits = list(item, count, sep: " ")
-  template "Part 1: {fruits} Count 1:"
-  answer " {count}"
-  corrupt fewer { count = count - 1 }
-}
-
+METRIC = (
+    FRUIT
+    + """
 metric own = python("own.py:own")
 
 experiment heads {
@@ -52,20 +43,10 @@ experiment heads {
   stats correct none
 }
 """
-VALUE = """\
-mech 1
-
-model toy = zoo("counting")
-
-prompts fruit {
-  count in 3..9
-  item in ["apple", "pear", "plum", "fig"]
-  fruits = list(item, count, sep: " ")
-  template "Part 1: {fruits} Count 1:"
-  answer " {count}"
-  corrupt fewer { count = python("own.py:own") }
-}
-
+)
+VALUE = (
+    fruit.head('corrupt fewer { count = python("own.py:own") }')
+    + """
 experiment heads {
   prompts fruit limit 8
   from clean into fewer
@@ -74,6 +55,7 @@ experiment heads {
   stats correct none
 }
 """
+)
 
 
 def write(folder: Path, text: str, code: str) -> Path:
