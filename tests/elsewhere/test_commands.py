@@ -10,19 +10,12 @@ from click.testing import CliRunner, Result
 
 from mechdsl.cli import app
 
-TEXT = """mech 1
+from ..fruit import FRUIT
 
-model toy = zoo("counting")
+TEXT = (
+    FRUIT
+    + """
 model twin = zoo("counting")
-
-prompts fruit {
-  count in 2..9
-  item in ["apple", "pear"]
-  fruits = list(item, count, sep: " ")
-  template "Part 1: {fruits} Count 1:"
-  answer " {count}"
-  corrupt fewer { count = count - 1 }
-}
 
 prompts blank {
   template "Part 1: fig Count 1:"
@@ -54,6 +47,7 @@ experiment across {
   measure logit(answer) as delta
 }
 """
+)
 
 
 @pytest.fixture
