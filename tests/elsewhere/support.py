@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from mechdsl.pipeline import RunOptions, run_source
 from mechdsl.results.experiment import ExperimentResult, FileResult
 from mechdsl.statistics.data import MeasureData
 
-from ..execute import by_hand
 from ..execute.support import (
     PROMPTS,
     ROWS,
@@ -30,6 +29,8 @@ from ..execute.support import (
     word_tokenizer,
     write_rows,
 )
+from ..reference.forward import Write, forward
+from ..reference.points import Point, copied
 
 OTHERS = """
 prompts q {
@@ -96,11 +97,12 @@ def models(family: str, *names: str) -> dict[str, Any]:
 
 
 def unpatched(family: str, of: Prompt, model: str = "m") -> Any:
-    return by_hand.forward(family, bare(family, SEEDS[model]), of.ids)
+    run = forward(family, bare(family, SEEDS[model]), of.ids)
+    return run.logits, run.seen
 
 
-def patched(family: str, of: Prompt, edits: by_hand.Edits, model: str = "m") -> Any:
-    return by_hand.forward(family, bare(family, SEEDS[model]), of.ids, edits)[0]
+def patched(family: str, of: Prompt, writes: Iterable[Write], model: str = "m") -> Any:
+    return forward(family, bare(family, SEEDS[model]), of.ids, writes).logits
 
 
 Where = tuple[Sequence[int], Sequence[int]]
@@ -108,7 +110,7 @@ Where = tuple[Sequence[int], Sequence[int]]
 
 def by_prompt(
     family: str,
-    cells: Sequence[Sequence[by_hand.Point]],
+    cells: Sequence[Sequence[Point]],
     sources: Sequence[Prompt],
     bases: Sequence[Prompt],
     where: Sequence[Where],
@@ -124,13 +126,13 @@ def by_prompt(
         source[n] = difference(logits, record)
         base[n] = difference(unpatched(family, bases[n], model)[0], record)
         for cell, points in enumerate(cells):
-            edits = by_hand.copied(points, seen, *where[n])
+            edits = copied(points, seen, *where[n])
             found[cell, n] = difference(patched(family, bases[n], edits, model), record)
     return found, base, source
 
 
-def layers(site: str, count: int = 3) -> list[list[by_hand.Point]]:
-    return [[by_hand.Point(site, layer)] for layer in range(count)]
+def layers(site: str, count: int = 3) -> list[list[Point]]:
+    return [[Point(site, layer)] for layer in range(count)]
 
 
 def same(measure: MeasureData, expected: tuple[Array, Array, Array], rows: slice) -> None:

@@ -41,7 +41,7 @@ def test_a_corruption_of_another_block(folder: Path, family: str) -> None:
     )  # fmt: skip
     found = run(text, folder, models(family))["e"]
     sources, bases = [q(record, "swapped") for record in ROWS], prompts("other")
-    from ..execute.by_hand import Point
+    from ..reference.points import Point
 
     cells = [[Point("z", layer, head)] for layer in (1, 2) for head in range(4)]
     where = [((s.last,), (b.last,)) for s, b in zip(sources, bases, strict=True)]
@@ -58,7 +58,7 @@ def test_into_a_block_of_one_row(folder: Path, family: str, mode: str) -> None:
     )  # fmt: skip
     found = run(text, folder, models(family), MODES[mode])["e"]
     assert found.conventions["rows of blank"] == "its only row beside each of `p`"
-    from ..execute.by_hand import Point
+    from ..reference.points import Point
 
     sources, bases = prompts(), [BLANK] * len(ROWS)
     where = [((s.cue,), (BLANK.cue,)) for s in sources]
@@ -129,8 +129,8 @@ def test_read_at_one_position_and_written_at_another(folder: Path, family: str, 
         )
     )
     found = run(text, folder, models(family), MODES[mode])
-    from ..execute.by_hand import Point, copied
     from ..execute.support import difference
+    from ..reference.points import Point, copied
     from .support import patched, unpatched
 
     labels = [cell.coords["position"] for cell in found["items"].cells]

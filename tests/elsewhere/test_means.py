@@ -11,7 +11,6 @@ import torch
 
 from mechdsl.diagnostics.core import has_errors
 
-from ..execute.by_hand import Change
 from ..execute.support import (
     DIFFERENCE,
     MODES,
@@ -23,6 +22,7 @@ from ..execute.support import (
     experiment,
     prompts,
 )
+from ..reference.forward import Write
 from .support import OTHERS, attempt, models, patched, run, unpatched
 
 SIX = """
@@ -59,8 +59,8 @@ def test_mean_of_another_block(folder: Path, family: str, mode: str, of: str) ->
         base[n] = difference(unpatched(family, bases[n])[0], record)
         for layer in range(3):
             mean = torch.stack([one["z", layer][-1] for one in seen]).mean(dim=0)
-            changes = [Change(bases[n].last, head, mean[head]) for head in range(3)]
-            logits = patched(family, bases[n], {("z", layer): changes})
+            writes = [Write("z", layer, mean[head], bases[n].last, head) for head in range(3)]
+            logits = patched(family, bases[n], writes)
             values[layer, n] = difference(logits, record)
     agree(found.measures[0], values, base)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ..execute.by_hand import Point
 from ..execute.support import DIFFERENCE, MODES, ROWS, experiment, fast, prompts, token
 from ..models import families
+from ..reference.points import Point, copied
 from .support import attempt, by_prompt, layers, models, run, same, unpatched
 
 FAMILIES = ("gpt2", "llama", "gpt_neox")
@@ -65,17 +65,16 @@ def test_a_model_beside_other_runs(folder: Path) -> None:
         DIFFERENCE, "measure kl(tuned) as delta", "expect accuracy(tuned) >= 0",
     ).replace("from clean into other", "from tuned into other")  # fmt: skip
     found = run(text, folder, models("gpt2", "m", "tuned"))["e"]
-    from ..execute.by_hand import copied, together
     from ..execute.support import difference
     from .support import patched
 
     for n, record in enumerate(ROWS):
         source, base = prompts()[n], prompts("other")[n]
         logits, seen = unpatched("gpt2", source, "tuned")
-        edits = together(
-            copied([Point("resid_post", 0)], seen, source.subject[-1:], base.subject[-1:]),
-            copied([Point("mlp_out", 2)], seen, (source.last,), (base.last,)),
-        )
+        edits = [
+            *copied([Point("resid_post", 0)], seen, source.subject[-1:], base.subject[-1:]),
+            *copied([Point("mlp_out", 2)], seen, (source.last,), (base.last,)),
+        ]
         new = patched("gpt2", base, edits)
         assert abs(found.measures[0].patched[0, n] - difference(new, record)) < 1e-4
         reference, own = (x[-1].double().log_softmax(-1) for x in (logits, new))

@@ -10,7 +10,6 @@ import pytest
 from mechdsl.base.source import Source
 from mechdsl.validate.file import check_source
 
-from ..execute.by_hand import Point, copied, forward, noise
 from ..execute.support import (
     DIFFERENCE,
     MODES,
@@ -23,7 +22,9 @@ from ..execute.support import (
     prompts,
     write_rows,
 )
-from ..models.reference import Change
+from ..reference.forward import Write, forward
+from ..reference.noise import noise
+from ..reference.points import Point, copied
 from .support import BLANK, OTHERS, models, patched, q, run, unpatched
 
 MOVED = PROMPTS.replace('answer " {a}"', 'answer " w19 {a}"').replace(
@@ -86,11 +87,11 @@ def test_noise_is_that_of_the_other_blocks_row(folder: Path, block: str, mode: s
         values = []
         for draw in range(3):
             row = n if block == "n" else 0
-            changes = [
-                Change(at, 0, clean[at, 0] + 0.7 * noise(row, draw, at, clean.shape[-1]))
+            writes = [
+                Write("embed", None, clean[at, 0] + 0.7 * noise(row, draw, at, clean.shape[-1]), at)
                 for at in of.subject
             ]
-            seen = forward("gpt2", bare("gpt2"), of.ids, {("embed", None): changes})[1]
+            seen = forward("gpt2", bare("gpt2"), of.ids, writes).seen
             edits = copied([Point("resid_post", 1)], seen, (of.last,), (to.last,))
             values.append(difference(patched("gpt2", to, edits), record))
         assert abs(found.measures[0].patched[1, n] - np.mean(values)) < 1e-4

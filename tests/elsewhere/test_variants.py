@@ -12,8 +12,8 @@ from mechdsl.base.source import Source
 from mechdsl.pipeline import RunOptions
 from mechdsl.validate.file import check_source
 
-from ..execute.by_hand import Point
 from ..execute.support import DIFFERENCE, MODES, PROMPTS, ROWS, experiment, prompts
+from ..reference.points import Point
 from .support import OTHERS, by_prompt, layers, models, q, run, same
 
 FAMILIES = ("gpt2", "llama", "gpt_neox")

@@ -31,7 +31,8 @@ from mechdsl.statistics.data import MeasureData
 from mechdsl.validate.file import Checked, check_source
 
 from ..models import families
-from . import by_hand
+from ..reference.forward import Place, Write, forward
+from ..reference.points import Point, copied
 
 Record = dict[str, Any]
 Array = NDArray[np.float64]
@@ -302,18 +303,19 @@ def with_execution(options: RunOptions, **changes: Any) -> RunOptions:
 
 
 @cache
-def _unpatched(family: str, ids: tuple[int, ...]) -> tuple[Tensor, dict[by_hand.Place, Tensor]]:
-    return by_hand.forward(family, bare(family), ids)
+def _unpatched(family: str, ids: tuple[int, ...]) -> tuple[Tensor, dict[Place, Tensor]]:
+    run = forward(family, bare(family), ids)
+    return run.logits, run.seen
 
 
-def unpatched(family: str, of: Prompt) -> tuple[Tensor, dict[by_hand.Place, Tensor]]:
+def unpatched(family: str, of: Prompt) -> tuple[Tensor, dict[Place, Tensor]]:
     """Logits and all sites of an unpatched prompt."""
     return _unpatched(family, tuple(of.ids))
 
 
-def patched(family: str, of: Prompt, edits: by_hand.Edits) -> Tensor:
+def patched(family: str, of: Prompt, writes: Iterable[Write]) -> Tensor:
     """Logits [T, vocab] of a prompt with changes."""
-    return by_hand.forward(family, bare(family), of.ids, edits)[0]
+    return forward(family, bare(family), of.ids, writes).logits
 
 
 def difference(logits: Tensor, record: Record) -> float:
@@ -338,7 +340,7 @@ Runs = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 def patches(
     family: str,
-    cells: Sequence[Sequence[by_hand.Point]],
+    cells: Sequence[Sequence[Point]],
     run: str,
     where: Callable[[Prompt, Prompt], Runs],
     metric: Metric = difference,
@@ -350,7 +352,7 @@ def patches(
         seen = unpatched(family, source)[1]
         for cell, points in enumerate(cells):
             values = [
-                metric(patched(family, base, by_hand.copied(points, seen, *at)), record)
+                metric(patched(family, base, copied(points, seen, *at)), record)
                 for at in where(source, base)
             ]
             if values:

@@ -32,7 +32,7 @@ from mechdsl.packed.packed_pass import run_packed
 from mechdsl.pipeline import RunOptions
 from mechdsl.plan.restart import BlockWork, block_work
 
-from .by_hand import Point
+from ..reference.points import Point
 from .support import (
     ABSOLUTE,
     DIFFERENCE,

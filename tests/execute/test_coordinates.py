@@ -12,7 +12,7 @@ import pytest
 
 from mechdsl.results.experiment import ExperimentResult
 
-from .by_hand import Point, copied, together, zeroed
+from ..reference.points import Point, copied, zeroed
 from .support import (
     DIFFERENCE,
     MODES,
@@ -202,21 +202,21 @@ def test_rules_with_other_sources_and_an_ablation_act_in_one_run(folder: Path, m
             row = []
             for n, record in enumerate(ROWS):
                 base, other, longer = sources(n)
-                edits = together(
-                    copied(
+                edits = [
+                    *copied(
                         [z(layer, 0), z(layer, 1)],
                         unpatched("llama", longer)[1],
                         [getattr(longer, place)],
                         [getattr(base, place)],
                     ),
-                    copied(
+                    *copied(
                         at("mlp_out", 1),
                         unpatched("llama", other)[1],
                         [other.subject[-1]],
                         [base.subject[-1]],
                     ),
-                    zeroed(at("attn_out", 2), unpatched("llama", base)[1], [base.last]),
-                )
+                    *zeroed(at("attn_out", 2), unpatched("llama", base)[1], [base.last]),
+                ]
                 row.append(difference(patched("llama", base, edits), record))
             values.append(row)
     agree(found.measures[0], np.array(values), differences("llama", ROWS))

@@ -12,7 +12,8 @@ from torch import Tensor
 from mechdsl.pipeline import RunOptions
 from mechdsl.validate.file import Settings
 
-from .by_hand import Point, copied, forward
+from ..reference.forward import forward
+from ..reference.points import Point, copied
 from .support import (
     ABSOLUTE,
     DIFFERENCE,
@@ -136,7 +137,7 @@ def test_means_go_over_kept_rows_only(folder: Path) -> None:
     for n in kept:
         base = prompts()[n]
         edits = copied([Point(*place)], {place: mean[None]}, [0], [base.last])
-        expected.append(difference(forward(FAMILY, bare(FAMILY), base.ids, edits)[0], ROWS[n]))
+        expected.append(difference(forward(FAMILY, bare(FAMILY), base.ids, edits).logits, ROWS[n]))
     for options in MODES.values():
         measure = run_file(text, folder, bare(FAMILY), options)["e"].measures[0]
         agree(measure, np.array([expected]), differences(FAMILY, ROWS)[kept], large=0.02)
@@ -152,7 +153,7 @@ def test_the_mean_of_a_corrupted_run_is_its_own(folder: Path, mode: str) -> None
     expected = []
     for base, record in zip(prompts(), ROWS, strict=True):
         edits = copied([Point(*place)], {place: mean}, [0, 1], [base.cue, base.last])
-        expected.append(difference(forward(FAMILY, bare(FAMILY), base.ids, edits)[0], record))
+        expected.append(difference(forward(FAMILY, bare(FAMILY), base.ids, edits).logits, record))
     found = run_file(text, folder, bare(FAMILY), MODES[mode])["e"].measures[0]
     agree(found, np.array([expected]), differences(FAMILY, ROWS))
 
@@ -208,7 +209,7 @@ def test_a_denominator_around_zero_is_refused_before_any_cell(folder: Path) -> N
 
 
 def plain_difference(words: list[str], record: Record) -> float:
-    return difference(forward(FAMILY, bare(FAMILY), ids_of(words))[0], record)
+    return difference(forward(FAMILY, bare(FAMILY), ids_of(words)).logits, record)
 
 
 @pytest.mark.parametrize("mode", list(MODES))
@@ -303,12 +304,12 @@ def test_a_corruption_is_the_prompt_it_says(folder: Path, run: str, direction: s
         texts = [changed(record, source), changed(record, base)]
         for number, words in enumerate(texts):
             unchanged[number, n] = plain_difference(words, record)
-        seen = forward(FAMILY, bare(FAMILY), ids_of(texts[0]))[1]
+        seen = forward(FAMILY, bare(FAMILY), ids_of(texts[0])).seen
         behind_items = len(record["words"]) + 2
         at = [[behind_items + 2 * (r == "written")] for r in (source, base)]
         for layer in (0, 1):
             edits = copied([Point("resid_post", layer)], seen, *at)
-            logits = forward(FAMILY, bare(FAMILY), ids_of(texts[1]), edits)[0]
+            logits = forward(FAMILY, bare(FAMILY), ids_of(texts[1]), edits).logits
             expected[layer, n] = difference(logits, record)
     for options in MODES.values():
         text = experiment("e", *lines)

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 import mechdsl
 
-from ..families import reference, tables
+from ..families import tables
 from ..families.build import VOCABULARY, model
 from ..families.parts import Architecture
+from ..reference import hooks
 
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 WORDS = (*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCABULARY)))
@@ -80,11 +81,11 @@ def by_hand(
     row, module = bert
     source, places, mask = prompt(a, b)
     base, _, _ = prompt("w15", b)
-    _, seen = reference.run(row, module, source, layer)
+    _, seen = hooks.run(row, module, source, layer)
     vectors = enumerate(seen[site][places[position]])
-    changes = [reference.Change(places[position], unit, vector) for unit, vector in vectors]
-    plain, _ = reference.run(row, module, base, layer)
-    patched, _ = reference.run(row, module, base, layer, site, changes)
+    changes = [hooks.Change(places[position], unit, vector) for unit, vector in vectors]
+    plain, _ = hooks.run(row, module, base, layer)
+    patched, _ = hooks.run(row, module, base, layer, site, changes)
     of = (patched - plain)[mask]
     return float(of[IDS["w5"]] - of[IDS["w6"]])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor
 
 from mechdsl.results.experiment import ExperimentResult
 
 from ..models import families
-from .by_hand import Edits, Place, Point, copied, forward
+from ..reference.forward import Run, Write, forward
+from ..reference.points import Point, copied
 from .support import (
     ABSOLUTE,
     MODES,
@@ -97,27 +97,27 @@ class Ran:
     family: str
     record: Record
     text: Text
-    edits: Edits
+    writes: Sequence[Write]
 
     @property
-    def _everything(self) -> tuple[Tensor, dict[Place, Tensor]]:
-        return forward(self.family, model(self.family), self.text.ids, self.edits)
+    def _run(self) -> Run:
+        return forward(self.family, model(self.family), self.text.ids, self.writes)
 
     @property
     def logits(self) -> Array:
-        return self._everything[0].double().numpy()
+        return self._run.logits.double().numpy()
 
     def site(self, site: str, layer: int) -> Array:
-        return self._everything[1][site, layer].double().numpy()
+        return self._run[site, layer].double().numpy()
 
     def behind(self, continuation: list[int]) -> Array:
         """Logits with more tokens at the end."""
         longer = [*self.text.ids, *continuation]
-        found = forward(self.family, model(self.family), longer, self.edits)[0]
+        found = forward(self.family, model(self.family), longer, self.writes).logits
         return found.double().numpy()
 
     def reference(self, run: str) -> Ran:
-        return Ran(self.family, self.record, text_of(self.record, run), {})
+        return Ran(self.family, self.record, text_of(self.record, run), ())
 
 
 def log_softmax(logits: Array) -> Array:
@@ -242,7 +242,7 @@ def rows() -> list[Record]:
     for n, record in enumerate(PLAIN_ROWS):
         made = {**record, "n": n + 2, "m": n + 5, "tail": ["w1", "w2 w8", "w5 w6 7", "w9"][n]}
         text = text_of(made, "clean" if n % 2 else "longer")
-        made["guess"] = WORDS[int(forward("gpt2", model("gpt2"), text.ids)[0][-1].argmax())]
+        made["guess"] = WORDS[int(forward("gpt2", model("gpt2"), text.ids).logits[-1].argmax())]
         found.append(made)
     return found
 
@@ -282,14 +282,14 @@ def results(folder: Path, family: str, mode: str) -> dict[str, ExperimentResult]
     )
 
 
-def edits(family: str, record: Record, layer: int) -> Edits:
+def edits(family: str, record: Record, layer: int) -> list[Write]:
     base, source = text_of(record, "clean"), text_of(record, "longer")
     n = len(record["subject"].split())
 
     def places(text: Text) -> list[int]:
         return [*range(text.subject - n + 1, text.subject + 1), text.last]
 
-    seen = forward(family, model(family), source.ids)[1]
+    seen = forward(family, model(family), source.ids).seen
     return copied([Point("resid_mid", layer)], seen, places(source), places(base))
 
 
@@ -384,7 +384,7 @@ def test_the_occurrence_of_the_cell_stands_in_a_text(shared: Path) -> None:
                 if cell >= min(len(record["words"]), len(record["more"])):
                     assert np.isnan(measure.patched[cell, n])
                     continue
-                seen = forward("gpt2", model("gpt2"), longer.ids)[1]
+                seen = forward("gpt2", model("gpt2"), longer.ids).seen
                 edit = copied([Point("resid_mid", 1)], seen, [cell + 1], [cell + 1])
                 patched = at_end(Ran("gpt2", record, clean, edit))[target]
                 assert abs(measure.patched[cell, n] - patched) <= ABSOLUTE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import mechdsl.execute.unpatched_batch
 from mechdsl.execute.execute import Options
 from mechdsl.pipeline import RunOptions
 
-from ..models.reference import Change
-from .by_hand import Point, copied, forward, together
+from ..reference.forward import Write, forward
+from ..reference.points import Point, copied
 from .support import (
     DIFFERENCE,
     MODES,
@@ -75,19 +76,18 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return found
 
 
-def noised(seen: Seen, n: int, draw: int) -> dict[tuple[str, int | None], list[Change]]:
+def noised(seen: Seen, n: int, draw: int) -> list[Write]:
     """The clean embeddings with the noise on top."""
     clean = unpatched(FAMILY, prompt(ROWS[n]))[1]["embed", None]
-    changes = [Change(at, 0, clean[at, 0] + noise) for at, noise in seen.noise[n, draw]]
-    return {("embed", None): changes}
+    return [Write("embed", None, clean[at, 0] + noise, at) for at, noise in seen.noise[n, draw]]
 
 
-def over_draws(seen: Seen, n: int, *edits: dict[tuple[str, int | None], list[Change]]) -> float:
+def over_draws(seen: Seen, n: int, writes: Sequence[Write] = ()) -> float:
     """The metric of a row, averaged over the draws."""
     ids, values = prompt(ROWS[n]).ids, []
     for draw in range(DRAWS):
-        changed = together(noised(seen, n, draw), *edits)
-        values.append(difference(forward(FAMILY, bare(FAMILY), ids, changed)[0], ROWS[n]))
+        changed = [*noised(seen, n, draw), *writes]
+        values.append(difference(forward(FAMILY, bare(FAMILY), ids, changed).logits, ROWS[n]))
     return float(np.mean(values))
 
 
@@ -221,9 +221,9 @@ def test_patching_out_of_a_noised_run_pairs_its_draws(folder: Path, seen: Seen) 
                 clean, values = prompt(record), []
                 at = [clean.subject[-1] if place == "subject" else clean.last]
                 for draw in range(DRAWS):
-                    there = forward(FAMILY, bare(FAMILY), clean.ids, noised(seen, n, draw))[1]
+                    there = forward(FAMILY, bare(FAMILY), clean.ids, noised(seen, n, draw)).seen
                     edits = copied([Point("resid_post", layer)], there, at, at)
-                    logits = forward(FAMILY, bare(FAMILY), clean.ids, edits)[0]
+                    logits = forward(FAMILY, bare(FAMILY), clean.ids, edits).logits
                     values.append(difference(logits, record))
                 row.append(np.mean(values))
             expected.append(row)

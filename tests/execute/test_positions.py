@@ -13,7 +13,8 @@ import pytest
 
 from mechdsl.results.experiment import ExperimentResult
 
-from .by_hand import Point, copied, forward
+from ..reference.forward import forward
+from ..reference.points import Point, copied
 from .support import (
     DIFFERENCE,
     MODES,
@@ -309,13 +310,13 @@ def test_parts_and_separators_are_told_apart(folder: Path, family: str) -> None:
             base = []
             for n, record in enumerate(ROWS):
                 clean, turned = parts(record), parts(record, "turned")
-                logits, _ = forward(family, bare(family), clean.ids)
-                _, seen = forward(family, bare(family), turned.ids)
+                logits = forward(family, bare(family), clean.ids).logits
+                seen = forward(family, bare(family), turned.ids).seen
                 base.append(difference(logits, record))
                 for cell in range(len(expected)):
                     read, written = where(turned, cell), where(clean, cell)
                     if written:
                         edits = copied([SITE], seen, read, written)
-                        changed = forward(family, bare(family), clean.ids, edits)[0]
+                        changed = forward(family, bare(family), clean.ids, edits).logits
                         expected[cell, n] = difference(changed, record)
             agree(measure, expected, np.array(base), large=0.0)

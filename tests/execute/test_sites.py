@@ -15,9 +15,9 @@ import torch
 
 from mechdsl.results.experiment import ExperimentResult
 
-from ..models import reference
 from ..models.families import VERIFIED
-from .by_hand import Point, copied, zeroed
+from ..reference.forward import SITES, WITHOUT_LAYER
+from ..reference.points import Point, copied, zeroed
 from .support import (
     ABSOLUTE,
     DIFFERENCE,
@@ -43,7 +43,7 @@ NEURONS = range(3, 25)
 
 
 def sites(family: str) -> list[str]:
-    return [s for s in reference.SITES if not (s == "resid_mid" and family == "gpt_neox")]
+    return [s for s in SITES if not (s == "resid_mid" and family == "gpt_neox")]
 
 
 def heads(family: str, site: str) -> int:
@@ -52,7 +52,7 @@ def heads(family: str, site: str) -> int:
 
 def swept(family: str, site: str, layers: Sequence[int]) -> tuple[str, list[list[Point]]]:
     """A site with its axes as text, and the points of each cell in the order of the table."""
-    if site in reference.WITHOUT_LAYER:
+    if site in WITHOUT_LAYER:
         return site, [[Point(site)]]
     axis = "layer *" if len(layers) == 3 else f"layer {', '.join(map(str, layers))}"
     if site in HEADS:

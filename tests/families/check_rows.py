@@ -11,7 +11,8 @@ import time
 
 import torch
 
-from . import reference, tables
+from ..reference import hooks
+from . import tables
 from .build import model
 from .parts import Architecture, Refused
 
@@ -21,7 +22,7 @@ def check(architecture: Architecture) -> list[str]:
     module = model(architecture)
     wrong: list[str] = []
     stacks = {"": architecture.main, **architecture.others}
-    for prompt in reference.prompts(architecture, 2, seed=0)[1:]:
+    for prompt in hooks.prompts(architecture, 2, seed=0)[1:]:
         for name, stack in stacks.items():
             for layer in range(stack.count):
                 wrong += _layer(architecture, module, prompt, name, layer)
@@ -33,7 +34,7 @@ def _layer(
 ) -> list[str]:
     stack = architecture.others[name] if name else architecture.main
     at = f"{name} layer {layer}".strip()
-    plain, seen = reference.run(architecture, module, prompt, layer, stack=name)
+    plain, seen = hooks.run(architecture, module, prompt, layer, stack=name)
     with torch.no_grad():
         output = module(**prompt)
     bare = (output.logits if "logits" in output else output.last_hidden_state)[0]
@@ -44,24 +45,22 @@ def _layer(
 
     if (error := differ(plain, bare)) > 1e-5:
         wrong.append(f"{at}: reading changes the output by {error:.1e}")
-    missing = set(reference.sites(stack, layer, main=not name)) ^ set(seen)
+    missing = set(hooks.sites(stack, layer, main=not name)) ^ set(seen)
     if missing:
         wrong.append(f"{at}: {sorted(missing)} were not read")
     for site in seen:
         value = seen[site]
         positions = range(value.shape[0])
-        own = [
-            reference.Change(p, u, value[p, u]) for p in positions for u in range(value.shape[1])
-        ]
-        same, _ = reference.run(architecture, module, prompt, layer, site, own, name)
+        own = [hooks.Change(p, u, value[p, u]) for p in positions for u in range(value.shape[1])]
+        same, _ = hooks.run(architecture, module, prompt, layer, site, own, name)
         if (error := differ(same, bare)) > 1e-4:
             wrong.append(f"{at}: own values of {site} change the output by {error:.1e}")
         other = [
-            reference.Change(c.position, c.unit, -2 * c.vector)
+            hooks.Change(c.position, c.unit, -2 * c.vector)
             for c in own
             if c.position == len(positions) - 1 or name or architecture.takes == "image"
         ]
-        far, _ = reference.run(architecture, module, prompt, layer, site, other, name)
+        far, _ = hooks.run(architecture, module, prompt, layer, site, other, name)
         if differ(far, bare) < 1e-3:
             wrong.append(f"{at}: other values of {site} change nothing")
     block = stack.at(layer)

@@ -19,7 +19,8 @@ from mechdsl.hooks.places import SiteWrite
 from mechdsl.models.anatomy import Tap
 from mechdsl.packed.packed_pass import PackedResult, run_packed
 
-from . import reference, tables
+from ..reference import hooks
+from . import tables
 from .__main__ import PAGE, cells, prepare, reason
 from .parts import Architecture, Refused
 from .walk import KINDS, SMALLEST, Walked, kind, walk
@@ -127,7 +128,7 @@ def test_a_tap_that_is_not_there() -> None:
 
 
 def test_a_reference_that_writes_one_position_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = reference.run
+    run = hooks.run
 
     def before(
         architecture: Architecture,
@@ -135,13 +136,13 @@ def test_a_reference_that_writes_one_position_before(monkeypatch: pytest.MonkeyP
         prompt: Any,
         layer: int,
         site: str = "",
-        changes: Sequence[reference.Change] = (),
+        changes: Sequence[hooks.Change] = (),
         stack: str = "",
     ) -> tuple[Tensor, dict[str, Tensor]]:
         moved = [replace(c, position=max(c.position - 1, 0)) for c in changes]
         return run(architecture, module, prompt, layer, site, moved, stack)
 
-    monkeypatch.setattr(reference, "run", before)
+    monkeypatch.setattr(hooks, "run", before)
     assert not walk(row("gpt2")).agrees
 
 

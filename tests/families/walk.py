@@ -30,7 +30,7 @@ from mechdsl.packed.activation_cache import Kept, keeping
 from mechdsl.packed.packed_pass import run_packed
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
-from . import reference
+from ..reference import hooks
 from .build import VOCABULARY, model
 from .parts import Architecture, Refused
 
@@ -50,7 +50,7 @@ PROMPTS = 3
 ALSO = {"paligemma": "token_type_ids", "paligemma/2": "token_type_ids"}
 """What a model is called with beside an image, zero for every token: without it PaliGemma's
 attention sees later tokens where nothing is padded, and doesn't where something is."""
-OWN = ("families/walk.py", "families/reference.py")
+OWN = ("families/walk.py", "families/hooks.py")
 
 KINDS = (
     "causal language models",
@@ -84,11 +84,11 @@ class Spot:
 
     @property
     def read(self) -> SiteRead:
-        layer = None if self.site in reference.WITHOUT_LAYER else self.layer
+        layer = None if self.site in hooks.WITHOUT_LAYER else self.layer
         return SiteRead(self.site, layer, self.stack)
 
     def __str__(self) -> str:
-        layer = "" if self.site in reference.WITHOUT_LAYER else f" {self.layer}"
+        layer = "" if self.site in hooks.WITHOUT_LAYER else f" {self.layer}"
         return f"{self.stack} {self.site}{layer}".strip()
 
 
@@ -168,7 +168,7 @@ def layers_in_words(spots: Iterable[Spot], counts: Mapping[str, int]) -> str:
         found.setdefault((spot.stack, spot.site), []).append(spot.layer)
     words: list[str] = []
     for (stack, site), layers in found.items():
-        some = site not in reference.WITHOUT_LAYER and len(layers) < counts.get(stack, 0)
+        some = site not in hooks.WITHOUT_LAYER and len(layers) < counts.get(stack, 0)
         where = f" ({', '.join(map(str, layers))})" if some else ""
         words.append(f"{stack} {site}{where}".strip())
     return ", ".join(words)
@@ -252,11 +252,9 @@ class _ByHand:
         self._based: dict[tuple[str, int], list[dict[str, Tensor]]] = {}
 
     def _run(
-        self, prompt: dict[str, Tensor], spot: Spot, changes: Sequence[reference.Change] = ()
+        self, prompt: dict[str, Tensor], spot: Spot, changes: Sequence[hooks.Change] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return reference.run(
-            self.row, self.module, prompt, spot.layer, spot.site, changes, spot.stack
-        )
+        return hooks.run(self.row, self.module, prompt, spot.layer, spot.site, changes, spot.stack)
 
     def seen(self, spot: Spot) -> list[Tensor]:
         """[T, units, width] of each source."""
@@ -280,7 +278,7 @@ class _ByHand:
     def count(self, stack: str) -> int:
         """Tokens of a stack whose inputs are all of one size; 0 where nothing says it."""
         for layer in range(self.row.others[stack].count):
-            for site in reference.sites(self.row.others[stack], layer, main=False):
+            for site in hooks.sites(self.row.others[stack], layer, main=False):
                 return len(self.seen(Spot(stack, site, layer))[0])
         return 0
 
@@ -296,7 +294,7 @@ class _ByHand:
             zeros = [torch.zeros_like(value) for value in values]
             for vectors, into in ((values, patched), (zeros, ablated)):
                 columns = zip(case.written, case.unit, vectors, strict=True)
-                changes = [reference.Change(p, u, v) for p, u, v in columns]
+                changes = [hooks.Change(p, u, v) for p, u, v in columns]
                 into.append(_rows(self._run(prompt, spot, changes)[0]))
             cases.append(case)
         return Expected(cases, patched + ablated)
@@ -332,7 +330,7 @@ def _module(row: Architecture, dtype: torch.dtype) -> Any:
 def _prompts(
     row: Architecture, seed: int, dtype: torch.dtype, *, texts: bool
 ) -> list[dict[str, Tensor]]:
-    made = reference.prompts(replace(row, takes="text") if texts else row, PROMPTS, seed)
+    made = hooks.prompts(replace(row, takes="text") if texts else row, PROMPTS, seed)
     if row.name in ALSO and not texts:
         made = [{**one, ALSO[row.name]: torch.zeros_like(one["input_ids"])} for one in made]
     return [
@@ -557,14 +555,12 @@ class _Walk:
                 self.found.problems.append(text)
                 continue
             for layer in range(count):
-                rowed = (
-                    reference.sites(stacks[name], layer, main=not name) if name in stacks else []
-                )
+                rowed = hooks.sites(stacks[name], layer, main=not name) if name in stacks else []
                 # Those within attention have a reference of their own, in tests/rules.
                 known = shape.sites - set(WITHIN_ATTENTION) if shape else frozenset[str]()
                 offered = {s for s in known if shape is not None and shape.has(s, layer)}
                 for site in dict.fromkeys([*rowed, *sorted(offered)]):
-                    if layer and site in reference.WITHOUT_LAYER:
+                    if layer and site in hooks.WITHOUT_LAYER:
                         continue
                     spot = Spot(name, site, layer)
                     if site == "logits" and site not in offered and not self.by_hand.has_logits:

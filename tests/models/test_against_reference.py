@@ -28,7 +28,8 @@ from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.vocab.sites import WITHIN_ATTENTION, stop_layer
 
-from . import families, reference
+from ..reference.forward import SITES, WITHOUT_LAYER, Run, Write, forward
+from . import families
 
 Side = Literal["left", "right"]
 
@@ -77,23 +78,32 @@ def _bare(family: str) -> Any:
 
 
 @cache
+def _unpatched(family: str, ids: tuple[int, ...]) -> Run:
+    return forward(family, _bare(family), ids)
+
+
+def unpatched(family: str, ids: Sequence[int]) -> Run:
+    return _unpatched(family, tuple(ids))
+
+
+@cache
 def expected(
     family: str, site: str, layer: int
 ) -> tuple[list[Case], list[Tensor], list[Tensor], list[Tensor]]:
     """The cases, then logits of each prompt: unpatched, patched, ablated with zero."""
-    model = _bare(family)
-    _, sample = reference.run(family, model, BASES[0], layer)
-    chosen = cases(sample[site].shape[1], seed=layer)
+    place = (site, None if site in WITHOUT_LAYER else layer)
+    chosen = cases(unpatched(family, BASES[0])[place].shape[1], seed=layer)
     plain, patched, ablated = [], [], []
     for case, source, base in zip(chosen, SOURCES, BASES, strict=True):
-        _, seen = reference.run(family, model, source, layer)
-        values = [seen[site][p, u] for p, u in zip(case.source, case.unit, strict=True)]
-        places = list(zip(case.base, case.unit, values, strict=True))
-        changes = [reference.Change(p, u, v) for p, u, v in places]
-        zeros = [reference.Change(p, u, torch.zeros_like(v)) for p, u, v in places]
-        plain.append(reference.run(family, model, base, layer)[0])
-        patched.append(reference.run(family, model, base, layer, site, changes)[0])
-        ablated.append(reference.run(family, model, base, layer, site, zeros)[0])
+        seen = unpatched(family, source)[place]
+        values = [seen[p, u] for p, u in zip(case.source, case.unit, strict=True)]
+        writes = [
+            Write(*place, v, p, u) for p, u, v in zip(case.base, case.unit, values, strict=True)
+        ]
+        zeros = [replace(write, vector=torch.zeros_like(write.vector)) for write in writes]
+        plain.append(unpatched(family, base).logits)
+        patched.append(forward(family, _bare(family), base, writes).logits)
+        ablated.append(forward(family, _bare(family), base, zeros).logits)
     return chosen, plain, patched, ablated
 
 
@@ -200,11 +210,11 @@ def patches(
 
 
 def site_of(site: str, layer: int) -> SiteRead:
-    return SiteRead(site, None if site in reference.WITHOUT_LAYER else layer)
+    return SiteRead(site, None if site in WITHOUT_LAYER else layer)
 
 
 def layers_of(model: LoadedModel, site: str) -> range:
-    return range(1) if site in reference.WITHOUT_LAYER else range(model.shape.n_layers)
+    return range(1) if site in WITHOUT_LAYER else range(model.shape.n_layers)
 
 
 def compare(
@@ -246,7 +256,7 @@ def _difference(logits: Tensor) -> float:
 
 def available(family: str) -> list[str]:
     parallel = family == "gpt_neox"
-    return [site for site in reference.SITES if not (parallel and site == "resid_mid")]
+    return [site for site in SITES if not (parallel and site == "resid_mid")]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -345,11 +355,11 @@ def test_every_site_is_read_as_by_hand(loaded: dict[str, LoadedModel], family: s
         wanted = {site: site_of(site, layer) for site in available(family)}
         reads = run_whole(model, batch, reads=list(wanted.values())).reads
         for i, base in enumerate(BASES):
-            _, seen = reference.run(family, _bare(family), base, layer)
+            seen = unpatched(family, base)
             for site, where in wanted.items():
-                got = reads[where][i, -len(base) :]
-                assert got.shape == seen[site].shape, site
-                assert float((got - seen[site]).abs().max()) <= ABSOLUTE, site
+                got, want = reads[where][i, -len(base) :], seen[site, where.layer]
+                assert got.shape == want.shape, site
+                assert float((got - want).abs().max()) <= ABSOLUTE, site
 
 
 def test_available_sites_are_the_models(loaded: dict[str, LoadedModel]) -> None:

@@ -28,10 +28,11 @@ from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.vocab.sites import SITES
 
-from ..families import build, reference, tables
+from ..families import build, tables
 from ..families.parts import Architecture, Heads
 from ..families.rows_encoders import POST, stack
 from ..families.walk import tokenizer
+from ..reference import hooks
 
 ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}
 
@@ -47,7 +48,7 @@ def loaded(name: str, **config: Any) -> LoadedModel:
 
 def batch_of(model: LoadedModel, side: Literal["left", "right"] | None = None) -> Batch:
     """Three rows: ragged prompts, or images."""
-    given = reference.prompts(ROWS[model.name], 3, seed=1)
+    given = hooks.prompts(ROWS[model.name], 3, seed=1)
     if model.shape.takes == "image":
         pixels = torch.cat([one["pixel_values"] for one in given])
         return Batch.grid(3, sample(model).ids.shape[1]).with_inputs({"pixel_values": pixels})
@@ -455,7 +456,7 @@ def test_every_site_of_a_published_encoder_is_as_by_hand() -> None:
     model, texts = minilm()
     module = model.module
     given = [{"input_ids": text} for text in texts]
-    plain = [reference.run(MINILM, module, one, 0)[0] for one in given]
+    plain = [hooks.run(MINILM, module, one, 0)[0] for one in given]
     lengths = [text.shape[1] for text in texts]
     batch = Batch.of([text[0].tolist() for text in texts], model.pad_id, "right")
     draw = random.Random(0)
@@ -463,9 +464,9 @@ def test_every_site_of_a_published_encoder_is_as_by_hand() -> None:
     expected: dict[str, list[tuple[str, int, Tensor]]] = defaultdict(list)
     compared: set[tuple[str, int]] = set()
     for layer in range(6):
-        seen = [reference.run(MINILM, module, one, layer)[1] for one in given]
-        for site in reference.sites(MINILM.main, layer, main=False):
-            if layer and site in reference.WITHOUT_LAYER:
+        seen = [hooks.run(MINILM, module, one, layer)[1] for one in given]
+        for site in hooks.sites(MINILM.main, layer, main=False):
+            if layer and site in hooks.WITHOUT_LAYER:
                 continue
             compared.add((site, layer))
             for number, one in enumerate(given):
@@ -477,13 +478,13 @@ def test_every_site_of_a_published_encoder_is_as_by_hand() -> None:
                     if verb == "ablate":
                         vectors = [torch.zeros_like(vector) for vector in vectors]
                     changes = [
-                        reference.Change(at, unit, vector)
+                        hooks.Change(at, unit, vector)
                         for (_, at, unit), vector in zip(chosen, vectors, strict=True)
                     ]
-                    output = reference.run(MINILM, module, one, layer, site, changes)[0]
+                    output = hooks.run(MINILM, module, one, layer, site, changes)[0]
                     rows = torch.full((len(chosen),), len(expected[site]))
                     _, positions, which = torch.tensor(chosen).unbind(1)
-                    at = None if site in reference.WITHOUT_LAYER else layer
+                    at = None if site in hooks.WITHOUT_LAYER else layer
                     values = torch.stack(vectors)
                     writes[site].append(SiteWrite(site, at, rows, positions, which, values))
                     expected[site].append((f"{verb} {site} {layer} {number}", number, output))

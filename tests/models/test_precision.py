@@ -37,9 +37,10 @@ from mechdsl.loading.verify import RESTART
 from mechdsl.packed.activation_cache import keeping
 from mechdsl.packed.packed_pass import run_packed
 
-from ..families import build, reference, tables
+from ..families import build, tables
 from ..families.parts import Architecture
 from ..families.walk import tokenizer
+from ..reference import hooks
 from . import families
 from .conftest import statement
 
@@ -73,11 +74,11 @@ class Spot:
     site: str
     layer: int
     prompt: int
-    changes: Sequence[reference.Change]
+    changes: Sequence[hooks.Change]
 
     @property
     def where(self) -> SiteRead:
-        return SiteRead(self.site, None if self.site in reference.WITHOUT_LAYER else self.layer)
+        return SiteRead(self.site, None if self.site in hooks.WITHOUT_LAYER else self.layer)
 
 
 def pair(name: str, dtype: torch.dtype, folder: Path) -> tuple[Architecture, Any, Any]:
@@ -96,15 +97,15 @@ def spots_of(row: Architecture, module: Any, prompts: Sequence[Mapping[str, Tens
     """Every site of every layer, in both prompts: what the other prompt has there, or zeros."""
     found: list[Spot] = []
     for layer in range(row.main.count):
-        seen = [reference.run(row, module, prompt, layer)[1] for prompt in prompts]
-        for site in reference.sites(row.main, layer):
-            if layer and site in reference.WITHOUT_LAYER:
+        seen = [hooks.run(row, module, prompt, layer)[1] for prompt in prompts]
+        for site in hooks.sites(row.main, layer):
+            if layer and site in hooks.WITHOUT_LAYER:
                 continue
             for prompt, own in enumerate(seen):
                 other = seen[1 - prompt][site]
                 units = [u for u in {0, other.shape[1] - 1} if site != "expert_out" or not u]
                 changes = [
-                    reference.Change(at, unit, 3 * other[at - 3, unit] * (at > 1))
+                    hooks.Change(at, unit, 3 * other[at - 3, unit] * (at > 1))
                     for at in (1, len(own[site]) - 1)
                     for unit in units
                 ]
@@ -119,8 +120,8 @@ def by_hand(
     dtype = next(module.parameters()).dtype
     made: list[Tensor] = []
     for spot in spots:
-        changes = [reference.Change(c.position, c.unit, c.vector.to(dtype)) for c in spot.changes]
-        logits, _ = reference.run(row, module, prompts[spot.prompt], spot.layer, spot.site, changes)
+        changes = [hooks.Change(c.position, c.unit, c.vector.to(dtype)) for c in spot.changes]
+        logits, _ = hooks.run(row, module, prompts[spot.prompt], spot.layer, spot.site, changes)
         made.append(logits.float())
     return made
 
@@ -169,10 +170,10 @@ def test_every_site_is_as_by_hand(name: str, dtype: str, tmp_path: Path) -> None
     assert model is not None, [d.message for d in found]
     assert not found
     assert model.dtype == kind
-    prompts = reference.prompts(row, 2, seed=0)
+    prompts = hooks.prompts(row, 2, seed=0)
     spots = spots_of(row, half, prompts)
     wanted, exact = (by_hand(row, module, prompts, spots) for module in (half, single))
-    bare = [reference.run(row, half, prompt, 0)[0].float() for prompt in prompts]
+    bare = [hooks.run(row, half, prompt, 0)[0].float() for prompt in prompts]
     eps = torch.finfo(kind).eps
     for way, rows in zip(("whole", "packed"), packaged(model, prompts, spots), strict=True):
         far = {

@@ -26,9 +26,10 @@ from mechdsl.loading.verify import bench, verify, writing
 from mechdsl.models.adapters import Family
 from mechdsl.packed.activation_cache import keeping
 from mechdsl.packed.packed_pass import run_packed
-from tests.families import build, reference, tables
+from tests.families import build, tables
 from tests.families.parts import Architecture, Stack
 from tests.families.walk import tokenizer
+from tests.reference import hooks
 
 ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}
 STACKS = [
@@ -57,7 +58,7 @@ class Case:
         return [one[self.batch.mask[i].bool()] for i, one in enumerate(logits)]
 
     def by_hand(self, prompt: int, stack: str, layer: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return reference.run(self.row, self.module, self.prompts[prompt], layer, stack=stack)
+        return hooks.run(self.row, self.module, self.prompts[prompt], layer, stack=stack)
 
 
 @cache
@@ -65,7 +66,7 @@ def case(name: str) -> Case:
     row = ROWS[name]
     model, found = adopt("m", build.model(row), tokenizer())
     assert model is not None, [(d.message, d.label_text) for d in found]
-    prompts = reference.prompts(row, 2, seed=3)
+    prompts = hooks.prompts(row, 2, seed=3)
     return Case(row, model, found, prompts, batch_of(row, model, prompts))
 
 
@@ -100,7 +101,7 @@ def batch_of(row: Architecture, model: LoadedModel, prompts: list[dict[str, Tens
 def counted(row: Architecture, module: nn.Module, prompt: dict[str, Tensor], stack: Stack) -> int:
     """Tokens that enter the first block of an encoder."""
     name = next(name for name, parts in row.others.items() if parts is stack)
-    return len(reference.run(row, module, prompt, 0, stack=name)[1]["resid_pre"])
+    return len(hooks.run(row, module, prompt, 0, stack=name)[1]["resid_pre"])
 
 
 def off(found: Tensor, expected: Tensor) -> float:
@@ -109,7 +110,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 
 
 def named(site: str, layer: int, stack: str) -> SiteRead:
-    return SiteRead(site, None if site in reference.WITHOUT_LAYER else layer, stack)
+    return SiteRead(site, None if site in hooks.WITHOUT_LAYER else layer, stack)
 
 
 def written(
@@ -142,7 +143,7 @@ def test_reads_are_what_plain_hooks_see(name: str, stack: str) -> None:
     assert at.found == []
     sites = at.model.stack(stack).shape.sites
     for layer in range(at.row.others[stack].count):
-        expected = reference.sites(at.row.others[stack], layer, main=False)
+        expected = hooks.sites(at.row.others[stack], layer, main=False)
         assert set(expected) == sites
         result = run_whole(at.model, at.batch, reads=[named(s, layer, stack) for s in expected])
         for number in range(len(at.prompts)):
@@ -162,14 +163,14 @@ def test_writes_do_what_plain_hooks_do(name: str, stack: str) -> None:
     seen = [at.by_hand(number, stack, layer)[1] for number in range(2)]
     plain = at.rows(bare_logits(at.model, at.batch))
     moved = 0
-    for site in reference.sites(at.row.others[stack], layer, main=False):
+    for site in hooks.sites(at.row.others[stack], layer, main=False):
         count = seen[0][site].shape[1]
         spot = (2, count - 1)
         vectors = [3 * seen[1 - number][site][spot] for number in range(2)]
         found = written(at, site, layer, stack, spot, vectors)
         for number, vector in enumerate(vectors):
-            change = [reference.Change(*spot, vector)]
-            expected, _ = reference.run(
+            change = [hooks.Change(*spot, vector)]
+            expected, _ = hooks.run(
                 at.row, at.module, at.prompts[number], layer, site, change, stack
             )
             assert off(found[number], expected) <= CLOSE, (site, number)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .reference import Run, Write, forward
+from ..reference.forward import Run, Write, forward
 
 SENDERS = (
     "embed",

@@ -39,8 +39,8 @@ from ..execute.support import (
     word_tokenizer,
     write_rows,
 )
+from ..reference.forward import Edge, Run, Write, forward
 from .models import bare, double
-from .reference import Edge, Run, Write, forward
 
 Array = NDArray[np.float64]
 Key = tuple[Coord | None, ...]

@@ -16,9 +16,9 @@ from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
 
 from ..execute.support import MODES
+from ..reference.forward import Edge, Write
 from .models import FAMILIES
 from .paths import End, copied
-from .reference import Edge, Write
 from .support import (
     QUICK,
     Key,

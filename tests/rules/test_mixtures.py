@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from ..execute.support import ABSOLUTE, MODES, RELATIVE, SMALL
+from ..reference.forward import Edge, Write
 from .models import FAMILIES, double
 from .paths import LAST, RECEIVERS, SENDERS, End, copied, leads, path
-from .reference import Edge, Write
 from .support import (
     Text,
     difference,

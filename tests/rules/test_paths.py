@@ -14,8 +14,8 @@ import pytest
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
 
-from ..execute.by_hand import noise
 from ..execute.support import MODES
+from ..reference.noise import noise
 from .models import STRAIGHT, WITHOUT_NORMS, double
 from .paths import LAST, RECEIVERS, SENDERS, End, between, leads, path, plain
 from .reference import Run, Write, forward

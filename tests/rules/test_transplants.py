@@ -14,9 +14,9 @@ from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
 
 from ..execute.support import MODES
+from ..reference.forward import Write
 from .models import FAMILIES
 from .paths import End, copied
-from .reference import Write
 from .support import (
     QUICK,
     Array,

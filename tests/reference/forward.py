@@ -1,6 +1,6 @@
 """Forward passes of tiny models, written out by hand, on one unpadded prompt at a time.
 
-Nothing here comes from the package. The modules of the bare model are its linear maps, norms and
+The modules of the bare model are its linear maps, norms and
 activation functions; attention, rotary embeddings, masks, windows, caps, sinks and the order of
 things are written out. Every site is read, any vectors of any sites are written, edges of attention
 are edited one after the other.
@@ -17,6 +17,26 @@ from torch import Tensor
 
 Place = tuple[str, int | None]
 """A site and its layer, None for `embed`, `final_norm`, `logits`."""
+SITES = (
+    "embed",
+    "resid_pre",
+    "attn_norm",
+    "q",
+    "k",
+    "v",
+    "z",
+    "head_out",
+    "attn_out",
+    "resid_mid",
+    "mlp_norm",
+    "mlp_hidden",
+    "mlp_out",
+    "resid_post",
+    "final_norm",
+    "logits",
+)
+"""What stands between the modules of every family, in the order of a pass; within attention there
+are `q_rot`, `k_rot`, `scores` and `pattern` besides."""
 WITHOUT_LAYER = ("embed", "final_norm", "logits")
 
 
@@ -223,6 +243,11 @@ class Llama(Stack):
     def rotate(self, x: Tensor) -> Tensor:
         return _turned(x, self.config.rope_parameters["rope_theta"], x.shape[-1])
 
+    def window(self, layer: int) -> int | None:
+        kinds = getattr(self.config, "layer_types", None)
+        windowed = kinds is not None and kinds[layer] == "sliding_attention"
+        return self.config.sliding_window if windowed else None
+
     def output(self, block: Any) -> tuple[Tensor, Tensor | None]:
         return block.self_attn.o_proj.weight.T, block.self_attn.o_proj.bias
 
@@ -265,10 +290,6 @@ class Gemma2(Llama):
     def scale(self, width: int) -> float:
         return self.config.query_pre_attn_scalar**-0.5
 
-    def window(self, layer: int) -> int | None:
-        windowed = self.config.layer_types[layer] == "sliding_attention"
-        return self.config.sliding_window if windowed else None
-
     def behind_attention(self, block: Any, x: Tensor) -> Tensor:
         return block.post_attention_layernorm(x)
 
@@ -281,10 +302,6 @@ class Gemma2(Llama):
 
 
 class GptOss(Llama):
-    def window(self, layer: int) -> int | None:
-        windowed = self.config.layer_types[layer] == "sliding_attention"
-        return self.config.sliding_window if windowed else None
-
     def sinks(self, block: Any) -> Tensor | None:
         return block.self_attn.sinks
 
@@ -351,6 +368,7 @@ STACKS: dict[str, type[Stack]] = {
     "gpt2": GPT2,
     "llama": Llama,
     "mistral": Mistral,
+    "qwen2": Llama,
     "qwen3": Qwen3,
     "gemma2": Gemma2,
     "gpt_oss": GptOss,

@@ -1,4 +1,4 @@
-"""The reference against the bare model, before anything is held to it."""
+"""The references against the bare model and each other, before anything is held to them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from ..execute import by_hand
-from ..models.reference import FAMILIES as BY_HOOKS
-from . import reference
-from .models import BIASED_OUTPUT, FAMILIES, STRAIGHT, WITHOUT_NORMS, bare, double
-from .reference import Edge, Write, forward
+from ..families import build, tables
+from ..families.parts import Architecture
+from ..rules.models import BIASED_OUTPUT, FAMILIES, STRAIGHT, WITHOUT_NORMS, bare, double
+from . import hooks
+from .forward import STACKS, Edge, Run, Write, forward, stack
 
 NAMES = (*FAMILIES, *(name + WITHOUT_NORMS for name in STRAIGHT))
 IDS = [1, 5, 17, 40, 22, 9, 31, 33, 46, 12]
@@ -42,25 +42,57 @@ def test_the_pattern_is_that_of_the_eager_model(name: str) -> None:
         assert (run["pattern", layer] - pattern[0].transpose(0, 1)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name in BY_HOOKS])
+ROWS = {row.name.replace("/", "_"): row for row in tables.every() if isinstance(row, Architecture)}
+PLAIN_ROTARY = {"rope_type": "default", "rope_theta": 1e4}
+"""`forward` doesn't know of YaRN, which the table has here."""
+
+
+@pytest.mark.parametrize("name", STACKS)
 def test_all_sites_are_those_of_hooks(name: str) -> None:
-    """With writes at several places at once."""
+    """Of every layer; also with a write, at each site in turn."""
+    row = ROWS[name]
+    rotary = {"rope_parameters": PLAIN_ROTARY} if name == "gpt_oss" else {}
+    model = build.model(row, **rotary).double()
+    model.config._experts_implementation = "eager"  # the others have no 64 bits
+    prompt = {"input_ids": torch.tensor([IDS])}
     generator = torch.Generator().manual_seed(3)
-    plain = forward(name, double(name), IDS)
-    writes, edits = [], {}
-    places = [("z", 0, 4), ("k", 1, 2), ("mlp_hidden", 1, 6), ("embed", None, 3)]
-    for site, layer, position in places:
-        shape = plain[site, layer].shape
-        vector = torch.randn(shape[2], generator=generator, dtype=torch.float64)
-        writes.append(Write(site, layer, vector, position, shape[1] - 1))
-        change = by_hand.Change(position, shape[1] - 1, vector)
-        edits[site, layer] = [change]
-    run = forward(name, double(name), IDS, writes)
-    logits, seen = by_hand.forward(name, double(name), IDS, edits)
-    assert (run.logits - logits).abs().max() <= 1e-5
-    for place, value in seen.items():
-        assert (run[place] - value).abs().max() <= 1e-5, place
-    assert (run.logits - plain.logits).abs().max() > 0.1
+    run = forward(name, model, IDS)
+    large = max(1.0, float(run.logits.abs().max()))
+    for layer in range(row.main.count):
+        _, seen = hooks.run(row, model, prompt, layer)
+        for site, value in seen.items():
+            place = (site, None if site in hooks.WITHOUT_LAYER else layer)
+            if place not in run.seen:
+                assert site in ("router", "expert_out")
+                continue
+            assert (run[place] - value).abs().max() <= 1e-5 * large, place
+            position, unit = 4, value.shape[1] - 1
+            vector = torch.randn(value.shape[2], generator=generator, dtype=torch.float64)
+            change = hooks.Change(position, unit, vector)
+            expected, _ = hooks.run(row, model, prompt, layer, site, [change])
+            written = forward(name, model, IDS, [Write(*place, vector, position, unit)])
+            assert (written.logits - expected).abs().max() <= 1e-5 * large, place
+            assert (written.logits - run.logits).abs().max() > 1e-4 * large, place
+
+
+def test_writes_of_two_layers_are_those_of_hooks_of_both() -> None:
+    row = ROWS["llama"]
+    model = build.model(row).double()
+    plain = forward("llama", model, IDS)
+    writes = [
+        Write(site, layer, plain[site, layer][3, -1] * -2 + 1, position, unit)
+        for site, layer, position, unit in (("z", 0, 4, 3), ("mlp_hidden", 1, 6, 5))
+    ]
+    first, second = (hooks.Change(w.position or 0, w.unit or 0, w.vector) for w in writes)
+    with hooks.hooked(model, row.main, 0, hooks.Session("z", [first])):
+        prompt = {"input_ids": torch.tensor([IDS])}
+        expected, seen = hooks.run(row, model, prompt, 1, "mlp_hidden", [second])
+    run = forward("llama", model, IDS, writes)
+    assert (run.logits - expected).abs().max() <= 1e-5
+    assert (run["mlp_hidden", 1] - seen["mlp_hidden"]).abs().max() <= 1e-5
+    for write in writes:
+        alone = forward("llama", model, IDS, [write])
+        assert (alone.logits - run.logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -80,9 +112,7 @@ def test_writing_what_was_read_changes_nothing(name: str) -> None:
 def test_heads_and_their_bias_add_up() -> None:
     for name in FAMILIES:
         plain = forward(name, double(name), IDS)
-        bias = reference.stack(name, double(name)).output(
-            reference.stack(name, double(name)).block(1)
-        )[1]
+        bias = stack(name, double(name)).output(stack(name, double(name)).block(1))[1]
         assert (bias is not None) == (name in BIASED_OUTPUT)
         if name == "gemma2":
             continue
@@ -93,11 +123,11 @@ def test_heads_and_their_bias_add_up() -> None:
 # --- edges ----------------------------------------------------------------------------------------
 
 
-def edited(name: str, *edges: Edge) -> reference.Run:
+def edited(name: str, *edges: Edge) -> Run:
     return forward(name, double(name), IDS, (), edges)
 
 
-def sums(run: reference.Run, layer: int = 1) -> torch.Tensor:
+def sums(run: Run, layer: int = 1) -> torch.Tensor:
     return run["pattern", layer].sum(2)
 
 

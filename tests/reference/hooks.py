@@ -1,6 +1,6 @@
 """Interventions by plain hooks on the bare model, one unpadded prompt at a time.
 
-Nothing here comes from the package. A model is called with nothing but its prompt; where a site
+A model is called with nothing but its prompt; where a site
 lies between modules, what is written follows from its definition.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .parts import Architecture, Block, Heads, Stack
+from ..families.parts import Architecture, Block, Heads, Stack
 
 ORDER = (
     "embed", "resid_pre", "attn_norm", "mixer_norm", "q", "k", "v", "z", "head_out", "attn_out",
@@ -95,7 +95,7 @@ def run(
     width] each, after the change. `prompt` is what the model is called with."""
     session = Session(site, changes)
     parts = architecture.others[stack] if stack else architecture.main
-    with _hooks(module, parts, layer, session):
+    with hooked(module, parts, layer, session):
         output = module(**prompt)
         logits = output.logits if "logits" in output else output.last_hidden_state
     logits = logits[0]
@@ -106,7 +106,8 @@ def run(
 
 
 @contextmanager
-def _hooks(module: nn.Module, stack: Stack, layer: int, session: Session) -> Iterator[None]:
+def hooked(module: nn.Module, stack: Stack, layer: int, session: Session) -> Iterator[None]:
+    """The model reads and writes as the session says, in one layer."""
     handles = list(_handles(module, stack, layer, session))
     try:
         yield
@@ -334,7 +335,7 @@ def _out(module: nn.Module, change: Edit, *, first: bool = False) -> Any:
 
 def prompts(architecture: Architecture, count: int, seed: int) -> list[dict[str, Tensor]]:
     """What the model is called with, for each of some prompts."""
-    from .build import ids
+    from ..families.build import ids
 
     rows = [(architecture.begins, *row[1:]) for row in ids(count, 8, seed)]
     texts = [{"input_ids": torch.tensor([row])} for row in rows]
@@ -358,7 +359,7 @@ def prompts(architecture: Architecture, count: int, seed: int) -> list[dict[str,
             {name: sound, "decoder_input_ids": row}
             for sound, row in zip(sounds, decoder, strict=True)
         ]
-    from .rows_vlm import with_picture
+    from ..families.rows_vlm import with_picture
 
     return [with_picture(architecture, row, generator) for row in ids(count, 8, seed)]
 
