@@ -9,7 +9,7 @@ import pytest
 
 from mechdsl.plan.plan import INERT
 
-from ..models.reference import Change
+from ..reference.forward import Write
 from .support import (
     DIFFERENCE,
     MODES,
@@ -80,8 +80,8 @@ def test_a_prefix_that_is_written_into_another_layer_is_not_marked(
     expected = []
     for record in ROWS:
         vector = unpatched("gpt2", prompt(record, "other"))[1][site, of][1, 0]
-        edits = {(site, to): [Change(1, 0, vector)]}
-        expected.append(difference(patched("gpt2", prompt(record), edits), record))
+        writes = [Write(site, to, vector, 1, 0)]
+        expected.append(difference(patched("gpt2", prompt(record), writes), record))
     agree(found, np.array([expected]), differences("gpt2", ROWS))
     assert not found.inert.any()
 

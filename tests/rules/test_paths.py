@@ -18,7 +18,7 @@ from ..execute.support import MODES
 from ..reference.noise import noise
 from .models import STRAIGHT, WITHOUT_NORMS, double
 from .paths import LAST, RECEIVERS, SENDERS, End, between, leads, path, plain
-from .reference import Run, Write, forward
+from ..reference.forward import Run, Write, forward
 from .support import (
     BLOCKS,
     QUICK,
