@@ -92,7 +92,10 @@ class NotATextModel(Diagnostic):
     code = "E0407"
     title = "`{model}` is a `{architecture}`, which doesn't read prompts"
     label = "prompts are given to language models: causal, masked or vision-language"
-    help = "run encoder-decoders and vision encoders from Python, with `mechdsl.hooks.whole_pass.run_whole`"
+    help = (
+        "run encoder-decoders and vision encoders from Python, with "
+        "`mechdsl.hooks.whole_pass.run_whole`"
+    )
 
     model: str
     architecture: str
