@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mechdsl.vocab.constructs import CIRCUIT, CONSTRUCTS, OWN, PATCHING, TRACING, Construct, Group
+
 from mechdsl.vocab.corruptions import CHANGES, NOISES, ActivationChange
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, Form, Takes
@@ -15,6 +16,7 @@ from mechdsl.vocab.reports import REPORTS
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, SiteKind
 
 from .. import fruit
+from .constructs import CIRCUIT, CONSTRUCTS, OWN, PATCHING, TRACING, Construct, Group
 
 PAGE = Path(__file__).parents[2] / "docs" / "language.md"
 
@@ -30,7 +32,8 @@ three. Ranges include both ends. “Base run” is the run that rules act on, �
 is read; all values that rules read are those of unpatched runs. Where two rules write one vector,
 the later one in the file stands.
 
-This page is written by `make language` from the registries in `mechdsl/vocab/`.
+This page is written by `make language` from the registries in `mechdsl/vocab/` and from
+`tests/language/constructs.py`.
 """
 
 OTHER = "corrupt other { item = other(item) }"

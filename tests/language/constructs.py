@@ -1,7 +1,7 @@
 """What the grammar itself knows: statements, lines of prompts, positions, rules, expectations.
 
 One registered entry each, as far as it is executed; `docs/language.md` is written from them and
-from the other registries of this package.
+from the registries in `mechdsl/vocab/`.
 """
 
 from __future__ import annotations
