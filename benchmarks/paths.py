@@ -26,6 +26,7 @@ from benchmarks.data import HEAD, random_pairs, words, write_pairs
 from benchmarks.model import build
 from benchmarks.work import Shape
 from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.execute import execute
 from mechdsl.loading.load import adopt
 from mechdsl.plan.cost import estimated_seconds, matmul_rate, plan_cost
@@ -164,7 +165,7 @@ def compare(shape: Shape, folder: Path, positions: str, sampled: int) -> None:
     statement = spec.Model(span=Span(source, 0, 0), name="gpt2", kind="local", path="")
     context = ModelContext(statement, model.shape, model.tokenizer)
     checked = check_source(source, models={"gpt2": context})
-    if not checked.ok:
+    if has_errors(checked.diagnostics):
         raise RuntimeError(str(checked.diagnostics))
     (experiment,) = checked.experiments
     plan = make_plan(checked.experiments)

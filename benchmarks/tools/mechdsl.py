@@ -15,6 +15,7 @@ from benchmarks.model import build
 from benchmarks.tools.base import Timed, Tool
 from benchmarks.work import Picks, Work, count
 from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.execute import execute
 from mechdsl.loading.load import adopt
 from mechdsl.plan.plan import make_plan
@@ -62,7 +63,7 @@ class Mechdsl(Tool):
         statement = spec.Model(span=Span(self.source, 0, 0), name="gpt2", kind="local", path="")
         context = ModelContext(statement, self.model.shape, self.model.tokenizer)
         checked = check_source(self.source, settings, {"gpt2": context})
-        if not checked.ok:
+        if has_errors(checked.diagnostics):
             raise RuntimeError(str(checked.diagnostics))
         return checked
 

@@ -73,11 +73,6 @@ def render_full(
     return text.encode("ascii", "backslashreplace").decode("ascii") if ascii else text
 
 
-def render_one(diagnostic: Diagnostic, *, width: int = 100) -> str:
-    """One diagnostic without colours and without the closing count."""
-    return _Painter(False, max(width, MIN_WIDTH), _BOX).one(diagnostic)
-
-
 @dataclass(frozen=True)
 class _Painter:
     color: bool

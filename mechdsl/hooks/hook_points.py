@@ -235,17 +235,3 @@ def fused(module: nn.Module) -> Generator[None]:
             if function is not None:
                 stack.enter_context(replaced(part, function))
         yield
-
-
-def _ours(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
-
-
-def clean_model_check(module: nn.Module) -> list[str]:
-    """Paths of modules on which something of ours was left; empty after every run."""
-    left: list[str] = []
-    for path, part in module.named_modules():
-        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
-        if any(_ours(one) for one in (*hooks, part.__dict__.get("forward"))):
-            left.append(path)
-    return left

@@ -90,8 +90,6 @@ class LoadedModel:
     restartable: bool = True
     """Rows that compute only what changes gave the logits of whole passes; of a vision-language
     model, rows of text."""
-    restarts_images: bool = False
-    """And so did rows with an image."""
     others: Mapping[str, Stack] = field(default_factory=dict[str, Stack])
     """Stacks beside the main one: `encoder`, `cross` (the decoder's blocks, by their attention to
     the encoder), `vision`."""

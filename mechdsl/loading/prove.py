@@ -91,7 +91,7 @@ def take_apart(
     at = dict.fromkeys(found, 0) if known is None else dict(known.chosen)
     if known is not None:
         lost = dict(known.lost)
-    best: dict[str, _Attempt] = {}
+    best: dict[str, Attempt] = {}
     while True:
         stacks = {stack: Stack(found[stack][n], shapes[stack]) for stack, n in at.items()}
         if "cross" in stacks:
@@ -125,7 +125,7 @@ def _alike(anatomies: list[Anatomy], main: Anatomy) -> Anatomy:
 
 
 @dataclass(frozen=True)
-class _Attempt:
+class Attempt:
     """What became of one choice of anatomies."""
 
     passed: int
@@ -146,16 +146,16 @@ def _attempt(
     provenance: Mapping[str, str],
     span: Span | None,
     known: Proof | None,
-) -> _Attempt:
+) -> Attempt:
     try:
         model = describe(name, module, stacks, tokenizer, provenance=provenance)
     except Exception as error:  # whatever the model's own forward raises
         problem = LoadFailed(span=span, model=name, reason=f"it doesn't run: {text_of(error)}")
-        return _Attempt(0, (problem,), stack="vision" if "vision" in stacks else "")
+        return Attempt(0, (problem,), stack="vision" if "vision" in stacks else "")
     if known is not None:
         model = replace(model, calling=replace(model.calling, packs=known.packs))
         return _with_checks(model, known.checks, span)
-    return _proved(model, span)
+    return prove(model, span)
 
 
 def _surroundings(module: nn.Module) -> dict[str, str]:
@@ -266,16 +266,9 @@ def _fitted(stack: Stack, *, main: bool) -> ModelShape:
     )
 
 
-def prove(
-    model: LoadedModel, *, span: Span | None = None
-) -> tuple[int, list[Diagnostic], LoadedModel | None]:
-    """Verify a described model: (checks passed, E0410 for the identity that broke or W0711 for a
-    lost shortcut, the model with its checks)."""
-    attempt = _proved(model, span)
-    return attempt.passed, list(attempt.problems), attempt.model
-
-
-def _proved(model: LoadedModel, span: Span | None) -> _Attempt:
+def prove(model: LoadedModel, span: Span | None = None) -> Attempt:
+    """Verify a described model: its problems are E0410 for the identity that broke or W0711 for a
+    lost shortcut."""
     checks: list[Outcome] = []
     stack = ""
     try:
@@ -289,16 +282,16 @@ def _proved(model: LoadedModel, span: Span | None) -> _Attempt:
                     continue
                 if outcome.identity != RESTART:
                     broken = _broken(model, outcome.identity, _reason(outcome), span)
-                    return _Attempt(len(checks), (broken,), stack=stack)
+                    return Attempt(len(checks), (broken,), stack=stack)
                 if (other := restarted_otherwise(model, given)) is not None:
                     model, checks[-1] = other
     except Exception as error:  # a model that is built otherwise raises what it likes
         broken = _broken(model, "every site can be read and written", text_of(error), span)
-        return _Attempt(len(checks), (broken,), stack=stack)
+        return Attempt(len(checks), (broken,), stack=stack)
     return _with_checks(model, tuple(checks), span)
 
 
-def _with_checks(model: LoadedModel, checks: tuple[Outcome, ...], span: Span | None) -> _Attempt:
+def _with_checks(model: LoadedModel, checks: tuple[Outcome, ...], span: Span | None) -> Attempt:
     """A model that passed its checks, all but those that only cost time."""
     failed = {outcome.identity: outcome for outcome in checks if not outcome.passed}
     found: tuple[Diagnostic, ...] = ()
@@ -311,9 +304,8 @@ def _with_checks(model: LoadedModel, checks: tuple[Outcome, ...], span: Span | N
         model,
         checks=checks,
         restartable=RESTART not in failed,
-        restarts_images=any(o.identity == RESTART_IMAGES and o.passed for o in checks),
     )
-    return _Attempt(len(checks), found, proved)
+    return Attempt(len(checks), found, proved)
 
 
 def _reason(outcome: Outcome) -> str:

@@ -151,16 +151,3 @@ class Anatomy:
     def sites(self) -> Iterator[str]:
         """Every site that is somewhere, once."""
         yield from dict.fromkeys([*self.taps, *(site for b in self.blocks for site in b.taps)])
-
-    def with_blocks(self, **changed: Tap) -> Anatomy:
-        """With other taps in all blocks; `{layer}` in a path stands for the block's number."""
-        blocks = [
-            block.with_taps(
-                **{
-                    site: replace(tap, path=tap.path.replace("{layer}", str(number)))
-                    for site, tap in changed.items()
-                }
-            )
-            for number, block in enumerate(self.blocks)
-        ]
-        return replace(self, blocks=tuple(blocks))

@@ -24,8 +24,6 @@ from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.activation_cache import Kept
 
-EMBED = SiteRead("embed")
-
 
 def prompt_of(model: LoadedModel, kept: Kept) -> tuple[dict[str, Any], int]:
     """What the model is called with, the longest prompt or any image, and its number of tokens."""

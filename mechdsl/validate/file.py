@@ -87,10 +87,6 @@ class Checked:
     """Experiments that run only because another one uses what they find."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
-    @property
-    def ok(self) -> bool:
-        return not has_errors(self.diagnostics)
-
 
 @dataclass(frozen=True)
 class Settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
 from mechdsl.resolve.resolved import ResolvedExperiment
@@ -35,7 +36,7 @@ def lowered(text: str, path: Path | None = None) -> spec.Program:
 
 def resolved(text: str) -> list[ResolvedExperiment]:
     checked = check_source(Source(text))
-    assert checked.ok, checked.diagnostics
+    assert not has_errors(checked.diagnostics), checked.diagnostics
     return checked.experiments
 
 

@@ -17,6 +17,7 @@ import torch
 
 import mechdsl
 from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.graph.passes import PASSES
 from mechdsl.pipeline import RunOptions, run_source
 from mechdsl.plan.plan import PLAN_PASSES, make_plan
@@ -38,7 +39,7 @@ def checked() -> Checked:
     source, _ = read_source(FILE)
     assert source is not None
     found = check_source(source)
-    assert found.ok, found.diagnostics
+    assert not has_errors(found.diagnostics), found.diagnostics
     return found
 
 
@@ -504,7 +505,7 @@ def test_conventions() -> None:
 def test_a_number_from_the_command_line() -> None:
     text = TEXT.replace("seed 3", "seed 3\nparam draws = 2").replace("random(8)", "random(draws)")
     found = check_source(Source(text), Settings({"draws": "5"}))
-    assert found.ok, found.diagnostics
+    assert not has_errors(found.diagnostics), found.diagnostics
     assert control("together", found).draws == 5
 
 

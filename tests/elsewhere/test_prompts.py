@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.validate.file import check_source
 
 from ..execute.support import (
@@ -121,7 +122,7 @@ def test_pairs_hold_with_the_same_where(folder: Path) -> None:
     found = check(
         COUNTED + other, ("prompts fruit limit 7", "from listed into clean", *LINES), folder
     )
-    assert found.ok
+    assert not has_errors(found.diagnostics)
     table = found.experiments[0].table
     for own, there in zip(table.runs["clean"].rows, table.runs["listed"].rows, strict=True):
         assert (own.values["count"], own.values["item"]) == (
@@ -136,7 +137,7 @@ def test_a_block_with_one_row_left_serves_all(folder: Path) -> None:
     found = check(
         COUNTED + other, ("prompts fruit limit 7", "from listed into clean", *LINES), folder
     )
-    assert found.ok
+    assert not has_errors(found.diagnostics)
     rows = found.experiments[0].table.runs["listed"].rows
     assert {row.text for row in rows} == {"Part 4: pear Count 1:"}
     assert len(rows) == 7
@@ -149,7 +150,7 @@ def test_texts_of_the_other_block_can_be_measured(folder: Path) -> None:
              "measure logit(answer) - logit(answer of listed) as delta",
              "expect accuracy(listed) >= 0")  # fmt: skip
     found = check(COUNTED + other, lines, folder)
-    assert found.ok, [d.message for d in found.diagnostics]
+    assert not has_errors(found.diagnostics), [d.message for d in found.diagnostics]
     atoms = found.experiments[0].measures[0].atoms
     tokenizer = found.experiments[0].model.tokenizer
     own, there = ([tokenizer.token_text(t[0]) for t in atom.texts[None]] for atom in atoms)
@@ -161,7 +162,7 @@ def test_the_split_of_the_sampled_block_counts(folder: Path) -> None:
     other = COUNTED.replace("fruit", "listed").replace("where count > 3", "")
     lines = ("prompts fruit.test limit 5", "from listed into clean", *LINES)
     found = check(sampled + other, lines, folder)
-    assert found.ok
+    assert not has_errors(found.diagnostics)
     table = found.experiments[0].table
     assert [r.values["count"] for r in table.runs["clean"].rows] == [
         r.values["count"] for r in table.runs["listed"].rows

@@ -256,7 +256,9 @@ def check_file(text: str, folder: Path, model: LoadedModel, prompts: str = PROMP
     statement = spec.Model(span=Span(source, 0, 0), name="m", kind="local", path="")
     context = ModelContext(statement, model.shape, model.tokenizer)
     checked = check_source(source, models={"m": context})
-    assert checked.ok, render_full(checked.diagnostics, color=False, width=100)
+    assert not has_errors(checked.diagnostics), render_full(
+        checked.diagnostics, color=False, width=100
+    )
     return checked
 
 

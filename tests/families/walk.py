@@ -26,6 +26,7 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.load import adopt
+from mechdsl.loading.verify import RESTART_IMAGES
 from mechdsl.packed.activation_cache import Kept, keeping
 from mechdsl.packed.packed_pass import run_packed
 from mechdsl.vocab.sites import WITHIN_ATTENTION
@@ -193,6 +194,11 @@ def walk(
             found = replace(finer, single=found.difference)
     found.seconds = time.perf_counter() - start
     return found
+
+
+def restarts_images(model: LoadedModel) -> bool:
+    """Whether rows with an image that compute only what changes gave whole passes' logits."""
+    return any(one.identity == RESTART_IMAGES and one.passed for one in model.checks)
 
 
 def tokenizer() -> Tokenizer:
@@ -523,13 +529,14 @@ class _Walk:
         self.found.opened = set(WITHIN_ATTENTION) <= loaded.shape.sites
         self.found.whole = "; ".join(d.reason for d in diagnostics if isinstance(d, NotRestartable))
         seeing = row.takes == "image and text"
-        if seeing and loaded.restartable and not loaded.restarts_images:
+        packs = restarts_images(loaded) if seeing else loaded.restartable
+        if seeing and loaded.restartable and not packs:
             self.found.whole = "where there is an image"
         if self.change is not None:
             loaded = self.change(loaded)
         spots = self._spots(loaded)
         self.found.spots = len(spots)
-        self._sides(loaded, spots, packs=loaded.restarts_images if seeing else loaded.restartable)
+        self._sides(loaded, spots, packs=packs)
         if seeing:  # the language model on text alone
             self.by_hand = _ByHand(row, self.dtype, texts=True)
             self._sides(loaded, [s for s in spots if not s.stack], packs=loaded.restartable)

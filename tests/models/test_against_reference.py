@@ -373,8 +373,22 @@ def in_all(anatomy: Anatomy, site: str) -> Tap:
     return replace(tap, path=tap.path.replace(".0.", ".{layer}."))
 
 
+def with_blocks(anatomy: Anatomy, **changed: Tap) -> Anatomy:
+    """With other taps in all blocks; `{layer}` in a path stands for the block's number."""
+    blocks = [
+        block.with_taps(
+            **{
+                site: replace(tap, path=tap.path.replace("{layer}", str(number)))
+                for site, tap in changed.items()
+            }
+        )
+        for number, block in enumerate(anatomy.blocks)
+    ]
+    return replace(anatomy, blocks=tuple(blocks))
+
+
 def _with_tap(model: LoadedModel, site: str, tap: Tap) -> LoadedModel:
-    return replace(model, anatomy=model.anatomy.with_blocks(**{site: tap}))
+    return replace(model, anatomy=with_blocks(model.anatomy, **{site: tap}))
 
 
 def _swapped(model: LoadedModel) -> LoadedModel:

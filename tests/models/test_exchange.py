@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from mechdsl.hooks.attention import Group, KeptAttention, attend, exchanged, own_function
 from mechdsl.hooks.attention_modules import WRITTEN_OUT, entry_of, plain
 from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.hook_points import clean_model_check
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.load import adopt
 from mechdsl.packed.activation_cache import Kept, keeping
 
 from . import families
+from .clean import clean_model_check
 from .test_hooks import nothing_left
 from .test_packed import Side, every_token, everywhere, last_tokens, same_as_whole, write
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mechdsl.hooks.batch import Batch, gather
 from mechdsl.hooks.calls import bare_logits
-from mechdsl.hooks.hook_points import clean_model_check
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import ReadMismatch, SiteRead, SiteWrite, WriteMismatch
 from mechdsl.hooks.whole_pass import run_whole
@@ -20,6 +19,7 @@ from mechdsl.models.shape import units, width
 from mechdsl.vocab.sites import SITES
 
 from . import families
+from .clean import clean_model_check
 
 ROWS = [[1, 9, 22, 31, 17, 40, 5], [1, 14, 8, 51], [1, 30, 11, 6, 45]]
 ALL = (*families.VERIFIED, *families.ALSO_READ)

@@ -26,7 +26,6 @@ from mechdsl import pipeline, zoo
 from mechdsl.cli import main
 from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.hook_points import clean_model_check
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -37,6 +36,7 @@ from mechdsl.prompts.table import Noise
 from mechdsl.vocab.sites import SITES
 
 from . import families
+from .clean import clean_model_check
 
 ROWS = ((1, 5, 9, 12, 7, 3), (1, 8, 4, 11), (1, 20, 6, 30, 2))
 CLOSE = 1e-5

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mechdsl.hooks.attention import Group, KeptAttention, attend
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.calls import bare_logits
-from mechdsl.hooks.hook_points import clean_model_check
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import ReadMismatch, SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -27,6 +26,7 @@ from mechdsl.plan.restart import BlockWork, Mask, RowMasks, Shortcuts, block_wor
 from mechdsl.vocab.sites import SITES
 
 from . import families
+from .clean import clean_model_check
 from .test_hooks import nothing_left
 
 Side = Literal["left", "right"]

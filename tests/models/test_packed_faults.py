@@ -101,10 +101,10 @@ def test_a_fault_is_found_by_hand_and_on_load(
         assert worst > 100 * ABSOLUTE, way.name
     whole = max(compare(model, family, site, "left", [WHOLE])[0] for site in SITES)
     assert whole <= ABSOLUTE
-    _, found, again = prove(model)
-    assert again is not None
-    assert not again.restartable
-    assert [d.code for d in found] == ["W0711"]
+    again = prove(model)
+    assert again.model is not None
+    assert not again.model.restartable
+    assert [d.code for d in again.problems] == ["W0711"]
 
 
 def test_padding_that_is_forgotten_is_found_too(
@@ -119,5 +119,5 @@ def test_padding_that_is_forgotten_is_found_too(
     )
     assert right <= ABSOLUTE
     assert left > 100 * ABSOLUTE
-    _, found, _ = prove(loaded["gpt2"])
-    assert [d.code for d in found] == ["W0711"]
+    again = prove(loaded["gpt2"])
+    assert [d.code for d in again.problems] == ["W0711"]

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.hook_points import clean_model_check
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -42,6 +41,7 @@ from ..families.parts import Architecture
 from ..families.walk import tokenizer
 from ..reference import hooks
 from . import families
+from .clean import clean_model_check
 from .conftest import statement
 
 HALF = ("bfloat16", "float16")

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.calls import bare_logits
-from mechdsl.hooks.hook_points import clean_model_check
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -28,8 +27,10 @@ from mechdsl.packed.activation_cache import keeping
 from mechdsl.packed.packed_pass import run_packed
 from tests.families import build, tables
 from tests.families.parts import Architecture, Stack
-from tests.families.walk import tokenizer
+from tests.families.walk import restarts_images, tokenizer
 from tests.reference import hooks
+
+from .clean import clean_model_check
 
 ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}
 STACKS = [
@@ -300,7 +301,7 @@ def test_a_language_model_stays_where_its_images_fail(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Family, "picture", staticmethod(picture))
     model, found = adopt("m", build.model(ROWS["llava"]), tokenizer())
     assert model is not None
-    assert (model.others, model.restartable, model.restarts_images) == ({}, True, False)
+    assert (model.others, model.restartable, restarts_images(model)) == ({}, True, False)
     assert [d.code for d in found] == ["W0712"]
     assert "Input image size (5*5) doesn't match model (8*8)" in found[0].label_text
     read = SiteRead("resid_mid", 1)
@@ -327,7 +328,7 @@ def test_rows_start_in_the_middle(name: str) -> None:
     and at an image's tokens."""
     at = case(name)
     assert at.model.restartable
-    assert at.model.restarts_images == (at.row.takes == "image and text")
+    assert restarts_images(at.model) == (at.row.takes == "image and text")
     lengths = at.batch.lengths.tolist()
     lanes = np.array([0, 1, 0, 1])
     for site, layer in (("embed", None), ("resid_pre", 1), ("v", 0), ("mlp_out", 2)):

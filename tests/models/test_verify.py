@@ -17,32 +17,28 @@ from mechdsl.models.anatomy import Anatomy, BlockAnatomy, Layout, Tap
 from mechdsl.models.finder import find_anatomies
 
 from . import broken, families
-from .test_against_reference import in_all
-
-
-def taps(anatomy: Anatomy, **changed: Tap) -> Anatomy:
-    return anatomy.with_blocks(**changed)
+from .test_against_reference import in_all, with_blocks
 
 
 def layout(anatomy: Anatomy, site: str, layout: Layout) -> Anatomy:
-    return taps(anatomy, **{site: replace(in_all(anatomy, site), layout=layout)})
+    return with_blocks(anatomy, **{site: replace(in_all(anatomy, site), layout=layout)})
 
 
 def swap(first: str, second: str) -> Callable[[Anatomy], Anatomy]:
-    return lambda a: taps(a, **{first: in_all(a, second), second: in_all(a, first)})
+    return lambda a: with_blocks(a, **{first: in_all(a, second), second: in_all(a, first)})
 
 
 def as_path(site: str, path: str) -> Callable[[Anatomy], Anatomy]:
     def change(anatomy: Anatomy) -> Anatomy:
         tap = in_all(anatomy, site)
         flat = Layout.heads(tap.layout.units, tap.layout.width)
-        return taps(anatomy, **{site: replace(tap, path=path, layout=flat)})
+        return with_blocks(anatomy, **{site: replace(tap, path=path, layout=flat)})
 
     return change
 
 
 def both(site: str, other: str) -> Callable[[Anatomy], Anatomy]:
-    return lambda a: taps(a, **{site: in_all(a, other)})
+    return lambda a: with_blocks(a, **{site: in_all(a, other)})
 
 
 def parts(anatomy: Anatomy, change: Callable[[BlockAnatomy], BlockAnatomy]) -> Anatomy:
@@ -88,7 +84,7 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
     (
         "qwen3",
         "queries before their norm",
-        lambda a: taps(
+        lambda a: with_blocks(
             a, q=Tap("model.layers.{layer}.self_attn.q_proj", "out", Layout.heads(4, 6))
         ),
         "a hundredfold value",
@@ -109,7 +105,7 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
     (
         "llama",
         "the gate taken for the neurons",
-        lambda a: taps(
+        lambda a: with_blocks(
             a, mlp_hidden=Tap("model.layers.{layer}.mlp.gate_proj", "out", Layout.neurons(28))
         ),
         "mlp_hidden through the down projection",
@@ -123,7 +119,7 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
     (
         "gpt_neox",
         "a parallel block taken for a sequential one",
-        lambda a: taps(replace(a, parallel=False), resid_mid=in_all(a, "attn_out")),
+        lambda a: with_blocks(replace(a, parallel=False), resid_mid=in_all(a, "attn_out")),
         "mlp_norm = the norm in front of it, of resid_mid",
     ),
     (
@@ -153,10 +149,10 @@ def test_a_wrong_anatomy_is_refused(
 ) -> None:
     good = loaded[family]
     bad = describe("m", good.module, {"": Stack(broken(good.anatomy), good.shape)})
-    _, found, model = prove(bad)
-    assert model is None, fault
-    assert [d.code for d in found] == ["E0410"]
-    assert identity in found[0].message
+    tried = prove(bad)
+    assert tried.model is None, fault
+    assert [d.code for d in tried.problems] == ["E0410"]
+    assert identity in tried.problems[0].message
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)

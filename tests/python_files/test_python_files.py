@@ -16,6 +16,7 @@ import torch
 
 import mechdsl
 from mechdsl.api import MechdslError
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e02_python import PythonFailed, PythonNotFound
 from mechdsl.pipeline import run_checked
 from mechdsl.results.experiment import ExperimentResult
@@ -184,7 +185,7 @@ def test_booleans_are_shares(tmp_path: Path) -> None:
 
 def table(path: Path, name: str = "heads") -> Any:
     checked = check(path, Settings(python="run"))
-    assert checked.ok, checked.diagnostics
+    assert not has_errors(checked.diagnostics), checked.diagnostics
     return next(e for e in checked.experiments if e.name == name).table
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.render import render_one
+from mechdsl.diagnostics.render import render_full
 from mechdsl.program import spec
 from mechdsl.statistics.cells import check_denominator
 from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
@@ -118,7 +118,7 @@ def test_rendered(name: str, cause: object, update: bool) -> None:
     assert callable(cause)
     (found,) = cause()
     assert found.code == name.partition("_")[0]
-    text = render_one(found)
+    text = render_full([found])
     path = GOLDENS / f"{name}.err"
     if update:
         path.write_text(text, encoding="utf-8")

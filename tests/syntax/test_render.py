@@ -17,7 +17,6 @@ from mechdsl.diagnostics.render import (
     render_full,
     render_github,
     render_json,
-    render_one,
     render_sarif,
     summary,
 )
@@ -30,6 +29,11 @@ def wrong(text: str, marked: str, path: str | None = "a.mech") -> Diagnostic:
     start = text.index(marked)
     span = Span(source, start, start + len(marked))
     return MisspeltWord(word=marked[:5], meant="patch", span=span)
+
+
+def alone(diagnostic: Diagnostic, width: int = 100) -> str:
+    """One diagnostic without the closing count."""
+    return render_full([diagnostic], width=width).removesuffix("\n\n1 error\n")
 
 
 def test_form_of_the_language_page() -> None:
@@ -46,7 +50,7 @@ def test_form_of_the_language_page() -> None:
 
 def test_numbers_of_two_digits_move_the_frame() -> None:
     text = "\n" * 17 + "  pach"
-    lines = render_one(wrong(text, "pach")).splitlines()
+    lines = alone(wrong(text, "pach")).splitlines()
     assert lines[1:] == [
         "  ┌─ a.mech:18:3",
         "18 │   pach",
@@ -96,19 +100,19 @@ def test_order_and_summary() -> None:
     ],
 )
 def test_columns(text: str, marked: str, line: str, carets: str) -> None:
-    assert render_one(wrong(text, marked)).splitlines()[2:4] == [line, carets]
+    assert alone(wrong(text, marked)).splitlines()[2:4] == [line, carets]
 
 
 def test_end_of_the_text() -> None:
     source = Source("mech 1\n")
     for offset in (6, 7):
         problem = UnexpectedToken(found="x", expected="y", span=Span(source, offset, offset))
-        assert "^ expected y" in render_one(problem)
+        assert "^ expected y" in alone(problem)
 
 
 def test_several_lines() -> None:
     text = "a {\n  b\n  c\n} d"
-    assert render_one(wrong(text, "a {\n  b\n  c\n}")).splitlines()[1:-1] == [
+    assert alone(wrong(text, "a {\n  b\n  c\n}")).splitlines()[1:-1] == [
         " ┌─ a.mech:1:1",
         "1 │ a {",
         "  │ ^^^",
@@ -116,7 +120,7 @@ def test_several_lines() -> None:
         "4 │ } d",
         "  │ ^ no such word",
     ]
-    assert "│ …" not in render_one(wrong(text, "b\n  c"))
+    assert "│ …" not in alone(wrong(text, "b\n  c"))
 
 
 def test_long_lines_are_cut_around_the_place() -> None:
@@ -126,7 +130,7 @@ def test_long_lines_are_cut_around_the_place() -> None:
     assert len(shown) <= 80
     assert shown.count("…") == 2
     assert shown[carets.index("^") :].startswith("pach")
-    whole = render_one(wrong("z" * 3_000_000, "z" * 3_000_000), width=80)
+    whole = alone(wrong("z" * 3_000_000, "z" * 3_000_000), width=80)
     assert max(map(len, whole.splitlines()[2:3])) <= 80
 
 
