@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 
@@ -122,10 +121,10 @@ def _usage(error: click.ClickException) -> Diagnostic:
         hint = f"`mechdsl {context.info_name} --help` lists what it takes"
     if isinstance(error, click.NoSuchOption) and context is not None:
         options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
-        hint = did_you_mean(nearest(error.option_name, options), hint)
+        hint = did_you_mean(error.option_name, options, hint)
     elif isinstance(error, click.UsageError) and "No such command" in error.message:
         word = error.message.split("'")[1]
-        hint = did_you_mean(nearest(word, app.list_commands(click.Context(app))), hint)
+        hint = did_you_mean(word, app.list_commands(click.Context(app)), hint)
     elif isinstance(error, _BadSetting):
         hint = error.hint
     reason = error.format_message().partition(" Did you mean")[0].rstrip(".")
@@ -534,7 +533,7 @@ def explain(
         if text is None:
             from mechdsl.diagnostics.pages import codes
 
-            hint = did_you_mean(nearest(what, codes()), "codes look like E0305")
+            hint = did_you_mean(what, codes(), "codes look like E0305")
             _print([BadCommandLine(reason=f"there is no code `{what}`", hint=hint)])
             return WRONG
         sys.stdout.write(text)

@@ -1,12 +1,21 @@
 """E02xx: names, words of the registries, imports, parameters."""
 
+from collections.abc import Callable, Iterable
+
 from mechdsl.base.record import keyword_record
+from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic
 
 
-def did_you_mean(suggestion: str | None, otherwise: str) -> str:
-    """A help line: the near miss where there is one, else what to do."""
-    return f"did you mean `{suggestion}`?" if suggestion else otherwise
+def did_you_mean(
+    word: str, known: Iterable[str], otherwise: str, *, written: Callable[[str], str] = str
+) -> str:
+    """A help line: the known word that is near where there is one, else what to do.
+
+    written: how the known word is written there.
+    """
+    near = nearest(word, known)
+    return f"did you mean `{written(near)}`?" if near else otherwise
 
 
 @keyword_record

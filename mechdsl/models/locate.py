@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from mechdsl import zoo
-from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e04_model import ModelNotFound, NoConfig, PickledWeights, UnknownZooModel
 from mechdsl.diagnostics.w07_models import ModelNotHere
 from mechdsl.program.spec import Model
@@ -46,9 +46,8 @@ def zoo_models() -> list[str]:
 def _zoo(model: Model) -> tuple[Path | None, list[Diagnostic]]:
     known = zoo_models()
     if model.path not in known:
-        close = nearest(model.path, known)
         names = ", ".join(f"`{name}`" for name in known)
-        advice = f"did you mean `{close}`?" if close else f"it has {names}"
+        advice = did_you_mean(model.path, known, f"it has {names}")
         return None, [UnknownZooModel(span=model.span, path=model.path, advice=advice)]
     return _checked(Path(zoo.__path__[0]) / model.path, model)
 

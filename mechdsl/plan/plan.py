@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Ints
-from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 from mechdsl.graph.nodes import Encode, Forward, Graph, Measure, Read, build, unpatched
@@ -227,7 +226,7 @@ def unknown_passes(names: Iterable[str]) -> list[Diagnostic]:
     return [
         BadCommandLine(
             reason=f"there is no pass called `{name}`",
-            hint=did_you_mean(nearest(name, known), f"passes are {', '.join(known)}"),
+            hint=did_you_mean(name, known, f"passes are {', '.join(known)}"),
         )
         for name in names
         if name not in known

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_controls import BadControl
@@ -73,7 +72,7 @@ def _what(values: Sequence[ast.Node], work: Statements) -> spec.Drawn | None:
 def _unknown(
     kind: str, word: str, span: Span, known: tuple[str, ...], hint: str, work: Statements
 ) -> None:
-    hint = did_you_mean(nearest(word, known), hint)
+    hint = did_you_mean(word, known, hint)
     work.diagnostics.append(UnknownWord(span=span, kind=kind, word=word, hint=hint))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.e02_names import (
     BadArgument,
     MissingLine,
@@ -268,7 +267,7 @@ def _path(
         _without_source("path", rule, prompts, work)
     for word in body.through:
         if word.id != "mlps":
-            hint = did_you_mean(nearest(word.id, ["mlps"]), "only `mlps` can be let through")
+            hint = did_you_mean(word.id, ["mlps"], "only `mlps` can be let through")
             work.diagnostics.append(
                 UnknownWord(span=word.span, kind="part of a path", word=word.id, hint=hint)
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported, NotText, Unreadable
@@ -172,7 +171,8 @@ def _override(name: str, text: str, parts: Definitions, diagnostics: list[Diagno
     if name not in parts.parameters:
         known = ", ".join(f"`{p}`" for p in parts.parameters)
         hint = did_you_mean(
-            nearest(name, parts.parameters),
+            name,
+            parts.parameters,
             f"parameters are {known}" if known else f"add `param {name} = …` to the file",
         )
         diagnostics.append(
@@ -251,9 +251,7 @@ def _later(name: ast.Name, kind: str, imported: bool, scope: Scope) -> None:
 def _model(statement: ast.ModelDef, parts: Definitions, scope: Scope) -> spec.Model | None:
     call = statement.source
     if call.name not in MODEL_KINDS:
-        hint = did_you_mean(
-            nearest(call.name, MODEL_KINDS), 'write `zoo("…")`, `hf("…")` or `local("…")`'
-        )
+        hint = did_you_mean(call.name, MODEL_KINDS, 'write `zoo("…")`, `hf("…")` or `local("…")`')
         scope.diagnostics.append(
             BadArgument(
                 span=call.span, name=call.name, reason="is not a source of models", hint=hint
@@ -296,7 +294,7 @@ def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | 
         known = ", ".join(allowed[1:])
         return (
             f"is not an argument of `{kind}`",
-            did_you_mean(nearest(name, allowed), f"arguments are {known}"),
+            did_you_mean(name, allowed, f"arguments are {known}"),
         )
     if name == "dtype" and value not in DTYPES:
         return f"must be one of {', '.join(DTYPES)}", "write `dtype: float32`"

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import (
@@ -107,10 +106,14 @@ def _unknown(
     if written in ("zero", "mean", "resample"):
         hint = f"`ablate … with {written}` writes that; a `patch` reads a run: " + runs
         return UnknownName(span=ref.span, kind="run", name=written, hint=hint)
-    near = nearest(ref.name if ref.part is None else ref.part, [*own, *others])
-    if near is not None and ref.part is not None and ref.name == prompts.name and near != CLEAN:
-        near = f"{ref.name}.{near}"
-    return UnknownName(span=ref.span, kind="run", name=written, hint=did_you_mean(near, hint))
+    own_part = ref.part is not None and ref.name == prompts.name
+    hint = did_you_mean(
+        ref.name if ref.part is None else ref.part,
+        [*own, *others],
+        hint,
+        written=lambda near: f"{ref.name}.{near}" if own_part and near != CLEAN else near,
+    )
+    return UnknownName(span=ref.span, kind="run", name=written, hint=hint)
 
 
 # --- both sides of `from … into …` -------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import (
@@ -190,7 +189,7 @@ def known_run(prompts: spec.Prompts, ref: ast.Ref, diagnostics: list[Diagnostic]
             span=ref.span,
             kind="run",
             name=written,
-            hint=did_you_mean(nearest(ref.name, runs), f"runs of `{prompts.name}` are {known}"),
+            hint=did_you_mean(ref.name, runs, f"runs of `{prompts.name}` are {known}"),
         )
     )
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import DuplicateName, UnknownName, did_you_mean
@@ -57,7 +56,7 @@ class Scope:
             names = [n for n, d in self.definitions.items() if d.kind == kind]
             known = ", ".join(f"`{n}`" for n in names)
             define = f"define it first: `{EXAMPLES[kind].format(name)}`"
-            hint = did_you_mean(nearest(name, names), f"defined are {known}" if known else define)
+            hint = did_you_mean(name, names, f"defined are {known}" if known else define)
         word = "block of prompts" if kind == "prompts" else kind
         self.diagnostics.append(UnknownName(span=span, kind=word, name=name, hint=hint))
         for other in self.definitions.values():

@@ -17,7 +17,6 @@ from traceback import walk_tb
 from types import ModuleType
 from typing import Any, Literal
 
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
@@ -183,7 +182,7 @@ def _found(node: ast.Call, use: Use) -> PythonFunction:
     if name not in functions:
         known = ", ".join(f"`{each}`" for each in functions)
         hint = did_you_mean(
-            nearest(name, functions), f"it defines {known}" if known else "define it with `def`"
+            name, functions, f"it defines {known}" if known else "define it with `def`"
         )
         raise _Missing(f"`{file}` defines no function `{name}`", hint)
     _check_parameters(functions[name], name, use)
@@ -196,9 +195,7 @@ def _content(path: Path, file: str) -> bytes:
     except FileNotFoundError:
         names = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         hint = "the path is relative to the folder of the `.mech` file"
-        raise _Missing(
-            f"there is no file `{file}`", did_you_mean(nearest(path.name, names), hint)
-        ) from None
+        raise _Missing(f"there is no file `{file}`", did_you_mean(path.name, names, hint)) from None
     except (OSError, ValueError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise _Missing(f"`{file}`: {reason}", "name a file that can be read") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.e02_names import CircularExperiments, UnknownName, did_you_mean
 from mechdsl.program import spec
 from mechdsl.program.names import Scope
@@ -34,7 +33,7 @@ def with_order(tree: ast.File, parts: Definitions, scope: Scope) -> list[spec.Ex
                     span=node.span,
                     kind="experiment",
                     name=node.of,
-                    hint=did_you_mean(nearest(node.of, known), f"the file has {listed or 'none'}"),
+                    hint=did_you_mean(node.of, known, f"the file has {listed or 'none'}"),
                 )
             )
     _circles(ranked, scope)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import DuplicateName, did_you_mean
@@ -441,7 +440,7 @@ class Block:
 def _hint(name: str, known: Iterable[str], what: str) -> str:
     names = list(known)
     listed = ", ".join(f"`{n}`" for n in names[:12]) + (" …" if len(names) > 12 else "")
-    return did_you_mean(nearest(name, names), f"its {what} are {listed}" if names else "define it")
+    return did_you_mean(name, names, f"its {what} are {listed}" if names else "define it")
 
 
 def _parts(block: Block) -> Iterator[tuple[Names | None, Any]]:

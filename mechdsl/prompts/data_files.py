@@ -13,9 +13,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e05_data import DataFormat, DataNotRead
 from mechdsl.prompts.values import Record, Value
 
@@ -69,10 +69,8 @@ def read_data(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]
 def _hint(file: Path) -> str:
     folder = file.parent
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    near = nearest(file.name, names)
-    if near:
-        return f"did you mean `{near}`?"
-    return "the path is relative to the folder of the `.mech` file"
+    otherwise = "the path is relative to the folder of the `.mech` file"
+    return did_you_mean(file.name, names, otherwise)
 
 
 def _text(content: bytes) -> str:

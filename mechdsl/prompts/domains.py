@@ -8,7 +8,6 @@ from decimal import Decimal
 from itertools import accumulate
 from typing import cast, overload
 
-from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e05_data import BadCall, BadValue, NoRows, UnknownValue
@@ -151,7 +150,7 @@ class _Maker:
                     "a domain is fixed for all rows: it holds numbers, texts and parameters; "
                     "restrict combinations with `where`"
                 )
-                hint = did_you_mean(nearest(name, self.constants), otherwise)
+                hint = did_you_mean(name, self.constants, otherwise)
                 raise _Refused(
                     UnknownValue(span=node.span, prompts=self.prompts, name=name, hint=hint)
                 )

@@ -6,8 +6,8 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
+from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e05_data import BadValue, UnknownFunction
 from mechdsl.prompts import functions
 from mechdsl.prompts.row_scope import Key, Refusal, Scope
@@ -165,8 +165,7 @@ def _condition(node: ast.Expr, scope: Scope, key: Key) -> bool:
 def _call(node: ast.Call, scope: Scope, key: Key) -> Value:
     function = functions.FUNCTIONS.get(node.name)
     if function is None:
-        near = nearest(node.name, functions.FUNCTIONS)
         known = ", ".join(f"`{name}`" for name in functions.FUNCTIONS)
-        hint = f"did you mean `{near}`?" if near else f"there are {known}"
+        hint = did_you_mean(node.name, functions.FUNCTIONS, f"there are {known}")
         raise Refusal(UnknownFunction, node.span, name=node.name, hint=hint)
     return function.apply(functions.CallSite(node, function, scope, key.call(), evaluate))

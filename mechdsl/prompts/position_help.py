@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.prompts.rows import CLEAN
 from mechdsl.prompts.table import PromptTable
@@ -22,9 +21,9 @@ def unknown_span_hint(name: str, spans: Iterable[str], table: PromptTable) -> st
     defined = table.sources[0].block.spec.spans if table.sources else ()
     if any(each.name.id == name and each.literal is not None for each in defined):
         return f"`span {name} = …` looks for its text in the prompts, and finds it in none"
-    near = nearest(name, spans)
     listed = ", ".join(f"`{s}`" for s in spans)
-    return did_you_mean(near, f"there is {listed}" if spans else "write a placeholder: `{name}`")
+    otherwise = f"there is {listed}" if spans else "write a placeholder: `{name}`"
+    return did_you_mean(name, spans, otherwise)
 
 
 def occurrence_hint(ref: ast.SpanRef, least: int, table: PromptTable, run: str) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
@@ -169,7 +168,8 @@ def _bound(
             known = [*context.loops, *context.parameters]
             reason = "is neither a `for` variable around this rule nor a `param`"
             hint = did_you_mean(
-                nearest(bound.name, known),
+                bound.name,
+                known,
                 f"known here: {', '.join(f'`{name}`' for name in known)}"
                 if known
                 else f"write a number, or add a line `param {bound.name} = 3`",

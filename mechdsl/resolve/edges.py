@@ -6,7 +6,6 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
-from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_rules import BadEdit
 from mechdsl.program import spec
@@ -82,7 +81,7 @@ def _kind(rule: spec.Rule, work: Work) -> tuple[EdgeKind | None, Amounts | None]
         otherwise = "write `uniform`, or a weight: `0.2`"
         if word.id == "zero":
             otherwise = "write `block attention … from … to …`, or the weight `0`"
-        hint = did_you_mean(nearest(word.id, [UNIFORM]), otherwise)
+        hint = did_you_mean(word.id, [UNIFORM], otherwise)
         work.diagnostics.append(
             UnknownWord(span=word.span, kind="way of attending", word=word.id, hint=hint)
         )

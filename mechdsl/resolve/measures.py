@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
@@ -241,7 +240,7 @@ def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
     if name == "auc":
         return "the area under a curve is an expectation: `expect auc(prob, k) < 0.4`"
     known = ", ".join(word for word, metric in METRICS.items() if metric.supported)
-    return did_you_mean(METRICS.suggest(name), f"metrics are {known}")
+    return did_you_mean(name, METRICS, f"metrics are {known}")
 
 
 def _form(
@@ -475,7 +474,7 @@ def known_run(value: Any, context: MeasureContext) -> str | None:
             span=value.span,
             kind="run",
             name=value.span.written,
-            hint=did_you_mean(nearest(name, runs), f"runs are {known}"),
+            hint=did_you_mean(name, runs, f"runs are {known}"),
         )
     )
     return None

@@ -12,7 +12,6 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.percent import Percent
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
@@ -258,7 +257,8 @@ def _amount(node: ast.Ranked, values: Mapping[str, Any]) -> int | Percent:
             raise Refused(
                 f"`{amount}` is neither a `for` variable around it nor a `param`",
                 did_you_mean(
-                    nearest(amount, values),
+                    amount,
+                    values,
                     f"known here: {known}" if known else "write a number or a percentage",
                 ),
             )

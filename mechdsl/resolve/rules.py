@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_coordinates import UnevenPositions
@@ -99,7 +98,7 @@ def _apart(rule: spec.Rule, work: Work) -> Apart | None:
         others = [f"{table.name}.{name}" for name in table.runs if name != "clean"]
         known = ", ".join(f"`{name}`" for name in others)
         instead = f"it has {known}" if known else "leave it out"
-        hint = did_you_mean(nearest(fill.of.span.written, others), instead)
+        hint = did_you_mean(fill.of.span.written, others, instead)
         work.diagnostics.append(
             UnknownName(span=fill.of.span, kind="run", name=fill.of.span.written, hint=hint)
         )
@@ -221,7 +220,7 @@ def _fill(rule: spec.Rule, work: Work) -> tuple[Fill | None, str, tuple[str, ...
                         span=word.of.span,
                         kind="run",
                         name=run,
-                        hint=did_you_mean(nearest(run, work.table.runs), f"runs are {known}"),
+                        hint=did_you_mean(run, work.table.runs, f"runs are {known}"),
                     )
                 )
             return None, base, None
@@ -235,7 +234,7 @@ def _fill(rule: spec.Rule, work: Work) -> tuple[Fill | None, str, tuple[str, ...
                 span=span,
                 kind="fill of an ablation",
                 word=span.written,
-                hint=did_you_mean(nearest(name, FILLS), "write `zero`, `mean` or `resample`"),
+                hint=did_you_mean(name, FILLS, "write `zero`, `mean` or `resample`"),
             )
         )
         return None, base, None
@@ -255,7 +254,8 @@ def _groups(rule: spec.Rule, fill: Fill, work: Work) -> tuple[str, ...] | None:
                 kind="value to group by",
                 name=rule.by,
                 hint=did_you_mean(
-                    nearest(rule.by, known.split(", ")),
+                    rule.by,
+                    known.split(", "),
                     f"values of `{work.table.name}` are {known}",
                 )
                 if fill == "mean"

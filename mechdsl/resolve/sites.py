@@ -208,7 +208,7 @@ def _unknown_component(word: str, span: Span, context: SiteContext) -> None:
             span=span,
             kind="component",
             word=word,
-            hint=did_you_mean(SITES.suggest(word), f"components are {known}"),
+            hint=did_you_mean(word, SITES, f"components are {known}"),
         )
     )
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from mechdsl.base.percent import Percent
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
@@ -232,8 +231,8 @@ class _Reader:
         if not isinstance(other, ast.Name):
             _unreadable(other.span, "not the name of an experiment", f"write `{example}`")
         if other.id not in self.known.experiments:
-            near = nearest(other.id, self.known.experiments)
-            hint = did_you_mean(near, "name another experiment of this file")
+            otherwise = "name another experiment of this file"
+            hint = did_you_mean(other.id, self.known.experiments, otherwise)
             found = UnknownName(span=other.span, kind="experiment", name=other.id, hint=hint)
             raise _Refused(found)
         return Correlation(how, measure, other.id)
@@ -252,9 +251,9 @@ class _Reader:
         axis = self.known.aliases.get(axis, axis)
         if axis not in self.known.axes:
             listed = ", ".join(f"`{each}`" for each in self.known.axes)
-            near = nearest(axis, self.known.axes)
             sweep = "sweep over something, for example `for k in 0%..100% step 5% { … }`"
-            hint = did_you_mean(near, f"its axes are: {listed}" if listed else sweep)
+            otherwise = f"its axes are: {listed}" if listed else sweep
+            hint = did_you_mean(axis, self.known.axes, otherwise)
             kind = "axis of this experiment"
             raise _Refused(UnknownWord(span=named.span, kind=kind, word=axis, hint=hint))
         where = self.wheres(node.arguments[2:])
@@ -290,7 +289,7 @@ class _Reader:
             _unreadable(run.span, "not the name of a run", "write `accuracy(clean)`")
         if run.id not in self.known.runs:
             known = ", ".join(f"`{each}`" for each in self.known.runs) or "none with an answer"
-            hint = did_you_mean(nearest(run.id, self.known.runs), f"the runs are: {known}")
+            hint = did_you_mean(run.id, self.known.runs, f"the runs are: {known}")
             raise _Refused(UnknownName(span=run.span, kind="run", name=run.id, hint=hint))
         return run.id
 
@@ -344,7 +343,7 @@ class _Reader:
         if not found:
             words = {m.effect: None for m in measures} | {m.label: None for m in measures}
             listed = "this experiment measures " + ", ".join(f"`{word}`" for word in words)
-            hint = did_you_mean(nearest(text, words), listed)
+            hint = did_you_mean(text, words, listed)
             kind = "measure or effect of this experiment"
             raise _Refused(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
         if len(found) > 1:
@@ -403,7 +402,7 @@ class _Reader:
         axis = self.known.aliases.get(axis, axis)
         if axis not in self.known.axes:
             listed = ", ".join(f"`{each}`" for each in self.known.axes) or "none"
-            hint = did_you_mean(nearest(axis, self.known.axes), f"its axes are: {listed}")
+            hint = did_you_mean(axis, self.known.axes, f"its axes are: {listed}")
             kind = "axis of this experiment"
             raise _Refused(UnknownWord(span=argument.span, kind=kind, word=axis, hint=hint))
         value = argument.value

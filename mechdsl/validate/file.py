@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mechdsl.base.registry import nearest
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import BadPlaceholder, MisspeltWord, UnterminatedString
@@ -202,7 +201,7 @@ def _only(name: str, checked: Checked) -> list[spec.Experiment]:
         checked.diagnostics.append(
             BadCommandLine(
                 reason=f"`--only {name}`: the file has no experiment of that name",
-                hint=did_you_mean(nearest(name, names), f"it has {known or 'none'}"),
+                hint=did_you_mean(name, names, f"it has {known or 'none'}"),
             )
         )
         return []
@@ -317,9 +316,7 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
         if effect is None:
-            hint = did_you_mean(
-                EFFECTS.suggest(measure.effect), f"effects are {', '.join(EFFECTS)}"
-            )
+            hint = did_you_mean(measure.effect, EFFECTS, f"effects are {', '.join(EFFECTS)}")
             found.append(
                 UnknownWord(span=measure.effect_span, kind="effect", word=measure.effect, hint=hint)
             )
@@ -369,7 +366,8 @@ def _against_axes(
                 kind="value of the prompts",
                 name=by,
                 hint=did_you_mean(
-                    nearest(by, values),
+                    by,
+                    values,
                     f"values of `{experiment.table.name}` are {', '.join(values)}",
                 ),
             )

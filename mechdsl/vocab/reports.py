@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Protocol, cast
 
-from mechdsl.base.registry import Registry, nearest
+from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
@@ -230,7 +230,7 @@ def check_report(
     """
     kind = REPORTS.get(report.kind)
     if kind is None:
-        hint = did_you_mean(REPORTS.suggest(report.kind), f"reports are {', '.join(REPORTS)}")
+        hint = did_you_mean(report.kind, REPORTS, f"reports are {', '.join(REPORTS)}")
         return [UnknownWord(span=report.span, kind="report", word=report.kind, hint=hint)]
     if not kind.supported:
         shown = [name for name, each in REPORTS.items() if each.supported]
@@ -290,8 +290,8 @@ def _wrong_axes(
             hint = "the experiment sweeps nothing: its one cell is shown by `report table`"
         if kind.variable_value and values:
             listed = ", ".join(f"`{value}`" for value in values)
-            near = nearest(word, [*axes, *values])
-            hint = did_you_mean(near, f"{hint}; values of the prompts are {listed}")
+            otherwise = f"{hint}; values of the prompts are {listed}"
+            hint = did_you_mean(word, [*axes, *values], otherwise)
         return f"has no axis `{word}` to run along", hint
     if kind.along is not None and kind.along not in axes:
         return (

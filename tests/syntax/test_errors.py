@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from mechdsl.base.registry import distance, nearest
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.render import render_full
 from mechdsl.syntax import ast
 from mechdsl.syntax.mistakes.hints import HINTS
-from mechdsl.syntax.mistakes.messages import closest, distance
 from mechdsl.syntax.mistakes.slips import SLIPS, without_slips
 from mechdsl.syntax.parse import MAX_REPORTED, parse, parse_setting, read_source
 from tests.messages.cases import all_cases, program
@@ -166,9 +166,11 @@ def test_distance() -> None:
     assert distance("exepct", "expect") == 1
     assert distance("pach", "patch") == 1
     assert distance("", "abc") == 3
-    assert closest("experimnt", {"experiment", "expect"}) == "experiment"
-    assert closest("Patch", {"patch"}) == "patch"
-    assert closest("xyz", {"patch"}) is None
+    assert nearest("experimnt", {"experiment", "expect"}) == "experiment"
+    assert nearest("Patch", {"patch"}) == "patch"
+    assert nearest("xyz", {"patch"}) is None
+    assert nearest("fruti", ["Fruit", "froth"]) == "Fruit"
+    assert nearest("ca", {"cat"}) is None
 
 
 def test_settings() -> None:

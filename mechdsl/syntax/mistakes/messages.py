@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mechdsl.base.registry import nearest
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import MisspeltWord, ReservedName, UnexpectedToken, WrongVersion
@@ -26,7 +27,6 @@ _HOMES = (
     (CHANGE_WORDS, "in a `corrupt` block"),
 )
 _SHOWN = 4
-_LONGEST = 30
 _AXES = frozenset(
     name + plural
     for name in ("LAYER", "HEAD", "NEURON", "EXPERT", "FEATURE")
@@ -80,30 +80,6 @@ def explain(mistake: Mistake) -> Diagnostic:
     )
 
 
-def distance(a: str, b: str) -> int:
-    """Letters to insert, delete, replace or swap with a neighbour to get from one to the other."""
-    before: list[int] = []
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, last, row = row, before, [i]
-        for j, y in enumerate(b, 1):
-            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                cost = min(cost, last[j - 2] + 1)
-            row.append(cost)
-    return row[-1]
-
-
-def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that a misspelt one most likely is: a third of its letters may differ."""
-    if not 2 < len(word) <= _LONGEST:
-        return None
-    ranked = sorted((distance(word.lower(), k), k) for k in known)
-    if ranked and ranked[0][0] <= max(1, (len(word) + 1) // 3):
-        return ranked[0][1]
-    return None
-
-
 def _first_word(mistake: Mistake) -> Diagnostic | None:
     """A statement that begins with something no statement of its block begins with."""
     if not mistake.statement:
@@ -129,7 +105,7 @@ def _first_word(mistake: Mistake) -> Diagnostic | None:
                 hint=f"`{word.text}` belongs {home}",
                 span=span,
             )
-    meant = closest(word.text, WORDS[mistake.kind])
+    meant = nearest(word.text, WORDS[mistake.kind])
     if meant is not None:
         return MisspeltWord(word=word.text, meant=meant, span=span)
     said = hint("", mistake.source.text[word.start : mistake.end], mistake.accepts)
@@ -161,7 +137,7 @@ def _misspelt(mistake: Mistake) -> Diagnostic | None:
     token = mistake.token
     if mistake.cut_short or token is None or token.kind != "word":
         return None
-    meant = closest(token.text, _words(mistake.accepts))
+    meant = nearest(token.text, _words(mistake.accepts))
     if meant is None or meant == token.text:
         return None
     span = Span(mistake.source, token.start, token.end)
