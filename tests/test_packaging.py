@@ -13,11 +13,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
-import mechdsl, mechdsl.diagnostics.pages, mechdsl.syntax.grammar as engine
+import mechdsl, mechdsl.diagnostics.pages, mechdsl.syntax.tables as tables
 from pathlib import Path
 assert Path(mechdsl.__file__).is_relative_to(Path(r"{site}")), mechdsl.__file__
 assert "E0301" in mechdsl.diagnostics.pages.page("E0301")
-assert Path(engine.grammar_file()).is_relative_to(Path(r"{site}"))
+assert tables.grammar_file().is_relative_to(Path(r"{site}"))
+def build(grammar):
+    raise AssertionError("the wheel's tables aren't those of its grammar")
+tables.build = build
 assert mechdsl.check(Path(r"{file}")) == []
 """
 
@@ -52,7 +55,7 @@ def test_the_wheel_has_what_it_needs_and_no_more(wheel: Path) -> None:
         "py.typed",
         "grammar/mech.lark",
         "error_pages/E0301.md",
-        "syntax/tables.bin",
+        "syntax/tables.json",
         "zoo/counting/model.safetensors",
         "zoo/counting/README.md",
         "zoo/counting/LICENSE",

@@ -8,7 +8,6 @@ been done to those.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,15 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from mechdsl.base.cache import cache_folder, write_whole
 from mechdsl.hooks.loaded import Outcome
-
-
-def cache_folder() -> Path | None:
-    """`MECHDSL_CACHE`, else `mechdsl` in the user's cache; None where that is set and empty."""
-    given = os.environ.get("MECHDSL_CACHE")
-    if given is not None:
-        return Path(given).expanduser() if given else None
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mechdsl"
 
 
 def key_of(config: Mapping[str, Any], **more: str) -> str:
@@ -78,7 +70,4 @@ def remember(key: str, proof: Proof) -> None:
     if folder is None:
         return
     with suppress(OSError):
-        (folder / "checks").mkdir(parents=True, exist_ok=True)
-        made = folder / "checks" / f"{key}.{os.getpid()}"
-        made.write_text(json.dumps(asdict(proof)), encoding="utf-8")
-        made.replace(folder / "checks" / f"{key}.json")  # whole, or not at all
+        write_whole(folder / "checks" / f"{key}.json", json.dumps(asdict(proof)))

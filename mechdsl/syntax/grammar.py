@@ -1,17 +1,12 @@
-"""The LALR parser: its saved tables, or the grammar file where they are missing or stale."""
+"""The LALR parser, and the lexer that goes with it."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import pickle
 import re
 from collections.abc import Collection, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import lark
 from lark import Lark, Token
 from lark.common import LexerConf
 from lark.exceptions import UnexpectedCharacters
@@ -19,13 +14,9 @@ from lark.lexer import Lexer, PatternStr, TerminalDef
 
 from mechdsl.base.garbage import uncollected
 from mechdsl.syntax.reserved import CHANGE_WORDS
+from mechdsl.syntax.tables import load_tables
 from mechdsl.syntax.transform import ToAst
 
-STARTS = ("start", "top_lines", "data_lines", "change_lines", "experiment_lines", "placeholder")
-"""What can be parsed by itself: a file, the inside of each kind of block, one expression."""
-
-PACKAGE = Path(__file__).resolve().parent.parent
-TABLES = PACKAGE / "syntax" / "tables.bin"
 CONTEXTUAL_PRIORITY = 3
 """Terminals of this priority and above are read only where the parser accepts them."""
 
@@ -94,51 +85,12 @@ class MechLexer(Lexer):
             yield token
 
 
-def grammar_file() -> Path:
-    """The grammar: inside the package in a wheel, beside it in an editable install."""
-    inside = PACKAGE / "grammar" / "mech.lark"
-    return inside if inside.exists() else PACKAGE.parent / "grammar" / "mech.lark"
-
-
-def fingerprint(grammar: str) -> str:
-    """What the saved tables must have been made from: the grammar, by a lark of this kind."""
-    lark_version = ".".join(lark.__version__.split(".")[:2])
-    return hashlib.sha256(f"{lark_version}\n{grammar}".encode()).hexdigest()
-
-
-def build(grammar: str) -> dict[str, Any]:
-    """The tables of a grammar, in plain lists, dictionaries and strings."""
-    built: Any = Lark(
-        grammar,
-        parser="lalr",
-        lexer="contextual",
-        start=list(STARTS),
-        keep_all_tokens=True,
-        maybe_placeholders=False,
-    )
-    file = io.BytesIO()
-    built.save(file)
-    return {"grammar": fingerprint(grammar), **pickle.loads(file.getvalue())}
-
-
-def saved_tables() -> dict[str, Any] | None:
-    """The shipped tables; None where they are missing or belong to another grammar."""
-    try:
-        tables = pickle.loads(TABLES.read_bytes())
-    except (OSError, pickle.UnpicklingError, EOFError):
-        return None
-    grammar = grammar_file()
-    if grammar.exists() and fingerprint(grammar.read_text("utf-8")) != tables.get("grammar"):
-        return None
-    return tables
-
-
 @cache
 def parser() -> Lark:
     """The parser of this process, made at its first use."""
-    tables = saved_tables() or build(grammar_file().read_text("utf-8"))
     loader: Any = Lark
     with uncollected():
+        tables = load_tables()
         return loader._load_from_dict(
             tables["data"],
             tables["memo"],

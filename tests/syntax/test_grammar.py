@@ -8,12 +8,13 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lark import Lark
 
 from mechdsl.base.source import Source
-from mechdsl.syntax import ast
+from mechdsl.syntax import ast, tables
 from mechdsl.syntax import grammar as engine
 from mechdsl.syntax.attempt import attempt
 from mechdsl.syntax.mistakes.pieces import WORDS
@@ -45,7 +46,7 @@ def statements(kind: str, text: str) -> tuple[ast.Node, ...]:
 
 @pytest.fixture(scope="module")
 def plain() -> Lark:
-    grammar = engine.grammar_file().read_text("utf-8")
+    grammar = tables.grammar_file().read_text("utf-8")
     return Lark(grammar, parser="lalr", lexer="contextual", strict=True)
 
 
@@ -183,48 +184,84 @@ def test_word_lists_agree_with_the_grammar() -> None:
         assert {word for word in accepted if word.isalpha()} == expected
 
 
-def test_saved_tables_are_those_of_the_grammar() -> None:
-    saved = engine.saved_tables()
-    assert saved is not None, "run `python -m mechdsl.syntax.build_tables`"
-    assert saved["grammar"] == engine.fingerprint(engine.grammar_file().read_text("utf-8"))
-    # Rules are numbered in an order that depends on hashes, so behaviour is compared: the same
-    # states by what they accept, the same trees.
-    fresh = engine.build(engine.grammar_file().read_text("utf-8"))
-    assert _shape(saved) == _shape(fresh)
+GRAMMAR = tables.grammar_file().read_text("utf-8")
+MADE_FROM = tables.fingerprint(GRAMMAR)
 
 
-def _shape(tables: dict[str, object]) -> object:
-    data = json.loads(json.dumps(tables["data"], default=str))
-    memo = json.loads(json.dumps(tables["memo"], default=str))
-    parser = data["parser"]["parser"]
-    names = parser["tokens"]
-    states = sorted(
-        sorted(f"{names[token]} {action[0]}" for token, action in state.items())
-        for state in parser["states"].values()
-    )
-    rules = sorted(json.dumps(entry, sort_keys=True) for entry in memo.values())
-    return states, rules
+@pytest.fixture(scope="module")
+def built() -> dict[str, Any]:
+    return tables.build(GRAMMAR)
 
 
-@pytest.mark.parametrize("damage", ["missing", "stale", "broken"])
-def test_without_good_tables_the_grammar_is_read(
-    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_tables_come_back_from_their_file(built: dict[str, Any]) -> None:
+    again = tables.from_json(tables.as_json(built, MADE_FROM), MADE_FROM)
+    assert again is not None
+    assert _plain(again) == _plain(built)
+    states = again["data"]["parser"]["parser"]["states"]
+    assert {type(token) for actions in states.values() for token in actions} == {int}
+    assert sum(map(len, states.values())) > 20_000
+
+
+def _plain(found: object) -> object:
+    """With words as keys and lists, as JSON has them."""
+    return json.loads(json.dumps(found))
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken", "cut short", "another form", "stale"])
+def test_tables_that_are_no_good_are_made_again(
+    damage: str, built: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tables = tmp_path / "tables.bin"
+    file = tmp_path / "kept" / "tables.json"
+    monkeypatch.setattr(tables, "TABLES", file)
+    made: list[str] = []
+    monkeypatch.setattr(tables, "build", lambda grammar: made.append(grammar) or built)
+    good = tables.as_json(built, MADE_FROM)
+    if damage != "missing":
+        file.parent.mkdir()
     if damage == "broken":
-        tables.write_bytes(b"no tables")
+        file.write_bytes(b"\xff no tables")
+    elif damage == "cut short":
+        file.write_text(good[:5000], "utf-8")
+    elif damage == "another form":
+        file.write_text(json.dumps({"made_from": MADE_FROM, "tables": {}}), "utf-8")
     elif damage == "stale":
-        old = engine.build('start: "x"\n' + "\n".join(f'{s}: "{s}"' for s in engine.STARTS[1:]))
-        import pickle
+        file.write_text(tables.as_json(built, tables.fingerprint(GRAMMAR + "\n")), "utf-8")
+    first = tables.load_tables()
+    assert made == [GRAMMAR]
+    assert file.read_text("utf-8") == good
+    assert _plain(tables.load_tables()) == _plain(first)
+    assert made == [GRAMMAR]
+    assert list(file.parent.iterdir()) == [file]
 
-        tables.write_bytes(pickle.dumps(old))
-    monkeypatch.setattr(engine, "TABLES", tables)
-    assert engine.saved_tables() is None
-    engine.parser.cache_clear()
-    try:
-        assert parse(Source("mech 1\nseed 3\n"))[1] == []
-    finally:
-        engine.parser.cache_clear()
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_where_the_package_cannot_be_written(
+    cached: bool, built: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tables, "TABLES", tmp_path / "file" / "tables.json")
+    monkeypatch.setenv("MECHDSL_CACHE", str(tmp_path / "cache") if cached else "")
+    made: list[str] = []
+    monkeypatch.setattr(tables, "build", lambda grammar: made.append(grammar) or built)
+    assert tables.load_tables()["memo"]
+    assert tables.load_tables()["memo"]
+    assert len(made) == (1 if cached else 2)
+    assert (tmp_path / "cache" / "syntax" / "tables.json").is_file() == cached
+
+
+def test_a_wheel_is_left_as_it_was_installed(
+    built: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "mechdsl"
+    (package / "grammar").mkdir(parents=True)
+    (package / "grammar" / "mech.lark").write_text(GRAMMAR, "utf-8")
+    monkeypatch.setattr(tables, "PACKAGE", package)
+    monkeypatch.setattr(tables, "TABLES", package / "syntax" / "tables.json")
+    monkeypatch.setattr(tables, "build", lambda grammar: built)
+    monkeypatch.setenv("MECHDSL_CACHE", str(tmp_path / "cache"))
+    tables.load_tables()
+    assert not tables.TABLES.exists()
+    assert (tmp_path / "cache" / "syntax" / "tables.json").is_file()
 
 
 def test_imports_nothing_heavy_and_starts_fast() -> None:

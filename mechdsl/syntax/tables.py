@@ -1,0 +1,136 @@
+"""The tables of the LALR parser: made from the grammar once, and kept.
+
+A wheel has them, made when it was built (`hatch_build.py`). A checkout makes them at their first
+use and keeps them beside this file; where that can't be written, or the tables of a wheel are those
+of another lark, they are kept in the user's cache folder, and where nothing can, they are made at
+each start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lark
+from lark import Lark
+
+from mechdsl.base.cache import cache_folder, write_whole
+
+STARTS = ("start", "top_lines", "data_lines", "change_lines", "experiment_lines", "placeholder")
+"""What can be parsed by itself: a file, the inside of each kind of block, one expression."""
+
+PACKAGE = Path(__file__).resolve().parent.parent
+TABLES = PACKAGE / "syntax" / "tables.json"
+FORM = 1
+"""Of the saved file."""
+
+
+def grammar_file() -> Path:
+    """The grammar: inside the package in a wheel, beside it in an editable install."""
+    inside = PACKAGE / "grammar" / "mech.lark"
+    return inside if inside.exists() else PACKAGE.parent / "grammar" / "mech.lark"
+
+
+def load_tables() -> dict[str, Any]:
+    """What lark makes its parser of: `data` and `memo`."""
+    grammar = grammar_file().read_text("utf-8")
+    wanted = fingerprint(grammar)
+    for path in _places():
+        if (found := _read(path, wanted)) is not None:
+            return found
+    tables = build(grammar)
+    _keep(as_json(tables, wanted))
+    return tables
+
+
+def fingerprint(grammar: str) -> str:
+    """What saved tables must have been made from: the grammar, by a lark of this kind."""
+    lark_version = ".".join(lark.__version__.split(".")[:2])
+    return hashlib.sha256(f"{FORM}\n{lark_version}\n{grammar}".encode()).hexdigest()
+
+
+def build(grammar: str) -> dict[str, Any]:
+    """The tables of a grammar, in plain lists, dictionaries and strings. Takes a second."""
+    built: Any = Lark(
+        grammar,
+        parser="lalr",
+        lexer="contextual",
+        start=list(STARTS),
+        keep_all_tokens=True,
+        maybe_placeholders=False,
+    )
+    file = io.BytesIO()  # lark knows no other way out
+    built.save(file)
+    return pickle.loads(file.getvalue())
+
+
+def as_json(tables: dict[str, Any], made_from: str) -> str:
+    """The tables as a file keeps them.
+
+    A state's row is [state, shifts, reductions]: shifts are tokens and next states in turn,
+    reductions pairs of a rule and the number of the list of tokens it is reduced before.
+    """
+    parser: dict[str, Any] = tables["data"]["parser"]["parser"]
+    before: dict[tuple[int, ...], int] = {}
+    rows: list[Any] = []
+    for state, actions in parser["states"].items():
+        shifts: list[int] = []
+        reduced: dict[int, list[int]] = {}
+        for token, (reduces, target) in actions.items():
+            if reduces:
+                reduced.setdefault(target["@"], []).append(token)
+            else:
+                shifts += token, target
+        pairs = [[rule, before.setdefault(tuple(t), len(before))] for rule, t in reduced.items()]
+        rows.append([state, shifts, pairs])
+    short = {**parser, "states": rows, "before": list(before)}
+    data = {**tables["data"], "parser": {**tables["data"]["parser"], "parser": short}}
+    saved = {"made_from": made_from, "data": data, "memo": tables["memo"]}
+    return json.dumps(saved, separators=(",", ":"))
+
+
+def from_json(text: str, made_from: str) -> dict[str, Any] | None:
+    """The tables of such a file; None if they were made from something else."""
+    saved: dict[str, Any] = json.loads(text)
+    if saved["made_from"] != made_from:
+        return None
+    parser = saved["data"]["parser"]["parser"]
+    before = parser.pop("before")
+    states: dict[int, dict[int, Any]] = {}
+    for state, shifts, reductions in parser["states"]:
+        following = iter(shifts)
+        states[state] = {token: (0, target) for token, target in zip(following, following)}  # noqa: B905
+        for rule, tokens in reductions:
+            states[state].update(dict.fromkeys(before[tokens], (1, {"@": rule})))
+    parser["states"] = states
+    parser["tokens"] = {int(number): name for number, name in parser["tokens"].items()}
+    memo = {int(number): entry for number, entry in saved["memo"].items()}
+    return {"data": saved["data"], "memo": memo}
+
+
+def _places() -> list[Path]:
+    """Where tables may lie, the best place first."""
+    folder = cache_folder()
+    return [TABLES] if folder is None else [TABLES, folder / "syntax" / TABLES.name]
+
+
+def _read(path: Path, wanted: str) -> dict[str, Any] | None:
+    """The tables of a file; None where they are missing, broken or stale."""
+    try:
+        return from_json(path.read_text("utf-8"), wanted)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _keep(text: str) -> None:
+    # What a wheel brought stays as it was installed.
+    installed = grammar_file().is_relative_to(PACKAGE)
+    for path in _places()[installed:]:
+        with suppress(OSError):
+            write_whole(path, text)
+            return
