@@ -11,7 +11,7 @@ the model's; everything before and behind attention is the model's own code.
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -138,6 +138,25 @@ def cross_modules(model: LoadedModel) -> frozenset[int]:
     return frozenset(id(model.module.get_submodule(path)) for path in paths)
 
 
+@contextmanager
+def current_block(model: LoadedModel) -> Generator[Callable[[], int]]:
+    """A look-up of which block runs, for attention, which isn't told; -1 in front of them."""
+    running = -1
+
+    def enters(layer: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal running
+            running = layer
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(model.anatomy.blocks):
+            module = model.module.get_submodule(block.path)
+            stack.callback(module.register_forward_pre_hook(enters(layer)).remove)
+        yield lambda: running
+
+
 def own_function(module: nn.Module, own: Mapping[int, str]) -> AttentionFunction:
     """The function that the module would attend with; own: `implementations` before an exchange."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -194,97 +213,178 @@ def attend(
     lose what tells keys apart where all have something large in common. work: what is read and
     written within attention. arguments: as the model calls attention.
     """
-    scaling = arguments.pop("scaling", None)
-    cap = arguments.pop("softcap", None)
-    sinks = arguments.pop("s_aux", None)
-    for kept_already in ("distances", "position_bias"):  # those of whole prompts
-        arguments.pop(kept_already, None)
-    unknown = [n for n, v in arguments.items() if v is not None and n not in _NO_MATTER]
-    if unknown:
-        raise CannotPack(f"its attention takes `{unknown[0]}`")
-    heads, _, width = query.shape
-    scale = float(width**-0.5 if scaling is None else scaling)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    kind = query.dtype if rounds_scores else wide
-    shared = heads // key.shape[0]
+    how = _Way.of(query, key, causal, masks, rounds_scores, work, arguments)
     if work is not None:
         query, key = work.turned("q_rot", query), work.turned("k_rot", key)
-        work.prepared(query.shape[1], heads, value)
+        work.prepared(query.shape[1], len(query), value)
     for group in groups:
-        own, asking = len(group.columns), len(group.queries)
-        if not asking:
-            if work is not None:
-                work.unseen(group)
-            continue
-        lanes, rows = len(group.lanes), group.rows
-        span = slice(group.start, group.start + group.size)
-        # [lane, key-value head, head of it, row, token, d_head]
-        q = query[:, span].unflatten(1, (lanes, rows, own)).unflatten(0, (-1, shared))
-        q = q.permute(2, 0, 1, 3, 4, 5)
-        k = key[:, span].unflatten(1, (lanes, rows, own)).permute(1, 0, 2, 3, 4)
-        v = value[:, span].unflatten(1, (lanes, rows, own)).permute(1, 0, 2, 3, 4)
-        if asking < own:
-            q = q.index_select(4, group.queries)
-        first = int(group.columns[0])
-        # Own tokens from one column on: nothing behind them is seen, so no kept key there is read;
-        # and none at all where the own ones are all that there are.
-        suffix = group.every or (causal and int(group.columns[-1]) - first + 1 == own)
-        before = kept.keys.shape[2] if not suffix else 0 if group.every else first
-        old_keys = kept.keys[group.lanes, :, :before]
-        old_values = kept.values[group.lanes, :, :before]
-        flat = q.reshape(lanes, q.shape[1], shared * rows * asking, width)
-        shape = (lanes, q.shape[1], shared, rows, asking)
-        scores = query.new_empty(*shape, before + own if suffix else before, dtype=kind)
-        if before:
-            old = flat.to(kind) @ old_keys.to(kind).transpose(-1, -2)
-            scores[..., :before] = old.view(*shape, before)
-        mine = slice(before, None) if suffix else group.columns
-        scores[..., mine] = _own_scores(q.to(kind), k.to(kind))
-        if kept.distances is not None:
-            _add_distances(scores, kept.distances, q, k, old_keys, group, mine)
-        scores *= scale
-        if cap is not None:
-            scores = (scores / cap).tanh() * cap
-        mask = _mask(group, kept, before if suffix else None, masks)
-        if mask is not None:
-            if mask.shape[1] > 1:  # a mask of its own for each head
-                mask = mask.unflatten(1, (-1, shared))
-                mask = mask[:, :, :, None]
-            else:
-                mask = mask[:, :, None, None]
-            if mask.dtype == torch.bool:
-                scores.masked_fill_(~mask, float("-inf"))
-            elif mask.dtype == scores.dtype:
-                scores += mask
-            else:  # biases in a wider type than queries and keys
-                scores = scores + mask
-        sink = None
-        if sinks is not None:
-            sink = sinks.to(scores.dtype).view(1, -1, shared, 1, 1, 1).expand(*shape, 1)
-        if work is not None:
-            sink = work.scored(group, scores, sink)
-        if sink is not None:
-            weights = torch.cat([scores, sink], dim=-1).softmax(-1, dtype=wide)[..., :-1]
-        else:
-            weights = scores.softmax(-1, dtype=wide)
-        if work is not None:
-            weights = work.weighed(group, weights)
-        weights = weights.to(value.dtype)
-        found = _own_values(weights[..., mine], v)
-        if before:
-            old = weights[..., :before]
-            if not suffix:
-                old = old.clone()
-                old[..., mine] = 0
-            old = old.reshape(lanes, q.shape[1], shared * rows * asking, before)
-            found += (old @ old_values).view(*shape, value.shape[-1])
-        # back to [lane, row, token, head, d_head]
-        found = found.permute(0, 3, 4, 1, 2, 5).reshape(lanes, rows, asking, heads, -1)
-        target = out[span].view(lanes, rows, own, heads, -1)
-        if asking < own:
-            target[:, :, group.queries] = found
-        else:
-            target.copy_(found)
+        if len(group.queries):
+            _attend_group(query, key, value, group, kept, out, how)
+        elif work is not None:
+            work.unseen(group)
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """How a model attends, in one of its blocks."""
+
+    scale: float
+    cap: float | None
+    sinks: Tensor | None
+    shared: int
+    """Heads that share keys and values."""
+    kind: torch.dtype
+    """Of scores."""
+    wide: torch.dtype
+    """Of the softmax."""
+    causal: bool
+    masks: dict[object, Tensor | None]
+    work: LayerWork | None
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        causal: bool,
+        masks: dict[object, Tensor | None],
+        rounds_scores: bool,
+        work: LayerWork | None,
+        arguments: dict[str, Any],
+    ) -> _Way:
+        """By what the model calls attention with; CannotPack where that isn't known."""
+        scaling = arguments.pop("scaling", None)
+        cap = arguments.pop("softcap", None)
+        sinks = arguments.pop("s_aux", None)
+        for kept_already in ("distances", "position_bias"):  # those of whole prompts
+            arguments.pop(kept_already, None)
+        unknown = [n for n, v in arguments.items() if v is not None and n not in _NO_MATTER]
+        if unknown:
+            raise CannotPack(f"its attention takes `{unknown[0]}`")
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return cls(
+            scale=float(query.shape[2] ** -0.5 if scaling is None else scaling),
+            cap=cap,
+            sinks=sinks,
+            shared=query.shape[0] // key.shape[0],
+            kind=query.dtype if rounds_scores else wide,
+            wide=wide,
+            causal=causal,
+            masks=masks,
+            work=work,
+        )
+
+
+def _attend_group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: Group,
+    kept: KeptAttention,
+    out: Tensor,
+    how: _Way,
+) -> None:
+    """Rows whose tokens lie in the same columns share one product with the kept keys."""
+    own = len(group.columns)
+    # [lane, key-value head, head of it, row, token, d_head]; keys and values without the third.
+    q = _of_group(query, group).unflatten(1, (-1, how.shared))
+    k, v = _of_group(key, group), _of_group(value, group)
+    if len(group.queries) < own:
+        q = q.index_select(4, group.queries)
+    # Own tokens from one column on: nothing behind them is seen, so no kept key there is read;
+    # and none at all where the own ones are all that there are.
+    first = int(group.columns[0])
+    suffix = group.every or (how.causal and int(group.columns[-1]) - first + 1 == own)
+    before = kept.keys.shape[2] if not suffix else 0 if group.every else first
+    mine = slice(before, None) if suffix else group.columns
+    count = before + own if suffix else before
+    scores = _scores(q, k, group, kept, how, before=before, mine=mine, count=count)
+    scores = _masked(scores, _mask(group, kept, before if suffix else None, how.masks), how.shared)
+    weights = _weights(scores, group, how).to(value.dtype)
+    found = _own_values(weights[..., mine], v)
+    if before:
+        old = weights[..., :before]
+        if not suffix:
+            old = old.clone()
+            old[..., mine] = 0
+        flat = old.reshape(len(group.lanes), q.shape[1], -1, before)
+        found += (flat @ kept.values[group.lanes, :, :before]).view(found.shape)
+    _put(out, group, found)
+
+
+def _of_group(tensor: Tensor, group: Group) -> Tensor:
+    """[lane, head, row, token, d_head] of [head, N, d_head]."""
+    own = tensor[:, group.start : group.start + group.size]
+    shape = (len(group.lanes), group.rows, len(group.columns))
+    return own.unflatten(1, shape).permute(1, 0, 2, 3, 4)
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    group: Group,
+    kept: KeptAttention,
+    how: _Way,
+    *,
+    before: int,
+    mine: slice | Tensor,
+    count: int,
+) -> Tensor:
+    """[…, query, key] of q and k, scaled and capped. before: kept keys. mine: the columns of own
+    ones among all `count`."""
+    old_keys = kept.keys[group.lanes, :, :before]
+    scores = q.new_empty(*q.shape[:-1], count, dtype=how.kind)
+    if before:
+        flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
+        old = flat.to(how.kind) @ old_keys.to(how.kind).transpose(-1, -2)
+        scores[..., :before] = old.view(*q.shape[:-1], before)
+    scores[..., mine] = _own_scores(q.to(how.kind), k.to(how.kind))
+    if kept.distances is not None:
+        _add_distances(scores, kept.distances, q, k, old_keys, group, mine)
+    scores *= how.scale
+    return scores if how.cap is None else (scores / how.cap).tanh() * how.cap
+
+
+def _masked(scores: Tensor, mask: Tensor | None, shared: int) -> Tensor:
+    """Scores behind the model's mask [lane or 1, head or 1, query, key]."""
+    if mask is None:
+        return scores
+    if mask.shape[1] > 1:  # a mask of its own for each head
+        mask = mask.unflatten(1, (-1, shared))[:, :, :, None]
+    else:
+        mask = mask[:, :, None, None]
+    if mask.dtype == torch.bool:
+        return scores.masked_fill_(~mask, float("-inf"))
+    if mask.dtype == scores.dtype:
+        return scores.add_(mask)
+    return scores + mask  # biases in a wider type than queries and keys
+
+
+def _weights(scores: Tensor, group: Group, how: _Way) -> Tensor:
+    """The softmax of scores, with what is read and written there."""
+    sink = None
+    if how.sinks is not None:
+        sink = how.sinks.to(scores.dtype).view(1, -1, how.shared, 1, 1, 1)
+        sink = sink.expand(*scores.shape[:-1], 1)
+    if how.work is not None:
+        sink = how.work.scored(group, scores, sink)
+    if sink is not None:
+        weights = torch.cat([scores, sink], dim=-1).softmax(-1, dtype=how.wide)[..., :-1]
+    else:
+        weights = scores.softmax(-1, dtype=how.wide)
+    return weights if how.work is None else how.work.weighed(group, weights)
+
+
+def _put(out: Tensor, group: Group, found: Tensor) -> None:
+    """Into [N, head, d_head], what queries [lane, key-value head, head of it, row, query, d_head]
+    found."""
+    lanes, rows, own = len(group.lanes), group.rows, len(group.columns)
+    found = found.permute(0, 3, 4, 1, 2, 5).reshape(lanes, rows, found.shape[4], out.shape[1], -1)
+    target = out[group.start : group.start + group.size].view(lanes, rows, own, out.shape[1], -1)
+    if len(group.queries) < own:
+        target[:, :, group.queries] = found
+    else:
+        target.copy_(found)
 
 
 def attend_whole(

@@ -9,7 +9,7 @@ padded rows; `packed` runs only what changes, with the same hooks.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mechdsl.hooks.attention import (
     attend_whole,
     cross_modules,
+    current_block,
     exchanged,
     implementations,
     own_function,
@@ -85,7 +86,7 @@ def opened(model: LoadedModel, work: SiteWork) -> Generator[None]:
     if not work.within:
         yield
         return
-    own, current = implementations(model), [-1]
+    own = implementations(model)
     crossing = cross_modules(model)
 
     def attention(
@@ -96,20 +97,10 @@ def opened(model: LoadedModel, work: SiteWork) -> Generator[None]:
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        layer = work.layer(current[0], query) if id(module) not in crossing else None
+        layer = work.layer(running(), query) if id(module) not in crossing else None
         if layer is None:
             return own_function(module, own)(module, query, key, value, attention_mask, **kwargs)
         return attend_whole(query, key, value, attention_mask, layer, **kwargs), None
 
-    def enters(layer: int) -> Any:
-        def hook(*_: Any) -> None:
-            current[0] = layer
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer, block in enumerate(model.anatomy.blocks):
-            module = model.module.get_submodule(block.path)
-            stack.callback(module.register_forward_pre_hook(enters(layer)).remove)
-        stack.enter_context(exchanged(model, attention, masked=True))
+    with current_block(model) as running, exchanged(model, attention, masked=True):
         yield

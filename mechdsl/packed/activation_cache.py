@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +17,7 @@ from mechdsl.hooks.attention import (
     KeptAttention,
     biased,
     cross_modules,
+    current_block,
     exchanged,
     implementations,
     of_queries,
@@ -109,61 +110,39 @@ def keeping(model: LoadedModel, batch: Batch, lowest: int) -> Generator[Kept]:
     A model that doesn't attend through the library's attention functions leaves `attention` empty.
     """
     kept = Kept(batch)
-    current = [-1]
-    n_layers = model.shape.n_layers
-    own = implementations(model)
-    crossing = cross_modules(model)
-    joined: dict[tuple[int, int], tuple[Any, Tensor, Any]] = {}
+    with ExitStack() as stack:
+        running = stack.enter_context(current_block(model))
+        _keep_streams(kept, model, lowest, stack)
+        _keep_outputs(kept, model, lowest, stack)
+        _keep_encoded(kept, model, stack)
+        _keep_embedded(kept, model, stack)
+        keep = _AttentionKeeper(kept, model, lowest, running)
+        stack.enter_context(exchanged(model, keep, masked=True))
+        with torch.inference_mode():
+            yield kept
 
-    def with_bias(mask: Any, bias: Tensor) -> Any:
-        """Both in one, which blocks share as they share these."""
-        key = id(mask), id(bias)
-        if key not in joined:
-            joined[key] = mask, bias, biased(mask, bias)
-        return joined[key][2]
 
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        function = own_function(module, own)
-        out, weights = function(module, query, key, value, attention_mask, **kwargs)
-        layer = current[0]
-        if layer >= lowest:
-            mask = of_queries(attention_mask, query.shape[2])
-            if (bias := kwargs.get("position_bias")) is not None:
-                mask = with_bias(mask, bias)
-            if id(module) in crossing:
-                kept.across[layer] = KeptAttention(key, value, mask)
-                return out, weights
-            kept.attention[layer] = KeptAttention(key, value, mask, kwargs.get("distances"))
-            kept.z[layer] = out.flatten(0, 1)
-        return out, weights
+def _keep_streams(kept: Kept, model: LoadedModel, lowest: int, stack: ExitStack) -> None:
+    """What enters each block, and what leaves the last."""
+    blocks = [model.module.get_submodule(block.path) for block in model.anatomy.blocks]
 
     def enters(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            current[0] = layer
-            if layer >= lowest:
-                kept.hidden[layer] = given_to(args, kwargs).flatten(0, 1)
+            kept.hidden[layer] = given_to(args, kwargs).flatten(0, 1)
 
         return hook
 
     def leaves(module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, (tuple, list)) else output
-        kept.hidden[n_layers] = hidden.flatten(0, 1)
+        kept.hidden[len(blocks)] = hidden.flatten(0, 1)
 
-    def merges(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept.embedded = given_to(args, kwargs).flatten(0, 1)
-        places = kwargs.get("position_ids")
-        if places is not None:
-            kept.positions = places.expand(*places.shape[:-2], len(batch), -1)
+    for layer, block in enumerate(blocks[lowest:], lowest):
+        stack.callback(block.register_forward_pre_hook(enters(layer), with_kwargs=True).remove)
+    stack.callback(blocks[-1].register_forward_hook(leaves).remove)
 
-    def encodes(module: nn.Module, args: Any, output: Any) -> None:
-        kept.encoded = output
+
+def _keep_outputs(kept: Kept, model: LoadedModel, lowest: int, stack: ExitStack) -> None:
+    """What projections and MLPs return."""
 
     def returns(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -176,27 +155,82 @@ def keeping(model: LoadedModel, batch: Batch, lowest: int) -> Generator[Kept]:
 
         return hook
 
-    with ExitStack() as stack:
-        for layer in range(n_layers):
-            block = model.module.get_submodule(model.anatomy.blocks[layer].path)
-            handle = block.register_forward_pre_hook(enters(layer), with_kwargs=True)
-            stack.callback(handle.remove)
-            if layer == n_layers - 1:
-                stack.callback(block.register_forward_hook(leaves).remove)
-            if layer >= lowest:
-                projections, output, mlp = parts(model, layer)
-                for path in (*projections, *([output] if output else []), *mlp):
-                    module = model.module.get_submodule(path)
-                    stack.callback(module.register_forward_hook(returns(path)).remove)
-        if crossing:
-            encoder: Any = model.module
-            handle = encoder.get_encoder().register_forward_hook(encodes)
-            stack.callback(handle.remove)
-        embed = model.anatomy.taps.get("embed")
-        if batch.extra and embed is not None and embed.side == "in":
-            merged = model.module.get_submodule(embed.path)
-            handle = merged.register_forward_pre_hook(merges, with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(exchanged(model, attention, masked=True))
-        with torch.inference_mode():
-            yield kept
+    for layer in range(lowest, len(model.anatomy.blocks)):
+        projections, output, mlp = parts(model, layer)
+        for path in (*projections, *([output] if output else []), *mlp):
+            module = model.module.get_submodule(path)
+            stack.callback(module.register_forward_hook(returns(path)).remove)
+
+
+def _keep_encoded(kept: Kept, model: LoadedModel, stack: ExitStack) -> None:
+    """What the encoder returns, where there is one."""
+    if not cross_modules(model):
+        return
+
+    def encodes(module: nn.Module, args: Any, output: Any) -> None:
+        kept.encoded = output
+
+    encoder: Any = model.module
+    stack.callback(encoder.get_encoder().register_forward_hook(encodes).remove)
+
+
+def _keep_embedded(kept: Kept, model: LoadedModel, stack: ExitStack) -> None:
+    """What a language model is given where an image is merged into its text."""
+    embed = model.anatomy.taps.get("embed")
+    if not kept.batch.extra or embed is None or embed.side != "in":
+        return
+
+    def merges(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept.embedded = given_to(args, kwargs).flatten(0, 1)
+        places = kwargs.get("position_ids")
+        if places is not None:
+            kept.positions = places.expand(*places.shape[:-2], len(kept.batch), -1)
+
+    merged = model.module.get_submodule(embed.path)
+    stack.callback(merged.register_forward_pre_hook(merges, with_kwargs=True).remove)
+
+
+class _AttentionKeeper:
+    """The model's own attention, of which is kept what it had and what it gave."""
+
+    def __init__(
+        self, kept: Kept, model: LoadedModel, lowest: int, running: Callable[[], int]
+    ) -> None:
+        self.kept = kept
+        self.lowest = lowest
+        self.running = running
+        self.own = implementations(model)
+        self.crossing = cross_modules(model)
+        self.joined: dict[tuple[int, int], tuple[Any, Tensor, Any]] = {}
+        """Masks with biases, by the ids of both, which are held so that these stay their own."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        function = own_function(module, self.own)
+        out, weights = function(module, query, key, value, attention_mask, **kwargs)
+        layer = self.running()
+        if layer >= self.lowest:
+            mask = of_queries(attention_mask, query.shape[2])
+            if (bias := kwargs.get("position_bias")) is not None:
+                mask = self._with_bias(mask, bias)
+            if id(module) in self.crossing:
+                self.kept.across[layer] = KeptAttention(key, value, mask)
+                return out, weights
+            distances = kwargs.get("distances")
+            self.kept.attention[layer] = KeptAttention(key, value, mask, distances)
+            self.kept.z[layer] = out.flatten(0, 1)
+        return out, weights
+
+    def _with_bias(self, mask: Any, bias: Tensor) -> Any:
+        """Both in one, which blocks share as they share these."""
+        key = id(mask), id(bias)
+        if key not in self.joined:
+            self.joined[key] = mask, bias, biased(mask, bias)
+        return self.joined[key][2]

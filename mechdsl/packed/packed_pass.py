@@ -24,6 +24,7 @@ from mechdsl.hooks.attention import (
     CannotPack,
     attend,
     cross_modules,
+    current_block,
     exchanged,
     implementations,
     own_function,
@@ -186,7 +187,6 @@ class _Pass:
         self.final[row, column] = np.arange(len(row))
         self.crossing = cross_modules(model)
         self.own = implementations(model)
-        self.layer = -1
         self.masks: dict[object, Tensor | None] = {}
         alone = model.calling.packs == "one prompt"
         self.prompt = prompt_of(model, kept) if alone else None
@@ -296,6 +296,7 @@ class _Pass:
             stack.enter_context(exchanged(self.model, self._attention, masked=False))
             if fuse:
                 stack.enter_context(fused(self.model.module))
+            self.running = stack.enter_context(current_block(self.model))
             stack.enter_context(self._blocks())
             stack.enter_context(work.installed())
             stack.enter_context(self._embedded(lane * self.kept.columns + at))
@@ -395,7 +396,6 @@ class _Pass:
         positions = on_device(place, self.device) if self.prompt is not None else None
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self.layer = layer
             below = given_to(args, kwargs)
             if first and self.entered is not None:
                 below = self.entered
@@ -452,15 +452,16 @@ class _Pass:
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        pack = self.packs[self.layer]
+        layer = self.running()
+        pack = self.packs[layer]
         assert pack is not None
         if id(module) in self.crossing:
             return self._across(pack, module, query, kwargs)
         _, heads, count, _ = query.shape
         out = value.new_empty(count, heads, value.shape[-1])
         if pack.attend is not None:
-            out[pack.attend.taken] = self.kept.z[self.layer][pack.attend.taken_from]
-        kept = self.kept.attention.get(self.layer)
+            out[pack.attend.taken] = self.kept.z[layer][pack.attend.taken_from]
+        kept = self.kept.attention.get(layer)
         if kept is None:
             raise CannotPack("a block attends in another way than the one before")
         attend(
@@ -472,7 +473,7 @@ class _Pass:
             out,
             causal=self.causal,
             masks=self.masks,
-            work=self.sites.layer(self.layer, query),
+            work=self.sites.layer(layer, query),
             **kwargs,
         )
         return out[None], None
@@ -481,7 +482,7 @@ class _Pass:
         self, pack: BlockPack, module: nn.Module, query: Tensor, arguments: Mapping[str, Any]
     ) -> tuple[Tensor, None]:
         """Attention to the encoder's tokens, which each lane has its own of."""
-        kept, columns = self.kept.across[self.layer], self.kept.columns
+        kept, columns = self.kept.across[self.running()], self.kept.columns
         function = own_function(module, self.own)
         rest = {name: value for name, value in arguments.items() if name != "position_bias"}
         heads = query.shape[1]
