@@ -19,15 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.attention_modules import (
-    AttentionFunction,
-    Distances,
-    entry_of,
-    exchanged_modules,
-    plain,
-)
+from mechdsl.hooks.attention_modules import AttentionFunction, Distances, exchanged_modules, plain
 from mechdsl.hooks.inside_attention import Group, LayerWork
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.written_out_attention import entry_of
 
 _NAME = "mechdsl"
 _NO_MATTER = frozenset(
@@ -99,12 +94,11 @@ def exchanged(model: LoadedModel, function: AttentionFunction, *, masked: bool) 
             return unmade
         return make(*args, **{**kwargs, "allow_is_causal_skip": False})
 
+    entries = [(part, entry) for part in model.module.modules() if (entry := entry_of(part))]
+    # Some of these models look into a mask that is never used.
+    unmade = torch.zeros(1, 1, 1, 1, device=model.device) if entries else None
     with ExitStack() as stack:
-        written_out = stack.enter_context(
-            exchanged_modules(model.module, function, own, masked=masked)
-        )
-        # Some of these models look into a mask that is never used.
-        unmade = torch.zeros(1, 1, 1, 1, device=model.device) if written_out else None
+        stack.enter_context(exchanged_modules(entries, function, own, masked=masked))
         AttentionInterface.register(_NAME, attended)
         AttentionMaskInterface.register(_NAME, mask)
         for config in configs:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.hooks.attention import Group, KeptAttention, attend, exchanged, own_function
-from mechdsl.hooks.attention_modules import WRITTEN_OUT, entry_of, plain
+from mechdsl.hooks.attention_modules import plain
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.hooks.written_out_attention import WRITTEN_OUT, entry_of
 from mechdsl.loading.load import adopt
 from mechdsl.packed.activation_cache import Kept, keeping
 
