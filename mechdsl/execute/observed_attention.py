@@ -12,7 +12,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.hooks.places import SiteRead
 from mechdsl.models.shape import ModelShape, units
-from mechdsl.packed.packed_pass import Places
+from mechdsl.packed.ends import Places
 from mechdsl.plan.columns import each_unit, units_of
 from mechdsl.plan.rules import Rows, RulePlan
 

@@ -26,7 +26,8 @@ from mechdsl.execute.writes import build_edges, build_writes, unless_set
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.packed.packed_pass import Places, run_packed
+from mechdsl.packed.ends import Places
+from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.columns import counted
 from mechdsl.plan.plan import FUSE, ExperimentPlan, Plan
 from mechdsl.plan.restart import Held

@@ -23,7 +23,7 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.shape import ModelShape, units
-from mechdsl.packed.packed_pass import Places
+from mechdsl.packed.ends import Places
 from mechdsl.plan.columns import counted, each_unit, units_of
 from mechdsl.plan.plan import Place
 from mechdsl.plan.restart import Held

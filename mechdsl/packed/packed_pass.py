@@ -37,6 +37,7 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import ReadMismatch, SiteRead, SiteWrite
 from mechdsl.hooks.sites import SiteWork
 from mechdsl.packed.activation_cache import Kept, parts
+from mechdsl.packed.ends import End, Finals, Places, assembled, end_of, is_causal
 from mechdsl.packed.entrance import entering, placed, prompt_of
 from mechdsl.packed.layout import (
     BlockPack,
@@ -49,9 +50,6 @@ from mechdsl.packed.layout import (
     universe,
 )
 from mechdsl.plan.restart import INSIDE_MLP, BlockWork, Held, RowMasks, Shortcuts, block_work
-
-Places = tuple[Ints, Ints]
-"""Rows and the positions in their prompts, as parallel columns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +89,8 @@ def run_packed(
     reads = reads or {}
     if stack := next((one.stack for one in (*writes, *reads) if one.stack), ""):
         raise ValueError(f"rows of sites of the stack `{stack}` are whole passes")
-    whole = model.shape.takes == "image" and model.calling.reads != "every token"
-    if whole:
-        final = _made_of(model, columns)
+    end = end_of(model)
+    final = end.made_of(final, columns.real)
     read_columns = {r: (places[0], columns.of(*places)) for r, places in reads.items()}
     shape = (len(lanes), kept.columns)
     written = [
@@ -117,21 +114,15 @@ def run_packed(
             held=held,
         ),
         shortcuts or Shortcuts(),
+        end,
     )
     logits, found = pass_.run(writes, list(reads), tokens, fuse=fuse, edges=edges)
     at = on_device(pass_.final[final[0], final_columns], logits.device)
     return PackedResult(
-        logits if whole else logits[at],
+        end.asked(logits, at),
         {read: pass_.taken(read, found[read], *read_columns[read]) for read in reads},
         tuple(0 if pack is None else len(pack) for pack in pass_.packs),
     )
-
-
-def _made_of(model: LoadedModel, columns: _Columns) -> Places:
-    """What the one output of each image is made of."""
-    count = columns.real.shape[1] if model.calling.reads == "all tokens" else 1
-    row, position = np.indices((len(columns.real), count)).reshape(2, -1)
-    return row, position
 
 
 class _Columns:
@@ -153,7 +144,13 @@ class _Pass:
     """One pass over packed rows. It is a `Frame`: it knows where tokens lie in each block."""
 
     def __init__(
-        self, model: LoadedModel, kept: Kept, lanes: Ints, rows: RowMasks, shortcuts: Shortcuts
+        self,
+        model: LoadedModel,
+        kept: Kept,
+        lanes: Ints,
+        rows: RowMasks,
+        shortcuts: Shortcuts,
+        end: End,
     ) -> None:
         self.model = model
         self.kept = kept
@@ -161,9 +158,8 @@ class _Pass:
         self.rows = rows
         self.device = model.device
         n_layers = model.shape.n_layers
-        seeing = model.shape.takes == "image and text" and bool(kept.batch.extra)
-        # Tokens of an image may see one another.
-        self.causal = model.shape.causal and not (seeing and kept.sees_later)
+        self.end = end
+        self.causal = is_causal(model, kept)
         self.packs: list[BlockPack | None] = []
         self.work: list[BlockWork] = []
         for work in block_work(
@@ -224,25 +220,19 @@ class _Pass:
     def locate(
         self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Zero, the token, and whether it is there: all rows are one for the model, but for images
-        behind the blocks."""
+        """Zero, the token, and whether it is there: all rows are one for the model, but for what
+        they are in the end."""
         row = rows.cpu().numpy()
         column = _Columns(self.kept, self.lanes).of(row, positions.cpu().numpy())
-        if self._image and site == "logits":
-            return rows, positions, rows >= 0
+        if (located := self.end.located(site, rows, positions)) is not None:
+            return *located, rows >= 0
         index = self.index(SiteRead(site, layer, stack), row, column).to(rows.device)
         return torch.zeros_like(index), index, index >= 0
 
-    @property
-    def _image(self) -> bool:
-        """Whether rows are images, which are whole again behind the blocks."""
-        return self.model.shape.takes == "image"
-
     def index(self, where: SiteRead, rows: Ints, columns: Ints) -> Tensor:
         """[n] token of the tensor tapped at a site, -1 where it isn't there."""
-        if where.site == "final_norm" and self._image:
-            there = self.final[rows, columns] >= 0
-            return torch.from_numpy(np.where(there, rows * self.kept.columns + columns, -1))
+        if (index := self.end.index(where.site, self.final, rows, columns)) is not None:
+            return torch.from_numpy(index)
         if where.layer is None:
             lookup = self.universe if where.site == "embed" else self.final
         else:
@@ -259,9 +249,8 @@ class _Pass:
         index = self.index(where, rows, columns)
         if bool((index < 0).any()):
             raise ReadMismatch(f"`{where.site}` is read at a token that isn't in the pass")
-        if self._image and where.site == "logits":
-            return found[on_device(rows, self.device), on_device(columns, self.device)]
-        return found[0][index.to(self.device)]
+        taken = self.end.taken(where.site, found, rows, columns)
+        return found[0][index.to(self.device)] if taken is None else taken
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -399,7 +388,7 @@ class _Pass:
             below = given_to(args, kwargs)
             if first and self.entered is not None:
                 below = self.entered
-            hidden = _assembled(below, source, hidden_below)
+            hidden = assembled(below, source, hidden_below)
             if self.prompt is not None:
                 assert positions is not None
                 count = self.prompt[1]
@@ -427,12 +416,9 @@ class _Pass:
                 for index in (stays, source[stays], fresh, places[fresh])
             )
         )
-        kept = self.kept.hidden[n_layers]
-        if self.model.shape.takes == "image":
-            self.top = _Images(self, put, kept, row, column)
-        else:
-            size = self.size if self.prompt is None else max(len(row), self.prompt[1])
-            self.top = _Tokens(put, kept, len(row), size)
+        size = self.size if self.prompt is None else max(len(row), self.prompt[1])
+        left, width = self.kept.hidden[n_layers], self.kept.columns
+        self.top = self.end.top(Finals(put, row, column, self.lanes, left, width, size))
         with ExitStack() as stack:
             # Behind all that is written there.
             handle = self._module(anatomy.blocks[-1].path).register_forward_hook(self.top.gather)
@@ -498,60 +484,6 @@ class _Pass:
         return out, None
 
 
-class _Tokens:
-    """Tokens that are read, side by side in front of the others."""
-
-    def __init__(self, put: Entry, kept: Tensor, count: int, size: int) -> None:
-        self.put = put
-        self.kept = kept
-        self.count = count
-        self.size = size
-
-    def gather(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """What leaves the last block; as many tokens as went in, as some models rely on it."""
-        hidden = output[0] if isinstance(output, (tuple, list)) else output
-        found = _assembled(hidden, self.put, self.kept)
-        rest = found.new_zeros(1, self.size - self.count, found.shape[2])
-        found = torch.cat([found, rest], dim=1)
-        return (found, *output[1:]) if isinstance(output, (tuple, list)) else found
-
-    def cut(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Only these tokens are unembedded."""
-        return given_again(args, kwargs, given_to(args, kwargs)[:, : self.count])
-
-    def collected(self, output: Tensor) -> Tensor:
-        """[n, vocab] of the tokens that are read."""
-        return output[0, : self.count]
-
-
-class _Images:
-    """Rows as whole images again: what is read of them, and the unpatched run's other tokens."""
-
-    def __init__(self, run: _Pass, put: Entry, kept: Tensor, row: Ints, column: Ints) -> None:
-        self.run = run
-        self.put = put
-        self.kept = kept
-        self.row = on_device(row, run.device)
-        self.column = on_device(column, run.device)
-
-    def gather(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """[row, T, d_model]."""
-        hidden = output[0] if isinstance(output, tuple) else output
-        width = self.run.kept.columns
-        images = self.kept.unflatten(0, (-1, width))[on_device(self.run.lanes, self.run.device)]
-        images[self.row, self.column] = _assembled(hidden, self.put, self.kept)[0]
-        return (images, *output[1:]) if isinstance(output, tuple) else images
-
-    def cut(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return None
-
-    def collected(self, output: Tensor) -> Tensor:
-        """[n, …]: each token's own output, or that of its image."""
-        if self.run.model.calling.reads == "every token":
-            return output[self.row, self.column]
-        return output
-
-
 def _partly(forward: Any, part: Part, kept: Tensor, several: int) -> Any:
     """A module's forward on some tokens; the others get what was kept.
 
@@ -573,18 +505,6 @@ def _partly(forward: Any, part: Part, kept: Tensor, several: int) -> Any:
         return (whole, *[None] * (several - 1)) if several else whole
 
     return run
-
-
-def _assembled(below: Tensor, source: Entry | None, kept: Tensor | None) -> Tensor:
-    """[1, N, d_model]: the tokens of a block."""
-    if source is None:
-        return below
-    assert kept is not None
-    count = len(source.carried) + len(source.fresh)
-    hidden = below.new_empty(1, count, below.shape[2])
-    hidden[0, source.carried] = below[0, source.carried_from]
-    hidden[0, source.fresh] = kept[source.fresh_from]
-    return hidden
 
 
 def _selected(value: Any, index: Tensor, size: int) -> Any:

@@ -20,8 +20,9 @@ from mechdsl.hooks.places import ReadMismatch, SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.shape import units, width
 from mechdsl.packed.activation_cache import Kept, keeping
+from mechdsl.packed.ends import Places
 from mechdsl.packed.layout import BlockPack, pack_block
-from mechdsl.packed.packed_pass import PackedResult, Places, run_packed
+from mechdsl.packed.packed_pass import PackedResult, run_packed
 from mechdsl.plan.restart import BlockWork, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.vocab.sites import SITES
 

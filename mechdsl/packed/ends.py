@@ -1,0 +1,196 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+"""What packed rows are behind the last block: tokens side by side, or whole images again."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mechdsl.hooks.batch import on_device
+from mechdsl.hooks.hook_points import given_again, given_to
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.packed.activation_cache import Kept
+from mechdsl.packed.layout import Entry
+from mechdsl.plan.columns import Ints
+
+Places = tuple[Ints, Ints]
+"""Rows and the positions in their prompts, as parallel columns."""
+
+
+@dataclass(frozen=True, eq=False)
+class Finals:
+    """Tokens that go on behind the last block, in the order of their numbers there."""
+
+    put: Entry
+    """Where the tokens of the last block come to lie, and which are kept ones."""
+    row: Ints
+    column: Ints
+    lanes: Ints
+    """[row]"""
+    left: Tensor
+    """[kept token, d_model], what left the last block of the unpatched run."""
+    width: int
+    """Columns of the kept prompts."""
+    size: int
+    """Tokens that a pass goes on with."""
+
+    def assembled(self, output: Any) -> Tensor:
+        """[1, n, d_model] of what the last block returns."""
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
+        return assembled(hidden, self.put, self.left)
+
+
+class Top(Protocol):
+    """What is done behind the last block of one pass."""
+
+    def gather(self, module: Any, args: Any, output: Any) -> Any:
+        """A hook on the last block."""
+        ...
+
+    def cut(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A hook in front of the unembedding."""
+        ...
+
+    def collected(self, output: Tensor) -> Tensor:
+        """[n, …] of the tokens that are read, or of images that have one output."""
+        ...
+
+
+class End(ABC):
+    """How places behind the last block are found."""
+
+    def made_of(self, final: Places, real: NDArray[np.bool_]) -> Places:
+        """The tokens that have to be there for the outputs at these places."""
+        return final
+
+    def asked(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        """The logits of places, by their tokens' numbers."""
+        return logits[numbers]
+
+    def located(self, site: str, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """First and second index of the model's tensor; None where that's as within blocks."""
+        return None
+
+    def index(self, site: str, final: Ints, rows: Ints, columns: Ints) -> Ints | None:
+        """The token of the model's tensor, -1 where it isn't there; None as above."""
+        return None
+
+    def taken(self, site: str, found: Tensor, rows: Ints, columns: Ints) -> Tensor | None:
+        """What was read at these places; None as above."""
+        return None
+
+    @abstractmethod
+    def top(self, finals: Finals) -> Top: ...
+
+
+class TokenEnd(End):
+    def top(self, finals: Finals) -> Top:
+        return _Tokens(finals)
+
+
+@dataclass(frozen=True)
+class ImageEnd(End):
+    reads: str
+    """What the model makes its output of, as in `Calling`."""
+
+    def made_of(self, final: Places, real: NDArray[np.bool_]) -> Places:
+        if self.reads == "every token":
+            return final
+        count = real.shape[1] if self.reads == "all tokens" else 1
+        row, position = np.indices((len(real), count)).reshape(2, -1)
+        return row, position
+
+    def asked(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        return logits[numbers] if self.reads == "every token" else logits
+
+    def located(self, site: str, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        return (rows, positions) if site == "logits" else None
+
+    def index(self, site: str, final: Ints, rows: Ints, columns: Ints) -> Ints | None:
+        if site != "final_norm":
+            return None
+        return np.where(final[rows, columns] >= 0, rows * final.shape[1] + columns, -1)
+
+    def taken(self, site: str, found: Tensor, rows: Ints, columns: Ints) -> Tensor | None:
+        if site != "logits":
+            return None
+        return found[on_device(rows, found.device), on_device(columns, found.device)]
+
+    def top(self, finals: Finals) -> Top:
+        return _Images(finals, self.reads)
+
+
+def end_of(model: LoadedModel) -> End:
+    return ImageEnd(model.calling.reads) if model.shape.takes == "image" else TokenEnd()
+
+
+def is_causal(model: LoadedModel, kept: Kept) -> bool:
+    """Whether no token sees a later one; those of an image in a text may see one another."""
+    seeing = model.shape.takes == "image and text" and bool(kept.batch.extra)
+    return model.shape.causal and not (seeing and kept.sees_later)
+
+
+class _Tokens:
+    """Tokens that are read, side by side in front of the others."""
+
+    def __init__(self, finals: Finals) -> None:
+        self.finals = finals
+        self.count = len(finals.row)
+
+    def gather(self, module: Any, args: Any, output: Any) -> Any:
+        """As many tokens as went in, as some models rely on it."""
+        found = self.finals.assembled(output)
+        rest = found.new_zeros(1, self.finals.size - self.count, found.shape[2])
+        found = torch.cat([found, rest], dim=1)
+        return (found, *output[1:]) if isinstance(output, (tuple, list)) else found
+
+    def cut(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Only these tokens are unembedded."""
+        return given_again(args, kwargs, given_to(args, kwargs)[:, : self.count])
+
+    def collected(self, output: Tensor) -> Tensor:
+        return output[0, : self.count]
+
+
+class _Images:
+    """Rows as whole images again: what is read of them, and the unpatched run's other tokens."""
+
+    def __init__(self, finals: Finals, reads: str) -> None:
+        self.finals = finals
+        self.reads = reads
+        device = finals.put.fresh.device
+        self.row, self.column = (on_device(each, device) for each in (finals.row, finals.column))
+
+    def gather(self, module: Any, args: Any, output: Any) -> Any:
+        """[row, T, d_model]."""
+        finals = self.finals
+        kept = finals.left.unflatten(0, (-1, finals.width))
+        images = kept[on_device(finals.lanes, kept.device)]
+        images[self.row, self.column] = finals.assembled(output)[0]
+        return (images, *output[1:]) if isinstance(output, tuple) else images
+
+    def cut(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return None
+
+    def collected(self, output: Tensor) -> Tensor:
+        """Each token's own output, or that of its image."""
+        return output[self.row, self.column] if self.reads == "every token" else output
+
+
+def assembled(below: Tensor, source: Entry | None, kept: Tensor | None) -> Tensor:
+    """[1, N, d_model]: the tokens of a block."""
+    if source is None:
+        return below
+    assert kept is not None
+    count = len(source.carried) + len(source.fresh)
+    hidden = below.new_empty(1, count, below.shape[2])
+    hidden[0, source.carried] = below[0, source.carried_from]
+    hidden[0, source.fresh] = kept[source.fresh_from]
+    return hidden
