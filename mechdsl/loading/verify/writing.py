@@ -14,6 +14,13 @@ from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.verify.bench import TOKENS_PER_PASS, Bench, difference, hundredfold, sites_of
 
+_EMBED = SiteRead("embed")
+
+Row = tuple[str, tuple[int | None, ...], bool]
+"""A site, the layers that are written in it, and whether with its own values."""
+Pairs = list[tuple[str, Tensor, Tensor]]
+"""(where, found, expected)"""
+
 
 def writes_work(bench: Bench) -> Iterator[Outcome]:
     """Own values change nothing, values times 100 (or -100) do, and those are read back.
@@ -22,68 +29,15 @@ def writes_work(bench: Bench) -> Iterator[Outcome]:
     site and layer with changed values at the last token (at every token of an image or an encoder,
     and of what attention reads, as not every one need matter).
     """
-    model, stack, anatomy = bench.model, bench.stack, bench.anatomy
-    sites = sites_of(model, stack)
+    sites = sites_of(bench.model, bench.stack)
     changed = [(name, layer) for name in sites for layer in bench.some(name)]
-    rows = [(name, tuple(bench.some(name)), True) for name in sites]
+    rows: list[Row] = [(name, tuple(bench.some(name)), True) for name in sites]
     rows += [(name, (layer,), False) for name, layer in changed]
-    embed = SiteRead("embed")
-    seen = stack == "vision"  # its effect shows in what the language model gets
-    before = bench.reads[embed][0] if seen else bench.logits[0]
-
-    def own(name: str, layer: int | None) -> Tensor:
-        tokens = bench.batch.of_site(name, stack)
-        return bench.real_of(0, bench.reads[SiteRead(name, layer, stack)], tokens)
-
-    alone = not stack and model.shape.takes != "image"
-
-    def part(name: str, values: Tensor) -> range:
-        # A token needn't see itself (sparse attention), or may see nothing else (chunks).
-        last = alone and name not in ("q", "k", "v")
-        return range(len(values) - 1 if last else 0, len(values))
-
-    def tried(
-        some: Sequence[tuple[str, tuple[int | None, ...], bool]],
-    ) -> tuple[list[tuple[str, Tensor, Tensor]], list[tuple[str, Tensor, Tensor]]]:
-        """(own values, read back), each as (where, found, expected)."""
-        writes: list[SiteWrite] = []
-        wanted: list[SiteRead] = []
-        for number, (name, layers, unchanged) in enumerate(some):
-            for layer in layers:
-                values, where = own(name, layer), SiteRead(name, layer, stack)
-                at = range(len(values)) if unchanged else part(name, values)
-                values = values[at.start :]
-                values = values if unchanged else hundredfold(values, name, anatomy)
-                writes.append(whole_site(where, number, at, values))
-                wanted += [] if unchanged else [where]
-        batch = bench.batch.take(torch.zeros(len(some), dtype=torch.long))
-        if seen:
-            result = run_whole(model, batch, writes=writes, reads=[*wanted, embed], stop=0)
-        else:
-            result = run_whole(model, batch, writes=writes, reads=wanted)
-        after = result.reads[embed] if seen else result.logits
-        assert after is not None
-        same: list[tuple[str, Tensor, Tensor]] = []
-        back: list[tuple[str, Tensor, Tensor]] = []
-        for number, (name, layers, unchanged) in enumerate(some):
-            if unchanged:
-                same.append((name, after[number], before))
-                continue
-            values = own(name, layers[0])
-            at = part(name, values).start
-            read = result.reads[SiteRead(name, layers[0], stack)]
-            found = bench.real_of(number, read, batch.of_site(name, stack))[at:]
-            expected = hundredfold(values[at:], name, anatomy).to(found.dtype)
-            back.append((label_of(name, layers[0]), found, expected))
-            if difference(after[number], before) <= bench.tolerance / 10:
-                still.append((name, layers[0]))
-        return same, back
-
-    still: list[tuple[str, int | None]] = []
+    writing = _Writing(bench)
     at_once = max(1, TOKENS_PER_PASS // max(bench.batch.ids.shape[1], bench.own.ids.shape[1]))
     outcomes: list[tuple[Outcome, Outcome]] = []
     for first in range(0, len(rows), at_once):
-        same, back = tried(rows[first : first + at_once])
+        same, back = writing.tried(rows[first : first + at_once])
         outcomes.append(
             (
                 bench.equal("writing a site's own values changes nothing", same),
@@ -92,7 +46,8 @@ def writes_work(bench: Bench) -> Iterator[Outcome]:
         )
     for found in zip(*outcomes, strict=True):
         yield max(found, key=lambda one: (one.error, one.compared))
-    unread = _unread(still, changed) if seen else set[int]()
+    still = writing.still
+    unread = _unread(still, changed) if writing.seen else set[int]()
     idle = [label_of(name, layer) for name, layer in still if layer not in unread]
     yield Outcome(
         "a hundredfold value changes the logits",
@@ -101,6 +56,75 @@ def writes_work(bench: Bench) -> Iterator[Outcome]:
         detail=", ".join(idle),
         failure="they stay as they are",
     )
+
+
+class _Writing:
+    """Passes whose rows are written to."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.seen = bench.stack == "vision"
+        """Its effect shows in what the language model gets."""
+        self.before = bench.reads[_EMBED][0] if self.seen else bench.logits[0]
+        self.still: list[tuple[str, int | None]] = []
+        """Where changed values changed nothing."""
+
+    def tried(self, rows: Sequence[Row]) -> tuple[Pairs, Pairs]:
+        """(what comes out with own values, what is read back of changed ones)."""
+        writes, wanted = self._writes(rows)
+        batch = self.bench.batch.take(torch.zeros(len(rows), dtype=torch.long))
+        model = self.bench.model
+        if self.seen:
+            result = run_whole(model, batch, writes=writes, reads=[*wanted, _EMBED], stop=0)
+        else:
+            result = run_whole(model, batch, writes=writes, reads=wanted)
+        after = result.reads[_EMBED] if self.seen else result.logits
+        assert after is not None
+        same: Pairs = []
+        back: Pairs = []
+        for number, (name, layers, unchanged) in enumerate(rows):
+            if unchanged:
+                same.append((name, after[number], self.before))
+                continue
+            (layer,) = layers
+            read = result.reads[SiteRead(name, layer, self.bench.stack)]
+            values = self._own(name, layer)
+            at = self._part(name, values).start
+            tokens = batch.of_site(name, self.bench.stack)
+            found = self.bench.real_of(number, read, tokens)[at:]
+            expected = hundredfold(values[at:], name, self.bench.anatomy).to(found.dtype)
+            back.append((label_of(name, layer), found, expected))
+            if difference(after[number], self.before) <= self.bench.tolerance / 10:
+                self.still.append((name, layer))
+        return same, back
+
+    def _writes(self, rows: Sequence[Row]) -> tuple[list[SiteWrite], list[SiteRead]]:
+        """What is written, and which of it is read back."""
+        writes: list[SiteWrite] = []
+        wanted: list[SiteRead] = []
+        for number, (name, layers, unchanged) in enumerate(rows):
+            for layer in layers:
+                values, where = self._own(name, layer), SiteRead(name, layer, self.bench.stack)
+                at = range(len(values)) if unchanged else self._part(name, values)
+                values = values[at.start :]
+                if not unchanged:
+                    values = hundredfold(values, name, self.bench.anatomy)
+                    wanted.append(where)
+                writes.append(whole_site(where, number, at, values))
+        return writes, wanted
+
+    def _own(self, name: str, layer: int | None) -> Tensor:
+        """A site's own values."""
+        bench = self.bench
+        tokens = bench.batch.of_site(name, bench.stack)
+        return bench.real_of(0, bench.reads[SiteRead(name, layer, bench.stack)], tokens)
+
+    def _part(self, name: str, values: Tensor) -> range:
+        """The tokens that changed values are written at."""
+        # A token needn't see itself (sparse attention), or may see nothing else (chunks).
+        alone = not self.bench.stack and self.bench.model.shape.takes != "image"
+        last = alone and name not in ("q", "k", "v")
+        return range(len(values) - 1 if last else 0, len(values))
 
 
 def _unread(
