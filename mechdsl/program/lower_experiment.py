@@ -227,7 +227,7 @@ def _rules(
     return tuple(found)
 
 
-def _observed(rules: tuple[spec.Rule, ...], parts: Parts) -> tuple[spec.Measure, ...]:
+def _observed(rules: tuple[spec.Rule, ...], parts: Definitions) -> tuple[spec.Measure, ...]:
     """An observation is a measure of what it looks at; `attention` alone may be the file's own."""
     label = "observed attention" if "attention" in parts.metrics else "attention"
     return tuple(

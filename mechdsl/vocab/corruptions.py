@@ -285,7 +285,7 @@ class Add(ActivationChange):
         kind = NOISES.get(call.name)
         if kind is None:
             known = ", ".join(f"`{name}`" for name in NOISES)
-            hint = did_you_mean(NOISES.suggest(call.name), f"there is {known}")
+            hint = did_you_mean(call.name, NOISES, f"there is {known}")
             return None, [UnknownWord(span=call.span, kind="noise", word=call.name, hint=hint)]
         wrong: list[Diagnostic] = []
         site = change.to

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mechdsl.vocab.constructs import CIRCUIT, CONSTRUCTS, OWN, PATCHING, TRACING, Construct, Group
-
 from mechdsl.vocab.corruptions import CHANGES, NOISES, ActivationChange
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, Form, Takes

@@ -15,10 +15,10 @@ from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment import ExperimentResult
 
 from ..execute.support import MODES
+from ..reference.forward import Run, Write, forward
 from ..reference.noise import noise
 from .models import STRAIGHT, WITHOUT_NORMS, double
 from .paths import LAST, RECEIVERS, SENDERS, End, between, leads, path, plain
-from ..reference.forward import Run, Write, forward
 from .support import (
     BLOCKS,
     QUICK,
