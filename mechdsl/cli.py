@@ -465,7 +465,9 @@ def plan(
     _print(problems)
     if checked is None or has_errors(problems):
         return WRONG
-    from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, make_plan, unknown_passes
+    from mechdsl.plan.make_plan import make_plan
+    from mechdsl.plan.passes import unknown_passes
+    from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS
     from mechdsl.show.plan import print_plan
 
     wrong = unknown_passes(no_pass)
@@ -487,25 +489,41 @@ def plan(
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["dot", "mermaid", "svg"]),
+    type=click.Choice(["dot", "mermaid", "svg", "text"]),
     default="mermaid",
     show_default=True,
 )
 @click.option("--to", type=click.Path(path_type=Path), help="Write it to this file.")
+@click.option(
+    "--before/--after", help="Before the planner's passes, or as it is run.  [default: after]"
+)
 @allow_python_option
 def graph(
-    file: Path, parameters: tuple[str, ...], form: str, to: Path | None, allow_python: bool
+    file: Path,
+    parameters: tuple[str, ...],
+    form: str,
+    to: Path | None,
+    before: bool,
+    allow_python: bool,
 ) -> int:
     """Draw the intervention graph."""
     checked, problems = _checked(file, _settings(parameters, python=_mode(allow_python)))
     _print(problems)
     if checked is None or has_errors(problems):
         return WRONG
-    from mechdsl.plan.plan import make_plan
+    from mechdsl.plan.make_plan import graph_of_file, rewrite
     from mechdsl.show import graph as draw
 
-    made = make_plan(checked.experiments).graph
-    text = {"dot": draw.to_dot, "mermaid": draw.to_mermaid, "svg": draw.to_svg}[form](made)
+    made = graph_of_file(checked.experiments)
+    if not before:
+        made, _ = rewrite(made)
+    drawings = {
+        "dot": draw.to_dot,
+        "mermaid": draw.to_mermaid,
+        "svg": draw.to_svg,
+        "text": draw.to_text,
+    }
+    text = drawings[form](made)
     if to is None:
         sys.stdout.write(text)
     else:

@@ -20,7 +20,9 @@ from mechdsl.execute.execute import Options, Progress, execute, refused, sizes_o
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt, load
-from mechdsl.plan.plan import Plan, make_plan, plan_experiment, unknown_passes
+from mechdsl.plan.make_plan import make_plan
+from mechdsl.plan.passes import unknown_passes
+from mechdsl.plan.plan import Plan
 from mechdsl.program import spec
 from mechdsl.resolve.experiment import resolve_experiment
 from mechdsl.resolve.findings import Finding
@@ -240,7 +242,8 @@ class _Progress:
         tell = self.tell
         if tell is None or (not later and not self.before):
             return options
-        behind = sum(plan_experiment(each).count() for each in with_controls(later))
+        panels = make_plan(later).panels
+        behind = sum(each.count() for panel in panels for each in panel.experiments)
         before = self.before
 
         def advance(done: int, total: int) -> None:

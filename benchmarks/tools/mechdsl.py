@@ -18,7 +18,7 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.execute import execute
 from mechdsl.loading.load import adopt
-from mechdsl.plan.plan import make_plan
+from mechdsl.plan.make_plan import make_plan
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.validate.file import Checked, Settings, check_source

@@ -25,7 +25,7 @@ from mechdsl.execute.unpatched_batch import Side
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.writes import readable
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.plan import BATCH_ROWS, INERT, SHARE, ExperimentPlan, Panel, Plan
+from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel, Plan
 from mechdsl.plan.rules import Rows
 from mechdsl.plan.share import SharedRows, Sharer
 from mechdsl.program.python_files import PythonFailure
@@ -402,7 +402,7 @@ class PanelRunner:
         return Patcher(self.plan, plans, gauges, fillings, self.runs)
 
     def _sharer(self) -> Sharer:
-        return Sharer(self.panel.experiments, share=self.plan.does(SHARE))
+        return Sharer(self.panel.experiments, share=self.plan.shares_rows)
 
     def _sorted_out(self, plan: ExperimentPlan, batch: Ints) -> _SortedOut:
         """Which rows of an experiment have to be run."""
@@ -410,7 +410,7 @@ class PanelRunner:
         good = readable(plan, every, self.fillings[plan.experiment.key])
         rows = every.take(good)
         inert = plan.is_inert(rows)
-        out = inert if self.plan.does(INERT) else np.zeros_like(inert)
+        out = inert if self.plan.skips_inert else np.zeros_like(inert)
         return _SortedOut(
             live=rows.take(np.flatnonzero(~out)),
             left_out=rows.take(np.flatnonzero(out)),

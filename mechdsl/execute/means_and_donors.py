@@ -15,8 +15,9 @@ from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.hooks.places import SiteRead
 from mechdsl.models.shape import units, width
 from mechdsl.plan.columns import counted
-from mechdsl.plan.plan import ExperimentPlan, Place
+from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rules import RulePlan
+from mechdsl.resolve.resolved import Place
 from mechdsl.vocab.sites import SITES
 
 

@@ -29,7 +29,7 @@ from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.ends import Places
 from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.columns import counted
-from mechdsl.plan.plan import FUSE, ExperimentPlan, Plan
+from mechdsl.plan.plan import ExperimentPlan, Plan
 from mechdsl.plan.restart import Held
 from mechdsl.plan.rules import Rows
 from mechdsl.plan.share import SharedRows
@@ -259,7 +259,7 @@ class Patcher:
                 reads=reads,
                 tokens=tokens,
                 shortcuts=self.plan.shortcuts,
-                fuse=self.plan.does(FUSE),
+                fuse=self.plan.fuses_kernels,
                 edges=rows.edges,
                 held=rows.held,
             )

@@ -25,9 +25,9 @@ from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.packed.ends import Places
 from mechdsl.plan.columns import counted, each_unit, units_of
-from mechdsl.plan.plan import Place
 from mechdsl.plan.restart import Held
 from mechdsl.plan.rules import Rows, RulePlan
+from mechdsl.resolve.resolved import Place
 
 Run = Callable[[Rows, Ints, Held, Mapping[SiteRead, Places]], Mapping[SiteRead, Tensor]]
 """Runs rows (with their draws) of which the senders are patched and the rest is held; gives what

@@ -8,7 +8,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.patched_rows import Member
-from mechdsl.plan.plan import JOIN, ExperimentPlan, Plan
+from mechdsl.plan.plan import ExperimentPlan, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.table import Run
@@ -54,7 +54,7 @@ def groups(
             start[own] = np.array(numbers, dtype=np.int64)[which]
             draws[own] = each.draws
     keys = [start, draws]
-    if not plan.does(JOIN):
+    if not plan.joins_rows:
         keys += [shared.owner, shared.rows.cell]
     _, group = np.unique(np.stack(keys), axis=1, return_inverse=True)
     group = group.reshape(-1)

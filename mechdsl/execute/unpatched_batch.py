@@ -19,9 +19,8 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.activation_cache import Kept, keeping
-from mechdsl.plan.plan import Place
 from mechdsl.prompts.table import Noise, Run
-from mechdsl.resolve.resolved import Atom, ResolvedMeasure
+from mechdsl.resolve.resolved import Atom, Place, ResolvedMeasure
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
 Side = Literal["left", "right"]

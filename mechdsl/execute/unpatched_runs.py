@@ -21,10 +21,10 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.places import SiteRead
-from mechdsl.plan.plan import FUSE, UNEMBED, ExperimentPlan, Panel, Place, Plan
+from mechdsl.plan.plan import ExperimentPlan, Panel, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.prompts.table import PromptTable, Run
-from mechdsl.resolve.resolved import Atom
+from mechdsl.resolve.resolved import Atom, Place
 
 TOGETHER = 512
 """Tokens of a run up to which others are run in the same pass."""
@@ -54,7 +54,7 @@ class UnpatchedRuns:
         self.gauges = gauges
         narrow = all(gauge.narrow for gauge in gauges)
         accuracies = any(each.experiment.accuracies for each in panel.experiments)
-        self.narrow = plan.does(UNEMBED) and narrow and not accuracies
+        self.narrow = plan.narrows_logits and narrow and not accuracies
         self.spots = spots_of([m for gauge in gauges for m in gauge.measures])
         if {} not in self.spots:  # accuracies read the last token
             self.spots = (*self.spots, {})
@@ -160,7 +160,7 @@ class UnpatchedRuns:
             spots=self.spots if measured else (),
             stop=self._stop(run),
             tokens=self.tokens(self.gauges, prompts) if self.narrow else None,
-            fuse=self.plan.does(FUSE),
+            fuse=self.plan.fuses_kernels,
             loss=self.loss if measured and continuation is None else None,
             continuation=continuation,
         )
@@ -181,7 +181,7 @@ class UnpatchedRuns:
 
     def tokens(self, gauges: Iterable[Gauge], prompts: Ints) -> Tensor | None:
         """[K] ascending: all that these gauges read of the logits; None for the vocabulary."""
-        if not self.plan.does(UNEMBED) or not all(gauge.narrow for gauge in gauges):
+        if not self.plan.narrows_logits or not all(gauge.narrow for gauge in gauges):
             return None
         found = sorted(set[int]().union(*(gauge.tokens(prompts) for gauge in gauges)))
         return torch.tensor(found, dtype=torch.long, device=self.model.device)

@@ -19,9 +19,10 @@ from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.places import SiteRead, SiteWrite
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan.columns import counted, each_unit, units_of
-from mechdsl.plan.plan import ExperimentPlan, Place
+from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rules import Rows, RulePlan
 from mechdsl.program.python_files import PythonFunction
+from mechdsl.resolve.resolved import Place
 from mechdsl.vocab.sites import SITES
 
 LanesOf: TypeAlias = Callable[[str, bool], Lanes]

@@ -1,19 +1,30 @@
 """The intervention graph: small frozen nodes, edges are data dependencies.
 
 A sweep is one node with axes, so a file's graph has tens of nodes whatever its number of cells.
-Nodes are compared by value: what two experiments have in common is one node.
+Nodes are compared by value: what two experiments have in common is one node. Beside what it is
+compared by, a node holds what a run needs of it; the plan is made of the nodes alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from hashlib import sha256
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias, TypeVar
 
 import networkx as nx
 
 from mechdsl.program import spec
-from mechdsl.resolve.resolved import DRAW, ResolvedExperiment, ResolvedMeasure, ResolvedRule
+from mechdsl.prompts.table import Noise, PositionCell
+from mechdsl.resolve.resolved import (
+    DRAW,
+    Axis,
+    Key,
+    Place,
+    ResolvedExperiment,
+    ResolvedMeasure,
+    ResolvedRule,
+    SitePoint,
+)
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.sites import SITES, stop_layer
 
@@ -29,16 +40,28 @@ class Encode:
     run: str
     replaced: str | None = None
     """`slot token with "thing"`: a change of the input that a rule makes."""
+    kept_by: tuple[ResolvedMeasure, ...] = field(default=(), compare=False, repr=False)
+    """What `keep` says."""
+    replaced_by: ResolvedRule | None = field(default=None, hash=False, repr=False)
+    """The rule that changes the input."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """An activation of a forward pass."""
+    """Activations of a forward pass."""
 
     forward: Forward
-    site: str
-    layers: tuple[int, ...]
-    positions: str
+    at: str
+    """Where, as the file says it."""
+    points: Mapping[Key, tuple[SitePoint, ...]] = field(compare=False, repr=False)
+    """What is read for every combination of the axes of the rule's sites."""
+    positions: Mapping[Key, PositionCell] = field(compare=False, repr=False)
+    """Where, for every combination of the axes of its positions."""
+    places: tuple[Place, ...] = field(init=False)
+    """Every component that is read, with its layer, in the order of a forward pass."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", places_of(self.points))
 
 
 @dataclass(frozen=True)
@@ -54,14 +77,28 @@ class Transform:
 class Write:
     """A value that goes into a forward pass."""
 
-    site: str
-    layers: tuple[int, ...]
-    positions: str
+    by: ResolvedRule | Noise = field(hash=False, repr=False)
+    """The rule that says where it goes in every cell; or the corruption that adds it."""
+    at: str
     value: Read | Transform
-    targets: str = ""
-    """The first and the last of what its cells write: `L0H0.z … L3H3.z`."""
-    digest: str = ""
-    """Of all of them, so that rules with different heads stay different nodes."""
+    places: tuple[Place, ...] = field(init=False)
+    """Every component that is written, with its layer."""
+
+    def __post_init__(self) -> None:
+        written: tuple[Place, ...]
+        if isinstance(self.by, Noise):
+            written = ((self.by.site, None),)
+        else:
+            assert self.by.sites is not None
+            written = places_of(self.by.sites.points)
+        object.__setattr__(self, "places", written)
+
+    @property
+    def read(self) -> Read | None:
+        """What is read for it."""
+        if isinstance(self.value, Read):
+            return self.value
+        return next(iter(self.value.inputs), None)
 
 
 @dataclass(frozen=True)
@@ -69,10 +106,13 @@ class Forward:
     """One pass over the prompts for every combination of its axes."""
 
     model: str
+    n_layers: int
+    """Blocks of the model."""
     encode: Encode
+    run: str = field(compare=False)
+    """The unpatched run that it is, or starts from, as its experiment calls it."""
     writes: tuple[Write, ...] = ()
-    axes: tuple[tuple[str, int], ...] = ()
-    """(name, number of values)."""
+    axes: tuple[Axis, ...] = field(default=(), hash=False)
     stop: int | None = None
     """How many blocks have to run; None is the whole model."""
     after: tuple[Effect, ...] = ()
@@ -81,8 +121,8 @@ class Forward:
     @property
     def cells(self) -> int:
         count = 1
-        for _, size in self.axes:
-            count *= size
+        for axis in self.axes:
+            count *= len(axis)
         return count
 
 
@@ -95,6 +135,10 @@ class Measure:
     at: str
     references: tuple[Forward, ...] = ()
     """Runs that the metric compares with: `kl(clean)`."""
+    measure: ResolvedMeasure = field(kw_only=True, compare=False, repr=False)
+    """How it is computed, and at which token of every row."""
+    observed: ResolvedRule | None = field(default=None, hash=False, repr=False)
+    """The rule that says what is looked at in every cell."""
 
 
 @dataclass(frozen=True)
@@ -103,23 +147,31 @@ class Effect:
 
     kind: str
     patched: Measure
-    base: Measure | None
+    base: Measure
     source: Measure | None
+    said: spec.Measure = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Report:
+    """What is shown of an experiment's effects."""
+
     experiment: str
     effects: tuple[Effect, ...]
     what: str
+    of: ResolvedExperiment = field(compare=False, repr=False)
+    """What its results say beside their values: its names, its seed, its statistics."""
 
 
 @dataclass(frozen=True)
 class Expect:
+    """What is expected of an experiment's effects."""
+
     experiment: str
     effects: tuple[Effect, ...]
-    measures: tuple[Measure, ...]
+    accuracies: tuple[Measure, ...]
     condition: str
+    of: ResolvedExperiment = field(compare=False, repr=False)
 
 
 Node: TypeAlias = Encode | Forward | Read | Transform | Write | Measure | Effect | Report | Expect
@@ -138,7 +190,7 @@ def inputs(node: Node) -> list[Node]:
     return found
 
 
-def graph_of(leaves: list[Node]) -> Graph:
+def graph_of(leaves: Sequence[Node]) -> Graph:
     """The graph of everything that the leaves need."""
     graph: Graph = nx.DiGraph()
 
@@ -160,9 +212,16 @@ def lint(graph: Graph) -> None:
     assert nx.is_directed_acyclic_graph(graph), "the graph has a cycle"
     for node in graph:
         assert set(graph.predecessors(node)) == set(inputs(node)), f"edges of {node!r} are stale"
+    acting: dict[str, set[Forward]] = {}
+    for leaf in leaves(graph):
+        assert leaf.effects, f"{leaf.experiment} shows nothing"
+        found = acting.setdefault(leaf.experiment, set())
+        found.update(effect.patched.forward for effect in leaf.effects)
+    for experiment, passes in acting.items():
+        assert len(passes) == 1, f"{experiment} is measured in several passes"
 
 
-def build(experiments: list[ResolvedExperiment]) -> Graph:
+def build(experiments: Sequence[ResolvedExperiment]) -> Graph:
     """The graph of a file's experiments."""
     known: dict[str, tuple[Effect, ...]] = {}
 
@@ -170,9 +229,10 @@ def build(experiments: list[ResolvedExperiment]) -> Graph:
         if experiment.key not in known:
             named = [e for e in experiments if e.name in experiment.spec.after]
             after = tuple(first for e in named for first in effects(e)[:1])
+            acting = patched(experiment, after)
             pairs = zip(experiment.spec.measures, experiment.measures, strict=True)
             known[experiment.key] = tuple(
-                _effect(experiment, measure, resolved, after) for measure, resolved in pairs
+                _effect(experiment, acting, measure, resolved) for measure, resolved in pairs
             )
         return known[experiment.key]
 
@@ -180,16 +240,15 @@ def build(experiments: list[ResolvedExperiment]) -> Graph:
 
 
 def _leaves(experiment: ResolvedExperiment, effects: tuple[Effect, ...]) -> list[Node]:
+    key = experiment.key
     reports = experiment.spec.reports or (spec.Report(span=experiment.spec.span, kind="table"),)
-    accuracy = tuple(
-        Measure(unpatched(experiment, run), "correct", "last token")
-        for run in experiment.accuracies
+    accuracies = tuple(
+        Measure(unpatched(experiment, run), "correct", "last token", measure=correct)
+        for run, correct in experiment.accuracies.items()
     )
-    leaves: list[Node] = [
-        Report(experiment.key, effects, report_text(report)) for report in reports
-    ]
+    leaves: list[Node] = [Report(key, effects, report_text(each), experiment) for each in reports]
     leaves.extend(
-        Expect(experiment.key, effects, accuracy, expect.text) for expect in experiment.spec.expects
+        Expect(key, effects, accuracies, each.text, experiment) for each in experiment.spec.expects
     )
     return leaves
 
@@ -201,13 +260,6 @@ def report_text(report: spec.Report) -> str:
     return " ".join(word for word in words if word)
 
 
-def encode(experiment: ResolvedExperiment, run: str, replaced: str | None = None) -> Encode:
-    """The node that turns one run's prompts into tokens."""
-    s = experiment.spec
-    keep = tuple(measure.text for measure in experiment.keep)
-    return Encode(s.prompts, s.part, s.limit, keep, run, replaced)
-
-
 def unpatched(experiment: ResolvedExperiment, run: str) -> Forward:
     """A run without interventions; a noised run writes its noise."""
     there = experiment.table.runs[run]
@@ -216,13 +268,18 @@ def unpatched(experiment: ResolvedExperiment, run: str) -> Forward:
     if noise is not None:
         amount = f"{noise.sds:g} sd" if noise.sds is not None else f"{noise.std:g}"
         value = Transform("noise", detail=f"{amount}, {noise.samples} draws")
-        writes = (Write(noise.site, (), "where the corruption says", value),)
+        writes = (Write(noise, "where the corruption says", value),)
     text = run
     if there.model is not None:
         text = "clean"
     elif noise is not None:
         text = there.prompts or "clean"
-    return Forward(there.model or experiment.model.name, encode(experiment, text), writes)
+    s = experiment.spec
+    keep = tuple(measure.text for measure in experiment.keep)
+    encode = Encode(s.prompts, s.part, s.limit, keep, text, kept_by=experiment.keep)
+    # Models that are patched into each other have the same number of layers.
+    model, n_layers = there.model or experiment.model.name, experiment.model.shape.n_layers
+    return Forward(model, n_layers, encode, run, writes)
 
 
 def patched(experiment: ResolvedExperiment, after: tuple[Effect, ...] = ()) -> Forward:
@@ -233,14 +290,17 @@ def patched(experiment: ResolvedExperiment, after: tuple[Effect, ...] = ()) -> F
     base = unpatched(experiment, experiment.spec.base)
     if not experiment.rules:
         return base
-    replaced = next((_at(rule) for rule in experiment.rules if rule.fill == "text"), None)
+    replacing = next((rule for rule in experiment.rules if rule.fill == "text"), None)
     acting = [r for r in experiment.rules if r.sites is not None and r.fill != "observe"]
     writes = tuple(_write(experiment, rule) for rule in acting)
+    replaced = None if replacing is None else _at(replacing)
     return Forward(
         experiment.model.name,
-        replace(base.encode, replaced=replaced),
+        base.n_layers,
+        replace(base.encode, replaced=replaced, replaced_by=replacing),
+        base.run,
         base.writes + writes,
-        tuple((axis.name, len(axis)) for axis in experiment.axes),
+        experiment.axes,
         after=after,
     )
 
@@ -257,35 +317,18 @@ def _at(rule: ResolvedRule) -> str:
     return at
 
 
-def rule_layers(rule: ResolvedRule) -> tuple[int, ...]:
-    """Every layer that the rule writes to in some cell."""
-    assert rule.sites is not None
-    return tuple(
-        sorted({p.layer for pts in rule.sites.points.values() for p in pts if p.layer is not None})
-    )
-
-
-def rule_sites(rule: ResolvedRule) -> tuple[str, ...]:
-    """Every component that the rule writes to, in the order of a forward pass."""
-    assert rule.sites is not None
-    names = {p.site for points in rule.sites.points.values() for p in points}
-    return tuple(sorted(names, key=lambda name: SITES[name].order))
+def places_of(points: Mapping[Key, tuple[SitePoint, ...]]) -> tuple[Place, ...]:
+    """Every component with its layer, in the order of a forward pass."""
+    found = {(point.site, point.layer) for here in points.values() for point in here}
+    return tuple(sorted(found, key=lambda place: (SITES[place[0]].order, place[1] or 0)))
 
 
 def _write(experiment: ResolvedExperiment, rule: ResolvedRule) -> Write:
-    assert rule.sites is not None
-    site, layers, at = ", ".join(rule_sites(rule)), rule_layers(rule), _at(rule)
-    labels = list(rule.sites.labels.values())
-    if rule.path is not None:
-        labels += rule.path.receivers.labels.values()
-    targets = labels[0] if len(labels) == 1 else f"{labels[0]} … {labels[-1]}"
-    digest = sha256("\n".join(labels).encode()).hexdigest()
-    return Write(site, layers, at, _value(experiment, rule, site, at), targets, digest)
+    at = _at(rule)
+    return Write(rule, at, _value(experiment, rule, at))
 
 
-def _value(
-    experiment: ResolvedExperiment, rule: ResolvedRule, site: str, at: str
-) -> Read | Transform:
+def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> Read | Transform:
     """What a rule writes, and what it reads for it."""
     assert rule.sites is not None
     detail = f"by {rule.spec.by}" if rule.spec.by else ""
@@ -299,12 +342,11 @@ def _value(
         keys = "" if rule.spec.onto is None else rule.spec.onto.span.written
         return Transform(rule.edge.kind, detail=f"to {keys} {detail}".strip())
     points = rule.sites.points if rule.sites.sources is None else rule.sites.sources
-    layers = {p.layer for here in points.values() for p in here if p.layer is not None}
     forward = unpatched(experiment, rule.run)
     if rule.apart is not None:
         other = Encode(rule.apart.table.name, None, None, (), rule.apart.run)
-        forward = Forward(experiment.model.name, other)
-    read = Read(forward, site, tuple(sorted(layers)), at)
+        forward = Forward(experiment.model.name, forward.n_layers, other, rule.apart.run)
+    read = Read(forward, at, points, rule.positions.read)
     if rule.fill == "source":
         return read
     if rule.path is not None:
@@ -316,46 +358,61 @@ def _value(
 
 def _effect(
     experiment: ResolvedExperiment,
+    acting: Forward,
     measure: spec.Measure,
     resolved: ResolvedMeasure,
-    after: tuple[Effect, ...],
 ) -> Effect:
     entry = EFFECTS[measure.effect]
     at = "last token" if measure.at is None else measure.at.span.written
     runs = dict.fromkeys(atom.run for atom in resolved.atoms if atom.run is not None)
     references = tuple(unpatched(experiment, run) for run in runs)
 
-    def measured(forward: Forward) -> Measure:
-        return Measure(forward, resolved.text, at, references)
+    def measured(forward: Forward, observed: ResolvedRule | None = None) -> Measure:
+        words = resolved.text, at, references
+        return Measure(forward, *words, measure=resolved, observed=observed)
 
     # Base and source are measured whatever the effect needs: both ends are always printed.
     source = experiment.spec.source
+    observed = next((rule for rule in experiment.rules if rule.fill == "observe"), None)
     return Effect(
         entry.name,
-        measured(patched(experiment, after)),
+        measured(acting, observed),
         measured(unpatched(experiment, experiment.spec.base)),
         None if source is None else measured(unpatched(experiment, source)),
+        measure,
     )
 
 
-def highest_read(read: Read, n_layers: int) -> int | None:
+def highest_read(read: Read) -> int | None:
     """How many blocks have to run before the read; None is the whole model."""
-    needed = [
-        stop_layer(site, layer, n_layers)
-        for site in read.site.split(", ")
-        for layer in (read.layers or (None,))
-    ]
+    needed = [stop_layer(*place, read.forward.n_layers) for place in read.places]
     return None if None in needed else max(n for n in needed if n is not None)
 
 
-def rebuild(node: NodeT, change: dict[Node, Node]) -> NodeT:
-    """The node with its inputs replaced, all the way down."""
+def rebuild(node: NodeT, change: Callable[[Node], Node]) -> NodeT:
+    """The node with itself and all its inputs changed; the same one where nothing changes."""
 
     def swap(value: Any) -> Any:
         if isinstance(value, Node):
-            return change.get(value) or rebuild(value, change)
+            return rebuild(value, change)
         if isinstance(value, tuple):
-            return tuple(swap(item) for item in value)
+            parts: tuple[Any, ...] = value
+            new = tuple(swap(item) for item in parts)
+            return new if any(a is not b for a, b in zip(new, parts, strict=True)) else parts
         return value
 
-    return replace(node, **{f.name: swap(getattr(node, f.name)) for f in fields(node)})
+    changed: Any = change(node)
+    old = {f.name: getattr(changed, f.name) for f in fields(changed) if f.init}
+    new = {name: swap(value) for name, value in old.items()}
+    differs = any(new[name] is not old[name] for name in old)
+    return replace(changed, **new) if differs else changed
+
+
+def leaves(graph: Graph) -> list[Report | Expect]:
+    """What is asked for, in the order of the file."""
+    return [node for node in graph if isinstance(node, (Report, Expect))]
+
+
+def rewritten(graph: Graph, change: Callable[[Node], Node]) -> Graph:
+    """The graph with its nodes changed, and without those that nothing needs then."""
+    return graph_of([rebuild(leaf, change) for leaf in leaves(graph)])

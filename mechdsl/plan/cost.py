@@ -1,4 +1,4 @@
-"""What a plan costs, and what each pass saves: rows, tokens through blocks, multiply-adds.
+"""What a panel costs: rows, tokens through blocks, multiply-adds.
 
 Counted on the rows themselves, with the masks that the packed run computes by, so nothing here is a
 rule of thumb but the size of an MLP and the rate of the machine.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from time import perf_counter
 
 import numpy as np
@@ -15,22 +16,8 @@ import numpy as np
 from mechdsl.base.arrays import Ints
 from mechdsl.models.shape import ModelShape
 from mechdsl.plan.columns import Ragged
-from mechdsl.plan.plan import (
-    BATCH_ROWS,
-    FUSE,
-    INERT,
-    JOIN,
-    PASS_TOKENS,
-    PLAN_PASSES,
-    PROMPT_TOKENS,
-    RESTART_PASSES,
-    SHARE,
-    UNEMBED,
-    ExperimentPlan,
-    Panel,
-    Plan,
-)
-from mechdsl.plan.restart import BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
+from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel
+from mechdsl.plan.restart import WHOLE_PASS, BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.plan.rules import Rows, RulePlan
 from mechdsl.plan.share import Sharer, combined
 from mechdsl.prompts.table import Run
@@ -68,58 +55,6 @@ class Cost:
     def flops(self) -> float:
         """Two per multiply-add."""
         return 2 * self.multiply_adds
-
-
-@dataclass(frozen=True)
-class Saving:
-    """What stands after one pass."""
-
-    name: str
-    after: Cost
-    on: bool = True
-
-
-@dataclass(frozen=True)
-class PlanCost:
-    """A plain loop over a file, and what is left of it pass by pass."""
-
-    plain: Cost
-    savings: tuple[Saving, ...]
-    blocks: int = 0
-    """Of the deepest model."""
-
-    @property
-    def planned(self) -> Cost:
-        """With all passes that are on."""
-        return self.savings[-1].after if self.savings else self.plain
-
-
-def plan_cost(
-    plan: Plan, pass_tokens: int = PASS_TOKENS, prompt_tokens: int = PROMPT_TOKENS
-) -> PlanCost:
-    """Count a plan; rows are laid out in chunks of prompts and forgotten.
-
-    pass_tokens, prompt_tokens: most tokens of a pass over rows, and of a batch of prompts.
-    """
-    plain = Cost()
-    after = dict.fromkeys(("stop_early", *PLAN_PASSES), Cost())
-    batched = list(PLAN_PASSES).index(JOIN)
-    for panel in plan.panels:
-        whole, stopped, batches = _unpatched(panel, plan, prompt_tokens)
-        plain += whole
-        together = replace(stopped, forwards=batches) if plan.does(JOIN) else stopped
-        for number, name in enumerate(after):
-            after[name] += together if number > batched else stopped
-        counter = _Counter(panel, plan, pass_tokens)
-        for prompts in counter.chunks():
-            rows_plain, rows_after = counter.count(prompts)
-            plain += rows_plain
-            after = {name: cost + rows_after[name] for name, cost in after.items()}
-    return PlanCost(
-        plain,
-        tuple(Saving(name, cost, plan.does(name)) for name, cost in after.items() if name != FUSE),
-        max((p.experiments[0].experiment.model.shape.n_layers for p in plan.panels), default=0),
-    )
 
 
 def matmul_rate(size: int = 1024, repeats: int = 3) -> float:
@@ -185,32 +120,6 @@ class _Block:
         return tokens(work.present), adds
 
 
-def _unpatched(panel: Panel, plan: Plan, prompt_tokens: int) -> tuple[Cost, Cost, int]:
-    """The unpatched runs of a panel: (all whole, those that are only read stopped early, forward
-    passes over batches of prompts)."""
-    experiment = panel.experiments[0].experiment
-    shape = experiment.model.shape
-    block = _Block.of(shape)
-    whole = stopped = Cost()
-    batches = 0
-    for name, needs in panel.runs.items():
-        run = panel.table.runs[name]
-        lengths = _lengths(run)
-        draws = run.noise.samples if run.noise is not None else 1
-        prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
-        per_block = int(block.whole(lengths).sum()) * draws
-        logits = prompts * shape.d_model * shape.vocab_size
-        n = shape.n_layers
-        all_of_it = Cost(0, 0, prompts, tokens * n, per_block * n + logits)
-        whole += all_of_it
-        stop = needs.stop
-        if stop is not None and plan.does("stop_early"):
-            all_of_it = Cost(0, 0, prompts, tokens * min(stop, n), per_block * min(stop, n))
-        stopped += all_of_it
-        batches += -(-tokens // prompt_tokens)
-    return whole, stopped, batches
-
-
 def _lengths(run: Run) -> Ints:
     return np.array([len(row.ids) for row in run.rows], dtype=np.int64)
 
@@ -218,17 +127,18 @@ def _lengths(run: Run) -> Ints:
 # --- rows ---------------------------------------------------------------------------------------
 
 
-class _Counter:
-    """Counts the rows of one panel."""
+class PanelCount:
+    """What is counted once for a panel."""
 
-    def __init__(self, panel: Panel, plan: Plan, pass_tokens: int) -> None:
-        self.plans = panel.experiments
-        self.plan = plan
+    def __init__(self, panel: Panel, pass_tokens: int, prompt_tokens: int) -> None:
+        self.panel = panel
         self.pass_tokens = pass_tokens
+        self.prompt_tokens = prompt_tokens
+        self.plans = panel.experiments
         self.table = self.plans[0].experiment.table
         self.shape = self.plans[0].experiment.model.shape
         self.block = _Block.of(self.shape)
-        self.sharer = Sharer(self.plans, share=plan.does(SHARE))
+        self.sharer = Sharer(self.plans, share=True)
 
     def chunks(self) -> Iterator[Ints]:
         """Prompts whose rows can be laid out at a time."""
@@ -237,82 +147,125 @@ class _Counter:
         every = np.arange(len(self.table), dtype=np.int64)
         return (every[i : i + size] for i in range(0, len(every), size))
 
-    def count(self, prompts: Ints) -> tuple[Cost, dict[str, Cost]]:
-        """(of the plain loop, after each pass) on these prompts."""
-        every = [plan.rows(prompts) if plan.rules else Rows.none() for plan in self.plans]
-        plain = now = self._whole(every, prompts)
-        after = {"stop_early": plain}
-        if self.plan.does(INERT):
-            every = [
-                rows.take(np.flatnonzero(~plan.is_inert(rows)))
-                for plan, rows in zip(self.plans, every, strict=True)
-            ]
-            now = self._whole(every, prompts)
-        after[INERT] = now
-        shared = self.sharer.of(every)
-        own = [
-            shared.rows.take(np.flatnonzero(shared.owner == number))
-            for number in range(len(self.plans))
-        ]
-        if self.plan.does(SHARE):
-            now = self._whole(own, prompts)
-        after[SHARE] = now
-        shapes = [
+    def unpatched(self, *, stopped: bool) -> Cost:
+        """All prompts of all unpatched runs: whole, or those that are only read stopped early."""
+        found = Cost()
+        for name, needs in self.panel.runs.items():
+            run = self.panel.table.runs[name]
+            lengths = _lengths(run)
+            draws = run.noise.samples if run.noise is not None else 1
+            prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
+            per_block = int(self.block.whole(lengths).sum()) * draws
+            blocks, logits = self.shape.n_layers, prompts * self.shape.d_model
+            logits *= self.shape.vocab_size
+            if stopped and needs.stop is not None:
+                blocks, logits = min(needs.stop, blocks), 0
+            found += Cost(0, 0, prompts, tokens * blocks, per_block * blocks + logits)
+        return found
+
+    def batches(self) -> int:
+        """Forward passes over batches of prompts that all unpatched runs take."""
+        runs = [self.panel.table.runs[name] for name in self.panel.runs]
+        draws = [run.noise.samples if run.noise is not None else 1 for run in runs]
+        tokens = (int(_lengths(run).sum()) * n for run, n in zip(runs, draws, strict=True))
+        return sum(-(-n // self.prompt_tokens) for n in tokens)
+
+
+class Tally:
+    """The work of a panel on some prompts: of the plain loop first, then with more and more left
+    out of it. The panel's unpatched runs are counted with its first prompts."""
+
+    def __init__(self, panel: PanelCount, prompts: Ints) -> None:
+        self.panel = panel
+        self.first = bool(len(prompts)) and prompts[0] == 0
+        self.rows = [plan.rows(prompts) if plan.rules else Rows.none() for plan in panel.plans]
+        self.patched = self._whole()
+        self.unpatched = panel.unpatched(stopped=False) if self.first else Cost()
+        self.shortcuts = WHOLE_PASS
+
+    @property
+    def cost(self) -> Cost:
+        """What is left."""
+        return self.patched + self.unpatched
+
+    @cached_property
+    def shapes(self) -> list[_Shapes]:
+        """The rows that are left by what they compute; none are left out any more."""
+        return [
             shape
-            for plan, rows in zip(self.plans, own, strict=True)
+            for plan, rows in zip(self.panel.plans, self.rows, strict=True)
             for shape in _shapes(plan, rows)
         ]
-        taken: dict[str, bool] = dict.fromkeys(RESTART_PASSES, False)
-        for name in RESTART_PASSES:
-            taken[name] = self.plan.does(name)
-            if taken[name]:
-                now = self._restarted(now, shapes, Shortcuts(**taken))
-            after[name] = now
-        narrow = all(
-            atom.form.narrow for p in self.plans for m in p.experiment.measures for atom in m.atoms
-        )
-        if self.plan.does(UNEMBED) and narrow:
-            now = self._narrowed(now, shapes)
-        after[UNEMBED] = now
-        if self.plan.does(JOIN) and now.rows:
-            width = sum(one.width for one in shapes)
-            passes = -(-width // self.pass_tokens)
-            now = replace(now, forwards=min(now.forwards, passes))
-        after[JOIN] = after[FUSE] = now
-        return plain, after
 
-    def _cells(self, rows: Sequence[Rows], prompts: Ints) -> int:
-        """Cells with a row; counted on the first prompts, as all have the same."""
-        if not len(prompts) or prompts[0] != 0:
-            return 0
-        return sum(len(np.unique(one.cell)) for one in rows)
+    def stop_early(self) -> None:
+        """Unpatched runs that are only read stop above what is read."""
+        if self.first:
+            self.unpatched = self.panel.unpatched(stopped=True)
 
-    def _whole(self, rows: Sequence[Rows], prompts: Ints) -> Cost:
+    def leave_inert_out(self) -> None:
+        """Rows that can't differ from the base run are not run."""
+        self.rows = [
+            rows.take(np.flatnonzero(~plan.is_inert(rows)))
+            for plan, rows in zip(self.panel.plans, self.rows, strict=True)
+        ]
+        self.patched = self._whole()
+
+    def share(self) -> None:
+        """Equal rows are run once."""
+        shared = self.panel.sharer.of(self.rows)
+        self.rows = [
+            shared.rows.take(np.flatnonzero(shared.owner == number))
+            for number in range(len(self.panel.plans))
+        ]
+        self.patched = self._whole()
+
+    def restart(self, **shortcuts: bool) -> None:
+        """Rows take one thing more over from the unpatched run."""
+        self.shortcuts = replace(self.shortcuts, **shortcuts)
+        shape = self.panel.shape
+        tokens = 0
+        adds = self.patched.rows * float(shape.d_model * shape.vocab_size)
+        for one in self.shapes:
+            more_tokens, more_adds = one.work(self.panel.block, shape, self.shortcuts)
+            tokens += more_tokens
+            adds += more_adds
+        self.patched = replace(self.patched, tokens=tokens, multiply_adds=adds)
+
+    def narrow(self) -> None:
+        """Two rows of the unembedding for every row instead of the vocabulary, where no metric
+        needs all."""
+        measures = [m for plan in self.panel.plans for m in plan.experiment.measures]
+        if not all(atom.form.narrow for measure in measures for atom in measure.atoms):
+            return
+        shape = self.panel.shape
+        saved = self.patched.rows * float(shape.d_model * (shape.vocab_size - 2))
+        left = self.patched.multiply_adds - saved
+        self.patched = replace(self.patched, multiply_adds=left)
+
+    def join(self) -> None:
+        """Rows ride in passes of a good size, prompts in batches."""
+        if self.patched.rows:
+            passes = -(-sum(one.width for one in self.shapes) // self.panel.pass_tokens)
+            forwards = min(self.patched.forwards, passes)
+            self.patched = replace(self.patched, forwards=forwards)
+        if self.first:
+            self.unpatched = replace(self.unpatched, forwards=self.panel.batches())
+
+    def _whole(self) -> Cost:
         """Every row a whole pass."""
         count = tokens = 0
         adds = 0.0
-        n, logits = self.shape.n_layers, self.shape.d_model * self.shape.vocab_size
-        for plan, one in zip(self.plans, rows, strict=True):
+        shape, block = self.panel.shape, self.panel.block
+        n, logits = shape.n_layers, shape.d_model * shape.vocab_size
+        for plan, one in zip(self.panel.plans, self.rows, strict=True):
             lengths = plan.lengths(one)
             count += len(one) * plan.draws
             tokens += int(lengths.sum()) * plan.draws * n
-            adds += float(self.block.whole(lengths).sum()) * plan.draws * n
+            adds += float(block.whole(lengths).sum()) * plan.draws * n
             adds += len(one) * plan.draws * float(logits)
-        return Cost(self._cells(rows, prompts), count, count, tokens, adds)
-
-    def _restarted(self, before: Cost, shapes: Sequence[_Shapes], shortcuts: Shortcuts) -> Cost:
-        tokens = 0
-        adds = before.rows * float(self.shape.d_model * self.shape.vocab_size)
-        for one in shapes:
-            more_tokens, more_adds = one.work(self.block, self.shape, shortcuts)
-            tokens += more_tokens
-            adds += more_adds
-        return replace(before, tokens=tokens, multiply_adds=adds)
-
-    def _narrowed(self, before: Cost, shapes: Sequence[_Shapes]) -> Cost:
-        """Two rows of the unembedding for every row instead of the vocabulary."""
-        saved = before.rows * float(self.shape.d_model * (self.shape.vocab_size - 2))
-        return replace(before, multiply_adds=before.multiply_adds - saved)
+        # Cells are counted on the first prompts, as all have the same.
+        cells = sum(len(np.unique(one.cell)) for one in self.rows) if self.first else 0
+        return Cost(cells, count, count, tokens, adds)
 
 
 def _blocks(table: Sequence[SitePoint], points: Ragged) -> Ints:

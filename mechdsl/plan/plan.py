@@ -7,31 +7,24 @@ time and never held as objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Ints
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
-from mechdsl.graph.nodes import Encode, Forward, Graph, Measure, Read, build, unpatched
-from mechdsl.graph.passes import PASSES, PassOutcome, run_passes
+from mechdsl.graph.needs import Asked, RunNeeds, asked, needs
+from mechdsl.graph.nodes import Encode, Forward, Graph
 from mechdsl.plan.columns import Hits, Ragged, counted
 from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
-from mechdsl.plan.restart import Shortcuts
+from mechdsl.plan.restart import WHOLE_PASS, Shortcuts
 from mechdsl.plan.rules import PathPlan, Rows, RulePlan
 from mechdsl.prompts.table import PromptTable, Run
 from mechdsl.resolve.path_rules import reached
-from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolved import Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
-
-Place: TypeAlias = tuple[str, int | None]
-"""A component and its layer."""
 
 PROMPT_TOKENS = 4096
 """Tokens of one batch of unpatched prompts, at most."""
@@ -41,31 +34,15 @@ too often, more fall out of the cache."""
 BATCH_ROWS = 1 << 18
 """Rows that are laid out at a time: columns of integers, a hundred bytes a row."""
 
-RESTART_PASSES: Mapping[str, str] = {
-    "resume": "a row starts at its lowest write, with what the unpatched run had there",
-    "prefix": "it computes its leftmost write and what follows, on keys and values that are kept",
-    "inside": "it starts inside that block, and projects queries, keys, values only of changes",
-    "last": "nothing is computed that no measure reads: in the last block few tokens, behind the "
-    "last one read none",
-}
-SHARE, INERT, JOIN, UNEMBED, FUSE = "share", "inert", "join", "unembed", "fuse"
-PLAN_PASSES: Mapping[str, str] = {
-    INERT: "rows that can't differ from the base run are not run",
-    SHARE: "rows that several cells or experiments have in common are run once",
-    **RESTART_PASSES,
-    UNEMBED: "only the logits that metrics read are computed, where they need no softmax",
-    JOIN: "rows of all layers, sites, rules and experiments ride in one pass, and join it where "
-    "they start",
-    FUSE: "activation functions written out step by step run in one kernel",
-}
-"""Name → what it does. `plan` shows what each saves, in this order."""
-
 
 @dataclass(frozen=True, eq=False)
 class ExperimentPlan:
     """Everything that is known of an experiment's rows before the model runs."""
 
     experiment: ResolvedExperiment
+    """As the graph has it."""
+    runs: tuple[str, ...]
+    """Every unpatched run that it reads, measures or starts from."""
     coordinates: tuple[Ints, ...]
     """Per axis, the index of every cell along it."""
     rules: tuple[RulePlan, ...]
@@ -163,16 +140,6 @@ class ExperimentPlan:
         return Rows(cell, prompt, alternative)
 
 
-@dataclass(frozen=True)
-class RunNeeds:
-    """What an unpatched run has to give."""
-
-    forward: Forward
-    reads: frozenset[Place] = frozenset()
-    measured: bool = False
-    stop: int | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class Panel:
     """Experiments on the same model and prompts, which share their unpatched runs."""
@@ -196,112 +163,81 @@ class Panel:
         return tuple(dict.fromkeys(m for plan in self.experiments for m in plan.experiment.models))
 
 
+@dataclass(frozen=True)
+class Rewrite:
+    """What one pass did to the graph: its nodes before and after."""
+
+    name: str
+    changed: bool
+    before: int
+    after: int
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The whole file."""
+    """The whole file: what is run, and which work the planner passes leave out of it.
+
+    As it is made it is the plain loop; `plan_passes.py` lists the passes.
+    """
 
     graph: Graph
-    passes: tuple[PassOutcome, ...]
     panels: tuple[Panel, ...]
-    without: frozenset[str] = field(default_factory=frozenset)
+    passes: tuple[str, ...] = ()
+    """Names of those that were applied."""
+    rewrites: tuple[Rewrite, ...] = ()
+    """What those on the graph did."""
+    skips_inert: bool = False
+    """Rows that can't differ from the base run are not run."""
+    shares_rows: bool = False
+    """Rows that are equal are run once."""
+    shortcuts: Shortcuts = WHOLE_PASS
+    """What a row takes over from the run that it starts from."""
+    narrows_logits: bool = False
+    """Only logits that metrics name are computed, where they name all that they read."""
+    joins_rows: bool = False
+    """Rows of all cells ride in one pass."""
+    fuses_kernels: bool = False
+    """Activation functions written out step by step run in one kernel."""
 
     def does(self, name: str) -> bool:
-        """Whether a pass is on."""
-        return name not in self.without
-
-    @property
-    def shortcuts(self) -> Shortcuts:
-        """What a row takes over from the run that it starts from."""
-        return Shortcuts(**{name: self.does(name) for name in RESTART_PASSES})
+        """Whether a pass was applied."""
+        return name in self.passes
 
     @property
     def restarts(self) -> bool:
         """Whether rows take anything over; else they are whole passes."""
-        return any(self.does(name) for name in RESTART_PASSES)
+        return self.shortcuts != WHOLE_PASS
 
 
-def unknown_passes(names: Iterable[str]) -> list[Diagnostic]:
-    """E0208 for every `--no-pass` that names none."""
-    known = [*PASSES, *PLAN_PASSES]
-    return [
-        BadCommandLine(
-            reason=f"there is no pass called `{name}`",
-            hint=did_you_mean(name, known, f"passes are {', '.join(known)}"),
-        )
-        for name in names
-        if name not in known
-    ]
-
-
-def make_plan(
-    experiments: Sequence[ResolvedExperiment], *, without: frozenset[str] = frozenset()
-) -> Plan:
-    """The plan of a file; `without` names graph and plan passes that are switched off."""
-    experiments = with_controls(experiments)
-    # Models that are patched into each other have the same number of layers.
-    layers = {name: e.model.shape.n_layers for e in experiments for name in e.models}
-    graph, outcomes = run_passes(build(list(experiments)), layers, without=without)
-    by_panel: dict[tuple[str, Encode], list[ExperimentPlan]] = {}
-    for experiment in experiments:
-        key = (experiment.model.name, unpatched(experiment, "clean").encode)
-        by_panel.setdefault(key, []).append(plan_experiment(experiment))
+def plan_of(graph: Graph) -> Plan:
+    """The plain loop over what a graph asks for."""
+    by_panel: dict[tuple[str, Encode], list[Asked]] = {}
+    for each in asked(graph):
+        by_panel.setdefault((each.experiment.model.name, each.clean), []).append(each)
+    found = needs(graph)
     panels = tuple(
-        Panel(model, encode, tuple(plans), _needs(plans, graph))
-        for (model, encode), plans in by_panel.items()
+        Panel(model, encode, tuple(map(plan_experiment, own)), _needed(own, found))
+        for (model, encode), own in by_panel.items()
     )
-    return Plan(graph, tuple(outcomes), panels, without)
+    return Plan(graph, panels)
 
 
-def _needs(plans: Sequence[ExperimentPlan], graph: Graph) -> dict[str, RunNeeds]:
+def _needed(own: Sequence[Asked], found: Mapping[Forward, RunNeeds]) -> dict[str, RunNeeds]:
     """What the graph asks of every unpatched run of a panel, and what only rows need."""
-    wanted: dict[Forward, RunNeeds] = {}
-    for node in graph:
-        if not isinstance(node, Forward) or node.axes:
-            continue
-        users = list(graph.successors(node))
-        reads = frozenset(
-            (site, layer)
-            for user in users
-            if isinstance(user, Read)
-            for site in user.site.split(", ")
-            for layer in (user.layers if SITES[site].has_layer else (None,))
-        )
-        whole = replace(node, stop=None)
-        old = wanted.get(whole, RunNeeds(whole, stop=node.stop))
-        wanted[whole] = RunNeeds(
-            whole,
-            old.reads | reads,
-            old.measured or any(isinstance(user, Measure) for user in users),
-            node.stop if old.stop is not None else None,
-        )
-    needs: dict[str, RunNeeds] = {}
-    for plan in plans:
-        experiment = plan.experiment
-        for run in runs_of(experiment):
-            forward = unpatched(experiment, run)
-            found = wanted.get(forward, RunNeeds(forward))
-            if run == "clean" and experiment.keep:  # filters rows before the graph is run
-                found = replace(found, measured=True, stop=None)
-            needs[run] = found
-    return needs
+    needed: dict[str, RunNeeds] = {}
+    for each in own:
+        for forward in each.runs:
+            whole = replace(forward, stop=None)
+            run = found.get(whole, RunNeeds(whole))
+            if forward.run == "clean" and each.experiment.keep:  # filters rows before that
+                run = replace(run, measured=True, stop=None)
+            needed[forward.run] = run
+    return needed
 
 
-def runs_of(experiment: ResolvedExperiment) -> tuple[str, ...]:
-    """Every unpatched run that the experiment reads, measures or starts from."""
-    names = [experiment.spec.base]
-    if experiment.spec.source is not None:
-        names.append(experiment.spec.source)
-    names.extend(rule.run for rule in experiment.rules)
-    names.extend(experiment.accuracies)
-    for measure in (*experiment.measures, *experiment.keep):
-        names.extend(atom.run for atom in measure.atoms if atom.run is not None)
-    if experiment.keep:
-        names.append("clean")
-    return tuple(dict.fromkeys(names))
-
-
-def plan_experiment(experiment: ResolvedExperiment) -> ExperimentPlan:
+def plan_experiment(each: Asked) -> ExperimentPlan:
     """Lay the cells of one experiment out."""
+    experiment = each.experiment
     shape = experiment.shape
     count = experiment.n_cells
     coordinates = (
@@ -320,6 +256,7 @@ def plan_experiment(experiment: ResolvedExperiment) -> ExperimentPlan:
     inert_runs = tuple(inert_of(experiment, plan) for plan in rules)
     return ExperimentPlan(
         experiment=experiment,
+        runs=tuple(forward.run for forward in each.runs),
         coordinates=coordinates,
         rules=rules,
         lowest=_lowest(experiment, rules, count),

@@ -49,6 +49,9 @@ class Shortcuts:
     """Tokens that no measure reads: all behind the last one, and in the last block all others."""
 
 
+WHOLE_PASS = Shortcuts(resume=False, inside=False, prefix=False, last=False)
+
+
 @dataclass(frozen=True, eq=False)
 class BlockWork:
     """What the rows compute in one block. At all other tokens the unpatched values stand."""

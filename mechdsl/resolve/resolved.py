@@ -56,6 +56,8 @@ class SitePoint:
     unit: int | None
 
 
+Place = tuple[str, int | None]
+"""A component and its layer."""
 Key = tuple[int, ...]
 """Indices along the axes that something depends on."""
 
@@ -129,9 +131,9 @@ class Apart(Record):
 
 @record
 class ResolvedRule(Record):
-    """One rule, ready to be laid out over cells."""
+    """One rule, ready to be laid out over cells; equal to another that does the same."""
 
-    spec: spec.Rule
+    spec: spec.Rule = field(compare=False)
     fill: Fill
     run: str
     """The run that is read: the source of a patch, the run of `mean of …`."""
@@ -150,6 +152,14 @@ class ResolvedRule(Record):
     """`set … to python(…)`: what makes new vectors of the base run's."""
     edge: EdgeTargets | None = None
     path: PathTargets | None = None
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """Names of the axes that something of it depends on."""
+        parts = [self.sites, self.positions, self.amounts]
+        parts += [] if self.edge is None else [self.edge.keys]
+        parts += [] if self.path is None else [self.path.receivers]
+        return frozenset(name for part in parts if part is not None for name in part.axes)
 
     @property
     def writes_sites(self) -> bool:

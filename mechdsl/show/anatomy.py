@@ -14,7 +14,7 @@ from mechdsl.hooks.loaded import LoadedModel, Outcome, Stack
 from mechdsl.loading.verify import RESTART
 from mechdsl.models.anatomy import Anatomy, Tap
 from mechdsl.models.shape import units, width
-from mechdsl.plan.plan import RESTART_PASSES
+from mechdsl.plan.passes import RESTARTS
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION
 
 
@@ -75,7 +75,7 @@ def as_json(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str, Any]:
             }
             for one in model.checks
         ],
-        "passes": list(RESTART_PASSES) if model.restartable else [],
+        "passes": list(RESTARTS) if model.restartable else [],
         "warnings": [f"{one.code}: {one.message}: {one.label_text}" for one in found],
     }
 
@@ -205,9 +205,9 @@ def _checks(checks: Sequence[Outcome]) -> Table:
 
 def _passes(model: LoadedModel, found: Sequence[Diagnostic]) -> str:
     if model.restartable:
-        return f"planner passes: all ({', '.join(RESTART_PASSES)} and those that need no restart)"
+        return f"planner passes: all ({', '.join(RESTARTS)} and those that need no restart)"
     reason = next((one.label_text for one in found if one.code == "W0711"), "")
     failed = next((one for one in model.checks if one.identity == RESTART), None)
     reason = reason or (failed.failure if failed is not None else "")
-    lost = ", ".join(RESTART_PASSES)
+    lost = ", ".join(RESTARTS)
     return f"planner passes: every row is a whole pass ({reason}); {lost} do not apply"

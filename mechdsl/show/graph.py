@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -24,6 +24,7 @@ from mechdsl.graph.nodes import (
     Transform,
     Write,
 )
+from mechdsl.resolve.resolved import Place, ResolvedRule
 
 COLOURS: Mapping[type, str] = {
     Encode: "#e8eef7",
@@ -49,18 +50,17 @@ def describe(node: Node) -> list[str]:
             lines += [f"replace {node.replaced}"] if node.replaced else []
             return ["Encode", *lines]
         case Forward():
-            sweep = " × ".join(f"{name} {size}" for name, size in node.axes)
+            sweep = " × ".join(f"{axis.name} {len(axis)}" for axis in node.axes)
             lines = [f"{node.model} on {node.encode.run}"]
             lines += [f"{sweep} = {node.cells} cells"] if node.axes else []
             lines += [f"first {node.stop} blocks"] if node.stop is not None else []
             return ["Forward", *lines]
         case Read():
-            return ["Read", _site(node.site, node.layers), f"at {node.positions}"]
+            return ["Read", _places(node.places), f"at {node.at}"]
         case Transform():
             return ["Transform", f"{node.kind} {node.detail}".strip()]
         case Write():
-            where = node.targets or _site(node.site, node.layers)
-            return ["Write", where, f"at {node.positions}"]
+            return ["Write", _targets(node), f"at {node.at}"]
         case Measure():
             return ["Measure", node.metric, f"at {node.at}"]
         case Effect():
@@ -71,7 +71,20 @@ def describe(node: Node) -> list[str]:
             return ["Expect", node.experiment, node.condition]
 
 
-def _site(site: str, layers: tuple[int, ...]) -> str:
+def _targets(node: Write) -> str:
+    """The first and the last of what its cells write: `L0H0.z … L3H3.z`."""
+    if not isinstance(node.by, ResolvedRule):
+        return _places(node.places)
+    assert node.by.sites is not None
+    labels = list(node.by.sites.labels.values())
+    if node.by.path is not None:
+        labels += node.by.path.receivers.labels.values()
+    return labels[0] if len(labels) == 1 else f"{labels[0]} … {labels[-1]}"
+
+
+def _places(places: Sequence[Place]) -> str:
+    site = ", ".join(dict.fromkeys(site for site, _ in places))
+    layers = tuple(sorted({layer for _, layer in places if layer is not None}))
     if not layers:
         return site
     if len(layers) > 1 and layers == tuple(range(layers[0], layers[-1] + 1)):

@@ -6,9 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mechdsl.execute.profile import Profile
-from mechdsl.graph.passes import PASS_MEANINGS
-from mechdsl.plan.cost import Cost, PlanCost, estimated_seconds, matmul_rate, plan_cost
-from mechdsl.plan.plan import PASS_TOKENS, PLAN_PASSES, PROMPT_TOKENS, ExperimentPlan, Plan, runs_of
+from mechdsl.plan.cost import Cost, estimated_seconds, matmul_rate
+from mechdsl.plan.passes import PASSES
+from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, ExperimentPlan, Plan
+from mechdsl.plan.savings import PlanCost, plan_cost
 from mechdsl.show.graph import to_text
 from mechdsl.statistics.data import PassSizes
 
@@ -22,9 +23,9 @@ def print_plan(
     """The graph, the work per experiment, and what each pass saves."""
     console.print("intervention graph", style="bold")
     console.print(to_text(plan.graph), highlight=False, markup=False, end="", soft_wrap=True)
-    for outcome in plan.passes:
-        did = f"{outcome.before} → {outcome.after} nodes" if outcome.changed else "no changes"
-        console.print(f"pass {outcome.name}: {did}", highlight=False)
+    for rewrite in plan.rewrites:
+        did = f"{rewrite.before} → {rewrite.after} nodes" if rewrite.changed else "no changes"
+        console.print(f"pass {rewrite.name}: {did}", highlight=False)
     console.print()
     _experiments(plan, console)
     console.print()
@@ -77,8 +78,8 @@ def _savings(cost: PlanCost, console: Console) -> None:
         table.add_row(saving.name, *_figures(after), saved, style="" if changed else "dim")
         before = after
     console.print(table)
-    for name, meaning in {**PASS_MEANINGS, **PLAN_PASSES}.items():
-        console.print(f"{name}: {meaning}", style="dim", highlight=False)
+    for one in PASSES:
+        console.print(f"{one.name}: {one.does}", style="dim", highlight=False)
 
 
 def _figures(cost: Cost) -> list[str]:
@@ -144,7 +145,7 @@ def unpatched_rows(plan: ExperimentPlan) -> int:
     """Prompts of all unpatched runs of the experiment, draws included."""
     table = plan.experiment.table
     count = 0
-    for name in runs_of(plan.experiment):
+    for name in plan.runs:
         noise = table.runs[name].noise
         count += len(table) * (noise.samples if noise is not None else 1)
     return count

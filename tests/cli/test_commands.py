@@ -117,6 +117,19 @@ def test_graph_as_text(form: str, begin: str, command: Command, heads: Path) -> 
     assert done.out.startswith(begin)
 
 
+def test_graph_before_and_after_the_passes(command: Command, heads: Path) -> None:
+    """A source run that is only read stops above what is read."""
+    rule = "at last-item token"
+    text = HEADS.replace("  from clean into fewer\n", "").replace(rule, f"{rule} with fewer")
+    heads.write_text(text.replace("as recovery", "as delta"), encoding="utf-8")
+    after = command("graph", heads, "--format", "text")
+    before = command("graph", heads, "--format", "text", "--before")
+    assert (after.status, before.status) == (0, 0)
+    assert "first 2 blocks" in after.out
+    assert after.out.replace(" · first 2 blocks", "") == before.out
+    assert command("graph", heads, "--format", "text", "--after").out == after.out
+
+
 def test_graph_as_svg(command: Command, heads: Path, tmp_path: Path) -> None:
     path = tmp_path / "graph.svg"
     assert command("graph", heads, "--format", "svg", "--to", path).status == 0

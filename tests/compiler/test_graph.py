@@ -9,21 +9,21 @@ import networkx as nx
 import pytest
 
 from mechdsl.graph.nodes import Encode, Forward, Graph, Measure, Read, Write, lint
-from mechdsl.graph.passes import PASSES, run_passes
-from mechdsl.plan.plan import make_plan
+from mechdsl.plan.make_plan import make_plan, rewrite
+from mechdsl.plan.passes import GRAPH_PASSES, NAMES
 from mechdsl.show.graph import to_dot, to_mermaid, to_svg, to_text
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
 
 HERE = Path(__file__).parent
 PASS_FIXTURES = sorted((HERE / "passes").glob("*.txt"))
-LAYERS = {"toy": 4}
+REWRITES = {one.name: one.apply for one in GRAPH_PASSES}
 RULE = (FROM, "patch layer 0 head * at last token", DELTA)
 
 
 def graph(text: str) -> Graph:
     """The graph before any pass."""
-    return make_plan(resolved(text), without=frozenset(PASSES)).graph
+    return make_plan(resolved(text), without=frozenset(NAMES)).graph
 
 
 def kinds(made: Graph, kind: type) -> int:
@@ -57,12 +57,11 @@ def test_pass(path: Path, update: bool) -> None:
     assert title.startswith("# ")
     name = path.stem.partition("-")[0]
     made = graph(HEAD + experiment(*lines.splitlines()))
-    changed, did = PASSES[name](made, LAYERS)
+    changed = REWRITES[name](made)
     lint(changed)
+    did = changed is not made
     assert did == (to_text(changed) != to_text(made))
-    again, did_again = PASSES[name](changed, LAYERS)
-    assert not did_again
-    assert to_text(again) == to_text(changed)
+    assert REWRITES[name](changed) is changed
     shown = [to_text(made).rstrip(), to_text(changed).rstrip() if did else "no changes"]
     if update:
         path.write_text("\n---\n".join([title, lines, *shown]) + "\n", encoding="utf-8")
@@ -71,14 +70,15 @@ def test_pass(path: Path, update: bool) -> None:
 
 
 def test_every_pass_has_a_fixture() -> None:
-    assert {path.stem.partition("-")[0] for path in PASS_FIXTURES} == set(PASSES)
+    assert {path.stem.partition("-")[0] for path in PASS_FIXTURES} == set(REWRITES)
 
 
 def test_passes_can_be_switched_off() -> None:
     made = graph(HEAD + experiment("patch L0H0 at last token with fewer", DELTA))
-    kept, outcomes = run_passes(made, LAYERS, without=frozenset(PASSES))
-    assert outcomes == []
-    assert to_text(kept) == to_text(made)
+    assert rewrite(made, without=frozenset(NAMES)) == (made, ())
+    changed, (did,) = rewrite(made)
+    assert did.changed
+    assert to_text(changed) != to_text(made)
 
 
 # --- drawing ---

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from mechdsl.graph.passes import PASSES
-from mechdsl.plan.plan import PLAN_PASSES, RESTART_PASSES, ExperimentPlan, make_plan, unknown_passes
+import mechdsl.plan.cost
+from mechdsl.plan.make_plan import make_plan
+from mechdsl.plan.passes import NAMES, RESTARTS, unknown_passes
+from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.savings import plan_cost
 from mechdsl.show.plan import unpatched_rows
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
@@ -52,20 +55,35 @@ def test_all_experiments_are_planned_once() -> None:
     assert sorted(found) == names
 
 
-@pytest.mark.parametrize("name", [*PASSES, *PLAN_PASSES])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_pass_is_switched_off_by_its_name(name: str) -> None:
     experiments = resolved(HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA))
     plan = make_plan(experiments, without=frozenset({name}))
-    assert [other for other in (*PASSES, *PLAN_PASSES) if not plan.does(other)] == [name]
+    assert [other for other in NAMES if not plan.does(other)] == [name]
     assert plan.restarts
-    assert [n for n in RESTART_PASSES if not getattr(plan.shortcuts, n)] == (
-        [name] if name in RESTART_PASSES else []
+    assert [n for n in RESTARTS if not getattr(plan.shortcuts, n)] == (
+        [name] if name in RESTARTS else []
     )
     assert not unknown_passes([name])
 
 
 def test_rows_that_take_nothing_over_are_whole_passes() -> None:
     experiments = resolved(HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA))
-    assert not make_plan(experiments, without=frozenset(RESTART_PASSES)).restarts
-    for name in RESTART_PASSES:
-        assert make_plan(experiments, without=frozenset(RESTART_PASSES) - {name}).restarts
+    assert not make_plan(experiments, without=frozenset(RESTARTS)).restarts
+    for name in RESTARTS:
+        assert make_plan(experiments, without=frozenset(RESTARTS) - {name}).restarts
+
+
+def test_work_is_the_same_where_it_is_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are laid out some at a time; cells and unpatched runs are counted once."""
+    lines = (FROM, "patch layer * head * at first-item token, last token", DELTA)
+    plan = make_plan(resolved(HEAD + experiment(*lines)))
+    whole = plan_cost(plan)
+    monkeypatch.setattr(mechdsl.plan.cost, "BATCH_ROWS", 1)
+    parts = plan_cost(plan)
+    assert parts.plain == whole.plain
+    for one, other in zip(parts.savings, whole.savings, strict=True):
+        assert (one.name, one.on) == (other.name, other.on)
+        if one.name != "join":  # a pass takes no rows of other prompts then
+            assert one.after == other.after, one.name
+    assert parts.planned.forwards > whole.planned.forwards

@@ -18,9 +18,9 @@ import torch
 import mechdsl
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.graph.passes import PASSES
 from mechdsl.pipeline import RunOptions, run_source
-from mechdsl.plan.plan import PLAN_PASSES, make_plan
+from mechdsl.plan.make_plan import make_plan
+from mechdsl.plan.passes import NAMES
 from mechdsl.prompts.seeded_draws import combination
 from mechdsl.resolve.resolved import Control, SitePoint
 from mechdsl.results.experiment import ExperimentResult
@@ -31,7 +31,7 @@ FILE = Path(__file__).parent / "group.mech"
 TEXT = FILE.read_text("utf-8")
 START = TEXT[: TEXT.index("experiment together")]
 """Everything above the experiments."""
-EVERY_PASS = frozenset({*PASSES, *PLAN_PASSES})
+EVERY_PASS = frozenset(NAMES)
 
 
 @cache

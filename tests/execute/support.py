@@ -19,11 +19,11 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.render import render_full
 from mechdsl.execute.execute import Execution, Options, execute
-from mechdsl.graph.passes import PASSES
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
 from mechdsl.pipeline import RunOptions, run_source
-from mechdsl.plan.plan import PLAN_PASSES, make_plan
+from mechdsl.plan.make_plan import make_plan
+from mechdsl.plan.passes import NAMES
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.results.experiment import ExperimentResult, FileResult
@@ -117,7 +117,7 @@ WIDER = {
 }
 """Factors on weights, so that no head is drowned by the MLPs."""
 
-EVERY_PASS = frozenset({*PASSES, *PLAN_PASSES})
+EVERY_PASS = frozenset(NAMES)
 WITHOUT_PLAN = RunOptions(without=EVERY_PASS)
 """Whole padded passes over the rows of one cell: what the plan is held against."""
 MODES: dict[str, RunOptions] = {

@@ -11,8 +11,10 @@ import torch
 import mechdsl.execute.patched_rows
 from mechdsl.packed.packed_pass import PackedResult, run_packed
 from mechdsl.pipeline import RunOptions
-from mechdsl.plan.cost import Cost, PlanCost, plan_cost
-from mechdsl.plan.plan import PLAN_PASSES, Plan
+from mechdsl.plan.cost import Cost
+from mechdsl.plan.passes import NAMES, PASSES
+from mechdsl.plan.plan import Plan
+from mechdsl.plan.savings import PlanCost, plan_cost
 
 from .support import DIFFERENCE, bare, experiment, run_file
 
@@ -73,7 +75,7 @@ def test_every_pass_has_a_line_and_none_costs(
     text = experiment("e", "prompts p", FROM, HEADS, DIFFERENCE)
     planned, _ = costs(text, folder, monkeypatch)
     names = [saving.name for saving in planned.savings]
-    assert names == ["stop_early", *(name for name in PLAN_PASSES if name != "fuse")]
+    assert names == [one.name for one in PASSES if one.shown is not None]
     before = planned.plain
     for saving in planned.savings:
         assert saving.after.multiply_adds <= before.multiply_adds, saving.name
@@ -85,7 +87,7 @@ def test_every_pass_has_a_line_and_none_costs(
 
 def test_a_pass_that_is_off_saves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = experiment("e", "prompts p", FROM, HEADS, DIFFERENCE)
-    planned, _ = costs(text, folder, monkeypatch, frozenset(PLAN_PASSES) | {"stop_early"})
+    planned, _ = costs(text, folder, monkeypatch, frozenset(NAMES))
     assert all(saving.after == planned.plain for saving in planned.savings)
     assert not any(saving.on for saving in planned.savings)
 

@@ -20,7 +20,7 @@ from mechdsl.execute.execute import Options
 from mechdsl.execute.writes import build_writes
 from mechdsl.hooks.places import SiteWrite
 from mechdsl.pipeline import RunOptions
-from mechdsl.plan.plan import INERT, RESTART_PASSES
+from mechdsl.plan.passes import RESTARTS
 
 from .support import (
     DIFFERENCE,
@@ -75,7 +75,7 @@ def test_sizes_of_batches_and_the_side_of_padding_change_nothing(
     equal(values(TEXT, folder, bare("gpt2"), options), whole, 1e-4)
 
 
-SWITCHED_OFF = [frozenset(off) for n in (1, 2, 3, 4) for off in combinations(RESTART_PASSES, n)]
+SWITCHED_OFF = [frozenset(off) for n in (1, 2, 3, 4) for off in combinations(RESTARTS, n)]
 
 
 @pytest.mark.parametrize("off", SWITCHED_OFF, ids=lambda off: "+".join(sorted(off)))
@@ -122,7 +122,7 @@ def self_patches() -> str:
 
 def all_cells(options: RunOptions) -> RunOptions:
     """Cells that can't differ are run like others."""
-    return replace(options, without=options.without | {INERT})
+    return replace(options, without=options.without | {"inert"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

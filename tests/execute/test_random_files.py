@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.graph.passes import PASSES
 from mechdsl.pipeline import RunOptions
-from mechdsl.plan.plan import PLAN_PASSES
+from mechdsl.plan.passes import NAMES
 from mechdsl.results.experiment import ExperimentResult
 
 from . import support
@@ -236,7 +235,7 @@ def onward(draw: Any) -> str:
 @st.composite
 def cases(draw: Any) -> tuple[str, str, frozenset[str]]:
     """(family, file, passes that are switched off in the planned run)."""
-    off = draw(st.sets(st.sampled_from([*PASSES, *PLAN_PASSES]), max_size=3))
+    off = draw(st.sets(st.sampled_from(NAMES), max_size=3))
     return draw(st.sampled_from(FAMILIES)), draw(experiments()), frozenset(off)
 
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from mechdsl.diagnostics.render import render_full
 from mechdsl.execute.execute import Execution, Options
-from mechdsl.graph.passes import PASSES
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
-from mechdsl.plan.plan import PLAN_PASSES, RESTART_PASSES
+from mechdsl.plan.passes import NAMES, RESTARTS
 
 from ..models import families
 from .support import (
@@ -227,7 +226,7 @@ def test_all_passes_on_and_off_compute_what_they_say(folder: Path) -> None:
     """No pass makes more work than there is without it."""
     text = sweep("z layer * head *", "subject token, cue token")
     whole = work_of(folder, text)
-    for name in (*PLAN_PASSES, *PASSES):
+    for name in NAMES:
         assert work_of(folder, text, {name}).through >= whole.through, name
         assert work_of(folder, text, only(name)).through <= work_of(folder, text, only()).through
 
@@ -386,7 +385,7 @@ def test_twice_as_many_layers_are_at_most_twice_the_work(folder: Path, site: str
     assert few + below == many <= 2 * below
 
 
-@pytest.mark.parametrize("without", [(), *((name,) for name in RESTART_PASSES)])
+@pytest.mark.parametrize("without", [(), *((name,) for name in RESTARTS)])
 def test_twice_as_many_heads_or_prompts_are_twice_the_work(
     folder: Path, without: tuple[str, ...]
 ) -> None:

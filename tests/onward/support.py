@@ -16,7 +16,7 @@ from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
 from mechdsl.pipeline import RunOptions, run_source
-from mechdsl.plan.plan import PLAN_PASSES
+from mechdsl.plan.passes import NAMES
 from mechdsl.results.experiment import ExperimentResult
 from mechdsl.validate.file import Checked, Settings, check_source
 
@@ -24,7 +24,7 @@ from .. import fruit
 
 HERE = Path(__file__).parent
 ZOO = HERE.parent.parent / "mechdsl" / "zoo" / "counting"
-PLAIN = frozenset(PLAN_PASSES)
+PLAIN = frozenset(NAMES)
 HEAD = fruit.head("split 50%", fruit.FEWER)
 Array = NDArray[np.float64]
 

@@ -1,0 +1,189 @@
+"""The plan is made of the graph: what is read off it is what it was built from, and no more.
+
+What a changed graph computes is in tests/execute/test_changed_graphs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mechdsl.graph.needs import asked
+from mechdsl.graph.nodes import (
+    Effect,
+    Expect,
+    Forward,
+    Node,
+    Report,
+    graph_of,
+    leaves,
+    lint,
+    rewritten,
+)
+from mechdsl.plan.make_plan import graph_of_file, make_plan, plan_graph
+from mechdsl.plan.plan import ExperimentPlan, Plan
+from mechdsl.resolve.random_targets import with_controls
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.syntax.parse import read_source
+from mechdsl.validate.file import check_source
+
+from .support import DELTA, FROM, HEAD, experiment, resolved
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ("counting", "countscope", "induction", "mediators", "system2")
+LINES = {
+    "patch": (FROM, "patch layer * head * at last token", DELTA),
+    "another layer": (FROM, "patch resid_post layer * at last token into layer 3", DELTA),
+    "onto": (FROM, "patch resid_post layer 1 at first-item token onto last token", DELTA),
+    "two runs": (
+        FROM,
+        "patch L0H0 at last token",
+        "patch L1H1 at last token with other_fruit",
+        DELTA,
+    ),
+    "replace": (
+        "ablate z layer * head 0 at last token with zero",
+        'replace last-item token with "fig"',
+        DELTA,
+    ),
+    "mean": ("ablate layer * head * at last token with mean of fewer", DELTA),
+    "resample": ("ablate mlp_out layer * at last token with resample of other_fruit", DELTA),
+    "set": ("for x in [1, 2] { set mlp_out layer 1 at last token to x }", DELTA),
+    "path": (FROM, "path z layer 0 head * -> q layer 2 head * at last token", DELTA),
+    "edges": ("block attention layer * head * from last token to each item token", DELTA),
+    "observe": (
+        "observe attention layer * head * from last token to first-item token",
+        "ablate L0H1 at last token with zero",
+    ),
+    "control": (FROM, "patch layer 1 head 0 at last token", DELTA, "against random(3)"),
+    "kept": (FROM, "patch z layer 1 head 0 at last token", "keep correct", DELTA),
+    "accuracy": (FROM, "patch L1H0 at last token", DELTA, "expect accuracy(other_fruit) > 0%"),
+    "no rule": ("measure correct as raw", "measure kl(fewer) as raw"),
+}
+
+
+def same(experiments: Sequence[ResolvedExperiment]) -> None:
+    """What a graph asks for is what it was built from."""
+    given = with_controls(experiments)
+    found = asked(graph_of_file(experiments))
+    for one, own in zip(found, given, strict=True):
+        assert one.experiment == own
+        assert [r.spec for r in one.experiment.rules] == [r.spec for r in own.rules]
+        assert one.experiment.rules == own.rules
+
+
+@pytest.mark.parametrize("name", list(LINES))
+def test_an_experiment_comes_back_from_its_nodes(name: str) -> None:
+    same(resolved(HEAD + experiment(*LINES[name])))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_come_back_from_their_nodes(name: str) -> None:
+    source, _ = read_source(ROOT / "examples" / f"{name}.mech")
+    assert source is not None
+    same(check_source(source).experiments)
+
+
+# --- what is gone from the graph is gone from the plan ---
+
+SECOND = "ablate z layer 1 head * at last token with mean of other_fruit"
+
+
+def planned(plan: Plan) -> list[ExperimentPlan]:
+    return [each for panel in plan.panels for each in panel.experiments]
+
+
+def drop(node: Node) -> Node:
+    """A forward pass without its last write."""
+    return replace(node, writes=node.writes[:-1]) if isinstance(node, Forward) else node
+
+
+def test_a_write_that_is_gone_is_no_work() -> None:
+    one = (FROM, "patch resid_post layer * at last token")
+    made = graph_of_file(resolved(HEAD + experiment(*one, SECOND, DELTA)))
+    plan = plan_graph(rewritten(made, drop))
+    expected = make_plan(resolved(HEAD + experiment(*one, DELTA)))
+    (found,), (alone,), (both,) = planned(plan), planned(expected), planned(plan_graph(made))
+    assert (found.n_cells, found.count(), found.runs) == (4, 4 * 64, ("fewer", "clean"))
+    assert (both.n_cells, both.runs) == (16, ("fewer", "clean", "other_fruit"))
+    assert found.experiment.rules == alone.experiment.rules
+    assert found.experiment.axes == alone.experiment.axes
+    assert [panel.runs for panel in plan.panels] == [panel.runs for panel in expected.panels]
+
+
+def test_an_effect_that_is_gone_is_not_measured() -> None:
+    """Nor is the run that it alone compares with."""
+    lines = (FROM, "patch layer 0 head * at last token", DELTA, "measure kl(other_fruit) as raw")
+    made = graph_of_file(resolved(HEAD + experiment(*lines)))
+
+    def first(node: Node) -> Node:
+        held = isinstance(node, (Report, Expect))
+        return replace(node, effects=node.effects[:1]) if held else node
+
+    (before,), (found,) = planned(plan_graph(made)), planned(plan_graph(rewritten(made, first)))
+    assert (len(before.experiment.measures), before.runs[2:]) == (2, ("other_fruit",))
+    assert (len(found.experiment.measures), found.runs[2:]) == (1, ())
+    assert len(found.experiment.spec.measures) == 1
+
+
+def test_an_effect_that_is_expected_is_measured_though_it_is_not_shown() -> None:
+    lines = (FROM, "patch L0H0 at last token", DELTA, "measure kl(other_fruit) as raw")
+    made = graph_of_file(resolved(HEAD + experiment(*lines, "expect accuracy(clean) > 0%")))
+
+    def first(node: Node) -> Node:
+        return replace(node, effects=node.effects[:1]) if isinstance(node, Report) else node
+
+    (found,) = planned(plan_graph(rewritten(made, first)))
+    assert [measure.label for measure in found.experiment.measures] == [
+        measure.label for measure in planned(plan_graph(made))[0].experiment.measures
+    ]
+
+
+def test_an_experiment_is_measured_in_one_pass() -> None:
+    """A graph in which it isn't is of our own making."""
+    lines = (FROM, "patch L0H0 at last token", DELTA, "measure loss as raw")
+    made = graph_of_file(resolved(HEAD + experiment(*lines)))
+    (leaf,) = leaves(made)
+    other = leaf.effects[0].base.forward
+    broken = replace(leaf.effects[0], patched=replace(leaf.effects[0].patched, forward=other))
+    with pytest.raises(AssertionError, match="several passes"):
+        lint(graph_of([replace(leaf, effects=(broken, leaf.effects[1]))]))
+
+
+def test_a_source_that_is_not_measured_is_not_run() -> None:
+    rule = "patch L0H0 at last token with other_fruit"
+    made = graph_of_file(resolved(HEAD + experiment(FROM, rule, DELTA)))
+
+    def alone(node: Node) -> Node:
+        return replace(node, source=None) if isinstance(node, Effect) else node
+
+    (panel,) = plan_graph(rewritten(made, alone)).panels
+    assert list(panel.runs) == ["fewer", "other_fruit"]
+    assert panel.experiments[0].experiment.spec.source is None
+
+
+def test_a_run_without_measures_stops_where_the_graph_says() -> None:
+    made = graph_of_file(resolved(HEAD + experiment("patch L2H0 at last token with fewer", DELTA)))
+    (panel,) = plan_graph(made).panels
+    needs = panel.runs["fewer"]
+    assert (needs.reads, needs.stop, needs.measured) == (frozenset({("z", 2)}), 3, False)
+    assert panel.runs["clean"].measured
+
+    def lower(node: Node) -> Node:
+        return replace(node, stop=1) if isinstance(node, Forward) and node.run == "fewer" else node
+
+    (panel,) = plan_graph(rewritten(made, lower)).panels
+    assert panel.runs["fewer"].stop == 1
+
+
+def test_what_nothing_asks_for_is_not_planned() -> None:
+    lines = (FROM, "patch L0H0 at last token", DELTA)
+    text = HEAD + experiment(*lines, name="a", limit=32) + experiment(*lines, name="b")
+    made = graph_of_file(resolved(text))
+    kept = graph_of([leaf for leaf in leaves(made) if leaf.experiment == "b"])
+    (found,) = planned(plan_graph(kept))
+    assert found.experiment.name == "b"
+    assert plan_graph(graph_of([])).panels == ()

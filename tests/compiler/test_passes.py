@@ -1,0 +1,66 @@
+"""The list of planner passes: what it says is what there is."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mechdsl.plan.make_plan import make_plan
+from mechdsl.plan.passes import NAMES, PASSES, PLAN_PASSES, PlanPass
+from mechdsl.plan.plan import Plan
+
+from .support import DELTA, FROM, HEAD, experiment, resolved
+
+DOCS = Path(__file__).parents[2] / "docs" / "planner.md"
+HEADING = "| pass | what it leaves out | why results stay |\n|---|---|---|\n"
+
+
+def switches(plan: Plan) -> dict[str, Any]:
+    """What a plan leaves out."""
+    held = ("graph", "panels", "passes", "rewrites")
+    return {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in held}
+
+
+def plain() -> Plan:
+    """The plain loop."""
+    text = HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA)
+    return make_plan(resolved(text), without=frozenset(NAMES))
+
+
+def test_names_are_given_once() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+
+
+def test_the_page_has_the_list(update: bool) -> None:
+    table = HEADING + "".join(f"| `{p.name}` | {p.leaves_out} | {p.why} |\n" for p in PASSES)
+    text = DOCS.read_text(encoding="utf-8")
+    before, rest = text.split(HEADING)
+    after = rest[rest.index("\n\n") + 1 :]
+    if update:
+        DOCS.write_text(before + table + after, encoding="utf-8")
+        return
+    assert text == before + table + after
+
+
+@pytest.mark.parametrize("one", PLAN_PASSES, ids=lambda one: one.name)
+def test_a_pass_switches_on_one_thing(one: PlanPass) -> None:
+    before, plan = switches(plain()), one.apply(plain())
+    after = switches(plan)
+    changed = [name for name in before if before[name] != after[name]]
+    assert len(changed) == 1
+    assert switches(one.apply(plan)) == after, "once is enough"
+    others = [switches(other.apply(plain())) for other in PLAN_PASSES if other is not one]
+    assert after not in others
+
+
+def test_a_plan_without_passes_leaves_nothing_out() -> None:
+    everything = make_plan(resolved(HEAD + experiment("measure correct as raw")))
+    assert everything.passes == NAMES
+    found = plain()
+    assert found.passes == ()
+    assert found.rewrites == ()
+    assert not any(value is True for value in switches(found).values())
+    assert not found.restarts
