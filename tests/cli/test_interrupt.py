@@ -68,7 +68,7 @@ def test_while_checking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
     from mechdsl import cli
 
-    monkeypatch.setattr(cli, "_checked", stop)
+    monkeypatch.setattr("mechdsl.cli.run.checked_file", stop)
     monkeypatch.setattr(sys, "argv", ["mechdsl", "run", "x.mech"])
     with pytest.raises(SystemExit) as found:
         cli.main()

@@ -266,7 +266,7 @@ def test_numbers_stay_whole_on_narrow_terminals(
 ) -> None:
     document = strict(command("run", both, "--only", "heads", "--format", "json").out)
     cells = document["files"][0]["experiments"][0]["cells"]
-    monkeypatch.setattr("mechdsl.cli._width", lambda: columns)
+    monkeypatch.setattr("mechdsl.cli.output.width", lambda: columns)
     shown = command("run", both, "--only", "heads").out
     assert max(map(len, shown.splitlines())) <= columns
     for cell in cells:

@@ -1,0 +1,95 @@
+"""The command line's entry point: every way out is an exit status, and no user sees a traceback."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import sys
+
+import click
+
+from mechdsl.base.registry import nearest
+from mechdsl.cli.explain import explain
+from mechdsl.cli.fmt import fmt
+from mechdsl.cli.graph import graph
+from mechdsl.cli.options import BadSetting
+from mechdsl.cli.output import broke_off, print_diagnostics
+from mechdsl.cli.plan import plan
+from mechdsl.cli.run import run
+from mechdsl.cli.schema import schema
+from mechdsl.cli.sites import sites
+from mechdsl.cli.status import FINE, INTERRUPTED, WRONG
+from mechdsl.cli.validate import validate
+from mechdsl.cli.version import version
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Interpretability experiments as files: check, explain, plan and run them.",
+    invoke_without_command=True,
+)
+@click.version_option(package_name="mechdsl", message="%(version)s")
+@click.pass_context
+def app(context: click.Context) -> None:
+    """The commands; alone, the list of them."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+for command in (run, validate, plan, graph, explain, fmt, sites, schema, version):
+    app.add_command(command)
+
+
+def main() -> None:
+    """Run the command that the arguments name, and exit."""
+    gc.disable()  # checking makes many objects and no garbage worth a tenth of its time
+    atexit.register(gc.freeze)  # nor is it worth looking for at the end
+    # Pydantic would read the metadata of every installed package to look for plugins of its own.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
+    # Torch's threads spin while they wait for each other: with a core taken by other work that took
+    # thirty times as long. Sleeping instead costs nothing to speak of.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        # Not `app(…)`: click would end broken pipes as if an expectation had failed.
+        with app.make_context("mechdsl", sys.argv[1:]) as context:
+            status = app.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as error:
+        status = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    except click.ClickException as error:
+        print_diagnostics([_usage(error)])
+        status = WRONG
+    except BrokenPipeError:
+        # The reader (`head`) has seen enough; nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = FINE
+    except Exception as error:
+        status = broke_off("mechdsl", error)
+        if isinstance(error, OSError):
+            status = WRONG
+    sys.exit(status if isinstance(status, int) else FINE)
+
+
+def _usage(error: click.ClickException) -> Diagnostic:
+    """A mistake on the command line as a diagnostic."""
+    context: click.Context | None = getattr(error, "ctx", None)
+    if context is None or context.parent is None:
+        hint = "`mechdsl --help` lists the commands"
+    else:
+        hint = f"`mechdsl {context.info_name} --help` lists what it takes"
+    if isinstance(error, click.NoSuchOption) and context is not None:
+        options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
+        hint = did_you_mean(nearest(error.option_name, options), hint)
+    elif isinstance(error, click.UsageError) and "No such command" in error.message:
+        word = error.message.split("'")[1]
+        hint = did_you_mean(nearest(word, app.list_commands(click.Context(app))), hint)
+    elif isinstance(error, BadSetting):
+        hint = error.hint
+    reason = error.format_message().partition(" Did you mean")[0].rstrip(".")
+    return BadCommandLine(reason=reason[0].lower() + reason[1:], hint=hint)

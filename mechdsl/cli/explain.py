@@ -1,0 +1,65 @@
+"""`mechdsl explain`: prompts token by token, or an error's page."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from mechdsl.base.registry import nearest
+from mechdsl.cli.files import checked_file
+from mechdsl.cli.options import (
+    allow_python_option,
+    limit_option,
+    python_mode,
+    set_option,
+    settings,
+)
+from mechdsl.cli.output import make_console, print_diagnostics
+from mechdsl.cli.status import FINE, WRONG
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
+
+
+@click.command(short_help="Show prompts token by token, or an error's page.")
+@click.argument("what", metavar="FILE|CODE")
+@set_option
+@limit_option
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+@allow_python_option
+def explain(
+    what: str, parameters: tuple[str, ...], limit: int | None, form: str, allow_python: bool
+) -> int:
+    """Show each prompt's tokens with the positions marked; or explain an error's code."""
+    if what[:1] in "EWew" and what[1:].isdigit():
+        return _explain_code(what.upper())
+    how = settings(parameters, limit, python=python_mode(allow_python))
+    checked, problems = checked_file(Path(what), how)
+    print_diagnostics(problems)
+    if checked is None or has_errors(problems):
+        return WRONG
+    from mechdsl.show import prompts as explaining
+
+    if form == "json":
+        json.dump(explaining.as_json(checked), sys.stdout, ensure_ascii=False, indent=1)
+        sys.stdout.write("\n")
+    else:
+        explaining.explain(checked, make_console())
+    return FINE
+
+
+def _explain_code(code: str) -> int:
+    """The page of an error or a warning."""
+    from mechdsl.diagnostics.pages import codes, page
+
+    text = page(code)
+    if text is None:
+        hint = did_you_mean(nearest(code, codes()), "codes look like E0305")
+        print_diagnostics([BadCommandLine(reason=f"there is no code `{code}`", hint=hint)])
+        return WRONG
+    sys.stdout.write(text)
+    return FINE

@@ -1,0 +1,52 @@
+"""`mechdsl graph`: the intervention graph, drawn."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from mechdsl.cli.files import checked_file
+from mechdsl.cli.options import (
+    allow_python_option,
+    file_argument,
+    python_mode,
+    set_option,
+    settings,
+)
+from mechdsl.cli.output import print_diagnostics
+from mechdsl.cli.status import FINE, WRONG
+from mechdsl.diagnostics.core import has_errors
+
+
+@click.command()
+@file_argument
+@set_option
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["dot", "mermaid", "svg"]),
+    default="mermaid",
+    show_default=True,
+)
+@click.option("--to", type=click.Path(path_type=Path), help="Write it to this file.")
+@allow_python_option
+def graph(
+    file: Path, parameters: tuple[str, ...], form: str, to: Path | None, allow_python: bool
+) -> int:
+    """Draw the intervention graph."""
+    checked, problems = checked_file(file, settings(parameters, python=python_mode(allow_python)))
+    print_diagnostics(problems)
+    if checked is None or has_errors(problems):
+        return WRONG
+    from mechdsl.plan.plan import make_plan
+    from mechdsl.show import graph as draw
+
+    made = make_plan(checked.experiments).graph
+    text = {"dot": draw.to_dot, "mermaid": draw.to_mermaid, "svg": draw.to_svg}[form](made)
+    if to is None:
+        sys.stdout.write(text)
+    else:
+        to.write_text(text, encoding="utf-8")
+    return FINE

@@ -1,0 +1,78 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from mechdsl.program.python_files import Mode
+    from mechdsl.validate.file import Settings
+
+files_argument = click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+file_argument = click.argument("file", type=click.Path(path_type=Path))
+set_option = click.option(
+    "--set", "parameters", multiple=True, metavar="K=V", help="Set a parameter: --set depth=12."
+)
+limit_option = click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="At most this many rows per experiment.",
+)
+allow_python_option = click.option(
+    "--allow-python", is_flag=True, help="Run the Python files that the file refers to."
+)
+no_pass_option = click.option(
+    "--no-pass",
+    "no_pass",
+    multiple=True,
+    metavar="NAME",
+    help="Switch a pass off; `plan` lists them.",
+)
+pass_tokens_option = click.option(
+    "--pass-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="At most this many tokens in a pass over patched rows; else it is chosen.",
+)
+prompt_tokens_option = click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="At most this many tokens in a batch of unpatched prompts.",
+)
+
+
+class BadSetting(click.UsageError):
+    """`--set` without a name or a value."""
+
+    hint = "write `--set NAME=VALUE`, for example `--set depth=12`"
+
+
+def settings(
+    parameters: tuple[str, ...],
+    limit: int | None = None,
+    only: str | None = None,
+    python: Mode = "refuse",
+) -> Settings:
+    """How files are checked. Raises `BadSetting`."""
+    from mechdsl.validate.file import Settings
+
+    given: dict[str, str] = {}
+    for text in parameters:
+        name, equals, value = text.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise BadSetting(f"`--set {text}` has no {'name' if equals else '`=`'}")
+        if name in given:
+            raise BadSetting(f"`--set {name}=…` is given twice")
+        given[name] = value.strip()
+    return Settings(given, limit, only, python)
+
+
+def python_mode(allow_python: bool) -> Mode:
+    """What is done with Python files where `--allow-python` is an option."""
+    return "run" if allow_python else "refuse"

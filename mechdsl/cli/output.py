@@ -1,0 +1,77 @@
+"""What commands say: diagnostics, tables, and why they broke off."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mechdsl.cli.status import BROKE_OFF
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import BadCommandLine
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def print_diagnostics(
+    diagnostics: Sequence[Diagnostic], form: str = "full", *, out: bool = False
+) -> None:
+    """Diagnostics on standard error, or on standard output where they are what was asked for."""
+    from mechdsl.diagnostics import render
+
+    stream = sys.stdout if out else sys.stderr
+    if form == "full":
+        if not diagnostics:
+            return
+        colour = stream.isatty() and "NO_COLOR" not in os.environ
+        text = render.render_full(
+            diagnostics, color=colour, width=width(), ascii=render.needs_ascii(stream)
+        )
+    else:
+        text = {
+            "json": render.render_json,
+            "github": render.render_github,
+            "sarif": render.render_sarif,
+        }[form](diagnostics)
+    stream.write(text if text.endswith("\n") or not text else text + "\n")
+
+
+def broke_off(what: str, error: Exception) -> int:
+    """The last resort, so that no user meets a traceback."""
+    from mechdsl.program.python_files import PythonFailure
+
+    if isinstance(error, PythonFailure):
+        print_diagnostics([error.diagnostic])
+        return BROKE_OFF
+    if isinstance(error, OSError) and error.filename is not None:
+        reason = f"cannot write `{error.filename}`: {(error.strerror or str(error)).lower()}"
+        hint = "name a file in a folder that exists and may be written to"
+        print_diagnostics([BadCommandLine(reason=reason, hint=hint)])
+        return BROKE_OFF
+    if os.environ.get("MECHDSL_DEBUG"):
+        raise error
+    print(
+        f"{what} broke off: {type(error).__name__}: {error}\nset MECHDSL_DEBUG=1 for the traceback",
+        file=sys.stderr,
+    )
+    return BROKE_OFF
+
+
+def width() -> int:
+    """Columns of the reader's window."""
+    import shutil
+
+    return max(40, shutil.get_terminal_size((100, 24)).columns)
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A rich console: colours only on terminals, and as wide as the reader's window."""
+    from rich.console import Console
+
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # to `main`; rich would exit as if an expectation had failed
+
+    return Piped(stderr=stderr, width=None if sys.stdout.isatty() else width(), soft_wrap=False)

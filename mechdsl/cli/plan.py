@@ -1,0 +1,62 @@
+"""`mechdsl plan`: the graph, and how much there is to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mechdsl.cli.files import checked_file
+from mechdsl.cli.options import (
+    allow_python_option,
+    file_argument,
+    limit_option,
+    no_pass_option,
+    pass_tokens_option,
+    prompt_tokens_option,
+    python_mode,
+    set_option,
+    settings,
+)
+from mechdsl.cli.output import make_console, print_diagnostics
+from mechdsl.cli.status import FINE, WRONG
+from mechdsl.diagnostics.core import has_errors
+
+
+@click.command(short_help="Print the graph, and how much there is to run.")
+@file_argument
+@set_option
+@limit_option
+@allow_python_option
+@no_pass_option
+@pass_tokens_option
+@prompt_tokens_option
+def plan(
+    file: Path,
+    parameters: tuple[str, ...],
+    limit: int | None,
+    allow_python: bool,
+    no_pass: tuple[str, ...],
+    pass_tokens: int | None,
+    prompt_tokens: int | None,
+) -> int:
+    """Print the intervention graph, the cells, rows and forward passes of a file."""
+    how = settings(parameters, limit, python=python_mode(allow_python))
+    checked, problems = checked_file(file, how)
+    print_diagnostics(problems)
+    if checked is None or has_errors(problems):
+        return WRONG
+    from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, make_plan, unknown_passes
+    from mechdsl.show.plan import print_plan
+
+    wrong = unknown_passes(no_pass)
+    print_diagnostics(wrong)
+    if wrong:
+        return WRONG
+    print_plan(
+        make_plan(checked.experiments, without=frozenset(no_pass)),
+        make_console(),
+        pass_tokens or PASS_TOKENS,
+        prompt_tokens or PROMPT_TOKENS,
+    )
+    return FINE
