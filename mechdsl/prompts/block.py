@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -29,9 +29,6 @@ from mechdsl.prompts.values import Record, Value, frozen, plain
 from mechdsl.syntax import ast
 from mechdsl.syntax.template import Placeholder, parse_template
 from mechdsl.vocab.corruptions import kind_of, problems
-
-if TYPE_CHECKING:
-    from mechdsl.prompts.rows import Row
 
 TEMPLATE = "template"
 """Name of the value that says which of several templates a row is written with."""
@@ -106,8 +103,6 @@ class Block:
         self.diagnostics: list[Diagnostic] = [
             d for c in prompts.corruptions for d in problems(c.changes, parameters)
         ]
-        self.rows: dict[int, Row] = {}
-        """Rows that were worked out, by their ids: experiments of a file share them."""
         self._templates: dict[int, Template] = {}
         self._pools: dict[str, Sequence[Record]] = {}
         self._columns: dict[str, Sequence[Value]] = {}

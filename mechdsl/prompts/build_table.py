@@ -30,7 +30,7 @@ from mechdsl.prompts.row_selection import (
     collect_rows,
     without_effect,
 )
-from mechdsl.prompts.rows import CLEAN, Row
+from mechdsl.prompts.rows import CLEAN, BlockRows, Row
 from mechdsl.prompts.table import PromptTable, Run, RunRow, TextTokens
 from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
 from mechdsl.prompts.values import Rich, TokenId
@@ -56,7 +56,7 @@ def build_table(
     max_length: int | None = None,
     parameters: Constants | None = None,
     blocks: Blocks | None = None,
-    compiled: dict[str, Block] | None = None,
+    compiled: dict[str, BlockRows] | None = None,
     ids: Sequence[int] | None = None,
     python: bool = False,
 ) -> tuple[PromptTable | None, list[Diagnostic]]:
@@ -71,25 +71,28 @@ def build_table(
         one is added. All that the rows hang on (seed, words, parameters, blocks) must be the same.
     Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703.
     """
-    block = (compiled or {}).get(prompts.name) or Block(
-        prompts,
-        seed=seed,
-        words=words,
-        parameters=parameters or {},
-        blocks=blocks or {},
-        python=python,
+    rows = (compiled or {}).get(prompts.name) or BlockRows(
+        Block(
+            prompts,
+            seed=seed,
+            words=words,
+            parameters=parameters or {},
+            blocks=blocks or {},
+            python=python,
+        )
     )
     if compiled is not None:
-        compiled[prompts.name] = block
+        compiled[prompts.name] = rows
+    block = rows.block
     diagnostics = list(block.diagnostics)
     if has_errors(diagnostics):
         return None, diagnostics
-    rows = collect(block, limit=limit, part=part) if ids is None else collect_rows(block, ids)
-    diagnostics = list(dict.fromkeys([*block.diagnostics, *rows.diagnostics]))
-    if has_errors(diagnostics) or (ids is not None and not rows.rows):
+    found = collect(rows, limit=limit, part=part) if ids is None else collect_rows(rows, ids)
+    diagnostics = list(dict.fromkeys([*block.diagnostics, *found.diagnostics]))
+    if has_errors(diagnostics) or (ids is not None and not found.rows):
         return None, diagnostics
-    builder = _Builder(block, tokenizer, max_length)
-    table = builder.table(rows, limit, part)
+    builder = _Builder(rows, tokenizer, max_length)
+    table = builder.table(found, limit, part)
     return (None if has_errors(builder.diagnostics) else table), [
         *diagnostics,
         *dict.fromkeys(builder.diagnostics),
@@ -100,13 +103,14 @@ def build_table(
 class _Builder:
     """Tokenises the rows of one block."""
 
-    block: Block
+    rows: BlockRows
     tokenizer: TextTokenizer
     max_length: int | None
     texts: bool = True
     """Whether answers and the like are tokenised."""
 
     def __post_init__(self) -> None:
+        self.block = self.rows.block
         self.diagnostics: list[Diagnostic] = []
 
     def table(self, found: Collection, limit: int | None, part: Part | None) -> PromptTable:
@@ -298,12 +302,13 @@ class _Builder:
         if found.complete and self.block.spec.split is None:
             return table
         corruption = next(c for c in self.block.spec.corruptions if c.name == run)
-        block = self.block.only(corruption)
+        rows = self.rows.only(corruption)
+        block = rows.block
         target = max(block.combinations, _NOISE_ROWS_OF_DRAWS if block.draws else 0)
-        more = collect(block, limit=min(target, MAX_NOISE_ROWS))
+        more = collect(rows, limit=min(target, MAX_NOISE_ROWS))
         if not more.rows:
             return table
-        return _Builder(block, self.tokenizer, None, texts=False).runs(more.rows)[0]
+        return _Builder(rows, self.tokenizer, None, texts=False).runs(more.rows)[0]
 
     # --- checks and conventions -------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from mechdsl.prompts.answers import quoted
 from mechdsl.prompts.block import Block
 from mechdsl.prompts.replaced_text import extended
 from mechdsl.prompts.row_selection import collect
-from mechdsl.prompts.rows import CLEAN
+from mechdsl.prompts.rows import CLEAN, BlockRows
 from mechdsl.prompts.table import PromptTable, Run
 
 Build = Callable[[Sequence[int]], tuple[PromptTable | None, list[Diagnostic]]]
@@ -34,16 +34,17 @@ class Paired:
 def paired_run(
     table: PromptTable,
     own: Block,
-    other: Block,
+    others: BlockRows,
     run: str,
     *,
     name: str,
     build: Build,
     span: Span,
 ) -> tuple[Paired | None, list[Diagnostic]]:
-    """A run of `other` with a row for each of the table's: its only row, or the one with the same
-    number. Codes: E0527 to E0529 and those of the other block."""
-    single = _single(other, own)
+    """A run of another block with a row for each of the table's: its only row, or the one with the
+    same number. Codes: E0527 to E0529 and those of the other block."""
+    other = others.block
+    single = _single(others, own)
     if single is None and other.combinations != own.combinations:
         return None, [
             RowsNotPaired(
@@ -79,12 +80,13 @@ def paired_run(
     return Paired(there_run, how, found.python, found.data_hash), diagnostics
 
 
-def _single(other: Block, own: Block) -> int | None:
+def _single(others: BlockRows, own: Block) -> int | None:
     """The number of the block's row, if it has one only."""
+    other = others.block
     if other.combinations == 1 and not (other.draws and own.combinations == 1):
         return 0
     if other.combinations != own.combinations and other.spec.where and not other.draws:
-        found = collect(other, limit=2).rows
+        found = collect(others, limit=2).rows
         return found[0].clean.id if len(found) == 1 else None
     return None
 

@@ -10,9 +10,8 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, NoRows, TooMany
 from mechdsl.program import spec
-from mechdsl.prompts.block import Block
 from mechdsl.prompts.row_scope import Refusal
-from mechdsl.prompts.rows import Row
+from mechdsl.prompts.rows import BlockRows, Row
 from mechdsl.prompts.seeded_draws import Permutation
 from mechdsl.prompts.values import TokenId, frozen, plain
 from mechdsl.vocab.corruptions import ValueChange, kind_of
@@ -52,13 +51,13 @@ class Collection:
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
 
-def collect(block: Block, *, limit: int | None, part: str | None = None) -> Collection:
+def collect(rows: BlockRows, *, limit: int | None, part: str | None = None) -> Collection:
     """The first `limit` rows of the block, or of its part `train` or `test`.
 
     A split deals the rows of the whole block out in turn, so that the parts never share a row and
     a smaller limit gives a part of a larger one. Codes: E0506, E0509, E0510 and those of rows.
     """
-    found = _Collector(block, limit, part)
+    found = _Collector(rows, limit, part)
     refused = found.too_many()
     if refused is not None:
         found.result.diagnostics.append(refused)
@@ -67,20 +66,18 @@ def collect(block: Block, *, limit: int | None, part: str | None = None) -> Coll
     return found.result
 
 
-def collect_rows(block: Block, ids: Iterable[int]) -> Collection:
+def collect_rows(rows: BlockRows, ids: Iterable[int]) -> Collection:
     """The rows with these numbers, without those that `where` leaves out. Codes: those of rows."""
-    found = _Collector(block, None, None)
+    found = _Collector(rows, None, None)
     for number in ids:
-        row = block.rows.get(number)
-        if row is None:
-            row = block.rows[number] = Row(block, number)
-        found.try_row(row)
+        found.try_row(rows[number])
     return found.result
 
 
 class _Collector:
-    def __init__(self, block: Block, limit: int | None, part: str | None) -> None:
-        self.block = block
+    def __init__(self, rows: BlockRows, limit: int | None, part: str | None) -> None:
+        self.rows = rows
+        self.block = block = rows.block
         self.limit = limit
         self.part = part
         self.result = Collection()
@@ -158,10 +155,7 @@ class _Collector:
             order = Permutation(block.combinations, block.seed, block.name, "rows", turn)
             for place in range(block.combinations):
                 number = turn * block.combinations + order[place]
-                row = block.rows.get(number)
-                if row is None:
-                    row = block.rows[number] = Row(block, number)
-                yield row
+                yield self.rows[number]
             if self.limit is None or not block.draws:
                 return
             turn += 1

@@ -371,6 +371,26 @@ class Row:
         return f"the row with {shown}" if shown else "every row"
 
 
+class BlockRows:
+    """The rows of a block by their ids, each worked out once: experiments of a file share them."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self._rows: dict[int, Row] = {}
+
+    def __getitem__(self, row_id: int) -> Row:
+        row = self._rows.get(row_id)
+        if row is None:
+            row = self._rows[row_id] = Row(self.block, row_id)
+        return row
+
+    def only(self, corruption: spec.Corruption) -> BlockRows:
+        """The same rows with one of the corruptions."""
+        other = BlockRows(self.block.only(corruption))
+        other._rows = self._rows
+        return other
+
+
 def render_short(value: Value) -> str:
     text = repr(value) if isinstance(value, str) else str(plain(value))
     return text if len(text) <= 40 else text[:37] + "…"

@@ -14,6 +14,7 @@ from mechdsl.prompts.block import Block
 from mechdsl.prompts.build_table import build_table
 from mechdsl.prompts.other_blocks import Paired, paired_run
 from mechdsl.prompts.prompt_conventions import Part
+from mechdsl.prompts.rows import BlockRows
 from mechdsl.prompts.table import PromptTable
 from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer
 from mechdsl.resolve.model_runs import joined_table, model_run, refused_pair
@@ -41,7 +42,7 @@ class Contexts:
         self.limit = limit
         self.python = python
         self._models: dict[str, ModelContext | None] = {}
-        self._blocks: dict[str, Block] = {}
+        self._rows: dict[str, BlockRows] = {}
         self._tables: dict[tuple[object, ...], PromptTable | None] = {}
         self._runs: dict[tuple[object, ...], Paired | None] = {}
         self._joined: dict[tuple[object, ...], PromptTable | None] = {}
@@ -120,7 +121,7 @@ class Contexts:
             max_length=model.shape.max_positions,
             parameters=self.program.parameters,
             blocks=self.program.prompts,
-            compiled=self._blocks,
+            compiled=self._rows,
             ids=ids,
             python=self.python,
         )
@@ -181,15 +182,15 @@ class Contexts:
     ) -> tuple[Paired | None, list[Diagnostic]]:
         if self.needs_python(prompts):
             return None, []
-        block = self._blocks.get(prompts)
-        if block is None:
-            block = self._blocks[prompts] = self._block(prompts)
-        if has_errors(block.diagnostics):
-            return None, block.diagnostics
+        rows = self._rows.get(prompts)
+        if rows is None:
+            rows = self._rows[prompts] = BlockRows(self._block(prompts))
+        if has_errors(rows.block.diagnostics):
+            return None, rows.block.diagnostics
         return paired_run(
             table,
-            self._blocks[table.name],
-            block,
+            self._rows[table.name].block,
+            rows,
             run.run,
             name=run.name,
             build=lambda ids: self._build(prompts, model, ids=ids),
