@@ -11,13 +11,13 @@ __all__ = ["MechdslError", "Results", "check", "run"]
 
 if TYPE_CHECKING:
     from mechdsl.api import MechdslError, check, run
-    from mechdsl.results.experiment import Results
+    from mechdsl.results.results import Results
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, because `mechdsl validate` must start without torch.
     if name == "Results":
-        from mechdsl.results.experiment import Results
+        from mechdsl.results.results import Results
 
         return Results
     if name in __all__:

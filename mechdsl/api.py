@@ -11,7 +11,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.render import render_full
 
 if TYPE_CHECKING:
-    from mechdsl.results.experiment import Results
+    from mechdsl.results.results import Results
 
 
 class MechdslError(Exception):
@@ -69,7 +69,7 @@ def run(
     from mechdsl.pipeline import RunOptions, run_source
     from mechdsl.program.python_files import PythonFailure
     from mechdsl.results.collect import versions
-    from mechdsl.results.experiment import Results
+    from mechdsl.results.results import Results
     from mechdsl.validate.file import Settings
 
     source, diagnostics = source_of(file)

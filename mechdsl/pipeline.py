@@ -30,9 +30,11 @@ from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
 from mechdsl.resolve.sites import missing_points
 from mechdsl.results.collect import collect, versions, with_control
-from mechdsl.results.experiment import ExperimentResult, FileResult, Results
+from mechdsl.results.denominators import check_denominators
+from mechdsl.results.experiment import ExperimentResult, FileResult
 from mechdsl.results.findings import found_by
 from mechdsl.results.finish import with_statistics, with_verdicts
+from mechdsl.results.results import Results
 from mechdsl.results.store import Store
 from mechdsl.results.variants import merged
 from mechdsl.validate.file import Checked, Settings, by_name, check_source
@@ -103,7 +105,7 @@ def _run(
     waiting = [each for each in checked.experiments if each.spec.after and _may_be_refused(each)]
     if waiting:  # before any cell runs, and not when what they wait for has
         later_plan = make_plan(waiting, without=options.without)
-        found = refused(later_plan, models, options.execution, sizes)
+        found = refused(later_plan, models, options.execution, sizes, check=check_denominators)
         if has_errors(found):
             return None, [*diagnostics, *found]
     store = None if options.out is None else Store(options.out, checked.source.stem)
@@ -125,7 +127,7 @@ def _run(
                     for experiment in panel.experiments:
                         store.open(experiment)
             told = progress.over(options.execution, later)
-            execution = execute(plan, models, told, store, sizes)
+            execution = execute(plan, models, told, store, sizes, check=check_denominators)
             if options.on_profile is not None:
                 options.on_profile(plan, execution.profile)
             diagnostics = [*diagnostics, *execution.diagnostics]

@@ -7,7 +7,7 @@ the rows of one cell, or passes over what changes in the rows of many cells.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -31,8 +31,6 @@ from mechdsl.plan.share import SharedRows, Sharer
 from mechdsl.program.python_files import PythonFailure
 from mechdsl.prompts.table import PromptTable
 from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.statistics.cells import check_denominator
-from mechdsl.vocab.effects import EFFECTS
 
 FULL_SHARE = 0.7
 """Of its size, what a pass must hold to tell how fast that size is."""
@@ -60,6 +58,10 @@ class Measured:
     """Rows of cells, run or not."""
     inert: int = 0
     """Of these, the ones that can't differ from the base run by structure."""
+
+
+Check = Callable[[Measured], list[Diagnostic]]
+"""What is wrong with an experiment by its unpatched runs, before a cell is run."""
 
 
 class Sink(Protocol):
@@ -114,18 +116,21 @@ def execute(
     options: Options | None = None,
     sink: Sink | None = None,
     sizes: Sizes | None = None,
+    *,
+    check: Check,
 ) -> Execution:
-    """Run every panel. Denominators and `keep` are checked for all before any cell runs.
+    """Run every panel. `keep` and what `check` looks at are checked for all before any cell runs.
 
     sizes: of the run that this is a part of; they are settled here if they aren't yet.
-    Codes: E0223, E0604, E0613. Raises what the model raises; it is left without hooks in any case.
+    Codes: E0223, E0613 and those of `check`. Raises what the model raises; it is left without hooks
+    in any case.
     """
     options = options or Options()
     if sizes is None:
         experiments = [each.experiment for panel in plan.panels for each in panel.experiments]
         sizes = sizes_of(experiments, models, options)
     execution = Execution()
-    runners = _prepared(plan, models, options, sizes, execution, sink)
+    runners = _prepared(plan, models, options, sizes, execution, sink, check)
     if has_errors(execution.diagnostics):
         return execution
     if sink is not None:
@@ -146,11 +151,16 @@ def execute(
 
 
 def refused(
-    plan: Plan, models: Mapping[str, LoadedModel], options: Options, sizes: Sizes
+    plan: Plan,
+    models: Mapping[str, LoadedModel],
+    options: Options,
+    sizes: Sizes,
+    *,
+    check: Check,
 ) -> list[Diagnostic]:
     """What `execute` would refuse after the unpatched runs, for experiments that run later."""
     execution = Execution()
-    _prepared(plan, models, options, sizes, execution, None)
+    _prepared(plan, models, options, sizes, execution, None, check)
     return execution.diagnostics
 
 
@@ -161,6 +171,7 @@ def _prepared(
     sizes: Sizes,
     execution: Execution,
     sink: Sink | None,
+    check: Check,
 ) -> list[PanelRunner]:
     """Runners whose unpatched runs are done; what is wrong with them is in the execution."""
     runners = [
@@ -179,7 +190,7 @@ def _prepared(
     for runner in runners:
         with stopwatch(runner.runs.model.device) as seconds:
             try:
-                execution.diagnostics.extend(runner.prepare())
+                execution.diagnostics.extend(runner.prepare(check))
             except PythonFailure as failure:  # on an unpatched run: no cell was run
                 execution.diagnostics.append(failure.diagnostic)
         execution.profile.unpatched_seconds += seconds[0]
@@ -232,8 +243,8 @@ class PanelRunner:
 
     # --- before any cell --------------------------------------------------------------------------
 
-    def prepare(self) -> list[Diagnostic]:
-        """Filter rows, measure the unpatched runs, check denominators, average ablations."""
+    def prepare(self, check: Check) -> list[Diagnostic]:
+        """Filter rows, measure and check the unpatched runs, average ablations."""
         diagnostics = self._keep()
         if diagnostics:
             return diagnostics
@@ -263,7 +274,7 @@ class PanelRunner:
             self._forget()
         for plan in self.panel.experiments:
             if plan.experiment.control_of is None:  # else it has been said of that one
-                diagnostics.extend(self._denominators(plan.experiment))
+                diagnostics.extend(check(self.measured[plan.experiment.key]))
         if not has_errors(diagnostics):
             for plan in self.panel.experiments:
                 self.fillings[plan.experiment.key] = fillings_of(
@@ -302,35 +313,6 @@ class PanelRunner:
         return max(
             (len(row.ids) for run in self.table.runs.values() for row in run.rows), default=1
         )
-
-    def _denominators(self, experiment: ResolvedExperiment) -> list[Diagnostic]:
-        """E0604 where a ratio would be taken over something that may be 0."""
-        measured = self.measured[experiment.key]
-        found: list[Diagnostic] = []
-        for number, measure in enumerate(experiment.spec.measures):
-            effect = EFFECTS[measure.effect]
-            source = experiment.spec.source
-            if effect.denominator is None or experiment.measures[number].kind == "category":
-                continue
-            base = measured.unpatched[experiment.spec.base][number]
-            other = measured.unpatched[source][number] if source is not None else None
-            if effect.needs_source and other is None:
-                continue
-            if experiment.spec.variant:  # which one of them
-                effect = replace(effect, divisor=f"{effect.divisor} of {experiment.key}")
-            found.extend(
-                check_denominator(
-                    base,
-                    other,
-                    experiment.spec.statistics,
-                    experiment.seed,
-                    measure.span,
-                    effect=effect,
-                    groups=groups_of(experiment, self.kept),
-                    ids=[self.table.row_ids[i] for i in self.kept],
-                )
-            )
-        return found
 
     def _forget(self) -> None:
         """Free what the finished batch computed; with a single batch it serves all stages."""
@@ -533,15 +515,6 @@ def _measured_runs(experiment: ResolvedExperiment) -> list[str]:
     if experiment.spec.source is not None:
         runs.append(experiment.spec.source)
     return list(dict.fromkeys(runs))
-
-
-def groups_of(experiment: ResolvedExperiment, kept: Ints) -> np.ndarray | None:
-    """The groups that `stats by` resamples."""
-    by = experiment.spec.statistics.by
-    if by is None:
-        return None
-    rows = experiment.table.runs["clean"].rows
-    return np.array([str(rows[i].values[by]) for i in kept])
 
 
 def base_per_cell(plan: ExperimentPlan, measured: Measured, run: str, number: int) -> Floats:

@@ -5,6 +5,7 @@ A number that doesn't exist is null, and `reason` says why; NaN and infinity nev
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mechdsl.base.arrays import Floats
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment import ExperimentResult, Results
+from mechdsl.results.experiment import ExperimentResult, FileResult
 from mechdsl.statistics.cells import category_statistics
 from mechdsl.statistics.data import ChosenBy, Interval, MeasureData
 
@@ -294,12 +295,12 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
     )
 
 
-def results_document(results: Results) -> ResultsDocument:
+def results_document(files: Sequence[FileResult], versions: Mapping[str, str]) -> ResultsDocument:
     """All finished experiments of a run."""
     return ResultsDocument(
         schema=SCHEMA_VERSION,
-        mechdsl=results.versions.get("mechdsl", "unknown"),
-        versions=dict(results.versions),
+        mechdsl=versions.get("mechdsl", "unknown"),
+        versions=dict(versions),
         files=[
             FileDocument(
                 file=file.file,
@@ -308,7 +309,7 @@ def results_document(results: Results) -> ResultsDocument:
                 **_given(sizes=None if file.sizes is None else SizesDocument(**vars(file.sizes))),
                 experiments=[experiment_document(each) for each in file.experiments],
             )
-            for file in results.files
+            for file in files
         ],
     )
 

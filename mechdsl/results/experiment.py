@@ -1,12 +1,10 @@
-"""The results of a run in memory, with the values of every prompt kept."""
+"""What an experiment found, in memory, with the values of every prompt kept."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,10 +140,10 @@ class ExperimentResult:
 
     def to_pandas(self) -> pandas.DataFrame:
         """A frame with one row per cell and measure (needs pandas)."""
-        return _frame(self.records())
+        return frame(self.records())
 
     def _repr_html_(self) -> str:
-        return _html_table(self)
+        return html_table(self)
 
 
 NUMBERS = (
@@ -211,7 +209,8 @@ def _null(result: ExperimentResult, measure: int, cell: int) -> dict[str, Any]:
     }
 
 
-def _frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
+def frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
+    """Records as a data frame. Raises ImportError where pandas is missing."""
     try:
         import pandas
     except ImportError as error:
@@ -221,7 +220,8 @@ def _frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
     return pandas.DataFrame(records)
 
 
-def _html_table(result: ExperimentResult, most: int = 20) -> str:
+def html_table(result: ExperimentResult, most: int = 20) -> str:
+    """The first rows of an experiment's table, for notebooks."""
     from html import escape
 
     head = [*result.axes, "site", "label", "effect", "n", "mean", "low", "high", "p corrected"]
@@ -256,61 +256,3 @@ class FileResult:
     seed: int = 0
     sizes: PassSizes | None = None
     """What the run was laid out by; with it, two runs are equal bit for bit."""
-
-
-@dataclass(frozen=True, eq=False)
-class Results:
-    """What `mechdsl.run` returns."""
-
-    files: tuple[FileResult, ...]
-    versions: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of the packages that numbers depend on; `mechdsl` is among them."""
-
-    @property
-    def experiments(self) -> tuple[ExperimentResult, ...]:
-        return tuple(each for file in self.files for each in file.experiments)
-
-    @property
-    def holds(self) -> bool:
-        """Whether every expectation of every experiment does."""
-        return all(each.holds for each in self.experiments)
-
-    def __getitem__(self, name: str) -> ExperimentResult:
-        """The experiment of this name (the first one, over several files)."""
-        for each in self.experiments:
-            if each.name == name:
-                return each
-        known = ", ".join(f"`{each.name}`" for each in self.experiments) or "none"
-        raise KeyError(f"no experiment `{name}` in these results; there are: {known}")
-
-    def __iter__(self) -> Iterator[ExperimentResult]:
-        return iter(self.experiments)
-
-    def __len__(self) -> int:
-        return len(self.experiments)
-
-    def to_pandas(self) -> pandas.DataFrame:
-        """A frame with one row per cell and measure of every experiment (needs pandas)."""
-        records = [
-            {"file": file.file, **record}
-            for file in self.files
-            for each in file.experiments
-            for record in each.records()
-        ]
-        return _frame(records)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The document of `mechdsl run --format json`."""
-        from mechdsl.results.document import results_document
-
-        return results_document(self).as_json()
-
-    def to_json(self, path: Path | None = None, *, indent: int | None = 2) -> str:
-        """The document as text, also written to `path` if one is given."""
-        text = json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=indent)
-        if path is not None:
-            path.write_text(text + "\n", encoding="utf-8")
-        return text
-
-    def _repr_html_(self) -> str:
-        return "".join(_html_table(each) for each in self.experiments)

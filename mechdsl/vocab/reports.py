@@ -1,17 +1,16 @@
 """Reports: how the results of an experiment are shown, one entry each.
 
-An entry names the module that draws it, which is imported on use, because drawing needs rich or
-altair and checking a file doesn't.
+An entry names the module that draws it, which `mechdsl.show.show_report` imports on use: drawing
+needs results, rich or altair, and checking a file doesn't.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Protocol, cast
+from pathlib import PurePath
+from typing import Protocol
 
 from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.core import Diagnostic
@@ -19,11 +18,6 @@ from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_statistics import BadReport
 from mechdsl.program import spec
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from mechdsl.results.experiment import ExperimentResult
 
 
 class Measured(Protocol):
@@ -42,14 +36,6 @@ class Measured(Protocol):
 def short_names(label: str, text: str) -> tuple[str, ...]:
     """What a report may call a measure: its name, or the first word of `argmax(1..9)`."""
     return tuple(dict.fromkeys((label, text.partition("(")[0].strip())))
-
-
-class _Drawing(Protocol):
-    """What the module of a report defines."""
-
-    def render(self, result: ExperimentResult, report: spec.Report, console: Console) -> None: ...
-
-    def save(self, result: ExperimentResult, report: spec.Report, path: Path) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +72,6 @@ class ReportKind:
     @property
     def supported(self) -> bool:
         return self.module is not None
-
-    def _drawing(self) -> _Drawing:
-        if self.module is None:
-            raise ValueError(f"`report {self.name}` isn't drawn yet: `check_report` refuses it")
-        return cast(_Drawing, import_module(self.module))
-
-    def render(self, result: ExperimentResult, report: spec.Report, console: Console) -> None:
-        """Print it."""
-        self._drawing().render(result, report, console)
-
-    def save(self, result: ExperimentResult, report: spec.Report, path: Path) -> None:
-        """Write it to a file, whose ending says the format."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._drawing().save(result, report, path)
 
 
 REPORTS: Registry[ReportKind] = Registry("report")
@@ -331,16 +303,3 @@ def _wrong_file(kind: ReportKind, report: spec.Report) -> Wrong:
         endings = " or ".join(f"`{suffix}`" for suffix in kind.suffixes)
         return f"cannot be written to `{report.file}`", f"its file ends in {endings}"
     return None
-
-
-def show(
-    result: ExperimentResult, report: spec.Report, console: Console, folder: Path | None = None
-) -> Path | None:
-    """Print a report, or write it where it says `to "file"` (relative to `folder`)."""
-    kind = REPORTS[report.kind]
-    if report.file is None:
-        kind.render(result, report, console)
-        return None
-    path = (folder or Path()) / report.file
-    kind.save(result, report, path)
-    return path

@@ -26,6 +26,7 @@ from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import NAMES
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ModelContext
+from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment import ExperimentResult, FileResult
 from mechdsl.statistics.data import MeasureData
 from mechdsl.validate.file import Checked, check_source
@@ -270,7 +271,7 @@ def execute_file(
 ) -> Execution:
     """Run checked experiments without some passes."""
     plan = make_plan(checked.experiments, without=frozenset(without))
-    found = execute(plan, {"m": model}, options)
+    found = execute(plan, {"m": model}, options, check=check_denominators)
     assert not has_errors(found.diagnostics)
     return found
 

@@ -9,7 +9,8 @@ import pytest
 
 from mechdsl.base.percent import Percent
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment import ExperimentResult, FileResult, Results
+from mechdsl.results.experiment import ExperimentResult, FileResult
+from mechdsl.results.results import Results
 from mechdsl.validate.conditions import Where
 
 from .support import HERE, PLAIN, Array, checked, experiment, patched, run

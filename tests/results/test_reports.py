@@ -16,7 +16,8 @@ from rich.console import Console
 
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment import ExperimentResult, FileResult, Results
+from mechdsl.results.experiment import ExperimentResult, FileResult
+from mechdsl.results.results import Results
 from mechdsl.show.reports.bar_charts import bars_chart
 from mechdsl.show.reports.charts import lines_chart
 from mechdsl.show.reports.confusion_counts import confusions
@@ -24,7 +25,8 @@ from mechdsl.show.reports.files import results_csv
 from mechdsl.show.reports.text import number_format, p_text
 from mechdsl.show.reports.token_shades import overlays, prompt_effects, visible
 from mechdsl.show.reports.verdicts import print_verdicts
-from mechdsl.vocab.reports import REPORTS, check_report, show
+from mechdsl.show.show_report import show_report
+from mechdsl.vocab.reports import REPORTS, check_report
 
 from .synthetic import (
     counted,
@@ -50,7 +52,7 @@ def printed(
     if line is None:
         print_verdicts(result, console)
     else:
-        show(result, line, console)
+        show_report(result, line, console)
     return text.getvalue()
 
 
@@ -169,7 +171,7 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     text = io.StringIO()
     console = Console(file=text, width=80, force_terminal=True)
-    show(finished(heads()), report("heatmap", variable="layer", by="head"), console)
+    show_report(finished(heads()), report("heatmap", variable="layer", by="head"), console)
     assert "48;" not in text.getvalue()
 
 
@@ -203,7 +205,7 @@ def test_top_ranks_by_absolute_value() -> None:
 @pytest.mark.parametrize("suffix", [".svg", ".png", ".html"])
 def test_charts(name: str, values: dict[str, str], suffix: str, tmp_path: Path) -> None:
     line = report(name, file=f"charts/it{suffix}", **values)
-    path = show(finished(heads()), line, Console(file=io.StringIO()), tmp_path)
+    path = show_report(finished(heads()), line, Console(file=io.StringIO()), tmp_path)
     assert path is not None
     content = path.read_bytes()
     start = {".svg": b"<svg", ".png": b"\x89PNG", ".html": b"<!DOCTYPE html>"}[suffix]
@@ -223,7 +225,7 @@ def test_charts_of_positions_and_facets(tmp_path: Path) -> None:
             report("lines", variable="position", by="layer", file="b.svg"),
         )
     ):
-        path = show(swept, line, Console(file=io.StringIO()), tmp_path)
+        path = show_report(swept, line, Console(file=io.StringIO()), tmp_path)
         assert path is not None, number
         assert "part1 token" in path.read_text(encoding="utf-8")
     cells = tuple(
@@ -233,7 +235,7 @@ def test_charts_of_positions_and_facets(tmp_path: Path) -> None:
     three = finished(replace(heads(), axes=("layer", "head", "c"), cells=cells))
     for kind in ("heatmap", "lines"):
         line = report(kind, variable="layer", by="head", file=f"{kind}.svg")
-        path = show(three, line, Console(file=io.StringIO()), tmp_path)
+        path = show_report(three, line, Console(file=io.StringIO()), tmp_path)
         assert path is not None
         assert "c 1" in path.read_text(encoding="utf-8")
     assert "c 1" in printed(three, report("heatmap", variable="layer", by="head"), 80)
@@ -247,7 +249,7 @@ def test_categories_in_a_heatmap(tmp_path: Path) -> None:
     text = printed(result, report("heatmap", variable="layer", by="head"), 80)
     assert "the commonest value of every cell" in text
     line = report("heatmap", variable="layer", by="head", file="x.svg")
-    path = show(result, line, Console(file=io.StringIO()), tmp_path)
+    path = show_report(result, line, Console(file=io.StringIO()), tmp_path)
     assert path is not None
     assert "commonest" in path.read_text(encoding="utf-8")
     assert "write `report bars layer`" in printed(result, report("lines", variable="layer"), 80)
@@ -268,19 +270,23 @@ def test_data_files(tmp_path: Path) -> None:
     text = printed(result, report("csv"), 40)
     assert text.count("\n") == 13
     assert text.startswith("experiment,model,layer,head,site,position,tokens,")
-    path = show(result, report("csv", file="c.csv"), Console(file=io.StringIO()), tmp_path)
+    path = show_report(result, report("csv", file="c.csv"), Console(file=io.StringIO()), tmp_path)
     assert path is not None
     assert path.read_text(encoding="utf-8") == text
     document = json.loads(printed(result, report("json"), 40))
     assert document["name"] == "where"
     for name, start in (("t.svg", b"<svg"), ("t.png", b"\x89PNG")):
-        picture = show(result, report("table", file=name), Console(file=io.StringIO()), tmp_path)
+        picture = show_report(
+            result, report("table", file=name), Console(file=io.StringIO()), tmp_path
+        )
         assert picture is not None
         assert picture.read_bytes().startswith(start)
-    table = show(result, report("table", file="t.txt"), Console(file=io.StringIO()), tmp_path)
+    table = show_report(
+        result, report("table", file="t.txt"), Console(file=io.StringIO()), tmp_path
+    )
     assert table is not None
     assert "conventions" in table.read_text(encoding="utf-8")
-    rows = show(
+    rows = show_report(
         result, report("table", by="count", file="t.csv"), Console(file=io.StringIO()), tmp_path
     )
     assert rows is not None
@@ -325,7 +331,7 @@ def test_parquet(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     line = report("parquet", file="a.parquet")
     assert check_report(line) == []
-    path = show(finished(heads()), line, Console(file=io.StringIO()), tmp_path)
+    path = show_report(finished(heads()), line, Console(file=io.StringIO()), tmp_path)
     assert path is not None
     assert path.stat().st_size > 0
 
@@ -398,7 +404,7 @@ def test_pictures(
     build: Callable[[], ExperimentResult], line: spec.Report, suffix: str, tmp_path: Path
 ) -> None:
     given = line.model_copy(update={"file": f"it{suffix}"})
-    path = show(finished(build()), given, Console(file=io.StringIO()), tmp_path)
+    path = show_report(finished(build()), given, Console(file=io.StringIO()), tmp_path)
     assert path is not None
     start = {".svg": b"<svg", ".png": b"\x89PNG", ".html": b"<!DOCTYPE html>"}[suffix]
     assert path.read_bytes().startswith(start)
@@ -491,7 +497,7 @@ def test_an_overlay_without_tokens_says_so(tmp_path: Path) -> None:
     result = finished(replace(read_tokens(), hits=(), texts=()))
     assert "weren't kept" in printed(result, report("overlay"), 80)
     line = report("overlay", file="a.html")
-    path = show(result, line, Console(file=io.StringIO()), tmp_path)
+    path = show_report(result, line, Console(file=io.StringIO()), tmp_path)
     assert path is not None
     assert "weren&#x27;t kept" in path.read_text(encoding="utf-8")
 

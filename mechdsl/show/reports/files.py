@@ -12,7 +12,8 @@ from rich.console import Console
 
 from mechdsl.program import spec
 from mechdsl.results.document import experiment_document
-from mechdsl.results.experiment import ExperimentResult, Results
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.results import Results
 
 
 def write_csv(result: ExperimentResult) -> str:

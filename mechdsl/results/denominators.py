@@ -1,0 +1,53 @@
+"""Ratios over something that may be 0: refused by the unpatched runs, before a cell is run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mechdsl.base.arrays import Ints
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.execute.execute import Measured
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.statistics.cells import check_denominator
+from mechdsl.vocab.effects import EFFECTS
+
+
+def check_denominators(measured: Measured) -> list[Diagnostic]:
+    """E0604 where a ratio would be taken over something that may be 0."""
+    experiment = measured.experiment
+    found: list[Diagnostic] = []
+    for number, measure in enumerate(experiment.spec.measures):
+        effect = EFFECTS[measure.effect]
+        source = experiment.spec.source
+        if effect.denominator is None or experiment.measures[number].kind == "category":
+            continue
+        base = measured.unpatched[experiment.spec.base][number]
+        other = measured.unpatched[source][number] if source is not None else None
+        if effect.needs_source and other is None:
+            continue
+        if experiment.spec.variant:  # which one of them
+            effect = replace(effect, divisor=f"{effect.divisor} of {experiment.key}")
+        found.extend(
+            check_denominator(
+                base,
+                other,
+                experiment.spec.statistics,
+                experiment.seed,
+                measure.span,
+                effect=effect,
+                groups=_groups(experiment, measured.kept),
+                ids=[experiment.table.row_ids[i] for i in measured.kept],
+            )
+        )
+    return found
+
+
+def _groups(experiment: ResolvedExperiment, kept: Ints) -> np.ndarray | None:
+    """The groups that `stats by` resamples."""
+    by = experiment.spec.statistics.by
+    if by is None:
+        return None
+    rows = experiment.table.runs["clean"].rows
+    return np.array([str(rows[i].values[by]) for i in kept])

@@ -1,0 +1,45 @@
+"""A report printed or written to its file, by the module that its entry names."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from rich.console import Console
+
+from mechdsl.program import spec
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.vocab.reports import REPORTS
+
+
+class _Drawing(Protocol):
+    """What the module of a report defines."""
+
+    def render(self, result: ExperimentResult, report: spec.Report, console: Console) -> None:
+        """Print it."""
+        ...
+
+    def save(self, result: ExperimentResult, report: spec.Report, path: Path) -> None:
+        """Write it to a file, whose ending says the format."""
+        ...
+
+
+def show_report(
+    result: ExperimentResult, report: spec.Report, console: Console, folder: Path | None = None
+) -> Path | None:
+    """Print a report, or write it where it says `to "file"` (relative to `folder`).
+
+    Returns the file. Raises ValueError for a report that `check_report` refuses as not drawn yet.
+    """
+    module = REPORTS[report.kind].module
+    if module is None:
+        raise ValueError(f"`report {report.kind}` isn't drawn yet: `check_report` refuses it")
+    drawing = cast(_Drawing, import_module(module))
+    if report.file is None:
+        drawing.render(result, report, console)
+        return None
+    path = (folder or Path()) / report.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.save(result, report, path)
+    return path
