@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from mechdsl.execute.sizes import ChosenBy, PassSizes
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS
 from mechdsl.prompts.table import PromptTable
-from mechdsl.statistics.data import ChosenBy, PassSizes
 
 DEVICE_FACTOR = 8
 """How many times the tokens of a CPU's pass one takes elsewhere."""

@@ -12,10 +12,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from mechdsl.base.arrays import Floats
+from mechdsl.execute.sizes import ChosenBy
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment import ExperimentResult, FileResult
 from mechdsl.statistics.cells import category_statistics
-from mechdsl.statistics.data import ChosenBy, Interval, MeasureData
+from mechdsl.statistics.data import Interval, MeasureData
 
 SCHEMA_VERSION: Literal[1] = 1
 

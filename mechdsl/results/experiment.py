@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats
 from mechdsl.base.percent import Percent
+from mechdsl.execute.sizes import PassSizes
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.statistics.bootstrap import Resampling
 from mechdsl.statistics.cells import run_interval
-from mechdsl.statistics.data import CellStatistics, Interval, MeasureData, NullBand, PassSizes
+from mechdsl.statistics.data import CellStatistics, Interval, MeasureData, NullBand
 
 if TYPE_CHECKING:
     import pandas

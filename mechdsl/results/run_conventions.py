@@ -6,10 +6,10 @@ from typing import Any
 
 from mechdsl.execute.execute import Measured
 from mechdsl.execute.profile import Profile
+from mechdsl.execute.sizes import PassSizes
 from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import PROMPT_TOKENS, ExperimentPlan
-from mechdsl.statistics.data import PassSizes
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
 EDGES = {

@@ -6,12 +6,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mechdsl.execute.profile import Profile
+from mechdsl.execute.sizes import PassSizes
 from mechdsl.plan.cost import Cost, estimated_seconds, matmul_rate
 from mechdsl.plan.passes import PASSES
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, ExperimentPlan, Plan
 from mechdsl.plan.savings import PlanCost, plan_cost
 from mechdsl.show.graph import to_text
-from mechdsl.statistics.data import PassSizes
 
 
 def print_plan(

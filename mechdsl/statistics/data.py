@@ -7,21 +7,6 @@ from typing import Literal
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 
-ChosenBy = Literal["default", "given", "measured", "memory"]
-"""What the size of a pass comes from; `memory`: there wasn't enough of it for another."""
-
-
-@dataclass(frozen=True)
-class PassSizes:
-    """What a run was laid out by. Given both, another run of the same plan is laid out the same."""
-
-    pass_tokens: int
-    """Of one pass over patched rows, at most."""
-    prompt_tokens: int
-    """Of one batch of unpatched prompts, at most."""
-    chosen: ChosenBy
-    """What `pass_tokens` comes from."""
-
 
 @dataclass(frozen=True, eq=False)
 class MeasureData:

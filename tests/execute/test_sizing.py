@@ -35,12 +35,12 @@ from mechdsl.execute.pass_size import (
     out_of_memory,
 )
 from mechdsl.execute.patched_rows import Patcher
+from mechdsl.execute.sizes import PassSizes
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
 from mechdsl.pipeline import RunOptions
 from mechdsl.plan.plan import ExperimentPlan
-from mechdsl.results.experiment import Results
-from mechdsl.statistics.data import PassSizes
+from mechdsl.results.results import Results
 from mechdsl.validate.file import Checked
 
 from ..models import families
