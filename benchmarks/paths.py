@@ -34,6 +34,7 @@ from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.savings import plan_cost
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ModelContext
+from mechdsl.results.denominators import check_denominators
 from mechdsl.validate.file import check_source
 
 PROMPTS, TOKENS = 8, 16
@@ -179,7 +180,7 @@ def compare(shape: Shape, folder: Path, positions: str, sampled: int) -> None:
         f"about {estimate:.0f} s"
     )
     start = process_time()
-    execution = execute(plan, {"gpt2": model})
+    execution = execute(plan, {"gpt2": model}, check=check_denominators)
     own = process_time() - start
     values = execution.measured["sweep"].patched[0]
     rows = experiment.table.runs

@@ -21,6 +21,7 @@ from mechdsl.loading.load import adopt
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ModelContext
+from mechdsl.results.denominators import check_denominators
 from mechdsl.validate.file import Checked, Settings, check_source
 
 
@@ -42,13 +43,15 @@ class Mechdsl(Tool):
         self.checked = self._check(Settings())
         self._compare_prompts()
         warm = self._check(Settings(limit=1))
-        execute(make_plan(warm.experiments), {"gpt2": self.model})
+        execute(make_plan(warm.experiments), {"gpt2": self.model}, check=check_denominators)
 
     def run(self, picks: Picks) -> Timed:
         if count(picks) < count(self.work.picks()):
             raise ValueError("mechdsl runs all cells of a file")
         start = perf_counter()
-        execution = execute(make_plan(self.checked.experiments), {"gpt2": self.model})
+        execution = execute(
+            make_plan(self.checked.experiments), {"gpt2": self.model}, check=check_denominators
+        )
         seconds = perf_counter() - start
         if execution.diagnostics:
             raise RuntimeError(str(execution.diagnostics))
