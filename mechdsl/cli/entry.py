@@ -9,7 +9,6 @@ import sys
 
 import click
 
-from mechdsl.base.registry import nearest
 from mechdsl.cli.explain import explain
 from mechdsl.cli.fmt import fmt
 from mechdsl.cli.graph import graph
@@ -85,10 +84,10 @@ def _usage(error: click.ClickException) -> Diagnostic:
         hint = f"`mechdsl {context.info_name} --help` lists what it takes"
     if isinstance(error, click.NoSuchOption) and context is not None:
         options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
-        hint = did_you_mean(nearest(error.option_name, options), hint)
+        hint = did_you_mean(error.option_name, options, hint)
     elif isinstance(error, click.UsageError) and "No such command" in error.message:
         word = error.message.split("'")[1]
-        hint = did_you_mean(nearest(word, app.list_commands(click.Context(app))), hint)
+        hint = did_you_mean(word, app.list_commands(click.Context(app)), hint)
     elif isinstance(error, BadSetting):
         hint = error.hint
     reason = error.format_message().partition(" Did you mean")[0].rstrip(".")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from mechdsl.base.registry import nearest
 from mechdsl.cli.files import checked_file
 from mechdsl.cli.options import (
     allow_python_option,
@@ -58,7 +57,7 @@ def _explain_code(code: str) -> int:
 
     text = page(code)
     if text is None:
-        hint = did_you_mean(nearest(code, codes()), "codes look like E0305")
+        hint = did_you_mean(code, codes(), "codes look like E0305")
         print_diagnostics([BadCommandLine(reason=f"there is no code `{code}`", hint=hint)])
         return WRONG
     sys.stdout.write(text)

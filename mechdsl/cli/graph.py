@@ -26,25 +26,41 @@ from mechdsl.diagnostics.core import has_errors
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["dot", "mermaid", "svg"]),
+    type=click.Choice(["dot", "mermaid", "svg", "text"]),
     default="mermaid",
     show_default=True,
 )
 @click.option("--to", type=click.Path(path_type=Path), help="Write it to this file.")
+@click.option(
+    "--before/--after", help="Before the planner's passes, or as it is run.  [default: after]"
+)
 @allow_python_option
 def graph(
-    file: Path, parameters: tuple[str, ...], form: str, to: Path | None, allow_python: bool
+    file: Path,
+    parameters: tuple[str, ...],
+    form: str,
+    to: Path | None,
+    before: bool,
+    allow_python: bool,
 ) -> int:
     """Draw the intervention graph."""
     checked, problems = checked_file(file, settings(parameters, python=python_mode(allow_python)))
     print_diagnostics(problems)
     if checked is None or has_errors(problems):
         return WRONG
-    from mechdsl.plan.plan import make_plan
+    from mechdsl.plan.make_plan import graph_of_file, rewrite
     from mechdsl.show import graph as draw
 
-    made = make_plan(checked.experiments).graph
-    text = {"dot": draw.to_dot, "mermaid": draw.to_mermaid, "svg": draw.to_svg}[form](made)
+    made = graph_of_file(checked.experiments)
+    if not before:
+        made, _ = rewrite(made)
+    drawings = {
+        "dot": draw.to_dot,
+        "mermaid": draw.to_mermaid,
+        "svg": draw.to_svg,
+        "text": draw.to_text,
+    }
+    text = drawings[form](made)
     if to is None:
         sys.stdout.write(text)
     else:

@@ -46,7 +46,9 @@ def plan(
     print_diagnostics(problems)
     if checked is None or has_errors(problems):
         return WRONG
-    from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, make_plan, unknown_passes
+    from mechdsl.plan.make_plan import make_plan
+    from mechdsl.plan.passes import unknown_passes
+    from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS
     from mechdsl.show.plan import print_plan
 
     wrong = unknown_passes(no_pass)
