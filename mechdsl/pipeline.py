@@ -37,6 +37,7 @@ from mechdsl.results.finish import with_statistics, with_verdicts
 from mechdsl.results.results import Results
 from mechdsl.results.store import Store
 from mechdsl.results.variants import merged
+from mechdsl.rules import RULES
 from mechdsl.validate.file import Checked, Settings, by_name, check_source
 from mechdsl.vocab.effects import EFFECTS
 
@@ -225,7 +226,7 @@ def _with_findings(
             resolved.append(each)
             continue
         own = {name: found[name] for name in each.spec.after}
-        again, said = resolve_experiment(each.spec, program, each.model, each.table, own)
+        again, said = resolve_experiment(each.spec, program, each.model, each.table, RULES, own)
         problems.extend(d for d in said if d.severity == "error")  # warnings have been said
         if again is not None:
             resolved.append(again)

@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from mechdsl.syntax import grammar
+
 # Several workers share the cores; the numbers must not depend on how many threads sum them up.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    grammar.parser()  # a fresh checkout makes its tables here, not within a test that is timed
     if config.getoption("--update-goldens") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--update-goldens writes files that cases share: leave -n out")
 

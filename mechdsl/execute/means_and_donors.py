@@ -46,12 +46,12 @@ def fillings_of(
 ) -> Fillings:
     """Average and permute over the kept rows, streamed by batches of prompts."""
     donors = None
-    if any(rule.rule.fill == "resample" for rule in plan.rules):
+    if any(rule.rule.does.reads == "donor" for rule in plan.rules):
         donors = _donors(kept, len(runs.table), runs.seed)
     means = {
         number: _means(rule, runs, batches)
         for number, rule in enumerate(plan.rules)
-        if rule.rule.fill == "mean"
+        if rule.rule.does.reads == "mean"
     }
     return Fillings(means, donors)
 

@@ -135,7 +135,7 @@ class Patcher:
     def _look(self, member: Member) -> Look | None:
         """What an `observe` line of the member's experiment looks at."""
         rules = self.plans[member.number].rules
-        rule = next((rule for rule in rules if rule.rule.fill == "observe"), None)
+        rule = next((rule for rule in rules if rule.rule.does.changes == "nothing"), None)
         if rule is None:
             return None
         return look(rule, member.rows, member.at, self.model.shape)

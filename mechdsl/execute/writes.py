@@ -21,7 +21,6 @@ from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan.columns import counted, each_unit, units_of
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rules import Rows, RulePlan
-from mechdsl.program.python_files import PythonFunction
 from mechdsl.resolve.resolved import Place
 from mechdsl.vocab.sites import SITES
 
@@ -43,7 +42,7 @@ class _Entries:
 
 def read_prompts(plan: RulePlan, rows: Rows, fillings: Fillings) -> Ints:
     """The prompt whose activation each row reads."""
-    if plan.rule.fill == "resample" and fillings.donors is not None:
+    if plan.rule.does.reads == "donor" and fillings.donors is not None:
         return fillings.donors[rows.prompt]
     return rows.prompt
 
@@ -52,7 +51,7 @@ def readable(plan: ExperimentPlan, rows: Rows, fillings: Fillings) -> Ints:
     """Indices of the rows whose donors have the position too; all of them without a resampling."""
     good = np.ones(len(rows), dtype=np.bool_)
     for rule in plan.rules:
-        if rule.rule.fill == "resample":
+        if rule.rule.does.reads == "donor":
             position = rule.position_of_cell[rows.cell]
             key = position * rule.read.prompts + read_prompts(rule, rows, fillings)
             good &= rule.read.runs.counts(key) > 0
@@ -84,8 +83,7 @@ def build_writes(
     """
     parts: dict[Place, list[tuple[Ints, Ints, Ints, Tensor]]] = defaultdict(list)
     for number, rule in enumerate(plan.rules):
-        # Senders of paths are written like patches, in rows where all else is held.
-        if not rule.writes_sites and rule.paths is None:
+        if rule.rule.does.changes != "sites":
             continue
         entries = _entries(rule, rows, fillings)
         pairs = [
@@ -102,9 +100,10 @@ def build_writes(
             unit = unit_of_point[entries.point[chosen]]
             again, unit = each_unit(unit, units(shape, *to))
             chosen = chosen[again]
-            values = _values(
+            asked = _Vectors(
                 rule, number, of, entries, chosen, unit, rows, draws, lanes_of, fillings, shape
             )
+            values = rule.rule.does.values(rule.rule, asked)
             parts[to].append((entries.row[chosen], entries.written[chosen], unit, values))
     return [joined(place, found) for place, found in parts.items()]
 
@@ -114,7 +113,7 @@ def build_edges(plan: ExperimentPlan, rows: Rows, shape: ModelShape) -> list[Edg
     found: list[EdgeWrite] = []
     for rule in plan.rules:
         edge = rule.rule.edge
-        if edge is None or edge.kind == "observe" or rule.keys is None:
+        if edge is None or edge.change is None or rule.keys is None:
             continue
         keys = rule.key_runs(rows)
         row, query = rule.written.tokens.expand(rule.written_runs(rows))
@@ -130,7 +129,7 @@ def build_edges(plan: ExperimentPlan, rows: Rows, shape: ModelShape) -> list[Edg
             found.append(
                 EdgeWrite(
                     int(at),
-                    edge.kind,
+                    edge.change,
                     torch.from_numpy(row_of),
                     torch.from_numpy(query[index[chosen]]),
                     torch.from_numpy(head),
@@ -142,69 +141,65 @@ def build_edges(plan: ExperimentPlan, rows: Rows, shape: ModelShape) -> list[Edg
     return found
 
 
-def _values(
-    plan: RulePlan,
-    number: int,
-    place: Place,
-    entries: _Entries,
-    chosen: Ints,
-    unit: Ints,
-    rows: Rows,
-    draws: Ints,
-    lanes_of: LanesOf,
-    fillings: Fillings,
-    shape: ModelShape,
-) -> Tensor:
-    """[K, width]: what is written."""
-    fill = plan.rule.fill
-    row = entries.row[chosen]
-    if fill in ("zero", "number"):
-        count = 1 if SITES[place[0]].width == "key" else width(shape, *place)
-        level = torch.from_numpy(plan.amounts[rows.cell[row]])
-        return level[:, None].expand(-1, count)
-    if fill == "mean":
-        means = fillings.means[number]
-        values = means.values[place]
+@dataclass(frozen=True, eq=False)
+class _Vectors:
+    """What an intervention is asked for at one place: `resolve.types.Vectors`."""
+
+    plan: RulePlan
+    number: int
+    """Of the rule in its experiment."""
+    place: Place
+    """Where is read."""
+    entries: _Entries
+    chosen: Ints
+    """[K] indices into the entries."""
+    unit: Ints
+    """[K]"""
+    rows: Rows
+    draws: Ints
+    lanes_of: LanesOf
+    fillings: Fillings
+    shape: ModelShape
+
+    @property
+    def row(self) -> Ints:
+        """[K]"""
+        return self.entries.row[self.chosen]
+
+    @property
+    def amounts(self) -> Tensor:
+        return torch.from_numpy(self.plan.amounts[self.rows.cell[self.row]])
+
+    @property
+    def width(self) -> int:
+        return 1 if SITES[self.place[0]].width == "key" else width(self.shape, *self.place)
+
+    def read(self) -> Tensor:
+        return self._mean() if self.plan.rule.does.reads == "mean" else self._activation()
+
+    def _mean(self) -> Tensor:
+        means = self.fillings.means[self.number]
+        values = means.values[self.place]
         index = (
-            plan.position_of_cell[rows.cell[row]],
-            means.groups[rows.prompt[row]],
-            entries.slot[chosen],
-            unit,
+            self.plan.position_of_cell[self.rows.cell[self.row]],
+            means.groups[self.rows.prompt[self.row]],
+            self.entries.slot[self.chosen],
+            self.unit,
         )
         return values[tuple(torch.from_numpy(i).to(values.device) for i in index)]
-    lanes = lanes_of(plan.rule.run, fill == "resample")
-    lane = lanes.lane(read_prompts(plan, rows, fillings)[row], draws[row])
-    vectors = gather(
-        lanes.reads[SiteRead(*place)],
-        lanes.batch,
-        torch.from_numpy(lane),
-        torch.from_numpy(entries.read[chosen]),
-        torch.from_numpy(unit),
-    )
-    return vectors if plan.rule.python is None else _of_python(plan.rule.python, vectors)
 
-
-def _of_python(function: PythonFunction, vectors: Tensor) -> Tensor:
-    """[K, width]: what the user's function makes of vectors. E0223 as PythonFailure."""
-    # A copy, so that a function that writes into it changes nothing that others read.
-    own = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32), copy=True)
-    with torch.no_grad():
-        given = function.call(own)
-    hint = "it takes `vectors`, [K, width], and gives as many of the same width"
-    try:
-        found = torch.as_tensor(given).detach()
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        kind = "nothing" if given is None else f"a `{type(given).__name__}`"
-        raise function.failure(f"it gave {kind}, not numbers", hint) from None
-    if found.shape != vectors.shape:
-        shapes = f"it gave the shape {list(found.shape)}, not {list(vectors.shape)}"
-        raise function.failure(shapes, hint)
-    if found.is_complex():
-        raise function.failure("it gave complex numbers", hint)
-    found = found.to(vectors)
-    if not found.isfinite().all():
-        raise function.failure("it gave NaN or infinity", hint)
-    return found
+    def _activation(self) -> Tensor:
+        rule = self.plan.rule
+        lanes = self.lanes_of(rule.run, rule.does.reads == "donor")
+        prompts = read_prompts(self.plan, self.rows, self.fillings)
+        lane = lanes.lane(prompts[self.row], self.draws[self.row])
+        return gather(
+            lanes.reads[SiteRead(*self.place)],
+            lanes.batch,
+            torch.from_numpy(lane),
+            torch.from_numpy(self.entries.read[self.chosen]),
+            torch.from_numpy(self.unit),
+        )
 
 
 def joined(place: Place, found: list[tuple[Ints, Ints, Ints, Tensor]]) -> SiteWrite:

@@ -290,8 +290,9 @@ def patched(experiment: ResolvedExperiment, after: tuple[Effect, ...] = ()) -> F
     base = unpatched(experiment, experiment.spec.base)
     if not experiment.rules:
         return base
-    replacing = next((rule for rule in experiment.rules if rule.fill == "text"), None)
-    acting = [r for r in experiment.rules if r.sites is not None and r.fill != "observe"]
+    rules = experiment.rules
+    replacing = next((rule for rule in rules if rule.does.changes == "input"), None)
+    acting = [r for r in rules if r.sites is not None and r.does.changes != "nothing"]
     writes = tuple(_write(experiment, rule) for rule in acting)
     replaced = None if replacing is None else _at(replacing)
     return Forward(
@@ -312,7 +313,7 @@ def _at(rule: ResolvedRule) -> str:
         at = f"random tokens, as many as of {at}"
     if rule.spec.onto is not None and rule.edge is None:
         at += f" onto {rule.spec.onto.span.written}"
-    if rule.fill == "text" and rule.spec.fill is not None:
+    if rule.does.changes == "input" and rule.spec.fill is not None:
         at += f" with {rule.spec.fill.span.text}"
     return at
 
@@ -331,29 +332,17 @@ def _write(experiment: ResolvedExperiment, rule: ResolvedRule) -> Write:
 def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> Read | Transform:
     """What a rule writes, and what it reads for it."""
     assert rule.sites is not None
-    detail = f"by {rule.spec.by}" if rule.spec.by else ""
-    if rule.spec.fill is not None and rule.amounts is not None:
-        detail = rule.spec.fill.span.written
-    if rule.fill in ("zero", "number"):
-        return Transform(rule.fill, detail=detail)
-    if rule.python is not None:
-        detail = f"{rule.python.name} of {rule.python.file}"
-    if rule.edge is not None:
-        keys = "" if rule.spec.onto is None else rule.spec.onto.span.written
-        return Transform(rule.edge.kind, detail=f"to {keys} {detail}".strip())
+    does = rule.does
+    detail = does.detail(rule)
+    if does.reads is None:
+        return Transform(does.name, detail=detail or "")
     points = rule.sites.points if rule.sites.sources is None else rule.sites.sources
     forward = unpatched(experiment, rule.run)
     if rule.apart is not None:
         other = Encode(rule.apart.table.name, None, None, (), rule.apart.run)
         forward = Forward(experiment.model.name, forward.n_layers, other, rule.apart.run)
     read = Read(forward, at, points, rule.positions.read)
-    if rule.fill == "source":
-        return read
-    if rule.path is not None:
-        through = ", through MLPs" if rule.path.through_mlps else ""
-        receiver = "" if rule.spec.receiver is None else rule.spec.receiver.span.written
-        detail = f"to {receiver}{through}"
-    return Transform(rule.fill, (read,), detail)
+    return read if detail is None else Transform(does.name, (read,), detail)
 
 
 def _effect(
@@ -373,7 +362,7 @@ def _effect(
 
     # Base and source are measured whatever the effect needs: both ends are always printed.
     source = experiment.spec.source
-    observed = next((rule for rule in experiment.rules if rule.fill == "observe"), None)
+    observed = next((rule for rule in experiment.rules if rule.does.changes == "nothing"), None)
     return Effect(
         entry.name,
         measured(acting, observed),

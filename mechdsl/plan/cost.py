@@ -360,7 +360,7 @@ class _Shapes:
             row, token = rule.written.tokens.expand(run)
             table, points, combination = self._places(rule)
             index, point = points.expand(combination[rows.cell][row])
-            target = received if rule.rule.fill == "observe" else writes
+            target = received if rule.rule.does.changes == "nothing" else writes
             for number in np.unique(point):
                 place = table[number]
                 own = index[point == number]

@@ -47,7 +47,7 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     """Of every run of a rule's positions, whether writing there changes nothing."""
     runs = len(plan.written.tokens.offsets) - 1
     combinations = len(plan.points.offsets) - 1
-    if plan.rule.sites is None or plan.rule.fill == "observe":
+    if plan.rule.sites is None or plan.rule.does.changes == "nothing":
         return Inert(np.zeros(combinations, dtype=np.int64), np.zeros((3, runs), dtype=np.bool_))
     keys, _ = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
     _, token = plan.written.tokens.expand(np.arange(runs))
@@ -85,20 +85,14 @@ def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) ->
         dead = one.runs[one.where[plan.site_of_cell[rows.cell]], plan.written_runs(rows)]
         if _changes_edges(plan) and plan.keys is not None:
             dead |= plan.keys.tokens.counts(plan.key_runs(rows)) == 0
-            dead |= _as_it_is(plan)[rows.cell]
+        dead |= plan.rule.does.unchanged(plan.amounts)[rows.cell]
         found &= dead
     return found
 
 
 def _changes_edges(plan: RulePlan) -> bool:
     """Whether it changes edges to keys, of which there may be none."""
-    return plan.rule.fill == "edge"
-
-
-def _as_it_is(plan: RulePlan) -> Mask:
-    """[cell] whether attention is multiplied by 1."""
-    edge = plan.rule.edge
-    return (plan.amounts == 1) & (edge is not None and edge.kind == "reweight")
+    return plan.rule.does.changes == "edges"
 
 
 def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -> Mask:
@@ -115,8 +109,8 @@ def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -
             none = np.ones(int(plan.key_of_cell.max()) + 1, dtype=np.bool_)
             empty = plan.keys.tokens.counts(run) == 0
             np.logical_and.at(none, key // plan.keys.prompts, empty)
-            own |= none[plan.key_of_cell] | _as_it_is(plan)
-        found &= own
+            own |= none[plan.key_of_cell]
+        found &= own | plan.rule.does.unchanged(plan.amounts)
     return found
 
 
@@ -161,7 +155,7 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
     """[prompt] how many leading tokens source and base share; None where the rule isn't a patch
     between two plain prompts."""
     source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
-    if rule.fill not in ("source", "path") or source.noise is not None or base.noise is not None:
+    if not rule.does.copies or source.noise is not None or base.noise is not None:
         return None
     if rule.sites is not None and rule.sites.sources is not None:  # read in another layer
         return None

@@ -80,7 +80,7 @@ class ExperimentPlan:
     @property
     def replaced(self) -> RulePlan | None:
         """The rule that puts other text into the prompts, if there is one."""
-        return next((plan for plan in self.rules if plan.rule.fill == "text"), None)
+        return next((plan for plan in self.rules if plan.rule.does.changes == "input"), None)
 
     @property
     def starting_runs(self) -> tuple[Run, ...]:

@@ -62,11 +62,6 @@ class RulePlan:
     key_of_cell: Ints | None = None
     paths: PathPlan | None = None
 
-    @property
-    def writes_sites(self) -> bool:
-        """Whether vectors are written at its sites in the row itself."""
-        return self.rule.fill not in ("text", "edge", "observe", "path")
-
     def written_runs(self, rows: Rows) -> Ints:
         """[row] the run that each row writes at: an index into `written.tokens`."""
         return self.written.run(self.position_of_cell[rows.cell], rows.prompt, rows.alternative)

@@ -69,11 +69,11 @@ class Sharer:
         draws = np.full(len(rows), plan.draws)
         found = [runs[plan.starting_run(rows)], draws, rows.prompt]
         for rule, key in zip(plan.rules, self._keys[number], strict=True):
-            if rule.rule.fill == "observe":  # whatever is looked at, the row is the same
+            if rule.rule.does.changes == "nothing":  # whatever is looked at, the row is the same
                 continue
             position = rule.position_of_cell[rows.cell]
             found += [
-                np.full(len(rows), key.fill),
+                np.full(len(rows), key.does),
                 key.points[rule.site_of_cell[rows.cell]],
                 key.written[rule.written_runs(rows)],
             ]
@@ -82,7 +82,7 @@ class Sharer:
                 found.append(key.read[run])
             else:
                 found.append(key.whole[position])
-            # The fill, in front, says which of these follow.
+            # What the rule does, in front, says which of these follow.
             if key.keys is not None:
                 found.append(key.keys[rule.key_runs(rows)])
             if rule.rule.amounts is not None:
@@ -92,11 +92,7 @@ class Sharer:
         return found
 
     def _rule(self, plan: ExperimentPlan, rule: RulePlan) -> _RuleKey:
-        edge = None if rule.rule.edge is None else rule.rule.edge.kind
-        through = None if rule.paths is None else rule.paths.through_mlps
-        own = rule.rule
-        apart = None if own.apart is None else own.apart.name
-        fill: Hashable = (own.fill, own.run, apart, own.groups, own.python, edge, through)
+        does = rule.rule.does
         pairs = list(zip(rule.point_table, rule.source_table, strict=True))
         points = [
             tuple(pairs[i] for i in _list(rule.points, key))
@@ -111,13 +107,12 @@ class Sharer:
             ]
             receivers = np.array([self._number(("to", end)) for end in ends], dtype=np.int64)
         whole = None
-        if rule.rule.fill in ("mean", "resample"):
-            # What is written comes from all rows' positions, not from this row's alone.
+        if does.over_rows:
             cells = zip(rule.positions, rule.sources, strict=True)
             numbers = [self._number((to.hits, of.hits)) for to, of in cells]
             whole = np.array(numbers, dtype=np.int64)
         return _RuleKey(
-            self._number(fill),
+            self._number((does.name, does.key(rule.rule))),
             np.array([self._number(one) for one in points], dtype=np.int64),
             self._tokens(rule.written),
             self._tokens(rule.read),
@@ -144,7 +139,7 @@ class Sharer:
 class _RuleKey:
     """Numbers for what a rule writes; equal ones mean the same."""
 
-    fill: int
+    does: int
     points: Ints
     """[site combination]"""
     written: Ints

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mechdsl.diagnostics.e02_names import (
-    BadArgument,
-    MissingLine,
-    UnknownName,
-    UnknownWord,
-    did_you_mean,
-)
-from mechdsl.diagnostics.e06_experiment import NoMeasure, PatchWithoutSource
+from mechdsl.diagnostics.e02_names import BadArgument, MissingLine, UnknownName
+from mechdsl.diagnostics.e06_experiment import NoMeasure
 from mechdsl.program import spec
 from mechdsl.program.constants import whole_number
 from mechdsl.program.lower_controls import lower_control
@@ -24,15 +18,8 @@ from mechdsl.program.lower_measures import (
     lower_report,
     lower_statistics,
 )
-from mechdsl.program.lower_other_runs import (
-    End,
-    Variant,
-    in_model,
-    models_of,
-    run_of,
-    sides,
-    variants,
-)
+from mechdsl.program.lower_other_runs import End, Variant, in_model, models_of, sides, variants
+from mechdsl.program.lower_rules import lower_rule
 from mechdsl.program.names import Scope
 from mechdsl.program.statements import Statements, use_names
 from mechdsl.syntax import ast
@@ -54,7 +41,7 @@ def lower_experiment(
     models = models_of(work, bases)
     rules = _rules_of(work, prompts, sources)
     measures = tuple(lower_measure(m, parts, scope) for m in work.measures)
-    measures = (*_observed(next(iter(rules.values())), parts), *measures)
+    measures = (*_observed(work, parts), *measures)
     each_once(measures, work)
     if not measures and not work.unsupported:
         scope.diagnostics.append(
@@ -174,60 +161,12 @@ def _rules(
     found: list[spec.Rule] = []
     for rule, loops in work.rules:
         use_names(rule, work)
-        body = rule.body
-        match body:
-            case ast.Patch():
-                run = source
-                if body.source is not None and prompts is not None:
-                    run = run_of(body.source, prompts, work)
-                elif run is None and not work.from_into:
-                    _without_source("patch", rule, prompts, work)
-                lowered = spec.Rule(
-                    span=rule.span,
-                    verb="patch",
-                    site=body.site,
-                    at=body.at,
-                    source=run,
-                    onto=body.onto,
-                    into_layer=body.into_layer,
-                )
-            case ast.Ablate():
-                by = None if body.by is None else body.by.id
-                if isinstance(body.fill, ast.OfRef):
-                    work.scope.has("prompts", body.fill.of.name)
-                lowered = spec.Rule(
-                    span=rule.span,
-                    verb="ablate",
-                    site=body.site,
-                    at=body.at,
-                    fill=body.fill,
-                    by=by,
-                )
-            case ast.ReplaceTokens():
-                if not isinstance(body.value, ast.String):
-                    work.later(body.value.span, "this replacement")
-                lowered = spec.Rule(span=rule.span, verb="replace", at=body.at, fill=body.value)
-            case ast.SwapSites():
-                lowered = spec.Rule(
-                    span=rule.span, verb="swap", site=body.site, at=body.at, onto=body.other
-                )
-            case ast.Freeze():
-                lowered = spec.Rule(span=rule.span, verb="freeze", site=body.site, at=body.at)
-            case ast.SetSite():
-                lowered = spec.Rule(
-                    span=rule.span, verb="set", site=body.site, at=body.at, fill=body.value
-                )
-            case ast.PathRule():
-                lowered = _path(rule, body, source, prompts, work)
-            case ast.Block() | ast.Reweight() | ast.SetEdge() | ast.ObserveAttention():
-                lowered = _attention(rule, body)
-            case _:
-                raise AssertionError(f"rule {type(body).__name__} has no lowering")
+        lowered = lower_rule(rule, source, prompts, work)
         found.append(lowered.model_copy(update={"loops": loops}))
     return tuple(found)
 
 
-def _observed(rules: tuple[spec.Rule, ...], parts: Definitions) -> tuple[spec.Measure, ...]:
+def _observed(work: Statements, parts: Definitions) -> tuple[spec.Measure, ...]:
     """An observation is a measure of what it looks at; `attention` alone may be the file's own."""
     label = "observed attention" if "attention" in parts.metrics else "attention"
     return tuple(
@@ -238,66 +177,6 @@ def _observed(rules: tuple[spec.Rule, ...], parts: Definitions) -> tuple[spec.Me
             effect="raw",
             effect_span=rule.span,
         )
-        for rule in rules
-        if rule.verb == "observe"
-    )
-
-
-def _without_source(
-    verb: str, rule: ast.Rule, prompts: spec.Prompts | None, work: Statements
-) -> None:
-    corruption = "RUN"
-    if prompts is not None and prompts.corruptions:
-        corruption = prompts.corruptions[0].name
-    otherwise = ", or name a run behind it: `with RUN`" if verb == "patch" else ""
-    work.diagnostics.append(
-        PatchWithoutSource(span=rule.span, verb=verb, base=corruption, otherwise=otherwise)
-    )
-
-
-def _path(
-    rule: ast.Rule,
-    body: ast.PathRule,
-    source: str | None,
-    prompts: spec.Prompts | None,
-    work: Statements,
-) -> spec.Rule:
-    """`path SENDER -> RECEIVER at POS through mlps`."""
-    if source is None and not work.from_into:
-        _without_source("path", rule, prompts, work)
-    for word in body.through:
-        if word.id != "mlps":
-            hint = did_you_mean(word.id, ["mlps"], "only `mlps` can be let through")
-            work.diagnostics.append(
-                UnknownWord(span=word.span, kind="part of a path", word=word.id, hint=hint)
-            )
-    return spec.Rule(
-        span=rule.span,
-        verb="path",
-        site=body.sender,
-        receiver=body.receiver,
-        at=body.at,
-        source=source,
-        through_mlps=bool(body.through),
-    )
-
-
-def _attention(
-    rule: ast.Rule, body: ast.Block | ast.Reweight | ast.SetEdge | ast.ObserveAttention
-) -> spec.Rule:
-    """A rule on edges of attention."""
-    verb: spec.Verb
-    fill = None
-    match body:
-        case ast.Block():
-            verb = "block"
-        case ast.Reweight():
-            verb, fill = "reweight", body.factor
-        case ast.SetEdge():
-            verb, fill = "set edge", body.value
-        case ast.ObserveAttention():
-            verb = "observe"
-    edge = body.edge
-    return spec.Rule(
-        span=rule.span, verb=verb, edge=edge, at=edge.queries, onto=edge.keys, fill=fill
+        for rule, _ in work.rules
+        if isinstance(rule.body, ast.ObserveAttention)
     )

@@ -109,27 +109,11 @@ class Prompts(Spec):
     corruptions: tuple[Corruption, ...] = ()
 
 
-Verb = Literal[
-    "patch",
-    "ablate",
-    "replace",
-    "swap",
-    "freeze",
-    "set",
-    "block",
-    "reweight",
-    "set edge",
-    "observe",
-    "path",
-]
-ATTENTION_VERBS: frozenset[Verb] = frozenset({"block", "reweight", "set edge", "observe"})
-"""Rules on edges of attention: from queries to keys."""
-
-
 class Rule(Spec):
     """One intervention. `loops` are the `for` variables around it, outermost first."""
 
-    verb: Verb
+    verb: str
+    """What kind of rule it is: its first words, but `set edge` where attention is set."""
     site: SiteText | None = None
     """What is written; of a path the sender. None for rules on the input and on attention."""
     at: PositionsText
@@ -137,7 +121,7 @@ class Rule(Spec):
     source: str | None = None
     """patch: the run that is read (`with RUN`, else the experiment's source)."""
     fill: ExprText | None = None
-    """ablate: zero, mean, resample, `mean of …`; replace: the text; set, reweight: the number."""
+    """ablate: zero, mean, resample, `mean of …`; replace: the text; others: the number."""
     by: str | None = None
     onto: PositionsText | None = None
     """patch: where it is written; swap: the other positions; attention rules: the keys."""

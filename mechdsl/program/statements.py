@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e01_syntax import NotSupported, UnexpectedToken
 from mechdsl.diagnostics.e02_names import DuplicateName, RepeatedStatement
 from mechdsl.program import spec
 from mechdsl.program.names import Scope, place
 from mechdsl.syntax import ast
+from mechdsl.syntax.verbs import VERBS
 from mechdsl.syntax.walk import walk
 
 if TYPE_CHECKING:
@@ -21,10 +22,6 @@ NodeT = TypeVar("NodeT", bound=ast.Node)
 
 # What the grammar knows and no stage executes yet, by the class of its node.
 LATER: dict[type[ast.Node], str] = {
-    ast.Add: "`add`",
-    ast.Scale: "`scale`",
-    ast.ProjectOut: "`project out`",
-    ast.Clamp: "`clamp`",
     ast.Generate: "`generate`",
     ast.Using: "an estimator",
     ast.Discover: "`discover`",
@@ -34,6 +31,13 @@ LATER: dict[type[ast.Node], str] = {
     ast.During: "`during`",
 }
 
+# Rules that the grammar knows and that mean something only where a kind is registered for them.
+OPEN: dict[type[ast.Node], str] = {
+    ast.Add: "add",
+    ast.Scale: "scale",
+    ast.ProjectOut: "project out",
+    ast.Clamp: "clamp",
+}
 
 # Of which several stand in one statement.
 LISTED: dict[type[ast.Node], str] = {
@@ -133,10 +137,12 @@ class Statements:
     def rule(self, rule: ast.Rule, loops: tuple[str, ...]) -> None:
         """Keep a rule that can be executed; E0108 at the part that can't."""
         before = len(self.diagnostics)
-        what = LATER.get(type(rule.body))
-        if what is not None:
-            self.later(rule.body.span, what)
+        verb = OPEN.get(type(rule.body))
+        if verb is not None and verb not in VERBS:
+            self.later(rule.body.span, f"`{verb}`")
             return
+        if isinstance(rule.body, ast.Registered):
+            self._amount(rule.body)
         for node in walk(rule):
             if type(node) in LATER:
                 self.later(node.span, LATER[type(node)])
@@ -150,6 +156,18 @@ class Statements:
                 self.later(node.span, "an image position")
         if len(self.diagnostics) == before:
             self.rules.append((rule, loops))
+
+    def _amount(self, body: ast.Registered) -> None:
+        """E0101 where a verb has another word before its number, or none."""
+        takes, verb = VERBS[body.verb.id], body.verb.id
+        if takes == body.before:
+            return
+        span, found = body.span, f"end of the `{verb}` statement"
+        if body.value is not None:
+            span, found = body.value.span, f"`{body.before} {body.value.span.text}`"
+        expected = f"`{takes}` and a number" if takes else f"no number behind `{verb}`"
+        self.unsupported = True
+        self.diagnostics.append(UnexpectedToken(span=span, found=found, expected=expected))
 
 
 def use_names(node: ast.Node, work: Statements) -> None:

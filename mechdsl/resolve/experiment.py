@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue, TooManyCells
@@ -14,13 +15,13 @@ from mechdsl.prompts.table import PromptTable
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.kinds import RuleKind
 from mechdsl.resolve.loops import loop_values
 from mechdsl.resolve.measures import MeasureContext, known_run, resolve_measure
 from mechdsl.resolve.picks import Onward
 from mechdsl.resolve.random_targets import resolve_control
 from mechdsl.resolve.relative_depth import relative
 from mechdsl.resolve.resolved import Axis, ModelContext, ResolvedExperiment, ResolvedMeasure
-from mechdsl.resolve.rules import resolve_rule
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -32,11 +33,13 @@ def resolve_experiment(
     program: spec.Program,
     model: ModelContext,
     table: PromptTable,
+    kinds: Registry[RuleKind],
     found: Mapping[str, Finding] | None = None,
 ) -> tuple[ResolvedExperiment | None, list[Diagnostic]]:
     """The experiment with concrete axes, rules and measures; None after an error.
 
-    found: what the experiments found whose results it uses, of each of `experiment.after`.
+    kinds: of rules, by their verbs. found: what the experiments found whose results it uses, of
+    each of `experiment.after`.
     Codes: E0301 to E0323, E0402, E0413, E0507, E0612 and those of positions and texts.
     """
     diagnostics: list[Diagnostic] = []
@@ -54,16 +57,16 @@ def resolve_experiment(
     work = Work(experiment, program, model, table, sites)
     for loop in experiment.loops:
         work.axes[loop.name] = Axis(loop.name, loops[loop.name], loop.span)
-    rules = [resolve_rule(rule, work) for rule in experiment.rules]
+    rules = [kinds[rule.verb].resolve(rule, work) for rule in experiment.rules]
     _loops_used(work)
-    _one_input(work)
-    _alone(work)
+    _beside_others(work, kinds)
     _draws_agree(work)
     axes = tuple(work.axes.values())
     if any(axis == "model" for axis, _ in experiment.variant):
         written = tuple(rule.site for rule in experiment.rules)
         axes = tuple(relative(axis, written, model.shape.n_layers) for axis in axes)
-    measures, keep, accuracies = _measures(work, axes)
+    observes = any(kinds[rule.verb].observes for rule in experiment.rules)
+    measures, keep, accuracies = _measures(work, axes, observes=observes)
     if has_errors(diagnostics):
         return None, diagnostics
     resolved = ResolvedExperiment(
@@ -126,27 +129,17 @@ def _loops_used(work: Work) -> None:
             )
 
 
-def _one_input(work: Work) -> None:
-    """Two `replace` rules would each change the text that the other one points into."""
-    replacing = [rule for rule in work.experiment.rules if rule.verb == "replace"]
-    work.diagnostics.extend(
-        NotSupported(span=rule.span, what="a second `replace` in one experiment")
-        for rule in replacing[1:]
-    )
-
-
-def _alone(work: Work) -> None:
-    """Path patching says what all else does; and one observation can be told from another by its
-    axes only."""
+def _beside_others(work: Work, kinds: Registry[RuleKind]) -> None:
+    """E0108 for rules that don't go with others of their kind, or with any."""
     rules = work.experiment.rules
-    paths = [rule for rule in rules if rule.verb == "path"]
-    if paths and len(rules) > 1:
-        work.diagnostics.append(NotSupported(span=paths[0].span, what="a path beside other rules"))
-    observing = [rule for rule in rules if rule.verb == "observe"]
-    work.diagnostics.extend(
-        NotSupported(span=rule.span, what="a second `observe` in one experiment")
-        for rule in observing[1:]
-    )
+    for verb, kind in kinds.items():
+        own = [rule for rule in rules if rule.verb == verb]
+        if kind.alone and own and len(rules) > 1:
+            what = f"a {verb} beside other rules"
+            work.diagnostics.append(NotSupported(span=own[0].span, what=what))
+        if kind.once:
+            what = f"a second `{verb}` in one experiment"
+            work.diagnostics.extend(NotSupported(span=rule.span, what=what) for rule in own[1:])
 
 
 def _draws_agree(work: Work) -> None:
@@ -167,7 +160,7 @@ def _nodes(rule: spec.Rule) -> Any:
 
 
 def _measures(
-    work: Work, axes: tuple[Axis, ...]
+    work: Work, axes: tuple[Axis, ...], *, observes: bool
 ) -> tuple[tuple[ResolvedMeasure, ...], tuple[ResolvedMeasure, ...], dict[str, ResolvedMeasure]]:
     experiment = work.experiment
     items = sorted({i for axis in axes for i in axis.items if i is not None})
@@ -179,7 +172,7 @@ def _measures(
         work.sites,
         tuple(items),
         work.diagnostics,
-        observes=any(rule.verb == "observe" for rule in experiment.rules),
+        observes=observes,
         metrics=work.program.metrics,
     )
     runs = tuple(dict.fromkeys(r for r in (experiment.base, experiment.source, "clean") if r))

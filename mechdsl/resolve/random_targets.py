@@ -128,7 +128,7 @@ class _Drawing:
         kept = [
             f"`{rule.spec.span.written}` as it is"
             for rule, kind in zip(self.experiment.rules, kinds, strict=True)
-            if kind is None and rule.fill != "observe"
+            if kind is None and rule.does.changes != "nothing"
         ]
         own = self.experiment.spec
         draws = self.asked.draws
@@ -222,7 +222,7 @@ class _Drawing:
 
     def _has(self, rule: ResolvedRule) -> set[spec.Drawn]:
         """What could be drawn for a rule: there are others of it."""
-        if rule.sites is None or rule.fill == "observe":
+        if rule.sites is None or rule.does.changes == "nothing":
             return set()
         points = {point for here in rule.sites.points.values() for point in here}
         found: set[spec.Drawn] = set()
@@ -234,7 +234,7 @@ class _Drawing:
         in_layers = all(point.layer is not None for point in points)
         if rule.path is None and self.shape.n_layers > 1 and in_layers:
             found.add("layers")
-        if rule.edge is None and rule.spec.verb != "swap":
+        if rule.does.drawn_positions:
             found.add("positions")
         return found
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from mechdsl.base.record import Record, record
 from mechdsl.models.shape import ModelShape
@@ -14,6 +14,11 @@ from mechdsl.prompts.table import PositionCell, PromptTable, Run
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import Form
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 Label = int | float | str
 
@@ -86,10 +91,8 @@ class PositionTargets(Record):
     """Labels of positions that no row has in both runs."""
 
 
-Fill = Literal[
-    "source", "zero", "mean", "resample", "text", "number", "python", "edge", "observe", "path"
-]
-EdgeKind = Literal["block", "reweight", "uniform", "weight", "observe"]
+EdgeChange = Literal["block", "reweight", "uniform", "weight"]
+"""What attention does to the weights of edges."""
 
 
 @record
@@ -104,7 +107,8 @@ class Amounts(Record):
 class EdgeTargets(Record):
     """Edges of attention: from the rule's positions, the queries, to these keys."""
 
-    kind: EdgeKind
+    change: EdgeChange | None
+    """None where they are only looked at."""
     keys: PositionTargets
 
 
@@ -129,12 +133,98 @@ class Apart(Record):
         return self.table.name if self.run == "clean" else f"{self.table.name}.{self.run}"
 
 
+class Vectors(Protocol):
+    """K vectors of one site of one layer that a rule is about to write."""
+
+    @property
+    def amounts(self) -> Tensor:
+        """[K] float64: the rule's number in the cell that each is written for; 0 without one."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Of a vector at this site; 1 for vectors over keys, which are widened."""
+        ...
+
+    def read(self) -> Tensor:
+        """[K, width]: what the intervention's `reads` names, at the places that the rule reads."""
+        ...
+
+
+@dataclass(frozen=True)
+class Convention:
+    """What an intervention says of itself below a table."""
+
+    key: str
+    text: str
+    closing: str = ""
+    """Said once, behind the texts of all rules with this key."""
+
+
+class Intervention:
+    """What a rule does to a run. Stages behind `resolve` ask this class and know no kinds.
+
+    The defaults are those of a rule that writes vectors at its sites, made of its number alone.
+    """
+
+    name: ClassVar[str]
+    """As graphs call it; the verb of a rule kind that says no other. Interventions of one name with
+    equal keys write the same."""
+    changes: ClassVar[Literal["sites", "edges", "input", "nothing"]] = "sites"
+    """What of a run it changes: vectors at its sites, edges of attention, the text that goes in;
+    nothing where it only looks."""
+    reads: ClassVar[Literal["run", "donor", "mean"] | None] = None
+    """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
+    seeded permutation), or its mean over all prompts; None where nothing is read."""
+    copies: ClassVar[bool] = False
+    """What is written is what is read in the rule's run, as it is: then rows whose source and base
+    agree there are equal to the base run and aren't run."""
+    drawn_positions: ClassVar[bool] = True
+    """Whether `against random(…, positions)` can put it at others."""
+
+    @property
+    def over_rows(self) -> bool:
+        """Whether what it writes into a row hangs on the positions of all rows."""
+        return self.reads in ("donor", "mean")
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        """What is written hangs on, beside the name, sites, positions and number; rows of rules
+        with equal keys are run once."""
+        return rule.run
+
+    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """[cell] whether a rule with this number leaves everything as it was; such rows aren't run.
+
+        amounts: [cell]
+        """
+        import numpy as np
+
+        return np.zeros(len(amounts), dtype=np.bool_)
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        """What its node in the graph says behind the name; None where it has none, because what
+        is read is written."""
+        return _as_written(rule.spec.fill) if rule.amounts is not None else ""
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        """What a table has to say of it."""
+        yield from ()
+
+    def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
+        """[K, width] or [K, 1]: what is written; asked of interventions that change sites."""
+        return vectors.read()
+
+
+def _as_written(node: ast.Node | None) -> str:
+    return "" if node is None else node.span.written
+
+
 @record
 class ResolvedRule(Record):
     """One rule, ready to be laid out over cells; equal to another that does the same."""
 
     spec: spec.Rule = field(compare=False)
-    fill: Fill
+    does: Intervention
     run: str
     """The run that is read: the source of a patch, the run of `mean of …`."""
     sites: SiteTargets | None
@@ -145,7 +235,7 @@ class ResolvedRule(Record):
     groups: tuple[str, ...] | None = None
     """Per row, the group whose mean fills it (`mean by template`)."""
     amounts: Amounts | None = None
-    """`set`, `reweight`: the number."""
+    """The number that it writes, or works with."""
     apart: Apart | None = None
     """`mean of BLOCK`: what is averaged; `positions.read` are in its rows then."""
     python: PythonFunction | None = None
@@ -160,11 +250,6 @@ class ResolvedRule(Record):
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
         return frozenset(name for part in parts if part is not None for name in part.axes)
-
-    @property
-    def writes_sites(self) -> bool:
-        """Whether vectors are written at its sites: not on edges, nor by looking at them."""
-        return self.sites is not None and self.edge is None
 
 
 Env = int | None

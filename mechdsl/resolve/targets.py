@@ -36,11 +36,17 @@ Find: TypeAlias = Callable[[Values], Found | None]
 
 
 def rule_targets(
-    rule: spec.Rule, run: str, work: Work, apart: Apart | None = None
+    rule: spec.Rule,
+    run: str,
+    work: Work,
+    apart: Apart | None = None,
+    *,
+    exchanged: bool = False,
 ) -> PositionTargets | None:
     """Where the rule writes and reads; its sweep over positions becomes an axis.
 
-    apart: another block whose rows are read, whichever they are.
+    apart: another block whose rows are read, whichever they are. exchanged: each of two positions
+    is written with what is read at the other.
     """
     nodes = [rule.at] if rule.onto is None else [rule.at, rule.onto]
 
@@ -49,7 +55,7 @@ def rule_targets(
             return _apart(rule.at, apart, values, work)
         if rule.onto is None:
             return _same(rule.at, run, values, work)
-        if rule.verb == "swap":
+        if exchanged:
             return _exchanged(rule.at, rule.onto, values, work)
         return _across(rule.at, rule.onto, run, values, work)
 

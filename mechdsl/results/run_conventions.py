@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mechdsl.execute.execute import Measured
@@ -10,15 +11,8 @@ from mechdsl.execute.sizes import PassSizes
 from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import PROMPT_TOKENS, ExperimentPlan
+from mechdsl.resolve.resolved import ResolvedRule
 from mechdsl.vocab.sites import WITHIN_ATTENTION
-
-EDGES = {
-    "block": "blocked keys get no weight: a score of −∞ before softmax",
-    "reweight": "weights are multiplied, then the query's weights add up to 1 again",
-    "uniform": "the keys share evenly what they have together, the others keep theirs",
-    "weight": "each key gets the weight, the others share what is left as they did before",
-}
-"""Per change of edges, what it does to a query's weights."""
 
 
 def model_words(model: LoadedModel) -> str:
@@ -51,19 +45,13 @@ def conventions(plan: ExperimentPlan, measured: Measured, model: LoadedModel) ->
             value = f"{noise.sds:g} sd = {noise_scale(model, noise):.4g}"
             found[f"noise of {name}"] = f"{found[f'noise of {name}']}, {value}"
     found.update(experiment.picks)
-    fills = [
-        _fill_words(
-            rule.rule.fill,
-            rule.rule.run if rule.rule.apart is None else rule.rule.apart.name,
-            rule.rule.spec.by,
+    found.update(_of_rules(plan, model))
+    missing = int((~plan.exists).sum())
+    if missing:
+        found["pairs"] = (
+            f"{plan.n_cells - missing} of {plan.n_cells}; in the others no receiver lies "
+            "behind a sender"
         )
-        for rule in plan.rules
-        if rule.rule.fill in ("zero", "mean", "resample")
-    ]
-    found.update(_within(plan, model))
-    found.update(_paths(plan, model))
-    if fills:
-        found["fill"] = "; ".join(dict.fromkeys(fills))
     if measured.dropped:
         found["resample"] = (
             f"{measured.dropped} rows of cells left out: the other row lacks the position"
@@ -82,7 +70,7 @@ def conventions(plan: ExperimentPlan, measured: Measured, model: LoadedModel) ->
     if experiment.control is not None:
         inside = f"{experiment.spec.statistics.confidence:g} % of the draws lie in the band"
         found["controls"] = f"{experiment.control.said}; {inside}"
-    elif any(rule.rule.fill != "observe" for rule in plan.rules):
+    elif any(rule.rule.does.changes != "nothing" for rule in plan.rules):
         found["controls"] = "none (`against random(20)` adds matched random targets)"
     if measured.inert:
         found["inert"] = (
@@ -111,17 +99,6 @@ def pass_sizes(sizes: PassSizes) -> dict[str, str]:
     return {"passes": f"up to {passes} tokens each, prompts in batches of up to {prompts}"}
 
 
-def _fill_words(fill: str, run: str, by: str | None) -> str:
-    match fill:
-        case "zero":
-            return "zero"
-        case "mean":
-            within = f", within each {by}" if by else ""
-            return f"mean over the rows of {run}, per position{within}"
-        case _:
-            return f"{run} run of another row (a seeded permutation without fixed points)"
-
-
 def _windowed(rule: Any) -> bool:
     return rule.site is not None and any(axis.window is not None for axis in rule.site.axes)
 
@@ -130,14 +107,12 @@ def _several(positions: Any) -> bool:
     return any(len(row) > 1 for cell in positions for row in cell.hits)
 
 
-def _within(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
-    """How attention is changed, and that it is written out for it."""
-    rules = [rule.rule for rule in plan.rules if rule.rule.sites is not None]
-    kinds = [rule.edge.kind for rule in rules if rule.edge is not None]
-    found = {}
-    said = [EDGES[kind] for kind in dict.fromkeys(kinds) if kind in EDGES]
-    if said:
-        found["edges"] = "; ".join(said) + "; sinks count among the rest"
+def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
+    """What rules say of themselves, each once, those on edges first; and where attention is
+    written out for them."""
+    edges = [rule.rule for rule in plan.rules if rule.rule.edge is not None]
+    others = [rule.rule for rule in plan.rules if rule.rule.edge is None]
+    found = _said(edges, model)
     points = {p for rule in plan.rules for p in (*rule.point_table, *rule.source_table)}
     layers = sorted({p.layer for p in points if p.site in WITHIN_ATTENTION and p.layer is not None})
     own = model.provenance.get("attention", "")
@@ -145,28 +120,19 @@ def _within(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
         where = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
         by_itself = f" (the model's own is `{own}`)" if own not in ("", "eager") else ""
         found["attention"] = f"written out (eager) in {where}{by_itself}"
-    return found
+    return {**found, **_said(others, model)}
 
 
-def _paths(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
-    """What path patching holds, and which pairs there are none of."""
-    found: dict[str, str] = {}
-    for rule in plan.rules:
-        if rule.paths is None:
-            continue
-        last = model.shape.n_layers - 1
-        held = [f"the heads (z) of layers 0 to {last}"]
-        if not rule.paths.through_mlps:
-            held.append(f"the MLPs (mlp_out) of layers 0 to {last}")
-        through = ", MLPs and norms recomputed" if rule.paths.through_mlps else ", norms recomputed"
-        after = "" if rule.paths.at_the_end else "; receivers are then written into the base run"
-        found["path"] = (
-            f"beside the senders, {' and '.join(held)} are held at the base run{through}{after}"
-        )
-        missing = int((~plan.exists).sum())
-        if missing:
-            found["pairs"] = (
-                f"{plan.n_cells - missing} of {plan.n_cells}; in the others no receiver lies "
-                "behind a sender"
-            )
-    return found
+def _said(rules: Sequence[ResolvedRule], model: LoadedModel) -> dict[str, str]:
+    """Key → what rules have to say under it."""
+    found: dict[str, dict[str, None]] = {}
+    closing: dict[str, str] = {}
+    for rule in rules:
+        for each in rule.does.conventions(rule, model.shape.n_layers):
+            found.setdefault(each.key, {})[each.text] = None
+            if each.closing:
+                closing[each.key] = each.closing
+    return {
+        key: "; ".join([*texts, *([closing[key]] if key in closing else [])])
+        for key, texts in found.items()
+    }

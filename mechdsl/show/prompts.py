@@ -151,7 +151,7 @@ def _hit_lists(
         yield "keys", base, list(rule.edge.keys.written.values())
         return
     read = list(rule.positions.read.values())
-    if rule.fill in ("source", "path") and [c.hits for c in read] != [c.hits for c in written]:
+    if rule.does.copies and [c.hits for c in read] != [c.hits for c in written]:
         yield f"read in `{rule.run}`", rule.run, read
         yield f"written in `{base}`", base, written
         return

@@ -653,6 +653,20 @@ class Freeze(Node):
     at: Positions
 
 
+@record
+class Registered(Node):
+    """`nudge SITE at POSITIONS by SUM`, of a kind that is registered for its verb."""
+
+    verb: Name
+    site: Site
+    at: Positions
+    before: Literal["", "to", "by"] = ""
+    """The word before the value; none without one."""
+    value: Expr | None = None
+
+
+SiteRule = Ablate | SetSite | Add | Scale | ProjectOut | Clamp | SwapSites | Freeze | Registered
+"""Rules that say at which site and positions they act, and something of their own."""
 RuleBody = (
     Patch
     | Ablate
@@ -668,6 +682,7 @@ RuleBody = (
     | Clamp
     | SwapSites
     | Freeze
+    | Registered
     | ObserveAttention
 )
 

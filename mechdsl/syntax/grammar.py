@@ -16,6 +16,7 @@ from mechdsl.base.garbage import uncollected
 from mechdsl.syntax.reserved import CHANGE_WORDS
 from mechdsl.syntax.tables import load_tables
 from mechdsl.syntax.transform import ToAst
+from mechdsl.syntax.verbs import VERBS
 
 CONTEXTUAL_PRIORITY = 3
 """Terminals of this priority and above are read only where the parser accepts them."""
@@ -26,8 +27,9 @@ class MechLexer(Lexer):
 
     Literals, names and punctuation are read wherever they stand, so that a wrong one reaches the
     parser and its message names the word; a keyword is only ever a whole word; one regular
-    expression serves all states, which saves compiling one for each; words of changes that the
-    grammar doesn't have are looked up in `CHANGE_WORDS`.
+    expression serves all states, which saves compiling one for each. Words that the grammar itself
+    doesn't have are looked up: of changes in `CHANGE_WORDS`, of rules in `VERBS`. Where a name can
+    stand too, such a verb begins a rule only as the first word of its line.
     """
 
     def __init__(
@@ -79,10 +81,17 @@ class MechLexer(Lexer):
                         kind = keyword
                     elif word in CHANGE_WORDS and "CHANGE" in accepted:
                         kind = "CHANGE"
+                    elif word in VERBS and "VERB" in accepted:
+                        alone = "NAME" not in accepted or _first_of_line(text, position)
+                        kind = "VERB" if alone else kind
             start, position = position, found.end()
             token = Token(kind or "", found.group(), start, end_pos=position)
             lexer_state.last_token = token
             yield token
+
+
+def _first_of_line(text: str, position: int) -> bool:
+    return not text[text.rfind("\n", 0, position) + 1 : position].strip()
 
 
 @cache

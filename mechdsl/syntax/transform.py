@@ -533,6 +533,13 @@ class ToAst(Transformer[Token, Any]):
     def freeze(self, c: list[Any]) -> ast.Freeze:
         return ast.Freeze(c[1], c[3], span=_span(c))
 
+    def registered(self, c: list[Any]) -> ast.Registered:
+        before, value = _clauses(c).get("amount", ("", None))
+        return ast.Registered(_name(c[0]), c[1], c[3], before, value, span=_span(c))
+
+    to_amount = _clause("amount", lambda c: (str(c[0]), c[1]))
+    by_amount = to_amount
+
     def edge(self, c: list[Any]) -> ast.Edge:
         stack = c[1] if isinstance(c[1], ast.Name) else None
         axes = tuple(child for child in c if isinstance(child, ast.Axis))

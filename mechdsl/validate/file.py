@@ -43,6 +43,7 @@ from mechdsl.resolve.cells import cell_keys
 from mechdsl.resolve.experiment import resolve_experiment
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
+from mechdsl.rules import RULES
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
@@ -231,7 +232,9 @@ def _resolve(experiment: spec.Experiment, checked: Checked, contexts: Contexts) 
     stand_ins = _stand_ins(experiment, checked)
     if stand_ins is None or table is None:
         return
-    resolved, found = resolve_experiment(experiment, checked.program, model, table, stand_ins)
+    resolved, found = resolve_experiment(
+        experiment, checked.program, model, table, RULES, stand_ins
+    )
     checked.diagnostics.extend(found)
     if resolved is None:
         return

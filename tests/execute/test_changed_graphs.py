@@ -13,6 +13,7 @@ from mechdsl.execute.execute import Execution, execute
 from mechdsl.graph.nodes import Forward, Graph, Node, Read, rewritten
 from mechdsl.plan.make_plan import graph_of_file, plan_graph
 from mechdsl.resolve.resolved import ResolvedRule
+from mechdsl.results.denominators import check_denominators
 
 from .support import DIFFERENCE, EVERY_PASS, adopted, check_file, experiment
 
@@ -30,7 +31,8 @@ def graph(folder: Path, *lines: str) -> Graph:
 
 def run(made: Graph, without: frozenset[str]) -> Execution:
     """What a graph asks for, run."""
-    return execute(plan_graph(made, without=without), {"m": adopted(FAMILY)})
+    plan = plan_graph(made, without=without)
+    return execute(plan, {"m": adopted(FAMILY)}, check=check_denominators)
 
 
 def equal(found: Execution, expected: Execution) -> None:

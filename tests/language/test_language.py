@@ -13,7 +13,7 @@ import pytest
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
-from mechdsl.program.statements import LATER
+from mechdsl.program.statements import LATER, OPEN
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
@@ -24,6 +24,8 @@ from .page import PAGE, Line, page, sections
 ROOT = Path(__file__).parents[2]
 LINES = [(section.title, line) for section in sections() for line in section.lines]
 IDS = [f"{title}: {line.example}" for title, line in LINES]
+FROM_OUTSIDE: set[type[ast.Node]] = {ast.Registered}
+"""Rules of kinds that aren't the package's own."""
 REFUSED_IN_THE_FILE: set[type[ast.Node]] = {ast.DirectionDef, ast.BasisDef}
 """Statements of the outermost level that are E0108."""
 REFUSED_IN_PROMPTS: set[type[ast.Node]] = {ast.Chat, ast.ImageLine, ast.Region}
@@ -86,7 +88,7 @@ def test_every_statement_has_a_row_or_is_refused() -> None:
         *get_args(ast.DataLine),
         *get_args(ast.CorruptLine),
     }
-    refused = {*LATER, *REFUSED_IN_THE_FILE, *REFUSED_IN_PROMPTS}
+    refused = {*LATER, *OPEN, *FROM_OUTSIDE, *REFUSED_IN_THE_FILE, *REFUSED_IN_PROMPTS}
     assert wanted - shown - refused == set()
     assert shown & refused == set()
 

@@ -226,6 +226,9 @@ def _rule(node: Any) -> str | None:
             return f"swap {site(node.site)} at {positions(node.at)} with {other}"
         case ast.Freeze():
             return f"freeze {site(node.site)} at {positions(node.at)}"
+        case ast.Registered():
+            value = "" if node.value is None else f" {node.before} {within(node.value, SUM)}"
+            return f"{node.verb.id} {site(node.site)} at {positions(node.at)}{value}"
         case _:
             return None
 

@@ -11,7 +11,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import MisspeltWord, ReservedName, UnexpectedToken, WrongVersion
 from mechdsl.syntax.grammar import keywords
 from mechdsl.syntax.mistakes.hints import hint
-from mechdsl.syntax.mistakes.pieces import WORDS, Piece
+from mechdsl.syntax.mistakes.pieces import WORDS, Piece, first_words
 from mechdsl.syntax.reserved import CHANGE_WORDS, DATA_WORDS, EXPERIMENT_WORDS, RESERVED, TOP_WORDS
 
 _BLOCKS = {
@@ -95,7 +95,7 @@ def _first_word(mistake: Mistake) -> Diagnostic | None:
             return None
         expected = _BLOCKS[mistake.kind]
         return UnexpectedToken(found=f"`{_short(word.text)}`", expected=expected, span=span)
-    if word.text in WORDS[mistake.kind] or _is_definition(mistake):
+    if word.text in first_words(mistake.kind) or _is_definition(mistake):
         return None
     for words, home in _HOMES:
         if word.text in words:
@@ -105,7 +105,7 @@ def _first_word(mistake: Mistake) -> Diagnostic | None:
                 hint=f"`{word.text}` belongs {home}",
                 span=span,
             )
-    meant = nearest(word.text, WORDS[mistake.kind])
+    meant = nearest(word.text, first_words(mistake.kind))
     if meant is not None:
         return MisspeltWord(word=word.text, meant=meant, span=span)
     said = hint("", mistake.source.text[word.start : mistake.end], mistake.accepts)

@@ -18,6 +18,7 @@ from mechdsl.syntax.reserved import (
     TOP_WORDS,
 )
 from mechdsl.syntax.scan import STRING
+from mechdsl.syntax.verbs import VERBS
 
 _PIECE = re.compile(
     rf"(?P<string>{STRING})|#[^\n]*|(?P<word>[A-Za-z_]\w*)|(?P<number>[0-9]+)"
@@ -44,6 +45,13 @@ WORDS: Mapping[str, Set[str]] = {
     "experiment_lines": EXPERIMENT_WORDS,
 }
 """First words of the statements that each kind of block holds."""
+
+
+def first_words(kind: str) -> Set[str]:
+    """The same, with the verbs of rules that were registered from outside."""
+    return WORDS[kind] | frozenset(VERBS) if kind == "experiment_lines" else WORDS[kind]
+
+
 INSIDE = {
     "experiment": "experiment_lines",
     "for": "experiment_lines",

@@ -1,0 +1,30 @@
+"""What a statement that intervenes has to say of itself; its entries are in `mechdsl.rules`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from mechdsl.program import spec
+from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.resolved import ResolvedRule
+
+
+class RuleKind:
+    """A kind of rule: what its first words mean."""
+
+    takes: ClassVar[Literal["", "to", "by"]] = ""
+    """The word before its number, of kinds that the grammar reads as `WORD SITE at POSITIONS`."""
+    once: ClassVar[bool] = False
+    """An experiment has one of them at most …"""
+    alone: ClassVar[bool] = False
+    """… and no other rule beside it."""
+    observes: ClassVar[bool] = False
+    """Whether it is measured by what it looks at (the metric `attention`)."""
+
+    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        """The rule with its targets; its sweeps become axes of the experiment.
+
+        None after an error, which is in `work.diagnostics`; what else can be found wrong with the
+        rule is found in any case.
+        """
+        raise NotImplementedError

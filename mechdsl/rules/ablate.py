@@ -1,0 +1,177 @@
+"""`ablate SITE at POSITIONS with FILL`, and what it can be filled with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import TYPE_CHECKING
+
+from mechdsl.base.registry import Registry
+from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
+from mechdsl.program import spec
+from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.resolved import Apart, Convention, Intervention, ResolvedRule, Vectors
+from mechdsl.rules.checks import equally_long, even
+from mechdsl.rules.kind import RuleKind, places, rule_kind
+from mechdsl.syntax import ast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILLS: Registry[Intervention] = Registry("fill of an ablation")
+
+
+def fill(word: str) -> Callable[[type[Intervention]], type[Intervention]]:
+    """Register what an ablation can write under its word."""
+
+    def register(entry: type[Intervention]) -> type[Intervention]:
+        FILLS.add(word, entry())
+        return entry
+
+    return register
+
+
+@fill("zero")
+class Zero(Intervention):
+    """`with zero`."""
+
+    name = "zero"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention("fill", "zero")
+
+    def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
+        return vectors.amounts[:, None].expand(-1, vectors.width)
+
+
+@fill("mean")
+class Mean(Intervention):
+    """`with mean of RUN by VALUE`: the mean over the rows of a run, or over those of a group; `with
+    mean of BLOCK`, over the rows of another block."""
+
+    name = "mean"
+    reads = "mean"
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        apart = None if rule.apart is None else rule.apart.name
+        return rule.run, apart, rule.groups
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        return f"by {rule.spec.by}" if rule.spec.by else ""
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        run = rule.run if rule.apart is None else rule.apart.name
+        within = f", within each {rule.spec.by}" if rule.spec.by else ""
+        yield Convention("fill", f"mean over the rows of {run}, per position{within}")
+
+
+@fill("resample")
+class Resample(Intervention):
+    """`with resample of RUN`: what a run has on another row."""
+
+    name = "resample"
+    reads = "donor"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        how = "a seeded permutation without fixed points"
+        yield Convention("fill", f"{rule.run} run of another row ({how})")
+
+
+@rule_kind("ablate")
+class Ablate(RuleKind):
+    """Vectors are replaced by what knows nothing of the prompt."""
+
+    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        base = work.experiment.base
+        does, run, apart = _fill(rule, work)
+        groups = None if does is None else _groups(rule, does, work)
+        sites, positions = places(rule, base if does is None else run, work, apart)
+        if sites is None or positions is None or does is None:
+            return None
+        if does.over_rows:
+            even(rule, positions, work)
+        equally_long(rule, sites, does, apart or Apart(work.table, run), work)
+        return ResolvedRule(
+            spec=rule,
+            does=does,
+            run=run,
+            sites=sites,
+            positions=positions,
+            groups=groups,
+            apart=apart,
+        )
+
+
+def _fill(rule: spec.Rule, work: Work) -> tuple[Intervention | None, str, Apart | None]:
+    """What is written, the run that is read for it, and the rows where these are another block's;
+    nothing is written after an error."""
+    word = rule.fill
+    assert word is not None
+    if isinstance(word, ast.OfRef):
+        name, does = word.name, FILLS.get(word.name)
+        if word.of.name not in work.table.runs:
+            return _of_block(rule, word, work)
+    else:
+        name = word.id if isinstance(word, ast.Name) else ""
+        does = FILLS.get(name)
+    if does is None or (does.reads is None and isinstance(word, ast.OfRef)):
+        *first, last = (f"`{fill}`" for fill in FILLS)
+        hint = did_you_mean(name, FILLS, f"write {', '.join(first)} or {last}")
+        work.diagnostics.append(
+            UnknownWord(
+                span=word.span, kind="fill of an ablation", word=word.span.written, hint=hint
+            )
+        )
+        return None, work.experiment.base, None
+    if does.reads is None:
+        return does, work.experiment.base, None
+    return does, word.of.name if isinstance(word, ast.OfRef) else "clean", None
+
+
+def _of_block(
+    rule: spec.Rule, word: ast.OfRef, work: Work
+) -> tuple[Intervention | None, str, Apart | None]:
+    """What is taken of another block: its mean over all rows."""
+    base, name, block = work.experiment.base, word.name, word.of.name
+    does = FILLS.get(name)
+    table = work.table.beside.get(block)
+    if table is None:
+        known = ", ".join(f"`{run}`" for run in work.table.runs)
+        hint = did_you_mean(block, work.table.runs, f"runs are {known}")
+        work.diagnostics.append(UnknownName(span=word.of.span, kind="run", name=block, hint=hint))
+        return None, base, None
+    averages = does is not None and does.reads == "mean"
+    if not averages or rule.by is not None:
+        what = "a mean within groups" if averages else f"`{name}`"
+        what = f"{what} of another block of prompts"
+        work.diagnostics.append(NotSupported(span=word.of.span, what=what))
+    run = word.of.part or "clean"
+    if run in table.runs:
+        return (does if averages and rule.by is None else None), "clean", Apart(table, run)
+    others = [f"{table.name}.{name}" for name in table.runs if name != "clean"]
+    known = ", ".join(f"`{name}`" for name in others)
+    hint = did_you_mean(
+        word.of.span.written, others, f"it has {known}" if known else "leave it out"
+    )
+    work.diagnostics.append(
+        UnknownName(span=word.of.span, kind="run", name=word.of.span.written, hint=hint)
+    )
+    return None, base, None
+
+
+def _groups(rule: spec.Rule, does: Intervention, work: Work) -> tuple[str, ...] | None:
+    """Per row, the group whose mean fills it; E0201 for a value that there isn't."""
+    if rule.by is None:
+        return None
+    rows = work.table.runs["clean"].rows
+    averages = does.reads == "mean"
+    if averages and rows and rule.by in rows[0].values:
+        return tuple(str(row.values[rule.by]) for row in rows)
+    hint = "only `mean` can be taken within groups"
+    if averages:
+        known = list(rows[0].values) if rows else [""]
+        hint = did_you_mean(rule.by, known, f"values of `{work.table.name}` are {', '.join(known)}")
+    work.diagnostics.append(
+        UnknownName(span=rule.span, kind="value to group by", name=rule.by, hint=hint)
+    )
+    return None

@@ -1,0 +1,98 @@
+"""`set SITE at POSITIONS to …`: a number, or what a Python function makes of what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+from mechdsl.program import spec
+from mechdsl.program.python_files import find_function, is_python
+from mechdsl.resolve.amounts import resolve_amounts
+from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.resolved import Amounts, Intervention, ResolvedRule, Vectors
+from mechdsl.rules.kind import RuleKind, places, rule_kind
+from mechdsl.syntax import ast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Number(Intervention):
+    """`to 0.5`: the number, everywhere in the vector."""
+
+    name = "number"
+
+    def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
+        return vectors.amounts[:, None].expand(-1, vectors.width)
+
+
+class Python(Intervention):
+    """`to python("file.py:function")`: what the function makes of the base run's vectors."""
+
+    name = "python"
+    reads = "run"
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        return rule.run, rule.python
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        assert rule.python is not None
+        return f"{rule.python.name} of {rule.python.file}"
+
+    def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
+        """[K, width]: E0223 as PythonFailure where the function doesn't give that."""
+        import torch
+
+        function, given = rule.python, vectors.read()
+        assert function is not None
+        # A copy, so that a function that writes into it changes nothing that others read.
+        own = given.detach().to(torch.promote_types(given.dtype, torch.float32), copy=True)
+        with torch.no_grad():
+            made = function.call(own)
+        hint = "it takes `vectors`, [K, width], and gives as many of the same width"
+        try:
+            found = torch.as_tensor(made).detach()
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            kind = "nothing" if made is None else f"a `{type(made).__name__}`"
+            raise function.failure(f"it gave {kind}, not numbers", hint) from None
+        if found.shape != given.shape:
+            shapes = f"it gave the shape {list(found.shape)}, not {list(given.shape)}"
+            raise function.failure(shapes, hint)
+        if found.is_complex():
+            raise function.failure("it gave complex numbers", hint)
+        found = found.to(given)
+        if not found.isfinite().all():
+            raise function.failure("it gave NaN or infinity", hint)
+        return found
+
+
+NUMBER, PYTHON = Number(), Python()
+
+
+@rule_kind("set")
+class Set(RuleKind):
+    """Vectors of the base run are replaced."""
+
+    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        base = work.experiment.base
+        sites, positions = places(rule, base, work)
+        does, python = NUMBER, None
+        amounts: Amounts | None = None
+        if is_python(rule.fill):
+            assert isinstance(rule.fill, ast.Call)
+            does = PYTHON
+            python, problems = find_function(rule.fill, "fill")
+            work.diagnostics.extend(problems)
+        else:
+            amounts = resolve_amounts(rule.fill, work)
+        if sites is None or positions is None or (python is None and amounts is None):
+            return None
+        return ResolvedRule(
+            spec=rule,
+            does=does,
+            run=base,
+            sites=sites,
+            positions=positions,
+            amounts=amounts,
+            python=python,
+        )

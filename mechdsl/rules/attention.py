@@ -1,0 +1,278 @@
+"""Rules on edges of attention: `block`, `reweight`, `set`, `observe attention … from Q to K`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
+from mechdsl.diagnostics.e03_rules import BadEdit
+from mechdsl.program import spec
+from mechdsl.prompts.table import PositionCell
+from mechdsl.resolve.amounts import resolve_amounts
+from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.resolved import (
+    Amounts,
+    Convention,
+    EdgeChange,
+    EdgeTargets,
+    Intervention,
+    PositionTargets,
+    ResolvedRule,
+)
+from mechdsl.resolve.sites import attention_sites
+from mechdsl.resolve.targets import plain_targets, sweeps
+from mechdsl.rules.kind import RuleKind, rule_kind
+from mechdsl.syntax import ast
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class EdgeIntervention(Intervention):
+    """Edges from queries to keys get another weight."""
+
+    changes = "edges"
+    drawn_positions = False
+    change: ClassVar[EdgeChange | None]
+    """What attention does to the weights."""
+    said: ClassVar[str]
+    """The same, in words."""
+    removes: ClassVar[bool] = False
+    """The keys are gone, so that others have to be left."""
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        keys = "" if rule.spec.onto is None else rule.spec.onto.span.written
+        return f"to {keys} {super().detail(rule)}".strip()
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention("edges", self.said, closing="sinks count among the rest")
+
+    def possible(
+        self, rule: spec.Rule, amounts: Amounts, keys: PositionTargets, work: Work
+    ) -> bool:
+        """E0332 for weights that attention can't have."""
+        low = min(amounts.values.values())
+        if low < 0:
+            _bad_weight(rule, work, "attention can't be negative", f"this is {low:g}", self.least)
+        return low >= 0
+
+    least: ClassVar[str] = "0 takes the edge out, 1 leaves it as it is, 2 doubles it"
+    """What to write instead of a negative number."""
+
+
+def _bad_weight(rule: spec.Rule, work: Work, reason: str, what: str, hint: str) -> None:
+    assert rule.fill is not None
+    work.diagnostics.append(BadEdit(span=rule.fill.span, reason=reason, what=what, hint=hint))
+
+
+class EdgeRule(RuleKind):
+    """A statement about `attention … from Q to K`."""
+
+    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
+        """What is done to the edges; (None, None) after an error."""
+        raise NotImplementedError
+
+    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        assert rule.edge is not None
+        assert rule.onto is not None
+        sites, axes = attention_sites(rule.edge, work.sites)
+        for axis in axes:
+            work.add_axis(axis)
+        both = sweeps(rule.at, work) and sweeps(rule.onto, work)
+        queries = plain_targets(rule.at, work, "from_position" if both else "position")
+        keys = plain_targets(rule.onto, work)
+        does, amounts = self.edit(rule, work)
+        if sites is None or queries is None or keys is None or does is None:
+            return None
+        if amounts is not None and not does.possible(rule, amounts, keys, work):
+            return None
+        if work.sites.shape.causal and not _anything_seen(rule, queries, keys, work):
+            return None
+        causal = work.sites.shape.causal
+        if does.removes and causal and not _something_left(rule, queries, keys, work):
+            return None
+        return ResolvedRule(
+            spec=rule,
+            does=does,
+            run=work.experiment.base,
+            sites=sites,
+            positions=queries,
+            amounts=amounts,
+            edge=EdgeTargets(does.change, keys),
+        )
+
+
+@rule_kind("block")
+class Block(EdgeRule, EdgeIntervention):
+    """`block attention … from Q to K`: the query doesn't see the key."""
+
+    change = "block"
+    said = "blocked keys get no weight: a score of −∞ before softmax"
+    removes = True
+
+    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
+        return self, None
+
+
+@rule_kind("reweight")
+class Reweight(EdgeRule, EdgeIntervention):
+    """`reweight attention … from Q to K by NUMBER`."""
+
+    change = "reweight"
+    said = "weights are multiplied, then the query's weights add up to 1 again"
+
+    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
+        amounts = resolve_amounts(rule.fill, work)
+        return (None if amounts is None else self), amounts
+
+    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return amounts == 1
+
+
+class Uniform(EdgeIntervention):
+    """`to uniform`."""
+
+    name = change = "uniform"
+    said = "the keys share evenly what they have together, the others keep theirs"
+
+
+class Weight(EdgeIntervention):
+    """`to 0.2`."""
+
+    name = change = "weight"
+    said = "each key gets the weight, the others share what is left as they did before"
+    least = "a weight lies between 0 and 1"
+
+    def possible(
+        self, rule: spec.Rule, amounts: Amounts, keys: PositionTargets, work: Work
+    ) -> bool:
+        if not super().possible(rule, amounts, keys, work):
+            return False
+        high = max(amounts.values.values())
+        hits = (tokens for cell in keys.written.values() for row in cell.hits for tokens in row)
+        most = max((len(tokens) for tokens in hits), default=1)
+        if high * most <= 1 + 1e-9:
+            return True
+        each = f", {high:g} for each of {most} keys" if most > 1 else ""
+        _bad_weight(
+            rule,
+            work,
+            f"the weights of a query would add up to {high * most:g}",
+            f"more than 1 in all{each}",
+            f"write at most {1 / most:.4g}, or `uniform`",
+        )
+        return False
+
+
+UNIFORM, WEIGHT = Uniform(), Weight()
+
+
+@rule_kind("set edge")
+class SetEdge(EdgeRule):
+    """`set attention … from Q to K to 0.2`, or `to uniform`."""
+
+    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
+        word = rule.fill
+        if isinstance(word, ast.Name) and word.id not in (*work.loops, *work.program.parameters):
+            if word.id == UNIFORM.name:
+                return UNIFORM, None
+            otherwise = "write `uniform`, or a weight: `0.2`"
+            if word.id == "zero":
+                otherwise = "write `block attention … from … to …`, or the weight `0`"
+            hint = did_you_mean(word.id, [UNIFORM.name], otherwise)
+            work.diagnostics.append(
+                UnknownWord(span=word.span, kind="way of attending", word=word.id, hint=hint)
+            )
+            return None, None
+        amounts = resolve_amounts(word, work)
+        return (None if amounts is None else WEIGHT), amounts
+
+
+@rule_kind("observe")
+class Observe(EdgeRule, EdgeIntervention):
+    """`observe attention … from Q to K`: the weight that the keys get together."""
+
+    once = True
+    """One observation can be told from another by its axes only."""
+    observes = True
+    changes = "nothing"
+    change = None
+
+    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
+        return self, None
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from ()
+
+
+def _anything_seen(
+    rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
+) -> bool:
+    """E0332 where every key lies behind every query, most likely exchanged with it."""
+    lowest = [_outermost(cell, min) for cell in keys.written.values()]
+    highest = [_outermost(cell, max) for cell in queries.written.values()]
+    for asked, asking in product(lowest, highest):
+        for low, high in zip(asked, asking, strict=True):
+            if low is None or high is None or low <= high:
+                return True
+    assert rule.onto is not None
+    work.diagnostics.append(
+        BadEdit(
+            span=rule.onto.span,
+            reason="these tokens come later than all that would attend to them",
+            what=f"`{rule.at.span.written}` sees earlier tokens only",
+            hint=f"attention goes back: `from {rule.onto.span.written} to {rule.at.span.written}`",
+        )
+    )
+    return False
+
+
+def _outermost(cell: PositionCell, which: Callable[[list[int]], int]) -> list[int | None]:
+    """The first or last token of a cell in every row; None where a row has none."""
+    rows = [[token for tokens in row for token in tokens] for row in cell.hits]
+    return [which(tokens) if tokens else None for tokens in rows]
+
+
+def _something_left(
+    rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
+) -> bool:
+    """E0332 where a query would have no key left in any cell; windows and sinks aside."""
+    axes = {name: i for i, name in enumerate(queries.axes)}
+    for q_key, query in queries.written.items():
+        for k_key, key in keys.written.items():
+            named = dict(zip(keys.axes, k_key, strict=True))
+            if any(q_key[axes[n]] != i for n, i in named.items() if n in axes):
+                continue
+            found = _emptied(query, key)
+            if found is None:
+                continue
+            row, token = found
+            text = work.model.tokenizer.token_text(
+                work.table.runs[work.experiment.base].rows[row].ids[token]
+            )
+            work.diagnostics.append(
+                BadEdit(
+                    span=rule.span,
+                    reason="a query would have nothing left to attend to",
+                    what=f"in row {row}, all that token {token} (`{text.strip()}`) sees is blocked",
+                    hint="leave it a key, its own token for example: `tokens except …`",
+                )
+            )
+            return False
+    return True
+
+
+def _emptied(query: PositionCell, key: PositionCell) -> tuple[int, int] | None:
+    """(row, token) of a query whose own and earlier tokens are all among the keys."""
+    for row, (asking, blocked) in enumerate(zip(query.hits, key.hits, strict=True)):
+        for number, tokens in enumerate(asking):
+            if not blocked:
+                continue
+            gone: Any = set(blocked[min(number, len(blocked) - 1)])
+            for token in tokens:
+                if gone.issuperset(range(token + 1)):
+                    return row, token
+    return None

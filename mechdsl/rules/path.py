@@ -1,0 +1,181 @@
+"""Path patching: `path SENDER -> RECEIVER at POSITIONS through mlps`.
+
+Wang et al. 2022 (arXiv 2211.00593), Goldowsky-Dill et al. 2023 (arXiv 2304.05969).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
+from itertools import product
+
+from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e03_rules import NoPath, NotOnAPath
+from mechdsl.program import spec
+from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.path_rules import reached
+from mechdsl.resolve.resolved import (
+    Axis,
+    Convention,
+    Intervention,
+    PathTargets,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.resolve.sites import resolve_site
+from mechdsl.resolve.targets import rule_targets
+from mechdsl.rules.kind import RuleKind, rule_kind
+from mechdsl.syntax import ast
+from mechdsl.vocab.sites import SITES
+
+SENDERS = (
+    "embed",
+    "resid_pre",
+    "z",
+    "head_out",
+    "attn_out",
+    "resid_mid",
+    "mlp_hidden",
+    "mlp_out",
+    "resid_post",
+)
+RECEIVERS = ("attn_norm", "q", "k", "v", "mlp_norm", "final_norm", "logits")
+
+
+@rule_kind("path")
+class Path(RuleKind, Intervention):
+    """What receivers read of a patched sender, while all else is held at the base run."""
+
+    alone = True
+    """It says what all else does."""
+    reads = "run"
+    copies = True
+
+    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        """Its axes are the sender's, then `to_layer`, `to_head`."""
+        assert rule.site is not None
+        assert rule.receiver is not None
+        run = rule.source or work.experiment.base
+        senders, axes = resolve_site(rule.site, work.sites)
+        receivers, more = resolve_site(rule.receiver, work.sites)
+        if receivers is not None:
+            receivers = replace(receivers, axes=tuple(_to(name, more) for name in receivers.axes))
+        for axis in (*axes, *(replace(axis, name=f"to_{axis.name}") for axis in more)):
+            work.add_axis(axis)
+        positions = rule_targets(rule, run, work)
+        if senders is None or receivers is None or positions is None:
+            return None
+        fine = _kinds(rule.site, senders, SENDERS, "start", work)
+        fine = _kinds(rule.receiver, receivers, RECEIVERS, "end", work) and fine
+        if not fine or not _neurons_alone(rule, senders, work):
+            return None
+        if not _any_path(rule, senders, receivers, work):
+            return None
+        return ResolvedRule(
+            spec=rule,
+            does=self,
+            run=run,
+            sites=senders,
+            positions=positions,
+            path=PathTargets(receivers, rule.through_mlps),
+        )
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        return rule.run, _targets(rule).through_mlps
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        through = ", through MLPs" if _targets(rule).through_mlps else ""
+        receiver = "" if rule.spec.receiver is None else rule.spec.receiver.span.written
+        return f"to {receiver}{through}"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        last, path = n_layers - 1, _targets(rule)
+        held = [f"the heads (z) of layers 0 to {last}"]
+        if not path.through_mlps:
+            held.append(f"the MLPs (mlp_out) of layers 0 to {last}")
+        through = ", MLPs and norms recomputed" if path.through_mlps else ", norms recomputed"
+        ends = {SITES[p.site].when for here in path.receivers.points.values() for p in here}
+        after = "" if "output" in ends else "; receivers are then written into the base run"
+        yield Convention(
+            "path",
+            f"beside the senders, {' and '.join(held)} are held at the base run{through}{after}",
+        )
+
+
+def _targets(rule: ResolvedRule) -> PathTargets:
+    assert rule.path is not None
+    return rule.path
+
+
+def _to(name: str, axes: tuple[Axis, ...]) -> str:
+    """The receiver's own axes have names of their own; a `for` around both is shared."""
+    return f"to_{name}" if name in {axis.name for axis in axes} else name
+
+
+def _kinds(
+    site: ast.Site, targets: SiteTargets, allowed: tuple[str, ...], verb: str, work: Work
+) -> bool:
+    """E0334 for a component that a path can't start or end at."""
+    named = {p.site for points in targets.points.values() for p in points}
+    wrong = sorted(named - set(allowed))
+    ends = {"final_norm", "logits"}
+    if not wrong and verb == "end" and named & ends and named - ends:
+        work.diagnostics.append(
+            NotSupported(span=site.span, what="a receiver beside the end of the model")
+        )
+        return False
+    if not wrong:
+        return True
+    listed = ", ".join(f"`{name}`" for name in allowed if name in work.sites.shape.sites)
+    if verb == "start":
+        reason = "it adds nothing to the residual stream by itself"
+    else:
+        reason = "a receiver is what a head or an MLP reads"
+    work.diagnostics.append(
+        NotOnAPath(
+            span=site.span, verb=verb, site=wrong[0], reason=reason, hint=f"write one of {listed}"
+        )
+    )
+    return False
+
+
+def _neurons_alone(rule: spec.Rule, senders: SiteTargets, work: Work) -> bool:
+    """Neurons behind another sender would have to be told apart from those that it changes."""
+    if rule.through_mlps:
+        return True
+    parallel = work.sites.shape.parallel_block
+    for points in senders.points.values():
+        neurons = [SitePoint("mlp_norm", p.layer, None) for p in points if p.site == "mlp_hidden"]
+        if neurons and reached(points, tuple(neurons), parallel=parallel):
+            what = "a path from neurons and what comes before them, without `through mlps`,"
+            work.diagnostics.append(NotSupported(span=rule.span, what=what))
+            return False
+    return True
+
+
+def _any_path(rule: spec.Rule, senders: SiteTargets, receivers: SiteTargets, work: Work) -> bool:
+    """E0335 where no cell has a receiver behind a sender."""
+    parallel = work.sites.shape.parallel_block
+    pairs = product(senders.points.values(), receivers.points.values())
+    if any(reached(a, b, parallel=parallel) for a, b in pairs):
+        return True
+    assert rule.site is not None
+    assert rule.receiver is not None
+    first = next(iter(senders.points.values()))[0]
+    site = next(iter(receivers.points.values()))[0].site
+    last = work.sites.shape.n_layers - 1
+    example = f"{site} layer {min((first.layer or 0) + 1, last)}"
+    example += " head *" if SITES[site].unit else ""
+    if first.layer == last:
+        example = "logits"
+    work.diagnostics.append(
+        NoPath(
+            span=rule.receiver.span,
+            sender=rule.site.span.written,
+            receiver=rule.receiver.span.written,
+            reason="every receiver reads before, or where, the sender writes",
+            example=example,
+        )
+    )
+    return False

@@ -1,0 +1,12 @@
+"""First words of rules that a kind is registered for.
+
+The grammar knows shapes only. Which words mean something is known here, where reading a file can
+ask for it; what they mean is in `mechdsl.rules`.
+"""
+
+from __future__ import annotations
+
+from mechdsl.base.registry import Registry
+
+VERBS: Registry[str] = Registry("rule")
+"""Words → the word before the rule's number, or nothing."""

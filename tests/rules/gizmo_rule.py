@@ -1,0 +1,28 @@
+"""A kind of rule from outside of the package: all that it takes is one such class.
+
+The grammar has its shape, `scale SITE at POSITIONS by NUMBER`, and no meaning for it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mechdsl.resolve.resolved import ResolvedRule, Vectors
+from mechdsl.rules import SiteRule, rule_kind
+
+
+@rule_kind("scale")
+class Scale(SiteRule):
+    """Vectors of the base run, multiplied."""
+
+    takes = "by"
+    reads = "run"
+
+    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return amounts == 1
+
+    def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
+        read = vectors.read()
+        return read * vectors.amounts[:, None].to(read)

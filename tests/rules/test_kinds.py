@@ -1,0 +1,287 @@
+"""Kinds of rules that are registered from outside of the package."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from torch import Tensor
+
+from mechdsl.base.source import Source
+from mechdsl.cli import app
+from mechdsl.resolve.cell_key import Coord
+from mechdsl.resolve.resolved import ResolvedRule, Vectors
+from mechdsl.rules import RULES, SiteRule, rule_kind
+from mechdsl.syntax.format.file import format_file
+from mechdsl.syntax.parse import parse
+from mechdsl.syntax.verbs import VERBS
+from mechdsl.validate.file import Settings, check_source
+
+from ..reference.forward import Write
+from .support import (
+    QUICK,
+    agree,
+    codes,
+    difference,
+    edited,
+    experiment,
+    plain,
+    product,
+    records,
+    rows,
+    run_file,
+    table,
+    tokens,
+    unpatched,
+)
+
+ENTRY = Path(__file__).parent / "gizmo_rule.py"
+LAYERS, HEADS = range(3), range(4)
+TOY = """mech 1
+model toy = zoo("counting")
+prompts parts {
+  a in 3..5
+  item in ["apple", "pear"]
+  apples = list(item, a, sep: " ")
+  template "Part 1: {apples} Part 2: plum fig Count 1:"
+  answer " {a}"
+}
+experiment e {
+  model toy
+  prompts parts
+  scale resid_post layer 0..1 at last token by 0.5
+  measure prob(answer) as delta
+  stats bootstrap(200) confidence 95% correct holm
+}
+"""
+
+
+def _forget(verb: str) -> None:
+    RULES._entries.pop(verb)  # type: ignore[attr-defined]
+    VERBS._entries.pop(verb)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def scale() -> Iterator[None]:
+    name = f"{__package__}.gizmo_rule"
+    sys.modules.pop(name, None)
+    importlib.import_module(name)
+    yield
+    _forget("scale")
+
+
+@pytest.fixture
+def clip() -> Iterator[None]:
+    @rule_kind("clip")
+    class Clip(SiteRule):
+        """`clip SITE at POSITIONS to NUMBER`: no number of the vector is larger."""
+
+        takes = "to"
+        reads = "run"
+
+        def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
+            read = vectors.read()
+            return read.minimum(vectors.amounts[:, None].to(read))
+
+    @rule_kind("flip")
+    class Flip(SiteRule):
+        """`flip SITE at POSITIONS`: what the vector is on another prompt, turned around."""
+
+        reads = "donor"
+
+        def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
+            return -vectors.read()
+
+    yield
+    _forget("clip")
+    _forget("flip")
+
+
+def checked(text: str) -> list[str]:
+    return [found.code for found in check_source(Source(text), Settings()).diagnostics]
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def scaled(
+    name: str, factor: float, site: str, at: str, layer: int, unit: int | None = None
+) -> list[float]:
+    """Per prompt, the difference when a site is multiplied, written out."""
+    found: list[float] = []
+    for text, record in zip(rows(), records(), strict=True):
+        own = plain(name, text)[site, layer]
+        writes = [
+            Write(site, layer, factor * own[position, u], position, u)
+            for position in tokens(text, at)
+            for u in (range(own.shape[1]) if unit is None else [unit])
+        ]
+        found.append(difference(edited(name, text, writes).logits, record))
+    return found
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_it_writes_what_its_class_makes(scale: None, data: Path, name: str, mode: str) -> None:
+    text = experiment("e", "scale resid_post layer * at subject tokens by -0.5")
+    text += experiment("f", "for x in [0, 1, 3] { scale layer * head * at cue token by x }")
+    found = run_file(text, data, name, mode)
+    whole: dict[tuple[Coord | None, ...], Sequence[float]] = {
+        (layer,): scaled(name, -0.5, "resid_post", "subject tokens", layer) for layer in LAYERS
+    }
+    agree(found["e"], ("layer",), whole, unpatched(name))
+    heads: dict[tuple[Coord | None, ...], Sequence[float]] = {
+        (x, layer, head): scaled(name, float(x), "z", "cue token", layer, head)
+        for x, layer, head in product([0, 1, 3], LAYERS, HEADS)
+    }
+    agree(found["f"], ("x", "layer", "head"), heads, unpatched(name), most=False)
+
+
+def test_rows_that_it_leaves_as_they_are_are_not_run(scale: None, data: Path) -> None:
+    text = experiment("e", "for x in [1, 2] { scale resid_post layer 1 at last token by x }")
+    found = run_file(text, data, "llama", "planned")["e"]
+    count = len(rows())
+    assert found.conventions["inert"].startswith(f"1 of 2 cells, and {count} of {2 * count} rows")
+    changed = np.abs(found.measures[0].patched - found.measures[0].base)
+    assert changed[0].max() == 0
+    assert changed[1].min() > 0
+
+
+@pytest.mark.parametrize("mode", QUICK)
+def test_factors_are_told_apart_where_rows_are_shared(scale: None, data: Path, mode: str) -> None:
+    """Two experiments with the same rules but for the number, and one that does the same."""
+    text = "".join(
+        experiment(key, f"scale resid_post layer 1 at last token by {factor}")
+        for key, factor in (("e", 2), ("f", 3), ("g", 2))
+    ) + experiment("h", "set resid_post layer 1 at last token to 2")
+    found = run_file(text, data, "llama", mode)
+    one, other, same, number = (found[key].measures[0].patched for key in "efgh")
+    np.testing.assert_allclose(
+        one[0], scaled("llama", 2, "resid_post", "last token", 1, None), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        other[0], scaled("llama", 3, "resid_post", "last token", 1, None), atol=1e-4
+    )
+    np.testing.assert_allclose(same, one, atol=1e-5)
+    assert np.abs(number - one).max() > 0.1
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def test_it_is_formatted_and_shown(scale: None, tmp_path: Path) -> None:
+    path = tmp_path / "toy.mech"
+    path.write_text(TOY.replace("by 0.5", "by   0.5"), encoding="utf-8")
+    tree, problems = parse(Source(path.read_text("utf-8")))
+    assert not problems
+    assert format_file(tree).strip() == format_file(parse(Source(TOY))[0]).strip()
+    assert "  scale resid_post layer 0..1 at last token by 0.5\n" in format_file(tree)
+    run = CliRunner()
+    said = {
+        command: run.invoke(app, [command, str(path)]) for command in ("explain", "plan", "graph")
+    }
+    assert {one.exit_code for one in said.values()} == {0}
+    assert "scale resid_post layer 0..1 at last token by 0.5" in said["explain"].output
+    assert "scale 0.5" in said["graph"].output
+    assert "Read" in said["graph"].output
+    assert "e" in said["plan"].output
+
+
+def test_without_a_kind_it_is_refused() -> None:
+    assert checked(TOY) == ["E0108"]
+
+
+def test_the_entry_is_short() -> None:
+    assert len(ENTRY.read_text(encoding="utf-8").splitlines()) < 40
+
+
+# --- a verb of its own ----------------------------------------------------------------------------
+
+
+def test_a_new_verb_is_read_and_run(clip: None, data: Path) -> None:
+    text = experiment("e", "clip mlp_out layer * at last token to 0.1")
+    found = run_file(text, data, "gpt2", "planned")["e"]
+
+    def clipped(number: int, layer: int) -> float:
+        prompt, record = rows()[number], records()[number]
+        vector = plain("gpt2", prompt)["mlp_out", layer][prompt.last, 0].clamp(max=0.1)
+        write = Write("mlp_out", layer, vector, prompt.last, 0)
+        return difference(edited("gpt2", prompt, [write]).logits, record)
+
+    expected = table([(n,) for n in LAYERS], clipped, len(rows()))
+    agree(found, ("layer",), expected, unpatched("gpt2"))
+
+
+def test_a_verb_without_a_number_reads_other_rows(clip: None, data: Path) -> None:
+    """Rows of `even` have their positions in common, and each gets what one other row has."""
+    text = experiment("e", "flip resid_post layer 1 at cue token", block="even")
+    found = run_file(text, data, "gpt2", "planned")["e"].measures[0].patched[0]
+    every = rows("even")
+    for number, (prompt, record) in enumerate(zip(every, records("even"), strict=True)):
+        others = [
+            plain("gpt2", other)["resid_post", 1][tokens(other, "cue token")[0], 0]
+            for place, other in enumerate(every)
+            if place != number
+        ]
+        at = tokens(prompt, "cue token")[0]
+        writes = [Write("resid_post", 1, -vector, at, 0) for vector in others]
+        wanted = [difference(edited("gpt2", prompt, [one]).logits, record) for one in writes]
+        assert min(abs(found[number] - value) for value in wanted) < 1e-4
+    text = experiment("e", "flip resid_post layer 1 at subject tokens")
+    assert codes(text, data) == ["E0324"]
+
+
+def test_a_new_verb_is_soft(clip: None) -> None:
+    """It is a name wherever one can stand, and begins a rule on a line of its own."""
+    text = TOY.replace("  answer", '  clip in ["red", "blue"]\n  text clip_name = clip\n  answer')
+    text = text.replace("scale resid_post layer 0..1", "clip resid_post layer 0..1")
+    text = text.replace("by 0.5", "to 0.5").replace(
+        "  measure", "  report table clip\n  clip layer 1 head * at last token to 0\n  measure"
+    )
+    tree, problems = parse(Source(text))
+    assert not problems
+    assert "  report table clip\n  clip layer 1 head * at last token to 0\n" in format_file(tree)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("clip layer 1 at last token by 2", "`to` and a number"),
+        ("clip layer 1 at last token", "`to` and a number"),
+        ("flip layer 1 at last token to 2", "no number behind `flip`"),
+    ],
+)
+def test_a_verb_says_which_word_stands_before_its_number(
+    clip: None, line: str, expected: str
+) -> None:
+    text = TOY.replace("scale resid_post layer 0..1 at last token by 0.5", line)
+    found = check_source(Source(text), Settings()).diagnostics
+    assert [one.code for one in found] == ["E0101"]
+    assert vars(found[0])["expected"] == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"), [("pacth layer 3 at last token", "patch"), ("clpi layer 3 to 1", "clip")]
+)
+def test_a_misspelt_verb_is_recognised(clip: None, line: str, meant: str) -> None:
+    text = TOY.replace("scale resid_post layer 0..1 at last token by 0.5", line)
+    found = check_source(Source(text), Settings()).diagnostics
+    assert [one.code for one in found] == ["E0102"]
+    assert vars(found[0])["meant"] == meant
+
+
+def test_without_a_kind_the_word_is_no_verb() -> None:
+    text = TOY.replace("scale resid_post layer 0..1 at last token by 0.5", "clip layer 1 to 0")
+    assert checked(text) == ["E0101"]
+
+
+def test_a_word_of_the_language_is_no_verb() -> None:
+    with pytest.raises(ValueError, match="`token` is a word of the language"):
+        rule_kind("token")
+    with pytest.raises(ValueError, match="`patch` is registered twice"):
+        rule_kind("patch")(SiteRule)
