@@ -296,6 +296,15 @@ class ResolvedMeasure(Record):
     truth: tuple[float, ...] | None = None
     """Per row, the number that the answer spells, for categories."""
 
+    @property
+    def word(self) -> str:
+        """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
+        match self.expression:
+            case ast.Call(name=word) | ast.Name(id=word):
+                return word
+            case _:
+                return ""
+
 
 @record
 class ResolvedExperiment(Record):

@@ -76,6 +76,7 @@ def collect(
                 inert=plan.inert[there],
                 truth=truth,
                 unit=resolved.unit,
+                word=resolved.word,
             )
         )
     return ExperimentResult(

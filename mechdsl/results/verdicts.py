@@ -80,7 +80,7 @@ def evaluate(
     `others` are finished experiments by name, which correlations may read.
     """
     known = Known(
-        measures=[KnownMeasure(m.label, m.effect, m.kind) for m in result.measures],
+        measures=[KnownMeasure(m.label, m.effect, m.kind, m.word) for m in result.measures],
         axes=result.axes,
         aliases=result.aliases,
         runs=list(result.accuracy),

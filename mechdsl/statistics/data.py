@@ -30,6 +30,8 @@ class MeasureData:
     """[1 or cell, prompt], for categories: the number that would be right."""
     unit: str = ""
     """The metric's unit, for axes of plots."""
+    word: str = ""
+    """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,6 +47,8 @@ class KnownMeasure:
     label: str
     effect: str
     kind: Literal["number", "category"] = "number"
+    word: str = ""
+    """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +97,6 @@ def read_expectation(
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
-
-
-def _calls(label: str, name: str) -> bool:
-    """Whether a metric is one call of this name: `prob(answer)`, not a sum of two."""
-    if not label.startswith(f"{name}(") or not label.endswith(")"):
-        return False
-    depth = 0
-    for place, character in enumerate(label):
-        depth += (character == "(") - (character == ")")
-        if depth == 0 and character == ")":
-            return place == len(label) - 1
-    return False
 
 
 def _unreadable(span: Span, reason: str, hint: str) -> NoReturn:
@@ -333,7 +323,11 @@ class _Reader:
             numbers = [i for i in found if measures[i].kind == "number"]
             found = numbers or found
             # `prob` is short for the one `prob(answer)`.
-            found = found or [i for i, m in enumerate(measures) if _calls(m.label, node.id)]
+            found = found or [
+                i
+                for i, m in enumerate(measures)
+                if m.word == node.id and not m.label.isidentifier()
+            ]
         elif not found and isinstance(node, ast.OfRef):
             found = [
                 i

@@ -378,7 +378,7 @@ def _against_axes(
     found.extend(_accuracies(variants))
     known = Known(
         [
-            KnownMeasure(m.label, s.effect, m.kind)
+            KnownMeasure(m.label, s.effect, m.kind, m.word)
             for m, s in zip(experiment.measures, experiment.spec.measures, strict=True)
         ],
         own,

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import PurePath
-from typing import Protocol
+from typing import Literal, Protocol
 
 from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.core import Diagnostic
@@ -27,15 +27,51 @@ class Measured(Protocol):
     def label(self) -> str: ...
 
     @property
-    def text(self) -> str: ...
+    def word(self) -> str: ...
 
     @property
     def kind(self) -> str: ...
 
 
-def short_names(label: str, text: str) -> tuple[str, ...]:
-    """What a report may call a measure: its name, or the first word of `argmax(1..9)`."""
-    return tuple(dict.fromkeys((label, text.partition("(")[0].strip())))
+def short_names(label: str, word: str) -> tuple[str, ...]:
+    """What a report may call a measure: its name, or the word of `argmax(1..9)`."""
+    return tuple(dict.fromkeys(name for name in (label, word) if name))
+
+
+Of = Literal["axis", "value", "category"]
+"""An axis of the experiment, a value of its prompts, or a measure that is a category."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A name behind the kind, or behind `by`, and what it may be the name of."""
+
+    of: tuple[Of, ...] = ("axis",)
+    needed: bool = True
+
+
+@dataclass(frozen=True)
+class File:
+    """What `to` may name: endings of files, the usual one first."""
+
+    suffixes: tuple[str, ...]
+    needed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signature:
+    """What may stand behind the kind; None where nothing may."""
+
+    variable: Word | None = None
+    by: Word | None = Word(needed=False)
+    top: bool = False
+    """`top n`: how many of what it shows."""
+    to: File
+
+    @property
+    def by_category(self) -> bool:
+        """Whether `by` names a measure."""
+        return self.by is not None and self.by.of == ("category",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,35 +83,22 @@ class ReportKind:
     example: str
     module: str | None = None
     """None: part of the language, but not drawn yet."""
-    suffixes: tuple[str, ...] = ()
-    """Endings of the files it can be written to; the first is the usual one."""
-    variable: bool = False
-    """Whether a variable has to stand behind it, an axis of the experiment."""
-    by: bool = False
-    """Whether `by` has to follow."""
-    by_value: bool = False
-    """Whether `by` may name a value of the prompts instead of an axis."""
-    variable_value: bool = False
-    """Whether the variable may be a value of the prompts instead of an axis."""
-    by_category: bool = False
-    """Whether `by` names a measure that is a category, instead of an axis."""
+    signature: Signature | None = None
+    """None where it isn't drawn yet."""
     along: str | None = None
     """An axis that the experiment must have, without being named."""
     numbers_only: bool = False
     """Leaves categories out, so that there must be a measure that is a number."""
-    top: bool = False
-    """Whether `top n` may follow: how many of what it shows."""
-    file_only: bool = False
     needs: tuple[str, ...] = ()
     """Optional packages, looked for before anything is run."""
 
     @property
     def supported(self) -> bool:
-        return self.module is not None
+        return self.signature is not None
 
 
 REPORTS: Registry[ReportKind] = Registry("report")
-PICTURES = (".svg", ".png", ".html")
+PICTURES = File((".svg", ".png", ".html"))
 
 
 def _report(entry: ReportKind) -> None:
@@ -88,9 +111,11 @@ _report(
         meaning="every cell with its effect, interval and p",
         example="report table top 10",
         module="mechdsl.show.reports.table",
-        suffixes=(".txt", ".csv", ".svg", ".png"),
-        by_value=True,
-        top=True,
+        signature=Signature(
+            by=Word(("axis", "value"), needed=False),
+            top=True,
+            to=File((".txt", ".csv", ".svg", ".png")),
+        ),
     )
 )
 _report(
@@ -99,9 +124,7 @@ _report(
         meaning="the effect over two axes",
         example="report heatmap layer by head",
         module="mechdsl.show.reports.heatmap",
-        suffixes=PICTURES,
-        variable=True,
-        by=True,
+        signature=Signature(variable=Word(), by=Word(), to=PICTURES),
     )
 )
 _report(
@@ -110,8 +133,7 @@ _report(
         meaning="the effect along one axis, with its interval",
         example="report lines layer by position",
         module="mechdsl.show.reports.lines",
-        suffixes=PICTURES,
-        variable=True,
+        signature=Signature(variable=Word(), to=PICTURES),
         numbers_only=True,
     )
 )
@@ -121,7 +143,7 @@ _report(
         meaning="one line per cell and measure",
         example='report csv to "cells.csv"',
         module="mechdsl.show.reports.files",
-        suffixes=(".csv",),
+        signature=Signature(to=File((".csv",))),
     )
 )
 _report(
@@ -130,7 +152,7 @@ _report(
         meaning="the experiment as in `run --format json`",
         example='report json to "cells.json"',
         module="mechdsl.show.reports.files",
-        suffixes=(".json",),
+        signature=Signature(to=File((".json",))),
     )
 )
 _report(
@@ -139,8 +161,7 @@ _report(
         meaning="one row per cell and measure, for data frames (needs mechdsl[frames])",
         example='report parquet to "cells.parquet"',
         module="mechdsl.show.reports.files",
-        suffixes=(".parquet",),
-        file_only=True,
+        signature=Signature(to=File((".parquet",), needed=True)),
         needs=("pandas", "pyarrow"),
     )
 )
@@ -150,8 +171,7 @@ _report(
         meaning="the effect as bars along one axis, with its interval",
         example="report bars position",
         module="mechdsl.show.reports.bars",
-        suffixes=PICTURES,
-        variable=True,
+        signature=Signature(variable=Word(), to=PICTURES),
     )
 )
 _report(
@@ -160,11 +180,7 @@ _report(
         meaning="how often each category is found for each value of an axis or of the prompts",
         example="report confusion item by argmax",
         module="mechdsl.show.reports.confusion",
-        suffixes=PICTURES,
-        variable=True,
-        variable_value=True,
-        by=True,
-        by_category=True,
+        signature=Signature(variable=Word(("axis", "value")), by=Word(("category",)), to=PICTURES),
     )
 )
 _report(
@@ -173,8 +189,7 @@ _report(
         meaning="the effect at each token, on the tokens of the first prompts",
         example="report overlay top 5",
         module="mechdsl.show.reports.overlay",
-        suffixes=(".html", ".svg", ".png"),
-        top=True,
+        signature=Signature(by=None, top=True, to=File((".html", ".svg", ".png"))),
         along="position",
         numbers_only=True,
     )
@@ -204,15 +219,16 @@ def check_report(
     if kind is None:
         hint = did_you_mean(report.kind, REPORTS, f"reports are {', '.join(REPORTS)}")
         return [UnknownWord(span=report.span, kind="report", word=report.kind, hint=hint)]
-    if not kind.supported:
+    signature = kind.signature
+    if signature is None:
         shown = [name for name, each in REPORTS.items() if each.supported]
         later = f"reports that can be drawn are {', '.join(shown)}"
         return [NotSupported(span=report.span, what=f"`report {kind.name}`", later=later)]
     wrong = (
-        _wrong_words(kind, report)
-        or (None if axes is None else _wrong_axes(kind, report, axes, values, measures))
-        or (None if measures is None else _wrong_measures(kind, report, measures))
-        or _wrong_file(kind, report)
+        _wrong_words(kind, signature, report)
+        or (None if axes is None else _wrong_axes(kind, signature, report, axes, values, measures))
+        or (None if measures is None else _wrong_measures(kind, signature, report, measures))
+        or _wrong_file(kind, signature.to, report)
     )
     if wrong is None:
         return []
@@ -224,43 +240,46 @@ Wrong = tuple[str, str] | None
 """(What is wrong, what to write)."""
 
 
-def _wrong_words(kind: ReportKind, report: spec.Report) -> Wrong:
+def _wrong_words(kind: ReportKind, signature: Signature, report: spec.Report) -> Wrong:
     example = f"write it as in `{kind.example}`"
-    if kind.variable and report.variable is None:
+    variable, by = signature.variable, signature.by
+    if variable is not None and report.variable is None:
         return "doesn't say along which axis", example
-    if kind.by and report.by is None:
-        return f"doesn't say by which {'measure' if kind.by_category else 'axis'}", example
-    if kind.variable and report.variable == report.by:
+    if by is not None and by.needed and report.by is None:
+        return f"doesn't say by which {'measure' if signature.by_category else 'axis'}", example
+    if variable is not None and report.variable == report.by:
         return f"has `{report.by}` twice", example
-    if not kind.variable and report.variable is not None:
+    if variable is None and report.variable is not None:
         return f"takes no axis, but `{report.variable}` stands behind it", example
-    if report.top is not None and not kind.top:
+    if report.top is not None and not signature.top:
         return f"shows everything, but `top {report.top}` stands behind it", example
-    if kind.along is not None and report.by is not None:
+    if by is None and report.by is not None:
         return f"takes no `by`, but `by {report.by}` stands behind it", example
     return None
 
 
 def _wrong_axes(
     kind: ReportKind,
+    signature: Signature,
     report: spec.Report,
     axes: Sequence[str],
     values: Collection[str],
     measures: Sequence[Measured] | None,
 ) -> Wrong:
     listed = ", ".join(f"`{axis}`" for axis in axes)
-    by = None if kind.by_category else report.by
-    names = [name for each in measures or () for name in short_names(each.label, each.text)]
-    if kind.by_category and report.variable in names and report.by in (*axes, *values):
+    by = None if signature.by_category else report.by
+    value_too = [w is not None and "value" in w.of for w in (signature.variable, signature.by)]
+    names = [name for each in measures or () for name in short_names(each.label, each.word)]
+    if signature.by_category and report.variable in names and report.by in (*axes, *values):
         exchanged = f"`report {kind.name} {report.by} by {report.variable}`"
         return f"is by a measure, and `{report.by}` is none", f"write {exchanged}"
-    for word, too in ((report.variable, kind.variable_value), (by, kind.by_value)):
+    for word, too in zip((report.variable, by), value_too, strict=True):
         if word is None or word in axes or (too and word in values):
             continue
         hint = f"the experiment's axes are {listed}"
         if not axes:
             hint = "the experiment sweeps nothing: its one cell is shown by `report table`"
-        if kind.variable_value and values:
+        if value_too[0] and values:
             listed = ", ".join(f"`{value}`" for value in values)
             otherwise = f"{hint}; values of the prompts are {listed}"
             hint = did_you_mean(word, [*axes, *values], otherwise)
@@ -273,13 +292,15 @@ def _wrong_axes(
     return None
 
 
-def _wrong_measures(kind: ReportKind, report: spec.Report, measures: Sequence[Measured]) -> Wrong:
+def _wrong_measures(
+    kind: ReportKind, signature: Signature, report: spec.Report, measures: Sequence[Measured]
+) -> Wrong:
     categories = [each for each in measures if each.kind == "category"]
-    if kind.by_category:
-        known = [short_names(each.label, each.text) for each in categories]
+    if signature.by_category:
+        known = [short_names(each.label, each.word) for each in categories]
         if any(report.by in names for names in known):
             return None
-        number = any(report.by in short_names(each.label, each.text) for each in measures)
+        number = any(report.by in short_names(each.label, each.word) for each in measures)
         what = "is a number, not a category" if number else "is none of its measures"
         if not known:
             return f"is by `{report.by}`, which {what}", "add `measure argmax(1..9) as raw`"
@@ -293,13 +314,13 @@ def _wrong_measures(kind: ReportKind, report: spec.Report, measures: Sequence[Me
     return None
 
 
-def _wrong_file(kind: ReportKind, report: spec.Report) -> Wrong:
-    if kind.file_only and report.file is None:
+def _wrong_file(kind: ReportKind, to: File, report: spec.Report) -> Wrong:
+    if to.needed and report.file is None:
         return "is nothing that can be printed", f"write it as in `{kind.example}`"
     missing = [module for module in kind.needs if find_spec(module) is None]
     if missing:
         return f"needs {' and '.join(missing)}", 'pip install "mechdsl[frames]"'
-    if report.file is not None and PurePath(report.file).suffix.lower() not in kind.suffixes:
-        endings = " or ".join(f"`{suffix}`" for suffix in kind.suffixes)
+    if report.file is not None and PurePath(report.file).suffix.lower() not in to.suffixes:
+        endings = " or ".join(f"`{suffix}`" for suffix in to.suffixes)
         return f"cannot be written to `{report.file}`", f"its file ends in {endings}"
     return None

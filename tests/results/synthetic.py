@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -73,7 +74,9 @@ def measure(patched: Any, base: Any, source: Any = None, **values: Any) -> Measu
         "unit": "logit",
         **values,
     }
+    call = re.fullmatch(r"(\w+)(\([^()]*\))?", given["metric"])
     return MeasureData(
+        word=call[1] if call else "",
         patched=patched,
         base=np.atleast_2d(np.asarray(base, dtype=np.float64)),
         source=None if source is None else np.atleast_2d(np.asarray(source, dtype=np.float64)),

@@ -51,7 +51,7 @@ def span(line: str, text: str = TEXT) -> Span:
 @dataclass(frozen=True)
 class Measure:
     label: str
-    text: str
+    word: str
     kind: str
 
 
@@ -62,8 +62,8 @@ def reported(kind: str, **values: str) -> list[Diagnostic]:
         span=span(f"report {' '.join(filter(None, words))}", REPORTS), kind=kind, **values
     )
     measures = [
-        Measure("prob(answer)", "prob(answer)", "number"),
-        Measure("argmax(1..9)", "argmax(1..9)", "category"),
+        Measure("prob(answer)", "prob", "number"),
+        Measure("argmax(1..9)", "argmax", "category"),
     ]
     return check_report(line, ["layer"], ["count", "item"], measures)
 

@@ -23,7 +23,8 @@ KNOWN = Known(
     experiments=["other_experiment"],
 )
 TWO = replace(
-    KNOWN, measures=[KnownMeasure("ld", "recovery"), KnownMeasure("prob(answer)", "delta")]
+    KNOWN,
+    measures=[KnownMeasure("ld", "recovery"), KnownMeasure("prob(answer)", "delta", word="prob")],
 )
 
 

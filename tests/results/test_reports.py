@@ -367,7 +367,7 @@ def test_every_report_is_described(name: str) -> None:
     entry = REPORTS[name]
     assert entry.meaning
     assert entry.example.startswith(f"report {name}")
-    assert entry.supported == bool(entry.suffixes)
+    assert entry.supported == (entry.module is not None)
 
 
 def test_numbers_of_a_column_line_up() -> None:
@@ -514,7 +514,7 @@ def test_controls_are_not_split_by_values() -> None:
 @dataclass(frozen=True)
 class Named:
     label: str
-    text: str
+    word: str
     kind: str = "number"
 
 
@@ -523,19 +523,19 @@ class Named:
     [
         (
             report("confusion", variable="layer", by="argmx"),
-            [Named("ld", "logit(answer)"), Named("argmax(1..9)", "argmax(1..9)", "category")],
+            [Named("ld", "logit"), Named("argmax(1..9)", "argmax", "category")],
             "`argmx`, which is none of its measures",
             "write `by argmax`",
         ),
         (
             report("confusion", variable="layer", by="prob"),
-            [Named("prob(answer)", "prob(answer)")],
+            [Named("prob(answer)", "prob")],
             "`prob`, which is a number, not a category",
             "add `measure argmax(1..9) as raw`",
         ),
         (
             report("lines", variable="layer"),
-            [Named("argmax(1..9)", "argmax(1..9)", "category")],
+            [Named("argmax(1..9)", "argmax", "category")],
             "no number to draw: `argmax(1..9)` is a category",
             "write `report bars layer`",
         ),
@@ -551,7 +551,7 @@ def test_reports_that_do_not_fit_the_measures(
 
 
 def test_reports_that_fit_the_measures() -> None:
-    measures = [Named("guess", "argmax(1..9)", "category"), Named("ld", "logit(answer)")]
+    measures = [Named("guess", "argmax", "category"), Named("ld", "logit")]
     for line in (
         report("confusion", variable="position", by="argmax"),
         report("confusion", variable="position", by="guess"),

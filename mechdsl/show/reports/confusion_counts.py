@@ -49,7 +49,7 @@ def confusions(result: ExperimentResult, report: spec.Report) -> Mapping[int, li
     axis = axis_name(result, word)
     found: dict[int, list[Confusion]] = {}
     for measure, data in enumerate(result.measures):
-        if data.kind != "category" or report.by not in short_names(data.label, data.metric):
+        if data.kind != "category" or report.by not in short_names(data.label, data.word):
             continue
         if axis in result.axes:
             split = partial(_along_axis, data.patched, values_of(result, axis))
