@@ -1,0 +1,215 @@
+"""Changes the package in small ways and sees whether its tests notice.
+
+    python -m tests.mutation --seed 1 --count 200 --write
+    python -m tests.mutation --target 'plan.py' --count 20 --budget 120
+    python -m tests.mutation --survivors --budget 600
+
+One operator, constant, condition, keyword, … at a time is changed, drawn from the modules below by
+the seed, and the tests that run the changed line are run: quick ones first, one case of each before
+all of its cases, as many as fit into `--budget` seconds, up to the first that fails. `--write` adds
+what was found to `table.csv`, in which a mutant that survives has its reason; `--survivors` draws
+none, and runs those again that survived by the table.
+
+The first run takes long: it finds which lines each test runs, and keeps that outside the
+repository until the package or the test changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from .mutants import Mutant, mutants
+from .reach import chosen, reached, test_files
+from .server import PACKAGE, Collected, Ran, imported, prepare
+
+TABLE = Path(__file__).parent / "table.csv"
+COLUMNS = ("seed", "kind", "mutant", "outcome", "by")
+LIMIT = 90
+"""Seconds, beyond the budget, after which a mutant counts as noticed: it hangs."""
+
+PLANNER = (
+    "tests/execute/test_inert.py",
+    "tests/execute/test_savings.py",
+    "tests/execute/test_cost.py",
+    "tests/execute/test_coordinates.py",
+    "tests/execute/test_sizing.py",
+    "tests/compiler/test_plan.py",
+)
+VALUES = (
+    "tests/execute/test_effects.py",
+    "tests/execute/test_masked.py",
+    "tests/execute/test_noise.py",
+    "tests/execute/test_positions.py",
+    "tests/execute/test_properties.py",
+    "tests/rules/test_attention.py",
+    "tests/rules/test_paths.py",
+    "tests/rules/test_mixtures.py",
+    "tests/rules/test_transplants.py",
+)
+FILES = (
+    "tests/controls/test_controls.py",
+    "tests/elsewhere/test_blocks.py",
+    "tests/elsewhere/test_means.py",
+    "tests/elsewhere/test_variants.py",
+    "tests/onward/test_curves.py",
+    "tests/onward/test_sites.py",
+    "tests/onward/test_tokens.py",
+)
+MODELS = (
+    "tests/models/test_packed.py",
+    "tests/models/test_exchange.py",
+    "tests/models/test_hooks.py",
+    "tests/models/test_encoders.py",
+)
+STATISTICS = (
+    "tests/results/test_statistics.py",
+    "tests/results/test_flips.py",
+    "tests/results/test_reports.py",
+)
+TARGETS: dict[str, tuple[str, ...]] = {
+    # plan
+    "plan.py rule_plan.py columns.py inert.py share.py restart.py cost.py cut.py": (
+        *PLANNER,
+        *VALUES,
+        *FILES,
+    ),
+    # packed
+    "pack.py packed.py kept.py front.py attention.py": (
+        *MODELS,
+        "tests/execute/test_masked.py",
+        "tests/execute/test_savings.py",
+        *VALUES,
+        *FILES,
+    ),
+    # hooks
+    "hooks.py loaded.py batch.py frame.py taps.py sitework.py calls.py experts.py within.py "
+    "exchange.py": (*MODELS, *VALUES, *FILES),
+    # run
+    "execute.py runs.py lanes.py patched.py fillings.py writes.py paths.py observed.py gauge.py "
+    "sizing.py": (*PLANNER, *VALUES, *FILES),
+    # statistics
+    "results/resampling.py results/flips.py results/statistics.py results/controls.py "
+    "results/variants.py results/effect.py": (*STATISTICS, *FILES, "tests/execute/test_effects.py"),
+}
+"""Modules that are changed, as patterns below the package → files or folders of their tests."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=200, help="mutants to draw")
+    parser.add_argument("--target", default="*", metavar="GLOB", help="of modules, below mechdsl/")
+    parser.add_argument("--budget", type=float, default=60, help="seconds of tests for each")
+    parser.add_argument("--survivors", action="store_true", help="those of the table, again")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    given = parser.parse_args(arguments)
+    of_modules = {name: tests for name, tests in targets().items() if fnmatch(name, given.target)}
+    every = [mutant for name in of_modules for mutant in of_module(name)]
+    if given.survivors:
+        alive = {row["mutant"] for row in read_table().values() if row["outcome"] == "survived"}
+        every = [mutant for mutant in every if mutant.name in alive]
+    else:
+        every = draw(every, given.seed, given.count)
+    seed = given.seed if given.write else None
+    prepare()
+    files = {name: test_files(of_modules[name]) for name in {m.module for m in every}}
+    every_file = list(dict.fromkeys(file for own in files.values() for file in own))
+
+    def in_forks(collected: Collected) -> list[tuple[Mutant, list[str], Ran | None]]:
+        """What each mutant meets; None where its module has to be imported anew."""
+        found: list[tuple[Mutant, list[str], Ran | None]] = []
+        reach = reached(collected, every_file)
+        for mutant in every:
+            tests = chosen(mutant, reach, files[mutant.module], given.budget)
+            ran = None
+            # A mutant that survived is tried on a fresh import: something may have been kept.
+            if tests and not given.survivors and collected.can_exchange(mutant):
+                ran = collected.run(mutant, tests, given.budget + LIMIT)
+                report(mutant, tests, ran, seed)
+            found.append((mutant, tests, ran))
+        return found
+
+    alive = 0
+    for mutant, tests, ran in Collected.of(every_file, in_forks):
+        if ran is None:
+            ran = imported(mutant, tests, given.budget + LIMIT) if tests else Ran(True)
+            report(mutant, tests, ran, seed)
+        alive += ran.passed
+    print(f"{len(every)} mutants, {alive} survive")
+    return int(alive > 0)
+
+
+def report(mutant: Mutant, tests: Sequence[str], ran: Ran, seed: int | None) -> None:
+    """Prints what was found; with a seed, writes it to the table."""
+    outcome = "survived" if ran.passed else "killed"
+    by = (f"{len(tests)} tests" if tests else "no test runs it") if ran.passed else ran.failed
+    print(f"{outcome} [{mutant.kind}] {mutant.name} | {by}", flush=True)
+    if seed is None:
+        return
+    table = read_table()
+    old = table.get(mutant.name, {})
+    reason = old.get("by", "") if old.get("outcome") == outcome == "survived" else ""
+    table[mutant.name] = {
+        "seed": old.get("seed") or str(seed),
+        "kind": mutant.kind,
+        "mutant": mutant.name,
+        "outcome": outcome,
+        "by": reason or by,
+    }
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table.values())
+
+
+def targets() -> dict[str, tuple[str, ...]]:
+    """Module → paths of tests."""
+    every = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
+    found: dict[str, tuple[str, ...]] = {}
+    for patterns, tests in TARGETS.items():
+        for pattern in patterns.split():
+            own = [module for module in every if fnmatch(module, pattern)]
+            assert own, f"no module is {pattern}"
+            found |= dict.fromkeys(own, tests)
+    return found
+
+
+def of_module(module: str) -> list[Mutant]:
+    return mutants(module, (PACKAGE / module).read_text(encoding="utf-8"))
+
+
+def draw(every: Sequence[Mutant], seed: int, count: int) -> list[Mutant]:
+    """Modules as often as they are large, and in a module each kind of change as often."""
+    drawn = random.Random(seed)
+    found: dict[str, Mutant] = {}
+    left = list(every)
+    while left and len(found) < count:
+        module = drawn.choice(left).module
+        own = [m for m in left if m.module == module]
+        kind = drawn.choice(sorted({m.kind for m in own}))
+        mutant = drawn.choice([m for m in own if m.kind == kind])
+        left.remove(mutant)
+        if mutant.is_python():
+            found[mutant.name] = mutant
+    return list(found.values())
+
+
+def read_table() -> dict[str, dict[str, str]]:
+    if not TABLE.exists():
+        return {}
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return {row["mutant"]: row for row in csv.DictReader(file)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
