@@ -15,8 +15,8 @@ from .mutants import Mutant
 from .server import PACKAGE, ROOT, Collected, Reached, function_of
 
 KEPT = Path(tempfile.gettempdir()) / "mechdsl-mutation"
-FILE_LIMIT = 45
-"""Seconds after which no further test of a file is traced, and used."""
+FILE_LIMIT = 8
+"""Seconds of the processor after which no further test of a file is traced."""
 
 
 def reached(tests: Collected, files: Sequence[Path]) -> Reached:

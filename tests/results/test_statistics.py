@@ -275,3 +275,34 @@ def test_denominators_near_zero_are_refused(runs: tuple[np.ndarray, ...]) -> Non
     assert check_denominator(base, None, settings, 0, SPAN, effect=EFFECTS["delta"]) == []
     lone = check_denominator(base[:, :1], base[:, :1], settings, 0, SPAN, effect=recovery)
     assert [each.code for each in lone] == ["E0604"]
+
+
+def test_denominators_are_refused_by_whole_groups() -> None:
+    """Far from 0 by prompts, but not by the four groups that have all the spread."""
+    groups = np.repeat(np.arange(4), 20)
+    base = np.array([-1.0, 0.5, 2.0, 1.5])[groups][None]
+    arguments = (base, None, statistics(), 0, SPAN)
+    relative = EFFECTS["relative"]
+    assert check_denominator(*arguments, effect=relative) == []
+    (found,) = check_denominator(*arguments, effect=relative, groups=groups)
+    assert found.code == "E0604"
+    order = np.random.default_rng(0).permutation(80)
+    (moved,) = check_denominator(
+        base[:, order], *arguments[1:], effect=relative, groups=groups[order], ids=order.tolist()
+    )
+    assert moved.label_text == found.label_text
+
+
+def test_random_flips_grow_with_the_cells_that_are_tested() -> None:
+    """Cells that can't differ, or have no prompt, and measures without p don't count."""
+    deltas = np.ones((900, 30))
+    deltas[700:800] = np.nan
+    inert = np.arange(900) >= 800
+    tested = measure(deltas, np.zeros(30), inert=inert)
+    others = measure(deltas, np.zeros(30), effect="raw")
+    found = cell_statistics([tested, others], statistics(resamples=10), 0, effects=EFFECTS)
+    assert found[0].p[:700].tolist() == [1 / 14_001] * 700, "20 for each of 700 cells"
+    assert found[0].test is not None
+    assert "14,000 random flips" in found[0].test
+    assert found[1].test is None
+    assert [each.tests for each in found] == [700, 700]

@@ -1,0 +1,130 @@
+"""Results of several variants put together: what of each prompt and cell goes where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mechdsl.resolve.cell_key import CellKey
+from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.variants import merged
+from mechdsl.statistics.data import NullBand
+
+from .synthetic import heads, measure
+
+LABELS = ((("source", "one"),), (("source", "two"),))
+
+
+def variant(number: int, rows: tuple[int, ...], cells: int = 2, **values: Any) -> ExperimentResult:
+    """Values say where they are from: 100 * variant + 10 * cell + row."""
+    row = np.array(rows, dtype=np.float64)
+    patched = 100.0 * number + 10.0 * np.arange(cells)[:, None] + row
+    number_of = measure(patched, 1000 + row, 2000 + 100 * number + row, label="n")
+    kind = {"kind": "category", "effect": "raw", "label": "c", "truth": number + row[None]}
+    band = NullBand(*(np.full(cells, float(number + end)) for end in (-1, 1, 0)), 20, "heads")
+    return replace(
+        heads(prompts=len(rows)),
+        model="m",
+        axes=("layer",),
+        cells=tuple(CellKey({"layer": n}, f"L{n}.z") for n in range(cells)),
+        measures=(number_of, measure(patched % 7, row, **kind)),
+        runs={"clean": {"n": 1000 + row}},
+        accuracy={"clean": row % 2},
+        base="clean",
+        source=f"s{number}",
+        called={"clean": "p", f"s{number}": f"source {number}"},
+        conventions={"dtype": "float32"},
+        hashes={"model": "same", "data": f"d{number}"},
+        row_ids=rows,
+        row_values={"row": list(rows)},
+        texts=tuple((f"t{n}",) for n in rows),
+        hits=tuple(tuple((cell,) for _ in rows) for cell in range(cells)),
+        controls=(band, None),
+        **values,
+    )
+
+
+def joined(*results: ExperimentResult) -> ExperimentResult:
+    return merged(list(zip(LABELS, results, strict=True)))
+
+
+def test_values_of_the_prompts_that_all_have() -> None:
+    found = joined(variant(1, (4, 5, 6, 8)), variant(2, (8, 7, 5, 4)))
+    assert found.row_ids == (4, 5, 8), "in the order of the first"
+    row = np.array([4, 5, 8])
+    numbers, categories = found.measures
+    expected = [[100 * n + 10 * cell + r for r in row] for n in (1, 2) for cell in (0, 1)]
+    assert numbers.patched.tolist() == expected
+    assert categories.patched.tolist() == (np.array(expected) % 7).tolist()
+    assert numbers.base.tolist() == [(1000 + row).tolist()], "once, where all have the same"
+    assert numbers.source is not None
+    assert numbers.source.tolist() == [(2000 + 100 * n + row).tolist() for n in (1, 1, 2, 2)]
+    assert categories.source is None
+    assert categories.truth is not None
+    assert categories.truth.tolist() == [(n + row).tolist() for n in (1, 1, 2, 2)]
+    assert found.runs["clean"]["n"].tolist() == (1000 + row).tolist()
+    assert found.accuracy["clean"].tolist() == [0, 1, 0]
+    assert list(found.row_values["row"]) == [4, 5, 8]
+    assert found.conventions["prompts"] == "3 that all have"
+
+
+def test_all_prompts_are_said_of_nothing() -> None:
+    found = joined(variant(1, (4, 5)), variant(2, (4, 5)))
+    assert "prompts" not in found.conventions
+    one = variant(1, (4, 5))
+    assert merged([((), one)]) is one
+
+
+def test_cells_and_their_null_bands_follow_each_other() -> None:
+    found = joined(variant(1, (4, 5), cells=2), variant(2, (4, 5), cells=3))
+    assert found.axes == ("source", "layer")
+    assert [dict(cell.coords) for cell in found.cells] == [
+        {"source": label, "layer": layer}
+        for label, layers in (("one", 2), ("two", 3))
+        for layer in range(layers)
+    ]
+    band, none = found.controls
+    assert none is None
+    assert band is not None
+    assert [band.low.tolist(), band.high.tolist()] == [[0, 0, 1, 1, 1], [2, 2, 3, 3, 3]]
+    assert band.mean.tolist() == [1, 1, 2, 2, 2]
+    assert joined(variant(1, (4,)), replace(variant(2, (4,)), controls=())).controls == ()
+
+
+def test_names_are_those_that_all_agree_on() -> None:
+    one, two = variant(1, (4, 5)), variant(2, (4, 5))
+    two = replace(two, called={**two.called, "clean": "q"})
+    found = joined(one, two)
+    assert found.source == "s1, s2"
+    assert found.called == {}, "each calls the base otherwise, and has no name for the other's"
+    same = {"clean": "p", "s1": "source 1", "s2": "source 2"}
+    assert joined(replace(one, called=same), replace(two, called=same)).called == same
+
+
+def test_texts_and_hits_are_kept_where_the_prompts_are_the_same() -> None:
+    one, two = variant(1, (4, 5)), variant(2, (5, 4))
+    found = joined(one, two)
+    assert found.texts == (("t4",), ("t5",))
+    assert found.hits == (((0,), (0,)), ((1,), (1,))) * 2
+    other = joined(one, replace(two, texts=(("x",), ("y",))))
+    assert (other.texts, other.hits) == ((), ())
+
+
+def test_runs_of_several_models_say_which() -> None:
+    one, two = variant(1, (4, 5)), replace(variant(2, (4, 5)), model="tuned")
+    found = joined(one, two)
+    assert found.model == "m, tuned"
+    assert list(found.runs) == ["clean (m)", "clean (tuned)"]
+    assert list(found.accuracy) == ["clean (m)", "clean (tuned)"]
+    assert found.hashes == {"model": "same", "data of m": "d1", "data of tuned": "d2"}
+
+
+def test_conventions_say_whose_they_are() -> None:
+    one, two = variant(1, (4,)), variant(2, (4,))
+    found = joined(one, replace(two, conventions={"dtype": "bfloat16", "mask": "left"}))
+    assert dict(found.conventions) == {
+        "dtype": "one: float32; two: bfloat16",
+        "mask": "two: left",
+    }
