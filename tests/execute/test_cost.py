@@ -69,6 +69,39 @@ def test_tokens_through_blocks_are_those_of_the_run(
     assert planned.planned.rows <= planned.plain.rows
 
 
+AT_CUE = "measure logit(answer) - logit(wrong) at cue token as delta"
+READ_ELSEWHERE = {
+    "in the middle": (FROM, HEADS.replace("last", "subject"), AT_CUE),
+    "in the middle and at the end": (
+        FROM, "patch resid_pre layer * at each token of subject", DIFFERENCE,
+        "measure logit(answer) at cue token as raw",
+    ),
+    "inside the model": (
+        FROM, "patch z layer * head 0 at subject tokens", "measure cosine(L1.resid, clean) as raw"
+    ),
+    "at all tokens": (FROM, "patch mlp_out layer * at cue token", "measure loss as raw"),
+    "attention": (
+        FROM, "patch z layer 0 heads * at subject tokens",
+        "observe attention layer 2 head * from last token to cue token",
+        "measure attention as delta",
+    ),
+    "by receivers": (FROM, "path z layer * head * -> q layer * head 1 at cue token", DIFFERENCE),
+    "by receivers past mlps": (
+        FROM, "path mlp_out layer * -> v layer 2 head 0..1 at cue token through mlps", DIFFERENCE
+    ),
+    "behind held sublayers": (FROM, "path z layer * head * -> logits at last token", DIFFERENCE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(READ_ELSEWHERE))
+def test_what_is_read_decides_what_is_computed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    text = experiment("e", "prompts p", *READ_ELSEWHERE[name])
+    planned, done = costs(text, folder, monkeypatch, frozenset({"stop_early"}))
+    assert rows_only(planned.planned, planned) == sum(sum(each.work) for each in done)
+
+
 def test_every_pass_has_a_line_and_none_costs(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
