@@ -221,11 +221,11 @@ def _at(**changes: Any) -> Callable[[SiteWrite], SiteWrite]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_at(rows=torch.tensor([3])), "row"),
-        (_at(positions=torch.tensor([4])), "position"),
-        (_at(positions=torch.tensor([-1])), "position"),
-        (_at(units=torch.tensor([2])), "unit"),
-        (_at(values=torch.zeros(1, 5)), "must be"),
+        (_at(rows=torch.tensor([0, 3])), "row"),
+        (_at(positions=torch.tensor([0, 4])), "position"),
+        (_at(positions=torch.tensor([0, -1])), "position"),
+        (_at(units=torch.tensor([0, 2])), "unit"),
+        (_at(values=torch.zeros(2, 5)), "must be"),
         (_at(layer=3), "layer 3"),
         (_at(layer=None), "needs a layer"),
         (_at(site="router"), "no `router`"),
@@ -234,10 +234,13 @@ def _at(**changes: Any) -> Callable[[SiteWrite], SiteWrite]:
 def test_places_that_do_not_exist_are_refused(
     loaded: dict[str, LoadedModel], change: Callable[[SiteWrite], SiteWrite], message: str
 ) -> None:
-    """Row 1 has 4 tokens, so column 4 is padding or another token; `k` has two heads of four."""
+    """Row 1 has 4 tokens, so column 4 is padding or another token; `k` has two heads of four.
+
+    The place beside it exists.
+    """
     model = loaded["llama"]
-    index = torch.tensor([1])
-    write = SiteWrite("k", 1, index, index, index, torch.zeros(1, model.shape.d_head))
+    index = torch.tensor([0, 1])
+    write = SiteWrite("k", 1, index, index, index, torch.zeros(2, model.shape.d_head))
     with pytest.raises(ValueError, match=message):
         run_whole(model, batch_of(model), writes=[change(write)])
 

@@ -933,7 +933,7 @@ def test_places_that_do_not_exist_are_refused(loaded: dict[str, LoadedModel]) ->
         (1, 7, "a position"),
         (1, -1, "a position"),
     ):
-        place = np.array([row]), np.array([position])
+        place = np.array([0, row]), np.array([0, position])  # beside one that exists
         with pytest.raises((ValueError, IndexError), match=message):
             run_packed(model, kept, np.array([0, 1]), writes=[], final=place)
         with pytest.raises((ValueError, IndexError), match=message):
@@ -941,7 +941,7 @@ def test_places_that_do_not_exist_are_refused(loaded: dict[str, LoadedModel]) ->
                 model,
                 kept,
                 np.array([0, 1]),
-                writes=[write(model, "z", 1, [(row, position)])],
+                writes=[write(model, "z", 1, [(0, 0), (row, position)])],
                 final=last_tokens(kept, [0, 1]),
             )
     twice = write(model, "z", 1, [(0, 1)])

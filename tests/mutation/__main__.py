@@ -5,8 +5,8 @@
     python -m tests.mutation --survivors --budget 600
 
 One operator, constant, condition, keyword, … at a time is changed, drawn from the modules below by
-the seed, and the tests that run the changed line are run: quick ones first, one case of each before
-all of its cases, as many as fit into `--budget` seconds, up to the first that fails. `--write` adds
+the seed, and the tests that run the changed line are run: those first that together run most of the
+module in the least time, as many as fit into `--budget` seconds, up to the first that fails. `--write` adds
 what was found to `table.csv`, in which a mutant that survives has its reason; `--survivors` draws
 none, and runs those again that survived by the table.
 
@@ -46,6 +46,7 @@ VALUES = (
     "tests/execute/test_masked.py",
     "tests/execute/test_noise.py",
     "tests/execute/test_positions.py",
+    "tests/execute/test_metrics.py",
     "tests/rules/test_attention.py",
     "tests/rules/test_paths.py",
     "tests/rules/test_mixtures.py",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .mutants import Mutant
-from .server import PACKAGE, ROOT, Collected, Reached, function_of
+from .server import PACKAGE, ROOT, Collected, Reached
 
 KEPT = Path(tempfile.gettempdir()) / "mechdsl-mutation"
 FILE_LIMIT = 8
@@ -40,16 +40,30 @@ def reached(tests: Collected, files: Sequence[Path]) -> Reached:
 
 
 def chosen(mutant: Mutant, reach: Reached, files: Sequence[Path], budget: float) -> list[str]:
-    """Tests of these files that run what is changed, quick ones first, for so many seconds."""
+    """Tests of these files that run what is changed, for so many seconds.
+
+    First those that together run most of the module in the least time, then the quickest.
+    """
     wanted, names = _lines(mutant), set(map(str, files))
-    reaching: dict[str, float] = {}
+    reaching: dict[str, tuple[float, set[int]]] = {}
     for test, (seconds, lines) in reach.items():
-        own = lines.get(mutant.module)
-        if test.partition("::")[0] not in names or own is None:
-            continue
-        if not wanted or not wanted.isdisjoint(own):
-            reaching[test] = seconds
-    return _spread(reaching, budget)
+        own = set(lines.get(mutant.module, ()))
+        if test.partition("::")[0] in names and own and (not wanted or wanted & own):
+            reaching[test] = seconds, own
+    found: dict[str, None] = {}
+    covered: set[int] = set()
+    while rest := [t for t in reaching if t not in found and reaching[t][1] - covered]:
+        best = max(rest, key=lambda t: len(reaching[t][1] - covered) / (0.1 + reaching[t][0]))
+        found[best] = None
+        covered |= reaching[best][1]
+    found |= dict.fromkeys(sorted(reaching, key=lambda t: reaching[t][0]))
+    left = budget
+    taken: list[str] = []
+    for test in found:
+        if reaching[test][0] <= left or not taken:
+            taken.append(test)
+            left -= reaching[test][0]
+    return taken
 
 
 def _lines(mutant: Mutant) -> set[int]:
@@ -65,21 +79,6 @@ def _lines(mutant: Mutant) -> set[int]:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 names = {node.name}
     return {n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names}
-
-
-def _spread(reaching: dict[str, float], budget: float) -> list[str]:
-    """One of each function first, then the rest, each by seconds, until they are too long."""
-    first: dict[str, str] = {}
-    for test in sorted(reaching, key=reaching.__getitem__):
-        first.setdefault(function_of(test), test)
-    front = set(first.values())
-    left = budget
-    found: list[str] = []
-    for test in sorted(reaching, key=lambda t: (t not in front, reaching[t])):
-        if reaching[test] <= left or not found:
-            found.append(test)
-            left -= reaching[test]
-    return found
 
 
 def test_files(paths: Iterable[str]) -> list[Path]:
