@@ -65,6 +65,22 @@ def test_mean_of_another_block(folder: Path, family: str, mode: str, of: str) ->
     agree(found.measures[0], values, base)
 
 
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+@pytest.mark.parametrize("site", ["final_norm", "logits"])
+def test_mean_of_another_block_behind_the_last_one(folder: Path, site: str, mode: str) -> None:
+    """The run of the other block goes as far as what is read of it."""
+    text = experiment("e", "prompts p", f"ablate {site} at last token with mean of six", DIFFERENCE)
+    found = run(text, folder, models("llama"), MODES[mode], prompts=PROMPTS + SIX)["e"]
+    seen = [unpatched("llama", row)[1][site, None][-1] for row in six()]
+    mean = torch.stack(seen).mean(dim=0)[0]
+    values, base = np.zeros((1, len(ROWS))), np.zeros(len(ROWS))
+    for n, (record, prompt) in enumerate(zip(ROWS, prompts(), strict=True)):
+        base[n] = difference(unpatched("llama", prompt)[0], record)
+        logits = patched("llama", prompt, {(site, None): [Change(prompt.last, 0, mean)]})
+        values[0, n] = difference(logits, record)
+    agree(found.measures[0], values, base)
+
+
 @pytest.mark.parametrize(
     ("rule", "code", "said"),
     [

@@ -5,10 +5,10 @@
     python -m tests.mutation --survivors --budget 600
 
 One operator, constant, condition, keyword, … at a time is changed, drawn from the modules below by
-the seed, and the tests that run the changed line are run: those first that together run most of the
-module in the least time, as many as fit into `--budget` seconds, up to the first that fails. `--write` adds
-what was found to `table.csv`, in which a mutant that survives has its reason; `--survivors` draws
-none, and runs those again that survived by the table.
+the seed, and the tests that run the changed line are run: those first that together run most of
+the module in the least time, as many as fit into `--budget` seconds, up to the first that fails.
+`--write` adds what was found to `table.csv`, in which a mutant that survives has its reason;
+`--survivors` draws none, and runs those again that survived by the table.
 
 The first run takes long: it finds which lines each test runs, and keeps that outside the
 repository until the package or the test changes.
@@ -128,8 +128,7 @@ def main(arguments: Sequence[str]) -> int:
         for mutant in every:
             tests = chosen(mutant, reach, files[mutant.module], given.budget)
             ran = None
-            # A mutant that survived is tried on a fresh import: something may have been kept.
-            if tests and not given.survivors and collected.can_exchange(mutant):
+            if tests and collected.can_exchange(mutant):
                 ran = collected.run(mutant, tests, given.budget + LIMIT)
                 report(mutant, tests, ran, seed)
             found.append((mutant, tests, ran))
