@@ -63,10 +63,14 @@ MODELS = (
     "tests/models/test_packed.py",
     "tests/models/test_exchange.py",
     "tests/models/test_hooks.py",
+    "tests/models/test_encoders.py",
+    "tests/families/test_walk.py",
 )
 STATISTICS = (
     "tests/results/test_statistics.py",
     "tests/results/test_flips.py",
+    "tests/results/test_variants.py",
+    "tests/results/test_controls.py",
 )
 TARGETS: dict[str, tuple[str, ...]] = {
     # plan

@@ -15,7 +15,7 @@ from .mutants import Mutant
 from .server import PACKAGE, ROOT, Collected, Reached
 
 KEPT = Path(tempfile.gettempdir()) / "mechdsl-mutation"
-FILE_LIMIT = 8
+FILE_LIMIT = 60
 """Seconds of the processor after which no further test of a file is traced."""
 
 

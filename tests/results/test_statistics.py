@@ -97,6 +97,23 @@ def test_results_do_not_depend_on_blocks(
     parts = one(data)
     for key in ("mean", "low", "high", "p"):
         assert getattr(parts, key) == pytest.approx(getattr(whole, key), abs=1e-12)
+    patched, base, source = runs
+    steps = np.arange(3.0)
+    each = one(measure(patched, base + steps[:, None], source - steps[:, None]))
+    assert each.base_mean == pytest.approx(base.mean() + steps)
+    assert each.source_mean == pytest.approx(source.mean() - steps)
+
+
+def test_resamples_without_a_prompt_of_the_cell_are_none_of_it() -> None:
+    random = np.random.default_rng(6)
+    samples = random.normal(0, 1, (200, 4)) * [1, 2, 3, 4]
+    samples[::3, 1], samples[:, 2] = np.nan, np.nan
+    low, high = Resampling(5, statistics(confidence=90.0), 0).interval(samples)
+    for cell in (0, 1, 3):
+        own = samples[:, cell]
+        expected = np.percentile(own[~np.isnan(own)], [5, 95])
+        assert [low[cell], high[cell]] == pytest.approx(expected)
+    assert np.isnan([low[2], high[2]]).all()
 
 
 def test_a_permutation_of_prompts_changes_nothing(runs: tuple[np.ndarray, ...]) -> None:
@@ -220,6 +237,10 @@ def test_groups_are_drawn_whole() -> None:
     assert 2.4 < ratio < 3.8
     sums = np.array([deltas[groups == g].sum() for g in range(8)])
     assert whole.p == pytest.approx(one(measure(sums[None], np.zeros(8))).p)
+    assert rows.test is not None
+    assert whole.test is not None
+    assert "per-prompt" in rows.test
+    assert "per-group" in whole.test
     lone = one(measure(deltas[None], np.zeros(80)), groups=np.zeros(80))
     assert lone.reasons == ("one group: no interval",)
     assert np.isnan([lone.low, lone.high]).all(), "its prompts were drawn together"

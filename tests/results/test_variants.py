@@ -21,7 +21,8 @@ def variant(number: int, rows: tuple[int, ...], cells: int = 2, **values: Any) -
     """Values say where they are from: 100 * variant + 10 * cell + row."""
     row = np.array(rows, dtype=np.float64)
     patched = 100.0 * number + 10.0 * np.arange(cells)[:, None] + row
-    number_of = measure(patched, 1000 + row, 2000 + 100 * number + row, label="n")
+    inert = np.arange(cells) == number
+    number_of = measure(patched, 1000 + row, 2000 + 100 * number + row, label="n", inert=inert)
     kind = {"kind": "category", "effect": "raw", "label": "c", "truth": number + row[None]}
     band = NullBand(*(np.full(cells, float(number + end)) for end in (-1, 1, 0)), 20, "heads")
     return replace(
@@ -61,6 +62,7 @@ def test_values_of_the_prompts_that_all_have() -> None:
     assert numbers.base.tolist() == [(1000 + row).tolist()], "once, where all have the same"
     assert numbers.source is not None
     assert numbers.source.tolist() == [(2000 + 100 * n + row).tolist() for n in (1, 1, 2, 2)]
+    assert numbers.inert.tolist() == [False, True, False, False]
     assert categories.source is None
     assert categories.truth is not None
     assert categories.truth.tolist() == [(n + row).tolist() for n in (1, 1, 2, 2)]
