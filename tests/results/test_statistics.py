@@ -140,6 +140,9 @@ def test_missing_rows_leave_base_and_source_too(runs: tuple[np.ndarray, ...]) ->
     p, b, s = (array[..., 15:].mean(-1) for array in (patched[1], base[0], source[0]))
     assert found.mean[1] == pytest.approx((p - b) / (s - b))
     assert found.base_mean[1] == pytest.approx(b)
+    total = one(measure(patched, base, source, effect="total"))
+    assert total.n.tolist() == [40, 25, 40], "also where what is patched doesn't matter"
+    assert total.mean[1] == pytest.approx(s - b)
     alone = one(measure(patched[1:2, 15:], base[:, 15:], source[:, 15:]))
     width = alone.high[0] - alone.low[0]
     assert found.low[1] == pytest.approx(alone.low[0], abs=0.15 * width)

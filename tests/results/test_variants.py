@@ -125,8 +125,25 @@ def test_runs_of_several_models_say_which() -> None:
 
 def test_conventions_say_whose_they_are() -> None:
     one, two = variant(1, (4,)), variant(2, (4,))
+    assert joined(one, two).conventions == {"dtype": "float32"}
     found = joined(one, replace(two, conventions={"dtype": "bfloat16", "mask": "left"}))
     assert dict(found.conventions) == {
         "dtype": "one: float32; two: bfloat16",
         "mask": "two: left",
+    }
+
+
+def test_conventions_of_variants_along_two_axes() -> None:
+    """One axis is named where it tells them apart, else both are."""
+    each = [(("source", s), ("base", b)) for s in ("x", "y") for b in ("v", "w")]
+    said = [{"fill": "0", "mask": "left"}, {"fill": "0", "mask": "right"}] * 2
+    said[2:] = [{"fill": "1", "mask": "right"}, {"fill": "1", "mask": "left"}]
+    parts = [
+        (key, replace(variant(1, (4,)), conventions=own))
+        for key, own in zip(each, said, strict=True)
+    ]
+    assert dict(merged(parts).conventions) == {
+        "fill": "x: 0; y: 1",
+        "mask": "source x, base v, source y, base w: left; "
+        "source x, base w, source y, base v: right",
     }
