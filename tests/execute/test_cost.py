@@ -106,7 +106,7 @@ def test_every_pass_has_a_line_and_none_costs(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = experiment("e", "prompts p", FROM, HEADS, DIFFERENCE)
-    planned, _ = costs(text, folder, monkeypatch)
+    planned, done = costs(text, folder, monkeypatch)
     names = [saving.name for saving in planned.savings]
     assert names == [one.name for one in PASSES if one.shown is not None]
     before = planned.plain
@@ -116,6 +116,8 @@ def test_every_pass_has_a_line_and_none_costs(
         assert saving.after.forwards <= before.forwards, saving.name
         before = saving.after
     assert before.multiply_adds < planned.plain.multiply_adds / 4
+    assert planned.plain.cells == 3 * 4
+    assert before.forwards == 2 + len(done), "a pass over each run's prompts, one over all rows"
 
 
 def test_a_pass_that_is_off_saves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,7 @@ def test_two_rules_are_marked_only_together(folder: Path) -> None:
         ("k layer 2 head 0", False),
         ("v layer 2 heads *", False),
         ("attn_norm layer 2", False),
+        ("resid_pre layer 2", False),
         ("q layer 2 heads *", True),
         ("z layer 2 heads *", True),
         ("mlp_out layer 2", True),
@@ -126,6 +127,23 @@ def test_nothing_carries_on_from_a_position_behind_the_last_attention(
 ) -> None:
     rule = f"patch {site} at cue token, last token"
     assert marks(folder, "from longer into clean", rule, DIFFERENCE)[0] is marked
+
+
+@pytest.mark.parametrize(
+    ("source", "site", "marked"),
+    [
+        ("longer", "k_rot layer 2 heads *", False),
+        ("longer", "q_rot layer 2 heads *", True),
+        ("other", "k_rot layer 0 heads *", True),
+        ("other", "q_rot layer 0 heads *", True),
+        ("other", "q_rot layer 1 heads *", False),
+    ],
+)
+def test_rotated_queries_and_keys_are_marked_like_queries_and_keys(
+    folder: Path, source: str, site: str, marked: bool
+) -> None:
+    lines = (f"from {source} into clean", f"patch {site} at cue token", DIFFERENCE)
+    assert marks(folder, *lines, family="llama") == [marked]
 
 
 @pytest.mark.parametrize("mode", ["plain", "planned"])

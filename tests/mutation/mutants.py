@@ -266,7 +266,8 @@ def _calls(node: ast.Call) -> Iterator[tuple[str, str]]:
             rest = node.keywords[:i] + node.keywords[i + 1 :]
             yield "keyword", _text(ast.Call(node.func, node.args, rest))
     for i, (one, other) in enumerate(zip(node.args, node.args[1:], strict=False)):
-        if type(one) is type(other) and isinstance(one, ast.Name | ast.Attribute):
+        same = ast.unparse(one) == ast.unparse(other) or ast.unparse(node.func) in ("min", "max")
+        if type(one) is type(other) and isinstance(one, ast.Name | ast.Attribute) and not same:
             args = [*node.args[:i], other, one, *node.args[i + 2 :]]
             yield "swap", _text(ast.Call(node.func, args, node.keywords))
     if isinstance(node.func, ast.Name) and node.func.id == "range":

@@ -745,6 +745,9 @@ def test_reweighting_by_nothing_is_blocking(data: Path) -> None:
     np.testing.assert_allclose(found["none"].patched, found["block"].patched, atol=1e-4)
     unchanged = np.broadcast_to(found["same"].base, found["same"].patched.shape)
     np.testing.assert_allclose(found["same"].patched, unchanged, atol=1e-4)
+    assert found["same"].inert.all()
+    assert not found["block"].inert.any()
+    assert not found["none"].inert.any()
 
 
 CHANGES = (("block", ""), ("reweight", " by 9"), ("set", " to uniform"), ("set", " to 0.1"))
