@@ -10,6 +10,8 @@ the module in the least time, as many as fit into `--budget` seconds, up to the 
 `--write` adds what was found to `table.csv`, in which a mutant that survives has its reason;
 `--survivors` draws none, and runs those again that survived by the table.
 
+In the table, `open` is a survivor of which it isn't known whether it changes a number.
+
 The first run takes long: it finds which lines each test runs, and keeps that outside the
 repository until the package or the test changes.
 """

@@ -595,6 +595,7 @@ def test_it_is_given_the_base_runs_vectors(written: mechdsl.Results) -> None:
         ("None", "it gave nothing, not numbers"),
         ("vectors * float('nan')", "it gave NaN or infinity"),
         ("vectors / 0 * 0", "it gave NaN or infinity"),
+        ("vectors / (vectors != vectors[0, 0])", "it gave NaN or infinity"),
         ("vectors.shape['a']", "TypeError"),
     ],
 )

@@ -799,6 +799,20 @@ def test_queries_behind_the_last_reader_leave_the_others_their_amounts(
     agree(found, ("c", "layer"), cells, unpatched("llama", at=CUE), large=0.02)
 
 
+@pytest.mark.parametrize("mode", QUICK)
+def test_queries_that_no_measure_sees_are_left_out_alone(data: Path, mode: str) -> None:
+    """Behind the measured token nothing is computed; what is edited before it stays edited."""
+    at_cue = "measure logit(answer) - logit(wrong) at cue token as delta"
+    queries = {"alone": "cue token", "beside": "{cue token, last token}"}
+    text = "".join(
+        experiment(key, f"block attention layers * from {query} to first token", measure=at_cue)
+        for key, query in queries.items()
+    )
+    alone, beside = (found.measures[0] for found in run_file(text, data, "llama", mode).values())
+    assert (np.abs(alone.patched - alone.base) > 1e-3).all()
+    np.testing.assert_allclose(beside.patched, alone.patched, atol=1e-4)
+
+
 def test_attention_to_later_tokens_only_is_refused(data: Path) -> None:
     text = experiment("e", "block attention layers * from cue token to last token")
     assert "E0332" in codes(text, data)
