@@ -76,7 +76,7 @@ def test_mean_of_another_block_behind_the_last_one(folder: Path, site: str, mode
     values, base = np.zeros((1, len(ROWS))), np.zeros(len(ROWS))
     for n, (record, prompt) in enumerate(zip(ROWS, prompts(), strict=True)):
         base[n] = difference(unpatched("llama", prompt)[0], record)
-        logits = patched("llama", prompt, {(site, None): [Change(prompt.last, 0, mean)]})
+        logits = patched("llama", prompt, [Write(site, None, mean, prompt.last, 0)])
         values[0, n] = difference(logits, record)
     agree(found.measures[0], values, base)
 

@@ -76,13 +76,13 @@ STATISTICS = (
 )
 TARGETS: dict[str, tuple[str, ...]] = {
     # plan
-    "plan.py rule_plan.py columns.py inert.py share.py restart.py cost.py cut.py": (
+    "plan/*.py": (
         *PLANNER,
         *VALUES,
         *FILES,
     ),
     # packed
-    "pack.py packed.py kept.py front.py attention.py": (
+    "packed/*.py": (
         *MODELS,
         "tests/execute/test_masked.py",
         "tests/execute/test_savings.py",
@@ -90,14 +90,15 @@ TARGETS: dict[str, tuple[str, ...]] = {
         *FILES,
     ),
     # hooks
-    "hooks.py loaded.py batch.py frame.py taps.py sitework.py calls.py experts.py within.py "
-    "exchange.py": (*MODELS, *VALUES, *FILES),
-    # run
-    "execute.py runs.py lanes.py patched.py fillings.py writes.py paths.py observed.py gauge.py "
-    "sizing.py": (*PLANNER, *VALUES, *FILES),
+    "hooks/*.py": (*MODELS, *VALUES, *FILES),
+    # execute
+    "execute/*.py": (*PLANNER, *VALUES, *FILES),
     # statistics
-    "results/resampling.py results/flips.py results/statistics.py results/controls.py "
-    "results/variants.py results/effect.py": (*STATISTICS, *FILES, "tests/execute/test_effects.py"),
+    "statistics/*.py results/variants.py vocab/effect_kind.py": (
+        *STATISTICS,
+        *FILES,
+        "tests/execute/test_effects.py",
+    ),
 }
 """Modules that are changed, as patterns below the package → files or folders of their tests."""
 
