@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -25,18 +23,3 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module `mechdsl` has no attribute `{name}`")
-
-
-class _Package(ModuleType):
-    """`mechdsl.check` stays the function when the module of the same name is imported."""
-
-    @property
-    def check(self) -> Any:
-        return __getattr__("check")
-
-    @check.setter
-    def check(self, module: ModuleType) -> None:
-        """Importing `mechdsl.check` sets it; the module is found in `sys.modules` all the same."""
-
-
-sys.modules[__name__].__class__ = _Package
