@@ -66,7 +66,7 @@ class Signature:
     by: Word | None = Word(needed=False)
     top: bool = False
     """`top n`: how many of what it shows."""
-    to: File
+    to: File | None
 
     @property
     def by_category(self) -> bool:
@@ -314,7 +314,11 @@ def _wrong_measures(
     return None
 
 
-def _wrong_file(kind: ReportKind, to: File, report: spec.Report) -> Wrong:
+def _wrong_file(kind: ReportKind, to: File | None, report: spec.Report) -> Wrong:
+    if to is None:
+        if report.file is None:
+            return None
+        return f"is printed only, but `to \"{report.file}\"` stands behind it", "leave it out"
     if to.needed and report.file is None:
         return "is nothing that can be printed", f"write it as in `{kind.example}`"
     missing = [module for module in kind.needs if find_spec(module) is None]

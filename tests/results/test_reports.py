@@ -26,7 +26,7 @@ from mechdsl.show.reports.text import number_format, p_text
 from mechdsl.show.reports.token_shades import overlays, prompt_effects, visible
 from mechdsl.show.reports.verdicts import print_verdicts
 from mechdsl.show.show_report import show_report
-from mechdsl.vocab.reports import REPORTS, check_report
+from mechdsl.vocab.reports import REPORTS, ReportKind, Signature, check_report
 
 from .synthetic import (
     counted,
@@ -334,6 +334,17 @@ def test_parquet(tmp_path: Path) -> None:
     path = show_report(finished(heads()), line, Console(file=io.StringIO()), tmp_path)
     assert path is not None
     assert path.stat().st_size > 0
+
+
+def test_a_report_may_be_for_the_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed_only = ReportKind(
+        name="printed", meaning="", example="report printed", signature=Signature(to=None)
+    )
+    monkeypatch.setitem(REPORTS._entries, "printed", printed_only)  # type: ignore[attr-defined]
+    assert check_report(report("printed")) == []
+    (found,) = check_report(report("printed", file="a.txt"))
+    assert found.code == "E0607"
+    assert 'is printed only, but `to "a.txt"`' in found.message
 
 
 def test_parquet_is_for_files() -> None:
