@@ -17,12 +17,14 @@ class ParserTables(BuildHookInterface[Any]):
         if version == "editable":
             return
         sys.path.insert(0, self.root)
-        from mechdsl.syntax import tables
+        from mechdsl.syntax import parser_tables
 
-        grammar = tables.grammar_file().read_text("utf-8")
+        grammar = parser_tables.grammar_file().read_text("utf-8")
         self.folder = TemporaryDirectory()
-        made = Path(self.folder.name) / tables.TABLES.name
-        text = tables.as_json(tables.build(grammar), tables.fingerprint(grammar))
+        made = Path(self.folder.name) / parser_tables.TABLES.name
+        text = parser_tables.as_json(
+            parser_tables.build(grammar), parser_tables.fingerprint(grammar)
+        )
         made.write_text(text, encoding="utf-8")
         build_data["force_include"][str(made)] = "mechdsl/syntax/tables.json"
 

@@ -35,7 +35,7 @@ from mechdsl.plan.savings import plan_cost
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.results.denominators import check_denominators
-from mechdsl.validate.file import check_source
+from mechdsl.validate.check_file import check_source
 
 PROMPTS, TOKENS = 8, 16
 MECH = (

@@ -33,7 +33,7 @@ def source_of(file: str | Path) -> tuple[Source | None, list[Diagnostic]]:
 
 def check(file: str | Path) -> list[Diagnostic]:
     """All errors and warnings of a file (path or text), without weights and without torch."""
-    from mechdsl.validate.file import Settings, check_source
+    from mechdsl.validate.check_file import Settings, check_source
 
     source, diagnostics = source_of(file)
     if source is None:
@@ -70,7 +70,7 @@ def run(
     from mechdsl.program.python_files import PythonFailure
     from mechdsl.results.collect import versions
     from mechdsl.results.results import Results
-    from mechdsl.validate.file import Settings
+    from mechdsl.validate.check_file import Settings
 
     source, diagnostics = source_of(file)
     if source is None:

@@ -24,21 +24,21 @@ from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import unknown_passes
 from mechdsl.plan.plan import Plan
 from mechdsl.program import spec
-from mechdsl.resolve.experiment import resolve_experiment
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.random_targets import with_controls
+from mechdsl.resolve.resolve_experiment import resolve_experiment
 from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
-from mechdsl.resolve.sites import missing_points
+from mechdsl.resolve.site_targets import missing_points
 from mechdsl.results.collect import collect, versions, with_control
 from mechdsl.results.denominators import check_denominators
-from mechdsl.results.experiment import ExperimentResult, FileResult
-from mechdsl.results.findings import found_by
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.finish import with_statistics, with_verdicts
+from mechdsl.results.make_finding import found_by
 from mechdsl.results.results import Results
 from mechdsl.results.store import Store
 from mechdsl.results.variants import merged
 from mechdsl.rules import RULES
-from mechdsl.validate.file import Checked, Settings, by_name, check_source
+from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
 from mechdsl.vocab.effects import EFFECTS
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")

@@ -74,7 +74,7 @@ def _diagnose(page: Page, text: str, folder: Path) -> tuple[str, list[Diagnostic
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
     from mechdsl.syntax.parse import read_source
-    from mechdsl.validate.file import check_source
+    from mechdsl.validate.check_file import check_source
 
     source, found = read_source(path)
     if source is not None:

@@ -12,9 +12,9 @@ import mechdsl
 from mechdsl import Results
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.syntax.parse import read_source
-from mechdsl.validate.file import check_source
+from mechdsl.validate.check_file import check_source
 
 from .baseline import compare
 from .baseline.runs import EXAMPLES, NAMES

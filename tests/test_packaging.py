@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
-import mechdsl, mechdsl.diagnostics.pages, mechdsl.syntax.tables as tables
+import mechdsl, mechdsl.diagnostics.pages, mechdsl.syntax.parser_tables as tables
 from pathlib import Path
 assert Path(mechdsl.__file__).is_relative_to(Path(r"{site}")), mechdsl.__file__
 assert "E0301" in mechdsl.diagnostics.pages.page("E0301")

@@ -22,7 +22,7 @@ from mechdsl.plan.make_plan import make_plan
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.results.denominators import check_denominators
-from mechdsl.validate.file import Checked, Settings, check_source
+from mechdsl.validate.check_file import Checked, Settings, check_source
 
 
 class Mechdsl(Tool):

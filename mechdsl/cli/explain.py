@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mechdsl.cli.files import checked_file
+from mechdsl.cli.mech_files import checked_file
 from mechdsl.cli.options import (
     allow_python_option,
     limit_option,

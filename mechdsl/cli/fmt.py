@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mechdsl.cli.files import mech_files
+from mechdsl.cli.mech_files import mech_files
 from mechdsl.cli.options import files_argument
 from mechdsl.cli.output import print_diagnostics
 from mechdsl.cli.status import FINE, WRONG

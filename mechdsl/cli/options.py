@@ -9,7 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from mechdsl.program.python_files import Mode
-    from mechdsl.validate.file import Settings
+    from mechdsl.validate.check_file import Settings
 
 files_argument = click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 file_argument = click.argument("file", type=click.Path(path_type=Path))
@@ -59,7 +59,7 @@ def settings(
     python: Mode = "refuse",
 ) -> Settings:
     """How files are checked. Raises `BadSetting`."""
-    from mechdsl.validate.file import Settings
+    from mechdsl.validate.check_file import Settings
 
     given: dict[str, str] = {}
     for text in parameters:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mechdsl.cli.files import checked_file, mech_files
+from mechdsl.cli.mech_files import checked_file, mech_files
 from mechdsl.cli.options import (
     allow_python_option,
     files_argument,
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from mechdsl.execute.profile import Profile
     from mechdsl.pipeline import RunOptions
     from mechdsl.plan.plan import Plan
-    from mechdsl.results.experiment import FileResult
-    from mechdsl.validate.file import Checked
+    from mechdsl.results.experiment_result import FileResult
+    from mechdsl.validate.check_file import Checked
 
 
 @click.command()

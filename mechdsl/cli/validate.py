@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mechdsl.cli.files import checked_file, mech_files
+from mechdsl.cli.mech_files import checked_file, mech_files
 from mechdsl.cli.options import files_argument, set_option, settings
 from mechdsl.cli.output import print_diagnostics
 from mechdsl.cli.status import FINE, WRONG

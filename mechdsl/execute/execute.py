@@ -16,20 +16,20 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.means_and_donors import Fillings, fillings_of
-from mechdsl.execute.measuring import Gauge
 from mechdsl.execute.pass_size import WORTH_MEASURING, Sizes, out_of_memory, release, stopwatch
 from mechdsl.execute.patched_rows import Member, Patcher
 from mechdsl.execute.profile import Profile
+from mechdsl.execute.readout import Gauge
 from mechdsl.execute.row_groups import extent, groups, members_of
 from mechdsl.execute.unpatched_batch import Side
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.writes import readable
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel, Plan
-from mechdsl.plan.rules import Rows
+from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows, Sharer
 from mechdsl.program.python_files import PythonFailure
-from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.resolved import ResolvedExperiment
 
 FULL_SHARE = 0.7

@@ -12,11 +12,11 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.unpatched_batch import Lanes
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
-from mechdsl.hooks.places import SiteRead
+from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import units, width
 from mechdsl.plan.columns import counted
 from mechdsl.plan.plan import ExperimentPlan
-from mechdsl.plan.rules import RulePlan
+from mechdsl.plan.rule_rows import RulePlan
 from mechdsl.resolve.resolved import Place
 from mechdsl.vocab.sites import SITES
 

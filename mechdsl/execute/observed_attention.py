@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.hooks.places import SiteRead
+from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import ModelShape, units
-from mechdsl.packed.ends import Places
+from mechdsl.packed.behind_last_block import Places
 from mechdsl.plan.columns import each_unit, units_of
-from mechdsl.plan.rules import Rows, RulePlan
+from mechdsl.plan.rule_rows import Rows, RulePlan
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import torch
 from mechdsl.execute.sizes import ChosenBy, PassSizes
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS
-from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.prompt_table import PromptTable
 
 DEVICE_FACTOR = 8
 """How many times the tokens of a CPU's pass one takes elsewhere."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.means_and_donors import Fillings
-from mechdsl.execute.measuring import Gauge, Reading
 from mechdsl.execute.observed_attention import Look, look
-from mechdsl.execute.paths import frozen, held_rows, received
+from mechdsl.execute.path_patching import frozen, held_rows, received
+from mechdsl.execute.readout import Gauge, Reading
 from mechdsl.execute.unpatched_batch import (
     Lanes,
     continuation_positions,
@@ -24,16 +24,16 @@ from mechdsl.execute.unpatched_batch import (
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
 from mechdsl.execute.writes import build_edges, build_writes, unless_set
 from mechdsl.hooks.inside_attention import EdgeWrite
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.packed.ends import Places
+from mechdsl.packed.behind_last_block import Places
 from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.columns import counted
 from mechdsl.plan.plan import ExperimentPlan, Plan
 from mechdsl.plan.restart import Held
-from mechdsl.plan.rules import Rows
+from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows
-from mechdsl.prompts.table import Run
+from mechdsl.prompts.prompt_table import Run
 
 
 @dataclass(frozen=True, eq=False)

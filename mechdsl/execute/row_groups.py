@@ -11,7 +11,7 @@ from mechdsl.execute.patched_rows import Member
 from mechdsl.plan.plan import ExperimentPlan, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.plan.share import SharedRows
-from mechdsl.prompts.table import Run
+from mechdsl.prompts.prompt_table import Run
 
 
 def extent(

@@ -16,10 +16,10 @@ from mechdsl.base.arrays import Ints
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.activation_cache import Kept, keeping
-from mechdsl.prompts.table import Noise, Run
+from mechdsl.prompts.prompt_table import Noise, Run
 from mechdsl.resolve.resolved import Atom, Place, ResolvedMeasure
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 

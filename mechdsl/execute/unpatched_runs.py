@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.measuring import Gauge, Reading
+from mechdsl.execute.readout import Gauge, Reading
 from mechdsl.execute.unpatched_batch import (
     LaneRequest,
     Lanes,
@@ -20,10 +20,10 @@ from mechdsl.execute.unpatched_batch import (
     spots_of,
 )
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import SiteRead
+from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.plan.plan import ExperimentPlan, Panel, Plan
 from mechdsl.plan.restart import Shortcuts
-from mechdsl.prompts.table import PromptTable, Run
+from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.resolve.resolved import Atom, Place
 
 TOGETHER = 512

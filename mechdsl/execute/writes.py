@@ -16,11 +16,11 @@ from mechdsl.execute.means_and_donors import Fillings
 from mechdsl.execute.unpatched_batch import Lanes
 from mechdsl.hooks.batch import gather
 from mechdsl.hooks.inside_attention import EdgeWrite
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan.columns import counted, each_unit, units_of
 from mechdsl.plan.plan import ExperimentPlan
-from mechdsl.plan.rules import Rows, RulePlan
+from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import Place
 from mechdsl.vocab.sites import SITES
 

@@ -18,7 +18,7 @@ from mechdsl.graph.nodes import (
     leaves,
     unpatched,
 )
-from mechdsl.prompts.table import Noise
+from mechdsl.prompts.prompt_table import Noise
 from mechdsl.resolve.resolved import Place, ResolvedExperiment, ResolvedRule
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import networkx as nx
 
 from mechdsl.program import spec
-from mechdsl.prompts.table import Noise, PositionCell
+from mechdsl.prompts.prompt_table import Noise, PositionCell
 from mechdsl.resolve.resolved import (
     DRAW,
     Axis,

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mechdsl.hooks.places import Frame, SiteWrite
+from mechdsl.hooks.reads_and_writes import Frame, SiteWrite
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
 EdgeChange = Literal["block", "reweight", "uniform", "weight"]

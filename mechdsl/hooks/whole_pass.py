@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.attention import (
+from mechdsl.hooks.attention_functions import (
     attend_whole,
     cross_modules,
     current_block,
@@ -28,8 +28,8 @@ from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.calls import bare_logits, chosen, narrowed
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import SiteRead, SiteWrite
-from mechdsl.hooks.sites import SiteWork, Stopped
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
+from mechdsl.hooks.site_hooks import SiteWork, Stopped
 
 
 @dataclass

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.registry import Registry
-from mechdsl.hooks.attention_modules import Distances, Entry, Exchange, hide
+from mechdsl.hooks.attention_exchange import Distances, Entry, Exchange, hide
 
 WRITTEN_OUT: Registry[Entry] = Registry("attention module")
 """By the name of the module's class, or by `folder.name` where many have it."""

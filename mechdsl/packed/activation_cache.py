@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.attention import (
+from mechdsl.hooks.attention_functions import (
     KeptAttention,
     biased,
     cross_modules,

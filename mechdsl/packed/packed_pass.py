@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.arrays import Ints
-from mechdsl.hooks.attention import (
+from mechdsl.hooks.attention_functions import (
     CannotPack,
     attend,
     cross_modules,
@@ -34,11 +34,10 @@ from mechdsl.hooks.calls import call, chosen, narrowed, text_inputs
 from mechdsl.hooks.hook_points import Stub, fused, given_again, given_to, replaced
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import ReadMismatch, SiteRead, SiteWrite
-from mechdsl.hooks.sites import SiteWork
+from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite
+from mechdsl.hooks.site_hooks import SiteWork
 from mechdsl.packed.activation_cache import Kept, parts
-from mechdsl.packed.ends import End, Finals, Places, assembled, end_of, is_causal
-from mechdsl.packed.entrance import entering, placed, prompt_of
+from mechdsl.packed.behind_last_block import End, Finals, Places, assembled, end_of, is_causal
 from mechdsl.packed.layout import (
     BlockPack,
     Entry,
@@ -49,6 +48,7 @@ from mechdsl.packed.layout import (
     same_work,
     universe,
 )
+from mechdsl.packed.through_one_prompt import entering, placed, prompt_of
 from mechdsl.plan.restart import INSIDE_MLP, BlockWork, Held, RowMasks, Shortcuts, block_work
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechdsl.base.arrays import Ints
-from mechdsl.prompts.table import PositionCell
+from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.resolved import SitePoint
 
 EVERY = -1

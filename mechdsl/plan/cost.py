@@ -18,9 +18,9 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.plan.columns import Ragged
 from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel
 from mechdsl.plan.restart import WHOLE_PASS, BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
-from mechdsl.plan.rules import Rows, RulePlan
+from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import Sharer, combined
-from mechdsl.prompts.table import Run
+from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved import SitePoint
 
 EFFICIENCY = 0.8

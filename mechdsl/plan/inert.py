@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Ints
-from mechdsl.plan.rules import Rows, RulePlan
+from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
 

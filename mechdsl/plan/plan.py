@@ -20,8 +20,8 @@ from mechdsl.graph.nodes import Encode, Forward, Graph
 from mechdsl.plan.columns import Hits, Ragged, counted
 from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.plan.restart import WHOLE_PASS, Shortcuts
-from mechdsl.plan.rules import PathPlan, Rows, RulePlan
-from mechdsl.prompts.table import PromptTable, Run
+from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
+from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES

@@ -14,7 +14,7 @@ import numpy as np
 from mechdsl.base.arrays import Ints
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.plan.plan import ExperimentPlan
-from mechdsl.plan.rules import Rows, RulePlan
+from mechdsl.plan.rule_rows import Rows, RulePlan
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_controls import BadControl
 from mechdsl.program import spec
 from mechdsl.program.constants import constant
-from mechdsl.program.statements import Statements
+from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 
 CONTROLS = ("random",)

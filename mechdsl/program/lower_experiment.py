@@ -20,8 +20,8 @@ from mechdsl.program.lower_measures import (
 )
 from mechdsl.program.lower_other_runs import End, Variant, in_model, models_of, sides, variants
 from mechdsl.program.lower_rules import lower_rule
-from mechdsl.program.names import Scope
-from mechdsl.program.statements import Statements, use_names
+from mechdsl.program.namespace import Scope
+from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from mechdsl.program.constants import constant
 from mechdsl.program.definitions import Definitions
 from mechdsl.program.lower_experiment import lower_experiment
 from mechdsl.program.lower_prompts import lower_prompts
-from mechdsl.program.names import Scope
+from mechdsl.program.namespace import Scope
 from mechdsl.program.run_order import with_order
 from mechdsl.program.unused_names import unused_in_blocks
 from mechdsl.syntax import ast

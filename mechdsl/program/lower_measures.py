@@ -8,8 +8,8 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.e02_names import BadArgument, RepeatedStatement
 from mechdsl.program import spec
 from mechdsl.program.constants import constant, whole_number
-from mechdsl.program.names import Scope
-from mechdsl.program.statements import Statements
+from mechdsl.program.namespace import Scope
+from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import rewrite, walk
 

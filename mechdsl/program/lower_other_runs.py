@@ -22,8 +22,8 @@ from mechdsl.diagnostics.e02_names import (
 from mechdsl.diagnostics.e05_elsewhere import NeitherSampled
 from mechdsl.program import spec
 from mechdsl.program.lower_prompts import CLEAN
-from mechdsl.program.names import place
-from mechdsl.program.statements import Statements
+from mechdsl.program.namespace import place
+from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 
 Label = int | str

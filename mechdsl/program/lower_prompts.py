@@ -15,7 +15,7 @@ from mechdsl.diagnostics.e02_names import (
     did_you_mean,
 )
 from mechdsl.program import spec
-from mechdsl.program.names import Scope, place
+from mechdsl.program.namespace import Scope, place
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 

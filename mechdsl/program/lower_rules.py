@@ -6,7 +6,7 @@ from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_experiment import PatchWithoutSource
 from mechdsl.program import spec
 from mechdsl.program.lower_other_runs import run_of
-from mechdsl.program.statements import Statements
+from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mechdsl.diagnostics.e02_names import CircularExperiments, UnknownName, did_you_mean
 from mechdsl.program import spec
-from mechdsl.program.names import Scope
+from mechdsl.program.namespace import Scope
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 

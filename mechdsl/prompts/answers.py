@@ -20,9 +20,9 @@ from mechdsl.diagnostics.e05_data import (
     UnknownText,
 )
 from mechdsl.diagnostics.w07_data import AnswerChangesPrompt
+from mechdsl.prompts.prompt_table import PromptTable, TextTokens
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.rows import CLEAN, Row
-from mechdsl.prompts.table import PromptTable, TextTokens
 from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
 from mechdsl.prompts.values import TokenId
 from mechdsl.syntax import ast

@@ -11,7 +11,6 @@ from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
 from mechdsl.diagnostics.w07_data import UnknownWords
 from mechdsl.program import spec
 from mechdsl.prompts.answers import move, numerals, quoted, shared_beginning, text_tokens, tokenise
-from mechdsl.prompts.block import Block, Blocks
 from mechdsl.prompts.domains import Constants, Words
 from mechdsl.prompts.noise import add_noise
 from mechdsl.prompts.prompt_conventions import (
@@ -20,6 +19,8 @@ from mechdsl.prompts.prompt_conventions import (
     rows_convention,
     token_conventions,
 )
+from mechdsl.prompts.prompt_table import PromptTable, Run, RunRow, TextTokens
+from mechdsl.prompts.prompts_block import Block, Blocks
 from mechdsl.prompts.replaced_text import extended, replace_in_rows
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.row_selection import (
@@ -31,7 +32,6 @@ from mechdsl.prompts.row_selection import (
     without_effect,
 )
 from mechdsl.prompts.rows import CLEAN, BlockRows, Row
-from mechdsl.prompts.table import PromptTable, Run, RunRow, TextTokens
 from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
 from mechdsl.prompts.values import Rich, TokenId
 from mechdsl.syntax import ast

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
-from mechdsl.prompts.block import Block
 from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.table import Noise, PromptTable
+from mechdsl.prompts.prompt_table import Noise, PromptTable
+from mechdsl.prompts.prompts_block import Block
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import ActivationChange, of_kind

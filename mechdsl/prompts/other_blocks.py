@@ -10,11 +10,11 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e05_elsewhere import OtherEnding, PartnerMissing, RowsNotPaired
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answers import quoted
-from mechdsl.prompts.block import Block
+from mechdsl.prompts.prompt_table import PromptTable, Run
+from mechdsl.prompts.prompts_block import Block
 from mechdsl.prompts.replaced_text import extended
 from mechdsl.prompts.row_selection import collect
 from mechdsl.prompts.rows import CLEAN, BlockRows
-from mechdsl.prompts.table import PromptTable, Run
 
 Build = Callable[[Sequence[int]], tuple[PromptTable | None, list[Diagnostic]]]
 """Numbers of rows → the other block's table of these."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mechdsl.diagnostics.e02_names import did_you_mean
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.rows import CLEAN
-from mechdsl.prompts.table import PromptTable
 from mechdsl.syntax import ast
 
 

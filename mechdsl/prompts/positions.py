@@ -20,9 +20,9 @@ from mechdsl.diagnostics.e03_positions import (
     RaggedPositions,
     ReversedBetween,
 )
+from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.prompts.span_occurrences import Occurrences
 from mechdsl.prompts.span_tokens import TokenMap
-from mechdsl.prompts.table import Hits, PositionCell, PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk

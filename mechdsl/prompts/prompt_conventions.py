@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Literal
 
 from mechdsl.prompts.answers import quoted
-from mechdsl.prompts.block import Block
+from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.prompts.prompts_block import Block
 from mechdsl.prompts.row_selection import Collection
 from mechdsl.prompts.rows import CLEAN
-from mechdsl.prompts.table import PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
 
 Part = Literal["train", "test"]

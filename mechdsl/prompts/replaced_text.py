@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.prompts.positions import resolve_positions
+from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run, RunRow
 from mechdsl.prompts.span_tokens import TokenMap, trimmed
-from mechdsl.prompts.table import PositionCell, PromptTable, Run, RunRow
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.prompts.values import SpanAt
 from mechdsl.syntax import ast

@@ -11,9 +11,9 @@ from typing import NoReturn, cast
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
 from mechdsl.program import spec
-from mechdsl.prompts.block import TEMPLATE, Block, Definition, Template
 from mechdsl.prompts.expressions import bad, evaluate, holds
 from mechdsl.prompts.functions import FUNCTIONS, CallSite, draw_others
+from mechdsl.prompts.prompts_block import TEMPLATE, Block, Definition, Template
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.seeded_draws import Permutation, stable_hash
 from mechdsl.prompts.values import (

@@ -17,9 +17,9 @@ from mechdsl.diagnostics.e03_positions import (
 )
 from mechdsl.diagnostics.w07_data import TokenCoversMore
 from mechdsl.prompts.position_help import occurrence_hint, unknown_span_hint
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.rows import find_text
 from mechdsl.prompts.span_tokens import Place, TokenMap
-from mechdsl.prompts.table import PromptTable
 from mechdsl.prompts.tokenizer import ROLES, TextTokenizer
 from mechdsl.prompts.values import SpanAt
 from mechdsl.syntax import ast

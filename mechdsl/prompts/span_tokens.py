@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from mechdsl.prompts.table import RunRow
+from mechdsl.prompts.prompt_table import RunRow
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.table import Hits, PromptTable
+from mechdsl.prompts.prompt_table import Hits, PromptTable
 from mechdsl.resolve.resolved import Key, ResolvedExperiment, ResolvedRule, SitePoint, SiteTargets
 
 if TYPE_CHECKING:

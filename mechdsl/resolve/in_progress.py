@@ -9,7 +9,7 @@ from typing import Any
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_coordinates import AxesCollide
 from mechdsl.program import spec
-from mechdsl.prompts.table import Hits, PromptTable
+from mechdsl.prompts.prompt_table import Hits, PromptTable
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.resolved import Axis, Label, ModelContext
 from mechdsl.syntax import ast

@@ -15,11 +15,11 @@ from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.program.python_files import find_function, is_python
 from mechdsl.prompts.build_table import numerals, text_tokens
 from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
-from mechdsl.resolve.sites import resolve_point
+from mechdsl.resolve.site_targets import resolve_point
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import METRICS, Form, Takes
 

@@ -11,8 +11,8 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.prompts.other_blocks import Paired
 from mechdsl.prompts.prompt_conventions import noise_conventions
+from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.prompts.rows import CLEAN
-from mechdsl.prompts.table import PromptTable, Run
 from mechdsl.resolve.resolved import ModelContext
 
 SIZES = {

@@ -16,7 +16,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e06_onward import BadPick
-from mechdsl.prompts.table import Hits, PositionCell, PromptTable
+from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.resolve.findings import Finding, RankedSite, Refused, site_targets
 from mechdsl.resolve.resolved import (
     Key,

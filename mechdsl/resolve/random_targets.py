@@ -17,8 +17,8 @@ from mechdsl.diagnostics.e03_coordinates import TooManyCells
 from mechdsl.diagnostics.e06_controls import BadControl
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.program import spec
+from mechdsl.prompts.prompt_table import Hits, PositionCell
 from mechdsl.prompts.seeded_draws import Permutation, stable_hash, subset
-from mechdsl.prompts.table import Hits, PositionCell
 from mechdsl.resolve.resolved import (
     DRAW,
     Axis,
@@ -30,7 +30,7 @@ from mechdsl.resolve.resolved import (
     SitePoint,
     SiteTargets,
 )
-from mechdsl.resolve.sites import points_label
+from mechdsl.resolve.site_targets import points_label
 from mechdsl.vocab.sites import SITES
 
 UNIT_WORDS: Mapping[str, spec.Drawn] = {

@@ -10,7 +10,7 @@ from mechdsl.base.record import Record, record
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.python_files import PythonFunction
-from mechdsl.prompts.table import PositionCell, PromptTable, Run
+from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import Form

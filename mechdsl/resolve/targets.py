@@ -13,7 +13,7 @@ from mechdsl.diagnostics.e03_positions import AbsentOccurrence, JoinedUnequal
 from mechdsl.diagnostics.e03_rules import OverlappingPositions, UnpairedPositions
 from mechdsl.program import spec
 from mechdsl.prompts.positions import check_joined, resolve_positions
-from mechdsl.prompts.table import PositionCell, PromptTable
+from mechdsl.prompts.prompt_table import PositionCell, PromptTable
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import Apart, Axis, Key, PositionTargets
 from mechdsl.syntax import ast

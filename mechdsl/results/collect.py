@@ -18,11 +18,11 @@ from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.program import spec
-from mechdsl.resolve.cells import cell_keys
+from mechdsl.resolve.name_cells import cell_keys
 from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.run_conventions import conventions, fallbacks, model_words, pass_sizes
-from mechdsl.statistics.cells import MeasureData
+from mechdsl.statistics.cell_statistics import MeasureData
 from mechdsl.statistics.null_bands import null_bands
 from mechdsl.vocab.effects import EFFECTS
 

@@ -10,7 +10,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.execute import Measured
 from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.statistics.cells import check_denominator
+from mechdsl.statistics.cell_statistics import check_denominator
 from mechdsl.vocab.effects import EFFECTS
 
 

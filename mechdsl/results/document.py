@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from mechdsl.base.arrays import Floats
 from mechdsl.execute.sizes import ChosenBy
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment import ExperimentResult, FileResult
-from mechdsl.statistics.cells import category_statistics
-from mechdsl.statistics.data import Interval, MeasureData
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.statistics.cell_statistics import category_statistics
+from mechdsl.statistics.measure_data import Interval, MeasureData
 
 SCHEMA_VERSION: Literal[1] = 1
 

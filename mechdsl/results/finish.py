@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from mechdsl.program import spec
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.decide_expectations import evaluate
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.statistics_conventions import statistics_conventions
-from mechdsl.results.verdicts import evaluate
-from mechdsl.statistics.cells import cell_statistics
+from mechdsl.statistics.cell_statistics import cell_statistics
 from mechdsl.vocab.effects import EFFECTS
 
 

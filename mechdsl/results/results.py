@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.results.document import results_document
-from mechdsl.results.experiment import ExperimentResult, FileResult, frame, html_table
+from mechdsl.results.experiment_result import ExperimentResult, FileResult, frame, html_table
 
 if TYPE_CHECKING:
     import pandas

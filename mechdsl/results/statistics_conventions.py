@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mechdsl.base.registry import Registry
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 from mechdsl.vocab.effect_kind import Effect
 

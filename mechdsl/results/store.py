@@ -13,7 +13,7 @@ import numpy as np
 from mechdsl.base.arrays import Floats
 from mechdsl.execute.execute import Measured
 from mechdsl.plan.plan import ExperimentPlan
-from mechdsl.plan.rules import Rows
+from mechdsl.plan.rule_rows import Rows
 from mechdsl.results.variants import joined_axes
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from mechdsl.base.arrays import Floats
 from mechdsl.resolve.cell_key import Labels, joined_axes, joined_cells
-from mechdsl.results.experiment import ExperimentResult
-from mechdsl.statistics.data import MeasureData, NullBand
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.statistics.measure_data import MeasureData, NullBand
 
 
 def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_rules import BadEdit
 from mechdsl.program import spec
-from mechdsl.prompts.table import PositionCell
+from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import (
@@ -21,7 +21,7 @@ from mechdsl.resolve.resolved import (
     PositionTargets,
     ResolvedRule,
 )
-from mechdsl.resolve.sites import attention_sites
+from mechdsl.resolve.site_targets import attention_sites
 from mechdsl.resolve.targets import plain_targets, sweeps
 from mechdsl.rules.kind import RuleKind, rule_kind
 from mechdsl.syntax import ast

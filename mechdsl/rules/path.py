@@ -23,7 +23,7 @@ from mechdsl.resolve.resolved import (
     SitePoint,
     SiteTargets,
 )
-from mechdsl.resolve.sites import resolve_site
+from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.resolve.targets import rule_targets
 from mechdsl.rules.kind import RuleKind, rule_kind
 from mechdsl.syntax import ast

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.program import spec
+from mechdsl.prompts.prompt_table import Run
 from mechdsl.prompts.replaced_text import replace_tokens
-from mechdsl.prompts.table import Run
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import Intervention, Key, PositionTargets, ResolvedRule
 from mechdsl.resolve.targets import rule_targets

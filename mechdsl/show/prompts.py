@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mechdsl.prompts.table import PositionCell, PromptTable, RunRow
+from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
 from mechdsl.resolve.resolved import DRAW, ResolvedExperiment, ResolvedRule
-from mechdsl.validate.file import Checked
+from mechdsl.validate.check_file import Checked
 
 SHOWN_ROWS = 2
 SHOWN_CELLS = 24

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 from rich.console import Console
 
 from mechdsl.program import spec
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.vocab.reports import REPORTS
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, Cells, Floats, Ints
 from mechdsl.program import spec
-from mechdsl.statistics.data import MeasureData
+from mechdsl.statistics.measure_data import MeasureData
 from mechdsl.vocab.effect_kind import Effect
 
 BLOCK = 4_000_000

@@ -10,7 +10,7 @@ import numpy as np
 from mechdsl.base.arrays import Floats
 from mechdsl.base.registry import Registry
 from mechdsl.statistics.bootstrap import parts
-from mechdsl.statistics.data import MeasureData, NullBand
+from mechdsl.statistics.measure_data import MeasureData, NullBand
 from mechdsl.vocab.effect_kind import Effect
 
 

@@ -13,8 +13,8 @@ from lark.exceptions import UnexpectedCharacters
 from lark.lexer import Lexer, PatternStr, TerminalDef
 
 from mechdsl.base.garbage import uncollected
+from mechdsl.syntax.parser_tables import load_tables
 from mechdsl.syntax.reserved import CHANGE_WORDS
-from mechdsl.syntax.tables import load_tables
 from mechdsl.syntax.transform import ToAst
 from mechdsl.syntax.verbs import VERBS
 

@@ -10,12 +10,12 @@ from mechdsl.models.locate import locate
 from mechdsl.models.shape import read_shape
 from mechdsl.program import spec
 from mechdsl.program.python_files import of_prompts
-from mechdsl.prompts.block import Block
 from mechdsl.prompts.build_table import build_table
 from mechdsl.prompts.other_blocks import Paired, paired_run
 from mechdsl.prompts.prompt_conventions import Part
+from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.prompts.prompts_block import Block
 from mechdsl.prompts.rows import BlockRows
-from mechdsl.prompts.table import PromptTable
 from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer
 from mechdsl.resolve.model_runs import joined_table, model_run, refused_pair
 from mechdsl.resolve.resolved import ModelContext

@@ -10,7 +10,7 @@ from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.syntax.parse import parse
-from mechdsl.validate.file import check_source
+from mechdsl.validate.check_file import check_source
 
 from .. import fruit
 

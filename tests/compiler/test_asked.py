@@ -28,7 +28,7 @@ from mechdsl.plan.plan import ExperimentPlan, Plan
 from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.syntax.parse import read_source
-from mechdsl.validate.file import check_source
+from mechdsl.validate.check_file import check_source
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
 

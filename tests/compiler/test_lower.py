@@ -9,7 +9,7 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e02_names import UnknownName
 from mechdsl.program.lower_file import lower_program
 from mechdsl.syntax.parse import parse
-from mechdsl.validate.file import check_source
+from mechdsl.validate.check_file import check_source
 
 from .support import DELTA, FROM, HEAD, experiment, lowered
 

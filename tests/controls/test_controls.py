@@ -23,9 +23,9 @@ from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import NAMES
 from mechdsl.prompts.seeded_draws import combination
 from mechdsl.resolve.resolved import Control, SitePoint
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.syntax.parse import read_source
-from mechdsl.validate.file import Checked, Settings, check_source
+from mechdsl.validate.check_file import Checked, Settings, check_source
 
 FILE = Path(__file__).parent / "group.mech"
 TEXT = FILE.read_text("utf-8")

@@ -22,10 +22,10 @@ from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.program import spec
 from mechdsl.program.lower_prompts import lower_prompts
-from mechdsl.program.names import Scope
+from mechdsl.program.namespace import Scope
 from mechdsl.prompts.build_table import build_table
 from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.table import PositionCell, PromptTable
+from mechdsl.prompts.prompt_table import PositionCell, PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mechdsl.prompts.build_table import numerals, text_tokens
-from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
 
 from .support import build, metric_text, table

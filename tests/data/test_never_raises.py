@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.build_table import numerals, text_tokens
 from mechdsl.prompts.positions import hit_texts, resolve_positions
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.replaced_text import replace_tokens
-from mechdsl.prompts.table import PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
 
 from .support import build, metric_text, positions, table

@@ -13,7 +13,7 @@ from mechdsl.syntax.changes import SIGNATURES
 from mechdsl.syntax.format.file import format_file
 from mechdsl.syntax.parse import parse
 from mechdsl.syntax.reserved import CHANGE_WORDS
-from mechdsl.validate.file import check_source
+from mechdsl.validate.check_file import check_source
 from mechdsl.vocab.corruptions import CHANGES
 
 FILE = """mech 1

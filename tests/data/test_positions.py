@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechdsl.prompts.positions import check_joined, hit_texts, resolve_positions
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.replaced_text import replace_tokens
 from mechdsl.prompts.span_tokens import TokenMap
-from mechdsl.prompts.table import PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
 
 from .support import cells, hit, positions, table

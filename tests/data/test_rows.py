@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
 
 from .. import fruit

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mechdsl.prompts.prompt_table import RunRow
 from mechdsl.prompts.span_tokens import TokenMap
-from mechdsl.prompts.table import RunRow
 from mechdsl.prompts.tokenizer import TextTokenizer
 
 from . import support

@@ -18,7 +18,7 @@ import mechdsl
 from mechdsl import cli
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
 
 from . import support

@@ -9,7 +9,7 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.validate.file import check_source
+from mechdsl.validate.check_file import check_source
 
 from ..execute.support import (
     DIFFERENCE,

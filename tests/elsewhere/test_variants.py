@@ -10,7 +10,7 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.pipeline import RunOptions
-from mechdsl.validate.file import check_source
+from mechdsl.validate.check_file import check_source
 
 from ..execute.support import DIFFERENCE, MODES, PROMPTS, ROWS, experiment, prompts
 from ..reference.points import Point

@@ -27,9 +27,9 @@ from mechdsl.plan.passes import NAMES
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.results.denominators import check_denominators
-from mechdsl.results.experiment import ExperimentResult, FileResult
-from mechdsl.statistics.data import MeasureData
-from mechdsl.validate.file import Checked, check_source
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.statistics.measure_data import MeasureData
+from mechdsl.validate.check_file import Checked, check_source
 
 from ..models import families
 from ..reference.forward import Place, Write, forward

@@ -22,11 +22,11 @@ import mechdsl.execute.writes
 import mechdsl.packed.packed_pass
 import mechdsl.plan.plan
 import mechdsl.plan.share
-from mechdsl.execute.measuring import Reading
+from mechdsl.execute.readout import Reading
 from mechdsl.execute.writes import build_writes
-from mechdsl.hooks.attention import attend
+from mechdsl.hooks.attention_functions import attend
 from mechdsl.hooks.batch import Batch, gather
-from mechdsl.hooks.places import SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteWrite
 from mechdsl.packed.activation_cache import Kept
 from mechdsl.packed.packed_pass import run_packed
 from mechdsl.pipeline import RunOptions

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 
 from ..reference.points import Point, copied, zeroed
 from .support import (

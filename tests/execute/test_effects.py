@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.pipeline import RunOptions
-from mechdsl.validate.file import Settings
+from mechdsl.validate.check_file import Settings
 
 from ..reference.forward import forward
 from ..reference.points import Point, copied

@@ -6,7 +6,7 @@ import numpy as np
 
 from mechdsl.base.source import Source
 from mechdsl.pipeline import run_source
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 
 FILE = """mech 1
 model toy = zoo("counting")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import mechdsl.execute.patched_rows
 from mechdsl.execute.execute import Options
 from mechdsl.execute.writes import build_writes
-from mechdsl.hooks.places import SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteWrite
 from mechdsl.pipeline import RunOptions
 from mechdsl.plan.passes import RESTARTS
 

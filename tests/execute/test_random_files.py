@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.pipeline import RunOptions
 from mechdsl.plan.passes import NAMES
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 
 from . import support
 

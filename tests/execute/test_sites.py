@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 
 from ..models.families import VERIFIED
 from ..reference.forward import SITES, WITHOUT_LAYER

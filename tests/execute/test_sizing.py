@@ -41,7 +41,7 @@ from mechdsl.loading.load import adopt
 from mechdsl.pipeline import RunOptions
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.results.results import Results
-from mechdsl.validate.file import Checked
+from mechdsl.validate.check_file import Checked
 
 from ..models import families
 from .support import (

@@ -12,7 +12,7 @@ import pytest
 
 from mechdsl.execute.execute import Options
 from mechdsl.pipeline import RunOptions
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 
 from .support import DIFFERENCE, bare, experiment, run_file
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteWrite
 from mechdsl.models.anatomy import Tap
 from mechdsl.packed.packed_pass import PackedResult, run_packed
 

@@ -23,7 +23,7 @@ from mechdsl.diagnostics.w07_models import NotRestartable
 from mechdsl.hooks.batch import Batch, gather
 from mechdsl.hooks.calls import bare_logits
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.load import adopt
 from mechdsl.loading.verify import RESTART_IMAGES

@@ -13,11 +13,11 @@ import pytest
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
-from mechdsl.program.statements import LATER, OPEN
+from mechdsl.program.sort_statements import LATER, OPEN
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
-from mechdsl.validate.file import Settings, check_source
+from mechdsl.validate.check_file import Settings, check_source
 
 from .page import PAGE, Line, page, sections
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.syntax.parse import parse
-from mechdsl.validate.file import Settings, check_source
+from mechdsl.validate.check_file import Settings, check_source
 from tests.markdown import Fence, fences
 
 HERE = Path(__file__).parent

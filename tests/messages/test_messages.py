@@ -14,7 +14,7 @@ import pytest
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
-from mechdsl.validate.file import check_source
+from mechdsl.validate.check_file import check_source
 
 from .cases import HERE, Case, all_cases
 

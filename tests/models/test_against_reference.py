@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mechdsl.hooks.batch import Batch, gather
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.anatomy import Anatomy, Layout, Tap
 from mechdsl.packed.activation_cache import Kept, keeping

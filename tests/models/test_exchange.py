@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.attention import Group, KeptAttention, attend, exchanged, own_function
-from mechdsl.hooks.attention_modules import plain
+from mechdsl.hooks.attention_exchange import plain
+from mechdsl.hooks.attention_functions import Group, KeptAttention, attend, exchanged, own_function
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.whole_pass import run_whole

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mechdsl.hooks.batch import Batch, gather
 from mechdsl.hooks.calls import bare_logits
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import ReadMismatch, SiteRead, SiteWrite, WriteMismatch
+from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite, WriteMismatch
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.shape import units, width
 from mechdsl.vocab.sites import SITES

@@ -27,12 +27,12 @@ from mechdsl.cli import main
 from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.load import adopt
 from mechdsl.packed.activation_cache import keeping
 from mechdsl.packed.packed_pass import run_packed
-from mechdsl.prompts.table import Noise
+from mechdsl.prompts.prompt_table import Noise
 from mechdsl.vocab.sites import SITES
 
 from . import families

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.attention import Group, KeptAttention, attend
+from mechdsl.hooks.attention_functions import Group, KeptAttention, attend
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.calls import bare_logits
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import ReadMismatch, SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.shape import units, width
 from mechdsl.packed.activation_cache import Kept, keeping
-from mechdsl.packed.ends import Places
+from mechdsl.packed.behind_last_block import Places
 from mechdsl.packed.layout import BlockPack, pack_block
 from mechdsl.packed.packed_pass import PackedResult, run_packed
 from mechdsl.plan.restart import BlockWork, Mask, RowMasks, Shortcuts, block_work

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from mechdsl.hooks.attention import KeptAttention
+from mechdsl.hooks.attention_functions import KeptAttention
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.prove import prove
 from mechdsl.packed import packed_pass as packed

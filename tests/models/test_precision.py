@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.load import adopt, load
 from mechdsl.loading.verify import RESTART

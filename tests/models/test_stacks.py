@@ -16,7 +16,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.calls import bare_logits
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.load import adopt
 from mechdsl.loading.probe import sample

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mechdsl.hooks.attention import CannotPack, own_function
+from mechdsl.hooks.attention_functions import CannotPack, own_function
 from mechdsl.hooks.loaded import LoadedModel, Stack
 from mechdsl.loading.load import adopt
 from mechdsl.loading.prove import describe, prove

@@ -17,8 +17,8 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
 from mechdsl.pipeline import RunOptions, run_source
 from mechdsl.plan.passes import NAMES
-from mechdsl.results.experiment import ExperimentResult
-from mechdsl.validate.file import Checked, Settings, check_source
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.validate.check_file import Checked, Settings, check_source
 
 from .. import fruit
 

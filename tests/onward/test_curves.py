@@ -9,7 +9,7 @@ import pytest
 
 from mechdsl.base.percent import Percent
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment import ExperimentResult, FileResult
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.results import Results
 from mechdsl.validate.conditions import Where
 

@@ -19,9 +19,9 @@ from mechdsl.api import MechdslError
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e02_python import PythonFailed, PythonNotFound
 from mechdsl.pipeline import run_checked
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.syntax.parse import read_source
-from mechdsl.validate.file import Checked, Settings, check_source
+from mechdsl.validate.check_file import Checked, Settings, check_source
 
 from .. import fruit
 from ..cli.conftest import Command, command

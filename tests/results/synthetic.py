@@ -12,9 +12,9 @@ import numpy as np
 from mechdsl.base.source import Source, Span
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.finish import with_statistics, with_verdicts
-from mechdsl.statistics.data import MeasureData, NullBand
+from mechdsl.statistics.measure_data import MeasureData, NullBand
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
 

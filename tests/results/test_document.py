@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mechdsl.results.document import experiment_document, results_schema
-from mechdsl.results.experiment import ExperimentResult, FileResult
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.results import Results
 
 from .synthetic import counted, finished, heads, measure, positions, with_controls

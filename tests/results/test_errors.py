@@ -12,7 +12,7 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_full
 from mechdsl.program import spec
-from mechdsl.statistics.cells import check_denominator
+from mechdsl.statistics.cell_statistics import check_denominator
 from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
 from mechdsl.validate.reachable_p import check_prompts
 from mechdsl.vocab.effects import EFFECTS

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment import ExpectOutcome, ExperimentResult
-from mechdsl.results.verdicts import evaluate
+from mechdsl.results.decide_expectations import evaluate
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.validate.conditions import place_of
 from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
 

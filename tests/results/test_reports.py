@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment import ExperimentResult, FileResult
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.results import Results
 from mechdsl.show.reports.bar_charts import bars_chart
 from mechdsl.show.reports.charts import lines_chart

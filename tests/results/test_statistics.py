@@ -8,8 +8,12 @@ import pytest
 from mechdsl.program import spec
 from mechdsl.statistics import bootstrap as resampling_module
 from mechdsl.statistics.bootstrap import Resampling
-from mechdsl.statistics.cells import category_statistics, cell_statistics, check_denominator
-from mechdsl.statistics.data import CellStatistics, MeasureData
+from mechdsl.statistics.cell_statistics import (
+    category_statistics,
+    cell_statistics,
+    check_denominator,
+)
+from mechdsl.statistics.measure_data import CellStatistics, MeasureData
 from mechdsl.vocab.effects import EFFECTS
 
 from .synthetic import SPAN, measure, statistics

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.variants import merged
-from mechdsl.statistics.data import NullBand
+from mechdsl.statistics.measure_data import NullBand
 
 from .synthetic import heads, measure
 

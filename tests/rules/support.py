@@ -18,8 +18,8 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_full
 from mechdsl.pipeline import run_source
 from mechdsl.resolve.cell_key import Coord
-from mechdsl.results.experiment import ExperimentResult, FileResult
-from mechdsl.statistics.data import MeasureData
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.statistics.measure_data import MeasureData
 
 from ..execute.support import (
     ABSOLUTE,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mechdsl.resolve.cell_key import Coord
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES
 from ..reference.forward import Edge, Write

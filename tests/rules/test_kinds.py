@@ -20,7 +20,7 @@ from mechdsl.rules import RULES, SiteRule, rule_kind
 from mechdsl.syntax.format.file import format_file
 from mechdsl.syntax.parse import parse
 from mechdsl.syntax.verbs import VERBS
-from mechdsl.validate.file import Settings, check_source
+from mechdsl.validate.check_file import Settings, check_source
 
 from ..reference.forward import Write
 from .support import (

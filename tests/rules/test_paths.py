@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mechdsl.resolve.cell_key import Coord
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES
 from ..reference.forward import Run, Write, forward

@@ -14,7 +14,7 @@ import pytest
 from lark import Lark
 
 from mechdsl.base.source import Source
-from mechdsl.syntax import ast, tables
+from mechdsl.syntax import ast, parser_tables
 from mechdsl.syntax import grammar as engine
 from mechdsl.syntax.attempt import attempt
 from mechdsl.syntax.mistakes.pieces import WORDS
@@ -46,7 +46,7 @@ def statements(kind: str, text: str) -> tuple[ast.Node, ...]:
 
 @pytest.fixture(scope="module")
 def plain() -> Lark:
-    grammar = tables.grammar_file().read_text("utf-8")
+    grammar = parser_tables.grammar_file().read_text("utf-8")
     return Lark(grammar, parser="lalr", lexer="contextual", strict=True)
 
 
@@ -184,17 +184,17 @@ def test_word_lists_agree_with_the_grammar() -> None:
         assert {word for word in accepted if word.isalpha()} == expected
 
 
-GRAMMAR = tables.grammar_file().read_text("utf-8")
-MADE_FROM = tables.fingerprint(GRAMMAR)
+GRAMMAR = parser_tables.grammar_file().read_text("utf-8")
+MADE_FROM = parser_tables.fingerprint(GRAMMAR)
 
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, Any]:
-    return tables.build(GRAMMAR)
+    return parser_tables.build(GRAMMAR)
 
 
 def test_tables_come_back_from_their_file(built: dict[str, Any]) -> None:
-    again = tables.from_json(tables.as_json(built, MADE_FROM), MADE_FROM)
+    again = parser_tables.from_json(parser_tables.as_json(built, MADE_FROM), MADE_FROM)
     assert again is not None
     assert _plain(again) == _plain(built)
     states = again["data"]["parser"]["parser"]["states"]
@@ -212,10 +212,10 @@ def test_tables_that_are_no_good_are_made_again(
     damage: str, built: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "kept" / "tables.json"
-    monkeypatch.setattr(tables, "TABLES", file)
+    monkeypatch.setattr(parser_tables, "TABLES", file)
     made: list[str] = []
-    monkeypatch.setattr(tables, "build", lambda grammar: made.append(grammar) or built)
-    good = tables.as_json(built, MADE_FROM)
+    monkeypatch.setattr(parser_tables, "build", lambda grammar: made.append(grammar) or built)
+    good = parser_tables.as_json(built, MADE_FROM)
     if damage != "missing":
         file.parent.mkdir()
     if damage == "broken":
@@ -225,11 +225,13 @@ def test_tables_that_are_no_good_are_made_again(
     elif damage == "another form":
         file.write_text(json.dumps({"made_from": MADE_FROM, "tables": {}}), "utf-8")
     elif damage == "stale":
-        file.write_text(tables.as_json(built, tables.fingerprint(GRAMMAR + "\n")), "utf-8")
-    first = tables.load_tables()
+        file.write_text(
+            parser_tables.as_json(built, parser_tables.fingerprint(GRAMMAR + "\n")), "utf-8"
+        )
+    first = parser_tables.load_tables()
     assert made == [GRAMMAR]
     assert file.read_text("utf-8") == good
-    assert _plain(tables.load_tables()) == _plain(first)
+    assert _plain(parser_tables.load_tables()) == _plain(first)
     assert made == [GRAMMAR]
     assert list(file.parent.iterdir()) == [file]
 
@@ -239,12 +241,12 @@ def test_where_the_package_cannot_be_written(
     cached: bool, built: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(tables, "TABLES", tmp_path / "file" / "tables.json")
+    monkeypatch.setattr(parser_tables, "TABLES", tmp_path / "file" / "tables.json")
     monkeypatch.setenv("MECHDSL_CACHE", str(tmp_path / "cache") if cached else "")
     made: list[str] = []
-    monkeypatch.setattr(tables, "build", lambda grammar: made.append(grammar) or built)
-    assert tables.load_tables()["memo"]
-    assert tables.load_tables()["memo"]
+    monkeypatch.setattr(parser_tables, "build", lambda grammar: made.append(grammar) or built)
+    assert parser_tables.load_tables()["memo"]
+    assert parser_tables.load_tables()["memo"]
     assert len(made) == (1 if cached else 2)
     assert (tmp_path / "cache" / "syntax" / "tables.json").is_file() == cached
 
@@ -255,12 +257,12 @@ def test_a_wheel_is_left_as_it_was_installed(
     package = tmp_path / "site" / "mechdsl"
     (package / "grammar").mkdir(parents=True)
     (package / "grammar" / "mech.lark").write_text(GRAMMAR, "utf-8")
-    monkeypatch.setattr(tables, "PACKAGE", package)
-    monkeypatch.setattr(tables, "TABLES", package / "syntax" / "tables.json")
-    monkeypatch.setattr(tables, "build", lambda grammar: built)
+    monkeypatch.setattr(parser_tables, "PACKAGE", package)
+    monkeypatch.setattr(parser_tables, "TABLES", package / "syntax" / "tables.json")
+    monkeypatch.setattr(parser_tables, "build", lambda grammar: built)
     monkeypatch.setenv("MECHDSL_CACHE", str(tmp_path / "cache"))
-    tables.load_tables()
-    assert not tables.TABLES.exists()
+    parser_tables.load_tables()
+    assert not parser_tables.TABLES.exists()
     assert (tmp_path / "cache" / "syntax" / "tables.json").is_file()
 
 

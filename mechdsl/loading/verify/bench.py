@@ -14,7 +14,7 @@ from torch import Tensor
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.hook_points import scale_of, scaled
 from mechdsl.hooks.loaded import LoadedModel, Outcome
-from mechdsl.hooks.places import SiteRead
+from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.anatomy import Anatomy, Tap
 from mechdsl.models.shape import ModelShape

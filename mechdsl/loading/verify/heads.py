@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechdsl.hooks.attention import CannotPack, exchanged, implementations, own_function
+from mechdsl.hooks.attention_functions import CannotPack, exchanged, implementations, own_function
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import Outcome
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.verify.bench import Bench, difference
 from mechdsl.models.shape import ModelShape, units, width

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from mechdsl.hooks.loaded import LoadedModel, Outcome
-from mechdsl.hooks.places import SiteRead
+from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.verify.bench import Bench
 from mechdsl.vocab.sites import WITHIN_ATTENTION

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.hooks.attention import CannotPack
+from mechdsl.hooks.attention_functions import CannotPack
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel, Outcome
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.probe import texts
 from mechdsl.loading.verify.bench import Bench, hundredfold, layers_of, sites_of, with_images

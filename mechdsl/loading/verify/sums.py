@@ -15,7 +15,7 @@ from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.calls import bare_logits, call
 from mechdsl.hooks.hook_points import at_hand, given_to, layout_view
 from mechdsl.hooks.loaded import LoadedModel, Outcome
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.probe_inputs import image_token
 from mechdsl.loading.verify.bench import Bench, difference, with_images

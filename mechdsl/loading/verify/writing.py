@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.hooks.loaded import Outcome
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.verify.bench import TOKENS_PER_PASS, Bench, difference, hundredfold, sites_of
 

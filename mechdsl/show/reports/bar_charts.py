@@ -10,7 +10,7 @@ import numpy as np
 
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.charts import (
     INK,
     PALETTE,

@@ -12,11 +12,11 @@ from rich.text import Text
 
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import Panel, drawn_axes, panels, values_of
 from mechdsl.show.reports.intervals import Gauges, Line, draw_bar, label_lines, label_widths
 from mechdsl.show.reports.text import MISSING, conventions, figure_notes, heading, notes
-from mechdsl.statistics.data import CellStatistics
+from mechdsl.statistics.measure_data import CellStatistics
 
 MOST_BAR, LEAST_BAR = 40, 10
 """Characters of a share of 1."""

@@ -12,10 +12,10 @@ import numpy as np
 
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import axis_name, number, numeric, panels, row_order, values_of
 from mechdsl.show.reports.text import alpha, ends_of_scale, measure_name, null_words, number_format
-from mechdsl.statistics.data import MeasureData
+from mechdsl.statistics.measure_data import MeasureData
 
 LABELLED_UP_TO = 160
 """Cells of a map up to which their numbers are written into them."""

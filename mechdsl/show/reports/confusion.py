@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mechdsl.program import spec
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.confusion_counts import Confusion, confusions
 from mechdsl.show.reports.matrix import Entry, Matrix, colour
 from mechdsl.show.reports.text import MISSING, conventions, heading, notes

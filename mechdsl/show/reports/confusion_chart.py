@@ -7,7 +7,7 @@ from typing import Any
 import altair as alt
 
 from mechdsl.program import spec
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.charts import INK, LABELLED_UP_TO, QUIET, faceted, themed, titled
 from mechdsl.show.reports.confusion_counts import Confusion, confusions
 

@@ -12,7 +12,7 @@ import numpy as np
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import Panel, axis_name, panels, values_of
 from mechdsl.show.reports.text import sortable
 from mechdsl.vocab.reports import short_names

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mechdsl.program import spec
 from mechdsl.results.document import experiment_document
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.results import Results
 
 

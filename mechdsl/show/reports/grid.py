@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 
 DEPTH = re.compile(r"[0-9.]+%")
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import axis_name, panels, row_order, values_of
 from mechdsl.show.reports.matrix import Entry, Matrix, colour
 from mechdsl.show.reports.text import (

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.text import MISSING, alpha, null_texts, number_format
 
 LEAST_GAUGE, MOST_GAUGE = 12, 60

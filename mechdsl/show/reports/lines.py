@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mechdsl.program import spec
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import axis_name, panels, values_of
 from mechdsl.show.reports.intervals import Gauges, draw_point
 from mechdsl.show.reports.text import conventions, figure_notes, heading, notes

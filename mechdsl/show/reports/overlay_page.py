@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from mechdsl.program import spec
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.charts import FONT, INK, PNG_SCALE, QUIET
 from mechdsl.show.reports.matrix import Colour, colour, takes_white
 from mechdsl.show.reports.text import ends_of_scale, measure_name, number_format

@@ -20,7 +20,7 @@ from rich.text import Text
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.statistics_conventions import statistics_conventions
 from mechdsl.show.reports.text import (
     MISSING,
@@ -36,7 +36,7 @@ from mechdsl.show.reports.text import (
     sortable,
     survivors,
 )
-from mechdsl.statistics.cells import cell_statistics
+from mechdsl.statistics.cell_statistics import cell_statistics
 from mechdsl.vocab.effects import EFFECTS
 
 FILE_WIDTH = 120

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
-from mechdsl.results.experiment import ExperimentResult
-from mechdsl.statistics.data import MeasureData, NullBand
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.statistics.measure_data import MeasureData, NullBand
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 
 MISSING = "–"

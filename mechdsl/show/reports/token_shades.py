@@ -10,7 +10,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import UPWARDS, panels
 from mechdsl.statistics.bootstrap import parts
 from mechdsl.vocab.effects import EFFECTS

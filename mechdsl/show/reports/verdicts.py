@@ -7,7 +7,7 @@ import math
 from rich.console import Console
 from rich.text import Text
 
-from mechdsl.results.experiment import ExpectOutcome, ExperimentResult
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.show.reports.text import hanging, number_format
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.plan.columns import Hits, Ragged
-from mechdsl.prompts.table import PositionCell
+from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.resolved import ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
 

@@ -20,13 +20,13 @@ from mechdsl.base.arrays import Ints
 from mechdsl.execute.writes import joined, unless_set
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.shape import ModelShape, units
-from mechdsl.packed.ends import Places
+from mechdsl.packed.behind_last_block import Places
 from mechdsl.plan.columns import counted, each_unit, units_of
 from mechdsl.plan.restart import Held
-from mechdsl.plan.rules import Rows, RulePlan
+from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import Place
 
 Run = Callable[[Rows, Ints, Held, Mapping[SiteRead, Places]], Mapping[SiteRead, Tensor]]

@@ -20,7 +20,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.hooks.batch import on_device
 from mechdsl.hooks.calls import text_inputs
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.activation_cache import Kept
 

@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportPrivateUsage=false
-"""How attention that a module has written out is exchanged; `written_out` has the modules."""
+"""How attention that a module has written out is exchanged; `written_out_attention` has the modules."""
 
 from __future__ import annotations
 

@@ -37,11 +37,11 @@ from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
 from mechdsl.program.python_files import Mode, check_functions
 from mechdsl.program.run_order import in_order, with_needed
-from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.cell_key import joined_axes, joined_cells
-from mechdsl.resolve.cells import cell_keys
-from mechdsl.resolve.experiment import resolve_experiment
 from mechdsl.resolve.findings import Finding, VariantFinding
+from mechdsl.resolve.name_cells import cell_keys
+from mechdsl.resolve.resolve_experiment import resolve_experiment
 from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
 from mechdsl.rules import RULES
 from mechdsl.syntax import ast

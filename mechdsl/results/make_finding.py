@@ -6,7 +6,7 @@ import numpy as np
 
 from mechdsl.resolve.findings import VariantFinding
 from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.results.experiment import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.bootstrap import parts
 from mechdsl.vocab.effects import EFFECTS
 

@@ -11,7 +11,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue, TooManyCells
 from mechdsl.program import spec
-from mechdsl.prompts.table import PromptTable
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.in_progress import Work

@@ -16,8 +16,8 @@ from mechdsl.execute.sizes import PassSizes
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.statistics.bootstrap import Resampling
-from mechdsl.statistics.cells import run_interval
-from mechdsl.statistics.data import CellStatistics, Interval, MeasureData, NullBand
+from mechdsl.statistics.cell_statistics import run_interval
+from mechdsl.statistics.measure_data import CellStatistics, Interval, MeasureData, NullBand
 
 if TYPE_CHECKING:
     import pandas

@@ -7,7 +7,7 @@ from itertools import product
 from typing import TypeVar
 
 from mechdsl.prompts.positions import hit_texts
-from mechdsl.prompts.table import PositionCell
+from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import Key, ResolvedExperiment, ResolvedRule

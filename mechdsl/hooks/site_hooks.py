@@ -33,7 +33,7 @@ from mechdsl.hooks.hook_points import (
 )
 from mechdsl.hooks.inside_attention import EdgeWrite, LayerWork, by_layer, layer_work
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.places import Frame, ReadMismatch, SiteRead, SiteWrite, WriteMismatch
+from mechdsl.hooks.reads_and_writes import Frame, ReadMismatch, SiteRead, SiteWrite, WriteMismatch
 from mechdsl.models.anatomy import Layout, Side, Tap
 from mechdsl.models.shape import units, width
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, stop_layer, write_order

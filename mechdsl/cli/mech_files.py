@@ -10,7 +10,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadCommandLine
 
 if TYPE_CHECKING:
-    from mechdsl.validate.file import Checked, Settings
+    from mechdsl.validate.check_file import Checked, Settings
 
 
 def mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnostic]]:
@@ -36,7 +36,7 @@ def mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnostic]]:
 def checked_file(file: Path, settings: Settings) -> tuple[Checked | None, list[Diagnostic]]:
     """One file checked; None where it can't be read."""
     from mechdsl.syntax.parse import read_source
-    from mechdsl.validate.file import check_source
+    from mechdsl.validate.check_file import check_source
 
     source, problems = read_source(file)
     if source is None:

@@ -10,7 +10,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported, UnexpectedToken
 from mechdsl.diagnostics.e02_names import DuplicateName, RepeatedStatement
 from mechdsl.program import spec
-from mechdsl.program.names import Scope, place
+from mechdsl.program.namespace import Scope, place
 from mechdsl.syntax import ast
 from mechdsl.syntax.verbs import VERBS
 from mechdsl.syntax.walk import walk

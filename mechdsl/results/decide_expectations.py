@@ -12,7 +12,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.program import spec
-from mechdsl.results.experiment import ExpectOutcome, ExperimentResult
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.statistics.bootstrap import Parts, Resampling, blocks, parts
 from mechdsl.validate.conditions import (
     Absolute,

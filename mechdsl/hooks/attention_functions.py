@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.attention_modules import AttentionFunction, Distances, exchanged_modules, plain
+from mechdsl.hooks.attention_exchange import AttentionFunction, Distances, exchanged_modules, plain
 from mechdsl.hooks.inside_attention import Group, LayerWork
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.written_out_attention import entry_of

@@ -16,7 +16,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_statistics import ZeroDenominator
 from mechdsl.program import spec
 from mechdsl.statistics.bootstrap import Resampling, blocks, parts
-from mechdsl.statistics.data import CellStatistics, Interval, MeasureData
+from mechdsl.statistics.measure_data import CellStatistics, Interval, MeasureData
 from mechdsl.statistics.sign_flips import CORRECTIONS, flips_in_words, sign_flip
 from mechdsl.vocab.effect_kind import Effect
 
