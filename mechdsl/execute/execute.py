@@ -15,11 +15,11 @@ import numpy as np
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e06_experiment import NothingKept
-from mechdsl.execute.means_and_donors import Fillings, fillings_of
+from mechdsl.execute.means_and_donors import MeansAndDonors, means_and_donors_of
 from mechdsl.execute.pass_size import WORTH_MEASURING, Sizes, out_of_memory, release, stopwatch
 from mechdsl.execute.patched_rows import Member, Patcher
 from mechdsl.execute.profile import Profile
-from mechdsl.execute.readout import Gauge
+from mechdsl.execute.readout import Readout
 from mechdsl.execute.row_groups import extent, groups, members_of
 from mechdsl.execute.unpatched_batch import Side
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass
-class Measured:
+class MeasuredValues:
     """The values of one experiment, filled as batches finish."""
 
     experiment: ResolvedExperiment
@@ -60,18 +60,18 @@ class Measured:
     """Of these, the ones that can't differ from the base run by structure."""
 
 
-Check = Callable[[Measured], list[Diagnostic]]
+Check = Callable[[MeasuredValues], list[Diagnostic]]
 """What is wrong with an experiment by its unpatched runs, before a cell is run."""
 
 
 class Sink(Protocol):
     """Takes values as they are finished, to keep them."""
 
-    def unpatched(self, measured: Measured) -> None:
+    def unpatched(self, measured: MeasuredValues) -> None:
         """Base and source runs of an experiment, before its cells."""
         ...
 
-    def rows(self, measured: Measured, rows: Rows, values: Sequence[Floats]) -> None:
+    def rows(self, measured: MeasuredValues, rows: Rows, values: Sequence[Floats]) -> None:
         """The rows of one pass with their values per measure."""
         ...
 
@@ -95,7 +95,7 @@ class Options:
 class Execution:
     """What a run of a plan left: values, and why it didn't go on."""
 
-    measured: dict[str, Measured] = field(default_factory=dict[str, Measured])
+    measured: dict[str, MeasuredValues] = field(default_factory=dict[str, MeasuredValues])
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
     profile: Profile = field(default_factory=Profile)
 
@@ -231,10 +231,12 @@ class PanelRunner:
         self.sizes = sizes
         self.sink = sink
         self.table: PromptTable = panel.table
-        self.measured: dict[str, Measured] = {}
-        self.fillings: dict[str, Fillings] = {}
-        self.gauges = {p.experiment.key: Gauge.of(p.experiment.measures) for p in panel.experiments}
-        self.keep = Gauge.of(panel.experiments[0].experiment.keep)
+        self.measured: dict[str, MeasuredValues] = {}
+        self.fillings: dict[str, MeansAndDonors] = {}
+        self.gauges = {
+            p.experiment.key: Readout.of(p.experiment.measures) for p in panel.experiments
+        }
+        self.keep = Readout.of(panel.experiments[0].experiment.keep)
         gauges = (*self.gauges.values(), self.keep)
         self.runs = UnpatchedRuns(panel, model, gauges, plan=plan, side=side, others=others)
         self.profile = profile
@@ -254,7 +256,7 @@ class PanelRunner:
             gauge = self.gauges[experiment.key]
             environments = tuple(dict.fromkeys(plan.items)) if _by_item(gauge) else (None,)
             shape = (plan.n_cells, len(self.kept))
-            self.measured[experiment.key] = Measured(
+            self.measured[experiment.key] = MeasuredValues(
                 experiment,
                 self.kept,
                 [np.full(shape, np.nan) for _ in experiment.measures],
@@ -277,7 +279,7 @@ class PanelRunner:
                 diagnostics.extend(check(self.measured[plan.experiment.key]))
         if not has_errors(diagnostics):
             for plan in self.panel.experiments:
-                self.fillings[plan.experiment.key] = fillings_of(
+                self.fillings[plan.experiment.key] = means_and_donors_of(
                     plan, self.runs, self.kept, self.batches
                 )
         return diagnostics
@@ -330,7 +332,7 @@ class PanelRunner:
                 for measure, value in zip(values, found, strict=True):
                     measure[number, columns] = value
         for run, correct in experiment.accuracies.items():
-            gauge = Gauge.of([correct])
+            gauge = Readout.of([correct])
             measured.accuracy[run][columns] = self.runs.values(gauge, run, batch, None)[0]
 
     # --- cells ------------------------------------------------------------------------------------
@@ -505,7 +507,7 @@ class PanelRunner:
                 begin += count
 
 
-def _by_item(gauge: Gauge) -> bool:
+def _by_item(gauge: Readout) -> bool:
     return any(atom.by_item for _, atom in gauge.atoms)
 
 
@@ -517,7 +519,7 @@ def _measured_runs(experiment: ResolvedExperiment) -> list[str]:
     return list(dict.fromkeys(runs))
 
 
-def base_per_cell(plan: ExperimentPlan, measured: Measured, run: str, number: int) -> Floats:
+def base_per_cell(plan: ExperimentPlan, measured: MeasuredValues, run: str, number: int) -> Floats:
     """[1 or cell, row]: the metric of an unpatched run, per cell where its text differs by cell."""
     values = measured.unpatched[run][number]
     if len(measured.environments) == 1:

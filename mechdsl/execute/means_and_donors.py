@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.execute.unpatched_batch import Lanes
+from mechdsl.execute.unpatched_batch import UnpatchedBatch
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import units, width
@@ -32,7 +32,7 @@ class Means:
 
 
 @dataclass(frozen=True, eq=False)
-class Fillings:
+class MeansAndDonors:
     """What the rules of an experiment write, beside the source run."""
 
     means: Mapping[int, Means]
@@ -41,9 +41,9 @@ class Fillings:
     """[prompt] the prompt whose activation replaces it, for `resample`."""
 
 
-def fillings_of(
+def means_and_donors_of(
     plan: ExperimentPlan, runs: UnpatchedRuns, kept: Ints, batches: Sequence[Ints]
-) -> Fillings:
+) -> MeansAndDonors:
     """Average and permute over the kept rows, streamed by batches of prompts."""
     donors = None
     if any(rule.rule.does.reads == "donor" for rule in plan.rules):
@@ -53,7 +53,7 @@ def fillings_of(
         for number, rule in enumerate(plan.rules)
         if rule.rule.does.reads == "mean"
     }
-    return Fillings(means, donors)
+    return MeansAndDonors(means, donors)
 
 
 def _donors(kept: Ints, size: int, seed: int) -> Ints:
@@ -107,7 +107,7 @@ def _means(rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints]) -> Mean
 def _add(
     plan: RulePlan,
     prompts: Ints,
-    lanes: Lanes,
+    lanes: UnpatchedBatch,
     groups: Ints,
     sums: dict[Place, Tensor],
     counts: Tensor,

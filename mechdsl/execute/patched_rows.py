@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.means_and_donors import Fillings
+from mechdsl.execute.means_and_donors import MeansAndDonors
 from mechdsl.execute.observed_attention import Look, look
 from mechdsl.execute.path_patching import frozen, held_rows, received
-from mechdsl.execute.readout import Gauge, Reading
+from mechdsl.execute.readout import Reading, Readout
 from mechdsl.execute.unpatched_batch import (
-    Lanes,
+    UnpatchedBatch,
     continuation_positions,
     noise_writes,
     prompt_loss,
@@ -86,8 +86,8 @@ class Patcher:
         self,
         plan: Plan,
         plans: Sequence[ExperimentPlan],
-        gauges: Sequence[Gauge],
-        fillings: Sequence[Fillings],
+        gauges: Sequence[Readout],
+        fillings: Sequence[MeansAndDonors],
         runs: UnpatchedRuns,
     ) -> None:
         self.plan = plan
@@ -181,7 +181,7 @@ class Patcher:
         """The vectors that the rows of one experiment write."""
         fillings = self.fillings[number]
 
-        def lanes_of(source: str, donors: bool) -> Lanes:
+        def lanes_of(source: str, donors: bool) -> UnpatchedBatch:
             prompts = batch
             if donors and fillings.donors is not None:
                 prompts = np.unique(fillings.donors[batch])
@@ -191,7 +191,11 @@ class Patcher:
         return build_writes(plan, rows, draw, lanes_of, fillings, self.model.shape)
 
     def _forward(
-        self, rows: _PassRows, lanes: Lanes, gauges: Sequence[Gauge], wanted: Sequence[_Wanted]
+        self,
+        rows: _PassRows,
+        lanes: UnpatchedBatch,
+        gauges: Sequence[Readout],
+        wanted: Sequence[_Wanted],
     ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[Tensor | None], Tensor | None]:
         """Per member the logits at the places it wants, its activations, and the attention that
         it observes; and which tokens."""
@@ -242,7 +246,7 @@ class Patcher:
     def _run(
         self,
         rows: _PassRows,
-        lanes: Lanes,
+        lanes: UnpatchedBatch,
         final: Places,
         reads: Mapping[SiteRead, Places],
         tokens: Tensor | None,
@@ -269,7 +273,7 @@ class Patcher:
     def _run_whole(
         self,
         rows: _PassRows,
-        lanes: Lanes,
+        lanes: UnpatchedBatch,
         lane: Ints,
         final: Places,
         reads: Mapping[SiteRead, Places],
@@ -312,7 +316,7 @@ class Patcher:
             found[read] = result.reads[read][index, where]
         return result.logits[row, columns], found
 
-    def _continued(self, rows: _PassRows, member: Member, gauge: Gauge, number: int) -> Tensor:
+    def _continued(self, rows: _PassRows, member: Member, gauge: Readout, number: int) -> Tensor:
         """[row, token, vocab]: a pass of the same rows with a text of several tokens behind."""
         atom = gauge.atoms[number][1]
         lanes = self.runs.lanes(rows.run, rows.batch, atom)
@@ -352,10 +356,10 @@ class _Wanted:
     def loss(
         self,
         logits: Tensor,
-        gauge: Gauge,
+        gauge: Readout,
         member: Member,
         rows: _PassRows,
-        lanes: Lanes,
+        lanes: UnpatchedBatch,
         run: Run,
     ) -> Tensor | None:
         """[row] the loss over all positions."""
@@ -369,7 +373,7 @@ class _Wanted:
         return prompt_loss(gauge.loss, whole, batch, run, member.rows.prompt)
 
 
-def _wanted(gauge: Gauge, member: Member, run: Run, lengths: Ints, look: Look | None) -> _Wanted:
+def _wanted(gauge: Readout, member: Member, run: Run, lengths: Ints, look: Look | None) -> _Wanted:
     """What a gauge reads of a member's rows; lengths: [row of the pass]."""
     own = lengths[member.at]
     columns = [spot_positions(spot, run.name, member.rows.prompt, own) for spot in gauge.spots]

@@ -44,7 +44,7 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class Gauge:
+class Readout:
     """The measures of one experiment, with their atoms numbered."""
 
     measures: tuple[ResolvedMeasure, ...]
@@ -53,10 +53,10 @@ class Gauge:
     spots: tuple[Spot, ...]
 
     @staticmethod
-    def of(measures: Sequence[ResolvedMeasure]) -> Gauge:
+    def of(measures: Sequence[ResolvedMeasure]) -> Readout:
         spots = spots_of(measures)
         atoms = [(spots.index(m.at), atom) for m in measures for atom in m.atoms]
-        return Gauge(tuple(measures), tuple(atoms), spots)
+        return Readout(tuple(measures), tuple(atoms), spots)
 
     @property
     def continuations(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.packed.activation_cache import Kept, keeping
+from mechdsl.packed.activation_cache import ActivationCache, keeping
 from mechdsl.prompts.prompt_table import Noise, Run
 from mechdsl.resolve.resolved import Atom, Place, ResolvedMeasure
 from mechdsl.vocab.sites import WITHIN_ATTENTION
@@ -29,7 +29,7 @@ Spot = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
-class Lanes:
+class UnpatchedBatch:
     """One unpatched run on some prompts. Lane = index of the prompt in `prompts` * draws + draw."""
 
     run: str
@@ -39,7 +39,7 @@ class Lanes:
     lengths: Ints
     """[lane], tokens of the prompt itself, without a continuation behind it."""
     reads: Mapping[SiteRead, Tensor]
-    kept: Kept | None
+    kept: ActivationCache | None
     """What rows that start from this run take over; None where they are whole passes."""
     logits: Tensor | None
     """[lane, spot, vocab]; None where nothing is measured on this run."""
@@ -59,7 +59,7 @@ class Lanes:
 
 
 @dataclass(frozen=True)
-class LaneRequest:
+class UnpatchedRequest:
     """What is wanted of an unpatched run."""
 
     reads: frozenset[Place] = frozenset()
@@ -98,15 +98,15 @@ def spots_of(measures: Sequence[ResolvedMeasure]) -> tuple[Spot, ...]:
     return tuple(found)
 
 
-def compute_lanes(
+def compute_unpatched(
     model: LoadedModel,
-    runs: Sequence[tuple[Run, LaneRequest]],
+    runs: Sequence[tuple[Run, UnpatchedRequest]],
     prompts: Ints,
     row_ids: Sequence[int],
     *,
     seed: int,
     side: Side,
-) -> list[Lanes]:
+) -> list[UnpatchedBatch]:
     """Run the unpatched model on these prompts, all runs in one pass, and keep what was asked for.
 
     `row_ids` are the table's, so that noise hangs on the row and not on the batch.
@@ -127,7 +127,7 @@ def compute_lanes(
     tokens = requests[0].tokens if measured and not full else None
     lowest = [r.lowest for r in requests if r.lowest is not None]
     with ExitStack() as stack:
-        kept: Kept | None = None
+        kept: ActivationCache | None = None
         if lowest:
             kept = stack.enter_context(keeping(model, batch, min(lowest)))
         if requests[0].fuse:
@@ -152,7 +152,7 @@ def compute_lanes(
     if within:  # apart from what is kept for rows, as both take attention over
         last = max(read.layer for read in within if read.layer is not None)
         reads |= run_whole(model, batch, stop=last + 1, writes=writes, reads=within).reads
-    found: list[Lanes] = []
+    found: list[UnpatchedBatch] = []
     for part, request, begin in zip(parts, requests, begins, strict=False):
         rows = slice(int(begin), int(begin) + len(part.ids))
         own = batch.part(rows)
@@ -163,7 +163,7 @@ def compute_lanes(
         if full and logits is not None and part.at is not None:
             logits = at_positions(logits, own, part.at.to(logits.device))
         found.append(
-            Lanes(
+            UnpatchedBatch(
                 run=part.run.name,
                 prompts=prompts,
                 draws=part.draws,
@@ -179,7 +179,7 @@ def compute_lanes(
     return found
 
 
-def sorted_places(request: LaneRequest) -> list[Place]:
+def sorted_places(request: UnpatchedRequest) -> list[Place]:
     """The sites that are read, in an order of their own."""
     return sorted(request.reads, key=lambda place: (place[0], -1 if place[1] is None else place[1]))
 
@@ -199,7 +199,7 @@ class _Part:
     """[lane, n] positions whose logits are wanted."""
 
     @staticmethod
-    def of(model: LoadedModel, run: Run, request: LaneRequest, prompts: Ints) -> _Part:
+    def of(model: LoadedModel, run: Run, request: UnpatchedRequest, prompts: Ints) -> _Part:
         draws = run.noise.samples if run.noise is not None else 1
         lanes = np.repeat(prompts, draws)
         text = request.continuation

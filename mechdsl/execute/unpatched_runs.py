@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.readout import Gauge, Reading
+from mechdsl.execute.readout import Reading, Readout
 from mechdsl.execute.unpatched_batch import (
-    LaneRequest,
-    Lanes,
     Side,
     Spot,
-    compute_lanes,
+    UnpatchedBatch,
+    UnpatchedRequest,
+    compute_unpatched,
     spot_positions,
     spots_of,
 )
@@ -37,7 +37,7 @@ class UnpatchedRuns:
         self,
         panel: Panel,
         model: LoadedModel,
-        gauges: Sequence[Gauge],
+        gauges: Sequence[Readout],
         *,
         plan: Plan,
         side: Side,
@@ -59,7 +59,7 @@ class UnpatchedRuns:
         if {} not in self.spots:  # accuracies read the last token
             self.spots = (*self.spots, {})
         self.loss = next((g.loss for g in gauges if g.loss is not None), None)
-        self._lanes: dict[tuple[object, ...], Lanes] = {}
+        self._lanes: dict[tuple[object, ...], UnpatchedBatch] = {}
         self.passes = 0
         """Forward passes so far."""
 
@@ -82,7 +82,7 @@ class UnpatchedRuns:
         continuation: Atom | None = None,
         *,
         alone: bool = False,
-    ) -> Lanes:
+    ) -> UnpatchedBatch:
         """The unpatched run on these prompts, computed once while the batch is in work.
 
         Few prompts are run together with what the other runs have to give: one pass reads the
@@ -94,7 +94,7 @@ class UnpatchedRuns:
             if not alone and continuation is None and self._is_own(run):
                 due += self._companions(run, prompts)
             self.passes += 1
-            found = compute_lanes(
+            found = compute_unpatched(
                 self.model if run.model is None else self.others[run.model],
                 [(each, self._request(each, prompts, continuation)) for each in due],
                 prompts,
@@ -106,11 +106,13 @@ class UnpatchedRuns:
                 self._lanes[self._key(each, prompts, continuation)] = lanes
         return self._lanes[key]
 
-    def apart(self, table: PromptTable, run: Run, prompts: Ints, places: Iterable[Place]) -> Lanes:
+    def apart(
+        self, table: PromptTable, run: Run, prompts: Ints, places: Iterable[Place]
+    ) -> UnpatchedBatch:
         """A run of another block on rows of its own, of which these sites are read."""
         self.passes += 1
-        request = LaneRequest(reads=frozenset(places), stop=self.model.shape.n_layers + 1)
-        (found,) = compute_lanes(
+        request = UnpatchedRequest(reads=frozenset(places), stop=self.model.shape.n_layers + 1)
+        (found,) = compute_unpatched(
             self.model, [(run, request)], prompts, table.row_ids, seed=self.seed, side=self.side
         )
         return found
@@ -142,7 +144,7 @@ class UnpatchedRuns:
         """Where other text was put in, only rows are measured: positions are theirs."""
         return run is self.table.runs.get(run.name)
 
-    def _request(self, run: Run, prompts: Ints, continuation: Atom | None) -> LaneRequest:
+    def _request(self, run: Run, prompts: Ints, continuation: Atom | None) -> UnpatchedRequest:
         """What experiments need of a run."""
         own = self._is_own(run)
         needs = self.panel.runs.get(run.name) if own else None
@@ -154,7 +156,7 @@ class UnpatchedRuns:
         measured = own and (needs is None or needs.measured or needs.stop is None)
         reads = set(needs.reads) if needs is not None else set[Place]()
         reads |= self._gauge_reads() if own else set[Place]()
-        return LaneRequest(
+        return UnpatchedRequest(
             reads=frozenset(reads if continuation is None else ()),
             lowest=lowest,
             spots=self.spots if measured else (),
@@ -179,7 +181,7 @@ class UnpatchedRuns:
             return None
         return needs.stop
 
-    def tokens(self, gauges: Iterable[Gauge], prompts: Ints) -> Tensor | None:
+    def tokens(self, gauges: Iterable[Readout], prompts: Ints) -> Tensor | None:
         """[K] ascending: all that these gauges read of the logits; None for the vocabulary."""
         if not self.plan.narrows_logits or not all(gauge.narrow for gauge in gauges):
             return None
@@ -197,7 +199,7 @@ class UnpatchedRuns:
 
     def values(
         self,
-        gauge: Gauge,
+        gauge: Readout,
         run: str,
         prompts: Ints,
         environment: int | None,
@@ -227,14 +229,14 @@ class UnpatchedRuns:
             values.reshape(len(prompts), plain.draws).mean(axis=1) for values in gauge.read(reading)
         ]
 
-    def _spot_logits(self, gauge: Gauge, lanes: Lanes) -> Tensor | None:
+    def _spot_logits(self, gauge: Readout, lanes: UnpatchedBatch) -> Tensor | None:
         """[lane, spot of the gauge, vocab]."""
         if lanes.logits is None or not gauge.needs_plain:
             return None
         return lanes.logits[:, [self.spots.index(spot) for spot in gauge.spots]]
 
     def references(
-        self, gauge: Gauge, prompts: Ints, row_prompts: Ints, draws: Ints
+        self, gauge: Readout, prompts: Ints, row_prompts: Ints, draws: Ints
     ) -> dict[int, Tensor]:
         """What `kl(run)`, `js(run)` and `cosine(SITE, run)` compare each row with."""
         found: dict[int, Tensor] = {}
@@ -251,7 +253,7 @@ class UnpatchedRuns:
                 found[number] = logits[index, self.spots.index(gauge.spots[spot])]
         return found
 
-    def _activation(self, atom: Atom, spot: Spot, lanes: Lanes, lane: Ints) -> Tensor:
+    def _activation(self, atom: Atom, spot: Spot, lanes: UnpatchedBatch, lane: Ints) -> Tensor:
         """[row, 1, width]: the site of a `cosine` at the measured place of these lanes."""
         assert atom.point is not None
         read = lanes.reads[SiteRead(atom.point.site, atom.point.layer)]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.execute.means_and_donors import Fillings
-from mechdsl.execute.unpatched_batch import Lanes
+from mechdsl.execute.means_and_donors import MeansAndDonors
+from mechdsl.execute.unpatched_batch import UnpatchedBatch
 from mechdsl.hooks.batch import gather
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
@@ -24,7 +24,7 @@ from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import Place
 from mechdsl.vocab.sites import SITES
 
-LanesOf: TypeAlias = Callable[[str, bool], Lanes]
+LanesOf: TypeAlias = Callable[[str, bool], UnpatchedBatch]
 """(run, of the donors of a resampling) → its lanes on the current prompts."""
 
 
@@ -40,14 +40,14 @@ class _Entries:
     point: Ints
 
 
-def read_prompts(plan: RulePlan, rows: Rows, fillings: Fillings) -> Ints:
+def read_prompts(plan: RulePlan, rows: Rows, fillings: MeansAndDonors) -> Ints:
     """The prompt whose activation each row reads."""
     if plan.rule.does.reads == "donor" and fillings.donors is not None:
         return fillings.donors[rows.prompt]
     return rows.prompt
 
 
-def readable(plan: ExperimentPlan, rows: Rows, fillings: Fillings) -> Ints:
+def readable(plan: ExperimentPlan, rows: Rows, fillings: MeansAndDonors) -> Ints:
     """Indices of the rows whose donors have the position too; all of them without a resampling."""
     good = np.ones(len(rows), dtype=np.bool_)
     for rule in plan.rules:
@@ -58,7 +58,7 @@ def readable(plan: ExperimentPlan, rows: Rows, fillings: Fillings) -> Ints:
     return np.flatnonzero(good)
 
 
-def _entries(plan: RulePlan, rows: Rows, fillings: Fillings) -> _Entries:
+def _entries(plan: RulePlan, rows: Rows, fillings: MeansAndDonors) -> _Entries:
     position = plan.position_of_cell[rows.cell]
     written_run = plan.written_runs(rows)
     read_run = plan.read.run(position, read_prompts(plan, rows, fillings), rows.alternative)
@@ -74,7 +74,7 @@ def build_writes(
     rows: Rows,
     draws: Ints,
     lanes_of: LanesOf,
-    fillings: Fillings,
+    fillings: MeansAndDonors,
     shape: ModelShape,
 ) -> list[SiteWrite]:
     """The writes of these rows, one per site and layer.
@@ -158,7 +158,7 @@ class _Vectors:
     rows: Rows
     draws: Ints
     lanes_of: LanesOf
-    fillings: Fillings
+    fillings: MeansAndDonors
     shape: ModelShape
 
     @property

@@ -82,13 +82,13 @@ class Distances:
         )
 
 
-Entry = Callable[..., Any]
+ExchangedAttention = Callable[..., Any]
 """(module, exchange, *args, **kwargs of the module's forward) to what the forward returns."""
 
 
 @contextmanager
 def exchanged_modules(
-    entries: Sequence[tuple[nn.Module, Entry]],
+    entries: Sequence[tuple[nn.Module, ExchangedAttention]],
     function: AttentionFunction,
     own: str,
     *,
@@ -102,7 +102,9 @@ def exchanged_modules(
         yield
 
 
-def _forward(entry: Entry, module: nn.Module, exchange: Exchange) -> Callable[..., Any]:
+def _forward(
+    entry: ExchangedAttention, module: nn.Module, exchange: Exchange
+) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         with at_hand(module):
             return entry(module, exchange, *args, **kwargs)

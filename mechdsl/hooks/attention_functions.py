@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.hooks.attention_exchange import AttentionFunction, Distances, exchanged_modules, plain
-from mechdsl.hooks.inside_attention import Group, LayerWork
+from mechdsl.hooks.inside_attention import AttentionGroup, LayerWork
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.written_out_attention import entry_of
 
@@ -49,7 +49,7 @@ class CannotPack(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class KeptAttention:
+class CachedAttention:
     """What one block's attention had on the unpatched prompts."""
 
     keys: Tensor
@@ -62,12 +62,12 @@ class KeptAttention:
     distances: Distances | None = None
     """What is added to scores besides."""
 
-    def part(self, lanes: slice) -> KeptAttention:
+    def part(self, lanes: slice) -> CachedAttention:
         """Of some lanes."""
         mask = self.mask
         if mask is not None and mask.shape[0] > 1:
             mask = mask[lanes]
-        return KeptAttention(self.keys[lanes], self.values[lanes], mask, self.distances)
+        return CachedAttention(self.keys[lanes], self.values[lanes], mask, self.distances)
 
 
 @contextmanager
@@ -189,8 +189,8 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    groups: Sequence[Group],
-    kept: KeptAttention,
+    groups: Sequence[AttentionGroup],
+    kept: CachedAttention,
     out: Tensor,
     *,
     causal: bool = True,
@@ -273,8 +273,8 @@ def _attend_group(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    group: Group,
-    kept: KeptAttention,
+    group: AttentionGroup,
+    kept: CachedAttention,
     out: Tensor,
     how: _Way,
 ) -> None:
@@ -306,7 +306,7 @@ def _attend_group(
     _put(out, group, found)
 
 
-def _of_group(tensor: Tensor, group: Group) -> Tensor:
+def _of_group(tensor: Tensor, group: AttentionGroup) -> Tensor:
     """[lane, head, row, token, d_head] of [head, N, d_head]."""
     own = tensor[:, group.start : group.start + group.size]
     shape = (len(group.lanes), group.rows, len(group.columns))
@@ -316,8 +316,8 @@ def _of_group(tensor: Tensor, group: Group) -> Tensor:
 def _scores(
     q: Tensor,
     k: Tensor,
-    group: Group,
-    kept: KeptAttention,
+    group: AttentionGroup,
+    kept: CachedAttention,
     how: _Way,
     *,
     before: int,
@@ -354,7 +354,7 @@ def _masked(scores: Tensor, mask: Tensor | None, shared: int) -> Tensor:
     return scores + mask  # biases in a wider type than queries and keys
 
 
-def _weights(scores: Tensor, group: Group, how: _Way) -> Tensor:
+def _weights(scores: Tensor, group: AttentionGroup, how: _Way) -> Tensor:
     """The softmax of scores, with what is read and written there."""
     sink = None
     if how.sinks is not None:
@@ -369,7 +369,7 @@ def _weights(scores: Tensor, group: Group, how: _Way) -> Tensor:
     return weights if how.work is None else how.work.weighed(group, weights)
 
 
-def _put(out: Tensor, group: Group, found: Tensor) -> None:
+def _put(out: Tensor, group: AttentionGroup, found: Tensor) -> None:
     """Into [N, head, d_head], what queries [lane, key-value head, head of it, row, query, d_head]
     found."""
     lanes, rows, own = len(group.lanes), group.rows, len(group.columns)
@@ -400,8 +400,8 @@ def attend_whole(
     lanes, heads, count, _ = query.shape
     mask = of_queries(mask, count)
     every = torch.arange(count, device=query.device)
-    group = Group(0, torch.arange(lanes, device=query.device), 1, every, every, every=True)
-    kept = KeptAttention(key, value, biased(mask, position_bias), distances)
+    group = AttentionGroup(0, torch.arange(lanes, device=query.device), 1, every, every, every=True)
+    kept = CachedAttention(key, value, biased(mask, position_bias), distances)
     out = value.new_empty(lanes * count, heads, value.shape[-1])
     attend(
         query.transpose(0, 1).flatten(1, 2),
@@ -423,7 +423,7 @@ def _add_distances(
     q: Tensor,
     k: Tensor,
     old_keys: Tensor,
-    group: Group,
+    group: AttentionGroup,
     mine: slice | Tensor,
 ) -> None:
     """To scores [lane, head, 1, row, query, key] of q [lane, head, 1, row, query, d_head] with
@@ -453,7 +453,10 @@ def _own_values(weights: Tensor, v: Tensor) -> Tensor:
 
 
 def _mask(
-    group: Group, kept: KeptAttention, before: int | None, masks: dict[object, Tensor | None]
+    group: AttentionGroup,
+    kept: CachedAttention,
+    before: int | None,
+    masks: dict[object, Tensor | None],
 ) -> Tensor | None:
     """[lane or 1, head or 1, query, key] of a group's queries; None where they see all keys."""
     if kept.mask is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mechdsl.models.anatomy import Layout, Tap
+from mechdsl.models.anatomy import HookPoint, Layout
 from mechdsl.models.projections import transposed
 
 Step = Callable[[Tensor, nn.Module, Tensor], Tensor]
@@ -85,7 +85,7 @@ def at_hand(module: nn.Module) -> Generator[None]:
         hook.post_forward(module, ())
 
 
-def scale_of(model: nn.Module, tap: Tap) -> float | Tensor:
+def scale_of(model: nn.Module, tap: HookPoint) -> float | Tensor:
     """What a tapped tensor is multiplied with to be the site."""
     if tap.scaled_by is None:
         return tap.scale

@@ -51,7 +51,7 @@ class EdgeWrite:
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class AttentionGroup:
     """Rows whose tokens lie in the same columns, equally many on each lane; tokens of a group lie
     side by side, by lane, row and column."""
 
@@ -130,13 +130,13 @@ class LayerWork:
             self.found[site] = vectors.transpose(0, 1).clone()
         return vectors
 
-    def unseen(self, group: Group) -> None:
+    def unseen(self, group: AttentionGroup) -> None:
         """A group of which no token attends, as no measure could see it."""
         for change in self.changes:
             inside = (change.token >= group.start) & (change.token < group.start + group.size)
             self.done += int(inside.sum())
 
-    def scored(self, group: Group, scores: Tensor, sink: Tensor | None) -> Tensor | None:
+    def scored(self, group: AttentionGroup, scores: Tensor, sink: Tensor | None) -> Tensor | None:
         """Change masked scores [lane, key-value head, head of it, row, query, key] in place, and
         give the sink's [… , 1] as it is then."""
         self.seen = _seen(scores)
@@ -161,7 +161,7 @@ class LayerWork:
         self._keep("scores", group, scores.masked_fill(~self.seen, 0))
         return sink
 
-    def weighed(self, group: Group, weights: Tensor) -> Tensor:
+    def weighed(self, group: AttentionGroup, weights: Tensor) -> Tensor:
         """Weights of the shape of the scores that were given last, with what is written there;
         none where a query was left without a key."""
         weights = weights.nan_to_num(0.0)  # of padding too, which sees nothing
@@ -176,7 +176,9 @@ class LayerWork:
         self._keep("pattern", group, weights)
         return weights
 
-    def _of(self, group: Group, change: _Change, like: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _of(
+        self, group: AttentionGroup, change: _Change, like: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Which of a change's queries lie in the group, and where: [lane, key-value head, head of
         it, row, query]."""
         device = like.device
@@ -200,7 +202,7 @@ class LayerWork:
         )
         return own.to(change.token.device), index
 
-    def _keys(self, group: Group, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
+    def _keys(self, group: AttentionGroup, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
         """[n, key] which keys are meant."""
         place = torch.full((len(change.token),), -1, dtype=torch.long)
         place[own] = torch.arange(len(own))
@@ -211,7 +213,7 @@ class LayerWork:
         found[row[good], column[good]] = True
         return found.to(rows.device)
 
-    def _vectors(self, group: Group, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
+    def _vectors(self, group: AttentionGroup, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
         """[n, key] of vectors over key positions."""
         assert change.values is not None
         assert change.starts is not None
@@ -221,7 +223,7 @@ class LayerWork:
         found = change.values[own].to("cpu").gather(1, inside).to(rows)
         return rows + found if change.add else found
 
-    def _keep(self, site: str, group: Group, found: Tensor) -> None:
+    def _keep(self, site: str, group: AttentionGroup, found: Tensor) -> None:
         """Keep what is read, by key position."""
         if site not in self.wanted:
             return
@@ -245,7 +247,7 @@ class LayerWork:
             self.found[site] = like.new_zeros(tokens, heads, self.width)
 
     @staticmethod
-    def _first(group: Group) -> int:
+    def _first(group: AttentionGroup) -> int:
         """The column that the first key of a group's scores lies in."""
         return int(group.columns[0]) if group.every else 0
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from mechdsl.models.anatomy import Anatomy, Tap
+from mechdsl.models.anatomy import Anatomy, HookPoint
 from mechdsl.models.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class LoadedModel:
             raise ValueError(f"`{self.name}` has no stack `{name}`; it has {there}")
         return self.others[name]
 
-    def tap(self, site: str, layer: int | None, stack: str = "") -> Tap:
+    def tap(self, site: str, layer: int | None, stack: str = "") -> HookPoint:
         """The tensor of a site; ValueError where there is none."""
         own = self.stack(stack)
         if layer is not None and not 0 <= layer < own.shape.n_layers:

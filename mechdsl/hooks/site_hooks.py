@@ -34,14 +34,14 @@ from mechdsl.hooks.hook_points import (
 from mechdsl.hooks.inside_attention import EdgeWrite, LayerWork, by_layer, layer_work
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import Frame, ReadMismatch, SiteRead, SiteWrite, WriteMismatch
-from mechdsl.models.anatomy import Layout, Side, Tap
+from mechdsl.models.anatomy import HookPoint, Layout, Side
 from mechdsl.models.shape import units, width
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, stop_layer, write_order
 
 _LAST = (1 << 31, 0)
 
 
-class Stopped(Exception):
+class PassStopped(Exception):
     """Everything that was asked for has been computed."""
 
 
@@ -269,18 +269,18 @@ class SiteWork:
             self._called_again.add(tap.path)
         self._on(self._spot(tap), order, step)
 
-    def _tap(self, where: SiteRead) -> Tap:
+    def _tap(self, where: SiteRead) -> HookPoint:
         return self.model.tap(where.site, where.layer, where.stack)
 
-    def _is_sum(self, where: SiteRead, tap: Tap) -> bool:
+    def _is_sum(self, where: SiteRead, tap: HookPoint) -> bool:
         """Whether the stream between the sublayers is no module's output."""
         block = self.model.stack(where.stack).anatomy.blocks[where.layer or 0]
         return tap in (block.taps.get("attn_out"), block.taps.get("mixer_out"))
 
-    def _scale(self, tap: Tap) -> float | Tensor:
+    def _scale(self, tap: HookPoint) -> float | Tensor:
         return scale_of(self.model.module, tap)
 
-    def _spot(self, tap: Tap) -> tuple[str, Side, int]:
+    def _spot(self, tap: HookPoint) -> tuple[str, Side, int]:
         return tap.path, tap.side, tap.item
 
     def _on(self, spot: tuple[str, Side, int], order: tuple[int, int], step: Step) -> None:
@@ -517,7 +517,7 @@ def entrance(model: LoadedModel, layer: int) -> tuple[str, Side, int]:
 
 
 def _stop(*args: Any) -> None:
-    raise Stopped
+    raise PassStopped
 
 
 def _name(where: SiteRead) -> str:

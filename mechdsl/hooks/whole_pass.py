@@ -29,7 +29,7 @@ from mechdsl.hooks.calls import bare_logits, chosen, narrowed
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
-from mechdsl.hooks.site_hooks import SiteWork, Stopped
+from mechdsl.hooks.site_hooks import PassStopped, SiteWork
 
 
 @dataclass
@@ -72,7 +72,7 @@ def run_whole(
     with torch.inference_mode(), work.installed(), opened(model, work), narrowed(model, tokens):
         try:
             logits = bare_logits(model, batch)
-        except Stopped:
+        except PassStopped:
             logits = None
     if logits is not None:
         logits = chosen(model, work.output(logits), tokens)

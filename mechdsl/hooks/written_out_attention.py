@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.registry import Registry
-from mechdsl.hooks.attention_exchange import Distances, Entry, Exchange, hide
+from mechdsl.hooks.attention_exchange import Distances, Exchange, ExchangedAttention, hide
 
-WRITTEN_OUT: Registry[Entry] = Registry("attention module")
+WRITTEN_OUT: Registry[ExchangedAttention] = Registry("attention module")
 """By the name of the module's class, or by `folder.name` where many have it."""
 
 
-def written_out(*classes: str) -> Callable[[Entry], Entry]:
+def written_out(*classes: str) -> Callable[[ExchangedAttention], ExchangedAttention]:
     """Register an entry."""
 
-    def register(entry: Entry) -> Entry:
+    def register(entry: ExchangedAttention) -> ExchangedAttention:
         for name in classes:
             WRITTEN_OUT.add(name, entry)
         return entry
@@ -36,7 +36,7 @@ def written_out(*classes: str) -> Callable[[Entry], Entry]:
     return register
 
 
-def entry_of(module: nn.Module) -> Entry | None:
+def entry_of(module: nn.Module) -> ExchangedAttention | None:
     """The entry of a module; None where the library's interface will do."""
     kind = type(module)
     if not kind.__module__.startswith("transformers."):

@@ -17,7 +17,7 @@ from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.calls import bare_logits, call, narrowed, text_inputs
 from mechdsl.hooks.loaded import Calling, LoadedModel, Stack
 from mechdsl.loading.probe_inputs import config_of, pictures, tokens_seen, with_images, with_sounds
-from mechdsl.models.anatomy import Tap
+from mechdsl.models.anatomy import HookPoint
 
 LENGTHS = (7, 4)
 """Tokens of the two prompts."""
@@ -159,7 +159,7 @@ def _looked_at(model: LoadedModel) -> LoadedModel:
     calls: dict[str, int] = defaultdict(int)
     first: set[str] = set()
 
-    def look(tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
+    def look(tap: HookPoint) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             calls[tap.path] += 1
             made = output[tap.item] if isinstance(output, (tuple, list)) else output

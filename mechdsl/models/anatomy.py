@@ -49,7 +49,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Tap:
+class HookPoint:
     """A tensor in the module tree: what a module reads or returns."""
 
     path: str
@@ -71,7 +71,7 @@ class BlockAnatomy:
     """The parts of one block by path; None or empty where there is no such part."""
 
     path: str
-    taps: Mapping[str, Tap]
+    taps: Mapping[str, HookPoint]
     """Site to tensor. `resid_mid` stands for the stream that attention's output is added to where
     its tap is that of what is added, `head_out` for what the output projection returns, `router`
     and `expert_out` for what the experts are called with."""
@@ -105,7 +105,7 @@ class BlockAnatomy:
     fed: bool = False
     """Features of images are added to what it returns before the next block reads that."""
 
-    def with_taps(self, **changed: Tap) -> BlockAnatomy:
+    def with_taps(self, **changed: HookPoint) -> BlockAnatomy:
         """With other taps for some sites."""
         return replace(self, taps={**self.taps, **changed})
 
@@ -119,7 +119,7 @@ class Anatomy:
     """The parts of one stack of blocks by path."""
 
     blocks: tuple[BlockAnatomy, ...]
-    taps: Mapping[str, Tap]
+    taps: Mapping[str, HookPoint]
     """Sites outside the blocks, `logits` aside."""
     embedding: str | None = None
     """The token embedding; None where tokens aren't looked up (images, audio)."""
@@ -140,7 +140,7 @@ class Anatomy:
     without: Mapping[str, str] = field(default_factory=dict[str, str])
     """Sites that there could be, and why they can't be had."""
 
-    def tap(self, site: str, layer: int | None) -> Tap | None:
+    def tap(self, site: str, layer: int | None) -> HookPoint | None:
         """The tensor of a site; None where the block has none."""
         return (self.taps if layer is None else self.blocks[layer].taps).get(site)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mechdsl.models.adapters import Arrangement
-from mechdsl.models.anatomy import BlockAnatomy, Layout, Tap
+from mechdsl.models.anatomy import BlockAnatomy, HookPoint, Layout
 from mechdsl.models.families import Family
 from mechdsl.models.projections import NotFound, heads_of, leaf, qkv_taps, sizes
 from mechdsl.models.shape import ModelShape
@@ -135,7 +135,7 @@ def mixer_of(inside: Mapping[str, Any]) -> str | None:
     return next((p for p in inside if "." not in p and MIXER.search(p)), None)
 
 
-class Block:
+class BlockParts:
     """One block, taken apart."""
 
     def __init__(
@@ -162,12 +162,14 @@ class Block:
         if self.arrangement == "behind the sum" and front_a is None and front_m is None:
             front_a, front_m, behind_a, behind_m = behind_a, behind_m, None, None
         whole = Layout.whole(self.shape.d_model)
-        taps = {"resid_pre": Tap(self.path, "in", whole)}
+        taps = {"resid_pre": HookPoint(self.path, "in", whole)}
         output = None
         projections: tuple[str, ...] = ()
         name = "mixer" if self.around.hybrid else "attn"
         added = self._tap(self._given("attn_out", behind_a or first), f"{name}_out")
-        taps[f"{name}_norm"] = Tap(self._at(self._given("attn_reads", first) or ""), "in", whole)
+        taps[f"{name}_norm"] = HookPoint(
+            self._at(self._given("attn_reads", first) or ""), "in", whole
+        )
         if not self.around.hybrid:
             assert attention is not None
             heads, projections, output = self._heads(attention)
@@ -178,20 +180,22 @@ class Block:
             middle, end = self._given("middle", front_a), self._given("end", front_m)
             front_a = front_m = None
         if mlp and self.arrangement != "parallel":
-            taps["resid_mid"] = added if middle is None else Tap(self._at(middle), "out", whole)
+            taps["resid_mid"] = (
+                added if middle is None else HookPoint(self._at(middle), "out", whole)
+            )
         beside = self._beside(mlp)
         down = self._down(mlp) if mlp and not beside else None
         if mlp:
             if not beside:
-                taps["mlp_norm"] = Tap(self._at(mlp[0]), "in", whole)
+                taps["mlp_norm"] = HookPoint(self._at(mlp[0]), "in", whole)
             if down is not None:
                 neurons = self._linear(down)[0]
-                taps["mlp_hidden"] = Tap(self._at(down), "in", Layout.neurons(neurons))
+                taps["mlp_hidden"] = HookPoint(self._at(down), "in", Layout.neurons(neurons))
             taps |= self._experts(mlp)
             if not beside or behind_m:
                 returned = self._given("mlp_out", behind_m or mlp[-1])
                 taps["mlp_out"] = self._tap(returned, "mlp_out")
-        taps["resid_post"] = Tap(self.path, "out", whole)
+        taps["resid_post"] = HookPoint(self.path, "out", whole)
         if self.arrangement == "parallel" and mlp and front_m is None:
             front_m = front_a
         return BlockAnatomy(
@@ -222,7 +226,7 @@ class Block:
         if self.arrangement == "behind the sum":
             front, middle = None, front
         taps = {
-            "attn_norm": Tap(self._at(cross), "in", Layout.whole(self.shape.d_model)),
+            "attn_norm": HookPoint(self._at(cross), "in", Layout.whole(self.shape.d_model)),
             **heads,
             "attn_out": self._tap(behind or cross, "attn_out"),
         }
@@ -268,10 +272,10 @@ class Block:
             return None
         return said if said in self.inside else found
 
-    def _tap(self, part: str | None, site: str) -> Tap:
+    def _tap(self, part: str | None, site: str) -> HookPoint:
         assert part is not None
         scale = self.around.scales.get(site, 1.0)
-        return Tap(self._at(part), "out", Layout.whole(self.shape.d_model), scale=scale)
+        return HookPoint(self._at(part), "out", Layout.whole(self.shape.d_model), scale=scale)
 
     def _linear(self, path: str) -> tuple[int, int]:
         size = sizes(self.inside[path]) or sizes(self.inside.get(f"{path}.linear"))
@@ -342,15 +346,17 @@ class Block:
         found = (p for p in self.inside if leaf(p) == "experts")
         return next((p for p in found if p == "experts" or p.startswith(mlp[0] + ".")), None)
 
-    def _experts(self, mlp: tuple[str, ...]) -> dict[str, Tap]:
+    def _experts(self, mlp: tuple[str, ...]) -> dict[str, HookPoint]:
         """`router` and `expert_out`, where experts are one module that is handed their weights."""
         path = self._expert_list(mlp)
         count = self.shape.n_experts
         if path is None or not count or not _takes_weights(self.inside[path]):
             return {}
         return {
-            "router": Tap(self._at(path), "in", Layout.whole(count)),
-            "expert_out": Tap(self._at(path), "out", Layout(count, self.shape.d_model, stride=0)),
+            "router": HookPoint(self._at(path), "in", Layout.whole(count)),
+            "expert_out": HookPoint(
+                self._at(path), "out", Layout(count, self.shape.d_model, stride=0)
+            ),
         }
 
     def _norms(
@@ -383,7 +389,7 @@ class Block:
             self._given("mlp_behind", behind_m),
         )
 
-    def _heads(self, attention: str) -> tuple[dict[str, Tap], tuple[str, ...], str | None]:
+    def _heads(self, attention: str) -> tuple[dict[str, HookPoint], tuple[str, ...], str | None]:
         """Taps of heads, the projections that make them, the output projection."""
         shape, module = self.shape, self.inside[attention]
         projections = self._projections(attention)
@@ -404,9 +410,9 @@ class Block:
                 raise
             return taps, tuple(self._at(p) for p in inputs), None
         units = self._linear(output)[0] // heads.d_value
-        taps["z"] = Tap(self._at(output), "in", Layout.heads(units, heads.d_value))
+        taps["z"] = HookPoint(self._at(output), "in", Layout.heads(units, heads.d_value))
         wide = Layout(units, shape.d_model, stride=0)
-        taps["head_out"] = Tap(self._at(output), "out", wide)
+        taps["head_out"] = HookPoint(self._at(output), "out", wide)
         return taps, tuple(self._at(p) for p in inputs), self._at(output)
 
     def _output(self, attention: str, projections: Mapping[str, tuple[int, int]]) -> str:

@@ -16,8 +16,16 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import PartNotFound
 from mechdsl.models.adapters import Arrangement
-from mechdsl.models.anatomy import Anatomy, BlockAnatomy, Layout, Tap
-from mechdsl.models.block_parts import ATTENTION, MIXER, Around, Block, as_bert, is_norm, mixer_of
+from mechdsl.models.anatomy import Anatomy, BlockAnatomy, HookPoint, Layout
+from mechdsl.models.block_parts import (
+    ATTENTION,
+    MIXER,
+    Around,
+    BlockParts,
+    as_bert,
+    is_norm,
+    mixer_of,
+)
 from mechdsl.models.families import Family, family_of
 from mechdsl.models.projections import NotFound, leaf, sizes
 from mechdsl.models.shape import ModelShape, mixes
@@ -108,7 +116,7 @@ class _Finder:
             hybrid=self.hybrid,
         )
         paths = [self.block_path(n) for n in self.layers]
-        blocks = [Block(around, p, self.within(p), arrangement).anatomy() for p in paths]
+        blocks = [BlockParts(around, p, self.within(p), arrangement).anatomy() for p in paths]
         found = self._checked(blocks)
         blocks = tuple(self.family.block(self.shape.config, n, b) for n, b in enumerate(found))
         without = dict(self.without)
@@ -279,28 +287,28 @@ class _Finder:
                 return None
             parent = parent.rpartition(".")[0]
 
-    def _outer_taps(self, embedding: str | None, unembedding: str | None) -> dict[str, Tap]:
+    def _outer_taps(self, embedding: str | None, unembedding: str | None) -> dict[str, HookPoint]:
         shape = self.shape
-        taps: dict[str, Tap] = {}
+        taps: dict[str, HookPoint] = {}
         merged = self._merged()
         width = getattr(self.modules.get(embedding or ""), "embedding_dim", shape.d_model)
         if merged is not None and not self.stack:
-            taps["embed"] = Tap(merged, "in", Layout.whole(shape.d_model))
+            taps["embed"] = HookPoint(merged, "in", Layout.whole(shape.d_model))
         elif embedding is not None:
-            taps["embed"] = Tap(embedding, "out", Layout.whole(width))
+            taps["embed"] = HookPoint(embedding, "out", Layout.whole(width))
         elif self.stack in ("", "vision") and (made := self._embeddings_module()):
-            taps["embed"] = Tap(made, "out", Layout.whole(shape.d_model))
+            taps["embed"] = HookPoint(made, "out", Layout.whole(shape.d_model))
         if unembedding is not None:
             read = sizes(self.modules[unembedding])
             width = shape.d_model if read is None else read[0]
-            taps["final_norm"] = Tap(unembedding, "in", Layout.whole(width))
+            taps["final_norm"] = HookPoint(unembedding, "in", Layout.whole(width))
         elif not self.stack and (head := self.parts.get("head")) in self.modules:
-            taps["final_norm"] = Tap(str(head), "out", Layout.whole(shape.d_model))
+            taps["final_norm"] = HookPoint(str(head), "out", Layout.whole(shape.d_model))
         elif self.stack != "cross" and (norm := self._final_norm()) is not None:
-            taps["final_norm"] = Tap(norm, "out", Layout.whole(shape.d_model))
+            taps["final_norm"] = HookPoint(norm, "out", Layout.whole(shape.d_model))
         elif self.stack == "encoder":
             last = self.block_path(shape.n_layers - 1)
-            taps["final_norm"] = Tap(last, "out", Layout.whole(shape.d_model))
+            taps["final_norm"] = HookPoint(last, "out", Layout.whole(shape.d_model))
         return taps
 
     def _merged(self) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mechdsl.models.adapters import Family
-from mechdsl.models.anatomy import Layout, Tap
+from mechdsl.models.anatomy import HookPoint, Layout
 from mechdsl.models.shape import ModelShape
 
 _SPLIT = {
@@ -124,7 +124,7 @@ def qkv_taps(
     heads: HeadSizes,
     family: type[Family],
     parts: Mapping[str, str],
-) -> tuple[dict[str, Tap], tuple[str, ...]]:
+) -> tuple[dict[str, HookPoint], tuple[str, ...]]:
     """Queries, keys and values as attention reads them (behind their norm, if there is one), and
     the linear maps that make them; paths within the block."""
     taps = _split(projections, heads, parts) or _fused(projections, heads, family)
@@ -142,12 +142,12 @@ def qkv_taps(
 
 def _split(
     projections: Mapping[str, tuple[int, int]], heads: HeadSizes, parts: Mapping[str, str]
-) -> dict[str, Tap]:
+) -> dict[str, HookPoint]:
     """A linear map for each; empty where there are none."""
     latent = next((p for p in projections if leaf(p) == _LATENT), None)
     counts = {"q": heads.n_heads, "k": heads.n_kv_heads, "v": heads.n_kv_heads}
     widths = {"q": heads.d_head, "k": heads.d_head, "v": heads.d_value}
-    taps: dict[str, Tap] = {}
+    taps: dict[str, HookPoint] = {}
     for site, names in _SPLIT.items():
         path = next((p for name in names for p in projections if _called(p) == name), None)
         if latent is not None and site != "q":
@@ -167,11 +167,11 @@ def _split(
                 )
             count = out // width
         layout = Layout(count, width, stride=step)
-        taps[site] = Tap(_wrapper(path), "out", layout)
+        taps[site] = HookPoint(_wrapper(path), "out", layout)
     if latent is not None:
         each = projections[latent][1] // heads.n_heads
         layout = Layout(heads.n_heads, heads.d_value, offset=each - heads.d_value, stride=each)
-        taps["v"] = Tap(latent, "out", layout)
+        taps["v"] = HookPoint(latent, "out", layout)
     return taps
 
 
@@ -190,7 +190,7 @@ def _any_of(projections: Mapping[str, tuple[int, int]], names: tuple[str, ...]) 
 
 def _fused(
     projections: Mapping[str, tuple[int, int]], heads: HeadSizes, family: type[Family]
-) -> dict[str, Tap]:
+) -> dict[str, HookPoint]:
     """One linear map for queries, keys and values."""
     n, kv, d = heads.n_heads, heads.n_kv_heads, heads.d_head
     for path, (_, out) in projections.items():
@@ -213,7 +213,7 @@ def _fused(
                 "k": Layout.heads(kv, d, offset=n * d),
                 "v": Layout.heads(kv, d, offset=(n + kv) * d),
             }
-        return {site: Tap(path, "out", layouts[site]) for site in layouts}
+        return {site: HookPoint(path, "out", layouts[site]) for site in layouts}
     raise NotFound("query, key and value projections", f"known names: {_known_names()}")
 
 
@@ -223,7 +223,7 @@ def _qk_norm(
     names: tuple[str, ...],
     raw: Layout,
     family: type[Family],
-) -> Tap | None:
+) -> HookPoint | None:
     """The norm behind a query or key projection, which is what attention reads."""
     for path, module in inside.items():
         if not path.startswith(attention + ".") or leaf(path) not in names:
@@ -236,7 +236,7 @@ def _qk_norm(
             layout = Layout.heads(raw.units, raw.width)
         else:  # or `heads_first`, which only its tensors tell
             layout = Layout(raw.units, raw.width, axes="heads")
-        return Tap(path, "out", layout)
+        return HookPoint(path, "out", layout)
     return None
 
 

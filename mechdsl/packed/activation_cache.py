@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.hooks.attention_functions import (
-    KeptAttention,
+    CachedAttention,
     biased,
     cross_modules,
     current_block,
@@ -29,7 +29,7 @@ from mechdsl.hooks.loaded import LoadedModel
 
 
 @dataclass(eq=False)
-class Kept:
+class ActivationCache:
     """Activations of an unpatched run on B lanes of T columns. Token = lane * T + column."""
 
     batch: Batch
@@ -39,8 +39,8 @@ class Kept:
     """Path of a linear map or sublayer → [token, width], what it returns."""
     z: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     """Block → [token, heads, d_head]."""
-    attention: dict[int, KeptAttention] = field(default_factory=dict[int, KeptAttention])
-    across: dict[int, KeptAttention] = field(default_factory=dict[int, KeptAttention])
+    attention: dict[int, CachedAttention] = field(default_factory=dict[int, CachedAttention])
+    across: dict[int, CachedAttention] = field(default_factory=dict[int, CachedAttention])
     """Block → what its attention to the encoder had: keys and values of the encoder's tokens."""
     embedded: Tensor | None = None
     """[token, d_model], what the embedding returns, where that isn't the tokens' own (noise)."""
@@ -51,11 +51,11 @@ class Kept:
     encoded: Any = None
     """What an encoder-decoder's encoder returns, the library's object of tensors."""
 
-    def part(self, rows: slice, batch: Batch) -> Kept:
+    def part(self, rows: slice, batch: Batch) -> ActivationCache:
         """What was kept of some lanes, without copying."""
         width = self.columns
         tokens = slice(rows.start * width, rows.stop * width)
-        return Kept(
+        return ActivationCache(
             batch,
             {layer: kept[tokens] for layer, kept in self.hidden.items()},
             {path: kept[tokens] for path, kept in self.outputs.items()},
@@ -104,12 +104,12 @@ def parts(model: LoadedModel, layer: int) -> tuple[tuple[str, ...], str | None, 
 
 
 @contextmanager
-def keeping(model: LoadedModel, batch: Batch, lowest: int) -> Generator[Kept]:
+def keeping(model: LoadedModel, batch: Batch, lowest: int) -> Generator[ActivationCache]:
     """What the model computes inside is kept, from block `lowest` on.
 
     A model that doesn't attend through the library's attention functions leaves `attention` empty.
     """
-    kept = Kept(batch)
+    kept = ActivationCache(batch)
     with ExitStack() as stack:
         running = stack.enter_context(current_block(model))
         _keep_streams(kept, model, lowest, stack)
@@ -122,7 +122,7 @@ def keeping(model: LoadedModel, batch: Batch, lowest: int) -> Generator[Kept]:
             yield kept
 
 
-def _keep_streams(kept: Kept, model: LoadedModel, lowest: int, stack: ExitStack) -> None:
+def _keep_streams(kept: ActivationCache, model: LoadedModel, lowest: int, stack: ExitStack) -> None:
     """What enters each block, and what leaves the last."""
     blocks = [model.module.get_submodule(block.path) for block in model.anatomy.blocks]
 
@@ -141,7 +141,7 @@ def _keep_streams(kept: Kept, model: LoadedModel, lowest: int, stack: ExitStack)
     stack.callback(blocks[-1].register_forward_hook(leaves).remove)
 
 
-def _keep_outputs(kept: Kept, model: LoadedModel, lowest: int, stack: ExitStack) -> None:
+def _keep_outputs(kept: ActivationCache, model: LoadedModel, lowest: int, stack: ExitStack) -> None:
     """What projections and MLPs return."""
 
     def returns(path: str) -> Any:
@@ -162,7 +162,7 @@ def _keep_outputs(kept: Kept, model: LoadedModel, lowest: int, stack: ExitStack)
             stack.callback(module.register_forward_hook(returns(path)).remove)
 
 
-def _keep_encoded(kept: Kept, model: LoadedModel, stack: ExitStack) -> None:
+def _keep_encoded(kept: ActivationCache, model: LoadedModel, stack: ExitStack) -> None:
     """What the encoder returns, where there is one."""
     if not cross_modules(model):
         return
@@ -174,7 +174,7 @@ def _keep_encoded(kept: Kept, model: LoadedModel, stack: ExitStack) -> None:
     stack.callback(encoder.get_encoder().register_forward_hook(encodes).remove)
 
 
-def _keep_embedded(kept: Kept, model: LoadedModel, stack: ExitStack) -> None:
+def _keep_embedded(kept: ActivationCache, model: LoadedModel, stack: ExitStack) -> None:
     """What a language model is given where an image is merged into its text."""
     embed = model.anatomy.taps.get("embed")
     if not kept.batch.extra or embed is None or embed.side != "in":
@@ -194,7 +194,7 @@ class _AttentionKeeper:
     """The model's own attention, of which is kept what it had and what it gave."""
 
     def __init__(
-        self, kept: Kept, model: LoadedModel, lowest: int, running: Callable[[], int]
+        self, kept: ActivationCache, model: LoadedModel, lowest: int, running: Callable[[], int]
     ) -> None:
         self.kept = kept
         self.lowest = lowest
@@ -221,10 +221,10 @@ class _AttentionKeeper:
             if (bias := kwargs.get("position_bias")) is not None:
                 mask = self._with_bias(mask, bias)
             if id(module) in self.crossing:
-                self.kept.across[layer] = KeptAttention(key, value, mask)
+                self.kept.across[layer] = CachedAttention(key, value, mask)
                 return out, weights
             distances = kwargs.get("distances")
-            self.kept.attention[layer] = KeptAttention(key, value, mask, distances)
+            self.kept.attention[layer] = CachedAttention(key, value, mask, distances)
             self.kept.z[layer] = out.flatten(0, 1)
         return out, weights
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from mechdsl.hooks.batch import on_device
 from mechdsl.hooks.hook_points import given_again, given_to
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.packed.activation_cache import Kept
-from mechdsl.packed.layout import Entry
+from mechdsl.packed.activation_cache import ActivationCache
+from mechdsl.packed.layout import BlockInput
 from mechdsl.plan.columns import Ints
 
 Places = tuple[Ints, Ints]
@@ -28,7 +28,7 @@ Places = tuple[Ints, Ints]
 class Finals:
     """Tokens that go on behind the last block, in the order of their numbers there."""
 
-    put: Entry
+    put: BlockInput
     """Where the tokens of the last block come to lie, and which are kept ones."""
     row: Ints
     column: Ints
@@ -131,7 +131,7 @@ def end_of(model: LoadedModel) -> End:
     return ImageEnd(model.calling.reads) if model.shape.takes == "image" else TokenEnd()
 
 
-def is_causal(model: LoadedModel, kept: Kept) -> bool:
+def is_causal(model: LoadedModel, kept: ActivationCache) -> bool:
     """Whether no token sees a later one; those of an image in a text may see one another."""
     seeing = model.shape.takes == "image and text" and bool(kept.batch.extra)
     return model.shape.causal and not (seeing and kept.sees_later)
@@ -184,7 +184,7 @@ class _Images:
         return output[self.row, self.column] if self.reads == "every token" else output
 
 
-def assembled(below: Tensor, source: Entry | None, kept: Tensor | None) -> Tensor:
+def assembled(below: Tensor, source: BlockInput | None, kept: Tensor | None) -> Tensor:
     """[1, N, d_model]: the tokens of a block."""
     if source is None:
         return below

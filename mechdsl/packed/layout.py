@@ -11,13 +11,13 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.hooks.batch import on_device
-from mechdsl.hooks.inside_attention import Group
-from mechdsl.packed.activation_cache import Kept
+from mechdsl.hooks.inside_attention import AttentionGroup
+from mechdsl.packed.activation_cache import ActivationCache
 from mechdsl.plan.restart import BlockWork, Mask
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ComputedTokens:
     """Tokens of a block that something is computed for; the others keep the unpatched value."""
 
     computed: Tensor
@@ -38,19 +38,19 @@ class BlockPack:
     """[row, column] → token, -1 where it isn't there."""
     kept_index: Ints
     """[token], where it lies in what was kept."""
-    groups: tuple[Group, ...]
-    project: Part | None
+    groups: tuple[AttentionGroup, ...]
+    project: ComputedTokens | None
     """None where all tokens are computed."""
-    attend: Part | None
-    output: Part | None
-    mlp: Part | None
+    attend: ComputedTokens | None
+    output: ComputedTokens | None
+    mlp: ComputedTokens | None
 
     def __len__(self) -> int:
         return len(self.kept_index)
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class BlockInput:
     """Where the tokens that enter a block come from."""
 
     carried: Tensor
@@ -63,7 +63,9 @@ class Entry:
     """… at this place of what was kept."""
 
 
-def pack_block(work: BlockWork, lanes: Ints, kept: Kept, device: torch.device) -> BlockPack:
+def pack_block(
+    work: BlockWork, lanes: Ints, kept: ActivationCache, device: torch.device
+) -> BlockPack:
     """Lay the tokens of a block out.
 
     Rows whose tokens lie in the same columns are put together, and by their lane, so that attention
@@ -86,13 +88,13 @@ def pack_block(work: BlockWork, lanes: Ints, kept: Kept, device: torch.device) -
 
     lengths = kept.batch.lengths.cpu().numpy()
     edges = np.flatnonzero((np.diff(which) != 0) | (np.diff(count) != 0)) + 1
-    groups: list[Group] = []
+    groups: list[AttentionGroup] = []
     start = 0
     for begin, end in zip([0, *edges], [*edges, len(rows)], strict=True):
         columns = np.flatnonzero(present[begin])
         own_lanes = lanes[rows[begin : end : count[begin]]]
         asking = work.attend[rows[begin]][columns]
-        group = Group(
+        group = AttentionGroup(
             start=start,
             lanes=on_device(own_lanes, device),
             rows=int(count[begin]),
@@ -103,14 +105,14 @@ def pack_block(work: BlockWork, lanes: Ints, kept: Kept, device: torch.device) -
         start += group.size
         groups.append(group)
 
-    def part(mask: Mask) -> Part | None:
+    def part(mask: Mask) -> ComputedTokens | None:
         chosen = mask[token_rows, column]
         if chosen.all():
             return None
         inside = np.full(lookup.shape, -1, dtype=np.int64)
         inside[token_rows[chosen], column[chosen]] = np.arange(int(chosen.sum()))
         taken = np.flatnonzero(~chosen)
-        return Part(
+        return ComputedTokens(
             computed=on_device(np.flatnonzero(chosen), device),
             taken=on_device(taken, device),
             taken_from=on_device(kept_index[taken], device),
@@ -130,7 +132,7 @@ def pack_block(work: BlockWork, lanes: Ints, kept: Kept, device: torch.device) -
 
 def entry(
     below: Ints, pack: BlockPack, carried: Mask, device: torch.device, width: int
-) -> Entry | None:
+) -> BlockInput | None:
     """How the tokens of a block are put together; None where they are those of the one below.
 
     below: [row, column] → token of the block below. width: tokens of it.
@@ -143,7 +145,7 @@ def entry(
     if len(source) == width and bool((source == np.arange(width)).all()):
         return None
     stays, fresh = np.flatnonzero(source >= 0), np.flatnonzero(source < 0)
-    return Entry(
+    return BlockInput(
         carried=on_device(stays, device),
         carried_from=on_device(source[stays], device),
         fresh=on_device(fresh, device),

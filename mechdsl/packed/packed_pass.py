@@ -36,12 +36,12 @@ from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite
 from mechdsl.hooks.site_hooks import SiteWork
-from mechdsl.packed.activation_cache import Kept, parts
+from mechdsl.packed.activation_cache import ActivationCache, parts
 from mechdsl.packed.behind_last_block import End, Finals, Places, assembled, end_of, is_causal
 from mechdsl.packed.layout import (
+    BlockInput,
     BlockPack,
-    Entry,
-    Part,
+    ComputedTokens,
     entry,
     masks_of,
     pack_block,
@@ -67,7 +67,7 @@ class PackedResult:
 
 def run_packed(
     model: LoadedModel,
-    kept: Kept,
+    kept: ActivationCache,
     lanes: Ints,
     *,
     writes: Sequence[SiteWrite],
@@ -128,7 +128,7 @@ def run_packed(
 class _Columns:
     """From positions in prompts to columns of what was kept."""
 
-    def __init__(self, kept: Kept, lanes: Ints) -> None:
+    def __init__(self, kept: ActivationCache, lanes: Ints) -> None:
         self.starts = kept.batch.starts.cpu().numpy()[lanes]
         self.real = kept.batch.mask.cpu().numpy().astype(np.bool_)[lanes]
 
@@ -146,7 +146,7 @@ class _Pass:
     def __init__(
         self,
         model: LoadedModel,
-        kept: Kept,
+        kept: ActivationCache,
         lanes: Ints,
         rows: RowMasks,
         shortcuts: Shortcuts,
@@ -368,7 +368,7 @@ class _Pass:
             self.last = below
             yield
 
-    def _enter(self, layer: int, pack: BlockPack, source: Entry | None) -> Any:
+    def _enter(self, layer: int, pack: BlockPack, source: BlockInput | None) -> Any:
         """A hook that hands a block its tokens, and what the model knows about them."""
         row, column = np.nonzero(pack.lookup >= 0)
         known = np.empty(len(pack), dtype=np.int64)
@@ -410,7 +410,7 @@ class _Pass:
         source = below[row, column] if self.packs[-1] is not None else np.full(len(row), -1)
         stays, fresh = np.flatnonzero(source >= 0), np.flatnonzero(source < 0)
         places = self.lanes[row] * self.kept.columns + column
-        put = Entry(
+        put = BlockInput(
             *(
                 on_device(index, self.device)
                 for index in (stays, source[stays], fresh, places[fresh])
@@ -484,7 +484,7 @@ class _Pass:
         return out, None
 
 
-def _partly(forward: Any, part: Part, kept: Tensor, several: int) -> Any:
+def _partly(forward: Any, part: ComputedTokens, kept: Tensor, several: int) -> Any:
     """A module's forward on some tokens; the others get what was kept.
 
     several: length of the tuple that it returns, 0 for a tensor.

@@ -22,10 +22,10 @@ from mechdsl.hooks.calls import text_inputs
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.packed.activation_cache import Kept
+from mechdsl.packed.activation_cache import ActivationCache
 
 
-def prompt_of(model: LoadedModel, kept: Kept) -> tuple[dict[str, Any], int]:
+def prompt_of(model: LoadedModel, kept: ActivationCache) -> tuple[dict[str, Any], int]:
     """What the model is called with, the longest prompt or any image, and its number of tokens."""
     batch = kept.batch
     if model.shape.takes == "image":
@@ -45,7 +45,7 @@ def prompt_of(model: LoadedModel, kept: Kept) -> tuple[dict[str, Any], int]:
 
 def entering(
     model: LoadedModel,
-    kept: Kept,
+    kept: ActivationCache,
     lanes: Ints,
     universe: Ints,
     size: int,
@@ -96,7 +96,7 @@ def entering(
     return entered, seen
 
 
-def _with_noise(kept: Kept, lanes: Ints, writes: Sequence[SiteWrite]) -> list[SiteWrite]:
+def _with_noise(kept: ActivationCache, lanes: Ints, writes: Sequence[SiteWrite]) -> list[SiteWrite]:
     """What the unpatched run's embedding was, where that isn't the tokens' own and nothing else is
     set."""
     if kept.embedded is None:

@@ -78,7 +78,7 @@ def estimated_seconds(cost: Cost, blocks: int, rate: float) -> float:
 
 
 @dataclass(frozen=True)
-class _Block:
+class _BlockCost:
     """Multiply-adds per token of the parts of a block."""
 
     project: int
@@ -88,11 +88,11 @@ class _Block:
     """Attention's, per key that a query sees."""
 
     @staticmethod
-    def of(shape: ModelShape) -> _Block:
+    def of(shape: ModelShape) -> _BlockCost:
         heads = shape.n_heads * shape.d_head
         # A hidden layer of four widths has no gate, as a rule; others have.
         matrices = 2 if shape.d_mlp == 4 * shape.d_model else 3
-        return _Block(
+        return _BlockCost(
             project=shape.d_model * (heads + 2 * shape.n_kv_heads * shape.d_head),
             output=heads * shape.d_model,
             mlp=matrices * shape.d_model * shape.d_mlp,
@@ -137,7 +137,7 @@ class PanelCount:
         self.plans = panel.experiments
         self.table = self.plans[0].experiment.table
         self.shape = self.plans[0].experiment.model.shape
-        self.block = _Block.of(self.shape)
+        self.block = _BlockCost.of(self.shape)
         self.sharer = Sharer(self.plans, share=True)
 
     def chunks(self) -> Iterator[Ints]:
@@ -171,7 +171,7 @@ class PanelCount:
         return sum(-(-n // self.prompt_tokens) for n in tokens)
 
 
-class Tally:
+class PanelWork:
     """The work of a panel on some prompts: of the plain loop first, then with more and more left
     out of it. The panel's unpatched runs are counted with its first prompts."""
 
@@ -326,7 +326,7 @@ class _Shapes:
         )
         self.width = int(np.maximum(1, self.lengths - begin) @ self.counts)
 
-    def work(self, block: _Block, shape: ModelShape, shortcuts: Shortcuts) -> tuple[int, int]:
+    def work(self, block: _BlockCost, shape: ModelShape, shortcuts: Shortcuts) -> tuple[int, int]:
         """(tokens through blocks, multiply-adds)"""
         tokens = adds = 0
         for each in block_work(

@@ -13,7 +13,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 from mechdsl.graph.nodes import Graph
 from mechdsl.graph.passes import stop_early
-from mechdsl.plan.cost import Tally
+from mechdsl.plan.cost import PanelWork
 from mechdsl.plan.plan import Plan
 
 
@@ -29,7 +29,7 @@ class PlannerPass:
     """Why results stay what they are."""
     does: str
     """In one line, below the table of `mechdsl plan`."""
-    shown: Callable[[Tally], None] | None
+    shown: Callable[[PanelWork], None] | None
     """Takes what it leaves out off the work that `mechdsl plan` counts; None where none of the
     figures there knows of it."""
     restarts: bool = False
@@ -54,7 +54,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
         leaves_out="blocks of a source run above the highest site that is read",
         why="a block computes from those below it alone",
         does="an unpatched run that is only read stops above the highest read",
-        shown=Tally.stop_early,
+        shown=PanelWork.stop_early,
         apply=stop_early,
     ),
 )
@@ -66,7 +66,7 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         why="all that they write is equal to what stands there, or out of sight of all that is "
         "measured; tokens and positions say so, never floats",
         does="rows that can't differ from the base run are not run",
-        shown=Tally.leave_inert_out,
+        shown=PanelWork.leave_inert_out,
         apply=lambda plan: replace(plan, skips_inert=True),
     ),
     PlanPass(
@@ -74,7 +74,7 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         leaves_out="rows that are equal, in one experiment or in several",
         why="they start from the same run of the same prompt and write the same to the same places",
         does="rows that several cells or experiments have in common are run once",
-        shown=Tally.share,
+        shown=PanelWork.share,
         apply=lambda plan: replace(plan, shares_rows=True),
     ),
     PlanPass(
@@ -125,7 +125,7 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         "metrics with a softmax get all",
         why="a logit is a product with its own row of the unembedding",
         does="only the logits that metrics read are computed, where they need no softmax",
-        shown=Tally.narrow,
+        shown=PanelWork.narrow,
         apply=lambda plan: replace(plan, narrows_logits=True),
     ),
     PlanPass(
@@ -134,7 +134,7 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         why="only attention mixes tokens, and its masks keep rows apart",
         does="rows of all layers, sites, rules and experiments ride in one pass, and join it where "
         "they start",
-        shown=Tally.join,
+        shown=PanelWork.join,
         apply=lambda plan: replace(plan, joins_rows=True),
     ),
     PlanPass(

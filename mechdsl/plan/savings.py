@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mechdsl.plan.cost import Cost, PanelCount, Tally
+from mechdsl.plan.cost import Cost, PanelCount, PanelWork
 from mechdsl.plan.passes import PASSES
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, Plan
 
@@ -45,7 +45,7 @@ def plan_cost(
     for panel in plan.panels:
         count = PanelCount(panel, pass_tokens, prompt_tokens)
         for prompts in count.chunks():
-            tally = Tally(count, prompts)
+            tally = PanelWork(count, prompts)
             plain += tally.cost
             for one in PASSES:
                 if one.shown is None:

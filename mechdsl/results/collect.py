@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.execute import Measured, base_per_cell
+from mechdsl.execute.execute import MeasuredValues, base_per_cell
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 def collect(
     plan: ExperimentPlan,
-    measured: Measured,
+    measured: MeasuredValues,
     models: Mapping[str, LoadedModel],
     profile: Profile,
     sizes: Sizes,
@@ -164,7 +164,7 @@ def _overlaid(
 
 
 def with_control(
-    result: ExperimentResult, plan: ExperimentPlan, measured: Mapping[str, Measured]
+    result: ExperimentResult, plan: ExperimentPlan, measured: Mapping[str, MeasuredValues]
 ) -> ExperimentResult:
     """The result with what its control gave, where it has one."""
     experiment, control = plan.experiment, plan.experiment.control

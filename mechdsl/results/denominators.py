@@ -8,13 +8,13 @@ import numpy as np
 
 from mechdsl.base.arrays import Ints
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.execute.execute import Measured
+from mechdsl.execute.execute import MeasuredValues
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.statistics.cell_statistics import check_denominator
 from mechdsl.vocab.effects import EFFECTS
 
 
-def check_denominators(measured: Measured) -> list[Diagnostic]:
+def check_denominators(measured: MeasuredValues) -> list[Diagnostic]:
     """E0604 where a ratio would be taken over something that may be 0."""
     experiment = measured.experiment
     found: list[Diagnostic] = []

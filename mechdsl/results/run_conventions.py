@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mechdsl.execute.execute import Measured
+from mechdsl.execute.execute import MeasuredValues
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.execute.unpatched_batch import noise_scale
@@ -19,7 +19,9 @@ def model_words(model: LoadedModel) -> str:
     return f"{model.shape.architecture}, {model.provenance.get('source', '')}"
 
 
-def conventions(plan: ExperimentPlan, measured: Measured, model: LoadedModel) -> dict[str, str]:
+def conventions(
+    plan: ExperimentPlan, measured: MeasuredValues, model: LoadedModel
+) -> dict[str, str]:
     """What was defaulted, dropped or chosen, in words."""
     experiment = plan.experiment
     found = {

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from mechdsl.base.arrays import Floats
-from mechdsl.execute.execute import Measured
+from mechdsl.execute.execute import MeasuredValues
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.results.variants import joined_axes
@@ -60,7 +60,7 @@ class Store:
         }
         self._files[name].write(json.dumps(head, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def unpatched(self, measured: Measured) -> None:
+    def unpatched(self, measured: MeasuredValues) -> None:
         """The values of base and source runs, which every effect is set against."""
         ids = [measured.experiment.table.row_ids[i] for i in measured.kept]
         for run, values in measured.unpatched.items():
@@ -73,7 +73,7 @@ class Store:
                 line["values"] = [[_number(v) for v in found[number]] for found in values]
                 self._line(measured.experiment.name, line)
 
-    def rows(self, measured: Measured, rows: Rows, values: Sequence[Floats]) -> None:
+    def rows(self, measured: MeasuredValues, rows: Rows, values: Sequence[Floats]) -> None:
         """The patched values of one pass, by cell. Runs under one label are listed side by side."""
         experiment = measured.experiment
         name = experiment.name

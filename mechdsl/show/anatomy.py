@@ -12,7 +12,7 @@ from rich.table import Table
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.hooks.loaded import LoadedModel, Outcome, Stack
 from mechdsl.loading.verify import RESTART
-from mechdsl.models.anatomy import Anatomy, Tap
+from mechdsl.models.anatomy import Anatomy, HookPoint
 from mechdsl.models.shape import units, width
 from mechdsl.plan.passes import RESTARTS
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION
@@ -179,7 +179,7 @@ def _tensor(anatomy: Anatomy, site: str) -> str:
     return _said(site, tap, path, anatomy)
 
 
-def _said(site: str, tap: Tap, path: str, anatomy: Anatomy) -> str:
+def _said(site: str, tap: HookPoint, path: str, anatomy: Anatomy) -> str:
     side = "input" if tap.side == "in" else "output"
     if site == "head_out":
         return f"heads' shares of the {side} of {path}"

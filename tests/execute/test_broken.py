@@ -27,7 +27,7 @@ from mechdsl.execute.writes import build_writes
 from mechdsl.hooks.attention_functions import attend
 from mechdsl.hooks.batch import Batch, gather
 from mechdsl.hooks.reads_and_writes import SiteWrite
-from mechdsl.packed.activation_cache import Kept
+from mechdsl.packed.activation_cache import ActivationCache
 from mechdsl.packed.packed_pass import run_packed
 from mechdsl.pipeline import RunOptions
 from mechdsl.plan.restart import BlockWork, block_work
@@ -172,33 +172,33 @@ def off_by(folder: Path, family: str) -> float:
 Broken = Callable[..., Any]
 
 
-def other_lane(tokens: Tensor, kept: Kept) -> Tensor:
+def other_lane(tokens: Tensor, kept: ActivationCache) -> Tensor:
     """[token, …] of what was kept, of another prompt."""
     return tokens.unflatten(0, (-1, kept.columns)).roll(1, 0).flatten(0, 1)
 
 
-def of_kept(change: Callable[[Kept], Kept]) -> Broken:
-    def broken(model: Any, kept: Kept, lanes: Any, **others: Any) -> Any:
+def of_kept(change: Callable[[ActivationCache], ActivationCache]) -> Broken:
+    def broken(model: Any, kept: ActivationCache, lanes: Any, **others: Any) -> Any:
         return run_packed(model, change(kept), lanes, **others)
 
     return broken
 
 
-def other_keys(kept: Kept) -> Kept:
+def other_keys(kept: ActivationCache) -> ActivationCache:
     return replace(
         kept,
         attention={n: replace(a, keys=a.keys.roll(1, 0)) for n, a in kept.attention.items()},
     )
 
 
-def other_values(kept: Kept) -> Kept:
+def other_values(kept: ActivationCache) -> ActivationCache:
     return replace(
         kept,
         attention={n: replace(a, values=a.values.roll(1, 0)) for n, a in kept.attention.items()},
     )
 
 
-def other_masks(kept: Kept) -> Kept:
+def other_masks(kept: ActivationCache) -> ActivationCache:
     """Padding of another prompt."""
     return replace(
         kept,
@@ -209,35 +209,35 @@ def other_masks(kept: Kept) -> Kept:
     )
 
 
-def other_hidden(kept: Kept) -> Kept:
+def other_hidden(kept: ActivationCache) -> ActivationCache:
     return replace(kept, hidden={n: other_lane(x, kept) for n, x in kept.hidden.items()})
 
 
-def other_final(kept: Kept) -> Kept:
+def other_final(kept: ActivationCache) -> ActivationCache:
     """Only what the last block returned, for tokens that are read and were not computed."""
     last = max(kept.hidden)
     return replace(kept, hidden={**kept.hidden, last: other_lane(kept.hidden[last], kept)})
 
 
-def other_z(kept: Kept) -> Kept:
+def other_z(kept: ActivationCache) -> ActivationCache:
     return replace(kept, z={n: other_lane(x, kept) for n, x in kept.z.items()})
 
 
-def other_outputs(kept: Kept) -> Kept:
+def other_outputs(kept: ActivationCache) -> ActivationCache:
     """Of projections and MLPs."""
     return replace(kept, outputs={p: other_lane(x, kept) for p, x in kept.outputs.items()})
 
 
-def one_block_too_late(kept: Kept) -> Kept:
+def one_block_too_late(kept: ActivationCache) -> ActivationCache:
     """Rows get what enters the next block."""
     return replace(kept, hidden={n: kept.hidden.get(n + 1, x) for n, x in kept.hidden.items()})
 
 
-def one_token_too_late(kept: Kept) -> Kept:
+def one_token_too_late(kept: ActivationCache) -> ActivationCache:
     return replace(kept, hidden={n: x.roll(-1, 0) for n, x in kept.hidden.items()})
 
 
-def other_lanes(model: Any, kept: Kept, lanes: Any, **others: Any) -> Any:
+def other_lanes(model: Any, kept: ActivationCache, lanes: Any, **others: Any) -> Any:
     """Rows start from another prompt that is as long as theirs."""
     lengths = kept.batch.lengths.tolist()
     one, other = next((a, b) for b in range(4) for a in range(b) if lengths[a] == lengths[b])
@@ -246,11 +246,13 @@ def other_lanes(model: Any, kept: Kept, lanes: Any, **others: Any) -> Any:
     return run_packed(model, kept, swapped[lanes], **others)
 
 
-def next_lanes(model: Any, kept: Kept, lanes: Any, **others: Any) -> Any:
+def next_lanes(model: Any, kept: ActivationCache, lanes: Any, **others: Any) -> Any:
     return run_packed(model, kept, (lanes + 1) % (lanes.max() + 1), **others)
 
 
-def other_rows_writes(model: Any, kept: Kept, lanes: Any, *, writes: Any, **others: Any) -> Any:
+def other_rows_writes(
+    model: Any, kept: ActivationCache, lanes: Any, *, writes: Any, **others: Any
+) -> Any:
     """Rows of the same prompt trade what is written."""
     other = np.arange(len(lanes))
     for lane in np.unique(lanes):
@@ -260,7 +262,7 @@ def other_rows_writes(model: Any, kept: Kept, lanes: Any, *, writes: Any, **othe
     return run_packed(model, kept, lanes, writes=moved, **others)
 
 
-def other_rows_logits(model: Any, kept: Kept, lanes: Any, **others: Any) -> Any:
+def other_rows_logits(model: Any, kept: ActivationCache, lanes: Any, **others: Any) -> Any:
     found = run_packed(model, kept, lanes, **others)
     return replace(found, logits=found.logits.roll(1, 0))
 

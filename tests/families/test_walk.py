@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteWrite
-from mechdsl.models.anatomy import Tap
+from mechdsl.models.anatomy import HookPoint
 from mechdsl.packed.packed_pass import PackedResult, run_packed
 
 from ..reference import hooks
@@ -93,7 +93,7 @@ def row(name: str) -> Architecture:
     return found
 
 
-def retapped(model: LoadedModel, **taps: Callable[[Any], Tap]) -> LoadedModel:
+def retapped(model: LoadedModel, **taps: Callable[[Any], HookPoint]) -> LoadedModel:
     """The model with other taps: site → tap, made of the block's anatomy."""
     blocks = [
         block.with_taps(**{site: make(block.taps) for site, make in taps.items()})
@@ -111,7 +111,7 @@ def test_keys_taken_for_values() -> None:
 def test_heads_in_another_order() -> None:
     """The layout of the third head begins where the first one's does."""
 
-    def shifted(taps: Any) -> Tap:
+    def shifted(taps: Any) -> HookPoint:
         q = taps["q"]
         return replace(q, layout=replace(q.layout, offset=q.layout.offset + 1))
 
@@ -120,7 +120,7 @@ def test_heads_in_another_order() -> None:
 
 
 def test_a_tap_that_is_not_there() -> None:
-    def lost(taps: Any) -> Tap:
+    def lost(taps: Any) -> HookPoint:
         return replace(taps["z"], path="nowhere")
 
     found = walk(row("gpt2"), lambda model: retapped(model, z=lost))

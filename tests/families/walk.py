@@ -27,7 +27,7 @@ from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.load import adopt
 from mechdsl.loading.verify import RESTART_IMAGES
-from mechdsl.packed.activation_cache import Kept, keeping
+from mechdsl.packed.activation_cache import ActivationCache, keeping
 from mechdsl.packed.packed_pass import run_packed
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
@@ -459,7 +459,7 @@ class _Packaged:
         return each * len(wanted), writes
 
     @cached_property
-    def kept(self) -> Kept:
+    def kept(self) -> ActivationCache:
         with keeping(self.model, self.base, 0) as kept:
             run_whole(self.model, self.base)
         return kept

@@ -22,8 +22,8 @@ from mechdsl.hooks.batch import Batch, gather
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.models.anatomy import Anatomy, Layout, Tap
-from mechdsl.packed.activation_cache import Kept, keeping
+from mechdsl.models.anatomy import Anatomy, HookPoint, Layout
+from mechdsl.packed.activation_cache import ActivationCache, keeping
 from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.vocab.sites import WITHIN_ATTENTION, stop_layer
@@ -132,7 +132,7 @@ OFF: dict[str, Shortcuts] = {
 """By what is switched off."""
 
 
-def keep(model: LoadedModel, batch: Batch) -> Kept:
+def keep(model: LoadedModel, batch: Batch) -> ActivationCache:
     with keeping(model, batch, 0) as kept:
         run_whole(model, batch)
     return kept
@@ -154,7 +154,7 @@ def places(
 def in_the_pass(
     model: LoadedModel,
     base: Batch,
-    kept: Kept | None,
+    kept: ActivationCache | None,
     lanes: Sequence[int],
     writes: Sequence[SiteWrite],
     way: Way,
@@ -367,13 +367,13 @@ def test_available_sites_are_the_models(loaded: dict[str, LoadedModel]) -> None:
         assert loaded[family].shape.sites == {*available(family), *WITHIN_ATTENTION}
 
 
-def in_all(anatomy: Anatomy, site: str) -> Tap:
+def in_all(anatomy: Anatomy, site: str) -> HookPoint:
     """A site's tap, with `{layer}` in its path."""
     tap = anatomy.blocks[0].taps[site]
     return replace(tap, path=tap.path.replace(".0.", ".{layer}."))
 
 
-def with_blocks(anatomy: Anatomy, **changed: Tap) -> Anatomy:
+def with_blocks(anatomy: Anatomy, **changed: HookPoint) -> Anatomy:
     """With other taps in all blocks; `{layer}` in a path stands for the block's number."""
     blocks = [
         block.with_taps(
@@ -387,7 +387,7 @@ def with_blocks(anatomy: Anatomy, **changed: Tap) -> Anatomy:
     return replace(anatomy, blocks=tuple(blocks))
 
 
-def _with_tap(model: LoadedModel, site: str, tap: Tap) -> LoadedModel:
+def _with_tap(model: LoadedModel, site: str, tap: HookPoint) -> LoadedModel:
     return replace(model, anatomy=with_blocks(model.anatomy, **{site: tap}))
 
 
@@ -418,7 +418,7 @@ def test_the_comparison_fails_on_a_hook_that_misses_the_residual_branch(
     norm = model.anatomy.blocks[0].mlp_norm
     assert norm is not None
     norm = norm.replace(".0.", ".{layer}.")
-    tap = Tap(norm, "in", Layout.whole(model.shape.d_model))
+    tap = HookPoint(norm, "in", Layout.whole(model.shape.d_model))
     worst, relative, _ = compare(_with_tap(model, "resid_mid", tap), "llama", "resid_mid", "left")
     assert worst > ABSOLUTE
     assert relative > RELATIVE

@@ -23,7 +23,7 @@ from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.load import adopt
 from mechdsl.loading.probe import sample
-from mechdsl.packed.activation_cache import Kept, keeping
+from mechdsl.packed.activation_cache import ActivationCache, keeping
 from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.vocab.sites import SITES
@@ -56,7 +56,7 @@ def batch_of(model: LoadedModel, side: Literal["left", "right"] | None = None) -
     return Batch.of(rows, model.pad_id, side or model.calling.side)
 
 
-def kept_of(model: LoadedModel, batch: Batch) -> Kept:
+def kept_of(model: LoadedModel, batch: Batch) -> ActivationCache:
     with keeping(model, batch, 0) as kept:
         run_whole(model, batch)
     return kept
@@ -239,7 +239,7 @@ def writes_of(model: LoadedModel, batch: Batch, seed: int) -> tuple[list[SiteWri
 
 def same(
     model: LoadedModel,
-    kept: Kept,
+    kept: ActivationCache,
     writes: list[SiteWrite],
     lanes: list[int],
     shortcuts: Shortcuts | None = None,

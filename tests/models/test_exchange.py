@@ -13,13 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.hooks.attention_exchange import plain
-from mechdsl.hooks.attention_functions import Group, KeptAttention, attend, exchanged, own_function
+from mechdsl.hooks.attention_functions import (
+    AttentionGroup,
+    CachedAttention,
+    attend,
+    exchanged,
+    own_function,
+)
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.hooks.written_out_attention import WRITTEN_OUT, entry_of
 from mechdsl.loading.load import adopt
-from mechdsl.packed.activation_cache import Kept, keeping
+from mechdsl.packed.activation_cache import ActivationCache, keeping
 
 from . import families
 from .clean import clean_model_check
@@ -143,7 +149,9 @@ def adopted(case: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     return model
 
 
-def kept_of(model: LoadedModel, side: Side, rows: Sequence[Sequence[int]] = ROWS) -> Kept:
+def kept_of(
+    model: LoadedModel, side: Side, rows: Sequence[Sequence[int]] = ROWS
+) -> ActivationCache:
     batch = Batch.of(rows, model.pad_id, side)
     with keeping(model, batch, 0) as kept:
         run_whole(model, batch)
@@ -278,8 +286,8 @@ def test_biases_of_a_wider_type_keep_their_precision(way: str) -> None:
         out, _ = plain(nn.Identity(), zeros, zeros, values, mask, scaling=1.0)
         found = out[0, 1, 0]
     else:
-        last = Group(0, torch.tensor([0]), 1, torch.tensor([1]), torch.tensor([0]))
-        kept = KeptAttention(zeros, values, mask)
+        last = AttentionGroup(0, torch.tensor([0]), 1, torch.tensor([1]), torch.tensor([0]))
+        kept = CachedAttention(zeros, values, mask)
         query, value = zeros[0, :, :1], values[0, :, 1:]
         out = torch.empty(1, 1, 4, dtype=torch.bfloat16)
         attend(query, query, value, [last], kept, out, masks={}, scaling=1.0)

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.attention_functions import Group, KeptAttention, attend
+from mechdsl.hooks.attention_functions import AttentionGroup, CachedAttention, attend
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.calls import bare_logits
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.shape import units, width
-from mechdsl.packed.activation_cache import Kept, keeping
+from mechdsl.packed.activation_cache import ActivationCache, keeping
 from mechdsl.packed.behind_last_block import Places
 from mechdsl.packed.layout import BlockPack, pack_block
 from mechdsl.packed.packed_pass import PackedResult, run_packed
@@ -316,9 +316,9 @@ def test_rows_do_not_change_each_other() -> None:
 # --- where tokens lie -----------------------------------------------------------------------------
 
 
-def bare_kept(lanes: int, columns: int) -> Kept:
+def bare_kept(lanes: int, columns: int) -> ActivationCache:
     """Of prompts that fill all columns."""
-    return Kept(Batch.of([[1] * columns] * lanes, 0, "left"))
+    return ActivationCache(Batch.of([[1] * columns] * lanes, 0, "left"))
 
 
 def pack(present: Mask, lanes: Sequence[int], attends: Mask | None = None) -> BlockPack:
@@ -329,7 +329,7 @@ def pack(present: Mask, lanes: Sequence[int], attends: Mask | None = None) -> Bl
     return pack_block(work, np.array(lanes), kept, torch.device("cpu"))
 
 
-def described(group: Group) -> tuple[int, list[int], int, list[int], list[int]]:
+def described(group: AttentionGroup) -> tuple[int, list[int], int, list[int], list[int]]:
     return (
         group.start,
         group.lanes.tolist(),
@@ -344,7 +344,11 @@ def test_rows_with_equal_columns_are_one_group_where_lanes_have_equally_many() -
     found = pack(present, [0, 1, 0, 0, 0, 1, 2])
     # Rows 0, 3 on lane 0 and 1, 5 on lane 1; row 6 alone on lane 2; row 2 has other columns.
     assert sorted(described(group) for group in found.groups) == sorted(
-        described(Group(start, torch.tensor(lanes), rows, torch.tensor(columns), torch.tensor(ask)))
+        described(
+            AttentionGroup(
+                start, torch.tensor(lanes), rows, torch.tensor(columns), torch.tensor(ask)
+            )
+        )
         for start, lanes, rows, columns, ask in [
             (found.lookup[2, 3], [0], 1, [3, 4], [0, 1]),
             (found.lookup[6, 2], [2], 1, [2, 3, 4], [0, 1, 2]),
@@ -449,7 +453,7 @@ def test_attention_of_packed_tokens_is_that_of_each_row(scheme: str, extra: dict
     if "s_aux" in extra:
         arguments["s_aux"] = normal(HEADS)
     out = torch.full((count, HEADS, WIDTH), 7.0, dtype=torch.float64)
-    kept = KeptAttention(keys, values, seen)
+    kept = CachedAttention(keys, values, seen)
     attend(query, key, value, found.groups, kept, out, masks={}, **arguments)
 
     for row, lane in enumerate(lanes):
@@ -495,7 +499,9 @@ PROMPTS = [
 """All longer than the windows of the families that have one (3)."""
 
 
-def kept_of(model: LoadedModel, side: Side, prompts: Sequence[Sequence[int]] = PROMPTS) -> Kept:
+def kept_of(
+    model: LoadedModel, side: Side, prompts: Sequence[Sequence[int]] = PROMPTS
+) -> ActivationCache:
     batch = Batch.of(prompts, model.pad_id, side)
     with keeping(model, batch, 0) as kept:
         run_whole(model, batch)
@@ -520,7 +526,7 @@ def write(
     )
 
 
-def every_token(kept: Kept, lanes: Sequence[int]) -> Places:
+def every_token(kept: ActivationCache, lanes: Sequence[int]) -> Places:
     """(row, position) of all tokens of rows on these lanes."""
     lengths = kept.batch.lengths[torch.tensor(lanes)].tolist()
     return (
@@ -529,11 +535,11 @@ def every_token(kept: Kept, lanes: Sequence[int]) -> Places:
     )
 
 
-def last_tokens(kept: Kept, lanes: Sequence[int]) -> Places:
+def last_tokens(kept: ActivationCache, lanes: Sequence[int]) -> Places:
     return np.arange(len(lanes)), kept.batch.lengths[torch.tensor(lanes)].numpy() - 1
 
 
-def at_places(kept: Kept, lanes: Sequence[int], whole: Tensor, places: Places) -> Tensor:
+def at_places(kept: ActivationCache, lanes: Sequence[int], whole: Tensor, places: Places) -> Tensor:
     """[place, …] of a tensor [row, column, …] of the whole pass."""
     row, position = (torch.from_numpy(each) for each in places)
     return whole[row, kept.batch.starts[torch.tensor(lanes)][row] + position]
@@ -541,7 +547,7 @@ def at_places(kept: Kept, lanes: Sequence[int], whole: Tensor, places: Places) -
 
 def same_as_whole(
     model: LoadedModel,
-    kept: Kept,
+    kept: ActivationCache,
     lanes: Sequence[int],
     writes: Sequence[SiteWrite],
     final: Places,

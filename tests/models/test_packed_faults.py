@@ -7,33 +7,33 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from mechdsl.hooks.attention_functions import KeptAttention
+from mechdsl.hooks.attention_functions import CachedAttention
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.prove import prove
 from mechdsl.packed import packed_pass as packed
-from mechdsl.packed.activation_cache import Kept
-from mechdsl.packed.layout import Part
+from mechdsl.packed.activation_cache import ActivationCache
+from mechdsl.packed.layout import ComputedTokens
 from mechdsl.plan.restart import Mask
 
 from .test_against_reference import ABSOLUTE, CUT, PACKED, WHOLE, compare
 
 
-def _shifted_keys(keys: Tensor, values: Tensor, mask: Tensor | None, _: Any) -> KeptAttention:
-    return KeptAttention(keys.roll(1, dims=2), values, mask)
+def _shifted_keys(keys: Tensor, values: Tensor, mask: Tensor | None, _: Any) -> CachedAttention:
+    return CachedAttention(keys.roll(1, dims=2), values, mask)
 
 
-def _shifted_values(keys: Tensor, values: Tensor, mask: Tensor | None, _: Any) -> KeptAttention:
-    return KeptAttention(keys, values.roll(1, dims=2), mask)
+def _shifted_values(keys: Tensor, values: Tensor, mask: Tensor | None, _: Any) -> CachedAttention:
+    return CachedAttention(keys, values.roll(1, dims=2), mask)
 
 
 def _keys_of_another_lane(
     keys: Tensor, values: Tensor, mask: Tensor | None, _: Any
-) -> KeptAttention:
-    return KeptAttention(keys.roll(1, dims=0), values, mask)
+) -> CachedAttention:
+    return CachedAttention(keys.roll(1, dims=0), values, mask)
 
 
-def _shifted_part(**fields: Any) -> Part:
-    return Part(**{**fields, "taken_from": (fields["taken_from"] - 1).clamp(min=0)})
+def _shifted_part(**fields: Any) -> ComputedTokens:
+    return ComputedTokens(**{**fields, "taken_from": (fields["taken_from"] - 1).clamp(min=0)})
 
 
 class _Below(dict[int, Tensor]):
@@ -43,8 +43,8 @@ class _Below(dict[int, Tensor]):
         return super().get(max(key - 1, 0), default)
 
 
-def _hidden_of_the_block_below(batch: Any) -> Kept:
-    return Kept(batch, hidden=_Below())
+def _hidden_of_the_block_below(batch: Any) -> ActivationCache:
+    return ActivationCache(batch, hidden=_Below())
 
 
 def _shifted_positions(model: LoadedModel, ids: Tensor, positions: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from mechdsl.hooks.loaded import LoadedModel, Stack
 from mechdsl.loading.load import adopt
 from mechdsl.loading.prove import describe, prove
 from mechdsl.loading.verify import OPENED, RESTART
-from mechdsl.models.anatomy import Anatomy, BlockAnatomy, Layout, Tap
+from mechdsl.models.anatomy import Anatomy, BlockAnatomy, HookPoint, Layout
 from mechdsl.models.finder import find_anatomies
 
 from . import broken, families
@@ -85,7 +85,7 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
         "qwen3",
         "queries before their norm",
         lambda a: with_blocks(
-            a, q=Tap("model.layers.{layer}.self_attn.q_proj", "out", Layout.heads(4, 6))
+            a, q=HookPoint("model.layers.{layer}.self_attn.q_proj", "out", Layout.heads(4, 6))
         ),
         "a hundredfold value",
     ),
@@ -106,7 +106,7 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
         "llama",
         "the gate taken for the neurons",
         lambda a: with_blocks(
-            a, mlp_hidden=Tap("model.layers.{layer}.mlp.gate_proj", "out", Layout.neurons(28))
+            a, mlp_hidden=HookPoint("model.layers.{layer}.mlp.gate_proj", "out", Layout.neurons(28))
         ),
         "mlp_hidden through the down projection",
     ),

@@ -16,7 +16,7 @@ from mechdsl.hooks.hook_points import scale_of, scaled
 from mechdsl.hooks.loaded import LoadedModel, Outcome
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.models.anatomy import Anatomy, Tap
+from mechdsl.models.anatomy import Anatomy, HookPoint
 from mechdsl.models.shape import ModelShape
 from mechdsl.vocab.sites import SITES
 
@@ -164,7 +164,7 @@ class Bench:
         parts = tokens.split(lengths)
         return torch.cat([_first(self.module(path)(own[None]))[0] for own in parts])
 
-    def scaled(self, tap: Tap, value: Tensor) -> Tensor:
+    def scaled(self, tap: HookPoint, value: Tensor) -> Tensor:
         """What a tapped tensor is to the stream."""
         return scaled(value, scale_of(self.model.module, tap))
 

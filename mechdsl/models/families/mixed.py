@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mechdsl.models.adapters import Arrangement, Config, Family, family
-from mechdsl.models.anatomy import BlockAnatomy, Layout, Tap
+from mechdsl.models.anatomy import BlockAnatomy, HookPoint, Layout
 
 _HEADS = ("q", "k", "v", "z", "head_out")
 _STREAM = ("resid_pre", "resid_mid", "resid_post")
@@ -126,7 +126,7 @@ class MiniMax(_Front):
     @staticmethod
     def block(config: Config, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         kind = "linear" if config["layer_types"][layer] == "linear_attention" else "full"
-        middle = Tap(
+        middle = HookPoint(
             f"{block.path}.post_attention_layernorm", "out", block.taps["resid_mid"].layout
         )
         mixed = replace(block.taps["mixer_out"], scale=config[f"{kind}_attn_beta_factor"])
@@ -171,9 +171,9 @@ class Zaya(_Front):
     @staticmethod
     def block(config: Config, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         z, attention = block.taps["z"].layout, f"{block.path}.self_attn"
-        q = Tap(f"{attention}.qk_norm", "out", Layout(z.units, z.width, axes="heads"))
+        q = HookPoint(f"{attention}.qk_norm", "out", Layout(z.units, z.width, axes="heads"))
         middle = f"{block.path}.post_attention_residual_scale"
-        middle = Tap(middle, "out", block.taps["resid_mid"].layout)
+        middle = HookPoint(middle, "out", block.taps["resid_mid"].layout)
         return block.with_taps(q=q, resid_mid=middle)
 
     @staticmethod
@@ -195,7 +195,7 @@ class JetMoE(_Front):
         heads, width = config["num_key_value_heads"], config["kv_channels"]
         made = f"{block.path}.self_attention.kv_proj"
         k, v = (Layout.heads(heads, width, offset=i * heads * width) for i in range(2))
-        return block.with_taps(k=Tap(made, "out", k), v=Tap(made, "out", v))
+        return block.with_taps(k=HookPoint(made, "out", k), v=HookPoint(made, "out", v))
 
 
 class _Streams(_Front):
@@ -347,11 +347,11 @@ class NemotronH(_Front):
         down = None
         if kind == "mlp":
             down = f"{mlp}.down_proj"
-            taps["mlp_hidden"] = Tap(down, "in", Layout.neurons(config["intermediate_size"]))
+            taps["mlp_hidden"] = HookPoint(down, "in", Layout.neurons(config["intermediate_size"]))
         elif not config.get("moe_latent_size"):  # experts are as wide as the stream
             count, width = config["n_routed_experts"], config["hidden_size"]
-            taps["router"] = Tap(f"{mlp}.experts", "in", Layout.whole(count))
-            taps["expert_out"] = Tap(f"{mlp}.experts", "out", Layout(count, width, stride=0))
+            taps["router"] = HookPoint(f"{mlp}.experts", "in", Layout.whole(count))
+            taps["expert_out"] = HookPoint(f"{mlp}.experts", "out", Layout(count, width, stride=0))
         block = block.without("mixer_norm", "mixer_out").with_taps(**taps)
         return replace(block, down=down, attn_norm=None, mlp_norm=block.attn_norm)
 
