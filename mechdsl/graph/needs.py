@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mechdsl.graph.nodes import (
-    Effect,
-    Encode,
-    Expect,
-    Forward,
+    EffectNode,
+    EncodeNode,
+    ExpectNode,
+    ForwardNode,
     Graph,
-    Measure,
-    Read,
-    Report,
-    Write,
+    MeasureNode,
+    ReadNode,
+    ReportNode,
+    WriteNode,
     leaves,
     unpatched,
 )
@@ -28,9 +28,9 @@ class Asked:
 
     experiment: ResolvedExperiment
     """With the rules, axes, measures and runs that its nodes have."""
-    clean: Encode
+    clean: EncodeNode
     """The clean run of its prompts: experiments that have it in common share their runs."""
-    runs: tuple[Forward, ...]
+    runs: tuple[ForwardNode, ...]
     """Every unpatched run that it reads, measures or starts from."""
 
 
@@ -38,7 +38,7 @@ class Asked:
 class RunNeeds:
     """What an unpatched run has to give."""
 
-    forward: Forward
+    forward: ForwardNode
     reads: frozenset[Place] = frozenset()
     measured: bool = False
     stop: int | None = None
@@ -46,34 +46,34 @@ class RunNeeds:
 
 def asked(graph: Graph) -> list[Asked]:
     """The experiments of a graph, in the order of the file."""
-    by_key: dict[str, list[Report | Expect]] = {}
+    by_key: dict[str, list[ReportNode | ExpectNode]] = {}
     for leaf in leaves(graph):
         by_key.setdefault(leaf.experiment, []).append(leaf)
     return [_asked(each) for each in by_key.values()]
 
 
-def needs(graph: Graph) -> dict[Forward, RunNeeds]:
+def needs(graph: Graph) -> dict[ForwardNode, RunNeeds]:
     """By unpatched run, run to its end, what the nodes behind it need of it."""
-    found: dict[Forward, RunNeeds] = {}
+    found: dict[ForwardNode, RunNeeds] = {}
     for node in graph:
-        if not isinstance(node, Forward) or node.axes:
+        if not isinstance(node, ForwardNode) or node.axes:
             continue
         users = list(graph.successors(node))
         reads = frozenset(
-            place for user in users if isinstance(user, Read) for place in user.places
+            place for user in users if isinstance(user, ReadNode) for place in user.places
         )
         whole = replace(node, stop=None)
         old = found.get(whole, RunNeeds(whole, stop=node.stop))
         found[whole] = RunNeeds(
             whole,
             old.reads | reads,
-            old.measured or any(isinstance(user, Measure) for user in users),
+            old.measured or any(isinstance(user, MeasureNode) for user in users),
             node.stop if old.stop is not None else None,
         )
     return found
 
 
-def _asked(own: Sequence[Report | Expect]) -> Asked:
+def _asked(own: Sequence[ReportNode | ExpectNode]) -> Asked:
     """One experiment, from its leaves."""
     said, effects = own[0].of, _effects(own)
     acting, base, source = effects[0].patched.forward, effects[0].base, effects[0].source
@@ -82,7 +82,7 @@ def _asked(own: Sequence[Report | Expect]) -> Asked:
     accuracies = {
         measure.forward.run: measure.measure
         for leaf in own
-        if isinstance(leaf, Expect)
+        if isinstance(leaf, ExpectNode)
         for measure in leaf.accuracies
     }
     # An axis is there if a rule has it.
@@ -110,13 +110,13 @@ def _asked(own: Sequence[Report | Expect]) -> Asked:
     return Asked(experiment, clean, tuple(runs.values()))
 
 
-def _effects(own: Sequence[Report | Expect]) -> tuple[Effect, ...]:
+def _effects(own: Sequence[ReportNode | ExpectNode]) -> tuple[EffectNode, ...]:
     """What some leaf shows or expects, each line of the file once."""
     by_line = {id(effect.said): effect for leaf in own for effect in leaf.effects}
     return tuple(by_line.values())
 
 
-def _rules(measure: Measure) -> tuple[ResolvedRule, ...]:
+def _rules(measure: MeasureNode) -> tuple[ResolvedRule, ...]:
     """The rules that act on what is measured: writes as they stand, the others in between where
     the file has them."""
     forward = measure.forward
@@ -128,7 +128,7 @@ def _rules(measure: Measure) -> tuple[ResolvedRule, ...]:
     return tuple(found)
 
 
-def _rule(write: Write, rule: ResolvedRule) -> ResolvedRule:
+def _rule(write: WriteNode, rule: ResolvedRule) -> ResolvedRule:
     """The rule of a write, which reads what its node reads."""
     read = write.read
     if read is None or rule.sites is None:
@@ -142,7 +142,9 @@ def _rule(write: Write, rule: ResolvedRule) -> ResolvedRule:
     )
 
 
-def _runs(own: Sequence[Report | Expect], effects: Sequence[Effect]) -> Iterator[Forward]:
+def _runs(
+    own: Sequence[ReportNode | ExpectNode], effects: Sequence[EffectNode]
+) -> Iterator[ForwardNode]:
     """The unpatched runs that nodes measure, read or compare with, in the order of the file."""
     yield effects[0].base.forward
     if effects[0].source is not None:
@@ -153,7 +155,7 @@ def _runs(own: Sequence[Report | Expect], effects: Sequence[Effect]) -> Iterator
         if write.read is not None and not apart:
             yield write.read.forward
     for leaf in own:
-        if isinstance(leaf, Expect):
+        if isinstance(leaf, ExpectNode):
             yield from (measure.forward for measure in leaf.accuracies)
     for effect in effects:
         yield from effect.patched.references

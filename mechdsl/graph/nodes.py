@@ -30,7 +30,7 @@ from mechdsl.vocab.sites import SITES, stop_layer
 
 
 @dataclass(frozen=True)
-class Encode:
+class EncodeNode:
     """Text to tokens, masks and spans: one run of one block of prompts."""
 
     prompts: str
@@ -47,10 +47,10 @@ class Encode:
 
 
 @dataclass(frozen=True)
-class Read:
+class ReadNode:
     """Activations of a forward pass."""
 
-    forward: Forward
+    forward: ForwardNode
     at: str
     """Where, as the file says it."""
     points: Mapping[Key, tuple[SitePoint, ...]] = field(compare=False, repr=False)
@@ -65,22 +65,22 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Transform:
+class TransformNode:
     """What is done to an activation before it is written: `mean`, `resample`, `noise`, `zero`."""
 
     kind: str
-    inputs: tuple[Read, ...] = ()
+    inputs: tuple[ReadNode, ...] = ()
     detail: str = ""
 
 
 @dataclass(frozen=True)
-class Write:
+class WriteNode:
     """A value that goes into a forward pass."""
 
     by: ResolvedRule | Noise = field(hash=False, repr=False)
     """The rule that says where it goes in every cell; or the corruption that adds it."""
     at: str
-    value: Read | Transform
+    value: ReadNode | TransformNode
     places: tuple[Place, ...] = field(init=False)
     """Every component that is written, with its layer."""
 
@@ -94,28 +94,28 @@ class Write:
         object.__setattr__(self, "places", written)
 
     @property
-    def read(self) -> Read | None:
+    def read(self) -> ReadNode | None:
         """What is read for it."""
-        if isinstance(self.value, Read):
+        if isinstance(self.value, ReadNode):
             return self.value
         return next(iter(self.value.inputs), None)
 
 
 @dataclass(frozen=True)
-class Forward:
+class ForwardNode:
     """One pass over the prompts for every combination of its axes."""
 
     model: str
     n_layers: int
     """Blocks of the model."""
-    encode: Encode
+    encode: EncodeNode
     run: str = field(compare=False)
     """The unpatched run that it is, or starts from, as its experiment calls it."""
-    writes: tuple[Write, ...] = ()
+    writes: tuple[WriteNode, ...] = ()
     axes: tuple[Axis, ...] = field(default=(), hash=False)
     stop: int | None = None
     """How many blocks have to run; None is the whole model."""
-    after: tuple[Effect, ...] = ()
+    after: tuple[EffectNode, ...] = ()
     """Of other experiments, which say where this one acts (`top 3 of cie`)."""
 
     @property
@@ -127,13 +127,13 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class Measure:
+class MeasureNode:
     """One number per prompt."""
 
-    forward: Forward
+    forward: ForwardNode
     metric: str
     at: str
-    references: tuple[Forward, ...] = ()
+    references: tuple[ForwardNode, ...] = ()
     """Runs that the metric compares with: `kl(clean)`."""
     measure: ResolvedMeasure = field(kw_only=True, compare=False, repr=False)
     """How it is computed, and at which token of every row."""
@@ -142,39 +142,49 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Effect:
+class EffectNode:
     """How the metric of the patched run is set against the base and the source run."""
 
     kind: str
-    patched: Measure
-    base: Measure
-    source: Measure | None
+    patched: MeasureNode
+    base: MeasureNode
+    source: MeasureNode | None
     said: spec.Measure = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportNode:
     """What is shown of an experiment's effects."""
 
     experiment: str
-    effects: tuple[Effect, ...]
+    effects: tuple[EffectNode, ...]
     what: str
     of: ResolvedExperiment = field(compare=False, repr=False)
     """What its results say beside their values: its names, its seed, its statistics."""
 
 
 @dataclass(frozen=True)
-class Expect:
+class ExpectNode:
     """What is expected of an experiment's effects."""
 
     experiment: str
-    effects: tuple[Effect, ...]
-    accuracies: tuple[Measure, ...]
+    effects: tuple[EffectNode, ...]
+    accuracies: tuple[MeasureNode, ...]
     condition: str
     of: ResolvedExperiment = field(compare=False, repr=False)
 
 
-Node: TypeAlias = Encode | Forward | Read | Transform | Write | Measure | Effect | Report | Expect
+Node: TypeAlias = (
+    EncodeNode
+    | ForwardNode
+    | ReadNode
+    | TransformNode
+    | WriteNode
+    | MeasureNode
+    | EffectNode
+    | ReportNode
+    | ExpectNode
+)
 Graph: TypeAlias = "nx.DiGraph[Node]"
 NodeT = TypeVar("NodeT", bound=Any)
 
@@ -212,7 +222,7 @@ def lint(graph: Graph) -> None:
     assert nx.is_directed_acyclic_graph(graph), "the graph has a cycle"
     for node in graph:
         assert set(graph.predecessors(node)) == set(inputs(node)), f"edges of {node!r} are stale"
-    acting: dict[str, set[Forward]] = {}
+    acting: dict[str, set[ForwardNode]] = {}
     for leaf in leaves(graph):
         assert leaf.effects, f"{leaf.experiment} shows nothing"
         found = acting.setdefault(leaf.experiment, set())
@@ -223,9 +233,9 @@ def lint(graph: Graph) -> None:
 
 def build(experiments: Sequence[ResolvedExperiment]) -> Graph:
     """The graph of a file's experiments."""
-    known: dict[str, tuple[Effect, ...]] = {}
+    known: dict[str, tuple[EffectNode, ...]] = {}
 
-    def effects(experiment: ResolvedExperiment) -> tuple[Effect, ...]:
+    def effects(experiment: ResolvedExperiment) -> tuple[EffectNode, ...]:
         if experiment.key not in known:
             named = [e for e in experiments if e.name in experiment.spec.after]
             after = tuple(first for e in named for first in effects(e)[:1])
@@ -239,16 +249,19 @@ def build(experiments: Sequence[ResolvedExperiment]) -> Graph:
     return graph_of([leaf for each in experiments for leaf in _leaves(each, effects(each))])
 
 
-def _leaves(experiment: ResolvedExperiment, effects: tuple[Effect, ...]) -> list[Node]:
+def _leaves(experiment: ResolvedExperiment, effects: tuple[EffectNode, ...]) -> list[Node]:
     key = experiment.key
     reports = experiment.spec.reports or (spec.Report(span=experiment.spec.span, kind="table"),)
     accuracies = tuple(
-        Measure(unpatched(experiment, run), "correct", "last token", measure=correct)
+        MeasureNode(unpatched(experiment, run), "correct", "last token", measure=correct)
         for run, correct in experiment.accuracies.items()
     )
-    leaves: list[Node] = [Report(key, effects, report_text(each), experiment) for each in reports]
+    leaves: list[Node] = [
+        ReportNode(key, effects, report_text(each), experiment) for each in reports
+    ]
     leaves.extend(
-        Expect(key, effects, accuracies, each.text, experiment) for each in experiment.spec.expects
+        ExpectNode(key, effects, accuracies, each.text, experiment)
+        for each in experiment.spec.expects
     )
     return leaves
 
@@ -260,15 +273,15 @@ def report_text(report: spec.Report) -> str:
     return " ".join(word for word in words if word)
 
 
-def unpatched(experiment: ResolvedExperiment, run: str) -> Forward:
+def unpatched(experiment: ResolvedExperiment, run: str) -> ForwardNode:
     """A run without interventions; a noised run writes its noise."""
     there = experiment.table.runs[run]
     noise = there.noise
-    writes: tuple[Write, ...] = ()
+    writes: tuple[WriteNode, ...] = ()
     if noise is not None:
         amount = f"{noise.sds:g} sd" if noise.sds is not None else f"{noise.std:g}"
-        value = Transform("noise", detail=f"{amount}, {noise.samples} draws")
-        writes = (Write(noise, "where the corruption says", value),)
+        value = TransformNode("noise", detail=f"{amount}, {noise.samples} draws")
+        writes = (WriteNode(noise, "where the corruption says", value),)
     text = run
     if there.model is not None:
         text = "clean"
@@ -276,13 +289,13 @@ def unpatched(experiment: ResolvedExperiment, run: str) -> Forward:
         text = there.prompts or "clean"
     s = experiment.spec
     keep = tuple(measure.text for measure in experiment.keep)
-    encode = Encode(s.prompts, s.part, s.limit, keep, text, kept_by=experiment.keep)
+    encode = EncodeNode(s.prompts, s.part, s.limit, keep, text, kept_by=experiment.keep)
     # Models that are patched into each other have the same number of layers.
     model, n_layers = there.model or experiment.model.name, experiment.model.shape.n_layers
-    return Forward(model, n_layers, encode, run, writes)
+    return ForwardNode(model, n_layers, encode, run, writes)
 
 
-def patched(experiment: ResolvedExperiment, after: tuple[Effect, ...] = ()) -> Forward:
+def patched(experiment: ResolvedExperiment, after: tuple[EffectNode, ...] = ()) -> ForwardNode:
     """The pass with all rules of the experiment; without rules, the base run itself.
 
     after: the effects that say where it acts.
@@ -295,7 +308,7 @@ def patched(experiment: ResolvedExperiment, after: tuple[Effect, ...] = ()) -> F
     acting = [r for r in rules if r.sites is not None and r.does.changes != "nothing"]
     writes = tuple(_write(experiment, rule) for rule in acting)
     replaced = None if replacing is None else _at(replacing)
-    return Forward(
+    return ForwardNode(
         experiment.model.name,
         base.n_layers,
         replace(base.encode, replaced=replaced, replaced_by=replacing),
@@ -324,46 +337,46 @@ def places_of(points: Mapping[Key, tuple[SitePoint, ...]]) -> tuple[Place, ...]:
     return tuple(sorted(found, key=lambda place: (SITES[place[0]].order, place[1] or 0)))
 
 
-def _write(experiment: ResolvedExperiment, rule: ResolvedRule) -> Write:
+def _write(experiment: ResolvedExperiment, rule: ResolvedRule) -> WriteNode:
     at = _at(rule)
-    return Write(rule, at, _value(experiment, rule, at))
+    return WriteNode(rule, at, _value(experiment, rule, at))
 
 
-def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> Read | Transform:
+def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadNode | TransformNode:
     """What a rule writes, and what it reads for it."""
     assert rule.sites is not None
     does = rule.does
     detail = does.detail(rule)
     if does.reads is None:
-        return Transform(does.name, detail=detail or "")
+        return TransformNode(does.name, detail=detail or "")
     points = rule.sites.points if rule.sites.sources is None else rule.sites.sources
     forward = unpatched(experiment, rule.run)
     if rule.apart is not None:
-        other = Encode(rule.apart.table.name, None, None, (), rule.apart.run)
-        forward = Forward(experiment.model.name, forward.n_layers, other, rule.apart.run)
-    read = Read(forward, at, points, rule.positions.read)
-    return read if detail is None else Transform(does.name, (read,), detail)
+        other = EncodeNode(rule.apart.table.name, None, None, (), rule.apart.run)
+        forward = ForwardNode(experiment.model.name, forward.n_layers, other, rule.apart.run)
+    read = ReadNode(forward, at, points, rule.positions.read)
+    return read if detail is None else TransformNode(does.name, (read,), detail)
 
 
 def _effect(
     experiment: ResolvedExperiment,
-    acting: Forward,
+    acting: ForwardNode,
     measure: spec.Measure,
     resolved: ResolvedMeasure,
-) -> Effect:
+) -> EffectNode:
     entry = EFFECTS[measure.effect]
     at = "last token" if measure.at is None else measure.at.span.written
     runs = dict.fromkeys(atom.run for atom in resolved.atoms if atom.run is not None)
     references = tuple(unpatched(experiment, run) for run in runs)
 
-    def measured(forward: Forward, observed: ResolvedRule | None = None) -> Measure:
+    def measured(forward: ForwardNode, observed: ResolvedRule | None = None) -> MeasureNode:
         words = resolved.text, at, references
-        return Measure(forward, *words, measure=resolved, observed=observed)
+        return MeasureNode(forward, *words, measure=resolved, observed=observed)
 
     # Base and source are measured whatever the effect needs: both ends are always printed.
     source = experiment.spec.source
     observed = next((rule for rule in experiment.rules if rule.does.changes == "nothing"), None)
-    return Effect(
+    return EffectNode(
         entry.name,
         measured(acting, observed),
         measured(unpatched(experiment, experiment.spec.base)),
@@ -372,7 +385,7 @@ def _effect(
     )
 
 
-def highest_read(read: Read) -> int | None:
+def highest_read(read: ReadNode) -> int | None:
     """How many blocks have to run before the read; None is the whole model."""
     needed = [stop_layer(*place, read.forward.n_layers) for place in read.places]
     return None if None in needed else max(n for n in needed if n is not None)
@@ -397,9 +410,9 @@ def rebuild(node: NodeT, change: Callable[[Node], Node]) -> NodeT:
     return replace(changed, **new) if differs else changed
 
 
-def leaves(graph: Graph) -> list[Report | Expect]:
+def leaves(graph: Graph) -> list[ReportNode | ExpectNode]:
     """What is asked for, in the order of the file."""
-    return [node for node in graph if isinstance(node, (Report, Expect))]
+    return [node for node in graph if isinstance(node, (ReportNode, ExpectNode))]
 
 
 def rewritten(graph: Graph, change: Callable[[Node], Node]) -> Graph:

@@ -1,6 +1,9 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportPrivateUsage=false
-"""How attention that a module has written out is exchanged; `written_out_attention` has the modules."""
+"""How attention that a module has written out is exchanged.
+
+The modules are in `written_out_attention`.
+"""
 
 from __future__ import annotations
 

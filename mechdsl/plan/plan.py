@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Ints
 from mechdsl.graph.needs import Asked, RunNeeds, asked, needs
-from mechdsl.graph.nodes import Encode, Forward, Graph
+from mechdsl.graph.nodes import EncodeNode, ForwardNode, Graph
 from mechdsl.plan.columns import Hits, Ragged, counted
 from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.plan.restart import WHOLE_PASS, Shortcuts
@@ -145,7 +145,7 @@ class Panel:
     """Experiments on the same model and prompts, which share their unpatched runs."""
 
     model: str
-    encode: Encode
+    encode: EncodeNode
     """Of the clean run."""
     experiments: tuple[ExperimentPlan, ...]
     runs: Mapping[str, RunNeeds]
@@ -211,7 +211,7 @@ class Plan:
 
 def plan_of(graph: Graph) -> Plan:
     """The plain loop over what a graph asks for."""
-    by_panel: dict[tuple[str, Encode], list[Asked]] = {}
+    by_panel: dict[tuple[str, EncodeNode], list[Asked]] = {}
     for each in asked(graph):
         by_panel.setdefault((each.experiment.model.name, each.clean), []).append(each)
     found = needs(graph)
@@ -222,7 +222,7 @@ def plan_of(graph: Graph) -> Plan:
     return Plan(graph, panels)
 
 
-def _needed(own: Sequence[Asked], found: Mapping[Forward, RunNeeds]) -> dict[str, RunNeeds]:
+def _needed(own: Sequence[Asked], found: Mapping[ForwardNode, RunNeeds]) -> dict[str, RunNeeds]:
     """What the graph asks of every unpatched run of a panel, and what only rows need."""
     needed: dict[str, RunNeeds] = {}
     for each in own:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from mechdsl.base.registry import Registry
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
-from mechdsl.vocab.effect_kind import Effect
+from mechdsl.vocab.effect_kind import EffectKind
 
 
-def statistics_conventions(result: ExperimentResult, effects: Registry[Effect]) -> dict[str, str]:
+def statistics_conventions(
+    result: ExperimentResult, effects: Registry[EffectKind]
+) -> dict[str, str]:
     """How means, intervals and p came about, in words, for the block under every table."""
     settings = result.settings
     if settings is None or not result.statistics:

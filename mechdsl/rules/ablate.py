@@ -78,7 +78,7 @@ class Resample(Intervention):
 
 
 @rule_kind("ablate")
-class Ablate(RuleKind):
+class AblateRule(RuleKind):
     """Vectors are replaced by what knows nothing of the prompt."""
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Number(Intervention):
+class GivenNumber(Intervention):
     """`to 0.5`: the number, everywhere in the vector."""
 
     name = "number"
@@ -26,7 +26,7 @@ class Number(Intervention):
         return vectors.amounts[:, None].expand(-1, vectors.width)
 
 
-class Python(Intervention):
+class FromPython(Intervention):
     """`to python("file.py:function")`: what the function makes of the base run's vectors."""
 
     name = "python"
@@ -66,11 +66,11 @@ class Python(Intervention):
         return found
 
 
-NUMBER, PYTHON = Number(), Python()
+NUMBER, PYTHON = GivenNumber(), FromPython()
 
 
 @rule_kind("set")
-class Set(RuleKind):
+class SetRule(RuleKind):
     """Vectors of the base run are replaced."""
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:

@@ -106,7 +106,7 @@ class EdgeRule(RuleKind):
 
 
 @rule_kind("block")
-class Block(EdgeRule, EdgeIntervention):
+class BlockRule(EdgeRule, EdgeIntervention):
     """`block attention … from Q to K`: the query doesn't see the key."""
 
     change = "block"
@@ -118,7 +118,7 @@ class Block(EdgeRule, EdgeIntervention):
 
 
 @rule_kind("reweight")
-class Reweight(EdgeRule, EdgeIntervention):
+class ReweightRule(EdgeRule, EdgeIntervention):
     """`reweight attention … from Q to K by NUMBER`."""
 
     change = "reweight"
@@ -171,7 +171,7 @@ UNIFORM, WEIGHT = Uniform(), Weight()
 
 
 @rule_kind("set edge")
-class SetEdge(EdgeRule):
+class SetEdgeRule(EdgeRule):
     """`set attention … from Q to K to 0.2`, or `to uniform`."""
 
     def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
@@ -192,7 +192,7 @@ class SetEdge(EdgeRule):
 
 
 @rule_kind("observe")
-class Observe(EdgeRule, EdgeIntervention):
+class ObserveRule(EdgeRule, EdgeIntervention):
     """`observe attention … from Q to K`: the weight that the keys get together."""
 
     once = True

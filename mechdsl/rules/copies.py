@@ -9,7 +9,7 @@ from mechdsl.rules.checks import equally_long
 from mechdsl.rules.kind import RuleKind, places, rule_kind
 
 
-class Copying(RuleKind, Intervention):
+class CopyingRule(RuleKind, Intervention):
     """Vectors of one run are written into another, as they are."""
 
     name = "source"
@@ -31,12 +31,12 @@ class Copying(RuleKind, Intervention):
 
 
 @rule_kind("patch")
-class Patch(Copying):
+class PatchRule(CopyingRule):
     """`patch SITE at POSITIONS onto POSITIONS into layer L with RUN`: another run's vectors."""
 
 
 @rule_kind("swap")
-class Swap(Copying):
+class SwapRule(CopyingRule):
     """`swap SITE at POSITIONS with POSITIONS`: the base run's vectors at two places, exchanged."""
 
     exchanged = True
@@ -44,5 +44,5 @@ class Swap(Copying):
 
 
 @rule_kind("freeze")
-class Freeze(Copying):
+class FreezeRule(CopyingRule):
     """`freeze SITE at POSITIONS`: the base run's vectors, whatever other rules do before."""

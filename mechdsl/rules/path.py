@@ -44,7 +44,7 @@ RECEIVERS = ("attn_norm", "q", "k", "v", "mlp_norm", "final_norm", "logits")
 
 
 @rule_kind("path")
-class Path(RuleKind, Intervention):
+class PathRule(RuleKind, Intervention):
     """What receivers read of a patched sender, while all else is held at the base run."""
 
     alone = True

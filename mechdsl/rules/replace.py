@@ -14,7 +14,7 @@ from mechdsl.syntax import ast
 
 
 @rule_kind("replace")
-class Replace(RuleKind, Intervention):
+class ReplaceRule(RuleKind, Intervention):
     """The base run starts from other text at these positions."""
 
     once = True

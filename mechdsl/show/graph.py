@@ -12,66 +12,66 @@ from typing import TypeAlias
 import networkx as nx
 
 from mechdsl.graph.nodes import (
-    Effect,
-    Encode,
-    Expect,
-    Forward,
+    EffectNode,
+    EncodeNode,
+    ExpectNode,
+    ForwardNode,
     Graph,
-    Measure,
+    MeasureNode,
     Node,
-    Read,
-    Report,
-    Transform,
-    Write,
+    ReadNode,
+    ReportNode,
+    TransformNode,
+    WriteNode,
 )
 from mechdsl.resolve.resolved import Place, ResolvedRule
 
 COLOURS: Mapping[type, str] = {
-    Encode: "#e8eef7",
-    Forward: "#fde9d0",
-    Read: "#e3f3e6",
-    Transform: "#f3e6f5",
-    Write: "#fbdcdc",
-    Measure: "#e0f2f4",
-    Effect: "#fff6cc",
-    Report: "#eeeeee",
-    Expect: "#eeeeee",
+    EncodeNode: "#e8eef7",
+    ForwardNode: "#fde9d0",
+    ReadNode: "#e3f3e6",
+    TransformNode: "#f3e6f5",
+    WriteNode: "#fbdcdc",
+    MeasureNode: "#e0f2f4",
+    EffectNode: "#fff6cc",
+    ReportNode: "#eeeeee",
+    ExpectNode: "#eeeeee",
 }
 
 
 def describe(node: Node) -> list[str]:
     """What a node says: its kind first, then a few short lines."""
     match node:
-        case Encode():
+        case EncodeNode():
             name = node.prompts if node.part is None else f"{node.prompts}.{node.part}"
             limit = "" if node.limit is None else f" limit {node.limit}"
             lines = [f"{name}{limit}", f"run {node.run}"]
             lines += [f"keep {condition}" for condition in node.keep]
             lines += [f"replace {node.replaced}"] if node.replaced else []
             return ["Encode", *lines]
-        case Forward():
+        case ForwardNode():
             sweep = " × ".join(f"{axis.name} {len(axis)}" for axis in node.axes)
             lines = [f"{node.model} on {node.encode.run}"]
             lines += [f"{sweep} = {node.cells} cells"] if node.axes else []
             lines += [f"first {node.stop} blocks"] if node.stop is not None else []
             return ["Forward", *lines]
-        case Read():
+        case ReadNode():
             return ["Read", _places(node.places), f"at {node.at}"]
-        case Transform():
+        case TransformNode():
             return ["Transform", f"{node.kind} {node.detail}".strip()]
-        case Write():
+        case WriteNode():
             return ["Write", _targets(node), f"at {node.at}"]
-        case Measure():
+        case MeasureNode():
             return ["Measure", node.metric, f"at {node.at}"]
-        case Effect():
+        case EffectNode():
             return ["Effect", node.kind]
-        case Report():
+        case ReportNode():
             return ["Report", node.experiment, node.what]
-        case Expect():
+        case ExpectNode():
             return ["Expect", node.experiment, node.condition]
 
 
-def _targets(node: Write) -> str:
+def _targets(node: WriteNode) -> str:
     """The first and the last of what its cells write: `L0H0.z … L3H3.z`."""
     if not isinstance(node.by, ResolvedRule):
         return _places(node.places)
@@ -133,8 +133,9 @@ def to_mermaid(graph: Graph) -> str:
     for kind, colour in COLOURS.items():
         members = ",".join(name for node, name in names.items() if isinstance(node, kind))
         if members:
-            lines.append(f"  classDef {kind.__name__} fill:{colour},stroke:#888,color:#222")
-            lines.append(f"  class {members} {kind.__name__}")
+            style = kind.__name__.removesuffix("Node")
+            lines.append(f"  classDef {style} fill:{colour},stroke:#888,color:#222")
+            lines.append(f"  class {members} {style}")
     return "\n".join(lines) + "\n"
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Bools, Cells, Floats, Ints
 from mechdsl.program import spec
 from mechdsl.statistics.measure_data import MeasureData
-from mechdsl.vocab.effect_kind import Effect
+from mechdsl.vocab.effect_kind import EffectKind
 
 BLOCK = 4_000_000
 """Numbers held at once by one intermediate array (32 MB)."""
@@ -98,7 +98,7 @@ class Resampling:
 class Parts:
     """Numerator and denominator of an effect per prompt, 0 where a prompt is not in the cell."""
 
-    effect: Effect
+    effect: EffectKind
     numerator: Floats
     """[cell, prompt]."""
     denominator: Floats | None
@@ -131,7 +131,7 @@ class Parts:
             return self.effect.divide(top, bottom / count)
 
 
-def parts(data: MeasureData, effect: Effect, cells: Cells, order: Ints) -> Parts:
+def parts(data: MeasureData, effect: EffectKind, cells: Cells, order: Ints) -> Parts:
     """The rows of some cells of a measure, prompts in `order`."""
 
     def rows(values: Floats | None) -> Floats:

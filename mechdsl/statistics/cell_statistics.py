@@ -18,7 +18,7 @@ from mechdsl.program import spec
 from mechdsl.statistics.bootstrap import Resampling, blocks, parts
 from mechdsl.statistics.measure_data import CellStatistics, Interval, MeasureData
 from mechdsl.statistics.sign_flips import CORRECTIONS, flips_in_words, sign_flip
-from mechdsl.vocab.effect_kind import Effect
+from mechdsl.vocab.effect_kind import EffectKind
 
 
 def _empty(cells: int) -> CellStatistics:
@@ -44,7 +44,7 @@ def _empty(cells: int) -> CellStatistics:
 
 
 def _numbers(
-    data: MeasureData, effect: Effect, resampling: Resampling, tests: int
+    data: MeasureData, effect: EffectKind, resampling: Resampling, tests: int
 ) -> CellStatistics:
     cells = data.patched.shape[0]
     found = _empty(cells)
@@ -78,8 +78,8 @@ def _numbers(
     return replace(found, reasons=tuple(reasons))
 
 
-def _deltas(data: MeasureData, effect: Effect, cells: Cells, order: Ints) -> Floats:
-    plain = Effect(name="", meaning="", formula="", numerator=effect.numerator)
+def _deltas(data: MeasureData, effect: EffectKind, cells: Cells, order: Ints) -> Floats:
+    plain = EffectKind(name="", meaning="", formula="", numerator=effect.numerator)
     return parts(data, plain, cells, order).numerator
 
 
@@ -97,7 +97,7 @@ def _mean_within(
 
 def _reason(
     data: MeasureData,
-    effect: Effect,
+    effect: EffectKind,
     found: CellStatistics,
     cell: int,
     units: int,
@@ -158,7 +158,7 @@ def cell_statistics(
     seed: int,
     groups: NDArray[Any] | None = None,
     *,
-    effects: Registry[Effect],
+    effects: Registry[EffectKind],
     ids: Sequence[int] | None = None,
 ) -> list[CellStatistics]:
     """Means, intervals, p and corrected p of every cell, one entry per measure.
@@ -208,7 +208,9 @@ def run_interval(values: Floats, resampling: Resampling) -> Interval:
 
 def run_intervals(values: Floats, resampling: Resampling) -> list[Interval]:
     """The same for several rows of values, [row, prompt]."""
-    plain = Effect(name="", meaning="", formula="", numerator=lambda patched, base, source: patched)
+    plain = EffectKind(
+        name="", meaning="", formula="", numerator=lambda patched, base, source: patched
+    )
     data = MeasureData(
         "", "", "", "number", False, values, values, None, np.zeros(len(values), bool)
     )
@@ -226,7 +228,7 @@ def check_denominator(
     seed: int,
     span: Span | None,
     *,
-    effect: Effect,
+    effect: EffectKind,
     groups: NDArray[Any] | None = None,
     ids: Sequence[int] | None = None,
 ) -> list[Diagnostic]:

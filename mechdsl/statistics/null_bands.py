@@ -11,7 +11,7 @@ from mechdsl.base.arrays import Floats
 from mechdsl.base.registry import Registry
 from mechdsl.statistics.bootstrap import parts
 from mechdsl.statistics.measure_data import MeasureData, NullBand
-from mechdsl.vocab.effect_kind import Effect
+from mechdsl.vocab.effect_kind import EffectKind
 
 
 def null_bands(
@@ -21,7 +21,7 @@ def null_bands(
     what: str,
     *,
     confidence: float,
-    effects: Registry[Effect],
+    effects: Registry[EffectKind],
 ) -> tuple[NullBand | None, ...]:
     """Per measure, between which ends the effects of the draws lie; None where there is none.
 
@@ -37,7 +37,7 @@ def null_bands(
 
 
 def _band(
-    data: MeasureData, values: Floats, draws: int, what: str, confidence: float, effect: Effect
+    data: MeasureData, values: Floats, draws: int, what: str, confidence: float, effect: EffectKind
 ) -> NullBand:
     cells, prompts = data.patched.shape
     order = np.arange(prompts)

@@ -177,7 +177,7 @@ def problems(lines: Sequence[ast.CorruptLine], parameters: Parameters) -> list[D
 # --- changes of values ----------------------------------------------------------------------------
 
 
-class Set(ValueChange[ast.Derived]):
+class SetChange(ValueChange[ast.Derived]):
     """The one kind that has no word of its own."""
 
     name = "set"
@@ -191,11 +191,11 @@ class Set(ValueChange[ast.Derived]):
         row.assign(change.names, change.value)
 
 
-SET = CHANGES.add(Set.name, Set())
+SET = CHANGES.add(SetChange.name, SetChange())
 
 
 @change("swap")
-class Swap(ValueChange[ast.Change]):
+class SwapChange(ValueChange[ast.Change]):
     usage = "swap count, number"
     meaning = "two values change places"
     signature = Signature((ast.Name, ast.Name))
@@ -206,7 +206,7 @@ class Swap(ValueChange[ast.Change]):
 
 
 @change("template")
-class Template(ValueChange[ast.Change]):
+class TemplateChange(ValueChange[ast.Change]):
     usage = 'template "{fruits}"'
     meaning = "the same values in another text"
     signature = Signature((ast.String,))
@@ -219,7 +219,7 @@ class Template(ValueChange[ast.Change]):
 
 
 @change("blur")
-class Blur(ChangeKind[ast.Change]):
+class BlurChange(ChangeKind[ast.Change]):
     usage = "blur image radius 8"
     meaning = "an image is blurred"
     signature = Signature((ast.Name,), needs=("radius",))
@@ -230,7 +230,7 @@ class Blur(ChangeKind[ast.Change]):
 
 
 @change("replace")
-class Replace(TokenChange):
+class ReplaceChange(TokenChange):
     usage = 'replace item tokens with "thing"'
     meaning = "the text of these tokens is another one"
     signature = Signature(tokens=True, needs=("given",))
@@ -260,7 +260,7 @@ class AddedNoise:
 
 
 @change("add")
-class Add(ActivationChange):
+class AddChange(ActivationChange):
     usage = "add gaussian(std: 3 sd) to embed at fruits tokens"
     meaning = "noise is added to an activation; the text stays"
     signature = Signature((ast.Call,), needs=("to", "at"))

@@ -11,7 +11,7 @@ Part = Callable[[Any, Any, Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effect:
+class EffectKind:
     """A mean over prompts (`numerator`), or a ratio of two (`denominator`)."""
 
     name: str

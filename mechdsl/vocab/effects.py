@@ -8,17 +8,17 @@ instead of averaging ratios.
 from __future__ import annotations
 
 from mechdsl.base.registry import Registry
-from mechdsl.vocab.effect_kind import Effect
+from mechdsl.vocab.effect_kind import EffectKind
 
-EFFECTS: Registry[Effect] = Registry("effect")
+EFFECTS: Registry[EffectKind] = Registry("effect")
 
 
-def _effect(entry: Effect) -> Effect:
+def _effect(entry: EffectKind) -> EffectKind:
     return EFFECTS.add(entry.name, entry)
 
 
 RAW = _effect(
-    Effect(
+    EffectKind(
         name="raw",
         meaning="the metric of the patched run",
         formula="m(patched)",
@@ -28,7 +28,7 @@ RAW = _effect(
 )
 
 TOTAL = _effect(
-    Effect(
+    EffectKind(
         name="total",
         meaning="what separates the two runs, without any intervention",
         formula="m(source) − m(base)",
@@ -40,7 +40,7 @@ TOTAL = _effect(
 )
 
 DELTA = _effect(
-    Effect(
+    EffectKind(
         name="delta",
         meaning="what the intervention changes",
         formula="m(patched) − m(base)",
@@ -50,7 +50,7 @@ DELTA = _effect(
 )
 
 RECOVERY = _effect(
-    Effect(
+    EffectKind(
         name="recovery",
         meaning="what part of the way from the base to the source run the intervention goes",
         formula="(m(patched) − m(base)) / (m(source) − m(base)), of the means",
@@ -65,7 +65,7 @@ RECOVERY = _effect(
 )
 
 RELATIVE = _effect(
-    Effect(
+    EffectKind(
         name="relative",
         meaning="what the intervention changes, as a part of the base run's value",
         formula="(m(patched) − m(base)) / |m(base)|, of the means",

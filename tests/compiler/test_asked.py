@@ -13,11 +13,11 @@ import pytest
 
 from mechdsl.graph.needs import asked
 from mechdsl.graph.nodes import (
-    Effect,
-    Expect,
-    Forward,
+    EffectNode,
+    ExpectNode,
+    ForwardNode,
     Node,
-    Report,
+    ReportNode,
     graph_of,
     leaves,
     lint,
@@ -98,7 +98,7 @@ def planned(plan: Plan) -> list[ExperimentPlan]:
 
 def drop(node: Node) -> Node:
     """A forward pass without its last write."""
-    return replace(node, writes=node.writes[:-1]) if isinstance(node, Forward) else node
+    return replace(node, writes=node.writes[:-1]) if isinstance(node, ForwardNode) else node
 
 
 def test_a_write_that_is_gone_is_no_work() -> None:
@@ -120,7 +120,7 @@ def test_an_effect_that_is_gone_is_not_measured() -> None:
     made = graph_of_file(resolved(HEAD + experiment(*lines)))
 
     def first(node: Node) -> Node:
-        held = isinstance(node, (Report, Expect))
+        held = isinstance(node, (ReportNode, ExpectNode))
         return replace(node, effects=node.effects[:1]) if held else node
 
     (before,), (found,) = planned(plan_graph(made)), planned(plan_graph(rewritten(made, first)))
@@ -134,7 +134,7 @@ def test_an_effect_that_is_expected_is_measured_though_it_is_not_shown() -> None
     made = graph_of_file(resolved(HEAD + experiment(*lines, "expect accuracy(clean) > 0%")))
 
     def first(node: Node) -> Node:
-        return replace(node, effects=node.effects[:1]) if isinstance(node, Report) else node
+        return replace(node, effects=node.effects[:1]) if isinstance(node, ReportNode) else node
 
     (found,) = planned(plan_graph(rewritten(made, first)))
     assert [measure.label for measure in found.experiment.measures] == [
@@ -158,7 +158,7 @@ def test_a_source_that_is_not_measured_is_not_run() -> None:
     made = graph_of_file(resolved(HEAD + experiment(FROM, rule, DELTA)))
 
     def alone(node: Node) -> Node:
-        return replace(node, source=None) if isinstance(node, Effect) else node
+        return replace(node, source=None) if isinstance(node, EffectNode) else node
 
     (panel,) = plan_graph(rewritten(made, alone)).panels
     assert list(panel.runs) == ["fewer", "other_fruit"]
@@ -173,7 +173,9 @@ def test_a_run_without_measures_stops_where_the_graph_says() -> None:
     assert panel.runs["clean"].measured
 
     def lower(node: Node) -> Node:
-        return replace(node, stop=1) if isinstance(node, Forward) and node.run == "fewer" else node
+        return (
+            replace(node, stop=1) if isinstance(node, ForwardNode) and node.run == "fewer" else node
+        )
 
     (panel,) = plan_graph(rewritten(made, lower)).panels
     assert panel.runs["fewer"].stop == 1

@@ -8,7 +8,15 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-from mechdsl.graph.nodes import Encode, Forward, Graph, Measure, Read, Write, lint
+from mechdsl.graph.nodes import (
+    EncodeNode,
+    ForwardNode,
+    Graph,
+    MeasureNode,
+    ReadNode,
+    WriteNode,
+    lint,
+)
 from mechdsl.plan.make_plan import make_plan, rewrite
 from mechdsl.plan.passes import GRAPH_PASSES, NAMES
 from mechdsl.show.graph import to_dot, to_mermaid, to_svg, to_text
@@ -34,20 +42,22 @@ def test_what_a_patch_needs() -> None:
     made = graph(HEAD + experiment(*RULE))
     lint(made)
     assert nx.is_directed_acyclic_graph(made)
-    assert (kinds(made, Encode), kinds(made, Forward)) == (2, 3)
-    assert (kinds(made, Read), kinds(made, Write), kinds(made, Measure)) == (1, 1, 3)
+    assert (kinds(made, EncodeNode), kinds(made, ForwardNode)) == (2, 3)
+    assert (kinds(made, ReadNode), kinds(made, WriteNode), kinds(made, MeasureNode)) == (1, 1, 3)
 
 
 def test_experiments_share_what_is_equal() -> None:
     text = HEAD + experiment(*RULE, name="a") + experiment(*RULE, name="b")
     twice, once = graph(text), graph(HEAD + experiment(*RULE, name="a"))
-    assert kinds(twice, Forward) == kinds(once, Forward)
+    assert kinds(twice, ForwardNode) == kinds(once, ForwardNode)
     assert twice.number_of_nodes() == once.number_of_nodes() + 1  # the second report
 
 
 def test_other_rows_are_another_run() -> None:
     text = HEAD + experiment(*RULE, name="a") + experiment(*RULE, name="b", limit=32)
-    assert kinds(graph(text), Forward) == 2 * kinds(graph(HEAD + experiment(*RULE)), Forward)
+    assert kinds(graph(text), ForwardNode) == 2 * kinds(
+        graph(HEAD + experiment(*RULE)), ForwardNode
+    )
 
 
 @pytest.mark.parametrize("path", PASS_FIXTURES, ids=lambda path: path.stem)
@@ -108,4 +118,4 @@ def test_drawings_do_not_depend_on_the_order_of_experiments() -> None:
 def test_sites_that_differ_are_different_nodes() -> None:
     lines = [(FROM, f"patch {site} at last token", DELTA) for site in ("L0H1", "L0H2", "L0H1.q")]
     text = HEAD + "".join(experiment(*each, name=f"e{n}") for n, each in enumerate(lines))
-    assert kinds(graph(text), Write) == 3
+    assert kinds(graph(text), WriteNode) == 3

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mechdsl.execute.execute import Execution, execute
-from mechdsl.graph.nodes import Forward, Graph, Node, Read, rewritten
+from mechdsl.graph.nodes import ForwardNode, Graph, Node, ReadNode, rewritten
 from mechdsl.plan.make_plan import graph_of_file, plan_graph
 from mechdsl.resolve.resolved import ResolvedRule
 from mechdsl.results.denominators import check_denominators
@@ -44,11 +44,11 @@ def equal(found: Execution, expected: Execution) -> None:
     assert found.profile.unpatched_passes == expected.profile.unpatched_passes
 
 
-def reading(made: Graph, change: Callable[[Read], Read]) -> Graph:
+def reading(made: Graph, change: Callable[[ReadNode], ReadNode]) -> Graph:
     """The graph with its reads changed."""
 
     def changed(node: Node) -> Node:
-        return change(node) if isinstance(node, Read) else node
+        return change(node) if isinstance(node, ReadNode) else node
 
     return rewritten(made, changed)
 
@@ -69,7 +69,7 @@ def test_without_a_write_the_file_has_no_such_rule(
     both = graph(folder, FIRST, second)
 
     def drop(node: Node) -> Node:
-        if not isinstance(node, Forward) or len(node.writes) < 2:
+        if not isinstance(node, ForwardNode) or len(node.writes) < 2:
             return node
         first = next(w for w in node.writes if isinstance(w.by, ResolvedRule))
         return replace(node, writes=(first,))
@@ -90,7 +90,7 @@ def test_writes_take_place_in_the_order_of_the_graph(folder: Path, without: froz
     made, other = graph(folder, *rules), graph(folder, *rules[::-1])
 
     def turned(node: Node) -> Node:
-        return replace(node, writes=node.writes[::-1]) if isinstance(node, Forward) else node
+        return replace(node, writes=node.writes[::-1]) if isinstance(node, ForwardNode) else node
 
     equal(run(rewritten(made, turned), without), run(other, without))
     (first,), (second,) = (run(each, without).measured["e"].patched for each in (made, other))
@@ -100,9 +100,9 @@ def test_writes_take_place_in_the_order_of_the_graph(folder: Path, without: froz
 @PASSES
 def test_a_read_of_another_layer_is_what_is_read(folder: Path, without: frozenset[str]) -> None:
     rule = "patch resid_post layer {} at subject token"
-    there = next(n for n in graph(folder, rule.format(0)) if isinstance(n, Read))
+    there = next(n for n in graph(folder, rule.format(0)) if isinstance(n, ReadNode))
     moved = reading(graph(folder, rule.format(2)), lambda read: replace(read, points=there.points))
-    assert next(n for n in moved if isinstance(n, Read)).places == (("resid_post", 0),)
+    assert next(n for n in moved if isinstance(n, ReadNode)).places == (("resid_post", 0),)
     into = graph(folder, rule.format(0) + " into layer 2")
     equal(run(moved, without), run(into, without))
 
@@ -111,7 +111,7 @@ def test_a_read_of_another_layer_is_what_is_read(folder: Path, without: frozense
 def test_a_read_of_another_run_is_what_is_read(folder: Path, without: frozenset[str]) -> None:
     rule = "patch resid_post layer 1 at subject token"
     with_longer = graph(folder, rule + " with longer")
-    there = next(n for n in with_longer if isinstance(n, Read))
+    there = next(n for n in with_longer if isinstance(n, ReadNode))
     moved = reading(
         graph(folder, rule),
         lambda read: replace(read, forward=there.forward, positions=there.positions),
@@ -122,7 +122,7 @@ def test_a_read_of_another_run_is_what_is_read(folder: Path, without: frozenset[
 @PASSES
 def test_a_read_at_another_position_is_what_is_read(folder: Path, without: frozenset[str]) -> None:
     onto = graph(folder, "patch resid_post layer 1 at subject token onto cue token")
-    there = next(n for n in onto if isinstance(n, Read))
+    there = next(n for n in onto if isinstance(n, ReadNode))
     here = graph(folder, "patch resid_post layer 1 at cue token")
     moved = reading(here, lambda read: replace(read, positions=there.positions))
     equal(run(moved, without), run(onto, without))
