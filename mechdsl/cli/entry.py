@@ -12,7 +12,7 @@ import click
 from mechdsl.cli.explain import explain
 from mechdsl.cli.fmt import fmt
 from mechdsl.cli.graph import graph
-from mechdsl.cli.options import BadSetting
+from mechdsl.cli.options import MalformedSetting
 from mechdsl.cli.output import broke_off, print_diagnostics
 from mechdsl.cli.plan import plan
 from mechdsl.cli.run import run
@@ -88,7 +88,7 @@ def _usage(error: click.ClickException) -> Diagnostic:
     elif isinstance(error, click.UsageError) and "No such command" in error.message:
         word = error.message.split("'")[1]
         hint = did_you_mean(word, app.list_commands(click.Context(app)), hint)
-    elif isinstance(error, BadSetting):
+    elif isinstance(error, MalformedSetting):
         hint = error.hint
     reason = error.format_message().partition(" Did you mean")[0].rstrip(".")
     return BadCommandLine(reason=reason[0].lower() + reason[1:], hint=hint)

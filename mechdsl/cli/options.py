@@ -46,7 +46,7 @@ prompt_tokens_option = click.option(
 )
 
 
-class BadSetting(click.UsageError):
+class MalformedSetting(click.UsageError):
     """`--set` without a name or a value."""
 
     hint = "write `--set NAME=VALUE`, for example `--set depth=12`"
@@ -58,7 +58,7 @@ def settings(
     only: str | None = None,
     python: Mode = "refuse",
 ) -> Settings:
-    """How files are checked. Raises `BadSetting`."""
+    """How files are checked. Raises `MalformedSetting`."""
     from mechdsl.validate.check_file import Settings
 
     given: dict[str, str] = {}
@@ -66,9 +66,9 @@ def settings(
         name, equals, value = text.partition("=")
         name = name.strip()
         if not equals or not name:
-            raise BadSetting(f"`--set {text}` has no {'name' if equals else '`=`'}")
+            raise MalformedSetting(f"`--set {text}` has no {'name' if equals else '`=`'}")
         if name in given:
-            raise BadSetting(f"`--set {name}=…` is given twice")
+            raise MalformedSetting(f"`--set {name}=…` is given twice")
         given[name] = value.strip()
     return Settings(given, limit, only, python)
 

@@ -83,7 +83,7 @@ class MultiTokenText(Diagnostic):
 
 
 @keyword_record
-class NoTokenizer(Diagnostic):
+class UnreadableTokenizer(Diagnostic):
     code = "E0508"
     title = "`{path}` has no tokenizer that can be read: {reason}"
     label = "this model"

@@ -18,9 +18,9 @@ from mechdsl.program.lower_measures import (
     lower_report,
     lower_statistics,
 )
-from mechdsl.program.lower_other_runs import End, Variant, in_model, models_of, sides, variants
+from mechdsl.program.lower_other_runs import RunSide, Variant, in_model, models_of, sides, variants
 from mechdsl.program.lower_rules import lower_rule
-from mechdsl.program.namespace import Scope
+from mechdsl.program.namespace import Namespace
 from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def lower_experiment(
-    definition: ast.ExperimentDef, parts: Definitions, scope: Scope
+    definition: ast.ExperimentDef, parts: Definitions, scope: Namespace
 ) -> tuple[spec.Experiment, ...]:
     """The typed experiment, or one for each combination of what it compares; none where it can't
     be run. The reasons are in the scope."""
@@ -143,7 +143,7 @@ def _prompts(work: Statements) -> spec.Prompts | None:
 
 
 def _rules_of(
-    work: Statements, prompts: spec.Prompts | None, sources: Sequence[End]
+    work: Statements, prompts: spec.Prompts | None, sources: Sequence[RunSide]
 ) -> dict[str | None, tuple[spec.Rule, ...]]:
     """The rules for every source, which patches read unless they say another."""
     runs = [source.run for source in sources]

@@ -24,7 +24,7 @@ from mechdsl.program.constants import constant
 from mechdsl.program.definitions import Definitions
 from mechdsl.program.lower_experiment import lower_experiment
 from mechdsl.program.lower_prompts import lower_prompts
-from mechdsl.program.namespace import Scope
+from mechdsl.program.namespace import Namespace
 from mechdsl.program.run_order import with_order
 from mechdsl.program.unused_names import unused_in_blocks
 from mechdsl.syntax import ast
@@ -42,7 +42,7 @@ def lower_program(
     Codes: E0108 for what is not supported yet, E02xx for names, imports and parameters, E06xx for
     experiments that lack a part, W0730 for unused names.
     """
-    scope = Scope()
+    scope = Namespace()
     files = _with_imports(tree, source, scope.diagnostics)
     parts = Definitions()
     _parameters(files, parts, scope, settings or {})
@@ -140,7 +140,7 @@ def _why(problem: Diagnostic) -> str:
 def _parameters(
     files: list[tuple[ast.File, bool]],
     parts: Definitions,
-    scope: Scope,
+    scope: Namespace,
     settings: Mapping[str, str],
 ) -> None:
     """Parameters first: everything else may use them."""
@@ -198,7 +198,7 @@ def _override(name: str, text: str, parts: Definitions, diagnostics: list[Diagno
     parts.parameters[name] = value
 
 
-def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: Scope) -> None:
+def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: Namespace) -> None:
     match statement:
         case ast.ModelDef(name=name):
             model = _model(statement, parts, scope)
@@ -241,14 +241,14 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
             pass
 
 
-def _later(name: ast.Name, kind: str, imported: bool, scope: Scope) -> None:
+def _later(name: ast.Name, kind: str, imported: bool, scope: Namespace) -> None:
     """A definition that parses but cannot be used yet; its name is known all the same."""
     if scope.define(kind, name, imported=imported):
         scope.definitions[name.id].used = True
     scope.diagnostics.append(NotSupported(span=name.span, what=f"`{kind}`"))
 
 
-def _model(statement: ast.ModelDef, parts: Definitions, scope: Scope) -> spec.Model | None:
+def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spec.Model | None:
     call = statement.source
     if call.name not in MODEL_KINDS:
         hint = did_you_mean(call.name, MODEL_KINDS, 'write `zoo("…")`, `hf("…")` or `local("…")`')

@@ -8,7 +8,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.e02_names import BadArgument, RepeatedStatement
 from mechdsl.program import spec
 from mechdsl.program.constants import constant, whole_number
-from mechdsl.program.namespace import Scope
+from mechdsl.program.namespace import Namespace
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import rewrite, walk
@@ -21,7 +21,7 @@ LARGEST = 10_000
 """Definitions of one measure."""
 
 
-def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Scope) -> ast.Expr:
+def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Namespace) -> ast.Expr:
     """The expression with the names of metrics replaced by what they stand for."""
     written = expression
     reason = "is defined by itself"
@@ -65,7 +65,7 @@ def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Scope) -> as
     return written
 
 
-def lower_measure(measure: ast.Measure, parts: Definitions, scope: Scope) -> spec.Measure:
+def lower_measure(measure: ast.Measure, parts: Definitions, scope: Namespace) -> spec.Measure:
     metric = measure.metric
     named = isinstance(metric, ast.Name) and metric.id in parts.metrics
     label = metric.id if named and isinstance(metric, ast.Name) else metric.span.written

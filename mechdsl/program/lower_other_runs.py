@@ -30,7 +30,7 @@ Label = int | str
 
 
 @dataclass(frozen=True)
-class End:
+class RunSide:
     """A run on one side of `from … into …`."""
 
     run: str
@@ -119,15 +119,15 @@ def _unknown(
 # --- both sides of `from … into …` -------------------------------------------------------------
 
 
-def sides(work: Statements, prompts: spec.Prompts) -> tuple[list[End], list[End]]:
+def sides(work: Statements, prompts: spec.Prompts) -> tuple[list[RunSide], list[RunSide]]:
     """(sources, bases) of `from … into …`; without one, no sources and the clean run."""
     if not work.from_into:
-        return [], [End(CLEAN, CLEAN)]
+        return [], [RunSide(CLEAN, CLEAN)]
     line = work.from_into[0]
     sources = list(_ends(line.sources, prompts, work))
     bases = [
         # What rules act on is a run of its own model, whichever that is.
-        End(CLEAN, end.label, end.model) if end.model is not None else end
+        RunSide(CLEAN, end.label, end.model) if end.model is not None else end
         for end in _ends(line.bases, prompts, work)
     ]
     for refs in (line.sources, line.bases):
@@ -145,7 +145,7 @@ def sides(work: Statements, prompts: spec.Prompts) -> tuple[list[End], list[End]
     return sources, bases
 
 
-def _ends(refs: Sequence[ast.Ref], prompts: spec.Prompts, work: Statements) -> Iterator[End]:
+def _ends(refs: Sequence[ast.Ref], prompts: spec.Prompts, work: Statements) -> Iterator[RunSide]:
     own = [CLEAN, *(c.name for c in prompts.corruptions)]
     for ref in refs:
         members = work.parts.checkpoints.get(ref.name)
@@ -153,13 +153,13 @@ def _ends(refs: Sequence[ast.Ref], prompts: spec.Prompts, work: Statements) -> I
             work.scope.has("model", ref.name)
             for name, label in zip(members, labels_of(members, work), strict=True):
                 _note(work, spec.Elsewhere(span=ref.span, name=name, model=name))
-                yield End(name, label, name)
+                yield RunSide(name, label, name)
             continue
         run = run_of(ref, prompts, work)
         if run is None:
             continue
         there = work.elsewhere.get(run)
-        yield End(run, ref.span.written, None if there is None else there.model)
+        yield RunSide(run, ref.span.written, None if there is None else there.model)
 
 
 def _once(written: Sequence[tuple[str, Span]], work: Statements) -> None:
@@ -188,7 +188,7 @@ def labels_of(names: Sequence[str], work: Statements) -> list[Label]:
     return list[Label](found)
 
 
-def models_of(work: Statements, bases: Sequence[End]) -> list[tuple[str, Label]]:
+def models_of(work: Statements, bases: Sequence[RunSide]) -> list[tuple[str, Label]]:
     """The models that the experiment runs on; none after an error.
 
     `into tuned` names the model as well; a `model` line beside it may name both sides.
@@ -257,8 +257,8 @@ def _only_model(work: Statements) -> list[tuple[str, Label]]:
 
 def variants(
     models: Sequence[tuple[str, Label]],
-    sources: Sequence[End],
-    bases: Sequence[End],
+    sources: Sequence[RunSide],
+    bases: Sequence[RunSide],
     prompts: spec.Prompts,
     work: Statements,
 ) -> list[Variant]:

@@ -15,17 +15,17 @@ from mechdsl.diagnostics.e02_names import (
     did_you_mean,
 )
 from mechdsl.program import spec
-from mechdsl.program.namespace import Scope, place
+from mechdsl.program.namespace import Namespace, place
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
 CLEAN = "clean"
 
 
-class _Block:
+class _BlockLines:
     """Collects the lines of one block; each name once."""
 
-    def __init__(self, definition: ast.PromptsDef, scope: Scope) -> None:
+    def __init__(self, definition: ast.PromptsDef, scope: Namespace) -> None:
         self.definition = definition
         self.scope = scope
         self.seen: dict[str, ast.Name] = {}
@@ -146,9 +146,9 @@ class _Block:
         )
 
 
-def lower_prompts(definition: ast.PromptsDef, scope: Scope) -> spec.Prompts:
+def lower_prompts(definition: ast.PromptsDef, scope: Namespace) -> spec.Prompts:
     """The typed block. Codes: E0108, E0201 (`words(MODEL)`), E0202, E0209."""
-    block = _Block(definition, scope)
+    block = _BlockLines(definition, scope)
     for line in definition.lines:
         block.add(line)
     for node in walk(definition.lines):

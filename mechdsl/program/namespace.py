@@ -18,7 +18,7 @@ EXAMPLES = {
 
 
 @dataclass
-class Definition:
+class DefinedName:
     kind: str
     span: Span
     imported: bool
@@ -26,11 +26,11 @@ class Definition:
 
 
 @dataclass
-class Scope:
+class Namespace:
     """All top-level names of a file and its imports; they share one namespace."""
 
     diagnostics: list[Diagnostic] = field(default_factory=list)
-    definitions: dict[str, Definition] = field(default_factory=dict)
+    definitions: dict[str, DefinedName] = field(default_factory=dict)
 
     def define(self, kind: str, name: ast.Name, *, imported: bool) -> bool:
         """Enter a name. False, with E0202, where it is taken."""
@@ -40,7 +40,7 @@ class Scope:
                 DuplicateName(span=name.span, name=name.id, first=place(first.span, name.span))
             )
             return False
-        self.definitions[name.id] = Definition(kind, name.span, imported)
+        self.definitions[name.id] = DefinedName(kind, name.span, imported)
         return True
 
     def use(self, kind: str, name: str, span: Span) -> bool:

@@ -32,7 +32,7 @@ NAME = "python"
 Mode = Literal["refuse", "look", "run"]
 """What becomes of Python in a file: an error, only looked at (`validate`), or run."""
 
-Use = Literal["metric", "value", "fill"]
+FunctionUse = Literal["metric", "value", "fill"]
 """What a function is for, and so what it is called with."""
 
 INSIDE = "it can't stand inside a text or another metric"
@@ -40,7 +40,7 @@ OUTSIDE = (
     "give it a name (`x = python(…)`, `metric refused = python(…)`), and write that name there"
 )
 
-PARAMETERS: dict[Use, tuple[str, ...]] = {
+PARAMETERS: dict[FunctionUse, tuple[str, ...]] = {
     "metric": ("logits", "rows"),
     "value": ("row",),
     "fill": ("vectors",),
@@ -147,7 +147,9 @@ def is_python(node: object) -> bool:
     return isinstance(node, ast.Call) and node.name == NAME
 
 
-def find_function(node: ast.Call, use: Use) -> tuple[PythonFunction | None, list[Diagnostic]]:
+def find_function(
+    node: ast.Call, use: FunctionUse
+) -> tuple[PythonFunction | None, list[Diagnostic]]:
     """The function that `python("file.py:name")` means. Nothing of it runs. Code: E0222."""
     try:
         return _found(node, use), []
@@ -166,7 +168,7 @@ class _Missing(Exception):
         self.hint = hint
 
 
-def _found(node: ast.Call, use: Use) -> PythonFunction:
+def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
     example = 'write the file and the function: `python("metrics.py:refused")`'
     value = node.arguments[0].value if len(node.arguments) == 1 else None
     if not isinstance(value, ast.String) or node.arguments[0].name is not None:
@@ -228,7 +230,7 @@ def _functions(content: bytes, file: str) -> dict[str, python.FunctionDef]:
     return found
 
 
-def _check_parameters(function: python.FunctionDef, name: str, use: Use) -> None:
+def _check_parameters(function: python.FunctionDef, name: str, use: FunctionUse) -> None:
     """It must take what it will be called with."""
     own = function.args
     most = len(own.posonlyargs) + len(own.args)
@@ -291,7 +293,7 @@ def check_functions(program: spec.Program, mode: Mode) -> list[Diagnostic]:
     return found
 
 
-def _uses(program: spec.Program) -> Iterator[tuple[ast.Call, Use | None]]:
+def _uses(program: spec.Program) -> Iterator[tuple[ast.Call, FunctionUse | None]]:
     """Every `python(…)` of a file and what it is for; None where it can't stand."""
     for prompts in program.prompts.values():
         for node in of_prompts(prompts):
@@ -308,7 +310,7 @@ def _uses(program: spec.Program) -> Iterator[tuple[ast.Call, Use | None]]:
                 yield node, "fill"
 
 
-def _in_metric(expression: ast.Expr) -> Iterator[tuple[ast.Call, Use | None]]:
+def _in_metric(expression: ast.Expr) -> Iterator[tuple[ast.Call, FunctionUse | None]]:
     inner = {
         id(node)
         for call in walk(expression)

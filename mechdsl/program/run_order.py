@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mechdsl.diagnostics.e02_names import CircularExperiments, UnknownName, did_you_mean
 from mechdsl.program import spec
-from mechdsl.program.namespace import Scope
+from mechdsl.program.namespace import Namespace
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
 
 
-def with_order(tree: ast.File, parts: Definitions, scope: Scope) -> list[spec.Experiment]:
+def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spec.Experiment]:
     """The experiments, each with the names of those whose results it uses.
 
     Codes: E0201 for experiments that there are not, E0210 for circles.
@@ -59,7 +59,7 @@ def _in_tree(tree: object, groups: Mapping[str, spec.Group] | None = None) -> It
             yield from _in_tree(groups[node.id].sites)
 
 
-def _circles(ranked: Mapping[str, Sequence[ast.Ranked]], scope: Scope) -> None:
+def _circles(ranked: Mapping[str, Sequence[ast.Ranked]], scope: Namespace) -> None:
     """E0210 once per circle, at the line of its first experiment that needs the next one."""
     done: set[str] = set()
 

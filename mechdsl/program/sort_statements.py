@@ -10,7 +10,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported, UnexpectedToken
 from mechdsl.diagnostics.e02_names import DuplicateName, RepeatedStatement
 from mechdsl.program import spec
-from mechdsl.program.namespace import Scope, place
+from mechdsl.program.namespace import Namespace, place
 from mechdsl.syntax import ast
 from mechdsl.syntax.verbs import VERBS
 from mechdsl.syntax.walk import walk
@@ -49,7 +49,7 @@ LISTED: dict[type[ast.Node], str] = {
 class Statements:
     """Collects the statements of one experiment."""
 
-    def __init__(self, definition: ast.ExperimentDef, parts: Definitions, scope: Scope) -> None:
+    def __init__(self, definition: ast.ExperimentDef, parts: Definitions, scope: Namespace) -> None:
         self.definition = definition
         self.parts = parts
         self.scope = scope

@@ -14,13 +14,13 @@ from mechdsl.prompts.answers import move, numerals, quoted, shared_beginning, te
 from mechdsl.prompts.domains import Constants, Words
 from mechdsl.prompts.noise import add_noise
 from mechdsl.prompts.prompt_conventions import (
-    Part,
+    Split,
     noise_conventions,
     rows_convention,
     token_conventions,
 )
 from mechdsl.prompts.prompt_table import PromptTable, Run, RunRow, TextTokens
-from mechdsl.prompts.prompts_block import Block, Blocks
+from mechdsl.prompts.prompts_block import Blocks, PromptsBlock
 from mechdsl.prompts.replaced_text import extended, replace_in_rows
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.row_selection import (
@@ -51,7 +51,7 @@ def build_table(
     tokenizer: TextTokenizer,
     seed: int = 0,
     limit: int | None = None,
-    part: Part | None = None,
+    part: Split | None = None,
     words: Words | None = None,
     max_length: int | None = None,
     parameters: Constants | None = None,
@@ -72,7 +72,7 @@ def build_table(
     Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703.
     """
     rows = (compiled or {}).get(prompts.name) or BlockRows(
-        Block(
+        PromptsBlock(
             prompts,
             seed=seed,
             words=words,
@@ -113,7 +113,7 @@ class _Builder:
         self.block = self.rows.block
         self.diagnostics: list[Diagnostic] = []
 
-    def table(self, found: Collection, limit: int | None, part: Part | None) -> PromptTable:
+    def table(self, found: Collection, limit: int | None, part: Split | None) -> PromptTable:
         table, equal = self.runs(found.rows)
         conventions = rows_convention(self.block, found, len(table), limit, part, equal)
         conventions |= token_conventions(self.block, table, self.tokenizer)
@@ -376,4 +376,4 @@ def _only(entries: Sequence[T], keep: Sequence[bool]) -> tuple[T, ...]:
     return tuple(e for e, k in zip(entries, keep, strict=True) if k)
 
 
-__all__ = ["MAX_ROWS", "Part", "build_table", "numerals", "text_tokens"]
+__all__ = ["MAX_ROWS", "Split", "build_table", "numerals", "text_tokens"]

@@ -71,7 +71,7 @@ class Chain(Sequence[Value]):
             yield from part
 
 
-class _Refused(Exception):
+class _RefusedDomain(Exception):
     def __init__(self, diagnostic: Diagnostic) -> None:
         super().__init__(diagnostic.code)
         self.diagnostic = diagnostic
@@ -83,7 +83,7 @@ def make_domain(
     """The values of a domain. Codes: E0501, E0503, E0509, E0515."""
     try:
         values = _Maker(prompts, constants, words).values(domain)
-    except _Refused as refused:
+    except _RefusedDomain as refused:
         return (), [refused.diagnostic]
     if not len(values):
         hint = "ranges go upwards and include both ends"
@@ -151,7 +151,7 @@ class _Maker:
                     "restrict combinations with `where`"
                 )
                 hint = did_you_mean(name, self.constants, otherwise)
-                raise _Refused(
+                raise _RefusedDomain(
                     UnknownValue(span=node.span, prompts=self.prompts, name=name, hint=hint)
                 )
             case _:
@@ -163,14 +163,14 @@ class _Maker:
         model = node.arguments[0].value if len(node.arguments) == 1 else None
         if not isinstance(model, ast.Name):
             reason = "takes the name of a model"
-            raise _Refused(BadCall(span=node.span, name="words", reason=reason, usage=usage))
+            raise _RefusedDomain(BadCall(span=node.span, name="words", reason=reason, usage=usage))
         if self.words is None:
             reason = "the model's tokenizer isn't at hand"
             raise self.bad(node, reason, "write the words in a list")
         return tuple(self.words(model.id))
 
-    def bad(self, node: ast.Node, reason: str, hint: str) -> _Refused:
+    def bad(self, node: ast.Node, reason: str, hint: str) -> _RefusedDomain:
         text = node.span.text
-        return _Refused(
+        return _RefusedDomain(
             BadValue(span=node.span, expression=text, reason=reason, rows="every row", hint=hint)
         )

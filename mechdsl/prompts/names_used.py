@@ -14,7 +14,7 @@ Placeholders: TypeAlias = Callable[[ast.String], Sequence[ast.Expr]]
 
 
 @dataclass(frozen=True)
-class Use:
+class NameUse:
     """`value`: the row's value; `item`: what a list draws; `pool`: what `from:` names; `domain`:
     the values it ranges over, as `other(x)` needs them, beside its value."""
 
@@ -23,15 +23,15 @@ class Use:
     span: Span
 
 
-def uses(node: Any, placeholders: Placeholders) -> Iterator[Use]:
+def uses(node: Any, placeholders: Placeholders) -> Iterator[NameUse]:
     """Every reference in an expression, in the order of the text."""
     match node:
         case ast.Name(id=name):
-            yield Use(name, "value", node.span)
+            yield NameUse(name, "value", node.span)
         case ast.Attribute(name=name):
-            yield Use(name, "value", node.span)
+            yield NameUse(name, "value", node.span)
         case ast.Index(name=name, index=index):
-            yield Use(name, "value", node.span)
+            yield NameUse(name, "value", node.span)
             yield from uses(index, placeholders)
         case ast.String():
             for inner in placeholders(node):
@@ -43,7 +43,7 @@ def uses(node: Any, placeholders: Placeholders) -> Iterator[Use]:
         case ast.Call(name="other" | "others", arguments=arguments):
             for n, argument in enumerate(arguments):
                 if n == 0 and isinstance(argument.value, ast.Name):
-                    yield Use(argument.value.id, "domain", argument.value.span)
+                    yield NameUse(argument.value.id, "domain", argument.value.span)
                 yield from uses(argument.value, placeholders)
         case ast.Node():
             for f in fields(node):
@@ -55,13 +55,13 @@ def uses(node: Any, placeholders: Placeholders) -> Iterator[Use]:
             return
 
 
-def _list_uses(node: ast.Call, placeholders: Placeholders) -> Iterator[Use]:
+def _list_uses(node: ast.Call, placeholders: Placeholders) -> Iterator[NameUse]:
     source = next((a for a in node.arguments if a.name == "from"), None)
     for n, argument in enumerate(node.arguments):
         value = argument.value
         if argument is source:
             if isinstance(value, ast.Name):
-                yield Use(value.id, "pool", value.span)
+                yield NameUse(value.id, "pool", value.span)
         elif n == 0 and argument.name is None:
             drawn = [value] if isinstance(value, ast.Name) else []
             if isinstance(value, ast.String):
@@ -70,7 +70,7 @@ def _list_uses(node: ast.Call, placeholders: Placeholders) -> Iterator[Use]:
                 if not isinstance(inner, ast.Name):
                     yield from uses(inner, placeholders)
                 elif source is None:
-                    yield Use(inner.id, "item", inner.span)
+                    yield NameUse(inner.id, "item", inner.span)
         else:
             yield from uses(value, placeholders)
 

@@ -9,7 +9,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import Noise, PromptTable
-from mechdsl.prompts.prompts_block import Block
+from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import ActivationChange, of_kind
@@ -17,7 +17,7 @@ from mechdsl.vocab.corruptions import ActivationChange, of_kind
 
 def add_noise(
     table: PromptTable,
-    block: Block,
+    block: PromptsBlock,
     tokenizer: TextTokenizer,
     before_limit: Callable[[str], PromptTable],
 ) -> tuple[PromptTable, list[Diagnostic]]:

@@ -11,7 +11,7 @@ from mechdsl.diagnostics.e05_elsewhere import OtherEnding, PartnerMissing, RowsN
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answers import quoted
 from mechdsl.prompts.prompt_table import PromptTable, Run
-from mechdsl.prompts.prompts_block import Block
+from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.replaced_text import extended
 from mechdsl.prompts.row_selection import collect
 from mechdsl.prompts.rows import CLEAN, BlockRows
@@ -33,7 +33,7 @@ class Paired:
 
 def paired_run(
     table: PromptTable,
-    own: Block,
+    own: PromptsBlock,
     others: BlockRows,
     run: str,
     *,
@@ -80,7 +80,7 @@ def paired_run(
     return Paired(there_run, how, found.python, found.data_hash), diagnostics
 
 
-def _single(others: BlockRows, own: Block) -> int | None:
+def _single(others: BlockRows, own: PromptsBlock) -> int | None:
     """The number of the block's row, if it has one only."""
     other = others.block
     if other.combinations == 1 and not (other.draws and own.combinations == 1):
@@ -92,7 +92,7 @@ def _single(others: BlockRows, own: Block) -> int | None:
 
 
 def _missing(
-    lacking: Sequence[int], own: Block, other: Block, total: int, span: Span
+    lacking: Sequence[int], own: PromptsBlock, other: PromptsBlock, total: int, span: Span
 ) -> PartnerMissing:
     where = other.spec.where
     by_where = f"by `where {where[0].span.written}`" if where else "its tokens are left unchanged"

@@ -7,20 +7,20 @@ from typing import Literal
 
 from mechdsl.prompts.answers import quoted
 from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.prompts.prompts_block import Block
+from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.row_selection import Collection
 from mechdsl.prompts.rows import CLEAN
 from mechdsl.prompts.tokenizer import TextTokenizer
 
-Part = Literal["train", "test"]
+Split = Literal["train", "test"]
 
 
 def rows_convention(
-    block: Block,
+    block: PromptsBlock,
     found: Collection,
     kept: int,
     limit: int | None,
-    part: Part | None,
+    part: Split | None,
     unchanged: Mapping[str, int],
 ) -> dict[str, str]:
     """Which rows the table has (`rows`), and what was left out on the way (`dropped`).
@@ -47,7 +47,9 @@ def rows_convention(
     return out
 
 
-def token_conventions(block: Block, table: PromptTable, tokenizer: TextTokenizer) -> dict[str, str]:
+def token_conventions(
+    block: PromptsBlock, table: PromptTable, tokenizer: TextTokenizer
+) -> dict[str, str]:
     """The beginning-of-sequence token, and how answers and the like were tokenised."""
     out = {"bos": tokenizer.bos_convention()}
     rows = table.runs[CLEAN].rows

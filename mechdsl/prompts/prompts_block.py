@@ -22,7 +22,7 @@ from mechdsl.diagnostics.e05_data import (
 from mechdsl.program import spec
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
-from mechdsl.prompts.names_used import Use, draws, uses
+from mechdsl.prompts.names_used import NameUse, draws, uses
 from mechdsl.prompts.python_values import Calls, Names
 from mechdsl.prompts.row_scope import Refusal
 from mechdsl.prompts.values import Record, Value, frozen, plain
@@ -53,7 +53,7 @@ class Definition:
 
 
 @dataclass
-class Template:
+class CompiledTemplate:
     """A template's pieces, and the names that its placeholders define (`{s2 = s}`)."""
 
     text: ast.String
@@ -79,7 +79,7 @@ def _without_wrong_changes(prompts: spec.Prompts, parameters: Constants) -> spec
     return prompts.model_copy(update={"corruptions": right})
 
 
-class Block:
+class PromptsBlock:
     """The names of a block and what they stand for. Build it with `compile_block`."""
 
     def __init__(
@@ -103,12 +103,12 @@ class Block:
         self.diagnostics: list[Diagnostic] = [
             d for c in prompts.corruptions for d in problems(c.changes, parameters)
         ]
-        self._templates: dict[int, Template] = {}
+        self._templates: dict[int, CompiledTemplate] = {}
         self._pools: dict[str, Sequence[Record]] = {}
         self._columns: dict[str, Sequence[Value]] = {}
         self.data: DataFile | None = self._read()
         self.columns: tuple[str, ...] = self.data.columns if self.data else ()
-        self.templates: tuple[Template, ...] = tuple(map(self.template, prompts.templates))
+        self.templates: tuple[CompiledTemplate, ...] = tuple(map(self.template, prompts.templates))
         self.domains: dict[str, Sequence[Value]] = {}
         self.definitions: dict[str, Definition] = {}
         for value in prompts.values:
@@ -165,14 +165,14 @@ class Block:
             for name in value.names:
                 self.definitions[name] = definition
 
-    def template(self, text: ast.String) -> Template:
+    def template(self, text: ast.String) -> CompiledTemplate:
         """The parsed text; every text of the file is parsed once. Codes: E0113 and its like."""
         found = self._templates.get(id(text))
         if found is None:
             pieces, diagnostics = parse_template(text)
             self.diagnostics += diagnostics
             # The tree holds on to `text`, so its id stays its own.
-            found = self._templates[id(text)] = Template(text, pieces)
+            found = self._templates[id(text)] = CompiledTemplate(text, pieces)
         return found
 
     def placeholders(self, text: ast.String) -> list[ast.Expr]:
@@ -217,7 +217,7 @@ class Block:
                 for node in kind.reads(change):
                     yield written, node
 
-    def _all_templates(self) -> Iterator[Template]:
+    def _all_templates(self) -> Iterator[CompiledTemplate]:
         yield from self.templates
         for corruption in self.spec.corruptions:
             for change in corruption.changes:
@@ -235,7 +235,7 @@ class Block:
             self._check_uses()
         self._check_cycles()
 
-    def _duplicate(self, template: Template, name: str) -> None:
+    def _duplicate(self, template: CompiledTemplate, name: str) -> None:
         for piece in template.pieces:
             if isinstance(piece, Placeholder) and piece.name == name:
                 first = f"a value of prompts `{self.name}`"
@@ -328,7 +328,7 @@ class Block:
 
         return next((f for f in (visit(name, ()) for name in graph) if f is not None), None)
 
-    def only(self, corruption: spec.Corruption) -> Block:
+    def only(self, corruption: spec.Corruption) -> PromptsBlock:
         """The same block with one of its corruptions."""
         other = copy(self)
         other.spec = self.spec.model_copy(update={"corruptions": (corruption,)})
@@ -339,7 +339,7 @@ class Block:
         drawn = set[str]()
         own = set[str]()
 
-        def note(found: Iterable[Use], changed: set[str]) -> None:
+        def note(found: Iterable[NameUse], changed: set[str]) -> None:
             for use in found:
                 if use.how == "item":
                     drawn.add(use.name)
@@ -364,7 +364,7 @@ class Block:
 
     # --- domains of names -------------------------------------------------------------------------
 
-    def domain_of(self, node: ast.Expr, template: Template | None) -> Sequence[Value]:
+    def domain_of(self, node: ast.Expr, template: CompiledTemplate | None) -> Sequence[Value]:
         """What a name ranges over: its own domain, or that of what it is drawn from. E0513."""
         found = self._domain(node, template, frozenset())
         if found is None:
@@ -374,7 +374,7 @@ class Block:
         return found
 
     def _domain(
-        self, node: object, template: Template | None, seen: frozenset[str]
+        self, node: object, template: CompiledTemplate | None, seen: frozenset[str]
     ) -> Sequence[Value] | None:
         match node:
             case ast.Name(id=name) if name not in seen:
@@ -417,7 +417,7 @@ class Block:
         if name not in self.blocks:
             return None
         if name not in self._pools:
-            other = Block(
+            other = PromptsBlock(
                 self.blocks[name],
                 seed=self.seed,
                 words=self.words,
@@ -438,7 +438,7 @@ def _hint(name: str, known: Iterable[str], what: str) -> str:
     return did_you_mean(name, names, f"its {what} are {listed}" if names else "define it")
 
 
-def _parts(block: Block) -> Iterator[tuple[Names | None, Any]]:
+def _parts(block: PromptsBlock) -> Iterator[tuple[Names | None, Any]]:
     """What rows are made of, each part with the names that a function in it is given.
 
     A value sees those that stand above it in the file and hang on nothing from it on, so that no

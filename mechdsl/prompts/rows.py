@@ -13,7 +13,7 @@ from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
 from mechdsl.program import spec
 from mechdsl.prompts.expressions import bad, evaluate, holds
 from mechdsl.prompts.functions import FUNCTIONS, CallSite, draw_others
-from mechdsl.prompts.prompts_block import TEMPLATE, Block, Definition, Template
+from mechdsl.prompts.prompts_block import TEMPLATE, CompiledTemplate, Definition, PromptsBlock
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.seeded_draws import Permutation, stable_hash
 from mechdsl.prompts.values import (
@@ -47,7 +47,7 @@ MAX_CHARACTERS = 100_000
 class Row:
     """One row of a block, clean or corrupted. Its methods raise `Refusal`."""
 
-    def __init__(self, block: Block, row_id: int) -> None:
+    def __init__(self, block: PromptsBlock, row_id: int) -> None:
         self.block = block
         self.id = row_id
         self.run = CLEAN
@@ -62,7 +62,7 @@ class Row:
             index, at = divmod(index, len(values))
             self.places[name] = at
             self.values[name] = values[at]
-        self.template: Template = block.templates[self.places.get(TEMPLATE, 0)]
+        self.template: CompiledTemplate = block.templates[self.places.get(TEMPLATE, 0)]
         self.changed: dict[str, Value] = {}
         """What the corruption has written."""
         self.item_changes: dict[str, tuple[ast.Expr, Row]] = {}
@@ -374,7 +374,7 @@ class Row:
 class BlockRows:
     """The rows of a block by their ids, each worked out once: experiments of a file share them."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: PromptsBlock) -> None:
         self.block = block
         self._rows: dict[int, Row] = {}
 

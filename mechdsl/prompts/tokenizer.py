@@ -15,7 +15,7 @@ from tokenizers import Encoding, Tokenizer
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e05_data import NoBosToken, NoTokenizer
+from mechdsl.diagnostics.e05_data import NoBosToken, UnreadableTokenizer
 
 ROLES = ("bos", "cls", "sep", "eos")
 """Special tokens that positions can name."""
@@ -81,7 +81,9 @@ class TextTokenizer:
         file = path / "tokenizer.json"
 
         def refused(reason: str) -> tuple[None, list[Diagnostic]]:
-            return None, [NoTokenizer(span=span, path=path.name or str(path), reason=reason)]
+            return None, [
+                UnreadableTokenizer(span=span, path=path.name or str(path), reason=reason)
+            ]
 
         try:
             content = file.read_bytes()

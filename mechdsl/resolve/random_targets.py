@@ -22,9 +22,9 @@ from mechdsl.prompts.seeded_draws import Permutation, stable_hash, subset
 from mechdsl.resolve.resolved import (
     DRAW,
     Axis,
-    Control,
     Key,
     PositionTargets,
+    ResolvedControl,
     ResolvedExperiment,
     ResolvedRule,
     SitePoint,
@@ -61,7 +61,7 @@ Picked: TypeAlias = Mapping[tuple[Slot, int], int]
 
 def resolve_control(
     experiment: ResolvedExperiment, most_cells: int
-) -> tuple[Control | None, list[Diagnostic]]:
+) -> tuple[ResolvedControl | None, list[Diagnostic]]:
     """What the experiment is set against; None where it is against nothing, or after an error.
 
     Codes: E0323, E0630.
@@ -80,7 +80,7 @@ def resolve_control(
             )
         ]
     try:
-        return _Drawing(experiment, asked).control(), []
+        return _Draws(experiment, asked).control(), []
     except _NothingToDraw as nothing:
         reason, hint = nothing.reason, nothing.hint
     if experiment.stand_ins:  # what is really picked may have others
@@ -96,7 +96,7 @@ class _NothingToDraw(Exception):
         self.hint = hint
 
 
-class _Drawing:
+class _Draws:
     """The draws of one experiment."""
 
     def __init__(self, experiment: ResolvedExperiment, asked: spec.Control) -> None:
@@ -114,7 +114,7 @@ class _Drawing:
         self.like: list[str] = []
         """Labels of what is written and has no others."""
 
-    def control(self) -> Control:
+    def control(self) -> ResolvedControl:
         kinds: list[spec.Drawn | None] = [self._kind(rule) for rule in self.experiment.rules]
         if not any(kinds):
             raise self._nothing()
@@ -149,7 +149,9 @@ class _Drawing:
         )
         what = f"random {' and '.join(self.drawn)}"
         drawn = f"{what}, {draws:,} draws, seed {self.experiment.seed}"
-        return Control(shadow, draws, what, "; ".join([drawn, *self.matched, *self.notes, *kept]))
+        return ResolvedControl(
+            shadow, draws, what, "; ".join([drawn, *self.matched, *self.notes, *kept])
+        )
 
     def _nothing(self) -> _NothingToDraw:
         what = self.asked.what

@@ -326,7 +326,7 @@ class ResolvedExperiment(Record):
     """Experiments that it picks from and that haven't run: their first cells stand in."""
     sites_of: Mapping[str, ast.Span] = field(default_factory=dict, compare=False, repr=False)
     """Experiments whose sites it uses → where."""
-    control: Control | None = None
+    control: ResolvedControl | None = None
     control_of: str | None = None
     """The experiment that this one is the control of, by its key."""
 
@@ -367,7 +367,7 @@ class ResolvedExperiment(Record):
 
 
 @record
-class Control(Record):
+class ResolvedControl(Record):
     """The same experiment on targets that were drawn at random."""
 
     experiment: ResolvedExperiment

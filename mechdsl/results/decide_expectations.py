@@ -20,17 +20,17 @@ from mechdsl.validate.conditions import (
     Area,
     Arithmetic,
     BestIs,
-    Between,
     Both,
+    CellSelection,
     Comparison,
     Condition,
     Constant,
     Correlation,
+    InBand,
     Negation,
     OfCells,
     TopContains,
     Value,
-    Where,
 )
 from mechdsl.validate.expectations import Known, KnownMeasure, read_expectation
 from mechdsl.vocab.effects import EFFECTS
@@ -122,7 +122,7 @@ class _Judge:
         match condition:
             case Comparison():
                 return self.compare(condition)
-            case Between():
+            case InBand():
                 return self.between(condition, inside=True)
             case BestIs():
                 return self.best(condition)
@@ -139,7 +139,7 @@ class _Judge:
         match condition:
             case Comparison():
                 return self.judge(replace(condition, operator=OPPOSITE[condition.operator]))
-            case Between():
+            case InBand():
                 return self.between(condition, inside=False)
             case BestIs():
                 return self.judge(replace(condition, equal=not condition.equal))
@@ -179,7 +179,7 @@ class _Judge:
 
         return self.verdict(shown, difference.point, low, high, holds, reason)
 
-    def between(self, condition: Between, inside: bool) -> Verdict:
+    def between(self, condition: InBand, inside: bool) -> Verdict:
         value = self.value(condition.value)
         low, high = self.ends(value)
         # the bounds are sums of decimal numbers, so they give way by a rounding error
@@ -402,10 +402,10 @@ class _Judge:
 
     # --- cells and their draws
 
-    def at(self, cell: int, where: Sequence[Where]) -> bool:
+    def at(self, cell: int, where: Sequence[CellSelection]) -> bool:
         return all(each.matches(self.result.cells[cell]) for each in where)
 
-    def chosen(self, measure: int, where: Sequence[Where]) -> Ints:
+    def chosen(self, measure: int, where: Sequence[CellSelection]) -> Ints:
         """The cells that are meant and have a value."""
         means = self.result.statistics[measure].mean
         found = [i for i in range(len(means)) if np.isfinite(means[i]) and self.at(i, where)]

@@ -21,7 +21,7 @@ from mechdsl.statistics.measure_data import Interval, MeasureData
 SCHEMA_VERSION: Literal[1] = 1
 
 
-class Part(BaseModel):
+class DocumentPart(BaseModel):
     """Optional keys that weren't given stay out of the JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -30,7 +30,7 @@ class Part(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-class NullDocument(Part):
+class NullDocument(DocumentPart):
     """The same effect on targets drawn at random (`against random(n)`)."""
 
     mean: float | None
@@ -40,7 +40,7 @@ class NullDocument(Part):
     what: str = Field(description="what was drawn")
 
 
-class MeasureDocument(Part):
+class MeasureDocument(DocumentPart):
     """One effect in one cell."""
 
     label: str
@@ -66,14 +66,14 @@ class MeasureDocument(Part):
     reason: str | None = Field(default=None, description="why a number is null")
 
 
-class At(Part):
+class At(DocumentPart):
     """Where the cell's intervention acts."""
 
     position: str | None
     tokens: list[str]
 
 
-class CellDocument(Part):
+class CellDocument(DocumentPart):
     """One cell of the result table; the keys of `coords` are the experiment's axes."""
 
     coords: dict[str, int | float | str]
@@ -83,7 +83,7 @@ class CellDocument(Part):
     measures: list[MeasureDocument]
 
 
-class RunDocument(Part):
+class RunDocument(DocumentPart):
     """A metric on an unpatched run."""
 
     label: str
@@ -100,7 +100,7 @@ class RunDocument(Part):
     reason: str | None = None
 
 
-class ExpectDocument(Part):
+class ExpectDocument(DocumentPart):
     """The verdict on one `expect`."""
 
     text: str
@@ -111,7 +111,7 @@ class ExpectDocument(Part):
     reason: str | None = None
 
 
-class ExperimentDocument(Part):
+class ExperimentDocument(DocumentPart):
     """One experiment."""
 
     name: str
@@ -126,7 +126,7 @@ class ExperimentDocument(Part):
     expect: list[ExpectDocument]
 
 
-class SizesDocument(Part):
+class SizesDocument(DocumentPart):
     """What the run was laid out by; given both numbers, two runs are equal bit for bit."""
 
     pass_tokens: int = Field(description="most tokens of a pass over patched rows")
@@ -134,7 +134,7 @@ class SizesDocument(Part):
     chosen: ChosenBy = Field(description="what `pass_tokens` comes from")
 
 
-class FileDocument(Part):
+class FileDocument(DocumentPart):
     """One `.mech` file."""
 
     file: str
@@ -144,7 +144,7 @@ class FileDocument(Part):
     experiments: list[ExperimentDocument]
 
 
-class ResultsDocument(Part):
+class ResultsDocument(DocumentPart):
     """What `mechdsl run --format json` prints."""
 
     schema_version: Literal[1] = Field(alias="schema")

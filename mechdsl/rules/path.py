@@ -44,7 +44,7 @@ RECEIVERS = ("attn_norm", "q", "k", "v", "mlp_norm", "final_norm", "logits")
 
 
 @rule_kind("path")
-class PathRule(RuleKind, Intervention):
+class PathPatching(RuleKind, Intervention):
     """What receivers read of a patched sender, while all else is held at the base run."""
 
     alone = True

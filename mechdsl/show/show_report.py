@@ -13,7 +13,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.vocab.reports import REPORTS
 
 
-class _Drawing(Protocol):
+class _ReportModule(Protocol):
     """What the module of a report defines."""
 
     def render(self, result: ExperimentResult, report: spec.Report, console: Console) -> None:
@@ -35,7 +35,7 @@ def show_report(
     module = REPORTS[report.kind].module
     if module is None:
         raise ValueError(f"`report {report.kind}` isn't drawn yet: `check_report` refuses it")
-    drawing = cast(_Drawing, import_module(module))
+    drawing = cast(_ReportModule, import_module(module))
     if report.file is None:
         drawing.render(result, report, console)
         return None

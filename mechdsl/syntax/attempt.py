@@ -14,7 +14,7 @@ from mechdsl.syntax.transform import CONTEXT, Context
 
 
 @dataclass
-class Stopped(Exception):
+class ParserStopped(Exception):
     """The parser met something it has no place for."""
 
     offset: int
@@ -45,12 +45,12 @@ def attempt(
         CONTEXT.reset(token)
 
 
-def _stopped(text: str, error: Any) -> Stopped:
+def _stopped(text: str, error: Any) -> ParserStopped:
     token: Any = getattr(error, "token", None)
     interactive: Any = getattr(error, "interactive_parser", None)
     accepts: frozenset[str] = frozenset(interactive.accepts() if interactive else ())
     if token is None:
-        return Stopped(error.pos_in_stream, "", 1, accepts)
+        return ParserStopped(error.pos_in_stream, "", 1, accepts)
     if token.type == "$END":
-        return Stopped(len(text), "$END", 0, accepts)
-    return Stopped(token.start_pos, token.type, len(token), accepts)
+        return ParserStopped(len(text), "$END", 0, accepts)
+    return ParserStopped(token.start_pos, token.type, len(token), accepts)

@@ -37,7 +37,7 @@ _NEXT = frozenset({"$END", "DEF", "CHANGE", "SWAP", "TEMPLATE", "ADD", "REPLACE"
 
 
 @dataclass(frozen=True)
-class Signature:
+class ChangeSignature:
     """What stands behind the word of a change.
 
     values: the kinds of node that it takes, in order; `repeated` lets the last one come again.
@@ -102,11 +102,11 @@ class Signature:
         return left if complete else left - _NEXT
 
 
-SIGNATURES: dict[str, Signature] = {}
+SIGNATURES: dict[str, ChangeSignature] = {}
 """By the word that begins the change."""
 
 
-def register(word: str, signature: Signature) -> None:
+def register(word: str, signature: ChangeSignature) -> None:
     """From now on this word begins a change; it stays free as a name everywhere else."""
     SIGNATURES[word] = signature
     CHANGE_WORDS.add(word)

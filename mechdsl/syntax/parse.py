@@ -10,7 +10,7 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotText, TooLarge, Unreadable
 from mechdsl.syntax import ast
-from mechdsl.syntax.attempt import Stopped, attempt
+from mechdsl.syntax.attempt import ParserStopped, attempt
 from mechdsl.syntax.scan import outline
 
 MAX_REPORTED = 1000
@@ -27,7 +27,7 @@ def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
         return ast.File((), found.comments, span=Span(source, 0, 0)), [found.problem]
     try:
         file, diagnostics = attempt(source, source.text)
-    except Stopped as error:
+    except ParserStopped as error:
         # Half of this package is about wrong texts; right ones start faster without it.
         from mechdsl.syntax.mistakes.recover import recover
 
@@ -57,7 +57,7 @@ def parse_setting(text: str) -> ast.Expr | None:
         return None
     try:
         clause, diagnostics = attempt(source, text, start="placeholder")
-    except Stopped:
+    except ParserStopped:
         return None
     name, value = clause.value
     return None if name is not None or diagnostics else value

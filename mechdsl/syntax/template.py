@@ -9,7 +9,7 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import BadPlaceholder
 from mechdsl.syntax import ast
-from mechdsl.syntax.attempt import Stopped, attempt
+from mechdsl.syntax.attempt import ParserStopped, attempt
 from mechdsl.syntax.scan import outline
 from mechdsl.syntax.transform import unescape
 
@@ -41,7 +41,7 @@ def parse_template(text: ast.String) -> tuple[list[TemplatePiece], list[Diagnost
     Spans point into the file. Codes: E0113 for what is no placeholder, E0106 and E0114 for
     expressions with a reserved name or a number that is too large. A wrong one is left out.
     """
-    reader = _Reader(*_raw(text))
+    reader = _TemplateReader(*_raw(text))
     reader.read()
     return reader.pieces, reader.diagnostics
 
@@ -58,7 +58,7 @@ def _raw(text: ast.String) -> tuple[Source, str, int, bool]:
     return Source(text.value), text.value, 0, False
 
 
-class _Reader:
+class _TemplateReader:
     def __init__(self, source: Source, raw: str, base: int, escaped: bool) -> None:
         self.source = source
         self.raw = raw
@@ -111,7 +111,7 @@ class _Reader:
             return
         try:
             clause, diagnostics = attempt(self.source, text, base, "placeholder")
-        except Stopped as error:
+        except ParserStopped as error:
             self._refuse(*self._stopped(error, inner, start + 1))
             return
         self.diagnostics += diagnostics
@@ -131,7 +131,7 @@ class _Reader:
 
         return _QUOTED.sub(quotes, inner)
 
-    def _stopped(self, error: Stopped, inner: str, base: int) -> tuple[str, str, int, int]:
+    def _stopped(self, error: ParserStopped, inner: str, base: int) -> tuple[str, str, int, int]:
         offset = error.offset
         if offset >= len(inner.rstrip()):
             end = base + len(inner)

@@ -52,7 +52,7 @@ def place_of(cell: CellKey) -> tuple[Coordinates, set[str]]:
 
 
 @record
-class Where(Record):
+class CellSelection(Record):
     """Which cells are meant: ranges of coordinates, and a component."""
 
     text: str
@@ -96,7 +96,7 @@ class OfCells(Record):
 
     how: Literal["max", "min", "mean", "cell", "only"]
     measure: int
-    where: tuple[Where, ...] = ()
+    where: tuple[CellSelection, ...] = ()
 
 
 @record
@@ -131,7 +131,7 @@ class Area(Record):
 
     measure: int
     axis: str
-    where: tuple[Where, ...] = ()
+    where: tuple[CellSelection, ...] = ()
 
 
 Value = Constant | OfCells | Accuracy | Correlation | Area | Arithmetic | Absolute
@@ -148,7 +148,7 @@ class Comparison(Record):
 
 
 @record
-class Between(Record):
+class InBand(Record):
     """`v near x within t`, `v in a..b`: both ends included."""
 
     value: Value
@@ -162,8 +162,8 @@ class BestIs(Record):
 
     how: Literal["argmax", "argmin"]
     measure: int
-    where: tuple[Where, ...]
-    site: Where
+    where: tuple[CellSelection, ...]
+    site: CellSelection
     equal: bool = True
 
 
@@ -173,7 +173,7 @@ class TopContains(Record):
 
     top: int
     measure: int
-    sites: tuple[Where, ...]
+    sites: tuple[CellSelection, ...]
 
 
 @record
@@ -188,6 +188,6 @@ class Negation(Record):
     operand: Condition
 
 
-Condition = Comparison | Between | BestIs | Both | Negation
+Condition = Comparison | InBand | BestIs | Both | Negation
 Statement = Condition | TopContains
 """What stands behind `expect`."""

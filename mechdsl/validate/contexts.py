@@ -12,9 +12,9 @@ from mechdsl.program import spec
 from mechdsl.program.python_files import of_prompts
 from mechdsl.prompts.build_table import build_table
 from mechdsl.prompts.other_blocks import Paired, paired_run
-from mechdsl.prompts.prompt_conventions import Part
+from mechdsl.prompts.prompt_conventions import Split
 from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.prompts.prompts_block import Block
+from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.rows import BlockRows
 from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer
 from mechdsl.resolve.model_runs import joined_table, model_run, refused_pair
@@ -108,7 +108,7 @@ class Contexts:
         model: ModelContext,
         *,
         limit: int | None = None,
-        part: Part | None = None,
+        part: Split | None = None,
         ids: Sequence[int] | None = None,
     ) -> tuple[PromptTable | None, list[Diagnostic]]:
         return build_table(
@@ -130,8 +130,8 @@ class Contexts:
         """Whether only Python, which isn't run here, can make the rows of a block."""
         return not self.python and bool(of_prompts(self.program.prompts[name]))
 
-    def _block(self, name: str) -> Block:
-        return Block(
+    def _block(self, name: str) -> PromptsBlock:
+        return PromptsBlock(
             self.program.prompts[name],
             seed=self.program.seed,
             words=self._words,

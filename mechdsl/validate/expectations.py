@@ -19,18 +19,18 @@ from mechdsl.validate.conditions import (
     Area,
     Arithmetic,
     BestIs,
-    Between,
     Both,
+    CellSelection,
     Comparison,
     Condition,
     Constant,
     Correlation,
+    InBand,
     Negation,
     OfCells,
     Statement,
     TopContains,
     Value,
-    Where,
     full_component,
 )
 
@@ -71,7 +71,7 @@ class Known:
         return len(self.cells) == 1 if self.cells is not None else not self.axes
 
 
-class _Refused(Exception):
+class _RefusedCondition(Exception):
     def __init__(self, diagnostic: Diagnostic) -> None:
         super().__init__(diagnostic.message)
         self.diagnostic = diagnostic
@@ -86,12 +86,12 @@ def read_expectation(
     expectation: spec.Expectation, known: Known
 ) -> tuple[Statement | None, list[Diagnostic]]:
     """The condition with its names bound, or None and why not."""
-    reader = _Reader(known)
+    reader = _ConditionReader(known)
     try:
         if expectation.condition is None:
             return reader.top(expectation), []
         return reader.condition(expectation.condition), []
-    except _Refused as refusal:
+    except _RefusedCondition as refusal:
         return None, [refusal.diagnostic]
 
 
@@ -100,10 +100,10 @@ def _squeezed(text: str) -> str:
 
 
 def _unreadable(span: Span, reason: str, hint: str) -> NoReturn:
-    raise _Refused(UnreadableExpectation(span=span, reason=reason, hint=hint))
+    raise _RefusedCondition(UnreadableExpectation(span=span, reason=reason, hint=hint))
 
 
-class _Reader:
+class _ConditionReader:
     def __init__(self, known: Known) -> None:
         self.known = known
 
@@ -119,12 +119,12 @@ class _Reader:
                 return self.comparison(node)
             case ast.Near():
                 middle, tolerance = self.constant(node.target), self.constant(node.tolerance)
-                return Between(self.value(node.value), middle - tolerance, middle + tolerance)
+                return InBand(self.value(node.value), middle - tolerance, middle + tolerance)
             case ast.InRange():
                 if not isinstance(node.within, ast.Range):
                     _unreadable(node.within.span, "not a range", "write both ends: `in 0.2..0.4`")
                 low, high = self.constant(node.within.low), self.constant(node.within.high)
-                return Between(self.value(node.value), low, high)
+                return InBand(self.value(node.value), low, high)
             case _:
                 _unreadable(
                     node.span,
@@ -154,7 +154,7 @@ class _Reader:
         numbers = [i for i, each in enumerate(self.known.measures) if each.kind == "number"]
         if len(numbers) > 1:
             hint = "`contains` can't name one: give the other measures an experiment of their own"
-            raise _Refused(self.which(span, f"top {expectation.top}", numbers, hint))
+            raise _RefusedCondition(self.which(span, f"top {expectation.top}", numbers, hint))
         if not numbers:
             _unreadable(span, "no measure is a number", "categories have no order")
         sites = tuple(self.where(site) for site in expectation.contains)
@@ -224,7 +224,7 @@ class _Reader:
             otherwise = "name another experiment of this file"
             hint = did_you_mean(other.id, self.known.experiments, otherwise)
             found = UnknownName(span=other.span, kind="experiment", name=other.id, hint=hint)
-            raise _Refused(found)
+            raise _RefusedCondition(found)
         return Correlation(how, measure, other.id)
 
     def area(self, node: ast.Call) -> Area:
@@ -245,13 +245,15 @@ class _Reader:
             otherwise = f"its axes are: {listed}" if listed else sweep
             hint = did_you_mean(axis, self.known.axes, otherwise)
             kind = "axis of this experiment"
-            raise _Refused(UnknownWord(span=named.span, kind=kind, word=axis, hint=hint))
+            raise _RefusedCondition(UnknownWord(span=named.span, kind=kind, word=axis, hint=hint))
         where = self.wheres(node.arguments[2:])
         if self.known.cells is not None:
             self.curve(node, named, axis, where)
         return Area(measure, axis, where)
 
-    def curve(self, node: ast.Call, named: ast.Expr, axis: str, where: Sequence[Where]) -> None:
+    def curve(
+        self, node: ast.Call, named: ast.Expr, axis: str, where: Sequence[CellSelection]
+    ) -> None:
         """The cells must be one curve over numbers."""
         cells = [self.known.cells[i] for i in self.find(where)] if self.known.cells else []
         if not cells:
@@ -280,7 +282,7 @@ class _Reader:
         if run.id not in self.known.runs:
             known = ", ".join(f"`{each}`" for each in self.known.runs) or "none with an answer"
             hint = did_you_mean(run.id, self.known.runs, f"the runs are: {known}")
-            raise _Refused(UnknownName(span=run.span, kind="run", name=run.id, hint=hint))
+            raise _RefusedCondition(UnknownName(span=run.span, kind="run", name=run.id, hint=hint))
         return run.id
 
     def constant(self, node: ast.Expr) -> float:
@@ -339,13 +341,13 @@ class _Reader:
             listed = "this experiment measures " + ", ".join(f"`{word}`" for word in words)
             hint = did_you_mean(text, words, listed)
             kind = "measure or effect of this experiment"
-            raise _Refused(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
+            raise _RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
         if len(found) > 1:
             first = measures[found[0]]
             hint = f"name one, as in `{first.effect} of {first.label}`"
             if not first.label.isidentifier():
                 hint = f"give each a name above (`metric ld = …`), then `{first.effect} of ld`"
-            raise _Refused(self.which(node.span, text, found, hint))
+            raise _RefusedCondition(self.which(node.span, text, found, hint))
         if measures[found[0]].kind == "category":
             hint = "categories have no mean; `correct` or `expected(1..9)` are numbers"
             _unreadable(node.span, f"`{measures[found[0]].label}` is a category", hint)
@@ -361,7 +363,7 @@ class _Reader:
 
     # --- cells
 
-    def cells(self, node: ast.Call) -> tuple[int, tuple[Where, ...]]:
+    def cells(self, node: ast.Call) -> tuple[int, tuple[CellSelection, ...]]:
         """`(recovery, layer 0..3)`: a measure, then which of its cells."""
         example = f"{node.name}(recovery, layer 0..3)"
         measure = self.measure(self.argument(node, 0, example))
@@ -370,11 +372,11 @@ class _Reader:
             self.not_one(node.span, where, [])
         return measure, where
 
-    def find(self, where: Sequence[Where]) -> list[int]:
+    def find(self, where: Sequence[CellSelection]) -> list[int]:
         cells = self.known.cells or ()
         return [i for i, cell in enumerate(cells) if all(each.matches(cell) for each in where)]
 
-    def not_one(self, span: Span, where: Sequence[Where], found: Sequence[int]) -> NoReturn:
+    def not_one(self, span: Span, where: Sequence[CellSelection], found: Sequence[int]) -> NoReturn:
         text = ", ".join(each.text for each in where)
         if not found:
             axes = ", ".join(f"`{axis}`" for axis in self.known.axes) or "none"
@@ -383,7 +385,7 @@ class _Reader:
         example = '`position: "last token"` beside it, or `max(…)` over them'
         _unreadable(span, f"{len(found)} cells are at {text}", f"say which with {example}")
 
-    def wheres(self, arguments: Sequence[ast.Argument]) -> tuple[Where, ...]:
+    def wheres(self, arguments: Sequence[ast.Argument]) -> tuple[CellSelection, ...]:
         return tuple(
             self.where(argument.value)
             if argument.name is None
@@ -391,23 +393,25 @@ class _Reader:
             for argument in arguments
         )
 
-    def named(self, axis: str, argument: ast.Argument) -> Where:
+    def named(self, axis: str, argument: ast.Argument) -> CellSelection:
         """`position: "last token"`, `layer: 2`."""
         axis = self.known.aliases.get(axis, axis)
         if axis not in self.known.axes:
             listed = ", ".join(f"`{each}`" for each in self.known.axes) or "none"
             hint = did_you_mean(axis, self.known.axes, f"its axes are: {listed}")
             kind = "axis of this experiment"
-            raise _Refused(UnknownWord(span=argument.span, kind=kind, word=axis, hint=hint))
+            raise _RefusedCondition(
+                UnknownWord(span=argument.span, kind=kind, word=axis, hint=hint)
+            )
         value = argument.value
         text = argument.span.written
         match value:
             case ast.String():
-                return Where(text, {axis: ((value.value, value.value),)})
+                return CellSelection(text, {axis: ((value.value, value.value),)})
             case ast.Range():
-                return Where(text, {axis: ((self.end(value.low), self.end(value.high)),)})
+                return CellSelection(text, {axis: ((self.end(value.low), self.end(value.high)),)})
             case ast.Number() | ast.Percent():
-                return Where(text, {axis: ((self.end(value), self.end(value)),)})
+                return CellSelection(text, {axis: ((self.end(value), self.end(value)),)})
             case _:
                 hint = f'write `{axis}: 2`, `{axis}: 2..4` or `{axis}: "…"`'
                 if isinstance(value, ast.Name):
@@ -418,7 +422,7 @@ class _Reader:
         """An end of a range of cells: `50%` is 50 on an axis, as its cells say it."""
         return Percent(node.value) if isinstance(node, ast.Percent) else self.constant(node)
 
-    def where(self, node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> Where:
+    def where(self, node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> CellSelection:
         """A site as a filter of cells."""
         text = node.span.written
         hint = "write a site such as `L9H9` or `L3.resid`"
@@ -432,7 +436,7 @@ class _Reader:
             _unreadable(node.span, f"`{text}` is not a plain site", hint)
         ranges = {axis.word: self.axis(axis) for axis in node.axes}
         component = full_component(node.names[0].id) if node.names else None
-        return Where(text, {word: each for word, each in ranges.items() if each}, component)
+        return CellSelection(text, {word: each for word, each in ranges.items() if each}, component)
 
     def axis(self, axis: ast.Axis) -> tuple[tuple[Number, Number], ...]:
         """The ranges of an axis; none for `*`."""
@@ -450,11 +454,11 @@ class _Reader:
             _unreadable(bound.span, f"`{text}` is not an index", "write the number, from 0")
         return bound.value
 
-    def short(self, node: ast.ShortSite, text: str) -> Where:
+    def short(self, node: ast.ShortSite, text: str) -> CellSelection:
         ranges: dict[str, tuple[tuple[Number, Number], ...]] = {
             "layer": ((node.layer, node.layer),)
         }
         if node.unit is not None and node.index is not None:
             ranges["head" if node.unit == "H" else "neuron"] = ((node.index, node.index),)
         component = full_component(node.component) if node.component else None
-        return Where(text, ranges, component)
+        return CellSelection(text, ranges, component)

@@ -18,7 +18,7 @@ from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e05_data import BadCall
 from mechdsl.syntax import ast
-from mechdsl.syntax.changes import Signature, register
+from mechdsl.syntax.changes import ChangeSignature, register
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +75,7 @@ class ChangeKind(Generic[C]):
     usage: ClassVar[str]
     """An example, as the page of the language shows it."""
     meaning: ClassVar[str]
-    signature: ClassVar[Signature]
+    signature: ClassVar[ChangeSignature]
     later: ClassVar[bool] = False
     """Part of the language, but not executed yet."""
 
@@ -198,7 +198,7 @@ SET = CHANGES.add(SetChange.name, SetChange())
 class SwapChange(ValueChange[ast.Change]):
     usage = "swap count, number"
     meaning = "two values change places"
-    signature = Signature((ast.Name, ast.Name))
+    signature = ChangeSignature((ast.Name, ast.Name))
 
     def apply(self, row: ChangingRow, change: ast.Change) -> None:
         first, second = cast("tuple[ast.Name, ast.Name]", change.values)
@@ -209,7 +209,7 @@ class SwapChange(ValueChange[ast.Change]):
 class TemplateChange(ValueChange[ast.Change]):
     usage = 'template "{fruits}"'
     meaning = "the same values in another text"
-    signature = Signature((ast.String,))
+    signature = ChangeSignature((ast.String,))
 
     def templates(self, change: ast.Change) -> tuple[ast.String, ...]:
         return cast("tuple[ast.String]", change.values)
@@ -222,7 +222,7 @@ class TemplateChange(ValueChange[ast.Change]):
 class BlurChange(ChangeKind[ast.Change]):
     usage = "blur image radius 8"
     meaning = "an image is blurred"
-    signature = Signature((ast.Name,), needs=("radius",))
+    signature = ChangeSignature((ast.Name,), needs=("radius",))
     later = True
 
 
@@ -233,7 +233,7 @@ class BlurChange(ChangeKind[ast.Change]):
 class ReplaceChange(TokenChange):
     usage = 'replace item tokens with "thing"'
     meaning = "the text of these tokens is another one"
-    signature = Signature(tokens=True, needs=("given",))
+    signature = ChangeSignature(tokens=True, needs=("given",))
 
     def text(self, change: ast.Change) -> ast.Expr:
         assert change.given is not None
@@ -263,7 +263,7 @@ class AddedNoise:
 class AddChange(ActivationChange):
     usage = "add gaussian(std: 3 sd) to embed at fruits tokens"
     meaning = "noise is added to an activation; the text stays"
-    signature = Signature((ast.Call,), needs=("to", "at"))
+    signature = ChangeSignature((ast.Call,), needs=("to", "at"))
 
     def refusals(self, change: ast.Change, parameters: Parameters) -> list[Diagnostic]:
         return self._read(change, parameters)[1]

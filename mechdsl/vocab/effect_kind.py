@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Part = Callable[[Any, Any, Any], Any]
+EffectPart = Callable[[Any, Any, Any], Any]
 """(patched, base, source) of prompts or of means -> the same shape, linear in all three."""
 
 
@@ -17,9 +17,9 @@ class EffectKind:
     name: str
     meaning: str
     formula: str
-    numerator: Part
+    numerator: EffectPart
     """Also what the sign-flip test is about."""
-    denominator: Part | None = None
+    denominator: EffectPart | None = None
     divisor: str = ""
     """The denominator in words of the formula."""
     absolute: bool = False

@@ -20,7 +20,7 @@ from mechdsl.diagnostics.e06_statistics import BadReport
 from mechdsl.program import spec
 
 
-class Measured(Protocol):
+class NamedMeasure(Protocol):
     """What a check knows of a measure."""
 
     @property
@@ -51,7 +51,7 @@ class Word:
 
 
 @dataclass(frozen=True)
-class File:
+class OutputFile:
     """What `to` may name: endings of files, the usual one first."""
 
     suffixes: tuple[str, ...]
@@ -59,14 +59,14 @@ class File:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Signature:
+class ReportSignature:
     """What may stand behind the kind; None where nothing may."""
 
     variable: Word | None = None
     by: Word | None = Word(needed=False)
     top: bool = False
     """`top n`: how many of what it shows."""
-    to: File | None
+    to: OutputFile | None
 
     @property
     def by_category(self) -> bool:
@@ -83,7 +83,7 @@ class ReportKind:
     example: str
     module: str | None = None
     """None: part of the language, but not drawn yet."""
-    signature: Signature | None = None
+    signature: ReportSignature | None = None
     """None where it isn't drawn yet."""
     along: str | None = None
     """An axis that the experiment must have, without being named."""
@@ -98,7 +98,7 @@ class ReportKind:
 
 
 REPORTS: Registry[ReportKind] = Registry("report")
-PICTURES = File((".svg", ".png", ".html"))
+PICTURES = OutputFile((".svg", ".png", ".html"))
 
 
 def _report(entry: ReportKind) -> None:
@@ -111,10 +111,10 @@ _report(
         meaning="every cell with its effect, interval and p",
         example="report table top 10",
         module="mechdsl.show.reports.table",
-        signature=Signature(
+        signature=ReportSignature(
             by=Word(("axis", "value"), needed=False),
             top=True,
-            to=File((".txt", ".csv", ".svg", ".png")),
+            to=OutputFile((".txt", ".csv", ".svg", ".png")),
         ),
     )
 )
@@ -124,7 +124,7 @@ _report(
         meaning="the effect over two axes",
         example="report heatmap layer by head",
         module="mechdsl.show.reports.heatmap",
-        signature=Signature(variable=Word(), by=Word(), to=PICTURES),
+        signature=ReportSignature(variable=Word(), by=Word(), to=PICTURES),
     )
 )
 _report(
@@ -133,7 +133,7 @@ _report(
         meaning="the effect along one axis, with its interval",
         example="report lines layer by position",
         module="mechdsl.show.reports.lines",
-        signature=Signature(variable=Word(), to=PICTURES),
+        signature=ReportSignature(variable=Word(), to=PICTURES),
         numbers_only=True,
     )
 )
@@ -143,7 +143,7 @@ _report(
         meaning="one line per cell and measure",
         example='report csv to "cells.csv"',
         module="mechdsl.show.reports.files",
-        signature=Signature(to=File((".csv",))),
+        signature=ReportSignature(to=OutputFile((".csv",))),
     )
 )
 _report(
@@ -152,7 +152,7 @@ _report(
         meaning="the experiment as in `run --format json`",
         example='report json to "cells.json"',
         module="mechdsl.show.reports.files",
-        signature=Signature(to=File((".json",))),
+        signature=ReportSignature(to=OutputFile((".json",))),
     )
 )
 _report(
@@ -161,7 +161,7 @@ _report(
         meaning="one row per cell and measure, for data frames (needs mechdsl[frames])",
         example='report parquet to "cells.parquet"',
         module="mechdsl.show.reports.files",
-        signature=Signature(to=File((".parquet",), needed=True)),
+        signature=ReportSignature(to=OutputFile((".parquet",), needed=True)),
         needs=("pandas", "pyarrow"),
     )
 )
@@ -171,7 +171,7 @@ _report(
         meaning="the effect as bars along one axis, with its interval",
         example="report bars position",
         module="mechdsl.show.reports.bars",
-        signature=Signature(variable=Word(), to=PICTURES),
+        signature=ReportSignature(variable=Word(), to=PICTURES),
     )
 )
 _report(
@@ -180,7 +180,9 @@ _report(
         meaning="how often each category is found for each value of an axis or of the prompts",
         example="report confusion item by argmax",
         module="mechdsl.show.reports.confusion",
-        signature=Signature(variable=Word(("axis", "value")), by=Word(("category",)), to=PICTURES),
+        signature=ReportSignature(
+            variable=Word(("axis", "value")), by=Word(("category",)), to=PICTURES
+        ),
     )
 )
 _report(
@@ -189,7 +191,7 @@ _report(
         meaning="the effect at each token, on the tokens of the first prompts",
         example="report overlay top 5",
         module="mechdsl.show.reports.overlay",
-        signature=Signature(by=None, top=True, to=File((".html", ".svg", ".png"))),
+        signature=ReportSignature(by=None, top=True, to=OutputFile((".html", ".svg", ".png"))),
         along="position",
         numbers_only=True,
     )
@@ -208,7 +210,7 @@ def check_report(
     report: spec.Report,
     axes: Sequence[str] | None = None,
     values: Collection[str] = (),
-    measures: Sequence[Measured] | None = None,
+    measures: Sequence[NamedMeasure] | None = None,
 ) -> list[Diagnostic]:
     """What is wrong with a `report` line: E0108, E0203, E0607.
 
@@ -240,7 +242,7 @@ Wrong = tuple[str, str] | None
 """(What is wrong, what to write)."""
 
 
-def _wrong_words(kind: ReportKind, signature: Signature, report: spec.Report) -> Wrong:
+def _wrong_words(kind: ReportKind, signature: ReportSignature, report: spec.Report) -> Wrong:
     example = f"write it as in `{kind.example}`"
     variable, by = signature.variable, signature.by
     if variable is not None and report.variable is None:
@@ -260,11 +262,11 @@ def _wrong_words(kind: ReportKind, signature: Signature, report: spec.Report) ->
 
 def _wrong_axes(
     kind: ReportKind,
-    signature: Signature,
+    signature: ReportSignature,
     report: spec.Report,
     axes: Sequence[str],
     values: Collection[str],
-    measures: Sequence[Measured] | None,
+    measures: Sequence[NamedMeasure] | None,
 ) -> Wrong:
     listed = ", ".join(f"`{axis}`" for axis in axes)
     by = None if signature.by_category else report.by
@@ -293,7 +295,10 @@ def _wrong_axes(
 
 
 def _wrong_measures(
-    kind: ReportKind, signature: Signature, report: spec.Report, measures: Sequence[Measured]
+    kind: ReportKind,
+    signature: ReportSignature,
+    report: spec.Report,
+    measures: Sequence[NamedMeasure],
 ) -> Wrong:
     categories = [each for each in measures if each.kind == "category"]
     if signature.by_category:
@@ -314,7 +319,7 @@ def _wrong_measures(
     return None
 
 
-def _wrong_file(kind: ReportKind, to: File | None, report: spec.Report) -> Wrong:
+def _wrong_file(kind: ReportKind, to: OutputFile | None, report: spec.Report) -> Wrong:
     if to is None:
         if report.file is None:
             return None

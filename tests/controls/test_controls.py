@@ -22,7 +22,7 @@ from mechdsl.pipeline import RunOptions, run_source
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import NAMES
 from mechdsl.prompts.seeded_draws import combination
-from mechdsl.resolve.resolved import Control, SitePoint
+from mechdsl.resolve.resolved import ResolvedControl, SitePoint
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.syntax.parse import read_source
 from mechdsl.validate.check_file import Checked, Settings, check_source
@@ -48,7 +48,7 @@ def results() -> mechdsl.Results:
     return mechdsl.run(FILE)
 
 
-def control(name: str, of: Checked | None = None) -> Control:
+def control(name: str, of: Checked | None = None) -> ResolvedControl:
     found = next(e for e in (of or checked()).experiments if e.name == name).control
     assert found is not None
     return found
@@ -59,7 +59,7 @@ def check(*lines: str, start: str = START) -> Checked:
     return check_source(Source(f"{start}experiment e {{\n  prompts fruit limit 12\n{body}}}\n"))
 
 
-def drawn(of: Control, rule: int = 0) -> dict[tuple[int, ...], tuple[SitePoint, ...]]:
+def drawn(of: ResolvedControl, rule: int = 0) -> dict[tuple[int, ...], tuple[SitePoint, ...]]:
     sites = of.experiment.rules[rule].sites
     assert sites is not None
     return dict(sites.points)

@@ -7,7 +7,7 @@ from typing import cast
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_data import BadCall
 from mechdsl.syntax import ast
-from mechdsl.syntax.changes import Signature
+from mechdsl.syntax.changes import ChangeSignature
 from mechdsl.vocab.corruptions import ChangingRow, Parameters, TokenChange, ValueChange, change
 
 
@@ -15,7 +15,7 @@ from mechdsl.vocab.corruptions import ChangingRow, Parameters, TokenChange, Valu
 class Shout(ValueChange[ast.Change]):
     usage = "shout count, item by 2"
     meaning = "the words of these values in a seeded order, in capitals, so often"
-    signature = Signature((ast.Name,), repeated=True, may=("by",))
+    signature = ChangeSignature((ast.Name,), repeated=True, may=("by",))
 
     def refusals(self, change: ast.Change, parameters: Parameters) -> list[Diagnostic]:
         times = change.by
@@ -39,7 +39,7 @@ class Shout(ValueChange[ast.Change]):
 class Erase(TokenChange):
     usage = "erase last-item token"
     meaning = "these tokens are left out"
-    signature = Signature(tokens=True)
+    signature = ChangeSignature(tokens=True)
 
     def text(self, change: ast.Change) -> ast.Expr:
         return ast.String("", span=change.span)

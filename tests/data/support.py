@@ -22,7 +22,7 @@ from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.program import spec
 from mechdsl.program.lower_prompts import lower_prompts
-from mechdsl.program.namespace import Scope
+from mechdsl.program.namespace import Namespace
 from mechdsl.prompts.build_table import build_table
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable
@@ -164,7 +164,7 @@ def tree(text: str, path: Path | None = None) -> ast.File:
 def blocks(text: str, path: Path | None = None) -> dict[str, spec.Prompts]:
     """The prompts blocks of a text, by name."""
     return {
-        s.name.id: lower_prompts(s, Scope())
+        s.name.id: lower_prompts(s, Namespace())
         for s in tree(text, path).statements
         if isinstance(s, ast.PromptsDef)
     }

@@ -11,7 +11,7 @@ from mechdsl.base.percent import Percent
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.results import Results
-from mechdsl.validate.conditions import Where
+from mechdsl.validate.conditions import CellSelection
 
 from .support import HERE, PLAIN, Array, checked, experiment, patched, run
 from .test_tokens import PLACES, expected, orders
@@ -79,10 +79,10 @@ def test_part_of_a_curve_by_hand() -> None:
 
 def test_depths_are_ranges_too() -> None:
     cells = [CellKey({"layer": depth}, "L0.z") for depth in ("0%", "33.3%", "66.7%", "100%")]
-    half = Where("", {"layer": ((Percent(0), Percent(50)),)})
+    half = CellSelection("", {"layer": ((Percent(0), Percent(50)),)})
     assert half.find(cells) == [0, 1]
-    assert Where("", {"layer": ((Percent(100), Percent(100)),)}).find(cells) == [3]
-    assert Where("", {"layer": ((0.0, 50.0),)}).find(cells) == []
+    assert CellSelection("", {"layer": ((Percent(100), Percent(100)),)}).find(cells) == [3]
+    assert CellSelection("", {"layer": ((0.0, 50.0),)}).find(cells) == []
 
 
 def test_area_by_hand() -> None:

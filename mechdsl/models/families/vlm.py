@@ -72,7 +72,7 @@ class Pixtral(Family):
 
 
 @family("gemma4")
-class Gemma4(Family):
+class Gemma4Vision(Family):
     """A list of patches, and where each of them stands."""
 
     @staticmethod

@@ -13,8 +13,8 @@ from rich.text import Text
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.grid import Panel, drawn_axes, panels, values_of
-from mechdsl.show.reports.intervals import Gauges, Line, draw_bar, label_lines, label_widths
+from mechdsl.show.reports.grid import GridPanel, drawn_axes, panels, values_of
+from mechdsl.show.reports.intervals import IntervalLayout, Line, draw_bar, label_lines, label_widths
 from mechdsl.show.reports.text import MISSING, conventions, figure_notes, heading, notes
 from mechdsl.statistics.measure_data import CellStatistics
 
@@ -32,7 +32,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
         heading(result, data, console)
         category = data.kind == "category"
         shares = _Shares(axes, label_widths(axes, labels, console.width - SHARE_WIDTH))
-        layout = Gauges.of(result, measure, axes, labels, console.width, draw_bar)
+        layout = IntervalLayout.of(result, measure, axes, labels, console.width, draw_bar)
         for panel in panels(result, axes):
             if panel.title:
                 console.print(Text(panel.title, style="bold"), highlight=False)
@@ -50,7 +50,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
     conventions(result, report, console)
 
 
-def _lines(panel: Panel, values: list[list[Coord]]) -> list[Line]:
+def _lines(panel: GridPanel, values: list[list[Coord]]) -> list[Line]:
     """Cells with their labels, a label only where it changes."""
     keys = [(first, second) for first in values[0] for second in values[1]] if values[1:] else None
     found: list[Line] = []

@@ -15,7 +15,7 @@ from rich.text import Text
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.confusion_counts import Confusion, confusions
-from mechdsl.show.reports.matrix import Entry, Matrix, colour
+from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
 from mechdsl.show.reports.text import MISSING, conventions, heading, notes
 
 
@@ -39,18 +39,18 @@ def _matrix(found: Confusion, report: spec.Report, width: int) -> Matrix:
     most = max(chain([0], *found.counts))
     counted = len(found.columns) * (len(f" 0.00 ({most})") + 2) + 24 <= width
 
-    def entry(row: int, column: int) -> Entry:
+    def entry(row: int, column: int) -> MatrixEntry:
         count, share = found.counts[row][column], found.share(row, column)
         mark = "*" if found.own[row] == column and found.total(row) else " "
         behind = f" ({count})" if counted and count else ""
         text = f"{share:.2f}{behind}" if count or mark == "*" else MISSING
-        return Entry(text + mark, colour(share, 1.0) if count else None, mark == "*")
+        return MatrixEntry(text + mark, colour(share, 1.0) if count else None, mark == "*")
 
     rows, columns = range(len(found.rows)), range(len(found.columns))
     return Matrix(
         [str(name) for name in found.rows],
         [*(f"{column:g}" for column in found.columns), "n"],
-        [[*(entry(r, c) for c in columns), Entry(f"{found.total(r)} ")] for r in rows],
+        [[*(entry(r, c) for c in columns), MatrixEntry(f"{found.total(r)} ")] for r in rows],
         report.variable or "",
         report.by or "",
     )

@@ -13,7 +13,7 @@ from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.grid import Panel, axis_name, panels, values_of
+from mechdsl.show.reports.grid import GridPanel, axis_name, panels, values_of
 from mechdsl.show.reports.text import sortable
 from mechdsl.vocab.reports import short_names
 
@@ -68,12 +68,14 @@ def confusions(result: ExperimentResult, report: spec.Report) -> Mapping[int, li
     return found
 
 
-def _along_axis(patched: Floats, names: Sequence[Coord], panel: Panel) -> Mapping[Coord, Floats]:
+def _along_axis(
+    patched: Floats, names: Sequence[Coord], panel: GridPanel
+) -> Mapping[Coord, Floats]:
     return {name: patched[panel.cells[name,]] for name in names if (name,) in panel.cells}
 
 
 def _along_values(
-    patched: Floats, values: Sequence[object], panel: Panel
+    patched: Floats, values: Sequence[object], panel: GridPanel
 ) -> Mapping[Coord, Floats]:
     plain = [value if isinstance(value, int | float | str) else str(value) for value in values]
     row = patched[panel.cells[()]]

@@ -14,7 +14,7 @@ DEPTH = re.compile(r"[0-9.]+%")
 
 
 @dataclass(frozen=True)
-class Panel:
+class GridPanel:
     """The cells that share every coordinate but those along the drawn axes."""
 
     title: str
@@ -45,14 +45,14 @@ def number(value: Coord) -> float:
     return float(value.rstrip("%")) if isinstance(value, str) else value
 
 
-def panels(result: ExperimentResult, drawn: Sequence[str]) -> list[Panel]:
+def panels(result: ExperimentResult, drawn: Sequence[str]) -> list[GridPanel]:
     """One panel per combination of the other axes' values."""
     others = [axis for axis in result.axes if axis not in drawn]
-    found: dict[tuple[Coord, ...], Panel] = {}
+    found: dict[tuple[Coord, ...], GridPanel] = {}
     for index, cell in enumerate(result.cells):
         key = tuple(cell.coords[axis] for axis in others)
         if key not in found:
-            found[key] = Panel(", ".join(map(coordinate, others, key)), {})
+            found[key] = GridPanel(", ".join(map(coordinate, others, key)), {})
         found[key].cells[tuple(cell.coords[axis] for axis in drawn)] = index
     return list(found.values())
 

@@ -18,7 +18,7 @@ from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import axis_name, panels, row_order, values_of
-from mechdsl.show.reports.matrix import Entry, Matrix, colour
+from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
 from mechdsl.show.reports.text import (
     MISSING,
     alpha,
@@ -43,7 +43,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
         write = (lambda v: f"{v:g}") if category else number_format(values, 2)
         limit = float(np.nanmax(np.abs(values), initial=0.0)) if np.isfinite(values).any() else 0.0
         entries = [
-            Entry(text, None if category else colour(value, limit), text.endswith("*"))
+            MatrixEntry(text, None if category else colour(value, limit), text.endswith("*"))
             for i, value in enumerate(values)
             for text in [_cell_text(result, measure, i, write(value))]
         ]
@@ -54,7 +54,9 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
                 console.print(Text(panel.title, style="bold"), highlight=False)
             laid_out = [
                 [
-                    entries[panel.cells[row, column]] if (row, column) in panel.cells else Entry()
+                    entries[panel.cells[row, column]]
+                    if (row, column) in panel.cells
+                    else MatrixEntry()
                     for column in columns
                 ]
                 for row in rows

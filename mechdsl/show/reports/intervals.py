@@ -22,7 +22,7 @@ GAP = 2
 
 
 @dataclass(frozen=True)
-class Scale:
+class TextScale:
     """Where numbers lie on a line of characters."""
 
     left: float
@@ -45,12 +45,12 @@ class Ends:
     null: tuple[float, float]
 
 
-Draw = Callable[[Ends, Scale], str]
+Draw = Callable[[Ends, TextScale], str]
 Line = tuple[Sequence[str], int]
 """Labels in front, and the cell."""
 
 
-def _ground(ends: Ends, scale: Scale) -> list[str]:
+def _ground(ends: Ends, scale: TextScale) -> list[str]:
     """An empty line with the null band, and 0 as a bar."""
     drawn = [" "] * scale.width
     if math.isfinite(sum(ends.null)):
@@ -60,7 +60,7 @@ def _ground(ends: Ends, scale: Scale) -> list[str]:
     return drawn
 
 
-def draw_point(ends: Ends, scale: Scale) -> str:
+def draw_point(ends: Ends, scale: TextScale) -> str:
     """The interval as a line with its mean."""
     if not math.isfinite(ends.mean) or scale.right <= scale.left:
         return ""
@@ -72,7 +72,7 @@ def draw_point(ends: Ends, scale: Scale) -> str:
     return "".join(drawn).rstrip()
 
 
-def draw_bar(ends: Ends, scale: Scale) -> str:
+def draw_bar(ends: Ends, scale: TextScale) -> str:
     """A bar from 0 to the mean; the interval is light inside of it and a line beyond."""
     if not math.isfinite(ends.mean) or scale.right <= scale.left:
         return ""
@@ -95,7 +95,7 @@ def _longest(texts: Iterable[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Gauges:
+class IntervalLayout:
     """Texts and widths of all cells of a measure, so that the lines of all panels line up."""
 
     titles: Sequence[str]
@@ -109,7 +109,7 @@ class Gauges:
     nulls: list[str]
     """Per cell, empty where there are none or they have no room."""
     ends: list[Ends]
-    scale: Scale
+    scale: TextScale
     scale_texts: tuple[str, str]
     draw: Draw
 
@@ -122,7 +122,7 @@ class Gauges:
         labels: Sequence[Sequence[str]],
         width: int,
         draw: Draw,
-    ) -> Gauges:
+    ) -> IntervalLayout:
         """labels: per title, every label that occurs."""
         found, band = result.statistics[measure], result.control(measure)
         null = np.full((2, len(found.mean)), np.nan) if band is None else [band.low, band.high]
@@ -154,7 +154,7 @@ class Gauges:
         room = min(MOST_GAUGE, width - taken - (_longest(nulls) + GAP if nulls else 0))
         # the scale runs over all panels alike, 0 included, so that they can be compared
         limits = float(np.nanmin([*everything, 0.0])), float(np.nanmax([*everything, 0.0]))
-        scale = Scale(*limits, room if room >= LEAST_GAUGE else 0)
+        scale = TextScale(*limits, room if room >= LEAST_GAUGE else 0)
         texts = write(limits[0]), write(limits[1])
         return cls(titles, widths, means, intervals, title, nulls, ends, scale, texts, draw)
 

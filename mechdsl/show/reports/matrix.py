@@ -49,7 +49,7 @@ def style_of(background: Colour | None) -> Style:
 
 
 @dataclass(frozen=True)
-class Entry:
+class MatrixEntry:
     """One number, with a place for a mark behind it."""
 
     text: str = f"{MISSING} "
@@ -63,7 +63,7 @@ class Matrix:
 
     rows: Sequence[str]
     columns: Sequence[str]
-    entries: Sequence[Sequence[Entry]]
+    entries: Sequence[Sequence[MatrixEntry]]
     """[row][column]."""
     rows_title: str = ""
     columns_title: str = ""

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.matrix import Entry, Matrix, colour
+from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
 from mechdsl.show.reports.text import conventions, heading, notes, number_format
 from mechdsl.show.reports.token_shades import Shaded, overlays, remarks, visible
 
@@ -37,8 +37,8 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
 
 
 def _matrix(each: Shaded, limit: float, write: Callable[[float], str]) -> Matrix:
-    def entry(value: float) -> Entry:
-        return Entry(f"{write(value)} " if math.isfinite(value) else "", colour(value, limit))
+    def entry(value: float) -> MatrixEntry:
+        return MatrixEntry(f"{write(value)} " if math.isfinite(value) else "", colour(value, limit))
 
     only: Sequence[float] = each.rows[0][1] if len(each.rows) == 1 else ()
     return Matrix(

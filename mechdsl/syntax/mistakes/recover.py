@@ -16,7 +16,7 @@ from mechdsl.diagnostics.e01_syntax import (
     WrongVersion,
 )
 from mechdsl.syntax import ast
-from mechdsl.syntax.attempt import Stopped, attempt
+from mechdsl.syntax.attempt import ParserStopped, attempt
 from mechdsl.syntax.changes import SIGNATURES
 from mechdsl.syntax.mistakes.messages import Mistake, explain
 from mechdsl.syntax.mistakes.pieces import INSIDE, Piece, balance, block_of, matched, starts
@@ -34,7 +34,7 @@ def recover(source: Source, stopped: int) -> tuple[list[Any], list[Diagnostic]]:
     """
     text, diagnostics = without_slips(source)
     text, unbalanced = balance(source, text)
-    reader = _Reader(source, text, matched(text), [*diagnostics, *unbalanced])
+    reader = _Recovery(source, text, matched(text), [*diagnostics, *unbalanced])
     begin, version = reader.version()
     found = reader.lines("top_lines", begin, len(text))
     if not reader.diagnostics:
@@ -72,7 +72,7 @@ def _causes(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
 
 
 @dataclass
-class _Reader:
+class _Recovery:
     source: Source
     text: str
     """The source with slips replaced, offsets unchanged."""
@@ -112,11 +112,11 @@ class _Reader:
         while begin < end:
             try:
                 return found + self._read(kind, begin, end)
-            except Stopped as error:
+            except ParserStopped as error:
                 mistake = self._locate(kind, begin, end, heads, error)
             try:
                 found += self._read(kind, begin, mistake.begin)
-            except Stopped as error:
+            except ParserStopped as error:
                 # The word that begins a statement was taken for a missing part of the one before.
                 mistake = self._locate(kind, begin, mistake.begin, heads, error)
                 found += self._before(kind, begin, mistake.begin)
@@ -137,10 +137,12 @@ class _Reader:
         """What stands before a mistake is good, unless its beginning was misjudged."""
         try:
             return self._read(kind, begin, end)
-        except Stopped:
+        except ParserStopped:
             return []
 
-    def _locate(self, kind: str, begin: int, end: int, heads: list[int], error: Stopped) -> Mistake:
+    def _locate(
+        self, kind: str, begin: int, end: int, heads: list[int], error: ParserStopped
+    ) -> Mistake:
         """The statement that an error belongs to; `heads` are where statements begin."""
         offset = begin + error.offset
         number = bisect_right(heads, offset) if offset < end else bisect_left(heads, end)
@@ -166,7 +168,7 @@ class _Reader:
             lexed=error.terminal,
         )
 
-    def _accepts(self, kind: str, own: int, offset: int, error: Stopped) -> frozenset[str]:
+    def _accepts(self, kind: str, own: int, offset: int, error: ParserStopped) -> frozenset[str]:
         """What could have stood there; of a change, what its own parts allow."""
         before = [piece.text for piece in self._between(own, offset)]
         signature = SIGNATURES.get(before[0]) if before and kind == "change_lines" else None
@@ -189,7 +191,7 @@ class _Reader:
         hollow = head + " " * (brace.partner - brace.end) + "}"
         try:
             nodes, diagnostics = attempt(self.source, hollow, mistake.begin, kind)
-        except Stopped:
+        except ParserStopped:
             return []
         self.diagnostics += diagnostics
         (node,) = nodes

@@ -6,8 +6,8 @@ Pure Python and seeded. A text looks like one of these (answers are what is lear
     Part 1: apple, plum, fig | Part 2: kiwi, pear. Count 1: 3
     Part 1: apple 1 plum fig 3 Part 2: kiwi pear 2 Total: 5
 
-A text also says what its questions may not attend to while training (`Example.hidden`). Left to
-itself the model may keep a part's count anywhere between the part and the question (it took the
+A text also says what its questions may not attend to while training (`CountingExample.hidden`). Left
+to itself the model may keep a part's count anywhere between the part and the question (it took the
 colon of the next part's header when tried). Hiding the headers leaves the list; where bars
 separate the parts, hiding the lists as well leaves the bar and the full stop.
 """
@@ -54,7 +54,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Form:
+class ListForm:
     """How a text is punctuated: between items, after a part that others follow, at the end."""
 
     item_sep: str
@@ -62,29 +62,29 @@ class Form:
     end: str
 
 
-PLAIN = Form(" ", "", "")
-BARRED = Form(", ", " |", ".")
+PLAIN = ListForm(" ", "", "")
+BARRED = ListForm(", ", " |", ".")
 # The two forms that the example experiments contrast get most of the weight; the others are
 # there so that no single mark is needed.
-FORMS: tuple[tuple[Form, float], ...] = (
+FORMS: tuple[tuple[ListForm, float], ...] = (
     (PLAIN, 0.45),
     (BARRED, 0.25),
-    (Form(" ", "", "."), 0.06),
-    (Form(", ", "", ""), 0.06),
-    (Form(", ", "", "."), 0.06),
-    (Form(" ", " |", ""), 0.06),
-    (Form(", ", " |", ""), 0.06),
+    (ListForm(" ", "", "."), 0.06),
+    (ListForm(", ", "", ""), 0.06),
+    (ListForm(", ", "", "."), 0.06),
+    (ListForm(" ", " |", ""), 0.06),
+    (ListForm(", ", " |", ""), 0.06),
 )
 
 
 @dataclass(frozen=True)
-class Example:
+class CountingExample:
     """One text, without `<s>`, with the numerals to predict in the order of the text."""
 
     text: str
     targets: tuple[Target, ...]
     parts: tuple[tuple[str, ...], ...]
-    form: Form
+    form: ListForm
     questions: int  # the character where the questions begin
     hidden: tuple[Span, ...] = ()  # what they may not attend to while training
 
@@ -101,7 +101,7 @@ def is_held_out(parts: tuple[tuple[str, ...], ...]) -> bool:
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
 
-class _Writer:
+class _ExampleWriter:
     """Appends pieces of text and remembers where the numerals to predict are."""
 
     def __init__(self) -> None:
@@ -130,18 +130,18 @@ def _draw_parts(rng: random.Random) -> tuple[tuple[str, ...], ...]:
 
 def write(
     parts: tuple[tuple[str, ...], ...],
-    form: Form,
+    form: ListForm,
     asked: tuple[int, ...],
     *,
     total: bool,
     numbered: random.Random | None = None,
     hide: Hide = "nothing",
-) -> Example:
+) -> CountingExample:
     """The text for these parts: `asked` are the parts (from 0) whose counts are asked, in order.
 
     `numbered` gives half of the items their running number, drawn from that generator.
     """
-    out = _Writer()
+    out = _ExampleWriter()
     headers: list[Span] = []
     lists: list[Span] = []
     for p, part in enumerate(parts):
@@ -162,10 +162,10 @@ def write(
         out.add(" Total:")
         out.number(sum(map(len, parts)), "total" if asked else "direct")
     hidden = {"nothing": (), "headers": tuple(headers), "lists": (*headers, *lists)}[hide]
-    return Example(out.text, tuple(out.targets), parts, form, questions, hidden)
+    return CountingExample(out.text, tuple(out.targets), parts, form, questions, hidden)
 
 
-def draw(rng: random.Random, *, numbered_share: float = 0.6) -> Example:
+def draw(rng: random.Random, *, numbered_share: float = 0.6) -> CountingExample:
     """One text of the training distribution."""
     parts = _draw_parts(rng)
     form = rng.choices([f for f, _ in FORMS], weights=[w for _, w in FORMS])[0]
@@ -185,7 +185,7 @@ def draw(rng: random.Random, *, numbered_share: float = 0.6) -> Example:
     return write(parts, form, asked, total=total, numbered=numbered, hide=hide)
 
 
-def stream(seed: int, *, held_out: bool, numbered_share: float = 0.6) -> Iterator[Example]:
+def stream(seed: int, *, held_out: bool, numbered_share: float = 0.6) -> Iterator[CountingExample]:
     """Endless texts, either only those kept from training or only the others."""
     rng = random.Random(seed)
     while True:

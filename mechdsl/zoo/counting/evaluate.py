@@ -18,16 +18,16 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from mechdsl.zoo.commands import Tally, evaluate_command
-from mechdsl.zoo.counting.data import BARRED, PLAIN, Example, stream
+from mechdsl.zoo.counting.data import BARRED, PLAIN, CountingExample, stream
 from mechdsl.zoo.counting.train import encode
 
 SEED = 20260  # not the training seed; only held-out lists are drawn
 ORDINALS = ("first count asked", "second count asked", "third count asked")
 
 
-def held_out(n: int, seed: int) -> list[Example]:
+def held_out(n: int, seed: int) -> list[CountingExample]:
     """The first `n` different held-out texts, without running numbers."""
-    texts: dict[str, Example] = {}
+    texts: dict[str, CountingExample] = {}
     for example in stream(seed, held_out=True, numbered_share=0.0):
         texts.setdefault(example.text, example)
         if len(texts) == n:
@@ -36,8 +36,8 @@ def held_out(n: int, seed: int) -> list[Example]:
 
 
 def answers(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, examples: list[Example], batch: int = 64
-) -> Iterator[tuple[Example, list[bool]]]:
+    model: LlamaForCausalLM, tokenizer: Tokenizer, examples: list[CountingExample], batch: int = 64
+) -> Iterator[tuple[CountingExample, list[bool]]]:
     """For each text, whether each of its numerals is the most likely next token."""
     pad: int = model.config.pad_token_id or 0
     for i in range(0, len(examples), batch):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mechdsl.zoo.commands import train_command
-from mechdsl.zoo.counting.data import Example, stream, vocabulary
+from mechdsl.zoo.counting.data import CountingExample, stream, vocabulary
 from mechdsl.zoo.counting.tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
 
 SEED = 0
@@ -30,7 +30,7 @@ POOL = 32  # batches drawn at once and sorted by length, so that little of them 
 
 
 @dataclass(frozen=True)
-class Batch:
+class ListBatch:
     """Right-padded texts."""
 
     ids: Tensor  # [row, position]
@@ -58,7 +58,7 @@ def model_config() -> LlamaConfig:
     )
 
 
-def encode(tokenizer: Tokenizer, examples: list[Example], pad: int) -> Batch:
+def encode(tokenizer: Tokenizer, examples: list[CountingExample], pad: int) -> ListBatch:
     """Texts to tensors. Padding stands behind everything, where a causal model never looks.
 
     The mask is causal, and keeps the questions from what is hidden from them, and from `<s>`
@@ -88,10 +88,10 @@ def encode(tokenizer: Tokenizer, examples: list[Example], pad: int) -> Batch:
     seen = seen & ~(asks[:, :, None] & hidden[:, None, :])
     mask = torch.zeros(rows, 1, width, width)
     mask.masked_fill_(~seen[:, None], torch.finfo(mask.dtype).min)
-    return Batch(ids, labels, weights, mask)
+    return ListBatch(ids, labels, weights, mask)
 
 
-def batches(seed: int, tokenizer: Tokenizer, pad: int) -> Iterator[Batch]:
+def batches(seed: int, tokenizer: Tokenizer, pad: int) -> Iterator[ListBatch]:
     """Endless training batches of texts of similar length, in random order."""
     examples = stream(seed, held_out=False)
     order = random.Random(seed)

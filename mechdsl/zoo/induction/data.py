@@ -50,7 +50,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Example:
+class InductionExample:
     """One text, without `<s>`, with the places (from 0) of the words to predict."""
 
     words: tuple[str, ...]
@@ -77,7 +77,7 @@ def write(
     half: tuple[str, ...],
     third: int,
     others: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]] = ((), (), ()),
-) -> Example:
+) -> InductionExample:
     """Two copies of the half and the first `third` words of another, others before each."""
     words: list[str] = []
     targets: list[int] = []
@@ -89,16 +89,16 @@ def write(
         known = 0 if copy == 2 and not others[1] and not before else 1
         if copy > 0:
             targets += range(start + known, len(words))
-    return Example(tuple(words), tuple(targets), half)
+    return InductionExample(tuple(words), tuple(targets), half)
 
 
-def repeat(half: tuple[str, ...]) -> Example:
+def repeat(half: tuple[str, ...]) -> InductionExample:
     """The half twice, then its first word; its second word is the only one to predict."""
     words = write(half, 2).words
-    return Example(words, (len(words) - 1,), half)
+    return InductionExample(words, (len(words) - 1,), half)
 
 
-def draw(rng: random.Random, *, length: int | None = None) -> Example:
+def draw(rng: random.Random, *, length: int | None = None) -> InductionExample:
     """One text of the training distribution, or one whose half has a given length."""
     n = rng.randint(MIN_LENGTH, MAX_LENGTH) if length is None else length
     words = rng.sample(WORDS, n + 3 * MAX_OTHERS)
@@ -111,7 +111,7 @@ def draw(rng: random.Random, *, length: int | None = None) -> Example:
     return write(half, rng.randint(0, n), (before, between, after))
 
 
-def stream(seed: int, *, held_out: bool) -> Iterator[Example]:
+def stream(seed: int, *, held_out: bool) -> Iterator[InductionExample]:
     """Endless texts, either only those whose half is kept from training or only the others."""
     rng = random.Random(seed)
     while True:
@@ -120,7 +120,7 @@ def stream(seed: int, *, held_out: bool) -> Iterator[Example]:
             yield example
 
 
-def repeats(seed: int, length: int) -> Iterator[Example]:
+def repeats(seed: int, length: int) -> Iterator[InductionExample]:
     """Endless held-out texts of the form of `repeat`, with halves of one length."""
     rng = random.Random(seed)
     while True:

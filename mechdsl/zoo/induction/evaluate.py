@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from mechdsl.zoo.commands import Tally, evaluate_command
-from mechdsl.zoo.induction.data import Example, repeats, stream
+from mechdsl.zoo.induction.data import InductionExample, repeats, stream
 from mechdsl.zoo.induction.train import encode
 
 SEED = 20261  # not the training seed; only held-out halves are drawn
@@ -35,8 +35,8 @@ EVERY_WORD = "mixed, every word"
 
 
 def answers(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, examples: list[Example], batch: int = 64
-) -> Iterator[tuple[Example, list[bool]]]:
+    model: LlamaForCausalLM, tokenizer: Tokenizer, examples: list[InductionExample], batch: int = 64
+) -> Iterator[tuple[InductionExample, list[bool]]]:
     """For each text, whether each of the words to predict is the most likely next token."""
     pad: int = model.config.pad_token_id or 0
     for i in range(0, len(examples), batch):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mechdsl.zoo.commands import train_command
-from mechdsl.zoo.induction.data import Example, stream, vocabulary
+from mechdsl.zoo.induction.data import InductionExample, stream, vocabulary
 from mechdsl.zoo.induction.tokenizer import MAX_POSITIONS, build_tokenizer, save_tokenizer
 
 SEED = 1
@@ -33,7 +33,7 @@ POOL = 32  # batches drawn at once and sorted by length, so that little of them 
 
 
 @dataclass(frozen=True)
-class Batch:
+class SequenceBatch:
     """Right-padded texts."""
 
     ids: Tensor  # [row, position]
@@ -59,7 +59,7 @@ def model_config() -> LlamaConfig:
     )
 
 
-def encode(tokenizer: Tokenizer, examples: list[Example], pad: int) -> Batch:
+def encode(tokenizer: Tokenizer, examples: list[InductionExample], pad: int) -> SequenceBatch:
     """Texts to tensors. Padding stands behind everything, where a causal model never looks."""
     encodings = tokenizer.encode_batch([e.text for e in examples])
     rows, width = len(examples), max(len(e.ids) for e in encodings)
@@ -70,10 +70,10 @@ def encode(tokenizer: Tokenizer, examples: list[Example], pad: int) -> Batch:
         # The word at place i is token i + 1, behind `<s>`, and is predicted at token i.
         places = torch.tensor(example.targets, dtype=torch.long)
         labels[row, places] = ids[row, places + 1]
-    return Batch(ids, labels)
+    return SequenceBatch(ids, labels)
 
 
-def batches(seed: int, tokenizer: Tokenizer, pad: int) -> Iterator[Batch]:
+def batches(seed: int, tokenizer: Tokenizer, pad: int) -> Iterator[SequenceBatch]:
     """Endless training batches of texts of similar length, in random order."""
     examples = stream(seed, held_out=False)
     order = random.Random(seed)
