@@ -232,13 +232,13 @@ class PanelRunner:
         self.sink = sink
         self.table: PromptTable = panel.table
         self.measured: dict[str, MeasuredValues] = {}
-        self.fillings: dict[str, MeansAndDonors] = {}
-        self.gauges = {
+        self.means_and_donors: dict[str, MeansAndDonors] = {}
+        self.readouts = {
             p.experiment.key: Readout.of(p.experiment.measures) for p in panel.experiments
         }
         self.keep = Readout.of(panel.experiments[0].experiment.keep)
-        gauges = (*self.gauges.values(), self.keep)
-        self.runs = UnpatchedRuns(panel, model, gauges, plan=plan, side=side, others=others)
+        readouts = (*self.readouts.values(), self.keep)
+        self.runs = UnpatchedRuns(panel, model, readouts, plan=plan, side=side, others=others)
         self.profile = profile
         self.kept = np.arange(len(self.table), dtype=np.int64)
         self.batches: list[Ints] = []
@@ -253,8 +253,8 @@ class PanelRunner:
         self.batches = self._batches(self.kept)
         for plan in self.panel.experiments:
             experiment = plan.experiment
-            gauge = self.gauges[experiment.key]
-            environments = tuple(dict.fromkeys(plan.items)) if _by_item(gauge) else (None,)
+            readout = self.readouts[experiment.key]
+            environments = tuple(dict.fromkeys(plan.items)) if _by_item(readout) else (None,)
             shape = (plan.n_cells, len(self.kept))
             self.measured[experiment.key] = MeasuredValues(
                 experiment,
@@ -279,7 +279,7 @@ class PanelRunner:
                 diagnostics.extend(check(self.measured[plan.experiment.key]))
         if not has_errors(diagnostics):
             for plan in self.panel.experiments:
-                self.fillings[plan.experiment.key] = means_and_donors_of(
+                self.means_and_donors[plan.experiment.key] = means_and_donors_of(
                     plan, self.runs, self.kept, self.batches
                 )
         return diagnostics
@@ -328,12 +328,12 @@ class PanelRunner:
         columns = np.searchsorted(self.kept, batch)
         for run, values in measured.unpatched.items():
             for number, environment in enumerate(measured.environments):
-                found = self.runs.values(self.gauges[experiment.key], run, batch, environment)
+                found = self.runs.values(self.readouts[experiment.key], run, batch, environment)
                 for measure, value in zip(values, found, strict=True):
                     measure[number, columns] = value
         for run, correct in experiment.accuracies.items():
-            gauge = Readout.of([correct])
-            measured.accuracy[run][columns] = self.runs.values(gauge, run, batch, None)[0]
+            readout = Readout.of([correct])
+            measured.accuracy[run][columns] = self.runs.values(readout, run, batch, None)[0]
 
     # --- cells ------------------------------------------------------------------------------------
 
@@ -381,9 +381,9 @@ class PanelRunner:
 
     def _patcher(self) -> Patcher:
         plans = self.panel.experiments
-        fillings = [self.fillings[plan.experiment.key] for plan in plans]
-        gauges = [self.gauges[plan.experiment.key] for plan in plans]
-        return Patcher(self.plan, plans, gauges, fillings, self.runs)
+        means_and_donors = [self.means_and_donors[plan.experiment.key] for plan in plans]
+        readouts = [self.readouts[plan.experiment.key] for plan in plans]
+        return Patcher(self.plan, plans, readouts, means_and_donors, self.runs)
 
     def _sharer(self) -> Sharer:
         return Sharer(self.panel.experiments, share=self.plan.shares_rows)
@@ -391,7 +391,7 @@ class PanelRunner:
     def _sorted_out(self, plan: ExperimentPlan, batch: Ints) -> _SortedOut:
         """Which rows of an experiment have to be run."""
         every = plan.rows(batch) if plan.rules else Rows.none()
-        good = readable(plan, every, self.fillings[plan.experiment.key])
+        good = readable(plan, every, self.means_and_donors[plan.experiment.key])
         rows = every.take(good)
         inert = plan.is_inert(rows)
         out = inert if self.plan.skips_inert else np.zeros_like(inert)
@@ -507,8 +507,8 @@ class PanelRunner:
                 begin += count
 
 
-def _by_item(gauge: Readout) -> bool:
-    return any(atom.by_item for _, atom in gauge.atoms)
+def _by_item(readout: Readout) -> bool:
+    return any(atom.by_item for _, atom in readout.atoms)
 
 
 def _measured_runs(experiment: ResolvedExperiment) -> list[str]:

@@ -1,4 +1,4 @@
-"""Patched rows: one pass over rows of any cells and experiments, read by their gauges."""
+"""Patched rows: one pass over rows of any cells and experiments, read by their readouts."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ class Patcher:
         self,
         plan: Plan,
         plans: Sequence[ExperimentPlan],
-        gauges: Sequence[Readout],
-        fillings: Sequence[MeansAndDonors],
+        readouts: Sequence[Readout],
+        means_and_donors: Sequence[MeansAndDonors],
         runs: UnpatchedRuns,
     ) -> None:
         self.plan = plan
         self.plans = plans
-        self.gauges = gauges
-        self.fillings = fillings
+        self.readouts = readouts
+        self.means_and_donors = means_and_donors
         self.runs = runs
         self.model = runs.model
 
@@ -106,30 +106,34 @@ class Patcher:
         """
         draws = self.plans[int(shared.owner[chosen[0]])].draws
         rows = self._pass_rows(shared, chosen, run, batch, draws)
-        gauges = [self.gauges[member.number] for member in members]
+        readouts = [self.readouts[member.number] for member in members]
         repeated = [_repeated(member, draws) for member in members]
         lanes = self.runs.lanes(run, batch)
         lengths = lanes.lengths[lanes.lane(rows.prompts, rows.draw)]
         wanted = [
-            _wanted(gauge, member, run, lengths, self._look(member))
-            for gauge, member in zip(gauges, repeated, strict=True)
+            _wanted(readout, member, run, lengths, self._look(member))
+            for readout, member in zip(readouts, repeated, strict=True)
         ]
-        logits, reads, observed, tokens = self._forward(rows, lanes, gauges, wanted)
-        for member, many, gauge, want, own, read, seen in zip(
-            members, repeated, gauges, wanted, logits, reads, observed, strict=True
+        logits, reads, observed, tokens = self._forward(rows, lanes, readouts, wanted)
+        for member, many, readout, want, own, read, seen in zip(
+            members, repeated, readouts, wanted, logits, reads, observed, strict=True
         ):
             reading = Reading(
                 prompts=many.rows.prompt,
                 items=[self.plans[member.number].items[cell] for cell in many.rows.cell],
                 logits=want.spots(own),
-                continued={n: self._continued(rows, many, gauge, n) for n in gauge.continuations},
-                loss=want.loss(own, gauge, many, rows, lanes, run),
+                continued={
+                    n: self._continued(rows, many, readout, n) for n in readout.continuations
+                },
+                loss=want.loss(own, readout, many, rows, lanes, run),
                 activations=read,
-                references=self.runs.references(gauge, batch, many.rows.prompt, rows.draw[many.at]),
+                references=self.runs.references(
+                    readout, batch, many.rows.prompt, rows.draw[many.at]
+                ),
                 observed=seen,
                 tokens=tokens,
             )
-            values = gauge.read(reading)
+            values = readout.read(reading)
             yield member, [v.reshape(len(member.at), draws).mean(axis=1) for v in values]
 
     def _look(self, member: Member) -> Look | None:
@@ -179,22 +183,22 @@ class Patcher:
 
     def _writes(self, number: int, rows: Rows, draw: Ints, batch: Ints) -> list[SiteWrite]:
         """The vectors that the rows of one experiment write."""
-        fillings = self.fillings[number]
+        means_and_donors = self.means_and_donors[number]
 
         def lanes_of(source: str, donors: bool) -> UnpatchedBatch:
             prompts = batch
-            if donors and fillings.donors is not None:
-                prompts = np.unique(fillings.donors[batch])
+            if donors and means_and_donors.donors is not None:
+                prompts = np.unique(means_and_donors.donors[batch])
             return self.runs.lanes(self.runs.named(source), prompts, alone=donors)
 
         plan = self.plans[number]
-        return build_writes(plan, rows, draw, lanes_of, fillings, self.model.shape)
+        return build_writes(plan, rows, draw, lanes_of, means_and_donors, self.model.shape)
 
     def _forward(
         self,
         rows: _PassRows,
         lanes: UnpatchedBatch,
-        gauges: Sequence[Readout],
+        readouts: Sequence[Readout],
         wanted: Sequence[_Wanted],
     ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[Tensor | None], Tensor | None]:
         """Per member the logits at the places it wants, its activations, and the attention that
@@ -221,7 +225,7 @@ class Patcher:
         if not len(final[0]) and not inside:  # texts of several tokens have passes of their own
             none = torch.zeros(0)
             return [none] * len(wanted), [{} for _ in wanted], [None] * len(wanted), None
-        tokens = self.runs.tokens(gauges, rows.batch)
+        tokens = self.runs.tokens(readouts, rows.batch)
         if any(write.site == "logits" for write in rows.writes):
             tokens = None
         reads = {
@@ -234,8 +238,8 @@ class Patcher:
             for read, values in found.items()
         }
         activations = [
-            {atom: vectors(split[r][i], gauge.atoms[atom][1]) for atom, (r, i) in own.items()}
-            for gauge, own in zip(gauges, parts, strict=True)
+            {atom: vectors(split[r][i], readout.atoms[atom][1]) for atom, (r, i) in own.items()}
+            for readout, own in zip(readouts, parts, strict=True)
         ]
         observed = [
             look and look.weights({r: split[r][i] for r, i in own.items()})
@@ -316,9 +320,9 @@ class Patcher:
             found[read] = result.reads[read][index, where]
         return result.logits[row, columns], found
 
-    def _continued(self, rows: _PassRows, member: Member, gauge: Readout, number: int) -> Tensor:
+    def _continued(self, rows: _PassRows, member: Member, readout: Readout, number: int) -> Tensor:
         """[row, token, vocab]: a pass of the same rows with a text of several tokens behind."""
-        atom = gauge.atoms[number][1]
+        atom = readout.atoms[number][1]
         lanes = self.runs.lanes(rows.run, rows.batch, atom)
         draw = rows.draw[member.at]
         prompts = member.rows.prompt
@@ -356,40 +360,42 @@ class _Wanted:
     def loss(
         self,
         logits: Tensor,
-        gauge: Readout,
+        readout: Readout,
         member: Member,
         rows: _PassRows,
         lanes: UnpatchedBatch,
         run: Run,
     ) -> Tensor | None:
         """[row] the loss over all positions."""
-        if gauge.loss is None:
+        if readout.loss is None:
             return None
         lane = lanes.lane(member.rows.prompt, rows.draw[member.at])
         batch = lanes.batch.take(torch.from_numpy(lane))
         every = logits[self.count * self.spots_per_row :]
         whole = every.new_zeros(*batch.ids.shape, every.shape[-1])
         whole[batch.mask.bool().to(every.device)] = every
-        return prompt_loss(gauge.loss, whole, batch, run, member.rows.prompt)
+        return prompt_loss(readout.loss, whole, batch, run, member.rows.prompt)
 
 
-def _wanted(gauge: Readout, member: Member, run: Run, lengths: Ints, look: Look | None) -> _Wanted:
-    """What a gauge reads of a member's rows; lengths: [row of the pass]."""
+def _wanted(
+    readout: Readout, member: Member, run: Run, lengths: Ints, look: Look | None
+) -> _Wanted:
+    """What a readout reads of a member's rows; lengths: [row of the pass]."""
     own = lengths[member.at]
-    columns = [spot_positions(spot, run.name, member.rows.prompt, own) for spot in gauge.spots]
+    columns = [spot_positions(spot, run.name, member.rows.prompt, own) for spot in readout.spots]
     rows: list[Ints] = []
     positions: list[Ints] = []
-    spots = len(columns) if gauge.needs_plain else 0
+    spots = len(columns) if readout.needs_plain else 0
     if spots:
         rows.append(np.repeat(member.at, spots))
         positions.append(np.stack(columns, axis=1).reshape(-1))
-    if gauge.loss is not None:
+    if readout.loss is not None:
         rows.append(np.repeat(member.at, own))
         positions.append(np.concatenate([np.arange(n) for n in own]))
     empty = np.zeros(0, dtype=np.int64)
     inside = {
         number: (SiteRead(atom.point.site, atom.point.layer), (member.at, columns[spot]))
-        for number, (spot, atom) in enumerate(gauge.atoms)
+        for number, (spot, atom) in enumerate(readout.atoms)
         if atom.point is not None
     }
     final = (np.concatenate([empty, *rows]), np.concatenate([empty, *positions]))

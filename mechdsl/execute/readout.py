@@ -18,7 +18,7 @@ from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a run gives a gauge. Rows are lanes of an unpatched run or patched rows."""
+    """What a run gives a readout. Rows are lanes of an unpatched run or patched rows."""
 
     prompts: Ints
     """[row] index into the table."""
@@ -79,7 +79,7 @@ class Readout:
         return all(atom.form.narrow for _, atom in self.atoms)
 
     def tokens(self, prompts: Ints) -> set[int]:
-        """The tokens whose logits a narrow gauge reads on these prompts."""
+        """The tokens whose logits a narrow readout reads on these prompts."""
         found: set[int] = set()
         for _, atom in self.atoms:
             found.update(token for token, _ in atom.numerals)

@@ -31,13 +31,13 @@ TOGETHER = 512
 
 
 class UnpatchedRuns:
-    """Runs without rules on the prompts of one panel, for its gauges and rows."""
+    """Runs without rules on the prompts of one panel, for its readouts and rows."""
 
     def __init__(
         self,
         panel: Panel,
         model: LoadedModel,
-        gauges: Sequence[Readout],
+        readouts: Sequence[Readout],
         *,
         plan: Plan,
         side: Side,
@@ -51,14 +51,14 @@ class UnpatchedRuns:
         self.seed = panel.experiments[0].experiment.seed
         self.side: Side = side
         self.plan = plan
-        self.gauges = gauges
-        narrow = all(gauge.narrow for gauge in gauges)
+        self.readouts = readouts
+        narrow = all(readout.narrow for readout in readouts)
         accuracies = any(each.experiment.accuracies for each in panel.experiments)
         self.narrow = plan.narrows_logits and narrow and not accuracies
-        self.spots = spots_of([m for gauge in gauges for m in gauge.measures])
+        self.spots = spots_of([m for readout in readouts for m in readout.measures])
         if {} not in self.spots:  # accuracies read the last token
             self.spots = (*self.spots, {})
-        self.loss = next((g.loss for g in gauges if g.loss is not None), None)
+        self.loss = next((g.loss for g in readouts if g.loss is not None), None)
         self._lanes: dict[tuple[object, ...], UnpatchedBatch] = {}
         self.passes = 0
         """Forward passes so far."""
@@ -161,7 +161,7 @@ class UnpatchedRuns:
             lowest=lowest,
             spots=self.spots if measured else (),
             stop=self._stop(run),
-            tokens=self.tokens(self.gauges, prompts) if self.narrow else None,
+            tokens=self.tokens(self.readouts, prompts) if self.narrow else None,
             fuse=self.plan.fuses_kernels,
             loss=self.loss if measured and continuation is None else None,
             continuation=continuation,
@@ -181,25 +181,25 @@ class UnpatchedRuns:
             return None
         return needs.stop
 
-    def tokens(self, gauges: Iterable[Readout], prompts: Ints) -> Tensor | None:
-        """[K] ascending: all that these gauges read of the logits; None for the vocabulary."""
-        if not self.plan.narrows_logits or not all(gauge.narrow for gauge in gauges):
+    def tokens(self, readouts: Iterable[Readout], prompts: Ints) -> Tensor | None:
+        """[K] ascending: all that these readouts read of the logits; None for the vocabulary."""
+        if not self.plan.narrows_logits or not all(readout.narrow for readout in readouts):
             return None
-        found = sorted(set[int]().union(*(gauge.tokens(prompts) for gauge in gauges)))
+        found = sorted(set[int]().union(*(readout.tokens(prompts) for readout in readouts)))
         return torch.tensor(found, dtype=torch.long, device=self.model.device)
 
     def _gauge_reads(self) -> set[Place]:
         """Sites that measures compare (`cosine`)."""
         return {
             (atom.point.site, atom.point.layer)
-            for gauge in self.gauges
-            for _, atom in gauge.atoms
+            for readout in self.readouts
+            for _, atom in readout.atoms
             if atom.point is not None
         }
 
     def values(
         self,
-        gauge: Readout,
+        readout: Readout,
         run: str,
         prompts: Ints,
         environment: int | None,
@@ -211,46 +211,47 @@ class UnpatchedRuns:
         reading = Reading(
             prompts=lanes,
             items=[environment] * len(lanes),
-            logits=self._spot_logits(gauge, plain),
+            logits=self._spot_logits(readout, plain),
             continued={
-                n: present(self.lanes(self.named(run), prompts, gauge.atoms[n][1]).logits)
-                for n in gauge.continuations
+                n: present(self.lanes(self.named(run), prompts, readout.atoms[n][1]).logits)
+                for n in readout.continuations
             },
             loss=plain.loss,
             activations={
-                n: self._activation(atom, gauge.spots[spot], plain, np.arange(len(lanes)))
-                for n, (spot, atom) in enumerate(gauge.atoms)
+                n: self._activation(atom, readout.spots[spot], plain, np.arange(len(lanes)))
+                for n, (spot, atom) in enumerate(readout.atoms)
                 if atom.point is not None
             },
-            references=self.references(gauge, prompts, lanes, draws),
+            references=self.references(readout, prompts, lanes, draws),
             tokens=plain.tokens,
         )
         return [
-            values.reshape(len(prompts), plain.draws).mean(axis=1) for values in gauge.read(reading)
+            values.reshape(len(prompts), plain.draws).mean(axis=1)
+            for values in readout.read(reading)
         ]
 
-    def _spot_logits(self, gauge: Readout, lanes: UnpatchedBatch) -> Tensor | None:
-        """[lane, spot of the gauge, vocab]."""
-        if lanes.logits is None or not gauge.needs_plain:
+    def _spot_logits(self, readout: Readout, lanes: UnpatchedBatch) -> Tensor | None:
+        """[lane, spot of the readout, vocab]."""
+        if lanes.logits is None or not readout.needs_plain:
             return None
-        return lanes.logits[:, [self.spots.index(spot) for spot in gauge.spots]]
+        return lanes.logits[:, [self.spots.index(spot) for spot in readout.spots]]
 
     def references(
-        self, gauge: Readout, prompts: Ints, row_prompts: Ints, draws: Ints
+        self, readout: Readout, prompts: Ints, row_prompts: Ints, draws: Ints
     ) -> dict[int, Tensor]:
         """What `kl(run)`, `js(run)` and `cosine(SITE, run)` compare each row with."""
         found: dict[int, Tensor] = {}
-        for number, (spot, atom) in enumerate(gauge.atoms):
+        for number, (spot, atom) in enumerate(readout.atoms):
             if atom.run is None:
                 continue
             reference = self.lanes(self.named(atom.run), prompts)
             lane = reference.lane(row_prompts, draws)
             if atom.point is not None:
-                found[number] = self._activation(atom, gauge.spots[spot], reference, lane)
+                found[number] = self._activation(atom, readout.spots[spot], reference, lane)
             else:
                 logits = present(reference.logits)
                 index = torch.from_numpy(lane).to(logits.device)
-                found[number] = logits[index, self.spots.index(gauge.spots[spot])]
+                found[number] = logits[index, self.spots.index(readout.spots[spot])]
         return found
 
     def _activation(self, atom: Atom, spot: Spot, lanes: UnpatchedBatch, lane: Ints) -> Tensor:

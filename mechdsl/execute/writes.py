@@ -40,28 +40,28 @@ class _Entries:
     point: Ints
 
 
-def read_prompts(plan: RulePlan, rows: Rows, fillings: MeansAndDonors) -> Ints:
+def read_prompts(plan: RulePlan, rows: Rows, means_and_donors: MeansAndDonors) -> Ints:
     """The prompt whose activation each row reads."""
-    if plan.rule.does.reads == "donor" and fillings.donors is not None:
-        return fillings.donors[rows.prompt]
+    if plan.rule.does.reads == "donor" and means_and_donors.donors is not None:
+        return means_and_donors.donors[rows.prompt]
     return rows.prompt
 
 
-def readable(plan: ExperimentPlan, rows: Rows, fillings: MeansAndDonors) -> Ints:
+def readable(plan: ExperimentPlan, rows: Rows, means_and_donors: MeansAndDonors) -> Ints:
     """Indices of the rows whose donors have the position too; all of them without a resampling."""
     good = np.ones(len(rows), dtype=np.bool_)
     for rule in plan.rules:
         if rule.rule.does.reads == "donor":
             position = rule.position_of_cell[rows.cell]
-            key = position * rule.read.prompts + read_prompts(rule, rows, fillings)
+            key = position * rule.read.prompts + read_prompts(rule, rows, means_and_donors)
             good &= rule.read.runs.counts(key) > 0
     return np.flatnonzero(good)
 
 
-def _entries(plan: RulePlan, rows: Rows, fillings: MeansAndDonors) -> _Entries:
+def _entries(plan: RulePlan, rows: Rows, means_and_donors: MeansAndDonors) -> _Entries:
     position = plan.position_of_cell[rows.cell]
     written_run = plan.written_runs(rows)
-    read_run = plan.read.run(position, read_prompts(plan, rows, fillings), rows.alternative)
+    read_run = plan.read.run(position, read_prompts(plan, rows, means_and_donors), rows.alternative)
     row, written = plan.written.tokens.expand(written_run)
     _, slot = counted(plan.written.tokens.counts(written_run))
     read = plan.read.tokens.values[plan.read.tokens.offsets[read_run][row] + slot]
@@ -74,7 +74,7 @@ def build_writes(
     rows: Rows,
     draws: Ints,
     lanes_of: LanesOf,
-    fillings: MeansAndDonors,
+    means_and_donors: MeansAndDonors,
     shape: ModelShape,
 ) -> list[SiteWrite]:
     """The writes of these rows, one per site and layer.
@@ -85,7 +85,7 @@ def build_writes(
     for number, rule in enumerate(plan.rules):
         if rule.rule.does.changes != "sites":
             continue
-        entries = _entries(rule, rows, fillings)
+        entries = _entries(rule, rows, means_and_donors)
         pairs = [
             ((to.site, to.layer), (of.site, of.layer))
             for to, of in zip(rule.point_table, rule.source_table, strict=True)
@@ -101,7 +101,17 @@ def build_writes(
             again, unit = each_unit(unit, units(shape, *to))
             chosen = chosen[again]
             asked = _Vectors(
-                rule, number, of, entries, chosen, unit, rows, draws, lanes_of, fillings, shape
+                rule,
+                number,
+                of,
+                entries,
+                chosen,
+                unit,
+                rows,
+                draws,
+                lanes_of,
+                means_and_donors,
+                shape,
             )
             values = rule.rule.does.values(rule.rule, asked)
             parts[to].append((entries.row[chosen], entries.written[chosen], unit, values))
@@ -158,7 +168,7 @@ class _Vectors:
     rows: Rows
     draws: Ints
     lanes_of: LanesOf
-    fillings: MeansAndDonors
+    means_and_donors: MeansAndDonors
     shape: ModelShape
 
     @property
@@ -178,7 +188,7 @@ class _Vectors:
         return self._mean() if self.plan.rule.does.reads == "mean" else self._activation()
 
     def _mean(self) -> Tensor:
-        means = self.fillings.means[self.number]
+        means = self.means_and_donors.means[self.number]
         values = means.values[self.place]
         index = (
             self.plan.position_of_cell[self.rows.cell[self.row]],
@@ -191,7 +201,7 @@ class _Vectors:
     def _activation(self) -> Tensor:
         rule = self.plan.rule
         lanes = self.lanes_of(rule.run, rule.does.reads == "donor")
-        prompts = read_prompts(self.plan, self.rows, self.fillings)
+        prompts = read_prompts(self.plan, self.rows, self.means_and_donors)
         lane = lanes.lane(prompts[self.row], self.draws[self.row])
         return gather(
             lanes.reads[SiteRead(*self.place)],

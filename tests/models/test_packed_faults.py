@@ -68,20 +68,36 @@ def _only_itself(mask: Mask) -> Mask:
 _inputs: Any = packed.__dict__["text_inputs"]
 _attend: Any = packed.__dict__["attend"]
 
-INPUTS = "packed.text_inputs front.text_inputs"
+INPUTS = "packed.packed_pass.text_inputs packed.through_one_prompt.text_inputs"
 
 FAULTS: dict[str, tuple[str, str, Any]] = {
-    "kept keys shifted by a column": ("llama", "kept.KeptAttention", _shifted_keys),
-    "kept values shifted by a column": ("gpt2", "kept.KeptAttention", _shifted_values),
-    "kept keys of another lane": ("gpt2", "kept.KeptAttention", _keys_of_another_lane),
-    "the mask ignored": ("llama", "attention._mask", lambda *args: None),
-    "the window ignored": ("mistral", "attention._mask", lambda *args: None),
-    "taken from the column before": ("gpt_neox", "pack.Part", _shifted_part),
-    "the stream of the block below": ("qwen3", "kept.Kept", _hidden_of_the_block_below),
-    "later tokens forgotten": ("gpt2", "restart.later", _only_itself),
+    "kept keys shifted by a column": (
+        "llama",
+        "packed.activation_cache.CachedAttention",
+        _shifted_keys,
+    ),
+    "kept values shifted by a column": (
+        "gpt2",
+        "packed.activation_cache.CachedAttention",
+        _shifted_values,
+    ),
+    "kept keys of another lane": (
+        "gpt2",
+        "packed.activation_cache.CachedAttention",
+        _keys_of_another_lane,
+    ),
+    "the mask ignored": ("llama", "hooks.attention_functions._mask", lambda *args: None),
+    "the window ignored": ("mistral", "hooks.attention_functions._mask", lambda *args: None),
+    "taken from the column before": ("gpt_neox", "packed.layout.ComputedTokens", _shifted_part),
+    "the stream of the block below": (
+        "qwen3",
+        "packed.activation_cache.ActivationCache",
+        _hidden_of_the_block_below,
+    ),
+    "later tokens forgotten": ("gpt2", "plan.restart.later", _only_itself),
     "rotary positions shifted": ("llama", INPUTS, _shifted_positions),
     "learned positions shifted": ("gpt2", INPUTS, _shifted_positions),
-    "heads of another group": ("qwen2", "packed.attend", _mixed_heads),
+    "heads of another group": ("qwen2", "packed.packed_pass.attend", _mixed_heads),
 }
 """Family, what is replaced, by what."""
 

@@ -6,9 +6,9 @@ Pure Python and seeded. A text looks like one of these (answers are what is lear
     Part 1: apple, plum, fig | Part 2: kiwi, pear. Count 1: 3
     Part 1: apple 1 plum fig 3 Part 2: kiwi pear 2 Total: 5
 
-A text also says what its questions may not attend to while training (`CountingExample.hidden`). Left
-to itself the model may keep a part's count anywhere between the part and the question (it took the
-colon of the next part's header when tried). Hiding the headers leaves the list; where bars
+A text also says what its questions may not attend to while training (`CountingExample.hidden`).
+Left to itself the model may keep a part's count anywhere between the part and the question (it took
+the colon of the next part's header when tried). Hiding the headers leaves the list; where bars
 separate the parts, hiding the lists as well leaves the bar and the full stop.
 """
 
