@@ -177,7 +177,7 @@ class Rewrite:
 class Plan:
     """The whole file: what is run, and which work the planner passes leave out of it.
 
-    As it is made it is the plain loop; `plan_passes.py` lists the passes.
+    As it is made it is the plain loop; `mechdsl/plan/passes.py` lists the passes.
     """
 
     graph: Graph

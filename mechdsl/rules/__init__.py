@@ -1,7 +1,7 @@
 """Kinds of rules, one registered class each: what a statement means and what it does to a run.
 
 In: a rule of the typed program, with what is known of its experiment. Out: the rule resolved, and
-the intervention that all later stages ask. Imports `resolve` and what is below it, no torch.
+the intervention that all later stages ask. Imports resolve and below; no torch.
 """
 
 # In the order in which what they don't go together with is reported.
