@@ -323,7 +323,7 @@ def _wrong_file(kind: ReportKind, to: OutputFile | None, report: spec.Report) ->
     if to is None:
         if report.file is None:
             return None
-        return f"is printed only, but `to \"{report.file}\"` stands behind it", "leave it out"
+        return f'is printed only, but `to "{report.file}"` stands behind it', "leave it out"
     if to.needed and report.file is None:
         return "is nothing that can be printed", f"write it as in `{kind.example}`"
     missing = [module for module in kind.needs if find_spec(module) is None]
