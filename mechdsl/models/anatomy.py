@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from mechdsl.vocab.sites import Part, of_part
+
 Side = Literal["in", "out"]
 Axes = Literal["flat", "heads", "heads_first"]
 
@@ -112,6 +114,18 @@ class BlockAnatomy:
     def without(self, *sites: str) -> BlockAnatomy:
         """Without some sites."""
         return replace(self, taps={s: t for s, t in self.taps.items() if s not in sites})
+
+
+def with_outputs_of_parts(block: BlockAnatomy, d_model: int) -> BlockAnatomy:
+    """With the sites whose entries say which part of the block returns them."""
+    parts: dict[Part, str | None] = {"output": block.output, "down": block.down}
+    taps = {
+        site: HookPoint(path, "out", Layout.whole(d_model))
+        for part, path in parts.items()
+        for site in of_part(part)
+        if path is not None
+    }
+    return block.with_taps(**taps)
 
 
 @dataclass(frozen=True)

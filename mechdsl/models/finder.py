@@ -16,7 +16,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import PartNotFound
 from mechdsl.models.adapters import Arrangement
-from mechdsl.models.anatomy import Anatomy, BlockAnatomy, HookPoint, Layout
+from mechdsl.models.anatomy import Anatomy, BlockAnatomy, HookPoint, Layout, with_outputs_of_parts
 from mechdsl.models.block_parts import (
     ATTENTION,
     MIXER,
@@ -29,6 +29,7 @@ from mechdsl.models.block_parts import (
 from mechdsl.models.families import Family, family_of
 from mechdsl.models.projections import NotFound, leaf, sizes
 from mechdsl.models.shape import ModelShape, mixes
+from mechdsl.vocab.sites import of_part
 
 
 def find_anatomies(
@@ -118,11 +119,23 @@ class _Finder:
         paths = [self.block_path(n) for n in self.layers]
         blocks = [BlockParts(around, p, self.within(p), arrangement).anatomy() for p in paths]
         found = self._checked(blocks)
-        blocks = tuple(self.family.block(self.shape.config, n, b) for n, b in enumerate(found))
+        blocks = tuple(
+            with_outputs_of_parts(self.family.block(self.shape.config, n, b), self.shape.d_model)
+            for n, b in enumerate(found)
+        )
         without = dict(self.without)
         if self.hybrid:
             reason = "its blocks don't all attend; `mixer_out` is what stands in attention's place"
-            attending = ("q", "k", "v", "z", "head_out", "attn_norm", "attn_out")
+            attending = (
+                "q",
+                "k",
+                "v",
+                "z",
+                "head_out",
+                "attn_norm",
+                "attn_out",
+                *of_part("output"),
+            )
             without |= dict.fromkeys(attending, reason)
         embedding = self._embedding() if main or self.stack == "encoder" else None
         unembedding = self._unembedding() if main else None

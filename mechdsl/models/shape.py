@@ -20,7 +20,7 @@ from mechdsl.diagnostics.e04_model import (
 )
 from mechdsl.models.families import family_of
 from mechdsl.models.sparsity import dense_blocks
-from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION
+from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, of_part
 
 _LAYERS = (
     "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers",
@@ -117,11 +117,12 @@ def available_sites(*, parallel: bool, experts: bool, dense: bool, mixers: bool)
     if parallel:
         missing.add("resid_mid")
     if not dense:
-        missing.add("mlp_hidden")
+        missing |= {"mlp_hidden", *of_part("down")}
     if not experts:
         missing |= {"router", "expert_out"}
     if mixers:
         missing |= {"q", "k", "v", "z", "head_out", "attn_norm", "attn_out", *WITHIN_ATTENTION}
+        missing |= {*of_part("output")}
     else:
         missing |= {"mixer_norm", "mixer_out"}
     return frozenset(SITES) - missing
@@ -233,7 +234,10 @@ def _shape(
     experts = 0 if text.get("is_moe") is False else experts
     dense = dense_blocks(text, numbers["number of layers"]) if experts else frozenset[int]()
     sparse = frozenset(range(numbers["number of layers"])) - dense
-    partly = {"mlp_hidden": dense, "router": sparse, "expert_out": sparse} if dense else {}
+    partly: dict[str, frozenset[int]] = {}
+    if dense:
+        partly = dict.fromkeys(("mlp_hidden", *of_part("down")), dense)
+        partly |= {"router": sparse, "expert_out": sparse}
     if causal is None:
         decodes = any(name.endswith(_DECODERS) for name in names) or not names
         causal = decodes and takes != "image" and (not entry.encodes or _decodes(text))

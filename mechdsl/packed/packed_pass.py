@@ -49,7 +49,8 @@ from mechdsl.packed.layout import (
     universe,
 )
 from mechdsl.packed.through_one_prompt import entering, placed, prompt_of
-from mechdsl.plan.restart import INSIDE_MLP, BlockWork, Held, RowMasks, Shortcuts, block_work
+from mechdsl.plan.restart import BlockWork, Held, RowMasks, Shortcuts, block_work
+from mechdsl.vocab.sites import SITES
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +241,7 @@ class _Pass:
             if pack is None:
                 return torch.full((len(rows),), -1)
             whole = len(self.model.anatomy.blocks[where.layer].mlp) == 1
-            inside = where.site in INSIDE_MLP and whole and pack.mlp is not None
+            inside = SITES[where.site].stage == "in_mlp" and whole and pack.mlp is not None
             lookup = pack.mlp.lookup if inside and pack.mlp is not None else pack.lookup
         return torch.from_numpy(lookup[rows, columns])
 

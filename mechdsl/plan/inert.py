@@ -19,12 +19,10 @@ from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
 
-SEEN_BY_LATER_TOKENS = frozenset({"resid_pre", "attn_norm", "mixer_norm", "k", "v", "k_rot"})
-"""Sites of a block that its attention carries to later positions; the rest stay where they are."""
-MADE_OF_OWN_TOKEN = frozenset(
-    {"resid_pre", "attn_norm", "mixer_norm", "q", "k", "v", "q_rot", "k_rot"}
-)
-"""Sites of the first block that hang on the position's own token."""
+SEEN_BY_LATER_TOKENS = ("stream", "norm", "key")
+"""Stages of a block that its attention carries to later positions; the rest stay where they are."""
+MADE_OF_OWN_TOKEN = (*SEEN_BY_LATER_TOKENS, "query")
+"""Stages of the first block that hang on the position's own token."""
 
 Mask = NDArray[np.bool_]
 
@@ -130,12 +128,13 @@ def _all_points(plan: RulePlan, holds: Callable[[SitePoint], bool]) -> Mask:
 
 
 def _is_above_attention(point: SitePoint, last_layer: int) -> bool:
-    on_top = point.layer == last_layer and point.site not in SEEN_BY_LATER_TOKENS
+    on_top = point.layer == last_layer and SITES[point.site].stage not in SEEN_BY_LATER_TOKENS
     return on_top or SITES[point.site].when == "output"
 
 
 def _is_below_attention(point: SitePoint) -> bool:
-    return point.site == "embed" or (point.layer == 0 and point.site in MADE_OF_OWN_TOKEN)
+    made_of_own = SITES[point.site].stage in MADE_OF_OWN_TOKEN
+    return point.site == "embed" or (point.layer == 0 and made_of_own)
 
 
 def _read_positions(experiment: ResolvedExperiment) -> Mask | None:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mechdsl.vocab.sites import WITHIN_ATTENTION
+from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, Stage, of_stage
 
 Mask: TypeAlias = NDArray[np.bool_]
 """[row, column]"""
@@ -24,13 +24,6 @@ Places: TypeAlias = Mapping[tuple[str, int | None], Mask]
 """(site, layer) → where it is written or read."""
 
 
-INSIDE_MLP = ("router", "expert_out", "mlp_hidden")
-"""Sites that are passed while the MLP runs, on the tokens that it runs on."""
-
-
-OF_ATTENTION = ("q", "k", "v", *WITHIN_ATTENTION)
-"""Sites that are there where queries, keys and values are computed; the last four where tokens
-attend."""
 BEHIND = 1 << 30
 """A number above that of every block."""
 
@@ -137,10 +130,13 @@ def block_work(
         carried = everything
     started = carried.any(axis=1)
     held, top = rows.held, rows.top
+    of_attention, in_mlp = of_stage("key", "query", "weight"), of_stage("in_mlp")
     for layer in range(n_layers):
         written = {site: mask for (site, at), mask in rows.writes.items() if at == layer}
         read = {site: mask for (site, at), mask in rows.reads.items() if at == layer}
-        at = defaultdict(lambda: none, written)
+        at: defaultdict[Stage, Mask] = defaultdict(lambda: none)
+        for site, mask in written.items():
+            at[SITES[site].stage] = at[SITES[site].stage] | mask
         anything = np.logical_or.reduce([none, *written.values()])
         reading = np.logical_or.reduce([none, *read.values()])
         entered = carried
@@ -155,34 +151,33 @@ def block_work(
         if shortcuts.last:  # nothing above the highest read of a row
             needed = needed & (top > layer)[:, None]
         needed = needed | reading
-        changed = entered | at["resid_pre"]
-        normed = changed | at["attn_norm"] | at["mixer_norm"]
-        attended_to = normed | at["k"] | at["v"] | at["k_rot"]
+        changed = entered | at["stream"]
+        normed = changed | at["norm"]
+        attended_to = normed | at["key"]
         asked = np.logical_or.reduce([none, *(read.get(site, none) for site in WITHIN_ATTENTION)])
-        attend = normed | at["q"] | at["q_rot"] | at["scores"] | at["pattern"]
+        attend = normed | at["query"] | at["weight"]
         attend = (attend | rows.reached(attended_to, causal=causal)) & needed | asked
         attend = attend & rows.real
         project = normed & seen
         if held is not None:
             attend &= ~held.rows[:, None]
             projected = np.logical_or.reduce(
-                [none, *(read.get(site, none) for site in OF_ATTENTION)]
+                [none, *(read.get(site, none) for site in of_attention)]
             )
             project &= projected | ~held.rows[:, None]
-        output = attend | (at["z"] & needed)
-        middle = changed | output | at["head_out"] | at["attn_out"]
-        middle = middle | at["mixer_out"] | at["resid_mid"]
-        mlp = (changed if parallel else middle) | at["mlp_norm"]
+        output = attend | (at["mixed"] & needed)
+        middle = changed | output | at["middle"]
+        mlp = (changed if parallel else middle) | at["mlp"]
         if held is not None:
             mlp &= ~held.mlps[:, None]
-        mlp = np.logical_or.reduce([mlp, *(at[site] for site in INSIDE_MLP)]) & needed
-        out = (middle | mlp | at["mlp_out"] | at["resid_post"]) & needed
+        mlp = (mlp | at["in_mlp"]) & needed
+        out = (middle | mlp | at["end"]) & needed
         yield BlockWork(
             present=(attended_to & seen & (top >= layer)[:, None]) | attend | out | reading,
             carried=carried & seen,
             project=project,
             attend=attend,
             output=output,
-            mlp=np.logical_or.reduce([mlp, *(read.get(site, none) for site in INSIDE_MLP)]),
+            mlp=np.logical_or.reduce([mlp, *(read.get(site, none) for site in in_mlp)]),
         )
         carried = out

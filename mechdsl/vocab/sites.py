@@ -10,6 +10,13 @@ from mechdsl.base.registry import Registry
 SiteAxis = Literal["layer", "head", "neuron", "expert"]
 UnitKind = Literal["head", "kv_head", "neuron", "expert"]
 Width = Literal["d_model", "d_head", "one", "vocab", "key", "n_experts"]
+Stage = Literal[
+    "stream", "norm", "key", "query", "weight", "mixed", "middle", "mlp", "in_mlp", "end", "outside"
+]
+"""The stages of a block, in their order: a write at one leaves those before it as they are. `key`
+and `norm` reach later tokens through attention, `outside` lies in no block."""
+Part = Literal["output", "down"]
+"""Modules of a block, by their field of `BlockAnatomy`."""
 When = Literal["embedding", "before", "inside", "after", "output"]
 
 _SHAPES: dict[Width, str] = {
@@ -30,11 +37,16 @@ class SiteKind:
     when: When
     """`before`, `inside`, `after`: a write at layer L changes block L's input, its inside or its
     output. `embedding` is before all blocks, `output` behind all of them."""
+    stage: Stage
+    """The part of the block that is computed anew for a write here."""
     order: int
     """Where a forward pass comes by it, among the sites of one block."""
     meaning: str
     unit: UnitKind | None = None
     """What the second axis counts; `kv_head` where the axis `head` counts key-value heads."""
+    output_of: Part | None = None
+    """The module that returns it, one vector per position; None where taking a block apart says
+    where it is (`models.block_parts`)."""
     short: str | None = None
     """`L3.attn` is `attn_out`; `H` and `N` are the letters of `L3H5` and `L3N512`."""
 
@@ -56,14 +68,16 @@ def site(
     axes: tuple[SiteAxis, ...],
     width: Width,
     when: When,
+    stage: Stage,
     order: int,
     meaning: str,
     *,
     unit: UnitKind | None = None,
+    output_of: Part | None = None,
     short: str | None = None,
 ) -> SiteKind:
     """Register a site; the arguments are the fields of `SiteKind`."""
-    kind = SiteKind(name, axes, width, when, order, meaning, unit, short)
+    kind = SiteKind(name, axes, width, when, stage, order, meaning, unit, output_of, short)
     return SITES.add(name, kind)
 
 
@@ -77,16 +91,26 @@ site(
     (),
     "d_model",
     "embedding",
+    "outside",
     0,
     "what the token embedding returns, before position embeddings",
 )
-site("resid_pre", _LAYER, "d_model", "before", 10, "the residual stream that enters the block")
-site("attn_norm", _LAYER, "d_model", "inside", 20, "what attention reads, after its norm")
+site(
+    "resid_pre",
+    _LAYER,
+    "d_model",
+    "before",
+    "stream",
+    10,
+    "the residual stream that enters the block",
+)
+site("attn_norm", _LAYER, "d_model", "inside", "norm", 20, "what attention reads, after its norm")
 site(
     "q",
     _HEAD,
     "d_head",
     "inside",
+    "query",
     30,
     "the head's query, after any query norm, before rotary",
     unit="head",
@@ -96,16 +120,18 @@ site(
     _HEAD,
     "d_head",
     "inside",
+    "key",
     31,
     "the key-value head's key, after any key norm, before rotary",
     unit="kv_head",
 )
-site("v", _HEAD, "d_head", "inside", 32, "the key-value head's value", unit="kv_head")
+site("v", _HEAD, "d_head", "inside", "key", 32, "the key-value head's value", unit="kv_head")
 site(
     "q_rot",
     _HEAD,
     "d_head",
     "inside",
+    "query",
     33,
     "the head's query after rotary",
     unit="head",
@@ -115,6 +141,7 @@ site(
     _HEAD,
     "d_head",
     "inside",
+    "key",
     34,
     "the key-value head's key after rotary",
     unit="kv_head",
@@ -124,16 +151,18 @@ site(
     _HEAD,
     "key",
     "inside",
+    "weight",
     40,
     "attention before softmax, scaled, capped and masked",
     unit="head",
 )
-site("pattern", _HEAD, "key", "inside", 41, "attention after softmax", unit="head")
+site("pattern", _HEAD, "key", "inside", "weight", 41, "attention after softmax", unit="head")
 site(
     "z",
     _HEAD,
     "d_head",
     "inside",
+    "mixed",
     50,
     "the head's output before the output projection",
     unit="head",
@@ -144,6 +173,7 @@ site(
     _HEAD,
     "d_model",
     "inside",
+    "middle",
     51,
     "`z` through the head's slice of the output projection",
     unit="head",
@@ -153,27 +183,38 @@ site(
     _LAYER,
     "d_model",
     "inside",
+    "middle",
     60,
     "what attention adds to the residual stream",
     short="attn",
 )
-site("mixer_norm", _LAYER, "d_model", "inside", 61, "what the mixer reads, after its norm")
+site("mixer_norm", _LAYER, "d_model", "inside", "norm", 61, "what the mixer reads, after its norm")
 site(
     "mixer_out",
     _LAYER,
     "d_model",
     "inside",
+    "middle",
     62,
     "what the mixer adds to the stream: attention, or the state-space, convolution or recurrent "
     "layer in its place",
 )
-site("resid_mid", _LAYER, "d_model", "inside", 70, "the residual stream between attention and MLP")
-site("mlp_norm", _LAYER, "d_model", "inside", 80, "what the MLP reads, after its norm")
+site(
+    "resid_mid",
+    _LAYER,
+    "d_model",
+    "inside",
+    "middle",
+    70,
+    "the residual stream between attention and MLP",
+)
+site("mlp_norm", _LAYER, "d_model", "inside", "mlp", 80, "what the MLP reads, after its norm")
 site(
     "router",
     _LAYER,
     "n_experts",
     "inside",
+    "in_mlp",
     81,
     "the weight of each expert's output, 0 for those that the router doesn't choose",
 )
@@ -182,6 +223,7 @@ site(
     _EXPERT,
     "d_model",
     "inside",
+    "in_mlp",
     82,
     "what one expert adds to the experts' sum, its weight included",
     unit="expert",
@@ -191,6 +233,7 @@ site(
     _NEURON,
     "one",
     "inside",
+    "in_mlp",
     90,
     "neurons after the activation function (after gating)",
     unit="neuron",
@@ -201,6 +244,7 @@ site(
     _LAYER,
     "d_model",
     "inside",
+    "end",
     100,
     "what the MLP adds to the residual stream",
     short="mlp",
@@ -210,22 +254,42 @@ site(
     _LAYER,
     "d_model",
     "after",
+    "end",
     110,
     "the residual stream that leaves the block",
     short="resid",
 )
-site("final_norm", (), "d_model", "output", 120, "what the unembedding reads, after the last norm")
+site(
+    "final_norm",
+    (),
+    "d_model",
+    "output",
+    "outside",
+    120,
+    "what the unembedding reads, after the last norm",
+)
 site(
     "logits",
     (),
     "vocab",
     "output",
+    "outside",
     130,
     "the model's output, one number per token of the vocabulary",
 )
 
 WITHIN_ATTENTION = ("q_rot", "k_rot", "scores", "pattern")
 """Sites that lie in no module: they are read and written where attention itself is computed."""
+
+
+def of_stage(*stages: Stage) -> tuple[str, ...]:
+    """The sites of these stages."""
+    return tuple(name for name, kind in SITES.items() if kind.stage in stages)
+
+
+def of_part(part: Part) -> tuple[str, ...]:
+    """The sites whose entries say that this module returns them."""
+    return tuple(name for name, kind in SITES.items() if kind.output_of == part)
 
 
 def by_short(short: str) -> SiteKind | None:

@@ -1,0 +1,26 @@
+"""Sites from outside of the package: all that they take is one such entry each."""
+
+from __future__ import annotations
+
+from mechdsl.vocab.sites import site
+
+site(
+    "attn_proj",
+    ("layer",),
+    "d_model",
+    "inside",
+    "middle",
+    52,
+    "what the output projection returns, before any norm behind it",
+    output_of="output",
+)
+site(
+    "mlp_proj",
+    ("layer",),
+    "d_model",
+    "inside",
+    "end",
+    99,
+    "what the MLP's last map returns, before any norm behind it",
+    output_of="down",
+)
