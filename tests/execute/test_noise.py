@@ -238,7 +238,7 @@ def test_the_mean_of_a_noised_run_is_over_all_draws(folder: Path, seen: Seen, mo
     found = run_file(text, folder, bare(FAMILY), MODES[mode], prompts=PROMPTS)["e"]
     places = [[p.subject[-1], p.last] for p in map(prompt, ROWS)]
     every = [
-        (n, forward(FAMILY, bare(FAMILY), prompt(ROWS[n]).ids, noised(seen, n, draw))[1])
+        (n, forward(FAMILY, bare(FAMILY), prompt(ROWS[n]).ids, noised(seen, n, draw)).seen)
         for n in range(len(ROWS))
         for draw in range(DRAWS)
     ]
@@ -249,7 +249,7 @@ def test_the_mean_of_a_noised_run_is_over_all_draws(folder: Path, seen: Seen, mo
         edits = [copied([Point(*site)], mean, [0, 1], at) for at in places]
         expected.append(
             [
-                difference(forward(FAMILY, bare(FAMILY), prompt(r).ids, edit)[0], r)
+                difference(forward(FAMILY, bare(FAMILY), prompt(r).ids, edit).logits, r)
                 for r, edit in zip(ROWS, edits, strict=True)
             ]
         )

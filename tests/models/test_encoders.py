@@ -492,6 +492,7 @@ def test_every_site_of_a_published_encoder_is_as_by_hand() -> None:
     assert compared == offered
     kept = kept_of(model, batch)
     scale = max(float(one.abs().max()) for one in plain)
+    rounding = 4 * torch.finfo(torch.float32).eps * scale  # some effects are of 1e-4 of the scale
     for site, wanted in expected.items():
         lanes = [number for _, number, _ in wanted]
         rows = batch.take(torch.tensor(lanes))
@@ -508,4 +509,4 @@ def test_every_site_of_a_published_encoder_is_as_by_hand() -> None:
             for found in (whole[row][: len(output)], packed[row]):
                 error = float((found - output).abs().max())
                 assert error <= 1e-4 * scale, where
-                assert error <= 1e-3 * effect, where
+                assert error <= 1e-3 * effect + rounding, where

@@ -38,10 +38,10 @@ def test_a_chain_in_three_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     waves: list[list[str]] = []
     whole = pipeline.execute
 
-    def spy(plan: object, *rest: object) -> object:
+    def spy(plan: object, *rest: object, **named: object) -> object:
         names = [p.experiment.name for panel in plan.panels for p in panel.experiments]  # type: ignore[attr-defined]
         waves.append(sorted(names))
-        return whole(plan, *rest)  # type: ignore[arg-type]
+        return whole(plan, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pipeline, "execute", spy)
     alone = ablate("alone", "mlp_out layer *", "fruit.train limit 6")
