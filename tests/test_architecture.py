@@ -12,8 +12,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-LAYERS: list[str] = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"][::-1]
-"""From the bottom."""
+LAYERS: list[str] = [
+    name
+    for layer in PROJECT["tool"]["importlinter"]["contracts"][0]["layers"][::-1]
+    for name in layer.split(" | ")[::-1]
+]
+"""From the bottom; packages of one layer don't import each other."""
 PACKAGES = [name for name in LAYERS if (ROOT / "mechdsl" / name).is_dir()]
 FILE = re.compile(r"`((?:mechdsl|tests|grammar|docs|benchmarks|examples)/[\w./]*)(?::([\w.]+))?`")
 
