@@ -26,7 +26,7 @@ from mechdsl.show.reports.text import number_format, p_text
 from mechdsl.show.reports.token_shades import overlays, prompt_effects, visible
 from mechdsl.show.reports.verdicts import print_verdicts
 from mechdsl.show.show_report import show_report
-from mechdsl.vocab.reports import REPORTS, ReportKind, Signature, check_report
+from mechdsl.vocab.reports import REPORTS, ReportKind, ReportSignature, check_report
 
 from .synthetic import (
     counted,
@@ -338,7 +338,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_a_report_may_be_for_the_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     printed_only = ReportKind(
-        name="printed", meaning="", example="report printed", signature=Signature(to=None)
+        name="printed", meaning="", example="report printed", signature=ReportSignature(to=None)
     )
     monkeypatch.setitem(REPORTS._entries, "printed", printed_only)  # type: ignore[attr-defined]
     assert check_report(report("printed")) == []

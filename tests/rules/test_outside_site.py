@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mechdsl.validate.file import Settings, check_source
 
 from mechdsl.base.source import Source
 from mechdsl.models.shape import available_sites
+from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.vocab.sites import SITES
 
 from .support import QUICK, experiment, run_file
