@@ -11,15 +11,13 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord
-from mechdsl.diagnostics.e03_coordinates import BadLoopValue, EmptyRange
 from mechdsl.diagnostics.e03_positions import (
     JoinedUnequal,
     NothingLeft,
     NotOnePosition,
-    OutsidePrompt,
-    RaggedPositions,
     ReversedBetween,
 )
+from mechdsl.prompts.counted_tokens import CountedTokens
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.prompts.span_occurrences import Occurrences
 from mechdsl.prompts.span_tokens import TokenMap
@@ -55,16 +53,7 @@ def resolve_positions(
     """
     resolver = _Resolver(table, run, tokenizer, loop_values or {}, tuple(with_runs), ranked=ranked)
     cells = [cell for item in positions.items for cell in resolver.position(item)]
-    return tuple(PositionCell(cell.label, tuple(cell.hits), cell.item) for cell in cells), list(
-        dict.fromkeys(resolver.diagnostics)
-    )
-
-
-@dataclass
-class _Cell:
-    label: str
-    hits: list[Hits]
-    item: int | None = None
+    return tuple(cells), list(dict.fromkeys(resolver.diagnostics))
 
 
 @dataclass
@@ -81,10 +70,11 @@ class _Resolver:
         self.spans = Occurrences(self.table, self.run, self.tokenizer, self.diagnostics)
         self.maps = self.spans.maps
         self.total = self.spans.total
+        self.counted = CountedTokens(self.spans, self.loops, self.with_runs)
 
     # --- shapes ---------------------------------------------------------------------------------
 
-    def position(self, position: ast.Position) -> list[_Cell]:
+    def position(self, position: ast.Position) -> list[PositionCell]:
         if position.align not in (None, "left", "right"):
             hint = "write `align left` or `align right`"
             self.diagnostics.append(
@@ -95,7 +85,7 @@ class _Resolver:
 
     def body(
         self, body: ast.Point | ast.Between | ast.Except, align: str | None = None
-    ) -> list[_Cell]:
+    ) -> list[PositionCell]:
         match body:
             case ast.Point():
                 return self._point(body, align)
@@ -104,29 +94,34 @@ class _Resolver:
             case ast.Except():
                 return self._except(body, align)
 
-    def _point(self, point: ast.Point, align: str | None) -> list[_Cell]:
+    def _point(self, point: ast.Point, align: str | None) -> list[PositionCell]:
         cells = self._base(point.base, align)
         if point.offset:
             sign = "+" if point.offset > 0 else "-"
             swept = len(cells) > 1 or any(cell.item is not None for cell in cells)
-            for cell in cells:
-                cell.hits = [
-                    tuple(tuple(p + point.offset for p in run) for run in row) for row in cell.hits
-                ]
-                cell.label = (
-                    f"{cell.label} {sign} {abs(point.offset)}" if swept else point.span.written
+            offset = f"{sign} {abs(point.offset)}"
+            cells = [
+                replace(
+                    cell,
+                    label=f"{cell.label} {offset}" if swept else point.span.written,
+                    hits=tuple(
+                        tuple(tuple(p + point.offset for p in run) for run in row)
+                        for row in cell.hits
+                    ),
                 )
+                for cell in cells
+            ]
             # Special tokens are hit only where they are named or counted.
             counted = isinstance(point.base, ast.TokenIndex)
             hint = "the offset leads out of the text; choose a smaller one"
-            if not self._inside(cells, point, hint, special=counted):
+            if not self.counted.inside(cells, point, hint, special=counted):
                 return []
         return cells
 
-    def _base(self, base: ast.PointBase, align: str | None) -> list[_Cell]:
+    def _base(self, base: ast.PointBase, align: str | None) -> list[PositionCell]:
         match base:
             case ast.TokenIndex():
-                return self._index(base, align)
+                return self.counted.index(base, align)
             case ast.SpanTokens():
                 return self._span_tokens(base)
             case ast.EachTokenOf(of=of):
@@ -141,127 +136,11 @@ class _Resolver:
                     self.diagnostics.append(NotSupported(span=base.span, what=what))
                     return []
                 found = self.ranked(base, self.run, self.loops, self.diagnostics)
-                return [_Cell(label, hits) for label, hits in found]
-
-    # --- counted tokens -------------------------------------------------------------------------
-
-    def _index(self, base: ast.TokenIndex, align: str | None) -> list[_Cell]:
-        low: int | str | None = base.low
-        if isinstance(low, str):
-            value = self.loops.get(low)
-            if isinstance(value, bool) or not isinstance(value, int):
-                reason = "positions are whole numbers"
-                hint = f"let `{low}` run over whole numbers, as in `for {low} in 0..5`"
-                self.diagnostics.append(
-                    BadLoopValue(span=base.span, name=low, reason=reason, hint=hint)
-                )
-                return []
-            low = value
-        high = base.high
-        if low is None:
-            if base.plural:
-                return [
-                    _Cell(base.span.written, [(tuple(range(len(m.row.ids))),) for m in self.maps])
-                ]
-            return self._all_positions(base, align)
-        if high is None:
-            label = base.span.written if base.plural else str(low)
-            return self._counted([(label, low, low)], base)
-        if (low < 0) != (high < 0):
-            return self._mixed(base, low, high, align)
-        if low > high:
-            ends = {"low": str(high), "high": str(low)}
-            text = f"{low}..{high}"
-            self.diagnostics.append(EmptyRange(span=base.span, text=text, **ends))
-            return []
-        # One index too many is as wrong as a billion, and quicker to refuse.
-        longest = max(len(m.row.ids) for m in self.maps)
-        low, high = max(low, -longest - 1), min(high, longest)
-        if base.plural:
-            return self._counted([(base.span.written, low, high)], base)
-        return self._counted([(str(i), i, i) for i in range(low, high + 1)], base)
-
-    def _counted(self, wanted: list[tuple[str, int, int]], base: ast.TokenIndex) -> list[_Cell]:
-        cells: list[_Cell] = []
-        for label, low, high in wanted:
-            hits: list[Hits] = []
-            for m in self.maps:
-                size = len(m.row.ids) if low < 0 else 0
-                hits.append((tuple(range(low + size, high + size + 1)),))
-            cells.append(_Cell(label, hits))
-        hint = "count within the shortest prompt, or from the end: `token -1`"
-        return cells if self._inside(cells, base, hint, special=True) else []
-
-    def _mixed(self, base: ast.TokenIndex, low: int, high: int, align: str | None) -> list[_Cell]:
-        """`2..-1`: from the second to the last, in each row."""
-        whole: list[Hits] = []
-        for m in self.maps:
-            size = len(m.row.ids)
-            first, last = (i + size if i < 0 else i for i in (low, high))
-            whole.append((tuple(range(first, last + 1)),) if first <= last else ())
-        cell = _Cell(base.span.written, whole)
-        hint = "count within the shortest prompt"
-        if not self._inside([cell], base, hint, special=True):
-            return []
-        if base.plural:
-            return [cell]
-        return self._by_index(base, whole, align)
-
-    def _all_positions(self, base: ast.Node, align: str | None) -> list[_Cell]:
-        return self._by_index(base, [(tuple(range(len(m.row.ids))),) for m in self.maps], align)
-
-    def _by_index(self, node: ast.Node, whole: list[Hits], align: str | None) -> list[_Cell]:
-        """One cell per index from an end; rows without it drop out."""
-        lengths = [len(m.row.ids) for m in self.maps]
-        others = [len(r.ids) for name in self.with_runs for r in self.table.runs[name].rows]
-        everything = lengths + others
-        if len(set(everything)) > 1 and align is None:
-            self.diagnostics.append(
-                RaggedPositions(
-                    span=node.span,
-                    position=node.span.written,
-                    run=self.run,
-                    shortest=min(everything),
-                    longest=max(everything),
-                )
-            )
-            return []
-        found: dict[int, list[Hits]] = {}
-        for n, (hits, length) in enumerate(zip(whole, lengths, strict=True)):
-            for run in hits:
-                for p in run:
-                    index = p - length if align == "right" else p
-                    found.setdefault(index, [()] * self.total)[n] = ((p,),)
-        return [_Cell(str(index), found[index]) for index in sorted(found)]
-
-    def _inside(self, cells: list[_Cell], node: ast.Node, hint: str, *, special: bool) -> bool:
-        """Whether all hits lie in the prompts, else E0310."""
-        lacking: set[int] = set()
-        for cell in cells:
-            for n, row in enumerate(cell.hits):
-                own = self.maps[n].row
-                allowed = range(len(own.ids))
-                for run in row:
-                    inside = all(p in allowed and (special or not own.special[p]) for p in run)
-                    if not inside:
-                        lacking.add(n)
-        if lacking:
-            self.diagnostics.append(
-                OutsidePrompt(
-                    span=node.span,
-                    position=node.span.written,
-                    run=self.run,
-                    lacking=len(lacking),
-                    total=self.total,
-                    example=self.spans.example(min(lacking)),
-                    hint=hint,
-                )
-            )
-        return not lacking
+                return [PositionCell(label, tuple(hits)) for label, hits in found]
 
     # --- named spans ----------------------------------------------------------------------------
 
-    def _span_tokens(self, base: ast.SpanTokens) -> list[_Cell]:
+    def _span_tokens(self, base: ast.SpanTokens) -> list[PositionCell]:
         ref = base.of
         occurrence = ref.occurrence
         ranged = occurrence is not None and (occurrence.low is None or occurrence.high is not None)
@@ -274,9 +153,9 @@ class _Resolver:
             return []
         hits = [p.tokens if base.plural else p.tokens[-1:] for p in found]
         self.spans.warn(ref, zip(range(self.total), found, hits, strict=True))
-        return [_Cell(base.span.written, [(h,) for h in hits])]
+        return [PositionCell(base.span.written, tuple((h,) for h in hits))]
 
-    def _occurrences(self, base: ast.SpanTokens) -> list[_Cell]:
+    def _occurrences(self, base: ast.SpanTokens) -> list[PositionCell]:
         """One cell per occurrence. Those of `each` and `*` drop out where a row has fewer."""
         ref = base.of
         found = self.spans.all_places(replace(ref, occurrence=None))
@@ -295,7 +174,7 @@ class _Resolver:
             if lacking:
                 self.spans.absent(base, ref, lacking, wanted[-1])
                 return []
-        cells: list[_Cell] = []
+        cells: list[PositionCell] = []
         for k in wanted:
             hits: list[Hits] = []
             for places in found:
@@ -303,7 +182,7 @@ class _Resolver:
                 hits.append((tokens if base.plural else tokens[-1:],) if tokens else ())
             name = ref.name if ref.name is not None else f'"{ref.literal}"'
             behind = f" of {ref.of}" if ref.of is not None else ""
-            cells.append(_Cell(f"{name} {k}{behind}", hits, k))
+            cells.append(PositionCell(f"{name} {k}{behind}", tuple(hits), k))
         self.spans.warn(
             ref,
             (
@@ -314,7 +193,7 @@ class _Resolver:
         )
         return cells
 
-    def _all_tokens(self, base: ast.SpanTokens) -> list[_Cell]:
+    def _all_tokens(self, base: ast.SpanTokens) -> list[PositionCell]:
         """`subject tokens`: all tokens of all occurrences, or of `item 2..4`, joined."""
         ref = base.of
         found = self.spans.all_places(replace(ref, occurrence=None))
@@ -331,12 +210,12 @@ class _Resolver:
         self.spans.warn(
             ref, ((n, place, place.tokens) for n, places in enumerate(found) for place in places)
         )
-        hits: list[Hits] = [
+        hits = tuple(
             (tuple(sorted({t for place in places for t in place.tokens})),) for places in found
-        ]
-        return [_Cell(base.span.written, hits)]
+        )
+        return [PositionCell(base.span.written, hits)]
 
-    def _each_token_of(self, base: ast.EachTokenOf, ref: ast.SpanRef) -> list[_Cell]:
+    def _each_token_of(self, base: ast.EachTokenOf, ref: ast.SpanRef) -> list[PositionCell]:
         found = self.spans.one_place(base, ref)
         if found is None:
             return []
@@ -364,45 +243,46 @@ class _Resolver:
 
     def _ragged(
         self, name: str, tokens: Sequence[tuple[int, ...]], lengths: set[int]
-    ) -> list[_Cell]:
+    ) -> list[PositionCell]:
         """One cell per token, or first / middle / last; a single token is the last."""
         if len(lengths) == 1 and max(lengths) > _FEW:
             return [
-                _Cell(f"{name} {k + 1}", [((row[k],),) for row in tokens])
+                PositionCell(f"{name} {k + 1}", tuple(((row[k],),) for row in tokens))
                 for k in range(max(lengths))
             ]
-        parts: dict[str, list[Hits]] = {
-            "first": [((row[0],),) if len(row) > 1 else () for row in tokens],
-            "middle": [tuple((p,) for p in row[1:-1]) for row in tokens],
-            "last": [((row[-1],),) for row in tokens],
+        parts: dict[str, tuple[Hits, ...]] = {
+            "first": tuple(((row[0],),) if len(row) > 1 else () for row in tokens),
+            "middle": tuple(tuple((p,) for p in row[1:-1]) for row in tokens),
+            "last": tuple(((row[-1],),) for row in tokens),
         }
-        return [_Cell(f"{name} {part}", hits) for part, hits in parts.items() if any(hits)]
+        return [PositionCell(f"{name} {part}", hits) for part, hits in parts.items() if any(hits)]
 
-    def _edge(self, base: ast.EdgeToken) -> list[_Cell]:
+    def _edge(self, base: ast.EdgeToken) -> list[PositionCell]:
         at = 0 if base.which == "first" else -1
         if base.of is None:
             # A prompt without text is refused when the table is built.
-            return [_Cell(base.span.written, [((m.text_tokens[at],),) for m in self.maps])]
+            hits = tuple(((m.text_tokens[at],),) for m in self.maps)
+            return [PositionCell(base.span.written, hits)]
         found = self.spans.one_place(base, base.of)
         if found is None:
             return []
         self.spans.warn(base.of, ((n, p, (p.tokens[at],)) for n, p in enumerate(found)))
-        return [_Cell(base.span.written, [((p.tokens[at],),) for p in found])]
+        return [PositionCell(base.span.written, tuple(((p.tokens[at],),) for p in found))]
 
     # --- joined, between, except ------------------------------------------------------------------
 
-    def _joined(self, base: ast.Joined, items: ast.Positions) -> list[_Cell]:
+    def _joined(self, base: ast.Joined, items: ast.Positions) -> list[PositionCell]:
         before = len(self.diagnostics)
         found = [(item, self.position(item)) for item in items.items]
         if has_errors(self.diagnostics[before:]):
             return []
         cells = [cell for _, own in found for cell in own]
         ranked = [own for item, own in found if _is_ranked(item)]
-        hits = [
+        hits = tuple(
             () if any(_unranked(own, n) for own in ranked) else _union(cells, n)
             for n in range(self.total)
-        ]
-        return [_Cell(base.span.written, hits)]
+        )
+        return [PositionCell(base.span.written, hits)]
 
     def _single(self, point: ast.Point) -> list[int] | None:
         """One token position per row, else E0314."""
@@ -441,16 +321,16 @@ class _Resolver:
             return None
         return [tuple(range(a, b + 1)) for a, b in zip(low, high, strict=True)]
 
-    def _between(self, body: ast.Between) -> list[_Cell]:
+    def _between(self, body: ast.Between) -> list[PositionCell]:
         tokens = self._between_tokens(body)
         if tokens is None:
             return []
         if not body.each:
-            return [_Cell(body.span.written, [(row,) for row in tokens])]
+            return [PositionCell(body.span.written, tuple((row,) for row in tokens))]
         lengths = self._lengths(tokens, lambda other: other._between_tokens(body) or ())
         return self._ragged("between", tokens, lengths)
 
-    def _except(self, body: ast.Except, align: str | None) -> list[_Cell]:
+    def _except(self, body: ast.Except, align: str | None) -> list[PositionCell]:
         before = len(self.diagnostics)
         cells = self.body(body.excluded)
         if has_errors(self.diagnostics[before:]):
@@ -477,10 +357,12 @@ class _Resolver:
                 )
             )
             return []
-        return self._by_index(body, kept, align) if body.each else [_Cell(body.span.written, kept)]
+        if body.each:
+            return self.counted.by_index(body, kept, align)
+        return [PositionCell(body.span.written, tuple(kept))]
 
 
-def _union(cells: Sequence[_Cell], n: int) -> Hits:
+def _union(cells: Sequence[PositionCell], n: int) -> Hits:
     """All positions of a row, joined as they are written: in two runs, and on both sides of `onto`,
     they pair in this order. No run where there are none."""
     joined = dict.fromkeys(p for cell in cells for run in cell.hits[n] for p in run)
@@ -492,7 +374,7 @@ def _is_ranked(node: ast.Node) -> bool:
     return any(isinstance(part, ast.RankedTokens) for part in walk(node))
 
 
-def _unranked(cells: Sequence[_Cell], n: int) -> bool:
+def _unranked(cells: Sequence[PositionCell], n: int) -> bool:
     """Whether the other experiment lacks this row, so that nothing is known of its tokens."""
     return not any(cell.hits[n] for cell in cells)
 

@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mechdsl.base.source import Span
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
-from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
-from mechdsl.diagnostics.e05_data import MultiTokenText
-from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
-from mechdsl.program.python_files import find_function, is_python
-from mechdsl.prompts.build_table import numerals, text_tokens
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.prompts.tokenizer import TextTokenizer
-from mechdsl.resolve.coordinates import SiteContext
-from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
-from mechdsl.resolve.site_targets import resolve_point
+from mechdsl.resolve.metric_atoms import MeasureContext, refuse, resolve_atom
+from mechdsl.resolve.resolved import Atom, ResolvedMeasure
 from mechdsl.syntax import ast
-from mechdsl.vocab.metrics import METRICS, Form, Takes
-
-LITERAL_ENV = "item.index"
-MOST_NUMERALS = 10_000
-
-
-@dataclass
-class MeasureContext:
-    """What measures of one experiment are resolved against."""
-
-    table: PromptTable
-    tokenizer: TextTokenizer
-    sites: SiteContext
-    items: tuple[int, ...]
-    """Occurrences that the position axis runs over; empty where it runs over none."""
-    diagnostics: list[Diagnostic] = field(default_factory=list)
-    at: ast.Position | None = None
-    """Where the measure in work is read; None is the last token."""
-    observes: bool = False
-    """Whether the experiment observes attention."""
-    metrics: Collection[str] = ()
-    """Names of the metrics that the file defines."""
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        return self.sites.parameters
 
 
 def resolve_measure(
@@ -72,7 +35,7 @@ def resolve_measure(
     ):
         return None
     if not atoms:
-        _refuse(
+        refuse(
             context,
             expression.span,
             "it doesn't read the model",
@@ -84,7 +47,7 @@ def resolve_measure(
         return None
     category = expression in atoms and atoms[expression].form.kind == "category"
     if not category and any(a.form.kind == "category" for a in found):
-        _refuse(
+        refuse(
             context,
             expression.span,
             "categories can't be calculated with",
@@ -127,17 +90,8 @@ def _masked(
         hint = "use answers of one token"
     else:
         return True
-    _refuse(context, expression.span, reason, hint)
+    refuse(context, expression.span, reason, hint)
     return False
-
-
-def _refuse(
-    context: MeasureContext, span: Span, reason: str, hint: str, of: Span | None = None
-) -> None:
-    """E0612 at a span; `of` is the whole metric, where the span is a part of it."""
-    context.diagnostics.append(
-        UnreadableMeasure(span=span, text=(of or span).written, reason=reason, hint=hint)
-    )
 
 
 def evaluate(expression: ast.Expr, value: Callable[[ast.Expr], Any]) -> Any:
@@ -190,318 +144,16 @@ def _collect(expression: ast.Expr, context: MeasureContext, atoms: dict[ast.Expr
             _collect(expression.right, context, atoms)
         case ast.Name() | ast.Call():
             if expression not in atoms:
-                atom = _atom(expression, context)
+                atom = resolve_atom(expression, context)
                 if atom is not None:
                     atoms[expression] = atom
         case _:
-            _refuse(
+            refuse(
                 context,
                 expression.span,
                 "it is not a metric",
                 "metrics are written as `logit(answer)`, and can be added and subtracted",
             )
-
-
-def _atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | None:
-    if isinstance(node, ast.Call) and is_python(node):
-        return _of_python(node, context)
-    name = node.id if isinstance(node, ast.Name) else node.name
-    metric = METRICS.get(name)
-    if metric is None:
-        if isinstance(node, ast.Name) and name in context.parameters:
-            hint = "parameters can't stand in a measure"
-        else:
-            hint = _other_word(node, name, context)
-        context.diagnostics.append(UnknownWord(span=node.span, kind="metric", word=name, hint=hint))
-        return None
-    if not metric.supported:
-        context.diagnostics.append(NotSupported(span=node.span, what=f"the metric `{name}`"))
-        return None
-    arguments = node.arguments if isinstance(node, ast.Call) else ()
-    form = _form(node, name, metric.forms, arguments)
-    if form is None:
-        _refuse(
-            context,
-            node.span,
-            "its argument doesn't fit" if arguments else "it has no argument",
-            f"write {_usage(name, metric.forms)}",
-        )
-        return None
-    return _BUILDERS[form.takes](node, name, form, arguments, context)
-
-
-def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
-    """What to write where something else than a metric stands."""
-    rows = context.table.runs["clean"].rows
-    if name in context.metrics:
-        return f"`{name}` is defined in this file: write it alone, without brackets"
-    if isinstance(node, ast.Name) and rows and name in rows[0].values:
-        return f"`{name}` is a value of the prompts, and metrics are read off the model's output"
-    if name == "auc":
-        return "the area under a curve is an expectation: `expect auc(prob, k) < 0.4`"
-    known = ", ".join(word for word, metric in METRICS.items() if metric.supported)
-    return did_you_mean(name, METRICS, f"metrics are {known}")
-
-
-def _form(
-    node: ast.Expr, name: str, forms: Mapping[Takes, Form], arguments: tuple[ast.Argument, ...]
-) -> Form | None:
-    """The form that fits the number and kind of the arguments."""
-    values = [a.value for a in arguments]
-    if any(a.name is not None for a in arguments):
-        return None
-    if not values:
-        return (
-            forms.get("nothing")
-            or forms.get("prompt")
-            or forms.get("attention")
-            or next((f for f in forms.values() if f.default is not None), None)
-        )
-    if len(values) == 2:
-        return forms.get("activations")
-    if isinstance(values[0], ast.Range):
-        return forms.get("numerals")
-    if isinstance(values[0], ast.Quantity | ast.Site):
-        return None
-    return forms.get("target") or forms.get("continuation") or forms.get("reference")
-
-
-_USAGE: Mapping[Takes, str] = {
-    "target": "`{}(answer)`",
-    "continuation": "`{}(answer)`",
-    "numerals": "`{}(1..9)`",
-    "reference": "`{}(clean)`",
-    "nothing": "`{}`",
-    "prompt": "`{}`",
-    "activations": "`{}(L3.resid, clean)`",
-    "attention": "`{}`, beside a line `observe attention …`",
-}
-
-
-def _usage(name: str, forms: Mapping[Takes, Form]) -> str:
-    return " or ".join(_USAGE[takes].format(name) for takes in forms)
-
-
-Builder = Callable[[ast.Expr, str, Form, tuple[ast.Argument, ...], MeasureContext], Atom | None]
-
-
-def _plain(
-    node: ast.Expr,
-    name: str,
-    form: Form,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
-) -> Atom:
-    return Atom(node, name, form)
-
-
-def _of_attention(
-    node: ast.Expr,
-    name: str,
-    form: Form,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
-) -> Atom | None:
-    if not context.observes:
-        hint = "add a line `observe attention layer * head * from last token to …`"
-        _refuse(context, node.span, "nothing says which attention", hint)
-        return None
-    return Atom(node, name, form)
-
-
-def _of_text(
-    node: ast.Expr,
-    name: str,
-    form: Form,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
-) -> Atom | None:
-    """`logit(T)`, `logprob(T)`: the token ids of T, for every row and environment."""
-    text: Any = (
-        arguments[0].value if arguments else ast.Name(form.default or "answer", span=node.span)
-    )
-    by_item = isinstance(text, ast.String) and LITERAL_ENV in text.value
-    if by_item and not context.items:
-        _refuse(
-            context,
-            text.span,
-            "`{item.index}` needs a sweep over occurrences",
-            "sweep over them: `at each item token`",
-        )
-        return None
-    texts: dict[Env, tuple[tuple[int, ...], ...]] = {}
-    for env in context.items if by_item else (None,):
-        extra = {} if env is None else {LITERAL_ENV: env}
-        found, problems = text_tokens(context.table, text, tokenizer=context.tokenizer, extra=extra)
-        context.diagnostics.extend(problems)
-        if any(p.severity == "error" for p in problems):
-            return None
-        if form.takes == "target":
-            long = next((t for t in found if len(t.ids) != 1), None)
-            if long is not None:
-                context.diagnostics.append(_multi_token(text, name, long, context))
-                return None
-        texts[env] = tuple(t.ids for t in found)
-    several = any(len(ids) != 1 for rows in texts.values() for ids in rows)
-    if several and (by_item or context.at is not None):
-        context.diagnostics.append(
-            NotSupported(
-                span=text.span,
-                what="a text of several tokens "
-                + ("that differs by cell" if by_item else "read before the end of the prompt"),
-            )
-        )
-        return None
-    return Atom(node, name, form, texts=texts)
-
-
-def _multi_token(text: Any, name: str, long: Any, context: MeasureContext) -> Diagnostic:
-    pieces = " ".join(f"`{context.tokenizer.token_text(i)}`" for i in long.ids)
-    return MultiTokenText(span=text.span, text=long.text, tokens=pieces, metric=name)
-
-
-def _of_numerals(
-    node: ast.Expr,
-    name: str,
-    form: Form,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
-) -> Atom | None:
-    given = arguments[0].value
-    assert isinstance(given, ast.Range)
-    ends = [_integer(end, context.parameters) for end in (given.low, given.high)]
-    low, high = ends
-    reason = ""
-    if low is None or high is None or low > high:
-        reason = "the numerals must be two whole numbers, the smaller one first"
-    elif high - low >= MOST_NUMERALS:
-        reason = f"{high - low + 1:,} numerals are more than {MOST_NUMERALS:,}"
-    if low is None or high is None or reason:
-        _refuse(
-            context,
-            given.span,
-            reason,
-            f"write `{name}(1..9)`",
-            of=node.span,
-        )
-        return None
-    ids, problems = numerals(context.table, low, high, tokenizer=context.tokenizer, span=given.span)
-    context.diagnostics.extend(problems)
-    if any(p.severity == "error" for p in problems):
-        return None
-    return Atom(node, name, form, numerals=tuple(zip(ids, range(low, high + 1), strict=True)))
-
-
-def _integer(node: ast.Expr, parameters: Mapping[str, Any]) -> int | None:
-    match node:
-        case ast.Number(value=int(value)):
-            return value
-        case ast.Negative(operand=ast.Number(value=int(value))):
-            return -value
-        case ast.Name(id=name) if isinstance(parameters.get(name), int):
-            return parameters[name]
-        case _:
-            return None
-
-
-def _of_run(
-    node: ast.Expr,
-    name: str,
-    form: Form,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
-) -> Atom | None:
-    run = _reference(arguments[0].value, context)
-    return None if run is None else Atom(node, name, form, run=run)
-
-
-def _of_activations(
-    node: ast.Expr,
-    name: str,
-    form: Form,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
-) -> Atom | None:
-    site = arguments[0].value
-    if isinstance(site, ast.ShortSite):
-        site = ast.Site(short=site, span=site.span)
-    elif isinstance(site, ast.Name):
-        site = ast.Site(names=(site,), span=site.span)
-    if not isinstance(site, ast.Site):
-        _refuse(
-            context,
-            site.span,
-            "its first argument is not a site",
-            "write `cosine(resid_post layer 5, clean)`",
-            of=node.span,
-        )
-        return None
-    point = resolve_point(site, context.sites)
-    run = _reference(arguments[1].value, context)
-    return None if point is None or run is None else Atom(node, name, form, run=run, point=point)
-
-
-def _of_python(node: ast.Call, context: MeasureContext) -> Atom | None:
-    """A function of a Python file. Nothing of it runs before there are logits."""
-    function, problems = find_function(node, "metric")
-    context.diagnostics.extend(problems)
-    if function is None:
-        return None
-    form = Form("rows", "", "number", function.call, "a function of a Python file")
-    rows = tuple(
-        {
-            **row.values,
-            **{name: text.text for name, text in row.texts.items()},
-            # No name of a value has a dot, so these take none of their places.
-            **{f"{name}.ids": text.ids for name, text in row.texts.items()},
-        }
-        for row in context.table.runs["clean"].rows
-    )
-    return Atom(node, function.name, form, python=function, rows=rows)
-
-
-def known_run(value: Any, context: MeasureContext) -> str | None:
-    """The run that `kl(clean)` names; E0201 where the block has none of that name."""
-    name = value.id if isinstance(value, ast.Name) else ""
-    if isinstance(value, ast.Attribute):  # a corruption of another block
-        name = f"{value.name}.{value.attribute}"
-    if name in context.table.runs:
-        return name
-    runs = list(context.table.runs)
-    known = ", ".join(f"`{r}`" for r in runs)
-    context.diagnostics.append(
-        UnknownName(
-            span=value.span,
-            kind="run",
-            name=value.span.written,
-            hint=did_you_mean(name, runs, f"runs are {known}"),
-        )
-    )
-    return None
-
-
-def _reference(value: Any, context: MeasureContext) -> str | None:
-    """The run that a metric compares with; one with several draws of noise is no single run."""
-    run = known_run(value, context)
-    noise = context.table.runs[run].noise if run is not None else None
-    if noise is not None and noise.samples > 1:
-        context.diagnostics.append(
-            NotSupported(span=value.span, what="a comparison with several draws of noise")
-        )
-        return None
-    return run
-
-
-_BUILDERS: Mapping[Takes, Builder] = {
-    "target": _of_text,
-    "continuation": _of_text,
-    "numerals": _of_numerals,
-    "reference": _of_run,
-    "nothing": _plain,
-    "prompt": _plain,
-    "attention": _of_attention,
-    "activations": _of_activations,
-}
 
 
 def _positions(
@@ -523,7 +175,7 @@ def _positions(
             len(row) == 1 and len(row[0]) == 1 for row in cells[0].hits
         )
         if not single:
-            _refuse(
+            refuse(
                 context,
                 at.span,
                 "a measure is read at one token of every prompt",

@@ -6,11 +6,9 @@ the same targets have the same controls in every experiment.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
-from math import comb, prod
-from typing import TypeAlias
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_coordinates import TooManyCells
@@ -18,7 +16,7 @@ from mechdsl.diagnostics.e06_controls import BadControl
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Hits, PositionCell
-from mechdsl.prompts.seeded_draws import Permutation, stable_hash, subset
+from mechdsl.resolve.matched_draws import Own, Picked, Slot, draw_targets, draw_tokens, merged
 from mechdsl.resolve.resolved import (
     DRAW,
     Axis,
@@ -39,24 +37,7 @@ UNIT_WORDS: Mapping[str, spec.Drawn] = {
     "neuron": "neurons",
     "expert": "experts",
 }
-MOST_RANKS = 1 << 62
-"""Sets that are counted through; of more, two that are drawn are never the same."""
 FINEST_FIRST: tuple[spec.Drawn, ...] = ("heads", "neurons", "experts", "layers", "positions")
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where targets can take each other's place: the heads of one layer, or all layers."""
-
-    word: spec.Drawn
-    size: int
-    layer: int | None
-
-
-Own: TypeAlias = Mapping[Slot, tuple[int, ...]]
-"""The targets of one cell, ascending, by where they can be exchanged."""
-Picked: TypeAlias = Mapping[tuple[Slot, int], int]
-"""Target → the one that was drawn in its place."""
 
 
 def resolve_control(
@@ -270,26 +251,30 @@ class _Draws:
             return tuple(cell[i] for i in along) in keys
 
         own = {
-            cell: _merged(self._own(kinds[n], here(n, cell)) for n in chosen if writes(n, cell))
+            cell: merged(self._own(kinds[n], here(n, cell)) for n in chosen if writes(n, cell))
             for cell in cells
         }
-        everywhere = _merged(own.values())
+        everywhere = merged(own.values())
         points: list[dict[Key, tuple[SitePoint, ...]]] = [{} for _ in rules]
         sources: list[dict[Key, tuple[SitePoint, ...]]] = [{} for _ in rules]
         labels: list[dict[Key, str]] = [{} for _ in rules]
         alone: set[Key] = set()
+        draws, seed = self.asked.draws, self.experiment.seed
         for cell in cells:
             written = [n for n in chosen if writes(n, cell)]
             fits = self._fitting(point for n in written for point in here(n, cell))
-            draws = self._draws(own[cell], everywhere, fits)
+            drawn = draw_targets(own[cell], everywhere, fits, draws=draws, seed=seed)
             called = {n: _targets(rules[n]).labels[key(n, cell)] for n in chosen}
-            if not draws:
+            if drawn is None:
                 alone.add(cell)
                 if written:
                     some = dict.fromkeys(called[n] for n in written)
                     self.like.append(f"`{' + '.join(some)}`")
-            for draw, n in product(range(self.asked.draws), chosen):
-                picked = draws[draw] if draws and n in written else None
+            else:
+                self.notes[drawn.without] = None
+                self.different.add(drawn.different)
+            for draw, n in product(range(draws), chosen):
+                picked = drawn.picks[draw] if drawn is not None and n in written else None
                 before, read = here(n, cell), _targets(rules[n]).sources
                 after = self._moved(before, before, kinds[n], picked)
                 points[n][draw, *cell] = after
@@ -347,74 +332,6 @@ class _Draws:
 
         return tuple(layer for layer in range(self.shape.n_layers) if fits(layer))
 
-    def _draws(self, own: Own, everywhere: Own, fitting: Sequence[int]) -> list[Picked]:
-        """For every draw, what takes the place of each target of a cell; none without others.
-
-        Where there are fewer others than draws, each is drawn as often as the next, or once more.
-        """
-        slots = sorted(own, key=lambda slot: (slot.word, slot.size, slot.layer or 0))
-        everything = {
-            slot: tuple(fitting) if slot.word == "layers" else tuple(range(slot.size))
-            for slot in slots
-        }
-        tiers = (
-            ("none that a rule names", everywhere),
-            ("none of the cell's own", own),
-            ("the cell's own among them where there are too few others", {}),
-        )
-        chosen = None
-        most = 0
-        for note, without in tiers if own else ():
-            pools = [_besides(everything[slot], without.get(slot, ())) for slot in slots]
-            sizes = [comb(len(p), len(own[slot])) for p, slot in zip(pools, slots, strict=True)]
-            # What the cell has itself is no control.
-            itself = not without and all(set(own[s]).issubset(everything[s]) for s in slots)
-            possible = prod(sizes) - itself
-            if possible > most:
-                most, chosen = possible, (note, pools, sizes, itself)
-            if most >= self.asked.draws:
-                break
-        if chosen is None:
-            return []
-        said, pools, sizes, itself = chosen
-        self.notes[said] = None
-        self.different.add(min(most, self.asked.draws))
-        return list(self._picks(own, slots, pools, sizes, itself=itself))
-
-    def _picks(
-        self,
-        own: Own,
-        slots: Sequence[Slot],
-        pools: Sequence[tuple[int, ...]],
-        sizes: Sequence[int],
-        *,
-        itself: bool,
-    ) -> Iterator[Picked]:
-        parts = [(slot.word, slot.size, slot.layer, own[slot]) for slot in slots]
-        key = stable_hash(self.experiment.seed, "control", *parts, *map(len, pools))
-        total = prod(sizes)
-        order = Permutation(min(total, MOST_RANKS), key)
-        draw = given = 0
-        while given < self.asked.draws:
-            rank = order[draw % len(order)]
-            found: dict[tuple[Slot, int], int] = {}
-            same = True
-            for slot, pool, size in zip(slots, pools, sizes, strict=True):
-                rank, here = divmod(rank, size)
-                place = here if total <= MOST_RANKS else None
-                targets = subset(pool, len(own[slot]), place, key, slot.layer, draw)
-                same = same and targets == own[slot]
-                # Which one stands for which is drawn too, as rules may treat them differently.
-                several = len(targets) > 1
-                places = Permutation(len(targets), key, slot.layer, draw) if several else (0,)
-                for n, target in enumerate(own[slot]):
-                    found[slot, target] = targets[places[n]]
-            draw += 1
-            if same and itself:
-                continue
-            given += 1
-            yield found
-
     def _moved(
         self,
         points: Sequence[SitePoint],
@@ -466,10 +383,12 @@ class _Draws:
         read: dict[Key, PositionCell] = {}
         alone: set[Key] = set()
         self.alone[n] = own.axes, alone
+        row_ids = self.experiment.table.row_ids
+        draws, seed = self.asked.draws, self.experiment.seed
         for key, cell in own.written.items():
             rows = [
-                self._row(row, tokens, hits)
-                for row, (tokens, hits) in enumerate(zip(allowed, cell.hits, strict=True))
+                draw_tokens(tokens, hits, row_id=row_id, draws=draws, seed=seed)
+                for row_id, tokens, hits in zip(row_ids, allowed, cell.hits, strict=True)
             ]
             if not any(each for each, _ in rows):
                 alone.add(key)
@@ -481,7 +400,7 @@ class _Draws:
             if any(stay) and key not in alone:
                 self.notes["rows without others as they are"] = None
             found: set[tuple[Hits, ...]] = set()
-            for draw in range(self.asked.draws):
+            for draw in range(draws):
                 hits = tuple(
                     each[draw] if each else before
                     for before, (each, _) in zip(cell.hits, rows, strict=True)
@@ -494,55 +413,6 @@ class _Draws:
         return replace(
             rule, positions=PositionTargets((DRAW, *own.axes), written, read, own.left_out)
         )
-
-    def _row(self, row: int, allowed: tuple[int, ...], hits: Hits) -> tuple[Sequence[Hits], bool]:
-        """For every draw, what stands for the runs of one row, as many tokens (none without
-        others); and whether the row's own may be among them."""
-        sizes = [len(run) for run in hits]
-        taken = {token for run in hits for token in run}
-        most = 0
-        pool: tuple[int, ...] = ()
-        for tokens in (_besides(allowed, sorted(taken)), allowed) if taken else ():
-            itself = taken <= set(tokens)
-            possible = max(comb(len(tokens), size) for size in sizes) - itself
-            if len(tokens) >= max(sizes) and possible > most:
-                most, pool = possible, tokens
-            if most >= self.asked.draws:
-                break
-        if not most:
-            return [], False
-        id_ = self.experiment.table.row_ids[row]
-        key = stable_hash(self.experiment.seed, "control", "positions", id_, pool)
-        options = self._options(pool, hits, key)
-        found: list[Hits] = []
-        while len(found) < self.asked.draws:  # once more, in another order
-            again = len(found) // len(options)
-            order = Permutation(len(options), key, again) if again else range(len(options))
-            found.extend(options[n] for n in order)
-        return found, not taken.isdisjoint(pool)
-
-    def _options(self, pool: tuple[int, ...], hits: Hits, key: int) -> list[Hits]:
-        """Different tokens of the pool for the runs of one row, enough for all draws."""
-        sizes = [comb(len(pool), len(run)) for run in hits]
-        orders = [
-            Permutation(min(size, MOST_RANKS), key, run)
-            for size, run in zip(sizes, hits, strict=True)
-        ]
-        found = [
-            tuple(
-                subset(
-                    pool,
-                    len(run),
-                    order[draw % len(order)] if size <= MOST_RANKS else None,
-                    key,
-                    run,
-                    draw,
-                )
-                for run, size, order in zip(hits, sizes, orders, strict=True)
-            )
-            for draw in range(min(max(sizes), self.asked.draws + 1))
-        ]
-        return [each for each in found if each != hits][: self.asked.draws]
 
 
 def with_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedExperiment]:
@@ -573,19 +443,6 @@ def _written_along(
     places = [positions.axes.index(axes[n]) for n in along]
     written = (key for key, cell in positions.written.items() if _any(cell))
     return along, {tuple(key[place] for place in places) for key in written}
-
-
-def _besides(everything: Sequence[int], without: Sequence[int]) -> tuple[int, ...]:
-    out = set(without)
-    return tuple(each for each in everything if each not in out)
-
-
-def _merged(parts: Iterable[Own]) -> dict[Slot, tuple[int, ...]]:
-    found: dict[Slot, set[int]] = {}
-    for part in parts:
-        for slot, targets in part.items():
-            found.setdefault(slot, set()).update(targets)
-    return {slot: tuple(sorted(targets)) for slot, targets in found.items()}
 
 
 def _label(points: Sequence[SitePoint]) -> str:

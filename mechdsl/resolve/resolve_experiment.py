@@ -17,7 +17,8 @@ from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.kinds import RuleKind
 from mechdsl.resolve.loops import loop_values
-from mechdsl.resolve.measures import MeasureContext, known_run, resolve_measure
+from mechdsl.resolve.measures import resolve_measure
+from mechdsl.resolve.metric_atoms import MeasureContext, known_run
 from mechdsl.resolve.picks import Onward
 from mechdsl.resolve.random_targets import resolve_control
 from mechdsl.resolve.relative_depth import relative
