@@ -21,7 +21,7 @@ from mechdsl.execute.patched_rows import Member, Patcher
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.row_groups import extent, groups, members_of
-from mechdsl.execute.unpatched_batch import Side
+from mechdsl.execute.unpatched_batch import PaddingSide
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.writes import readable
 from mechdsl.hooks.loaded import LoadedModel
@@ -80,7 +80,7 @@ class Sink(Protocol):
 class Options:
     """How an execution goes about it; results don't depend on it but for their last bits."""
 
-    side: Side = "left"
+    side: PaddingSide = "left"
     """Prompts end in one column then, so that writes near the end need few columns."""
     on_progress: Progress | None = None
     pass_tokens: int | None = None
@@ -219,7 +219,7 @@ class PanelRunner:
         panel: Panel,
         model: LoadedModel,
         plan: Plan,
-        side: Side,
+        side: PaddingSide,
         sizes: Sizes,
         profile: Profile,
         sink: Sink | None = None,

@@ -23,7 +23,7 @@ from mechdsl.prompts.prompt_table import Noise, Run
 from mechdsl.resolve.resolved import Atom, Place, ResolvedMeasure
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
-Side = Literal["left", "right"]
+PaddingSide = Literal["left", "right"]
 Spot = Mapping[str, tuple[int, ...]]
 """Run → per prompt, the position that a measure reads; empty for the last token."""
 
@@ -105,7 +105,7 @@ def compute_unpatched(
     row_ids: Sequence[int],
     *,
     seed: int,
-    side: Side,
+    side: PaddingSide,
 ) -> list[UnpatchedBatch]:
     """Run the unpatched model on these prompts, all runs in one pass, and keep what was asked for.
 

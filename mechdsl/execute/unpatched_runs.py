@@ -11,7 +11,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.readout import Reading, Readout
 from mechdsl.execute.unpatched_batch import (
-    Side,
+    PaddingSide,
     Spot,
     UnpatchedBatch,
     UnpatchedRequest,
@@ -40,7 +40,7 @@ class UnpatchedRuns:
         readouts: Sequence[Readout],
         *,
         plan: Plan,
-        side: Side,
+        side: PaddingSide,
         others: Mapping[str, LoadedModel] | None = None,
     ) -> None:
         """others: by name, the models that runs of other models run on."""
@@ -49,7 +49,7 @@ class UnpatchedRuns:
         self.others = others or {}
         self.table: PromptTable = panel.table
         self.seed = panel.experiments[0].experiment.seed
-        self.side: Side = side
+        self.side: PaddingSide = side
         self.plan = plan
         self.readouts = readouts
         narrow = all(readout.narrow for readout in readouts)

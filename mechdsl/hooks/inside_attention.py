@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.hooks.reads_and_writes import Frame, SiteWrite
-from mechdsl.vocab.sites import WITHIN_ATTENTION
-
-EdgeChange = Literal["block", "reweight", "uniform", "weight"]
-
+from mechdsl.vocab.sites import WITHIN_ATTENTION, EdgeChange
 
 @dataclass(frozen=True, eq=False)
 class EdgeWrite:

@@ -54,7 +54,7 @@ _MIXERS = (
 
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
-Takes = Literal["text", "image", "audio", "two texts", "image and text"]
+ModelInput = Literal["text", "image", "audio", "two texts", "image and text"]
 """What a model is called with; `two texts` is an encoder's and a decoder's."""
 
 
@@ -86,7 +86,7 @@ class ModelShape:
     """Experts that a router chooses from, 0 where there are none."""
     causal: bool
     """No token sees a later one."""
-    takes: Takes = "text"
+    takes: ModelInput = "text"
     d_final: int = 0
     """Width of `final_norm`; 0: `d_model`, as in all but a few."""
     partly: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
@@ -182,7 +182,7 @@ def _part(config: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
     return config
 
 
-def _takes(config: Mapping[str, Any], names: list[str]) -> Takes:
+def _takes(config: Mapping[str, Any], names: list[str]) -> ModelInput:
     decodes = any(name.endswith("ForCausalLM") for name in names)
     if config.get("is_encoder_decoder") and not decodes:
         sounds = family_of(str(config.get("model_type"))).sound(config)
@@ -199,7 +199,7 @@ def _shape(
     text: Mapping[str, Any],
     config: Mapping[str, Any],
     names: list[str],
-    takes: Takes,
+    takes: ModelInput,
     *,
     causal: bool | None = None,
     model: str = "model",

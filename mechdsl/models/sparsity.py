@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
-Config = Mapping[str, Any]
+from mechdsl.models.adapters import Config
 
 
 def dense_blocks(config: Config, n_layers: int) -> frozenset[int]:

@@ -18,7 +18,7 @@ from mechdsl.hooks.hook_points import given_again, given_to
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.packed.activation_cache import ActivationCache
 from mechdsl.packed.layout import BlockInput
-from mechdsl.plan.columns import Ints
+from mechdsl.base.arrays import Ints
 
 Places = tuple[Ints, Ints]
 """Rows and the positions in their prompts, as parallel columns."""

@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mechdsl.base.arrays import Ints
+from mechdsl.base.arrays import Bools, Ints
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -23,9 +22,6 @@ SEEN_BY_LATER_TOKENS = ("stream", "norm", "key")
 """Stages of a block that its attention carries to later positions; the rest stay where they are."""
 MADE_OF_OWN_TOKEN = (*SEEN_BY_LATER_TOKENS, "query")
 """Stages of the first block that hang on the position's own token."""
-
-Mask = NDArray[np.bool_]
-
 
 BETWEEN, ABOVE, BELOW = range(3)
 """Where writes lie: in the middle, above the last attention, below the first one."""
@@ -37,7 +33,7 @@ class Inert:
 
     where: Ints
     """[site combination] where its writes lie; `BETWEEN` unless all of them are elsewhere."""
-    runs: Mask
+    runs: Bools
     """[where, run of the rule's positions]"""
 
 
@@ -76,7 +72,7 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     return Inert(where, np.stack([_all_of(mask, of_run, runs) for mask in tokens]))
 
 
-def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) -> Mask:
+def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) -> Bools:
     """[row] whether all that it writes changes nothing."""
     found = np.full(len(rows), bool(rules), dtype=np.bool_)
     for one, plan in zip(inert, rules, strict=True):
@@ -93,7 +89,7 @@ def _changes_edges(plan: RulePlan) -> bool:
     return plan.rule.does.changes == "edges"
 
 
-def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -> Mask:
+def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -> Bools:
     """[cell] whether all that any of its rows writes changes nothing."""
     found = np.full(count, bool(rules), dtype=np.bool_)
     for one, plan in zip(inert, rules, strict=True):
@@ -112,14 +108,14 @@ def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -
     return found
 
 
-def _all_of(mask: Mask, group: Ints, count: int) -> Mask:
+def _all_of(mask: Bools, group: Ints, count: int) -> Bools:
     """[group] whether it holds for all of its members."""
     found = np.ones(count, dtype=np.bool_)
     np.logical_and.at(found, group, mask)
     return found
 
 
-def _all_points(plan: RulePlan, holds: Callable[[SitePoint], bool]) -> Mask:
+def _all_points(plan: RulePlan, holds: Callable[[SitePoint], bool]) -> Bools:
     """[site combination] whether something holds for all its sites."""
     found = np.array([holds(point) for point in plan.point_table], dtype=np.bool_)
     combinations = len(plan.points.offsets) - 1
@@ -137,7 +133,7 @@ def _is_below_attention(point: SitePoint) -> bool:
     return point.site == "embed" or (point.layer == 0 and made_of_own)
 
 
-def _read_positions(experiment: ResolvedExperiment) -> Mask | None:
+def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
     """[prompt, position] of the base run, what measures read; None for all of them."""
     base = experiment.spec.base
     lengths = np.array([len(row.ids) for row in experiment.table.runs[base].rows], dtype=np.int64)
@@ -173,7 +169,7 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
     return np.array(shared, dtype=np.int64)
 
 
-def _equal_tokens(experiment: ResolvedExperiment, rule: ResolvedRule) -> Mask:
+def _equal_tokens(experiment: ResolvedExperiment, rule: ResolvedRule) -> Bools:
     """[prompt, position] whether source and base have the same token there."""
     source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
     found = np.zeros((len(base.rows), max(len(row.ids) for row in base.rows)), dtype=np.bool_)

@@ -20,7 +20,7 @@ from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, Stage, of_stage
 
 Mask: TypeAlias = NDArray[np.bool_]
 """[row, column]"""
-Places: TypeAlias = Mapping[tuple[str, int | None], Mask]
+SiteMasks: TypeAlias = Mapping[tuple[str, int | None], Mask]
 """(site, layer) → where it is written or read."""
 
 
@@ -80,8 +80,8 @@ class RowMasks:
 
     real: Mask
     """Columns that hold a token of the prompt."""
-    writes: Places
-    reads: Places
+    writes: SiteMasks
+    reads: SiteMasks
     """Sites that measures read inside the model."""
     final: Mask
     """Tokens that are read behind the last block."""

@@ -26,7 +26,7 @@ from mechdsl.program.namespace import place
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 
-Label = int | str
+RunLabel = int | str
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RunSide:
 
     run: str
     """As tables call it."""
-    label: Label
+    label: RunLabel
     model: str | None = None
     """Where the file names a model."""
 
@@ -47,7 +47,7 @@ class Variant:
     model: str
     source: str | None
     base: str
-    labels: tuple[tuple[str, Label], ...]
+    labels: tuple[tuple[str, RunLabel], ...]
     """Of what there are several."""
     reads: str | None
     """The source as written: where it is the variant's own model, that is its clean run."""
@@ -180,15 +180,15 @@ def _once(written: Sequence[tuple[str, Span]], work: Statements) -> None:
 # --- models --------------------------------------------------------------------------------------
 
 
-def labels_of(names: Sequence[str], work: Statements) -> list[Label]:
+def labels_of(names: Sequence[str], work: Statements) -> list[RunLabel]:
     """What tables call models: checkpoints by what the star stands for, numbers if all are."""
     found = [work.parts.models[name].matched or name for name in names]
     if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in found):
         return [int(label) for label in found]
-    return list[Label](found)
+    return list[RunLabel](found)
 
 
-def models_of(work: Statements, bases: Sequence[RunSide]) -> list[tuple[str, Label]]:
+def models_of(work: Statements, bases: Sequence[RunSide]) -> list[tuple[str, RunLabel]]:
     """The models that the experiment runs on; none after an error.
 
     `into tuned` names the model as well; a `model` line beside it may name both sides.
@@ -231,7 +231,7 @@ def models_of(work: Statements, bases: Sequence[RunSide]) -> list[tuple[str, Lab
     return list(zip(found, labels_of(found, work), strict=True))
 
 
-def _only_model(work: Statements) -> list[tuple[str, Label]]:
+def _only_model(work: Statements) -> list[tuple[str, RunLabel]]:
     """The file's only model, which needs no line."""
     known = work.scope.names("model")
     if len(known) == 1:
@@ -256,7 +256,7 @@ def _only_model(work: Statements) -> list[tuple[str, Label]]:
 
 
 def variants(
-    models: Sequence[tuple[str, Label]],
+    models: Sequence[tuple[str, RunLabel]],
     sources: Sequence[RunSide],
     bases: Sequence[RunSide],
     prompts: spec.Prompts,
@@ -270,7 +270,7 @@ def variants(
         [("", "")] if across else models, sources or [None], bases
     ):
         model = base.model or model
-        labels: list[tuple[str, Label]] = []
+        labels: list[tuple[str, RunLabel]] = []
         if not across and len(models) > 1:
             labels.append(("model", name))
         if source is not None and len(sources) > 1:

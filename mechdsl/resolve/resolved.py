@@ -14,6 +14,7 @@ from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import Form
+from mechdsl.vocab.sites import EdgeChange
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,10 +90,6 @@ class PositionTargets(Record):
     """Equal to `written` for rules that read no other run."""
     left_out: tuple[str, ...] = ()
     """Labels of positions that no row has in both runs."""
-
-
-EdgeChange = Literal["block", "reweight", "uniform", "weight"]
-"""What attention does to the weights of edges."""
 
 
 @record

@@ -15,7 +15,6 @@ from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import (
     Amounts,
     Convention,
-    EdgeChange,
     EdgeTargets,
     Intervention,
     PositionTargets,
@@ -25,6 +24,7 @@ from mechdsl.resolve.site_targets import attention_sites
 from mechdsl.resolve.targets import plain_targets, sweeps
 from mechdsl.rules.kind import RuleKind, rule_kind
 from mechdsl.syntax import ast
+from mechdsl.vocab.sites import EdgeChange
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,7 +29,7 @@ Takes = Literal[
 ]
 """What a metric is given beside the run it reads; the docstring of each form says the shapes."""
 
-Kind = Literal["number", "category"]
+MetricKind = Literal["number", "category"]
 """Numbers are averaged; of categories tables show the commonest."""
 
 
@@ -39,7 +39,7 @@ class Form:
 
     takes: Takes
     unit: str
-    kind: Kind
+    kind: MetricKind
     function: Callable[..., Tensor]
     meaning: str
     default: str | None = None
@@ -68,7 +68,7 @@ def metric(
     *,
     takes: Takes,
     unit: str,
-    kind: Kind = "number",
+    kind: MetricKind = "number",
     default: str | None = None,
     narrow: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:

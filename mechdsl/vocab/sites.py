@@ -280,6 +280,8 @@ site(
 
 WITHIN_ATTENTION = ("q_rot", "k_rot", "scores", "pattern")
 """Sites that lie in no module: they are read and written where attention itself is computed."""
+EdgeChange = Literal["block", "reweight", "uniform", "weight"]
+"""What attention does to the weights of edges."""
 
 
 def of_stage(*stages: Stage) -> tuple[str, ...]:
