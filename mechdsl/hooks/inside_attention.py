@@ -18,6 +18,7 @@ from torch import Tensor
 from mechdsl.hooks.reads_and_writes import Frame, SiteWrite
 from mechdsl.vocab.sites import WITHIN_ATTENTION, EdgeChange
 
+
 @dataclass(frozen=True, eq=False)
 class EdgeWrite:
     """K queries of one layer whose weights on some keys are changed.

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mechdsl.base.arrays import Ints
 from mechdsl.hooks.batch import on_device
 from mechdsl.hooks.hook_points import given_again, given_to
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.packed.activation_cache import ActivationCache
 from mechdsl.packed.layout import BlockInput
-from mechdsl.base.arrays import Ints
 
 Places = tuple[Ints, Ints]
 """Rows and the positions in their prompts, as parallel columns."""

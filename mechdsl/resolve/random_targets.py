@@ -16,7 +16,7 @@ from mechdsl.diagnostics.e06_controls import BadControl
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Hits, PositionCell
-from mechdsl.resolve.matched_draws import Own, Picked, Slot, draw_targets, draw_tokens, merged
+from mechdsl.resolve.matched_draws import Picked, Slot, draw_targets, draw_tokens, merged
 from mechdsl.resolve.resolved import (
     DRAW,
     Axis,
