@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotText, TooLarge, Unreadable
+from mechdsl.diagnostics.e01_syntax import NotText, ReservedName, TooLarge, Unreadable
 from mechdsl.syntax import ast
 from mechdsl.syntax.attempt import ParserStopped, attempt
 from mechdsl.syntax.scan import outline
@@ -39,6 +39,9 @@ def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
 def _reported(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     """By position, each once, and no more than anyone reads."""
     found = sorted(dict.fromkeys(diagnostics), key=lambda d: d.span.start if d.span else -1)
+    # A name that is refused where it is given is no news where it is used.
+    refused = {d.name: d for d in reversed(found) if isinstance(d, ReservedName)}
+    found = [d for d in found if not isinstance(d, ReservedName) or refused[d.name] is d]
     if len(found) <= MAX_REPORTED:
         return found
     more = TooLarge(

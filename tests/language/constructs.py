@@ -478,7 +478,8 @@ _rule(
 _rule(
     "set attention to a weight",
     "set attention layer * head * from last token to first-item token to 0.2",
-    "Every visible edge gets this weight; the rest of the row is scaled so that it sums to 1.",
+    "Every visible edge gets this weight; the rest of the row is scaled so that it sums to 1. A "
+    "query that sees no other key shares its row evenly among these.",
     OWN,
     _EDGES,
 )

@@ -30,6 +30,8 @@ three. Ranges include both ends. “Base run” is the run that rules act on, �
 is read; all values that rules read are those of unpatched runs. Where two rules write one vector,
 the later one in the file stands.
 
+A kind of rule of your own is a Python class: [its steps](architecture.md#a-rule-kind-of-your-own).
+
 This page is written by `make language` from the registries in `mechdsl/vocab/` and from
 `tests/language/constructs.py`.
 """

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,6 +45,7 @@ from .support import (
 )
 
 ENTRY = Path(__file__).parent / "gizmo_rule.py"
+ROOT = Path(__file__).parents[2]
 LAYERS, HEADS = range(3), range(4)
 TOY = """mech 1
 model toy = zoo("counting")
@@ -285,3 +290,29 @@ def test_a_word_of_the_language_is_no_verb() -> None:
         rule_kind("token")
     with pytest.raises(ValueError, match="`patch` is registered twice"):
         rule_kind("patch")(SiteRule)
+
+
+# --- as the page says -----------------------------------------------------------------------------
+
+
+def test_the_steps_of_the_page(tmp_path: Path) -> None:
+    """The module and the command of `docs/architecture.md`, as they stand there."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    steps = page.split("\n## A rule kind of your own\n")[1].split("\n## ")[0]
+    [module] = re.findall(r"```python\n(.*?)```", steps, re.DOTALL)
+    [command] = re.findall(r"```sh\npython (.*?)\n```", steps, re.DOTALL)
+    (tmp_path / "clip.py").write_text(module, encoding="utf-8")
+    (tmp_path / "toy.mech").write_text(
+        TOY.replace("scale", "clip").replace("by 0.5", "to 0.5"), encoding="utf-8"
+    )
+    arguments = shlex.split(command.replace("FILE", "toy.mech"))
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=tmp_path, env=path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    alone = subprocess.run(
+        [sys.executable, "-m", "mechdsl", "validate", "toy.mech"],
+        cwd=tmp_path, env=path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "unexpected `clip`" in alone.stdout + alone.stderr

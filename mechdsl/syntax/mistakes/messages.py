@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mechdsl.base.registry import nearest
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import MisspeltWord, ReservedName, UnexpectedToken, WrongVersion
+from mechdsl.syntax import ast
+from mechdsl.syntax.changes import SIGNATURES
 from mechdsl.syntax.grammar import keywords
 from mechdsl.syntax.mistakes.hints import hint
 from mechdsl.syntax.mistakes.pieces import WORDS, Piece, first_words
-from mechdsl.syntax.reserved import CHANGE_WORDS, DATA_WORDS, EXPERIMENT_WORDS, RESERVED, TOP_WORDS
+from mechdsl.syntax.reserved import (
+    CHANGE_WORDS,
+    DATA_WORDS,
+    EXPERIMENT_WORDS,
+    POSITION_WORDS,
+    RESERVED,
+    TOP_WORDS,
+)
 
 _BLOCKS = {
     "top_lines": "a statement of the file, such as `prompts` or `experiment`",
@@ -27,6 +36,8 @@ _HOMES = (
     (CHANGE_WORDS, "in a `corrupt` block"),
 )
 _SHOWN = 4
+_VALUES = frozenset({"NAME", "STRING", "INT", "FLOAT", "PERCENT"})
+"""What the values of a change begin with."""
 _AXES = frozenset(
     name + plural
     for name in ("LAYER", "HEAD", "NEURON", "EXPERT", "FEATURE")
@@ -73,6 +84,7 @@ def explain(mistake: Mistake) -> Diagnostic:
     """The message for a mistake: the most telling that applies."""
     return (
         _first_word(mistake)
+        or _taken_for_position(mistake)
         or _misspelt(mistake)
         or _hinted(mistake)
         or _reserved(mistake)
@@ -118,6 +130,28 @@ def _is_definition(mistake: Mistake) -> bool:
     if mistake.kind not in ("data_lines", "change_lines") or len(mistake.statement) < 2:
         return False
     return mistake.statement[1].text in ("=", "in", ",")
+
+
+def _taken_for_position(mistake: Mistake) -> Diagnostic | None:
+    """`reverse first` in a `corrupt` block: where a change takes a value, the grammar of all
+    changes reads the word as the beginning of a position."""
+    words = [piece.text for piece in mistake.statement]
+    signature = SIGNATURES.get(words[0]) if words and mistake.kind == "change_lines" else None
+    if signature is None or signature.tokens:
+        return None
+    for n, piece in enumerate(mistake.statement[1:], 1):
+        if piece.start >= mistake.offset or words[n] not in POSITION_WORDS:
+            continue
+        if n > 1 and words[n - 1] != ",":
+            continue
+        span = Span(mistake.source, piece.start, piece.end)
+        wanted = signature.accepts(words[:n], _VALUES)
+        if "NAME" in wanted and ast.Call not in signature.values:
+            return ReservedName(name=piece.text, span=span)
+        expected = _expected(replace(mistake, accepts=wanted))
+        quotes = f'write it in quotes: `{words[0]} "…"`' if "STRING" in wanted else ""
+        return UnexpectedToken(found=f"`{piece.text}`", expected=expected, hint=quotes, span=span)
+    return None
 
 
 def _hinted(mistake: Mistake) -> Diagnostic | None:

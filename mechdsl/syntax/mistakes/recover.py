@@ -47,14 +47,18 @@ def recover(source: Source, stopped: int) -> tuple[list[Any], list[Diagnostic]]:
 
 
 def _causes(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
-    """Without what merely follows: an unclosed text has swallowed the rest of its line, and what
-    stands behind a sign without meaning would be fine behind the right one.
+    """Without what merely follows: an unclosed text has swallowed the rest of its line, what stands
+    behind a sign without meaning would be fine behind the right one, and where the parser goes on
+    in the middle of a line with an error, it knows less of the rest than the first error said.
     """
     open_texts = [d.span for d in diagnostics if isinstance(d, UnterminatedString) and d.span]
     swallowed = {span.line for span in open_texts}
     signs = [d.span for d in diagnostics if isinstance(d, UnexpectedCharacter) and d.span]
     behind = {skip_space(span.source.text, span.end) for span in signs}
     behind |= {span.start for span in signs}
+    first_on: dict[int, int] = {}
+    for span in (d.span for d in diagnostics if d.span is not None):
+        first_on[span.line] = min(first_on.get(span.line, span.start), span.start)
 
     def follows(diagnostic: Diagnostic) -> bool:
         span = diagnostic.span
@@ -65,7 +69,9 @@ def _causes(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
             return span.start >= first
         # White space at fault is where a missing bracket was put in.
         return isinstance(diagnostic, UnexpectedToken) and (
-            span.start in behind or span.text.isspace()
+            span.start in behind
+            or span.text.isspace()
+            or (not diagnostic.hint and span.start > first_on[span.line])
         )
 
     return [d for d in diagnostics if not follows(d)]
