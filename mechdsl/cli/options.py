@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,25 +28,51 @@ limit_option = click.option(
 allow_python_option = click.option(
     "--allow-python", is_flag=True, help="Run the Python files that the file refers to."
 )
-no_pass_option = click.option(
-    "--no-pass",
-    "no_pass",
-    multiple=True,
-    metavar="NAME",
-    help="Switch a pass off; `plan` lists them.",
-)
-pass_tokens_option = click.option(
-    "--pass-tokens",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="At most this many tokens in a pass over patched rows; else it is chosen.",
-)
-prompt_tokens_option = click.option(
-    "--prompt-tokens",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="At most this many tokens in a batch of unpatched prompts.",
-)
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """What the command line says of passes."""
+
+    without: tuple[str, ...]
+    """Names of planner passes that are off; they may be wrong."""
+    pass_tokens: int | None
+    prompt_tokens: int | None
+
+
+def pass_options(command: Callable[..., int]) -> Callable[..., int]:
+    """`--no-pass`, `--pass-tokens` and `--prompt-tokens`, which the command gets as `passes`."""
+
+    @click.option(
+        "--no-pass",
+        "no_pass",
+        multiple=True,
+        metavar="NAME",
+        help="Switch a pass off; `plan` lists them.",
+    )
+    @click.option(
+        "--pass-tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="At most this many tokens in a pass over patched rows; else it is chosen.",
+    )
+    @click.option(
+        "--prompt-tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="At most this many tokens in a batch of unpatched prompts.",
+    )
+    @wraps(command)
+    def told(
+        *args: Any,
+        no_pass: tuple[str, ...],
+        pass_tokens: int | None,
+        prompt_tokens: int | None,
+        **others: Any,
+    ) -> int:
+        return command(*args, passes=PassOptions(no_pass, pass_tokens, prompt_tokens), **others)
+
+    return told
 
 
 class MalformedSetting(click.UsageError):

@@ -8,12 +8,11 @@ import click
 
 from mechdsl.cli.mech_files import checked_file
 from mechdsl.cli.options import (
+    PassOptions,
     allow_python_option,
     file_argument,
     limit_option,
-    no_pass_option,
-    pass_tokens_option,
-    prompt_tokens_option,
+    pass_options,
     python_mode,
     set_option,
     settings,
@@ -28,17 +27,13 @@ from mechdsl.diagnostics.core import has_errors
 @set_option
 @limit_option
 @allow_python_option
-@no_pass_option
-@pass_tokens_option
-@prompt_tokens_option
+@pass_options
 def plan(
     file: Path,
     parameters: tuple[str, ...],
     limit: int | None,
     allow_python: bool,
-    no_pass: tuple[str, ...],
-    pass_tokens: int | None,
-    prompt_tokens: int | None,
+    passes: PassOptions,
 ) -> int:
     """Print the intervention graph, the cells, rows and forward passes of a file."""
     how = settings(parameters, limit, python=python_mode(allow_python))
@@ -51,14 +46,14 @@ def plan(
     from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS
     from mechdsl.show.plan import print_plan
 
-    wrong = unknown_passes(no_pass)
+    wrong = unknown_passes(passes.without)
     print_diagnostics(wrong)
     if wrong:
         return WRONG
     print_plan(
-        make_plan(checked.experiments, without=frozenset(no_pass)),
+        make_plan(checked.experiments, without=frozenset(passes.without)),
         make_console(),
-        pass_tokens or PASS_TOKENS,
-        prompt_tokens or PROMPT_TOKENS,
+        passes.pass_tokens or PASS_TOKENS,
+        passes.prompt_tokens or PROMPT_TOKENS,
     )
     return FINE

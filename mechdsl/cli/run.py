@@ -12,12 +12,11 @@ import click
 
 from mechdsl.cli.mech_files import checked_file, mech_files
 from mechdsl.cli.options import (
+    PassOptions,
     allow_python_option,
     files_argument,
     limit_option,
-    no_pass_option,
-    pass_tokens_option,
-    prompt_tokens_option,
+    pass_options,
     python_mode,
     set_option,
     settings,
@@ -61,9 +60,7 @@ if TYPE_CHECKING:
 @click.option("--only", metavar="EXPERIMENT", help="Run this experiment, and what it needs.")
 @click.option("--profile", is_flag=True, help="Afterwards, estimated against measured work.")
 @allow_python_option
-@no_pass_option
-@pass_tokens_option
-@prompt_tokens_option
+@pass_options
 def run(
     files: tuple[Path, ...],
     parameters: tuple[str, ...],
@@ -76,9 +73,7 @@ def run(
     only: str | None,
     profile: bool,
     allow_python: bool,
-    no_pass: tuple[str, ...],
-    pass_tokens: int | None,
-    prompt_tokens: int | None,
+    passes: PassOptions,
 ) -> int:
     """Run files and print their tables. Exit status 0 when every expectation holds."""
     how = settings(parameters, limit, only, python_mode(allow_python))
@@ -105,8 +100,8 @@ def run(
         dtype=dtype,
         offload=offload,
         out=out,
-        without=frozenset(no_pass),
-        execution=Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens),
+        without=frozenset(passes.without),
+        execution=Options(pass_tokens=passes.pass_tokens, prompt_tokens=passes.prompt_tokens),
     )
     return _run_all(everything, options, form, profile=profile)
 
