@@ -11,7 +11,7 @@ the model's; everything before and behind attention is the model's own code.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,25 +130,6 @@ def cross_modules(model: LoadedModel) -> frozenset[int]:
     blocks = model.stack("cross").anatomy.blocks
     paths = {path.rpartition(".")[0] for block in blocks for path in block.projections}
     return frozenset(id(model.module.get_submodule(path)) for path in paths)
-
-
-@contextmanager
-def current_block(model: LoadedModel) -> Generator[Callable[[], int]]:
-    """A look-up of which block runs, for attention, which isn't told; -1 in front of them."""
-    running = -1
-
-    def enters(layer: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            nonlocal running
-            running = layer
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer, block in enumerate(model.anatomy.blocks):
-            module = model.module.get_submodule(block.path)
-            stack.callback(module.register_forward_pre_hook(enters(layer)).remove)
-        yield lambda: running
 
 
 def own_function(module: nn.Module, own: Mapping[int, str]) -> AttentionFunction:

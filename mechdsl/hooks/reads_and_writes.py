@@ -56,6 +56,16 @@ class SiteRead:
     layer: int | None = None
     stack: str = ""
 
+    @property
+    def quoted(self) -> str:
+        """What messages call it, as `resid_pre layer 3`."""
+        words = [self.site]
+        if self.stack:
+            words.append(self.stack)
+        if self.layer is not None:
+            words.append(f"layer {self.layer}")
+        return f"`{' '.join(words)}`"
+
 
 class Frame(Protocol):
     """Where the tokens of a pass lie in the model's tensors."""

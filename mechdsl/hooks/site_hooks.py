@@ -9,9 +9,9 @@ to say: whole padded prompts, or packed rows.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,21 +19,11 @@ from torch import Tensor, nn
 
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.experts import ExpertHook, RouterHook
-from mechdsl.hooks.hook_points import (
-    InHook,
-    OutHook,
-    Step,
-    head_weights,
-    layout_put,
-    layout_view,
-    scale_of,
-    scaled,
-    through_heads,
-    unscaled,
-)
+from mechdsl.hooks.hook_points import InHook, OutHook, Step, scale_of
 from mechdsl.hooks.inside_attention import EdgeWrite, LayerWork, by_layer, layer_work
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import Frame, ReadMismatch, SiteRead, SiteWrite, WriteMismatch
+from mechdsl.hooks.site_steps import PlacedWrite, SiteSteps
 from mechdsl.models.anatomy import HookPoint, Layout, Side
 from mechdsl.models.shape import units, width
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, stop_layer, write_order
@@ -43,27 +33,6 @@ _LAST = (1 << 31, 0)
 
 class PassStopped(Exception):
     """Everything that was asked for has been computed."""
-
-
-@dataclass
-class _Place:
-    """One write with its indices in the tapped tensor."""
-
-    number: int
-    write: SiteWrite
-    values: Tensor
-    first: Tensor
-    second: Tensor
-    units: Tensor
-
-    def put(self, view: Tensor, values: Tensor, *, add: bool) -> None:
-        """Write `values` [K, width] into a [B, T, units, width] view."""
-        index = tuple(t.to(view.device) for t in (self.first, self.second, self.units))
-        view.index_put_(index, values, accumulate=add)
-
-    def get(self, view: Tensor) -> Tensor:
-        """[K, width] of a [B, T, units, width] view."""
-        return view[tuple(t.to(view.device) for t in (self.first, self.second, self.units))]
 
 
 class SiteWork:
@@ -84,20 +53,19 @@ class SiteWork:
         self.model = model
         self.frame = frame
         self.stop = stop
-        self.found: dict[SiteRead, Tensor] = {}
+        self._sites = SiteSteps(len(writes))
+        self.found = self._sites.found
         self._steps: dict[tuple[str, Side, int], list[tuple[tuple[int, int], Step]]]
         self._steps = defaultdict(list)
         self._by_heads: set[tuple[str, Side, int]] = set()
         self._called_again: set[str] = set()
         self._experts: list[tuple[str, ExpertHook | RouterHook]] = []
-        self._streams: dict[str, Tensor] = {}
         stacks = [model.anatomy, *(stack.anatomy for stack in model.others.values())]
         self._blocks = {block.path for anatomy in stacks for block in anatomy.blocks}
-        self._applied = [0] * len(writes)
         self._wanted = [int(write.rows.numel()) for write in writes]
         self._writes = list(writes)
         self._reads = list(dict.fromkeys(reads))
-        self._logits: tuple[list[_Place], list[SiteRead]] = ([], [])
+        self._logits: tuple[list[PlacedWrite], list[SiteRead]] = ([], [])
         self._edges = by_layer(edges)
         self.within = self._within()
         self._layers: dict[int, LayerWork] = {}
@@ -107,7 +75,7 @@ class SiteWork:
 
     def _plan(self) -> None:
         """A step for each site and layer that is read or written."""
-        writes: dict[SiteRead, list[_Place]] = defaultdict(list)
+        writes: dict[SiteRead, list[PlacedWrite]] = defaultdict(list)
         for number, write in enumerate(self._writes):
             where = write.where
             self._require(where, WriteMismatch)
@@ -133,21 +101,21 @@ class SiteWork:
             raise ValueError(f"`{where.site}` {need}")
         if where.site in WITHIN_ATTENTION:
             if where.stack or not self.model.shape.has(where.site, where.layer):
-                raise ValueError(f"`{self.model.name}` has no {_name(where)}")
+                raise ValueError(f"`{self.model.name}` has no {where.quoted}")
         elif where.site != "logits" or where.stack:
             self.model.tap(where.site, where.layer, where.stack)
         if where.stack not in ("", "cross"):  # comes before the main stack
             return
         needed = stop_layer(where.site, where.layer, self.model.shape.n_layers)
         if self.stop is not None and (needed is None or needed > self.stop):
-            raise problem(f"{_name(where)} lies above layer {self.stop}, where the run stops")
+            raise problem(f"{where.quoted} lies above layer {self.stop}, where the run stops")
 
-    def _place(self, number: int, write: SiteWrite) -> _Place:
+    def _place(self, number: int, write: SiteWrite) -> PlacedWrite:
         """Indices of a write; ValueError for a place that isn't in the batch."""
         where = write.where
         site_units, site_width = self._extent(where)
         count = self._wanted[number]
-        name = _name(where)
+        name = where.quoted
         if SITES[where.site].width == "key":  # what lies behind a prompt's end is never seen
             site_width = write.values.shape[1]
         if write.values.shape != (count, site_width):
@@ -172,7 +140,7 @@ class SiteWork:
             first, second, units = first[there], second[there], units[there]
             values = values[there.to(values.device)]
             self._wanted[number] = int(there.sum())
-        return _Place(number, write, values, first, second, units)
+        return PlacedWrite(number, write, values, first, second, units)
 
     def _extent(self, where: SiteRead) -> tuple[int, int]:
         """(units, width) of a site."""
@@ -188,14 +156,14 @@ class SiteWork:
         layout = self.model.tap(where.site, where.layer, where.stack).layout
         return layout.units, layout.width
 
-    def _set_once(self, where: SiteRead, places: list[_Place]) -> None:
+    def _set_once(self, where: SiteRead, places: list[PlacedWrite]) -> None:
         keys = [
             torch.stack([place.first, place.second, place.units])
             for place in places
             if place.write.mode == "set"
         ]
         if keys and (joined := torch.cat(keys, dim=1)).shape[1] != joined.unique(dim=1).shape[1]:
-            raise ValueError(f"a vector of {_name(where)} is set twice in one run")
+            raise ValueError(f"a vector of {where.quoted} is set twice in one run")
 
     def _within(self) -> frozenset[int]:
         """Layers where something is read or written within attention."""
@@ -239,7 +207,7 @@ class SiteWork:
         )
         return self._layers[layer]
 
-    def _add_site(self, where: SiteRead, places: list[_Place], read: bool) -> None:
+    def _add_site(self, where: SiteRead, places: list[PlacedWrite], read: bool) -> None:
         reads = [where] if read else []
         order = write_order(where.site, where.layer)
         if where.site == "logits":
@@ -250,19 +218,19 @@ class SiteWork:
             case "resid_mid" if self._is_sum(where, tap):
                 stream = self._tap(replace(where, site="resid_pre"))
                 remember_order = (order[0], SITES["resid_pre"].order + 1)
-                self._on(self._spot(stream), remember_order, self._remember(stream.path))
-                step = self._between(places, reads, stream.path, self._scale(tap))
+                self._on(self._spot(stream), remember_order, self._sites.remember(stream.path))
+                step = self._sites.between(places, reads, stream.path, self._scale(tap))
             case "head_out":
-                step = self._heads(places, reads, self._tap(replace(where, site="z")).layout)
+                step = self._sites.heads(places, reads, self._tap(replace(where, site="z")).layout)
             case "router" | "expert_out":
                 layout = Layout.whole(tap.layout.units)
                 experts = tap.layout.width if where.site == "router" else tap.layout.units
                 kind = RouterHook if where.site == "router" else ExpertHook
-                change = self._own_view(places, reads, layout)
+                change = self._sites.own_view(places, reads, layout)
                 self._experts.append((tap.path, kind(change, experts, self.frame.leading)))
                 return
             case _:
-                step = self._direct(places, reads, tap.layout, self._scale(tap))
+                step = self._sites.direct(places, reads, tap.layout, self._scale(tap))
         if tap.layout.axes != "flat":
             self._by_heads.add(self._spot(tap))
         if tap.again:
@@ -302,123 +270,6 @@ class SiteWork:
             return value[rows.to(value.device), columns.to(value.device)]
 
         self._on(entrance(self.model, self.model.shape.n_layers + 1), _LAST, step)
-
-    # --- steps ----------------------------------------------------------------------------------
-
-    def _values(self, place: _Place, like: Tensor) -> Tensor:
-        return place.values.to(device=like.device, dtype=like.dtype)
-
-    def _done(self, place: _Place) -> None:
-        self._applied[place.number] += int(place.first.numel())
-
-    def _keep(self, reads: list[SiteRead], view: Tensor) -> None:
-        for read in reads:
-            if read in self.found:
-                raise ReadMismatch(f"{_name(read)} was passed twice in one run")
-            self.found[read] = view.clone(memory_format=torch.contiguous_format)
-
-    def _direct(
-        self,
-        places: list[_Place],
-        reads: list[SiteRead],
-        layout: Layout,
-        scale: float | Tensor = 1.0,
-    ) -> Step:
-        """A site that is a slice of the tapped tensor, times `scale`."""
-
-        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            if places:
-                value = value.clone(memory_format=torch.contiguous_format)
-            view = layout_view(value, layout)
-            for place in places:
-                new = unscaled(self._values(place, view), scale)
-                place.put(view, new, add=place.write.mode == "add")
-                self._done(place)
-            if places:
-                layout_put(value, layout, view)
-            self._keep(reads, scaled(view, scale))
-            return value
-
-        return step
-
-    def _own_view(
-        self, places: list[_Place], reads: list[SiteRead], layout: Layout
-    ) -> Callable[[Tensor], Tensor]:
-        """A site that is worked out for us alone, as [B, T, units, width]."""
-
-        def change(view: Tensor) -> Tensor:
-            if places:
-                view = view.clone()
-            for place in places:
-                place.put(view, self._values(place, view), add=place.write.mode == "add")
-                self._done(place)
-            self._keep(reads, view)
-            return view
-
-        return change
-
-    def _remember(self, path: str) -> Step:
-        """Keeps the stream that enters a block, for `resid_mid` in the same block."""
-
-        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            self._streams[path] = value
-            return value
-
-        return step
-
-    def _between(
-        self, places: list[_Place], reads: list[SiteRead], path: str, scale: float | Tensor
-    ) -> Step:
-        """`resid_mid`: what attention adds is changed so that the sum is the value written.
-
-        The stream between the sublayers is no module's output; a hook on the second norm would
-        leave the residual branch as it was.
-        """
-
-        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            stream = self._streams[path].unsqueeze(2)
-            if places:
-                value = value.clone()
-            view = value.unsqueeze(2)
-            for place in places:
-                new = self._values(place, view)
-                if place.write.mode == "set":
-                    new = new - place.get(stream)
-                new = unscaled(new, scale)
-                place.put(view, new, add=place.write.mode == "add")
-                self._done(place)
-            if reads:
-                self._keep(reads, stream + scaled(view, scale))
-            return value
-
-        return step
-
-    def _heads(self, places: list[_Place], reads: list[SiteRead], layout: Layout) -> Step:
-        """`head_out`: a head's part of the projection's output, changed by its difference.
-
-        Several heads of one row and position add up.
-        """
-
-        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            z, weight = layout_view(given, layout), head_weights(module, layout)
-            if places:
-                value = value.clone()
-            view = value.unsqueeze(2)
-            for place in places:
-                new = self._values(place, view)
-                if place.write.mode == "set":
-                    new = new - through_heads(place.get(z), place.units.to(z.device), weight)
-                replace(place, units=torch.zeros_like(place.units)).put(view, new, add=True)
-                self._done(place)
-            if reads:
-                per_head = torch.einsum("bthd,hdm->bthm", z, weight)
-                for place in places:
-                    add = place.write.mode == "add"
-                    place.put(per_head, self._values(place, per_head), add=add)
-                self._keep(reads, per_head)
-            return value
-
-        return step
 
     # --- running ----------------------------------------------------------------------------
 
@@ -460,7 +311,7 @@ class SiteWork:
         finally:
             for handle in handles:
                 handle.remove()
-            self._streams.clear()
+            self._sites.streams.clear()
 
     def output(self, logits: Tensor) -> Tensor:
         """The model's logits, after what is written and read there."""
@@ -472,7 +323,8 @@ class SiteWork:
         whole = logits.dim() == 2  # one output for a whole image
         logits = logits.unsqueeze(1) if whole else logits
         with torch.inference_mode():
-            step = self._direct(places, reads, Layout.whole(width(self.model.shape, "logits")))
+            layout = Layout.whole(width(self.model.shape, "logits"))
+            step = self._sites.direct(places, reads, layout)
             logits = step(logits, self.model.module, logits)
         return logits.squeeze(1) if whole else logits
 
@@ -480,15 +332,16 @@ class SiteWork:
         """Every row of every write exactly once, every read once."""
         for layer in self.within:
             self._check_within(layer)
-        for write, applied, wanted in zip(self._writes, self._applied, self._wanted, strict=True):
+        counted = zip(self._writes, self._sites.applied, self._wanted, strict=True)
+        for write, applied, wanted in counted:
             if write.site in WITHIN_ATTENTION:
                 continue
             if applied != wanted:
-                name = _name(write.where)
+                name = write.where.quoted
                 raise WriteMismatch(f"{wanted} rows were to be written at {name}, {applied} were")
         for read in self._reads:
             if read not in self.found:
-                raise ReadMismatch(f"{_name(read)} was not passed")
+                raise ReadMismatch(f"{read.quoted} was not passed")
 
     def _check_within(self, layer: int) -> None:
         """Attention ran, all of its writes happened; what was read is put with the rest."""
@@ -518,8 +371,3 @@ def entrance(model: LoadedModel, layer: int) -> tuple[str, Side, int]:
 
 def _stop(*args: Any) -> None:
     raise PassStopped
-
-
-def _name(where: SiteRead) -> str:
-    words = [where.site] if where.layer is None else [where.site, f"layer {where.layer}"]
-    return f"`{' '.join([words[0], *([where.stack] if where.stack else []), *words[1:]])}`"

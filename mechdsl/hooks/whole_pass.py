@@ -11,20 +11,13 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mechdsl.hooks.attention_functions import (
-    attend_whole,
-    cross_modules,
-    current_block,
-    exchanged,
-    implementations,
-    own_function,
-)
+from mechdsl.hooks.attention_functions import attend_whole
 from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.calls import bare_logits, chosen, narrowed
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
@@ -86,21 +79,13 @@ def opened(model: LoadedModel, work: SiteWork) -> Generator[None]:
     if not work.within:
         yield
         return
-    own = implementations(model)
-    crossing = cross_modules(model)
 
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        layer = work.layer(running(), query) if id(module) not in crossing else None
+    def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        layer = None if call.across else work.layer(call.layer, call.query)
         if layer is None:
-            return own_function(module, own)(module, query, key, value, attention_mask, **kwargs)
-        return attend_whole(query, key, value, attention_mask, layer, **kwargs), None
+            return call.unchanged()
+        query, key, value = call.query, call.key, call.value
+        return attend_whole(query, key, value, call.mask, layer, **call.arguments), None
 
-    with current_block(model) as running, exchanged(model, attention, masked=True):
+    with block_attention(model, attention, masked=True):
         yield

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,17 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.attention_functions import (
-    CachedAttention,
-    biased,
-    cross_modules,
-    current_block,
-    exchanged,
-    implementations,
-    of_queries,
-    own_function,
-)
+from mechdsl.hooks.attention_functions import CachedAttention, biased, cross_modules, of_queries
 from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.hook_points import given_to
 from mechdsl.hooks.loaded import LoadedModel
 
@@ -111,13 +103,12 @@ def keeping(model: LoadedModel, batch: Batch, lowest: int) -> Generator[Activati
     """
     kept = ActivationCache(batch)
     with ExitStack() as stack:
-        running = stack.enter_context(current_block(model))
+        keeper = _AttentionKeeper(kept, lowest)
+        stack.enter_context(block_attention(model, keeper, masked=True))
         _keep_streams(kept, model, lowest, stack)
         _keep_outputs(kept, model, lowest, stack)
         _keep_encoded(kept, model, stack)
         _keep_embedded(kept, model, stack)
-        keep = _AttentionKeeper(kept, model, lowest, running)
-        stack.enter_context(exchanged(model, keep, masked=True))
         with torch.inference_mode():
             yield kept
 
@@ -193,38 +184,24 @@ def _keep_embedded(kept: ActivationCache, model: LoadedModel, stack: ExitStack) 
 class _AttentionKeeper:
     """The model's own attention, of which is kept what it had and what it gave."""
 
-    def __init__(
-        self, kept: ActivationCache, model: LoadedModel, lowest: int, running: Callable[[], int]
-    ) -> None:
+    def __init__(self, kept: ActivationCache, lowest: int) -> None:
         self.kept = kept
         self.lowest = lowest
-        self.running = running
-        self.own = implementations(model)
-        self.crossing = cross_modules(model)
         self.joined: dict[tuple[int, int], tuple[Any, Tensor, Any]] = {}
         """Masks with biases, by the ids of both, which are held so that these stay their own."""
 
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        function = own_function(module, self.own)
-        out, weights = function(module, query, key, value, attention_mask, **kwargs)
-        layer = self.running()
+    def __call__(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        out, weights = call.unchanged()
+        layer, arguments = call.layer, call.arguments
         if layer >= self.lowest:
-            mask = of_queries(attention_mask, query.shape[2])
-            if (bias := kwargs.get("position_bias")) is not None:
+            mask = of_queries(call.mask, call.query.shape[2])
+            if (bias := arguments.get("position_bias")) is not None:
                 mask = self._with_bias(mask, bias)
-            if id(module) in self.crossing:
-                self.kept.across[layer] = CachedAttention(key, value, mask)
+            if call.across:
+                self.kept.across[layer] = CachedAttention(call.key, call.value, mask)
                 return out, weights
-            distances = kwargs.get("distances")
-            self.kept.attention[layer] = CachedAttention(key, value, mask, distances)
+            distances = arguments.get("distances")
+            self.kept.attention[layer] = CachedAttention(call.key, call.value, mask, distances)
             self.kept.z[layer] = out.flatten(0, 1)
         return out, weights
 

@@ -20,37 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.arrays import Ints
-from mechdsl.hooks.attention_functions import (
-    CannotPack,
-    attend,
-    cross_modules,
-    current_block,
-    exchanged,
-    implementations,
-    own_function,
-)
+from mechdsl.hooks.attention_functions import CannotPack, attend
 from mechdsl.hooks.batch import on_device
+from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.calls import call, chosen, narrowed, text_inputs
 from mechdsl.hooks.hook_points import Stub, fused, given_again, given_to, replaced
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.site_hooks import SiteWork
 from mechdsl.packed.activation_cache import ActivationCache, parts
-from mechdsl.packed.behind_last_block import End, Finals, Places, assembled, end_of, is_causal
-from mechdsl.packed.layout import (
-    BlockInput,
-    BlockPack,
-    ComputedTokens,
-    entry,
-    masks_of,
-    pack_block,
-    same_work,
-    universe,
-)
+from mechdsl.packed.behind_last_block import Finals, Places, assembled, end_of
+from mechdsl.packed.layout import BlockInput, BlockPack, ComputedTokens, entry, masks_of
+from mechdsl.packed.packed_frame import PackedFrame, PromptColumns
 from mechdsl.packed.through_one_prompt import entering, placed, prompt_of
-from mechdsl.plan.restart import BlockWork, Held, RowMasks, Shortcuts, block_work
-from mechdsl.vocab.sites import SITES
+from mechdsl.plan.restart import Held, RowMasks, Shortcuts
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +70,7 @@ def run_packed(
     final: places whose logits are wanted. tokens: [K] long, the only tokens whose logits are.
     edges: of attention, that are changed. held: rows whose sublayers keep the lane's values.
     """
-    columns = _Columns(kept, lanes)
+    columns = PromptColumns(kept, lanes)
     reads = reads or {}
     if stack := next((one.stack for one in (*writes, *reads) if one.stack), ""):
         raise ValueError(f"rows of sites of the stack `{stack}` are whole passes")
@@ -103,7 +87,7 @@ def run_packed(
     final_columns = columns.of(*final)
     read_behind = np.zeros(shape, dtype=np.bool_)
     read_behind[final[0], final_columns] = True
-    pass_ = _Pass(
+    frame = PackedFrame(
         model,
         kept,
         lanes,
@@ -117,143 +101,28 @@ def run_packed(
         shortcuts or Shortcuts(),
         end,
     )
-    logits, found = pass_.run(writes, list(reads), tokens, fuse=fuse, edges=edges)
-    at = on_device(pass_.final[final[0], final_columns], logits.device)
+    logits, found = _Pass(model, kept, frame).run(
+        writes, list(reads), tokens, fuse=fuse, edges=edges
+    )
+    at = on_device(frame.final[final[0], final_columns], logits.device)
     return PackedResult(
         end.asked(logits, at),
-        {read: pass_.taken(read, found[read], *read_columns[read]) for read in reads},
-        tuple(0 if pack is None else len(pack) for pack in pass_.packs),
+        {read: frame.taken(read, found[read], *read_columns[read]) for read in reads},
+        tuple(0 if pack is None else len(pack) for pack in frame.packs),
     )
 
 
-class _Columns:
-    """From positions in prompts to columns of what was kept."""
-
-    def __init__(self, kept: ActivationCache, lanes: Ints) -> None:
-        self.starts = kept.batch.starts.cpu().numpy()[lanes]
-        self.real = kept.batch.mask.cpu().numpy().astype(np.bool_)[lanes]
-
-    def of(self, rows: Ints | Tensor, positions: Ints | Tensor) -> Ints:
-        """[n] columns; ValueError for a position that isn't in its prompt."""
-        row, position = np.asarray(rows), np.asarray(positions)
-        if ((position < 0) | (position >= self.real.sum(axis=1)[row])).any():
-            raise ValueError("a position is not in its prompt")
-        return self.starts[row] + position
-
-
 class _Pass:
-    """One pass over packed rows. It is a `Frame`: it knows where tokens lie in each block."""
+    """One pass over packed rows."""
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        kept: ActivationCache,
-        lanes: Ints,
-        rows: RowMasks,
-        shortcuts: Shortcuts,
-        end: End,
-    ) -> None:
+    def __init__(self, model: LoadedModel, kept: ActivationCache, frame: PackedFrame) -> None:
         self.model = model
         self.kept = kept
-        self.lanes = lanes
-        self.rows = rows
-        self.device = model.device
-        n_layers = model.shape.n_layers
-        self.end = end
-        self.causal = is_causal(model, kept)
-        self.packs: list[BlockPack | None] = []
-        self.work: list[BlockWork] = []
-        for work in block_work(
-            rows,
-            n_layers,
-            parallel=model.parallel,
-            causal=self.causal,
-            shortcuts=shortcuts,
-        ):
-            below = self.packs[-1] if self.packs else None
-            if below is not None and same_work(work, self.work[-1]):
-                self.packs.append(below)
-            elif work.present.any():
-                self.packs.append(pack_block(work, lanes, kept, self.device))
-            else:
-                self.packs.append(None)
-            self.work.append(work)
-        self.universe, self.size = universe(self.packs, rows.final)
-        self.final = np.full(rows.final.shape, -1, dtype=np.int64)
-        row, column = np.nonzero(rows.final)
-        self.final[row, column] = np.arange(len(row))
-        self.crossing = cross_modules(model)
-        self.own = implementations(model)
+        self.frame = frame
         self.masks: dict[object, Tensor | None] = {}
         alone = model.calling.packs == "one prompt"
         self.prompt = prompt_of(model, kept) if alone else None
         self.entered: Tensor | None = None
-
-    # --- where tokens lie -------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        return len(self.lanes)
-
-    @property
-    def leading(self) -> int:
-        """All rows are one for the model."""
-        return 1
-
-    @property
-    def lane_starts(self) -> Tensor:
-        """[lane] column of each kept prompt's first token."""
-        return self.kept.batch.starts
-
-    @property
-    def key_width(self) -> int:
-        """Columns of the kept prompts."""
-        return self.kept.columns
-
-    def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Columns of the kept prompts in which the rows' positions lie."""
-        row = rows.cpu().numpy()
-        return torch.from_numpy(_Columns(self.kept, self.lanes).of(row, positions.cpu().numpy()))
-
-    def lengths_of(self, site: str, stack: str) -> Tensor:
-        """[row] tokens of each prompt."""
-        return self.kept.batch.lengths[on_device(self.lanes, self.device)]
-
-    def locate(
-        self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Zero, the token, and whether it is there: all rows are one for the model, but for what
-        they are in the end."""
-        row = rows.cpu().numpy()
-        column = _Columns(self.kept, self.lanes).of(row, positions.cpu().numpy())
-        if (located := self.end.located(site, rows, positions)) is not None:
-            return *located, rows >= 0
-        index = self.index(SiteRead(site, layer, stack), row, column).to(rows.device)
-        return torch.zeros_like(index), index, index >= 0
-
-    def index(self, where: SiteRead, rows: Ints, columns: Ints) -> Tensor:
-        """[n] token of the tensor tapped at a site, -1 where it isn't there."""
-        if (index := self.end.index(where.site, self.final, rows, columns)) is not None:
-            return torch.from_numpy(index)
-        if where.layer is None:
-            lookup = self.universe if where.site == "embed" else self.final
-        else:
-            pack = self.packs[where.layer]
-            if pack is None:
-                return torch.full((len(rows),), -1)
-            whole = len(self.model.anatomy.blocks[where.layer].mlp) == 1
-            inside = SITES[where.site].stage == "in_mlp" and whole and pack.mlp is not None
-            lookup = pack.mlp.lookup if inside and pack.mlp is not None else pack.lookup
-        return torch.from_numpy(lookup[rows, columns])
-
-    def taken(self, where: SiteRead, found: Tensor, rows: Ints, columns: Ints) -> Tensor:
-        """[n, units, width] of what was read; ReadMismatch where a token isn't computed."""
-        index = self.index(where, rows, columns)
-        if bool((index < 0).any()):
-            raise ReadMismatch(f"`{where.site}` is read at a token that isn't in the pass")
-        taken = self.end.taken(where.site, found, rows, columns)
-        return found[0][index.to(self.device)] if taken is None else taken
-
-    # --- running ----------------------------------------------------------------------------------
 
     def run(
         self,
@@ -265,28 +134,28 @@ class _Pass:
         edges: Sequence[EdgeWrite] = (),
     ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
         """([final token, vocab], what was read)."""
-        row, column = np.nonzero(self.universe >= 0)
-        order = np.argsort(self.universe[row, column])
+        frame = self.frame
+        row, column = np.nonzero(frame.universe >= 0)
+        order = np.argsort(frame.universe[row, column])
         row, column = row[order], column[order]
-        lane = on_device(self.lanes[row], self.device)
-        at = on_device(column, self.device)
+        lane = on_device(frame.lanes[row], frame.device)
+        at = on_device(column, frame.device)
         seen: Mapping[SiteRead, Tensor] = {}
         if self.prompt is not None:
             outside = [write for write in writes if write.site == "embed"]
             looked = [read for read in reads if read.site == "embed"]
             with torch.inference_mode():
                 self.entered, seen = entering(
-                    self.model, self.kept, self.lanes, self.universe, self.size, outside, looked
+                    self.model, self.kept, frame.lanes, frame.universe, frame.size, outside, looked
                 )
             writes = [write for write in writes if write.site != "embed"]
             reads = [read for read in reads if read.site != "embed"]
-        work = self.sites = SiteWork(self.model, self, writes, reads, edges=edges)
+        work = self.sites = SiteWork(self.model, frame, writes, reads, edges=edges)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(exchanged(self.model, self._attention, masked=False))
+            stack.enter_context(block_attention(self.model, self._attention, masked=False))
             if fuse:
                 stack.enter_context(fused(self.model.module))
-            self.running = stack.enter_context(current_block(self.model))
             stack.enter_context(self._blocks())
             stack.enter_context(work.installed())
             stack.enter_context(self._embedded(lane * self.kept.columns + at))
@@ -340,17 +209,17 @@ class _Pass:
     @contextmanager
     def _blocks(self) -> Generator[None]:
         """Every block gets its tokens, and computes what has to be computed of them."""
-        anatomy = self.model.anatomy
+        anatomy, frame = self.model.anatomy, self.frame
         with ExitStack() as stack:
-            below, width = self.universe, self.size
-            for layer, pack in enumerate(self.packs):
+            below, width = frame.universe, frame.size
+            for layer, pack in enumerate(frame.packs):
                 block = self._module(anatomy.blocks[layer].path)
                 if pack is None:
                     stub = Stub(self.model.calling.block_returns)
                     stack.enter_context(replaced(block, stub))
                     continue
-                carried = self.work[layer].carried
-                source = entry(below, pack, carried, self.device, width)
+                carried = frame.work[layer].carried
+                source = entry(below, pack, carried, frame.device, width)
                 hook = self._enter(layer, pack, source)
                 handle = block.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
@@ -371,19 +240,20 @@ class _Pass:
 
     def _enter(self, layer: int, pack: BlockPack, source: BlockInput | None) -> Any:
         """A hook that hands a block its tokens, and what the model knows about them."""
+        frame = self.frame
         row, column = np.nonzero(pack.lookup >= 0)
         known = np.empty(len(pack), dtype=np.int64)
-        known[pack.lookup[row, column]] = self.universe[row, column]
-        size = self.size
+        known[pack.lookup[row, column]] = frame.universe[row, column]
+        size = frame.size
         same = len(known) == size and bool((known == np.arange(size)).all())
-        index = None if same else on_device(known, self.device)
+        index = None if same else on_device(known, frame.device)
         hidden_below = self.kept.hidden.get(layer)
-        first = all(below is None for below in self.packs[:layer])
+        first = all(below is None for below in frame.packs[:layer])
         place = np.empty(len(pack), dtype=np.int64)
         counts_columns = self.model.calling.first_position is None
-        starts = 0 if counts_columns else _Columns(self.kept, self.lanes).starts[row]
+        starts = 0 if counts_columns else frame.prompts.starts[row]
         place[pack.lookup[row, column]] = column - starts
-        positions = on_device(place, self.device) if self.prompt is not None else None
+        positions = on_device(place, frame.device) if self.prompt is not None else None
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             below = given_to(args, kwargs)
@@ -405,21 +275,21 @@ class _Pass:
     @contextmanager
     def _top(self) -> Generator[None]:
         """Behind the last block only the tokens that are read go on."""
-        anatomy, n_layers = self.model.anatomy, self.model.shape.n_layers
-        row, column = np.nonzero(self.final >= 0)
+        anatomy, frame, n_layers = self.model.anatomy, self.frame, self.model.shape.n_layers
+        row, column = np.nonzero(frame.final >= 0)
         below = self.last
-        source = below[row, column] if self.packs[-1] is not None else np.full(len(row), -1)
+        source = below[row, column] if frame.packs[-1] is not None else np.full(len(row), -1)
         stays, fresh = np.flatnonzero(source >= 0), np.flatnonzero(source < 0)
-        places = self.lanes[row] * self.kept.columns + column
+        places = frame.lanes[row] * self.kept.columns + column
         put = BlockInput(
             *(
-                on_device(index, self.device)
+                on_device(index, frame.device)
                 for index in (stays, source[stays], fresh, places[fresh])
             )
         )
-        size = self.size if self.prompt is None else max(len(row), self.prompt[1])
+        size = frame.size if self.prompt is None else max(len(row), self.prompt[1])
         left, width = self.kept.hidden[n_layers], self.kept.columns
-        self.top = self.end.top(Finals(put, row, column, self.lanes, left, width, size))
+        self.top = frame.end.top(Finals(put, row, column, frame.lanes, left, width, size))
         with ExitStack() as stack:
             # Behind all that is written there.
             handle = self._module(anatomy.blocks[-1].path).register_forward_hook(self.top.gather)
@@ -430,20 +300,12 @@ class _Pass:
                 stack.callback(handle.remove)
             yield
 
-    def _attention(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        layer = self.running()
-        pack = self.packs[layer]
+    def _attention(self, given: AttentionCall) -> tuple[Tensor, None]:
+        layer, query, value = given.layer, given.query, given.value
+        pack = self.frame.packs[layer]
         assert pack is not None
-        if id(module) in self.crossing:
-            return self._across(pack, module, query, kwargs)
+        if given.across:
+            return self._across(pack, given)
         _, heads, count, _ = query.shape
         out = value.new_empty(count, heads, value.shape[-1])
         if pack.attend is not None:
@@ -453,34 +315,33 @@ class _Pass:
             raise CannotPack("a block attends in another way than the one before")
         attend(
             query[0],
-            key[0],
+            given.key[0],
             value[0],
             pack.groups,
             kept,
             out,
-            causal=self.causal,
+            causal=self.frame.causal,
             masks=self.masks,
             work=self.sites.layer(layer, query),
-            **kwargs,
+            **given.arguments,
         )
         return out[None], None
 
-    def _across(
-        self, pack: BlockPack, module: nn.Module, query: Tensor, arguments: Mapping[str, Any]
-    ) -> tuple[Tensor, None]:
+    def _across(self, pack: BlockPack, given: AttentionCall) -> tuple[Tensor, None]:
         """Attention to the encoder's tokens, which each lane has its own of."""
-        kept, columns = self.kept.across[self.running()], self.kept.columns
-        function = own_function(module, self.own)
-        rest = {name: value for name, value in arguments.items() if name != "position_bias"}
+        kept, columns, query = self.kept.across[given.layer], self.kept.columns, given.query
+        function = given.own_function()
+        rest = {name: value for name, value in given.arguments.items() if name != "position_bias"}
         heads = query.shape[1]
         out = query.new_empty(1, query.shape[2], heads, kept.values.shape[-1])
         for lane in np.unique(pack.kept_index // columns).tolist():
             tokens = np.flatnonzero(pack.kept_index // columns == lane)
-            at = on_device(tokens, self.device)
+            at = on_device(tokens, self.frame.device)
             own, mask = kept.part(slice(lane, lane + 1)), None
             if own.mask is not None:
-                mask = own.mask[:, :, on_device(pack.kept_index[tokens] % columns, self.device)]
-            found, _ = function(module, query[:, :, at], own.keys, own.values, mask, **rest)
+                columns_at = on_device(pack.kept_index[tokens] % columns, self.frame.device)
+                mask = own.mask[:, :, columns_at]
+            found, _ = function(given.module, query[:, :, at], own.keys, own.values, mask, **rest)
             out[:, at] = found
         return out, None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import mechdsl.execute.patched_rows
 import mechdsl.execute.writes
+import mechdsl.packed.packed_frame
 import mechdsl.packed.packed_pass
 import mechdsl.plan.plan
 import mechdsl.plan.share
@@ -267,12 +269,12 @@ def other_rows_logits(model: Any, kept: ActivationCache, lanes: Any, **others: A
     return replace(found, logits=found.logits.roll(1, 0))
 
 
-def inside(name: str, broken: Any) -> Broken:
+def inside(module: ModuleType, name: str, broken: Any) -> Broken:
     """A part of `packed` is another one, while rows run and not while the model is checked."""
 
     def run(*args: Any, **others: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mechdsl.packed.packed_pass, name, broken)
+            patch.setattr(module, name, broken)
             return run_packed(*args, **others)
 
     return run
@@ -282,7 +284,7 @@ def less_work(change: Callable[[list[BlockWork]], list[BlockWork]]) -> Broken:
     def broken(*args: Any, **others: Any) -> Iterator[BlockWork]:
         return iter(change(list(block_work(*args, **others))))
 
-    return inside("block_work", broken)
+    return inside(mechdsl.packed.packed_frame, "block_work", broken)
 
 
 def nothing(work: BlockWork) -> BlockWork:
@@ -349,7 +351,7 @@ def columns_without_padding(self: Any, rows: Any, positions: Any) -> Any:
 
 def forgotten_padding(*args: Any, **others: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mechdsl.packed.packed_pass._Columns, "of", columns_without_padding)
+        patch.setattr(mechdsl.packed.packed_frame.PromptColumns, "of", columns_without_padding)
         return run_packed(*args, **others)
 
 
@@ -374,8 +376,10 @@ BREAKS: dict[str, Broken] = {
     "stale output projection": without_part("output"),
     "stale MLP": without_part("mlp"),
     "stale input": less_work(carried_nowhere),
-    "positions of other tokens": inside("_selected", first_tokens_positions),
-    "no mask": inside("attend", unmasked),
+    "positions of other tokens": inside(
+        mechdsl.packed.packed_pass, "_selected", first_tokens_positions
+    ),
+    "no mask": inside(mechdsl.packed.packed_pass, "attend", unmasked),
     "forgotten padding": forgotten_padding,
 }
 NOT_IN: dict[str, str] = {"positions of other tokens": "gpt2"}

@@ -127,7 +127,8 @@ def test_padding_that_is_forgotten_is_found_too(
     loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "mechdsl.packed.packed_pass._Columns.of", lambda self, rows, positions: positions + 0
+        "mechdsl.packed.packed_frame.PromptColumns.of",
+        lambda self, rows, positions: positions + 0,
     )
     right, left = (
         max(compare(loaded["gpt2"], "gpt2", site, side, [PACKED])[0] for site in SITES)

@@ -1,0 +1,173 @@
+"""What hooks do with the tensor that is tapped at a site: read it, write to it.
+
+A site may be a slice of that tensor, or be worked out from it; there is a kind of step for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mechdsl.hooks.hook_points import (
+    Step,
+    head_weights,
+    layout_put,
+    layout_view,
+    scaled,
+    through_heads,
+    unscaled,
+)
+from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite
+from mechdsl.models.anatomy import Layout
+
+
+@dataclass
+class PlacedWrite:
+    """One write with its indices in the tapped tensor."""
+
+    number: int
+    write: SiteWrite
+    values: Tensor
+    first: Tensor
+    second: Tensor
+    units: Tensor
+
+    def put(self, view: Tensor, values: Tensor, *, add: bool) -> None:
+        """Write `values` [K, width] into a [B, T, units, width] view."""
+        index = tuple(t.to(view.device) for t in (self.first, self.second, self.units))
+        view.index_put_(index, values, accumulate=add)
+
+    def get(self, view: Tensor) -> Tensor:
+        """[K, width] of a [B, T, units, width] view."""
+        return view[tuple(t.to(view.device) for t in (self.first, self.second, self.units))]
+
+    def values_like(self, view: Tensor) -> Tensor:
+        """The values, on the device and of the type of what they are written to."""
+        return self.values.to(device=view.device, dtype=view.dtype)
+
+
+class SiteSteps:
+    """Makes the steps of one forward pass, and keeps what they have found."""
+
+    def __init__(self, writes: int) -> None:
+        self.found: dict[SiteRead, Tensor] = {}
+        """[B, T, units, width] of what was read."""
+        self.applied = [0] * writes
+        """Vectors of each write that were written so far."""
+        self.streams: dict[str, Tensor] = {}
+        """Path of a tapped module → the stream that enters its block, for `resid_mid`."""
+
+    def _done(self, place: PlacedWrite) -> None:
+        self.applied[place.number] += int(place.first.numel())
+
+    def _keep(self, reads: list[SiteRead], view: Tensor) -> None:
+        for read in reads:
+            if read in self.found:
+                raise ReadMismatch(f"{read.quoted} was passed twice in one run")
+            self.found[read] = view.clone(memory_format=torch.contiguous_format)
+
+    def direct(
+        self,
+        places: list[PlacedWrite],
+        reads: list[SiteRead],
+        layout: Layout,
+        scale: float | Tensor = 1.0,
+    ) -> Step:
+        """A site that is a slice of the tapped tensor, times `scale`."""
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            if places:
+                value = value.clone(memory_format=torch.contiguous_format)
+            view = layout_view(value, layout)
+            for place in places:
+                new = unscaled(place.values_like(view), scale)
+                place.put(view, new, add=place.write.mode == "add")
+                self._done(place)
+            if places:
+                layout_put(value, layout, view)
+            self._keep(reads, scaled(view, scale))
+            return value
+
+        return step
+
+    def own_view(
+        self, places: list[PlacedWrite], reads: list[SiteRead], layout: Layout
+    ) -> Callable[[Tensor], Tensor]:
+        """A site that is worked out for us alone, as [B, T, units, width]."""
+
+        def change(view: Tensor) -> Tensor:
+            if places:
+                view = view.clone()
+            for place in places:
+                place.put(view, place.values_like(view), add=place.write.mode == "add")
+                self._done(place)
+            self._keep(reads, view)
+            return view
+
+        return change
+
+    def remember(self, path: str) -> Step:
+        """Keeps the stream that enters a block, for `resid_mid` in the same block."""
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            self.streams[path] = value
+            return value
+
+        return step
+
+    def between(
+        self, places: list[PlacedWrite], reads: list[SiteRead], path: str, scale: float | Tensor
+    ) -> Step:
+        """`resid_mid`: what attention adds is changed so that the sum is the value written.
+
+        The stream between the sublayers is no module's output; a hook on the second norm would
+        leave the residual branch as it was.
+        """
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            stream = self.streams[path].unsqueeze(2)
+            if places:
+                value = value.clone()
+            view = value.unsqueeze(2)
+            for place in places:
+                new = place.values_like(view)
+                if place.write.mode == "set":
+                    new = new - place.get(stream)
+                new = unscaled(new, scale)
+                place.put(view, new, add=place.write.mode == "add")
+                self._done(place)
+            if reads:
+                self._keep(reads, stream + scaled(view, scale))
+            return value
+
+        return step
+
+    def heads(self, places: list[PlacedWrite], reads: list[SiteRead], layout: Layout) -> Step:
+        """`head_out`: a head's part of the projection's output, changed by its difference.
+
+        Several heads of one row and position add up.
+        """
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            z, weight = layout_view(given, layout), head_weights(module, layout)
+            if places:
+                value = value.clone()
+            view = value.unsqueeze(2)
+            for place in places:
+                new = place.values_like(view)
+                if place.write.mode == "set":
+                    new = new - through_heads(place.get(z), place.units.to(z.device), weight)
+                replace(place, units=torch.zeros_like(place.units)).put(view, new, add=True)
+                self._done(place)
+            if reads:
+                per_head = torch.einsum("bthd,hdm->bthm", z, weight)
+                for place in places:
+                    add = place.write.mode == "add"
+                    place.put(per_head, place.values_like(per_head), add=add)
+                self._keep(reads, per_head)
+            return value
+
+        return step
