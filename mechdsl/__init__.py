@@ -1,25 +1,53 @@
-"""mechdsl: the language in which interpretability experiments are written."""
+"""mechdsl: the language in which interpretability experiments are written.
+
+`run` runs a file, `check` finds what is wrong with it; `plan_of`, `graph_of` and `explain` show
+what would be run. docs/python.md has every name.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["MechdslError", "Results", "check", "run"]
+__all__ = [
+    "Diagnostic",
+    "Diagnostics",
+    "ExperimentResult",
+    "MechdslError",
+    "MechdslWarning",
+    "Results",
+    "check",
+    "explain",
+    "graph_of",
+    "plan_of",
+    "run",
+]
 
 if TYPE_CHECKING:
-    from mechdsl.api import MechdslError, check, run
+    from mechdsl.api import check, explain, graph_of, plan_of, run
+    from mechdsl.diagnostics.core import Diagnostic
+    from mechdsl.diagnostics.raised import Diagnostics, MechdslError, MechdslWarning
+    from mechdsl.results.experiment_result import ExperimentResult
     from mechdsl.results.results import Results
+
+_PLACES = {
+    "Diagnostic": "mechdsl.diagnostics.core",
+    "Diagnostics": "mechdsl.diagnostics.raised",
+    "ExperimentResult": "mechdsl.results.experiment_result",
+    "MechdslError": "mechdsl.diagnostics.raised",
+    "MechdslWarning": "mechdsl.diagnostics.raised",
+    "Results": "mechdsl.results.results",
+}
+"""What isn't defined in `mechdsl.api`."""
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, because `mechdsl validate` must start without torch.
-    if name == "Results":
-        from mechdsl.results.results import Results
-
-        return Results
     if name in __all__:
-        from mechdsl import api
-
-        return getattr(api, name)
+        return getattr(import_module(_PLACES.get(name, "mechdsl.api")), name)
     raise AttributeError(f"module `mechdsl` has no attribute `{name}`")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

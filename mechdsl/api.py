@@ -1,28 +1,233 @@
-"""The Python API: check a text, run a file."""
+"""The Python API: what the commands of the same names do, with results to go on with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.render import render_full
+from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
+from mechdsl.diagnostics.e04_model import NoTokenizer
+from mechdsl.diagnostics.raised import Diagnostics, MechdslError, MechdslWarning, warn
 
 if TYPE_CHECKING:
+    import torch
+
+    from mechdsl.execute.profile import Profile
+    from mechdsl.execute.sizes import PassSizes
+    from mechdsl.hooks.loaded import LoadedModel
+    from mechdsl.plan.plan import Plan
+    from mechdsl.program.python_files import Mode
     from mechdsl.results.results import Results
+    from mechdsl.show.terminal import Printed
+    from mechdsl.validate.check_file import Checked, Settings
+
+__all__ = ["MechdslError", "MechdslWarning", "check", "explain", "graph_of", "plan_of", "run"]
+
+Models = Mapping[str, tuple[Any, Any]]
+"""Name in the file → (transformers model, fast tokenizer)."""
+Values = Mapping[str, object]
+"""Name of a `param` → its value."""
 
 
-class MechdslError(Exception):
-    """A file, its data or its model is wrong; `diagnostics` say where and what to write."""
+def check(
+    file: str | Path, models: Models | None = None, *, set: Values | None = None
+) -> Diagnostics:
+    """All errors and warnings of a file, as `mechdsl validate` finds them: without weights, and
+    without torch but for models that are handed over.
 
-    def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
-        self.diagnostics = list(diagnostics)
-        super().__init__("\n" + render_full(self.diagnostics, color=False, width=100))
+    file: its path, or its text (what has a line break or begins with `mech `).
+    models, set: as for `run`.
+    Returns a list of diagnostics, empty where nothing is wrong; raises nothing about the file.
+    """
+    source, found = _source(file)
+    if source is None:
+        return Diagnostics(found)
+    try:
+        checked, _ = _check(source, models, _settings(set, python="look"))
+    except MechdslError as error:
+        return error.diagnostics
+    return Diagnostics(checked.diagnostics)
 
 
-def source_of(file: str | Path) -> tuple[Source | None, list[Diagnostic]]:
+def run(
+    file: str | Path,
+    models: Models | None = None,
+    *,
+    set: Values | None = None,
+    limit: int | None = None,
+    only: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    offload: str | Path | None = None,
+    out: str | Path | None = None,
+    write_reports: bool = True,
+    profile: bool = False,
+    allow_python: bool = False,
+    no_pass: Sequence[str] = (),
+    pass_tokens: int | None = None,
+    prompt_tokens: int | None = None,
+) -> Results:
+    """Run a file as `mechdsl run` does, and return its results.
+
+    file: its path, or its text (what has a line break or begins with `mech `); paths in a text
+        start from the working directory.
+    models: name in the file → (transformers model, fast tokenizer), in place of what the file
+        declares under that name. They run where and as they are, so `device` and `dtype` don't
+        apply, and they are left exactly as they were.
+    set: values of the file's `param` lines.
+    limit: rows per experiment at most. only: the one experiment to run, with what it needs.
+    device: `auto`, `cpu`, `cuda`, `cuda:1`. dtype: in place of what the file says.
+    offload: folder for weights that fit into no memory. out: folder that keeps every prompt's
+        values.
+    write_reports: write the reports that the file sends to a file (`report … to "x.png"`).
+    profile: compare estimated with measured work in `Results.profile`.
+    allow_python: run the Python files that the file refers to.
+    no_pass: planner passes to switch off. pass_tokens, prompt_tokens: most tokens of a pass over
+        patched rows, and of a batch of unpatched prompts.
+
+    Warnings are shown through `warnings` as MechdslWarning, and kept in `Results.diagnostics`.
+    Raises MechdslError where the file, its data, a model or an argument is wrong (no cell has been
+    run then), and where a function of a Python file fails.
+    """
+    from mechdsl.execute.execute import Options
+    from mechdsl.loading.borrowed import borrowed
+    from mechdsl.pipeline import RunOptions, run_checked
+    from mechdsl.program.python_files import PythonFailure
+    from mechdsl.results.collect import versions
+    from mechdsl.results.results import Results
+    from mechdsl.show.show_report import write_files
+
+    source = _read(file)
+    _refuse(_dtype_problem(dtype), _size_problems(limit, pass_tokens, prompt_tokens))
+    profiles: list[tuple[Plan, Profile]] = []
+    options = RunOptions(
+        device=str(device),
+        dtype=None if dtype is None else _name_of(dtype),
+        offload=None if offload is None else Path(offload),
+        out=None if out is None else Path(out),
+        without=_names(no_pass),
+        execution=Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens),
+        on_profile=(lambda *done: profiles.append(done)) if profile else None,
+    )
+    settings = _settings(set, limit, only, "run" if allow_python else "refuse")
+    with borrowed(module for module, _ in _pairs(models).values()):
+        checked, loaded = _checked(source, models, settings)
+        try:
+            result, found = run_checked(checked, options, loaded)
+        except PythonFailure as failure:
+            raise MechdslError([failure.diagnostic]) from failure
+    if result is None or has_errors(found):
+        raise MechdslError(found)
+    written, unwritten = write_files(result, source.folder) if write_reports else ([], [])
+    warn([*found, *unwritten])
+    return Results(
+        (result,),
+        versions(),
+        diagnostics=Diagnostics([*checked.diagnostics, *found, *unwritten]),
+        written=tuple(written),
+        profile=_profile_text(profiles, result.sizes),
+    )
+
+
+def plan_of(
+    file: str | Path,
+    models: Models | None = None,
+    *,
+    set: Values | None = None,
+    limit: int | None = None,
+    allow_python: bool = False,
+    no_pass: Sequence[str] = (),
+    pass_tokens: int | None = None,
+    prompt_tokens: int | None = None,
+) -> Printed:
+    """What `mechdsl plan` prints: the intervention graph, the cells, rows and forward passes of a
+    file, what each planner pass saves, and how long the rest takes. Nothing is run.
+
+    The arguments are those of `run`. Raises MechdslError where something is wrong.
+    """
+    from mechdsl.plan.make_plan import make_plan
+    from mechdsl.plan.passes import unknown_passes
+    from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS
+    from mechdsl.show.plan import print_plan
+    from mechdsl.show.terminal import printed
+
+    _refuse(_size_problems(limit, pass_tokens, prompt_tokens))
+    without = _names(no_pass)
+    checked = _alone(file, models, _settings(set, limit, python=_mode(allow_python)))
+    _refuse(unknown_passes(sorted(without)))
+    made = make_plan(checked.experiments, without=without)
+    sizes = pass_tokens or PASS_TOKENS, prompt_tokens or PROMPT_TOKENS
+    return printed(lambda console: print_plan(made, console, *sizes))
+
+
+def graph_of(
+    file: str | Path,
+    models: Models | None = None,
+    *,
+    set: Values | None = None,
+    format: Literal["dot", "mermaid", "svg", "text"] = "mermaid",
+    to: str | Path | None = None,
+    before: bool = False,
+    allow_python: bool = False,
+) -> Printed:
+    """What `mechdsl graph` prints: the intervention graph of a file, drawn.
+
+    format: as DOT, Mermaid, SVG or text. to: also write it to this file. before: without the
+        planner's passes. The other arguments are those of `run`.
+    Raises MechdslError where something is wrong, OSError where `to` can't be written.
+    """
+    from mechdsl.show.graph import DRAWINGS, draw
+    from mechdsl.show.terminal import Drawing, Printed
+
+    _refuse(_word_problem("format", format, DRAWINGS))
+    checked = _alone(file, models, _settings(set, python=_mode(allow_python)))
+    text = draw(checked.experiments, format, before=before)
+    if to is not None:
+        Path(to).write_text(text, encoding="utf-8")
+    return Drawing(text) if format == "svg" else Printed(text)
+
+
+def explain(
+    what: str | Path,
+    models: Models | None = None,
+    *,
+    set: Values | None = None,
+    limit: int | None = None,
+    format: Literal["text", "json"] = "text",
+    allow_python: bool = False,
+) -> Printed:
+    """What `mechdsl explain` prints: the prompts of a file, token by token, with the positions that
+    rules hit; or the page of a code (`explain("E0301")`).
+
+    format: `json` is every row of every run. The other arguments are those of `run`.
+    Raises MechdslError where something is wrong.
+    """
+    import json
+
+    from mechdsl.diagnostics.pages import is_code, page_of
+    from mechdsl.show.terminal import Printed, printed
+
+    _refuse(_word_problem("format", format, ("text", "json")), _size_problems(limit))
+    if is_code(str(what)):
+        text, problems = page_of(str(what))
+        _refuse(problems)
+        return Printed(text)
+    checked = _alone(what, models, _settings(set, limit, python=_mode(allow_python)))
+    from mechdsl.show import prompts
+
+    if format == "json":
+        return Printed(json.dumps(prompts.as_json(checked), ensure_ascii=False, indent=1) + "\n")
+    return printed(lambda console: prompts.explain(checked, console))
+
+
+# --- what they share ----------------------------------------------------------------------------
+
+
+def _source(file: str | Path) -> tuple[Source | None, list[Diagnostic]]:
     """A file by its path, or a text that begins like one (`mech 1`)."""
     from mechdsl.syntax.parse import read_source
 
@@ -31,69 +236,133 @@ def source_of(file: str | Path) -> tuple[Source | None, list[Diagnostic]]:
     return read_source(Path(file))
 
 
-def check(file: str | Path) -> list[Diagnostic]:
-    """All errors and warnings of a file (path or text), without weights and without torch."""
-    from mechdsl.validate.check_file import Settings, check_source
-
-    source, diagnostics = source_of(file)
+def _read(file: str | Path) -> Source:
+    source, found = _source(file)
     if source is None:
-        return diagnostics
-    return check_source(source, Settings(python="look")).diagnostics
+        raise MechdslError(found)
+    return source
 
 
-def run(
-    file: str | Path,
-    models: Mapping[str, tuple[Any, Any]] | None = None,
-    *,
-    parameters: Mapping[str, object] | None = None,
-    limit: int | None = None,
-    only: str | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
-    offload: str | Path | None = None,
-    out: str | Path | None = None,
-    allow_python: bool = False,
-    no_pass: Sequence[str] = (),
-    pass_tokens: int | None = None,
-    prompt_tokens: int | None = None,
-) -> Results:
-    """Run a file (path or text) and return its results.
+def _check(
+    source: Source, models: Models | None, settings: Settings
+) -> tuple[Checked, dict[str, LoadedModel]]:
+    if not models:  # and so without torch
+        from mechdsl.validate.check_file import check_source
 
-    models: name in the file → (transformers model, fast tokenizer), in place of what the file
-        declares under that name. parameters: as `--set`. allow_python: run the Python files that
-        it refers to. The other arguments are those of the command line.
-    Raises MechdslError where the file, its data or a model is wrong (no cell has been run then),
-    and where a function of a Python file fails.
-    """
-    from mechdsl.execute.execute import Options
-    from mechdsl.pipeline import RunOptions, run_source
-    from mechdsl.program.python_files import PythonFailure
-    from mechdsl.results.collect import versions
-    from mechdsl.results.results import Results
+        return check_source(source, settings), {}
+    from mechdsl.loading.borrowed import borrowed
+    from mechdsl.pipeline import check_with_models
+
+    pairs = _pairs(models)
+    with borrowed(module for module, _ in pairs.values()):
+        return check_with_models(source, settings, pairs)
+
+
+def _checked(
+    source: Source, models: Models | None, settings: Settings
+) -> tuple[Checked, dict[str, LoadedModel]]:
+    """A file without errors, its warnings shown; MechdslError where it has some."""
+    checked, loaded = _check(source, models, settings)
+    if has_errors(checked.diagnostics):
+        raise MechdslError(checked.diagnostics)
+    warn(checked.diagnostics)
+    return checked, loaded
+
+
+def _alone(file: str | Path, models: Models | None, settings: Settings) -> Checked:
+    return _checked(_read(file), models, settings)[0]
+
+
+def _pairs(models: Any) -> Models:
+    """Models with their tokenizers; MechdslError (E0412) for those that have none, TypeError for
+    what is no dict."""
+    if models is None:
+        return {}
+    if not isinstance(models, Mapping):
+        raise TypeError('models are a dict: `models={"toy": (model, tokenizer)}`')
+    found: list[Diagnostic] = []
+    for name, pair in cast("Mapping[str, Any]", models).items():
+        hint = f'write `models={{"{name}": (model, tokenizer)}}`'
+        if not isinstance(pair, tuple | list) or len(cast("Sequence[Any]", pair)) != 2:
+            reason = "it was handed over alone"
+            found.append(NoTokenizer(model=name, reason=reason, hint=hint))
+        elif pair[1] is None:
+            reason = "`None` stands where the tokenizer should"
+            found.append(NoTokenizer(model=name, reason=reason, hint=hint))
+        elif hasattr(pair[0], "encode") and hasattr(pair[1], "forward"):
+            reason = "the model stands where the tokenizer should"
+            found.append(NoTokenizer(model=name, reason=reason, hint=hint))
+    _refuse(found)
+    return cast("Models", models)
+
+
+def _profile_text(profiles: Sequence[tuple[Plan, Profile]], sizes: PassSizes | None) -> str:
+    from mechdsl.show.plan import print_profile
+    from mechdsl.show.terminal import printed
+
+    texts: list[str] = []
+    for planned, done in profiles:
+        assert sizes is not None  # something was run
+        texts.append(printed(partial(print_profile, planned, done, sizes)))
+    return "".join(texts)
+
+
+def _settings(
+    set: Values | None, limit: int | None = None, only: str | None = None, python: Mode = "refuse"
+) -> Settings:
     from mechdsl.validate.check_file import Settings
 
-    source, diagnostics = source_of(file)
-    if source is None:
-        raise MechdslError(diagnostics)
-    for name, pair in (models or {}).items():
-        if not hasattr(pair, "__len__") or len(pair) != 2:
-            raise TypeError(
-                f"a model comes with its tokenizer: models={{{name!r}: (model, tokenizer)}}"
-            )
-    given = {name: str(value) for name, value in (parameters or {}).items()}
-    options = RunOptions(
-        settings=Settings(given, limit, only, "run" if allow_python else "refuse"),
-        device=device,
-        dtype=dtype,
-        offload=None if offload is None else Path(offload),
-        out=None if out is None else Path(out),
-        without=frozenset(no_pass),
-        execution=Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens),
-    )
-    try:
-        result, diagnostics = run_source(source, options, models)
-    except PythonFailure as failure:
-        raise MechdslError([failure.diagnostic]) from failure
-    if result is None or has_errors(diagnostics):
-        raise MechdslError([d for d in diagnostics if d.severity == "error"])
-    return Results((result,), versions())
+    given = {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in (set or {}).items()
+    }
+    return Settings(given, limit, only, python)
+
+
+def _mode(allow_python: bool) -> Mode:
+    return "run" if allow_python else "refuse"
+
+
+def _names(names: Sequence[str]) -> frozenset[str]:
+    """A word alone is one name, not its letters."""
+    return frozenset([names] if isinstance(names, str) else names)
+
+
+def _name_of(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _refuse(*found: Sequence[Diagnostic]) -> None:
+    """MechdslError where anything was found."""
+    problems = [each for some in found for each in some]
+    if problems:
+        raise MechdslError(problems)
+
+
+def _word_problem(
+    name: str, word: str, known: Sequence[str] | Mapping[str, object]
+) -> list[Diagnostic]:
+    if word in known:
+        return []
+    hint = did_you_mean(word, known, f"write one of {', '.join(known)}")
+    return [BadCommandLine(reason=f"`{name}={word!r}`: there is no such {name}", hint=hint)]
+
+
+def _dtype_problem(dtype: str | torch.dtype | None) -> list[Diagnostic]:
+    from mechdsl.program.lower_file import DTYPES
+
+    return [] if dtype is None else _word_problem("dtype", _name_of(dtype), DTYPES)
+
+
+def _size_problems(
+    limit: int | None, pass_tokens: int | None = None, prompt_tokens: int | None = None
+) -> list[Diagnostic]:
+    given = {"limit": limit, "pass_tokens": pass_tokens, "prompt_tokens": prompt_tokens}
+    return [
+        BadCommandLine(
+            reason=f"`{name}={value!r}`: it is a whole number from 1 on",
+            hint="leave it out where there is to be no limit",
+        )
+        for name, value in given.items()
+        if value is not None and (type(value) is not int or value < 1)
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ import torch
 
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName
+from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.execute import Options, Progress, execute, refused, sizes_of
 from mechdsl.execute.profile import Profile
@@ -24,6 +24,7 @@ from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import unknown_passes
 from mechdsl.plan.plan import Plan
 from mechdsl.program import spec
+from mechdsl.program.lower_file import lower_program
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolve_experiment import resolve_experiment
@@ -38,6 +39,7 @@ from mechdsl.results.results import Results
 from mechdsl.results.store import Store
 from mechdsl.results.variants import merged
 from mechdsl.rules import RULES
+from mechdsl.syntax.parse import parse
 from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
 from mechdsl.vocab.effects import EFFECTS
 
@@ -70,14 +72,38 @@ def run_source(
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     """Check and run one file; None where it, its data or its model is wrong: no cell was run."""
     options = options or RunOptions()
-    loaded, diagnostics = _adopted(models or {})
-    contexts = _contexts(source, loaded)
-    checked = check_source(source, options.settings, contexts)
-    diagnostics = [*diagnostics, *checked.diagnostics]
-    if has_errors(diagnostics):
-        return None, diagnostics
+    checked, loaded = check_with_models(source, options.settings, models or {})
+    if has_errors(checked.diagnostics):
+        return None, checked.diagnostics
     result, found = run_checked(checked, options, loaded)
-    return result, [*diagnostics, *found]
+    return result, [*checked.diagnostics, *found]
+
+
+def check_with_models(
+    source: Source, settings: Settings, models: Models
+) -> tuple[Checked, dict[str, LoadedModel]]:
+    """Check a file with models of Python's in place of those that it declares by these names.
+
+    Adds E0201 for names that the file doesn't define, and what is wrong with the models.
+    """
+    syntax, found = parse(source)
+    declared = lower_program(syntax, source, settings.parameters)[0].models
+    # Before a model is proved, which takes a while; a broken line may be the one that defines it.
+    unknown = [name for name in models if name not in declared] if not found else []
+    loaded, diagnostics = _adopted({n: pair for n, pair in models.items() if n in declared})
+    checked = check_source(source, settings, _contexts(source, loaded))
+    refused = models.keys() - loaded.keys()
+    said = [_no_such_model(name, declared) for name in unknown]
+    # What the file declares under the name of a model that is refused isn't missed.
+    own = [d for d in checked.diagnostics if getattr(d, "model", None) not in refused]
+    checked.diagnostics = [*said, *diagnostics, *own]
+    return checked, loaded
+
+
+def _no_such_model(name: str, declared: Collection[str]) -> Diagnostic:
+    listed = ", ".join(f"`{each}`" for each in declared)
+    known = f"the file's models are {listed}" if listed else "the file has no `model` line"
+    return UnknownName(kind="model", name=name, hint=did_you_mean(name, declared, known))
 
 
 def run_checked(
@@ -371,11 +397,6 @@ def _load(
 ) -> list[Diagnostic]:
     """Load every model that an experiment runs on."""
     diagnostics: list[Diagnostic] = []
-    unknown = [name for name in loaded if name not in checked.program.models]
-    diagnostics.extend(
-        UnknownName(kind="model", name=name, hint="the file defines no model of that name")
-        for name in unknown
-    )
     # With `--only` there may be models that nothing runs on.
     wanted = {*(e.name for e in checked.experiments), *checked.unchecked}
     needed = [

@@ -19,7 +19,7 @@ from mechdsl.cli.options import (
 from mechdsl.cli.output import make_console, print_diagnostics
 from mechdsl.cli.status import FINE, WRONG
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
+from mechdsl.diagnostics.pages import is_code, page_of
 
 
 @click.command(short_help="Show prompts token by token, or an error's page.")
@@ -34,8 +34,8 @@ def explain(
     what: str, parameters: tuple[str, ...], limit: int | None, form: str, allow_python: bool
 ) -> int:
     """Show each prompt's tokens with the positions marked; or explain an error's code."""
-    if what[:1] in "EWew" and what[1:].isdigit():
-        return _explain_code(what.upper())
+    if is_code(what):
+        return _explain_code(what)
     how = settings(parameters, limit, python=python_mode(allow_python))
     checked, problems = checked_file(Path(what), how)
     print_diagnostics(problems)
@@ -53,12 +53,7 @@ def explain(
 
 def _explain_code(code: str) -> int:
     """The page of an error or a warning."""
-    from mechdsl.diagnostics.pages import codes, page
-
-    text = page(code)
-    if text is None:
-        hint = did_you_mean(code, codes(), "codes look like E0305")
-        print_diagnostics([BadCommandLine(reason=f"there is no code `{code}`", hint=hint)])
-        return WRONG
+    text, problems = page_of(code)
+    print_diagnostics(problems)
     sys.stdout.write(text)
-    return FINE
+    return WRONG if problems else FINE

@@ -48,19 +48,9 @@ def graph(
     print_diagnostics(problems)
     if checked is None or has_errors(problems):
         return WRONG
-    from mechdsl.plan.make_plan import graph_of_file, rewrite
-    from mechdsl.show import graph as draw
+    from mechdsl.show.graph import draw
 
-    made = graph_of_file(checked.experiments)
-    if not before:
-        made, _ = rewrite(made)
-    drawings = {
-        "dot": draw.to_dot,
-        "mermaid": draw.to_mermaid,
-        "svg": draw.to_svg,
-        "text": draw.to_text,
-    }
-    text = drawings[form](made)
+    text = draw(checked.experiments, form, before=before)
     if to is None:
         sys.stdout.write(text)
     else:

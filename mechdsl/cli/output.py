@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mechdsl.cli.status import BROKE_OFF
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e02_names import BadCommandLine
+from mechdsl.diagnostics.e02_names import cannot_write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,9 +46,7 @@ def broke_off(what: str, error: Exception) -> int:
         print_diagnostics([error.diagnostic])
         return BROKE_OFF
     if isinstance(error, OSError) and error.filename is not None:
-        reason = f"cannot write `{error.filename}`: {(error.strerror or str(error)).lower()}"
-        hint = "name a file in a folder that exists and may be written to"
-        print_diagnostics([BadCommandLine(reason=reason, hint=hint)])
+        print_diagnostics([cannot_write(error)])
         return BROKE_OFF
     if os.environ.get("MECHDSL_DEBUG"):
         raise error

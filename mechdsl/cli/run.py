@@ -121,9 +121,7 @@ def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: b
     if form == "json":
         sys.stdout.write(results.to_json() + "\n")
     elif form == "csv":
-        from mechdsl.show.reports.files import results_csv
-
-        sys.stdout.write(results_csv(results))
+        sys.stdout.write(results.to_csv())
     return FINE if results.holds else FAILED
 
 

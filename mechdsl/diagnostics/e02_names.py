@@ -1,6 +1,7 @@
 """E02xx: names, words of the registries, imports, parameters."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from mechdsl.base.record import keyword_record
 from mechdsl.base.registry import nearest
@@ -116,6 +117,15 @@ class BadCommandLine(Diagnostic):
     help = "{hint}"
     reason: str
     hint: str
+
+
+def cannot_write(error: OSError, path: Path | None = None) -> BadCommandLine:
+    """E0208 for a file that can't be written; path: where the error doesn't name it."""
+    said = (error.strerror or str(error)).lower()
+    return BadCommandLine(
+        reason=f"cannot write `{error.filename or path}`: {said}",
+        hint="name a file in a folder that exists and may be written to",
+    )
 
 
 @keyword_record

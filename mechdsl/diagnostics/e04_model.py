@@ -181,10 +181,11 @@ class NoTokenizer(Diagnostic):
     code = "E0412"
     title = "`{model}` has no tokenizer that gives character offsets"
     label = "{reason}"
-    help = "positions are found by offsets: save a fast tokenizer (`tokenizer.json`) beside it"
+    help = "{hint}"
 
     model: str
     reason: str
+    hint: str = "positions are found by offsets: save a fast tokenizer (`tokenizer.json`) beside it"
 
 
 @keyword_record

@@ -110,7 +110,9 @@ def adopt(
         return None, found
     config = getattr(module, "config", None)
     if not hasattr(config, "to_dict"):
-        return None, [LoadFailed(span=span, model=name, reason="it has no transformers config")]
+        it = "" if isinstance(cast(object, module), nn.Module) else type(module).__name__
+        reason = f"`{it}` is no model of transformers" if it else "it has no transformers config"
+        return None, [LoadFailed(span=span, model=name, reason=reason)]
     values: dict[str, Any] = dict(cast(Any, config).to_dict())
     values["architectures"] = [type(module).__name__]
     shape, found = shape_from_config(values, model=name, span=span)
@@ -176,7 +178,8 @@ def _needed(missing: ModelNotHere) -> ModelNotFound:
         model=missing.model,
         path=missing.path,
         place="the Hugging Face cache",
-        advice=f"`hf download {missing.path}` fetches it",
+        advice=f"`hf download {missing.path}` fetches it; from Python it can be handed over: "
+        f'`models={{"{missing.model}": (model, tokenizer)}}`',
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +18,13 @@ from mechdsl.base.percent import Percent
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
+from mechdsl.results.shown import AS_CHART, AS_HTML, AS_TEXT, LINE_WIDTH, MOST_LINES, shown_by
 from mechdsl.statistics.bootstrap import Resampling
 from mechdsl.statistics.cell_statistics import run_interval
 from mechdsl.statistics.measure_data import CellStatistics, Interval, MeasureData, NullBand
 
 if TYPE_CHECKING:
+    import altair
     import pandas
 
 
@@ -35,7 +40,7 @@ class ExpectOutcome:
     reason: str | None = None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ExperimentResult:
     """What one experiment found: `measures` hold every prompt's value, `statistics` the rest.
 
@@ -139,12 +144,62 @@ class ExperimentResult:
         """One flat record per cell and measure, None where a number is missing."""
         return list(_records(self))
 
+    def to_csv(self) -> str:
+        """One line per cell and measure, under a line of names; what does not exist is empty."""
+        return csv_text(self.records())
+
     def to_pandas(self) -> pandas.DataFrame:
-        """A frame with one row per cell and measure (needs pandas)."""
+        """A frame with one row per cell and measure.
+
+        Raises ImportError without pandas, which the extra `mechdsl[frames]` installs.
+        """
         return frame(self.records())
 
+    def to_text(self, width: int = 100) -> str:
+        """The tables, figures and verdicts that the command line prints, `width` columns wide."""
+        return shown_by(AS_TEXT)(self, width)
+
+    def plot(
+        self,
+        kind: str,
+        axis: str | None = None,
+        by: str | None = None,
+        *,
+        top: int | None = None,
+    ) -> altair.TopLevelMixin:
+        """What `report KIND AXIS by BY top TOP` draws, as an altair chart.
+
+        kind: `heatmap`, `lines`, `bars`, `confusion` or `overlay`. Where neither axis nor by is
+        given they are those of the file's own report of this kind, or the first that fit.
+        Raises MechdslError for another kind and for what the experiment does not have (E0203,
+        E0607), ImportError without altair.
+        """
+        return shown_by(AS_CHART)(self, kind, axis, by, top)
+
+    @property
+    def summary(self) -> str:
+        """What was run, in one line."""
+        sizes = {axis: len({cell.coords[axis] for cell in self.cells}) for axis in self.axes}
+        grid = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+        cells = "1 cell" if len(self.cells) == 1 else f"{len(self.cells)} cells"
+        cells += f" ({grid})" if grid else ""
+        where = f"{self.name} on {self.model}"
+        return f"{where}: {self.direction}, {cells}, {self.prompts} prompts"
+
+    def __repr__(self) -> str:
+        measures = [f"{m.effect} of {m.label}" for m in self.measures[:MOST_LINES]]
+        more = len(self.measures) - len(measures)
+        held = sum(outcome.holds for outcome in self.outcomes)
+        lines = [
+            self.summary,
+            ", ".join(measures) + (f" and {more} more" if more else ""),
+            f"{held} of {len(self.outcomes)} expectations hold" if self.outcomes else "",
+        ]
+        shown = [shorten(line, LINE_WIDTH, placeholder=" …") for line in lines if line]
+        return "<ExperimentResult " + "\n  ".join(shown) + ">"
+
     def _repr_html_(self) -> str:
-        return html_table(self)
+        return shown_by(AS_HTML)(self)
 
 
 NUMBERS = (
@@ -216,44 +271,35 @@ def frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
         import pandas
     except ImportError as error:
         raise ImportError(
-            'data frames need pandas, which is optional: pip install "mechdsl[frames]"'
+            "data frames need pandas, which is optional: "
+            'pip install "mechdsl[frames]" installs it; `records()` and `to_csv()` need nothing'
         ) from error
     return pandas.DataFrame(records)
 
 
-def html_table(result: ExperimentResult, most: int = 20) -> str:
-    """The first rows of an experiment's table, for notebooks."""
-    from html import escape
-
-    head = [*result.axes, "site", "label", "effect", "n", "mean", "low", "high", "p corrected"]
-    rows: list[list[str]] = []
-    for record in list(_records(result))[:most]:
-        keys = ["site", "label", "effect", "n", "mean", "low", "high", "p_corrected"]
-        cell = result.cells[len(rows) // len(result.measures)]
-        values = [*(cell.coords[axis] for axis in result.axes), *(record[key] for key in keys)]
-        rows.append(
-            [f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v) for v in values]
-        )
-    cells = "".join(
-        "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in rows
-    )
-    total = len(result.cells) * len(result.measures)
-    rest = f"<p>… and {total - most} more rows</p>" if total > most else ""
-    titles = "".join(f"<th>{escape(word)}</th>" for word in head)
-    caption = f"{escape(result.name)} · {escape(result.model)} · {escape(result.direction)}"
-    return (
-        f"<table><caption>{caption}</caption>"
-        f"<thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table>{rest}"
-    )
+def csv_text(records: list[dict[str, Any]]) -> str:
+    """Records as CSV; a column that a record lacks is empty."""
+    columns = dict.fromkeys(key for record in records for key in record)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FileResult:
     """The experiments of one file."""
 
     file: str
+    """Its path as it was given, `<text>` for a text."""
     experiments: tuple[ExperimentResult, ...]
     hash: str = ""
+    """SHA-256 of its text."""
     seed: int = 0
     sizes: PassSizes | None = None
     """What the run was laid out by; with it, two runs are equal bit for bit."""
+
+    def __repr__(self) -> str:
+        names = ", ".join(each.name for each in self.experiments) or "no experiments"
+        return shorten(f"<FileResult {self.file}: {names}", LINE_WIDTH, placeholder=" …") + ">"

@@ -1,4 +1,4 @@
-"""The results of a run in memory, which are also a JSON document and a data frame."""
+"""The results of a run in memory, which are also a JSON document, a table and a data frame."""
 
 from __future__ import annotations
 
@@ -6,25 +6,35 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from mechdsl.diagnostics.raised import Diagnostics
 from mechdsl.results.document import results_document
-from mechdsl.results.experiment_result import ExperimentResult, FileResult, frame, html_table
+from mechdsl.results.experiment_result import ExperimentResult, FileResult, csv_text, frame
+from mechdsl.results.shown import AS_HTML, LINE_WIDTH, MOST_LINES, shown_by
 
 if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Results:
-    """What `mechdsl.run` returns."""
+    """What `mechdsl.run` returns: `results["name"]` is an experiment, iterating gives them all."""
 
     files: tuple[FileResult, ...]
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of the packages that numbers depend on; `mechdsl` is among them."""
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    """The warnings of the run, and reports that could not be written."""
+    written: tuple[Path, ...] = ()
+    """The files of reports (`report … to "x.png"`), in the order of the program."""
+    profile: str = ""
+    """Estimated against measured work, with `profile=True`."""
 
     @property
     def experiments(self) -> tuple[ExperimentResult, ...]:
+        """In the order of the program."""
         return tuple(each for file in self.files for each in file.experiments)
 
     @property
@@ -33,7 +43,7 @@ class Results:
         return all(each.holds for each in self.experiments)
 
     def __getitem__(self, name: str) -> ExperimentResult:
-        """The experiment of this name (the first one, over several files)."""
+        """The experiment of this name (the first one, over several files); else KeyError."""
         for each in self.experiments:
             if each.name == name:
                 return each
@@ -46,26 +56,54 @@ class Results:
     def __len__(self) -> int:
         return len(self.experiments)
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """A frame with one row per cell and measure of every experiment (needs pandas)."""
-        records = [
+    def records(self) -> list[dict[str, Any]]:
+        """One flat record per cell and measure of every experiment, None where a number is
+        missing."""
+        return [
             {"file": file.file, **record}
             for file in self.files
             for each in file.experiments
             for record in each.records()
         ]
-        return frame(records)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A frame with one row per cell and measure of every experiment.
+
+        Raises ImportError without pandas, which the extra `mechdsl[frames]` installs.
+        """
+        return frame(self.records())
+
+    def to_csv(self) -> str:
+        """What `mechdsl run --format csv` prints: one line per cell and measure; an axis that an
+        experiment lacks is empty."""
+        return csv_text(self.records())
 
     def to_dict(self) -> dict[str, Any]:
         """The document of `mechdsl run --format json`."""
         return results_document(self.files, self.versions).as_json()
 
-    def to_json(self, path: Path | None = None, *, indent: int | None = 2) -> str:
+    def to_json(self, path: str | Path | None = None, *, indent: int | None = 2) -> str:
         """The document as text, also written to `path` if one is given."""
         text = json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=indent)
         if path is not None:
-            path.write_text(text + "\n", encoding="utf-8")
+            Path(path).write_text(text + "\n", encoding="utf-8")
         return text
 
+    def to_text(self, width: int = 100) -> str:
+        """The tables, figures and verdicts that the command line prints, `width` columns wide."""
+        return "".join(each.to_text(width) for each in self.experiments)
+
+    def __repr__(self) -> str:
+        count = "1 experiment" if len(self) == 1 else f"{len(self)} experiments"
+        asked = sum(len(each.outcomes) for each in self)
+        held = sum(outcome.holds for each in self for outcome in each.outcomes)
+        verdict = f", {held} of {asked} expectations hold" if asked else ""
+        files = ", ".join(file.file for file in self.files)
+        lines = [f"{files}: {count}{verdict}", *(e.summary for e in self.experiments[:MOST_LINES])]
+        if len(self) > MOST_LINES:
+            lines.append(f"and {len(self) - MOST_LINES} more")
+        shown = [shorten(line, LINE_WIDTH, placeholder=" …") for line in lines]
+        return "<Results " + "\n  ".join(shown) + ">"
+
     def _repr_html_(self) -> str:
-        return "".join(html_table(each) for each in self.experiments)
+        return "".join(shown_by(AS_HTML)(each) for each in self.experiments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -24,7 +24,8 @@ from mechdsl.graph.nodes import (
     TransformNode,
     WriteNode,
 )
-from mechdsl.resolve.resolved import Place, ResolvedRule
+from mechdsl.plan.make_plan import graph_of_file, rewrite
+from mechdsl.resolve.resolved import Place, ResolvedExperiment, ResolvedRule
 
 COLOURS: Mapping[type, str] = {
     EncodeNode: "#e8eef7",
@@ -291,3 +292,20 @@ def _rectangle(node: Node, box: _Box) -> str:
         f'<g><rect x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" '
         f'height="{box.height:.1f}" rx="6" fill="{COLOURS[type(node)]}" stroke="#999"/>{texts}</g>'
     )
+
+
+DRAWINGS: Mapping[str, Callable[[Graph], str]] = {
+    "dot": to_dot,
+    "mermaid": to_mermaid,
+    "svg": to_svg,
+    "text": to_text,
+}
+"""Formats of a drawing."""
+
+
+def draw(experiments: Sequence[ResolvedExperiment], form: str, *, before: bool) -> str:
+    """The graph of a file in one of `DRAWINGS`; before: without the planner's passes."""
+    made = graph_of_file(experiments)
+    if not before:
+        made, _ = rewrite(made)
+    return DRAWINGS[form](made)

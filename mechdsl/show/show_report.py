@@ -8,8 +8,10 @@ from typing import Protocol, cast
 
 from rich.console import Console
 
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import BadCommandLine, cannot_write
 from mechdsl.program import spec
-from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.vocab.reports import REPORTS
 
 
@@ -43,3 +45,29 @@ def show_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.save(result, report, path)
     return path
+
+
+def write_files(result: FileResult, folder: Path) -> tuple[list[Path], list[Diagnostic]]:
+    """Write the reports of a file that go to a file, relative to `folder`.
+
+    Returns what was written, and E0208 for each that could not be: it costs that one alone.
+    """
+    console = Console(quiet=True)
+    written: list[Path] = []
+    problems: list[Diagnostic] = []
+    for experiment in result.experiments:
+        for report in experiment.reports:
+            if report.file is None:
+                continue
+            try:
+                path = show_report(experiment, report, console, folder)
+            except OSError as error:
+                problems.append(cannot_write(error, folder / report.file))
+            except Exception as error:  # whatever a drawing library raises
+                reason = f"`report {report.kind}` broke off: {type(error).__name__}: {error}"
+                hint = "the numbers are there: `to_csv()` and `to_json()` write them"
+                problems.append(BadCommandLine(reason=reason, hint=hint))
+            else:
+                assert path is not None
+                written.append(path)
+    return written, problems

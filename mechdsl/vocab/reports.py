@@ -91,6 +91,8 @@ class ReportKind:
     """Leaves categories out, so that there must be a measure that is a number."""
     needs: tuple[str, ...] = ()
     """Optional packages, looked for before anything is run."""
+    picture: bool = False
+    """Its module has a `chart` beside `render` and `save`."""
 
     @property
     def supported(self) -> bool:
@@ -125,6 +127,7 @@ _report(
         example="report heatmap layer by head",
         module="mechdsl.show.reports.heatmap",
         signature=ReportSignature(variable=Word(), by=Word(), to=PICTURES),
+        picture=True,
     )
 )
 _report(
@@ -134,6 +137,7 @@ _report(
         example="report lines layer by position",
         module="mechdsl.show.reports.lines",
         signature=ReportSignature(variable=Word(), to=PICTURES),
+        picture=True,
         numbers_only=True,
     )
 )
@@ -172,6 +176,7 @@ _report(
         example="report bars position",
         module="mechdsl.show.reports.bars",
         signature=ReportSignature(variable=Word(), to=PICTURES),
+        picture=True,
     )
 )
 _report(
@@ -183,6 +188,7 @@ _report(
         signature=ReportSignature(
             variable=Word(("axis", "value")), by=Word(("category",)), to=PICTURES
         ),
+        picture=True,
     )
 )
 _report(
@@ -194,6 +200,7 @@ _report(
         signature=ReportSignature(by=None, top=True, to=OutputFile((".html", ".svg", ".png"))),
         along="position",
         numbers_only=True,
+        picture=True,
     )
 )
 _report(

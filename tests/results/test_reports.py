@@ -21,7 +21,6 @@ from mechdsl.results.results import Results
 from mechdsl.show.reports.bar_charts import bars_chart
 from mechdsl.show.reports.charts import lines_chart
 from mechdsl.show.reports.confusion_counts import confusions
-from mechdsl.show.reports.files import results_csv
 from mechdsl.show.reports.text import number_format, p_text
 from mechdsl.show.reports.token_shades import overlays, prompt_effects, visible
 from mechdsl.show.reports.verdicts import print_verdicts
@@ -257,7 +256,7 @@ def test_categories_in_a_heatmap(tmp_path: Path) -> None:
 
 def test_csv_of_a_whole_run() -> None:
     first, second = finished(heads()), finished(positions())
-    text = results_csv(Results((FileResult("a.mech", (first, second)),)))
+    text = Results((FileResult("a.mech", (first, second)),)).to_csv()
     rows = list(csv.DictReader(io.StringIO(text)))
     assert len(rows) == 24
     assert [rows[0]["head"], rows[-1]["head"]] == ["0", ""]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -90,9 +91,15 @@ class _Shares:
                 console.print(Text(line.rstrip(), style="bold"), highlight=False)
 
 
+def chart(result: ExperimentResult, report: spec.Report) -> Any:
+    """The altair chart."""
+    from mechdsl.show.reports.bar_charts import bars_chart
+
+    return bars_chart(result, report)
+
+
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     """As SVG, PNG or a standalone HTML page."""
-    from mechdsl.show.reports.bar_charts import bars_chart
     from mechdsl.show.reports.charts import save_chart
 
-    save_chart(bars_chart(result, report), path)
+    save_chart(chart(result, report), path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -56,9 +57,15 @@ def _matrix(found: Confusion, report: spec.Report, width: int) -> Matrix:
     )
 
 
+def chart(result: ExperimentResult, report: spec.Report) -> Any:
+    """The altair chart."""
+    from mechdsl.show.reports.confusion_chart import confusion_chart
+
+    return confusion_chart(result, report)
+
+
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     """As SVG, PNG or a standalone HTML page."""
     from mechdsl.show.reports.charts import save_chart
-    from mechdsl.show.reports.confusion_chart import confusion_chart
 
-    save_chart(confusion_chart(result, report), path)
+    save_chart(chart(result, report), path)

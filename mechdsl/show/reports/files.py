@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from mechdsl.program import spec
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.results import Results
-
-
-def write_csv(result: ExperimentResult) -> str:
-    """One line per cell and measure; what doesn't exist is empty."""
-    return _csv(result.records())
-
-
-def _csv(records: list[dict[str, Any]]) -> str:
-    columns = dict.fromkeys(key for record in records for key in record)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
-
-
-def results_csv(results: Results) -> str:
-    """The cells of all experiments of a run; an axis that an experiment lacks is empty."""
-    records = [
-        {"file": file.file, **record}
-        for file in results.files
-        for each in file.experiments
-        for record in each.records()
-    ]
-    return _csv(records)
 
 
 def write_json(result: ExperimentResult) -> str:
@@ -49,7 +20,7 @@ def write_json(result: ExperimentResult) -> str:
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Plain text, neither wrapped nor coloured, so that it can be piped on."""
-    text = write_json(result) if report.kind == "json" else write_csv(result)
+    text = write_json(result) if report.kind == "json" else result.to_csv()
     console.out(text, end="", highlight=False)
 
 
@@ -58,7 +29,7 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     if report.kind == "parquet":
         _write_parquet(result, path)
         return
-    text = write_json(result) if report.kind == "json" else write_csv(result)
+    text = write_json(result) if report.kind == "json" else result.to_csv()
     path.write_text(text, encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -93,8 +94,15 @@ def _notes(
     return [*said, inert] if inert else said
 
 
+def chart(result: ExperimentResult, report: spec.Report) -> Any:
+    """The altair chart."""
+    from mechdsl.show.reports.charts import heatmap_chart
+
+    return heatmap_chart(result, report)
+
+
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     """As SVG, PNG or a standalone HTML page."""
-    from mechdsl.show.reports.charts import heatmap_chart, save_chart
+    from mechdsl.show.reports.charts import save_chart
 
-    save_chart(heatmap_chart(result, report), path)
+    save_chart(chart(result, report), path)

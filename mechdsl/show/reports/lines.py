@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -36,8 +37,15 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
     conventions(result, report, console)
 
 
+def chart(result: ExperimentResult, report: spec.Report) -> Any:
+    """The altair chart."""
+    from mechdsl.show.reports.charts import lines_chart
+
+    return lines_chart(result, report)
+
+
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     """As SVG, PNG or a standalone HTML page."""
-    from mechdsl.show.reports.charts import lines_chart, save_chart
+    from mechdsl.show.reports.charts import save_chart
 
-    save_chart(lines_chart(result, report), path)
+    save_chart(chart(result, report), path)

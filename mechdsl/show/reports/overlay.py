@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -47,6 +48,13 @@ def _matrix(each: Shaded, limit: float, write: Callable[[float], str]) -> Matrix
         [[entry(value) for value in values] for _, values in each.rows],
         header_colours=[colour(value, limit) for value in only],
     )
+
+
+def chart(result: ExperimentResult, report: spec.Report) -> Any:
+    """The altair chart."""
+    from mechdsl.show.reports.overlay_chart import overlay_chart
+
+    return overlay_chart(result, report)
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -21,6 +21,8 @@ LETTER, DIGIT = 8.0, 6.3
 """Widths of a letter of a token and of a number."""
 BOX, LINE = 24, 44
 """Heights of a token's box, and of a line with its numbers."""
+GAP = 2
+"""Between two boxes."""
 NO_SHADE = (255, 255, 255)
 MONO = "DejaVu Sans Mono, Menlo, Consolas, monospace"
 
@@ -49,11 +51,13 @@ def _heads(result: ExperimentResult, measure: int, shown: Overlay) -> Iterator[s
     yield from remarks(result, measure, shown)
 
 
-def _rgb(shade: Colour | None) -> str:
+def rgb(shade: Colour | None) -> str:
+    """A background as HTML, SVG and charts write it."""
     return f"rgb{shade or NO_SHADE}".replace(" ", "")
 
 
-def _ink(shade: Colour | None) -> str:
+def ink_on(shade: Colour | None) -> str:
+    """The colour of letters on it."""
     return "white" if shade is not None and takes_white(shade) else INK
 
 
@@ -88,7 +92,7 @@ def _measure(result: ExperimentResult, measure: int, shown: Overlay) -> str:
     lines = [f"<h1>{escape(first)}</h1>", *(f"<p>{escape(fact)}</p>" for fact in facts)]
     for each in shown.prompts:
         lines.append(f"<h2>prompt {each.prompt + 1}</h2>")
-        columns = _columns(each, write)
+        columns = columns_of(each, write)
         for title, values in each.rows:
             label = f"<span>{escape(title)}</span>" if title else ""
             tokens = "".join(
@@ -100,7 +104,7 @@ def _measure(result: ExperimentResult, measure: int, shown: Overlay) -> str:
 
 
 @dataclass(frozen=True)
-class _Column:
+class TokenColumn:
     """One token of a prompt, with its numbers in all rows."""
 
     text: str
@@ -112,10 +116,10 @@ class _Column:
         return self.write(value) if math.isfinite(value) else ""
 
 
-def _columns(each: Shaded, write: Callable[[float], str]) -> list[_Column]:
+def columns_of(each: Shaded, write: Callable[[float], str]) -> list[TokenColumn]:
     """As wide in every row, so that rows can be compared."""
     return [
-        _Column(
+        TokenColumn(
             visible(token),
             len(visible(token)),
             max(len(write(row[i])) for _, row in each.rows),
@@ -125,8 +129,31 @@ def _columns(each: Shaded, write: Callable[[float], str]) -> list[_Column]:
     ]
 
 
-def _span(token: str, value: float, shade: Colour | None, column: _Column) -> str:
-    style = f"background:{_rgb(shade)};color:{_ink(shade)}"
+def widths_of(columns: Sequence[TokenColumn]) -> list[float]:
+    """Of the tokens' boxes in a picture."""
+    return [max(c.letters * LETTER + 10, c.digits * DIGIT + 4) for c in columns]
+
+
+def left_of(each: Shaded) -> float:
+    """Where the first token of a line stands: behind the titles of the rows."""
+    longest = max(len(title) for title, _ in each.rows)
+    return longest * 7 + 10 if longest else 0
+
+
+def places_of(widths: Sequence[float], left: float) -> list[tuple[int, float]]:
+    """Of each box the line that it stands in, and where it begins."""
+    places: list[tuple[int, float]] = []
+    line, x = 0, left
+    for width in widths:
+        if x > left and x + width > WIDTH - MARGIN:
+            line, x = line + 1, left
+        places.append((line, x))
+        x += width + GAP
+    return places
+
+
+def _span(token: str, value: float, shade: Colour | None, column: TokenColumn) -> str:
+    style = f"background:{rgb(shade)};color:{ink_on(shade)}"
     number = column.number(value)
     width = f"min-width:{max(column.letters + 1, 0.8 * column.digits):.1f}ch"
     return (
@@ -179,33 +206,31 @@ class _Picture:
 
     def prompt(self, each: Shaded, limit: float, write: Callable[[float], str]) -> None:
         """Its tokens once per row of numbers, in columns that line up."""
-        columns = _columns(each, write)
-        widths = [max(c.letters * LETTER + 10, c.digits * DIGIT + 4) for c in columns]
-        longest = max(len(title) for title, _ in each.rows)
-        left = MARGIN + (longest * 7 + 10 if longest else 0)
+        columns = columns_of(each, write)
+        widths = widths_of(columns)
+        places = places_of(widths, MARGIN + left_of(each))
         for title, values in each.rows:
             if title:
                 self.shapes.append(
                     f'<text x="{MARGIN}" y="{self.y + 16:.1f}" font-size="12" fill="{INK}">'
                     f"{escape(title)}</text>"
                 )
-            x = left
-            for column, value, width in zip(columns, values, widths, strict=True):
-                if x > left and x + width > WIDTH - MARGIN:
-                    x, self.y = left, self.y + LINE
-                shade = colour(value, limit)
-                self.token(column.text, column.number(value), shade, x, width)
-                x += width + 2
-                self.right = max(self.right, x)
+            first = self.y
+            for column, value, width, (line, x) in zip(
+                columns, values, widths, places, strict=True
+            ):
+                self.y = first + line * LINE
+                self.token(column.text, column.number(value), colour(value, limit), x, width)
+                self.right = max(self.right, x + width + GAP)
             self.y += LINE
 
     def token(self, text: str, number: str, shade: Colour | None, x: float, width: float) -> None:
         middle = x + width / 2
         self.shapes.append(
             f'<rect x="{x:.1f}" y="{self.y:.1f}" width="{width:.1f}" height="{BOX}" rx="3" '
-            f'fill="{_rgb(shade)}"/>'
+            f'fill="{rgb(shade)}"/>'
             f'<text x="{middle:.1f}" y="{self.y + 16:.1f}" font-size="13" text-anchor="middle" '
-            f'font-family="{MONO}" fill="{_ink(shade)}">{escape(text)}</text>'
+            f'font-family="{MONO}" fill="{ink_on(shade)}">{escape(text)}</text>'
             f'<text x="{middle:.1f}" y="{self.y + BOX + 12:.1f}" font-size="10" '
             f'text-anchor="middle" font-family="{MONO}" fill="{QUIET}">{number}</text>'
         )

@@ -37,6 +37,7 @@ from mechdsl.show.reports.text import (
     survivors,
 )
 from mechdsl.statistics.cell_statistics import cell_statistics
+from mechdsl.statistics.measure_data import MeasureData
 from mechdsl.vocab.effects import EFFECTS
 
 FILE_WIDTH = 120
@@ -74,24 +75,33 @@ class Column:
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """One table per measure, the conventions under the last."""
+    shown, tables = measure_tables(result, report)
+    for data, columns, said in tables:
+        heading(shown, data, console)
+        _print(columns, console)
+        notes(said, console)
+    conventions(shown, report, console)
+
+
+def measure_tables(
+    result: ExperimentResult, report: spec.Report
+) -> tuple[ExperimentResult, list[tuple[MeasureData, list[Column], list[str]]]]:
+    """The result by the values that the report asks for; of each measure its columns and notes."""
     shown = grouped(result, report.by) if report.by in result.row_values else result
+    tables: list[tuple[MeasureData, list[Column], list[str]]] = []
     for measure, data in enumerate(shown.measures):
-        heading(result, data, console)
         order = _order(shown, measure, report)
         columns = _columns(shown, measure, order)
-        _print(columns, console)
-        notes(_notes(shown, measure, order, report), console)
-    conventions(shown, report, console)
+        tables.append((data, columns, _notes(shown, measure, order, report)))
+    return shown, tables
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     """As plain text, as a picture of it, or all its rows as CSV."""
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        from mechdsl.show.reports.files import write_csv
-
         shown = grouped(result, report.by) if report.by in result.row_values else result
-        path.write_text(write_csv(shown), encoding="utf-8")
+        path.write_text(shown.to_csv(), encoding="utf-8")
         return
     text = io.StringIO()
     render(result, report, Console(file=text, width=FILE_WIDTH, color_system=None))

@@ -101,16 +101,21 @@ def _means(values: Floats) -> list[float]:
 
 
 def heading(result: ExperimentResult, data: MeasureData, console: Console) -> None:
-    """Which experiment and measure, on which model, in which direction, against which ends."""
+    """Which experiment and measure, and its facts."""
     console.print()
     title = Text(f"{result.name}: ", style="bold")
     title.append(measure_name(data))
     console.print(title, highlight=False)
+    console.print(Text(facts_of(result, data), style="dim"), highlight=False)
+
+
+def facts_of(result: ExperimentResult, data: MeasureData) -> str:
+    """On which model, in which direction, how many prompts, against which ends."""
     facts = [result.model, result.direction, f"n = {result.prompts}"]
     ends = ends_of_scale(result, data)
     if ends:
         facts.append(ends)
-    console.print(Text(" · ".join(facts), style="dim"), highlight=False)
+    return " · ".join(facts)
 
 
 def notes(lines: Sequence[str], console: Console) -> None:

@@ -19,7 +19,7 @@ def print_verdicts(result: ExperimentResult, console: Console) -> None:
     for outcome in result.outcomes:
         word, style = ("holds", "green") if outcome.holds else ("fails", "bold red")
         text = Text().append(word, style=style).append(f"  expect {outcome.text}")
-        value = _value(outcome)
+        value = verdict_value(outcome)
         if value:
             text.append(f"  {value}", style="dim")
         console.print(text, highlight=False)
@@ -27,7 +27,8 @@ def print_verdicts(result: ExperimentResult, console: Console) -> None:
             hanging(" " * 7, outcome.reason, console)
 
 
-def _value(outcome: ExpectOutcome) -> str:
+def verdict_value(outcome: ExpectOutcome) -> str:
+    """The number that decides, with its interval; empty where there is none."""
     if outcome.value is None or isinstance(outcome.value, str):
         return outcome.value or ""
     ends = [math.nan if end is None else end for end in (outcome.low, outcome.high)]

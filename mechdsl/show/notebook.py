@@ -1,0 +1,91 @@
+"""An experiment as HTML for notebooks: the tables that the command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from mechdsl.base.source import Source, Span
+from mechdsl.program import spec
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.show.reports.table import Column, measure_tables
+from mechdsl.show.reports.text import facts_of, measure_name
+from mechdsl.show.reports.verdicts import verdict_value
+
+MOST_ROWS = 100
+"""Of a table that is displayed."""
+TOP = 20
+"""Cells that are shown where the file asks for no table."""
+QUIET = 'style="color:#767676"'
+
+
+def as_html(result: ExperimentResult) -> str:
+    """Per `report table` of the file (or, without one, of the largest effects) a table for each
+    measure; then the conventions and the verdicts. Every text is escaped."""
+    parts: list[str] = []
+    shown = result
+    for report in _tables(result):
+        shown, tables = measure_tables(result, report)
+        for data, columns, said in tables:
+            title = f"<b>{escape(result.name)}:</b> {escape(measure_name(data))}"
+            parts.append(f"<p>{title}<br><span {QUIET}>{escape(facts_of(shown, data))}</span></p>")
+            parts.append(_table(columns))
+            cut = len(columns[0].cells) - MOST_ROWS
+            more = [f"and {cut} more rows: `to_pandas()` has them all"] if cut > 0 else []
+            parts += _paragraph([escape(line) for line in (*more, *said)])
+    parts += _conventions(shown)
+    parts += _paragraph(list(_verdicts(result)))
+    return f'<div class="mechdsl">{"".join(parts)}</div>'
+
+
+def _tables(result: ExperimentResult) -> list[spec.Report]:
+    """The tables that the file asks for, each once."""
+    asked = [report for report in result.reports if report.kind == "table"]
+    if asked:
+        return list({(report.by, report.top): report for report in asked}.values())
+    top = TOP if len(result.cells) > TOP else None
+    line = f"report table top {top}" if top else "report table"
+    return [spec.Report(span=Span(Source(line), 0, len(line)), kind="table", top=top)]
+
+
+def _table(columns: Sequence[Column]) -> str:
+    alignments = ["right" if column.numeric else "left" for column in columns]
+    heads = "".join(
+        f'<th style="text-align:{side}">{escape(column.title)}</th>'
+        for column, side in zip(columns, alignments, strict=True)
+    )
+    survives = next((column.cells for column in columns if column.title == "survives"), None)
+    rows: list[str] = []
+    for index, texts in enumerate(zip(*(column.cells for column in columns), strict=True)):
+        if index == MOST_ROWS:
+            break
+        style = "" if survives is None or survives[index] == "yes" else f" {QUIET}"
+        cells = "".join(
+            f'<td style="text-align:{side}">{escape(text)}</td>'
+            for text, side in zip(texts, alignments, strict=True)
+        )
+        rows.append(f"<tr{style}>{cells}</tr>")
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _paragraph(lines: Sequence[str]) -> list[str]:
+    """Lines that are HTML, below each other."""
+    return [f"<p {QUIET}>{'<br>'.join(lines)}</p>"] if lines else []
+
+
+def _conventions(result: ExperimentResult) -> list[str]:
+    if not result.conventions:
+        return []
+    rows = "".join(
+        f'<tr {QUIET}><td style="text-align:left">{escape(key)}</td>'
+        f'<td style="text-align:left">{escape(str(value))}</td></tr>'
+        for key, value in result.conventions.items()
+    )
+    return [f"<p {QUIET}><b>conventions</b></p><table><tbody>{rows}</tbody></table>"]
+
+
+def _verdicts(result: ExperimentResult) -> Iterator[str]:
+    for outcome in result.outcomes:
+        word = "holds" if outcome.holds else "<b>fails</b>"
+        reason = f" ({outcome.reason})" if outcome.reason else ""
+        yield f"{word} {escape(f'expect {outcome.text} {verdict_value(outcome)}{reason}')}"
