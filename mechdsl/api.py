@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mechdsl.execute.profile import Profile
     from mechdsl.execute.sizes import PassSizes
     from mechdsl.hooks.loaded import LoadedModel
+    from mechdsl.pipeline import RunOptions
     from mechdsl.plan.plan import Plan
     from mechdsl.program.python_files import Mode
     from mechdsl.results.results import Results
@@ -93,44 +95,29 @@ def run(
     Raises MechdslError where the file, its data, a model or an argument is wrong (no cell has been
     run then), and where a function of a Python file fails.
     """
-    from mechdsl.execute.execute import Options
     from mechdsl.loading.borrowed import borrowed
-    from mechdsl.pipeline import RunOptions, run_checked
-    from mechdsl.program.python_files import PythonFailure
-    from mechdsl.results.collect import versions
-    from mechdsl.results.results import Results
-    from mechdsl.show.show_report import write_files
 
-    source = _read(file)
-    _refuse(_dtype_problem(dtype), _size_problems(limit, pass_tokens, prompt_tokens))
-    profiles: list[tuple[Plan, Profile]] = []
-    options = RunOptions(
-        device=str(device),
-        dtype=None if dtype is None else _name_of(dtype),
-        offload=None if offload is None else Path(offload),
-        out=None if out is None else Path(out),
-        without=_names(no_pass),
-        execution=Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens),
-        on_profile=(lambda *done: profiles.append(done)) if profile else None,
-    )
-    settings = _settings(set, limit, only, "run" if allow_python else "refuse")
     with borrowed(module for module, _ in _pairs(models).values()):
-        checked, loaded = _checked(source, models, settings)
-        try:
-            result, found = run_checked(checked, options, loaded)
-        except PythonFailure as failure:
-            raise MechdslError([failure.diagnostic]) from failure
-    if result is None or has_errors(found):
-        raise MechdslError(found)
-    written, unwritten = write_files(result, source.folder) if write_reports else ([], [])
-    warn([*found, *unwritten])
-    return Results(
-        (result,),
-        versions(),
-        diagnostics=Diagnostics([*checked.diagnostics, *found, *unwritten]),
-        written=tuple(written),
-        profile=_profile_text(profiles, result.sizes),
-    )
+        # Inside, as what is imported may draw random numbers too.
+        from mechdsl.execute.execute import Options
+        from mechdsl.pipeline import RunOptions
+
+        source = _read(file)
+        _refuse(_dtype_problem(dtype), _size_problems(limit, pass_tokens, prompt_tokens))
+        profiles: list[tuple[Plan, Profile]] = []
+        options = RunOptions(
+            settings=_settings(set, limit, only, _mode(allow_python)),
+            device=str(device),
+            dtype=None if dtype is None else _name_of(dtype),
+            offload=None if offload is None else Path(offload),
+            out=None if out is None else Path(out),
+            without=_names(no_pass),
+            execution=Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens),
+            on_profile=(lambda *done: profiles.append(done)) if profile else None,
+        )
+        results = _run(source, models, options, write_reports=write_reports)
+        sizes = results.files[0].sizes
+        return replace(results, profile=_profile_text(profiles, sizes))
 
 
 def plan_of(
@@ -267,6 +254,33 @@ def _checked(
         raise MechdslError(checked.diagnostics)
     warn(checked.diagnostics)
     return checked, loaded
+
+
+def _run(
+    source: Source, models: Models | None, options: RunOptions, *, write_reports: bool
+) -> Results:
+    """Check, run, write reports, show warnings."""
+    from mechdsl.pipeline import run_checked
+    from mechdsl.program.python_files import PythonFailure
+    from mechdsl.results.collect import versions
+    from mechdsl.results.results import Results
+    from mechdsl.show.show_report import write_files
+
+    checked, loaded = _checked(source, models, options.settings)
+    try:
+        result, found = run_checked(checked, options, loaded)
+    except PythonFailure as failure:
+        raise MechdslError([failure.diagnostic]) from failure
+    if result is None or has_errors(found):
+        raise MechdslError(found)
+    written, unwritten = write_files(result, source.folder) if write_reports else ([], [])
+    warn([*found, *unwritten])
+    return Results(
+        (result,),
+        versions(),
+        diagnostics=Diagnostics([*checked.diagnostics, *found, *unwritten]),
+        written=tuple(written),
+    )
 
 
 def _alone(file: str | Path, models: Models | None, settings: Settings) -> Checked:

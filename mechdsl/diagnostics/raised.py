@@ -61,16 +61,22 @@ class MechdslError(Exception):
     """
 
     def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
+        super().__init__(diagnostics)  # by which it can be sent from process to process
         self.diagnostics = Diagnostics(diagnostics)
-        super().__init__("\n" + self.diagnostics.render())
+
+    def __str__(self) -> str:
+        return "\n" + self.diagnostics.render()
 
 
 class MechdslWarning(UserWarning):
     """A warning about a file that runs. `diagnostic` is the same as an object."""
 
     def __init__(self, diagnostic: Diagnostic) -> None:
+        super().__init__(diagnostic)
         self.diagnostic = diagnostic
-        super().__init__(one_line(diagnostic))
+
+    def __str__(self) -> str:
+        return one_line(self.diagnostic)
 
 
 def one_line(diagnostic: Diagnostic) -> str:

@@ -59,7 +59,7 @@ def test_models_that_the_file_does_not_define(model: tuple[Any, Any]) -> None:
 
 def test_parameters_limit_and_only(tmp_path: Path) -> None:
     text = HEADS.replace("mech 1\n", "mech 1\nparam depth = 1\n").replace("0..1", "0..depth")
-    found = mechdsl.run(text, parameters={"depth": 0}, limit=4, only="heads")
+    found = mechdsl.run(text, set={"depth": 0}, limit=4, only="heads")
     assert len(found["heads"].cells) == 4
     assert {len(found["heads"].row_ids)} == {4}
 

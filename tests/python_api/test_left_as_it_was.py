@@ -1,0 +1,150 @@
+"""A model that is handed over is left exactly as it was, whatever happens to the run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mechdsl
+from mechdsl.loading.borrowed import borrowed
+
+from ..models import families
+from .conftest import FILE
+
+SHORT = FILE.replace("limit 16", "limit 4").replace("limit 8", "limit 4")
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+
+
+def state(module: nn.Module) -> dict[str, Any]:
+    """All that a caller can see of a model, and of random numbers."""
+    found: dict[str, Any] = {
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": [str(each) for each in np.random.get_state()],
+        "python": random.getstate(),
+    }
+    for name, part in module.named_modules():
+        found[name] = {key: id(value) for key, value in vars(part).items()}
+        found[f"{name}.training"] = part.training
+        for key, value in vars(part).items():
+            if isinstance(value, dict):
+                found[f"{name}.{key}"] = {k: id(v) for k, v in value.items()}
+        config = getattr(part, "config", None)
+        if config is not None:
+            found[f"{name}.config"] = str(vars(config))
+    for name, weight in (*module.named_parameters(), *module.named_buffers()):
+        found[name] = (weight.device, weight.dtype, weight.requires_grad, weight.is_inference())
+        found[f"{name} values"] = weight.detach().double().sum().item()
+    return found
+
+
+class Breaking:
+    """A hook that raises when it is called for the so many'th time."""
+
+    calls, at = 0, 0
+    error: type[BaseException] = ZeroDivisionError
+
+    def __call__(self, *given: object) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+
+
+@pytest.fixture
+def breaking() -> Breaking:
+    return Breaking()
+
+
+@pytest.fixture
+def used(pair: tuple[Any, Any], breaking: Breaking) -> Iterator[tuple[Any, Any]]:
+    """A model in the middle of somebody's work: partly training, partly frozen, with a hook."""
+    model, tokenizer = pair
+    model.train()
+    model.model.layers[1].eval()
+    model.model.layers[0].mlp.requires_grad_(False)
+    handle = model.model.layers[2].register_forward_hook(breaking)
+    yield model, tokenizer
+    handle.remove()
+    model.eval().requires_grad_(True)
+
+
+def test_by_a_run(used: tuple[Any, Any], inside: Path) -> None:
+    before = state(used[0])
+    mechdsl.run(SHORT, {"toy": used}, write_reports=False)
+    assert state(used[0]) == before
+
+
+def test_by_a_run_that_is_refused(used: tuple[Any, Any]) -> None:
+    before = state(used[0])
+    with pytest.raises(mechdsl.MechdslError, match="E0301"):
+        mechdsl.run(SHORT.replace("head *", "head 14"), {"toy": used})
+    assert state(used[0]) == before
+
+
+@pytest.mark.parametrize("call", [mechdsl.check, mechdsl.plan_of, mechdsl.explain])
+def test_by_a_look(call: Callable[..., object], used: tuple[Any, Any]) -> None:
+    before = state(used[0])
+    call(SHORT, {"toy": used})
+    # What is printed is styled by rich, which draws a number for each style.
+    assert {**state(used[0]), "python": None} == {**before, "python": None}
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [(1, KeyboardInterrupt), (12, KeyboardInterrupt), (25, KeyboardInterrupt), (25, ZeroDivisionError)],
+)
+def test_a_run_that_breaks_off(
+    call: int, error: type[BaseException], used: tuple[Any, Any], breaking: Breaking
+) -> None:
+    """While the model is called: as it is proved, in unpatched runs, in patched ones."""
+    before = state(used[0])
+    breaking.calls, breaking.at, breaking.error = 0, call, error
+    with pytest.raises(error):
+        mechdsl.run(SHORT, {"toy": used}, write_reports=False)
+    assert breaking.calls == call
+    assert state(used[0]) == before
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_training_goes_on(grad: bool, used: tuple[Any, Any]) -> None:
+    """Nothing that the run has made in inference mode is left in the model."""
+    model = used[0]
+    with torch.set_grad_enabled(grad):
+        mechdsl.run(SHORT, {"toy": used}, only="heads", write_reports=False)
+    model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    assert model.lm_head.weight.grad is not None
+    model.zero_grad()
+
+
+def test_whatever_is_done_inside() -> None:
+    """Hooks that stay, attributes, buffers, configs, random numbers: all of them go back."""
+    module = families.module("llama").train()
+    block: Any = module.get_submodule("model.layers.0")
+    table = block._forward_hooks
+    before = state(module)
+    with pytest.raises(KeyboardInterrupt):
+        _spoil(module, block)
+    assert state(module) == before
+    assert block._forward_hooks is table
+    assert not hasattr(block, "gizmo")
+
+
+def _spoil(module: Any, block: Any) -> None:
+    with borrowed([module, "no model"]):
+        module.eval()
+        block.register_forward_hook(print)
+        block.forward = print
+        block.gizmo = 1
+        module.get_submodule("model.rotary_emb").inv_freq = torch.zeros(2)
+        module.config._attn_implementation_internal = "gizmo"
+        module.config.gizmo = 2
+        torch.rand(3), np.random.rand(3), random.random()
+        raise KeyboardInterrupt

@@ -1,0 +1,216 @@
+"""`mechdsl.run` does what the command line does: files, warnings, errors, arguments."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mechdsl
+from mechdsl.diagnostics.render import render_full
+
+from .conftest import FILE, WARNED
+
+AWAY = FILE.replace('zoo("counting")', 'hf("nobody/nothing")')
+Ran = tuple[mechdsl.Results, Path, list[Any]]
+
+
+def refused(*arguments: Any, **more: Any) -> mechdsl.MechdslError:
+    with pytest.raises(mechdsl.MechdslError) as found:
+        mechdsl.run(*arguments, **more)
+    return found.value
+
+
+# --- files ---
+
+
+def test_reports_to_files_are_written(ran: Ran) -> None:
+    results, folder, _ = ran
+    assert results.written == (folder / "maps" / "heads.svg",)
+    assert results.written[0].read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_or_not(inside: Path) -> None:
+    results = mechdsl.run(FILE, only="heads", limit=16, write_reports=False)
+    assert results.written == ()
+    assert list(inside.iterdir()) == []
+
+
+def test_a_report_that_cannot_be_written_costs_that_report_alone(inside: Path) -> None:
+    Path("maps").write_text("no folder", encoding="utf-8")
+    with pytest.warns(mechdsl.MechdslWarning, match="cannot write") as shown:
+        results = mechdsl.run(FILE, only="heads", limit=16)
+    assert [d.code for d in results.diagnostics] == ["E0208"]
+    assert len(shown) == 1
+    assert results.written == ()
+    assert results["heads"].holds
+
+
+def test_a_drawing_that_fails_costs_that_report_alone(
+    inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise ValueError("made for this test")
+
+    monkeypatch.setattr("mechdsl.show.reports.charts.save_chart", broken)
+    with pytest.warns(mechdsl.MechdslWarning, match="ValueError: made for this test"):
+        results = mechdsl.run(FILE, only="heads", limit=16)
+    assert len(results["heads"].cells) == 8
+
+
+# --- warnings ---
+
+
+def test_warnings_are_shown_and_kept(ran: Ran) -> None:
+    results, folder, shown = ran
+    (warning,) = shown
+    assert warning.message.diagnostic is results.diagnostics[0]
+    text = str(warning.message)
+    line = FILE[: FILE.rindex("measure logit")].count("\n") + 1
+    assert text.startswith(f"{WARNED} at {folder / 'heads.mech'}:{line}:3: with 8 prompts no cell")
+    assert "; help: take more prompts" in text
+    assert "\n" not in text
+    assert [d.code for d in results.diagnostics] == [WARNED]
+    assert results.diagnostics.warnings == results.diagnostics
+    assert results.diagnostics.errors == []
+
+
+@pytest.mark.parametrize(
+    "call", [mechdsl.plan_of, mechdsl.graph_of, mechdsl.explain, lambda file: mechdsl.run(file)]
+)
+def test_a_warning_comes_from_the_line_of_the_caller(call: Any, inside: Path) -> None:
+    text = FILE.replace("limit 16", "limit 2").replace("limit 8", "limit 2")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        call(text)
+    assert {each.filename for each in shown if each.category is mechdsl.MechdslWarning} == {
+        __file__
+    }
+
+
+def test_warnings_as_errors_stop_before_anything_runs(inside: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mechdsl.MechdslWarning)
+        with pytest.raises(mechdsl.MechdslWarning, match=WARNED):
+            mechdsl.run(FILE, out="kept")
+    assert list(inside.iterdir()) == []
+
+
+def test_errors_and_warnings_can_be_sent_to_another_process() -> None:
+    error = refused(FILE.replace("head *", "hed *"))
+    warning = mechdsl.MechdslWarning(error.diagnostics[0])
+    for each in (error, warning):
+        assert str(pickle.loads(pickle.dumps(each))) == str(each)
+
+
+# --- errors ---
+
+
+def test_an_error_prints_what_the_command_line_prints(inside: Path) -> None:
+    Path("typo.mech").write_text(FILE.replace("head *", "hed *"), encoding="utf-8")
+    error = refused("typo.mech")
+    done = subprocess.run(
+        [sys.executable, "-m", "mechdsl", "validate", "typo.mech"], capture_output=True, text=True
+    )
+    assert str(error) == "\n" + done.stderr
+    assert "did you mean `head`?" in str(error)
+    assert str(error.diagnostics) == render_full(error.diagnostics)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [
+        ({"limit": 0}, "E0208", "`limit=0`: it is a whole number from 1 on"),
+        ({"limit": "4"}, "E0208", "`limit='4'`"),
+        ({"pass_tokens": -1}, "E0208", "`pass_tokens=-1`"),
+        ({"prompt_tokens": 1.5}, "E0208", "`prompt_tokens=1.5`"),
+        ({"dtype": "float8"}, "E0208", "did you mean `float16`?"),
+        ({"device": "gpu"}, "E0208", "there is no such device"),
+        ({"only": "hades"}, "E0208", "did you mean `heads`?"),
+        ({"no_pass": "resum"}, "E0208", "did you mean `resume`?"),
+        ({"set": {"dept": 3}}, "E0205", "did you mean `depth`?"),
+        ({"set": {"depth": "deep"}}, "E0205", "`depth` is a number"),
+        ({"models": {"toy": "model"}}, "E0412", 'write `models={"toy": (model, tokenizer)}`'),
+        ({"models": {"toy": ("model", None)}}, "E0412", "`None` stands where the tokenizer"),
+        ({"models": {"tyo": ("m", "t")}}, "E0201", "did you mean `toy`?"),
+    ],
+)
+def test_arguments_that_are_wrong(given: dict[str, Any], code: str, said: str) -> None:
+    error = refused(FILE, **given)
+    assert [d.code for d in error.diagnostics.errors] == [code]
+    assert said in str(error)
+
+
+def test_models_that_are_wrong(pair: tuple[Any, Any]) -> None:
+    model, tokenizer = pair
+    assert "the model stands where the tokenizer should" in str(
+        refused(FILE, {"toy": (tokenizer, model)})
+    )
+    error = refused(FILE, {"toy": ("gpt2", tokenizer)})
+    assert [d.code for d in error.diagnostics.errors] == ["E0411"]
+    assert "`str` is no model of transformers" in str(error)
+    with pytest.raises(TypeError, match="models are a dict"):
+        mechdsl.run(FILE, pair)  # type: ignore[arg-type]
+
+
+def test_a_model_that_nobody_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.warns(mechdsl.MechdslWarning, match="W0710"):
+        error = refused(AWAY)
+    assert [d.code for d in error.diagnostics] == ["E0401"]
+    assert '`models={"toy": (model, tokenizer)}`' in str(error)
+
+
+def test_what_a_refused_model_is_declared_as_is_not_looked_for(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    error = refused(AWAY, {"toy": (pair[0], object())})
+    assert [d.code for d in error.diagnostics] == ["E0412"]
+
+
+def test_a_wrong_path() -> None:
+    assert "cannot read `heads.mec`: no such file" in str(refused("heads.mec"))
+
+
+# --- arguments ---
+
+
+def test_values_are_written_as_in_the_language(inside: Path) -> None:
+    """`True` is `true`, and torch's names of dtypes are names."""
+    import torch
+
+    text = FILE.replace("mech 1\n", "mech 1\nparam sure = false\n", 1)
+    results = mechdsl.run(
+        text, set={"sure": True, "depth": 0}, only="heads", limit=16, dtype=torch.float64
+    )
+    said = results["heads"].conventions
+    assert said["parameters"] == "sure = true, depth = 0"
+    assert "float64" in said["dtype"]
+
+
+def test_the_profile_is_kept_where_it_is_asked_for(ran: Ran, inside: Path) -> None:
+    assert ran[0].profile == ""
+    profile = mechdsl.run(FILE, only="heads", limit=16, profile=True).profile
+    assert profile.startswith("profile\n")
+    assert "estimated" in profile
+
+
+def test_check_takes_models(pair: tuple[Any, Any]) -> None:
+    found = mechdsl.check(AWAY.replace("head *", "head 14"), {"toy": pair})
+    assert [d.code for d in found.errors] == ["E0301"]
+    assert mechdsl.check(FILE, {"toy": pair[0]})[0].code == "E0412"  # type: ignore[dict-item]
+
+
+def test_a_list_of_diagnostics_shows_itself() -> None:
+    found = mechdsl.check(FILE.replace("head *", "head 14"))
+    assert repr(found) + "\n" == str(found) == render_full(found)
+    assert '"code": "E0301"' in found.render("json")
+    assert repr(mechdsl.check("mech 1\n")) == "no errors, no warnings"
+    with pytest.raises(ValueError, match="full, json, github, sarif"):
+        found.render("yaml")  # type: ignore[arg-type]
