@@ -38,6 +38,7 @@ class Diagnostic(Record):
 
     @property
     def severity(self) -> Severity:
+        """An error keeps a file from running, a warning doesn't."""
         return "warning" if self.code.startswith("W") else "error"
 
     def _facts(self) -> dict[str, Any]:

@@ -99,7 +99,12 @@ def test_by_a_look(call: Callable[..., object], used: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("call", "error"),
-    [(1, KeyboardInterrupt), (12, KeyboardInterrupt), (25, KeyboardInterrupt), (25, ZeroDivisionError)],
+    [
+        (1, KeyboardInterrupt),
+        (12, KeyboardInterrupt),
+        (25, KeyboardInterrupt),
+        (25, ZeroDivisionError),
+    ],
 )
 def test_a_run_that_breaks_off(
     call: int, error: type[BaseException], used: tuple[Any, Any], breaking: Breaking

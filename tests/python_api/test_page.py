@@ -1,0 +1,105 @@
+"""docs/python.md: its code runs, it has every public name, and every option of the commands."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import mechdsl
+from mechdsl.cli import app
+
+from ..markdown import fences
+
+PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+COMMANDS = {
+    "run": "run",
+    "check": "validate",
+    "plan_of": "plan",
+    "graph_of": "graph",
+    "explain": "explain",
+}
+"""Function → command."""
+OTHERWISE = {("run", "--format"), ("check", "--format")}
+"""What their results do, in whatever format."""
+CLASSES = [
+    mechdsl.Results,
+    mechdsl.ExperimentResult,
+    mechdsl.Diagnostics,
+    mechdsl.Diagnostic,
+]
+
+
+def section(title: str) -> str:
+    """What stands below a heading, as far as the next of its kind or above."""
+    marks = "#" * (3 if f"\n### {title}\n" in PAGE else 2)
+    return re.split(r"\n##+ ", PAGE.split(f"\n{marks} {title}\n")[1])[0]
+
+
+def rows(title: str) -> list[list[str]]:
+    """The cells of the table below a heading, without its head."""
+    lines = [line for line in section(title).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def named(title: str) -> list[str]:
+    return [row[0].strip("`").removesuffix("()") for row in rows(title)]
+
+
+@pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+def test_its_code_runs(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values: dict[str, Any] = {}
+    blocks = [each for each in fences(PAGE) if each.language == "python"]
+    for block in blocks:
+        exec(compile(block.content, "docs/python.md", "exec"), values)
+    (shown,) = [each.content for each in fences(PAGE) if each.language == "text"]
+    first: dict[str, Any] = {}
+    exec(compile(blocks[0].content, "docs/python.md", "exec"), first)
+    assert repr(first["results"]) + "\n" == shown
+    written = {"heads.mech", "heads.svg", "again.svg", "results.json", "results.csv", "graph.svg"}
+    assert {path.name for path in inside.iterdir()} == written
+    assert (inside / "graph.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_every_name_of_the_package() -> None:
+    assert sorted(named("`mechdsl`")) == sorted(mechdsl.__all__)
+    assert all(inspect.getdoc(getattr(mechdsl, name)) for name in mechdsl.__all__)
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_every_name_of_a_class(kind: type) -> None:
+    own = {name for name in dir(kind) if not name.startswith("_")}
+    if not issubclass(kind, list):
+        own |= {each.name for each in fields(kind)}  # type: ignore[arg-type]
+    inherited = {name for base in kind.__bases__ if base is list for name in dir(base)}
+    assert sorted(named(f"`{kind.__name__}`")) == sorted(own - inherited)
+    for name in own - inherited:
+        member = inspect.getattr_static(kind, name, None)
+        if callable(member) or isinstance(member, property):
+            assert inspect.getdoc(member), f"{kind.__name__}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("function", COMMANDS)
+def test_every_option_of_a_command(function: str) -> None:
+    """As it stands in the page, and under the same name in Python."""
+    head, *table = [
+        [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+        for line in section("Options").splitlines()
+        if line.startswith("|") and "---" not in line
+    ]
+    column = head.index(function)
+    said = {row[0]: row[column] for row in table if row[0] and row[column]}
+    options = app.commands[COMMANDS[function]].params
+    flags = {each.opts[0] for each in options if isinstance(each, click.Option)}
+    assert {name for name in said if name.startswith("--")} == flags
+    parameters = inspect.signature(getattr(mechdsl, function)).parameters
+    listed = {row[column] for row in table if row[column].isidentifier()}
+    assert listed == set(parameters)
+    for flag in flags:
+        if (function, flag) not in OTHERWISE:
+            assert said[flag] == flag.removeprefix("--").replace("-", "_")
