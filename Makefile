@@ -17,6 +17,8 @@ BENCH_ARGS ?=
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/mechdsl run examples/counting.mech
+	@echo
+	@echo 'From Python: docs/python.md. Data frames need an extra: $(BIN)/pip install -e ".[frames]"'
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
