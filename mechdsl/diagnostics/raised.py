@@ -48,10 +48,10 @@ class Diagnostics(list[Diagnostic]):
         return FORMATS[format](self)
 
     def __str__(self) -> str:
-        return self.render()
+        return self.render() or "no errors, no warnings"
 
     def __repr__(self) -> str:
-        return self.render().rstrip("\n") if self else "no errors, no warnings"
+        return str(self).rstrip("\n")
 
 
 class MechdslError(Exception):

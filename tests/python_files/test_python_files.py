@@ -331,11 +331,11 @@ def test_nothing_runs_without_a_word(text: str, tmp_path: Path, command: Command
 
 def test_validating_imports_neither_the_file_nor_torch(tmp_path: Path) -> None:
     path = write(tmp_path, METRIC, "import torch\n" + MARK)
-    code = "import sys, mechdsl; print(mechdsl.check(sys.argv[1]), 'torch' in sys.modules)"
+    code = "import sys, mechdsl; print(mechdsl.check(sys.argv[1]) == [], 'torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["[]", "False"]
+    assert done.stdout.split() == ["True", "False"]
     assert not (tmp_path / "it ran").exists()
 
 
