@@ -50,6 +50,7 @@ from mechdsl.syntax.walk import walk
 from mechdsl.validate.contexts import Contexts
 from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
 from mechdsl.validate.reachable_p import check_prompts
+from mechdsl.validate.written_files import check_written
 from mechdsl.vocab.corruptions import problems
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS
@@ -85,6 +86,8 @@ class Checked:
     """Experiments whose rows only Python can make, which wasn't run."""
     unreported: set[str] = field(default_factory=set[str])
     """Experiments that run only because another one uses what they find."""
+    reported: list[spec.Experiment] = field(default_factory=list[spec.Experiment])
+    """The others, as far as they were asked for: theirs are the reports that are made."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
 
@@ -140,8 +143,8 @@ def check_source(
     for name, prompts in program.prompts.items():
         if prompts.span.source is source:
             contexts.table_alone(name)
-    reported = [e for e in experiments if e.name not in checked.unreported]
-    checked.diagnostics.extend(_files_written(reported))
+    checked.reported = [e for e in experiments if e.name not in checked.unreported]
+    checked.diagnostics.extend(check_written([(program, checked.reported)]))
     checked.diagnostics.extend(
         HidesMetric(span=value.span, name=name)
         for name, value in program.metrics.items()
@@ -411,26 +414,6 @@ def _accuracies(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
             for node in walk(expect.condition)
         )
     ]
-
-
-def _files_written(experiments: list[spec.Experiment]) -> list[Diagnostic]:
-    """Two reports in one file: the second would silently take the place of the first."""
-    found: list[Diagnostic] = []
-    first: dict[str, spec.Report] = {}
-    for report in (report for experiment in experiments for report in experiment.reports):
-        if report.file is None:
-            continue
-        other = first.setdefault(report.file, report)
-        if other is not report:
-            found.append(
-                BadReport(
-                    span=report.span,
-                    kind=report.kind,
-                    reason=f"goes to `{report.file}`, as the report on line {other.span.line} does",
-                    hint="give each report a file of its own",
-                )
-            )
-    return found
 
 
 def _enough_prompts(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
