@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 Coord = int | float | str
 
@@ -19,6 +19,8 @@ class CellKey:
     position: str | None = None
     tokens: tuple[str, ...] = ()
     """The distinct texts of the tokens that were hit, commonest first."""
+    also: Mapping[str, int] = field(default_factory=dict[str, int])
+    """`item`, where an axis runs over occurrences: which of them, counted from 1."""
 
 
 # --- cells of several variants --------------------------------------------------------------------

@@ -21,11 +21,14 @@ def cell_keys(experiment: ResolvedExperiment) -> Iterator[CellKey]:
     for index in product(*(range(len(axis)) for axis in experiment.axes)):
         if not all(rule.leads(index) for rule in rules):
             continue
-        coords = {axis.name: axis.labels[i] for axis, i in zip(experiment.axes, index, strict=True)}
+        along = list(zip(experiment.axes, index, strict=True))
+        coords = {axis.name: axis.labels[i] for axis, i in along}
+        also = {axis.alias: axis.items[i] or 0 for axis, i in along if axis.alias is not None}
         sites = dict.fromkeys(rule.site(index) for rule in rules)
         positions = dict.fromkeys(rule.position(index) for rule in rules)
         tokens = dict.fromkeys(text for rule in rules for text in rule.tokens(index))
-        yield CellKey(coords, " + ".join(sites), " + ".join(positions) or None, tuple(tokens))
+        position = " + ".join(positions) or None
+        yield CellKey(coords, " + ".join(sites), position, tuple(tokens), also)
 
 
 class _NamedRule:

@@ -74,7 +74,8 @@ class At(DocumentPart):
 
 
 class CellDocument(DocumentPart):
-    """One cell of the result table; the keys of `coords` are the experiment's axes."""
+    """One cell of the result table; the keys of `coords` are the experiment's axes, and `item`
+    where positions are occurrences of a span."""
 
     coords: dict[str, int | float | str]
     site: str
@@ -211,7 +212,7 @@ def _reason(reason: str | None, data: MeasureData, source: str | None) -> str | 
 def _cell(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
     n = max((int(found.n[index]) for found in result.statistics), default=0)
     return CellDocument(
-        coords={axis: key.coords[axis] for axis in result.axes},
+        coords={**key.also, **{axis: key.coords[axis] for axis in result.axes}},
         site=key.site,
         at=At(position=key.position, tokens=list(key.tokens)),
         n=n,

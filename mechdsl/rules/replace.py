@@ -40,9 +40,9 @@ class ReplaceRule(RuleKind, Intervention):
 def _inputs(rule: spec.Rule, positions: PositionTargets, work: Work) -> dict[Key, Run]:
     """The prompts with the text put in; other positions must not move."""
     assert isinstance(rule.fill, ast.String)
-    base = work.experiment.base
+    base, new, tokenizer = work.experiment.base, rule.fill.value, work.model.tokenizer
     found = {
-        key: replace_tokens(work.table, base, cell, rule.fill.value, work.model.tokenizer)
+        key: replace_tokens(work.table, base, rule.at, cell, new, tokenizer)
         for key, cell in positions.written.items()
     }
     others = len(work.experiment.rules) > 1 or any(m.at for m in work.experiment.measures)

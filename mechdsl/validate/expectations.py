@@ -395,7 +395,7 @@ class _ConditionReader:
 
     def named(self, axis: str, argument: ast.Argument) -> CellSelection:
         """`position: "last token"`, `layer: 2`."""
-        axis = self.known.aliases.get(axis, axis)
+        number, axis = axis, self.known.aliases.get(axis, axis)  # `item: 3` is a number
         if axis not in self.known.axes:
             listed = ", ".join(f"`{each}`" for each in self.known.axes) or "none"
             hint = did_you_mean(axis, self.known.axes, f"its axes are: {listed}")
@@ -409,9 +409,9 @@ class _ConditionReader:
             case ast.String():
                 return CellSelection(text, {axis: ((value.value, value.value),)})
             case ast.Range():
-                return CellSelection(text, {axis: ((self.end(value.low), self.end(value.high)),)})
+                return CellSelection(text, {number: ((self.end(value.low), self.end(value.high)),)})
             case ast.Number() | ast.Percent():
-                return CellSelection(text, {axis: ((self.end(value), self.end(value)),)})
+                return CellSelection(text, {number: ((self.end(value), self.end(value)),)})
             case _:
                 hint = f'write `{axis}: 2`, `{axis}: 2..4` or `{axis}: "…"`'
                 if isinstance(value, ast.Name):

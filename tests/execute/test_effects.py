@@ -221,6 +221,7 @@ def test_a_replaced_span_is_a_prompt_with_another_text(folder: Path, mode: str) 
             'replace item tokens with "w7"',
             lambda r: (["w7"] * len(r["words"]), None, r["cue"]),
         ),
+        "list": ('replace xs tokens with "w7"', lambda r: (["w7"], None, r["cue"])),
     }
     text = "".join(
         experiment(name, "prompts p", rule, DIFFERENCE) for name, (rule, _) in rules.items()
@@ -276,6 +277,7 @@ prompts c {
   wrong " {b}"
   corrupt crossed { swap cue, cue2 }
   corrupt blank { replace item tokens with "w7" }
+  corrupt one { replace xs tokens with "w7" }
   corrupt written { template "{xs} w40 {cue2} w44 {cue} w42 w45" }
 }
 """
@@ -287,11 +289,12 @@ def changed(record: Record, run: str) -> list[str]:
         "clean": [*words, "w40", one, "w41", two, "w42"],
         "crossed": [*words, "w40", two, "w41", one, "w42"],
         "blank": [*["w7"] * len(words), "w40", one, "w41", two, "w42"],
+        "one": ["w7", "w40", one, "w41", two, "w42"],
         "written": [*words, "w40", two, "w44", one, "w42", "w45"],
     }[run]
 
 
-@pytest.mark.parametrize("run", ["crossed", "blank", "written"])
+@pytest.mark.parametrize("run", ["crossed", "blank", "one", "written"])
 @pytest.mark.parametrize("direction", ["into the clean run", "out of the clean run"])
 def test_a_corruption_is_the_prompt_it_says(folder: Path, run: str, direction: str) -> None:
     """Both directions, at the token of `cue`, wherever the template has it in each run."""
@@ -305,8 +308,10 @@ def test_a_corruption_is_the_prompt_it_says(folder: Path, run: str, direction: s
         for number, words in enumerate(texts):
             unchanged[number, n] = plain_difference(words, record)
         seen = forward(FAMILY, bare(FAMILY), ids_of(texts[0])).seen
-        behind_items = len(record["words"]) + 2
-        at = [[behind_items + 2 * (r == "written")] for r in (source, base)]
+        items = {"one": 1}
+        at = [
+            [items.get(r, len(record["words"])) + 2 + 2 * (r == "written")] for r in (source, base)
+        ]
         for layer in (0, 1):
             edits = copied([Point("resid_post", layer)], seen, *at)
             logits = forward(FAMILY, bare(FAMILY), ids_of(texts[1]), edits).logits
