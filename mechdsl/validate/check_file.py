@@ -49,7 +49,7 @@ from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.contexts import Contexts
 from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
-from mechdsl.validate.reachable_p import check_prompts
+from mechdsl.validate.reachable_p import check_rows
 from mechdsl.validate.written_files import check_written
 from mechdsl.vocab.corruptions import problems
 from mechdsl.vocab.effects import EFFECTS
@@ -139,7 +139,7 @@ def check_source(
     checked.experiments.sort(key=lambda each: place[each.spec.key])
     for variants in by_name(checked.experiments):
         checked.diagnostics.extend(_against_axes(variants, program))
-        checked.diagnostics.extend(_enough_prompts(variants))
+        checked.diagnostics.extend(check_rows(variants, variants[0].table.row_ids))
     for name, prompts in program.prompts.items():
         if prompts.span.source is source:
             contexts.table_alone(name)
@@ -414,22 +414,6 @@ def _accuracies(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
             for node in walk(expect.condition)
         )
     ]
-
-
-def _enough_prompts(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
-    """W0720 where no p can be small enough, however large the effect."""
-    experiment = variants[0]
-    known = [m for m in experiment.spec.measures if m.effect in EFFECTS]
-    tested = [m for m in known if EFFECTS[m.effect].tested]
-    if not tested or not experiment.rules:
-        return []
-    settings = experiment.spec.statistics
-    rows = experiment.table.runs["clean"].rows
-    units = len(rows)
-    if settings.by is not None and rows and settings.by in rows[0].values:
-        units = len({str(row.values.get(settings.by)) for row in rows})
-    tests = len(tested) * sum(each.n_cells for each in variants)
-    return check_prompts(units, tests, settings, tested[0].span)
 
 
 def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:

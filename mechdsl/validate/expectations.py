@@ -144,7 +144,7 @@ class _ConditionReader:
                         node.span, f"`{how}` is a site, not a number", f"write `{how}(…) = L9H9`"
                     )
                 measure, where = self.cells(best)
-                return BestIs(how, measure, where, self.where(site), operator == "=")
+                return BestIs(how, measure, where, self.one_of(site, where), operator == "=")
         return Comparison(operator, self.value(left), self.value(right))
 
     def top(self, expectation: spec.Expectation) -> TopContains:
@@ -157,7 +157,7 @@ class _ConditionReader:
             raise _RefusedCondition(self.which(span, f"top {expectation.top}", numbers, hint))
         if not numbers:
             _unreadable(span, "no measure is a number", "categories have no order")
-        sites = tuple(self.where(site) for site in expectation.contains)
+        sites = tuple(self.one_of(site) for site in expectation.contains)
         return TopContains(expectation.top, numbers[0], sites)
 
     # --- values
@@ -384,6 +384,16 @@ class _ConditionReader:
             _unreadable(span, f"no cell is at {text}", hint)
         example = '`position: "last token"` beside it, or `max(…)` over them'
         _unreadable(span, f"{len(found)} cells are at {text}", f"say which with {example}")
+
+    def one_of(
+        self, site: ast.Expr | ast.Site, among: Sequence[CellSelection] = ()
+    ) -> CellSelection:
+        """A site that one of these cells has; of no cell, nothing would ever be found true."""
+        selection = self.where(site)
+        where = (selection, *among)
+        if self.known.cells is not None and not self.find(where):
+            self.not_one(site.span, where, [])
+        return selection
 
     def wheres(self, arguments: Sequence[ast.Argument]) -> tuple[CellSelection, ...]:
         return tuple(

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.pipeline import RunOptions
+from mechdsl.base.source import Source
+from mechdsl.pipeline import RunOptions, run_source
 from mechdsl.validate.check_file import Settings
 
+from ..fruit import FRUIT
 from ..reference.forward import forward
 from ..reference.points import Point, copied
 from .support import (
@@ -322,3 +324,32 @@ def test_a_corruption_is_the_prompt_it_says(folder: Path, run: str, direction: s
         agree(measure, expected, unchanged[1], large=0.02)
         assert measure.source is not None
         np.testing.assert_allclose(measure.source[0], unchanged[0], atol=ABSOLUTE)
+
+
+KEPT = (
+    FRUIT
+    + """
+experiment e {
+  prompts fruit limit 64
+  from clean into fewer
+  keep expected(1..9) < 3.5
+  patch layer * head * at last-item token
+  measure logit(answer) as delta
+  stats correct SAID
+}
+"""
+)
+
+
+@pytest.mark.parametrize("correction", ["holm", "none"])
+def test_few_rows_that_are_kept_are_warned_of_as_few_that_are_taken(correction: str) -> None:
+    source = Source(KEPT.replace("SAID", correction))
+    found, diagnostics = run_source(source)
+    assert found is not None
+    kept = found.experiments[0].prompts
+    assert kept == 9
+    said = [(d.code, d.message) for d in diagnostics]
+    wanted = ("W0720", f"with {kept} prompts no cell can survive the correction")
+    assert said == ([wanted] if correction == "holm" else [])
+    spans = [d.span.text for d in diagnostics if d.span is not None]
+    assert spans == (["expected(1..9) < 3.5"] if correction == "holm" else [])
