@@ -50,6 +50,7 @@ from mechdsl.syntax.walk import walk
 from mechdsl.validate.contexts import Contexts
 from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
 from mechdsl.validate.reachable_p import check_rows
+from mechdsl.validate.vocabulary import measures_fit
 from mechdsl.validate.written_files import check_written
 from mechdsl.vocab.corruptions import problems
 from mechdsl.vocab.effects import EFFECTS
@@ -241,6 +242,7 @@ def _resolve(experiment: spec.Experiment, checked: Checked, contexts: Contexts) 
     checked.diagnostics.extend(found)
     if resolved is None:
         return
+    checked.diagnostics.extend(measures_fit(resolved))
     checked.diagnostics.extend(_first_tokens(resolved))
     checked.diagnostics.extend(_tested_where_picked(resolved, stand_ins))
     checked.experiments.append(resolved)
