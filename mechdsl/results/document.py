@@ -71,6 +71,9 @@ class At(DocumentPart):
 
     position: str | None
     tokens: list[str]
+    read: list[str] | None = Field(
+        default=None, description="tokens of the source run, where the same number is another token"
+    )
 
 
 class CellDocument(DocumentPart):
@@ -214,7 +217,11 @@ def _cell(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
     return CellDocument(
         coords={**key.also, **{axis: key.coords[axis] for axis in result.axes}},
         site=key.site,
-        at=At(position=key.position, tokens=list(key.tokens)),
+        at=At(
+            position=key.position,
+            tokens=list(key.tokens),
+            **_given(read=list(key.read) or None),
+        ),
         n=n,
         measures=[_measure(result, measure, index, n) for measure in range(len(result.measures))],
     )
