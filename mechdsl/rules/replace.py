@@ -54,7 +54,12 @@ def _inputs(rule: spec.Rule, positions: PositionTargets, work: Work) -> dict[Key
     )
     if moved or work.table.runs[base].noise is not None:
         what = "a replacement of another number of tokens beside other positions"
+        later = (
+            "write it as a run: `corrupt NAME { replace … with … }`, then `from clean into NAME`"
+        )
         work.diagnostics.append(
-            NotSupported(span=rule.span, what=what if moved else "`replace` on a noised run")
+            NotSupported(span=rule.span, what=what, later=later)
+            if moved
+            else NotSupported(span=rule.span, what="`replace` on a noised run")
         )
     return found
