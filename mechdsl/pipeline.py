@@ -41,6 +41,7 @@ from mechdsl.results.variants import merged
 from mechdsl.rules import RULES
 from mechdsl.syntax.parse import parse
 from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
+from mechdsl.validate.reachable_p import check_rows
 from mechdsl.vocab.effects import EFFECTS
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -188,6 +189,7 @@ def _run(
                 if not whole.prompts:
                     diagnostics.append(_nothing_left(first))
                     return None, diagnostics
+                diagnostics.extend(_few_kept(variants, whole))
                 results[first.name] = with_statistics(whole, first.spec, first.seed)
     finally:
         if store is not None:
@@ -220,6 +222,13 @@ def _nothing_left(experiment: ResolvedExperiment) -> Diagnostic:
     keep = experiment.spec.keep
     span = keep[0].span if keep else experiment.spec.span
     return NothingKept(span=span, rows=len(experiment.table))
+
+
+def _few_kept(variants: Sequence[ResolvedExperiment], result: ExperimentResult) -> list[Diagnostic]:
+    """W0720 where only `keep` has left so few rows; of all of them it was said before."""
+    if not variants[0].keep or check_rows(variants, variants[0].table.row_ids):
+        return []
+    return check_rows(variants, frozenset(result.row_ids or ()))
 
 
 def _may_be_refused(experiment: ResolvedExperiment) -> bool:

@@ -23,7 +23,7 @@ from mechdsl.cli.options import (
 )
 from mechdsl.cli.output import broke_off, make_console, print_diagnostics
 from mechdsl.cli.status import FAILED, FINE, INTERRUPTED, WRONG
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.core import Diagnostic, has_errors
 
 if TYPE_CHECKING:
     from mechdsl.execute.profile import Profile
@@ -85,6 +85,8 @@ def run(
         problems += found
         if checked is not None:
             everything.append(checked)
+    if len(everything) > 1:
+        problems += _written_by_several(everything, problems)
     print_diagnostics(problems)
     if has_errors(problems):
         return WRONG
@@ -104,6 +106,15 @@ def run(
         execution=Options(pass_tokens=passes.pass_tokens, prompt_tokens=passes.prompt_tokens),
     )
     return _run_all(everything, options, form, profile=profile)
+
+
+def _written_by_several(files: list[Checked], said: list[Diagnostic]) -> list[Diagnostic]:
+    """Reports of one file that would write over what another one reads or writes."""
+    from mechdsl.validate.written_files import check_written
+
+    found = check_written([(checked.program, checked.reported) for checked in files])
+    known = {(each.code, each.span) for each in said}
+    return [each for each in found if (each.code, each.span) not in known]
 
 
 def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: bool) -> int:

@@ -132,6 +132,51 @@ class ShapeUnknown(Diagnostic):
 
 
 @keyword_record
+class BadSize(Diagnostic):
+    """A `config.json` with a size that no model can have."""
+
+    code = "E0420"
+    title = "the `config.json` of `{model}` has `{key}`: {value}"
+    label = "a size is a whole number above 0"
+    help = "correct the key, or save the model again with `save_pretrained`"
+
+    model: str
+    key: str
+    value: str
+
+
+@keyword_record
+class VocabularyTooSmall(Diagnostic):
+    """A tokenizer with ids that the model's embedding doesn't have."""
+
+    code = "E0421"
+    title = "`{model}` has {size:,} tokens, and its tokenizer {more}"
+    label = "the tokenizer is another model's, or `vocab_size` is wrong"
+    help = "put the tokenizer beside it that the model was trained with, or correct `config.json`"
+
+    model: str
+    size: int
+    more: str
+
+
+@keyword_record
+class OtherLayers(Diagnostic):
+    """Weights of more blocks than the config has."""
+
+    code = "E0422"
+    title = "the `config.json` of `{model}` has {blocks} layers, its weights {more}"
+    label = "the weights have `{key}`, which no parameter takes"
+    help = (
+        "correct the number of layers in `config.json`, or put the weights there that belong to it"
+    )
+
+    model: str
+    blocks: int
+    more: int
+    key: str
+
+
+@keyword_record
 class PartNotFound(Diagnostic):
     """The finder can't tell which module plays a part."""
 

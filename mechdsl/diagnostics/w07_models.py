@@ -44,3 +44,16 @@ class StackLeftOut(Diagnostic):
     model: str
     stack: str
     reason: str
+
+
+@keyword_record
+class WeightsUnused(Diagnostic):
+    """Weights in the folder that play no part in the model."""
+
+    code = "W0761"
+    title = "some of the weights of `{model}` are not used"
+    label = "{what}"
+    help = "nothing to change where they belong to another part or format; else correct the folder"
+
+    model: str
+    what: str

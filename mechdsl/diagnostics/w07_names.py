@@ -47,3 +47,23 @@ class PatchesItself(Diagnostic):
     label = "writes what is there already"
     help = "name two runs, as in `from clean into CORRUPTION`, unless this is a control"
     run: str
+
+
+@keyword_record
+class OtherTokens(Diagnostic):
+    """Tokens counted alike in prompts of different lengths, which are other words there."""
+
+    code = "W0760"
+    title = "`{position}` means other tokens in `{source}` than in `{base}`"
+    label = "token {number} is `{theirs}` in `{source}` and `{own}` in `{base}`, in {rows} rows"
+    help = (
+        "the prompts differ in length: name tokens by their span, as in `last-item token`, or "
+        "count from the end where they agree"
+    )
+    position: str
+    source: str
+    base: str
+    number: str
+    theirs: str
+    own: str
+    rows: str

@@ -243,13 +243,14 @@ def continuation_positions(atom: Atom, lanes: Ints, lengths: Ints) -> Tensor:
 
 
 def prompt_loss(atom: Atom, logits: Tensor, batch: Batch, run: Run, lanes: Ints) -> Tensor:
-    """[lane]: the loss over the prompts' own tokens, special ones and continuations aside."""
+    """[lane]: the loss over the prompts' own tokens, special ones and continuations aside. The
+    first token of the input is predicted from nothing."""
     mask = torch.zeros_like(batch.mask, dtype=torch.bool)
     for lane, prompt in enumerate(lanes):
         row = run.rows[prompt]
         start = int(batch.starts[lane])
         own = torch.tensor([not special for special in row.special], device=mask.device)
-        mask[lane, start : start + len(row.ids)] = own
+        mask[lane, start + 1 : start + len(row.ids)] = own[1:]
     return atom.form.function(logits, batch.ids, mask)
 
 

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -22,8 +24,14 @@ from torch import Tensor, nn
 from mechdsl.base.garbage import uncollected
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e04_model import LoadFailed, ModelNotFound, NoTokenizer, NoWeights
-from mechdsl.diagnostics.w07_models import ModelNotHere
+from mechdsl.diagnostics.e04_model import (
+    LoadFailed,
+    ModelNotFound,
+    NoTokenizer,
+    NoWeights,
+    OtherLayers,
+)
+from mechdsl.diagnostics.w07_models import ModelNotHere, WeightsUnused
 from mechdsl.hooks.hook_points import at_hand
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.prove import take_apart, text_of
@@ -68,11 +76,17 @@ def load(
     tokenizer, found = TextTokenizer.from_folder(folder, model.bos, span=model.span)
     if tokenizer is None:
         return None, found
-    module, reason = _from_folder(
+    module, reason, untaken = _from_folder(
         folder, shape.architecture, _DTYPES[dtype or model.dtype], spread or {}
     )
     if module is None:
         return None, [LoadFailed(span=model.span, model=model.name, reason=reason)]
+    more = _more_blocks(module, untaken)
+    if more is not None:
+        blocks, there, key = more
+        problem = OtherLayers(span=model.span, model=model.name, blocks=blocks, more=there, key=key)
+        return None, [problem]
+    unused = _unused(folder, files, untaken, model)
     shape = _filled(module, shape)
     provenance = {
         "weights": _hash_files(files),
@@ -81,7 +95,7 @@ def load(
         "tokenizer": tokenizer.hash,
     }
     module = module if spread else module.to(device)
-    return take_apart(
+    loaded, found = take_apart(
         model.name,
         module,
         shape,
@@ -90,6 +104,7 @@ def load(
         span=model.span,
         remembered=not spread,
     )
+    return loaded, [*unused, *found]
 
 
 def adopt(
@@ -154,7 +169,7 @@ def look(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
     shape, found = shape_of(config, folder, model=name, span=span)
     if shape is None:
         return None, found
-    module, reason = _from_folder(folder, shape.architecture, torch.float32)
+    module, reason, _ = _from_folder(folder, shape.architecture, torch.float32)
     if module is None:
         return None, [LoadFailed(span=span, model=name, reason=reason)]
     shape = _filled(module, shape)
@@ -222,8 +237,9 @@ def _from_folder(
     architecture: str,
     dtype: torch.dtype,
     spread: Mapping[str, object] | None = None,
-) -> tuple[nn.Module | None, str]:
-    """The model, or why it can't be loaded. Weights that the files lack are a reason."""
+) -> tuple[nn.Module | None, str, list[str]]:
+    """The model, or why it can't be loaded; and weights that nothing of it takes. Those that the
+    files lack are a reason."""
     import_library()
     with _quiet():
         import transformers
@@ -242,12 +258,47 @@ def _from_folder(
                 **(spread or {}),
             )
         except Exception as error:  # transformers raises whatever its parts raise
-            return None, text_of(error)
+            return None, text_of(error), []
     module, info = cast("tuple[nn.Module, Mapping[str, Any]]", loaded)
     missing = sorted(str(key) for key in info.get("missing_keys", ()))
     if missing:
-        return None, f"the weights lack `{missing[0]}` and {len(missing) - 1} more"
-    return module, ""
+        return None, f"the weights lack `{missing[0]}` and {len(missing) - 1} more", []
+    return module, "", sorted(str(key) for key in info.get("unexpected_keys", ()))
+
+
+def _more_blocks(module: nn.Module, untaken: list[str]) -> tuple[int, int, str] | None:
+    """(blocks that the model has, blocks that its weights have, one of the keys behind them) where
+    the weights are those of a deeper model; None where they aren't."""
+    taken = list(module.state_dict())
+    for key in reversed(untaken):
+        for number in re.finditer(r"(?<=\.)\d+(?=\.)", f".{key}"):
+            start, end = number.start() - 1, number.end() - 1
+            alike = re.compile(rf"(.*\.)?{re.escape(key[:start])}(\d+){re.escape(key[end:])}")
+            blocks = {int(found[2]) for each in taken if (found := alike.fullmatch(each))}
+            if blocks and int(key[start:end]) > max(blocks):
+                return max(blocks) + 1, int(key[start:end]) + 1, key
+    return None
+
+
+def _unused(
+    folder: Path, files: list[Path], untaken: list[str], model: spec.Model
+) -> list[Diagnostic]:
+    """W0761 for weights that nothing takes, and for files of weights that aren't read."""
+    index = folder / "model.safetensors.index.json"
+    read = {"model.safetensors"}
+    if not (folder / "model.safetensors").is_file() and index.is_file():
+        read = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    aside = [path.name for path in files if path.name not in read]
+    said = [("nothing takes", untaken)] if untaken else []
+    said += [("nothing reads the file", aside)] if aside else []
+    return [
+        WeightsUnused(
+            span=model.span,
+            model=model.name,
+            what=f"{how} `{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else ""),
+        )
+        for how, names in said
+    ]
 
 
 def _adopt_tokenizer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import (
+    BadSize,
     NoConfig,
     NoResidMid,
     NotATextModel,
@@ -51,6 +52,9 @@ _MIXERS = (
     "rescale_every", "qk_dim_factor", "short_conv",
 )  # fmt: skip
 """How keys begin that only configs of state-space, convolution or recurrent models have."""
+
+_COUNTED = (_LAYERS, _HEADS, _KV_HEADS, _MODEL, _MLP, _VOCAB)
+"""Sizes that can't be 0; of the others, 0 says that there is none of its own."""
 
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -134,7 +138,7 @@ def shape_from_config(
     """The shape that a `config.json` describes, of the stack that `layer` means.
 
     `model` is the name in messages, `span` the model statement. Gives E0408 for a config that
-    lacks a number.
+    lacks a number, E0420 for one that can't be.
     """
     architectures = config.get("architectures")
     names = [str(a) for a in cast(list[Any], architectures)] if architectures else []
@@ -205,6 +209,12 @@ def _shape(
     model: str = "model",
     span: Span | None = None,
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
+    impossible = [
+        BadSize(span=span, model=model, key=key, value=json.dumps(value))
+        for key, value in _impossible({**{k: config.get(k) for k in _VOCAB}, **text})
+    ]
+    if impossible:
+        return None, impossible
     model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
     found = {
         "number of layers": (_first(text, _LAYERS) or _listed(text), _LAYERS),
@@ -252,7 +262,7 @@ def _shape(
         d_head=d_head,
         d_mlp=(_first(text, _TIMES) or 0) * d_model or _first(text, _MLP) or 4 * d_model,
         vocab_size=numbers.get("vocabulary size", 0),
-        max_positions=_first(text, _POSITIONS),
+        max_positions=max(_first(text, _POSITIONS) or 0, 0) or None,
         parallel_block=parallel,
         sites=available_sites(
             parallel=parallel,
@@ -269,6 +279,19 @@ def _shape(
         partly=partly,
         config=text,
     ), []
+
+
+def _impossible(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Keys that say a size, with a value that is none: below 1, or no whole number. Lists are of
+    models whose blocks differ, and null is what the library makes of it."""
+    for keys, least in (*((keys, 1) for keys in _COUNTED), (_HEAD_WIDTH, 0), (_EXPERTS, 0)):
+        for key in keys:
+            value = config.get(key)
+            if value is None or isinstance(value, bool | list | Mapping):
+                continue
+            if not isinstance(value, int) or value < least:
+                yield key, value
+            break  # the others aren't read
 
 
 def _narrow(config: Mapping[str, Any], d_model: int) -> int:
@@ -330,8 +353,8 @@ def shape_of(
     """The shape that a folder's config describes; what it leaves out is asked of the model library,
     which takes time, only where a number is missing (E0408)."""
     shape, found = shape_from_config(config, model=model, span=span)
-    if shape is not None:
-        return shape, []
+    if shape is not None or any(isinstance(each, BadSize) for each in found):
+        return shape, found
     try:
         library = import_module("transformers")
         whole = library.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()

@@ -67,6 +67,7 @@ def lower_program(
         scope.diagnostics.extend(unused_in_blocks(tree))
     whole = spec.Program(
         span=tree.span,
+        files=tuple(path for file, _ in files if (path := file.span.source.path) is not None),
         models=parts.models,
         checkpoints=parts.checkpoints,
         prompts=parts.prompts,

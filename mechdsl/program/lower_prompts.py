@@ -37,6 +37,8 @@ class _BlockLines:
         self.where: list[ast.Expr] = []
         self.rows: ast.RowsFrom | None = None
         self.rename: list[tuple[str, str]] = []
+        self.renamed: dict[str, ast.Name] = {}
+        """Where a new name stands first."""
         self.split: ast.Split | None = None
 
     @property
@@ -99,7 +101,8 @@ class _BlockLines:
                     self.later(line.source, "rows from a hub data set")
                 self.rows = line
             case ast.Rename(pairs=pairs):
-                self.rename.extend((new.id, old.id) for new, old in pairs)
+                for new, old in pairs:
+                    self._rename(new, old)
             case ast.Split():
                 self.once(line, self.split, "split")
                 if 0 < line.percent.value < 100:
@@ -119,6 +122,14 @@ class _BlockLines:
                 self.later(line, "`chat`")
             case ast.ImageLine() | ast.Region():
                 self.later(line, "images")
+
+    def _rename(self, new: ast.Name, old: ast.Name) -> None:
+        first = self.renamed.setdefault(new.id, new)
+        if first is not new:
+            self.diagnostics.append(
+                DuplicateName(span=new.span, name=new.id, first=place(first.span, new.span))
+            )
+        self.rename.append((new.id, old.id))
 
     def _templates(self, line: ast.Domained) -> None:
         self.once(line, self.templates[0] if self.templates else None, "template")

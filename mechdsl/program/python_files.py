@@ -293,6 +293,14 @@ def check_functions(program: spec.Program, mode: Mode) -> list[Diagnostic]:
     return found
 
 
+def functions_of(program: spec.Program) -> Iterator[PythonFunction]:
+    """All functions of Python files that a file refers to and that can be found."""
+    for node, use in _uses(program):
+        function = None if use is None else find_function(node, use)[0]
+        if function is not None:
+            yield function
+
+
 def _uses(program: spec.Program) -> Iterator[tuple[ast.Call, FunctionUse | None]]:
     """Every `python(…)` of a file and what it is for; None where it can't stand."""
     for prompts in program.prompts.values():

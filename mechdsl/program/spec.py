@@ -6,6 +6,7 @@ meaning; in JSON they are the text that was written.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     BoundText = ast.Star | ast.AxisRange
     EdgeText = ast.Edge
     Where = Span
+    Paths = tuple[Path, ...]
 else:
     # Pydantic never looks into a tree: it would spend a quarter of a second on its schema.
     _AS_WRITTEN = Annotated[
@@ -47,7 +49,7 @@ else:
     ]
     ExprText = SiteText = PositionsText = PositionText = _AS_WRITTEN
     DomainText = StringText = ChangeText = SpanDefText = BoundText = EdgeText = _AS_WRITTEN
-    Where = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
+    Where = Paths = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
 
 
 class Spec(BaseModel):
@@ -247,6 +249,8 @@ class Experiment(Spec):
 class Program(Spec):
     """A file with everything it imports."""
 
+    files: Paths = ()
+    """The file itself, where it has a path, and those that it imports."""
     models: dict[str, Model] = {}
     checkpoints: dict[str, tuple[str, ...]] = {}
     """What a model with a `*` in its path stands for: names of models."""

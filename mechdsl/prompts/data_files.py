@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,6 +19,9 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e05_data import DataFormat, DataNotRead
 from mechdsl.prompts.values import Record, Value
+
+TWO_COLUMNS = "two columns are called"
+OWN_NAMES = "give each of them a name of its own"
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,23 @@ def _text(content: bytes) -> str:
         raise _Malformed(f"byte {error.start} is not UTF-8", "save the file in UTF-8") from None
 
 
+def _refuse_repeated(names: Sequence[str], said: str) -> None:
+    """Of two values with one name, the first would silently be lost."""
+    if len(set(names)) < len(names):
+        name = next(name for name, times in Counter(names).items() if times > 1)
+        raise _Malformed(f"{said} `{name}`", OWN_NAMES)
+
+
+def _parsed(text: str, where: str) -> Any:
+    """JSON whose objects have no key twice. Raises ValueError for what isn't JSON."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_repeated([key for key, _ in pairs], f"{where} has two keys")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def _object(value: Any, where: str) -> Record:
     if not isinstance(value, dict):
         raise _Malformed(f"{where} is not an object", "every record is an object with the columns")
@@ -92,7 +113,7 @@ def _json_lines(content: bytes) -> list[Record]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = _parsed(line, f"line {number}")
         except ValueError as error:
             reason = f"line {number} is not JSON ({error})"
             raise _Malformed(reason, "write one object per line") from None
@@ -102,7 +123,7 @@ def _json_lines(content: bytes) -> list[Record]:
 
 def _json(content: bytes) -> list[Record]:
     try:
-        value = json.loads(_text(content))
+        value = _parsed(_text(content), "an object of it")
     except ValueError as error:
         raise _Malformed(f"it is not JSON ({error})", "correct the file") from None
     if isinstance(value, dict):
@@ -120,6 +141,10 @@ def _inner_records(whole: Mapping[str, Any]) -> list[Record]:
         reason = "it is an object without a list of records in it"
         raise _Malformed(reason, "write a list of objects")
     shared = {k: v for k, v in whole.items() if k != lists[0]}
+    both = next((k for k in shared if any(k in entry for entry in whole[lists[0]])), None)
+    if both is not None:
+        reason = f"`{both}` stands beside the list `{lists[0]}` and in its records"
+        raise _Malformed(reason, OWN_NAMES)
     return [cast("Record", shared | entry) for entry in whole[lists[0]]]
 
 
@@ -138,6 +163,7 @@ def _separated(delimiter: str) -> Callable[[bytes], list[Record]]:
         if not table:
             return []
         header, *body = table
+        _refuse_repeated(header, TWO_COLUMNS)
         for number, line in enumerate(body):
             if len(line) != len(header):
                 reason = f"record {number} has {len(line)} fields, the header {len(header)}"
@@ -167,9 +193,13 @@ def _parquet(content: bytes) -> list[Record]:
         reason = "reading parquet needs the package pyarrow"
         raise _Malformed(reason, "pip install 'mechdsl[frames]'") from None
     try:
-        return cast("list[Record]", parquet.read_table(io.BytesIO(content)).to_pylist())
+        file = parquet.ParquetFile(io.BytesIO(content))
+        records = cast("list[Record]", file.read().to_pylist())
+        names = cast("list[str]", file.schema_arrow.names)
     except Exception as error:  # pyarrow has its own tree of exceptions
         raise _Malformed(f"pyarrow: {error}", "write the file again") from None
+    _refuse_repeated(names, TWO_COLUMNS)
+    return records
 
 
 _READERS: Mapping[str, Callable[[bytes], list[Record]]] = {

@@ -148,6 +148,10 @@ class PromptsBlock:
                         hint=_hint(old, data.columns, "columns"),
                     )
                 )
+        for new in new_names.values():
+            if new in data.columns and new not in new_names:
+                first = f"the column `{new}` of `{source.value}`"
+                self.diagnostics.append(DuplicateName(span=source.span, name=new, first=first))
         records = tuple({new_names.get(k, k): v for k, v in r.items()} for r in data.records)
         columns = tuple(new_names.get(c, c) for c in data.columns)
         return DataFile(records, columns, data.digest)

@@ -8,22 +8,31 @@ from dataclasses import replace
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run, RunRow
-from mechdsl.prompts.span_tokens import TokenMap, trimmed
+from mechdsl.prompts.span_occurrences import Occurrences
+from mechdsl.prompts.span_tokens import Place, TokenMap, trimmed
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.prompts.values import SpanAt
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 
 
 def replace_tokens(
-    table: PromptTable, run: str, cell: PositionCell, text: str, tokenizer: TextTokenizer
+    table: PromptTable,
+    run: str,
+    at: ast.Positions,
+    cell: PositionCell,
+    text: str,
+    tokenizer: TextTokenizer,
 ) -> Run:
     """The run with the text of the hit tokens replaced and tokenised again; answers stay.
 
-    A span whose tokens are all hit is replaced once, the innermost one counting; other tokens that
-    are hit are replaced word by word. So each `item` of a list becomes one `thing`.
+    cell: one of those of `at`. A span that `at` names becomes the text once, the outermost one
+    counting: of a list, `fruits tokens` becomes one `thing`, and of `item tokens` each does. In the
+    rest of what is hit, so does every span whose tokens are all hit, the innermost one counting,
+    and every other word.
     """
     hits = [tuple(p for tokens in row for p in tokens) for row in cell.hits]
-    return _replaced(table, run, hits, [text] * len(hits), tokenizer)
+    return _replaced(table, run, at, hits, [text] * len(hits), tokenizer)
 
 
 def replace_in_rows(
@@ -41,20 +50,23 @@ def replace_in_rows(
         tuple(sorted({p for cell in cells for tokens in cell.hits[n] for p in tokens}))
         for n in range(len(table))
     ]
-    return _replaced(table, run, hits, texts, tokenizer), diagnostics
+    return _replaced(table, run, at, hits, texts, tokenizer), diagnostics
 
 
 def _replaced(
     table: PromptTable,
     run: str,
+    at: ast.Positions,
     hits: Sequence[tuple[int, ...]],
     texts: Sequence[str],
     tokenizer: TextTokenizer,
 ) -> Run:
     old = table.runs[run]
+    named = [node.of for node in walk(at) if isinstance(node, ast.SpanTokens) and node.plural]
+    spans = Occurrences(table, run, tokenizer, [])  # what is wrong has been said
     written = [
-        _rewrite(row, _units(row, tokens), text)
-        for row, tokens, text in zip(old.rows, hits, texts, strict=True)
+        _rewrite(row, _units(row, tokens, [p for ref in named for p in spans.places(n, ref)]), text)
+        for n, (row, tokens, text) in enumerate(zip(old.rows, hits, texts, strict=True))
     ]
     # The moved token is put back by hand: alone behind the prompt it may be tokenised otherwise.
     tail = len(table.moved_text)
@@ -91,17 +103,21 @@ def extended(row: RunRow, moved: tuple[int, ...], text: str) -> RunRow:
     )
 
 
-def _units(row: RunRow, hits: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The characters that are replaced together, from left to right, without overlaps."""
+def _units(row: RunRow, hits: tuple[int, ...], named: Sequence[Place]) -> list[tuple[int, int]]:
+    """The characters that are replaced together, from left to right, without overlaps.
+
+    named: the spans that the position names.
+    """
     tokens = TokenMap(row)
     left = {p for p in hits if not row.special[p]}
     units: list[tuple[int, int]] = []
-    # Innermost first: an item before the list that it stands in.
-    for span in sorted(row.spans, key=lambda s: s.end - s.start):
-        own = set(tokens.tokens(span.start, span.end))
-        if own and own <= left:
-            units.append(trimmed(row.text, span.start, span.end))
-            left -= own
+    # What is named, then what lies in the rest: an item before the list that it stands in.
+    others = [tokens.place(span.start, span.end) for span in row.spans]
+    outermost = sorted(named, key=lambda place: place.start - place.end)
+    for place in (*outermost, *sorted(others, key=lambda place: place.end - place.start)):
+        if place.tokens and left.issuperset(place.tokens):
+            units.append(trimmed(row.text, place.start, place.end))
+            left.difference_update(place.tokens)
     last: tuple[int, int] | None = None
     words: list[tuple[int, int]] = []
     for p in sorted(left):
@@ -119,7 +135,8 @@ def _units(row: RunRow, hits: tuple[int, ...]) -> list[tuple[int, int]]:
 def _rewrite(
     row: RunRow, units: Sequence[tuple[int, int]], new: str
 ) -> tuple[str, tuple[SpanAt, ...]]:
-    """The text with every unit replaced, and the spans where they are now."""
+    """The text with every unit replaced, and the spans where they are now; those that were a part
+    of a unit are gone."""
     parts: list[str] = []
     at = 0
     for start, end in units:
@@ -140,5 +157,6 @@ def _rewrite(
     spans = tuple(
         s._replace(start=moved(s.start, is_end=False), end=moved(s.end, is_end=True))
         for s in row.spans
+        if not any(a <= s.start < s.end <= b and s.end - s.start < b - a for a, b in units)
     )
     return text, spans

@@ -144,6 +144,11 @@ class TextTokenizer:
         """Number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def own_size(self) -> int:
+        """The same without added ones."""
+        return self._backend.get_vocab_size(with_added_tokens=False)
+
     @cached_property
     def role_ids(self) -> dict[str, int]:
         """Token ids of `bos`, `cls`, `sep`, `eos`, as far as the tokenizer has them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 Coord = int | float | str
 
@@ -19,6 +19,10 @@ class CellKey:
     position: str | None = None
     tokens: tuple[str, ...] = ()
     """The distinct texts of the tokens that were hit, commonest first."""
+    read: tuple[str, ...] = ()
+    """The same in the source run, where tokens of one number are other ones there."""
+    also: Mapping[str, int] = field(default_factory=dict[str, int])
+    """`item`, where an axis runs over occurrences: which of them, counted from 1."""
 
 
 # --- cells of several variants --------------------------------------------------------------------

@@ -11,8 +11,10 @@ from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import Key, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.unlike_tokens import counts, unlike
 
 T = TypeVar("T")
+Texts = tuple[str, ...]
 
 
 def cell_keys(experiment: ResolvedExperiment) -> Iterator[CellKey]:
@@ -21,11 +23,15 @@ def cell_keys(experiment: ResolvedExperiment) -> Iterator[CellKey]:
     for index in product(*(range(len(axis)) for axis in experiment.axes)):
         if not all(rule.leads(index) for rule in rules):
             continue
-        coords = {axis.name: axis.labels[i] for axis, i in zip(experiment.axes, index, strict=True)}
+        along = list(zip(experiment.axes, index, strict=True))
+        coords = {axis.name: axis.labels[i] for axis, i in along}
+        also = {axis.alias: axis.items[i] or 0 for axis, i in along if axis.alias is not None}
         sites = dict.fromkeys(rule.site(index) for rule in rules)
         positions = dict.fromkeys(rule.position(index) for rule in rules)
         tokens = dict.fromkeys(text for rule in rules for text in rule.tokens(index))
-        yield CellKey(coords, " + ".join(sites), " + ".join(positions) or None, tuple(tokens))
+        position = " + ".join(positions) or None
+        read = dict.fromkeys(text for rule in rules for text in rule.unlike(index))
+        yield CellKey(coords, " + ".join(sites), position, tuple(tokens), tuple(read), also)
 
 
 class _NamedRule:
@@ -43,6 +49,7 @@ class _NamedRule:
         self.sites = self.ends = self.senders = self.receivers = self.keys = None
         self.positions = _along(positions.written, positions.axes, names)
         self.texts = [_along(hits(positions.written), positions.axes, names)]
+        self.unlike = _along(self._unlike(experiment, rule), positions.axes, names)
         if rule.sites is not None:
             self.sites = _along(rule.sites.labels, rule.sites.axes, names)
             self.senders = _along(rule.sites.points, rule.sites.axes, names)
@@ -52,6 +59,20 @@ class _NamedRule:
         if edge is not None:
             self.keys = _along(edge.keys.written, edge.keys.axes, names)
             self.texts.append(_along(hits(edge.keys.written), edge.keys.axes, names))
+
+    def _unlike(self, experiment: ResolvedExperiment, rule: ResolvedRule) -> dict[Key, Texts]:
+        """The tokens that are read where they are others than those that are written."""
+        runs, positions = experiment.table.runs, rule.positions
+        base = runs[experiment.spec.base]
+        copied = rule.spec.onto is None and rule.apart is None and rule.run != base.name
+        if not copied or not counts(rule.spec.at):
+            return dict.fromkeys(positions.written, ())
+        return {
+            key: hit_texts(experiment.table, rule.run, positions.read[key])
+            if unlike(base, runs[rule.run], cell, positions.read[key])
+            else ()
+            for key, cell in positions.written.items()
+        }
 
     def leads(self, index: Key) -> bool:
         """Whether a path has a receiver behind its sender."""

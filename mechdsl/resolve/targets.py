@@ -11,11 +11,13 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e03_coordinates import BadLoopValue
 from mechdsl.diagnostics.e03_positions import AbsentOccurrence, JoinedUnequal
 from mechdsl.diagnostics.e03_rules import OverlappingPositions, UnpairedPositions
+from mechdsl.diagnostics.w07_names import OtherTokens
 from mechdsl.program import spec
 from mechdsl.prompts.positions import check_joined, resolve_positions
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import Apart, Axis, Key, PositionTargets
+from mechdsl.resolve.unlike_tokens import other_tokens
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -183,6 +185,11 @@ def _same(positions: ast.Positions, run: str, values: Values, work: Work) -> Fou
     by_label = {cell.label: cell for cell in sources}
     pairs = [_common(cell, by_label[cell.label]) for cell in cells if cell.label in by_label]
     labels = dict.fromkeys(cell.label for cell in (*cells, *sources))
+    runs = (work.table.runs[base], work.table.runs[run])
+    apart = other_tokens(positions, runs, pairs, work.model.tokenizer)
+    said = {d.span for d in work.diagnostics if isinstance(d, OtherTokens)}
+    if apart is not None and apart.span not in said:  # once for all values of a loop
+        work.diagnostics.append(apart)
     return _checked(pairs, positions, run, tuple(labels), work)
 
 

@@ -71,10 +71,14 @@ class At(DocumentPart):
 
     position: str | None
     tokens: list[str]
+    read: list[str] | None = Field(
+        default=None, description="tokens of the source run, where the same number is another token"
+    )
 
 
 class CellDocument(DocumentPart):
-    """One cell of the result table; the keys of `coords` are the experiment's axes."""
+    """One cell of the result table; the keys of `coords` are the experiment's axes, and `item`
+    where positions are occurrences of a span."""
 
     coords: dict[str, int | float | str]
     site: str
@@ -211,9 +215,13 @@ def _reason(reason: str | None, data: MeasureData, source: str | None) -> str | 
 def _cell(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
     n = max((int(found.n[index]) for found in result.statistics), default=0)
     return CellDocument(
-        coords={axis: key.coords[axis] for axis in result.axes},
+        coords={**key.also, **{axis: key.coords[axis] for axis in result.axes}},
         site=key.site,
-        at=At(position=key.position, tokens=list(key.tokens)),
+        at=At(
+            position=key.position,
+            tokens=list(key.tokens),
+            **_given(read=list(key.read) or None),
+        ),
         n=n,
         measures=[_measure(result, measure, index, n) for measure in range(len(result.measures))],
     )

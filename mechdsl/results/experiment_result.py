@@ -246,7 +246,8 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 for axis in result.axes
                 if axis != "position"
             }
-            yield {"experiment": result.name, "model": result.model, **axes, **values}
+            named = {"experiment": result.name, "model": result.model}
+            yield {**named, **cell.also, **axes, **values}
 
 
 def _number_of(coordinate: Coord) -> Coord:

@@ -11,7 +11,7 @@ from mechdsl.execute.sizes import PassSizes
 from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import PROMPT_TOKENS, ExperimentPlan
-from mechdsl.resolve.resolved import ResolvedRule
+from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedRule
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
 
@@ -48,6 +48,7 @@ def conventions(
             found[f"noise of {name}"] = f"{found[f'noise of {name}']}, {value}"
     found.update(experiment.picks)
     found.update(_of_rules(plan, model))
+    found.update(_of_measures(experiment))
     missing = int((~plan.exists).sum())
     if missing:
         found["pairs"] = (
@@ -99,6 +100,29 @@ def pass_sizes(sizes: PassSizes) -> dict[str, str]:
         return {}
     passes, prompts = f"{sizes.pass_tokens:,}", f"{sizes.prompt_tokens:,}"
     return {"passes": f"up to {passes} tokens each, prompts in batches of up to {prompts}"}
+
+
+def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
+    """What metrics count and where they look, where that isn't written beside them."""
+    found: dict[str, str] = {}
+    every = [*experiment.measures, *experiment.keep]
+    if any(atom.form.takes == "prompt" for measure in every for atom in measure.atoms):
+        row = experiment.table.runs[experiment.spec.base].rows[0]
+        counted = "but the first, which nothing predicts: no special token stands in front"
+        if row.special[0]:
+            before = row.ids[row.special.index(False) - 1]
+            token = experiment.model.tokenizer.token_text(before)
+            counted = f"with the first, which `{token}` predicts"
+        found["loss"] = f"mean over the prompt's own tokens {counted}"
+    compared = [
+        "last token" if said.at is None else said.at.span.written
+        for measure, said in zip(experiment.measures, experiment.spec.measures, strict=True)
+        if any(atom.form.takes == "activations" for atom in measure.atoms)
+    ]
+    if compared:
+        where = " and ".join(f"`{at}`" for at in dict.fromkeys(compared))
+        found["cosine"] = f"compared at {where}, where it is measured, not where rules write"
+    return found
 
 
 def _windowed(rule: Any) -> bool:

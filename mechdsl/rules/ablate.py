@@ -60,9 +60,11 @@ class Mean(Intervention):
         return f"by {rule.spec.by}" if rule.spec.by else ""
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        run = rule.run if rule.apart is None else rule.apart.name
+        apart = rule.apart
+        own = f"the rows of {rule.run} after `limit` and `keep`"
+        rows = own if apart is None else f"the {len(apart.table):,} rows of {apart.name}"
         within = f", within each {rule.spec.by}" if rule.spec.by else ""
-        yield Convention("fill", f"mean over the rows of {run}, per position{within}")
+        yield Convention("fill", f"mean over {rows}, per position{within}")
 
 
 @fill("resample")
@@ -73,7 +75,7 @@ class Resample(Intervention):
     reads = "donor"
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        how = "a seeded permutation without fixed points"
+        how = "a seeded permutation of those after `limit` and `keep`, without fixed points"
         yield Convention("fill", f"{rule.run} run of another row ({how})")
 
 

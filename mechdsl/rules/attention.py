@@ -205,7 +205,19 @@ class ObserveRule(EdgeRule, EdgeIntervention):
         return self, None
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        yield from ()
+        assert rule.spec.edge is not None
+        axes = {axis.word: axis for axis in rule.spec.edge.axes}
+        over = [f"these {word}s" for word, axis in axes.items() if _joins(axis)]
+        over += [] if "head" in axes else ["all heads"]
+        cells = rule.positions.written.values()
+        if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
+            over.append("the queries")
+        averaged = f", averaged over {' and '.join(over)}" if over else ""
+        yield Convention("observed", f"the weight that the keys get together{averaged}")
+
+
+def _joins(axis: ast.Axis) -> bool:
+    return axis.plural or axis.window is not None
 
 
 def _anything_seen(

@@ -40,9 +40,9 @@ class ReplaceRule(RuleKind, Intervention):
 def _inputs(rule: spec.Rule, positions: PositionTargets, work: Work) -> dict[Key, Run]:
     """The prompts with the text put in; other positions must not move."""
     assert isinstance(rule.fill, ast.String)
-    base = work.experiment.base
+    base, new, tokenizer = work.experiment.base, rule.fill.value, work.model.tokenizer
     found = {
-        key: replace_tokens(work.table, base, cell, rule.fill.value, work.model.tokenizer)
+        key: replace_tokens(work.table, base, rule.at, cell, new, tokenizer)
         for key, cell in positions.written.items()
     }
     others = len(work.experiment.rules) > 1 or any(m.at for m in work.experiment.measures)
@@ -54,7 +54,12 @@ def _inputs(rule: spec.Rule, positions: PositionTargets, work: Work) -> dict[Key
     )
     if moved or work.table.runs[base].noise is not None:
         what = "a replacement of another number of tokens beside other positions"
+        later = (
+            "write it as a run: `corrupt NAME { replace … with … }`, then `from clean into NAME`"
+        )
         work.diagnostics.append(
-            NotSupported(span=rule.span, what=what if moved else "`replace` on a noised run")
+            NotSupported(span=rule.span, what=what, later=later)
+            if moved
+            else NotSupported(span=rule.span, what="`replace` on a noised run")
         )
     return found

@@ -12,6 +12,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadCommandLine, cannot_write
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.show.reports.grid import with_tokens
 from mechdsl.vocab.reports import REPORTS
 
 
@@ -34,10 +35,12 @@ def show_report(
 
     Returns the file. Raises ValueError for a report that `check_report` refuses as not drawn yet.
     """
-    module = REPORTS[report.kind].module
-    if module is None:
+    kind = REPORTS[report.kind]
+    if kind.module is None or kind.signature is None:
         raise ValueError(f"`report {report.kind}` isn't drawn yet: `check_report` refuses it")
-    drawing = cast(_ReportModule, import_module(module))
+    drawing = cast(_ReportModule, import_module(kind.module))
+    if kind.signature.variable is not None:  # it has an axis, and no column of tokens
+        result = with_tokens(result)
     if report.file is None:
         drawing.render(result, report, console)
         return None

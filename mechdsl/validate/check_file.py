@@ -49,7 +49,9 @@ from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.contexts import Contexts
 from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
-from mechdsl.validate.reachable_p import check_prompts
+from mechdsl.validate.reachable_p import check_rows
+from mechdsl.validate.vocabulary import measures_fit
+from mechdsl.validate.written_files import check_written
 from mechdsl.vocab.corruptions import problems
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS
@@ -85,6 +87,8 @@ class Checked:
     """Experiments whose rows only Python can make, which wasn't run."""
     unreported: set[str] = field(default_factory=set[str])
     """Experiments that run only because another one uses what they find."""
+    reported: list[spec.Experiment] = field(default_factory=list[spec.Experiment])
+    """The others, as far as they were asked for: theirs are the reports that are made."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
 
@@ -136,12 +140,12 @@ def check_source(
     checked.experiments.sort(key=lambda each: place[each.spec.key])
     for variants in by_name(checked.experiments):
         checked.diagnostics.extend(_against_axes(variants, program))
-        checked.diagnostics.extend(_enough_prompts(variants))
+        checked.diagnostics.extend(check_rows(variants, variants[0].table.row_ids))
     for name, prompts in program.prompts.items():
         if prompts.span.source is source:
             contexts.table_alone(name)
-    reported = [e for e in experiments if e.name not in checked.unreported]
-    checked.diagnostics.extend(_files_written(reported))
+    checked.reported = [e for e in experiments if e.name not in checked.unreported]
+    checked.diagnostics.extend(check_written([(program, checked.reported)]))
     checked.diagnostics.extend(
         HidesMetric(span=value.span, name=name)
         for name, value in program.metrics.items()
@@ -238,6 +242,7 @@ def _resolve(experiment: spec.Experiment, checked: Checked, contexts: Contexts) 
     checked.diagnostics.extend(found)
     if resolved is None:
         return
+    checked.diagnostics.extend(measures_fit(resolved))
     checked.diagnostics.extend(_first_tokens(resolved))
     checked.diagnostics.extend(_tested_where_picked(resolved, stand_ins))
     checked.experiments.append(resolved)
@@ -411,42 +416,6 @@ def _accuracies(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
             for node in walk(expect.condition)
         )
     ]
-
-
-def _files_written(experiments: list[spec.Experiment]) -> list[Diagnostic]:
-    """Two reports in one file: the second would silently take the place of the first."""
-    found: list[Diagnostic] = []
-    first: dict[str, spec.Report] = {}
-    for report in (report for experiment in experiments for report in experiment.reports):
-        if report.file is None:
-            continue
-        other = first.setdefault(report.file, report)
-        if other is not report:
-            found.append(
-                BadReport(
-                    span=report.span,
-                    kind=report.kind,
-                    reason=f"goes to `{report.file}`, as the report on line {other.span.line} does",
-                    hint="give each report a file of its own",
-                )
-            )
-    return found
-
-
-def _enough_prompts(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
-    """W0720 where no p can be small enough, however large the effect."""
-    experiment = variants[0]
-    known = [m for m in experiment.spec.measures if m.effect in EFFECTS]
-    tested = [m for m in known if EFFECTS[m.effect].tested]
-    if not tested or not experiment.rules:
-        return []
-    settings = experiment.spec.statistics
-    rows = experiment.table.runs["clean"].rows
-    units = len(rows)
-    if settings.by is not None and rows and settings.by in rows[0].values:
-        units = len({str(row.values.get(settings.by)) for row in rows})
-    tests = len(tested) * sum(each.n_cells for each in variants)
-    return check_prompts(units, tests, settings, tested[0].span)
 
 
 def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:

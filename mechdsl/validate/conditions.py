@@ -48,7 +48,7 @@ def place_of(cell: CellKey) -> tuple[Coordinates, set[str]]:
                 found[f"{prefix}layer"] = int(part["layer"])
             if part["unit"] and part["index"].isdigit():
                 found[prefix + _UNITS[part["unit"]]] = int(part["index"])
-    return {**found, **cell.coords}, components
+    return {**cell.also, **found, **cell.coords}, components
 
 
 @record

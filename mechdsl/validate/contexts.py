@@ -19,6 +19,7 @@ from mechdsl.prompts.rows import BlockRows
 from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer
 from mechdsl.resolve.model_runs import joined_table, model_run, refused_pair
 from mechdsl.resolve.resolved import ModelContext
+from mechdsl.validate.vocabulary import prompts_fit, tokenizer_fits
 
 
 class Contexts:
@@ -50,10 +51,11 @@ class Contexts:
 
     def model(self, name: str) -> ModelContext | None:
         """What is known of a model; None where it isn't here or is refused."""
-        if name in self.given:
-            return self.given[name]
         if name not in self._models:
-            self._models[name] = self._read(self.program.models[name])
+            found = self.given.get(name) or self._read(self.program.models[name])
+            problems = [] if found is None else tokenizer_fits(found)
+            self.diagnostics.extend(problems)
+            self._models[name] = None if problems else found
         return self._models[name]
 
     def _read(self, model: spec.Model) -> ModelContext | None:
@@ -98,8 +100,9 @@ class Contexts:
         if key not in self._tables:
             assert part is None or part == "train" or part == "test"
             table, found = self._build(name, model, limit=limit, part=part)
-            self.diagnostics.extend(found)
-            self._tables[key] = table
+            beyond = [] if table is None else prompts_fit(table, model)
+            self.diagnostics.extend([*found, *beyond])
+            self._tables[key] = None if beyond else table
         return self._tables[key]
 
     def _build(

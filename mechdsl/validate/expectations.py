@@ -144,7 +144,7 @@ class _ConditionReader:
                         node.span, f"`{how}` is a site, not a number", f"write `{how}(…) = L9H9`"
                     )
                 measure, where = self.cells(best)
-                return BestIs(how, measure, where, self.where(site), operator == "=")
+                return BestIs(how, measure, where, self.one_of(site, where), operator == "=")
         return Comparison(operator, self.value(left), self.value(right))
 
     def top(self, expectation: spec.Expectation) -> TopContains:
@@ -157,7 +157,7 @@ class _ConditionReader:
             raise _RefusedCondition(self.which(span, f"top {expectation.top}", numbers, hint))
         if not numbers:
             _unreadable(span, "no measure is a number", "categories have no order")
-        sites = tuple(self.where(site) for site in expectation.contains)
+        sites = tuple(self.one_of(site) for site in expectation.contains)
         return TopContains(expectation.top, numbers[0], sites)
 
     # --- values
@@ -385,6 +385,16 @@ class _ConditionReader:
         example = '`position: "last token"` beside it, or `max(…)` over them'
         _unreadable(span, f"{len(found)} cells are at {text}", f"say which with {example}")
 
+    def one_of(
+        self, site: ast.Expr | ast.Site, among: Sequence[CellSelection] = ()
+    ) -> CellSelection:
+        """A site that one of these cells has; of no cell, nothing would ever be found true."""
+        selection = self.where(site)
+        where = (selection, *among)
+        if self.known.cells is not None and not self.find(where):
+            self.not_one(site.span, where, [])
+        return selection
+
     def wheres(self, arguments: Sequence[ast.Argument]) -> tuple[CellSelection, ...]:
         return tuple(
             self.where(argument.value)
@@ -395,7 +405,7 @@ class _ConditionReader:
 
     def named(self, axis: str, argument: ast.Argument) -> CellSelection:
         """`position: "last token"`, `layer: 2`."""
-        axis = self.known.aliases.get(axis, axis)
+        number, axis = axis, self.known.aliases.get(axis, axis)  # `item: 3` is a number
         if axis not in self.known.axes:
             listed = ", ".join(f"`{each}`" for each in self.known.axes) or "none"
             hint = did_you_mean(axis, self.known.axes, f"its axes are: {listed}")
@@ -409,9 +419,9 @@ class _ConditionReader:
             case ast.String():
                 return CellSelection(text, {axis: ((value.value, value.value),)})
             case ast.Range():
-                return CellSelection(text, {axis: ((self.end(value.low), self.end(value.high)),)})
+                return CellSelection(text, {number: ((self.end(value.low), self.end(value.high)),)})
             case ast.Number() | ast.Percent():
-                return CellSelection(text, {axis: ((self.end(value), self.end(value)),)})
+                return CellSelection(text, {number: ((self.end(value), self.end(value)),)})
             case _:
                 hint = f'write `{axis}: 2`, `{axis}: 2..4` or `{axis}: "…"`'
                 if isinstance(value, ast.Name):

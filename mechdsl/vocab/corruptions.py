@@ -232,7 +232,10 @@ class BlurChange(ChangeKind[ast.Change]):
 @change("replace")
 class ReplaceChange(TokenChange):
     usage = 'replace item tokens with "thing"'
-    meaning = "the text of these tokens is another one"
+    meaning = (
+        "the text of these tokens is another one: a span that is named becomes it once, "
+        "`fruits tokens` as a whole, `item tokens` every item"
+    )
     signature = ChangeSignature(tokens=True, needs=("given",))
 
     def text(self, change: ast.Change) -> ast.Expr:

@@ -258,24 +258,25 @@ def entropy(logits: Tensor) -> Tensor:
 
 @metric("loss", takes="prompt", unit="nat")
 def loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The mean negative log-likelihood of the prompt's own tokens.
+    """The mean negative log-likelihood of the prompt's tokens; the first counts behind a BOS.
 
-    Each own token that follows another is predicted from it; the first has nothing of the prompt
-    before it and isn't counted, so the value doesn't depend on special tokens or padding.
+    Each is predicted from what stands before it: the first one from the special token in front of
+    the text, and where the tokenizer puts none there, nothing predicts it and it isn't counted. So
+    it is what the model library calls the loss, without special tokens behind the text.
 
     logits: [row, token, vocab], of the whole prompt
     ids: [row, token], the prompt's token ids
-    mask: [row, token], true at the prompt's own tokens (neither padding nor special)
-    returns: [row], nats per token; NaN for a prompt of one token
+    mask: [row, token], true at the tokens that count
+    returns: [row], nats per token; NaN where none counts
     """
-    counted = mask[:, 1:] & mask[:, :-1]
+    counted = mask[:, 1:]
     tokens = _log_probs(logits[:, :-1], ids[:, 1:])
     return -tokens.where(counted, tokens.new_zeros(())).sum(-1) / counted.sum(-1)
 
 
 @metric("cosine", takes="activations", unit="cosine")
 def cosine(activations: Tensor, reference: Tensor) -> Tensor:
-    """The cosine between an activation and the same one in another run, averaged over positions.
+    """The cosine of an activation with that of another run, at the measure's own `at`.
 
     activations: [row, position, width], of this run
     reference: [row, position, width], of the named run

@@ -38,6 +38,12 @@ def read(folder: Path, name: str, content: bytes | None) -> tuple[str, str, str]
         ("d.csv", b"a,b\n", "E0505", "it has no records"),
         ("d.csv", b"", "E0505", "it has no records"),
         ("d.tsv", b"a\tb\n\xff\t2\n", "E0505", "byte 4 is not UTF-8"),
+        ("d.csv", b"a,b,a\n1,2,3\n", "E0505", "two columns are called `a`"),
+        ("d.tsv", b"a\ta\n1\t2\n", "E0505", "two columns are called `a`"),
+        ("d.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', "E0505", "line 2 has two keys `a`"),
+        ("d.json", b'[{"a": 1, "a": 2}]', "E0505", "an object of it has two keys `a`"),
+        ("d.json", b'[{"a": {"b": 1, "b": 2}}]', "E0505", "an object of it has two keys `b`"),
+        ("d.json", b'{"a": 1, "rows": [{"a": 2}]}', "E0505", "`a` stands beside the list `rows`"),
     ],
 )
 def test_what_is_wrong_with_a_file(
@@ -46,6 +52,16 @@ def test_what_is_wrong_with_a_file(
     found, text, _ = read(tmp_path, name, content)
     assert found == code
     assert message in text
+
+
+def test_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = [arrow.array([1]), arrow.array([2])]
+    parquet.write_table(arrow.Table.from_arrays(columns, names=["a", "a"]), tmp_path / "d.parquet")
+    code, message, _ = read(tmp_path, "d.parquet", None)
+    assert code == "E0505"
+    assert "two columns are called `a`" in message
 
 
 def test_near_names(tmp_path: Path) -> None:

@@ -176,6 +176,6 @@ def test_positions(words: TextTokenizer, lists: PromptTable, data: st.DataObject
                     assert len(set(tokens)) == len(tokens)
                     assert 0 <= min(tokens) <= max(tokens) < len(row.ids)
             assert hit_texts(lists, run, cell, words)
-            replaced = replace_tokens(lists, run, cell, "kiwi", words)
+            replaced = replace_tokens(lists, run, positions(text), cell, "kiwi", words)
             for row in replaced.rows:
                 assert all(0 <= s.start <= s.end <= len(row.text) for s in row.spans)

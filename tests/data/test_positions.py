@@ -384,7 +384,7 @@ class TestReplace:
         self, made: PromptTable, text: str, new: str, tokenizer: TextTokenizer
     ) -> tuple[str, list[str]]:
         (cell,) = cells(text, made, tokenizer)
-        row = replace_tokens(made, "clean", cell, new, tokenizer).rows[0]
+        row = replace_tokens(made, "clean", positions(text), cell, new, tokenizer).rows[0]
         return row.text, [row.text[s.start : s.end] for s in row.spans]
 
     def test_units(self, gpt2: TextTokenizer) -> None:
@@ -401,10 +401,37 @@ class TestReplace:
             "the x y is x y. So", ["x y", "x y"]
         )  # fmt: skip
 
+    @pytest.mark.parametrize(
+        ("at", "expected", "items"),
+        [
+            ("xs tokens", "Part thing: fig", []),
+            ('"plum, pear" tokens', "Part apple, thing: fig", ["apple"]),
+            ("item tokens", "Part thing, thing, thing: fig", ["thing"] * 3),
+            ("item of xs tokens", "Part thing, thing, thing: fig", ["thing"] * 3),
+            ("item 2..3 tokens", "Part apple, thing, thing: fig", ["apple", "thing", "thing"]),
+            ("last-item tokens", "Part apple, plum, thing: fig", ["apple", "plum", "thing"]),
+            ("sep of xs tokens", "Part applething plumthing pear: fig", ["apple", "plum", "pear"]),
+            ("{xs tokens, item tokens}", "Part thing: fig", []),
+            ("{xs token, item tokens}", "Part thing, thing, thing: fig", ["thing"] * 3),
+        ],
+    )
+    def test_the_span_that_is_named_becomes_one(
+        self, words: TextTokenizer, tmp_path: Path, at: str, expected: str, items: list[str]
+    ) -> None:
+        (tmp_path / "d.json").write_text('[{"ws": ["apple", "plum", "pear"]}]')
+        lines = 'rows "d.json" xs = list(item, from: ws, sep: ", ") template "Part {xs}: fig"'
+        made = table(lines, words, path=tmp_path / "f.mech")
+        (cell,) = cells(at, made, words)
+        row = replace_tokens(made, "clean", positions(at), cell, "thing", words).rows[0]
+        assert row.text == expected
+        assert [row.text[s.start : s.end] for s in row.spans if s.name == "item"] == items
+        lists = [row.text[s.start : s.end] for s in row.spans if s.name == "xs"]
+        assert lists == [expected[len("Part ") : -len(": fig")]]
+
     def test_tokens_and_answers(self, qwen: TextTokenizer) -> None:
         made = table('n in 2..3 template "Count {n} plum:" answer " {n}"', qwen)
         (cell,) = cells("n token", made, qwen)
-        run = replace_tokens(made, "clean", cell, "Mary", qwen)
+        run = replace_tokens(made, "clean", positions("n token"), cell, "Mary", qwen)
         for new, old in zip(run.rows, made.runs["clean"].rows, strict=True):
             assert new.text == "Count Mary plum: "
             assert new.ids[-1:] == old.ids[-1:] == made.moved
@@ -412,7 +439,8 @@ class TestReplace:
             assert new.values == old.values
 
     def test_nothing_hit(self, parts: PromptTable, words: TextTokenizer) -> None:
-        found = cells("each item of part1 token", parts, words)
-        run = replace_tokens(parts, "clean", found[-1], "thing", words)
+        each = "each item of part1 token"
+        found = cells(each, parts, words)
+        run = replace_tokens(parts, "clean", positions(each), found[-1], "thing", words)
         for n, (new, old) in enumerate(zip(run.rows, parts.runs["clean"].rows, strict=True)):
             assert (new == old) == (not found[-1].hits[n])

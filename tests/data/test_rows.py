@@ -397,6 +397,18 @@ class TestFiles:
         )
         assert sorted(values(made, "word")) == ["Zoë", "apple", "pear"]
 
+    def test_a_new_name_is_none_that_there_is(self, words: TextTokenizer, tmp_path: Path) -> None:
+        (tmp_path / "d.json").write_text(json.dumps([{"x": "apple", "y": "pear"}]))
+
+        lines = 'rows "d.json" rename { y = x } template "{y}"'
+        assert codes(lines, words, path=tmp_path / "f.mech") == ["E0202"]
+        both = table(
+            'rows "d.json" rename { x = y, y = x } template "{x} {y}"',
+            words,
+            path=tmp_path / "f.mech",
+        )
+        assert texts(both) == ["pear apple"]
+
     def test_records_times_values(self, words: TextTokenizer, tmp_path: Path) -> None:
         self.write(tmp_path, "d.json")
         made = table('rows "d.json" k in 1..2 template "{x} {k}"', words, path=tmp_path / "f.mech")

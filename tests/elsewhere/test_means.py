@@ -50,7 +50,7 @@ def test_mean_of_another_block(folder: Path, family: str, mode: str, of: str) ->
         DIFFERENCE,
     )  # fmt: skip
     found = run(text, folder, models(family), MODES[mode], prompts=PROMPTS + SIX)["e"]
-    assert found.conventions["fill"] == f"mean over the rows of {of}, per position"
+    assert found.conventions["fill"] == f"mean over the 6 rows of {of}, per position"
     seen = [unpatched(family, row)[1] for row in six(plain=of == "six.plain")]
     bases = prompts()
     values = np.zeros((3, len(ROWS)))

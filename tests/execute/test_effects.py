@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.pipeline import RunOptions
+from mechdsl.base.source import Source
+from mechdsl.pipeline import RunOptions, run_source
 from mechdsl.validate.check_file import Settings
 
+from ..fruit import FRUIT
 from ..reference.forward import forward
 from ..reference.points import Point, copied
 from .support import (
@@ -221,6 +223,7 @@ def test_a_replaced_span_is_a_prompt_with_another_text(folder: Path, mode: str) 
             'replace item tokens with "w7"',
             lambda r: (["w7"] * len(r["words"]), None, r["cue"]),
         ),
+        "list": ('replace xs tokens with "w7"', lambda r: (["w7"], None, r["cue"])),
     }
     text = "".join(
         experiment(name, "prompts p", rule, DIFFERENCE) for name, (rule, _) in rules.items()
@@ -276,6 +279,7 @@ prompts c {
   wrong " {b}"
   corrupt crossed { swap cue, cue2 }
   corrupt blank { replace item tokens with "w7" }
+  corrupt one { replace xs tokens with "w7" }
   corrupt written { template "{xs} w40 {cue2} w44 {cue} w42 w45" }
 }
 """
@@ -287,11 +291,12 @@ def changed(record: Record, run: str) -> list[str]:
         "clean": [*words, "w40", one, "w41", two, "w42"],
         "crossed": [*words, "w40", two, "w41", one, "w42"],
         "blank": [*["w7"] * len(words), "w40", one, "w41", two, "w42"],
+        "one": ["w7", "w40", one, "w41", two, "w42"],
         "written": [*words, "w40", two, "w44", one, "w42", "w45"],
     }[run]
 
 
-@pytest.mark.parametrize("run", ["crossed", "blank", "written"])
+@pytest.mark.parametrize("run", ["crossed", "blank", "one", "written"])
 @pytest.mark.parametrize("direction", ["into the clean run", "out of the clean run"])
 def test_a_corruption_is_the_prompt_it_says(folder: Path, run: str, direction: str) -> None:
     """Both directions, at the token of `cue`, wherever the template has it in each run."""
@@ -305,8 +310,10 @@ def test_a_corruption_is_the_prompt_it_says(folder: Path, run: str, direction: s
         for number, words in enumerate(texts):
             unchanged[number, n] = plain_difference(words, record)
         seen = forward(FAMILY, bare(FAMILY), ids_of(texts[0])).seen
-        behind_items = len(record["words"]) + 2
-        at = [[behind_items + 2 * (r == "written")] for r in (source, base)]
+        items = {"one": 1}
+        at = [
+            [items.get(r, len(record["words"])) + 2 + 2 * (r == "written")] for r in (source, base)
+        ]
         for layer in (0, 1):
             edits = copied([Point("resid_post", layer)], seen, *at)
             logits = forward(FAMILY, bare(FAMILY), ids_of(texts[1]), edits).logits
@@ -317,3 +324,32 @@ def test_a_corruption_is_the_prompt_it_says(folder: Path, run: str, direction: s
         agree(measure, expected, unchanged[1], large=0.02)
         assert measure.source is not None
         np.testing.assert_allclose(measure.source[0], unchanged[0], atol=ABSOLUTE)
+
+
+KEPT = (
+    FRUIT
+    + """
+experiment e {
+  prompts fruit limit 64
+  from clean into fewer
+  keep expected(1..9) < 3.5
+  patch layer * head * at last-item token
+  measure logit(answer) as delta
+  stats correct SAID
+}
+"""
+)
+
+
+@pytest.mark.parametrize("correction", ["holm", "none"])
+def test_few_rows_that_are_kept_are_warned_of_as_few_that_are_taken(correction: str) -> None:
+    source = Source(KEPT.replace("SAID", correction))
+    found, diagnostics = run_source(source)
+    assert found is not None
+    kept = found.experiments[0].prompts
+    assert kept == 9
+    said = [(d.code, d.message) for d in diagnostics]
+    wanted = ("W0720", f"with {kept} prompts no cell can survive the correction")
+    assert said == ([wanted] if correction == "holm" else [])
+    spans = [d.span.text for d in diagnostics if d.span is not None]
+    assert spans == (["expected(1..9) < 3.5"] if correction == "holm" else [])

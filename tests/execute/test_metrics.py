@@ -51,14 +51,15 @@ metric ld = logit(answer) - logit(wrong)
 """
 
 
-def tokenizer() -> Any:
-    """Words and one token per numeral."""
+def tokenizer(*, bos: bool = True) -> Any:
+    """Words and one token per numeral, behind `<s>` or behind nothing."""
     made = Tokenizer(models.WordLevel(dict(ID), unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens(list(families.SPECIAL))
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", ID["<s>"])]
-    )
+    if bos:
+        made.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", ID["<s>"])]
+        )
     return fast(made)
 
 
@@ -161,9 +162,9 @@ def entropy(logits: Array) -> float:
 
 
 def loss(ran: Ran) -> float:
-    """Of the tokens behind the first word; the first one has nothing but `<s>` before it."""
+    """Of the prompt's own tokens; the first one is predicted from `<s>`."""
     log_p = log_softmax(ran.logits)
-    return float(-np.mean([log_p[i, ran.text.ids[i + 1]] for i in range(1, ran.text.last)]))
+    return float(-np.mean([log_p[i, ran.text.ids[i + 1]] for i in range(ran.text.last)]))
 
 
 def cosine(a: Array, b: Array) -> float:
@@ -328,6 +329,26 @@ def test_a_metric_is_its_formula_on_every_run(shared: Path, metric: str, family:
             close(measure.patched, patched, patched - base)
             close(measure.base[0], base, np.ones_like(base))
             close(measure.source[0], source, np.ones_like(base))
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_is_that_of_the_library(shared: Path, family: str, mode: str, bos: bool) -> None:
+    text = experiment("e", "prompts p", "measure loss as raw")
+    own = tokenizer(bos=bos)
+    found = run_file(text, shared, model(family), MODES[mode], tokenizer=own, prompts=PROMPTS)["e"]
+    expected: list[float] = []
+    for record in ROWS:
+        ids = torch.tensor([text_of(record, "clean").ids[0 if bos else 1 :]])
+        with torch.no_grad():
+            expected.append(float(model(family)(ids, labels=ids).loss))
+    assert np.abs(found.measures[0].base[0] - expected).max() <= 1e-5
+    assert found.conventions["loss"] == "mean over the prompt's own tokens " + (
+        "with the first, which `<s>` predicts"
+        if bos
+        else "but the first, which nothing predicts: no special token stands in front"
+    )
 
 
 def test_most_metrics_are_changed_by_the_patch() -> None:

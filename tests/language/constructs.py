@@ -304,8 +304,9 @@ _position(
     "each NAME",
     "each item token",
     "One run per occurrence, at its last token; prompts with fewer occurrences drop out of that "
-    "cell, and n tells. The axis is called `position` and `item`; `{item.index}` in the text that "
-    'a metric names, as in `prob(" {item.index}")`, is the number of the occurrence.',
+    "cell, and n tells. The axis is called `position` and `item`, and the JSON's coordinates have "
+    "both, `item` as a number (`expect prob(item: 3) > 0.5`); `{item.index}` in the text that a "
+    'metric names, as in `prob(" {item.index}")`, is the number of the occurrence.',
 )
 _position(
     "separators",
@@ -410,23 +411,26 @@ _rule(
 _rule(
     "ablate with mean",
     "ablate layer * head * at last token with mean",
-    "It becomes the mean over the clean rows at that position; `mean of fewer` takes another run, "
-    "`mean of listed` another block of prompts with rows of its own, "
-    "`mean by count` the rows of the same value.",
+    "It becomes the mean at that position over the clean rows that `limit` and `keep` leave; "
+    "`mean of fewer` takes another run, `mean of listed` another block of prompts with rows of its "
+    "own, `mean by count` the rows of the same value.",
     CIRCUIT,
     "tests/execute/test_effects.py",
 )
 _rule(
     "ablate with resample",
     "ablate layer * head * at last token with resample",
-    "It becomes that of another clean row, drawn once with the seed.",
+    "It becomes that of another clean row of those that `limit` and `keep` leave, drawn once with "
+    "the seed.",
     CIRCUIT,
     "tests/execute/test_sites.py",
 )
 _rule(
     "replace",
     'replace last-item token with "plum"',
-    "The text of these tokens is another one, before the model.",
+    "The text of these tokens is another one, before the model. A span that is named becomes it "
+    "once: `fruits tokens` as a whole, `item tokens` every one, `each item tokens` one in each "
+    "run. Beside other rules or positions it must have as many tokens.",
     OWN,
     "tests/execute/test_effects.py",
 )
@@ -511,8 +515,9 @@ _rule(
 _rule(
     "observe attention",
     "observe attention layer * head * from last token to first-item token",
-    "The weight that the keys get together, averaged over the queries; a measure `attention` with "
-    "the effect `raw`, of the patched run where rules stand beside it.",
+    "The weight that the keys get together, averaged over the queries, and without a head axis "
+    "over all heads; a measure `attention` with the effect `raw`, of the patched run where rules "
+    "stand beside it.",
     ATTENTION,
     _EDGES,
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mechdsl import zoo
 from mechdsl.hooks.loaded import LoadedModel
@@ -66,6 +67,63 @@ def test_checks_take_a_moment(folders: dict[str, Path]) -> None:
     start = time.perf_counter()
     load(statement(str(folders["llama"])))
     assert time.perf_counter() - start < 2
+
+
+def configured(folder: Path, to: Path, **changes: object) -> Path:
+    """A copy with other values in its `config.json`."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**config, **changes}))
+    return to
+
+
+LAYERS = {"gpt2": "n_layer", "llama": "num_hidden_layers", "gpt_neox": "num_hidden_layers"}
+
+
+@pytest.mark.parametrize("family", list(LAYERS))
+def test_other_layer_counts_than_the_weights(
+    folders: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    fewer = configured(folders[family], tmp_path / "fewer", **{LAYERS[family]: 2})
+    model, found = load(statement(str(fewer)))
+    assert model is None
+    assert [d.code for d in found] == ["E0422"]
+    assert found[0].message == "the `config.json` of `m` has 2 layers, its weights 3"
+    more = configured(folders[family], tmp_path / "more", **{LAYERS[family]: 4})
+    model, found = load(statement(str(more)))
+    assert model is None
+    assert [d.code for d in found] == ["E0411"]
+
+
+def test_weights_that_nothing_takes(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["llama"], tmp_path / "more")
+    assert load(statement(str(folder)))[1] == []
+    own = load_file(folder / "model.safetensors")
+    save_file(
+        {**own, "gizmo.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"}
+    )
+    save_file({"other": torch.ones(2)}, folder / "consolidated.safetensors")
+    model, found = load(statement(str(folder)))
+    assert model is not None
+    assert [(d.code, d.label_text) for d in found] == [
+        ("W0761", "nothing takes `gizmo.weight`"),
+        ("W0761", "nothing reads the file `consolidated.safetensors`"),
+    ]
+
+
+def test_all_shards_of_an_index_are_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["llama"], tmp_path / "shards")
+    own = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where = {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(own)}
+    for file in set(where.values()):
+        part = {name: own[name] for name in own if where[name] == file}
+        save_file(part, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    model, found = load(statement(str(folder)))
+    assert model is not None
+    assert found == []
 
 
 def _without(name: str):

@@ -120,7 +120,18 @@ def test_experts_have_no_neurons_of_their_own() -> None:
     ("change", "code", "words"),
     [
         ({"n_layer": None}, "E0408", "number of layers"),
-        ({"vocab_size": "many"}, "E0408", "vocabulary size"),
+        ({"vocab_size": None}, "E0408", "vocabulary size"),
+        ({"vocab_size": "many"}, "E0420", '`vocab_size`: "many"'),
+        ({"vocab_size": 0}, "E0420", "`vocab_size`: 0"),
+        ({"n_layer": -4}, "E0420", "`n_layer`: -4"),
+        ({"n_layer": 0}, "E0420", "`n_layer`: 0"),
+        ({"n_head": -1}, "E0420", "`n_head`: -1"),
+        ({"n_head": 12.5}, "E0420", "`n_head`: 12.5"),
+        ({"n_embd": 768.0}, "E0420", "`n_embd`: 768.0"),
+        ({"n_inner": -3}, "E0420", "`n_inner`: -3"),
+        ({"num_key_value_heads": -2}, "E0420", "`num_key_value_heads`: -2"),
+        ({"head_dim": -8}, "E0420", "`head_dim`: -8"),
+        ({"num_local_experts": -8}, "E0420", "`num_local_experts`: -8"),
     ],
 )
 def test_configs_that_do_not_do(change: dict[str, Any], code: str, words: str) -> None:

@@ -96,6 +96,10 @@ def test_these_hold(line: str, result: ExperimentResult) -> None:
         ("recovery(L9H9) > 0", "no cell is at L9H9"),
         ("recovery(layer 2) > 0", "4 cells are at layer 2"),
         ("recovery(L2H1.q) > 0", "no cell is at L2H1.q"),
+        ("argmax(recovery) = L9H9", "no cell is at L9H9"),
+        ("not argmax(recovery) = L9H9", "no cell is at L9H9"),
+        ("argmin(recovery, layer 0) != L1H0", "no cell is at L1H0, layer 0"),
+        ("top 12 contains L2H1, L9H9", "no cell is at L9H9"),
     ],
 )
 def test_these_do_not(line: str, reason: str | None, result: ExperimentResult) -> None:

@@ -98,22 +98,22 @@ def test_entropy(logits: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_loss_counts_own_tokens_only(left: bool) -> None:
+def test_loss_counts_what_the_mask_names(left: bool) -> None:
     random = torch.Generator().manual_seed(2)
     logits = torch.randn(1, 6, VOCAB, generator=random)
     ids = torch.randint(0, VOCAB, (1, 6), generator=random)
-    mask = torch.tensor([[False, False, True, True, True, True]])
+    mask = torch.tensor([[False, False, True, True, True, False]])
     if not left:
-        mask = mask.flip(1)
-    own = np.flatnonzero(mask[0].numpy())
+        mask = torch.tensor([[False, True, True, True, False, False]])
+    counted = np.flatnonzero(mask[0].numpy())
     expected = -np.mean(
-        [special.log_softmax(logits[0, t - 1].double().numpy())[ids[0, t]] for t in own[1:]]
+        [special.log_softmax(logits[0, t - 1].double().numpy())[ids[0, t]] for t in counted]
     )
     assert values("loss", "prompt", logits, ids, mask)[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_loss_of_one_token_is_undefined() -> None:
-    mask = torch.tensor([[False, True]])
+def test_loss_of_no_token_is_undefined() -> None:
+    mask = torch.tensor([[False, False]])
     assert np.isnan(
         values("loss", "prompt", torch.zeros(1, 2, 5), torch.zeros(1, 2).long(), mask)
     ).all()

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from mechdsl.results.document import experiment_document
+
 from ..execute import support
 from ..models import families
 
@@ -58,3 +60,54 @@ def test_what_a_path_holds_is_said(tmp_path: Path) -> None:
         "norms recomputed"
     )
     assert "pairs" not in found["f"].conventions
+
+
+def test_what_is_averaged_and_compared_is_said(tmp_path: Path) -> None:
+    """Where a reader would look for it: `loss` is in `tests/execute/test_metrics.py`."""
+    lines = ("prompts p", "from turned into clean", "patch L1H1 at subject token")
+    rows = "the rows of clean after `limit` and `keep`"
+    fill = "ablate L1H1 at last token with"
+    look = "from last token to each item token"
+    text = "".join(
+        support.experiment(name, *own)
+        for name, own in {
+            "last": (*lines, "measure cosine(L1.resid, clean) as delta"),
+            "there": (*lines, "measure cosine(L1.resid, clean) at subject token as delta"),
+            "mean": ("prompts p", "keep prob(answer) > 0", f"{fill} mean", support.DIFFERENCE),
+            "resample": ("prompts p", f"{fill} resample", support.DIFFERENCE),
+            "heads": ("prompts p", f"observe attention layer * head * {look}"),
+            "all": ("prompts p", f"observe attention layer * {look}"),
+            "joined": ("prompts p", f"observe attention layers 0..1 heads 0, 1 {look}"),
+        }.items()
+    )
+    found = support.run_file(text, tmp_path, support.bare("llama"))
+    said = {name: each.conventions for name, each in found.items()}
+    where = "compared at `{}`, where it is measured, not where rules write"
+    assert said["last"]["cosine"] == where.format("last token")
+    assert said["there"]["cosine"] == where.format("subject token")
+    assert said["mean"]["fill"] == f"mean over {rows}, per position"
+    assert "those after `limit` and `keep`" in said["resample"]["fill"]
+    weight = "the weight that the keys get together"
+    assert said["heads"]["observed"] == weight
+    assert said["all"]["observed"] == f"{weight}, averaged over all heads"
+    assert said["joined"]["observed"] == f"{weight}, averaged over these layers and these heads"
+
+
+def test_occurrences_have_a_coordinate_of_their_own(tmp_path: Path) -> None:
+    """`each item token` promises `item`: the JSON, data frames and expectations have it."""
+    rule = "observe attention layer 1 from last token to each item token"
+    expect = "expect attention(item: 2) >= 0\n  expect mean(attention, item: 2..3) >= 0"
+    text = support.experiment("e", "prompts p", rule, expect)
+    plain = "observe attention layer * from last token to cue token"
+    text += support.experiment("f", "prompts p", plain)
+    found = support.run_file(text, tmp_path, support.bare("llama"))
+    document = experiment_document(found["e"])
+    assert document.axes == ["position"]
+    wanted = [{"item": n, "position": f"item {n}"} for n in range(1, 6)]
+    assert [cell.coords for cell in document.cells] == wanted
+    assert [record["item"] for record in found["e"].records()] == [1, 2, 3, 4, 5]
+    assert all("item" not in cell.coords for cell in experiment_document(found["f"]).cells)
+    one, some = found["e"].outcomes
+    means = found["e"].statistics[0].mean
+    assert one.value == pytest.approx(means[1])
+    assert some.value == pytest.approx(means[1:3].mean(), rel=0.2)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mechdsl.program import spec
-from mechdsl.resolve.cell_key import Coord
+from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.results.experiment_result import ExperimentResult
 
 DEPTH = re.compile(r"[0-9.]+%")
@@ -60,6 +60,42 @@ def panels(result: ExperimentResult, drawn: Sequence[str]) -> list[GridPanel]:
 def coordinate(axis: str, value: Coord) -> str:
     """`head 3`; a position speaks for itself."""
     return str(value) if axis == "position" else f"{axis} {value}"
+
+
+def tokens_hit(cell: CellKey, most: int) -> str:
+    """The commonest tokens that a cell hits; behind an arrow those of the source run, where tokens
+    of one number are others there."""
+    hit = _listed(cell.tokens, most)
+    return f"{hit} ← {_listed(cell.read, most)}" if cell.read else hit
+
+
+def _listed(tokens: Sequence[str], most: int) -> str:
+    shown = [token.strip() or repr(token) for token in tokens[:most]]
+    more = len(tokens) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _commonest(tokens: Sequence[str]) -> str:
+    return _listed(tokens[:1], 1) + "…" * (len(tokens) > 1)
+
+
+def with_tokens(result: ExperimentResult) -> ExperimentResult:
+    """The result as it is drawn: along the axis of positions, a number says which tokens it hits in
+    each run, where those of the source run are others."""
+    if not any(cell.read for cell in result.cells) or "position" not in result.axes:
+        return result
+    names = {
+        cell.coords["position"]: f"{cell.coords['position']} "
+        f"({_commonest(cell.tokens)} ← {_commonest(cell.read)})"
+        for cell in result.cells
+        if cell.read
+    }
+
+    def named(cell: CellKey) -> CellKey:
+        value = cell.coords["position"]
+        return replace(cell, coords={**cell.coords, "position": names.get(value, value)})
+
+    return replace(result, cells=tuple(map(named, result.cells)))
 
 
 UPWARDS = {"layer", "to_layer"}

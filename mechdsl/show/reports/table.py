@@ -19,9 +19,9 @@ from rich.text import Text
 
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
-from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.statistics_conventions import statistics_conventions
+from mechdsl.show.reports.grid import tokens_hit
 from mechdsl.show.reports.text import (
     MISSING,
     alpha,
@@ -181,12 +181,6 @@ def _order(result: ExperimentResult, measure: int, report: spec.Report) -> list[
     return sorted(order, key=lambda i: -np.nan_to_num(size[i], nan=-1.0))[: report.top]
 
 
-def _tokens(cell: CellKey) -> str:
-    shown = [token.strip() or repr(token) for token in cell.tokens[:SHOWN_TOKENS]]
-    more = len(cell.tokens) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
-
-
 def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
     cells = [result.cells[i] for i in order]
     columns: list[Column] = []
@@ -206,8 +200,9 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
     if any(positions):
         columns.append(Column("position", positions, wraps=True, describes=True))
     if any(cell.tokens for cell in cells):
-        tokens = [_tokens(cell) for cell in cells]
-        columns.append(Column("tokens hit", tokens, spare=2, wraps=True, describes=True))
+        tokens = [tokens_hit(cell, SHOWN_TOKENS) for cell in cells]
+        spare = 0 if any(cell.read for cell in cells) else 2
+        columns.append(Column("tokens hit", tokens, spare=spare, wraps=True, describes=True))
     if result.source:
         columns.append(Column("direction", [result.direction] * len(cells), spare=4))
     found = result.statistics[measure]

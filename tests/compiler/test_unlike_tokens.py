@@ -1,0 +1,110 @@
+"""Counted tokens of two runs whose prompts differ in length: warned of, and both are shown."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from mechdsl.base.source import Source
+from mechdsl.resolve.name_cells import cell_keys
+from mechdsl.results.document import experiment_document
+from mechdsl.show.reports.grid import tokens_hit
+from mechdsl.show.show_report import show_report
+from mechdsl.validate.check_file import Checked, check_source
+
+from ..fruit import head
+from ..results.synthetic import finished, positions, report
+
+RUNS = head("corrupt fewer { count = count - 1 }", "corrupt other { item = other(item) }")
+
+
+def checked(base: str, rule: str) -> Checked:
+    lines = f"prompts fruit limit 24\n  from clean into {base}\n  {rule}\n"
+    return check_source(
+        Source(f"{RUNS}\nexperiment e {{\n  {lines}  measure logit(answer) as delta\n}}\n")
+    )
+
+
+def warned(base: str, rule: str) -> list[str]:
+    return [d.message for d in checked(base, rule).diagnostics if d.code == "W0760"]
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "token * align left",
+        "token 2..7",
+        "token 8",
+        "tokens 2..7",
+        "token -6",
+        "{token 1, token 8}",
+    ],
+)
+def test_counted_tokens(at: str) -> None:
+    rule = f"patch resid_post layer 1 at {at}"
+    assert warned("fewer", rule) == [f"`{at}` means other tokens in `clean` than in `fewer`"]
+    assert warned("other", rule) == []  # of one length: other tokens are what is asked for
+
+
+def test_a_loop_is_warned_of_once() -> None:
+    rule = "for i in 2..9 { patch resid_post layer 1 at token i }"
+    assert len(warned("fewer", rule)) == 1
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "token -4..-1",  # what both end in
+        "token 1..5",  # what both begin with, and three items
+        "last-item token",
+        "each item token",
+        "last token",
+    ],
+)
+def test_tokens_that_correspond(at: str) -> None:
+    assert warned("fewer", f"patch resid_post layer 1 at {at}") == []
+
+
+def test_a_mean_of_the_other_run() -> None:
+    rule = "ablate resid_post layer 1 at token 8 with mean of clean"
+    assert len(warned("fewer", rule)) == 1
+
+
+def test_both_tokens_are_named() -> None:
+    (experiment,) = checked("fewer", "patch resid_post layer 1 at token * align left").experiments
+    cells = {cell.position: cell for cell in cell_keys(experiment)}
+    assert cells["2"].read == ()
+    assert tokens_hit(cells["2"], 6) == "1"
+    assert (cells["13"].tokens, cells["13"].read) == ((":", "1"), ("1", "Count"))
+    assert tokens_hit(cells["13"], 1) == ": and 1 more ← 1 and 1 more"
+
+
+READ = positions(layers=2)
+APART = replace(
+    READ,
+    cells=tuple(
+        replace(cell, read=("fig", "plum")) if cell.position == "last token" else cell
+        for cell in READ.cells
+    ),
+)
+"""The last of three positions stands for other tokens in the source run."""
+
+
+@pytest.mark.parametrize("kind", ["table", "lines", "bars", "heatmap"])
+def test_both_tokens_label_the_axis(kind: str) -> None:
+    console = Console(file=io.StringIO(), width=140)
+    words = {"table": {}, "heatmap": {"by": "layer"}}
+    said = {"variable": "position"} if kind != "table" else {}
+    asked = report(kind, **said, **words.get(kind, {}))
+    result = finished(APART)
+    show_report(result, asked, console)
+    assert isinstance(console.file, io.StringIO)
+    text = " ".join(console.file.getvalue().split())
+    both = "apple, pear, plum ← fig, plum" if kind == "table" else "last token (apple… ← fig…)"
+    assert both in text
+    document = experiment_document(result)
+    assert [cell.at.read for cell in document.cells] == [None, None, ["fig", "plum"]] * 2
+    assert document.cells[2].coords["position"] == "last token"
