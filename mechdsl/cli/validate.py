@@ -23,9 +23,12 @@ from mechdsl.diagnostics.core import has_errors
     default="full",
     show_default=True,
 )
-def validate(files: tuple[Path, ...], parameters: tuple[str, ...], form: str) -> int:
+@click.option("--require-models", is_flag=True, help="A model that isn't here is an error.")
+def validate(
+    files: tuple[Path, ...], parameters: tuple[str, ...], form: str, require_models: bool
+) -> int:
     """Check files without weights, as in CI. Exit status 2 where one has an error."""
-    how = settings(parameters, python="look")
+    how = settings(parameters, python="look", require_models=require_models)
     paths, problems = mech_files(files)
     unchecked: list[str] = []
     unrun: list[str] = []

@@ -413,6 +413,8 @@ class _Resolver:
         reason = ""
         if len(cells) != 1:
             reason = "a sweep over several positions"
+        elif self.tokenizer.stands_in:
+            return [max((max(run, default=0) for run in row), default=0) for row in cells[0].hits]
         elif any(len(row) != 1 or len(row[0]) != 1 for row in cells[0].hits):
             reason = "several tokens"
         if reason:
