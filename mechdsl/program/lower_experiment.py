@@ -99,7 +99,6 @@ def _variant(
 def _prompts(work: Statements) -> spec.Prompts | None:
     """The block that the experiment runs on; after an error that which is most likely meant."""
     known = work.scope.names("prompts")
-    meant = known[0] if len(known) == 1 else None
     if not work.prompts:
         work.diagnostics.append(
             MissingLine(
@@ -109,14 +108,14 @@ def _prompts(work: Statements) -> spec.Prompts | None:
                 hint=f"add a line such as `prompts {known[0] if known else 'fruit'} limit 64`",
             )
         )
-        return work.parts.prompts.get(meant or "")
+        return work.parts.prompts.get(known[0]) if len(known) == 1 else None
     use = work.prompts[0]
     if use.kind == "images":
         work.later(use.span, "images")
         return None
     name = use.prompts.name
     if not work.scope.use("prompts", name, use.prompts.span):
-        name = nearest(name, known) or meant or ""
+        name = nearest(name, known) or ""
     return work.parts.prompts.get(name)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from string import ascii_lowercase
 
+from mechdsl.diagnostics.e05_data import UnknownValue
 from mechdsl.program import spec
 from mechdsl.prompts.build_table import build_table
 from mechdsl.prompts.prompt_table import PromptTable
@@ -76,7 +77,8 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     text is marked in the prompt. Its runs are those of the block."""
     at = block.spec.span
     constant = {*block.parameters, *block.texts, "true", "false", TEMPLATE, *RESERVED}
-    columns = [*block.names(), *(span.name.id for span in block.spec.spans)]
+    lacking = (d.name for d in block.diagnostics if isinstance(d, UnknownValue))  # said already
+    columns = [*block.names(), *(span.name.id for span in block.spec.spans), *lacking]
     names = [n for n in dict.fromkeys(columns) if n.isidentifier() and n not in constant]
 
     def text(value: str) -> ast.String:
@@ -97,7 +99,7 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     return with_stand_ins(table, [corruption.name for corruption in block.spec.corruptions])
 
 
-def with_stand_ins(table: PromptTable, names: Sequence[str]) -> PromptTable:
+def with_stand_ins(table: PromptTable, names: Iterable[str]) -> PromptTable:
     """The table with runs of these names too, of the clean rows where it lacks one."""
     clean = table.runs[CLEAN]
     runs = {name: replace(clean, name=name) for name in names}

@@ -20,12 +20,12 @@ def loop_values(
     loop: spec.Loop, parameters: Mapping[str, Any], diagnostics: list[Diagnostic]
 ) -> tuple[Label, ...]:
     """What a `for` runs over: numbers, or words such as components. After an error (E0321, E0322),
-    values of that kind, so that what is wrong inside it can be told too."""
+    one value of that kind, so that what is wrong inside it can be told too."""
     found = _values(loop, parameters, diagnostics)
     if found is not None:
         return found
     plain = (_plain(node, parameters) for node in walk(loop.domain))
-    return tuple(dict.fromkeys(value for value in plain if value is not None)) or (0,)
+    return (next((value for value in plain if value is not None), 0),)
 
 
 def _values(

@@ -21,6 +21,7 @@ from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
 from mechdsl.resolve.site_targets import resolve_point
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 from mechdsl.vocab.metrics import METRICS, Form, Takes
 
 LITERAL_ENV = "item.index"
@@ -71,6 +72,8 @@ def resolve_measure(
         d.severity == "error" for d in context.diagnostics[before:]
     ):
         return None
+    if not atoms and any(isinstance(n, ast.Name) for n in walk(expression)):
+        return None  # names of metrics that couldn't be written out, which has been said
     if not atoms:
         _refuse(
             context,
@@ -213,6 +216,8 @@ def _atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | None:
         return _of_python(node, context)
     name = node.id if isinstance(node, ast.Name) else node.name
     metric = METRICS.get(name)
+    if metric is None and isinstance(node, ast.Name) and name in context.metrics:
+        return None  # it couldn't be written out, which has been said
     if metric is None:
         if isinstance(node, ast.Name) and name in context.parameters:
             hint = "parameters can't stand in a measure"

@@ -6,38 +6,30 @@ and what hangs on the model itself isn't said.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, certain, has_errors
-from mechdsl.diagnostics.e01_syntax import BadPlaceholder, MisspeltWord, UnterminatedString
 from mechdsl.diagnostics.e02_names import (
     BadCommandLine,
-    MissingLine,
     UnknownName,
     UnknownWord,
     did_you_mean,
 )
-from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue
-from mechdsl.diagnostics.e03_positions import UnknownSpan
-from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, UnknownText, UnknownValue
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
     EffectWithoutRule,
-    NoMeasure,
-    PatchWithoutSource,
 )
 from mechdsl.diagnostics.e06_onward import TestedWherePicked
-from mechdsl.diagnostics.e06_statistics import BadReport, UnreadableExpectation
 from mechdsl.diagnostics.w07_names import HidesMetric, PatchesItself, UnusedName, WritesFirstToken
 from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
 from mechdsl.program.python_files import Mode, check_functions
 from mechdsl.program.run_order import in_order, with_needed
 from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.prompts.stand_ins import with_stand_ins
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.resolve_experiment import outline
 from mechdsl.resolve.resolved import ModelContext, Outline, ResolvedExperiment
@@ -47,28 +39,13 @@ from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.about_results import about_results, files_written
 from mechdsl.validate.contexts import Contexts
+from mechdsl.validate.follow_ups import without_follow_ups
 from mechdsl.validate.waiting import with_waiting
 from mechdsl.vocab.corruptions import problems
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS
 
 Named = TypeVar("Named", ResolvedExperiment, Outline)
-
-WORD = re.compile(r"[^\W\d]\w*")
-ABSENT = (
-    BadReport,
-    CorruptionWithoutEffect,
-    EffectNeedsSource,
-    EffectWithoutRule,
-    MissingLine,
-    NoMeasure,
-    PatchWithoutSource,
-    UnreadableExpectation,
-    UnusedName,
-)
-"""What a line with an error of syntax may be the cause of: an axis that is missing, for example."""
-UNKNOWN = (UnknownName, UnknownSpan, UnknownText, UnknownValue)
-"""What it may have defined."""
 
 
 @dataclass
@@ -154,7 +131,7 @@ def check_source(
         for name, value in program.metrics.items()
         if name in METRICS
     )
-    found = [d for d in checked.diagnostics if not _follows(d, syntax)]
+    found = without_follow_ups(checked.diagnostics, syntax, tree)
     if has_errors([*syntax, *found]):  # an error may be why a name isn't used
         found = [d for d in found if not isinstance(d, UnusedName)]
     checked.diagnostics = _unique(with_waiting([*syntax, *found], program, source))
@@ -172,33 +149,6 @@ def by_name(experiments: Iterable[Named]) -> list[list[Named]]:
 def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     """Each once: experiments that share prompts share their errors, if not their counts."""
     return list({(d.code, d.span, d.message): d for d in reversed(diagnostics)}.values())[::-1]
-
-
-def _follows(diagnostic: Diagnostic, syntax: list[Diagnostic]) -> bool:
-    """Whether something is only missing because its line has an error of syntax."""
-    if not has_errors(syntax):
-        return False
-    if isinstance(diagnostic, ABSENT):
-        return True
-    if isinstance(diagnostic, BadLoopValue) and diagnostic.reason == UNUSED_LOOP:
-        return True
-    if isinstance(diagnostic, BadPlaceholder):  # in a text that was never closed
-        return any(isinstance(error, UnterminatedString) for error in syntax)
-    if isinstance(diagnostic, UnknownWord) and diagnostic.kind == "metric":
-        name = diagnostic.word
-    elif isinstance(diagnostic, UNKNOWN):
-        name = diagnostic.name
-    else:
-        return False
-    broken: set[str] = set()
-    for error in syntax:
-        if error.span is not None:
-            broken.update(WORD.findall(error.span.source.line_text(error.span.line)))
-        if isinstance(error, MisspeltWord):
-            broken.add(error.meant)
-    if isinstance(diagnostic, UnknownName) and diagnostic.kind == "part":
-        return "split" in broken
-    return not broken.isdisjoint(WORD.findall(name))
 
 
 def _only(name: str, checked: Checked) -> list[spec.Experiment]:
@@ -235,6 +185,9 @@ def _outline(
     table = contexts.table(experiment.prompts, model, experiment.limit, experiment.part)
     table = contexts.with_elsewhere(experiment, model, table)
     table = _with_means(experiment, checked, contexts, model, table)
+    missing = _unknown_runs(checked.diagnostics) if experiment.broken else set[str]()
+    if missing.difference(table.runs):
+        table = with_stand_ins(table, missing)
     model = contexts.fitting(model, table)
     findings = _stand_ins(experiment, checked, outlines)
     known, found = outline(experiment, checked.program, model, table, RULES, findings)
@@ -245,6 +198,11 @@ def _outline(
         found += _tested_where_picked(known.resolved, findings)
     checked.diagnostics.extend(certain(found, known.unknown))
     return known
+
+
+def _unknown_runs(found: Iterable[Diagnostic]) -> set[str]:
+    """Runs that `from … into …` and `with` name and that there aren't, which is said already."""
+    return {d.name for d in found if isinstance(d, UnknownName) and d.kind == "run"}
 
 
 def _skip(names: list[str], experiment: spec.Experiment) -> None:

@@ -227,13 +227,14 @@ class Contexts:
         model: ModelContext,
         table: PromptTable,
     ) -> Paired | None:
-        key = (id(table), model.name, run.name)
+        key = (id(table), model.name, run.name, experiment.broken)
         if key not in self._runs:
             if run.prompts is not None:
                 found, problems = self._of_block(run, run.prompts, model, table)
             else:
                 found, problems = self._of_model(run, experiment, model, table)
-            self._say(problems, model, *(name for name in (run.prompts,) if name))
+            if not experiment.broken:  # which may be why they don't fit
+                self._say(problems, model, *(name for name in (run.prompts,) if name))
             self._runs[key] = found
         return self._runs[key]
 
