@@ -265,6 +265,12 @@ class _Resolver:
         ref = base.of
         occurrence = ref.occurrence
         ranged = occurrence is not None and (occurrence.low is None or occurrence.high is not None)
+        if occurrence is not None and _is_backwards(occurrence):
+            low, high = str(occurrence.high), str(occurrence.low)
+            self.diagnostics.append(
+                EmptyRange(span=occurrence.span, text=occurrence.span.written, low=low, high=high)
+            )
+            return []
         if base.each or (ranged and not base.plural):
             return self._occurrences(base)
         if base.plural and ref.edge is None and ref.literal is None:
@@ -480,6 +486,11 @@ class _Resolver:
             )
             return []
         return self._by_index(body, kept, align) if body.each else [_Cell(body.span.written, kept)]
+
+
+def _is_backwards(occurrence: ast.Occurrence) -> bool:
+    low, high = occurrence.low, occurrence.high
+    return low is not None and high is not None and low > high
 
 
 def _union(cells: Sequence[_Cell], n: int) -> Hits:

@@ -11,6 +11,7 @@ from mechdsl.syntax.walk import walk
 
 def possible_axes(rule: spec.Rule) -> Iterator[str]:
     """Names that reports and expectations may call them by."""
+    yield "layer"  # which may have been forgotten
     for site in (rule.site, rule.edge):
         yield from _axes_of(site)
     yield from (f"to_{name}" for name in _axes_of(rule.receiver))

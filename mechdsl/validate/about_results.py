@@ -90,16 +90,16 @@ def _against_axes(variants: Sequence[Outline], program: spec.Program) -> list[Di
 
 
 def _known_measure(resolved: ResolvedMeasure | None, said: spec.Measure) -> KnownMeasure:
-    """A measure as expectations name it; one that was refused, by what its line says."""
-    if resolved is not None:
-        return KnownMeasure(resolved.label, said.effect, resolved.kind, resolved.word)
-    node = said.metric
-    word = (
-        node.name if isinstance(node, ast.Call) else node.id if isinstance(node, ast.Name) else ""
-    )
-    metric = METRICS.get(word)
-    kinds = {form.kind for form in metric.forms.values()} if metric is not None else set[str]()
+    """A measure as reports and expectations name it; what was refused of it, as its line says."""
     effect = said.effect if said.effect in EFFECTS else nearest(said.effect, EFFECTS) or said.effect
+    if resolved is not None:
+        return KnownMeasure(resolved.label, effect, resolved.kind, resolved.word)
+    match said.metric:
+        case ast.Call(name=word) | ast.Name(id=word):
+            metric = METRICS.get(word)
+        case _:
+            word, metric = "", None
+    kinds = {form.kind for form in metric.forms.values()} if metric is not None else set[str]()
     return KnownMeasure(said.label, effect, "category" if kinds == {"category"} else "number", word)
 
 
