@@ -55,6 +55,7 @@ class JoinedUnequal(Diagnostic):
 @keyword_record
 class UnknownSpan(Diagnostic):
     code = "E0308"
+    hangs_on = frozenset({"columns"})
     title = "the prompts of `{prompts}` have no span called `{name}`"
     label = "not a placeholder of the template"
     help = "{hint}"

@@ -100,6 +100,8 @@ class PromptTable(Record):
     """The clean rows before tokenisation, in which texts of metrics are evaluated."""
     stands_in: bool = False
     """Its rows stand in for those that can't be made here."""
+    columns_unknown: bool = False
+    """The same for want of its data file, which has names of its own."""
 
     def __len__(self) -> int:
         return len(self.row_ids)

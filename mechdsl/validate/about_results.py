@@ -58,7 +58,7 @@ def _against_axes(variants: Sequence[Outline], program: spec.Program) -> list[Di
     for report in said.reports:
         found.extend(check_report(report, axes, values, measures if all_known else None))
     by = said.statistics.by
-    if by is not None and by not in values:
+    if by is not None and by not in values and not experiment.table.columns_unknown:
         found.append(
             UnknownName(
                 span=said.statistics.span,

@@ -39,7 +39,7 @@ from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.about_results import about_results, files_written
 from mechdsl.validate.contexts import Contexts
-from mechdsl.validate.follow_ups import without_follow_ups
+from mechdsl.validate.follow_ups import BrokenLines
 from mechdsl.validate.waiting import with_waiting
 from mechdsl.vocab.corruptions import problems
 from mechdsl.vocab.effects import EFFECTS
@@ -92,6 +92,7 @@ def check_source(
     tree, syntax = parse(source)
     program, found = lower_program(tree, source, settings.parameters)
     checked = Checked(source, program, diagnostics=found)
+    broken = BrokenLines(syntax, tree)
     experiments = list(program.experiments)
     if settings.only is not None:
         experiments = _only(settings.only, checked)
@@ -112,7 +113,9 @@ def check_source(
     ready = in_order(experiments)
     outlines: dict[str, Outline] = {}
     for experiment in (*ready, *(e for e in experiments if e not in ready)):
-        outlines[experiment.key] = _outline(experiment, checked, contexts, outlines)
+        known = _outline(experiment, checked, contexts, outlines)
+        perhaps = known.perhaps | broken.axes(experiment.span)
+        outlines[experiment.key] = replace(known, perhaps=perhaps)
     for variants in by_name([outlines[e.key] for e in experiments]):
         checked.diagnostics.extend(about_results(variants, program))
     checked.experiments.extend(
@@ -131,7 +134,7 @@ def check_source(
         for name, value in program.metrics.items()
         if name in METRICS
     )
-    found = without_follow_ups(checked.diagnostics, syntax, tree)
+    found = [each for each in checked.diagnostics if not broken.cause(each)]
     if has_errors([*syntax, *found]):  # an error may be why a name isn't used
         found = [d for d in found if not isinstance(d, UnusedName)]
     checked.diagnostics = _unique(with_waiting([*syntax, *found], program, source))

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
 from mechdsl.base.registry import nearest
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import (
     BadPlaceholder,
@@ -45,36 +46,35 @@ UNKNOWN = (UnknownName, UnknownSpan, UnknownText, UnknownValue)
 """What a line may have defined."""
 
 
-def without_follow_ups(
-    found: Iterable[Diagnostic], syntax: Sequence[Diagnostic], tree: ast.File
-) -> list[Diagnostic]:
-    """What is wrong whether or not the lines with errors of syntax are put right."""
-    errors = [error for error in syntax if error.severity == "error"]
-    if not errors:
-        return list(found)
-    return [each for each in found if not _FollowUps(errors, tree).has(each)]
+class BrokenLines:
+    """The lines of a file with errors of syntax."""
 
-
-class _FollowUps:
-    def __init__(self, errors: Sequence[Diagnostic], tree: ast.File) -> None:
-        self.errors = errors
+    def __init__(self, syntax: Sequence[Diagnostic], tree: ast.File) -> None:
+        self.errors = [error for error in syntax if error.severity == "error"]
         self.source = tree.span.source
         self.starts = sorted(statement.span.line for statement in tree.statements)
 
-    def has(self, diagnostic: Diagnostic) -> bool:
-        """Whether a broken line may be why this is said."""
+    def axes(self, span: Span) -> frozenset[str]:
+        """Axes that the broken lines of a block may have given it."""
+        beside = self.beside(span)
+        words = _words(beside)
+        found = {axis for axis in AXIS_WORDS if nearest(axis, words)}  # however misspelt
+        found.update(f"to_{axis}" for axis in tuple(found))
+        return frozenset(found.union(POSITION_AXES)) if beside else frozenset()
+
+    def cause(self, diagnostic: Diagnostic) -> bool:
+        """Whether one of them may be why this is said."""
+        if not self.errors:
+            return False
         if isinstance(diagnostic, BadPlaceholder):  # in a text that was never closed
             return any(isinstance(error, UnterminatedString) for error in self.errors)
         unused = isinstance(diagnostic, BadLoopValue) and diagnostic.reason == UNUSED_LOOP
         if unused or isinstance(diagnostic, ABSENT):
-            return bool(self.beside(diagnostic))
+            return bool(self.beside(diagnostic.span))
         if isinstance(diagnostic, BadReport | UnreadableExpectation):
-            beside = self.beside(diagnostic)
+            beside = self.beside(diagnostic.span)
             names = QUOTED.findall(diagnostic.reason)
-            words = _words(beside)
-            axes = [axis for axis in AXIS_WORDS if nearest(axis, words)]  # however misspelt
-            words.update(axes, POSITION_AXES)
-            return bool(beside) and (not names or not words.isdisjoint(names))
+            return bool(beside) and (not names or not _words(beside).isdisjoint(names))
         if isinstance(diagnostic, UnknownWord):
             words = _words(self.errors)
             return diagnostic.kind != "component" and diagnostic.word in words
@@ -87,16 +87,16 @@ class _FollowUps:
             return True  # `accuracy` knows runs with an answer
         return not words.isdisjoint(WORD.findall(diagnostic.name))
 
-    def beside(self, diagnostic: Diagnostic) -> list[Diagnostic]:
-        """The broken lines of the block in which something is said."""
-        return [error for error in self.errors if self.block(error) in (self.block(diagnostic), -1)]
+    def beside(self, span: Span | None) -> list[Diagnostic]:
+        """What is wrong in the block in which something stands; what leaves it open where a block
+        ends is wrong everywhere."""
+        own = self.block(span)
+        return [e for e in self.errors if isinstance(e, Unclosed) or self.block(e.span) in (own, 0)]
 
-    def block(self, diagnostic: Diagnostic) -> int:
-        """The number of a statement at the top of the file; -1 for another file, and for what
-        leaves it open where a block ends."""
-        span = diagnostic.span
-        if span is None or span.source is not self.source or isinstance(diagnostic, Unclosed):
-            return -1
+    def block(self, span: Span | None) -> int:
+        """The number of a statement at the top of the file, from 1; 0 for another file."""
+        if span is None or span.source is not self.source:
+            return 0
         return bisect_right(self.starts, span.line)
 
 
