@@ -41,7 +41,15 @@ def validate(
     print_diagnostics(problems, form, out=form != "full")
     if form == "full" and not has_errors(problems):
         count = f"{len(paths)} file" + ("s" if len(paths) != 1 else "")
-        rest = f", {len(unchecked)} experiments without their model" if unchecked else ""
-        rest += f", {len(unrun)} experiments without their Python" if unrun else ""
+        rest = _without(unchecked, "model") + _without(unrun, "Python")
         print(f"{count} checked: no errors{rest}")
     return WRONG if has_errors(problems) else FINE
+
+
+def _without(experiments: list[str], what: str) -> str:
+    """How many experiments were checked for all but what hangs on this."""
+    if not experiments:
+        return ""
+    many = len(experiments) > 1
+    whose = f"{len(experiments)} experiments without their" if many else "1 experiment without its"
+    return f", {whose} {what}"

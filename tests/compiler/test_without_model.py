@@ -129,11 +129,13 @@ CASES = {
 }  # fmt: skip
 
 
-def checked(text: str, folder: Path, source: str = MODELS["here"], **how: bool) -> Checked:
+def checked(
+    text: str, folder: Path, source: str = MODELS["here"], *, need: bool = False
+) -> Checked:
     (folder / "empty").mkdir(exist_ok=True)
     text = text.replace(MODELS["here"], source)
     path = folder / "file.mech"
-    return check_source(Source(text, path), Settings(python="look", **how))
+    return check_source(Source(text, path), Settings(python="look", require_models=need))
 
 
 def said(found: list[Diagnostic]) -> list[tuple[str, str, int]]:
@@ -258,7 +260,7 @@ def test_what_waits_for_the_model_is_said_by_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["not in the cache", "no folder"])
 def test_a_model_can_be_required(tmp_path: Path, name: str) -> None:
-    found = checked(FILE, tmp_path, MODELS[name], require_models=True).diagnostics
+    found = checked(FILE, tmp_path, MODELS[name], need=True).diagnostics
     assert {each[0] for each in said(found)} == {"E0401"}
 
 
