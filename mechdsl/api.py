@@ -36,20 +36,26 @@ Values = Mapping[str, object]
 
 
 def check(
-    file: str | Path, models: Models | None = None, *, set: Values | None = None
+    file: str | Path,
+    models: Models | None = None,
+    *,
+    set: Values | None = None,
+    require_models: bool = False,
 ) -> Diagnostics:
     """All errors and warnings of a file, as `mechdsl validate` finds them: without weights, and
     without torch but for models that are handed over.
 
     file: its path, or its text (what has a line break or begins with `mech `).
     models, set: as for `run`.
+    require_models: whether a model that isn't on this machine is an error; all that doesn't hang on
+        it is checked either way.
     Returns a list of diagnostics, empty where nothing is wrong; raises nothing about the file.
     """
     source, found = _source(file)
     if source is None:
         return Diagnostics(found)
     try:
-        checked, _ = _check(source, models, _settings(set, python="look"))
+        checked, _ = _check(source, models, _settings(set, python="look", require=require_models))
     except MechdslError as error:
         return error.diagnostics
     return Diagnostics(checked.diagnostics)
@@ -322,7 +328,12 @@ def _profile_text(profiles: Sequence[tuple[Plan, Profile]], sizes: PassSizes | N
 
 
 def _settings(
-    set: Values | None, limit: int | None = None, only: str | None = None, python: Mode = "refuse"
+    set: Values | None,
+    limit: int | None = None,
+    only: str | None = None,
+    python: Mode = "refuse",
+    *,
+    require: bool = True,
 ) -> Settings:
     from mechdsl.validate.check_file import Settings
 
@@ -330,7 +341,7 @@ def _settings(
         name: str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in (set or {}).items()
     }
-    return Settings(given, limit, only, python)
+    return Settings(given, limit, only, python, require)
 
 
 def _mode(allow_python: bool) -> Mode:

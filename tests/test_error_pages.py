@@ -74,11 +74,12 @@ def _diagnose(page: Page, text: str, folder: Path) -> tuple[str, list[Diagnostic
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
     from mechdsl.syntax.parse import read_source
-    from mechdsl.validate.check_file import check_source
+    from mechdsl.validate.check_file import Settings, check_source
 
     source, found = read_source(path)
     if source is not None:
-        found = check_source(source).diagnostics
+        needed = Settings(require_models=page.code == "E0401")  # W0710 of one that is only checked
+        found = check_source(source, needed).diagnostics
         if page.code in WHILE_RUNNING and not found:
             from mechdsl.pipeline import run_source
 

@@ -86,6 +86,8 @@ def settings(
     limit: int | None = None,
     only: str | None = None,
     python: Mode = "refuse",
+    *,
+    require_models: bool = True,
 ) -> Settings:
     """How files are checked. Raises `MalformedSetting`."""
     from mechdsl.validate.check_file import Settings
@@ -99,7 +101,7 @@ def settings(
         if name in given:
             raise MalformedSetting(f"`--set {name}=…` is given twice")
         given[name] = value.strip()
-    return Settings(given, limit, only, python)
+    return Settings(given, limit, only, python, require_models)
 
 
 def python_mode(allow_python: bool) -> Mode:

@@ -23,9 +23,12 @@ from mechdsl.diagnostics.core import has_errors
     default="full",
     show_default=True,
 )
-def validate(files: tuple[Path, ...], parameters: tuple[str, ...], form: str) -> int:
+@click.option("--require-models", is_flag=True, help="A model that isn't here is an error.")
+def validate(
+    files: tuple[Path, ...], parameters: tuple[str, ...], form: str, require_models: bool
+) -> int:
     """Check files without weights, as in CI. Exit status 2 where one has an error."""
-    how = settings(parameters, python="look")
+    how = settings(parameters, python="look", require_models=require_models)
     paths, problems = mech_files(files)
     unchecked: list[str] = []
     unrun: list[str] = []
@@ -38,7 +41,15 @@ def validate(files: tuple[Path, ...], parameters: tuple[str, ...], form: str) ->
     print_diagnostics(problems, form, out=form != "full")
     if form == "full" and not has_errors(problems):
         count = f"{len(paths)} file" + ("s" if len(paths) != 1 else "")
-        rest = f", {len(unchecked)} experiments without their model" if unchecked else ""
-        rest += f", {len(unrun)} experiments without their Python" if unrun else ""
+        rest = _without(unchecked, "model") + _without(unrun, "Python")
         print(f"{count} checked: no errors{rest}")
     return WRONG if has_errors(problems) else FINE
+
+
+def _without(experiments: list[str], what: str) -> str:
+    """How many experiments were checked for all but what hangs on this."""
+    if not experiments:
+        return ""
+    many = len(experiments) > 1
+    whose = f"{len(experiments)} experiments without their" if many else "1 experiment without its"
+    return f", {whose} {what}"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from mechdsl.base.record import Record, keyword_record
 from mechdsl.base.source import Span
 
 Severity = Literal["error", "warning"]
+
+Unknown: TypeAlias = Literal["shape", "tokens", "rows", "columns"]
+"""What isn't known where something stands in for it: the sizes and sites of a model, the tokens of
+texts, the rows of prompts, the names that a data file gives them."""
+UNKNOWN: tuple[Unknown, ...] = ("shape", "tokens", "rows", "columns")
 
 CODES: dict[str, type[Diagnostic]] = {}
 """Every code of the language, filled as the classes are defined."""
@@ -27,6 +32,8 @@ class Diagnostic(Record):
     title: ClassVar[str] = ""
     label: ClassVar[str] = ""
     help: ClassVar[str] = ""
+    hangs_on: ClassVar[frozenset[Unknown]] = frozenset()
+    """What has to be known for this to be true: it isn't said where that only stands in."""
 
     span: Span | None = None
 
@@ -63,3 +70,8 @@ class Diagnostic(Record):
 def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
     """Whether any of them is an error, so that nothing may run."""
     return any(d.severity == "error" for d in diagnostics)
+
+
+def certain(found: Iterable[Diagnostic], unknown: Collection[Unknown]) -> list[Diagnostic]:
+    """Those that are true whatever stands in for what is unknown."""
+    return [each for each in found if each.hangs_on.isdisjoint(unknown)]

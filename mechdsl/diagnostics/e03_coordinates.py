@@ -9,6 +9,7 @@ class UnitOutOfRange(Diagnostic):
     """A head or neuron that the model doesn't have."""
 
     code = "E0301"
+    hangs_on = frozenset({"shape"})
     title = "{unit} {index} does not exist in `{model}`"
     label = "`{model}` has {units} 0..{last} {where}"
     help = "write `{unit} *` for all of them"
@@ -25,6 +26,7 @@ class LayerOutOfRange(Diagnostic):
     """A layer that the model doesn't have."""
 
     code = "E0302"
+    hangs_on = frozenset({"shape"})
     title = "layer {index} does not exist in `{model}`"
     label = "`{model}` has layers 0..{last}"
     help = "write `layer *` for all of them, or a relative depth such as `layer 50%..80%`"
@@ -105,6 +107,7 @@ class TooManyCells(Diagnostic):
     """Axes whose product is too large to run."""
 
     code = "E0323"
+    hangs_on = frozenset({"shape", "tokens", "rows"})
     title = "experiment `{experiment}` has {cells:,} cells, more than {most:,}"
     label = "its axes multiply: {axes}"
     help = "sweep over fewer values, or join an axis: `heads *` instead of `head *`"
@@ -119,6 +122,7 @@ class UnevenPositions(Diagnostic):
     """A mean or resampling over positions that don't correspond."""
 
     code = "E0324"
+    hangs_on = frozenset({"tokens"})
     title = "`{position}` covers {least} to {most} tokens, so its rows don't correspond"
     label = "a mean or a resampling goes over rows"
     help = "name single tokens, such as `first token of …`, or positions that are equally long"

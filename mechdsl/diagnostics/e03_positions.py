@@ -7,6 +7,7 @@ from mechdsl.diagnostics.core import Diagnostic
 @keyword_record
 class RaggedPositions(Diagnostic):
     code = "E0305"
+    hangs_on = frozenset({"tokens"})
     title = "`{position}` means different places in prompts of different lengths"
     label = "prompts of `{run}` have {shortest} to {longest} tokens"
     help = (
@@ -22,6 +23,7 @@ class RaggedPositions(Diagnostic):
 @keyword_record
 class AmbiguousSpan(Diagnostic):
     code = "E0306"
+    hangs_on = frozenset({"rows"})
     title = "`{name}` occurs {times} times in the prompt, which one?"
     label = "in {rows} of {total} rows of `{run}`, as in {example}"
     help = "write {ways}"
@@ -37,6 +39,7 @@ class AmbiguousSpan(Diagnostic):
 @keyword_record
 class JoinedUnequal(Diagnostic):
     code = "E0307"
+    hangs_on = frozenset({"tokens"})
     title = "joined positions have different numbers of tokens in the two runs"
     label = "{source} in the source run, {base} in the base run, in {rows} of {total} rows"
     help = (
@@ -52,6 +55,7 @@ class JoinedUnequal(Diagnostic):
 @keyword_record
 class UnknownSpan(Diagnostic):
     code = "E0308"
+    hangs_on = frozenset({"columns"})
     title = "the prompts of `{prompts}` have no span called `{name}`"
     label = "not a placeholder of the template"
     help = "{hint}"
@@ -63,6 +67,7 @@ class UnknownSpan(Diagnostic):
 @keyword_record
 class AbsentOccurrence(Diagnostic):
     code = "E0309"
+    hangs_on = frozenset({"rows"})
     title = "{lacking} of {total} rows of `{run}` have no `{position}`"
     label = "as in {example}"
     help = "{hint}"
@@ -77,6 +82,7 @@ class AbsentOccurrence(Diagnostic):
 @keyword_record
 class OutsidePrompt(Diagnostic):
     code = "E0310"
+    hangs_on = frozenset({"tokens"})
     title = "`{position}` lies outside the prompt in {lacking} of {total} rows of `{run}`"
     label = "as in {example}"
     help = "{hint}"
@@ -91,6 +97,7 @@ class OutsidePrompt(Diagnostic):
 @keyword_record
 class ReversedBetween(Diagnostic):
     code = "E0311"
+    hangs_on = frozenset({"tokens"})
     title = "the second position comes before the first in {lacking} of {total} rows of `{run}`"
     label = "as in {example}"
     help = "`between` goes from left to right: exchange the two positions"
@@ -103,6 +110,7 @@ class ReversedBetween(Diagnostic):
 @keyword_record
 class SpanWithoutToken(Diagnostic):
     code = "E0312"
+    hangs_on = frozenset({"tokens"})
     title = "`{name}` has no token of its own in {lacking} of {total} rows of `{run}`"
     label = "its text is {text}, and white space belongs to the token beside it"
     help = "{hint}"
@@ -117,6 +125,7 @@ class SpanWithoutToken(Diagnostic):
 @keyword_record
 class NoSuchSpecial(Diagnostic):
     code = "E0313"
+    hangs_on = frozenset({"tokens"})
     title = "the prompts of `{prompts}` have no {name} token"
     label = "{reason}"
     help = "{hint}"
@@ -139,6 +148,7 @@ class NotOnePosition(Diagnostic):
 @keyword_record
 class NothingLeft(Diagnostic):
     code = "E0315"
+    hangs_on = frozenset({"tokens"})
     title = "`{position}` leaves no token in {lacking} of {total} rows of `{run}`"
     label = "as in {example}"
     help = "except fewer tokens"

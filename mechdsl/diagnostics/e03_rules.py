@@ -9,6 +9,7 @@ class UnpairedPositions(Diagnostic):
     """Two lists of positions in one rule that don't go together."""
 
     code = "E0331"
+    hangs_on = frozenset({"tokens"})
     title = "{first} don't pair with {second}"
     label = "{second} here"
     help = "{hint}"
@@ -35,6 +36,7 @@ class UnequalPrompts(Diagnostic):
     """Vectors over key positions of prompts that aren't equally long."""
 
     code = "E0333"
+    hangs_on = frozenset({"tokens"})
     title = "`{site}` is a vector over the tokens of a prompt, and {what} differ in length"
     label = "row {row} has {first} tokens and {second}"
     help = "{hint}"
@@ -79,6 +81,7 @@ class OverlappingPositions(Diagnostic):
     """`swap` of positions that share a token."""
 
     code = "E0336"
+    hangs_on = frozenset({"tokens"})
     title = "`{first}` and `{second}` share a token in row {row}"
     label = "token {token} can't change places with itself"
     help = "name positions that have no token in common"

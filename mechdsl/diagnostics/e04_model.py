@@ -26,6 +26,7 @@ class NoResidMid(Diagnostic):
     """`resid_mid` where attention and MLP read the same stream."""
 
     code = "E0402"
+    hangs_on = frozenset({"shape"})
     title = "`{model}` has no `resid_mid`"
     label = "attention and MLP run side by side in each of its blocks"
     help = "write `resid_pre`, which both read, or `attn_out`, what attention adds"
@@ -106,6 +107,7 @@ class SiteNotInBlock(Diagnostic):
     """A site that the model has in other blocks than the one that is asked for."""
 
     code = "E0414"
+    hangs_on = frozenset({"shape"})
     title = "`{model}` has no `{site}` in layer {layer}"
     label = "{reason}"
     help = "it has one in {layers}"
@@ -238,6 +240,7 @@ class SiteNotOnModel(Diagnostic):
     """A site of the language that this model doesn't have."""
 
     code = "E0413"
+    hangs_on = frozenset({"shape"})
     title = "`{model}` has no `{site}`"
     label = "not a part of {architecture}"
     help = "it has {available}"

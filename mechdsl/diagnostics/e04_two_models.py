@@ -9,6 +9,7 @@ class OtherShape(Diagnostic):
     """Two models whose activations don't fit into each other."""
 
     code = "E0415"
+    hangs_on = frozenset({"shape"})
     title = "`{source}` and `{base}` are not of one shape"
     label = "{differences}"
     help = "patch between two checkpoints or fine-tunings of one model"
@@ -22,6 +23,7 @@ class OtherTokens(Diagnostic):
     """Two models that see different tokens in the same prompts."""
 
     code = "E0416"
+    hangs_on = frozenset({"tokens"})
     title = (
         "`{source}` and `{base}` tokenise the prompts differently, in {rows:,} of {total:,} rows"
     )

@@ -28,6 +28,7 @@ class CyclicValue(Diagnostic):
 @keyword_record
 class BadValue(Diagnostic):
     code = "E0503"
+    hangs_on = frozenset({"rows"})
     title = "`{expression}` can't be worked out: {reason}"
     label = "in {rows}"
     help = "{hint}"
@@ -62,6 +63,7 @@ class DataFormat(Diagnostic):
 @keyword_record
 class TooMany(Diagnostic):
     code = "E0506"
+    hangs_on = frozenset({"rows"})
     title = "{what}: {amount} are more than {most:,}"
     label = "too many"
     help = "{hint}"
@@ -74,6 +76,7 @@ class TooMany(Diagnostic):
 @keyword_record
 class MultiTokenText(Diagnostic):
     code = "E0507"
+    hangs_on = frozenset({"tokens"})
     title = "`{metric}` needs a text of one token, `{text}` has more"
     label = "read as {tokens}"
     help = "write `logprob(…)`, which is summed over its tokens, or `{metric}(first token of …)`"
@@ -98,6 +101,7 @@ class UnreadableTokenizer(Diagnostic):
 @keyword_record
 class NoRows(Diagnostic):
     code = "E0509"
+    hangs_on = frozenset({"rows"})
     title = "prompts `{prompts}` have no rows: {reason}"
     label = "leaves nothing"
     help = "{hint}"
@@ -109,6 +113,7 @@ class NoRows(Diagnostic):
 @keyword_record
 class CorruptionWithoutEffect(Diagnostic):
     code = "E0510"
+    hangs_on = frozenset({"rows"})
     title = "the corrupted prompt of `{run}` equals the clean one in every row"
     label = "changes nothing in the text"
     help = "{hint}"
@@ -119,6 +124,7 @@ class CorruptionWithoutEffect(Diagnostic):
 @keyword_record
 class PromptTooLong(Diagnostic):
     code = "E0511"
+    hangs_on = frozenset({"tokens"})
     title = "{rows} of {total} prompts of `{run}` are longer than the model's context"
     label = "the longest has {longest:,} tokens, the model reads {most:,}"
     help = "shorten the template or the lists, or keep short rows with `where`"
@@ -132,6 +138,7 @@ class PromptTooLong(Diagnostic):
 @keyword_record
 class NothingToDraw(Diagnostic):
     code = "E0512"
+    hangs_on = frozenset({"rows"})
     title = "`{expression}` has nothing left to draw: {reason}"
     label = "in {rows}"
     help = "give it more values, or draw fewer"
@@ -185,6 +192,7 @@ class UnknownText(Diagnostic):
 @keyword_record
 class SharedFirstToken(Diagnostic):
     code = "E0517"
+    hangs_on = frozenset({"tokens"})
     title = "the {which} token of {text} is also that of {rival}"
     label = "`{token}` doesn't tell them apart, in {rows} of {total} rows"
     help = "measure `logprob(…)`, which reads all tokens, or choose other answers"
@@ -199,6 +207,7 @@ class SharedFirstToken(Diagnostic):
 @keyword_record
 class MultiTokenNumeral(Diagnostic):
     code = "E0518"
+    hangs_on = frozenset({"tokens"})
     title = "{amount} of the numerals {low}..{high} are more than one token"
     label = "{text} is {tokens} tokens: {pieces}"
     help = "{hint}"
@@ -214,6 +223,7 @@ class MultiTokenNumeral(Diagnostic):
 @keyword_record
 class AnswerNotInVocabulary(Diagnostic):
     code = "E0519"
+    hangs_on = frozenset({"tokens"})
     title = "the tokenizer doesn't know {text}, it is read as `{unknown}`"
     label = "in {rows} of {total} rows"
     help = "use words that the model's vocabulary holds"
@@ -226,6 +236,7 @@ class AnswerNotInVocabulary(Diagnostic):
 @keyword_record
 class OtherSpelling(Diagnostic):
     code = "E0520"
+    hangs_on = frozenset({"tokens"})
     title = "{text} is not spelt like the answers, which begin with {moved}"
     label = "{moved} was moved into the prompt"
     help = "write it with the same beginning"
@@ -255,6 +266,7 @@ class NoBosToken(Diagnostic):
 @keyword_record
 class NotATokenId(Diagnostic):
     code = "E0523"
+    hangs_on = frozenset({"tokens"})
     title = "`token_id({name})`: {value} is not a token id"
     label = "the vocabulary has ids 0 to {last}"
     help = "give a column that holds token ids of this tokenizer"

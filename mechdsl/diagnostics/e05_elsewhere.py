@@ -9,6 +9,7 @@ class RowsNotPaired(Diagnostic):
     """Two blocks whose rows don't belong together."""
 
     code = "E0527"
+    hangs_on = frozenset({"rows"})
     title = "the rows of `{other}` and of `{prompts}` can't be paired: {others:,} and {rows:,}"
     label = "`{other}` has {others:,} rows before `where` and `limit`"
     help = (
@@ -26,6 +27,7 @@ class PartnerMissing(Diagnostic):
     """A row whose partner `where` has left out."""
 
     code = "E0528"
+    hangs_on = frozenset({"rows"})
     title = "{lacking:,} of {total:,} rows of `{prompts}` have no partner in `{other}`"
     label = "`{other}` leaves out its row {row:,}: {reason}"
     help = "{hint}"
@@ -43,6 +45,7 @@ class OtherEnding(Diagnostic):
     """Leading tokens of answers that were moved into the prompts of one block only."""
 
     code = "E0529"
+    hangs_on = frozenset({"tokens"})
     title = "prompts of `{other}` end in {theirs}, those of `{prompts}` in {own}"
     label = "what all answers of a block begin with stands at the end of its prompts"
     help = (

@@ -22,6 +22,7 @@ class TestedWherePicked(Diagnostic):
     """Sites that are tested on the rows that they were picked on."""
 
     code = "W0721"
+    hangs_on = frozenset({"rows"})
     title = "`{experiment}` tests what `{of}` picked on the same rows"
     label = "{shared} of its {rows} rows are rows of `{of}`"
     help = (

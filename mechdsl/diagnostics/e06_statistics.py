@@ -45,6 +45,7 @@ class UnreadableExpectation(Diagnostic):
 @keyword_record
 class BadReport(Diagnostic):
     code = "E0607"
+    hangs_on = frozenset({"columns"})
     title = "`report {kind}` {reason}"
     help = "{hint}"
     kind: str

@@ -7,6 +7,7 @@ from mechdsl.diagnostics.core import Diagnostic
 @keyword_record
 class TokenCoversMore(Diagnostic):
     code = "W0701"
+    hangs_on = frozenset({"tokens"})
     title = "tokens of `{name}` also cover text beside it"
     label = "{tokens}, in {rows} of {total} rows"
     help = "put a space between them in the template, or read the result as that of both"
@@ -19,6 +20,7 @@ class TokenCoversMore(Diagnostic):
 @keyword_record
 class UnknownWords(Diagnostic):
     code = "W0702"
+    hangs_on = frozenset({"tokens"})
     title = "the tokenizer doesn't know {words}"
     label = "read as `{unknown}` in {rows} of {total} rows of `{run}`"
     help = "use words that the model's vocabulary holds"
@@ -32,6 +34,7 @@ class UnknownWords(Diagnostic):
 @keyword_record
 class AnswerChangesPrompt(Diagnostic):
     code = "W0703"
+    hangs_on = frozenset({"tokens"})
     title = "the end of the prompt and {text} share a token"
     label = "in {rows} of {total} rows the prompt is tokenised otherwise with the answer behind it"
     help = "let the template end without a space, and the answers begin with one"

@@ -8,15 +8,19 @@ from mechdsl.diagnostics.core import Diagnostic
 
 @keyword_record
 class ModelNotHere(Diagnostic):
-    """An `hf` model that the local cache doesn't have."""
+    """A model that the local cache, or the folder of the file, doesn't have."""
 
     code = "W0710"
-    title = "`{model}` is not on this machine, so it was not checked"
-    label = "`{path}` is not in the Hugging Face cache"
-    help = "`hf download {path}` fetches it; layers, heads, positions and answers are checked then"
+    title = "`{model}` is not on this machine, so what hangs on it was not checked"
+    label = "`{path}` is not in {place}"
+    help = "{advice}{waiting}"
 
     model: str
     path: str
+    place: str
+    advice: str
+    waiting: str = ""
+    """What is checked once it is there, with the lines."""
 
 
 @keyword_record

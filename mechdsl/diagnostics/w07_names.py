@@ -32,6 +32,7 @@ class WritesFirstToken(Diagnostic):
     """A write at what may be the attention sink."""
 
     code = "W0731"
+    hangs_on = frozenset({"tokens"})
     title = "this rule writes at token 0, which may be the attention sink"
     label = "hits `{token}`"
     help = "an effect there may come from the sink alone: name a later token, or compare with one"

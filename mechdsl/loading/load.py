@@ -24,18 +24,12 @@ from torch import Tensor, nn
 from mechdsl.base.garbage import uncollected
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e04_model import (
-    LoadFailed,
-    ModelNotFound,
-    NoTokenizer,
-    NoWeights,
-    OtherLayers,
-)
-from mechdsl.diagnostics.w07_models import ModelNotHere, WeightsUnused
+from mechdsl.diagnostics.e04_model import LoadFailed, NoTokenizer, NoWeights, OtherLayers
+from mechdsl.diagnostics.w07_models import WeightsUnused
 from mechdsl.hooks.hook_points import at_hand
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.prove import take_apart, text_of
-from mechdsl.models.locate import locate, weight_files, zoo_models
+from mechdsl.models.locate import locate, needed, weight_files, zoo_models
 from mechdsl.models.shape import ModelShape, read_config, read_shape, shape_from_config, shape_of
 from mechdsl.program import spec
 from mechdsl.prompts.tokenizer import TextTokenizer
@@ -64,7 +58,7 @@ def load(
     """
     folder, found = locate(model, model.span.source.folder if base is None else base)
     if folder is None:
-        return None, [_needed(d) if isinstance(d, ModelNotHere) else d for d in found]
+        return None, needed(found)
     files = weight_files(folder)
     if not files:
         hub = model.kind == "hf"
@@ -158,7 +152,7 @@ def look(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
     statement = spec.Model(span=span, name=name, kind=kind, path=name)
     folder, found = locate(statement, Path.cwd())
     if folder is None:
-        return None, [_needed(d) if isinstance(d, ModelNotHere) else d for d in found]
+        return None, needed(found)
     files = weight_files(folder)
     if not files:
         advice = "a folder with a `config.json` and safetensors is needed"
@@ -184,18 +178,6 @@ def _filled(module: nn.Module, shape: ModelShape) -> ModelShape:
     values: dict[str, Any] = dict(cast(Any, module).config.to_dict())
     values["architectures"] = [type(module).__name__]
     return shape_from_config(values)[0] or shape
-
-
-def _needed(missing: ModelNotHere) -> ModelNotFound:
-    """What was a warning while checking is an error when the model has to run."""
-    return ModelNotFound(
-        span=missing.span,
-        model=missing.model,
-        path=missing.path,
-        place="the Hugging Face cache",
-        advice=f"`hf download {missing.path}` fetches it; from Python it can be handed over: "
-        f'`models={{"{missing.model}": (model, tokenizer)}}`',
-    )
 
 
 def _revision(folder: Path, model: spec.Model) -> str:

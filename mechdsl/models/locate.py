@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from mechdsl import zoo
@@ -20,8 +21,8 @@ _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
 def locate(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     """The folder with the model's `config.json`.
 
-    `base` is the folder that relative paths start from, the `.mech` file's. Gives E0401, E0403,
-    E0404, E0405, and W0710 for an `hf` model that isn't in the cache.
+    `base` is the folder that relative paths start from, the `.mech` file's. Gives E0403, E0404,
+    E0405, and W0710 for a model that isn't there, which `needed` makes E0401.
     """
     match model.kind:
         case "zoo":
@@ -56,7 +57,7 @@ def _local(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     folder = base / Path(model.path).expanduser()
     if not folder.is_dir():
         return None, [
-            ModelNotFound(
+            ModelNotHere(
                 span=model.span,
                 model=model.name,
                 path=model.path,
@@ -71,7 +72,31 @@ def _hub(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     for folder in (base / Path(model.path).expanduser(), cached(model.path, model.revision)):
         if folder is not None and (folder / "config.json").is_file():
             return _checked(folder, model)
-    return None, [ModelNotHere(span=model.span, model=model.name, path=model.path)]
+    return None, [
+        ModelNotHere(
+            span=model.span,
+            model=model.name,
+            path=model.path,
+            place="the Hugging Face cache",
+            advice=f"`hf download {model.path}` fetches it",
+        )
+    ]
+
+
+def needed(found: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """The same where the model has to be there: what is a warning of a file that is only checked is
+    E0401."""
+    return [_error(each) if isinstance(each, ModelNotHere) else each for each in found]
+
+
+def _error(missing: ModelNotHere) -> ModelNotFound:
+    return ModelNotFound(
+        span=missing.span,
+        model=missing.model,
+        path=missing.path,
+        place=missing.place,
+        advice=f"{missing.advice}; without it nothing can be planned or run",
+    )
 
 
 def _checked(folder: Path, model: Model) -> tuple[Path | None, list[Diagnostic]]:

@@ -91,6 +91,10 @@ class ModelShape:
     causal: bool
     """No token sees a later one."""
     takes: ModelInput = "text"
+    masked: bool = False
+    """It predicts tokens in their own place, as far as the config tells."""
+    stands_in: bool = False
+    """The model isn't at hand, and these numbers stand in for its own."""
     d_final: int = 0
     """Width of `final_norm`; 0: `d_model`, as in all but a few."""
     partly: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
@@ -209,7 +213,7 @@ def _shape(
     model: str = "model",
     span: Span | None = None,
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
-    impossible = [
+    impossible: list[Diagnostic] = [
         BadSize(span=span, model=model, key=key, value=json.dumps(value))
         for key, value in _impossible({**{k: config.get(k) for k in _VOCAB}, **text})
     ]
@@ -275,6 +279,7 @@ def _shape(
         n_experts=experts,
         causal=causal,
         takes=takes,
+        masked=any("ForMaskedLM" in name for name in names),
         d_final=_narrow(text, d_model),
         partly=partly,
         config=text,

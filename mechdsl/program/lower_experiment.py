@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.e02_names import BadArgument, MissingLine, UnknownName
 from mechdsl.diagnostics.e06_experiment import NoMeasure
 from mechdsl.program import spec
@@ -19,6 +20,7 @@ from mechdsl.program.lower_measures import (
     lower_statistics,
 )
 from mechdsl.program.lower_other_runs import RunSide, Variant, in_model, models_of, sides, variants
+from mechdsl.program.lower_prompts import CLEAN
 from mechdsl.program.lower_rules import lower_rule
 from mechdsl.program.namespace import Namespace
 from mechdsl.program.sort_statements import Statements, use_names
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
 def lower_experiment(
     definition: ast.ExperimentDef, parts: Definitions, scope: Namespace
 ) -> tuple[spec.Experiment, ...]:
-    """The typed experiment, or one for each combination of what it compares; none where it can't
-    be run. The reasons are in the scope."""
+    """The typed experiment, or one for each combination of what it compares. After an error it is
+    `broken`: checked for what else is wrong with it, and not run. None where it has no prompts, or
+    something that can't be executed yet. The reasons are in the scope."""
     work = Statements(definition, parts, scope)
     work.collect(definition.statements)
     before = len([d for d in scope.diagnostics if d.severity == "error"])
@@ -51,21 +54,21 @@ def lower_experiment(
     against = lower_control(work)
     expects = tuple(lower_expectation(e, work) for e in work.expects)
     combined = [] if prompts is None else variants(models, sources, bases, prompts, work)
-    broken = work.unsupported or before != len(
-        [d for d in scope.diagnostics if d.severity == "error"]
-    )
-    if broken or prompts is None:
+    if work.unsupported or prompts is None:
         return ()
-    use = work.prompts[0]
-    part = use.prompts.part
-    assert part is None or part == "train" or part == "test"
+    part, limit = _rows(work, prompts)
+    broken = before != len([d for d in scope.diagnostics if d.severity == "error"])
+    if not combined:  # which has been refused
+        source, base = (ends[0].run if ends else None for ends in (sources, bases))
+        combined = [Variant("", source, base or CLEAN, (), source)]
     whole = spec.Experiment(
         span=definition.name.span,
         name=definition.name.id,
         model="",
         prompts=prompts.name,
         part=part,
-        limit=whole_number(use.limit, parts.parameters),
+        limit=limit,
+        broken=broken,
         loops=tuple(work.loops),
         keep=tuple(expand_metrics(k, parts, scope) for k in work.keep),
         measures=measures,
@@ -94,8 +97,9 @@ def _variant(
 
 
 def _prompts(work: Statements) -> spec.Prompts | None:
+    """The block that the experiment runs on; after an error that which is most likely meant."""
+    known = work.scope.names("prompts")
     if not work.prompts:
-        known = work.scope.names("prompts")
         work.diagnostics.append(
             MissingLine(
                 span=work.definition.name.span,
@@ -104,16 +108,24 @@ def _prompts(work: Statements) -> spec.Prompts | None:
                 hint=f"add a line such as `prompts {known[0] if known else 'fruit'} limit 64`",
             )
         )
-        return None
+        return work.parts.prompts.get(known[0]) if len(known) == 1 else None
     use = work.prompts[0]
     if use.kind == "images":
         work.later(use.span, "images")
         return None
-    if not work.scope.use("prompts", use.prompts.name, use.prompts.span):
-        return None
-    found = work.parts.prompts.get(use.prompts.name)
-    if found is None:
-        return None
+    name = use.prompts.name
+    if not work.scope.use("prompts", name, use.prompts.span):
+        name = nearest(name, known) or ""
+    return work.parts.prompts.get(name)
+
+
+def _rows(
+    work: Statements, prompts: spec.Prompts
+) -> tuple[Literal["train", "test"] | None, int | None]:
+    """The part of the block and how many of its rows, as the `prompts` line says."""
+    if not work.prompts:
+        return None, None
+    use = work.prompts[0]
     limit = whole_number(use.limit, work.parts.parameters)
     if isinstance(use.limit, str) and not work.scope.use("param", use.limit, use.span):
         limit = 1
@@ -126,20 +138,23 @@ def _prompts(work: Statements) -> spec.Prompts | None:
                 hint="write a number, or the name of a `param`",
             )
         )
+        limit = 1
     part = use.prompts.part
-    if part is not None and (part not in ("train", "test") or found.split is None):
-        work.diagnostics.append(
-            UnknownName(
-                span=use.prompts.span,
-                kind="part",
-                name=f"{found.name}.{part}",
-                hint=f"add `split 50%` to `prompts {found.name}`: it makes "
-                f"`{found.name}.train` and `{found.name}.test`"
-                if found.split is None
-                else f"the parts are `{found.name}.train` and `{found.name}.test`",
-            )
+    if part is None or (part in ("train", "test") and prompts.split is not None):
+        assert part is None or part == "train" or part == "test"
+        return part, limit
+    work.diagnostics.append(
+        UnknownName(
+            span=use.prompts.span,
+            kind="part",
+            name=f"{prompts.name}.{part}",
+            hint=f"add `split 50%` to `prompts {prompts.name}`: it makes "
+            f"`{prompts.name}.train` and `{prompts.name}.test`"
+            if prompts.split is None
+            else f"the parts are `{prompts.name}.train` and `{prompts.name}.test`",
         )
-    return found
+    )
+    return None, limit
 
 
 def _rules_of(

@@ -235,6 +235,8 @@ class Experiment(Spec):
     against: Control | None = None
     reports: tuple[Report, ...] = ()
     expects: tuple[Expectation, ...] = ()
+    broken: Annotated[bool, Field(exclude=True)] = False
+    """A statement of it was refused: it is checked for what else is wrong, and never run."""
 
     @property
     def key(self) -> str:

@@ -11,6 +11,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord
+from mechdsl.diagnostics.e03_coordinates import EmptyRange
 from mechdsl.diagnostics.e03_positions import (
     JoinedUnequal,
     NothingLeft,
@@ -144,6 +145,12 @@ class _Resolver:
         ref = base.of
         occurrence = ref.occurrence
         ranged = occurrence is not None and (occurrence.low is None or occurrence.high is not None)
+        if occurrence is not None and _is_backwards(occurrence):
+            low, high = str(occurrence.high), str(occurrence.low)
+            self.diagnostics.append(
+                EmptyRange(span=occurrence.span, text=occurrence.span.written, low=low, high=high)
+            )
+            return []
         if base.each or (ranged and not base.plural):
             return self._occurrences(base)
         if base.plural and ref.edge is None and ref.literal is None:
@@ -293,6 +300,8 @@ class _Resolver:
         reason = ""
         if len(cells) != 1:
             reason = "a sweep over several positions"
+        elif self.tokenizer.stands_in:
+            return [max((max(run, default=0) for run in row), default=0) for row in cells[0].hits]
         elif any(len(row) != 1 or len(row[0]) != 1 for row in cells[0].hits):
             reason = "several tokens"
         if reason:
@@ -360,6 +369,11 @@ class _Resolver:
         if body.each:
             return self.counted.by_index(body, kept, align)
         return [PositionCell(body.span.written, tuple(kept))]
+
+
+def _is_backwards(occurrence: ast.Occurrence) -> bool:
+    low, high = occurrence.low, occurrence.high
+    return low is not None and high is not None and low > high
 
 
 def _union(cells: Sequence[PositionCell], n: int) -> Hits:

@@ -98,6 +98,10 @@ class PromptTable(Record):
     """Other blocks, with rows of their own, that means are taken of."""
     sources: tuple[Row, ...] = field(default=(), repr=False, compare=False)
     """The clean rows before tokenisation, in which texts of metrics are evaluated."""
+    stands_in: bool = False
+    """Its rows stand in for those that can't be made here."""
+    columns_unknown: bool = False
+    """The same for want of its data file, which has names of its own."""
 
     def __len__(self) -> int:
         return len(self.row_ids)

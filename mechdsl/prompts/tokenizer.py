@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from tokenizers import Encoding, Tokenizer
 
@@ -48,6 +48,9 @@ class TextTokenizer:
     `bos`: True puts the token in front once, False takes it away, None leaves what the tokenizer
     does by itself.
     """
+
+    stands_in: ClassVar[bool] = False
+    """Whether it stands in for the tokenizer of a model that isn't at hand."""
 
     def __init__(
         self,

@@ -85,6 +85,8 @@ def axis_values(
         high = low if value.high is None else _bound(value.high, axis, kinds, size, context)
         if low is None or high is None:
             return None
+        if high < low and context.shape.stands_in and from_end(value.low) != from_end(value.high):
+            high = low  # which of them comes first hangs on the model
         if high < low:
             ends = [value.low.span.written, (value.high or value.low).span.written]
             context.diagnostics.append(
@@ -101,6 +103,11 @@ def axis_values(
         return AxisValues((joined,))
     sweep = None if single or loop is not None else Axis(axis.word, tuple(swept), axis.span)
     return AxisValues(tuple(windows), sweep, loop)
+
+
+def from_end(bound: ast.Bound | None) -> bool:
+    """Whether the coordinate that it names hangs on how many there are: `-1`, `50%`."""
+    return bound is not None and (bound.percent is not None or (bound.value or 0) < 0)
 
 
 def _window(center: int, axis: ast.Axis, size: int, context: SiteContext) -> tuple[int, ...]:

@@ -123,6 +123,16 @@ class Finding:
         return any(part.means is None for part in self.parts)
 
     @property
+    def shape_stands_in(self) -> bool:
+        """Whether how many sites it has isn't known, for lack of its model."""
+        return any(part.experiment.model.shape.stands_in for part in self.parts)
+
+    @property
+    def tokens_stand_in(self) -> bool:
+        """The same of its tokens."""
+        return any(part.experiment.model.tokenizer.stands_in for part in self.parts)
+
+    @property
     def measure(self) -> str:
         return self.parts[0].measure
 

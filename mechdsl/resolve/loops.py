@@ -11,14 +11,26 @@ from mechdsl.diagnostics.e03_coordinates import BadLoopValue, EmptyRange
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import Label
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 
 MOST_VALUES = 1_000_000
 
 
 def loop_values(
     loop: spec.Loop, parameters: Mapping[str, Any], diagnostics: list[Diagnostic]
+) -> tuple[Label, ...]:
+    """What a `for` runs over: numbers, or words such as components. After an error (E0321, E0322),
+    one value of that kind, so that what is wrong inside it can be told too."""
+    found = _values(loop, parameters, diagnostics)
+    if found is not None:
+        return found
+    plain = (_plain(node, parameters) for node in walk(loop.domain))
+    return (next((value for value in plain if value is not None), 0),)
+
+
+def _values(
+    loop: spec.Loop, parameters: Mapping[str, Any], diagnostics: list[Diagnostic]
 ) -> tuple[Label, ...] | None:
-    """What a `for` runs over: numbers, or words such as components."""
     values, step = loop.domain.values, loop.domain.step
     if step is not None or isinstance(values, ast.Range):
         return _numbers(loop, values, step, parameters, diagnostics)

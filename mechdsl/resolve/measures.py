@@ -10,6 +10,7 @@ from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.metric_atoms import MeasureContext, refuse, resolve_atom
 from mechdsl.resolve.resolved import Atom, ResolvedMeasure
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 
 
 def resolve_measure(
@@ -34,6 +35,8 @@ def resolve_measure(
         d.severity == "error" for d in context.diagnostics[before:]
     ):
         return None
+    if not atoms and any(isinstance(n, ast.Name) for n in walk(expression)):
+        return None  # names of metrics that couldn't be written out, which has been said
     if not atoms:
         refuse(
             context,
@@ -43,7 +46,7 @@ def resolve_measure(
         )
         return None
     found = tuple(atoms.values())
-    if not context.sites.shape.causal and not _masked(expression, found, at, context):
+    if not context.sites.shape.causal and not _without_next_token(expression, found, at, context):
         return None
     category = expression in atoms and atoms[expression].form.kind == "category"
     if not category and any(a.form.kind == "category" for a in found):
@@ -67,16 +70,22 @@ def resolve_measure(
     )
 
 
-def _masked(
+def _without_next_token(
     expression: ast.Expr,
     atoms: Sequence[Atom],
     at: ast.Position | None,
     context: MeasureContext,
 ) -> bool:
-    """Whether a model that sees the whole prompt can measure this: it predicts tokens in their own
-    place, and not what comes next."""
+    """Whether a model that sees the whole prompt can measure this: as far as is known, it doesn't
+    predict what comes next."""
     logits = [a for a in atoms if a.form.takes not in ("activations", "attention")]
-    if logits and at is None:
+    shape = context.sites.shape
+    next_token = at is None or any(a.form.takes == "prompt" for a in logits)
+    if logits and next_token and not shape.masked:
+        reason = f"the config of `{shape.architecture}` doesn't say that it predicts the next token"
+        hint = "take a model whose `architectures` end in `ForCausalLM`, or write where one token "
+        hint += 'is read: `at "…" token`'
+    elif logits and at is None:
         reason = "a masked language model predicts tokens in their own place"
         hint = 'write where: `at "[MASK]" token`, with the tokenizer\'s own mask in the template'
     elif any(a.form.takes == "prompt" for a in logits):
@@ -86,7 +95,7 @@ def _masked(
         a.form.takes == "continuation" and any(len(ids) > 1 for t in a.texts.values() for ids in t)
         for a in logits
     ):
-        reason = "a masked language model predicts one token in one place"
+        reason = "without a next token, one token is predicted in one place"
         hint = "use answers of one token"
     else:
         return True
@@ -174,6 +183,8 @@ def _positions(
         single = len(cells) == 1 and all(
             len(row) == 1 and len(row[0]) == 1 for row in cells[0].hits
         )
+        if context.tokenizer.stands_in and len(cells) == 1:
+            continue  # how many tokens it has isn't known
         if not single:
             refuse(
                 context,

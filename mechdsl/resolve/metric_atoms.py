@@ -66,6 +66,8 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
         return _of_python(node, context)
     name = node.id if isinstance(node, ast.Name) else node.name
     metric = METRICS.get(name)
+    if metric is None and isinstance(node, ast.Name) and name in context.metrics:
+        return None  # it couldn't be written out, which has been said
     if metric is None:
         if isinstance(node, ast.Name) and name in context.parameters:
             hint = "parameters can't stand in a measure"
@@ -202,6 +204,7 @@ def _of_text(
                 return None
         texts[env] = tuple(t.ids for t in found)
     several = any(len(ids) != 1 for rows in texts.values() for ids in rows)
+    several = several and not context.tokenizer.stands_in
     if several and (by_item or context.at is not None):
         context.diagnostics.append(
             NotSupported(

@@ -50,7 +50,7 @@ def refused_pair(
 ) -> Diagnostic | None:
     """E0415 where activations of one model don't fit into the other."""
     differences = _differences(base.shape, source.shape)
-    if not differences:
+    if not differences or source.shape.stands_in or base.shape.stands_in:
         return None
     return OtherShape(
         span=run.span, source=source.name, base=base.name, differences="; ".join(differences)
@@ -80,7 +80,7 @@ def model_run(
     own = dict(zip(table.row_ids, table.runs[CLEAN].rows, strict=True))
     others = dict(zip(theirs.row_ids, theirs.runs[CLEAN].rows, strict=True))
     unlike = [n for n, row in own.items() if n not in others or others[n].ids != row.ids]
-    if not unlike:
+    if not unlike or source.tokenizer.stands_in or base.tokenizer.stands_in:
         return Paired(Run(run.name, table.runs[CLEAN].rows, model=run.model), ""), []
     tokens = [
         " ".join(context.tokenizer.token_text(i) for i in rows[unlike[0]].ids[:8])

@@ -18,6 +18,7 @@ from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e06_onward import BadPick
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.resolve.findings import Finding, RankedSite, Refused, site_targets
+from mechdsl.resolve.possible_axes import may_sweep
 from mechdsl.resolve.resolved import (
     Key,
     PositionTargets,
@@ -58,12 +59,15 @@ class Onward:
     def pick_sites(
         self, node: ast.Ranked, values: Mapping[str, Any], diagnostics: list[Diagnostic]
     ) -> list[RankedSite] | None:
-        """The best sites of an experiment; None after E0620."""
-        finding = self.found[node.of]
+        """The best sites of an experiment; None after E0620, and where that one was refused."""
+        finding = self.found.get(node.of)
+        if finding is None:
+            return None
+        there = None if finding.shape_stands_in else f"`{node.of}` has {{}} sites"
         try:
             for part in finding.parts:
                 _check_sites(part.experiment, node)
-            count = _count(node, values, len(finding.sites), f"`{node.of}` has {{}} sites")
+            count = _count(node, values, len(finding.sites), there)
         except Refused as refusal:
             diagnostics.append(_bad(node, refusal))
             return None
@@ -102,9 +106,12 @@ class Onward:
         tokenizer: TextTokenizer,
         diagnostics: list[Diagnostic],
     ) -> list[tuple[str, list[Hits]]]:
-        """(label, hits per row) of every cell; none after E0620."""
+        """(label, hits per row) of every cell; none after E0620, and where that experiment was
+        refused."""
         node = base.ranked
-        finding = self.found[node.of]
+        finding = self.found.get(node.of)
+        if finding is None:
+            return []
         try:
             return self._hits(base, finding, run, values, table, tokenizer)
         except Refused as refusal:
@@ -123,6 +130,10 @@ class Onward:
         node, name = base.ranked, finding.name
         for part in finding.parts:
             _check_tokens(part.experiment, node, table, tokenizer)
+        if finding.tokens_stand_in:
+            _ = _amount(node, values)
+            ends = [((len(row.ids) - 1,),) for row in table.runs[run].rows]
+            return [(_label(base, values), ends)]
         orders = finding.tokens(table, run, tokenizer)
         if not orders:
             raise Refused(
@@ -276,18 +287,19 @@ def _amount(node: ast.Ranked, values: Mapping[str, Any]) -> int | Percent:
     return amount
 
 
-def _count(node: ast.Ranked, values: Mapping[str, Any], total: int, there: str) -> int:
-    """How many of `total` are meant. `there` says how many there are."""
+def _count(node: ast.Ranked, values: Mapping[str, Any], total: int, there: str | None) -> int:
+    """How many of `total` are meant. `there` says how many there are; None where that isn't known,
+    so that there may be as many."""
     amount = _amount(node, values)
     if isinstance(amount, Percent):
         # Half up; a share is never rounded down to nothing.
         return max(1, int(amount * total / 100 + 0.5)) if amount else 0
-    if amount > total:
+    if amount > total and there is not None:
         raise Refused(
             f"{there.format(total)}, fewer than {amount}",
             f"write a smaller number, or a share such as `top 25% of {node.of}`",
         )
-    return amount
+    return min(amount, total)
 
 
 def _label(base: ast.RankedTokens, values: Mapping[str, Any]) -> str:
@@ -365,6 +377,8 @@ def _check_tokens(
             "let both run on one model",
         )
     sweeping = [rule for rule in experiment.rules if "position" in rule.positions.axes]
+    if experiment.model.tokenizer.stands_in:
+        sweeping = [rule for rule in experiment.rules if may_sweep(rule.spec.at)]
     if not sweeping:
         raise Refused(
             f"`{name}` doesn't sweep positions",
@@ -377,6 +391,8 @@ def _check_tokens(
             f"a cell of `{name}` has tokens in two places",
             "let it sweep single tokens, for example `at each token of …`",
         )
+    if experiment.model.tokenizer.stands_in:
+        return
     for cell in rule.positions.written.values():
         if any(row and (len(row) != 1 or len(row[0]) != 1) for row in cell.hits):
             raise Refused(

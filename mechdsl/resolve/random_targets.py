@@ -64,8 +64,9 @@ def resolve_control(
         return _Draws(experiment, asked).control(), []
     except _NothingToDraw as nothing:
         reason, hint = nothing.reason, nothing.hint
-    if experiment.stand_ins:  # what is really picked may have others
-        return None, []
+        others = isinstance(nothing, _NothingElse)
+    if experiment.stand_ins or (others and experiment.model.shape.stands_in):
+        return None, []  # what is really picked, or the real model, may have others
     text = asked.span.written
     return None, [BadControl(span=asked.span, text=text, reason=reason, hint=hint)]
 
@@ -75,6 +76,10 @@ class _NothingToDraw(Exception):
         super().__init__(reason)
         self.reason = reason
         self.hint = hint
+
+
+class _NothingElse(_NothingToDraw):
+    """What is written has no others of its kind."""
 
 
 class _Draws:
@@ -171,16 +176,16 @@ class _Draws:
             stays = "a rule has no others and stays as it is"
             self.notes[f"in {some:,} of {cells:,} cells {stays}"] = None
 
-    def _nothing_else(self, kinds: Sequence[spec.Drawn | None]) -> _NothingToDraw:
+    def _nothing_else(self, kinds: Sequence[spec.Drawn | None]) -> _NothingElse:
         if not self.like:
             reason = "no cell of this experiment writes anything"
-            return _NothingToDraw(reason, "let it write something: `top 3`, say, not `top 0`")
+            return _NothingElse(reason, "let it write something: `top 3`, say, not `top 0`")
         has = {word for rule in self.experiment.rules for word in self._has(rule)}
         word = next((each for each in FINEST_FIRST if each in has and each not in kinds), None)
         hint = "join fewer targets"
         if word is not None:
             hint += f", or draw something else: `random({self.asked.draws}, {word})`"
-        return _NothingToDraw(f"there is nothing else like {self.like[0]}", hint)
+        return _NothingElse(f"there is nothing else like {self.like[0]}", hint)
 
     def _say_repeats(self) -> None:
         fewest = min(self.different)

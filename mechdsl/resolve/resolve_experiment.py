@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -20,13 +20,27 @@ from mechdsl.resolve.loops import loop_values
 from mechdsl.resolve.measures import resolve_measure
 from mechdsl.resolve.metric_atoms import MeasureContext, known_run
 from mechdsl.resolve.picks import Onward
+from mechdsl.resolve.possible_axes import position_axes, possible_axes
 from mechdsl.resolve.random_targets import resolve_control
 from mechdsl.resolve.relative_depth import relative
-from mechdsl.resolve.resolved import Axis, ModelContext, ResolvedExperiment, ResolvedMeasure
+from mechdsl.resolve.resolved import (
+    Axis,
+    ModelContext,
+    Outline,
+    ResolvedExperiment,
+    ResolvedMeasure,
+    ResolvedRule,
+)
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
 MOST_CELLS = 1_000_000
+
+Measures: TypeAlias = tuple[
+    tuple[ResolvedMeasure | None, ...],
+    tuple[ResolvedMeasure | None, ...],
+    dict[str, ResolvedMeasure],
+]
 
 
 def resolve_experiment(
@@ -37,20 +51,29 @@ def resolve_experiment(
     kinds: Registry[RuleKind],
     found: Mapping[str, Finding] | None = None,
 ) -> tuple[ResolvedExperiment | None, list[Diagnostic]]:
-    """The experiment with concrete axes, rules and measures; None after an error.
+    """The experiment with concrete axes, rules and measures; None after an error. As `outline`."""
+    known, diagnostics = outline(experiment, program, model, table, kinds, found)
+    return known.resolved, diagnostics
+
+
+def outline(
+    experiment: spec.Experiment,
+    program: spec.Program,
+    model: ModelContext,
+    table: PromptTable,
+    kinds: Registry[RuleKind],
+    found: Mapping[str, Finding] | None = None,
+) -> tuple[Outline, list[Diagnostic]]:
+    """What can be known of an experiment, and all that is wrong with it.
 
     kinds: of rules, by their verbs. found: what the experiments found whose results it uses, of
-    each of `experiment.after`.
+    each of `experiment.after`; what needs one that is missing is refused without a word.
     Codes: E0301 to E0323, E0402, E0413, E0507, E0612 and those of positions and texts.
     """
     diagnostics: list[Diagnostic] = []
     loops = {
-        loop.name: values
-        for loop in experiment.loops
-        if (values := loop_values(loop, program.parameters, diagnostics)) is not None
+        loop.name: loop_values(loop, program.parameters, diagnostics) for loop in experiment.loops
     }
-    if len(loops) != len(experiment.loops):
-        return None, diagnostics
     onward = Onward({name: each.on(model.name) for name, each in (found or {}).items()})
     sites = SiteContext(
         model.name, model.shape, program.groups, program.parameters, loops, diagnostics, onward
@@ -68,16 +91,25 @@ def resolve_experiment(
         axes = tuple(relative(axis, written, model.shape.n_layers) for axis in axes)
     observes = any(kinds[rule.verb].observes for rule in experiment.rules)
     measures, keep, accuracies = _measures(work, axes, observes=observes)
-    if has_errors(diagnostics):
-        return None, diagnostics
+    known = Outline(
+        spec=experiment,
+        model=model,
+        table=table,
+        axes=axes,
+        perhaps=_perhaps(work, rules),
+        measures=measures,
+        resolved=None,
+    )
+    if has_errors(diagnostics) or None in (*rules, *measures, *keep):
+        return known, diagnostics
     resolved = ResolvedExperiment(
         spec=experiment,
         model=model,
         table=table,
         axes=axes,
         rules=tuple(rule for rule in rules if rule is not None),
-        measures=measures,
-        keep=keep,
+        measures=tuple(measure for measure in measures if measure is not None),
+        keep=tuple(measure for measure in keep if measure is not None),
         accuracies=accuracies,
         seed=program.seed,
         picks=onward.picks,
@@ -94,10 +126,23 @@ def resolve_experiment(
                 axes=" × ".join(f"{axis.name} ({len(axis)})" for axis in axes),
             )
         )
-        return None, diagnostics
+        return known, diagnostics
     control, problems = resolve_control(resolved, MOST_CELLS)
     diagnostics.extend(problems)
-    return (None if problems else replace(resolved, control=control)), diagnostics
+    if problems:
+        return known, diagnostics
+    return replace(known, resolved=replace(resolved, control=control)), diagnostics
+
+
+def _perhaps(work: Work, rules: Sequence[ResolvedRule | None]) -> frozenset[str]:
+    """Names of axes that the experiment may have, beside those that were found."""
+    found: set[str] = set()
+    for rule, resolved in zip(work.experiment.rules, rules, strict=True):
+        if resolved is None:
+            found.update(possible_axes(rule))
+        elif work.model.tokenizer.stands_in:
+            found.update(position_axes(rule))
+    return frozenset(found)
 
 
 def _loops_used(work: Work) -> None:
@@ -160,13 +205,12 @@ def _nodes(rule: spec.Rule) -> Any:
     return tuple(part for part in parts if part is not None)
 
 
-def _measures(
-    work: Work, axes: tuple[Axis, ...], *, observes: bool
-) -> tuple[tuple[ResolvedMeasure, ...], tuple[ResolvedMeasure, ...], dict[str, ResolvedMeasure]]:
+def _measures(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> Measures:
+    """What is measured, what rows are kept by, `correct` on runs whose accuracy is asked for."""
     experiment = work.experiment
     items = sorted({i for axis in axes for i in axis.items if i is not None})
-    if has_errors(work.diagnostics):
-        items = items or [1]  # the rule that failed may have been a sweep over occurrences
+    if has_errors(work.diagnostics) or work.model.tokenizer.stands_in:
+        items = items or [1]  # there may be a sweep over occurrences
     context = MeasureContext(
         work.table,
         work.model.tokenizer,
@@ -192,11 +236,7 @@ def _measures(
         found = resolve_measure(correct, context, label="accuracy")
         if found is not None:
             accuracies[run] = found
-    return (
-        tuple(m for m in measures if m is not None),
-        tuple(k for k in keep if k is not None),
-        accuracies,
-    )
+    return tuple(measures), tuple(keep), accuracies
 
 
 def _accuracy_calls(experiment: spec.Experiment) -> list[ast.Call]:

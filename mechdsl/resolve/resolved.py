@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from mechdsl.base.record import Record, record
+from mechdsl.diagnostics.core import UNKNOWN, Unknown
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.python_files import PythonFunction
@@ -35,6 +36,11 @@ class ModelContext(Record):
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether something of it isn't at hand, and something else stands in for it."""
+        return self.shape.stands_in or self.tokenizer.stands_in
 
 
 @record
@@ -361,6 +367,39 @@ class ResolvedExperiment(Record):
         for size in self.shape:
             cells *= size
         return cells
+
+
+@record
+class Outline(Record):
+    """An experiment as far as it is known, whether or not something of it was refused: what its
+    reports and expectations may name."""
+
+    spec: spec.Experiment
+    model: ModelContext
+    table: PromptTable
+    axes: tuple[Axis, ...]
+    perhaps: frozenset[str]
+    """Names of axes that it may have: of rules that were refused, of positions whose tokens stand
+    in."""
+    measures: tuple[ResolvedMeasure | None, ...]
+    """One for each that it names; None where that was refused."""
+    resolved: ResolvedExperiment | None
+    """None where something was refused."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def unknown(self) -> frozenset[Unknown]:
+        """What stands in for something that isn't at hand."""
+        found = {
+            "shape": self.model.shape.stands_in,
+            "tokens": self.model.tokenizer.stands_in,
+            "rows": self.table.stands_in,
+            "columns": self.table.columns_unknown,
+        }
+        return frozenset(what for what in UNKNOWN if found[what])
 
 
 @record

@@ -203,14 +203,10 @@ def _short_kind(short: ast.ShortSite, context: SiteContext) -> SiteKind | None:
 
 def _unknown_component(word: str, span: Span, context: SiteContext) -> None:
     known = ", ".join(f"`{name}`" for name in SITES)
-    context.diagnostics.append(
-        UnknownWord(
-            span=span,
-            kind="component",
-            word=word,
-            hint=did_you_mean(word, SITES, f"components are {known}"),
-        )
-    )
+    short = re.match(r"L\d+[HN]\d+", word)
+    hint = f"did you mean `{short.group()}`?" if short else f"components are {known}"
+    hint = did_you_mean(word, [*SITES, *context.groups], hint)
+    context.diagnostics.append(UnknownWord(span=span, kind="component", word=word, hint=hint))
 
 
 def _no_component(span: Span, context: SiteContext) -> None:

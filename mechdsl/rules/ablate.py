@@ -169,6 +169,8 @@ def _groups(rule: spec.Rule, does: Intervention, work: Work) -> tuple[str, ...] 
     averages = does.reads == "mean"
     if averages and rows and rule.by in rows[0].values:
         return tuple(str(row.values[rule.by]) for row in rows)
+    if averages and work.table.columns_unknown:
+        return None
     hint = "only `mean` can be taken within groups"
     if averages:
         known = list(rows[0].values) if rows else [""]

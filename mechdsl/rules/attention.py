@@ -89,9 +89,9 @@ class EdgeRule(RuleKind):
             return None
         if amounts is not None and not does.possible(rule, amounts, keys, work):
             return None
-        if work.sites.shape.causal and not _anything_seen(rule, queries, keys, work):
+        causal = work.sites.shape.causal and not work.model.tokenizer.stands_in
+        if causal and not _anything_seen(rule, queries, keys, work):
             return None
-        causal = work.sites.shape.causal
         if does.removes and causal and not _something_left(rule, queries, keys, work):
             return None
         return ResolvedRule(
@@ -154,6 +154,7 @@ class Weight(EdgeIntervention):
         high = max(amounts.values.values())
         hits = (tokens for cell in keys.written.values() for row in cell.hits for tokens in row)
         most = max((len(tokens) for tokens in hits), default=1)
+        most = 1 if work.model.tokenizer.stands_in else most
         if high * most <= 1 + 1e-9:
             return True
         each = f", {high:g} for each of {most} keys" if most > 1 else ""

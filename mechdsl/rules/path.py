@@ -12,6 +12,7 @@ from itertools import product
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_rules import NoPath, NotOnAPath
 from mechdsl.program import spec
+from mechdsl.resolve.coordinates import from_end
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import (
@@ -27,6 +28,7 @@ from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.resolve.targets import rule_targets
 from mechdsl.rules.kind import RuleKind, rule_kind
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 from mechdsl.vocab.sites import SITES
 
 SENDERS = (
@@ -160,6 +162,9 @@ def _any_path(rule: spec.Rule, senders: SiteTargets, receivers: SiteTargets, wor
     pairs = product(senders.points.values(), receivers.points.values())
     if any(reached(a, b, parallel=parallel) for a, b in pairs):
         return True
+    ends = [node for node in walk((rule.site, rule.receiver)) if isinstance(node, ast.Bound)]
+    if work.sites.shape.stands_in and any(map(from_end, ends)):
+        return True  # nobody knows which of them comes first
     assert rule.site is not None
     assert rule.receiver is not None
     first = next(iter(senders.points.values()))[0]

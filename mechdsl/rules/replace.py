@@ -46,6 +46,7 @@ def _inputs(rule: spec.Rule, positions: PositionTargets, work: Work) -> dict[Key
         for key, cell in positions.written.items()
     }
     others = len(work.experiment.rules) > 1 or any(m.at for m in work.experiment.measures)
+    others = others and not work.model.tokenizer.stands_in
     rows = work.table.runs[base].rows
     moved = others and any(
         len(new.ids) != len(old.ids)

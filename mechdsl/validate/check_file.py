@@ -1,77 +1,53 @@
 """Everything that can be refused without running: from the text of a file to resolved experiments.
 
-No torch up to here. A model that isn't on this machine is a warning, and what needs it stays
-unchecked.
+No torch up to here. A model that isn't on this machine is a warning; something stands in for it,
+and what hangs on the model itself isn't said.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from mechdsl.base.source import Source
-from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.e01_syntax import BadPlaceholder, MisspeltWord, UnterminatedString
+from mechdsl.diagnostics.core import Diagnostic, certain, has_errors
 from mechdsl.diagnostics.e02_names import (
     BadCommandLine,
-    MissingLine,
     UnknownName,
     UnknownWord,
     did_you_mean,
 )
-from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue
-from mechdsl.diagnostics.e03_positions import UnknownSpan
-from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, UnknownText, UnknownValue
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
     EffectWithoutRule,
-    NoMeasure,
-    PatchWithoutSource,
-    UnreadableMeasure,
 )
 from mechdsl.diagnostics.e06_onward import TestedWherePicked
-from mechdsl.diagnostics.e06_statistics import BadReport, UnreadableExpectation
 from mechdsl.diagnostics.w07_names import HidesMetric, PatchesItself, UnusedName, WritesFirstToken
 from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
 from mechdsl.program.python_files import Mode, check_functions
 from mechdsl.program.run_order import in_order, with_needed
 from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.resolve.cell_key import joined_axes, joined_cells
+from mechdsl.prompts.stand_ins import with_stand_ins
 from mechdsl.resolve.findings import Finding, VariantFinding
-from mechdsl.resolve.name_cells import cell_keys
-from mechdsl.resolve.resolve_experiment import resolve_experiment
-from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
+from mechdsl.resolve.resolve_experiment import outline
+from mechdsl.resolve.resolved import ModelContext, Outline, ResolvedExperiment
 from mechdsl.rules import RULES
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
+from mechdsl.validate.about_results import about_results
 from mechdsl.validate.contexts import Contexts
-from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
-from mechdsl.validate.reachable_p import check_rows
+from mechdsl.validate.follow_ups import BrokenLines
 from mechdsl.validate.vocabulary import measures_fit
+from mechdsl.validate.waiting import with_waiting
 from mechdsl.validate.written_files import check_written
 from mechdsl.vocab.corruptions import problems
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS
-from mechdsl.vocab.reports import check_report
 
-WORD = re.compile(r"[^\W\d]\w*")
-ABSENT = (
-    BadReport,
-    CorruptionWithoutEffect,
-    EffectNeedsSource,
-    EffectWithoutRule,
-    MissingLine,
-    NoMeasure,
-    PatchWithoutSource,
-    UnreadableExpectation,
-    UnusedName,
-)
-"""What a line with an error of syntax may be the cause of: an axis that is missing, for example."""
-UNKNOWN = (UnknownName, UnknownSpan, UnknownText, UnknownValue)
-"""What it may have defined."""
+Named = TypeVar("Named", ResolvedExperiment, Outline)
 
 
 @dataclass
@@ -103,6 +79,8 @@ class Settings:
     """Run this experiment alone, with those whose results it uses."""
     python: Mode = "refuse"
     """What becomes of functions of Python files."""
+    require_models: bool = False
+    """Whether a model that isn't on this machine is an error."""
 
 
 def check_source(
@@ -118,6 +96,7 @@ def check_source(
     tree, syntax = parse(source)
     program, found = lower_program(tree, source, settings.parameters)
     checked = Checked(source, program, diagnostics=found)
+    broken = BrokenLines(syntax, tree)
     experiments = list(program.experiments)
     if settings.only is not None:
         experiments = _only(settings.only, checked)
@@ -128,19 +107,27 @@ def check_source(
         models or {},
         settings.limit,
         python=settings.python == "run",
+        require=settings.require_models,
     )
     for prompts in program.prompts.values():
         for corruption in prompts.corruptions:
             checked.diagnostics.extend(problems(corruption.changes, program.parameters))
     for experiment in experiments:
         checked.diagnostics.extend(_statements(experiment, program))
-    for experiment in in_order(experiments):
-        _resolve(experiment, checked, contexts)
-    place = {experiment.key: number for number, experiment in enumerate(experiments)}
-    checked.experiments.sort(key=lambda each: place[each.spec.key])
-    for variants in by_name(checked.experiments):
-        checked.diagnostics.extend(_against_axes(variants, program))
-        checked.diagnostics.extend(check_rows(variants, variants[0].table.row_ids))
+    ready = in_order(experiments)
+    outlines: dict[str, Outline] = {}
+    for experiment in (*ready, *(e for e in experiments if e not in ready)):
+        known = _outline(experiment, checked, contexts, outlines)
+        perhaps = known.perhaps | broken.axes(experiment.span)
+        outlines[experiment.key] = replace(known, perhaps=perhaps)
+    for variants in by_name([outlines[e.key] for e in experiments]):
+        checked.diagnostics.extend(about_results(variants, program))
+    checked.experiments.extend(
+        resolved
+        for each in experiments
+        if each.name not in (*checked.unchecked, *checked.unrun)
+        and (resolved := outlines[each.key].resolved) is not None
+    )
     for name, prompts in program.prompts.items():
         if prompts.span.source is source:
             contexts.table_alone(name)
@@ -151,16 +138,16 @@ def check_source(
         for name, value in program.metrics.items()
         if name in METRICS
     )
-    found = [d for d in checked.diagnostics if not _follows(d, syntax)]
+    found = [each for each in checked.diagnostics if not broken.cause(each)]
     if has_errors([*syntax, *found]):  # an error may be why a name isn't used
         found = [d for d in found if not isinstance(d, UnusedName)]
-    checked.diagnostics = _unique([*syntax, *found])
+    checked.diagnostics = _unique(with_waiting([*syntax, *found], program, source))
     return checked
 
 
-def by_name(experiments: Iterable[ResolvedExperiment]) -> list[list[ResolvedExperiment]]:
+def by_name(experiments: Iterable[Named]) -> list[list[Named]]:
     """The experiments of the file, each with all its variants."""
-    found: dict[str, list[ResolvedExperiment]] = {}
+    found: dict[str, list[Named]] = {}
     for experiment in experiments:
         found.setdefault(experiment.name, []).append(experiment)
     return list(found.values())
@@ -169,33 +156,6 @@ def by_name(experiments: Iterable[ResolvedExperiment]) -> list[list[ResolvedExpe
 def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     """Each once: experiments that share prompts share their errors, if not their counts."""
     return list({(d.code, d.span, d.message): d for d in reversed(diagnostics)}.values())[::-1]
-
-
-def _follows(diagnostic: Diagnostic, syntax: list[Diagnostic]) -> bool:
-    """Whether something is only missing because its line has an error of syntax."""
-    if not has_errors(syntax):
-        return False
-    if isinstance(diagnostic, ABSENT):
-        return True
-    if isinstance(diagnostic, BadLoopValue) and diagnostic.reason == UNUSED_LOOP:
-        return True
-    if isinstance(diagnostic, BadPlaceholder):  # in a text that was never closed
-        return any(isinstance(error, UnterminatedString) for error in syntax)
-    if isinstance(diagnostic, UnknownWord) and diagnostic.kind == "metric":
-        name = diagnostic.word
-    elif isinstance(diagnostic, UNKNOWN):
-        name = diagnostic.name
-    else:
-        return False
-    broken: set[str] = set()
-    for error in syntax:
-        if error.span is not None:
-            broken.update(WORD.findall(error.span.source.line_text(error.span.line)))
-        if isinstance(error, MisspeltWord):
-            broken.add(error.meant)
-    if isinstance(diagnostic, UnknownName) and diagnostic.kind == "part":
-        return "split" in broken
-    return not broken.isdisjoint(WORD.findall(name))
 
 
 def _only(name: str, checked: Checked) -> list[spec.Experiment]:
@@ -215,37 +175,48 @@ def _only(name: str, checked: Checked) -> list[spec.Experiment]:
     return needed
 
 
-def _resolve(experiment: spec.Experiment, checked: Checked, contexts: Contexts) -> None:
+def _outline(
+    experiment: spec.Experiment,
+    checked: Checked,
+    contexts: Contexts,
+    outlines: Mapping[str, Outline],
+) -> Outline:
+    """What is known of an experiment; what is wrong with it is said."""
     others = [run.model for run in experiment.elsewhere if run.model is not None]
-    found = [contexts.model(name) for name in (experiment.model, *others)]
-    model = found[0]
-    if model is None or None in found:
-        if experiment.name not in checked.unchecked:
-            checked.unchecked.append(experiment.name)
-        return
+    model, *read = (contexts.model(name) for name in (experiment.model, *others))
+    if any(each.stands_in for each in (model, *read)):
+        _skip(checked.unchecked, experiment)
+    blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]
+    if any(name is not None and contexts.needs_python(name) for name in blocks):
+        _skip(checked.unrun, experiment)
     table = contexts.table(experiment.prompts, model, experiment.limit, experiment.part)
-    if table is not None:
-        table = contexts.with_elsewhere(experiment, model, table)
-    if table is None:
-        blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]
-        python = any(name is not None and contexts.needs_python(name) for name in blocks)
-        if python and experiment.name not in checked.unrun:
-            checked.unrun.append(experiment.name)
-        return
+    table = contexts.with_elsewhere(experiment, model, table)
     table = _with_means(experiment, checked, contexts, model, table)
-    stand_ins = _stand_ins(experiment, checked)
-    if stand_ins is None or table is None:
-        return
-    resolved, found = resolve_experiment(
-        experiment, checked.program, model, table, RULES, stand_ins
-    )
-    checked.diagnostics.extend(found)
-    if resolved is None:
-        return
-    checked.diagnostics.extend(measures_fit(resolved))
-    checked.diagnostics.extend(_first_tokens(resolved))
-    checked.diagnostics.extend(_tested_where_picked(resolved, stand_ins))
-    checked.experiments.append(resolved)
+    missing = _unknown_runs(checked.diagnostics) if experiment.broken else set[str]()
+    if missing.difference(table.runs):
+        table = with_stand_ins(table, missing)
+    model = contexts.fitting(model, table)
+    findings = _stand_ins(experiment, checked, outlines)
+    known, found = outline(experiment, checked.program, model, table, RULES, findings)
+    if experiment.broken or findings.keys() != set(experiment.after):
+        known = replace(known, resolved=None)
+    if known.resolved is not None:
+        if not model.tokenizer.stands_in and not model.shape.stands_in:
+            found += measures_fit(known.resolved)
+        found += _first_tokens(known.resolved)
+        found += _tested_where_picked(known.resolved, findings)
+    checked.diagnostics.extend(certain(found, known.unknown))
+    return known
+
+
+def _unknown_runs(found: Iterable[Diagnostic]) -> set[str]:
+    """Runs that `from … into …` and `with` name and that there aren't, which is said already."""
+    return {d.name for d in found if isinstance(d, UnknownName) and d.kind == "run"}
+
+
+def _skip(names: list[str], experiment: spec.Experiment) -> None:
+    if experiment.name not in names:
+        names.append(experiment.name)
 
 
 def _with_means(
@@ -254,8 +225,8 @@ def _with_means(
     contexts: Contexts,
     model: ModelContext,
     table: PromptTable,
-) -> PromptTable | None:
-    """The table with the other blocks that means are taken of; None where one can't be built."""
+) -> PromptTable:
+    """The table with the other blocks that means are taken of."""
     beside: dict[str, PromptTable] = {}
     for rule in experiment.rules:
         fill = rule.fill
@@ -263,26 +234,25 @@ def _with_means(
             continue
         if fill.of.name not in checked.program.prompts:
             continue
-        other = contexts.table(fill.of.name, model, None, None)
-        if other is None:
-            return None
-        beside[fill.of.name] = other
-    return replace(table, beside=beside) if beside else table
+        beside[fill.of.name] = contexts.table(fill.of.name, model, None, None)
+    stands_in = any(each.stands_in for each in (table, *beside.values()))
+    return replace(table, beside=beside, stands_in=stands_in) if beside else table
 
 
-def _stand_ins(experiment: spec.Experiment, checked: Checked) -> dict[str, Finding] | None:
-    """What stands in for the results that an experiment uses; None where one can't be had, which
-    is said of that one."""
+def _stand_ins(
+    experiment: spec.Experiment, checked: Checked, outlines: Mapping[str, Outline]
+) -> dict[str, Finding]:
+    """What stands in for the results that an experiment uses, of those that weren't refused."""
     found: dict[str, Finding] = {}
     for name in experiment.after:
-        parts = [VariantFinding(each) for each in checked.experiments if each.name == name]
         variants = [each for each in checked.program.experiments if each.name == name]
-        if len(parts) != len(variants):
-            for skipped in (checked.unchecked, checked.unrun):
-                if name in skipped and experiment.name not in skipped:
-                    skipped.append(experiment.name)
-            return None
-        found[name] = Finding(tuple(parts))
+        known = [outlines[each.key] for each in variants if each.key in outlines]
+        parts = [VariantFinding(each.resolved) for each in known if each.resolved is not None]
+        for skipped in (checked.unchecked, checked.unrun):
+            if name in skipped:
+                _skip(skipped, experiment)
+        if parts and len(parts) == len(variants):
+            found[name] = Finding(tuple(parts))
     return found
 
 
@@ -319,7 +289,7 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
     """What the statements of an experiment must agree on, whatever the model."""
     found: list[Diagnostic] = []
     for rule in experiment.rules:
-        if rule.source is not None and rule.source == experiment.base:
+        if rule.source is not None and rule.source == experiment.base and not experiment.broken:
             found.append(PatchesItself(span=rule.span, run=rule.source))
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
@@ -328,6 +298,8 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
             found.append(
                 UnknownWord(span=measure.effect_span, kind="effect", word=measure.effect, hint=hint)
             )
+        elif experiment.broken:
+            continue  # which may be why there is no source, or no rule
         elif effect.needs_source and experiment.source is None:
             corruptions = program.prompts[experiment.prompts].corruptions
             base = corruptions[0].name if corruptions else "CORRUPTION"
@@ -341,81 +313,6 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
                 )
             )
     return found
-
-
-def _against_axes(
-    variants: Sequence[ResolvedExperiment], program: spec.Program
-) -> list[Diagnostic]:
-    """Reports and expectations name axes, measures, runs and values that exist."""
-    experiment = variants[0]
-    own = joined_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
-    aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
-    axes = [*own, *aliases]
-    rows = experiment.table.runs["clean"].rows
-    values = list(rows[0].values) if rows else []
-    found: list[Diagnostic] = []
-    for resolved, said in zip(experiment.measures, experiment.spec.measures, strict=True):
-        if resolved.kind == "category" and said.effect != "raw":
-            found.append(
-                UnreadableMeasure(
-                    span=said.span,
-                    text=resolved.text,
-                    reason="it is a category, which has no differences",
-                    hint="measure it `as raw`, or use `expected(…)`, which is a number",
-                )
-            )
-    for report in experiment.spec.reports:
-        found.extend(check_report(report, axes, values, experiment.measures))
-    by = experiment.spec.statistics.by
-    if by is not None and by not in values:
-        found.append(
-            UnknownName(
-                span=experiment.spec.statistics.span,
-                kind="value of the prompts",
-                name=by,
-                hint=did_you_mean(
-                    by,
-                    values,
-                    f"values of `{experiment.table.name}` are {', '.join(values)}",
-                ),
-            )
-        )
-    found.extend(_accuracies(variants))
-    known = Known(
-        [
-            KnownMeasure(m.label, s.effect, m.kind, m.word)
-            for m, s in zip(experiment.measures, experiment.spec.measures, strict=True)
-        ],
-        own,
-        list(experiment.table.runs) if rows and rows[0].texts else [],
-        [e.name for e in program.experiments if e.name != experiment.name],
-        aliases,
-        joined_cells(own, [(e.spec.variant, cell_keys(e)) for e in variants])
-        if experiment.spec.expects
-        else None,
-    )
-    for expectation in experiment.spec.expects:
-        found.extend(check_expectation(expectation, known))
-    return found
-
-
-def _accuracies(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
-    """E0606 for `accuracy(clean)` of several models, each of which has its own."""
-    names = list(dict.fromkeys(each.model.name for each in variants))
-    if len(names) == 1:
-        return []
-    return [
-        UnreadableExpectation(
-            span=expect.span,
-            reason="each model has an accuracy of its own",
-            hint=f"ask it of one: an experiment on `model {names[0]}` alone",
-        )
-        for expect in variants[0].spec.expects
-        if any(
-            isinstance(node, ast.Call) and node.name == "accuracy"
-            for node in walk(expect.condition)
-        )
-    ]
 
 
 def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:

@@ -1,13 +1,19 @@
-"""Models and prompt tables of a file, each read once, however many experiments use them."""
+"""Models and prompt tables of a file, each read once, however many experiments use them.
+
+What can't be had is stood in for, so that all else of a file is checked by the same code.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
-from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.models.locate import locate
+from mechdsl.diagnostics.core import Diagnostic, Unknown, certain, has_errors
+from mechdsl.models.locate import locate, needed
 from mechdsl.models.shape import read_shape
+from mechdsl.models.stand_in_shape import stand_in_shape
 from mechdsl.program import spec
 from mechdsl.program.python_files import of_prompts
 from mechdsl.prompts.build_table import build_table
@@ -16,9 +22,13 @@ from mechdsl.prompts.prompt_conventions import Split
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.rows import BlockRows
+from mechdsl.prompts.stand_ins import StandInTokenizer, stand_in_table, with_stand_ins
 from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer
 from mechdsl.resolve.model_runs import joined_table, model_run, refused_pair
 from mechdsl.resolve.resolved import ModelContext
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+from mechdsl.validate.largest_named import largest_named
 from mechdsl.validate.vocabulary import prompts_fit, tokenizer_fits
 
 
@@ -33,42 +43,57 @@ class Contexts:
         limit: int | None,
         *,
         python: bool = False,
+        require: bool = False,
     ) -> None:
         """given: models that are handed over, by name. limit: rows per table at most. python:
-        whether functions of Python files are run. What is found goes to `diagnostics`.
+        whether functions of Python files are run. require: whether a model that isn't there is an
+        error. What is found goes to `diagnostics`.
         """
         self.program = program
         self.diagnostics = diagnostics
         self.given = given
         self.limit = limit
         self.python = python
-        self._models: dict[str, ModelContext | None] = {}
+        self.require = require
+        self._stand_in = StandInTokenizer()
+        self._models: dict[str, ModelContext] = {}
         self._rows: dict[str, BlockRows] = {}
-        self._tables: dict[tuple[object, ...], PromptTable | None] = {}
+        self._tables: dict[tuple[object, ...], PromptTable] = {}
         self._runs: dict[tuple[object, ...], Paired | None] = {}
-        self._joined: dict[tuple[object, ...], PromptTable | None] = {}
+        self._joined: dict[tuple[object, ...], PromptTable] = {}
         self._tokenizers: dict[tuple[object, ...], TextTokenizer | None] = {}
 
-    def model(self, name: str) -> ModelContext | None:
-        """What is known of a model; None where it isn't here or is refused."""
+    def model(self, name: str) -> ModelContext:
+        """What is known of a model; where it isn't here or is refused, what stands in for it."""
         if name not in self._models:
-            found = self.given.get(name) or self._read(self.program.models[name])
-            problems = [] if found is None else tokenizer_fits(found)
-            self.diagnostics.extend(problems)
-            self._models[name] = None if problems else found
+            found = self.given.get(name) or self._read(name)
+            if not found.shape.stands_in and not found.tokenizer.stands_in:
+                problems = tokenizer_fits(found)
+                self.diagnostics.extend(problems)
+                if problems:
+                    found = replace(found, tokenizer=self._stand_in)
+            self._models[name] = found
         return self._models[name]
 
-    def _read(self, model: spec.Model) -> ModelContext | None:
-        folder, found = locate(model, model.span.source.folder)
-        self.diagnostics.extend(found)
-        if folder is None:
-            return None
-        shape, found = read_shape(folder, model=model.name, span=model.span)
-        self.diagnostics.extend(found)
-        tokenizer = self._tokenizer(folder, model)
-        if shape is None or tokenizer is None:
-            return None
-        return ModelContext(model, shape, tokenizer)
+    def _read(self, name: str) -> ModelContext:
+        model = self.program.models.get(name)
+        shape, tokenizer = None, None
+        if model is None:  # its statement has been refused, or there is none
+            model = spec.Model(span=self.program.span, name=name, kind="local", path="")
+        else:
+            folder, found = locate(model, model.span.source.folder)
+            self.diagnostics.extend(needed(found) if self.require else found)
+            if folder is not None:
+                shape, found = read_shape(folder, model=model.name, span=model.span)
+                self.diagnostics.extend(found)
+                tokenizer = self._tokenizer(folder, model)
+        return ModelContext(
+            model, shape or stand_in_shape(self._largest), tokenizer or self._stand_in
+        )
+
+    @cached_property
+    def _largest(self) -> dict[str, int]:
+        return largest_named(self.program)
 
     def _tokenizer(self, folder: Path, model: spec.Model) -> TextTokenizer | None:
         """Checkpoints with the same files share one, which takes a while to read, and so their
@@ -84,26 +109,64 @@ class Contexts:
         return self._tokenizers[key]
 
     def _words(self, name: str) -> list[str]:
-        names = self.program.checkpoints.get(name, (name,))
-        found = self.model(names[0]) if names else None  # checkpoints have one tokenizer
-        return [] if found is None else found.tokenizer.plain_words()
+        return self._of_words(name).tokenizer.plain_words()
+
+    def _of_words(self, name: str) -> ModelContext:
+        names = self.program.checkpoints.get(name) or (name,)
+        return self.model(names[0])  # checkpoints have one tokenizer
 
     def table(
         self, name: str, model: ModelContext, limit: int | None, part: str | None
-    ) -> PromptTable | None:
-        """The rows of a prompts block for one model."""
+    ) -> PromptTable:
+        """The rows of a prompts block for one model; where they can't be made, one that stands in
+        for them."""
         if self.limit is not None:
             limit = self.limit if limit is None else min(limit, self.limit)
         key = (name, id(model.tokenizer), model.shape.max_positions, limit, part)
-        if key not in self._tables and self.needs_python(name):
-            self._tables[key] = None
         if key not in self._tables:
             assert part is None or part == "train" or part == "test"
-            table, found = self._build(name, model, limit=limit, part=part)
-            beyond = [] if table is None else prompts_fit(table, model)
-            self.diagnostics.extend([*found, *beyond])
-            self._tables[key] = None if beyond else table
+            table = None
+            if not self.needs_python(name):
+                table, found = self._build(name, model, limit=limit, part=part)
+                self._say(found, model, name)
+                if table is not None and not model.tokenizer.stands_in:
+                    self.diagnostics.extend(prompts_fit(table, model))
+            if table is None:
+                table = stand_in_table(self._compiled(name).block, self._stand_in)
+            elif self._guessed(name):
+                table = replace(table, stands_in=True)
+            self._tables[key] = table
         return self._tables[key]
+
+    def fitting(self, model: ModelContext, table: PromptTable) -> ModelContext:
+        """The model with the tokenizer that a table was made with."""
+        return replace(model, tokenizer=self._stand_in) if table.stands_in else model
+
+    def _say(self, found: Sequence[Diagnostic], model: ModelContext, *blocks: str) -> None:
+        """Keep what is true whatever stands in."""
+        unknown: set[Unknown] = set()
+        if model.tokenizer.stands_in:
+            unknown.add("tokens")
+        if any(map(self._guessed, blocks)):
+            unknown.add("rows")
+        self.diagnostics.extend(certain(found, unknown))
+
+    def _guessed(self, name: str) -> bool:
+        """Whether a block has words of a tokenizer that isn't at hand."""
+        domains = (value.domain for value in self.program.prompts[name].values)
+        calls = (node for domain in domains for node in walk(domain))
+        return any(
+            self._of_words(argument.value.id).tokenizer.stands_in
+            for node in calls
+            if isinstance(node, ast.Call) and node.name == "words"
+            for argument in node.arguments
+            if isinstance(argument.value, ast.Name)
+        )
+
+    def _compiled(self, name: str) -> BlockRows:
+        if name not in self._rows:
+            self._rows[name] = BlockRows(self._block(name))
+        return self._rows[name]
 
     def _build(
         self,
@@ -147,20 +210,21 @@ class Contexts:
         """Check a block that no experiment has used, with the file's only model."""
         if any(key[0] == name for key in self._tables) or len(self.program.models) != 1:
             return
-        model = self.model(next(iter(self.program.models)))
-        if model is not None:
-            self.table(name, model, 1, None)
+        self.table(name, self.model(next(iter(self.program.models))), 1, None)
 
     def with_elsewhere(
         self, experiment: spec.Experiment, model: ModelContext, table: PromptTable
-    ) -> PromptTable | None:
+    ) -> PromptTable:
         """The table with the experiment's runs of other blocks and models; experiments that share
         a table share these too."""
         names = tuple(run.name for run in experiment.elsewhere)
         key = (id(table), model.name, *names)
         if names and key not in self._joined:
-            runs = [self._elsewhere(run, experiment, model, table) for run in experiment.elsewhere]
-            self._joined[key] = joined_table(table, runs) if None not in runs else None
+            joined = None
+            if not table.stands_in:
+                runs = [self._elsewhere(r, experiment, model, table) for r in experiment.elsewhere]
+                joined = joined_table(table, runs)
+            self._joined[key] = joined or with_stand_ins(table, names)
         return self._joined[key] if names else table
 
     def _elsewhere(
@@ -170,13 +234,14 @@ class Contexts:
         model: ModelContext,
         table: PromptTable,
     ) -> Paired | None:
-        key = (id(table), model.name, run.name)
+        key = (id(table), model.name, run.name, experiment.broken)
         if key not in self._runs:
             if run.prompts is not None:
                 found, problems = self._of_block(run, run.prompts, model, table)
             else:
                 found, problems = self._of_model(run, experiment, model, table)
-            self.diagnostics.extend(problems)
+            if not experiment.broken:  # which may be why they don't fit
+                self._say(problems, model, *(name for name in (run.prompts,) if name))
             self._runs[key] = found
         return self._runs[key]
 
@@ -185,9 +250,7 @@ class Contexts:
     ) -> tuple[Paired | None, list[Diagnostic]]:
         if self.needs_python(prompts):
             return None, []
-        rows = self._rows.get(prompts)
-        if rows is None:
-            rows = self._rows[prompts] = BlockRows(self._block(prompts))
+        rows = self._compiled(prompts)
         if has_errors(rows.block.diagnostics):
             return None, rows.block.diagnostics
         return paired_run(
@@ -209,10 +272,10 @@ class Contexts:
     ) -> tuple[Paired | None, list[Diagnostic]]:
         assert run.model is not None
         other = self.model(run.model)
-        if other is None:  # it isn't on this machine, or was refused
-            return None, []
         problem = refused_pair(run, other, model)
         if problem is not None:
             return None, [problem]
         theirs = self.table(experiment.prompts, other, experiment.limit, experiment.part)
-        return (None, []) if theirs is None else model_run(table, theirs, other, model, run)
+        if theirs.stands_in:
+            return None, []
+        return model_run(table, theirs, other, model, run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -65,10 +65,15 @@ class Known:
     """Second names of axes."""
     cells: Sequence[CellKey] | None = None
     """None as long as they aren't known."""
+    perhaps: Collection[str] = ()
+    """Axes that the experiment may not have: it isn't known either."""
 
     @property
     def one_cell(self) -> bool:
-        return len(self.cells) == 1 if self.cells is not None else not self.axes
+        """Whether there is one cell, as far as is known."""
+        if self.cells is not None:
+            return len(self.cells) == 1
+        return all(axis in self.perhaps for axis in self.axes)
 
 
 class _RefusedCondition(Exception):

@@ -290,8 +290,8 @@ def _wrong_axes(
             hint = "the experiment sweeps nothing: its one cell is shown by `report table`"
         if value_too[0] and values:
             listed = ", ".join(f"`{value}`" for value in values)
-            otherwise = f"{hint}; values of the prompts are {listed}"
-            hint = did_you_mean(word, [*axes, *values], otherwise)
+            hint = f"{hint}; values of the prompts are {listed}"
+        hint = did_you_mean(word, [*axes, *(values if too else ())], hint)
         return f"has no axis `{word}` to run along", hint
     if kind.along is not None and kind.along not in axes:
         return (

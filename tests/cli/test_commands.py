@@ -73,6 +73,34 @@ def test_a_file_without_experiments_says_so(command: Command, tmp_path: Path) ->
     assert "common.mech has no experiments: nothing was run" in done.err
 
 
+# --- a model that isn't at hand ---
+
+
+@pytest.mark.parametrize("source", ['hf("not/here")', 'local("not/there")'])
+def test_without_its_model_a_file_is_checked_and_not_planned(
+    command: Command, tmp_path: Path, source: str
+) -> None:
+    path = tmp_path / "a.mech"
+    path.write_text(HEADS.replace('zoo("counting")', source), encoding="utf-8")
+    done = command("validate", path)
+    assert done.status == 0, done.err
+    assert "W0710" in done.err
+    assert "1 file checked: no errors, 1 experiment without its model" in done.out
+    picture = tmp_path / "graph.svg"
+    for arguments in (
+        ("validate", "--require-models", path),
+        ("plan", path),
+        ("graph", path, "--format", "svg", "--to", picture),
+        ("explain", path),
+        ("run", path),
+    ):
+        done = command(*arguments)
+        assert (done.status, done.out) == (2, ""), arguments
+        assert "error[E0401]: there is no model at `not/" in done.err
+        assert "without it nothing can be planned or run" in done.err
+    assert not picture.exists()
+
+
 # --- plan ---
 
 

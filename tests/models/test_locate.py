@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from mechdsl.models.locate import locate, zoo_models
+from mechdsl.models.locate import locate, needed, zoo_models
 
 from .conftest import statement
 
@@ -111,9 +112,13 @@ def test_pickled_files_beside_safetensors_do_no_harm(tmp_path: Path) -> None:
     assert locate(statement("a"), tmp_path)[1] == []
 
 
-def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
-    _, problems = locate(statement("nowhere"), tmp_path)
-    assert [d.code for d in problems] == ["E0401"]
+@pytest.mark.parametrize("kind", ["local", "hf"])
+def test_a_missing_model_is_an_error_where_it_is_needed(
+    hub: Path, kind: Literal["local", "hf"]
+) -> None:
+    _, problems = locate(statement("no/where", kind), hub)
+    assert [d.code for d in problems] == ["W0710"]
+    assert [d.code for d in needed(problems)] == ["E0401"]
 
 
 def test_an_unknown_zoo_model_is_an_error_with_a_suggestion(tmp_path: Path) -> None:

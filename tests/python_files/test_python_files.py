@@ -344,7 +344,7 @@ def test_what_is_not_checked_is_said(tmp_path: Path, command: Command) -> None:
     done = command("validate", write(tmp_path, text, MARK))
     assert done.status == 0
     assert "W0740" in done.err
-    assert done.out == "1 file checked: no errors, 1 experiments without their Python\n"
+    assert done.out == "1 file checked: no errors, 1 experiment without its Python\n"
     done = command("plan", "--allow-python", tmp_path / "file.mech")
     assert done.status == 2
     assert "last-itm" in done.err

@@ -1,0 +1,62 @@
+"""Axes that a rule may add to an experiment, as far as its own line tells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mechdsl.program import spec
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+
+
+def possible_axes(rule: spec.Rule) -> Iterator[str]:
+    """Names that reports and expectations may call them by."""
+    yield "layer"  # which may have been forgotten
+    for site in (rule.site, rule.edge):
+        yield from _axes_of(site)
+    yield from (f"to_{name}" for name in _axes_of(rule.receiver))
+    if rule.into_layer is not None:
+        yield "to_layer"
+    yield from position_axes(rule)
+
+
+def position_axes(rule: spec.Rule) -> Iterator[str]:
+    """Those of its positions: how many there are hangs on the tokens of prompts."""
+    if may_sweep(rule.at) or (rule.onto is not None and may_sweep(rule.onto)):
+        yield "position"
+        yield "item"
+        if rule.edge is not None:
+            yield "from_position"
+
+
+def _axes_of(site: ast.Site | ast.Edge | None) -> Iterator[str]:
+    for axis in walk(site):
+        if isinstance(axis, ast.Axis) and not axis.plural and _sweeps(axis):
+            yield axis.word
+
+
+def _sweeps(axis: ast.Axis) -> bool:
+    return len(axis.values) > 1 or any(
+        isinstance(value, ast.Star) or value.high is not None for value in axis.values
+    )
+
+
+def may_sweep(positions: ast.Positions) -> bool:
+    """Whether there may be more than one cell, whatever the prompts and their tokens are."""
+    return len(positions.items) > 1 or any(map(_may_sweep, walk(positions)))
+
+
+def _may_sweep(node: ast.Node) -> bool:
+    match node:
+        case ast.TokenIndex():
+            return not node.plural and (node.low is None or node.high is not None)
+        case ast.SpanTokens():
+            at = node.of.occurrence
+            several = at is not None and (at.low is None or at.high is not None)
+            return node.each or (several and not node.plural)
+        case ast.Between() | ast.Except():
+            return node.each
+        case ast.RankedTokens():
+            return not node.plural and node.ranked.which != "best"
+        case _:
+            return isinstance(node, ast.EachTokenOf)

@@ -1,0 +1,122 @@
+"""What experiments make of their results: measures, reports, expectations, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mechdsl.base.registry import nearest
+from mechdsl.diagnostics.core import Diagnostic, certain
+from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
+from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
+from mechdsl.diagnostics.e06_statistics import UnreadableExpectation
+from mechdsl.program import spec
+from mechdsl.resolve.cell_key import joined_axes, joined_cells
+from mechdsl.resolve.name_cells import cell_keys
+from mechdsl.resolve.resolved import Outline, ResolvedMeasure
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
+from mechdsl.validate.reachable_p import check_rows
+from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import METRICS
+from mechdsl.vocab.reports import check_report
+
+
+def about_results(variants: Sequence[Outline], program: spec.Program) -> list[Diagnostic]:
+    """What is wrong with what an experiment makes of its results."""
+    found = _against_axes(variants, program)
+    resolved = [each.resolved for each in variants if each.resolved is not None]
+    if len(resolved) == len(variants):
+        found += check_rows(resolved, resolved[0].table.row_ids)
+    return certain(found, [what for each in variants for what in each.unknown])
+
+
+def _against_axes(variants: Sequence[Outline], program: spec.Program) -> list[Diagnostic]:
+    """Reports and expectations name axes, measures, runs and values that exist."""
+    experiment = variants[0]
+    said = experiment.spec
+    own = joined_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
+    aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
+    perhaps = {name for e in variants for name in e.perhaps}
+    axes = list(dict.fromkeys([*own, *aliases, *sorted(perhaps)]))
+    rows = experiment.table.runs["clean"].rows
+    values = list(rows[0].values) if rows else []
+    pairs = zip(experiment.measures, said.measures, strict=True)
+    measures = [_known_measure(*pair) for pair in pairs]
+    found: list[Diagnostic] = []
+    for measure, each in zip(measures, said.measures, strict=True):
+        if measure.kind == "category" and each.effect != "raw":
+            found.append(
+                UnreadableMeasure(
+                    span=each.span,
+                    text=each.metric.span.written,
+                    reason="it is a category, which has no differences",
+                    hint="measure it `as raw`, or use `expected(…)`, which is a number",
+                )
+            )
+    all_known = None not in experiment.measures
+    for report in said.reports:
+        found.extend(check_report(report, axes, values, measures if all_known else None))
+    by = said.statistics.by
+    if by is not None and by not in values and not experiment.table.columns_unknown:
+        found.append(
+            UnknownName(
+                span=said.statistics.span,
+                kind="value of the prompts",
+                name=by,
+                hint=did_you_mean(
+                    by,
+                    values,
+                    f"values of `{experiment.table.name}` are {', '.join(values)}",
+                ),
+            )
+        )
+    found.extend(_accuracies(variants))
+    resolved = [e.resolved for e in variants if e.resolved is not None and not e.unknown]
+    known = Known(
+        measures,
+        axes if perhaps else own,
+        list(experiment.table.runs) if rows and rows[0].texts else [],
+        [e.name for e in program.experiments if e.name != experiment.name],
+        aliases,
+        joined_cells(own, [(e.spec.variant, cell_keys(e)) for e in resolved])
+        if said.expects and len(resolved) == len(variants)
+        else None,
+        perhaps,
+    )
+    for expectation in said.expects if measures else ():
+        found.extend(check_expectation(expectation, known))
+    return found
+
+
+def _known_measure(resolved: ResolvedMeasure | None, said: spec.Measure) -> KnownMeasure:
+    """A measure as reports and expectations name it; what was refused of it, as its line says."""
+    effect = said.effect if said.effect in EFFECTS else nearest(said.effect, EFFECTS) or said.effect
+    if resolved is not None:
+        return KnownMeasure(resolved.label, effect, resolved.kind, resolved.word)
+    match said.metric:
+        case ast.Call(name=word) | ast.Name(id=word):
+            metric = METRICS.get(word)
+        case _:
+            word, metric = "", None
+    kinds = {form.kind for form in metric.forms.values()} if metric is not None else set[str]()
+    return KnownMeasure(said.label, effect, "category" if kinds == {"category"} else "number", word)
+
+
+def _accuracies(variants: Sequence[Outline]) -> list[Diagnostic]:
+    """E0606 for `accuracy(clean)` of several models, each of which has its own."""
+    names = list(dict.fromkeys(each.model.name for each in variants))
+    if len(names) == 1:
+        return []
+    return [
+        UnreadableExpectation(
+            span=expect.span,
+            reason="each model has an accuracy of its own",
+            hint=f"ask it of one: an experiment on `model {names[0]}` alone",
+        )
+        for expect in variants[0].spec.expects
+        if any(
+            isinstance(node, ast.Call) and node.name == "accuracy"
+            for node in walk(expect.condition)
+        )
+    ]

@@ -1,0 +1,320 @@
+"""A file is checked in the same way whether or not its model is at hand.
+
+Each case is one statement, what is said of it, and the word that is offered instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mechdsl import zoo
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.syntax.parse import read_source
+from mechdsl.validate.check_file import Checked, Settings, check_source
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FILE = """
+mech 1
+
+model m = zoo("counting")
+seed 3
+
+metric ld = logit(answer) - logit(answer of fewer)
+group movers = L1H2, L2H0
+
+prompts fruit {
+  count in 2..9
+  place in ["house", "shop"]
+  item in ["apple", "pear", "fig"]
+  fruits = list(item, count, sep: " ")
+  where count > 2
+  template "Part 1: {fruits} in the {place} Count 1:"
+  answer " {count}"
+  corrupt fewer { count = count - 1 }
+  corrupt elsewhere { place = other(place) }
+}
+
+experiment heads {
+  prompts fruit limit 32
+  from clean into fewer
+  keep logit(answer) > 0
+  patch z layer * head * at last token
+  measure ld as recovery
+  measure logprob(answer) as delta
+  stats bootstrap(1000) confidence 95% correct holm by count
+  report table top 5
+  report heatmap layer by head
+  expect max(recovery) > 0.1
+  expect mean(delta, layer: 1..2) < 4
+  expect spearman(recovery, along) > 0
+}
+
+experiment along {
+  prompts fruit limit 32
+  from clean into fewer
+  for l in 0..3 {
+    patch resid_post layer l at place token, each item token
+  }
+  measure ld as recovery
+  report lines l by position
+}
+
+experiment without {
+  prompts fruit limit 32
+  ablate movers at last token with mean of fewer
+  ablate mlp_out layer 1..2 at last-item token with zero
+  against random(5, heads)
+  measure kl(clean) as raw
+  expect accuracy(clean) > 0.1
+}
+""".lstrip()
+
+MODELS = {
+    "here": 'zoo("counting")',
+    "not in the cache": 'hf("not/here")',
+    "no folder": 'local("not/there")',
+    "no config": 'local("empty")',
+}
+
+CASES = {
+    # written, instead of it: code, the word that is offered
+    "a component": ("resid_posst layer l", "resid_post layer l", "E0203", "resid_post"),
+    "a text of a metric": ("logprob(anwser)", "logprob(answer)", "E0516", "answer"),
+    "a span": ("each itme token", "each item token", "E0308", "item"),
+    "an axis of a report": ("heatmap layer by hed", "heatmap layer by head", "E0607", "head"),
+    "an axis of a loop": ("report lines ll by", "report lines l by", "E0607", ""),
+    "a measure": ("max(recovry) > 0.1", "max(recovery) > 0.1", "E0203", "recovery"),
+    "a report": ("report tabel", "report table", "E0203", "table"),
+    "a metric": ("ld = lgit(answer)", "ld = logit(answer)", "E0203", "logit"),
+    "a metric of a measure": ("logprb(answer)", "logprob(answer)", "E0203", "logprob"),
+    "a fill": ("with meean of fewer", "with mean of fewer", "E0203", "mean"),
+    "a fill alone": ("with zeroo", "with zero", "E0203", "zero"),
+    "a placeholder": ("{plaec}", "{place}", "E0501", "place"),
+    "an open placeholder": ("{place Count", "{place} Count", "E0113", ""),
+    "a function": ("othrs(place)", "other(place)", "E0514", "others"),
+    "a range of layers": ("layer 3..1 at last-item", "layer 1..2 at last-item", "E0321", "1"),
+    "a short site": ("L1H2x", "L1H2", "E0203", "L1H2"),
+    "an effect": ("as recovry\n  measure", "as recovery\n  measure", "E0203", "recovery"),
+    "a run": ("into fewr\n  keep", "into fewer\n  keep", "E0201", "fewer"),
+    "a run that is compared": ("kl(claen)", "kl(clean)", "E0201", "clean"),
+    "a run of an accuracy": ("accuracy(claen)", "accuracy(clean)", "E0201", "clean"),
+    "a run of a mean": ("mean of fewr", "mean of fewer", "E0201", "fewer"),
+    "a block of prompts": ("prompts friut limit", "prompts fruit limit", "E0201", "fruit"),
+    "another experiment": ("(recovery, alng)", "(recovery, along)", "E0201", "along"),
+    "a group": ("ablate mvers", "ablate movers", "E0203", "movers"),
+    "a value to group by": ("by cuont", "by count", "E0201", "count"),
+    "a condition on rows": ("where cuont > 2", "where count > 2", "E0501", "count"),
+    "a value that is corrupted": ("{ cuont = count - 1", "{ count = count - 1", "E0501", "count"),
+    "a condition on what is kept": ("keep lgoit(answer)", "keep logit(answer)", "E0203", "logit"),
+    "a correction": ("correct hlom", "correct holm", "E0207", "holm"),
+    "a confidence": ("confidence 30%", "confidence 95%", "E0207", ""),
+    "a limit": ("limit 0\n  from clean", "limit 32\n  from clean", "E0207", ""),
+    "what is drawn": ("random(5, neurons)", "random(5, heads)", "E0630", ""),
+    "a range of a loop": ("for l in 3..0", "for l in 0..3", "E0321", "0..3"),
+    "an axis of an expectation": ("layr: 1..2", "layer: 1..2", "E0203", "layer"),
+    "an axis that a site lacks": ("mlp_out layer 1..2 head 1", "mlp_out layer 1..2", "E0304", ""),
+    "a domain backwards": ("count in 9..2", "count in 2..9", "E0509", ""),
+    "a template's list": ("list(itme, count", "list(item, count", "E0501", "item"),
+    "a file of a report": ('top 5 to "x.tbl"', "top 5", "E0607", ".csv"),
+    "a file of Python": ('python("no.py:f") > 0', "logit(answer) > 0", "E0222", ""),
+    "a loop's variable": ("layer ll at place", "layer l at place", "E0322", "l"),
+    "a site without a layer": ("z head * at", "z layer * head * at", "E0304", "layer *"),
+    "an occurrence": ("item 3..1 token", "each item token", "E0321", "1..3"),
+}  # fmt: skip
+
+
+def checked(
+    text: str, folder: Path, source: str = MODELS["here"], *, need: bool = False
+) -> Checked:
+    (folder / "empty").mkdir(exist_ok=True)
+    text = text.replace(MODELS["here"], source)
+    path = folder / "file.mech"
+    return check_source(Source(text, path), Settings(python="look", require_models=need))
+
+
+def said(found: list[Diagnostic]) -> list[tuple[str, str, int]]:
+    """Code, text and line of each error that isn't about the model."""
+    return [
+        (d.code, d.span.text, d.span.line)
+        for d in found
+        if d.severity == "error" and d.span is not None and d.code != "E0404"
+    ]
+
+
+@pytest.mark.parametrize("source", MODELS.values(), ids=MODELS)
+def test_nothing_is_wrong_with_the_file_itself(tmp_path: Path, source: str) -> None:
+    found = checked(FILE, tmp_path, source)
+    assert not said(found.diagnostics), [d.message for d in found.diagnostics]
+    assert bool(found.experiments) == (source == MODELS["here"])
+    assert len(found.unchecked) == (0 if source == MODELS["here"] else 3)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_same_is_said_without_the_model(
+    tmp_path: Path, case: tuple[str, str, str, str]
+) -> None:
+    wrong, right, code, word = case
+    assert FILE.count(right) >= 1, right
+    text = FILE.replace(right, wrong, 1)
+    here = checked(text, tmp_path).diagnostics
+    assert {each[0] for each in said(here)} == {code}, [d.message for d in here]
+    offered = [f"{d.label_text} {d.help_text}" for d in here if d.severity == "error"]
+    assert all(word in each for each in offered), offered
+    (line,) = {d.span.line for d in here if d.severity == "error" and d.span is not None}
+    assert line in _changed_lines(text)
+    for source in list(MODELS.values())[1:]:
+        assert said(checked(text, tmp_path, source).diagnostics) == said(here), source
+
+
+def _changed_lines(text: str) -> set[int]:
+    lines = zip(FILE.splitlines(), text.splitlines(), strict=True)
+    return {number for number, (old, new) in enumerate(lines, 1) if old != new}
+
+
+def test_all_errors_are_said_at_once(tmp_path: Path) -> None:
+    """In rules, measures, reports and expectations of two experiments, and in their prompts."""
+    wrong = {
+        "patch resid_post layer l": "patch resid_posst layer l",
+        "each item token": "foo token",
+        "logprob(answer) as delta": "logprob(anwser) as delta",
+        "layer by head": "layer by hed",
+        "mean(delta, layer": "mean(delt, layer",
+    }
+    text = FILE
+    for right, word in wrong.items():
+        text = text.replace(right, word)
+    words = ["resid_posst", "foo", "anwser", "report heatmap layer by hed", "delt"]
+    for source in MODELS.values():
+        found = said(checked(text, tmp_path, source).diagnostics)
+        assert sorted(each[1] for each in found) == sorted(words)
+    # A block of prompts whose rows can't be made hides nothing of the experiments.
+    broken = text.replace("{place}", "{plaec}")
+    for source in MODELS.values():
+        found = said(checked(broken, tmp_path, source).diagnostics)
+        assert sorted(each[1] for each in found) == sorted(["plaec", *words])
+
+
+FOLLOW_UPS = {
+    "a run that isn't there": ("corrupt fewer {", "corrupt fwer {", {"E0201", "E0516"}),
+    "a value by another name": ("place in [", "plcae in [", {"E0501"}),
+    "an experiment that is picked from": ("resid_post layer l", "resid_posst layer l", {"E0203"}),
+    "a loop without an end": ("for l in 0..3", 'for l in 0.."x"', {"E0322"}),
+    "a model without its name": ('zoo("counting")', 'zooo("counting")', {"E0207"}),
+    "no model line": ('model m = zoo("counting")', "", {"E0206"}),
+    "a data file that isn't there": (
+        "where count > 2",
+        'where count > 2\n  rows "none.csv"',
+        {"E0504"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOW_UPS.values(), ids=FOLLOW_UPS)
+def test_a_name_that_is_missing_causes_no_other_errors(
+    tmp_path: Path, case: tuple[str, str, set[str]]
+) -> None:
+    right, wrong, codes = case
+    text = FILE.replace(right, wrong, 1)
+    assert text != FILE
+    last = "prompts fruit ablate best of along at last token with zero measure ld as raw"
+    found = checked(f"{text}\nexperiment last {{ {last} }}\n", tmp_path).diagnostics
+    assert {each[0] for each in said(found)} == codes, [d.message for d in found]
+
+
+SYNTAX = {
+    "in another experiment": ("for l in 0..3 {", "for l inn 0..3 {"),
+    "in a rule beside it": ("patch z layer * head *", "patchh z layer * head *"),
+    "in the prompts": ('answer " {count}"', 'asnwer " {count}"'),
+}
+
+
+@pytest.mark.parametrize("case", SYNTAX.values(), ids=SYNTAX)
+def test_an_error_of_syntax_silences_no_other_statement(
+    tmp_path: Path, case: tuple[str, str]
+) -> None:
+    text = (
+        FILE.replace(*case).replace("layer by head", "layer by hed").replace("movers at", "mvrs at")
+    )
+    for source in MODELS.values():
+        found = said(checked(text, tmp_path, source).diagnostics)
+        assert {"report heatmap layer by hed", "mvrs"} <= {each[1] for each in found}
+        assert {"E0101", "E0102"} & {each[0] for each in found}
+
+
+def test_what_waits_for_the_model_is_said_by_line(tmp_path: Path) -> None:
+    for name in ("not in the cache", "no folder"):
+        found = checked(FILE, tmp_path, MODELS[name]).diagnostics
+        (warning,) = (d for d in found if d.code == "W0710")
+        assert warning.help_text.endswith(
+            "then these are checked too: layers, heads and sites (lines 25, 40, 48 to 49), "
+            "positions as tokens (lines 25, 40, 48 to 49), answers as tokens (line 16), "
+            "cells (line 32)"
+        )
+
+
+@pytest.mark.parametrize("name", ["not in the cache", "no folder"])
+def test_a_model_can_be_required(tmp_path: Path, name: str) -> None:
+    found = checked(FILE, tmp_path, MODELS[name], need=True).diagnostics
+    assert {each[0] for each in said(found)} == {"E0401"}
+
+
+def test_of_an_unknown_architecture_nothing_wrong_is_said(tmp_path: Path) -> None:
+    """It isn't a masked language model because its class has another name."""
+    own = Path(zoo.__path__[0]) / "counting"
+    config = json.loads((own / "config.json").read_text(encoding="utf-8"))
+    for name, said_of_it in {
+        "WeirdNet": "doesn't say that it predicts the next token",
+        "BertForMaskedLM": "a masked language model predicts tokens in their own place",
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+        (folder / "tokenizer.json").symlink_to(own / "tokenizer.json")
+        found = checked(FILE, tmp_path, f'local("{name}")').diagnostics
+        messages = [d.message for d in found if d.code == "E0612"]
+        assert messages
+        assert all(said_of_it in message for message in messages)
+
+
+HANGS_ON_IT = {
+    "a layer": ("layer 1..2 at last-item", "layer 40 at last-item"),
+    "a layer from the end": ("layer 1..2 at last-item", "layer 2..-1 at last-item"),
+    "a head": ("z layer * head *", "z layer * head 90..91"),
+    "a token": ("last-item token", "token 7"),
+    "a sweep over tokens": ("last-item token", "token *"),
+    "a special token": ("last-item token", "eos token"),
+    "an answer": ('answer " {count}"', 'answer "Kuala Lumpur {count}"'),
+    "a cell": ("layer: 1..2", "layer: 30"),
+    "what is picked": ("limit 32\n  ablate movers", "limit 32\n  ablate top 300 of heads"),
+    "a replacement": ("  stats boot", '  replace last-item token with "a b"\n  stats boot'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HANGS_ON_IT.values(), ids=HANGS_ON_IT)
+def test_nothing_is_said_that_hangs_on_the_model(tmp_path: Path, case: tuple[str, str]) -> None:
+    right, other = case
+    assert right in FILE
+    for source in list(MODELS.values())[1:]:
+        found = checked(FILE.replace(right, other), tmp_path, source)
+        assert not said(found.diagnostics), [d.message for d in found.diagnostics]
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.mech")), ids=lambda file: file.stem)
+def test_examples_are_right_without_their_models(file: Path, tmp_path: Path) -> None:
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    for each in (tmp_path / "examples").rglob("*.mech"):
+        text = each.read_text(encoding="utf-8")
+        text = re.sub(r'(zoo|hf)\("', 'hf("not-here/', text)
+        each.write_text(text, encoding="utf-8")
+    source, _ = read_source(tmp_path / "examples" / file.name)
+    assert source is not None
+    found = check_source(source)
+    assert {d.code for d in found.diagnostics} == {"W0710"}
+    assert found.unchecked
+    assert not found.experiments
