@@ -342,12 +342,16 @@ def test_validating_imports_neither_the_file_nor_torch(tmp_path: Path) -> None:
 def test_what_is_not_checked_is_said(tmp_path: Path, command: Command) -> None:
     text = VALUE.replace("last-item token", "last-itm token")
     done = command("validate", write(tmp_path, text, MARK))
+    assert done.status == 2  # names need no rows
+    assert "did you mean `item`?" in done.err
+    text = VALUE.replace("last-item token", "item 40 token")
+    done = command("validate", write(tmp_path, text, MARK))
     assert done.status == 0
     assert "W0740" in done.err
     assert done.out == "1 file checked: no errors, 1 experiment without its Python\n"
     done = command("plan", "--allow-python", tmp_path / "file.mech")
     assert done.status == 2
-    assert "last-itm" in done.err
+    assert "item 40" in done.err
 
 
 # --- functions that can't be called ---------------------------------------------------------------
