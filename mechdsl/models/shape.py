@@ -209,7 +209,7 @@ def _shape(
     model: str = "model",
     span: Span | None = None,
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
-    impossible = [
+    impossible: list[Diagnostic] = [
         BadSize(span=span, model=model, key=key, value=json.dumps(value))
         for key, value in _impossible({**{k: config.get(k) for k in _VOCAB}, **text})
     ]
