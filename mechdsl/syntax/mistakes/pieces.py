@@ -223,9 +223,10 @@ def _defines(text: str, piece: Piece, before: Piece | None, goes_on: bool) -> bo
     return _DEFINITION.match(text, piece.start) is not None
 
 
-def block_of(statement: list[Piece]) -> Piece | None:
-    """The brace that opens the lines of a statement, if it has some."""
-    if not statement or statement[0].text not in BLOCK_WORDS:
+def block_of(statement: list[Piece], first: str) -> Piece | None:
+    """The brace that opens the lines of a statement, if it has some; `first` is what its first word
+    is read as."""
+    if first not in BLOCK_WORDS:
         return None
     depth = statement[0].depth
     for piece in statement:
