@@ -64,8 +64,7 @@ class Context:
 
     def offset(self, parsed: int) -> int:
         """Where in the source lies what was parsed at an offset."""
-        written = parsed if self.reading is None else self.reading.written(parsed)
-        return self.base + written
+        return self.base + (parsed if self.reading is None else self.reading.written(parsed))
 
 
 CONTEXT: ContextVar[Context] = ContextVar("mech_parse")
@@ -82,8 +81,8 @@ class Clause(NamedTuple):
 
 def _ends(item: Any) -> tuple[int, int]:
     if isinstance(item, Token):
-        offset = CONTEXT.get().offset
-        return offset(item.start_pos or 0), offset(item.end_pos or 0)
+        context = CONTEXT.get()
+        return context.offset(item.start_pos or 0), context.offset(item.end_pos or 0)
     return item.span.start, item.span.end
 
 

@@ -6,34 +6,27 @@ unchecked.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.e01_syntax import BadPlaceholder, MisspeltWord, UnterminatedString
 from mechdsl.diagnostics.e02_names import (
     BadCommandLine,
-    MissingLine,
     UnknownName,
     UnknownWord,
     did_you_mean,
 )
-from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue
-from mechdsl.diagnostics.e03_positions import UnknownSpan
-from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, UnknownText, UnknownValue
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
     EffectWithoutRule,
-    NoMeasure,
-    PatchWithoutSource,
     UnreadableMeasure,
 )
 from mechdsl.diagnostics.e06_onward import TestedWherePicked
 from mechdsl.diagnostics.e06_statistics import BadReport, UnreadableExpectation
 from mechdsl.diagnostics.w07_names import HidesMetric, PatchesItself, UnusedName, WritesFirstToken
 from mechdsl.program import spec
+from mechdsl.program.follow_ups import without_follow_ups
 from mechdsl.program.lower_file import lower_program
 from mechdsl.program.python_files import Mode, check_functions
 from mechdsl.program.run_order import in_order, with_needed
@@ -54,22 +47,6 @@ from mechdsl.vocab.corruptions import problems
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.reports import check_report
-
-WORD = re.compile(r"[^\W\d]\w*")
-ABSENT = (
-    BadReport,
-    CorruptionWithoutEffect,
-    EffectNeedsSource,
-    EffectWithoutRule,
-    MissingLine,
-    NoMeasure,
-    PatchWithoutSource,
-    UnreadableExpectation,
-    UnusedName,
-)
-"""What a line with an error of syntax may be the cause of: an axis that is missing, for example."""
-UNKNOWN = (UnknownName, UnknownSpan, UnknownText, UnknownValue)
-"""What it may have defined."""
 
 
 @dataclass
@@ -147,10 +124,10 @@ def check_source(
         for name, value in program.metrics.items()
         if name in METRICS
     )
-    found = [d for d in checked.diagnostics if not _follows(d, syntax)]
-    if has_errors([*syntax, *found]):  # an error may be why a name isn't used
+    found = without_follow_ups([*syntax, *checked.diagnostics], tree, program)
+    if has_errors(found):  # an error may be why a name isn't used
         found = [d for d in found if not isinstance(d, UnusedName)]
-    checked.diagnostics = _unique([*syntax, *found])
+    checked.diagnostics = _unique(found)
     return checked
 
 
@@ -165,33 +142,6 @@ def by_name(experiments: Iterable[ResolvedExperiment]) -> list[list[ResolvedExpe
 def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     """Each once: experiments that share prompts share their errors, if not their counts."""
     return list({(d.code, d.span, d.message): d for d in reversed(diagnostics)}.values())[::-1]
-
-
-def _follows(diagnostic: Diagnostic, syntax: list[Diagnostic]) -> bool:
-    """Whether something is only missing because its line has an error of syntax."""
-    if not has_errors(syntax):
-        return False
-    if isinstance(diagnostic, ABSENT):
-        return True
-    if isinstance(diagnostic, BadLoopValue) and diagnostic.reason == UNUSED_LOOP:
-        return True
-    if isinstance(diagnostic, BadPlaceholder):  # in a text that was never closed
-        return any(isinstance(error, UnterminatedString) for error in syntax)
-    if isinstance(diagnostic, UnknownWord) and diagnostic.kind == "metric":
-        name = diagnostic.word
-    elif isinstance(diagnostic, UNKNOWN):
-        name = diagnostic.name
-    else:
-        return False
-    broken: set[str] = set()
-    for error in syntax:
-        if error.span is not None:
-            broken.update(WORD.findall(error.span.source.line_text(error.span.line)))
-        if isinstance(error, MisspeltWord):
-            broken.add(error.meant)
-    if isinstance(diagnostic, UnknownName) and diagnostic.kind == "part":
-        return "split" in broken
-    return not broken.isdisjoint(WORD.findall(name))
 
 
 def _only(name: str, checked: Checked) -> list[spec.Experiment]:

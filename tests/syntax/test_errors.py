@@ -42,7 +42,12 @@ def test_all_errors_at_once_and_what_was_meant_kept() -> None:
     ]
     prompts, experiment = tree.statements[2:4]
     assert isinstance(prompts, ast.PromptsDef)
-    assert [type(line).__name__ for line in prompts.lines] == ["Domained", "Template", "Answer", "Corrupt"]
+    assert [type(line).__name__ for line in prompts.lines] == [
+        "Domained",
+        "Template",
+        "Text",
+        "Corrupt",
+    ]
     assert isinstance(experiment, ast.ExperimentDef)
     kinds = [type(s).__name__ for s in experiment.statements]
     assert kinds == ["UseModel", "UsePrompts", "For", "Measure", "Report", "Expect"]

@@ -232,7 +232,11 @@ HINTS: tuple[Hint, ...] = (
         "a name has letters, digits and `_`, but no `-`",
     ),
     Hint(r"\b(kl|js)\($", r"\)", "name the run that it is compared with: `{0}(clean)`"),
-    Hint(r"^corrupt\s*$", r"", "write `corrupt NAME {{ … }}`, with its changes between the braces"),
+    Hint(
+        r"^corrupt\s*\w*\s*$",
+        r"=|\s*$",
+        "write `corrupt NAME {{ … }}`, with its changes between the braces",
+    ),
     Hint(r"\bpython\([^\")]*$", r"", 'the file stands in quotes: `python("file.py:name")`'),
     Hint(
         r'"[^"]*\{[^"}]*"\s*$',

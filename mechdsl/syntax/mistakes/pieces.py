@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
+from mechdsl.base.registry import nearest
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import Unclosed, UnexpectedToken
@@ -32,6 +33,8 @@ _HEADER = re.compile(
 )
 """What begins a statement of the outermost level and nothing else."""
 _DEFINITION = re.compile(r"[A-Za-z_]\w*(?=(?:\s*,\s*[A-Za-z_]\w*)*\s*=(?!=)|\s+in(?!\w))")
+_DEFINERS = ("text", "span", "region", "where", "corrupt")
+"""Words of data lines behind which a name and a `=` begin no line of their own."""
 _FROM_INTO = re.compile(
     r"from\s+(?!(?:last|first|each|tokens?|top)\b)[\w.]+(?:\s*,\s*[\w.]+)*"
     r"\s+(?!(?:tokens?|row|of|at|(?:layer|head|neuron|expert|feature)s?)\b)[a-z]"
@@ -218,9 +221,16 @@ def starts(text: str, inside: list[Piece], kind: str, depth: int) -> list[int]:
 
 
 def _defines(text: str, piece: Piece, before: Piece | None, goes_on: bool) -> bool:
-    if goes_on or (before is not None and before.text in ("text", "span", "region", "where")):
+    if goes_on:
+        return False
+    if before is not None and (before.text in _DEFINERS or _is_near_definer(before)):
         return False
     return _DEFINITION.match(text, piece.start) is not None
+
+
+def _is_near_definer(piece: Piece) -> bool:
+    """`sapn bar = "|"`: the word that begins a line is a misspelt one."""
+    return piece.first and piece.kind == "word" and nearest(piece.text, _DEFINERS) is not None
 
 
 def block_of(statement: list[Piece], first: str) -> Piece | None:
