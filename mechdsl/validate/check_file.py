@@ -26,7 +26,6 @@ from mechdsl.diagnostics.e06_onward import TestedWherePicked
 from mechdsl.diagnostics.e06_statistics import BadReport, UnreadableExpectation
 from mechdsl.diagnostics.w07_names import HidesMetric, PatchesItself, UnusedName, WritesFirstToken
 from mechdsl.program import spec
-from mechdsl.program.follow_ups import without_follow_ups
 from mechdsl.program.lower_file import lower_program
 from mechdsl.program.python_files import Mode, check_functions
 from mechdsl.program.run_order import in_order, with_needed
@@ -42,6 +41,7 @@ from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.contexts import Contexts
 from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
+from mechdsl.validate.follow_ups import without_follow_ups
 from mechdsl.validate.reachable_p import check_prompts
 from mechdsl.vocab.corruptions import problems
 from mechdsl.vocab.effects import EFFECTS

@@ -32,6 +32,12 @@ _HEADER = re.compile(
     r'|use\s+"|seed\s+[0-9]+|mech\s+[0-9]+'
 )
 """What begins a statement of the outermost level and nothing else."""
+_BLOCK = re.compile(r"(?P<head>(?:experiment|prompts|images)[ \t]+\w+)[ \t]*\n\s*(?!\{|\s)")
+_INNER_BLOCK = re.compile(
+    r"(?P<head>corrupt[ \t]+\w+|for[ \t]+\w+[ \t]+in[ \t]+[^\n{}]*[^\s{}])[ \t]*\n\s*"
+    rf"(?=\w+\s+in\b|\w+\s*=|(?:{'|'.join(sorted(EXPERIMENT_WORDS | CHANGE_WORDS))})\b)"
+)
+"""What stands before the brace of a block, where a line ends without one."""
 _DEFINITION = re.compile(r"[A-Za-z_]\w*(?=(?:\s*,\s*[A-Za-z_]\w*)*\s*=(?!=)|\s+in(?!\w))")
 _DEFINERS = ("text", "span", "region", "where", "corrupt")
 """Words of data lines behind which a name and a `=` begin no line of their own."""
@@ -109,6 +115,8 @@ def balance(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
     chars = list(text)
     diagnostics: list[Diagnostic] = []
     opened: list[Piece] = []
+    early: list[Piece] = []
+    """Closing braces that aren't the first on their line, with an opening one on another line."""
 
     def indent(offset: int) -> int:
         line = text[text.rfind("\n", 0, offset) + 1 : offset + 1]
@@ -138,6 +146,10 @@ def balance(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
                     close(opened.pop(), piece.start, f", before line {line}")
             while opened and opened[-1].text != "{" and _begins(text, piece):
                 close(opened.pop(), piece.start, f", before line {line}")
+        if piece.kind == "word" and piece.first and (end := _headless(text, piece, len(opened))):
+            chars[end] = "{"
+            opened.append(Piece("sign", "{", end, end + 1, first=False))
+            diagnostics.append(_no_brace(source, piece, end))
         if piece.kind != "sign":
             continue
         if piece.text in _CLOSERS:
@@ -145,8 +157,10 @@ def balance(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
         elif piece.text in "})]":
             matching = [i for i, o in enumerate(opened) if _CLOSERS[o.text] == piece.text]
             if not matching:
-                chars[piece.start] = " "
-                diagnostics.append(_stray(source, piece))
+                # It may be the right one, and one before it have taken its place.
+                stray = early.pop() if early and piece.text == "}" else piece
+                chars[stray.start] = " "
+                diagnostics.append(_stray(source, stray))
                 continue
             index = matching[-1]
             if piece.first and piece.text == "}":
@@ -158,10 +172,24 @@ def balance(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
             while len(opened) > index + 1:
                 line = source.line_column(piece.start)[0]
                 close(opened.pop(), piece.start, f", before the `{piece.text}` of line {line}")
-            opened.pop()
+            opener = opened.pop()
+            if not piece.first and "\n" in text[opener.start : piece.start]:
+                early.append(piece)
     while opened:
         close(opened.pop(), len(chars), "")
     return "".join(chars), diagnostics
+
+
+def _headless(text: str, piece: Piece, depth: int) -> int:
+    """Where the brace is missing behind the words that open a block; 0 where none is."""
+    head = (_BLOCK if depth == 0 else _INNER_BLOCK).match(text, piece.start)
+    return head.end("head") if head else 0
+
+
+def _no_brace(source: Source, piece: Piece, end: int) -> Diagnostic:
+    found = f"end of the `{piece.text}` statement"
+    span = Span(source, end, end)
+    return UnexpectedToken(found=found, expected="`{`", span=span)
 
 
 def _begins(text: str, piece: Piece) -> bool:

@@ -168,6 +168,8 @@ class _Recovery:
             own, following = max(heads[number - 2], begin), offset
         after = bisect_left(self.pieces, offset, key=_offset)
         token = self.pieces[after] if after < len(self.pieces) else None
+        if own < offset < following and token is not None and token.first and "$END" in accepts:
+            own = offset  # what stands before is complete, so this line is at fault
         before = self.pieces[after - 1] if after else None
         return Mistake(
             source=self.source,
