@@ -4,11 +4,11 @@
     python -m tests.slips --seed 1 --without-models --show
     python -m tests.slips --seed 2 --count 100 --also FOLDER --judge
 
-A slip is a misspelt word, a bracket, quote, comma or line dropped or doubled, two words exchanged, a
-name of another kind, a range that runs backwards or out of bounds. A changed file that nothing is said
-about may still be a right one: `--judge` writes those to `judged.csv`, where a person says of each
-`legal` (left out of the shares), `shape` or `tokenizer` (counts only with the models), or `missed`.
-Without a judgement a mutant counts as missed.
+A slip is a misspelt word, a bracket, quote, comma or line dropped or doubled, two words exchanged,
+a name of another kind, a range that runs backwards or out of bounds. A changed file that nothing is
+said about may still be a right one: `--judge` writes those to `judged.csv`, where a person says of
+each `legal` (left out of the shares), `shape` or `tokenizer` (counts only with the models), or
+`missed`. Without a judgement a mutant counts as missed.
 """
 
 from __future__ import annotations

@@ -75,7 +75,10 @@ class Outcome:
         if self.mutant.kind == "line dropped":
             return None
         span = self.found[0].span
-        return span is not None and span.line == self.mutant.line
+        lines = [self.mutant.line]
+        if self.mutant.kind == "line doubled":  # either of the two
+            lines.append(self.mutant.line - 1)
+        return span is not None and span.line in lines
 
     @property
     def answered(self) -> bool:

@@ -34,10 +34,11 @@ _HEADER = re.compile(
 """What begins a statement of the outermost level and nothing else."""
 _BLOCK = re.compile(r"(?P<head>(?:experiment|prompts|images)[ \t]+\w+)[ \t]*\n\s*(?!\{|\s)")
 _INNER_BLOCK = re.compile(
-    r"(?P<head>corrupt[ \t]+\w+|for[ \t]+\w+[ \t]+in[ \t]+[^\n{}]*[^\s{}])[ \t]*\n\s*"
-    rf"(?=\w+\s+in\b|\w+\s*=|(?:{'|'.join(sorted(EXPERIMENT_WORDS | CHANGE_WORDS))})\b)"
+    r"(?P<head>corrupt[ \t]+\w+)\s+(?:\w+\s*[=,]|(?:swap|template|add|replace|blur)\b)"
+    r"|(?P<loop>for[ \t]+\w+[ \t]+in[ \t]+[^\n{}]*?[^\s{}])"
+    rf"\s+(?:{'|'.join(sorted(EXPERIMENT_WORDS))})\b"
 )
-"""What stands before the brace of a block, where a line ends without one."""
+"""What stands before the brace of a block, where what the block holds follows without one."""
 _DEFINITION = re.compile(r"[A-Za-z_]\w*(?=(?:\s*,\s*[A-Za-z_]\w*)*\s*=(?!=)|\s+in(?!\w))")
 _DEFINERS = ("text", "span", "region", "where", "corrupt")
 """Words of data lines behind which a name and a `=` begin no line of their own."""
@@ -183,7 +184,7 @@ def balance(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
 def _headless(text: str, piece: Piece, depth: int) -> int:
     """Where the brace is missing behind the words that open a block; 0 where none is."""
     head = (_BLOCK if depth == 0 else _INNER_BLOCK).match(text, piece.start)
-    return head.end("head") if head else 0
+    return head.end(head.lastgroup or 0) if head else 0
 
 
 def _no_brace(source: Source, piece: Piece, end: int) -> Diagnostic:
