@@ -157,7 +157,11 @@ class Checker:
 
     def outcome(self, mutant: Mutant) -> Outcome:
         own = {(each.code, each.message) for each in self.own[mutant.file]}
-        said = self._said(mutant.file, mutant.text)
+        try:
+            said = self._said(mutant.file, mutant.text)
+        except Exception as error:  # nothing is said about a slip that nothing can be said about
+            print(f"broke off: {mutant.key}: {error!r}")
+            said = []
         new = tuple(each for each in said if (each.code, each.message) not in own)
         return Outcome(mutant, new, self.judged.get(mutant.key))
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from mechdsl.base.source import Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.mistakes.messages import Mistake
+from mechdsl.syntax.mistakes.pieces import first_words
 
 _PLACEHOLDER = re.compile(r"\{\s*([A-Za-z_]\w*)")
 _MADE = {"split": ("train", "test"), "answer": ("answer",), "wrong": ("wrong",)}
@@ -24,6 +25,8 @@ def lost_with(mistake: Mistake) -> ast.Lost:
     else:
         names.update(piece.text for piece in words[1:2] if piece.kind == "word")
         names.update(_MADE.get(words[0].text, ()) if words else ())
+        if words and words[0].text not in first_words(mistake.kind):
+            names.add(words[0].text)
         listed: list[str] = []
         for piece in words:
             if piece.text in ("=", "in"):

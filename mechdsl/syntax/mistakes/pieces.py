@@ -190,7 +190,8 @@ def _headless(text: str, piece: Piece, depth: int) -> int:
 def _no_brace(source: Source, piece: Piece, end: int) -> Diagnostic:
     found = f"end of the `{piece.text}` statement"
     span = Span(source, end, end)
-    return UnexpectedToken(found=found, expected="`{`", span=span)
+    hint = f"the lines of `{piece.text}` stand between `{{` and `}}`"
+    return UnexpectedToken(found=found, expected="`{`", hint=hint, span=span)
 
 
 def _begins(text: str, piece: Piece) -> bool:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from mechdsl.base.registry import near
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import MisspeltWord
+from mechdsl.diagnostics.e01_syntax import MisspeltWord, UnexpectedToken
 from mechdsl.syntax.grammar import keywords
 from mechdsl.syntax.mistakes.messages import Mistake, hinted, misplaced
 from mechdsl.syntax.mistakes.pieces import Piece, first_words
 
-_GUESSES = 3
-"""Words of the language that one word may have been."""
+_GUESSES = 8
+"""Words of the language that one word may have been; those of two letters are all alike."""
 _EDGES = ("first", "last")
 
 
@@ -34,17 +34,23 @@ def guesses(mistake: Mistake) -> Iterator[tuple[Piece, str]]:
         if not 0 <= at < len(statement) or statement[at].kind != "word":
             continue
         word = statement[at]
-        if word.text in known and at != stopped:
+        if word.text in known and at not in (stopped, stopped + 1):
             continue
-        words = first_words(mistake.kind) if at == 0 else known
-        for meant in near(word.text, words - {word.text})[:_GUESSES]:
+        words = (first_words(mistake.kind) if at == 0 else known) - {word.text}
+        wanted = words & {keywords().get(name) for name in mistake.accepts if at == stopped}
+        alike = [*near(word.text, wanted), *near(word.text, words - wanted)]
+        for meant in alike[:_GUESSES]:
             yield word, meant
 
 
 def misread(mistake: Mistake, word: Piece, meant: str) -> Diagnostic:
     """What is said where the statement parses with another word in this one's place."""
     if word.text in keywords().values():
-        return hinted(mistake) or misplaced(mistake, f"did you mean `{meant}`?", word=word)
+        found, said = f"`{word.text}`", f"did you mean `{meant}`?"
+        span = Span(mistake.source, word.start, word.end)
+        if word is mistake.token:
+            return hinted(mistake) or misplaced(mistake, said, word=word)
+        return UnexpectedToken(found=found, expected=f"`{meant}`", hint=said, span=span)
     end = word.end
     following = mistake.source.text[end:]
     if meant in _EDGES and following[:1] == "-":  # `lat-item`
