@@ -20,7 +20,7 @@ from mechdsl.resolve.resolved import ModelContext
 from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.validate.contexts import Contexts
 
-from .mutants import File, Mutant
+from .mutants import NEED_SHAPE, File, Mutant
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 JUDGED = Path(__file__).parent / "judged.csv"
@@ -67,7 +67,8 @@ class Outcome:
     def counts(self, *, with_models: bool) -> bool:
         """Whether something has to be said."""
         verdict = "" if self.judgement is None else self.judgement.verdict
-        return verdict != "legal" and (with_models or verdict not in ("shape", "tokenizer"))
+        waits = verdict in ("shape", "tokenizer") or self.mutant.kind in NEED_SHAPE
+        return verdict != "legal" and (with_models or not waits)
 
     @property
     def on_line(self) -> bool | None:

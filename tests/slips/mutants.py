@@ -233,6 +233,8 @@ KINDS: dict[str, Callable[[File, random.Random], list[Mutant]]] = {
     "out of bounds": out_of_bounds,
 }
 """Every kind of slip, with what makes all of its mutants of a file."""
+NEED_SHAPE = ("out of bounds",)
+"""Kinds that only a model's shape or a text's tokens tell from right files."""
 SHARES = {"misspelt word": 4}
 """How often a kind is drawn, where it isn't once."""
 

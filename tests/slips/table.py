@@ -23,7 +23,7 @@ BOUNDS = Shares(0.98, 0.95, 0.85)
 
 def table(outcomes: Sequence[Outcome], *, with_models: bool) -> str:
     """One line for each kind, and one for all."""
-    rows = [["", "mutants", "legal", "caught", "on the line", "right word"]]
+    rows = [["", "mutants", "left out", "caught", "on the line", "right word"]]
     for kind in KINDS:
         own = [each for each in outcomes if each.mutant.kind == kind]
         rows.append(_row(kind, own, with_models=with_models))
