@@ -41,7 +41,7 @@ from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.contexts import Contexts
 from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
-from mechdsl.validate.follow_ups import without_follow_ups
+from mechdsl.validate.follow_ups import BrokenLines
 from mechdsl.validate.reachable_p import check_prompts
 from mechdsl.vocab.corruptions import problems
 from mechdsl.vocab.effects import EFFECTS
@@ -90,6 +90,7 @@ def check_source(
     settings = settings or Settings()
     tree, syntax = parse(source)
     program, found = lower_program(tree, source, settings.parameters)
+    broken = BrokenLines([*syntax, *found], tree, program.lost)
     checked = Checked(source, program, diagnostics=found)
     experiments = list(program.experiments)
     if settings.only is not None:
@@ -124,10 +125,10 @@ def check_source(
         for name, value in program.metrics.items()
         if name in METRICS
     )
-    found = without_follow_ups([*syntax, *checked.diagnostics], tree, program)
-    if has_errors(found):  # an error may be why a name isn't used
+    found = [each for each in checked.diagnostics if not broken.cause(each)]
+    if has_errors([*syntax, *found]):  # an error may be why a name isn't used
         found = [d for d in found if not isinstance(d, UnusedName)]
-    checked.diagnostics = _unique(found)
+    checked.diagnostics = _unique([*syntax, *found])
     return checked
 
 

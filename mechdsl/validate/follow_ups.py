@@ -21,7 +21,6 @@ from mechdsl.diagnostics.e06_experiment import (
     PatchWithoutSource,
 )
 from mechdsl.diagnostics.e06_statistics import BadReport, UnreadableExpectation
-from mechdsl.program.spec import Program
 from mechdsl.syntax import ast
 from mechdsl.syntax.reserved import AXIS_WORDS
 
@@ -42,31 +41,27 @@ _QUOTED = re.compile(r"`([^`]*)`")
 _WORD = re.compile(r"[^\W\d]\w*")
 
 
-def without_follow_ups(
-    found: Sequence[Diagnostic], tree: ast.File, program: Program
-) -> list[Diagnostic]:
-    """What is wrong whether or not the lines with errors of syntax, which stay, are put right."""
-    lines = _UnreadLines(found, tree, program)
-    return [each for each in found if each.span is None or not lines.may_cause(each, each.span)]
+class BrokenLines:
+    """The lines of a file with errors of syntax, and those that are lost by them."""
 
-
-class _UnreadLines:
-    """Lines with an error of syntax, and those that are lost by it."""
-
-    def __init__(self, found: Sequence[Diagnostic], tree: ast.File, program: Program) -> None:
+    def __init__(
+        self, syntax: Sequence[Diagnostic], tree: ast.File, lost: Sequence[ast.Lost]
+    ) -> None:
+        """syntax: what is wrong with the texts, among others. lost: statements of the file and of
+        what it imports."""
         kinds = ast.ExperimentDef | ast.PromptsDef
         self.source = tree.span.source
         self.starts = [each.span.start for each in tree.statements if isinstance(each, kinds)]
-        self.names = {name for lost in program.lost for name in lost.names}
+        self.names = {name for each in lost for name in each.names}
         self.torn: dict[int, set[str]] = defaultdict(set)
         """The words of what is lost, by the block where it stood."""
-        for lost in program.lost:
-            self.torn[self.block(lost.span)].update(_WORD.findall(lost.span.text))
-        of_text = [(each, each.span) for each in found if each.span and _of_text(each)]
-        self.wrong = {self.block(span) for _, span in of_text}
+        for each in lost:
+            self.torn[self.block(each.span)].update(_WORD.findall(each.span.text))
+        errors = [(each, each.span) for each in syntax if each.span and _of_text(each)]
+        self.wrong = {self.block(span) for _, span in errors}
         self.unclosed = {
             (span.source, span.line)
-            for each, span in of_text
+            for each, span in errors
             if isinstance(each, UnterminatedString)
         }
 
@@ -75,15 +70,28 @@ class _UnreadLines:
         what is wrong. Before the first one and in other files it is 0."""
         return bisect_right(self.starts, span.start) if span.source is self.source else 0
 
-    def may_cause(self, diagnostic: Diagnostic, span: Span) -> bool:
-        block = self.block(span)
+    def axes(self, span: Span) -> frozenset[str]:
+        """Axes that the lost lines of a block may have given it."""
+        words = self.torn.get(self.block(span))
+        if words is None:
+            return frozenset()
+        found = {axis for axis in AXIS_WORDS if nearest(axis, words)}  # however misspelt
+        return frozenset({*found, *(f"to_{axis}" for axis in found), *_POSITION_AXES})
+
+    def cause(self, diagnostic: Diagnostic) -> bool:
+        """Whether one of them may be why this is said of another line."""
+        if diagnostic.span is None:
+            return False
+        block = self.block(diagnostic.span)
         match diagnostic:
-            case BadPlaceholder():  # in a text that was never closed
-                return (span.source, span.line) in self.unclosed
+            case BadPlaceholder(span=span):  # in a text that was never closed
+                return (span.source, span.line) in self.unclosed if span else False
             case BadLoopValue(reason=reason) if reason == UNUSED_LOOP:
                 return block in self.torn
             case BadReport(reason=reason) | UnreadableExpectation(reason=reason):
-                return block in self.torn and self._may_have_made(reason, self.torn[block])
+                lacking = _quoted(reason)
+                made = {*self.torn.get(block, ()), *self.axes(diagnostic.span), *self.names}
+                return block in self.torn and (not lacking or not made.isdisjoint(lacking))
             case UnknownName(kind="run") if "answer" in self.names:
                 return True  # `accuracy` knows runs with an answer
             case _ if isinstance(diagnostic, _MISSING):
@@ -92,14 +100,6 @@ class _UnreadLines:
                 return not _of_text(diagnostic) and not self.names.isdisjoint(
                     _quoted(diagnostic.message)
                 )
-
-    def _may_have_made(self, reason: str, words: set[str]) -> bool:
-        """Whether an axis or measure that a report or an expectation lacks may come from lines with
-        these words."""
-        lacking = _quoted(reason)
-        axes = {axis for axis in AXIS_WORDS if nearest(axis, words)}  # however misspelt
-        made = {*words, *axes, *_POSITION_AXES, *self.names}
-        return not lacking or not made.isdisjoint(lacking)
 
 
 def _of_text(diagnostic: Diagnostic) -> bool:
