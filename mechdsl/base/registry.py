@@ -10,12 +10,16 @@ T = TypeVar("T")
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that a misspelt one most likely meant: a third of its letters may differ."""
-    if len(word) < 3:
-        return None
+    return next(iter(near(word, known)), None) if len(word) > 2 else None
+
+
+def near(word: str, known: Iterable[str]) -> list[str]:
+    """All known words that a misspelt one may have meant, the nearest first. Nearly every word of
+    two letters is near another one, so what is found for those has to be confirmed."""
     most = max(1, (len(word) + 1) // 3)
-    near = (each for each in known if abs(len(each) - len(word)) <= most)
-    ranked = sorted((distance(word.lower(), each.lower()), each) for each in near)
-    return ranked[0][1] if ranked and ranked[0][0] <= most else None
+    alike = (each for each in known if abs(len(each) - len(word)) <= most)
+    ranked = sorted((distance(word.lower(), each.lower()), each) for each in alike)
+    return [each for apart, each in ranked if apart <= most]
 
 
 def distance(a: str, b: str) -> int:

@@ -76,6 +76,7 @@ def lower_program(
         parameters=parts.parameters,
         experiments=tuple(parts.experiments),
         seed=parts.seed,
+        lost=tuple(lost for file, _ in files for lost in file.lost),
     )
     if any(isinstance(d, ImportFailed) for d in scope.diagnostics):
         # What seems to be missing may stand in the file that can't be read.

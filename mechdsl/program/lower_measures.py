@@ -11,6 +11,7 @@ from mechdsl.program.constants import constant, whole_number
 from mechdsl.program.namespace import Namespace
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
+from mechdsl.syntax.template import parse_template
 from mechdsl.syntax.walk import rewrite, walk
 
 if TYPE_CHECKING:
@@ -78,10 +79,14 @@ def lower_measure(measure: ast.Measure, parts: Definitions, scope: Namespace) ->
                 hint="only `as relative per prompt` averages ratios",
             )
         )
+    expanded = expand_metrics(metric, parts, scope)
+    for node in walk(expanded):
+        if isinstance(node, ast.String):  # what a brace too many makes of it, rows would hide
+            scope.diagnostics.extend(parse_template(node)[1])
     return spec.Measure(
         span=measure.span,
         label=label,
-        metric=expand_metrics(metric, parts, scope),
+        metric=expanded,
         effect=measure.effect.id,
         effect_span=measure.effect.span,
         at=measure.at,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     SpanDefText = ast.SpanDef
     BoundText = ast.Star | ast.AxisRange
     EdgeText = ast.Edge
+    Losses = tuple[ast.Lost, ...]
     Where = Span
     Paths = tuple[Path, ...]
 else:
@@ -50,6 +51,7 @@ else:
     ExprText = SiteText = PositionsText = PositionText = _AS_WRITTEN
     DomainText = StringText = ChangeText = SpanDefText = BoundText = EdgeText = _AS_WRITTEN
     Where = Paths = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
+    Losses = Where
 
 
 class Spec(BaseModel):
@@ -264,3 +266,5 @@ class Program(Spec):
     """As they are: a percentage stays one."""
     experiments: tuple[Experiment, ...] = ()
     seed: int = 0
+    lost: Losses = ()
+    """Statements of the file and of what it imports that can't be read."""

@@ -156,6 +156,8 @@ class _Maker:
                 )
             case _:
                 hint = "a domain is fixed for all rows: write numbers, texts or parameters"
+                if isinstance(node, ast.Call):
+                    hint = did_you_mean(node.name, ["words"], hint)
                 raise self.bad(node, "it isn't fixed", hint)
 
     def words_of(self, node: ast.Call) -> Sequence[Value]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from mechdsl.base.registry import Registry
+from mechdsl.base.registry import Registry, nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e05_data import BadCall, BadValue, NothingToDraw, TooMany
 from mechdsl.prompts.row_scope import Key, Refusal, Scope
@@ -57,18 +57,18 @@ class CallSite:
             if argument.name is None:
                 self.positional.append(value)
             elif argument.name not in self.function.named:
-                raise self.wrong(f"has no argument `{argument.name}`", argument.span)
+                meant = nearest(argument.name, self.function.named)
+                reason = f"has no argument `{argument.name}`"
+                raise self.wrong(reason, argument.span, f"{meant}: …" if meant else None)
             elif argument.name in self.named:
                 raise self.wrong(f"has `{argument.name}` twice", argument.span)
             else:
                 self.named[argument.name] = argument
 
-    def wrong(self, reason: str, span: Span | None = None) -> Refusal:
+    def wrong(self, reason: str, span: Span | None = None, usage: str | None = None) -> Refusal:
         """E0515, with how to write it."""
-        where = span or self.node.span
-        return Refusal(
-            BadCall, where, name=self.function.name, reason=reason, usage=self.function.usage
-        )
+        where, usage = span or self.node.span, usage or self.function.usage
+        return Refusal(BadCall, where, name=self.function.name, reason=reason, usage=usage)
 
     def bad(self, reason: str, hint: str, span: Span | None = None) -> Refusal:
         where = span or self.node.span

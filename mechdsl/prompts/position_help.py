@@ -23,7 +23,7 @@ def unknown_span_hint(name: str, spans: Iterable[str], table: PromptTable) -> st
         return f"`span {name} = …` looks for its text in the prompts, and finds it in none"
     listed = ", ".join(f"`{s}`" for s in spans)
     otherwise = f"there is {listed}" if spans else "write a placeholder: `{name}`"
-    return did_you_mean(name, spans, otherwise)
+    return did_you_mean(name, [*spans, "first", "last"], otherwise)
 
 
 def occurrence_hint(ref: ast.SpanRef, least: int, table: PromptTable, run: str) -> str:

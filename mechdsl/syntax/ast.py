@@ -950,6 +950,14 @@ class File(Node):
 
     statements: tuple[TopLevel, ...]
     comments: tuple[Comment, ...] = field(default=(), compare=False)
+    lost: tuple[Lost, ...] = field(default=(), compare=False)
+
+
+@record
+class Lost(Node):
+    """A statement that can't be read, with the names that it may have defined."""
+
+    names: frozenset[str] = frozenset()
 
 
 @record

@@ -10,7 +10,7 @@ from lark.exceptions import UnexpectedInput
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.syntax.grammar import parser
-from mechdsl.syntax.transform import CONTEXT, Context
+from mechdsl.syntax.transform import CONTEXT, Context, Reading
 
 
 @dataclass
@@ -27,14 +27,21 @@ class ParserStopped(Exception):
 
 
 def attempt(
-    source: Source, text: str, base: int = 0, start: str = "start"
+    source: Source,
+    text: str,
+    base: int = 0,
+    start: str = "start",
+    reading: Reading | None = None,
 ) -> tuple[Any, list[Diagnostic]]:
-    """Parse `text`, which stands in the source at offset `base`.
+    """Parse `text`, which stands in the source at offset `base`, one of its words perhaps read as
+    another one.
 
     Returns what the start rule makes and what was refused although its shape is right.
-    Raises Stopped at the first error of syntax.
+    Raises ParserStopped at the first error of syntax.
     """
-    context = Context(source, base)
+    context = Context(source, base, reading)
+    if reading is not None:
+        text = reading.put_into(text)
     token = CONTEXT.set(context)
     try:
         lark: Any = parser()

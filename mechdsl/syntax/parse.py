@@ -19,8 +19,8 @@ MAX_REPORTED = 1000
 def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
     """The tree of a text and everything wrong with its syntax, in the order of the text.
 
-    Statements with an error are left out of the tree, the others are in it. Codes: E0101 to
-    E0111 and E0114, without E0108.
+    A statement with an error is in the tree where it is clear what was meant (a misspelt word of
+    the language), otherwise among what is lost. Codes: E0101 to E0111 and E0114, without E0108.
     """
     found = outline(source)
     if found.problem is not None:
@@ -31,8 +31,7 @@ def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
         # Half of this package is about wrong texts; right ones start faster without it.
         from mechdsl.syntax.mistakes.recover import recover
 
-        statements, diagnostics = recover(source, error.offset)
-        file = ast.File(tuple(statements), span=Span(source, 0, len(source.text)))
+        file, diagnostics = recover(source, error.offset)
     return replace(file, comments=found.comments), _reported(diagnostics)
 
 

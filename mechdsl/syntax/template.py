@@ -52,8 +52,8 @@ def _raw(text: ast.String) -> tuple[Source, str, int, bool]:
     A text that stands in no file (from Python) is its own source.
     """
     written = text.span.text
-    quoted = len(written) >= 2 and written[0] == written[-1] == '"'
-    if quoted and unescape(written[1:-1]) == text.value:
+    # The last character is a quote, or what stands in for one that is missing.
+    if len(written) >= 2 and written[0] == '"' and unescape(written[1:-1]) == text.value:
         return text.span.source, written[1:-1], text.span.start + 1, True
     return Source(text.value), text.value, 0, False
 

@@ -32,6 +32,24 @@ _ESCAPE = re.compile(r"\\(.)")
 _ESCAPED = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A word of a text that is parsed as if another one stood there."""
+
+    start: int
+    end: int
+    meant: str
+
+    def put_into(self, text: str) -> str:
+        """The text that is parsed."""
+        return text[: self.start] + self.meant + text[self.end :]
+
+    def written(self, offset: int) -> int:
+        """Where in the text itself lies what was parsed at an offset."""
+        longer = len(self.meant) - (self.end - self.start)
+        return offset if offset <= self.start else max(self.start, offset - longer)
+
+
 @dataclass
 class Context:
     """Where the text being parsed comes from, and what was found wrong on the way."""
@@ -39,9 +57,14 @@ class Context:
     source: Source
     base: int = 0
     """Offset of the parsed text in the source."""
+    reading: Reading | None = None
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
     depths: dict[int, int] = field(default_factory=dict[int, int])
     """Depth of the expressions so far, by identity."""
+
+    def offset(self, parsed: int) -> int:
+        """Where in the source lies what was parsed at an offset."""
+        return self.base + (parsed if self.reading is None else self.reading.written(parsed))
 
 
 CONTEXT: ContextVar[Context] = ContextVar("mech_parse")
@@ -58,8 +81,8 @@ class Clause(NamedTuple):
 
 def _ends(item: Any) -> tuple[int, int]:
     if isinstance(item, Token):
-        base = CONTEXT.get().base
-        return base + (item.start_pos or 0), base + (item.end_pos or 0)
+        context = CONTEXT.get()
+        return context.offset(item.start_pos or 0), context.offset(item.end_pos or 0)
     return item.span.start, item.span.end
 
 

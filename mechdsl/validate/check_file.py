@@ -95,8 +95,8 @@ def check_source(
     settings = settings or Settings()
     tree, syntax = parse(source)
     program, found = lower_program(tree, source, settings.parameters)
+    broken = BrokenLines([*syntax, *found], tree, program.lost)
     checked = Checked(source, program, diagnostics=found)
-    broken = BrokenLines(syntax, tree)
     experiments = list(program.experiments)
     if settings.only is not None:
         experiments = _only(settings.only, checked)

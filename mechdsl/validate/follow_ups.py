@@ -1,24 +1,19 @@
-"""What only seems wrong because a line with an error of syntax isn't there."""
+"""What only seems wrong because another line of the file can't be read."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 
 from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import (
-    BadPlaceholder,
-    MisspeltWord,
-    Unclosed,
-    UnterminatedString,
-)
-from mechdsl.diagnostics.e02_names import MissingLine, UnknownName, UnknownWord
+from mechdsl.diagnostics.e01_syntax import BadPlaceholder, NotSupported, UnterminatedString
+from mechdsl.diagnostics.e02_names import MissingLine, UnknownName
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue
-from mechdsl.diagnostics.e03_positions import UnknownSpan
-from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, UnknownText, UnknownValue
+from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, NoRows, NoTemplate
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
     EffectWithoutRule,
@@ -29,83 +24,87 @@ from mechdsl.diagnostics.e06_statistics import BadReport, UnreadableExpectation
 from mechdsl.syntax import ast
 from mechdsl.syntax.reserved import AXIS_WORDS
 
-WORD = re.compile(r"[^\W\d]\w*")
-QUOTED = re.compile(r"`([^\W\d]\w*)`")
-POSITION_AXES = ("position", "item", "from_position")
-"""Axes that a line may be the cause of without having the word."""
-ABSENT = (
+_MISSING = (
     CorruptionWithoutEffect,
     EffectNeedsSource,
     EffectWithoutRule,
     MissingLine,
     NoMeasure,
+    NoRows,
+    NoTemplate,
     PatchWithoutSource,
 )
-"""What a line of the same block may be the cause of."""
-UNKNOWN = (UnknownName, UnknownSpan, UnknownText, UnknownValue)
-"""What a line may have defined."""
+"""Something that a block doesn't say. With an error in it, it isn't finished yet."""
+_POSITION_AXES = ("position", "item", "from_position")
+"""Axes that a line may be the cause of without having the word."""
+_QUOTED = re.compile(r"`([^`]*)`")
+_WORD = re.compile(r"[^\W\d]\w*")
 
 
 class BrokenLines:
-    """The lines of a file with errors of syntax."""
+    """The lines of a file with errors of syntax, and those that are lost by them."""
 
-    def __init__(self, syntax: Sequence[Diagnostic], tree: ast.File) -> None:
-        self.errors = [error for error in syntax if error.severity == "error"]
+    def __init__(
+        self, syntax: Sequence[Diagnostic], tree: ast.File, lost: Sequence[ast.Lost]
+    ) -> None:
+        """syntax: what is wrong with the texts, among others. lost: statements of the file and of
+        what it imports."""
+        kinds = ast.ExperimentDef | ast.PromptsDef
         self.source = tree.span.source
-        self.starts = sorted(statement.span.line for statement in tree.statements)
+        self.starts = [each.span.start for each in tree.statements if isinstance(each, kinds)]
+        self.names = {name for each in lost for name in each.names}
+        self.torn: dict[int, set[str]] = defaultdict(set)
+        """The words of what is lost, by the block where it stood."""
+        for each in lost:
+            self.torn[self.block(each.span)].update(_WORD.findall(each.span.text))
+        errors = [(each, each.span) for each in syntax if each.span and _of_text(each)]
+        self.wrong = {self.block(span) for _, span in errors}
+        self.unclosed = {
+            (span.source, span.line)
+            for each, span in errors
+            if isinstance(each, UnterminatedString)
+        }
+
+    def block(self, span: Span) -> int:
+        """The number of the block that something stands in, or behind: its closing brace may be
+        what is wrong. Before the first one and in other files it is 0."""
+        return bisect_right(self.starts, span.start) if span.source is self.source else 0
 
     def axes(self, span: Span) -> frozenset[str]:
-        """Axes that the broken lines of a block may have given it."""
-        beside = self.beside(span)
-        words = _words(beside)
+        """Axes that the lost lines of a block may have given it."""
+        words = self.torn.get(self.block(span))
+        if words is None:
+            return frozenset()
         found = {axis for axis in AXIS_WORDS if nearest(axis, words)}  # however misspelt
-        found.update(f"to_{axis}" for axis in tuple(found))
-        return frozenset(found.union(POSITION_AXES)) if beside else frozenset()
+        return frozenset({*found, *(f"to_{axis}" for axis in found), *_POSITION_AXES})
 
     def cause(self, diagnostic: Diagnostic) -> bool:
-        """Whether one of them may be why this is said."""
-        if not self.errors:
+        """Whether one of them may be why this is said of another line."""
+        if diagnostic.span is None:
             return False
-        if isinstance(diagnostic, BadPlaceholder):  # in a text that was never closed
-            return any(isinstance(error, UnterminatedString) for error in self.errors)
-        unused = isinstance(diagnostic, BadLoopValue) and diagnostic.reason == UNUSED_LOOP
-        if unused or isinstance(diagnostic, ABSENT):
-            return bool(self.beside(diagnostic.span))
-        if isinstance(diagnostic, BadReport | UnreadableExpectation):
-            beside = self.beside(diagnostic.span)
-            names = QUOTED.findall(diagnostic.reason)
-            return bool(beside) and (not names or not _words(beside).isdisjoint(names))
-        if isinstance(diagnostic, UnknownWord):
-            words = _words(self.errors)
-            return diagnostic.kind != "component" and diagnostic.word in words
-        if not isinstance(diagnostic, UNKNOWN):
-            return False
-        words = _words(self.errors)
-        if isinstance(diagnostic, UnknownName) and diagnostic.kind == "part":
-            return "split" in words
-        if isinstance(diagnostic, UnknownName) and diagnostic.kind == "run" and "answer" in words:
-            return True  # `accuracy` knows runs with an answer
-        return not words.isdisjoint(WORD.findall(diagnostic.name))
-
-    def beside(self, span: Span | None) -> list[Diagnostic]:
-        """What is wrong in the block in which something stands; what leaves it open where a block
-        ends is wrong everywhere."""
-        own = self.block(span)
-        return [e for e in self.errors if isinstance(e, Unclosed) or self.block(e.span) in (own, 0)]
-
-    def block(self, span: Span | None) -> int:
-        """The number of a statement at the top of the file, from 1; 0 for another file."""
-        if span is None or span.source is not self.source:
-            return 0
-        return bisect_right(self.starts, span.line)
+        block = self.block(diagnostic.span)
+        match diagnostic:
+            case BadPlaceholder(span=span):  # in a text that was never closed
+                return (span.source, span.line) in self.unclosed if span else False
+            case BadLoopValue(reason=reason) if reason == UNUSED_LOOP:
+                return block in self.torn
+            case BadReport(reason=reason) | UnreadableExpectation(reason=reason):
+                lacking = _quoted(reason)
+                made = {*self.torn.get(block, ()), *self.axes(diagnostic.span), *self.names}
+                return block in self.torn and (not lacking or not made.isdisjoint(lacking))
+            case UnknownName(kind="run") if "answer" in self.names:
+                return True  # `accuracy` knows runs with an answer
+            case _ if isinstance(diagnostic, _MISSING):
+                return block in self.wrong
+            case _:
+                return not _of_text(diagnostic) and not self.names.isdisjoint(
+                    _quoted(diagnostic.message)
+                )
 
 
-def _words(errors: Iterable[Diagnostic]) -> set[str]:
-    """What the broken lines say, and what is most likely meant."""
-    found: set[str] = set()
-    for error in errors:
-        if error.span is not None:
-            found.update(WORD.findall(error.span.source.line_text(error.span.line)))
-        if isinstance(error, MisspeltWord):
-            found.add(error.meant)
-    return found
+def _of_text(diagnostic: Diagnostic) -> bool:
+    return diagnostic.code.startswith("E01") and not isinstance(diagnostic, NotSupported)
+
+
+def _quoted(message: str) -> list[str]:
+    return [word for text in _QUOTED.findall(message) for word in _WORD.findall(text)]

@@ -23,7 +23,7 @@ def codes(text: str) -> list[str]:
     return [problem.code for problem in parse(Source(text))[1]]
 
 
-def test_all_errors_at_once_and_the_rest_kept() -> None:
+def test_all_errors_at_once_and_what_was_meant_kept() -> None:
     source = Source(program("many_at_once", "Spelling, signs and quotes through a whole file"))
     tree, problems = parse(source)
     lines = {p.span.line for p in problems if p.span}
@@ -35,19 +35,25 @@ def test_all_errors_at_once_and_the_rest_kept() -> None:
     assert lines == marked
     assert [type(s).__name__ for s in tree.statements] == [
         "Version",
+        "ModelDef",
         "PromptsDef",
         "ExperimentDef",
         "Seed",
     ]
-    prompts, experiment = tree.statements[1:3]
+    prompts, experiment = tree.statements[2:4]
     assert isinstance(prompts, ast.PromptsDef)
-    assert [type(line).__name__ for line in prompts.lines] == ["Domained", "Template", "Corrupt"]
+    assert [type(line).__name__ for line in prompts.lines] == [
+        "Domained",
+        "Template",
+        "Text",
+        "Corrupt",
+    ]
     assert isinstance(experiment, ast.ExperimentDef)
     kinds = [type(s).__name__ for s in experiment.statements]
-    assert kinds == ["UseModel", "UsePrompts", "For", "Measure", "Report"]
+    assert kinds == ["UseModel", "UsePrompts", "For", "Measure", "Report", "Expect"]
     loop = experiment.statements[2]
     assert isinstance(loop, ast.For)
-    assert len(loop.body) == 1
+    assert len(loop.body) == 2
 
 
 @pytest.mark.parametrize(("kind", "text"), all_snippets()[::3])
@@ -55,7 +61,7 @@ def test_one_error_leaves_the_neighbours(kind: str, text: str) -> None:
     # A statement on lines of its own survives an error before and behind it.
     good, problems = parse(Source(wrapped(kind, text)))
     assert not problems
-    tree, problems = parse(Source(wrapped(kind, f"wrongest thing )\n{text}\nwrongest 3 thing")))
+    tree, problems = parse(Source(wrapped(kind, f"jumble thing )\n{text}\njumble 3 thing")))
     assert problems
     assert len(tree.statements) == len(good.statements)
     assert tree.statements == good.statements

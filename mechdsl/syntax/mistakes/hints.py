@@ -231,8 +231,18 @@ HINTS: tuple[Hint, ...] = (
         r"-",
         "a name has letters, digits and `_`, but no `-`",
     ),
+    Hint(
+        r"^(?:experiment|prompts|images|corrupt)\s+(\w+)\s+$",
+        r"(\w+)",
+        "a name is one word: `{0}_{1}`",
+        "LBRACE",
+    ),
     Hint(r"\b(kl|js)\($", r"\)", "name the run that it is compared with: `{0}(clean)`"),
-    Hint(r"^corrupt\s*$", r"", "write `corrupt NAME {{ … }}`, with its changes between the braces"),
+    Hint(
+        r"^corrupt\s*\w*\s*$",
+        r"=|\s*$",
+        "write `corrupt NAME {{ … }}`, with its changes between the braces",
+    ),
     Hint(r"\bpython\([^\")]*$", r"", 'the file stands in quotes: `python("file.py:name")`'),
     Hint(
         r'"[^"]*\{[^"}]*"\s*$',
@@ -240,6 +250,7 @@ HINTS: tuple[Hint, ...] = (
         "the text ends at this quote: name the value on a line of its own, `x = …`, and write "
         "that name in the text",
     ),
+    Hint(r"^$", r"in\s+(\w+)", "the name comes first: `{0} in …`"),
     Hint(r"^$", r"python\b", "say which value it makes: `count = python(…)`"),
     Hint(r"^$", r"apply\b", "write `set SITE at POSITION to python(…)`"),
     # Signs and words of other languages.

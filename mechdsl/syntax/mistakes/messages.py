@@ -86,9 +86,9 @@ def explain(mistake: Mistake) -> Diagnostic:
         _first_word(mistake)
         or _taken_for_position(mistake)
         or _misspelt(mistake)
-        or _hinted(mistake)
+        or hinted(mistake)
         or _reserved(mistake)
-        or _unexpected(mistake)
+        or misplaced(mistake)
     )
 
 
@@ -154,7 +154,8 @@ def _taken_for_position(mistake: Mistake) -> Diagnostic | None:
     return None
 
 
-def _hinted(mistake: Mistake) -> Diagnostic | None:
+def hinted(mistake: Mistake) -> Diagnostic | None:
+    """What people write by habit there."""
     found = hint(
         mistake.source.text[mistake.begin : mistake.offset],
         mistake.source.text[mistake.offset : mistake.end],
@@ -162,9 +163,7 @@ def _hinted(mistake: Mistake) -> Diagnostic | None:
     )
     if found is None:
         return None
-    return UnexpectedToken(
-        found=_found(mistake), expected=_expected(mistake), hint=found, span=mistake.span
-    )
+    return misplaced(mistake, found)
 
 
 def _misspelt(mistake: Mistake) -> Diagnostic | None:
@@ -174,16 +173,11 @@ def _misspelt(mistake: Mistake) -> Diagnostic | None:
     meant = nearest(token.text, _words(mistake.accepts))
     if meant is None or meant == token.text:
         return None
-    span = Span(mistake.source, token.start, token.end)
     if token.text in keywords().values():  # `layers` for `layer`, but not `and` for `add`
         if token.text.removesuffix("s") != meant.removesuffix("s"):
             return None
-        return UnexpectedToken(
-            found=_found(mistake),
-            expected=_expected(mistake),
-            hint=f"write `{meant}`",
-            span=span,
-        )
+        return misplaced(mistake, f"write `{meant}`", word=token)
+    span = Span(mistake.source, token.start, token.end)
     return MisspeltWord(word=token.text, meant=meant, span=span)
 
 
@@ -207,8 +201,11 @@ def _reserved(mistake: Mistake) -> Diagnostic | None:
     return ReservedName(name=token.text, span=Span(mistake.source, token.start, token.end))
 
 
-def _unexpected(mistake: Mistake) -> Diagnostic:
-    return UnexpectedToken(found=_found(mistake), expected=_expected(mistake), span=mistake.span)
+def misplaced(mistake: Mistake, hint: str = "", *, word: Piece | None = None) -> Diagnostic:
+    """E0101: what stands where the parser stopped, or this word there, has no place."""
+    span = Span(mistake.source, word.start, word.end) if word else mistake.span
+    found, expected = _found(mistake), _expected(mistake)
+    return UnexpectedToken(found=found, expected=expected, hint=hint, span=span)
 
 
 def _found(mistake: Mistake) -> str:

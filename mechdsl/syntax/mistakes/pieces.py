@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
+from mechdsl.base.registry import nearest
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import Unclosed, UnexpectedToken
@@ -31,7 +32,16 @@ _HEADER = re.compile(
     r'|use\s+"|seed\s+[0-9]+|mech\s+[0-9]+'
 )
 """What begins a statement of the outermost level and nothing else."""
+_BLOCK = re.compile(r"(?P<head>(?:experiment|prompts|images)[ \t]+\w+)[ \t]*\n\s*(?!\{|\s)")
+_INNER_BLOCK = re.compile(
+    r"(?P<head>corrupt[ \t]+\w+)\s+(?:\w+\s*[=,]|(?:swap|template|add|replace|blur)\b)"
+    r"|(?P<loop>for[ \t]+\w+[ \t]+in[ \t]+[^\n{}]*?[^\s{}])"
+    rf"\s+(?:{'|'.join(sorted(EXPERIMENT_WORDS))})\b"
+)
+"""What stands before the brace of a block, where what the block holds follows without one."""
 _DEFINITION = re.compile(r"[A-Za-z_]\w*(?=(?:\s*,\s*[A-Za-z_]\w*)*\s*=(?!=)|\s+in(?!\w))")
+_DEFINERS = ("text", "span", "region", "where", "corrupt")
+"""Words of data lines behind which a name and a `=` begin no line of their own."""
 _FROM_INTO = re.compile(
     r"from\s+(?!(?:last|first|each|tokens?|top)\b)[\w.]+(?:\s*,\s*[\w.]+)*"
     r"\s+(?!(?:tokens?|row|of|at|(?:layer|head|neuron|expert|feature)s?)\b)[a-z]"
@@ -106,6 +116,8 @@ def balance(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
     chars = list(text)
     diagnostics: list[Diagnostic] = []
     opened: list[Piece] = []
+    early: list[Piece] = []
+    """Closing braces that aren't the first on their line, with an opening one on another line."""
 
     def indent(offset: int) -> int:
         line = text[text.rfind("\n", 0, offset) + 1 : offset + 1]
@@ -135,6 +147,10 @@ def balance(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
                     close(opened.pop(), piece.start, f", before line {line}")
             while opened and opened[-1].text != "{" and _begins(text, piece):
                 close(opened.pop(), piece.start, f", before line {line}")
+        if piece.kind == "word" and piece.first and (end := _headless(text, piece, len(opened))):
+            chars[end] = "{"
+            opened.append(Piece("sign", "{", end, end + 1, first=False))
+            diagnostics.append(_no_brace(source, piece, end))
         if piece.kind != "sign":
             continue
         if piece.text in _CLOSERS:
@@ -142,8 +158,10 @@ def balance(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
         elif piece.text in "})]":
             matching = [i for i, o in enumerate(opened) if _CLOSERS[o.text] == piece.text]
             if not matching:
-                chars[piece.start] = " "
-                diagnostics.append(_stray(source, piece))
+                # It may be the right one, and one before it have taken its place.
+                stray = early.pop() if early and piece.text == "}" else piece
+                chars[stray.start] = " "
+                diagnostics.append(_stray(source, stray))
                 continue
             index = matching[-1]
             if piece.first and piece.text == "}":
@@ -155,10 +173,25 @@ def balance(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
             while len(opened) > index + 1:
                 line = source.line_column(piece.start)[0]
                 close(opened.pop(), piece.start, f", before the `{piece.text}` of line {line}")
-            opened.pop()
+            opener = opened.pop()
+            if not piece.first and "\n" in text[opener.start : piece.start]:
+                early.append(piece)
     while opened:
         close(opened.pop(), len(chars), "")
     return "".join(chars), diagnostics
+
+
+def _headless(text: str, piece: Piece, depth: int) -> int:
+    """Where the brace is missing behind the words that open a block; 0 where none is."""
+    head = (_BLOCK if depth == 0 else _INNER_BLOCK).match(text, piece.start)
+    return head.end(head.lastgroup or 0) if head else 0
+
+
+def _no_brace(source: Source, piece: Piece, end: int) -> Diagnostic:
+    found = f"end of the `{piece.text}` statement"
+    span = Span(source, end, end)
+    hint = f"the lines of `{piece.text}` stand between `{{` and `}}`"
+    return UnexpectedToken(found=found, expected="`{`", hint=hint, span=span)
 
 
 def _begins(text: str, piece: Piece) -> bool:
@@ -218,14 +251,22 @@ def starts(text: str, inside: list[Piece], kind: str, depth: int) -> list[int]:
 
 
 def _defines(text: str, piece: Piece, before: Piece | None, goes_on: bool) -> bool:
-    if goes_on or (before is not None and before.text in ("text", "span", "region", "where")):
+    if goes_on:
+        return False
+    if before is not None and (before.text in _DEFINERS or _is_near_definer(before)):
         return False
     return _DEFINITION.match(text, piece.start) is not None
 
 
-def block_of(statement: list[Piece]) -> Piece | None:
-    """The brace that opens the lines of a statement, if it has some."""
-    if not statement or statement[0].text not in BLOCK_WORDS:
+def _is_near_definer(piece: Piece) -> bool:
+    """`sapn bar = "|"`: the word that begins a line is a misspelt one."""
+    return piece.first and piece.kind == "word" and nearest(piece.text, _DEFINERS) is not None
+
+
+def block_of(statement: list[Piece], first: str) -> Piece | None:
+    """The brace that opens the lines of a statement, if it has some; `first` is what its first word
+    is read as."""
+    if first not in BLOCK_WORDS:
         return None
     depth = statement[0].depth
     for piece in statement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,17 +19,24 @@ from mechdsl.diagnostics.e01_syntax import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.attempt import ParserStopped, attempt
 from mechdsl.syntax.changes import SIGNATURES
+from mechdsl.syntax.mistakes.losses import lost_with
 from mechdsl.syntax.mistakes.messages import Mistake, explain
 from mechdsl.syntax.mistakes.pieces import INSIDE, Piece, balance, block_of, matched, starts
+from mechdsl.syntax.mistakes.readings import guesses, misread
 from mechdsl.syntax.mistakes.slips import without_slips
 from mechdsl.syntax.scan import skip_space
-from mechdsl.syntax.transform import VERSION
+from mechdsl.syntax.transform import VERSION, Reading
 
 _VERSION = re.compile(r"mech\b[ \t]*(?P<number>[\w.]*)")
+GUESSES = 1000
+"""How many words of a file are tried in the place of others."""
+LONG = 2000
+"""Characters of a statement in which no word is tried in the place of another."""
 
 
-def recover(source: Source, stopped: int) -> tuple[list[Any], list[Diagnostic]]:
-    """The statements of a text that parse, and what is wrong with the others.
+def recover(source: Source, stopped: int) -> tuple[ast.File, list[Diagnostic]]:
+    """The statements of a text that parse or where it is clear what was meant, and all that is
+    wrong.
 
     stopped: the offset at which the parser gave up
     """
@@ -43,7 +51,10 @@ def recover(source: Source, stopped: int) -> tuple[list[Any], list[Diagnostic]]:
         reader.diagnostics.append(
             UnexpectedToken(found=f"`{span.text.strip()}`", expected="something else", span=span)
         )
-    return ([version] if version else []) + found, _causes(reader.diagnostics)
+    statements = ([version] if version else []) + found
+    lost = [*reader.lost, *(ast.Lost(span=each.span) for each in unbalanced if each.span)]
+    file = ast.File(tuple(statements), lost=tuple(lost), span=Span(source, 0, len(text)))
+    return file, _causes(reader.diagnostics)
 
 
 def _causes(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
@@ -84,6 +95,8 @@ class _Recovery:
     """The source with slips replaced, offsets unchanged."""
     pieces: list[Piece]
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    lost: list[ast.Lost] = field(default_factory=list[ast.Lost])
+    guesses_left: int = GUESSES
 
     def version(self) -> tuple[int, ast.Version | None]:
         """Where the statements begin, and the version before them."""
@@ -144,6 +157,7 @@ class _Recovery:
         try:
             return self._read(kind, begin, end)
         except ParserStopped:
+            self.lost.append(ast.Lost(span=Span(self.source, begin, end)))
             return []
 
     def _locate(
@@ -160,6 +174,8 @@ class _Recovery:
             own, following = max(heads[number - 2], begin), offset
         after = bisect_left(self.pieces, offset, key=_offset)
         token = self.pieces[after] if after < len(self.pieces) else None
+        if own < offset < following and token is not None and token.first and "$END" in accepts:
+            own = offset  # what stands before is complete, so this line is at fault
         before = self.pieces[after - 1] if after else None
         return Mistake(
             source=self.source,
@@ -181,27 +197,72 @@ class _Recovery:
         return error.accepts if signature is None else signature.accepts(before, error.accepts)
 
     def _mistaken(self, kind: str, depth: int, mistake: Mistake) -> list[Any]:
-        """Report a mistake; where it is in the lines of a block, the others of them are kept."""
-        brace = block_of(mistake.statement)
-        inner = INSIDE.get(mistake.statement[0].text) if mistake.statement else None
+        """Report a mistake. The statement is kept where it is clear what was meant, and of a block
+        the good lines."""
+        first = mistake.statement[0].text if mistake.statement else ""
+        brace = block_of(mistake.statement, first)
+        if brace is not None and brace.start < mistake.offset <= (brace.partner or 0):
+            return self._kept(kind, depth, mistake, first) or []
+        for word, meant in self._guesses(mistake):
+            begins = meant if word is mistake.statement[0] else first
+            at = word.start - mistake.begin
+            reading = Reading(at, at + len(word.text), meant)
+            found = self._kept(kind, depth, mistake, begins, reading)
+            if found is not None:
+                self.diagnostics.append(misread(mistake, word, meant))
+                return found
+        self.diagnostics.append(explain(mistake))
+        found = self._kept(kind, depth, mistake, first, named=True) if brace is not None else None
+        if found is None:
+            self.lost.append(lost_with(mistake))
+        return found or []
+
+    def _guesses(self, mistake: Mistake) -> Iterator[tuple[Piece, str]]:
+        for guess in guesses(mistake):
+            if not self.guesses_left:
+                return
+            self.guesses_left -= 1
+            yield guess
+
+    def _kept(
+        self,
+        kind: str,
+        depth: int,
+        mistake: Mistake,
+        first: str,
+        reading: Reading | None = None,
+        *,
+        named: bool = False,
+    ) -> list[Any] | None:
+        """The statement, or None where it doesn't parse; a block has its good lines.
+
+        first: what its first word is read as. named: of what stands before a brace, the name alone.
+        """
+        brace = block_of(mistake.statement, first)
         if brace is None or brace.partner is None:
-            self.diagnostics.append(explain(mistake))
-            return []
-        if inner is None or not brace.start < mistake.offset <= brace.partner:
-            self.diagnostics.append(explain(mistake))
-            if inner is not None:
-                self.lines(inner, brace.end, brace.partner, depth + 1)
-            return []
-        body = self.lines(inner, brace.end, brace.partner, depth + 1)
-        head = self.text[mistake.begin : brace.end]
-        hollow = head + " " * (brace.partner - brace.end) + "}"
+            if reading is not None and mistake.end - mistake.begin > LONG:
+                return None
+            return self._nodes(kind, mistake, self.text[mistake.begin : mistake.end], reading)
+        head = self.text[mistake.begin : brace.start]
+        if named:
+            name = mistake.statement[1].end - mistake.begin
+            head = head[:name].ljust(len(head))
+        hollow = head + "{" + " " * (brace.partner - brace.end) + "}"
+        nodes = self._nodes(kind, mistake, hollow, reading)
+        if nodes is None and reading is not None:
+            return None
+        body = self.lines(INSIDE[first], brace.end, brace.partner, depth + 1)
+        return None if nodes is None else [_filled(nodes[0], tuple(body))]
+
+    def _nodes(
+        self, kind: str, mistake: Mistake, text: str, reading: Reading | None
+    ) -> list[Any] | None:
         try:
-            nodes, diagnostics = attempt(self.source, hollow, mistake.begin, kind)
+            nodes, diagnostics = attempt(self.source, text, mistake.begin, kind, reading)
         except ParserStopped:
-            return []
+            return None
         self.diagnostics += diagnostics
-        (node,) = nodes
-        return [_filled(node, tuple(body))]
+        return list(nodes)
 
 
 def _offset(piece: Piece) -> int:

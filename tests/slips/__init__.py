@@ -1,0 +1,1 @@
+"""Files with one slip each, and what is said about them."""

@@ -1,0 +1,201 @@
+"""What is said about each mutant, with the models and without, and how good it is."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.models.shape import shape_from_config
+from mechdsl.program import spec
+from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.resolve.resolved import ModelContext
+from mechdsl.validate.check_file import Settings, check_source
+from mechdsl.validate.contexts import Contexts
+
+from .mutants import NEED_SHAPE, File, Mutant
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+JUDGED = Path(__file__).parent / "judged.csv"
+COLUMNS = ("file", "kind", "before", "after", "verdict", "reason")
+NOT_HERE = 'hf("not/here"'
+SOURCE = re.compile(r'\b(?:zoo|hf|local)\("[^"\n]*"')
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "vocab_size": 50257,
+    "n_positions": 1024,
+}
+ROWS = Settings(limit=20)
+"""Enough rows for every rule of the examples; fewer than they ask for."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a person found of a mutant that nothing is said about.
+
+    verdict: `legal`, or what is needed to see the slip: `shape` or `tokenizer`.
+    """
+
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was said about one mutant."""
+
+    mutant: Mutant
+    found: tuple[Diagnostic, ...]
+    """Errors that the right file doesn't have, in the order of the text."""
+    judgement: Judgement | None
+
+    @property
+    def caught(self) -> bool:
+        return bool(self.found)
+
+    def counts(self, *, with_models: bool) -> bool:
+        """Whether something has to be said."""
+        verdict = "" if self.judgement is None else self.judgement.verdict
+        waits = verdict in ("shape", "tokenizer") or self.mutant.kind in NEED_SHAPE
+        return verdict != "legal" and (with_models or not waits)
+
+    @property
+    def on_line(self) -> bool | None:
+        """Whether the first error points at the line with the slip; None where it has none."""
+        if self.mutant.kind == "line dropped":
+            return None
+        span = self.found[0].span
+        lines = [self.mutant.line]
+        if self.mutant.kind == "line doubled":  # either of the two
+            lines.append(self.mutant.line - 1)
+        return span is not None and span.line in lines
+
+    @property
+    def answered(self) -> bool:
+        """Whether the right word of a misspelt one is proposed, or, where a definition is misspelt,
+        the name that the file goes on to use is set against the one that it defines."""
+        right, wrong = self.mutant.right, self.mutant.wrong
+        for each in self.found:
+            proposed = _quoted(each.help_text)
+            if len(proposed) <= MOST and _names(right, proposed):
+                return True
+            if _names(right, _quoted(each.message)) and _names(wrong, proposed):
+                return True
+        return False
+
+
+MOST = 2
+"""Quoted words of a help line that proposes; one that lists them all proposes none."""
+
+
+def _quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`]*)`", text)
+
+
+def _names(word: str, quoted: Iterable[str]) -> bool:
+    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", each) for each in quoted)
+
+
+def right_files(also: Iterable[Path] = ()) -> list[File]:
+    """The shipped examples, and further files or folders of them."""
+    found: list[File] = []
+    for root in (EXAMPLES, *also):
+        paths = sorted(root.rglob("*.mech")) if root.is_dir() else [root]
+        found += [File(path, str(path.relative_to(root.parent))) for path in paths]
+    return found
+
+
+def judged() -> dict[tuple[str, str, str, str], Judgement]:
+    if not JUDGED.exists():
+        return {}
+    with JUDGED.open(encoding="utf-8", newline="") as rows:
+        return {
+            (row["file"], row["kind"], row["before"], row["after"]): Judgement(
+                row["verdict"], row["reason"]
+            )
+            for row in csv.DictReader(rows)
+        }
+
+
+class Checker:
+    """Checks mutants of some files; without models, no path of a model is found."""
+
+    def __init__(self, files: Iterable[File], folder: Path, *, models: bool) -> None:
+        """folder: an empty one, for the files without models."""
+        self.models = models
+        self.paths: dict[str, Path] = {}
+        self.contexts: Mapping[str, ModelContext] = {}
+        files = list(files)
+        for file in files:
+            self.paths[file.name] = file.path if models else folder / file.name
+            if not models:
+                self.paths[file.name].parent.mkdir(parents=True, exist_ok=True)
+                self.paths[file.name].write_text(self._seen(file.text), encoding="utf-8")
+        if models:
+            self.contexts = _contexts(files)
+        self.own = {file.name: self._said(file.name, file.text) for file in files}
+        self.judged = judged()
+
+    def _seen(self, text: str) -> str:
+        return text if self.models else SOURCE.sub(NOT_HERE, text)
+
+    def _said(self, name: str, text: str) -> list[Diagnostic]:
+        source = Source(self._seen(text), self.paths[name])
+        found = check_source(source, ROWS, self.contexts).diagnostics
+        errors = [each for each in found if each.severity == "error"]
+        return sorted(errors, key=lambda each: each.span.start if each.span else 0)
+
+    def outcome(self, mutant: Mutant) -> Outcome:
+        own = {(each.code, each.message) for each in self.own[mutant.file]}
+        try:
+            said = self._said(mutant.file, mutant.text)
+        except Exception as error:  # nothing is said about a slip that nothing can be said about
+            print(f"broke off: {mutant.key}: {error!r}")
+            said = []
+        new = tuple(each for each in said if (each.code, each.message) not in own)
+        return Outcome(mutant, new, self.judged.get(mutant.key))
+
+
+def _contexts(files: Iterable[File]) -> dict[str, ModelContext]:
+    """The models of the files, read once; GPT-2, which nobody has downloaded, by its numbers."""
+    found: dict[str, ModelContext] = {}
+    for file in files:
+        checked = check_source(Source(file.text, file.path), ROWS)
+        contexts = Contexts(checked.program, [], {}, None)
+        for name, model in checked.program.models.items():
+            here = contexts.model(name)
+            found[name] = here or _by_its_numbers(model)
+    return found
+
+
+@cache
+def _words() -> TextTokenizer:
+    """One token for each word of the examples, with its space or without."""
+    texts = " ".join(path.read_text(encoding="utf-8") for path in EXAMPLES.rglob("*.mech"))
+    words = sorted(set(re.findall(r"\w+|[^\w\s]", texts)))
+    known = dict.fromkeys(["<unk>", *words, *(f"Ġ{word}" for word in words)])
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer, problems = TextTokenizer.from_backend(backend)
+    assert tokenizer is not None, problems
+    return tokenizer
+
+
+def _by_its_numbers(model: spec.Model) -> ModelContext:
+    shape, problems = shape_from_config(GPT2, model=model.name)
+    assert shape is not None, problems
+    return ModelContext(model, shape, _words())

@@ -1,0 +1,58 @@
+"""A sample of `python -m tests.slips`: what is caught of right files with one slip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .checked import Checker, judged, right_files
+from .mutants import KINDS, Mutant, drawn
+from .table import BOUNDS, shares_of, table
+
+FILES = right_files()
+SEED = 8
+COUNT = 60
+"""Those among them that nothing is said about are judged."""
+SLOW = "examples/mediators.mech"
+"""Seconds for each look at it."""
+
+
+def sample() -> list[Mutant]:
+    return [each for each in drawn(FILES, SEED, COUNT) if each.file != SLOW]
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        pytest.param(True, id="with-models"),
+        pytest.param(
+            False,
+            id="without-models",
+            marks=pytest.mark.xfail(strict=True, reason="names wait for the model"),
+        ),
+    ],
+)
+def test_slips_are_caught_where_they_are(models: bool, tmp_path: Path) -> None:
+    checker = Checker([file for file in FILES if file.name != SLOW], tmp_path, models=models)
+    outcomes = [checker.outcome(each) for each in sample()]
+    shares = shares_of(outcomes, with_models=models)
+    for share, bound in zip(shares, BOUNDS, strict=True):
+        assert share >= bound, table(outcomes, with_models=models)
+
+
+def test_mutants_differ_from_their_files_in_one_line() -> None:
+    mutants = drawn(FILES, SEED, 500)
+    assert {each.kind for each in mutants} == set(KINDS)
+    texts = {file.name: file.text for file in FILES}
+    for each in mutants:
+        assert each.text != texts[each.file]
+        lines = each.text.count("\n") - texts[each.file].count("\n")
+        assert lines == {"line dropped": -1, "line doubled": 1}.get(each.kind, 0)
+        assert each.text.split("\n")[each.line - 1] == each.after or each.kind == "line dropped"
+
+
+def test_judgements_have_reasons() -> None:
+    for key, judgement in judged().items():
+        assert judgement.verdict in ("legal", "shape", "tokenizer"), key
+        assert judgement.reason, key
