@@ -28,6 +28,12 @@ def statement(path: str, kind: str = "local", **fields: object) -> spec.Model:
     )
 
 
+@pytest.fixture(autouse=True)
+def _checked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here it is the checks of a model that are tested."""
+    monkeypatch.setenv("MECHDSL_CACHE", "")
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
