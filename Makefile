@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
 OLDEST := .venv-oldest
-# Two worker processes: torch threads of several tests would fight over the cores otherwise.
+# Two worker processes: torch threads of several tests would fight over the cores otherwise. A file
+# stays in one of them, as its tests share models and references. Bytecode is kept, as tests start
+# processes that would compile all modules again.
 WORKERS ?= 2
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # What runs on the oldest transformers that pyproject.toml allows, too.
 OLDEST_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
 	tests/models/test_against_reference.py tests/models/test_packed.py \
@@ -39,10 +42,10 @@ lint: $(VENV)/.stamp-test
 	$(BIN)/pyright
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	$(PYTEST)
 
 $(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
