@@ -230,27 +230,28 @@ def try_file(
         write_rows(folder)
     whole = f'mech 1\nmodel m = local("handed over")\n{prompts}\n{text}'
     source = Source(whole, folder / "file.mech")
-    if tokenizer is None and id(model) in _SHARED:
-        return run_on(source, shared(model), options)
+    if tokenizer is None and is_shared(model):
+        return run_on(source, {"m": shared(model)}, options)
     return run_source(source, options, {"m": (model, tokenizer or word_tokenizer())})
 
 
 def run_on(
-    source: Source, model: LoadedModel, options: RunOptions | None = None
+    source: Source, models: Mapping[str, LoadedModel], options: RunOptions | None = None
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    """As `run_source` does, on a model `m` that was taken apart and checked before."""
+    """As `run_source` does, on models that were taken apart and checked before."""
     options = options or RunOptions()
-    checked = check_source(source, options.settings, {"m": context(source, model)})
+    contexts = {name: context(source, name, model) for name, model in models.items()}
+    checked = check_source(source, options.settings, contexts)
     if has_errors(checked.diagnostics):
         return None, checked.diagnostics
-    result, found = run_checked(checked, options, {"m": model})
+    result, found = run_checked(checked, options, models)
     return result, [*checked.diagnostics, *found]
 
 
-def context(source: Source, model: LoadedModel) -> ModelContext:
+def context(source: Source, name: str, model: LoadedModel) -> ModelContext:
     """What checking a file needs of a model that is there."""
     assert model.tokenizer is not None
-    statement = spec.Model(span=Span(source, 0, 0), name="m", kind="local", path="")
+    statement = spec.Model(span=Span(source, 0, 0), name=name, kind="local", path="")
     return ModelContext(statement, model.shape, model.tokenizer)
 
 
@@ -272,10 +273,15 @@ def adopted(family: str, seed: int = 0) -> LoadedModel:
     return shared(bare(family, seed))
 
 
+def is_shared(module: Any) -> bool:
+    """Whether it is one of `bare`."""
+    return id(module) in _SHARED
+
+
 @cache
-def shared(module: Any) -> LoadedModel:
+def shared(module: Any, name: str = "m") -> LoadedModel:
     """A model that no test changes, taken apart and checked once."""
-    model, diagnostics = adopt("m", module, word_tokenizer())
+    model, diagnostics = adopt(name, module, word_tokenizer())
     assert model is not None, render_full(diagnostics, color=False, width=100)
     assert model.restartable
     return model
@@ -285,7 +291,7 @@ def check_file(text: str, folder: Path, model: LoadedModel, prompts: str = PROMP
     """Experiments (`text`), checked once to be run in several ways."""
     whole = f'mech 1\nmodel m = local("handed over")\n{prompts}\n{text}'
     source = Source(whole, folder / "file.mech")
-    checked = check_source(source, models={"m": context(source, model)})
+    checked = check_source(source, models={"m": context(source, "m", model)})
     assert not has_errors(checked.diagnostics), render_full(
         checked.diagnostics, color=False, width=100
     )

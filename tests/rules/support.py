@@ -202,7 +202,7 @@ def try_file(
     """Run experiments on a model by its name; precise: in 64 bits."""
     whole = f'mech 1\nmodel m = local("handed over")\n{blocks}\n{text}'
     model = shared(double(name) if precise else bare(name))
-    return run_on(Source(whole, folder / "file.mech"), model, MODES[mode])
+    return run_on(Source(whole, folder / "file.mech"), {"m": model}, MODES[mode])
 
 
 def run_file(
