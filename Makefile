@@ -8,7 +8,8 @@ OLDEST := .venv-oldest
 # stays in one of them, as its tests share models and references. Bytecode is kept, as tests start
 # processes that would compile all modules again.
 WORKERS ?= 2
-PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+ENVIRONMENT := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # What runs on the oldest transformers that pyproject.toml allows, too.
 OLDEST_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
 	tests/models/test_against_reference.py tests/models/test_packed.py \
@@ -42,10 +43,10 @@ lint: $(VENV)/.stamp-test
 	$(BIN)/pyright
 
 test: lint
-	$(PYTEST) -m "not slow"
+	$(ENVIRONMENT) $(BIN)/python $(PYTEST) -m "not slow"
 
 test-all: lint
-	$(PYTEST)
+	$(ENVIRONMENT) $(BIN)/python $(PYTEST)
 
 $(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -54,7 +55,7 @@ $(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/.stamp-test
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(OLDEST_TESTS)
+	$(ENVIRONMENT) $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS)
 	$(OLDEST)/bin/mechdsl run examples/counting.mech
 
 # Every architecture of tests/families against the reference; writes docs/models.md.
