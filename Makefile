@@ -4,8 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
 OLDEST := .venv-oldest
-# Two worker processes: torch threads of several tests would fight over the cores otherwise.
+# Two worker processes: torch threads of several tests would fight over the cores otherwise. A file
+# stays in one of them, as its tests share models and references. Bytecode is kept, as tests start
+# processes that would compile all modules again.
 WORKERS ?= 2
+ENVIRONMENT := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # What runs on the oldest transformers that pyproject.toml allows, too.
 OLDEST_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
 	tests/models/test_against_reference.py tests/models/test_packed.py \
@@ -41,10 +45,10 @@ lint: $(VENV)/.stamp-test
 	$(BIN)/pyright
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(ENVIRONMENT) $(BIN)/python $(PYTEST) -m "not slow"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	$(ENVIRONMENT) $(BIN)/python $(PYTEST)
 
 $(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -53,7 +57,7 @@ $(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/.stamp-test
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(OLDEST_TESTS)
+	$(ENVIRONMENT) $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS)
 	$(OLDEST)/bin/mechdsl run examples/counting.mech
 
 # Every architecture of tests/families against the reference; writes docs/models.md.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -11,7 +14,10 @@ from mechdsl.syntax import grammar
 # Several workers share the cores; the numbers must not depend on how many threads sum them up.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["MECHDSL_CACHE"] = ""  # checks run each time
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not WORKER:
+    # A model of files is checked once in a session, whichever worker or process loads it first.
+    os.environ["MECHDSL_CACHE"] = tempfile.mkdtemp(prefix="mechdsl-tests-")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
     grammar.parser()  # a fresh checkout makes its tables here, not within a test that is timed
     if config.getoption("--update-goldens") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--update-goldens writes files that cases share: leave -n out")
+
+
+def pytest_unconfigure() -> None:
+    if not WORKER:
+        shutil.rmtree(os.environ["MECHDSL_CACHE"], ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: the garbage collector needn't go over it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -223,10 +223,12 @@ def test_import_noise_and_logs_stay_off_stdout(both: Path) -> None:
     strict(done.out)
 
 
-def test_a_pipe_gets_no_escape_codes(both: Path) -> None:
-    for arguments in (("run", both), ("plan", both), ("explain", both), ("validate", both)):
-        done = process(*arguments, cwd=both.parent)
-        assert ESCAPE not in done.out + done.err, arguments
+def test_a_pipe_gets_no_escape_codes(command: Command, both: Path) -> None:
+    done = process("run", both, cwd=both.parent)
+    assert ESCAPE not in done.out + done.err
+    for name in ("run", "plan", "explain", "validate"):
+        done = command(name, both)
+        assert ESCAPE not in done.out + done.err, name
 
 
 def on_a_terminal(*arguments: object, env: dict[str, str]) -> str:
@@ -277,12 +279,7 @@ def test_numbers_stay_whole_on_narrow_terminals(
 
 
 def test_a_reader_that_has_seen_enough(both: Path) -> None:
-    for arguments in (
-        "run both.mech",
-        "explain both.mech --format json",
-        "schema",
-        "plan both.mech",
-    ):
+    for arguments in ("run both.mech", "schema"):
         done = subprocess.run(
             ["bash", "-c", f"set -o pipefail; {sys.executable} -m mechdsl {arguments} | head -2"],
             cwd=both.parent,

@@ -26,6 +26,9 @@ from ..execute.support import (
     as_in_the_data,
     bare,
     difference,
+    is_shared,
+    run_on,
+    shared,
     word_tokenizer,
     write_rows,
 )
@@ -75,12 +78,15 @@ def attempt(
     if not (folder / "data.jsonl").exists():
         write_rows(folder)
     known = "\n".join(f'model {name} = local("handed over")' for name in models)
+    whole = f"mech 1\n{known}\n{prompts}\n{text}"
+    source = Source(whole, folder / "file.mech")
+    if tokenizers is None and all(map(is_shared, models.values())):
+        return run_on(source, {name: shared(m, name) for name, m in models.items()}, options)
     pairs = {
         name: (model, (tokenizers or {}).get(name) or word_tokenizer())
         for name, model in models.items()
     }
-    whole = f"mech 1\n{known}\n{prompts}\n{text}"
-    return run_source(Source(whole, folder / "file.mech"), options, pairs)
+    return run_source(source, options, pairs)
 
 
 def run(

@@ -21,7 +21,7 @@ from mechdsl.diagnostics.render import render_full
 from mechdsl.execute.execute import Execution, Options, execute
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
-from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.pipeline import RunOptions, run_checked, run_source
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import NAMES
 from mechdsl.program import spec
@@ -185,7 +185,13 @@ def bare(family: str, seed: int = 0) -> Any:
             for part, factor in WIDER.items():
                 if part in name and parameter.dim() == 2:
                     parameter.mul_(factor)
+    _SHARED.add(id(model))
     return model
+
+
+_SHARED: set[int] = set()
+"""Models that stay alive and as they are, by `id`: what was found when they were taken apart holds
+for all tests."""
 
 
 def fast(tokenizer: Any) -> PreTrainedTokenizerFast:
@@ -223,8 +229,30 @@ def try_file(
     if not (folder / "data.jsonl").exists():
         write_rows(folder)
     whole = f'mech 1\nmodel m = local("handed over")\n{prompts}\n{text}'
-    pair = (model, tokenizer or word_tokenizer())
-    return run_source(Source(whole, folder / "file.mech"), options, {"m": pair})
+    source = Source(whole, folder / "file.mech")
+    if tokenizer is None and is_shared(model):
+        return run_on(source, {"m": shared(model)}, options)
+    return run_source(source, options, {"m": (model, tokenizer or word_tokenizer())})
+
+
+def run_on(
+    source: Source, models: Mapping[str, LoadedModel], options: RunOptions | None = None
+) -> tuple[FileResult | None, list[Diagnostic]]:
+    """As `run_source` does, on models that were taken apart and checked before."""
+    options = options or RunOptions()
+    contexts = {name: context(source, name, model) for name, model in models.items()}
+    checked = check_source(source, options.settings, contexts)
+    if has_errors(checked.diagnostics):
+        return None, checked.diagnostics
+    result, found = run_checked(checked, options, models)
+    return result, [*checked.diagnostics, *found]
+
+
+def context(source: Source, name: str, model: LoadedModel) -> ModelContext:
+    """What checking a file needs of a model that is there."""
+    assert model.tokenizer is not None
+    statement = spec.Model(span=Span(source, 0, 0), name=name, kind="local", path="")
+    return ModelContext(statement, model.shape, model.tokenizer)
 
 
 def run_file(
@@ -240,10 +268,20 @@ def run_file(
     return {found.name: as_in_the_data(found) for found in result.experiments}
 
 
-@cache
 def adopted(family: str, seed: int = 0) -> LoadedModel:
     """The same model as the executor has it."""
-    model, diagnostics = adopt("m", bare(family, seed), word_tokenizer())
+    return shared(bare(family, seed))
+
+
+def is_shared(module: Any) -> bool:
+    """Whether it is one of `bare`."""
+    return id(module) in _SHARED
+
+
+@cache
+def shared(module: Any, name: str = "m") -> LoadedModel:
+    """A model that no test changes, taken apart and checked once."""
+    model, diagnostics = adopt(name, module, word_tokenizer())
     assert model is not None, render_full(diagnostics, color=False, width=100)
     assert model.restartable
     return model
@@ -253,10 +291,7 @@ def check_file(text: str, folder: Path, model: LoadedModel, prompts: str = PROMP
     """Experiments (`text`), checked once to be run in several ways."""
     whole = f'mech 1\nmodel m = local("handed over")\n{prompts}\n{text}'
     source = Source(whole, folder / "file.mech")
-    assert model.tokenizer is not None
-    statement = spec.Model(span=Span(source, 0, 0), name="m", kind="local", path="")
-    context = ModelContext(statement, model.shape, model.tokenizer)
-    checked = check_source(source, models={"m": context})
+    checked = check_source(source, models={"m": context(source, "m", model)})
     assert not has_errors(checked.diagnostics), render_full(
         checked.diagnostics, color=False, width=100
     )

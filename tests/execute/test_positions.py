@@ -302,21 +302,23 @@ def test_parts_and_separators_are_told_apart(folder: Path, family: str) -> None:
         )
         for name, (at, _) in PART_CASES.items()
     )
-    for mode in MODES:
-        found = run_file(text, folder, bare(family), MODES[mode], prompts=PROMPTS + PARTS)
-        for name, (_, where) in PART_CASES.items():
-            measure = found[name].measures[0]
-            expected = np.full(measure.patched.shape, np.nan)
-            base = []
-            for n, record in enumerate(ROWS):
-                clean, turned = parts(record), parts(record, "turned")
-                logits = forward(family, bare(family), clean.ids).logits
-                seen = forward(family, bare(family), turned.ids).seen
-                base.append(difference(logits, record))
-                for cell in range(len(expected)):
-                    read, written = where(turned, cell), where(clean, cell)
-                    if written:
-                        edits = copied([SITE], seen, read, written)
-                        changed = forward(family, bare(family), clean.ids, edits).logits
-                        expected[cell, n] = difference(changed, record)
-            agree(measure, expected, np.array(base), large=0.0)
+    found = {
+        mode: run_file(text, folder, bare(family), options, prompts=PROMPTS + PARTS)
+        for mode, options in MODES.items()
+    }
+    for name, (_, where) in PART_CASES.items():
+        expected = np.full(found["planned"][name].measures[0].patched.shape, np.nan)
+        base = []
+        for n, record in enumerate(ROWS):
+            clean, turned = parts(record), parts(record, "turned")
+            logits = forward(family, bare(family), clean.ids).logits
+            seen = forward(family, bare(family), turned.ids).seen
+            base.append(difference(logits, record))
+            for cell in range(len(expected)):
+                read, written = where(turned, cell), where(clean, cell)
+                if written:
+                    edits = copied([SITE], seen, read, written)
+                    changed = forward(family, bare(family), clean.ids, edits).logits
+                    expected[cell, n] = difference(changed, record)
+        for results in found.values():
+            agree(results[name].measures[0], expected, np.array(base), large=0.0)

@@ -303,24 +303,40 @@ def any_rules(draw: Callable[..., Any]) -> list[str]:
     return rules
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    rules=any_rules(),
-    metric=ANY_METRIC,
-    direction=st.sampled_from(["longer into clean", "clean into longer", "other into clean"]),
-    family=st.sampled_from(["gpt2", "llama"]),
-    side=st.sampled_from(["left", "right"]),
-    tokens=st.sampled_from([15, 50, 4096]),
-)
-def test_plain_and_batched_plans_agree_on_any_rule(
+def any_run(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """So many rules, and ways to run them."""
+    drawn = given(
+        rules=any_rules(),
+        metric=ANY_METRIC,
+        direction=st.sampled_from(["longer into clean", "clean into longer", "other into clean"]),
+        family=st.sampled_from(["gpt2", "llama"]),
+        side=st.sampled_from(["left", "right"]),
+        tokens=st.sampled_from([15, 50, 4096]),
+    )
+    chosen = settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    return lambda test: chosen(drawn(test))
+
+
+def plain_and_batched_agree(
     folder: Path, rules: list[str], metric: str, direction: str, family: str, side: Any, tokens: int
 ) -> None:
     text = experiment("e", "prompts p", f"from {direction}", *rules, f"measure {metric} as delta")
     plain = values(text, folder, bare(family), MODES["plain"])
     options = RunOptions(execution=Options(side, pass_tokens=tokens, prompt_tokens=tokens))
     equal(values(text, folder, bare(family), options), plain, 1e-4)
+
+
+@any_run(15)
+def test_plain_and_batched_plans_agree_on_any_rule(folder: Path, **drawn: Any) -> None:
+    plain_and_batched_agree(folder, **drawn)
+
+
+@pytest.mark.slow
+@any_run(100)
+def test_plain_and_batched_plans_agree_on_many_rules(folder: Path, **drawn: Any) -> None:
+    plain_and_batched_agree(folder, **drawn)

@@ -28,10 +28,27 @@ def statement(path: str, kind: str = "local", **fields: object) -> spec.Model:
     )
 
 
+@pytest.fixture(autouse=True)
+def _checked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here it is the checks of a model that are tested."""
+    monkeypatch.setenv("MECHDSL_CACHE", "")
+
+
+class Folders(dict[str, Path]):
+    """By family; built when a test asks for it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = families.build(name, self.root / name)
+        return self[name]
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: families.build(name, root / name) for name in families.CONFIGS}
+    return Folders(tmp_path_factory.mktemp("models"))
 
 
 LATER = {"apertus": "5.1"}
@@ -39,20 +56,22 @@ LATER = {"apertus": "5.1"}
 
 
 class Models(dict[str, LoadedModel]):
-    """By family."""
+    """By family; loaded when a test asks for it."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        super().__init__()
+        self.folders = folders
 
     def __missing__(self, name: str) -> LoadedModel:
-        pytest.skip(f"transformers {transformers.__version__} can't load {name}")
+        if Version(transformers.__version__) < Version(LATER.get(name, "0")):
+            pytest.skip(f"transformers {transformers.__version__} can't load {name}")
+        model, found = load(statement(str(self.folders[name])))
+        assert model is not None, [(d.message, d.label_text) for d in found]
+        assert not found, name
+        self[name] = model
+        return model
 
 
 @pytest.fixture(scope="session")
 def loaded(folders: dict[str, Path]) -> dict[str, LoadedModel]:
-    models = Models()
-    for name, folder in folders.items():
-        if Version(transformers.__version__) < Version(LATER.get(name, "0")):
-            continue
-        model, found = load(statement(str(folder)))
-        assert model is not None, [(d.message, d.label_text) for d in found]
-        assert not found, name
-        models[name] = model
-    return models
+    return Models(folders)

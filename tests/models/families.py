@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
@@ -87,6 +88,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 VERIFIED = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt_neox_sequential")
 """Families that every site is checked on against the hand-written hooks."""
+KINDS = (
+    *VERIFIED,
+    "gptj",
+    "bloom",
+    "gemma2",
+    "mixtral",
+    "falcon",
+    "mpt",
+    "gpt_neo",
+    "cohere2",
+)
+"""Families that differ in kind: what the others have besides is found in one of these."""
+EACH = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+"""All of them, to be a test's parameter."""
 ALSO_READ = tuple(name for name in CONFIGS if name not in VERIFIED)
 """Families that the finder reads and the self-check accepts."""
 

@@ -278,7 +278,15 @@ def held(model: LoadedModel, family: str, site: str, side: Side, ways: Sequence[
 
 
 @pytest.mark.parametrize("off", OFF)
-@pytest.mark.parametrize("family", families.VERIFIED)
+@pytest.mark.parametrize(
+    "family",
+    [
+        name
+        if name in ("gpt2", "llama", "gpt_neox")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in families.VERIFIED
+    ],
+)
 def test_without_a_shortcut_every_site_is_still_as_by_hand(
     loaded: dict[str, LoadedModel], family: str, off: str
 ) -> None:

@@ -22,7 +22,6 @@ from . import families
 from .clean import clean_model_check
 
 ROWS = [[1, 9, 22, 31, 17, 40, 5], [1, 14, 8, 51], [1, 30, 11, 6, 45]]
-ALL = (*families.VERIFIED, *families.ALSO_READ)
 
 
 def batch_of(model: LoadedModel, rows: list[list[int]] = ROWS) -> Batch:
@@ -54,7 +53,7 @@ def nothing_left(module: nn.Module) -> bool:
     )
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", families.EACH)
 def test_logits_are_those_of_the_bare_model(loaded: dict[str, LoadedModel], family: str) -> None:
     model = loaded[family]
     for row in ROWS:
@@ -64,7 +63,7 @@ def test_logits_are_those_of_the_bare_model(loaded: dict[str, LoadedModel], fami
         assert torch.allclose(logits_of(model, alone), bare, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", families.EACH)
 def test_what_is_written_is_read_back(loaded: dict[str, LoadedModel], family: str) -> None:
     model = loaded[family]
     generator = torch.Generator().manual_seed(0)
@@ -309,7 +308,7 @@ def test_a_run_that_stops_early_reads_the_same(loaded: dict[str, LoadedModel], f
 
 
 def test_only_wanted_positions_are_unembedded(loaded: dict[str, LoadedModel]) -> None:
-    for family in ALL:
+    for family in families.KINDS:
         model = loaded[family]
         batch = batch_of(model)
         at = torch.stack([batch.lengths - 1, batch.lengths - 3], dim=1)
@@ -324,7 +323,7 @@ def test_only_wanted_positions_are_unembedded(loaded: dict[str, LoadedModel]) ->
 
 def test_only_wanted_tokens_are_unembedded(loaded: dict[str, LoadedModel]) -> None:
     wanted = torch.tensor([31, 4, 4, 52])
-    for family in ALL:
+    for family in families.KINDS:
         model = loaded[family]
         batch = batch_of(model)
         narrow = logits_of(model, batch, tokens=wanted)

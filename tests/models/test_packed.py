@@ -592,7 +592,7 @@ def everywhere(model: LoadedModel) -> list[tuple[str, int | None]]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.EACH)
 def test_every_restartable_family_gives_the_logits_of_whole_passes(
     loaded: dict[str, LoadedModel], family: str, side: Side
 ) -> None:
@@ -610,7 +610,7 @@ def test_every_restartable_family_gives_the_logits_of_whole_passes(
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.EACH)
 def test_reads_inside_are_those_of_whole_passes(
     loaded: dict[str, LoadedModel], family: str, side: Side
 ) -> None:
@@ -688,7 +688,7 @@ def draw_case(model: LoadedModel, seed: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.EACH)
 def test_any_rows_give_what_whole_passes_give(loaded: dict[str, LoadedModel], family: str) -> None:
     for seed in range(15):
         same_as_whole(loaded[family], **draw_case(loaded[family], seed))
@@ -871,7 +871,7 @@ def implementations(module: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.EACH)
 def test_the_model_is_left_as_it_was(
     loaded: dict[str, LoadedModel], family: str, error: type[BaseException]
 ) -> None:

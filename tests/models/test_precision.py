@@ -212,7 +212,7 @@ def test_scores_with_much_in_common(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.EACH)
 def test_a_folder_is_loaded_in_16_bits(
     family: str, dtype: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -155,7 +155,7 @@ def test_a_wrong_anatomy_is_refused(
     assert identity in tried.problems[0].message
 
 
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.EACH)
 def test_every_family_passes_every_check(loaded: dict[str, LoadedModel], family: str) -> None:
     checks = loaded[family].checks
     assert len(checks) >= 16

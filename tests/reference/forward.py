@@ -44,7 +44,8 @@ WITHOUT_LAYER = ("embed", "final_norm", "logits")
 class Write:
     """A vector that stands at a site in place of the computed one.
 
-    position and unit are None for all of them; unit is the head or the neuron. Of `scores` and
+    position and unit are None for all of them, which may have vectors of their own: then `vector`
+    is [T, units, width], or broadcasts to it. unit is the head or the neuron. Of `scores` and
     `pattern`, a vector is over keys and its position is the query.
     """
 
@@ -92,20 +93,23 @@ class Run:
         if writes:
             value = value.clone()
         for write in writes:
-            positions = range(len(value)) if write.position is None else [write.position]
-            units = range(value.shape[1]) if write.unit is None else [write.unit]
-            for position in positions:
-                for unit in units:
-                    vector = write.vector.expand_as(value[position, unit])
-                    if allowed is not None:
-                        vector = torch.where(allowed[position], vector, value[position, unit])
-                    value[position, unit] = vector
+            positions, units = _only(write.position), _only(write.unit)
+            there = value[positions, units]
+            vectors = write.vector.expand_as(there)
+            if allowed is not None:
+                vectors = torch.where(allowed[positions, None], vectors, there)
+            value[positions, units] = vectors
         self.seen[site, layer] = value
         return value
 
     def whole(self, site: str, layer: int | None, value: Tensor) -> Tensor:
         """The same for a site without heads, [T, width]."""
         return self.at(site, layer, value[:, None])[:, 0]
+
+
+def _only(number: int | None) -> slice:
+    """One of them, or all of them."""
+    return slice(None) if number is None else slice(number, number + 1 or None)
 
 
 # --- families -------------------------------------------------------------------------------------

@@ -84,10 +84,7 @@ def held(base: Run, senders: Sequence[End], layers: int, *, mlps: bool) -> list[
             neurons = any(s.site == "mlp_hidden" and s.layer == layer for s in senders)
             places.append("mlp_hidden" if neurons else "mlp_out")
         for place in places:
-            value = base[place, layer]
-            for position in range(len(value)):
-                for unit in range(value.shape[1]):
-                    found.append(Write(place, layer, value[position, unit], position, unit))
+            found.append(Write(place, layer, base[place, layer]))
     return found
 
 

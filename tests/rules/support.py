@@ -16,7 +16,6 @@ from torch import Tensor
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_full
-from mechdsl.pipeline import run_source
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.statistics.measure_data import MeasureData
@@ -35,8 +34,9 @@ from ..execute.support import (
     as_in_the_data,
     ids_of,
     prompt,
+    run_on,
+    shared,
     token,
-    word_tokenizer,
     write_rows,
 )
 from ..reference.forward import Edge, Run, Write, forward
@@ -201,8 +201,8 @@ def try_file(
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     """Run experiments on a model by its name; precise: in 64 bits."""
     whole = f'mech 1\nmodel m = local("handed over")\n{blocks}\n{text}'
-    pair = (double(name) if precise else bare(name), word_tokenizer())
-    return run_source(Source(whole, folder / "file.mech"), MODES[mode], {"m": pair})
+    model = shared(double(name) if precise else bare(name))
+    return run_on(Source(whole, folder / "file.mech"), {"m": model}, MODES[mode])
 
 
 def run_file(

@@ -20,6 +20,7 @@ from ..reference.forward import Edge, Write
 from .models import FAMILIES, double
 from .paths import LAST, RECEIVERS, SENDERS, End, copied, leads, path
 from .support import (
+    QUICK,
     Text,
     difference,
     edited,
@@ -195,30 +196,30 @@ def agree(name: str, key: str, lines: Sequence[str], found: np.ndarray, own: np.
     assert (error <= RELATIVE * np.maximum(effect, SMALL * rounding(own))).all(), where
 
 
-def hold(data: Path, name: str, seed: int, mode: str, count: int = 10) -> None:
+def hold(data: Path, name: str, seed: int, modes: Sequence[str], count: int = 10) -> None:
     draw = random.Random(seed)
     mixtures = {f"e{i}": mixture(draw) for i in range(count)}
     text = "".join(experiment(key, *of.lines) for key, of in mixtures.items())
-    found = run_file(text, data, name, mode)
+    found = {mode: run_file(text, data, name, mode) for mode in modes}
     for key, of in mixtures.items():
         layers = LAYERS if of.layers[0] is None else (None,)
         own = np.array([[of.value(name, n, layer) for n in range(4)] for layer in layers])
         base = np.array([difference(plain(name, t).logits, r) for t, r in zip(rows(), records())])  # noqa: B905
-        agree(name, key, of.lines, found[key].measures[0].patched, own, base)
+        for mode, results in found.items():
+            values = results[key].measures[0].patched
+            agree(name, f"{mode}, {key}", of.lines, values, own, base)
 
 
-@pytest.mark.parametrize("mode", ["planned", "plain"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_rules_that_are_drawn(data: Path, name: str, mode: str) -> None:
-    hold(data, name, 1, mode)
+def test_rules_that_are_drawn(data: Path, name: str) -> None:
+    hold(data, name, 1, QUICK)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("name", FAMILIES)
-def test_rules_that_are_drawn_on_every_model(data: Path, name: str, seed: int, mode: str) -> None:
-    hold(data, name, 100 * FAMILIES.index(name) + seed, mode)
+def test_rules_that_are_drawn_on_every_model(data: Path, name: str, seed: int) -> None:
+    hold(data, name, 100 * FAMILIES.index(name) + seed, list(MODES))
 
 
 # --- paths ---------------------------------------------------------------------------------------
