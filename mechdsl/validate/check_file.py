@@ -35,6 +35,7 @@ from mechdsl.diagnostics.e06_statistics import BadReport, UnreadableExpectation
 from mechdsl.diagnostics.w07_names import HidesMetric, PatchesItself, UnusedName, WritesFirstToken
 from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
+from mechdsl.program.named_paths import path_to_write, reach_of
 from mechdsl.program.python_files import Mode, check_functions
 from mechdsl.program.run_order import in_order, with_needed
 from mechdsl.prompts.prompt_table import PromptTable
@@ -99,6 +100,10 @@ class Settings:
     """Run this experiment alone, with those whose results it uses."""
     python: Mode = "refuse"
     """What becomes of functions of Python files."""
+    allow_outside: bool = False
+    """Whether reports may go anywhere, and not only to the folder of the file or below."""
+    untrusted: bool = False
+    """Whether the file may read only there too, may run no Python, and its paths are listed."""
 
 
 def check_source(
@@ -110,10 +115,14 @@ def check_source(
 
     `models` are handed over from Python and stand for the file's models of the same name.
     """
-    settings = settings or Settings()
+    settings, found = _without_contradiction(settings or Settings())
+    source = replace(
+        source,
+        reach=reach_of(source, outside=settings.allow_outside, untrusted=settings.untrusted),
+    )
     tree, syntax = parse(source)
-    program, found = lower_program(tree, source, settings.parameters)
-    checked = Checked(source, program, diagnostics=found)
+    program, lowered = lower_program(tree, source, settings.parameters)
+    checked = Checked(source, program, diagnostics=[*found, *lowered])
     experiments = list(program.experiments)
     if settings.only is not None:
         experiments = _only(settings.only, checked)
@@ -152,6 +161,25 @@ def check_source(
         found = [d for d in found if not isinstance(d, UnusedName)]
     checked.diagnostics = _unique([*syntax, *found])
     return checked
+
+
+def _without_contradiction(settings: Settings) -> tuple[Settings, list[Diagnostic]]:
+    """E0208 for an untrusted file that is allowed what others aren't. It gets nothing of that."""
+    if not settings.untrusted:
+        return settings, []
+    allowed = {
+        "--allow-python": settings.python == "run",
+        "--allow-outside": settings.allow_outside,
+    }
+    found: list[Diagnostic] = [
+        BadCommandLine(
+            reason=f"`--untrusted` and `{option}` contradict each other",
+            hint=f"leave `{option}` out; or read the file, and leave `--untrusted` out",
+        )
+        for option, given in allowed.items()
+        if given
+    ]
+    return replace(settings, python="refuse", allow_outside=False), found
 
 
 def by_name(experiments: Iterable[ResolvedExperiment]) -> list[list[ResolvedExperiment]]:
@@ -414,12 +442,14 @@ def _accuracies(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
 
 
 def _files_written(experiments: list[spec.Experiment]) -> list[Diagnostic]:
-    """Two reports in one file: the second would silently take the place of the first."""
+    """E0531 to E0533 for what can't be written, and E0607 for two reports in one file: the second
+    would silently take the place of the first."""
     found: list[Diagnostic] = []
     first: dict[str, spec.Report] = {}
     for report in (report for experiment in experiments for report in experiment.reports):
         if report.file is None:
             continue
+        found.extend(path_to_write(f"report {report.kind}", report.file, report.span)[1])
         other = first.setdefault(report.file, report)
         if other is not report:
             found.append(
