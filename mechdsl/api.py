@@ -31,14 +31,20 @@ def source_of(file: str | Path) -> tuple[Source | None, list[Diagnostic]]:
     return read_source(Path(file))
 
 
-def check(file: str | Path) -> list[Diagnostic]:
-    """All errors and warnings of a file (path or text), without weights and without torch."""
+def check(
+    file: str | Path, *, allow_outside: bool = False, untrusted: bool = False
+) -> list[Diagnostic]:
+    """All errors and warnings of a file (path or text), without weights and without torch.
+
+    allow_outside, untrusted: which paths the file may name, as on the command line.
+    """
     from mechdsl.validate.check_file import Settings, check_source
 
     source, diagnostics = source_of(file)
     if source is None:
         return diagnostics
-    return check_source(source, Settings(python="look")).diagnostics
+    settings = Settings(python="look", allow_outside=allow_outside, untrusted=untrusted)
+    return check_source(source, settings).diagnostics
 
 
 def run(
@@ -53,6 +59,8 @@ def run(
     offload: str | Path | None = None,
     out: str | Path | None = None,
     allow_python: bool = False,
+    allow_outside: bool = False,
+    untrusted: bool = False,
     no_pass: Sequence[str] = (),
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
@@ -61,7 +69,8 @@ def run(
 
     models: name in the file → (transformers model, fast tokenizer), in place of what the file
         declares under that name. parameters: as `--set`. allow_python: run the Python files that
-        it refers to. The other arguments are those of the command line.
+        it refers to. allow_outside, untrusted: which paths the file may name, as `--allow-outside`
+        and `--untrusted`. The other arguments are those of the command line.
     Raises MechdslError where the file, its data or a model is wrong (no cell has been run then),
     and where a function of a Python file fails.
     """
@@ -82,7 +91,9 @@ def run(
             )
     given = {name: str(value) for name, value in (parameters or {}).items()}
     options = RunOptions(
-        settings=Settings(given, limit, only, "run" if allow_python else "refuse"),
+        settings=Settings(
+            given, limit, only, "run" if allow_python else "refuse", allow_outside, untrusted
+        ),
         device=device,
         dtype=dtype,
         offload=None if offload is None else Path(offload),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from html import escape
 from typing import Any
 
 HIDDEN = re.compile(
@@ -42,6 +41,8 @@ def _written(char: str) -> str:
 
 def xml_text(text: str) -> str:
     """The text for HTML and SVG, between tags or in quotes."""
+    from html import escape  # a table of two thousand names, which checking a file doesn't need
+
     return escape(visible(text))
 
 
@@ -52,10 +53,19 @@ def json_text(value: Any, indent: int | None = None) -> str:
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
     # what json leaves as it is stands inside of strings, but for the line breaks of the indent
-    return HIDDEN.sub(lambda found: found[0] if found[0] == "\n" else json_escape(found[0]), text)
+    return HIDDEN.sub(lambda found: found[0] if found[0] == "\n" else _json_escape(found[0]), text)
 
 
-def json_escape(text: str) -> str:
+def encodable_json(text: str, encoding: str | None) -> str:
+    """A JSON text that stays one where letters can't be encoded."""
+    try:
+        text.encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return "".join(char if char.isascii() else _json_escape(char) for char in text)
+    return text
+
+
+def _json_escape(text: str) -> str:
     """Each character as JSON's `\\uXXXX`, in two halves beyond 16 bits."""
     units = text.encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))

@@ -25,6 +25,16 @@ limit_option = click.option(
 allow_python_option = click.option(
     "--allow-python", is_flag=True, help="Run the Python files that the file refers to."
 )
+allow_outside_option = click.option(
+    "--allow-outside",
+    is_flag=True,
+    help="Let reports go anywhere, not only to the file's folder or below.",
+)
+untrusted_option = click.option(
+    "--untrusted",
+    is_flag=True,
+    help="List the paths that the file names, confine all of them, run no Python.",
+)
 no_pass_option = click.option(
     "--no-pass",
     "no_pass",
@@ -57,6 +67,9 @@ def settings(
     limit: int | None = None,
     only: str | None = None,
     python: Mode = "refuse",
+    *,
+    allow_outside: bool,
+    untrusted: bool,
 ) -> Settings:
     """How files are checked. Raises `MalformedSetting`."""
     from mechdsl.validate.check_file import Settings
@@ -70,7 +83,7 @@ def settings(
         if name in given:
             raise MalformedSetting(f"`--set {name}=…` is given twice")
         given[name] = value.strip()
-    return Settings(given, limit, only, python)
+    return Settings(given, limit, only, python, allow_outside, untrusted)
 
 
 def python_mode(allow_python: bool) -> Mode:

@@ -8,6 +8,7 @@ import click
 
 from mechdsl.cli.mech_files import checked_file
 from mechdsl.cli.options import (
+    allow_outside_option,
     allow_python_option,
     file_argument,
     limit_option,
@@ -17,6 +18,7 @@ from mechdsl.cli.options import (
     python_mode,
     set_option,
     settings,
+    untrusted_option,
 )
 from mechdsl.cli.output import make_console, print_diagnostics
 from mechdsl.cli.status import FINE, WRONG
@@ -28,6 +30,8 @@ from mechdsl.diagnostics.core import has_errors
 @set_option
 @limit_option
 @allow_python_option
+@allow_outside_option
+@untrusted_option
 @no_pass_option
 @pass_tokens_option
 @prompt_tokens_option
@@ -36,12 +40,20 @@ def plan(
     parameters: tuple[str, ...],
     limit: int | None,
     allow_python: bool,
+    allow_outside: bool,
+    untrusted: bool,
     no_pass: tuple[str, ...],
     pass_tokens: int | None,
     prompt_tokens: int | None,
 ) -> int:
     """Print the intervention graph, the cells, rows and forward passes of a file."""
-    how = settings(parameters, limit, python=python_mode(allow_python))
+    how = settings(
+        parameters,
+        limit,
+        python=python_mode(allow_python),
+        allow_outside=allow_outside,
+        untrusted=untrusted,
+    )
     checked, problems = checked_file(file, how)
     print_diagnostics(problems)
     if checked is None or has_errors(problems):

@@ -95,7 +95,7 @@ class NamesPath(Diagnostic):
     code = "W0780"
     title = "`{construct}` {does} `{path}`"
     label = "{where}"
-    help = "read the list: these are all paths that the file names"
+    help = "every path that the file names is listed; what leads out of the folder is refused"
     construct: str
     does: str
     path: str

@@ -71,9 +71,10 @@ class PythonFunction:
     @property
     def allowing(self) -> str:
         """What lets it run. Of an untrusted file nothing does."""
-        allow = f"read `{self.file}`, then add `--allow-python` (`allow_python=True` from Python)"
         untrusted = self.span.source.reach.reads is not None
-        return f"`--untrusted` runs no Python: leave it out, {allow}" if untrusted else allow
+        leave = " leave `--untrusted` out and" if untrusted else ""
+        allow = "`--allow-python` (`allow_python=True` from Python)"
+        return f"read `{self.file}`, then{leave} add {allow}"
 
     def call(self, *arguments: Any) -> Any:
         """What it gives; PythonFailure for every exception."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats
 from mechdsl.base.percent import Percent
+from mechdsl.base.visible import xml_text
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
@@ -223,8 +224,6 @@ def frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
 
 def html_table(result: ExperimentResult, most: int = 20) -> str:
     """The first rows of an experiment's table, for notebooks."""
-    from html import escape
-
     head = [*result.axes, "site", "label", "effect", "n", "mean", "low", "high", "p corrected"]
     rows: list[list[str]] = []
     for record in list(_records(result))[:most]:
@@ -235,12 +234,12 @@ def html_table(result: ExperimentResult, most: int = 20) -> str:
             [f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v) for v in values]
         )
     cells = "".join(
-        "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{xml_text(value)}</td>" for value in row) + "</tr>" for row in rows
     )
     total = len(result.cells) * len(result.measures)
     rest = f"<p>… and {total - most} more rows</p>" if total > most else ""
-    titles = "".join(f"<th>{escape(word)}</th>" for word in head)
-    caption = f"{escape(result.name)} · {escape(result.model)} · {escape(result.direction)}"
+    titles = "".join(f"<th>{xml_text(word)}</th>" for word in head)
+    caption = f"{xml_text(result.name)} · {xml_text(result.model)} · {xml_text(result.direction)}"
     return (
         f"<table><caption>{caption}</caption>"
         f"<thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table>{rest}"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from mechdsl.base.visible import encodable_json, json_text
 from mechdsl.program import spec
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
@@ -23,11 +22,21 @@ def write_csv(result: ExperimentResult) -> str:
 
 def _csv(records: list[dict[str, Any]]) -> str:
     columns = dict.fromkeys(key for record in records for key in record)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n", restval="")
+    lines = _Lines()
+    writer = csv.DictWriter(lines, list(columns), lineterminator="\r\n", restval="")
     writer.writeheader()
     writer.writerows(records)
-    return text.getvalue()
+    return "".join(lines.written)
+
+
+class _Lines:
+    """Ends records with `\\n`. The writer is told `\\r\\n`, so that it quotes what holds either."""
+
+    def __init__(self) -> None:
+        self.written: list[str] = []
+
+    def write(self, line: str) -> None:
+        self.written.append(line.removesuffix("\r\n") + "\n")
 
 
 def results_csv(results: Results) -> str:
@@ -44,12 +53,15 @@ def results_csv(results: Results) -> str:
 def write_json(result: ExperimentResult) -> str:
     """The experiment as it stands in the results document."""
     document = experiment_document(result).as_json()
-    return json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+    return json_text(document, indent=2) + "\n"
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Plain text, neither wrapped nor coloured, so that it can be piped on."""
-    text = write_json(result) if report.kind == "json" else write_csv(result)
+    if report.kind == "json":
+        text = encodable_json(write_json(result), console.encoding)
+    else:
+        text = write_csv(result)
     console.out(text, end="", highlight=False)
 
 

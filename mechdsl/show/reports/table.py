@@ -22,6 +22,8 @@ from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.statistics_conventions import statistics_conventions
+from mechdsl.show.console import visible_console
+from mechdsl.show.reports.grid import value_text
 from mechdsl.show.reports.text import (
     MISSING,
     alpha,
@@ -36,6 +38,7 @@ from mechdsl.show.reports.text import (
     sortable,
     survivors,
 )
+from mechdsl.show.tokens import shown_token
 from mechdsl.statistics.cell_statistics import cell_statistics
 from mechdsl.vocab.effects import EFFECTS
 
@@ -94,7 +97,7 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
         path.write_text(write_csv(shown), encoding="utf-8")
         return
     text = io.StringIO()
-    render(result, report, Console(file=text, width=FILE_WIDTH, color_system=None))
+    render(result, report, visible_console(file=text, width=FILE_WIDTH, plain=True))
     if suffix in (".svg", ".png"):
         from mechdsl.show.reports.charts import save_text
 
@@ -172,7 +175,7 @@ def _order(result: ExperimentResult, measure: int, report: spec.Report) -> list[
 
 
 def _tokens(cell: CellKey) -> str:
-    shown = [token.strip() or repr(token) for token in cell.tokens[:SHOWN_TOKENS]]
+    shown = [shown_token(token) for token in cell.tokens[:SHOWN_TOKENS]]
     more = len(cell.tokens) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
@@ -183,7 +186,7 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
     for axis in result.axes:
         if axis == "position":
             continue
-        texts = [str(cell.coords[axis]) for cell in cells]
+        texts = [value_text(cell.coords[axis]) for cell in cells]
         numeric = not any(isinstance(cell.coords[axis], str) for cell in cells)
         named = "→" if axis.startswith("to_") else ""
         in_site = axis.removeprefix("to_") in ("layer", "head", "neuron") and all(
@@ -192,7 +195,7 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
         columns.append(Column(axis, texts, numeric, 3 if in_site else 0, describes=True))
     if any(cell.site for cell in cells):
         columns.append(Column("site", [cell.site for cell in cells], wraps=True, describes=True))
-    positions = [str(cell.coords.get("position", cell.position) or "") for cell in cells]
+    positions = [value_text(cell.coords.get("position", cell.position) or "") for cell in cells]
     if any(positions):
         columns.append(Column("position", positions, wraps=True, describes=True))
     if any(cell.tokens for cell in cells):
