@@ -188,7 +188,7 @@ def test_pictures_and_pages(name: str, suffix: str, tmp_path: Path) -> None:
     if suffix == ".html":
         page = Tags()
         page.feed(text)
-        assert all(script.strip() != "x()" for script in page.scripts)
+        assert not any(script.startswith("x()") for script in page.scripts)
         assert not re.search("[\x1b\x07\x9b\u202e]", "".join(page.scripts[-1:]) or text)
     else:
         assert not HIDDEN.search(text.replace("\n", ""))
