@@ -13,8 +13,11 @@ from mechdsl.base.visible import HIDDEN
 from .conftest import HEADS, Command
 
 HOSTILE = "\x1b]0;owned\x07\x9b31m\u202egnp\u202c\u200b[b]:cat:</text><script>"
-TEXT = HEADS.replace("Part 1:", f"Part 1: {HOSTILE}").replace(
-XX
+TEXT = (
+    HEADS.replace("Part 1:", f"Part 1: {HOSTILE}")
+    .replace("at last-item token", f'at "{HOSTILE}" tokens')
+    .replace("as recovery", "as delta")
+)
 """In the prompts and in a position, and so in tables, labels and nodes of the graph."""
 
 
