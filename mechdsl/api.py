@@ -40,13 +40,15 @@ def check(
     models: Models | None = None,
     *,
     set: Values | None = None,
+    allow_outside: bool = False,
+    untrusted: bool = False,
     require_models: bool = False,
 ) -> Diagnostics:
     """All errors and warnings of a file, as `mechdsl validate` finds them: without weights, and
     without torch but for models that are handed over.
 
     file: its path, or its text (what has a line break or begins with `mech `).
-    models, set: as for `run`.
+    models, set, allow_outside, untrusted: as for `run`.
     require_models: whether a model that isn't on this machine is an error; all that doesn't hang on
         it is checked either way.
     Returns a list of diagnostics, empty where nothing is wrong; raises nothing about the file.
@@ -55,7 +57,14 @@ def check(
     if source is None:
         return Diagnostics(found)
     try:
-        checked, _ = _check(source, models, _settings(set, python="look", require=require_models))
+        settings = _settings(
+            set,
+            python="look",
+            require_models=require_models,
+            allow_outside=allow_outside,
+            untrusted=untrusted,
+        )
+        checked, _ = _check(source, models, settings)
     except MechdslError as error:
         return error.diagnostics
     return Diagnostics(checked.diagnostics)
@@ -75,6 +84,8 @@ def run(
     write_reports: bool = True,
     profile: bool = False,
     allow_python: bool = False,
+    allow_outside: bool = False,
+    untrusted: bool = False,
     no_pass: Sequence[str] = (),
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
@@ -93,7 +104,8 @@ def run(
         values.
     write_reports: write the reports that the file sends to a file (`report … to "x.png"`).
     profile: compare estimated with measured work in `Results.profile`.
-    allow_python: run the Python files that the file refers to.
+    allow_python: run the Python files that the file refers to. allow_outside: let reports go
+        anywhere. untrusted: list the paths that the file names, confine all of them, run no Python.
     no_pass: planner passes to switch off. pass_tokens, prompt_tokens: most tokens of a pass over
         patched rows, and of a batch of unpatched prompts.
 
@@ -112,7 +124,14 @@ def run(
         _refuse(_dtype_problem(dtype), _size_problems(limit, pass_tokens, prompt_tokens))
         profiles: list[tuple[Plan, Profile]] = []
         options = RunOptions(
-            settings=_settings(set, limit, only, _mode(allow_python)),
+            settings=_settings(
+                set,
+                limit,
+                only,
+                _mode(allow_python),
+                allow_outside=allow_outside,
+                untrusted=untrusted,
+            ),
             device=str(device),
             dtype=None if dtype is None else _name_of(dtype),
             offload=None if offload is None else Path(offload),
@@ -133,6 +152,8 @@ def plan_of(
     set: Values | None = None,
     limit: int | None = None,
     allow_python: bool = False,
+    allow_outside: bool = False,
+    untrusted: bool = False,
     no_pass: Sequence[str] = (),
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
@@ -150,7 +171,13 @@ def plan_of(
 
     _refuse(_size_problems(limit, pass_tokens, prompt_tokens))
     without = _names(no_pass)
-    checked = _alone(file, models, _settings(set, limit, python=_mode(allow_python)))
+    checked = _alone(
+        file,
+        models,
+        _settings(
+            set, limit, python=_mode(allow_python), allow_outside=allow_outside, untrusted=untrusted
+        ),
+    )
     _refuse(unknown_passes(sorted(without)))
     made = make_plan(checked.experiments, without=without)
     sizes = pass_tokens or PASS_TOKENS, prompt_tokens or PROMPT_TOKENS
@@ -166,6 +193,8 @@ def graph_of(
     to: str | Path | None = None,
     before: bool = False,
     allow_python: bool = False,
+    allow_outside: bool = False,
+    untrusted: bool = False,
 ) -> Printed:
     """What `mechdsl graph` prints: the intervention graph of a file, drawn.
 
@@ -177,7 +206,13 @@ def graph_of(
     from mechdsl.show.terminal import Drawing, Printed
 
     _refuse(_word_problem("format", format, DRAWINGS))
-    checked = _alone(file, models, _settings(set, python=_mode(allow_python)))
+    checked = _alone(
+        file,
+        models,
+        _settings(
+            set, python=_mode(allow_python), allow_outside=allow_outside, untrusted=untrusted
+        ),
+    )
     text = draw(checked.experiments, format, before=before)
     if to is not None:
         Path(to).write_text(text, encoding="utf-8")
@@ -192,6 +227,8 @@ def explain(
     limit: int | None = None,
     format: Literal["text", "json"] = "text",
     allow_python: bool = False,
+    allow_outside: bool = False,
+    untrusted: bool = False,
 ) -> Printed:
     """What `mechdsl explain` prints: the prompts of a file, token by token, with the positions that
     rules hit; or the page of a code (`explain("E0301")`).
@@ -209,7 +246,13 @@ def explain(
         text, problems = page_of(str(what))
         _refuse(problems)
         return Printed(text)
-    checked = _alone(what, models, _settings(set, limit, python=_mode(allow_python)))
+    checked = _alone(
+        what,
+        models,
+        _settings(
+            set, limit, python=_mode(allow_python), allow_outside=allow_outside, untrusted=untrusted
+        ),
+    )
     from mechdsl.show import prompts
 
     if format == "json":
@@ -270,7 +313,7 @@ def _run(
     from mechdsl.program.python_files import PythonFailure
     from mechdsl.results.collect import versions
     from mechdsl.results.results import Results
-    from mechdsl.show.show_report import write_files
+    from mechdsl.show.show_report import write_reports as write_all
 
     checked, loaded = _checked(source, models, options.settings)
     try:
@@ -279,13 +322,14 @@ def _run(
         raise MechdslError([failure.diagnostic]) from failure
     if result is None or has_errors(found):
         raise MechdslError(found)
-    written, unwritten = write_files(result, source.folder) if write_reports else ([], [])
+    done = write_all(result.experiments) if write_reports else []
+    unwritten = [problem for report in done for problem in report.diagnostics]
     warn([*found, *unwritten])
     return Results(
         (result,),
         versions(),
         diagnostics=Diagnostics([*checked.diagnostics, *found, *unwritten]),
-        written=tuple(written),
+        written=tuple(report.path for report in done if report.path is not None),
     )
 
 
@@ -333,7 +377,9 @@ def _settings(
     only: str | None = None,
     python: Mode = "refuse",
     *,
-    require: bool = True,
+    require_models: bool = True,
+    allow_outside: bool,
+    untrusted: bool,
 ) -> Settings:
     from mechdsl.validate.check_file import Settings
 
@@ -341,7 +387,7 @@ def _settings(
         name: str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in (set or {}).items()
     }
-    return Settings(given, limit, only, python, require)
+    return Settings(given, limit, only, python, require_models, allow_outside, untrusted)
 
 
 def _mode(allow_python: bool) -> Mode:

@@ -205,9 +205,8 @@ def _run(
         seed=checked.program.seed,
         sizes=sizes.kept,
     )
-    if store is not None and options.out is not None:
-        path = options.out / checked.source.stem / "results.json"
-        Results((result,), versions()).to_json(path)
+    if store is not None:
+        store.finish(Results((result,), versions()).to_json())
     return result, diagnostics
 
 

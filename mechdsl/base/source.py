@@ -8,6 +8,14 @@ from functools import cached_property
 from pathlib import Path
 
 
+@dataclass(frozen=True)
+class Reach:
+    """The folders that paths in a file may lead to, with all below them; None: anywhere."""
+
+    reads: tuple[Path, ...] | None = None
+    writes: tuple[Path, ...] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """One `.mech` text and where it came from. Compared by identity."""
@@ -15,6 +23,8 @@ class Source:
     text: str
     path: Path | None = None
     """None for text that was handed over from Python."""
+    reach: Reach = field(default_factory=Reach)
+    """A file that is imported has that of the file that imports it."""
 
     @property
     def name(self) -> str:

@@ -12,13 +12,15 @@ import click
 from mechdsl.cli.explain import explain
 from mechdsl.cli.fmt import fmt
 from mechdsl.cli.graph import graph
+from mechdsl.cli.interruption import interrupted, terminable
 from mechdsl.cli.options import MalformedSetting
 from mechdsl.cli.output import broke_off, print_diagnostics
 from mechdsl.cli.plan import plan
 from mechdsl.cli.run import run
 from mechdsl.cli.schema import schema
 from mechdsl.cli.sites import sites
-from mechdsl.cli.status import FINE, INTERRUPTED, WRONG
+from mechdsl.cli.status import FINE, WRONG
+from mechdsl.cli.streams import OutputLost, prepare_streams, without_output
 from mechdsl.cli.validate import validate
 from mechdsl.cli.version import version
 from mechdsl.diagnostics.core import Diagnostic
@@ -52,27 +54,33 @@ def main() -> None:
     # thirty times as long. Sleeping instead costs nothing to speak of.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
+        prepare_streams()
+        with terminable():
+            status = _status()
+        sys.stdout.flush()
+    except OutputLost as error:
+        status = without_output(error)
+    sys.exit(status if isinstance(status, int) else FINE)
+
+
+def _status() -> int | str | None:
+    """What the command that the arguments name exits with."""
+    try:
         # Not `app(…)`: click would end broken pipes as if an expectation had failed.
         with app.make_context("mechdsl", sys.argv[1:]) as context:
-            status = app.invoke(context)
-        sys.stdout.flush()
+            return app.invoke(context)
     except click.exceptions.Exit as error:
-        status = error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = INTERRUPTED
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        return interrupted(error)
     except click.ClickException as error:
         print_diagnostics([_usage(error)])
-        status = WRONG
-    except BrokenPipeError:
-        # The reader (`head`) has seen enough; nothing is left to say, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = FINE
+        return WRONG
+    except OutputLost:
+        raise
     except Exception as error:
         status = broke_off("mechdsl", error)
-        if isinstance(error, OSError):
-            status = WRONG
-    sys.exit(status if isinstance(status, int) else FINE)
+        return WRONG if isinstance(error, OSError) else status
 
 
 def _usage(error: click.ClickException) -> Diagnostic:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
+from mechdsl.base.files import write_whole
 from mechdsl.cli.mech_files import mech_files
 from mechdsl.cli.options import files_argument
-from mechdsl.cli.output import print_diagnostics
+from mechdsl.cli.output import print_diagnostics, say
 from mechdsl.cli.status import FINE, WRONG
 from mechdsl.diagnostics.core import has_errors
 
@@ -38,8 +39,8 @@ def fmt(files: tuple[Path, ...], check: bool) -> int:
         if text != source.text:
             changed.append(path)
             if not check:
-                path.write_text(text, encoding="utf-8")
+                write_whole(path, text)
     print_diagnostics(problems)
     for path in changed:
-        print(f"{'would change' if check else 'formatted'} {path}")
+        say(f"{'would change' if check else 'formatted'} {path}")
     return WRONG if has_errors(problems) or (check and changed) else FINE

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import click
 
+from mechdsl.base.files import write_whole
 from mechdsl.cli.mech_files import checked_file
 from mechdsl.cli.options import (
+    allow_outside_option,
     allow_python_option,
     file_argument,
     python_mode,
     set_option,
     settings,
+    untrusted_option,
 )
 from mechdsl.cli.output import print_diagnostics
 from mechdsl.cli.status import FINE, WRONG
@@ -35,6 +38,8 @@ from mechdsl.diagnostics.core import has_errors
     "--before/--after", help="Before the planner's passes, or as it is run.  [default: after]"
 )
 @allow_python_option
+@allow_outside_option
+@untrusted_option
 def graph(
     file: Path,
     parameters: tuple[str, ...],
@@ -42,9 +47,19 @@ def graph(
     to: Path | None,
     before: bool,
     allow_python: bool,
+    allow_outside: bool,
+    untrusted: bool,
 ) -> int:
     """Draw the intervention graph."""
-    checked, problems = checked_file(file, settings(parameters, python=python_mode(allow_python)))
+    checked, problems = checked_file(
+        file,
+        settings(
+            parameters,
+            python=python_mode(allow_python),
+            allow_outside=allow_outside,
+            untrusted=untrusted,
+        ),
+    )
     print_diagnostics(problems)
     if checked is None or has_errors(problems):
         return WRONG
@@ -54,5 +69,5 @@ def graph(
     if to is None:
         sys.stdout.write(text)
     else:
-        to.write_text(text, encoding="utf-8")
+        write_whole(to, text)
     return FINE

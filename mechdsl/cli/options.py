@@ -28,6 +28,16 @@ limit_option = click.option(
 allow_python_option = click.option(
     "--allow-python", is_flag=True, help="Run the Python files that the file refers to."
 )
+allow_outside_option = click.option(
+    "--allow-outside",
+    is_flag=True,
+    help="Let reports go anywhere, not only to the file's folder or below.",
+)
+untrusted_option = click.option(
+    "--untrusted",
+    is_flag=True,
+    help="List the paths that the file names, confine all of them, run no Python.",
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,8 @@ def settings(
     python: Mode = "refuse",
     *,
     require_models: bool = True,
+    allow_outside: bool,
+    untrusted: bool,
 ) -> Settings:
     """How files are checked. Raises `MalformedSetting`."""
     from mechdsl.validate.check_file import Settings
@@ -101,7 +113,7 @@ def settings(
         if name in given:
             raise MalformedSetting(f"`--set {name}=…` is given twice")
         given[name] = value.strip()
-    return Settings(given, limit, only, python, require_models)
+    return Settings(given, limit, only, python, require_models, allow_outside, untrusted)
 
 
 def python_mode(allow_python: bool) -> Mode:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mechdsl.base.visible import encodable_json, visible
 from mechdsl.cli.status import BROKE_OFF
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import cannot_write
@@ -35,7 +36,14 @@ def print_diagnostics(
             "github": render.render_github,
             "sarif": render.render_sarif,
         }[form](diagnostics)
+        if form in ("json", "sarif"):
+            text = encodable_json(text, stream.encoding)
     stream.write(text if text.endswith("\n") or not text else text + "\n")
+
+
+def say(text: str, *, out: bool = True) -> None:
+    """One line on standard output, or on standard error."""
+    print(visible(text), file=sys.stdout if out else sys.stderr)
 
 
 def broke_off(what: str, error: Exception) -> int:
@@ -50,10 +58,11 @@ def broke_off(what: str, error: Exception) -> int:
         return BROKE_OFF
     if os.environ.get("MECHDSL_DEBUG"):
         raise error
-    print(
-        f"{what} broke off: {type(error).__name__}: {error}\nset MECHDSL_DEBUG=1 for the traceback",
-        file=sys.stderr,
-    )
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):  # a full disk
+        reason = (error.strerror or str(error)).lower()
+    say(f"{what} broke off: {reason}", out=False)
+    say("set MECHDSL_DEBUG=1 for the traceback", out=False)
     return BROKE_OFF
 
 
@@ -66,10 +75,6 @@ def width() -> int:
 
 def make_console(*, stderr: bool = False) -> Console:
     """A rich console: colours only on terminals, and as wide as the reader's window."""
-    from rich.console import Console
+    from mechdsl.show.console import visible_console
 
-    class Piped(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # to `main`; rich would exit as if an expectation had failed
-
-    return Piped(stderr=stderr, width=None if sys.stdout.isatty() else width(), soft_wrap=False)
+    return visible_console(stderr=stderr, width=None if sys.stdout.isatty() else width())

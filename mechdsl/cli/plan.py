@@ -9,6 +9,7 @@ import click
 from mechdsl.cli.mech_files import checked_file
 from mechdsl.cli.options import (
     PassOptions,
+    allow_outside_option,
     allow_python_option,
     file_argument,
     limit_option,
@@ -16,6 +17,7 @@ from mechdsl.cli.options import (
     python_mode,
     set_option,
     settings,
+    untrusted_option,
 )
 from mechdsl.cli.output import make_console, print_diagnostics
 from mechdsl.cli.status import FINE, WRONG
@@ -27,16 +29,26 @@ from mechdsl.diagnostics.core import has_errors
 @set_option
 @limit_option
 @allow_python_option
+@allow_outside_option
+@untrusted_option
 @pass_options
 def plan(
     file: Path,
     parameters: tuple[str, ...],
     limit: int | None,
     allow_python: bool,
+    allow_outside: bool,
+    untrusted: bool,
     passes: PassOptions,
 ) -> int:
     """Print the intervention graph, the cells, rows and forward passes of a file."""
-    how = settings(parameters, limit, python=python_mode(allow_python))
+    how = settings(
+        parameters,
+        limit,
+        python=python_mode(allow_python),
+        allow_outside=allow_outside,
+        untrusted=untrusted,
+    )
     checked, problems = checked_file(file, how)
     print_diagnostics(problems)
     if checked is None or has_errors(problems):

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mechdsl.cli.interruption import interrupted
 from mechdsl.cli.mech_files import checked_file, mech_files
 from mechdsl.cli.options import (
     PassOptions,
+    allow_outside_option,
     allow_python_option,
     files_argument,
     limit_option,
@@ -20,9 +22,11 @@ from mechdsl.cli.options import (
     python_mode,
     set_option,
     settings,
+    untrusted_option,
 )
-from mechdsl.cli.output import broke_off, make_console, print_diagnostics
-from mechdsl.cli.status import FAILED, FINE, INTERRUPTED, WRONG
+from mechdsl.cli.output import broke_off, make_console, print_diagnostics, say
+from mechdsl.cli.status import BROKE_OFF, FAILED, FINE, WRONG
+from mechdsl.cli.streams import OutputLost, write_json
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 
 if TYPE_CHECKING:
@@ -60,6 +64,8 @@ if TYPE_CHECKING:
 @click.option("--only", metavar="EXPERIMENT", help="Run this experiment, and what it needs.")
 @click.option("--profile", is_flag=True, help="Afterwards, estimated against measured work.")
 @allow_python_option
+@allow_outside_option
+@untrusted_option
 @pass_options
 def run(
     files: tuple[Path, ...],
@@ -73,10 +79,19 @@ def run(
     only: str | None,
     profile: bool,
     allow_python: bool,
+    allow_outside: bool,
+    untrusted: bool,
     passes: PassOptions,
 ) -> int:
     """Run files and print their tables. Exit status 0 when every expectation holds."""
-    how = settings(parameters, limit, only, python_mode(allow_python))
+    how = settings(
+        parameters,
+        limit,
+        only,
+        python_mode(allow_python),
+        allow_outside=allow_outside,
+        untrusted=untrusted,
+    )
     paths, problems = mech_files(files)
     # All files are checked before the first one runs (and before torch is imported).
     everything: list[Checked] = []
@@ -123,23 +138,32 @@ def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: b
     from mechdsl.results.results import Results
 
     found: list[FileResult] = []
+    whole = True
     for checked in files:
-        result = _run_file(checked, options, form, profile=profile)
-        if isinstance(result, int):
-            return result
+        try:
+            done = _run_file(checked, options, form, profile=profile)
+        except KeyboardInterrupt as error:
+            return interrupted(error, _kept(checked, options))
+        if isinstance(done, int):
+            return done
+        result, shown = done
         found.append(result)
+        whole &= shown
     results = Results(tuple(found), versions())
     if form == "json":
-        sys.stdout.write(results.to_json() + "\n")
+        write_json(results.to_json())
     elif form == "csv":
         sys.stdout.write(results.to_csv())
+    if not whole:
+        return BROKE_OFF
     return FINE if results.holds else FAILED
 
 
 def _run_file(
     checked: Checked, options: RunOptions, form: str, *, profile: bool
-) -> FileResult | int:
-    """Run a file and show its reports; an exit status where that broke off."""
+) -> tuple[FileResult, bool] | int:
+    """Run a file and show its reports, and whether that could be done of all; an exit status where
+    the run broke off."""
     from mechdsl.pipeline import run_checked
     from mechdsl.show.plan import print_profile
     from mechdsl.show.progress import Bar
@@ -159,45 +183,60 @@ def _run_file(
     try:
         with bar:
             result, diagnostics = run_checked(checked, options)
-    except KeyboardInterrupt:
-        kept = f"; what is finished is in {options.out}" if options.out is not None else ""
-        print(f"interrupted{kept}", file=sys.stderr)
-        return INTERRUPTED
     except Exception as error:
         return broke_off(f"the run of {source.name}", error)
     print_diagnostics(diagnostics)
     if result is None:
         return WRONG
     if not result.experiments:
-        print(f"{source.name} has no experiments: nothing was run", file=sys.stderr)
-    try:
-        _show(result, source.folder, tables=form == "table")
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        return broke_off(f"a report of {source.name}", error)
+        say(f"{source.name} has no experiments: nothing was run", out=False)
+    shown = _show(result, tables=form == "table")
     if result.sizes is not None:
         for plan, done in profiles:
             print_profile(plan, done, result.sizes, make_console(stderr=form != "table"))
-    return result
+    return result, shown
 
 
-def _show(result: FileResult, folder: Path, *, tables: bool) -> None:
-    """All reports of a file, each experiment with the verdicts on its expectations.
+def _kept(checked: Checked, options: RunOptions) -> str:
+    """What an interrupted run leaves behind."""
+    from mechdsl.results.store import unfinished_folder
+
+    if options.out is None:
+        return "; nothing is kept without `--out`"
+    folder = unfinished_folder(options.out, checked.source.stem)
+    return f"; what is finished is in {folder}" if folder.is_dir() else ""
+
+
+def _show(result: FileResult, *, tables: bool) -> bool:
+    """All reports of a file, each experiment with the verdicts on its expectations; whether all
+    could be made.
 
     tables: print them; else only those are made that go to a file.
     """
     from mechdsl.show.reports.verdicts import print_verdicts
-    from mechdsl.show.show_report import show_report
+    from mechdsl.show.show_report import show_report, write_reports
 
     console = make_console()
+    # Files first: what is printed may be cut short by its reader.
+    written = iter(write_reports(result.experiments))
+    whole = True
     for experiment in result.experiments:
         for report in experiment.reports:
-            if not tables and report.file is None:
-                continue
-            written = show_report(experiment, report, console, folder)
-            if written is not None:
-                said = f"{experiment.name}: report {report.kind} written to {written}"
-                print(said, file=sys.stdout if tables else sys.stderr)
+            if report.file is not None:
+                done = next(written)
+                print_diagnostics(done.diagnostics)
+                whole &= done.path is not None
+                if done.path is not None:
+                    said = f"{experiment.name}: report {report.kind} written to {done.path}"
+                    say(said, out=tables)
+            elif tables:
+                try:
+                    show_report(experiment, report, console)
+                except OutputLost:
+                    raise
+                except Exception as error:
+                    broke_off(f"report {report.kind} of {experiment.name}", error)
+                    whole = False
         if tables:
             print_verdicts(experiment, console)
+    return whole

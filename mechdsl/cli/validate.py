@@ -7,7 +7,13 @@ from pathlib import Path
 import click
 
 from mechdsl.cli.mech_files import checked_file, mech_files
-from mechdsl.cli.options import files_argument, set_option, settings
+from mechdsl.cli.options import (
+    allow_outside_option,
+    files_argument,
+    set_option,
+    settings,
+    untrusted_option,
+)
 from mechdsl.cli.output import print_diagnostics
 from mechdsl.cli.status import FINE, WRONG
 from mechdsl.diagnostics.core import has_errors
@@ -16,6 +22,8 @@ from mechdsl.diagnostics.core import has_errors
 @click.command()
 @files_argument
 @set_option
+@allow_outside_option
+@untrusted_option
 @click.option(
     "--format",
     "form",
@@ -25,10 +33,21 @@ from mechdsl.diagnostics.core import has_errors
 )
 @click.option("--require-models", is_flag=True, help="A model that isn't here is an error.")
 def validate(
-    files: tuple[Path, ...], parameters: tuple[str, ...], form: str, require_models: bool
+    files: tuple[Path, ...],
+    parameters: tuple[str, ...],
+    allow_outside: bool,
+    untrusted: bool,
+    form: str,
+    require_models: bool,
 ) -> int:
     """Check files without weights, as in CI. Exit status 2 where one has an error."""
-    how = settings(parameters, python="look", require_models=require_models)
+    how = settings(
+        parameters,
+        python="look",
+        require_models=require_models,
+        allow_outside=allow_outside,
+        untrusted=untrusted,
+    )
     paths, problems = mech_files(files)
     unchecked: list[str] = []
     unrun: list[str] = []

@@ -11,9 +11,10 @@ class PythonNotAllowed(Diagnostic):
     code = "E0221"
     title = "`{function}` is Python, which runs only where you allow it"
     label = "would run `{file}`"
-    help = "read `{file}`, then add `--allow-python` (`allow_python=True` from Python)"
+    help = "{hint}"
     function: str
     file: str
+    hint: str
 
 
 @keyword_record

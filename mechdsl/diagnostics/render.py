@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, TextIO
 from urllib.parse import quote
 
 from mechdsl.base.source import Span
+from mechdsl.base.visible import json_text, visible
 from mechdsl.diagnostics.core import Diagnostic
 
 TAB = 4
@@ -143,21 +143,14 @@ class _Painter:
 
 
 def _clean(text: str, keep: str = "") -> str:
-    """The text without characters that would steer a terminal or break a line."""
-    if text.isprintable():
-        return text
-    return "".join(c if c in keep or c.isprintable() else _escaped(c) for c in text)
-
-
-def _escaped(char: str) -> str:
-    return " " if char in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+    """The text on one line, without characters that steer a terminal."""
+    blanks = {ord(char): " " for char in "\n\t" if char not in keep}
+    return visible(text.translate(blanks), keep)
 
 
 def _shown(text: str) -> str:
     """A piece of a source line with its tabs as blanks."""
-    if text.isprintable():
-        return text
-    return _clean(text.replace("\t", " " * TAB))
+    return visible(text.replace("\t", " " * TAB))
 
 
 def _columns(text: str) -> int:
@@ -225,7 +218,7 @@ def facts(diagnostic: Diagnostic) -> dict[str, Any]:
 
 def render_json(diagnostics: Iterable[Diagnostic]) -> str:
     """A list of objects, in the order of the text."""
-    return json.dumps([facts(d) for d in in_order(diagnostics)], ensure_ascii=False, indent=2)
+    return json_text([facts(d) for d in in_order(diagnostics)], indent=2)
 
 
 def render_github(diagnostics: Iterable[Diagnostic]) -> str:
@@ -256,6 +249,7 @@ def render_github(diagnostics: Iterable[Diagnostic]) -> str:
 
 
 def _github(text: str, more: str = "") -> str:
+    text = visible(text, keep="\r\n")
     for char in "%\r\n" + more:
         text = text.replace(char, f"%{ord(char):02X}")
     return text
@@ -278,7 +272,7 @@ def render_sarif(diagnostics: Iterable[Diagnostic]) -> str:
         "version": "2.1.0",
         "runs": [run],
     }
-    return json.dumps(log, ensure_ascii=False, indent=2)
+    return json_text(log, indent=2)
 
 
 def _about(kind: type[Diagnostic]) -> str:

@@ -17,7 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from mechdsl.base.cache import cache_folder, write_whole
+from mechdsl.base.cache import cache_folder
+from mechdsl.base.files import write_whole
 from mechdsl.hooks.loaded import Outcome
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from mechdsl import zoo
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e04_model import ModelNotFound, NoConfig, PickledWeights, UnknownZooModel
+from mechdsl.diagnostics.e05_paths import ReadsElsewhere
 from mechdsl.diagnostics.w07_models import ModelNotHere
+from mechdsl.program.named_paths import HF, LOCAL, inside_reach, path_to_read
 from mechdsl.program.spec import Model
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -22,7 +24,7 @@ def locate(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     """The folder with the model's `config.json`.
 
     `base` is the folder that relative paths start from, the `.mech` file's. Gives E0403, E0404,
-    E0405, and W0710 for a model that isn't there, which `needed` makes E0401.
+    E0405, E0532, E0535, and W0710 for a model that isn't there, which `needed` makes E0401.
     """
     match model.kind:
         case "zoo":
@@ -54,7 +56,9 @@ def _zoo(model: Model) -> tuple[Path | None, list[Diagnostic]]:
 
 
 def _local(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
-    folder = base / Path(model.path).expanduser()
+    folder, problems = path_to_read(LOCAL, model.path, model.span, base=base)
+    if folder is None:
+        return None, problems
     if not folder.is_dir():
         return None, [
             ModelNotHere(
@@ -65,13 +69,18 @@ def _local(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
                 advice="write the path from the `.mech` file to the model's folder",
             )
         ]
-    return _checked(folder, model)
+    return _named(folder, model)
 
 
 def _hub(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
-    for folder in (base / Path(model.path).expanduser(), cached(model.path, model.revision)):
-        if folder is not None and (folder / "config.json").is_file():
-            return _checked(folder, model)
+    folder, problems = path_to_read(HF, model.path, model.span, base=base)
+    if folder is None:
+        return None, problems
+    if (folder / "config.json").is_file():
+        return _named(folder, model)
+    snapshot = cached(model.path, model.revision)
+    if snapshot is not None and (snapshot / "config.json").is_file():
+        return _checked(snapshot, model)
     return None, [
         ModelNotHere(
             span=model.span,
@@ -97,6 +106,21 @@ def _error(missing: ModelNotHere) -> ModelNotFound:
         place=missing.place,
         advice=f"{missing.advice}; without it nothing can be planned or run",
     )
+
+
+def _named(folder: Path, model: Model) -> tuple[Path | None, list[Diagnostic]]:
+    """A folder that the file names: of an untrusted file, none of its files is a link out."""
+    for path in sorted(folder.iterdir()):
+        if not inside_reach(path, model.span):
+            return None, [
+                ReadsElsewhere(
+                    span=model.span,
+                    construct=model.kind,
+                    path=f"{model.path}/{path.name}",
+                    where="a link that leads out of the folder",
+                )
+            ]
+    return _checked(folder, model)
 
 
 def _checked(folder: Path, model: Model) -> tuple[Path | None, list[Diagnostic]]:
@@ -131,6 +155,8 @@ def cached(name: str, revision: str | None) -> Path | None:
     if not (root / "snapshots").is_dir():
         return None
     wanted = revision or "main"
+    if PurePath(wanted).is_absolute() or ".." in PurePath(wanted).parts:
+        return None  # a path out of the cache is no revision
     reference = root / "refs" / wanted
     if reference.is_file():
         wanted = reference.read_text(encoding="utf-8").strip()

@@ -11,6 +11,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e04_model import ModelNotFound
 from mechdsl.program import spec
+from mechdsl.program.named_paths import LOCAL, path_to_read
 
 STAR = "*"
 
@@ -46,7 +47,13 @@ def checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequence[sp
             )
         )
         return []
-    found = matching(model.span.source.folder, model.path)
+    before, _, after = model.path.partition(STAR)
+    parent, slash, start = before.rpartition("/")
+    folder, problems = path_to_read(LOCAL, parent or slash, model.span)
+    if folder is None:
+        diagnostics.extend(problems)
+        return []
+    found = matching(folder, start, after)
     if not found:
         diagnostics.append(
             ModelNotFound(
@@ -70,12 +77,12 @@ def checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequence[sp
     ]
 
 
-def matching(base: Path, path: str) -> list[str]:
-    """What `*` stands for in the folders that match, as people count: `step-9` before `step-10`."""
-    before, _, after = path.partition(STAR)
-    parent, _, start = before.rpartition("/")
+def matching(folder: Path, start: str, after: str) -> list[str]:
+    """What `*` stands for in the folders that match, as people count: `step-9` before `step-10`.
+
+    start, after: what stands before `*` in a folder's name, and all behind it.
+    """
     end, slash, rest = after.partition("/")
-    folder = base / Path(parent or ("/" if before.startswith("/") else ".")).expanduser()
     try:
         names = os.listdir(folder)
     except OSError:

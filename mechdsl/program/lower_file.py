@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from mechdsl.base.source import Source
@@ -17,6 +18,7 @@ from mechdsl.diagnostics.e02_names import (
     UnknownName,
     did_you_mean,
 )
+from mechdsl.diagnostics.e05_paths import NotMech, ReadsElsewhere, SpecialFile
 from mechdsl.diagnostics.w07_names import UnusedName
 from mechdsl.program import spec
 from mechdsl.program.checkpoints import STAR, checkpoints
@@ -24,6 +26,7 @@ from mechdsl.program.constants import constant
 from mechdsl.program.definitions import Definitions
 from mechdsl.program.lower_experiment import lower_experiment
 from mechdsl.program.lower_prompts import lower_prompts
+from mechdsl.program.named_paths import USE, named_paths, path_to_read
 from mechdsl.program.namespace import Namespace
 from mechdsl.program.run_order import with_order
 from mechdsl.program.unused_names import unused_in_blocks
@@ -39,13 +42,17 @@ def lower_program(
 ) -> tuple[spec.Program, list[Diagnostic]]:
     """The typed program of a parsed file; `settings` are the `--set k=v` of the command line.
 
-    Codes: E0108 for what is not supported yet, E02xx for names, imports and parameters, E06xx for
-    experiments that lack a part, W0730 for unused names.
+    Codes: E0108 for what is not supported yet, E02xx for names, imports and parameters, E0532 and
+    E0535 for imports that may not be read, E06xx for experiments that lack a part, W0730 for unused
+    names, W0780 for paths of an untrusted file.
     """
     scope = Namespace()
     files = _with_imports(tree, source, scope.diagnostics)
     parts = Definitions()
     _parameters(files, parts, scope, settings or {})
+    if source.reach.reads is not None:
+        trees = [file for file, _ in files]
+        scope.diagnostics.extend(named_paths(trees, parts.parameters))
     # Definitions before experiments: a file may use a name before the line that defines it.
     for file, imported in files:
         for statement in file.statements:
@@ -78,7 +85,7 @@ def lower_program(
         seed=parts.seed,
         lost=tuple(lost for file, _ in files for lost in file.lost),
     )
-    if any(isinstance(d, ImportFailed) for d in scope.diagnostics):
+    if any(isinstance(d, ImportFailed | ReadsElsewhere | SpecialFile) for d in scope.diagnostics):
         # What seems to be missing may stand in the file that can't be read.
         missing = (MissingLine, UnknownName, UnusedName)
         return whole, [d for d in scope.diagnostics if not isinstance(d, missing)]
@@ -99,7 +106,10 @@ def _with_imports(
         found.append((file, origin is not source))
 
     def follow(use: ast.Use, origin: Source, chain: tuple[Path, ...]) -> None:
-        path = origin.folder / use.path.value
+        path, problems = path_to_read(USE, use.path.value, use.path.span)
+        if path is None:
+            diagnostics.extend(problems)
+            return
         real = path.resolve()
         if real in chain:
             diagnostics.append(
@@ -125,6 +135,7 @@ def _with_imports(
                 )
             )
             return
+        imported = replace(imported, reach=origin.reach)
         file, problems = parse(imported)
         diagnostics.extend(problems)
         visit(file, imported, (*chain, real))
@@ -136,6 +147,8 @@ def _with_imports(
 
 def _why(problem: Diagnostic) -> str:
     """Why a file can't be read, without its path, which the `use` line has."""
+    if isinstance(problem, NotMech):
+        return "it is no `.mech` file"
     return problem.reason if isinstance(problem, Unreadable | NotText) else problem.message
 
 

@@ -23,6 +23,7 @@ from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e02_python import PythonFailed, PythonNotAllowed, PythonNotFound
 from mechdsl.diagnostics.w07_python import PythonNotRun
 from mechdsl.program import spec
+from mechdsl.program.named_paths import PYTHON, path_to_read
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -66,6 +67,14 @@ class PythonFunction:
     digest: str
     """SHA-256 of the file."""
     span: Span = field(compare=False, repr=False)
+
+    @property
+    def allowing(self) -> str:
+        """What lets it run. Of an untrusted file nothing does."""
+        untrusted = self.span.source.reach.reads is not None
+        leave = " leave `--untrusted` out and" if untrusted else ""
+        allow = "`--allow-python` (`allow_python=True` from Python)"
+        return f"read `{self.file}`, then{leave} add {allow}"
 
     def call(self, *arguments: Any) -> Any:
         """What it gives; PythonFailure for every exception."""
@@ -150,9 +159,14 @@ def is_python(node: object) -> bool:
 def find_function(
     node: ast.Call, use: FunctionUse
 ) -> tuple[PythonFunction | None, list[Diagnostic]]:
-    """The function that `python("file.py:name")` means. Nothing of it runs. Code: E0222."""
+    """The function that `python("file.py:name")` means. Nothing of it runs.
+
+    Codes: E0222, E0532, E0535.
+    """
     try:
         return _found(node, use), []
+    except _Refused as refused:
+        return None, refused.diagnostics
     except _Missing as missing:
         written = node.span.written
         problem = PythonNotFound(
@@ -168,6 +182,12 @@ class _Missing(Exception):
         self.hint = hint
 
 
+class _Refused(Exception):
+    def __init__(self, diagnostics: list[Diagnostic]) -> None:
+        super().__init__()
+        self.diagnostics = diagnostics
+
+
 def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
     example = 'write the file and the function: `python("metrics.py:refused")`'
     value = node.arguments[0].value if len(node.arguments) == 1 else None
@@ -178,7 +198,9 @@ def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
         raise _Missing("it names no function", example)
     if not file.endswith(".py"):
         raise _Missing(f"`{file}` is no Python file", "its name must end in `.py`")
-    path = node.span.source.folder / file
+    path, problems = path_to_read(PYTHON, file, node.span)
+    if path is None:
+        raise _Refused(problems)
     content = _content(path, file)
     functions = _functions(content, file)
     if name not in functions:
@@ -284,7 +306,12 @@ def check_functions(program: spec.Program, mode: Mode) -> list[Diagnostic]:
         found += problems
         if function is not None and mode == "refuse":
             found.append(
-                PythonNotAllowed(span=node.span, function=function.name, file=function.file)
+                PythonNotAllowed(
+                    span=node.span,
+                    function=function.name,
+                    file=function.file,
+                    hint=function.allowing,
+                )
             )
     if mode == "look":
         for name, prompts in program.prompts.items():

@@ -18,6 +18,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e05_data import DataFormat, DataNotRead
+from mechdsl.program.named_paths import ROWS, path_to_read
 from mechdsl.prompts.values import Record, Value
 
 TWO_COLUMNS = "two columns are called"
@@ -43,8 +44,13 @@ class _Malformed(Exception):
 
 
 def read_data(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]:
-    """Read a data file; the path is relative to the `.mech` file. Codes: E0504, E0505."""
-    file = span.source.folder / path
+    """Read a data file; the path is relative to the `.mech` file.
+
+    Codes: E0504, E0505, E0532, E0535.
+    """
+    file, problems = path_to_read(ROWS, path, span)
+    if file is None:
+        return None, problems
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         known = ", ".join(_READERS)

@@ -99,7 +99,13 @@ class Calls:
             facts = {"written": first.written, "reason": first.reason, "hint": first.hint}
             raise Refusal(PythonNotFound, node.span, **facts)
         if not self.allowed:
-            raise Refusal(PythonNotAllowed, node.span, function=found.name, file=found.file)
+            raise Refusal(
+                PythonNotAllowed,
+                node.span,
+                function=found.name,
+                file=found.file,
+                hint=found.allowing,
+            )
         self._functions[id(node)] = found
         return found
 

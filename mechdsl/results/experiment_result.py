@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -281,11 +280,21 @@ def frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
 def csv_text(records: list[dict[str, Any]]) -> str:
     """Records as CSV; a column that a record lacks is empty."""
     columns = dict.fromkeys(key for record in records for key in record)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n", restval="")
+    lines = _Lines()
+    writer = csv.DictWriter(lines, list(columns), lineterminator="\r\n", restval="")
     writer.writeheader()
     writer.writerows(records)
-    return text.getvalue()
+    return "".join(lines.written)
+
+
+class _Lines:
+    """Ends records with `\\n`. The writer is told `\\r\\n`, so that it quotes what holds either."""
+
+    def __init__(self) -> None:
+        self.written: list[str] = []
+
+    def write(self, line: str) -> None:
+        self.written.append(line.removesuffix("\r\n") + "\n")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from mechdsl.base.files import write_whole
+from mechdsl.base.visible import json_text
 from mechdsl.diagnostics.raised import Diagnostics
 from mechdsl.results.document import results_document
 from mechdsl.results.experiment_result import ExperimentResult, FileResult, csv_text, frame
@@ -84,9 +85,9 @@ class Results:
 
     def to_json(self, path: str | Path | None = None, *, indent: int | None = 2) -> str:
         """The document as text, also written to `path` if one is given."""
-        text = json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=indent)
+        text = json_text(self.to_dict(), indent)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_whole(Path(path), text + "\n")
         return text
 
     def to_text(self, width: int = 100) -> str:

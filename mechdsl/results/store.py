@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from mechdsl.base.arrays import Floats
+from mechdsl.base.files import write_whole
+from mechdsl.base.visible import json_text
 from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
@@ -21,19 +23,39 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+STATE, DOCUMENT = "state.json", "results.json"
+State = Literal["running", "unfinished", "finished"]
+
+
+def unfinished_folder(folder: Path, stem: str) -> Path:
+    """Where a run keeps what it has, until it is finished."""
+    return folder / f"{stem}.unfinished"
+
+
 class Store:
     """`--out DIR`: per experiment a JSON Lines file with the values of every prompt.
 
     The first line names axes and measures; then one line per cell and batch of prompts, written
     as soon as its forward pass is done. The variants of an experiment have one file.
+
+    All lies in `DIR/STEM.unfinished` until the run is finished, and only then in `DIR/STEM`, in
+    place of what an earlier run has left there; `state.json` says which it is.
     """
 
     def __init__(self, folder: Path, stem: str) -> None:
-        self.folder = folder / stem
+        self.folder = unfinished_folder(folder, stem)
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in (*self.folder.glob("*.jsonl"), self.folder / DOCUMENT):
+            left.unlink(missing_ok=True)
+        self._target = folder / stem
         self._files: dict[str, IO[str]] = {}
         self._plans: dict[str, dict[str, ExperimentPlan]] = {}
         self._axes: dict[str, list[str]] = {}
+        self._write_state(self.folder, "running")
+
+    def _write_state(self, folder: Path, state: State) -> None:
+        names = [f"{name}.jsonl" for name in self._files]
+        write_whole(folder / STATE, json_text({"schema": 1, "state": state, "files": names}) + "\n")
 
     def open(self, plan: ExperimentPlan) -> None:
         """Start the file of an experiment, or add a variant to it before its first line."""
@@ -58,7 +80,7 @@ class Store:
                 for m, s in zip(first.measures, first.spec.measures, strict=True)
             ],
         }
-        self._files[name].write(json.dumps(head, ensure_ascii=False, allow_nan=False) + "\n")
+        self._files[name].write(json_text(head) + "\n")
 
     def unpatched(self, measured: MeasuredValues) -> None:
         """The values of base and source runs, which every effect is set against."""
@@ -103,12 +125,30 @@ class Store:
         if name not in self._axes:
             self._head(name)
         file = self._files[name]
-        file.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(json_text(content) + "\n")
         file.flush()
 
     def close(self) -> None:
-        for name, file in self._files.items():
-            if name not in self._axes:
-                self._head(name)
-            file.close()
-        self._files.clear()
+        """No more lines: either the run is finished, or it broke off, which its state then says."""
+        with suppress(OSError):  # a full disk has been told of already
+            for name, file in self._files.items():
+                if name not in self._axes:
+                    self._head(name)
+                file.close()
+            self._write_state(self.folder, "unfinished")
+
+    def finish(self, document: str) -> None:
+        """Keep the results too, and move all to where finished runs lie. OSError where that fails.
+
+        document: of the results, as JSON.
+        """
+        self._target.mkdir(parents=True, exist_ok=True)
+        for name in (STATE, DOCUMENT):  # from here on it isn't the earlier run any more
+            (self._target / name).unlink(missing_ok=True)
+        for name in self._files:
+            (self.folder / f"{name}.jsonl").replace(self._target / f"{name}.jsonl")
+        write_whole(self._target / DOCUMENT, document + "\n")
+        self._write_state(self._target, "finished")
+        (self.folder / STATE).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else's files are in it
+            self.folder.rmdir()

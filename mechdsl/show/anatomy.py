@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from mechdsl.diagnostics.core import Diagnostic
@@ -159,7 +158,7 @@ def _sites(stack: Stack) -> Table:
         layers = _layers(stack, site)
         every = len(layers) == stack.shape.n_layers
         where = "" if not layers else "all" if every else ", ".join(map(str, layers))
-        table.add_row(site, escape(size), where, _tensor(stack.anatomy, site))
+        table.add_row(site, size, where, _tensor(stack.anatomy, site))
     return table
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 from typing import TypeAlias
 
 import networkx as nx
 
+from mechdsl.base.visible import visible, xml_text
 from mechdsl.graph.nodes import (
     EffectNode,
     EncodeNode,
@@ -42,6 +42,10 @@ COLOURS: Mapping[type, str] = {
 
 def describe(node: Node) -> list[str]:
     """What a node says: its kind first, then a few short lines."""
+    return [visible(line) for line in _describe(node)]
+
+
+def _describe(node: Node) -> list[str]:
     match node:
         case EncodeNode():
             name = node.prompts if node.part is None else f"{node.prompts}.{node.part}"
@@ -128,7 +132,7 @@ def to_mermaid(graph: Graph) -> str:
     names = _numbered(graph)
     lines = ["flowchart TD"]
     for node, name in names.items():
-        label = "<br/>".join(escape(part).replace("&quot;", "#quot;") for part in describe(node))
+        label = "<br/>".join(xml_text(part).replace("&quot;", "#quot;") for part in describe(node))
         lines.append(f'  {name}["{label}"]')
     lines.extend(f"  {names[a]} --> {names[b]}" for a, b in _edges(graph, names))
     for kind, colour in COLOURS.items():
@@ -285,7 +289,7 @@ def _line(boxes: list[_Box]) -> str:
 def _rectangle(node: Node, box: _Box) -> str:
     texts = "".join(
         f'<text x="{box.x + PADDING:.1f}" y="{box.y + PADDING + LINE * (i + 0.78):.1f}" '
-        f'font-weight="{"bold" if i == 0 else "normal"}">{escape(line)}</text>'
+        f'font-weight="{"bold" if i == 0 else "normal"}">{xml_text(line)}</text>'
         for i, line in enumerate(box.lines)
     )
     return (

@@ -26,7 +26,6 @@ class Bar:
         if not sys.stderr.isatty():
             return
         if self._progress is None:
-            from rich.console import Console
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,
@@ -35,13 +34,15 @@ class Bar:
                 TimeRemainingColumn,
             )
 
+            from mechdsl.show.console import visible_console
+
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("rows"),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=visible_console(stderr=True),
                 transient=True,
             )
             self._progress.start()

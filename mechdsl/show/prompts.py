@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
 from mechdsl.resolve.resolved import DRAW, ResolvedExperiment, ResolvedRule
+from mechdsl.show.tokens import shown_token
 from mechdsl.validate.check_file import Checked
 
 SHOWN_ROWS = 2
@@ -60,7 +61,7 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
     for name, run in table.runs.items():
         for number, row in enumerate(run.rows[:SHOWN_ROWS]):
             console.print(Text(f"  {name}, row {number}: ", style="bold") + Text(repr(row.text)))
-            _grid([token.strip() or repr(token) for token in _tokens(experiment, row)], console)
+            _grid([shown_token(token) for token in _tokens(experiment, row)], console)
             for label, positions in _named_spans(row):
                 where = _list(positions) if any(positions) else "white space, no token of its own"
                 console.print(Text("    ") + Text(label, style="green") + Text(f" → {where}"))
@@ -168,7 +169,7 @@ def _positions(
     for cell in cells[:SHOWN_CELLS]:
         hits = [_hit(experiment, run, cell, row) for row in range(min(4, len(experiment.table)))]
         n = sum(1 for row in cell.hits if row)
-        table.add_row(cell.label, str(n), "   ".join(hits))
+        table.add_row(*map(Text, (cell.label, str(n), "   ".join(hits))))
     console.print(table)
     if len(cells) > SHOWN_CELLS:
         console.print(f"    … ({len(cells)} positions in all)", highlight=False)
@@ -194,7 +195,7 @@ def _control(experiment: ResolvedExperiment, console: Console) -> None:
 def _hit(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int) -> str:
     """`4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `—` where the row lacks it."""
     tokens = _tokens(experiment, experiment.table.runs[run].rows[row])
-    joined = [" + ".join(f"{t} {tokens[t].strip()}" for t in hit) for hit in cell.hits[row]]
+    joined = [" + ".join(f"{t} {shown_token(tokens[t])}" for t in hit) for hit in cell.hits[row]]
     return " | ".join(joined) or "—"
 
 

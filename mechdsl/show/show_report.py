@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
 from rich.console import Console
 
+from mechdsl.base.files import written_aside
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e02_names import BadCommandLine, cannot_write
+from mechdsl.diagnostics.e05_paths import ReportNotWritten
 from mechdsl.program import spec
-from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.program.named_paths import path_to_write
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import with_tokens
 from mechdsl.vocab.reports import REPORTS
 
@@ -28,49 +33,82 @@ class _ReportModule(Protocol):
         ...
 
 
-def show_report(
-    result: ExperimentResult, report: spec.Report, console: Console, folder: Path | None = None
-) -> Path | None:
-    """Print a report, or write it where it says `to "file"` (relative to `folder`).
+@dataclass(frozen=True)
+class WrittenReport:
+    """What became of a report that goes to a file."""
 
-    Returns the file. Raises ValueError for a report that `check_report` refuses as not drawn yet.
+    experiment: str
+    report: spec.Report
+    path: Path | None
+    """None where it couldn't be written."""
+    diagnostics: Sequence[Diagnostic]
+
+
+def show_report(result: ExperimentResult, report: spec.Report, console: Console) -> None:
+    """Print a report. Raises ValueError for one that `check_report` refuses as not drawn yet."""
+    _drawing(report).render(_with_axis(result, report), report, console)
+
+
+def write_reports(experiments: Iterable[ExperimentResult]) -> list[WrittenReport]:
+    """Write all reports that go to a file, in their order.
+
+    One that can't be written is missing alone: its `diagnostics` say why, E0531 to E0533 and E0536.
     """
-    kind = REPORTS[report.kind]
-    if kind.module is None or kind.signature is None:
-        raise ValueError(f"`report {report.kind}` isn't drawn yet: `check_report` refuses it")
-    drawing = cast(_ReportModule, import_module(kind.module))
-    if kind.signature.variable is not None:  # it has an axis, and no column of tokens
-        result = with_tokens(result)
-    if report.file is None:
-        drawing.render(result, report, console)
-        return None
-    path = (folder or Path()) / report.file
+    return [
+        _written(result, report, report.file)
+        for result in experiments
+        for report in result.reports
+        if report.file is not None
+    ]
+
+
+def _written(result: ExperimentResult, report: spec.Report, file: str) -> WrittenReport:
+    # Looked at before the run too, but links and folders may have changed since.
+    name = f"report {report.kind}"
+    path, problems = path_to_write(name, file, report.span)
+    if path is not None:
+        try:
+            save_report(result, report, path)
+        except Exception as error:
+            if os.environ.get("MECHDSL_DEBUG"):
+                raise
+            reason, hint = _why(error)
+            problems = [
+                ReportNotWritten(
+                    span=report.span, construct=name, path=file, reason=reason, hint=hint
+                )
+            ]
+    return WrittenReport(result.name, report, None if problems else path, problems)
+
+
+def save_report(result: ExperimentResult, report: spec.Report, path: Path) -> None:
+    """Write a report to a file, which is whole or not there. Folders are made.
+
+    Raises OSError where the file can't be written, and what drawing raises.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.save(result, report, path)
-    return path
+    with written_aside(path) as made:
+        _drawing(report).save(_with_axis(result, report), report, made)
 
 
-def write_files(result: FileResult, folder: Path) -> tuple[list[Path], list[Diagnostic]]:
-    """Write the reports of a file that go to a file, relative to `folder`.
+def _drawing(report: spec.Report) -> _ReportModule:
+    module = REPORTS[report.kind].module
+    if module is None:
+        raise ValueError(f"`report {report.kind}` isn't drawn yet: `check_report` refuses it")
+    return cast(_ReportModule, import_module(module))
 
-    Returns what was written, and E0208 for each that could not be: it costs that one alone.
-    """
-    console = Console(quiet=True)
-    written: list[Path] = []
-    problems: list[Diagnostic] = []
-    for experiment in result.experiments:
-        for report in experiment.reports:
-            if report.file is None:
-                continue
-            try:
-                path = show_report(experiment, report, console, folder)
-            except OSError as error:
-                problems.append(cannot_write(error, folder / report.file))
-            except Exception as error:  # whatever a drawing library raises
-                reason = f"`report {report.kind}` broke off: {type(error).__name__}: {error}"
-                hint = "the numbers are there: `to_csv()` and `to_json()` write them"
-                problems.append(BadCommandLine(reason=reason, hint=hint))
-            else:
-                assert path is not None
-                written.append(path)
-    return written, problems
+
+def _with_axis(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
+    """What has an axis, and no column of tokens, gets the tokens along it."""
+    signature = REPORTS[report.kind].signature
+    has_axis = signature is not None and signature.variable is not None
+    return with_tokens(result) if has_axis else result
+
+
+def _why(error: Exception) -> tuple[str, str]:
+    """The reason, and what to do."""
+    if isinstance(error, OSError):
+        reason = (error.strerror or str(error)).lower()
+        return reason, "make room, or name a folder that may be written to, and run it again"
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}", "set MECHDSL_DEBUG=1 for the traceback"

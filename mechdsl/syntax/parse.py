@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotText, ReservedName, TooLarge, Unreadable
+from mechdsl.diagnostics.e05_paths import NotMech
 from mechdsl.syntax import ast
 from mechdsl.syntax.attempt import ParserStopped, attempt
-from mechdsl.syntax.scan import outline
+from mechdsl.syntax.scan import outline, skip_space
 
 MAX_REPORTED = 1000
+_FIRST_LINE = re.compile(r"mech\s+\d")
 
 
 def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
@@ -66,7 +69,11 @@ def parse_setting(text: str) -> ast.Expr | None:
 
 
 def read_source(path: Path) -> tuple[Source | None, list[Diagnostic]]:
-    """The text of a file; E0112 where it can't be read, E0110 where it isn't text."""
+    """The text of a file.
+
+    Codes: E0112 where it can't be read, E0110 where it isn't text, E0534 where it is something
+    else.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -79,4 +86,14 @@ def read_source(path: Path) -> tuple[Source | None, list[Diagnostic]]:
     except UnicodeDecodeError as error:
         reason = f"byte {error.start} is not UTF-8"
         return None, [NotText(path=str(path), reason=reason)]
+    if not _is_mech(path, text):  # so that nothing of it is quoted
+        return None, [NotMech(path=str(path))]
     return Source(text.replace("\r\n", "\n").replace("\r", "\n"), path), []
+
+
+def _is_mech(path: Path, text: str) -> bool:
+    """By the name of what a link leads to, else by the first line."""
+    return (
+        path.resolve().suffix.lower() == ".mech"
+        or _FIRST_LINE.match(text, skip_space(text)) is not None
+    )

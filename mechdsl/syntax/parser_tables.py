@@ -19,7 +19,8 @@ from typing import Any
 import lark
 from lark import Lark
 
-from mechdsl.base.cache import cache_folder, write_whole
+from mechdsl.base.cache import cache_folder
+from mechdsl.base.files import write_whole
 
 STARTS = ("start", "top_lines", "data_lines", "change_lines", "experiment_lines", "placeholder")
 """What can be parsed by itself: a file, the inside of each kind of block, one expression."""

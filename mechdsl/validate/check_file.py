@@ -26,6 +26,7 @@ from mechdsl.diagnostics.e06_onward import TestedWherePicked
 from mechdsl.diagnostics.w07_names import HidesMetric, PatchesItself, UnusedName, WritesFirstToken
 from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
+from mechdsl.program.named_paths import reach_of
 from mechdsl.program.python_files import Mode, check_functions
 from mechdsl.program.run_order import in_order, with_needed
 from mechdsl.prompts.prompt_table import PromptTable
@@ -81,6 +82,10 @@ class Settings:
     """What becomes of functions of Python files."""
     require_models: bool = False
     """Whether a model that isn't on this machine is an error."""
+    allow_outside: bool = False
+    """Whether reports may go anywhere, and not only to the folder of the file or below."""
+    untrusted: bool = False
+    """Whether the file may read only there too, may run no Python, and its paths are listed."""
 
 
 def check_source(
@@ -92,11 +97,15 @@ def check_source(
 
     `models` are handed over from Python and stand for the file's models of the same name.
     """
-    settings = settings or Settings()
+    settings, found = _without_contradiction(settings or Settings())
+    source = replace(
+        source,
+        reach=reach_of(source, outside=settings.allow_outside, untrusted=settings.untrusted),
+    )
     tree, syntax = parse(source)
-    program, found = lower_program(tree, source, settings.parameters)
-    broken = BrokenLines([*syntax, *found], tree, program.lost)
-    checked = Checked(source, program, diagnostics=found)
+    program, lowered = lower_program(tree, source, settings.parameters)
+    broken = BrokenLines([*syntax, *lowered], tree, program.lost)
+    checked = Checked(source, program, diagnostics=[*found, *lowered])
     experiments = list(program.experiments)
     if settings.only is not None:
         experiments = _only(settings.only, checked)
@@ -143,6 +152,25 @@ def check_source(
         found = [d for d in found if not isinstance(d, UnusedName)]
     checked.diagnostics = _unique(with_waiting([*syntax, *found], program, source))
     return checked
+
+
+def _without_contradiction(settings: Settings) -> tuple[Settings, list[Diagnostic]]:
+    """E0208 for an untrusted file that is allowed what others aren't. It gets nothing of that."""
+    if not settings.untrusted:
+        return settings, []
+    allowed = {
+        "--allow-python": settings.python == "run",
+        "--allow-outside": settings.allow_outside,
+    }
+    found: list[Diagnostic] = [
+        BadCommandLine(
+            reason=f"`--untrusted` and `{option}` contradict each other",
+            hint=f"leave `{option}` out; or read the file, and leave `--untrusted` out",
+        )
+        for option, given in allowed.items()
+        if given
+    ]
+    return replace(settings, python="refuse", allow_outside=False), found
 
 
 def by_name(experiments: Iterable[Named]) -> list[list[Named]]:

@@ -10,6 +10,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_statistics import BadReport
 from mechdsl.models.locate import locate
 from mechdsl.program import spec
+from mechdsl.program.named_paths import path_to_write
 from mechdsl.program.python_files import functions_of
 from mechdsl.syntax import ast
 
@@ -40,7 +41,11 @@ def check_written(files: Sequence[Written]) -> list[Diagnostic]:
     for program, _ in files:
         for path, what in _read_by(program):
             read.setdefault(_identity(path), (what, program))
-    found: list[Diagnostic] = []
+    found = [
+        problem
+        for report, _ in reports.values()
+        for problem in path_to_write(f"report {report.kind}", report.file or "", report.span)[1]
+    ]
     first: dict[Hashable, tuple[spec.Report, spec.Program]] = {}
     for report, program in reports.values():
         assert report.file is not None

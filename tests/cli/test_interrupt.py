@@ -1,4 +1,4 @@
-"""Ctrl-C: what is finished is kept, the model is as it was, and the status is 130."""
+"""Ctrl-C and SIGTERM: what is finished is kept, and the model is as it was."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ def default_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_in_the_middle_of_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "word", "status"), [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)]
+)
+def test_in_the_middle_of_a_run(sent: str, word: str, status: int, tmp_path: Path) -> None:
     (tmp_path / "long.mech").write_text(LONG, encoding="utf-8")
-    lines = tmp_path / "kept" / "long" / "heads.jsonl"
+    lines = tmp_path / "kept" / "long.unfinished" / "heads.jsonl"
     running = subprocess.Popen(
         [sys.executable, "-m", "mechdsl", "run", "long.mech", "--out", "kept"],
         cwd=tmp_path,
@@ -46,20 +49,22 @@ def test_in_the_middle_of_a_run(tmp_path: Path) -> None:
             assert running.poll() is None, running.communicate()
             assert time.monotonic() < until, "no cell was finished"
             time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(getattr(signal, sent))
         out, err = running.communicate(timeout=60)
     finally:
         running.kill()
-    assert running.returncode == 130
-    assert "Traceback" not in err
-    assert "interrupted; what is finished is in kept" in err
+    assert running.returncode == status
+    assert err == f"{word}; what is finished is in {Path('kept', 'long.unfinished')}\n"
     assert out == ""
     kept = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
     assert kept[0]["axes"] == ["layer", "neuron", "position"]
     cells = [line for line in kept if "cell" in line]
     assert cells
     assert all(len(line["rows"]) == len(line["values"][0]) for line in cells)
-    assert not (lines.parent / "results.json").exists()
+    assert {path.name for path in lines.parent.iterdir()} == {"heads.jsonl", "state.json"}
+    state = json.loads((lines.parent / "state.json").read_text(encoding="utf-8"))
+    assert state == {"schema": 1, "state": "unfinished", "files": ["heads.jsonl"]}
+    assert not (tmp_path / "kept" / "long").exists()
 
 
 def test_while_checking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -114,15 +114,54 @@ def test_reports_to_files_are_written_in_every_form(command: Command, tmp_path: 
     assert "heads.csv" in done.err
 
 
-def test_a_report_that_cannot_be_written(command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "no space left on device"),
+        (ValueError("too many colours"), "ValueError: too many colours"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_missing_alone(
+    error: Exception,
+    said: str,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reports = 'report csv to "lost.csv"\n  report table\n  report json to "kept.json"'
     path = tmp_path / "heads.mech"
-    path.write_text(
-        HEADS.replace("report table", 'report csv to "heads.mech/x.csv"'), encoding="utf-8"
-    )
+    path.write_text(HEADS.replace("report table", reports), encoding="utf-8")
+    (tmp_path / "lost.csv").write_text("of an earlier run", encoding="utf-8")
+
+    def fails(*given: object) -> str:
+        raise error
+
+    monkeypatch.setattr("mechdsl.show.reports.files.write_csv", fails)
     done = command("run", path)
     assert done.status == 3
-    assert "cannot write" in done.err
+    assert f"error[E0536]: `report csv` wasn't written to `lost.csv`: {said}" in done.err
+    assert "= help: " in done.err
     assert "Traceback" not in done.err
+    assert "L1H3.z" in done.out, "the table is printed"
+    strict((tmp_path / "kept.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "lost.csv").read_text(encoding="utf-8") == "of an earlier run"
+    assert {each.name for each in tmp_path.iterdir()} == {"heads.mech", "lost.csv", "kept.json"}
+
+
+def test_a_report_that_cannot_be_printed_is_missing_alone(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "heads.mech"
+    path.write_text(HEADS.replace("report table", "report csv\n  report table"), encoding="utf-8")
+
+    def fails(*given: object) -> str:
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr("mechdsl.show.reports.files.write_csv", fails)
+    done = command("run", path)
+    assert done.status == 3
+    assert "report csv of heads broke off: ValueError: a mistake of ours" in done.err
+    assert "L1H3.z" in done.out
 
 
 @pytest.mark.parametrize("form", ["table", "json", "csv"])
@@ -278,14 +317,63 @@ def test_numbers_stay_whole_on_narrow_terminals(
         assert f"[{low}, {high}]".replace("-0.000", "0.000") in shown
 
 
-def test_a_reader_that_has_seen_enough(both: Path) -> None:
-    for arguments in ("run both.mech", "schema"):
-        done = subprocess.run(
-            ["bash", "-c", f"set -o pipefail; {sys.executable} -m mechdsl {arguments} | head -2"],
-            cwd=both.parent,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=60,
-        )
-        assert done.returncode == 0, arguments
-        assert done.stderr == ""
+def in_bash(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; mechdsl() {{ {sys.executable} -m mechdsl $@; }}; {line}"],
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+
+
+CLOSED = "standard output was closed before everything was printed\n"
+FULL = "standard output takes nothing more: no space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("mechdsl run both.mech | true", CLOSED),
+        ("mechdsl explain both.mech | true", CLOSED),
+        ("mechdsl run both.mech > /dev/full", FULL),
+        ("mechdsl schema > /dev/full", FULL),
+        ("mechdsl --help > /dev/full", FULL),
+        ("mechdsl validate both.mech >&-", "standard output is closed\n"),
+    ],
+)
+def test_output_that_is_closed_or_full(line: str, said: str, both: Path) -> None:
+    done = in_bash(line, both.parent)
+    assert (done.returncode, done.stderr) == (3, said)
+
+
+def test_reports_are_written_before_output_is_lost(tmp_path: Path) -> None:
+    reports = 'report table\n  report csv to "kept.csv"'
+    (tmp_path / "heads.mech").write_text(HEADS.replace("report table", reports), encoding="utf-8")
+    assert in_bash("mechdsl run heads.mech | true", tmp_path).returncode == 3
+    assert (tmp_path / "kept.csv").read_text(encoding="utf-8").count("\n") == 9
+
+
+ASCII = {
+    "LC_ALL": "C",
+    "PYTHONUTF8": "0",
+    "PYTHONCOERCECLOCALE": "0",
+    "PYTHONIOENCODING": "ascii",
+}
+
+
+def test_letters_that_the_encoding_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "heads.mech"
+    text = HEADS.replace('"fig"]', '"fig", "é"]')
+    path.write_text(text.replace("report table", "report table\n  report json"), encoding="utf-8")
+    for form in ("table", "json", "csv"):
+        done = process("run", path, "--format", form, cwd=tmp_path, env=ASCII)
+        assert done.status == 0, done.err
+        assert done.out.isascii()
+        if form == "table":
+            assert "toy | clean > fewer | n = 16" in done.out
+            strict(done.out[done.out.index("\n{\n") :])
+        if form == "json":
+            strict(done.out)
+    done = process("explain", path, "--format", "json", cwd=tmp_path, env=ASCII)
+    assert "é" in json.dumps(strict(done.out), ensure_ascii=False)

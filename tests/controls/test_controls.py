@@ -528,7 +528,7 @@ def test_several_bases_have_a_band_each() -> None:
 def test_values_are_kept(tmp_path: Path) -> None:
     mechdsl.run(TEXT, only="together", out=tmp_path)
     kept = {path.name for path in (tmp_path / "text").iterdir()}
-    assert kept == {"together.jsonl", "together against random.jsonl", "results.json"}
+    assert kept == {"together.jsonl", "together against random.jsonl", "results.json", "state.json"}
 
 
 # --- with other rules -----------------------------------------------------------------------------

@@ -26,8 +26,8 @@ TEXT = experiment(
 )  # fmt: skip
 
 
-def lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    text = (folder / "out" / "file" / f"{name}.jsonl").read_text(encoding="utf-8")
+def lines(folder: Path, name: str, run: str = "file") -> list[dict[str, Any]]:
+    text = (folder / "out" / run / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -81,27 +81,40 @@ def test_what_was_finished_before_an_interrupt_is_kept(folder: Path) -> None:
     whole = RunOptions(out=folder / "out", execution=Options(pass_tokens=40))
     full = run_file(TEXT, folder, bare("gpt2"), whole)
     complete = {name: lines(folder, name) for name in full}
+    before = everything(folder / "out" / "file")
+    assert state(folder / "out" / "file") == "finished"
+    assert not (folder / "out" / "file.unfinished").exists()
 
     done: list[int] = []
 
     def stop(rows: int, total: int) -> None:
         done.append(rows)
+        assert state(folder / "out" / "file.unfinished") == "running"
         if len(done) == 5:
             raise KeyboardInterrupt
 
     broken = replace(whole, execution=replace(whole.execution, on_progress=stop))
     with pytest.raises(KeyboardInterrupt):
         run_file(TEXT, folder, bare("gpt2"), broken)
-    kept = {name: lines(folder, name) for name in full}
+    kept = {name: lines(folder, name, "file.unfinished") for name in full}
     assert all(found == complete[name][: len(found)] for name, found in kept.items())
     every = [line for found in kept.values() for line in found]
     finished = sum(len(line["rows"]) for line in every if "cell" in line)
     assert finished == done[-1] > 0
     assert len(every) < sum(map(len, complete.values()))
-    assert not (folder / "out" / "file" / "results.json").exists() or _is_old(folder)
+    assert state(folder / "out" / "file.unfinished") == "unfinished"
+    assert not (folder / "out" / "file.unfinished" / "results.json").exists()
+    assert everything(folder / "out" / "file") == before, "the run before is as it was"
+
+    (again,) = {len(run_file(TEXT, folder, bare("gpt2"), whole))}
+    assert again == 2
+    assert everything(folder / "out" / "file") == before
+    assert not (folder / "out" / "file.unfinished").exists()
 
 
-def _is_old(folder: Path) -> bool:
-    """The document of the run before is still that of a whole run."""
-    text = (folder / "out" / "file" / "results.json").read_text(encoding="utf-8")
-    return len(json.loads(text)["files"][0]["experiments"]) == 2
+def state(folder: Path) -> str:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -22,9 +22,10 @@ from mechdsl.show.reports.bar_charts import bars_chart
 from mechdsl.show.reports.charts import lines_chart
 from mechdsl.show.reports.confusion_counts import confusions
 from mechdsl.show.reports.text import number_format, p_text
-from mechdsl.show.reports.token_shades import overlays, prompt_effects, visible
+from mechdsl.show.reports.token_shades import overlays, prompt_effects
 from mechdsl.show.reports.verdicts import print_verdicts
-from mechdsl.show.show_report import show_report
+from mechdsl.show.show_report import save_report, show_report
+from mechdsl.show.tokens import shown_token
 from mechdsl.vocab.reports import REPORTS, ReportKind, ReportSignature, check_report
 
 from .synthetic import (
@@ -53,6 +54,13 @@ def printed(
     else:
         show_report(result, line, console)
     return text.getvalue()
+
+
+def saved(result: ExperimentResult, line: spec.Report, folder: Path) -> Path:
+    """Where a report was written."""
+    assert line.file is not None
+    save_report(result, line, folder / line.file)
+    return folder / line.file
 
 
 def behaviour() -> ExperimentResult:
@@ -204,8 +212,7 @@ def test_top_ranks_by_absolute_value() -> None:
 @pytest.mark.parametrize("suffix", [".svg", ".png", ".html"])
 def test_charts(name: str, values: dict[str, str], suffix: str, tmp_path: Path) -> None:
     line = report(name, file=f"charts/it{suffix}", **values)
-    path = show_report(finished(heads()), line, Console(file=io.StringIO()), tmp_path)
-    assert path is not None
+    path = saved(finished(heads()), line, tmp_path)
     content = path.read_bytes()
     start = {".svg": b"<svg", ".png": b"\x89PNG", ".html": b"<!DOCTYPE html>"}[suffix]
     assert content.startswith(start)
@@ -224,7 +231,7 @@ def test_charts_of_positions_and_facets(tmp_path: Path) -> None:
             report("lines", variable="position", by="layer", file="b.svg"),
         )
     ):
-        path = show_report(swept, line, Console(file=io.StringIO()), tmp_path)
+        path = saved(swept, line, tmp_path)
         assert path is not None, number
         assert "part1 token" in path.read_text(encoding="utf-8")
     cells = tuple(
@@ -234,8 +241,7 @@ def test_charts_of_positions_and_facets(tmp_path: Path) -> None:
     three = finished(replace(heads(), axes=("layer", "head", "c"), cells=cells))
     for kind in ("heatmap", "lines"):
         line = report(kind, variable="layer", by="head", file=f"{kind}.svg")
-        path = show_report(three, line, Console(file=io.StringIO()), tmp_path)
-        assert path is not None
+        path = saved(three, line, tmp_path)
         assert "c 1" in path.read_text(encoding="utf-8")
     assert "c 1" in printed(three, report("heatmap", variable="layer", by="head"), 80)
 
@@ -248,8 +254,7 @@ def test_categories_in_a_heatmap(tmp_path: Path) -> None:
     text = printed(result, report("heatmap", variable="layer", by="head"), 80)
     assert "the commonest value of every cell" in text
     line = report("heatmap", variable="layer", by="head", file="x.svg")
-    path = show_report(result, line, Console(file=io.StringIO()), tmp_path)
-    assert path is not None
+    path = saved(result, line, tmp_path)
     assert "commonest" in path.read_text(encoding="utf-8")
     assert "write `report bars layer`" in printed(result, report("lines", variable="layer"), 80)
 
@@ -269,26 +274,28 @@ def test_data_files(tmp_path: Path) -> None:
     text = printed(result, report("csv"), 40)
     assert text.count("\n") == 13
     assert text.startswith("experiment,model,layer,head,site,position,tokens,")
-    path = show_report(result, report("csv", file="c.csv"), Console(file=io.StringIO()), tmp_path)
-    assert path is not None
+    path = saved(result, report("csv", file="c.csv"), tmp_path)
     assert path.read_text(encoding="utf-8") == text
     document = json.loads(printed(result, report("json"), 40))
     assert document["name"] == "where"
     for name, start in (("t.svg", b"<svg"), ("t.png", b"\x89PNG")):
-        picture = show_report(
-            result, report("table", file=name), Console(file=io.StringIO()), tmp_path
+        picture = saved(
+            result,
+            report("table", file=name),
+            tmp_path,
         )
-        assert picture is not None
         assert picture.read_bytes().startswith(start)
-    table = show_report(
-        result, report("table", file="t.txt"), Console(file=io.StringIO()), tmp_path
+    table = saved(
+        result,
+        report("table", file="t.txt"),
+        tmp_path,
     )
-    assert table is not None
     assert "conventions" in table.read_text(encoding="utf-8")
-    rows = show_report(
-        result, report("table", by="count", file="t.csv"), Console(file=io.StringIO()), tmp_path
+    rows = saved(
+        result,
+        report("table", by="count", file="t.csv"),
+        tmp_path,
     )
-    assert rows is not None
     assert rows.read_text(encoding="utf-8").count("\n") == 37
 
 
@@ -330,8 +337,7 @@ def test_parquet(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     line = report("parquet", file="a.parquet")
     assert check_report(line) == []
-    path = show_report(finished(heads()), line, Console(file=io.StringIO()), tmp_path)
-    assert path is not None
+    path = saved(finished(heads()), line, tmp_path)
     assert path.stat().st_size > 0
 
 
@@ -414,8 +420,7 @@ def test_pictures(
     build: Callable[[], ExperimentResult], line: spec.Report, suffix: str, tmp_path: Path
 ) -> None:
     given = line.model_copy(update={"file": f"it{suffix}"})
-    path = show_report(finished(build()), given, Console(file=io.StringIO()), tmp_path)
-    assert path is not None
+    path = saved(finished(build()), given, tmp_path)
     start = {".svg": b"<svg", ".png": b"\x89PNG", ".html": b"<!DOCTYPE html>"}[suffix]
     assert path.read_bytes().startswith(start)
 
@@ -507,13 +512,12 @@ def test_an_overlay_without_tokens_says_so(tmp_path: Path) -> None:
     result = finished(replace(read_tokens(), hits=(), texts=()))
     assert "weren't kept" in printed(result, report("overlay"), 80)
     line = report("overlay", file="a.html")
-    path = show_report(result, line, Console(file=io.StringIO()), tmp_path)
-    assert path is not None
+    path = saved(result, line, tmp_path)
     assert "weren&#x27;t kept" in path.read_text(encoding="utf-8")
 
 
-def test_tokens_are_visible() -> None:
-    assert [visible(text) for text in (" fig", "\n", "  ", "")] == ["fig", "\\n", "␣␣", "∅"]
+def test_tokens_are_shown_token() -> None:
+    assert [shown_token(text) for text in (" fig", "\n", "  ", "")] == ["fig", "\\n", "␣␣", "∅"]
 
 
 def test_controls_are_not_split_by_values() -> None:

@@ -95,7 +95,7 @@ def test_order_and_summary() -> None:
         ('"数量" pach', "pach", '1 │ "数量" pach', "  │        ^^^^ no such word"),
         ("é pach", "pach", "1 │ é pach", "  │   ^^^^ no such word"),
         ("e\u0301 pach", "pach", "1 │ e\u0301 pach", "  │   ^^^^ no such word"),
-        ("\x1b[31m pach", "pach", "1 │ \ufffd[31m pach", "  │       ^^^^ no such word"),
+        ("\x1b[31m pach", "pach", "1 │ \\x1b[31m pach", "  │          ^^^^ no such word"),
         ("pach", "", "1 │ pach", "  │ ^ no such word"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
+from mechdsl.base.visible import visible
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
@@ -24,7 +25,7 @@ from mechdsl.show.reports.charts import (
     value_title,
     zero_rule,
 )
-from mechdsl.show.reports.grid import drawn_axes, panels, values_of
+from mechdsl.show.reports.grid import drawn_axes, panels, value_text, values_of
 
 BAR = 26
 """Width of a bar, less where there are many."""
@@ -59,7 +60,7 @@ class _Places:
 
 def _places(result: ExperimentResult, axes: tuple[str, ...]) -> _Places:
     names = [label(value) for value in values_of(result, axes[0])]
-    series = [str(value) for value in values_of(result, axes[1])] if axes[1:] else []
+    series = [value_text(value) for value in values_of(result, axes[1])] if axes[1:] else []
     beside = max(1, len(series))
     bars = _bar_width(len(names) * beside) * beside + 14
     longest = max(len(line) for name in names for line in name.split("\n"))
@@ -75,7 +76,7 @@ def _bar_width(count: int) -> float:
 
 
 def _key(key: tuple[Coord, ...]) -> dict[str, str]:
-    return {"x": label(key[0]), "series": str(key[1]) if key[1:] else " "}
+    return {"x": label(key[0]), "series": value_text(key[1]) if key[1:] else " "}
 
 
 def _bars(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
@@ -160,7 +161,7 @@ def _stacks(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> An
                 "value:N",
                 sort=values,
                 scale=alt.Scale(domain=values, scheme="viridis"),
-                legend=alt.Legend(title=data.label, labelLimit=320),
+                legend=alt.Legend(title=visible(data.label), labelLimit=320),
             ),
             order=alt.Order("order:Q"),
             tooltip=["x:N", "value:N", "share:Q", "count:Q"],

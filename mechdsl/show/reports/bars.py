@@ -14,7 +14,7 @@ from rich.text import Text
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.grid import GridPanel, drawn_axes, panels, values_of
+from mechdsl.show.reports.grid import GridPanel, drawn_axes, panels, value_text, values_of
 from mechdsl.show.reports.intervals import IntervalLayout, Line, draw_bar, label_lines, label_widths
 from mechdsl.show.reports.text import MISSING, conventions, figure_notes, heading, notes
 from mechdsl.statistics.measure_data import CellStatistics
@@ -28,7 +28,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
     """One bar per value of the axis and, where there is one, of the series."""
     axes = drawn_axes(result, report)
     values = [values_of(result, axis) for axis in axes]
-    labels = [[str(value) for value in each] for each in values]
+    labels = [[value_text(value) for value in each] for each in values]
     for measure, data in enumerate(result.measures):
         heading(result, data, console)
         category = data.kind == "category"
@@ -59,7 +59,7 @@ def _lines(panel: GridPanel, values: list[list[Coord]]) -> list[Line]:
     for key in keys or [(value,) for value in values[0]]:
         if key not in panel.cells:
             continue
-        labels = ["" if key[0] == last else str(key[0]), *map(str, key[1:])]
+        labels = ["" if key[0] == last else value_text(key[0]), *map(value_text, key[1:])]
         found.append((labels, panel.cells[key]))
         last = key[0]
     return found

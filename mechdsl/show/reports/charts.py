@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from html import escape
+import json
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, Literal
@@ -10,10 +10,19 @@ from typing import Any, Literal
 import altair as alt
 import numpy as np
 
+from mechdsl.base.visible import visible, xml_text
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.grid import axis_name, number, numeric, panels, row_order, values_of
+from mechdsl.show.reports.grid import (
+    axis_name,
+    number,
+    numeric,
+    panels,
+    row_order,
+    value_text,
+    values_of,
+)
 from mechdsl.show.reports.text import alpha, ends_of_scale, measure_name, null_words, number_format
 from mechdsl.statistics.measure_data import MeasureData
 
@@ -34,7 +43,7 @@ SPLIT = "split(datum.label, '\\n')"
 
 
 def label(value: Coord) -> str:
-    return "\n".join(wrap(str(value), LABEL_WIDTH)) or str(value)
+    return "\n".join(wrap(value_text(value), LABEL_WIDTH)) or value_text(value)
 
 
 def titled(chart: Any, result: ExperimentResult, data: MeasureData) -> Any:
@@ -45,8 +54,8 @@ def titled(chart: Any, result: ExperimentResult, data: MeasureData) -> Any:
     null = null_words(result, next(n for n, each in enumerate(result.measures) if each is data))
     if null:
         facts.append(f"grey: {null}")
-    title = f"{result.name}: {measure_name(data)}"
-    return chart.properties(title=alt.TitleParams(title, subtitle=facts))
+    title = visible(f"{result.name}: {measure_name(data)}")
+    return chart.properties(title=alt.TitleParams(title, subtitle=[*map(visible, facts)]))
 
 
 def themed(chart: Any) -> Any:
@@ -126,7 +135,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     level = alpha(result)
     records = [
         {
-            "row": str(row),
+            "row": value_text(row),
             "column": label(column),
             "value": float(values[cell]) if np.isfinite(values[cell]) else None,
             "text": write(values[cell]) if np.isfinite(values[cell]) else "",
@@ -163,11 +172,11 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
         labelLimit=240,
         ticks=False,
         domain=False,
-        values=_ticks([str(v) for v in places[0]]) or alt.Undefined,
+        values=_ticks([value_text(v) for v in places[0]]) or alt.Undefined,
     )
     base = alt.Chart(alt.Data(values=records)).encode(
         x=alt.X("column:N", sort=names, axis=axis_x),
-        y=alt.Y("row:N", sort=[str(v) for v in places[0]], axis=axis_y),
+        y=alt.Y("row:N", sort=[value_text(v) for v in places[0]], axis=axis_y),
     )
     legend = alt.Legend(
         title="commonest" if category else value_title(data), gradientLength=160, format=".2~g"
@@ -224,7 +233,7 @@ def _lines(result: ExperimentResult, measure: int, axis: str, series: str | None
     shown = panels(result, drawn)
 
     def line_of(panel_title: str, key: tuple[Any, ...]) -> str:
-        return panel_title if series is None else f"{key[1]}"
+        return panel_title if series is None else value_text(key[1])
 
     records = [
         {
@@ -321,11 +330,18 @@ def colours(lines: list[str]) -> Any:
 # --- files --------------------------------------------------------------------------------------
 
 
+class _InScript(json.JSONEncoder):
+    """JSON inside of a page's script, which no text can end: `</script>` is written otherwise."""
+
+    def encode(self, o: Any) -> str:
+        return super().encode(o).replace("<", "\\u003c")
+
+
 def save_chart(chart: Any, path: Path) -> None:
     """Written in the format of the file's ending."""
     suffix = path.suffix.lower()
     if suffix == ".html":
-        chart.save(str(path), format="html", inline=True)
+        chart.save(str(path), format="html", inline=True, json_kwds={"cls": _InScript})
     elif suffix == ".png":
         chart.save(str(path), format="png", scale_factor=PNG_SCALE)
     else:
@@ -342,7 +358,8 @@ def save_text(text: str, path: Path) -> None:
     height = len(lines) * LINE_HEIGHT + 2 * MARGIN
     rows = "".join(
         f'<text x="{MARGIN}" y="{MARGIN + LINE_HEIGHT * (i + 0.75):.1f}" xml:space="preserve" '
-        f'textLength="{len(line) * LETTER_WIDTH:.1f}" lengthAdjust="spacing">{escape(line)}</text>'
+        f'textLength="{len(line) * LETTER_WIDTH:.1f}" lengthAdjust="spacing">'
+        f"{xml_text(line)}</text>"
         for i, line in enumerate(lines)
         if line
     )

@@ -16,6 +16,7 @@ from rich.text import Text
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.confusion_counts import Confusion, confusions
+from mechdsl.show.reports.grid import value_text
 from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
 from mechdsl.show.reports.text import MISSING, conventions, heading, notes
 
@@ -49,7 +50,7 @@ def _matrix(found: Confusion, report: spec.Report, width: int) -> Matrix:
 
     rows, columns = range(len(found.rows)), range(len(found.columns))
     return Matrix(
-        [str(name) for name in found.rows],
+        [value_text(name) for name in found.rows],
         [*(f"{column:g}" for column in found.columns), "n"],
         [[*(entry(r, c) for c in columns), MatrixEntry(f"{found.total(r)} ")] for r in rows],
         report.variable or "",

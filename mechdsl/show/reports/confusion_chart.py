@@ -10,6 +10,7 @@ from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.charts import INK, LABELLED_UP_TO, QUIET, faceted, themed, titled
 from mechdsl.show.reports.confusion_counts import Confusion, confusions
+from mechdsl.show.reports.grid import value_text
 
 
 def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:
@@ -24,7 +25,7 @@ def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:
 def _map(found: list[Confusion], report: spec.Report) -> Any:
     records = [
         {
-            "row": str(name),
+            "row": value_text(name),
             "column": f"{column:g}",
             "share": each.share(r, c) if each.total(r) else None,
             "count": each.counts[r][c],

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 
+from mechdsl.base.visible import encodable_json, json_text
 from mechdsl.program import spec
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
@@ -15,12 +15,15 @@ from mechdsl.results.experiment_result import ExperimentResult
 def write_json(result: ExperimentResult) -> str:
     """The experiment as it stands in the results document."""
     document = experiment_document(result).as_json()
-    return json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+    return json_text(document, indent=2) + "\n"
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Plain text, neither wrapped nor coloured, so that it can be piped on."""
-    text = write_json(result) if report.kind == "json" else result.to_csv()
+    if report.kind == "json":
+        text = encodable_json(write_json(result), console.encoding)
+    else:
+        text = result.to_csv()
     console.out(text, end="", highlight=False)
 
 

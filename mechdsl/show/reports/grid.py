@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mechdsl.base.visible import visible
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.results.experiment_result import ExperimentResult
@@ -59,7 +60,12 @@ def panels(result: ExperimentResult, drawn: Sequence[str]) -> list[GridPanel]:
 
 def coordinate(axis: str, value: Coord) -> str:
     """`head 3`; a position speaks for itself."""
-    return str(value) if axis == "position" else f"{axis} {value}"
+    return value_text(value) if axis == "position" else f"{axis} {value_text(value)}"
+
+
+def value_text(value: Coord) -> str:
+    """A value of an axis as text, which may come from a prompt."""
+    return visible(str(value))
 
 
 def tokens_hit(cell: CellKey, most: int) -> str:

@@ -18,7 +18,7 @@ from rich.text import Text
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.grid import axis_name, panels, row_order, values_of
+from mechdsl.show.reports.grid import axis_name, panels, row_order, value_text, values_of
 from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
 from mechdsl.show.reports.text import (
     MISSING,
@@ -62,7 +62,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
                 ]
                 for row in rows
             ]
-            names = list(map(str, rows)), list(map(str, columns))
+            names = list(map(value_text, rows)), list(map(value_text, columns))
             Matrix(*names, laid_out, rows_axis, columns_axis, number_width=width).print(console)
         notes(_notes(result, measure, write, values), console)
     conventions(result, report, console)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.grid import axis_name, panels, values_of
+from mechdsl.show.reports.grid import axis_name, panels, value_text, values_of
 from mechdsl.show.reports.intervals import IntervalLayout, draw_point
 from mechdsl.show.reports.text import conventions, figure_notes, heading, notes
 
@@ -24,13 +24,15 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
         if data.kind == "category":
             notes([f"a category has no line: write `report bars {report.variable}`"], console)
             continue
-        labels = [str(value) for value in values]
+        labels = [value_text(value) for value in values]
         layout = IntervalLayout.of(result, measure, [axis], [labels], console.width, draw_point)
         for panel in panels(result, (axis,)):
             if panel.title:
                 console.print(Text(panel.title, style="bold"), highlight=False)
             found = [
-                ([str(value)], panel.cells[value,]) for value in values if (value,) in panel.cells
+                ([value_text(value)], panel.cells[value,])
+                for value in values
+                if (value,) in panel.cells
             ]
             layout.print(found, console)
         notes(figure_notes(result, measure, drawn=layout.scale.width > 0), console)

@@ -17,7 +17,8 @@ from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
 from mechdsl.show.reports.text import conventions, heading, notes, number_format
-from mechdsl.show.reports.token_shades import Shaded, overlays, remarks, visible
+from mechdsl.show.reports.token_shades import Shaded, overlays, remarks
+from mechdsl.show.tokens import shown_token
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
@@ -44,7 +45,7 @@ def _matrix(each: Shaded, limit: float, write: Callable[[float], str]) -> Matrix
     only: Sequence[float] = each.rows[0][1] if len(each.rows) == 1 else ()
     return Matrix(
         [title for title, _ in each.rows],
-        [visible(token) for token in each.tokens],
+        [shown_token(token) for token in each.tokens],
         [[entry(value) for value in values] for _, values in each.rows],
         header_colours=[colour(value, limit) for value in only],
     )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
+from mechdsl.base.visible import xml_text
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.charts import FONT, INK, PNG_SCALE, QUIET
 from mechdsl.show.reports.matrix import Colour, colour, takes_white
 from mechdsl.show.reports.text import ends_of_scale, measure_name, number_format
-from mechdsl.show.reports.token_shades import Overlay, Shaded, overlays, remarks, visible
+from mechdsl.show.reports.token_shades import Overlay, Shaded, overlays, remarks
+from mechdsl.show.tokens import shown_token
 
 WIDTH, MARGIN = 860, 20
 """Of the picture at most; tokens wrap to it."""
@@ -79,7 +80,7 @@ p, small {{ color: {QUIET}; font-size: 12px; margin: 2px 0; }}
 
 def _page(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
     body = "".join(_measure(result, measure, shown) for measure, shown in found.items())
-    title = escape(result.name)
+    title = xml_text(result.name)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
@@ -89,12 +90,12 @@ def _page(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
 def _measure(result: ExperimentResult, measure: int, shown: Overlay) -> str:
     first, *facts = _heads(result, measure, shown)
     write = number_format([shown.limit], 2)
-    lines = [f"<h1>{escape(first)}</h1>", *(f"<p>{escape(fact)}</p>" for fact in facts)]
+    lines = [f"<h1>{xml_text(first)}</h1>", *(f"<p>{xml_text(fact)}</p>" for fact in facts)]
     for each in shown.prompts:
         lines.append(f"<h2>prompt {each.prompt + 1}</h2>")
         columns = columns_of(each, write)
         for title, values in each.rows:
-            label = f"<span>{escape(title)}</span>" if title else ""
+            label = f"<span>{xml_text(title)}</span>" if title else ""
             tokens = "".join(
                 _span(token, value, colour(value, shown.limit), column)
                 for token, value, column in zip(each.tokens, values, columns, strict=True)
@@ -120,8 +121,8 @@ def columns_of(each: Shaded, write: Callable[[float], str]) -> list[TokenColumn]
     """As wide in every row, so that rows can be compared."""
     return [
         TokenColumn(
-            visible(token),
-            len(visible(token)),
+            shown_token(token),
+            len(shown_token(token)),
             max(len(write(row[i])) for _, row in each.rows),
             write,
         )
@@ -157,8 +158,8 @@ def _span(token: str, value: float, shade: Colour | None, column: TokenColumn) -
     number = column.number(value)
     width = f"min-width:{max(column.letters + 1, 0.8 * column.digits):.1f}ch"
     return (
-        f'<span class="token" style="{width}" title="{escape(repr(token))} {number}">'
-        f'<b style="{style}">{escape(column.text)}</b><small>{number}</small></span>'
+        f'<span class="token" style="{width}" title="{xml_text(repr(token))} {number}">'
+        f'<b style="{style}">{xml_text(column.text)}</b><small>{number}</small></span>'
     )
 
 
@@ -200,7 +201,7 @@ class _Picture:
         self.right = max(self.right, MARGIN + len(text) * size * 0.58)
         self.shapes.append(
             f'<text x="{MARGIN}" y="{self.y:.1f}" font-size="{size}" fill="{ink}" '
-            f'font-weight="{weight}">{escape(text)}</text>'
+            f'font-weight="{weight}">{xml_text(text)}</text>'
         )
         self.y += 3
 
@@ -213,7 +214,7 @@ class _Picture:
             if title:
                 self.shapes.append(
                     f'<text x="{MARGIN}" y="{self.y + 16:.1f}" font-size="12" fill="{INK}">'
-                    f"{escape(title)}</text>"
+                    f"{xml_text(title)}</text>"
                 )
             first = self.y
             for column, value, width, (line, x) in zip(
@@ -230,7 +231,7 @@ class _Picture:
             f'<rect x="{x:.1f}" y="{self.y:.1f}" width="{width:.1f}" height="{BOX}" rx="3" '
             f'fill="{rgb(shade)}"/>'
             f'<text x="{middle:.1f}" y="{self.y + 16:.1f}" font-size="13" text-anchor="middle" '
-            f'font-family="{MONO}" fill="{ink_on(shade)}">{escape(text)}</text>'
+            f'font-family="{MONO}" fill="{ink_on(shade)}">{xml_text(text)}</text>'
             f'<text x="{middle:.1f}" y="{self.y + BOX + 12:.1f}" font-size="10" '
             f'text-anchor="middle" font-family="{MONO}" fill="{QUIET}">{number}</text>'
         )

@@ -21,7 +21,8 @@ from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.statistics_conventions import statistics_conventions
-from mechdsl.show.reports.grid import tokens_hit
+from mechdsl.show.console import visible_console
+from mechdsl.show.reports.grid import tokens_hit, value_text
 from mechdsl.show.reports.text import (
     MISSING,
     alpha,
@@ -104,7 +105,7 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
         path.write_text(shown.to_csv(), encoding="utf-8")
         return
     text = io.StringIO()
-    render(result, report, Console(file=text, width=FILE_WIDTH, color_system=None))
+    render(result, report, visible_console(file=text, width=FILE_WIDTH, plain=True))
     if suffix in (".svg", ".png"):
         from mechdsl.show.reports.charts import save_text
 
@@ -187,7 +188,7 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
     for axis in result.axes:
         if axis == "position":
             continue
-        texts = [str(cell.coords[axis]) for cell in cells]
+        texts = [value_text(cell.coords[axis]) for cell in cells]
         numeric = not any(isinstance(cell.coords[axis], str) for cell in cells)
         named = "→" if axis.startswith("to_") else ""
         in_site = axis.removeprefix("to_") in ("layer", "head", "neuron") and all(
@@ -196,7 +197,7 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
         columns.append(Column(axis, texts, numeric, 3 if in_site else 0, describes=True))
     if any(cell.site for cell in cells):
         columns.append(Column("site", [cell.site for cell in cells], wraps=True, describes=True))
-    positions = [str(cell.coords.get("position", cell.position) or "") for cell in cells]
+    positions = [value_text(cell.coords.get("position", cell.position) or "") for cell in cells]
     if any(positions):
         columns.append(Column("position", positions, wraps=True, describes=True))
     if any(cell.tokens for cell in cells):

@@ -85,11 +85,6 @@ def _shaded(result: ExperimentResult, values: Floats, prompt: int) -> Shaded:
     return Shaded(prompt, tokens, tuple(rows))
 
 
-def visible(token: str) -> str:
-    """A token as it can be shown: without white space around it, or that white space by name."""
-    return token.strip() or repr(token)[1:-1].replace(" ", "␣") or "∅"
-
-
 def remarks(result: ExperimentResult, measure: int, shown: Overlay) -> list[str]:
     """What is shown, and why a prompt's number isn't its own ratio."""
     if not shown.prompts:

@@ -1,0 +1,340 @@
+"""Where a file may read and write by paths that it names: the same for all commands and Python."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import mechdsl
+from mechdsl.api import MechdslError
+from mechdsl.models.locate import cached
+from mechdsl.program.named_paths import CONSTRUCTS
+from mechdsl.syntax.parser_tables import grammar_file
+
+from .conftest import HEADS, Command
+
+PACKAGE = Path(mechdsl.__file__).parent
+COMMANDS = ("validate", "run", "plan", "graph", "explain")
+CSV = HEADS.replace("report table", 'report csv to "PLACE"')
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the file, in one that isn't; the working directory is beside it."""
+    for name in ("here", "working", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "working")
+    return tmp_path / "here"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "file.mech"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# --- writing ---
+
+OUTSIDE = (
+    "../cells.csv",
+    "{top}/elsewhere/cells.csv",
+    "link.csv",
+    "linked/cells.csv",
+    "a/../../x.csv",
+)
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+def test_reports_stay_in_the_folder(place: str, here: Path, command: Command) -> None:
+    (here / "link.csv").symlink_to(here.parent / "elsewhere" / "cells.csv")
+    (here / "linked").symlink_to(here.parent / "elsewhere")
+    path = written(here, CSV.replace("PLACE", place.format(top=here.parent)))
+    for name in COMMANDS:
+        done = command(name, path)
+        assert (done.status, done.out) == (2, ""), name
+        assert "error[E0531]: `report csv` may not write to" in done.err
+        assert "= help: " in done.err
+    assert [d.code for d in mechdsl.check(path)] == ["E0531"]
+    with pytest.raises(MechdslError) as refused:
+        mechdsl.run(path)
+    assert [d.code for d in refused.value.diagnostics] == ["E0531"]
+    assert mechdsl.check(path, allow_outside=True) == []
+    assert command("validate", "--allow-outside", path).status == 0
+    assert not list((here.parent / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    "place", ["cells.csv", "new/er/cells.csv", "{working}/cells.csv", "a/../b.csv"]
+)
+def test_reports_go_into_the_folder_or_the_working_directory(
+    place: str, here: Path, command: Command
+) -> None:
+    place = place.format(working=Path.cwd())
+    path = written(here, CSV.replace("PLACE", place))
+    assert command("validate", path).status == 0
+
+
+def test_a_link_inside_of_the_folder_stays_one(here: Path, command: Command) -> None:
+    (here / "kept").mkdir()
+    (here / "link.csv").symlink_to(here / "kept" / "cells.csv")
+    done = command("run", written(here, CSV.replace("PLACE", "link.csv")))
+    assert done.status == 0, done.err
+    assert (here / "link.csv").is_symlink()
+    assert (here / "kept" / "cells.csv").read_text(encoding="utf-8").count("\n") == 9
+
+
+def test_a_special_file_is_never_written(here: Path, command: Command) -> None:
+    os.mkfifo(here / "pipe.csv")
+    (here / "null.csv").symlink_to("/dev/null")
+    (here / "out.csv").symlink_to("/dev/stdout")
+    for name in ("pipe.csv", "null.csv", "out.csv"):
+        path = written(here, CSV.replace("PLACE", name))
+        for flags in ([], ["--allow-outside"]):
+            done = command("validate", path, *flags)
+            assert done.status == 2
+            assert f"[E0532]: `report csv` names `{name}`, which is " in done.err
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file.mech/cells.csv", "`file.mech` is not a folder"),
+        ("taken.csv", "it is a folder"),
+        ("x" * 300 + ".csv", "file name too long"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_run(
+    place: str, said: str, here: Path, command: Command
+) -> None:
+    (here / "taken.csv").mkdir()
+    path = written(here, CSV.replace("PLACE", place))
+    for name in ("validate", "run"):
+        done = command(name, path)
+        assert (done.status, done.out) == (2, "")
+        assert "[E0533]" in done.err
+        assert said in done.err
+
+
+def test_a_folder_that_may_not_be_written_to(
+    here: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # root may do anything
+    monkeypatch.setattr("mechdsl.base.files.os.access", lambda path, how: not how & os.W_OK)
+    done = command("validate", written(here, CSV.replace("PLACE", "new/cells.csv")))
+    assert done.status == 2
+    assert "may not be written to" in done.err
+
+
+def test_a_link_that_was_put_there_during_the_run(here: Path, command: Command) -> None:
+    from mechdsl.show.show_report import write_reports
+
+    (result,) = mechdsl.run(written(here, CSV.replace("PLACE", "cells.csv")))
+    (here / "cells.csv").unlink(missing_ok=True)
+    (here / "cells.csv").symlink_to(here.parent / "elsewhere" / "cells.csv")
+    (done,) = write_reports([result])
+    assert done.path is None
+    assert [d.code for d in done.diagnostics] == ["E0531"]
+    assert not list((here.parent / "elsewhere").iterdir())
+
+
+# --- reading ---
+
+PROMPTS = 'prompts p {\n  rows "PLACE"\n  template "{a}"\n}\n'
+EXAMPLES = {
+    "use": ("common.mech", 'mech 1\nuse "PLACE"\n'),
+    "rows": ("data.csv", 'mech 1\nmodel toy = zoo("counting")\n' + PROMPTS),
+    "local": ("model", HEADS.replace('zoo("counting")', 'local("PLACE")')),
+    "hf": ("model", HEADS.replace('zoo("counting")', 'hf("PLACE")')),
+    "python": (
+        "metrics.py",
+        HEADS.replace(
+            "prompts fruit {", 'metric own = python("PLACE:own")\nprompts fruit {'
+        ).replace("logit(answer) - logit(answer of fewer) as recovery", "own as raw"),
+    ),
+    "report": ("cells.csv", CSV),
+}
+"""Each construct that takes a path, with a name that it takes."""
+
+
+def filled(folder: Path) -> None:
+    """All that the examples name."""
+    (folder / "common.mech").write_text("mech 1\n", encoding="utf-8")
+    (folder / "data.csv").write_text("a\nfig\n", encoding="utf-8")
+    (folder / "metrics.py").write_text("def own(logits, rows):\n    return logits[:, 0]\n")
+    zoo = Path(str(files("mechdsl") / "zoo" / "counting"))
+    shutil.copytree(zoo, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+
+
+@pytest.mark.parametrize("name", [each.name for each in CONSTRUCTS])
+def test_untrusted_lists_and_confines_every_construct(
+    name: str, here: Path, command: Command
+) -> None:
+    target, text = EXAMPLES[name]
+    filled(here.parent / "elsewhere")
+    filled(here)
+    inside = command("validate", "--untrusted", written(here, text.replace("PLACE", target)))
+    assert re.search(rf"warning\[W0780\]: `{name}` (reads|runs|writes) `{target}", inside.err)
+    assert "inside of the folder" in inside.err
+    outside = f"../elsewhere/{target}"
+    path = written(here, text.replace("PLACE", outside))
+    done = command("validate", "--untrusted", path)
+    assert done.status == 2
+    assert re.search(rf"warning\[W0780\]: `{name}` \w+ `{re.escape(outside)}", done.err)
+    assert f"leads to `{here.parent / 'elsewhere' / target}`" in done.err
+    code = "E0531" if name == "report" else "E0535"
+    assert f"error[{code}]" in done.err
+    assert command("run", "--untrusted", path).status == 2
+    if name == "report":
+        return
+    assert inside.status == (2 if name == "python" else 0), inside.err  # E0221: it runs none
+    assert "E0535" not in command("validate", path).err, "reading is free"
+
+
+@pytest.mark.parametrize("target", ["common.mech", "data.csv", "metrics.py", "model"])
+def test_links_are_followed(target: str, here: Path, command: Command) -> None:
+    filled(here.parent / "elsewhere")
+    (here / target).symlink_to(here.parent / "elsewhere" / target)
+    (text,) = [text for name, (t, text) in EXAMPLES.items() if t == target and name != "hf"]
+    done = command("validate", "--untrusted", written(here, text.replace("PLACE", target)))
+    assert "[E0535]" in done.err
+    assert f"a link to `{here.parent / 'elsewhere' / target}`" in done.err
+
+
+def test_links_in_a_folder_of_a_model_are_followed(here: Path, command: Command) -> None:
+    filled(here)
+    shutil.move(here / "model" / "config.json", here.parent / "elsewhere" / "config.json")
+    (here / "model" / "config.json").symlink_to(here.parent / "elsewhere" / "config.json")
+    path = written(here, EXAMPLES["local"][1].replace("PLACE", "model"))
+    assert (
+        "[E0535]: `local` names `model/config.json`" in command("validate", "--untrusted", path).err
+    )
+    assert command("validate", path).status == 0
+
+
+def test_checkpoints_elsewhere_are_not_listed(here: Path, command: Command) -> None:
+    (here.parent / "elsewhere" / "step-secret").mkdir()
+    text = HEADS.replace('zoo("counting")', 'local("../elsewhere/step-*")')
+    done = command("validate", "--untrusted", written(here, text))
+    assert "[E0535]" in done.err
+    assert "secret" not in done.err
+
+
+def test_an_import_has_the_reach_of_the_file(here: Path, command: Command) -> None:
+    (here / "below").mkdir()
+    (here / "below" / "common.mech").write_text(
+        "mech 1\n" + PROMPTS.replace("PLACE", "../../elsewhere/data.csv"), encoding="utf-8"
+    )
+    filled(here.parent / "elsewhere")
+    text = """mech 1
+use "below/common.mech"
+model toy = zoo("counting")
+experiment e {
+  prompts p
+  ablate layer 0 head * at last token with zero
+  measure entropy as delta
+}
+"""
+    assert "[E0535]: `rows`" in command("validate", "--untrusted", written(here, text)).err
+
+
+def test_untrusted_runs_no_python(here: Path, command: Command) -> None:
+    (here / "metrics.py").write_text("def own(logits, rows):\n    return logits[:, 0]\n")
+    path = written(here, EXAMPLES["python"][1].replace("PLACE", "metrics.py"))
+    assert command("validate", path).status == 0
+    done = command("validate", "--untrusted", path)
+    assert "error[E0221]" in done.err
+    assert "leave `--untrusted` out and add `--allow-python`" in done.err
+    done = command("run", "--untrusted", "--allow-python", path)
+    assert "[E0208]: `--untrusted` and `--allow-python` contradict each other" in done.err
+    assert "error[E0221]" in done.err
+    assert "E0208" in command("validate", "--untrusted", "--allow-outside", path).err
+
+
+def test_data_is_not_read_from_a_pipe(here: Path, command: Command) -> None:
+    os.mkfifo(here / "data.csv")  # which would wait for a writer
+    done = command("validate", written(here, EXAMPLES["rows"][1].replace("PLACE", "data.csv")))
+    assert "[E0532]: `rows` names `data.csv`, which is a pipe" in done.err
+
+
+def test_a_revision_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--a--b" / "snapshots").mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    assert cached("a/b", "../../secret") is None
+    assert cached("a/b", str(tmp_path / "secret")) is None
+
+
+# --- the list is whole ---
+
+
+def test_every_construct_has_an_example() -> None:
+    assert set(EXAMPLES) == {each.name for each in CONSTRUCTS}
+
+
+def test_nothing_else_looks_at_the_folder_of_a_file() -> None:
+    """Whatever opens a path of a file asks `named_paths`, with a construct that is listed."""
+    uses = {
+        (path.relative_to(PACKAGE).as_posix(), line.strip())
+        for path in PACKAGE.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"\bsource\.folder\b|\.path\.parent\b", line)
+    }
+    allowed = {"base/source.py", "program/named_paths.py"}
+    # Models are looked for from a folder that is handed on to `path_to_read`.
+    bases = {"validate/contexts.py", "loading/load.py"}
+    others = {use for use in uses if use[0] not in allowed}
+    assert {name for name, _ in others} == bases
+    assert all("locate(model, model.span.source.folder" in line for _, line in others)
+
+
+STRINGS = {
+    "use": True,
+    "to_file": True,
+    "turn": False,
+    "template": False,
+    "span_def": False,
+    "span_text": False,
+    "_change_value": False,
+    "citing": False,
+    "atom": False,
+}
+"""Rules of the grammar that a text stands in by itself: whether it is a path."""
+
+
+def test_every_text_of_the_grammar_is_known() -> None:
+    rules = re.split(r"(?m)^(?=[?!]?\w+\s*:)", grammar_file().read_text(encoding="utf-8"))
+    found = {
+        re.match(r"[?!]?(\w+)", rule)[1]  # type: ignore[index]
+        for rule in rules
+        if re.search(r"\bstring\b", rule.partition(":")[2].partition("//")[0])
+    }
+    assert found == set(STRINGS)
+
+
+# --- other files are not quoted ---
+
+
+def test_a_file_of_another_kind_is_not_quoted(here: Path, command: Command) -> None:
+    secret = here / "secret.txt"
+    secret.write_text("password: hunter2\n", encoding="utf-8")
+    (here / "link.mech").symlink_to(secret)
+    for name in ("secret.txt", "link.mech"):
+        for each in (*COMMANDS, "fmt"):
+            done = command(each, here / name)
+            assert done.status == 2
+            assert "[E0534]" in done.err
+            assert "hunter2" not in done.err + done.out
+        done = command("validate", written(here, f'mech 1\nuse "{name}"\n'))
+        assert f"`{name}` cannot be imported: it is no `.mech` file" in done.err
+        assert "hunter2" not in done.err
+
+
+def test_a_first_line_makes_a_program(here: Path, command: Command) -> None:
+    path = here / "piped"
+    path.write_text("# by another program\n" + HEADS, encoding="utf-8")
+    assert command("validate", path).status == 0

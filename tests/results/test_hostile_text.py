@@ -1,0 +1,222 @@
+"""Prompts may hold anything: what is printed or drawn shows it, and does nothing of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+import unicodedata
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from mechdsl.base.visible import HIDDEN, encodable_json, json_text, visible, xml_text
+from mechdsl.program import spec
+from mechdsl.resolve.cell_key import CellKey
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.results.results import Results
+from mechdsl.show.console import visible_console
+from mechdsl.show.reports.files import results_csv, write_csv
+from mechdsl.show.show_report import save_report, show_report
+from mechdsl.vocab.reports import REPORTS
+
+from .synthetic import counted, finished, heads, positions, read_tokens, report
+
+HOSTILE = (
+    "\x1b[31m\x1b]0;owned\x07\x9b2J\u202egnp\u202c\u200b\r\x00\ufffe[b]:cat:</script><script>x()"
+)
+"""ESC, OSC, C1's CSI, a turn of direction, zero width, no character; markup of rich and pages."""
+
+
+# --- characters ---
+
+
+def test_hidden_characters_are_those_of_unicode() -> None:
+    """What later editions of Unicode add is hidden too; the rest is what this one calls so."""
+    for number in range(sys.maxunicode + 1):
+        char = chr(number)
+        category = unicodedata.category(char)
+        never = category == "Cn" and (number & 0xFFFE == 0xFFFE or 0xFDD0 <= number <= 0xFDEF)
+        wanted = category in ("Cc", "Cf", "Cs", "Zl", "Zp") or never
+        found = HIDDEN.match(char) is not None
+        assert found == wanted or (found and category == "Cn"), hex(number)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain é 中 \xa0", "plain é 中 \xa0"),
+        ("\x1b[1m", "\\x1b[1m"),
+        ("a\nb\tc", "a\\nb\\tc"),
+        ("\u202eabc", "\\u202eabc"),
+        ("\U000e0041", "\\U000e0041"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_visible(text: str, shown: str) -> None:
+    assert visible(text) == shown
+    assert visible(shown) == shown
+    assert visible("a\nb", keep="\n") == "a\nb"
+
+
+def test_xml_takes_every_character() -> None:
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    ElementTree.fromstring(f'<a b="{xml_text(every)}">{xml_text(every)}</a>')
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", None])
+def test_json_stays_json(encoding: str | None) -> None:
+    value = {"é\U0001f600": HOSTILE + "\ud800"}
+    text = json_text(value, indent=1)
+    assert not HIDDEN.search(text.replace("\n", ""))
+    written = encodable_json(text, encoding)
+    written.encode(encoding or "ascii")
+    assert json.loads(written) == value
+    with pytest.raises(ValueError, match="JSON"):
+        json_text(float("nan"))
+
+
+# --- reports ---
+
+
+def hostile(result: ExperimentResult) -> ExperimentResult:
+    """The same with hostile words wherever a prompt, a name or an expression may bring them."""
+    position = "position" in result.axes
+
+    def cell(each: CellKey) -> CellKey:
+        coords = dict(each.coords)
+        if position:
+            coords["position"] = f"{coords['position']}{HOSTILE}"
+        else:
+            coords["head"] = f"{coords['head']}{HOSTILE}" if "head" in coords else ""
+        coords = {key: value for key, value in coords.items() if value != ""}
+        return replace(each, coords=coords, tokens=tuple(f"{t}{HOSTILE}" for t in each.tokens))
+
+    return replace(
+        result,
+        name=f"where{HOSTILE}",
+        model=f"toy{HOSTILE}",
+        cells=tuple(map(cell, result.cells)),
+        measures=tuple(replace(m, label=f"{m.label}{HOSTILE}") for m in result.measures),
+        conventions={f"{k}{HOSTILE}": f"{v}{HOSTILE}" for k, v in result.conventions.items()},
+        texts=tuple(tuple(f"{t}{HOSTILE}" for t in row) for row in result.texts),
+        row_values={k: [f"{v}{HOSTILE}" for v in vs] for k, vs in result.row_values.items()},
+    )
+
+
+CASES: dict[str, tuple[Callable[[], ExperimentResult], spec.Report]] = {
+    "table": (heads, report("table")),
+    "table by value": (heads, report("table", by="count")),
+    "heatmap": (heads, report("heatmap", variable="layer", by="head")),
+    "lines": (positions, report("lines", variable="layer", by="position")),
+    "lines of words": (positions, report("lines", variable="position")),
+    "bars": (positions, report("bars", variable="position", by="layer")),
+    "confusion": (counted, report("confusion", variable="count", by="argmax")),
+    "overlay": (read_tokens, report("overlay")),
+    "csv": (heads, report("csv")),
+    "json": (heads, report("json")),
+    "parquet": (heads, report("parquet")),
+}
+
+
+def built(name: str) -> tuple[ExperimentResult, spec.Report]:
+    build, line = CASES[name]
+    return finished(hostile(build())), line
+
+
+def test_every_kind_of_report_has_a_case() -> None:
+    kinds = {name for name, kind in REPORTS.items() if kind.supported}
+    assert {line.kind for _, line in CASES.values()} == kinds
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("csv", "parquet")])
+@pytest.mark.parametrize("width", [60, 200])
+def test_terminals(name: str, width: int) -> None:
+    result, line = built(name)
+    text = io.StringIO()
+    show_report(result, line, visible_console(file=text, width=width, plain=True))
+    shown = text.getvalue()
+    assert not HIDDEN.search(shown.replace("\n", ""))
+    if name == "json":
+        json.loads(shown)
+        return
+    whole = "".join(shown.split())
+    assert "\\x1b[31m" in whole
+    assert "[b]:cat:" in whole
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.inside = tag == "script"
+        if self.inside:
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.scripts[-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = False
+
+
+PICTURES = [
+    (name, suffix)
+    for name, (_, line) in CASES.items()
+    for suffix in (".svg", ".html", ".txt")
+    for signature in [REPORTS[line.kind].signature]
+    if signature is not None and signature.to is not None and suffix in signature.to.suffixes
+]
+
+
+@pytest.mark.parametrize(("name", "suffix"), PICTURES)
+def test_pictures_and_pages(name: str, suffix: str, tmp_path: Path) -> None:
+    result, line = built(name)
+    path = tmp_path / f"shown{suffix}"
+    save_report(result, line, path)
+    text = path.read_text(encoding="utf-8")
+    if suffix == ".html":
+        page = Tags()
+        page.feed(text)
+        assert not any(script.startswith("x()") for script in page.scripts)
+        assert not re.search("[\x1b\x07\x9b\u202e]", "".join(page.scripts[-1:]) or text)
+    else:
+        assert not HIDDEN.search(text.replace("\n", ""))
+    if suffix == ".svg":
+        root = ElementTree.fromstring(text)
+        assert "\\x1b" in "".join(root.itertext())
+        assert not [each for each in root.iter() if each.tag.endswith("script")]
+
+
+def test_notebooks() -> None:
+    for result in (built("table")[0], Results((FileResult("f", (built("table")[0],)),))):
+        text = result._repr_html_()
+        ElementTree.fromstring(f"<div>{text}</div>")
+        assert not HIDDEN.search(text)
+
+
+# --- what programs read ---
+
+
+def test_csv_is_raw_and_can_be_read_back() -> None:
+    result, _ = built("table")
+    for text in (write_csv(result), results_csv(Results((FileResult("f", (result,)),)))):
+        records = list(csv.DictReader(io.StringIO(text, newline="")))
+        assert len(records) == len(result.cells)
+        assert {each["model"] for each in records} == {f"toy{HOSTILE}"}
+
+
+def test_json_document_is_raw_when_it_is_read_back() -> None:
+    result, _ = built("table")
+    document = json.loads(Results((FileResult("f", (result,)),)).to_json())
+    assert document["files"][0]["experiments"][0]["model"] == f"toy{HOSTILE}"
