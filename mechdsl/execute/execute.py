@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.means_and_donors import MeansAndDonors, means_and_donors_of
+from mechdsl.execute.measured_values import MeasuredValues, Sink
 from mechdsl.execute.pass_size import WORTH_MEASURING, Sizes, out_of_memory, release, stopwatch
 from mechdsl.execute.patched_rows import Member, Patcher
 from mechdsl.execute.profile import Profile
@@ -38,42 +38,8 @@ FULL_SHARE = 0.7
 Progress = Callable[[int, int], None]
 """(rows done, rows in all)."""
 
-
-@dataclass
-class MeasuredValues:
-    """The values of one experiment, filled as batches finish."""
-
-    experiment: ResolvedExperiment
-    kept: Ints
-    """Rows of the table that are in the experiment."""
-    patched: list[Floats]
-    """Per measure, [cell, kept row]; NaN where the row isn't part of the cell."""
-    unpatched: dict[str, list[Floats]]
-    """Run → per measure, [environment, kept row]."""
-    accuracy: dict[str, Floats]
-    environments: tuple[int | None, ...]
-    dropped: int = 0
-    """Rows of cells that a `resample` donor without the position took out."""
-    rows: int = 0
-    """Rows of cells, run or not."""
-    inert: int = 0
-    """Of these, the ones that can't differ from the base run by structure."""
-
-
 Check = Callable[[MeasuredValues], list[Diagnostic]]
 """What is wrong with an experiment by its unpatched runs, before a cell is run."""
-
-
-class Sink(Protocol):
-    """Takes values as they are finished, to keep them."""
-
-    def unpatched(self, measured: MeasuredValues) -> None:
-        """Base and source runs of an experiment, before its cells."""
-        ...
-
-    def rows(self, measured: MeasuredValues, rows: Rows, values: Sequence[Floats]) -> None:
-        """The rows of one pass with their values per measure."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -254,22 +220,7 @@ class PanelRunner:
         for plan in self.panel.experiments:
             experiment = plan.experiment
             readout = self.readouts[experiment.key]
-            environments = tuple(dict.fromkeys(plan.items)) if _by_item(readout) else (None,)
-            shape = (plan.n_cells, len(self.kept))
-            self.measured[experiment.key] = MeasuredValues(
-                experiment,
-                self.kept,
-                [np.full(shape, np.nan) for _ in experiment.measures],
-                {
-                    run: [
-                        np.full((len(environments), len(self.kept)), np.nan)
-                        for _ in experiment.measures
-                    ]
-                    for run in _measured_runs(experiment)
-                },
-                {run: np.full(len(self.kept), np.nan) for run in experiment.accuracies},
-                environments,
-            )
+            self.measured[experiment.key] = MeasuredValues.unmeasured(plan, readout, self.kept)
         for batch in self.batches:
             for plan in self.panel.experiments:
                 self._measure_unpatched(plan, batch)
@@ -351,16 +302,16 @@ class PanelRunner:
         for batch in self.batches:
             rows: list[Rows] = []
             for number, plan in enumerate(plans):
-                if not plan.rules:
-                    self._copy_base(plan)
-                found = self._sorted_out(plan, batch)
                 measured = self.measured[plan.experiment.key]
+                if not plan.rules:
+                    measured.copy_base()
+                found = self._sorted_out(plan, batch)
                 measured.dropped += found.dropped
                 measured.rows += len(found.live) + len(found.left_out)
                 measured.inert += found.inert
                 rows.append(found.live)
                 if len(found.left_out):
-                    values = self._base_values(plan, found.left_out)
+                    values = measured.base_of(plan, found.left_out)
                     self._finish(number, found.left_out, values, totals[number])
                 yield (found.dropped + len(found.left_out)) * plan.draws
             shared = sharer.of(rows)
@@ -417,25 +368,6 @@ class PanelRunner:
         if self.sink is not None:
             experiment = self.panel.experiments[number].experiment
             self.sink.rows(self.measured[experiment.key], rows, values)
-
-    def _base_values(self, plan: ExperimentPlan, rows: Rows) -> list[Floats]:
-        """Per measure, [row], what the base run has."""
-        experiment = plan.experiment
-        measured = self.measured[experiment.key]
-        columns = np.searchsorted(self.kept, rows.prompt)
-        found: list[Floats] = []
-        for number in range(len(experiment.measures)):
-            base = base_per_cell(plan, measured, experiment.spec.base, number)
-            cell = rows.cell if len(base) > 1 else np.zeros_like(rows.cell)
-            found.append(base[cell, columns])
-        return found
-
-    def _copy_base(self, plan: ExperimentPlan) -> None:
-        """Without rules the patched run is the base run."""
-        measured = self.measured[plan.experiment.key]
-        base = measured.unpatched[plan.experiment.spec.base]
-        for found, values in zip(measured.patched, base, strict=True):
-            found[:] = values
 
     # --- the size of a pass ---------------------------------------------------------------------
 
@@ -505,24 +437,3 @@ class PanelRunner:
                 self.profile.passed(tokens, seconds[0])
                 yield from found
                 begin += count
-
-
-def _by_item(readout: Readout) -> bool:
-    return any(atom.by_item for _, atom in readout.atoms)
-
-
-def _measured_runs(experiment: ResolvedExperiment) -> list[str]:
-    """Runs whose metrics effects need, in order: base, source."""
-    runs = [experiment.spec.base]
-    if experiment.spec.source is not None:
-        runs.append(experiment.spec.source)
-    return list(dict.fromkeys(runs))
-
-
-def base_per_cell(plan: ExperimentPlan, measured: MeasuredValues, run: str, number: int) -> Floats:
-    """[1 or cell, row]: the metric of an unpatched run, per cell where its text differs by cell."""
-    values = measured.unpatched[run][number]
-    if len(measured.environments) == 1:
-        return values
-    index = [measured.environments.index(item) for item in plan.items]
-    return values[index]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.execute import MeasuredValues, base_per_cell
+from mechdsl.execute.measured_values import MeasuredValues, base_per_cell
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel

@@ -8,7 +8,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Ints
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.execute.execute import MeasuredValues
+from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.statistics.cell_statistics import check_denominator
 from mechdsl.vocab.effects import EFFECTS

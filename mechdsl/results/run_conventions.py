@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mechdsl.execute.execute import MeasuredValues
+from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.execute.unpatched_batch import noise_scale

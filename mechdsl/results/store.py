@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from mechdsl.base.arrays import Floats
-from mechdsl.execute.execute import MeasuredValues
+from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.results.variants import joined_axes

@@ -1,0 +1,103 @@
+"""The values of an experiment's cells and of its unpatched runs, as they are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.execute.readout import Readout
+from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.rule_rows import Rows
+from mechdsl.resolve.resolved import ResolvedExperiment
+
+
+@dataclass
+class MeasuredValues:
+    """The values of one experiment, filled as batches finish."""
+
+    experiment: ResolvedExperiment
+    kept: Ints
+    """Rows of the table that are in the experiment."""
+    patched: list[Floats]
+    """Per measure, [cell, kept row]; NaN where the row isn't part of the cell."""
+    unpatched: dict[str, list[Floats]]
+    """Run → per measure, [environment, kept row]."""
+    accuracy: dict[str, Floats]
+    environments: tuple[int | None, ...]
+    dropped: int = 0
+    """Rows of cells that a `resample` donor without the position took out."""
+    rows: int = 0
+    """Rows of cells, run or not."""
+    inert: int = 0
+    """Of these, the ones that can't differ from the base run by structure."""
+
+    @classmethod
+    def unmeasured(cls, plan: ExperimentPlan, readout: Readout, kept: Ints) -> MeasuredValues:
+        """NaN everywhere."""
+        experiment, n_rows = plan.experiment, len(kept)
+        by_item = any(atom.by_item for _, atom in readout.atoms)
+        environments = tuple(dict.fromkeys(plan.items)) if by_item else (None,)
+
+        def unknown(*shape: int) -> Floats:
+            return np.full(shape, np.nan)
+
+        return cls(
+            experiment,
+            kept,
+            [unknown(plan.n_cells, n_rows) for _ in experiment.measures],
+            {
+                run: [unknown(len(environments), n_rows) for _ in experiment.measures]
+                for run in _measured_runs(experiment)
+            },
+            {run: unknown(n_rows) for run in experiment.accuracies},
+            environments,
+        )
+
+    def copy_base(self) -> None:
+        """Without rules the patched run is the base run."""
+        base = self.unpatched[self.experiment.spec.base]
+        for found, values in zip(self.patched, base, strict=True):
+            found[:] = values
+
+    def base_of(self, plan: ExperimentPlan, rows: Rows) -> list[Floats]:
+        """Per measure, [row], what the base run has."""
+        columns = np.searchsorted(self.kept, rows.prompt)
+        found: list[Floats] = []
+        for number in range(len(self.experiment.measures)):
+            base = base_per_cell(plan, self, self.experiment.spec.base, number)
+            cell = rows.cell if len(base) > 1 else np.zeros_like(rows.cell)
+            found.append(base[cell, columns])
+        return found
+
+
+def _measured_runs(experiment: ResolvedExperiment) -> list[str]:
+    """Runs whose metrics effects need, in order: base, source."""
+    runs = [experiment.spec.base]
+    if experiment.spec.source is not None:
+        runs.append(experiment.spec.source)
+    return list(dict.fromkeys(runs))
+
+
+def base_per_cell(plan: ExperimentPlan, measured: MeasuredValues, run: str, number: int) -> Floats:
+    """[1 or cell, row]: the metric of an unpatched run, per cell where its text differs by cell."""
+    values = measured.unpatched[run][number]
+    if len(measured.environments) == 1:
+        return values
+    index = [measured.environments.index(item) for item in plan.items]
+    return values[index]
+
+
+class Sink(Protocol):
+    """Takes values as they are finished, to keep them."""
+
+    def unpatched(self, measured: MeasuredValues) -> None:
+        """Base and source runs of an experiment, before its cells."""
+        ...
+
+    def rows(self, measured: MeasuredValues, rows: Rows, values: Sequence[Floats]) -> None:
+        """The rows of one pass with their values per measure."""
+        ...
