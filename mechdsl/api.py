@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.source import Source
-from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_full
 
 if TYPE_CHECKING:
@@ -56,13 +57,16 @@ def run(
     no_pass: Sequence[str] = (),
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
+    allow_nan: bool = False,
 ) -> Results:
     """Run a file (path or text) and return its results.
 
     models: name in the file → (transformers model, fast tokenizer), in place of what the file
         declares under that name. parameters: as `--set`. allow_python: run the Python files that
         it refers to. The other arguments are those of the command line.
-    Raises MechdslError where the file, its data or a model is wrong (no cell has been run then),
+    An experiment or a measure that can't be computed costs no other: the results' `complete` is
+    False then, `lost` of its file and `missing` of the measure say why, and a warning is shown.
+    Raises MechdslError where the file, its data or a model is wrong, where nothing can be computed,
     and where a function of a Python file fails.
     """
     from mechdsl.execute.execute import Options
@@ -88,12 +92,18 @@ def run(
         offload=None if offload is None else Path(offload),
         out=None if out is None else Path(out),
         without=frozenset(no_pass),
-        execution=Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens),
+        execution=Options(
+            pass_tokens=pass_tokens, prompt_tokens=prompt_tokens, allow_nan=allow_nan
+        ),
     )
     try:
         result, diagnostics = run_source(source, options, models)
     except PythonFailure as failure:
         raise MechdslError([failure.diagnostic]) from failure
-    if result is None or has_errors(diagnostics):
-        raise MechdslError([d for d in diagnostics if d.severity == "error"])
+    errors = [d for d in diagnostics if d.severity == "error"]
+    if result is None:
+        raise MechdslError(errors)
+    if errors:
+        said = render_full(errors, color=False, width=100)
+        warnings.warn(f"a part could not be computed\n{said}", stacklevel=2)
     return Results((result,), versions())

@@ -23,7 +23,7 @@ from mechdsl.cli.options import (
     settings,
 )
 from mechdsl.cli.output import broke_off, make_console, print_diagnostics
-from mechdsl.cli.status import FAILED, FINE, INTERRUPTED, WRONG
+from mechdsl.cli.status import BROKE_OFF, FAILED, FINE, INTERRUPTED, WRONG
 from mechdsl.diagnostics.core import has_errors
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ if TYPE_CHECKING:
 @no_pass_option
 @pass_tokens_option
 @prompt_tokens_option
+@click.option(
+    "--allow-nan",
+    is_flag=True,
+    help="Leave rows where the model gives NaN out of everything, and count them.",
+)
 def run(
     files: tuple[Path, ...],
     parameters: tuple[str, ...],
@@ -79,8 +84,10 @@ def run(
     no_pass: tuple[str, ...],
     pass_tokens: int | None,
     prompt_tokens: int | None,
+    allow_nan: bool,
 ) -> int:
-    """Run files and print their tables. Exit status 0 when every expectation holds."""
+    """Run files and print their tables. Exit status 0 when every expectation holds, 1 when one
+    doesn't, 2 when something is wrong, 3 when a part could not be computed."""
     how = settings(parameters, limit, only, python_mode(allow_python))
     paths, problems = mech_files(files)
     # All files are checked before the first one runs (and before torch is imported).
@@ -106,22 +113,31 @@ def run(
         offload=offload,
         out=out,
         without=frozenset(no_pass),
-        execution=Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens),
+        execution=Options(
+            pass_tokens=pass_tokens, prompt_tokens=prompt_tokens, allow_nan=allow_nan
+        ),
     )
     return _run_all(everything, options, form, profile=profile)
 
 
 def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: bool) -> int:
-    """Run files one after another, printing what each has found."""
+    """Run files one after another, printing what each has found. One that can't be computed costs
+    no other."""
     from mechdsl.results.collect import versions
     from mechdsl.results.results import Results
 
     found: list[FileResult] = []
+    failed: list[int] = []
     for checked in files:
         result = _run_file(checked, options, form, profile=profile)
+        if result == INTERRUPTED:
+            return INTERRUPTED
         if isinstance(result, int):
-            return result
-        found.append(result)
+            failed.append(result)
+        else:
+            found.append(result)
+    if not found and failed:
+        return max(failed)
     results = Results(tuple(found), versions())
     if form == "json":
         sys.stdout.write(results.to_json() + "\n")
@@ -129,6 +145,8 @@ def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: b
         from mechdsl.show.reports.files import results_csv
 
         sys.stdout.write(results_csv(results))
+    if failed or not results.complete:
+        return BROKE_OFF
     return FINE if results.holds else FAILED
 
 
@@ -164,7 +182,7 @@ def _run_file(
     print_diagnostics(diagnostics)
     if result is None:
         return WRONG
-    if not result.experiments:
+    if not result.experiments and not result.lost:
         print(f"{source.name} has no experiments: nothing was run", file=sys.stderr)
     try:
         _show(result, source.folder, tables=form == "table")
@@ -183,7 +201,7 @@ def _show(result: FileResult, folder: Path, *, tables: bool) -> None:
 
     tables: print them; else only those are made that go to a file.
     """
-    from mechdsl.show.reports.verdicts import print_verdicts
+    from mechdsl.show.reports.verdicts import print_lost, print_verdicts
     from mechdsl.show.show_report import show_report
 
     console = make_console()
@@ -197,3 +215,6 @@ def _show(result: FileResult, folder: Path, *, tables: bool) -> None:
                 print(said, file=sys.stdout if tables else sys.stderr)
         if tables:
             print_verdicts(experiment, console)
+    if tables:
+        for lost in result.lost:
+            print_lost(lost, console)

@@ -4,7 +4,7 @@ FINE = 0
 FAILED = 1
 """An expectation doesn't hold."""
 WRONG = 2
-"""Something is wrong, and no cell was run."""
+"""Something is wrong, and nothing could be computed."""
 BROKE_OFF = 3
-"""The run broke off."""
+"""A part could not be computed, or the run broke off."""
 INTERRUPTED = 130

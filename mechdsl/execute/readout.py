@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.execute.unpatched_batch import Spot, continuation_ids, spots_of
 from mechdsl.resolve.measures import evaluate
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
@@ -37,6 +37,8 @@ class Reading:
     """[row] what `observe attention` sees; None on runs without rows."""
     tokens: Tensor | None = None
     """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
+    has_loss: Bools | None = None
+    """[row] whether the prompt has a loss; None where none is read."""
 
     def columns(self, ids: Tensor) -> Tensor:
         """Where the logits of these tokens lie."""
@@ -91,8 +93,13 @@ class Readout:
     def loss(self) -> Atom | None:
         return next((a for _, a in self.atoms if a.form.takes == "prompt"), None)
 
-    def read(self, reading: Reading) -> list[Floats]:
-        """One value per row for every measure."""
+    def read(self, reading: Reading) -> tuple[list[Floats], Bools]:
+        """One value per row for every measure; and [row] whether it can't be used, as a number
+        that is read is none. Such a row has no value in any measure."""
+        broken = self._broken(reading)
+        if broken.any() and reading.logits is not None:  # no function of the user's meets them
+            rows = torch.from_numpy(broken).to(reading.logits.device)
+            reading = replace(reading, logits=reading.logits.masked_fill(rows[:, None, None], 0.0))
         found: list[Floats] = []
         number = 0
         for measure in self.measures:
@@ -105,7 +112,44 @@ class Readout:
             with np.errstate(divide="ignore", invalid="ignore"):
                 result = evaluate(measure.expression, values.__getitem__)
             found.append(np.broadcast_to(result, len(reading.prompts)).astype(np.float64))
-        return found
+            for value in values.values():  # −∞ − −∞ is no number, though each has its meaning
+                broken |= np.isinf(value) & np.isnan(found[-1])
+        for values_of_measure in found:
+            values_of_measure[broken] = np.nan
+        return found, broken
+
+    def _broken(self, reading: Reading) -> Bools:
+        """[row] whether NaN is among what is read, or an infinity that metrics can't use. −∞ is
+        what a model says of a token that it excludes; that of all tokens is none."""
+        found = [torch.zeros(len(reading.prompts), dtype=torch.bool)]
+        if reading.logits is not None:
+            found.append(_senseless(reading.logits, whole=reading.tokens is None).any(-1))
+        found += [_senseless(logits, whole=True).any(-1) for logits in reading.continued.values()]
+        if reading.loss is not None and reading.has_loss is not None:
+            due = torch.from_numpy(reading.has_loss).to(reading.loss.device)
+            found.append(reading.loss.isnan() & due)
+        if reading.observed is not None:
+            found.append(~reading.observed.isfinite())
+        for number, (spot, atom) in enumerate(self.atoms):
+            takes = atom.form.takes
+            if takes == "activations":
+                for each in (reading.activations[number], reading.references[number]):
+                    found.append(~each.isfinite().flatten(1).all(-1))
+            elif takes == "reference":
+                found.append(_senseless(reading.references[number], whole=True))
+            elif takes == "numerals" and atom.form.narrow and reading.logits is not None:
+                ids = torch.tensor([token for token, _ in atom.numerals])
+                columns = reading.columns(ids.to(reading.logits.device))
+                own = reading.logits[:, spot].index_select(-1, columns)
+                found.append(_senseless(own, whole=True))
+        return torch.stack([one.cpu() for one in found]).any(0).numpy()
+
+
+def _senseless(logits: Tensor, *, whole: bool) -> Tensor:
+    """[...] of [..., vocab]: NaN or +∞ among the logits, or, where they are the whole choice that
+    there is, nothing but −∞. One reduction, without a second tensor of that size."""
+    top = logits.amax(-1)
+    return ~top.isfinite() if whole else top.isnan() | top.isposinf()
 
 
 def _longest(atom: Atom) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -74,17 +74,19 @@ def evaluate(
     expectation: spec.Expectation,
     result: ExperimentResult,
     others: Mapping[str, ExperimentResult] | None = None,
+    lost: Collection[str] = (),
 ) -> ExpectOutcome:
     """The verdict on one expectation of a finished experiment.
 
-    `others` are finished experiments by name, which correlations may read.
+    `others` are finished experiments by name, which correlations may read; `lost` those that could
+    not be computed.
     """
     known = Known(
         measures=[KnownMeasure(m.label, m.effect, m.kind, m.word) for m in result.measures],
         axes=result.axes,
         aliases=result.aliases,
         runs=list(result.accuracy),
-        experiments=list(others or {}),
+        experiments=[*(others or {}), *lost],
         cells=result.cells,
     )
     condition, diagnostics = read_expectation(expectation, known)
@@ -230,7 +232,9 @@ class _Judge:
     def best(self, condition: BestIs) -> Verdict:
         cells = self.chosen(condition.measure, condition.where)
         if not len(cells):
-            return Verdict(False, reason="no cell has a value")
+            missing = self.result.measures[condition.measure].missing
+            why = f"not computed ({missing.code}): {missing.reason}" if missing else None
+            return Verdict(False, reason=why or "no cell has a value")
         sign = 1.0 if condition.how == "argmax" else -1.0
         means = sign * self.result.statistics[condition.measure].mean[cells]
         winner = int(cells[int(means.argmax())])
@@ -250,6 +254,9 @@ class _Judge:
         return Verdict(here == condition.equal, _cell_name(self.result, winner), reason=reason)
 
     def top(self, condition: TopContains) -> Verdict:
+        missing = self.result.measures[condition.measure].missing
+        if missing is not None:
+            return Verdict(False, reason=f"not computed ({missing.code}): {missing.reason}")
         cells = self.chosen(condition.measure, ())
         means = np.abs(self.result.statistics[condition.measure].mean[cells])
         ranked = [int(cells[i]) for i in np.argsort(-means, kind="stable")]
@@ -340,6 +347,8 @@ class _Judge:
         return self.estimate(float(point), samples, present)
 
     def correlation(self, value: Correlation) -> Estimate:
+        if value.experiment not in self.others:
+            return Estimate(math.nan, why=f"`{value.experiment}` could not be computed")
         other = self.others[value.experiment]
         measure = self.result.measures[value.measure]
         same = [
@@ -352,6 +361,10 @@ class _Judge:
         if len(candidates) != 1:
             why = f"`{other.name}` has {len(candidates)} measures `as {measure.effect}`, not one"
             return Estimate(math.nan, why=why)
+        for data, of in ((measure, self.result), (other.measures[candidates[0]], other)):
+            if data.missing is not None:
+                why = f"`{data.effect} of {data.label}` of `{of.name}` could not be computed"
+                return Estimate(math.nan, why=f"{why} ({data.missing.code})")
         mine, theirs = _matched(self.result, value.measure, other, candidates[0])
         if len(mine) < 3:
             why = f"only {len(mine)} cells have the same coordinates in `{other.name}`"

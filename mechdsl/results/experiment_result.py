@@ -17,7 +17,13 @@ from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.statistics.bootstrap import Resampling
 from mechdsl.statistics.cell_statistics import run_interval
-from mechdsl.statistics.measure_data import CellStatistics, Interval, MeasureData, NullBand
+from mechdsl.statistics.measure_data import (
+    CellStatistics,
+    Interval,
+    MeasureData,
+    Missing,
+    NullBand,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -60,6 +66,8 @@ class ExperimentResult:
     called: Mapping[str, str] = field(default_factory=dict[str, str])
     """Other names of base and source, for people: a block's or a model's for its clean run."""
     conventions: Mapping[str, str] = field(default_factory=dict[str, str])
+    left_out: Mapping[int, str] = field(default_factory=dict[int, str])
+    """Ids of rows that `--allow-nan` left out of everything → where they can't be used."""
     hashes: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of `model` and `data`."""
     row_ids: tuple[int, ...] | None = None
@@ -78,6 +86,10 @@ class ExperimentResult:
     seed: int = 0
     statistics: tuple[CellStatistics, ...] = ()
     outcomes: tuple[ExpectOutcome, ...] = ()
+
+    def computed(self) -> Iterator[tuple[int, MeasureData]]:
+        """The measures that could be computed, with their numbers."""
+        return ((n, data) for n, data in enumerate(self.measures) if data.missing is None)
 
     @property
     def prompts(self) -> int:
@@ -247,6 +259,15 @@ def html_table(result: ExperimentResult, most: int = 20) -> str:
     )
 
 
+@dataclass(frozen=True)
+class LostExperiment:
+    """An experiment that could not be computed, whose expectations therefore fail."""
+
+    name: str
+    reasons: tuple[Missing, ...]
+    outcomes: tuple[ExpectOutcome, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class FileResult:
     """The experiments of one file."""
@@ -257,3 +278,10 @@ class FileResult:
     seed: int = 0
     sizes: PassSizes | None = None
     """What the run was laid out by; with it, two runs are equal bit for bit."""
+    lost: tuple[LostExperiment, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every experiment and every measure could be computed."""
+        measures = (data for each in self.experiments for data in each.measures)
+        return not self.lost and all(data.missing is None for data in measures)

@@ -46,6 +46,7 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
             **_said([(labels, result.conventions) for labels, result in parts]),
             **({"prompts": fewer} if fewer else {}),
         },
+        left_out={row: where for result in results for row, where in result.left_out.items()},
         hashes=_hashes(parts),
         controls=_controls(results),
         texts=results[0].texts if len({result.texts for result in results}) == 1 else (),

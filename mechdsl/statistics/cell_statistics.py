@@ -106,6 +106,8 @@ def _reason(
 ) -> str | None:
     """Why something of a cell is null, in words."""
     said: list[str] = []
+    if data.missing is not None:
+        return f"not computed ({data.missing.code}): {data.missing.reason}"
     if found.n[cell] == 0:
         return "no prompt is part of this cell"
     if undefined:

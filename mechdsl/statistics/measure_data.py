@@ -8,6 +8,15 @@ from typing import Literal
 from mechdsl.base.arrays import Bools, Floats, Ints
 
 
+@dataclass(frozen=True)
+class Missing:
+    """Why something could not be computed."""
+
+    code: str
+    reason: str
+    """In words, without the code."""
+
+
 @dataclass(frozen=True, eq=False)
 class MeasureData:
     """What was measured: one value per cell and prompt, with the two runs it is set against."""
@@ -32,6 +41,8 @@ class MeasureData:
     """The metric's unit, for axes of plots."""
     word: str = ""
     """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
+    missing: Missing | None = None
+    """Why it could not be computed; then no cell has a value."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,7 +37,7 @@ def bars_chart(result: ExperimentResult, report: spec.Report) -> Any:
     axes = drawn_axes(result, report)
     charts = [
         titled((_stacks if data.kind == "category" else _bars)(result, measure, axes), result, data)
-        for measure, data in enumerate(result.measures)
+        for measure, data in result.computed()
     ]
     return themed(alt.vconcat(*charts, spacing=36).resolve_scale(color="independent"))
 

@@ -107,7 +107,7 @@ def heatmap_chart(result: ExperimentResult, report: spec.Report) -> Any:
     rows, columns = axis_name(result, report.variable or ""), axis_name(result, report.by or "")
     maps = [
         titled(_heatmap(result, measure, rows, columns), result, data)
-        for measure, data in enumerate(result.measures)
+        for measure, data in result.computed()
     ]
     return themed(alt.vconcat(*maps, spacing=36).resolve_scale(color="independent"))
 
@@ -210,7 +210,7 @@ def lines_chart(result: ExperimentResult, report: spec.Report) -> Any:
     series = None if report.by is None else axis_name(result, report.by)
     charts = [
         titled(_lines(result, measure, axis, series), result, data)
-        for measure, data in enumerate(result.measures)
+        for measure, data in result.computed()
         if data.kind == "number"
     ]
     return themed(alt.vconcat(*charts, spacing=36).resolve_scale(color="independent"))

@@ -27,6 +27,7 @@ from mechdsl.show.reports.text import (
     inert_note,
     notes,
     number_format,
+    shown_measures,
     survivors,
 )
 
@@ -35,7 +36,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
     """One map per measure and combination of the axes that aren't drawn."""
     rows_axis = axis_name(result, report.variable or "")
     columns_axis = axis_name(result, report.by or "")
-    for measure, data in enumerate(result.measures):
+    for measure, data in shown_measures(result, console):
         heading(result, data, console)
         found = result.statistics[measure]
         category = data.kind == "category"

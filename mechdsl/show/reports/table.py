@@ -33,6 +33,7 @@ from mechdsl.show.reports.text import (
     null_words,
     number_format,
     p_text,
+    shown_measures,
     sortable,
     survivors,
 )
@@ -75,7 +76,7 @@ class Column:
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """One table per measure, the conventions under the last."""
     shown = grouped(result, report.by) if report.by in result.row_values else result
-    for measure, data in enumerate(shown.measures):
+    for measure, data in shown_measures(shown, console):
         heading(result, data, console)
         order = _order(shown, measure, report)
         columns = _columns(shown, measure, order)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from textwrap import wrap
 
 import numpy as np
@@ -98,6 +98,20 @@ def _means(values: Floats) -> list[float]:
     """Over prompts, of every distinct run: cells may be set against runs of their own."""
     found = [float(np.nanmean(row)) if not np.isnan(row).all() else math.nan for row in values]
     return found if len(found) == 1 or not np.isnan(found).any() else [math.nan]
+
+
+def shown_measures(result: ExperimentResult, console: Console) -> Iterator[tuple[int, MeasureData]]:
+    """The measures that could be computed, with their numbers; of the others it is said why not."""
+    for measure, data in enumerate(result.measures):
+        if data.missing is None:
+            yield measure, data
+            continue
+        console.print()
+        console.print(
+            Text(f"{result.name}: {measure_name(data)}: not computed", style="bold"),
+            highlight=False,
+        )
+        hanging(f"{data.missing.code}: ", data.missing.reason, console)
 
 
 def heading(result: ExperimentResult, data: MeasureData, console: Console) -> None:

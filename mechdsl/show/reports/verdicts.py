@@ -7,11 +7,20 @@ import math
 from rich.console import Console
 from rich.text import Text
 
-from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, LostExperiment
 from mechdsl.show.reports.text import hanging, number_format
 
 
-def print_verdicts(result: ExperimentResult, console: Console) -> None:
+def print_lost(lost: LostExperiment, console: Console) -> None:
+    """That an experiment could not be computed and why, with its expectations, which fail."""
+    console.print()
+    console.print(Text(f"{lost.name}: not computed", style="bold"), highlight=False)
+    for missing in lost.reasons:
+        hanging(f"{missing.code}: ", missing.reason, console)
+    print_verdicts(lost, console)
+
+
+def print_verdicts(result: ExperimentResult | LostExperiment, console: Console) -> None:
     """One line per expectation, with its value and interval; a reason below where it has one."""
     if not result.outcomes:
         return
