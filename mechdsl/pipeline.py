@@ -16,7 +16,7 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName
 from mechdsl.diagnostics.e06_experiment import NothingKept
-from mechdsl.diagnostics.e06_numbers import NothingToPickFrom, RowsLeftOut
+from mechdsl.diagnostics.e06_numbers import NothingToPickFrom, PickedBySign, RowsLeftOut
 from mechdsl.execute.execute import Execution, Options, execute, sizes_of
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
@@ -322,7 +322,8 @@ def _with_findings(
     again, said = resolve_experiment(
         experiment.spec, program, experiment.model, experiment.table, RULES, own
     )
-    return again, [d for d in said if d.severity == "error"]  # warnings have been said
+    # Other warnings have been said.
+    return again, [d for d in said if d.severity == "error" or isinstance(d, PickedBySign)]
 
 
 def check_options(options: RunOptions) -> list[Diagnostic]:

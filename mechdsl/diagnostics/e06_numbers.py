@@ -57,9 +57,11 @@ class PickedBySign(Diagnostic):
     code = "W0751"
     title = "`{text}` picks by sign; by size it would be others"
     label = "picked: {picked}; by absolute value: {by_size}"
-    help = "to pick by size, let `{of}` measure something of one sign, such as `kl({base})`"
+    help = (
+        "where falls matter, let `{of}` measure the negative first: `measure -logit(answer) as "
+        "delta`"
+    )
     text: str
     picked: str
     by_size: str
     of: str
-    base: str

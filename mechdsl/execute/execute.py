@@ -272,8 +272,9 @@ class PanelRunner:
         broken = np.zeros(len(self.table), dtype=np.bool_)
         try:
             for batch in self._batches(self.kept):
-                found, broken[batch] = self.runs.values(self.keep, "clean", batch, None)
-                for values in found:
+                found = self.runs.values(self.keep, "clean", batch, None)
+                broken[batch] = found.broken
+                for values in found.values:
                     good[batch] &= values != 0
                 self.runs.forget()
         except PythonFailure as failure:
@@ -333,14 +334,19 @@ class PanelRunner:
         readout = self.readouts[experiment.key]
         for run, values in measured.unpatched.items():
             for number, environment in enumerate(measured.environments):
-                found, broken = self.runs.values(readout, run, batch, environment)
-                for measure, value in zip(values, found, strict=True):
+                base = run == experiment.spec.base
+                relative = self.runs.model.rounding if base else 0.0
+                found = self.runs.values(readout, run, batch, environment, relative=relative)
+                for measure, value in zip(values, found.values, strict=True):
                     measure[number, columns] = value
-                measured.saw(Unusable(int(row), run) for row in batch[broken])
+                for measure, value in zip(measured.rounding, found.rounding, strict=True):
+                    if base:
+                        measure[number, columns] = value
+                measured.saw(Unusable(int(row), run) for row in batch[found.broken])
         for run, correct in experiment.accuracies.items():
-            found, broken = self.runs.values(Readout.of([correct]), run, batch, None)
-            measured.accuracy[run][columns] = found[0]
-            measured.saw(Unusable(int(row), run) for row in batch[broken])
+            found = self.runs.values(Readout.of([correct]), run, batch, None)
+            measured.accuracy[run][columns] = found.values[0]
+            measured.saw(Unusable(int(row), run) for row in batch[found.broken])
 
     # --- cells ------------------------------------------------------------------------------------
 
@@ -541,10 +547,10 @@ class PanelRunner:
                     self.profile.halved += 1
                     continue
                 self.profile.passed(tokens, seconds[0])
-                for member, values, broken in found:
-                    if broken.any():
-                        self._saw_unusable(patcher, shared, chosen, batch, run, member, broken)
-                    yield member, values
+                for member, own in found:
+                    if own.broken.any():
+                        self._saw_unusable(patcher, shared, chosen, batch, run, member, own.broken)
+                    yield member, own.values
                 begin += count
 
 

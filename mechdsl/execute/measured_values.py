@@ -48,6 +48,8 @@ class MeasuredValues:
     """Rows of cells, run or not."""
     inert: int = 0
     """Of these, the ones that can't differ from the base run by structure."""
+    rounding: list[Floats] = field(default_factory=list[Floats])
+    """Per measure, [environment, kept row]: how far rounding may move the base run's value."""
     refused: dict[int, Diagnostic] = field(default_factory=dict[int, Diagnostic])
     """Numbers of the measures that can't be computed → why."""
     unusable: dict[int, Unusable] = field(default_factory=dict[int, Unusable])
@@ -73,6 +75,7 @@ class MeasuredValues:
             },
             {run: unknown(n_rows) for run in experiment.accuracies},
             environments,
+            rounding=[unknown(len(environments), n_rows) for _ in experiment.measures],
         )
 
     def saw(self, found: Iterable[Unusable]) -> None:
@@ -92,6 +95,7 @@ class MeasuredValues:
         self.unpatched = {
             run: [values[:, good] for values in found] for run, found in self.unpatched.items()
         }
+        self.rounding = [values[:, good] for values in self.rounding]
         self.accuracy = {run: values[good] for run, values in self.accuracy.items()}
 
     def copy_base(self) -> None:
@@ -121,7 +125,11 @@ def _measured_runs(experiment: ResolvedExperiment) -> list[str]:
 
 def base_per_cell(plan: ExperimentPlan, measured: MeasuredValues, run: str, number: int) -> Floats:
     """[1 or cell, row]: the metric of an unpatched run, per cell where its text differs by cell."""
-    values = measured.unpatched[run][number]
+    return per_cell(plan, measured, measured.unpatched[run][number])
+
+
+def per_cell(plan: ExperimentPlan, measured: MeasuredValues, values: Floats) -> Floats:
+    """[1 or cell, row] of [environment, row]."""
     if len(measured.environments) == 1:
         return values
     index = [measured.environments.index(item) for item in plan.items]

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.arrays import Ints
 from mechdsl.execute.means_and_donors import MeansAndDonors
 from mechdsl.execute.observed_attention import Look, look
 from mechdsl.execute.path_patching import frozen, held_rows, received
-from mechdsl.execute.readout import Reading, Readout
+from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
     UnpatchedBatch,
     continuation_positions,
@@ -100,11 +100,10 @@ class Patcher:
 
     def values(
         self, shared: SharedRows, chosen: Ints, members: Sequence[Member], run: Run, batch: Ints
-    ) -> Iterator[tuple[Member, list[Floats], Bools]]:
+    ) -> Iterator[tuple[Member, Found]]:
         """One pass over the chosen distinct rows, which all start from `run`.
 
-        batch: the prompts in work. Gives one value per row and measure of each member, and [row]
-        whether it can't be used.
+        batch: the prompts in work. Gives what is read of the rows of each member.
         """
         draws = self.plans[int(shared.owner[chosen[0]])].draws
         rows = self._pass_rows(shared, chosen, run, batch, draws)
@@ -136,10 +135,7 @@ class Patcher:
                 tokens=tokens,
                 has_loss=None if readout.loss is None else has_loss(run, many.rows.prompt),
             )
-            values, broken = readout.read(reading)
-            shape = len(member.at), draws
-            means = [each.reshape(shape).mean(axis=1) for each in values]
-            yield member, means, np.count_nonzero(broken.reshape(shape), axis=1) > 0
+            yield member, readout.read(reading).over_draws(draws)
 
     def everything(
         self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, reads: Sequence[SiteRead]

@@ -46,6 +46,28 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
+class Found:
+    """What a readout finds in rows."""
+
+    values: list[Floats]
+    """Per measure, [row]."""
+    broken: Bools
+    """[row] whether it can't be used, as a number that is read is none; such a row has no value in
+    any measure."""
+    rounding: list[Floats]
+    """Per measure, [row]: how far rounding may move the value; 0 where that wasn't asked for."""
+
+    def over_draws(self, draws: int) -> Found:
+        """Averaged over draws of noise, which lie side by side."""
+
+        def mean(values: Floats) -> Floats:
+            return values.reshape(-1, draws).mean(axis=1)
+
+        broken = np.count_nonzero(self.broken.reshape(-1, draws), axis=1) > 0
+        return Found(list(map(mean, self.values)), broken, list(map(mean, self.rounding)))
+
+
+@dataclass(frozen=True, eq=False)
 class Readout:
     """The measures of one experiment, with their atoms numbered."""
 
@@ -93,30 +115,43 @@ class Readout:
     def loss(self) -> Atom | None:
         return next((a for _, a in self.atoms if a.form.takes == "prompt"), None)
 
-    def read(self, reading: Reading) -> tuple[list[Floats], Bools]:
-        """One value per row for every measure; and [row] whether it can't be used, as a number
-        that is read is none. Such a row has no value in any measure."""
+    def read(self, reading: Reading, relative: float = 0.0) -> Found:
+        """One value per row for every measure.
+
+        relative: how far rounding may move a logit, relative to the largest that a metric reads;
+        0 doesn't ask what that does to the values
+        """
         broken = self._broken(reading)
         if broken.any() and reading.logits is not None:  # no function of the user's meets them
             rows = torch.from_numpy(broken).to(reading.logits.device)
             reading = replace(reading, logits=reading.logits.masked_fill(rows[:, None, None], 0.0))
         found: list[Floats] = []
+        rounding: list[Floats] = []
         number = 0
         for measure in self.measures:
             values: dict[Any, Floats] = {}
+            errors: dict[Any, Floats] = {}
             for atom in measure.atoms:
                 spot = self.atoms[number][0]
                 value = _value(atom, number, spot, reading)
                 values[atom.node] = value.detach().double().cpu().numpy()
+                if relative:
+                    size = _size(atom, number, spot, reading, values[atom.node])
+                    errors[atom.node] = relative * size
                 number += 1
             with np.errstate(divide="ignore", invalid="ignore"):
                 result = evaluate(measure.expression, values.__getitem__)
+                moved = np.zeros(len(reading.prompts))
+                for node, error in errors.items():  # to first order, all in the worst direction
+                    other = {**values, node: values[node] + error}
+                    moved += np.abs(evaluate(measure.expression, other.__getitem__) - result)
+            rounding.append(np.nan_to_num(moved, nan=0.0, posinf=0.0))
             found.append(np.broadcast_to(result, len(reading.prompts)).astype(np.float64))
             for value in values.values():  # −∞ − −∞ is no number, though each has its meaning
                 broken |= np.isinf(value) & np.isnan(found[-1])
         for values_of_measure in found:
             values_of_measure[broken] = np.nan
-        return found, broken
+        return Found(found, broken, rounding)
 
     def _broken(self, reading: Reading) -> Bools:
         """[row] whether NaN is among what is read, or an infinity that metrics can't use. −∞ is
@@ -143,6 +178,29 @@ class Readout:
                 own = reading.logits[:, spot].index_select(-1, columns)
                 found.append(_senseless(own, whole=True))
         return torch.stack([one.cpu() for one in found]).any(0).numpy()
+
+
+def _size(atom: Atom, number: int, spot: int, reading: Reading, value: Floats) -> Floats:
+    """[row]: what the rounding of an atom is relative to. Metrics in logits and nats move by as
+    much as the largest logit that they read, shares of it by that part of themselves; what only
+    counts, such as a rank, doesn't round."""
+    takes, unit = atom.form.takes, atom.form.unit
+    if takes in ("attention", "activations"):
+        return np.ones(len(value))
+    if unit in ("rank", "share") or atom.form.kind == "category":
+        return np.zeros(len(value))
+    logits = reading.continued.get(number)
+    if logits is None:
+        assert reading.logits is not None
+        logits = reading.logits[:, spot]
+    if atom.form.narrow and takes == "numerals":
+        ids = torch.tensor([token for token, _ in atom.numerals], device=logits.device)
+        logits = logits.index_select(-1, reading.columns(ids))
+    if atom.form.narrow and takes == "target":
+        return np.abs(value)
+    finite = logits.abs().nan_to_num(nan=0.0, posinf=0.0).flatten(1)
+    largest = finite.amax(-1).double().cpu().numpy()
+    return largest if unit in ("logit", "nat") else largest * np.abs(value)
 
 
 def _senseless(logits: Tensor, *, whole: bool) -> Tensor:

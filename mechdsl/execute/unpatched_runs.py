@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Bools, Floats, Ints
-from mechdsl.execute.readout import Reading, Readout
+from mechdsl.base.arrays import Ints
+from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
     Side,
     Spot,
@@ -225,9 +225,11 @@ class UnpatchedRuns:
         run: str,
         prompts: Ints,
         environment: int | None,
-    ) -> tuple[list[Floats], Bools]:
-        """Per measure, one value per prompt, draws of noise averaged; and [prompt] whether it
-        can't be used."""
+        *,
+        relative: float = 0.0,
+    ) -> Found:
+        """What is read of every prompt, draws of noise averaged; `relative` as in
+        `Readout.read`."""
         plain = self.lanes(self.named(run), prompts)
         lanes = np.repeat(prompts, plain.draws)
         draws = np.tile(np.arange(plain.draws), len(prompts))
@@ -249,10 +251,7 @@ class UnpatchedRuns:
             tokens=plain.tokens,
             has_loss=None if plain.loss is None else has_loss(self.named(run), lanes),
         )
-        found, broken = readout.read(reading)
-        shape = len(prompts), plain.draws
-        means = [values.reshape(shape).mean(axis=1) for values in found]
-        return means, np.count_nonzero(broken.reshape(shape), axis=1) > 0
+        return readout.read(reading, relative).over_draws(plain.draws)
 
     def _spot_logits(self, readout: Readout, lanes: UnpatchedBatch) -> Tensor | None:
         """[lane, spot of the readout, vocab]."""

@@ -20,6 +20,16 @@ class CellKey:
     tokens: tuple[str, ...] = ()
     """The distinct texts of the tokens that were hit, commonest first."""
 
+    @property
+    def name(self) -> str:
+        """The site, with those coordinates that it doesn't show."""
+        shown = [
+            f"{axis} {value}" if not isinstance(value, str) else value
+            for axis, value in self.coords.items()
+            if axis not in ("layer", "head", "neuron", "expert", "feature") or not self.site
+        ]
+        return " at ".join([self.site, *shown] if self.site else shown) or "the only cell"
+
 
 # --- cells of several variants --------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.execute.measured_values import MeasuredValues, base_per_cell
+from mechdsl.execute.measured_values import MeasuredValues, base_per_cell, per_cell
 from mechdsl.execute.not_finite import place_words
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
@@ -78,6 +78,7 @@ def collect(
                 inert=plan.inert[there],
                 truth=truth,
                 unit=resolved.unit,
+                rounding=_of(there, per_cell(plan, measured, measured.rounding[number])),
                 word=resolved.word,
             )
         )
@@ -113,6 +114,8 @@ def collect(
         row_ids=tuple(table.row_ids[i] for i in kept),
         row_values=_row_values([rows[i].values for i in kept]),
         reports=experiment.spec.reports or (_table(experiment),),
+        rounding=f"{model.rounding:.2g} of the largest logit that a metric reads, by this model's "
+        f"self-check in {str(model.dtype).removeprefix('torch.')}",
         **_overlaid(experiment, kept, there),
     )
 

@@ -63,6 +63,11 @@ class MeasureDocument(DocumentPart):
     inert: Literal[True] | None = Field(
         default=None, description="by structure equal to the base run, out of the correction"
     )
+    rounding: float | None = Field(
+        default=None,
+        description="rounding alone explains an effect of up to this size; given where the mean is "
+        "no larger",
+    )
     reason: str | None = Field(default=None, description="why a number is null")
 
 
@@ -208,6 +213,7 @@ def _measure(result: ExperimentResult, measure: int, cell: int, n: int) -> Measu
             null=_null(result, measure, cell),
             n=int(found.n[cell]) if int(found.n[cell]) != n else None,
             inert=True if data.inert[cell] else None,
+            rounding=_number(found.rounding[cell]) if found.at_rounding[cell] else None,
             reason=_reason(found.reasons[cell], data, result.source),
         ),
     )

@@ -78,6 +78,8 @@ class ExperimentResult:
     """Per measure, or empty where no experiment was run `against` something."""
     texts: tuple[tuple[str, ...], ...] = ()
     """Per prompt, the tokens of the base run as text, for `report overlay`."""
+    rounding: str = ""
+    """What bounds of rounding come from, in words."""
     hits: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """Per cell and prompt, the indices into `texts` of the tokens that were hit."""
 
@@ -195,6 +197,7 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 **{key: _none(getattr(found, key)[index]) for key in NUMBERS},
                 **_null(result, measure, index),
                 "inert": bool(data.inert[index]),
+                "at_rounding": bool(found.at_rounding[index]),
                 "reason": found.reasons[index],
             }
             axes = {

@@ -21,10 +21,10 @@ from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.ranking import by_sign_instead
 from mechdsl.results.statistics_conventions import statistics_conventions
 from mechdsl.show.reports.text import (
     MISSING,
-    alpha,
     conventions,
     heading,
     inert_note,
@@ -33,8 +33,10 @@ from mechdsl.show.reports.text import (
     null_words,
     number_format,
     p_text,
+    rounding_note,
     shown_measures,
     sortable,
+    survives,
     survivors,
 )
 from mechdsl.statistics.cell_statistics import cell_statistics
@@ -76,8 +78,8 @@ class Column:
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """One table per measure, the conventions under the last."""
     shown = grouped(result, report.by) if report.by in result.row_values else result
-    for measure, data in shown_measures(shown, console):
-        heading(result, data, console)
+    for measure, _ in shown_measures(shown, console):
+        heading(result, result.measures[measure], console)
         order = _order(shown, measure, report)
         columns = _columns(shown, measure, order)
         _print(columns, console)
@@ -124,6 +126,7 @@ def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
             source=None if data.source is None else _repeat(data.source, len(values)),
             truth=None if data.truth is None else _repeat(data.truth, len(values)),
             inert=np.tile(data.inert, len(values)),
+            rounding=None if data.rounding is None else _repeat(data.rounding, len(values)),
         )
         for data in result.measures
     )
@@ -225,14 +228,16 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         columns.append(Column("null", null_texts(band, order, write), True))
     if found.test is None:
         return columns
-    level = alpha(result)
+    survived, small = survives(result, measure), found.at_rounding
     verdicts = [
         "inert"
         if result.measures[measure].inert[i]
         else MISSING
         if np.isnan(found.p_corrected[i])
+        else "rounding"
+        if small[i]
         else "yes"
-        if found.p_corrected[i] < level
+        if survived[i]
         else "no"
         for i in order
     ]
@@ -264,8 +269,15 @@ def _notes(
     if len(order) < len(result.cells):
         size = "share" if result.measures[measure].kind == "category" else "absolute value"
         said.append(f"the {len(order)} largest of {len(result.cells)} cells by {size}")
+        other = by_sign_instead(result, measure, len(order)) if size != "share" else None
+        said += [other] if other else []
     null = null_words(result, measure)
-    remarks = survivors(result, measure), null and f"null: {null}", inert_note(result, measure)
+    remarks = (
+        survivors(result, measure),
+        null and f"null: {null}",
+        inert_note(result, measure),
+        rounding_note(result, measure),
+    )
     for line in remarks:
         if line:
             said.append(line)

@@ -41,6 +41,7 @@ def _value(outcome: ExpectOutcome) -> str:
         return outcome.value or ""
     ends = [math.nan if end is None else end for end in (outcome.low, outcome.high)]
     if not all(map(math.isfinite, ends)):
-        return f"{'rank ' if outcome.text.startswith('top ') else ''}{outcome.value:.4g}"
+        top = outcome.text.startswith("top ")
+        return f"rank {outcome.value:.4g} by absolute value" if top else f"{outcome.value:.4g}"
     write = number_format([outcome.value, *ends])
     return f"{write(outcome.value)} [{write(ends[0])}, {write(ends[1])}]"
