@@ -10,7 +10,7 @@ class NotFinite(Diagnostic):
 
     code = "E0621"
     title = "`{model}` gives NaN or infinity in the {run}, row {row} of `{prompts}`"
-    label = "first {place}{many}"
+    label = "{where}"
     help = (
         "half precision may be too narrow: try `--dtype float32`; `--allow-nan` leaves such rows "
         "out of everything and counts them"
@@ -19,8 +19,7 @@ class NotFinite(Diagnostic):
     run: str
     row: int
     prompts: str
-    place: str
-    many: str = ""
+    where: str
 
 
 @keyword_record

@@ -100,6 +100,10 @@ def not_finite(experiment: ResolvedExperiment, first: Unusable, count: int) -> D
         run=place_words(first, experiment),
         row=experiment.table.row_ids[first.row],
         prompts=experiment.table.name,
-        place=first.place,
-        many=f", in {count} of {rows} rows" if first.cell is None and count > 1 else "",
+        where=", ".join(
+            [
+                *([f"first {first.place}"] if first.place else []),
+                *([f"in {count} of {rows} rows"] if count > 1 or not first.place else []),
+            ]
+        ),
     )

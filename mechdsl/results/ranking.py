@@ -22,7 +22,8 @@ def by_sign_instead(result: ExperimentResult, measure: int, count: int) -> str |
     others = [result.cells[cell].name for cell in by_sign if cell not in by_size]
     if not others:
         return None
-    return f"`top {count} of` ranks by sign, and would have {', '.join(others)} among them"
+    pick = f"`top {count} of {result.name}`"
+    return f"{pick} ranks by sign, and would have {', '.join(others)} among them"
 
 
 def _known(result: ExperimentResult, measure: int) -> list[int]:

@@ -269,7 +269,8 @@ def _notes(
     if len(order) < len(result.cells):
         size = "share" if result.measures[measure].kind == "category" else "absolute value"
         said.append(f"the {len(order)} largest of {len(result.cells)} cells by {size}")
-        other = by_sign_instead(result, measure, len(order)) if size != "share" else None
+        picked = size != "share" and report.by not in result.row_values  # else no pick has them
+        other = by_sign_instead(result, measure, len(order)) if picked else None
         said += [other] if other else []
     null = null_words(result, measure)
     remarks = (

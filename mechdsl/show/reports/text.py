@@ -197,7 +197,9 @@ def thin_note(result: ExperimentResult, measure: int) -> str | None:
         return None
     most = int(result.statistics[measure].n.max())
     cells = "1 cell has" if count == 1 else f"{count} cells have"
-    return f"{THIN_MARK} {cells} fewer than {THIN:.0%} of the {most} prompts of the fullest cell"
+    return (
+        f"{THIN_MARK} {cells} fewer than {100 * THIN:g} % of the {most} prompts of the fullest cell"
+    )
 
 
 def survivors(result: ExperimentResult, measure: int) -> str | None:
