@@ -86,8 +86,11 @@ def run(
     prompt_tokens: int | None,
     allow_nan: bool,
 ) -> int:
-    """Run files and print their tables. Exit status 0 when every expectation holds, 1 when one
-    doesn't, 2 when something is wrong, 3 when a part could not be computed."""
+    """Run files and print their tables.
+
+    Exit status 0 when every expectation holds, 1 when one doesn't, 2 when something is wrong, 3
+    when a part could not be computed.
+    """
     how = settings(parameters, limit, only, python_mode(allow_python))
     paths, problems = mech_files(files)
     # All files are checked before the first one runs (and before torch is imported).
