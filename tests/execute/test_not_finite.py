@@ -202,3 +202,16 @@ def test_nothing_but_excluded_tokens_breaks_the_row(measure: str) -> None:
     logits = torch.full((2, 100), -torch.inf)
     logits[0] = torch.linspace(0, 1, 100)
     assert read.read(reading(read, logits)).broken.tolist() == [False, True]
+
+
+def test_the_difference_of_two_excluded_tokens_is_no_number() -> None:
+    """One of them alone is infinite, which has its meaning and no mean."""
+    read = readout('logit(answer) - logit(" 3")', "logit(answer)")
+    answer, other = (atom.texts[None][0][0] for _, atom in read.atoms[:2])
+    logits = torch.zeros(3, 100)
+    logits[1, answer] = -torch.inf
+    logits[2, [answer, other]] = -torch.inf
+    found = read.read(reading(read, logits))
+    assert found.broken.tolist() == [False, False, True]
+    assert found.values[1][:2].tolist() == [0.0, -np.inf]
+    assert np.isnan(found.values[1][2])

@@ -148,3 +148,21 @@ def test_what_is_found_too_late() -> None:
     errors = [d for d in found if d.severity == "error"]
     assert [d.code for d in errors] == ["E0613", "E0622"]
     assert errors[1].message == "`a` picks from `places`, which could not be computed"
+
+
+def test_nothing_is_picked_by_a_measure_that_could_not_be_computed() -> None:
+    """Its other measure is, and what picks from it is lost."""
+    heads = experiment(
+        "heads",
+        "from clean into fewer",
+        "patch layer 1 head * at last token",
+        "measure logprob(answer) - logprob(answer) as recovery",
+        DELTA,
+        prompts="fruit.train limit 6",
+    )
+    result, found = run_source(Source(HEAD + ablate("a", "best of heads") + heads))
+    assert result is not None
+    assert [each.name for each in result.experiments] == ["heads"]
+    errors = [d for d in found if d.severity == "error"]
+    assert [d.code for d in errors] == ["E0604", "E0622"]
+    assert errors[1].label_text == "needs its first measure"
