@@ -33,7 +33,7 @@ WITH_FIG = 2
 @cache
 def broken() -> tuple[Any, Any]:
     """A model and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(ZOO).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(ZOO).eval()
     tokenizer = AutoTokenizer.from_pretrained(ZOO)
     (fig,) = tokenizer(" fig", add_special_tokens=False).input_ids
     with torch.no_grad():
