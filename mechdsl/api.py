@@ -89,6 +89,7 @@ def run(
     no_pass: Sequence[str] = (),
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
+    allow_nan: bool = False,
 ) -> Results:
     """Run a file as `mechdsl run` does, and return its results.
 
@@ -108,10 +109,13 @@ def run(
         anywhere. untrusted: list the paths that the file names, confine all of them, run no Python.
     no_pass: planner passes to switch off. pass_tokens, prompt_tokens: most tokens of a pass over
         patched rows, and of a batch of unpatched prompts.
+    allow_nan: leave rows where the model gives NaN out of everything, and count them.
 
+    An experiment or a measure that can't be computed costs no other: `complete` of the results is
+    False then, `lost` of the file and `missing` of the measure say why, and a warning is shown.
     Warnings are shown through `warnings` as MechdslWarning, and kept in `Results.diagnostics`.
-    Raises MechdslError where the file, its data, a model or an argument is wrong (no cell has been
-    run then), and where a function of a Python file fails.
+    Raises MechdslError where the file, its data, a model or an argument is wrong, where nothing can
+    be computed, and where a function of a Python file fails.
     """
     from mechdsl.loading.borrowed import borrowed
 
@@ -137,7 +141,9 @@ def run(
             offload=None if offload is None else Path(offload),
             out=None if out is None else Path(out),
             without=_names(no_pass),
-            execution=Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens),
+            execution=Options(
+                pass_tokens=pass_tokens, prompt_tokens=prompt_tokens, allow_nan=allow_nan
+            ),
             on_profile=(lambda *done: profiles.append(done)) if profile else None,
         )
         results = _run(source, models, options, write_reports=write_reports)
@@ -320,7 +326,7 @@ def _run(
         result, found = run_checked(checked, options, loaded)
     except PythonFailure as failure:
         raise MechdslError([failure.diagnostic]) from failure
-    if result is None or has_errors(found):
+    if result is None:
         raise MechdslError(found)
     done = write_all(result.experiments) if write_reports else []
     unwritten = [problem for report in done for problem in report.diagnostics]

@@ -16,13 +16,15 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
 from mechdsl.diagnostics.e06_experiment import NothingKept
-from mechdsl.execute.execute import Options, Progress, execute, refused, sizes_of
+from mechdsl.diagnostics.e06_numbers import NothingToPickFrom, PickedBySign, RowsLeftOut
+from mechdsl.execute.execute import Execution, Options, execute, sizes_of
+from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt, load
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import unknown_passes
-from mechdsl.plan.plan import Plan
+from mechdsl.plan.plan import ExperimentPlan, Plan
 from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
 from mechdsl.resolve.findings import Finding
@@ -30,10 +32,10 @@ from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolve_experiment import resolve_experiment
 from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
 from mechdsl.resolve.site_targets import missing_points
-from mechdsl.results.collect import collect, versions, with_control
+from mechdsl.results.collect import collect, versions, with_control, without_measures
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
-from mechdsl.results.finish import with_statistics, with_verdicts
+from mechdsl.results.finish import lost_experiment, with_statistics, with_verdicts
 from mechdsl.results.make_finding import found_by
 from mechdsl.results.results import Results
 from mechdsl.results.store import Store
@@ -42,8 +44,9 @@ from mechdsl.rules import RULES
 from mechdsl.syntax.parse import parse
 from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
 from mechdsl.validate.reachable_p import check_rows
-from mechdsl.vocab.effects import EFFECTS
 
+LISTED = 5
+"""Rows that a warning names."""
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -71,7 +74,9 @@ Models = Mapping[str, tuple[Any, Any]]
 def run_source(
     source: Source, options: RunOptions | None = None, models: Models | None = None
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    """Check and run one file; None where it, its data or its model is wrong: no cell was run."""
+    """Check and run one file; None where it, its data or its model is wrong, or none of its
+    experiments could be computed. A part that could not be is in the result's `lost` and `missing`,
+    and its reason among the diagnostics, as an error."""
     options = options or RunOptions()
     checked, loaded = check_with_models(source, options.settings, models or {})
     if has_errors(checked.diagnostics):
@@ -117,7 +122,7 @@ def run_checked(
     models = dict(loaded or {})
     diagnostics.extend(_load(checked, models, options))
     if not has_errors(diagnostics):
-        diagnostics.extend(_not_there(checked, models))
+        diagnostics.extend(_not_there(checked.experiments, models))
     if has_errors(diagnostics):
         return None, diagnostics
     return _run(checked, models, options, diagnostics)
@@ -130,84 +135,184 @@ def _run(
     diagnostics: list[Diagnostic],
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     sizes = sizes_of(checked.experiments, models, options.execution)
-    waiting = [each for each in checked.experiments if each.spec.after and _may_be_refused(each)]
-    if waiting:  # before any cell runs, and not when what they wait for has
-        later_plan = make_plan(waiting, without=options.without)
-        found = refused(later_plan, models, options.execution, sizes, check=check_denominators)
-        if has_errors(found):
-            return None, [*diagnostics, *found]
     store = None if options.out is None else Store(options.out, checked.source.stem)
-    results: dict[str, ExperimentResult] = {}
-    findings: dict[str, Finding] = {}
-    progress = _Progress(options.execution.on_progress)
+    run = _FileRun(checked, models, options, sizes, store, diagnostics)
     try:
         for wave, later in _waves(checked.experiments):
-            # What an earlier wave found takes the place of what stood in for it.
-            wave, problems = _with_findings(wave, findings, checked.program)
-            picking = [each for each in wave if each.spec.after]
-            problems = [*problems, *_not_there(replace(checked, experiments=picking), models)]
-            diagnostics = [*diagnostics, *problems]
-            if has_errors(diagnostics):
-                return None, diagnostics
-            plan = make_plan(wave, without=options.without)
-            if store is not None:
-                for panel in plan.panels:
-                    for experiment in panel.experiments:
-                        store.open(experiment)
-            told = progress.over(options.execution, later)
-            execution = execute(plan, models, told, store, sizes, check=check_denominators)
-            if options.on_profile is not None:
-                options.on_profile(plan, execution.profile)
-            diagnostics = [*diagnostics, *execution.diagnostics]
-            if has_errors(diagnostics):
-                return None, diagnostics
-            plans = {p.experiment.key: p for panel in plan.panels for p in panel.experiments}
-            for variants in by_name(wave):
-                first = variants[0]
-                raw = [
-                    with_control(
-                        collect(
-                            plans[each.key],
-                            execution.measured[each.key],
-                            models,
-                            execution.profile,
-                            sizes,
-                        ),
-                        plans[each.key],
-                        execution.measured,
-                    )
-                    for each in variants
-                ]
-                findings[first.name] = Finding(
-                    tuple(found_by(*pair) for pair in zip(variants, raw, strict=True))
-                )
-                labels = [each.spec.variant for each in variants]
-                whole = merged(list(zip(labels, raw, strict=True)))
-                if checked.program.parameters:
-                    said = {"parameters": _parameter_words(checked.program.parameters)}
-                    whole = replace(whole, conventions={**whole.conventions, **said})
-                if not whole.prompts:
-                    diagnostics.append(_nothing_left(first))
-                    return None, diagnostics
-                diagnostics.extend(_few_kept(variants, whole))
-                results[first.name] = with_statistics(whole, first.spec, first.seed)
+            run.wave(wave, later)
     finally:
         if store is not None:
             store.close()
+    if run.lost and not run.results:
+        return None, run.diagnostics
     # Verdicts last: an expectation may name an experiment that comes later in the file.
     every = [variants[0] for variants in by_name(checked.experiments)]
     reported = [e for e in every if e.name not in checked.unreported]
-    finished = [with_verdicts(results[e.name], e.spec, results) for e in reported]
     result = FileResult(
         file=checked.source.name,
-        experiments=tuple(finished),
+        experiments=tuple(
+            with_verdicts(run.results[e.name], e.spec, run.results, run.lost)
+            for e in reported
+            if e.name in run.results
+        ),
         hash=sha256(checked.source.text.encode()).hexdigest(),
         seed=checked.program.seed,
         sizes=sizes.kept,
+        lost=tuple(
+            lost_experiment(e.spec, run.lost[e.name]) for e in reported if e.name in run.lost
+        ),
     )
     if store is not None:
         store.finish(Results((result,), versions()).to_json())
-    return result, diagnostics
+    return result, run.diagnostics
+
+
+@dataclass
+class _FileRun:
+    """A file's experiments while they run, in waves. One that can't be computed costs itself and
+    those that pick from it."""
+
+    checked: Checked
+    models: Mapping[str, LoadedModel]
+    options: RunOptions
+    sizes: Sizes
+    store: Store | None
+    diagnostics: list[Diagnostic]
+    results: dict[str, ExperimentResult] = field(default_factory=dict[str, ExperimentResult])
+    lost: dict[str, list[Diagnostic]] = field(default_factory=dict[str, list[Diagnostic]])
+    findings: dict[str, Finding] = field(default_factory=dict[str, Finding])
+    before: int = 0
+    """Rows of earlier waves, for the one bar over all of them."""
+
+    def wave(self, wave: Sequence[ResolvedExperiment], later: Sequence[ResolvedExperiment]) -> None:
+        """Run experiments whose results hang on none that is still to be run."""
+        ready = [each for each in map(self._ready, wave) if each is not None]
+        ready = [each for each in ready if each.name not in self.lost]
+        if not ready:
+            return
+        plan = make_plan(ready, without=self.options.without)
+        if self.store is not None:
+            for panel in plan.panels:
+                for experiment in panel.experiments:
+                    self.store.open(experiment)
+        told = self._with_progress(later)
+        execution = execute(
+            plan, self.models, told, self.store, self.sizes, check=check_denominators
+        )
+        if self.options.on_profile is not None:
+            self.options.on_profile(plan, execution.profile)
+        self._say(execution.diagnostics)
+        for each in ready:
+            if each.key in execution.lost:
+                self._lose(each.name, execution.lost[each.key])
+        plans = {p.experiment.key: p for panel in plan.panels for p in panel.experiments}
+        for variants in by_name(ready):
+            if variants[0].name not in self.lost:
+                self._collect(variants, plans, execution)
+
+    def _say(self, found: Sequence[Diagnostic]) -> None:
+        self.diagnostics += [each for each in found if each not in self.diagnostics]
+
+    def _lose(self, name: str, reasons: Sequence[Diagnostic]) -> None:
+        self._say(reasons)
+        own = self.lost.setdefault(name, [])
+        own += [each for each in reasons if each not in own]
+
+    def _ready(self, experiment: ResolvedExperiment) -> ResolvedExperiment | None:
+        """The experiment with what others have found in place of what stood in for it; None where
+        it is lost."""
+        for name in experiment.spec.after:
+            if name not in self.findings:
+                what = "its result" if name in self.lost else "its first measure"
+                lacking = NothingToPickFrom(
+                    span=experiment.spec.span, experiment=experiment.name, of=name, what=what
+                )
+                self._lose(experiment.name, [lacking])
+                return None
+        if not experiment.spec.after:
+            return experiment
+        found, problems = _with_findings(experiment, self.findings, self.checked.program)
+        if found is not None:
+            problems += _not_there([found], self.models)
+        self._say([each for each in problems if each.severity == "warning"])
+        errors = [each for each in problems if each.severity == "error"]
+        if errors:
+            self._lose(experiment.name, errors)
+        return None if errors else found
+
+    def _collect(
+        self,
+        variants: Sequence[ResolvedExperiment],
+        plans: Mapping[str, ExperimentPlan],
+        execution: Execution,
+    ) -> None:
+        """The result of one experiment, all variants together."""
+        first, measured = variants[0], execution.measured
+        raw = [
+            with_control(
+                collect(
+                    plans[each.key],
+                    measured[each.key],
+                    self.models,
+                    execution.profile,
+                    self.sizes,
+                ),
+                plans[each.key],
+                measured,
+            )
+            for each in variants
+        ]
+        refused = {n: d for each in variants for n, d in measured[each.key].refused.items()}
+        if len(refused) == len(first.measures):
+            self._lose(first.name, list(refused.values()))
+            return
+        labels = [each.spec.variant for each in variants]
+        whole = without_measures(merged(list(zip(labels, raw, strict=True))), refused)
+        if not whole.prompts:
+            self._lose(first.name, [_nothing_left(first)])
+            return
+        if 0 not in refused:
+            parts = tuple(found_by(*pair) for pair in zip(variants, raw, strict=True))
+            self.findings[first.name] = Finding(parts)
+        self._say(_few_kept(variants, whole))
+        if whole.left_out:
+            self._say([_rows_left_out(first, whole)])
+        parameters = self.checked.program.parameters
+        if parameters:
+            said = {"parameters": _parameter_words(parameters)}
+            whole = replace(whole, conventions={**whole.conventions, **said})
+        self.results[first.name] = with_statistics(whole, first.spec, first.seed)
+
+    def _with_progress(self, later: Sequence[ResolvedExperiment]) -> Options:
+        """The options of one wave, for one bar over all waves; how many rows a later one has is
+        counted with stand-ins."""
+        options = self.options.execution
+        tell = options.on_progress
+        if tell is None or (not later and not self.before):
+            return options
+        panels = make_plan(later).panels
+        behind = sum(each.count() for panel in panels for each in panel.experiments)
+        before = self.before
+
+        def advance(done: int, total: int) -> None:
+            self.before = before + done
+            tell(before + done, before + total + behind)
+
+        return replace(options, on_progress=advance)
+
+
+def _rows_left_out(experiment: ResolvedExperiment, result: ExperimentResult) -> Diagnostic:
+    """W0750."""
+    rows = list(result.left_out.items())
+    listed = ", ".join(f"row {row} ({where})" for row, where in rows[:LISTED])
+    more = f" … and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
+    return RowsLeftOut(
+        span=experiment.spec.span,
+        experiment=experiment.name,
+        count=len(rows),
+        rows=len(experiment.table),
+        listed=f"{listed}{more}",
+    )
 
 
 def _parameter_words(parameters: Mapping[str, object]) -> str:
@@ -230,12 +335,6 @@ def _few_kept(variants: Sequence[ResolvedExperiment], result: ExperimentResult) 
     return check_rows(variants, frozenset(result.row_ids or ()))
 
 
-def _may_be_refused(experiment: ResolvedExperiment) -> bool:
-    """Whether its unpatched runs may show that it can't be measured: E0604, E0613."""
-    ratios = (EFFECTS[measure.effect].denominator for measure in experiment.spec.measures)
-    return bool(experiment.keep) or any(each is not None for each in ratios)
-
-
 def _waves(
     experiments: Sequence[ResolvedExperiment],
 ) -> Iterator[tuple[list[ResolvedExperiment], list[ResolvedExperiment]]]:
@@ -250,44 +349,15 @@ def _waves(
 
 
 def _with_findings(
-    wave: Sequence[ResolvedExperiment], found: Mapping[str, Finding], program: spec.Program
-) -> tuple[list[ResolvedExperiment], list[Diagnostic]]:
-    """Experiments with what others have found, in place of what stood in for it."""
-    resolved: list[ResolvedExperiment] = []
-    problems: list[Diagnostic] = []
-    for each in wave:
-        if not each.spec.after:
-            resolved.append(each)
-            continue
-        own = {name: found[name] for name in each.spec.after}
-        again, said = resolve_experiment(each.spec, program, each.model, each.table, RULES, own)
-        problems.extend(d for d in said if d.severity == "error")  # warnings have been said
-        if again is not None:
-            resolved.append(again)
-    return resolved, problems
-
-
-class _Progress:
-    """One bar over all waves; how many rows a later one has is counted with stand-ins."""
-
-    def __init__(self, tell: Progress | None) -> None:
-        self.tell = tell
-        self.before = 0
-
-    def over(self, options: Options, later: Sequence[ResolvedExperiment]) -> Options:
-        """The options of one wave."""
-        tell = self.tell
-        if tell is None or (not later and not self.before):
-            return options
-        panels = make_plan(later).panels
-        behind = sum(each.count() for panel in panels for each in panel.experiments)
-        before = self.before
-
-        def advance(done: int, total: int) -> None:
-            self.before = before + done
-            tell(before + done, before + total + behind)
-
-        return replace(options, on_progress=advance)
+    experiment: ResolvedExperiment, found: Mapping[str, Finding], program: spec.Program
+) -> tuple[ResolvedExperiment | None, list[Diagnostic]]:
+    """An experiment with what others have found, in place of what stood in for it."""
+    own = {name: found[name] for name in experiment.spec.after}
+    again, said = resolve_experiment(
+        experiment.spec, program, experiment.model, experiment.table, RULES, own
+    )
+    # Other warnings have been said.
+    return again, [d for d in said if d.severity == "error" or isinstance(d, PickedBySign)]
 
 
 def check_options(options: RunOptions) -> list[Diagnostic]:
@@ -382,10 +452,12 @@ def _contexts(source: Source, loaded: Mapping[str, LoadedModel]) -> dict[str, Mo
     return found
 
 
-def _not_there(checked: Checked, models: Mapping[str, LoadedModel]) -> list[Diagnostic]:
+def _not_there(
+    experiments: Sequence[ResolvedExperiment], models: Mapping[str, LoadedModel]
+) -> list[Diagnostic]:
     """Sites that only a look at the modules shows to be missing: E0402, E0413, E0414."""
     found: list[Diagnostic | None] = []
-    for experiment in with_controls(checked.experiments):
+    for experiment in with_controls(experiments):
         model = models[experiment.model.name]
         read = [models[name] for name in experiment.models[1:]]
         for rule in experiment.rules:

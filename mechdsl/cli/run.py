@@ -67,6 +67,11 @@ if TYPE_CHECKING:
 @allow_outside_option
 @untrusted_option
 @pass_options
+@click.option(
+    "--allow-nan",
+    is_flag=True,
+    help="Leave rows where the model gives NaN out of everything, and count them.",
+)
 def run(
     files: tuple[Path, ...],
     parameters: tuple[str, ...],
@@ -82,8 +87,13 @@ def run(
     allow_outside: bool,
     untrusted: bool,
     passes: PassOptions,
+    allow_nan: bool,
 ) -> int:
-    """Run files and print their tables. Exit status 0 when every expectation holds."""
+    """Run files and print their tables.
+
+    Exit status 0 when every expectation holds, 1 when one doesn't, 2 when something is wrong, 3
+    when a part could not be computed.
+    """
     how = settings(
         parameters,
         limit,
@@ -118,7 +128,11 @@ def run(
         offload=offload,
         out=out,
         without=frozenset(passes.without),
-        execution=Options(pass_tokens=passes.pass_tokens, prompt_tokens=passes.prompt_tokens),
+        execution=Options(
+            pass_tokens=passes.pass_tokens,
+            prompt_tokens=passes.prompt_tokens,
+            allow_nan=allow_nan,
+        ),
     )
     return _run_all(everything, options, form, profile=profile)
 
@@ -133,11 +147,13 @@ def _written_by_several(files: list[Checked], said: list[Diagnostic]) -> list[Di
 
 
 def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: bool) -> int:
-    """Run files one after another, printing what each has found."""
+    """Run files one after another, printing what each has found. One that can't be computed costs
+    no other."""
     from mechdsl.results.collect import versions
     from mechdsl.results.results import Results
 
     found: list[FileResult] = []
+    failed: list[int] = []
     whole = True
     for checked in files:
         try:
@@ -145,16 +161,19 @@ def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: b
         except KeyboardInterrupt as error:
             return interrupted(error, _kept(checked, options))
         if isinstance(done, int):
-            return done
+            failed.append(done)
+            continue
         result, shown = done
         found.append(result)
         whole &= shown
+    if not found and failed:
+        return max(failed)
     results = Results(tuple(found), versions())
     if form == "json":
         write_json(results.to_json())
     elif form == "csv":
         sys.stdout.write(results.to_csv())
-    if not whole:
+    if failed or not whole or not results.complete:
         return BROKE_OFF
     return FINE if results.holds else FAILED
 
@@ -188,7 +207,7 @@ def _run_file(
     print_diagnostics(diagnostics)
     if result is None:
         return WRONG
-    if not result.experiments:
+    if not result.experiments and not result.lost:
         say(f"{source.name} has no experiments: nothing was run", out=False)
     shown = _show(result, tables=form == "table")
     if result.sizes is not None:
@@ -213,7 +232,7 @@ def _show(result: FileResult, *, tables: bool) -> bool:
 
     tables: print them; else only those are made that go to a file.
     """
-    from mechdsl.show.reports.verdicts import print_verdicts
+    from mechdsl.show.reports.verdicts import print_lost, print_verdicts
     from mechdsl.show.show_report import show_report, write_reports
 
     console = make_console()
@@ -239,4 +258,7 @@ def _show(result: FileResult, *, tables: bool) -> bool:
                     whole = False
         if tables:
             print_verdicts(experiment, console)
+    if tables:
+        for lost in result.lost:
+            print_lost(lost, console)
     return whole

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mechdsl.base.arrays import Floats, Ints
-from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.means_and_donors import MeansAndDonors, means_and_donors_of
-from mechdsl.execute.measured_values import MeasuredValues, Sink
+from mechdsl.execute.measured_values import MeasuredValues, Sink, Unusable
+from mechdsl.execute.not_finite import cell_words, in_cell, in_run, not_finite
 from mechdsl.execute.pass_size import WORTH_MEASURING, Sizes, out_of_memory, release, stopwatch
 from mechdsl.execute.patched_rows import Member, Patcher
 from mechdsl.execute.profile import Profile
@@ -29,7 +30,7 @@ from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel, Plan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows, Sharer
 from mechdsl.program.python_files import PythonFailure
-from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.resolve.resolved import ResolvedExperiment
 
 FULL_SHARE = 0.7
@@ -38,8 +39,8 @@ FULL_SHARE = 0.7
 Progress = Callable[[int, int], None]
 """(rows done, rows in all)."""
 
-Check = Callable[[MeasuredValues], list[Diagnostic]]
-"""What is wrong with an experiment by its unpatched runs, before a cell is run."""
+Check = Callable[[MeasuredValues], dict[int, Diagnostic]]
+"""By number, the measures of an experiment that can't be computed, by its unpatched runs."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,27 @@ class Options:
     prompt_tokens: int | None = None
     """Most tokens of one batch of unpatched prompts; fewer than usual where memory is short and
     neither is given."""
+    allow_nan: bool = False
+    """Leave rows with NaN, or with an infinity that a metric can't use, out of everything. This one
+    does change results."""
 
 
 @dataclass
 class Execution:
-    """What a run of a plan left: values, and why it didn't go on."""
+    """What a run of a plan left: values, and what could not be computed."""
 
     measured: dict[str, MeasuredValues] = field(default_factory=dict[str, MeasuredValues])
-    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    lost: dict[str, list[Diagnostic]] = field(default_factory=dict[str, list[Diagnostic]])
+    """Experiments that could not be computed → why. Those that they are set against (controls) are
+    not listed apart."""
     profile: Profile = field(default_factory=Profile)
+
+    @property
+    def diagnostics(self) -> list[Diagnostic]:
+        """Why experiments or measures could not be computed, each reason once."""
+        parts = [d for each in self.measured.values() for d in each.refused.values()]
+        whole = [d for found in self.lost.values() for d in found]
+        return list(dict.fromkeys([*whole, *parts]))
 
 
 def sizes_of(
@@ -85,11 +98,12 @@ def execute(
     *,
     check: Check,
 ) -> Execution:
-    """Run every panel. `keep` and what `check` looks at are checked for all before any cell runs.
+    """Run every panel. `keep` and what `check` looks at are checked for all before any cell runs;
+    an experiment or a measure that can't be computed costs no other.
 
     sizes: of the run that this is a part of; they are settled here if they aren't yet.
-    Codes: E0223, E0613 and those of `check`. Raises what the model raises; it is left without hooks
-    in any case.
+    Codes: E0223, E0613, E0621 and those of `check`. Raises what the model raises; it is left
+    without hooks in any case.
     """
     options = options or Options()
     if sizes is None:
@@ -97,11 +111,10 @@ def execute(
         sizes = sizes_of(experiments, models, options)
     execution = Execution()
     runners = _prepared(plan, models, options, sizes, execution, sink, check)
-    if has_errors(execution.diagnostics):
-        return execution
     if sink is not None:
-        for measured in execution.measured.values():
-            sink.unpatched(measured)
+        for runner in runners:
+            for each in runner.running:
+                sink.unpatched(runner.measured[each.experiment.key])
     if runners and not sizes.settled:
         max(runners, key=lambda runner: runner.total_rows()).measure_sizes()
     sizes.settled = True
@@ -113,21 +126,8 @@ def execute(
             if options.on_progress is not None:
                 options.on_progress(done, total)
         execution.profile.unpatched_passes += runner.runs.passes
+        execution.lost.update(runner.lost)
     return execution
-
-
-def refused(
-    plan: Plan,
-    models: Mapping[str, LoadedModel],
-    options: Options,
-    sizes: Sizes,
-    *,
-    check: Check,
-) -> list[Diagnostic]:
-    """What `execute` would refuse after the unpatched runs, for experiments that run later."""
-    execution = Execution()
-    _prepared(plan, models, options, sizes, execution, None, check)
-    return execution.diagnostics
 
 
 def _prepared(
@@ -139,7 +139,7 @@ def _prepared(
     sink: Sink | None,
     check: Check,
 ) -> list[PanelRunner]:
-    """Runners whose unpatched runs are done; what is wrong with them is in the execution."""
+    """Runners whose unpatched runs are done."""
     runners = [
         PanelRunner(
             panel,
@@ -149,16 +149,14 @@ def _prepared(
             sizes,
             execution.profile,
             sink,
+            allow_nan=options.allow_nan,
             others={name: models[name] for name in panel.models[1:]},
         )
         for panel in plan.panels
     ]
     for runner in runners:
         with stopwatch(runner.runs.model.device) as seconds:
-            try:
-                execution.diagnostics.extend(runner.prepare(check))
-            except PythonFailure as failure:  # on an unpatched run: no cell was run
-                execution.diagnostics.append(failure.diagnostic)
+            runner.prepare(check)
         execution.profile.unpatched_seconds += seconds[0]
         execution.measured.update(runner.measured)
     return runners
@@ -190,9 +188,14 @@ class PanelRunner:
         profile: Profile,
         sink: Sink | None = None,
         *,
+        allow_nan: bool = False,
         others: Mapping[str, LoadedModel] | None = None,
     ) -> None:
         self.panel = panel
+        self.allow_nan = allow_nan
+        self.lost: dict[str, list[Diagnostic]] = {}
+        self.running: tuple[ExperimentPlan, ...] = ()
+        """Those whose cells are run."""
         self.plan = plan
         self.sizes = sizes
         self.sink = sink
@@ -209,49 +212,100 @@ class PanelRunner:
         self.kept = np.arange(len(self.table), dtype=np.int64)
         self.batches: list[Ints] = []
 
+    @property
+    def _sound(self) -> tuple[ExperimentPlan, ...]:
+        """Of the experiments that nothing is known against."""
+        return tuple(plan for plan in self.panel.experiments if _owner(plan) not in self.lost)
+
+    def _lose(self, plan: ExperimentPlan, *reasons: Diagnostic) -> None:
+        """An experiment can't be computed; with it goes what it is set against."""
+        self.lost.setdefault(_owner(plan), []).extend(reasons)
+
     # --- before any cell --------------------------------------------------------------------------
 
-    def prepare(self, check: Check) -> list[Diagnostic]:
+    def prepare(self, check: Check) -> None:
         """Filter rows, measure and check the unpatched runs, average ablations."""
-        diagnostics = self._keep()
-        if diagnostics:
-            return diagnostics
+        unusable = self._keep()
         self.batches = self._batches(self.kept)
-        for plan in self.panel.experiments:
+        for plan in self._sound:
             experiment = plan.experiment
-            readout = self.readouts[experiment.key]
-            self.measured[experiment.key] = MeasuredValues.unmeasured(plan, readout, self.kept)
+            measured = MeasuredValues.unmeasured(plan, self.readouts[experiment.key], self.kept)
+            measured.unusable.update(unusable)
+            self.measured[experiment.key] = measured
         for batch in self.batches:
-            for plan in self.panel.experiments:
-                self._measure_unpatched(plan, batch)
+            for plan in self._sound:
+                try:
+                    self._measure_unpatched(plan, batch)
+                except PythonFailure as failure:
+                    self._lose(plan, failure.diagnostic)
             self._forget()
-        for plan in self.panel.experiments:
-            if plan.experiment.control_of is None:  # else it has been said of that one
-                diagnostics.extend(check(self.measured[plan.experiment.key]))
-        if not has_errors(diagnostics):
-            for plan in self.panel.experiments:
-                self.means_and_donors[plan.experiment.key] = means_and_donors_of(
-                    plan, self.runs, self.kept, self.batches
-                )
-        return diagnostics
+        for plan in self._sound:
+            self._look_at_unusable(plan)
+        for plan in self._sound:
+            if plan.experiment.control_of is not None:  # it is said of the experiment itself
+                continue
+            measured = self.measured[plan.experiment.key]
+            measured.refused.update(check(measured))
+            if len(measured.refused) == len(plan.experiment.measures):
+                self._lose(plan, *measured.refused.values())
+        self.running = self._sound
+        for plan in self.running:
+            measured = self.measured[plan.experiment.key]
+            batches = [own for batch in self.batches if len(own := measured.among(batch))]
+            self.means_and_donors[plan.experiment.key] = means_and_donors_of(
+                plan, self.runs, measured.kept, batches
+            )
 
     def total_rows(self) -> int:
         """Patched rows of all experiments, draws included."""
-        return sum(plan.count(batch) for plan in self.panel.experiments for batch in self.batches)
+        return sum(self._count(plan, batch) for plan in self.running for batch in self.batches)
 
-    def _keep(self) -> list[Diagnostic]:
+    def _count(self, plan: ExperimentPlan, batch: Ints) -> int:
+        return plan.count(self.measured[plan.experiment.key].among(batch))
+
+    def _keep(self) -> dict[int, Unusable]:
+        """Leave the rows that a `keep` keeps, and, with `allow_nan`, drop those that it can't be
+        decided on."""
         if not self.keep.measures:
-            return []
+            return {}
         good = np.ones(len(self.table), dtype=np.bool_)
-        for batch in self._batches(self.kept):
-            for values in self.runs.values(self.keep, "clean", batch, None):
-                good[batch] &= values != 0
-            self.runs.forget()
-        self.kept = np.flatnonzero(good)
-        if len(self.kept):
-            return []
-        spec = self.panel.experiments[0].experiment.spec
-        return [NothingKept(span=spec.keep[0].span, rows=len(self.table))]
+        broken = np.zeros(len(self.table), dtype=np.bool_)
+        try:
+            for batch in self._batches(self.kept):
+                found = self.runs.values(self.keep, "clean", batch, None)
+                broken[batch] = found.broken
+                for values in found.values:
+                    good[batch] &= values != 0
+                self.runs.forget()
+        except PythonFailure as failure:
+            for plan in self.panel.experiments:
+                self._lose(plan, failure.diagnostic)
+            return {}
+        self.kept = np.flatnonzero(good & ~broken)
+        unusable = {int(row): Unusable(int(row), "clean") for row in np.flatnonzero(broken)}
+        if unusable and not (self.allow_nan and len(self.kept)):
+            place = in_run(self.runs, self.keep, next(iter(unusable.values())))
+            for plan in self.panel.experiments:
+                self._lose(plan, not_finite(plan.experiment, place, len(unusable)))
+        elif not len(self.kept):
+            for plan in self.panel.experiments:
+                span = plan.experiment.spec.keep[0].span
+                self._lose(plan, NothingKept(span=span, rows=len(self.table)))
+        return unusable
+
+    def _look_at_unusable(self, plan: ExperimentPlan) -> None:
+        """Rows that can't be used in an unpatched run: lose the experiment, or, with `allow_nan`,
+        drop them from it and from what it is set against."""
+        measured = self.measured[plan.experiment.key]
+        rows = measured.unusable.keys() & set(measured.kept.tolist())
+        if not rows:
+            return
+        if self.allow_nan and len(rows) < len(measured.kept):
+            measured.leave_out(sorted(rows))
+            return
+        first = measured.unusable[min(rows)]
+        first = in_run(self.runs, self.readouts[plan.experiment.key], first)
+        self._lose(plan, not_finite(plan.experiment, first, len(rows)))
 
     def _batches(self, prompts: Ints) -> list[Ints]:
         """Prompts in groups of similar size in tokens, in the order of the table."""
@@ -277,20 +331,31 @@ class PanelRunner:
         experiment = plan.experiment
         measured = self.measured[experiment.key]
         columns = np.searchsorted(self.kept, batch)
+        readout = self.readouts[experiment.key]
         for run, values in measured.unpatched.items():
             for number, environment in enumerate(measured.environments):
-                found = self.runs.values(self.readouts[experiment.key], run, batch, environment)
-                for measure, value in zip(values, found, strict=True):
+                base = run == experiment.spec.base
+                relative = self.runs.model.rounding if base else 0.0
+                found = self.runs.values(readout, run, batch, environment, relative=relative)
+                for measure, value in zip(values, found.values, strict=True):
                     measure[number, columns] = value
+                for measure, value in zip(measured.rounding, found.rounding, strict=True):
+                    if base:
+                        measure[number, columns] = value
+                measured.saw(Unusable(int(row), run) for row in batch[found.broken])
         for run, correct in experiment.accuracies.items():
-            readout = Readout.of([correct])
-            measured.accuracy[run][columns] = self.runs.values(readout, run, batch, None)[0]
+            found = self.runs.values(Readout.of([correct]), run, batch, None)
+            measured.accuracy[run][columns] = found.values[0]
+            measured.saw(Unusable(int(row), run) for row in batch[found.broken])
 
     # --- cells ------------------------------------------------------------------------------------
 
     def run(self) -> Iterator[int]:
         """Run all cells; yields how many rows, draws included, have been finished."""
-        plans = self.panel.experiments
+        plans = self.running
+        if not plans:
+            self.runs.forget()
+            return
         totals = [
             [
                 (np.zeros(values.shape), np.zeros(values.shape))
@@ -303,6 +368,10 @@ class PanelRunner:
             rows: list[Rows] = []
             for number, plan in enumerate(plans):
                 measured = self.measured[plan.experiment.key]
+                if _owner(plan) in self.lost:
+                    rows.append(Rows.none())
+                    yield self._count(plan, batch)
+                    continue
                 if not plan.rules:
                     measured.copy_base()
                 found = self._sorted_out(plan, batch)
@@ -329,19 +398,62 @@ class PanelRunner:
                     with np.errstate(invalid="ignore"):
                         found[:] = np.where(counts > 0, sums / counts, np.nan)
         self.runs.forget()
+        self._drop_unusable()
+
+    def _drop_unusable(self) -> None:
+        """Drop the rows that can't be used in some cell from all cells, and from those of what an
+        experiment is set against."""
+        rows: dict[str, set[int]] = {}
+        for plan in self.running:
+            own = self.measured[plan.experiment.key].unusable
+            rows.setdefault(_owner(plan), set()).update(own)
+        for plan in self._sound:
+            measured = self.measured[plan.experiment.key]
+            out = rows[_owner(plan)] & set(measured.kept.tolist())
+            if out and len(out) == len(measured.kept):
+                first = next(iter(measured.unusable.values()))
+                self._lose(plan, not_finite(plan.experiment, first, len(out)))
+            elif out:
+                measured.leave_out(sorted(out))
+
+    def _saw_unusable(
+        self,
+        patcher: Patcher,
+        shared: SharedRows,
+        chosen: Ints,
+        batch: Ints,
+        run: Run,
+        member: Member,
+        broken: Bools,
+    ) -> None:
+        """Rows of a pass can't be used; without `allow_nan` that loses their experiment."""
+        plan = self.running[member.number]
+        measured = self.measured[plan.experiment.key]
+        base, rows = plan.experiment.spec.base, member.rows
+        seen = [
+            Unusable(int(rows.prompt[row]), base, cell_words(plan, int(rows.cell[row])))
+            for row in np.flatnonzero(broken)
+        ]
+        measured.saw(seen)
+        if self.allow_nan or _owner(plan) in self.lost:
+            return
+        row = int(chosen[member.at[int(broken.argmax())]])
+        place = in_cell(patcher, shared, row, run, batch, seen[0])
+        self._lose(plan, not_finite(plan.experiment, place, 1))
 
     def _patcher(self) -> Patcher:
-        plans = self.panel.experiments
+        plans = self.running
         means_and_donors = [self.means_and_donors[plan.experiment.key] for plan in plans]
         readouts = [self.readouts[plan.experiment.key] for plan in plans]
         return Patcher(self.plan, plans, readouts, means_and_donors, self.runs)
 
     def _sharer(self) -> Sharer:
-        return Sharer(self.panel.experiments, share=self.plan.shares_rows)
+        return Sharer(self.running, share=self.plan.shares_rows)
 
     def _sorted_out(self, plan: ExperimentPlan, batch: Ints) -> _SortedOut:
         """Which rows of an experiment have to be run."""
-        every = plan.rows(batch) if plan.rules else Rows.none()
+        kept = self.measured[plan.experiment.key].among(batch)
+        every = plan.rows(kept) if plan.rules else Rows.none()
         good = readable(plan, every, self.means_and_donors[plan.experiment.key])
         rows = every.take(good)
         inert = plan.is_inert(rows)
@@ -361,13 +473,13 @@ class PanelRunner:
         totals: Sequence[tuple[Floats, Floats]],
     ) -> None:
         """Add values of rows to their cells, and hand them on."""
-        columns = np.searchsorted(self.kept, rows.prompt)
+        measured = self.measured[self.running[number].experiment.key]
+        columns = np.searchsorted(measured.kept, rows.prompt)
         for (sums, counts), value in zip(totals, values, strict=True):
             np.add.at(sums, (rows.cell, columns), value)
             np.add.at(counts, (rows.cell, columns), 1)
         if self.sink is not None:
-            experiment = self.panel.experiments[number].experiment
-            self.sink.rows(self.measured[experiment.key], rows, values)
+            self.sink.rows(measured, rows, values)
 
     # --- the size of a pass ---------------------------------------------------------------------
 
@@ -377,7 +489,7 @@ class PanelRunner:
         enough = WORTH_MEASURING * self.sizes.pass_tokens
         if self.total_rows() * self._longest() < enough:
             return
-        plans, batch = self.panel.experiments, self.batches[0]
+        plans, batch = self.running, self.batches[0]
         shared = self._sharer().of([self._sorted_out(plan, batch).live for plan in plans])
         widths, work = extent(shared, self.runs.shortcuts, plans)
         if int(widths.sum()) * len(self.batches) < enough:
@@ -417,8 +529,8 @@ class PanelRunner:
         self, patcher: Patcher, shared: SharedRows, batch: Ints
     ) -> Iterator[tuple[Member, list[Floats]]]:
         """All distinct rows in passes of a good size, with the values of their members."""
-        widths, _ = extent(shared, self.runs.shortcuts, self.panel.experiments)
-        for run, group in groups(shared, self.plan, self.panel.experiments, widths):
+        widths, _ = extent(shared, self.runs.shortcuts, self.running)
+        for run, group in groups(shared, self.plan, self.running, widths):
             begin = 0
             while begin < len(group):
                 ends = np.cumsum(widths[group[begin:]])
@@ -435,5 +547,13 @@ class PanelRunner:
                     self.profile.halved += 1
                     continue
                 self.profile.passed(tokens, seconds[0])
-                yield from found
+                for member, own in found:
+                    if own.broken.any():
+                        self._saw_unusable(patcher, shared, chosen, batch, run, member, own.broken)
+                    yield member, own.values
                 begin += count
+
+
+def _owner(plan: ExperimentPlan) -> str:
+    """The experiment itself, or the one that it is a control of."""
+    return plan.experiment.control_of or plan.experiment.key

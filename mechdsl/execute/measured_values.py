@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.readout import Readout
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.resolve.resolved import ResolvedExperiment
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A row with NaN, or with an infinity that a metric can't use."""
+
+    row: int
+    """Of the table."""
+    run: str
+    cell: str | None = None
+    """The cell's coordinates, where it is the patched run; empty where it has none."""
+    place: str = ""
+    """Where in the model, as far as was looked."""
 
 
 @dataclass
@@ -34,6 +48,12 @@ class MeasuredValues:
     """Rows of cells, run or not."""
     inert: int = 0
     """Of these, the ones that can't differ from the base run by structure."""
+    rounding: list[Floats] = field(default_factory=list[Floats])
+    """Per measure, [environment, kept row]: how far rounding may move the base run's value."""
+    refused: dict[int, Diagnostic] = field(default_factory=dict[int, Diagnostic])
+    """Numbers of the measures that can't be computed → why."""
+    unusable: dict[int, Unusable] = field(default_factory=dict[int, Unusable])
+    """Rows of the table → where they first were seen to be so."""
 
     @classmethod
     def unmeasured(cls, plan: ExperimentPlan, readout: Readout, kept: Ints) -> MeasuredValues:
@@ -55,7 +75,28 @@ class MeasuredValues:
             },
             {run: unknown(n_rows) for run in experiment.accuracies},
             environments,
+            rounding=[unknown(len(environments), n_rows) for _ in experiment.measures],
         )
+
+    def saw(self, found: Iterable[Unusable]) -> None:
+        """Take down rows that can't be used, each as it was first seen to be so."""
+        for unusable in found:
+            self.unusable.setdefault(unusable.row, unusable)
+
+    def among(self, batch: Ints) -> Ints:
+        """The rows of a batch that are in the experiment."""
+        return batch[np.isin(batch, self.kept)]
+
+    def leave_out(self, rows: Sequence[int]) -> None:
+        """Drop rows of the table from everything."""
+        good = ~np.isin(self.kept, np.array(rows, dtype=np.int64))
+        self.kept = self.kept[good]
+        self.patched = [values[:, good] for values in self.patched]
+        self.unpatched = {
+            run: [values[:, good] for values in found] for run, found in self.unpatched.items()
+        }
+        self.rounding = [values[:, good] for values in self.rounding]
+        self.accuracy = {run: values[good] for run, values in self.accuracy.items()}
 
     def copy_base(self) -> None:
         """Without rules the patched run is the base run."""
@@ -84,7 +125,11 @@ def _measured_runs(experiment: ResolvedExperiment) -> list[str]:
 
 def base_per_cell(plan: ExperimentPlan, measured: MeasuredValues, run: str, number: int) -> Floats:
     """[1 or cell, row]: the metric of an unpatched run, per cell where its text differs by cell."""
-    values = measured.unpatched[run][number]
+    return per_cell(plan, measured, measured.unpatched[run][number])
+
+
+def per_cell(plan: ExperimentPlan, measured: MeasuredValues, values: Floats) -> Floats:
+    """[1 or cell, row] of [environment, row]."""
     if len(measured.environments) == 1:
         return values
     index = [measured.environments.index(item) for item in plan.items]

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Ints
 from mechdsl.execute.means_and_donors import MeansAndDonors
 from mechdsl.execute.observed_attention import Look, look
 from mechdsl.execute.path_patching import frozen, held_rows, received
-from mechdsl.execute.readout import Reading, Readout
+from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
     UnpatchedBatch,
     continuation_positions,
+    has_loss,
     noise_writes,
     prompt_loss,
     spot_positions,
@@ -99,10 +100,10 @@ class Patcher:
 
     def values(
         self, shared: SharedRows, chosen: Ints, members: Sequence[Member], run: Run, batch: Ints
-    ) -> Iterator[tuple[Member, list[Floats]]]:
+    ) -> Iterator[tuple[Member, Found]]:
         """One pass over the chosen distinct rows, which all start from `run`.
 
-        batch: the prompts in work. Gives one value per row and measure of each member.
+        batch: the prompts in work. Gives what is read of the rows of each member.
         """
         draws = self.plans[int(shared.owner[chosen[0]])].draws
         rows = self._pass_rows(shared, chosen, run, batch, draws)
@@ -132,9 +133,25 @@ class Patcher:
                 ),
                 observed=seen,
                 tokens=tokens,
+                has_loss=None if readout.loss is None else has_loss(run, many.rows.prompt),
             )
-            values = readout.read(reading)
-            yield member, [v.reshape(len(member.at), draws).mean(axis=1) for v in values]
+            yield member, readout.read(reading).over_draws(draws)
+
+    def everything(
+        self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, reads: Sequence[SiteRead]
+    ) -> Mapping[SiteRead, Tensor]:
+        """[place, units, width] of these sites in this order, on all tokens of the chosen distinct
+        rows, in a whole pass of their own."""
+        draws = self.plans[int(shared.owner[chosen[0]])].draws
+        rows = self._pass_rows(shared, chosen, run, batch, draws)
+        lanes = self.runs.lanes(run, batch)
+        lane = lanes.lane(rows.prompts, rows.draw)
+        lengths = lanes.lengths[lane]
+        number, position = np.repeat(np.arange(len(rows)), lengths), counted(lengths)[1]
+        none = np.zeros(0, dtype=np.int64)
+        places = dict.fromkeys(reads, (number, position))
+        found = self._run_whole(rows, lanes, lane, (none, none), places, None)[1]
+        return {read: found[read] for read in reads}
 
     def _look(self, member: Member) -> Look | None:
         """What an `observe` line of the member's experiment looks at."""

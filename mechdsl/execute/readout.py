@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.execute.unpatched_batch import Spot, continuation_ids, spots_of
 from mechdsl.resolve.measures import evaluate
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
@@ -37,10 +37,34 @@ class Reading:
     """[row] what `observe attention` sees; None on runs without rows."""
     tokens: Tensor | None = None
     """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
+    has_loss: Bools | None = None
+    """[row] whether the prompt has a loss; None where none is read."""
 
     def columns(self, ids: Tensor) -> Tensor:
         """Where the logits of these tokens lie."""
         return ids if self.tokens is None else torch.searchsorted(self.tokens, ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a readout finds in rows."""
+
+    values: list[Floats]
+    """Per measure, [row]."""
+    broken: Bools
+    """[row] whether it can't be used, as a number that is read is none; such a row has no value in
+    any measure."""
+    rounding: list[Floats]
+    """Per measure, [row]: how far rounding may move the value; 0 where that wasn't asked for."""
+
+    def over_draws(self, draws: int) -> Found:
+        """Averaged over draws of noise, which lie side by side."""
+
+        def mean(values: Floats) -> Floats:
+            return values.reshape(-1, draws).mean(axis=1)
+
+        broken = np.count_nonzero(self.broken.reshape(-1, draws), axis=1) > 0
+        return Found(list(map(mean, self.values)), broken, list(map(mean, self.rounding)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,21 +115,99 @@ class Readout:
     def loss(self) -> Atom | None:
         return next((a for _, a in self.atoms if a.form.takes == "prompt"), None)
 
-    def read(self, reading: Reading) -> list[Floats]:
-        """One value per row for every measure."""
+    def read(self, reading: Reading, relative: float = 0.0) -> Found:
+        """One value per row for every measure.
+
+        relative: how far rounding may move a logit, relative to the largest that a metric reads;
+        0 doesn't ask what that does to the values
+        """
+        broken = self._broken(reading)
+        if broken.any() and reading.logits is not None:  # no function of the user's meets them
+            rows = torch.from_numpy(broken).to(reading.logits.device)
+            reading = replace(reading, logits=reading.logits.masked_fill(rows[:, None, None], 0.0))
         found: list[Floats] = []
+        rounding: list[Floats] = []
         number = 0
         for measure in self.measures:
             values: dict[Any, Floats] = {}
+            errors: dict[Any, Floats] = {}
             for atom in measure.atoms:
                 spot = self.atoms[number][0]
                 value = _value(atom, number, spot, reading)
                 values[atom.node] = value.detach().double().cpu().numpy()
+                if relative:
+                    size = _size(atom, number, spot, reading, values[atom.node])
+                    errors[atom.node] = relative * size
                 number += 1
             with np.errstate(divide="ignore", invalid="ignore"):
                 result = evaluate(measure.expression, values.__getitem__)
+                moved = np.zeros(len(reading.prompts))
+                for node, error in errors.items():  # to first order, all in the worst direction
+                    other = {**values, node: values[node] + error}
+                    moved += np.abs(evaluate(measure.expression, other.__getitem__) - result)
+            rounding.append(np.nan_to_num(moved, nan=0.0, posinf=0.0))
             found.append(np.broadcast_to(result, len(reading.prompts)).astype(np.float64))
-        return found
+            for value in values.values():  # −∞ − −∞ is no number, though each has its meaning
+                broken |= np.isinf(value) & np.isnan(found[-1])
+        for values_of_measure in found:
+            values_of_measure[broken] = np.nan
+        return Found(found, broken, rounding)
+
+    def _broken(self, reading: Reading) -> Bools:
+        """[row] whether NaN is among what is read, or an infinity that metrics can't use. −∞ is
+        what a model says of a token that it excludes; that of all tokens is none."""
+        found = [torch.zeros(len(reading.prompts), dtype=torch.bool)]
+        if reading.logits is not None:
+            found.append(_senseless(reading.logits, whole=reading.tokens is None).any(-1))
+        found += [_senseless(logits, whole=True).any(-1) for logits in reading.continued.values()]
+        if reading.loss is not None and reading.has_loss is not None:
+            due = torch.from_numpy(reading.has_loss).to(reading.loss.device)
+            found.append(reading.loss.isnan() & due)
+        if reading.observed is not None:
+            found.append(~reading.observed.isfinite())
+        for number, (spot, atom) in enumerate(self.atoms):
+            takes = atom.form.takes
+            if takes == "activations":
+                for each in (reading.activations[number], reading.references[number]):
+                    found.append(~each.isfinite().flatten(1).all(-1))
+            elif takes == "reference":
+                found.append(_senseless(reading.references[number], whole=True))
+            elif takes == "numerals" and atom.form.narrow and reading.logits is not None:
+                ids = torch.tensor([token for token, _ in atom.numerals])
+                columns = reading.columns(ids.to(reading.logits.device))
+                own = reading.logits[:, spot].index_select(-1, columns)
+                found.append(_senseless(own, whole=True))
+        return torch.stack([one.cpu() for one in found]).any(0).numpy()
+
+
+def _size(atom: Atom, number: int, spot: int, reading: Reading, value: Floats) -> Floats:
+    """[row]: what the rounding of an atom is relative to. Metrics in logits and nats move by as
+    much as the largest logit that they read, shares of it by that part of themselves; what only
+    counts, such as a rank, doesn't round."""
+    takes, unit = atom.form.takes, atom.form.unit
+    if takes in ("attention", "activations"):
+        return np.ones(len(value))
+    if unit in ("rank", "share") or atom.form.kind == "category":
+        return np.zeros(len(value))
+    logits = reading.continued.get(number)
+    if logits is None:
+        assert reading.logits is not None
+        logits = reading.logits[:, spot]
+    if atom.form.narrow and takes == "numerals":
+        ids = torch.tensor([token for token, _ in atom.numerals], device=logits.device)
+        logits = logits.index_select(-1, reading.columns(ids))
+    if atom.form.narrow and takes == "target":
+        return np.abs(value)
+    finite = logits.abs().nan_to_num(nan=0.0, posinf=0.0).flatten(1)
+    largest = finite.amax(-1).double().cpu().numpy()
+    return largest if unit in ("logit", "nat") else largest * np.abs(value)
+
+
+def _senseless(logits: Tensor, *, whole: bool) -> Tensor:
+    """[...] of [..., vocab]: NaN or +∞ among the logits, or, where they are the whole choice that
+    there is, nothing but −∞. One reduction, without a second tensor of that size."""
+    top = logits.amax(-1)
+    return ~top.isfinite() if whole else top.isnan() | top.isposinf()
 
 
 def _longest(atom: Atom) -> int:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Ints
+from mechdsl.base.arrays import Bools, Ints
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
@@ -252,6 +253,12 @@ def prompt_loss(atom: Atom, logits: Tensor, batch: Batch, run: Run, lanes: Ints)
         own = torch.tensor([not special for special in row.special], device=mask.device)
         mask[lane, start + 1 : start + len(row.ids)] = own[1:]
     return atom.form.function(logits, batch.ids, mask)
+
+
+def has_loss(run: Run, prompts: Ints) -> Bools:
+    """[prompt] whether one of its own tokens follows another, so that there is a loss."""
+    own = [[not special for special in run.rows[prompt].special] for prompt in prompts]
+    return np.array([any(a and b for a, b in pairwise(one)) for one in own], dtype=np.bool_)
 
 
 def noise_writes(

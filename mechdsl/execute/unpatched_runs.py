@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.readout import Reading, Readout
+from mechdsl.base.arrays import Ints
+from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
     PaddingSide,
     Spot,
     UnpatchedBatch,
     UnpatchedRequest,
     compute_unpatched,
+    has_loss,
     spot_positions,
     spots_of,
 )
@@ -95,7 +96,7 @@ class UnpatchedRuns:
                 due += self._companions(run, prompts)
             self.passes += 1
             found = compute_unpatched(
-                self.model if run.model is None else self.others[run.model],
+                self.model_of(run),
                 [(each, self._request(each, prompts, continuation)) for each in due],
                 prompts,
                 self.table.row_ids,
@@ -116,6 +117,27 @@ class UnpatchedRuns:
             self.model, [(run, request)], prompts, table.row_ids, seed=self.seed, side=self.side
         )
         return found
+
+    def everything(
+        self, run: Run, prompt: int, reads: Sequence[SiteRead], continuation: Atom | None
+    ) -> Mapping[SiteRead, Tensor]:
+        """These sites of one prompt in this order, on all its tokens, in a pass of its own."""
+        self.passes += 1
+        places = frozenset((read.site, read.layer) for read in reads)
+        request = UnpatchedRequest(reads=places, continuation=continuation)
+        (found,) = compute_unpatched(
+            self.model_of(run),
+            [(run, request)],
+            np.array([prompt], dtype=np.int64),
+            self.table.row_ids,
+            seed=self.seed,
+            side=self.side,
+        )
+        return {read: found.reads[read] for read in reads}
+
+    def model_of(self, run: Run) -> LoadedModel:
+        """The model that a run runs on."""
+        return self.model if run.model is None else self.others[run.model]
 
     def _companions(self, run: Run, prompts: Ints) -> list[Run]:
         """Runs that are due too and can go along with few prompts, as they run about as far."""
@@ -203,8 +225,11 @@ class UnpatchedRuns:
         run: str,
         prompts: Ints,
         environment: int | None,
-    ) -> list[Floats]:
-        """Per measure, one value per prompt; draws of noise are averaged."""
+        *,
+        relative: float = 0.0,
+    ) -> Found:
+        """What is read of every prompt, draws of noise averaged; `relative` as in
+        `Readout.read`."""
         plain = self.lanes(self.named(run), prompts)
         lanes = np.repeat(prompts, plain.draws)
         draws = np.tile(np.arange(plain.draws), len(prompts))
@@ -224,11 +249,9 @@ class UnpatchedRuns:
             },
             references=self.references(readout, prompts, lanes, draws),
             tokens=plain.tokens,
+            has_loss=None if plain.loss is None else has_loss(self.named(run), lanes),
         )
-        return [
-            values.reshape(len(prompts), plain.draws).mean(axis=1)
-            for values in readout.read(reading)
-        ]
+        return readout.read(reading, relative).over_draws(plain.draws)
 
     def _spot_logits(self, readout: Readout, lanes: UnpatchedBatch) -> Tensor | None:
         """[lane, spot of the readout, vocab]."""

@@ -87,12 +87,21 @@ class LoadedModel:
     provenance: Mapping[str, str]
     """Hash of the weights, revision, versions: what a result has to be kept with."""
     checks: tuple[Outcome, ...] = ()
+    self_check_error: float = 0.0
+    """The largest difference between logits of packed and of whole passes in its self-check,
+    relative to the largest logit."""
     restartable: bool = True
     """Rows that compute only what changes gave the logits of whole passes; of a vision-language
     model, rows of text."""
     others: Mapping[str, Stack] = field(default_factory=dict[str, Stack])
     """Stacks beside the main one: `encoder`, `cross` (the decoder's blocks, by their attention to
     the encoder), `vision`."""
+
+    @property
+    def rounding(self) -> float:
+        """How far rounding alone may move a logit, relative to the largest one: what the self-check
+        has measured, and no less than the spacing of numbers of this precision."""
+        return max(self.self_check_error, torch.finfo(self.dtype).eps)
 
     @property
     def parallel(self) -> bool:

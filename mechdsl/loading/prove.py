@@ -303,6 +303,10 @@ def _with_checks(model: LoadedModel, checks: tuple[Outcome, ...], span: Span | N
     proved = replace(
         model,
         checks=checks,
+        self_check_error=max(
+            (o.error for o in checks if o.identity in (RESTART, RESTART_IMAGES) and o.passed),
+            default=0.0,
+        ),
         restartable=RESTART not in failed,
     )
     return Attempt(len(checks), found, proved)

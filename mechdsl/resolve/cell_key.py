@@ -24,6 +24,16 @@ class CellKey:
     also: Mapping[str, int] = field(default_factory=dict[str, int])
     """`item`, where an axis runs over occurrences: which of them, counted from 1."""
 
+    @property
+    def name(self) -> str:
+        """The site, with those coordinates that it doesn't show."""
+        shown = [
+            f"{axis} {value}" if not isinstance(value, str) else value
+            for axis, value in self.coords.items()
+            if axis not in ("layer", "head", "neuron", "expert", "feature") or not self.site
+        ]
+        return " at ".join([self.site, *shown] if self.site else shown) or "the only cell"
+
 
 # --- cells of several variants --------------------------------------------------------------------
 

@@ -157,6 +157,21 @@ class Finding:
         ranked = list(best.values())
         return ranked if self.stands_in else sorted(ranked, key=lambda site: -site.value)
 
+    @cached_property
+    def by_size(self) -> Finding:
+        """The same with absolute values in place of signed ones."""
+        import numpy as np  # not at the top: there is none of it before something has run
+
+        parts = [
+            replace(
+                part,
+                means=None if part.means is None else np.abs(part.means),
+                values=None if part.values is None else np.abs(part.values),
+            )
+            for part in self.parts
+        ]
+        return Finding(tuple(parts))
+
     def tokens(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer
     ) -> dict[int, list[int]]:

@@ -15,6 +15,7 @@ from mechdsl.base.percent import Percent
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
+from mechdsl.diagnostics.e06_numbers import PickedBySign
 from mechdsl.diagnostics.e06_onward import BadPick
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.resolve.findings import Finding, RankedSite, Refused, site_targets
@@ -74,6 +75,11 @@ class Onward:
         self.sites_of.setdefault(node.of, node.span)
         chosen = finding.sites[:count]
         self._say_sites(node, finding, chosen)
+        if not finding.stands_in:
+            by_size = finding.by_size.sites[:count]
+            if {site.points for site in by_size} != {site.points for site in chosen}:
+                listed = [_listed([site.label for site in each]) for each in (chosen, by_size)]
+                _warn(node, listed[0], listed[1], diagnostics)
         return chosen
 
     def _say_sites(self, node: ast.Ranked, finding: Finding, chosen: Sequence[RankedSite]) -> None:
@@ -88,9 +94,10 @@ class Onward:
         listed = ", ".join(f"{site.label} ({site.value:.3g})" for site in chosen[:SHOWN])
         more = f" … and {len(chosen) - SHOWN} more" if len(chosen) > SHOWN else ""
         said = f"{listed or 'nothing'}{more}; by mean {finding.measure}"
+        said += ", signed"
         lowest = finding.sites[-1]
         if chosen and lowest not in chosen and -lowest.value > abs(chosen[0].value):
-            said += f", signed: {lowest.label} ({lowest.value:.3g}) is larger, but below 0"
+            said += f": {lowest.label} ({lowest.value:.3g}) is larger, but below 0"
         if finding.cells > len(finding.sites):
             said += f", each of the {len(finding.sites)} sites by the best of its cells"
         self.picks[key] = said
@@ -113,10 +120,23 @@ class Onward:
         if finding is None:
             return []
         try:
-            return self._hits(base, finding, run, values, table, tokenizer)
+            found = self._hits(base, finding, run, values, table, tokenizer)
         except Refused as refusal:
             diagnostics.append(_bad(node, refusal, base.span))
             return []
+        if not finding.stands_in:
+            other = finding.by_size.tokens(table, run, tokenizer)
+            orders = finding.tokens(table, run, tokenizer)
+            counts = {row: _count(node, values, len(order), "") for row, order in orders.items()}
+            rows = [
+                row
+                for row, order in orders.items()
+                if set(order[: counts[row]]) != set(other[row][: counts[row]])
+            ]
+            if rows:
+                many = f"others in {len(rows)} of {len(orders)} rows"
+                _warn(node, "the highest tokens of each row", many, diagnostics, base.span)
+        return found
 
     def _hits(
         self,
@@ -311,6 +331,27 @@ def _label(base: ast.RankedTokens, values: Mapping[str, Any]) -> str:
 
 def _ends(low: int, high: int) -> str:
     return str(low) if low == high else f"{low} to {high}"
+
+
+def _listed(labels: Sequence[str]) -> str:
+    more = f" … and {len(labels) - SHOWN} more" if len(labels) > SHOWN else ""
+    return ", ".join(labels[:SHOWN]) + more
+
+
+def _warn(
+    node: ast.Ranked,
+    picked: str,
+    by_size: str,
+    diagnostics: list[Diagnostic],
+    span: Span | None = None,
+) -> None:
+    """W0751, once for a place."""
+    where = span or node.span
+    warning = PickedBySign(
+        span=where, text=where.written, picked=picked, by_size=by_size, of=node.of
+    )
+    if warning not in diagnostics:
+        diagnostics.append(warning)
 
 
 def _bad(node: ast.Ranked, refusal: Refused, span: Span | None = None) -> BadPick:

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.measured_values import MeasuredValues, base_per_cell
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.execute.measured_values import MeasuredValues, base_per_cell, per_cell
+from mechdsl.execute.not_finite import place_words
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
@@ -22,7 +24,7 @@ from mechdsl.resolve.name_cells import cell_keys
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.run_conventions import conventions, fallbacks, model_words, pass_sizes
-from mechdsl.statistics.cell_statistics import MeasureData
+from mechdsl.statistics.measure_data import MeasureData, Missing
 from mechdsl.statistics.null_bands import null_bands
 from mechdsl.vocab.effects import EFFECTS
 
@@ -76,6 +78,7 @@ def collect(
                 inert=plan.inert[there],
                 truth=truth,
                 unit=resolved.unit,
+                rounding=_of(there, per_cell(plan, measured, measured.rounding[number])),
                 word=resolved.word,
             )
         )
@@ -104,9 +107,15 @@ def collect(
             **_hashes(experiment, model),
             **{f"model {other.name}": other.provenance.get("weights", "") for other in read},
         },
+        left_out={
+            table.row_ids[row]: place_words(unusable, experiment)
+            for row, unusable in sorted(measured.unusable.items())
+        },
         row_ids=tuple(table.row_ids[i] for i in kept),
         row_values=_row_values([rows[i].values for i in kept]),
         reports=experiment.spec.reports or (_table(experiment),),
+        rounding=f"{model.rounding:.2g} of the largest logit that a metric reads, by this model's "
+        f"self-check in {str(model.dtype).removeprefix('torch.')}",
         **_overlaid(experiment, kept, there),
     )
 
@@ -182,6 +191,33 @@ def with_control(
         effects=EFFECTS,
     )
     return replace(result, controls=bands)
+
+
+def without_measures(
+    result: ExperimentResult, missing: Mapping[int, Diagnostic]
+) -> ExperimentResult:
+    """The result without values of the measures that could not be computed."""
+
+    def gone(data: MeasureData, problem: Diagnostic) -> MeasureData:
+        nothing = np.full_like(data.patched, np.nan)
+        return replace(data, patched=nothing, missing=why(problem))
+
+    return replace(
+        result,
+        measures=tuple(
+            gone(data, missing[number]) if number in missing else data
+            for number, data in enumerate(result.measures)
+        ),
+        controls=tuple(
+            None if number in missing else band for number, band in enumerate(result.controls)
+        ),
+    )
+
+
+def why(problem: Diagnostic) -> Missing:
+    """What a diagnostic says, in one line."""
+    label = problem.label_text
+    return Missing(problem.code, f"{problem.message}: {label}" if label else problem.message)
 
 
 def _table(experiment: ResolvedExperiment) -> spec.Report:

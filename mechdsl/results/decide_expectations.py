@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
+from mechdsl.results.ranking import by_sign_instead, first_by_size
 from mechdsl.statistics.bootstrap import Parts, Resampling, blocks, parts
 from mechdsl.validate.conditions import (
     Absolute,
@@ -74,17 +75,19 @@ def evaluate(
     expectation: spec.Expectation,
     result: ExperimentResult,
     others: Mapping[str, ExperimentResult] | None = None,
+    lost: Collection[str] = (),
 ) -> ExpectOutcome:
     """The verdict on one expectation of a finished experiment.
 
-    `others` are finished experiments by name, which correlations may read.
+    `others` are finished experiments by name, which correlations may read; `lost` those that could
+    not be computed.
     """
     known = Known(
         measures=[KnownMeasure(m.label, m.effect, m.kind, m.word) for m in result.measures],
         axes=result.axes,
         aliases=result.aliases,
         runs=list(result.accuracy),
-        experiments=list(others or {}),
+        experiments=[*(others or {}), *lost],
         cells=result.cells,
     )
     condition, diagnostics = read_expectation(expectation, known)
@@ -230,7 +233,9 @@ class _Judge:
     def best(self, condition: BestIs) -> Verdict:
         cells = self.chosen(condition.measure, condition.where)
         if not len(cells):
-            return Verdict(False, reason="no cell has a value")
+            missing = self.result.measures[condition.measure].missing
+            why = f"not computed ({missing.code}): {missing.reason}" if missing else None
+            return Verdict(False, reason=why or "no cell has a value")
         sign = 1.0 if condition.how == "argmax" else -1.0
         means = sign * self.result.statistics[condition.measure].mean[cells]
         winner = int(cells[int(means.argmax())])
@@ -247,12 +252,14 @@ class _Judge:
         stable = float((index == winner).mean()) if len(index) else math.nan
         here = condition.site.matches(cell)
         reason = None if stable == 1 else f"the same cell in {stable:.0%} of the resamples"
-        return Verdict(here == condition.equal, _cell_name(self.result, winner), reason=reason)
+        return Verdict(here == condition.equal, self.result.cells[winner].name, reason=reason)
 
     def top(self, condition: TopContains) -> Verdict:
+        missing = self.result.measures[condition.measure].missing
+        if missing is not None:
+            return Verdict(False, reason=f"not computed ({missing.code}): {missing.reason}")
         cells = self.chosen(condition.measure, ())
-        means = np.abs(self.result.statistics[condition.measure].mean[cells])
-        ranked = [int(cells[i]) for i in np.argsort(-means, kind="stable")]
+        ranked = first_by_size(self.result, condition.measure, len(cells))
         worst, said = 0, list[str]()
         for site in condition.sites:
             ranks = [
@@ -265,10 +272,12 @@ class _Judge:
             if ranks[0] > condition.top:
                 said.append(f"{site.text} is number {ranks[0]}")
         if said:
-            first = [_cell_name(self.result, cell) for cell in ranked[: condition.top]]
+            first = [self.result.cells[cell].name for cell in ranked[: condition.top]]
             said.append(f"top {condition.top}: {', '.join(first)}")
-        reason = "; ".join(said) or None
-        return Verdict(not said, float(worst) if worst else None, reason=reason)
+        good = not said
+        other = by_sign_instead(self.result, condition.measure, condition.top)
+        reason = "; ".join([*said, *([other] if other else [])]) or None
+        return Verdict(good, float(worst) if worst else None, reason=reason)
 
     # --- values
 
@@ -340,6 +349,8 @@ class _Judge:
         return self.estimate(float(point), samples, present)
 
     def correlation(self, value: Correlation) -> Estimate:
+        if value.experiment not in self.others:
+            return Estimate(math.nan, why=f"`{value.experiment}` could not be computed")
         other = self.others[value.experiment]
         measure = self.result.measures[value.measure]
         same = [
@@ -352,6 +363,10 @@ class _Judge:
         if len(candidates) != 1:
             why = f"`{other.name}` has {len(candidates)} measures `as {measure.effect}`, not one"
             return Estimate(math.nan, why=why)
+        for data, of in ((measure, self.result), (other.measures[candidates[0]], other)):
+            if data.missing is not None:
+                why = f"`{data.effect} of {data.label}` of `{of.name}` could not be computed"
+                return Estimate(math.nan, why=f"{why} ({data.missing.code})")
         mine, theirs = _matched(self.result, value.measure, other, candidates[0])
         if len(mine) < 3:
             why = f"only {len(mine)} cells have the same coordinates in `{other.name}`"
@@ -379,7 +394,7 @@ class _Judge:
         lacking = [i for i in cells if i not in chosen]
         if lacking:
             reason = self.result.statistics[value.measure].reasons[lacking[0]]
-            name = _cell_name(self.result, lacking[0])
+            name = self.result.cells[lacking[0]].name
             return Estimate(math.nan, why=f"the curve has no value at {name}: {reason}")
         at = np.array([float(self.result.cells[i].coords[value.axis]) for i in chosen])
         order = np.argsort(at, kind="stable")
@@ -439,17 +454,6 @@ def _combine(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate)
         one = left.point if left.samples is None else left.samples
         two = right.point if right.samples is None else right.samples
         return Estimate(point, np.asarray(compute(one, two)), left.why or right.why)
-
-
-def _cell_name(result: ExperimentResult, index: int) -> str:
-    """The site, with those coordinates that it doesn't show."""
-    cell = result.cells[index]
-    shown = [
-        f"{axis} {value}" if not isinstance(value, str) else value
-        for axis, value in cell.coords.items()
-        if axis not in ("layer", "head", "neuron", "expert", "feature") or not cell.site
-    ]
-    return " at ".join([cell.site, *shown] if cell.site else shown) or "the only cell"
 
 
 def _matched(

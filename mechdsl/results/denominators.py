@@ -14,10 +14,10 @@ from mechdsl.statistics.cell_statistics import check_denominator
 from mechdsl.vocab.effects import EFFECTS
 
 
-def check_denominators(measured: MeasuredValues) -> list[Diagnostic]:
-    """E0604 where a ratio would be taken over something that may be 0."""
+def check_denominators(measured: MeasuredValues) -> dict[int, Diagnostic]:
+    """By number, the measures whose ratio would be taken over something that may be 0: E0604."""
     experiment = measured.experiment
-    found: list[Diagnostic] = []
+    found: dict[int, Diagnostic] = {}
     for number, measure in enumerate(experiment.spec.measures):
         effect = EFFECTS[measure.effect]
         source = experiment.spec.source
@@ -29,18 +29,18 @@ def check_denominators(measured: MeasuredValues) -> list[Diagnostic]:
             continue
         if experiment.spec.variant:  # which one of them
             effect = replace(effect, divisor=f"{effect.divisor} of {experiment.key}")
-        found.extend(
-            check_denominator(
-                base,
-                other,
-                experiment.spec.statistics,
-                experiment.seed,
-                measure.span,
-                effect=effect,
-                groups=_groups(experiment, measured.kept),
-                ids=[experiment.table.row_ids[i] for i in measured.kept],
-            )
+        problems = check_denominator(
+            base,
+            other,
+            experiment.spec.statistics,
+            experiment.seed,
+            measure.span,
+            effect=effect,
+            groups=_groups(experiment, measured.kept),
+            ids=[experiment.table.row_ids[i] for i in measured.kept],
         )
+        if problems:
+            found[number] = problems[0]
     return found
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mechdsl.base.arrays import Floats
 from mechdsl.execute.sizes import ChosenBy
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, FileResult
 from mechdsl.statistics.cell_statistics import category_statistics
 from mechdsl.statistics.measure_data import Interval, MeasureData
 
@@ -62,6 +62,11 @@ class MeasureDocument(DocumentPart):
     n: int | None = Field(default=None, description="prompts, where fewer than the cell has")
     inert: Literal[True] | None = Field(
         default=None, description="by structure equal to the base run, out of the correction"
+    )
+    rounding: float | None = Field(
+        default=None,
+        description="rounding alone explains an effect of up to this size; given where the mean is "
+        "no larger",
     )
     reason: str | None = Field(default=None, description="why a number is null")
 
@@ -115,6 +120,13 @@ class ExpectDocument(DocumentPart):
     reason: str | None = None
 
 
+class LeftOutDocument(DocumentPart):
+    """A row that `--allow-nan` left out of everything."""
+
+    row: int
+    where: str = Field(description="the run or the cell whose output is NaN or infinite")
+
+
 class ExperimentDocument(DocumentPart):
     """One experiment."""
 
@@ -128,6 +140,9 @@ class ExperimentDocument(DocumentPart):
     conventions: dict[str, str]
     hashes: dict[str, str]
     expect: list[ExpectDocument]
+    left_out: list[LeftOutDocument] | None = Field(
+        default=None, description="rows left out of everything, where there are some"
+    )
 
 
 class SizesDocument(DocumentPart):
@@ -138,6 +153,19 @@ class SizesDocument(DocumentPart):
     chosen: ChosenBy = Field(description="what `pass_tokens` comes from")
 
 
+class MissingDocument(DocumentPart):
+    """An experiment that could not be computed, or one measure of an experiment."""
+
+    experiment: str
+    label: str | None = Field(default=None, description="of the measure; all where there is none")
+    effect: str | None = None
+    code: str
+    reason: str
+    expect: list[ExpectDocument] | None = Field(
+        default=None, description="expectations of a whole experiment, which fail"
+    )
+
+
 class FileDocument(DocumentPart):
     """One `.mech` file."""
 
@@ -146,6 +174,9 @@ class FileDocument(DocumentPart):
     seed: int
     sizes: SizesDocument | None = Field(default=None, description="where something was run")
     experiments: list[ExperimentDocument]
+    missing: list[MissingDocument] | None = Field(
+        default=None, description="what could not be computed, where there is something"
+    )
 
 
 class ResultsDocument(DocumentPart):
@@ -186,6 +217,7 @@ def _measure(result: ExperimentResult, measure: int, cell: int, n: int) -> Measu
             null=_null(result, measure, cell),
             n=int(found.n[cell]) if int(found.n[cell]) != n else None,
             inert=True if data.inert[cell] else None,
+            rounding=_number(found.rounding[cell]) if found.at_rounding[cell] else None,
             reason=_reason(found.reasons[cell], data, result.source),
         ),
     )
@@ -290,18 +322,55 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
         runs=_runs(result),
         conventions=dict(result.conventions),
         hashes=dict(result.hashes),
-        expect=[
-            ExpectDocument(
-                text=outcome.text,
-                holds=outcome.holds,
-                value=outcome.value,
-                low=outcome.low,
-                high=outcome.high,
-                **_given(reason=outcome.reason),
-            )
-            for outcome in result.outcomes
-        ],
+        expect=_expectations(result.outcomes),
+        **_given(
+            left_out=[
+                LeftOutDocument(row=row, where=where) for row, where in result.left_out.items()
+            ]
+            or None
+        ),
     )
+
+
+def _expectations(outcomes: Sequence[ExpectOutcome]) -> list[ExpectDocument]:
+    return [
+        ExpectDocument(
+            text=outcome.text,
+            holds=outcome.holds,
+            value=outcome.value,
+            low=outcome.low,
+            high=outcome.high,
+            **_given(reason=outcome.reason),
+        )
+        for outcome in outcomes
+    ]
+
+
+def _missing(file: FileResult) -> list[MissingDocument]:
+    """What a file's run could not compute: whole experiments, then single measures."""
+    whole = [
+        MissingDocument(
+            experiment=lost.name,
+            code=missing.code,
+            reason=missing.reason,
+            **_given(expect=_expectations(lost.outcomes) or None),
+        )
+        for lost in file.lost
+        for missing in lost.reasons
+    ]
+    parts = [
+        MissingDocument(
+            experiment=each.name,
+            label=data.label,
+            effect=data.effect,
+            code=data.missing.code,
+            reason=data.missing.reason,
+        )
+        for each in file.experiments
+        for data in each.measures
+        if data.missing is not None
+    ]
+    return [*whole, *parts]
 
 
 def results_document(files: Sequence[FileResult], versions: Mapping[str, str]) -> ResultsDocument:
@@ -317,6 +386,7 @@ def results_document(files: Sequence[FileResult], versions: Mapping[str, str]) -
                 seed=file.seed,
                 **_given(sizes=None if file.sizes is None else SizesDocument(**vars(file.sizes))),
                 experiments=[experiment_document(each) for each in file.experiments],
+                **_given(missing=_missing(file) or None),
             )
             for file in files
         ],

@@ -20,7 +20,13 @@ from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.results.shown import AS_CHART, AS_HTML, AS_TEXT, LINE_WIDTH, MOST_LINES, shown_by
 from mechdsl.statistics.bootstrap import Resampling
 from mechdsl.statistics.cell_statistics import run_interval
-from mechdsl.statistics.measure_data import CellStatistics, Interval, MeasureData, NullBand
+from mechdsl.statistics.measure_data import (
+    CellStatistics,
+    Interval,
+    MeasureData,
+    Missing,
+    NullBand,
+)
 
 if TYPE_CHECKING:
     import altair
@@ -64,6 +70,8 @@ class ExperimentResult:
     called: Mapping[str, str] = field(default_factory=dict[str, str])
     """Other names of base and source, for people: a block's or a model's for its clean run."""
     conventions: Mapping[str, str] = field(default_factory=dict[str, str])
+    left_out: Mapping[int, str] = field(default_factory=dict[int, str])
+    """Ids of rows that `--allow-nan` left out of everything → where they can't be used."""
     hashes: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of `model` and `data`."""
     row_ids: tuple[int, ...] | None = None
@@ -74,6 +82,8 @@ class ExperimentResult:
     """Per measure, or empty where no experiment was run `against` something."""
     texts: tuple[tuple[str, ...], ...] = ()
     """Per prompt, the tokens of the base run as text, for `report overlay`."""
+    rounding: str = ""
+    """What bounds of rounding come from, in words."""
     hits: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """Per cell and prompt, the indices into `texts` of the tokens that were hit."""
 
@@ -82,6 +92,10 @@ class ExperimentResult:
     seed: int = 0
     statistics: tuple[CellStatistics, ...] = ()
     outcomes: tuple[ExpectOutcome, ...] = ()
+
+    def computed(self) -> Iterator[tuple[int, MeasureData]]:
+        """The measures that could be computed, with their numbers."""
+        return ((n, data) for n, data in enumerate(self.measures) if data.missing is None)
 
     @property
     def prompts(self) -> int:
@@ -237,6 +251,7 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 **{key: _none(getattr(found, key)[index]) for key in NUMBERS},
                 **_null(result, measure, index),
                 "inert": bool(data.inert[index]),
+                "at_rounding": bool(found.at_rounding[index]),
                 "reason": found.reasons[index],
             }
             axes = {
@@ -297,6 +312,15 @@ class _Lines:
         self.written.append(line.removesuffix("\r\n") + "\n")
 
 
+@dataclass(frozen=True)
+class LostExperiment:
+    """An experiment that could not be computed, whose expectations therefore fail."""
+
+    name: str
+    reasons: tuple[Missing, ...]
+    outcomes: tuple[ExpectOutcome, ...] = ()
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class FileResult:
     """The experiments of one file."""
@@ -309,6 +333,13 @@ class FileResult:
     seed: int = 0
     sizes: PassSizes | None = None
     """What the run was laid out by; with it, two runs are equal bit for bit."""
+    lost: tuple[LostExperiment, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every experiment and every measure could be computed."""
+        measures = (data for each in self.experiments for data in each.measures)
+        return not self.lost and all(data.missing is None for data in measures)
 
     def __repr__(self) -> str:
         names = ", ".join(each.name for each in self.experiments) or "no experiments"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.program import spec
+from mechdsl.results.collect import why
 from mechdsl.results.decide_expectations import evaluate
-from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, LostExperiment
 from mechdsl.results.statistics_conventions import statistics_conventions
 from mechdsl.statistics.cell_statistics import cell_statistics
 from mechdsl.vocab.effects import EFFECTS
@@ -49,11 +51,21 @@ def with_verdicts(
     result: ExperimentResult,
     experiment: spec.Experiment,
     others: Mapping[str, ExperimentResult] | None = None,
+    lost: Collection[str] = (),
 ) -> ExperimentResult:
     """The result with verdicts on its expectations.
 
     `others` are experiments with statistics, which an expectation may name
-    (`spearman(recovery, other)`).
+    (`spearman(recovery, other)`); `lost` those that could not be computed.
     """
-    outcomes = tuple(evaluate(each, result, others) for each in experiment.expects)
+    outcomes = tuple(evaluate(each, result, others, lost) for each in experiment.expects)
     return replace(result, outcomes=outcomes)
+
+
+def lost_experiment(experiment: spec.Experiment, reasons: Sequence[Diagnostic]) -> LostExperiment:
+    """An experiment that could not be computed: its expectations fail."""
+    said = f"`{experiment.name}` could not be computed"
+    outcomes = [
+        ExpectOutcome(each.text, False, None, None, None, said) for each in experiment.expects
+    ]
+    return LostExperiment(experiment.name, tuple(map(why, reasons)), tuple(outcomes))

@@ -41,7 +41,13 @@ class Results:
     @property
     def holds(self) -> bool:
         """Whether every expectation of every experiment does."""
-        return all(each.holds for each in self.experiments)
+        lost = [each for file in self.files for each in file.lost]
+        return all(each.holds for each in self.experiments) and not any(e.outcomes for e in lost)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every experiment and every measure could be computed."""
+        return all(file.complete for file in self.files)
 
     def __getitem__(self, name: str) -> ExperimentResult:
         """The experiment of this name (the first one, over several files); else KeyError."""

@@ -39,8 +39,13 @@ def conventions(
         )
     if experiment.keep:
         conditions = " and ".join(measure.text for measure in experiment.keep)
-        dropped = len(experiment.table) - len(measured.kept)
+        dropped = len(experiment.table) - len(measured.kept) - len(measured.unusable)
         found["keep"] = f"{len(measured.kept)} rows kept, {dropped} dropped ({conditions})"
+    if measured.unusable:
+        found["left out"] = (
+            f"{len(measured.unusable)} of {len(experiment.table)} rows, of everything: NaN or "
+            "infinity (`--allow-nan`)"
+        )
     for name, run in experiment.table.runs.items():
         noise = run.noise
         if noise is not None and noise.sds is not None:

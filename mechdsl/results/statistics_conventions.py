@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from mechdsl.base.registry import Registry
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
@@ -37,5 +39,11 @@ def statistics_conventions(
         found["p"] = test
         found["correction"] = f"{CORRECTION_NAMES[settings.correction]}, over {tests:,} cell"
         found["correction"] += "" if tests == 1 else "s"
+    small = sum(int(np.count_nonzero(each.at_rounding)) for each in result.statistics)
+    if small:
+        found["rounding"] = (
+            f"{small} cell{'' if small == 1 else 's'} no larger than what rounding alone may give, "
+            f"{result.rounding}, not counted as surviving"
+        )
     found["seed"] = str(result.seed)
     return found

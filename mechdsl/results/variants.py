@@ -46,6 +46,7 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
             **_said([(labels, result.conventions) for labels, result in parts]),
             **({"prompts": fewer} if fewer else {}),
         },
+        left_out={row: where for result in results for row, where in result.left_out.items()},
         hashes=_hashes(parts),
         controls=_controls(results),
         texts=results[0].texts if len({result.texts for result in results}) == 1 else (),
@@ -89,6 +90,7 @@ def _on_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> Experimen
                 base=cut(data.base),
                 source=cut(data.source),
                 truth=cut(data.truth),
+                rounding=cut(data.rounding),
             )
             for data in result.measures
         ),
@@ -112,6 +114,7 @@ def _measure(parts: Sequence[MeasureData]) -> MeasureData:
     cells = [len(data.patched) for data in parts]
     sources = [data.source for data in parts]
     truths = [data.truth for data in parts]
+    roundings = [data.rounding for data in parts]
     return replace(
         parts[0],
         patched=np.concatenate([data.patched for data in parts]),
@@ -119,6 +122,7 @@ def _measure(parts: Sequence[MeasureData]) -> MeasureData:
         source=None if any(s is None for s in sources) else _side_by_side(sources, cells),
         truth=None if any(t is None for t in truths) else _side_by_side(truths, cells),
         inert=np.concatenate([data.inert for data in parts]),
+        rounding=None if any(r is None for r in roundings) else _side_by_side(roundings, cells),
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from html import escape
 
 from mechdsl.base.source import Source, Span
+from mechdsl.base.visible import xml_text
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.table import Column, measure_tables
+from mechdsl.show.reports.table import Column, by_report, measure_table
 from mechdsl.show.reports.text import facts_of, measure_name
 from mechdsl.show.reports.verdicts import verdict_value
 
@@ -25,14 +25,20 @@ def as_html(result: ExperimentResult) -> str:
     parts: list[str] = []
     shown = result
     for report in _tables(result):
-        shown, tables = measure_tables(result, report)
-        for data, columns, said in tables:
-            title = f"<b>{escape(result.name)}:</b> {escape(measure_name(data))}"
-            parts.append(f"<p>{title}<br><span {QUIET}>{escape(facts_of(shown, data))}</span></p>")
+        shown = by_report(result, report)
+        for measure, data in enumerate(result.measures):
+            title = f"<b>{xml_text(result.name)}:</b> {xml_text(measure_name(data))}"
+            if data.missing is not None:
+                why = xml_text(f"{data.missing.code}: {data.missing.reason}")
+                parts.append(f"<p>{title}: <b>not computed</b><br><span {QUIET}>{why}</span></p>")
+                continue
+            columns, said = measure_table(shown, measure, report)
+            facts = xml_text(facts_of(result, data))
+            parts.append(f"<p>{title}<br><span {QUIET}>{facts}</span></p>")
             parts.append(_table(columns))
             cut = len(columns[0].cells) - MOST_ROWS
             more = [f"and {cut} more rows: `to_pandas()` has them all"] if cut > 0 else []
-            parts += _paragraph([escape(line) for line in (*more, *said)])
+            parts += _paragraph([xml_text(line) for line in (*more, *said)])
     parts += _conventions(shown)
     parts += _paragraph(list(_verdicts(result)))
     return f'<div class="mechdsl">{"".join(parts)}</div>'
@@ -51,7 +57,7 @@ def _tables(result: ExperimentResult) -> list[spec.Report]:
 def _table(columns: Sequence[Column]) -> str:
     alignments = ["right" if column.numeric else "left" for column in columns]
     heads = "".join(
-        f'<th style="text-align:{side}">{escape(column.title)}</th>'
+        f'<th style="text-align:{side}">{xml_text(column.title)}</th>'
         for column, side in zip(columns, alignments, strict=True)
     )
     survives = next((column.cells for column in columns if column.title == "survives"), None)
@@ -61,7 +67,7 @@ def _table(columns: Sequence[Column]) -> str:
             break
         style = "" if survives is None or survives[index] == "yes" else f" {QUIET}"
         cells = "".join(
-            f'<td style="text-align:{side}">{escape(text)}</td>'
+            f'<td style="text-align:{side}">{xml_text(text)}</td>'
             for text, side in zip(texts, alignments, strict=True)
         )
         rows.append(f"<tr{style}>{cells}</tr>")
@@ -77,8 +83,8 @@ def _conventions(result: ExperimentResult) -> list[str]:
     if not result.conventions:
         return []
     rows = "".join(
-        f'<tr {QUIET}><td style="text-align:left">{escape(key)}</td>'
-        f'<td style="text-align:left">{escape(str(value))}</td></tr>'
+        f'<tr {QUIET}><td style="text-align:left">{xml_text(key)}</td>'
+        f'<td style="text-align:left">{xml_text(str(value))}</td></tr>'
         for key, value in result.conventions.items()
     )
     return [f"<p {QUIET}><b>conventions</b></p><table><tbody>{rows}</tbody></table>"]
@@ -88,4 +94,4 @@ def _verdicts(result: ExperimentResult) -> Iterator[str]:
     for outcome in result.outcomes:
         word = "holds" if outcome.holds else "<b>fails</b>"
         reason = f" ({outcome.reason})" if outcome.reason else ""
-        yield f"{word} {escape(f'expect {outcome.text} {verdict_value(outcome)}{reason}')}"
+        yield f"{word} {xml_text(f'expect {outcome.text} {verdict_value(outcome)}{reason}')}"

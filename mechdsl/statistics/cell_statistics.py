@@ -23,8 +23,10 @@ from mechdsl.vocab.effect_kind import EffectKind
 
 def _empty(cells: int) -> CellStatistics:
     """Arrays to be filled, NaN so far."""
-    nothing = [np.full(cells, np.nan) for _ in range(10)]
-    mean, low, high, p, p_corrected, base_mean, source_mean, commonest, share, error = nothing
+    nothing = [np.full(cells, np.nan) for _ in range(11)]
+    mean, low, high, p, p_corrected, base_mean, source_mean, commonest, share, error, bound = (
+        nothing
+    )
     return CellStatistics(
         mean=mean,
         low=low,
@@ -40,6 +42,7 @@ def _empty(cells: int) -> CellStatistics:
         reasons=(None,) * cells,
         test=None,
         tests=0,
+        rounding=bound,
     )
 
 
@@ -70,12 +73,35 @@ def _numbers(
             p = np.full(len(n), np.nan)
             p[tested] = sign_flip(deltas[tested], tests, resampling.seed)
             found.p[block] = p
+            bound = _rounding(data, effect, block, order)
+            found.rounding[block] = np.where(data.inert[block], np.nan, bound)
         for offset, cell in enumerate(range(*block.indices(cells))):
             undefined = int(rows.undefined[offset])
             reasons.append(_reason(data, effect, found, cell, int(units[offset]), undefined, unit))
     for values in (found.mean, found.low, found.high, found.base_mean, found.source_mean):
         values[~np.isfinite(values)] = np.nan
     return replace(found, reasons=tuple(reasons))
+
+
+def _rounding(data: MeasureData, effect: EffectKind, cells: Cells, order: Ints) -> Floats:
+    """[cell]: the effect of a change as large as rounding may be, in every prompt and in the same
+    direction."""
+    if data.rounding is None:
+        return np.full(data.patched[cells].shape[0], np.nan)
+    patched = data.patched[cells]
+
+    def rows(values: Floats) -> Floats:
+        return values[cells] if values.shape[0] > 1 else values
+
+    base, moved = rows(data.base), rows(data.base) + rows(data.rounding)
+    there = np.where(np.isnan(patched), np.nan, moved)
+    source = data.source
+    if source is not None and effect.of_intervention:
+        source = rows(source)
+    elif source is not None:  # the change is that from one unpatched run to the other
+        source = moved
+    own = replace(data, patched=there, base=base, source=source)
+    return np.abs(parts(own, effect, slice(None), order).mean())
 
 
 def _deltas(data: MeasureData, effect: EffectKind, cells: Cells, order: Ints) -> Floats:
@@ -106,6 +132,8 @@ def _reason(
 ) -> str | None:
     """Why something of a cell is null, in words."""
     said: list[str] = []
+    if data.missing is not None:
+        return f"not computed ({data.missing.code}): {data.missing.reason}"
     if found.n[cell] == 0:
         return "no prompt is part of this cell"
     if undefined:

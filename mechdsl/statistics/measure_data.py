@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from mechdsl.base.arrays import Bools, Floats, Ints
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why something could not be computed."""
+
+    code: str
+    reason: str
+    """In words, without the code."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +43,10 @@ class MeasureData:
     """The metric's unit, for axes of plots."""
     word: str = ""
     """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
+    rounding: Floats | None = None
+    """[1 or cell, prompt]: how far rounding may move the metric; None where that isn't known."""
+    missing: Missing | None = None
+    """Why it could not be computed; then no cell has a value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +72,14 @@ class CellStatistics:
     """How p was computed, in words; None where nothing was tested."""
     tests: int
     """Over how many cells, of all measures, p was corrected."""
+    rounding: Floats
+    """How large an effect rounding alone may give, in the effect's own unit; NaN where that isn't
+    known or the cell isn't tested."""
+
+    @property
+    def at_rounding(self) -> Bools:
+        """[cell] whether rounding alone explains an effect of this size."""
+        return np.abs(self.mean) <= self.rounding
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,11 +120,7 @@ def test_one_bar_over_all_waves() -> None:
     assert {total for _, total in told} == {told[-1][1]}
 
 
-def test_a_denominator_of_0_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*rest: object) -> object:
-        raise AssertionError(rest)
-
-    monkeypatch.setattr(pipeline, "execute", never)
+def test_a_denominator_of_0_costs_its_experiment_alone() -> None:
     text = experiment(
         "a",
         "from clean into fewer",
@@ -132,12 +128,14 @@ def test_a_denominator_of_0_is_said_before_anything_runs(monkeypatch: pytest.Mon
         "measure logprob(answer) - logprob(answer) as recovery",
     )
     result, found = run_source(Source(HEAD + text + HEADS))
-    assert result is None
+    assert result is not None
+    assert [each.name for each in result.experiments] == ["heads"]
+    assert [each.name for each in result.lost] == ["a"]
     assert [d.code for d in found if d.severity == "error"] == ["E0604"]
 
 
 def test_what_is_found_too_late() -> None:
-    """An experiment that another one waits for keeps no row."""
+    """An experiment that another one waits for keeps no row, so that both are lost."""
     places = experiment(
         "places",
         "keep logit(answer) > 1000",
@@ -147,4 +145,24 @@ def test_what_is_found_too_late() -> None:
     text = experiment("a", "ablate embed at top 25% of places tokens with zero", DELTA) + places
     result, found = run_source(Source(HEAD + text))
     assert result is None
-    assert [d.code for d in found if d.severity == "error"] == ["E0613"]
+    errors = [d for d in found if d.severity == "error"]
+    assert [d.code for d in errors] == ["E0613", "E0622"]
+    assert errors[1].message == "`a` picks from `places`, which could not be computed"
+
+
+def test_nothing_is_picked_by_a_measure_that_could_not_be_computed() -> None:
+    """Its other measure is, and what picks from it is lost."""
+    heads = experiment(
+        "heads",
+        "from clean into fewer",
+        "patch layer 1 head * at last token",
+        "measure logprob(answer) - logprob(answer) as recovery",
+        DELTA,
+        prompts="fruit.train limit 6",
+    )
+    result, found = run_source(Source(HEAD + ablate("a", "best of heads") + heads))
+    assert result is not None
+    assert [each.name for each in result.experiments] == ["heads"]
+    errors = [d for d in found if d.severity == "error"]
+    assert [d.code for d in errors] == ["E0604", "E0622"]
+    assert errors[1].label_text == "needs its first measure"

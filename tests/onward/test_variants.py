@@ -98,7 +98,8 @@ def test_rows_that_turn_out_to_be_missing() -> None:
         "a", "ablate embed at top 25% of places tokens with zero", DELTA, prompts="fruit limit 1"
     )
     result, found = run_source(Source(HEAD + text + places))
-    assert result is None
+    assert result is not None
+    assert [each.name for each in result.lost] == ["a"]
     (error,) = (d for d in found if d.severity == "error")
     assert error.code == "E0620"
     assert "`places` has none of the 1 rows" in error.message

@@ -8,7 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.resolve.cell_key import CellKey
+from mechdsl.results.collect import without_measures
 from mechdsl.results.decide_expectations import evaluate
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.validate.conditions import place_of
@@ -294,3 +296,14 @@ def test_known_cells_are_checked_before_running() -> None:
     assert check_expectation(expectation("recovery(L2H3) > 0"), known) == []
     (found,) = check_expectation(expectation("recovery(layer 1) > 0"), known)
     assert "4 cells" in found.message
+
+
+def test_a_measure_that_could_not_be_computed_holds_nothing() -> None:
+    """Though its values are there and would do."""
+    lines = ["max(recovery) > 0.3", "not (max(recovery) > 0.9)", "top 1 contains L2H1"]
+    assert [each.holds for each in finished(heads(), *lines).outcomes] == [True, True, True]
+    problem = NothingKept(rows=3)
+    gone = finished(without_measures(heads(), {0: problem}), *lines)
+    assert [each.holds for each in gone.outcomes] == [False, False, False]
+    assert all("E0613" in (each.reason or "") for each in gone.outcomes)
+    assert np.isnan(gone.statistics[0].mean).all()

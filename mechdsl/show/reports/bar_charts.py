@@ -13,6 +13,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.charts import (
+    FAINT,
     INK,
     PALETTE,
     SPLIT,
@@ -26,6 +27,7 @@ from mechdsl.show.reports.charts import (
     zero_rule,
 )
 from mechdsl.show.reports.grid import drawn_axes, panels, value_text, values_of
+from mechdsl.show.reports.text import thin
 
 BAR = 26
 """Width of a bar, less where there are many."""
@@ -38,7 +40,7 @@ def bars_chart(result: ExperimentResult, report: spec.Report) -> Any:
     axes = drawn_axes(result, report)
     charts = [
         titled((_stacks if data.kind == "category" else _bars)(result, measure, axes), result, data)
-        for measure, data in enumerate(result.measures)
+        for measure, data in result.computed()
     ]
     return themed(alt.vconcat(*charts, spacing=36).resolve_scale(color="independent"))
 
@@ -81,7 +83,7 @@ def _key(key: tuple[Coord, ...]) -> dict[str, str]:
 
 def _bars(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
     found, band = result.statistics[measure], result.control(measure)
-    shown = panels(result, axes)
+    shown, few = panels(result, axes), thin(result, measure)
 
     def number(values: Any, cell: int) -> float | None:
         return float(values[cell]) if np.isfinite(values[cell]) else None
@@ -91,6 +93,8 @@ def _bars(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
             **_key(key),
             "panel": panel.title,
             "mean": number(found.mean, cell),
+            "n": int(found.n[cell]),
+            "strength": FAINT if few[cell] else 0.85,
             "low": number(found.low, cell),
             "high": number(found.high, cell),
             "null_low": number(band.low, cell) if band else None,
@@ -109,8 +113,11 @@ def _bars(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
         legend = alt.Legend(title=title, labelLimit=320)
         colour = alt.Color("series:N", sort=series, scale=colours(series), legend=legend)
     y = alt.Y("mean:Q", axis=alt.Axis(title=value_title(result.measures[measure])))
-    bars = base.mark_bar(opacity=0.85).encode(
-        y=y, color=colour, tooltip=["series:N", "x:N", "mean:Q", "low:Q", "high:Q"]
+    bars = base.mark_bar().encode(
+        y=y,
+        color=colour,
+        opacity=alt.Opacity("strength:Q", scale=None),
+        tooltip=["series:N", "x:N", "mean:Q", "low:Q", "high:Q", "n:Q"],
     )
     whiskers = base.mark_rule(color=INK, strokeWidth=1.4).encode(y="low:Q", y2="high:Q")
     ends = [

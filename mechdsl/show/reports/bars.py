@@ -16,7 +16,14 @@ from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import GridPanel, drawn_axes, panels, value_text, values_of
 from mechdsl.show.reports.intervals import IntervalLayout, Line, draw_bar, label_lines, label_widths
-from mechdsl.show.reports.text import MISSING, conventions, figure_notes, heading, notes
+from mechdsl.show.reports.text import (
+    MISSING,
+    conventions,
+    figure_notes,
+    heading,
+    notes,
+    shown_measures,
+)
 from mechdsl.statistics.measure_data import CellStatistics
 
 MOST_BAR, LEAST_BAR = 40, 10
@@ -29,7 +36,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
     axes = drawn_axes(result, report)
     values = [values_of(result, axis) for axis in axes]
     labels = [[value_text(value) for value in each] for each in values]
-    for measure, data in enumerate(result.measures):
+    for measure, data in shown_measures(result, console):
         heading(result, data, console)
         category = data.kind == "category"
         shares = _Shares(axes, label_widths(axes, labels, console.width - SHARE_WIDTH))

@@ -23,7 +23,18 @@ from mechdsl.show.reports.grid import (
     value_text,
     values_of,
 )
-from mechdsl.show.reports.text import alpha, ends_of_scale, measure_name, null_words, number_format
+from mechdsl.show.reports.text import (
+    THIN_MARK,
+    ends_of_scale,
+    measure_name,
+    null_words,
+    number_format,
+    prompts_in_words,
+    rounding_note,
+    survives,
+    thin,
+    thin_note,
+)
 from mechdsl.statistics.measure_data import MeasureData
 
 LABELLED_UP_TO = 160
@@ -38,6 +49,8 @@ LABEL_WIDTH = 14
 """Characters per line of a label under a chart."""
 BAND = 14
 """Width of a null band that stands behind a single point."""
+FAINT = 0.35
+"""Opacity of what stands for a thin cell."""
 SPLIT = "split(datum.label, '\\n')"
 """How vega breaks labels into lines."""
 
@@ -48,12 +61,15 @@ def label(value: Coord) -> str:
 
 def titled(chart: Any, result: ExperimentResult, data: MeasureData) -> Any:
     ends = ends_of_scale(result, data)
-    facts = [f"{result.model} · {result.direction} · n = {result.prompts}"]
+    measure = next(n for n, each in enumerate(result.measures) if each is data)
+    n = prompts_in_words(result, measure)
+    facts = [f"{result.model} · {result.direction} · {n}"]
     if ends:
         facts.append(ends)
-    null = null_words(result, next(n for n, each in enumerate(result.measures) if each is data))
-    if null:
-        facts.append(f"grey: {null}")
+    null = null_words(result, measure)
+    more = rounding_note(result, measure), thin_note(result, measure)
+    facts += [f"grey: {null}"] if null else []
+    facts += [line for line in more if line]
     title = visible(f"{result.name}: {measure_name(data)}")
     return chart.properties(title=alt.TitleParams(title, subtitle=[*map(visible, facts)]))
 
@@ -116,7 +132,7 @@ def heatmap_chart(result: ExperimentResult, report: spec.Report) -> Any:
     rows, columns = axis_name(result, report.variable or ""), axis_name(result, report.by or "")
     maps = [
         titled(_heatmap(result, measure, rows, columns), result, data)
-        for measure, data in enumerate(result.measures)
+        for measure, data in result.computed()
     ]
     return themed(alt.vconcat(*maps, spacing=36).resolve_scale(color="independent"))
 
@@ -132,15 +148,18 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     shown = panels(result, (rows, columns))
     places = (row_order(result, rows), values_of(result, columns))
     labelled = len(places[0]) * len(places[1]) <= LABELLED_UP_TO
-    level = alpha(result)
+    survived, few = survives(result, measure), thin(result, measure)
     records = [
         {
             "row": value_text(row),
             "column": label(column),
             "value": float(values[cell]) if np.isfinite(values[cell]) else None,
-            "text": write(values[cell]) if np.isfinite(values[cell]) else "",
+            "text": (THIN_MARK if few[cell] else "") + write(values[cell])
+            if np.isfinite(values[cell])
+            else "",
+            "n": int(found.n[cell]),
             "strong": bool(abs(values[cell] - least) > 0.6 * (limit - least)),
-            "survives": bool(found.p_corrected[cell] < level),
+            "survives": bool(survived[cell]),
             "panel": panel.title,
             "site": result.cells[cell].site,
             "low": float(found.low[cell]) if np.isfinite(found.low[cell]) else None,
@@ -184,7 +203,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     layers = [
         base.mark_rect(stroke="white", strokeWidth=1.5 if labelled else 0.4).encode(
             color=alt.Color("value:Q", scale=scale, legend=legend),
-            tooltip=["site:N", "row:N", "column:N", "value:Q", "low:Q", "high:Q"],
+            tooltip=["site:N", "row:N", "column:N", "value:Q", "low:Q", "high:Q", "n:Q"],
         )
     ]
     if labelled:
@@ -219,7 +238,7 @@ def lines_chart(result: ExperimentResult, report: spec.Report) -> Any:
     series = None if report.by is None else axis_name(result, report.by)
     charts = [
         titled(_lines(result, measure, axis, series), result, data)
-        for measure, data in enumerate(result.measures)
+        for measure, data in result.computed()
         if data.kind == "number"
     ]
     return themed(alt.vconcat(*charts, spacing=36).resolve_scale(color="independent"))
@@ -227,6 +246,7 @@ def lines_chart(result: ExperimentResult, report: spec.Report) -> Any:
 
 def _lines(result: ExperimentResult, measure: int, axis: str, series: str | None) -> Any:
     found, band = result.statistics[measure], result.control(measure)
+    few = thin(result, measure)
     values = values_of(result, axis)
     numbered = numeric(values)
     drawn = (axis,) if series is None else (axis, series)
@@ -241,6 +261,8 @@ def _lines(result: ExperimentResult, measure: int, axis: str, series: str | None
             "line": line_of(panel.title, key) or " ",
             "panel": panel.title if series is not None else "",
             "mean": float(found.mean[cell]),
+            "n": int(found.n[cell]),
+            "strength": FAINT if few[cell] else 1.0,
             "low": float(found.low[cell]) if np.isfinite(found.low[cell]) else None,
             "high": float(found.high[cell]) if np.isfinite(found.high[cell]) else None,
             "null_low": float(band.low[cell]) if band and np.isfinite(band.low[cell]) else None,
@@ -285,8 +307,10 @@ def _lines(result: ExperimentResult, measure: int, axis: str, series: str | None
     interval: Any = base.mark_area(opacity=0.18, line=False).encode(y=alt.Y("low:Q"), y2="high:Q")
     if not numbered:
         interval = base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q"), y2="high:Q")
-    points = base.mark_point(size=36, filled=True, opacity=1).encode(
-        y=y, tooltip=["line:N", "x:N", "mean:Q", "low:Q", "high:Q"]
+    points = base.mark_point(size=36, filled=True).encode(
+        y=y,
+        opacity=alt.Opacity("strength:Q", scale=None),
+        tooltip=["line:N", "x:N", "mean:Q", "low:Q", "high:Q", "n:Q"],
     )
     layers = [zero_rule(), interval, points]
     if numbered:

@@ -22,13 +22,18 @@ from mechdsl.show.reports.grid import axis_name, panels, row_order, value_text, 
 from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
 from mechdsl.show.reports.text import (
     MISSING,
-    alpha,
+    THIN_MARK,
     conventions,
     heading,
     inert_note,
     notes,
     number_format,
+    rounding_note,
+    shown_measures,
+    survives,
     survivors,
+    thin,
+    thin_note,
 )
 
 
@@ -36,7 +41,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
     """One map per measure and combination of the axes that aren't drawn."""
     rows_axis = axis_name(result, report.variable or "")
     columns_axis = axis_name(result, report.by or "")
-    for measure, data in enumerate(result.measures):
+    for measure, data in shown_measures(result, console):
         heading(result, data, console)
         found = result.statistics[measure]
         category = data.kind == "category"
@@ -45,8 +50,8 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
         limit = float(np.nanmax(np.abs(values), initial=0.0)) if np.isfinite(values).any() else 0.0
         entries = [
             MatrixEntry(text, None if category else colour(value, limit), text.endswith("*"))
-            for i, value in enumerate(values)
-            for text in [_cell_text(result, measure, i, write(value))]
+            for i, (value, few) in enumerate(zip(values, thin(result, measure), strict=True))
+            for text in [_cell_text(result, measure, i, (THIN_MARK if few else "") + write(value))]
         ]
         width = max(len(entry.text) for entry in entries)
         rows, columns = row_order(result, rows_axis), values_of(result, columns_axis)
@@ -75,8 +80,7 @@ def _cell_text(result: ExperimentResult, measure: int, cell: int, number: str) -
         else result.statistics[measure].share[cell]
     ):
         return MISSING
-    survived = result.statistics[measure].p_corrected[cell] < alpha(result)
-    return f"{number}*" if survived else f"{number} "
+    return f"{number}*" if survives(result, measure)[cell] else f"{number} "
 
 
 def _notes(
@@ -90,8 +94,12 @@ def _notes(
     survived = survivors(result, measure)
     if survived:
         said.append(f"* {survived}")
-    inert = inert_note(result, measure)
-    return [*said, inert] if inert else said
+    more = (
+        inert_note(result, measure),
+        rounding_note(result, measure),
+        thin_note(result, measure),
+    )
+    return [*said, *(line for line in more if line)]
 
 
 def chart(result: ExperimentResult, report: spec.Report) -> Any:

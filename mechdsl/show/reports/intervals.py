@@ -12,7 +12,14 @@ from rich.console import Console
 from rich.text import Text
 
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.text import MISSING, alpha, null_texts, number_format
+from mechdsl.show.reports.text import (
+    MISSING,
+    THIN_MARK,
+    null_texts,
+    number_format,
+    survives,
+    thin,
+)
 
 LEAST_GAUGE, MOST_GAUGE = 12, 60
 """Characters that the drawn intervals take at least (else only numbers are shown) and at most."""
@@ -128,10 +135,11 @@ class IntervalLayout:
         null = np.full((2, len(found.mean)), np.nan) if band is None else [band.low, band.high]
         everything = np.concatenate([found.mean, found.low, found.high, *null])
         write = number_format(everything)
-        level = alpha(result)
         means = [
-            write(mean) + ("*" if corrected < level else " ")
-            for mean, corrected in zip(found.mean, found.p_corrected, strict=True)
+            (THIN_MARK if few else "") + write(mean) + ("*" if survived else " ")
+            for mean, survived, few in zip(
+                found.mean, survives(result, measure), thin(result, measure), strict=True
+            )
         ]
         intervals = [
             f"[{write(low)}, {write(high)}]" if math.isfinite(low) else MISSING

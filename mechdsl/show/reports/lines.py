@@ -12,14 +12,14 @@ from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import axis_name, panels, value_text, values_of
 from mechdsl.show.reports.intervals import IntervalLayout, draw_point
-from mechdsl.show.reports.text import conventions, figure_notes, heading, notes
+from mechdsl.show.reports.text import conventions, figure_notes, heading, notes, shown_measures
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Per series one row per value: mean, interval, and the interval drawn to scale."""
     axis = axis_name(result, report.variable or "")
     values = values_of(result, axis)
-    for measure, data in enumerate(result.measures):
+    for measure, data in shown_measures(result, console):
         heading(result, data, console)
         if data.kind == "category":
             notes([f"a category has no line: write `report bars {report.variable}`"], console)

@@ -16,7 +16,7 @@ from rich.text import Text
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
-from mechdsl.show.reports.text import conventions, heading, notes, number_format
+from mechdsl.show.reports.text import conventions, heading, notes, number_format, shown_measures
 from mechdsl.show.reports.token_shades import Shaded, overlays, remarks
 from mechdsl.show.tokens import shown_token
 
@@ -24,7 +24,7 @@ from mechdsl.show.tokens import shown_token
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Per prompt its tokens over the numbers, both shaded."""
     found = overlays(result, report)
-    for measure, data in enumerate(result.measures):
+    for measure, data in shown_measures(result, console):
         heading(result, data, console)
         if measure not in found:
             notes(["a category has no shades: see `report table`"], console)

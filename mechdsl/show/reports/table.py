@@ -20,12 +20,12 @@ from rich.text import Text
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.ranking import by_sign_instead
 from mechdsl.results.statistics_conventions import statistics_conventions
 from mechdsl.show.console import visible_console
 from mechdsl.show.reports.grid import tokens_hit, value_text
 from mechdsl.show.reports.text import (
     MISSING,
-    alpha,
     conventions,
     heading,
     inert_note,
@@ -34,11 +34,13 @@ from mechdsl.show.reports.text import (
     null_words,
     number_format,
     p_text,
+    rounding_note,
+    shown_measures,
     sortable,
+    survives,
     survivors,
 )
 from mechdsl.statistics.cell_statistics import cell_statistics
-from mechdsl.statistics.measure_data import MeasureData
 from mechdsl.vocab.effects import EFFECTS
 
 FILE_WIDTH = 120
@@ -76,33 +78,33 @@ class Column:
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """One table per measure, the conventions under the last."""
-    shown, tables = measure_tables(result, report)
-    for data, columns, said in tables:
-        heading(shown, data, console)
+    shown = by_report(result, report)
+    for measure, _ in shown_measures(shown, console):
+        heading(result, result.measures[measure], console)
+        columns, said = measure_table(shown, measure, report)
         _print(columns, console)
         notes(said, console)
     conventions(shown, report, console)
 
 
-def measure_tables(
-    result: ExperimentResult, report: spec.Report
-) -> tuple[ExperimentResult, list[tuple[MeasureData, list[Column], list[str]]]]:
-    """The result by the values that the report asks for; of each measure its columns and notes."""
-    shown = grouped(result, report.by) if report.by in result.row_values else result
-    tables: list[tuple[MeasureData, list[Column], list[str]]] = []
-    for measure, data in enumerate(shown.measures):
-        order = _order(shown, measure, report)
-        columns = _columns(shown, measure, order)
-        tables.append((data, columns, _notes(shown, measure, order, report)))
-    return shown, tables
+def by_report(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
+    """The result by the values that the report asks for."""
+    return grouped(result, report.by) if report.by in result.row_values else result
+
+
+def measure_table(
+    shown: ExperimentResult, measure: int, report: spec.Report
+) -> tuple[list[Column], list[str]]:
+    """Of one measure of `by_report` the columns and the notes."""
+    order = _order(shown, measure, report)
+    return _columns(shown, measure, order), _notes(shown, measure, order, report)
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     """As plain text, as a picture of it, or all its rows as CSV."""
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        shown = grouped(result, report.by) if report.by in result.row_values else result
-        path.write_text(shown.to_csv(), encoding="utf-8")
+        path.write_text(by_report(result, report).to_csv(), encoding="utf-8")
         return
     text = io.StringIO()
     render(result, report, visible_console(file=text, width=FILE_WIDTH, plain=True))
@@ -134,6 +136,7 @@ def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
             source=None if data.source is None else _repeat(data.source, len(values)),
             truth=None if data.truth is None else _repeat(data.truth, len(values)),
             inert=np.tile(data.inert, len(values)),
+            rounding=None if data.rounding is None else _repeat(data.rounding, len(values)),
         )
         for data in result.measures
     )
@@ -230,14 +233,16 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         columns.append(Column("null", null_texts(band, order, write), True))
     if found.test is None:
         return columns
-    level = alpha(result)
+    survived, small = survives(result, measure), found.at_rounding
     verdicts = [
         "inert"
         if result.measures[measure].inert[i]
         else MISSING
         if np.isnan(found.p_corrected[i])
+        else "rounding"
+        if small[i]
         else "yes"
-        if found.p_corrected[i] < level
+        if survived[i]
         else "no"
         for i in order
     ]
@@ -269,8 +274,16 @@ def _notes(
     if len(order) < len(result.cells):
         size = "share" if result.measures[measure].kind == "category" else "absolute value"
         said.append(f"the {len(order)} largest of {len(result.cells)} cells by {size}")
+        picked = size != "share" and report.by not in result.row_values  # else no pick has them
+        other = by_sign_instead(result, measure, len(order)) if picked else None
+        said += [other] if other else []
     null = null_words(result, measure)
-    remarks = survivors(result, measure), null and f"null: {null}", inert_note(result, measure)
+    remarks = (
+        survivors(result, measure),
+        null and f"null: {null}",
+        inert_note(result, measure),
+        rounding_note(result, measure),
+    )
     for line in remarks:
         if line:
             said.append(line)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from textwrap import wrap
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from mechdsl.base.arrays import Floats
+from mechdsl.base.arrays import Bools, Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.measure_data import MeasureData, NullBand
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 
 MISSING = "–"
+THIN = 0.5
+"""The share of the fullest cell's prompts below which a cell is thin."""
+THIN_MARK = "~"
 
 
 def number_format(values: Iterable[float], digits: int = 3) -> Callable[[float], str]:
@@ -100,6 +103,20 @@ def _means(values: Floats) -> list[float]:
     return found if len(found) == 1 or not np.isnan(found).any() else [math.nan]
 
 
+def shown_measures(result: ExperimentResult, console: Console) -> Iterator[tuple[int, MeasureData]]:
+    """The measures that could be computed, with their numbers; of the others it is said why not."""
+    for measure, data in enumerate(result.measures):
+        if data.missing is None:
+            yield measure, data
+            continue
+        console.print()
+        console.print(
+            Text(f"{result.name}: {measure_name(data)}: not computed", style="bold"),
+            highlight=False,
+        )
+        hanging(f"{data.missing.code}: ", data.missing.reason, console)
+
+
 def heading(result: ExperimentResult, data: MeasureData, console: Console) -> None:
     """Which experiment and measure, and its facts."""
     console.print()
@@ -111,7 +128,8 @@ def heading(result: ExperimentResult, data: MeasureData, console: Console) -> No
 
 def facts_of(result: ExperimentResult, data: MeasureData) -> str:
     """On which model, in which direction, how many prompts, against which ends."""
-    facts = [result.model, result.direction, f"n = {result.prompts}"]
+    measure = next(n for n, each in enumerate(result.measures) if each is data)
+    facts = [result.model, result.direction, prompts_in_words(result, measure)]
     ends = ends_of_scale(result, data)
     if ends:
         facts.append(ends)
@@ -146,15 +164,56 @@ def hanging(lead: str, text: str, console: Console) -> None:
         console.print(Text(start + line, style="dim"), highlight=False, soft_wrap=True)
 
 
+def survives(result: ExperimentResult, measure: int) -> Bools:
+    """[cell] whether the effect survives the correction, and is more than rounding may give."""
+    found = result.statistics[measure]
+    with np.errstate(invalid="ignore"):
+        return (found.p_corrected < alpha(result)) & ~found.at_rounding
+
+
+def rounding_note(result: ExperimentResult, measure: int) -> str | None:
+    """How many cells are at the level of rounding, and what that is."""
+    found = result.statistics[measure]
+    bounds = found.rounding[found.at_rounding]
+    if not len(bounds):
+        return None
+    upto = " to ".join(dict.fromkeys(f"{end:.1e}" for end in (bounds.min(), bounds.max())))
+    cells = "1 cell is" if len(bounds) == 1 else f"{len(bounds)} cells are"
+    return f"{cells} at the level of rounding (up to {upto}): not counted as surviving"
+
+
+def prompts_in_words(result: ExperimentResult, measure: int) -> str:
+    """`n = 64`, or the range where cells have different numbers of prompts."""
+    n = result.statistics[measure].n
+    ends = dict.fromkeys((int(n.min(initial=result.prompts)), int(n.max(initial=0))))
+    return f"n = {' to '.join(map(str, ends))}" if len(n) else f"n = {result.prompts}"
+
+
+def thin(result: ExperimentResult, measure: int) -> Bools:
+    """[cell] whether it has fewer than `THIN` of the prompts that the fullest cell has."""
+    n = result.statistics[measure].n
+    return n < THIN * n.max(initial=0)
+
+
+def thin_note(result: ExperimentResult, measure: int) -> str | None:
+    """How many cells are thin, and what that means."""
+    count = int(np.count_nonzero(thin(result, measure)))
+    if not count:
+        return None
+    most = int(result.statistics[measure].n.max())
+    cells = "1 cell has" if count == 1 else f"{count} cells have"
+    return (
+        f"{THIN_MARK} {cells} fewer than {100 * THIN:g} % of the {most} prompts of the fullest cell"
+    )
+
+
 def survivors(result: ExperimentResult, measure: int) -> str | None:
     """How many cells survive the correction, in words."""
     found = result.statistics[measure]
     if not found.test or result.settings is None:
         return None
-    corrected = found.p_corrected
-    tested = int(np.count_nonzero(~np.isnan(corrected)))
-    with np.errstate(invalid="ignore"):
-        good = int(np.count_nonzero(corrected < alpha(result)))
+    tested = int(np.count_nonzero(~np.isnan(found.p_corrected)))
+    good = int(np.count_nonzero(survives(result, measure)))
     name = CORRECTION_NAMES[result.settings.correction]
     how = "no correction" if result.settings.correction == "none" else f"{name}'s correction"
     cells = "cell survives" if tested == 1 else "cells survive"
@@ -195,4 +254,6 @@ def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list
     survived, null = survivors(result, measure), null_words(result, measure)
     shade = "░ null" if drawn else "null"
     said = [f"* {survived}" if survived else None, f"{shade}: {null}" if null else None]
-    return [line for line in (*said, inert_note(result, measure)) if line]
+    said += [inert_note(result, measure), rounding_note(result, measure)]
+    said.append(thin_note(result, measure))
+    return [line for line in said if line]

@@ -41,7 +41,7 @@ class Overlay:
 def overlays(result: ExperimentResult, report: spec.Report) -> Mapping[int, Overlay]:
     """Measure -> its prompts; categories are left out."""
     found: dict[int, Overlay] = {}
-    for measure, data in enumerate(result.measures):
+    for measure, data in result.computed():
         if data.kind == "category":
             continue
         values = prompt_effects(result, measure)

@@ -7,11 +7,20 @@ import math
 from rich.console import Console
 from rich.text import Text
 
-from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, LostExperiment
 from mechdsl.show.reports.text import hanging, number_format
 
 
-def print_verdicts(result: ExperimentResult, console: Console) -> None:
+def print_lost(lost: LostExperiment, console: Console) -> None:
+    """That an experiment could not be computed and why, with its expectations, which fail."""
+    console.print()
+    console.print(Text(f"{lost.name}: not computed", style="bold"), highlight=False)
+    for missing in lost.reasons:
+        hanging(f"{missing.code}: ", missing.reason, console)
+    print_verdicts(lost, console)
+
+
+def print_verdicts(result: ExperimentResult | LostExperiment, console: Console) -> None:
     """One line per expectation, with its value and interval; a reason below where it has one."""
     if not result.outcomes:
         return
@@ -33,6 +42,7 @@ def verdict_value(outcome: ExpectOutcome) -> str:
         return outcome.value or ""
     ends = [math.nan if end is None else end for end in (outcome.low, outcome.high)]
     if not all(map(math.isfinite, ends)):
-        return f"{'rank ' if outcome.text.startswith('top ') else ''}{outcome.value:.4g}"
+        top = outcome.text.startswith("top ")
+        return f"rank {outcome.value:.4g} by absolute value" if top else f"{outcome.value:.4g}"
     write = number_format([outcome.value, *ends])
     return f"{write(outcome.value)} [{write(ends[0])}, {write(ends[1])}]"

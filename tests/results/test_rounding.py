@@ -1,0 +1,134 @@
+"""Effects that rounding alone explains: how large they may be, and that they don't survive."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from mechdsl.base.source import Source
+from mechdsl.execute.readout import Reading, Readout
+from mechdsl.results.document import experiment_document
+from mechdsl.results.statistics_conventions import statistics_conventions
+from mechdsl.show.reports.text import survives, survivors
+from mechdsl.show.show_report import show_report
+from mechdsl.statistics.cell_statistics import cell_statistics
+from mechdsl.statistics.measure_data import CellStatistics, MeasureData
+from mechdsl.validate.check_file import check_source
+from mechdsl.vocab.effects import EFFECTS
+
+from ..execute.nan import HEAD, experiment, run
+from .synthetic import finished, heads, measure, report, statistics
+
+
+def one(data: MeasureData) -> CellStatistics:
+    return cell_statistics([data], statistics(), 0, effects=EFFECTS)[0]
+
+
+def test_a_bound_is_in_the_unit_of_the_effect() -> None:
+    random = np.random.default_rng(3)
+    base = random.normal(-3, 1, (1, 30))
+    source = base + 5
+    patched = base + random.normal(0, 1, (2, 30))
+    patched[1, 10:] = np.nan
+    rounding = random.random((1, 30)) * 1e-5
+    here = [slice(None), slice(10)]
+    expected = {
+        "delta": [rounding[0, of].mean() for of in here],
+        "total": [rounding[0, of].mean() for of in here],
+        "recovery": [rounding[0, of].mean() / 5 for of in here],
+        "relative": [rounding[0, of].mean() / abs(base[0, of].mean()) for of in here],
+    }
+    for effect, bounds in expected.items():
+        data = replace(measure(patched, base, source, effect=effect), rounding=rounding)
+        assert one(data).rounding == pytest.approx(bounds, rel=1e-6), effect
+    each = replace(measure(patched, base, effect="relative", per_prompt=True), rounding=rounding)
+    bounds = [(rounding[0, of] / abs(base[0, of])).mean() for of in here]
+    assert one(each).rounding == pytest.approx(bounds, rel=1e-6)
+    assert np.isnan(one(measure(patched, base, source)).rounding).all()
+
+
+def test_it_does_not_survive_and_is_marked() -> None:
+    result = heads()
+    data = result.measures[0]
+    live = np.flatnonzero(~data.inert)
+    patched = data.patched.copy()
+    patched[live[0]] = data.base + 1e-6
+    small = replace(data, patched=patched, rounding=np.full_like(data.base, 1e-5))
+    done = finished(replace(result, measures=(small,), rounding="R"))
+    found = done.statistics[0]
+    assert found.p_corrected[live[0]] < 0.05
+    assert np.flatnonzero(found.at_rounding).tolist() == [live[0]]
+    assert not survives(done, 0)[live[0]]
+    exact = finished(replace(result, measures=(replace(small, rounding=None),)))
+    assert survives(exact, 0)[live[0]]
+    assert survives(exact, 0).sum() == survives(done, 0).sum() + 1
+    assert survivors(exact, 0) != survivors(done, 0)
+    assert "1 cell no larger" in statistics_conventions(done, EFFECTS)["rounding"]
+    assert "rounding" not in statistics_conventions(exact, EFFECTS)
+    cells = experiment_document(done).as_json()["cells"]
+    bounds = [cell["measures"][0].get("rounding") for cell in cells]
+    assert [n for n, bound in enumerate(bounds) if bound is not None] == [live[0]]
+    assert done.records()[live[0]]["at_rounding"]
+    shown: dict[str, dict[str, str]] = {
+        "table": {},
+        "heatmap": {"variable": "layer", "by": "head"},
+        "lines": {"variable": "head"},
+    }
+    for kind, axes in shown.items():
+        text = io.StringIO()
+        show_report(done, report(kind, **axes), Console(file=text, width=120))
+        assert "1 cell is at the level of rounding (up to " in text.getvalue(), kind
+
+
+def readout(*measures: str) -> Readout:
+    text = HEAD + experiment("e", *(f"measure {each} as raw" for each in measures))
+    (resolved,) = check_source(Source(text)).experiments
+    return Readout.of(resolved.measures)
+
+
+def test_what_rounding_does_to_a_metric() -> None:
+    """Against a change of every logit by as much: the worst of the directions that were tried."""
+    read = readout('logit(answer) - logit(" 3")', "prob(answer)", "logprob(answer)", "rank(answer)")
+    targets = [atom.texts[None][0][0] for _, atom in read.atoms]
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 120, generator=random, dtype=torch.float64) * 3
+    reading = Reading(
+        prompts=np.zeros(1, dtype=np.int64),
+        items=[None],
+        logits=logits[:, None],
+        continued={},
+        loss=None,
+        activations={},
+        references={},
+    )
+    relative = 1e-6
+    found = [float(each[0]) for each in read.read(reading, relative).rounding]
+    largest = float(logits.abs().max())
+    own, other = (abs(float(logits[0, token])) for token in targets[:2])
+    p = float(logits.softmax(-1)[0, targets[0]])
+    expected = [relative * (own + other), relative * largest * p, relative * largest, 0.0]
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert [float(each[0]) for each in read.read(reading).rounding] == [0.0] * 4
+
+
+def test_a_mean_of_what_is_the_same_in_all_rows_changes_nothing() -> None:
+    """A whole file: at the second token every row has the same vector, so that its mean is that,
+    up to rounding; at the last token it isn't."""
+    rule = "ablate resid_post layer 1..2 at {} with mean"
+    experiments = {
+        "same": experiment("same", rule.format("token 1"), "measure logit(answer) as delta"),
+        "other": experiment("other", rule.format("last token"), "measure logit(answer) as delta"),
+    }
+    found, diagnostics = run("".join(experiments.values()), whole=True)
+    assert found is not None, diagnostics
+    same, other = found.experiments
+    assert same.statistics[0].at_rounding.all()
+    assert not survives(same, 0).any()
+    assert not other.statistics[0].at_rounding.any()
+    assert "float32" in same.conventions["rounding"]
+    assert "rounding" not in other.conventions
