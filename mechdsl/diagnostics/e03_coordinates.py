@@ -105,10 +105,10 @@ class TooManyCells(Diagnostic):
     """Axes whose product is too large to run."""
 
     code = "E0323"
-    title = "experiment `{experiment}` has {cells:,} cells, more than {most:,}"
+    title = "{of} has {cells:,} cells, more than {most:,}"
     label = "its axes multiply: {axes}"
     help = "sweep over fewer values, or join an axis: `heads *` instead of `head *`"
-    experiment: str
+    of: str
     cells: int
     most: int
     axes: str

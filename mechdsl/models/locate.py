@@ -53,8 +53,8 @@ def _zoo(model: Model) -> tuple[Path | None, list[Diagnostic]]:
 
 
 def _local(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
-    folder = base / Path(model.path).expanduser()
-    if not folder.is_dir():
+    folder = base / os.path.expanduser(model.path)
+    if not os.path.isdir(folder):  # which, unlike `Path.is_dir`, takes any name
         return None, [
             ModelNotFound(
                 span=model.span,
@@ -68,14 +68,15 @@ def _local(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
 
 
 def _hub(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
-    for folder in (base / Path(model.path).expanduser(), cached(model.path, model.revision)):
-        if folder is not None and (folder / "config.json").is_file():
+    here = base / os.path.expanduser(model.path)
+    for folder in (here, cached(model.path, model.revision)):
+        if folder is not None and os.path.isfile(folder / "config.json"):
             return _checked(folder, model)
     return None, [ModelNotHere(span=model.span, model=model.name, path=model.path)]
 
 
 def _checked(folder: Path, model: Model) -> tuple[Path | None, list[Diagnostic]]:
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         reason = f"no such file in `{model.path}`"
         return None, [NoConfig(span=model.span, model=model.name, reason=reason)]
     pickled = sorted(
@@ -103,14 +104,14 @@ def cached(name: str, revision: str | None) -> Path | None:
     no snapshot, or where several commits start with `revision`.
     """
     root = hub_cache() / f"models--{name.replace('/', '--')}"
-    if not (root / "snapshots").is_dir():
+    if not os.path.isdir(root / "snapshots"):
         return None
     wanted = revision or "main"
     reference = root / "refs" / wanted
-    if reference.is_file():
-        wanted = reference.read_text(encoding="utf-8").strip()
+    if os.path.isfile(reference):
+        wanted = reference.read_text(encoding="utf-8", errors="replace").strip()
     exact = root / "snapshots" / wanted
-    if exact.is_dir():
+    if os.path.isdir(exact):
         return exact
     starting = [p for p in (root / "snapshots").iterdir() if p.name.startswith(wanted)]
     return starting[0] if len(starting) == 1 else None

@@ -75,7 +75,8 @@ def matching(base: Path, path: str) -> list[str]:
     before, _, after = path.partition(STAR)
     parent, _, start = before.rpartition("/")
     end, slash, rest = after.partition("/")
-    folder = base / Path(parent or ("/" if before.startswith("/") else ".")).expanduser()
+    parent = parent or ("/" if before.startswith("/") else ".")
+    folder = base / os.path.expanduser(parent)
     try:
         names = os.listdir(folder)
     except OSError:
@@ -85,7 +86,7 @@ def matching(base: Path, path: str) -> list[str]:
         for name in names
         if name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end)
         if start or not name.startswith(".")
-        if (folder / name / rest if slash else folder / name).is_dir()
+        if os.path.isdir(folder / name / rest if slash else folder / name)
     ]
     return sorted(found, key=_natural)
 

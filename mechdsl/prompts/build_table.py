@@ -24,7 +24,6 @@ from mechdsl.prompts.prompts_block import Blocks, PromptsBlock
 from mechdsl.prompts.replaced_text import extended, replace_in_rows
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.row_selection import (
-    MAX_ROWS,
     Collection,
     Made,
     collect,
@@ -376,4 +375,4 @@ def _only(entries: Sequence[T], keep: Sequence[bool]) -> tuple[T, ...]:
     return tuple(e for e, k in zip(entries, keep, strict=True) if k)
 
 
-__all__ = ["MAX_ROWS", "Split", "build_table", "numerals", "text_tokens"]
+__all__ = ["Split", "build_table", "numerals", "text_tokens"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -13,6 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
+from mechdsl.base.json_text import load_json
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
@@ -68,7 +68,10 @@ def read_data(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]
 
 def _hint(file: Path) -> str:
     folder = file.parent
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    try:
+        names = sorted(p.name for p in folder.iterdir())
+    except OSError:
+        names = []
     otherwise = "the path is relative to the folder of the `.mech` file"
     return did_you_mean(file.name, names, otherwise)
 
@@ -92,7 +95,7 @@ def _json_lines(content: bytes) -> list[Record]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = load_json(line)
         except ValueError as error:
             reason = f"line {number} is not JSON ({error})"
             raise _Malformed(reason, "write one object per line") from None
@@ -102,7 +105,7 @@ def _json_lines(content: bytes) -> list[Record]:
 
 def _json(content: bytes) -> list[Record]:
     try:
-        value = json.loads(_text(content))
+        value = load_json(_text(content))
     except ValueError as error:
         raise _Malformed(f"it is not JSON ({error})", "correct the file") from None
     if isinstance(value, dict):

@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+from mechdsl.base import limits
 from mechdsl.base.registry import Registry
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e05_data import BadCall, BadValue, NothingToDraw, TooMany
 from mechdsl.prompts.row_scope import Key, Refusal, Scope
 from mechdsl.prompts.values import Item, Items, TokenId, Value, frozen, plain, render
 from mechdsl.syntax import ast
-
-MAX_ITEMS = 10_000
-"""Items of one list."""
 
 _TRIES = 64
 """Draws before the values that are left are counted out."""
@@ -122,7 +120,7 @@ class CallSite:
             value = values[self.scope.draw(key, attempt, len(values))]
             if frozen(plain(value)) not in without:
                 return value
-        if len(values) > MAX_ITEMS:
+        if len(values) > limits.ITEMS:
             raise self.empty(f"{_TRIES} draws gave only excluded values")
         left = [v for v in values if frozen(plain(v)) not in without]
         if not left:
@@ -142,13 +140,13 @@ def _function(
 
 def check_length(length: int, span: Span) -> None:
     """E0506 for a list that is too long, before it is built."""
-    if length > MAX_ITEMS:
+    if length > limits.ITEMS:
         raise Refusal(
             TooMany,
             span,
             what=f"`{span.text}`",
             amount=f"{length:,} items",
-            most=MAX_ITEMS,
+            most=limits.ITEMS,
             hint="draw a shorter list",
         )
 
@@ -252,7 +250,8 @@ def _list(call: CallSite) -> Value:
 
 def _count(call: CallSite, node: ast.Expr) -> int:
     value = call.value(node)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not float(value).is_integer():
         raise call.bad(f"{plain(value)!r} is no count", "give a whole number", node.span)
     if value < 0:
         hint = "leave these rows out with `where`, or begin the values higher"

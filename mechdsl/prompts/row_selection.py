@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, NoRows, TooMany
@@ -16,10 +17,6 @@ from mechdsl.prompts.seeded_draws import Permutation
 from mechdsl.prompts.values import TokenId, frozen, plain
 from mechdsl.vocab.corruptions import ValueChange, kind_of
 
-MAX_ROWS = 200_000
-"""Rows of a table."""
-MAX_TRIED = 500_000
-"""Combinations that are looked at to find them."""
 _MAX_BARREN = 1_000
 """Rows drawn one after another that were all there already."""
 _MAX_FAILING = 20
@@ -94,8 +91,8 @@ class _Collector:
         """E0506 for what can be told without looking at a row."""
         block = self.block
         if self.limit is not None:
-            return self._rows_error(f"{self.limit:,}") if self.limit > MAX_ROWS else None
-        most = MAX_TRIED if block.spec.where else MAX_ROWS
+            return self._rows_error(f"{self.limit:,}") if self.limit > limits.ROWS else None
+        most = limits.TRIED if block.spec.where else limits.ROWS
         return self._rows_error(f"{block.combinations:,}") if block.combinations > most else None
 
     def _rows_error(self, amount: str) -> TooMany:
@@ -103,7 +100,7 @@ class _Collector:
             span=self.block.spec.span,
             what=f"rows of prompts `{self.block.name}`",
             amount=amount,
-            most=MAX_ROWS,
+            most=limits.ROWS,
             hint=f"write `prompts {self.block.name} limit 1000` in the experiment",
         )
 
@@ -111,7 +108,7 @@ class _Collector:
         result = self.result
         barren = 0
         for row in self._stream():
-            if result.tried == MAX_TRIED:
+            if result.tried == limits.TRIED:
                 result.diagnostics.append(self._gave_up())
                 break
             result.tried += 1
@@ -124,7 +121,7 @@ class _Collector:
                 self.failures.setdefault(key, refusal.diagnostic(row.describe()))
                 if self.failing == _MAX_FAILING:
                     break
-            if len(result.rows) == (MAX_ROWS + 1 if self.limit is None else self.limit):
+            if len(result.rows) == (limits.ROWS + 1 if self.limit is None else self.limit):
                 break
             barren = 0 if new else barren + 1
             if barren > _MAX_BARREN and result.tried >= self.block.combinations:
@@ -212,16 +209,16 @@ class _Collector:
         kept = len(self.result.rows)
         return TooMany(
             span=where[0].span if where else self.block.spec.span,
-            what=f"combinations looked at for {self.limit or MAX_ROWS:,} rows ({kept:,} found)",
+            what=f"combinations looked at for {self.limit or limits.ROWS:,} rows ({kept:,} found)",
             amount=f"{self.block.combinations:,}",
-            most=MAX_TRIED,
+            most=limits.TRIED,
             hint="narrow the values themselves, so that fewer have to be left out",
         )
 
     def _check_result(self) -> None:
         result, block = self.result, self.block
-        if len(result.rows) > MAX_ROWS:
-            result.diagnostics.append(self._rows_error(f"more than {MAX_ROWS:,}"))
+        if len(result.rows) > limits.ROWS:
+            result.diagnostics.append(self._rows_error(f"more than {limits.ROWS:,}"))
         elif not result.rows and result.unchanged:
             for corruption in block.spec.corruptions:
                 if result.unchanged.get(corruption.name):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mechdsl.base import limits
 from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
@@ -25,8 +26,6 @@ from mechdsl.resolve.relative_depth import relative
 from mechdsl.resolve.resolved import Axis, ModelContext, ResolvedExperiment, ResolvedMeasure
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
-
-MOST_CELLS = 1_000_000
 
 
 def resolve_experiment(
@@ -84,18 +83,18 @@ def resolve_experiment(
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,
     )
-    if resolved.n_cells > MOST_CELLS:
+    if resolved.n_cells > limits.CELLS:
         diagnostics.append(
             TooManyCells(
                 span=experiment.span,
-                experiment=experiment.name,
+                of=f"experiment `{experiment.name}`",
                 cells=resolved.n_cells,
-                most=MOST_CELLS,
+                most=limits.CELLS,
                 axes=" × ".join(f"{axis.name} ({len(axis)})" for axis in axes),
             )
         )
         return None, diagnostics
-    control, problems = resolve_control(resolved, MOST_CELLS)
+    control, problems = resolve_control(resolved, limits.CELLS)
     diagnostics.extend(problems)
     return (None if problems else replace(resolved, control=control)), diagnostics
 

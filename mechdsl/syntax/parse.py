@@ -6,14 +6,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from mechdsl.base import limits
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotText, ReservedName, TooLarge, Unreadable
 from mechdsl.syntax import ast
 from mechdsl.syntax.attempt import ParserStopped, attempt
 from mechdsl.syntax.scan import outline
-
-MAX_REPORTED = 1000
 
 
 def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
@@ -42,15 +41,15 @@ def _reported(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     # A name that is refused where it is given is no news where it is used.
     refused = {d.name: d for d in reversed(found) if isinstance(d, ReservedName)}
     found = [d for d in found if not isinstance(d, ReservedName) or refused[d.name] is d]
-    if len(found) <= MAX_REPORTED:
+    if len(found) <= limits.SHOWN:
         return found
     more = TooLarge(
-        what=f"more than {MAX_REPORTED} errors of syntax",
-        place=f"{len(found) - MAX_REPORTED} more from here on",
+        what=f"more than {limits.SHOWN} errors of syntax",
+        place="more from here on",
         hint="is this a `.mech` file?",
-        span=found[MAX_REPORTED].span,
+        span=found[limits.SHOWN].span,
     )
-    return [*found[:MAX_REPORTED], more]
+    return [*found[: limits.SHOWN], more]
 
 
 def parse_setting(text: str) -> ast.Expr | None:

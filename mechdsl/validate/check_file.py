@@ -10,9 +10,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mechdsl.base.source import Source
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.e01_syntax import BadPlaceholder, MisspeltWord, UnterminatedString
+from mechdsl.diagnostics.e01_syntax import (
+    BadPlaceholder,
+    MisspeltWord,
+    TooLarge,
+    UnterminatedString,
+)
 from mechdsl.diagnostics.e02_names import (
     BadCommandLine,
     MissingLine,
@@ -110,7 +115,23 @@ def check_source(
 
     `models` are handed over from Python and stand for the file's models of the same name.
     """
-    settings = settings or Settings()
+    try:
+        return _check_source(source, settings or Settings(), models or {})
+    except RecursionError:  # each kind of nesting has its limit; what they add up to has not
+        nowhere = Span(source, 0, 0)
+        program, _ = lower_program(ast.File((), span=nowhere), source)
+        problem = TooLarge(
+            what="what this file says is nested too deeply",
+            place="somewhere in this file",
+            hint="nest expressions and definitions less, for example by half",
+            span=nowhere,
+        )
+        return Checked(source, program, diagnostics=[problem])
+
+
+def _check_source(
+    source: Source, settings: Settings, models: Mapping[str, ModelContext]
+) -> Checked:
     tree, syntax = parse(source)
     program, found = lower_program(tree, source, settings.parameters)
     checked = Checked(source, program, diagnostics=found)
@@ -121,7 +142,7 @@ def check_source(
     contexts = Contexts(
         program,
         checked.diagnostics,
-        models or {},
+        models,
         settings.limit,
         python=settings.python == "run",
     )

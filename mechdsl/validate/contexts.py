@@ -81,8 +81,10 @@ class Contexts:
             self._tokenizers[key] = found
         return self._tokenizers[key]
 
-    def _words(self, name: str) -> list[str]:
+    def _words(self, name: str) -> list[str] | None:
         names = self.program.checkpoints.get(name, (name,))
+        if not self.program.models.keys() >= set(names):
+            return None
         found = self.model(names[0]) if names else None  # checkpoints have one tokenizer
         return [] if found is None else found.tokenizer.plain_words()
 

@@ -486,7 +486,7 @@ class TestHugeThings:
     def test_conditions_that_nothing_fulfils_are_given_up(
         self, words: TextTokenizer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("mechdsl.prompts.row_selection.MAX_TRIED", 500)
+        monkeypatch.setattr("mechdsl.base.limits.TRIED", 500)
         text = 'a in 0..1000000 b in 0..1000000 where a = b template "{a} {b}"'
         assert codes(text, words, limit=10) == ["E0506"]
 

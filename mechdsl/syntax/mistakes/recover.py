@@ -7,6 +7,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mechdsl.base import limits
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import (
@@ -115,7 +116,7 @@ class _Recovery:
         found: list[Any] = []
         inside = self._between(begin, end)
         heads = [inside[i].start for i in starts(self.text, inside, kind, depth)]
-        while begin < end:
+        while begin < end and len(self.diagnostics) <= limits.SHOWN:
             try:
                 return found + self._read(kind, begin, end)
             except ParserStopped as error:
