@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import mechdsl.diagnostics
+from mechdsl.base import limits
 from mechdsl.diagnostics.core import CODES, Diagnostic, has_errors
 from mechdsl.diagnostics.render import render_full
 
@@ -74,11 +75,12 @@ def _diagnose(page: Page, text: str, folder: Path) -> tuple[str, list[Diagnostic
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
     from mechdsl.syntax.parse import read_source
-    from mechdsl.validate.check_file import check_source
+    from mechdsl.validate.check_file import Settings, check_source
 
     source, found = read_source(path)
     if source is not None:
-        found = check_source(source).diagnostics
+        how = Settings(prompts_enough=limits.CHECKED_PROMPTS)  # as `mechdsl validate`
+        found = check_source(source, how).diagnostics
         if page.code in WHILE_RUNNING and not found:
             from mechdsl.pipeline import run_source
 

@@ -15,15 +15,15 @@ class Limit:
 
     of: str
     most: int
-    code: str
-    """Of the error beyond it."""
+    codes: tuple[str, ...]
+    """What is said beyond it."""
 
 
 LIMITS: list[Limit] = []
 
 
-def _limit(most: int, of: str, code: str) -> int:
-    LIMITS.append(Limit(of, most, code))
+def _limit(most: int, of: str, *codes: str) -> int:
+    LIMITS.append(Limit(of, most, codes))
     return most
 
 
@@ -32,20 +32,20 @@ def _limit(most: int, of: str, code: str) -> int:
 CHARACTERS = _limit(1_000_000, "characters of a file", "E0109")
 LINES = _limit(20_000, "lines of a file", "E0109")
 WORDS = _limit(10_000, "words and signs of a file, without comments and texts", "E0109")
-PLACEHOLDERS = _limit(2_000, "placeholders in the texts of a file", "E0109")
+PLACEHOLDERS = _limit(500, "placeholders in the texts of a file", "E0109")
 NAME = _limit(200, "characters of a name", "E0109")
 BRACKETS = _limit(100, "brackets within one another", "E0109")
 DEPTH = _limit(200, "operators, calls or positions within one another", "E0109")
 FILES = _limit(100, "files that a file imports, and those that they import", "E0204")
-SHOWN = _limit(1_000, "errors and warnings that are shown", "E0109")
+SHOWN = _limit(1_000, "errors and warnings that are printed")
 
 # --- what a file defines --------------------------------------------------------------------------
 
-CHAIN = _limit(50, "definitions that hang on one another", "E0506, E0207")
+CHAIN = _limit(50, "definitions that hang on one another", "E0506", "E0207")
 PARTS = _limit(10_000, "parts of a measure, with its metrics written out", "E0207")
 DOMAIN = _limit(10**12, "values of a domain", "E0506")
 ROWS = _limit(200_000, "rows of a table", "E0506")
-CHECKED_ROWS = _limit(5_000, "rows of a table that `validate` looks at", "W0790")
+CHECKED_PROMPTS = _limit(10_000, "prompts of a table that `validate` looks at", "W0790")
 TRIED = _limit(500_000, "combinations that are looked at to find rows", "E0506")
 ITEMS = _limit(10_000, "items of a list", "E0506")
 TEXT = _limit(100_000, "characters of one text of a row", "E0506")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from mechdsl.base import limits
 from mechdsl.cli.mech_files import checked_file, mech_files
 from mechdsl.cli.options import files_argument, set_option, settings
 from mechdsl.cli.output import print_diagnostics
@@ -25,7 +27,7 @@ from mechdsl.diagnostics.core import has_errors
 )
 def validate(files: tuple[Path, ...], parameters: tuple[str, ...], form: str) -> int:
     """Check files without weights, as in CI. Exit status 2 where one has an error."""
-    how = settings(parameters, python="look")
+    how = replace(settings(parameters, python="look"), prompts_enough=limits.CHECKED_PROMPTS)
     paths, problems = mech_files(files)
     unchecked: list[str] = []
     unrun: list[str] = []

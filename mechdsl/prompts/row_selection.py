@@ -45,16 +45,21 @@ class Collection:
     """Left out because the corruption left the prompt as it was."""
     complete: bool = False
     """Every combination was looked at."""
+    cut: bool = False
+    """There are more rows than were asked for."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
 
-def collect(rows: BlockRows, *, limit: int | None, part: str | None = None) -> Collection:
+def collect(
+    rows: BlockRows, *, limit: int | None, part: str | None = None, most: int | None = None
+) -> Collection:
     """The first `limit` rows of the block, or of its part `train` or `test`.
 
     A split deals the rows of the whole block out in turn, so that the parts never share a row and
-    a smaller limit gives a part of a larger one. Codes: E0506, E0509, E0510 and those of rows.
+    a smaller limit gives a part of a larger one. `most` rows are enough to look at.
+    Codes: E0506, E0509, E0510 and those of rows.
     """
-    found = _Collector(rows, limit, part)
+    found = _Collector(rows, limit, part, most)
     refused = found.too_many()
     if refused is not None:
         found.result.diagnostics.append(refused)
@@ -72,8 +77,11 @@ def collect_rows(rows: BlockRows, ids: Iterable[int]) -> Collection:
 
 
 class _Collector:
-    def __init__(self, rows: BlockRows, limit: int | None, part: str | None) -> None:
+    def __init__(
+        self, rows: BlockRows, limit: int | None, part: str | None, most: int | None = None
+    ) -> None:
         self.rows = rows
+        self.most = most
         self.block = block = rows.block
         self.limit = limit
         self.part = part
@@ -122,6 +130,9 @@ class _Collector:
                 if self.failing == _MAX_FAILING:
                     break
             if len(result.rows) == (limits.ROWS + 1 if self.limit is None else self.limit):
+                break
+            if len(result.rows) == self.most and result.tried < self.block.combinations:
+                result.cut = True
                 break
             barren = 0 if new else barren + 1
             if barren > _MAX_BARREN and result.tried >= self.block.combinations:

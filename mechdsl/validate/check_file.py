@@ -104,6 +104,8 @@ class Settings:
     """Run this experiment alone, with those whose results it uses."""
     python: Mode = "refuse"
     """What becomes of functions of Python files."""
+    prompts_enough: int | None = None
+    """How many prompts of each table are looked at, for a check without a run."""
 
 
 def check_source(
@@ -145,6 +147,7 @@ def _check_source(
         models,
         settings.limit,
         python=settings.python == "run",
+        prompts_enough=settings.prompts_enough,
     )
     for prompts in program.prompts.values():
         for corruption in prompts.corruptions:

@@ -32,15 +32,18 @@ class Contexts:
         limit: int | None,
         *,
         python: bool = False,
+        prompts_enough: int | None = None,
     ) -> None:
         """given: models that are handed over, by name. limit: rows per table at most. python:
-        whether functions of Python files are run. What is found goes to `diagnostics`.
+        whether functions of Python files are run. prompts_enough: how many of each table are
+        looked at. What is found goes to `diagnostics`.
         """
         self.program = program
         self.diagnostics = diagnostics
         self.given = given
         self.limit = limit
         self.python = python
+        self.prompts_enough = prompts_enough
         self._models: dict[str, ModelContext | None] = {}
         self._rows: dict[str, BlockRows] = {}
         self._tables: dict[tuple[object, ...], PromptTable | None] = {}
@@ -126,6 +129,7 @@ class Contexts:
             compiled=self._rows,
             ids=ids,
             python=self.python,
+            prompts_enough=self.prompts_enough,
         )
 
     def needs_python(self, name: str) -> bool:
