@@ -37,6 +37,7 @@ NAME = _limit(200, "characters of a name", "E0109")
 BRACKETS = _limit(100, "brackets within one another", "E0109")
 DEPTH = _limit(200, "operators, calls or positions within one another", "E0109")
 FILES = _limit(100, "files that a file imports, and those that they import", "E0204")
+SYNTAX_ERRORS = _limit(500, "errors of syntax that are looked for", "E0109")
 SHOWN = _limit(1_000, "errors and warnings that are printed")
 
 # --- what a file defines --------------------------------------------------------------------------
@@ -62,4 +63,4 @@ DRAWS = _limit(10_000, "random draws of `against`", "E0630")
 LAYERS = _limit(1_000, "layers of a model", "E0430")
 HEADS = _limit(10_000, "heads of a layer", "E0430")
 EXPERTS = _limit(10_000, "experts of a layer", "E0430")
-SIZE = _limit(100_000_000, "any other number of a `config.json`", "E0430")
+SIZE = _limit(1_000_000, "any other size of a model, such as its width", "E0430")

@@ -143,8 +143,8 @@ class ModelTooLarge(Diagnostic):
     """A number of `config.json` that no model has."""
 
     code = "E0430"
-    title = "the `config.json` of `{model}` says {number:,} for `{key}`, more than {most:,}"
-    label = "more than any model has"
+    title = "the `config.json` of `{model}` says {number:,} for `{key}`, beyond {most:,}"
+    label = "no model is as large"
     help = "correct the number; the limits are listed in docs/language.md"
 
     model: str

@@ -56,8 +56,13 @@ _MIXERS = (
 
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
+_OTHER = (
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "input_embedding_size",
+    "output_embedding_size",
+)  # fmt: skip
 _MOST: Mapping[str, int] = {
-    **dict.fromkeys((*_MODEL, *_HEAD_WIDTH, *_MLP, *_TIMES, *_VOCAB, *_NARROW), limits.SIZE),
+    **dict.fromkeys((*_MODEL, *_HEAD_WIDTH, *_MLP, *_VOCAB, *_NARROW, *_OTHER), limits.SIZE),
+    **dict.fromkeys(_TIMES, limits.LAYERS),
     **dict.fromkeys((*_HEADS, *_KV_HEADS), limits.HEADS),
     **dict.fromkeys(_EXPERTS, limits.EXPERTS),
     **dict.fromkeys(_LAYERS, limits.LAYERS),
@@ -287,7 +292,7 @@ def _too_large(config: Mapping[str, Any], model: str, span: Span | None) -> Diag
     """E0430 for a number that no model has; what is made of it would fill the memory."""
     for key, value in {**_part(config, "ffn_config"), **config}.items():
         most = _MOST.get(key)
-        if most is not None and isinstance(value, int) and value > most:
+        if most is not None and isinstance(value, int) and abs(value) > most:
             return ModelTooLarge(span=span, model=model, key=key, number=value, most=most)
     return None
 
@@ -295,7 +300,7 @@ def _too_large(config: Mapping[str, Any], model: str, span: Span | None) -> Diag
 def _written(config: Mapping[str, Any], found: Iterable[Diagnostic]) -> bool:
     """Whether a number that could not be read stands in the config all the same."""
     keys = {key for problem in found if isinstance(problem, ShapeUnknown) for key in problem.named}
-    return any(config.get(key) is not None for key in keys)
+    return any(key in config for key in keys)
 
 
 def _narrow(config: Mapping[str, Any], d_model: int) -> int:

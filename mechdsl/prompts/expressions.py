@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from math import inf, isfinite
+from math import inf
 from typing import Any, cast
 
 from mechdsl.base import limits
@@ -13,7 +13,7 @@ from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e05_data import BadValue, UnknownFunction
 from mechdsl.prompts import functions
 from mechdsl.prompts.row_scope import Key, Refusal, Scope
-from mechdsl.prompts.values import Items, Value, plain
+from mechdsl.prompts.values import Items, Value, is_whole, plain
 from mechdsl.syntax import ast
 
 _LARGEST = 10**limits.DIGITS
@@ -91,7 +91,7 @@ def number_of(node: ast.Expr, scope: Scope, key: Key) -> int | float:
 def whole_number(node: ast.Expr, scope: Scope, key: Key) -> int:
     """The value of an expression that has to be a whole number."""
     value = number_of(node, scope, key)
-    if not isfinite(value) or value != int(value):
+    if not is_whole(value):
         raise bad(node.span, f"{value} is not a whole number", "counts are whole numbers")
     return int(value)
 

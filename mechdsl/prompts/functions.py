@@ -11,7 +11,16 @@ from mechdsl.base.registry import Registry
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e05_data import BadCall, BadValue, NothingToDraw, TooMany
 from mechdsl.prompts.row_scope import Key, Refusal, Scope
-from mechdsl.prompts.values import Item, Items, TokenId, Value, frozen, plain, render
+from mechdsl.prompts.values import (
+    Item,
+    Items,
+    TokenId,
+    Value,
+    frozen,
+    is_whole,
+    plain,
+    render,
+)
 from mechdsl.syntax import ast
 
 _TRIES = 64
@@ -250,8 +259,7 @@ def _list(call: CallSite) -> Value:
 
 def _count(call: CallSite, node: ast.Expr) -> int:
     value = call.value(node)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not float(value).is_integer():
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_whole(value):
         raise call.bad(f"{plain(value)!r} is no count", "give a whole number", node.span)
     if value < 0:
         hint = "leave these rows out with `where`, or begin the values higher"

@@ -41,15 +41,15 @@ def _reported(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     # A name that is refused where it is given is no news where it is used.
     refused = {d.name: d for d in reversed(found) if isinstance(d, ReservedName)}
     found = [d for d in found if not isinstance(d, ReservedName) or refused[d.name] is d]
-    if len(found) <= limits.SHOWN:
+    if len(found) <= limits.SYNTAX_ERRORS:
         return found
     more = TooLarge(
-        what=f"more than {limits.SHOWN} errors of syntax",
+        what=f"more than {limits.SYNTAX_ERRORS} errors of syntax",
         place="more from here on",
         hint="is this a `.mech` file?",
-        span=found[limits.SHOWN].span,
+        span=found[limits.SYNTAX_ERRORS].span,
     )
-    return [*found[: limits.SHOWN], more]
+    return [*found[: limits.SYNTAX_ERRORS], more]
 
 
 def parse_setting(text: str) -> ast.Expr | None:

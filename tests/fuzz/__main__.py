@@ -47,7 +47,8 @@ def main() -> int:
                         counts["refused" if said.refused else "right"] += 1
                         if said.seconds > slowest:
                             slowest, number_of_slowest = said.seconds, number
-                        if said.refused:
+                        # The others look at every row, which long tables have many of.
+                        if said.refused or said.seconds > SECONDS / 2:
                             break
         wrong += counts["broke"] + (slowest > SECONDS)
         print(

@@ -116,7 +116,7 @@ class _Recovery:
         found: list[Any] = []
         inside = self._between(begin, end)
         heads = [inside[i].start for i in starts(self.text, inside, kind, depth)]
-        while begin < end and len(self.diagnostics) <= limits.SHOWN:
+        while begin < end and len(self.diagnostics) <= limits.SYNTAX_ERRORS:
             try:
                 return found + self._read(kind, begin, end)
             except ParserStopped as error:
