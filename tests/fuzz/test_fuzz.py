@@ -30,7 +30,7 @@ def hold(kind: str, number: int, commands: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(
-    max_examples=6,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     database=None,
