@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import mechdsl.diagnostics
+from mechdsl.base import limits
 from mechdsl.diagnostics.core import CODES, Diagnostic, has_errors
 from mechdsl.diagnostics.render import render_full
 
@@ -82,8 +83,9 @@ def _diagnose(page: Page, text: str, folder: Path) -> tuple[str, list[Diagnostic
 
     source, found = read_source(path)
     if source is not None:
-        needed = Settings(require_models=page.code == "E0401")  # W0710 of one that is only checked
-        found = check_source(source, needed).diagnostics
+        # As `mechdsl validate`; W0710 is of a model that is only checked.
+        how = Settings(require_models=page.code == "E0401", prompts_enough=limits.CHECKED_PROMPTS)
+        found = check_source(source, how).diagnostics
         if page.code in WHILE_RUNNING and not found:
             from mechdsl.pipeline import run_source
 

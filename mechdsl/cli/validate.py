@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from mechdsl.base import limits
 from mechdsl.cli.mech_files import checked_file, mech_files
 from mechdsl.cli.options import (
     allow_outside_option,
@@ -48,6 +50,7 @@ def validate(
         allow_outside=allow_outside,
         untrusted=untrusted,
     )
+    how = replace(how, prompts_enough=limits.CHECKED_PROMPTS)
     paths, problems = mech_files(files)
     unchecked: list[str] = []
     unrun: list[str] = []

@@ -108,10 +108,10 @@ class TooManyCells(Diagnostic):
 
     code = "E0323"
     hangs_on = frozenset({"shape", "tokens", "rows"})
-    title = "experiment `{experiment}` has {cells:,} cells, more than {most:,}"
+    title = "{of} has {cells:,} cells, more than {most:,}"
     label = "its axes multiply: {axes}"
     help = "sweep over fewer values, or join an axis: `heads *` instead of `head *`"
-    experiment: str
+    of: str
     cells: int
     most: int
     axes: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
 
@@ -131,6 +133,26 @@ class ShapeUnknown(Diagnostic):
     model: str
     what: str
     keys: str
+
+    @property
+    def named(self) -> list[str]:
+        """The keys by themselves."""
+        return re.findall(r"\w+", self.keys)
+
+
+@keyword_record
+class ModelTooLarge(Diagnostic):
+    """A number of `config.json` that no model has."""
+
+    code = "E0430"
+    title = "the `config.json` of `{model}` says {number:,} for `{key}`, beyond {most:,}"
+    label = "no model is as large"
+    help = "correct the number; the limits are listed in docs/language.md"
+
+    model: str
+    key: str
+    number: int
+    most: int
 
 
 @keyword_record

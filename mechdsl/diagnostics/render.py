@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
 
+from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.base.visible import json_text, visible
 from mechdsl.diagnostics.core import Diagnostic
@@ -41,6 +42,10 @@ def summary(diagnostics: Iterable[Diagnostic]) -> str:
     return ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
 
 
+def _is_warning(diagnostic: Diagnostic) -> bool:
+    return diagnostic.severity == "warning"
+
+
 def needs_ascii(stream: TextIO) -> bool:
     """Whether the stream can't print the frame and the carets' surroundings as they are."""
     try:
@@ -60,7 +65,7 @@ def render_full(
     width: int = 100,
     ascii: bool = False,
 ) -> str:
-    """Each diagnostic with its line of the file, and how many there are.
+    """Each diagnostic with its line of the file (`limits.SHOWN` at most), and how many there are.
 
     width: columns of the terminal; longer lines of a file are cut around the place.
     ascii: no frame characters, anything else outside ASCII escaped (see `needs_ascii`).
@@ -69,7 +74,11 @@ def render_full(
     if not ordered:
         return ""
     painter = _Painter(color, max(width, MIN_WIDTH), _ASCII if ascii else _BOX)
-    text = "\n\n".join([*(painter.one(d) for d in ordered), summary(ordered)]) + "\n"
+    last = summary(ordered)
+    if len(ordered) > limits.SHOWN:
+        last += f"; {limits.SHOWN:,} of them are shown, errors first"
+        ordered = in_order(sorted(ordered, key=_is_warning)[: limits.SHOWN])
+    text = "\n\n".join([*(painter.one(d) for d in ordered), last]) + "\n"
     return text.encode("ascii", "backslashreplace").decode("ascii") if ascii else text
 
 

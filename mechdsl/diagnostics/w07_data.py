@@ -41,3 +41,15 @@ class AnswerChangesPrompt(Diagnostic):
     text: str
     rows: int
     total: int
+
+
+@keyword_record
+class NotAllRows(Diagnostic):
+    """A table so long that `validate` looks at its first rows only."""
+
+    code = "W0790"
+    title = "only the first {rows:,} rows of prompts `{prompts}` were checked"
+    label = "has more rows than `validate` looks at"
+    help = "a run checks every row before it starts; `limit {rows}` takes as many as were checked"
+    prompts: str
+    rows: int

@@ -59,7 +59,7 @@ def _local(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     folder, problems = path_to_read(LOCAL, model.path, model.span, base=base)
     if folder is None:
         return None, problems
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which, unlike `Path.is_dir`, takes any name
         return None, [
             ModelNotHere(
                 span=model.span,
@@ -76,10 +76,10 @@ def _hub(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     folder, problems = path_to_read(HF, model.path, model.span, base=base)
     if folder is None:
         return None, problems
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):
         return _named(folder, model)
     snapshot = cached(model.path, model.revision)
-    if snapshot is not None and (snapshot / "config.json").is_file():
+    if snapshot is not None and os.path.isfile(snapshot / "config.json"):
         return _checked(snapshot, model)
     return None, [
         ModelNotHere(
@@ -124,7 +124,7 @@ def _named(folder: Path, model: Model) -> tuple[Path | None, list[Diagnostic]]:
 
 
 def _checked(folder: Path, model: Model) -> tuple[Path | None, list[Diagnostic]]:
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         reason = f"no such file in `{model.path}`"
         return None, [NoConfig(span=model.span, model=model.name, reason=reason)]
     pickled = sorted(
@@ -152,16 +152,16 @@ def cached(name: str, revision: str | None) -> Path | None:
     no snapshot, or where several commits start with `revision`.
     """
     root = hub_cache() / f"models--{name.replace('/', '--')}"
-    if not (root / "snapshots").is_dir():
+    if not os.path.isdir(root / "snapshots"):
         return None
     wanted = revision or "main"
     if PurePath(wanted).is_absolute() or ".." in PurePath(wanted).parts:
         return None  # a path out of the cache is no revision
     reference = root / "refs" / wanted
-    if reference.is_file():
-        wanted = reference.read_text(encoding="utf-8").strip()
+    if os.path.isfile(reference):
+        wanted = reference.read_text(encoding="utf-8", errors="replace").strip()
     exact = root / "snapshots" / wanted
-    if exact.is_dir():
+    if os.path.isdir(exact):
         return exact
     starting = [p for p in (root / "snapshots").iterdir() if p.name.startswith(wanted)]
     return starting[0] if len(starting) == 1 else None

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from mechdsl.base import limits
+from mechdsl.base.json_text import load_json
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import (
     BadSize,
+    ModelTooLarge,
     NoConfig,
     NoResidMid,
     NotATextModel,
@@ -57,6 +60,19 @@ _COUNTED = (_LAYERS, _HEADS, _KV_HEADS, _MODEL, _MLP, _VOCAB)
 """Sizes that can't be 0; of the others, 0 says that there is none of its own."""
 
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+_OTHER = (
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "input_embedding_size",
+    "output_embedding_size",
+)  # fmt: skip
+_MOST: Mapping[str, int] = {
+    **dict.fromkeys((*_MODEL, *_HEAD_WIDTH, *_MLP, *_VOCAB, *_NARROW, *_OTHER), limits.SIZE),
+    **dict.fromkeys(_TIMES, limits.LAYERS),
+    **dict.fromkeys((*_HEADS, *_KV_HEADS), limits.HEADS),
+    **dict.fromkeys(_EXPERTS, limits.EXPERTS),
+    **dict.fromkeys(_LAYERS, limits.LAYERS),
+}
+"""The largest number that each key may have."""
 
 ModelInput = Literal["text", "image", "audio", "two texts", "image and text"]
 """What a model is called with; `two texts` is an encoder's and a decoder's."""
@@ -235,6 +251,8 @@ def _shape(
     ]
     if missing:
         return None, missing
+    if (too_large := _too_large(text, model, span)) is not None:
+        return None, [too_large]
     numbers = {what: value or 0 for what, (value, _) in found.items()}
     n_heads, d_model = numbers["number of heads"], numbers["model width"]
     entry = family_of(model_type)
@@ -299,6 +317,21 @@ def _impossible(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
             break  # the others aren't read
 
 
+def _too_large(config: Mapping[str, Any], model: str, span: Span | None) -> Diagnostic | None:
+    """E0430 for a number that no model has; what is made of it would fill the memory."""
+    for key, value in {**_part(config, "ffn_config"), **config}.items():
+        most = _MOST.get(key)
+        if most is not None and isinstance(value, int) and abs(value) > most:
+            return ModelTooLarge(span=span, model=model, key=key, number=value, most=most)
+    return None
+
+
+def _written(config: Mapping[str, Any], found: Iterable[Diagnostic]) -> bool:
+    """Whether a number that could not be read stands in the config all the same."""
+    keys = {key for problem in found if isinstance(problem, ShapeUnknown) for key in problem.named}
+    return any(key in config for key in keys)
+
+
 def _narrow(config: Mapping[str, Any], d_model: int) -> int:
     """Width of what the unembedding reads, 0 for the model's."""
     width = _first(config, ("output_embedding_size", *_NARROW)) or 0
@@ -341,12 +374,13 @@ def read_config(
 ) -> tuple[dict[str, Any] | None, list[Diagnostic]]:
     """The `config.json` of a folder; E0404 where it can't be read."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = load_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text file"
         return None, [NoConfig(span=span, model=model, reason=str(reason).lower())]
-    except json.JSONDecodeError as error:
-        return None, [NoConfig(span=span, model=model, reason=f"not JSON: {error.msg}")]
+    except ValueError as error:
+        reason = getattr(error, "msg", str(error))
+        return None, [NoConfig(span=span, model=model, reason=f"not JSON: {reason}")]
     if not isinstance(config, dict):
         return None, [NoConfig(span=span, model=model, reason="it is not a JSON object")]
     return cast(dict[str, Any], config), []
@@ -357,9 +391,17 @@ def shape_of(
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
     """The shape that a folder's config describes; what it leaves out is asked of the model library,
     which takes time, only where a number is missing (E0408)."""
-    shape, found = shape_from_config(config, model=model, span=span)
+    try:
+        shape, found = shape_from_config(config, model=model, span=span)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # Anything may stand behind a key, and each family reads its own.
+        reason = f"one of its entries is not what it should be ({error})"
+        return None, [NoConfig(span=span, model=model, reason=reason)]
     if shape is not None or any(isinstance(each, BadSize) for each in found):
         return shape, found
+    text = _part(config, "text_config", "decoder")
+    if any(isinstance(d, ModelTooLarge) for d in found) or _written(text, found):
+        return None, found
     try:
         library = import_module("transformers")
         whole = library.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()

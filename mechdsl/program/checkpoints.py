@@ -92,7 +92,7 @@ def matching(folder: Path, start: str, after: str) -> list[str]:
         for name in names
         if name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end)
         if start or not name.startswith(".")
-        if (folder / name / rest if slash else folder / name).is_dir()
+        if os.path.isdir(folder / name / rest if slash else folder / name)
     ]
     return sorted(found, key=_natural)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
+from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_controls import BadControl
@@ -14,7 +15,6 @@ from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 
 CONTROLS = ("random",)
-MOST_DRAWS = 10_000
 
 
 def lower_control(work: Statements) -> spec.Control | None:
@@ -45,8 +45,8 @@ def lower_control(work: Statements) -> spec.Control | None:
     draws = constant(values[0], work.parts.parameters)
     if isinstance(values[0], ast.Name):
         work.scope.has("param", values[0].id)
-    if not isinstance(draws, int) or isinstance(draws, bool) or not 0 < draws <= MOST_DRAWS:
-        reason = f"how many must be a whole number from 1 to {MOST_DRAWS:,}"
+    if not isinstance(draws, int) or isinstance(draws, bool) or not 0 < draws <= limits.DRAWS:
+        reason = f"how many must be a whole number from 1 to {limits.DRAWS:,}"
         hint = "write `random(20)`"
         if values[0].span.written in get_args(spec.Drawn):
             hint = f"the number stands first: `random(20, {values[0].span.written})`"

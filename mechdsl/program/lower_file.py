@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from mechdsl.base import limits
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported, NotText, Unreadable
@@ -34,6 +36,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse, parse_setting, read_source
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+_MANY = f"more than {limits.FILES} files are imported"
 MODEL_KINDS = ("zoo", "hf", "local")
 
 
@@ -123,6 +126,17 @@ def _with_imports(
             return
         if real in done:
             return
+        if len(done) == limits.FILES:
+            if not any(isinstance(d, ImportFailed) and d.reason == _MANY for d in diagnostics):
+                diagnostics.append(
+                    ImportFailed(
+                        span=use.path.span,
+                        path=use.path.value,
+                        reason=_MANY,
+                        hint="put what several files define into one",
+                    )
+                )
+            return
         done.add(real)
         imported, problems = read_source(path)
         if imported is None:
@@ -140,7 +154,7 @@ def _with_imports(
         diagnostics.extend(problems)
         visit(file, imported, (*chain, real))
 
-    start = (source.path.resolve(),) if source.path is not None else ()
+    start = (Path(os.path.realpath(source.path)),) if source.path is not None else ()
     visit(tree, source, start)
     return found
 

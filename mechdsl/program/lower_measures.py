@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e02_names import BadArgument, RepeatedStatement
 from mechdsl.program import spec
@@ -12,21 +13,19 @@ from mechdsl.program.namespace import Namespace
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 from mechdsl.syntax.template import parse_template
-from mechdsl.syntax.walk import rewrite, walk
+from mechdsl.syntax.walk import depth, rewrite, walk
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
 
 CORRECTIONS = ("holm", "bh", "none")
-LARGEST = 10_000
-"""Definitions of one measure."""
 
 
 def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Namespace) -> ast.Expr:
     """The expression with the names of metrics replaced by what they stand for."""
     written = expression
     reason = "is defined by itself"
-    for _ in range(len(parts.metrics) + 1):
+    for step in range(len(parts.metrics) + 1):
         found = False
         # What a metric is called with is a text, a run or a site, whatever its name.
         arguments = {
@@ -50,8 +49,14 @@ def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Namespace) -
         expression = rewrite(expression, change)
         if not found:
             return expression
-        if sum(1 for _ in walk(expression)) > LARGEST:
-            reason = f"has more than {LARGEST:,} parts when its metrics are written out"
+        if sum(1 for _ in walk(expression)) > limits.PARTS:
+            reason = f"has more than {limits.PARTS:,} parts when its metrics are written out"
+            break
+        if depth(expression) > limits.DEPTH + 1:
+            reason = f"is nested more than {limits.DEPTH} deep when its metrics are written out"
+            break
+        if step >= limits.CHAIN:
+            reason = f"hangs on more than {limits.CHAIN} metrics, one behind the other"
             break
     for name in parts.metrics:
         scope.has("metric", name)

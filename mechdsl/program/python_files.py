@@ -7,6 +7,7 @@ then, so that the SHA-256 kept with the results is that of the code that made th
 from __future__ import annotations
 
 import ast as python
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -217,7 +218,8 @@ def _content(path: Path, file: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        names = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        there = os.path.isdir(path.parent)
+        names = sorted(p.name for p in path.parent.glob("*.py")) if there else []
         hint = "the path is relative to the folder of the `.mech` file"
         raise _Missing(f"there is no file `{file}`", did_you_mean(path.name, names, hint)) from None
     except (OSError, ValueError) as error:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
-from mechdsl.diagnostics.w07_data import UnknownWords
+from mechdsl.diagnostics.w07_data import NotAllRows, UnknownWords
 from mechdsl.program import spec
 from mechdsl.prompts.answers import move, numerals, quoted, shared_beginning, text_tokens, tokenise
 from mechdsl.prompts.domains import Constants, Words
@@ -24,7 +24,6 @@ from mechdsl.prompts.prompts_block import Blocks, PromptsBlock
 from mechdsl.prompts.replaced_text import extended, replace_in_rows
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.row_selection import (
-    MAX_ROWS,
     Collection,
     Made,
     collect,
@@ -59,6 +58,7 @@ def build_table(
     compiled: dict[str, BlockRows] | None = None,
     ids: Sequence[int] | None = None,
     python: bool = False,
+    prompts_enough: int | None = None,
 ) -> tuple[PromptTable | None, list[Diagnostic]]:
     """The rows of a block with all its runs, tokenised.
 
@@ -67,9 +67,10 @@ def build_table(
     blocks: all prompts of the file, for `from: pairs`.
     ids: numbers of the only rows that are wanted; those that are left out are missing.
     python: whether functions of Python files may be run.
+    prompts_enough: how many prompts, of all runs, are enough to look at (W0790).
     compiled: blocks by name that were compiled before, with the rows they have worked out; a new
         one is added. All that the rows hang on (seed, words, parameters, blocks) must be the same.
-    Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703.
+    Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703, W0790.
     """
     rows = (compiled or {}).get(prompts.name) or BlockRows(
         PromptsBlock(
@@ -87,7 +88,17 @@ def build_table(
     diagnostics = list(block.diagnostics)
     if has_errors(diagnostics):
         return None, diagnostics
-    found = collect(rows, limit=limit, part=part) if ids is None else collect_rows(rows, ids)
+    most = None
+    if prompts_enough is not None:
+        most = max(1, prompts_enough // (1 + len(block.spec.corruptions)))
+    if ids is None:
+        found = collect(rows, limit=limit, part=part, most=most)
+    else:
+        found = collect_rows(rows, ids)
+    if found.cut:
+        found.diagnostics.append(
+            NotAllRows(span=block.spec.span, prompts=block.name, rows=len(found.rows))
+        )
     diagnostics = list(dict.fromkeys([*block.diagnostics, *found.diagnostics]))
     if has_errors(diagnostics) or (ids is not None and not found.rows):
         return None, diagnostics
@@ -376,4 +387,4 @@ def _only(entries: Sequence[T], keep: Sequence[bool]) -> tuple[T, ...]:
     return tuple(e for e, k in zip(entries, keep, strict=True) if k)
 
 
-__all__ = ["MAX_ROWS", "Split", "build_table", "numerals", "text_tokens"]
+__all__ = ["Split", "build_table", "numerals", "text_tokens"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
+from mechdsl.base.json_text import load_json
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
@@ -78,7 +78,10 @@ def read_data(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]
 
 def _hint(file: Path) -> str:
     folder = file.parent
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    try:
+        names = sorted(p.name for p in folder.iterdir())
+    except OSError:
+        names = []
     otherwise = "the path is relative to the folder of the `.mech` file"
     return did_you_mean(file.name, names, otherwise)
 
@@ -104,7 +107,7 @@ def _parsed(text: str, where: str) -> Any:
         _refuse_repeated([key for key, _ in pairs], f"{where} has two keys")
         return dict(pairs)
 
-    return json.loads(text, object_pairs_hook=unique)
+    return load_json(text, unique)
 
 
 def _object(value: Any, where: str) -> Record:

@@ -8,15 +8,16 @@ from decimal import Decimal
 from itertools import accumulate
 from typing import cast, overload
 
+from mechdsl.base import limits
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e02_names import did_you_mean
-from mechdsl.diagnostics.e05_data import BadCall, BadValue, NoRows, UnknownValue
+from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
+from mechdsl.diagnostics.e05_data import BadCall, BadValue, NoRows, TooMany, UnknownValue
 from mechdsl.prompts.values import Value
 from mechdsl.syntax import ast
 
 Constants = Mapping[str, int | float | str | bool]
-Words = Callable[[str], Sequence[str]]
-"""The plain words of a model's tokenizer, by the model's name."""
+Words = Callable[[str], Sequence[str] | None]
+"""The plain words of a model's tokenizer, by the model's name; None for an unknown name."""
 
 
 class Steps(Sequence[Value]):
@@ -80,7 +81,7 @@ class _RefusedDomain(Exception):
 def make_domain(
     domain: ast.Domain, *, prompts: str, constants: Constants, words: Words | None
 ) -> tuple[Sequence[Value], list[Diagnostic]]:
-    """The values of a domain. Codes: E0501, E0503, E0509, E0515."""
+    """The values of a domain. Codes: E0201, E0501, E0503, E0506, E0509, E0515."""
     try:
         values = _Maker(prompts, constants, words).values(domain)
     except _RefusedDomain as refused:
@@ -122,6 +123,17 @@ class _Maker:
         if by <= 0:
             assert step is not None
             raise self.bad(step, "steps go upwards", "write a step above 0")
+        count = (high - low) / by + 1
+        if count > limits.DOMAIN:
+            raise _RefusedDomain(
+                TooMany(
+                    span=node.span,
+                    what=f"`{node.span.written}`",
+                    amount=f"{count:,.0f} values" if count < 1e30 else f"{count:.0e} values",
+                    most=limits.DOMAIN,
+                    hint="write a smaller range, or a larger `step`",
+                )
+            )
         if all(isinstance(n, int) for n in (low, high, by)):
             return range(cast("int", low), cast("int", high) + 1, cast("int", by))
         return Steps(low, high, by)
@@ -169,7 +181,13 @@ class _Maker:
         if self.words is None:
             reason = "the model's tokenizer isn't at hand"
             raise self.bad(node, reason, "write the words in a list")
-        return tuple(self.words(model.id))
+        found = self.words(model.id)
+        if found is None:
+            # As it is said where the file's names are bound, so that it is said once.
+            raise _RefusedDomain(
+                UnknownName(span=model.span, kind="model", name=model.id, hint="define it first")
+            )
+        return tuple(found)
 
     def bad(self, node: ast.Node, reason: str, hint: str) -> _RefusedDomain:
         text = node.span.text

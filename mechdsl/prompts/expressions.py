@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from math import inf
 from typing import Any, cast
 
+from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e05_data import BadValue, UnknownFunction
 from mechdsl.prompts import functions
 from mechdsl.prompts.row_scope import Key, Refusal, Scope
-from mechdsl.prompts.values import Items, Value, plain
+from mechdsl.prompts.values import Items, Value, is_whole, plain
 from mechdsl.syntax import ast
+
+_LARGEST = 10**limits.DIGITS
 
 _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
@@ -87,12 +91,23 @@ def number_of(node: ast.Expr, scope: Scope, key: Key) -> int | float:
 def whole_number(node: ast.Expr, scope: Scope, key: Key) -> int:
     """The value of an expression that has to be a whole number."""
     value = number_of(node, scope, key)
-    if value != int(value):
+    if not is_whole(value):
         raise bad(node.span, f"{value} is not a whole number", "counts are whole numbers")
     return int(value)
 
 
 def _binary(node: ast.Binary, scope: Scope, key: Key) -> int | float:
+    try:
+        found = _calculated(node, scope, key)
+    except OverflowError:
+        found = inf
+    if not abs(found) < _LARGEST:  # nor NaN
+        reason = f"it has more than {limits.DIGITS} digits"
+        raise bad(node.span, reason, "calculate with smaller numbers")
+    return found
+
+
+def _calculated(node: ast.Binary, scope: Scope, key: Key) -> int | float:
     left = number_of(node.left, scope, key)
     right = number_of(node.right, scope, key)
     match node.operator:

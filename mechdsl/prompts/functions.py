@@ -6,15 +6,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+from mechdsl.base import limits
 from mechdsl.base.registry import Registry, nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e05_data import BadCall, BadValue, NothingToDraw, TooMany
 from mechdsl.prompts.row_scope import Key, Refusal, Scope
-from mechdsl.prompts.values import Item, Items, TokenId, Value, frozen, plain, render
+from mechdsl.prompts.values import (
+    Item,
+    Items,
+    TokenId,
+    Value,
+    frozen,
+    is_whole,
+    plain,
+    render,
+)
 from mechdsl.syntax import ast
-
-MAX_ITEMS = 10_000
-"""Items of one list."""
 
 _TRIES = 64
 """Draws before the values that are left are counted out."""
@@ -122,7 +129,7 @@ class CallSite:
             value = values[self.scope.draw(key, attempt, len(values))]
             if frozen(plain(value)) not in without:
                 return value
-        if len(values) > MAX_ITEMS:
+        if len(values) > limits.ITEMS:
             raise self.empty(f"{_TRIES} draws gave only excluded values")
         left = [v for v in values if frozen(plain(v)) not in without]
         if not left:
@@ -142,13 +149,13 @@ def _function(
 
 def check_length(length: int, span: Span) -> None:
     """E0506 for a list that is too long, before it is built."""
-    if length > MAX_ITEMS:
+    if length > limits.ITEMS:
         raise Refusal(
             TooMany,
             span,
             what=f"`{span.text}`",
             amount=f"{length:,} items",
-            most=MAX_ITEMS,
+            most=limits.ITEMS,
             hint="draw a shorter list",
         )
 
@@ -252,7 +259,7 @@ def _list(call: CallSite) -> Value:
 
 def _count(call: CallSite, node: ast.Expr) -> int:
     value = call.value(node)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_whole(value):
         raise call.bad(f"{plain(value)!r} is no count", "give a whole number", node.span)
     if value < 0:
         hint = "leave these rows out with `where`, or begin the values higher"

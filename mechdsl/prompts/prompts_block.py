@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import DuplicateName, did_you_mean
@@ -23,18 +24,16 @@ from mechdsl.program import spec
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
 from mechdsl.prompts.names_used import NameUse, draws, uses
-from mechdsl.prompts.python_values import Calls, Names
+from mechdsl.prompts.python_values import Calls, Names, python_calls
 from mechdsl.prompts.row_scope import Refusal
 from mechdsl.prompts.values import Record, Value, frozen, plain
 from mechdsl.syntax import ast
 from mechdsl.syntax.template import Placeholder, parse_template
+from mechdsl.syntax.walk import depth
 from mechdsl.vocab.corruptions import kind_of, problems
 
 TEMPLATE = "template"
 """Name of the value that says which of several templates a row is written with."""
-
-MAX_CHAIN = 50
-"""Definitions that hang on one another."""
 
 Blocks = Mapping[str, spec.Prompts]
 
@@ -303,6 +302,7 @@ class PromptsBlock:
         """What is wrong with the way definitions hang on one another. Rows are worked out by
         recursion, which is why chains are bounded."""
         steps: dict[str, int] = {}
+        within: dict[str, int] = {}
 
         def visit(name: str, path: tuple[str, ...]) -> Diagnostic | None:
             if name in steps or name not in graph:
@@ -312,23 +312,26 @@ class PromptsBlock:
                 around = path[path.index(name) :]
                 shown = " → ".join(f"`{n}`" for n in (*around, name))
                 return CyclicValue(span=span, name=name, path=shown)
-            longest = 0
+            longest = deepest = 0
             for use in uses(graph[name].value, self.placeholders):
-                if use.how in ("value", "pool") and len(path) <= MAX_CHAIN:
+                if use.how in ("value", "pool") and len(path) <= limits.CHAIN:
                     found = visit(use.name, (*path, name))
                     if found is not None:
                         return found
                     longest = max(longest, steps.get(use.name, 0))
+                    deepest = max(deepest, within.get(use.name, 0))
             steps[name] = longest + 1
-            if steps[name] <= MAX_CHAIN:
-                return None
-            return TooMany(
-                span=span,
-                what=f"steps from which `{name}` is derived",
-                amount=f"{MAX_CHAIN + 1} or more",
-                most=MAX_CHAIN,
-                hint="derive it in fewer steps",
+            within[name] = deepest + depth(graph[name].value)
+            bounds = (
+                (steps, limits.CHAIN, f"steps from which `{name}` is derived"),
+                (within, 2 * limits.DEPTH, f"parts of `{name}` within one another"),
             )
+            for found, most, what in bounds:
+                if found[name] > most:
+                    amount = f"{most + 1} or more"
+                    hint = "derive it in fewer steps"
+                    return TooMany(span=span, what=what, amount=amount, most=most, hint=hint)
+            return None
 
         return next((f for f in (visit(name, ()) for name in graph) if f is not None), None)
 
@@ -466,6 +469,8 @@ def _parts(block: PromptsBlock) -> Iterator[tuple[Names | None, Any]]:
         return last[number]
 
     for number, definition in enumerate(definitions):
+        if not python_calls(definition.value):
+            continue
         above = [n for n in range(number) if reach(n) < number]
         yield (*given, *(name for n in above for name in definitions[n].names)), definition.value
     every = (*given, *(name for definition in definitions for name in definition.names))

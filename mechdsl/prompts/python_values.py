@@ -28,7 +28,7 @@ class Calls:
         """parts: what rows are made of, each with the names that a function in it is given."""
         self._found: dict[int, tuple[ast.Call, Names | None]] = {}
         for names, node in parts:
-            for call in _calls(node):
+            for call in python_calls(node):
                 # The tree holds on to the call, so its id stays its own; an equal one elsewhere
                 # may see other names.
                 self._found[id(call)] = call, names
@@ -110,5 +110,5 @@ class Calls:
         return found
 
 
-def _calls(node: Any) -> list[ast.Call]:
+def python_calls(node: Any) -> list[ast.Call]:
     return [part for part in walk(node) if isinstance(part, ast.Call) and part.name == NAME]

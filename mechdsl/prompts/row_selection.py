@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, NoRows, TooMany
@@ -16,10 +17,6 @@ from mechdsl.prompts.seeded_draws import Permutation
 from mechdsl.prompts.values import TokenId, frozen, plain
 from mechdsl.vocab.corruptions import ValueChange, kind_of
 
-MAX_ROWS = 200_000
-"""Rows of a table."""
-MAX_TRIED = 500_000
-"""Combinations that are looked at to find them."""
 _MAX_BARREN = 1_000
 """Rows drawn one after another that were all there already."""
 _MAX_FAILING = 20
@@ -48,16 +45,21 @@ class Collection:
     """Left out because the corruption left the prompt as it was."""
     complete: bool = False
     """Every combination was looked at."""
+    cut: bool = False
+    """There are more rows than were asked for."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
 
-def collect(rows: BlockRows, *, limit: int | None, part: str | None = None) -> Collection:
+def collect(
+    rows: BlockRows, *, limit: int | None, part: str | None = None, most: int | None = None
+) -> Collection:
     """The first `limit` rows of the block, or of its part `train` or `test`.
 
     A split deals the rows of the whole block out in turn, so that the parts never share a row and
-    a smaller limit gives a part of a larger one. Codes: E0506, E0509, E0510 and those of rows.
+    a smaller limit gives a part of a larger one. `most` rows are enough to look at.
+    Codes: E0506, E0509, E0510 and those of rows.
     """
-    found = _Collector(rows, limit, part)
+    found = _Collector(rows, limit, part, most)
     refused = found.too_many()
     if refused is not None:
         found.result.diagnostics.append(refused)
@@ -75,8 +77,11 @@ def collect_rows(rows: BlockRows, ids: Iterable[int]) -> Collection:
 
 
 class _Collector:
-    def __init__(self, rows: BlockRows, limit: int | None, part: str | None) -> None:
+    def __init__(
+        self, rows: BlockRows, limit: int | None, part: str | None, most: int | None = None
+    ) -> None:
         self.rows = rows
+        self.most = most
         self.block = block = rows.block
         self.limit = limit
         self.part = part
@@ -94,8 +99,8 @@ class _Collector:
         """E0506 for what can be told without looking at a row."""
         block = self.block
         if self.limit is not None:
-            return self._rows_error(f"{self.limit:,}") if self.limit > MAX_ROWS else None
-        most = MAX_TRIED if block.spec.where else MAX_ROWS
+            return self._rows_error(f"{self.limit:,}") if self.limit > limits.ROWS else None
+        most = limits.TRIED if block.spec.where else limits.ROWS
         return self._rows_error(f"{block.combinations:,}") if block.combinations > most else None
 
     def _rows_error(self, amount: str) -> TooMany:
@@ -103,7 +108,7 @@ class _Collector:
             span=self.block.spec.span,
             what=f"rows of prompts `{self.block.name}`",
             amount=amount,
-            most=MAX_ROWS,
+            most=limits.ROWS,
             hint=f"write `prompts {self.block.name} limit 1000` in the experiment",
         )
 
@@ -111,7 +116,7 @@ class _Collector:
         result = self.result
         barren = 0
         for row in self._stream():
-            if result.tried == MAX_TRIED:
+            if result.tried == limits.TRIED:
                 result.diagnostics.append(self._gave_up())
                 break
             result.tried += 1
@@ -124,7 +129,10 @@ class _Collector:
                 self.failures.setdefault(key, refusal.diagnostic(row.describe()))
                 if self.failing == _MAX_FAILING:
                     break
-            if len(result.rows) == (MAX_ROWS + 1 if self.limit is None else self.limit):
+            if len(result.rows) == (limits.ROWS + 1 if self.limit is None else self.limit):
+                break
+            if len(result.rows) == self.most and result.tried < self.block.combinations:
+                result.cut = True
                 break
             barren = 0 if new else barren + 1
             if barren > _MAX_BARREN and result.tried >= self.block.combinations:
@@ -212,16 +220,16 @@ class _Collector:
         kept = len(self.result.rows)
         return TooMany(
             span=where[0].span if where else self.block.spec.span,
-            what=f"combinations looked at for {self.limit or MAX_ROWS:,} rows ({kept:,} found)",
+            what=f"combinations looked at for {self.limit or limits.ROWS:,} rows ({kept:,} found)",
             amount=f"{self.block.combinations:,}",
-            most=MAX_TRIED,
+            most=limits.TRIED,
             hint="narrow the values themselves, so that fewer have to be left out",
         )
 
     def _check_result(self) -> None:
         result, block = self.result, self.block
-        if len(result.rows) > MAX_ROWS:
-            result.diagnostics.append(self._rows_error(f"more than {MAX_ROWS:,}"))
+        if len(result.rows) > limits.ROWS:
+            result.diagnostics.append(self._rows_error(f"more than {limits.ROWS:,}"))
         elif not result.rows and result.unchanged:
             for corruption in block.spec.corruptions:
                 if result.unchanged.get(corruption.name):

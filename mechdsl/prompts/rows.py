@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NoReturn, cast
 
+from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
 from mechdsl.program import spec
@@ -39,9 +40,6 @@ CLEAN = "clean"
 
 _JOINERS = "\u200c\u200d"
 _SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
-
-MAX_CHARACTERS = 100_000
-"""Of one text. Texts of texts would grow without end before a tokenizer sees them."""
 
 
 class Row:
@@ -156,13 +154,14 @@ class Row:
             else:
                 parts.append((piece.name or "", self._placed(piece, key)))
         whole = concatenate(parts)
-        if len(whole.text) > MAX_CHARACTERS:
+        # Texts of texts would grow without end before a tokenizer sees them.
+        if len(whole.text) > limits.TEXT:
             raise Refusal(
                 TooMany,
                 node.span,
                 what="this text",
                 amount=f"{len(whole.text):,} characters",
-                most=MAX_CHARACTERS,
+                most=limits.TEXT,
                 hint="no model reads so much; shorten what stands in it",
             )
         return whole

@@ -121,6 +121,11 @@ def concatenate(parts: Iterable[tuple[str, Rich]]) -> Rich:
 _PLAIN = (str, int, float, NoneType)
 
 
+def is_whole(number: int | float) -> bool:
+    """Whether it is a whole number, however large; infinity and NaN are none."""
+    return isinstance(number, int) or number.is_integer()
+
+
 def plain(value: Value) -> object:
     """The value without spans, as tables and comparisons want it."""
     if isinstance(value, _PLAIN):

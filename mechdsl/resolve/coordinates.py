@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
@@ -13,6 +14,7 @@ from mechdsl.diagnostics.e03_coordinates import (
     BadLoopValue,
     EmptyRange,
     LayerOutOfRange,
+    TooManyCells,
     UnitOutOfRange,
 )
 from mechdsl.models.shape import ModelShape, units
@@ -57,11 +59,29 @@ def axis_values(
         return AxisValues()
     size = context.shape.n_layers if axis.word == "layer" else units(context.shape, kinds[0].name)
     swept: list[int] = []
+
+    def named(values: range, of: Span) -> bool:
+        if len(values) <= limits.CELLS:
+            swept.extend(values)
+            return True
+        axes = f"{axis.word} ({len(values):,})"
+        context.diagnostics.append(
+            TooManyCells(
+                span=of,
+                of=f"`{axis.span.written}`",
+                cells=len(values),
+                most=limits.CELLS,
+                axes=axes,
+            )
+        )
+        return False
+
     single = len(axis.values) == 1
     loop: str | None = None
     for value in axis.values:
         if isinstance(value, ast.Star):
-            swept.extend(range(size))
+            if not named(range(size), value.span):
+                return None
             single = False
             continue
         if value.low.name is not None and value.low.name in context.loops:
@@ -94,7 +114,8 @@ def axis_values(
             )
             return None
         single = single and value.high is None
-        swept.extend(range(low, high + 1))
+        if not named(range(low, high + 1), value.span):
+            return None
     if loop is None:
         swept = list(dict.fromkeys(swept))  # `0, 0..2` names layer 0 once
     windows = [_window(value, axis, size, context) for value in swept]

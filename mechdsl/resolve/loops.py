@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mechdsl.base import limits
 from mechdsl.base.percent import Percent
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_coordinates import BadLoopValue, EmptyRange
@@ -12,8 +13,6 @@ from mechdsl.program import spec
 from mechdsl.resolve.resolved import Label
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
-
-MOST_VALUES = 1_000_000
 
 
 def loop_values(
@@ -116,8 +115,8 @@ def _numbers(
         )
         return None
     count = int((high - low) / width + 1e-9) + 1
-    if count > MOST_VALUES:
-        _bad_loop(loop, f"{count:,} values are more than {MOST_VALUES:,}", diagnostics)
+    if count > limits.LOOP:
+        _bad_loop(loop, f"{count:,} values are more than {limits.LOOP:,}", diagnostics)
         return None
     found = (low + i * width for i in range(count))
     return tuple(Percent(value) if all(percent) else value for value in found)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
@@ -23,7 +24,6 @@ from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import METRICS, Form, Takes
 
 LITERAL_ENV = "item.index"
-MOST_NUMERALS = 10_000
 
 
 @dataclass
@@ -236,8 +236,8 @@ def _of_numerals(
     reason = ""
     if low is None or high is None or low > high:
         reason = "the numerals must be two whole numbers, the smaller one first"
-    elif high - low >= MOST_NUMERALS:
-        reason = f"{high - low + 1:,} numerals are more than {MOST_NUMERALS:,}"
+    elif high - low >= limits.NUMERALS:
+        reason = f"{high - low + 1:,} numerals are more than {limits.NUMERALS:,}"
     if low is None or high is None or reason:
         refuse(
             context,

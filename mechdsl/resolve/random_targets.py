@@ -54,7 +54,7 @@ def resolve_control(
         return None, [
             TooManyCells(
                 span=asked.span,
-                experiment=experiment.name,
+                of=f"experiment `{experiment.name}`",
                 cells=experiment.n_cells * asked.draws,
                 most=most_cells,
                 axes=f"{experiment.n_cells:,} cells × {asked.draws:,} draws",

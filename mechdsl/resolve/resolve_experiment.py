@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from mechdsl.base import limits
 from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
@@ -33,8 +34,6 @@ from mechdsl.resolve.resolved import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
-
-MOST_CELLS = 1_000_000
 
 Measures: TypeAlias = tuple[
     tuple[ResolvedMeasure | None, ...],
@@ -116,18 +115,18 @@ def outline(
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,
     )
-    if resolved.n_cells > MOST_CELLS:
+    if resolved.n_cells > limits.CELLS:
         diagnostics.append(
             TooManyCells(
                 span=experiment.span,
-                experiment=experiment.name,
+                of=f"experiment `{experiment.name}`",
                 cells=resolved.n_cells,
-                most=MOST_CELLS,
+                most=limits.CELLS,
                 axes=" × ".join(f"{axis.name} ({len(axis)})" for axis in axes),
             )
         )
         return known, diagnostics
-    control, problems = resolve_control(resolved, MOST_CELLS)
+    control, problems = resolve_control(resolved, limits.CELLS)
     diagnostics.extend(problems)
     if problems:
         return known, diagnostics

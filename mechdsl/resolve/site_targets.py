@@ -6,12 +6,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
+from math import prod
 
+from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
-from mechdsl.diagnostics.e03_coordinates import AxisDoesNotFit, NoComponent, UnitOutOfRange
+from mechdsl.diagnostics.e03_coordinates import (
+    AxisDoesNotFit,
+    NoComponent,
+    TooManyCells,
+    UnitOutOfRange,
+)
 from mechdsl.diagnostics.e04_model import SiteNotInBlock
 from mechdsl.models.shape import ModelShape, missing_site, units
 from mechdsl.resolve.coordinates import (
@@ -365,6 +372,19 @@ def _swept(
             axes.append(part.sweep)
     names = (*loops, *(axis.name for axis in axes))
     sizes = [len(context.loops[loop]) for loop in loops] + [len(axis) for axis in axes]
+    joined = prod(max((len(c) for c in part.choices), default=1) for part in (layers, units_))
+    if (cells := prod(sizes) * joined) > limits.CELLS:
+        counts = (f"{name} ({size:,})" for name, size in zip(names, sizes, strict=True))
+        context.diagnostics.append(
+            TooManyCells(
+                span=site.span,
+                of=f"`{site.span.written}`",
+                cells=cells,
+                most=limits.CELLS,
+                axes=" × ".join(counts) or "it joins as many points",
+            )
+        )
+        return None, ()
     points: dict[Key, tuple[SitePoint, ...]] = {}
     labels: dict[Key, str] = {}
     for key in product(*map(range, sizes)):

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from mechdsl.base import limits
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotText, ReservedName, TooLarge, Unreadable
@@ -15,7 +16,6 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.attempt import ParserStopped, attempt
 from mechdsl.syntax.scan import outline, skip_space
 
-MAX_REPORTED = 1000
 _FIRST_LINE = re.compile(r"mech\s+\d")
 
 
@@ -44,15 +44,15 @@ def _reported(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     # A name that is refused where it is given is no news where it is used.
     refused = {d.name: d for d in reversed(found) if isinstance(d, ReservedName)}
     found = [d for d in found if not isinstance(d, ReservedName) or refused[d.name] is d]
-    if len(found) <= MAX_REPORTED:
+    if len(found) <= limits.SYNTAX_ERRORS:
         return found
     more = TooLarge(
-        what=f"more than {MAX_REPORTED} errors of syntax",
-        place=f"{len(found) - MAX_REPORTED} more from here on",
+        what=f"more than {limits.SYNTAX_ERRORS} errors of syntax",
+        place="more from here on",
         hint="is this a `.mech` file?",
-        span=found[MAX_REPORTED].span,
+        span=found[limits.SYNTAX_ERRORS].span,
     )
-    return [*found[:MAX_REPORTED], more]
+    return [*found[: limits.SYNTAX_ERRORS], more]
 
 
 def parse_setting(text: str) -> ast.Expr | None:

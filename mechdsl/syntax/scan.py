@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from mechdsl.base import limits
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import EmptyFile, NotText, TooLarge
 from mechdsl.syntax import ast
 
-MAX_CHARACTERS = 2_000_000
-MAX_BRACKETS = 200
-
 STRING = r'"(?:[^"\\\n]|\\[^\n])*"'
-_MARKS = re.compile(rf"{STRING}|#[^\n]*|[{{}}()\[\]]")
+_MARKS = re.compile(rf"{STRING}|#[^\n]*|\w+|[^\w\s]")
+_PLACEHOLDER = re.compile(r"(?<!\{)(?:\{\{)*\{(?!\{)")
+_SPLIT = "keep data in a file of its own and name it with `rows`, or write several files"
 _SPACE = re.compile(r"(?:\s|#[^\n]*)*")
 
 
@@ -35,39 +35,67 @@ def skip_space(text: str, start: int = 0) -> int:
 def outline(source: Source) -> Outline:
     """Comments of a text, or the one reason not to read it (E0109, E0110, E0111)."""
     text = source.text
-    if len(text) > MAX_CHARACTERS:
-        return Outline(
-            problem=TooLarge(
-                what=f"the file has {len(text):,} characters, the limit is {MAX_CHARACTERS:,}",
-                place="a file this large is not read",
-                hint="keep data in a file of its own and name it with `rows`",
-                span=Span(source, 0, 0),
-            )
-        )
     if "\0" in text:
         return Outline(problem=NotText(path=source.name, reason="it holds a NUL byte"))
+    if (problem := _too_long(source)) is not None:
+        return Outline(problem=problem)
     comments: list[ast.Comment] = []
-    depth = 0
+    depth = words = placeholders = 0
     for mark in _MARKS.finditer(text):
-        char = mark[0][0]
-        if char == "#":
+        piece = mark[0]
+        if piece[0] == "#":
             comments.append(_comment(source, mark.start(), mark.end()))
-        elif char in "{([":
+            continue
+        if piece[0] == '"':
+            placeholders += len(_PLACEHOLDER.findall(piece))
+        elif piece in "{([":
             depth += 1
-        elif char in "})]":
+        elif piece in "})]":
             depth = max(0, depth - 1)
-        if depth > MAX_BRACKETS:
-            return Outline(
-                problem=TooLarge(
-                    what=f"brackets are nested more than {MAX_BRACKETS} deep",
-                    place="the limit is passed here",
-                    hint="close brackets before opening more",
-                    span=Span(source, mark.start(), mark.end()),
-                )
+        words += 1
+        passed = None
+        if depth > limits.BRACKETS:
+            passed = (
+                f"brackets are nested more than {limits.BRACKETS} deep",
+                "close brackets before opening more",
             )
+        elif len(piece) > limits.NAME and (piece[0].isalpha() or piece[0] == "_"):
+            passed = (
+                f"this name has {len(piece):,} characters, the limit is {limits.NAME}",
+                "choose a shorter name",
+            )
+        elif words > limits.WORDS:
+            passed = f"the file has more than {limits.WORDS:,} words and signs", _SPLIT
+        elif placeholders > limits.PLACEHOLDERS:
+            passed = (
+                f"the texts of the file have more than {limits.PLACEHOLDERS:,} placeholders",
+                "make a list with `list(…)`, or keep the texts in a file that `rows` names",
+            )
+        if passed is not None:
+            place = "the limit is passed here"
+            span = Span(source, mark.start(), mark.end())
+            problem = TooLarge(what=passed[0], place=place, hint=passed[1], span=span)
+            return Outline(problem=problem)
     if skip_space(text) == len(text):
         return Outline(tuple(comments), EmptyFile(span=Span(source, 0, 0)))
     return Outline(tuple(comments))
+
+
+def _too_long(source: Source) -> Diagnostic | None:
+    """E0109 for what can be told without reading."""
+    counts = (
+        ("characters", len(source.text), limits.CHARACTERS),
+        ("lines", source.text.count("\n"), limits.LINES),
+    )
+    for what, count, most in counts:
+        if count > most:
+            return TooLarge(
+                what=f"the file has {count:,} {what}, the limit is {most:,}",
+                place="a file this large is not read",
+                hint=_SPLIT,
+                span=Span(source, 0, 0),
+            )
+    return None
 
 
 def _comment(source: Source, start: int, end: int) -> ast.Comment:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lark import Token, Transformer
 
+from mechdsl.base import limits
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import (
@@ -23,9 +24,6 @@ from mechdsl.diagnostics.e01_syntax import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.changes import problem
 from mechdsl.syntax.reserved import RESERVED
-
-MAX_DEPTH = 200
-"""Brackets within brackets, and operators within operators, of one expression."""
 
 VERSION = 1
 _ESCAPE = re.compile(r"\\(.)")
@@ -138,23 +136,23 @@ def _count(token: Token) -> int | str:
     return _integer(token) if token.type == "INT" else str(token)
 
 
-def _nested(node: Any, *parts: Any) -> Any:
-    """The node, or its first part where nesting passes the limit (reported once per file)."""
+def _nested(node: Any, *parts: Any, instead: Any = None) -> Any:
+    """The node, or another where nesting passes the limit (reported once per file)."""
     context = CONTEXT.get()
     depth = 1 + max((context.depths.get(id(part), 0) for part in parts), default=0)
-    if depth <= MAX_DEPTH:
+    if depth <= limits.DEPTH:
         context.depths[id(node)] = depth
         return node
     if not any(isinstance(d, TooLarge) for d in context.diagnostics):
         _report(
             TooLarge(
-                what=f"this expression is nested more than {MAX_DEPTH} deep",
+                what=f"this expression is nested more than {limits.DEPTH} deep",
                 place="the limit is passed here",
                 hint="name its parts and write it in several lines",
                 span=node.span,
             )
         )
-    return ast.Number(0, span=node.span)
+    return ast.Number(0, span=node.span) if instead is None else instead
 
 
 def unescape(raw: str) -> str:
@@ -658,7 +656,8 @@ class ToAst(Transformer[Token, Any]):
         return ast.Between(c[0].type == "EACH", c[-3], c[-1], span=_span(c))
 
     def except_(self, c: list[Any]) -> ast.Except:
-        return ast.Except(c[0].type == "EACH", c[-1], span=_span(c))
+        node = ast.Except(c[0].type == "EACH", c[-1], span=_span(c))
+        return _nested(node, c[-1], instead=c[-1])
 
     def point(self, c: list[Any]) -> ast.Point:
         return ast.Point(c[0], _clauses(c).get("offset", 0), span=_span(c))

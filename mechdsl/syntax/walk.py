@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any, TypeVar
 
 from mechdsl.syntax import ast
@@ -11,26 +12,53 @@ from mechdsl.syntax import ast
 N = TypeVar("N", bound=ast.Node)
 
 
+@cache
+def _parts(kind: type[ast.Node]) -> tuple[str, ...]:
+    """The fields of a kind of node that may hold nodes, in the order of the text."""
+    return tuple(f.name for f in fields(kind) if f.name != "span")
+
+
 def walk(node: Any) -> Iterator[ast.Node]:
     """The node and everything below it, in the order of the text."""
-    if isinstance(node, ast.Node):
-        yield node
-        for f in fields(node):
-            yield from walk(getattr(node, f.name))
-    elif isinstance(node, tuple):
-        for item in node:  # pyright: ignore[reportUnknownVariableType]
-            yield from walk(item)
+    left = [node]
+    while left:
+        item = left.pop()
+        if isinstance(item, ast.Node):
+            yield item
+            left.extend(getattr(item, name) for name in reversed(_parts(type(item))))
+        elif isinstance(item, tuple):
+            left.extend(reversed(item))  # pyright: ignore[reportUnknownArgumentType]
+
+
+def depth(node: ast.Node) -> int:
+    """How many nodes lie within one another at most."""
+    deepest = 0
+    left: list[tuple[Any, int]] = [(node, 0)]
+    while left:
+        item, above = left.pop()
+        if isinstance(item, ast.Node):
+            deepest = max(deepest, above + 1)
+            left.extend((getattr(item, name), above + 1) for name in _parts(type(item)))
+        elif isinstance(item, tuple):
+            left.extend((each, above) for each in item)  # pyright: ignore[reportUnknownVariableType]
+    return deepest
 
 
 def rewrite(node: N, change: Callable[[ast.Node], ast.Node]) -> N:
     """The tree with `change` applied to every node, from the leaves up."""
+    return _rewritten(node, change)
 
-    def visit(value: Any) -> Any:
-        if isinstance(value, ast.Node):
-            return rewrite(value, change)
-        if isinstance(value, tuple):
-            return tuple(visit(item) for item in value)  # pyright: ignore[reportUnknownVariableType]
-        return value
 
-    changed = {f.name: visit(getattr(node, f.name)) for f in fields(node) if f.name != "span"}
-    return change(replace(node, **changed))  # type: ignore[return-value]
+def _rewritten(value: Any, change: Callable[[ast.Node], ast.Node]) -> Any:
+    # No comprehensions: each would take a further frame of a deep tree.
+    if isinstance(value, ast.Node):
+        changed: dict[str, Any] = {}
+        for name in _parts(type(value)):
+            changed[name] = _rewritten(getattr(value, name), change)
+        return change(replace(value, **changed))
+    if isinstance(value, tuple):
+        items: list[Any] = []
+        for item in value:  # pyright: ignore[reportUnknownVariableType]
+            items.append(_rewritten(item, change))
+        return tuple(items)
+    return value

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from mechdsl.base.source import Source
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, certain, has_errors
+from mechdsl.diagnostics.e01_syntax import TooLarge
 from mechdsl.diagnostics.e02_names import (
     BadCommandLine,
     UnknownName,
@@ -86,6 +87,8 @@ class Settings:
     """Whether reports may go anywhere, and not only to the folder of the file or below."""
     untrusted: bool = False
     """Whether the file may read only there too, may run no Python, and its paths are listed."""
+    prompts_enough: int | None = None
+    """How many prompts of each table are looked at, for a check without a run."""
 
 
 def check_source(
@@ -97,7 +100,24 @@ def check_source(
 
     `models` are handed over from Python and stand for the file's models of the same name.
     """
-    settings, found = _without_contradiction(settings or Settings())
+    try:
+        return _check_source(source, settings or Settings(), models or {})
+    except RecursionError:  # each kind of nesting has its limit; what they add up to has not
+        nowhere = Span(source, 0, 0)
+        program, _ = lower_program(ast.File((), span=nowhere), source)
+        problem = TooLarge(
+            what="what this file says is nested too deeply",
+            place="somewhere in this file",
+            hint="nest expressions and definitions less, for example by half",
+            span=nowhere,
+        )
+        return Checked(source, program, diagnostics=[problem])
+
+
+def _check_source(
+    source: Source, settings: Settings, models: Mapping[str, ModelContext]
+) -> Checked:
+    settings, found = _without_contradiction(settings)
     source = replace(
         source,
         reach=reach_of(source, outside=settings.allow_outside, untrusted=settings.untrusted),
@@ -113,10 +133,11 @@ def check_source(
     contexts = Contexts(
         program,
         checked.diagnostics,
-        models or {},
+        models,
         settings.limit,
         python=settings.python == "run",
         require=settings.require_models,
+        prompts_enough=settings.prompts_enough,
     )
     for prompts in program.prompts.values():
         for corruption in prompts.corruptions:

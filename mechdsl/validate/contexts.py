@@ -44,10 +44,12 @@ class Contexts:
         *,
         python: bool = False,
         require: bool = False,
+        prompts_enough: int | None = None,
     ) -> None:
         """given: models that are handed over, by name. limit: rows per table at most. python:
         whether functions of Python files are run. require: whether a model that isn't there is an
-        error. What is found goes to `diagnostics`.
+        error. prompts_enough: how many of each table are looked at. What is found goes to
+        `diagnostics`.
         """
         self.program = program
         self.diagnostics = diagnostics
@@ -55,6 +57,7 @@ class Contexts:
         self.limit = limit
         self.python = python
         self.require = require
+        self.prompts_enough = prompts_enough
         self._stand_in = StandInTokenizer()
         self._models: dict[str, ModelContext] = {}
         self._rows: dict[str, BlockRows] = {}
@@ -108,7 +111,10 @@ class Contexts:
             self._tokenizers[key] = found
         return self._tokenizers[key]
 
-    def _words(self, name: str) -> list[str]:
+    def _words(self, name: str) -> list[str] | None:
+        names = self.program.checkpoints.get(name) or (name,)
+        if not self.program.models.keys() >= set(names):
+            return None
         return self._of_words(name).tokenizer.plain_words()
 
     def _of_words(self, name: str) -> ModelContext:
@@ -190,6 +196,7 @@ class Contexts:
             compiled=self._rows,
             ids=ids,
             python=self.python,
+            prompts_enough=self.prompts_enough,
         )
 
     def needs_python(self, name: str) -> bool:

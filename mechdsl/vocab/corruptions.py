@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, Protocol, TypeVar, cast
 
+from mechdsl.base import limits
 from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MAX_SAMPLES = 10_000
 """Draws of noise that one metric is averaged over."""
 
 Parameters = Mapping[str, object]
@@ -317,8 +317,8 @@ class AddChange(ActivationChange):
                         std = number if number is not None and number > 0 else None
                 case "samples":
                     number = _number(value, parameters)
-                    if number is None or number != int(number) or not 1 <= number <= MAX_SAMPLES:
-                        return refused(f"takes 1 to {MAX_SAMPLES:,} samples", argument)
+                    if number is None or number != int(number) or not 1 <= number <= limits.SAMPLES:
+                        return refused(f"takes 1 to {limits.SAMPLES:,} samples", argument)
                     samples = int(number)
                 case name:
                     return refused(f"has no argument `{name or '…'}`", argument)

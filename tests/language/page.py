@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mechdsl.base.limits import LIMITS
 from mechdsl.vocab.corruptions import CHANGES, NOISES, ActivationChange
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, Form, Takes
@@ -33,8 +34,11 @@ the later one in the file stands.
 A kind of rule of your own is a Python class: [its steps](architecture.md#a-rule-kind-of-your-own).
 
 This page is written by `make language` from the registries in `mechdsl/vocab/` and from
-`tests/language/constructs.py`.
+`tests/language/constructs.py`; [the limits](#limits) from `mechdsl/base/limits.py`.
 """
+
+LIMITS_INTRO = """\
+Sizes have limits (`mechdsl/base/limits.py`). Beyond one of them a single error names it."""
 
 OTHER = "corrupt other { item = other(item) }"
 BASE = (
@@ -352,7 +356,17 @@ def sections() -> list[Section]:
 
 
 def page() -> str:
-    return "\n".join([INTRO, *map(_table, sections())])
+    return "\n".join([INTRO, *map(_table, sections()), _limits()])
+
+
+def _limits() -> str:
+    rows = [("limit", "at most", "beyond it"), ("---",) * 3]
+    rows += [
+        (limit.of, f"{limit.most:,}", ", ".join(f"[{c}](errors/{c}.md)" for c in limit.codes))
+        for limit in LIMITS
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"## Limits\n\n{LIMITS_INTRO}\n\n{table}\n"
 
 
 def _table(section: Section) -> str:

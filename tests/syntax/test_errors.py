@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from mechdsl.base import limits
 from mechdsl.base.registry import distance, nearest
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.render import render_full
 from mechdsl.syntax import ast
 from mechdsl.syntax.mistakes.hints import HINTS
 from mechdsl.syntax.mistakes.slips import SLIPS, without_slips
-from mechdsl.syntax.parse import MAX_REPORTED, parse, parse_setting, read_source
+from mechdsl.syntax.parse import parse, parse_setting, read_source
 from tests.messages.cases import all_cases, program
 
 from .snippets import all_snippets, wrapped
@@ -84,32 +85,38 @@ def test_the_file_comes_back_in_order_without_repeats() -> None:
         "mech 1\nparam x = " + "1+" * 5_000 + "1",
         "mech 1\nparam x = " + "-" * 5_000 + "1",
         "mech 1\nparam x = " + "if a then b else " * 2_000 + "1",
-        "mech 1\nprompts p { where " + "not " * 5_000 + "a }",
-        "mech 1\nprompts p { where a" + " and a" * 5_000 + " }",
+        "mech 1\nprompts p { where " + "not " * 4_000 + "a }",
+        "mech 1\nprompts p { where a" + " and a" * 4_000 + " }",
+        "mech 1\nexperiment e { patch L0 at " + "tokens except " * 600 + "last token }",
+        "mech 1\nparam x = 1\n" + "# nothing\n" * 20_000,
+        "mech 1\n" + "x, " * 5_000,
+        "mech 1\nparam " + "x" * 201 + " = 1",
+        'mech 1\nprompts p { template "' + "{x} " * 501 + '" }',
     ],
 )
 def test_limits(text: str) -> None:
-    started = time.perf_counter()
+    # Time of the processor, so that other work on the machine makes no difference.
+    started = time.process_time()
     assert codes(text) == ["E0109"]
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 2
 
 
 def test_below_the_limits() -> None:
-    assert codes("mech 1\nparam x = " + "[" * 199 + "1" + "]" * 199) == []
+    assert codes("mech 1\nparam x = " + "[" * 99 + "1" + "]" * 99) == []
     assert codes("mech 1\nparam x = " + "1+" * 150 + "1") == []
 
 
 def test_no_endless_list_of_errors() -> None:
-    found = codes("mech 1\n" + ";" * 50_000)
-    assert len(found) == MAX_REPORTED + 1
+    found = codes("mech 1\n" + ";" * 5_000)
+    assert len(found) == limits.SYNTAX_ERRORS + 1
     assert found[-1] == "E0109"
 
 
 def test_many_errors_do_not_take_long() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     found = codes("mech 1\nexperiment e {\n" + "pach layer 3 at last token\n" * 500 + "}")
     assert found == ["E0102"] * 500
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "  # a\n\n# b"])
@@ -149,7 +156,7 @@ def test_reserved_names() -> None:
 def test_numbers_too_large() -> None:
     assert codes("mech 1\nseed " + "9" * 400) == ["E0114"]
     assert codes("mech 1\nparam x = 1e999") == ["E0114"]
-    assert codes("mech 1\nexperiment e { patch L" + "9" * 400 + "H1 at last token }") == ["E0114"]
+    assert codes("mech 1\nexperiment e { patch L" + "9" * 400 + "H1 at last token }") == ["E0109"]
 
 
 def test_every_hint_and_slip_has_a_case() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mechdsl.base import limits
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import (
@@ -128,7 +129,7 @@ class _Recovery:
         found: list[Any] = []
         inside = self._between(begin, end)
         heads = [inside[i].start for i in starts(self.text, inside, kind, depth)]
-        while begin < end:
+        while begin < end and len(self.diagnostics) <= limits.SYNTAX_ERRORS:
             try:
                 return found + self._read(kind, begin, end)
             except ParserStopped as error:

@@ -1,0 +1,66 @@
+"""How large things may be: every limit of the language, in one place.
+
+`docs/language.md` lists them from here. Within them a file is checked in about two seconds;
+beyond one of them a single error names it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A row of the table in `docs/language.md`."""
+
+    of: str
+    most: int
+    codes: tuple[str, ...]
+    """What is said beyond it."""
+
+
+LIMITS: list[Limit] = []
+
+
+def _limit(most: int, of: str, *codes: str) -> int:
+    LIMITS.append(Limit(of, most, codes))
+    return most
+
+
+# --- the text of a file ---------------------------------------------------------------------------
+
+CHARACTERS = _limit(1_000_000, "characters of a file", "E0109")
+LINES = _limit(20_000, "lines of a file", "E0109")
+WORDS = _limit(10_000, "words and signs of a file, without comments and texts", "E0109")
+PLACEHOLDERS = _limit(500, "placeholders in the texts of a file", "E0109")
+NAME = _limit(200, "characters of a name", "E0109")
+BRACKETS = _limit(100, "brackets within one another", "E0109")
+DEPTH = _limit(200, "operators, calls or positions within one another", "E0109")
+FILES = _limit(100, "files that a file imports, and those that they import", "E0204")
+SYNTAX_ERRORS = _limit(500, "errors of syntax that are looked for", "E0109")
+SHOWN = _limit(1_000, "errors and warnings that are printed")
+
+# --- what a file defines --------------------------------------------------------------------------
+
+CHAIN = _limit(50, "definitions that hang on one another", "E0506", "E0207")
+PARTS = _limit(10_000, "parts of a measure, with its metrics written out", "E0207")
+DOMAIN = _limit(10**12, "values of a domain", "E0506")
+ROWS = _limit(200_000, "rows of a table", "E0506")
+CHECKED_PROMPTS = _limit(10_000, "prompts of a table that `validate` looks at", "W0790")
+TRIED = _limit(500_000, "combinations that are looked at to find rows", "E0506")
+ITEMS = _limit(10_000, "items of a list", "E0506")
+TEXT = _limit(100_000, "characters of one text of a row", "E0506")
+DIGITS = _limit(300, "digits of a number that is worked out", "E0503")
+DATA_DEPTH = _limit(50, "lists and objects within one another in a data file", "E0505")
+SAMPLES = _limit(10_000, "samples of noise", "E0515")
+LOOP = _limit(1_000_000, "values of a `for`", "E0322")
+CELLS = _limit(1_000_000, "cells of an experiment, or of one site", "E0323")
+NUMERALS = _limit(10_000, "numerals of a measure", "E0612")
+DRAWS = _limit(10_000, "random draws of `against`", "E0630")
+
+# --- a model --------------------------------------------------------------------------------------
+
+LAYERS = _limit(1_000, "layers of a model", "E0430")
+HEADS = _limit(10_000, "heads of a layer", "E0430")
+EXPERTS = _limit(10_000, "experts of a layer", "E0430")
+SIZE = _limit(1_000_000, "any other size of a model, such as its width", "E0430")

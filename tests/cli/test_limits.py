@@ -1,0 +1,148 @@
+"""Hostile files, one by one: each is refused with its reason. `tests/fuzz` draws more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mechdsl.base import limits
+from mechdsl.base.json_text import load_json
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.render import render_full
+from mechdsl.validate.check_file import Settings, check_source
+
+from ..fuzz.cases import FILE, ZOO, program
+from ..fuzz.commands import say, write
+
+NESTED_VALUES = "\n".join(f"v{i} = v{i - 1} + {'0 + ' * 60}0" for i in range(1, 30))
+NESTED_METRICS = "\n".join(f"metric m{i} = m{i - 1} + {'1 + ' * 60}1" for i in range(1, 30))
+
+
+def chain(length: int, link: str = "") -> str:
+    metrics = "\n".join(f"metric m{i} = m{i - 1}{link}" for i in range(1, length))
+    text = program(measure=f"measure m{length - 1} as delta")
+    return text.replace("prompts p {", f"metric m0 = logit(answer)\n{metrics}\nprompts p {{")
+
+
+def check(text: str, folder: Path | None = None) -> list[Diagnostic]:
+    source = Source(text, None if folder is None else folder / FILE)
+    return check_source(source, Settings(prompts_enough=limits.CHECKED_PROMPTS)).diagnostics
+
+
+def errors(text: str, folder: Path | None = None) -> list[str]:
+    return [d.code for d in check(text, folder) if d.severity == "error"]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        (program("item in words(tniy)"), "E0201", "`tniy`"),
+        (program("item in 0..9999999999999999999999"), "E0506", "1,000,000,000,000"),
+        (program("item in 0..1 step 0.0000000000000000000001"), "E0506", "1,000,000,000,000"),
+        (program(model='local("~nouser/x")'), "E0401", "~nouser/x"),
+        (program(model=f'local("{"x" * 5000}")'), "E0401", "there is no model"),
+        (program(model='local("~nouser/x-*")'), "E0401", "there is no model"),
+        (program(f'rows "{"x" * 5000}/y.csv"'), "E0504", "y.csv"),
+        ("mech 1\n" + "param " + "x" * 5000 + " = 1", "E0109", "the limit is 200"),
+        (program(rule="patch L0 at " + "tokens except " * 600 + "last token"), "E0109", "200 deep"),
+        (chain(400), "E0207", "more than 50 metrics"),
+        (chain(400, " + 1"), "E0207", "more than 50 metrics"),
+        (chain(40, f" + {'1 + ' * 60}1"), "E0207", "nested more than 200 deep"),
+        (program(f"item in 0..3\n v0 = item\n{NESTED_VALUES}"), "E0506", "within one another"),
+        (program("item in 2..9\n x = item" + " * 9" * 150 + " * x0\n x0 = item" + " * 9" * 190),
+         "E0503", "more than 300 digits"),
+        (program(rule="patch layer 0 neuron 0..9 at token 0..99999999999"), "E0310", "outside"),
+    ],
+)  # fmt: skip
+def test_refused(text: str, code: str, said: str) -> None:
+    found = [d for d in check(text) if d.severity == "error"]
+    assert code in [d.code for d in found], render_full(found)
+    assert said in render_full(d for d in found if d.code == code)
+
+
+def test_an_unknown_model_of_words_is_said_once() -> None:
+    assert errors(program("item in words(tniy)")) == ["E0201"]
+
+
+def model(folder: Path, **changes: object) -> str:
+    """A program whose model is that of the zoo with other entries in its config."""
+    (folder / "model").mkdir()
+    for file in ZOO.glob("*.json"):
+        (folder / "model" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((ZOO / "config.json").read_text()) | changes
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    return program(model='local("model")', rule="patch layer * head * at last token")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"num_hidden_layers": 10**9}, "E0430"),
+        ({"num_hidden_layers": 10**30}, "E0430"),
+        ({"num_attention_heads": 10**9}, "E0430"),
+        ({"hidden_size": 10**9}, "E0430"),
+        ({"vocab_size": 10**18}, "E0430"),
+        ({"num_local_experts": 10**9}, "E0430"),
+        ({"num_hidden_layers": 1000, "num_attention_heads": 10_000}, "E0323"),
+        ({"num_hidden_layers": "4"}, "E0408"),
+        ({"num_hidden_layers": 4.5}, "E0408"),
+        ({"architectures": 3}, "E0404"),
+        ({"layer_types": 3}, "E0404"),
+    ],
+)
+def test_configs(tmp_path: Path, changes: dict[str, object], code: str) -> None:
+    assert errors(model(tmp_path, **changes), tmp_path) == [code]
+
+
+def test_nested_json(tmp_path: Path) -> None:
+    deep = "[" * 50_000 + "]" * 50_000
+    text = model(tmp_path)
+    (tmp_path / "model" / "tokenizer_config.json").write_text(deep)
+    assert errors(text, tmp_path) == []  # it only names special tokens
+    (tmp_path / "model" / "config.json").write_text(deep)
+    assert errors(text, tmp_path) == ["E0404"]
+    for ending in ("json", "jsonl"):
+        (tmp_path / f"data.{ending}").write_text(deep)
+        assert errors(program(f'rows "data.{ending}"'), tmp_path) == ["E0505"]
+    assert load_json("[" * 50 + '"' + "[" * 99 + '"' + "]" * 50)
+    with pytest.raises(ValueError, match="more than 50 deep"):
+        load_json("[" * 51 + "]" * 51)
+
+
+def test_half_a_character(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"item": "\\ud800"}\n{"item": "fig"}\n')
+    assert errors(program('rows "data.jsonl"'), tmp_path) == ["E0505"]
+
+
+def test_long_tables_are_checked_in_part() -> None:
+    long = program('item in ["fig", "pear"]\nn in 1..3000\nwhere n > 0').replace(" limit 4", "")
+    short = Settings(prompts_enough=200)
+    found = check_source(Source(long), short).diagnostics
+    (cut,) = [d for d in found if d.code == "W0790"]
+    assert "first 100 rows" in cut.message
+    for text in (program(), long.replace("3000", "9")):
+        assert "W0790" not in [d.code for d in check_source(Source(text), short).diagnostics]
+
+
+def test_imports_have_an_end(tmp_path: Path) -> None:
+    count = limits.FILES + 20
+    for n in range(count):
+        (tmp_path / f"{n}.mech").write_text(f'mech 1\nuse "{n + 1}.mech"\n')
+    (tmp_path / f"{count}.mech").write_text("mech 1\nseed 1\n")
+    assert errors(f'mech 1\nuse "0.mech"\n{program()[7:]}', tmp_path) == ["E0204"]
+
+
+def test_only_so_many_are_printed() -> None:
+    found = check("mech 1\n" + "\n".join(f"param a{n} = 1" for n in range(1500)) + program()[7:])
+    text = render_full(found)
+    assert text.count("warning[") == limits.SHOWN
+    assert "1,000 of them are shown, errors first" in text.splitlines()[-1]
+
+
+def test_no_command_breaks_off(tmp_path: Path) -> None:
+    file = write({FILE: program("item in words(tniy)").encode()}, tmp_path)
+    for command in ("validate", "plan", "graph", "explain", "fmt"):
+        assert say(command, file).broke is None
