@@ -18,7 +18,7 @@ from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, F
 from mechdsl.statistics.cell_statistics import category_statistics
 from mechdsl.statistics.measure_data import Interval, MeasureData
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 
 class DocumentPart(BaseModel):
@@ -182,7 +182,7 @@ class FileDocument(DocumentPart):
 class ResultsDocument(DocumentPart):
     """What `mechdsl run --format json` prints."""
 
-    schema_version: Literal[1] = Field(alias="schema")
+    schema_version: Literal[2] = Field(alias="schema")
     mechdsl: str
     versions: dict[str, str]
     files: list[FileDocument]

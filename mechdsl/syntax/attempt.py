@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lark.exceptions import UnexpectedInput
@@ -22,8 +23,13 @@ class ParserStopped(Exception):
     terminal: str
     """What the lexer took the place for: `$END` at the end, nothing for an unknown character."""
     length: int
-    accepts: frozenset[str]
-    """The terminals that could have stood there."""
+    parser: Any
+    """Of lark, as it stands there."""
+
+    @cached_property
+    def accepts(self) -> frozenset[str]:
+        """The terminals that could have stood there; each has to be tried, which takes long."""
+        return frozenset(self.parser.accepts() if self.parser else ())
 
 
 def attempt(
@@ -55,9 +61,8 @@ def attempt(
 def _stopped(text: str, error: Any) -> ParserStopped:
     token: Any = getattr(error, "token", None)
     interactive: Any = getattr(error, "interactive_parser", None)
-    accepts: frozenset[str] = frozenset(interactive.accepts() if interactive else ())
     if token is None:
-        return ParserStopped(error.pos_in_stream, "", 1, accepts)
+        return ParserStopped(error.pos_in_stream, "", 1, interactive)
     if token.type == "$END":
-        return ParserStopped(len(text), "$END", 0, accepts)
-    return ParserStopped(token.start_pos, token.type, len(token), accepts)
+        return ParserStopped(len(text), "$END", 0, interactive)
+    return ParserStopped(token.start_pos, token.type, len(token), interactive)

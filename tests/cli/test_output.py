@@ -54,7 +54,7 @@ def test_json(command: Command, both: Path) -> None:
     schema = strict(command("schema", "results").out)
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(document, schema)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     (file,) = document["files"]
     assert len(file["hash"]) == 64
     sweep, behaviour = file["experiments"]

@@ -38,7 +38,7 @@ def validate(document: dict[str, Any]) -> None:
 def test_the_document_has_the_form_that_is_promised(results: Results) -> None:
     document = json.loads(results.to_json())
     validate(document)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["mechdsl"] == "0.1.0"
     file = document["files"][0]
     assert file["file"] == "counting.mech"

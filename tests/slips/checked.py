@@ -168,13 +168,13 @@ class Checker:
 
 
 def _contexts(files: Iterable[File]) -> dict[str, ModelContext]:
-    """The models of the files, read once; GPT-2, which nobody has downloaded, by its numbers."""
+    """The models of the files, read once; GPT-2, downloaded or not, by its numbers."""
     found: dict[str, ModelContext] = {}
     for file in files:
         checked = check_source(Source(file.text, file.path), ROWS)
         contexts = Contexts(checked.program, [], {}, None)
         for name, model in checked.program.models.items():
-            here = contexts.model(name)
+            here = None if model.kind == "hf" else contexts.model(name)
             found[name] = here or _by_its_numbers(model)
     return found
 

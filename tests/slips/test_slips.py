@@ -22,17 +22,7 @@ def sample() -> list[Mutant]:
     return [each for each in drawn(FILES, SEED, COUNT) if each.file != SLOW]
 
 
-@pytest.mark.parametrize(
-    "models",
-    [
-        pytest.param(True, id="with-models"),
-        pytest.param(
-            False,
-            id="without-models",
-            marks=pytest.mark.xfail(strict=True, reason="names wait for the model"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("models", [True, False], ids=["with-models", "without-models"])
 def test_slips_are_caught_where_they_are(models: bool, tmp_path: Path) -> None:
     checker = Checker([file for file in FILES if file.name != SLOW], tmp_path, models=models)
     outcomes = [checker.outcome(each) for each in sample()]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mechdsl.base import limits
-from mechdsl.base.registry import distance, nearest
+from mechdsl.base.registry import distance, near, nearest
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.render import render_full
 from mechdsl.syntax import ast
@@ -55,6 +55,35 @@ def test_all_errors_at_once_and_what_was_meant_kept() -> None:
     loop = experiment.statements[2]
     assert isinstance(loop, ast.For)
     assert len(loop.body) == 2
+
+
+@pytest.mark.parametrize("word", ["expriment", "experiement", "experimnt"])
+def test_places_behind_a_word_that_is_read_as_another_one(word: str) -> None:
+    source = Source(f"mech 1\n{word} name {{\n  modle toy\n  mesuure correct as raw\n}}\nseed 3")
+    tree, problems = parse(source)
+    assert [p.span.text for p in problems if p.span] == [word, "modle", "mesuure"]
+    experiment = tree.statements[1]
+    assert isinstance(experiment, ast.ExperimentDef)
+    assert experiment.span.text.startswith(word)
+    assert experiment.name.span.text == "name"
+    assert [each.span.text for each in experiment.statements] == [
+        "modle toy",
+        "mesuure correct as raw",
+    ]
+    assert tree.lost == ()
+
+
+def test_what_is_lost_has_its_names() -> None:
+    tree, problems = parse(
+        Source(
+            "mech 1\nprompts p {\n  a, b = = 3\n  span s t\n  template {x}\n  split half\n}\n"
+            "experiment e {\n  for l in {\n    keep x = = 3\n  }\n}\ngroup g = L0H0,, L1H1"
+        )
+    )
+    assert len(problems) == 7
+    assert {name for each in tree.lost for name in each.names} == {
+        *("a", "b", "s", "train", "test", "half", "l", "g"),
+    }
 
 
 @pytest.mark.parametrize(("kind", "text"), all_snippets()[::3])
@@ -184,6 +213,7 @@ def test_distance() -> None:
     assert nearest("xyz", {"patch"}) is None
     assert nearest("fruti", ["Fruit", "froth"]) == "Fruit"
     assert nearest("ca", {"cat"}) is None
+    assert near("ca", {"cat", "dog", "at", "a"}) == ["a", "cat"]
 
 
 def test_settings() -> None:

@@ -22,13 +22,12 @@ def lost_with(mistake: Mistake) -> ast.Lost:
     names: set[str] = set()
     if mistake.kind == "experiment_lines":  # no name but that of a loop
         names.update(after.text for word, after in pairwise(words) if word.text == "for")
-    else:
-        names.update(piece.text for piece in words[1:2] if piece.kind == "word")
-        names.update(_MADE.get(words[0].text, ()) if words else ())
-        if words and words[0].text not in first_words(mistake.kind):
-            names.add(words[0].text)
+    elif words:
+        begins = words[0].text in first_words(mistake.kind)
+        names.update(_MADE.get(words[0].text, ()))
+        names.update(piece.text for piece in words[begins:2] if piece.kind == "word")
         listed: list[str] = []
-        for piece in words:
+        for piece in words[begins:]:
             if piece.text in ("=", "in"):
                 names.update(listed)
             if piece.kind == "word":

@@ -7,6 +7,7 @@ parses.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from mechdsl.base.registry import near
 from mechdsl.base.source import Span
@@ -29,18 +30,23 @@ def guesses(mistake: Mistake) -> Iterator[tuple[Piece, str]]:
     )
     # The parser may have taken the word for a name, or have looked ahead.
     order = [stopped, stopped - 1, stopped + 1, *range(stopped - 2, -1, -1)]
-    known = {word for word in keywords().values() if word.isalpha()}
+    known = frozenset(word for word in keywords().values() if word.isalpha())
     for at in order:
         if not 0 <= at < len(statement) or statement[at].kind != "word":
             continue
         word = statement[at]
         if word.text in known and at not in (stopped, stopped + 1):
             continue
-        words = (first_words(mistake.kind) if at == 0 else known) - {word.text}
-        wanted = words & {keywords().get(name) for name in mistake.accepts if at == stopped}
-        alike = [*near(word.text, wanted), *near(word.text, words - wanted)]
+        words = frozenset(first_words(mistake.kind)) if at == 0 else known
+        wanted = {keywords().get(name) for name in mistake.accepts if at == stopped}
+        alike = sorted(_near(word.text, words - {word.text}), key=lambda each: each not in wanted)
         for meant in alike[:_GUESSES]:
             yield word, meant
+
+
+@lru_cache(1000)
+def _near(word: str, known: frozenset[str]) -> list[str]:
+    return near(word, known)
 
 
 def misread(mistake: Mistake, word: Piece, meant: str) -> Diagnostic:
