@@ -1,7 +1,6 @@
 """E02xx: names, words of the registries, imports, parameters."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from mechdsl.base.record import keyword_record
 from mechdsl.base.registry import nearest
@@ -119,11 +118,11 @@ class BadCommandLine(Diagnostic):
     hint: str
 
 
-def cannot_write(error: OSError, path: Path | None = None) -> BadCommandLine:
-    """E0208 for a file that can't be written; path: where the error doesn't name it."""
+def cannot_write(error: OSError) -> BadCommandLine:
+    """E0208 for a file that can't be written."""
     said = (error.strerror or str(error)).lower()
     return BadCommandLine(
-        reason=f"cannot write `{error.filename or path}`: {said}",
+        reason=f"cannot write `{error.filename}`: {said}",
         hint="name a file in a folder that exists and may be written to",
     )
 

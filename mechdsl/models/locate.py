@@ -104,7 +104,8 @@ def _error(missing: ModelNotHere) -> ModelNotFound:
         model=missing.model,
         path=missing.path,
         place=missing.place,
-        advice=f"{missing.advice}; without it nothing can be planned or run",
+        advice=f"{missing.advice}; without it nothing can be planned or run. From Python it can be "
+        f'handed over: `models={{"{missing.model}": (model, tokenizer)}}`',
     )
 
 

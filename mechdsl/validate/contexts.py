@@ -135,7 +135,8 @@ class Contexts:
             if not self.needs_python(name):
                 table, found = self._build(name, model, limit=limit, part=part)
                 self._say(found, model, name)
-                if table is not None and not model.tokenizer.stands_in:
+                guessed = model.tokenizer.stands_in or model.shape.stands_in
+                if table is not None and not guessed:
                     self.diagnostics.extend(prompts_fit(table, model))
             if table is None:
                 table = stand_in_table(self._compiled(name).block, self._stand_in)

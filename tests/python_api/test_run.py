@@ -41,11 +41,21 @@ def test_or_not(inside: Path) -> None:
     assert list(inside.iterdir()) == []
 
 
-def test_a_report_that_cannot_be_written_costs_that_report_alone(inside: Path) -> None:
+def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(inside: Path) -> None:
     Path("maps").write_text("no folder", encoding="utf-8")
-    with pytest.warns(mechdsl.MechdslWarning, match="cannot write") as shown:
+    assert [d.code for d in refused(FILE).diagnostics.errors] == ["E0533"]
+
+
+def test_a_report_whose_disk_is_full_costs_that_report_alone(
+    inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mechdsl.show.reports.charts.save_chart", full)
+    with pytest.warns(mechdsl.MechdslWarning, match="no space left") as shown:
         results = mechdsl.run(FILE, only="heads", limit=16)
-    assert [d.code for d in results.diagnostics] == ["E0208"]
+    assert [d.code for d in results.diagnostics] == ["E0536"]
     assert len(shown) == 1
     assert results.written == ()
     assert results["heads"].holds
@@ -160,8 +170,7 @@ def test_models_that_are_wrong(pair: tuple[Any, Any]) -> None:
 
 def test_a_model_that_nobody_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.warns(mechdsl.MechdslWarning, match="W0710"):
-        error = refused(AWAY)
+    error = refused(AWAY)
     assert [d.code for d in error.diagnostics] == ["E0401"]
     assert '`models={"toy": (model, tokenizer)}`' in str(error)
 
@@ -203,7 +212,7 @@ def test_the_profile_is_kept_where_it_is_asked_for(ran: Ran, inside: Path) -> No
 
 def test_check_takes_models(pair: tuple[Any, Any]) -> None:
     found = mechdsl.check(AWAY.replace("head *", "head 14"), {"toy": pair})
-    assert [d.code for d in found.errors] == ["E0301"]
+    assert [d.code for d in found.errors] == ["E0301", "E0607"]  # and so there is no axis `head`
     assert mechdsl.check(FILE, {"toy": pair[0]})[0].code == "E0412"  # type: ignore[dict-item]
 
 

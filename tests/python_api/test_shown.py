@@ -178,7 +178,7 @@ def test_a_picture_without_axes_is_that_of_the_file() -> None:
     [
         (("heatmp",), "E0203", "did you mean `heatmap`? pictures are heatmap, lines, bars, conf"),
         (("table",), "E0203", "pictures are heatmap, lines, bars, confusion, overlay"),
-        (("lines", "hed"), "E0607", "the experiment's axes are `layer`, `head`"),
+        (("lines", "hed"), "E0607", "did you mean `head`?"),
         (("heatmap", "head"), "E0607", 'write both: `plot("heatmap", "layer", by="head")`'),
         (("confusion",), "E0607", "add `measure argmax(1..9) as raw`"),
         (("overlay",), "E0607", "needs the axis `position`"),
