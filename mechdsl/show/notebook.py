@@ -30,11 +30,11 @@ def as_html(result: ExperimentResult) -> str:
             title = f"<b>{xml_text(result.name)}:</b> {xml_text(measure_name(data))}"
             if data.missing is not None:
                 why = xml_text(f"{data.missing.code}: {data.missing.reason}")
-                parts.append(f"<p>{title}: <b>not computed</b><br><span {QUIET}>{why}</span></p>")
+                parts.append(f"<p>{title}: <b>not computed</b><br/><span {QUIET}>{why}</span></p>")
                 continue
             columns, said = measure_table(shown, measure, report)
             facts = xml_text(facts_of(result, data))
-            parts.append(f"<p>{title}<br><span {QUIET}>{facts}</span></p>")
+            parts.append(f"<p>{title}<br/><span {QUIET}>{facts}</span></p>")
             parts.append(_table(columns))
             cut = len(columns[0].cells) - MOST_ROWS
             more = [f"and {cut} more rows: `to_pandas()` has them all"] if cut > 0 else []
@@ -76,7 +76,7 @@ def _table(columns: Sequence[Column]) -> str:
 
 def _paragraph(lines: Sequence[str]) -> list[str]:
     """Lines that are HTML, below each other."""
-    return [f"<p {QUIET}>{'<br>'.join(lines)}</p>"] if lines else []
+    return [f"<p {QUIET}>{'<br/>'.join(lines)}</p>"] if lines else []
 
 
 def _conventions(result: ExperimentResult) -> list[str]:

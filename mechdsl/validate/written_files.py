@@ -10,7 +10,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_statistics import BadReport
 from mechdsl.models.locate import locate
 from mechdsl.program import spec
-from mechdsl.program.named_paths import path_to_write
+from mechdsl.program.named_paths import ROWS, path_to_read, path_to_write
 from mechdsl.program.python_files import functions_of
 from mechdsl.syntax import ast
 
@@ -41,15 +41,15 @@ def check_written(files: Sequence[Written]) -> list[Diagnostic]:
     for program, _ in files:
         for path, what in _read_by(program):
             read.setdefault(_identity(path), (what, program))
-    found = [
-        problem
-        for report, _ in reports.values()
-        for problem in path_to_write(f"report {report.kind}", report.file or "", report.span)[1]
-    ]
+    found: list[Diagnostic] = []
     first: dict[Hashable, tuple[spec.Report, spec.Program]] = {}
     for report, program in reports.values():
         assert report.file is not None
-        path = _identity(program.span.source.folder / report.file)
+        target, problems = path_to_write(f"report {report.kind}", report.file, report.span)
+        if target is None:
+            found.extend(problems)
+            continue
+        path = _identity(target)
         other, of = first.setdefault(path, (report, program))
         if path in read:
             what, reader = read[path]
@@ -72,8 +72,9 @@ def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
     for prompts in program.prompts.values():
         if isinstance(prompts.rows, ast.String):
             written = prompts.rows.value
-            path = prompts.rows.span.source.folder / written
-            yield path, f"`{written}`, the rows of prompts `{prompts.name}`"
+            path, _ = path_to_read(ROWS, written, prompts.rows.span)
+            if path is not None:
+                yield path, f"`{written}`, the rows of prompts `{prompts.name}`"
     for function in functions_of(program):
         yield function.path, f"`{function.file}`, which defines `{function.name}`"
     for model in program.models.values():

@@ -29,7 +29,8 @@ def chain(length: int, link: str = "") -> str:
 
 def check(text: str, folder: Path | None = None) -> list[Diagnostic]:
     source = Source(text, None if folder is None else folder / FILE)
-    return check_source(source, Settings(prompts_enough=limits.CHECKED_PROMPTS)).diagnostics
+    settings = Settings(prompts_enough=limits.CHECKED_PROMPTS, require_models=True)
+    return check_source(source, settings).diagnostics
 
 
 def errors(text: str, folder: Path | None = None) -> list[str]:
@@ -87,8 +88,8 @@ def model(folder: Path, **changes: object) -> str:
         ({"vocab_size": 10**18}, "E0430"),
         ({"num_local_experts": 10**9}, "E0430"),
         ({"num_hidden_layers": 1000, "num_attention_heads": 10_000}, "E0323"),
-        ({"num_hidden_layers": "4"}, "E0408"),
-        ({"num_hidden_layers": 4.5}, "E0408"),
+        ({"num_hidden_layers": "4"}, "E0420"),
+        ({"num_hidden_layers": 4.5}, "E0420"),
         ({"architectures": 3}, "E0404"),
         ({"layer_types": 3}, "E0404"),
     ],

@@ -136,7 +136,7 @@ def test_a_report_that_cannot_be_written_is_missing_alone(
     def fails(*given: object) -> str:
         raise error
 
-    monkeypatch.setattr("mechdsl.show.reports.files.write_csv", fails)
+    monkeypatch.setattr("mechdsl.results.experiment_result.csv_text", fails)
     done = command("run", path)
     assert done.status == 3
     assert f"error[E0536]: `report csv` wasn't written to `lost.csv`: {said}" in done.err
@@ -157,7 +157,7 @@ def test_a_report_that_cannot_be_printed_is_missing_alone(
     def fails(*given: object) -> str:
         raise ValueError("a mistake of ours")
 
-    monkeypatch.setattr("mechdsl.show.reports.files.write_csv", fails)
+    monkeypatch.setattr("mechdsl.results.experiment_result.csv_text", fails)
     done = command("run", path)
     assert done.status == 3
     assert "report csv of heads broke off: ValueError: a mistake of ours" in done.err

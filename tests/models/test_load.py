@@ -195,7 +195,7 @@ def test_an_hf_model_that_is_not_here_can_not_run(
     model, problems = load(statement("org/name", "hf"))
     assert model is None
     assert [d.code for d in problems] == ["E0401"]
-    assert problems[0].help_text.startswith("`hf download org/name` fetches it; from Python")
+    assert problems[0].help_text.startswith("`hf download org/name` fetches it; without it nothing")
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)

@@ -22,7 +22,6 @@ from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.results import Results
 from mechdsl.show.console import visible_console
-from mechdsl.show.reports.files import results_csv, write_csv
 from mechdsl.show.show_report import save_report, show_report
 from mechdsl.vocab.reports import REPORTS
 
@@ -210,7 +209,7 @@ def test_notebooks() -> None:
 
 def test_csv_is_raw_and_can_be_read_back() -> None:
     result, _ = built("table")
-    for text in (write_csv(result), results_csv(Results((FileResult("f", (result,)),)))):
+    for text in (result.to_csv(), Results((FileResult("f", (result,)),)).to_csv()):
         records = list(csv.DictReader(io.StringIO(text, newline="")))
         assert len(records) == len(result.cells)
         assert {each["model"] for each in records} == {f"toy{HOSTILE}"}

@@ -315,7 +315,7 @@ def test_data_files(tmp_path: Path) -> None:
         (report("heatmap", variable="layer", by="layer"), "E0607", "layer by head"),
         (report("lines"), "E0607", "report lines"),
         (report("table", variable="layer"), "E0607", "report table top 10"),
-        (report("table", by="cuont"), "E0607", "`layer`, `head`"),
+        (report("table", by="cuont"), "E0607", "did you mean `count`?"),
         (report("lines", variable="layer", by="count"), "E0607", "`layer`, `head`"),
         (report("heatmap", variable="layer", by="head", file="a.jpg"), "E0607", "`.svg` or"),
     ],

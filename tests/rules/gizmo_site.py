@@ -19,7 +19,7 @@ site(
     ("layer",),
     "d_model",
     "inside",
-    "end",
+    "in_mlp",
     99,
     "what the MLP's last map returns, before any norm behind it",
     output_of="down",

@@ -276,7 +276,8 @@ def test_a_verb_says_which_word_stands_before_its_number(
 def test_a_misspelt_verb_is_recognised(clip: None, line: str, meant: str) -> None:
     text = TOY.replace("scale resid_post layer 0..1 at last token by 0.5", line)
     found = check_source(Source(text), Settings()).diagnostics
-    assert [one.code for one in found] == ["E0102"]
+    # The layer of `patch` isn't there, which is said too: the line counts as it was meant.
+    assert [one.code for one in found] == ["E0102", "E0303"][: 2 if meant == "patch" else 1]
     assert vars(found[0])["meant"] == meant
 
 
