@@ -45,7 +45,8 @@ class Read(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        if tag != "br":
+            assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
