@@ -10,8 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
@@ -21,6 +19,7 @@ from mechdsl.execute.execute import Execution, Options, execute, sizes_of
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.devices import device, device_problem, spread_of
 from mechdsl.loading.load import adopt, load
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import unknown_passes
@@ -47,7 +46,6 @@ from mechdsl.validate.reachable_p import check_rows
 
 LISTED = 5
 """Rows that a warning names."""
-DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 @dataclass(frozen=True)
@@ -364,7 +362,7 @@ def check_options(options: RunOptions) -> list[Diagnostic]:
     """E0208 for devices and passes that don't exist, folders that can't be written to, and a
     library that isn't installed."""
     found = unknown_passes(sorted(options.without))
-    problem = _device_problem(options.device)
+    problem = device_problem(options.device)
     if problem is not None:
         found.append(
             BadCommandLine(
@@ -387,46 +385,6 @@ def check_options(options: RunOptions) -> list[Diagnostic]:
         hint = "`pip install 'mechdsl[offload]'` installs it"
         found.append(BadCommandLine(reason=reason, hint=hint))
     return found
-
-
-def _device_problem(name: str) -> str | None:
-    """Why a device can't be used; None where it can."""
-    try:
-        kind = device(name).type
-    except (RuntimeError, AssertionError, NotImplementedError):
-        known = name.partition(":")[0] in DEVICES
-        return "torch finds no such device on this machine" if known else "there is no such device"
-    return None if kind in DEVICES else "models can't run there"
-
-
-def device(name: str) -> torch.device:
-    """The device that a name means; `auto` is the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = torch.device(name)
-    torch.empty(0, device=found)  # says now what it would say in the middle of a run
-    return found
-
-
-def _spread(options: RunOptions) -> dict[str, object] | None:
-    """How weights are spread over devices, memory and a folder; None where they aren't."""
-    if options.offload is None:
-        return None
-    spread: dict[str, object] = {"device_map": "auto", "offload_folder": str(options.offload)}
-    if options.device != "auto":
-        from accelerate.utils import get_max_memory
-
-        only = device(options.device)
-        room = get_max_memory()
-        spread["max_memory"] = {k: v for k, v in room.items() if k == "cpu" or _is(only, k)}
-    return spread
-
-
-def _is(device: torch.device, name: int | str) -> bool:
-    """Whether accelerate calls a device this: a number for a GPU, else its kind."""
-    if isinstance(name, int):
-        return device.type not in ("cpu", "mps") and name == (device.index or 0)
-    return name == device.type
 
 
 def _adopted(models: Models) -> tuple[dict[str, LoadedModel], list[Diagnostic]]:
@@ -493,7 +451,7 @@ def _load(
             checked.program.models[name],
             device=device(options.device),
             dtype=options.dtype,
-            spread=_spread(options),
+            spread=spread_of(options.device, options.offload),
         )
         diagnostics.extend(found)
         if model is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.program import spec
+from mechdsl.results.estimates import Estimate, combined, pearson, spearman
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.ranking import by_sign_instead, first_by_size
 from mechdsl.statistics.bootstrap import Parts, Resampling, blocks, parts
@@ -36,12 +36,6 @@ from mechdsl.validate.conditions import (
 from mechdsl.validate.expectations import Known, KnownMeasure, read_expectation
 from mechdsl.vocab.effects import EFFECTS
 
-ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": np.divide,
-}
 OPPOSITE: Mapping[str, Literal["<", "<=", ">", ">=", "=", "!="]] = {
     "<": ">=",
     "<=": ">",
@@ -50,16 +44,6 @@ OPPOSITE: Mapping[str, Literal["<", "<=", ">", ">=", "=", "!="]] = {
     "=": "!=",
     "!=": "=",
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Estimate:
-    """A number with its value under every resample (None: a constant)."""
-
-    point: float
-    samples: Floats | None = None
-    why: str | None = None
-    """Why there is no number, or no interval."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +139,7 @@ class _Judge:
 
     def compare(self, condition: Comparison) -> Verdict:
         left, right = self.value(condition.left), self.value(condition.right)
-        difference = _combine("-", left, right)
+        difference = combined("-", left, right)
         shown, reason = difference, None
         if right.samples is None:
             shown = left
@@ -286,7 +270,7 @@ class _Judge:
             case Constant():
                 return Estimate(value.value)
             case Arithmetic():
-                return _combine(value.operator, self.value(value.left), self.value(value.right))
+                return combined(value.operator, self.value(value.left), self.value(value.right))
             case Absolute():
                 inner = self.value(value.operand)
                 samples = None if inner.samples is None else np.abs(inner.samples)
@@ -374,7 +358,7 @@ class _Judge:
         here = self.parts(value.measure, mine)
         there_draws = _draws(other, self.result)
         there = _parts(other, candidates[0], theirs, there_draws.order)
-        correlate = _spearman if value.how == "spearman" else _pearson
+        correlate = spearman if value.how == "spearman" else pearson
         point = correlate(here.mean()[None], there.mean()[None])[0]
         columns = max(len(mine), self.result.prompts, other.prompts)  # so that blocks are equal
         pairs = zip(
@@ -445,17 +429,6 @@ def _parts(result: ExperimentResult, measure: int, cells: Ints, order: Ints) -> 
     return parts(data, EFFECTS[data.effect], cells, order)
 
 
-def _combine(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate) -> Estimate:
-    compute = ARITHMETIC[sign]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        point = float(compute(left.point, right.point))
-        if left.samples is None and right.samples is None:
-            return Estimate(point, None, left.why or right.why)
-        one = left.point if left.samples is None else left.samples
-        two = right.point if right.samples is None else right.samples
-        return Estimate(point, np.asarray(compute(one, two)), left.why or right.why)
-
-
 def _matched(
     mine: ExperimentResult, measure: int, other: ExperimentResult, other_measure: int
 ) -> tuple[Ints, Ints]:
@@ -488,17 +461,3 @@ def _draws(other: ExperimentResult, mine: ExperimentResult) -> Resampling:
         raise ValueError("a correlation needs finished experiments")
     seed = mine.seed if shared else mine.seed + 1
     return Resampling(other.prompts, settings, seed, ids=ids, groups=other.groups)
-
-
-def _pearson(left: Floats, right: Floats) -> Floats:
-    """Row by row."""
-    a = left - left.mean(1, keepdims=True)
-    b = right - right.mean(1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
-
-
-def _spearman(left: Floats, right: Floats) -> Floats:
-    from scipy.stats import rankdata  # not at the top: slow to import
-
-    return _pearson(rankdata(left, axis=1), rankdata(right, axis=1))

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mechdsl.execute.execute
+import mechdsl.execute.panel_runner
 import mechdsl.execute.pass_size
 import mechdsl.execute.patched_rows
 from mechdsl.execute.execute import Execution, Options
@@ -343,7 +343,7 @@ def test_neither_clock_nor_memory_changes_the_layout_of_a_given_size(
     monkeypatch.setattr(
         mechdsl.execute.pass_size, "free_memory", lambda device: random.randrange(1 << 40)
     )
-    monkeypatch.setattr(mechdsl.execute.execute, "WORTH_MEASURING", 1)
+    monkeypatch.setattr(mechdsl.execute.panel_runner, "WORTH_MEASURING", 1)
     again, same_values = layout(checked, options, monkeypatch)
     assert again == passes
     equal(found, same_values)
@@ -374,7 +374,7 @@ def test_passes_come_in_the_order_of_the_file_not_of_addresses(
 @pytest.fixture
 def every_pass_takes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the largest is the fastest; and passes are small enough for a few rows to measure them."""
-    monkeypatch.setattr(mechdsl.execute.execute, "WORTH_MEASURING", 2)
+    monkeypatch.setattr(mechdsl.execute.panel_runner, "WORTH_MEASURING", 2)
     monkeypatch.setattr(mechdsl.execute.pass_size, "PASS_TOKENS", 64)
     monkeypatch.setattr(mechdsl.execute.pass_size, "LEAST_TOKENS", 32)
     clock = count()
@@ -401,8 +401,8 @@ def test_rows_that_were_measured_are_kept_once(
     """What trying sizes has computed is in no value, no file and no count."""
     checked = check_file(TEXT, folder, adopted("llama"))
     given = execute_file(checked, adopted("llama"), (), Options(pass_tokens=PASS_TOKENS))
-    monkeypatch.setattr(mechdsl.execute.execute, "WORTH_MEASURING", 0)
-    monkeypatch.setattr(mechdsl.execute.execute, "FULL_SHARE", 0)
+    monkeypatch.setattr(mechdsl.execute.panel_runner, "WORTH_MEASURING", 0)
+    monkeypatch.setattr(mechdsl.execute.panel_runner, "FULL_SHARE", 0)
     monkeypatch.setattr(mechdsl.execute.pass_size.Sizes, "halve", None)
     passes, found = layout(checked, Options(), monkeypatch)
     assert len(passes) > len(found.profile.tokens), "some were thrown away"
@@ -501,7 +501,7 @@ def test_rows_that_are_laid_out_in_parts_are_the_same(
         return found
 
     monkeypatch.setattr(ExperimentPlan, "rows", counted)
-    monkeypatch.setattr(mechdsl.execute.execute, "BATCH_ROWS", rows)
+    monkeypatch.setattr(mechdsl.execute.panel_runner, "BATCH_ROWS", rows)
     found = execute_file(checked, model)
     same(found, whole)
     assert found.profile.distinct == whole.profile.distinct

@@ -29,6 +29,7 @@ from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.loading import devices
 from mechdsl.loading.load import adopt
 from mechdsl.packed.activation_cache import keeping
 from mechdsl.packed.packed_pass import run_packed
@@ -305,13 +306,13 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
 def test_a_device_that_is_named_is_the_only_one(
     device: str, kept: set[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "device", torch.device)
+    monkeypatch.setattr(devices, "device", torch.device)
     room = dict.fromkeys((0, 1, "mps", "cpu"), 1 << 30)
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: room)
-    spread = pipeline._spread(pipeline.RunOptions(device=device, offload=tmp_path))
+    spread = devices.spread_of(device, tmp_path)
     assert spread is not None
     assert set(cast("dict[object, int]", spread["max_memory"])) == kept
 
 
 def test_nothing_is_spread_without_the_option() -> None:
-    assert pipeline._spread(pipeline.RunOptions()) is None
+    assert devices.spread_of("auto", None) is None

@@ -1,0 +1,432 @@
+"""Runs the experiments of one panel: the same prompts, prompt batch by prompt batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e06_experiment import NothingKept
+from mechdsl.execute.means_and_donors import MeansAndDonors, means_and_donors_of
+from mechdsl.execute.measured_values import MeasuredValues, Sink, Unusable
+from mechdsl.execute.not_finite import cell_words, in_cell, in_run, not_finite
+from mechdsl.execute.pass_size import WORTH_MEASURING, Sizes, out_of_memory, release, stopwatch
+from mechdsl.execute.patched_rows import Member, Patcher
+from mechdsl.execute.profile import Profile
+from mechdsl.execute.readout import Readout
+from mechdsl.execute.row_groups import extent, groups, members_of
+from mechdsl.execute.unpatched_batch import PaddingSide
+from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.execute.writes import readable
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel, Plan
+from mechdsl.plan.rule_rows import Rows
+from mechdsl.plan.share import SharedRows, Sharer
+from mechdsl.program.python_files import PythonFailure
+from mechdsl.prompts.prompt_table import PromptTable, Run
+
+FULL_SHARE = 0.7
+"""Of its size, what a pass must hold to tell how fast that size is."""
+
+Check = Callable[[MeasuredValues], dict[int, Diagnostic]]
+"""By number, the measures of an experiment that can't be computed, by its unpatched runs."""
+
+
+@dataclass(frozen=True)
+class _SortedOut:
+    """The rows of an experiment on a batch of prompts."""
+
+    live: Rows
+    left_out: Rows
+    """Those that aren't run, as they can't differ from the base run."""
+    dropped: int
+    """How many have no donor."""
+    inert: int
+    """How many can't differ, left out or not."""
+
+
+class PanelRunner:
+    """Runs the experiments of one panel on shared unpatched runs."""
+
+    def __init__(
+        self,
+        panel: Panel,
+        model: LoadedModel,
+        plan: Plan,
+        side: PaddingSide,
+        sizes: Sizes,
+        profile: Profile,
+        sink: Sink | None = None,
+        *,
+        allow_nan: bool = False,
+        others: Mapping[str, LoadedModel] | None = None,
+    ) -> None:
+        self.panel = panel
+        self.allow_nan = allow_nan
+        self.lost: dict[str, list[Diagnostic]] = {}
+        self.running: tuple[ExperimentPlan, ...] = ()
+        """Those whose cells are run."""
+        self.plan = plan
+        self.sizes = sizes
+        self.sink = sink
+        self.table: PromptTable = panel.table
+        self.measured: dict[str, MeasuredValues] = {}
+        self.means_and_donors: dict[str, MeansAndDonors] = {}
+        self.readouts = {
+            p.experiment.key: Readout.of(p.experiment.measures) for p in panel.experiments
+        }
+        self.keep = Readout.of(panel.experiments[0].experiment.keep)
+        readouts = (*self.readouts.values(), self.keep)
+        self.runs = UnpatchedRuns(panel, model, readouts, plan=plan, side=side, others=others)
+        self.profile = profile
+        self.kept = np.arange(len(self.table), dtype=np.int64)
+        self.batches: list[Ints] = []
+
+    @property
+    def _sound(self) -> tuple[ExperimentPlan, ...]:
+        """Of the experiments that nothing is known against."""
+        return tuple(plan for plan in self.panel.experiments if _owner(plan) not in self.lost)
+
+    def _lose(self, plan: ExperimentPlan, *reasons: Diagnostic) -> None:
+        """An experiment can't be computed; with it goes what it is set against."""
+        self.lost.setdefault(_owner(plan), []).extend(reasons)
+
+    # --- before any cell --------------------------------------------------------------------------
+
+    def prepare(self, check: Check) -> None:
+        """Filter rows, measure and check the unpatched runs, average ablations."""
+        unusable = self._keep()
+        self.batches = self._batches(self.kept)
+        for plan in self._sound:
+            experiment = plan.experiment
+            measured = MeasuredValues.unmeasured(plan, self.readouts[experiment.key], self.kept)
+            measured.unusable.update(unusable)
+            self.measured[experiment.key] = measured
+        for batch in self.batches:
+            for plan in self._sound:
+                try:
+                    self._measure_unpatched(plan, batch)
+                except PythonFailure as failure:
+                    self._lose(plan, failure.diagnostic)
+            self._forget()
+        for plan in self._sound:
+            self._look_at_unusable(plan)
+        for plan in self._sound:
+            if plan.experiment.control_of is not None:  # it is said of the experiment itself
+                continue
+            measured = self.measured[plan.experiment.key]
+            measured.refused.update(check(measured))
+            if len(measured.refused) == len(plan.experiment.measures):
+                self._lose(plan, *measured.refused.values())
+        self.running = self._sound
+        for plan in self.running:
+            measured = self.measured[plan.experiment.key]
+            batches = [own for batch in self.batches if len(own := measured.among(batch))]
+            self.means_and_donors[plan.experiment.key] = means_and_donors_of(
+                plan, self.runs, measured.kept, batches
+            )
+
+    def total_rows(self) -> int:
+        """Patched rows of all experiments, draws included."""
+        return sum(self._count(plan, batch) for plan in self.running for batch in self.batches)
+
+    def _count(self, plan: ExperimentPlan, batch: Ints) -> int:
+        return plan.count(self.measured[plan.experiment.key].among(batch))
+
+    def _keep(self) -> dict[int, Unusable]:
+        """Leave the rows that a `keep` keeps, and, with `allow_nan`, drop those that it can't be
+        decided on."""
+        if not self.keep.measures:
+            return {}
+        good = np.ones(len(self.table), dtype=np.bool_)
+        broken = np.zeros(len(self.table), dtype=np.bool_)
+        try:
+            for batch in self._batches(self.kept):
+                found = self.runs.values(self.keep, "clean", batch, None)
+                broken[batch] = found.broken
+                for values in found.values:
+                    good[batch] &= values != 0
+                self.runs.forget()
+        except PythonFailure as failure:
+            for plan in self.panel.experiments:
+                self._lose(plan, failure.diagnostic)
+            return {}
+        self.kept = np.flatnonzero(good & ~broken)
+        unusable = {int(row): Unusable(int(row), "clean") for row in np.flatnonzero(broken)}
+        if unusable and not (self.allow_nan and len(self.kept)):
+            place = in_run(self.runs, self.keep, next(iter(unusable.values())))
+            for plan in self.panel.experiments:
+                self._lose(plan, not_finite(plan.experiment, place, len(unusable)))
+        elif not len(self.kept):
+            for plan in self.panel.experiments:
+                span = plan.experiment.spec.keep[0].span
+                self._lose(plan, NothingKept(span=span, rows=len(self.table)))
+        return unusable
+
+    def _look_at_unusable(self, plan: ExperimentPlan) -> None:
+        """Rows that can't be used in an unpatched run: lose the experiment, or, with `allow_nan`,
+        drop them from it and from what it is set against."""
+        measured = self.measured[plan.experiment.key]
+        rows = measured.unusable.keys() & set(measured.kept.tolist())
+        if not rows:
+            return
+        if self.allow_nan and len(rows) < len(measured.kept):
+            measured.leave_out(sorted(rows))
+            return
+        first = measured.unusable[min(rows)]
+        first = in_run(self.runs, self.readouts[plan.experiment.key], first)
+        self._lose(plan, not_finite(plan.experiment, first, len(rows)))
+
+    def _batches(self, prompts: Ints) -> list[Ints]:
+        """Prompts in groups of similar size in tokens, in the order of the table."""
+        draws = max((r.noise.samples for r in self.table.runs.values() if r.noise), default=1)
+        cells = sum(each.n_cells for each in self.panel.experiments)
+        tokens = self.sizes.prompt_tokens // (self._longest() * draws)
+        size = max(1, min(tokens, BATCH_ROWS // max(1, cells)))
+        return [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+    def _longest(self) -> int:
+        """Tokens of the longest prompt in any run."""
+        return max(
+            (len(row.ids) for run in self.table.runs.values() for row in run.rows), default=1
+        )
+
+    def _forget(self) -> None:
+        """Free what the finished batch computed; with a single batch it serves all stages."""
+        if len(self.batches) > 1:
+            self.runs.forget()
+
+    def _measure_unpatched(self, plan: ExperimentPlan, batch: Ints) -> None:
+        """Base, source and accuracies of one experiment on one batch."""
+        experiment = plan.experiment
+        measured = self.measured[experiment.key]
+        columns = np.searchsorted(self.kept, batch)
+        readout = self.readouts[experiment.key]
+        for run, values in measured.unpatched.items():
+            for number, environment in enumerate(measured.environments):
+                base = run == experiment.spec.base
+                relative = self.runs.model.rounding if base else 0.0
+                found = self.runs.values(readout, run, batch, environment, relative=relative)
+                for measure, value in zip(values, found.values, strict=True):
+                    measure[number, columns] = value
+                for measure, value in zip(measured.rounding, found.rounding, strict=True):
+                    if base:
+                        measure[number, columns] = value
+                measured.saw(Unusable(int(row), run) for row in batch[found.broken])
+        for run, correct in experiment.accuracies.items():
+            found = self.runs.values(Readout.of([correct]), run, batch, None)
+            measured.accuracy[run][columns] = found.values[0]
+            measured.saw(Unusable(int(row), run) for row in batch[found.broken])
+
+    # --- cells ------------------------------------------------------------------------------------
+
+    def run(self) -> Iterator[int]:
+        """Run all cells; yields how many rows, draws included, have been finished."""
+        plans = self.running
+        if not plans:
+            self.runs.forget()
+            return
+        totals = [
+            [
+                (np.zeros(values.shape), np.zeros(values.shape))
+                for values in self.measured[plan.experiment.key].patched
+            ]
+            for plan in plans
+        ]
+        patcher, sharer = self._patcher(), self._sharer()
+        for batch in self.batches:
+            rows: list[Rows] = []
+            for number, plan in enumerate(plans):
+                measured = self.measured[plan.experiment.key]
+                if _owner(plan) in self.lost:
+                    rows.append(Rows.none())
+                    yield self._count(plan, batch)
+                    continue
+                if not plan.rules:
+                    measured.copy_base()
+                found = self._sorted_out(plan, batch)
+                measured.dropped += found.dropped
+                measured.rows += len(found.live) + len(found.left_out)
+                measured.inert += found.inert
+                rows.append(found.live)
+                if len(found.left_out):
+                    values = measured.base_of(plan, found.left_out)
+                    self._finish(number, found.left_out, values, totals[number])
+                yield (found.dropped + len(found.left_out)) * plan.draws
+            shared = sharer.of(rows)
+            self.profile.rows += sum(len(one) for one in rows)
+            self.profile.distinct += len(shared)
+            for member, values in self._patched(patcher, shared, batch):
+                plan = plans[member.number]
+                self._finish(member.number, member.rows, values, totals[member.number])
+                yield len(member.rows) * plan.draws
+            self._forget()
+        for plan, sums_and_counts in zip(plans, totals, strict=True):
+            if plan.rules:
+                patched = self.measured[plan.experiment.key].patched
+                for found, (sums, counts) in zip(patched, sums_and_counts, strict=True):
+                    with np.errstate(invalid="ignore"):
+                        found[:] = np.where(counts > 0, sums / counts, np.nan)
+        self.runs.forget()
+        self._drop_unusable()
+
+    def _drop_unusable(self) -> None:
+        """Drop the rows that can't be used in some cell from all cells, and from those of what an
+        experiment is set against."""
+        rows: dict[str, set[int]] = {}
+        for plan in self.running:
+            own = self.measured[plan.experiment.key].unusable
+            rows.setdefault(_owner(plan), set()).update(own)
+        for plan in self._sound:
+            measured = self.measured[plan.experiment.key]
+            out = rows[_owner(plan)] & set(measured.kept.tolist())
+            if out and len(out) == len(measured.kept):
+                first = next(iter(measured.unusable.values()))
+                self._lose(plan, not_finite(plan.experiment, first, len(out)))
+            elif out:
+                measured.leave_out(sorted(out))
+
+    def _saw_unusable(
+        self,
+        patcher: Patcher,
+        shared: SharedRows,
+        chosen: Ints,
+        batch: Ints,
+        run: Run,
+        member: Member,
+        broken: Bools,
+    ) -> None:
+        """Rows of a pass can't be used; without `allow_nan` that loses their experiment."""
+        plan = self.running[member.number]
+        measured = self.measured[plan.experiment.key]
+        base, rows = plan.experiment.spec.base, member.rows
+        seen = [
+            Unusable(int(rows.prompt[row]), base, cell_words(plan, int(rows.cell[row])))
+            for row in np.flatnonzero(broken)
+        ]
+        measured.saw(seen)
+        if self.allow_nan or _owner(plan) in self.lost:
+            return
+        row = int(chosen[member.at[int(broken.argmax())]])
+        place = in_cell(patcher, shared, row, run, batch, seen[0])
+        self._lose(plan, not_finite(plan.experiment, place, 1))
+
+    def _patcher(self) -> Patcher:
+        plans = self.running
+        means_and_donors = [self.means_and_donors[plan.experiment.key] for plan in plans]
+        readouts = [self.readouts[plan.experiment.key] for plan in plans]
+        return Patcher(self.plan, plans, readouts, means_and_donors, self.runs)
+
+    def _sharer(self) -> Sharer:
+        return Sharer(self.running, share=self.plan.shares_rows)
+
+    def _sorted_out(self, plan: ExperimentPlan, batch: Ints) -> _SortedOut:
+        """Which rows of an experiment have to be run."""
+        kept = self.measured[plan.experiment.key].among(batch)
+        every = plan.rows(kept) if plan.rules else Rows.none()
+        good = readable(plan, every, self.means_and_donors[plan.experiment.key])
+        rows = every.take(good)
+        inert = plan.is_inert(rows)
+        out = inert if self.plan.skips_inert else np.zeros_like(inert)
+        return _SortedOut(
+            live=rows.take(np.flatnonzero(~out)),
+            left_out=rows.take(np.flatnonzero(out)),
+            dropped=len(every) - len(rows),
+            inert=int(inert.sum()),
+        )
+
+    def _finish(
+        self,
+        number: int,
+        rows: Rows,
+        values: Sequence[Floats],
+        totals: Sequence[tuple[Floats, Floats]],
+    ) -> None:
+        """Add values of rows to their cells, and hand them on."""
+        measured = self.measured[self.running[number].experiment.key]
+        columns = np.searchsorted(measured.kept, rows.prompt)
+        for (sums, counts), value in zip(totals, values, strict=True):
+            np.add.at(sums, (rows.cell, columns), value)
+            np.add.at(counts, (rows.cell, columns), 1)
+        if self.sink is not None:
+            self.sink.rows(measured, rows, values)
+
+    # --- the size of a pass ---------------------------------------------------------------------
+
+    def measure_sizes(self) -> None:
+        """Settle the size of a pass by trying some on rows of the first batch, where there is
+        enough to run. Their values are thrown away."""
+        enough = WORTH_MEASURING * self.sizes.pass_tokens
+        if self.total_rows() * self._longest() < enough:
+            return
+        plans, batch = self.running, self.batches[0]
+        shared = self._sharer().of([self._sorted_out(plan, batch).live for plan in plans])
+        widths, work = extent(shared, self.runs.shortcuts, plans)
+        if int(widths.sum()) * len(self.batches) < enough:
+            return
+        run, group = max(
+            groups(shared, self.plan, plans, widths), key=lambda each: int(widths[each[1]].sum())
+        )
+        group = group[len(group) // 2 :]  # by width: the first ones are the narrowest
+        ends = np.cumsum(widths[group])
+        patcher = self._patcher()
+
+        def rate(tokens: int) -> float:
+            """Work per second of a pass of this size, the better of two."""
+            chosen = group[: int(np.searchsorted(ends, tokens, side="right"))]
+            if int(widths[chosen].sum()) < FULL_SHARE * tokens:
+                return 0.0
+            members = members_of(shared, chosen)
+            took: list[float] = []
+            try:
+                for _ in range(2):
+                    with stopwatch(self.runs.model.device) as seconds:
+                        list(patcher.values(shared, chosen, members, run, batch))
+                    took += seconds
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                release()
+                return 0.0
+            return float(work[chosen].sum()) / max(min(took), 1e-9)
+
+        self.sizes.measure(rate)
+        self._forget()
+
+    # --- passes -----------------------------------------------------------------------------------
+
+    def _patched(
+        self, patcher: Patcher, shared: SharedRows, batch: Ints
+    ) -> Iterator[tuple[Member, list[Floats]]]:
+        """All distinct rows in passes of a good size, with the values of their members."""
+        widths, _ = extent(shared, self.runs.shortcuts, self.running)
+        for run, group in groups(shared, self.plan, self.running, widths):
+            begin = 0
+            while begin < len(group):
+                ends = np.cumsum(widths[group[begin:]])
+                count = max(1, int(np.searchsorted(ends, self.sizes.pass_tokens, side="right")))
+                chosen = group[begin : begin + count]
+                members = members_of(shared, chosen)
+                tokens = int(widths[chosen].sum())
+                try:
+                    with stopwatch(self.runs.model.device) as seconds:
+                        found = list(patcher.values(shared, chosen, members, run, batch))
+                except (RuntimeError, MemoryError) as error:
+                    if len(chosen) == 1 or not out_of_memory(error) or not self.sizes.halve():
+                        raise
+                    self.profile.halved += 1
+                    continue
+                self.profile.passed(tokens, seconds[0])
+                for member, own in found:
+                    if own.broken.any():
+                        self._saw_unusable(patcher, shared, chosen, batch, run, member, own.broken)
+                    yield member, own.values
+                begin += count
+
+
+def _owner(plan: ExperimentPlan) -> str:
+    """The experiment itself, or the one that it is a control of."""
+    return plan.experiment.control_of or plan.experiment.key

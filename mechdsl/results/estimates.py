@@ -1,0 +1,56 @@
+"""Numbers that expectations compare, with their value under every resample."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mechdsl.base.arrays import Floats
+
+ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": np.divide,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A number with its value under every resample (None: a constant)."""
+
+    point: float
+    samples: Floats | None = None
+    why: str | None = None
+    """Why there is no number, or no interval."""
+
+
+def combined(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate) -> Estimate:
+    """Of two numbers, resample by resample."""
+    compute = ARITHMETIC[sign]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        point = float(compute(left.point, right.point))
+        if left.samples is None and right.samples is None:
+            return Estimate(point, None, left.why or right.why)
+        one = left.point if left.samples is None else left.samples
+        two = right.point if right.samples is None else right.samples
+        return Estimate(point, np.asarray(compute(one, two)), left.why or right.why)
+
+
+def pearson(left: Floats, right: Floats) -> Floats:
+    """Row by row."""
+    a = left - left.mean(1, keepdims=True)
+    b = right - right.mean(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+
+
+def spearman(left: Floats, right: Floats) -> Floats:
+    """Row by row."""
+    from scipy.stats import rankdata  # not at the top: slow to import
+
+    return pearson(rankdata(left, axis=1), rankdata(right, axis=1))
