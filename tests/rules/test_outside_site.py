@@ -14,6 +14,7 @@ from mechdsl.base.source import Source
 from mechdsl.models.shape import available_sites
 from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.vocab.sites import SITES
+from tests.execute.support import shared
 
 from .support import QUICK, experiment, run_file
 from .test_kinds import TOY
@@ -28,9 +29,11 @@ def entries() -> Iterator[None]:
     name = f"{__package__}.gizmo_site"
     sys.modules.pop(name, None)
     importlib.import_module(name)
+    shared.cache_clear()  # models that were taken apart without these sites
     yield
     for name in NAMES:
         SITES._entries.pop(name)  # type: ignore[attr-defined]
+    shared.cache_clear()
 
 
 @pytest.mark.parametrize("mode", QUICK)
