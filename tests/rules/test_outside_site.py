@@ -14,8 +14,8 @@ from mechdsl.base.source import Source
 from mechdsl.models.shape import available_sites
 from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.vocab.sites import SITES
-from tests.execute.support import shared
 
+from ..execute.support import shared
 from .support import QUICK, experiment, run_file
 from .test_kinds import TOY
 
