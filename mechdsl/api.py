@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from mechdsl.base.files import write_whole
 from mechdsl.base.source import Source
+from mechdsl.base.visible import json_text
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 from mechdsl.diagnostics.e04_model import NoTokenizer
@@ -221,7 +223,7 @@ def graph_of(
     )
     text = draw(checked.experiments, format, before=before)
     if to is not None:
-        Path(to).write_text(text, encoding="utf-8")
+        write_whole(Path(to), text)
     return Drawing(text) if format == "svg" else Printed(text)
 
 
@@ -242,8 +244,6 @@ def explain(
     format: `json` is every row of every run. The other arguments are those of `run`.
     Raises MechdslError where something is wrong.
     """
-    import json
-
     from mechdsl.diagnostics.pages import is_code, page_of
     from mechdsl.show.terminal import Printed, printed
 
@@ -262,7 +262,7 @@ def explain(
     from mechdsl.show import prompts
 
     if format == "json":
-        return Printed(json.dumps(prompts.as_json(checked), ensure_ascii=False, indent=1) + "\n")
+        return Printed(json_text(prompts.as_json(checked), indent=1) + "\n")
     return printed(lambda console: prompts.explain(checked, console))
 
 

@@ -174,6 +174,7 @@ class VocabularyTooSmall(Diagnostic):
     """A tokenizer with ids that the model's embedding doesn't have."""
 
     code = "E0421"
+    hangs_on = frozenset({"shape", "tokens"})
     title = "`{model}` has {size:,} tokens, and its tokenizer {more}"
     label = "the tokenizer is another model's, or `vocab_size` is wrong"
     help = "put the tokenizer beside it that the model was trained with, or correct `config.json`"

@@ -250,8 +250,7 @@ def _outline(
     if experiment.broken or findings.keys() != set(experiment.after):
         known = replace(known, resolved=None)
     if known.resolved is not None:
-        if not model.tokenizer.stands_in and not model.shape.stands_in:
-            found += measures_fit(known.resolved)
+        found += measures_fit(known.resolved)
         found += _first_tokens(known.resolved)
         found += _tested_where_picked(known.resolved, findings)
     checked.diagnostics.extend(certain(found, known.unknown))

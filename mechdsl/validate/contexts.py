@@ -134,10 +134,9 @@ class Contexts:
             table = None
             if not self.needs_python(name):
                 table, found = self._build(name, model, limit=limit, part=part)
+                if table is not None:
+                    found = [*found, *prompts_fit(table, model)]
                 self._say(found, model, name)
-                guessed = model.tokenizer.stands_in or model.shape.stands_in
-                if table is not None and not guessed:
-                    self.diagnostics.extend(prompts_fit(table, model))
             if table is None:
                 table = stand_in_table(self._compiled(name).block, self._stand_in)
             elif self._guessed(name):
@@ -152,6 +151,8 @@ class Contexts:
     def _say(self, found: Sequence[Diagnostic], model: ModelContext, *blocks: str) -> None:
         """Keep what is true whatever stands in."""
         unknown: set[Unknown] = set()
+        if model.shape.stands_in:
+            unknown.add("shape")
         if model.tokenizer.stands_in:
             unknown.add("tokens")
         if any(map(self._guessed, blocks)):
