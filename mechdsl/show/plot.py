@@ -13,6 +13,7 @@ from mechdsl.diagnostics.e06_statistics import BadReport
 from mechdsl.diagnostics.raised import MechdslError
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.show.reports.grid import with_tokens
 from mechdsl.vocab.reports import REPORTS, ReportSignature, check_report, short_names
 
 
@@ -46,7 +47,7 @@ def as_chart(
         raise ImportError(
             "charts need altair, which is usually installed with mechdsl: pip install altair"
         ) from error
-    return import_module(entry.module).chart(result, report)
+    return import_module(entry.module).chart(with_tokens(result, report), report)
 
 
 def _no_picture(kind: str) -> Diagnostic:

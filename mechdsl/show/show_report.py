@@ -46,7 +46,7 @@ class WrittenReport:
 
 def show_report(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Print a report. Raises ValueError for one that `check_report` refuses as not drawn yet."""
-    _drawing(report).render(_with_axis(result, report), report, console)
+    _drawing(report).render(with_tokens(result, report), report, console)
 
 
 def write_reports(experiments: Iterable[ExperimentResult]) -> list[WrittenReport]:
@@ -88,7 +88,7 @@ def save_report(result: ExperimentResult, report: spec.Report, path: Path) -> No
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as made:
-        _drawing(report).save(_with_axis(result, report), report, made)
+        _drawing(report).save(with_tokens(result, report), report, made)
 
 
 def _drawing(report: spec.Report) -> _ReportModule:
@@ -96,13 +96,6 @@ def _drawing(report: spec.Report) -> _ReportModule:
     if module is None:
         raise ValueError(f"`report {report.kind}` isn't drawn yet: `check_report` refuses it")
     return cast(_ReportModule, import_module(module))
-
-
-def _with_axis(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
-    """What has an axis, and no column of tokens, gets the tokens along it."""
-    signature = REPORTS[report.kind].signature
-    has_axis = signature is not None and signature.variable is not None
-    return with_tokens(result) if has_axis else result
 
 
 def _why(error: Exception) -> tuple[str, str]:

@@ -108,3 +108,13 @@ def test_both_tokens_label_the_axis(kind: str) -> None:
     document = experiment_document(result)
     assert [cell.at.read for cell in document.cells] == [None, None, ["fig", "plum"]] * 2
     assert document.cells[2].coords["position"] == "last token"
+
+
+def test_a_chart_from_python_names_them_too() -> None:
+    drawn = finished(APART).plot("bars", "position").to_json()
+    assert "last token (apple… ← fig…)" in drawn
+
+
+def test_white_space_is_a_token_that_can_be_seen() -> None:
+    cell = replace(READ.cells[0], tokens=(" fig", "\n", " ", "\x1b[2J"), read=("  ",))
+    assert tokens_hit(cell, 4) == "fig, \\n, ␣, \\x1b[2J ← ␣␣"

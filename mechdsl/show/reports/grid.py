@@ -10,6 +10,8 @@ from mechdsl.base.visible import visible
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.show.tokens import shown_token
+from mechdsl.vocab.reports import REPORTS
 
 DEPTH = re.compile(r"[0-9.]+%")
 
@@ -76,7 +78,7 @@ def tokens_hit(cell: CellKey, most: int) -> str:
 
 
 def _listed(tokens: Sequence[str], most: int) -> str:
-    shown = [token.strip() or repr(token) for token in tokens[:most]]
+    shown = [shown_token(token) for token in tokens[:most]]
     more = len(tokens) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
@@ -85,10 +87,14 @@ def _commonest(tokens: Sequence[str]) -> str:
     return _listed(tokens[:1], 1) + "…" * (len(tokens) > 1)
 
 
-def with_tokens(result: ExperimentResult) -> ExperimentResult:
-    """The result as it is drawn: along the axis of positions, a number says which tokens it hits in
-    each run, where those of the source run are others."""
-    if not any(cell.read for cell in result.cells) or "position" not in result.axes:
+def with_tokens(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
+    """The result as a report draws it: along the axis of positions, a number says which tokens it
+    hits in each run, where those of the source run are others. Reports without axes have a column
+    of tokens instead."""
+    signature = REPORTS[report.kind].signature
+    if signature is None or signature.variable is None or "position" not in result.axes:
+        return result
+    if not any(cell.read for cell in result.cells):
         return result
     names = {
         cell.coords["position"]: f"{cell.coords['position']} "
