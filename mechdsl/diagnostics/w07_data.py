@@ -1,4 +1,4 @@
-"""W0701 to W0703: tokens that look like mistakes but run."""
+"""W0701 to W0703, W0781, W0790: what looks like a mistake but runs."""
 
 from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
@@ -52,4 +52,18 @@ class NotAllRows(Diagnostic):
     label = "has more rows than `validate` looks at"
     help = "a run checks every row before it starts; `limit {rows}` takes as many as were checked"
     prompts: str
+    rows: int
+
+
+@keyword_record
+class EqualRecords(Diagnostic):
+    """Rows of a file that say the same count as often as they stand there."""
+
+    code = "W0781"
+    title = "{equal:,} of {rows:,} rows of prompts `{prompts}` are equal to another"
+    label = "these records are there more than once, and each of them counts"
+    help = "write `rows {file} distinct` for one of each: intervals take rows as independent"
+    prompts: str
+    file: str
+    equal: int
     rows: int

@@ -179,6 +179,7 @@ def lower_prompts(definition: ast.PromptsDef, scope: Namespace) -> spec.Prompts:
         values=tuple(block.values),
         templates=tuple(block.templates),
         rows=None if block.rows is None else block.rows.source,
+        distinct=block.rows is not None and block.rows.distinct,
         rename=tuple(block.rename),
         where=tuple(block.where),
         split=None if block.split is None else block.split.percent.value,

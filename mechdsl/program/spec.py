@@ -103,6 +103,8 @@ class Prompts(Spec):
     templates: tuple[StringText, ...] = ()
     rows: ExprText | None = None
     """The file's path as a string expression."""
+    distinct: bool = False
+    """Of equal records only the first."""
     rename: tuple[tuple[str, str], ...] = ()
     """(new name, column)."""
     where: tuple[ExprText, ...] = ()

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
-from mechdsl.diagnostics.w07_data import NotAllRows, UnknownWords
+from mechdsl.diagnostics.w07_data import EqualRecords, NotAllRows, UnknownWords
 from mechdsl.program import spec
 from mechdsl.prompts.answers import move, numerals, quoted, shared_beginning, text_tokens, tokenise
 from mechdsl.prompts.domains import Constants, Words
@@ -70,7 +70,8 @@ def build_table(
     prompts_enough: how many prompts, of all runs, are enough to look at (W0790).
     compiled: blocks by name that were compiled before, with the rows they have worked out; a new
         one is added. All that the rows hang on (seed, words, parameters, blocks) must be the same.
-    Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703, W0790.
+    Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703, W0781,
+    W0790.
     """
     rows = (compiled or {}).get(prompts.name) or BlockRows(
         PromptsBlock(
@@ -99,6 +100,8 @@ def build_table(
         found.diagnostics.append(
             NotAllRows(span=block.spec.span, prompts=block.name, rows=len(found.rows))
         )
+    if found.repeated:
+        found.diagnostics.append(_equal_records(block, found))
     diagnostics = list(dict.fromkeys([*block.diagnostics, *found.diagnostics]))
     if has_errors(diagnostics) or (ids is not None and not found.rows):
         return None, diagnostics
@@ -108,6 +111,18 @@ def build_table(
         *diagnostics,
         *dict.fromkeys(builder.diagnostics),
     ]
+
+
+def _equal_records(block: PromptsBlock, found: Collection) -> EqualRecords:
+    source = block.spec.rows
+    assert source is not None  # generated rows that are equal are left out
+    return EqualRecords(
+        span=source.span,
+        prompts=block.name,
+        file=source.span.written,
+        equal=found.repeated,
+        rows=len(found.rows),
+    )
 
 
 @dataclass

@@ -35,6 +35,8 @@ def rows_convention(
         text += f", part `{part}` of a {block.spec.split:g}% split"
     if limit is not None and kept < limit:
         text += f" (limit {limit:,}, there are no more)"
+    if found.repeated:
+        text += f", {found.repeated:,} of them equal to another"
     out = {"rows": f"{text}, seed {block.seed}"}
     equal = dict(found.unchanged)
     for run, count in unchanged.items():

@@ -12,7 +12,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, NoRows, TooMany
 from mechdsl.program import spec
 from mechdsl.prompts.row_scope import Refusal
-from mechdsl.prompts.rows import BlockRows, Row
+from mechdsl.prompts.rows import RECORD, BlockRows, Row
 from mechdsl.prompts.seeded_draws import Permutation
 from mechdsl.prompts.values import TokenId, frozen, plain
 from mechdsl.vocab.corruptions import ValueChange, kind_of
@@ -41,6 +41,8 @@ class Collection:
     """Left out by `where`."""
     equal: int = 0
     """Left out because they were there already."""
+    repeated: int = 0
+    """Kept although they are equal to one before: other records of a file."""
     unchanged: dict[str, int] = field(default_factory=dict[str, int])
     """Left out because the corruption left the prompt as it was."""
     complete: bool = False
@@ -76,6 +78,16 @@ def collect_rows(rows: BlockRows, ids: Iterable[int]) -> Collection:
     return found.result
 
 
+@dataclass
+class _Seen:
+    """What is known of the rows that are equal to each other."""
+
+    records: set[int] = field(default_factory=set[int])
+    belongs: bool | None = None
+    """Whether they are in the table, once one is kept: all are in one part of a split, as the test
+    would know what the training has seen otherwise."""
+
+
 class _Collector:
     def __init__(
         self, rows: BlockRows, limit: int | None, part: str | None, most: int | None = None
@@ -86,9 +98,9 @@ class _Collector:
         self.limit = limit
         self.part = part
         self.result = Collection()
-        self.seen: set[object] = set()
+        self.seen: dict[object, _Seen] = {}
         self.distinct = 0
-        """Rows of the whole block so far."""
+        """Different rows of the whole block so far."""
         self.failures: dict[tuple[type[Diagnostic], Span], Diagnostic] = {}
         self.failing = 0
         share = block.spec.split if block.spec.split is not None else 100.0
@@ -175,10 +187,11 @@ class _Collector:
             result.filtered += 1
             return False
         mark = self._mark(row)
-        if mark in self.seen:
+        seen = self.seen.setdefault(mark, _Seen())
+        if row.places[RECORD] in seen.records or (self.block.spec.distinct and seen.records):
             result.equal += 1
             return False
-        self.seen.add(mark)
+        seen.records.add(row.places[RECORD])
         corrupted = {c.name: row.corrupted(c) for c in self.block.spec.corruptions}
         unchanged = [n for n in self.only_values if corrupted[n].prompt.text == row.prompt.text]
         for name in unchanged:
@@ -186,8 +199,12 @@ class _Collector:
         if unchanged:
             return False
         made = self._made(row)
-        self.distinct += 1
-        if self._belongs(self.distinct):
+        if seen.belongs is None:
+            self.distinct += 1
+            seen.belongs = self._belongs(self.distinct)
+        elif seen.belongs:
+            result.repeated += 1
+        if seen.belongs:
             result.rows.append(made)
         return True
 

@@ -438,6 +438,8 @@ class Chat(Node):
 @record
 class RowsFrom(Node):
     source: Expr
+    distinct: bool = False
+    """Of equal records only the first."""
 
 
 @record

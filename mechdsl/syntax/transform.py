@@ -278,7 +278,9 @@ class ToAst(Transformer[Token, Any]):
         return ast.ChatTurn(str(c[0]), c[1], span=_span(c))
 
     def rows(self, c: list[Any]) -> ast.RowsFrom:
-        return ast.RowsFrom(c[1], span=_span(c))
+        return ast.RowsFrom(c[1], "distinct" in _clauses(c), span=_span(c))
+
+    distinct = _clause("distinct", lambda _: True)
 
     def rename(self, c: list[Any]) -> ast.Rename:
         pairs = tuple(child.value for child in c if isinstance(child, Clause))

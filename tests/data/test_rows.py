@@ -258,6 +258,48 @@ class TestCorruptions:
         assert sorted(texts(made)) == ["1", "3", "4"]
         assert "1 that `c` leaves unchanged" in made.conventions["dropped"]
 
+    def test_records_of_a_file_are_kept(self, words: TextTokenizer, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text("x,y\n1,2\n3,4\n1,2\n1,5\n1,2\n", encoding="utf-8")
+        rows = f'rows "{tmp_path / "a.csv"}"'
+        rest = 'template "{x}" answer " {y}"'
+        every, found = build(f"{rows} {rest}", words)
+        assert every is not None
+        assert sorted(texts(every)) == ["1", "1", "1", "1", "3"]
+        assert every.conventions["rows"] == "5 of 5 records, 2 of them equal to another, seed 0"
+        assert [d.message for d in found] == ["2 of 5 rows of prompts `p` are equal to another"]
+        once, found = build(f"{rows} distinct {rest}", words)
+        assert once is not None
+        assert found == []
+        assert sorted(texts(once)) == ["1", "1", "3"]
+        assert once.conventions["dropped"] == "2 that were there already"
+        assert (
+            once.row_ids
+            == tuple(  # the same rows, but for the copies
+                number
+                for n, number in enumerate(every.row_ids)
+                if values(every, "y")[n] not in values(every, "y")[:n]
+            )
+        )
+
+    def test_what_is_drawn_for_a_record_counts_once(
+        self, words: TextTokenizer, tmp_path: Path
+    ) -> None:
+        (tmp_path / "a.csv").write_text("x\n1\n1\n", encoding="utf-8")
+        text = f'rows "{tmp_path / "a.csv"}" n in 1..2 xs = list(n, 1) template "{{x}} {{xs}}"'
+        made, _ = build(text, words, limit=8)
+        assert made is not None
+        assert sorted(texts(made)) == ["1 1", "1 1", "1 2", "1 2"]
+
+    def test_copies_stay_on_one_side_of_a_split(self, words: TextTokenizer, tmp_path: Path) -> None:
+        lines = [str(n % 7) for n in range(70)]
+        (tmp_path / "a.csv").write_text("\n".join(["x", *lines, ""]), encoding="utf-8")
+        text = f'rows "{tmp_path / "a.csv"}" template "{{x}}" split 50%'
+        parts = [build(text, words, part=part)[0] for part in ("train", "test")]
+        train, test = (texts(part) for part in parts if part is not None)
+        assert not set(train) & set(test)
+        assert sorted(train + test) == sorted(lines)
+        assert (len(set(train)), len(set(test))) == (3, 4)
+
     def test_noise_leaves_the_text(self, words: TextTokenizer) -> None:
         text = """a in ["apple", "pear"] template "Part {a}:"
         corrupt n { add gaussian(std: 3 sd, samples: 10) to embed at a tokens }

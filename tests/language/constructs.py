@@ -219,6 +219,13 @@ _prompts(
     "tests/data/test_files.py",
 )
 _prompts(
+    "distinct rows",
+    'rows "facts.jsonl" distinct',
+    "Of equal records the first; without it each counts, and W0781 says how many there are. "
+    "Generated rows that are equal count once anyhow. `split` keeps equal records together.",
+    "tests/data/test_rows.py",
+)
+_prompts(
     "rename",
     "rename { thing = object }",
     "New name = column.",

@@ -141,7 +141,7 @@ def _data(node: Any) -> str | None:
         case ast.ChatTurn():
             return f"{node.role} {_text(node.text)}"
         case ast.RowsFrom():
-            return f"rows {within(node.source, SUM)}"
+            return f"rows {within(node.source, SUM)}" + " distinct" * node.distinct
         case ast.Rename():
             pairs = ", ".join(f"{new.id} = {old.id}" for new, old in node.pairs)
             return f"rename {{ {pairs} }}"
