@@ -1,5 +1,8 @@
 """Forward passes of tiny models, written out by hand, on one unpadded prompt at a time.
 
+Copies of the prompt may stand side by side, each with writes of its own: nothing passes from one to
+another, and no one is padded.
+
 The modules of the bare model are its linear maps, norms and
 activation functions; attention, rotary embeddings, masks, windows, caps, sinks and the order of
 things are written out. Every site is read, any vectors of any sites are written, edges of attention
@@ -9,7 +12,7 @@ are edited one after the other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -68,43 +71,56 @@ class Edge:
     heads: Sequence[int] | None = None
 
 
+Changes = tuple[Sequence[Write], Sequence[Edge]]
+"""What is done to one copy of a prompt; the later of two writes to one vector stands."""
+
+
 @dataclass
 class Run:
     """What a forward pass gives: logits [T, vocab], and every site as [T, units, width]."""
 
-    writes: Sequence[Write] = ()
-    edges: Sequence[Edge] = ()
-    seen: dict[Place, Tensor] = field(default_factory=dict)
-    logits: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def __post_init__(self) -> None:
-        self.here: dict[Place, list[Write]] = {}
-        for write in self.writes:
-            self.here.setdefault((write.site, write.layer), []).append(write)
+    writes: Sequence[Write]
+    seen: dict[Place, Tensor]
+    logits: Tensor
 
     def __getitem__(self, place: Place) -> Tensor:
         return self.seen[place]
 
+
+class Pass:
+    """Copies of a prompt on their way through the model."""
+
+    def __init__(self, each: Sequence[Changes]) -> None:
+        self.seen: dict[Place, Tensor] = {}
+        self.here: dict[Place, list[tuple[int, Write]]] = {}
+        self.edges: dict[int, list[tuple[int, Edge]]] = {}
+        for copy, (writes, edges) in enumerate(each):
+            for write in writes:
+                self.here.setdefault((write.site, write.layer), []).append((copy, write))
+            for edge in edges:
+                self.edges.setdefault(edge.layer, []).append((copy, edge))
+
     def at(
         self, site: str, layer: int | None, value: Tensor, allowed: Tensor | None = None
     ) -> Tensor:
-        """The site's value [T, units, width] with what is written there; where it is kept."""
+        """The site's value [copies, T, units, width] with what is written there; where it is
+        kept."""
         writes = self.here.get((site, layer), [])
         if writes:
             value = value.clone()
-        for write in writes:
+        for copy, write in writes:
             positions, units = _only(write.position), _only(write.unit)
-            there = value[positions, units]
+            there = value[copy, positions, units]
             vectors = write.vector.expand_as(there)
             if allowed is not None:
                 vectors = torch.where(allowed[positions, None], vectors, there)
-            value[positions, units] = vectors
+            value[copy, positions, units] = vectors
         self.seen[site, layer] = value
         return value
 
     def whole(self, site: str, layer: int | None, value: Tensor) -> Tensor:
-        """The same for a site without heads, [T, width]."""
-        return self.at(site, layer, value[:, None])[:, 0]
+        """The same for a site without heads, [copies, T, width]."""
+        return self.at(site, layer, value[:, :, None])[:, :, 0]
 
 
 def _only(number: int | None) -> slice:
@@ -116,7 +132,7 @@ def _only(number: int | None) -> slice:
 
 
 class Stack:
-    """A model taken apart; x is [T, d_model] everywhere."""
+    """A model taken apart; x is [copies, T, d_model] everywhere."""
 
     parallel = False
     cap: float | None = None
@@ -141,7 +157,7 @@ class Stack:
         raise NotImplementedError
 
     def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values, [T, heads, d_head]."""
+        """Queries, keys, values, [copies, T, heads, d_head]."""
         raise NotImplementedError
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -164,7 +180,7 @@ class Stack:
         return x
 
     def neurons(self, block: Any, x: Tensor) -> Tensor | None:
-        """[T, neurons], None where there are experts."""
+        """[copies, T, neurons], None where there are experts."""
         raise NotImplementedError
 
     def down(self, block: Any, hidden: Tensor) -> Tensor:
@@ -185,7 +201,7 @@ class GPT2(Stack):
         return self.model.transformer.wte.weight[ids]
 
     def positions(self, x: Tensor) -> Tensor:
-        return x + self.model.transformer.wpe.weight[: len(x)]
+        return x + self.model.transformer.wpe.weight[: x.shape[1]]
 
     def block(self, layer: int) -> Any:
         return self.model.transformer.h[layer]
@@ -195,7 +211,7 @@ class GPT2(Stack):
 
     def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = x @ block.attn.c_attn.weight + block.attn.c_attn.bias
-        q, k, v = (part.unflatten(1, (self.heads, -1)) for part in out.chunk(3, dim=1))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in out.chunk(3, dim=-1))
         return q, k, v
 
     def output(self, block: Any) -> tuple[Tensor, Tensor | None]:
@@ -215,13 +231,14 @@ class GPT2(Stack):
 
 
 def _turned(x: Tensor, theta: float, width: int) -> Tensor:
-    """Each pair (i, i + half) of features is turned by its position's angle; x [T, heads, width].
+    """Each pair (i, i + half) of features is turned by its position's angle; x is
+    [copies, T, heads, width].
 
     width: as the model counts it; one feature makes a pair all the same.
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-2 * torch.arange(half, dtype=x.dtype) / width)
-    angles = torch.arange(len(x), dtype=x.dtype)[:, None, None] * frequencies
+    angles = torch.arange(x.shape[1], dtype=x.dtype)[:, None, None] * frequencies
     a, b = x[..., :half], x[..., half:]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -239,9 +256,9 @@ class Llama(Stack):
 
     def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention, width = block.self_attn, block.self_attn.head_dim
-        q = attention.q_proj(x).unflatten(1, (-1, width))
-        k = attention.k_proj(x).unflatten(1, (-1, width))
-        v = attention.v_proj(x).unflatten(1, (-1, width))
+        q = attention.q_proj(x).unflatten(-1, (-1, width))
+        k = attention.k_proj(x).unflatten(-1, (-1, width))
+        v = attention.v_proj(x).unflatten(-1, (-1, width))
         return q, k, v
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -315,15 +332,17 @@ class GptOss(Llama):
     def down(self, block: Any, hidden: Tensor) -> Tensor:
         """Of what the experts read: each token's best ones, by their weights."""
         router, experts = block.mlp.router, block.mlp.experts
-        best, chosen = (hidden @ router.weight.T + router.bias).topk(router.top_k, dim=1)
+        scores = hidden @ router.weight.T + router.bias
+        best, chosen = scores.topk(router.top_k, dim=-1)
+        weights = torch.zeros_like(scores).scatter(-1, chosen, best.softmax(-1))
         out = torch.zeros_like(hidden)
-        for token, (weights, numbers) in enumerate(zip(best.softmax(1), chosen, strict=True)):
-            for weight, n in zip(weights, numbers, strict=True):
-                both = hidden[token] @ experts.gate_up_proj[n] + experts.gate_up_proj_bias[n]
-                gate, up = both[::2].clamp(max=experts.limit), both[1::2]
-                up = up.clamp(-experts.limit, experts.limit)
-                made = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
-                out[token] += weight * (made @ experts.down_proj[n] + experts.down_proj_bias[n])
+        for n in range(scores.shape[-1]):
+            both = hidden @ experts.gate_up_proj[n] + experts.gate_up_proj_bias[n]
+            gate, up = both[..., ::2].clamp(max=experts.limit), both[..., 1::2]
+            up = up.clamp(-experts.limit, experts.limit)
+            made = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
+            made = made @ experts.down_proj[n] + experts.down_proj_bias[n]
+            out += weights[..., n, None] * made
         return out
 
 
@@ -342,8 +361,8 @@ class NeoX(Stack):
         return block.input_layernorm, block.post_attention_layernorm
 
     def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = block.attention.query_key_value(x).unflatten(1, (self.heads, 3, -1))
-        return out[:, :, 0], out[:, :, 1], out[:, :, 2]
+        out = block.attention.query_key_value(x).unflatten(-1, (self.heads, 3, -1))
+        return out[..., 0, :], out[..., 1, :], out[..., 2, :]
 
     def rotate(self, x: Tensor) -> Tensor:
         rope = self.config.rope_parameters
@@ -389,6 +408,28 @@ def stack(name: str, model: Any) -> Stack:
 
 
 @torch.no_grad()
+def side_by_side(
+    name: str,
+    model: Any,
+    ids: Sequence[int],
+    each: Sequence[Changes],
+) -> list[Run]:
+    """One prompt through the model, in a copy for each of `each`."""
+    parts = stack(name, model)
+    run = Pass(each)
+    x = run.whole("embed", None, parts.embed(torch.tensor([list(ids)] * len(each))))
+    x = parts.positions(x)
+    for layer in range(parts.layers):
+        x = _block(parts, layer, x, run)
+    x = run.whole("final_norm", None, parts.final(x))
+    logits = run.whole("logits", None, parts.unembed(x))
+    seen = {place: value.unbind() for place, value in run.seen.items()}
+    return [
+        Run(writes, {place: values[copy] for place, values in seen.items()}, logits[copy])
+        for copy, (writes, _) in enumerate(each)
+    ]
+
+
 def forward(
     name: str,
     model: Any,
@@ -396,19 +437,12 @@ def forward(
     writes: Iterable[Write] = (),
     edges: Iterable[Edge] = (),
 ) -> Run:
-    """One prompt through the model; the later of two writes to one vector stands."""
-    parts = stack(name, model)
-    run = Run(tuple(writes), tuple(edges))
-    x = run.whole("embed", None, parts.embed(torch.tensor(list(ids))))
-    x = parts.positions(x)
-    for layer in range(parts.layers):
-        x = _block(parts, layer, x, run)
-    x = run.whole("final_norm", None, parts.final(x))
-    run.logits = run.whole("logits", None, parts.unembed(x))
+    """One prompt through the model."""
+    (run,) = side_by_side(name, model, ids, [(tuple(writes), tuple(edges))])
     return run
 
 
-def _block(parts: Stack, layer: int, x: Tensor, run: Run) -> Tensor:
+def _block(parts: Stack, layer: int, x: Tensor, run: Pass) -> Tensor:
     block = parts.block(layer)
     first, second = parts.norms(block)
     pre = run.whole("resid_pre", layer, x)
@@ -421,55 +455,52 @@ def _block(parts: Stack, layer: int, x: Tensor, run: Run) -> Tensor:
     return run.whole("resid_post", layer, mid + mlp)
 
 
-def _mlp(parts: Stack, layer: int, x: Tensor, run: Run) -> Tensor:
+def _mlp(parts: Stack, layer: int, x: Tensor, run: Pass) -> Tensor:
     block = parts.block(layer)
     x = run.whole("mlp_norm", layer, x)
     hidden = parts.neurons(block, x)
     if hidden is not None:
-        hidden = run.at("mlp_hidden", layer, hidden[:, :, None])[:, :, 0]
+        hidden = run.at("mlp_hidden", layer, hidden[..., None])[..., 0]
     return parts.behind_mlp(block, parts.down(block, x if hidden is None else hidden))
 
 
-def _attention(parts: Stack, layer: int, x: Tensor, run: Run) -> Tensor:
+def _attention(parts: Stack, layer: int, x: Tensor, run: Pass) -> Tensor:
+    """Of the letters, c is the copy, t the query, s the key, h the head, d its width, m d_model."""
     block = parts.block(layer)
     x = run.whole("attn_norm", layer, x)
     q, k, v = parts.project(block, x)
     q, k, v = run.at("q", layer, q), run.at("k", layer, k), run.at("v", layer, v)
     q, k = run.at("q_rot", layer, parts.rotate(q)), run.at("k_rot", layer, parts.rotate(k))
-    heads, shared = q.shape[1], q.shape[1] // k.shape[1]
+    copies, length, heads, width = q.shape
+    shared = heads // k.shape[2]  # this many heads in a row read the same keys and values
+    k, v = k.repeat_interleave(shared, dim=2), v.repeat_interleave(shared, dim=2)
 
-    visible = _visible(len(x), parts.window(layer))
-    scores = torch.empty(len(x), heads, len(x), dtype=x.dtype)
-    for head in range(heads):
-        scores[:, head] = q[:, head] @ k[:, head // shared].T * parts.scale(q.shape[2])
+    visible = _visible(length, parts.window(layer))
+    scores = torch.einsum("cthd,cshd->cths", q, k) * parts.scale(width)
     if parts.cap is not None:
         scores = torch.tanh(scores / parts.cap) * parts.cap
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
     scores = run.at("scores", layer, scores, visible)
 
     sinks = parts.sinks(block)
-    every = scores  # [query, head, key], behind the keys the sink
+    every = scores  # [copy, query, head, key], behind the keys the sink
     if sinks is not None:
-        every = torch.cat([scores, sinks[None, :, None].expand(len(x), heads, 1)], dim=2)
-    rows = every.softmax(2)
-    for edge in run.edges:
-        if edge.layer == layer:
-            for query in edge.queries:
-                keys = [key for key in edge.keys if visible[query, key]]
-                for head in range(heads) if edge.heads is None else edge.heads:
-                    if keys:
-                        rows[query, head] = _edited(rows[query, head], edge, keys)
-    pattern = rows[:, :, : len(x)]
-    pattern = run.at("pattern", layer, pattern, visible)
+        sink = sinks[:, None].expand(copies, length, heads, 1)
+        every = torch.cat([scores, sink], dim=3)
+    rows = every.softmax(3)
+    for copy, edge in run.edges.get(layer, ()):
+        chosen = range(heads) if edge.heads is None else edge.heads
+        for query in edge.queries:
+            keys = [key for key in edge.keys if visible[query, key]]
+            if keys:
+                here = copy, query, list(chosen)
+                rows[here] = _edited(rows[here], edge, keys)
+    pattern = run.at("pattern", layer, rows[..., :length], visible)
 
-    z = torch.empty_like(q)
-    for head in range(heads):
-        z[:, head] = pattern[:, head] @ v[:, head // shared]
-    z = run.at("z", layer, z)
+    z = run.at("z", layer, torch.einsum("cths,cshd->cthd", pattern, v))
     weight, bias = parts.output(block)
-    slices = weight.unflatten(0, (heads, -1))
-    each = torch.stack([z[:, head] @ slices[head] for head in range(heads)], dim=1)
-    total = run.at("head_out", layer, each).sum(1)
+    each = torch.einsum("cthd,hdm->cthm", z, weight.unflatten(0, (heads, -1)))
+    total = run.at("head_out", layer, each).sum(2)
     return parts.behind_attention(block, total if bias is None else total + bias)
 
 
@@ -479,24 +510,21 @@ def _visible(length: int, window: int | None) -> Tensor:
     return (distance >= 0) & (distance < (window or length))
 
 
-def _edited(row: Tensor, edge: Edge, keys: list[int]) -> Tensor:
-    """The weights of the keys, and of the sink, for one query of one head."""
-    row = row.clone()
+def _edited(rows: Tensor, edge: Edge, keys: list[int]) -> Tensor:
+    """The weights of the keys, and of the sink, for one query of some heads, [heads, keys]."""
+    rows = rows.clone()
     match edge.kind:
-        case "block":
-            row[keys] = 0
-            return row / row.sum() if row.sum() > 0 else row
-        case "reweight":
-            row[keys] *= edge.amount
-            return row / row.sum() if row.sum() > 0 else row
+        case "block" | "reweight":
+            rows[:, keys] *= 0 if edge.kind == "block" else edge.amount
+            total = rows.sum(1, keepdim=True)
+            return torch.where(total > 0, rows / total, rows)
         case "uniform":
-            row[keys] = row[keys].sum() / len(keys)
-            return row
+            rows[:, keys] = rows[:, keys].sum(1, keepdim=True) / len(keys)
+            return rows
         case "set":
-            row[keys] = 0
-            if row.sum() == 0:  # nothing else is there, and a row sums to 1
-                row[keys] = 1 / len(keys)
-                return row
-            row = row / row.sum() * (1 - edge.amount * len(keys))
-            row[keys] = edge.amount
-            return row
+            rows[:, keys] = 0
+            total = rows.sum(1, keepdim=True)
+            others = rows / total * (1 - edge.amount * len(keys))
+            others[:, keys] = edge.amount
+            rows[:, keys] = 1 / len(keys)  # where nothing else is there; a row sums to 1
+            return torch.where(total > 0, others, rows)

@@ -33,20 +33,32 @@ class Change:
     vector: Tensor
 
 
+Writes = tuple[str, Sequence[Change]]
+"""A site, and what is written there."""
+
+
 @dataclass
 class Session:
-    """One forward pass: every site of one layer is read, and one of them written."""
+    """One forward pass of copies of a prompt: every site of one layer is read, and in each copy one
+    of them is written."""
 
-    site: str
-    changes: Sequence[Change]
+    each: Sequence[Writes]
+    """Of every copy."""
     seen: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
+    def writes(self, site: str) -> bool:
+        """Whether any copy is changed there."""
+        return any(site == written for written, _ in self.each)
+
     def edit(self, site: str, value: Tensor) -> Tensor:
-        """`value` is [T, units, width]; returns it changed if this is the site."""
-        if site == self.site:
+        """`value` is [copies * T, units, width]; returns it changed where this is the site."""
+        if self.writes(site):
             value = value.clone()
-            for change in self.changes:
-                value[change.position, change.unit] = change.vector
+            for own, (written, changes) in zip(
+                value.tensor_split(len(self.each)), self.each, strict=True
+            ):
+                for change in changes if written == site else ():
+                    own[change.position, change.unit] = change.vector
         assert site not in self.seen, f"{site} came by twice"
         self.seen[site] = value.detach().clone()
         return value
@@ -81,6 +93,36 @@ def sites(stack: Stack, layer: int, *, main: bool = True) -> list[str]:
 
 
 @torch.no_grad()
+def side_by_side(
+    architecture: Architecture,
+    module: nn.Module,
+    prompt: Mapping[str, Tensor],
+    layer: int,
+    each: Sequence[Writes],
+    stack: str = "",
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """A copy of one prompt for each of `each`, which says what is written at sites of this layer.
+
+    Of every copy: what the model returns ([T, …] logits, or hidden states where it has no
+    unembedding), and all sites of that layer of one stack: [T, units, width] each, after the
+    change. `prompt` is what the model is called with.
+    """
+    session = Session(each)
+    parts = architecture.others[stack] if stack else architecture.main
+    with hooked(module, parts, layer, session):
+        copies = {name: torch.cat([value] * len(each)) for name, value in prompt.items()}
+        output = module(**copies)
+        logits = output.logits if "logits" in output else output.last_hidden_state
+    if not stack:
+        shape = logits.shape
+        logits = session.edit("logits", logits.reshape(-1, 1, shape[-1])).reshape(shape)
+    seen = {site: value.tensor_split(len(each)) for site, value in session.seen.items()}
+    return [
+        (logits[copy], {site: values[copy] for site, values in seen.items()})
+        for copy in range(len(each))
+    ]
+
+
 def run(
     architecture: Architecture,
     module: nn.Module,
@@ -90,19 +132,9 @@ def run(
     changes: Sequence[Change] = (),
     stack: str = "",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the model returns for one prompt ([T, …] logits, or hidden states where it has no
-    unembedding), with `changes` at a site of one stack, and all sites of that layer: [T, units,
-    width] each, after the change. `prompt` is what the model is called with."""
-    session = Session(site, changes)
-    parts = architecture.others[stack] if stack else architecture.main
-    with hooked(module, parts, layer, session):
-        output = module(**prompt)
-        logits = output.logits if "logits" in output else output.last_hidden_state
-    logits = logits[0]
-    if not stack:
-        shape = logits.shape
-        logits = session.edit("logits", logits.reshape(-1, 1, shape[-1])).reshape(shape)
-    return logits, session.seen
+    """The same of one copy, changed at one site or nowhere."""
+    (found,) = side_by_side(architecture, module, prompt, layer, [(site, changes)], stack)
+    return found
 
 
 @contextmanager
@@ -135,7 +167,7 @@ def _handles(module: nn.Module, stack: Stack, layer: int, session: Session) -> I
             width = value.shape[-1]
             flat = value.reshape(-1, 1, width) * scale
             changed = session.edit(site, flat)
-            return value if session.site != site else (changed / scale).reshape(value.shape)
+            return value if not session.writes(site) else (changed / scale).reshape(value.shape)
 
         return edit
 
@@ -171,7 +203,7 @@ def _handles(module: nn.Module, stack: Stack, layer: int, session: Session) -> I
             middle = stream[0] + value * scale
             width = middle.shape[-1]
             changed = session.edit("resid_mid", middle.reshape(-1, 1, width))
-            if session.site != "resid_mid":
+            if not session.writes("resid_mid"):
                 return value
             return (changed.reshape(middle.shape) - stream[0]) / scale
 
@@ -224,7 +256,9 @@ def _once(edit: Edit) -> Edit:
 def _head_edit(site: str, heads: Heads, session: Session) -> Edit:
     def edit(value: Tensor) -> Tensor:
         if heads.form == "heads_first":
-            return session.edit(site, value[0].transpose(0, 1)).transpose(0, 1)[None]
+            tokens = value.transpose(1, 2)  # [copies, T, heads, width]
+            changed = session.edit(site, tokens.flatten(0, 1))
+            return changed.reshape(tokens.shape).transpose(1, 2)
         if heads.form == "heads":
             return session.edit(site, value.reshape(-1, heads.heads, heads.width)).reshape(
                 value.shape
@@ -261,7 +295,7 @@ def _output_handles(block: Block, output: nn.Module, session: Session) -> Iterat
         slices = weight.reshape(block.heads, block.width, -1)
         before = torch.stack([given[0][:, h] @ slices[h] for h in range(block.heads)], dim=1)
         after = session.edit("head_out", before)
-        if session.site != "head_out":
+        if not session.writes("head_out"):
             return value
         return value + (after - before).sum(1).reshape(value.shape)
 
@@ -293,7 +327,7 @@ def _experts(module: nn.Module, count: int, session: Session) -> Any:
             each.append(made.reshape(flat.shape))
         before = torch.stack(each, dim=1)
         after = session.edit("expert_out", before)
-        if session.site != "expert_out":
+        if not session.writes("expert_out"):
             return out
         return out + (after - before).sum(1).reshape(out.shape)
 

@@ -84,7 +84,7 @@ def test_writes_of_two_layers_are_those_of_hooks_of_both() -> None:
         for site, layer, position, unit in (("z", 0, 4, 3), ("mlp_hidden", 1, 6, 5))
     ]
     first, second = (hooks.Change(w.position or 0, w.unit or 0, w.vector) for w in writes)
-    with hooks.hooked(model, row.main, 0, hooks.Session("z", [first])):
+    with hooks.hooked(model, row.main, 0, hooks.Session([("z", [first])])):
         prompt = {"input_ids": torch.tensor([IDS])}
         expected, seen = hooks.run(row, model, prompt, 1, "mlp_hidden", [second])
     run = forward("llama", model, IDS, writes)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..reference.forward import Run, Write, forward
+from ..reference.forward import Run, Write, forward, side_by_side
 
 SENDERS = (
     "embed",
@@ -99,47 +99,47 @@ def plain(name: str, model: Any, ids: Sequence[int]) -> Run:
     return _PLAIN[key]
 
 
-def path(
-    name: str,
-    model: Any,
-    base_ids: Sequence[int],
-    source_ids: Sequence[int],
-    senders: Sequence[End],
-    receivers: Sequence[End],
-    read: Sequence[int],
-    written: Sequence[int],
-    *,
-    mlps: bool = False,
-) -> Tensor:
-    """The logits [T, vocab] that the metric is read off.
+@dataclass(frozen=True)
+class Way:
+    """A path from senders to receivers; `read` and `written` are its positions in the source run
+    and in the base run."""
 
-    read, written: the positions in the source run and in the base run.
-    """
-    base, source = plain(name, model, base_ids), plain(name, model, source_ids)
-    return between(
-        name, model, base_ids, base, source, senders, receivers, read, written, mlps=mlps
-    )
+    senders: Sequence[End]
+    receivers: Sequence[End]
+    read: Sequence[int]
+    written: Sequence[int]
 
 
-def between(
+def paths(
     name: str,
     model: Any,
     base_ids: Sequence[int],
     base: Run,
     source: Run,
-    senders: Sequence[End],
-    receivers: Sequence[End],
-    read: Sequence[int],
-    written: Sequence[int],
+    ways: Sequence[Way],
     *,
     mlps: bool = False,
-) -> Tensor:
-    """The same of two runs; what is written in the base run (noise) is written in both passes."""
+) -> list[Tensor]:
+    """Of each path, the logits [T, vocab] that the metric is read off.
+
+    What is written in the base run (noise) is written in both passes.
+    """
     layers = model.config.num_hidden_layers
-    still = held(base, senders, layers, mlps=mlps)
-    sent = copied(senders, source, read, written)
-    first = forward(name, model, base_ids, [*base.writes, *still, *sent])
-    if any(receiver.site in LAST for receiver in receivers):
-        return first.logits
-    got = copied(receivers, first, written, written)
-    return forward(name, model, base_ids, [*base.writes, *got]).logits
+    sent = [
+        [
+            *base.writes,
+            *held(base, way.senders, layers, mlps=mlps),
+            *copied(way.senders, source, way.read, way.written),
+        ]
+        for way in ways
+    ]
+    first = side_by_side(name, model, base_ids, [(writes, ()) for writes in sent])
+    got = [
+        [*base.writes, *copied(way.receivers, run, way.written, way.written)]
+        for way, run in zip(ways, first, strict=True)
+    ]
+    second = side_by_side(name, model, base_ids, [(writes, ()) for writes in got])
+    return [
+        (once if any(receiver.site in LAST for receiver in way.receivers) else twice).logits
+        for way, once, twice in zip(ways, first, second, strict=True)
+    ]

@@ -39,7 +39,7 @@ from ..execute.support import (
     token,
     write_rows,
 )
-from ..reference.forward import Edge, Run, Write, forward
+from ..reference.forward import Changes, Edge, Run, Write, forward, side_by_side
 from .models import bare, double
 
 Array = NDArray[np.float64]
@@ -270,6 +270,31 @@ def table(
         if any(value is not None for value in every):
             found[tuple(key)] = [np.nan if value is None else value for value in every]
     return found
+
+
+def worked_out(
+    name: str,
+    cells: Iterable[Sequence[Coord | None]],
+    changes: Callable[..., Sequence[Changes]],
+    texts: Sequence[Text],
+    every: Sequence[Record],
+    at: str = "last token",
+) -> dict[Key, list[float]]:
+    """`table` of the difference at a token, from what is done to a prompt in each cell.
+
+    changes: of a prompt's number and the cell's coordinates; the value is the mean over the runs.
+    """
+    cells = [tuple(cell) for cell in cells]
+    values: list[dict[Key, float]] = []
+    for n, (text, record) in enumerate(zip(texts, every, strict=True)):
+        done = [(cell, each) for cell in cells for each in changes(n, *cell)]
+        runs = side_by_side(name, double(name), text.ids, [each for _, each in done])
+        place = tokens(text, at)[0]
+        found: dict[Key, list[float]] = {}
+        for (cell, _), changed in zip(done, runs, strict=True):
+            found.setdefault(cell, []).append(difference(changed.logits, record, place))
+        values.append({cell: float(np.mean(several)) for cell, several in found.items()})
+    return table(cells, lambda n, *cell: values[n].get(cell), len(every))
 
 
 def product(*axes: Iterable[Coord]) -> list[tuple[Coord, ...]]:

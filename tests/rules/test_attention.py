@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES
-from ..reference.forward import Edge, Write
-from .models import FAMILIES
+from ..reference.forward import Edge, Run, Write, side_by_side
+from .models import FAMILIES, double
 from .paths import End, copied
 from .support import (
     QUICK,
@@ -25,8 +25,6 @@ from .support import (
     Text,
     agree,
     codes,
-    difference,
-    edited,
     experiment,
     plain,
     product,
@@ -36,6 +34,7 @@ from .support import (
     table,
     tokens,
     unpatched,
+    worked_out,
 )
 
 LAYERS, HEADS = range(3), range(4)
@@ -623,17 +622,9 @@ EVERY = {**EDITS, **SITES}
 @cache
 def expected(name: str, key: str) -> dict[Key, list[float]]:
     case = EVERY[key]
-    count = len(records(case.block))
-    return table(case.cells, lambda n, *at: value_of(name, case, n, at), count)
-
-
-def value_of(name: str, case: Case, n: int, key: Sequence[Coord]) -> float | None:
-    run, every = "clean" if case.base == "p" else case.base, records(case.block)
-    found = [
-        difference(edited(name, rows(run)[n], writes, changes).logits, every[n])
-        for writes, changes in case.act(name, n, *key)
-    ]
-    return float(np.mean(found)) if found else None
+    run = "clean" if case.base == "p" else case.base
+    changes = partial(case.act, name)
+    return worked_out(name, case.cells, changes, rows(run), records(case.block))
 
 
 @cache
@@ -711,14 +702,9 @@ def test_key_heads_are_those_of_the_model(data: Path, name: str) -> None:
         "e", "from longer into clean", "patch k_rot layer * head * at {cue token, last token}"
     )
     found = run_file(text, data, name, "planned")["e"]
-    cells = product(LAYERS, range(heads))
-    act = SITES["patch_k_rot"].act
-
-    def value(n: int, *key: Coord) -> float:
-        ((writes, _),) = act(name, n, *key)
-        return difference(edited(name, rows()[n], writes).logits, records()[n])
-
-    agree(found, ("layer", "head"), table(cells, value, 4), unpatched(name), large=0.02)
+    act = partial(SITES["patch_k_rot"].act, name)
+    cells = worked_out(name, product(LAYERS, range(heads)), act, rows(), records())
+    agree(found, ("layer", "head"), cells, unpatched(name), large=0.02)
 
 
 def test_without_rotary_embeddings_they_are_queries_and_keys(data: Path) -> None:
@@ -789,13 +775,11 @@ def test_queries_behind_the_last_reader_leave_the_others_their_amounts(
     rule = f"reweight attention layer * from {PAIR} to subject token by c"
     text = experiment("e", f"for c in [0.1, 3, 9] {{ {rule} }}", measure=AT_CUE)
 
-    def value(n: int, c: float, layer: int) -> float:
-        of = rows()[n]
-        run = edited("llama", of, edges=edges(of, "reweight", [layer], CUE, SUBJECT, c))
-        return difference(run.logits, records()[n], tokens(of, CUE)[0])
+    def changes(n: int, c: float, layer: int) -> Sequence[Done]:
+        return [([], edges(rows()[n], "reweight", [layer], CUE, SUBJECT, c))]
 
     found = run_file(text, data, "llama", mode)["e"]
-    cells = table(product((0.1, 3, 9), LAYERS), value, 4)
+    cells = worked_out("llama", product((0.1, 3, 9), LAYERS), changes, rows(), records(), CUE)
     agree(found, ("c", "layer"), cells, unpatched("llama", at=CUE), large=0.02)
 
 
@@ -823,16 +807,8 @@ def test_a_query_that_is_left_without_keys_gets_nothing(data: Path, mode: str) -
     """With a window it is not known beforehand."""
     rule = "block attention layer * from last token to tokens except subject tokens"
     found = run_file(experiment("e", rule), data, "mistral", mode)["e"]
-    cells = table(
-        EACH,
-        lambda n, layer: value_of(
-            "mistral",
-            Case("", (), (), edit("block", LAST, "tokens except subject tokens")),
-            n,
-            (layer,),
-        ),
-        4,
-    )
+    act = partial(edit("block", LAST, "tokens except subject tokens"), "mistral")
+    cells = worked_out("mistral", EACH, act, rows(), records())
     agree(found, ("layer",), cells, unpatched("mistral"))
 
 
@@ -965,24 +941,33 @@ def looks(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
     return run_file(text, data, name, mode)
 
 
-def hold_look(data: Path, key: str, name: str, mode: str) -> None:
+@cache
+def looked(name: str, key: str) -> dict[Key, list[float]]:
     look = LOOKS[key]
+    cells = [tuple(cell) for cell in look.cells]
+    every: list[dict[Key, Run]] = []
+    for n, text in enumerate(rows(look.base)):
+        changes = [each for cell in cells for each in look.act(name, n, *cell)]
+        runs = side_by_side(name, double(name), text.ids, changes)
+        every.append(dict(zip(cells, runs, strict=True)))
 
     def value(n: int, *at: Coord) -> float | None:
         text = rows(look.base)[n]
-        ((writes, changes),) = look.act(name, n, *at)
-        run = edited(name, text, writes, changes)
         ((layer, head, query, where),) = look.of(*at)
         try:
             queries, keys = tokens(text, query), tokens(text, where)
         except KeyError:
             return None
-        return float(run["pattern", layer][queries][:, head, keys].sum(1).mean())
+        return float(every[n][at]["pattern", layer][queries][:, head, keys].sum(1).mean())
 
-    found = looks(data, name, mode)[key]
+    return table(cells, value, len(every))
+
+
+def hold_look(data: Path, key: str, name: str, mode: str) -> None:
+    look, found = LOOKS[key], looks(data, name, mode)[key]
     assert [(m.label, m.effect) for m in found.measures] == [("attention", "raw")]
     near = name in ("mistral", "gemma2", "gpt_oss")  # with windows most weights are 0
-    agree(found, look.axes, table(look.cells, value, 4), None, large=0.02, most=not near)
+    agree(found, look.axes, looked(name, key), None, large=0.02, most=not near)
 
 
 @pytest.mark.parametrize("mode", QUICK)

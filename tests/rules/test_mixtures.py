@@ -18,7 +18,7 @@ import torch
 from ..execute.support import ABSOLUTE, MODES, RELATIVE, SMALL
 from ..reference.forward import Edge, Write
 from .models import FAMILIES, double
-from .paths import LAST, RECEIVERS, SENDERS, End, copied, leads, path
+from .paths import LAST, RECEIVERS, SENDERS, End, Way, copied, leads, paths
 from .support import (
     QUICK,
     Text,
@@ -277,10 +277,9 @@ def hold_paths(data: Path, name: str, seed: int, mode: str, count: int = 8) -> N
         own = []
         for n, record in enumerate(records()):
             base, source = rows()[n], rows("longer")[n]
-            logits = path(
-                name, double(name), base.ids, source.ids, senders_, reached,
-                tokens(source, at), tokens(base, at), mlps=mlps,
-            )  # fmt: skip
+            way = Way(senders_, reached, tokens(source, at), tokens(base, at))
+            runs = plain(name, base), plain(name, source)
+            (logits,) = paths(name, double(name), base.ids, *runs, [way], mlps=mlps)
             own.append(difference(logits, record))
         start = np.array([difference(plain(name, t).logits, r) for t, r in zip(rows(), records())])  # noqa: B905
         lines = [rule, str(senders_), str(receivers_)]

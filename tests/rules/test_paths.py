@@ -18,7 +18,7 @@ from ..execute.support import MODES
 from ..reference.forward import Run, Write, forward
 from ..reference.noise import noise
 from .models import STRAIGHT, WITHOUT_NORMS, double
-from .paths import LAST, RECEIVERS, SENDERS, End, between, leads, path, plain
+from .paths import LAST, RECEIVERS, SENDERS, End, Way, leads, paths, plain
 from .support import (
     BLOCKS,
     QUICK,
@@ -117,29 +117,26 @@ class Case:
 @cache
 def expected(name: str, case: Case) -> dict[Key, list[float]]:
     found: dict[Key, list[float]] = {}
+    cells: list[tuple[Sequence[End], Sequence[End], str]] = []
     combined = itertools.product(case.sender.cells, case.receiver.cells, case.positions)
     for (at, senders), (to, receivers), where in combined:
         reached = [
             r for r in receivers if any(leads(s, r, parallel=parallel(name)) for s in senders)
         ]
-        if not reached:
-            continue
-        key = (*at, *to, *((where,) if len(case.positions) > 1 else ()))
-        found[key] = []
-        for n, record in enumerate(records()):
-            base, source = rows(case.base)[n], rows(case.run)[n]
-            logits = path(
-                name,
-                double(name),
-                base.ids,
-                source.ids,
-                senders,
-                reached,
-                tokens(source, where),
-                tokens(base, where),
-                mlps=case.mlps,
-            )
-            found[key].append(difference(logits, record, tokens(base, case.measured)[0]))
+        if reached:
+            found[(*at, *to, *((where,) if len(case.positions) > 1 else ()))] = []
+            cells.append((senders, reached, where))
+    model = double(name)
+    for n, record in enumerate(records()):
+        base, source = rows(case.base)[n], rows(case.run)[n]
+        ways = [
+            Way(senders, reached, tokens(source, where), tokens(base, where))
+            for senders, reached, where in cells
+        ]
+        runs = plain(name, model, base.ids), plain(name, model, source.ids)
+        every = paths(name, model, base.ids, *runs, ways, mlps=case.mlps)
+        for values, logits in zip(found.values(), every, strict=True):
+            values.append(difference(logits, record, tokens(base, case.measured)[0]))
     return found
 
 
@@ -344,22 +341,19 @@ def test_each_draw_of_noise_has_its_own_path(data: Path) -> None:
                 for draw in range(DRAWS)
             ]
             base[n] = np.mean([difference(own.logits, record) for own, _ in runs])
-            for (of, senders), (to, receivers) in itertools.product(
-                case.sender.cells, case.receiver.cells
-            ):
-                if not leads(senders[0], receivers[0], parallel=False):
-                    continue
-                each = [
-                    difference(
-                        between(
-                            name, double(name), ids, *pair, senders, receivers, at, at,
-                            mlps=case.mlps,
-                        ),
-                        record,
-                    )
-                    for pair in runs
-                ]  # fmt: skip
-                values.setdefault((*of, *to), []).append(float(np.mean(each)))
+            ways = {
+                (*of, *to): Way(senders, receivers, at, at)
+                for of, senders in case.sender.cells
+                for to, receivers in case.receiver.cells
+                if leads(senders[0], receivers[0], parallel=False)
+            }
+            every = [
+                paths(name, double(name), ids, *pair, [*ways.values()], mlps=case.mlps)
+                for pair in runs
+            ]
+            for cell, draws in zip(ways, zip(*every, strict=True), strict=True):
+                mean = np.mean([difference(logits, record) for logits in draws])
+                values.setdefault(cell, []).append(float(mean))
         for mode in QUICK:
             own = found[mode][key]
             agree(own, case.axes, values, base, large=2e-3, most=False, precise=True)

@@ -14,7 +14,7 @@ from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES
-from ..reference.forward import Write
+from ..reference.forward import Changes, Write
 from .models import FAMILIES
 from .paths import End, copied
 from .support import (
@@ -25,16 +25,15 @@ from .support import (
     agree,
     codes,
     difference,
-    edited,
     experiment,
     plain,
     product,
     records,
     rows,
     run_file,
-    table,
     tokens,
     unpatched,
+    worked_out,
 )
 
 Where = Callable[..., tuple[str, str]]
@@ -378,19 +377,17 @@ def carried(
 
 def expected(name: str, of: Case) -> dict[Key, list[float]]:
     sources, bases = texts(of.source, of.block), texts(of.base, of.block)
-    every = records(of.block)
 
-    def value(n: int, *key: Coord) -> float | None:
+    def changes(n: int, *key: Coord) -> Sequence[Changes]:
         ends, to = of.what(*key)
         read, written = of.where(*key)
         try:
             places = tokens(sources[n], read), tokens(bases[n], written)
         except KeyError:  # there are fewer items
-            return None
-        writes = carried(name, sources[n], bases[n], ends, to, *places)
-        return difference(edited(name, bases[n], writes).logits, every[n])
+            return []
+        return [(carried(name, sources[n], bases[n], ends, to, *places), ())]
 
-    return table(of.cells, value, len(every))
+    return worked_out(name, of.cells, changes, bases, records(of.block))
 
 
 @cache
@@ -710,12 +707,10 @@ def _base_of_other(key: str) -> str:
 def expected_of_other(name: str, key: str) -> dict[Key, list[float]]:
     _, _, cells, writes = OTHERS[key]
 
-    def value(n: int, *key_: Coord) -> float:
-        run_of_it = edited(name, rows(run)[n], writes(name, n, *key_))
-        return difference(run_of_it.logits, records()[n])
+    def changes(n: int, *cell: Coord) -> Sequence[Changes]:
+        return [(writes(name, n, *cell), ())]
 
-    run = _base_of_other(key)
-    return table(cells, value, 4)
+    return worked_out(name, cells, changes, rows(_base_of_other(key)), records())
 
 
 def hold_other(data: Path, key: str, name: str, mode: str) -> None:
