@@ -128,21 +128,23 @@ def test_a_tap_that_is_not_there() -> None:
 
 
 def test_a_reference_that_writes_one_position_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = hooks.run
+    side_by_side = hooks.side_by_side
 
     def before(
         architecture: Architecture,
         module: nn.Module,
         prompt: Any,
         layer: int,
-        site: str = "",
-        changes: Sequence[hooks.Change] = (),
+        each: Sequence[hooks.Writes],
         stack: str = "",
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        moved = [replace(c, position=max(c.position - 1, 0)) for c in changes]
-        return run(architecture, module, prompt, layer, site, moved, stack)
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        moved = [
+            (site, [replace(c, position=max(c.position - 1, 0)) for c in changes])
+            for site, changes in each
+        ]
+        return side_by_side(architecture, module, prompt, layer, moved, stack)
 
-    monkeypatch.setattr(hooks, "run", before)
+    monkeypatch.setattr(hooks, "side_by_side", before)
     assert not walk(row("gpt2")).agrees
 
 

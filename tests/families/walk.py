@@ -257,10 +257,8 @@ class _ByHand:
         self._seen: dict[tuple[str, int], list[dict[str, Tensor]]] = {}
         self._based: dict[tuple[str, int], list[dict[str, Tensor]]] = {}
 
-    def _run(
-        self, prompt: dict[str, Tensor], spot: Spot, changes: Sequence[hooks.Change] = ()
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return hooks.run(self.row, self.module, prompt, spot.layer, spot.site, changes, spot.stack)
+    def _run(self, prompt: dict[str, Tensor], spot: Spot) -> tuple[Tensor, dict[str, Tensor]]:
+        return hooks.run(self.row, self.module, prompt, spot.layer, stack=spot.stack)
 
     def seen(self, spot: Spot) -> list[Tensor]:
         """[T, units, width] of each source."""
@@ -278,7 +276,7 @@ class _ByHand:
     ) -> list[Tensor]:
         key = spot.stack, spot.layer
         if key not in known:
-            known[key] = [self._run(prompt, replace(spot, site=""))[1] for prompt in prompts]
+            known[key] = [self._run(prompt, spot)[1] for prompt in prompts]
         return [one[spot.site] for one in known[key]]
 
     def count(self, stack: str) -> int:
@@ -288,22 +286,37 @@ class _ByHand:
                 return len(self.seen(Spot(stack, site, layer))[0])
         return 0
 
-    def expected(self, spot: Spot) -> Expected:
-        seen, based = self.seen(spot), self.based(spot)
+    def expected(self, spots: Iterable[Spot]) -> dict[Spot, Expected]:
+        """Of writes at each spot. All of one layer ride in one pass, in copies of a prompt."""
+        layers: dict[tuple[str, int], list[Spot]] = {}
+        for spot in spots:
+            layers.setdefault((spot.stack, spot.layer), []).append(spot)
+        found: dict[Spot, Expected] = {}
+        for (stack, layer), some in layers.items():
+            cases = {spot: self._cases(spot) for spot in some}
+            patched: dict[Spot, list[Tensor]] = {spot: [] for spot in some}
+            ablated: dict[Spot, list[Tensor]] = {spot: [] for spot in some}
+            for number, prompt in enumerate(self.bases):
+                each: list[hooks.Writes] = []
+                for spot in some:
+                    case, source = cases[spot][number], self.seen(spot)[number]
+                    values = [source[p, u] for p, u in zip(case.read, case.unit, strict=True)]
+                    for vectors in (values, [torch.zeros_like(value) for value in values]):
+                        columns = zip(case.written, case.unit, vectors, strict=True)
+                        each.append((spot.site, [hooks.Change(p, u, v) for p, u, v in columns]))
+                runs = hooks.side_by_side(self.row, self.module, prompt, layer, each, stack)
+                outputs = iter(_rows(output) for output, _ in runs)
+                for spot in some:
+                    patched[spot].append(next(outputs))
+                    ablated[spot].append(next(outputs))
+            found |= {spot: Expected(cases[spot], patched[spot] + ablated[spot]) for spot in some}
+        return found
+
+    def _cases(self, spot: Spot) -> list[Case]:
+        """Of each prompt."""
         draw = random.Random(f"{spot}")
-        cases: list[Case] = []
-        patched: list[Tensor] = []
-        ablated: list[Tensor] = []
-        for prompt, source, base in zip(self.bases, seen, based, strict=True):
-            case = self._case(draw, spot.site, source, base)
-            values = [source[p, u] for p, u in zip(case.read, case.unit, strict=True)]
-            zeros = [torch.zeros_like(value) for value in values]
-            for vectors, into in ((values, patched), (zeros, ablated)):
-                columns = zip(case.written, case.unit, vectors, strict=True)
-                changes = [hooks.Change(p, u, v) for p, u, v in columns]
-                into.append(_rows(self._run(prompt, spot, changes)[0]))
-            cases.append(case)
-        return Expected(cases, patched + ablated)
+        both = zip(self.seen(spot), self.based(spot), strict=True)
+        return [self._case(draw, spot.site, source, base) for source, base in both]
 
     def _case(self, draw: random.Random, site: str, source: Tensor, base: Tensor) -> Case:
         """Two positions, the second is what the output is read at: the last token, or the first
@@ -596,9 +609,7 @@ class _Walk:
         self.found.sides += (way,)
         self.found.compare(f"the output without writes ({way})", error)
         spots = self._read(package, spots, way)
-        for spot in spots:
-            if spot not in self.expected:
-                self.expected[spot] = self.by_hand.expected(spot)
+        self.expected |= self.by_hand.expected(s for s in spots if s not in self.expected)
         wanted = {spot: self.expected[spot] for spot in spots}
         for site in dict.fromkeys((spot.stack, spot.site) for spot in spots):
             some = {s: e for s, e in wanted.items() if (s.stack, s.site) == site}
