@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,29 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure() -> None:
     if not WORKER:
         shutil.rmtree(os.environ["MECHDSL_CACHE"], ignore_errors=True)
+
+
+LONG = (
+    "families/test_walk.py",
+    "execute/test_planner.py",
+    "models/test_packed.py",
+    "cli/test_output.py",
+    "models/test_against_reference.py",
+    "rules/test_attention.py",
+    "messages/test_messages.py",
+    "test_error_pages.py",
+    "models/test_precision.py",
+    "rules/test_paths.py",
+    "execute/test_properties.py",
+)
+"""Files that take a worker longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: handed out last, one would keep a worker while the others have nothing."""
+    tests = Path(__file__).parent
+    order = {tests / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path, len(LONG)))
 
 
 def pytest_collection_finish() -> None:

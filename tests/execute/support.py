@@ -32,7 +32,7 @@ from mechdsl.statistics.measure_data import MeasureData
 from mechdsl.validate.check_file import Checked, check_source
 
 from ..models import families
-from ..reference.forward import Place, Write, forward
+from ..reference.forward import Place, Write, forward, side_by_side
 from ..reference.points import Point, copied
 
 Record = dict[str, Any]
@@ -356,6 +356,12 @@ def patched(family: str, of: Prompt, writes: Iterable[Write]) -> Tensor:
     return forward(family, bare(family), of.ids, writes).logits
 
 
+def each_patched(family: str, of: Prompt, each: Iterable[Sequence[Write]]) -> list[Tensor]:
+    """The same for each of some changes."""
+    changes = [(writes, ()) for writes in each]
+    return [run.logits for run in side_by_side(family, bare(family), of.ids, changes)]
+
+
 def difference(logits: Tensor, record: Record) -> float:
     """`logit(answer) - logit(wrong)` at the last token."""
     return float(logits[-1, token(record["a"])] - logits[-1, token(record["b"])])
@@ -388,13 +394,11 @@ def patches(
     for n, record in enumerate(ROWS):
         base, source = prompt(record), prompt(record, run)
         seen = unpatched(family, source)[1]
-        for cell, points in enumerate(cells):
-            values = [
-                metric(patched(family, base, copied(points, seen, *at)), record)
-                for at in where(source, base)
-            ]
-            if values:
-                found[cell, n] = np.mean(values)
+        runs = where(source, base)
+        edits = [copied(points, seen, *at) for points in cells for at in runs]
+        values = [metric(logits, record) for logits in each_patched(family, base, edits)]
+        if runs:
+            found[:, n] = np.reshape(values, (len(cells), len(runs))).mean(1)
     return found
 
 

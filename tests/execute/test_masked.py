@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="module")
-def bert() -> tuple[Architecture, nn.Module]:
+@cache
+def masked_model() -> tuple[Architecture, nn.Module]:
     row = next(row for row in tables.every() if row.name == "bert")
     assert isinstance(row, Architecture)
     return row, model(row)
+
+
+@pytest.fixture
+def bert() -> tuple[Architecture, nn.Module]:
+    return masked_model()
 
 
 def prompt(a: str, b: str) -> tuple[dict[str, Tensor], dict[str, int], int]:
@@ -74,17 +80,23 @@ def prompt(a: str, b: str) -> tuple[dict[str, Tensor], dict[str, int], int]:
     return {"input_ids": ids}, found, words.index("[MASK]")
 
 
+@cache
+def unpatched(layer: int, a: str, b: str) -> tuple[Tensor, dict[str, Tensor]]:
+    row, module = masked_model()
+    return hooks.run(row, module, prompt(a, b)[0], layer)
+
+
 def by_hand(
     bert: tuple[Architecture, nn.Module], site: str, layer: int, position: str, a: str, b: str
 ) -> float:
     """The logit difference at the mask, patched less unpatched."""
     row, module = bert
-    source, places, mask = prompt(a, b)
+    _, places, mask = prompt(a, b)
     base, _, _ = prompt("w15", b)
-    _, seen = hooks.run(row, module, source, layer)
+    _, seen = unpatched(layer, a, b)
     vectors = enumerate(seen[site][places[position]])
     changes = [hooks.Change(places[position], unit, vector) for unit, vector in vectors]
-    plain, _ = hooks.run(row, module, base, layer)
+    plain, _ = unpatched(layer, "w15", b)
     patched, _ = hooks.run(row, module, base, layer, site, changes)
     of = (patched - plain)[mask]
     return float(of[IDS["w5"]] - of[IDS["w6"]])

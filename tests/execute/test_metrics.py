@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,11 @@ class Ran:
     text: Text
     writes: Sequence[Write]
 
-    @property
+    @cached_property
     def _run(self) -> Run:
         return forward(self.family, model(self.family), self.text.ids, self.writes)
 
-    @property
+    @cached_property
     def logits(self) -> Array:
         return self._run.logits.double().numpy()
 
@@ -118,7 +118,12 @@ class Ran:
         return found.double().numpy()
 
     def reference(self, run: str) -> Ran:
-        return Ran(self.family, self.record, text_of(self.record, run), ())
+        return unpatched(self.family, ROWS.index(self.record), run)
+
+
+@cache
+def unpatched(family: str, row: int, run: str) -> Ran:
+    return Ran(family, ROWS[row], text_of(ROWS[row], run), ())
 
 
 def log_softmax(logits: Array) -> Array:
@@ -295,16 +300,21 @@ def edits(family: str, record: Record, layer: int) -> list[Write]:
 
 
 @cache
+def edited(family: str, row: int, layer: int) -> Ran:
+    """The clean prompt of a row with `edits`."""
+    record = ROWS[row]
+    return Ran(family, record, text_of(record, "clean"), edits(family, record, layer))
+
+
+@cache
 def expected(family: str, metric: str) -> tuple[Array, Array, Array]:
     """Base and source [prompt], patched [cell, prompt]."""
     own = MEASURES[metric]
     base, source, patched = [], [], []
-    for record in ROWS:
-        clean = text_of(record, "clean")
-        base.append(own(Ran(family, record, clean, {})))
-        source.append(own(Ran(family, record, text_of(record, "longer"), {})))
-        changed = [Ran(family, record, clean, edits(family, record, n)) for n in (1, 2)]
-        patched.append([own(ran) for ran in changed])
+    for row in range(len(ROWS)):
+        base.append(own(unpatched(family, row, "clean")))
+        source.append(own(unpatched(family, row, "longer")))
+        patched.append([own(edited(family, row, layer)) for layer in (1, 2)])
     return np.array(base), np.array(source), np.array(patched).T
 
 

@@ -5,7 +5,8 @@ rules and one or two metrics, and how they are run. A rule is drawn from all sit
 joined over layers, heads, neurons and windows, all kinds of positions, and all fills; a second one
 writes without an axis of its own. Fixed examples come before the drawn ones: one for each site, in
 which families, fills, positions, directions and metrics take turns. So all of them occur, whatever
-is drawn, and each property asserts it.
+is drawn, and each property asserts it; one of a single pass has every second of the fixed examples
+alone, unless many files are drawn.
 """
 
 from __future__ import annotations
@@ -286,9 +287,10 @@ def hold(
     ways: Callable[[frozenset[str]], Iterable[frozenset[str]]],
     examples: int,
     seeds: int,
+    fixed: slice = slice(None),
 ) -> None:
     """The property on fixed and drawn files. ways: from a drawn set of passes to those that are
-    switched off, one after the other."""
+    switched off, one after the other. fixed: those of the fixed files that it has."""
     seen: set[str] = set()
 
     def property_(case: Case, drawn: frozenset[str]) -> None:
@@ -298,7 +300,7 @@ def hold(
 
     some = st.frozensets(st.sampled_from(sorted(EVERY_PASS)))
     held = given(case=cases(seeds), drawn=some)(property_)
-    for number, case in enumerate(fixed_cases()):
+    for number, case in [*enumerate(fixed_cases())][fixed]:
         held = example(case=case, drawn=frozenset(sorted(EVERY_PASS)[number % 3 :: 3]))(held)
     settings(
         max_examples=examples,
@@ -307,7 +309,8 @@ def hold(
         database=None,
         suppress_health_check=list(HealthCheck),
     )(held)()
-    assert not COVERED - seen, f"not covered: {COVERED - seen}"
+    if fixed == slice(None):
+        assert not COVERED - seen, f"not covered: {COVERED - seen}"
 
 
 EXAMPLES = 4
@@ -323,6 +326,7 @@ def test_a_pass_changes_nothing(data: Path, name: str) -> None:
         lambda drawn: [EVERY_PASS - {name} if name in drawn else frozenset({name})],
         EXAMPLES,
         1,
+        slice(sorted(EVERY_PASS).index(name) % 2, None, 2),
     )
 
 

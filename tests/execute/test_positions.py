@@ -28,9 +28,9 @@ from .support import (
     bare,
     difference,
     differences,
+    each_patched,
     experiment,
     ids_of,
-    patched,
     prompt,
     run_file,
     unpatched,
@@ -202,16 +202,18 @@ def results(folder: Path, family: str, mode: str) -> dict[str, ExperimentResult]
 def expected(family: str, name: str) -> Array:
     case = CASES[name]
     found = np.full((len(case.cells), len(ROWS)), np.nan)
-    for cell, where in enumerate(case.cells.values()):
-        for n, record in enumerate(ROWS):
-            base, source = prompt(record), prompt(record, case.run)
-            seen = unpatched(family, source)[1]
-            values = [
-                difference(patched(family, base, copied([SITE], seen, *at)), record)
-                for at in where(source, base)
-            ]
-            if values:
-                found[cell, n] = np.mean(values)
+    for n, record in enumerate(ROWS):
+        base, source = prompt(record), prompt(record, case.run)
+        seen = unpatched(family, source)[1]
+        runs = [
+            (cell, at) for cell, to in enumerate(case.cells.values()) for at in to(source, base)
+        ]
+        edits = [copied([SITE], seen, *at) for _, at in runs]
+        values: dict[int, list[float]] = {}
+        for (cell, _), logits in zip(runs, each_patched(family, base, edits), strict=True):
+            values.setdefault(cell, []).append(difference(logits, record))
+        for cell, several in values.items():
+            found[cell, n] = np.mean(several)
     return found
 
 

@@ -5,7 +5,7 @@ The prompts are of different lengths, and the source's positions are others than
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..models.families import VERIFIED
-from ..reference.forward import SITES, WITHOUT_LAYER
+from ..reference.forward import SITES, WITHOUT_LAYER, Write
 from ..reference.points import Point, copied, zeroed
 from .support import (
     ABSOLUTE,
@@ -28,6 +28,7 @@ from .support import (
     bare,
     difference,
     differences,
+    each_patched,
     experiment,
     patched,
     prompts,
@@ -68,71 +69,78 @@ def places(run: str) -> list[list[int]]:
     return [[p.cue, p.last] for p in prompts(run)]
 
 
-@cache
-def expected_patch(family: str, cells: tuple[tuple[Point, ...], ...]) -> Array:
-    values = []
-    for points in cells:
-        row = []
-        for record, base, source in zip(ROWS, prompts(), prompts("longer"), strict=True):
-            seen = unpatched(family, source)[1]
-            edits = copied(points, seen, [source.cue, source.last], [base.cue, base.last])
-            row.append(difference(patched(family, base, edits), record))
-        values.append(row)
-    return np.array(values)
+Cells = tuple[tuple[Point, ...], ...]
+
+
+def changed(
+    family: str, cells: Cells, change: Callable[[int, tuple[Point, ...]], list[Write]]
+) -> Array:
+    """[cell, prompt]: what is measured where a cell's change is made to each of the clean rows."""
+    columns = []
+    for row, (record, base) in enumerate(zip(ROWS, prompts(), strict=True)):
+        edits = [change(row, points) for points in cells]
+        every = each_patched(family, base, edits)
+        columns.append([difference(logits, record) for logits in every])
+    return np.array(columns).T
 
 
 @cache
-def expected_zero(family: str, cells: tuple[tuple[Point, ...], ...]) -> Array:
-    values = []
-    for points in cells:
-        row = []
-        for record, base in zip(ROWS, prompts(), strict=True):
-            edits = zeroed(points, unpatched(family, base)[1], [base.cue, base.last])
-            row.append(difference(patched(family, base, edits), record))
-        values.append(row)
-    return np.array(values)
+def expected_patch(family: str, cells: Cells) -> Array:
+    def change(row: int, points: tuple[Point, ...]) -> list[Write]:
+        base, source = prompts()[row], prompts("longer")[row]
+        seen = unpatched(family, source)[1]
+        return copied(points, seen, [source.cue, source.last], [base.cue, base.last])
+
+    return changed(family, cells, change)
 
 
 @cache
-def expected_mean(family: str, cells: tuple[tuple[Point, ...], ...]) -> Array:
+def expected_zero(family: str, cells: Cells) -> Array:
+    def change(row: int, points: tuple[Point, ...]) -> list[Write]:
+        base = prompts()[row]
+        return zeroed(points, unpatched(family, base)[1], [base.cue, base.last])
+
+    return changed(family, cells, change)
+
+
+@cache
+def expected_mean(family: str, cells: Cells) -> Array:
     """The mean over the clean rows, at the cue and at the last token separately."""
     every = [unpatched(family, p)[1] for p in prompts()]
-    values = []
-    for points in cells:
+
+    def change(row: int, points: tuple[Point, ...]) -> list[Write]:
         mean = {
             (p.site, p.layer): torch.stack(
                 [seen[p.site, p.layer][at] for seen, at in zip(every, places("clean"), strict=True)]
             ).mean(0)
             for p in points
         }
-        row = []
-        for record, base in zip(ROWS, prompts(), strict=True):
-            edits = copied(points, mean, [0, 1], [base.cue, base.last])
-            row.append(difference(patched(family, base, edits), record))
-        values.append(row)
-    return np.array(values)
+        base = prompts()[row]
+        return copied(points, mean, [0, 1], [base.cue, base.last])
+
+    return changed(family, cells, change)
 
 
 @cache
-def expected_from(family: str, points: tuple[Point, ...], row: int, donor: int) -> float:
-    """Row `row` with the activations of the clean row `donor`."""
-    base, other = prompts()[row], prompts()[donor]
-    seen = unpatched(family, other)[1]
-    edits = copied(points, seen, [other.cue, other.last], [base.cue, base.last])
-    return difference(patched(family, base, edits), ROWS[row])
+def expected_from(family: str, cells: Cells, donor: int) -> Array:
+    """Every row with the activations of the clean row `donor`."""
+    other = prompts()[donor]
+
+    def change(row: int, points: tuple[Point, ...]) -> list[Write]:
+        seen, base = unpatched(family, other)[1], prompts()[row]
+        return copied(points, seen, [other.cue, other.last], [base.cue, base.last])
+
+    return changed(family, cells, change)
 
 
-def donors_of(family: str, cells: tuple[tuple[Point, ...], ...], values: Array) -> list[int]:
+def donors_of(family: str, cells: Cells, values: Array) -> list[int]:
     """Which row each row got its activations from, read off the values of all cells."""
     found = []
     for row, column in enumerate(values.T):
         near = [
             donor
             for donor in range(len(ROWS))
-            if all(
-                abs(expected_from(family, points, row, donor) - value) <= ABSOLUTE
-                for points, value in zip(cells, column, strict=True)
-            )
+            if (abs(expected_from(family, cells, donor)[:, row] - column) <= ABSOLUTE).all()
         ]
         assert len(near) == 1, f"row {row} got the activations of the rows {near}"
         found.append(near[0])
@@ -181,12 +189,10 @@ def compare(
                 donors = donors_of(family, points, measure.patched)
                 permutation = permutation or donors
                 assert donors == permutation, "one permutation serves a whole file"
-                expected = np.array(
-                    [
-                        [expected_from(family, p, row, donor) for row, donor in enumerate(donors)]
-                        for p in points
-                    ]
-                )
+                columns = [
+                    expected_from(family, points, donor)[:, row] for row, donor in enumerate(donors)
+                ]
+                expected = np.array(columns).T
         agree(measure, expected, base, large=0.02)
     assert permutation is not None
     assert sorted(permutation) == list(range(len(ROWS)))

@@ -34,30 +34,29 @@ def projection(model: Any, layer: int) -> Any:
 
 
 @torch.no_grad()
-def read(model: Any, ids: list[int], layer: int, head: int, position: int) -> Tensor:
-    """One head's output before the output projection."""
+def read(model: Any, ids: list[int], layer: int, position: int) -> Tensor:
+    """Every head's output before the output projection, [heads, d_head]."""
     kept: list[Tensor] = []
     handle = projection(model, layer).register_forward_pre_hook(
         lambda m, args: kept.append(args[0])
     )
     model(torch.tensor([ids]))
     handle.remove()
-    return kept[0][0, position, head * D_HEAD : (head + 1) * D_HEAD].clone()
+    return kept[0][0, position].view(HEADS, D_HEAD).clone()
 
 
 @torch.no_grad()
-def write(
-    model: Any, ids: list[int], layer: int, head: int, position: int, vector: Tensor
-) -> Tensor:
-    """Logits of the prompt with that head's output replaced."""
+def write(model: Any, ids: list[int], layer: int, position: int, vectors: Tensor) -> Tensor:
+    """Logits of copies of the prompt, in each of which one head's output is replaced."""
 
     def hook(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         z = args[0].clone()
-        z[0, position, head * D_HEAD : (head + 1) * D_HEAD] = vector
+        for head, vector in enumerate(vectors):
+            z[head, position, head * D_HEAD : (head + 1) * D_HEAD] = vector
         return (z, *args[1:])
 
     handle = projection(model, layer).register_forward_pre_hook(hook)
-    logits = model(torch.tensor([ids])).logits[0]
+    logits = model(torch.tensor([ids] * HEADS)).logits
     handle.remove()
     return logits
 
@@ -81,9 +80,9 @@ def test_the_shortest_rule_equals_a_loop_of_hooks(folder: Path) -> None:
         clean, source = prompt(record), prompt(record, "longer")
         with torch.no_grad():
             base[n] = difference(model(torch.tensor([clean.ids])).logits[0], record)
-        for cell in range(11 * HEADS):
-            layer, head = 10 + cell // HEADS, cell % HEADS
-            vector = read(model, source.ids, layer, head, source.items[-1])
-            logits = write(model, clean.ids, layer, head, clean.items[-1], vector)
-            expected[cell, n] = difference(logits, record)
+        for number, layer in enumerate(range(10, 21)):
+            vectors = read(model, source.ids, layer, source.items[-1])
+            every = write(model, clean.ids, layer, clean.items[-1], vectors)
+            for head, logits in enumerate(every):
+                expected[number * HEADS + head, n] = difference(logits, record)
     agree(found.measures[0], expected, base, large=0.02)

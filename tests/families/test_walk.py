@@ -62,6 +62,7 @@ def test_every_site_is_as_by_hand_and_on_the_page(name: str) -> None:
         return
     assert name not in REFUSED
     assert found.wrong() == []
+    assert name not in ("gpt2", "llama") or found.precision == "float32", "broken ones stay at it"
     now = cells(found, ROWS[name])
     assert (page[1], page[2] == "all") == (now[1], now[2] == "all")
 
@@ -93,6 +94,11 @@ def row(name: str) -> Architecture:
     return found
 
 
+def broken(row: Architecture, change: Callable[[LoadedModel], LoadedModel] | None = None) -> Walked:
+    """A walk that has to notice more than rounding."""
+    return walk(row, change, finer=False)
+
+
 def retapped(model: LoadedModel, **taps: Callable[[Any], HookPoint]) -> LoadedModel:
     """The model with other taps: site → tap, made of the block's anatomy."""
     blocks = [
@@ -103,7 +109,7 @@ def retapped(model: LoadedModel, **taps: Callable[[Any], HookPoint]) -> LoadedMo
 
 
 def test_keys_taken_for_values() -> None:
-    found = walk(row("llama"), lambda model: retapped(model, v=lambda taps: taps["k"]))
+    found = broken(row("llama"), lambda model: retapped(model, v=lambda taps: taps["k"]))
     assert not found.agrees
     assert any(" v " in text and "off by" in text for text in found.wrong())
 
@@ -115,7 +121,7 @@ def test_heads_in_another_order() -> None:
         q = taps["q"]
         return replace(q, layout=replace(q.layout, offset=q.layout.offset + 1))
 
-    found = walk(row("gpt2"), lambda model: retapped(model, q=shifted))
+    found = broken(row("gpt2"), lambda model: retapped(model, q=shifted))
     assert any(" q " in text and "off by" in text for text in found.wrong())
 
 
@@ -123,7 +129,7 @@ def test_a_tap_that_is_not_there() -> None:
     def lost(taps: Any) -> HookPoint:
         return replace(taps["z"], path="nowhere")
 
-    found = walk(row("gpt2"), lambda model: retapped(model, z=lost))
+    found = broken(row("gpt2"), lambda model: retapped(model, z=lost))
     assert any("reading z 1" in text for text in found.wrong())
 
 
@@ -145,12 +151,12 @@ def test_a_reference_that_writes_one_position_before(monkeypatch: pytest.MonkeyP
         return side_by_side(architecture, module, prompt, layer, moved, stack)
 
     monkeypatch.setattr(hooks, "side_by_side", before)
-    assert not walk(row("gpt2")).agrees
+    assert not broken(row("gpt2")).agrees
 
 
 def test_padding_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Batch, "columns", lambda self, rows, positions: positions)
-    assert not walk(row("gpt2")).agrees
+    assert not broken(row("gpt2")).agrees
 
 
 def test_rows_that_start_in_the_middle_with_other_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +167,7 @@ def test_rows_that_start_in_the_middle_with_other_values(monkeypatch: pytest.Mon
         return run_packed(*args, writes=writes, **more)
 
     monkeypatch.setattr(f"{walk.__module__}.run_packed", louder)
-    found = walk(row("gpt2"))
+    found = broken(row("gpt2"))
     assert not found.agrees
     assert "packed" in found.where
 
@@ -169,14 +175,14 @@ def test_rows_that_start_in_the_middle_with_other_values(monkeypatch: pytest.Mon
 def test_sites_that_only_one_side_knows_are_listed() -> None:
     full = row("gpt2")
     less = replace(full, main=replace(full.main, block=replace(full.main.block, q=None)))
-    assert {str(spot) for spot in walk(less).extra} == {
+    assert {str(spot) for spot in broken(less).extra} == {
         f"q {layer}" for layer in range(full.main.count)
     }
 
     def fewer(model: LoadedModel) -> LoadedModel:
         return replace(model, shape=replace(model.shape, sites=model.shape.sites - {"q"}))
 
-    assert {spot.site for spot in walk(full, fewer).missing} == {"q"}
+    assert {spot.site for spot in broken(full, fewer).missing} == {"q"}
 
 
 @pytest.mark.parametrize(

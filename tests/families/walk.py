@@ -176,22 +176,26 @@ def layers_in_words(spots: Iterable[Spot], counts: Mapping[str, int]) -> str:
 
 
 def walk(
-    row: Architecture | Refused, change: Callable[[LoadedModel], LoadedModel] | None = None
+    row: Architecture | Refused,
+    change: Callable[[LoadedModel], LoadedModel] | None = None,
+    *,
+    finer: bool = True,
 ) -> Walked:
     """Compare an architecture with the reference, in float64 where float32 differs by rounding.
 
-    change: what is done to the loaded model before, to see that the walk notices it.
+    change: what is done to the loaded model before, to see that the walk notices it. finer: False
+    leaves it at float32.
     """
     start = time.perf_counter()
     if isinstance(row, Refused):
         return Walked(row.name, "", refused=row.reason)
     found = _Walk(row, torch.float32, change).run()
-    if not (found.refused or found.problems or found.agrees):
-        finer = _Walk(row, torch.float64, change).run()
-        if finer.refused:
-            found.problems.append(f"in float64: {finer.refused}")
+    if finer and not (found.refused or found.problems or found.agrees):
+        double = _Walk(row, torch.float64, change).run()
+        if double.refused:
+            found.problems.append(f"in float64: {double.refused}")
         else:
-            found = replace(finer, single=found.difference)
+            found = replace(double, single=found.difference)
     found.seconds = time.perf_counter() - start
     return found
 

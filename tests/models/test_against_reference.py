@@ -28,7 +28,16 @@ from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.vocab.sites import WITHIN_ATTENTION, stop_layer
 
-from ..reference.forward import SITES, WITHOUT_LAYER, Run, Write, forward
+from ..reference.forward import (
+    SITES,
+    WITHOUT_LAYER,
+    Changes,
+    Place,
+    Run,
+    Write,
+    forward,
+    side_by_side,
+)
 from . import families
 
 Side = Literal["left", "right"]
@@ -91,20 +100,38 @@ def expected(
     family: str, site: str, layer: int
 ) -> tuple[list[Case], list[Tensor], list[Tensor], list[Tensor]]:
     """The cases, then logits of each prompt: unpatched, patched, ablated with zero."""
-    place = (site, None if site in WITHOUT_LAYER else layer)
-    chosen = cases(unpatched(family, BASES[0])[place].shape[1], seed=layer)
-    plain, patched, ablated = [], [], []
-    for case, source, base in zip(chosen, SOURCES, BASES, strict=True):
-        seen = unpatched(family, source)[place]
-        values = [seen[p, u] for p, u in zip(case.source, case.unit, strict=True)]
+    plain = [unpatched(family, base).logits for base in BASES]
+    changed = [_changed(family, number)[site, layer] for number in range(len(BASES))]
+    patched, ablated = zip(*changed, strict=True)
+    return _cases_at(family, site, layer), plain, [*patched], [*ablated]
+
+
+def _place(site: str, layer: int) -> Place:
+    return site, None if site in WITHOUT_LAYER else layer
+
+
+def _cases_at(family: str, site: str, layer: int) -> list[Case]:
+    return cases(unpatched(family, BASES[0])[_place(site, layer)].shape[1], seed=layer)
+
+
+@cache
+def _changed(family: str, number: int) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    """Logits of one prompt, patched and ablated, at every site of every layer."""
+    seen = unpatched(family, SOURCES[number]).seen
+    layers = _bare(family).config.num_hidden_layers
+    cells = [(s, n) for s in available(family) for n in range(1 if s in WITHOUT_LAYER else layers)]
+    each: list[Changes] = []
+    for site, layer in cells:
+        case, place = _cases_at(family, site, layer)[number], _place(site, layer)
+        values = [seen[place][p, u] for p, u in zip(case.source, case.unit, strict=True)]
         writes = [
             Write(*place, v, p, u) for p, u, v in zip(case.base, case.unit, values, strict=True)
         ]
         zeros = [replace(write, vector=torch.zeros_like(write.vector)) for write in writes]
-        plain.append(unpatched(family, base).logits)
-        patched.append(forward(family, _bare(family), base, writes).logits)
-        ablated.append(forward(family, _bare(family), base, zeros).logits)
-    return chosen, plain, patched, ablated
+        each += [(writes, ()), (zeros, ())]
+    runs = side_by_side(family, _bare(family), BASES[number], each)
+    logits = [run.logits for run in runs]
+    return dict(zip(cells, zip(logits[::2], logits[1::2], strict=True), strict=True))
 
 
 @dataclass(frozen=True)
@@ -277,19 +304,13 @@ def held(model: LoadedModel, family: str, site: str, side: Side, ways: Sequence[
     assert smallest > 1e-3, f"{site}: a write without effect proves nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("off", OFF)
-@pytest.mark.parametrize(
-    "family",
-    [
-        name
-        if name in ("gpt2", "llama", "gpt_neox")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in families.VERIFIED
-    ],
-)
+@pytest.mark.parametrize("family", families.VERIFIED)
 def test_without_a_shortcut_every_site_is_still_as_by_hand(
     loaded: dict[str, LoadedModel], family: str, off: str
 ) -> None:
+    """Site by site; all together they ride in the passes of the test below."""
     side: Side = "left" if len(off) % 2 else "right"
     ways = [Way(off, shortcuts=OFF[off]), Way(f"{off}, last", shortcuts=OFF[off], last=True)]
     for site in available(family):
@@ -332,7 +353,12 @@ def test_rows_of_all_sites_layers_and_prompts_ride_in_one_pass(
     base, lanes, writes, wanted, names = joined(model, family, side)
     kept = keep(model, base)
     assert len(lanes) > 230
-    for way in (PACKED, CUT, *(Way(off, shortcuts=each) for off, each in OFF.items())):
+    ways = [
+        Way(f"{off}, last" if last else off, shortcuts=each, last=last)
+        for off, each in OFF.items()
+        for last in (False, True)
+    ]
+    for way in (PACKED, CUT, *ways):
         rows = in_the_pass(model, base, kept, lanes, writes, way)
         for got, want, name in zip(rows, wanted, names, strict=True):
             assert _furthest(got, want[-len(got) :]) <= ABSOLUTE, f"{way.name}: {name}"

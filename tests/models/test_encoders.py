@@ -463,15 +463,17 @@ def test_every_site_of_a_published_encoder_is_as_by_hand(layers: Sequence[int]) 
     batch = Batch.of([text[0].tolist() for text in texts], model.pad_id, "right")
     draw = random.Random(0)
     writes: dict[str, list[SiteWrite]] = defaultdict(list)
-    expected: dict[str, list[tuple[str, int, Tensor]]] = defaultdict(list)
+    expected: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    outputs: dict[str, Tensor] = {}
     compared: set[tuple[str, int]] = set()
     for layer in layers:
         seen = [hooks.run(MINILM, module, one, layer)[1] for one in given]
+        each: list[dict[str, hooks.Writes]] = [{} for _ in given]
         for site in hooks.sites(MINILM.main, layer, main=False):
             if layer and site in hooks.WITHOUT_LAYER:
                 continue
             compared.add((site, layer))
-            for number, one in enumerate(given):
+            for number in range(len(given)):
                 source = (number + 1) % len(given)
                 units = seen[number][site].shape[1]
                 chosen = cases(lengths[number], lengths[source], units, draw)
@@ -483,19 +485,23 @@ def test_every_site_of_a_published_encoder_is_as_by_hand(layers: Sequence[int]) 
                     hooks.Change(at, unit, vector)
                     for (_, at, unit), vector in zip(chosen, vectors, strict=True)
                 ]
-                output = hooks.run(MINILM, module, one, layer, site, changes)[0]
+                name = f"{verb} {site} {layer} {number}"
+                each[number][name] = site, changes
                 rows = torch.full((len(chosen),), len(expected[site]))
                 _, positions, which = torch.tensor(chosen).unbind(1)
                 at = None if site in hooks.WITHOUT_LAYER else layer
                 values = torch.stack(vectors)
                 writes[site].append(SiteWrite(site, at, rows, positions, which, values))
-                expected[site].append((f"{verb} {site} {layer} {number}", number, output))
+                expected[site].append((name, number))
+        for one, named in zip(given, each, strict=True):
+            runs = hooks.side_by_side(MINILM, module, one, layer, [*named.values()])
+            outputs |= {name: output for name, (output, _) in zip(named, runs, strict=True)}
     offered = {(site, layer or 0) for site, layer in spots(model)}
     assert compared == {(site, layer) for site, layer in offered if layer in layers}
     kept = kept_of(model, batch)
     scale = max(float(one.abs().max()) for one in plain)
     for site, wanted in expected.items():
-        lanes = [number for _, number, _ in wanted]
+        lanes = [number for _, number in wanted]
         rows = batch.take(torch.tensor(lanes))
         whole = run_whole(model, rows, writes=writes[site]).logits
         assert whole is not None
@@ -504,7 +510,8 @@ def test_every_site_of_a_published_encoder_is_as_by_hand(layers: Sequence[int]) 
         packed = run_packed(
             model, kept, np.array(lanes), writes=writes[site], final=(index, places)
         ).logits.split(rows.lengths.tolist())
-        for row, (where, number, output) in enumerate(wanted):
+        for row, (where, number) in enumerate(wanted):
+            output = outputs[where]
             effect = float((output - plain[number]).abs().max())
             assert effect > 1e-4 * scale, where
             for found in (whole[row][: len(output)], packed[row]):

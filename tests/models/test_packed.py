@@ -17,7 +17,7 @@ from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.calls import bare_logits
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite
-from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.hooks.whole_pass import RunResult, run_whole
 from mechdsl.models.shape import units, width
 from mechdsl.packed.activation_cache import ActivationCache, keeping
 from mechdsl.packed.behind_last_block import Places
@@ -555,11 +555,16 @@ def same_as_whole(
     tokens: Tensor | None = None,
     shortcuts: Shortcuts | None = None,
     fuse: bool = True,
+    whole: RunResult | None = None,
 ) -> PackedResult:
-    """Runs rows packed, and holds logits and reads to those of a whole pass."""
+    """Runs rows packed, and holds logits and reads to those of a whole pass.
+
+    whole: what that gave, where it is known already.
+    """
     reads = reads or {}
-    rows = kept.batch.take(torch.tensor(lanes))
-    whole = run_whole(model, rows, writes=writes, reads=list(reads))
+    if whole is None:
+        rows = kept.batch.take(torch.tensor(lanes))
+        whole = run_whole(model, rows, writes=writes, reads=list(reads))
     assert whole.logits is not None
     result = run_packed(
         model,
@@ -614,7 +619,8 @@ def test_every_restartable_family_gives_the_logits_of_whole_passes(
 def test_reads_inside_are_those_of_whole_passes(
     loaded: dict[str, LoadedModel], family: str, side: Side
 ) -> None:
-    """At tokens before, at and behind the writes, and in blocks below them."""
+    """At tokens before, at and behind the writes, and in blocks below them: each site alone, of a
+    layer that takes turns, and all together."""
     model = loaded[family]
     kept = kept_of(model, side)
     lanes = [0, 1, 2, 0]
@@ -626,12 +632,19 @@ def test_reads_inside_are_those_of_whole_passes(
     places = every_token(kept, lanes)
     some = np.random.default_rng(0).permutation(len(places[0]))[:17]
     chosen = places[0][some], places[1][some]
-    for site, layer in everywhere(model):
+    cells = everywhere(model)
+    rows = kept.batch.take(torch.tensor(lanes))
+    whole = run_whole(model, rows, writes=writes, reads=[SiteRead(*cell) for cell in cells])
+    last = last_tokens(kept, lanes)
+    turn = 0 if side == "left" else 1
+    for number, site in enumerate(dict.fromkeys(site for site, _ in cells)):
+        layers = [layer for name, layer in cells if name == site]
+        layer = layers[(number + turn) % len(layers)]
+        final = places if layer is None else last
         reads = {SiteRead(site, layer): chosen}
-        final = places if layer is None else last_tokens(kept, lanes)
-        same_as_whole(model, kept, lanes, writes, final, reads)
-    inside = {SiteRead(*cell): chosen for cell in everywhere(model) if cell[1] is not None}
-    same_as_whole(model, kept, lanes, writes, last_tokens(kept, lanes), inside)
+        same_as_whole(model, kept, lanes, writes, final, reads, whole=whole)
+    inside = {SiteRead(*cell): chosen for cell in cells if cell[1] is not None}
+    same_as_whole(model, kept, lanes, writes, last, inside, whole=whole)
 
 
 def draw_case(model: LoadedModel, seed: int) -> dict[str, Any]:

@@ -118,12 +118,18 @@ def by_hand(
 ) -> list[Tensor]:
     """[T, vocab] of each spot, by plain hooks."""
     dtype = next(module.parameters()).dtype
-    made: list[Tensor] = []
-    for spot in spots:
-        changes = [hooks.Change(c.position, c.unit, c.vector.to(dtype)) for c in spot.changes]
-        logits, _ = hooks.run(row, module, prompts[spot.prompt], spot.layer, spot.site, changes)
-        made.append(logits.float())
-    return made
+    together: dict[tuple[int, int], list[int]] = {}
+    for number, spot in enumerate(spots):
+        together.setdefault((spot.layer, spot.prompt), []).append(number)
+    made: dict[int, Tensor] = {}
+    for (layer, prompt), numbers in together.items():
+        each = [
+            (s.site, [hooks.Change(c.position, c.unit, c.vector.to(dtype)) for c in s.changes])
+            for s in (spots[number] for number in numbers)
+        ]
+        runs = hooks.side_by_side(row, module, prompts[prompt], layer, each)
+        made |= {n: logits.float() for n, (logits, _) in zip(numbers, runs, strict=True)}
+    return [made[number] for number in range(len(spots))]
 
 
 def packaged(

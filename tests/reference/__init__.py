@@ -1,5 +1,8 @@
 """What the package is held to, on one unpadded prompt at a time; nothing in here comes from it.
 
+Copies of the prompt may stand side by side, each with changes of its own: of equal length they need
+no padding, and nothing passes from one to another.
+
 Two references, since each can what the other can't; `test_reference.py` holds them to each other:
 
 - `forward`: forward passes of a few families written out, attention included. Any vectors of any

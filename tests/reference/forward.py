@@ -1,8 +1,5 @@
 """Forward passes of tiny models, written out by hand, on one unpadded prompt at a time.
 
-Copies of the prompt may stand side by side, each with writes of its own: nothing passes from one to
-another, and no one is padded.
-
 The modules of the bare model are its linear maps, norms and
 activation functions; attention, rotary embeddings, masks, windows, caps, sinks and the order of
 things are written out. Every site is read, any vectors of any sites are written, edges of attention

@@ -1,7 +1,7 @@
 """Interventions by plain hooks on the bare model, one unpadded prompt at a time.
 
-A model is called with nothing but its prompt; where a site
-lies between modules, what is written follows from its definition.
+A model is called with nothing but its prompt, or copies of it; where a site lies between modules,
+what is written follows from its definition.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from ..families import build, tables
 from ..families.parts import Architecture
 from ..rules.models import BIASED_OUTPUT, FAMILIES, STRAIGHT, WITHOUT_NORMS, bare, double
 from . import hooks
-from .forward import STACKS, Edge, Run, Write, forward, stack
+from .forward import STACKS, Changes, Edge, Run, Write, forward, side_by_side, stack
 
 NAMES = (*FAMILIES, *(name + WITHOUT_NORMS for name in STRAIGHT))
 IDS = [1, 5, 17, 40, 22, 9, 31, 33, 46, 12]
@@ -118,6 +118,45 @@ def test_heads_and_their_bias_add_up() -> None:
             continue
         total = plain["head_out", 1].sum(1) + (0 if bias is None else bias)
         assert (total - plain["attn_out", 1][:, 0]).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_copies_side_by_side_are_each_alone(name: str) -> None:
+    plain = forward(name, double(name), IDS)
+    vector = -2 * plain["resid_pre", 1][3, 0] + 1
+    head, stream = Write("z", 0, plain["z", 0][3, -1] + 1, 4, 1), Write("resid_pre", 1, vector, 5)
+    block, fixed = Edge("block", 1, [9], [8, 9]), Edge("set", 1, [9], [8], 0.2, [2])
+    each: list[Changes] = [([], []), ([head], []), ([], [block]), ([stream, head], [fixed])]
+    runs = side_by_side(name, double(name), IDS, each)
+    for n, (run, (writes, edges)) in enumerate(zip(runs, each, strict=True)):
+        alone = forward(name, double(name), IDS, writes, edges)
+        assert (run.logits - alone.logits).abs().max() <= 1e-5
+        for place, value in alone.seen.items():
+            assert torch.allclose(run[place], value, atol=1e-5), place
+        assert not n or (run.logits - plain.logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "bloom", "mixtral", "falcon"])
+def test_copies_with_hooks_are_each_alone(name: str) -> None:
+    """One for each site of a layer, and one without a change."""
+    row = ROWS[name]
+    model: Any = build.model(row).double()
+    model.set_experts_implementation("eager")
+    prompt = {"input_ids": torch.tensor([IDS])}
+    plain, before = hooks.run(row, model, prompt, 1)
+    each: list[hooks.Writes] = [
+        (site, [hooks.Change(4, 0, 1 - 2 * value[3, 0]), hooks.Change(8, 0, value[2, 0])])
+        for site, value in before.items()
+    ]
+    each.append(("", []))
+    large = max(1.0, float(plain.abs().max()))
+    runs = hooks.side_by_side(row, model, prompt, 1, each)
+    for (site, changes), (logits, seen) in zip(each, runs, strict=True):
+        alone, own = hooks.run(row, model, prompt, 1, site, changes)
+        assert (logits - alone).abs().max() <= 1e-5 * large, site
+        assert (logits - plain).abs().max() > 1e-4 * large or not site, site
+        for place, value in own.items():
+            assert torch.allclose(seen[place], value, atol=1e-5 * large), (site, place)
 
 
 # --- edges ----------------------------------------------------------------------------------------
