@@ -24,7 +24,7 @@ from mechdsl.base import limits
 from mechdsl.diagnostics.core import CODES, Diagnostic, has_errors
 from mechdsl.diagnostics.render import render_full
 
-from .cli.conftest import Command
+from .cli import conftest as cli
 from .execute.nan import left_out
 from .markdown import Fence, fences
 from .models import broken
@@ -38,6 +38,10 @@ WHILE_RUNNING = ("E0604", "E0613", "E0621", "E0622", "W0751")
 """Found after the unpatched runs, or by what cells have found."""
 BESIDE = {"E0622": {"E0604"}}
 """Codes that can't come alone."""
+
+
+command = cli.command
+"""The fixture."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def test_page_is_true(
     page: Page,
     tmp_path: Path,
     update: bool,
-    command: Command,
+    command: cli.Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert page.text.startswith(f"# {page.code}: ")
@@ -134,7 +138,7 @@ def test_page_is_true(
         assert page.code not in {d.code for d in found}, shown
 
 
-def _shell(script: str, folder: Path, mechdsl: Command) -> str:
+def _shell(script: str, folder: Path, mechdsl: cli.Command) -> str:
     """What a script prints on standard error. Its lines that call `mechdsl` are run in this
     process, which is quicker, unless the shell limits what they may do."""
     environment = {

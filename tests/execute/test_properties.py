@@ -134,8 +134,9 @@ def all_cells(options: RunOptions) -> RunOptions:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_patched_with_itself_is_unchanged(folder: Path, family: str) -> None:
-    for mode in MODES.values():
-        for result in run_file(self_patches(), folder, bare(family), all_cells(mode)).values():
+    for mode in MODES if family == "llama" else ("planned",):
+        options = all_cells(MODES[mode])
+        for result in run_file(self_patches(), folder, bare(family), options).values():
             measure = result.measures[0]
             assert np.abs(measure.patched - measure.base).max() <= 1e-5
             assert measure.inert.all()

@@ -63,7 +63,10 @@ NAMES = (
     "llama", "gpt2", "gemma3_text", "gpt_neox", "bloom", "mixtral", "opt", "bert", "deepseek_v3",
     "gpt_oss", "gemma2", "falcon", "olmo2", "deberta-v2",
 )  # fmt: skip
-QUICK = ("llama", "gemma3_text", "bloom", "mixtral", "bert")
+QUICK = {
+    "bfloat16": ("llama", "gemma3_text", "bloom", "mixtral", "bert"),
+    "float16": ("llama", "mixtral"),
+}
 ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}
 
 
@@ -165,9 +168,13 @@ def packaged(
     )
 
 
-@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=() if name in QUICK[dtype] else pytest.mark.slow)
+        for name in NAMES
+        for dtype in HALF
+    ],
 )
 def test_every_site_is_as_by_hand(name: str, dtype: str, tmp_path: Path) -> None:
     kind: torch.dtype = getattr(torch, dtype)
