@@ -440,7 +440,7 @@ def test_a_size_that_memory_is_too_short_for_is_not_chosen(
 
 NEURONS = 64
 MANY = experiment(
-    "neurons", "prompts p limit 1", "from longer into clean",
+    "neurons", "prompts p limit 2", "from longer into clean",
     "patch mlp_hidden layer * neuron * at token -6..-1", DIFFERENCE,
     "measure prob(answer) as delta", stats="",
 )  # fmt: skip
