@@ -9,8 +9,14 @@ T = TypeVar("T")
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that a misspelt one most likely meant: a third of its letters may differ."""
-    return next(iter(near(word, known)), None) if len(word) > 2 else None
+    """The known word that a misspelt one most likely meant: a third of its letters may differ. One
+    of two letters has all of its own, and is near a single known word."""
+    found = near(word, known)
+    if len(word) > 2:
+        return next(iter(found), None)
+    letters = set(word.lower())
+    kept = {each for each in found if letters <= set(each.lower()) or set(each.lower()) < letters}
+    return kept.pop() if len(kept) == 1 else None
 
 
 def near(word: str, known: Iterable[str]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base import limits
 from mechdsl.base.source import Span
-from mechdsl.diagnostics.e02_names import BadArgument, RepeatedStatement
+from mechdsl.diagnostics.e02_names import BadArgument, RepeatedStatement, did_you_mean
 from mechdsl.program import spec
 from mechdsl.program.constants import constant, whole_number
 from mechdsl.program.namespace import Namespace
@@ -131,7 +131,11 @@ def lower_statistics(work: Statements) -> spec.Statistics:
                     span=line.resampling.span,
                     name=line.resampling.name,
                     reason="is not a resampling that is supported",
-                    hint="write `bootstrap(n)` with n from 100 to 1,000,000",
+                    hint=did_you_mean(
+                        line.resampling.name,
+                        ("bootstrap",) if line.resampling.name != "bootstrap" else (),
+                        "write `bootstrap(n)` with n from 100 to 1,000,000",
+                    ),
                 )
             )
         values["resamples"] = count if good else 10_000
@@ -154,7 +158,9 @@ def lower_statistics(work: Statements) -> spec.Statistics:
                     span=line.correction.span,
                     name=line.correction.id,
                     reason="is not a correction for many comparisons",
-                    hint=f"write one of {', '.join(CORRECTIONS)}",
+                    hint=did_you_mean(
+                        line.correction.id, CORRECTIONS, f"write one of {', '.join(CORRECTIONS)}"
+                    ),
                 )
             )
         else:

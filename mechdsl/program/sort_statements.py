@@ -12,6 +12,7 @@ from mechdsl.diagnostics.e02_names import DuplicateName, RepeatedStatement
 from mechdsl.program import spec
 from mechdsl.program.namespace import Namespace, place
 from mechdsl.syntax import ast
+from mechdsl.syntax.reserved import STACKS
 from mechdsl.syntax.verbs import VERBS
 from mechdsl.syntax.walk import walk
 
@@ -150,7 +151,7 @@ class Statements:
                 self.later(node.span, "a subspace")
             elif isinstance(node, ast.Axis) and node.word == "feature":
                 self.later(node.span, f"`{node.word}` sites")
-            elif isinstance(node, ast.Edge) and node.stack is not None:
+            elif isinstance(node, ast.Edge) and node.stack is not None and node.stack.id in STACKS:
                 self.later(node.stack.span, f"attention of the stack `{node.stack.id}`")
             elif isinstance(node, ast.SpanRef) and (node.row is not None or node.col is not None):
                 self.later(node.span, "an image position")

@@ -101,7 +101,7 @@ def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
     if name == "auc":
         return "the area under a curve is an expectation: `expect auc(prob, k) < 0.4`"
     known = ", ".join(word for word, metric in METRICS.items() if metric.supported)
-    return did_you_mean(name, METRICS, f"metrics are {known}")
+    return did_you_mean(name, [*METRICS, *context.metrics], f"metrics are {known}")
 
 
 def _form(

@@ -30,9 +30,8 @@ from mechdsl.resolve.coordinates import (
 )
 from mechdsl.resolve.resolved import Axis, Key, SitePoint, SiteTargets
 from mechdsl.syntax import ast
-from mechdsl.vocab.sites import SITES, SiteKind, by_short
-
-STACKS = ("vision", "encoder", "decoder")
+from mechdsl.syntax.reserved import STACKS
+from mechdsl.vocab.sites import SHORT_WORDS, SITES, SiteKind, by_short, unknown_component
 
 
 def resolve_site(
@@ -189,7 +188,8 @@ def _short_kind(short: ast.ShortSite, context: SiteContext) -> SiteKind | None:
         return default
     kind = by_short(short.component) or SITES.get(short.component)
     if kind is None:
-        _unknown_component(short.component, short.span, context)
+        said = unknown_component(short.component, short.span, SHORT_WORDS)
+        context.diagnostics.append(said)
         return None
     letter = {"head": "H", "kv_head": "H", "neuron": "N"}.get(kind.unit or "")
     if letter != short.unit:
@@ -206,14 +206,6 @@ def _short_kind(short: ast.ShortSite, context: SiteContext) -> SiteKind | None:
         )
         return None
     return kind
-
-
-def _unknown_component(word: str, span: Span, context: SiteContext) -> None:
-    known = ", ".join(f"`{name}`" for name in SITES)
-    short = re.match(r"L\d+[HN]\d+", word)
-    hint = f"did you mean `{short.group()}`?" if short else f"components are {known}"
-    hint = did_you_mean(word, [*SITES, *context.groups], hint)
-    context.diagnostics.append(UnknownWord(span=span, kind="component", word=word, hint=hint))
 
 
 def _no_component(span: Span, context: SiteContext) -> None:
@@ -248,12 +240,21 @@ def _component(site: ast.Site, context: SiteContext) -> list[SiteKind] | None:
             _no_component(word.span, context)  # `L9`, a short name that ends too early
             return None
         if kind is None:
-            _unknown_component(str(name), word.span, context)
+            others = (*context.groups, *context.loops)
+            context.diagnostics.append(unknown_component(str(name), word.span, others))
             return None
         if not _available(kind, word.span, context):
             return None
         kinds.append(kind)
+    if len(words) > 1:
+        _unknown_stack(words[1], context)
+        return None
     return kinds
+
+
+def _unknown_stack(word: ast.Name, context: SiteContext) -> None:
+    hint = did_you_mean(word.id, STACKS, f"leave `{word.id}` out: the axes come next")
+    context.diagnostics.append(UnknownWord(span=word.span, kind="stack", word=word.id, hint=hint))
 
 
 def _available(kind: SiteKind, span: Span, context: SiteContext) -> bool:
@@ -269,6 +270,9 @@ def attention_sites(
     """Layers and heads of a rule on edges of attention, as points of `pattern`; without a head
     axis all heads."""
     pattern = SITES["pattern"]
+    if edge.stack is not None:
+        _unknown_stack(edge.stack, context)
+        return None, ()
     if not _available(pattern, edge.span, context):
         return None, ()
     if not any(axis.word == "layer" for axis in edge.axes):

@@ -40,6 +40,9 @@ CONNECTING_WORDS = _words(
     "if then else and or not in near within of at into onto from with through to by as"
 )
 
+STACKS = ("vision", "encoder", "decoder")
+"""Words before an axis that say which stack of a model is meant."""
+
 RESERVED = (
     (EXPERIMENT_WORDS - {"model", "prompts", "images"})
     | AXIS_WORDS

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 from lark import Token, Transformer
 
 from mechdsl.base import limits
+from mechdsl.base.registry import near
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import (
+    MisspeltWord,
     NumberTooLarge,
     ReservedName,
     TooLarge,
@@ -428,6 +430,7 @@ class ToAst(Transformer[Token, Any]):
     per = _clause("per", _second)
 
     def stats(self, c: list[Any]) -> ast.Stats:
+        c = [c[0], *_without_misspelt(c[1:])]
         clauses = _clauses(c)
         if len(clauses) < len(c) - 1:
             again = _repeated(c[1:])
@@ -855,6 +858,22 @@ def _short_number(digits: str, token: Token) -> int:
         _report(NumberTooLarge(span=_span([token])))
         return 0
     return int(digits)
+
+
+def _without_misspelt(clauses: Sequence[Clause]) -> list[Clause]:
+    """The clauses of a `stats` line but `corect holm`, which reads as two ways of resampling; E0102
+    for the first of the two words."""
+    kept: list[Clause] = []
+    following = iter(clauses)
+    for clause in following:
+        word = clause.value.name if clause.kind == "resampling" else ""
+        meant = near(word, ("confidence", "correct", "by"))
+        if clause.span.text != word or not meant:
+            kept.append(clause)
+            continue
+        _report(MisspeltWord(word=word, meant=meant[0], span=clause.span))
+        kept += (each for each in (next(following, None),) if each and each.kind != clause.kind)
+    return kept
 
 
 def _repeated(clauses: Sequence[Clause]) -> Clause:

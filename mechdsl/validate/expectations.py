@@ -33,11 +33,16 @@ from mechdsl.validate.conditions import (
     Value,
     full_component,
 )
+from mechdsl.vocab.sites import SHORT_WORDS, SITES, unknown_component
 
 if TYPE_CHECKING:
     from mechdsl.resolve.cell_key import CellKey
 
 Number = int | float | str
+FUNCTIONS = (
+    "max", "min", "mean", "abs", "auc", "accuracy", "spearman", "pearson", "argmax", "argmin",
+)  # fmt: skip
+"""What an expectation calculates with."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,7 @@ class _ConditionReader:
             case "auc":
                 return self.area(node)
             case _:
-                measure = self.measure(ast.Name(span=node.span, id=node.name))
+                measure = self.measure(ast.Name(span=node.span, id=node.name), called=True)
                 where = self.wheres(node.arguments)
                 if where and self.known.cells is not None and len(self.find(where)) != 1:
                     self.not_one(node.span, where, self.find(where))
@@ -319,8 +324,11 @@ class _ConditionReader:
         text = _squeezed(node.span.text)
         return [i for i, m in enumerate(self.known.measures) if _squeezed(m.label) == text]
 
-    def measure(self, node: ast.Expr) -> int:
-        """The one measure that a name, `recovery of ld` or a metric as written means."""
+    def measure(self, node: ast.Expr, *, called: bool = False) -> int:
+        """The one measure that a name, `recovery of ld` or a metric as written means.
+
+        called: arguments stand behind it, so that it may have been meant as a function.
+        """
         measures = self.known.measures
         text = node.span.written
         found = self.labelled(node)
@@ -344,7 +352,7 @@ class _ConditionReader:
         if not found:
             words = {m.effect: None for m in measures} | {m.label: None for m in measures}
             listed = "this experiment measures " + ", ".join(f"`{word}`" for word in words)
-            hint = did_you_mean(text, words, listed)
+            hint = did_you_mean(text, [*words, *(FUNCTIONS if called else ())], listed)
             kind = "measure or effect of this experiment"
             raise _RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
         if len(found) > 1:
@@ -443,6 +451,8 @@ class _ConditionReader:
         hint = "write a site such as `L9H9` or `L3.resid`"
         if isinstance(node, ast.ShortSite):
             return self.short(node, text)
+        if isinstance(node, ast.Name):
+            node = ast.Site(names=(node,), span=node.span)
         if not isinstance(node, ast.Site):
             _unreadable(node.span, f"`{text}` is not a site", hint)
         if node.short is not None:
@@ -450,8 +460,15 @@ class _ConditionReader:
         if node.ranked is not None or node.basis is not None or len(node.names) > 1:
             _unreadable(node.span, f"`{text}` is not a plain site", hint)
         ranges = {axis.word: self.axis(axis) for axis in node.axes}
-        component = full_component(node.names[0].id) if node.names else None
+        component = self.component(node.names[0].id, node.names[0].span) if node.names else None
         return CellSelection(text, {word: each for word, each in ranges.items() if each}, component)
+
+    def component(self, name: str, span: Span) -> str:
+        """The full name of a component that there is."""
+        found = full_component(name)
+        if found not in SITES:
+            raise _RefusedCondition(unknown_component(name, span, SHORT_WORDS))
+        return found
 
     def axis(self, axis: ast.Axis) -> tuple[tuple[Number, Number], ...]:
         """The ranges of an axis; none for `*`."""
@@ -475,5 +492,5 @@ class _ConditionReader:
         }
         if node.unit is not None and node.index is not None:
             ranges["head" if node.unit == "H" else "neuron"] = ((node.index, node.index),)
-        component = full_component(node.component) if node.component else None
+        component = self.component(node.component, node.span) if node.component else None
         return CellSelection(text, ranges, component)

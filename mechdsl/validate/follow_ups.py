@@ -10,10 +10,20 @@ from collections.abc import Sequence
 from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import BadPlaceholder, NotSupported, UnterminatedString
+from mechdsl.diagnostics.e01_syntax import (
+    BadPlaceholder,
+    NotSupported,
+    ReservedName,
+    UnterminatedString,
+)
 from mechdsl.diagnostics.e02_names import MissingLine, UnknownName
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue
-from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, NoRows, NoTemplate
+from mechdsl.diagnostics.e05_data import (
+    CorruptionWithoutEffect,
+    NoRows,
+    NoTemplate,
+    UnknownValue,
+)
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
     EffectWithoutRule,
@@ -53,6 +63,8 @@ class BrokenLines:
         self.source = tree.span.source
         self.starts = [each.span.start for each in tree.statements if isinstance(each, kinds)]
         self.names = {name for each in lost for name in each.names}
+        self.refused = [each.name for each in syntax if isinstance(each, ReservedName)]
+        """Words of the language that the file defines as names, which they can't be."""
         self.torn: dict[int, set[str]] = defaultdict(set)
         """The words of what is lost, by the block where it stood."""
         for each in lost:
@@ -94,6 +106,8 @@ class BrokenLines:
                 return block in self.torn and (not lacking or not made.isdisjoint(lacking))
             case UnknownName(kind="run") if "answer" in self.names:
                 return True  # `accuracy` knows runs with an answer
+            case UnknownName(name=name) | UnknownValue(name=name) if nearest(name, self.refused):
+                return True  # `model to = …`, meant as `toy`
             case _ if isinstance(diagnostic, _MISSING):
                 return block in self.wrong
             case _:

@@ -20,6 +20,7 @@ from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e05_data import BadCall
 from mechdsl.syntax import ast
 from mechdsl.syntax.changes import ChangeSignature, register
+from mechdsl.vocab.sites import SITES, unknown_component
 
 if TYPE_CHECKING:
     import numpy as np
@@ -292,8 +293,11 @@ class AddChange(ActivationChange):
             return None, [UnknownWord(span=call.span, kind="noise", word=call.name, hint=hint)]
         wrong: list[Diagnostic] = []
         site = change.to
-        embed = [name.id for name in site.names] == ["embed"]
-        if not embed or site.axes or site.basis is not None:
+        names = [name.id for name in site.names]
+        unknown = [name for name in site.names if name.id not in SITES]
+        if unknown:
+            wrong.append(unknown_component(unknown[0].id, unknown[0].span))
+        elif names != ["embed"] or site.axes or site.basis is not None:
             what = "noise on another site than `embed`"
             wrong.append(NotSupported(span=site.span, what=what))
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from mechdsl.base.registry import Registry
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 
 SiteAxis = Literal["layer", "head", "neuron", "expert"]
 UnitKind = Literal["head", "kv_head", "neuron", "expert"]
@@ -278,6 +282,10 @@ site(
     "the model's output, one number per token of the vocabulary",
 )
 
+SHORT_WORDS = tuple(
+    kind.short for _, kind in SITES.items() if kind.short is not None and len(kind.short) > 1
+)
+"""What may stand behind the point of `L3.mlp` beside the names of sites."""
 WITHIN_ATTENTION = ("q_rot", "k_rot", "scores", "pattern")
 """Sites that lie in no module: they are read and written where attention itself is computed."""
 EdgeChange = Literal["block", "reweight", "uniform", "weight"]
@@ -297,6 +305,39 @@ def of_part(part: Part) -> tuple[str, ...]:
 def by_short(short: str) -> SiteKind | None:
     """The site behind `attn`, `mlp`, `resid`, `H` or `N`."""
     return next((kind for _, kind in SITES.items() if kind.short == short), None)
+
+
+_UNIT = re.compile(r"L\d+[HN]\d+(?:\.\w+)?")
+
+
+def unknown_component(word: str, span: Span, names: Iterable[str] = ()) -> UnknownWord:
+    """E0203 with the component, or the unit such as `L9H9`, that was most likely meant.
+
+    names: what else may stand there.
+    """
+    unit = next(_units(word), None)
+    known = ", ".join(f"`{name}`" for name in SITES)
+    hint = f"did you mean `{unit}`?" if unit else f"components are {known}"
+    if unit is None and re.fullmatch(r"L\d*[HN]\d*", word):
+        hint = "write both numbers: `L9H9` is head 9 of layer 9, `L9N9` a neuron"
+    hint = did_you_mean(word, [*SITES, *names], hint)
+    return UnknownWord(span=span, kind="component", word=word, hint=hint)
+
+
+def _units(word: str) -> Iterator[str]:
+    """Units that a word is one slip away from: `L10H0` of `L10yH0`, `l10h0`, `LH100` or `M10H0`."""
+    places = range(len(word))
+    letters = [i for i in places if word[i].isalpha()]
+    yield from _whole(re.sub(r"[lhn](?=\d)", lambda letter: letter[0].upper(), word))
+    yield from _whole(*(word[:i] + word[i + 1 :] for i in places))
+    yield from _whole(*(word[:i] + word[i + 1 : i + 2] + word[i] + word[i + 2 :] for i in places))
+    yield from _whole(*(word[:i] + letter + word[i + 1 :] for i in letters for letter in "LHN"))
+    if (begins := _UNIT.match(word)) is not None:
+        yield begins[0]
+
+
+def _whole(*words: str) -> Iterator[str]:
+    return (word for word in words if _UNIT.fullmatch(word))
 
 
 def write_order(name: str, layer: int | None) -> tuple[int, int]:

@@ -125,6 +125,29 @@ CASES = {
     "a file of Python": ('python("no.py:f") > 0', "logit(answer) > 0", "E0222", ""),
     "a loop's variable": ("layer ll at place", "layer l at place", "E0322", "l"),
     "a site without a layer": ("z head * at", "z layer * head * at", "E0304", "layer *"),
+    "a function of an expectation": ("meacn(delta", "mean(delta", "E0203", "mean"),
+    "a unit": ("group movers = L1yH2", "group movers = L1H2", "E0203", "L1H2"),
+    "a unit without its layer": ("movers = LH2", "movers = L1H2", "E0203", "both numbers"),
+    "a unit of an expectation": ("max(recovery, L1H22x) >", "max(recovery) >", "E0203", "L1H22"),
+    "a component of a unit": ("max(recovery, L1.rsid) >", "max(recovery) >", "E0203", "resid"),
+    "a unit that is looked for": (
+        "argmax(recovery) = LH10", "max(recovery) > 0.1", "E0203", "L1H0",
+    ),
+    "an effect of three letters": ("as aw", "as raw", "E0203", "raw"),
+    "a metric of two letters": ("measure dl as", "measure ld as", "E0203", "ld"),
+    "a metric of the file": ("measure ldd as", "measure ld as", "E0203", "ld"),
+    "a site of noise": (
+        "{ add gaussian(std: 3 sd) to eembed at place token", "{ place = other(place)",
+        "E0203", "embed",
+    ),
+    "a stack": (
+        "block attention encodr layer l from last token to", "patch resid_post layer l at",
+        "E0203", "encoder",
+    ),
+    "a stack of a site": ("resid_post encodr layer l", "resid_post layer l", "E0203", "encoder"),
+    "a word of statistics": ("ccorrect holm", "correct holm", "E0102", "correct"),
+    "a word of statistics of two letters": ("holm hy", "holm by", "E0102", "by"),
+    "a resampling": ("bootstap(1000)", "bootstrap(1000)", "E0207", "bootstrap"),
     "an occurrence": ("item 3..1 token", "each item token", "E0321", "1..3"),
 }  # fmt: skip
 

@@ -212,7 +212,11 @@ def test_distance() -> None:
     assert nearest("Patch", {"patch"}) == "patch"
     assert nearest("xyz", {"patch"}) is None
     assert nearest("fruti", ["Fruit", "froth"]) == "Fruit"
-    assert nearest("ca", {"cat"}) is None
+    assert nearest("ca", {"cat"}) == "cat"
+    assert nearest("ld", {"dl", "cat"}) == "dl"
+    assert nearest("zz", {"z"}) == "z"
+    assert nearest("ca", {"cat", "can"}) is None
+    assert nearest("ca", {"cx", "c"}) == "c"
     assert near("ca", {"cat", "dog", "at", "a"}) == ["a", "cat"]
 
 

@@ -217,6 +217,7 @@ HINTS: tuple[Hint, ...] = (
         "write `report {0} {1} by {2}`",
         "BY",
     ),
+    Hint(r"^report\b.*\bto\s+$", r"([0-9]+)", "write `top {0}`; `to` names a file in quotes"),
     Hint(r"^report\b(?!.*\bto\s)", r'("[^"]*")', "write `to` in front of the file: `to {0}`"),
     Hint(r"^report\b.*\b(?:best|first|largest|limit)\s+$", r"([0-9]+)", "write `top {0}`"),
     Hint(r"^for\s+(\w+)\s*$", r"of\b|=", "write `in`: `for {0} in [0, 1, 2]`", "IN"),

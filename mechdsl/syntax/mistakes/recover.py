@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mechdsl.base import limits
+from mechdsl.base.registry import nearest
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import (
+    MisspeltWord,
     UnexpectedCharacter,
     UnexpectedToken,
     UnterminatedString,
@@ -29,6 +31,7 @@ from mechdsl.syntax.scan import skip_space
 from mechdsl.syntax.transform import VERSION, Reading
 
 _VERSION = re.compile(r"mech\b[ \t]*(?P<number>[\w.]*)")
+_FIRST_WORD = re.compile(r"(?P<word>[A-Za-z]\w*)[ \t]+[0-9]+\b")
 GUESSES = 1000
 """How many words of a file are tried in the place of others."""
 LONG = 2000
@@ -103,6 +106,11 @@ class _Recovery:
         """Where the statements begin, and the version before them."""
         begin = skip_space(self.text)
         found = _VERSION.match(self.text, begin)
+        other = _FIRST_WORD.match(self.text, begin)
+        if found is None and other is not None and nearest(other["word"], ["mech"]) is not None:
+            span = Span(self.source, begin, other.end("word"))
+            self.diagnostics.append(MisspeltWord(word=span.text, meant="mech", span=span))
+            return other.end(), None
         if found is None:
             problem, place = "the file does not start with `mech 1`", "first statement"
             word = re.compile(r"[^\s]*").match(self.text, begin)
