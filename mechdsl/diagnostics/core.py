@@ -36,6 +36,8 @@ class Diagnostic(Record):
     """What has to be known for this to be true: it isn't said where that only stands in."""
 
     span: Span | None = None
+    by_text: bool = False
+    """The text alone decides it, whatever `hangs_on` says of others of its kind."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -74,4 +76,4 @@ def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
 
 def certain(found: Iterable[Diagnostic], unknown: Collection[Unknown]) -> list[Diagnostic]:
     """Those that are true whatever stands in for what is unknown."""
-    return [each for each in found if each.hangs_on.isdisjoint(unknown)]
+    return [each for each in found if each.by_text or each.hangs_on.isdisjoint(unknown)]

@@ -141,6 +141,19 @@ class CircularExperiments(Diagnostic):
 
 
 @keyword_record
+class BeyondEveryModel(Diagnostic):
+    """A layer, head, neuron or expert beyond the largest model that is read."""
+
+    code = "E0231"
+    title = "no model has a {unit} {index}"
+    label = "a model has at most {most:,} {unit}s, counted from 0"
+    help = "write a smaller number, or `{unit} *` for all of them"
+    unit: str
+    index: int
+    most: int
+
+
+@keyword_record
 class RepeatedStatement(Diagnostic):
     """A statement that may stand once."""
 

@@ -83,7 +83,7 @@ class OverlappingPositions(Diagnostic):
     code = "E0336"
     hangs_on = frozenset({"tokens"})
     title = "`{first}` and `{second}` share a token in row {row}"
-    label = "token {token} can't change places with itself"
+    label = "{token} can't change places with itself"
     help = "name positions that have no token in common"
     first: str
     second: str

@@ -12,13 +12,15 @@ LEAST, MOST = 12, 200
 
 
 def stand_in_shape(largest: Mapping[str, int]) -> ModelShape:
-    """A model with every site, and with as many layers, heads, neurons and experts as are named.
+    """A model with every site, with as many heads, neurons and experts as are named, and a layer
+    more: a path may lead on from the last one that is.
 
     largest: the highest index of each (`layer`, `head`, …) that a file names. So whatever is found
     wrong with a file that is checked against it would be wrong on a real model too, but for what
     `Diagnostic.hangs_on` names.
     """
     named = {word: largest.get(word, 0) + 1 for word in ("layer", "head", "expert")}
+    named["layer"] += 1
     sizes = {word: min(MOST, max(LEAST, number)) for word, number in named.items()}
     return ModelShape(
         architecture="",

@@ -19,6 +19,7 @@ from mechdsl.diagnostics.e03_positions import (
     ReversedBetween,
 )
 from mechdsl.prompts.counted_tokens import CountedTokens
+from mechdsl.prompts.order_in_text import behind, by_text
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.prompts.span_occurrences import Occurrences
 from mechdsl.prompts.span_tokens import TokenMap
@@ -318,8 +319,12 @@ class _Resolver:
             return None
         reversed_rows = [n for n in range(self.total) if low[n] > high[n]]
         if reversed_rows:
+            prompts = (self.table, self.run, self.tokenizer)
+            told = by_text(body.low, body.high) and not self.table.stands_in
+            told = told and all(behind(low[n], high[n], n, *prompts) for n in reversed_rows)
             self.diagnostics.append(
                 ReversedBetween(
+                    by_text=told,
                     span=body.span,
                     run=self.run,
                     lacking=len(reversed_rows),
@@ -355,8 +360,10 @@ class _Resolver:
             kept.append((tokens,) if tokens or ranked else ())
         lacking = [] if ranked else [n for n, row in enumerate(kept) if not row]
         if lacking:
+            every = (each for each in walk(body.excluded) if isinstance(each, ast.TokenIndex))
             self.diagnostics.append(
                 NothingLeft(
+                    by_text=any(each.low is None for each in every),
                     span=body.span,
                     position=body.span.written,
                     run=self.run,

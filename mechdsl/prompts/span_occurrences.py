@@ -137,6 +137,7 @@ class Occurrences:
                     lacking=len(bare),
                     total=self.total,
                     text=repr(text),
+                    by_text=not text and not self.table.stands_in,
                     hint=hint if text else "leave rows where it is empty out with `where`",
                 )
             )

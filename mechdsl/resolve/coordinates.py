@@ -9,7 +9,7 @@ from typing import Any
 from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e02_names import did_you_mean
+from mechdsl.diagnostics.e02_names import BeyondEveryModel, did_you_mean
 from mechdsl.diagnostics.e03_coordinates import (
     BadLoopValue,
     EmptyRange,
@@ -36,6 +36,8 @@ class SiteContext:
     loops: Mapping[str, tuple[Label, ...]]
     diagnostics: list[Diagnostic] = field(default_factory=list)
     onward: Onward = field(default_factory=Onward)
+    words: Mapping[tuple[str, str], Span] = field(default_factory=dict[tuple[str, str], Span])
+    """Where the words stand that a `for` runs over, by its variable and the word."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def axis_values(
                 cells=len(values),
                 most=limits.CELLS,
                 axes=axes,
+                by_text=not any(map(is_open, axis.values)),
             )
         )
         return False
@@ -129,6 +132,11 @@ def axis_values(
 def from_end(bound: ast.Bound | None) -> bool:
     """Whether the coordinate that it names hangs on how many there are: `-1`, `50%`."""
     return bound is not None and (bound.percent is not None or (bound.value or 0) < 0)
+
+
+def is_open(value: ast.Star | ast.AxisRange) -> bool:
+    """Whether which coordinates it names hangs on the model."""
+    return isinstance(value, ast.Star) or from_end(value.low) or from_end(value.high)
 
 
 def _window(center: int, axis: ast.Axis, size: int, context: SiteContext) -> tuple[int, ...]:
@@ -222,8 +230,27 @@ def _exists(value: int, word: str, kinds: list[SiteKind], span: Span, context: S
     return all(unit_exists(kind, value, span, context) for kind in kinds)
 
 
+_MOST = {
+    "layer": limits.LAYERS,
+    "head": limits.HEADS,
+    "expert": limits.EXPERTS,
+    "neuron": limits.SIZE,
+}
+
+
+def _beyond_all(word: str, index: int, span: Span, context: SiteContext) -> bool:
+    """E0231 for what no model has, where the model isn't at hand to say what it has."""
+    most = _MOST[word]
+    if not context.shape.stands_in or -most <= index < most:
+        return False
+    context.diagnostics.append(BeyondEveryModel(span=span, unit=word, index=index, most=most))
+    return True
+
+
 def layer_exists(layer: int, span: Span, context: SiteContext) -> bool:
     """Whether the model has the layer; E0302 where not."""
+    if _beyond_all("layer", layer, span, context):
+        return False
     if 0 <= layer < context.shape.n_layers:
         return True
     context.diagnostics.append(
@@ -237,9 +264,11 @@ def layer_exists(layer: int, span: Span, context: SiteContext) -> bool:
 def unit_exists(kind: SiteKind, unit: int, span: Span, context: SiteContext) -> bool:
     """Whether a site has the head, neuron or expert; E0301 where not."""
     size = units(context.shape, kind.name)
+    word = kind.unit if kind.unit in ("neuron", "expert") else "head"
+    if _beyond_all(word, unit, span, context):
+        return False
     if 0 <= unit < size:
         return True
-    word = kind.unit if kind.unit in ("neuron", "expert") else "head"
     shared = kind.unit == "kv_head" and context.shape.n_kv_heads != context.shape.n_heads
     context.diagnostics.append(
         UnitOutOfRange(

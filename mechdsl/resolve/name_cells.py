@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import product
 from typing import TypeVar
 
@@ -17,10 +17,17 @@ T = TypeVar("T")
 Texts = tuple[str, ...]
 
 
-def cell_keys(experiment: ResolvedExperiment) -> Iterator[CellKey]:
-    """Every cell that there is, in the order of its axes, the last one fastest."""
+def cell_keys(experiment: ResolvedExperiment, open_axes: Collection[str] = ()) -> Iterator[CellKey]:
+    """Every cell that there is, in the order of its axes, the last one fastest.
+
+    open_axes: those whose values only stand in for the real ones. Both ends are enough of them.
+    """
     rules = [_NamedRule(experiment, rule) for rule in experiment.rules]
-    for index in product(*(range(len(axis)) for axis in experiment.axes)):
+    ranges = [
+        dict.fromkeys((0, len(axis) - 1)) if axis.name in open_axes else range(len(axis))
+        for axis in experiment.axes
+    ]
+    for index in product(*ranges):
         if not all(rule.leads(index) for rule in rules):
             continue
         along = list(zip(experiment.axes, index, strict=True))

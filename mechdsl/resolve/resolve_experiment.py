@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from mechdsl.base import limits
 from mechdsl.base.registry import Registry
-from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.core import Diagnostic, Unknown, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue, TooManyCells
 from mechdsl.program import spec
@@ -20,6 +20,7 @@ from mechdsl.resolve.kinds import RuleKind
 from mechdsl.resolve.loops import loop_values
 from mechdsl.resolve.measures import resolve_measure
 from mechdsl.resolve.metric_atoms import MeasureContext, known_run
+from mechdsl.resolve.open_axes import open_axes, open_positions
 from mechdsl.resolve.picks import Onward
 from mechdsl.resolve.possible_axes import position_axes, possible_axes
 from mechdsl.resolve.random_targets import resolve_control
@@ -75,7 +76,19 @@ def outline(
     }
     onward = Onward({name: each.on(model.name) for name, each in (found or {}).items()})
     sites = SiteContext(
-        model.name, model.shape, program.groups, program.parameters, loops, diagnostics, onward
+        model.name,
+        model.shape,
+        program.groups,
+        program.parameters,
+        loops,
+        diagnostics,
+        onward,
+        words={
+            (loop.name, node.id): node.span
+            for loop in experiment.loops
+            for node in walk(loop.domain)
+            if isinstance(node, ast.Name)
+        },
     )
     work = Work(experiment, program, model, table, sites)
     for loop in experiment.loops:
@@ -115,6 +128,7 @@ def outline(
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,
     )
+    undecided = open_axes(experiment, program.groups, ("shape", "tokens"))
     if resolved.n_cells > limits.CELLS:
         diagnostics.append(
             TooManyCells(
@@ -123,6 +137,7 @@ def outline(
                 cells=resolved.n_cells,
                 most=limits.CELLS,
                 axes=" × ".join(f"{axis.name} ({len(axis)})" for axis in axes),
+                by_text=not table.stands_in and undecided.isdisjoint(axis.name for axis in axes),
             )
         )
         return known, diagnostics
@@ -139,9 +154,17 @@ def _perhaps(work: Work, rules: Sequence[ResolvedRule | None]) -> frozenset[str]
     for rule, resolved in zip(work.experiment.rules, rules, strict=True):
         if resolved is None:
             found.update(possible_axes(rule))
-        elif work.model.tokenizer.stands_in:
+        elif _sweep_unknown(rule, work):
             found.update(position_axes(rule))
     return frozenset(found)
+
+
+def _sweep_unknown(rule: spec.Rule, work: Work) -> bool:
+    """Whether how many positions there are hangs on what isn't at hand."""
+    unknown: list[Unknown] = ["tokens"] if work.model.tokenizer.stands_in else []
+    unknown += ["rows"] if work.table.stands_in else []
+    named = (each for each in (rule.at, rule.onto) if each is not None)
+    return bool(unknown) and any(open_positions(each, unknown) for each in named)
 
 
 def _loops_used(work: Work) -> None:

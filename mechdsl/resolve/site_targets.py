@@ -25,6 +25,7 @@ from mechdsl.resolve.coordinates import (
     AxisValues,
     SiteContext,
     axis_values,
+    is_open,
     layer_exists,
     unit_exists,
 )
@@ -241,7 +242,8 @@ def _component(site: ast.Site, context: SiteContext) -> list[SiteKind] | None:
             return None
         if kind is None:
             others = (*context.groups, *context.loops)
-            context.diagnostics.append(unknown_component(str(name), word.span, others))
+            span = context.words.get((word.id, str(name)), word.span)
+            context.diagnostics.append(unknown_component(str(name), span, others))
             return None
         if not _available(kind, word.span, context):
             return None
@@ -386,6 +388,7 @@ def _swept(
                 cells=cells,
                 most=limits.CELLS,
                 axes=" × ".join(counts) or "it joins as many points",
+                by_text=not any(is_open(value) for axis in site.axes for value in axis.values),
             )
         )
         return None, ()

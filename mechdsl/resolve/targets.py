@@ -16,6 +16,7 @@ from mechdsl.program import spec
 from mechdsl.prompts.positions import check_joined, resolve_positions
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable
 from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.open_axes import open_positions
 from mechdsl.resolve.resolved import Apart, Axis, Key, PositionTargets
 from mechdsl.resolve.unlike_tokens import other_tokens
 from mechdsl.syntax import ast
@@ -237,6 +238,8 @@ def _across(
                 span=onto.span,
                 first=f"{len(sources)} positions to read",
                 second=f"{len(cells)} positions to write",
+                by_text=not work.table.stands_in
+                and not any(open_positions(each, ["tokens"]) for each in (at, onto)),
             )
         )
         return None
@@ -280,6 +283,7 @@ def _exchanged(
                     hint="write positions of equally many tokens on both sides",
                 )
         return None
+    same = first.span.written == second.span.written
     pairs: list[tuple[PositionCell, PositionCell]] = []
     for to, of in zip(found.written, found.read, strict=True):
         for row, (a, b) in enumerate(zip(to.hits, of.hits, strict=True)):
@@ -291,7 +295,8 @@ def _exchanged(
                         first=first.span.written,
                         second=second.span.written,
                         row=row,
-                        token=str(min(min(s) for s in shared if s)),
+                        token="a token" if same else f"token {min(map(min, filter(None, shared)))}",
+                        by_text=same,
                     )
                 )
                 return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_rules import BadEdit
 from mechdsl.program import spec
+from mechdsl.prompts.order_in_text import behind, by_text
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.in_progress import Work
@@ -24,7 +25,11 @@ from mechdsl.resolve.site_targets import attention_sites
 from mechdsl.resolve.targets import plain_targets, sweeps
 from mechdsl.rules.kind import RuleKind, rule_kind
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.sites import EdgeChange
+
+_WITHOUT_LOGITS = ("activations", "attention")
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,10 +94,12 @@ class EdgeRule(RuleKind):
             return None
         if amounts is not None and not does.possible(rule, amounts, keys, work):
             return None
-        causal = work.sites.shape.causal and not work.model.tokenizer.stands_in
-        if causal and not _anything_seen(rule, queries, keys, work):
+        causal = work.sites.shape.causal and (not work.sites.shape.stands_in or _predicts(work))
+        known = not work.model.tokenizer.stands_in
+        told = known or (by_text(rule.at, rule.onto) and not work.table.stands_in)
+        if causal and told and not _anything_seen(rule, queries, keys, work):
             return None
-        if does.removes and causal and not _something_left(rule, queries, keys, work):
+        if does.removes and causal and known and not _something_left(rule, queries, keys, work):
             return None
         return ResolvedRule(
             spec=rule,
@@ -221,15 +228,27 @@ def _joins(axis: ast.Axis) -> bool:
     return axis.plural or axis.window is not None
 
 
+def _predicts(work: Work) -> bool:
+    """Whether a measure is of the next token, so that no model will do that sees later ones."""
+    for measure in work.experiment.measures:
+        named = (n.id if isinstance(n, ast.Name) else n.name for n in walk(measure.metric)
+                 if isinstance(n, ast.Name | ast.Call))  # fmt: skip
+        forms = [set(METRICS[name].forms) for name in named if name in METRICS]
+        if measure.at is None and any(each.isdisjoint(_WITHOUT_LOGITS) for each in forms):
+            return True
+    return False
+
+
 def _anything_seen(
     rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
 ) -> bool:
     """E0332 where every key lies behind every query, most likely exchanged with it."""
     lowest = [_outermost(cell, min) for cell in keys.written.values()]
     highest = [_outermost(cell, max) for cell in queries.written.values()]
+    prompts = (work.table, work.experiment.base, work.model.tokenizer)
     for asked, asking in product(lowest, highest):
-        for low, high in zip(asked, asking, strict=True):
-            if low is None or high is None or low <= high:
+        for row, (low, high) in enumerate(zip(asked, asking, strict=True)):
+            if low is None or high is None or not behind(low, high, row, *prompts):
                 return True
     assert rule.onto is not None
     work.diagnostics.append(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic, certain
@@ -12,6 +13,7 @@ from mechdsl.diagnostics.e06_statistics import UnreadableExpectation
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import joined_axes, joined_cells
 from mechdsl.resolve.name_cells import cell_keys
+from mechdsl.resolve.open_axes import open_axes
 from mechdsl.resolve.resolved import Outline, ResolvedMeasure
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
@@ -24,15 +26,24 @@ from mechdsl.vocab.reports import check_report
 
 def about_results(variants: Sequence[Outline], program: spec.Program) -> list[Diagnostic]:
     """What is wrong with what an experiment makes of its results."""
-    found = _against_axes(variants, program)
+    undecided = {axis for e in variants for axis in open_axes(e.spec, program.groups, e.unknown)}
+    found = _against_axes(variants, program, undecided)
     resolved = [each.resolved for each in variants if each.resolved is not None]
+    unknown = {what for each in variants for what in each.unknown}
     if len(resolved) == len(variants):
-        found += check_rows(resolved, resolved[0].table.row_ids)
-    return certain(found, [what for each in variants for what in each.unknown])
+        counted = not undecided and "rows" not in unknown
+        few = check_rows(resolved, resolved[0].table.row_ids)
+        found += [replace(each, by_text=counted) for each in few]
+    return certain(found, unknown)
 
 
-def _against_axes(variants: Sequence[Outline], program: spec.Program) -> list[Diagnostic]:
-    """Reports and expectations name axes, measures, runs and values that exist."""
+def _against_axes(
+    variants: Sequence[Outline], program: spec.Program, undecided: Collection[str]
+) -> list[Diagnostic]:
+    """Reports and expectations name axes, measures, runs and values that exist.
+
+    undecided: coordinates of cells whose values aren't known.
+    """
     experiment = variants[0]
     said = experiment.spec
     own = joined_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
@@ -72,17 +83,18 @@ def _against_axes(variants: Sequence[Outline], program: spec.Program) -> list[Di
             )
         )
     found.extend(_accuracies(variants))
-    resolved = [e.resolved for e in variants if e.resolved is not None and not e.unknown]
+    resolved = [e.resolved for e in variants if e.resolved is not None]
     known = Known(
         measures,
         axes if perhaps else own,
         list(experiment.table.runs) if rows and rows[0].texts else [],
         [e.name for e in program.experiments if e.name != experiment.name],
         aliases,
-        joined_cells(own, [(e.spec.variant, cell_keys(e)) for e in resolved])
+        joined_cells(own, [(e.spec.variant, cell_keys(e, undecided)) for e in resolved])
         if said.expects and len(resolved) == len(variants)
         else None,
         perhaps,
+        undecided,
     )
     for expectation in said.expects if measures else ():
         found.extend(check_expectation(expectation, known))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base.percent import Percent
 from mechdsl.base.record import Record, record
+from mechdsl.resolve.open_axes import COMPONENT
 
 if TYPE_CHECKING:
     from mechdsl.resolve.cell_key import CellKey
@@ -60,12 +61,15 @@ class CellSelection(Record):
     """Axis -> ranges with both ends included, one of which has to hold it."""
     component: str | None = None
 
-    def matches(self, cell: CellKey) -> bool:
+    def matches(self, cell: CellKey, open_axes: Collection[str] = ()) -> bool:
+        """open_axes: those of which a cell may have any value, for it isn't known yet."""
         coordinates, components = place_of(cell)
-        if self.component and components and self.component not in components:
+        named = self.component if COMPONENT not in open_axes else None
+        if named and components and named not in components:
             return False
         return all(
-            axis in coordinates and any(_within(coordinates[axis], *ends) for ends in allowed)
+            axis in open_axes
+            or (axis in coordinates and any(_within(coordinates[axis], *e) for e in allowed))
             for axis, allowed in self.ranges.items()
         )
 

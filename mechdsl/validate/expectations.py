@@ -10,7 +10,7 @@ from mechdsl.base.percent import Percent
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
-from mechdsl.diagnostics.e06_statistics import UnreadableExpectation, WhichMeasure
+from mechdsl.diagnostics.e06_statistics import WhichMeasure
 from mechdsl.program import spec
 from mechdsl.syntax import ast
 from mechdsl.validate.conditions import (
@@ -31,14 +31,12 @@ from mechdsl.validate.conditions import (
     Statement,
     TopContains,
     Value,
-    full_component,
 )
-from mechdsl.vocab.sites import SHORT_WORDS, SITES, unknown_component
+from mechdsl.validate.site_selections import RefusedCondition, selection, unreadable, upwards
 
 if TYPE_CHECKING:
     from mechdsl.resolve.cell_key import CellKey
 
-Number = int | float | str
 FUNCTIONS = (
     "max", "min", "mean", "abs", "auc", "accuracy", "spearman", "pearson", "argmax", "argmin",
 )  # fmt: skip
@@ -72,19 +70,15 @@ class Known:
     """None as long as they aren't known."""
     perhaps: Collection[str] = ()
     """Axes that the experiment may not have: it isn't known either."""
+    open_axes: Collection[str] = ()
+    """Axes of which a cell may have any value, for it isn't known yet."""
 
     @property
     def one_cell(self) -> bool:
         """Whether there is one cell, as far as is known."""
-        if self.cells is not None:
+        if self.cells is not None and not self.open_axes:
             return len(self.cells) == 1
         return all(axis in self.perhaps for axis in self.axes)
-
-
-class _RefusedCondition(Exception):
-    def __init__(self, diagnostic: Diagnostic) -> None:
-        super().__init__(diagnostic.message)
-        self.diagnostic = diagnostic
 
 
 def check_expectation(expectation: spec.Expectation, known: Known) -> list[Diagnostic]:
@@ -101,16 +95,12 @@ def read_expectation(
         if expectation.condition is None:
             return reader.top(expectation), []
         return reader.condition(expectation.condition), []
-    except _RefusedCondition as refusal:
+    except RefusedCondition as refusal:
         return None, [refusal.diagnostic]
 
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
-
-
-def _unreadable(span: Span, reason: str, hint: str) -> NoReturn:
-    raise _RefusedCondition(UnreadableExpectation(span=span, reason=reason, hint=hint))
 
 
 class _ConditionReader:
@@ -132,11 +122,13 @@ class _ConditionReader:
                 return InBand(self.value(node.value), middle - tolerance, middle + tolerance)
             case ast.InRange():
                 if not isinstance(node.within, ast.Range):
-                    _unreadable(node.within.span, "not a range", "write both ends: `in 0.2..0.4`")
+                    raise unreadable(
+                        node.within.span, "not a range", "write both ends: `in 0.2..0.4`"
+                    )
                 low, high = self.constant(node.within.low), self.constant(node.within.high)
                 return InBand(self.value(node.value), low, high)
             case _:
-                _unreadable(
+                raise unreadable(
                     node.span,
                     "it doesn't compare anything",
                     "write a condition, such as `max(recovery) > 0.3`",
@@ -150,7 +142,7 @@ class _ConditionReader:
                     continue
                 how: Literal["argmax", "argmin"] = "argmax" if best.name == "argmax" else "argmin"
                 if operator not in ("=", "!="):
-                    _unreadable(
+                    raise unreadable(
                         node.span, f"`{how}` is a site, not a number", f"write `{how}(…) = L9H9`"
                     )
                 measure, where = self.cells(best)
@@ -160,13 +152,13 @@ class _ConditionReader:
     def top(self, expectation: spec.Expectation) -> TopContains:
         span = expectation.span
         if expectation.top is None:
-            _unreadable(span, "it says nothing", "write a condition, or `top 3 contains L9H9`")
+            raise unreadable(span, "it says nothing", "write a condition, or `top 3 contains L9H9`")
         numbers = [i for i, each in enumerate(self.known.measures) if each.kind == "number"]
         if len(numbers) > 1:
             hint = "`contains` can't name one: give the other measures an experiment of their own"
-            raise _RefusedCondition(self.which(span, f"top {expectation.top}", numbers, hint))
+            raise RefusedCondition(self.which(span, f"top {expectation.top}", numbers, hint))
         if not numbers:
-            _unreadable(span, "no measure is a number", "categories have no order")
+            raise unreadable(span, "no measure is a number", "categories have no order")
         sites = tuple(self.one_of(site) for site in expectation.contains)
         return TopContains(expectation.top, numbers[0], sites)
 
@@ -189,7 +181,7 @@ class _ConditionReader:
             case ast.Name() | ast.OfRef():
                 return self.only(node)
             case _:
-                _unreadable(node.span, "not a number", "compare an effect with a number")
+                raise unreadable(node.span, "not a number", "compare an effect with a number")
 
     def call(self, node: ast.Call) -> Value:
         match node.name:
@@ -204,7 +196,7 @@ class _ConditionReader:
                 return Absolute(self.value(self.argument(node, 0, "abs(max(recovery))")))
             case "argmax" | "argmin":
                 hint = f"write `{node.name}(…) = L9H9`"
-                _unreadable(node.span, f"`{node.name}` is a site, not a number", hint)
+                raise unreadable(node.span, f"`{node.name}` is a site, not a number", hint)
             case "auc":
                 return self.area(node)
             case _:
@@ -221,7 +213,7 @@ class _ConditionReader:
             text = node.span.written
             cell = f"{text}(L9H9)" if isinstance(node, ast.Name) else f"mean({text}, L9H9)"
             hint = f"say which: `max({text})`, `mean({text})`, or one cell, as in `{cell}`"
-            _unreadable(node.span, f"`{text}` has a value in every cell", hint)
+            raise unreadable(node.span, f"`{text}` has a value in every cell", hint)
         return OfCells("only", measure)
 
     def correlation(self, node: ast.Call, how: Literal["spearman", "pearson"]) -> Value:
@@ -229,12 +221,12 @@ class _ConditionReader:
         measure = self.measure(self.argument(node, 0, example))
         other = self.argument(node, 1, example)
         if not isinstance(other, ast.Name):
-            _unreadable(other.span, "not the name of an experiment", f"write `{example}`")
+            raise unreadable(other.span, "not the name of an experiment", f"write `{example}`")
         if other.id not in self.known.experiments:
             otherwise = "name another experiment of this file"
             hint = did_you_mean(other.id, self.known.experiments, otherwise)
             found = UnknownName(span=other.span, kind="experiment", name=other.id, hint=hint)
-            raise _RefusedCondition(found)
+            raise RefusedCondition(found)
         return Correlation(how, measure, other.id)
 
     def area(self, node: ast.Call) -> Area:
@@ -245,7 +237,7 @@ class _ConditionReader:
         axes = (*self.known.axes, *self.known.aliases)
         if first.span.written in axes and named.span.written not in axes:
             exchanged = f"auc({named.span.written}, {first.span.written})"
-            _unreadable(first.span, "`auc` takes the measure first", f"write `{exchanged}`")
+            raise unreadable(first.span, "`auc` takes the measure first", f"write `{exchanged}`")
         measure = self.measure(first)
         axis = named.id if isinstance(named, ast.Name) else named.span.written
         axis = self.known.aliases.get(axis, axis)
@@ -255,7 +247,7 @@ class _ConditionReader:
             otherwise = f"its axes are: {listed}" if listed else sweep
             hint = did_you_mean(axis, self.known.axes, otherwise)
             kind = "axis of this experiment"
-            raise _RefusedCondition(UnknownWord(span=named.span, kind=kind, word=axis, hint=hint))
+            raise RefusedCondition(UnknownWord(span=named.span, kind=kind, word=axis, hint=hint))
         where = self.wheres(node.arguments[2:])
         if self.known.cells is not None:
             self.curve(node, named, axis, where)
@@ -273,26 +265,30 @@ class _ConditionReader:
         if word is not None:
             reason = f"`{axis}` runs over words, such as `{word}`, and a curve over numbers"
             hint = "name an axis of numbers, or write `mean(…)` for the mean over cells"
-            _unreadable(named.span, reason, hint)
+            raise unreadable(named.span, reason, hint)
+        if self.known.open_axes:
+            return
         distinct = set(at)
         if len(distinct) < 2:
-            _unreadable(named.span, f"`{axis}` has one value, and a curve two or more", "sweep it")
+            raise unreadable(
+                named.span, f"`{axis}` has one value, and a curve two or more", "sweep it"
+            )
         if len(distinct) < len(at):
             others = [name for name in self.known.axes if name != axis]
             sized = ", ".join(f"`{name}`" for name in others) or "none"
             count = len(at) // len(distinct)
             hint = f"say which one beside it, as in `auc({node.arguments[0].value.span.written}, "
             hint += f"{axis}, {others[0] if others else axis}: …)`; the other axes are {sized}"
-            _unreadable(node.span, f"it has {count} curves over `{axis}`", hint)
+            raise unreadable(node.span, f"it has {count} curves over `{axis}`", hint)
 
     def run(self, node: ast.Call) -> str:
         run = self.argument(node, 0, "accuracy(clean)")
         if not isinstance(run, ast.Name):
-            _unreadable(run.span, "not the name of a run", "write `accuracy(clean)`")
+            raise unreadable(run.span, "not the name of a run", "write `accuracy(clean)`")
         if run.id not in self.known.runs:
             known = ", ".join(f"`{each}`" for each in self.known.runs) or "none with an answer"
             hint = did_you_mean(run.id, self.known.runs, f"the runs are: {known}")
-            raise _RefusedCondition(UnknownName(span=run.span, kind="run", name=run.id, hint=hint))
+            raise RefusedCondition(UnknownName(span=run.span, kind="run", name=run.id, hint=hint))
         return run.id
 
     def constant(self, node: ast.Expr) -> float:
@@ -305,16 +301,16 @@ class _ConditionReader:
             case ast.Negative():
                 return -self.constant(node.operand)
             case _:
-                _unreadable(node.span, "not a plain number", "write the number itself")
+                raise unreadable(node.span, "not a plain number", "write the number itself")
 
     def argument(self, node: ast.Call, index: int, example: str) -> ast.Expr:
         if index >= len(node.arguments):
-            _unreadable(node.span, f"`{node.name}` is given too little", f"write `{example}`")
+            raise unreadable(node.span, f"`{node.name}` is given too little", f"write `{example}`")
         value = node.arguments[index].value
         if isinstance(value, ast.Site) and len(value.names) == 1 and not value.axes:
             return value.names[0]  # a lone word reads as a group of sites too
         if isinstance(value, ast.Range | ast.Quantity | ast.Site):
-            _unreadable(value.span, f"`{node.name}` can't read this", f"write `{example}`")
+            raise unreadable(value.span, f"`{node.name}` can't read this", f"write `{example}`")
         return value
 
     # --- measures
@@ -354,16 +350,16 @@ class _ConditionReader:
             listed = "this experiment measures " + ", ".join(f"`{word}`" for word in words)
             hint = did_you_mean(text, [*words, *(FUNCTIONS if called else ())], listed)
             kind = "measure or effect of this experiment"
-            raise _RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
+            raise RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
         if len(found) > 1:
             first = measures[found[0]]
             hint = f"name one, as in `{first.effect} of {first.label}`"
             if not first.label.isidentifier():
                 hint = f"give each a name above (`metric ld = …`), then `{first.effect} of ld`"
-            raise _RefusedCondition(self.which(node.span, text, found, hint))
+            raise RefusedCondition(self.which(node.span, text, found, hint))
         if measures[found[0]].kind == "category":
             hint = "categories have no mean; `correct` or `expected(1..9)` are numbers"
-            _unreadable(node.span, f"`{measures[found[0]].label}` is a category", hint)
+            raise unreadable(node.span, f"`{measures[found[0]].label}` is a category", hint)
         return found[0]
 
     def which(self, span: Span, text: str, found: Sequence[int], hint: str) -> WhichMeasure:
@@ -386,31 +382,38 @@ class _ConditionReader:
         return measure, where
 
     def find(self, where: Sequence[CellSelection]) -> list[int]:
-        cells = self.known.cells or ()
-        return [i for i, cell in enumerate(cells) if all(each.matches(cell) for each in where)]
+        """The cells that are meant, once each where they differ in nothing that is known."""
+        cells, unknown = self.known.cells or (), self.known.open_axes
+        found: dict[object, int] = {}
+        for i, cell in enumerate(cells):
+            if all(each.matches(cell, unknown) for each in where):
+                apart = tuple(v for axis, v in cell.coords.items() if axis not in unknown)
+                found.setdefault(apart if unknown else i, i)
+        return list(found.values())
 
     def not_one(self, span: Span, where: Sequence[CellSelection], found: Sequence[int]) -> NoReturn:
         text = ", ".join(each.text for each in where)
         if not found:
             axes = ", ".join(f"`{axis}`" for axis in self.known.axes) or "none"
             hint = f"name a cell of this experiment; its axes are {axes}"
-            _unreadable(span, f"no cell is at {text}", hint)
+            raise unreadable(span, f"no cell is at {text}", hint)
         example = '`position: "last token"` beside it, or `max(…)` over them'
-        _unreadable(span, f"{len(found)} cells are at {text}", f"say which with {example}")
+        count = "several" if self.known.open_axes else len(found)
+        raise unreadable(span, f"{count} cells are at {text}", f"say which with {example}")
 
     def one_of(
         self, site: ast.Expr | ast.Site, among: Sequence[CellSelection] = ()
     ) -> CellSelection:
         """A site that one of these cells has; of no cell, nothing would ever be found true."""
-        selection = self.where(site)
-        where = (selection, *among)
+        own = selection(site)
+        where = (own, *among)
         if self.known.cells is not None and not self.find(where):
             self.not_one(site.span, where, [])
-        return selection
+        return own
 
     def wheres(self, arguments: Sequence[ast.Argument]) -> tuple[CellSelection, ...]:
         return tuple(
-            self.where(argument.value)
+            selection(argument.value)
             if argument.name is None
             else self.named(argument.name, argument)
             for argument in arguments
@@ -423,74 +426,37 @@ class _ConditionReader:
             listed = ", ".join(f"`{each}`" for each in self.known.axes) or "none"
             hint = did_you_mean(axis, self.known.axes, f"its axes are: {listed}")
             kind = "axis of this experiment"
-            raise _RefusedCondition(
-                UnknownWord(span=argument.span, kind=kind, word=axis, hint=hint)
-            )
+            raise RefusedCondition(UnknownWord(span=argument.span, kind=kind, word=axis, hint=hint))
         value = argument.value
         text = argument.span.written
         match value:
             case ast.String():
+                self.label(value, axis)
                 return CellSelection(text, {axis: ((value.value, value.value),)})
             case ast.Range():
-                return CellSelection(text, {number: ((self.end(value.low), self.end(value.high)),)})
+                ends = upwards(self.end(value.low), self.end(value.high), value.span)
+                return CellSelection(text, {number: ends})
             case ast.Number() | ast.Percent():
                 return CellSelection(text, {number: ((self.end(value), self.end(value)),)})
             case _:
                 hint = f'write `{axis}: 2`, `{axis}: 2..4` or `{axis}: "…"`'
                 if isinstance(value, ast.Name):
                     hint = f'write words in quotes: `{axis}: "{value.id}"`'
-                _unreadable(argument.span, "not a value of an axis", hint)
+                raise unreadable(argument.span, "not a value of an axis", hint)
+
+    def label(self, value: ast.String, axis: str) -> None:
+        """E0203 for a word that an axis doesn't have, as far as its values are known."""
+        if self.known.cells is None or axis in self.known.open_axes:
+            return
+        labels = list(dict.fromkeys(str(cell.coords[axis]) for cell in self.known.cells))
+        if value.value not in labels:
+            listed = f"it has {', '.join(f'`{label}`' for label in labels)}"
+            hint = did_you_mean(value.value, labels, listed)
+            kind = f"`{axis}` in this experiment"
+            raise RefusedCondition(
+                UnknownWord(span=value.span, kind=kind, word=value.value, hint=hint)
+            )
 
     def end(self, node: ast.Expr) -> float:
         """An end of a range of cells: `50%` is 50 on an axis, as its cells say it."""
         return Percent(node.value) if isinstance(node, ast.Percent) else self.constant(node)
-
-    def where(self, node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> CellSelection:
-        """A site as a filter of cells."""
-        text = node.span.written
-        hint = "write a site such as `L9H9` or `L3.resid`"
-        if isinstance(node, ast.ShortSite):
-            return self.short(node, text)
-        if isinstance(node, ast.Name):
-            node = ast.Site(names=(node,), span=node.span)
-        if not isinstance(node, ast.Site):
-            _unreadable(node.span, f"`{text}` is not a site", hint)
-        if node.short is not None:
-            return self.short(node.short, text)
-        if node.ranked is not None or node.basis is not None or len(node.names) > 1:
-            _unreadable(node.span, f"`{text}` is not a plain site", hint)
-        ranges = {axis.word: self.axis(axis) for axis in node.axes}
-        component = self.component(node.names[0].id, node.names[0].span) if node.names else None
-        return CellSelection(text, {word: each for word, each in ranges.items() if each}, component)
-
-    def component(self, name: str, span: Span) -> str:
-        """The full name of a component that there is."""
-        found = full_component(name)
-        if found not in SITES:
-            raise _RefusedCondition(unknown_component(name, span, SHORT_WORDS))
-        return found
-
-    def axis(self, axis: ast.Axis) -> tuple[tuple[Number, Number], ...]:
-        """The ranges of an axis; none for `*`."""
-        found: list[tuple[Number, Number]] = []
-        for value in axis.values:
-            if isinstance(value, ast.Star):
-                return ()
-            low = self.bound(value.low)
-            found.append((low, low if value.high is None else self.bound(value.high)))
-        return tuple(found)
-
-    def bound(self, bound: ast.Bound) -> int:
-        if bound.value is None or bound.value < 0:
-            text = bound.span.text
-            _unreadable(bound.span, f"`{text}` is not an index", "write the number, from 0")
-        return bound.value
-
-    def short(self, node: ast.ShortSite, text: str) -> CellSelection:
-        ranges: dict[str, tuple[tuple[Number, Number], ...]] = {
-            "layer": ((node.layer, node.layer),)
-        }
-        if node.unit is not None and node.index is not None:
-            ranges["head" if node.unit == "H" else "neuron"] = ((node.index, node.index),)
-        component = self.component(node.component, node.span) if node.component else None
-        return CellSelection(text, ranges, component)

@@ -10,6 +10,7 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.w07_models import ModelNotHere
 from mechdsl.program import spec
+from mechdsl.resolve.open_axes import open_axes
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -33,15 +34,20 @@ def _waiting(model: str, program: spec.Program, source: Source) -> str:
     for experiment in program.experiments:
         if model not in (experiment.model, *(run.model for run in experiment.elsewhere)):
             continue
-        for kind, span in _parts(experiment, program.prompts[experiment.prompts]):
+        waits = open_axes(experiment, program.groups, ("shape", "tokens"))
+        prompts = program.prompts[experiment.prompts]
+        for kind, span in _parts(experiment, prompts, cells=bool(waits)):
             if span.source is source:
                 lines.setdefault(kind, set()).add(span.line)
     listed = [f"{kind} ({_listed(sorted(lines[kind]))})" for kind in KINDS if kind in lines]
     return f"; then these are checked too: {', '.join(listed)}" if listed else ""
 
 
-def _parts(experiment: spec.Experiment, prompts: spec.Prompts) -> Iterator[tuple[str, Span]]:
-    sites, positions, answers, cells = KINDS
+def _parts(
+    experiment: spec.Experiment, prompts: spec.Prompts, *, cells: bool
+) -> Iterator[tuple[str, Span]]:
+    """cells: whether which ones there are hangs on the model."""
+    sites, positions, answers, named = KINDS
     for rule in experiment.rules:
         for site in (rule.site, rule.edge, rule.receiver):
             if site is not None:
@@ -54,9 +60,9 @@ def _parts(experiment: spec.Experiment, prompts: spec.Prompts) -> Iterator[tuple
             yield positions, measure.at.span
     for text in prompts.texts:
         yield answers, text.value.span
-    for expect in experiment.expects:
+    for expect in experiment.expects if cells else ():
         if expect.contains or any(map(_names_a_cell, walk(expect.condition))):
-            yield cells, expect.span
+            yield named, expect.span
 
 
 def _names_a_cell(node: ast.Node) -> bool:

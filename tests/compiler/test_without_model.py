@@ -305,6 +305,121 @@ def test_of_an_unknown_architecture_nothing_wrong_is_said(tmp_path: Path) -> Non
         assert all(said_of_it in message for message in messages)
 
 
+EDGES = {
+    "the ends of the prompt": ("first token", "last token", "logit(answer)", True),
+    "words in their order": ("place token", "last-item token", "logit(answer)", True),
+    "back in the text": ("last-item token", "place token", "logit(answer)", False),
+    "measured where it stands": (
+        "place token", "last-item token", 'logit(" 3") at last token', False,
+    ),
+    "what touches": ("place token", '")" token', "logit(answer)", False),
+    "what is counted": ("token 1", "token 7", "logit(answer)", False),
+    "counted from a word": ("place token + 1", "last-item token", "logit(answer)", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EDGES.values(), ids=EDGES)
+def test_keys_behind_their_query_are_seen_in_the_text(
+    tmp_path: Path, case: tuple[str, str, str, bool]
+) -> None:
+    """On a model that predicts the next token: where nothing else is measured, any has to be."""
+    query, key, measure, refused = case
+    text = FILE[: FILE.index("experiment heads")].replace(
+        '"Part 1: {fruits} in the {place} Count 1:"', '"({place}) Part 1: {fruits} Count 1:"'
+    )
+    lines = f"prompts fruit block attention layer 1 from {query} to {key} measure {measure} as raw"
+    found = checked(f"{text}experiment e {{ {lines} }}\n", tmp_path, MODELS["not in the cache"])
+    assert {each[0] for each in said(found.diagnostics)} == ({"E0332"} if refused else set())
+
+
+DECIDED = {
+    "between from right to left": (
+        "at last-item token", "at tokens between place token and first-item token", "E0311",
+    ),
+    "no token left": ("at last-item token", "at tokens except tokens *", "E0315"),
+    "lists that don't pair": (
+        "place token, each item token",
+        "item 1 token, item 2 token onto place token, last token, first token",
+        "E0331",
+    ),
+    "a position and itself": (
+        "ablate mlp_out layer 1..2 at last-item token with zero",
+        "swap mlp_out layer 1..2 at last-item token with last-item token",
+        "E0336",
+    ),
+    "a layer beyond every model": ("layer 1..2 at last-item", "layer 2000 at last-item", "E0231"),
+    "a layer before every model": ("layer 1..2 at last-item", "layer -2000 at last-item", "E0231"),
+    "a head beyond every model": ("z layer * head *", "z layer * head 3, 20000", "E0231"),
+    "a neuron beyond every model": ("movers = L1H2,", "movers = L1N2000000,", "E0231"),
+    "too many cells": (
+        "patch resid_post layer l at",
+        "for i in 0..2 { patch mlp_hidden layer i neuron 0..999999 at place token } patch embed at",
+        "E0323",
+    ),
+    "a component of a loop": (
+        "patch resid_post layer l at",
+        "for c in [resid_pre, resid_posst] { patch c layer l at last token } patch embed at",
+        "E0203",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DECIDED.values(), ids=DECIDED)
+def test_what_the_text_decides_needs_no_model(tmp_path: Path, case: tuple[str, str, str]) -> None:
+    right, wrong, code = case
+    assert right in FILE
+    for source in list(MODELS.values())[1:]:
+        found = said(checked(FILE.replace(right, wrong, 1), tmp_path, source).diagnostics)
+        assert {each[0] for each in found} == {code}, found
+
+
+RULES = {
+    "layers by number": "patch z layer 0..2 head * at last token, place token",
+    "no heads": "patch resid_post layer * at last token",
+    "from the end": "patch resid_post layer -1 at last token",
+    "a joined site": "ablate movers at last token with zero",
+    "no rule": "",
+    "what is picked": "ablate best of along at last token with zero",
+    "occurrences": "patch resid_post layer 1, 3 at each item token",
+    "all tokens": "patch resid_post layer 1 at each token of place",
+    "receivers": "path layer 30 head 1 -> q layer * head * at last token",
+}
+CELLS = {
+    # the rule, what is expected, the code of what is wrong
+    "another layer": ("layers by number", "max(raw, L3H2) > 0", "E0606"),
+    "a head that there may be": ("layers by number", "max(raw, L2H92) > 0", ""),
+    "one of several": ("layers by number", "raw(L2H1) > 0", "E0606"),
+    "one": ("layers by number", 'raw(L2H1, position: "last token") > 0', ""),
+    "a misspelt position": ("layers by number", 'raw(L2H1, position: "last tokn") > 0', "E0203"),
+    "another component": ("layers by number", "argmax(raw) = L1.mlp", "E0606"),
+    "layers by name": ("layers by number", "max(raw, layer: 4..9) > 0", "E0606"),
+    "backwards": ("layers by number", "max(raw, layer 2..1) > 0", "E0321"),
+    "backwards by name": ("layers by number", "max(raw, layer: 2..1) > 0", "E0321"),
+    "a cell for all": ("layers by number", "raw > 0", "E0606"),
+    "a head where there is none": ("no heads", "max(raw, L1H2) > 0", "E0606"),
+    "a layer that there may be": ("no heads", "top 3 contains L40.resid", ""),
+    "a layer from the end": ("from the end", "max(raw, L7.resid) > 0", ""),
+    "a part of what is joined": ("a joined site", "max(raw, L1H2) > 0", "E0606"),
+    "a site without a rule": ("no rule", "max(raw, L1H2) > 0", "E0606"),
+    "a site that is picked": ("what is picked", "max(raw, L1.resid) > 0", ""),
+    "an occurrence": ("occurrences", "raw(layer 1, item: 2) > 0", ""),
+    "an occurrence too many": ("occurrences", "raw(layer 1, item: 12) > 0", "E0606"),
+    "a token that there may be": ("all tokens", 'max(raw, position: "place 4") > 0', ""),
+    "a receiver that there may be": ("receivers", "max(raw, to_layer: 31) > 0", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CELLS.values(), ids=CELLS)
+def test_cells_that_the_text_rules_out_are_refused(
+    tmp_path: Path, case: tuple[str, str, str]
+) -> None:
+    rule, expected, code = case
+    lines = f"from clean into fewer {RULES[rule]} measure logit(answer) as raw"
+    text = f"{FILE}\nexperiment last {{ prompts fruit limit 32 {lines} expect {expected} }}\n"
+    found = said(checked(text, tmp_path, MODELS["not in the cache"]).diagnostics)
+    assert {each[0] for each in found} == ({code} if code else set()), found
+
+
 HANGS_ON_IT = {
     "a layer": ("layer 1..2 at last-item", "layer 40 at last-item"),
     "a layer from the end": ("layer 1..2 at last-item", "layer 2..-1 at last-item"),
