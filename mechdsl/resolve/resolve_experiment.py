@@ -161,8 +161,11 @@ def _perhaps(work: Work, rules: Sequence[ResolvedRule | None]) -> frozenset[str]
 
 def _sweep_unknown(rule: spec.Rule, work: Work) -> bool:
     """Whether how many positions there are hangs on what isn't at hand."""
-    unknown: list[Unknown] = ["tokens"] if work.model.tokenizer.stands_in else []
-    unknown += ["rows"] if work.table.stands_in else []
+    missing: dict[Unknown, bool] = {
+        "tokens": work.model.tokenizer.stands_in,
+        "rows": work.table.stands_in,
+    }
+    unknown = [what for what, stands_in in missing.items() if stands_in]
     named = (each for each in (rule.at, rule.onto) if each is not None)
     return bool(unknown) and any(open_positions(each, unknown) for each in named)
 

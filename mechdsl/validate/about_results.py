@@ -29,7 +29,7 @@ def about_results(variants: Sequence[Outline], program: spec.Program) -> list[Di
     undecided = {axis for e in variants for axis in open_axes(e.spec, program.groups, e.unknown)}
     found = _against_axes(variants, program, undecided)
     resolved = [each.resolved for each in variants if each.resolved is not None]
-    unknown = {what for each in variants for what in each.unknown}
+    unknown = [what for each in variants for what in each.unknown]
     if len(resolved) == len(variants):
         counted = not undecided and "rows" not in unknown
         few = check_rows(resolved, resolved[0].table.row_ids)
