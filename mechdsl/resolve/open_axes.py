@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from mechdsl.diagnostics.core import Unknown
 from mechdsl.program import spec
 from mechdsl.resolve.coordinates import is_open
+from mechdsl.resolve.possible_axes import may_sweep_one
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -44,7 +45,7 @@ def open_positions(positions: ast.Positions, unknown: Collection[Unknown]) -> bo
     return any(
         ("tokens" in unknown and _hangs_on_tokens(node))
         or ("rows" in unknown and isinstance(node, ast.SpanTokens))
-        or isinstance(node, ast.RankedTokens)
+        or (isinstance(node, ast.RankedTokens) and may_sweep_one(node))
         for node in walk(positions)
     )
 

@@ -43,10 +43,11 @@ def _sweeps(axis: ast.Axis) -> bool:
 
 def may_sweep(positions: ast.Positions) -> bool:
     """Whether there may be more than one cell, whatever the prompts and their tokens are."""
-    return len(positions.items) > 1 or any(map(_may_sweep, walk(positions)))
+    return len(positions.items) > 1 or any(map(may_sweep_one, walk(positions)))
 
 
-def _may_sweep(node: ast.Node) -> bool:
+def may_sweep_one(node: ast.Node) -> bool:
+    """The same of one part of a position."""
     match node:
         case ast.TokenIndex():
             return not node.plural and (node.low is None or node.high is not None)

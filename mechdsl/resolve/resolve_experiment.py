@@ -165,7 +165,7 @@ def _sweep_unknown(rule: spec.Rule, work: Work) -> bool:
         "tokens": work.model.tokenizer.stands_in,
         "rows": work.table.stands_in,
     }
-    unknown = [what for what, stands_in in missing.items() if stands_in]
+    unknown: list[Unknown] = [what for what, stands_in in missing.items() if stands_in]
     named = (each for each in (rule.at, rule.onto) if each is not None)
     return bool(unknown) and any(open_positions(each, unknown) for each in named)
 

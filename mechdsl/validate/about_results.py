@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from mechdsl.base.registry import nearest
-from mechdsl.diagnostics.core import Diagnostic, certain
+from mechdsl.diagnostics.core import Diagnostic, Unknown, certain
 from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.diagnostics.e06_statistics import UnreadableExpectation
@@ -29,7 +29,7 @@ def about_results(variants: Sequence[Outline], program: spec.Program) -> list[Di
     undecided = {axis for e in variants for axis in open_axes(e.spec, program.groups, e.unknown)}
     found = _against_axes(variants, program, undecided)
     resolved = [each.resolved for each in variants if each.resolved is not None]
-    unknown = [what for each in variants for what in each.unknown]
+    unknown: list[Unknown] = [what for each in variants for what in each.unknown]
     if len(resolved) == len(variants):
         counted = not undecided and "rows" not in unknown
         few = check_rows(resolved, resolved[0].table.row_ids)

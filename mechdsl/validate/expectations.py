@@ -266,7 +266,7 @@ class _ConditionReader:
             reason = f"`{axis}` runs over words, such as `{word}`, and a curve over numbers"
             hint = "name an axis of numbers, or write `mean(…)` for the mean over cells"
             raise unreadable(named.span, reason, hint)
-        if self.known.open_axes:
+        if any(each in self.known.axes for each in self.known.open_axes):
             return
         distinct = set(at)
         if len(distinct) < 2:
@@ -448,8 +448,9 @@ class _ConditionReader:
         """E0203 for a word that an axis doesn't have, as far as its values are known."""
         if self.known.cells is None or axis in self.known.open_axes:
             return
-        labels = list(dict.fromkeys(str(cell.coords[axis]) for cell in self.known.cells))
-        if value.value not in labels:
+        found = (cell.coords[axis] for cell in self.known.cells if axis in cell.coords)
+        labels = list(dict.fromkeys(map(str, found)))
+        if labels and value.value not in labels:
             listed = f"it has {', '.join(f'`{label}`' for label in labels)}"
             hint = did_you_mean(value.value, labels, listed)
             kind = f"`{axis}` in this experiment"
