@@ -125,8 +125,10 @@ def axis_values(
     if axis.plural and loop is None:
         joined = tuple(sorted({v for window in windows for v in window}))
         return AxisValues((joined,))
-    sweep = None if single or loop is not None else Axis(axis.word, tuple(swept), axis.span)
-    return AxisValues(tuple(windows), sweep, loop)
+    if single or loop is not None:
+        return AxisValues(tuple(windows), None, loop)
+    joins = axis.window is not None
+    return AxisValues(tuple(windows), Axis(axis.word, tuple(swept), axis.span, of_windows=joins))
 
 
 def from_end(bound: ast.Bound | None) -> bool:

@@ -54,6 +54,8 @@ class Axis(Record):
     """A second name that reports may use: `item` for the positions of `each item token`."""
     items: tuple[int | None, ...] = ()
     """1-based occurrence per value, where the axis runs over occurrences."""
+    of_windows: bool = field(default=False, compare=False)
+    """Whether its values are the centres of windows."""
 
     def __len__(self) -> int:
         return len(self.labels)

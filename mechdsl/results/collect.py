@@ -87,6 +87,7 @@ def collect(
         model=model.name,
         axes=tuple(axis.name for axis in experiment.axes),
         aliases={axis.alias: axis.name for axis in experiment.axes if axis.alias is not None},
+        centres=tuple(axis.name for axis in experiment.axes if axis.of_windows),
         cells=tuple(cell_keys(experiment)),
         measures=tuple(measures),
         runs={

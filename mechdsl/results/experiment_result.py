@@ -57,6 +57,8 @@ class ExperimentResult:
     axes: tuple[str, ...]
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     """Second names of axes that reports may use: `item` for `position`."""
+    centres: tuple[str, ...] = ()
+    """Axes whose values are the centres of windows."""
     cells: tuple[CellKey, ...]
     measures: tuple[MeasureData, ...]
     runs: Mapping[str, Mapping[str, Floats]] = field(

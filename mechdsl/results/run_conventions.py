@@ -131,7 +131,8 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
 
 
 def _windowed(rule: Any) -> bool:
-    return rule.site is not None and any(axis.window is not None for axis in rule.site.axes)
+    places = [place for place in (rule.site, rule.edge, rule.receiver) if place is not None]
+    return any(axis.window is not None for place in places for axis in place.axes)
 
 
 def _several(positions: Any) -> bool:

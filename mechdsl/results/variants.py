@@ -33,6 +33,7 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
         model=", ".join(dict.fromkeys(result.model for result in results)),
         axes=tuple(axes),
         aliases={name: axis for result in results for name, axis in result.aliases.items()},
+        centres=tuple(dict.fromkeys(axis for result in results for axis in result.centres)),
         cells=tuple(joined_cells(axes, [(labels, result.cells) for labels, result in parts])),
         measures=tuple(
             _measure([result.measures[n] for result in results]) for n in range(len(first.measures))

@@ -12,34 +12,40 @@ from mechdsl.base.visible import visible
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.show.reports.chart_labels import ChartLabels, labels_below
 from mechdsl.show.reports.charts import (
     FAINT,
     INK,
     PALETTE,
-    SPLIT,
     colours,
     faceted,
-    label,
+    heading,
+    hovered,
+    hovers,
     null_band,
+    null_said,
+    series_legend,
     themed,
     titled,
     value_title,
     zero_rule,
 )
-from mechdsl.show.reports.grid import drawn_axes, panels, value_text, values_of
+from mechdsl.show.reports.grid import axis_title, drawn_axes, panels, value_text, values_of
 from mechdsl.show.reports.text import thin
 
 BAR = 26
 """Width of a bar, less where there are many."""
 WIDTH = 1200
-"""Of all panels in a row."""
+"""Of a panel, up to which places grow for their labels."""
 
 
 def bars_chart(result: ExperimentResult, report: spec.Report) -> Any:
     """One chart per measure: bars with intervals, or the shares of categories as stacks."""
     axes = drawn_axes(result, report)
     charts = [
-        titled((_stacks if data.kind == "category" else _bars)(result, measure, axes), result, data)
+        titled(_stacks(result, measure, axes), result, data)
+        if data.kind == "category"
+        else titled(_bars(result, measure, axes), result, data, null_said(result, data))
         for measure, data in result.computed()
     ]
     return themed(alt.vconcat(*charts, spacing=36).resolve_scale(color="independent"))
@@ -49,51 +55,55 @@ def bars_chart(result: ExperimentResult, report: spec.Report) -> Any:
 class _Places:
     """Where bars stand."""
 
+    names: dict[Coord, str]
+    """Per value its label."""
     series: list[str]
     x: Any
     step: float
     """Width of a place, which the bars of a series share."""
-    columns: int
-    """Panels beside each other."""
+    bar: float
+    """Width of a bar."""
 
-    def width(self) -> Any:
-        return alt.Step(self.step, **{"for": "position"} if self.series else {})
+    @property
+    def width(self) -> float:
+        return self.step * len(self.names)
+
+    def key(self, key: tuple[Coord, ...]) -> dict[str, str]:
+        """What a record says of its place."""
+        return {"x": self.names[key[0]], "series": value_text(key[1]) if key[1:] else " "}
 
 
 def _places(result: ExperimentResult, axes: tuple[str, ...]) -> _Places:
-    names = [label(value) for value in values_of(result, axes[0])]
+    values = values_of(result, axes[0])
     series = [value_text(value) for value in values_of(result, axes[1])] if axes[1:] else []
     beside = max(1, len(series))
-    bars = _bar_width(len(names) * beside) * beside + 14
-    longest = max(len(line) for name in names for line in name.split("\n"))
-    title = None if axes[0] == "position" else axes[0]
-    axis = alt.Axis(title=title, labelAngle=0, labelExpr=SPLIT, labelLimit=240)
-    step = max(7.0 * longest + 8, bars)
-    columns = max(1, int(WIDTH / (step * len(names) + 60)))
-    return _Places(series, alt.X("x:N", sort=names, axis=axis), step, columns)
+    bar = _bar_width(len(values) * beside)
+    labels: ChartLabels = labels_below(values, bar * beside + 14, WIDTH)
+    title = None if axes[0] == "position" else axis_title(result, axes[0])
+    axis = alt.Axis(title=title, **labels.options)
+    x = alt.X("x:N", scale=alt.Scale(domain=labels.texts), axis=axis)
+    names = dict(zip(values, labels.texts, strict=True))
+    return _Places(names, series, x, labels.step, bar)
 
 
 def _bar_width(count: int) -> float:
-    return BAR if count <= 16 else 14 if count <= 40 else 8
-
-
-def _key(key: tuple[Coord, ...]) -> dict[str, str]:
-    return {"x": label(key[0]), "series": value_text(key[1]) if key[1:] else " "}
+    return BAR if count <= 16 else 14 if count <= 40 else 8 if count <= 200 else 2
 
 
 def _bars(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
     found, band = result.statistics[measure], result.control(measure)
-    shown, few = panels(result, axes), thin(result, measure)
+    shown, few, under = panels(result, axes), thin(result, measure), hovers(result, measure)
+    places = _places(result, axes)
 
     def number(values: Any, cell: int) -> float | None:
         return float(values[cell]) if np.isfinite(values[cell]) else None
 
     records = [
         {
-            **_key(key),
-            "panel": panel.title,
+            **places.key(key),
+            "panel": heading(panel.title, places.width),
+            "hover": under[cell],
             "mean": number(found.mean, cell),
-            "n": int(found.n[cell]),
             "strength": FAINT if few[cell] else 0.85,
             "low": number(found.low, cell),
             "high": number(found.high, cell),
@@ -103,26 +113,24 @@ def _bars(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
         for panel in shown
         for key, cell in panel.cells.items()
     ]
-    places = _places(result, axes)
     series = places.series
-    base = alt.Chart().encode(x=places.x)
+    base = hovered(alt.Chart()).encode(x=places.x)
     colour: Any = alt.value(PALETTE[0])
     if series:
         base = base.encode(xOffset=alt.XOffset("series:N", sort=series))
         title = axes[1] if axes[1] != "position" else None
-        legend = alt.Legend(title=title, labelLimit=320)
+        legend = series_legend(title, series)
         colour = alt.Color("series:N", sort=series, scale=colours(series), legend=legend)
     y = alt.Y("mean:Q", axis=alt.Axis(title=value_title(result.measures[measure])))
     bars = base.mark_bar().encode(
         y=y,
         color=colour,
         opacity=alt.Opacity("strength:Q", scale=None),
-        tooltip=["series:N", "x:N", "mean:Q", "low:Q", "high:Q", "n:Q"],
     )
-    whiskers = base.mark_rule(color=INK, strokeWidth=1.4).encode(y="low:Q", y2="high:Q")
-    ends = [
-        base.mark_tick(color=INK, size=8, thickness=1.4).encode(y=f"{e}:Q") for e in ("low", "high")
-    ]
+    thick = min(1.4, places.bar / 2)
+    whiskers = base.mark_rule(color=INK, strokeWidth=thick).encode(y="low:Q", y2="high:Q")
+    across = base.mark_tick(color=INK, size=min(8, places.bar), thickness=thick)
+    ends = [across.encode(y=f"{end}:Q") for end in ("low", "high")]
     layers: list[Any] = [
         bars,
         *([null_band(base, "bar")] if band else []),
@@ -130,36 +138,35 @@ def _bars(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
         whiskers,
         *ends,
     ]
-    drawn = alt.layer(*layers, data=alt.Data(values=records)).properties(
-        width=places.width(), height=260
-    )
-    return faceted(drawn, [panel.title for panel in shown], places.columns)
+    step = alt.Step(places.step, **{"for": "position"} if series else {})
+    drawn = alt.layer(*layers, data=alt.Data(values=records)).properties(width=step, height=260)
+    return faceted(drawn, [panel.title for panel in shown], places.width)
 
 
 def _stacks(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
     """The distribution over categories, one stack per value of the axis."""
     data = result.measures[measure]
     seen = [float(v) for v in np.unique(data.patched[np.isfinite(data.patched)])]
-    shown = panels(result, axes[:1])
+    shown, places = panels(result, axes[:1]), _places(result, axes[:1])
     records = [
         {
-            "x": label(key[0]),
-            "panel": panel.title,
+            "x": places.names[key[0]],
+            "panel": heading(panel.title, places.width),
             "value": f"{value:g}",
             "order": place,
-            "count": int(np.count_nonzero(data.patched[cell] == value)),
-            "share": float(np.count_nonzero(data.patched[cell] == value) / n),
+            "share": count / n,
+            "hover": f"{visible(result.cells[cell].name)}, {value:g}: {count} of n = {n}",
         }
         for panel in shown
         for key, cell in panel.cells.items()
         for n in [int(np.count_nonzero(np.isfinite(data.patched[cell])))]
         for place, value in enumerate(seen)
+        for count in [int(np.count_nonzero(data.patched[cell] == value))]
         if n
     ]
     values = [f"{value:g}" for value in seen]
-    places = _places(result, axes[:1])
     drawn = (
-        alt.Chart(alt.Data(values=records))
+        hovered(alt.Chart(alt.Data(values=records)))
         .mark_bar()
         .encode(
             x=places.x,
@@ -168,11 +175,10 @@ def _stacks(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> An
                 "value:N",
                 sort=values,
                 scale=alt.Scale(domain=values, scheme="viridis"),
-                legend=alt.Legend(title=visible(data.label), labelLimit=320),
+                legend=series_legend(visible(data.label), values),
             ),
             order=alt.Order("order:Q"),
-            tooltip=["x:N", "value:N", "share:Q", "count:Q"],
         )
-        .properties(width=places.width(), height=220)
+        .properties(width=alt.Step(places.step), height=220)
     )
-    return faceted(drawn, [panel.title for panel in shown], places.columns)
+    return faceted(drawn, [panel.title for panel in shown], places.width)

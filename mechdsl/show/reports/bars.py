@@ -14,7 +14,14 @@ from rich.text import Text
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.grid import GridPanel, drawn_axes, panels, value_text, values_of
+from mechdsl.show.reports.grid import (
+    GridPanel,
+    axis_title,
+    drawn_axes,
+    panels,
+    value_text,
+    values_of,
+)
 from mechdsl.show.reports.intervals import IntervalLayout, Line, draw_bar, label_lines, label_widths
 from mechdsl.show.reports.text import (
     MISSING,
@@ -34,13 +41,14 @@ SHARE_WIDTH = len("      n  commonest  share")
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """One bar per value of the axis and, where there is one, of the series."""
     axes = drawn_axes(result, report)
+    titles = [axis_title(result, axis) for axis in axes]
     values = [values_of(result, axis) for axis in axes]
     labels = [[value_text(value) for value in each] for each in values]
     for measure, data in shown_measures(result, console):
         heading(result, data, console)
         category = data.kind == "category"
-        shares = _Shares(axes, label_widths(axes, labels, console.width - SHARE_WIDTH))
-        layout = IntervalLayout.of(result, measure, axes, labels, console.width, draw_bar)
+        shares = _Shares(titles, label_widths(titles, labels, console.width - SHARE_WIDTH))
+        layout = IntervalLayout.of(result, measure, titles, labels, console.width, draw_bar)
         for panel in panels(result, axes):
             if panel.title:
                 console.print(Text(panel.title, style="bold"), highlight=False)

@@ -16,19 +16,20 @@ from rich.text import Text
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.confusion_counts import Confusion, confusions
-from mechdsl.show.reports.grid import value_text
+from mechdsl.show.reports.grid import axis_title, value_text
 from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
 from mechdsl.show.reports.text import MISSING, conventions, heading, notes
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """One matrix per measure and combination of the axes that aren't drawn."""
+    title = axis_title(result, report.variable or "")
     for measure, found in confusions(result, report).items():
         heading(result, result.measures[measure], console)
         for each in found:
             if each.title:
                 console.print(Text(each.title, style="bold"), highlight=False)
-            _matrix(each, report, console.width).print(console)
+            _matrix(each, report, title, console.width).print(console)
         said = [f"share of the row's n prompts; {MISSING} is none of them"]
         if any(own is not None for each in found for own in each.own):
             said.append(f"* where the category is the row's own {report.variable}")
@@ -36,7 +37,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
     conventions(result, report, console)
 
 
-def _matrix(found: Confusion, report: spec.Report, width: int) -> Matrix:
+def _matrix(found: Confusion, report: spec.Report, title: str, width: int) -> Matrix:
     """Shares, with counts where there is room for them."""
     most = max(chain([0], *found.counts))
     counted = len(found.columns) * (len(f" 0.00 ({most})") + 2) + 24 <= width
@@ -53,7 +54,7 @@ def _matrix(found: Confusion, report: spec.Report, width: int) -> Matrix:
         [value_text(name) for name in found.rows],
         [*(f"{column:g}" for column in found.columns), "n"],
         [[*(entry(r, c) for c in columns), MatrixEntry(f"{found.total(r)} ")] for r in rows],
-        report.variable or "",
+        title,
         report.by or "",
     )
 

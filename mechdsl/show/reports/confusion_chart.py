@@ -8,58 +8,85 @@ import altair as alt
 
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.charts import INK, LABELLED_UP_TO, QUIET, faceted, themed, titled
+from mechdsl.show.reports.chart_labels import labels_below, labels_beside, text_width
+from mechdsl.show.reports.charts import INK, QUIET, faceted, heading, hovered, themed, titled
 from mechdsl.show.reports.confusion_counts import Confusion, confusions
-from mechdsl.show.reports.grid import value_text
+from mechdsl.show.reports.grid import axis_title, value_text
+
+NUMBERED_UP_TO = 160
+"""Cells of a map up to which their numbers are written into them."""
+SHARE, COUNT = 11, 9
+"""Sizes of the two numbers of a cell."""
+MOST_WIDTH = 1000
+"""Of a map, up to which its columns grow for their labels."""
 
 
 def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:
     """Shares on a map, counts below them; one's own category is framed."""
-    maps = [
-        titled(_map(found, report), result, result.measures[measure])
-        for measure, found in confusions(result, report).items()
-    ]
+    maps: list[Any] = []
+    for measure, found in confusions(result, report).items():
+        own = any(column is not None for each in found for column in each.own)
+        framed = f"framed: the category is the row's own {report.variable}" if own else None
+        beside = axis_title(result, report.variable or "")
+        drawn = _map(found, beside, report.by or "")
+        maps.append(titled(drawn, result, result.measures[measure], framed))
     return themed(alt.vconcat(*maps, spacing=36))
 
 
-def _map(found: list[Confusion], report: spec.Report) -> Any:
+def _map(found: list[Confusion], row_title: str, column_title: str) -> Any:
+    rows = list(dict.fromkeys(name for each in found for name in each.rows))
+    columns = list(dict.fromkeys(column for each in found for column in each.columns))
+    numbered = len(rows) * len(columns) <= NUMBERED_UP_TO
+    most = max((count for each in found for row in each.counts for count in row), default=0)
+    step = max(40.0, text_width(str(most), COUNT) + 6) if numbered else 18.0
+    below = labels_below([int(c) if c.is_integer() else c for c in columns], step, MOST_WIDTH)
+    beside = labels_beside(rows, 34 if numbered else 18)
+    width = below.step * len(columns)
+    names = dict(zip(columns, below.texts, strict=True))
     records = [
         {
             "row": value_text(name),
-            "column": f"{column:g}",
-            "share": each.share(r, c) if each.total(r) else None,
-            "count": each.counts[r][c],
-            "text": f"{each.share(r, c):.2f}" if each.counts[r][c] else "",
-            "below": f"{each.counts[r][c]}" if each.counts[r][c] else "",
-            "own": each.own[r] == c and each.total(r) > 0,
-            "panel": each.title,
+            "column": names[column],
+            "share": each.share(r, c) if total else None,
+            "text": f"{each.share(r, c):.2f}" if count else "",
+            "below": f"{count}" if count else "",
+            "own": each.own[r] == c and total > 0,
+            "panel": heading(each.title, width),
+            "hover": f"{value_text(name)}, {column:g}: {count} of n = {total}",
         }
         for each in found
         for r, name in enumerate(each.rows)
+        for total in [each.total(r)]
         for c, column in enumerate(each.columns)
+        for count in [each.counts[r][c]]
     ]
-    rows = list(dict.fromkeys(str(record["row"]) for record in records))
-    columns = list(dict.fromkeys(str(record["column"]) for record in records))
-    labelled = len(rows) * len(columns) <= LABELLED_UP_TO
-    plain: dict[str, Any] = {"ticks": False, "domain": False, "labelLimit": 240}
-    base = alt.Chart(alt.Data(values=records)).encode(
-        x=alt.X("column:N", sort=columns, axis=alt.Axis(title=report.by, labelAngle=0, **plain)),
-        y=alt.Y("row:N", sort=rows, axis=alt.Axis(title=report.variable, **plain)),
+    plain: dict[str, Any] = {"ticks": False, "domain": False}
+    base = hovered(alt.Chart()).encode(
+        x=alt.X(
+            "column:N",
+            scale=alt.Scale(domain=below.texts),
+            axis=alt.Axis(title=column_title, **plain, **below.options),
+        ),
+        y=alt.Y(
+            "row:N",
+            scale=alt.Scale(domain=beside.texts),
+            axis=alt.Axis(title=row_title, **plain, **beside.options),
+        ),
     )
     scale = alt.Scale(domain=[0, 1], range=["#f7f7f7", "#2166ac"])
     legend = alt.Legend(title="share", gradientLength=120, format=".1f")
     layers: list[Any] = [
         base.mark_rect(stroke="white", strokeWidth=1.5).encode(
             color=alt.Color("share:Q", scale=scale, legend=legend),
-            tooltip=["row:N", "column:N", "share:Q", "count:Q"],
         ),
         base.transform_filter("datum.own").mark_rect(filled=False, stroke=INK, strokeWidth=1.2),
     ]
-    if labelled:
+    if numbered:
         ink = alt.condition("datum.share > 0.6", alt.value("white"), alt.value(INK))
         quiet = alt.condition("datum.share > 0.6", alt.value("#dddddd"), alt.value(QUIET))
-        layers.append(base.mark_text(fontSize=11, dy=-5).encode(text="text:N", color=ink))
-        layers.append(base.mark_text(fontSize=9, dy=8).encode(text="below:N", color=quiet))
-    step = (40, 34) if labelled else (18, 18)
-    drawn = alt.layer(*layers).properties(width=alt.Step(step[0]), height=alt.Step(step[1]))
-    return faceted(drawn, [each.title for each in found], 3)
+        layers.append(base.mark_text(fontSize=SHARE, dy=-5).encode(text="text:N", color=ink))
+        layers.append(base.mark_text(fontSize=COUNT, dy=8).encode(text="below:N", color=quiet))
+    drawn = alt.layer(*layers, data=alt.Data(values=records)).properties(
+        width=alt.Step(below.step), height=alt.Step(beside.step)
+    )
+    return faceted(drawn, [each.title for each in found], width)

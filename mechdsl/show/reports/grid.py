@@ -31,6 +31,11 @@ def axis_name(result: ExperimentResult, word: str) -> str:
     return word if word in result.axes else result.aliases.get(word, word)
 
 
+def axis_title(result: ExperimentResult, word: str) -> str:
+    """How an axis is called in a figure: `layer (centre)` where its values are those of windows."""
+    return f"{word} (centre)" if axis_name(result, word) in result.centres else word
+
+
 def values_of(result: ExperimentResult, axis: str) -> list[Coord]:
     """The values of an axis in order: numbers by size, words as they were written."""
     seen = dict.fromkeys(cell.coords[axis] for cell in result.cells)

@@ -18,7 +18,14 @@ from rich.text import Text
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.grid import axis_name, panels, row_order, value_text, values_of
+from mechdsl.show.reports.grid import (
+    axis_name,
+    axis_title,
+    panels,
+    row_order,
+    value_text,
+    values_of,
+)
 from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
 from mechdsl.show.reports.text import (
     MISSING,
@@ -26,8 +33,8 @@ from mechdsl.show.reports.text import (
     conventions,
     heading,
     inert_note,
+    map_format,
     notes,
-    number_format,
     rounding_note,
     shown_measures,
     survives,
@@ -46,13 +53,14 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
         found = result.statistics[measure]
         category = data.kind == "category"
         values = found.commonest if category else found.mean
-        write = (lambda v: f"{v:g}") if category else number_format(values, 2)
+        write = (lambda v: f"{v:g}") if category else map_format(values)
         limit = float(np.nanmax(np.abs(values), initial=0.0)) if np.isfinite(values).any() else 0.0
         entries = [
             MatrixEntry(text, None if category else colour(value, limit), text.endswith("*"))
             for i, (value, few) in enumerate(zip(values, thin(result, measure), strict=True))
             for text in [_cell_text(result, measure, i, (THIN_MARK if few else "") + write(value))]
         ]
+        titles = axis_title(result, rows_axis), axis_title(result, columns_axis)
         width = max(len(entry.text) for entry in entries)
         rows, columns = row_order(result, rows_axis), values_of(result, columns_axis)
         for panel in panels(result, (rows_axis, columns_axis)):
@@ -68,7 +76,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
                 for row in rows
             ]
             names = list(map(value_text, rows)), list(map(value_text, columns))
-            Matrix(*names, laid_out, rows_axis, columns_axis, number_width=width).print(console)
+            Matrix(*names, laid_out, *titles, number_width=width).print(console)
         notes(_notes(result, measure, write, values), console)
     conventions(result, report, console)
 
@@ -104,7 +112,7 @@ def _notes(
 
 def chart(result: ExperimentResult, report: spec.Report) -> Any:
     """The altair chart."""
-    from mechdsl.show.reports.charts import heatmap_chart
+    from mechdsl.show.reports.heatmap_chart import heatmap_chart
 
     return heatmap_chart(result, report)
 

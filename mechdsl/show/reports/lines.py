@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.grid import axis_name, panels, value_text, values_of
+from mechdsl.show.reports.grid import axis_name, axis_title, panels, value_text, values_of
 from mechdsl.show.reports.intervals import IntervalLayout, draw_point
 from mechdsl.show.reports.text import conventions, figure_notes, heading, notes, shown_measures
 
@@ -18,6 +18,7 @@ from mechdsl.show.reports.text import conventions, figure_notes, heading, notes,
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Per series one row per value: mean, interval, and the interval drawn to scale."""
     axis = axis_name(result, report.variable or "")
+    title = axis_title(result, axis)
     values = values_of(result, axis)
     for measure, data in shown_measures(result, console):
         heading(result, data, console)
@@ -25,7 +26,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
             notes([f"a category has no line: write `report bars {report.variable}`"], console)
             continue
         labels = [value_text(value) for value in values]
-        layout = IntervalLayout.of(result, measure, [axis], [labels], console.width, draw_point)
+        layout = IntervalLayout.of(result, measure, [title], [labels], console.width, draw_point)
         for panel in panels(result, (axis,)):
             if panel.title:
                 console.print(Text(panel.title, style="bold"), highlight=False)
@@ -41,7 +42,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
 
 def chart(result: ExperimentResult, report: spec.Report) -> Any:
     """The altair chart."""
-    from mechdsl.show.reports.charts import lines_chart
+    from mechdsl.show.reports.line_charts import lines_chart
 
     return lines_chart(result, report)
 

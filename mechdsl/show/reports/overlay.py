@@ -16,7 +16,7 @@ from rich.text import Text
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
-from mechdsl.show.reports.text import conventions, heading, notes, number_format, shown_measures
+from mechdsl.show.reports.text import conventions, heading, map_format, notes, shown_measures
 from mechdsl.show.reports.token_shades import Shaded, overlays, remarks
 from mechdsl.show.tokens import shown_token
 
@@ -30,7 +30,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
             notes(["a category has no shades: see `report table`"], console)
             continue
         shown = found[measure]
-        write = number_format([shown.limit], 2)
+        write = map_format([shown.limit])
         for each in shown.prompts:
             console.print(Text(f"prompt {each.prompt + 1}", style="bold"), highlight=False)
             _matrix(each, shown.limit, write).print(console)

@@ -8,20 +8,21 @@ import altair as alt
 
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.charts import INK, QUIET, themed, titled
+from mechdsl.show.reports.charts import INK, QUIET, hovered, themed, titled
 from mechdsl.show.reports.matrix import colour
 from mechdsl.show.reports.overlay_page import (
     BOX,
     LINE,
     MONO,
     columns_of,
+    hover,
     ink_on,
     left_of,
     places_of,
     rgb,
     widths_of,
 )
-from mechdsl.show.reports.text import number_format
+from mechdsl.show.reports.text import map_format
 from mechdsl.show.reports.token_shades import Overlay, overlays, remarks
 
 TITLE = 22
@@ -39,7 +40,7 @@ def overlay_chart(result: ExperimentResult, report: spec.Report) -> Any:
 
 
 def _tokens(shown: Overlay) -> Any:
-    write = number_format([shown.limit], 2)
+    write = map_format([shown.limit])
     tokens: list[dict[str, Any]] = []
     titles: list[dict[str, Any]] = []
     top = 0
@@ -51,14 +52,15 @@ def _tokens(shown: Overlay) -> Any:
         places = places_of(widths, left)
         for title, values in each.rows:
             titles.append({"x": 0, "y": top + BOX / 2, "text": title})
-            for column, value, width, (line, x) in zip(
-                columns, values, widths, places, strict=True
+            for token, column, value, width, (line, x) in zip(
+                each.tokens, columns, values, widths, places, strict=True
             ):
                 shade, y = colour(value, shown.limit), top + line * LINE
                 tokens.append(
                     {
                         "token": column.text,
                         "effect": column.number(value),
+                        "hover": hover(token, column.number(value)),
                         "left": x,
                         "right": x + width,
                         "middle": x + width / 2,
@@ -87,14 +89,13 @@ def _drawn(tokens: list[dict[str, Any]], titles: list[dict[str, Any]], size: Any
     def y(field: str) -> Any:
         return alt.Y(f"{field}:Q", scale=down, axis=None)
 
-    placed = alt.Chart(alt.Data(values=tokens))
+    placed = hovered(alt.Chart(alt.Data(values=tokens)))
     boxes = placed.mark_rect(cornerRadius=3).encode(
         x=x("left"),
         x2="right:Q",
         y=y("top"),
         y2="bottom:Q",
         color=alt.Color("shade:N", scale=None),
-        tooltip=["token:N", "effect:N"],
     )
     words = placed.mark_text(font=MONO, fontSize=13).encode(
         x=x("middle"), y=y("within"), text="token:N", color=alt.Color("ink:N", scale=None)

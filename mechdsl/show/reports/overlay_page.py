@@ -6,18 +6,24 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 
-from mechdsl.base.visible import xml_text
+from rich.cells import cell_len
+
+from mechdsl.base.visible import visible, xml_text
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.charts import FONT, INK, PNG_SCALE, QUIET
+from mechdsl.show.reports.chart_labels import text_width
+from mechdsl.show.reports.charts import FACT_LINE, FONT, INK, PNG_SCALE, QUIET, TITLE_LINE
 from mechdsl.show.reports.matrix import Colour, colour, takes_white
-from mechdsl.show.reports.text import ends_of_scale, measure_name, number_format
+from mechdsl.show.reports.text import facts_of, map_format, measure_name
 from mechdsl.show.reports.token_shades import Overlay, Shaded, overlays, remarks
 from mechdsl.show.tokens import shown_token
 
 WIDTH, MARGIN = 860, 20
 """Of the picture at most; tokens wrap to it."""
+TITLE = 12
+"""Size of the letters in front of a line and above a prompt."""
 LETTER, DIGIT = 8.0, 6.3
 """Widths of a letter of a token and of a number."""
 BOX, LINE = 24, 44
@@ -47,8 +53,7 @@ def _heads(result: ExperimentResult, measure: int, shown: Overlay) -> Iterator[s
     """The title, then what stands below it."""
     data = result.measures[measure]
     yield f"{result.name}: {measure_name(data)}"
-    ends = ends_of_scale(result, data)
-    yield " · ".join([result.model, result.direction, *([ends] if ends else [])])
+    yield facts_of(result, data)
     yield from remarks(result, measure, shown)
 
 
@@ -89,7 +94,7 @@ def _page(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
 
 def _measure(result: ExperimentResult, measure: int, shown: Overlay) -> str:
     first, *facts = _heads(result, measure, shown)
-    write = number_format([shown.limit], 2)
+    write = map_format([shown.limit])
     lines = [f"<h1>{xml_text(first)}</h1>", *(f"<p>{xml_text(fact)}</p>" for fact in facts)]
     for each in shown.prompts:
         lines.append(f"<h2>prompt {each.prompt + 1}</h2>")
@@ -122,7 +127,7 @@ def columns_of(each: Shaded, write: Callable[[float], str]) -> list[TokenColumn]
     return [
         TokenColumn(
             shown_token(token),
-            len(shown_token(token)),
+            cell_len(shown_token(token)),
             max(len(write(row[i])) for _, row in each.rows),
             write,
         )
@@ -137,8 +142,8 @@ def widths_of(columns: Sequence[TokenColumn]) -> list[float]:
 
 def left_of(each: Shaded) -> float:
     """Where the first token of a line stands: behind the titles of the rows."""
-    longest = max(len(title) for title, _ in each.rows)
-    return longest * 7 + 10 if longest else 0
+    longest = max(text_width(title, TITLE) for title, _ in each.rows)
+    return longest + 12 if longest else 0
 
 
 def places_of(widths: Sequence[float], left: float) -> list[tuple[int, float]]:
@@ -153,12 +158,17 @@ def places_of(widths: Sequence[float], left: float) -> list[tuple[int, float]]:
     return places
 
 
+def hover(token: str, number: str) -> str:
+    """What stands under the pointer: the token with its spaces, and its number."""
+    return f"{visible(repr(token))} {number or 'no value'}"
+
+
 def _span(token: str, value: float, shade: Colour | None, column: TokenColumn) -> str:
     style = f"background:{rgb(shade)};color:{ink_on(shade)}"
     number = column.number(value)
     width = f"min-width:{max(column.letters + 1, 0.8 * column.digits):.1f}ch"
     return (
-        f'<span class="token" style="{width}" title="{xml_text(repr(token))} {number}">'
+        f'<span class="token" style="{width}" title="{xml_text(hover(token, number))}">'
         f'<b style="{style}">{xml_text(column.text)}</b><small>{number}</small></span>'
     )
 
@@ -182,9 +192,9 @@ class _Picture:
             for fact in facts:
                 self.words(fact, 11, QUIET)
             self.y += 8
-            write = number_format([shown.limit], 2)
+            write = map_format([shown.limit])
             for each in shown.prompts:
-                self.words(f"prompt {each.prompt + 1}", 12, INK, "bold")
+                self.words(f"prompt {each.prompt + 1}", TITLE, INK, "bold")
                 self.y += 4
                 self.prompt(each, shown.limit, write)
                 self.y += 6
@@ -197,13 +207,14 @@ class _Picture:
         )
 
     def words(self, text: str, size: int, ink: str, weight: str = "normal") -> None:
-        self.y += size + 4
-        self.right = max(self.right, MARGIN + len(text) * size * 0.58)
-        self.shapes.append(
-            f'<text x="{MARGIN}" y="{self.y:.1f}" font-size="{size}" fill="{ink}" '
-            f'font-weight="{weight}">{xml_text(text)}</text>'
-        )
-        self.y += 3
+        for line in wrap(visible(text), FACT_LINE if size < TITLE else TITLE_LINE):
+            self.y += size + 4
+            self.right = max(self.right, MARGIN + text_width(line, size))
+            self.shapes.append(
+                f'<text x="{MARGIN}" y="{self.y:.1f}" font-size="{size}" fill="{ink}" '
+                f'font-weight="{weight}">{xml_text(line)}</text>'
+            )
+            self.y += 3
 
     def prompt(self, each: Shaded, limit: float, write: Callable[[float], str]) -> None:
         """Its tokens once per row of numbers, in columns that line up."""
@@ -213,15 +224,18 @@ class _Picture:
         for title, values in each.rows:
             if title:
                 self.shapes.append(
-                    f'<text x="{MARGIN}" y="{self.y + 16:.1f}" font-size="12" fill="{INK}">'
+                    f'<text x="{MARGIN}" y="{self.y + 16:.1f}" font-size="{TITLE}" fill="{INK}">'
                     f"{xml_text(title)}</text>"
                 )
             first = self.y
-            for column, value, width, (line, x) in zip(
-                columns, values, widths, places, strict=True
+            for token, column, value, width, (line, x) in zip(
+                each.tokens, columns, values, widths, places, strict=True
             ):
                 self.y = first + line * LINE
+                said = hover(token, column.number(value))
+                self.shapes.append(f"<g><title>{xml_text(said)}</title>")
                 self.token(column.text, column.number(value), colour(value, limit), x, width)
+                self.shapes.append("</g>")
                 self.right = max(self.right, x + width + GAP)
             self.y += LINE
 

@@ -220,6 +220,13 @@ def survivors(result: ExperimentResult, measure: int) -> str | None:
     return f"{good} of {tested} {cells} {how} at p < {alpha(result):g}"
 
 
+def centre_note(result: ExperimentResult) -> str | None:
+    """What the centre of a window is, where an axis runs over them."""
+    if not result.centres:
+        return None
+    return f"{', '.join(result.centres)} (centre): of a window, {result.conventions['window']}"
+
+
 def inert_note(result: ExperimentResult, measure: int) -> str | None:
     """How many cells were left out because they can't differ."""
     count = int(np.count_nonzero(result.measures[measure].inert))
@@ -227,6 +234,12 @@ def inert_note(result: ExperimentResult, measure: int) -> str | None:
         return None
     cells = "1 cell is" if count == 1 else f"{count} cells are"
     return f"{cells} inert: by structure the same as {result.base}, so not tested or corrected for"
+
+
+def map_format(values: Iterable[float]) -> Callable[[float], str]:
+    """One way to write all numbers of a map: two digits of the greatest, where colours end."""
+    greatest = max((abs(float(v)) for v in values if math.isfinite(v)), default=0.0)
+    return number_format([greatest], 3 if 0.01 <= greatest < 0.1 else 2)
 
 
 def null_texts(band: NullBand, cells: Iterable[int], write: Callable[[float], str]) -> list[str]:
