@@ -69,7 +69,7 @@ def conventions(
             "together in one run; where two write the same vector, the later one stands"
         )
     if any(_windowed(rule.rule.spec) for rule in plan.rules):
-        found["window"] = "layers l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends"
+        found["window"] = "named by its centre l: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends"
     if any(_several(rule.positions) for rule in plan.rules):
         found["tokens"] = "several tokens under one label are separate runs, averaged per row"
     left_out = dict.fromkeys(x for rule in plan.rules for x in rule.rule.positions.left_out)

@@ -179,6 +179,8 @@ def test_each_cell_writes_the_points_that_its_rule_names(
 def test_window_bounds_are_shown(shared: Path) -> None:
     found = results(shared, "gpt2", "plain")["window_of_two"]
     assert [cell.coords["layer"] for cell in found.cells] == [0, 1, 2]
+    assert found.centres == ("layer",)
+    assert "named by its centre" in found.conventions["window"]
     assert [cell.site for cell in found.cells] == ["L0.attn_out", "L0-1.attn_out", "L1-2.attn_out"]
 
 

@@ -19,6 +19,7 @@ from mechdsl.show.reports.charts import (
     PALETTE,
     colours,
     faceted,
+    faint_said,
     heading,
     hovered,
     hovers,
@@ -45,8 +46,9 @@ def bars_chart(result: ExperimentResult, report: spec.Report) -> Any:
     charts = [
         titled(_stacks(result, measure, axes), result, data)
         if data.kind == "category"
-        else titled(_bars(result, measure, axes), result, data, null_said(result, data))
+        else titled(_bars(result, measure, axes), result, data, *said)
         for measure, data in result.computed()
+        for said in [(null_said(result, data), faint_said(result, data))]
     ]
     return themed(alt.vconcat(*charts, spacing=36).resolve_scale(color="independent"))
 
@@ -87,7 +89,8 @@ def _places(result: ExperimentResult, axes: tuple[str, ...]) -> _Places:
 
 
 def _bar_width(count: int) -> float:
-    return BAR if count <= 16 else 14 if count <= 40 else 8 if count <= 200 else 2
+    narrower = {16: BAR, 40: 14, 200: 8, 500: 3}
+    return next((width for most, width in narrower.items() if count <= most), 1)
 
 
 def _bars(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:

@@ -36,7 +36,7 @@ FAINT = 0.35
 """Opacity of what stands for a thin cell."""
 TITLE_LINE, FACT_LINE = 80, 110
 """Characters per line above a chart."""
-PANELS_WIDTH = 1400
+PANELS_WIDTH = 1500
 """Of all panels in a row."""
 SERIES_IN_COLUMN = 18
 """Of a legend."""
@@ -53,7 +53,6 @@ def titled(chart: Any, result: ExperimentResult, data: MeasureData, *said: str |
         *said,
         centre_note(result),
         rounding_note(result, measure),
-        thin_note(result, measure),
     ]
     title = wrap(visible(f"{result.name}: {measure_name(data)}"), TITLE_LINE)
     below = [line for fact in facts if fact for line in wrap(visible(fact), FACT_LINE)]
@@ -65,6 +64,12 @@ def null_said(result: ExperimentResult, data: MeasureData) -> str | None:
     measure = next(n for n, each in enumerate(result.measures) if each is data)
     null = null_words(result, measure)
     return f"grey: {null}" if null else None
+
+
+def faint_said(result: ExperimentResult, data: MeasureData) -> str | None:
+    """What faint bars and points are."""
+    measure = next(n for n, each in enumerate(result.measures) if each is data)
+    return thin_note(result, measure, "faint:")
 
 
 def hovers(result: ExperimentResult, measure: int) -> list[str]:

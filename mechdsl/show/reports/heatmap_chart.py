@@ -23,7 +23,7 @@ from mechdsl.show.reports.charts import (
     value_title,
 )
 from mechdsl.show.reports.grid import axis_name, axis_title, panels, row_order, values_of
-from mechdsl.show.reports.text import THIN_MARK, map_format, survives, survivors, thin
+from mechdsl.show.reports.text import THIN_MARK, map_format, survives, survivors, thin, thin_note
 
 NUMBERED_UP_TO = 160
 """Cells of a map up to which their numbers are written into them."""
@@ -142,6 +142,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     said = survivors(result, measure)
     mark = "bold" if layout.number else "dot"
     lines = [f"{mark}: {said}" if said else None, "grey: no value" if gaps else None]
+    lines += [thin_note(result, measure)] if layout.number else []
     return titled(several, result, data, *lines)
 
 

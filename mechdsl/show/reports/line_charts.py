@@ -17,6 +17,7 @@ from mechdsl.show.reports.charts import (
     PALETTE,
     colours,
     faceted,
+    faint_said,
     heading,
     hovered,
     hovers,
@@ -56,9 +57,10 @@ def lines_chart(result: ExperimentResult, report: spec.Report) -> Any:
     axis = report.variable or ""
     series = None if report.by is None else axis_name(result, report.by)
     charts = [
-        titled(_lines(result, measure, axis, series), result, data, null_said(result, data))
+        titled(_lines(result, measure, axis, series), result, data, *said)
         for measure, data in result.computed()
         if data.kind == "number"
+        for said in [(null_said(result, data), faint_said(result, data))]
     ]
     own = alt.vconcat(*charts, spacing=36).resolve_scale(color="independent", shape="independent")
     return themed(own.resolve_scale(strokeDash="independent"))

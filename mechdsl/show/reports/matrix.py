@@ -76,7 +76,7 @@ class Matrix:
         """The matrix in as many parts as the width asks for."""
         headers = [_wrapped(name) for name in self.columns]
         longest = max(len(name) for name in (self.rows_title, *self.rows))
-        label_width = min(longest, max(10, console.width // 3))
+        label_width = min(longest, max(10, len(self.rows_title), console.width // 3))
         # the place of the mark keeps numbers apart
         number_width = max(len(entry.text) for row in self.entries for entry in row)
         number_width = max(number_width, self.number_width)

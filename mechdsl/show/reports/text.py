@@ -195,16 +195,14 @@ def thin(result: ExperimentResult, measure: int) -> Bools:
     return n < THIN * n.max(initial=0)
 
 
-def thin_note(result: ExperimentResult, measure: int) -> str | None:
-    """How many cells are thin, and what that means."""
+def thin_note(result: ExperimentResult, measure: int, mark: str = THIN_MARK) -> str | None:
+    """How many cells are thin, and what that means; `mark` is how they are shown."""
     count = int(np.count_nonzero(thin(result, measure)))
     if not count:
         return None
     most = int(result.statistics[measure].n.max())
     cells = "1 cell has" if count == 1 else f"{count} cells have"
-    return (
-        f"{THIN_MARK} {cells} fewer than {100 * THIN:g} % of the {most} prompts of the fullest cell"
-    )
+    return f"{mark} {cells} fewer than {100 * THIN:g} % of the {most} prompts of the fullest cell"
 
 
 def survivors(result: ExperimentResult, measure: int) -> str | None:
@@ -221,10 +219,10 @@ def survivors(result: ExperimentResult, measure: int) -> str | None:
 
 
 def centre_note(result: ExperimentResult) -> str | None:
-    """What the centre of a window is, where an axis runs over them."""
+    """That the values of an axis are centres, where it runs over windows."""
     if not result.centres:
         return None
-    return f"{', '.join(result.centres)} (centre): of a window, {result.conventions['window']}"
+    return f"{', '.join(result.centres)} (centre): each value is the centre of a window"
 
 
 def inert_note(result: ExperimentResult, measure: int) -> str | None:

@@ -1,0 +1,422 @@
+"""Pictures as they are read: no label lies on another or is cut, and each cell says its n."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mechdsl.base.source import Source
+from mechdsl.program import spec
+from mechdsl.resolve.cell_key import CellKey
+from mechdsl.resolve.name_cells import cell_keys
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.show.reports.chart_labels import labels_below, labels_beside, text_width
+from mechdsl.show.reports.grid import axis_title
+from mechdsl.show.reports.text import map_format
+from mechdsl.show.show_report import save_report, show_report
+from mechdsl.validate.check_file import check_source
+from mechdsl.vocab.reports import REPORTS
+
+from ..markdown import fences
+from .svg_text import SVG, outside, overlaps, texts_of
+from .synthetic import finished, measure, read_tokens, report, swept, with_controls
+
+ROOT = Path(__file__).parents[2]
+
+
+def drawn(result: ExperimentResult, line: spec.Report, folder: Path) -> str:
+    path = folder / "picture.svg"
+    save_report(result, line, path)
+    return path.read_text(encoding="utf-8")
+
+
+def checked(svg: str) -> list[str]:
+    """The texts of a picture, none of which lies on another or is cut."""
+    texts = texts_of(svg)
+    assert overlaps(texts) == []
+    assert outside(svg) == []
+    return [each.text for each in texts]
+
+
+def titles(svg: str) -> list[str]:
+    """What stands under the pointer."""
+    return [title.text or "" for title in ElementTree.fromstring(svg).iter(f"{SVG}title")]
+
+
+def few(result: ExperimentResult) -> ExperimentResult:
+    return finished(result, resamples=20)
+
+
+def guessed(rows: int, columns: int, **look: Any) -> ExperimentResult:
+    """A category over the columns, more often the row's own."""
+    result = swept(rows, 1, prompts=60, **look)
+    random = np.random.default_rng(1)
+    guess = random.integers(1, columns + 1, (rows, 60)).astype(float)
+    guess[:, :20] = 1 + np.arange(rows)[:, None] % columns
+    guess[:, 20 : 20 + columns] = np.arange(1, min(columns, 40) + 1)
+    guess[-1, 5:] = np.nan
+    data = measure(guess, guess[:1], effect="raw", kind="category", label="guess", unit="")
+    named = "item {} token" + (" of the other sentence" if look.get("words") else "")
+    cells = [
+        replace(cell, coords={"position": named.format(row + 1)})
+        for row, cell in enumerate(result.cells)
+    ]
+    return replace(
+        result,
+        axes=("position",),
+        aliases={"item": "position"},
+        cells=tuple(cells),
+        measures=(data,),
+    )
+
+
+def several(result: ExperimentResult) -> ExperimentResult:
+    """The same three times along an axis that isn't drawn, with long names."""
+    names = ("first-item of part1 token", "last token of the other sentence", "x")
+    (data,) = result.measures
+    thrice = {"patched": np.tile(data.patched, (3, 1)), "inert": np.tile(data.inert, 3)}
+    cells = [
+        replace(cell, coords={**cell.coords, "c": name})
+        for name, cell in product(names, result.cells)
+    ]
+    return replace(
+        result,
+        axes=(*result.axes, "c"),
+        cells=tuple(cells),
+        measures=(replace(data, **thrice),),
+    )
+
+
+Picture = tuple[Callable[[int, int], ExperimentResult], spec.Report]
+PICTURES: dict[str, Picture] = {
+    "heatmap": (swept, report("heatmap", variable="layer", by="head")),
+    "heatmap of words": (
+        lambda r, c: swept(r, c, words=True, gaps=True, scale=0.03),
+        report("heatmap", variable="layer", by="position"),
+    ),
+    "heatmap, words beside": (
+        lambda r, c: swept(c, r, words=True),
+        report("heatmap", variable="position", by="layer"),
+    ),
+    "heatmap of large numbers": (
+        lambda r, c: swept(r, c, scale=1234.5, gaps=True),
+        report("heatmap", variable="layer", by="head"),
+    ),
+    "lines": (
+        lambda r, c: swept(r, c, words=True),
+        report("lines", variable="layer", by="position"),
+    ),
+    "lines along words": (
+        lambda r, c: with_controls(swept(r, c, words=True, gaps=True)),
+        report("lines", variable="position"),
+    ),
+    "bars": (
+        lambda r, c: with_controls(swept(r, c, gaps=True)),
+        report("bars", variable="layer", by="head"),
+    ),
+    "bars of words": (lambda r, c: swept(r, c, words=True), report("bars", variable="position")),
+    "confusion": (guessed, report("confusion", variable="item", by="guess")),
+    "confusion of words": (
+        lambda r, c: guessed(r, c, words=True),
+        report("confusion", variable="item", by="guess"),
+    ),
+    "overlay": (lambda r, c: read_tokens(r, c), report("overlay", top=2)),
+}
+SMALL = [(3, 4), (12, 12)]
+LARGE = {"heatmap", "confusion of words", "overlay"}
+"""Kinds that are quick at 48 × 30."""
+
+
+def picture_at(name: str, rows: int, columns: int, folder: Path) -> tuple[ExperimentResult, str]:
+    build, line = PICTURES[name]
+    result = few(build(rows, columns))
+    return result, drawn(result, line, folder)
+
+
+@pytest.mark.parametrize("size", SMALL)
+@pytest.mark.parametrize("name", PICTURES)
+def test_no_text_lies_on_another(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    result, svg = picture_at(name, *size, tmp_path)
+    assert any(f"n = {result.statistics[0].n.min()}" in text for text in checked(svg))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in LARGE else pytest.mark.slow) for name in PICTURES],
+)
+def test_no_text_lies_on_another_where_there_are_many(name: str, tmp_path: Path) -> None:
+    rows, columns = (30, 48) if name != "overlay" else (30, 12)
+    result, svg = picture_at(name, rows, columns, tmp_path)
+    assert any(f"n = {result.statistics[0].n.min()}" in text for text in checked(svg))
+
+
+@pytest.mark.parametrize("name", ["heatmap", "lines", "bars"])
+def test_panels_have_room_for_their_titles(name: str, tmp_path: Path) -> None:
+    svg = drawn(few(several(swept(3, 3))), report(name, variable="layer", by="head"), tmp_path)
+    assert "sentence" in " ".join(checked(svg))
+
+
+def test_texts_that_overlap_are_found() -> None:
+    def lines(*places: str) -> str:
+        texts = "".join(f"<text {place}>0.00</text>" for place in places)
+        return f'<svg xmlns="{SVG[1:-1]}" width="90" height="60" font-size="11px">{texts}</svg>'
+
+    def found(*places: str) -> bool:
+        return bool(overlaps(texts_of(lines(*places))))
+
+    middle = 'text-anchor="middle" transform="translate({})"'
+    assert found(middle.format("20,20"), middle.format("40,20"))
+    assert not found(middle.format("20,20"), middle.format("45,20"))
+    assert found('x="10" y="20"', 'x="10" y="25"')
+    assert not found('x="10" y="20"', 'x="10" y="32"')
+    turned = 'transform="translate({},50) rotate(-45)"'
+    assert not found(turned.format(10), turned.format(26))
+    assert found(turned.format(10), turned.format(18))
+    assert outside(lines('x="80" y="20"'))
+    assert not outside(lines('x="60" y="20"'))
+
+
+# --- heat maps ------------------------------------------------------------------------------------
+
+
+def test_every_number_lies_in_its_cell(tmp_path: Path) -> None:
+    for scale in (0.03, 0.0003, 1234.0):
+        svg = drawn(few(swept(12, 12, scale=scale)), PICTURES["heatmap"][1], tmp_path)
+        cells: dict[str, list[float]] = {}
+        for node in ElementTree.fromstring(svg).iter(f"{SVG}path"):
+            said = node.find(f"{SVG}title")
+            if said is not None and said.text:
+                found = re.match(r"M([\d.]+),([\d.]+)h([\d.]+)v([\d.]+)", node.attrib["d"])
+                assert found is not None
+                cells[said.text] = [float(number) for number in found.groups()]
+        numbers = [text for text in texts_of(svg) if text.title in cells]
+        assert len(numbers) == len(cells) == 144
+        for text in numbers:
+            xs, ys = zip(*text.corners, strict=True)
+            width, height = cells[text.title][2:]
+            assert max(xs) - min(xs) < width - 2
+            assert max(ys) - min(ys) < height - 2
+            assert text.size >= 8
+
+
+def test_numbers_have_digits_by_the_scale() -> None:
+    for greatest, value, shown in (
+        (0.6, 0.004, "0.00"),
+        (0.03, 0.004, "0.004"),
+        (0.0312, -0.0312, "-0.031"),
+        (3.0, 0.25, "0.25"),
+        (25.0, 3.14, "3.1"),
+        (0.0004, 0.00035, "3.5e-04"),
+    ):
+        assert map_format([greatest, -greatest / 3])(value) == shown
+
+
+def test_numbers_without_room_give_way_to_dots(tmp_path: Path) -> None:
+    large = few(swept(14, 12))
+    svg = drawn(large, PICTURES["heatmap"][1], tmp_path)
+    said = checked(svg)
+    assert not any(
+        re.fullmatch(r"-?0\.\d\d", text) and float(text) not in (0, 0.5, -0.5) for text in said
+    )
+    survived = int(large.statistics[0].p_corrected.__lt__(0.05).sum())
+    assert f"dot: {survived} of 168 cells survive Holm's correction at p < 0.05" in said
+    dots = re.findall('class="[^"]*mark-symbol[^"]*marks".*?</g>', svg, re.S)
+    assert sum(dot.count("<path") for dot in dots) >= survived
+
+
+def test_bold_and_empty_cells_are_explained(tmp_path: Path) -> None:
+    plain = checked(drawn(few(swept(3, 4)), PICTURES["heatmap"][1], tmp_path))
+    assert any(
+        text.startswith("bold: 3 of 12 cells survive") or "survive" in text
+        for text in plain
+        if text.startswith("bold: ")
+    )
+    assert "grey: no value" not in plain
+    gaps = with_controls(swept(12, 12, gaps=True))
+    said = checked(drawn(few(gaps), PICTURES["heatmap"][1], tmp_path))
+    assert "grey: no value" in said
+    assert not any("random heads" in text for text in said)  # a map draws no null band
+    assert any(text.startswith("~ ") and "fewer than 50 %" in text for text in said)
+
+
+def test_words_are_turned_or_broken_and_numbers_thinned() -> None:
+    long = [f"subject token of the other sentence {n}" for n in range(30)]
+    broken = labels_below(long[:4], 40, 1000)
+    assert "\n" in broken.texts[0]
+    assert broken.step > 40
+    assert labels_below(long, 40, 1000).options["labelAngle"] == -45
+    assert labels_below(long, 10, 1000).options["labelAngle"] == -90
+    assert labels_below(["a", "b"], 40, 1000).options["labelAngle"] == 0
+    assert labels_below(range(48), 13, 1000).options["values"] == [str(n) for n in range(0, 48, 2)]
+    assert labels_beside(range(100), 5).options["values"][1] == "5"
+    assert labels_beside(long, 5).step > 10
+
+
+def test_widths_are_rather_larger_than_they_are() -> None:
+    svg = '<svg xmlns="{}" width="9" height="9"><text font-size="10">{}</text></svg>'
+    for text in ("subject token 3", "-0.03", "1.2e-04", "WHERE Mm", "~0.00", "layer (centre)"):
+        (found,) = texts_of(svg.format(SVG[1:-1], text))
+        width = found.corners[1][0] - found.corners[0][0]
+        assert width <= text_width(text, 10) < 1.5 * width
+
+
+# --- what stands under the pointer ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["heatmap", "lines along words", "bars", "confusion"])
+def test_every_cell_says_its_n(name: str, tmp_path: Path) -> None:
+    build, line = PICTURES[name]
+    result = few(build(4, 4))
+    said = set(titles(drawn(result, line, tmp_path)))
+    for cell, n in zip(result.cells, result.statistics[0].n, strict=True):
+        if not n:
+            continue
+        place = str(cell.coords["position"]) if name == "confusion" else cell.name
+        assert any(text.startswith(f"{place}, ") and f"n = {n}" in text for text in said)
+
+
+def test_pages_have_the_same_under_the_pointer() -> None:
+    chart = few(swept(3, 4)).plot("heatmap").to_dict()
+    (layer, *_) = chart["vconcat"][0]["layer"]
+    assert layer["encoding"]["tooltip"]["field"] == "hover"
+    values = chart["data"]["values"]
+    assert all(re.search(r"^L\dH\d\.z, .* n = 24$", each["hover"]) for each in values)
+
+
+def test_tokens_say_their_number(tmp_path: Path) -> None:
+    said = titles(drawn(few(read_tokens()), report("overlay", top=1), tmp_path))
+    assert any(re.fullmatch(r"' pear' -?\d\.\d\d", text) for text in said)
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+
+def test_equal_lines_can_be_told_apart(tmp_path: Path) -> None:
+    """Each has a dash and points of its own, and only the first, which lies below, has no gaps."""
+    result = swept(6, 4)
+    (data,) = result.measures
+    same = np.tile(data.patched[::4].repeat(4, axis=0), 1)
+    equal = few(replace(result, measures=(replace(data, patched=same),)))
+    svg = drawn(equal, report("lines", variable="layer", by="head"), tmp_path)
+    root = ElementTree.fromstring(svg)
+    marks = [node for node in root.iter() if node.get("aria-roledescription") == "line mark"]
+    assert len({mark.attrib["d"] for mark in marks}) == 1
+    assert marks[0].get("stroke-dasharray", "1,0") == "1,0"
+    assert len({mark.get("stroke-dasharray", "1,0") for mark in marks}) == 4
+    assert len({mark.attrib["stroke"] for mark in marks}) == 4
+    points = [node for node in root.iter() if node.get("aria-roledescription") == "point"]
+    assert len({point.attrib["d"] for point in points}) == 4
+    assert {point.get("fill") for point in points} <= {"transparent", None}
+    texts = [text.text for text in texts_of(svg)]
+    assert [texts.count(f"{head}") for head in range(4)] >= [1] * 4
+
+
+# --- windows --------------------------------------------------------------------------------------
+
+
+def test_windows_are_named_by_their_centre(tmp_path: Path) -> None:
+    result = few(replace(swept(3, 4), centres=("layer",)))
+    for kind in ("heatmap", "lines", "bars"):
+        line = report(kind, variable="layer", by="head")
+        texts = checked(drawn(result, line, tmp_path))
+        assert "layer (centre)" in texts
+        assert "layer (centre): each value is the centre of a window" in texts
+        out = io.StringIO()
+        show_report(result, line, Console(file=out, width=60, color_system=None))
+        assert "layer (centre)" in out.getvalue()
+    assert axis_title(swept(3, 4), "layer") == "layer"
+
+
+# --- the terminal ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["heatmap", "confusion"])
+def test_columns_of_a_terminal_line_up(name: str) -> None:
+    build, line = PICTURES[name]
+    out = io.StringIO()
+    show_report(few(build(12, 12)), line, Console(file=out, width=100, color_system=None))
+    text = out.getvalue()
+    assert re.search(r"· n = \d+", text)
+    title, start = ("layer ", r"\d+ ") if name == "heatmap" else ("item ", r"item \d+ token ")
+    lines = text.splitlines()
+    head = next(row for row in lines if row.startswith(title) and row.split()[-1].isalnum())
+    rows = [row for row in lines if re.match(start, row) and row != head]
+    assert len(rows) == 12
+    width = {len(row.rstrip(" *")) for row in rows}
+    assert len(width) == 1
+    ends = [found.end() for found in re.finditer(r"\S+", head)][1:]
+    for row in rows:
+        cells = [f.end() for f in re.finditer(r"(?<![\d.])(-?\d\.\d\d|–|\d+)(?=[* ]|$)", row)]
+        assert set(ends) <= set(cells), row
+
+
+# --- the documentation ----------------------------------------------------------------------------
+
+
+def programs() -> list[tuple[str, str, Path]]:
+    """Every whole file of the documentation and of the examples."""
+    found = [(path.name, path.read_text(), path) for path in ROOT.glob("examples/*.mech")]
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        whole = [fence.content for fence in fences(path.read_text(encoding="utf-8"))]
+        for number, text in enumerate(whole):
+            for program in re.findall(r'(?:^|""")(mech 1\n.*?)(?:"""|\Z)', text, re.S):
+                found.append((f"{path.name} {number}", program, ROOT / "examples" / "doc.mech"))
+    return found
+
+
+def made_up(experiment: ResolvedExperiment) -> ExperimentResult:
+    """A result with the experiment's own axes and cells, and numbers of no meaning."""
+    random = np.random.default_rng(2)
+    cells: list[CellKey] = list(cell_keys(experiment))
+    base = random.normal(0, 1, (1, 12))
+    patched = base + random.normal(0, 0.1, (len(cells), 12))
+    kinds = [(m.label, m.kind, m.word) for m in experiment.measures]
+    measures = [
+        replace(
+            measure(np.round(patched) % 9 if kind == "category" else patched, base, kind=kind),
+            label=label,
+            word=word,
+        )
+        for label, kind, word in kinds
+    ]
+    return few(
+        replace(
+            swept(1, 1, prompts=12),
+            name=experiment.name,
+            axes=tuple(axis.name for axis in experiment.axes),
+            aliases={axis.alias: axis.name for axis in experiment.axes if axis.alias is not None},
+            centres=tuple(axis.name for axis in experiment.axes if axis.of_windows),
+            cells=tuple(cells),
+            measures=tuple(measures),
+            row_values={"count": [1] * 12},
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "path"), [pytest.param(t, p, id=name) for name, t, p in programs()]
+)
+def test_pictures_of_the_documentation(text: str, path: Path, tmp_path: Path) -> None:
+    found = check_source(Source(text, path))
+    for experiment in found.experiments:
+        for line in experiment.spec.reports:
+            entry = REPORTS[line.kind]
+            if entry.picture and line.kind != "overlay":  # which draws single prompts of a run
+                said = checked(drawn(made_up(experiment), line, tmp_path))
+                assert any("n = 12" in each for each in said)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.svg")), ids=lambda path: path.name)
+def test_drawings_of_the_documentation(path: Path) -> None:
+    checked(path.read_text(encoding="utf-8"))
