@@ -266,39 +266,43 @@ def read_tokens(layers: int = 1, prompts: int = 24) -> ExperimentResult:
     )
 
 
-def swept(rows: int = 12, columns: int = 12, **look: Any) -> ExperimentResult:
+def swept(
+    rows: int = 12,
+    columns: int = 12,
+    *,
+    scale: float = 0.6,
+    words: bool = False,
+    gaps: bool = False,
+    prompts: int = 24,
+) -> ExperimentResult:
     """Layers by heads, or by positions with long names: a diagonal of effects, alike but for it.
 
-    look: `scale` is the largest effect, `words` makes the columns positions, `gaps` leaves cells
-    out and gives others few prompts.
+    scale: the largest effect. words: the columns are positions. gaps: cells are left out, others
+    have few prompts or none.
     """
-    given = {"scale": 0.6, "words": False, "gaps": False, "prompts": 24, **look}
     random = np.random.default_rng(11)
-    prompts, axis = given["prompts"], "position" if given["words"] else "head"
+    axis = "position" if words else "head"
     names: list[Any] = list(range(columns))
-    if given["words"]:
+    if words:
         ends = ["first-item of part1 token", "last token", "subject token of the other sentence"]
         names = [f"{ends[n % 3]} {n}" if n % 3 != 1 else f"token {n}" for n in names]
     places = [
         (row, column)
         for row, column in itertools.product(range(rows), range(columns))
-        if not given["gaps"] or not row or (row + column) % 5
+        if not gaps or not row or (row + column) % 5
     ]
-    base = random.normal(0.0, given["scale"], (1, prompts))
-    effect = [
-        given["scale"] * ((-1) ** row if row % columns == column else 0.02)
-        for row, column in places
-    ]
-    noise = random.normal(0.0, given["scale"] / 20, (len(places), prompts))
+    base = random.normal(0.0, scale, (1, prompts))
+    effect = [scale * ((-1) ** row if row % columns == column else 0.02) for row, column in places]
+    noise = random.normal(0.0, scale / 20, (len(places), prompts))
     patched = base + np.array(effect)[:, None] + noise
-    if given["gaps"]:
+    if gaps:
         patched[::7, 4:] = np.nan
         patched[5::23] = np.nan
     cells = [
         CellKey(
             {"layer": row, axis: names[column]},
-            f"L{row}.resid_post" if given["words"] else f"L{row}H{column}.z",
-            str(names[column]) if given["words"] else "last token",
+            f"L{row}.resid_post" if words else f"L{row}H{column}.z",
+            str(names[column]) if words else "last token",
             ("fig", "plum"),
         )
         for row, column in places

@@ -25,7 +25,7 @@ from mechdsl.show.reports.chart_labels import labels_below, labels_beside, text_
 from mechdsl.show.reports.grid import axis_title
 from mechdsl.show.reports.text import map_format
 from mechdsl.show.show_report import save_report, show_report
-from mechdsl.validate.check_file import check_source
+from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.vocab.reports import REPORTS
 
 from ..markdown import fences
@@ -408,7 +408,7 @@ def made_up(experiment: ResolvedExperiment) -> ExperimentResult:
     ("text", "path"), [pytest.param(t, p, id=name) for name, t, p in programs()]
 )
 def test_pictures_of_the_documentation(text: str, path: Path, tmp_path: Path) -> None:
-    found = check_source(Source(text, path))
+    found = check_source(Source(text, path), Settings(limit=8))
     for experiment in found.experiments:
         for line in experiment.spec.reports:
             entry = REPORTS[line.kind]

@@ -19,8 +19,8 @@ from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.results import Results
 from mechdsl.show.reports.bar_charts import bars_chart
-from mechdsl.show.reports.line_charts import lines_chart
 from mechdsl.show.reports.confusion_counts import confusions
+from mechdsl.show.reports.line_charts import lines_chart
 from mechdsl.show.reports.text import number_format, p_text
 from mechdsl.show.reports.token_shades import overlays, prompt_effects
 from mechdsl.show.reports.verdicts import print_verdicts
