@@ -116,8 +116,8 @@ def run(
     An experiment or a measure that can't be computed costs no other: `complete` of the results is
     False then, `lost` of the file and `missing` of the measure say why, and a warning is shown.
     Warnings are shown through `warnings` as MechdslWarning, and kept in `Results.diagnostics`.
-    Raises MechdslError where the file, its data, a model or an argument is wrong, where nothing can
-    be computed, and where a function of a Python file fails.
+    Raises MechdslError where the file, its data, a model or an argument is wrong, and where nothing
+    can be computed.
     """
     from mechdsl.loading.borrowed import borrowed
 
@@ -316,16 +316,12 @@ def _run(
 ) -> Results:
     """Check, run, write reports, show warnings."""
     from mechdsl.pipeline import run_checked
-    from mechdsl.program.python_files import PythonFailure
     from mechdsl.results.collect import versions
     from mechdsl.results.results import Results
     from mechdsl.show.show_report import write_reports as write_all
 
     checked, loaded = _checked(source, models, options.settings)
-    try:
-        result, found = run_checked(checked, options, loaded)
-    except PythonFailure as failure:
-        raise MechdslError([failure.diagnostic]) from failure
+    result, found = run_checked(checked, options, loaded)
     if result is None:
         raise MechdslError(found)
     done = write_all(result.experiments) if write_reports else []

@@ -48,11 +48,6 @@ def say(text: str, *, out: bool = True) -> None:
 
 def broke_off(what: str, error: Exception) -> int:
     """The last resort, so that no user meets a traceback."""
-    from mechdsl.program.python_files import PythonFailure
-
-    if isinstance(error, PythonFailure):
-        print_diagnostics([error.diagnostic])
-        return BROKE_OFF
     if isinstance(error, OSError) and error.filename is not None:
         print_diagnostics([cannot_write(error)])
         return BROKE_OFF

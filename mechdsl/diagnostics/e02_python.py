@@ -36,9 +36,11 @@ class PythonFailed(Diagnostic):
 
     code = "E0223"
     title = "`{function}` failed: {reason}"
-    label = "{where}"
+    label = "{where}{place}"
     help = "{hint}"
     function: str
     reason: str
     where: str
     hint: str
+    place: str = ""
+    """Behind a comma, the run or cell and the row in which it failed, where there is one."""

@@ -1,4 +1,4 @@
-"""E0621, E0622, W0750, W0751: numbers that can't be computed, or mislead."""
+"""E0621, E0622, E0631, W0750, W0751, W0762: numbers that can't be computed, or mislead."""
 
 from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
@@ -64,3 +64,32 @@ class PickedBySign(Diagnostic):
     picked: str
     by_size: str
     of: str
+
+
+@keyword_record
+class NoValue(Diagnostic):
+    """A measure that is no number in a row of an unpatched run."""
+
+    code = "E0631"
+    title = "`{text}` has no value in {place}"
+    label = "{reason}"
+    help = "leave such rows out with `keep`, or measure what has a value in every row"
+    text: str
+    place: str
+    reason: str
+
+
+@keyword_record
+class CellsWithoutValue(Diagnostic):
+    """Cells that have no value, as the measure is no number in some of their rows."""
+
+    code = "W0762"
+    title = "`{text}` has no value in {count} of {cells} cells of `{experiment}`"
+    label = "{reason}: first in the {place}"
+    help = "measure what has a value in every row; in tables these cells are `–`"
+    text: str
+    count: int
+    cells: int
+    experiment: str
+    reason: str
+    place: str

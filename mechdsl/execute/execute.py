@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.measured_values import MeasuredValues, Sink
+from mechdsl.execute.no_value import cells_without_value
 from mechdsl.execute.panel_runner import Check, PanelRunner
 from mechdsl.execute.pass_size import Sizes, stopwatch
 from mechdsl.execute.profile import Profile
@@ -53,10 +54,12 @@ class Execution:
 
     @property
     def diagnostics(self) -> list[Diagnostic]:
-        """Why experiments or measures could not be computed, each reason once."""
+        """Why experiments, measures or cells could not be computed, each reason once."""
         parts = [d for each in self.measured.values() for d in each.refused.values()]
         whole = [d for found in self.lost.values() for d in found]
-        return list(dict.fromkeys([*whole, *parts]))
+        own = [each for each in self.measured.values() if each.experiment.control_of is None]
+        cells = [d for each in own for d in cells_without_value(each)]
+        return list(dict.fromkeys([*whole, *parts, *cells]))
 
 
 def sizes_of(
@@ -82,8 +85,8 @@ def execute(
     an experiment or a measure that can't be computed costs no other.
 
     sizes: of the run that this is a part of; they are settled here if they aren't yet.
-    Codes: E0223, E0613, E0621 and those of `check`. Raises what the model raises; it is left
-    without hooks in any case.
+    Codes: E0223, E0613, E0621, E0631, W0762 and those of `check`. Raises what the model raises; it
+    is left without hooks in any case.
     """
     options = options or Options()
     if sizes is None:

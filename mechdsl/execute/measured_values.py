@@ -30,6 +30,16 @@ class Unusable:
 
 
 @dataclass
+class CellGap:
+    """Rows of a cell in which a measure is no number."""
+
+    reason: str
+    """Of the first of them."""
+    first: Unusable
+    rows: int = 0
+
+
+@dataclass
 class MeasuredValues:
     """The values of one experiment, filled as batches finish."""
 
@@ -52,6 +62,10 @@ class MeasuredValues:
     """Per measure, [environment, kept row]: how far rounding may move the base run's value."""
     refused: dict[int, Diagnostic] = field(default_factory=dict[int, Diagnostic])
     """Numbers of the measures that can't be computed → why."""
+    failed: set[int] = field(default_factory=set[int])
+    """Those of them that aren't even read in further rows, as their function fails."""
+    gaps: dict[tuple[int, int], CellGap] = field(default_factory=dict[tuple[int, int], CellGap])
+    """(number of the measure, cell) → why it has no value there; the other cells have one."""
     unusable: dict[int, Unusable] = field(default_factory=dict[int, Unusable])
     """Rows of the table → where they first were seen to be so."""
 
@@ -82,6 +96,15 @@ class MeasuredValues:
         """Take down rows that can't be used, each as it was first seen to be so."""
         for unusable in found:
             self.unusable.setdefault(unusable.row, unusable)
+
+    def lacks(self, number: int, cell: int, row: Unusable, reason: str) -> None:
+        """Take down a row of a cell in which a measure is no number."""
+        self.gaps.setdefault((number, cell), CellGap(reason, row)).rows += 1
+
+    def empty_gaps(self) -> None:
+        """A cell has no value where one of its rows has none: the others are not what was asked."""
+        for number, cell in self.gaps:
+            self.patched[number][cell] = np.nan
 
     def among(self, batch: Ints) -> Ints:
         """The rows of a batch that are in the experiment."""

@@ -88,6 +88,12 @@ def place_words(unusable: Unusable, experiment: ResolvedExperiment) -> str:
     return f"patched run of {unusable.cell or f'`{experiment.key}`'}"
 
 
+def row_words(unusable: Unusable, experiment: ResolvedExperiment) -> str:
+    """The run or cell, and the row."""
+    row = f"row {experiment.table.row_ids[unusable.row]} of `{experiment.table.name}`"
+    return f"{place_words(unusable, experiment)}, {row}"
+
+
 def not_finite(experiment: ResolvedExperiment, first: Unusable, count: int) -> Diagnostic:
     """E0621 for an experiment.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,12 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.means_and_donors import MeansAndDonors, means_and_donors_of
 from mechdsl.execute.measured_values import MeasuredValues, Sink, Unusable
+from mechdsl.execute.no_value import function_failed, no_value
 from mechdsl.execute.not_finite import cell_words, in_cell, in_run, not_finite
 from mechdsl.execute.pass_size import WORTH_MEASURING, Sizes, out_of_memory, release, stopwatch
 from mechdsl.execute.patched_rows import Member, Patcher
 from mechdsl.execute.profile import Profile
-from mechdsl.execute.readout import Readout
+from mechdsl.execute.readout import Failed, Found, Readout
 from mechdsl.execute.row_groups import extent, groups, members_of
 from mechdsl.execute.unpatched_batch import PaddingSide
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
@@ -25,7 +26,7 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel, Plan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows, Sharer
-from mechdsl.program.python_files import PythonFailure
+from mechdsl.program.python_files import PythonFailure, PythonNotLoaded
 from mechdsl.prompts.prompt_table import PromptTable, Run
 
 FULL_SHARE = 0.7
@@ -104,13 +105,13 @@ class PanelRunner:
             experiment = plan.experiment
             measured = MeasuredValues.unmeasured(plan, self.readouts[experiment.key], self.kept)
             measured.unusable.update(unusable)
+            owner = self.measured.get(_owner(plan))
+            if owner is not None:  # a measure that fails on a control fails as a whole
+                measured.refused, measured.failed = owner.refused, owner.failed
             self.measured[experiment.key] = measured
         for batch in self.batches:
             for plan in self._sound:
-                try:
-                    self._measure_unpatched(plan, batch)
-                except PythonFailure as failure:
-                    self._lose(plan, failure.diagnostic)
+                self._measure_unpatched(plan, batch)
             self._forget()
         for plan in self._sound:
             self._look_at_unusable(plan)
@@ -118,7 +119,8 @@ class PanelRunner:
             if plan.experiment.control_of is not None:  # it is said of the experiment itself
                 continue
             measured = self.measured[plan.experiment.key]
-            measured.refused.update(check(measured))
+            for number, problem in check(measured).items():
+                measured.refused.setdefault(number, problem)
             if len(measured.refused) == len(plan.experiment.measures):
                 self._lose(plan, *measured.refused.values())
         self.running = self._sound
@@ -143,17 +145,17 @@ class PanelRunner:
             return {}
         good = np.ones(len(self.table), dtype=np.bool_)
         broken = np.zeros(len(self.table), dtype=np.bool_)
-        try:
-            for batch in self._batches(self.kept):
-                found = self.runs.values(self.keep, "clean", batch, None)
-                broken[batch] = found.broken
-                for values in found.values:
-                    good[batch] &= values != 0
-                self.runs.forget()
-        except PythonFailure as failure:
-            for plan in self.panel.experiments:
-                self._lose(plan, failure.diagnostic)
-            return {}
+        for batch in self._batches(self.kept):
+            found = self.runs.values(self.keep, "clean", batch, None)
+            broken[batch] = found.broken
+            for values in found.values:
+                good[batch] &= values != 0
+            self.runs.forget()
+            for plan in self.panel.experiments if found.failed or found.gaps else ():
+                reasons = no_value(found, plan.experiment, plan.experiment.keep, "clean", batch)
+                self._lose(plan, *reasons.values())
+            if self.lost:
+                return {}
         self.kept = np.flatnonzero(good & ~broken)
         unusable = {int(row): Unusable(int(row), "clean") for row in np.flatnonzero(broken)}
         if unusable and not (self.allow_nan and len(self.kept)):
@@ -208,14 +210,24 @@ class PanelRunner:
         for run, values in measured.unpatched.items():
             for number, environment in enumerate(measured.environments):
                 base = run == experiment.spec.base
-                relative = self.runs.model.rounding if base else 0.0
-                found = self.runs.values(readout, run, batch, environment, relative=relative)
+                found = self.runs.values(
+                    readout,
+                    run,
+                    batch,
+                    environment,
+                    relative=self.runs.model.rounding if base else 0.0,
+                    skip=measured.failed,
+                )
                 for measure, value in zip(values, found.values, strict=True):
                     measure[number, columns] = value
                 for measure, value in zip(measured.rounding, found.rounding, strict=True):
                     if base:
                         measure[number, columns] = value
                 measured.saw(Unusable(int(row), run) for row in batch[found.broken])
+                reasons = no_value(found, experiment, experiment.measures, run, batch)
+                for refused, reason in reasons.items():
+                    measured.refused.setdefault(refused, reason)
+                measured.failed.update(reasons)
         for run, correct in experiment.accuracies.items():
             found = self.runs.values(Readout.of([correct]), run, batch, None)
             measured.accuracy[run][columns] = found.values[0]
@@ -260,9 +272,8 @@ class PanelRunner:
             self.profile.rows += sum(len(one) for one in rows)
             self.profile.distinct += len(shared)
             for member, values in self._patched(patcher, shared, batch):
-                plan = plans[member.number]
                 self._finish(member.number, member.rows, values, totals[member.number])
-                yield len(member.rows) * plan.draws
+                yield len(member.rows) * plans[member.number].draws
             self._forget()
         for plan, sums_and_counts in zip(plans, totals, strict=True):
             if plan.rules:
@@ -270,6 +281,7 @@ class PanelRunner:
                 for found, (sums, counts) in zip(patched, sums_and_counts, strict=True):
                     with np.errstate(invalid="ignore"):
                         found[:] = np.where(counts > 0, sums / counts, np.nan)
+                self.measured[plan.experiment.key].empty_gaps()
         self.runs.forget()
         self._drop_unusable()
 
@@ -302,11 +314,7 @@ class PanelRunner:
         """Rows of a pass can't be used; without `allow_nan` that loses their experiment."""
         plan = self.running[member.number]
         measured = self.measured[plan.experiment.key]
-        base, rows = plan.experiment.spec.base, member.rows
-        seen = [
-            Unusable(int(rows.prompt[row]), base, cell_words(plan, int(rows.cell[row])))
-            for row in np.flatnonzero(broken)
-        ]
+        seen = [self._row_of(member, row) for row in np.flatnonzero(broken).tolist()]
         measured.saw(seen)
         if self.allow_nan or _owner(plan) in self.lost:
             return
@@ -314,11 +322,34 @@ class PanelRunner:
         place = in_cell(patcher, shared, row, run, batch, seen[0])
         self._lose(plan, not_finite(plan.experiment, place, 1))
 
+    def _saw_no_value(self, member: Member, found: Found) -> None:
+        """Measures that can't be computed in rows of a pass, and cells that have no value."""
+        plan = self.running[member.number]
+        measured = self.measured[plan.experiment.key]
+        for number, failed in found.failed.items():
+            seen = self._row_of(member, failed.row or 0)
+            measured.refused.setdefault(number, function_failed(failed, plan.experiment, seen))
+            measured.failed.add(number)
+        none_left = len(measured.refused) == len(plan.experiment.measures)
+        if none_left and _owner(plan) not in self.lost:
+            self._lose(plan, *measured.refused.values())
+        for number, gap in found.gaps.items():
+            for row in gap.rows.tolist():
+                cell = int(member.rows.cell[row])
+                measured.lacks(number, cell, self._row_of(member, row), gap.reason)
+
+    def _row_of(self, member: Member, row: int) -> Unusable:
+        """A row of a pass, as it is named."""
+        plan, rows = self.running[member.number], member.rows
+        words = cell_words(plan, int(rows.cell[row]))
+        return Unusable(int(rows.prompt[row]), plan.experiment.spec.base, words)
+
     def _patcher(self) -> Patcher:
         plans = self.running
         means_and_donors = [self.means_and_donors[plan.experiment.key] for plan in plans]
         readouts = [self.readouts[plan.experiment.key] for plan in plans]
-        return Patcher(self.plan, plans, readouts, means_and_donors, self.runs)
+        skip = [self.measured[plan.experiment.key].failed for plan in plans]
+        return Patcher(self.plan, plans, readouts, means_and_donors, self.runs, skip)
 
     def _sharer(self) -> Sharer:
         return Sharer(self.running, share=self.plan.shares_rows)
@@ -391,6 +422,8 @@ class PanelRunner:
                     raise
                 release()
                 return 0.0
+            except PythonFailure:  # it fails again, where it is told
+                return 0.0
             return float(work[chosen].sum()) / max(min(took), 1e-9)
 
         self.sizes.measure(rate)
@@ -409,22 +442,64 @@ class PanelRunner:
                 ends = np.cumsum(widths[group[begin:]])
                 count = max(1, int(np.searchsorted(ends, self.sizes.pass_tokens, side="right")))
                 chosen = group[begin : begin + count]
-                members = members_of(shared, chosen)
                 tokens = int(widths[chosen].sum())
                 try:
                     with stopwatch(self.runs.model.device) as seconds:
-                        found = list(patcher.values(shared, chosen, members, run, batch))
+                        every = range(len(self.running))
+                        passed = self._pass(patcher, shared, chosen, run, batch, every)
                 except (RuntimeError, MemoryError) as error:
                     if len(chosen) == 1 or not out_of_memory(error) or not self.sizes.halve():
                         raise
                     self.profile.halved += 1
                     continue
                 self.profile.passed(tokens, seconds[0])
-                for member, own in found:
-                    if own.broken.any():
-                        self._saw_unusable(patcher, shared, chosen, batch, run, member, own.broken)
-                    yield member, own.values
+                for own, member, found in passed:
+                    if found.broken.any():
+                        self._saw_unusable(patcher, shared, own, batch, run, member, found.broken)
+                    self._saw_no_value(member, found)
+                    yield member, found.values
                 begin += count
+
+    def _pass(
+        self,
+        patcher: Patcher,
+        shared: SharedRows,
+        chosen: Ints,
+        run: Run,
+        batch: Ints,
+        wanted: Collection[int],
+    ) -> list[tuple[Ints, Member, Found]]:
+        """One pass over the chosen distinct rows: what is found in those of each member, and which
+        rows were run. Where a function fails that makes what some of them write, each experiment
+        has a pass of its own, so that it costs one alone.
+
+        wanted: numbers of experiments; those that are lost are left out.
+        """
+        wanted = [n for n in wanted if _owner(self.running[n]) not in self.lost]
+        members = [each for each in members_of(shared, chosen) if each.number in wanted]
+        if not members:
+            return []
+        used = np.unique(np.concatenate([member.at for member in members]))
+        if len(used) < len(chosen):
+            return self._pass(patcher, shared, chosen[used], run, batch, wanted)
+        try:
+            every = patcher.values(shared, chosen, members, run, batch)
+            return [(chosen, member, found) for member, found in every]
+        except PythonFailure as failure:
+            if len(members) == 1:
+                self._cannot_write(members[0], failure)
+                return []
+        parts = [
+            self._pass(patcher, shared, chosen, run, batch, [member.number]) for member in members
+        ]
+        return [each for part in parts for each in part]
+
+    def _cannot_write(self, member: Member, failure: PythonFailure) -> None:
+        """Lose an experiment whose function makes no vectors for the rows of a pass."""
+        plan = self.running[member.number]
+        count = 0 if isinstance(failure, PythonNotLoaded) else len(member.rows)
+        failed = Failed(failure.diagnostic, None, count)
+        self._lose(plan, function_failed(failed, plan.experiment, self._row_of(member, 0)))
 
 
 def _owner(plan: ExperimentPlan) -> str:

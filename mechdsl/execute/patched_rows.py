@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,8 +90,11 @@ class Patcher:
         readouts: Sequence[Readout],
         means_and_donors: Sequence[MeansAndDonors],
         runs: UnpatchedRuns,
+        skip: Sequence[Collection[int]],
     ) -> None:
+        """skip: per plan, the numbers of the measures that aren't read."""
         self.plan = plan
+        self.skip = skip
         self.plans = plans
         self.readouts = readouts
         self.means_and_donors = means_and_donors
@@ -135,7 +138,8 @@ class Patcher:
                 tokens=tokens,
                 has_loss=None if readout.loss is None else has_loss(run, many.rows.prompt),
             )
-            yield member, readout.read(reading).over_draws(draws)
+            found = readout.read(reading, skip=self.skip[member.number])
+            yield member, found.over_draws(draws)
 
     def everything(
         self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, reads: Sequence[SiteRead]

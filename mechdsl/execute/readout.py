@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.diagnostics.e02_python import PythonFailed
+from mechdsl.execute.python_metric import python_metric
 from mechdsl.execute.unpatched_batch import Spot, continuation_ids, spots_of
-from mechdsl.resolve.measures import evaluate
+from mechdsl.program.python_files import PythonFailure, PythonNotLoaded
+from mechdsl.resolve.measures import divisors, evaluate
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
 
 
@@ -46,6 +49,25 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
+class Gap:
+    """Rows in which a measure has no value, though the model's output can be used."""
+
+    rows: Ints
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Failed:
+    """A measure whose function failed, so that no row has a value."""
+
+    problem: PythonFailed
+    row: int | None
+    """The row that it fails at; None where it isn't known, or hangs on none."""
+    rows: int
+    """How many it was called with; 0 where none of them has to do with it."""
+
+
+@dataclass(frozen=True, eq=False)
 class Found:
     """What a readout finds in rows."""
 
@@ -56,6 +78,10 @@ class Found:
     any measure."""
     rounding: list[Floats]
     """Per measure, [row]: how far rounding may move the value; 0 where that wasn't asked for."""
+    failed: Mapping[int, Failed]
+    """By number, the measures that can't be computed."""
+    gaps: Mapping[int, Gap]
+    """By number, the measures that have no value in some rows."""
 
     def over_draws(self, draws: int) -> Found:
         """Averaged over draws of noise, which lie side by side."""
@@ -64,7 +90,14 @@ class Found:
             return values.reshape(-1, draws).mean(axis=1)
 
         broken = np.count_nonzero(self.broken.reshape(-1, draws), axis=1) > 0
-        return Found(list(map(mean, self.values)), broken, list(map(mean, self.rounding)))
+        failed = {
+            number: replace(each, row=None if each.row is None else each.row // draws)
+            for number, each in self.failed.items()
+        }
+        gaps = {n: Gap(np.unique(gap.rows // draws), gap.reason) for n, gap in self.gaps.items()}
+        return Found(
+            list(map(mean, self.values)), broken, list(map(mean, self.rounding)), failed, gaps
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,43 +148,77 @@ class Readout:
     def loss(self) -> Atom | None:
         return next((a for _, a in self.atoms if a.form.takes == "prompt"), None)
 
-    def read(self, reading: Reading, relative: float = 0.0) -> Found:
+    def read(self, reading: Reading, relative: float = 0.0, *, skip: Collection[int] = ()) -> Found:
         """One value per row for every measure.
 
         relative: how far rounding may move a logit, relative to the largest that a metric reads;
-        0 doesn't ask what that does to the values
+        0 doesn't ask what that does to the values. skip: numbers of measures that aren't read.
         """
         broken = self._broken(reading)
-        if broken.any() and reading.logits is not None:  # no function of the user's meets them
-            rows = torch.from_numpy(broken).to(reading.logits.device)
-            reading = replace(reading, logits=reading.logits.masked_fill(rows[:, None, None], 0.0))
-        found: list[Floats] = []
-        rounding: list[Floats] = []
-        number = 0
-        for measure in self.measures:
-            values: dict[Any, Floats] = {}
-            errors: dict[Any, Floats] = {}
-            for atom in measure.atoms:
-                spot = self.atoms[number][0]
-                value = _value(atom, number, spot, reading)
-                values[atom.node] = value.detach().double().cpu().numpy()
-                if relative:
-                    size = _size(atom, number, spot, reading, values[atom.node])
-                    errors[atom.node] = relative * size
-                number += 1
-            with np.errstate(divide="ignore", invalid="ignore"):
+        found = [np.full(len(reading.prompts), np.nan) for _ in self.measures]
+        rounding = [np.zeros(len(reading.prompts)) for _ in self.measures]
+        failed: dict[int, Failed] = {}
+        gaps: dict[int, Gap] = {}
+        first = 0
+        for n, measure in enumerate(self.measures):
+            numbers = range(first, first + len(measure.atoms))
+            first = numbers.stop
+            if n in skip:
+                continue
+            try:
+                values = self._values(numbers, reading, ~broken)
+            except PythonFailure as failure:
+                count = 0 if isinstance(failure, PythonNotLoaded) else len(reading.prompts)
+                failed[n] = Failed(failure.diagnostic, failure.row, count)
+                continue
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 result = evaluate(measure.expression, values.__getitem__)
-                moved = np.zeros(len(reading.prompts))
-                for node, error in errors.items():  # to first order, all in the worst direction
-                    other = {**values, node: values[node] + error}
-                    moved += np.abs(evaluate(measure.expression, other.__getitem__) - result)
-            rounding.append(np.nan_to_num(moved, nan=0.0, posinf=0.0))
-            found.append(np.broadcast_to(result, len(reading.prompts)).astype(np.float64))
+                found[n][:] = result
+                gap = _lacking(measure, values, found[n], ~broken)
+                if relative:
+                    rounding[n] = self._moved(measure, numbers, values, reading, relative)
+            unknown = np.isnan(found[n])
+            if gap is not None:
+                gaps[n] = gap
+                found[n][gap.rows], unknown[gap.rows] = np.nan, False
             for value in values.values():  # −∞ − −∞ is no number, though each has its meaning
-                broken |= np.isinf(value) & np.isnan(found[-1])
+                broken |= np.isinf(value) & unknown
         for values_of_measure in found:
             values_of_measure[broken] = np.nan
-        return Found(found, broken, rounding)
+        return Found(found, broken, rounding, failed, gaps)
+
+    def _values(self, numbers: range, reading: Reading, usable: Bools) -> dict[Any, Floats]:
+        """The atoms of a measure, by what is written: [row]. E0223 as PythonFailure."""
+        found: dict[Any, Floats] = {}
+        for number in numbers:
+            spot, atom = self.atoms[number]
+            value = _value(atom, number, spot, reading, usable)
+            found[atom.node] = value.detach().double().cpu().numpy()
+        return found
+
+    def _moved(
+        self,
+        measure: ResolvedMeasure,
+        numbers: range,
+        values: Mapping[Any, Floats],
+        reading: Reading,
+        relative: float,
+    ) -> Floats:
+        """[row]: how far rounding may move a measure, to first order, all of its atoms in the worst
+        direction."""
+        result = evaluate(measure.expression, values.__getitem__)
+        moved = np.zeros(len(reading.prompts))
+        for number in numbers:
+            spot, atom = self.atoms[number]
+            value = values[atom.node]
+            error = _rounding(atom, number, spot, reading, value, relative)
+            least, most = _ENDS.get(atom.form.unit, (-np.inf, np.inf))
+            ways: list[Floats] = []
+            for other in (np.maximum(value - error, least), np.minimum(value + error, most)):
+                changed = evaluate(measure.expression, {**values, atom.node: other}.__getitem__)
+                ways.append(np.nan_to_num(np.abs(changed - result), nan=0.0, posinf=0.0))
+            moved += np.maximum(*ways)
+        return moved
 
     def _broken(self, reading: Reading) -> Bools:
         """[row] whether NaN is among what is read, or an infinity that metrics can't use. −∞ is
@@ -180,14 +247,16 @@ class Readout:
         return torch.stack([one.cpu() for one in found]).any(0).numpy()
 
 
-def _size(atom: Atom, number: int, spot: int, reading: Reading, value: Floats) -> Floats:
-    """[row]: what the rounding of an atom is relative to. Metrics in logits and nats move by as
-    much as the largest logit that they read, shares of it by that part of themselves; what only
-    counts, such as a rank, doesn't round."""
+def _rounding(
+    atom: Atom, number: int, spot: int, reading: Reading, value: Floats, relative: float
+) -> Floats:
+    """[row]: how far rounding may move an atom. Metrics in logits and nats move by as much as the
+    largest logit that they read, shares of it by that part of themselves; a rank moves over the
+    tokens that come as close as that. Categories have no size that could be moved."""
     takes, unit = atom.form.takes, atom.form.unit
     if takes in ("attention", "activations"):
-        return np.ones(len(value))
-    if unit in ("rank", "share") or atom.form.kind == "category":
+        return np.full(len(value), relative)
+    if atom.form.kind == "category":
         return np.zeros(len(value))
     logits = reading.continued.get(number)
     if logits is None:
@@ -197,10 +266,62 @@ def _size(atom: Atom, number: int, spot: int, reading: Reading, value: Floats) -
         ids = torch.tensor([token for token, _ in atom.numerals], device=logits.device)
         logits = logits.index_select(-1, reading.columns(ids))
     if atom.form.narrow and takes == "target":
-        return np.abs(value)
+        return relative * np.abs(value)
     finite = logits.abs().nan_to_num(nan=0.0, posinf=0.0).flatten(1)
     largest = finite.amax(-1).double().cpu().numpy()
-    return largest if unit in ("logit", "nat") else largest * np.abs(value)
+    if unit in ("rank", "share"):
+        target = _targets(atom, reading).to(logits.device)
+        return _exchanged(logits, target, 2 * relative * largest, best=unit == "share")
+    return relative * (largest if unit in ("logit", "nat") else largest * np.abs(value))
+
+
+def _exchanged(logits: Tensor, target: Tensor, within: Floats, *, best: bool) -> Floats:
+    """[row]: how many tokens may change places with the target, as their logits are not further
+    apart than `within`; best: 1 where which of all is the best may change."""
+    apart = logits.double() - logits.gather(-1, target[:, None]).double()
+    apart = apart.scatter(-1, target[:, None], -torch.inf)
+    close = torch.from_numpy(within).to(logits.device)[:, None]
+    if best:
+        apart = apart.amax(-1, keepdim=True)
+    return (apart.abs() <= close).sum(-1).double().cpu().numpy()
+
+
+_ENDS = {"rank": (1.0, np.inf), "share": (0.0, 1.0)}
+"""By unit, what a metric can't go beyond, however far rounding moves it."""
+
+
+def _lacking(
+    measure: ResolvedMeasure, values: Mapping[Any, Floats], result: Floats, usable: Bools
+) -> Gap | None:
+    """The rows in which the measure is no number, though all that it reads can be used."""
+    causes: list[tuple[Bools, str]] = []
+    for divisor in divisors(measure.expression):
+        zero = evaluate(divisor, values.__getitem__) == 0
+        causes.append((zero, f"`{divisor.span.written}`, which it divides by, is 0"))
+    whole = np.ones_like(usable)
+    for atom in measure.atoms:
+        value = values[atom.node]
+        whole &= np.isfinite(value)
+        if atom.form.takes == "activations":
+            said = f"a vector of `{atom.node.span.written}` is 0"
+            causes.append((np.isnan(value), said))
+    causes.append((whole & ~np.isfinite(result), "it is too large for a number"))
+    masks = [np.broadcast_to(mask, usable.shape) & usable for mask, _ in causes]
+    rows = np.flatnonzero(np.any(masks, axis=0))
+    if not len(rows):
+        return None
+    reason = next(said for mask, (_, said) in zip(masks, causes, strict=True) if mask[rows[0]])
+    return Gap(rows, reason)
+
+
+def _targets(atom: Atom, reading: Reading) -> Tensor:
+    """[row]: the token of the atom's text, the first one of several."""
+    return torch.tensor(
+        [
+            atom.texts[item if atom.by_item else None][prompt][0]
+            for prompt, item in zip(reading.prompts, reading.items, strict=True)
+        ]
+    )
 
 
 def _senseless(logits: Tensor, *, whole: bool) -> Tensor:
@@ -214,8 +335,8 @@ def _longest(atom: Atom) -> int:
     return max((len(ids) for rows in atom.texts.values() for ids in rows), default=0)
 
 
-def _value(atom: Atom, number: int, spot: int, reading: Reading) -> Tensor:
-    """[row]: the atom's metric."""
+def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) -> Tensor:
+    """[row]: the atom's metric. E0223 as PythonFailure."""
     takes, function = atom.form.takes, atom.form.function
     if takes == "prompt":
         assert reading.loss is not None
@@ -231,13 +352,7 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading) -> Tensor:
     logits = reading.logits[:, spot]
     match takes:
         case "target" | "continuation":
-            target = torch.tensor(
-                [
-                    atom.texts[item if atom.by_item else None][prompt][0]
-                    for prompt, item in zip(reading.prompts, reading.items, strict=True)
-                ],
-                device=logits.device,
-            )
+            target = _targets(atom, reading).to(logits.device)
             if takes == "target":
                 return function(logits, reading.columns(target))
             one = torch.ones_like(target, dtype=torch.bool)
@@ -252,42 +367,7 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading) -> Tensor:
         case "nothing":
             return function(logits)
         case "rows":
-            return _of_python(atom, logits, reading.prompts)
-
-
-def _of_python(atom: Atom, logits: Tensor, prompts: Ints) -> Tensor:
-    """[row]: what the user's function makes of them. E0223 as PythonFailure."""
-    function = atom.python
-    assert function is not None
-    # A copy, so that a function that writes into it changes nothing that others read.
-    own = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    rows = [dict(atom.rows[prompt]) for prompt in prompts]
-    with torch.no_grad():
-        given = function.call(own, rows)
-    hint = "it takes `logits`, [n, vocab], and `rows`, n of them, and gives n numbers"
-    try:
-        found = torch.as_tensor(given)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise function.failure(f"it gave {_kind(given)}, not numbers", hint) from None
-    if found.shape != (len(prompts),):
-        shape = list(found.shape)
-        raise function.failure(f"it gave the shape {shape}, not [{len(prompts)}]", hint)
-    if found.is_complex():
-        raise function.failure("it gave complex numbers", hint)
-    found = found.detach().double().cpu()
-    if found.isnan().any():
-        row = atom.rows[prompts[int(found.isnan().nonzero()[0])]]
-        told = ", ".join(f"{name} = {value!r}" for name, value in row.items() if "." not in name)
-        raise function.failure(f"it gave NaN, in the row with {_short(told)}", hint)
-    return found
-
-
-def _kind(value: object) -> str:
-    return "nothing" if value is None else f"a `{type(value).__name__}`"
-
-
-def _short(text: str, most: int = 80) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+            return python_metric(atom, logits, reading.prompts, usable)
 
 
 def _continued(atom: Atom, logits: Tensor, prompts: Ints) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -227,8 +227,9 @@ class UnpatchedRuns:
         environment: int | None,
         *,
         relative: float = 0.0,
+        skip: Collection[int] = (),
     ) -> Found:
-        """What is read of every prompt, draws of noise averaged; `relative` as in
+        """What is read of every prompt, draws of noise averaged; `relative` and `skip` as in
         `Readout.read`."""
         plain = self.lanes(self.named(run), prompts)
         lanes = np.repeat(prompts, plain.draws)
@@ -251,7 +252,7 @@ class UnpatchedRuns:
             tokens=plain.tokens,
             has_loss=None if plain.loss is None else has_loss(self.named(run), lanes),
         )
-        return readout.read(reading, relative).over_draws(plain.draws)
+        return readout.read(reading, relative, skip=skip).over_draws(plain.draws)
 
     def _spot_logits(self, readout: Readout, lanes: UnpatchedBatch) -> Tensor | None:
         """[lane, spot of the readout, vocab]."""

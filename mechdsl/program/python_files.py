@@ -50,11 +50,17 @@ PARAMETERS: dict[FunctionUse, tuple[str, ...]] = {
 
 
 class PythonFailure(Exception):
-    """A function failed. Caught where its rows are known, or at the end of the run."""
+    """A function failed. Caught where its rows are known."""
 
-    def __init__(self, diagnostic: PythonFailed) -> None:
+    def __init__(self, diagnostic: PythonFailed, row: int | None = None) -> None:
+        """row: which of those that it was called with made it fail, where that is known."""
         super().__init__(diagnostic.message)
         self.diagnostic = diagnostic
+        self.row = row
+
+
+class PythonNotLoaded(PythonFailure):
+    """The file does not run, or leaves no such function: no row has to do with it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class PythonFunction:
     name: str
     digest: str
     """SHA-256 of the file."""
+    line: int = field(compare=False)
+    """Where it is defined."""
     span: Span = field(compare=False, repr=False)
 
     @property
@@ -86,14 +94,24 @@ class PythonFunction:
             raise self.failure(_told(error), *self._hint(error), error=error) from error
 
     def failure(
-        self, reason: str, hint: str, *, error: BaseException | None = None
+        self,
+        reason: str,
+        hint: str,
+        *,
+        error: BaseException | None = None,
+        row: int | None = None,
     ) -> PythonFailure:
-        """What is wrong with it, with the line of its file where that is known."""
-        line = self._line(error)
-        where = self.file if line is None else f"at {self.file}:{line}"
-        return PythonFailure(
-            PythonFailed(span=self.span, function=self.name, reason=reason, where=where, hint=hint)
+        """What is wrong with it. row: as in PythonFailure."""
+        where = self.where(error)
+        said = PythonFailed(
+            span=self.span, function=self.name, reason=reason, where=where, hint=hint
         )
+        return PythonFailure(said, row)
+
+    def where(self, error: BaseException | None = None) -> str:
+        """The line of its file that raised, or that defines it."""
+        line = self._line(error)
+        return f"defined at {self.file}:{self.line}" if line is None else f"at {self.file}:{line}"
 
     def _hint(self, error: BaseException) -> tuple[str]:
         if isinstance(error, ImportError):
@@ -119,9 +137,11 @@ class PythonFunction:
             module = _module(self.path, self.digest)
             found = getattr(module, self.name, None)
         except (Exception, SystemExit) as error:
-            raise self.failure(_told(error), *self._hint(error), error=error) from error
+            failed = self.failure(_told(error), *self._hint(error), error=error)
+            raise PythonNotLoaded(failed.diagnostic) from error
         if not callable(found):
-            raise self.failure("the file leaves no function of that name", "define it with `def`")
+            gone = "the file leaves no function of that name"
+            raise PythonNotLoaded(self.failure(gone, "define it with `def`").diagnostic)
         return found
 
 
@@ -211,7 +231,8 @@ def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
         )
         raise _Missing(f"`{file}` defines no function `{name}`", hint)
     _check_parameters(functions[name], name, use)
-    return PythonFunction(path.resolve(), file, name, sha256(content).hexdigest(), node.span)
+    digest, line = sha256(content).hexdigest(), functions[name].lineno
+    return PythonFunction(path.resolve(), file, name, digest, line, node.span)
 
 
 def _content(path: Path, file: str) -> bytes:

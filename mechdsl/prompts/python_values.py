@@ -84,7 +84,7 @@ class Calls:
             node.span,
             function=function.name,
             reason=f"it gave {given}, not a number or a text",
-            where=function.file,
+            where=function.where(),
             hint="a value is one number or one text for each row",
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mechdsl.prompts.positions import resolve_positions
@@ -30,6 +31,8 @@ def resolve_measure(
     context.at = at
     atoms: dict[ast.Expr, Atom] = {}
     _collect(expression, context, atoms)
+    for divisor in divisors(expression):
+        _not_zero(divisor, expression, context)
     positions = _positions(at, context, runs)
     if len(context.diagnostics) > before and any(
         d.severity == "error" for d in context.diagnostics[before:]
@@ -125,6 +128,20 @@ def evaluate(expression: ast.Expr, value: Callable[[ast.Expr], Any]) -> Any:
             return value(expression)
 
 
+def divisors(expression: ast.Expr) -> Iterator[ast.Expr]:
+    """What an expression divides by, outside of its metrics."""
+    match expression:
+        case ast.Negative(operand=operand) | ast.Not(operand=operand):
+            yield from divisors(operand)
+        case ast.Binary() | ast.Compare() | ast.Logical():
+            yield from divisors(expression.left)
+            yield from divisors(expression.right)
+            if isinstance(expression, ast.Binary) and expression.operator == "/":
+                yield expression.right
+        case _:
+            return
+
+
 _ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -163,6 +180,19 @@ def _collect(expression: ast.Expr, context: MeasureContext, atoms: dict[ast.Expr
                 "it is not a metric",
                 "metrics are written as `logit(answer)`, and can be added and subtracted",
             )
+
+
+def _not_zero(divisor: ast.Expr, expression: ast.Expr, context: MeasureContext) -> None:
+    """E0612 for a divisor that is 0 whatever the model says."""
+    if any(isinstance(node, ast.Name | ast.Call) for node in walk(divisor)):
+        return
+    try:
+        zero = evaluate(divisor, lambda node: math.nan) == 0
+    except ZeroDivisionError:
+        return  # within it something is divided by 0, which is said there
+    if zero:
+        hint = "write a divisor that isn't 0"
+        refuse(context, divisor.span, "it divides by 0", hint, of=expression.span)
 
 
 def _positions(

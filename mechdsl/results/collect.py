@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.measured_values import MeasuredValues, base_per_cell, per_cell
+from mechdsl.execute.no_value import gap_words
 from mechdsl.execute.not_finite import place_words
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
@@ -80,6 +81,7 @@ def collect(
                 unit=resolved.unit,
                 rounding=_of(there, per_cell(plan, measured, measured.rounding[number])),
                 word=resolved.word,
+                gaps=tuple(gap_words(measured, number, c) for c in np.flatnonzero(there).tolist()),
             )
         )
     return ExperimentResult(

@@ -113,6 +113,7 @@ def _on_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> Experimen
 def _measure(parts: Sequence[MeasureData]) -> MeasureData:
     """One measure over the cells of all variants."""
     cells = [len(data.patched) for data in parts]
+    gaps = [data.gaps or ("",) * len(data.patched) for data in parts]
     sources = [data.source for data in parts]
     truths = [data.truth for data in parts]
     roundings = [data.rounding for data in parts]
@@ -124,6 +125,7 @@ def _measure(parts: Sequence[MeasureData]) -> MeasureData:
         truth=None if any(t is None for t in truths) else _side_by_side(truths, cells),
         inert=np.concatenate([data.inert for data in parts]),
         rounding=None if any(r is None for r in roundings) else _side_by_side(roundings, cells),
+        gaps=tuple(gap for own in gaps for gap in own),
     )
 
 

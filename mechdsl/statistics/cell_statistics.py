@@ -134,6 +134,8 @@ def _reason(
     said: list[str] = []
     if data.missing is not None:
         return f"not computed ({data.missing.code}): {data.missing.reason}"
+    if data.gaps and data.gaps[cell]:
+        return data.gaps[cell]
     if found.n[cell] == 0:
         return "no prompt is part of this cell"
     if undefined:

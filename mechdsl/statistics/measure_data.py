@@ -45,6 +45,8 @@ class MeasureData:
     """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
     rounding: Floats | None = None
     """[1 or cell, prompt]: how far rounding may move the metric; None where that isn't known."""
+    gaps: tuple[str, ...] = ()
+    """[cell]: why it has no value of this one though it has of others, empty where it has."""
     missing: Missing | None = None
     """Why it could not be computed; then no cell has a value."""
 
@@ -78,8 +80,9 @@ class CellStatistics:
 
     @property
     def at_rounding(self) -> Bools:
-        """[cell] whether rounding alone explains an effect of this size."""
-        return np.abs(self.mean) <= self.rounding
+        """[cell] whether rounding alone explains an effect of this size. Where nothing rounds, as
+        for a rank that no other token is close to, an effect of 0 is exact."""
+        return (np.abs(self.mean) <= self.rounding) & (self.rounding > 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,11 @@ don't run at all."""
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+import warnings
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -73,9 +76,14 @@ def check(path: Path, settings: Settings) -> Checked:
 
 
 def failure(path: Path) -> PythonFailed:
-    with pytest.raises(MechdslError) as found:
-        mechdsl.run(path, allow_python=True)
-    (diagnostic,) = found.value.diagnostics
+    """What is said of a function, whether anything is left to be printed or not."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", mechdsl.MechdslWarning)
+            found = mechdsl.run(path, allow_python=True).diagnostics
+    except MechdslError as error:
+        found = error.diagnostics
+    (diagnostic,) = found.errors
     assert isinstance(diagnostic, PythonFailed), diagnostic
     return diagnostic
 
@@ -295,8 +303,10 @@ def test_the_file_that_was_checked_is_the_one_that_runs(tmp_path: Path) -> None:
     from mechdsl.pipeline import RunOptions
 
     result, diagnostics = run_checked(checked, RunOptions())
-    assert result is None
+    assert result is not None
+    assert not result.complete
     assert "has changed since it was checked" in diagnostics[0].message
+    assert diagnostics[0].label_text == "defined at own.py:1"
 
 
 # --- nothing runs unless it is allowed ------------------------------------------------------------
@@ -400,15 +410,15 @@ def test_functions_that_can(code: str, tmp_path: Path) -> None:
 METRICS = [
     ("    return 1 / 0\n", "ZeroDivisionError: division by zero", "at own.py:2"),
     ("    return rows[0]['cuont']\n", "KeyError: 'cuont'", "at own.py:2"),
-    ("    return None\n", "it gave nothing, not numbers", "own.py"),
-    ("    return {}\n", "it gave a `dict`, not numbers", "own.py"),
-    ("    return 'abc'\n", "it gave a `str`, not numbers", "own.py"),
-    ("    return ['a' for row in rows]\n", "it gave a `list`, not numbers", "own.py"),
-    ("    return logits\n", "it gave the shape [8, ", "own.py"),
-    ("    return 0.5\n", "it gave the shape [], not [8]", "own.py"),
-    ("    return logits[1:, 0]\n", "it gave the shape [7], not [8]", "own.py"),
-    ("    return logits[:, 0] * 1j\n", "it gave complex numbers", "own.py"),
-    ("    return logits[:, 0] * float('nan')\n", "it gave NaN, in the row with ", "own.py"),
+    ("    return None\n", "it gave nothing, not numbers", "defined at own.py:1"),
+    ("    return {}\n", "it gave a `dict`, not numbers", "defined at own.py:1"),
+    ("    return 'abc'\n", "it gave a `str`, not numbers", "defined at own.py:1"),
+    ("    return ['a' for row in rows]\n", "it gave a `list`, not numbers", "defined at own.py:1"),
+    ("    return logits\n", "it gave the shape [8, ", "defined at own.py:1"),
+    ("    return 0.5\n", "it gave the shape [], not [8]", "defined at own.py:1"),
+    ("    return logits[1:, 0]\n", "it gave the shape [7], not [8]", "defined at own.py:1"),
+    ("    return logits[:, 0] * 1j\n", "it gave complex numbers", "defined at own.py:1"),
+    ("    return logits[:, 0] * float('nan')\n", "it gave NaN, in the row with ", "defined at own.py:1"),
     ("    import sys; sys.exit(0)\n", "SystemExit: 0", "at own.py:2"),
     ("    import helpers\n", "ModuleNotFoundError: No module named 'helpers'", "at own.py:2"),
     ("    raise RuntimeError('out of memory')\n", "RuntimeError: out of memory", "at own.py:2"),
@@ -427,10 +437,10 @@ def test_a_metric_that_fails(body: str, reason: str, where: str, tmp_path: Path)
 VALUES = [
     ("    return 1 / 0\n", "ZeroDivisionError: division by zero", "at own.py:2"),
     ("    return row['cuont']\n", "KeyError: 'cuont'", "at own.py:2"),
-    ("    return None\n", "it gave `NoneType`, not a number or a text", "own.py"),
-    ("    return [1]\n", "it gave `list`, not a number or a text", "own.py"),
-    ("    return float('nan')\n", "it gave NaN, not a number or a text", "own.py"),
-    ("    import torch; return torch.zeros(3)\n", "it gave `Tensor`, not a number", "own.py"),
+    ("    return None\n", "it gave `NoneType`, not a number or a text", "defined at own.py:1"),
+    ("    return [1]\n", "it gave `list`, not a number or a text", "defined at own.py:1"),
+    ("    return float('nan')\n", "it gave NaN, not a number or a text", "defined at own.py:1"),
+    ("    import torch; return torch.zeros(3)\n", "it gave `Tensor`, not a number", "defined at own.py:1"),
 ]
 
 
@@ -469,14 +479,14 @@ def inner(rows):
     assert failure(write(tmp_path, METRIC, code)).where == "at own.py:8"
 
 
-def test_exit_status(tmp_path: Path, command: Command) -> None:
-    """2 where no cell was run, 3 where the run broke off."""
-    done = command(
-        "run", "--allow-python", write(tmp_path, METRIC, "def own(logits, rows):\n    return 0\n")
-    )
-    assert done.status == 2
-    assert "error[E0223]" in done.err
-    code = """
+def alone(text: str, without: str) -> str:
+    """The file without one of its measures."""
+    if without == "own":
+        text = text.replace('metric own = python("own.py:own")\n', "")
+    return text.replace(f"  measure {without} as delta\n", "")
+
+
+LATE = """
 calls = []
 
 def own(logits, rows):
@@ -485,12 +495,78 @@ def own(logits, rows):
         raise ValueError("too often")
     return logits[:, 0]
 """
-    path = write(tmp_path, METRIC, code)
+
+
+@pytest.mark.parametrize("code", ["def own(logits, rows):\n    return 0\n", LATE])
+def test_it_costs_its_measure_alone(code: str, tmp_path: Path, command: Command) -> None:
+    """On an unpatched run, and in a cell: the rest is printed; where there is none, status 2."""
+    path = write(tmp_path, METRIC + "\nexperiment b { prompts fruit measure entropy as raw }\n", code)
     done = command("run", "--allow-python", path)
     assert done.status == 3
-    assert "error[E0223]: `own` failed: ValueError: too often" in done.err
+    assert "error[E0223]: `own` failed: " in done.err
     assert "Traceback" not in done.err
-    assert done.out == ""
+    assert "heads: delta of own: not computed\nE0223: `own` failed: " in done.out
+    assert "heads: delta of logit(answer)\n" in done.out
+    assert "L1H3.z" in done.out
+    assert "b: entropy\n" in done.out
+    done = command("run", "--allow-python", path, "--format", "json")
+    (file,) = json.loads(done.out)["files"]
+    (missing,) = file["missing"]
+    assert (missing["experiment"], missing["label"], missing["code"]) == ("heads", "own", "E0223")
+    path.write_text(alone(METRIC, "logit(answer)"), encoding="utf-8")
+    done = command("run", "--allow-python", path)
+    assert (done.status, done.out) == (2, "")
+
+
+IN_A_CELL = """
+def own(logits, rows):
+    for line, row in zip(logits, rows):
+        if row["count"] == 5 and line[row["answer.ids"][0]] < 5:
+            raise ValueError("too small")
+    return logits[:, 0]
+"""
+
+
+def test_where_it_failed_is_said(tmp_path: Path, command: Command) -> None:
+    """The line, the cell and the row, of those that are alone to blame."""
+    text = METRIC.replace("  from clean into fewer\n", "").replace(
+        "patch layer 0..1 head * at last-item token",
+        "ablate resid_post layer 1..3 at last token with zero",
+    )
+    done = command("run", "--allow-python", write(tmp_path, text, IN_A_CELL), "--format", "json")
+    assert done.status == 3
+    (file,) = json.loads(done.out)["files"]
+    (missing,) = file["missing"]
+    found = re.fullmatch(
+        r"`own` failed: ValueError: too small: at own.py:5, "
+        r"in the patched run of layer (\d), row (\d+) of `fruit`",
+        missing["reason"],
+    )
+    assert found is not None, missing
+    layer, row = map(int, found.groups())
+    beside = mechdsl.run(alone(text, "own"), limit=8)["heads"]
+    assert beside.row_ids is not None
+    at = beside.row_ids.index(row)
+    assert beside.row_values["count"][at] == 5
+    (cell,) = [n for n, each in enumerate(beside.cells) if each.coords["layer"] == layer]
+    assert beside.measures[0].patched[cell, at] < 5
+
+
+def test_rows_that_fail_together_only(tmp_path: Path) -> None:
+    code = "def own(logits, rows):\n    assert len(rows) < 2\n    return logits[:, 0]\n"
+    said = failure(write(tmp_path, METRIC, code))
+    assert said.where == "at own.py:2"
+    assert said.place == ", called with 8 rows from the run `fewer`, row 2 of `fruit`, on"
+
+
+def test_a_condition_that_fails_costs_its_experiments(tmp_path: Path) -> None:
+    text = METRIC.replace("  patch", "  keep own > 0\n  patch")
+    text += "\nexperiment b { prompts fruit measure entropy as raw }\n"
+    path = write(tmp_path, text, "def own(logits, rows):\n    return 1 / 0\n")
+    with pytest.warns(mechdsl.MechdslWarning, match="ZeroDivisionError"):
+        found = mechdsl.run(path, allow_python=True)
+    assert [each.name for each in found] == ["b"]
+    assert [each.name for each in found.files[0].lost] == ["heads"]
 
 
 def test_a_failure_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -508,7 +584,7 @@ def own(logits, rows):
     calls.append(1)
     return logits[:, 0] if len(calls) < 3 else 0
 """
-    path = write(tmp_path, METRIC, code)
+    path = write(tmp_path, alone(METRIC, "logit(answer)"), code)
     with pytest.raises(MechdslError, match="E0223"):
         mechdsl.run(path, models={"toy": pair}, allow_python=True)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pair[0].modules())
@@ -604,7 +680,8 @@ def test_it_is_given_the_base_runs_vectors(written: mechdsl.Results) -> None:
     ],
 )
 def test_a_fill_that_fails(body: str, reason: str, tmp_path: Path, command: Command) -> None:
-    """What is written is made while cells run, so that the run breaks off."""
+    """What is written is made while cells run; it costs its experiment alone, though others ride in
+    the same passes."""
     text = METRIC.replace('metric own = python("own.py:own")\n', "")
     text = text.replace("  measure own as delta\n", "").replace(
         "patch layer 0..1 head * at last-item token",
@@ -613,9 +690,17 @@ def test_a_fill_that_fails(body: str, reason: str, tmp_path: Path, command: Comm
     path = write(tmp_path, text, f"def own(vectors):\n    return {body}\n")
     assert failure(path).reason.startswith(reason)
     done = command("run", "--allow-python", path)
-    assert done.status == 3
-    assert done.out == ""
+    assert (done.status, done.out) == (2, "")
     assert "E0223" in done.err
+    beside = METRIC[METRIC.index("experiment") :].replace("heads", "beside")
+    path.write_text(text + alone(beside, "own"), encoding="utf-8")
+    done = command("run", "--allow-python", path)
+    assert done.status == 3
+    assert "heads: not computed\nE0223: `own` failed: " in done.out
+    assert "from the patched run of layer 0, head 0, row 2 of `fruit`, on" in " ".join(
+        done.out.split()
+    )
+    assert "beside: delta of logit(answer)" in done.out
 
 
 def test_functions_of_another_block_are_kept_too(tmp_path: Path) -> None:

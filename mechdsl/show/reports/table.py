@@ -137,6 +137,7 @@ def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
             truth=None if data.truth is None else _repeat(data.truth, len(values)),
             inert=np.tile(data.inert, len(values)),
             rounding=None if data.rounding is None else _repeat(data.rounding, len(values)),
+            gaps=data.gaps * len(values),
         )
         for data in result.measures
     )
