@@ -117,10 +117,24 @@ def collect(
         row_ids=tuple(table.row_ids[i] for i in kept),
         row_values=_row_values([rows[i].values for i in kept]),
         reports=experiment.spec.reports or (_table(experiment),),
-        rounding=f"{model.rounding:.2g} of the largest logit that a metric reads, by this model's "
-        f"self-check in {str(model.dtype).removeprefix('torch.')}",
+        rounding=_rounding_words(experiment, model),
         **_overlaid(experiment, kept, there),
     )
+
+
+def _rounding_words(experiment: ResolvedExperiment, model: LoadedModel) -> str:
+    """What bounds of rounding come from."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    words = [
+        f"{model.rounding:.2g} of the largest logit that a metric reads, by this model's self-check "
+        f"in {dtype}"
+    ]
+    units = {atom.form.unit for measure in experiment.measures for atom in measure.atoms}
+    if "rank" in units:
+        words.append("a rank moves over the tokens whose logits are within twice that")
+    if "share" in units:
+        words.append("`correct` changes in rows whose two best logits are")
+    return "; ".join(words)
 
 
 def _called(experiment: ResolvedExperiment) -> dict[str, str]:

@@ -34,11 +34,13 @@ def combined(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate)
     compute = ARITHMETIC[sign]
     with np.errstate(divide="ignore", invalid="ignore"):
         point = float(compute(left.point, right.point))
+        zero = "it divides by 0" if sign == "/" and right.point == 0 else None
+        why = left.why or right.why or zero
         if left.samples is None and right.samples is None:
-            return Estimate(point, None, left.why or right.why)
+            return Estimate(point, None, why)
         one = left.point if left.samples is None else left.samples
         two = right.point if right.samples is None else right.samples
-        return Estimate(point, np.asarray(compute(one, two)), left.why or right.why)
+        return Estimate(point, np.asarray(compute(one, two)), why)
 
 
 def pearson(left: Floats, right: Floats) -> Floats:

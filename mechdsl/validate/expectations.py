@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import add, mul, sub, truediv
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from mechdsl.base.percent import Percent
@@ -103,6 +104,16 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
+_ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
+
+
+def _joined(operator: Literal["+", "-", "*", "/"], left: Value, right: Value) -> Value:
+    """Plain numbers are calculated at once."""
+    if isinstance(left, Constant) and isinstance(right, Constant):
+        return Constant(_ARITHMETIC[operator](left.value, right.value))
+    return Arithmetic(operator, left, right)
+
+
 class _ConditionReader:
     def __init__(self, known: Known) -> None:
         self.known = known
@@ -173,9 +184,13 @@ class _ConditionReader:
             case ast.Percent():
                 return Constant(node.value / 100)
             case ast.Negative():
-                return Arithmetic("-", Constant(0.0), self.value(node.operand))
+                return _joined("-", Constant(0.0), self.value(node.operand))
             case ast.Binary():
-                return Arithmetic(node.operator, self.value(node.left), self.value(node.right))
+                left, right = self.value(node.left), self.value(node.right)
+                if node.operator == "/" and isinstance(right, Constant) and right.value == 0:
+                    hint = "write a divisor that isn't 0"
+                    unreadable(node.right.span, "it divides by 0", hint)
+                return _joined(node.operator, left, right)
             case ast.Call():
                 return self.call(node)
             case ast.Name() | ast.OfRef():

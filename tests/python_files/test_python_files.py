@@ -418,7 +418,11 @@ METRICS = [
     ("    return 0.5\n", "it gave the shape [], not [8]", "defined at own.py:1"),
     ("    return logits[1:, 0]\n", "it gave the shape [7], not [8]", "defined at own.py:1"),
     ("    return logits[:, 0] * 1j\n", "it gave complex numbers", "defined at own.py:1"),
-    ("    return logits[:, 0] * float('nan')\n", "it gave NaN, in the row with ", "defined at own.py:1"),
+    (
+        "    return logits[:, 0] * float('nan')\n",
+        "it gave NaN, in the row with ",
+        "defined at own.py:1",
+    ),
     ("    import sys; sys.exit(0)\n", "SystemExit: 0", "at own.py:2"),
     ("    import helpers\n", "ModuleNotFoundError: No module named 'helpers'", "at own.py:2"),
     ("    raise RuntimeError('out of memory')\n", "RuntimeError: out of memory", "at own.py:2"),
@@ -440,7 +444,11 @@ VALUES = [
     ("    return None\n", "it gave `NoneType`, not a number or a text", "defined at own.py:1"),
     ("    return [1]\n", "it gave `list`, not a number or a text", "defined at own.py:1"),
     ("    return float('nan')\n", "it gave NaN, not a number or a text", "defined at own.py:1"),
-    ("    import torch; return torch.zeros(3)\n", "it gave `Tensor`, not a number", "defined at own.py:1"),
+    (
+        "    import torch; return torch.zeros(3)\n",
+        "it gave `Tensor`, not a number",
+        "defined at own.py:1",
+    ),
 ]
 
 
@@ -500,7 +508,9 @@ def own(logits, rows):
 @pytest.mark.parametrize("code", ["def own(logits, rows):\n    return 0\n", LATE])
 def test_it_costs_its_measure_alone(code: str, tmp_path: Path, command: Command) -> None:
     """On an unpatched run, and in a cell: the rest is printed; where there is none, status 2."""
-    path = write(tmp_path, METRIC + "\nexperiment b { prompts fruit measure entropy as raw }\n", code)
+    path = write(
+        tmp_path, METRIC + "\nexperiment b { prompts fruit measure entropy as raw }\n", code
+    )
     done = command("run", "--allow-python", path)
     assert done.status == 3
     assert "error[E0223]: `own` failed: " in done.err

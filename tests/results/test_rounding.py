@@ -116,6 +116,55 @@ def test_what_rounding_does_to_a_metric() -> None:
     assert [float(each[0]) for each in read.read(reading).rounding] == [0.0] * 4
 
 
+def test_what_rounding_does_to_ranks_and_shares() -> None:
+    """Tokens whose logits are closer than twice the bound may change places with the answer; what
+    is further away can't. `correct` is about the best one alone."""
+    read = readout("rank(answer)", "correct", "1 / rank(answer)")
+    target = read.atoms[0][1].texts[None][0][0]
+    others = [token for token in range(120) if token != target]
+
+    def found(own: float, *near: float) -> list[float]:
+        logits = torch.full((1, 120), -10.0, dtype=torch.float64)
+        logits[0, target] = own
+        for token, value in zip(others, near, strict=False):
+            logits[0, token] = value
+        reading = Reading(
+            prompts=np.zeros(1, dtype=np.int64),
+            items=[None],
+            logits=logits[:, None],
+            continued={},
+            loss=None,
+            activations={},
+            references={},
+        )
+        return [float(each[0]) for each in read.read(reading, 1e-3).rounding]
+
+    # The largest is 10, so that a logit moves by 0.01, and two by 0.02 from each other.
+    assert found(5.0, 4.0, 3.0) == [0, 0, 0]
+    assert found(5.0, 4.985) == [1, 1, 0.5]  # the second of two
+    assert found(5.0, 4.975) == [0, 0, 0]
+    assert found(5.0, 5.015, 4.985) == [2, 1, 0.5]  # rank 2: 1 to 4
+    assert found(5.0, 6.0, 5.015) == [1, 0, pytest.approx(1 / 6)]  # rank 3: 2 to 4, and never right
+    assert found(5.0, 5.0) == [1, 1, 0.5]  # a tie
+
+
+def test_ranks_that_rounding_decides_do_not_survive() -> None:
+    """A mean of what is the same in all rows, once more: where another token is as likely as the
+    answer, up to rounding, its rank may change, and that is marked. An effect of exactly 0 isn't."""
+    rule = "ablate resid_post layer 1 at last token with zero"
+    lines = rule, "measure rank(answer) as delta", "measure correct as delta"
+    found, diagnostics = run(experiment("e", *lines), whole=True)
+    assert found is not None, diagnostics
+    (result,) = found.experiments
+    for data, statistics_of in zip(result.measures, result.statistics, strict=True):
+        assert data.rounding is not None
+        exact = (data.rounding == 0).all()
+        assert statistics_of.rounding[0] == pytest.approx(data.rounding.mean())
+        assert not (exact and statistics_of.at_rounding[0])
+    assert "a rank moves over the tokens" in result.rounding
+    assert "`correct` changes in rows" in result.rounding
+
+
 def test_a_mean_of_what_is_the_same_in_all_rows_changes_nothing() -> None:
     """A whole file: at the second token every row has the same vector, so that its mean is that,
     up to rounding; at the last token it isn't."""
