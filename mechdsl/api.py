@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mechdsl.base.files import write_whole
+from mechdsl.base.random_numbers import keeps_random_numbers
 from mechdsl.base.source import Source
 from mechdsl.base.visible import json_text
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mechdsl.plan.plan import Plan
     from mechdsl.program.python_files import Mode
     from mechdsl.results.results import Results
+    from mechdsl.show.progress import Bar
     from mechdsl.show.terminal import Printed
     from mechdsl.validate.check_file import Checked, Settings
 
@@ -37,6 +39,7 @@ Values = Mapping[str, object]
 """Name of a `param` → its value."""
 
 
+@keeps_random_numbers
 def check(
     file: str | Path,
     models: Models | None = None,
@@ -72,6 +75,7 @@ def check(
     return Diagnostics(checked.diagnostics)
 
 
+@keeps_random_numbers
 def run(
     file: str | Path,
     models: Models | None = None,
@@ -85,6 +89,7 @@ def run(
     out: str | Path | None = None,
     write_reports: bool = True,
     profile: bool = False,
+    progress: bool | None = None,
     allow_python: bool = False,
     allow_outside: bool = False,
     untrusted: bool = False,
@@ -107,6 +112,8 @@ def run(
         values.
     write_reports: write the reports that the file sends to a file (`report … to "x.png"`).
     profile: compare estimated with measured work in `Results.profile`.
+    progress: whether standard error shows a bar while rows are run; None does in terminals and
+        notebooks only, as the command line.
     allow_python: run the Python files that the file refers to. allow_outside: let reports go
         anywhere. untrusted: list the paths that the file names, confine all of them, run no Python.
     no_pass: planner passes to switch off. pass_tokens, prompt_tokens: most tokens of a pass over
@@ -125,10 +132,12 @@ def run(
         # Inside, as what is imported may draw random numbers too.
         from mechdsl.execute.execute import Options
         from mechdsl.pipeline import RunOptions
+        from mechdsl.show.progress import Bar
 
         source = _read(file)
         _refuse(_dtype_problem(dtype), _size_problems(limit, pass_tokens, prompt_tokens))
         profiles: list[tuple[Plan, Profile]] = []
+        bar = Bar(source.name, shown=progress)
         options = RunOptions(
             settings=_settings(
                 set,
@@ -144,15 +153,19 @@ def run(
             out=None if out is None else Path(out),
             without=_names(no_pass),
             execution=Options(
-                pass_tokens=pass_tokens, prompt_tokens=prompt_tokens, allow_nan=allow_nan
+                on_progress=bar.advance,
+                pass_tokens=pass_tokens,
+                prompt_tokens=prompt_tokens,
+                allow_nan=allow_nan,
             ),
             on_profile=(lambda *done: profiles.append(done)) if profile else None,
         )
-        results = _run(source, models, options, write_reports=write_reports)
+        results = _run(source, models, options, bar, write_reports=write_reports)
         sizes = results.files[0].sizes
         return replace(results, profile=_profile_text(profiles, sizes))
 
 
+@keeps_random_numbers
 def plan_of(
     file: str | Path,
     models: Models | None = None,
@@ -192,6 +205,7 @@ def plan_of(
     return printed(lambda console: print_plan(made, console, *sizes))
 
 
+@keeps_random_numbers
 def graph_of(
     file: str | Path,
     models: Models | None = None,
@@ -227,6 +241,7 @@ def graph_of(
     return Drawing(text) if format == "svg" else Printed(text)
 
 
+@keeps_random_numbers
 def explain(
     what: str | Path,
     models: Models | None = None,
@@ -312,7 +327,7 @@ def _checked(
 
 
 def _run(
-    source: Source, models: Models | None, options: RunOptions, *, write_reports: bool
+    source: Source, models: Models | None, options: RunOptions, bar: Bar, *, write_reports: bool
 ) -> Results:
     """Check, run, write reports, show warnings."""
     from mechdsl.pipeline import run_checked
@@ -321,7 +336,8 @@ def _run(
     from mechdsl.show.show_report import write_reports as write_all
 
     checked, loaded = _checked(source, models, options.settings)
-    result, found = run_checked(checked, options, loaded)
+    with bar:
+        result, found = run_checked(checked, options, loaded)
     if result is None:
         raise MechdslError(found)
     done = write_all(result.experiments) if write_reports else []

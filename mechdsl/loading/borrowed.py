@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
+
+from mechdsl.base.random_numbers import kept_random_numbers
 
 
 @contextmanager
@@ -21,8 +20,7 @@ def borrowed(models: Iterable[object]) -> Generator[None]:
     buffers are), of its config all that it holds. Values of weights are not copied.
     """
     with ExitStack() as stack:
-        for put_back in _random_states():
-            stack.callback(put_back)
+        stack.enter_context(kept_random_numbers())
         parts = {id(part): part for m in models if isinstance(m, nn.Module) for part in m.modules()}
         configs: dict[int, Any] = {}
         for part in parts.values():
@@ -54,21 +52,3 @@ def _add_configs(config: Any, found: dict[int, Any]) -> None:
         found[id(config)] = config
         for value in vars(config).values():
             _add_configs(value, found)
-
-
-def _random_states() -> list[Callable[[], None]]:
-    """What puts the global random numbers back, of all generators that a model may draw from."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    found: list[Callable[[], None]] = [
-        lambda: random.setstate(python),
-        lambda: np.random.set_state(numpy),
-        lambda: torch.set_rng_state(cpu),
-    ]
-    # Asking a device that nobody has used would start it.
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        cuda = torch.cuda.get_rng_state_all()
-        found.append(lambda: torch.cuda.set_rng_state_all(cuda))
-    if torch.backends.mps.is_available():
-        mps = torch.mps.get_rng_state()
-        found.append(lambda: torch.mps.set_rng_state(mps))
-    return found

@@ -126,8 +126,8 @@ def _rounding_words(experiment: ResolvedExperiment, model: LoadedModel) -> str:
     """What bounds of rounding come from."""
     dtype = str(model.dtype).removeprefix("torch.")
     words = [
-        f"{model.rounding:.2g} of the largest logit that a metric reads, by this model's self-check "
-        f"in {dtype}"
+        f"{model.rounding:.2g} of the largest logit that a metric reads, by this model's "
+        f"self-check in {dtype}"
     ]
     units = {atom.form.unit for measure in experiment.measures for atom in measure.atoms}
     if "rank" in units:

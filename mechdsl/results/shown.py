@@ -6,6 +6,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from mechdsl.base.random_numbers import keeps_random_numbers
+
 AS_TEXT = "mechdsl.show.terminal:as_text"
 AS_HTML = "mechdsl.show.notebook:as_html"
 AS_CHART = "mechdsl.show.plot:as_chart"
@@ -16,7 +18,8 @@ MOST_LINES = 5
 """Experiments, or measures, that a `repr` names."""
 
 
+@keeps_random_numbers
 def shown_by(place: str) -> Callable[..., Any]:
     """The function `module:name`, imported now."""
     module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
+    return keeps_random_numbers(getattr(import_module(module), name))

@@ -1,4 +1,4 @@
-"""A progress bar on standard error, only where someone watches and only for long work."""
+"""A progress bar on standard error, where someone watches or asks for it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ import sys
 from typing import Any
 
 
+def someone_watches() -> bool:
+    """Whether standard error is a terminal, or this is a notebook."""
+    if sys.stderr.isatty():
+        return True
+    from rich.console import Console
+
+    return Console(stderr=True).is_jupyter
+
+
 class Bar:
     """Appears at the first pass; shows rows, speed and what is left."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, shown: bool | None = None) -> None:
+        """shown: None where somebody watches, in a terminal or a notebook."""
         self.name = name
+        self._shown = shown
         self._progress: Any = None
         self._task: Any = None
 
@@ -23,7 +34,9 @@ class Bar:
 
     def advance(self, done: int, total: int) -> None:
         """Called after every pass with the rows done so far."""
-        if not sys.stderr.isatty():
+        if self._shown is None:
+            self._shown = someone_watches()
+        if not self._shown:
             return
         if self._progress is None:
             from rich.progress import (
@@ -43,7 +56,7 @@ class Bar:
                 TextColumn("rows"),
                 TimeRemainingColumn(),
                 console=visible_console(stderr=True),
-                transient=True,
+                transient=someone_watches(),  # elsewhere one line is left: how far it came
             )
             self._progress.start()
             self._task = self._progress.add_task(self.name, total=total)

@@ -13,6 +13,7 @@ import pytest
 
 import mechdsl
 from mechdsl.diagnostics.render import render_full
+from mechdsl.show.progress import someone_watches
 
 from .conftest import FILE, WARNED
 
@@ -223,3 +224,22 @@ def test_a_list_of_diagnostics_shows_itself() -> None:
     assert repr(mechdsl.check("mech 1\n")) == "no errors, no warnings"
     with pytest.raises(ValueError, match="full, json, github, sarif"):
         found.render("yaml")  # type: ignore[arg-type]
+
+
+def test_progress_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody watches a test, so that by default there is none."""
+    text = FILE.replace('to "maps/heads.svg"', "")
+    for progress, shown in ((None, False), (False, False), (True, True)):
+        mechdsl.run(text, only="heads", limit=4, progress=progress)
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert ("rows" in printed.err and "32/32" in printed.err) == shown, printed.err
+
+
+def test_progress_is_for_terminals_and_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not someone_watches()
+    with monkeypatch.context() as terminal:
+        terminal.setattr(sys.stderr, "isatty", lambda: True)
+        assert someone_watches()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert someone_watches()

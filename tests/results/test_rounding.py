@@ -148,9 +148,8 @@ def test_what_rounding_does_to_ranks_and_shares() -> None:
     assert found(5.0, 5.0) == [1, 1, 0.5]  # a tie
 
 
-def test_ranks_that_rounding_decides_do_not_survive() -> None:
-    """A mean of what is the same in all rows, once more: where another token is as likely as the
-    answer, up to rounding, its rank may change, and that is marked. An effect of exactly 0 isn't."""
+def test_ranks_and_shares_of_a_file_have_a_bound() -> None:
+    """In a whole file the bound is there, and said; an effect of exactly 0 isn't at its level."""
     rule = "ablate resid_post layer 1 at last token with zero"
     lines = rule, "measure rank(answer) as delta", "measure correct as delta"
     found, diagnostics = run(experiment("e", *lines), whole=True)

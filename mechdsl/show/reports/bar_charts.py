@@ -26,7 +26,7 @@ from mechdsl.show.reports.charts import (
     null_band,
     null_said,
     series_legend,
-    themed,
+    stacked,
     titled,
     value_title,
     zero_rule,
@@ -50,7 +50,7 @@ def bars_chart(result: ExperimentResult, report: spec.Report) -> Any:
         for measure, data in result.computed()
         for said in [(null_said(result, data), faint_said(result, data))]
     ]
-    return themed(alt.vconcat(*charts, spacing=36).resolve_scale(color="independent"))
+    return stacked(charts, result)
 
 
 @dataclass(frozen=True)

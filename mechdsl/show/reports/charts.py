@@ -19,6 +19,7 @@ from mechdsl.show.reports.text import (
     centre_note,
     ends_of_scale,
     measure_name,
+    missing_note,
     null_texts,
     null_words,
     number_format,
@@ -53,6 +54,7 @@ def titled(chart: Any, result: ExperimentResult, data: MeasureData, *said: str |
         *said,
         centre_note(result),
         rounding_note(result, measure),
+        missing_note(result),
     ]
     title = wrap(visible(f"{result.name}: {measure_name(data)}"), TITLE_LINE)
     below = [line for fact in facts if fact for line in wrap(visible(fact), FACT_LINE)]
@@ -99,6 +101,19 @@ def hovers(result: ExperimentResult, measure: int) -> list[str]:
 def hovered(base: Any, field: str = "hover") -> Any:
     """Marks with a field under the pointer: as a tooltip on pages, as a title in SVG."""
     return base.encode(tooltip=f"{field}:N", description=f"{field}:N")
+
+
+def stacked(charts: Sequence[Any], result: ExperimentResult) -> Any:
+    """The charts of all measures, each with colours and signs of its own. Where no measure that a
+    figure of this kind shows could be computed, that is all it says."""
+    if not charts:
+        title = alt.TitleParams(
+            visible(f"{result.name}: nothing to draw"), subtitle=visible(missing_note(result) or "")
+        )
+        nothing = alt.Chart(alt.Data(values=[{}])).mark_point(opacity=0)
+        charts = [nothing.properties(title=title, height=1)]
+    own = alt.vconcat(*charts, spacing=36).resolve_scale(color="independent", shape="independent")
+    return themed(own.resolve_scale(strokeDash="independent"))
 
 
 def themed(chart: Any) -> Any:

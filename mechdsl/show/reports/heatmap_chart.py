@@ -18,7 +18,7 @@ from mechdsl.show.reports.charts import (
     heading,
     hovered,
     hovers,
-    themed,
+    stacked,
     titled,
     value_title,
 )
@@ -41,7 +41,7 @@ def heatmap_chart(result: ExperimentResult, report: spec.Report) -> Any:
     """The effect over two axes, one map per measure and combination of the other axes."""
     rows, columns = report.variable or "", report.by or ""
     maps = [_heatmap(result, measure, rows, columns) for measure, _ in result.computed()]
-    return themed(alt.vconcat(*maps, spacing=36).resolve_scale(color="independent"))
+    return stacked(maps, result)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from mechdsl.show.reports.charts import (
     null_band,
     null_said,
     series_legend,
-    themed,
+    stacked,
     titled,
     value_title,
     zero_rule,
@@ -62,8 +62,7 @@ def lines_chart(result: ExperimentResult, report: spec.Report) -> Any:
         if data.kind == "number"
         for said in [(null_said(result, data), faint_said(result, data))]
     ]
-    own = alt.vconcat(*charts, spacing=36).resolve_scale(color="independent", shape="independent")
-    return themed(own.resolve_scale(strokeDash="independent"))
+    return stacked(charts, result)
 
 
 def _lines(result: ExperimentResult, measure: int, word: str, series: str | None) -> Any:

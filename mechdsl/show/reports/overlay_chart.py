@@ -8,7 +8,7 @@ import altair as alt
 
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.charts import INK, QUIET, hovered, themed, titled
+from mechdsl.show.reports.charts import INK, QUIET, hovered, stacked, titled
 from mechdsl.show.reports.matrix import colour
 from mechdsl.show.reports.overlay_page import (
     BOX,
@@ -36,7 +36,7 @@ def overlay_chart(result: ExperimentResult, report: spec.Report) -> Any:
         chart = titled(_tokens(shown), result, result.measures[measure])
         chart.title.subtitle = [*chart.title.subtitle, *remarks(result, measure, shown)]
         charts.append(chart)
-    return themed(alt.vconcat(*charts, spacing=36))
+    return stacked(charts, result)
 
 
 def _tokens(shown: Overlay) -> Any:

@@ -16,7 +16,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.chart_labels import text_width
 from mechdsl.show.reports.charts import FACT_LINE, FONT, INK, PNG_SCALE, QUIET, TITLE_LINE
 from mechdsl.show.reports.matrix import Colour, colour, takes_white
-from mechdsl.show.reports.text import facts_of, map_format, measure_name
+from mechdsl.show.reports.text import facts_of, map_format, measure_name, missing_note
 from mechdsl.show.reports.token_shades import Overlay, Shaded, overlays, remarks
 from mechdsl.show.tokens import shown_token
 
@@ -55,6 +55,14 @@ def _heads(result: ExperimentResult, measure: int, shown: Overlay) -> Iterator[s
     yield f"{result.name}: {measure_name(data)}"
     yield facts_of(result, data)
     yield from remarks(result, measure, shown)
+    missing = missing_note(result)
+    if missing is not None:
+        yield missing
+
+
+def _nothing(result: ExperimentResult) -> tuple[str, str]:
+    """What a picture says where no measure that it shows could be computed."""
+    return f"{result.name}: nothing to draw", missing_note(result) or ""
 
 
 def rgb(shade: Colour | None) -> str:
@@ -85,6 +93,9 @@ p, small {{ color: {QUIET}; font-size: 12px; margin: 2px 0; }}
 
 def _page(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
     body = "".join(_measure(result, measure, shown) for measure, shown in found.items())
+    if not found:
+        title, why = map(xml_text, _nothing(result))
+        body = f"<h1>{title}</h1><p>{why}</p>"
     title = xml_text(result.name)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -199,6 +210,10 @@ class _Picture:
                 self.prompt(each, shown.limit, write)
                 self.y += 6
             self.y += 14
+        if not found:
+            title, why = _nothing(self.result)
+            self.words(title, 15, INK, "bold")
+            self.words(why, 11, QUIET)
         height, width = self.y, self.right + MARGIN
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '

@@ -117,6 +117,16 @@ def shown_measures(result: ExperimentResult, console: Console) -> Iterator[tuple
         hanging(f"{data.missing.code}: ", data.missing.reason, console)
 
 
+def missing_note(result: ExperimentResult) -> str | None:
+    """The measures that could not be computed, for a figure of the others."""
+    names = [
+        f"{measure_name(data)} ({data.missing.code})"
+        for data in result.measures
+        if data.missing is not None
+    ]
+    return f"not computed: {', '.join(names)}" if names else None
+
+
 def heading(result: ExperimentResult, data: MeasureData, console: Console) -> None:
     """Which experiment and measure, and its facts."""
     console.print()
