@@ -26,7 +26,7 @@ from mechdsl.cli.options import (
 )
 from mechdsl.cli.output import broke_off, make_console, print_diagnostics, say
 from mechdsl.cli.status import BROKE_OFF, FAILED, FINE, WRONG
-from mechdsl.cli.streams import OutputLost, write_json
+from mechdsl.cli.streams import OutputLost, without_output, write_json
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 
 if TYPE_CHECKING:
@@ -148,24 +148,33 @@ def _written_by_several(files: list[Checked], said: list[Diagnostic]) -> list[Di
 
 def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: bool) -> int:
     """Run files one after another, printing what each has found. One that can't be computed costs
-    no other."""
+    no other; where nobody reads what is printed any more, those are run that keep something."""
     from mechdsl.results.collect import versions
     from mechdsl.results.results import Results
 
     found: list[FileResult] = []
     failed: list[int] = []
+    lost = False
+    not_run: list[str] = []
     whole = True
     for checked in files:
+        if lost and options.out is None and not _has_files(checked):
+            not_run.append(checked.source.name)
+            continue
         try:
             done = _run_file(checked, options, form, profile=profile)
         except KeyboardInterrupt as error:
             return interrupted(error, _kept(checked, options))
+        except OutputLost as error:  # behind the file's own run, and the reports that it writes
+            done, lost = without_output(error), True
         if isinstance(done, int):
             failed.append(done)
             continue
         result, shown = done
         found.append(result)
         whole &= shown
+    if not_run:
+        say(f"not run, as they keep nothing: {', '.join(not_run)}", out=False)
     if not found and failed:
         return max(failed)
     results = Results(tuple(found), versions())
@@ -176,6 +185,11 @@ def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: b
     if failed or not whole or not results.complete:
         return BROKE_OFF
     return FINE if results.holds else FAILED
+
+
+def _has_files(checked: Checked) -> bool:
+    """Whether a report goes to a file."""
+    return any(report.file for each in checked.reported for report in each.reports)
 
 
 def _run_file(

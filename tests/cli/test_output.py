@@ -357,6 +357,18 @@ def test_a_run_whose_output_is_full(
     assert (done.status, done.err) == (3, FULL)
 
 
+def test_later_files_are_run_where_they_keep_something(tmp_path: Path) -> None:
+    """More is printed of the first than a buffer holds, so that its loss shows before the next."""
+    reports = "report table\n  " * 8
+    for name, lines in (("a", reports), ("b", 'report csv to "b.csv"'), ("c", "report table")):
+        text = HEADS.replace("report table", lines)
+        (tmp_path / f"{name}.mech").write_text(text, encoding="utf-8")
+    done = in_bash("mechdsl run a.mech b.mech c.mech | true", tmp_path)
+    assert done.returncode == 3
+    assert (tmp_path / "b.csv").is_file()
+    assert done.stderr == f"{CLOSED}not run, as they keep nothing: c.mech\n"
+
+
 ASCII = {
     "LC_ALL": "C",
     "PYTHONUTF8": "0",
