@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -34,7 +33,7 @@ def written_aside(path: Path) -> Generator[Path]:
     try:
         yield made
         if target.exists():
-            shutil.copymode(target, made)
+            made.chmod(stat.S_IMODE(target.stat().st_mode))
         made.replace(target)
     finally:
         made.unlink(missing_ok=True)

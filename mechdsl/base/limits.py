@@ -6,11 +6,10 @@ beyond one of them a single error names it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Limit:
+class Limit(NamedTuple):
     """A row of the table in `docs/language.md`."""
 
     of: str
@@ -47,6 +46,16 @@ PARTS = _limit(10_000, "parts of a measure, with its metrics written out", "E020
 DOMAIN = _limit(10**12, "values of a domain", "E0506")
 ROWS = _limit(200_000, "rows of a table", "E0506")
 CHECKED_PROMPTS = _limit(10_000, "prompts of a table that `validate` looks at", "W0790")
+CHECKED_WORK = _limit(
+    500_000,
+    "prompts that `validate` looks at, times characters of what the file does with each",
+    "W0790",
+)
+CHECKED_TEXT = _limit(
+    500_000, "characters of the prompts of a table that `validate` looks at", "W0790"
+)
+CHECKED_DRAWS = 100
+"""Random draws that `validate` makes; they show whether there is anything to draw."""
 TRIED = _limit(500_000, "combinations that are looked at to find rows", "E0506")
 ITEMS = _limit(10_000, "items of a list", "E0506")
 TEXT = _limit(100_000, "characters of one text of a row", "E0506")
@@ -64,3 +73,4 @@ LAYERS = _limit(1_000, "layers of a model", "E0430")
 HEADS = _limit(10_000, "heads of a layer", "E0430")
 EXPERTS = _limit(10_000, "experts of a layer", "E0430")
 SIZE = _limit(1_000_000, "any other size of a model, such as its width", "E0430")
+MODEL_FILE = _limit(50_000_000, "bytes of a JSON file of a model", "E0432")

@@ -6,10 +6,10 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Reach:
+class Reach(NamedTuple):
     """The folders that paths in a file may lead to, with all below them; None: anywhere."""
 
     reads: tuple[Path, ...] | None = None

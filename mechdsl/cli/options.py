@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -40,8 +39,7 @@ untrusted_option = click.option(
 )
 
 
-@dataclass(frozen=True)
-class PassOptions:
+class PassOptions(NamedTuple):
     """What the command line says of passes."""
 
     without: tuple[str, ...]

@@ -11,10 +11,10 @@ from mechdsl.base.source import Span
 
 Severity = Literal["error", "warning"]
 
-Unknown: TypeAlias = Literal["shape", "tokens", "rows", "columns"]
+Unknown: TypeAlias = Literal["shape", "tokens", "rows", "count", "columns"]
 """What isn't known where something stands in for it: the sizes and sites of a model, the tokens of
-texts, the rows of prompts, the names that a data file gives them."""
-UNKNOWN: tuple[Unknown, ...] = ("shape", "tokens", "rows", "columns")
+texts, the rows of prompts, how many there are of them, the names that a data file gives them."""
+UNKNOWN: tuple[Unknown, ...] = ("shape", "tokens", "rows", "count", "columns")
 
 CODES: dict[str, type[Diagnostic]] = {}
 """Every code of the language, filled as the classes are defined."""

@@ -156,6 +156,51 @@ class ModelTooLarge(Diagnostic):
 
 
 @keyword_record
+class WeightsElsewhere(Diagnostic):
+    """A file of weights that lies outside of the model's folder, by what another file says."""
+
+    code = "E0431"
+    title = "the weights of `{model}` are not all in its folder"
+    label = "its `{file}` names `{name}`"
+    help = "put the file into the folder, and write its name alone"
+
+    model: str
+    file: str
+    name: str
+
+
+@keyword_record
+class ModelFileTooLarge(Diagnostic):
+    """A JSON file of a model that is larger than any."""
+
+    code = "E0432"
+    title = "`{file}` of `{model}` has {size:,} bytes, beyond {most:,}"
+    label = "no model's is as large"
+    help = "save the model again with `save_pretrained`; the limits are listed in docs/language.md"
+
+    model: str
+    file: str
+    size: int
+    most: int
+
+
+@keyword_record
+class RunsCode(Diagnostic):
+    """A config that takes a kernel from a repository, which is a program."""
+
+    code = "E0433"
+    title = "the `config.json` of `{model}` asks for `{value}`, which is not run"
+    label = "its `{key}` names a repository with code"
+    help = (
+        "take `{key}` out of `config.json`; it changes how attention is computed, not what it gives"
+    )
+
+    model: str
+    key: str
+    value: str
+
+
+@keyword_record
 class BadSize(Diagnostic):
     """A `config.json` with a size that no model can have."""
 

@@ -160,7 +160,7 @@ def look(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
     config, found = read_config(folder, model=name, span=span)
     if config is None:
         return None, found
-    shape, found = shape_of(config, folder, model=name, span=span)
+    shape, found = shape_of(config, model=name, span=span)
     if shape is None:
         return None, found
     module, reason, _ = _from_folder(folder, shape.architecture, torch.float32)
@@ -235,6 +235,7 @@ def _from_folder(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
+                trust_remote_code=False,  # else a question is asked on the terminal
                 local_files_only=True,
                 output_loading_info=True,
                 **(spread or {}),

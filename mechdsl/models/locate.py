@@ -10,9 +10,9 @@ from mechdsl import zoo
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e04_model import ModelNotFound, NoConfig, PickledWeights, UnknownZooModel
-from mechdsl.diagnostics.e05_paths import ReadsElsewhere
 from mechdsl.diagnostics.w07_models import ModelNotHere
-from mechdsl.program.named_paths import HF, LOCAL, inside_reach, path_to_read
+from mechdsl.models.folder_files import refused_file
+from mechdsl.program.named_paths import HF, LOCAL, path_to_read
 from mechdsl.program.spec import Model
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -24,7 +24,8 @@ def locate(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     """The folder with the model's `config.json`.
 
     `base` is the folder that relative paths start from, the `.mech` file's. Gives E0403, E0404,
-    E0405, E0532, E0535, and W0710 for a model that isn't there, which `needed` makes E0401.
+    E0405, E0431 to E0433, E0532, E0535, and W0710 for a model that isn't there, which `needed`
+    makes E0401.
     """
     match model.kind:
         case "zoo":
@@ -52,7 +53,7 @@ def _zoo(model: Model) -> tuple[Path | None, list[Diagnostic]]:
         names = ", ".join(f"`{name}`" for name in known)
         advice = did_you_mean(model.path, known, f"it has {names}")
         return None, [UnknownZooModel(span=model.span, path=model.path, advice=advice)]
-    return _checked(Path(zoo.__path__[0]) / model.path, model)
+    return _checked(Path(zoo.__path__[0]) / model.path, model, by_name=True)
 
 
 def _local(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
@@ -69,7 +70,7 @@ def _local(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
                 advice="write the path from the `.mech` file to the model's folder",
             )
         ]
-    return _named(folder, model)
+    return _checked(folder, model)
 
 
 def _hub(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
@@ -77,10 +78,10 @@ def _hub(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     if folder is None:
         return None, problems
     if os.path.isfile(folder / "config.json"):
-        return _named(folder, model)
+        return _checked(folder, model)
     snapshot = cached(model.path, model.revision)
     if snapshot is not None and os.path.isfile(snapshot / "config.json"):
-        return _checked(snapshot, model)
+        return _checked(snapshot, model, by_name=True)
     return None, [
         ModelNotHere(
             span=model.span,
@@ -109,22 +110,12 @@ def _error(missing: ModelNotHere) -> ModelNotFound:
     )
 
 
-def _named(folder: Path, model: Model) -> tuple[Path | None, list[Diagnostic]]:
-    """A folder that the file names: of an untrusted file, none of its files is a link out."""
-    for path in sorted(folder.iterdir()):
-        if not inside_reach(path, model.span):
-            return None, [
-                ReadsElsewhere(
-                    span=model.span,
-                    construct=model.kind,
-                    path=f"{model.path}/{path.name}",
-                    where="a link that leads out of the folder",
-                )
-            ]
-    return _checked(folder, model)
-
-
-def _checked(folder: Path, model: Model) -> tuple[Path | None, list[Diagnostic]]:
+def _checked(
+    folder: Path, model: Model, *, by_name: bool = False
+) -> tuple[Path | None, list[Diagnostic]]:
+    refused = refused_file(folder, model, by_name=by_name)
+    if refused is not None:
+        return None, [refused]
     if not os.path.isfile(folder / "config.json"):
         reason = f"no such file in `{model.path}`"
         return None, [NoConfig(span=model.span, model=model.name, reason=reason)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,6 +22,7 @@ from mechdsl.diagnostics.e04_model import (
     SiteNotOnModel,
 )
 from mechdsl.models.families import family_of
+from mechdsl.models.library_defaults import with_defaults
 from mechdsl.models.sparsity import dense_blocks
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, of_part
 
@@ -50,6 +50,11 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 _NARROW = ("embedding_size", "word_embed_proj_dim")
 """Widths of embeddings, in front of the stream and behind it, where that isn't the model's."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+ALIKE = (
+    _LAYERS, _HEADS, _KV_HEADS, _MODEL, _HEAD_WIDTH, _MLP, _TIMES, _VOCAB, _POSITIONS, _NARROW,
+    _EXPERTS,
+)  # fmt: skip
+"""Keys that say the same thing."""
 _MIXERS = (
     "mamba", "ssm", "state_size", "conv_L_cache", "linear_num_", "linear_attn", "lru_width",
     "rescale_every", "qk_dim_factor", "short_conv",
@@ -387,28 +392,22 @@ def read_config(
 
 
 def shape_of(
-    config: Mapping[str, Any], folder: Path, *, model: str = "model", span: Span | None = None
+    config: Mapping[str, Any], *, model: str = "model", span: Span | None = None
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
-    """The shape that a folder's config describes; what it leaves out is asked of the model library,
-    which takes time, only where a number is missing (E0408)."""
+    """The shape that a folder's config describes, with what its kind takes for granted; E0408 for a
+    number that neither says."""
     try:
         shape, found = shape_from_config(config, model=model, span=span)
+        if shape is None and all(isinstance(each, ShapeUnknown) for each in found):
+            text = _part(config, "text_config", "decoder")
+            if not _written(text, found):
+                whole = with_defaults(config, ALIKE)
+                return shape_from_config(whole, model=model, span=span)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         # Anything may stand behind a key, and each family reads its own.
         reason = f"one of its entries is not what it should be ({error})"
         return None, [NoConfig(span=span, model=model, reason=reason)]
-    if shape is not None or any(isinstance(each, BadSize) for each in found):
-        return shape, found
-    text = _part(config, "text_config", "decoder")
-    if any(isinstance(d, ModelTooLarge) for d in found) or _written(text, found):
-        return None, found
-    try:
-        library = import_module("transformers")
-        whole = library.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    except Exception:  # whatever the library makes of it, or that it isn't there
-        return None, found
-    named = {key: config[key] for key in ("architectures",) if key in config}
-    return shape_from_config({**whole, **named}, model=model, span=span)
+    return shape, found
 
 
 def read_shape(
@@ -419,7 +418,7 @@ def read_shape(
     config, found = read_config(folder, model=model, span=span)
     if config is None:
         return None, found
-    shape, found = shape_of(config, folder, model=model, span=span)
+    shape, found = shape_of(config, model=model, span=span)
     if shape is not None and shape.takes not in ("text", "image and text"):
         return None, [NotATextModel(span=span, model=model, architecture=shape.architecture)]
     return shape, found

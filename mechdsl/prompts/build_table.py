@@ -42,6 +42,8 @@ MAX_NOISE_ROWS = 20_000
 """Rows before `limit` that one standard deviation is taken over."""
 _NOISE_ROWS_OF_DRAWS = 1_000
 """The same where rows are drawn, so that there is no end of them."""
+_FEWEST_ROWS = 5
+"""That a check looks at, however many runs they have."""
 
 
 def build_table(
@@ -91,7 +93,7 @@ def build_table(
         return None, diagnostics
     most = None
     if prompts_enough is not None:
-        most = max(1, prompts_enough // (1 + len(block.spec.corruptions)))
+        most = max(_FEWEST_ROWS, prompts_enough // (1 + len(block.spec.corruptions)))
     if ids is None:
         found = collect(rows, limit=limit, part=part, most=most)
     else:
@@ -103,7 +105,7 @@ def build_table(
     if found.repeated:
         found.diagnostics.append(_equal_records(block, found))
     diagnostics = list(dict.fromkeys([*block.diagnostics, *found.diagnostics]))
-    if has_errors(diagnostics) or (ids is not None and not found.rows):
+    if has_errors(diagnostics) or not found.rows:
         return None, diagnostics
     builder = _Builder(rows, tokenizer, max_length)
     table = builder.table(found, limit, part)
@@ -147,7 +149,8 @@ class _Builder:
             self._check_lengths(table)
             table = self._with_noise(table, found)
         conventions |= noise_conventions(table)
-        return replace(table, conventions=conventions, python=self.block.calls.functions)
+        python = self.block.calls.functions
+        return replace(table, conventions=conventions, python=python, cut=found.cut)
 
     # --- tokenisation -----------------------------------------------------------------------------
 

@@ -102,6 +102,8 @@ class PromptTable(Record):
     """Its rows stand in for those that can't be made here."""
     columns_unknown: bool = False
     """The same for want of its data file, which has names of its own."""
+    cut: bool = False
+    """There are more rows, which a check doesn't look at."""
 
     def __len__(self) -> int:
         return len(self.row_ids)

@@ -19,6 +19,10 @@ from mechdsl.vocab.corruptions import ValueChange, kind_of
 
 _MAX_BARREN = 1_000
 """Rows drawn one after another that were all there already."""
+_TRIED_FOR_ONE = 10
+"""Combinations that a check looks at for each row that is enough, before it gives up."""
+_TEXT_OF_COLUMN = 10
+"""Characters that take as long as the value of a column."""
 _MAX_FAILING = 20
 """Rows that can't be built before it is given up."""
 
@@ -101,6 +105,8 @@ class _Collector:
         self.seen: dict[object, _Seen] = {}
         self.distinct = 0
         """Different rows of the whole block so far."""
+        self.seen_text = 0
+        """Characters of the prompts so far, and what reading columns is worth in them."""
         self.failures: dict[tuple[type[Diagnostic], Span], Diagnostic] = {}
         self.failing = 0
         share = block.spec.split if block.spec.split is not None else 100.0
@@ -127,6 +133,7 @@ class _Collector:
     def run(self) -> None:
         result = self.result
         barren = 0
+        again = self.limit is not None and self.block.draws
         for row in self._stream():
             if result.tried == limits.TRIED:
                 result.diagnostics.append(self._gave_up())
@@ -143,7 +150,7 @@ class _Collector:
                     break
             if len(result.rows) == (limits.ROWS + 1 if self.limit is None else self.limit):
                 break
-            if len(result.rows) == self.most and result.tried < self.block.combinations:
+            if self._enough() and (again or result.tried < self.block.combinations):
                 result.cut = True
                 break
             barren = 0 if new else barren + 1
@@ -154,6 +161,13 @@ class _Collector:
         result.diagnostics += self.failures.values()
         if not result.diagnostics:
             self._check_result()
+
+    def _enough(self) -> bool:
+        """Whether a check has looked at as much as it does."""
+        if self.most is None:
+            return False
+        tried = self.result.tried >= _TRIED_FOR_ONE * self.most
+        return tried or len(self.result.rows) == self.most or self.seen_text > limits.CHECKED_TEXT
 
     def try_row(self, row: Row) -> None:
         """Keep a row that is wanted by its number, whether or not another is equal to it."""
@@ -193,6 +207,8 @@ class _Collector:
             return False
         seen.records.add(row.places[RECORD])
         corrupted = {c.name: row.corrupted(c) for c in self.block.spec.corruptions}
+        self.seen_text += len(row.record) * _TEXT_OF_COLUMN
+        self.seen_text += sum(len(each.prompt.text) for each in (row, *corrupted.values()))
         unchanged = [n for n in self.only_values if corrupted[n].prompt.text == row.prompt.text]
         for name in unchanged:
             result.unchanged[name] = result.unchanged.get(name, 0) + 1
@@ -247,6 +263,8 @@ class _Collector:
         result, block = self.result, self.block
         if len(result.rows) > limits.ROWS:
             result.diagnostics.append(self._rows_error(f"more than {limits.ROWS:,}"))
+        elif result.cut:
+            pass  # those that would be looked at next may be right
         elif not result.rows and result.unchanged:
             for corruption in block.spec.corruptions:
                 if result.unchanged.get(corruption.name):

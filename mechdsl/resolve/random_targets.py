@@ -41,10 +41,11 @@ FINEST_FIRST: tuple[spec.Drawn, ...] = ("heads", "neurons", "experts", "layers",
 
 
 def resolve_control(
-    experiment: ResolvedExperiment, most_cells: int
+    experiment: ResolvedExperiment, most_cells: int, draws_enough: int | None = None
 ) -> tuple[ResolvedControl | None, list[Diagnostic]]:
     """What the experiment is set against; None where it is against nothing, or after an error.
 
+    draws_enough: how many draws are made, where that is to show only whether they can be.
     Codes: E0323, E0630.
     """
     asked = experiment.spec.against
@@ -61,7 +62,8 @@ def resolve_control(
             )
         ]
     try:
-        return _Draws(experiment, asked).control(), []
+        draws = asked.draws if draws_enough is None else min(asked.draws, draws_enough)
+        return _Draws(experiment, asked, draws).control(), []
     except _NothingToDraw as nothing:
         reason, hint = nothing.reason, nothing.hint
         others = isinstance(nothing, _NothingElse)
@@ -85,9 +87,10 @@ class _NothingElse(_NothingToDraw):
 class _Draws:
     """The draws of one experiment."""
 
-    def __init__(self, experiment: ResolvedExperiment, asked: spec.Control) -> None:
+    def __init__(self, experiment: ResolvedExperiment, asked: spec.Control, draws: int) -> None:
         self.experiment = experiment
         self.asked = asked
+        self.draws = draws
         self.shape: ModelShape = experiment.model.shape
         self.matched: dict[str, None] = {}
         """What a draw has in common with what it stands for, in words."""
@@ -117,7 +120,7 @@ class _Draws:
             if kind is None and rule.does.changes != "nothing"
         ]
         own = self.experiment.spec
-        draws = self.asked.draws
+        draws = self.draws
         shadow = replace(
             self.experiment,
             spec=own.model_copy(
@@ -189,12 +192,12 @@ class _Draws:
 
     def _say_repeats(self) -> None:
         fewest = min(self.different)
-        if fewest == self.asked.draws:
+        if fewest == self.draws:
             return
         said = f"{fewest:,} different ones, drawn several times each"
         if fewest == 1:
             said = "a single other, drawn every time"
-        elif 2 * fewest > self.asked.draws:
+        elif 2 * fewest > self.draws:
             said = f"{fewest:,} different ones, some drawn twice"
         only = "in some cells only " if len(self.different) > 1 else ""
         self.notes[f"{only}{said}"] = None
@@ -264,7 +267,7 @@ class _Draws:
         sources: list[dict[Key, tuple[SitePoint, ...]]] = [{} for _ in rules]
         labels: list[dict[Key, str]] = [{} for _ in rules]
         alone: set[Key] = set()
-        draws, seed = self.asked.draws, self.experiment.seed
+        draws, seed = self.draws, self.experiment.seed
         for cell in cells:
             written = [n for n in chosen if writes(n, cell)]
             fits = self._fitting(point for n in written for point in here(n, cell))
@@ -389,7 +392,7 @@ class _Draws:
         alone: set[Key] = set()
         self.alone[n] = own.axes, alone
         row_ids = self.experiment.table.row_ids
-        draws, seed = self.asked.draws, self.experiment.seed
+        draws, seed = self.draws, self.experiment.seed
         for key, cell in own.written.items():
             rows = [
                 draw_tokens(tokens, hits, row_id=row_id, draws=draws, seed=seed)

@@ -63,11 +63,13 @@ def outline(
     table: PromptTable,
     kinds: Registry[RuleKind],
     found: Mapping[str, Finding] | None = None,
+    draws_enough: int | None = None,
 ) -> tuple[Outline, list[Diagnostic]]:
     """What can be known of an experiment, and all that is wrong with it.
 
     kinds: of rules, by their verbs. found: what the experiments found whose results it uses, of
-    each of `experiment.after`; what needs one that is missing is refused without a word.
+    each of `experiment.after`; what needs one that is missing is refused without a
+    word. draws_enough: how many random draws are made at most.
     Codes: E0301 to E0323, E0402, E0413, E0507, E0612 and those of positions and texts.
     """
     diagnostics: list[Diagnostic] = []
@@ -141,7 +143,7 @@ def outline(
             )
         )
         return known, diagnostics
-    control, problems = resolve_control(resolved, limits.CELLS)
+    control, problems = resolve_control(resolved, limits.CELLS, draws_enough)
     diagnostics.extend(problems)
     if problems:
         return known, diagnostics

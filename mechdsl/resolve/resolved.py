@@ -399,6 +399,7 @@ class Outline(Record):
             "shape": self.model.shape.stands_in,
             "tokens": self.model.tokenizer.stands_in,
             "rows": self.table.stands_in,
+            "count": self.table.stands_in or self.table.cut,
             "columns": self.table.columns_unknown,
         }
         return frozenset(what for what in UNKNOWN if found[what])

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from mechdsl.base import limits
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, certain, has_errors
 from mechdsl.diagnostics.e01_syntax import TooLarge
@@ -246,7 +247,8 @@ def _outline(
         table = with_stand_ins(table, missing)
     model = contexts.fitting(model, table)
     findings = _stand_ins(experiment, checked, outlines)
-    known, found = outline(experiment, checked.program, model, table, RULES, findings)
+    draws = None if contexts.prompts_enough is None else limits.CHECKED_DRAWS
+    known, found = outline(experiment, checked.program, model, table, RULES, findings, draws)
     if experiment.broken or findings.keys() != set(experiment.after):
         known = replace(known, resolved=None)
     if known.resolved is not None:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
+from mechdsl.base import limits
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain, has_errors
 from mechdsl.models.locate import locate, needed
 from mechdsl.models.shape import read_shape
@@ -30,6 +32,9 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.largest_named import largest_named
 from mechdsl.validate.vocabulary import prompts_fit, tokenizer_fits
+
+_ROW_TO_TABLE = 4
+"""How many times as long it takes to make a row as to put it into a table or to find a position."""
 
 
 class Contexts:
@@ -198,8 +203,21 @@ class Contexts:
             compiled=self._rows,
             ids=ids,
             python=self.python,
-            prompts_enough=self.prompts_enough,
+            prompts_enough=self._enough,
         )
+
+    @cached_property
+    def _enough(self) -> int | None:
+        """How many prompts of a table are looked at: fewer where the file says more of each."""
+        if self.prompts_enough is None:
+            return None
+        blocks, experiments = self.program.prompts, self.program.experiments
+        tables = {(each.prompts, each.model, each.limit, each.part) for each in experiments}
+        used = [name for name, *_ in tables if name in blocks]
+        rows = sum(_length(blocks[name]) for name in set(used))
+        others = sum(_length(blocks[name]) for name in used) + sum(map(_length, experiments))
+        said = rows + others // _ROW_TO_TABLE
+        return min(self.prompts_enough, limits.CHECKED_WORK // max(1, said))
 
     def needs_python(self, name: str) -> bool:
         """Whether only Python, which isn't run here, can make the rows of a block."""
@@ -288,3 +306,16 @@ class Contexts:
         if theirs.stands_in:
             return None, []
         return model_run(table, theirs, other, model, run)
+
+
+def _length(part: object) -> int:
+    """How many characters of the file say something."""
+    match part:
+        case ast.Node():
+            return len(part.span.text)
+        case tuple():
+            return sum(map(_length, cast("tuple[object, ...]", part)))
+        case spec.Spec():
+            return sum(_length(getattr(part, name)) for name in type(part).model_fields)
+        case _:
+            return 0

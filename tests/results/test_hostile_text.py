@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mechdsl.base.visible import HIDDEN, encodable_json, json_text, visible, xml_text
+from mechdsl.base.visible import encodable_json, hidden, json_text, visible, xml_text
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
@@ -43,7 +43,7 @@ def test_hidden_characters_are_those_of_unicode() -> None:
         category = unicodedata.category(char)
         never = category == "Cn" and (number & 0xFFFE == 0xFFFE or 0xFDD0 <= number <= 0xFDEF)
         wanted = category in ("Cc", "Cf", "Cs", "Zl", "Zp") or never
-        found = HIDDEN.match(char) is not None
+        found = hidden().match(char) is not None
         assert found == wanted or (found and category == "Cn"), hex(number)
 
 
@@ -73,7 +73,7 @@ def test_xml_takes_every_character() -> None:
 def test_json_stays_json(encoding: str | None) -> None:
     value = {"é\U0001f600": HOSTILE + "\ud800"}
     text = json_text(value, indent=1)
-    assert not HIDDEN.search(text.replace("\n", ""))
+    assert not hidden().search(text.replace("\n", ""))
     written = encodable_json(text, encoding)
     written.encode(encoding or "ascii")
     assert json.loads(written) == value
@@ -141,7 +141,7 @@ def test_terminals(name: str, width: int) -> None:
     text = io.StringIO()
     show_report(result, line, visible_console(file=text, width=width, plain=True))
     shown = text.getvalue()
-    assert not HIDDEN.search(shown.replace("\n", ""))
+    assert not hidden().search(shown.replace("\n", ""))
     if name == "json":
         json.loads(shown)
         return
@@ -190,7 +190,7 @@ def test_pictures_and_pages(name: str, suffix: str, tmp_path: Path) -> None:
         assert not any(script.startswith("x()") for script in page.scripts)
         assert not re.search("[\x1b\x07\x9b\u202e]", "".join(page.scripts[-1:]) or text)
     else:
-        assert not HIDDEN.search(text.replace("\n", ""))
+        assert not hidden().search(text.replace("\n", ""))
     if suffix == ".svg":
         root = ElementTree.fromstring(text)
         assert "\\x1b" in "".join(root.itertext())
@@ -201,7 +201,7 @@ def test_notebooks() -> None:
     for result in (built("table")[0], Results((FileResult("f", (built("table")[0],)),))):
         text = result._repr_html_()
         ElementTree.fromstring(f"<div>{text}</div>")
-        assert not HIDDEN.search(text)
+        assert not hidden().search(text)
 
 
 # --- what programs read ---

@@ -1,0 +1,82 @@
+"""What transformers takes for granted of its models: `python -m tests.models.library_defaults`.
+
+Of the defaults of a kind those are kept that its shape hangs on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mechdsl.models import library_defaults
+from mechdsl.models.library_defaults import PARTS, TABLE, with_defaults
+from mechdsl.models.shape import ALIKE, ModelShape, shape_from_config
+
+Shapes = tuple[ModelShape | None, ...]
+
+
+def shapes(config: Mapping[str, Any]) -> Shapes:
+    """What the package makes of a config, as a decoder's and as its kind says; None for neither."""
+    found: list[ModelShape | None] = []
+    for architectures in (["ForCausalLM"], []):
+        try:
+            shape, _ = shape_from_config({**config, "architectures": architectures})
+        except Exception:  # of a class that takes nothing for granted
+            shape = None
+        found.append(shape and replace(shape, config={}))
+    return tuple(found)
+
+
+def whole(kind: str) -> dict[str, Any]:
+    """A config of a kind with all defaults; empty where there is none without arguments."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[kind]().to_dict()
+    except Exception:  # whatever it lacks
+        return {}
+
+
+def kept(kind: str) -> dict[str, Any]:
+    """The defaults of a kind that its shapes hang on, those of its parts being in the table."""
+    config = {k: v for k, v in whole(kind).items() if v is not None and k != "model_type"}
+    for part in PARTS:
+        if isinstance(config.get(part), Mapping):
+            config[part] = {"model_type": config[part].get("model_type", "")}
+
+    def seen() -> Shapes:
+        return shapes(with_defaults(config, ALIKE, kind))
+
+    wanted = seen()
+    for key in [key for key in config if key not in PARTS]:
+        value = config.pop(key)
+        if seen() != wanted:
+            config[key] = value
+    return config
+
+
+def table() -> dict[str, dict[str, Any]]:
+    """All kinds whose shapes can be told from what is kept."""
+    from transformers import CONFIG_MAPPING
+
+    divided = {k for k in CONFIG_MAPPING if any(isinstance(whole(k).get(p), dict) for p in PARTS)}
+    found: dict[str, dict[str, Any]] = {}
+    library_defaults.read_table = lambda: found
+    for kind in sorted(CONFIG_MAPPING, key=lambda kind: (kind in divided, kind)):
+        entry = kept(kind)
+        wanted = shapes(whole(kind))
+        if any(wanted) and shapes(with_defaults({}, ALIKE, kind) | entry) == wanted:
+            found[kind] = entry
+    return found
+
+
+def main() -> None:
+    rows = [f"{json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in sorted(table().items())]
+    TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+    print(f"{len(rows)} kinds")
+
+
+if __name__ == "__main__":
+    main()
