@@ -443,6 +443,20 @@ def test_nothing_is_said_that_hangs_on_the_model(tmp_path: Path, case: tuple[str
         assert not said(found.diagnostics), [d.message for d in found.diagnostics]
 
 
+def test_a_block_that_nothing_uses_is_looked_at_too(tmp_path: Path) -> None:
+    """Its first row is; a block that an experiment uses is looked at once."""
+    prompts = 'prompts NAME {\n  n in 1..5\n  template "Part {n} unheard Count 1:"\n}\n'
+    text = (
+        'mech 1\nmodel m = zoo("counting")\n'
+        + prompts.replace("NAME", "used")
+        + prompts.replace("NAME", "alone")
+        + "experiment e {\n  prompts used limit 3\n  measure entropy as raw\n}\n"
+    )
+    found = checked(text, tmp_path).diagnostics
+    rows = [d.label_text.partition(" in ")[2] for d in found if d.code == "W0702"]
+    assert rows == ["3 of 3 rows of `clean`", "1 of 1 rows of `clean`"]
+
+
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.mech")), ids=lambda file: file.stem)
 def test_examples_are_right_without_their_models(file: Path, tmp_path: Path) -> None:
     shutil.copytree(EXAMPLES, tmp_path / "examples")

@@ -205,6 +205,12 @@ class TestCounted:
         (everything,) = cells("tokens *", made, words)
         assert everything.hits[0] == (tuple(range(size)),)
 
+    def test_special_tokens_count_too(self, bert: TextTokenizer) -> None:
+        made = table(SAME, bert)
+        size = len(made.runs["clean"].rows[0].ids)
+        (rest,) = cells("tokens 1..-1", made, bert)
+        assert rest.hits[0] == (tuple(range(1, size)),)
+
     def test_loops(self, words: TextTokenizer) -> None:
         made = table(SAME, words)
         (cell,) = cells("token c", made, words, loop_values={"c": 2})
@@ -240,6 +246,9 @@ class TestCounted:
         assert codes(parts, "last token + 1", words) == ["E0310"]
         assert codes(parts, "first token - 1", words) == ["E0310"]  # that is `<s>`
         assert codes(parts, "token 5..2", words) == ["E0321"]
+        (found,) = resolve_positions(positions("token 20"), parts, "clean", tokenizer=words)[1]
+        assert found.span is not None
+        assert found.span.written == "token 20"
 
 
 class TestSets:

@@ -249,6 +249,9 @@ def test_models_of_other_sizes_or_tokens(folder: Path) -> None:
     _, found = attempt(text, folder, models("gpt2", "m", "tuned"), tokenizers={"tuned": fast(bare)})
     errors = [d for d in found if d.severity == "error"]
     assert [d.code for d in errors] == ["E0416"]
+    assert errors[0].message.startswith("`tuned` and `m` tokenise the prompts differently")
+    assert "begins with `w13 w4" in errors[0].label_text
+    assert "and `<s> w13 w4" in errors[0].label_text
 
 
 def test_checkpoints_share_their_tokenizer_and_prompts(folder: Path) -> None:

@@ -143,6 +143,20 @@ def test_a_block_with_one_row_left_serves_all(folder: Path) -> None:
     assert len(rows) == 7
 
 
+def test_rows_that_are_not_sampled_are_not_made(folder: Path) -> None:
+    """A row of the other block that can't be computed is wrong only where it is read."""
+    own = COUNTED.replace("where count > 3", "")
+    other = own.replace("fruit", "listed")
+    lines = ("prompts fruit limit 3", "from listed into clean", *LINES)
+    table = check(own + other, lines, folder).experiments[0].table
+    read = {row.values["count"] for row in table.runs["clean"].rows}
+    for count in (min(read), min({*range(2, 10)} - read)):
+        wrong = other.replace("Part {count}", f"Part {{6 / ({count} - count)}}")
+        found = check(own + wrong, lines, folder).diagnostics
+        codes = [d.code for d in found if d.severity == "error"]
+        assert codes == (["E0503"] if count in read else [])
+
+
 def test_texts_of_the_other_block_can_be_measured(folder: Path) -> None:
     """`answer of listed` is that of the row that is read."""
     other = COUNTED.replace("fruit", "listed").replace('" {count}"', '" {count - 1}"')

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from mechdsl import pipeline, zoo
 from mechdsl.cli import main
 from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.hook_points import at_hand
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -272,6 +274,19 @@ def test_where_all_fits_nothing_is_on_disk(in_memory: list[Any], tmp_path: Path)
     folder = tmp_path / "made"
     assert cells(mechdsl.run(EXAMPLE, limit=24, offload=folder)) == in_memory
     assert [*folder.iterdir()] == []
+
+
+def test_a_weight_beside_a_buffer_is_fetched() -> None:
+    """Of a module with both, accelerate leaves the buffer in memory."""
+    part = nn.Linear(2, 3)
+    part.register_buffer("factor", torch.ones(1))
+    weight = part.weight.detach().clone()
+    accelerate.cpu_offload(nn.Sequential(part), torch.device("cpu"))
+    assert part.weight.is_meta
+    assert not part.get_buffer("factor").is_meta
+    with at_hand(part):
+        assert torch.equal(part.weight, weight)
+    assert part.weight.is_meta
 
 
 def test_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

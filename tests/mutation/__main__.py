@@ -1,8 +1,9 @@
 """Changes the package in small ways and sees whether its tests notice.
 
     python -m tests.mutation --seed 1 --count 200 --write
-    python -m tests.mutation --target 'plan.py' --count 20 --budget 120
+    python -m tests.mutation --target 'plan/plan.py' --count 20 --budget 120
     python -m tests.mutation --survivors --budget 600
+    python -m tests.mutation --target plan/cost.py --named 'block.key'
 
 One operator, constant, condition, keyword, … at a time is changed, drawn from the modules below by
 the seed, and the tests that run the changed line are run: those first that together run most of
@@ -70,9 +71,22 @@ MODELS = (
 )
 STATISTICS = (
     "tests/results/test_statistics.py",
+    "tests/results/test_rounding.py",
     "tests/results/test_flips.py",
     "tests/results/test_variants.py",
     "tests/results/test_controls.py",
+)
+NUMBERS = (
+    "tests/execute/test_not_finite.py",
+    "tests/results/test_rounding.py",
+)
+CHECKED = (
+    "tests/compiler/test_without_model.py",
+    "tests/compiler/test_unlike_tokens.py",
+    "tests/elsewhere/test_prompts.py",
+    "tests/elsewhere/test_models.py",
+    "tests/elsewhere/test_blocks.py",
+    "tests/messages/test_messages.py",
 )
 TARGETS: dict[str, tuple[str, ...]] = {
     # plan
@@ -92,13 +106,20 @@ TARGETS: dict[str, tuple[str, ...]] = {
     # hooks
     "hooks/*.py": (*MODELS, *VALUES, *FILES),
     # execute
-    "execute/*.py": (*PLANNER, *VALUES, *FILES),
+    "execute/*.py": (*PLANNER, *VALUES, *FILES, *NUMBERS),
     # statistics
     "statistics/*.py results/variants.py vocab/effect_kind.py": (
         *STATISTICS,
         *FILES,
         "tests/execute/test_effects.py",
     ),
+    # results
+    "results/estimates.py": ("tests/results/test_expectations.py", *FILES),
+    "results/denominators.py": ("tests/execute/test_effects.py", *FILES),
+    # what is said of a file
+    "validate/contexts.py validate/follow_ups.py": CHECKED,
+    "prompts/counted_tokens.py": ("tests/data/test_positions.py", *CHECKED),
+    "program/named_paths.py": ("tests/cli/test_paths.py", "tests/cli/test_written_files.py"),
 }
 """Modules that are changed, as patterns below the package → files or folders of their tests."""
 
@@ -112,12 +133,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=200, help="mutants to draw")
     parser.add_argument("--target", default="*", metavar="GLOB", help="of modules, below mechdsl/")
+    parser.add_argument("--named", default="", metavar="TEXT", help="of mutants: a part of it")
     parser.add_argument("--budget", type=float, default=60, help="seconds of tests for each")
     parser.add_argument("--survivors", action="store_true", help="those of the table, again")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     given = parser.parse_args(arguments)
     of_modules = {name: tests for name, tests in targets().items() if fnmatch(name, given.target)}
     every = [mutant for name in of_modules for mutant in of_module(name)]
+    every = [mutant for mutant in every if given.named in mutant.name]
     if given.survivors:
         alive = {row["mutant"] for row in read_table().values() if row["outcome"] == "survived"}
         every = [mutant for mutant in every if mutant.name in alive]

@@ -51,6 +51,8 @@ NEEDED = (
     "hypothesis.extra.numpy",
 )
 """Imported before the package is, for mutants that import it anew."""
+QUICK = 0.3
+"""Seconds of a test, traced, of which all cases are looked at."""
 OPTIONS = ["-q", "-x", "-s", "-p", "no:cacheprovider", "--tb=line", "-m", "not slow"]
 
 
@@ -183,12 +185,14 @@ class Collected:
     def __init__(self, session: pytest.Session) -> None:
         self.items = {item.nodeid: item for item in session.items}
         self.functions: dict[tuple[str, str], list[FunctionType]] = {}
+        gc.unfreeze()  # what is frozen, as tests/conftest.py does, is not listed
         for found in gc.get_objects():
             if type(found) is FunctionType:  # `isinstance` asks objects that answer with warnings
                 code = found.__code__
                 if code.co_filename.startswith(str(PACKAGE)):
                     key = (code.co_filename, code.co_qualname)
                     self.functions.setdefault(key, []).append(found)
+        gc.freeze()
 
     @staticmethod
     def of(files: Iterable[Path], action: Callable[[Collected], Any]) -> Any:
@@ -251,26 +255,34 @@ class Collected:
     def reach(self, file: Path, modules: Sequence[str], limit: float) -> Reached:
         """What each test of a file runs, as far as there is time.
 
-        Of the cases of one function the first and the last are traced, and stand for the rest.
+        Of the cases of one function the first and the last are traced; where these aren't quick,
+        they stand for the rest.
         """
         cases: dict[str, list[str]] = {}
         for test in self.items:
             if test.partition("::")[0] == str(file):
                 cases.setdefault(function_of(test), []).append(test)
-        ends = [(own[0], own[-1]) for own in cases.values()]
-        traced = list(dict.fromkeys([*(first for first, _ in ends), *(last for _, last in ends)]))
 
         def run(folder: Path) -> Reached:
             trace = Trace(modules)
             end = math.inf
-            for test, following in zip(traced, [*traced[1:], None], strict=True):
-                if time.process_time() < end:
-                    self._test(test, following, folder, [trace])
-                    end = min(end, time.process_time() + limit)  # models are made by the first
+
+            def look_at(tests: Sequence[str]) -> None:
+                nonlocal end
+                for test, following in zip(tests, [*tests, None][1:], strict=True):
+                    if time.process_time() < end:
+                        self._test(test, following, folder, [trace])
+                        end = min(end, time.process_time() + limit)  # models are made by the first
+
+            def known(own: Sequence[str]) -> list[tuple[float, dict[str, list[int]]]]:
+                return [trace.found[case] for case in (own[0], own[-1]) if case in trace.found]
+
+            look_at(list(dict.fromkeys(own[at] for at in (0, -1) for own in cases.values())))
+            quick = [own for own in cases.values() if any(s < QUICK for s, _ in known(own))]
+            look_at([case for own in quick for case in own[1:-1]])
             for own in cases.values():
-                known = [trace.found[case] for case in (own[0], own[-1]) if case in trace.found]
-                for case in own[1:-1] if known else ():
-                    trace.found[case] = max(known, key=lambda one: one[0])
+                for case in own[1:-1] if known(own) else ():
+                    trace.found.setdefault(case, max(known(own), key=lambda one: one[0]))
             return trace.found
 
         found = _forked(run, math.inf)

@@ -1,0 +1,51 @@
+"""A line that can't be read is said alone, not with what only follows from it."""
+
+from __future__ import annotations
+
+import pytest
+
+from mechdsl.base.source import Source
+from mechdsl.validate.check_file import check_source
+
+FILE = """mech 1
+
+model m = zoo("counting")
+
+metric speed = prob(answer)
+
+prompts p {
+  n in 1..9
+  item in ["apple", "pear", "fig"]
+  template "Part {n}: {item} Count 1:"
+  answer " {n}"
+}
+
+experiment e {
+  prompts p
+  ablate z layer 0 head 0 at last token with zero
+  measure speed as delta
+  expect mean(speed) > 0
+  expect accuracy(clean) > 0
+}
+"""
+OPEN = ("prob(answer)", "prob(answer")
+
+CASES: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
+    "a metric that is measured": ([OPEN], ["E0103"]),
+    "a metric, and a rule beside its measure": (
+        [OPEN, ("with zero", "with")],
+        ["E0103", "E0101"],
+    ),
+    "a placeholder in a text without an end": ([("{n}: {item} Count 1:\"", "{n")], ["E0105"]),
+    "the answer that an accuracy needs": ([('" {n}"', '" {n}')], ["E0105"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_nothing_else_is_said(case: tuple[list[tuple[str, str]], list[str]]) -> None:
+    text = FILE
+    for right, wrong in case[0]:
+        assert right in text
+        text = text.replace(right, wrong)
+    found = [d for d in check_source(Source(text)).diagnostics if d.severity == "error"]
+    assert [d.code for d in found] == case[1], [d.message for d in found]
