@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import mechdsl.plan.cost
+from mechdsl.plan.cost import Cost, PanelCount
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import NAMES, RESTARTS, unknown_passes
 from mechdsl.plan.plan import ExperimentPlan
-from mechdsl.plan.savings import plan_cost
+from mechdsl.plan.savings import PlanCost, plan_cost
+from mechdsl.plan.share import Sharer
 from mechdsl.show.plan import unpatched_rows
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
@@ -39,6 +42,19 @@ def test_prompts_without_the_position_have_no_row() -> None:
     plan = planned(FROM, "patch resid_post layer 0 at each item token", DELTA)
     fewer = plan.experiment.table.runs["fewer"].rows
     assert plan.count() == sum(int(row.values["count"]) for row in fewer)
+
+
+def test_each_of_several_tokens_under_one_label_is_a_row() -> None:
+    """Whatever else is written in the same row."""
+    sweep = "ablate z layer 0 head 1 at each token between first token and last token with zero"
+    for rules in ([sweep], [sweep, "ablate z layer 0 head 0 at last token with zero"]):
+        plan = planned(*rules, DELTA)
+        assert [cell.label for cell in plan.rules[0].positions] == [
+            "between first", "between middle", "between last"
+        ]  # fmt: skip
+        base = plan.experiment.table.runs["clean"].rows
+        between = sum(row.special.count(False) for row in base)
+        assert plan.count() == between
 
 
 def test_an_experiment_without_a_rule_has_no_patched_rows() -> None:
@@ -72,6 +88,101 @@ def test_rows_that_take_nothing_over_are_whole_passes() -> None:
     assert not make_plan(experiments, without=frozenset(RESTARTS)).restarts
     for name in RESTARTS:
         assert make_plan(experiments, without=frozenset(RESTARTS) - {name}).restarts
+
+
+HEADS = "patch z layer 0..2 head * at last-item token"
+
+
+def cost_of(
+    *lines: str, pass_tokens: int = 1 << 20, without: frozenset[str] = frozenset()
+) -> tuple[ExperimentPlan, PlanCost]:
+    plan = make_plan(resolved(HEAD + experiment(FROM, *lines)), without=without)
+    (found,) = [each for panel in plan.panels for each in panel.experiments]
+    return found, plan_cost(plan, pass_tokens)
+
+
+def test_a_pass_takes_rows_by_the_tokens_from_their_first_write() -> None:
+    found, cost = cost_of(HEADS, DELTA, pass_tokens=100)
+    (hits,) = found.rules[0].positions
+    base = found.experiment.table.runs["fewer"].rows
+    tokens = sum(len(row.ids) - hits.hits[n][0][0] for n, row in enumerate(base)) * found.n_cells
+    assert cost.planned.rows == found.count()
+    assert cost.planned.forwards == 2 + -(-tokens // 100)
+
+
+@pytest.mark.parametrize(("measure", "narrow"), [("logit(answer)", True), ("prob(answer)", False)])
+def test_unembed_leaves_all_but_two_logits_out_where_no_softmax_needs_them(
+    measure: str, narrow: bool
+) -> None:
+    found, cost = cost_of(HEADS, f"measure {measure} as delta")
+    names = [one.name for one in cost.savings]
+    at = names.index("unembed")
+    before, after = (cost.savings[n].after.multiply_adds for n in (at - 1, at))
+    shape = found.experiment.model.shape
+    logits = shape.d_model * (shape.vocab_size - 2)
+    assert before - after == (found.count() * logits if narrow else 0)
+
+
+def test_a_row_takes_its_whole_prompt_along_from_its_own_block() -> None:
+    """Rows of all layers are counted together."""
+    without = frozenset({"prefix", "inside", "last"})
+    found, cost = cost_of(HEADS, DELTA, without=without)
+    _, nothing = cost_of(HEADS, DELTA, without=without | {"resume"})
+    lengths = sum(len(row.ids) for row in found.experiment.table.runs["fewer"].rows)
+    assert nothing.planned.tokens - cost.planned.tokens == 4 * lengths * (0 + 1 + 2)
+
+
+def test_of_a_path_behind_held_sublayers_only_its_sender_is_computed() -> None:
+    found, cost = cost_of("path z layer 0..2 head * -> logits at last token", DELTA)
+    shape = found.experiment.model.shape
+    (panel,) = make_plan(resolved(HEAD + experiment(FROM, HEADS, DELTA))).panels
+    unpatched = PanelCount(panel, 1, 1).unpatched(stopped=False)
+    each = shape.n_heads * shape.d_head * shape.d_model + 2 * shape.d_model
+    assert cost.planned.multiply_adds - unpatched.multiply_adds == found.count() * each
+
+
+def test_a_file_without_experiments_costs_nothing() -> None:
+    found = plan_cost(make_plan([]))
+    assert (found.plain, found.planned, found.blocks) == (Cost(), Cost(), 0)
+
+
+def test_rows_that_are_written_as_they_are_are_not_run() -> None:
+    rule = "reweight attention layer 0 head * from last token to first token by c"
+    found, cost = cost_of(f"for c in [1, 2] {{ {rule} }}", DELTA)
+    (inert,) = [one.after.rows for one in cost.savings if one.name == "inert"]
+    assert inert == found.count() / 2
+
+
+def distinct(*rules: str, share: bool = True) -> tuple[int, int]:
+    """Of an experiment for each rule: (rows, distinct ones)."""
+    bodies = enumerate(rules)
+    text = HEAD + "".join(experiment(rule, DELTA, name=f"e{n}") for n, rule in bodies)
+    (panel,) = make_plan(resolved(text)).panels
+    prompts = np.arange(len(panel.table), dtype=np.int64)
+    rows = [each.rows(prompts) for each in panel.experiments]
+    return sum(map(len, rows)), len(Sharer(panel.experiments, share=share).of(rows))
+
+
+def test_equal_rows_are_shared_only_where_that_is_on() -> None:
+    twice = ("ablate z layer * head * at last token with zero",) * 2
+    assert distinct(*twice) == (2 * 16 * 64, 16 * 64)
+    assert distinct(*twice, share=False) == (2 * 16 * 64, 2 * 16 * 64)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [
+            f"ablate z layer 0 head 0 at {at} with zero"
+            for at in ("token 0..5", "tokens 1..2", "{token 1, token 3}", "tokens 1..3")
+        ],
+        [f"block attention layer 0 from last token to {key}" for key in ("token 0..5", "tokens 1..2")],
+    ],
+    ids=["tokens", "keys"],
+)  # fmt: skip
+def test_rows_at_other_tokens_are_not_equal(rules: list[str]) -> None:
+    every, once = distinct(*rules)
+    assert once == every
 
 
 def test_work_is_the_same_where_it_is_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

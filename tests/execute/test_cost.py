@@ -86,6 +86,9 @@ READ_ELSEWHERE = {
         "measure attention as delta",
     ),
     "by receivers": (FROM, "path z layer * head * -> q layer * head 1 at cue token", DIFFERENCE),
+    "by receivers and at all tokens": (
+        FROM, "path z layer * head * -> q layer * head 1 at cue token", "measure loss as raw"
+    ),
     "by receivers past mlps": (
         FROM, "path mlp_out layer * -> v layer 2 head 0..1 at cue token through mlps", DIFFERENCE
     ),
