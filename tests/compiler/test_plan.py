@@ -11,7 +11,7 @@ from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import NAMES, RESTARTS, unknown_passes
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.savings import PlanCost, plan_cost
-from mechdsl.plan.share import Sharer
+from mechdsl.plan.share import Sharer, combined
 from mechdsl.show.plan import unpatched_rows
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
@@ -144,6 +144,7 @@ def test_of_a_path_behind_held_sublayers_only_its_sender_is_computed() -> None:
 def test_a_file_without_experiments_costs_nothing() -> None:
     found = plan_cost(make_plan([]))
     assert (found.plain, found.planned, found.blocks) == (Cost(), Cost(), 0)
+    assert Cost(multiply_adds=3.0).flops == 6
 
 
 def test_rows_that_are_written_as_they_are_are_not_run() -> None:
@@ -151,6 +152,9 @@ def test_rows_that_are_written_as_they_are_are_not_run() -> None:
     found, cost = cost_of(f"for c in [1, 2] {{ {rule} }}", DELTA)
     (inert,) = [one.after.rows for one in cost.savings if one.name == "inert"]
     assert inert == found.count() / 2
+
+
+ZEROED = "ablate z layer * head * at last token with zero"
 
 
 def distinct(*rules: str, share: bool = True) -> tuple[int, int]:
@@ -164,7 +168,7 @@ def distinct(*rules: str, share: bool = True) -> tuple[int, int]:
 
 
 def test_equal_rows_are_shared_only_where_that_is_on() -> None:
-    twice = ("ablate z layer * head * at last token with zero",) * 2
+    twice = (ZEROED,) * 2
     assert distinct(*twice) == (2 * 16 * 64, 16 * 64)
     assert distinct(*twice, share=False) == (2 * 16 * 64, 2 * 16 * 64)
 
@@ -176,13 +180,25 @@ def test_equal_rows_are_shared_only_where_that_is_on() -> None:
             f"ablate z layer 0 head 0 at {at} with zero"
             for at in ("token 0..5", "tokens 1..2", "{token 1, token 3}", "tokens 1..3")
         ],
-        [f"block attention layer 0 from last token to {key}" for key in ("token 0..5", "tokens 1..2")],
+        [
+            f"block attention layer 0 from last token to {at}"
+            for at in ("token 0..5", "tokens 1..2")
+        ],
+        [ZEROED, f"{ZEROED}\n  block attention layer 0 from last token to first token"],
     ],
-    ids=["tokens", "keys"],
+    ids=["tokens", "keys", "rules"],
 )  # fmt: skip
-def test_rows_at_other_tokens_are_not_equal(rules: list[str]) -> None:
+def test_rows_that_write_something_else_are_not_equal(rules: list[str]) -> None:
     every, once = distinct(*rules)
     assert once == every
+
+
+def test_columns_of_many_values_are_told_apart() -> None:
+    """Of more combinations than there are numbers of 64 bits."""
+    columns = np.random.default_rng(0).integers(0, 2, (200, 24)) * np.arange(200)[:, None]
+    _, expected = np.unique(columns, axis=0, return_inverse=True)
+    found = combined([list(columns.T)], [len(columns)])
+    np.testing.assert_array_equal(np.unique(found, return_inverse=True)[1], expected.reshape(-1))
 
 
 def test_work_is_the_same_where_it_is_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

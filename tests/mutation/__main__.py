@@ -105,8 +105,10 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     # hooks
     "hooks/*.py": (*MODELS, *VALUES, *FILES),
+    "hooks/site_steps.py hooks/block_attention.py": ("tests/models/test_hooks.py", *VALUES),
     # execute
     "execute/*.py": (*PLANNER, *VALUES, *FILES, *NUMBERS),
+    "execute/not_finite.py": NUMBERS,
     # statistics
     "statistics/*.py results/variants.py vocab/effect_kind.py": (
         *STATISTICS,

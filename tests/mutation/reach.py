@@ -78,7 +78,9 @@ def _lines(mutant: Mutant) -> set[int]:
             names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 names = {node.name}
-    return {n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names}
+    functions = [each for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)]
+    inside = (node for each in functions for part in each.body for node in ast.walk(part))
+    return {n.lineno for n in inside if isinstance(n, ast.Name) and n.id in names}
 
 
 def test_files(paths: Iterable[str]) -> list[Path]:
