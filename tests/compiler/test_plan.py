@@ -101,6 +101,14 @@ def cost_of(
     return found, plan_cost(plan, pass_tokens)
 
 
+@pytest.mark.parametrize(("measure", "inert"), [("logit(answer)", True), ("loss", False)])
+def test_behind_the_last_attention_only_tokens_that_are_read_count(
+    measure: str, inert: bool
+) -> None:
+    rule = "ablate resid_post layer 3 at first token with zero"
+    assert planned(rule, f"measure {measure} as delta").inert.tolist() == [inert]
+
+
 def test_a_pass_takes_rows_by_the_tokens_from_their_first_write() -> None:
     found, cost = cost_of(HEADS, DELTA, pass_tokens=100)
     (hits,) = found.rules[0].positions

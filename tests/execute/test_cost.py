@@ -87,7 +87,7 @@ READ_ELSEWHERE = {
     ),
     "by receivers": (FROM, "path z layer * head * -> q layer * head 1 at cue token", DIFFERENCE),
     "by receivers and at all tokens": (
-        FROM, "path z layer * head * -> q layer * head 1 at cue token", "measure loss as raw"
+        FROM, "path z layer 0 head * -> q layer 1 head 1 at cue token", "measure loss as raw"
     ),
     "by receivers past mlps": (
         FROM, "path mlp_out layer * -> v layer 2 head 0..1 at cue token through mlps", DIFFERENCE

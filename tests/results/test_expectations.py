@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.collect import without_measures
 from mechdsl.results.decide_expectations import evaluate
+from mechdsl.results.estimates import Estimate, combined
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.validate.conditions import place_of
 from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
@@ -307,3 +309,12 @@ def test_a_measure_that_could_not_be_computed_holds_nothing() -> None:
     assert [each.holds for each in gone.outcomes] == [False, False, False]
     assert all("E0613" in (each.reason or "") for each in gone.outcomes)
     assert np.isnan(gone.statistics[0].mean).all()
+
+
+@pytest.mark.parametrize("left", [Estimate(0.0), Estimate(0.0, np.zeros(3))])
+def test_of_two_numbers_the_one_that_is_none_says_why(left: Estimate) -> None:
+    none = Estimate(np.nan, None, "no row is left")
+    assert combined("+", left, none).why == combined("+", none, left).why == "no row is left"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(combined("/", left, Estimate(0.0)).point)
