@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from mechdsl.base.source import Source
+from mechdsl.execute.measured_values import Unusable
+from mechdsl.execute.not_finite import not_finite, stream
 from mechdsl.execute.patched_rows import Patcher
 from mechdsl.execute.readout import Reading, Readout
+from mechdsl.loading.load import adopt
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import check_source
 
-from .nan import HEAD, MEASURE, ROWS, WITH_FIG, experiment, run
+from .nan import HEAD, MEASURE, ROWS, WITH_FIG, broken, experiment, run
 
 HEADS = experiment(
     "heads",
@@ -215,3 +218,35 @@ def test_the_difference_of_two_excluded_tokens_is_no_number() -> None:
     assert found.broken.tolist() == [False, False, True]
     assert found.values[1][:2].tolist() == [0.0, -np.inf]
     assert np.isnan(found.values[1][2])
+
+
+def test_the_place_in_a_text_that_is_run_behind_the_prompt() -> None:
+    """The prompts themselves are fine."""
+    text = experiment(
+        "e",
+        "ablate layer 1 head 0 at last token with zero",
+        'measure logprob(" fig 2") as raw',
+        prompts="others",
+    )
+    (error,) = (d for d in run(text)[1] if d.severity == "error")
+    assert (error.code, error.label_text) == ("E0621", "first in `embed`, in 6 of 6 rows")
+
+
+def test_what_is_said_without_a_place_and_of_one_row() -> None:
+    text = HEAD + experiment("e", MEASURE, "measure rank(answer) as raw")
+    (found,) = check_source(Source(text)).experiments
+    several = not_finite(found, Unusable(0, "clean"), 3)
+    assert several.span is not None
+    assert several.span.text == MEASURE
+    assert several.label_text == "in 3 of 8 rows"
+    one = not_finite(found, Unusable(0, "clean", place="in `embed`"), 1)
+    assert one.label_text == "first in `embed`"
+
+
+def test_every_block_is_looked_at_in_the_order_of_a_pass() -> None:
+    model, found = adopt("toy", *broken())
+    assert model is not None, found
+    sites = [(read.site, read.layer) for read in stream(model)]
+    assert sites[0] == ("embed", None)
+    assert [layer for site, layer in sites if site == "resid_post"] == [0, 1, 2, 3]
+    assert sites[-1] == ("final_norm", None)
