@@ -420,6 +420,14 @@ def test_cells_that_the_text_rules_out_are_refused(
     assert {each[0] for each in found} == ({code} if code else set()), found
 
 
+def test_a_broken_rule_leaves_the_positions_of_cells_open(tmp_path: Path) -> None:
+    text = FILE.replace("at last token\n  measure ld", "at last token,, place token\n  measure ld")
+    text = text.replace("mean(delta, layer: 1..2)", 'mean(delta, position: "last token")')
+    for source in MODELS.values():
+        found = said(checked(text, tmp_path, source).diagnostics)
+        assert {each[0] for each in found} == {"E0101"}, found
+
+
 HANGS_ON_IT = {
     "a layer": ("layer 1..2 at last-item", "layer 40 at last-item"),
     "a layer from the end": ("layer 1..2 at last-item", "layer 2..-1 at last-item"),
