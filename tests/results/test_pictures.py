@@ -167,6 +167,26 @@ def test_panels_have_room_for_their_titles(name: str, tmp_path: Path) -> None:
     assert "sentence" in " ".join(checked(svg))
 
 
+@pytest.mark.parametrize("name", ["heatmap", "lines", "bars", "confusion"])
+def test_a_legend_stands_beside_its_panel(name: str, tmp_path: Path) -> None:
+    """Neither over it, nor behind the end of a title that is longer."""
+    build, line = PICTURES[name]
+    result = few(build(3, 4))
+    long = replace(result, name=" ".join(["a title that is long"] * 4))
+    for each in (result, long):
+        root = ElementTree.fromstring(drawn(each, line, tmp_path))
+        panel = next(
+            node
+            for node in root.iter()
+            if node.get("class") == "background" and not node.attrib["d"].startswith("M0,0h0")
+        )
+        width = float(re.findall(r"h([\d.]+)", panel.attrib["d"])[0])
+        (legend,) = (node for node in root.iter() if "role-legend" in node.get("class", "").split())
+        place = re.search(r"translate\(([\d.]+),", legend[0].attrib["transform"])
+        assert place is not None
+        assert 12 < float(place[1]) - width < 26
+
+
 def test_texts_that_overlap_are_found() -> None:
     def lines(*places: str) -> str:
         texts = "".join(f"<text {place}>0.00</text>" for place in places)

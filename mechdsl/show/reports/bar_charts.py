@@ -17,6 +17,7 @@ from mechdsl.show.reports.charts import (
     FAINT,
     INK,
     PALETTE,
+    beside,
     colours,
     faceted,
     faint_said,
@@ -68,7 +69,8 @@ class _Places:
 
     @property
     def width(self) -> float:
-        return self.step * len(self.names)
+        padding = 0.2 if self.series else 0.0  # what vega adds at the ends
+        return self.step * (len(self.names) + padding)
 
     def key(self, key: tuple[Coord, ...]) -> dict[str, str]:
         """What a record says of its place."""
@@ -122,7 +124,7 @@ def _bars(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
     if series:
         base = base.encode(xOffset=alt.XOffset("series:N", sort=series))
         title = axes[1] if axes[1] != "position" else None
-        legend = series_legend(title, series)
+        legend = series_legend(title, series, beside(places.width, len(shown)))
         colour = alt.Color("series:N", sort=series, scale=colours(series), legend=legend)
     y = alt.Y("mean:Q", axis=alt.Axis(title=value_title(result.measures[measure])))
     bars = base.mark_bar().encode(
@@ -168,6 +170,7 @@ def _stacks(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> An
         if n
     ]
     values = [f"{value:g}" for value in seen]
+    place = beside(places.width, len(shown))
     drawn = (
         hovered(alt.Chart(alt.Data(values=records)))
         .mark_bar()
@@ -178,7 +181,7 @@ def _stacks(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> An
                 "value:N",
                 sort=values,
                 scale=alt.Scale(domain=values, scheme="viridis"),
-                legend=series_legend(visible(data.label), values),
+                legend=series_legend(visible(data.label), values, place),
             ),
             order=alt.Order("order:Q"),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, Literal
@@ -205,10 +205,19 @@ def colours(lines: list[str]) -> Any:
     return alt.Scale(domain=lines, scheme=alt.SchemeParams("viridis", extent=[0, 0.87]))
 
 
-def series_legend(title: str | None, lines: Sequence[str]) -> Any:
+def beside(width: float, panels: int) -> dict[str, Any]:
+    """Where a legend stands: at the side of a single panel, as vega would put it behind the end of
+    a title that is longer."""
+    if panels > 1:
+        return {}
+    return {"orient": "none", "direction": "vertical", "legendX": width + 18, "legendY": 0}
+
+
+def series_legend(title: str | None, lines: Sequence[str], place: Mapping[str, Any]) -> Any:
     """Every series, in columns where there are many."""
     columns = -(-len(lines) // SERIES_IN_COLUMN)
-    return alt.Legend(title=title, labelLimit=320, symbolLimit=0, columns=columns, symbolOpacity=1)
+    plain: dict[str, Any] = {"labelLimit": 320, "symbolLimit": 0, "symbolOpacity": 1, **place}
+    return alt.Legend(title=title, columns=columns, **plain)
 
 
 # --- files --------------------------------------------------------------------------------------

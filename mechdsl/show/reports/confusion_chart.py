@@ -9,7 +9,16 @@ import altair as alt
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.chart_labels import labels_below, labels_beside, text_width
-from mechdsl.show.reports.charts import INK, QUIET, faceted, heading, hovered, themed, titled
+from mechdsl.show.reports.charts import (
+    INK,
+    QUIET,
+    beside,
+    faceted,
+    heading,
+    hovered,
+    themed,
+    titled,
+)
 from mechdsl.show.reports.confusion_counts import Confusion, confusions
 from mechdsl.show.reports.grid import axis_title, value_text
 
@@ -27,8 +36,8 @@ def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:
     for measure, found in confusions(result, report).items():
         own = any(column is not None for each in found for column in each.own)
         framed = f"framed: the category is the row's own {report.variable}" if own else None
-        beside = axis_title(result, report.variable or "")
-        drawn = _map(found, beside, report.by or "")
+        row_title = axis_title(result, report.variable or "")
+        drawn = _map(found, row_title, report.by or "")
         maps.append(titled(drawn, result, result.measures[measure], framed))
     return themed(alt.vconcat(*maps, spacing=36))
 
@@ -40,7 +49,7 @@ def _map(found: list[Confusion], row_title: str, column_title: str) -> Any:
     most = max((count for each in found for row in each.counts for count in row), default=0)
     step = max(40.0, text_width(str(most), COUNT) + 6) if numbered else 18.0
     below = labels_below([int(c) if c.is_integer() else c for c in columns], step, MOST_WIDTH)
-    beside = labels_beside(rows, 34 if numbered else 18)
+    names_of_rows = labels_beside(rows, 34 if numbered else 18)
     width = below.step * len(columns)
     names = dict(zip(columns, below.texts, strict=True))
     records = [
@@ -69,12 +78,14 @@ def _map(found: list[Confusion], row_title: str, column_title: str) -> Any:
         ),
         y=alt.Y(
             "row:N",
-            scale=alt.Scale(domain=beside.texts),
-            axis=alt.Axis(title=row_title, **plain, **beside.options),
+            scale=alt.Scale(domain=names_of_rows.texts),
+            axis=alt.Axis(title=row_title, **plain, **names_of_rows.options),
         ),
     )
     scale = alt.Scale(domain=[0, 1], range=["#f7f7f7", "#2166ac"])
-    legend = alt.Legend(title="share", gradientLength=120, format=".1f")
+    legend = alt.Legend(
+        title="share", gradientLength=120, format=".1f", **beside(width, len(found))
+    )
     layers: list[Any] = [
         base.mark_rect(stroke="white", strokeWidth=1.5).encode(
             color=alt.Color("share:Q", scale=scale, legend=legend),
@@ -87,6 +98,6 @@ def _map(found: list[Confusion], row_title: str, column_title: str) -> Any:
         layers.append(base.mark_text(fontSize=SHARE, dy=-5).encode(text="text:N", color=ink))
         layers.append(base.mark_text(fontSize=COUNT, dy=8).encode(text="below:N", color=quiet))
     drawn = alt.layer(*layers, data=alt.Data(values=records)).properties(
-        width=alt.Step(below.step), height=alt.Step(beside.step)
+        width=alt.Step(below.step), height=alt.Step(names_of_rows.step)
     )
     return faceted(drawn, [each.title for each in found], width)

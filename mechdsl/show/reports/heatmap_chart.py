@@ -14,6 +14,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.chart_labels import ChartLabels, labels_below, labels_beside, text_width
 from mechdsl.show.reports.charts import (
     INK,
+    beside,
     faceted,
     heading,
     hovered,
@@ -114,6 +115,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
         title="commonest" if category else value_title(data),
         gradientLength=min(160, max(60, layout.rows.step * len(places[0]) - 20)),
         format=".2~g",
+        **beside(layout.width, len(shown)),
     )
     plain: dict[str, Any] = {"ticks": False, "domain": False}
     below = alt.Axis(
@@ -122,10 +124,10 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
         **plain,
         **layout.columns.options,
     )
-    beside = alt.Axis(title=axis_title(result, rows), **plain, **layout.rows.options)
+    at_side = alt.Axis(title=axis_title(result, rows), **plain, **layout.rows.options)
     base = hovered(alt.Chart()).encode(
         x=alt.X("column:N", scale=alt.Scale(domain=layout.columns.texts), axis=below),
-        y=alt.Y("row:N", scale=alt.Scale(domain=layout.rows.texts), axis=beside),
+        y=alt.Y("row:N", scale=alt.Scale(domain=layout.rows.texts), axis=at_side),
     )
     cells = base.mark_rect(stroke="white", strokeWidth=1.5 if layout.number else 0.4).encode(
         color=alt.Color("value:Q", scale=scale, legend=legend)

@@ -15,6 +15,7 @@ from mechdsl.show.reports.chart_labels import LABEL_SIZE, labels_below, text_wid
 from mechdsl.show.reports.charts import (
     FAINT,
     PALETTE,
+    beside,
     colours,
     faceted,
     faint_said,
@@ -103,7 +104,8 @@ def _lines(result: ExperimentResult, measure: int, word: str, series: str | None
         for key, cell in panel.cells.items()
         if np.isfinite(found.mean[cell])
     ]
-    base, apart = alt.Chart().encode(x=x), _told_apart(lines, series)
+    place = beside(width, len(shown) if series is not None else 1)
+    base, apart = alt.Chart().encode(x=x), _told_apart(lines, series, place)
     base = base.encode(color=apart.pop("color"))
     if not numbered and len(lines) > 1:
         base = base.encode(xOffset=alt.XOffset("line:N", sort=lines))
@@ -149,12 +151,12 @@ def _along_words(values: Sequence[Coord], title: str | None, step: float) -> Any
     return x, names, max(LEAST_WIDTH, labels.step * len(values))
 
 
-def _told_apart(lines: list[str], series: str | None) -> dict[str, Any]:
+def _told_apart(lines: list[str], series: str | None, place: dict[str, Any]) -> dict[str, Any]:
     """Colour, dashes and points of their own for every line: one that lies on another leaves gaps
     where that is seen, and its points are open."""
     if len(lines) < 2:
         return {"color": alt.value(PALETTE[0])}
-    legend = series_legend(series if series != "position" else None, lines)
+    legend = series_legend(series if series != "position" else None, lines, place)
     dashes = [*DASHES, *([6 + n, 3] for n in range(len(lines)))][: len(lines)]
     shapes = [SHAPES[n % len(SHAPES)] for n in range(len(lines))]
     dash, shape = (alt.Scale(domain=lines, range=looks) for looks in (dashes, shapes))
