@@ -254,16 +254,17 @@ def explain(
     untrusted: bool = False,
 ) -> Printed:
     """What `mechdsl explain` prints: the prompts of a file, token by token, with the positions that
-    rules hit; or the page of a code (`explain("E0301")`).
+    rules hit; or the page of a code (`explain("E0301")`) or of the language
+    (`explain("language")`).
 
     format: `json` is every row of every run. The other arguments are those of `run`.
     Raises MechdslError where something is wrong.
     """
-    from mechdsl.diagnostics.pages import is_code, page_of
+    from mechdsl.diagnostics.pages import names_page, page_of
     from mechdsl.show.terminal import Printed, printed
 
     _refuse(_word_problem("format", format, ("text", "json")), _size_problems(limit))
-    if is_code(str(what)):
+    if names_page(str(what)):
         text, problems = page_of(str(what))
         _refuse(problems)
         return Printed(text)

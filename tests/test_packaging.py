@@ -1,4 +1,4 @@
-"""What lies outside the package (grammar, error pages) is found in a wheel too."""
+"""What lies outside the package (grammar, pages, examples) is found in a wheel too."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+LANGUAGE = ROOT / "docs" / "language.md"
 
 PROGRAM = """
 import mechdsl, mechdsl.diagnostics.pages, mechdsl.syntax.parser_tables as tables
 from pathlib import Path
 assert Path(mechdsl.__file__).is_relative_to(Path(r"{site}")), mechdsl.__file__
 assert "E0301" in mechdsl.diagnostics.pages.page("E0301")
+assert mechdsl.explain("language") == Path(r"{language}").read_text(encoding="utf-8")
 assert tables.grammar_file().is_relative_to(Path(r"{site}"))
 def build(grammar):
     raise AssertionError("the wheel's tables aren't those of its grammar")
@@ -42,11 +45,15 @@ def test_a_wheel_runs_alone(wheel: Path, tmp_path: Path) -> None:
     file.write_text((ROOT / "examples/counting.mech").read_text(encoding="utf-8"), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(wheel)}
     subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(site=wheel, file=file)],
+        [sys.executable, "-c", PROGRAM.format(site=wheel, file=file, language=LANGUAGE)],
         check=True,
         cwd=tmp_path,
         env=environment,
     )
+    copying = [sys.executable, "-m", "mechdsl", "examples", "copied"]
+    subprocess.run(copying, check=True, cwd=tmp_path, env=environment)
+    copied = {path.relative_to(tmp_path / "copied") for path in (tmp_path / "copied").rglob("*")}
+    assert copied == {path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*")}
 
 
 def test_the_wheel_has_what_it_needs_and_no_more(wheel: Path) -> None:
@@ -61,5 +68,9 @@ def test_the_wheel_has_what_it_needs_and_no_more(wheel: Path) -> None:
         "zoo/counting/LICENSE",
     ):
         assert (package / needed).is_file(), needed
-    assert not list(wheel.rglob("*.mech"))
+    examples = {path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*.mech")}
+    assert {path.relative_to(package / "examples") for path in wheel.rglob("*.mech")} == examples
+    assert [path.relative_to(package) for path in wheel.rglob("language.md")] == [
+        Path("language.md")
+    ]
     assert sum(p.stat().st_size for p in (package / "zoo").rglob("*")) < 6_000_000

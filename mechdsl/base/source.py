@@ -22,19 +22,22 @@ class Source:
 
     text: str
     path: Path | None = None
-    """None for text that was handed over from Python."""
+    """None for text that came from no file."""
     reach: Reach = field(default_factory=Reach)
     """A file that is imported has that of the file that imports it."""
+    origin: str = "text"
+    """Where a text without a path came from: `text` (from Python) or `stdin`."""
 
     @property
     def name(self) -> str:
-        """How messages call it: the path as the user wrote it, else `<text>`."""
-        return str(self.path) if self.path is not None else "<text>"
+        """How messages call it: the path as the user wrote it, else `<text>` or
+        `<stdin>`."""
+        return str(self.path) if self.path is not None else f"<{self.origin}>"
 
     @property
     def stem(self) -> str:
         """A folder name for its results."""
-        return self.path.stem if self.path is not None else "text"
+        return self.path.stem if self.path is not None else self.origin
 
     @property
     def folder(self) -> Path:

@@ -9,6 +9,8 @@ import sys
 
 import click
 
+from mechdsl.cli.completion import VARIABLE, complete, completion
+from mechdsl.cli.examples import examples
 from mechdsl.cli.explain import explain
 from mechdsl.cli.fmt import fmt
 from mechdsl.cli.graph import graph
@@ -40,7 +42,11 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (run, validate, plan, graph, explain, fmt, sites, schema, version):
+COMMANDS = (
+    *(run, validate, plan, graph, explain, fmt, sites, schema),
+    *(examples, completion, version),
+)
+for command in COMMANDS:
     app.add_command(command)
 
 
@@ -55,6 +61,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         prepare_streams()
+        if VARIABLE in os.environ:
+            sys.exit(complete(app, os.environ[VARIABLE]))
         with terminable():
             status = _status()
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""`mechdsl explain`: prompts token by token, or an error's page."""
+"""`mechdsl explain`: prompts token by token, or the page of an error or of the language."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from mechdsl.base.visible import json_text
+from mechdsl.cli.completion import complete_page_or_file
 from mechdsl.cli.mech_files import checked_file
 from mechdsl.cli.options import (
     allow_outside_option,
@@ -22,11 +23,11 @@ from mechdsl.cli.output import make_console, print_diagnostics
 from mechdsl.cli.status import FINE, WRONG
 from mechdsl.cli.streams import write_json
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.pages import is_code, page_of
+from mechdsl.diagnostics.pages import names_page, page_of
 
 
-@click.command(short_help="Show prompts token by token, or an error's page.")
-@click.argument("what", metavar="FILE|CODE")
+@click.command(short_help="Show prompts token by token; or print the page of an error.")
+@click.argument("what", metavar="FILE|CODE|language", shell_complete=complete_page_or_file)
 @set_option
 @limit_option
 @click.option(
@@ -44,9 +45,13 @@ def explain(
     allow_outside: bool,
     untrusted: bool,
 ) -> int:
-    """Show each prompt's tokens with the positions marked; or explain an error's code."""
-    if is_code(what):
-        return _explain_code(what)
+    """Show each prompt's tokens with the positions marked.
+
+    Or print a page: `mechdsl explain E0301` says what an error means and how to mend it, `mechdsl
+    explain language` has every construct of the language. `-` is standard input.
+    """
+    if names_page(what):
+        return _print_page(what)
     how = settings(
         parameters,
         limit,
@@ -67,9 +72,9 @@ def explain(
     return FINE
 
 
-def _explain_code(code: str) -> int:
-    """The page of an error or a warning."""
-    text, problems = page_of(code)
+def _print_page(name: str) -> int:
+    """The page of an error or a warning, or that of the language."""
+    text, problems = page_of(name)
     print_diagnostics(problems)
     sys.stdout.write(text)
     return WRONG if problems else FINE

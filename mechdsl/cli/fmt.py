@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import click
 
 from mechdsl.base.files import write_whole
-from mechdsl.cli.mech_files import mech_files
+from mechdsl.cli.mech_files import STDIN, mech_files, read_file
 from mechdsl.cli.options import files_argument
 from mechdsl.cli.output import print_diagnostics, say
 from mechdsl.cli.status import FINE, WRONG
@@ -19,15 +20,16 @@ from mechdsl.diagnostics.core import has_errors
 @files_argument
 @click.option("--check", is_flag=True, help="Change nothing; exit status 2 if it would.")
 def fmt(files: tuple[Path, ...], check: bool) -> int:
-    """Bring files into canonical form."""
+    """Bring files into canonical form. `-` is standard input, whose form is printed."""
     from mechdsl.syntax.format.file import format_file
-    from mechdsl.syntax.parse import parse, read_source
+    from mechdsl.syntax.parse import parse
 
     import_module("mechdsl.vocab.corruptions")  # whose words the parser looks up
     paths, problems = mech_files(files)
-    changed: list[Path] = []
+    piped = STDIN in paths
+    changed: list[str] = []
     for path in paths:
-        source, found = read_source(path)
+        source, found = read_file(path)
         problems += found
         if source is None:
             continue
@@ -36,11 +38,14 @@ def fmt(files: tuple[Path, ...], check: bool) -> int:
         if has_errors(found):
             continue
         text = format_file(tree)
-        if text != source.text:
-            changed.append(path)
+        if path == STDIN and not check:
+            sys.stdout.write(text)
+        elif text != source.text:
+            changed.append(source.name)
             if not check:
                 write_whole(path, text)
     print_diagnostics(problems)
-    for path in changed:
-        say(f"{'would change' if check else 'formatted'} {path}")
+    for name in changed:
+        # What standard output holds is the text alone.
+        say(f"{'would change' if check else 'formatted'} {name}", out=check or not piped)
     return WRONG if has_errors(problems) or (check and changed) else FINE

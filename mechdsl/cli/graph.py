@@ -50,7 +50,7 @@ def graph(
     allow_outside: bool,
     untrusted: bool,
 ) -> int:
-    """Draw the intervention graph."""
+    """Draw the intervention graph of a file. `-` is standard input."""
     checked, problems = checked_file(
         file,
         settings(

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from mechdsl.cli.completion import MechFile
+
 if TYPE_CHECKING:
     from mechdsl.program.python_files import Mode
     from mechdsl.validate.check_file import Settings
 
-files_argument = click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-file_argument = click.argument("file", type=click.Path(path_type=Path))
+files_argument = click.argument("files", nargs=-1, required=True, type=MechFile(path_type=Path))
+file_argument = click.argument("file", type=MechFile(path_type=Path))
 set_option = click.option(
     "--set", "parameters", multiple=True, metavar="K=V", help="Set a parameter: --set depth=12."
 )

@@ -41,7 +41,8 @@ def plan(
     untrusted: bool,
     passes: PassOptions,
 ) -> int:
-    """Print the intervention graph, the cells, rows and forward passes of a file."""
+    """Print the intervention graph, the cells, rows and forward passes of a file. `-` is standard
+    input."""
     how = settings(
         parameters,
         limit,

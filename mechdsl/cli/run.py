@@ -92,7 +92,7 @@ def run(
     """Run files and print their tables.
 
     Exit status 0 when every expectation holds, 1 when one doesn't, 2 when something is wrong, 3
-    when a part could not be computed.
+    when a part could not be computed. `-` is standard input.
     """
     how = settings(
         parameters,

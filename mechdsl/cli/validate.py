@@ -42,7 +42,10 @@ def validate(
     form: str,
     require_models: bool,
 ) -> int:
-    """Check files without weights, as in CI. Exit status 2 where one has an error."""
+    """Check files without weights, as in CI. Exit status 2 where one has an error.
+
+    `-` is standard input.
+    """
     how = settings(
         parameters,
         python="look",

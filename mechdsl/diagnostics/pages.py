@@ -1,18 +1,19 @@
-"""The pages of error codes: in a wheel they lie in the package, in a checkout in `docs/errors`."""
+"""The pages that `mechdsl explain` prints: one for each code, and that of the language."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from mechdsl.base.shipped import shipped_path
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 
-_HERE = Path(__file__).parents[1]
+LANGUAGE = "language"
+"""The word for the page of the language."""
 
 
 def _folder() -> Path:
-    shipped = _HERE / "error_pages"
-    return shipped if shipped.is_dir() else _HERE.parent / "docs" / "errors"
+    return shipped_path("error_pages", "docs/errors")
 
 
 def codes() -> list[str]:
@@ -26,14 +27,16 @@ def page(code: str) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def is_code(text: str) -> bool:
-    """Whether a text is written like a code: `E0301`, `w0710`."""
-    return text[:1] in tuple("EWew") and text[1:].isdigit()
+def names_page(text: str) -> bool:
+    """Whether a text is `language`, or written like a code: `E0301`, `w0710`."""
+    return text == LANGUAGE or (text[:1] in tuple("EWew") and text[1:].isdigit())
 
 
-def page_of(code: str) -> tuple[str, list[Diagnostic]]:
-    """The page of a code, in capitals or not; E0208 where there is none."""
-    code = code.upper()
+def page_of(name: str) -> tuple[str, list[Diagnostic]]:
+    """The page of the language, or of a code, in capitals or not; E0208 where there is none."""
+    if name == LANGUAGE:
+        return shipped_path("language.md", "docs/language.md").read_text(encoding="utf-8"), []
+    code = name.upper()
     text = page(code)
     if text is not None:
         return text, []

@@ -5,12 +5,11 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
 
 from mechdsl.base import limits
-from mechdsl.base.source import Span
+from mechdsl.base.source import Source, Span
 from mechdsl.base.visible import json_text, visible
 from mechdsl.diagnostics.core import Diagnostic
 
@@ -303,7 +302,7 @@ def _sarif(diagnostic: Diagnostic, codes: Sequence[str]) -> dict[str, Any]:
         result["locations"] = [
             {
                 "physicalLocation": {
-                    "artifactLocation": {"uri": _uri(diagnostic.span.source.path)},
+                    "artifactLocation": {"uri": _uri(diagnostic.span.source)},
                     "region": {
                         "startLine": known["line"],
                         "startColumn": known["column"],
@@ -316,7 +315,8 @@ def _sarif(diagnostic: Diagnostic, codes: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def _uri(path: Path | None) -> str:
+def _uri(source: Source) -> str:
+    path = source.path
     if path is None:
-        return "text"
+        return source.origin
     return path.as_uri() if path.is_absolute() else quote(path.as_posix())

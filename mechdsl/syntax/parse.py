@@ -79,16 +79,29 @@ def read_source(path: Path) -> tuple[Source | None, list[Diagnostic]]:
     except OSError as error:
         reason = "it is a folder" if os.path.isdir(path) else (error.strerror or str(error)).lower()
         return None, [Unreadable(path=str(path), reason=reason)]
+    text, problems = _decoded(data, str(path))
+    if text is None:
+        return None, problems
+    if not _is_mech(path, text):  # so that nothing of it is quoted
+        return None, [NotMech(path=str(path))]
+    return Source(text, path), []
+
+
+def piped_source(data: bytes) -> tuple[Source | None, list[Diagnostic]]:
+    """The text of what standard input held; E0110 where it isn't text."""
+    text, problems = _decoded(data, "<stdin>")
+    return None if text is None else Source(text, origin="stdin"), problems
+
+
+def _decoded(data: bytes, name: str) -> tuple[str | None, list[Diagnostic]]:
+    """A text whose lines end as Python's do. `name`: how messages call it."""
     if b"\0" in data:
-        return None, [NotText(path=str(path), reason="it holds a NUL byte")]
+        return None, [NotText(path=name, reason="it holds a NUL byte")]
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        reason = f"byte {error.start} is not UTF-8"
-        return None, [NotText(path=str(path), reason=reason)]
-    if not _is_mech(path, text):  # so that nothing of it is quoted
-        return None, [NotMech(path=str(path))]
-    return Source(text.replace("\r\n", "\n").replace("\r", "\n"), path), []
+        return None, [NotText(path=name, reason=f"byte {error.start} is not UTF-8")]
+    return text.replace("\r\n", "\n").replace("\r", "\n"), []
 
 
 def _is_mech(path: Path, text: str) -> bool:

@@ -19,22 +19,21 @@ from typing import Any
 import lark
 from lark import Lark
 
+from mechdsl.base import shipped
 from mechdsl.base.cache import cache_folder
 from mechdsl.base.files import write_whole
 
 STARTS = ("start", "top_lines", "data_lines", "change_lines", "experiment_lines", "placeholder")
 """What can be parsed by itself: a file, the inside of each kind of block, one expression."""
 
-PACKAGE = Path(__file__).resolve().parent.parent
-TABLES = PACKAGE / "syntax" / "tables.json"
+TABLES = shipped.PACKAGE / "syntax" / "tables.json"
 FORM = 1
 """Of the saved file."""
 
 
 def grammar_file() -> Path:
-    """The grammar: inside the package in a wheel, beside it in an editable install."""
-    inside = PACKAGE / "grammar" / "mech.lark"
-    return inside if inside.exists() else PACKAGE.parent / "grammar" / "mech.lark"
+    """The grammar."""
+    return shipped.shipped_path("grammar/mech.lark", "grammar/mech.lark")
 
 
 def load_tables() -> dict[str, Any]:
@@ -130,7 +129,7 @@ def _read(path: Path, wanted: str) -> dict[str, Any] | None:
 
 def _keep(text: str) -> None:
     # What a wheel brought stays as it was installed.
-    installed = grammar_file().is_relative_to(PACKAGE)
+    installed = grammar_file().is_relative_to(shipped.PACKAGE)
     for path in _places()[installed:]:
         with suppress(OSError):
             write_whole(path, text)

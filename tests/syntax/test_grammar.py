@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from lark import Lark
 
+from mechdsl.base import shipped
 from mechdsl.base.source import Source
 from mechdsl.syntax import ast, parser_tables
 from mechdsl.syntax import grammar as engine
@@ -258,7 +259,7 @@ def test_a_wheel_is_left_as_it_was_installed(
     package = tmp_path / "site" / "mechdsl"
     (package / "grammar").mkdir(parents=True)
     (package / "grammar" / "mech.lark").write_text(GRAMMAR, "utf-8")
-    monkeypatch.setattr(parser_tables, "PACKAGE", package)
+    monkeypatch.setattr(shipped, "PACKAGE", package)
     monkeypatch.setattr(parser_tables, "TABLES", package / "syntax" / "tables.json")
     monkeypatch.setattr(parser_tables, "build", lambda grammar: built)
     monkeypatch.setenv("MECHDSL_CACHE", str(tmp_path / "cache"))

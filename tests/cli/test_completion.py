@@ -1,0 +1,106 @@
+"""What the Tab key completes, and the scripts that ask for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mechdsl.cli import app
+
+from .conftest import Command
+
+ROOT = Path(__file__).parents[2]
+Tab = Callable[..., list[str]]
+
+
+@pytest.fixture
+def tab(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tab:
+    """What a shell is answered behind a line, in a folder with two files and a folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("below").mkdir()
+    for name in ("heads.mech", "my heads.mech", "heads.svg", ".hidden.mech", "below/a.mech"):
+        Path(name).touch()
+
+    def answers(line: str, shell: str = "bash") -> list[str]:
+        words = line.split(" ")
+        monkeypatch.setenv("_MECHDSL_COMPLETE", f"{shell}_complete")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", words[-1] if shell == "fish" else str(len(words) - 1))
+        done = command()
+        assert (done.status, done.err) == (0, "")
+        return done.out.splitlines()
+
+    return answers
+
+
+def test_commands_and_options(tab: Tab) -> None:
+    assert sorted(tab("mechdsl ")) == sorted(f"plain,{name}" for name in app.commands)
+    assert tab("mechdsl va") == ["plain,validate"]
+    assert tab("mechdsl run --allow-p") == ["plain,--allow-python"]
+    assert tab("mechdsl graph --format s") == ["plain,svg"]
+    assert tab("mechdsl run --out ") == ["file,"]
+
+
+@pytest.mark.parametrize("name", ["run", "validate", "plan", "graph", "fmt", "explain"])
+def test_files(name: str, tab: Tab) -> None:
+    assert tab(f"mechdsl {name} h") == ["plain,heads.mech", "dir,h"]
+    assert tab(f"mechdsl {name} below/") == ["plain,below/a.mech", "dir,below/"]
+    assert tab(f"mechdsl {name} nowhere/") == ["dir,nowhere/"]
+    assert tab(f"mechdsl {name} ~/") == ["file,~/"]
+
+
+def test_pages(tab: Tab) -> None:
+    assert tab("mechdsl explain E030") == [
+        *(f"plain,{path.stem}" for path in sorted((ROOT / "docs/errors").glob("E030*"))),
+        "dir,E030",
+    ]
+    assert tab("mechdsl explain la") == ["plain,language", "dir,la"]
+
+
+def test_other_shells_ask_the_same(tab: Tab) -> None:
+    assert tab("mechdsl run h", "zsh")[:2] == ["plain", "heads.mech"]
+    assert tab("mechdsl run h", "fish") == ["plain,heads.mech", "dir,h"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_script_for_each_shell(shell: str, command: Command) -> None:
+    done = command("completion", shell)
+    assert (done.status, done.err) == (0, "")
+    assert f"_MECHDSL_COMPLETE={shell}_complete" in done.out
+
+
+ASKING = """
+compopt() { local IFS=' '; echo "option $*"; }
+eval "$("$1" completion bash)"
+COMP_WORDS=(mechdsl run my)
+COMP_CWORD=2
+_mechdsl_completion "$1"
+printf '%s\\n' "${COMPREPLY[@]}"
+complete -p mechdsl
+"""
+
+
+def test_in_bash(tab: Tab, tmp_path: Path) -> None:
+    """The script, with what it calls; that Tab calls it is bash's to hold."""
+    program = tmp_path / "bin" / "mechdsl"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m mechdsl "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("COMP_", "_MECHDSL"))}
+    done = subprocess.run(
+        ["bash", "--norc", "-c", ASKING, "bash", str(program)],
+        capture_output=True,
+        encoding="utf-8",
+        env={**environment, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "option -o filenames -o plusdirs",
+        "my heads.mech",
+        "complete -o nosort -F _mechdsl_completion mechdsl",
+    ]

@@ -1,0 +1,65 @@
+"""`mechdsl examples` and `mechdsl explain language`: what comes with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import mechdsl
+
+from .conftest import Command
+
+ROOT = Path(__file__).parents[2]
+FILES = {path.relative_to(ROOT / "examples"): path for path in (ROOT / "examples").rglob("*.mech")}
+
+
+def test_copies_all_that_runs(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = command("examples")
+    assert (done.status, done.err) == (0, "")
+    assert done.out == f"copied {len(FILES)} files to mechdsl-examples\n"
+    copied = Path("mechdsl-examples")
+    for name, path in FILES.items():
+        assert (copied / name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
+    assert command("validate", copied / "countscope.mech").status == 0
+
+
+def test_writes_over_nothing(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "counting.mech").write_text("mine", encoding="utf-8")
+    (tmp_path / "system2.mech").symlink_to(tmp_path / "nowhere")
+    done = command("examples", tmp_path)
+    assert done.status == 0
+    assert done.out == f"copied {len(FILES) - 2} files to {tmp_path}\n"
+    assert done.err.splitlines() == [
+        f"{tmp_path / name} is there already, and was left as it is"
+        for name in ("counting.mech", "system2.mech")
+    ]
+    assert (tmp_path / "counting.mech").read_text(encoding="utf-8") == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_where_nothing_can_be_written(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = command("examples", tmp_path / "file")
+    assert (done.status, done.out) == (2, "")
+    assert "error[E0208]: cannot write" in done.err
+
+
+def test_lists_them(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = command("examples", "--list")
+    assert done.status == 0
+    names = [line.split()[0] for line in done.out.splitlines()]
+    assert names == sorted(str(name) for name in FILES if name.parent == Path())
+    assert all(line.endswith((".", "?")) for line in done.out.splitlines())
+    assert not list(tmp_path.iterdir())
+    assert "[E0208]: `--list` copies nothing" in command("examples", "--list", "here").err
+
+
+def test_explains_the_language(command: Command) -> None:
+    page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
+    assert command("explain", "language").out == page
+    assert mechdsl.explain("language") == page
