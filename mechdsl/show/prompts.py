@@ -32,12 +32,13 @@ def explain(checked: Checked, console: Console) -> None:
     """Print every experiment's prompts, token by token, and what its rules hit."""
     seen: set[int] = set()
     for experiment in checked.experiments:
+        table = experiment.table
+        rows = f"{len(table)} row{'' if len(table) == 1 else 's'} of {table.name}"
         console.print(
             Text.assemble(
                 ("experiment ", "bold"),
                 (experiment.key, "bold cyan"),
-                f" · model {experiment.model.name} · {len(experiment.table)} rows of "
-                f"{experiment.table.name}",
+                f" · model {experiment.model.name} · {rows}",
             )
         )
         if id(experiment.table) not in seen:
