@@ -51,7 +51,9 @@ def reach_of(source: Source, *, outside: bool, untrusted: bool) -> Reach:
     folder and the working directory, but a root of the file system only where the file lies in it.
     """
     working = Path.cwd()
-    here = {source.folder.resolve()} | ({working} if working.parent != working else set())
+    here = {working} if working.parent != working else set[Path]()
+    if source.path is not None:
+        here.add(source.folder.resolve())
     return Reach(reads=tuple(here) if untrusted else None, writes=None if outside else tuple(here))
 
 
@@ -118,7 +120,7 @@ def path_to_read(
     path = _from(span, written, base)
     allowed = span.source.reach.reads
     if allowed is not None and not _inside(path, allowed):
-        where = _where(path, written)
+        where = _where(path, written, allowed)
         return None, [
             ReadsElsewhere(span=span, construct=construct.name, path=written, where=where)
         ]
@@ -145,7 +147,7 @@ def path_to_write(construct: str, written: str, span: Span) -> tuple[Path | None
         ]
     allowed = span.source.reach.writes
     if allowed is not None and not _inside(path, allowed):
-        where = _where(path, written)
+        where = _where(path, written, allowed)
         return None, [WritesElsewhere(span=span, construct=construct, path=written, where=where)]
     reason = unwritable(path)
     if reason is not None:
@@ -181,8 +183,10 @@ def _inside(path: Path, folders: Sequence[Path]) -> bool:
     return any(real.is_relative_to(folder) for folder in folders)
 
 
-def _where(path: Path, written: str) -> str:
+def _where(path: Path, written: str, allowed: Sequence[Path]) -> str:
     """What is wrong with the place, with the way there where that isn't written."""
+    if not allowed:  # a text that comes from no file
+        return "the working directory is the root of the file system, which is too much to allow"
     told = "neither in the folder of this file nor in the working directory"
     if ".." in Path(written).parts or Path(written).is_absolute() or written.startswith("~"):
         return told

@@ -87,6 +87,20 @@ def test_paths_start_from_the_working_directory(pipe: Pipe, command: Command) ->
     assert "[E0531]" in command("validate", "-").err
 
 
+def test_has_no_folder_in_the_root_of_the_file_system(
+    pipe: Pipe, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would let it write, and read with `--untrusted`, anywhere."""
+    monkeypatch.chdir("/")
+    for path in ("tmp/cells.csv", "/tmp/cells.csv"):
+        pipe(HEADS.replace("report table", f'report csv to "{path}"'))
+        said = command("validate", "-").err
+        assert "error[E0531]" in said
+        assert "the working directory is the root of the file system" in said
+    pipe('mech 1\nuse "etc/common.mech"\n')
+    assert "error[E0535]" in command("validate", "--untrusted", "-").err
+
+
 def test_fmt_prints_it(pipe: Pipe, command: Command) -> None:
     Path("other.mech").write_text(LOOSE, encoding="utf-8")
     pipe(LOOSE)
