@@ -1,4 +1,4 @@
-"""Numbers that a `config.json` leaves out, because its class in transformers takes them for granted.
+"""Numbers that a `config.json` leaves out, as its class in transformers takes them for granted.
 
 `library_defaults.json` has them for each kind of model, so that nobody waits for the library:
 `python -m tests.models.library_defaults` writes it.

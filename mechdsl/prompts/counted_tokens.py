@@ -52,9 +52,8 @@ class CountedTokens:
         if (low < 0) != (high < 0):
             return self._mixed(base, low, high, align)
         if low > high:
-            ends = {"low": str(high), "high": str(low)}
-            text = f"{low}..{high}"
-            self.diagnostics.append(EmptyRange(span=base.span, text=text, **ends))
+            text, first, last = f"{low}..{high}", str(high), str(low)
+            self.diagnostics.append(EmptyRange(span=base.span, text=text, low=first, high=last))
             return []
         # One index too many is as wrong as a billion, and quicker to refuse.
         longest = max(len(m.row.ids) for m in self.maps)
