@@ -10,7 +10,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.execute.readout import Readout
+from mechdsl.execute.readout import Found, Readout
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.resolve.resolved import ResolvedExperiment
@@ -96,6 +96,14 @@ class MeasuredValues:
         """Take down rows that can't be used, each as it was first seen to be so."""
         for unusable in found:
             self.unusable.setdefault(unusable.row, unusable)
+
+    def read_unpatched(self, run: str, environment: int, columns: Ints, found: Found) -> None:
+        """Take what an unpatched run gave on some rows, and how far rounding may move the base."""
+        for values, own in zip(self.unpatched[run], found.values, strict=True):
+            values[environment, columns] = own
+        if run == self.experiment.spec.base:
+            for values, own in zip(self.rounding, found.rounding, strict=True):
+                values[environment, columns] = own
 
     def lacks(self, number: int, cell: int, row: Unusable, reason: str) -> None:
         """Take down a row of a cell in which a measure is no number."""

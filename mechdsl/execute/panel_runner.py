@@ -207,7 +207,7 @@ class PanelRunner:
         measured = self.measured[experiment.key]
         columns = np.searchsorted(self.kept, batch)
         readout = self.readouts[experiment.key]
-        for run, values in measured.unpatched.items():
+        for run in measured.unpatched:
             for number, environment in enumerate(measured.environments):
                 base = run == experiment.spec.base
                 found = self.runs.values(
@@ -218,11 +218,7 @@ class PanelRunner:
                     relative=self.runs.model.rounding if base else 0.0,
                     skip=measured.failed,
                 )
-                for measure, value in zip(values, found.values, strict=True):
-                    measure[number, columns] = value
-                for measure, value in zip(measured.rounding, found.rounding, strict=True):
-                    if base:
-                        measure[number, columns] = value
+                measured.read_unpatched(run, number, columns, found)
                 measured.saw(Unusable(int(row), run) for row in batch[found.broken])
                 reasons = no_value(found, experiment, experiment.measures, run, batch)
                 for refused, reason in reasons.items():
@@ -489,16 +485,14 @@ class PanelRunner:
             if len(members) == 1:
                 self._cannot_write(members[0], failure)
                 return []
-        parts = [
-            self._pass(patcher, shared, chosen, run, batch, [member.number]) for member in members
-        ]
-        return [each for part in parts for each in part]
+        alone = (self._pass(patcher, shared, chosen, run, batch, [m.number]) for m in members)
+        return [each for own in alone for each in own]
 
     def _cannot_write(self, member: Member, failure: PythonFailure) -> None:
         """Lose an experiment whose function makes no vectors for the rows of a pass."""
         plan = self.running[member.number]
-        count = 0 if isinstance(failure, PythonNotLoaded) else len(member.rows)
-        failed = Failed(failure.diagnostic, None, count)
+        rows = 0 if isinstance(failure, PythonNotLoaded) else len(member.rows)
+        failed = Failed(failure.diagnostic, None, rows)
         self._lose(plan, function_failed(failed, plan.experiment, self._row_of(member, 0)))
 
 
