@@ -209,13 +209,12 @@ class PanelRunner:
         readout = self.readouts[experiment.key]
         for run in measured.unpatched:
             for number, environment in enumerate(measured.environments):
-                base = run == experiment.spec.base
                 found = self.runs.values(
                     readout,
                     run,
                     batch,
                     environment,
-                    relative=self.runs.model.rounding if base else 0.0,
+                    relative=self.runs.model.rounding if run == experiment.spec.base else 0.0,
                     skip=measured.failed,
                 )
                 measured.read_unpatched(run, number, columns, found)
