@@ -37,7 +37,7 @@ CASES: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
         ["E0103", "E0101"],
     ),
     "a placeholder in a text without an end": ([("{n}: {item} Count 1:\"", "{n")], ["E0105"]),
-    "the answer that an accuracy needs": ([('" {n}"', '" {n}')], ["E0105"]),
+    "the answer that an accuracy needs": ([('" {n}"', '{n}" "')], ["E0101"]),
 }  # fmt: skip
 
 

@@ -451,6 +451,20 @@ def test_nothing_is_said_that_hangs_on_the_model(tmp_path: Path, case: tuple[str
         assert not said(found.diagnostics), [d.message for d in found.diagnostics]
 
 
+def test_words_of_a_tokenizer_that_is_not_here_may_be_any(tmp_path: Path) -> None:
+    text = FILE.replace('place in ["house", "shop"]', "place in words(m)")
+    text = text.replace("where count > 2", 'where place = "attic"')
+    assert "E0509" in {each[0] for each in said(checked(text, tmp_path).diagnostics)}
+    assert not said(checked(text, tmp_path, MODELS["no folder"]).diagnostics)
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(3, 3), (40, 32)])
+def test_the_smaller_of_two_limits_holds(tmp_path: Path, limit: int, rows: int) -> None:
+    source = Source(FILE, tmp_path / "file.mech")
+    found = check_source(source, Settings(limit=limit)).experiments
+    assert [len(each.table) for each in found] == [rows] * 3
+
+
 def test_a_block_that_nothing_uses_is_looked_at_too(tmp_path: Path) -> None:
     """Its first row is; a block that an experiment uses is looked at once."""
     prompts = 'prompts NAME {\n  n in 1..5\n  template "Part {n} unheard Count 1:"\n}\n'

@@ -100,6 +100,23 @@ def test_a_keep_that_cannot_be_decided() -> None:
     assert "0 dropped" in result.conventions["keep"]
 
 
+def test_a_keep_that_alone_cannot_be_decided() -> None:
+    """Nothing else reads the text whose run is broken."""
+    rule = "ablate L1H2 at last token with zero"
+    kept = 'keep logprob(" fig 2") > -100'
+    found = run(experiment("kept", kept, rule, MEASURE, prompts="others"))[1]
+    assert [d.code for d in found if d.severity == "error"] == ["E0621"]
+
+
+def test_the_first_of_several_that_keep_nothing_is_shown() -> None:
+    kept = ("keep rank(answer) < 0", "keep rank(answer) < 5")
+    rule = "ablate L1H2 at last token with zero"
+    found = run(experiment("kept", *kept, rule, MEASURE, prompts="others"), whole=True)[1]
+    (error,) = (d for d in found if d.severity == "error")
+    assert error.span is not None
+    assert (error.code, error.span.text) == ("E0613", kept[0].removeprefix("keep "))
+
+
 def test_a_patched_run_names_its_cell() -> None:
     text = experiment("huge", "set resid_post layer 1..2 at last token to 1e39", MEASURE)
     found, diagnostics = run(text + FINE, whole=True)

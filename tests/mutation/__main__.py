@@ -23,7 +23,7 @@ import argparse
 import csv
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -236,6 +236,15 @@ def read_table() -> dict[str, dict[str, str]]:
         return {}
     with TABLE.open(encoding="utf-8", newline="") as file:
         return {row["mutant"]: row for row in csv.DictReader(file)}
+
+
+def unmatched(names: Iterable[str]) -> list[str]:
+    """Names of the table that no change of today's modules has."""
+    wanted = list(names)
+    modules = {name.partition(":")[0] for name in wanted}
+    there = [module for module in sorted(modules) if (PACKAGE / module).exists()]
+    today = {mutant.name for module in there for mutant in of_module(module)}
+    return [name for name in wanted if name not in today]
 
 
 if __name__ == "__main__":

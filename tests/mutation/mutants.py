@@ -48,6 +48,8 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.BitAnd: ast.BitOr,
     ast.BitOr: ast.BitAnd,
 }
+SYMMETRIC = frozenset({"min", "max", "np.minimum", "np.maximum"})
+"""Calls whose arguments may be swapped."""
 COLLECTING = frozenset({"add", "append", "extend", "update", "setdefault", "clear", "at"})
 """Methods whose call as a statement can be left out."""
 KEYED = frozenset({"add", "get", "setdefault", "pop", "sorted", "number", "_number", "hash"})
@@ -266,7 +268,7 @@ def _calls(node: ast.Call) -> Iterator[tuple[str, str]]:
             rest = node.keywords[:i] + node.keywords[i + 1 :]
             yield "keyword", _text(ast.Call(node.func, node.args, rest))
     for i, (one, other) in enumerate(zip(node.args, node.args[1:], strict=False)):
-        same = ast.unparse(one) == ast.unparse(other) or ast.unparse(node.func) in ("min", "max")
+        same = ast.unparse(one) == ast.unparse(other) or ast.unparse(node.func) in SYMMETRIC
         if type(one) is type(other) and isinstance(one, ast.Name | ast.Attribute) and not same:
             args = [*node.args[:i], other, one, *node.args[i + 2 :]]
             yield "swap", _text(ast.Call(node.func, args, node.keywords))

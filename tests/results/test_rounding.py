@@ -52,6 +52,19 @@ def test_a_bound_is_in_the_unit_of_the_effect() -> None:
     assert np.isnan(one(measure(patched, base, source)).rounding).all()
 
 
+@pytest.mark.parametrize("bases", [1, 2])
+def test_a_bound_is_of_the_base_of_its_cell(bases: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells are worked through in blocks; they have one base together or one each."""
+    monkeypatch.setattr("mechdsl.statistics.bootstrap.BLOCK", 1)
+    random = np.random.default_rng(4)
+    base = np.array([[-3.0], [-9.0]])[:bases] + random.normal(0, 1, (bases, 30))
+    rounding = random.random((bases, 30)) * 1e-5
+    patched = base + random.normal(0, 1, (2, 30))
+    data = replace(measure(patched, base, effect="relative"), rounding=rounding)
+    bounds = np.broadcast_to(rounding.mean(1) / abs(base.mean(1)), 2)
+    assert one(data).rounding == pytest.approx(bounds, rel=1e-6)
+
+
 def test_it_does_not_survive_and_is_marked() -> None:
     result = heads()
     data = result.measures[0]
