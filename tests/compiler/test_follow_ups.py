@@ -37,6 +37,17 @@ CASES: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
         ["E0103", "E0101"],
     ),
     "a placeholder in a text without an end": ([("{n}: {item} Count 1:\"", "{n")], ["E0105"]),
+    "the measure of an expectation": (
+        [("measure speed as delta", "measure speed as delta measure logit(answer as raw")],
+        ["E0103"],
+    ),
+    "a rule whose axis is reported": (
+        [
+            ("  expect mean", "  report heatmap position by layer\n  expect mean"),
+            ("ablate z layer 0", "ablate z layer 1..2 ("),
+        ],
+        ["E0103", "E0101"],
+    ),
     "the answer that an accuracy needs": ([('" {n}"', '{n}" "')], ["E0101"]),
 }  # fmt: skip
 

@@ -165,8 +165,9 @@ def _walk(
         for kind, text in _changes(node, parent):
             yield kind, place, node, text
     for child in _children(node):
-        inside = isinstance(node, ast.FunctionDef) and isinstance(child, ast.stmt)
-        yield from _walk(child, replace(place, in_body=place.in_body or inside), node)
+        enters = isinstance(node, ast.FunctionDef) and isinstance(child, ast.stmt)
+        inner = replace(place, in_body=True) if enters and not place.in_body else place
+        yield from _walk(child, inner, node)
 
 
 def _children(node: ast.AST) -> Iterator[ast.AST]:
