@@ -1,7 +1,7 @@
 """How large things may be: every limit of the language, in one place.
 
-`docs/language.md` lists them from here. Within them a file is checked in about two seconds;
-beyond one of them a single error names it.
+`docs/language.md` lists them from here. Within them a file is checked in about two seconds, but for
+the reading of large data files and tokenizers; beyond one of them a single error names it.
 """
 
 from __future__ import annotations
@@ -47,14 +47,12 @@ DOMAIN = _limit(10**12, "values of a domain", "E0506")
 ROWS = _limit(200_000, "rows of a table", "E0506")
 CHECKED_PROMPTS = _limit(10_000, "prompts of a table that `validate` looks at", "W0790")
 CHECKED_WORK = _limit(
-    500_000,
-    "prompts that `validate` looks at, times characters of what the file does with each",
-    "W0790",
+    130_000, "prompts that `validate` looks at, each times what the file says about it", "W0790"
 )
 CHECKED_TEXT = _limit(
     500_000, "characters of the prompts of a table that `validate` looks at", "W0790"
 )
-CHECKED_DRAWS = 100
+CHECKED_DRAWS = 10
 """Random draws that `validate` makes; they show whether there is anything to draw."""
 TRIED = _limit(500_000, "combinations that are looked at to find rows", "E0506")
 ITEMS = _limit(10_000, "items of a list", "E0506")

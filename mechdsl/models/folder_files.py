@@ -26,7 +26,7 @@ _KERNELS = ("attn_implementation", "experts_implementation")
 def refused_file(folder: Path, model: Model, *, by_name: bool) -> Diagnostic | None:
     """Why the files of a folder aren't read; None where they are. Opens no weights.
 
-    by_name: whether it was found by a name, in the zoo or in the library's cache (whose files are
+    by_name: whether it was found by a name, in the zoo or the library's cache (whose files are
     links to others of the cache), so that an untrusted file may read it.
     Codes: E0431, E0432, E0433, E0532, E0535.
     """

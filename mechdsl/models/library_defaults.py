@@ -23,22 +23,27 @@ def read_table() -> Mapping[str, Mapping[str, Any]]:
 
 
 def with_defaults(
-    config: Mapping[str, Any], alike: Iterable[tuple[str, ...]], kind: str = ""
+    config: Mapping[str, Any],
+    alike: Iterable[tuple[str, ...]],
+    kind: str = "",
+    table: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The config with what the library takes for granted; as it is for a kind that isn't known.
 
     alike: keys that say the same, of which a config has one. kind: its `model_type`, where it
-    doesn't say that itself.
+    doesn't say that itself. table: what each kind takes for granted, by default that of the package.
     """
     kind = str(config.get("model_type", kind))
-    known = read_table().get(kind, {})
+    table = read_table() if table is None else table
+    known = table.get(kind, {})
     groups = {key: group for group in alike for key in group}
-    found: dict[str, Any] = {"model_type": kind, **config}
+    found: dict[str, Any] = {"model_type": kind, **config} if kind else {**config}
     for key, value in known.items():
-        given = found.get(key)
-        if key in PARTS:
-            part = cast("Mapping[str, Any]", given) if isinstance(given, Mapping) else {}
-            found[key] = with_defaults(part, alike, value["model_type"])
-        elif all(found.get(each) is None for each in groups.get(key, (key,))):
+        if all(found.get(each) is None for each in groups.get(key, (key,))):
             found[key] = value
+    for part in PARTS:
+        given, expected = found.get(part), known.get(part, {})
+        if isinstance(given, Mapping):
+            own = cast("Mapping[str, Any]", given)
+            found[part] = with_defaults(own, alike, expected.get("model_type", ""), table)
     return found

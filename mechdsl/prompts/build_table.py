@@ -107,7 +107,7 @@ def build_table(
     diagnostics = list(dict.fromkeys([*block.diagnostics, *found.diagnostics]))
     if has_errors(diagnostics) or not found.rows:
         return None, diagnostics
-    builder = _Builder(rows, tokenizer, max_length)
+    builder = _Builder(rows, tokenizer, max_length, whole=most is None)
     table = builder.table(found, limit, part)
     return (None if has_errors(builder.diagnostics) else table), [
         *diagnostics,
@@ -136,6 +136,8 @@ class _Builder:
     max_length: int | None
     texts: bool = True
     """Whether answers and the like are tokenised."""
+    whole: bool = True
+    """Whether deviations are of all rows before `limit`, as in a run, or of those of the table."""
 
     def __post_init__(self) -> None:
         self.block = self.rows.block
@@ -328,7 +330,7 @@ class _Builder:
 
     def _before_limit(self, found: Collection, table: PromptTable, run: str) -> PromptTable:
         """The rows of a run that there are without `limit` and `split`, without their texts."""
-        if found.complete and self.block.spec.split is None:
+        if not self.whole or (found.complete and self.block.spec.split is None):
             return table
         corruption = next(c for c in self.block.spec.corruptions if c.name == run)
         rows = self.rows.only(corruption)

@@ -138,11 +138,18 @@ def _index(node: ast.Index, scope: Scope, key: Key) -> Value:
     return entries[at - 1]
 
 
-def _range(node: ast.Range, scope: Scope, key: Key) -> list[Value]:
+def _range(node: ast.Range, scope: Scope, key: Key) -> range:
     low = whole_number(node.low, scope, key)
     high = whole_number(node.high, scope, key)
     functions.check_length(high - low + 1, node.span)
-    return list(range(low, high + 1))
+    return range(low, high + 1)
+
+
+def _is_one(found: object, item: ast.Expr | ast.Range, scope: Scope, key: Key) -> bool:
+    """Whether a value is what a list has in one place, or one of a range there."""
+    if isinstance(item, ast.Range):
+        return found in _range(item, scope, key)
+    return found == plain(evaluate(item, scope, key))
 
 
 def _condition(node: ast.Expr, scope: Scope, key: Key) -> bool:
@@ -159,6 +166,10 @@ def _condition(node: ast.Expr, scope: Scope, key: Key) -> bool:
             number = number_of(inner, scope, key)
             low, high = number_of(within.low, scope, key), number_of(within.high, scope, key)
             return low <= number <= high
+        case ast.InRange(value=inner, within=ast.ListOf(items=items)):
+            found = plain(evaluate(inner, scope, key))
+            # A range of many numbers isn't written out for every row.
+            return True in [_is_one(found, item, scope, key) for item in items]
         case ast.InRange(value=inner, within=within):
             values = plain(evaluate(cast("ast.Expr", within), scope, key))
             if not isinstance(values, list):

@@ -23,8 +23,12 @@ _TRIED_FOR_ONE = 10
 """Combinations that a check looks at for each row that is enough, before it gives up."""
 _TEXT_OF_COLUMN = 10
 """Characters that take as long as the value of a column."""
+_TEXT_OF_SPAN = 6
+"""The same of a span, which items and separators of lists are."""
 _MAX_FAILING = 20
 """Rows that can't be built before it is given up."""
+_FAILING_ENOUGH = 5
+"""The same for a check."""
 
 
 @dataclass
@@ -106,7 +110,7 @@ class _Collector:
         self.distinct = 0
         """Different rows of the whole block so far."""
         self.seen_text = 0
-        """Characters of the prompts so far, and what reading columns is worth in them."""
+        """Characters of the prompts so far, and what columns and spans are worth in them."""
         self.failures: dict[tuple[type[Diagnostic], Span], Diagnostic] = {}
         self.failing = 0
         share = block.spec.split if block.spec.split is not None else 100.0
@@ -146,7 +150,7 @@ class _Collector:
                 self.failing += 1
                 key = (refusal.kind, refusal.span)
                 self.failures.setdefault(key, refusal.diagnostic(row.describe()))
-                if self.failing == _MAX_FAILING:
+                if self.failing == (_MAX_FAILING if self.most is None else _FAILING_ENOUGH):
                     break
             if len(result.rows) == (limits.ROWS + 1 if self.limit is None else self.limit):
                 break
@@ -208,7 +212,8 @@ class _Collector:
         seen.records.add(row.places[RECORD])
         corrupted = {c.name: row.corrupted(c) for c in self.block.spec.corruptions}
         self.seen_text += len(row.record) * _TEXT_OF_COLUMN
-        self.seen_text += sum(len(each.prompt.text) for each in (row, *corrupted.values()))
+        for each in (row, *corrupted.values()):
+            self.seen_text += len(each.prompt.text) + len(each.prompt.spans) * _TEXT_OF_SPAN
         unchanged = [n for n in self.only_values if corrupted[n].prompt.text == row.prompt.text]
         for name in unchanged:
             result.unchanged[name] = result.unchanged.get(name, 0) + 1

@@ -5,7 +5,7 @@ What can't be had is stood in for, so that all else of a file is checked by the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,8 @@ from mechdsl.validate.vocabulary import prompts_fit, tokenizer_fits
 
 _ROW_TO_TABLE = 4
 """How many times as long it takes to make a row as to put it into a table or to find a position."""
+_ANY_PROMPT = 10
+"""What any prompt costs, in parts of what the file says about it."""
 
 
 class Contexts:
@@ -211,13 +213,30 @@ class Contexts:
         """How many prompts of a table are looked at: fewer where the file says more of each."""
         if self.prompts_enough is None:
             return None
-        blocks, experiments = self.program.prompts, self.program.experiments
-        tables = {(each.prompts, each.model, each.limit, each.part) for each in experiments}
-        used = [name for name, *_ in tables if name in blocks]
-        rows = sum(_length(blocks[name]) for name in set(used))
-        others = sum(_length(blocks[name]) for name in used) + sum(map(_length, experiments))
-        said = rows + others // _ROW_TO_TABLE
-        return min(self.prompts_enough, limits.CHECKED_WORK // max(1, said))
+        work = list(self._work())
+        enough = self.prompts_enough
+        while enough > 1 and sum(min(n, enough) * each for n, each in work) > limits.CHECKED_WORK:
+            enough = enough * 9 // 10
+        return enough
+
+    def _work(self) -> Iterator[tuple[int, int]]:
+        """For each table and each block: prompts at most, and what is done with each of them."""
+        longest: dict[str, int] = {}
+        tables: dict[tuple[str, str, int | None, str | None, int], int] = {}
+        for each in self.program.experiments:
+            block = self.program.prompts.get(each.prompts)
+            if block is None:
+                continue
+            count = (each.limit or limits.ROWS) * (1 + len(block.corruptions))
+            longest[block.name] = max(count, longest.get(block.name, 0))
+            key = (block.name, each.model, each.limit, each.part, count)
+            tables[key] = tables.get(key, _parts(block)) + _parts(
+                (each.rules, each.measures, each.keep)
+            )
+        for (*_, count), parts in tables.items():
+            yield count, _ANY_PROMPT + parts // _ROW_TO_TABLE
+        for name, count in longest.items():
+            yield count, _ANY_PROMPT + _parts(self.program.prompts[name])
 
     def needs_python(self, name: str) -> bool:
         """Whether only Python, which isn't run here, can make the rows of a block."""
@@ -308,14 +327,15 @@ class Contexts:
         return model_run(table, theirs, other, model, run)
 
 
-def _length(part: object) -> int:
-    """How many characters of the file say something."""
+def _parts(part: object) -> int:
+    """How much the file says, without the domains of values, which are worked out once."""
     match part:
         case ast.Node():
-            return len(part.span.text)
+            return sum(1 for _ in walk(part)) + part.span.text.count("{")
         case tuple():
-            return sum(map(_length, cast("tuple[object, ...]", part)))
+            return sum(map(_parts, cast("tuple[object, ...]", part)))
         case spec.Spec():
-            return sum(_length(getattr(part, name)) for name in type(part).model_fields)
+            names = type(part).model_fields.keys() - {"domain"}
+            return sum(_parts(getattr(part, name)) for name in names)
         case _:
             return 0

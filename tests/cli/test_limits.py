@@ -12,6 +12,7 @@ from mechdsl.base.json_text import load_json
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_full
+from mechdsl.diagnostics.w07_data import NotAllRows
 from mechdsl.validate.check_file import Settings, check_source
 
 from ..fuzz.cases import FILE, ZOO, program
@@ -126,6 +127,76 @@ def test_long_tables_are_checked_in_part() -> None:
     assert "first 100 rows" in cut.message
     for text in (program(), long.replace("3000", "9")):
         assert "W0790" not in [d.code for d in check_source(Source(text), short).diagnostics]
+
+
+LISTS = program('n in 1..100\nitem in ["fig", "pear"]\nxs = list(item, 2000, sep: " ")')
+COLUMNS = ",".join(f"c{n}" for n in range(60))
+WIDE = f"item,{COLUMNS}\n" + "\n".join(
+    ",".join(f"{row}{n}" for n in range(61)) for row in range(2000)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [
+        (LISTS.replace("{item} Count", "{xs} Count"), 20),
+        (LISTS.replace("{item} Count", "{xs} Count").replace("other(item)", '"x"'), 20),
+        (program('item in ["fig", "pear"]\nn in 1..400\nk = choice(' + "1, " * 900 + "1)"), 50),
+        (program('item in ["fig", "pear"]\nn in 1..400\nwhere n in [' + "1, " * 900 + "n]"), 50),
+        (program('rows "wide.csv"'), 1000),
+        (program("n in 1..400\n" + "".join(f"v{i} = n + {i}\n" for i in range(100))
+                 + 'item in ["fig", "pear"]'), 400),
+        (program(measure="".join(f"measure logit(answer) + {i} as delta\n" for i in range(99)),
+                 value='item in ["fig", "pear"]\nn in 1..2000'), 900),
+    ],
+)  # fmt: skip
+def test_as_many_rows_are_checked_as_there_is_time_for(
+    text: str, most: int, tmp_path: Path
+) -> None:
+    (tmp_path / "wide.csv").write_text(WIDE)
+    found = check(text.replace(" limit 4", ""), tmp_path)
+    (cut,) = [d for d in found if d.code == "W0790"]
+    assert isinstance(cut, NotAllRows)
+    assert 5 <= cut.rows <= most
+
+
+def test_rows_that_are_drawn_again_and_again_have_an_end() -> None:
+    text = program('item in ["fig", "pear"]\nxs = list(item, 3, sep: " ")')
+    text = text.replace("{item} Count", "{xs} Count").replace("limit 4", "limit 30")
+    found = check_source(Source(text), Settings(prompts_enough=20)).diagnostics
+    assert "W0790" in [d.code for d in found]
+
+
+def test_a_condition_that_never_holds_is_given_up() -> None:
+    text = program('item in ["fig", "pear"]\nn in 1..100000\nwhere n < 0')
+    found = check_source(Source(text), Settings(prompts_enough=20)).diagnostics
+    assert [d.code for d in found] == ["W0790"]
+    found = check_source(Source(text.replace("100000", "9"))).diagnostics
+    assert [d.code for d in found] == ["E0509"]
+
+
+def test_rows_that_are_not_looked_at_may_be_enough() -> None:
+    """W0720 isn't said of the few rows that a check looks at."""
+    text = program('item in ["fig", "pear"]\nn in 1..100', "patch layer * head * at last token")
+    text = text.replace("limit 4", "limit 100").replace("as delta", "as recovery")
+    found = check_source(Source(text), Settings(prompts_enough=10)).diagnostics
+    assert [d.code for d in found] == ["W0790"]
+    found = check_source(Source(text.replace("limit 100", "limit 5"))).diagnostics
+    assert [d.code for d in found] == ["W0720"]
+
+
+def test_a_check_draws_few_of_many() -> None:
+    text = program(rule="patch layer 0 head 1 at last token\n  against random(300)")
+    for settings, draws in ((Settings(prompts_enough=9), 10), (Settings(), 300)):
+        (experiment,) = check_source(Source(text), settings).experiments
+        assert experiment.control is not None
+        assert experiment.control.draws == draws
+
+
+def test_a_range_in_a_list_of_a_condition() -> None:
+    text = program('item in ["fig", "pear"]\nn in 1..6\nwhere n in [2..3, 5, 9..10000]')
+    (experiment,) = check_source(Source(text.replace("limit 4", ""))).experiments
+    assert {row.values["n"] for row in experiment.table.runs["clean"].rows} == {2, 3, 5}
 
 
 def test_imports_have_an_end(tmp_path: Path) -> None:

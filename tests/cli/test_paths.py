@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -214,6 +215,89 @@ def test_links_in_a_folder_of_a_model_are_followed(here: Path, command: Command)
         "[E0535]: `local` names `model/config.json`" in command("validate", "--untrusted", path).err
     )
     assert command("validate", path).status == 0
+
+
+def index(folder: Path, *names: str) -> None:
+    """A model whose weights are these files, by what its index says."""
+    filled(folder)
+    (folder / "model" / "model.safetensors").unlink()
+    shards = {f"weight.{n}": name for n, name in enumerate(names)}
+    text = json.dumps({"metadata": {}, "weight_map": shards})
+    (folder / "model" / "model.safetensors.index.json").write_text(text)
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere/a.safetensors", "{top}/a.safetensors", "a/../b"])
+def test_weights_lie_in_the_folder_of_their_model(name: str, here: Path, command: Command) -> None:
+    name = name.format(top=here.parent)
+    index(here, "model-1.safetensors", name)
+    path = written(here, EXAMPLES["local"][1].replace("PLACE", "model"))
+    done = command("validate", path)
+    assert done.status == 2
+    assert f"its `model.safetensors.index.json` names `{name}`" in done.err
+    assert "[E0431]" in done.err
+    done = command("validate", "--untrusted", path)
+    assert ("[E0431]" if name == "a/../b" else f"[E0535]: `local` names `model/{name}`") in done.err
+
+
+def test_weights_that_the_config_names(here: Path, command: Command) -> None:
+    filled(here)
+    config = json.loads((here / "model" / "config.json").read_text())
+    (here / "model" / "config.json").write_text(
+        json.dumps(config | {"transformers_weights": "../other.safetensors"})
+    )
+    path = written(here, EXAMPLES["local"][1].replace("PLACE", "model"))
+    assert "its `config.json` names `../other.safetensors`" in command("validate", path).err
+
+
+def test_divided_weights_may_be_links(here: Path, command: Command) -> None:
+    """As in the cache of the hub; of an untrusted file only where they stay in the folder."""
+    index(here, "1.safetensors", "more/2.safetensors")
+    (here / "model" / "more").mkdir()
+    (here / "model" / "1.safetensors").symlink_to(here.parent / "elsewhere" / "blob")
+    (here / "model" / "more" / "2.safetensors").symlink_to(here / "model" / "blob")
+    path = written(here, EXAMPLES["local"][1].replace("PLACE", "model"))
+    assert command("validate", path).status == 0
+    assert (
+        "[E0535]: `local` names `model/1.safetensors`"
+        in command("validate", "--untrusted", path).err
+    )
+    (here / "model" / "1.safetensors").unlink()
+    assert command("validate", "--untrusted", path).status == 0
+    (here / "model" / "more" / "2.safetensors").unlink()
+    (here / "model" / "more" / "2.safetensors").symlink_to(here.parent / "elsewhere" / "blob")
+    done = command("validate", "--untrusted", path)
+    assert "[E0535]: `local` names `model/more/2.safetensors`" in done.err
+    assert "`model.safetensors.index.json` names it" in done.err
+
+
+def test_a_cached_model_of_links_is_read(
+    here: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index(here, "1.safetensors")
+    monkeypatch.setenv("HF_HUB_CACHE", str(here.parent / "cache"))
+    model = here.parent / "cache" / "models--a--b"
+    shutil.move(here / "model", model / "blobs")
+    (model / "snapshots" / "main").mkdir(parents=True)
+    for path in (model / "blobs").iterdir():
+        (model / "snapshots" / "main" / path.name).symlink_to(path)
+    text = EXAMPLES["hf"][1].replace("PLACE", "a/b")
+    done = command("validate", "--untrusted", "--require-models", written(here, text))
+    assert done.status == 0, done.err
+
+
+def test_a_model_brings_no_code_and_no_pipe(here: Path, command: Command) -> None:
+    filled(here)
+    path = written(here, EXAMPLES["local"][1].replace("PLACE", "model"))
+    config = json.loads((here / "model" / "config.json").read_text())
+    kernels = ({"": "eager", "text_config": "a/b"}, "a/b@main", "a/b:c")
+    for kernel in (*({"attn_implementation": each} for each in kernels),
+                   {"text_config": {"_attn_implementation_internal": "a/b"}}):  # fmt: skip
+        (here / "model" / "config.json").write_text(json.dumps(config | kernel))
+        assert "[E0433]" in command("validate", path).err, kernel
+    (here / "model" / "config.json").write_text(json.dumps(config))
+    (here / "model" / "tokenizer.json").unlink()
+    os.mkfifo(here / "model" / "tokenizer.json")  # which would wait for a writer
+    assert "`local` names `model/tokenizer.json`, which is a pipe" in command("validate", path).err
 
 
 def test_checkpoints_elsewhere_are_not_listed(here: Path, command: Command) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mechdsl.models import library_defaults
 from mechdsl.models.library_defaults import PARTS, TABLE, with_defaults
 from mechdsl.models.shape import ALIKE, ModelShape, shape_from_config
 
@@ -39,15 +38,15 @@ def whole(kind: str) -> dict[str, Any]:
         return {}
 
 
-def kept(kind: str) -> dict[str, Any]:
-    """The defaults of a kind that its shapes hang on, those of its parts being in the table."""
+def kept(kind: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a kind that its shapes hang on; those of its parts are in the table."""
     config = {k: v for k, v in whole(kind).items() if v is not None and k != "model_type"}
     for part in PARTS:
         if isinstance(config.get(part), Mapping):
             config[part] = {"model_type": config[part].get("model_type", "")}
 
     def seen() -> Shapes:
-        return shapes(with_defaults(config, ALIKE, kind))
+        return shapes(with_defaults(config, ALIKE, kind, table))
 
     wanted = seen()
     for key in [key for key in config if key not in PARTS]:
@@ -63,11 +62,10 @@ def table() -> dict[str, dict[str, Any]]:
 
     divided = {k for k in CONFIG_MAPPING if any(isinstance(whole(k).get(p), dict) for p in PARTS)}
     found: dict[str, dict[str, Any]] = {}
-    library_defaults.read_table = lambda: found
     for kind in sorted(CONFIG_MAPPING, key=lambda kind: (kind in divided, kind)):
-        entry = kept(kind)
+        entry = kept(kind, found)
         wanted = shapes(whole(kind))
-        if any(wanted) and shapes(with_defaults({}, ALIKE, kind) | entry) == wanted:
+        if any(wanted) and shapes(with_defaults(entry, ALIKE, kind, found)) == wanted:
             found[kind] = entry
     return found
 
