@@ -230,6 +230,22 @@ class VocabularyTooSmall(Diagnostic):
 
 
 @keyword_record
+class NoTokenFor(Diagnostic):
+    """Words of prompts that a tokenizer without a token for unknown ones can't read."""
+
+    code = "E0436"
+    hangs_on = frozenset({"tokens"})
+    title = "the tokenizer has no token for {words}, and none for unknown words"
+    label = "in {rows} of {total} rows of `{run}`"
+    help = "use words that the model's vocabulary holds, or give its tokenizer an unknown token"
+
+    words: str
+    rows: int
+    total: int
+    run: str
+
+
+@keyword_record
 class OtherLayers(Diagnostic):
     """Weights of more blocks than the config has."""
 

@@ -1,4 +1,4 @@
-"""W0710 to W0712: warnings about models."""
+"""Warnings about models."""
 
 from __future__ import annotations
 
@@ -48,6 +48,20 @@ class StackLeftOut(Diagnostic):
     model: str
     stack: str
     reason: str
+
+
+@keyword_record
+class NoEffect(Diagnostic):
+    """Parts of a model that play no part in its output, as far as a copy tells that has other
+    weights."""
+
+    code = "W0770"
+    title = "parts of `{model}` have no effect"
+    label = "whatever is written there, its output stays as it is: {parts}"
+    help = "nothing to change where they are meant to be empty: effects of patching them are 0"
+
+    model: str
+    parts: str
 
 
 @keyword_record

@@ -30,6 +30,8 @@ class Outcome:
     """What it means not to pass, where that isn't being off by `error`."""
     compared: int = 1
     """Tensors that were compared; a check without any says nothing, and isn't kept."""
+    asks_effect: bool = False
+    """It asks that something has an effect, which parts without one don't have."""
 
     @property
     def passed(self) -> bool:
@@ -93,6 +95,10 @@ class LoadedModel:
     restartable: bool = True
     """Rows that compute only what changes gave the logits of whole passes; of a vision-language
     model, rows of text."""
+    idle: tuple[tuple[str, str, int | None], ...] = ()
+    """(stack, site, layer) of the parts without effect: whatever is written there alone, the output
+    stays as it is. All that is compared holds for them, and what asks for an effect was shown on a
+    copy with random weights."""
     others: Mapping[str, Stack] = field(default_factory=dict[str, Stack])
     """Stacks beside the main one: `encoder`, `cross` (the decoder's blocks, by their attention to
     the encoder), `vision`."""

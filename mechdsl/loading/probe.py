@@ -16,11 +16,18 @@ from torch import Tensor, nn
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.calls import bare_logits, call, narrowed, text_inputs
 from mechdsl.hooks.loaded import Calling, LoadedModel, Stack
-from mechdsl.loading.probe_inputs import config_of, pictures, tokens_seen, with_images, with_sounds
+from mechdsl.loading.probe_inputs import (
+    config_of,
+    most_tokens,
+    pictures,
+    tokens_seen,
+    with_images,
+    with_sounds,
+)
 from mechdsl.models.anatomy import HookPoint
 
 LENGTHS = (7, 4)
-"""Tokens of the two prompts."""
+"""Tokens of the two prompts, where the model has as many positions."""
 _SOURCE = (6, 5)
 """Tokens of what encoders of encoder-decoders read."""
 _AROUND = (5, 4)
@@ -57,7 +64,12 @@ def texts(model: LoadedModel) -> Batch:
 
 def _prompts(model: LoadedModel, lengths: tuple[int, int], seed: int) -> list[list[int]]:
     """Ragged prompts of different tokens, none of which stands for padding or an image; the second
-    has the token for masked ones in it, where there is one, as that may be treated apart."""
+    has the token for masked ones in it, where there is one, as that may be treated apart. They
+    begin as the tokenizer begins its texts, and have no more tokens than the model has positions.
+    """
+    longest = min(lengths[0], most_tokens(model) or lengths[0])
+    lengths = longest, min(lengths[1], max(1, longest - 1))
+    opening = list(model.tokenizer.opening) if model.tokenizer is not None else []
     special = {model.pad_id} | {
         value
         for key, value in config_of(model).items()
@@ -65,12 +77,13 @@ def _prompts(model: LoadedModel, lengths: tuple[int, int], seed: int) -> list[li
     }
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randperm(model.shape.vocab_size, generator=generator).tolist()
-    draws = [token for token in draws if token not in special]
+    draws = [token for token in draws if token not in special] or draws
     draws = draws * (1 + sum(lengths) // len(draws))
+    rows = [[*opening, *draws[: lengths[0]]], [*opening, *draws[lengths[0] :]]]
     mask = config_of(model).get("mask_token_id")
     if isinstance(mask, int) and 0 <= mask < model.shape.vocab_size and mask != model.pad_id:
-        draws[lengths[0] + 1] = mask
-    return [draws[: lengths[0]], draws[lengths[0] : sum(lengths)]]
+        rows[1][1] = mask
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
 # --- how the model wants to be called -----------------------------------------------------------

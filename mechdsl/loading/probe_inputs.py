@@ -6,6 +6,7 @@ an image stands in."""
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -75,6 +76,31 @@ def with_images(model: LoadedModel, texts: Sequence[Sequence[int]]) -> Batch:
     given = {"input_ids": batch.ids, "attention_mask": batch.mask, **extra}
     patches = tokens_seen(model, model.stack("vision").anatomy.blocks[0].path, given)
     return batch.with_inputs(extra, vision=Batch.grid(2, patches, model.device))
+
+
+_POSITIONS = re.compile(r"(^|[._])(wpe|w_?pos|pos(ition(al|s)?)?(_\w+)?|embed_positions)$", re.I)
+"""What tables of learned positions are called."""
+
+
+def most_tokens(model: LoadedModel) -> int | None:
+    """How many tokens a text may have, by the config and the tables of learned positions; None
+    where neither says it."""
+    most = [model.shape.max_positions] if model.shape.max_positions else []
+    width = (model.shape.d_model, model.shape.d_embed)
+    if model.shape.takes != "text":
+        return min(most, default=None)
+    for path, weight in model.module.named_parameters():
+        table = path.removesuffix(".weight")
+        if not _POSITIONS.search(table) or weight.dim() not in (2, 3):
+            continue
+        if weight.shape[-1] not in width:
+            continue
+        owner = model.module.get_submodule(table) if table != path else None
+        # Some leave rows in front for padding.
+        padding = getattr(owner, "padding_idx", None)
+        unused = getattr(owner, "offset", 0 if padding is None else padding + 1)
+        most.append(int(weight.shape[-2]) - unused)
+    return min((one for one in most if one > 0), default=None)
 
 
 def image_token(model: LoadedModel) -> int:

@@ -50,6 +50,8 @@ class Proof:
     checks: tuple[Outcome, ...]
     packs: Literal["tokens", "one prompt"]
     """How packed rows are called."""
+    idle: tuple[tuple[str, str, int | None], ...] = ()
+    """(stack, site, layer) of the parts without effect."""
 
 
 def recall(key: str) -> Proof | None:
@@ -60,7 +62,8 @@ def recall(key: str) -> Proof | None:
     try:
         found = json.loads((folder / "checks" / f"{key}.json").read_text(encoding="utf-8"))
         checks = tuple(Outcome(**one) for one in found.pop("checks"))
-        return Proof(checks=checks, **found)
+        idle = tuple((stack, site, layer) for stack, site, layer in found.pop("idle"))
+        return Proof(checks=checks, idle=idle, **found)
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or it was cut short
         return None
 

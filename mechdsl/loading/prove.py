@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import isinf
@@ -17,14 +17,17 @@ from torch import nn
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import IdentityBroken, LoadFailed
-from mechdsl.diagnostics.w07_models import NotRestartable, StackLeftOut
+from mechdsl.diagnostics.w07_models import NoEffect, NotRestartable, StackLeftOut
+from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import Calling, LoadedModel, Outcome, Stack
 from mechdsl.loading.probe import sample, tried
 from mechdsl.loading.proof_store import Proof, key_of, recall, remember
+from mechdsl.loading.random_twin import random_twin
 from mechdsl.loading.verify import (
     OPENED,
     RESTART,
     RESTART_IMAGES,
+    idle_sites,
     restarted_otherwise,
     verify,
     with_sites_within,
@@ -35,6 +38,9 @@ from mechdsl.models.finder import find_anatomies, stack_names
 from mechdsl.models.shape import ModelShape, stack_shape, units, width
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.vocab.sites import SITES
+
+TWIN = "of a copy with random weights"
+"""What is said of a check that the model itself can't pass or fail."""
 
 
 def take_apart(
@@ -102,7 +108,8 @@ def take_apart(
         if attempt.model is not None:
             if key and known is None:
                 model = attempt.model
-                remember(key, Proof(dict(at), dict(lost), model.checks, model.calling.packs))
+                packs, idle = model.calling.packs, model.idle
+                remember(key, Proof(dict(at), dict(lost), model.checks, packs, idle))
             return attempt.model, [*left_out(), *attempt.problems]
         stack = "" if attempt.stack == "cross" else attempt.stack
         if stack not in best or attempt.passed > best[stack].passed:
@@ -153,7 +160,8 @@ def _attempt(
         problem = LoadFailed(span=span, model=name, reason=f"it doesn't run: {text_of(error)}")
         return Attempt(0, (problem,), stack="vision" if "vision" in stacks else "")
     if known is not None:
-        model = replace(model, calling=replace(model.calling, packs=known.packs))
+        calling = replace(model.calling, packs=known.packs)
+        model = replace(model, calling=calling, idle=known.idle)
         return _with_checks(model, known.checks, span)
     return prove(model, span)
 
@@ -270,6 +278,7 @@ def prove(model: LoadedModel, span: Span | None = None) -> Attempt:
     """Verify a described model: its problems are E0410 for the identity that broke or W0711 for a
     lost shortcut."""
     checks: list[Outcome] = []
+    unmoved: list[Outcome] = []
     stack = ""
     try:
         given = sample(model)
@@ -280,15 +289,53 @@ def prove(model: LoadedModel, span: Span | None = None) -> Attempt:
                     continue
                 if outcome.identity in (RESTART_IMAGES, OPENED):
                     continue
+                if outcome.asks_effect:
+                    unmoved.append(outcome)
+                    continue
                 if outcome.identity != RESTART:
                     broken = _broken(model, outcome.identity, _reason(outcome), span)
                     return Attempt(len(checks), (broken,), stack=stack)
                 if (other := restarted_otherwise(model, given)) is not None:
                     model, checks[-1] = other
+        if unmoved:
+            return _with_effects(model, given, checks, unmoved[0], span)
     except Exception as error:  # a model that is built otherwise raises what it likes
         broken = _broken(model, "every site can be read and written", text_of(error), span)
         return Attempt(len(checks), (broken,), stack=stack)
     return _with_checks(model, tuple(checks), span)
+
+
+def _with_effects(
+    model: LoadedModel,
+    given: Batch,
+    checks: Sequence[Outcome],
+    unmoved: Outcome,
+    span: Span | None,
+) -> Attempt:
+    """A model with parts that do nothing, as far as the checks saw: proved on a copy with random
+    weights too, on which every part has to do something."""
+    own = [outcome for outcome in checks if not outcome.asks_effect]
+    refused = _broken(model, unmoved.identity, _reason(unmoved), span)
+    stack = ""
+    try:
+        stacks = {stack: model.stack(stack) for stack in ("", *model.others)}
+        twin = describe(model.name, random_twin(model.module), stacks, model.tokenizer)
+        twin = replace(twin, calling=replace(twin.calling, packs=model.calling.packs))
+        for stack in stacks:
+            for outcome in verify(twin, sample(twin), stack):
+                if outcome.identity in (RESTART, RESTART_IMAGES, OPENED):
+                    if not outcome.passed:
+                        own = [outcome if o.identity == outcome.identity else o for o in own]
+                elif not outcome.passed:
+                    reason = f"with random weights in place of its own: {_reason(outcome)}"
+                    refused = _broken(model, outcome.identity, reason, span)
+                    return Attempt(len(checks), (refused,), stack=stack)
+                elif outcome.asks_effect:
+                    own.append(replace(outcome, identity=f"{outcome.identity} ({TWIN})"))
+    except Exception:  # a model that can't be copied, or that takes no other weights
+        return Attempt(len(checks), (refused,), stack=stack)
+    idle = [(stack, *at) for stack in stacks for at in idle_sites(model, given, stack)]
+    return _with_checks(replace(model, idle=tuple(idle)), tuple(own), span)
 
 
 def _with_checks(model: LoadedModel, checks: tuple[Outcome, ...], span: Span | None) -> Attempt:
@@ -298,6 +345,8 @@ def _with_checks(model: LoadedModel, checks: tuple[Outcome, ...], span: Span | N
     if RESTART in failed:
         reason = _reason(failed[RESTART])
         found = (NotRestartable(span=span, model=model.name, reason=reason),)
+    if model.idle:
+        found += (NoEffect(span=span, model=model.name, parts=idle_parts(model)),)
     if any(outcome.identity == OPENED and outcome.passed for outcome in checks):
         model = with_sites_within(model)
     proved = replace(
@@ -329,3 +378,19 @@ def _broken(model: LoadedModel, identity: str, reason: str, span: Span | None) -
         identity=identity,
         reason=reason,
     )
+
+
+def idle_parts(model: LoadedModel) -> str:
+    """The parts without effect: `mlp_norm` (layers 0, 1)."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for stack, site, layer in model.idle:
+        layers.setdefault((stack, site), []).extend([] if layer is None else [layer])
+    named = {
+        f"`{site}` of `{stack}`" if stack else f"`{site}`": numbers
+        for (stack, site), numbers in layers.items()
+    }
+    return ", ".join(f"{each} ({_in_layers(n)})" if n else each for each, n in named.items())
+
+
+def _in_layers(numbers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"

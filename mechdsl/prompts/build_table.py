@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.e04_model import NoTokenFor
 from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
 from mechdsl.diagnostics.w07_data import EqualRecords, NotAllRows, UnknownWords
 from mechdsl.program import spec
@@ -359,9 +360,15 @@ class _Builder:
             for i in places:
                 start, end = tokens.offsets[i]
                 words[quoted(rich.text[start:end].strip())] = None
-        if rows and not any(isinstance(d, UnknownWords) for d in self.diagnostics):
+        if rows and not any(isinstance(d, UnknownWords | NoTokenFor) for d in self.diagnostics):
             listed = list(words)
             shown = ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" * (len(listed) > 3))
+            if self.tokenizer.made_unknown:
+                lacking = NoTokenFor(
+                    span=template, words=shown, rows=rows, total=len(riches), run=run
+                )
+                self.diagnostics.append(lacking)
+                return
             self.diagnostics.append(
                 UnknownWords(
                     span=template,

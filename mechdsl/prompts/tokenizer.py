@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ _SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.tx
 """What slow tokenizers are kept in."""
 
 _BATCH = 4096
+
+_UNKNOWN = "<unk>"
+"""What tokenizers without a name of their own for it call whatever they don't know."""
+_FAR = 100.0
+"""By how much a token for unknown words is less likely than any other."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,11 @@ class TextTokenizer:
         bos: bool | None,
         digest: str,
         name: str = "",
+        made_unknown: bool = False,
     ) -> None:
         self._backend = backend
+        self.made_unknown = made_unknown
+        """Whether its token for unknown words isn't one of the model's: it has none itself."""
         self.roles: dict[str, str] = {
             role: token
             for role, token in roles.items()
@@ -96,7 +105,7 @@ class TextTokenizer:
         except OSError as error:
             return refused(error.strerror or str(error))
         try:
-            backend = Tokenizer.from_str(content.decode("utf-8"))
+            backend, made_unknown = _backend_of(content.decode("utf-8"))
         except Exception as error:  # the library raises plain `Exception`
             return refused(f"`tokenizer.json` is not understood ({error})")
         config = _read_config(path / "tokenizer_config.json")
@@ -109,6 +118,7 @@ class TextTokenizer:
             bos=bos,
             digest=sha256(content).hexdigest(),
             name=path.name,
+            made_unknown=made_unknown,
         )
         return made._checked(span)
 
@@ -126,12 +136,14 @@ class TextTokenizer:
     ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
         """Wrap a copy of a tokenizer that Python holds already. Codes: E0522."""
         content = backend.to_str()
+        copy, made_unknown = _backend_of(content)
         tokens = {"bos": bos_token, "cls": cls_token, "sep": sep_token, "eos": eos_token}
         made = cls(
-            Tokenizer.from_str(content),
+            copy,
             roles={role: token for role, token in tokens.items() if token is not None},
             bos=bos,
             digest=sha256(content.encode()).hexdigest(),
+            made_unknown=made_unknown,
         )
         return made._checked(span)
 
@@ -145,12 +157,12 @@ class TextTokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        return self._backend.get_vocab_size(with_added_tokens=True) - self.made_unknown
 
     @property
     def own_size(self) -> int:
         """The same without added ones."""
-        return self._backend.get_vocab_size(with_added_tokens=False)
+        return self._backend.get_vocab_size(with_added_tokens=False) - self.made_unknown
 
     @cached_property
     def role_ids(self) -> dict[str, int]:
@@ -166,7 +178,7 @@ class TextTokenizer:
         if token is None:
             # Unigram keeps an index that can't be asked for; others may have no such token.
             unigram = type(model).__name__ == "Unigram"
-            return self._backend.token_to_id("<unk>") if unigram else None
+            return self._backend.token_to_id(_UNKNOWN) if unigram else None
         return self._backend.token_to_id(cast("str", token))
 
     def token_text(self, token: int) -> str:
@@ -228,12 +240,21 @@ class TextTokenizer:
             return Encoded(encoded.ids[1:], encoded.offsets[1:], encoded.special[1:])
         return encoded
 
+    @cached_property
+    def opening(self) -> tuple[int, ...]:
+        """Ids of the special token that texts begin with; none where they don't, or where it could
+        be the one that they end with."""
+        # Nothing but the empty text is sure to have tokens in every vocabulary.
+        encoded = self.encode("")
+        closing = {self.role_ids[role] for role in ("sep", "eos") if role in self.role_ids}
+        closing -= {self.role_ids[role] for role in ("bos", "cls") if role in self.role_ids}
+        first = encoded.ids[:1]
+        return first if encoded.special[:1] == (True,) and first[0] not in closing else ()
+
     def bos_convention(self) -> str:
         """What happens with the beginning-of-sequence token, in words."""
         bos = self.roles.get("bos")
-        first = self.encode("a").ids[:1]
-        there = bos is not None and first == (self.role_ids["bos"],)
-        if there:
+        if bos is not None and self.opening == (self.role_ids["bos"],):
             return f"`{bos}` in front ({'by the tokenizer' if self.bos is None else 'bos: true'})"
         return "none in front" if self.bos is None else "none in front (bos: false)"
 
@@ -269,6 +290,32 @@ class TextTokenizer:
         """Tokenise many texts, equal ones once."""
         unique = list(dict.fromkeys(texts))
         return dict(zip(unique, self.encode_all(unique), strict=True))
+
+
+def _backend_of(content: str) -> tuple[Tokenizer, bool]:
+    """The tokenizer of a `tokenizer.json`, and whether it was given a token for unknown words: one
+    without fails with an exception at any text that its vocabulary doesn't hold, which should be a
+    diagnostic. Raises plain `Exception` where the text is no tokenizer."""
+    backend = Tokenizer.from_str(content)
+    model: Any = backend.model
+    unigram = type(model).__name__ == "Unigram"
+    token = _UNKNOWN if unigram else model.unk_token
+    if token is None:
+        return backend, False
+    there = model.token_to_id(token) if not unigram else re.search(r'"unk_id":\s*\d', content)
+    if there is not None:
+        return backend, False
+    whole = json.loads(content)
+    own = whole["model"]["vocab"]
+    known = backend.token_to_id(token)
+    number = known if known is not None else max(backend.get_vocab().values(), default=-1) + 1
+    if unigram:
+        number = len(own)
+        own.append([token, min((score for _, score in own), default=0.0) - _FAR])
+        whole["model"]["unk_id"] = number
+    else:
+        own[token] = number
+    return Tokenizer.from_str(json.dumps(whole)), known != number
 
 
 def _without_closing(encoded: Encoded) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.hooks.loaded import LoadedModel, Outcome, Stack
+from mechdsl.loading.prove import idle_parts
 from mechdsl.loading.verify import RESTART
 from mechdsl.models.anatomy import Anatomy, HookPoint
 from mechdsl.models.shape import units, width
@@ -32,6 +33,9 @@ def print_sites(model: LoadedModel, found: Sequence[Diagnostic], console: Consol
         console.print()
     console.print(_checks(model.checks))
     console.print()
+    if model.idle:
+        console.print(f"without effect: {idle_parts(model)}", highlight=False, soft_wrap=True)
+        console.print()
     console.print(_passes(model, found), highlight=False, soft_wrap=True)
 
 
@@ -60,6 +64,9 @@ def as_json(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str, Any]:
                     for site in _names(stack)
                 },
                 "without": dict(stack.anatomy.without),
+                "without_effect": [
+                    {"site": site, "layer": layer} for own, site, layer in model.idle if own == name
+                ],
             }
             for name in ("", *model.others)
             for stack in (model.stack(name),)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mechdsl.prompts.prompt_table import RunRow
 from mechdsl.prompts.span_tokens import TokenMap
@@ -246,3 +247,65 @@ class TestFolder:
         assert made is not None
         for text in ("Mary gave John a bag", "12 Zoë, 😀\n\nfig ", "Count 1:"):
             assert list(made.encode(text).ids) == theirs(text)["input_ids"]
+
+
+_WORDS = {"alpha": 0, "beta": 1, "▁beta": 2}
+WITHOUT_UNKNOWN: dict[str, models.Model] = {
+    "words": models.WordLevel(_WORDS, unk_token="<unk>"),
+    "pieces": models.WordPiece(_WORDS, unk_token="[UNK]"),
+    "unigram": models.Unigram([(word, -1.0) for word in _WORDS], unk_id=None),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_UNKNOWN)
+def test_a_vocabulary_without_unknown_words_is_never_asked_for_one(kind: str) -> None:
+    backend = Tokenizer(WITHOUT_UNKNOWN[kind])
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(Exception, match=r"(?i)unk"):
+        backend.encode("gamma")
+    made, _ = TextTokenizer.from_backend(backend)
+    assert made is not None
+    assert made.made_unknown
+    assert made.vocab_size == made.own_size == len(_WORDS)
+    encoded = made.encode("alpha gamma beta")
+    assert [encoded.ids[0], encoded.ids[-1]] == [0, 1]
+    assert made.unknown_id is not None
+    assert made.unknown_id >= made.vocab_size
+    assert set(encoded.ids[1:-1]) == {made.unknown_id}
+    assert made.encode("alpha beta").ids == (0, 1)
+    assert made.bos_convention() == "none in front"
+    assert made.plain_words() == ["alpha", "beta"]
+
+
+def test_its_answers_are_read_by_themselves() -> None:
+    backend = Tokenizer(WITHOUT_UNKNOWN["words"])
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made, _ = TextTokenizer.from_backend(backend)
+    assert made is not None
+    # `alphabeta`, the two side by side, is no word.
+    assert made.continuations([("alpha", "beta"), ("alpha", " beta")]) == [
+        ((1,), False),
+        ((1,), True),
+    ]
+
+
+def test_a_token_for_unknown_words_that_was_added_is_used() -> None:
+    backend = Tokenizer(WITHOUT_UNKNOWN["words"])
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<unk>"])
+    made, _ = TextTokenizer.from_backend(backend)
+    assert made is not None
+    assert not made.made_unknown
+    assert made.encode("alpha gamma").ids == (0, backend.token_to_id("<unk>"))
+
+
+@pytest.mark.parametrize(
+    ("name", "opening"),
+    [("words", "<s>"), ("gpt2", None), ("llama", "<s>"), ("bert", "[CLS]"), ("t5", None)],
+)
+def test_what_texts_begin_with(
+    every: dict[str, TextTokenizer], name: str, opening: str | None
+) -> None:
+    found = [every[name].token_text(token) for token in every[name].opening]
+    assert found == ([] if opening is None else [opening])
+    assert every[name].opening == every[name].encode("apple").ids[: len(found)]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
+from mechdsl.pipeline import check_with_models
+from mechdsl.validate.check_file import Settings
 from tests.families import build, rows_seq2seq
 from tests.families.parts import Architecture
 
-from . import families
+from . import families, own_models
 
 Adopted = tuple[LoadedModel | None, list[Diagnostic]]
 
@@ -128,12 +132,42 @@ def windowed() -> Adopted:
     return _adopted(build.model(row))
 
 
+def empty() -> Adopted:
+    """Its MLPs are all zeros."""
+    return _adopted(own_models.silenced("gpt2", "mlp"))
+
+
+def wordless() -> Adopted:
+    """Its tokenizer has no token for what it doesn't know."""
+    text = """mech 1
+
+model toy = local("toy")
+
+prompts fruit {
+  word in ["w1", "apple"]
+  template "{word} w5"
+  answer " w7"
+}
+
+experiment e {
+  prompts fruit
+  measure prob(answer) as raw
+}
+"""
+    models = {"toy": (families.module("gpt2"), own_models.words())}
+    return None, check_with_models(Source(text, Path("page.mech")), Settings(), models)[
+        0
+    ].diagnostics
+
+
 CAUSES: dict[str, Callable[[], Adopted]] = {
     "E0409": nameless,
     "E0410": gaining,
     "E0411": failing,
     "E0412": slow,
+    "E0436": wordless,
     "W0711": by_itself,
     "W0712": windowed,
+    "W0770": empty,
 }
 """By code; `docs/errors` shows what each of them says."""

@@ -15,6 +15,7 @@ from mechdsl.hooks.loaded import LoadedModel, Outcome
 from mechdsl.loading.probe import texts
 from mechdsl.loading.verify.bench import Bench, with_images
 from mechdsl.loading.verify.heads import heads_are_theirs, rotary_comes_behind
+from mechdsl.loading.verify.idle import idle_sites
 from mechdsl.loading.verify.opened import OPENED, attention_opens, with_sites_within
 from mechdsl.loading.verify.restarting import (
     RESTART,
@@ -46,6 +47,7 @@ __all__ = [
     "OPENED",
     "RESTART",
     "RESTART_IMAGES",
+    "idle_sites",
     "restarted_otherwise",
     "verify",
     "with_sites_within",

@@ -48,6 +48,10 @@ TOKENS_PER_PASS = 4096
 """Tokens of the rows that are written in one pass."""
 
 
+Pair = tuple[str, Tensor, Tensor] | tuple[str, Tensor, Tensor, Tensor]
+"""(where, found, expected), and what `found` is the sum of."""
+
+
 @dataclass
 class Bench:
     """A ragged batch, padded, and everything that was read on it in one stack."""
@@ -172,13 +176,12 @@ class Bench:
     def tolerance(self) -> float:
         return _TOLERANCE.get(self.model.dtype, 1e-1)
 
-    def equal(
-        self, identity: str, pairs: Iterable[tuple[str, Tensor, Tensor]], tolerance: float = 0.0
-    ) -> Outcome:
-        """One outcome for many comparisons of (where, found, expected): the worst of them."""
+    def equal(self, identity: str, pairs: Iterable[Pair], tolerance: float = 0.0) -> Outcome:
+        """One outcome for many comparisons of (where, found, expected): the worst of them. Sums
+        come with what is added up, as rounding goes by the size of that."""
         worst, at, compared = 0.0, "", 0
-        for where, found, expected in pairs:
-            error = difference(found, expected)
+        for where, found, expected, *added in pairs:
+            error = difference(found, expected, *added)
             compared += 1
             if error > worst:
                 worst, at = error, where
@@ -223,14 +226,15 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest expected value; infinite where one is NaN."""
+def difference(found: Tensor, expected: Tensor, added: Tensor | None = None) -> float:
+    """Largest difference, relative to the largest value expected, or added up to it; infinite where
+    one is NaN."""
     if found.shape != expected.shape:
         return float("inf")
     if not found.numel():
         return 0.0
     error = float((found.double() - expected.double()).abs().max())
-    size = float(expected.double().abs().max())
+    size = max(float(one.double().abs().max()) for one in (expected, added) if one is not None)
     return error / (size or 1.0) if error == error and size == size else float("inf")
 
 

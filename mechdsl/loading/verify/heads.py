@@ -17,6 +17,7 @@ from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import Outcome
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.loading.probe_inputs import most_tokens
 from mechdsl.loading.verify.bench import Bench, difference
 from mechdsl.models.shape import ModelShape, units, width
 
@@ -78,10 +79,10 @@ def queries_and_keys_are_theirs(bench: Bench) -> Iterator[Outcome]:
     """
     stack, shape = bench.stack, bench.shape
     layers = bench.with_sites("q", "k", "v", "z")
-    if not layers or not takes_tokens(bench):
+    two = bench.real_of(0, bench.batch.ids, bench.batch)[:2].tolist()
+    if not layers or not takes_tokens(bench) or len(two) < 2:
         return
     rows = _silencing(shape, layers)
-    two = bench.real_of(0, bench.batch.ids, bench.batch)[:2].tolist()
     writes = [
         write
         for layer in layers
@@ -116,6 +117,7 @@ def queries_and_keys_are_theirs(bench: Bench) -> Iterator[Outcome]:
         error=0.0 if moved else 1.0,
         tolerance=0.5,
         failure="z of the second token stays as it is without the first one's key",
+        asks_effect=True,
     )
 
 
@@ -222,7 +224,8 @@ def attention_is_handed_them(bench: Bench) -> Iterator[Outcome]:
                 z = bench.real(reads[SiteRead("z", layer, bench.stack)])
                 others = list(range(z.shape[1]))
                 del others[head]
-                still = z[:, others].abs().sum((0, 2)) == 0
+                own = bench.read("z", layer)[:, others].abs().sum((0, 2))
+                still = (z[:, others].abs().sum((0, 2)) == 0) & (own != 0)
                 where = f"layer {layer}, head {head}"
                 yield where, z[:, head], torch.zeros_like(z[:, head])
                 yield where, still.float(), torch.zeros(len(others), device=z.device)
@@ -241,9 +244,9 @@ def _unrepeated(handed: Tensor, units: int) -> Tensor:
 def _profile(heads: Tensor) -> Tensor:
     """[token, head]: lengths of the heads' vectors, relative to all of the token's."""
     lengths = heads.double().norm(dim=-1)
-    if lengths.shape[1] == 1:
-        return lengths / lengths.mean()
-    return lengths / lengths.mean(1, keepdim=True)
+    alone = lengths.shape[1] == 1
+    mean = lengths.mean() if alone else lengths.mean(1, keepdim=True)
+    return lengths / torch.where(mean == 0, 1.0, mean)
 
 
 def _attended(
@@ -367,11 +370,14 @@ def heads_answer_writes(bench: Bench) -> Iterator[Outcome]:
         error=0.0 if moved else 1.0,
         tolerance=0.5,
         failure="z stays as it is",
+        asks_effect=True,
     )
 
 
 _ALIKE = 8
 """Tokens in a row: short convolutions see nothing else."""
+_FEWEST = 4
+"""Tokens of a prompt with two of them in a row."""
 
 
 def rotary_comes_behind(bench: Bench) -> Iterator[Outcome]:
@@ -379,12 +385,14 @@ def rotary_comes_behind(bench: Bench) -> Iterator[Outcome]:
     the place already."""
     model = bench.model
     sites = [s for s in ("q", "k") if s in bench.anatomy.blocks[0].taps]
-    if bench.stack or model.shape.takes != "text" or not sites:
+    row = bench.real_of(0, bench.batch.ids, bench.batch).tolist()
+    # Behind what texts begin with, and within the positions that there are.
+    most = most_tokens(model) or _ALIKE + 2
+    row = [row[0], *[row[-1]] * min(_ALIKE, most - 2), row[1]] if len(row) > 1 else row
+    if bench.stack or model.shape.takes != "text" or not sites or len(row) < _FEWEST:
         return
-    first, second = (int(i) for i in bench.real_of(0, bench.batch.ids, bench.batch)[:2])
-    row = [first] * _ALIKE + [second]
     batch = Batch.of([row], model.pad_id, "left", model.device)
-    here, there = _ALIKE - 1, _ALIKE - 2
+    here, there = len(row) - 2, len(row) - 3
     wanted = [SiteRead("resid_pre", 0)] if "resid_pre" in model.shape.sites else []
     reads = run_whole(model, batch, reads=[*wanted, *(SiteRead(s, 0) for s in sites)]).reads
     for where in wanted:

@@ -78,7 +78,7 @@ def _restarted(bench: Bench) -> Outcome:
     places: list[int] = []
     for number, (name, layer, which) in enumerate(starts):
         lane = int(lanes[number])
-        at = min(_PREFIXES[lane][which], int(lengths[number]) - 1 - which)
+        at = max(0, min(_PREFIXES[lane][which], int(lengths[number]) - 1 - which))
         own = bench.read_of(lane, name, layer)[at]
         values = hundredfold(own, name, model.anatomy)[None] / 50
         writes.append(whole_site(SiteRead(name, layer), number, (at,), values))
