@@ -27,6 +27,7 @@ from mechdsl.plan.plan import ExperimentPlan, Plan
 from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
 from mechdsl.resolve.findings import Finding
+from mechdsl.resolve.measures import unreadable
 from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolve_experiment import resolve_experiment
 from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
@@ -413,7 +414,8 @@ def _contexts(source: Source, loaded: Mapping[str, LoadedModel]) -> dict[str, Mo
 def _not_there(
     experiments: Sequence[ResolvedExperiment], models: Mapping[str, LoadedModel]
 ) -> list[Diagnostic]:
-    """Sites that only a look at the modules shows to be missing: E0402, E0413, E0414."""
+    """What only a look at the modules shows to be missing: sites (E0402, E0413, E0414) and logits
+    (E0437, E0438)."""
     found: list[Diagnostic | None] = []
     for experiment in with_controls(experiments):
         model = models[experiment.model.name]
@@ -427,6 +429,10 @@ def _not_there(
             points = [atom.point for atom in measure.atoms if atom.point is not None]
             span = measure.expression.span
             found.append(missing_points(points, model.shape, model.name, span))
+            found += [
+                unreadable(measure.expression, measure.atoms, m.shape, m.name)
+                for m in (model, *read)
+            ]
     return [each for each in found if each is not None]
 
 

@@ -246,6 +246,41 @@ class NoTokenFor(Diagnostic):
 
 
 @keyword_record
+class NoLogits(Diagnostic):
+    """A measure that reads logits of a model without a head."""
+
+    code = "E0437"
+    hangs_on = frozenset({"shape"})
+    title = "`{text}` reads logits, and `{model}` gives none"
+    label = "a `{architecture}` has no head: it ends with the vectors of its last block"
+    help = (
+        "measure its vectors, as in `cosine(resid_post layer 1, clean)`, or load the model with a "
+        "head, such as a class that ends in `ForCausalLM` or `ForMaskedLM`"
+    )
+
+    text: str
+    model: str
+    architecture: str
+
+
+@keyword_record
+class NoSuchOutput(Diagnostic):
+    """A measure that asks for the logit of a token that the model has none for."""
+
+    code = "E0438"
+    hangs_on = frozenset({"shape", "tokens"})
+    title = "`{text}` asks for the logit of token {token}, and `{model}` gives {outputs}"
+    label = "the logits of a `{architecture}` are those of its own labels, numbered from 0"
+    help = "ask for a label by its number: `answer token_id(column)`, with a column of numbers"
+
+    text: str
+    token: int
+    model: str
+    outputs: int
+    architecture: str
+
+
+@keyword_record
 class OtherLayers(Diagnostic):
     """Weights of more blocks than the config has."""
 

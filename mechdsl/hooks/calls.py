@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +53,14 @@ def text_inputs(model: LoadedModel, ids: Tensor, positions: Tensor | None) -> di
 
 def call(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Tensor:
     """The model's output, without a cache."""
-    cache = {"use_cache": False} if "use_cache" in model.calling.accepts else {}
-    output = model.module(**arguments, **cache)
+    output = whole_output(model, arguments)
     return output.logits if "logits" in output else output.last_hidden_state
+
+
+def whole_output(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Any:
+    """All that the model returns."""
+    cache = {"use_cache": False} if "use_cache" in model.calling.accepts else {}
+    return model.module(**arguments, **cache)
 
 
 @contextmanager

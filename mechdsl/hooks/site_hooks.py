@@ -9,7 +9,7 @@ to say: whole padded prompts, or packed rows.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -66,6 +66,8 @@ class SiteWork:
         self._writes = list(writes)
         self._reads = list(dict.fromkeys(reads))
         self._logits: tuple[list[PlacedWrite], list[SiteRead]] = ([], [])
+        self._kept: Callable[[Tensor], Tensor] | None = None
+        """Takes the wanted positions out of the logits, where that isn't done before them."""
         self._edges = by_layer(edges)
         self.within = self._within()
         self._layers: dict[int, LayerWork] = {}
@@ -145,7 +147,7 @@ class SiteWork:
     def _extent(self, where: SiteRead) -> tuple[int, int]:
         """(units, width) of a site."""
         if where.site == "logits":
-            return 1, self.model.shape.vocab_size
+            return 1, self.model.shape.outputs
         if where.site == "router":
             return 1, self.model.stack(where.stack).shape.n_experts
         if where.site in WITHIN_ATTENTION:
@@ -269,7 +271,10 @@ class SiteWork:
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             return value[rows.to(value.device), columns.to(value.device)]
 
-        self._on(entrance(self.model, self.model.shape.n_layers + 1), _LAST, step)
+        if self.model.anatomy.unembedding is None:  # what stands there may count tokens
+            self._kept = lambda logits: step(logits, self.model.module, logits)
+        else:
+            self._on(entrance(self.model, self.model.shape.n_layers + 1), _LAST, step)
 
     # --- running ----------------------------------------------------------------------------
 
@@ -316,10 +321,10 @@ class SiteWork:
     def output(self, logits: Tensor) -> Tensor:
         """The model's logits, after what is written and read there."""
         places, reads = self._logits
-        if (places or reads) and logits.shape[-1] != self.model.shape.vocab_size:
+        if (places or reads) and logits.shape[-1] != self.model.shape.outputs:
             raise ValueError("logits can't be read or written where only some tokens' are computed")
         if not (places or reads):
-            return logits
+            return logits if self._kept is None else self._kept(logits)
         whole = logits.dim() == 2  # one output for a whole image
         logits = logits.unsqueeze(1) if whole else logits
         with torch.inference_mode():

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.calls import bare_logits, call, narrowed, text_inputs
+from mechdsl.hooks.calls import (
+    arguments,
+    bare_logits,
+    call,
+    narrowed,
+    text_inputs,
+    whole_output,
+)
 from mechdsl.hooks.loaded import Calling, LoadedModel, Stack
 from mechdsl.loading.probe_inputs import (
     config_of,
@@ -111,13 +118,19 @@ def _tried(model: LoadedModel) -> LoadedModel:
 
 
 def _with_logits(model: LoadedModel) -> LoadedModel:
-    """The model with `logits` where they come out without an unembedding that is a module."""
-    shape = model.shape
-    if "logits" in shape.sites or shape.takes == "image" or shape.d_model == shape.vocab_size:
+    """The model with `logits` as they come out: there may be none, or others than of tokens."""
+    shape, anatomy = model.shape, model.anatomy
+    if shape.takes == "image":
         return model
-    if bare_logits(model, sample(model)).shape[-1] != shape.vocab_size:
-        return model
-    return replace(model, shape=replace(shape, sites=shape.sites | {"logits"}))
+    output = whole_output(model, arguments(model, sample(model)))
+    if "logits" not in output:
+        anatomy = replace(anatomy, unembedding=None)
+        shape = replace(shape, sites=shape.sites - {"logits"}, d_logits=0)
+        return replace(model, anatomy=anatomy, shape=shape)
+    size = int(output.logits.shape[-1])
+    size = 0 if size == shape.vocab_size else size
+    shape = replace(shape, sites=shape.sites | {"logits"}, d_logits=size)
+    return replace(model, shape=shape)
 
 
 def _places_images(model: LoadedModel) -> bool:
@@ -135,7 +148,7 @@ def _narrows(model: LoadedModel) -> bool:
     if model.anatomy.unembedding is None or model.shape.takes == "image":
         return False
     batch = sample(model)
-    some = torch.arange(0, model.shape.vocab_size, 2, device=model.device)
+    some = torch.arange(0, model.shape.outputs, 2, device=model.device)
     real = batch.mask.bool()
     every = bare_logits(model, batch)[real]
     try:

@@ -274,7 +274,10 @@ class _Finder:
         embedding = self._embedding_path()
         for path, module in self.modules.items():
             size = sizes(module)
-            if size is not None and size[1] == self.shape.vocab_size and path != embedding:
+            inside = path.startswith(f"{self.root}.")
+            if inside or path == embedding or size is None:
+                continue
+            if size[1] == self.shape.vocab_size:
                 return path
         return None
 

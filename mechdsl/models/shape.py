@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +119,9 @@ class ModelShape:
     """The model isn't at hand, and these numbers stand in for its own."""
     d_final: int = 0
     """Width of `final_norm`; 0: `d_model`, as in all but a few."""
+    d_logits: int = 0
+    """Width of `logits`; 0: `vocab_size`, as in all that predict tokens. Others give a number for
+    each label."""
     partly: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     """Sites that only some blocks have, and which; known of a loaded model."""
     sizes: Mapping[tuple[str, int], tuple[int, int]] = field(
@@ -126,6 +130,11 @@ class ModelShape:
     """(units, width) of a site in blocks where they are others; known of a loaded model."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
     """The part of the config that describes this stack."""
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers `logits` are."""
+        return self.d_logits or self.vocab_size
 
     def has(self, site: str, layer: int | None) -> bool:
         """Whether a site is there, in one block."""
@@ -296,7 +305,8 @@ def _shape(
             experts=bool(experts),
             dense=bool(dense) or not experts,
             mixers=_has_mixers(text),
-        ),
+        )
+        - ({"logits"} if _headless_class(names, model_type) else set()),
         d_value=_first(text, ("v_head_dim",)) or d_head,
         d_embed=_first(text, ("input_embedding_size", *_NARROW)) or d_model,
         n_experts=experts,
@@ -304,6 +314,7 @@ def _shape(
         takes=takes,
         masked=any("ForMaskedLM" in name for name in names),
         d_final=_narrow(text, d_model),
+        d_logits=_labels(config, names),
         partly=partly,
         config=text,
     ), []
@@ -341,6 +352,24 @@ def _narrow(config: Mapping[str, Any], d_model: int) -> int:
     """Width of what the unembedding reads, 0 for the model's."""
     width = _first(config, ("output_embedding_size", *_NARROW)) or 0
     return width if width != d_model else 0
+
+
+_CLASSIFIERS = ("ForTokenClassification", "ForSequenceClassification")
+
+
+def _labels(config: Mapping[str, Any], names: list[str]) -> int:
+    """How many labels a classifier tells apart, 0 for what isn't one."""
+    if not any(name.endswith(_CLASSIFIERS) for name in names):
+        return 0
+    labels = config.get("id2label")
+    own = len(cast("Mapping[str, str]", labels)) if isinstance(labels, Mapping) else 0
+    return own or _first(config, ("num_labels",)) or 2
+
+
+def _headless_class(names: list[str], model_type: str) -> bool:
+    """Whether the class is the library's for a model without a head: `BertModel` of `bert`."""
+    bare = re.sub(r"[_-]", "", model_type) + "model"
+    return any(name.lower() == bare for name in names)
 
 
 def _kv_heads(config: Mapping[str, Any]) -> int | None:
@@ -471,6 +500,6 @@ def width(shape: ModelShape, site: str, layer: int | None = None) -> int:
         case "one":
             return 1
         case "vocab":
-            return shape.vocab_size
+            return shape.outputs
         case other:
             raise ValueError(f"the width of `{site}` ({other}) depends on the prompt")

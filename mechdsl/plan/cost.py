@@ -157,7 +157,7 @@ class PanelCount:
             prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
             per_block = int(self.block.whole(lengths).sum()) * draws
             blocks, logits = self.shape.n_layers, prompts * self.shape.d_model
-            logits *= self.shape.vocab_size
+            logits *= self.shape.outputs
             if stopped and needs.stop is not None:
                 blocks, logits = min(needs.stop, blocks), 0
             found += Cost(0, 0, prompts, tokens * blocks, per_block * blocks + logits)
@@ -224,7 +224,7 @@ class PanelWork:
         self.shortcuts = replace(self.shortcuts, **shortcuts)
         shape = self.panel.shape
         tokens = 0
-        adds = self.patched.rows * float(shape.d_model * shape.vocab_size)
+        adds = self.patched.rows * float(shape.d_model * shape.outputs)
         for one in self.shapes:
             more_tokens, more_adds = one.work(self.panel.block, shape, self.shortcuts)
             tokens += more_tokens
@@ -238,7 +238,7 @@ class PanelWork:
         if not all(atom.form.narrow for measure in measures for atom in measure.atoms):
             return
         shape = self.panel.shape
-        saved = self.patched.rows * float(shape.d_model * (shape.vocab_size - 2))
+        saved = self.patched.rows * float(shape.d_model * (shape.outputs - 2))
         left = self.patched.multiply_adds - saved
         self.patched = replace(self.patched, multiply_adds=left)
 
@@ -256,7 +256,7 @@ class PanelWork:
         count = tokens = 0
         adds = 0.0
         shape, block = self.panel.shape, self.panel.block
-        n, logits = shape.n_layers, shape.d_model * shape.vocab_size
+        n, logits = shape.n_layers, shape.d_model * shape.outputs
         for plan, one in zip(self.panel.plans, self.rows, strict=True):
             lengths = plan.lengths(one)
             count += len(one) * plan.draws

@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e04_model import NoLogits, NoSuchOutput
+from mechdsl.models.shape import ModelShape
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.metric_atoms import MeasureContext, refuse, resolve_atom
@@ -49,6 +52,10 @@ def resolve_measure(
         )
         return None
     found = tuple(atoms.values())
+    unread = unreadable(expression, found, context.sites.shape, context.sites.model)
+    if unread is not None:
+        context.diagnostics.append(unread)
+        return None
     if not context.sites.shape.causal and not _without_next_token(expression, found, at, context):
         return None
     category = expression in atoms and atoms[expression].form.kind == "category"
@@ -70,6 +77,38 @@ def resolve_measure(
         unit=units.pop() if len(units) == 1 else "",
         at=positions,
         truth=_truth(context.table) if category else None,
+    )
+
+
+def unreadable(
+    expression: ast.Expr, atoms: Sequence[Atom], shape: ModelShape, model: str
+) -> Diagnostic | None:
+    """E0437 for what reads logits of a model that gives none, E0438 for tokens that it gives none
+    for."""
+    text, span = expression.span.written, expression.span
+    logits = [atom for atom in atoms if atom.form.takes not in ("activations", "attention")]
+    if not logits:
+        return None
+    named = shape.architecture
+    if "logits" not in shape.sites:
+        return NoLogits(span=span, text=text, model=model, architecture=named)
+    if not shape.d_logits:
+        return None
+    of_texts = (ids for atom in logits for rows in atom.texts.values() for ids in rows)
+    asked = [token for ids in of_texts for token in ids]
+    asked += [token for atom in logits for token, _ in atom.numerals]
+    if any(atom.form.takes == "prompt" for atom in logits):  # the prompt's own tokens
+        asked.append(shape.vocab_size - 1)
+    beyond = [token for token in asked if token >= shape.outputs]
+    if not beyond:
+        return None
+    return NoSuchOutput(
+        span=span,
+        text=text,
+        token=max(beyond),
+        model=model,
+        outputs=shape.outputs,
+        architecture=named,
     )
 
 

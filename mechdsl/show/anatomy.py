@@ -100,6 +100,8 @@ def _sizes(stack: Stack) -> str:
         words.append(f"{shape.n_experts} experts")
     if shape.vocab_size:
         words.append(f"{shape.vocab_size} tokens or labels")
+    if shape.d_logits:
+        words.append(f"logits of {shape.d_logits} labels")
     words.append("no token sees a later one" if shape.causal else "every token sees every other")
     return "  " + ", ".join(words)
 

@@ -92,7 +92,7 @@ def _restarted(bench: Bench) -> Outcome:
     assert expected is not None
     if model.shape.takes == "image" and model.calling.reads != "every token":
         number = np.arange(len(starts))  # one output for each
-    some = torch.arange(0, model.shape.vocab_size, 2)
+    some = torch.arange(0, model.shape.outputs, 2)
 
     def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
         with keeping(model, bench.batch, 0) as kept:
