@@ -281,6 +281,53 @@ class NoSuchOutput(Diagnostic):
 
 
 @keyword_record
+class OneOutput(Diagnostic):
+    """A classifier of whole prompts."""
+
+    code = "E0439"
+    title = "`{model}` is a `{architecture}`, which gives one output for a whole prompt"
+    label = "measures read logits of one token"
+    help = (
+        "classifiers of prompts aren't supported yet; load its weights as a model with an output "
+        "for each token, such as `…ForCausalLM`, or without a head, and measure its vectors"
+    )
+
+    model: str
+    architecture: str
+
+
+@keyword_record
+class AdapterFolder(Diagnostic):
+    """A folder with an adapter (LoRA), and not with a model."""
+
+    code = "E0440"
+    title = "`{path}` is an adapter for {base}, and no model"
+    label = "it has an `adapter_config.json`, and no `config.json`"
+    help = (
+        "merge it from Python and load what that saves: "
+        '`PeftModel.from_pretrained(base, "{path}").merge_and_unload().save_pretrained("merged")`, '
+        "with the tokenizer of the base beside it"
+    )
+
+    path: str
+    base: str
+
+
+@keyword_record
+class QuantizedModel(Diagnostic):
+    """A model whose weights are whole numbers with scales beside them."""
+
+    code = "E0441"
+    title = "`{model}` is quantized, which isn't supported yet"
+    label = "`{part}` is a `{kind}`"
+    help = "hand over the model as it was before it was quantized"
+
+    model: str
+    part: str
+    kind: str
+
+
+@keyword_record
 class OtherLayers(Diagnostic):
     """Weights of more blocks than the config has."""
 
@@ -319,12 +366,15 @@ class IdentityBroken(Diagnostic):
     code = "E0410"
     title = "`{model}` ({architecture}) fails the check `{identity}`"
     label = "{reason}"
-    help = "its modules are not what the finder took them for; register the family with `@family`"
+    help = "{hint}"
 
     model: str
     architecture: str
     identity: str
     reason: str
+    hint: str = (
+        "its modules are not what the finder took them for; register the family with `@family`"
+    )
 
 
 @keyword_record
@@ -334,10 +384,11 @@ class LoadFailed(Diagnostic):
     code = "E0411"
     title = "`{model}` can't be loaded"
     label = "{reason}"
-    help = "it has to load with `AutoModelForCausalLM.from_pretrained`"
+    help = "{hint}"
 
     model: str
     reason: str
+    hint: str = "it has to load with `AutoModelForCausalLM.from_pretrained`"
 
 
 @keyword_record

@@ -108,9 +108,19 @@ def unscaled(value: Tensor, scale: float | Tensor) -> Tensor:
 def head_weights(projection: nn.Module, layout: Layout) -> Tensor:
     """[units, width, d_model]: each head's slice of the output projection."""
     with at_hand(projection):
-        weight = projection.get_parameter("weight")
-    by_input = weight if transposed(projection) else weight.t()
+        weight = _adapted(projection, projection.get_parameter("weight"))
+    base = getattr(projection, "base_layer", projection)
+    by_input = weight if transposed(base) else weight.t()
     return by_input.unflatten(0, (layout.units, layout.width))
+
+
+def _adapted(projection: nn.Module, weight: Tensor) -> Tensor:
+    """The weight with what adapters of peft add to it when the module runs."""
+    own: Any = projection
+    if not hasattr(own, "get_delta_weight") or own.merged or own.disable_adapters:
+        return weight
+    active = [name for name in own.active_adapters if name in own.lora_A]
+    return sum((own.get_delta_weight(name) for name in active), weight)
 
 
 def through_heads(z: Tensor, heads: Tensor, weight: Tensor) -> Tensor:

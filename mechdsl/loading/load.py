@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from mechdsl.base.garbage import uncollected
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e04_model import LoadFailed, NoTokenizer, NoWeights, OtherLayers
+from mechdsl.diagnostics.e04_model import (
+    LoadFailed,
+    NoTokenizer,
+    NoWeights,
+    OtherLayers,
+    QuantizedModel,
+)
 from mechdsl.diagnostics.w07_models import WeightsUnused
 from mechdsl.hooks.hook_points import at_hand
 from mechdsl.hooks.loaded import LoadedModel
@@ -117,6 +123,10 @@ def adopt(
     text, found = _adopt_tokenizer(name, tokenizer, bos, span)
     if text is None:
         return None, found
+    module = unwrapped(module)
+    if (quantized := _quantized(module)) is not None:
+        part, kind = quantized
+        return None, [QuantizedModel(span=span, model=name, part=part, kind=kind)]
     config = getattr(module, "config", None)
     if not hasattr(config, "to_dict"):
         it = "" if isinstance(cast(object, module), nn.Module) else type(module).__name__
@@ -282,6 +292,27 @@ def _unused(
         )
         for how, names in said
     ]
+
+
+def unwrapped(module: Any) -> Any:
+    """The model in what `torch.compile` and peft put around it; adapters stay in its modules."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and hasattr(module, "peft_config"):
+            inner = module.get_base_model()
+        if not isinstance(inner, nn.Module) or inner is module:
+            return module
+        module = inner
+
+
+def _quantized(module: Any) -> tuple[str, str] | None:
+    """A part that torch has quantized, and its class; None where there is none."""
+    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    for path, part in parts:
+        home = type(part).__module__
+        if home.startswith("torch.") and ".quantized" in home:
+            return path, f"{home.removeprefix('torch.ao.')}.{type(part).__name__}"
+    return None
 
 
 def _adopt_tokenizer(

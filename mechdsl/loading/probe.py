@@ -285,7 +285,7 @@ def _tried_on_text(model: LoadedModel) -> LoadedModel:
         for row in (longer, shorter)
     ]
     if alone[0].dim() != 2:
-        raise ValueError("it has one output for a whole prompt, not one for each token")
+        raise OneOutputOnly
     fine = _fine(model)
     for first in _first_positions(model):
         calling = replace(model.calling, first_position=first)
@@ -305,6 +305,10 @@ def _called(model: LoadedModel) -> LoadedModel:
     """With how it returns, and how passes over packed rows call it."""
     packs = model.calling.packs if _takes_many(model) else "one prompt"
     return replace(model, calling=replace(_returns(model), packs=packs))
+
+
+class OneOutputOnly(Exception):
+    """The model has one output for a whole prompt, not one for each token."""
 
 
 class _Reached(Exception):

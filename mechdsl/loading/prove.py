@@ -16,11 +16,11 @@ from torch import nn
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e04_model import IdentityBroken, LoadFailed
+from mechdsl.diagnostics.e04_model import IdentityBroken, LoadFailed, OneOutput
 from mechdsl.diagnostics.w07_models import NoEffect, NotRestartable, StackLeftOut
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import Calling, LoadedModel, Outcome, Stack
-from mechdsl.loading.probe import sample, tried
+from mechdsl.loading.probe import OneOutputOnly, sample, tried
 from mechdsl.loading.proof_store import Proof, key_of, recall, remember
 from mechdsl.loading.random_twin import random_twin
 from mechdsl.loading.verify import (
@@ -156,8 +156,12 @@ def _attempt(
 ) -> Attempt:
     try:
         model = describe(name, module, stacks, tokenizer, provenance=provenance)
+    except OneOutputOnly:
+        problem = OneOutput(span=span, model=name, architecture=stacks[""].shape.architecture)
+        return Attempt(0, (problem,))
     except Exception as error:  # whatever the model's own forward raises
-        problem = LoadFailed(span=span, model=name, reason=f"it doesn't run: {text_of(error)}")
+        reason = f"it doesn't run: {text_of(error)}"
+        problem = LoadFailed(span=span, model=name, reason=reason, **blamed(module))
         return Attempt(0, (problem,), stack="vision" if "vision" in stacks else "")
     if known is not None:
         calling = replace(model.calling, packs=known.packs)
@@ -377,7 +381,26 @@ def _broken(model: LoadedModel, identity: str, reason: str, span: Span | None) -
         architecture=model.shape.architecture,
         identity=identity,
         reason=reason,
+        **blamed(model.module),
     )
+
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "mechdsl", "peft")
+"""Whose hooks a model may have by itself."""
+
+
+def blamed(module: nn.Module) -> dict[str, str]:
+    """What is wrong most likely where hooks of the user's are on the model: they change what checks
+    read and write."""
+    for path, part in module.named_modules():
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
+            own: Any = getattr(hook, "func", hook)
+            home = str(getattr(own, "__module__", None) or type(own).__module__)
+            if home.partition(".")[0] not in _LIBRARIES:
+                where = f"`{path}`" if path else "the model"
+                said = f"a hook of yours on {where} changes what the model computes"
+                return {"hint": f"{said}: remove it first, with its `handle.remove()`"}
+    return {}
 
 
 def idle_parts(model: LoadedModel) -> str:

@@ -7,9 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 from mechdsl import zoo
+from mechdsl.base.json_text import load_json
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
-from mechdsl.diagnostics.e04_model import ModelNotFound, NoConfig, PickledWeights, UnknownZooModel
+from mechdsl.diagnostics.e04_model import (
+    AdapterFolder,
+    ModelNotFound,
+    NoConfig,
+    PickledWeights,
+    UnknownZooModel,
+)
 from mechdsl.diagnostics.w07_models import ModelNotHere
 from mechdsl.models.folder_files import refused_file
 from mechdsl.program.named_paths import HF, LOCAL, path_to_read
@@ -24,8 +31,8 @@ def locate(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     """The folder with the model's `config.json`.
 
     `base` is the folder that relative paths start from, the `.mech` file's. Gives E0403, E0404,
-    E0405, E0431 to E0433, E0532, E0535, and W0710 for a model that isn't there, which `needed`
-    makes E0401.
+    E0405, E0431 to E0433, E0440, E0532, E0535, and W0710 for a model that isn't there, which
+    `needed` makes E0401.
     """
     match model.kind:
         case "zoo":
@@ -117,6 +124,8 @@ def _checked(
     if refused is not None:
         return None, [refused]
     if not os.path.isfile(folder / "config.json"):
+        if os.path.isfile(folder / "adapter_config.json"):
+            return None, [AdapterFolder(span=model.span, path=model.path, base=_base_of(folder))]
         reason = f"no such file in `{model.path}`"
         return None, [NoConfig(span=model.span, model=model.name, reason=reason)]
     pickled = sorted(
@@ -127,6 +136,16 @@ def _checked(
     if pickled and not weight_files(folder):
         return None, [PickledWeights(span=model.span, model=model.name, file=pickled[0])]
     return folder, []
+
+
+def _base_of(folder: Path) -> str:
+    """The model that an adapter was trained on, in words."""
+    try:
+        config = load_json((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "another model"
+    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    return f"`{named}`" if isinstance(named, str) and named else "another model"
 
 
 def hub_cache() -> Path:

@@ -19,6 +19,7 @@ from mechdsl.diagnostics.e04_model import (
     NoConfig,
     NoResidMid,
     NotATextModel,
+    OneOutput,
     ShapeUnknown,
     SiteNotOnModel,
 )
@@ -354,6 +355,8 @@ def _narrow(config: Mapping[str, Any], d_model: int) -> int:
     return width if width != d_model else 0
 
 
+_OF_PROMPTS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+"""How classes end whose output is one of a whole prompt."""
 _CLASSIFIERS = ("ForTokenClassification", "ForSequenceClassification")
 
 
@@ -443,13 +446,15 @@ def read_shape(
     folder: Path, *, model: str = "model", span: Span | None = None
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
     """The shape of the model in a folder; E0404 where its `config.json` can't be read, E0407 where
-    it doesn't read text alone."""
+    it doesn't read text alone, E0439 where it has one output for a whole prompt."""
     config, found = read_config(folder, model=model, span=span)
     if config is None:
         return None, found
     shape, found = shape_of(config, model=model, span=span)
     if shape is not None and shape.takes not in ("text", "image and text"):
         return None, [NotATextModel(span=span, model=model, architecture=shape.architecture)]
+    if shape is not None and shape.architecture.endswith(_OF_PROMPTS):
+        return None, [OneOutput(span=span, model=model, architecture=shape.architecture)]
     return shape, found
 
 

@@ -321,6 +321,8 @@ def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | 
     allowed = ("path", "dtype", "bos") + (("revision",) if kind == "hf" else ())
     if name not in allowed:
         known = ", ".join(allowed[1:])
+        if name == "quantize":
+            return "can't be done yet", "leave it out: weights are used as they were saved"
         return (
             f"is not an argument of `{kind}`",
             did_you_mean(name, allowed, f"arguments are {known}"),

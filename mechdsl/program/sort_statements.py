@@ -44,6 +44,8 @@ OPEN: dict[type[ast.Node], str] = {
 LISTED: dict[type[ast.Node], str] = {
     ast.FromInto: "keep one of them; several runs are a list: `from A, B into C`",
     ast.UseModel: "keep one of them; several models are a list: `model A, B`",
+    ast.ObserveAttention: "one line looks at many edges, as in `observe attention layer * head * "
+    "from last token to each item token`; write an experiment for each other line",
 }
 
 
@@ -60,6 +62,7 @@ class Statements:
         self.keep: list[ast.Expr] = []
         self.loops: list[spec.Loop] = []
         self.rules: list[tuple[ast.Rule, tuple[str, ...]]] = []
+        self.observed: list[ast.ObserveAttention] = []
         self.measures: list[ast.Measure] = []
         self.stats: list[ast.Stats] = []
         self.reports: list[ast.Report] = []
@@ -83,8 +86,9 @@ class Statements:
                 case ast.Rule():
                     self.rule(statement, loops)
                 case ast.ObserveAttention():
-                    rule = ast.Rule(statement, span=statement.span)
-                    self.rule(rule, loops)
+                    self.once(statement, self.observed, "observe")
+                    if self.observed == [statement]:
+                        self.rule(ast.Rule(statement, span=statement.span), loops)
                 case ast.For():
                     self.loop(statement, loops)
                 case ast.UseModel():

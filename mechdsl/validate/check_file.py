@@ -372,7 +372,7 @@ def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
     for rule in experiment.rules:
         # Which tokens another experiment ranks is not known yet.
         ranked = any(isinstance(node, ast.RankedTokens) for node in walk(rule.spec.at))
-        if rule.sites is None or ranked:
+        if rule.sites is None or ranked or rule.spec.verb == "observe":
             continue
         for cell in rule.positions.written.values():
             row = next((n for n, hit in enumerate(cell.hits) for run in hit if 0 in run), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -154,10 +155,50 @@ experiment e {
   measure prob(answer) as raw
 }
 """
-    models = {"toy": (families.module("gpt2"), own_models.words())}
-    return None, check_with_models(Source(text, Path("page.mech")), Settings(), models)[
-        0
-    ].diagnostics
+    return _checked(text, families.module("gpt2"), own_models.words())
+
+
+def _checked(text: str, module: nn.Module, tokenizer: Any = None) -> Adopted:
+    models = {"toy": (module, tokenizer or families.tokenizer())}
+    checked, _ = check_with_models(Source(text, Path("page.mech")), Settings(), models)
+    return None, checked.diagnostics
+
+
+_READS_A_LOGIT = """mech 1
+
+model toy = local("toy")
+
+prompts words {
+  word in ["w1", "w2"]
+  template "{word} w5"
+  answer " w7"
+}
+
+experiment e {
+  prompts words
+  measure logit(answer) at last token as raw
+}
+"""
+
+
+def headless() -> Adopted:
+    return _checked(_READS_A_LOGIT, own_models.made("BertModel"))
+
+
+def labelling() -> Adopted:
+    """Two labels for each token."""
+    return _checked(_READS_A_LOGIT, own_models.made("BertForTokenClassification"))
+
+
+def classifying() -> Adopted:
+    return _adopted(own_models.made("BertForSequenceClassification"))
+
+
+def whole_numbers() -> Adopted:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize: Any = torch.ao.quantization.quantize_dynamic
+        return _adopted(quantize(families.module("llama"), {nn.Linear}))
 
 
 CAUSES: dict[str, Callable[[], Adopted]] = {
@@ -166,6 +207,10 @@ CAUSES: dict[str, Callable[[], Adopted]] = {
     "E0411": failing,
     "E0412": slow,
     "E0436": wordless,
+    "E0437": headless,
+    "E0438": labelling,
+    "E0439": classifying,
+    "E0441": whole_numbers,
     "W0711": by_itself,
     "W0712": windowed,
     "W0770": empty,

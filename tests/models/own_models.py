@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
@@ -77,3 +78,72 @@ def words(unknown: bool = False) -> Tokenizer:
     made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return made
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": families.VOCABULARY,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
+
+
+def made(name: str, **settings: Any) -> nn.Module:
+    """A tiny model of one of the library's classes."""
+    family = getattr(transformers, name)
+    module = family(family.config_class(**SMALL, **settings))
+    families.draw(module, 0)
+    return module.eval()
+
+
+@torch.no_grad()
+def delta(part: nn.Linear) -> torch.Tensor:
+    """What an adapter of one direction adds to a weight."""
+    generator = torch.Generator().manual_seed(part.in_features)
+    out, into = part.weight.shape
+    return torch.randn(out, 1, generator=generator) @ torch.randn(1, into, generator=generator) / 9
+
+
+class _Lora(nn.Module):
+    """A linear map as peft wraps it: `base_layer`, and what an adapter adds to it."""
+
+    merged = False
+    disable_adapters = False
+    active_adapters = ("default",)
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.lora_A = nn.ParameterDict({"default": nn.Parameter(delta(base))})
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base_layer.bias
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        return self.lora_A[adapter]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + x @ self.lora_A["default"].T
+
+
+class Adapted(nn.Module):
+    """A model as peft hands it over: its methods, as far as they are asked for, and a fake adapter
+    on some projections of attention."""
+
+    def __init__(self, module: Any, adapted: tuple[str, ...]) -> None:
+        super().__init__()
+        for layer in module.model.layers:
+            for name in adapted:
+                setattr(layer.self_attn, name, _Lora(getattr(layer.self_attn, name)))
+        self.model = module
+        self.peft_config = {"default": "LORA"}
+
+    def get_base_model(self) -> nn.Module:
+        return self.model

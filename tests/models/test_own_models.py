@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from mechdsl.hooks.batch import Batch
@@ -23,7 +22,7 @@ from mechdsl.packed.activation_cache import keeping
 from mechdsl.packed.packed_pass import run_packed
 
 from ..reference.forward import Write, forward
-from . import families, own_models
+from . import broken, families, own_models
 from .conftest import statement
 from .test_verify import FAULTS, swap
 
@@ -206,23 +205,6 @@ def test_a_table_of_positions_counts_for_more_than_the_config() -> None:
     taken(module)
 
 
-SMALL: dict[str, Any] = {
-    "vocab_size": families.VOCABULARY,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-}
-
-
-def made(name: str, **settings: Any) -> nn.Module:
-    """A tiny model of one of the library's classes."""
-    family = getattr(transformers, name)
-    module = family(family.config_class(**SMALL, **settings))
-    families.draw(module, 0)
-    return module.eval()
-
-
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -236,7 +218,7 @@ def made(name: str, **settings: Any) -> nn.Module:
 def test_rows_of_a_table_that_are_kept_for_padding_are_no_positions(
     name: str, settings: dict[str, Any]
 ) -> None:
-    taken(made(name, **settings))
+    taken(own_models.made(name, **settings))
 
 
 def needs_bos(module: nn.Module) -> nn.Module:
@@ -275,3 +257,75 @@ def test_the_second_time_the_parts_without_effect_are_known(
     assert second.idle == first.idle
     assert [d.message for d in again] == [d.message for d in said]
     assert second.checks == first.checks
+
+
+# --- heads of other kinds, and none -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["BertForTokenClassification", "GPT2ForTokenClassification"])
+def test_labels_of_each_token_are_logits(name: str) -> None:
+    module: Any = own_models.made(name, num_labels=3)
+    model = taken(module)
+    assert model.shape.outputs == 3
+    ids = [1, 9, 22, 31, 17]
+    batch = Batch.of([ids, ids[:3]], model.pad_id, "left", model.device)
+    at = torch.tensor([[4, 1], [2, 0]])
+    logits = run_whole(model, batch, logits_at=at).logits
+    assert logits is not None
+    with torch.no_grad():
+        alone = [module(input_ids=torch.tensor([row])).logits[0] for row in (ids, ids[:3])]
+    for row, places in enumerate(at.tolist()):
+        torch.testing.assert_close(logits[row], alone[row][places], atol=1e-5, rtol=1e-4)
+
+
+def test_more_logits_than_tokens() -> None:
+    module: Any = families.module("gpt2", tie_word_embeddings=False)
+    module.lm_head = nn.Linear(24, 60, bias=False)
+    model = taken(module)
+    assert model.shape.vocab_size == families.VOCABULARY
+    assert model.shape.outputs == 60
+
+
+@pytest.mark.parametrize("name", ["BertModel", "GPT2Model"])
+def test_a_model_without_a_head_has_no_logits(name: str) -> None:
+    model = taken(own_models.made(name))
+    assert "logits" not in model.shape.sites
+    assert "resid_post" in model.shape.sites
+
+
+# --- what stands around a model -----------------------------------------------------------------
+
+
+def test_a_compiled_model_is_taken_as_it_was() -> None:
+    module = families.module("gpt2")
+    compiled: Any = torch.compile(module)
+    assert taken(compiled).module is module
+
+
+@pytest.mark.parametrize("adapted", [("q_proj", "v_proj"), ("o_proj",)])
+def test_adapters_are_a_part_of_the_model(adapted: tuple[str, ...]) -> None:
+    bare: Any = families.module("llama")
+    wrapped = own_models.Adapted(families.module("llama"), adapted)
+    model = taken(wrapped)
+    for layer in bare.model.layers:  # what merging does
+        for name in adapted:
+            part = getattr(layer.self_attn, name)
+            part.weight.data += own_models.delta(part)
+    ids = [1, 9, 22, 31, 17]
+    batch = Batch.of([ids], model.pad_id, "left", model.device)
+    read = SiteRead("head_out", 1)
+    result = run_whole(model, batch, reads=[read])
+    expected = forward("llama", bare, ids)
+    assert result.logits is not None
+    torch.testing.assert_close(result.logits[0], expected.logits, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(result.reads[read][0], expected["head_out", 1], atol=1e-4, rtol=1e-3)
+
+
+def test_a_hook_of_the_users_is_named_where_checks_fail() -> None:
+    module: Any = families.module("gpt2")
+    module.transformer.h[1].mlp.c_proj.register_forward_hook(lambda part, args, out: out * 0)
+    model, found = adopt("m", module, families.tokenizer())
+    assert model is None
+    assert "a hook of yours on `transformer.h.1." in found[0].help_text
+    model, found = broken.gaining()
+    assert "hook" not in found[0].help_text
