@@ -16,7 +16,7 @@ from torch import nn
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e04_model import IdentityBroken, LoadFailed, OneOutput
+from mechdsl.diagnostics.e04_model import IdentityBroken, LoadFailed, OneOutput, PartNotFound
 from mechdsl.diagnostics.w07_models import NoEffect, NotRestartable, StackLeftOut
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import Calling, LoadedModel, Outcome, Stack
@@ -154,6 +154,8 @@ def _attempt(
     span: Span | None,
     known: Proof | None,
 ) -> Attempt:
+    if (missing := _no_module(name, module, stacks, span)) is not None:
+        return Attempt(0, (missing,))
     try:
         model = describe(name, module, stacks, tokenizer, provenance=provenance)
     except OneOutputOnly:
@@ -168,6 +170,25 @@ def _attempt(
         model = replace(model, calling=calling, idle=known.idle)
         return _with_checks(model, known.checks, span)
     return prove(model, span)
+
+
+def _no_module(
+    name: str, module: nn.Module, stacks: Mapping[str, Stack], span: Span | None
+) -> Diagnostic | None:
+    """E0409 for a site whose tensor an entry of a family looks for at a module that isn't there."""
+    paths = {path for path, _ in module.named_modules()}
+    for own in stacks.values():
+        for parts in (own.anatomy.taps, *(block.taps for block in own.anatomy.blocks)):
+            for site, tap in parts.items():
+                if tap.path not in paths:
+                    return PartNotFound(
+                        span=span,
+                        model=name,
+                        architecture=own.shape.architecture,
+                        part=f"`{site}`",
+                        reason=f"its entry names `{tap.path}`, which is no module of the model",
+                    )
+    return None
 
 
 def _surroundings(module: nn.Module) -> dict[str, str]:

@@ -42,7 +42,7 @@ def find_anatomies(
 ) -> tuple[list[Anatomy], list[Diagnostic]]:
     """What the anatomy of one stack could be, likeliest first, from a model's `named_modules()`;
     E0409 names what is missing in the first."""
-    tree = dict(modules)
+    tree = _without_adapters(dict(modules))
     found: list[Anatomy] = []
     missing: NotFound | None = None
     try:
@@ -67,6 +67,12 @@ def find_anatomies(
             reason=missing.reason,
         )
     ]
+
+
+def _without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The modules without what peft puts into those that it adapts, which stand for it."""
+    adapted = tuple(f"{path}." for path, part in tree.items() if hasattr(part, "base_layer"))
+    return {path: part for path, part in tree.items() if not path.startswith(adapted)}
 
 
 class _Finder:

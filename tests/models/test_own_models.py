@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mechdsl import check
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel, Stack
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.load import adopt, load
-from mechdsl.loading.prove import describe, prove
+from mechdsl.loading.prove import _attempt, describe, prove  # pyright: ignore[reportPrivateUsage]
 from mechdsl.models.anatomy import Anatomy
 from mechdsl.packed.activation_cache import keeping
 from mechdsl.packed.packed_pass import run_packed
@@ -24,6 +27,7 @@ from mechdsl.packed.packed_pass import run_packed
 from ..reference.forward import Write, forward
 from . import broken, families, own_models
 from .conftest import statement
+from .test_against_reference import in_all, with_blocks
 from .test_verify import FAULTS, swap
 
 EMPTY = ("mlp_norm", "mlp_hidden")
@@ -329,3 +333,41 @@ def test_a_hook_of_the_users_is_named_where_checks_fail() -> None:
     assert "a hook of yours on `transformer.h.1." in found[0].help_text
     model, found = broken.gaining()
     assert "hook" not in found[0].help_text
+
+
+def test_a_site_at_no_module_is_said_to_be_there() -> None:
+    """An entry of a family that names a module which isn't there."""
+    good = taken(families.module("gpt2"))
+    tap = in_all(good.anatomy, "mlp_out")
+    anatomy = with_blocks(good.anatomy, mlp_out=replace(tap, path="transformer.h.{layer}.nothing"))
+    tried = _attempt(
+        "m",
+        good.module,
+        {"": Stack(anatomy, good.shape)},
+        None,
+        provenance={},
+        span=None,
+        known=None,
+    )
+    assert [d.code for d in tried.problems] == ["E0409"]
+    assert "`transformer.h.0.nothing`, which is no module" in tried.problems[0].label_text
+
+
+def test_looking_at_the_first_token_writes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "e.mech"
+    file.write_text(
+        """mech 1
+model toy = zoo("counting")
+prompts fruit {
+  count in 3..9
+  template "apple pear {count}"
+  answer " {count}"
+}
+experiment e {
+  prompts fruit
+  observe attention layer 0 head 0 from first token to first token
+}
+""",
+        encoding="utf-8",
+    )
+    assert "W0731" not in [d.code for d in check(file)]
