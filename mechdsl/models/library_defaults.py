@@ -31,7 +31,7 @@ def with_defaults(
     """The config with what the library takes for granted; as it is for a kind that isn't known.
 
     alike: keys that say the same, of which a config has one. kind: its `model_type`, where it
-    doesn't say that itself. table: what each kind takes for granted; the package's by default.
+    doesn't say that itself. table: what each kind takes for granted, by default the package's.
     """
     kind = str(config.get("model_type", kind))
     table = read_table() if table is None else table
