@@ -1,5 +1,5 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownArgumentType=false, reportPrivateUsage=false
 """A model taken apart: of the anatomies that it could have, the first that passes all checks."""
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def _attempt(
         return Attempt(0, (problem,))
     except Exception as error:  # whatever the model's own forward raises
         reason = f"it doesn't run: {text_of(error)}"
-        problem = LoadFailed(span=span, model=name, reason=reason, **blamed(module))
+        problem = LoadFailed(span=span, model=name, reason=reason)
+        problem = replace(problem, hint=_hook_of_the_users(module) or problem.hint)
         return Attempt(0, (problem,), stack="vision" if "vision" in stacks else "")
     if known is not None:
         calling = replace(model.calling, packs=known.packs)
@@ -396,23 +397,23 @@ def _reason(outcome: Outcome) -> str:
 
 
 def _broken(model: LoadedModel, identity: str, reason: str, span: Span | None) -> IdentityBroken:
-    return IdentityBroken(
+    problem = IdentityBroken(
         span=span,
         model=model.name,
         architecture=model.shape.architecture,
         identity=identity,
         reason=reason,
-        **blamed(model.module),
     )
+    return replace(problem, hint=_hook_of_the_users(model.module) or problem.hint)
 
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "mechdsl", "peft")
 """Whose hooks a model may have by itself."""
 
 
-def blamed(module: nn.Module) -> dict[str, str]:
-    """What is wrong most likely where hooks of the user's are on the model: they change what checks
-    read and write."""
+def _hook_of_the_users(module: nn.Module) -> str | None:
+    """What to do where hooks of the user's are on the model, most likely the cause: they change
+    what checks read and write."""
     for path, part in module.named_modules():
         for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
             own: Any = getattr(hook, "func", hook)
@@ -420,8 +421,8 @@ def blamed(module: nn.Module) -> dict[str, str]:
             if home.partition(".")[0] not in _LIBRARIES:
                 where = f"`{path}`" if path else "the model"
                 said = f"a hook of yours on {where} changes what the model computes"
-                return {"hint": f"{said}: remove it first, with its `handle.remove()`"}
-    return {}
+                return f"{said}: remove it first, with its `handle.remove()`"
+    return None
 
 
 def idle_parts(model: LoadedModel) -> str:
