@@ -47,7 +47,7 @@ DOMAIN = _limit(10**12, "values of a domain", "E0506")
 ROWS = _limit(200_000, "rows of a table", "E0506")
 CHECKED_PROMPTS = _limit(10_000, "prompts of a table that `validate` looks at", "W0790")
 CHECKED_WORK = _limit(
-    130_000, "prompts that `validate` looks at, each times what the file says about it", "W0790"
+    200_000, "prompts that `validate` looks at, each times what the file says about it", "W0790"
 )
 CHECKED_TEXT = _limit(
     500_000, "characters of the prompts of a table that `validate` looks at", "W0790"

@@ -230,9 +230,9 @@ class Contexts:
             count = (each.limit or limits.ROWS) * (1 + len(block.corruptions))
             longest[block.name] = max(count, longest.get(block.name, 0))
             key = (block.name, each.model, each.limit, each.part, count)
-            tables[key] = tables.get(key, _parts(block)) + _parts(
-                (each.rules, each.measures, each.keep)
-            )
+            said = _parts((each.rules, each.measures, each.keep))
+            draws = limits.CHECKED_DRAWS * _ANY_PROMPT if each.against is not None else 0
+            tables[key] = tables.get(key, _parts(block)) + said + draws
         for (*_, count), parts in tables.items():
             yield count, _ANY_PROMPT + parts // _ROW_TO_TABLE
         for name, count in longest.items():
@@ -336,6 +336,7 @@ def _parts(part: object) -> int:
             return sum(map(_parts, cast("tuple[object, ...]", part)))
         case spec.Spec():
             names = type(part).model_fields.keys() - {"domain"}
-            return sum(_parts(getattr(part, name)) for name in names)
+            own = _ANY_PROMPT if isinstance(part, spec.TextDef) else 1  # texts are tokenised
+            return own + sum(_parts(getattr(part, name)) for name in names)
         case _:
             return 0
