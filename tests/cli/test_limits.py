@@ -142,7 +142,7 @@ WIDE = f"item,{COLUMNS}\n" + "\n".join(
         (LISTS.replace("{item} Count", "{xs} Count"), 20),
         (LISTS.replace("{item} Count", "{xs} Count").replace("other(item)", '"x"'), 20),
         (program('item in ["fig", "pear"]\nn in 1..400\nk = choice(' + "1, " * 900 + "1)"), 50),
-        (program('item in ["fig", "pear"]\nn in 1..400\nwhere n in [' + "1, " * 900 + "n]"), 60),
+        (program('item in ["fig", "pear"]\nn in 1..400\nwhere n in [' + "1, " * 900 + "n]"), 100),
         (program('rows "wide.csv"'), 1000),
         (program("n in 1..400\n" + "".join(f"v{i} = n + {i}\n" for i in range(100))
                  + 'item in ["fig", "pear"]'), 400),

@@ -31,6 +31,11 @@ class Said:
     def refused(self) -> bool:
         return "error[" in self.output
 
+    @property
+    def long(self) -> bool:
+        """Whether `validate` left rows out, all of which the other commands look at."""
+        return "[W0790]" in self.output
+
 
 def write(files: Files, folder: Path) -> Path:
     """The case as files; the path of the `.mech` file."""

@@ -24,7 +24,7 @@ def hold(kind: str, number: int, commands: tuple[str, ...]) -> None:
             assert said.broke is None, f"{command} on {kind} {number}: {said.broke}"
             if command == COMMANDS[0]:
                 assert said.seconds < SECONDS, f"{kind} {number}"
-                if said.refused or said.seconds > 1:  # the others look at every row
+                if said.refused or said.long or said.seconds > 1:
                     break
 
 

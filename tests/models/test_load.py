@@ -188,6 +188,24 @@ def test_weights_that_are_missing_are_not_drawn_at_random(
     assert "the weights lack `transformer.h.3" in problems[0].label_text
 
 
+def test_code_of_a_model_is_not_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 9}
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    config = {"model_type": "own", "architectures": ["OwnModel"], "auto_map": own, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    shutil.copy(Path(zoo.__path__[0]) / "counting" / "tokenizer.json", tmp_path)
+    _, problems = load(statement(str(tmp_path)))
+    assert [d.code for d in problems] == ["E0411"]
+    assert not asked
+    assert not (tmp_path / "ran").exists()
+
+
 def test_an_hf_model_that_is_not_here_can_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
