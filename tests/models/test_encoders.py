@@ -392,7 +392,8 @@ def test_a_text_classifier_is_refused() -> None:
     row = replace(ROWS["bert"], build="AutoModelForSequenceClassification")
     model, found = adopt("m", build.model(row), tokenizer())
     assert model is None
-    assert "one output for a whole prompt" in found[0].label_text
+    assert [d.code for d in found] == ["E0439"]
+    assert "one output for a whole prompt" in found[0].message
 
 
 # --- a published model ----------------------------------------------------------------------------
