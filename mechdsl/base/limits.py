@@ -52,7 +52,7 @@ CHECKED_WORK = _limit(
 CHECKED_TEXT = _limit(
     500_000, "characters of the prompts of a table that `validate` looks at", "W0790"
 )
-CHECKED_DRAWS = 10
+CHECKED_DRAWS = 5
 """Random draws that `validate` makes; they show whether there is anything to draw."""
 TRIED = _limit(500_000, "combinations that are looked at to find rows", "E0506")
 ITEMS = _limit(10_000, "items of a list", "E0506")

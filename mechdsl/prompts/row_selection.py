@@ -19,7 +19,7 @@ from mechdsl.vocab.corruptions import ValueChange, kind_of
 
 _MAX_BARREN = 1_000
 """Rows drawn one after another that were all there already."""
-_TRIED_FOR_ONE = 10
+_TRIED_FOR_ONE = 5
 """Combinations that a check looks at for each row that is enough, before it gives up."""
 _TEXT_OF_COLUMN = 10
 """Characters that take as long as the value of a column."""

@@ -17,6 +17,9 @@ from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.syntax.reserved import RESERVED
 
+_NAME = re.compile(r"(?!L\d+([HN]\d+)?$)[A-Za-z_]\w*")
+"""What a placeholder takes for a name: columns may be called anything."""
+
 _PIECE = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
 """A word or a sign with the space before it: most words are one token of most tokenizers."""
 _BOS = 0
@@ -79,7 +82,7 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     constant = {*block.parameters, *block.texts, "true", "false", TEMPLATE, *RESERVED}
     lacking = (d.name for d in block.diagnostics if isinstance(d, UnknownValue))  # said already
     columns = [*block.names(), *(span.name.id for span in block.spec.spans), *lacking]
-    names = [n for n in dict.fromkeys(columns) if n.isidentifier() and n not in constant]
+    names = [n for n in dict.fromkeys(columns) if _NAME.fullmatch(n) and n not in constant]
 
     def text(value: str) -> ast.String:
         return ast.String(value, span=at)

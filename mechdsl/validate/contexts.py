@@ -230,8 +230,8 @@ class Contexts:
             count = (each.limit or limits.ROWS) * (1 + len(block.corruptions))
             longest[block.name] = max(count, longest.get(block.name, 0))
             key = (block.name, each.model, each.limit, each.part, count)
-            said = _parts((each.rules, each.measures, each.keep))
-            draws = limits.CHECKED_DRAWS * _ANY_PROMPT if each.against is not None else 0
+            said = _parts((each.rules, each.measures, each.keep, each.expects))
+            draws = 2 * limits.CHECKED_DRAWS * _ANY_PROMPT if each.against is not None else 0
             tables[key] = tables.get(key, _parts(block)) + said + draws
         for (*_, count), parts in tables.items():
             yield count, _ANY_PROMPT + parts // _ROW_TO_TABLE
@@ -331,7 +331,8 @@ def _parts(part: object) -> int:
     """How much the file says, without the domains of values, which are worked out once."""
     match part:
         case ast.Node():
-            return sum(1 for _ in walk(part)) + part.span.text.count("{")
+            nodes = [_ANY_PROMPT if isinstance(node, ast.Except) else 1 for node in walk(part)]
+            return sum(nodes) + part.span.text.count("{")
         case tuple():
             return sum(map(_parts, cast("tuple[object, ...]", part)))
         case spec.Spec():

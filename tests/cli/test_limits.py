@@ -119,6 +119,16 @@ def test_half_a_character(tmp_path: Path) -> None:
     assert errors(program('rows "data.jsonl"'), tmp_path) == ["E0505"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["it\u0733em", "éa", "aé", "L0H1", "L3", "first", "in", "not", "a b", "", "{", "1", "patch"],
+)
+def test_columns_may_be_called_anything(name: str, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps([{name: 1, "n": 0}, {"item": 2, "n": 1}]))
+    found = errors(program('rows "data.json"'), tmp_path)  # rows can't be made, a table stands in
+    assert found == ["E0512", "E0503"]
+
+
 def test_long_tables_are_checked_in_part() -> None:
     long = program('item in ["fig", "pear"]\nn in 1..3000\nwhere n > 0').replace(" limit 4", "")
     short = Settings(prompts_enough=200)
@@ -187,7 +197,7 @@ def test_rows_that_are_not_looked_at_may_be_enough() -> None:
 
 def test_a_check_draws_few_of_many() -> None:
     text = program(rule="patch layer 0 head 1 at last token\n  against random(300)")
-    for settings, draws in ((Settings(prompts_enough=9), 10), (Settings(), 300)):
+    for settings, draws in ((Settings(prompts_enough=9), limits.CHECKED_DRAWS), (Settings(), 300)):
         (experiment,) = check_source(Source(text), settings).experiments
         assert experiment.control is not None
         assert experiment.control.draws == draws
