@@ -217,7 +217,7 @@ def test_scores_with_much_in_common(dtype: str) -> None:
             block.self_attn.q_proj.bias += each.repeat(4)
             block.self_attn.k_proj.bias += each.repeat(2)
     kind: torch.dtype = getattr(torch, dtype)
-    model, found = adopt("m", module.to(kind), families.tokenizer())
+    model, found = adopt("m", module.to(kind), families.tokenizer(), bos=False)
     assert model is not None
     assert not found
     error = next(check.error for check in model.checks if check.identity == RESTART)
