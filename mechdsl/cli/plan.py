@@ -41,8 +41,7 @@ def plan(
     untrusted: bool,
     passes: PassOptions,
 ) -> int:
-    """Print the intervention graph, the cells, rows and forward passes of a file. `-` is standard
-    input."""
+    """Print the graph, cells, rows and passes of a file. `-` is standard input."""
     how = settings(
         parameters,
         limit,

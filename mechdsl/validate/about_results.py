@@ -31,7 +31,7 @@ def about_results(variants: Sequence[Outline], program: spec.Program) -> list[Di
     resolved = [each.resolved for each in variants if each.resolved is not None]
     unknown: list[Unknown] = [what for each in variants for what in each.unknown]
     if len(resolved) == len(variants):
-        counted = not undecided and "rows" not in unknown
+        counted = not undecided and "count" not in unknown
         few = check_rows(resolved, resolved[0].table.row_ids)
         found += [replace(each, by_text=counted) for each in few]
     return certain(found, unknown)

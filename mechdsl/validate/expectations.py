@@ -189,7 +189,7 @@ class _ConditionReader:
                 left, right = self.value(node.left), self.value(node.right)
                 if node.operator == "/" and isinstance(right, Constant) and right.value == 0:
                     hint = "write a divisor that isn't 0"
-                    unreadable(node.right.span, "it divides by 0", hint)
+                    raise unreadable(node.right.span, "it divides by 0", hint)
                 return _joined(node.operator, left, right)
             case ast.Call():
                 return self.call(node)

@@ -172,7 +172,7 @@ def test_models_that_are_wrong(pair: tuple[Any, Any]) -> None:
 def test_a_model_that_nobody_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     error = refused(AWAY)
-    assert [d.code for d in error.diagnostics] == ["E0401"]
+    assert [d.code for d in error.diagnostics] == ["E0401", "W0720"]
     assert '`models={"toy": (model, tokenizer)}`' in str(error)
 
 
@@ -181,7 +181,7 @@ def test_what_a_refused_model_is_declared_as_is_not_looked_for(
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     error = refused(AWAY, {"toy": (pair[0], object())})
-    assert [d.code for d in error.diagnostics] == ["E0412"]
+    assert [d.code for d in error.diagnostics] == ["E0412", "W0720"]
 
 
 def test_a_wrong_path() -> None:
