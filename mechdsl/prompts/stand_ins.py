@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from string import ascii_lowercase
 
+from mechdsl.base import limits
 from mechdsl.diagnostics.e05_data import UnknownValue
 from mechdsl.program import spec
 from mechdsl.prompts.build_table import build_table
@@ -19,6 +20,9 @@ from mechdsl.syntax.reserved import RESERVED
 
 _NAME = re.compile(r"(?!L\d+([HN]\d+)?$)[A-Za-z_]\w*")
 """What a placeholder takes for a name: columns may be called anything."""
+
+_SHOWN = limits.TEXT // (2 * limits.NAME)
+"""Names in the prompt, whose text has a limit too."""
 
 _PIECE = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
 """A word or a sign with the space before it: most words are one token of most tokenizers."""
@@ -82,7 +86,8 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     constant = {*block.parameters, *block.texts, "true", "false", TEMPLATE, *RESERVED}
     lacking = (d.name for d in block.diagnostics if isinstance(d, UnknownValue))  # said already
     columns = [*block.names(), *(span.name.id for span in block.spec.spans), *lacking]
-    names = [n for n in dict.fromkeys(columns) if _NAME.fullmatch(n) and n not in constant]
+    known = (n for n in dict.fromkeys(columns) if n not in constant)
+    names = [n for n in known if len(n) <= limits.NAME and _NAME.fullmatch(n)]
 
     def text(value: str) -> ast.String:
         return ast.String(value, span=at)
@@ -94,7 +99,7 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
             spec.Value(span=at, names=(name,), domain=ast.Domain(text(name), span=at))
             for name in names
         ),
-        templates=(text(" ".join(f"{{{name}}}" for name in names) or "word"),),
+        templates=(text(" ".join(f"{{{name}}}" for name in names[:_SHOWN]) or "word"),),
         texts=tuple(spec.TextDef(span=at, name=name, value=text(" word")) for name in block.texts),
     )
     table, _ = build_table(made, tokenizer=tokenizer, limit=1)

@@ -331,8 +331,9 @@ def _parts(part: object) -> int:
     """How much the file says, without the domains of values, which are worked out once."""
     match part:
         case ast.Node():
-            nodes = [_ANY_PROMPT if isinstance(node, ast.Except) else 1 for node in walk(part)]
-            return sum(nodes) + part.span.text.count("{")
+            nodes = list(walk(part))
+            slow = sum(isinstance(node, ast.Except) or _draws(node) for node in nodes)
+            return len(nodes) + slow * _ANY_PROMPT // 2 + part.span.text.count("{")
         case tuple():
             return sum(map(_parts, cast("tuple[object, ...]", part)))
         case spec.Spec():
@@ -341,3 +342,7 @@ def _parts(part: object) -> int:
             return own + sum(_parts(getattr(part, name)) for name in names)
         case _:
             return 0
+
+
+def _draws(node: ast.Node) -> bool:
+    return isinstance(node, ast.Call) and node.name == "list"

@@ -121,12 +121,33 @@ def test_half_a_character(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["it\u0733em", "éa", "aé", "L0H1", "L3", "first", "in", "not", "a b", "", "{", "1", "patch"],
+    [
+        "it\u0733em",
+        "éa",
+        "aé",
+        "L0H1",
+        "L3",
+        "first",
+        "in",
+        "not",
+        "a b",
+        "",
+        "{",
+        "1",
+        "patch",
+        "i" + "9" * 5000,
+    ],
 )
 def test_columns_may_be_called_anything(name: str, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps([{name: 1, "n": 0}, {"item": 2, "n": 1}]))
     found = errors(program('rows "data.json"'), tmp_path)  # rows can't be made, a table stands in
     assert found == ["E0512", "E0503"]
+
+
+def test_there_may_be_any_number_of_columns(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps([{f"{'c' * 90}{n}": n for n in range(1200)}]))
+    found = errors(program('rows "data.json"').replace("{item}", "{x}"), tmp_path)
+    assert set(found) == {"E0501"}
 
 
 def test_long_tables_are_checked_in_part() -> None:
