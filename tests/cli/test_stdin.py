@@ -18,7 +18,7 @@ Pipe = Callable[[str | bytes], None]
 LOOSE = HEADS.replace("limit 16", "limit   16")
 """Not in canonical form."""
 
-TIMES = re.compile(r"about [\d.]+ \w+|[\d.]+ GFLOP")
+TIMES = re.compile(r"about [\d.]+ \w+|[\d.]+ \w+ as a plain loop|[\d.]+ GFLOP")
 
 
 @pytest.fixture
