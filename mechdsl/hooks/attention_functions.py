@@ -76,7 +76,6 @@ def exchanged(model: LoadedModel, function: AttentionFunction, *, masked: bool) 
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-    configs = _configs(model.module)
     before = implementations(model)
     own = next(iter(before.values()), "eager")
 
@@ -101,26 +100,16 @@ def exchanged(model: LoadedModel, function: AttentionFunction, *, masked: bool) 
         stack.enter_context(exchanged_modules(entries, function, own, masked=masked))
         AttentionInterface.register(_NAME, attended)
         AttentionMaskInterface.register(_NAME, mask)
-        for config in configs:
+        for config in model.attention_configs:
             name = before[id(config)]
             stack.callback(setattr, config, "_attn_implementation_internal", name)
             config._attn_implementation_internal = _NAME
         yield
 
 
-def _configs(module: nn.Module) -> list[Any]:
-    """The distinct configs that modules read their attention function from."""
-    found: dict[int, Any] = {}
-    for part in module.modules():
-        config = getattr(part, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    return list(found.values())
-
-
 def implementations(model: LoadedModel) -> dict[int, str]:
     """How modules attend, by their config's id: an image encoder otherwise than the text, say."""
-    return {id(config): config._attn_implementation for config in _configs(model.module)}
+    return {id(config): config._attn_implementation for config in model.attention_configs}
 
 
 def cross_modules(model: LoadedModel) -> frozenset[int]:

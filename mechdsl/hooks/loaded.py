@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -102,6 +103,16 @@ class LoadedModel:
     others: Mapping[str, Stack] = field(default_factory=dict[str, Stack])
     """Stacks beside the main one: `encoder`, `cross` (the decoder's blocks, by their attention to
     the encoder), `vision`."""
+
+    @cached_property
+    def attention_configs(self) -> tuple[Any, ...]:
+        """The distinct configs that modules read their attention function from."""
+        found: dict[int, Any] = {}
+        for part in self.module.modules():
+            config = getattr(part, "config", None)
+            if hasattr(config, "_attn_implementation_internal"):
+                found[id(config)] = config
+        return tuple(found.values())
 
     @property
     def rounding(self) -> float:
