@@ -24,6 +24,7 @@ from mechdsl.hooks.reads_and_writes import SiteWrite
 from mechdsl.pipeline import RunOptions
 from mechdsl.plan.passes import RESTARTS
 
+from ..quick import in_turn
 from .support import (
     DIFFERENCE,
     MODES,
@@ -74,8 +75,9 @@ def equal(a: list[Any], b: list[Any], tolerance: float) -> None:
 # --- batches and order (A1, A14) ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("tokens", [1, 25, 60, 10_000])
+@pytest.mark.parametrize(
+    ("tokens", "side"), in_turn([1, 25, 60, 10_000], ["right", "left"], [1, 25, 60, 10_000])
+)
 def test_sizes_of_batches_and_the_side_of_padding_change_nothing(
     folder: Path, tokens: int, side: Any
 ) -> None:
@@ -185,8 +187,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), FAMILIES, MODES))
 def test_a_run_leaves_the_model_as_it_was(folder: Path, family: str, mode: str) -> None:
     model = bare(family)
     before, weights = outputs(model), snapshot(model)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from ..quick import some
 from . import tables
 from .check_rows import check
 from .parts import Architecture
@@ -14,9 +15,7 @@ ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)
 QUICK = ("gpt2", "llama", "gemma3_text", "mixtral", "mamba", "bert", "t5", "vit", "llava")
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ROWS]
-)
+@pytest.mark.parametrize("name", some(ROWS, QUICK))
 def test_a_row_holds(name: str) -> None:
     assert check(ROWS[name]) == []
 

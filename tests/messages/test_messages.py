@@ -23,7 +23,7 @@ MOST = 2
 """Diagnostics about one mistake."""
 SLIPS = HERE / "slips" / "counting.md"
 EXAMPLE = HERE / "slips" / "counting.mech"
-"""`examples/counting.mech` as it was when the misspellings were read."""
+"""`examples/counting.mech` as it was when the misspellings were read, on fewer rows."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
+
+from ..quick import in_turn, some
 
 VOCABULARY = 53
 SPECIAL = ("<pad>", "<s>", "<unk>")
@@ -100,8 +101,10 @@ KINDS = (
     "cohere2",
 )
 """Families that differ in kind: what the others have besides is found in one of these."""
-EACH = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+EACH = some(CONFIGS, KINDS)
 """All of them, to be a test's parameter."""
+SIDED = in_turn(tuple(CONFIGS), ("left", "right"), KINDS)
+"""The same, padded on either side."""
 ALSO_READ = tuple(name for name in CONFIGS if name not in VERIFIED)
 """Families that the finder reads and the self-check accepts."""
 

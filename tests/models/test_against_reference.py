@@ -28,6 +28,7 @@ from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.vocab.sites import WITHIN_ATTENTION, stop_layer
 
+from ..quick import in_turn
 from ..reference.forward import (
     SITES,
     WITHOUT_LAYER,
@@ -41,6 +42,7 @@ from ..reference.forward import (
 from . import families
 
 Side = Literal["left", "right"]
+SIDED = in_turn(families.VERIFIED, ("left", "right"), families.VERIFIED)
 
 BASES = [[1, 9, 22, 31, 17, 40, 5, 28], [1, 14, 8, 51, 33], [1, 30, 11, 6, 45, 19]]
 SOURCES = [[1, 12, 37, 5, 23], [1, 44, 29, 16, 50, 3, 21, 8], [1, 25, 42, 13]]
@@ -286,8 +288,7 @@ def available(family: str) -> list[str]:
     return [site for site in SITES if not (parallel and site == "resid_mid")]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", families.VERIFIED)
+@pytest.mark.parametrize(("family", "side"), SIDED)
 def test_every_site_is_patched_and_ablated_as_by_hand(
     loaded: dict[str, LoadedModel], family: str, side: Side
 ) -> None:
@@ -344,8 +345,7 @@ def joined(
     return Batch.of(BASES, model.pad_id, side), lanes, writes, wanted, names
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", families.VERIFIED)
+@pytest.mark.parametrize(("family", "side"), SIDED)
 def test_rows_of_all_sites_layers_and_prompts_ride_in_one_pass(
     loaded: dict[str, LoadedModel], family: str, side: Side
 ) -> None:
@@ -364,8 +364,7 @@ def test_rows_of_all_sites_layers_and_prompts_ride_in_one_pass(
             assert _furthest(got, want[-len(got) :]) <= ABSOLUTE, f"{way.name}: {name}"
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", families.VERIFIED)
+@pytest.mark.parametrize(("family", "side"), SIDED)
 def test_the_logits_of_some_tokens_are_a_slice_of_all(
     loaded: dict[str, LoadedModel], family: str, side: Side
 ) -> None:

@@ -38,6 +38,7 @@ from mechdsl.packed.packed_pass import run_packed
 from mechdsl.prompts.prompt_table import Noise
 from mechdsl.vocab.sites import SITES
 
+from ..quick import in_turn
 from . import families
 from .clean import clean_model_check
 
@@ -48,6 +49,7 @@ SPREAD: Mapping[str, Callable[[str], str]] = {
     "all but a block": lambda path: "cpu" if path.endswith(".1") else "disk",
     "all": lambda path: "disk",
 }
+IN_TURN = in_turn(list(SPREAD), ["gpt2", "llama"], SPREAD)
 COUNTING = Path(zoo.__path__[0]) / "counting"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "counting.mech"
 
@@ -129,8 +131,7 @@ def writes_of(model: LoadedModel, sources: Mapping[SiteRead, Tensor]) -> list[Si
     return made
 
 
-@pytest.mark.parametrize("where", SPREAD)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(("where", "family"), IN_TURN)
 def test_every_site_is_as_in_memory(
     family: str, where: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -161,8 +162,7 @@ def test_every_site_is_as_in_memory(
     assert max(furthest(*pair) for pair in zip(*found, strict=True)) <= CLOSE
 
 
-@pytest.mark.parametrize("where", SPREAD)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(("where", "family"), IN_TURN)
 def test_the_model_is_left_as_it_was(
     family: str, where: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -596,8 +596,7 @@ def everywhere(model: LoadedModel) -> list[tuple[str, int | None]]:
     ]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", families.EACH)
+@pytest.mark.parametrize(("family", "side"), families.SIDED)
 def test_every_restartable_family_gives_the_logits_of_whole_passes(
     loaded: dict[str, LoadedModel], family: str, side: Side
 ) -> None:
@@ -614,8 +613,7 @@ def test_every_restartable_family_gives_the_logits_of_whole_passes(
     same_as_whole(model, kept, lanes, writes, last_tokens(kept, lanes))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", families.EACH)
+@pytest.mark.parametrize(("family", "side"), families.SIDED)
 def test_reads_inside_are_those_of_whole_passes(
     loaded: dict[str, LoadedModel], family: str, side: Side
 ) -> None:

@@ -40,6 +40,7 @@ from mechdsl.packed.packed_pass import run_packed
 from ..families import build, tables
 from ..families.parts import Architecture
 from ..families.walk import tokenizer
+from ..quick import in_turn
 from ..reference import hooks
 from . import families
 from .clean import clean_model_check
@@ -228,8 +229,9 @@ def test_scores_with_much_in_common(dtype: str) -> None:
     assert error <= FURTHEST * torch.finfo(kind).eps
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("family", families.EACH)
+@pytest.mark.parametrize(
+    ("family", "dtype"), in_turn(list(families.CONFIGS), list(HALF), families.KINDS)
+)
 def test_a_folder_is_loaded_in_16_bits(
     family: str, dtype: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
