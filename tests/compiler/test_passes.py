@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def switches(plan: Plan) -> dict[str, Any]:
     return {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in held}
 
 
+@cache
 def plain() -> Plan:
     """The plain loop."""
     text = HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA)

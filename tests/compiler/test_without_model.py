@@ -41,7 +41,7 @@ prompts fruit {
 }
 
 experiment heads {
-  prompts fruit limit 32
+  prompts fruit limit 20
   from clean into fewer
   keep logit(answer) > 0
   patch z layer * head * at last token
@@ -56,7 +56,7 @@ experiment heads {
 }
 
 experiment along {
-  prompts fruit limit 32
+  prompts fruit limit 20
   from clean into fewer
   for l in 0..3 {
     patch resid_post layer l at place token, each item token
@@ -66,7 +66,7 @@ experiment along {
 }
 
 experiment without {
-  prompts fruit limit 32
+  prompts fruit limit 20
   ablate movers at last token with mean of fewer
   ablate mlp_out layer 1..2 at last-item token with zero
   against random(5, heads)
@@ -114,7 +114,7 @@ CASES = {
     "a condition on what is kept": ("keep lgoit(answer)", "keep logit(answer)", "E0203", "logit"),
     "a correction": ("correct hlom", "correct holm", "E0207", "holm"),
     "a confidence": ("confidence 30%", "confidence 95%", "E0207", ""),
-    "a limit": ("limit 0\n  from clean", "limit 32\n  from clean", "E0207", ""),
+    "a limit": ("limit 0\n  from clean", "limit 20\n  from clean", "E0207", ""),
     "what is drawn": ("random(5, neurons)", "random(5, heads)", "E0630", ""),
     "a range of a loop": ("for l in 3..0", "for l in 0..3", "E0321", "0..3"),
     "an axis of an expectation": ("layr: 1..2", "layer: 1..2", "E0203", "layer"),
@@ -415,7 +415,7 @@ def test_cells_that_the_text_rules_out_are_refused(
 ) -> None:
     rule, expected, code = case
     lines = f"from clean into fewer {RULES[rule]} measure logit(answer) as raw"
-    text = f"{FILE}\nexperiment last {{ prompts fruit limit 32 {lines} expect {expected} }}\n"
+    text = f"{FILE}\nexperiment last {{ prompts fruit limit 20 {lines} expect {expected} }}\n"
     found = said(checked(text, tmp_path, MODELS["not in the cache"]).diagnostics)
     assert {each[0] for each in found} == ({code} if code else set()), found
 
@@ -437,7 +437,7 @@ HANGS_ON_IT = {
     "a special token": ("last-item token", "eos token"),
     "an answer": ('answer " {count}"', 'answer "Kuala Lumpur {count}"'),
     "a cell": ("layer: 1..2", "layer: 30"),
-    "what is picked": ("limit 32\n  ablate movers", "limit 32\n  ablate top 300 of heads"),
+    "what is picked": ("limit 20\n  ablate movers", "limit 20\n  ablate top 300 of heads"),
     "a replacement": ("  stats boot", '  replace last-item token with "a b"\n  stats boot'),
 }  # fmt: skip
 

@@ -94,7 +94,7 @@ def found(
 
 
 @EVERY
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(pieces=st.lists(PIECE, min_size=1, max_size=6))
 def test_offsets_are_what_the_tokens_spell(kind: Kind, pieces: list[str]) -> None:
     text = "".join(pieces)
@@ -111,7 +111,7 @@ def test_offsets_are_what_the_tokens_spell(kind: Kind, pieces: list[str]) -> Non
 
 
 @EVERY
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     pieces=st.lists(st.tuples(st.sampled_from(["", "", "a", "b"]), PIECE), min_size=1, max_size=6),
     a=PIECE,
@@ -165,7 +165,7 @@ def test_all_tokens_that_overlap_and_no_others(
 
 
 @EVERY
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(pieces=st.lists(PIECE, min_size=1, max_size=6))
 def test_the_first_and_the_last_token_of_the_text(kind: Kind, pieces: list[str]) -> None:
     text = "".join(pieces)

@@ -89,17 +89,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 VERIFIED = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt_neox_sequential")
 """Families that every site is checked on against the hand-written hooks."""
-KINDS = (
-    *VERIFIED,
-    "gptj",
-    "bloom",
-    "gemma2",
-    "mixtral",
-    "falcon",
-    "mpt",
-    "gpt_neo",
-    "cohere2",
-)
+KINDS = ("gpt2", "llama", "qwen3", "gpt_neox", "bloom", "gemma2", "mixtral", "falcon", "gpt_neo")
 """Families that differ in kind: what the others have besides is found in one of these."""
 EACH = some(CONFIGS, KINDS)
 """All of them, to be a test's parameter."""

@@ -29,6 +29,7 @@ from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.vocab.reports import REPORTS
 
 from ..markdown import fences
+from ..quick import some
 from .svg_text import SVG, outside, overlaps, texts_of
 from .synthetic import finished, measure, read_tokens, report, swept, with_controls
 
@@ -151,10 +152,7 @@ def test_no_text_lies_on_another(name: str, size: tuple[int, int], tmp_path: Pat
     assert any(f"n = {result.statistics[0].n.min()}" in text for text in checked(svg))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in LARGE else pytest.mark.slow) for name in PICTURES],
-)
+@pytest.mark.parametrize("name", some(PICTURES, LARGE))
 def test_no_text_lies_on_another_where_there_are_many(name: str, tmp_path: Path) -> None:
     rows, columns = (30, 48) if name != "overlay" else (30, 12)
     result, svg = picture_at(name, rows, columns, tmp_path)

@@ -12,7 +12,7 @@ from .table import BOUNDS, shares_of, table
 
 FILES = right_files()
 SEED = 8
-COUNT = 60
+COUNT = 40
 """Those among them that nothing is said about are judged."""
 SLOW = "examples/mediators.mech"
 """Seconds for each look at it."""
