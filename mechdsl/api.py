@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from mechdsl.hooks.loaded import LoadedModel
     from mechdsl.pipeline import RunOptions
     from mechdsl.plan.plan import Plan
-    from mechdsl.program.python_files import Mode
+    from mechdsl.program import spec
+    from mechdsl.program.python_files import Mode, PythonFunction
     from mechdsl.results.results import Results
     from mechdsl.show.progress import Bar
     from mechdsl.show.terminal import Printed
@@ -406,7 +407,25 @@ def _settings(
         name: str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in (set or {}).items()
     }
-    return Settings(given, limit, only, python, require_models, allow_outside, untrusted)
+    return Settings(
+        given,
+        limit,
+        only,
+        python,
+        require_models,
+        allow_outside,
+        untrusted,
+        build=build_when_needed,
+    )
+
+
+def build_when_needed(
+    model: spec.Model, function: PythonFunction
+) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """`mechdsl.loading.build.build`, which imports torch only where a file has such a model."""
+    from mechdsl.loading.build import build
+
+    return build(model, function)
 
 
 def _mode(allow_python: bool) -> Mode:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -19,8 +19,10 @@ from mechdsl.execute.execute import Execution, Options, execute, sizes_of
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.build import build
 from mechdsl.loading.devices import device, device_problem, spread_of
 from mechdsl.loading.load import adopt, load
+from mechdsl.loading.merge import load_adapter
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import unknown_passes
 from mechdsl.plan.plan import ExperimentPlan, Plan
@@ -96,6 +98,7 @@ def check_with_models(
     # Before a model is proved, which takes a while; a broken line may be the one that defines it.
     unknown = [name for name in models if name not in declared] if not found else []
     loaded, diagnostics = _adopted({n: pair for n, pair in models.items() if n in declared})
+    settings = replace(settings, build=build)
     checked = check_source(source, settings, _contexts(source, loaded))
     refused = models.keys() - loaded.keys()
     said = [_no_such_model(name, declared) for name in unknown]
@@ -118,7 +121,7 @@ def run_checked(
     diagnostics = check_options(options)
     if has_errors(diagnostics):
         return None, diagnostics
-    models = dict(loaded or {})
+    models = {**cast("dict[str, LoadedModel]", checked.built), **(loaded or {})}
     diagnostics.extend(_load(checked, models, options))
     if not has_errors(diagnostics):
         diagnostics.extend(_not_there(checked.experiments, models))
@@ -451,15 +454,33 @@ def _load(
         if name is not None
     ]
     for name in dict.fromkeys(needed):
-        if name in loaded:
-            continue
-        model, found = load(
-            checked.program.models[name],
-            device=device(options.device),
-            dtype=options.dtype,
-            spread=spread_of(options.device, options.offload),
-        )
-        diagnostics.extend(found)
-        if model is not None:
-            loaded[name] = model
+        for statement in _bases_first(name, checked.program, loaded):
+            if statement.base is not None and statement.base not in loaded:
+                continue  # which has been refused
+            if statement.base is not None:
+                model, found = load_adapter(statement, loaded[statement.base])
+            else:
+                model, found = load(
+                    statement,
+                    device=device(options.device),
+                    dtype=options.dtype,
+                    spread=spread_of(options.device, options.offload),
+                )
+            diagnostics.extend(found)
+            if model is not None:
+                loaded[statement.name] = model
     return diagnostics
+
+
+def _bases_first(
+    name: str, program: spec.Program, loaded: Mapping[str, LoadedModel]
+) -> list[spec.Model]:
+    """The statements of a model and of all that it hangs on, as far as they aren't loaded."""
+    chain: list[spec.Model] = []
+    while name not in loaded:
+        chain.insert(0, program.models[name])
+        base = chain[0].base
+        if base is None:
+            break
+        name = base
+    return chain

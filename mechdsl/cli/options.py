@@ -102,6 +102,7 @@ def settings(
     untrusted: bool,
 ) -> Settings:
     """How files are checked. Raises `MalformedSetting`."""
+    from mechdsl.api import build_when_needed
     from mechdsl.validate.check_file import Settings
 
     given: dict[str, str] = {}
@@ -113,7 +114,16 @@ def settings(
         if name in given:
             raise MalformedSetting(f"`--set {name}=…` is given twice")
         given[name] = value.strip()
-    return Settings(given, limit, only, python, require_models, allow_outside, untrusted)
+    return Settings(
+        given,
+        limit,
+        only,
+        python,
+        require_models,
+        allow_outside,
+        untrusted,
+        build=build_when_needed,
+    )
 
 
 def python_mode(allow_python: bool) -> Mode:

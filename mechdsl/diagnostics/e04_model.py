@@ -51,15 +51,17 @@ class UnknownZooModel(Diagnostic):
 
 @keyword_record
 class NoConfig(Diagnostic):
-    """A model folder without a readable `config.json`."""
+    """A model folder without a readable `config.json`, or an adapter's without its own."""
 
     code = "E0404"
-    title = "`{model}` has no readable `config.json`"
+    title = "`{model}` has no readable `{file}`"
     label = "{reason}"
-    help = "point at a folder that `save_pretrained` wrote"
+    help = "{hint}"
 
     model: str
     reason: str
+    file: str = "config.json"
+    hint: str = "point at a folder that `save_pretrained` wrote"
 
 
 @keyword_record
@@ -81,11 +83,13 @@ class NoWeights(Diagnostic):
 
     code = "E0406"
     title = "`{model}` has no weights"
-    label = "no `.safetensors` file beside its `config.json`"
+    label = "no {what} beside its `{config}`"
     help = "{advice}"
 
     model: str
     advice: str
+    what: str = "`.safetensors` file"
+    config: str = "config.json"
 
 
 @keyword_record
@@ -298,19 +302,18 @@ class OneOutput(Diagnostic):
 
 @keyword_record
 class AdapterFolder(Diagnostic):
-    """A folder with an adapter (LoRA), and not with a model."""
+    """A folder with an adapter (LoRA), and not with a model alone."""
 
     code = "E0440"
-    title = "`{path}` is an adapter for {base}, and no model"
-    label = "it has an `adapter_config.json`, and no `config.json`"
-    help = (
-        "merge it from Python and load what that saves: "
-        '`PeftModel.from_pretrained(base, "{path}").merge_and_unload().save_pretrained("merged")`, '
-        "with the tokenizer of the base beside it"
-    )
+    title = "`{path}` is an adapter for {base}, {beside}"
+    label = "it has an `adapter_config.json`, {files}"
+    help = "{hint}"
 
     path: str
     base: str
+    beside: str = "and no model"
+    files: str = "and no `config.json`"
+    hint: str
 
 
 @keyword_record

@@ -8,17 +8,21 @@ from mechdsl.diagnostics.core import Diagnostic
 
 @keyword_record
 class ModelNotHere(Diagnostic):
-    """A model that the local cache, or the folder of the file, doesn't have."""
+    """A model that the local cache, or the folder of the file, doesn't have, or that a function
+    would make."""
 
     code = "W0710"
-    title = "`{model}` is not on this machine, so what hangs on it was not checked"
-    label = "`{path}` is not in {place}"
+    title = "`{model}` is {absence}, so what hangs on it was not checked"
+    label = "`{path}` is {where}{place}"
     help = "{advice}{waiting}"
 
     model: str
     path: str
-    place: str
     advice: str
+    place: str = ""
+    """Where it was looked for."""
+    absence: str = "not on this machine"
+    where: str = "not in "
     waiting: str = ""
     """What is checked once it is there, with the lines."""
 
@@ -75,3 +79,18 @@ class WeightsUnused(Diagnostic):
 
     model: str
     what: str
+
+
+@keyword_record
+class OtherBase(Diagnostic):
+    """An adapter that was trained on another model than the one it is put on."""
+
+    code = "W0773"
+    title = "the adapter `{model}` was trained on `{trained}`, and `{base}` is {given}"
+    label = "`base_model_name_or_path` of its `adapter_config.json`"
+    help = "nothing to change where both are the same model; else name its own with `base:`"
+
+    model: str
+    trained: str
+    base: str
+    given: str

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mechdsl.prompts.tokenizer import TextTokenizer
 
 
+BASE, PYTHON = "base ", "python "
+"""What keys of a model's provenance begin with: see `LoadedModel.made_of`."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One check of a model's anatomy."""
@@ -119,6 +123,14 @@ class LoadedModel:
         """How far rounding alone may move a logit, relative to the largest one: what the self-check
         has measured, and no less than the spacing of numbers of this precision."""
         return max(self.self_check_error, torch.finfo(self.dtype).eps)
+
+    @property
+    def made_of(self) -> dict[str, str]:
+        """Hashes of what the model was made of beside its own weights: the base of an adapter
+        (`base m`), the file of the function that gave it (`python toy.py`)."""
+        return {
+            key: value for key, value in self.provenance.items() if key.startswith((BASE, PYTHON))
+        }
 
     @property
     def parallel(self) -> bool:

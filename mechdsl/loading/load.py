@@ -34,6 +34,7 @@ from mechdsl.diagnostics.e04_model import (
 from mechdsl.diagnostics.w07_models import WeightsUnused
 from mechdsl.hooks.hook_points import at_hand
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.peft_models import outside_of_modules, unwrapped
 from mechdsl.loading.prove import take_apart, text_of
 from mechdsl.models.locate import locate, needed, weight_files, zoo_models
 from mechdsl.models.shape import ModelShape, read_config, read_shape, shape_from_config, shape_of
@@ -89,8 +90,8 @@ def load(
     unused = _unused(folder, files, untaken, model)
     shape = _filled(module, shape)
     provenance = {
-        "weights": _hash_files(files),
-        "source": f'{model.kind}("{model.path}")',
+        "weights": hash_files(files),
+        "source": model.source,
         "revision": _revision(folder, model),
         "tokenizer": tokenizer.hash,
     }
@@ -114,15 +115,19 @@ def adopt(
     *,
     bos: bool | None = None,
     span: Span | None = None,
+    provenance: Mapping[str, str] | None = None,
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
     """Take over a model that Python holds already; it is put into eval mode, and not moved.
 
     tokenizer: a fast tokenizer of transformers, a `tokenizers.Tokenizer` or a `TextTokenizer`.
-    Gives E0407 to E0412, E0522, W0711 and W0712.
+    provenance: where it comes from, if from elsewhere than a call from Python.
+    Gives E0407 to E0412, E0451, E0522, W0711 and W0712.
     """
     text, found = _adopt_tokenizer(name, tokenizer, bos, span)
     if text is None:
         return None, found
+    if (outside := outside_of_modules(module, name, span)) is not None:
+        return None, [outside]
     module = unwrapped(module)
     if (quantized := _quantized(module)) is not None:
         part, kind = quantized
@@ -145,6 +150,7 @@ def adopt(
         "weights": weights,
         "source": "handed over from Python",
         "tokenizer": text.hash,
+        **(provenance or {}),
     }
     return take_apart(name, module, shape, text, provenance=provenance, span=span)
 
@@ -199,7 +205,7 @@ def _revision(folder: Path, model: spec.Model) -> str:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Nothing that libraries say on import or while loading reaches the user."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sink = io.StringIO()
@@ -220,7 +226,7 @@ def _quiet() -> Generator[None]:
 
 def import_library() -> None:
     """Import what models of every architecture need, which is nearly all that loading imports."""
-    with uncollected(), _quiet():
+    with uncollected(), quiet():
         import_module("transformers.modeling_utils")
 
 
@@ -233,7 +239,7 @@ def _from_folder(
     """The model, or why it can't be loaded; and weights that nothing of it takes. Those that the
     files lack are a reason."""
     import_library()
-    with _quiet():
+    with quiet():
         import transformers
 
         # As the config names it, so that a masked language model isn't loaded as another one.
@@ -294,17 +300,6 @@ def _unused(
     ]
 
 
-def unwrapped(module: Any) -> Any:
-    """The model in what `torch.compile` and peft put around it; adapters stay in its modules."""
-    while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and hasattr(module, "peft_config"):
-            inner = module.get_base_model()
-        if not isinstance(inner, nn.Module) or inner is module:
-            return module
-        module = inner
-
-
 def _quantized(module: Any) -> tuple[str, str] | None:
     """A part that torch has quantized, and its class; None where there is none."""
     parts = module.named_modules() if isinstance(module, nn.Module) else ()
@@ -331,7 +326,7 @@ def _adopt_tokenizer(
     return TextTokenizer.from_backend(backend, **roles, bos=bos, span=span)
 
 
-def _hash_files(files: list[Path]) -> str:
+def hash_files(files: list[Path]) -> str:
     """SHA-256 over the safetensors files, in order of their names."""
     digest = sha256()
     for path in files:

@@ -22,6 +22,9 @@ from mechdsl.models.folder_files import refused_file
 from mechdsl.program.named_paths import HF, LOCAL, path_to_read
 from mechdsl.program.spec import Model
 
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""As peft calls them."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
 """Pickles that a trainer leaves beside a model."""
@@ -41,11 +44,13 @@ def locate(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
             return _local(model, base)
         case "hf":
             return _hub(model, base)
+        case "python":
+            raise ValueError("a model that a function makes lies in no folder")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order of their names."""
-    return sorted(folder.glob("*.safetensors"))
+def weight_files(folder: Path, *, adapter: bool = False) -> list[Path]:
+    """The safetensors files of a model folder, in order of their names; of an adapter its one."""
+    return sorted(folder.glob(ADAPTER_WEIGHTS if adapter else "*.safetensors"))
 
 
 def zoo_models() -> list[str]:
@@ -84,10 +89,10 @@ def _hub(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     folder, problems = path_to_read(HF, model.path, model.span, base=base)
     if folder is None:
         return None, problems
-    if os.path.isfile(folder / "config.json"):
+    if any(map(os.path.isfile, _configs(folder))):
         return _checked(folder, model)
     snapshot = cached(model.path, model.revision)
-    if snapshot is not None and os.path.isfile(snapshot / "config.json"):
+    if snapshot is not None and any(map(os.path.isfile, _configs(snapshot))):
         return _checked(snapshot, model, by_name=True)
     return None, [
         ModelNotHere(
@@ -121,31 +126,71 @@ def _checked(
     folder: Path, model: Model, *, by_name: bool = False
 ) -> tuple[Path | None, list[Diagnostic]]:
     refused = refused_file(folder, model, by_name=by_name)
+    refused = refused or (_not_a_model if model.base is None else _not_an_adapter)(folder, model)
     if refused is not None:
         return None, [refused]
-    if not os.path.isfile(folder / "config.json"):
-        if os.path.isfile(folder / "adapter_config.json"):
-            return None, [AdapterFolder(span=model.span, path=model.path, base=_base_of(folder))]
-        reason = f"no such file in `{model.path}`"
-        return None, [NoConfig(span=model.span, model=model.name, reason=reason)]
     pickled = sorted(
         path.name
         for path in folder.iterdir()
         if path.suffix in _PICKLED and not path.name.startswith(_NO_WEIGHTS)
     )
-    if pickled and not weight_files(folder):
+    if pickled and not weight_files(folder, adapter=model.base is not None):
         return None, [PickledWeights(span=model.span, model=model.name, file=pickled[0])]
     return folder, []
 
 
+def _configs(folder: Path) -> tuple[Path, Path]:
+    """What a model and an adapter are known by."""
+    return folder / "config.json", folder / ADAPTER
+
+
+def _not_a_model(folder: Path, model: Model) -> Diagnostic | None:
+    """E0404 or E0440 for a folder that holds no model, or one with an adapter beside it: the
+    library would put that on the model where peft is installed."""
+    config, adapter = map(os.path.isfile, _configs(folder))
+    if not adapter:
+        reason = f"no such file in `{model.path}`"
+        return None if config else NoConfig(span=model.span, model=model.name, reason=reason)
+    named = _base_of(folder)
+    line = f'`model {model.name} = {model.kind}("{model.path}", base: m)`'
+    base = f'`model m = hf("{named}")`' if named else "a line of its own"
+    if not config:
+        return AdapterFolder(
+            span=model.span,
+            path=model.path,
+            base=f"`{named}`" if named else "another model",
+            hint=f"write {line}, where `m` is the model that it was trained on: {base}",
+        )
+    return AdapterFolder(
+        span=model.span,
+        path=model.path,
+        base=f"`{named}`" if named else "another model",
+        beside="and a model too",
+        files="and a `config.json` beside it",
+        hint="put the files of the adapter, whose names begin with `adapter_`, into a folder of "
+        'their own: `model tuned = local("adapter", base: m)` reads it from there',
+    )
+
+
+def _not_an_adapter(folder: Path, model: Model) -> Diagnostic | None:
+    """E0404 for a folder that is to be an adapter, and isn't one."""
+    config, adapter = map(os.path.isfile, _configs(folder))
+    if adapter:
+        return None
+    reason, hint = f"no such file in `{model.path}`", "point at a folder that peft wrote"
+    if config:
+        reason, hint = "it has a `config.json`: it is a model, and no adapter", "leave `base:` out"
+    return NoConfig(span=model.span, model=model.name, reason=reason, file=ADAPTER, hint=hint)
+
+
 def _base_of(folder: Path) -> str:
-    """The model that an adapter was trained on, in words."""
+    """The model that an adapter was trained on, as its config says; empty where it doesn't."""
     try:
-        config = load_json((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = load_json((folder / ADAPTER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return "another model"
+        return ""
     named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    return f"`{named}`" if isinstance(named, str) and named else "another model"
+    return named if isinstance(named, str) else ""
 
 
 def hub_cache() -> Path:

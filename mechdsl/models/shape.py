@@ -387,19 +387,22 @@ def _headless(config: Mapping[str, Any]) -> int | None:
 
 
 def read_config(
-    folder: Path, *, model: str = "model", span: Span | None = None
+    folder: Path, *, name: str = "config.json", model: str = "model", span: Span | None = None
 ) -> tuple[dict[str, Any] | None, list[Diagnostic]]:
-    """The `config.json` of a folder; E0404 where it can't be read."""
+    """The `config.json` of a folder, or another file of that kind; E0404 where it can't be read."""
+
+    def refused(reason: str) -> tuple[None, list[Diagnostic]]:
+        return None, [NoConfig(span=span, model=model, reason=reason, file=name)]
+
     try:
-        config = load_json((folder / "config.json").read_text(encoding="utf-8"))
+        config = load_json((folder / name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text file"
-        return None, [NoConfig(span=span, model=model, reason=str(reason).lower())]
+        return refused(str(reason).lower())
     except ValueError as error:
-        reason = getattr(error, "msg", str(error))
-        return None, [NoConfig(span=span, model=model, reason=f"not JSON: {reason}")]
+        return refused(f"not JSON: {getattr(error, 'msg', str(error))}")
     if not isinstance(config, dict):
-        return None, [NoConfig(span=span, model=model, reason="it is not a JSON object")]
+        return refused("it is not a JSON object")
     return cast(dict[str, Any], config), []
 
 

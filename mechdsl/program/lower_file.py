@@ -28,6 +28,7 @@ from mechdsl.program.constants import constant
 from mechdsl.program.definitions import Definitions
 from mechdsl.program.lower_experiment import lower_experiment
 from mechdsl.program.lower_prompts import lower_prompts
+from mechdsl.program.model_bases import BASE, check_bases
 from mechdsl.program.named_paths import USE, named_paths, path_to_read
 from mechdsl.program.namespace import Namespace
 from mechdsl.program.run_order import with_order
@@ -37,7 +38,14 @@ from mechdsl.syntax.parse import parse, parse_setting, read_source
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _MANY = f"more than {limits.FILES} files are imported"
-MODEL_KINDS = ("zoo", "hf", "local")
+MODEL_KINDS = ("zoo", "hf", "local", "python")
+_ARGUMENTS = {
+    "zoo": ("dtype", "bos"),
+    "hf": ("revision", "dtype", "bos", "base"),
+    "local": ("dtype", "bos", "base"),
+    "python": (),
+}
+"""What a source of models takes beside its path."""
 
 
 def lower_program(
@@ -60,6 +68,7 @@ def lower_program(
     for file, imported in files:
         for statement in file.statements:
             _define(statement, imported, parts, scope)
+    check_bases([file for file, _ in files], parts, scope)
     for file, imported in files:
         if imported:
             continue
@@ -280,7 +289,8 @@ def _later(name: ast.Name, kind: str, imported: bool, scope: Namespace) -> None:
 def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spec.Model | None:
     call = statement.source
     if call.name not in MODEL_KINDS:
-        hint = did_you_mean(call.name, MODEL_KINDS, 'write `zoo("…")`, `hf("…")` or `local("…")`')
+        known = 'write `zoo("…")`, `hf("…")`, `local("…")` or `python("…")`'
+        hint = did_you_mean(call.name, MODEL_KINDS, known)
         scope.diagnostics.append(
             BadArgument(
                 span=call.span, name=call.name, reason="is not a source of models", hint=hint
@@ -290,10 +300,11 @@ def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spe
     values: dict[str, object] = {}
     for position, argument in enumerate(call.arguments):
         name = argument.name or ("path" if position == 0 else "")
-        if isinstance(argument.value, ast.Name) and name == "dtype":
+        if isinstance(argument.value, ast.Name) and name in ("dtype", BASE):
             values[name] = argument.value.id
         else:
-            values[name] = constant(argument.value, parts.parameters)
+            value = constant(argument.value, parts.parameters)
+            values[name] = None if name == BASE else value
         problem = _argument_problem(name, values[name], call.name)
         if problem is not None:
             reason, hint = problem
@@ -311,6 +322,18 @@ def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spe
             )
         )
         return None
+    if BASE in values and (own := next((each for each in ("dtype", "bos") if each in values), "")):
+        scope.diagnostics.append(
+            BadArgument(
+                span=call.span,
+                name=own,
+                reason="stands beside `base:`, and is that of the base",
+                hint=f"write it in the line of `{values[BASE]}`",
+            )
+        )
+        return None
+    if call.name == "python":
+        values["function"] = call
     return spec.Model.model_validate(
         {"span": statement.span, "name": statement.name.id, "kind": call.name, **values}
     )
@@ -318,14 +341,23 @@ def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spe
 
 def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | None:
     """Why an argument of `hf(…)` can't be taken, and what to write."""
-    allowed = ("path", "dtype", "bos") + (("revision",) if kind == "hf" else ())
+    allowed = ("path", *_ARGUMENTS[kind])
     if name not in allowed:
-        known = ", ".join(allowed[1:])
+        if kind == "python":
+            return (
+                "is not an argument of `python`",
+                "leave it out: the function gives the model and the tokenizer as they are to be",
+            )
         if name == "quantize":
             return "can't be done yet", "leave it out: weights are used as they were saved"
         return (
             f"is not an argument of `{kind}`",
-            did_you_mean(name, allowed, f"arguments are {known}"),
+            did_you_mean(name, allowed, f"arguments are {', '.join(allowed[1:])}"),
+        )
+    if name == BASE and value is None:
+        return (
+            "must be the name of a model of this file",
+            'write `base: m`, with a line such as `model m = hf("org/name")` before it',
         )
     if name == "dtype" and value not in DTYPES:
         return f"must be one of {', '.join(DTYPES)}", "write `dtype: float32`"

@@ -34,7 +34,7 @@ NAME = "python"
 Mode = Literal["refuse", "look", "run"]
 """What becomes of Python in a file: an error, only looked at (`validate`), or run."""
 
-FunctionUse = Literal["metric", "value", "fill"]
+FunctionUse = Literal["metric", "value", "fill", "model"]
 """What a function is for, and so what it is called with."""
 
 INSIDE = "it can't stand inside a text or another metric"
@@ -46,6 +46,7 @@ PARAMETERS: dict[FunctionUse, tuple[str, ...]] = {
     "metric": ("logits", "rows"),
     "value": ("row",),
     "fill": ("vectors",),
+    "model": (),
 }
 
 
@@ -210,7 +211,8 @@ class _Refused(Exception):
 
 
 def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
-    example = 'write the file and the function: `python("metrics.py:refused")`'
+    shown = "toy.py:build" if use == "model" else "metrics.py:refused"
+    example = f'write the file and the function: `python("{shown}")`'
     value = node.arguments[0].value if len(node.arguments) == 1 else None
     if not isinstance(value, ast.String) or node.arguments[0].name is not None:
         raise _Missing("it takes one text in quotes", example)
@@ -353,6 +355,9 @@ def functions_of(program: spec.Program) -> Iterator[PythonFunction]:
 
 def _uses(program: spec.Program) -> Iterator[tuple[ast.Call, FunctionUse | None]]:
     """Every `python(…)` of a file and what it is for; None where it can't stand."""
+    for model in program.models.values():
+        if model.function is not None:
+            yield model.function, "model"
     for prompts in program.prompts.values():
         for node in of_prompts(prompts):
             yield node, "value"

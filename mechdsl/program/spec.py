@@ -29,6 +29,7 @@ def _as_written(node: Any) -> str | None:
 
 if TYPE_CHECKING:
     ExprText = ast.Expr
+    CallText = ast.Call
     SiteText = ast.Site
     PositionsText = ast.Positions
     PositionText = ast.Position
@@ -48,7 +49,7 @@ else:
         PlainSerializer(_as_written, return_type=str | None),
         WithJsonSchema({"type": "string"}),
     ]
-    ExprText = SiteText = PositionsText = PositionText = _AS_WRITTEN
+    ExprText = CallText = SiteText = PositionsText = PositionText = _AS_WRITTEN
     DomainText = StringText = ChangeText = SpanDefText = BoundText = EdgeText = _AS_WRITTEN
     Where = Paths = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
@@ -65,14 +66,25 @@ class Model(Spec):
     """`model toy = zoo("counting")`."""
 
     name: str
-    kind: Literal["zoo", "hf", "local"]
+    kind: Literal["zoo", "hf", "local", "python"]
     path: str
+    """As written; of `python("FILE:FUNCTION")` both."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     bos: bool | None = None
     """None: as the tokenizer does by itself."""
     matched: str | None = None
     """What the `*` of its path stands for: one of several checkpoints."""
+    base: str | None = None
+    """Of an adapter: the model whose weights it changes."""
+    function: CallText | None = None
+    """`python(…)`, where the model is what that gives."""
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, as it is typed: `local("tuned", base: m)`."""
+        base = "" if self.base is None else f", base: {self.base}"
+        return f'{self.kind}("{self.path}"{base})'
 
 
 class Value(Spec):

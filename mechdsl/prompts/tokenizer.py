@@ -48,6 +48,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 """What `from_folder` reads."""
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has one, be it one that can't be read."""
+    return any((folder / name).exists() for name in (*TOKENIZER_FILES, *_SLOW))
+
+
 class TextTokenizer:
     """A `tokenizers.Tokenizer` with a policy for the beginning-of-sequence token.
 
@@ -146,6 +151,11 @@ class TextTokenizer:
             made_unknown=made_unknown,
         )
         return made._checked(span)
+
+    def same_as(self, other: TextTokenizer) -> bool:
+        """Whether both give the same tokens for every text."""
+        mine, theirs = ((t.hash, t.roles, t.bos) for t in (self, other))
+        return mine == theirs
 
     def _checked(self, span: Span | None) -> tuple[TextTokenizer | None, list[Diagnostic]]:
         if self.bos and "bos" not in self.roles:

@@ -109,6 +109,7 @@ def collect(
         hashes={
             **_hashes(experiment, model),
             **{f"model {other.name}": other.provenance.get("weights", "") for other in read},
+            **{key: value for other in read for key, value in other.made_of.items()},
         },
         left_out={
             table.row_ids[row]: place_words(unusable, experiment)
@@ -248,7 +249,7 @@ def _row_values(rows: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _hashes(experiment: ResolvedExperiment, model: LoadedModel) -> dict[str, str]:
-    found = {"model": model.provenance.get("weights", "")}
+    found = {"model": model.provenance.get("weights", ""), **model.made_of}
     found["tokenizer"] = experiment.model.tokenizer.hash
     if experiment.table.data_hash:
         found["data"] = experiment.table.data_hash

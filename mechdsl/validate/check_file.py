@@ -41,7 +41,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.about_results import about_results
-from mechdsl.validate.contexts import Contexts
+from mechdsl.validate.contexts import Build, BuiltModel, Contexts
 from mechdsl.validate.follow_ups import BrokenLines
 from mechdsl.validate.vocabulary import measures_fit
 from mechdsl.validate.waiting import with_waiting
@@ -64,6 +64,8 @@ class Checked:
     """Experiments whose model isn't on this machine."""
     unrun: list[str] = field(default_factory=list[str])
     """Experiments whose rows only Python can make, which wasn't run."""
+    built: dict[str, BuiltModel] = field(default_factory=dict[str, BuiltModel])
+    """Models that functions of Python files have made, by name."""
     unreported: set[str] = field(default_factory=set[str])
     """Experiments that run only because another one uses what they find."""
     reported: list[spec.Experiment] = field(default_factory=list[spec.Experiment])
@@ -90,6 +92,8 @@ class Settings:
     """Whether the file may read only there too, may run no Python, and its paths are listed."""
     prompts_enough: int | None = None
     """How many prompts of each table are looked at, for a check without a run."""
+    build: Build | None = None
+    """What makes models by functions of Python files, where those may run."""
 
 
 def check_source(
@@ -136,7 +140,8 @@ def _check_source(
         checked.diagnostics,
         models,
         settings.limit,
-        python=settings.python == "run",
+        python=settings.python,
+        build=None if syntax else settings.build,
         require=settings.require_models,
         prompts_enough=settings.prompts_enough,
     )
@@ -162,6 +167,7 @@ def _check_source(
     for name, prompts in program.prompts.items():
         if prompts.span.source is source:
             contexts.table_alone(name)
+    checked.built = contexts.built
     checked.reported = [e for e in experiments if e.name not in checked.unreported]
     checked.diagnostics.extend(check_written([(program, checked.reported)]))
     checked.diagnostics.extend(

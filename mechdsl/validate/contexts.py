@@ -5,19 +5,22 @@ What can't be had is stood in for, so that all else of a file is checked by the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from mechdsl.base import limits
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain, has_errors
+from mechdsl.diagnostics.e02_python import PythonNotAllowed
+from mechdsl.diagnostics.w07_models import ModelNotHere
+from mechdsl.models.adapter_folder import other_base, read_scaling
 from mechdsl.models.locate import locate, needed
-from mechdsl.models.shape import read_shape
+from mechdsl.models.shape import ModelShape, read_shape
 from mechdsl.models.stand_in_shape import stand_in_shape
 from mechdsl.program import spec
-from mechdsl.program.python_files import of_prompts
+from mechdsl.program.python_files import Mode, PythonFunction, find_function, of_prompts
 from mechdsl.prompts.build_table import build_table
 from mechdsl.prompts.other_blocks import Paired, paired_run
 from mechdsl.prompts.prompt_conventions import Split
@@ -25,7 +28,7 @@ from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.rows import BlockRows
 from mechdsl.prompts.stand_ins import StandInTokenizer, stand_in_table, with_stand_ins
-from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer
+from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer, has_tokenizer
 from mechdsl.resolve.model_runs import joined_table, model_run, refused_pair
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.syntax import ast
@@ -39,6 +42,19 @@ _ANY_PROMPT = 10
 """What any prompt costs, in parts of what the file says about it."""
 
 
+class BuiltModel(Protocol):
+    """A model that a function has made, taken apart and proved."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+    @property
+    def tokenizer(self) -> TextTokenizer | None: ...
+
+
+Build = Callable[[spec.Model, PythonFunction], tuple[BuiltModel | None, list[Diagnostic]]]
+"""Makes the model of a statement by its function; None where that can't be done. It needs torch."""
+
+
 class Contexts:
     """Models and prompt tables of a file, each read once."""
 
@@ -49,20 +65,25 @@ class Contexts:
         given: Mapping[str, ModelContext],
         limit: int | None,
         *,
-        python: bool = False,
+        python: Mode = "refuse",
+        build: Build | None = None,
         require: bool = False,
         prompts_enough: int | None = None,
     ) -> None:
-        """given: models that are handed over, by name. limit: rows per table at most. python:
-        whether functions of Python files are run. require: whether a model that isn't there is an
-        error. prompts_enough: how many of each table are looked at. What is found goes to
-        `diagnostics`.
+        """given: models that are handed over, by name. limit: rows per table at most. python: what
+        becomes of functions of Python files. build: what makes models by them, where that may be.
+        require: whether a model that isn't there is an error. prompts_enough: how many of each
+        table are looked at. What is found goes to `diagnostics`.
         """
         self.program = program
         self.diagnostics = diagnostics
         self.given = given
         self.limit = limit
-        self.python = python
+        self.mode = python
+        self.python = python == "run"
+        self.build = build
+        self.built: dict[str, BuiltModel] = {}
+        """Models that functions have made."""
         self.require = require
         self.prompts_enough = prompts_enough
         self._stand_in = StandInTokenizer()
@@ -90,16 +111,61 @@ class Contexts:
         shape, tokenizer = None, None
         if model is None:  # its statement has been refused, or there is none
             model = spec.Model(span=self.program.span, name=name, kind="local", path="")
-        else:
-            folder, found = locate(model, model.span.source.folder)
-            self.diagnostics.extend(needed(found) if self.require else found)
-            if folder is not None:
-                shape, found = read_shape(folder, model=model.name, span=model.span)
-                self.diagnostics.extend(found)
-                tokenizer = self._tokenizer(folder, model)
+        elif model.function is not None:
+            shape, tokenizer = self._made(model, model.function)
+        elif model.base is not None:
+            shape, tokenizer = self._adapted(model, self.model(model.base))
+        elif (folder := self._folder(model)) is not None:
+            shape, found = read_shape(folder, model=model.name, span=model.span)
+            self.diagnostics.extend(found)
+            tokenizer = self._tokenizer(folder, model)
         return ModelContext(
             model, shape or stand_in_shape(self._largest), tokenizer or self._stand_in
         )
+
+    def _folder(self, model: spec.Model) -> Path | None:
+        folder, found = locate(model, model.span.source.folder)
+        self.diagnostics.extend(needed(found) if self.require else found)
+        return folder
+
+    def _made(
+        self, model: spec.Model, call: ast.Call
+    ) -> tuple[ModelShape | None, TextTokenizer | None]:
+        """What a function gives, called where Python may run, the file has no errors so far and
+        the function is there; else nothing, and why."""
+        function, _ = find_function(call, "model")
+        made = None
+        if function is None or self.mode == "refuse":
+            pass  # E0222, or E0221
+        elif self.mode == "look":
+            self.diagnostics.append(not_called(model, function, required=self.require))
+        elif self.build is not None and not has_errors(self.diagnostics):
+            made, found = self.build(model, function)
+            self.diagnostics.extend(found)
+        if made is None:
+            return None, None
+        self.built[model.name] = made
+        return made.shape, made.tokenizer
+
+    def _adapted(
+        self, model: spec.Model, base: ModelContext
+    ) -> tuple[ModelShape | None, TextTokenizer | None]:
+        """An adapter has the shape of its base, and its tokenizer, unless its folder has another
+        one: that is what it was trained with."""
+        folder = self._folder(model)
+        if folder is None:
+            return None, None
+        scaling, found = read_scaling(folder, model)
+        found += other_base(folder, model, base.spec) if scaling is not None else []
+        self.diagnostics.extend(found)
+        if scaling is None:
+            return None, None
+        tokenizer = base.tokenizer
+        if has_tokenizer(folder):
+            own = self._tokenizer(folder, model.model_copy(update={"bos": base.spec.bos}))
+            if own is None or base.tokenizer.stands_in or not own.same_as(base.tokenizer):
+                tokenizer = own
+        return base.shape, tokenizer
 
     @cached_property
     def _largest(self) -> dict[str, int]:
@@ -109,7 +175,7 @@ class Contexts:
         """Checkpoints with the same files share one, which takes a while to read, and so their
         prompts."""
         key: tuple[object, ...] = (model.name,)
-        if model.matched is not None:
+        if model.matched is not None or model.base is not None:
             files = [folder / name for name in TOKENIZER_FILES]
             key = (model.bos, *(file.read_bytes() for file in files if file.is_file()))
         if key not in self._tokenizers:
@@ -325,6 +391,26 @@ class Contexts:
         if theirs.stands_in:
             return None, []
         return model_run(table, theirs, other, model, run)
+
+
+def not_called(model: spec.Model, function: PythonFunction, *, required: bool) -> Diagnostic:
+    """W0710 for a model that only Python can make, which isn't run here; E0221 where it has to be
+    there."""
+    if required:
+        return PythonNotAllowed(
+            span=function.span,
+            function=function.name,
+            file=function.file,
+            hint=function.allowing,
+        )
+    return ModelNotHere(
+        span=model.span,
+        model=model.name,
+        path=model.path,
+        absence="made by Python, which isn't run here",
+        where="what makes it",
+        advice="`mechdsl plan --allow-python` makes it",
+    )
 
 
 def _parts(part: object) -> int:

@@ -32,7 +32,8 @@ def with_waiting(
 def _waiting(model: str, program: spec.Program, source: Source) -> str:
     lines: dict[str, set[int]] = {}
     for experiment in program.experiments:
-        if model not in (experiment.model, *(run.model for run in experiment.elsewhere)):
+        used = (experiment.model, *(run.model for run in experiment.elsewhere))
+        if all(model not in _hangs_on(each, program) for each in used):
             continue
         waits = open_axes(experiment, program.groups, ("shape", "tokens"))
         prompts = program.prompts[experiment.prompts]
@@ -41,6 +42,13 @@ def _waiting(model: str, program: spec.Program, source: Source) -> str:
                 lines.setdefault(kind, set()).add(span.line)
     listed = [f"{kind} ({_listed(sorted(lines[kind]))})" for kind in KINDS if kind in lines]
     return f"; then these are checked too: {', '.join(listed)}" if listed else ""
+
+
+def _hangs_on(name: str | None, program: spec.Program) -> Iterator[str]:
+    """A model, and of an adapter its base."""
+    while name is not None:
+        yield name
+        name = program.models[name].base if name in program.models else None
 
 
 def _parts(

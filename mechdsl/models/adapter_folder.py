@@ -1,0 +1,221 @@
+"""Folders with an adapter (LoRA, as peft saves it): what is followed of its config, and what not.
+
+`adapter_config.json` may come from anywhere. Of its keys those are taken that say how the weights
+are scaled; those that a finished adapter has no use for are passed over, whatever they say (of
+`auto_mapping` and `megatron_core` code would be imported, of `base_model_name_or_path` a model
+loaded); any other that says something is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any, cast
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e04_adapters import AdapterConfig, OtherAdapter
+from mechdsl.diagnostics.w07_models import OtherBase
+from mechdsl.models.locate import ADAPTER
+from mechdsl.models.shape import read_config
+from mechdsl.program.spec import Model
+
+OF_INPUTS = frozenset(
+    {
+        "PROMPT_TUNING",
+        "MULTITASK_PROMPT_TUNING",
+        "P_TUNING",
+        "PREFIX_TUNING",
+        "ADAPTION_PROMPT",
+        "CPT",
+        "CARTRIDGE",
+    }
+)
+"""Kinds of peft that put something in front of what a model reads, and leave weights alone."""
+READS_MORE = "puts something of its own in front of what the model reads"
+"""What those do, in words."""
+
+_PASSED_OVER = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "modules_to_save",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+    }
+)
+"""Of training, or said by the weights themselves."""
+_SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias")
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Ways to begin training that leave the base's weights as they are."""
+_PATTERN = re.compile(r"\^?[\w.]+\$?")
+"""Paths of modules. Other regular expressions may take for ever."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the weights of an adapter are scaled, by the names that peft has."""
+
+    r: int
+    lora_alpha: float
+    rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
+    switches: Mapping[str, bool] = field(default_factory=dict[str, bool])
+
+
+def read_scaling(folder: Path, model: Model) -> tuple[Scaling | None, list[Diagnostic]]:
+    """What an adapter's config says of its weights; None where it isn't followed.
+
+    Codes: E0404, E0451, E0452.
+    """
+    config, found = read_config(folder, name=ADAPTER, model=model.name, span=model.span)
+    if config is None:
+        return None, found
+    kind = str(config.get("peft_type"))
+    if kind != "LORA":
+        return None, [_other(kind, model)]
+    refused = next(_refused(config, model), None)
+    if refused is not None:
+        return None, [refused]
+    return Scaling(
+        r=config.get("r", 8),
+        lora_alpha=config.get("lora_alpha", 8),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        switches={key: bool(config.get(key)) for key in _SWITCHES},
+    ), []
+
+
+def other_base(folder: Path, model: Model, base: Model) -> list[Diagnostic]:
+    """W0773 where the folder names another model than the base; nothing where that can't be told:
+    where it names none, and where the base comes from Python."""
+    config, _ = read_config(folder, name=ADAPTER)
+    trained = (config or {}).get("base_model_name_or_path")
+    if not isinstance(trained, str) or not trained or base.kind == "python":
+        return []
+    if _name(trained) == _name(base.path):
+        return []
+    return [
+        OtherBase(
+            span=model.span,
+            model=model.name,
+            trained=trained,
+            base=base.name,
+            given=base.source,
+        )
+    ]
+
+
+def _name(path: str) -> str:
+    """What a model is called, wherever it lies: `gpt2` of `openai/gpt2`, of `models/gpt2` and of a
+    snapshot in the library's cache."""
+    parts = PurePath(path.replace("\\", "/")).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    last = cached[-1].rpartition("--")[2] if cached else (parts or ("",))[-1]
+    return last.casefold()
+
+
+def _other(kind: str, model: Model) -> Diagnostic:
+    reads = kind in OF_INPUTS
+    merge = (
+        f'`PeftModel.from_pretrained(base, "{model.path}").merge_and_unload()'
+        '.save_pretrained("merged")`'
+    )
+    return OtherAdapter(
+        span=model.span,
+        model=model.name,
+        kind=f"`{kind[:40]}`",
+        what=READS_MORE if reads else "isn't read from a folder",
+        reason=f"by its `{ADAPTER}`; those that are read are LoRA",
+        hint="rules hit tokens of prompts, which it adds to: use an adapter of weights (LoRA)"
+        if reads
+        else f"merge it from Python and load what that saves, if peft can: {merge}",
+    )
+
+
+def _refused(config: Mapping[str, Any], model: Model) -> Iterator[Diagnostic]:
+    """The entries that aren't followed."""
+    merge = "merge it from Python, and load what that saves"
+
+    def refuse(key: str, reason: str, hint: str) -> AdapterConfig:
+        value = json.dumps(config[key])
+        shown = value if len(value) <= 60 else f"{value[:59]}…"
+        return AdapterConfig(
+            span=model.span, model=model.name, key=key, value=shown, reason=reason, hint=hint
+        )
+
+    for key, value in config.items():
+        if key in _PASSED_OVER:
+            continue
+        wrong = _WRONG.get(key)
+        if wrong is not None:
+            reason = wrong(value)
+            if reason is not None:
+                yield refuse(key, reason, f"correct it in `{model.path}/{ADAPTER}`")
+        elif key == "init_lora_weights":
+            if value not in _STARTS:
+                reason = "such an adapter has changed the weights of its base before training"
+                yield refuse(key, reason, f"convert it to plain LoRA with peft, or {merge}")
+        elif value:
+            yield refuse(key, "it changes what the adapter computes, and isn't followed", merge)
+
+
+def _rank(value: Any) -> str | None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return None if whole and value > 0 else "a rank is a whole number above 0"
+
+
+def _number(value: Any) -> str | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return None if number and abs(value) < 1e6 else "it is no number that an adapter could have"
+
+
+def _switch(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "it is true or false"
+
+
+def _pattern(value: Any) -> str | None:
+    entries = cast("Mapping[Any, Any]", value if value is not None else {})
+    if not isinstance(value, Mapping | None):
+        return "it is a list of modules with a number for each"
+    if any(not isinstance(key, str) or not _PATTERN.fullmatch(key) for key in entries):
+        return "only names and paths of modules are looked for, no other patterns"
+    return next((_number(each) for each in entries.values() if _number(each)), None)
+
+
+def _ranks(value: Any) -> str | None:
+    wrong = _pattern(value)
+    return wrong or next((_rank(each) for each in (value or {}).values() if _rank(each)), None)
+
+
+def _biases(value: Any) -> str | None:
+    known = ("none", "all", "lora_only")
+    return None if value in known else f"it is one of {', '.join(known)}"
+
+
+_WRONG = {
+    "r": _rank,
+    "lora_alpha": _number,
+    "rank_pattern": _ranks,
+    "alpha_pattern": _pattern,
+    "bias": _biases,
+    **dict.fromkeys(_SWITCHES, _switch),
+}
+"""What is wrong with the entries that are taken."""
