@@ -9,10 +9,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mechdsl.models.anatomy import HookPoint, Layout
-from mechdsl.models.projections import transposed
+from mechdsl.models.projections import transposed, without_adapter
 
 Step = Callable[[Tensor, nn.Module, Tensor], Tensor]
 """(the tapped tensor, its module, the module's input) to the tensor that the model goes on with."""
@@ -107,20 +108,23 @@ def unscaled(value: Tensor, scale: float | Tensor) -> Tensor:
 
 def head_weights(projection: nn.Module, layout: Layout) -> Tensor:
     """[units, width, d_model]: each head's slice of the output projection."""
-    with at_hand(projection):
-        weight = _adapted(projection, projection.get_parameter("weight"))
-    base = getattr(projection, "base_layer", projection)
-    by_input = weight if transposed(base) else weight.t()
+    base: nn.Module = without_adapter(projection)
+    with at_hand(base):
+        weight = base.get_parameter("weight")
+        if base is not projection:
+            by_input = _as_it_runs(projection, weight.new_zeros(layout.units * layout.width))
+        else:
+            by_input = weight if transposed(base) else weight.t()
     return by_input.unflatten(0, (layout.units, layout.width))
 
 
-def _adapted(projection: nn.Module, weight: Tensor) -> Tensor:
-    """The weight with what adapters of peft add to it when the module runs."""
-    own: Any = projection
-    if not hasattr(own, "get_delta_weight") or own.merged or own.disable_adapters:
-        return weight
-    active = [name for name in own.active_adapters if name in own.lora_A]
-    return sum((own.get_delta_weight(name) for name in active), weight)
+@torch.no_grad()
+def _as_it_runs(projection: nn.Module, nothing: Tensor) -> Tensor:
+    """[in, out]: what a linear map makes of each of its inputs, with whatever adapters of peft do
+    to it; nothing: [in], zeros."""
+    # The class's own, as a packed pass has put another one in its place.
+    forward: Any = type(projection).forward
+    return forward(projection, torch.diag(nothing + 1)) - forward(projection, nothing[None])
 
 
 def through_heads(z: Tensor, heads: Tensor, weight: Tensor) -> Tensor:

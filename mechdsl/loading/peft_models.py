@@ -35,6 +35,14 @@ def has_adapters(module: Any) -> bool:
     return hasattr(module, "peft_config")
 
 
+def unmerged(module: Any) -> str | None:
+    """What to do about adapters where they are most likely why a model fails its checks."""
+    if not has_adapters(module):
+        return None
+    merge = "merge its adapters first, and hand over what `model.merge_and_unload()` gives"
+    return f"adapters that aren't merged change what its modules compute: {merge}"
+
+
 def outside_of_modules(module: Any, name: str, span: Span | None) -> Diagnostic | None:
     """E0451 for adapters that do something outside of the modules of the model that they are
     around, so that this model alone isn't what was handed over."""

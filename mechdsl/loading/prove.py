@@ -23,6 +23,7 @@ from mechdsl.hooks.loaded import Calling, LoadedModel, Outcome, Stack
 from mechdsl.loading.probe import OneOutputOnly, sample, tried
 from mechdsl.loading.proof_store import Proof, key_of, recall, remember
 from mechdsl.loading.random_twin import random_twin
+from mechdsl.loading.peft_models import unmerged
 from mechdsl.loading.verify import (
     OPENED,
     RESTART,
@@ -404,7 +405,8 @@ def _broken(model: LoadedModel, identity: str, reason: str, span: Span | None) -
         identity=identity,
         reason=reason,
     )
-    return replace(problem, hint=_hook_of_the_users(model.module) or problem.hint)
+    hint = _hook_of_the_users(model.module) or unmerged(model.module) or problem.hint
+    return replace(problem, hint=hint)
 
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "mechdsl", "peft")

@@ -80,6 +80,7 @@ def sizes(module: Any) -> tuple[int, int] | None:
 
     GPT-2's `Conv1D` keeps its weight as [in, out], everything else as [out, in].
     """
+    module = without_adapter(module)
     weight = getattr(module, "weight", None)
     if weight is None or getattr(weight, "ndim", 0) != 2 or hasattr(module, "num_embeddings"):
         return None
@@ -89,7 +90,14 @@ def sizes(module: Any) -> tuple[int, int] | None:
 
 def transposed(module: Any) -> bool:
     """Whether a linear map keeps its weight as [in, out]."""
-    return type(module).__name__ == "Conv1D"
+    return type(without_adapter(module)).__name__ == "Conv1D"
+
+
+def without_adapter(module: Any) -> Any:
+    """The module that peft has put adapters around; itself where there are none."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 def heads_of(
