@@ -1,0 +1,45 @@
+"""docs/own-models-adapter.md: its steps lead from a training script to tables."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from ..markdown import fences
+from .conftest import Command
+
+PAGE = Path(__file__).parents[2] / "docs" / "own-models-adapter.md"
+
+
+def test_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """Its scripts and commands run; the `expect` lines of its files hold."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    said: dict[str, str] = {}
+    for fence in fences(PAGE.read_text(encoding="utf-8")):
+        if fence.file is not None:
+            Path(fence.file).write_text(fence.content, encoding="utf-8")
+            continue
+        assert fence.language == "sh"
+        for line in fence.content.splitlines():
+            program, *arguments = shlex.split(line)
+            if program == "python":
+                runpy.run_path(arguments[0])
+                continue
+            done = command(*arguments)
+            assert done.status == 0, (line, done.out, done.err)
+            said[line] = done.err
+    assert said.pop("mechdsl validate toy.mech").startswith("warning[W0710]: `toy` is made by")
+    assert said["mechdsl run twos.mech"] == ""
+    found = json.loads(command("run", "twos.mech", "--format", "json").out)
+    both, moved = found["files"][0]["experiments"]
+    cells = [cell["coords"] for cell in both["cells"]]
+    assert cells == [{"model": m, "layer": n} for m in ("ones", "twos") for n in range(3)]
+    assert {"model", "base ones"} <= set(both["hashes"]) | set(moved["hashes"])
