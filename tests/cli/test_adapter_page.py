@@ -16,9 +16,7 @@ from .conftest import Command
 PAGE = Path(__file__).parents[2] / "docs" / "own-models-adapter.md"
 
 
-def test_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     """Its scripts and commands run; the `expect` lines of its files hold."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)

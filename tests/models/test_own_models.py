@@ -306,25 +306,6 @@ def test_a_compiled_model_is_taken_as_it_was() -> None:
     assert taken(compiled).module is module
 
 
-@pytest.mark.parametrize("adapted", [("q_proj", "v_proj"), ("o_proj",)])
-def test_adapters_are_a_part_of_the_model(adapted: tuple[str, ...]) -> None:
-    bare: Any = families.module("llama")
-    wrapped = own_models.Adapted(families.module("llama"), adapted)
-    model = taken(wrapped)
-    for layer in bare.model.layers:  # what merging does
-        for name in adapted:
-            part = getattr(layer.self_attn, name)
-            part.weight.data += own_models.delta(part)
-    ids = [1, 9, 22, 31, 17]
-    batch = Batch.of([ids], model.pad_id, "left", model.device)
-    read = SiteRead("head_out", 1)
-    result = run_whole(model, batch, reads=[read])
-    expected = forward("llama", bare, ids)
-    assert result.logits is not None
-    torch.testing.assert_close(result.logits[0], expected.logits, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(result.reads[read][0], expected["head_out", 1], atol=1e-4, rtol=1e-3)
-
-
 def test_a_hook_of_the_users_is_named_where_checks_fail() -> None:
     module: Any = families.module("gpt2")
     module.transformer.h[1].mlp.c_proj.register_forward_hook(lambda part, args, out: out * 0)
