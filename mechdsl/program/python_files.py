@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast as python
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -306,14 +306,19 @@ def of_prompts(prompts: spec.Prompts) -> list[ast.Call]:
     return [node for part in parts for node in _calls(part)]
 
 
-def check_functions(program: spec.Program, mode: Mode) -> list[Diagnostic]:
+def check_functions(
+    program: spec.Program, mode: Mode, given: Collection[str] = ()
+) -> list[Diagnostic]:
     """E0221 for Python that isn't allowed, E0222 for what can't be called, W0740 for rows that
-    are not looked at because of it."""
+    are not looked at because of it.
+
+    given: models that are handed over, whose functions aren't asked.
+    """
     if mode == "run":  # a function may count, and begins anew with every run
         _module.cache_clear()
     found: list[Diagnostic] = []
     seen: set[Span] = set()
-    for node, use in _uses(program):
+    for node, use in _uses(program, given):
         if node.span in seen:
             continue
         seen.add(node.span)
@@ -353,10 +358,13 @@ def functions_of(program: spec.Program) -> Iterator[PythonFunction]:
             yield function
 
 
-def _uses(program: spec.Program) -> Iterator[tuple[ast.Call, FunctionUse | None]]:
-    """Every `python(…)` of a file and what it is for; None where it can't stand."""
+def _uses(
+    program: spec.Program, given: Collection[str] = ()
+) -> Iterator[tuple[ast.Call, FunctionUse | None]]:
+    """Every `python(…)` of a file and what it is for; None where it can't stand. Of models that are
+    given none."""
     for model in program.models.values():
-        if model.function is not None:
+        if model.function is not None and model.name not in given:
             yield model.function, "model"
     for prompts in program.prompts.values():
         for node in of_prompts(prompts):

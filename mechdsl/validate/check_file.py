@@ -134,7 +134,7 @@ def _check_source(
     experiments = list(program.experiments)
     if settings.only is not None:
         experiments = _only(settings.only, checked)
-    checked.diagnostics.extend(check_functions(program, settings.python))
+    checked.diagnostics.extend(check_functions(program, settings.python, models))
     contexts = Contexts(
         program,
         checked.diagnostics,
