@@ -20,10 +20,10 @@ from mechdsl.diagnostics.e04_model import IdentityBroken, LoadFailed, OneOutput,
 from mechdsl.diagnostics.w07_models import NoEffect, NotRestartable, StackLeftOut
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import Calling, LoadedModel, Outcome, Stack
+from mechdsl.loading.peft_models import unmerged
 from mechdsl.loading.probe import OneOutputOnly, sample, tried
 from mechdsl.loading.proof_store import Proof, key_of, recall, remember
 from mechdsl.loading.random_twin import random_twin
-from mechdsl.loading.peft_models import unmerged
 from mechdsl.loading.verify import (
     OPENED,
     RESTART,

@@ -118,7 +118,7 @@ def other_base(folder: Path, model: Model, base: Model) -> list[Diagnostic]:
             model=model.name,
             trained=trained,
             base=base.name,
-            given=base.source,
+            given=f"`{base.source}`",
         )
     ]
 

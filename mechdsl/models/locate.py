@@ -152,23 +152,25 @@ def _not_a_model(folder: Path, model: Model) -> Diagnostic | None:
         reason = f"no such file in `{model.path}`"
         return None if config else NoConfig(span=model.span, model=model.name, reason=reason)
     named = _base_of(folder)
-    line = f'`model {model.name} = {model.kind}("{model.path}", base: m)`'
-    base = f'`model m = hf("{named}")`' if named else "a line of its own"
-    if not config:
+    of = f"`{named}`" if named else "another model"
+    if config:
         return AdapterFolder(
             span=model.span,
             path=model.path,
-            base=f"`{named}`" if named else "another model",
-            hint=f"write {line}, where `m` is the model that it was trained on: {base}",
+            base=of,
+            beside="and a model too",
+            files="and a `config.json` beside it",
+            hint="put the files of the adapter, whose names begin with `adapter_`, into a folder "
+            'of their own: `model tuned = local("adapter", base: m)` reads it from there',
         )
+    here = named.startswith(("/", ".", "~")) or "\\" in named
+    line = f'model m = {"local" if here else "hf"}("{named or "…"}")'
     return AdapterFolder(
         span=model.span,
         path=model.path,
-        base=f"`{named}`" if named else "another model",
-        beside="and a model too",
-        files="and a `config.json` beside it",
-        hint="put the files of the adapter, whose names begin with `adapter_`, into a folder of "
-        'their own: `model tuned = local("adapter", base: m)` reads it from there',
+        base=of,
+        hint=f'write `model {model.name} = {model.kind}("{model.path}", base: m)`, with a line for '
+        f"the model that it was trained on: `{line}`",
     )
 
 

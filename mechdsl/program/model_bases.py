@@ -32,7 +32,7 @@ def _check(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> Non
     base = parts.models[own[0]].base if own else None
     if base is None:
         return
-    span = next(each.span for each in statement.source.arguments if each.name == BASE)
+    span = next(each.value.span for each in statement.source.arguments if each.name == BASE)
     circle = _circle(own[0], parts)
     if not scope.use("model", base, span):
         pass
@@ -47,7 +47,7 @@ def _check(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> Non
         )
     elif circle:
         said = " → ".join(f"`{each}`" for each in circle)
-        scope.diagnostics.append(AdapterCircle(span=span, model=circle[0], circle=said))
+        scope.diagnostics.append(AdapterCircle(span=span, model=name, circle=said))
     else:
         return
     for each in own:
@@ -55,10 +55,11 @@ def _check(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> Non
 
 
 def _circle(name: str, parts: Definitions) -> list[str]:
-    """The bases that lead from a model back to itself; none where they don't."""
+    """The bases that lead from a model back to itself; none where they don't, or into a circle that
+    it is no part of."""
     chain = [name]
     while (model := parts.models.get(chain[-1])) is not None and model.base is not None:
         if model.base in chain:
-            return [*chain[chain.index(model.base) :], model.base]
+            return [*chain, name] if model.base == name else []
         chain.append(model.base)
     return []

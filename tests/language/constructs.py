@@ -121,10 +121,26 @@ _file(
     "tests/models/test_load.py",
 )
 _file(
+    "adapter",
+    'model base = zoo("counting") model tuned = local("adapter", base: base)',
+    "A LoRA adapter as peft saves it, in a folder or in the cache (`hf`), merged into a copy of "
+    "another model of the file, which may be an adapter too; needs `mechdsl[adapters]` to run. Shape "
+    "and precision are the base's, and the tokenizer, unless the folder has one.",
+    "tests/models/test_adapters.py",
+)
+_file(
+    "model of Python",
+    'model toy = python("functions.py:build")',
+    "The model and the tokenizer that a function gives, which takes nothing. It is called once a "
+    "run, with `--allow-python`; `validate` never calls it.",
+    "tests/python_files/test_models.py",
+)
+_file(
     "checkpoints",
     'model runs = local("runs/step-*")',
     "One model for every folder that the `*` matches, in natural order; where it is used, the "
-    "experiment runs on each, an axis `model` with what the `*` stands for.",
+    "experiment runs on each, an axis `model` with what the `*` stands for. With `base:` they are "
+    "adapters.",
     "tests/elsewhere/test_models.py",
 )
 _file(

@@ -47,6 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         'prompts apples { x in ["apple", "pear"] template "Part 1: {x} Count 1:" }\n',
         encoding="utf-8",
     )
+    (folder / "adapter").mkdir()
+    adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
     for step in (1, 2):
         model = Path(str(files("mechdsl"))) / "zoo" / "counting"
         (folder / "runs").mkdir(exist_ok=True)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import chdir
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
-from mechdsl.base.source import Source
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
+from mechdsl.loading.merge import load_adapter
 from mechdsl.pipeline import check_with_models
+from mechdsl.program import spec
 from mechdsl.validate.check_file import Settings
 from tests.families import build, rows_seq2seq
 from tests.families.parts import Architecture
 
-from . import families, own_models
+from . import families, lora, own_models
 
 Adopted = tuple[LoadedModel | None, list[Diagnostic]]
 
@@ -201,6 +206,27 @@ def whole_numbers() -> Adopted:
         return _adopted(quantize(families.module("llama"), {nn.Linear}))
 
 
+def _with_adapter(**deeper: int) -> Adopted:
+    """An adapter of a LLaMA of 3 layers, or as many as are given, on one of 3."""
+    text = 'model tuned = local("tuned", base: m)'
+    base, found = _adopted(families.module("llama"))
+    assert base is not None, found
+    with TemporaryDirectory() as folder, chdir(folder):
+        lora.save(lora.wrapped(families.module("llama", **deeper), "llama"), Path("tuned"))
+        span = Span(Source(text, Path("experiment.mech")), 0, len(text))
+        line = spec.Model(span=span, name="tuned", kind="local", path="tuned", base="m")
+        return load_adapter(line, base)
+
+
+def deeper() -> Adopted:
+    return _with_adapter(num_hidden_layers=4)
+
+
+def without_peft() -> Adopted:
+    with patch("mechdsl.loading.merge.find_spec", return_value=None):
+        return _with_adapter()
+
+
 CAUSES: dict[str, Callable[[], Adopted]] = {
     "E0409": nameless,
     "E0410": gaining,
@@ -211,6 +237,8 @@ CAUSES: dict[str, Callable[[], Adopted]] = {
     "E0438": labelling,
     "E0439": classifying,
     "E0441": whole_numbers,
+    "E0453": deeper,
+    "E0454": without_peft,
     "W0711": by_itself,
     "W0712": windowed,
     "W0770": empty,

@@ -45,3 +45,13 @@ def same(vectors):
 
 def a_half(vectors):
     return torch.full_like(vectors, 0.5)
+
+
+def build():
+    """A model and its tokenizer."""
+    from importlib.resources import files
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = str(files("mechdsl") / "zoo" / "counting")
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -200,6 +200,6 @@ def test_an_adapter_on_a_model_that_a_function_makes(tmp_path: Path) -> None:
     assert {cell.coords["model"] for cell in found.cells} == {"toy", "tuned"}
     assert (tmp_path / "calls").read_text() == "called "
     weights = (tmp_path / "tuned" / "adapter_model.safetensors").read_bytes()
-    assert found.hashes["model (model: tuned)"] == sha256(weights).hexdigest()
-    assert found.hashes["base toy (model: tuned)"] == found.hashes["model (model: toy)"]
+    assert found.hashes["model of tuned"] == sha256(weights).hexdigest()
+    assert found.hashes["base toy of tuned"] == found.hashes["model of toy"]
     assert found.hashes["python own.py"] == sha256(BUILD.encode()).hexdigest()
