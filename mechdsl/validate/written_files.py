@@ -15,7 +15,8 @@ from mechdsl.program.python_files import functions_of
 from mechdsl.syntax import ast
 
 MODEL_FILES = (
-    "config.json", "generation_config.json", "*.safetensors", "*.index.json", "tokenizer*",
+    "config.json", "generation_config.json", "adapter_config.json", "*.safetensors",
+    "*.index.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
     "*processor_config.json", "chat_template*",
 )  # fmt: skip
@@ -78,6 +79,8 @@ def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
     for function in functions_of(program):
         yield function.path, f"`{function.file}`, which defines `{function.name}`"
     for model in program.models.values():
+        if model.function is not None:  # whose file is among the functions'
+            continue
         folder, _ = locate(model, model.span.source.folder)
         if folder is not None:
             for path in (path for pattern in MODEL_FILES for path in folder.glob(pattern)):

@@ -24,6 +24,8 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Comm
     for fence in fences(PAGE.read_text(encoding="utf-8")):
         if fence.file is not None:
             Path(fence.file).write_text(fence.content, encoding="utf-8")
+            if fence.language == "mech":
+                assert command("fmt", "--check", fence.file).status == 0
             continue
         assert fence.language == "sh"
         for line in fence.content.splitlines():

@@ -124,8 +124,8 @@ _file(
     "adapter",
     'model base = zoo("counting") model tuned = local("adapter", base: base)',
     "A LoRA adapter as peft saves it, in a folder or in the cache (`hf`), merged into a copy of "
-    "another model of the file, which may be an adapter too; needs `mechdsl[adapters]` to run. Shape "
-    "and precision are the base's, and the tokenizer, unless the folder has one.",
+    "another model of the file, which may be an adapter too; needs `mechdsl[adapters]` to run. "
+    "Shape and precision are the base's, and the tokenizer, unless the folder has one.",
     "tests/models/test_adapters.py",
 )
 _file(

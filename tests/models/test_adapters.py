@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mechdsl
+from mechdsl import pipeline
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.hooks.batch import Batch
@@ -23,7 +24,7 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading import merge
-from mechdsl.loading.load import adopt
+from mechdsl.loading.load import adopt, load
 from mechdsl.loading.merge import load_adapter
 from mechdsl.pipeline import run_source
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
@@ -137,14 +138,20 @@ def test_an_adapter_beside_its_base(folder: Path, family: str) -> None:
     )
 
 
-def test_adapters_as_an_axis(folder: Path) -> None:
-    """`*` in the path: each folder on the one base, which has no experiment of its own."""
+def test_adapters_as_an_axis(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`*` in the path: each folder on the one base, which has no experiment of its own and is
+    loaded once."""
+    loads: list[str] = []
+    monkeypatch.setattr(
+        pipeline, "load", lambda model, **how: loads.append(model.name) or load(model, **how)
+    )
     lora.build("llama", folder / "base")
     for rounds in (4, 20):
         lora.save(lora.trained("llama", rounds=rounds), folder / "runs" / f"step-{rounds}")
     models = 'model m = local("base")\nmodel steps = local("runs/step-*", base: m)\n'
     text = program(experiment("e", *LINES).replace("model m", "model steps"), models)
     found = ran(text, folder)["e"]
+    assert loads == ["m"]
     assert [cell.coords["model"] for cell in found.cells] == [4] * 3 + [20] * 3
     for number, rounds in enumerate((4, 20)):
         module = lora.merged_by_hand("llama", lora.trained("llama", rounds=rounds))
@@ -565,6 +572,15 @@ def test_a_base_with_an_adapter_of_its_own_is_refused(copy: Path) -> None:
     _, found = load_adapter(statement(str(copy / "tuned"), base="m"), model)
     assert [d.code for d in found] == ["E0453"]
     assert "`merge_and_unload()`" in found[0].help_text
+
+
+def test_a_base_that_is_spread_is_refused(copy: Path) -> None:
+    model, _ = adopt("m", lora.base("llama"), families.tokenizer())
+    assert model is not None
+    vars(model.module.get_submodule("model.layers.1"))["_hf_hook"] = object()
+    _, found = load_adapter(statement(str(copy / "tuned"), base="m"), model)
+    assert [d.code for d in found] == ["E0453"]
+    assert "are spread over devices" in found[0].label_text
 
 
 def test_adapters_that_break_a_check_are_named(copy: Path) -> None:

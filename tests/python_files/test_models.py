@@ -97,6 +97,16 @@ def test_other_commands_make_it_too(tmp_path: Path, command: Command) -> None:
         assert "heads" in show(path, allow_python=True)
 
 
+def test_reports_go_to_files_but_not_over_the_function(tmp_path: Path) -> None:
+    report = '  report bars head to "{}"\n  stats'
+    path = write(tmp_path, TEXT.replace("  stats", report.format("heads.svg")), BUILD)
+    mechdsl.run(path, allow_python=True)
+    assert (tmp_path / "heads.svg").is_file()
+    path = write(tmp_path, TEXT.replace("  stats", report.format("own.py")), BUILD)
+    said = {problem.message for problem in mechdsl.check(path).errors}
+    assert "`report bars` would write over `own.py`, which defines `build`" in said
+
+
 def test_validate_calls_nothing(tmp_path: Path, command: Command) -> None:
     path = write(tmp_path, TEXT, BUILD + "\nraise RuntimeError('imported')\n")
     done = command("validate", path)
