@@ -49,7 +49,8 @@ def outside_of_modules(module: Any, name: str, span: Span | None) -> Diagnostic 
     while isinstance(getattr(module, "_orig_mod", None), nn.Module):
         module = module._orig_mod
     for config in getattr(module, "peft_config", {}).values():
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        kind = getattr(config, "peft_type", "")
+        kind = str(getattr(kind, "value", kind))
         kind = "ALORA" if getattr(config, "alora_invocation_tokens", None) else kind
         if kind in OF_INPUTS or kind in _OUTSIDE:
             return OtherAdapter(

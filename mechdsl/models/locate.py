@@ -163,13 +163,14 @@ def _not_a_model(folder: Path, model: Model) -> Diagnostic | None:
             hint="put the files of the adapter, whose names begin with `adapter_`, into a folder "
             'of their own: `model tuned = local("adapter", base: m)` reads it from there',
         )
+    name = model.name if model.name.isidentifier() else "tuned"  # a folder's, of `mechdsl sites`
     here = named.startswith(("/", ".", "~")) or "\\" in named
     line = f'model m = {"local" if here else "hf"}("{named or "…"}")'
     return AdapterFolder(
         span=model.span,
         path=model.path,
         base=of,
-        hint=f'write `model {model.name} = {model.kind}("{model.path}", base: m)`, with a line for '
+        hint=f'write `model {name} = {model.kind}("{model.path}", base: m)`, with a line for '
         f"the model that it was trained on: `{line}`",
     )
 
