@@ -13,6 +13,7 @@ from typing import Any, cast
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
+from mechdsl.diagnostics.e04_model import OneOutput
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.diagnostics.e06_numbers import NothingToPickFrom, PickedBySign, RowsLeftOut
 from mechdsl.execute.execute import Execution, Options, execute, sizes_of
@@ -422,6 +423,7 @@ def _not_there(
     found: list[Diagnostic | None] = []
     for experiment in with_controls(experiments):
         model = models[experiment.model.name]
+        found.append(_made_elsewhere(experiment, model))
         read = [models[name] for name in experiment.models[1:]]
         for rule in experiment.rules:
             if rule.sites is not None:
@@ -437,6 +439,19 @@ def _not_there(
                 for m in (model, *read)
             ]
     return [each for each in found if each is not None]
+
+
+def _made_elsewhere(experiment: ResolvedExperiment, model: LoadedModel) -> Diagnostic | None:
+    """E0439 for one output that is made of another token than its class makes it of."""
+    expected = experiment.model.shape.output_at
+    if model.shape.output_at == expected:
+        return None
+    return OneOutput(
+        span=experiment.model.spec.span,
+        model=model.name,
+        architecture=model.shape.architecture,
+        reason=f"it is made of its {model.shape.output_at}, and by its class of its {expected}",
+    )
 
 
 def _load(

@@ -274,8 +274,8 @@ class NoSuchOutput(Diagnostic):
     code = "E0438"
     hangs_on = frozenset({"shape", "tokens"})
     title = "`{text}` asks for the logit of token {token}, and `{model}` gives {outputs}"
-    label = "the logits of a `{architecture}` are those of its own labels, numbered from 0"
-    help = "ask for a label by its number: `answer token_id(column)`, with a column of numbers"
+    label = "a `{architecture}` has fewer outputs than tokens"
+    help = "name one of its outputs by its number, from `class 0` to `class {last}`"
 
     text: str
     token: int
@@ -283,21 +283,26 @@ class NoSuchOutput(Diagnostic):
     outputs: int
     architecture: str
 
+    @property
+    def last(self) -> int:
+        return self.outputs - 1
+
 
 @keyword_record
 class OneOutput(Diagnostic):
-    """A classifier of whole prompts."""
+    """A model with one output for a whole prompt that isn't a classifier's, made of one token."""
 
     code = "E0439"
-    title = "`{model}` is a `{architecture}`, which gives one output for a whole prompt"
-    label = "measures read logits of one token"
+    title = "`{model}` is a `{architecture}`, whose one output for a whole prompt can't be measured"
+    label = "{reason}"
     help = (
-        "classifiers of prompts aren't supported yet; load its weights as a model with an output "
-        "for each token, such as `…ForCausalLM`, or without a head, and measure its vectors"
+        "load its weights as a classifier that reads one token (`…ForSequenceClassification`), a "
+        "model with an output for each token, or without a head, and measure its vectors"
     )
 
     model: str
     architecture: str
+    reason: str
 
 
 @keyword_record

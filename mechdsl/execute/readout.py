@@ -265,10 +265,14 @@ def _rounding(
     if atom.form.narrow and takes == "numerals":
         ids = torch.tensor([token for token, _ in atom.numerals], device=logits.device)
         logits = logits.index_select(-1, reading.columns(ids))
-    if atom.form.narrow and takes == "target":
+    if atom.form.narrow and takes in ("target", "class"):
         return relative * np.abs(value)
     finite = logits.abs().nan_to_num(nan=0.0, posinf=0.0).flatten(1)
     largest = finite.amax(-1).double().cpu().numpy()
+    if takes == "label" and unit == "share":  # by the sign of its own logit
+        target = _targets(atom, reading).to(logits.device)
+        own = logits.gather(-1, target[:, None])[:, 0].abs().double().cpu().numpy()
+        return (own <= relative * largest).astype(np.float64)
     if unit in ("rank", "share"):
         target = _targets(atom, reading).to(logits.device)
         return _exchanged(logits, target, 2 * relative * largest, best=unit == "share")
@@ -351,9 +355,9 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) 
     assert reading.logits is not None
     logits = reading.logits[:, spot]
     match takes:
-        case "target" | "continuation":
+        case "target" | "class" | "label" | "continuation":
             target = _targets(atom, reading).to(logits.device)
-            if takes == "target":
+            if takes != "continuation":
                 return function(logits, reading.columns(target))
             one = torch.ones_like(target, dtype=torch.bool)
             return function(logits[:, None], target[:, None], one[:, None])

@@ -253,7 +253,9 @@ def _leaves(experiment: ResolvedExperiment, effects: tuple[EffectNode, ...]) -> 
     key = experiment.key
     reports = experiment.spec.reports or (spec.Report(span=experiment.spec.span, kind="table"),)
     accuracies = tuple(
-        MeasureNode(unpatched(experiment, run), "correct", "last token", measure=correct)
+        MeasureNode(
+            unpatched(experiment, run), "correct", _unsaid(experiment, correct), measure=correct
+        )
         for run, correct in experiment.accuracies.items()
     )
     leaves: list[Node] = [
@@ -358,6 +360,13 @@ def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadN
     return read if detail is None else TransformNode(does.name, (read,), detail)
 
 
+def _unsaid(experiment: ResolvedExperiment, measure: ResolvedMeasure) -> str:
+    """Where a measure is read that doesn't say it."""
+    of_logits = any(a.form.takes not in ("activations", "attention") for a in measure.atoms)
+    first = experiment.model.shape.output_at == "first token"
+    return "first token" if of_logits and first else "last token"
+
+
 def _effect(
     experiment: ResolvedExperiment,
     acting: ForwardNode,
@@ -365,7 +374,7 @@ def _effect(
     resolved: ResolvedMeasure,
 ) -> EffectNode:
     entry = EFFECTS[measure.effect]
-    at = "last token" if measure.at is None else measure.at.span.written
+    at = _unsaid(experiment, resolved) if measure.at is None else measure.at.span.written
     runs = dict.fromkeys(atom.run for atom in resolved.atoms if atom.run is not None)
     references = tuple(unpatched(experiment, run) for run in runs)
 

@@ -52,9 +52,41 @@ def text_inputs(model: LoadedModel, ids: Tensor, positions: Tensor | None) -> di
 
 
 def call(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Tensor:
-    """The model's output, without a cache."""
+    """The model's output, without a cache: [B, T, …]. A classifier of prompts gives its output to
+    each of their tokens, or, of tokens that packed rows have side by side, each token its own."""
+    if model.calling.scores is not None:
+        return _scored(model, model.calling.scores, arguments)
     output = whole_output(model, arguments)
-    return output.logits if "logits" in output else output.last_hidden_state
+    if "logits" not in output:
+        return output.last_hidden_state
+    if model.shape.takes == "image" or model.calling.reads == "every token":
+        return output.logits
+    rows, tokens = arguments["input_ids"].shape
+    if len(output.logits) != rows:
+        return output.logits[None]
+    return output.logits[:, None].expand(-1, tokens, -1)
+
+
+class _Scored(Exception):
+    """Each token has its output, and what the model makes of them isn't needed."""
+
+
+def _scored(model: LoadedModel, path: str, arguments: Mapping[str, Tensor]) -> Tensor:
+    """[B, T, labels] of the module that gives each token its output."""
+    found: list[Tensor] = []
+
+    def stop(module: nn.Module, args: Any, output: Tensor) -> None:
+        found.append(output)
+        raise _Scored
+
+    handle = model.module.get_submodule(path).register_forward_hook(stop)
+    try:
+        whole_output(model, arguments)
+    except _Scored:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def whole_output(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Any:

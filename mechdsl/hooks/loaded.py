@@ -57,9 +57,12 @@ class Calling:
     """An image's tokens are counted as others are, so that positions are given with images too."""
     side: Literal["left", "right"] = "left"
     """Where padding is harmless: on the right alone for models that count columns."""
-    reads: Literal["every token", "first token", "all tokens"] = "every token"
-    """What its output is made of: each token's is its own, or there is one output for a whole
-    image, made of the first token (the class token) or of all."""
+    reads: Literal["every token", "first token", "last token", "all tokens"] = "every token"
+    """What its output is made of: each token's is its own, or there is one output for a whole image
+    or prompt, made of its first token (the class token), its last one, or of all."""
+    scores: str | None = None
+    """Path of the module that gives each token its output, where the model returns only that of a
+    prompt's last token, as classifiers built on decoders do; `reads` is every token then."""
     packs: Literal["tokens", "one prompt"] = "tokens"
     """What a pass over packed rows is called with: their tokens, or one prompt, where the model
     counts positions or looks at whole prompts by itself, and for images."""

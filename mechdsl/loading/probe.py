@@ -23,6 +23,7 @@ from mechdsl.hooks.calls import (
     whole_output,
 )
 from mechdsl.hooks.loaded import Calling, LoadedModel, Stack
+from mechdsl.loading.probe_classifiers import classifying
 from mechdsl.loading.probe_inputs import (
     config_of,
     most_tokens,
@@ -32,6 +33,7 @@ from mechdsl.loading.probe_inputs import (
     with_sounds,
 )
 from mechdsl.models.anatomy import HookPoint
+from mechdsl.models.heads_by_class import named_outputs
 
 LENGTHS = (7, 4)
 """Tokens of the two prompts, where the model has as many positions."""
@@ -122,15 +124,23 @@ def _with_logits(model: LoadedModel) -> LoadedModel:
     shape, anatomy = model.shape, model.anatomy
     if shape.takes == "image":
         return model
-    output = whole_output(model, arguments(model, sample(model)))
+    batch = sample(model)
+    if shape.takes == "text":  # classifiers without a pad token take no more than one prompt
+        batch = batch.part(slice(0, 1))
+    output = whole_output(model, arguments(model, batch))
     if "logits" not in output:
         anatomy = replace(anatomy, unembedding=None)
         shape = replace(shape, sites=shape.sites - {"logits"}, d_logits=0)
         return replace(model, anatomy=anatomy, shape=shape)
     size = int(output.logits.shape[-1])
-    size = 0 if size == shape.vocab_size else size
-    shape = replace(shape, sites=shape.sites | {"logits"}, d_logits=size)
-    return replace(model, shape=shape)
+    sites = shape.sites | {"logits"}
+    if shape.task == "tokens":
+        d_logits = 0 if size == shape.vocab_size else size
+        named = named_outputs(config_of(model)) if d_logits else ()
+        labels = named if len(named) == size else ()
+        return replace(model, shape=replace(shape, sites=sites, d_logits=d_logits, labels=labels))
+    labels = shape.labels if len(shape.labels) == size else tuple(map(str, range(size)))
+    return replace(model, shape=replace(shape, sites=sites, d_logits=size, labels=labels))
 
 
 def _places_images(model: LoadedModel) -> bool:
@@ -280,12 +290,11 @@ def _seen(own: Stack, calls: Mapping[str, int], first: Set[str]) -> Stack:
 
 def _tried_on_text(model: LoadedModel) -> LoadedModel:
     longer, shorter = _prompts(model, LENGTHS, seed=0)
+    model = classifying(model, torch.tensor([longer], device=model.device))
     alone = [
         call(model, {"input_ids": torch.tensor([row], device=model.device)})[0]
         for row in (longer, shorter)
     ]
-    if alone[0].dim() != 2:
-        raise OneOutputOnly
     fine = _fine(model)
     for first in _first_positions(model):
         calling = replace(model.calling, first_position=first)
@@ -305,10 +314,6 @@ def _called(model: LoadedModel) -> LoadedModel:
     """With how it returns, and how passes over packed rows call it."""
     packs = model.calling.packs if _takes_many(model) else "one prompt"
     return replace(model, calling=replace(_returns(model), packs=packs))
-
-
-class OneOutputOnly(Exception):
-    """The model has one output for a whole prompt, not one for each token."""
 
 
 class _Reached(Exception):

@@ -21,7 +21,8 @@ from mechdsl.diagnostics.w07_models import NoEffect, NotRestartable, StackLeftOu
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import Calling, LoadedModel, Outcome, Stack
 from mechdsl.loading.peft_models import unmerged
-from mechdsl.loading.probe import OneOutputOnly, sample, tried
+from mechdsl.loading.probe import sample, tried
+from mechdsl.loading.probe_classifiers import OneOutputOnly
 from mechdsl.loading.proof_store import Proof, key_of, recall, remember
 from mechdsl.loading.random_twin import random_twin
 from mechdsl.loading.verify import (
@@ -159,8 +160,9 @@ def _attempt(
         return Attempt(0, (missing,))
     try:
         model = describe(name, module, stacks, tokenizer, provenance=provenance)
-    except OneOutputOnly:
-        problem = OneOutput(span=span, model=name, architecture=stacks[""].shape.architecture)
+    except OneOutputOnly as error:
+        named = stacks[""].shape.architecture
+        problem = OneOutput(span=span, model=name, architecture=named, reason=str(error))
         return Attempt(0, (problem,))
     except Exception as error:  # whatever the model's own forward raises
         reason = f"it doesn't run: {text_of(error)}"

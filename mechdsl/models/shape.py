@@ -23,7 +23,15 @@ from mechdsl.diagnostics.e04_model import (
     SiteNotOnModel,
 )
 from mechdsl.models.families import family_of
-from mechdsl.models.heads_by_class import OF_PROMPTS, is_headless, labels
+from mechdsl.models.heads_by_class import (
+    ENCODERS,
+    OTHERS_OF_PROMPTS,
+    OutputAt,
+    Task,
+    is_headless,
+    output_at,
+    task_of,
+)
 from mechdsl.models.library_defaults import with_defaults
 from mechdsl.models.sparsity import dense_blocks
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, of_part
@@ -123,6 +131,11 @@ class ModelShape:
     d_logits: int = 0
     """Width of `logits`; 0: `vocab_size`, as in all that predict tokens. Others give a number for
     each label."""
+    task: Task = "tokens"
+    labels: tuple[str, ...] = ()
+    """Names of the outputs of a classifier, in their order; of a language model whose outputs are
+    others than its tokens, where its config names them."""
+    output_at: OutputAt = "every token"
     partly: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     """Sites that only some blocks have, and which; known of a loaded model."""
     sizes: Mapping[tuple[str, int], tuple[int, int]] = field(
@@ -285,9 +298,12 @@ def _shape(
     if dense:
         partly = dict.fromkeys(("mlp_hidden", *of_part("down")), dense)
         partly |= {"router": sparse, "expert_out": sparse}
+    task, labels = task_of(config, names)
+    encodes = entry.encodes or (task != "tokens" and model_type in ENCODERS)
     if causal is None:
         decodes = any(name.endswith(_DECODERS) for name in names) or not names
-        causal = decodes and takes != "image" and (not entry.encodes or _decodes(text))
+        decodes = decodes or task != "tokens"
+        causal = decodes and takes != "image" and (not encodes or _decodes(text))
         causal = causal and text.get("use_bidirectional_attention") not in (True, "all")
     return ModelShape(
         architecture=names[0] if names else model_type,
@@ -315,7 +331,10 @@ def _shape(
         takes=takes,
         masked=any("ForMaskedLM" in name for name in names),
         d_final=_narrow(text, d_model),
-        d_logits=labels(config, names),
+        d_logits=len(labels),
+        task=task,
+        labels=labels,
+        output_at=output_at(names, encodes=encodes),
         partly=partly,
         config=text,
     ), []
@@ -429,15 +448,18 @@ def read_shape(
     folder: Path, *, model: str = "model", span: Span | None = None
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
     """The shape of the model in a folder; E0404 where its `config.json` can't be read, E0407 where
-    it doesn't read text alone, E0439 where it has one output for a whole prompt."""
+    it doesn't read text alone, E0439 where its output is one that can't be measured."""
     config, found = read_config(folder, model=model, span=span)
     if config is None:
         return None, found
     shape, found = shape_of(config, model=model, span=span)
     if shape is not None and shape.takes not in ("text", "image and text"):
         return None, [NotATextModel(span=span, model=model, architecture=shape.architecture)]
-    if shape is not None and shape.architecture.endswith(OF_PROMPTS):
-        return None, [OneOutput(span=span, model=model, architecture=shape.architecture)]
+    if shape is not None and shape.architecture.endswith(OTHERS_OF_PROMPTS):
+        reason = "it reads several texts at once"
+        return None, [
+            OneOutput(span=span, model=model, architecture=shape.architecture, reason=reason)
+        ]
     return shape, found
 
 

@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
-"""What packed rows are behind the last block: tokens side by side, or whole images again."""
+"""What packed rows are behind the last block: tokens side by side or by themselves, or images."""
 
 from __future__ import annotations
 
@@ -127,8 +127,26 @@ class ImageEnd(End):
         return _Images(finals, self.reads)
 
 
+@dataclass(frozen=True)
+class PromptEnd(End):
+    """Of classifiers whose output is made of one token: that is all of a row that goes on."""
+
+    reads: str
+    """What the model makes its output of, as in `Calling`."""
+
+    def made_of(self, final: Places, real: NDArray[np.bool_]) -> Places:
+        rows, _ = final
+        first = self.reads == "first token"
+        return rows, np.zeros_like(rows) if first else real.sum(axis=1)[rows] - 1
+
+    def top(self, finals: Finals) -> Top:
+        return _Prompts(finals)
+
+
 def end_of(model: LoadedModel) -> End:
-    return ImageEnd(model.calling.reads) if model.shape.takes == "image" else TokenEnd()
+    if model.shape.takes == "image":
+        return ImageEnd(model.calling.reads)
+    return TokenEnd() if model.calling.reads == "every token" else PromptEnd(model.calling.reads)
 
 
 def is_causal(model: LoadedModel, kept: ActivationCache) -> bool:
@@ -157,6 +175,24 @@ class _Tokens:
 
     def collected(self, output: Tensor) -> Tensor:
         return output[0, : self.count]
+
+
+class _Prompts:
+    """Tokens that are read, each as a prompt by itself: the first one and the last."""
+
+    def __init__(self, finals: Finals) -> None:
+        self.finals = finals
+
+    def gather(self, module: Any, args: Any, output: Any) -> Any:
+        """[token, 1, d_model]."""
+        found = self.finals.assembled(output).transpose(0, 1)
+        return (found, *output[1:]) if isinstance(output, (tuple, list)) else found
+
+    def cut(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return None
+
+    def collected(self, output: Tensor) -> Tensor:
+        return output[0, : len(self.finals.row)]
 
 
 class _Images:

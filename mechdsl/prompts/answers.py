@@ -128,20 +128,27 @@ def text_tokens(
     clean row's prompt. Codes: E0503, E0516, E0517, E0519, E0520, E0524, W0703.
     """
     match expr:
-        case ast.Name(id=name):
-            return _named(table, name, CLEAN, expr.span)
-        case ast.OfRef(name=name, of=of):
-            run = of.name if of.part is None else f"{of.name}.{of.part}"
-            return _named(table, name, run, expr.span)
+        case ast.Name() | ast.OfRef():
+            return _named(table, expr)
         case ast.EdgeTokenOf():
             return _edge(table, expr, tokenizer, extra)
         case _:
             return _evaluated(table, expr, tokenizer, extra or {})
 
 
+def text_values(table: PromptTable, expr: ast.Expr) -> tuple[list[str], list[Diagnostic]]:
+    """What such a text says in every row, whatever tokens it has. Codes: E0503, E0516."""
+    if isinstance(expr, ast.Name | ast.OfRef):
+        found, problems = _named(table, expr)
+        return [tokens.text for tokens in found], problems
+    texts, problems = _said(table, expr, {})
+    return [str(text.id) if isinstance(text, TokenId) else text for text in texts], problems
+
+
 def _named(
-    table: PromptTable, name: str, run: str, span: Span
+    table: PromptTable, expr: ast.Name | ast.OfRef
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
+    name, run = (expr.id, CLEAN) if isinstance(expr, ast.Name) else (expr.name, _run(expr.of))
     rows = table.runs[run].rows if run in table.runs else ()
     known = list(table.runs[CLEAN].rows[0].texts) if len(table) else []
     if run not in table.runs:
@@ -157,18 +164,32 @@ def _named(
         shown = name
     else:
         return tuple(row.texts[name] for row in rows), []
-    return (), [UnknownText(span=span, prompts=table.name, name=shown, hint=hint)]
+    return (), [UnknownText(span=expr.span, prompts=table.name, name=shown, hint=hint)]
 
 
-def _evaluated(
-    table: PromptTable, expr: ast.Expr, tokenizer: TextTokenizer, extra: Mapping[str, Any]
-) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
+def _run(of: ast.Ref) -> str:
+    return of.name if of.part is None else f"{of.name}.{of.part}"
+
+
+def _said(
+    table: PromptTable, expr: ast.Expr, extra: Mapping[str, Any]
+) -> tuple[list[str | TokenId], list[Diagnostic]]:
+    """What a text in quotes, or of another expression, is in every row."""
     texts: list[str | TokenId] = []
     for row in table.sources:
         try:
             texts.append(row.with_values(extra).as_text(expr, Key(f"measure:{expr.span.text}")))
         except Refusal as refusal:
-            return (), [refusal.diagnostic(row.describe())]
+            return [], [refusal.diagnostic(row.describe())]
+    return texts, []
+
+
+def _evaluated(
+    table: PromptTable, expr: ast.Expr, tokenizer: TextTokenizer, extra: Mapping[str, Any]
+) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
+    texts, problems = _said(table, expr, extra)
+    if problems:
+        return (), problems
     return _behind(table, texts, tokenizer, expr.span.text, expr.span)
 
 

@@ -62,6 +62,7 @@ def build_table(
     ids: Sequence[int] | None = None,
     python: bool = False,
     prompts_enough: int | None = None,
+    labels: bool = False,
 ) -> tuple[PromptTable | None, list[Diagnostic]]:
     """The rows of a block with all its runs, tokenised.
 
@@ -71,6 +72,7 @@ def build_table(
     ids: numbers of the only rows that are wanted; those that are left out are missing.
     python: whether functions of Python files may be run.
     prompts_enough: how many prompts, of all runs, are enough to look at (W0790).
+    labels: answers and the like are names of a classifier's labels, and no tokens.
     compiled: blocks by name that were compiled before, with the rows they have worked out; a new
         one is added. All that the rows hang on (seed, words, parameters, blocks) must be the same.
     Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703, W0781,
@@ -108,7 +110,7 @@ def build_table(
     diagnostics = list(dict.fromkeys([*block.diagnostics, *found.diagnostics]))
     if has_errors(diagnostics) or not found.rows:
         return None, diagnostics
-    builder = _Builder(rows, tokenizer, max_length, whole=most is None)
+    builder = _Builder(rows, tokenizer, max_length, labels=labels, whole=most is None)
     table = builder.table(found, limit, part)
     return (None if has_errors(builder.diagnostics) else table), [
         *diagnostics,
@@ -136,7 +138,9 @@ class _Builder:
     tokenizer: TextTokenizer
     max_length: int | None
     texts: bool = True
-    """Whether answers and the like are tokenised."""
+    """Whether there are answers and the like."""
+    labels: bool = False
+    """Whether they are labels of a classifier, which aren't tokenised."""
     whole: bool = True
     """Whether deviations are of all rows before `limit`, as in a run, or of those of the table."""
 
@@ -211,6 +215,10 @@ class _Builder:
         for definition in self.block.spec.texts if self.texts else ():
             name = definition.name
             texts: list[str | TokenId] = [row.named_text(name) for row in rows]
+            if self.labels:
+                for row, text in zip(out, texts, strict=True):
+                    row[name] = TextTokens(_label(text), ())
+                continue
             tokens, diagnostics = tokenise(
                 prompts,
                 texts,
@@ -398,6 +406,10 @@ class _Builder:
                     )
                 )
                 return
+
+
+def _label(text: str | TokenId) -> str:
+    return str(text.id) if isinstance(text, TokenId) else text
 
 
 def _closing(encoded: Encoded) -> int:

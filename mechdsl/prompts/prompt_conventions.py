@@ -57,6 +57,9 @@ def token_conventions(
     rows = table.runs[CLEAN].rows
     for name in rows[0].texts if rows else ():
         lengths = sorted({len(row.texts[name].ids) for row in rows})
+        if lengths == [0]:
+            out[name] = f"{quoted(rows[0].texts[name].text)}: the name of a label, and no token"
+            continue
         sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         tokens = "one token" if lengths == [1] else f"{sizes} tokens"
         out[name] = f"{quoted(rows[0].texts[name].text)}: {tokens}, read behind the prompt"

@@ -11,6 +11,7 @@ from mechdsl.diagnostics.e04_model import NoLogits, NoSuchOutput
 from mechdsl.models.shape import ModelShape
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.resolve.class_outputs import output_elsewhere, output_positions
 from mechdsl.resolve.metric_atoms import MeasureContext, refuse, resolve_atom
 from mechdsl.resolve.resolved import Atom, ResolvedMeasure
 from mechdsl.syntax import ast
@@ -28,7 +29,7 @@ def resolve_measure(
     """The measure with its atoms; None after an error.
 
     `runs` are those that it is read on; `at` is found in each one's own text. Codes: E0108, E0203,
-    E0507, E0612 and those of texts and positions.
+    E0437, E0438, E0442 to E0446, E0507, E0612 and those of texts and positions.
     """
     before = len(context.diagnostics)
     context.at = at
@@ -37,6 +38,7 @@ def resolve_measure(
     for divisor in divisors(expression):
         _not_zero(divisor, expression, context)
     positions = _positions(at, context, runs)
+    shape, model = context.sites.shape, context.sites.model
     if len(context.diagnostics) > before and any(
         d.severity == "error" for d in context.diagnostics[before:]
     ):
@@ -52,11 +54,16 @@ def resolve_measure(
         )
         return None
     found = tuple(atoms.values())
-    unread = unreadable(expression, found, context.sites.shape, context.sites.model)
+    unread = unreadable(expression, found, shape, model)
     if unread is not None:
         context.diagnostics.append(unread)
         return None
-    if not context.sites.shape.causal and not _without_next_token(expression, found, at, context):
+    if shape.output_at != "every token" and _of_logits(found):
+        if at is not None:
+            context.diagnostics.append(output_elsewhere(at.span, shape, model))
+            return None
+        positions = output_positions(context.table, shape)
+    elif not shape.causal and not _without_next_token(expression, found, at, context):
         return None
     category = expression in atoms and atoms[expression].form.kind == "category"
     if not category and any(a.form.kind == "category" for a in found):
@@ -80,13 +87,17 @@ def resolve_measure(
     )
 
 
+def _of_logits(atoms: Sequence[Atom]) -> list[Atom]:
+    return [atom for atom in atoms if atom.form.takes not in ("activations", "attention")]
+
+
 def unreadable(
     expression: ast.Expr, atoms: Sequence[Atom], shape: ModelShape, model: str
 ) -> Diagnostic | None:
     """E0437 for what reads logits of a model that gives none, E0438 for tokens that it gives none
     for."""
     text, span = expression.span.written, expression.span
-    logits = [atom for atom in atoms if atom.form.takes not in ("activations", "attention")]
+    logits = _of_logits(atoms)
     if not logits:
         return None
     named = shape.architecture
@@ -94,10 +105,11 @@ def unreadable(
         return NoLogits(span=span, text=text, model=model, architecture=named)
     if not shape.d_logits:
         return None
-    of_texts = (ids for atom in logits for rows in atom.texts.values() for ids in rows)
+    tokens = [atom for atom in logits if not atom.of_class]
+    of_texts = (ids for atom in tokens for rows in atom.texts.values() for ids in rows)
     asked = [token for ids in of_texts for token in ids]
-    asked += [token for atom in logits for token, _ in atom.numerals]
-    if any(atom.form.takes == "prompt" for atom in logits):  # the prompt's own tokens
+    asked += [token for atom in tokens for token, _ in atom.numerals]
+    if any(atom.form.takes == "prompt" for atom in tokens):  # the prompt's own tokens
         asked.append(shape.vocab_size - 1)
     beyond = [token for token in asked if token >= shape.outputs]
     if not beyond:
@@ -120,10 +132,15 @@ def _without_next_token(
 ) -> bool:
     """Whether a model that sees the whole prompt can measure this: as far as is known, it doesn't
     predict what comes next."""
-    logits = [a for a in atoms if a.form.takes not in ("activations", "attention")]
+    logits = _of_logits(atoms)
     shape = context.sites.shape
     next_token = at is None or any(a.form.takes == "prompt" for a in logits)
-    if logits and next_token and not shape.masked:
+    if logits and at is None and shape.task != "tokens":
+        reason = f"`{shape.architecture}` has outputs for each token"
+        hint = 'write which token is read, as in `at "…" token` or `at subject token`'
+    elif shape.task != "tokens":
+        return True
+    elif logits and next_token and not shape.masked:
         reason = f"the config of `{shape.architecture}` doesn't say that it predicts the next token"
         hint = "take a model whose `architectures` end in `ForCausalLM`, or write where one token "
         hint += 'is read: `at "…" token`'

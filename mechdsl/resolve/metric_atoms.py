@@ -17,6 +17,13 @@ from mechdsl.program.python_files import find_function, is_python
 from mechdsl.prompts.build_table import numerals, text_tokens
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.resolve.class_outputs import (
+    class_argument,
+    class_numbers,
+    form_of_class,
+    refused_class,
+    refused_form,
+)
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.resolved import Atom, Env
 from mechdsl.resolve.site_targets import resolve_point
@@ -60,7 +67,7 @@ def refuse(
 def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | None:
     """The metric that is named, or the function of a Python file; None after an error.
 
-    Codes: E0108, E0203, E0222, E0507, E0612 and those of texts.
+    Codes: E0108, E0203, E0222, E0442 to E0445, E0507, E0612 and those of texts.
     """
     if isinstance(node, ast.Call) and is_python(node):
         return _of_python(node, context)
@@ -79,7 +86,12 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
         context.diagnostics.append(NotSupported(span=node.span, what=f"the metric `{name}`"))
         return None
     arguments = node.arguments if isinstance(node, ast.Call) else ()
-    form = _form(node, name, metric.forms, arguments)
+    shape = context.sites.shape
+    wanted = class_argument(node, metric, shape)
+    if wanted is not None:
+        form = form_of_class(metric, shape)
+    else:
+        form = _form(node, name, metric.forms, arguments)
     if form is None:
         refuse(
             context,
@@ -87,6 +99,12 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
             "its argument doesn't fit" if arguments else "it has no argument",
             f"write {_usage(name, metric.forms)}",
         )
+        return None
+    if wanted is not None:
+        return _of_class(node, name, form, wanted, context)
+    problem = refused_form(node, name, form, shape, context.sites.model)
+    if problem is not None:
+        context.diagnostics.append(problem)
         return None
     return _BUILDERS[form.takes](node, name, form, arguments, context)
 
@@ -132,6 +150,8 @@ _USAGE: Mapping[Takes, str] = {
     "continuation": "`{}(answer)`",
     "numerals": "`{}(1..9)`",
     "reference": "`{}(clean)`",
+    "class": "`{}(class answer)`",
+    "label": "`{}(class answer)`",
     "nothing": "`{}`",
     "prompt": "`{}`",
     "activations": "`{}(L3.resid, clean)`",
@@ -140,7 +160,7 @@ _USAGE: Mapping[Takes, str] = {
 
 
 def _usage(name: str, forms: Mapping[Takes, Form]) -> str:
-    return " or ".join(_USAGE[takes].format(name) for takes in forms)
+    return " or ".join(dict.fromkeys(_USAGE[takes].format(name) for takes in forms))
 
 
 Builder = Callable[[ast.Expr, str, Form, tuple[ast.Argument, ...], MeasureContext], Atom | None]
@@ -215,6 +235,22 @@ def _of_text(
         )
         return None
     return Atom(node, name, form, texts=texts)
+
+
+def _of_class(
+    node: ast.Expr, name: str, form: Form, wanted: ast.ClassOutput, context: MeasureContext
+) -> Atom | None:
+    """`logit(class C)`: the number of the output C, for every row."""
+    shape, model = context.sites.shape, context.sites.model
+    problem = refused_class(node, name, wanted, shape, model)
+    if problem is not None:
+        context.diagnostics.append(problem)
+        return None
+    numbers, problems = class_numbers(wanted, context.table, shape, model)
+    context.diagnostics.extend(problems)
+    if problems:
+        return None
+    return Atom(node, name, form, texts={None: tuple((n,) for n in numbers)}, of_class=True)
 
 
 def _multi_token(text: Any, name: str, long: Any, context: MeasureContext) -> Diagnostic:

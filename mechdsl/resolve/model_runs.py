@@ -63,6 +63,8 @@ def _differences(base: ModelShape, source: ModelShape) -> list[str]:
         for name, what in SIZES.items()
         if getattr(source, name) != getattr(base, name)
     ][:3]
+    if (base.task, base.labels) != (source.task, source.labels):
+        found.append("they have other outputs: labels of a classifier and tokens, or other labels")
     only = sorted(base.sites ^ source.sites)
     if not found and only:
         found.append(f"only one of them has `{only[0]}`")

@@ -269,7 +269,9 @@ class Atom(Record):
     name: str
     form: Form
     texts: Mapping[Env, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    """Per environment and row, the token ids of T."""
+    """Per environment and row, the token ids of T, or the number of the output that is meant."""
+    of_class: bool = False
+    """It names an output of a classifier, and no token."""
     numerals: tuple[tuple[int, int], ...] = ()
     """(token id, number) of `expected(1..9)`."""
     run: str | None = None

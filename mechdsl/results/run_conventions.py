@@ -11,6 +11,7 @@ from mechdsl.execute.sizes import PassSizes
 from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import PROMPT_TOKENS, ExperimentPlan
+from mechdsl.resolve.class_outputs import made_of
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedRule
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
@@ -107,6 +108,13 @@ def pass_sizes(sizes: PassSizes) -> dict[str, str]:
     return {"passes": f"up to {passes} tokens each, prompts in batches of up to {prompts}"}
 
 
+_PROBABILITY = {
+    "one label": "of which one is right: `prob` is their softmax, `correct` that one is the best",
+    "many labels": "each true or not by itself: `prob` is a sigmoid, `correct` that it is over 0.5",
+}
+"""What metrics mean of the labels of a classifier."""
+
+
 def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
     """What metrics count and where they look, where that isn't written beside them."""
     found: dict[str, str] = {}
@@ -119,6 +127,16 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
             token = experiment.model.tokenizer.token_text(before)
             counted = f"with the first, which `{token}` predicts"
         found["loss"] = f"mean over the prompt's own tokens {counted}"
+    shape = experiment.model.shape
+    logits = any(
+        atom.form.takes not in ("activations", "attention")
+        for measure in every
+        for atom in measure.atoms
+    )
+    if logits and shape.output_at != "every token":
+        found["output"] = f"one for a whole prompt, made of {made_of(shape)}"
+    if logits and shape.task in _PROBABILITY:
+        found["classes"] = f"{shape.outputs} labels, {_PROBABILITY[shape.task]}"
     compared = [
         "last token" if said.at is None else said.at.span.written
         for measure, said in zip(experiment.measures, experiment.spec.measures, strict=True)

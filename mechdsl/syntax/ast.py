@@ -126,6 +126,13 @@ class EdgeTokenOf(Node):
 
 
 @record
+class ClassOutput(Node):
+    """`class answer`, `class "positive"`, `class 5`: an output of a classifier."""
+
+    of: Expr
+
+
+@record
 class Negative(Node):
     operand: Expr
 
@@ -200,6 +207,7 @@ Expr = (
     | Call
     | ListOf
     | EdgeTokenOf
+    | ClassOutput
     | Negative
     | Binary
     | Conditional

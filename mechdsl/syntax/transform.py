@@ -748,6 +748,9 @@ class ToAst(Transformer[Token, Any]):
     def edge_token_of(self, c: list[Any]) -> ast.EdgeTokenOf:
         return _nested(ast.EdgeTokenOf(c[0].value, c[3], span=_span(c)), c[3])
 
+    def class_output(self, c: list[Any]) -> ast.ClassOutput:
+        return _nested(ast.ClassOutput(c[1], span=_span(c)), c[1])
+
     def range(self, c: list[Any]) -> ast.Range:
         return _nested(ast.Range(c[0], c[2], span=_span(c)), c[0], c[2])
 

@@ -201,7 +201,8 @@ class Contexts:
         for them."""
         if self.limit is not None:
             limit = self.limit if limit is None else min(limit, self.limit)
-        key = (name, id(model.tokenizer), model.shape.max_positions, limit, part)
+        labels = model.shape.task != "tokens"
+        key = (name, id(model.tokenizer), model.shape.max_positions, labels, limit, part)
         if key not in self._tables:
             assert part is None or part == "train" or part == "test"
             table = None
@@ -272,6 +273,7 @@ class Contexts:
             ids=ids,
             python=self.python,
             prompts_enough=self._enough,
+            labels=model.shape.task != "tokens",
         )
 
     @cached_property

@@ -28,7 +28,8 @@ def prompts_fit(table: PromptTable, model: ModelContext) -> list[Diagnostic]:
 
 def measures_fit(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Whether it has all tokens that measures name."""
-    atoms = [atom for each in (*experiment.measures, *experiment.keep) for atom in each.atoms]
+    every = [atom for each in (*experiment.measures, *experiment.keep) for atom in each.atoms]
+    atoms = [atom for atom in every if not atom.of_class]
     named = (i for atom in atoms for rows in atom.texts.values() for ids in rows for i in ids)
     numerals = (i for atom in atoms for i, _ in atom.numerals)
     found = _all_there(named, experiment.model, "a measure")

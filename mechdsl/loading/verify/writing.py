@@ -125,8 +125,9 @@ class _Writing:
     def _part(self, name: str, values: Tensor) -> range:
         """The tokens that changed values are written at."""
         # A token needn't see itself (sparse attention), or may see nothing else (chunks).
-        alone = not self.bench.stack and self.bench.model.shape.takes != "image"
-        last = alone and name not in ("q", "k", "v")
+        model = self.bench.model
+        each = model.shape.takes != "image" and model.calling.reads == "every token"
+        last = each and not self.bench.stack and name not in ("q", "k", "v")
         return range(len(values) - 1 if last else 0, len(values))
 
 

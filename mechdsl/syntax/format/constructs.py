@@ -81,6 +81,8 @@ def _plain(node: Any) -> str:
             return f"[{', '.join(map(values, node.items))}]"
         case ast.EdgeTokenOf():
             return f"{node.which} token of {within(node.of, _ATOM)}"
+        case ast.ClassOutput():
+            return f"class {within(node.of, _ATOM)}"
         case ast.Negative():
             return f"-{within(node.operand, _FACTOR)}"
         case ast.Binary():
