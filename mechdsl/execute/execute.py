@@ -28,8 +28,9 @@ Progress = Callable[[int, int], None]
 class Options:
     """How an execution goes about it; results don't depend on it but for their last bits."""
 
-    side: PaddingSide = "left"
-    """Prompts end in one column then, so that writes near the end need few columns."""
+    side: PaddingSide | None = None
+    """Where padding stands; None is where it is harmless to the model, on the left if it may be:
+    prompts end in one column then, so that writes near the end need few columns."""
     on_progress: Progress | None = None
     pass_tokens: int | None = None
     """Most tokens of one pass over patched rows; chosen by device, free memory and measuring where

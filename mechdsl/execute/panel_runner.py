@@ -57,7 +57,7 @@ class PanelRunner:
         panel: Panel,
         model: LoadedModel,
         plan: Plan,
-        side: PaddingSide,
+        side: PaddingSide | None,
         sizes: Sizes,
         profile: Profile,
         sink: Sink | None = None,

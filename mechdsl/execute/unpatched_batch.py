@@ -106,14 +106,16 @@ def compute_unpatched(
     row_ids: Sequence[int],
     *,
     seed: int,
-    side: PaddingSide,
+    side: PaddingSide | None,
 ) -> list[UnpatchedBatch]:
     """Run the unpatched model on these prompts, all runs in one pass, and keep what was asked for.
 
-    `row_ids` are the table's, so that noise hangs on the row and not on the batch.
+    `row_ids` are the table's, so that noise hangs on the row and not on the batch; `side` as in
+    `Options`.
     """
     parts = [_Part.of(model, run, request, prompts) for run, request in runs]
-    batch = Batch.of([ids for part in parts for ids in part.ids], model.pad_id, side, model.device)
+    rows = [ids for part in parts for ids in part.ids]
+    batch = Batch.of(rows, model.pad_id, side or model.calling.side, model.device)
     begins = np.cumsum([0, *(len(part.ids) for part in parts)])
     requests = [request for _, request in runs]
     every = list(dict.fromkeys(SiteRead(*place) for r in requests for place in sorted_places(r)))

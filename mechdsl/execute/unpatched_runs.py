@@ -41,7 +41,7 @@ class UnpatchedRuns:
         readouts: Sequence[Readout],
         *,
         plan: Plan,
-        side: PaddingSide,
+        side: PaddingSide | None,
         others: Mapping[str, LoadedModel] | None = None,
     ) -> None:
         """others: by name, the models that runs of other models run on."""
@@ -50,7 +50,7 @@ class UnpatchedRuns:
         self.others = others or {}
         self.table: PromptTable = panel.table
         self.seed = panel.experiments[0].experiment.seed
-        self.side: PaddingSide = side
+        self.side = side
         self.plan = plan
         self.readouts = readouts
         narrow = all(readout.narrow for readout in readouts)

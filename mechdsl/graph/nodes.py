@@ -364,7 +364,7 @@ def _unsaid(experiment: ResolvedExperiment, measure: ResolvedMeasure) -> str:
     """Where a measure is read that doesn't say it."""
     of_logits = any(a.form.takes not in ("activations", "attention") for a in measure.atoms)
     first = experiment.model.shape.output_at == "first token"
-    return "first token" if of_logits and first else "last token"
+    return "token 0" if of_logits and first else "last token"
 
 
 def _effect(

@@ -10,6 +10,7 @@ from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
+from mechdsl.diagnostics.e04_model import NoLogits
 from mechdsl.diagnostics.e04_outputs import (
     ClassOfTokens,
     OtherTask,
@@ -52,10 +53,12 @@ def form_of_class(metric: Metric, shape: ModelShape) -> Form | None:
 def refused_class(
     node: ast.Expr, name: str, wanted: ast.ClassOutput, shape: ModelShape, model: str
 ) -> Diagnostic | None:
-    """Why a metric can't be of a class of this model (E0443, E0445), or None."""
+    """Why a metric can't be of a class of this model (E0437, E0443, E0445), or None."""
     if shape.stands_in:
         return None
     text = node.span.written
+    if "logits" not in shape.sites:
+        return NoLogits(span=node.span, text=text, model=model, architecture=shape.architecture)
     if not shape.d_logits:
         named = wanted.of.span.written
         hint = f"write `{name}({named})`, the token of a text"
@@ -114,7 +117,7 @@ def _no_number(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
         hint = f"say which, as in `{_of_number(shape)}`"
     else:
         tokens = shape.task == "tokens"
-        reason = f"its outputs are logits of {'tokens' if tokens else 'labels'}, no number"
+        reason = f"its outputs are logits of {'tokens' if tokens else 'labels'}, and not one number"
         hint = f"write `logit({'answer' if tokens else 'class answer'})`"
     return OtherTask(span=node.span, text=node.span.written, model=model, reason=reason, hint=hint)
 
@@ -182,10 +185,10 @@ def _unknown(
     if not literal:
         of_rows = sum(lost.values())
         where = f"in {of_rows:,} of {rows:,} rows; {where}"
-    otherwise = "write one of its labels, as its config has them (`id2label`), or their number"
-    if not shape.labels:
-        otherwise = f"write a number from 0 to {last}"
-    hint = did_you_mean(text, shape.labels, otherwise)
+    hint = f"write a number from 0 to {last}"
+    if shape.labels and not isinstance(of, ast.Number):
+        otherwise = "write one of its labels, as its config has them (`id2label`), or a number"
+        hint = did_you_mean(text, shape.labels, otherwise)
     return UnknownLabel(span=of.span, model=model, what=what, where=where, hint=hint)
 
 
@@ -202,9 +205,11 @@ def output_elsewhere(at: Span, shape: ModelShape, model: str) -> Diagnostic:
 def made_of(shape: ModelShape) -> str:
     """What the one output of a model is made of, in words."""
     if shape.output_at == "first token":
-        return "the prompt's first token"
+        return "token 0, special tokens counted"
     pad = shape.config.get("pad_token_id")
-    return "the prompt's last token" + (" that isn't the pad token" if pad is not None else "")
+    return "the last token, special tokens counted" + (
+        ", pad tokens not" if pad is not None else ""
+    )
 
 
 def output_positions(table: PromptTable, shape: ModelShape) -> Mapping[str, tuple[int, ...]]:

@@ -67,6 +67,10 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
                 where = _list(positions) if any(positions) else "white space, no token of its own"
                 console.print(Text("    ") + Text(label, style="green") + Text(f" → {where}"))
             for label, text in row.texts.items():
+                if not text.ids:
+                    said = Text(f" = {text.text!r}, the name of a label")
+                    console.print(Text("    ") + Text(label, style="magenta") + said)
+                    continue
                 pieces = " + ".join(
                     repr(experiment.model.tokenizer.token_text(i)) for i in text.ids
                 )

@@ -154,76 +154,6 @@ def correct(logits: Tensor, target: Tensor) -> Tensor:
     return (logits.argmax(-1) == target).float()
 
 
-# --- of a label, on a classifier ----------------------------------------------------------------
-
-
-@metric("loss", takes="class", unit="nat")
-def loss_of_class(logits: Tensor, target: Tensor) -> Tensor:
-    """The cross-entropy of a label, as it is trained on.
-
-    logits: [row, label]
-    target: [row], numbers of labels
-    returns: [row], nats, at least 0
-    """
-    return -_log_probs(logits, target)
-
-
-@metric("output", takes="class", unit="", narrow=True)
-def output_of_class(logits: Tensor, target: Tensor) -> Tensor:
-    """One of the numbers that a regression model gives.
-
-    logits: [row, output]
-    target: [row], numbers of outputs
-    returns: [row], in the unit that the model was trained on
-    """
-    return _wide(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1))
-
-
-@metric("prob", takes="label", unit="probability")
-def prob_of_label(logits: Tensor, target: Tensor) -> Tensor:
-    """The probability of a label that holds or not by itself (multi-label): a sigmoid.
-
-    logits: [row, label]
-    target: [row], numbers of labels
-    returns: [row], 0..1
-    """
-    return output_of_class(logits, target).sigmoid()
-
-
-@metric("correct", takes="label", unit="share", default="answer")
-def correct_of_label(logits: Tensor, target: Tensor) -> Tensor:
-    """Whether a label that holds or not by itself is more likely than not.
-
-    logits: [row, label]
-    target: [row], numbers of labels
-    returns: [row], 1.0 or 0.0
-    """
-    return (output_of_class(logits, target) > 0).float()
-
-
-@metric("logprob", takes="label", unit="nat")
-def logprob_of_label(logits: Tensor, target: Tensor) -> Tensor:
-    """The log probability of a label that holds or not by itself.
-
-    logits: [row, label]
-    target: [row], numbers of labels
-    returns: [row], nats, at most 0
-    """
-    own = output_of_class(logits, target)
-    return -(-own).logaddexp(own.new_zeros(()))
-
-
-@metric("loss", takes="label", unit="nat")
-def loss_of_label(logits: Tensor, target: Tensor) -> Tensor:
-    """The binary cross-entropy of a label that holds.
-
-    logits: [row, label]
-    target: [row], numbers of labels
-    returns: [row], nats, at least 0
-    """
-    return -logprob_of_label(logits, target)
-
-
 # --- of a text of several tokens ----------------------------------------------------------------
 
 
@@ -366,6 +296,76 @@ def cosine(activations: Tensor, reference: Tensor) -> Tensor:
     """
     a, b = _wide(activations), _wide(reference)
     return ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean(-1)
+
+
+# --- of a label, on a classifier ----------------------------------------------------------------
+
+
+@metric("loss", takes="class", unit="nat")
+def loss_of_class(logits: Tensor, target: Tensor) -> Tensor:
+    """The cross-entropy of a label, as it is trained on.
+
+    logits: [row, label]
+    target: [row], numbers of labels
+    returns: [row], nats, at least 0
+    """
+    return -_log_probs(logits, target)
+
+
+@metric("output", takes="class", unit="", narrow=True)
+def output_of_class(logits: Tensor, target: Tensor) -> Tensor:
+    """One of the numbers that a regression model gives.
+
+    logits: [row, output]
+    target: [row], numbers of outputs
+    returns: [row], in the unit that the model was trained on
+    """
+    return _wide(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1))
+
+
+@metric("prob", takes="label", unit="probability")
+def prob_of_label(logits: Tensor, target: Tensor) -> Tensor:
+    """The probability of a label that holds or not by itself (multi-label): a sigmoid.
+
+    logits: [row, label]
+    target: [row], numbers of labels
+    returns: [row], 0..1
+    """
+    return output_of_class(logits, target).sigmoid()
+
+
+@metric("correct", takes="label", unit="share", default="answer")
+def correct_of_label(logits: Tensor, target: Tensor) -> Tensor:
+    """Whether a label that holds or not by itself is more likely than not.
+
+    logits: [row, label]
+    target: [row], numbers of labels
+    returns: [row], 1.0 or 0.0
+    """
+    return (output_of_class(logits, target) > 0).float()
+
+
+@metric("logprob", takes="label", unit="nat")
+def logprob_of_label(logits: Tensor, target: Tensor) -> Tensor:
+    """The log probability of a label that holds or not by itself.
+
+    logits: [row, label]
+    target: [row], numbers of labels
+    returns: [row], nats, at most 0
+    """
+    own = output_of_class(logits, target)
+    return -(-own).logaddexp(own.new_zeros(()))
+
+
+@metric("loss", takes="label", unit="nat")
+def loss_of_label(logits: Tensor, target: Tensor) -> Tensor:
+    """The binary cross-entropy of a label that holds.
+
+    logits: [row, label]
+    target: [row], numbers of labels
+    returns: [row], nats, at least 0
+    """
+    return -logprob_of_label(logits, target)
 
 
 # --- known, and executed once `generate` is -----------------------------------------------------

@@ -1,0 +1,268 @@
+"""Files on classifiers: one output for a whole prompt, or labels for each of its tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mechdsl
+from mechdsl.plan.passes import NAMES
+from mechdsl.results.experiment_result import ExperimentResult
+
+from . import classifiers
+from .classifiers import LABELS, OF_PROMPTS, OF_TOKENS, classifier, outputs, patched
+
+A = ["w11", "w12 w13", "w14 w15 w16", "w17"]
+B = ["w21", "w22 w23 w24 w25"]
+"""Prompts of five lengths, so that batches are padded."""
+PROMPTS = """\
+mech 1
+model m = local("none")
+prompts p {
+  a in ["w11", "w12 w13", "w14 w15 w16", "w17"]
+  b in ["w21", "w22 w23 w24 w25"]
+  mood in ["negative", "positive"]
+  template "{a} {b} w9"
+  answer mood
+  wrong if mood = "negative" then "positive" else "negative"
+  corrupt other { a = "w18" }
+}
+"""
+FILE = (
+    PROMPTS
+    + """\
+experiment e {
+  prompts p
+  from clean into other
+  patch SITE at token 0, a token, b token, last token
+  measure MEASURE
+}
+"""
+)
+BOTH = "logit(class answer) - logit(class wrong) as delta"
+
+
+def ran(
+    family: str, build: str, measure: str, site: str, tmp_path: Path, **options: Any
+) -> ExperimentResult:
+    _, module = classifier(family, build)
+    path = tmp_path / "file.mech"
+    text = FILE.replace("SITE", site).replace("MEASURE", measure)
+    path.write_text(text, encoding="utf-8")
+    models = {"m": (module, classifiers.tokenizer())}
+    return mechdsl.run(path, models=models, **options)["e"]
+
+
+def places(a: str, b: str) -> dict[str, int]:
+    count = len(a.split())
+    return {
+        "0": 0,
+        "a token": count,
+        "b token": count + len(b.split()),
+        "last token": count + len(b.split()) + 1,
+    }
+
+
+def held(
+    result: ExperimentResult, family: str, build: str, site: str, at: str | None = None
+) -> None:
+    """Every cell and row against plain hooks; at: where labels of tokens are read."""
+    values = result.row_values
+    rows = list(zip(values["a"], values["b"], values["mood"], strict=True))
+    largest = 0.0
+    for cell, found in zip(result.cells, result.measures[0].patched, strict=True):
+        layer, position = int(cell.coords["layer"]), str(cell.coords["position"])
+        for (a, b, mood), value in zip(rows, found, strict=True):
+            texts = f"{a} {b} w9", f"w18 {b} w9"
+            own, base = places(a, b), places("w18", b)
+            there = own[position], base[position]
+            logits = patched(family, build, texts, site, layer, there)
+            plain = outputs(family, build, texts[1])
+            if at is not None:
+                logits, plain = logits[base[at]], plain[base[at]]
+            right = LABELS.index(mood)
+            wrong = LABELS.index("positive" if mood == "negative" else "negative")
+            expected = float(logits[right] - logits[wrong])
+            assert value == pytest.approx(expected, abs=1e-4, rel=1e-3)
+            largest = max(largest, abs(expected - float(plain[right] - plain[wrong])))
+    assert largest > 0.02
+
+
+@pytest.mark.parametrize("site", ["resid_post", "attn_out"])
+@pytest.mark.parametrize("family", list(OF_PROMPTS))
+def test_one_output_is_that_of_plain_hooks(family: str, site: str, tmp_path: Path) -> None:
+    build = OF_PROMPTS[family]
+    result = ran(family, build, BOTH, f"{site} layer *", tmp_path)
+    held(result, family, build, site)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_whole_passes_give_the_same(family: str, tmp_path: Path) -> None:
+    site = "mlp_out"
+    whole = ran(family, OF_PROMPTS[family], BOTH, f"{site} layer *", tmp_path, no_pass=NAMES)
+    held(whole, family, OF_PROMPTS[family], site)
+
+
+@pytest.mark.parametrize("family", list(OF_TOKENS))
+def test_labels_of_tokens_are_those_of_plain_hooks(family: str, tmp_path: Path) -> None:
+    build = OF_TOKENS[family]
+    measure = BOTH.replace(" as", " at b token as")
+    result = ran(family, build, measure, "resid_post layer *", tmp_path)
+    held(result, family, build, "resid_post", "b token")
+
+
+def test_passes_of_the_planner_serve_them() -> None:
+    """Rows that start where they are changed give what whole passes do, of both kinds."""
+    from mechdsl.loading.load import adopt
+
+    for family, build in OF_PROMPTS.items():
+        model, found = adopt("m", classifier(family, build)[1], classifiers.tokenizer())
+        assert found == []
+        assert model is not None
+        assert model.restartable
+        assert model.shape.labels == LABELS
+
+
+# --- metrics ------------------------------------------------------------------------------------
+
+
+def values(family: str, build: str, measure: str, tmp_path: Path, **settings: Any) -> list[float]:
+    """A measure of the unpatched prompts, by the words of `a`, `b` and `mood`."""
+    _, module = classifier(family, build, **settings)
+    path = tmp_path / "file.mech"
+    site = "resid_post layer 0"
+    text = (
+        FILE.replace("SITE", site).replace("MEASURE", measure).replace("into other", "into clean")
+    )
+    text = text.replace("  from clean into clean\n", "").replace(
+        f"  patch {site} at token 0, a token, b token, last token\n",
+        "  ablate resid_post layer 0 at last token with zero\n",
+    )
+    path.write_text(text, encoding="utf-8")
+    result = mechdsl.run(path, models={"m": (module, classifiers.tokenizer())})["e"]
+    own = result.row_values
+    texts = zip(own["a"], own["b"], own["mood"], strict=True)
+    base = result.measures[0].base[0]
+    return [float(value) for _, value in sorted(zip(texts, base, strict=True))]
+
+
+def by_hand(family: str, build: str, function: Any, **settings: Any) -> list[float]:
+    return [
+        float(function(outputs(family, build, f"{a} {b} w9", **settings), LABELS.index(mood)))
+        for a, b, mood in sorted((a, b, m) for a in A for b in B for m in ("negative", "positive"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("measure", "function"),
+    [
+        ("logit(class answer)", lambda x, n: x[n]),
+        ("prob(class answer)", lambda x, n: x.softmax(-1)[n]),
+        ("logprob(class answer)", lambda x, n: x.log_softmax(-1)[n]),
+        ("loss(class answer)", lambda x, n: -x.log_softmax(-1)[n]),
+        ("rank(class answer)", lambda x, n: 1 + (x > x[n]).sum()),
+        ("correct", lambda x, n: x.argmax() == n),
+        ("correct(class answer)", lambda x, n: x.argmax() == n),
+        ('prob(class "neutral")', lambda x, n: x.softmax(-1)[1]),
+        ("logit(class 1)", lambda x, n: x[1]),
+        ("entropy", lambda x, n: -(x.softmax(-1) * x.log_softmax(-1)).sum()),
+    ],
+)
+def test_metrics_of_one_label(measure: str, function: Any, tmp_path: Path) -> None:
+    build = OF_PROMPTS["bert"]
+    found = values("bert", build, f"{measure} as raw", tmp_path)
+    assert found == pytest.approx(by_hand("bert", build, function), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("measure", "function"),
+    [
+        ("prob(class answer)", lambda x, n: x[n].sigmoid()),
+        ("logprob(class answer)", lambda x, n: torch.nn.functional.logsigmoid(x[n])),
+        ("loss(class answer)", lambda x, n: -torch.nn.functional.logsigmoid(x[n])),
+        ("correct", lambda x, n: x[n] > 0),
+        ("logit(class answer)", lambda x, n: x[n]),
+    ],
+)
+def test_metrics_of_labels_that_hold_by_themselves(
+    measure: str, function: Any, tmp_path: Path
+) -> None:
+    build, kind = OF_PROMPTS["gpt2"], {"problem_type": "multi_label_classification"}
+    found = values("gpt2", build, f"{measure} as raw", tmp_path, **kind)
+    assert found == pytest.approx(by_hand("gpt2", build, function, **kind), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "measure", "number"),
+    [
+        (((0, "score"),), "output", 0),
+        (((0, "score"),), "output(class 0)", 0),
+        (((0, "valence"), (1, "arousal")), 'output(class "arousal")', 1),
+    ],
+)
+def test_numbers_of_a_regression(
+    names: tuple[tuple[int, str], ...], measure: str, number: int, tmp_path: Path
+) -> None:
+    build, kind = OF_PROMPTS["gpt2"], {"problem_type": "regression", "names": names}
+    found = values("gpt2", build, f"{measure} as raw", tmp_path, **kind)
+    expected = by_hand("gpt2", build, lambda x, n: x[number], **kind)
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_rows_are_kept_and_expected_by_their_label(tmp_path: Path) -> None:
+    build = OF_PROMPTS["bert"]
+    correct = by_hand("bert", build, lambda x, n: x.argmax() == n)
+    share = sum(correct) / len(correct)
+    assert 0 < share < 1
+    measure = "prob(class answer) as delta\n  expect accuracy(clean) "
+    measure += f"near {share:.4f} within 0.001 on mean"
+    result = ran("bert", build, measure, "resid_post layer 0", tmp_path)
+    assert [verdict.holds for verdict in result.verdicts] == [True]
+    result = ran("bert", build, "prob(class answer) as delta\n  keep correct", "embed", tmp_path)
+    assert result.prompts == sum(correct)
+
+
+# --- which token the output is made of ------------------------------------------------------------
+
+
+def test_the_pad_token_at_the_end_of_a_prompt_is_not_read(tmp_path: Path) -> None:
+    """The library takes the last token that isn't the pad token, in a prompt by itself too."""
+    found = []
+    for end in ("w9", "w9 <pad>"):
+        text = PROMPTS.replace("w9", end) + (
+            "experiment e {\n  prompts p\n  ablate resid_post layer 0 at a token with zero\n"
+            "  measure logit(class answer) as raw\n}\n"
+        )
+        (tmp_path / "file.mech").write_text(text, encoding="utf-8")
+        module = classifier("gpt2", OF_PROMPTS["gpt2"])[1]
+        result = mechdsl.run(
+            tmp_path / "file.mech", models={"m": (module, classifiers.tokenizer())}
+        )
+        found.append(result["e"].measures[0])
+    assert found[0].base == pytest.approx(found[1].base, abs=1e-5)
+    assert found[0].patched == pytest.approx(found[1].patched, abs=1e-5)
+
+
+def test_a_model_without_a_pad_token_takes_padded_batches(tmp_path: Path) -> None:
+    """The library refuses them."""
+    build = OF_PROMPTS["gpt2"]
+    found = values("gpt2", build, "logit(class answer) as raw", tmp_path, pad_token_id=None)
+    assert found == pytest.approx(by_hand("gpt2", build, lambda x, n: x[n]), abs=1e-5)
+
+
+def test_only_the_token_that_is_read_matters_in_the_last_block(tmp_path: Path) -> None:
+    module = classifier("bert", OF_PROMPTS["bert"])[1]
+    last: Any = module.config
+    site = f"resid_post layer {last.num_hidden_layers - 1}"
+    result = ran("bert", OF_PROMPTS["bert"], BOTH, site, tmp_path)
+    effects = {
+        str(cell.coords["position"]): row
+        for cell, row in zip(
+            result.cells, result.measures[0].patched - result.measures[0].base, strict=True
+        )
+    }
+    assert abs(effects["0"]).max() > 0.02
+    assert all(abs(effects[at]).max() < 1e-9 for at in ("a token", "b token", "last token"))
