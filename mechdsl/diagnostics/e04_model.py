@@ -420,10 +420,10 @@ class SiteNotOnModel(Diagnostic):
     code = "E0413"
     hangs_on = frozenset({"shape"})
     title = "`{model}` has no `{site}`"
-    label = "not a part of {architecture}"
-    help = "it has {available}"
+    label = "{reason}"
+    help = "{hint}"
 
     model: str
     site: str
-    architecture: str
-    available: str
+    reason: str
+    hint: str

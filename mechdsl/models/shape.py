@@ -16,11 +16,9 @@ from mechdsl.diagnostics.e04_model import (
     BadSize,
     ModelTooLarge,
     NoConfig,
-    NoResidMid,
     NotATextModel,
     OneOutput,
     ShapeUnknown,
-    SiteNotOnModel,
 )
 from mechdsl.models.families import family_of
 from mechdsl.models.heads_by_class import (
@@ -461,20 +459,6 @@ def read_shape(
             OneOutput(span=span, model=model, architecture=shape.architecture, reason=reason)
         ]
     return shape, found
-
-
-def missing_site(
-    shape: ModelShape, site: str, *, model: str, span: Span | None = None
-) -> Diagnostic | None:
-    """Why a supported site of the language is not one of this model (E0402, E0413), or None."""
-    if site in shape.sites:
-        return None
-    if site == "resid_mid" and shape.parallel_block:
-        return NoResidMid(span=span, model=model)
-    available = ", ".join(f"`{name}`" for name in SITES if name in shape.sites)
-    return SiteNotOnModel(
-        span=span, model=model, site=site, architecture=shape.architecture, available=available
-    )
 
 
 def units(shape: ModelShape, site: str, layer: int | None = None) -> int:

@@ -20,7 +20,8 @@ from mechdsl.diagnostics.e03_coordinates import (
     UnitOutOfRange,
 )
 from mechdsl.diagnostics.e04_model import SiteNotInBlock
-from mechdsl.models.shape import ModelShape, missing_site, units
+from mechdsl.models.missing_site import missing_site
+from mechdsl.models.shape import ModelShape, units
 from mechdsl.resolve.coordinates import (
     AxisValues,
     SiteContext,

@@ -63,6 +63,13 @@ def outputs(family: str, build: str, text: str, **settings: Any) -> Tensor:
     return logits
 
 
+@cache
+def _seen(family: str, build: str, text: str, layer: int) -> dict[str, Tensor]:
+    row, module = classifier(family, build)
+    return hooks.run(row, module, prompt(text), layer)[1]
+
+
+@cache
 def patched(
     family: str, build: str, texts: tuple[str, str], site: str, layer: int, at: tuple[int, int]
 ) -> Tensor:
@@ -70,6 +77,6 @@ def patched(
     at its token `at[1]`."""
     row, module = classifier(family, build)
     source, base = texts
-    _, seen = hooks.run(row, module, prompt(source), layer)
+    seen = _seen(family, build, source, layer)
     changes = [hooks.Change(at[1], unit, vector) for unit, vector in enumerate(seen[site][at[0]])]
     return hooks.run(row, module, prompt(base), layer, site, changes)[0]

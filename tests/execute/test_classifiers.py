@@ -15,14 +15,14 @@ from mechdsl.results.experiment_result import ExperimentResult
 from . import classifiers
 from .classifiers import LABELS, OF_PROMPTS, OF_TOKENS, classifier, outputs, patched
 
-A = ["w11", "w12 w13", "w14 w15 w16", "w17"]
+A = ["w11", "w12 w13", "w14 w15 w16"]
 B = ["w21", "w22 w23 w24 w25"]
 """Prompts of five lengths, so that batches are padded."""
 PROMPTS = """\
 mech 1
 model m = local("none")
 prompts p {
-  a in ["w11", "w12 w13", "w14 w15 w16", "w17"]
+  a in ["w11", "w12 w13", "w14 w15 w16"]
   b in ["w21", "w22 w23 w24 w25"]
   mood in ["negative", "positive"]
   template "{a} {b} w9"
@@ -220,7 +220,7 @@ def test_rows_are_kept_and_expected_by_their_label(tmp_path: Path) -> None:
     measure = "prob(class answer) as delta\n  expect accuracy(clean) "
     measure += f"near {share:.4f} within 0.001 on mean"
     result = ran("bert", build, measure, "resid_post layer 0", tmp_path)
-    assert [verdict.holds for verdict in result.verdicts] == [True]
+    assert [each.holds for each in result.outcomes] == [True]
     result = ran("bert", build, "prob(class answer) as delta\n  keep correct", "embed", tmp_path)
     assert result.prompts == sum(correct)
 

@@ -95,3 +95,34 @@ def made(name: str, **settings: Any) -> nn.Module:
     module = family(family.config_class(**SMALL, **settings))
     families.draw(module, 0)
     return module.eval()
+
+
+class ByHand(nn.Module):
+    """GPT-2's attention as people write it out, without transformers' registry of functions."""
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj, self.heads = own.c_attn, own.c_proj, own.num_heads
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, attention_mask: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, tokens, width = hidden_states.shape
+        parts = self.c_attn(hidden_states).split(width, dim=2)
+        shape = rows, tokens, self.heads, width // self.heads
+        query, key, value = (part.view(shape).transpose(1, 2) for part in parts)
+        scores = query @ key.transpose(-1, -2) / shape[-1] ** 0.5
+        later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, -1e30)
+        if attention_mask is not None:
+            hidden = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask < 0
+            scores = scores.masked_fill(hidden, -1e30)
+        pattern = scores.softmax(-1)
+        return self.c_proj((pattern @ value).transpose(1, 2).reshape(hidden_states.shape)), pattern
+
+
+def with_attention_by_hand() -> nn.Module:
+    module: Any = families.module("gpt2")
+    for block in module.transformer.h:
+        block.attn = ByHand(block.attn)
+    return module

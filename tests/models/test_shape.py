@@ -11,7 +11,8 @@ import pytest
 
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.models.adapters import FAMILIES
-from mechdsl.models.shape import missing_site, read_shape, shape_from_config, units, width
+from mechdsl.models.missing_site import missing_site
+from mechdsl.models.shape import read_shape, shape_from_config, units, width
 from mechdsl.vocab.sites import SITES, by_short, stop_layer, write_order
 
 from ..families.parts import Architecture
