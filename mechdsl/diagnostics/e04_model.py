@@ -275,17 +275,13 @@ class NoSuchOutput(Diagnostic):
     hangs_on = frozenset({"shape", "tokens"})
     title = "`{text}` asks for the logit of token {token}, and `{model}` gives {outputs}"
     label = "a `{architecture}` has fewer outputs than tokens"
-    help = "name one of its outputs by its number, from `class 0` to `class {last}`"
+    help = "name one of its outputs by its number, as in `class 0`"
 
     text: str
     token: int
     model: str
     outputs: int
     architecture: str
-
-    @property
-    def last(self) -> int:
-        return self.outputs - 1
 
 
 @keyword_record

@@ -245,7 +245,7 @@ def js(logits: Tensor, reference: Tensor) -> Tensor:
 # --- of the run alone ---------------------------------------------------------------------------
 
 
-@metric("output", takes="nothing", unit="")
+@metric("output", takes="nothing", unit="number")
 def output(logits: Tensor) -> Tensor:
     """The number that a regression model gives.
 
@@ -312,7 +312,7 @@ def loss_of_class(logits: Tensor, target: Tensor) -> Tensor:
     return -_log_probs(logits, target)
 
 
-@metric("output", takes="class", unit="", narrow=True)
+@metric("output", takes="class", unit="number", narrow=True)
 def output_of_class(logits: Tensor, target: Tensor) -> Tensor:
     """One of the numbers that a regression model gives.
 

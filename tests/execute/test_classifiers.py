@@ -12,6 +12,7 @@ import mechdsl
 from mechdsl.plan.passes import NAMES
 from mechdsl.results.experiment_result import ExperimentResult
 
+from ..families.build import VOCABULARY
 from . import classifiers
 from .classifiers import LABELS, OF_PROMPTS, OF_TOKENS, classifier, outputs, patched
 
@@ -266,3 +267,29 @@ def test_only_the_token_that_is_read_matters_in_the_last_block(tmp_path: Path) -
     }
     assert abs(effects["0"]).max() > 0.02
     assert all(abs(effects[at]).max() < 1e-9 for at in ("a token", "b token", "last token"))
+
+
+# --- more outputs than tokens ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", ["class 63", 'class "six"'])
+def test_an_output_that_is_no_token_is_named_by_its_number(named: str, tmp_path: Path) -> None:
+    """A language model's class with three outputs more than it has tokens."""
+    count = VOCABULARY + 3
+    module: Any = classifier("gpt2", "GPT2LMHeadModel", tie_word_embeddings=False)[1]
+    module.lm_head = torch.nn.Linear(module.config.n_embd, count, bias=False)
+    module.config.id2label = {n: str(n) for n in range(count - 1)} | {count - 1: "six"}
+    path = tmp_path / "file.mech"
+    path.write_text(
+        'mech 1\nmodel m = local("none")\n'
+        'prompts p {\n  a in ["w11", "w12 w13"]\n  template "{a} w9"\n}\n'
+        "experiment e {\n  prompts p\n  ablate resid_post layer 0 at a token with zero\n"
+        f'  measure logit({named}) - logit(" w3") as raw\n}}\n',
+        encoding="utf-8",
+    )
+    result = mechdsl.run(path, models={"m": (module, classifiers.tokenizer())})["e"]
+    for a, value in zip(result.row_values["a"], result.measures[0].base[0], strict=True):
+        with torch.no_grad():
+            logits = module(**classifiers.prompt(f"{a} w9")).logits[0, -1]
+        expected = float(logits[count - 1] - logits[classifiers.IDS["w3"]])
+        assert value == pytest.approx(expected, abs=1e-4)

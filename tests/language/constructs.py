@@ -12,7 +12,7 @@ from typing import Literal
 from mechdsl.base.registry import Registry
 
 Group = Literal[
-    "file", "prompts", "position", "site", "rule", "onward", "experiment", "expectation"
+    "file", "prompts", "position", "site", "rule", "onward", "experiment", "class", "expectation"
 ]
 
 OWN = "this page"
@@ -52,6 +52,11 @@ CONSTRUCTS: Registry[Construct] = Registry("construct")
 
 def _construct(entry: Construct) -> None:
     CONSTRUCTS.add(entry.name, entry)
+
+
+def _class(name: str, example: str, meaning: str) -> None:
+    test = "tests/execute/test_classifiers.py"
+    _construct(Construct(name, "class", example, meaning, OWN, test))
 
 
 def _file(name: str, example: str, meaning: str, test: str, source: str = OWN) -> None:
@@ -671,6 +676,33 @@ _experiment(
     "report table top 10",
     "Shows the results; its kinds are below. `top n` ranks by absolute value.",
     "tests/results/test_reports.py",
+)
+
+# --- classifiers ----------------------------------------------------------------------------------
+
+_class(
+    "class of the answer",
+    "measure prob(class answer) as raw",
+    "The label that the answer names, as the config has it (`id2label`), or else the number of "
+    "an output; on a classifier texts are names of labels and no tokens. Token classifiers are "
+    "read at a position; those of prompts have one output, made of token 0 (encoders) or of the "
+    "last one that isn't the pad token (decoders).",
+)
+_class(
+    "class by its name",
+    'measure logit(class "positive") - logit(class "negative") as raw',
+    "Labels by their names.",
+)
+_class(
+    "class by its number",
+    "measure logit(class 2) as raw",
+    "An output by its number, from 0; also of a language model that has others than its tokens.",
+)
+_class(
+    "correct of a label",
+    "measure correct as raw",
+    "Whether the answer is the best label, or, of labels that hold or not each by itself "
+    "(`multi_label_classification`), whether its probability is over 0.5.",
 )
 
 # --- expectations ---------------------------------------------------------------------------------

@@ -92,6 +92,20 @@ experiment e {
   measure entropy as raw
 }
 """
+CLASSIFIED = """\
+mech 1
+model moods = local("MODEL")
+prompts reviews {
+  said in ["good", "bad"]
+  template "the film was {said}"
+  answer if said = "good" then "positive" else "negative"
+}
+experiment e {
+  prompts reviews
+  LINE
+}
+"""
+"""A file for what is measured on classifiers; the test puts the models into its folder."""
 MODELS = ('model toy = zoo("counting")', 'model twin = zoo("counting")')
 LINES = (
     "model toy",
@@ -184,6 +198,8 @@ def written(entry: Construct) -> str:
             return on_top(entry.example)
         case "prompts":
             return in_block(entry.example, *beside)
+        case "class":
+            return CLASSIFIED.replace("MODEL", "classifier").replace("LINE", entry.example)
         case "position":
             return in_experiment(f"ablate resid_post layer 1 at {entry.example} with zero", *beside)
         case "site":
@@ -220,6 +236,8 @@ METRIC_EXAMPLES: dict[Takes, str] = {
     "target": "{}(answer)",
     "continuation": "{}(answer)",
     "numerals": "{}(1..9)",
+    "class": "{}(class answer)",
+    "label": "{}(class answer)",
     "reference": "{}(clean)",
     "nothing": "{}",
     "prompt": "{}",
@@ -256,6 +274,9 @@ def metrics() -> Iterator[Line]:
     for name, entry in METRICS.items():
         for form in entry.forms.values():
             example = METRIC_EXAMPLES[form.takes].format(name)
+            number = name == "output"
+            example = example.replace("answer", "0") if number else example
+            classified = number or form.takes in ("class", "label")
             observed = example.startswith("observe")
             line = example if observed else f"measure {example} as raw"
             kind = "; a category" if form.kind == "category" else ""
@@ -263,9 +284,22 @@ def metrics() -> Iterator[Line]:
                 example,
                 f"{_sentence(form.meaning)} In {form.unit}{kind}.",
                 _of_docstring(form),
-                "tests/rules/test_attention.py" if observed else "tests/results/test_metrics.py",
-                in_experiment(line, LINES[4]) if observed else in_experiment(line),
+                "tests/rules/test_attention.py"
+                if observed
+                else "tests/execute/test_classifiers.py"
+                if classified
+                else "tests/results/test_metrics.py",
+                _on_classifier(line, form, number=number)
+                if classified
+                else in_experiment(line, LINES[4])
+                if observed
+                else in_experiment(line),
             )
+
+
+def _on_classifier(line: str, form: Form, *, number: bool) -> str:
+    model = "regression" if number else "many" if form.takes == "label" else "classifier"
+    return CLASSIFIED.replace("MODEL", model).replace("LINE", line)
 
 
 def _of_docstring(form: Form) -> str:
@@ -351,6 +385,11 @@ def sections() -> list[Section]:
         ),
         Section("Experiments", "The other lines.", tuple(of_group("experiment"))),
         Section("Metrics", "What `measure` and `keep` read.", tuple(metrics())),
+        Section(
+            "Classifiers",
+            "What metrics are of, where outputs are those of labels.",
+            tuple(of_group("class")),
+        ),
         Section("Effects", "What stands behind `as`.", tuple(effects())),
         Section("Reports", "What stands behind `report`.", tuple(reports())),
         Section("Expectations", "What has to hold.", tuple(of_group("expectation"))),

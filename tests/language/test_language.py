@@ -50,6 +50,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "adapter").mkdir()
     adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
+    data = ROOT / "docs" / "errors" / "data"
+    for name, source in (("classifier",) * 2, ("regression",) * 2, ("many", "classifier")):
+        shutil.copytree(data / source, folder / name)
+    config = json.loads((folder / "many" / "config.json").read_text(encoding="utf-8"))
+    config["problem_type"] = "multi_label_classification"
+    (folder / "many" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for step in (1, 2):
         model = Path(str(files("mechdsl"))) / "zoo" / "counting"
         (folder / "runs").mkdir(exist_ok=True)

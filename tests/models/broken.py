@@ -190,13 +190,15 @@ def headless() -> Adopted:
     return _checked(_READS_A_LOGIT, own_models.made("BertModel"))
 
 
-def labelling() -> Adopted:
-    """Two labels for each token."""
-    return _checked(_READS_A_LOGIT, own_models.made("BertForTokenClassification"))
+def narrow() -> Adopted:
+    """It has five outputs, and more tokens."""
+    module: Any = families.module("gpt2", tie_word_embeddings=False)
+    module.lm_head = nn.Linear(24, 5, bias=False)
+    return _checked(_READS_A_LOGIT, module)
 
 
-def classifying() -> Adopted:
-    return _adopted(own_models.made("BertForSequenceClassification"))
+def comparing() -> Adopted:
+    return _adopted(own_models.made("BertForNextSentencePrediction"))
 
 
 def whole_numbers() -> Adopted:
@@ -234,8 +236,8 @@ CAUSES: dict[str, Callable[[], Adopted]] = {
     "E0412": slow,
     "E0436": wordless,
     "E0437": headless,
-    "E0438": labelling,
-    "E0439": classifying,
+    "E0438": narrow,
+    "E0439": comparing,
     "E0441": whole_numbers,
     "E0453": deeper,
     "E0454": without_peft,

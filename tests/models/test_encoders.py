@@ -388,12 +388,25 @@ def test_models_that_padding_changes_are_refused(name: str) -> None:
     assert "padding changes what it returns" in found[0].label_text
 
 
-def test_a_text_classifier_is_refused() -> None:
-    row = replace(ROWS["bert"], build="AutoModelForSequenceClassification")
-    model, found = adopt("m", build.model(row), tokenizer())
+@pytest.mark.parametrize(
+    ("name", "settings", "why"),
+    [
+        ("AutoModelForNextSentencePrediction", {}, "ends in `ForSequenceClassification`"),
+        (
+            "ModernBertForSequenceClassification",
+            {"classifier_pooling": "mean"},
+            "made of several tokens at once",
+        ),
+    ],
+)
+def test_outputs_of_prompts_that_are_not_made_of_one_token_are_refused(
+    name: str, settings: dict[str, Any], why: str
+) -> None:
+    row = replace(ROWS["modernbert" if "Modern" in name else "bert"], build=name)
+    model, found = adopt("m", build.model(row, **settings), tokenizer())
     assert model is None
     assert [d.code for d in found] == ["E0439"]
-    assert "one output for a whole prompt" in found[0].message
+    assert why in found[0].label_text
 
 
 # --- a published model ----------------------------------------------------------------------------
