@@ -13,7 +13,7 @@ from typing import Any, cast
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
-from mechdsl.diagnostics.e04_model import OneOutput
+from mechdsl.diagnostics.e04_model import IdentityBroken, OneOutput
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.diagnostics.e06_numbers import NothingToPickFrom, PickedBySign, RowsLeftOut
 from mechdsl.execute.execute import Execution, Options, execute, sizes_of
@@ -442,16 +442,25 @@ def _not_there(
 
 
 def _made_elsewhere(experiment: ResolvedExperiment, model: LoadedModel) -> Diagnostic | None:
-    """E0439 for one output that is made of another token than its class makes it of."""
-    expected = experiment.model.shape.output_at
-    if model.shape.output_at == expected:
-        return None
-    return OneOutput(
-        span=experiment.model.spec.span,
-        model=model.name,
-        architecture=model.shape.architecture,
-        reason=f"it is made of its {model.shape.output_at}, and by its class of its {expected}",
-    )
+    """E0439 for one output that is made of another token than its class makes it of, E0410 for a
+    classifier that sees later tokens, which its kind doesn't tell."""
+    span, named = experiment.model.spec.span, model.shape.architecture
+    expected, found = experiment.model.shape, model.shape
+    if found.output_at != expected.output_at:
+        reason = (
+            f"it is made of its {found.output_at}, and by its class of its {expected.output_at}"
+        )
+        return OneOutput(span=span, model=model.name, architecture=named, reason=reason)
+    if expected.causal and not found.causal:
+        return IdentityBroken(
+            span=span,
+            model=model.name,
+            architecture=named,
+            identity="another last token leaves earlier outputs alone",
+            reason=f"it sees later tokens, which its kind `{expected.family}` doesn't tell",
+            hint="register the family with `@family` and `encodes = True`",
+        )
+    return None
 
 
 def _load(

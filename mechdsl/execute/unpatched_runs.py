@@ -50,7 +50,7 @@ class UnpatchedRuns:
         self.others = others or {}
         self.table: PromptTable = panel.table
         self.seed = panel.experiments[0].experiment.seed
-        self.side = side
+        self.side: PaddingSide | None = side
         self.plan = plan
         self.readouts = readouts
         narrow = all(readout.narrow for readout in readouts)

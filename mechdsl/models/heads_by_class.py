@@ -22,13 +22,13 @@ OTHERS_OF_PROMPTS = ("ForMultipleChoice", "ForNextSentencePrediction")
 _CLASSIFIERS = ("ForTokenClassification", OF_PROMPTS)
 
 ENCODERS = frozenset((
-    "albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta",
-    "deberta-v2", "distilbert", "electra", "ernie", "esm", "eurobert", "flaubert", "fnet",
-    "funnel", "ibert", "jina_embeddings_v3", "layoutlm", "layoutlmv2", "layoutlmv3", "lilt",
-    "longformer", "luke", "markuplm", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra",
-    "nomic_bert", "nystromformer", "perceiver", "reformer", "rembert", "roberta",
-    "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "tapas", "xlm", "xlm-roberta",
-    "xlm-roberta-xl", "xmod", "yoso",
+    "albert", "bert", "big_bird", "bros", "camembert", "canine", "convbert", "data2vec-text",
+    "deberta", "deberta-v2", "distilbert", "electra", "ernie", "esm", "esmc", "eurobert",
+    "flaubert", "fnet", "funnel", "gte", "ibert", "jina_embeddings_v3", "layoutlm", "layoutlmv2",
+    "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "megatron-bert", "mobilebert",
+    "modernbert", "modernvbert", "mpnet", "mra", "nomic_bert", "nystromformer", "perceiver",
+    "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert",
+    "tapas", "ultrabert", "ultravbert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso",
 ))  # fmt: skip
 """Kinds of models of the library whose classifiers see the whole prompt at every token, unless they
 say `is_decoder`. Classifiers of prompts read their first token, those of other kinds the last."""

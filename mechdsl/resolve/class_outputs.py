@@ -68,13 +68,7 @@ def refused_class(
             span=node.span, text=text, model=model, architecture=shape.architecture, hint=hint
         )
     if shape.task == "number" and name != "output":
-        return OtherTask(
-            span=node.span,
-            text=text,
-            model=model,
-            reason="it is a regression: its outputs are numbers, and no logits of labels",
-            hint=f"write `{_of_number(shape)}`",
-        )
+        return _no_logits(node, shape, model)
     if shape.task != "number" and name == "output":
         return _no_number(node, shape, model)
     return None
@@ -96,10 +90,9 @@ def refused_form(
         if form.takes == "numerals":
             hint = "write `class`, as in `prob(class answer)`: one label at a time"
         if shape.task == "number":
-            hint = f"it is a regression: write `{_of_number(shape)}`"
-        return TokenOfLabels(
-            span=node.span, text=text, model=model, labels=_they_are(shape), hint=hint
-        )
+            return _no_logits(node, shape, model)
+        labels = f"its labels are {listed(shape)}"
+        return TokenOfLabels(span=node.span, text=text, model=model, labels=labels, hint=hint)
     if form.takes in _OF_THE_WHOLE and shape.task != "one label":
         reason = "each of its labels holds or not by itself, so they have no distribution"
         hint = f"measure them one by one: `prob(class {_example(shape)})`"
@@ -108,6 +101,17 @@ def refused_form(
             hint = f"write `{_of_number(shape)}`"
         return OtherTask(span=node.span, text=text, model=model, reason=reason, hint=hint)
     return None
+
+
+def _no_logits(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
+    """E0445 for a metric of logits, on a regression."""
+    return OtherTask(
+        span=node.span,
+        text=node.span.written,
+        model=model,
+        reason="it is a regression: its outputs are numbers, and no logits",
+        hint=f"write `{_of_number(shape)}`",
+    )
 
 
 def _no_number(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
@@ -128,12 +132,6 @@ def _of_number(shape: ModelShape) -> str:
 
 def _example(shape: ModelShape) -> str:
     return f'"{shape.labels[0]}"' if shape.labels else "0"
-
-
-def _they_are(shape: ModelShape) -> str:
-    if shape.task == "number":
-        return f"a `{shape.architecture}` with {shape.outputs} output{'s' * (shape.outputs > 1)}"
-    return f"its labels are {listed(shape)}"
 
 
 def listed(shape: ModelShape) -> str:

@@ -45,9 +45,10 @@ def classifier(family: str, build: str, **settings: Any) -> tuple[Architecture, 
     row = next(row for row in tables.every() if row.name == family)
     assert isinstance(row, Architecture)
     row = replace(row, build=build, main=replace(row.main, final_norm=None))
-    names = dict(settings.pop("names", ()) or enumerate(LABELS))
-    labels = {"id2label": names, "label2id": {name: n for n, name in names.items()}}
-    return row, model(row, **{"pad_token_id": 0, **labels, **settings})
+    names: dict[int, str] = dict(settings.pop("names", ()) or enumerate(LABELS))
+    labels: dict[str, Any] = {"id2label": names, "label2id": {name: n for n, name in names.items()}}
+    overrides: dict[str, Any] = {"pad_token_id": 0, **labels, **settings}
+    return row, model(row, **overrides)
 
 
 def prompt(text: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import pytest
 
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.models.adapters import FAMILIES
+from mechdsl.models.heads_by_class import ENCODERS
 from mechdsl.models.missing_site import missing_site
 from mechdsl.models.shape import read_shape, shape_from_config, units, width
 from mechdsl.vocab.sites import SITES, by_short, stop_layer, write_order
@@ -41,6 +42,57 @@ QWEN3 = {
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
 }
+
+
+def test_classifiers_of_encoders_are_those_of_the_library() -> None:
+    """Kinds that have classifiers and a masked language model; those of encoder-decoders aside."""
+    from transformers.models.auto import modeling_auto as auto
+
+    classifiers = {
+        *auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        *auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    }
+    both = {*auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    masked = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES}
+    assert (classifiers & masked) - both <= ENCODERS
+    decoders = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - masked
+    assert decoders.isdisjoint(ENCODERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "task", "labels", "at"),
+    [
+        ("GPT2ForSequenceClassification", {}, "one label", ("LABEL_0", "LABEL_1"), "last token"),
+        ("GPT2ForTokenClassification", {"num_labels": 1}, "number", ("LABEL_0",), "every token"),
+        (
+            "BertForSequenceClassification",
+            {"id2label": {"1": "b", "0": "a"}, "problem_type": "multi_label_classification"},
+            "many labels",
+            ("a", "b"),
+            "first token",
+        ),
+        (
+            "BertForSequenceClassification",
+            {"id2label": {"0": "x", "1": "y"}, "problem_type": "regression"},
+            "number",
+            ("x", "y"),
+            "first token",
+        ),
+        ("GPT2LMHeadModel", {"id2label": {"0": "x"}}, "tokens", (), "every token"),
+    ],
+)
+def test_what_outputs_are_by_class_and_config(
+    name: str, more: dict[str, Any], task: str, labels: tuple[str, ...], at: str
+) -> None:
+    encodes = name.startswith("Bert")
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": 12}
+    config = {"model_type": "bert" if encodes else "gpt2", "architectures": [name], **sizes, **more}
+    shape, found = shape_from_config(config)
+    assert found == []
+    assert shape is not None
+    assert (shape.task, shape.labels, shape.output_at) == (task, labels, at)
+    assert shape.causal is not encodes
+    assert shape.outputs == (len(labels) or 12)
 
 
 def test_gpt2() -> None:
