@@ -48,7 +48,7 @@ def classifying(model: LoadedModel, ids: Tensor) -> LoadedModel:
         if _made_of(model, ids, place, output.logits):
             calling = replace(model.calling, reads=at)
             shape = replace(model.shape, output_at=at, causal=False)
-            return replace(model, calling=calling, shape=shape)
+            return _without_last_norm(replace(model, calling=calling, shape=shape))
     raise OneOutputOnly("it is made of several tokens at once")
 
 
@@ -79,13 +79,26 @@ def _inside(path: str, blocks: Iterable[str]) -> bool:
 
 def _without_unembedding(model: LoadedModel) -> LoadedModel:
     """What was taken for an unembedding makes labels, perhaps of one vector for a prompt."""
-    anatomy, shape = model.anatomy, model.shape
+    anatomy = model.anatomy
     tap = anatomy.taps.get("final_norm")
     if tap is not None and tap.path == anatomy.unembedding:
-        taps = {site: own for site, own in anatomy.taps.items() if site != "final_norm"}
-        anatomy = replace(anatomy, taps=taps)
-        shape = replace(shape, sites=shape.sites - {"final_norm"})
-    return replace(model, anatomy=replace(anatomy, unembedding=None), shape=shape)
+        model = _without_last_norm(model)
+    return replace(model, anatomy=replace(model.anatomy, unembedding=None))
+
+
+def _without_last_norm(model: LoadedModel) -> LoadedModel:
+    """Behind the last block of rows there is one token of each."""
+    anatomy, shape = model.anatomy, model.shape
+    if "final_norm" not in anatomy.taps:
+        return model
+    taps = {site: own for site, own in anatomy.taps.items() if site != "final_norm"}
+    reason = "behind the last block the token that the output is made of goes on by itself"
+    without = {**anatomy.without, "final_norm": reason}
+    return replace(
+        model,
+        anatomy=replace(anatomy, taps=taps, without=without),
+        shape=replace(shape, sites=shape.sites - {"final_norm"}),
+    )
 
 
 def _made_of(model: LoadedModel, ids: Tensor, place: int, logits: Tensor) -> bool:

@@ -24,6 +24,7 @@ OF_PROMPTS = {
     "bert": "BertForSequenceClassification",
     "distilbert": "DistilBertForSequenceClassification",
     "roberta": "RobertaForSequenceClassification",
+    "modernbert": "ModernBertForSequenceClassification",
 }
 OF_TOKENS = {"bert": "BertForTokenClassification", "gpt2": "GPT2ForTokenClassification"}
 

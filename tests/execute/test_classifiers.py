@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mechdsl
+from mechdsl.loading.load import adopt
 from mechdsl.plan.passes import NAMES
 from mechdsl.results.experiment_result import ExperimentResult
 
@@ -115,10 +116,17 @@ def test_labels_of_tokens_are_those_of_plain_hooks(family: str, tmp_path: Path) 
     held(result, family, build, "resid_post", "b token")
 
 
+def test_nothing_is_read_between_the_last_block_and_the_choice_of_a_token() -> None:
+    """ModernBERT has a last norm there."""
+    module = classifier("modernbert", OF_PROMPTS["modernbert"])[1]
+    model, _ = adopt("m", module, classifiers.tokenizer())
+    assert model is not None
+    assert "final_norm" not in model.shape.sites
+    assert "goes on by itself" in model.anatomy.without["final_norm"]
+
+
 def test_passes_of_the_planner_serve_them() -> None:
     """Rows that start where they are changed give what whole passes do, of both kinds."""
-    from mechdsl.loading.load import adopt
-
     for family, build in OF_PROMPTS.items():
         model, found = adopt("m", classifier(family, build)[1], classifiers.tokenizer())
         assert found == []
