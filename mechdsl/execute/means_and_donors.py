@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.execute.unpatched_batch import UnpatchedBatch
+from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import units, width
-from mechdsl.plan.columns import counted
+from mechdsl.plan.columns import counted, prompt_lengths
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import RulePlan
 from mechdsl.resolve.resolved import Place
@@ -37,23 +37,42 @@ class MeansAndDonors:
 
     means: Mapping[int, Means]
     """By number of the rule."""
+    behind: Mapping[int, Mapping[int, Means]]
+    """The same with a text behind the prompts, by number of the metric that reads it; of rules that
+    act on tokens behind the prompts."""
     donors: Ints | None
     """[prompt] the prompt whose activation replaces it, for `resample`."""
 
+    def of(self, text: TextBehind | None) -> Mapping[int, Means]:
+        """By number of the rule, the means in passes with this text behind the prompts."""
+        return self.means if text is None else {**self.means, **self.behind.get(text.number, {})}
+
 
 def means_and_donors_of(
-    plan: ExperimentPlan, runs: UnpatchedRuns, kept: Ints, batches: Sequence[Ints]
+    plan: ExperimentPlan,
+    runs: UnpatchedRuns,
+    kept: Ints,
+    batches: Sequence[Ints],
+    texts: Sequence[TextBehind],
 ) -> MeansAndDonors:
-    """Average and permute over the kept rows, streamed by batches of prompts."""
+    """Average and permute over the kept rows, streamed by batches of prompts.
+
+    texts: those that measures have behind the prompts.
+    """
     donors = None
     if any(rule.rule.does.reads == "donor" for rule in plan.rules):
         donors = _donors(kept, len(runs.table), runs.seed)
-    means = {
-        number: _means(rule, runs, batches)
-        for number, rule in enumerate(plan.rules)
-        if rule.rule.does.reads == "mean"
+    averaging = {n: rule for n, rule in enumerate(plan.rules) if rule.rule.does.reads == "mean"}
+    means = {number: _means(rule, runs, batches, None) for number, rule in averaging.items()}
+    behind = {
+        text.number: {
+            number: _means(rule, runs, batches, text)
+            for number, rule in averaging.items()
+            if rule.behind
+        }
+        for text in texts
     }
-    return MeansAndDonors(means, donors)
+    return MeansAndDonors(means, behind, donors)
 
 
 def _donors(kept: Ints, size: int, seed: int) -> Ints:
@@ -64,7 +83,9 @@ def _donors(kept: Ints, size: int, seed: int) -> Ints:
     return donors
 
 
-def _means(rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints]) -> Means:
+def _means(
+    rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints], text: TextBehind | None
+) -> Means:
     """Mean activations over all kept rows, streamed by batches of prompts."""
     names = rule.rule.groups or ("",) * len(runs.table)
     codes = np.unique(names, return_inverse=True)[1].astype(np.int64)
@@ -75,7 +96,8 @@ def _means(rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints]) -> Mean
     size = (len(rule.sources), int(codes.max()) + 1)
     apart = rule.rule.apart
     run = runs.named(rule.rule.run) if apart is None else apart.table.runs[apart.run]
-    longest = max(len(row.ids) for row in run.rows)
+    every = np.arange(len(run.rows), dtype=np.int64)
+    longest = int((prompt_lengths(run) + fed_tokens(text, every)).max())
     sums = {
         place: torch.zeros(
             *size,
@@ -94,10 +116,13 @@ def _means(rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints]) -> Mean
         batches = [every[i : i + size] for i in range(0, len(every), size)]
     for batch in batches:
         if apart is None:
-            lanes = runs.lanes(run, batch)
+            lanes = runs.lanes(run, batch, None if text is None else text.atom)
         else:
             lanes = runs.apart(apart.table, run, batch, places)
-        _add(rule, batch, lanes, read, sums, counts)
+        ends = None
+        if rule.behind:
+            ends = lanes.lengths + np.repeat(fed_tokens(text, batch), lanes.draws)
+        _add(rule, batch, lanes, read, sums, counts, ends)
         if len(batches) > 1:
             runs.forget()
     divisor = counts.clamp(min=1)[:, :, None, None, None]
@@ -111,10 +136,12 @@ def _add(
     groups: Ints,
     sums: dict[Place, Tensor],
     counts: Tensor,
+    ends: Ints | None,
 ) -> None:
     """Add these prompts' activations to the sums of a `mean` ablation.
 
-    sums: [position, group, token, unit, width] per place; counts: [position, group].
+    sums: [position, group, token, unit, width] per place; counts: [position, group]; ends: [lane]
+    the first position that isn't there, None where all are.
     """
     positions = np.repeat(np.arange(len(plan.sources)), len(prompts))
     prompt = np.tile(prompts, len(plan.sources))
@@ -124,6 +151,9 @@ def _add(
         lane = lanes.lane(prompt[index], np.full(len(index), draw))
         row, token = plan.averaged.tokens.expand(run)
         _, slot = counted(plan.averaged.tokens.counts(run))
+        if ends is not None:
+            there = token < ends[lane[row]]
+            row, token, slot = row[there], token[there], slot[there]
         at = torch.from_numpy(positions[index][row])
         group = torch.from_numpy(groups[prompt[index]][row])
         for place, total in sums.items():

@@ -127,8 +127,9 @@ class PanelRunner:
         for plan in self.running:
             measured = self.measured[plan.experiment.key]
             batches = [own for batch in self.batches if len(own := measured.among(batch))]
+            texts = self.readouts[plan.experiment.key].texts_behind if plan.behind else ()
             self.means_and_donors[plan.experiment.key] = means_and_donors_of(
-                plan, self.runs, measured.kept, batches
+                plan, self.runs, measured.kept, batches, texts
             )
 
     def total_rows(self) -> int:

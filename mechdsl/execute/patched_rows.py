@@ -15,6 +15,7 @@ from mechdsl.execute.observed_attention import Look, look
 from mechdsl.execute.path_patching import frozen, held_rows, received
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
+    TextBehind,
     UnpatchedBatch,
     continuation_positions,
     has_loss,
@@ -23,7 +24,7 @@ from mechdsl.execute.unpatched_batch import (
     spot_positions,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
-from mechdsl.execute.writes import build_edges, build_writes, unless_set
+from mechdsl.execute.writes import build_edges, build_writes, pass_ends, unless_set
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -35,6 +36,7 @@ from mechdsl.plan.restart import Held
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.prompt_table import Run
+from mechdsl.resolve.resolved import Atom
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +181,16 @@ class Patcher:
             found = found.beside(self._rows_of(int(number), rows, draw[own], run, batch), own)
         return found
 
-    def _rows_of(self, number: int, rows: Rows, draw: Ints, run: Run, batch: Ints) -> _PassRows:
-        """The rows of one experiment with what they write."""
+    def _rows_of(
+        self,
+        number: int,
+        rows: Rows,
+        draw: Ints,
+        run: Run,
+        batch: Ints,
+        text: TextBehind | None = None,
+    ) -> _PassRows:
+        """The rows of one experiment with what they write, in a pass with this text behind them."""
         plan, shape = self.plans[number], self.model.shape
         path = next((rule for rule in plan.rules if rule.paths is not None), None)
         own = _PassRows(run, batch, rows.prompt, draw, [])
@@ -189,20 +199,29 @@ class Patcher:
             def sent(
                 senders: Rows, draws: Ints, held: Held, reads: Mapping[SiteRead, Places]
             ) -> Mapping[SiteRead, Tensor]:
-                writes = self._writes(number, senders, draws, batch)
+                writes = self._writes(number, senders, draws, batch, text)
                 rows = _PassRows(run, batch, senders.prompt, draws, writes, held=held)
                 none = np.zeros(0, dtype=np.int64)
-                return self._run(rows, self.runs.lanes(run, batch), (none, none), reads, None)[1]
+                lanes = self.runs.lanes(run, batch, self._atom(number, text))
+                return self._run(rows, lanes, (none, none), reads, None)[1]
 
-            return replace(own, writes=received(path, rows, draw, sent, shape))
+            ends = pass_ends(plan, rows, text)
+            return replace(own, writes=received(path, rows, draw, sent, shape, ends))
         return replace(
             own,
-            writes=self._writes(number, rows, draw, batch),
-            edges=build_edges(plan, rows, shape),
+            writes=self._writes(number, rows, draw, batch, text),
+            edges=build_edges(plan, rows, shape, text),
             held=None if path is None else held_rows(path, len(rows)),
         )
 
-    def _writes(self, number: int, rows: Rows, draw: Ints, batch: Ints) -> list[SiteWrite]:
+    def _atom(self, number: int, text: TextBehind | None) -> Atom | None:
+        """The metric whose text stands behind what an experiment reads: what rules write into the
+        prompts is there without it."""
+        return text.atom if text is not None and self.plans[number].behind else None
+
+    def _writes(
+        self, number: int, rows: Rows, draw: Ints, batch: Ints, text: TextBehind | None
+    ) -> list[SiteWrite]:
         """The vectors that the rows of one experiment write."""
         means_and_donors = self.means_and_donors[number]
 
@@ -210,10 +229,12 @@ class Patcher:
             prompts = batch
             if donors and means_and_donors.donors is not None:
                 prompts = np.unique(means_and_donors.donors[batch])
-            return self.runs.lanes(self.runs.named(source), prompts, alone=donors)
+            atom = self._atom(number, text)
+            return self.runs.lanes(self.runs.named(source), prompts, atom, alone=donors)
 
         plan = self.plans[number]
-        return build_writes(plan, rows, draw, lanes_of, means_and_donors, self.model.shape)
+        shape = self.model.shape
+        return build_writes(plan, rows, draw, lanes_of, means_and_donors, shape, text)
 
     def _forward(
         self,
@@ -348,7 +369,8 @@ class Patcher:
         draw = rows.draw[member.at]
         prompts = member.rows.prompt
         count = np.arange(len(prompts))
-        own = self._rows_of(member.number, member.rows, draw, rows.run, rows.batch)
+        text = TextBehind(number, atom)
+        own = self._rows_of(member.number, member.rows, draw, rows.run, rows.batch, text)
         lengths = lanes.lengths[lanes.lane(prompts, draw)]
         at = continuation_positions(atom, prompts, lengths).numpy()
         final = (np.repeat(count, at.shape[1]), at.reshape(-1))

@@ -54,15 +54,23 @@ def held_rows(plan: RulePlan, count: int) -> Held:
 
 
 def received(
-    plan: RulePlan, rows: Rows, draws: Ints, run: Run, shape: ModelShape
+    plan: RulePlan,
+    rows: Rows,
+    draws: Ints,
+    run: Run,
+    shape: ModelShape,
+    ends: Ints | None = None,
 ) -> list[SiteWrite]:
-    """What receivers of these rows read behind their patched senders, to be written there."""
+    """What receivers of these rows read behind their patched senders, to be written there.
+
+    ends: [row] the first position that the pass doesn't have; None where it has all.
+    """
     assert plan.paths is not None
     at = plan.written_runs(rows)
     same = np.stack([plan.site_of_cell[rows.cell], at, rows.prompt, draws])
     _, first, sender = np.unique(same, axis=1, return_index=True, return_inverse=True)
     sender = sender.reshape(-1)
-    wanted = _wanted(plan, rows, at)
+    wanted = _wanted(plan, rows, at, ends)
     table = plan.paths.table
     places = sorted({(p.site, p.layer) for p in table}, key=str)
     of_point = np.array([places.index((p.site, p.layer)) for p in table], dtype=np.int64)
@@ -92,9 +100,12 @@ def received(
     return writes
 
 
-def _wanted(plan: RulePlan, rows: Rows, at: Ints) -> _Received:
+def _wanted(plan: RulePlan, rows: Rows, at: Ints, ends: Ints | None) -> _Received:
     assert plan.paths is not None
     row, token = plan.written.tokens.expand(at)
+    if ends is not None:
+        there = token < ends[row]
+        row, token = row[there], token[there]
     index, point = plan.paths.points.expand(plan.paths.pair_of_cell[rows.cell][row])
     return _Received(row[index], token[index], point)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.e02_python import PythonFailed
 from mechdsl.execute.python_metric import python_metric
-from mechdsl.execute.unpatched_batch import Spot, continuation_ids, spots_of
+from mechdsl.execute.unpatched_batch import Spot, TextBehind, continuation_ids, spots_of
 from mechdsl.program.python_files import PythonFailure, PythonNotLoaded
 from mechdsl.resolve.measures import divisors, evaluate
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
@@ -123,6 +123,11 @@ class Readout:
             for n, (_, atom) in enumerate(self.atoms)
             if atom.form.takes == "continuation" and _longest(atom) > 1
         )
+
+    @property
+    def texts_behind(self) -> tuple[TextBehind, ...]:
+        """Their texts."""
+        return tuple(TextBehind(number, self.atoms[number][1]) for number in self.continuations)
 
     @property
     def needs_plain(self) -> bool:

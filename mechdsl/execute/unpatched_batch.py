@@ -85,6 +85,23 @@ def spot_positions(spot: Spot, run: str, prompts: Ints, lengths: Ints) -> Ints:
     return np.asarray(where, dtype=np.int64)[prompts]
 
 
+@dataclass(frozen=True, eq=False)
+class TextBehind:
+    """A text of several tokens behind the prompts of a pass."""
+
+    number: int
+    """Of the metric that reads it, among the atoms of a readout."""
+    atom: Atom
+
+
+def fed_tokens(text: TextBehind | None, prompts: Ints) -> Ints:
+    """[prompt] how many tokens of the text go in: the last one is predicted only."""
+    if text is None:
+        return np.zeros(len(prompts), dtype=np.int64)
+    found = [len(continuation_ids(text.atom, int(prompt))) - 1 for prompt in prompts]
+    return np.array(found, dtype=np.int64)
+
+
 def continuation_ids(atom: Atom, prompt: int) -> tuple[int, ...]:
     """The token ids of a text that a metric sums over, for one prompt."""
     return atom.texts[None][prompt]

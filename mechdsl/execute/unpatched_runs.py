@@ -59,6 +59,7 @@ class UnpatchedRuns:
         self.spots = spots_of([m for readout in readouts for m in readout.measures])
         if {} not in self.spots:  # accuracies read the last token
             self.spots = (*self.spots, {})
+        self.behind = any(each.behind for each in panel.experiments)
         self.loss = next((g.loss for g in readouts if g.loss is not None), None)
         self._lanes: dict[tuple[object, ...], UnpatchedBatch] = {}
         self.passes = 0
@@ -179,7 +180,7 @@ class UnpatchedRuns:
         reads = set(needs.reads) if needs is not None else set[Place]()
         reads |= self._gauge_reads() if own else set[Place]()
         return UnpatchedRequest(
-            reads=frozenset(reads if continuation is None else ()),
+            reads=frozenset(reads if continuation is None or self.behind else ()),
             lowest=lowest,
             spots=self.spots if measured else (),
             stop=self._stop(run),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.execute.means_and_donors import MeansAndDonors
-from mechdsl.execute.unpatched_batch import UnpatchedBatch
+from mechdsl.execute.means_and_donors import Means, MeansAndDonors
+from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.hooks.batch import gather
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.models.shape import ModelShape, units, width
-from mechdsl.plan.columns import counted, each_unit, units_of
+from mechdsl.plan.columns import counted, each_unit, prompt_lengths, units_of
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import Place
@@ -58,13 +58,33 @@ def readable(plan: ExperimentPlan, rows: Rows, means_and_donors: MeansAndDonors)
     return np.flatnonzero(good)
 
 
-def _entries(plan: RulePlan, rows: Rows, means_and_donors: MeansAndDonors) -> _Entries:
+def pass_ends(plan: ExperimentPlan, rows: Rows, text: TextBehind | None) -> Ints | None:
+    """[row] the first position that a pass with this text behind its prompts doesn't have; None
+    where no rule acts on tokens behind the prompts, so that it needn't be asked."""
+    return plan.lengths(rows) + fed_tokens(text, rows.prompt) if plan.behind else None
+
+
+def _entries(
+    plan: RulePlan,
+    rows: Rows,
+    means_and_donors: MeansAndDonors,
+    ends: Ints | None,
+    read_ends: Ints | None,
+) -> _Entries:
+    """What the rule writes; what lies behind the end of the pass isn't there.
+
+    ends, read_ends: [row] of the pass, and of the run that is read.
+    """
     position = plan.position_of_cell[rows.cell]
     written_run = plan.written_runs(rows)
     read_run = plan.read.run(position, read_prompts(plan, rows, means_and_donors), rows.alternative)
     row, written = plan.written.tokens.expand(written_run)
     _, slot = counted(plan.written.tokens.counts(written_run))
     read = plan.read.tokens.values[plan.read.tokens.offsets[read_run][row] + slot]
+    for token, end in ((written, ends), (read, read_ends)):
+        if end is not None:
+            there = token < end[row]
+            row, written, slot, read = (each[there] for each in (row, written, slot, read))
     index, point = plan.points.expand(plan.site_of_cell[rows.cell][row])
     return _Entries(row[index], written[index], read[index], slot[index], point)
 
@@ -76,16 +96,20 @@ def build_writes(
     lanes_of: LanesOf,
     means_and_donors: MeansAndDonors,
     shape: ModelShape,
+    text: TextBehind | None = None,
 ) -> list[SiteWrite]:
-    """The writes of these rows, one per site and layer.
+    """The writes of these rows, one per site and layer, with this text behind the prompts.
 
     Where two rules write the same vector, the later one in the file stands.
     """
     parts: dict[Place, list[tuple[Ints, Ints, Ints, Tensor]]] = defaultdict(list)
+    ends = pass_ends(plan, rows, text)
     for number, rule in enumerate(plan.rules):
         if rule.rule.does.changes != "sites":
             continue
-        entries = _entries(rule, rows, means_and_donors)
+        entries = _entries(
+            rule, rows, means_and_donors, ends, _read_ends(plan, rule, rows, means_and_donors, text)
+        )
         pairs = [
             ((to.site, to.layer), (of.site, of.layer))
             for to, of in zip(rule.point_table, rule.source_table, strict=True)
@@ -110,6 +134,7 @@ def build_writes(
                 rows,
                 draws,
                 lanes_of,
+                means_and_donors.of(text),
                 means_and_donors,
                 shape,
             )
@@ -118,15 +143,21 @@ def build_writes(
     return [joined(place, found) for place, found in parts.items()]
 
 
-def build_edges(plan: ExperimentPlan, rows: Rows, shape: ModelShape) -> list[EdgeWrite]:
+def build_edges(
+    plan: ExperimentPlan, rows: Rows, shape: ModelShape, text: TextBehind | None = None
+) -> list[EdgeWrite]:
     """The edges of attention that these rows change, in the order of the file."""
     found: list[EdgeWrite] = []
+    ends = pass_ends(plan, rows, text)
     for rule in plan.rules:
         edge = rule.rule.edge
         if edge is None or edge.change is None or rule.keys is None:
             continue
         keys = rule.key_runs(rows)
         row, query = rule.written.tokens.expand(rule.written_runs(rows))
+        if ends is not None:
+            there = query < ends[row]
+            row, query = row[there], query[there]
         index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
         layer = np.array([p.layer for p in rule.point_table], dtype=np.int64)[point]
         unit = units_of(rule.point_table)[point]
@@ -136,6 +167,9 @@ def build_edges(plan: ExperimentPlan, rows: Rows, shape: ModelShape) -> list[Edg
             chosen = chosen[again]
             row_of = row[index[chosen]]
             entry, key = rule.keys.tokens.expand(keys[row_of])
+            if ends is not None:
+                there = key < ends[row_of[entry]]
+                entry, key = entry[there], key[there]
             found.append(
                 EdgeWrite(
                     int(at),
@@ -149,6 +183,22 @@ def build_edges(plan: ExperimentPlan, rows: Rows, shape: ModelShape) -> list[Edg
                 )
             )
     return found
+
+
+def _read_ends(
+    plan: ExperimentPlan,
+    rule: RulePlan,
+    rows: Rows,
+    means_and_donors: MeansAndDonors,
+    text: TextBehind | None,
+) -> Ints | None:
+    """[row] the first position that the run that is read doesn't have; None where that needn't be
+    asked."""
+    if not rule.behind or rule.rule.does.reads not in ("run", "donor"):
+        return None
+    prompts = read_prompts(rule, rows, means_and_donors)
+    run = plan.experiment.table.runs[rule.rule.run]
+    return prompt_lengths(run)[prompts] + fed_tokens(text, prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +218,7 @@ class _Vectors:
     rows: Rows
     draws: Ints
     lanes_of: LanesOf
+    means: Mapping[int, Means]
     means_and_donors: MeansAndDonors
     shape: ModelShape
 
@@ -188,7 +239,7 @@ class _Vectors:
         return self._mean() if self.plan.rule.does.reads == "mean" else self._activation()
 
     def _mean(self) -> Tensor:
-        means = self.means_and_donors.means[self.number]
+        means = self.means[self.number]
         values = means.values[self.place]
         index = (
             self.plan.position_of_cell[self.rows.cell[self.row]],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechdsl.base.arrays import Ints
-from mechdsl.prompts.prompt_table import PositionCell
+from mechdsl.prompts.prompt_table import PositionCell, Run
 from mechdsl.resolve.resolved import SitePoint
 
 EVERY = -1
@@ -21,6 +21,11 @@ def counted(counts: Ints) -> tuple[Ints, Ints]:
     """(index into counts, 0..count-1) for each of so many, in order."""
     index = np.repeat(np.arange(len(counts)), counts)
     return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def prompt_lengths(run: Run) -> Ints:
+    """[prompt] tokens of each."""
+    return np.array([len(row.ids) for row in run.rows], dtype=np.int64)
 
 
 def units_of(points: Sequence[SitePoint]) -> Ints:
@@ -84,6 +89,15 @@ class Hits:
         found = np.full(len(runs), NO_TOKEN, dtype=np.int64)
         np.minimum.at(found, index, token)
         return found
+
+    def lie_behind(self, lengths: Ints) -> bool:
+        """Whether some token lies behind its prompt: it is one of the answer's.
+
+        lengths: [prompt]
+        """
+        key, run = self.runs.expand(np.arange(len(self.runs.offsets) - 1))
+        row, token = self.tokens.expand(run)
+        return bool((token >= lengths[key % self.prompts][row]).any())
 
     def run(self, position: Ints, prompt: Ints, alternative: Ints) -> Ints:
         """The run of each row; rules with one run give it to every alternative."""

@@ -15,12 +15,11 @@ import numpy as np
 
 from mechdsl.base.arrays import Ints
 from mechdsl.models.shape import ModelShape
-from mechdsl.plan.columns import Ragged
+from mechdsl.plan.columns import Ragged, prompt_lengths
 from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel
 from mechdsl.plan.restart import WHOLE_PASS, BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import Sharer, combined
-from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved import SitePoint
 
 EFFICIENCY = 0.8
@@ -120,10 +119,6 @@ class _BlockCost:
         return tokens(work.present), adds
 
 
-def _lengths(run: Run) -> Ints:
-    return np.array([len(row.ids) for row in run.rows], dtype=np.int64)
-
-
 # --- rows ---------------------------------------------------------------------------------------
 
 
@@ -152,7 +147,7 @@ class PanelCount:
         found = Cost()
         for name, needs in self.panel.runs.items():
             run = self.panel.table.runs[name]
-            lengths = _lengths(run)
+            lengths = prompt_lengths(run)
             draws = run.noise.samples if run.noise is not None else 1
             prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
             per_block = int(self.block.whole(lengths).sum()) * draws
@@ -167,7 +162,7 @@ class PanelCount:
         """Forward passes over batches of prompts that all unpatched runs take."""
         runs = [self.panel.table.runs[name] for name in self.panel.runs]
         draws = [run.noise.samples if run.noise is not None else 1 for run in runs]
-        tokens = (int(_lengths(run).sum()) * n for run, n in zip(runs, draws, strict=True))
+        tokens = (int(prompt_lengths(run).sum()) * n for run, n in zip(runs, draws, strict=True))
         return sum(-(-n // self.prompt_tokens) for n in tokens)
 
 
@@ -358,6 +353,8 @@ class _Shapes:
         for rule in self.plan.rules:
             run = rule.written_runs(rows)
             row, token = rule.written.tokens.expand(run)
+            own = token < lengths[row]  # those of an answer are in no pass over the prompts
+            row, token = row[own], token[own]
             table, points, combination = self._places(rule)
             index, point = points.expand(combination[rows.cell][row])
             target = received if rule.rule.does.changes == "nothing" else writes

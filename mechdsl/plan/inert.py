@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Ints
+from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -54,13 +55,18 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     if shared is not None:
         at_the_same = token == plan.read.tokens.values
         same = at_the_same & (token < shared[prompt]) if causal else none
-        alike = at_the_same & _equal_tokens(experiment, plan.rule)[prompt, token]
+        equal = _equal_tokens(experiment, plan.rule)
+        inside = token < equal.shape[1]
+        alike = at_the_same & inside & equal[prompt, np.where(inside, token, 0)]
     unread = elsewhere = none
     reads = _read_positions(experiment)
     if reads is not None:
         last = reads.shape[1] - 1 - reads[:, ::-1].argmax(axis=1)
         unread = token > last[prompt] if causal else none
-        elsewhere = unread | ~reads[prompt, token]
+        seen = token < reads.shape[1]
+        elsewhere = unread | ~seen | ~reads[prompt, np.where(seen, token, 0)]
+    elif causal:
+        unread = elsewhere = token >= _ends(experiment)[prompt]
     last_layer = experiment.model.shape.n_layers - 1
     where = np.full(combinations, BETWEEN)
     if plan.paths is None:
@@ -136,7 +142,7 @@ def _is_below_attention(point: SitePoint) -> bool:
 def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
     """[prompt, position] of the base run, what measures read; None for all of them."""
     base = experiment.spec.base
-    lengths = np.array([len(row.ids) for row in experiment.table.runs[base].rows], dtype=np.int64)
+    lengths = prompt_lengths(experiment.table.runs[base])
     found = np.zeros((len(lengths), int(lengths.max())), dtype=np.bool_)
     for measure in experiment.measures:
         if any(atom.form.takes in ("prompt", "continuation") for atom in measure.atoms):
@@ -144,6 +150,18 @@ def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
         at = measure.at.get(base)
         found[np.arange(len(lengths)), lengths - 1 if at is None else np.asarray(at)] = True
     return found
+
+
+def _ends(experiment: ResolvedExperiment) -> Ints:
+    """[prompt] the first position behind all that measures read: a text's last token is predicted
+    and goes in nowhere."""
+    behind = np.zeros(len(experiment.table), dtype=np.int64)
+    for measure in experiment.measures:
+        for atom in measure.atoms:
+            if atom.form.takes == "continuation":
+                rows = next(iter(atom.texts.values()))
+                behind = np.maximum(behind, [len(ids) - 1 for ids in rows])
+    return prompt_lengths(experiment.table.runs[experiment.spec.base]) + behind
 
 
 def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints | None:
@@ -157,7 +175,7 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
     if source.model != base.model:
         return None
     if source is base:
-        return np.array([len(row.ids) for row in base.rows], dtype=np.int64)
+        return prompt_lengths(base)
     shared: list[int] = []
     for a, b in zip(source.rows, base.rows, strict=True):
         same = 0

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Ints
 from mechdsl.graph.needs import Asked, RunNeeds, asked, needs
 from mechdsl.graph.nodes import EncodeNode, ForwardNode, Graph
-from mechdsl.plan.columns import Hits, Ragged, counted
+from mechdsl.plan.columns import Hits, Ragged, counted, prompt_lengths
 from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.plan.restart import WHOLE_PASS, Shortcuts
 from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
@@ -58,6 +58,11 @@ class ExperimentPlan:
     @property
     def n_cells(self) -> int:
         return len(self.lowest)
+
+    @property
+    def behind(self) -> bool:
+        """Whether a rule acts on tokens of the answer, behind the prompt."""
+        return any(plan.behind for plan in self.rules)
 
     @property
     def exists(self) -> NDArray[np.bool_]:
@@ -102,8 +107,7 @@ class ExperimentPlan:
         which = self.starting_run(rows)
         found = np.zeros(len(rows), dtype=np.int64)
         for index, run in enumerate(self.starting_runs):
-            own = np.array([len(row.ids) for row in run.rows], dtype=np.int64)
-            found = np.where(which == index, own[rows.prompt], found)
+            found = np.where(which == index, prompt_lengths(run)[rows.prompt], found)
         return found
 
     def leftmost(self, rows: Rows) -> Ints:
@@ -248,7 +252,12 @@ def plan_experiment(each: Asked) -> ExperimentPlan:
     names = [axis.name for axis in experiment.axes]
     by_name = dict(zip(names, coordinates, strict=True))
     parallel = experiment.model.shape.parallel_block
-    rules = tuple(_rule_plan(rule, by_name, count, parallel=parallel) for rule in experiment.rules)
+    rules = tuple(
+        replace(plan, behind=_is_behind(experiment, plan))
+        for plan in (
+            _rule_plan(rule, by_name, count, parallel=parallel) for rule in experiment.rules
+        )
+    )
     items: list[Env] = [None] * count
     for axis in experiment.axes:
         if axis.items:
@@ -313,6 +322,15 @@ def _rule_plan(
         key_of_cell=key_of_cell,
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
     )
+
+
+def _is_behind(experiment: ResolvedExperiment, plan: RulePlan) -> bool:
+    """Whether a rule acts on tokens behind the prompts."""
+    runs, base = experiment.table.runs, experiment.spec.base
+    places = [(plan.written, base)]
+    places += [] if plan.keys is None else [(plan.keys, base)]
+    places += [] if plan.rule.apart is not None else [(plan.read, plan.rule.run)]
+    return any(hits.lie_behind(prompt_lengths(runs[run])) for hits, run in places)
 
 
 def _paths(

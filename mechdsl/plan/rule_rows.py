@@ -61,6 +61,8 @@ class RulePlan:
     """Attention rules: the keys; `written` are the queries."""
     key_of_cell: Ints | None = None
     paths: PathPlan | None = None
+    behind: bool = False
+    """Whether it acts on tokens of the answer, which only passes have that are read there."""
 
     def written_runs(self, rows: Rows) -> Ints:
         """[row] the run that each row writes at: an index into `written.tokens`."""

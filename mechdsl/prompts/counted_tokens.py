@@ -120,16 +120,26 @@ class CountedTokens:
         return [PositionCell(str(index), tuple(found[index])) for index in sorted(found)]
 
     def inside(
-        self, cells: Sequence[PositionCell], node: ast.Node, hint: str, *, special: bool
+        self,
+        cells: Sequence[PositionCell],
+        node: ast.Node,
+        hint: str,
+        *,
+        special: bool,
+        behind: bool = False,
     ) -> bool:
-        """Whether all hits lie in the prompts, else E0310; special tokens count only if told so."""
+        """Whether all hits lie in the prompts, else E0310; special tokens, and those of the answer
+        behind the prompt, count only if told so."""
         lacking: set[int] = set()
         for cell in cells:
             for n, row in enumerate(cell.hits):
                 own = self.maps[n].row
-                allowed = range(len(own.ids))
+                size = len(own.ids)
+                allowed = range(size + (self.spans.answers.longest(n) if behind else 0))
                 for run in row:
-                    inside = all(p in allowed and (special or not own.special[p]) for p in run)
+                    inside = all(
+                        p in allowed and (special or p >= size or not own.special[p]) for p in run
+                    )
                     if not inside:
                         lacking.add(n)
         if lacking:

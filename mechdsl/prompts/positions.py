@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord
 from mechdsl.diagnostics.e03_coordinates import EmptyRange
 from mechdsl.diagnostics.e03_positions import (
-    JoinedUnequal,
     NothingLeft,
     NotOnePosition,
     ReversedBetween,
 )
+from mechdsl.diagnostics.e05_answers import NotInTheAnswer
+from mechdsl.prompts.answer_tokens import ANSWER, NO_ANSWERS, AnswerTokens
 from mechdsl.prompts.counted_tokens import CountedTokens
 from mechdsl.prompts.order_in_text import behind, by_text
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.prompts.span_occurrences import Occurrences
-from mechdsl.prompts.span_tokens import TokenMap
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
@@ -45,15 +43,19 @@ def resolve_positions(
     loop_values: Mapping[str, Any] | None = None,
     with_runs: Sequence[str] = (),
     ranked: Ranked | None = None,
+    answers: AnswerTokens = NO_ANSWERS,
 ) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
     """The cells of a position expression in one run: one per value of its axis.
 
     loop_values: numbers of the `for` variables around it.
     with_runs: other runs whose prompts must be as long where positions are counted from an end.
     ranked: picks the tokens that another experiment ranked; E0108 for them without it.
-    Codes: E0305, E0306, E0308 to E0315, E0321, E0322, W0701.
+    answers: the texts behind the prompts, whose tokens are positions too.
+    Codes: E0305, E0306, E0308 to E0315, E0321, E0322, E0540 to E0542, W0701.
     """
-    resolver = _Resolver(table, run, tokenizer, loop_values or {}, tuple(with_runs), ranked=ranked)
+    resolver = _Resolver(
+        table, run, tokenizer, loop_values or {}, tuple(with_runs), ranked=ranked, answers=answers
+    )
     cells = [cell for item in positions.items for cell in resolver.position(item)]
     return tuple(cells), list(dict.fromkeys(resolver.diagnostics))
 
@@ -67,9 +69,12 @@ class _Resolver:
     with_runs: tuple[str, ...]
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
     ranked: Ranked | None = None
+    answers: AnswerTokens = NO_ANSWERS
 
     def __post_init__(self) -> None:
-        self.spans = Occurrences(self.table, self.run, self.tokenizer, self.diagnostics)
+        self.spans = Occurrences(
+            self.table, self.run, self.tokenizer, self.diagnostics, self.answers
+        )
         self.maps = self.spans.maps
         self.total = self.spans.total
         self.counted = CountedTokens(self.spans, self.loops, self.with_runs)
@@ -83,7 +88,8 @@ class _Resolver:
                 UnknownWord(span=position.span, kind="alignment", word=position.align, hint=hint)
             )
             return []
-        return self.body(position.body, position.align)
+        cells = self.body(position.body, position.align)
+        return cells if position.and_text is None else self._and_answer(position, cells)
 
     def body(
         self, body: ast.Point | ast.Between | ast.Except, align: str | None = None
@@ -116,7 +122,8 @@ class _Resolver:
             # Special tokens are hit only where they are named or counted.
             counted = isinstance(point.base, ast.TokenIndex)
             hint = "the offset leads out of the text; choose a smaller one"
-            if not self.counted.inside(cells, point, hint, special=counted):
+            behind = self._answer_in(point.base)
+            if not self.counted.inside(cells, point, hint, special=counted, behind=behind):
                 return []
         return cells
 
@@ -144,6 +151,8 @@ class _Resolver:
 
     def _span_tokens(self, base: ast.SpanTokens) -> list[PositionCell]:
         ref = base.of
+        if not self.spans.span_fits(base, ref, from_end=not base.plural):
+            return []
         occurrence = ref.occurrence
         ranged = occurrence is not None and (occurrence.low is None or occurrence.high is not None)
         if occurrence is not None and _is_backwards(occurrence):
@@ -224,6 +233,8 @@ class _Resolver:
         return [PositionCell(base.span.written, hits)]
 
     def _each_token_of(self, base: ast.EachTokenOf, ref: ast.SpanRef) -> list[PositionCell]:
+        if not self.spans.span_fits(base, ref, from_end=True):
+            return []
         found = self.spans.one_place(base, ref)
         if found is None:
             return []
@@ -245,7 +256,9 @@ class _Resolver:
         lengths = {len(tokens) for tokens in own}
         for run in self.table.runs:
             if run != self.run:
-                other = _Resolver(self.table, run, self.tokenizer, self.loops, ())
+                other = _Resolver(
+                    self.table, run, self.tokenizer, self.loops, (), answers=self.answers
+                )
                 lengths |= {len(tokens) for tokens in elsewhere(other)}
         return lengths
 
@@ -271,11 +284,51 @@ class _Resolver:
             # A prompt without text is refused when the table is built.
             hits = tuple(((m.text_tokens[at],),) for m in self.maps)
             return [PositionCell(base.span.written, hits)]
+        if not self.spans.span_fits(base, base.of, from_end=base.which == "last"):
+            return []
         found = self.spans.one_place(base, base.of)
         if found is None:
             return []
         self.spans.warn(base.of, ((n, p, (p.tokens[at],)) for n, p in enumerate(found)))
         return [PositionCell(base.span.written, tuple(((p.tokens[at],),) for p in found))]
+
+    # --- behind the prompt ------------------------------------------------------------------------
+
+    def _and_answer(self, position: ast.Position, cells: list[PositionCell]) -> list[PositionCell]:
+        """`tokens * and answer`: one cell more tokens; `token * and answer`: more cells."""
+        body = position.body
+        base = body.base if isinstance(body, ast.Point) and not body.offset else None
+        every = isinstance(base, ast.TokenIndex) and base.low is None
+        if not every or position.and_text != ANSWER:
+            before = body.span.written
+            said = "`and answer` can only stand behind `tokens *` and `token *`"
+            self.diagnostics.append(
+                NotInTheAnswer(
+                    span=position.span,
+                    position=position.span.written,
+                    reason=said if position.and_text == ANSWER else "only `answer` is behind it",
+                    hint=f"write `{before} and answer`"
+                    if every
+                    else f"join them: `{{{before}, answer tokens}}`",
+                )
+            )
+            return []
+        assert isinstance(base, ast.TokenIndex)
+        if not self.spans.answer_fits(position, from_end=not base.plural) or not cells:
+            return []
+        tokens = [self.spans.behind(n) for n in range(self.total)]
+        if not base.plural:
+            return [*cells, *self._ragged(ANSWER, tokens, {len(own) for own in tokens})]
+        hits = ((own[0] + tokens[n],) for n, own in enumerate(cells[0].hits))
+        return [PositionCell(position.span.written, tuple(hits))]
+
+    def _answer_in(self, node: ast.Node) -> bool:
+        """Whether tokens behind the prompt are named in it."""
+        return any(
+            (isinstance(part, ast.SpanRef) and self.spans.is_answer(part))
+            or (isinstance(part, ast.Position) and part.and_text is not None)
+            for part in walk(node)
+        )
 
     # --- joined, between, except ------------------------------------------------------------------
 
@@ -345,6 +398,16 @@ class _Resolver:
         return self._ragged("between", tokens, lengths)
 
     def _except(self, body: ast.Except, align: str | None) -> list[PositionCell]:
+        if self._answer_in(body.excluded):
+            self.diagnostics.append(
+                NotInTheAnswer(
+                    span=body.span,
+                    position=body.span.written,
+                    reason="`except` leaves tokens of the prompt out, and has none of the answer's",
+                    hint="join them: `{tokens except …, answer tokens}`",
+                )
+            )
+            return []
         before = len(self.diagnostics)
         cells = self.body(body.excluded)
         if has_errors(self.diagnostics[before:]):
@@ -398,53 +461,3 @@ def _is_ranked(node: ast.Node) -> bool:
 def _unranked(cells: Sequence[PositionCell], n: int) -> bool:
     """Whether the other experiment lacks this row, so that nothing is known of its tokens."""
     return not any(cell.hits[n] for cell in cells)
-
-
-def check_joined(
-    base_cells: Sequence[PositionCell],
-    source_cells: Sequence[PositionCell],
-    *,
-    span: Span | None = None,
-    table: PromptTable | None = None,
-    runs: tuple[str, str] | None = None,
-) -> list[Diagnostic]:
-    """E0307 where a row has other numbers of tokens in the two runs. Cells correspond by order;
-    rows that lack the position in one of them have dropped out."""
-    unequal: dict[int, tuple[int, int]] = {}
-    total = 0
-    for base, source in zip(base_cells, source_cells, strict=True):
-        total = max(total, len(base.hits))
-        for n, (written, read) in enumerate(zip(base.hits, source.hits, strict=True)):
-            if written and read and [*map(len, written)] != [*map(len, read)]:
-                unequal.setdefault(n, (sum(map(len, written)), sum(map(len, read))))
-    if not unequal:
-        return []
-    written, read = next(iter(unequal.values()))
-    return [
-        JoinedUnequal(
-            span=span, source=_tokens(read), base=_tokens(written), rows=len(unequal), total=total
-        )
-    ]
-
-
-def _tokens(count: int) -> str:
-    return f"{count} token" + "s" * (count != 1)
-
-
-def hit_texts(
-    table: PromptTable, run: str, cell: PositionCell, tokenizer: TextTokenizer | None = None
-) -> tuple[str, ...]:
-    """The different token texts that a cell hits, the commonest first.
-
-    tokenizer: knows the names of tokens that cover no text (else they are left out).
-    """
-    found: Counter[str] = Counter()
-    for row, hits in zip(table.runs[run].rows, cell.hits, strict=True):
-        m = TokenMap(row)
-        for p in (p for tokens in hits for p in tokens):
-            text = "" if row.special[p] else m.token_text(p)
-            if not text and tokenizer is not None:
-                text = tokenizer.token_text(row.ids[p])
-            if text:
-                found[text] += 1
-    return tuple(text for text, _ in found.most_common())

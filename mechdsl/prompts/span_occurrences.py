@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
@@ -15,7 +16,9 @@ from mechdsl.diagnostics.e03_positions import (
     SpanWithoutToken,
     UnknownSpan,
 )
+from mechdsl.diagnostics.e05_answers import AnswersDiffer, NoAnswerHere, NotInTheAnswer
 from mechdsl.diagnostics.w07_data import TokenCoversMore
+from mechdsl.prompts.answer_tokens import ANSWER, NO_ANSWERS, AnswerTokens
 from mechdsl.prompts.position_help import occurrence_hint, unknown_span_hint
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.rows import find_text
@@ -33,6 +36,7 @@ class Occurrences:
     run: str
     tokenizer: TextTokenizer
     diagnostics: list[Diagnostic]
+    answers: AnswerTokens = NO_ANSWERS
 
     def __post_init__(self) -> None:
         self.maps = [TokenMap(row) for row in self.table.runs[self.run].rows]
@@ -49,6 +53,8 @@ class Occurrences:
                     at for at in found if any(s.start <= at[0] and at[1] <= s.end for s in around)
                 ]
             return [m.place(*at) for at in found]
+        if self.is_answer(ref):
+            return [Place(0, 0, self.behind(n))]
         special = self.special_id(ref)
         if special is not None:
             return [Place(0, 0, (i,)) for i, token in enumerate(m.row.ids) if token == special]
@@ -71,9 +77,71 @@ class Occurrences:
         )
         return None if named else self.tokenizer.role_ids.get(ref.name)
 
+    # --- behind the prompt ------------------------------------------------------------------------
+
+    def is_answer(self, ref: ast.SpanRef) -> bool:
+        """Whether it names the text behind the prompt: no prompt has a span of that name."""
+        return ref.name == ANSWER and ref.of is None and self._answer_is_behind
+
+    @cached_property
+    def _answer_is_behind(self) -> bool:
+        return all(span.name != ANSWER for span in self._all_spans())
+
+    def behind(self, n: int) -> tuple[int, ...]:
+        """The positions of a row's longest text behind its prompt."""
+        size = len(self.maps[n].row.ids)
+        return tuple(range(size, size + self.answers.longest(n)))
+
+    def answer_fits(self, node: ast.Node, *, from_end: bool) -> bool:
+        """Whether there is a text behind the prompts, and only one length of it in every row where
+        tokens are counted from its end; else E0540, E0541."""
+        position, answers = node.span.written, self.answers
+        if not answers.texts:
+            self.diagnostics.append(
+                NoAnswerHere(
+                    span=node.span, position=position, reason=answers.reason, hint=answers.hint
+                )
+            )
+            return False
+        rows = answers.uneven() if from_end else []
+        if rows:
+            each = dict.fromkeys(f"`{text}` has {at[rows[0]]}" for text, at in answers.texts)
+            self.diagnostics.append(
+                AnswersDiffer(
+                    span=node.span,
+                    position=position,
+                    rows=len(rows),
+                    total=self.total,
+                    row=rows[0],
+                    lengths=", ".join(each),
+                )
+            )
+        return not rows
+
+    def span_fits(self, node: ast.Node, ref: ast.SpanRef, *, from_end: bool) -> bool:
+        """`answer_fits` for a span that is the answer, which can't be counted (E0542); true for all
+        others."""
+        if not self.is_answer(ref):
+            return True
+        each = isinstance(node, ast.SpanTokens) and node.each
+        if each or ref.occurrence is not None or ref.edge is not None:
+            self.diagnostics.append(
+                NotInTheAnswer(
+                    span=node.span,
+                    position=node.span.written,
+                    reason="one text stands behind a prompt, so there are no occurrences to count",
+                    hint="write `each token of answer` for one run per token, `first token of "
+                    "answer + 1` for the second one",
+                )
+            )
+            return False
+        return self.answer_fits(node, from_end=from_end)
+
     def _known(self, ref: ast.SpanRef) -> bool:
         """Whether any row of any run has such a span, else E0308 or E0313."""
         if ref.literal is not None and ref.of is None:
+            return True
+        if self.is_answer(ref):
             return True
         special = self.special_id(ref)
         if special is not None:
@@ -200,7 +268,7 @@ class Occurrences:
 
     def warn(self, ref: ast.SpanRef, hits: Iterable[tuple[int, Place, tuple[int, ...]]]) -> None:
         """W0701 where a token that is hit also covers text beside the span."""
-        if self.special_id(ref) is not None:
+        if self.is_answer(ref) or self.special_id(ref) is not None:
             return
         texts: Counter[str] = Counter()
         rows: set[int] = set()

@@ -9,6 +9,7 @@ from typing import Any
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_coordinates import AxesCollide
 from mechdsl.program import spec
+from mechdsl.prompts.answer_tokens import NO_ANSWERS, AnswerTokens
 from mechdsl.prompts.prompt_table import Hits, PromptTable
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.resolved import Axis, Label, ModelContext
@@ -25,6 +26,8 @@ class Work:
     table: PromptTable
     sites: SiteContext
     axes: dict[str, Axis] = field(default_factory=dict)
+    answers: AnswerTokens = NO_ANSWERS
+    """The texts behind the prompts; none for a kind of rule that can't act on them."""
 
     @property
     def diagnostics(self) -> list[Diagnostic]:

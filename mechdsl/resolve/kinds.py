@@ -20,6 +20,8 @@ class RuleKind:
     """… and no other rule beside it."""
     observes: ClassVar[bool] = False
     """Whether it is measured by what it looks at (the metric `attention`)."""
+    within_prompt: ClassVar[str] = ""
+    """Why it can't act on the tokens of an answer, behind the prompt; empty where it can."""
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         """The rule with its targets; its sweeps become axes of the experiment.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import product
 from typing import TypeVar
 
-from mechdsl.prompts.positions import hit_texts
+from mechdsl.prompts.position_hits import hit_texts
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.resolve.path_rules import reached

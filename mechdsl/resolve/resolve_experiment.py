@@ -12,7 +12,9 @@ from mechdsl.diagnostics.core import Diagnostic, Unknown, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue, TooManyCells
 from mechdsl.program import spec
+from mechdsl.prompts.answer_tokens import AnswerTokens
 from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.resolve.answers_behind import measured_answers
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.in_progress import Work
@@ -95,7 +97,12 @@ def outline(
     work = Work(experiment, program, model, table, sites)
     for loop in experiment.loops:
         work.axes[loop.name] = Axis(loop.name, loops[loop.name], loop.span)
-    rules = [kinds[rule.verb].resolve(rule, work) for rule in experiment.rules]
+    behind = measured_answers(work)
+    rules: list[ResolvedRule | None] = []
+    for rule in experiment.rules:
+        kind = kinds[rule.verb]
+        work.answers = behind if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
+        rules.append(kind.resolve(rule, work))
     _loops_used(work)
     _beside_others(work, kinds)
     _draws_agree(work)

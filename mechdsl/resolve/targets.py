@@ -13,7 +13,9 @@ from mechdsl.diagnostics.e03_positions import AbsentOccurrence, JoinedUnequal
 from mechdsl.diagnostics.e03_rules import OverlappingPositions, UnpairedPositions
 from mechdsl.diagnostics.w07_names import OtherTokens
 from mechdsl.program import spec
-from mechdsl.prompts.positions import check_joined, resolve_positions
+from mechdsl.prompts.answer_tokens import AnswerTokens
+from mechdsl.prompts.position_hits import check_joined
+from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.open_axes import open_positions
@@ -36,6 +38,7 @@ class Found:
 Values: TypeAlias = Mapping[str, Any]
 """Parameters and the current values of loops."""
 Find: TypeAlias = Callable[[Values], Found | None]
+_ELSEWHERE = "rows of another block have no text behind them"
 
 
 def rule_targets(
@@ -169,6 +172,7 @@ def _cells(
         loop_values=values,
         with_runs=() if other in (None, run) else (other,),
         ranked=work.ranked,
+        answers=work.answers if table is None else AnswerTokens(reason=_ELSEWHERE),
     )
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     return None if has_errors(problems) else list(cells)

@@ -34,6 +34,8 @@ def unlike(
         suffix = _shared(own.ids[::-1], theirs.ids[::-1])
         hits = zip(written.hits[n], read.hits[n], strict=False)
         for to, of in (pair for run in hits for pair in zip(*run, strict=False)):
+            if to >= len(own.ids) or of >= len(theirs.ids):
+                continue  # the answer's, which are the same
             behind = len(own.ids) - to
             from_start = to == of and to > prefix
             from_end = behind == len(theirs.ids) - of and behind > suffix + 1

@@ -206,6 +206,7 @@ class ObserveRule(EdgeRule, EdgeIntervention):
     once = True
     """One observation can be told from another by its axes only."""
     observes = True
+    within_prompt = "`observe` looks at the prompt alone"
     changes = "nothing"
     change = None
 

@@ -19,6 +19,7 @@ class ReplaceRule(RuleKind, Intervention):
 
     once = True
     """A second one would change the text that the first one points into."""
+    within_prompt = "`replace` puts text into the prompt"
     name = "text"
     changes = "input"
 

@@ -198,9 +198,15 @@ def _control(experiment: ResolvedExperiment, console: Console) -> None:
 
 
 def _hit(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int) -> str:
-    """`4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `—` where the row lacks it."""
+    """`4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `9 answer 1` (behind the prompt),
+    `—` where the row lacks it."""
     tokens = _tokens(experiment, experiment.table.runs[run].rows[row])
-    joined = [" + ".join(f"{t} {shown_token(tokens[t])}" for t in hit) for hit in cell.hits[row]]
+    shown = [f"{t} {shown_token(token)}" for t, token in enumerate(tokens)]
+
+    def at(t: int) -> str:
+        return shown[t] if t < len(shown) else f"{t} answer {t - len(shown) + 1}"
+
+    joined = [" + ".join(map(at, hit)) for hit in cell.hits[row]]
     return " | ".join(joined) or "—"
 
 

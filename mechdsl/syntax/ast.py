@@ -397,6 +397,8 @@ class Position(Node):
 
     body: Point | Between | Except
     align: str | None = None
+    and_text: str | None = None
+    """`answer` of `tokens * and answer`."""
 
 
 @record

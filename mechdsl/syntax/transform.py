@@ -652,9 +652,11 @@ class ToAst(Transformer[Token, Any]):
         return ast.Positions(tuple(items), span=_span(c))
 
     def position(self, c: list[Any]) -> ast.Position:
-        return ast.Position(c[0], _clauses(c).get("align"), span=_span(c))
+        clauses = _clauses(c)
+        return ast.Position(c[0], clauses.get("align"), clauses.get("and"), span=_span(c))
 
     align = _clause("align", lambda c: c[1].id)
+    and_text = _clause("and", lambda c: str(c[1]))
     bare_index = _clause("index", lambda c: _index(c))
 
     def between(self, c: list[Any]) -> ast.Between:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.build_table import numerals, text_tokens
-from mechdsl.prompts.positions import hit_texts, resolve_positions
+from mechdsl.prompts.position_hits import hit_texts
+from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.replaced_text import replace_tokens
 from mechdsl.prompts.tokenizer import TextTokenizer

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechdsl.prompts.positions import check_joined, hit_texts, resolve_positions
+from mechdsl.prompts.position_hits import check_joined, hit_texts
+from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.replaced_text import replace_tokens
 from mechdsl.prompts.span_tokens import TokenMap

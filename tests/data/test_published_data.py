@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.prompts.positions import hit_texts
+from mechdsl.prompts.position_hits import hit_texts
 from mechdsl.prompts.tokenizer import TextTokenizer
 
 from .support import build, cells, hit

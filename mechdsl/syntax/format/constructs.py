@@ -263,12 +263,14 @@ def _token_index(item: ast.Position) -> ast.TokenIndex | None:
 
 
 def _is_bare(item: ast.Position) -> bool:
-    return item.align is None and isinstance(item.body, ast.Point) and item.body.offset == 0
+    alone = item.align is None and item.and_text is None
+    return alone and isinstance(item.body, ast.Point) and item.body.offset == 0
 
 
 def position(node: ast.Position) -> str:
     """One item of a list of positions."""
-    return _position_set(node.body) + (f" align {node.align}" if node.align else "")
+    also = f" and {node.and_text}" if node.and_text else ""
+    return _position_set(node.body) + also + (f" align {node.align}" if node.align else "")
 
 
 def _position_set(node: ast.Point | ast.Between | ast.Except) -> str:

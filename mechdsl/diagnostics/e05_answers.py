@@ -1,0 +1,64 @@
+"""E054x and W0741: positions in the texts that measures put behind the prompts."""
+
+from mechdsl.base.record import keyword_record
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@keyword_record
+class NoAnswerHere(Diagnostic):
+    """Tokens of the answer where none stands behind the prompts."""
+
+    code = "E0540"
+    hangs_on = frozenset({"columns"})
+    title = "`{position}` has no tokens here: {reason}"
+    label = "nothing is behind the prompts"
+    help = "{hint}"
+    position: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class AnswersDiffer(Diagnostic):
+    """A token that is counted from the end of texts of different lengths."""
+
+    code = "E0541"
+    hangs_on = frozenset({"tokens"})
+    title = "`{position}` is another token in each text that a measure reads"
+    label = "in {rows} of {total} rows; in row {row}, {lengths}"
+    help = (
+        "count from the first (`first token of answer`, `first token of answer + 1`), or take all "
+        "of them: `answer tokens`"
+    )
+    position: str
+    rows: int
+    total: int
+    row: int
+    lengths: str
+
+
+@keyword_record
+class NotInTheAnswer(Diagnostic):
+    """Ways to name tokens of a span that the answer, behind the prompt, doesn't have."""
+
+    code = "E0542"
+    title = "tokens of the answer can't be named by `{position}`"
+    label = "{reason}"
+    help = "{hint}"
+    position: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class AnswerLeftOut(Diagnostic):
+    """A rule on the whole prompt, and a measure that reads tokens behind it."""
+
+    code = "W0741"
+    hangs_on = frozenset({"tokens"})
+    title = "this rule leaves the answer's own tokens as they are"
+    label = "all of the prompt; `{measure}` reads up to {tokens} tokens behind it"
+    help = "to act on them too, write `{instead}`"
+    measure: str
+    tokens: int
+    instead: str

@@ -1,0 +1,63 @@
+"""What positions hit: their texts, and whether they fit together in two runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e03_positions import JoinedUnequal
+from mechdsl.prompts.prompt_table import PositionCell, PromptTable
+from mechdsl.prompts.span_tokens import TokenMap
+from mechdsl.prompts.tokenizer import TextTokenizer
+
+
+def check_joined(
+    base_cells: Sequence[PositionCell],
+    source_cells: Sequence[PositionCell],
+    *,
+    span: Span | None = None,
+    table: PromptTable | None = None,
+    runs: tuple[str, str] | None = None,
+) -> list[Diagnostic]:
+    """E0307 where a row has other numbers of tokens in the two runs. Cells correspond by order;
+    rows that lack the position in one of them have dropped out."""
+    unequal: dict[int, tuple[int, int]] = {}
+    total = 0
+    for base, source in zip(base_cells, source_cells, strict=True):
+        total = max(total, len(base.hits))
+        for n, (written, read) in enumerate(zip(base.hits, source.hits, strict=True)):
+            if written and read and [*map(len, written)] != [*map(len, read)]:
+                unequal.setdefault(n, (sum(map(len, written)), sum(map(len, read))))
+    if not unequal:
+        return []
+    written, read = next(iter(unequal.values()))
+    return [
+        JoinedUnequal(
+            span=span, source=_tokens(read), base=_tokens(written), rows=len(unequal), total=total
+        )
+    ]
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token" + "s" * (count != 1)
+
+
+def hit_texts(
+    table: PromptTable, run: str, cell: PositionCell, tokenizer: TextTokenizer | None = None
+) -> tuple[str, ...]:
+    """The different token texts that a cell hits in the prompts, the commonest first.
+
+    tokenizer: knows the names of tokens that cover no text (else they are left out).
+    """
+    found: Counter[str] = Counter()
+    for row, hits in zip(table.runs[run].rows, cell.hits, strict=True):
+        m = TokenMap(row)
+        for p in (p for tokens in hits for p in tokens if p < len(row.ids)):
+            text = "" if row.special[p] else m.token_text(p)
+            if not text and tokenizer is not None:
+                text = tokenizer.token_text(row.ids[p])
+            if text:
+                found[text] += 1
+    return tuple(text for text, _ in found.most_common())
