@@ -11,7 +11,7 @@ class NoAnswerHere(Diagnostic):
     code = "E0540"
     hangs_on = frozenset({"columns"})
     title = "`{position}` has no tokens here: {reason}"
-    label = "nothing is behind the prompts"
+    label = "tokens of the answer stand behind the prompt, where a measure reads them"
     help = "{hint}"
     position: str
     reason: str

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.hooks.reads_and_writes import SiteRead
@@ -53,11 +54,12 @@ def means_and_donors_of(
     runs: UnpatchedRuns,
     kept: Ints,
     batches: Sequence[Ints],
-    texts: Sequence[TextBehind],
+    readouts: Mapping[str, Readout],
 ) -> MeansAndDonors:
     """Average and permute over the kept rows, streamed by batches of prompts.
 
-    texts: those that measures have behind the prompts.
+    readouts: by the key of an experiment; what they have behind the prompts matters where rules act
+    on it.
     """
     donors = None
     if any(rule.rule.does.reads == "donor" for rule in plan.rules):
@@ -70,7 +72,7 @@ def means_and_donors_of(
             for number, rule in averaging.items()
             if rule.behind
         }
-        for text in texts
+        for text in (readouts[plan.experiment.key].texts_behind if plan.behind else ())
     }
     return MeansAndDonors(means, behind, donors)
 

@@ -127,9 +127,8 @@ class PanelRunner:
         for plan in self.running:
             measured = self.measured[plan.experiment.key]
             batches = [own for batch in self.batches if len(own := measured.among(batch))]
-            texts = self.readouts[plan.experiment.key].texts_behind if plan.behind else ()
             self.means_and_donors[plan.experiment.key] = means_and_donors_of(
-                plan, self.runs, measured.kept, batches, texts
+                plan, self.runs, measured.kept, batches, self.readouts
             )
 
     def total_rows(self) -> int:

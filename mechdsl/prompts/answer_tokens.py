@@ -19,7 +19,7 @@ class AnswerTokens(Record):
 
     texts: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """(the text as a measure names it, how many tokens it is in each row)."""
-    reason: str = "only a rule of an experiment acts on them"
+    reason: str = "only rules of an experiment act on them"
     hint: str = "name a position of the prompt"
 
     def longest(self, row: int) -> int:

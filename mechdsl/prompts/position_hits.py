@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_positions import JoinedUnequal
-from mechdsl.prompts.prompt_table import PositionCell, PromptTable
+from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
 from mechdsl.prompts.span_tokens import TokenMap
 from mechdsl.prompts.tokenizer import TextTokenizer
 
@@ -38,6 +38,12 @@ def check_joined(
             span=span, source=_tokens(read), base=_tokens(written), rows=len(unequal), total=total
         )
     ]
+
+
+def lies_behind(cell: PositionCell, rows: Sequence[RunRow]) -> bool:
+    """Whether it hits tokens behind these prompts: the answer's."""
+    found = zip(rows, cell.hits, strict=True)
+    return any(token >= len(row.ids) for row, hits in found for run in hits for token in run)
 
 
 def _tokens(count: int) -> str:

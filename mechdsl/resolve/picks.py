@@ -17,6 +17,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e06_numbers import PickedBySign
 from mechdsl.diagnostics.e06_onward import BadPick
+from mechdsl.prompts.position_hits import lies_behind
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.resolve.findings import Finding, RankedSite, Refused, site_targets
 from mechdsl.resolve.possible_axes import may_sweep
@@ -434,7 +435,13 @@ def _check_tokens(
         )
     if experiment.model.tokenizer.stands_in:
         return
+    rows = experiment.table.runs[experiment.spec.base].rows
     for cell in rule.positions.written.values():
+        if lies_behind(cell, rows):
+            raise Refused(
+                f"the cell `{cell.label}` of `{name}` is of the answer, behind the prompt",
+                "let it sweep tokens of the prompt alone: `token *`",
+            )
         if any(row and (len(row) != 1 or len(row[0]) != 1) for row in cell.hits):
             raise Refused(
                 f"the cell `{cell.label}` of `{name}` covers several tokens",

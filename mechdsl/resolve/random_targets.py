@@ -15,6 +15,7 @@ from mechdsl.diagnostics.e03_coordinates import TooManyCells
 from mechdsl.diagnostics.e06_controls import BadControl
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.program import spec
+from mechdsl.prompts.position_hits import lies_behind
 from mechdsl.prompts.prompt_table import Hits, PositionCell
 from mechdsl.resolve.matched_draws import Picked, Slot, draw_targets, draw_tokens, merged
 from mechdsl.resolve.resolved import (
@@ -147,6 +148,9 @@ class _Draws:
         if what is None:
             reason = "no rule of this experiment has targets that could be others"
             return _NothingToDraw(reason, "sites, layers and positions of rules can be drawn")
+        if what == "positions" and any(map(self._is_behind, self.experiment.rules)):
+            reason = "tokens of an answer have no others that could stand for them"
+            return _NothingToDraw(reason, "draw sites or layers, or name positions of the prompt")
         reason = f"no rule of this experiment has {what}"
         return _NothingToDraw(reason, "leave out what is drawn, or name what the rules have")
 
@@ -225,9 +229,14 @@ class _Draws:
         in_layers = all(point.layer is not None for point in points)
         if rule.path is None and self.shape.n_layers > 1 and in_layers:
             found.add("layers")
-        if rule.does.drawn_positions:
+        if rule.does.drawn_positions and not self._is_behind(rule):
             found.add("positions")
         return found
+
+    def _is_behind(self, rule: ResolvedRule) -> bool:
+        """Whether it acts on tokens of the answer, which has no others that it could be."""
+        rows = self.experiment.table.runs[self.experiment.spec.base].rows
+        return any(lies_behind(cell, rows) for cell in rule.positions.written.values())
 
     def _size(self, point: SitePoint) -> int:
         return units(self.shape, point.site, point.layer)

@@ -181,8 +181,12 @@ def _overlaid(
         if tuple(keys) not in made:  # cells of one position share their tuples
             cells = [r.positions.written[k] for r, k in zip(experiment.rules, keys, strict=True)]
             made[tuple(keys)] = tuple(
-                tuple(sorted({p for cell in cells for run in cell.hits[i] for p in run}))
-                for i in kept
+                tuple(
+                    sorted(
+                        {p for cell in cells for run in cell.hits[i] for p in run if p < len(own)}
+                    )
+                )
+                for i, own in zip(kept, texts, strict=True)
             )
         return made[tuple(keys)]
 

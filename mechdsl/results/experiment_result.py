@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     import altair
     import pandas
 
+ANSWER_TOKENS = "answer tokens"
+"""The convention on tokens of the answer behind the prompts, where it matters."""
+
 
 @dataclass(frozen=True)
 class ExpectOutcome:

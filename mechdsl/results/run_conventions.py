@@ -11,8 +11,10 @@ from mechdsl.execute.sizes import PassSizes
 from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import PROMPT_TOKENS, ExperimentPlan
+from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.class_outputs import made_of
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedRule
+from mechdsl.results.experiment_result import ANSWER_TOKENS
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
 
@@ -73,6 +75,17 @@ def conventions(
         found["window"] = "named by its centre l: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends"
     if any(_several(rule.positions) for rule in plan.rules):
         found["tokens"] = "several tokens under one label are separate runs, averaged per row"
+    left = [each.rule.spec.at.span.written for each in answers_left_out(experiment)]
+    if left:
+        where = " and ".join(f"`{at}`" for at in dict.fromkeys(left))
+        found[ANSWER_TOKENS] = (
+            f"{where}: of the prompt; those of the answer behind it are left alone"
+        )
+    if plan.behind:
+        found["answer tokens"] = (
+            "of the text that each measure reads, which stands behind the prompt of every run; its "
+            "last token is predicted and goes in nowhere"
+        )
     left_out = dict.fromkeys(x for rule in plan.rules for x in rule.rule.positions.left_out)
     if left_out:
         found["positions"] = f"left out, as no row has them in both runs: {', '.join(left_out)}"

@@ -283,14 +283,15 @@ def _something_left(
             if found is None:
                 continue
             row, token = found
-            text = work.model.tokenizer.token_text(
-                work.table.runs[work.experiment.base].rows[row].ids[token]
-            )
+            ids = work.table.runs[work.experiment.base].rows[row].ids
+            text = "of the answer"
+            if token < len(ids):
+                text = f"`{work.model.tokenizer.token_text(ids[token]).strip()}`"
             work.diagnostics.append(
                 BadEdit(
                     span=rule.span,
                     reason="a query would have nothing left to attend to",
-                    what=f"in row {row}, all that token {token} (`{text.strip()}`) sees is blocked",
+                    what=f"in row {row}, all that token {token} ({text}) sees is blocked",
                     hint="leave it a key, its own token for example: `tokens except …`",
                 )
             )

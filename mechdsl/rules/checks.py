@@ -6,6 +6,7 @@ from mechdsl.diagnostics.e03_coordinates import UnevenPositions
 from mechdsl.diagnostics.e03_rules import UnequalPrompts
 from mechdsl.diagnostics.e06_onward import BadPick
 from mechdsl.program import spec
+from mechdsl.prompts.answer_tokens import names_answer
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import Apart, Intervention, PositionTargets, SiteTargets
 from mechdsl.syntax import ast
@@ -71,5 +72,19 @@ def even(rule: spec.Rule, positions: PositionTargets, work: Work) -> None:
                 UnevenPositions(
                     span=rule.at.span, position=cell.label, least=min(sizes), most=max(sizes)
                 )
+            )
+            return
+    joined = any(
+        len(tokens) > 1
+        for cell in positions.written.values()
+        for row in cell.hits
+        for tokens in row
+    )
+    for text, lengths in work.answers.texts if joined and names_answer(rule.at) else ():
+        if len(set(lengths)) > 1:
+            position = f"{rule.at.span.written}` of `{text}"
+            least, most = min(lengths), max(lengths)
+            work.diagnostics.append(
+                UnevenPositions(span=rule.at.span, position=position, least=least, most=most)
             )
             return

@@ -198,7 +198,7 @@ def _control(experiment: ResolvedExperiment, console: Console) -> None:
 
 
 def _hit(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int) -> str:
-    """`4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `9 answer 1` (behind the prompt),
+    """`4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `9 answer 1` (behind it),
     `—` where the row lacks it."""
     tokens = _tokens(experiment, experiment.table.runs[run].rows[row])
     shown = [f"{t} {shown_token(token)}" for t, token in enumerate(tokens)]

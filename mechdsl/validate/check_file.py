@@ -20,6 +20,7 @@ from mechdsl.diagnostics.e02_names import (
     UnknownWord,
     did_you_mean,
 )
+from mechdsl.diagnostics.e05_answers import AnswerLeftOut
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
     EffectWithoutRule,
@@ -33,6 +34,7 @@ from mechdsl.program.python_files import Mode, check_functions
 from mechdsl.program.run_order import in_order, with_needed
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.stand_ins import with_stand_ins
+from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.resolve_experiment import outline
 from mechdsl.resolve.resolved import ModelContext, Outline, ResolvedExperiment
@@ -260,6 +262,7 @@ def _outline(
     if known.resolved is not None:
         found += measures_fit(known.resolved)
         found += _first_tokens(known.resolved)
+        found += _answers(known.resolved)
         found += _tested_where_picked(known.resolved, findings)
     checked.diagnostics.extend(certain(found, known.unknown))
     return known
@@ -369,6 +372,19 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
                 )
             )
     return found
+
+
+def _answers(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    """A rule on the whole prompt is warned of where a measure reads tokens behind it."""
+    return [
+        AnswerLeftOut(
+            span=each.rule.spec.at.span,
+            measure=each.measure,
+            tokens=each.tokens,
+            instead=each.instead,
+        )
+        for each in answers_left_out(experiment)
+    ]
 
 
 def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
-from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.experiment_result import ANSWER_TOKENS, ExperimentResult
 from mechdsl.show.reports.grid import UPWARDS, panels
 from mechdsl.statistics.bootstrap import parts
 from mechdsl.vocab.effects import EFFECTS
@@ -93,6 +93,8 @@ def remarks(result: ExperimentResult, measure: int, shown: Overlay) -> list[str]
     said = [f"{count}; tokens of {result.base}, without a number where nothing was done"]
     data = result.measures[measure]
     effect = EFFECTS[data.effect]
+    if ANSWER_TOKENS in result.conventions:
+        said.append("only tokens of the prompts, not those of the answer behind them")
     if effect.denominator is not None and not data.per_prompt:
         said.append(f"{effect.name} of a prompt: over the mean of {effect.divisor}, not its own")
     return said
