@@ -85,6 +85,8 @@ def received(
         distinct, inverse = np.unique(seen, axis=1, return_inverse=True)
         reads[SiteRead(*place)] = distinct[0], distinct[1]
         back[place] = own, inverse.reshape(-1)
+    if not reads:  # the pass ends before all of them
+        return []
     held = held_rows(plan, len(first))
     found = run(rows.take(first), draws[first], held, reads)
     writes: list[SiteWrite] = []

@@ -81,10 +81,11 @@ def _entries(
     row, written = plan.written.tokens.expand(written_run)
     _, slot = counted(plan.written.tokens.counts(written_run))
     read = plan.read.tokens.values[plan.read.tokens.offsets[read_run][row] + slot]
-    for token, end in ((written, ends), (read, read_ends)):
-        if end is not None:
-            there = token < end[row]
-            row, written, slot, read = (each[there] for each in (row, written, slot, read))
+    if ends is not None:
+        there = written < ends[row]
+        if read_ends is not None:
+            there &= read < read_ends[row]
+        row, written, slot, read = (each[there] for each in (row, written, slot, read))
     index, point = plan.points.expand(plan.site_of_cell[rows.cell][row])
     return _Entries(row[index], written[index], read[index], slot[index], point)
 

@@ -1,0 +1,348 @@
+"""Tokens of the answer as positions: every text that a measure reads stands behind the prompt in a
+forward pass of its own, written out here one prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..reference.forward import Edge, Place, Write, forward
+from ..reference.points import Point, copied, zeroed
+from .support import (
+    MODES,
+    ROWS,
+    Array,
+    Prompt,
+    Record,
+    agree,
+    bare,
+    experiment,
+    ids_of,
+    prompt,
+    run_file,
+    write_rows,
+)
+
+FAMILIES = ("gpt2", "llama", "gpt_neox")
+LAYERS = 3
+PROMPTS = """
+prompts p {
+  rows "answers.jsonl"
+  xs = list(item, from: words, sep: " ")
+  template "{xs} w40 {subject} w41 {cue} w42"
+  answer " {tail}"
+  wrong " {rival}"
+  text two = " {pair}"
+  corrupt other { subject = alt }
+  corrupt longer { words = more  cue = cue2 }
+}
+"""
+TEXTS = (
+    ("w1 w2", "w4 w7 w2", "w3 w5"),
+    ("w2 w8 w5", "w5", "w9 w1"),
+    ("w5 w6 w10", "w8 w9", "w2 w7"),
+    ("w9 w3", "w1 w4", "w6 w20"),
+)
+"""Of every row: answer, wrong, two. The answers and what is wrong differ in length."""
+RECORDS: list[Record] = [
+    {**row, "tail": answer, "rival": wrong, "pair": two}
+    for row, (answer, wrong, two) in zip(ROWS, TEXTS, strict=True)
+]
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A prompt of a row with a text behind it, as it goes in: without the text's last token."""
+
+    family: str
+    row: int
+    run: str
+    text: str
+
+    @property
+    def prompt(self) -> Prompt:
+        return prompt(RECORDS[self.row], self.run)
+
+    @property
+    def target(self) -> list[int]:
+        return ids_of(RECORDS[self.row][self.text].split())[1:]
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt.ids, *self.target[:-1]]
+
+    @property
+    def answer(self) -> list[int]:
+        """Where the text's tokens are, those that go in."""
+        return list(range(len(self.prompt.ids), len(self.ids)))
+
+    @property
+    def seen(self) -> Mapping[Place, Tensor]:
+        """All sites of the unpatched run."""
+        return _seen(self.family, tuple(self.ids))
+
+    def at(self, run: str) -> Behind:
+        """The same text behind the prompt of another run."""
+        return Behind(self.family, self.row, run, self.text)
+
+    def score(self, writes: Sequence[Write] = (), edges: Sequence[Edge] = ()) -> float:
+        """The text's log-probability."""
+        logits = forward(self.family, bare(self.family), self.ids, writes, edges).logits
+        logs, last = logits.double().log_softmax(-1), self.prompt.last
+        return float(sum(logs[last + n, token] for n, token in enumerate(self.target)))
+
+
+@cache
+def _seen(family: str, ids: tuple[int, ...]) -> Mapping[Place, Tensor]:
+    return forward(family, bare(family), ids).seen
+
+
+Changed = tuple[Sequence[Write], Sequence[Edge]]
+Change = Callable[[Behind], Changed | None]
+"""What a cell does to a pass over the clean prompt with a text behind it; None where the row lacks
+the position."""
+
+
+def written(change: Callable[[Behind], Sequence[Write]]) -> Change:
+    return lambda b: (change(b), ())
+
+
+def head(layer: int, unit: int) -> list[Point]:
+    return [Point("z", layer, unit)]
+
+
+def zero(points: Sequence[Point], places: Callable[[Behind], list[int]]) -> Change:
+    return written(lambda b: zeroed(points, b.seen, places(b)))
+
+
+def from_run(
+    run: str,
+    points: Sequence[Point],
+    places: Callable[[Behind], list[int]],
+    onto: Callable[[Behind], list[int]] | None = None,
+) -> Change:
+    def change(b: Behind) -> Sequence[Write]:
+        source = b.at(run)
+        pairs = list(zip(places(source), (onto or places)(b), strict=False))
+        return copied(points, source.seen, [p for p, _ in pairs], [p for _, p in pairs])
+
+    return written(change)
+
+
+def mean_of(points: Sequence[Point], places: Callable[[Behind], list[int]]) -> Change:
+    """The mean over all rows, each with its own text behind it."""
+
+    def change(b: Behind) -> Sequence[Write]:
+        rows = [Behind(b.family, n, "clean", b.text) for n in range(len(RECORDS))]
+        writes: list[Write] = []
+        for point in points:
+            for slot, target in enumerate(places(b)):
+                found = [r.seen[point.site, point.layer][places(r)[slot], point.unit] for r in rows]
+                vector = torch.stack(found).mean(0)
+                writes.append(Write(point.site, point.layer, vector, target, point.unit))
+        return writes
+
+    return written(change)
+
+
+def held(b: Behind) -> list[Write]:
+    """All heads and MLPs as they are in the unpatched run."""
+    places = [(site, layer) for site in ("z", "mlp_out") for layer in range(LAYERS)]
+    return [Write(site, layer, b.seen[site, layer]) for site, layer in places]
+
+
+def path_to_logits(b: Behind) -> Changed:
+    source = b.at("other")
+    return [*held(b), *copied(head(0, 1), source.seen, source.answer, b.answer)], ()
+
+
+def path_to_queries(b: Behind) -> Changed:
+    source = b.at("other")
+    senders = [*held(b), *copied(head(0, 1), source.seen, source.answer, b.answer)]
+    found = forward(b.family, bare(b.family), b.ids, senders).seen
+    return copied([Point("q", 2, 1)], found, b.answer, b.answer), ()
+
+
+def everything(b: Behind) -> list[int]:
+    return list(range(len(b.ids)))
+
+
+def subject(b: Behind) -> list[int]:
+    return [b.prompt.subject[-1]]
+
+
+def nth(n: int) -> Callable[[Behind], list[int]]:
+    """The text's n-th token, if it goes in."""
+    return lambda b: b.answer[n : n + 1]
+
+
+def middle(b: Behind) -> Changed | None:
+    """The second of three tokens."""
+    if len(b.target) < 3:
+        return None
+    return zeroed([Point("attn_out", 1)], b.seen, b.answer[1:2]), ()
+
+
+def swapped(b: Behind) -> Changed:
+    last, first = b.prompt.last, len(b.prompt.ids)
+    if not b.answer:
+        return (), ()
+    return copied(head(1, 2), b.seen, [last, first], [first, last]), ()
+
+
+def blocked(keys: Callable[[Behind], list[int]]) -> Change:
+    return lambda b: ((), [Edge("block", 1, b.answer, keys(b))])
+
+
+LOGPROB = "measure logprob(answer) as delta"
+BOTH = "measure logprob(answer) - logprob(wrong) as delta"
+TWO = "measure logprob(two) as delta"
+
+
+@dataclass(frozen=True)
+class Case:
+    lines: tuple[str, ...]
+    """Of the experiment, the measure last."""
+    cells: dict[str | None, Change]
+    large: float = 0.1
+
+
+CASES: dict[str, Case] = {
+    "all_and_answer": Case(
+        ("ablate layer 1 head 2 at tokens * and answer with zero", BOTH),
+        {None: zero(head(1, 2), everything)},
+    ),
+    "all_of_the_prompt": Case(
+        ("ablate layer 1 head 2 at tokens * with zero", BOTH),
+        {None: zero(head(1, 2), lambda b: list(range(len(b.prompt.ids))))},
+    ),
+    "answer_tokens": Case(
+        ("from other into clean", "patch layers 0..1 head 1 at answer tokens", BOTH),
+        {None: from_run("other", [Point("z", 0, 1), Point("z", 1, 1)], lambda b: b.answer)},
+    ),
+    "of_a_longer_prompt": Case(
+        ("from longer into clean", "patch resid_pre layer 1 at answer tokens", BOTH),
+        {None: from_run("longer", [Point("resid_pre", 1)], lambda b: b.answer)},
+    ),
+    "first_and_second": Case(
+        (
+            "from longer into clean",
+            "patch resid_pre layer 1 at first token of answer, first token of answer + 1",
+            LOGPROB,
+        ),
+        {
+            "first token of answer": from_run("longer", [Point("resid_pre", 1)], nth(0)),
+            "first token of answer + 1": from_run("longer", [Point("resid_pre", 1)], nth(1)),
+        },
+    ),
+    "each_token_of_the_answer": Case(
+        ("ablate attn_out layer 1 at each token of answer with zero", LOGPROB),
+        {
+            "answer first": zero([Point("attn_out", 1)], nth(0)),
+            "answer middle": middle,
+            "answer last": written(lambda b: ()),
+        },
+    ),
+    "mean": Case(
+        ("ablate layer 1 head 2 at {last token, answer tokens} with mean", TWO),
+        {None: mean_of(head(1, 2), lambda b: [b.prompt.last, *b.answer])},
+    ),
+    "mean_of_ragged_texts": Case(
+        ("ablate resid_pre layer 1 at first token of answer with mean", LOGPROB),
+        {None: mean_of([Point("resid_pre", 1, 0)], nth(0))},
+    ),
+    "onto_the_answer": Case(
+        (
+            "from other into clean",
+            "patch resid_pre layer 1 at subject token onto first token of answer",
+            TWO,
+        ),
+        {
+            None: from_run(
+                "other", [Point("resid_pre", 1)], lambda b: [b.prompt.subject[-1]], nth(0)
+            )
+        },
+    ),
+    "swap": Case(
+        ("swap layer 1 head 2 at last token with first token of answer", TWO),
+        {None: swapped},
+        0.02,
+    ),
+    "edges_from_the_answer": Case(
+        ("block attention layer 1 from answer tokens to subject tokens", BOTH),
+        {None: blocked(lambda b: list(b.prompt.subject))},
+    ),
+    "edges_to_the_answer": Case(
+        ("block attention layer 1 from answer tokens to {cue token, answer token - 1}", TWO),
+        {None: blocked(lambda b: [b.prompt.cue, *b.answer])},
+    ),
+    "path_to_logits": Case(
+        ("from other into clean", "path layer 0 head 1 -> logits at answer tokens", BOTH),
+        {None: path_to_logits},
+        0.01,
+    ),
+    "path_to_queries": Case(
+        (
+            "from other into clean",
+            "path layer 0 head 1 -> q layer 2 head 1 at answer tokens",
+            BOTH,
+        ),
+        {None: path_to_queries},
+        0.001,
+    ),
+}
+
+
+@cache
+def expected(family: str, measure: str, change: Change | None) -> Array:
+    """[prompt], of one cell; of the unpatched run without a change."""
+    found: list[float] = []
+    for row in range(len(RECORDS)):
+        scores: dict[str, float] = {}
+        for text, name in (("answer", "tail"), ("wrong", "rival"), ("two", "pair")):
+            if f"({text})" in measure:
+                behind = Behind(family, row, "clean", name)
+                done = ((), ()) if change is None else change(behind)
+                scores[text] = behind.score(*done) if done is not None else np.nan
+        first, *rest = scores.values()
+        found.append(first - sum(rest))
+    return np.array(found)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("answers")
+    write_rows(made, RECORDS)
+    (made / "answers.jsonl").write_text((made / "data.jsonl").read_text("utf-8"), "utf-8")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        *((FAMILIES[0], mode) for mode in MODES),
+        *((family, mode) for family in FAMILIES[1:] for mode in ("plain", "planned")),
+    ],
+)
+def test_answers(family: str, mode: str, folder: Path) -> None:
+    text = "\n".join(experiment(name, "prompts p", *case.lines) for name, case in CASES.items())
+    found = run_file(text, folder, bare(family), MODES[mode], prompts=PROMPTS)
+    for name, case in CASES.items():
+        check(found[name], family, case)
+
+
+def check(result: ExperimentResult, family: str, case: Case) -> None:
+    measure = case.lines[-1]
+    if None not in case.cells:
+        assert [cell.coords["position"] for cell in result.cells] == list(case.cells)
+    values = np.stack([expected(family, measure, each) for each in case.cells.values()])
+    agree(result.measures[0], values, expected(family, measure, None), large=case.large)
