@@ -24,7 +24,7 @@ class AnswersDiffer(Diagnostic):
 
     code = "E0541"
     hangs_on = frozenset({"tokens"})
-    title = "`{position}` is another token in each text that a measure reads"
+    title = "`{position}` is not the same token in all texts that measures read"
     label = "in {rows} of {total} rows; in row {row}, {lengths}"
     help = (
         "count from the first (`first token of answer`, `first token of answer + 1`), or take all "

@@ -48,6 +48,7 @@ ONE = (
     "item 2 token",
     '"w41" token',
     "last-item token + 1",
+    "first token of answer",
 )
 JOINED = (
     "subject tokens",
@@ -55,14 +56,23 @@ JOINED = (
     "{first-item token, last token}",
     "tokens except subject tokens",
     "tokens between first-item token and last-item token",
+    "tokens * and answer",
+    "answer tokens",
 )
-SWEPT = ("each item token", "each token of subject", "first-item token, last token", "token 1..3")
+SWEPT = (
+    "each item token",
+    "each token of subject",
+    "first-item token, last token",
+    "token 1..3",
+    "each token of answer",
+)
 VECTORS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn_norm", "mlp_norm")
 HEADS = ("q", "k", "v", "z", "head_out", "q_rot", "k_rot", "scores", "pattern")
 MEASURES = (
     "measure logit(answer) - logit(wrong) as delta",
     "measure prob(answer) as raw",
     "measure logprob(answer) as delta",
+    'measure logprob("w3 w9 w1") as delta',
     "measure kl(clean) as raw",
     "measure entropy as delta",
     "measure logit(answer) at subject token as delta",

@@ -74,6 +74,11 @@ def _position(name: str, example: str, meaning: str, beside: str = "") -> None:
     _construct(Construct(name, "position", example, meaning, OWN, test, beside))
 
 
+def _answer_position(name: str, example: str, meaning: str) -> None:
+    test = "tests/execute/test_answer_tokens.py"
+    _construct(Construct(name, "position", example, meaning, OWN, test))
+
+
 def _site(name: str, example: str, meaning: str, test: str, source: str = OWN) -> None:
     _construct(Construct(name, "site", example, meaning, source, test))
 
@@ -355,6 +360,21 @@ _position(
     "tokens except",
     "tokens except fruits tokens",
     "All others of the prompt's own text in one run; `each token except …` sweeps.",
+)
+_answer_position(
+    "answer tokens",
+    "answer tokens",
+    "The tokens of the text that a measure reads, behind the prompt; also `answer token`, `first "
+    "token of answer + 1`, `each token of answer`. A measure of several texts has passes of its own "
+    "for each, and its tokens are those of the text there. The same text stands behind the prompts "
+    "of all runs, so a patch goes from each of its tokens to the same one; means and resamplings are "
+    "over rows, each with its own text. Where a prompt has a span called `answer`, that is meant.",
+)
+_answer_position(
+    "and answer",
+    "tokens * and answer",
+    "The prompt and the answer behind it: `tokens *` is the prompt alone. `token * and answer` "
+    "sweeps over both.",
 )
 
 # --- sites: how they are written; the components are in `sites.py` --------------------------------

@@ -22,6 +22,12 @@ tokens 0, 3
 token c
 token * align left
 token * align right
+token * and answer
+token * and answer align right
+tokens * and answer
+answer tokens
+each token of answer
+{subject tokens, tokens * and answer}
 tokens * align left
 subject token
 subject tokens
