@@ -318,9 +318,14 @@ class BlockParts:
         for up, down in _PAIRS:
             if up in self.inside and down in self.inside:
                 return (up, down)
-        if self.around.hybrid:
+        if self.around.hybrid or self._attention_alone(first):
             return ()
         raise NotFound("MLP", f"no such module in `{self.path}`")
+
+    def _attention_alone(self, first: str) -> bool:
+        """Whether there is no linear map beside those of attention."""
+        beside = (m for p, m in self.inside.items() if p != first and not p.startswith(first + "."))
+        return all(sizes(module) is None for module in beside)
 
     def _beside(self, mlp: tuple[str, ...]) -> bool:
         """Whether another MLP, or experts, read the same stream: no module returns their sum."""

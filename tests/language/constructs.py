@@ -365,10 +365,11 @@ _answer_position(
     "answer tokens",
     "answer tokens",
     "The tokens of the text that a measure reads, behind the prompt; also `answer token`, `first "
-    "token of answer + 1`, `each token of answer`. A measure of several texts has passes of its own "
-    "for each, and its tokens are those of the text there. The same text stands behind the prompts "
-    "of all runs, so a patch goes from each of its tokens to the same one; means and resamplings are "
-    "over rows, each with its own text. Where a prompt has a span called `answer`, that is meant.",
+    "token of answer + 1`, `each token of answer`. A measure of several texts has passes of its "
+    "own for each, and its tokens are those of the text there. The same text stands behind the "
+    "prompts of all runs, so a patch goes from each of its tokens to the same one; means and "
+    "resamplings are over rows, each with its own text. Where a prompt has a span called `answer`, "
+    "that is meant.",
 )
 _answer_position(
     "and answer",

@@ -352,3 +352,31 @@ experiment e {
         encoding="utf-8",
     )
     assert "W0731" not in [d.code for d in check(file)]
+
+
+class Nothing(nn.Module):
+    """Adds nothing, and has no weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_a_block_of_attention_alone_needs_no_entry() -> None:
+    module: Any = families.module("gpt2")
+    for block in module.transformer.h:
+        block.mlp = Nothing()
+    model = taken(module)
+    assert not {"mlp_norm", "mlp_hidden", "mlp_out", "resid_mid"} & model.shape.sites
+    assert {"z", "pattern", "attn_out", "resid_post"} <= model.shape.sites
+    assert model.restartable
+
+
+def test_linear_maps_beside_attention_are_no_block_of_attention_alone() -> None:
+    module: Any = families.module("gpt2")
+    for block in module.transformer.h:
+        block.mlp, block.thinking = Nothing(), nn.Linear(24, 24)
+    model, found = adopt("m", module, families.tokenizer())
+    assert model is None
+    assert [(d.code, d.message) for d in found] == [
+        ("E0409", "`m` (GPT2LMHeadModel): MLP not found")
+    ]

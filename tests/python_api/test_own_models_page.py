@@ -1,0 +1,100 @@
+"""docs/own-models.md: its code runs in its order, and each table is that of plain hooks on the bare
+model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ..markdown import fences
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "own-models.md"
+KINDS = {
+    "4. The table": True,
+    "Attention alone": True,
+    "Bidirectional": True,
+    "Without norms": True,
+    "Attention by hand": False,
+}
+"""Heading → whether attention is seen."""
+WORDS = ["[MASK]", "|", *"abcdefgh"]
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder to work in, whose files can be imported and are forgotten again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # type: ignore[no-untyped-call]
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    ran: list[str] = []
+    for fence in fences(PAGE.read_text(encoding="utf-8")):
+        if fence.file is not None:
+            Path(fence.file).write_text(fence.content, encoding="utf-8")
+            continue
+        names: dict[str, Any] = {}
+        exec(compile(fence.content, fence.heading, "exec"), names)
+        if "results" in names:
+            ran.append(fence.heading)
+            results, model = names["results"], names["model"]
+            agrees(results["heads"], model)
+            assert ("looks" in [each.name for each in results]) == KINDS[fence.heading]
+            assert "heads: recovery of" in capsys.readouterr().out
+            codes = [each.code for each in results.diagnostics]
+            assert codes == ([] if KINDS[fence.heading] else ["W0711"])
+    assert ran == list(KINDS)
+
+
+def agrees(result: Any, model: Any) -> None:
+    """The recovery of every head is the one that hooks give, row by row."""
+    found = {(r["layer"], r["head"]): r["mean"] for r in result.records()}
+    assert set(found) == set(product(range(2), range(2)))
+    for (layer, head), mean in found.items():
+        each = [scores(model, *row, layer, head) for row in product("abcd", "ef", "gh")]
+        patched, base, source = np.array(each).mean(0)
+        np.testing.assert_allclose(mean, (patched - base) / (source - base), atol=1e-4)
+
+
+@torch.no_grad()
+def scores(model: Any, a: str, b: str, c: str, layer: int, head: int) -> tuple[float, float, float]:
+    """logit(a) - logit(other) where a head's output at the last token is the clean one's, of the
+    other prompt, and of the clean one."""
+    other = "b" if a == "a" else "a"
+    hidden = [] if model.config.is_causal else ["[MASK]"]
+    clean, changed = ([first, b, c, "|", c, b, *hidden] for first in (a, other))
+    kept: list[Tensor] = []
+    part = model.blocks[layer].attn.o
+    place = slice(head * 16, head * 16 + 16)
+
+    def write(module: Any, given: tuple[Tensor]) -> tuple[Tensor]:
+        z = given[0].clone()
+        z[0, -1, place] = kept[0]
+        return (z,)
+
+    def score(words: list[str]) -> float:
+        logits = model(torch.tensor([[WORDS.index(word) for word in words]])).logits[0, -1]
+        return float(logits[WORDS.index(a)] - logits[WORDS.index(other)])
+
+    hook = part.register_forward_pre_hook(lambda module, given: kept.append(given[0][0, -1, place]))
+    source = score(clean)
+    hook.remove()
+    base = score(changed)
+    hook = part.register_forward_pre_hook(write)
+    patched = score(changed)
+    hook.remove()
+    return patched, base, source
