@@ -39,6 +39,6 @@ def names_answer(node: ast.Node | None) -> bool:
     """Whether a position may name tokens of the answer."""
     return any(
         (isinstance(part, ast.SpanRef) and part.name == ANSWER)
-        or (isinstance(part, ast.Position) and part.and_text is not None)
+        or (isinstance(part, ast.Position) and part.and_answer)
         for part in walk(node)
     )

@@ -89,7 +89,7 @@ class _Resolver:
             )
             return []
         cells = self.body(position.body, position.align)
-        return cells if position.and_text is None else self._and_answer(position, cells)
+        return self._and_answer(position, cells) if position.and_answer else cells
 
     def body(
         self, body: ast.Point | ast.Between | ast.Except, align: str | None = None
@@ -298,22 +298,16 @@ class _Resolver:
         """`tokens * and answer`: one cell more tokens; `token * and answer`: more cells."""
         body = position.body
         base = body.base if isinstance(body, ast.Point) and not body.offset else None
-        every = isinstance(base, ast.TokenIndex) and base.low is None
-        if not every or position.and_text != ANSWER:
-            before = body.span.written
-            said = "`and answer` can only stand behind `tokens *` and `token *`"
+        if not isinstance(base, ast.TokenIndex) or base.low is not None:
             self.diagnostics.append(
                 NotInTheAnswer(
                     span=position.span,
                     position=position.span.written,
-                    reason=said if position.and_text == ANSWER else "only `answer` is behind it",
-                    hint=f"write `{before} and answer`"
-                    if every
-                    else f"join them: `{{{before}, answer tokens}}`",
+                    reason="`and answer` can only stand behind `tokens *` and `token *`",
+                    hint=f"join them: `{{{body.span.written}, answer tokens}}`",
                 )
             )
             return []
-        assert isinstance(base, ast.TokenIndex)
         if not self.spans.answer_fits(position, from_end=not base.plural) or not cells:
             return []
         tokens = [self.spans.behind(n) for n in range(self.total)]
@@ -326,7 +320,7 @@ class _Resolver:
         """Whether tokens behind the prompt are named in it."""
         return any(
             (isinstance(part, ast.SpanRef) and self.spans.is_answer(part))
-            or (isinstance(part, ast.Position) and part.and_text is not None)
+            or (isinstance(part, ast.Position) and part.and_answer)
             for part in walk(node)
         )
 

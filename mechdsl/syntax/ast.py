@@ -397,8 +397,8 @@ class Position(Node):
 
     body: Point | Between | Except
     align: str | None = None
-    and_text: str | None = None
-    """`answer` of `tokens * and answer`."""
+    and_answer: bool = False
+    """`tokens * and answer`."""
 
 
 @record

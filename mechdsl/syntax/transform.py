@@ -653,10 +653,10 @@ class ToAst(Transformer[Token, Any]):
 
     def position(self, c: list[Any]) -> ast.Position:
         clauses = _clauses(c)
-        return ast.Position(c[0], clauses.get("align"), clauses.get("and"), span=_span(c))
+        return ast.Position(c[0], clauses.get("align"), "and" in clauses, span=_span(c))
 
     align = _clause("align", lambda c: c[1].id)
-    and_text = _clause("and", lambda c: str(c[1]))
+    and_answer = _clause("and", lambda c: True)
     bare_index = _clause("index", lambda c: _index(c))
 
     def between(self, c: list[Any]) -> ast.Between:

@@ -263,13 +263,13 @@ def _token_index(item: ast.Position) -> ast.TokenIndex | None:
 
 
 def _is_bare(item: ast.Position) -> bool:
-    alone = item.align is None and item.and_text is None
+    alone = item.align is None and not item.and_answer
     return alone and isinstance(item.body, ast.Point) and item.body.offset == 0
 
 
 def position(node: ast.Position) -> str:
     """One item of a list of positions."""
-    also = f" and {node.and_text}" if node.and_text else ""
+    also = " and answer" if node.and_answer else ""
     return _position_set(node.body) + also + (f" align {node.align}" if node.align else "")
 
 

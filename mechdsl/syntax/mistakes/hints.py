@@ -79,6 +79,14 @@ HINTS: tuple[Hint, ...] = (
         "`swap` exchanges two positions here: `swap resid_post layer 3 at A with B`; "
         "values are swapped in a `corrupt` block",
     ),
+    Hint(r"^swap\b.*\bat\b.*\band\s*$", r"", "write `with`: `swap SITE at A with B`", "ANSWER"),
+    Hint(
+        r"\band\s*$",
+        r"",
+        "positions are listed with commas, or joined in braces; only `tokens *` goes on with "
+        "`and answer`",
+        "ANSWER",
+    ),
     Hint(
         r"^swap\b.*\bat\b.*$", r"(?:and|onto|to)\b", "write `with`: `swap SITE at A with B`", "WITH"
     ),
