@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mechdsl.execute.measured_values import MeasuredValues
@@ -75,17 +75,9 @@ def conventions(
         found["window"] = "named by its centre l: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends"
     if any(_several(rule.positions) for rule in plan.rules):
         found["tokens"] = "several tokens under one label are separate runs, averaged per row"
-    left = [each.rule.spec.at.span.written for each in answers_left_out(experiment)]
-    if left:
-        where = " and ".join(f"`{at}`" for at in dict.fromkeys(left))
-        found[ANSWER_TOKENS] = (
-            f"{where}: of the prompt; those of the answer behind it are left alone"
-        )
-    if plan.behind:
-        found["answer tokens"] = (
-            "of the text that each measure reads, which stands behind the prompt of every run; its "
-            "last token is predicted and goes in nowhere"
-        )
+    answers = "; ".join(_on_answers(plan))
+    if answers:
+        found[ANSWER_TOKENS] = answers
     left_out = dict.fromkeys(x for rule in plan.rules for x in rule.rule.positions.left_out)
     if left_out:
         found["positions"] = f"left out, as no row has them in both runs: {', '.join(left_out)}"
@@ -159,6 +151,19 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
         where = " and ".join(f"`{at}`" for at in dict.fromkeys(compared))
         found["cosine"] = f"compared at {where}, where it is measured, not where rules write"
     return found
+
+
+def _on_answers(plan: ExperimentPlan) -> Iterator[str]:
+    """What is done to the tokens of answers of several tokens, where that could be mistaken."""
+    left = [each.rule.spec.at.span.written for each in answers_left_out(plan.experiment)]
+    if left:
+        where = " and ".join(f"`{at}`" for at in dict.fromkeys(left))
+        yield f"{where} is all of the prompt; the answer behind it is left alone"
+    if plan.behind:
+        yield (
+            "rules act on the text that each measure reads, which stands behind the prompt of every "
+            "run; its last token is predicted and goes in nowhere"
+        )
 
 
 def _windowed(rule: Any) -> bool:

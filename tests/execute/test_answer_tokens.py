@@ -29,6 +29,7 @@ from .support import (
     ids_of,
     prompt,
     run_file,
+    try_file,
     write_rows,
 )
 
@@ -346,3 +347,48 @@ def check(result: ExperimentResult, family: str, case: Case) -> None:
         assert [cell.coords["position"] for cell in result.cells] == list(case.cells)
     values = np.stack([expected(family, measure, each) for each in case.cells.values()])
     agree(result.measures[0], values, expected(family, measure, None), large=case.large)
+
+
+def test_a_resampling_takes_the_donors_own_text(tmp_path: Path) -> None:
+    """Of two rows, each is the other's donor."""
+    write_rows(tmp_path, RECORDS[:2])
+    (tmp_path / "answers.jsonl").write_text((tmp_path / "data.jsonl").read_text("utf-8"), "utf-8")
+    rule = "ablate layer 1 head 2 at answer tokens with resample"
+    text = experiment("e", "prompts p", rule, TWO)
+    found = run_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)["e"]
+    for row in range(2):
+        own, donor = (Behind("gpt2", n, "clean", "pair") for n in (row, 1 - row))
+        writes = copied(head(1, 2), donor.seen, donor.answer, own.answer)
+        value = found.measures[0].patched[0, row]
+        np.testing.assert_allclose(value, own.score(writes), atol=1e-4)
+
+
+def test_what_is_done_to_answers_is_said(tmp_path: Path) -> None:
+    lines = {
+        "left": "ablate layer 1 head 2 at tokens * with zero",
+        "both": "ablate layer 1 head 2 at tokens * and answer with zero",
+        "one": "ablate layer 1 head 2 at last token with zero",
+    }
+    write_rows(tmp_path, RECORDS)
+    (tmp_path / "answers.jsonl").write_text((tmp_path / "data.jsonl").read_text("utf-8"), "utf-8")
+    text = "\n".join(experiment(name, "prompts p", rule, TWO) for name, rule in lines.items())
+    found = run_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)
+    said = {name: each.conventions.get("answer tokens") for name, each in found.items()}
+    assert said["left"] == "`tokens *` is all of the prompt; the answer behind it is left alone"
+    assert said["both"] is not None
+    assert said["both"].startswith("rules act on the text that each measure reads")
+    assert said["one"] is None
+
+
+def test_tokens_of_an_answer_are_not_picked(tmp_path: Path) -> None:
+    write_rows(tmp_path, RECORDS)
+    (tmp_path / "answers.jsonl").write_text((tmp_path / "data.jsonl").read_text("utf-8"), "utf-8")
+    first = experiment("ranked", "prompts p", "ablate embed at each token of answer with zero", TWO)
+    then = experiment("then", "prompts p", "ablate embed at top 1 of ranked tokens with zero", TWO)
+    result, problems = try_file(first + then, tmp_path, bare("gpt2"), prompts=PROMPTS)
+    assert result is None
+    errors = [d.message for d in problems if d.severity == "error"]
+    assert errors == [
+        "`top 1 of ranked tokens` can't be picked: the cell `answer first` of `ranked` is of the "
+        "answer, behind the prompt"
+    ]
