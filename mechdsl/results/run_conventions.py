@@ -161,8 +161,8 @@ def _on_answers(plan: ExperimentPlan) -> Iterator[str]:
         yield f"{where} is all of the prompt; the answer behind it is left alone"
     if plan.behind:
         yield (
-            "rules act on the text that each measure reads, which stands behind the prompt of every "
-            "run; its last token is predicted and goes in nowhere"
+            "rules act on the text that each measure reads, which stands behind the prompt of "
+            "every run; its last token is predicted and goes in nowhere"
         )
 
 
