@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,6 +73,18 @@ def test_a_script_for_each_shell(shell: str, command: Command) -> None:
     done = command("completion", shell)
     assert (done.status, done.err) == (0, "")
     assert f"_MECHDSL_COMPLETE={shell}_complete" in done.out
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_script_parses(shell: str, command: Command, tmp_path: Path) -> None:
+    """Where the shell is installed; what Tab does in it is tested in bash alone."""
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"no {shell} on this machine to parse its script")
+    script = tmp_path / f"completion.{shell}"
+    script.write_text(command("completion", shell).out, encoding="utf-8")
+    done = subprocess.run([program, "-n", str(script)], capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 ASKING = """
