@@ -95,8 +95,11 @@ def outline(
         },
     )
     work = Work(experiment, program, model, table, sites)
+    centres = _centres(experiment)
     for loop in experiment.loops:
-        work.axes[loop.name] = Axis(loop.name, loops[loop.name], loop.span)
+        work.axes[loop.name] = Axis(
+            loop.name, loops[loop.name], loop.span, of_windows=loop.name in centres
+        )
     behind = measured_answers(work)
     rules: list[ResolvedRule | None] = []
     for rule in experiment.rules:
@@ -155,6 +158,18 @@ def outline(
     if problems:
         return known, diagnostics
     return replace(known, resolved=replace(resolved, control=control)), diagnostics
+
+
+def _centres(experiment: spec.Experiment) -> set[str]:
+    """The loop variables that are the centre of a window somewhere."""
+    parts = (part for rule in experiment.rules for part in walk(_nodes(rule)))
+    windows = (part for part in parts if isinstance(part, ast.Axis) and part.window is not None)
+    bounds = (part for axis in windows for part in walk(axis.values))
+    return {
+        bound.name
+        for bound in bounds
+        if isinstance(bound, ast.Bound) and bound.name and not bound.offset
+    }
 
 
 def _perhaps(work: Work, rules: Sequence[ResolvedRule | None]) -> frozenset[str]:

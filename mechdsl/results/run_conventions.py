@@ -72,7 +72,9 @@ def conventions(
             "together in one run; where two write the same vector, the later one stands"
         )
     if any(_windowed(rule.rule.spec) for rule in plan.rules):
-        found["window"] = "named by its centre l: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends"
+        found["window"] = (
+            "of w, named by its centre: from centre − ⌊w/2⌋ to centre + ⌈w/2⌉ − 1, cut at the ends"
+        )
     if any(_several(rule.positions) for rule in plan.rules):
         found["tokens"] = "several tokens under one label are separate runs, averaged per row"
     answers = "; ".join(_on_answers(plan))

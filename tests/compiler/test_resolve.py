@@ -47,6 +47,23 @@ def test_joined_points() -> None:
     assert points(found) == [[(0, 1), (0, 2), (2, 1), (2, 2)]]
 
 
+@pytest.mark.parametrize(
+    ("lines", "centres"),
+    [
+        ("for l in 0..3 { patch z layer l window 2 head 1 at last token }", ["l"]),
+        ("for l in 0..2 { patch z layer l + 1 window 2 head 1 at last token }", []),
+        (
+            "for l in 0..3 { patch z layer l head 1 at last token  "
+            "freeze mlp_out layer * window 2 at last token }",
+            ["layer"],
+        ),
+    ],
+)
+def test_a_loop_over_centres_of_windows_says_so(lines: str, centres: list[str]) -> None:
+    found = one(FROM, lines, DELTA)
+    assert [axis.name for axis in found.axes if axis.of_windows] == centres
+
+
 def test_relative_depth_rounds_half_up() -> None:
     # Of four layers 50% is 1.5.
     assert points(one(FROM, "patch layer 50% head 0 at last token", DELTA)) == [[(2, 0)]]
