@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
+
+STRING = r'"(?:[^"\\\n]|\\[^\n])*"'
+"""A text in quotes, as the language has it."""
+_BETWEEN = re.compile(rf"({STRING})|(?:\s|#[^\n]*)+")
+"""Texts, and what stands between words."""
 
 
 class Reach(NamedTuple):
@@ -84,8 +90,8 @@ class Span:
 
     @property
     def written(self) -> str:
-        """The text on one line, as messages and tables quote it."""
-        return " ".join(self.text.split())
+        """The text on one line and without comments, as messages and tables quote it."""
+        return _BETWEEN.sub(lambda found: found[1] or " ", self.text).strip()
 
     def to(self, other: Span) -> Span:
         """The span from the start of this one to the end of the other."""

@@ -1,4 +1,4 @@
-"""W0701 to W0703, W0781, W0790: what looks like a mistake but runs."""
+"""W0701 to W0703, W0781, W0790, W0791: what looks like a mistake but runs."""
 
 from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
@@ -67,3 +67,19 @@ class EqualRecords(Diagnostic):
     file: str
     equal: int
     rows: int
+
+
+@keyword_record
+class TemplateUnchanged(Diagnostic):
+    """A corruption changes prompts of other templates, but none of one template."""
+
+    code = "W0791"
+    hangs_on = frozenset({"rows"})
+    title = "`{run}` changes nothing in the rows of {templates}"
+    label = "leaves {rows} unchanged, which are left out"
+    help = "let every template show a value that `{run}` changes, or remove those that don't"
+    run: str
+    templates: str
+    """`template 2 (line 9)`, or several."""
+    rows: str
+    """`12 rows`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -298,18 +298,20 @@ def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spe
         )
         return None
     values: dict[str, object] = {}
-    for position, argument in enumerate(call.arguments):
-        name = argument.name or ("path" if position == 0 else "")
-        if isinstance(argument.value, ast.Name) and name in ("dtype", BASE):
-            values[name] = argument.value.id
-        else:
-            value = constant(argument.value, parts.parameters)
-            values[name] = None if name == BASE else value
-        problem = _argument_problem(name, values[name], call.name)
+    for argument in call.arguments:
+        name = argument.name or ("path" if "path" not in values else "")
+        problem = _place_problem(name, call.name, values)
+        if problem is None:
+            if isinstance(argument.value, ast.Name) and name in ("dtype", BASE):
+                values[name] = argument.value.id
+            else:
+                value = constant(argument.value, parts.parameters)
+                values[name] = None if name == BASE else value
+            problem = _argument_problem(name, values[name], call.name)
         if problem is not None:
             reason, hint = problem
             scope.diagnostics.append(
-                BadArgument(span=argument.span, name=name or "argument", reason=reason, hint=hint)
+                BadArgument(span=argument.span, name=name or call.name, reason=reason, hint=hint)
             )
             return None
     if "path" not in values:
@@ -337,6 +339,17 @@ def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spe
     return spec.Model.model_validate(
         {"span": statement.span, "name": statement.name.id, "kind": call.name, **values}
     )
+
+
+def _place_problem(name: str, kind: str, given: Collection[str]) -> tuple[str, str] | None:
+    """Why there can't be one more argument of this name, or without one."""
+    if not name:
+        ways = [f"`{each}: …`" for each in _ARGUMENTS[kind]]
+        hint = f", or say what it is: {', '.join(ways[:-1])} or {ways[-1]}" if ways else ""
+        return "takes one argument without a name", f"leave it out{hint}"
+    if name in given:
+        return "is given twice", "leave one of them out"
+    return None
 
 
 def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | None:

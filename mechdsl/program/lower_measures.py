@@ -126,17 +126,14 @@ def lower_statistics(work: Statements) -> spec.Statistics:
         count = constant(arguments[0].value, work.parts.parameters) if len(arguments) == 1 else None
         good = isinstance(count, int) and 100 <= count <= 1_000_000
         if line.resampling.name != "bootstrap" or not good:
+            name = line.resampling.name
+            own = name == "bootstrap"
+            reason = "takes one whole number" if own else "is not a resampling that is supported"
+            hint = "write `bootstrap(n)` with n from 100 to 1,000,000"
+            if not own:
+                hint = did_you_mean(name, ("bootstrap",), hint)
             work.diagnostics.append(
-                BadArgument(
-                    span=line.resampling.span,
-                    name=line.resampling.name,
-                    reason="is not a resampling that is supported",
-                    hint=did_you_mean(
-                        line.resampling.name,
-                        ("bootstrap",) if line.resampling.name != "bootstrap" else (),
-                        "write `bootstrap(n)` with n from 100 to 1,000,000",
-                    ),
-                )
+                BadArgument(span=line.resampling.span, name=name, reason=reason, hint=hint)
             )
         values["resamples"] = count if good else 10_000
     if line.confidence is not None:

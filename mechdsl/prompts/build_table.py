@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import TypeVar
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -29,6 +31,8 @@ from mechdsl.prompts.row_selection import (
     Made,
     collect,
     collect_rows,
+    template_of,
+    templates_unchanged,
     without_effect,
 )
 from mechdsl.prompts.rows import CLEAN, BlockRows, Row
@@ -76,7 +80,7 @@ def build_table(
     compiled: blocks by name that were compiled before, with the rows they have worked out; a new
         one is added. All that the rows hang on (seed, words, parameters, blocks) must be the same.
     Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703, W0781,
-    W0790.
+    W0790, W0791.
     """
     rows = (compiled or {}).get(prompts.name) or BlockRows(
         PromptsBlock(
@@ -107,6 +111,9 @@ def build_table(
         )
     if found.repeated:
         found.diagnostics.append(_equal_records(block, found))
+    for corruption in block.spec.corruptions:
+        same = found.unchanged.get(corruption.name, Counter[int]())
+        found.diagnostics += templates_unchanged(block, corruption, same, found.compared)
     diagnostics = list(dict.fromkeys([*block.diagnostics, *found.diagnostics]))
     if has_errors(diagnostics) or not found.rows:
         return None, diagnostics
@@ -305,6 +312,11 @@ class _Builder:
                 elif any(same):
                     equal[corruption.name] = sum(same)
                     keep = [k and not s for k, s in zip(keep, same, strict=True)]
+                    templates = [template_of(m.clean) for m in made]
+                    unchanged = Counter(compress(templates, same))
+                    self.diagnostics += templates_unchanged(
+                        self.block, corruption, unchanged, Counter(templates)
+                    )
         runs = {name: replace(run, rows=_only(run.rows, keep)) for name, run in runs.items()}
         table = replace(
             table,

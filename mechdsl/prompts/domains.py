@@ -176,7 +176,7 @@ class _Maker:
         usage = "words(MODEL)"
         model = node.arguments[0].value if len(node.arguments) == 1 else None
         if not isinstance(model, ast.Name):
-            reason = "takes the name of a model"
+            reason = "takes one argument, the name of a model"
             raise _RefusedDomain(BadCall(span=node.span, name="words", reason=reason, usage=usage))
         if self.words is None:
             reason = "the model's tokenizer isn't at hand"

@@ -38,7 +38,7 @@ def rows_convention(
     if found.repeated:
         text += f", {found.repeated:,} of them equal to another"
     out = {"rows": f"{text}, seed {block.seed}"}
-    equal = dict(found.unchanged)
+    equal = {run: rows.total() for run, rows in found.unchanged.items()}
     for run, count in unchanged.items():
         equal[run] = equal.get(run, 0) + count
     dropped = [f"{n:,} by `where`" for n in (found.filtered,) if n]

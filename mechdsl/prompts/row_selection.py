@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 from mechdsl.base import limits
+from mechdsl.base.plural import plural
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, NoRows, TooMany
+from mechdsl.diagnostics.w07_data import TemplateUnchanged
 from mechdsl.program import spec
+from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.row_scope import Refusal
 from mechdsl.prompts.rows import RECORD, BlockRows, Row
 from mechdsl.prompts.seeded_draws import Permutation
@@ -51,8 +55,10 @@ class Collection:
     """Left out because they were there already."""
     repeated: int = 0
     """Kept although they are equal to one before: other records of a file."""
-    unchanged: dict[str, int] = field(default_factory=dict[str, int])
-    """Left out because the corruption left the prompt as it was."""
+    compared: Counter[int] = field(default_factory=Counter[int])
+    """By number of the template, the rows whose corrupted prompts were set against the clean."""
+    unchanged: dict[str, Counter[int]] = field(default_factory=dict[str, Counter[int]])
+    """Those left out because the corruption left the prompt as it was, by its name."""
     complete: bool = False
     """Every combination was looked at."""
     cut: bool = False
@@ -215,8 +221,9 @@ class _Collector:
         for each in (row, *corrupted.values()):
             self.seen_text += len(each.prompt.text) + len(each.prompt.spans) * _TEXT_OF_SPAN
         unchanged = [n for n in self.only_values if corrupted[n].prompt.text == row.prompt.text]
+        result.compared[template_of(row)] += 1
         for name in unchanged:
-            result.unchanged[name] = result.unchanged.get(name, 0) + 1
+            result.unchanged.setdefault(name, Counter())[template_of(row)] += 1
         if unchanged:
             return False
         made = self._made(row)
@@ -286,6 +293,32 @@ class _Collector:
             result.diagnostics.append(
                 NoRows(span=span, prompts=block.name, reason=reason, hint=hint)
             )
+
+
+def template_of(row: Row) -> int:
+    """The number of its template."""
+    return row.places.get(TEMPLATE, 0)
+
+
+def templates_unchanged(
+    block: PromptsBlock, corruption: spec.Corruption, same: Counter[int], rows: Counter[int]
+) -> list[TemplateUnchanged]:
+    """W0791 where the corruption changes no row of some template.
+
+    same: by number of the template, how many of its rows are the same as without. rows: of how many
+    """
+    found = [number for number in sorted(same) if same[number] == rows[number]]
+    if not 0 < len(found) < len(rows):  # E0510 says it of all
+        return []
+    named = [f"template {n + 1} (line {block.templates[n].text.span.line})" for n in found]
+    return [
+        TemplateUnchanged(
+            span=corruption.span,
+            run=corruption.name,
+            templates=" and ".join(named),
+            rows=plural(sum(same[number] for number in found), "row"),
+        )
+    ]
 
 
 def without_effect(corruption: spec.Corruption) -> CorruptionWithoutEffect:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mechdsl.base import limits
+from mechdsl.base.plural import plural
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
@@ -96,7 +97,7 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
         refuse(
             context,
             node.span,
-            "its argument doesn't fit" if arguments else "it has no argument",
+            _misfit(metric.forms, len(arguments)),
             f"write {_usage(name, metric.forms)}",
         )
         return None
@@ -136,13 +137,24 @@ def _form(
             or forms.get("attention")
             or next((f for f in forms.values() if f.default is not None), None)
         )
-    if len(values) == 2:
-        return forms.get("activations")
+    if len(values) > 1:
+        return forms.get("activations") if len(values) == 2 else None
     if isinstance(values[0], ast.Range):
         return forms.get("numerals")
     if isinstance(values[0], ast.Quantity | ast.Site):
         return None
     return forms.get("target") or forms.get("continuation") or forms.get("reference")
+
+
+def _misfit(forms: Mapping[Takes, Form], given: int) -> str:
+    """Why no form of a metric fits, by how many arguments it is given."""
+    alone = {"nothing", "prompt", "attention"}
+    most = 2 if "activations" in forms else 0 if alone.issuperset(forms) else 1
+    if not given:
+        return "it has no argument"
+    if given <= most:
+        return "its argument doesn't fit"
+    return f"it takes {plural(most, 'argument') if most else 'no argument'}, not {given}"
 
 
 _USAGE: Mapping[Takes, str] = {

@@ -277,8 +277,7 @@ def _measures(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> Measures
     keep = [resolve_measure(k, context, label="keep", runs=("clean",)) for k in experiment.keep]
     accuracies: dict[str, ResolvedMeasure] = {}
     for call in _accuracy_calls(experiment):
-        value = call.arguments[0].value if len(call.arguments) == 1 else call
-        run = known_run(value, context)
+        run = known_run(call.arguments[0].value, context)
         if run is None:
             continue
         correct = ast.Name("correct", span=call.span)
@@ -289,10 +288,11 @@ def _measures(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> Measures
 
 
 def _accuracy_calls(experiment: spec.Experiment) -> list[ast.Call]:
+    """Those of one run; what else is asked, the expectation refuses."""
     return [
         node
         for expect in experiment.expects
         if expect.condition is not None
         for node in walk(expect.condition)
-        if isinstance(node, ast.Call) and node.name == "accuracy"
+        if isinstance(node, ast.Call) and node.name == "accuracy" and len(node.arguments) == 1
     ]

@@ -6,12 +6,11 @@ import re
 from dataclasses import dataclass
 
 from mechdsl.base import limits
-from mechdsl.base.source import Source, Span
+from mechdsl.base.source import STRING, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import EmptyFile, NotText, TooLarge
 from mechdsl.syntax import ast
 
-STRING = r'"(?:[^"\\\n]|\\[^\n])*"'
 _MARKS = re.compile(rf"{STRING}|#[^\n]*|\w+|[^\w\s]")
 _PLACEHOLDER = re.compile(r"(?<!\{)(?:\{\{)*\{(?!\{)")
 _SPLIT = "keep data in a file of its own and name it with `rows`, or write several files"

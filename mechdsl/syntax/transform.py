@@ -61,6 +61,11 @@ class Context:
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
     depths: dict[int, int] = field(default_factory=dict[int, int])
     """Depth of the expressions so far, by identity."""
+    brackets: dict[int, tuple[ast.Node, Span]] = field(
+        default_factory=dict[int, tuple[ast.Node, Span]]
+    )
+    """Expressions in brackets, by identity, and what stands from bracket to bracket: their own
+    span leaves the brackets out, that of what they are a part of doesn't."""
 
     def offset(self, parsed: int) -> int:
         """Where in the source lies what was parsed at an offset."""
@@ -83,7 +88,8 @@ def _ends(item: Any) -> tuple[int, int]:
     if isinstance(item, Token):
         context = CONTEXT.get()
         return context.offset(item.start_pos or 0), context.offset(item.end_pos or 0)
-    return item.span.start, item.span.end
+    _, span = CONTEXT.get().brackets.get(id(item), (item, item.span))
+    return span.start, span.end
 
 
 def _span(children: Sequence[Any]) -> Span:
@@ -802,6 +808,7 @@ class ToAst(Transformer[Token, Any]):
         return _nested(ast.ListOf(items, span=_span(c)), *items)
 
     def parenthesised(self, c: list[Any]) -> Any:
+        CONTEXT.get().brackets[id(c[1])] = c[1], _span(c)
         return c[1]
 
     def float(self, c: list[Any]) -> ast.Number:

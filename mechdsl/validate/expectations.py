@@ -204,11 +204,11 @@ class _ConditionReader:
                 measure, where = self.cells(node)
                 return OfCells(node.name, measure, where)
             case "accuracy":
-                return Accuracy(self.run(node))
+                return Accuracy(self.run(self.only_argument(node, "accuracy(clean)")))
             case "spearman" | "pearson":
                 return self.correlation(node, node.name)
             case "abs":
-                return Absolute(self.value(self.argument(node, 0, "abs(max(recovery))")))
+                return Absolute(self.value(self.only_argument(node, "abs(max(recovery))")))
             case "argmax" | "argmin":
                 hint = f"write `{node.name}(…) = L9H9`"
                 raise unreadable(node.span, f"`{node.name}` is a site, not a number", hint)
@@ -235,6 +235,7 @@ class _ConditionReader:
         example = f"{how}(recovery, other_experiment)"
         measure = self.measure(self.argument(node, 0, example))
         other = self.argument(node, 1, example)
+        self.no_more(node, 2, example)
         if not isinstance(other, ast.Name):
             raise unreadable(other.span, "not the name of an experiment", f"write `{example}`")
         if other.id not in self.known.experiments:
@@ -296,8 +297,7 @@ class _ConditionReader:
             hint += f"{axis}, {others[0] if others else axis}: …)`; the other axes are {sized}"
             raise unreadable(node.span, f"it has {count} curves over `{axis}`", hint)
 
-    def run(self, node: ast.Call) -> str:
-        run = self.argument(node, 0, "accuracy(clean)")
+    def run(self, run: ast.Expr) -> str:
         if not isinstance(run, ast.Name):
             raise unreadable(run.span, "not the name of a run", "write `accuracy(clean)`")
         if run.id not in self.known.runs:
@@ -318,6 +318,15 @@ class _ConditionReader:
             case _:
                 raise unreadable(node.span, "not a plain number", "write the number itself")
 
+    def only_argument(self, node: ast.Call, example: str) -> ast.Expr:
+        self.no_more(node, 1, example)
+        return self.argument(node, 0, example)
+
+    def no_more(self, node: ast.Call, most: int, example: str) -> None:
+        if len(node.arguments) > most:
+            span = node.arguments[most].span
+            raise unreadable(span, f"`{node.name}` is given too much", f"write `{example}`")
+
     def argument(self, node: ast.Call, index: int, example: str) -> ast.Expr:
         if index >= len(node.arguments):
             raise unreadable(node.span, f"`{node.name}` is given too little", f"write `{example}`")
@@ -332,7 +341,7 @@ class _ConditionReader:
 
     def labelled(self, node: ast.Expr) -> list[int]:
         """Measures whose metric is written exactly so."""
-        text = _squeezed(node.span.text)
+        text = _squeezed(node.span.written)
         return [i for i, m in enumerate(self.known.measures) if _squeezed(m.label) == text]
 
     def measure(self, node: ast.Expr, *, called: bool = False) -> int:

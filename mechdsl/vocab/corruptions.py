@@ -324,8 +324,10 @@ class AddChange(ActivationChange):
                     if number is None or number != int(number) or not 1 <= number <= limits.SAMPLES:
                         return refused(f"takes 1 to {limits.SAMPLES:,} samples", argument)
                     samples = int(number)
+                case None:
+                    return refused("takes arguments with names", argument)
                 case name:
-                    return refused(f"has no argument `{name or '…'}`", argument)
+                    return refused(f"has no argument `{name}`", argument)
         if (std is None and sds is None) or (sds is not None and sds <= 0):
             return refused("needs a standard deviation above 0", call)
         if wrong:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e02_names import UnknownName
@@ -40,6 +42,30 @@ def test_metrics_are_written_out() -> None:
     (found,) = lowered(text + experiment("measure b as raw")).experiments
     (again,) = lowered(HEAD + experiment("measure logit(answer) - 1 as raw")).experiments
     assert found.measures[0].metric == again.measures[0].metric
+
+
+WRITTEN = {
+    "brackets at the end": ("logit(answer) / (prob(answer) - 1)", ""),
+    "brackets at the start": ("(logit(answer) - 1) / 2", ""),
+    "brackets in brackets": ("2 * ((logit(answer) - 1) / (prob(answer) + (1)))", ""),
+    "brackets around all of it": ("(logit(answer) - 1)", "logit(answer) - 1"),
+    "a comment between": ("logit(answer) # why\n - 1", "logit(answer) - 1"),
+    "spaces in a text": ('logit("  #  1")   -  1', 'logit("  #  1") - 1'),
+}
+
+
+@pytest.mark.parametrize(("written", "label"), WRITTEN.values(), ids=WRITTEN)
+def test_labels_are_what_was_written(written: str, label: str) -> None:
+    lines = (
+        f"keep {written} > (0)",
+        f"measure {written} as raw",
+        f"expect mean({written}) > (1 + (2))",
+    )
+    (found,) = lowered(HEAD + experiment(*lines)).experiments
+    assert found.measures[0].label == (label or written)
+    whole = written if written[0] == "(" else label or written
+    assert found.keep[0].span.written == f"{whole} > (0)"
+    assert found.expects[0].text == f"mean({whole}) > (1 + (2))"
 
 
 def test_parameters_from_the_command_line() -> None:

@@ -10,10 +10,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mechdsl.base.source import Source, Span
+from mechdsl.base.source import STRING, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import UnexpectedCharacter, UnterminatedString
-from mechdsl.syntax.scan import STRING
 
 
 def _blank(match: re.Match[str]) -> str:
