@@ -87,7 +87,7 @@ def _against_axes(
     known = Known(
         measures,
         axes if perhaps else own,
-        list(experiment.table.runs) if rows and rows[0].texts else [],
+        list(experiment.table.runs),
         [e.name for e in program.experiments if e.name != experiment.name],
         aliases,
         joined_cells(own, [(e.spec.variant, cell_keys(e, undecided)) for e in resolved])

@@ -230,7 +230,7 @@ class Contexts:
         if model.tokenizer.stands_in:
             unknown.add("tokens")
         if any(map(self._guessed, blocks)):
-            unknown.add("rows")
+            unknown.update(("rows", "tokens"))  # of words that stand in for others
         self.diagnostics.extend(certain(found, unknown))
 
     def _guessed(self, name: str) -> bool:

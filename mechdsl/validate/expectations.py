@@ -62,7 +62,7 @@ class Known:
     measures: Sequence[KnownMeasure]
     axes: Sequence[str] = ()
     runs: Sequence[str] = ()
-    """Those with an answer, so with an accuracy."""
+    """Where the prompts have no answer, so that none has an accuracy, E0516 says so."""
     experiments: Sequence[str] = ()
     """The others of the file."""
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -301,7 +301,7 @@ class _ConditionReader:
         if not isinstance(run, ast.Name):
             raise unreadable(run.span, "not the name of a run", "write `accuracy(clean)`")
         if run.id not in self.known.runs:
-            known = ", ".join(f"`{each}`" for each in self.known.runs) or "none with an answer"
+            known = ", ".join(f"`{each}`" for each in self.known.runs)
             hint = did_you_mean(run.id, self.known.runs, f"the runs are: {known}")
             raise RefusedCondition(UnknownName(span=run.span, kind="run", name=run.id, hint=hint))
         return run.id

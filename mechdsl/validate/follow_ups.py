@@ -102,8 +102,8 @@ class BrokenLines:
                 return block in self.torn
             case BadReport(reason=reason) | UnreadableExpectation(reason=reason):
                 lacking = _quoted(reason)
-                made = {*self.torn.get(block, ()), *self.axes(diagnostic.span), *self.names}
-                return block in self.torn and (not lacking or not made.isdisjoint(lacking))
+                made = {*self.names, *self.torn.get(block, ())}
+                return (block in self.torn and not lacking) or not made.isdisjoint(lacking)
             case UnknownName(kind="run") if "answer" in self.names:
                 return True  # `accuracy` knows runs with an answer
             case UnknownName(name=name) | UnknownValue(name=name) if nearest(name, self.refused):

@@ -48,6 +48,39 @@ CASES: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
         ],
         ["E0103", "E0101"],
     ),
+    "an answer that is misspelt and never closed": (
+        [('answer " {n}"', 'anwser {n}"')],
+        ["E0102", "E0105"],
+    ),
+    "a line of prompts that may be the answer": ([('answer " {n}"', 'swer " {n}"')], ["E0101"]),
+    "the number that an order needs": (
+        [
+            ("measure speed as delta", "measure argmax(1..9) as raw measure prob(answer as raw"),
+            ("expect mean(speed) > 0", "expect top 3 contains L0H0"),
+        ],
+        ["E0103"],
+    ),
+    "a value of the prompts that a table goes by": (
+        [
+            ("  n in 1..9\n", "  n in 1..9\n  colour 3\n"),
+            ("  expect m", "  report table by colour\n  expect m"),
+        ],
+        ["E0101"],
+    ),
+    "the same beside a line of the experiment that can't be read": (
+        [
+            ("  n in 1..9\n", "  n in 1..9\n  colour 3\n"),
+            ("  expect m", "  report table by colour\n  report heatmap ]\n  expect m"),
+        ],
+        ["E0101", "E0101"],
+    ),
+    "the axis of a loop": (
+        [
+            ("  ablate z layer 0 head 0", "  loop k in 0..2 {\n  ablate z layer 0 head 0"),
+            ("with zero\n", "with zero }\n  report lines k\n"),
+        ],
+        ["E0101"],
+    ),
     "the answer that an accuracy needs": ([('" {n}"', '{n}" "')], ["E0101"]),
 }  # fmt: skip
 
@@ -60,3 +93,9 @@ def test_nothing_else_is_said(case: tuple[list[tuple[str, str]], list[str]]) -> 
         text = text.replace(right, wrong)
     found = [d for d in check_source(Source(text)).diagnostics if d.severity == "error"]
     assert [d.code for d in found] == case[1], [d.message for d in found]
+
+
+def test_what_no_lost_line_can_be_the_cause_of_is_said() -> None:
+    right, wrong = "  expect mean", "  report table by nothing\n  report heatmap ]\n  expect mean"
+    found = check_source(Source(FILE.replace(right, wrong))).diagnostics
+    assert "E0607" in {d.code for d in found}

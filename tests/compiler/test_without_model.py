@@ -13,10 +13,16 @@ from pathlib import Path
 import pytest
 
 from mechdsl import zoo
-from mechdsl.base.source import Source
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.models.shape import shape_from_config
+from mechdsl.program import spec
+from mechdsl.resolve.resolved import ModelContext
 from mechdsl.syntax.parse import read_source
 from mechdsl.validate.check_file import Checked, Settings, check_source
+
+from ..data.support import byte_level, wrapped
+from ..slips.checked import GPT2
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILE = """
@@ -456,6 +462,41 @@ def test_words_of_a_tokenizer_that_is_not_here_may_be_any(tmp_path: Path) -> Non
     text = text.replace("where count > 2", 'where place = "attic"')
     assert "E0509" in {each[0] for each in said(checked(text, tmp_path).diagnostics)}
     assert not said(checked(text, tmp_path, MODELS["no folder"]).diagnostics)
+
+
+OTHER_WORDS = """mech 1
+
+model here = local("here")
+model elsewhere = local("elsewhere")
+
+prompts p {
+  w in words(elsewhere)
+  item in ["apple", "pear", "fig"]
+  template "Part 1: {item} {w} Count 1:"
+  answer " {w}"
+  corrupt swapped { item = other(item) }
+}
+
+experiment e {
+  model here
+  prompts p limit 40
+  from clean into swapped
+  patch resid_post layer 0..3 at w token
+  measure prob(answer) as delta
+}
+"""
+
+
+def test_words_of_a_tokenizer_that_is_not_here_may_be_any_of_another_model() -> None:
+    """What stands in for them is of several tokens in one model, and of none in the other."""
+    statement = spec.Model(span=Span(Source(""), 0, 0), name="here", kind="local", path="here")
+    shape, _ = shape_from_config(GPT2, model="here")
+    assert shape is not None
+    given = {"here": ModelContext(statement, shape, wrapped(byte_level()))}
+    of_words = OTHER_WORDS.replace('local("here")', 'zoo("counting")')
+    for text, models in ((OTHER_WORDS, given), (of_words, {})):
+        found = check_source(Source(text), models=models).diagnostics
+        assert [d.code for d in found] == ["W0710"]
 
 
 @pytest.mark.parametrize(("limit", "rows"), [(3, 3), (40, 32)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
+from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.mistakes.messages import Mistake
@@ -23,8 +24,13 @@ def lost_with(mistake: Mistake) -> ast.Lost:
     if mistake.kind == "experiment_lines":  # no name but that of a loop
         names.update(after.text for word, after in pairwise(words) if word.text == "for")
     elif words:
-        begins = words[0].text in first_words(mistake.kind)
-        names.update(_MADE.get(words[0].text, ()))
+        known = first_words(mistake.kind)
+        begins = words[0].text in known
+        meant = words[0].text if begins else nearest(words[0].text, known)
+        if meant is not None:
+            names.update(_MADE.get(meant, ()))
+        elif len(words) == 1 or words[1].text not in ("=", "in", ","):  # any of them is meant
+            names.update(*_MADE.values())
         names.update(piece.text for piece in words[begins:2] if piece.kind == "word")
         listed: list[str] = []
         for piece in words[begins:]:
