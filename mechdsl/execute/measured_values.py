@@ -60,6 +60,8 @@ class MeasuredValues:
     """Of these, the ones that can't differ from the base run by structure."""
     rounding: list[Floats] = field(default_factory=list[Floats])
     """Per measure, [environment, kept row]: how far rounding may move the base run's value."""
+    accuracy_rounding: dict[str, Floats] = field(default_factory=dict[str, Floats])
+    """1 where rounding may decide whether the answer is the best token, else 0."""
     refused: dict[int, Diagnostic] = field(default_factory=dict[int, Diagnostic])
     """Numbers of the measures that can't be computed → why."""
     failed: set[int] = field(default_factory=set[int])
@@ -90,6 +92,7 @@ class MeasuredValues:
             {run: unknown(n_rows) for run in experiment.accuracies},
             environments,
             rounding=[unknown(len(environments), n_rows) for _ in experiment.measures],
+            accuracy_rounding={run: unknown(n_rows) for run in experiment.accuracies},
         )
 
     def saw(self, found: Iterable[Unusable]) -> None:
@@ -128,6 +131,7 @@ class MeasuredValues:
         }
         self.rounding = [values[:, good] for values in self.rounding]
         self.accuracy = {run: values[good] for run, values in self.accuracy.items()}
+        self.accuracy_rounding = {r: values[good] for r, values in self.accuracy_rounding.items()}
 
     def copy_base(self) -> None:
         """Without rules the patched run is the base run."""

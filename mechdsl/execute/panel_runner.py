@@ -224,8 +224,11 @@ class PanelRunner:
                     measured.refused.setdefault(refused, reason)
                 measured.failed.update(reasons)
         for run, correct in experiment.accuracies.items():
-            found = self.runs.values(Readout.of([correct]), run, batch, None)
+            found = self.runs.values(
+                Readout.of([correct]), run, batch, None, relative=self.runs.model.rounding
+            )
             measured.accuracy[run][columns] = found.values[0]
+            measured.accuracy_rounding[run][columns] = found.rounding[0]
             measured.saw(Unusable(int(row), run) for row in batch[found.broken])
 
     # --- cells ------------------------------------------------------------------------------------

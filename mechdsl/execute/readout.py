@@ -257,12 +257,11 @@ def _rounding(
 ) -> Floats:
     """[row]: how far rounding may move an atom. Metrics in logits and nats move by as much as the
     largest logit that they read, shares of it by that part of themselves; a rank moves over the
-    tokens that come as close as that. Categories have no size that could be moved."""
+    tokens that come as close as that. `correct` and categories change,
+    which counts as 1, where the two best tokens do."""
     takes, unit = atom.form.takes, atom.form.unit
     if takes in ("attention", "activations"):
         return np.full(len(value), relative)
-    if atom.form.kind == "category":
-        return np.zeros(len(value))
     logits = reading.continued.get(number)
     if logits is None:
         assert reading.logits is not None
@@ -278,6 +277,8 @@ def _rounding(
         target = _targets(atom, reading).to(logits.device)
         own = logits.gather(-1, target[:, None])[:, 0].abs().double().cpu().numpy()
         return (own <= relative * largest).astype(np.float64)
+    if atom.form.kind == "category":
+        return _two_best_exchanged(logits, 2 * relative * largest)
     if unit in ("rank", "share"):
         target = _targets(atom, reading).to(logits.device)
         return _exchanged(logits, target, 2 * relative * largest, best=unit == "share")
@@ -293,6 +294,14 @@ def _exchanged(logits: Tensor, target: Tensor, within: Floats, *, best: bool) ->
     if best:
         apart = apart.amax(-1, keepdim=True)
     return (apart.abs() <= close).sum(-1).double().cpu().numpy()
+
+
+def _two_best_exchanged(logits: Tensor, within: Floats) -> Floats:
+    """[row]: 1 where the logits of the two best are not further apart than `within`."""
+    if logits.shape[-1] < 2:
+        return np.zeros(len(logits))
+    best, second = logits.double().topk(2).values.unbind(-1)
+    return ((best - second).cpu().numpy() <= within).astype(np.float64)
 
 
 _ENDS = {"rank": (1.0, np.inf), "share": (0.0, 1.0)}

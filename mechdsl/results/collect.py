@@ -97,6 +97,7 @@ def collect(
             for run, values in measured.unpatched.items()
         },
         accuracy=measured.accuracy,
+        accuracy_rounding=measured.accuracy_rounding,
         base=experiment.spec.base,
         source=source,
         called=_called(experiment),
@@ -130,11 +131,15 @@ def _rounding_words(experiment: ResolvedExperiment, model: LoadedModel) -> str:
         f"{model.rounding:.2g} of the largest logit that a metric reads, by this model's "
         f"self-check in {dtype}"
     ]
-    units = {atom.form.unit for measure in experiment.measures for atom in measure.atoms}
+    measures = (*experiment.measures, *experiment.accuracies.values())
+    forms = [atom.form for measure in measures for atom in measure.atoms]
+    units = {form.unit for form in forms}
     if "rank" in units:
         words.append("a rank moves over the tokens whose logits are within twice that")
     if "share" in units:
         words.append("`correct` changes in rows whose two best logits are")
+    if any(form.kind == "category" for form in forms):
+        words.append("a category changes in rows whose two best numerals are")
     return "; ".join(words)
 
 

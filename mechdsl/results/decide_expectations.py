@@ -91,6 +91,10 @@ def evaluate(
     )
 
 
+def _joined(first: str | None, second: str) -> str:
+    return second if first is None else f"{first}; {second}"
+
+
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
@@ -164,7 +168,7 @@ class _Judge:
                 case "!=":
                     return low > 1e-9 or high < -1e-9
 
-        return self.verdict(shown, difference.point, low, high, holds, reason)
+        return self.verdict(shown, difference, low, high, holds, reason)
 
     def between(self, condition: InBand, inside: bool) -> Verdict:
         value = self.value(condition.value)
@@ -177,7 +181,7 @@ class _Judge:
                 return low >= condition.low - slack and high <= condition.high + slack
             return high < condition.low - slack or low > condition.high + slack
 
-        return self.verdict(value, value.point, low, high, holds, None)
+        return self.verdict(value, value, low, high, holds, None)
 
     def ends(self, value: Estimate) -> tuple[float, float]:
         """What a condition is tested on: the interval, or the mean alone with `on mean`."""
@@ -189,12 +193,13 @@ class _Judge:
     def verdict(
         self,
         shown: Estimate,
-        point: float,
+        decides: Estimate,
         low: float,
         high: float,
         holds: Callable[[float, float], bool],
         reason: str | None,
     ) -> Verdict:
+        point, moved = decides.point, decides.rounding
         if shown.samples is None:
             shown_low, shown_high = math.nan, math.nan
         else:
@@ -212,6 +217,8 @@ class _Judge:
             reason = "it holds on the mean, but not on the interval's near end"
         elif shown.why and None in numbers:
             reason = shown.why
+        if moved and any(holds(low + by, high + by) != good for by in (-moved, moved)):
+            reason = _joined(reason, f"rounding alone may decide it: it moves this by {moved:.1e}")
         return Verdict(good, *numbers, reason)
 
     def best(self, condition: BestIs) -> Verdict:
@@ -236,7 +243,11 @@ class _Judge:
         stable = float((index == winner).mean()) if len(index) else math.nan
         here = condition.site.matches(cell)
         reason = None if stable == 1 else f"the same cell in {stable:.0%} of the resamples"
-        return Verdict(here == condition.equal, self.result.cells[winner].name, reason=reason)
+        for other in self.as_large(condition.measure, winner, cells, size=False):
+            if condition.site.matches(self.result.cells[other]) != here:
+                reason = _joined(reason, self.too_close(other))
+                break
+        return Verdict(here == condition.equal, cell.name, reason=reason)
 
     def top(self, condition: TopContains) -> Verdict:
         missing = self.result.measures[condition.measure].missing
@@ -244,7 +255,7 @@ class _Judge:
             return Verdict(False, reason=f"not computed ({missing.code}): {missing.reason}")
         cells = self.chosen(condition.measure, ())
         ranked = first_by_size(self.result, condition.measure, len(cells))
-        worst, said = 0, list[str]()
+        worst, said, unsure = 0, list[str](), list[int]()
         for site in condition.sites:
             ranks = [
                 i + 1 for i, cell in enumerate(ranked) if site.matches(self.result.cells[cell])
@@ -253,12 +264,16 @@ class _Judge:
                 said.append(f"no cell is at {site.text}")
                 continue
             worst = max(worst, ranks[0])
+            beside = ranked[condition.top - (ranks[0] > condition.top) :][:1]
+            own = int(ranked[ranks[0] - 1])
+            unsure += self.as_large(condition.measure, own, np.array(beside, dtype=np.int64))
             if ranks[0] > condition.top:
                 said.append(f"{site.text} is number {ranks[0]}")
         if said:
             first = [self.result.cells[cell].name for cell in ranked[: condition.top]]
             said.append(f"top {condition.top}: {', '.join(first)}")
         good = not said
+        said += [self.too_close(other) for other in unsure[:1]]
         other = by_sign_instead(self.result, condition.measure, condition.top)
         reason = "; ".join([*said, *([other] if other else [])]) or None
         return Verdict(good, float(worst) if worst else None, reason=reason)
@@ -274,7 +289,7 @@ class _Judge:
             case Absolute():
                 inner = self.value(value.operand)
                 samples = None if inner.samples is None else np.abs(inner.samples)
-                return Estimate(abs(inner.point), samples, inner.why)
+                return replace(inner, point=abs(inner.point), samples=samples)
             case Accuracy():
                 return self.accuracy(value.run)
             case Correlation():
@@ -295,15 +310,20 @@ class _Judge:
             samples = np.concatenate(
                 [(w @ filled) / (w @ known.astype(np.float64)) for w in resampling.weights()]
             )
-        return self.estimate(float(filled[known].sum() / known.sum()), samples, known[None])
+        point = float(filled[known].sum() / known.sum())
+        bound = self.result.accuracy_bound(run)
+        return self.estimate(point, samples, known[None], bound)
 
-    def estimate(self, point: float, samples: Floats, present: Any) -> Estimate:
+    def estimate(
+        self, point: float, samples: Floats, present: Any, rounding: float = 0.0
+    ) -> Estimate:
         """Without an interval where only one prompt or group stands behind the number."""
         resampling = self.result.resampling
         if resampling.units_of(present.any(0)[None])[0] < 2:
             unit = "group" if resampling.grouped else "prompt"
-            return Estimate(point, np.full_like(samples, np.nan), f"one {unit}: no interval")
-        return Estimate(point, samples)
+            why = f"one {unit}: no interval"
+            return Estimate(point, np.full_like(samples, np.nan), why, rounding)
+        return Estimate(point, samples, rounding=rounding)
 
     def of_cells(self, value: OfCells) -> Estimate:
         cells = self.chosen(value.measure, value.where)
@@ -330,7 +350,9 @@ class _Judge:
             samples = {"max": greatest, "min": least}.get(value.how, total / count)
         samples = np.where(count > 0, samples, np.nan)
         point = {"max": means.max(), "min": means.min()}.get(value.how, means.mean())
-        return self.estimate(float(point), samples, present)
+        bounds = self.bounds(value.measure, cells)
+        bound = bounds.max() if value.how in ("max", "min") else bounds.mean()
+        return self.estimate(float(point), samples, present, float(bound))
 
     def correlation(self, value: Correlation) -> Estimate:
         if value.experiment not in self.others:
@@ -397,7 +419,8 @@ class _Judge:
             samples[rows] += values @ share[these]
             if rows.start == 0:
                 present |= self.parts(value.measure, chosen[these]).present.any(0)
-        return self.estimate(float(means @ share), samples, present)
+        bound = float(self.bounds(value.measure, chosen) @ share)
+        return self.estimate(float(means @ share), samples, present, bound)
 
     # --- cells and their draws
 
@@ -409,6 +432,22 @@ class _Judge:
         means = self.result.statistics[measure].mean
         found = [i for i in range(len(means)) if np.isfinite(means[i]) and self.at(i, where)]
         return np.array(found, dtype=np.int64)
+
+    def bounds(self, measure: int, cells: Ints) -> Floats:
+        """How far rounding alone may move these cells; 0 where that isn't known."""
+        return np.nan_to_num(self.result.statistics[measure].rounding[cells])
+
+    def as_large(self, measure: int, cell: int, others: Ints, *, size: bool = True) -> list[int]:
+        """Those of other cells whose effect, or its size, may be the same but for rounding."""
+        means = self.result.statistics[measure].mean
+        sizes = np.abs(means) if size else means
+        moved = self.bounds(measure, others) + self.bounds(measure, np.array([cell]))
+        close = (np.abs(sizes[others] - sizes[cell]) <= moved) & (moved > 0) & (others != cell)
+        return others[close].tolist()
+
+    def too_close(self, cell: int) -> str:
+        name = self.result.cells[cell].name
+        return f"rounding alone may decide it: no more than that is between it and {name}"
 
     def parts(self, measure: int, cells: Ints) -> Parts:
         return _parts(self.result, measure, cells, self.result.resampling.order)

@@ -16,7 +16,7 @@ from mechdsl.execute.sizes import ChosenBy
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, FileResult
 from mechdsl.statistics.cell_statistics import category_statistics
-from mechdsl.statistics.measure_data import Interval, MeasureData
+from mechdsl.statistics.measure_data import Interval, MeasureData, may_change
 
 SCHEMA_VERSION: Literal[2] = 2
 
@@ -66,7 +66,8 @@ class MeasureDocument(DocumentPart):
     rounding: float | None = Field(
         default=None,
         description="rounding alone explains an effect of up to this size; given where the mean is "
-        "no larger",
+        "no larger. Of shares and categories: the share of prompts that it may change, "
+        "if there are some",
     )
     reason: str | None = Field(default=None, description="why a number is null")
 
@@ -105,6 +106,9 @@ class RunDocument(DocumentPart):
     share: float | None = Field(default=None, description="categories: its share of the prompts")
     mean_error: float | None = Field(
         default=None, description="categories: mean absolute difference to the right number"
+    )
+    rounding: float | None = Field(
+        default=None, description="of accuracies: how far rounding alone may move it, if at all"
     )
     reason: str | None = None
 
@@ -217,7 +221,9 @@ def _measure(result: ExperimentResult, measure: int, cell: int, n: int) -> Measu
             null=_null(result, measure, cell),
             n=int(found.n[cell]) if int(found.n[cell]) != n else None,
             inert=True if data.inert[cell] else None,
-            rounding=_number(found.rounding[cell]) if found.at_rounding[cell] else None,
+            rounding=_number(found.rounding[cell])
+            if found.at_rounding[cell] or may_change(data, found)[cell]
+            else None,
             reason=_reason(found.reasons[cell], data, result.source),
         ),
     )
@@ -271,7 +277,7 @@ def _run(label: str, metric: str, found: Interval) -> RunDocument:
         low=_number(found.low),
         high=_number(found.high),
         n=found.n,
-        **_given(reason=reason),
+        **_given(reason=reason, rounding=found.rounding or None),
     )
 
 

@@ -27,6 +27,8 @@ class Estimate:
     samples: Floats | None = None
     why: str | None = None
     """Why there is no number, or no interval."""
+    rounding: float = 0.0
+    """How far rounding alone may move the number."""
 
 
 def combined(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate) -> Estimate:
@@ -36,11 +38,23 @@ def combined(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate)
         point = float(compute(left.point, right.point))
         zero = "it divides by 0" if sign == "/" and right.point == 0 else None
         why = left.why or right.why or zero
+        rounding = _moved(sign, left, right)
         if left.samples is None and right.samples is None:
-            return Estimate(point, None, why)
+            return Estimate(point, None, why, rounding)
         one = left.point if left.samples is None else left.samples
         two = right.point if right.samples is None else right.samples
-        return Estimate(point, np.asarray(compute(one, two)), why)
+        return Estimate(point, np.asarray(compute(one, two)), why, rounding)
+
+
+def _moved(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate) -> float:
+    """How far rounding moves what is calculated, to first order, both numbers in the worst
+    direction."""
+    if sign in ("+", "-"):
+        return left.rounding + right.rounding
+    one, two = abs(left.point), abs(right.point)
+    if sign == "*":
+        return one * right.rounding + two * left.rounding
+    return (left.rounding + one / two * right.rounding) / two if two else 0.0
 
 
 def pearson(left: Floats, right: Floats) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,8 @@ class ExperimentResult:
     """Run name -> label -> value per prompt, of the unpatched run."""
     accuracy: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
     """Run name -> 1 or 0 per prompt, where the prompts have an answer."""
+    accuracy_rounding: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
+    """The same: 1 where rounding may decide it."""
     base: str = "clean"
     source: str | None = None
     called: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -155,8 +157,15 @@ class ExperimentResult:
                 if label not in categories
             }
         for run, rows in self.accuracy.items():
-            found.setdefault(run, {})["accuracy"] = run_interval(rows, self.resampling)
+            interval = run_interval(rows, self.resampling)
+            moved = self.accuracy_bound(run)
+            found.setdefault(run, {})["accuracy"] = replace(interval, rounding=moved)
         return found
+
+    def accuracy_bound(self, run: str) -> float:
+        """How far rounding alone may move the accuracy of a run; 0 where that isn't known."""
+        rows, known = self.accuracy_rounding.get(run), ~np.isnan(self.accuracy[run])
+        return 0.0 if rows is None or not known.any() else float(rows[known].mean())
 
     def records(self) -> list[dict[str, Any]]:
         """One flat record per cell and measure, None where a number is missing."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from mechdsl.base.plural import plural
 from mechdsl.base.registry import Registry
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.statistics.measure_data import may_change
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 from mechdsl.vocab.effect_kind import EffectKind
 
@@ -40,10 +42,19 @@ def statistics_conventions(
         found["correction"] = f"{CORRECTION_NAMES[settings.correction]}, over {tests:,} cell"
         found["correction"] += "" if tests == 1 else "s"
     small = sum(int(np.count_nonzero(each.at_rounding)) for each in result.statistics)
+    said = []
     if small:
-        found["rounding"] = (
-            f"{small} cell{'' if small == 1 else 's'} no larger than what rounding alone may give, "
-            f"{result.rounding}, not counted as surviving"
+        said.append(
+            f"{plural(small, 'cell')} no larger than what rounding alone may give, not counted as "
+            "surviving"
         )
+    pairs = zip(result.measures, result.statistics, strict=True)
+    changing = sum(int(np.count_nonzero(may_change(*pair))) for pair in pairs)
+    if changing:
+        said.append(f"{plural(changing, 'cell')} in which it may change single prompts")
+    moved = {run: result.accuracy_bound(run) for run in result.accuracy}
+    said += [f"the accuracy of {run} by up to {by:.2g}" for run, by in moved.items() if by]
+    if said:
+        found["rounding"] = f"{', '.join(said)}; {result.rounding}"
     found["seed"] = str(result.seed)
     return found

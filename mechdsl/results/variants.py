@@ -40,6 +40,7 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
         ),
         runs=_by_run(results, several, lambda result: result.runs),
         accuracy=_by_run(results, several, lambda result: result.accuracy),
+        accuracy_rounding=_by_run(results, several, lambda result: result.accuracy_rounding),
         base=", ".join(dict.fromkeys(result.base for result in results)),
         source=", ".join(dict.fromkeys(r.source for r in results if r.source)) or None,
         called=_called(results),
@@ -100,6 +101,7 @@ def _on_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> Experimen
             for run, found in result.runs.items()
         },
         accuracy={run: values[index] for run, values in result.accuracy.items()},
+        accuracy_rounding={r: values[index] for r, values in result.accuracy_rounding.items()},
         row_ids=ids,
         row_values={name: chosen(values) for name, values in result.row_values.items()},
         texts=chosen(result.texts) if result.texts else (),

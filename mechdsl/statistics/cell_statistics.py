@@ -75,6 +75,8 @@ def _numbers(
             found.p[block] = p
             bound = _rounding(data, effect, block, order)
             found.rounding[block] = np.where(data.inert[block], np.nan, bound)
+        else:
+            found.rounding[block] = _mean_within(data.rounding, block, order, rows.present)
         for offset, cell in enumerate(range(*block.indices(cells))):
             undefined = int(rows.undefined[offset])
             reasons.append(_reason(data, effect, found, cell, int(units[offset]), undefined, unit))
@@ -154,11 +156,14 @@ def _reason(
     return "; ".join(said) or None
 
 
-def category_statistics(values: Floats, truth: Floats | None) -> CellStatistics:
+def category_statistics(
+    values: Floats, truth: Floats | None, rounding: Floats | None = None
+) -> CellStatistics:
     """The commonest value of each cell, its share and the mean absolute error.
 
     values: [cell, prompt], NaN where a prompt is not part of the cell
     truth: [1 or cell, prompt], the right numbers
+    rounding: [1 or cell, prompt], 1 where rounding may change the category
     """
     found = _empty(len(values))
     reasons: list[str] = []
@@ -175,6 +180,9 @@ def category_statistics(values: Floats, truth: Floats | None) -> CellStatistics:
         if truth is not None:
             right = truth[cell if len(truth) > 1 else 0]
             found.mean_error[cell] = np.abs(seen - right[present]).mean()
+        if rounding is not None:
+            moved = rounding[cell if len(rounding) > 1 else 0]
+            found.rounding[cell] = moved[present].mean()
         unknown = np.isnan(found.mean_error[cell])
         reasons.append(
             "a category has no mean" + ("; no right number is known for it" if unknown else "")
@@ -211,7 +219,7 @@ def cell_statistics(
     found = [
         _numbers(data, effects[data.effect], resampling, tests)
         if data.kind == "number"
-        else category_statistics(data.patched, data.truth)
+        else category_statistics(data.patched, data.truth, data.rounding)
         for data in measures
     ]
     together = np.concatenate([entry.p for entry in found])

@@ -75,14 +75,26 @@ class CellStatistics:
     tests: int
     """Over how many cells, of all measures, p was corrected."""
     rounding: Floats
-    """How large an effect rounding alone may give, in the effect's own unit; NaN where that isn't
-    known or the cell isn't tested."""
+    """How far rounding alone may move the mean, in the effect's own unit, or, of categories, the
+    share of the prompts whose category it may change; NaN where that isn't known or can't be."""
+
+    @property
+    def tested(self) -> Bools:
+        """[cell] whether there is a p."""
+        return ~np.isnan(self.p)
 
     @property
     def at_rounding(self) -> Bools:
         """[cell] whether rounding alone explains an effect of this size. Where nothing rounds, as
         for a rank that no other token is close to, an effect of 0 is exact."""
-        return (np.abs(self.mean) <= self.rounding) & (self.rounding > 0)
+        return self.tested & (np.abs(self.mean) <= self.rounding) & (self.rounding > 0)
+
+
+def may_change(data: MeasureData, found: CellStatistics) -> Bools:
+    """[cell] whether rounding alone may change what counts as right, or the category, in some
+    prompt of the base run."""
+    counts = data.kind == "category" or data.unit == "share"
+    return (found.rounding > 0) & ~found.tested & counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,3 +118,5 @@ class Interval:
     low: float
     high: float
     n: int
+    rounding: float = 0.0
+    """How far rounding alone may move the mean."""

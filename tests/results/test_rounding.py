@@ -13,8 +13,9 @@ from rich.console import Console
 from mechdsl.base.source import Source
 from mechdsl.execute.readout import Reading, Readout
 from mechdsl.results.document import experiment_document
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.statistics_conventions import statistics_conventions
-from mechdsl.show.reports.text import survives, survivors
+from mechdsl.show.reports.text import rounding_note, survives, survivors
 from mechdsl.show.show_report import show_report
 from mechdsl.statistics.cell_statistics import cell_statistics
 from mechdsl.statistics.measure_data import CellStatistics, MeasureData
@@ -104,12 +105,8 @@ def readout(*measures: str) -> Readout:
     return Readout.of(resolved.measures)
 
 
-def test_what_rounding_does_to_a_metric() -> None:
-    """Against a change of every logit by as much: the worst of the directions that were tried."""
-    read = readout('logit(answer) - logit(" 3")', "prob(answer)", "logprob(answer)", "rank(answer)")
-    targets = [atom.texts[None][0][0] for _, atom in read.atoms]
-    random = torch.Generator().manual_seed(0)
-    logits = torch.randn(1, 120, generator=random, dtype=torch.float64) * 3
+def bounds(read: Readout, logits: torch.Tensor, relative: float) -> list[float]:
+    """Per measure, how far rounding may move what it reads off logits, [1, vocab]."""
     reading = Reading(
         prompts=np.zeros(1, dtype=np.int64),
         items=[None],
@@ -119,14 +116,23 @@ def test_what_rounding_does_to_a_metric() -> None:
         activations={},
         references={},
     )
+    return [float(each[0]) for each in read.read(reading, relative).rounding]
+
+
+def test_what_rounding_does_to_a_metric() -> None:
+    """Against a change of every logit by as much: the worst of the directions that were tried."""
+    read = readout('logit(answer) - logit(" 3")', "prob(answer)", "logprob(answer)", "rank(answer)")
+    targets = [atom.texts[None][0][0] for _, atom in read.atoms]
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 120, generator=random, dtype=torch.float64) * 3
     relative = 1e-6
-    found = [float(each[0]) for each in read.read(reading, relative).rounding]
+    found = bounds(read, logits, relative)
     largest = float(logits.abs().max())
     own, other = (abs(float(logits[0, token])) for token in targets[:2])
     p = float(logits.softmax(-1)[0, targets[0]])
     expected = [relative * (own + other), relative * largest * p, relative * largest, 0.0]
     assert found == pytest.approx(expected, rel=1e-6)
-    assert [float(each[0]) for each in read.read(reading).rounding] == [0.0] * 4
+    assert bounds(read, logits, 0.0) == [0.0] * 4
 
 
 def test_what_rounding_does_to_ranks_and_shares() -> None:
@@ -141,16 +147,7 @@ def test_what_rounding_does_to_ranks_and_shares() -> None:
         logits[0, target] = own
         for token, value in zip(others, near, strict=False):
             logits[0, token] = value
-        reading = Reading(
-            prompts=np.zeros(1, dtype=np.int64),
-            items=[None],
-            logits=logits[:, None],
-            continued={},
-            loss=None,
-            activations={},
-            references={},
-        )
-        return [float(each[0]) for each in read.read(reading, 1e-3).rounding]
+        return bounds(read, logits, 1e-3)
 
     # The largest is 10, so that a logit moves by 0.01, and two by 0.02 from each other.
     assert found(5.0, 4.0, 3.0) == [0, 0, 0]
@@ -159,6 +156,114 @@ def test_what_rounding_does_to_ranks_and_shares() -> None:
     assert found(5.0, 5.015, 4.985) == [2, 1, 0.5]  # rank 2: 1 to 4
     assert found(5.0, 6.0, 5.015) == [1, 0, pytest.approx(1 / 6)]  # rank 3: 2 to 4, and never right
     assert found(5.0, 5.0) == [1, 1, 0.5]  # a tie
+
+
+def test_what_rounding_does_to_a_category() -> None:
+    """Where the two best of the numerals are close, the other one may be found."""
+    read = readout("argmax(1..9)", "argmax(3..3)", "expected(1..9)")
+    tokens = [token for token, _ in read.atoms[0][1].numerals]
+
+    def found(best: float, second: float) -> list[float]:
+        logits = torch.full((1, 120), -10.0, dtype=torch.float64)
+        logits[0, tokens[2]], logits[0, tokens[5]] = best, second
+        return bounds(read, logits, 1e-3)[:2]
+
+    assert found(5.0, 4.985) == [1, 0]
+    assert found(4.985, 5.0) == [1, 0]
+    assert found(5.0, 4.975) == [0, 0]
+
+
+def close() -> ExperimentResult:
+    """Effects of which two are equal but for rounding, two answers that rounding may change."""
+    result = heads()
+    data = result.measures[0]
+    live = np.flatnonzero(~data.inert)
+    patched = data.patched.copy()
+    patched[live[0]] = patched[live[2]] + 1e-6
+    changing = np.zeros(64)
+    changing[:2] = 1
+    measures = (replace(data, patched=patched, rounding=np.full_like(data.base, 1e-5)),)
+    accuracy = {"clean": changing, "fewer": np.zeros(64)}
+    return replace(result, measures=measures, accuracy_rounding=accuracy, rounding="R")
+
+
+DECIDED_BY_ROUNDING = {
+    "accuracy(clean) > 0.92 on mean": "it moves this by 3.1e-02",
+    "accuracy(clean) < 0.93 on mean": "it moves this by 3.1e-02",
+    "not accuracy(clean) > 0.94 on mean": "it moves this by 3.1e-02",
+    "accuracy(clean) in 0.93..1 on mean": "it moves this by 3.1e-02",
+    "accuracy(clean) - accuracy(fewer) > -0.07 on mean": "it moves this by 3.1e-02",
+    "2 * accuracy(clean) > 1.85 on mean": "it moves this by 6.2e-02",
+    "recovery(L2H1) > recovery(L1H1)": "",
+    "recovery(FIRST) - recovery(SECOND) > 0 on mean": "it moves this by 4.0e-06",
+    "abs(recovery(FIRST) - recovery(SECOND)) < 0.1": "",
+    "accuracy(clean) > 0.5": "",
+    "accuracy(fewer) = 1": "",
+    "argmax(recovery) = L2H1": "",
+    "top 1 contains L2H1": "",
+}
+
+
+@pytest.mark.parametrize(("line", "said"), DECIDED_BY_ROUNDING.items(), ids=DECIDED_BY_ROUNDING)
+def test_what_rounding_may_decide_is_said(line: str, said: str) -> None:
+    result = close()
+    live = np.flatnonzero(~result.measures[0].inert)
+    first, second = (result.cells[live[i]].name.partition(".")[0] for i in (0, 2))
+    (outcome,) = finished(result, line.replace("FIRST", first).replace("SECOND", second)).outcomes
+    reason = outcome.reason or ""
+    assert ("rounding alone may decide it" in reason) == bool(said), reason
+    assert said in reason
+
+
+def test_which_cell_is_best_may_hang_on_rounding() -> None:
+    result = close()
+    data = result.measures[0]
+    best, other = 9, 8
+    patched = data.patched.copy()
+    patched[other] = patched[best] + np.array([1e-6, -1e-6] * 32)
+    result = replace(result, measures=(replace(data, patched=patched),))
+    assert [result.cells[i].name for i in (best, other)] == ["L2H1.z", "L2H0.z"]
+    lines = "argmax(recovery) = L2H1", "top 1 contains L2H1", "top 2 contains L2H1"
+    outcomes = finished(result, *lines).outcomes
+    said = ["rounding alone may decide it" in (each.reason or "") for each in outcomes]
+    assert said == [True, True, False]
+
+
+def test_shares_that_rounding_may_change_are_marked() -> None:
+    """Accuracies, `correct` and categories: in the JSON, under tables and in the conventions."""
+    result = close()
+    data = result.measures[0]
+    moved = np.zeros_like(data.base)
+    moved[0, :4] = 1
+    shares = replace(data, effect="raw", unit="share", rounding=moved)
+    ones = np.ones_like(data.patched)
+    categories = replace(shares, label="of_nine", kind="category", unit="count", patched=ones)
+    logits = replace(data, label="logits", effect="raw", rounding=moved)
+    done = finished(replace(result, measures=(shares, categories, logits)))
+    for number, marked in enumerate((True, True, False)):
+        assert done.statistics[number].rounding == pytest.approx([4 / 64] * len(result.cells))
+        assert not done.statistics[number].at_rounding.any()
+        assert (rounding_note(done, number) is not None) == marked
+    document = experiment_document(done).as_json()
+    cells = [[each.get("rounding") for each in cell["measures"]] for cell in document["cells"]]
+    assert cells == [[4 / 64, 4 / 64, None]] * len(result.cells)
+    accuracies = {run: values[-1].get("rounding") for run, values in document["runs"].items()}
+    assert accuracies == {"clean": 2 / 64, "fewer": None}
+    said = statistics_conventions(done, EFFECTS)["rounding"]
+    assert "24 cells in which it may change single prompts" in said
+    assert "the accuracy of clean by up to 0.031" in said
+    assert "fewer" not in said
+
+
+def test_accuracies_of_a_file_have_a_bound() -> None:
+    """A whole file: the accuracy that is asked for is `correct` of the same run."""
+    lines = "measure correct as raw", "measure argmax(1..9) as raw", "expect accuracy(clean) > 0.5"
+    found, diagnostics = run(experiment("e", *lines), whole=True)
+    assert found is not None, diagnostics
+    (result,) = found.experiments
+    assert result.accuracy_rounding["clean"].shape == result.accuracy["clean"].shape
+    assert (result.accuracy_rounding["clean"] == result.measures[0].rounding).all()
+    assert "a category changes in rows" in result.rounding
 
 
 def test_ranks_and_shares_of_a_file_have_a_bound() -> None:

@@ -13,7 +13,7 @@ from rich.text import Text
 from mechdsl.base.arrays import Bools, Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.statistics.measure_data import MeasureData, NullBand
+from mechdsl.statistics.measure_data import MeasureData, NullBand, may_change
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 
 MISSING = "–"
@@ -182,8 +182,14 @@ def survives(result: ExperimentResult, measure: int) -> Bools:
 
 
 def rounding_note(result: ExperimentResult, measure: int) -> str | None:
-    """How many cells are at the level of rounding, and what that is."""
-    found = result.statistics[measure]
+    """How many cells are at the level of rounding and what that is, or hang on it."""
+    data, found = result.measures[measure], result.statistics[measure]
+    changing = found.rounding[may_change(data, found)]
+    if len(changing):
+        what = "the category" if data.kind == "category" else "what is correct"
+        cells = "1 cell" if len(changing) == 1 else f"{len(changing)} cells"
+        share = f"{100 * changing.max():.2g} %"
+        return f"rounding alone may change {what} in up to {share} of the prompts of {cells}"
     bounds = found.rounding[found.at_rounding]
     if not len(bounds):
         return None
