@@ -111,7 +111,7 @@ def _prompts(work: Statements) -> spec.Prompts | None:
         return work.parts.prompts.get(known[0]) if len(known) == 1 else None
     use = work.prompts[0]
     if use.kind == "images":
-        work.later(use.span, "images")
+        work.later(use.span, "`images`")
         return None
     name = use.prompts.name
     if not work.scope.use("prompts", name, use.prompts.span):

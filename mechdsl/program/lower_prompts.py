@@ -40,6 +40,7 @@ class _BlockLines:
         self.renamed: dict[str, ast.Name] = {}
         """Where a new name stands first."""
         self.split: ast.Split | None = None
+        self.from_images = False
 
     @property
     def diagnostics(self) -> list[Diagnostic]:
@@ -121,7 +122,8 @@ class _BlockLines:
             case ast.Chat():
                 self.later(line, "`chat`")
             case ast.ImageLine() | ast.Region():
-                self.later(line, "images")
+                self.later(line, "`image`" if isinstance(line, ast.ImageLine) else "`region`")
+                self.from_images = True
 
     def _rename(self, new: ast.Name, old: ast.Name) -> None:
         first = self.renamed.setdefault(new.id, new)
@@ -183,6 +185,7 @@ def lower_prompts(definition: ast.PromptsDef, scope: Namespace) -> spec.Prompts:
         rename=tuple(block.rename),
         where=tuple(block.where),
         split=None if block.split is None else block.split.percent.value,
+        from_images=block.from_images,
         texts=tuple(block.texts),
         spans=tuple(block.spans),
         corruptions=tuple(block.corruptions),

@@ -24,7 +24,7 @@ NodeT = TypeVar("NodeT", bound=ast.Node)
 # What the grammar knows and no stage executes yet, by the class of its node.
 LATER: dict[type[ast.Node], str] = {
     ast.Generate: "`generate`",
-    ast.Using: "an estimator",
+    ast.Using: "`using`",
     ast.Discover: "`discover`",
     ast.Search: "`search`",
     ast.ObserveFeatures: "`observe features`",

@@ -115,6 +115,8 @@ class Prompts(Spec):
     templates: tuple[StringText, ...] = ()
     rows: ExprText | None = None
     """The file's path as a string expression."""
+    from_images: bool = False
+    """Whether it takes columns from images, which can't be read yet."""
     distinct: bool = False
     """Of equal records only the first."""
     rename: tuple[tuple[str, str], ...] = ()

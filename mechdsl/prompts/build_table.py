@@ -96,7 +96,7 @@ def build_table(
         compiled[prompts.name] = rows
     block = rows.block
     diagnostics = list(block.diagnostics)
-    if has_errors(diagnostics):
+    if has_errors(diagnostics) or block.columns_unknown:
         return None, diagnostics
     most = None
     if prompts_enough is not None:

@@ -193,6 +193,11 @@ class PromptsBlock:
         return len(self.data.records) if self.data else 1
 
     @property
+    def columns_unknown(self) -> bool:
+        """Whether it has columns whose names can't be read."""
+        return self.data is None and (self.spec.rows is not None or self.spec.from_images)
+
+    @property
     def combinations(self) -> int:
         """Rows of one round."""
         return self.size * self.data_size
@@ -234,7 +239,7 @@ class PromptsBlock:
             for name in template.definitions:
                 if name in self.domains or name in self.definitions:
                     self._duplicate(template, name)
-        if self.spec.rows is None or self.data is not None:
+        if not self.columns_unknown:
             self._check_uses()
         self._check_cycles()
 

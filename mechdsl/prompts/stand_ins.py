@@ -104,7 +104,7 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     )
     table, _ = build_table(made, tokenizer=tokenizer, limit=1)
     assert table is not None
-    table = replace(table, columns_unknown=block.spec.rows is not None and block.data is None)
+    table = replace(table, columns_unknown=block.columns_unknown)
     return with_stand_ins(table, [corruption.name for corruption in block.spec.corruptions])
 
 
