@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+from mechdsl.base.names import name_list
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
@@ -110,7 +111,7 @@ def check_with_models(
 
 
 def _no_such_model(name: str, declared: Collection[str]) -> Diagnostic:
-    listed = ", ".join(f"`{each}`" for each in declared)
+    listed = name_list(declared)
     known = f"the file's models are {listed}" if listed else "the file has no `model` line"
     return UnknownName(kind="model", name=name, hint=did_you_mean(name, declared, known))
 

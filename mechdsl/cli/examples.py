@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mechdsl.base.files import write_whole
+from mechdsl.base.plural import plural
 from mechdsl.base.shipped import shipped_path
 from mechdsl.cli.output import say
 from mechdsl.cli.status import FINE
@@ -63,5 +64,5 @@ def _copy(origin: Path, folder: Path) -> int:
             copied += 1
     for target in there:
         say(f"{target} is there already, and was left as it is", out=False)
-    say(f"copied {copied} file{'' if copied == 1 else 's'} to {folder}")
+    say(f"copied {plural(copied, 'file')} to {folder}")
     return FINE

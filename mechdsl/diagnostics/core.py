@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -15,6 +16,11 @@ Unknown: TypeAlias = Literal["shape", "tokens", "rows", "count", "columns"]
 """What isn't known where something stands in for it: the sizes and sites of a model, the tokens of
 texts, the rows of prompts, how many there are of them, the names that a data file gives them."""
 UNKNOWN: tuple[Unknown, ...] = ("shape", "tokens", "rows", "count", "columns")
+
+_COUNTED = re.compile(
+    r"\{(\w+)[^}]*\} (?:cell|draw|head|item|layer|measure|model|position|prompt|row|token)s\b"
+)
+"""A number of things in a wording."""
 
 CODES: dict[str, type[Diagnostic]] = {}
 """Every code of the language, filled as the classes are defined."""
@@ -53,20 +59,29 @@ class Diagnostic(Record):
     def _facts(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def _said(self, wording: str) -> str:
+        """The wording with the facts put in: `1 row`, `2 rows`."""
+        facts = self._facts()
+
+        def counted(found: re.Match[str]) -> str:
+            return found[0][:-1] if facts[found[1]] == 1 else found[0]
+
+        return _COUNTED.sub(counted, wording).format(**facts)
+
     @property
     def message(self) -> str:
         """The headline with the facts put in."""
-        return self.title.format(**self._facts())
+        return self._said(self.title)
 
     @property
     def label_text(self) -> str:
         """What stands beside the carets."""
-        return self.label.format(**self._facts())
+        return self._said(self.label)
 
     @property
     def help_text(self) -> str:
         """What to write instead."""
-        return self.help.format(**self._facts())
+        return self._said(self.help)
 
 
 def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:

@@ -298,7 +298,7 @@ class NoTemplate(Diagnostic):
 @keyword_record
 class EmptyPrompt(Diagnostic):
     code = "E0526"
-    title = "{rows} prompts of `{run}` are empty"
+    title = "`{run}` has {rows} prompts without text"
     label = "no token to read"
     help = "leave these rows out with `where`"
     run: str

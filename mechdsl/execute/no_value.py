@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.plural import plural
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_numbers import CellsWithoutValue, NoValue
 from mechdsl.execute.measured_values import MeasuredValues, Unusable
@@ -50,7 +51,9 @@ def function_failed(failed: Failed, experiment: ResolvedExperiment, seen: Unusab
     if not failed.rows:
         return failed.problem
     words = row_words(seen, experiment)
-    return replace(failed.problem, place=f", called with {failed.rows} rows from the {words}, on")
+    return replace(
+        failed.problem, place=f", called with {plural(failed.rows, 'row')} from the {words}, on"
+    )
 
 
 def cells_without_value(measured: MeasuredValues) -> list[Diagnostic]:
@@ -80,6 +83,6 @@ def gap_words(measured: MeasuredValues, number: int, cell: int) -> str:
     gap = measured.gaps.get((number, cell))
     if gap is None:
         return ""
-    rows = "1 row" if gap.rows == 1 else f"{gap.rows} rows"
+    rows = plural(gap.rows, "row")
     first = measured.experiment.table.row_ids[gap.first.row]
     return f"{gap.reason}, in {rows}, first in row {first}"

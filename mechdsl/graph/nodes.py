@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import networkx as nx
 
+from mechdsl.base.plural import plural
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Noise, PositionCell
 from mechdsl.resolve.resolved import (
@@ -282,7 +283,7 @@ def unpatched(experiment: ResolvedExperiment, run: str) -> ForwardNode:
     writes: tuple[WriteNode, ...] = ()
     if noise is not None:
         amount = f"{noise.sds:g} sd" if noise.sds is not None else f"{noise.std:g}"
-        value = TransformNode("noise", detail=f"{amount}, {noise.samples} draws")
+        value = TransformNode("noise", detail=f"{amount}, {plural(noise.samples, 'draw')}")
         writes = (WriteNode(noise, "where the corruption says", value),)
     text = run
     if there.model is not None:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 
 from mechdsl import zoo
 from mechdsl.base.json_text import load_json
+from mechdsl.base.names import name_list
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e04_model import (
@@ -62,7 +63,7 @@ def zoo_models() -> list[str]:
 def _zoo(model: Model) -> tuple[Path | None, list[Diagnostic]]:
     known = zoo_models()
     if model.path not in known:
-        names = ", ".join(f"`{name}`" for name in known)
+        names = name_list(known)
         advice = did_you_mean(model.path, known, f"it has {names}")
         return None, [UnknownZooModel(span=model.span, path=model.path, advice=advice)]
     return _checked(Path(zoo.__path__[0]) / model.path, model, by_name=True)

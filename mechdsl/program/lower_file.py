@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mechdsl.base import limits
+from mechdsl.base.names import name_list
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported, NotText, Unreadable
@@ -207,7 +208,7 @@ def _override(name: str, text: str, parts: Definitions, diagnostics: list[Diagno
     """`--set name=text`: only parameters can be set, to a value of the same kind."""
     setting = f"{name}={text}"
     if name not in parts.parameters:
-        known = ", ".join(f"`{p}`" for p in parts.parameters)
+        known = name_list(parts.parameters)
         hint = did_you_mean(
             name,
             parts.parameters,

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from mechdsl.base.names import name_list
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import (
@@ -96,12 +97,12 @@ def _unknown(
     blocks: Sequence[str],
     models: Sequence[str],
 ) -> Diagnostic:
-    runs = ", ".join(f"`{r}`" for r in own)
+    runs = name_list(own)
     hint = f"runs of `{prompts.name}` are {runs}"
     others = [*blocks, *(models if len(models) > 1 else ())]
     others = [name for name in others if name != prompts.name]
     if others:
-        hint += "; other runs are " + ", ".join(f"`{name}`" for name in others)
+        hint += "; other runs are " + name_list(others)
     written = ref.name if ref.part is None else f"{ref.name}.{ref.part}"
     if written in ("zero", "mean", "resample"):
         hint = f"`ablate … with {written}` writes that; a `patch` reads a run: " + runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from mechdsl.base.names import name_list
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import (
@@ -197,7 +198,7 @@ def known_run(prompts: spec.Prompts, ref: ast.Ref, diagnostics: list[Diagnostic]
     runs = [CLEAN, *(c.name for c in prompts.corruptions)]
     if ref.part is None and ref.name in runs:
         return ref.name
-    known = ", ".join(f"`{r}`" for r in runs)
+    known = name_list(runs)
     written = ref.name if ref.part is None else f"{ref.name}.{ref.part}"
     diagnostics.append(
         UnknownName(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mechdsl.base.names import name_list
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import DuplicateName, UnknownName, did_you_mean
@@ -54,7 +55,7 @@ class Namespace:
             hint = f"`{name}` is {'a block of prompts' if plural else a(found.kind)}"
         else:
             names = [n for n, d in self.definitions.items() if d.kind == kind]
-            known = ", ".join(f"`{n}`" for n in names)
+            known = name_list(names)
             define = f"define it first: `{EXAMPLES[kind].format(name)}`"
             hint = did_you_mean(name, names, f"defined are {known}" if known else define)
         word = "block of prompts" if kind == "prompts" else kind

@@ -18,6 +18,7 @@ from traceback import walk_tb
 from types import ModuleType
 from typing import Any, Literal
 
+from mechdsl.base.names import name_list
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
@@ -227,7 +228,7 @@ def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
     content = _content(path, file)
     functions = _functions(content, file)
     if name not in functions:
-        known = ", ".join(f"`{each}`" for each in functions)
+        known = name_list(functions)
         hint = did_you_mean(
             name, functions, f"it defines {known}" if known else "define it with `def`"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from mechdsl.base.names import name_list
 from mechdsl.diagnostics.e02_names import CircularExperiments, UnknownName, did_you_mean
 from mechdsl.program import spec
 from mechdsl.program.namespace import Namespace
@@ -27,7 +28,7 @@ def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spe
     known = scope.names("experiment")
     for node in {node.span: node for node in every}.values():
         if node.of not in known:
-            listed = ", ".join(f"`{name}`" for name in known)
+            listed = name_list(known)
             scope.diagnostics.append(
                 UnknownName(
                     span=node.span,

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mechdsl.base.names import name_list
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
@@ -152,13 +153,13 @@ def _named(
     rows = table.runs[run].rows if run in table.runs else ()
     known = list(table.runs[CLEAN].rows[0].texts) if len(table) else []
     if run not in table.runs:
-        runs = ", ".join(f"`{r}`" for r in table.runs)
+        runs = name_list(table.runs)
         hint = did_you_mean(
             run, table.runs, f"there are runs {runs}", written=lambda near: f"{name} of {near}"
         )
         shown = f"{name} of {run}"
     elif name not in known:
-        listed = ", ".join(f"`{n}`" for n in known)
+        listed = name_list(known)
         otherwise = f"there is {listed}" if known else 'add a line such as `answer " {count}"`'
         hint = did_you_mean(name, known, otherwise)
         shown = name

@@ -8,6 +8,7 @@ from math import inf
 from typing import Any, cast
 
 from mechdsl.base import limits
+from mechdsl.base.plural import plural
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e05_data import BadValue, UnknownFunction
@@ -133,7 +134,7 @@ def _index(node: ast.Index, scope: Scope, key: Key) -> Value:
     if not isinstance(entries, list):
         raise bad(node.span, f"`{node.name}` is not a list", "index what `list(…)` gives")
     if not 1 <= at <= len(entries):
-        reason = f"`{node.name}` has {len(entries)} items"
+        reason = f"`{node.name}` has {plural(len(entries), 'item')}"
         raise bad(node.span, reason, "items count from 1; leave short rows out with `where`")
     return entries[at - 1]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from mechdsl.base import limits
+from mechdsl.base.names import name_list
 from mechdsl.base.registry import Registry, nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e05_data import BadCall, BadValue, NothingToDraw, TooMany
@@ -392,7 +393,7 @@ def _from_pool(
             if missing:
                 raise call.bad(
                     f"the records of `{source.id}` have no `{missing[0]}`",
-                    f"they have {', '.join(f'`{f}`' for f in values)}",
+                    f"they have {name_list(values)}",
                     what.span,
                 )
         elif len(fields) == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mechdsl.base.names import name_list
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.rows import CLEAN
@@ -21,7 +22,7 @@ def unknown_span_hint(name: str, spans: Iterable[str], table: PromptTable) -> st
     defined = table.sources[0].block.spec.spans if table.sources else ()
     if any(each.name.id == name and each.literal is not None for each in defined):
         return f"`span {name} = …` looks for its text in the prompts, and finds it in none"
-    listed = ", ".join(f"`{s}`" for s in spans)
+    listed = name_list(spans)
     otherwise = f"there is {listed}" if spans else "write a placeholder: `{name}`"
     return did_you_mean(name, [*spans, "first", "last"], otherwise)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from mechdsl.base.plural import plural
 from mechdsl.prompts.answers import quoted
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.prompts_block import PromptsBlock
@@ -76,8 +77,8 @@ def noise_conventions(table: PromptTable) -> dict[str, str]:
         if noise is None:
             continue
         if noise.sds is not None:
-            size = f"{noise.sds:g} sd over {len(noise.sd_tokens):,} tokens"
+            size = f"{noise.sds:g} sd over {plural(len(noise.sd_tokens), 'token')}"
         else:
             size = f"std {noise.std:g}"
-        out[f"noise of {name}"] = f"{noise.kind}, {size}, {noise.samples} draws"
+        out[f"noise of {name}"] = f"{noise.kind}, {size}, {plural(noise.samples, 'draw')}"
     return out

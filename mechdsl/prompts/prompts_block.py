@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from mechdsl.base import limits
+from mechdsl.base.names import name_list
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import DuplicateName, did_you_mean
@@ -446,7 +447,7 @@ class PromptsBlock:
 
 def _hint(name: str, known: Iterable[str], what: str) -> str:
     names = list(known)
-    listed = ", ".join(f"`{n}`" for n in names[:12]) + (" …" if len(names) > 12 else "")
+    listed = name_list(names)
     return did_you_mean(name, names, f"its {what} are {listed}" if names else "define it")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import product
 
+from mechdsl.base.names import name_list
 from mechdsl.diagnostics.e03_rules import BadAmount
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.measures import evaluate
@@ -53,7 +54,7 @@ def _number(node: ast.Expr, values: Mapping[str, object]) -> float | None:
 
 
 def _why(node: ast.Expr, values: Mapping[str, object], work: Work) -> tuple[str, str]:
-    known = ", ".join(f"`{name}`" for name in (*work.loops, *work.program.parameters))
+    known = name_list((*work.loops, *work.program.parameters))
     if isinstance(node, ast.Percent):
         return "only numbers can be written here", f"write `{node.value / 100:g}`"
     for part in walk(node):

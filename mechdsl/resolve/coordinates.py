@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mechdsl.base import limits
+from mechdsl.base.names import name_list
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BeyondEveryModel, did_you_mean
@@ -208,7 +209,7 @@ def _bound(
             hint = did_you_mean(
                 bound.name,
                 known,
-                f"known here: {', '.join(f'`{name}`' for name in known)}"
+                f"known here: {name_list(known)}"
                 if known
                 else f"write a number, or add a line `param {bound.name} = 3`",
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mechdsl.base import limits
+from mechdsl.base.names import name_list
 from mechdsl.base.plural import plural
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -378,7 +379,7 @@ def known_run(value: Any, context: MeasureContext) -> str | None:
     if name in context.table.runs:
         return name
     runs = list(context.table.runs)
-    known = ", ".join(f"`{r}`" for r in runs)
+    known = name_list(runs)
     context.diagnostics.append(
         UnknownName(
             span=value.span,

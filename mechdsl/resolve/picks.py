@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from mechdsl.base.names import name_list
 from mechdsl.base.percent import Percent
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -285,7 +286,7 @@ def _amount(node: ast.Ranked, values: Mapping[str, Any]) -> int | Percent:
     name = f"{amount}"
     if isinstance(amount, str):
         if amount not in values:
-            known = ", ".join(f"`{each}`" for each in values)
+            known = name_list(values)
             raise Refused(
                 f"`{amount}` is neither a `for` variable around it nor a `param`",
                 did_you_mean(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
+from mechdsl.base.plural import plural
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_coordinates import TooManyCells
 from mechdsl.diagnostics.e06_controls import BadControl
@@ -59,7 +60,7 @@ def resolve_control(
                 of=f"experiment `{experiment.name}`",
                 cells=experiment.n_cells * asked.draws,
                 most=most_cells,
-                axes=f"{experiment.n_cells:,} cells × {asked.draws:,} draws",
+                axes=f"{plural(experiment.n_cells, 'cell')} × {plural(asked.draws, 'draw')}",
             )
         ]
     try:
@@ -138,7 +139,7 @@ class _Draws:
             control_of=self.experiment.key,
         )
         what = f"random {' and '.join(self.drawn)}"
-        drawn = f"{what}, {draws:,} draws, seed {self.experiment.seed}"
+        drawn = f"{what}, {plural(draws, 'draw')}, seed {self.experiment.seed}"
         return ResolvedControl(
             shadow, draws, what, "; ".join([drawn, *self.matched, *self.notes, *kept])
         )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats
 from mechdsl.base.percent import Percent
+from mechdsl.base.plural import plural
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
@@ -208,10 +209,10 @@ class ExperimentResult:
         """What was run, in one line."""
         sizes = {axis: len({cell.coords[axis] for cell in self.cells}) for axis in self.axes}
         grid = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
-        cells = "1 cell" if len(self.cells) == 1 else f"{len(self.cells)} cells"
+        cells = plural(len(self.cells), "cell")
         cells += f" ({grid})" if grid else ""
         where = f"{self.name} on {self.model}"
-        return f"{where}: {self.direction}, {cells}, {self.prompts} prompts"
+        return f"{where}: {self.direction}, {cells}, {plural(self.prompts, 'prompt')}"
 
     def __repr__(self) -> str:
         measures = [f"{m.effect} of {m.label}" for m in self.measures[:MOST_LINES]]

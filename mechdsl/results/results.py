@@ -9,6 +9,8 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.files import write_whole
+from mechdsl.base.names import name_list
+from mechdsl.base.plural import plural
 from mechdsl.base.visible import json_text
 from mechdsl.diagnostics.raised import Diagnostics
 from mechdsl.results.document import results_document
@@ -54,7 +56,7 @@ class Results:
         for each in self.experiments:
             if each.name == name:
                 return each
-        known = ", ".join(f"`{each.name}`" for each in self.experiments) or "none"
+        known = name_list(each.name for each in self.experiments) or "none"
         raise KeyError(f"no experiment `{name}` in these results; there are: {known}")
 
     def __iter__(self) -> Iterator[ExperimentResult]:
@@ -101,7 +103,7 @@ class Results:
         return "".join(each.to_text(width) for each in self.experiments)
 
     def __repr__(self) -> str:
-        count = "1 experiment" if len(self) == 1 else f"{len(self)} experiments"
+        count = plural(len(self), "experiment")
         asked = sum(len(each.outcomes) for each in self)
         held = sum(outcome.holds for each in self for outcome in each.outcomes)
         verdict = f", {held} of {asked} expectations hold" if asked else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mechdsl.base.plural import plural
 from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.sizes import PassSizes
@@ -43,7 +44,9 @@ def conventions(
     if experiment.keep:
         conditions = " and ".join(measure.text for measure in experiment.keep)
         dropped = len(experiment.table) - len(measured.kept) - len(measured.unusable)
-        found["keep"] = f"{len(measured.kept)} rows kept, {dropped} dropped ({conditions})"
+        found["keep"] = (
+            f"{plural(len(measured.kept), 'row')} kept, {dropped} dropped ({conditions})"
+        )
     if measured.unusable:
         found["left out"] = (
             f"{len(measured.unusable)} of {len(experiment.table)} rows, of everything: NaN or "
@@ -65,7 +68,7 @@ def conventions(
         )
     if measured.dropped:
         found["resample"] = (
-            f"{measured.dropped} rows of cells left out: the other row lacks the position"
+            f"{plural(measured.dropped, 'row')} of cells left out: the other row lacks the position"
         )
     if len(plan.rules) > 1:
         found["rules"] = (

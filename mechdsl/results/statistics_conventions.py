@@ -20,7 +20,9 @@ def statistics_conventions(
     if settings is None or not result.statistics:
         return {}
     resampling = result.resampling
-    drawn = f"{resampling.units:,} groups by {settings.by}" if resampling.grouped else "prompts"
+    drawn = (
+        f"{plural(resampling.units, 'group')} by {settings.by}" if resampling.grouped else "prompts"
+    )
     said = {
         data.effect: effects[data.effect].per_prompt_formula or ""
         if data.per_prompt
@@ -39,8 +41,9 @@ def statistics_conventions(
     tests = max(each.tests for each in result.statistics)
     if test and tests:
         found["p"] = test
-        found["correction"] = f"{CORRECTION_NAMES[settings.correction]}, over {tests:,} cell"
-        found["correction"] += "" if tests == 1 else "s"
+        found["correction"] = (
+            f"{CORRECTION_NAMES[settings.correction]}, over {plural(tests, 'cell')}"
+        )
     small = sum(int(np.count_nonzero(each.at_rounding)) for each in result.statistics)
     said = []
     if small:

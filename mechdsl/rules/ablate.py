@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING
 
+from mechdsl.base.names import name_list
 from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
@@ -138,7 +139,7 @@ def _of_block(
     does = FILLS.get(name)
     table = work.table.beside.get(block)
     if table is None:
-        known = ", ".join(f"`{run}`" for run in work.table.runs)
+        known = name_list(work.table.runs)
         hint = did_you_mean(block, work.table.runs, f"runs are {known}")
         work.diagnostics.append(UnknownName(span=word.of.span, kind="run", name=block, hint=hint))
         return None, base, None
@@ -151,7 +152,7 @@ def _of_block(
     if run in table.runs:
         return (does if averages and rule.by is None else None), "clean", Apart(table, run)
     others = [f"{table.name}.{name}" for name in table.runs if name != "clean"]
-    known = ", ".join(f"`{name}`" for name in others)
+    known = name_list(others)
     hint = did_you_mean(
         word.of.span.written, others, f"it has {known}" if known else "leave it out"
     )
@@ -174,7 +175,7 @@ def _groups(rule: spec.Rule, does: Intervention, work: Work) -> tuple[str, ...] 
     hint = "only `mean` can be taken within groups"
     if averages:
         known = list(rows[0].values) if rows else [""]
-        hint = did_you_mean(rule.by, known, f"values of `{work.table.name}` are {', '.join(known)}")
+        hint = did_you_mean(rule.by, known, f"values of `{work.table.name}` are {name_list(known)}")
     work.diagnostics.append(
         UnknownName(span=rule.span, kind="value to group by", name=rule.by, hint=hint)
     )

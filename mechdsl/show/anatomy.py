@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mechdsl.base.plural import plural
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.hooks.loaded import LoadedModel, Outcome, Stack
 from mechdsl.loading.prove import idle_parts
@@ -88,9 +89,9 @@ def as_json(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str, Any]:
 
 def _sizes(stack: Stack) -> str:
     shape = stack.shape
-    words = [f"{shape.n_layers} blocks of width {shape.d_model}"]
+    words = [f"{plural(shape.n_layers, 'block')} of width {shape.d_model}"]
     if "z" in shape.sites:
-        heads = f"{shape.n_heads} heads of {shape.d_head}"
+        heads = f"{plural(shape.n_heads, 'head')} of {shape.d_head}"
         if shape.d_value != shape.d_head:
             heads += f" (values of {shape.d_value})"
         words.append(f"{heads}, {shape.n_kv_heads} key-value heads")

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import networkx as nx
 
+from mechdsl.base.plural import plural
 from mechdsl.base.visible import visible, xml_text
 from mechdsl.graph.nodes import (
     EffectNode,
@@ -57,8 +58,8 @@ def _describe(node: Node) -> list[str]:
         case ForwardNode():
             sweep = " × ".join(f"{axis.name} {len(axis)}" for axis in node.axes)
             lines = [f"{node.model} on {node.encode.run}"]
-            lines += [f"{sweep} = {node.cells} cells"] if node.axes else []
-            lines += [f"first {node.stop} blocks"] if node.stop is not None else []
+            lines += [f"{sweep} = {plural(node.cells, 'cell')}"] if node.axes else []
+            lines += [f"first {plural(node.stop, 'block')}"] if node.stop is not None else []
             return ["Forward", *lines]
         case ReadNode():
             return ["Read", _places(node.places), f"at {node.at}"]

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mechdsl.base.plural import plural
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
 from mechdsl.resolve.resolved import DRAW, ResolvedExperiment, ResolvedRule
 from mechdsl.show.tokens import shown_token
@@ -33,7 +34,7 @@ def explain(checked: Checked, console: Console) -> None:
     seen: set[int] = set()
     for experiment in checked.experiments:
         table = experiment.table
-        rows = f"{len(table)} row{'' if len(table) == 1 else 's'} of {table.name}"
+        rows = f"{plural(len(table), 'row')} of {table.name}"
         console.print(
             Text.assemble(
                 ("experiment ", "bold"),
@@ -84,7 +85,7 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
 
 
 def _count(tokens: int) -> str:
-    return "1 token" if tokens == 1 else f"{tokens} tokens"
+    return plural(tokens, "token")
 
 
 def _grid(tokens: list[str], console: Console) -> None:

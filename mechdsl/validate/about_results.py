@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from mechdsl.base.names import name_list
 from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain
 from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
@@ -78,7 +79,7 @@ def _against_axes(
                 hint=did_you_mean(
                     by,
                     values,
-                    f"values of `{experiment.table.name}` are {', '.join(values)}",
+                    f"values of `{experiment.table.name}` are {name_list(values)}",
                 ),
             )
         )

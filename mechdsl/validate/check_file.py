@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from mechdsl.base import limits
+from mechdsl.base.names import name_list
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, certain, has_errors
 from mechdsl.diagnostics.e01_syntax import TooLarge
@@ -220,7 +221,7 @@ def _only(name: str, checked: Checked) -> list[spec.Experiment]:
     found = [e for e in checked.program.experiments if e.name == name]
     if not found:
         names = [e.name for e in checked.program.experiments]
-        known = ", ".join(f"`{n}`" for n in names)
+        known = name_list(names)
         checked.diagnostics.append(
             BadCommandLine(
                 reason=f"`--only {name}`: the file has no experiment of that name",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from operator import add, mul, sub, truediv
 from typing import TYPE_CHECKING, Literal, NoReturn
 
+from mechdsl.base.names import name_list
 from mechdsl.base.percent import Percent
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -258,7 +259,7 @@ class _ConditionReader:
         axis = named.id if isinstance(named, ast.Name) else named.span.written
         axis = self.known.aliases.get(axis, axis)
         if axis not in self.known.axes:
-            listed = ", ".join(f"`{each}`" for each in self.known.axes)
+            listed = name_list(self.known.axes)
             sweep = "sweep over something, for example `for k in 0%..100% step 5% { … }`"
             otherwise = f"its axes are: {listed}" if listed else sweep
             hint = did_you_mean(axis, self.known.axes, otherwise)
@@ -291,7 +292,7 @@ class _ConditionReader:
             )
         if len(distinct) < len(at):
             others = [name for name in self.known.axes if name != axis]
-            sized = ", ".join(f"`{name}`" for name in others) or "none"
+            sized = name_list(others) or "none"
             count = len(at) // len(distinct)
             hint = f"say which one beside it, as in `auc({node.arguments[0].value.span.written}, "
             hint += f"{axis}, {others[0] if others else axis}: …)`; the other axes are {sized}"
@@ -301,7 +302,7 @@ class _ConditionReader:
         if not isinstance(run, ast.Name):
             raise unreadable(run.span, "not the name of a run", "write `accuracy(clean)`")
         if run.id not in self.known.runs:
-            known = ", ".join(f"`{each}`" for each in self.known.runs)
+            known = name_list(self.known.runs)
             hint = did_you_mean(run.id, self.known.runs, f"the runs are: {known}")
             raise RefusedCondition(UnknownName(span=run.span, kind="run", name=run.id, hint=hint))
         return run.id
@@ -371,7 +372,7 @@ class _ConditionReader:
             ]
         if not found:
             words = {m.effect: None for m in measures} | {m.label: None for m in measures}
-            listed = "this experiment measures " + ", ".join(f"`{word}`" for word in words)
+            listed = "this experiment measures " + name_list(words)
             hint = did_you_mean(text, [*words, *(FUNCTIONS if called else ())], listed)
             kind = "measure or effect of this experiment"
             raise RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
@@ -418,7 +419,7 @@ class _ConditionReader:
     def not_one(self, span: Span, where: Sequence[CellSelection], found: Sequence[int]) -> NoReturn:
         text = ", ".join(each.text for each in where)
         if not found:
-            axes = ", ".join(f"`{axis}`" for axis in self.known.axes) or "none"
+            axes = name_list(self.known.axes) or "none"
             hint = f"name a cell of this experiment; its axes are {axes}"
             raise unreadable(span, f"no cell is at {text}", hint)
         example = '`position: "last token"` beside it, or `max(…)` over them'
@@ -447,7 +448,7 @@ class _ConditionReader:
         """`position: "last token"`, `layer: 2`."""
         number, axis = axis, self.known.aliases.get(axis, axis)  # `item: 3` is a number
         if axis not in self.known.axes:
-            listed = ", ".join(f"`{each}`" for each in self.known.axes) or "none"
+            listed = name_list(self.known.axes) or "none"
             hint = did_you_mean(axis, self.known.axes, f"its axes are: {listed}")
             kind = "axis of this experiment"
             raise RefusedCondition(UnknownWord(span=argument.span, kind=kind, word=axis, hint=hint))
@@ -475,7 +476,7 @@ class _ConditionReader:
         found = (cell.coords[axis] for cell in self.known.cells if axis in cell.coords)
         labels = list(dict.fromkeys(map(str, found)))
         if labels and value.value not in labels:
-            listed = f"it has {', '.join(f'`{label}`' for label in labels)}"
+            listed = f"it has {name_list(labels)}"
             hint = did_you_mean(value.value, labels, listed)
             kind = f"`{axis}` in this experiment"
             raise RefusedCondition(

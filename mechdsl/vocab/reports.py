@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Literal, Protocol
 
+from mechdsl.base.names import name_list
 from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
@@ -275,7 +276,7 @@ def _wrong_axes(
     values: Collection[str],
     measures: Sequence[NamedMeasure] | None,
 ) -> Wrong:
-    listed = ", ".join(f"`{axis}`" for axis in axes)
+    listed = name_list(axes)
     by = None if signature.by_category else report.by
     value_too = [w is not None and "value" in w.of for w in (signature.variable, signature.by)]
     names = [name for each in measures or () for name in short_names(each.label, each.word)]
@@ -289,7 +290,7 @@ def _wrong_axes(
         if not axes:
             hint = "the experiment sweeps nothing: its one cell is shown by `report table`"
         if value_too[0] and values:
-            listed = ", ".join(f"`{value}`" for value in values)
+            listed = name_list(values)
             hint = f"{hint}; values of the prompts are {listed}"
         hint = did_you_mean(word, [*axes, *(values if too else ())], hint)
         return f"has no axis `{word}` to run along", hint

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mechdsl.base.arrays import Bools, Floats
+from mechdsl.base.plural import plural
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.measure_data import MeasureData, NullBand, may_change
@@ -187,7 +188,7 @@ def rounding_note(result: ExperimentResult, measure: int) -> str | None:
     changing = found.rounding[may_change(data, found)]
     if len(changing):
         what = "the category" if data.kind == "category" else "what is correct"
-        cells = "1 cell" if len(changing) == 1 else f"{len(changing)} cells"
+        cells = plural(len(changing), "cell")
         share = f"{100 * changing.max():.2g} %"
         return f"rounding alone may change {what} in up to {share} of the prompts of {cells}"
     bounds = found.rounding[found.at_rounding]

@@ -1,0 +1,23 @@
+"""Lists of a file's names in messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+SHOWN = 12
+"""Names of a list that are shown."""
+WIDTH = 40
+"""Characters of a name that are shown."""
+
+
+def shortened(name: str) -> str:
+    """The name, or its beginning where it is long."""
+    return name if len(name) <= WIDTH else f"{name[: WIDTH - 1]}…"
+
+
+def name_list(names: Iterable[str]) -> str:
+    """`` `a`, `b`, `c` ``, empty where there is none; of many the first ones."""
+    found = list(islice(names, SHOWN + 1))
+    more = " …" if len(found) > SHOWN else ""
+    return ", ".join(f"`{shortened(name)}`" for name in found[:SHOWN]) + more

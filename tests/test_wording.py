@@ -1,0 +1,61 @@
+"""What messages and tables share: lists of names, counts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from mechdsl.base.names import name_list
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.w07_statistics import TooFewPrompts
+from mechdsl.validate.check_file import check_source
+
+ROOT = Path(__file__).parent.parent
+PRINTED = {".md", ".txt", ".err"}
+ONE = re.compile(
+    r"(?<![\w.,])(?<!layer )1 "
+    r"(?:cell|draw|experiment|head|item|layer|model|position|prompt|row|token)s\b"
+)
+LONG = "a" * 150
+
+
+def test_lists_of_names_are_cut() -> None:
+    assert name_list([]) == ""
+    assert name_list(["a", "b"]) == "`a`, `b`"
+    assert name_list(["a" * 40, "a" * 41]) == f"`{'a' * 40}`, `{'a' * 39}…`"
+    assert name_list(str(n) for n in range(10**9)).endswith("`11` …")
+
+
+def test_no_message_holds_a_long_name_in_full_beside_the_one_that_is_wrong() -> None:
+    names = [f"{LONG}{n}" for n in range(20)]
+    values = "".join(f"  {name} in 1..3\n" for name in names)
+    text = (
+        'mech 1\n\nmodel m = zoo("counting")\n\nprompts p {\n'
+        f'{values}  template "{{nothing}}"\n  answer " 1"\n}}\n\n'
+        "experiment e {\n  prompts p\n  measure prob(answer) as raw\n  report table by other\n}\n"
+    )
+    found = check_source(Source(text)).diagnostics
+    assert {"E0501", "E0607"} <= {d.code for d in found}
+    assert not [d.code for d in found if d.severity == "error" and LONG in d.help_text]
+
+
+def test_one_of_a_thing_is_said_in_the_singular() -> None:
+    found = TooFewPrompts(n=1, smallest="1", correction="Holm", corrected="1", cells=1)
+    assert found.message == "with 1 prompt no cell can survive the correction"
+    assert "(Holm, 1 cell)" in found.label_text
+    two = replace(found, n=2, cells=2)
+    assert "2 prompts" in two.message
+    assert "2 cells" in two.label_text
+
+
+def test_no_page_says_1_rows() -> None:
+    """What is printed is in these; a number behind a name (`layer 1 heads`) isn't a count."""
+    pages = [p for f in ("docs", "tests") for p in (ROOT / f).rglob("*") if p.suffix in PRINTED]
+    assert len(pages) > 200
+    wrong = [
+        f"{page.relative_to(ROOT)}: {found[0]}"
+        for page in pages
+        for found in ONE.finditer(page.read_text(encoding="utf-8"))
+    ]
+    assert wrong == []
