@@ -47,6 +47,10 @@ class Encoded:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 """What `from_folder` reads."""
 
+_VOCABULARY = re.compile(rb'("vocab"\s*:\s*\{\s*)(?=(\})?)')
+"""The brace in front of a vocabulary, and whether that is empty. Inside of a text the quotes would
+have a backslash before them."""
+
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has one, be it one that can't be read."""
@@ -110,7 +114,7 @@ class TextTokenizer:
         except OSError as error:
             return refused(error.strerror or str(error))
         try:
-            backend, made_unknown = _backend_of(content.decode("utf-8"))
+            backend, made_unknown = _backend_of(content)
         except Exception as error:  # the library raises plain `Exception`
             return refused(f"`tokenizer.json` is not understood ({error})")
         config = _read_config(path / "tokenizer_config.json")
@@ -140,14 +144,14 @@ class TextTokenizer:
         span: Span | None = None,
     ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
         """Wrap a copy of a tokenizer that Python holds already. Codes: E0522."""
-        content = backend.to_str()
+        content = backend.to_str().encode()
         copy, made_unknown = _backend_of(content)
         tokens = {"bos": bos_token, "cls": cls_token, "sep": sep_token, "eos": eos_token}
         made = cls(
             copy,
             roles={role: token for role, token in tokens.items() if token is not None},
             bos=bos,
-            digest=sha256(content.encode()).hexdigest(),
+            digest=sha256(content).hexdigest(),
             made_unknown=made_unknown,
         )
         return made._checked(span)
@@ -302,30 +306,32 @@ class TextTokenizer:
         return dict(zip(unique, self.encode_all(unique), strict=True))
 
 
-def _backend_of(content: str) -> tuple[Tokenizer, bool]:
+def _backend_of(content: bytes) -> tuple[Tokenizer, bool]:
     """The tokenizer of a `tokenizer.json`, and whether it was given a token for unknown words: one
     without fails with an exception at any text that its vocabulary doesn't hold, which should be a
     diagnostic. Raises plain `Exception` where the text is no tokenizer."""
-    backend = Tokenizer.from_str(content)
+    backend = Tokenizer.from_buffer(content)  # a text of it takes four times as much memory
     model: Any = backend.model
     unigram = type(model).__name__ == "Unigram"
     token = _UNKNOWN if unigram else model.unk_token
     if token is None:
         return backend, False
-    there = model.token_to_id(token) if not unigram else re.search(r'"unk_id":\s*\d', content)
+    there = model.token_to_id(token) if not unigram else re.search(rb'"unk_id":\s*\d', content)
     if there is not None:
         return backend, False
-    whole = json.loads(content)
-    own = whole["model"]["vocab"]
     known = backend.token_to_id(token)
-    number = known if known is not None else max(backend.get_vocab().values(), default=-1) + 1
     if unigram:
-        number = len(own)
+        whole = json.loads(content)
+        own = whole["model"]["vocab"]
+        number = whole["model"]["unk_id"] = len(own)
         own.append([token, min((score for _, score in own), default=0.0) - _FAR])
-        whole["model"]["unk_id"] = number
+        content = json.dumps(whole).encode()
     else:
-        own[token] = number
-    return Tokenizer.from_str(json.dumps(whole)), known != number
+        number = known if known is not None else max(backend.get_vocab().values(), default=-1) + 1
+        del backend, model  # which are as large as the new one
+        entry = json.dumps({token: number})[1:-1].encode()
+        content = _VOCABULARY.sub(lambda m: m[1] + entry + (b"" if m[2] else b","), content, 1)
+    return Tokenizer.from_buffer(content), known != number
 
 
 def _without_closing(encoded: Encoded) -> tuple[int, ...]:

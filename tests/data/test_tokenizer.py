@@ -309,3 +309,21 @@ def test_what_texts_begin_with(
     found = [every[name].token_text(token) for token in every[name].opening]
     assert found == ([] if opening is None else [opening])
     assert every[name].opening == every[name].encode("apple").ids[: len(found)]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("words", [{}, {"a": 0, 'vocab": {': 1, "é": 3}], ids=["empty", "words"])
+def test_a_vocabulary_is_given_a_token_for_unknown_words(
+    tmp_path: Path, words: dict[str, int], indent: int | None
+) -> None:
+    """The file is not read as a whole for it; whatever stands in its texts."""
+    made = Tokenizer(models.WordLevel(words, unk_token="?"))
+    whole = json.loads(made.to_str())
+    whole["added_tokens"] = []
+    text = json.dumps(whole, ensure_ascii=False, indent=indent)
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    found, problems = TextTokenizer.from_folder(tmp_path)
+    assert found is not None, problems
+    assert found.made_unknown
+    assert found.unknown_id == max(words.values(), default=-1) + 1
+    assert found.vocab_size == len(words)
