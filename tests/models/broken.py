@@ -145,21 +145,7 @@ def empty() -> Adopted:
 
 def wordless() -> Adopted:
     """Its tokenizer has no token for what it doesn't know."""
-    text = """mech 1
-
-model toy = local("toy")
-
-prompts fruit {
-  word in ["w1", "apple"]
-  template "{word} w5"
-  answer " w7"
-}
-
-experiment e {
-  prompts fruit
-  measure prob(answer) as raw
-}
-"""
+    text = _measuring("prob(answer)", "w1", "apple")
     return _checked(text, families.module("gpt2"), own_models.words())
 
 
@@ -169,21 +155,26 @@ def _checked(text: str, module: nn.Module, tokenizer: Any = None) -> Adopted:
     return None, checked.diagnostics
 
 
-_READS_A_LOGIT = """mech 1
+def _measuring(measure: str, first: str, second: str) -> str:
+    """A file with prompts of one of two words."""
+    return f"""mech 1
 
 model toy = local("toy")
 
-prompts words {
-  word in ["w1", "w2"]
-  template "{word} w5"
+prompts words {{
+  word in ["{first}", "{second}"]
+  template "{{word}} w5"
   answer " w7"
-}
+}}
 
-experiment e {
+experiment e {{
   prompts words
-  measure logit(answer) at last token as raw
-}
+  measure {measure} as raw
+}}
 """
+
+
+_READS_A_LOGIT = _measuring("logit(answer) at last token", "w1", "w2")
 
 
 def headless() -> Adopted:

@@ -88,6 +88,14 @@ def failure(path: Path) -> PythonFailed:
     return diagnostic
 
 
+def failing(path: Path, reason: str, where: str) -> PythonFailed:
+    """The same of a function that fails for this reason, at this place."""
+    found = failure(path)
+    assert found.reason.startswith(reason)
+    assert found.where == where
+    return found
+
+
 # --- metrics --------------------------------------------------------------------------------------
 
 
@@ -431,9 +439,7 @@ METRICS = [
 
 @pytest.mark.parametrize(("body", "reason", "where"), METRICS)
 def test_a_metric_that_fails(body: str, reason: str, where: str, tmp_path: Path) -> None:
-    found = failure(write(tmp_path, METRIC, f"def own(logits, rows):\n{body}"))
-    assert found.reason.startswith(reason)
-    assert found.where == where
+    found = failing(write(tmp_path, METRIC, f"def own(logits, rows):\n{body}"), reason, where)
     assert found.span is not None
     assert found.span.text == 'python("own.py:own")'
 
@@ -454,9 +460,7 @@ VALUES = [
 
 @pytest.mark.parametrize(("body", "reason", "where"), VALUES)
 def test_a_value_that_fails(body: str, reason: str, where: str, tmp_path: Path) -> None:
-    found = failure(write(tmp_path, VALUE, f"def own(row):\n{body}"))
-    assert found.reason.startswith(reason)
-    assert found.where == where
+    found = failing(write(tmp_path, VALUE, f"def own(row):\n{body}"), reason, where)
     if "cuont" in body:
         assert "`count`" in found.hint
 
