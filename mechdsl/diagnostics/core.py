@@ -18,9 +18,10 @@ texts, the rows of prompts, how many there are of them, the names that a data fi
 UNKNOWN: tuple[Unknown, ...] = ("shape", "tokens", "rows", "count", "columns")
 
 _COUNTED = re.compile(
-    r"\{(\w+)[^}]*\} (?:cell|draw|head|item|layer|measure|model|position|prompt|row|token)s\b"
+    r"(?<!of )\{(\w+)[^}]*\} "
+    r"(?:cell|draw|head|item|layer|measure|model|position|prompt|row|token)s\b"
 )
-"""A number of things in a wording."""
+"""A number of things in a wording, but for those of which some are meant: `1 of 1 rows`."""
 
 CODES: dict[str, type[Diagnostic]] = {}
 """Every code of the language, filled as the classes are defined."""

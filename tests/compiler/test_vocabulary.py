@@ -45,7 +45,8 @@ def test_it_has_them_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 10, 68])
 def test_its_own_tokens(tmp_path: Path, size: int) -> None:
-    message = f"E0421 `toy` has {size} tokens, and its tokenizer has 69"
+    tokens = "1 token" if size == 1 else f"{size} tokens"
+    message = f"E0421 `toy` has {tokens}, and its tokenizer has 69"
     assert said(tmp_path, size, "prob(answer)") == [message]
 
 
