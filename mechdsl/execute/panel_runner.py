@@ -206,16 +206,12 @@ class PanelRunner:
         experiment = plan.experiment
         measured = self.measured[experiment.key]
         columns = np.searchsorted(self.kept, batch)
-        readout = self.readouts[experiment.key]
+        readout, rounding = self.readouts[experiment.key], self.runs.model.rounding
         for run in measured.unpatched:
+            relative = rounding if run == experiment.spec.base else 0.0
             for number, environment in enumerate(measured.environments):
                 found = self.runs.values(
-                    readout,
-                    run,
-                    batch,
-                    environment,
-                    relative=self.runs.model.rounding if run == experiment.spec.base else 0.0,
-                    skip=measured.failed,
+                    readout, run, batch, environment, relative=relative, skip=measured.failed
                 )
                 measured.read_unpatched(run, number, columns, found)
                 measured.saw(Unusable(int(row), run) for row in batch[found.broken])
@@ -224,9 +220,7 @@ class PanelRunner:
                     measured.refused.setdefault(refused, reason)
                 measured.failed.update(reasons)
         for run, correct in experiment.accuracies.items():
-            found = self.runs.values(
-                Readout.of([correct]), run, batch, None, relative=self.runs.model.rounding
-            )
+            found = self.runs.values(Readout.of([correct]), run, batch, None, relative=rounding)
             measured.accuracy[run][columns] = found.values[0]
             measured.accuracy_rounding[run][columns] = found.rounding[0]
             measured.saw(Unusable(int(row), run) for row in batch[found.broken])

@@ -23,6 +23,6 @@ def missing_site(
         reason = "its attention is computed outside of transformers' attention registry"
         hint = (
             "let its attention class call `ALL_ATTENTION_FUNCTIONS` (`attention_interface`), as "
-            "transformers' own models do"
+            "transformers' own models do: docs/own-models.md"
         )
     return SiteNotOnModel(span=span, model=model, site=site, reason=reason, hint=hint)

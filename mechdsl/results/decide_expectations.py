@@ -13,8 +13,9 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.program import spec
 from mechdsl.results.estimates import Estimate, combined, pearson, spearman
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
+from mechdsl.results.matched_cells import draws_of, matched
 from mechdsl.results.ranking import by_sign_instead, first_by_size
-from mechdsl.statistics.bootstrap import Parts, Resampling, blocks, parts
+from mechdsl.statistics.bootstrap import Parts, blocks, parts
 from mechdsl.validate.conditions import (
     Absolute,
     Accuracy,
@@ -373,12 +374,12 @@ class _Judge:
             if data.missing is not None:
                 why = f"`{data.effect} of {data.label}` of `{of.name}` could not be computed"
                 return Estimate(math.nan, why=f"{why} ({data.missing.code})")
-        mine, theirs = _matched(self.result, value.measure, other, candidates[0])
+        mine, theirs = matched(self.result, value.measure, other, candidates[0])
         if len(mine) < 3:
             why = f"only {len(mine)} cells have the same coordinates in `{other.name}`"
             return Estimate(math.nan, why=why)
         here = self.parts(value.measure, mine)
-        there_draws = _draws(other, self.result)
+        there_draws = draws_of(other, self.result)
         there = _parts(other, candidates[0], theirs, there_draws.order)
         correlate = spearman if value.how == "spearman" else pearson
         point = correlate(here.mean()[None], there.mean()[None])[0]
@@ -466,37 +467,3 @@ class _Judge:
 def _parts(result: ExperimentResult, measure: int, cells: Ints, order: Ints) -> Parts:
     data = result.measures[measure]
     return parts(data, EFFECTS[data.effect], cells, order)
-
-
-def _matched(
-    mine: ExperimentResult, measure: int, other: ExperimentResult, other_measure: int
-) -> tuple[Ints, Ints]:
-    """Cells of two experiments that have equal coordinates, and a value in both."""
-    places = {tuple(sorted(cell.coords.items())): i for i, cell in enumerate(other.cells)}
-    pairs = [
-        (i, places[key])
-        for i, cell in enumerate(mine.cells)
-        if (key := tuple(sorted(cell.coords.items()))) in places
-        and np.isfinite(mine.statistics[measure].mean[i])
-        and np.isfinite(other.statistics[other_measure].mean[places[key]])
-    ]
-    both = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return both[:, 0], both[:, 1]
-
-
-def _draws(other: ExperimentResult, mine: ExperimentResult) -> Resampling:
-    """The other experiment's draws: the same prompts together, or else independent ones."""
-    draws = other.resampling
-    shared = (
-        mine.row_ids is not None
-        and other.row_ids is not None
-        and sorted(mine.row_ids) == sorted(other.row_ids)
-        and not draws.grouped
-        and not mine.resampling.grouped
-    )
-    ids = list(range(other.prompts)) if other.row_ids is None else other.row_ids
-    settings = mine.settings if mine.settings is not None else other.settings
-    if settings is None:
-        raise ValueError("a correlation needs finished experiments")
-    seed = mine.seed if shared else mine.seed + 1
-    return Resampling(other.prompts, settings, seed, ids=ids, groups=other.groups)
