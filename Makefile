@@ -44,10 +44,10 @@ lint: $(VENV)/.stamp-test
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-test: lint
+test: $(VENV)/.stamp-test
 	$(ENVIRONMENT) $(BIN)/python $(PYTEST) -m "not slow"
 
-test-all: lint
+test-all: $(VENV)/.stamp-test
 	$(ENVIRONMENT) $(BIN)/python $(PYTEST)
 
 $(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
