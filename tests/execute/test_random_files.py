@@ -290,7 +290,7 @@ def same(one: ExperimentResult, other: ExperimentResult, text: str) -> None:
 QUIET = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=QUIET)
 @given(case=cases())
 def test_plan_is_whole_passes(case: tuple[str, str, frozenset[str]], tmp_path: Any) -> None:
     compare(case, tmp_path)

@@ -28,7 +28,7 @@ from .walk import KINDS, SMALLEST, Walked, kind, walk
 
 ROWS = {row.name: row for row in tables.every()}
 QUICK = (
-    "gpt2", "gemma3_text", "mamba", "deepseek_v3", "gpt_oss", "bert", "t5", "vit", "llava",
+    "gpt2", "gemma3_text", "mamba", "gpt_oss", "bert", "t5", "llava",
 )  # fmt: skip
 LEAST: dict[str, int] = dict(zip(KINDS, (60, 8, 3, 6, 4), strict=True))
 """Architectures of each kind that there have to be, variants not counted."""

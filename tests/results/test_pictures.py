@@ -29,7 +29,7 @@ from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.vocab.reports import REPORTS
 
 from ..markdown import fences
-from ..quick import some
+from ..quick import in_turn, some
 from .svg_text import SVG, outside, overlaps, texts_of
 from .synthetic import finished, measure, read_tokens, report, swept, with_controls
 
@@ -145,8 +145,7 @@ def picture_at(name: str, rows: int, columns: int, folder: Path) -> tuple[Experi
     return result, drawn(result, line, folder)
 
 
-@pytest.mark.parametrize("size", SMALL)
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize(("name", "size"), in_turn(list(PICTURES), SMALL[::-1], PICTURES))
 def test_no_text_lies_on_another(name: str, size: tuple[int, int], tmp_path: Path) -> None:
     result, svg = picture_at(name, *size, tmp_path)
     assert any(f"n = {result.statistics[0].n.min()}" in text for text in checked(svg))

@@ -39,6 +39,7 @@ from ..execute.support import (
     token,
     write_rows,
 )
+from ..quick import some
 from ..reference.forward import Changes, Edge, Run, Write, forward, side_by_side
 from .models import bare, double
 
@@ -48,6 +49,8 @@ Key = tuple[Coord | None, ...]
 
 QUICK = ("plain", "planned")
 """With all passes off, and on."""
+MANY = some(QUICK, ["planned"])
+"""The same for long lists of cases."""
 
 # --- more prompts ---------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from ..reference.forward import Edge, Run, Write, side_by_side
 from .models import FAMILIES, double
 from .paths import End, copied
 from .support import (
+    MANY,
     QUICK,
     Key,
     Text,
@@ -649,7 +650,7 @@ def hold(data: Path, key: str, name: str, mode: str, keys: tuple[str, ...] = ())
     agree(found, case.axes, expected(name, key), base, large=0.02)
 
 
-@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("key", list(EVERY))
 def test_what_each_query_sees_is_as_it_is_written(data: Path, key: str, mode: str) -> None:
     hold(data, key, "llama", mode)
@@ -680,7 +681,7 @@ def test_also_on_other_models(data: Path, key: str) -> None:
     hold(data, key, name, "planned", tuple(k for k in EVERY if turn_of(k) == name))
 
 
-@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("name", ["gpt_oss", "mistral", "gemma2"])
 @pytest.mark.parametrize("key", FEW)
 def test_with_sinks_windows_and_caps(data: Path, key: str, name: str, mode: str) -> None:

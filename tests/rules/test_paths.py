@@ -21,6 +21,7 @@ from .models import STRAIGHT, WITHOUT_NORMS, double
 from .paths import LAST, RECEIVERS, SENDERS, End, Way, leads, paths, plain
 from .support import (
     BLOCKS,
+    MANY,
     QUICK,
     Array,
     Key,
@@ -267,7 +268,7 @@ def results(
     return run_file(text, data, name, mode, precise=precise(name))
 
 
-@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("key", list(CASES))
 def test_a_path_is_patched_as_it_is_defined(data: Path, key: str, mode: str) -> None:
     found = results(data, "llama", mode)[key]

@@ -18,6 +18,7 @@ from ..reference.forward import Changes, Write
 from .models import FAMILIES
 from .paths import End, copied
 from .support import (
+    MANY,
     QUICK,
     Array,
     Key,
@@ -416,7 +417,7 @@ def results(
     return run_file(text, data, name, mode)
 
 
-@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("key", list(CASES))
 def test_what_is_read_there_is_written_here(data: Path, key: str, mode: str) -> None:
     hold(data, key, "llama", mode)
@@ -718,7 +719,7 @@ def hold_other(data: Path, key: str, name: str, mode: str) -> None:
     agree(found, OTHERS[key][1], expected, unpatched(name, _base_of_other(key)), large=0.05)
 
 
-@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("key", list(OTHERS))
 def test_swapped_frozen_and_set(data: Path, key: str, mode: str) -> None:
     hold_other(data, key, "llama", mode)
