@@ -110,7 +110,7 @@ def _means(
         )
         for place in places
     }
-    counts = torch.zeros(*size, dtype=torch.float64)
+    counts = torch.zeros(*size, slots, dtype=torch.float64)
     read = codes if apart is None else np.zeros(len(apart.table), dtype=np.int64)
     if apart is not None:
         every = np.arange(len(apart.table), dtype=np.int64)
@@ -127,7 +127,7 @@ def _means(
         _add(rule, batch, lanes, read, sums, counts, ends)
         if len(batches) > 1:
             runs.forget()
-    divisor = counts.clamp(min=1)[:, :, None, None, None]
+    divisor = counts.clamp(min=1)[..., None, None]
     return Means({place: total / divisor for place, total in sums.items()}, codes)
 
 
@@ -142,8 +142,8 @@ def _add(
 ) -> None:
     """Add these prompts' activations to the sums of a `mean` ablation.
 
-    sums: [position, group, token, unit, width] per place; counts: [position, group]; ends: [lane]
-    the first position that isn't there, None where all are.
+    sums: [position, group, token, unit, width] per place; counts: [position, group, token] how many
+    were added; ends: [lane] the first position that isn't there, None where all are.
     """
     positions = np.repeat(np.arange(len(plan.sources)), len(prompts))
     prompt = np.tile(prompts, len(plan.sources))
@@ -156,8 +156,9 @@ def _add(
         if ends is not None:
             there = token < ends[lane[row]]
             row, token, slot = row[there], token[there], slot[there]
-        at = torch.from_numpy(positions[index][row])
-        group = torch.from_numpy(groups[prompt[index]][row])
+        added = tuple(
+            map(torch.from_numpy, (positions[index][row], groups[prompt[index]][row], slot))
+        )
         for place, total in sums.items():
             read = lanes.reads[SiteRead(*place)]
             columns = lanes.batch.columns(
@@ -166,12 +167,5 @@ def _add(
             )
             vectors = read[torch.from_numpy(lane[row]).to(read.device), columns.to(read.device)]
             vectors = vectors[..., : total.shape[-1]]  # those over keys may be padded
-            total.index_put_(
-                (at, group, torch.from_numpy(slot)), vectors.to(total), accumulate=True
-            )
-        one = torch.ones(len(index), dtype=counts.dtype)
-        counts.index_put_(
-            (torch.from_numpy(positions[index]), torch.from_numpy(groups[prompt[index]])),
-            one,
-            accumulate=True,
-        )
+            total.index_put_(added, vectors.to(total), accumulate=True)
+        counts.index_put_(added, torch.ones(len(slot), dtype=counts.dtype), accumulate=True)

@@ -53,7 +53,8 @@ class MeasuredValues:
     accuracy: dict[str, Floats]
     environments: tuple[int | None, ...]
     dropped: int = 0
-    """Rows of cells that a `resample` donor without the position took out."""
+    """Rows of cells that are left out, as what they read, such as the donor of a `resample`, lacks
+    the position."""
     rows: int = 0
     """Rows of cells, run or not."""
     inert: int = 0

@@ -44,7 +44,7 @@ class _SortedOut:
     left_out: Rows
     """Those that aren't run, as they can't differ from the base run."""
     dropped: int
-    """How many have no donor."""
+    """How many don't find what they read."""
     inert: int
     """How many can't differ, left out or not."""
 
@@ -350,7 +350,8 @@ class PanelRunner:
         """Which rows of an experiment have to be run."""
         kept = self.measured[plan.experiment.key].among(batch)
         every = plan.rows(kept) if plan.rules else Rows.none()
-        good = readable(plan, every, self.means_and_donors[plan.experiment.key])
+        key = plan.experiment.key
+        good = readable(plan, every, self.means_and_donors[key], self.readouts[key].passes)
         rows = every.take(good)
         inert = plan.is_inert(rows)
         out = inert if self.plan.skips_inert else np.zeros_like(inert)

@@ -118,16 +118,17 @@ class Readout:
     @property
     def continuations(self) -> tuple[int, ...]:
         """Numbers of the atoms that need a pass of their own, with their text behind the prompt."""
-        return tuple(
-            n
-            for n, (_, atom) in enumerate(self.atoms)
-            if atom.form.takes == "continuation" and _longest(atom) > 1
-        )
+        return tuple(n for n, (_, atom) in enumerate(self.atoms) if any(atom.behind))
 
     @property
     def texts_behind(self) -> tuple[TextBehind, ...]:
         """Their texts."""
         return tuple(TextBehind(number, self.atoms[number][1]) for number in self.continuations)
+
+    @property
+    def passes(self) -> tuple[TextBehind | None, ...]:
+        """The text behind the prompts in each pass over them; None behind the prompts alone."""
+        return (None, *self.texts_behind) if self.needs_plain else self.texts_behind
 
     @property
     def needs_plain(self) -> bool:
@@ -347,10 +348,6 @@ def _senseless(logits: Tensor, *, whole: bool) -> Tensor:
     there is, nothing but −∞. One reduction, without a second tensor of that size."""
     top = logits.amax(-1)
     return ~top.isfinite() if whole else top.isnan() | top.isposinf()
-
-
-def _longest(atom: Atom) -> int:
-    return max((len(ids) for rows in atom.texts.values() for ids in rows), default=0)
 
 
 def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) -> Tensor:

@@ -95,11 +95,10 @@ class TextBehind:
 
 
 def fed_tokens(text: TextBehind | None, prompts: Ints) -> Ints:
-    """[prompt] how many tokens of the text go in: the last one is predicted only."""
+    """[prompt] how many tokens of the text go in."""
     if text is None:
         return np.zeros(len(prompts), dtype=np.int64)
-    found = [len(continuation_ids(text.atom, int(prompt))) - 1 for prompt in prompts]
-    return np.array(found, dtype=np.int64)
+    return np.array(text.atom.behind, dtype=np.int64)[prompts]
 
 
 def continuation_ids(atom: Atom, prompt: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Ints
+from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.means_and_donors import Means, MeansAndDonors
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.hooks.batch import gather
@@ -47,15 +47,33 @@ def read_prompts(plan: RulePlan, rows: Rows, means_and_donors: MeansAndDonors) -
     return rows.prompt
 
 
-def readable(plan: ExperimentPlan, rows: Rows, means_and_donors: MeansAndDonors) -> Ints:
-    """Indices of the rows whose donors have the position too; all of them without a resampling."""
+def readable(
+    plan: ExperimentPlan,
+    rows: Rows,
+    means_and_donors: MeansAndDonors,
+    texts: Sequence[TextBehind | None],
+) -> Ints:
+    """Indices of the rows that find all that they read: a donor that has the position too, and no
+    token of an answer that is predicted only, in a pass where it would be written.
+
+    texts: behind the prompts of the passes that are measured.
+    """
     good = np.ones(len(rows), dtype=np.bool_)
     for rule in plan.rules:
         if rule.rule.does.reads == "donor":
             position = rule.position_of_cell[rows.cell]
             key = position * rule.read.prompts + read_prompts(rule, rows, means_and_donors)
             good &= rule.read.runs.counts(key) > 0
-    return np.flatnonzero(good)
+    found = np.flatnonzero(good)
+    own = rows.take(found)
+    fine = np.ones(len(found), dtype=np.bool_)
+    for rule in plan.rules:
+        if rule.behind:
+            tokens = _tokens(rule, own, means_and_donors)
+            for text in texts:
+                written, read = _there(plan, rule, own, tokens, means_and_donors, text)
+                fine[tokens.row[written & ~read]] = False
+    return found[fine]
 
 
 def pass_ends(plan: ExperimentPlan, rows: Rows, text: TextBehind | None) -> Ints | None:
@@ -64,30 +82,66 @@ def pass_ends(plan: ExperimentPlan, rows: Rows, text: TextBehind | None) -> Ints
     return plan.lengths(rows) + fed_tokens(text, rows.prompt) if plan.behind else None
 
 
-def _entries(
-    plan: RulePlan,
-    rows: Rows,
-    means_and_donors: MeansAndDonors,
-    ends: Ints | None,
-    read_ends: Ints | None,
-) -> _Entries:
-    """What the rule writes; what lies behind the end of the pass isn't there.
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """Every token that one rule writes, as parallel columns."""
 
-    ends, read_ends: [row] of the pass, and of the run that is read.
-    """
+    row: Ints
+    written: Ints
+    read: Ints
+    slot: Ints
+    """Which of the joined tokens it is."""
+
+
+def _tokens(plan: RulePlan, rows: Rows, means_and_donors: MeansAndDonors) -> _Tokens:
+    """The tokens that the rule writes, whether or not they are there."""
     position = plan.position_of_cell[rows.cell]
     written_run = plan.written_runs(rows)
     read_run = plan.read.run(position, read_prompts(plan, rows, means_and_donors), rows.alternative)
     row, written = plan.written.tokens.expand(written_run)
     _, slot = counted(plan.written.tokens.counts(written_run))
     read = plan.read.tokens.values[plan.read.tokens.offsets[read_run][row] + slot]
-    if ends is not None:
-        there = written < ends[row]
-        if read_ends is not None:
-            there &= read < read_ends[row]
-        row, written, slot, read = (each[there] for each in (row, written, slot, read))
-    index, point = plan.points.expand(plan.site_of_cell[rows.cell][row])
-    return _Entries(row[index], written[index], read[index], slot[index], point)
+    return _Tokens(row, written, read, slot)
+
+
+def _there(
+    plan: ExperimentPlan,
+    rule: RulePlan,
+    rows: Rows,
+    tokens: _Tokens,
+    means_and_donors: MeansAndDonors,
+    text: TextBehind | None,
+) -> tuple[Bools, Bools]:
+    """[token] whether a pass with this text behind its prompts has it; whether the run that is read
+    has the one that is written there."""
+    ends = plan.lengths(rows) + fed_tokens(text, rows.prompt)
+    written = tokens.written < ends[tokens.row]
+    if rule.rule.does.reads not in ("run", "donor"):
+        return written, np.ones_like(written)
+    prompts = read_prompts(rule, rows, means_and_donors)
+    lengths = prompt_lengths(plan.experiment.table.runs[rule.rule.run])[prompts]
+    return written, tokens.read < (lengths + fed_tokens(text, prompts))[tokens.row]
+
+
+def _entries(
+    plan: ExperimentPlan,
+    rule: RulePlan,
+    rows: Rows,
+    means_and_donors: MeansAndDonors,
+    text: TextBehind | None,
+) -> _Entries:
+    """What the rule writes, as far as it is there."""
+    tokens = _tokens(rule, rows, means_and_donors)
+    there = np.ones(len(tokens.row), dtype=np.bool_)
+    if rule.behind:  # in a pass that isn't measured, what is read may be missing
+        written, read = _there(plan, rule, rows, tokens, means_and_donors, text)
+        there = written & read
+    row, *others = (
+        each[there] for each in (tokens.row, tokens.written, tokens.read, tokens.slot)
+    )
+    index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
+    written, read, slot = (each[index] for each in others)
+    return _Entries(row[index], written, read, slot, point)
 
 
 def build_writes(
@@ -104,13 +158,10 @@ def build_writes(
     Where two rules write the same vector, the later one in the file stands.
     """
     parts: dict[Place, list[tuple[Ints, Ints, Ints, Tensor]]] = defaultdict(list)
-    ends = pass_ends(plan, rows, text)
     for number, rule in enumerate(plan.rules):
         if rule.rule.does.changes != "sites":
             continue
-        entries = _entries(
-            rule, rows, means_and_donors, ends, _read_ends(plan, rule, rows, means_and_donors, text)
-        )
+        entries = _entries(plan, rule, rows, means_and_donors, text)
         pairs = [
             ((to.site, to.layer), (of.site, of.layer))
             for to, of in zip(rule.point_table, rule.source_table, strict=True)
@@ -184,22 +235,6 @@ def build_edges(
                 )
             )
     return found
-
-
-def _read_ends(
-    plan: ExperimentPlan,
-    rule: RulePlan,
-    rows: Rows,
-    means_and_donors: MeansAndDonors,
-    text: TextBehind | None,
-) -> Ints | None:
-    """[row] the first position that the run that is read doesn't have; None where that needn't be
-    asked."""
-    if not rule.behind or rule.rule.does.reads not in ("run", "donor"):
-        return None
-    prompts = read_prompts(rule, rows, means_and_donors)
-    run = plan.experiment.table.runs[rule.rule.run]
-    return prompt_lengths(run)[prompts] + fed_tokens(text, prompts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -153,14 +153,12 @@ def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
 
 
 def _ends(experiment: ResolvedExperiment) -> Ints:
-    """[prompt] the first position behind all that measures read: a text's last token is predicted
-    and goes in nowhere."""
+    """[prompt] the first position behind all that go in."""
     behind = np.zeros(len(experiment.table), dtype=np.int64)
     for measure in experiment.measures:
         for atom in measure.atoms:
-            if atom.form.takes == "continuation":
-                rows = next(iter(atom.texts.values()))
-                behind = np.maximum(behind, [len(ids) - 1 for ids in rows])
+            if atom.texts:
+                behind = np.maximum(behind, atom.behind)
     return prompt_lengths(experiment.table.runs[experiment.spec.base]) + behind
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from mechdsl.base.plural import plural
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_positions import JoinedUnequal
@@ -35,7 +36,11 @@ def check_joined(
     written, read = next(iter(unequal.values()))
     return [
         JoinedUnequal(
-            span=span, source=_tokens(read), base=_tokens(written), rows=len(unequal), total=total
+            span=span,
+            source=plural(read, "token"),
+            base=plural(written, "token"),
+            rows=len(unequal),
+            total=total,
         )
     ]
 
@@ -44,10 +49,6 @@ def lies_behind(cell: PositionCell, rows: Sequence[RunRow]) -> bool:
     """Whether it hits tokens behind these prompts: the answer's."""
     found = zip(rows, cell.hits, strict=True)
     return any(token >= len(row.ids) for row, hits in found for run in hits for token in run)
-
-
-def _tokens(count: int) -> str:
-    return f"{count} token" + "s" * (count != 1)
 
 
 def hit_texts(

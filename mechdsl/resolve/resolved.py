@@ -287,6 +287,19 @@ class Atom(Record):
         """Whether its text differs between the cells of one row."""
         return set(self.texts) != {None} and bool(self.texts)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Per row, the tokens of its text, of the longest one where cells differ."""
+        return tuple(max(map(len, texts)) for texts in zip(*self.texts.values(), strict=True))
+
+    @property
+    def behind(self) -> tuple[int, ...]:
+        """Per row, how many tokens of its text go in behind the prompt: the last one is predicted
+        only, and other metrics than those of a whole text read no such pass."""
+        if self.form.takes != "continuation":
+            return (0,) * len(self.lengths)
+        return tuple(length - 1 for length in self.lengths)
+
 
 @record
 class ResolvedMeasure(Record):

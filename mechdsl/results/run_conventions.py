@@ -67,8 +67,11 @@ def conventions(
             "behind a sender"
         )
     if measured.dropped:
-        found["resample"] = (
-            f"{plural(measured.dropped, 'row')} of cells left out: the other row lacks the position"
+        of_donors = any(rule.rule.does.reads == "donor" for rule in plan.rules)
+        why = "they read a token of the answer that goes in nowhere"
+        found["resample" if of_donors else "left out"] = (
+            f"{plural(measured.dropped, 'row')} of cells left out: "
+            f"{'the other row lacks the position' if of_donors else why}"
         )
     if len(plan.rules) > 1:
         found["rules"] = (

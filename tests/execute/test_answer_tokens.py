@@ -43,20 +43,22 @@ prompts p {
   answer " {tail}"
   wrong " {rival}"
   text two = " {pair}"
+  text some = " {ragged}"
   corrupt other { subject = alt }
   corrupt longer { words = more  cue = cue2 }
 }
 """
 TEXTS = (
-    ("w1 w2", "w4 w7 w2", "w3 w5"),
-    ("w2 w8 w5", "w5", "w9 w1"),
-    ("w5 w6 w10", "w8 w9", "w2 w7"),
-    ("w9 w3", "w1 w4", "w6 w20"),
+    ("w1 w2", "w4 w7 w2", "w3 w5", "w1"),
+    ("w2 w8 w5", "w5", "w9 w1", "w4 w7 w2"),
+    ("w5 w6 w10", "w8 w9", "w2 w7", "w9 w2 w3"),
+    ("w9 w3", "w1 w4", "w6 w20", "w6 w1 w8"),
 )
-"""Of every row: answer, wrong, two. The answers and what is wrong differ in length."""
+"""Of every row: answer, wrong, two, some. All but two differ in length; the longer one of wrong and
+some has three tokens in every row."""
 RECORDS: list[Record] = [
-    {**row, "tail": answer, "rival": wrong, "pair": two}
-    for row, (answer, wrong, two) in zip(ROWS, TEXTS, strict=True)
+    {**row, "tail": answer, "rival": wrong, "pair": two, "ragged": some}
+    for row, (answer, wrong, two, some) in zip(ROWS, TEXTS, strict=True)
 ]
 
 
@@ -140,14 +142,18 @@ def from_run(
 
 
 def mean_of(points: Sequence[Point], places: Callable[[Behind], list[int]]) -> Change:
-    """The mean over all rows, each with its own text behind it."""
+    """The mean over the rows that have the token, each with its own text behind it."""
 
     def change(b: Behind) -> Sequence[Write]:
         rows = [Behind(b.family, n, "clean", b.text) for n in range(len(RECORDS))]
         writes: list[Write] = []
         for point in points:
             for slot, target in enumerate(places(b)):
-                found = [r.seen[point.site, point.layer][places(r)[slot], point.unit] for r in rows]
+                found = [
+                    r.seen[point.site, point.layer][place, point.unit]
+                    for r in rows
+                    for place in places(r)[slot : slot + 1]
+                ]
                 vector = torch.stack(found).mean(0)
                 writes.append(Write(point.site, point.layer, vector, target, point.unit))
         return writes
@@ -193,10 +199,16 @@ def middle(b: Behind) -> Changed | None:
     return zeroed([Point("attn_out", 1)], b.seen, b.answer[1:2]), ()
 
 
+def second_onto_first(b: Behind) -> Changed | None:
+    """What the longer prompt has at the text's second token, which some rows only predict."""
+    source = b.at("longer")
+    if len(b.answer) < 2:
+        return None
+    return copied([Point("resid_pre", 1)], source.seen, source.answer[1:2], b.answer[:1]), ()
+
+
 def swapped(b: Behind) -> Changed:
     last, first = b.prompt.last, len(b.prompt.ids)
-    if not b.answer:
-        return (), ()
     return copied(head(1, 2), b.seen, [last, first], [first, last]), ()
 
 
@@ -207,6 +219,8 @@ def blocked(keys: Callable[[Behind], list[int]]) -> Change:
 LOGPROB = "measure logprob(answer) as delta"
 BOTH = "measure logprob(answer) - logprob(wrong) as delta"
 TWO = "measure logprob(two) as delta"
+SOME = "measure logprob(some) as delta"
+UNEVEN = "measure logprob(some) - logprob(wrong) as delta"
 
 
 @dataclass(frozen=True)
@@ -261,6 +275,22 @@ CASES: dict[str, Case] = {
         ("ablate resid_pre layer 1 at first token of answer with mean", LOGPROB),
         {None: mean_of([Point("resid_pre", 1, 0)], nth(0))},
     ),
+    "mean_of_what_some_only_predict": Case(
+        ("ablate resid_pre layer 1 at first token of answer with mean", SOME),
+        {None: mean_of([Point("resid_pre", 1, 0)], nth(0))},
+    ),
+    "mean_of_the_second_token": Case(
+        ("ablate resid_pre layer 1 at first token of answer + 1 with mean", LOGPROB),
+        {None: mean_of([Point("resid_pre", 1, 0)], nth(1))},
+    ),
+    "second_onto_first": Case(
+        (
+            "from longer into clean",
+            "patch resid_pre layer 1 at first token of answer + 1 onto first token of answer",
+            LOGPROB,
+        ),
+        {None: second_onto_first},
+    ),
     "onto_the_answer": Case(
         (
             "from other into clean",
@@ -309,7 +339,7 @@ def expected(family: str, measure: str, change: Change | None) -> Array:
     found: list[float] = []
     for row in range(len(RECORDS)):
         scores: dict[str, float] = {}
-        for text, name in (("answer", "tail"), ("wrong", "rival"), ("two", "pair")):
+        for text, name in (("answer", "tail"), ("wrong", "rival"), ("two", "pair"), ("some", "ragged")):
             if f"({text})" in measure:
                 behind = Behind(family, row, "clean", name)
                 done = ((), ()) if change is None else change(behind)
@@ -342,6 +372,9 @@ def test_answers(family: str, mode: str, folder: Path) -> None:
 
 
 def check(result: ExperimentResult, family: str, case: Case) -> None:
+    dropped = "2 rows of cells left out: they read a token of the answer that goes in nowhere"
+    expected = dropped if second_onto_first in case.cells.values() else None
+    assert result.conventions.get("left out") == expected
     measure = case.lines[-1]
     if None not in case.cells:
         assert [cell.coords["position"] for cell in result.cells] == list(case.cells)
@@ -361,6 +394,29 @@ def test_a_resampling_takes_the_donors_own_text(tmp_path: Path) -> None:
         writes = copied(head(1, 2), donor.seen, donor.answer, own.answer)
         value = found.measures[0].patched[0, row]
         np.testing.assert_allclose(value, own.score(writes), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "at", "measure", "left_out"),
+    [
+        ((0, 1), "first token of answer", SOME, [1]),  # row 0 has no such token, and needs none
+        ((0, 1), "first token of answer", UNEVEN, [0, 1]),
+        ((2, 3), "answer tokens", SOME, []),
+    ],
+)
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+def test_a_row_whose_donor_only_predicts_the_token_is_left_out(
+    rows: tuple[int, int], at: str, measure: str, left_out: list[int], mode: str, tmp_path: Path
+) -> None:
+    write_rows(tmp_path, [RECORDS[row] for row in rows])
+    (tmp_path / "answers.jsonl").write_text((tmp_path / "data.jsonl").read_text("utf-8"), "utf-8")
+    text = experiment("e", "prompts p", f"ablate embed at {at} with resample", measure)
+    found = run_file(text, tmp_path, bare("gpt2"), MODES[mode], prompts=PROMPTS)["e"]
+    values = found.measures[0].patched[0]
+    assert np.flatnonzero(np.isnan(values)).tolist() == left_out
+    said = {1: "1 row of cells", 2: "2 rows of cells"}.get(len(left_out))
+    expected = said and f"{said} left out: the other row lacks the position"
+    assert found.conventions.get("resample") == expected
 
 
 def test_what_is_done_to_answers_is_said(tmp_path: Path) -> None:
