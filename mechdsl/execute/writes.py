@@ -136,9 +136,7 @@ def _entries(
     if rule.behind:  # in a pass that isn't measured, what is read may be missing
         written, read = _there(plan, rule, rows, tokens, means_and_donors, text)
         there = written & read
-    row, *others = (
-        each[there] for each in (tokens.row, tokens.written, tokens.read, tokens.slot)
-    )
+    row, *others = (each[there] for each in (tokens.row, tokens.written, tokens.read, tokens.slot))
     index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
     written, read, slot = (each[index] for each in others)
     return _Entries(row[index], written, read, slot, point)

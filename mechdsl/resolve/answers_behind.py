@@ -23,6 +23,12 @@ def measured_answers(work: Work) -> AnswerTokens:
     positions = (each for rule in work.experiment.rules for each in (rule.at, rule.onto))
     if not any(map(names_answer, positions)):
         return NO_ANSWERS
+    shape, name = work.model.shape, work.model.name
+    if shape.task != "tokens":
+        outputs = "numbers" if shape.task == "number" else "labels"
+        return AnswerTokens(reason=f"`{name}` gives {outputs}, and no text is read behind a prompt")
+    if not shape.causal:
+        return AnswerTokens(reason=f"`{name}` predicts no text behind its prompts")
     before = len(work.diagnostics)
     context = MeasureContext(
         work.table,
@@ -34,33 +40,34 @@ def measured_answers(work: Work) -> AnswerTokens:
         metrics=work.program.metrics,
     )
     measures = [
-        resolve_measure(m.metric, context, label=m.label, at=m.at) for m in work.experiment.measures
+        (m.at is not None, resolve_measure(m.metric, context, label=m.label, at=m.at))
+        for m in work.experiment.measures
     ]
     del work.diagnostics[before:]
-    found = [atom for measure in measures if measure is not None for atom in measure.atoms]
+    of_texts = [
+        (elsewhere, atom)
+        for elsewhere, measure in measures
+        for atom in (() if measure is None else measure.atoms)
+        if atom.texts and not atom.of_class
+    ]
+    found = [atom for elsewhere, atom in of_texts if not elsewhere]
     behind = (
-        [atom for atom in found if longest(atom) > 1]
+        [atom for atom in found if any(atom.behind)]
         or [atom for atom in found if atom.form.takes == "continuation"]
-        or [atom for atom in found if atom.form.takes == "target"]
+        or found
     )
-    if not behind and None in measures:  # nobody knows
+    if not behind and any(measure is None for _, measure in measures):  # nobody knows
         return AnswerTokens(((ANSWER, (1,) * len(work.table)),))
+    if not behind and of_texts:
+        return AnswerTokens(
+            reason="measures with `at` read tokens of the prompt",
+            hint="measure a text without `at`, or name a position of the prompt",
+        )
     return AnswerTokens(
-        tuple((_written(atom), _lengths(atom)) for atom in behind),
+        tuple((_written(atom), atom.lengths) for atom in behind),
         reason="no measure of this experiment reads a text behind the prompt",
         hint="measure one, such as `logprob(answer)`, or name a position of the prompt",
     )
-
-
-def longest(atom: Atom) -> int:
-    """Tokens of the longest text that has a pass of its own, behind the prompt; 0 without one."""
-    if atom.form.takes != "continuation":
-        return 0
-    return max((len(ids) for rows in atom.texts.values() for ids in rows), default=0)
-
-
-def _lengths(atom: Atom) -> tuple[int, ...]:
-    return tuple(len(ids) for ids in next(iter(atom.texts.values())))
 
 
 def _written(atom: Atom) -> str:
@@ -79,29 +86,53 @@ class LeftOut:
     """Of the longest text."""
 
     @property
+    def at(self) -> ast.Positions:
+        """Where it acts."""
+        return _acts_at(self.rule)
+
+    @property
     def instead(self) -> str:
-        """The rule's position with these tokens."""
-        at = self.rule.spec.at
-        text = at.span.written
-        (item,) = at.items
-        base = item.body.base if isinstance(item.body, ast.Point) else None
-        if isinstance(base, ast.TokenIndex) and base.low is None:
-            return f"{text} and answer"
-        return f"{{{text.removeprefix('{').removesuffix('}')}, answer tokens}}"
+        """The rule's position with these tokens; both where it reads at another."""
+        here = _with_answer(self.at)
+        return (
+            here
+            if self.at is self.rule.spec.at
+            else f"{_with_answer(self.rule.spec.at)} onto {here}"
+        )
+
+
+def _acts_at(rule: ResolvedRule) -> ast.Positions:
+    """The queries of an attention rule; else where it writes."""
+    onto = rule.spec.onto if rule.edge is None else None
+    return rule.spec.at if onto is None else onto
+
+
+def _with_answer(at: ast.Positions) -> str:
+    """A position with the tokens behind the prompt."""
+    text = at.span.written
+    (item,) = at.items
+    base = item.body.base if isinstance(item.body, ast.Point) else None
+    if isinstance(base, ast.TokenIndex) and base.low is None:
+        return f"{text} and answer"
+    return f"{{{text.removeprefix('{').removesuffix('}')}, answer tokens}}"
 
 
 def answers_left_out(experiment: ResolvedExperiment) -> Iterator[LeftOut]:
     """Rules on all of the prompt beside measures that read several tokens behind it."""
     reading = [
-        (longest(atom), measure.text) for measure in experiment.measures for atom in measure.atoms
+        (max(atom.lengths), measure.text)
+        for measure in experiment.measures
+        for atom in measure.atoms
+        if any(atom.behind)
     ]
     tokens, text = max(reading, key=lambda each: each[0], default=(0, ""))
-    if tokens < 2:
+    if not tokens:
         return
     rows = experiment.table.runs[experiment.spec.base].rows
     for rule in experiment.rules:
-        changes = rule.does.changes in ("sites", "edges")
-        if not changes or len(rule.spec.at.items) != 1 or (rule.spec.onto and rule.edge is None):
+        at, here = rule.spec.at, _acts_at(rule)
+        changes = rule.does.changes in ("sites", "edges") and rule.spec.verb != "swap"  # two parts
+        if not changes or names_answer(at) or len(at.items) != 1 or len(here.items) != 1:
             continue
         if any(_spans_all(cell, rows) for cell in rule.positions.written.values()):
             yield LeftOut(rule, text, tokens)

@@ -163,7 +163,7 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
 
 def _on_answers(plan: ExperimentPlan) -> Iterator[str]:
     """What is done to the tokens of answers of several tokens, where that could be mistaken."""
-    left = [each.rule.spec.at.span.written for each in answers_left_out(plan.experiment)]
+    left = [each.at.span.written for each in answers_left_out(plan.experiment)]
     if left:
         where = " and ".join(f"`{at}`" for at in dict.fromkeys(left))
         yield f"{where} is all of the prompt; the answer behind it is left alone"

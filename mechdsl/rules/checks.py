@@ -6,7 +6,7 @@ from mechdsl.diagnostics.e03_coordinates import UnevenPositions
 from mechdsl.diagnostics.e03_rules import UnequalPrompts
 from mechdsl.diagnostics.e06_onward import BadPick
 from mechdsl.program import spec
-from mechdsl.prompts.answer_tokens import names_answer
+from mechdsl.prompts.position_hits import lies_behind
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import Apart, Intervention, PositionTargets, SiteTargets
 from mechdsl.syntax import ast
@@ -74,13 +74,12 @@ def even(rule: spec.Rule, positions: PositionTargets, work: Work) -> None:
                 )
             )
             return
+    rows = work.table.runs[work.experiment.base].rows
     joined = any(
-        len(tokens) > 1
+        lies_behind(cell, rows) and any(len(tokens) > 1 for row in cell.hits for tokens in row)
         for cell in positions.written.values()
-        for row in cell.hits
-        for tokens in row
     )
-    for text, lengths in work.answers.texts if joined and names_answer(rule.at) else ():
+    for text, lengths in work.answers.texts if joined else ():
         if len(set(lengths)) > 1:
             position = f"{rule.at.span.written}` of `{text}"
             least, most = min(lengths), max(lengths)

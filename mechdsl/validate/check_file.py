@@ -379,7 +379,7 @@ def _answers(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """A rule on the whole prompt is warned of where a measure reads tokens behind it."""
     return [
         AnswerLeftOut(
-            span=each.rule.spec.at.span,
+            span=each.at.span,
             measure=each.measure,
             tokens=each.tokens,
             instead=each.instead,

@@ -339,7 +339,12 @@ def expected(family: str, measure: str, change: Change | None) -> Array:
     found: list[float] = []
     for row in range(len(RECORDS)):
         scores: dict[str, float] = {}
-        for text, name in (("answer", "tail"), ("wrong", "rival"), ("two", "pair"), ("some", "ragged")):
+        for text, name in (
+            ("answer", "tail"),
+            ("wrong", "rival"),
+            ("two", "pair"),
+            ("some", "ragged"),
+        ):
             if f"({text})" in measure:
                 behind = Behind(family, row, "clean", name)
                 done = ((), ()) if change is None else change(behind)
