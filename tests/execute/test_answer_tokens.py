@@ -48,6 +48,15 @@ prompts p {
   corrupt longer { words = more  cue = cue2 }
 }
 """
+NAMED = """
+prompts p {
+  rows "answers.jsonl"
+  answer = pair
+  template "{cue} {answer} w42"
+  text some = " {ragged}"
+}
+"""
+"""A span of the prompt is called as its answer."""
 TEXTS = (
     ("w1 w2", "w4 w7 w2", "w3 w5", "w1"),
     ("w2 w8 w5", "w5", "w9 w1", "w4 w7 w2"),
@@ -378,8 +387,8 @@ def test_answers(family: str, mode: str, folder: Path) -> None:
 
 def check(result: ExperimentResult, family: str, case: Case) -> None:
     dropped = "2 rows of cells left out: they read a token of the answer that goes in nowhere"
-    expected = dropped if second_onto_first in case.cells.values() else None
-    assert result.conventions.get("left out") == expected
+    said = dropped if second_onto_first in case.cells.values() else None
+    assert result.conventions.get("left out") == said
     measure = case.lines[-1]
     if None not in case.cells:
         assert [cell.coords["position"] for cell in result.cells] == list(case.cells)
@@ -453,3 +462,13 @@ def test_tokens_of_an_answer_are_not_picked(tmp_path: Path) -> None:
         "`top 1 of ranked tokens` can't be picked: the cell `answer first` of `ranked` is of the "
         "answer, behind the prompt"
     ]
+
+
+def test_a_span_called_answer_asks_nothing_of_the_text_behind_the_prompt(tmp_path: Path) -> None:
+    """The text has other lengths from row to row, which a mean over the prompt's span can have."""
+    write_rows(tmp_path, RECORDS)
+    (tmp_path / "answers.jsonl").write_text((tmp_path / "data.jsonl").read_text("utf-8"), "utf-8")
+    rule = "ablate layer 1 head 2 at answer tokens with mean"
+    text = experiment("e", "prompts p", rule, SOME)
+    found = run_file(text, tmp_path, bare("gpt2"), prompts=NAMED)["e"]
+    assert not np.isnan(found.measures[0].patched).any()
