@@ -9,7 +9,7 @@ adapters on one base take little more memory than the base.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -128,7 +128,7 @@ def _merged(base: nn.Module, file: Path, scaling: Scaling) -> nn.Module:
             "target_modules": sorted({found[key][0] for key in lora}),
             "lora_alpha": scaling.lora_alpha,
             "alpha_pattern": dict(scaling.alpha_pattern),
-            **_ranks(lora, scaling),
+            **_ranks(lora, found, scaling),
             **scaling.switches,
         }
         config = LoraConfig(**settings, inference_mode=True)
@@ -166,15 +166,34 @@ def _parts(weights: Iterable[str], base: nn.Module) -> dict[str, tuple[str, str]
 
 
 def _copy(module: nn.Module, changed: Iterable[str]) -> nn.Module:
-    """The modules once more, with the same tensors, but for the parameters of those that change:
-    so nothing reaches the base, nor a module that shares its weights with a changed one."""
-    tensors = (*module.parameters(), *module.buffers())
-    copy = deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    """The modules once more, over the same storage but for the parameters of those that change: so
+    nothing reaches the base, nor a module that shares its weights with a changed one."""
+    known: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
+    # Parameters of their own, as peft freezes those that it is given.
+    known |= {id(own): nn.Parameter(own.detach(), False) for own in module.parameters()}
+    known |= {id(hook): hook for hook in _hooks_from_outside(module)}
+    try:
+        copy = deepcopy(module, known)
+    except Exception as error:  # of whatever somebody has put into the model
+        reason = f"`copy.deepcopy` can't copy the base: {text_of(error)}"
+        hint = "merge it from Python, with `merge_and_unload()`, and hand over what that gives"
+        raise _DoesNotFit(reason, hint) from None
     for path in changed:
         part = copy.get_submodule(path)
         for name, own in list(part.named_parameters(recurse=False)):
-            part.register_parameter(name, nn.Parameter(own.detach().clone(), own.requires_grad))
+            part.register_parameter(name, nn.Parameter(own.detach().clone(), False))
     return copy
+
+
+def _hooks_from_outside(module: nn.Module) -> Iterator[object]:
+    """Hooks on the way of a forward pass that are no methods of the model's own modules. They, and
+    what they hold, aren't the model's to copy."""
+    parts = {id(part) for part in module.modules()}
+    for part in module.modules():
+        for table in ("_forward_pre_hooks", "_forward_hooks"):
+            for hook in vars(part)[table].values():
+                if id(getattr(hook, "__self__", hook)) not in parts:
+                    yield hook
 
 
 def _put(part: nn.Module, name: str, value: Tensor, key: str) -> None:
@@ -186,10 +205,22 @@ def _put(part: nn.Module, name: str, value: Tensor, key: str) -> None:
         old.copy_(value)
 
 
-def _ranks(lora: Mapping[str, Tensor], scaling: Scaling) -> dict[str, Any]:
-    """Ranks by the config, none above those of the weights: what a config says takes no memory."""
-    first = [tensor.shape for key, tensor in lora.items() if ".lora_A" in key or "_A" in key[-2:]]
-    most = max((shape[0] for shape in first if shape), default=1)
+def _ranks(
+    lora: Mapping[str, Tensor], found: Mapping[str, tuple[str, str]], scaling: Scaling
+) -> dict[str, Any]:
+    """The ranks that the config says, where each is that of the weights: what is merged is divided
+    by it. None is above those, so that what a config says takes no memory."""
+    from peft.utils.other import get_pattern_key
+
+    first = {key: t for key, t in lora.items() if ".lora_A." in key or key.endswith("embedding_A")}
+    most = 1
+    for key, tensor in first.items():
+        path, rank = found[key][0], len(tensor) if tensor.ndim else 0
+        said = scaling.rank_pattern.get(get_pattern_key([*scaling.rank_pattern], path), scaling.r)
+        if said != rank:
+            reason = f"its weights for `{path}` are of rank {rank}, and its config says {said}"
+            raise _DoesNotFit(reason, f"correct `r` or `rank_pattern` in its `{ADAPTER}`")
+        most = max(most, rank)
     pattern = {key: min(rank, most) for key, rank in scaling.rank_pattern.items()}
     return {"r": min(scaling.r, most), "rank_pattern": pattern}
 

@@ -105,10 +105,10 @@ def read_scaling(folder: Path, model: Model) -> tuple[Scaling | None, list[Diagn
 
 def other_base(folder: Path, model: Model, base: Model) -> list[Diagnostic]:
     """W0773 where the folder names another model than the base; nothing where that can't be told:
-    where it names none, and where the base comes from Python."""
+    where it names none, and where the base comes from Python: from a function, or handed over."""
     config, _ = read_config(folder, name=ADAPTER)
     trained = (config or {}).get("base_model_name_or_path")
-    if not isinstance(trained, str) or not trained or base.kind == "python":
+    if not isinstance(trained, str) or not trained or base.kind == "python" or not base.path:
         return []
     if _name(trained) == _name(base.path):
         return []

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -162,16 +163,14 @@ def test_adapters_as_an_axis(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len({id(e.table) for e in checked.experiments}) == 1
 
 
-def test_the_base_may_be_handed_over_and_stays_as_it_was(folder: Path) -> None:
-    lora.save(lora.trained("llama"), folder / "tuned")
+def test_the_base_may_be_handed_over(folder: Path) -> None:
+    config(base_model_name_or_path="org/other")(lora.save(lora.trained("llama"), folder / "tuned"))
     own: Any = lora.base("llama")
-    tokenizer = fast(families.tokenizer())
     text = program(experiment("e", *LINES).replace("model m", "model m, tuned"))
-    found = ran(text, folder, {"m": (own, tokenizer)})["e"]
+    found = ran(text, folder, {"m": (own, fast(families.tokenizer()))})["e"]
     tuned = lora.merged_by_hand("llama", lora.trained("llama"))
     same(found.measures[0], by_hand("llama", tuned, tuned, LAYERS), slice(3, 6))
     assert lora.same_weights(own, lora.base("llama"))
-    assert not hasattr(own, "peft_config")
 
 
 def test_an_adapter_on_an_adapter(folder: Path) -> None:
@@ -222,9 +221,35 @@ def test_only_what_an_adapter_changes_takes_memory(tmp_path: Path) -> None:
     tuned, found = load_adapter(statement(str(tmp_path), base="m"), base("llama"))
     assert tuned is not None, found
     own = dict(tuned.module.named_parameters())
-    apart = {n for n, w in base("llama").module.named_parameters() if w is not own[n]}
+    bare = base("llama").module.named_parameters()
+    apart = {n for n, w in bare if w.data_ptr() != own[n].data_ptr()}
     q = {f"model.layers.{n}.self_attn.q_proj.{own}" for n in range(3) for own in ("weight", "bias")}
     assert apart == q
+
+
+class Held:
+    """A hook that holds what can't be copied."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+
+    def __call__(self, *given: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("wanted", ["a hook of its own", "another's hook"])
+def test_hooks_of_the_base_are_those_of_the_copy(tmp_path: Path, wanted: str) -> None:
+    """What belongs to a module is that of the copied one; what doesn't is shared."""
+    lora.save(lora.trained("llama"), tmp_path)
+    bare: Any = lora.base("llama")
+    block, held = bare.model.layers[1], Held()
+    own = wanted == "a hook of its own"
+    block.register_forward_hook(block.mlp.extra_repr if own else held)
+    file = tmp_path / "adapter_model.safetensors"
+    copy: Any = merge._merged(bare, file, _scaling(tmp_path))  # pyright: ignore[reportPrivateUsage]
+    (hook,) = copy.model.layers[1]._forward_hooks.values()
+    assert (hook.__self__ is copy.model.layers[1].mlp) if own else hook is held
+    assert copy.model.layers[1]._forward_hooks is not block._forward_hooks
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -347,7 +372,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "E0453",
         "size mismatch",
     ),
-    "another rank": (config(r=3), "E0453", "size mismatch"),
+    "a rank below": (config(r=3), "E0453", "`model.layers.0.mlp.down_proj` are of rank 4, and"),
+    "a rank above": (config(r=16), "E0453", "its config says 16"),
+    "a rank above by a pattern": (
+        config(rank_pattern={"layers.1.self_attn.q_proj": 5, "k_proj": 9}), "E0453",
+        "`model.layers.1.self_attn.q_proj` are of rank 4, and its config says 5",
+    ),
     "a part is gone": (weights(lambda w: w.pop(f"{Q}.lora_B.weight")), "E0453", "lack"),
     "a part too many": (
         weights(lambda w: w.update({f"{Q}.lora_C.weight": torch.zeros(4, 7)})),
@@ -401,8 +431,9 @@ def test_what_needs_no_weights_is_said_by_validate(copy: Path, name: str) -> Non
 
 def test_a_rank_that_only_the_config_has_takes_no_memory(copy: Path) -> None:
     config(r=10**12)(copy / "tuned")  # which no machine could allocate
-    tuned, _ = load_adapter(statement(str(copy / "tuned"), base="m"), base("llama"))
-    assert tuned is None or tuned.name == "m"
+    config(rank_pattern=dict.fromkeys(lora.TARGETS["llama"], lora.RANK))(copy / "tuned")
+    tuned, found = load_adapter(statement(str(copy / "tuned"), base="m"), base("llama"))
+    assert tuned is not None, found
 
 
 def test_peft_is_named_where_it_is_missing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,6 +603,16 @@ def test_a_base_with_an_adapter_of_its_own_is_refused(copy: Path) -> None:
     _, found = load_adapter(statement(str(copy / "tuned"), base="m"), model)
     assert [d.code for d in found] == ["E0453"]
     assert "`merge_and_unload()`" in found[0].help_text
+
+
+def test_a_base_that_cannot_be_copied_is_named(copy: Path) -> None:
+    model, _ = adopt("m", lora.base("llama"), families.tokenizer())
+    assert model is not None
+    vars(model.module.get_submodule("model.layers.1"))["held"] = Lock()
+    _, found = load_adapter(statement(str(copy / "tuned"), base="m"), model)
+    assert [d.code for d in found] == ["E0453"]
+    assert "`copy.deepcopy`" in found[0].label_text
+    assert "lock" in found[0].label_text
 
 
 def test_a_base_that_is_spread_is_refused(copy: Path) -> None:

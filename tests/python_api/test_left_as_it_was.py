@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 import mechdsl
 from mechdsl.loading.borrowed import borrowed
 
-from ..models import families
+from ..models import families, lora
 from .conftest import FILE
 
 SHORT = FILE.replace("limit 16", "limit 4").replace("limit 8", "limit 4")
@@ -82,6 +83,23 @@ def test_by_a_run(used: tuple[Any, Any], inside: Path) -> None:
     before = state(used[0])
     mechdsl.run(SHORT, {"toy": used}, write_reports=False)
     assert state(used[0]) == before
+
+
+def test_by_adapters_on_it(used: tuple[Any, Any], inside: Path) -> None:
+    """Its weights may be trained on as before: each as it was, with the gradient that it had."""
+    model = used[0]
+    lora.save(lora.wrapped(deepcopy(model), "llama"), inside / "tuned")
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    before = state(model)
+    gradients = [None if w.grad is None else w.grad.clone() for w in model.parameters()]
+    line = 'model toy = zoo("counting")\n'
+    text = SHORT.partition("experiment positions")[0].replace("model toy\n", "model tuned\n")
+    text = text.replace(line, f'{line}model tuned = local("tuned", base: toy)\n')
+    mechdsl.run(text, {"toy": used}, write_reports=False)
+    assert state(model) == before
+    for weight, gradient in zip(model.parameters(), gradients, strict=True):
+        assert str(weight.grad) == str(gradient)
+    model.zero_grad()
 
 
 def test_by_a_run_that_is_refused(used: tuple[Any, Any]) -> None:
