@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from mechdsl.base.names import name_list
-from mechdsl.base.source import Source, Span
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
-from mechdsl.diagnostics.e04_model import IdentityBroken, OneOutput
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.diagnostics.e06_numbers import NothingToPickFrom, PickedBySign, RowsLeftOut
 from mechdsl.execute.execute import Execution, Options, execute, sizes_of
@@ -22,20 +21,16 @@ from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.build import build
-from mechdsl.loading.devices import device, device_problem, spread_of
-from mechdsl.loading.load import adopt, load
-from mechdsl.loading.merge import load_adapter
+from mechdsl.loading.devices import device_problem
+from mechdsl.loading.file_models import Models, adopt_models, contexts, load_models, not_there
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import unknown_passes
 from mechdsl.plan.plan import ExperimentPlan, Plan
 from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
 from mechdsl.resolve.findings import Finding
-from mechdsl.resolve.measures import unreadable
-from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolve_experiment import resolve_experiment
-from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
-from mechdsl.resolve.site_targets import missing_points
+from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.collect import collect, versions, with_control, without_measures
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
@@ -70,10 +65,6 @@ class RunOptions:
     """Takes what was planned and what was done, after the run."""
 
 
-Models = Mapping[str, tuple[Any, Any]]
-"""Name → (transformers model, fast tokenizer), handed over from Python."""
-
-
 def run_source(
     source: Source, options: RunOptions | None = None, models: Models | None = None
 ) -> tuple[FileResult | None, list[Diagnostic]]:
@@ -99,9 +90,9 @@ def check_with_models(
     declared = lower_program(syntax, source, settings.parameters)[0].models
     # Before a model is proved, which takes a while; a broken line may be the one that defines it.
     unknown = [name for name in models if name not in declared] if not found else []
-    loaded, diagnostics = _adopted({n: pair for n, pair in models.items() if n in declared})
+    loaded, diagnostics = adopt_models({n: pair for n, pair in models.items() if n in declared})
     settings = replace(settings, build=build)
-    checked = check_source(source, settings, _contexts(source, loaded))
+    checked = check_source(source, settings, contexts(source, loaded))
     refused = models.keys() - loaded.keys()
     said = [_no_such_model(name, declared) for name in unknown]
     # What the file declares under the name of a model that is refused isn't missed.
@@ -124,9 +115,13 @@ def run_checked(
     if has_errors(diagnostics):
         return None, diagnostics
     models = {**cast("dict[str, LoadedModel]", checked.built), **(loaded or {})}
-    diagnostics.extend(_load(checked, models, options))
+    diagnostics.extend(
+        load_models(
+            checked, models, device=options.device, dtype=options.dtype, offload=options.offload
+        )
+    )
     if not has_errors(diagnostics):
-        diagnostics.extend(_not_there(checked.experiments, models))
+        diagnostics.extend(not_there(checked.experiments, models))
     if has_errors(diagnostics):
         return None, diagnostics
     return _run(checked, models, options, diagnostics)
@@ -237,7 +232,7 @@ class _FileRun:
             return experiment
         found, problems = _with_findings(experiment, self.findings, self.checked.program)
         if found is not None:
-            problems += _not_there([found], self.models)
+            problems += not_there([found], self.models)
         self._say([each for each in problems if each.severity == "warning"])
         errors = [each for each in problems if each.severity == "error"]
         if errors:
@@ -391,121 +386,3 @@ def check_options(options: RunOptions) -> list[Diagnostic]:
         hint = "`pip install 'mechdsl[offload]'` installs it"
         found.append(BadCommandLine(reason=reason, hint=hint))
     return found
-
-
-def _adopted(models: Models) -> tuple[dict[str, LoadedModel], list[Diagnostic]]:
-    """Models handed over from Python, taken apart and verified."""
-    loaded: dict[str, LoadedModel] = {}
-    diagnostics: list[Diagnostic] = []
-    for name, (module, tokenizer) in models.items():
-        model, found = adopt(name, module, tokenizer)
-        diagnostics.extend(found)
-        if model is not None:
-            loaded[name] = model
-    return loaded, diagnostics
-
-
-def _contexts(source: Source, loaded: Mapping[str, LoadedModel]) -> dict[str, ModelContext]:
-    """What checking needs of models that Python holds; the file may still declare them."""
-    found: dict[str, ModelContext] = {}
-    for name, model in loaded.items():
-        if model.tokenizer is None:
-            continue
-        statement = spec.Model(span=Span(source, 0, 0), name=name, kind="local", path="")
-        found[name] = ModelContext(statement, model.shape, model.tokenizer)
-    return found
-
-
-def _not_there(
-    experiments: Sequence[ResolvedExperiment], models: Mapping[str, LoadedModel]
-) -> list[Diagnostic]:
-    """What only a look at the modules shows to be missing: sites (E0402, E0413, E0414) and logits
-    (E0437, E0438)."""
-    found: list[Diagnostic | None] = []
-    for experiment in with_controls(experiments):
-        model = models[experiment.model.name]
-        found.append(_made_elsewhere(experiment, model))
-        read = [models[name] for name in experiment.models[1:]]
-        for rule in experiment.rules:
-            if rule.sites is not None:
-                points = [p for here in rule.sites.points.values() for p in here]
-                span = rule.spec.span
-                found += [missing_points(points, m.shape, m.name, span) for m in (model, *read)]
-        for measure in (*experiment.measures, *experiment.keep):
-            points = [atom.point for atom in measure.atoms if atom.point is not None]
-            span = measure.expression.span
-            found.append(missing_points(points, model.shape, model.name, span))
-            found += [
-                unreadable(measure.expression, measure.atoms, m.shape, m.name)
-                for m in (model, *read)
-            ]
-    return [each for each in found if each is not None]
-
-
-def _made_elsewhere(experiment: ResolvedExperiment, model: LoadedModel) -> Diagnostic | None:
-    """E0439 for one output that is made of another token than its class makes it of, E0410 for a
-    classifier that sees later tokens, which its kind doesn't tell."""
-    span, named = experiment.model.spec.span, model.shape.architecture
-    expected, found = experiment.model.shape, model.shape
-    if found.output_at != expected.output_at:
-        reason = (
-            f"it is made of its {found.output_at}, and by its class of its {expected.output_at}"
-        )
-        return OneOutput(span=span, model=model.name, architecture=named, reason=reason)
-    if expected.causal and not found.causal:
-        return IdentityBroken(
-            span=span,
-            model=model.name,
-            architecture=named,
-            identity="another last token leaves earlier outputs alone",
-            reason=f"it sees later tokens, which its kind `{expected.family}` doesn't tell",
-            hint="register the family with `@family` and `encodes = True`",
-        )
-    return None
-
-
-def _load(
-    checked: Checked, loaded: dict[str, LoadedModel], options: RunOptions
-) -> list[Diagnostic]:
-    """Load every model that an experiment runs on."""
-    diagnostics: list[Diagnostic] = []
-    # With `--only` there may be models that nothing runs on.
-    wanted = {*(e.name for e in checked.experiments), *checked.unchecked}
-    needed = [
-        name
-        for e in checked.program.experiments
-        if e.name in wanted
-        for name in (e.model, *(run.model for run in e.elsewhere))
-        if name is not None
-    ]
-    for name in dict.fromkeys(needed):
-        for statement in _bases_first(name, checked.program, loaded):
-            if statement.base is not None and statement.base not in loaded:
-                continue  # which has been refused
-            if statement.base is not None:
-                model, found = load_adapter(statement, loaded[statement.base])
-            else:
-                model, found = load(
-                    statement,
-                    device=device(options.device),
-                    dtype=options.dtype,
-                    spread=spread_of(options.device, options.offload),
-                )
-            diagnostics.extend(found)
-            if model is not None:
-                loaded[statement.name] = model
-    return diagnostics
-
-
-def _bases_first(
-    name: str, program: spec.Program, loaded: Mapping[str, LoadedModel]
-) -> list[spec.Model]:
-    """The statements of a model and of all that it hangs on, as far as they aren't loaded."""
-    chain: list[spec.Model] = []
-    while name not in loaded:
-        chain.insert(0, program.models[name])
-        base = chain[0].base
-        if base is None:
-            break
-        name = base
-    return chain

@@ -17,14 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mechdsl
-from mechdsl import pipeline
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.loading import merge
+from mechdsl.loading import file_models, merge
 from mechdsl.loading.load import adopt, load
 from mechdsl.loading.merge import load_adapter
 from mechdsl.pipeline import run_source
@@ -144,7 +143,7 @@ def test_adapters_as_an_axis(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     loaded once."""
     loads: list[str] = []
     monkeypatch.setattr(
-        pipeline, "load", lambda model, **how: loads.append(model.name) or load(model, **how)
+        file_models, "load", lambda model, **how: loads.append(model.name) or load(model, **how)
     )
     lora.build("llama", folder / "base")
     for rounds in (4, 20):

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging
 
 import mechdsl
-from mechdsl import pipeline, zoo
+from mechdsl import zoo
 from mechdsl.cli import main
 from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.batch import Batch
@@ -31,7 +31,7 @@ from mechdsl.hooks.hook_points import at_hand
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.loading import devices
+from mechdsl.loading import devices, file_models
 from mechdsl.loading.load import adopt
 from mechdsl.packed.activation_cache import keeping
 from mechdsl.packed.packed_pass import run_packed
@@ -249,7 +249,7 @@ def test_a_file_from_the_command_line(
 ) -> None:
     """With memory for a part of the model, the rest is on disk."""
     seen: list[bool] = []
-    load = pipeline.load
+    load = file_models.load
 
     def look(*args: Any, **more: Any) -> Any:
         model, found = load(*args, **more)
@@ -257,7 +257,7 @@ def test_a_file_from_the_command_line(
         seen.append(any(weight.is_meta for weight in model.module.parameters()))
         return model, found
 
-    monkeypatch.setattr(pipeline, "load", look)
+    monkeypatch.setattr(file_models, "load", look)
     size = (COUNTING / "model.safetensors").stat().st_size
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": size * 2 // 3})
     arguments = ("--limit", "24", "--format", "json", "--device", "cpu", "--offload", tmp_path)

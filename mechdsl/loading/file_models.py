@@ -1,0 +1,150 @@
+"""The models of a file: handed over from Python or loaded, and whether they have what it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e04_model import IdentityBroken, OneOutput
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading import devices
+from mechdsl.loading.load import adopt, load
+from mechdsl.loading.merge import load_adapter
+from mechdsl.program import spec
+from mechdsl.resolve.measures import unreadable
+from mechdsl.resolve.random_targets import with_controls
+from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
+from mechdsl.resolve.site_targets import missing_points
+from mechdsl.validate.check_file import Checked
+
+Models = Mapping[str, tuple[Any, Any]]
+"""Name → (transformers model, fast tokenizer), handed over from Python."""
+
+
+def adopt_models(models: Models) -> tuple[dict[str, LoadedModel], list[Diagnostic]]:
+    """Models handed over from Python, taken apart and verified."""
+    loaded: dict[str, LoadedModel] = {}
+    diagnostics: list[Diagnostic] = []
+    for name, (module, tokenizer) in models.items():
+        model, found = adopt(name, module, tokenizer)
+        diagnostics.extend(found)
+        if model is not None:
+            loaded[name] = model
+    return loaded, diagnostics
+
+
+def contexts(source: Source, loaded: Mapping[str, LoadedModel]) -> dict[str, ModelContext]:
+    """What checking needs of models that Python holds; the file may still declare them."""
+    found: dict[str, ModelContext] = {}
+    for name, model in loaded.items():
+        if model.tokenizer is None:
+            continue
+        statement = spec.Model(span=Span(source, 0, 0), name=name, kind="local", path="")
+        found[name] = ModelContext(statement, model.shape, model.tokenizer)
+    return found
+
+
+def load_models(
+    checked: Checked,
+    loaded: dict[str, LoadedModel],
+    *,
+    device: str,
+    dtype: str | None,
+    offload: Path | None,
+) -> list[Diagnostic]:
+    """Load every model that an experiment runs on, as far as it isn't in `loaded`, into it.
+
+    device, dtype, offload: as `RunOptions` has them. Gives the codes of `load` and `load_adapter`.
+    """
+    diagnostics: list[Diagnostic] = []
+    # With `--only` there may be models that nothing runs on.
+    wanted = {*(e.name for e in checked.experiments), *checked.unchecked}
+    needed = [
+        name
+        for e in checked.program.experiments
+        if e.name in wanted
+        for name in (e.model, *(run.model for run in e.elsewhere))
+        if name is not None
+    ]
+    for name in dict.fromkeys(needed):
+        for statement in _bases_first(name, checked.program, loaded):
+            if statement.base is not None and statement.base not in loaded:
+                continue  # which has been refused
+            if statement.base is not None:
+                model, found = load_adapter(statement, loaded[statement.base])
+            else:
+                model, found = load(
+                    statement,
+                    device=devices.device(device),
+                    dtype=dtype,
+                    spread=devices.spread_of(device, offload),
+                )
+            diagnostics.extend(found)
+            if model is not None:
+                loaded[statement.name] = model
+    return diagnostics
+
+
+def _bases_first(
+    name: str, program: spec.Program, loaded: Mapping[str, LoadedModel]
+) -> list[spec.Model]:
+    """The statements of a model and of all that it hangs on, as far as they aren't loaded."""
+    chain: list[spec.Model] = []
+    while name not in loaded:
+        chain.insert(0, program.models[name])
+        base = chain[0].base
+        if base is None:
+            break
+        name = base
+    return chain
+
+
+def not_there(
+    experiments: Sequence[ResolvedExperiment], models: Mapping[str, LoadedModel]
+) -> list[Diagnostic]:
+    """What only a look at the modules shows to be missing: sites (E0402, E0413, E0414) and logits
+    (E0437, E0438)."""
+    found: list[Diagnostic | None] = []
+    for experiment in with_controls(experiments):
+        model = models[experiment.model.name]
+        found.append(_made_elsewhere(experiment, model))
+        read = [models[name] for name in experiment.models[1:]]
+        for rule in experiment.rules:
+            if rule.sites is not None:
+                points = [p for here in rule.sites.points.values() for p in here]
+                span = rule.spec.span
+                found += [missing_points(points, m.shape, m.name, span) for m in (model, *read)]
+        for measure in (*experiment.measures, *experiment.keep):
+            points = [atom.point for atom in measure.atoms if atom.point is not None]
+            span = measure.expression.span
+            found.append(missing_points(points, model.shape, model.name, span))
+            found += [
+                unreadable(measure.expression, measure.atoms, m.shape, m.name)
+                for m in (model, *read)
+            ]
+    return [each for each in found if each is not None]
+
+
+def _made_elsewhere(experiment: ResolvedExperiment, model: LoadedModel) -> Diagnostic | None:
+    """E0439 for one output that is made of another token than its class makes it of, E0410 for a
+    classifier that sees later tokens, which its kind doesn't tell."""
+    span, named = experiment.model.spec.span, model.shape.architecture
+    expected, found = experiment.model.shape, model.shape
+    if found.output_at != expected.output_at:
+        reason = (
+            f"it is made of its {found.output_at}, and by its class of its {expected.output_at}"
+        )
+        return OneOutput(span=span, model=model.name, architecture=named, reason=reason)
+    if expected.causal and not found.causal:
+        return IdentityBroken(
+            span=span,
+            model=model.name,
+            architecture=named,
+            identity="another last token leaves earlier outputs alone",
+            reason=f"it sees later tokens, which its kind `{expected.family}` doesn't tell",
+            hint="register the family with `@family` and `encodes = True`",
+        )
+    return None
