@@ -16,10 +16,10 @@ from pathlib import Path, PurePath
 from typing import Any, cast
 
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e04_adapters import AdapterConfig, OtherAdapter
+from mechdsl.diagnostics.e04_adapters import AdapterConfig, AdapterDoesNotFit, OtherAdapter
 from mechdsl.diagnostics.w07_models import OtherBase
 from mechdsl.models.locate import ADAPTER
-from mechdsl.models.shape import read_config
+from mechdsl.models.shape import ModelShape, read_config
 from mechdsl.program.spec import Model
 
 OF_INPUTS = frozenset(
@@ -65,6 +65,11 @@ _PASSED_OVER = frozenset(
 _SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias")
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to begin training that leave the base's weights as they are."""
+_CLASSIFIERS = {
+    "SEQ_CLS": ("classifies prompts", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("classifies each token", "AutoModelForTokenClassification"),
+}
+"""`task_type` → what such a model does, and the library's class for it."""
 _PATTERN = re.compile(r"\^?[\w.]+\$?")
 """Paths of modules. Other regular expressions may take for ever."""
 
@@ -119,6 +124,31 @@ def other_base(folder: Path, model: Model, base: Model) -> list[Diagnostic]:
             trained=trained,
             base=base.name,
             given=f"`{base.source}`",
+        )
+    ]
+
+
+def other_task(folder: Path, model: Model, base: Model, shape: ModelShape) -> list[Diagnostic]:
+    """E0453 where the folder has a classifier's adapter, and the base isn't such a classifier."""
+    config, _ = read_config(folder, name=ADAPTER)
+    task = (config or {}).get("task_type")
+    if not isinstance(task, str) or task not in _CLASSIFIERS or shape.stands_in:
+        return []
+    what, class_name = _CLASSIFIERS[task]
+    of = "each token" if shape.output_at == "every token" else "prompts"
+    given = "predicts tokens" if shape.task == "tokens" else f"classifies {of}"
+    if given == what:
+        return []
+    path = base.path if base.path and base.kind in ("hf", "local") else "…"
+    made = f'`{class_name}.from_pretrained("{path}", num_labels=…)`'
+    return [
+        AdapterDoesNotFit(
+            span=model.span,
+            model=model.name,
+            base=base.name,
+            reason=f"its `task_type` is {task}: its base {what}, and `{base.name}` {given}",
+            hint=f"let {made} be the base, to which the adapter brings its head: saved as a "
+            f'folder, or made by a function, `model {base.name} = python("own.py:build")`',
         )
     ]
 

@@ -15,7 +15,7 @@ from mechdsl.base import limits
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain, has_errors
 from mechdsl.diagnostics.e02_python import PythonNotAllowed
 from mechdsl.diagnostics.w07_models import ModelNotHere
-from mechdsl.models.adapter_folder import other_base, read_scaling
+from mechdsl.models.adapter_folder import other_base, other_task, read_scaling
 from mechdsl.models.locate import locate, needed
 from mechdsl.models.shape import ModelShape, read_shape
 from mechdsl.models.stand_in_shape import stand_in_shape
@@ -156,9 +156,11 @@ class Contexts:
         if folder is None:
             return None, None
         scaling, found = read_scaling(folder, model)
-        found += other_base(folder, model, base.spec) if scaling is not None else []
+        if scaling is not None:
+            found += other_base(folder, model, base.spec)
+            found += other_task(folder, model, base.spec, base.shape)
         self.diagnostics.extend(found)
-        if scaling is None:
+        if has_errors(found):
             return None, None
         tokenizer = base.tokenizer
         if has_tokenizer(folder):

@@ -42,7 +42,7 @@ def wrapped(module: Any, family: str, seed: int = 0, **settings: Any) -> Any:
     chosen: dict[str, Any] = {
         "r": RANK,
         "lora_alpha": ALPHA,
-        "target_modules": list(TARGETS[family]),
+        "target_modules": list(TARGETS.get(family, ())),
         "init_lora_weights": False,
         **settings,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +32,7 @@ from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.validate.check_file import Settings, check_source
 
 from ..elsewhere.support import same
+from ..execute import classifiers
 from ..execute.support import (
     DIFFERENCE,
     PROMPTS,
@@ -287,6 +289,62 @@ def test_merging_gives_what_peft_computes(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(tuned(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
     assert (bare(input_ids=ids).logits - expected).abs().max() > 0.1
     assert lora.same_weights(bare, families.module("llama", tie_word_embeddings=tied))
+
+
+CLASSES = """\
+mech 1
+model m = local("none")
+model tuned = local("tuned", base: m)
+prompts p {
+  a in ["w11", "w12 w13"]
+  mood in ["negative", "positive"]
+  template "{a} w9"
+  answer mood
+  wrong if mood = "negative" then "positive" else "negative"
+  corrupt other { a = "w18" }
+}
+experiment e {
+  model tuned
+  prompts p
+  from other into clean
+  patch resid_post layer 0 at last token
+  measure logit(class answer) - logit(class wrong)PLACE as delta
+}
+"""
+OF_CLASSIFIERS = {
+    "SEQ_CLS": ("llama", "LlamaForSequenceClassification", ["q_proj", "up_proj"], ""),
+    "TOKEN_CLS": ("bert", "BertForTokenClassification", ["query", "value"], " at last token"),
+}
+
+
+@pytest.mark.parametrize("task", OF_CLASSIFIERS)
+def test_a_classifiers_adapter(tmp_path: Path, task: str) -> None:
+    """It brings its head along, so that of the base may be drawn at random: a run gives what peft
+    computes. On a classifier of another kind it is refused."""
+    family, build, targets, place = OF_CLASSIFIERS[task]
+    bare: Any = classifiers.classifier(family, build)[1]
+    made = lora.wrapped(deepcopy(bare), family, task_type=task, target_modules=targets)
+    with torch.no_grad():
+        for path, weight in made.named_parameters():
+            if "modules_to_save" in path:
+                weight.copy_(torch.randn_like(weight))
+    config(base_model_name_or_path=None)(lora.save(made, tmp_path / "tuned"))
+    text, tokens = CLASSES.replace("PLACE", place), classifiers.tokenizer()
+    result, found = attempt(text, tmp_path, {"m": (bare, tokens)})
+    assert result is not None, [(d.code, d.message, d.label_text) for d in found]
+    (only,) = result.experiments
+    values = only.row_values
+    for words, mood, found_here in zip(
+        values["a"], values["mood"], only.measures[0].base[0], strict=True
+    ):
+        logits = made(**classifiers.prompt(f"{words} w9")).logits[0].detach()
+        negative, _, positive = (logits[-1] if place else logits).tolist()
+        expected = negative - positive if mood == "negative" else positive - negative
+        assert found_here == pytest.approx(expected, abs=1e-4)
+    (other,) = OF_CLASSIFIERS.keys() - {task}
+    family, build, *_ = OF_CLASSIFIERS[other]
+    _, found = attempt(text, tmp_path, {"m": (classifiers.classifier(family, build)[1], tokens)})
+    assert next(d.code for d in found if d.severity == "error") == "E0453"
 
 
 def _scaling(folder: Path) -> Any:
