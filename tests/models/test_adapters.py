@@ -44,6 +44,7 @@ from ..execute.support import (
     prompts,
     write_rows,
 )
+from ..quick import in_turn, some
 from ..reference.forward import forward
 from ..reference.points import Point, copied
 from . import families, lora
@@ -107,7 +108,7 @@ LAYERS = [[Point("resid_post", layer)] for layer in range(3)]
 # --- in a file ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", lora.TARGETS)
+@pytest.mark.parametrize("family", some(lora.TARGETS, ["gpt2"]))
 def test_an_adapter_beside_its_base(folder: Path, family: str) -> None:
     """Both as an axis, and from one into the other, against weights that are merged by hand."""
     lora.build(family, folder / "base")
@@ -566,8 +567,12 @@ def test_an_untrusted_file_reads_no_adapter_from_elsewhere(copy: Path, tmp_path:
 # --- handed over ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", lora.TARGETS)
-@pytest.mark.parametrize("state", ["around it", "in its modules", "merged in place", "merged"])
+STATES = ("around it", "in its modules", "merged in place", "merged")
+
+
+@pytest.mark.parametrize(
+    ("family", "state"), in_turn(list(lora.TARGETS), STATES, ["llama", "gpt2", "gpt_neox"])
+)
 def test_a_model_with_an_adapter_is_handed_over(family: str, state: str) -> None:
     """Active adapters are a part of the modules: logits, heads and neurons are those of weights
     that are merged by hand."""
