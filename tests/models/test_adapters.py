@@ -149,15 +149,16 @@ def test_adapters_as_an_axis(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         file_models, "load", lambda model, **how: loads.append(model.name) or load(model, **how)
     )
     lora.build("llama", folder / "base")
-    for rounds in (4, 20):
-        lora.save(lora.trained("llama", rounds=rounds), folder / "runs" / f"step-{rounds}")
+    adapters = {4: lora.trained("llama", rounds=4), 20: lora.trained("llama")}
+    for rounds, made in adapters.items():
+        lora.save(made, folder / "runs" / f"step-{rounds}")
     models = 'model m = local("base")\nmodel steps = local("runs/step-*", base: m)\n'
     text = program(experiment("e", *LINES).replace("model m", "model steps"), models)
     found = ran(text, folder)["e"]
     assert loads == ["m"]
     assert [cell.coords["model"] for cell in found.cells] == [4] * 3 + [20] * 3
-    for number, rounds in enumerate((4, 20)):
-        module = lora.merged_by_hand("llama", lora.trained("llama", rounds=rounds))
+    for number, made in enumerate(adapters.values()):
+        module = lora.merged_by_hand("llama", made)
         expected = by_hand("llama", module, module, LAYERS)
         same(found.measures[0], expected, slice(3 * number, 3 * number + 3))
     checked = check_source(Source(text, folder / "file.mech"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+import mechdsl
+from mechdsl.models.adapters import FAMILIES
 
 from ..markdown import fences
 from ..quick import some
@@ -40,6 +44,8 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder to work in, whose files can be imported and are forgotten again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # type: ignore[no-untyped-call]
+    entries = dict(vars(FAMILIES)["_entries"])
+    monkeypatch.setattr(FAMILIES, "_entries", entries)  # for what the page registers
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
@@ -50,6 +56,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("left_out", some([VARIANTS, ()], [VARIANTS]), ids=["in part", "whole"])
 def test_the_page(left_out: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     ran: list[str] = []
+    names: dict[str, Any] = {}
     printed = ""
     for fence in fences(PAGE.read_text(encoding="utf-8")):
         if fence.heading in (*ELSEWHERE, *left_out):
@@ -60,7 +67,7 @@ def test_the_page(left_out: tuple[str, ...], capsys: pytest.CaptureFixture[str])
         if fence.language == "text":  # weights differ a little from machine to machine
             assert words(fence.content) in words(printed)
             continue
-        names: dict[str, Any] = {}
+        names = {}
         exec(compile(fence.content, fence.heading, "exec"), names)
         if "results" in names:
             ran.append(fence.heading)
@@ -71,6 +78,11 @@ def test_the_page(left_out: tuple[str, ...], capsys: pytest.CaptureFixture[str])
             assert "heads: recovery of" in printed
             codes = [each.code for each in results.diagnostics]
             assert codes == ([] if KINDS[fence.heading] else ["W0711"])
+    import_module("family")
+    assert FAMILIES.get("toy") is not None
+    model, tokenizer = names["model"], names["tokenizer"]
+    results = mechdsl.run("mirror.mech", models={"toy": (model, tokenizer)}, only="heads")
+    agrees(results["heads"], model)
     assert ran == [heading for heading in KINDS if heading not in left_out]
 
 
