@@ -256,10 +256,10 @@ class Readout:
 def _rounding(
     atom: Atom, number: int, spot: int, reading: Reading, value: Floats, relative: float
 ) -> Floats:
-    """[row]: how far rounding may move an atom. Metrics in logits and nats move by as much as the
-    largest logit that they read, shares of it by that part of themselves; a rank moves over the
-    tokens that come as close as that. `correct` and categories change,
-    which counts as 1, where the two best tokens do."""
+    """[row]: how far rounding may move an atom. Metrics in logits and nats, and the numbers of a
+    regression, move by as much as the largest output that they read, shares of it by that part of
+    themselves; a rank moves over the tokens that come as close as that. `correct` and categories
+    change, which counts as 1, where the two best tokens do."""
     takes, unit = atom.form.takes, atom.form.unit
     if takes in ("attention", "activations"):
         return np.full(len(value), relative)
@@ -283,7 +283,7 @@ def _rounding(
     if unit in ("rank", "share"):
         target = _targets(atom, reading).to(logits.device)
         return _exchanged(logits, target, 2 * relative * largest, best=unit == "share")
-    return relative * (largest if unit in ("logit", "nat") else largest * np.abs(value))
+    return relative * (largest if unit in ("logit", "nat", "number") else largest * np.abs(value))
 
 
 def _exchanged(logits: Tensor, target: Tensor, within: Floats, *, best: bool) -> Floats:

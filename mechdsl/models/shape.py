@@ -148,6 +148,11 @@ class ModelShape:
         """How many numbers `logits` are."""
         return self.d_logits or self.vocab_size
 
+    @property
+    def names_labels(self) -> bool:
+        """Whether labels have names of their own: others than `LABEL_0` or `0`, by number."""
+        return any(name not in (str(n), f"LABEL_{n}") for n, name in enumerate(self.labels))
+
     def has(self, site: str, layer: int | None) -> bool:
         """Whether a site is there, in one block."""
         return site in self.sites and (layer is None or layer in self.partly.get(site, (layer,)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mechdsl.base.names import name_list
 from mechdsl.base.source import Span
@@ -29,6 +29,10 @@ from mechdsl.prompts.values import TokenId
 from mechdsl.syntax import ast
 
 ANSWER = "answer"
+
+Labels = Literal["none", "named", "numbered"]
+"""The labels of a classifier: with names of their own, or numbered; none where outputs are
+tokens."""
 
 
 def quoted(text: str) -> str:
@@ -137,13 +141,28 @@ def text_tokens(
             return _evaluated(table, expr, tokenizer, extra or {})
 
 
-def text_values(table: PromptTable, expr: ast.Expr) -> tuple[list[str], list[Diagnostic]]:
-    """What such a text says in every row, whatever tokens it has. Codes: E0503, E0516."""
+def output_text(text: str | TokenId, labels: Labels) -> TextTokens:
+    """A text that names an output of a classifier. Where labels have names of their own, only
+    `token_id(…)` is the number of an output, as `1` could be meant for the label `1 star`."""
+    if isinstance(text, TokenId):
+        return TextTokens(str(text.id), (), of_output=True)
+    return TextTokens(text, (), of_output=labels == "numbered" and text.strip().isdecimal())
+
+
+def output_words(text: TextTokens) -> str:
+    """What a text without tokens is."""
+    return "the number of an output" if text.of_output else "the name of a label"
+
+
+def output_texts(
+    table: PromptTable, expr: ast.Expr, labels: Labels
+) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
+    """What such a text says in every row of an output, whatever tokens it has. Codes: E0503,
+    E0516."""
     if isinstance(expr, ast.Name | ast.OfRef):
-        found, problems = _named(table, expr)
-        return [tokens.text for tokens in found], problems
+        return _named(table, expr)
     texts, problems = _said(table, expr, {})
-    return [str(text.id) if isinstance(text, TokenId) else text for text in texts], problems
+    return tuple(output_text(text, labels) for text in texts), problems
 
 
 def _named(

@@ -13,7 +13,16 @@ from mechdsl.diagnostics.e04_model import NoTokenFor
 from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
 from mechdsl.diagnostics.w07_data import EqualRecords, NotAllRows, UnknownWords
 from mechdsl.program import spec
-from mechdsl.prompts.answers import move, numerals, quoted, shared_beginning, text_tokens, tokenise
+from mechdsl.prompts.answers import (
+    Labels,
+    move,
+    numerals,
+    output_text,
+    quoted,
+    shared_beginning,
+    text_tokens,
+    tokenise,
+)
 from mechdsl.prompts.domains import Constants, Words
 from mechdsl.prompts.noise import add_noise
 from mechdsl.prompts.prompt_conventions import (
@@ -66,7 +75,7 @@ def build_table(
     ids: Sequence[int] | None = None,
     python: bool = False,
     prompts_enough: int | None = None,
-    labels: bool = False,
+    labels: Labels = "none",
 ) -> tuple[PromptTable | None, list[Diagnostic]]:
     """The rows of a block with all its runs, tokenised.
 
@@ -76,7 +85,7 @@ def build_table(
     ids: numbers of the only rows that are wanted; those that are left out are missing.
     python: whether functions of Python files may be run.
     prompts_enough: how many prompts, of all runs, are enough to look at (W0790).
-    labels: answers and the like are names of a classifier's labels, and no tokens.
+    labels: whether answers and the like are of a classifier's outputs, and no tokens.
     compiled: blocks by name that were compiled before, with the rows they have worked out; a new
         one is added. All that the rows hang on (seed, words, parameters, blocks) must be the same.
     Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703, W0781,
@@ -146,8 +155,8 @@ class _Builder:
     max_length: int | None
     texts: bool = True
     """Whether there are answers and the like."""
-    labels: bool = False
-    """Whether they are labels of a classifier, which aren't tokenised."""
+    labels: Labels = "none"
+    """Whether they are of a classifier's outputs, which aren't tokenised."""
     whole: bool = True
     """Whether deviations are of all rows before `limit`, as in a run, or of those of the table."""
 
@@ -222,9 +231,9 @@ class _Builder:
         for definition in self.block.spec.texts if self.texts else ():
             name = definition.name
             texts: list[str | TokenId] = [row.named_text(name) for row in rows]
-            if self.labels:
+            if self.labels != "none":
                 for row, text in zip(out, texts, strict=True):
-                    row[name] = TextTokens(_label(text), ())
+                    row[name] = output_text(text, self.labels)
                 continue
             tokens, diagnostics = tokenise(
                 prompts,
@@ -418,10 +427,6 @@ class _Builder:
                     )
                 )
                 return
-
-
-def _label(text: str | TokenId) -> str:
-    return str(text.id) if isinstance(text, TokenId) else text
 
 
 def _closing(encoded: Encoded) -> int:

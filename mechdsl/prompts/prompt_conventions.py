@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from mechdsl.base.plural import plural
-from mechdsl.prompts.answers import quoted
+from mechdsl.prompts.answers import output_words, quoted
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.row_selection import Collection
@@ -59,7 +59,8 @@ def token_conventions(
     for name in rows[0].texts if rows else ():
         lengths = sorted({len(row.texts[name].ids) for row in rows})
         if lengths == [0]:
-            out[name] = f"{quoted(rows[0].texts[name].text)}: the name of a label, and no token"
+            first = rows[0].texts[name]
+            out[name] = f"{quoted(first.text)}: {output_words(first)}, and no token"
             continue
         sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         tokens = "one token" if lengths == [1] else f"{sizes} tokens"

@@ -20,6 +20,8 @@ class TextTokens(Record):
 
     text: str
     ids: tuple[int, ...]
+    of_output: bool = False
+    """It is the number of an output of a classifier, and no name of a label."""
 
 
 @record

@@ -19,8 +19,8 @@ from mechdsl.diagnostics.e04_outputs import (
     UnknownLabel,
 )
 from mechdsl.models.shape import ModelShape
-from mechdsl.prompts.answers import quoted, text_values
-from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.prompts.answers import output_texts, quoted
+from mechdsl.prompts.prompt_table import PromptTable, TextTokens
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import Form, Metric, Takes
 
@@ -146,46 +146,51 @@ def listed(shape: ModelShape) -> str:
 def class_numbers(
     wanted: ast.ClassOutput, table: PromptTable, shape: ModelShape, model: str
 ) -> tuple[tuple[int, ...], list[Diagnostic]]:
-    """The number of the output that is meant, for every row. A text is the name of a label, or else
-    the number of an output. Codes: E0442 and those of texts."""
+    """The number of the output that is meant, for every row. A text is the name of a label, and
+    where labels have none of their own, the number of an output. Codes: E0442 and those of
+    texts."""
     of = wanted.of
     count = len(table)
     if isinstance(of, ast.Number):
-        texts = [str(of.value)] * count
+        texts = (TextTokens(str(of.value), (), of_output=True),) * count
     else:
-        texts, problems = text_values(table, of)
+        labels = "named" if shape.names_labels else "numbered"
+        texts, problems = output_texts(table, of, labels)
         if problems:
             return (), problems
     if shape.stands_in:
         return (0,) * count, []
-    by_name = {label: n for n, label in reversed([*enumerate(shape.labels)])}
+    by_name = {label.strip(): n for n, label in reversed([*enumerate(shape.labels)])}
     by_number = {str(n): n for n in range(min(shape.outputs, limits.SIZE))}
-    if isinstance(of, ast.Number):
-        by_name = {}
-    known = {**by_number, **by_name}
-    found = [known.get(text.strip()) for text in texts]
-    lost = Counter(t.strip() for t, n in zip(texts, found, strict=True) if n is None)
+    either = by_name if shape.names_labels else {**by_number, **by_name}
+    found = [(by_number if t.of_output else either).get(t.text.strip()) for t in texts]
+    lost = Counter(t for t, n in zip(texts, found, strict=True) if n is None)
     if lost:
         return (), [_unknown(of, lost, count, shape, model)]
     return tuple(cast("list[int]", found)), []
 
 
 def _unknown(
-    of: ast.Expr, lost: Mapping[str, int], rows: int, shape: ModelShape, model: str
+    of: ast.Expr, lost: Mapping[TextTokens, int], rows: int, shape: ModelShape, model: str
 ) -> Diagnostic:
-    text = next(iter(lost))
-    literal = isinstance(of, ast.Number | ast.String)
+    first = next(iter(lost))
+    text = first.text.strip()
+    numbered = first.of_output or not shape.labels
+    what = f"output {text}" if first.of_output else f"label {quoted(text)}"
     last = shape.outputs - 1
-    what = f"output {text}" if isinstance(of, ast.Number) else f"label {quoted(text)}"
     where = f"its labels are {listed(shape)}"
-    if not shape.labels or isinstance(of, ast.Number):
+    if numbered:
         where = f"its outputs are numbered from 0 to {last}"
-    if not literal:
+    if not isinstance(of, ast.Number | ast.String):
         of_rows = sum(lost.values())
         where = f"in {of_rows:,} of {rows:,} rows; {where}"
     hint = f"write a number from 0 to {last}"
-    if shape.labels and not isinstance(of, ast.Number):
-        otherwise = "write one of its labels, as its config has them (`id2label`), or a number"
+    if not numbered:
+        otherwise = "write one of its labels, as its config has them (`id2label`)"
+        if isinstance(of, ast.String):
+            otherwise += f", or a number without quotes, as in `class {last}`"
+        elif text.isdecimal():
+            otherwise += "; numbers of outputs are written `token_id(…)`"
         hint = did_you_mean(text, shape.labels, otherwise)
     return UnknownLabel(span=of.span, model=model, what=what, where=where, hint=hint)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mechdsl.base.plural import plural
+from mechdsl.prompts.answers import output_words
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
 from mechdsl.resolve.resolved import DRAW, ResolvedExperiment, ResolvedRule
 from mechdsl.show.tokens import shown_token
@@ -69,7 +70,7 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
                 console.print(Text("    ") + Text(label, style="green") + Text(f" → {where}"))
             for label, text in row.texts.items():
                 if not text.ids:
-                    said = Text(f" = {text.text!r}, the name of a label")
+                    said = Text(f" = {text.text!r}, {output_words(text)}")
                     console.print(Text("    ") + Text(label, style="magenta") + said)
                     continue
                 pieces = " + ".join(

@@ -21,6 +21,7 @@ from mechdsl.models.shape import ModelShape, read_shape
 from mechdsl.models.stand_in_shape import stand_in_shape
 from mechdsl.program import spec
 from mechdsl.program.python_files import Mode, PythonFunction, find_function, of_prompts
+from mechdsl.prompts.answers import Labels
 from mechdsl.prompts.build_table import build_table
 from mechdsl.prompts.other_blocks import Paired, paired_run
 from mechdsl.prompts.prompt_conventions import Split
@@ -275,7 +276,7 @@ class Contexts:
             ids=ids,
             python=self.python,
             prompts_enough=self._enough,
-            labels=model.shape.task != "tokens",
+            labels=_labels(model.shape),
         )
 
     @cached_property
@@ -436,3 +437,10 @@ def _parts(part: object) -> int:
 
 def _draws(node: ast.Node) -> bool:
     return isinstance(node, ast.Call) and node.name == "list"
+
+
+def _labels(shape: ModelShape) -> Labels:
+    """What answers are to the model."""
+    if shape.task == "tokens":
+        return "none"
+    return "named" if shape.names_labels else "numbered"

@@ -704,10 +704,11 @@ _experiment(
 _class(
     "class of the answer",
     "measure prob(class answer) as raw",
-    "The label that the answer names, as the config has it (`id2label`), or else the number of "
-    "an output; on a classifier texts are names of labels and no tokens. Token classifiers are "
-    "read at a position; those of prompts have one output, made of token 0 (encoders) or of the "
-    "last one that isn't the pad token (decoders).",
+    "The label that the answer names, as the config has it (`id2label`); on a classifier texts are "
+    "names of labels and no tokens. A text that is a number is that of an output where labels have "
+    "no names of their own (`LABEL_0`), and so is an answer `token_id(column)` always. Token "
+    "classifiers are read at a position; those of prompts have one output, made of token 0 "
+    "(encoders) or of the last one that isn't the pad token (decoders).",
 )
 _class(
     "class by its name",

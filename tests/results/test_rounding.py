@@ -10,8 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from mechdsl.base.source import Source
+from mechdsl.base.source import Source, Span
 from mechdsl.execute.readout import Reading, Readout
+from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.statistics_conventions import statistics_conventions
@@ -19,8 +20,10 @@ from mechdsl.show.reports.text import rounding_note, survives, survivors
 from mechdsl.show.show_report import show_report
 from mechdsl.statistics.cell_statistics import cell_statistics
 from mechdsl.statistics.measure_data import CellStatistics, MeasureData
+from mechdsl.syntax import ast
 from mechdsl.validate.check_file import check_source
 from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import METRICS
 
 from ..execute.nan import HEAD, experiment, run
 from .synthetic import finished, heads, measure, report, statistics
@@ -133,6 +136,18 @@ def test_what_rounding_does_to_a_metric() -> None:
     expected = [relative * (own + other), relative * largest * p, relative * largest, 0.0]
     assert found == pytest.approx(expected, rel=1e-6)
     assert bounds(read, logits, 0.0) == [0.0] * 4
+
+
+@pytest.mark.parametrize("value", [-200.0, -1.0, 0.001, 3000.0])
+def test_the_number_of_a_regression_has_one_bound(value: float) -> None:
+    """`output` and `output(class 0)` are the same number, and linear in it."""
+    forms = METRICS["output"].forms
+    node = ast.Name("output", span=Span(Source(""), 0, 0))
+    of_class: dict[Env, tuple[tuple[int, ...], ...]] = {None: ((0,),)}
+    atoms = Atom(node, "output", forms["nothing"]), Atom(node, "output", forms["class"], of_class)
+    measures = [ResolvedMeasure("", "", node, (atom,), "number", "number", {}) for atom in atoms]
+    found = bounds(Readout.of(measures), torch.tensor([[value]], dtype=torch.float64), 1e-6)
+    assert found == pytest.approx([1e-6 * abs(value)] * 2, rel=1e-4)
 
 
 def test_what_rounding_does_to_ranks_and_shares() -> None:
