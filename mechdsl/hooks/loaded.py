@@ -60,6 +60,8 @@ class Calling:
     reads: Literal["every token", "first token", "last token", "all tokens"] = "every token"
     """What its output is made of: each token's is its own, or there is one output for a whole image
     or prompt, made of its first token (the class token), its last one, or of all."""
+    skips: int | None = None
+    """The pad token, where `reads` is the last token that isn't this one, and not the very last."""
     scores: str | None = None
     """Path of the module that gives each token its output, where the model returns only that of a
     prompt's last token, as classifiers built on decoders do; `reads` is every token then."""

@@ -138,6 +138,10 @@ def _made_elsewhere(experiment: ResolvedExperiment, model: LoadedModel) -> Diagn
             f"it is made of its {found.output_at}, and by its class of its {expected.output_at}"
         )
         return OneOutput(span=span, model=model.name, architecture=named, reason=reason)
+    ends_in_pad = any(measure.at for measure in experiment.measures)
+    if model.calling.reads == "last token" and model.calling.skips is None and ends_in_pad:
+        reason = "prompts end in the pad token, and it is made of that, not of the one before"
+        return OneOutput(span=span, model=model.name, architecture=named, reason=reason)
     if expected.causal and not found.causal:
         return IdentityBroken(
             span=span,

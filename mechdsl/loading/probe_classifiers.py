@@ -46,7 +46,8 @@ def classifying(model: LoadedModel, ids: Tensor) -> LoadedModel:
                 shape = replace(model.shape, output_at=at)
                 return _as_it_sees(replace(model, calling=calling, shape=shape), ids)
         if _made_of(model, ids, place, output.logits):
-            calling = replace(model.calling, reads=at)
+            skips = _skipped(model, ids) if at == "last token" else None
+            calling = replace(model.calling, reads=at, skips=skips)
             shape = replace(model.shape, output_at=at, causal=False)
             return _without_last_norm(replace(model, calling=calling, shape=shape))
     raise OneOutputOnly("it is made of several tokens at once")
@@ -116,6 +117,17 @@ def _made_of(model: LoadedModel, ids: Tensor, place: int, logits: Tensor) -> boo
         return torch.equal(whole_output(model, {"input_ids": ids}).logits, logits)
     finally:
         handle.remove()
+
+
+def _skipped(model: LoadedModel, ids: Tensor) -> int | None:
+    """The pad token, where the output is made of the token before it."""
+    pad = model.shape.config.get("pad_token_id")
+    if not isinstance(pad, int) or not 0 <= pad < model.shape.vocab_size:
+        return None
+    ended = ids.clone()
+    ended[:, -1] = pad
+    logits = whole_output(model, {"input_ids": ended}).logits
+    return pad if _made_of(model, ended, -2, logits) else None
 
 
 def _as_it_sees(model: LoadedModel, ids: Tensor) -> LoadedModel:

@@ -66,8 +66,11 @@ class Top(Protocol):
 class End(ABC):
     """How places behind the last block are found."""
 
-    def made_of(self, final: Places, real: NDArray[np.bool_]) -> Places:
-        """The tokens that have to be there for the outputs at these places."""
+    def made_of(self, final: Places, ids: Ints, real: NDArray[np.bool_]) -> Places:
+        """The tokens that have to be there for the outputs at these places.
+
+        ids, real: [row, column], of the kept prompts; real ones aren't padding
+        """
         return final
 
     def asked(self, logits: Tensor, numbers: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ class ImageEnd(End):
     reads: str
     """What the model makes its output of, as in `Calling`."""
 
-    def made_of(self, final: Places, real: NDArray[np.bool_]) -> Places:
+    def made_of(self, final: Places, ids: Ints, real: NDArray[np.bool_]) -> Places:
         if self.reads == "every token":
             return final
         count = real.shape[1] if self.reads == "all tokens" else 1
@@ -133,11 +136,15 @@ class PromptEnd(End):
 
     reads: str
     """What the model makes its output of, as in `Calling`."""
+    skips: int | None
 
-    def made_of(self, final: Places, real: NDArray[np.bool_]) -> Places:
+    def made_of(self, final: Places, ids: Ints, real: NDArray[np.bool_]) -> Places:
         rows, _ = final
-        first = self.reads == "first token"
-        return rows, np.zeros_like(rows) if first else real.sum(axis=1)[rows] - 1
+        if self.reads == "first token":
+            return rows, np.zeros_like(rows)
+        read = real if self.skips is None else real & (ids != self.skips)
+        position = np.where(read, real.cumsum(axis=1) - 1, 0).max(axis=1)
+        return rows, position[rows]
 
     def top(self, finals: Finals) -> Top:
         return _Prompts(finals)
@@ -146,7 +153,8 @@ class PromptEnd(End):
 def end_of(model: LoadedModel) -> End:
     if model.shape.takes == "image":
         return ImageEnd(model.calling.reads)
-    return TokenEnd() if model.calling.reads == "every token" else PromptEnd(model.calling.reads)
+    calling = model.calling
+    return TokenEnd() if calling.reads == "every token" else PromptEnd(calling.reads, calling.skips)
 
 
 def is_causal(model: LoadedModel, kept: ActivationCache) -> bool:

@@ -23,6 +23,7 @@ class PromptColumns:
 
     def __init__(self, kept: ActivationCache, lanes: Ints) -> None:
         self.starts = kept.batch.starts.cpu().numpy()[lanes]
+        self.ids = kept.batch.ids.cpu().numpy()[lanes]
         self.real = kept.batch.mask.cpu().numpy().astype(np.bool_)[lanes]
 
     def of(self, rows: Ints | Tensor, positions: Ints | Tensor) -> Ints:

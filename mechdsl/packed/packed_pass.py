@@ -75,7 +75,7 @@ def run_packed(
     if stack := next((one.stack for one in (*writes, *reads) if one.stack), ""):
         raise ValueError(f"rows of sites of the stack `{stack}` are whole passes")
     end = end_of(model)
-    final = end.made_of(final, columns.real)
+    final = end.made_of(final, columns.ids, columns.real)
     read_columns = {r: (places[0], columns.of(*places)) for r, places in reads.items()}
     shape = (len(lanes), kept.columns)
     written = [

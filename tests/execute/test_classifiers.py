@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import mechdsl
 from mechdsl.loading.load import adopt
@@ -253,6 +255,82 @@ def test_the_pad_token_at_the_end_of_a_prompt_is_not_read(tmp_path: Path) -> Non
         found.append(result["e"].measures[0])
     assert found[0].base == pytest.approx(found[1].base, abs=1e-5)
     assert found[0].patched == pytest.approx(found[1].patched, abs=1e-5)
+
+
+class _Pooled(LlamaPreTrainedModel):
+    """A classifier of one's own that takes one token's vector before its head makes labels."""
+
+    by_id = True
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score = torch.nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **other: Any
+    ) -> SequenceClassifierOutput:
+        hidden = self.model(input_ids, attention_mask=attention_mask, **other)[0]
+        last = torch.full((len(hidden),), hidden.shape[1] - 1)
+        if self.by_id:
+            columns = torch.arange(input_ids.shape[1])
+            found = ((input_ids != self.config.pad_token_id) * columns).argmax(-1)
+            last = found if len(found) == len(hidden) else last
+        return SequenceClassifierOutput(logits=self.score(hidden[torch.arange(len(hidden)), last]))
+
+
+class PooledForSequenceClassification(_Pooled):
+    """It takes the last token that isn't the pad token."""
+
+
+class VeryLastForSequenceClassification(_Pooled):
+    by_id = False
+
+
+def pooled(kind: type[_Pooled]) -> _Pooled:
+    module: Any = classifier("llama", OF_PROMPTS["llama"])[1]
+    own: dict[str, Any] = {"architectures": [kind.__name__], "initializer_range": 0.3}
+    config: Any = LlamaConfig(**{**module.config.to_dict(), **own})
+    torch.manual_seed(3)
+    return kind(config).eval()
+
+
+def of_pooled(kind: type[_Pooled], end: str, folder: Path, **options: Any) -> ExperimentResult:
+    text = PROMPTS.replace("w9", end) + (
+        "experiment e {\n  prompts p\n  ablate mlp_out layer * at a token, token -2 with zero\n"
+        "  measure logit(class answer) as raw\n}\n"
+    )
+    (folder / "file.mech").write_text(text, encoding="utf-8")
+    models = {"m": (pooled(kind), classifiers.tokenizer())}
+    return mechdsl.run(folder / "file.mech", models=models, **options)["e"]
+
+
+def test_packed_rows_read_the_token_that_whole_passes_do(tmp_path: Path) -> None:
+    """A head behind the choice of a token: the model, not the planner, says which one it is."""
+    kinds = (PooledForSequenceClassification, "w9 <pad>"), (VeryLastForSequenceClassification, "w9")
+    for kind, end in kinds:
+        packed = of_pooled(kind, end, tmp_path).measures[0].patched
+        whole = of_pooled(kind, end, tmp_path, no_pass=NAMES).measures[0].patched
+        assert packed == pytest.approx(whole, abs=1e-5)
+        assert abs(whole - whole[0]).max() > 0.02
+
+
+def test_a_model_that_reads_the_pad_token_does_not_get_one(tmp_path: Path) -> None:
+    with pytest.raises(mechdsl.MechdslError, match="E0439"):
+        of_pooled(VeryLastForSequenceClassification, "w9 <pad>", tmp_path)
+
+
+def test_which_last_token_a_model_reads_is_found() -> None:
+    for kind, skips in (
+        (PooledForSequenceClassification, 0),
+        (VeryLastForSequenceClassification, None),
+    ):
+        model, found = adopt("m", pooled(kind), classifiers.tokenizer())
+        assert model is not None, found
+        assert model.calling.reads == "last token"
+        assert model.calling.skips == skips
+        assert model.restartable
 
 
 def test_a_model_without_a_pad_token_takes_padded_batches(tmp_path: Path) -> None:
