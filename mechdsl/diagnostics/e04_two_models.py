@@ -12,10 +12,11 @@ class OtherShape(Diagnostic):
     hangs_on = frozenset({"shape"})
     title = "`{source}` and `{base}` are not of one shape"
     label = "{differences}"
-    help = "patch between two checkpoints or fine-tunings of one model"
+    help = "{hint}"
     source: str
     base: str
     differences: str
+    hint: str
 
 
 @keyword_record

@@ -261,7 +261,7 @@ def _rounding(
     themselves; a rank moves over the tokens that come as close as that. `correct` and categories
     change, which counts as 1, where the two best tokens do."""
     takes, unit = atom.form.takes, atom.form.unit
-    if takes in ("attention", "activations"):
+    if not atom.form.of_outputs:
         return np.full(len(value), relative)
     logits = reading.continued.get(number)
     if logits is None:

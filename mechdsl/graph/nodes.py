@@ -363,7 +363,7 @@ def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadN
 
 def _unsaid(experiment: ResolvedExperiment, measure: ResolvedMeasure) -> str:
     """Where a measure is read that doesn't say it."""
-    of_logits = any(a.form.takes not in ("activations", "attention") for a in measure.atoms)
+    of_logits = any(atom.form.of_outputs for atom in measure.atoms)
     first = experiment.model.shape.output_at == "first token"
     return "token 0" if of_logits and first else "last token"
 

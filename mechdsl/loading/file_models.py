@@ -15,6 +15,7 @@ from mechdsl.loading.load import adopt, load
 from mechdsl.loading.merge import load_adapter
 from mechdsl.program import spec
 from mechdsl.resolve.measures import unreadable
+from mechdsl.resolve.model_runs import outputs_read
 from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
 from mechdsl.resolve.site_targets import missing_points
@@ -112,6 +113,8 @@ def not_there(
         model = models[experiment.model.name]
         found.append(_made_elsewhere(experiment, model))
         read = [models[name] for name in experiment.models[1:]]
+        runs = [run for run in experiment.spec.elsewhere if outputs_read(experiment.spec, run.name)]
+        measured = [models[run.model] for run in runs if run.model is not None]
         for rule in experiment.rules:
             if rule.sites is not None:
                 points = [p for here in rule.sites.points.values() for p in here]
@@ -123,7 +126,7 @@ def not_there(
             found.append(missing_points(points, model.shape, model.name, span))
             found += [
                 unreadable(measure.expression, measure.atoms, m.shape, m.name)
-                for m in (model, *read)
+                for m in (model, *measured)
             ]
     return [each for each in found if each is not None]
 

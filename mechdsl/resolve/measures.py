@@ -88,7 +88,7 @@ def resolve_measure(
 
 
 def _of_logits(atoms: Sequence[Atom]) -> list[Atom]:
-    return [atom for atom in atoms if atom.form.takes not in ("activations", "attention")]
+    return [atom for atom in atoms if atom.form.of_outputs]
 
 
 def unreadable(

@@ -136,10 +136,12 @@ def _rounding_words(experiment: ResolvedExperiment, model: LoadedModel) -> str:
     units = {form.unit for form in forms}
     if "rank" in units:
         words.append("a rank moves over the tokens whose logits are within twice that")
-    if "share" in units:
-        words.append("`correct` changes in rows whose two best logits are")
+    if any(form.unit == "share" and form.takes != "label" for form in forms):
+        words.append("`correct` changes in rows whose two best logits are within twice that")
+    if any(form.unit == "share" and form.takes == "label" for form in forms):
+        words.append("`correct` changes in rows whose label has a logit within that of 0")
     if any(form.kind == "category" for form in forms):
-        words.append("a category changes in rows whose two best numerals are")
+        words.append("a category changes in rows whose two best numerals are within twice that")
     return "; ".join(words)
 
 

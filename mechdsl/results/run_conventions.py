@@ -141,11 +141,7 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
             counted = f"with the first, which `{token}` predicts"
         found["loss"] = f"mean over the prompt's own tokens {counted}"
     shape = experiment.model.shape
-    logits = any(
-        atom.form.takes not in ("activations", "attention")
-        for measure in every
-        for atom in measure.atoms
-    )
+    logits = any(atom.form.of_outputs for measure in every for atom in measure.atoms)
     if logits and shape.output_at != "every token":
         found["output"] = f"one for a whole prompt, made of {made_of(shape)}"
     if logits and shape.task in _PROBABILITY:

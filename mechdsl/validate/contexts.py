@@ -30,7 +30,7 @@ from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.rows import BlockRows
 from mechdsl.prompts.stand_ins import StandInTokenizer, stand_in_table, with_stand_ins
 from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer, has_tokenizer
-from mechdsl.resolve.model_runs import joined_table, model_run, refused_pair
+from mechdsl.resolve.model_runs import joined_table, model_run, outputs_read, refused_pair
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
@@ -198,19 +198,27 @@ class Contexts:
         return self.model(names[0])  # checkpoints have one tokenizer
 
     def table(
-        self, name: str, model: ModelContext, limit: int | None, part: str | None
+        self,
+        name: str,
+        model: ModelContext,
+        limit: int | None,
+        part: str | None,
+        labels: Labels | None = None,
     ) -> PromptTable:
         """The rows of a prompts block for one model; where they can't be made, one that stands in
-        for them."""
+        for them.
+
+        labels: what answers are, where that is for another model to say
+        """
         if self.limit is not None:
             limit = self.limit if limit is None else min(limit, self.limit)
-        labels = model.shape.task != "tokens"
+        labels = labels or _labels(model.shape)
         key = (name, id(model.tokenizer), model.shape.max_positions, labels, limit, part)
         if key not in self._tables:
             assert part is None or part == "train" or part == "test"
             table = None
             if not self.needs_python(name):
-                table, found = self._build(name, model, limit=limit, part=part)
+                table, found = self._build(name, model, limit=limit, part=part, labels=labels)
                 if table is not None:
                     found = [*found, *prompts_fit(table, model)]
                 self._say(found, model, name)
@@ -261,6 +269,7 @@ class Contexts:
         limit: int | None = None,
         part: Split | None = None,
         ids: Sequence[int] | None = None,
+        labels: Labels | None = None,
     ) -> tuple[PromptTable | None, list[Diagnostic]]:
         return build_table(
             self.program.prompts[name],
@@ -276,7 +285,7 @@ class Contexts:
             ids=ids,
             python=self.python,
             prompts_enough=self._enough,
-            labels=_labels(model.shape),
+            labels=labels or _labels(model.shape),
         )
 
     @cached_property
@@ -335,7 +344,8 @@ class Contexts:
         """The table with the experiment's runs of other blocks and models; experiments that share
         a table share these too."""
         names = tuple(run.name for run in experiment.elsewhere)
-        key = (id(table), model.name, *names)
+        read = tuple(outputs_read(experiment, name) for name in names)
+        key = (id(table), model.name, *names, *read)
         if names and key not in self._joined:
             joined = None
             if not table.stands_in:
@@ -351,7 +361,8 @@ class Contexts:
         model: ModelContext,
         table: PromptTable,
     ) -> Paired | None:
-        key = (id(table), model.name, run.name, experiment.broken)
+        read = outputs_read(experiment, run.name)
+        key = (id(table), model.name, run.name, experiment.broken, read)
         if key not in self._runs:
             if run.prompts is not None:
                 found, problems = self._of_block(run, run.prompts, model, table)
@@ -389,10 +400,11 @@ class Contexts:
     ) -> tuple[Paired | None, list[Diagnostic]]:
         assert run.model is not None
         other = self.model(run.model)
-        problem = refused_pair(run, other, model)
+        problem = refused_pair(run, other, model, outputs=outputs_read(experiment, run.name))
         if problem is not None:
             return None, [problem]
-        theirs = self.table(experiment.prompts, other, experiment.limit, experiment.part)
+        labels = _labels(model.shape)  # answers are this model's, whose outputs are measured
+        theirs = self.table(experiment.prompts, other, experiment.limit, experiment.part, labels)
         if theirs.stands_in:
             return None, []
         return model_run(table, theirs, other, model, run)

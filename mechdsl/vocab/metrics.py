@@ -49,6 +49,11 @@ class Form:
     narrow: bool = False
     """It reads the logits of its own tokens only, and no sum over the vocabulary."""
 
+    @property
+    def of_outputs(self) -> bool:
+        """Whether it reads what the model gives, and not what is inside of it."""
+        return self.takes not in ("activations", "attention")
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -265,7 +265,7 @@ class _Pooled(LlamaPreTrainedModel):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         self.model = LlamaModel(config)
-        self.score = torch.nn.Linear(config.hidden_size, config.num_labels)
+        self.score = torch.nn.Linear(config.hidden_size, config.num_labels or 0)
         self.post_init()
 
     def forward(
@@ -379,3 +379,70 @@ def test_an_output_that_is_no_token_is_named_by_its_number(named: str, tmp_path:
             logits = module(**classifiers.prompt(f"{a} w9")).logits[0, -1]
         expected = float(logits[count - 1] - logits[classifiers.IDS["w3"]])
         assert value == pytest.approx(expected, abs=1e-4)
+
+
+# --- from another model ---------------------------------------------------------------------------
+
+TWO = (
+    PROMPTS.replace("  wrong", "  text other_mood =").replace(
+        "model m", 'model tuned = local("none")\nmodel m'
+    )
+    + """\
+experiment e {
+  prompts p
+  model m
+  from clean into other
+  patch resid_post layer * at a token with tuned
+  measure logit(class answer) as delta
+}
+"""
+)
+
+
+def other_names() -> torch.nn.Module:
+    """The same classifier, by other names of labels."""
+    names = tuple(enumerate(("bad", "so", "good")))
+    return classifier("gpt2", OF_PROMPTS["gpt2"], names=names)[1]
+
+
+def language_model() -> torch.nn.Module:
+    """What it was made of."""
+    module: Any = classifier("gpt2", "GPT2LMHeadModel")[1]
+    tuned: Any = classifier("gpt2", OF_PROMPTS["gpt2"])[1]
+    module.transformer.load_state_dict(tuned.transformer.state_dict())
+    return module
+
+
+def headless() -> torch.nn.Module:
+    module: Any = classifier("gpt2", "GPT2Model")[1]
+    tuned: Any = classifier("gpt2", OF_PROMPTS["gpt2"])[1]
+    module.load_state_dict(tuned.transformer.state_dict())
+    return module
+
+
+@pytest.mark.parametrize("other", [other_names, language_model, headless])
+def test_vectors_of_a_model_with_other_outputs(other: Any, tmp_path: Path) -> None:
+    """Its residual stream is the same, so what is patched is what the classifier's own would be."""
+    found: list[Any] = []
+    module = classifier("gpt2", OF_PROMPTS["gpt2"])[1]
+    for tuned in (module, other()):
+        (tmp_path / "file.mech").write_text(TWO, encoding="utf-8")
+        models = {
+            name: (each, classifiers.tokenizer())
+            for name, each in (("m", module), ("tuned", tuned))
+        }
+        found.append(mechdsl.run(tmp_path / "file.mech", models=models)["e"].measures[0].patched)
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert abs(found[0] - found[0][-1]).max() > 0.02
+
+
+@pytest.mark.parametrize("other", [other_names, language_model, headless])
+def test_what_is_measured_on_both_needs_equal_outputs(other: Any, tmp_path: Path) -> None:
+    text = TWO.replace("model m\n  from clean into other", "from tuned into m").replace(
+        " with tuned", ""
+    )
+    (tmp_path / "file.mech").write_text(text, encoding="utf-8")
+    own = classifier("gpt2", OF_PROMPTS["gpt2"])[1]
+    models = {"m": (own, classifiers.tokenizer()), "tuned": (other(), classifiers.tokenizer())}
+    with pytest.raises(mechdsl.MechdslError, match=r"(?s)E0415.*behind `patch`"):
+        mechdsl.run(tmp_path / "file.mech", models=models)
