@@ -63,7 +63,8 @@ def refused_class(
         named = wanted.of.span.written
         hint = f"write `{name}({named})`, the token of a text"
         if isinstance(wanted.of, ast.Number):
-            hint = f"write `{name}(answer)`, the token of a text"
+            hint = f"write `{name}(answer)`, the token of a text; outputs that are no tokens are "
+            hint += "known of a model that Python hands over"
         return ClassOfTokens(
             span=node.span, text=text, model=model, architecture=shape.architecture, hint=hint
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import compress, product
@@ -28,6 +28,7 @@ from mechdsl.results.run_conventions import conventions, fallbacks, model_words,
 from mechdsl.statistics.measure_data import MeasureData, Missing
 from mechdsl.statistics.null_bands import null_bands
 from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import Form
 
 PACKAGES = ("mechdsl", "torch", "transformers", "tokenizers", "numpy", "scipy")
 
@@ -132,17 +133,21 @@ def _rounding_words(experiment: ResolvedExperiment, model: LoadedModel) -> str:
         f"self-check in {dtype}"
     ]
     measures = (*experiment.measures, *experiment.accuracies.values())
-    forms = [atom.form for measure in measures for atom in measure.atoms]
-    units = {form.unit for form in forms}
-    if "rank" in units:
-        words.append("a rank moves over the tokens whose logits are within twice that")
-    if any(form.unit == "share" and form.takes != "label" for form in forms):
-        words.append("`correct` changes in rows whose two best logits are within twice that")
-    if any(form.unit == "share" and form.takes == "label" for form in forms):
-        words.append("`correct` changes in rows whose label has a logit within that of 0")
-    if any(form.kind == "category" for form in forms):
-        words.append("a category changes in rows whose two best numerals are within twice that")
+    words += words_of_forms([atom.form for measure in measures for atom in measure.atoms])
     return "; ".join(words)
+
+
+def words_of_forms(forms: Sequence[Form]) -> Iterator[str]:
+    """What bounds are of that are no numbers in logits."""
+    if any(form.unit == "rank" for form in forms):
+        yield "a rank moves over the tokens whose logits are within twice that"
+    shares = {form.takes for form in forms if form.unit == "share"}
+    if shares - {"label"}:
+        yield "`correct` changes in rows whose two best logits are within twice that"
+    if "label" in shares:
+        yield "`correct` changes in rows whose label has a logit within that of 0"
+    if any(form.kind == "category" for form in forms):
+        yield "a category changes in rows whose two best numerals are within twice that"
 
 
 def _called(experiment: ResolvedExperiment) -> dict[str, str]:

@@ -219,7 +219,9 @@ class _Judge:
         elif shown.why and None in numbers:
             reason = shown.why
         if moved and any(holds(low + by, high + by) != good for by in (-moved, moved)):
-            reason = _joined(reason, f"rounding alone may decide it: it moves this by {moved:.1e}")
+            by = f"it moves this by {moved:.1e}"
+            by += ", in the base run" if decides.as_in_base else ""
+            reason = _joined(reason, f"rounding alone may decide it: {by}")
         return Verdict(good, *numbers, reason)
 
     def best(self, condition: BestIs) -> Verdict:
@@ -246,7 +248,7 @@ class _Judge:
         reason = None if stable == 1 else f"the same cell in {stable:.0%} of the resamples"
         for other in self.as_large(condition.measure, winner, cells, size=False):
             if condition.site.matches(self.result.cells[other]) != here:
-                reason = _joined(reason, self.too_close(other))
+                reason = _joined(reason, self.too_close(condition.measure, other))
                 break
         return Verdict(here == condition.equal, cell.name, reason=reason)
 
@@ -274,7 +276,7 @@ class _Judge:
             first = [self.result.cells[cell].name for cell in ranked[: condition.top]]
             said.append(f"top {condition.top}: {', '.join(first)}")
         good = not said
-        said += [self.too_close(other) for other in unsure[:1]]
+        said += [self.too_close(condition.measure, other) for other in unsure[:1]]
         other = by_sign_instead(self.result, condition.measure, condition.top)
         reason = "; ".join([*said, *([other] if other else [])]) or None
         return Verdict(good, float(worst) if worst else None, reason=reason)
@@ -353,7 +355,8 @@ class _Judge:
         point = {"max": means.max(), "min": means.min()}.get(value.how, means.mean())
         bounds = self.bounds(value.measure, cells)
         bound = bounds.max() if value.how in ("max", "min") else bounds.mean()
-        return self.estimate(float(point), samples, present, float(bound))
+        found = self.estimate(float(point), samples, present, float(bound))
+        return replace(found, as_in_base=self.as_in_base(value.measure))
 
     def correlation(self, value: Correlation) -> Estimate:
         if value.experiment not in self.others:
@@ -421,7 +424,8 @@ class _Judge:
             if rows.start == 0:
                 present |= self.parts(value.measure, chosen[these]).present.any(0)
         bound = float(self.bounds(value.measure, chosen) @ share)
-        return self.estimate(float(means @ share), samples, present, bound)
+        found = self.estimate(float(means @ share), samples, present, bound)
+        return replace(found, as_in_base=self.as_in_base(value.measure))
 
     # --- cells and their draws
 
@@ -446,9 +450,15 @@ class _Judge:
         close = (np.abs(sizes[others] - sizes[cell]) <= moved) & (moved > 0) & (others != cell)
         return others[close].tolist()
 
-    def too_close(self, cell: int) -> str:
+    def too_close(self, measure: int, cell: int) -> str:
         name = self.result.cells[cell].name
-        return f"rounding alone may decide it: no more than that is between it and {name}"
+        said = f"rounding alone may decide it: no more than that is between it and {name}"
+        return f"{said}, in the base run" if self.as_in_base(measure) else said
+
+    def as_in_base(self, measure: int) -> bool:
+        """Whether rounding may do something else to cells than to the base run, which its bounds
+        are of: `correct` and ranks change where two logits are close."""
+        return self.result.measures[measure].unit in ("share", "rank")
 
     def parts(self, measure: int, cells: Ints) -> Parts:
         return _parts(self.result, measure, cells, self.result.resampling.order)

@@ -29,6 +29,8 @@ class Estimate:
     """Why there is no number, or no interval."""
     rounding: float = 0.0
     """How far rounding alone may move the number."""
+    as_in_base: bool = False
+    """That is how far it moves the base run's, as of shares of cells."""
 
 
 def combined(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate) -> Estimate:
@@ -39,11 +41,12 @@ def combined(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate)
         zero = "it divides by 0" if sign == "/" and right.point == 0 else None
         why = left.why or right.why or zero
         rounding = _moved(sign, left, right)
+        as_in_base = left.as_in_base or right.as_in_base
         if left.samples is None and right.samples is None:
-            return Estimate(point, None, why, rounding)
+            return Estimate(point, None, why, rounding, as_in_base)
         one = left.point if left.samples is None else left.samples
         two = right.point if right.samples is None else right.samples
-        return Estimate(point, np.asarray(compute(one, two)), why, rounding)
+        return Estimate(point, np.asarray(compute(one, two)), why, rounding, as_in_base)
 
 
 def _moved(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate) -> float:

@@ -54,7 +54,9 @@ def statistics_conventions(
     pairs = zip(result.measures, result.statistics, strict=True)
     changing = sum(int(np.count_nonzero(may_change(*pair))) for pair in pairs)
     if changing:
-        said.append(f"{plural(changing, 'cell')} in which it may change single prompts")
+        said.append(
+            f"{plural(changing, 'cell')} in which it may change single prompts of the base run"
+        )
     moved = {run: result.accuracy_bound(run) for run in result.accuracy}
     said += [f"the accuracy of {run} by up to {by:.2g}" for run, by in moved.items() if by]
     if said:

@@ -718,7 +718,8 @@ _class(
 _class(
     "class by its number",
     "measure logit(class 2) as raw",
-    "An output by its number, from 0; also of a language model that has others than its tokens.",
+    "An output by its number, from 0; also of a language model from Python that has others than "
+    "its tokens, which no config says.",
 )
 _class(
     "correct of a label",

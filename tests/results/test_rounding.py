@@ -13,6 +13,7 @@ from rich.console import Console
 from mechdsl.base.source import Source, Span
 from mechdsl.execute.readout import Reading, Readout
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
+from mechdsl.results.collect import words_of_forms
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.statistics_conventions import statistics_conventions
@@ -23,7 +24,7 @@ from mechdsl.statistics.measure_data import CellStatistics, MeasureData
 from mechdsl.syntax import ast
 from mechdsl.validate.check_file import check_source
 from mechdsl.vocab.effects import EFFECTS
-from mechdsl.vocab.metrics import METRICS
+from mechdsl.vocab.metrics import METRICS, Takes
 
 from ..execute.nan import HEAD, experiment, run
 from .synthetic import finished, heads, measure, report, statistics
@@ -230,6 +231,21 @@ def test_what_rounding_may_decide_is_said(line: str, said: str) -> None:
     assert said in reason
 
 
+@pytest.mark.parametrize(("unit", "base"), [("share", True), ("rank", True), ("logit", False)])
+def test_bounds_of_shares_are_said_to_be_of_the_base_run(unit: str, base: bool) -> None:
+    """A patch may bring two logits together, or apart, that aren't close in the base run."""
+    result = close()
+    data = result.measures[0]
+    measures = (replace(data, unit=unit, effect="raw", rounding=np.full_like(data.base, 1e3)),)
+    lines = "max(raw) > 0 on mean", "argmax(raw) = L2H1", "top 1 contains L2H1"
+    lines += ("accuracy(clean) > 0.92 on mean",)
+    outcomes = finished(replace(result, measures=measures), *lines).outcomes
+    reasons = [outcome.reason or "" for outcome in outcomes]
+    assert all("rounding alone may decide it" in reason for reason in reasons)
+    said = ["in the base run" in reason for reason in reasons]
+    assert said == [base, base, base, False]
+
+
 def test_which_cell_is_best_may_hang_on_rounding() -> None:
     result = close()
     data = result.measures[0]
@@ -265,7 +281,8 @@ def test_shares_that_rounding_may_change_are_marked() -> None:
     accuracies = {run: values[-1].get("rounding") for run, values in document["runs"].items()}
     assert accuracies == {"clean": 2 / 64, "fewer": None}
     said = statistics_conventions(done, EFFECTS)["rounding"]
-    assert "24 cells in which it may change single prompts" in said
+    assert "24 cells in which it may change single prompts of the base run" in said
+    assert "as far as the base run tells" in (rounding_note(done, 0) or "")
     assert "the accuracy of clean by up to 0.031" in said
     assert "fewer" not in said
 
@@ -313,3 +330,17 @@ def test_a_mean_of_what_is_the_same_in_all_rows_changes_nothing() -> None:
     assert not other.statistics[0].at_rounding.any()
     assert "float32" in same.conventions["rounding"]
     assert "rounding" not in other.conventions
+
+
+@pytest.mark.parametrize(
+    ("takes", "said", "unsaid"),
+    [("target", "two best logits", "of 0"), ("label", "a logit within that of 0", "two best")],
+)
+def test_what_bounds_come_from_is_said_of_each_kind_of_label(
+    takes: Takes, said: str, unsaid: str
+) -> None:
+    """Labels that hold each by itself are right by the sign of their own logit."""
+    forms = [METRICS["correct"].forms[takes]]
+    words = "; ".join(words_of_forms(forms))
+    assert said in words
+    assert unsaid not in words

@@ -190,10 +190,9 @@ def rounding_note(result: ExperimentResult, measure: int) -> str | None:
         what = "the category" if data.kind == "category" else "what is correct"
         cells = plural(len(changing), "cell")
         share = f"{100 * changing.max():.2g} %"
-        base = "of the base run" if len(changing) == 1 else "of their base run"
         return (
-            f"rounding alone may change {what} in up to {share} of the prompts of {cells}, "
-            f"by the logits {base}"
+            f"rounding alone may change {what} in up to {share} of the prompts of {cells}, as far "
+            "as the base run tells"
         )
     bounds = found.rounding[found.at_rounding]
     if not len(bounds):
