@@ -10,7 +10,12 @@ import pytest
 
 def some(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
     """All values, those slow that aren't among the quick ones."""
-    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
+    return [v if v in quick else _slow(v) for v in values]
+
+
+def _slow(value: Any) -> Any:
+    values = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def in_turn(values: Sequence[Any], others: Sequence[Any], quick: Collection[Any]) -> list[Any]:

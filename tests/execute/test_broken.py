@@ -34,6 +34,7 @@ from mechdsl.packed.packed_pass import run_packed
 from mechdsl.pipeline import RunOptions
 from mechdsl.plan.restart import BlockWork, block_work
 
+from ..quick import in_turn
 from ..reference.points import Point
 from .support import (
     ABSOLUTE,
@@ -391,8 +392,9 @@ def test_packed_rows_are_whole_passes(folder: Path, family: str) -> None:
     assert off_by(folder, family) <= ABSOLUTE
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-@pytest.mark.parametrize("name", list(BREAKS))
+@pytest.mark.parametrize(
+    ("name", "family"), in_turn(list(BREAKS), ["gpt2", "llama", "gpt_neox"], BREAKS)
+)
 def test_broken_packed_rows_are_noticed(
     folder: Path, name: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from mechdsl.plan.passes import NAMES
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..families.build import VOCABULARY
+from ..quick import in_turn
 from . import classifiers
 from .classifiers import LABELS, OF_PROMPTS, OF_TOKENS, classifier, outputs, patched
 
@@ -95,8 +96,9 @@ def held(
     assert largest > 0.02
 
 
-@pytest.mark.parametrize("site", ["resid_post", "attn_out"])
-@pytest.mark.parametrize("family", list(OF_PROMPTS))
+@pytest.mark.parametrize(
+    ("family", "site"), in_turn(list(OF_PROMPTS), ["resid_post", "attn_out"], OF_PROMPTS)
+)
 def test_one_output_is_that_of_plain_hooks(family: str, site: str, tmp_path: Path) -> None:
     build = OF_PROMPTS[family]
     result = ran(family, build, BOTH, f"{site} layer *", tmp_path)

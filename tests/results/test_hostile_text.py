@@ -25,6 +25,7 @@ from mechdsl.show.console import visible_console
 from mechdsl.show.show_report import save_report, show_report
 from mechdsl.vocab.reports import REPORTS
 
+from ..quick import some
 from .synthetic import counted, finished, heads, positions, read_tokens, report
 
 HOSTILE = (
@@ -178,7 +179,7 @@ PICTURES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "suffix"), PICTURES)
+@pytest.mark.parametrize(("name", "suffix"), some(PICTURES, PICTURES[::2]))
 def test_pictures_and_pages(name: str, suffix: str, tmp_path: Path) -> None:
     result, line = built(name)
     path = tmp_path / f"shown{suffix}"
