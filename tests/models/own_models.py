@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,21 +27,22 @@ def silenced(family: str, *parts: str, layers: tuple[int, ...] = (0, 1, 2)) -> n
     return module
 
 
-@torch.no_grad()
-def copier(low: float = 0.0) -> nn.Module:
-    """A circuit set by hand: each token's logits are one-hot of the token in front of it.
+WIDTH = 24
+"""One-hot tokens, one-hot positions, what a head writes, and two that are free."""
+WRITTEN = TOKENS + PLACES
 
-    A GPT-2 of two blocks without norms; head 0 of block 1 attends to the position before, all other
-    heads and all neurons are zero. low: the logit of token 1.
-    """
+
+@torch.no_grad()
+def compiled() -> Any:
+    """A GPT-2 of two blocks without norms that is to be set by hand: all is zero but the embeddings
+    of tokens and positions, which are one-hot."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    width = 24  # one-hot tokens, positions, what is copied, and two that are free
     module: Any = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=TOKENS,
             n_positions=PLACES,
-            n_embd=width,
+            n_embd=WIDTH,
             n_layer=2,
             n_head=4,
             n_inner=8,
@@ -55,24 +57,58 @@ def copier(low: float = 0.0) -> nn.Module:
         block.ln_1, block.ln_2 = nn.Identity(), nn.Identity()
     module.transformer.ln_f = nn.Identity()
     module.transformer.wte.weight[:, :TOKENS] = torch.eye(TOKENS)
-    module.transformer.wpe.weight[:, TOKENS : TOKENS + PLACES] = torch.eye(PLACES)
-    attention = module.transformer.h[1].attn
-    queries, keys, values = attention.c_attn.weight.split(width, dim=1)
-    for place in range(PLACES):
-        queries[TOKENS + place, max(place - 1, 0)] = 200.0
-        keys[TOKENS + place, place] = 1.0
-    copied = TOKENS + PLACES
-    for token in range(PLACES):  # a head is as wide
-        values[token, token] = 1.0
-        attention.c_proj.weight[token, copied + token] = 1.0
-    module.lm_head.weight[:, copied : copied + TOKENS] = torch.eye(TOKENS)
-    module.lm_head.weight[1, TOKENS : TOKENS + PLACES] = low
+    module.transformer.wpe.weight[:, TOKENS:WRITTEN] = torch.eye(PLACES)
     return module
 
 
-def words(unknown: bool = False) -> Tokenizer:
+@torch.no_grad()
+def mover(seen_from: Callable[[int], int]) -> Any:
+    """Each token's logits are one-hot of the token at the place that its own place names: head 0 of
+    block 1 attends there and writes what it sees."""
+    module = compiled()
+    attention = module.transformer.h[1].attn
+    queries, keys, values = attention.c_attn.weight.split(WIDTH, dim=1)
+    for place in range(PLACES):
+        queries[TOKENS + place, seen_from(place)] = 200.0
+        keys[TOKENS + place, place] = 1.0
+    for token in range(PLACES):  # a head is as wide
+        values[token, token] = 1.0
+        attention.c_proj.weight[token, WRITTEN + token] = 1.0
+    module.lm_head.weight[:, WRITTEN : WRITTEN + TOKENS] = torch.eye(TOKENS)
+    return module
+
+
+@torch.no_grad()
+def copier(low: float = 0.0) -> nn.Module:
+    """Says the token in front of it. low: the logit of token 1."""
+    module = mover(lambda place: max(place - 1, 0))
+    module.lm_head.weight[1, TOKENS:WRITTEN] = low
+    return module
+
+
+def reverser() -> nn.Module:
+    """Behind three tokens says them from the last to the first."""
+    return mover(lambda place: PLACES - 1 - place if place >= PLACES // 2 else place)
+
+
+@torch.no_grad()
+def counter() -> nn.Module:
+    """At the last place says how often token 1 stands in front of it: the logit of token c is
+    2 c n - c^2, highest where c is n. Head 0 of block 1 sees all places alike."""
+    module = compiled()
+    attention = module.transformer.h[1].attn
+    values = attention.c_attn.weight.split(WIDTH, dim=1)[2]
+    values[1, 0] = PLACES  # the mean over places, so that the sum is n
+    attention.c_proj.weight[0, WRITTEN] = 1.0
+    for count in range(PLACES):
+        module.lm_head.weight[count, WRITTEN] = 2.0 * count
+        module.lm_head.weight[count, WRITTEN - 1] = -float(count**2)
+    return module
+
+
+def words(unknown: bool = False, count: int = len(families.WORDS)) -> Tokenizer:
     """One token a word, `w0` to `w49`, nothing in front of texts, and none for other words."""
-    ids = {word: number for number, word in enumerate(families.WORDS)}
+    ids = {word: number for number, word in enumerate(families.WORDS[:count])}
     if unknown:
         ids["<unk>"] = len(ids)
     made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl import check
+from mechdsl import check, run
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel, Stack
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
@@ -23,6 +23,7 @@ from mechdsl.loading.prove import _attempt, describe, prove  # pyright: ignore[r
 from mechdsl.models.anatomy import Anatomy
 from mechdsl.packed.activation_cache import keeping
 from mechdsl.packed.packed_pass import run_packed
+from mechdsl.results.experiment_result import ExperimentResult
 
 from ..reference.forward import Write, forward
 from . import broken, families, own_models
@@ -186,6 +187,79 @@ def test_a_circuit_set_by_hand_is_taken_and_patched(low: float) -> None:
         expected = torch.zeros(own_models.TOKENS)
         expected[1], expected[copied] = low, 1.0
         torch.testing.assert_close(logits[0, 3], expected, atol=1e-6, rtol=1e-6)
+
+
+REVERSED = """
+mech 1
+model m = local("m")
+prompts lists {
+  a in ["w0", "w2", "w4"]
+  b in ["w1", "w3"]
+  c in ["w5", "w1"]
+  template "{a} {b} {c} w7 w7 w7"
+  answer " {a}"
+  corrupt other { a = if a = "w0" then "w2" else "w0" }
+}
+experiment e {
+  prompts lists
+  from clean into other
+  patch resid_pre layer * at token *
+  measure logit(answer) - logit(answer of other) as recovery
+  expect accuracy(clean) = 1
+}
+"""
+COUNTED = """
+mech 1
+model m = local("m")
+prompts lists {
+  n in 2..4
+  one in ["w1"]
+  zero in ["w0"]
+  ones = list(one, n, sep: " ")
+  zeros = list(zero, 5 - n, sep: " ")
+  template "{ones} {zeros} w7"
+  answer " w{n}"
+  corrupt fewer { n = n - 1 }
+}
+experiment e {
+  prompts lists
+  from clean into fewer
+  patch resid_pre layer * at token *
+  measure logit(answer) - logit(answer of fewer) as recovery
+  expect accuracy(clean) = 1
+}
+"""
+
+
+def recovered(text: str, module: nn.Module) -> tuple[dict[tuple[int, int], Any], ExperimentResult]:
+    """(layer, token) → recovery in each prompt."""
+    tokenizer = own_models.words(count=own_models.TOKENS)
+    result = run(text, models={"m": (module, tokenizer)})["e"]
+    assert result.holds
+    measure = result.measures[0]
+    assert measure.source is not None
+    each = (measure.patched - measure.base) / (measure.source - measure.base)
+    places = [(cell.coords["layer"], int(cell.coords["position"])) for cell in result.cells]
+    return dict(zip(places, each, strict=True)), result
+
+
+@pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+def test_a_reverser_set_by_hand_gives_an_exact_table() -> None:
+    """What is said last is read from the first place, by block 1."""
+    found, _ = recovered(REVERSED, own_models.reverser())
+    for (layer, place), each in found.items():
+        np.testing.assert_allclose(each, float(place == 0), atol=1e-6, err_msg=f"{layer} {place}")
+
+
+@pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+def test_a_counter_set_by_hand_gives_an_exact_table() -> None:
+    """One more of the counted stands at place n - 1; the other places are alike in both runs."""
+    found, result = recovered(COUNTED, own_models.counter())
+    counts = [int(n) for n in result.row_values["n"]]
+    assert sorted(counts) == [2, 3, 4]
+    for (layer, place), each in found.items():
+        expected = [float(place == n - 1) for n in counts]
+        np.testing.assert_allclose(each, expected, atol=1e-6, err_msg=f"{layer} {place}")
 
 
 # --- positions and the beginning of texts -------------------------------------------------------
