@@ -10,12 +10,7 @@ import pytest
 
 def some(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
     """All values, those slow that aren't among the quick ones."""
-    return [v if v in quick else _slow(v) for v in values]
-
-
-def _slow(value: Any) -> Any:
-    values = value if isinstance(value, tuple) else (value,)
-    return pytest.param(*values, marks=pytest.mark.slow)
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 def in_turn(values: Sequence[Any], others: Sequence[Any], quick: Collection[Any]) -> list[Any]:

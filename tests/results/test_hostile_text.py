@@ -179,8 +179,9 @@ PICTURES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "suffix"), some(PICTURES, PICTURES[::2]))
-def test_pictures_and_pages(name: str, suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("picture", some(PICTURES, PICTURES[::2]), ids="".join)
+def test_pictures_and_pages(picture: tuple[str, str], tmp_path: Path) -> None:
+    name, suffix = picture
     result, line = built(name)
     path = tmp_path / f"shown{suffix}"
     save_report(result, line, path)
