@@ -177,6 +177,7 @@ class Statistics(Spec):
     resamples: int = 10_000
     confidence: float = 95.0
     correction: str = "holm"
+    test: Literal["flips", "bootstrap"] = "flips"
     by: str | None = None
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mechdsl.base.arrays import Floats
+from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.percent import Percent
 from mechdsl.base.plural import plural
 from mechdsl.execute.sizes import PassSizes
@@ -84,6 +84,10 @@ class ExperimentResult:
     """Of `model` and `data`."""
     row_ids: tuple[int, ...] | None = None
     """Per prompt, the same prompt has the same id in every experiment."""
+    row_keys: tuple[int, ...] | None = None
+    """Per prompt, a hash of its content: what is drawn hangs on it, and not on its place."""
+    strata: Ints | None = None
+    """[prompt]: rows of one number have the same values of what the block deals out evenly."""
     row_values: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
     """Values of the prompts block per prompt, for `report table by VAR` and `stats by VAR`."""
     controls: tuple[NullBand | None, ...] = ()

@@ -49,6 +49,9 @@ class MeasureData:
     """[cell]: why it has no value of this one though it has of others, empty where it has."""
     missing: Missing | None = None
     """Why it could not be computed; then no cell has a value."""
+    seen: Ints | None = None
+    """[1 or cell, prompt]: rows of one number are the same to this measure, as it sees the same
+    tokens of them; None where no two are."""
 
 
 @dataclass(frozen=True, eq=False)
