@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base import limits
@@ -18,7 +19,10 @@ from mechdsl.syntax.walk import depth, rewrite, walk
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
 
-CORRECTIONS = ("holm", "bh", "none")
+TESTS = ("flips", "bootstrap")
+"""What stands behind `stats test`: where p comes from."""
+CORRECTIONS = ("holm", "bh", "max", "none")
+"""What stands behind `stats correct`."""
 
 
 def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Namespace) -> ast.Expr:
@@ -136,6 +140,13 @@ def lower_statistics(work: Statements) -> spec.Statistics:
                 BadArgument(span=line.resampling.span, name=name, reason=reason, hint=hint)
             )
         values["resamples"] = count if good else 10_000
+    if line.test is not None and line.test.arguments:
+        hint = "write `stats bootstrap(10000) test bootstrap`: resamples stand in front of it"
+        reason = "takes no number behind `test`"
+        found = BadArgument(span=line.test.span, name=line.test.name, reason=reason, hint=hint)
+        work.diagnostics.append(found)
+    elif line.test is not None and _known(line.test, line.test.name, TESTS, "is not a test", work):
+        values["test"] = line.test.name
     if line.confidence is not None:
         if not 50 <= line.confidence.value < 100:
             work.diagnostics.append(
@@ -148,23 +159,23 @@ def lower_statistics(work: Statements) -> spec.Statistics:
             )
         else:
             values["confidence"] = line.confidence.value
-    if line.correction is not None:
-        if line.correction.id not in CORRECTIONS:
-            work.diagnostics.append(
-                BadArgument(
-                    span=line.correction.span,
-                    name=line.correction.id,
-                    reason="is not a correction for many comparisons",
-                    hint=did_you_mean(
-                        line.correction.id, CORRECTIONS, f"write one of {', '.join(CORRECTIONS)}"
-                    ),
-                )
-            )
-        else:
-            values["correction"] = line.correction.id
+    reason = "is not a correction for many comparisons"
+    if line.correction is not None and _known(
+        line.correction, line.correction.id, CORRECTIONS, reason, work
+    ):
+        values["correction"] = line.correction.id
     if line.by is not None:
         values["by"] = line.by.id
     return spec.Statistics.model_validate(values)
+
+
+def _known(node: ast.Node, word: str, known: Sequence[str], reason: str, work: Statements) -> bool:
+    """Whether a word of a `stats` line is one that there is; E0207 where it isn't."""
+    if word in known:
+        return True
+    hint = did_you_mean(word, known, f"write one of {', '.join(known)}")
+    work.diagnostics.append(BadArgument(span=node.span, name=word, reason=reason, hint=hint))
+    return False
 
 
 def lower_report(report: ast.Report, work: Statements) -> spec.Report:

@@ -450,6 +450,7 @@ class ToAst(Transformer[Token, Any]):
             )
         return ast.Stats(
             clauses.get("resampling"),
+            clauses.get("test"),
             clauses.get("confidence"),
             clauses.get("correction"),
             clauses.get("by"),
@@ -457,6 +458,7 @@ class ToAst(Transformer[Token, Any]):
         )
 
     resampling = _clause("resampling", lambda c: _as_call(c[0]))
+    test = _clause("test", lambda c: _as_call(c[1]))
     confidence = _clause("confidence", _second)
     correction = _clause("correction", _second)
     by = _clause("by", _second)
@@ -879,7 +881,7 @@ def _without_misspelt(clauses: Sequence[Clause]) -> list[Clause]:
     following = iter(clauses)
     for clause in following:
         word = clause.value.name if clause.kind == "resampling" else ""
-        meant = near(word, ("confidence", "correct", "by"))
+        meant = near(word, ("test", "confidence", "correct", "by"))
         if clause.span.text != word or not meant:
             kept.append(clause)
             continue

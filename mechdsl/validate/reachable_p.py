@@ -17,6 +17,7 @@ EXACT_UP_TO = 14
 CORRECTION_NAMES: Mapping[str, str] = {
     "holm": "Holm",
     "bh": "Benjamini-Hochberg",
+    "max": "max-statistic",
     "none": "none",
 }
 """How `stats correct WORD` is called."""

@@ -10,8 +10,10 @@ from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e02_names import UnknownName
 from mechdsl.program.lower_file import lower_program
+from mechdsl.program.lower_measures import CORRECTIONS
 from mechdsl.syntax.parse import parse
 from mechdsl.validate.check_file import check_source
+from mechdsl.validate.reachable_p import CORRECTION_NAMES
 
 from .support import DELTA, FROM, HEAD, experiment, lowered
 
@@ -24,6 +26,28 @@ def test_an_experiment_is_data() -> None:
     (rule,) = found.rules
     assert (rule.verb, rule.source) == ("patch", "clean")
     assert found.statistics.correction == "holm"
+
+
+@pytest.mark.parametrize(
+    ("line", "test", "correction", "by"),
+    [
+        ("stats bootstrap(500)", "flips", "holm", None),
+        ("stats test flips", "flips", "holm", None),
+        ("stats test bootstrap correct max", "bootstrap", "max", None),
+        ("stats correct bh test bootstrap bootstrap(500)", "bootstrap", "bh", None),
+        ("stats by count test bootstrap", "bootstrap", "holm", "count"),
+        ("stats by test", "flips", "holm", "test"),
+    ],
+)
+def test_what_is_tested_and_how(line: str, test: str, correction: str, by: str | None) -> None:
+    (found,) = lowered(HEAD + experiment(FROM, DELTA, line)).experiments
+    settings = found.statistics
+    assert (settings.test, settings.correction, settings.by) == (test, correction, by)
+    assert settings.resamples == (500 if "500" in line else 10_000)
+
+
+def test_each_correction_has_a_name() -> None:
+    assert set(CORRECTIONS) == set(CORRECTION_NAMES)
 
 
 def test_the_only_model_need_not_be_named() -> None:

@@ -687,9 +687,9 @@ _experiment(
 )
 _experiment(
     "stats",
-    "stats bootstrap(2000) confidence 90% correct bh by count",
-    "Overrides resampling, confidence and the correction for many cells (`holm`, `bh`, `none`); "
-    "`by` resamples groups of rows.",
+    "stats bootstrap(2000) test flips confidence 90% correct bh by count",
+    "Overrides resampling, where p comes from (`flips` of signs, `bootstrap`), confidence and the "
+    "correction for many cells (`holm`, `bh`, `max`, `none`); `by` resamples groups of rows.",
     "tests/results/test_statistics.py",
 )
 _experiment(

@@ -292,7 +292,10 @@ stats bootstrap(10000) confidence 95% correct holm
 stats bootstrap(10000) by template
 stats confidence 99%
 stats correct bh
+stats correct max
 stats correct none
+stats test bootstrap
+stats bootstrap(10000) test flips confidence 95% correct holm by test
 stats by template
 report table
 report table top 10

@@ -277,6 +277,7 @@ def _statement(node: Any) -> str | None:
             return (
                 "stats"
                 + (f" {call(node.resampling)}" if node.resampling else "")
+                + _of("test", node.test, call)
                 + _of("confidence", node.confidence, _percent)
                 + _of("correct", node.correction, _id)
                 + _of("by", node.by, _id)
