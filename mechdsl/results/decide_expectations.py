@@ -31,6 +31,7 @@ from mechdsl.validate.conditions import (
     InBand,
     Negation,
     OfCells,
+    Ranking,
     TopContains,
     Value,
 )
@@ -299,6 +300,8 @@ class _Judge:
                 return self.correlation(value)
             case Area():
                 return self.area(value)
+            case Ranking():
+                raise NotImplementedError
             case OfCells():
                 return self.of_cells(value)
 
@@ -329,6 +332,8 @@ class _Judge:
         return Estimate(point, samples, rounding=rounding)
 
     def of_cells(self, value: OfCells) -> Estimate:
+        if value.experiment is not None:
+            raise NotImplementedError
         cells = self.chosen(value.measure, value.where)
         if not len(cells):
             found = [i for i in range(len(self.result.cells)) if self.at(i, value.where)]

@@ -101,6 +101,8 @@ class OfCells(Record):
     how: Literal["max", "min", "mean", "cell", "only"]
     measure: int
     where: tuple[CellSelection, ...] = ()
+    experiment: str | None = None
+    """`delta of other`: whose measure it is, `measure` counts there; None is this experiment."""
 
 
 @record
@@ -138,7 +140,31 @@ class Area(Record):
     where: tuple[CellSelection, ...] = ()
 
 
-Value = Constant | OfCells | Accuracy | Correlation | Area | Arithmetic | Absolute
+@record
+class Ranking(Record):
+    """`auroc(effect, truth)`: how well an effect ranks what is true."""
+
+    measure: int
+    where: tuple[CellSelection, ...] = ()
+    """Which cells are ranked; with a column, the one whose rows are."""
+    truth: tuple[CellSelection, ...] | None = None
+    """A cell that one of these names is true; None where a column says what is."""
+    column: str | None = None
+    """A variable of the prompts that is true or false, over the rows of one cell."""
+
+
+Value = Constant | OfCells | Accuracy | Correlation | Area | Ranking | Arithmetic | Absolute
+
+
+_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def truth_of(value: object) -> bool | None:
+    """What a value of the prompts says, as far as it is a truth value; 0 and 1 are, and a column
+    of CSV has them as texts."""
+    if isinstance(value, str):
+        return _TRUTHS.get(value.strip().lower())
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
 # --- conditions ---------------------------------------------------------------------------------
