@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Ints
 from mechdsl.program import spec
-from mechdsl.results.estimates import Estimate, combined, pearson, spearman
+from mechdsl.results.estimates import Estimate, combined
+from mechdsl.results.expectation_values import (
+    Cells,
+    Chosen,
+    NoNumber,
+    Reader,
+    Space,
+    as_in_base,
+    bounds,
+    chosen,
+    pieces,
+)
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
-from mechdsl.results.matched_cells import draws_of, matched
+from mechdsl.results.lead import ahead_of_each, ahead_of_some, surely_smaller
 from mechdsl.results.ranking import by_sign_instead, first_by_size
-from mechdsl.statistics.bootstrap import Parts, blocks, parts
 from mechdsl.validate.conditions import (
     Absolute,
-    Accuracy,
-    Area,
     Arithmetic,
     BestIs,
     Both,
-    CellSelection,
     Comparison,
     Condition,
-    Constant,
-    Correlation,
     InBand,
     Negation,
-    OfCells,
-    Ranking,
     TopContains,
     Value,
 )
 from mechdsl.validate.expectations import Known, KnownMeasure, read_expectation
-from mechdsl.vocab.effects import EFFECTS
 
 OPPOSITE: Mapping[str, Literal["<", "<=", ">", ">=", "=", "!="]] = {
     "<": ">=",
@@ -68,21 +70,13 @@ def evaluate(
     `others` are finished experiments by name, which correlations may read; `lost` those that could
     not be computed.
     """
-    known = Known(
-        measures=[KnownMeasure(m.label, m.effect, m.kind, m.word) for m in result.measures],
-        axes=result.axes,
-        aliases=result.aliases,
-        runs=list(result.accuracy),
-        experiments=[*(others or {}), *lost],
-        cells=result.cells,
-    )
+    known = replace(_known(result), experiments=[*(others or {}), *lost])
     condition, diagnostics = read_expectation(expectation, known)
     if condition is None:
         reason = diagnostics[0].message
         return ExpectOutcome(expectation.text, False, None, None, None, reason)
     judge = _Judge(result, others or {}, expectation.on_mean)
-    top = isinstance(condition, TopContains)
-    verdict = judge.top(condition) if top else judge.judge(condition)
+    verdict = judge.top(condition) if isinstance(condition, TopContains) else judge.judge(condition)
     return ExpectOutcome(
         expectation.text,
         verdict.holds,
@@ -90,6 +84,16 @@ def evaluate(
         verdict.low,
         verdict.high,
         verdict.reason,
+    )
+
+
+def _known(result: ExperimentResult) -> Known:
+    return Known(
+        measures=[KnownMeasure(m.label, m.effect, m.kind, m.word) for m in result.measures],
+        axes=result.axes,
+        aliases=result.aliases,
+        runs=list(result.accuracy),
+        cells=result.cells,
     )
 
 
@@ -106,26 +110,30 @@ class _Judge:
         self, result: ExperimentResult, others: Mapping[str, ExperimentResult], on_mean: bool
     ) -> None:
         self.result = result
-        self.others = others
+        self.cells = Cells(result, others)
         self.on_mean = on_mean
+        self.confidence = result.settings.confidence if result.settings else 95.0
 
     # --- conditions
 
     def judge(self, condition: Condition) -> Verdict:
-        match condition:
-            case Comparison():
-                return self.compare(condition)
-            case InBand():
-                return self.between(condition, inside=True)
-            case BestIs():
-                return self.best(condition)
-            case Both():
-                left, right = self.judge(condition.left), self.judge(condition.right)
-                if condition.operator == "and":
-                    return right if left.holds else left
-                return left if left.holds else right
-            case Negation():
-                return self.negated(condition.operand)
+        try:
+            match condition:
+                case Comparison():
+                    return self.compare(condition)
+                case InBand():
+                    return self.between(condition, inside=True)
+                case BestIs():
+                    return self.best(condition)
+                case Both():
+                    left, right = self.judge(condition.left), self.judge(condition.right)
+                    if condition.operator == "and":
+                        return right if left.holds else left
+                    return left if left.holds else right
+                case Negation():
+                    return self.negated(condition.operand)
+        except NoNumber as none:
+            return Verdict(False, reason=str(none))
 
     def negated(self, condition: Condition) -> Verdict:
         """`not` moves inwards, so that what it denies must fail on the whole interval."""
@@ -144,16 +152,21 @@ class _Judge:
                 return self.judge(condition.operand)
 
     def compare(self, condition: Comparison) -> Verdict:
-        left, right = self.value(condition.left), self.value(condition.right)
-        difference = combined("-", left, right)
+        reader, sides = self.read(condition.left, condition.right)
+        left, right = sides
+        if left.smooth is None or right.smooth is None:
+            left, right = (reader.ended(side, self.level(condition)) for side in sides)
+        difference = reader.ended(combined("-", left, right), self.confidence)
         shown, reason = difference, None
-        if right.samples is None:
+        if right.fixed:
             shown = left
-        elif left.samples is None:
+        elif left.fixed:
             shown = right
         else:
             reason = "the value is the left side less the right side"
-        low, high = self.ends(difference)
+        if _folded(condition.left) or _folded(condition.right):
+            said = self.two_tests()
+            reason = reason if said is None else _joined(reason, said)
 
         def holds(low: float, high: float) -> bool:
             match condition.operator:
@@ -170,11 +183,11 @@ class _Judge:
                 case "!=":
                     return low > 1e-9 or high < -1e-9
 
-        return self.verdict(shown, difference, low, high, holds, reason)
+        return self.verdict(reader.ended(shown, self.confidence), difference, holds, reason)
 
     def between(self, condition: InBand, inside: bool) -> Verdict:
-        value = self.value(condition.value)
-        low, high = self.ends(value)
+        reader, (value,) = self.read(condition.value)
+        value = reader.ended(value, self.confidence)
         # the bounds are sums of decimal numbers, so they give way by a rounding error
         slack = 1e-12 * max(1.0, abs(condition.low), abs(condition.high))
 
@@ -183,40 +196,47 @@ class _Judge:
                 return low >= condition.low - slack and high <= condition.high + slack
             return high < condition.low - slack or low > condition.high + slack
 
-        return self.verdict(value, value, low, high, holds, None)
+        return self.verdict(value, value, holds, self.two_tests())
 
-    def ends(self, value: Estimate) -> tuple[float, float]:
-        """What a condition is tested on: the interval, or the mean alone with `on mean`."""
-        if self.on_mean or value.samples is None:
-            return value.point, value.point
-        low, high = self.result.resampling.interval(value.samples)
-        return float(low), float(high)
+    def read(self, *values: Value) -> tuple[Reader, list[Estimate]]:
+        """The values, all over the same units. An interval that is put together from several has
+        each of them at a level that all hold together (Bonferroni)."""
+        reader = Reader(self.cells, values)
+        return reader, [reader.estimate(value, self.share(values)) for value in values]
+
+    def share(self, values: tuple[Value, ...]) -> float:
+        return 100 - (100 - self.confidence) / max(1, sum(map(pieces, values)))
+
+    def level(self, condition: Comparison) -> float:
+        return self.share((condition.left, condition.right))
+
+    def two_tests(self) -> str | None:
+        """How a statement on two sides is tested (Schuirmann 1987)."""
+        if self.on_mean:
+            return None
+        return f"two one-sided tests, each at {(100 - self.confidence) / 2:g} %"
 
     def verdict(
         self,
         shown: Estimate,
         decides: Estimate,
-        low: float,
-        high: float,
         holds: Callable[[float, float], bool],
         reason: str | None,
     ) -> Verdict:
+        """shown, decides: with their ends."""
         point, moved = decides.point, decides.rounding
-        if shown.samples is None:
-            shown_low, shown_high = math.nan, math.nan
-        else:
-            shown_low, shown_high = (
-                float(end) for end in self.result.resampling.interval(shown.samples)
-            )
+        low, high = (point, point) if self.on_mean else (decides.low, decides.high)
         if not math.isfinite(point):
-            return Verdict(False, reason=shown.why or "there is no such number")
-        numbers = (_finite(shown.point), _finite(shown_low), _finite(shown_high))
+            return Verdict(False, reason=shown.why or decides.why or "there is no such number")
+        ends = (math.nan, math.nan) if shown.fixed else (shown.low, shown.high)
+        numbers = (_finite(shown.point), _finite(ends[0]), _finite(ends[1]))
         if math.isnan(low) or math.isnan(high):
-            why = f"{shown.why or 'no interval'}; `on mean` would decide it on the mean alone"
-            return Verdict(False, *numbers, why)
+            why = shown.why or decides.why or "no interval"
+            return Verdict(False, *numbers, f"{why}; `on mean` would decide it on the mean alone")
         good = holds(low, high)
         if not good and holds(point, point):
-            reason = "it holds on the mean, but not on the interval's near end"
+            on = "it holds on the mean, but not on the interval's near end"
+            reason = on if reason is None else f"{on}; {reason}"
         elif shown.why and None in numbers:
             reason = shown.why
         if moved and any(holds(low + by, high + by) != good for by in (-moved, moved)):
@@ -225,41 +245,69 @@ class _Judge:
             reason = _joined(reason, f"rounding alone may decide it: {by}")
         return Verdict(good, *numbers, reason)
 
+    # --- which cell leads
+
     def best(self, condition: BestIs) -> Verdict:
-        cells = self.chosen(condition.measure, condition.where)
-        if not len(cells):
-            missing = self.result.measures[condition.measure].missing
-            why = f"not computed ({missing.code}): {missing.reason}" if missing else None
-            return Verdict(False, reason=why or "no cell has a value")
+        of = self.ranked(condition.measure, chosen(self.result, condition.measure, condition.where))
         sign = 1.0 if condition.how == "argmax" else -1.0
-        means = sign * self.result.statistics[condition.measure].mean[cells]
-        winner = int(cells[int(means.argmax())])
-        cell = self.result.cells[winner]
-        # the share of resamples in which the same kind of cell wins is said, not tested
-        leader = np.full(self.result.settings.resamples if self.result.settings else 0, -np.inf)
-        index = np.zeros(len(leader), dtype=np.int64)
-        for these, rows, values in self.sampled(condition.measure, cells):
-            signed = np.where(np.isnan(values), -np.inf, sign * values)
-            best = signed.max(1)
-            better = best > leader[rows]
-            index[rows] = np.where(better, cells[these][signed.argmax(1)], index[rows])
-            leader[rows] = np.where(better, best, leader[rows])
-        stable = float((index == winner).mean()) if len(index) else math.nan
-        here = condition.site.matches(cell)
-        reason = None if stable == 1 else f"the same cell in {stable:.0%} of the resamples"
-        for other in self.as_large(condition.measure, winner, cells, size=False):
+        means = sign * self.result.statistics[condition.measure].mean[of.cells]
+        winner = int(of.cells[int(means.argmax())])
+        name = self.result.cells[winner].name
+        mine = np.array([condition.site.matches(self.result.cells[i]) for i in of.cells], bool)
+        here = condition.site.matches(self.result.cells[winner])
+        good, said = here == condition.equal, list[str]()
+        if good and not self.on_mean and not mine.all() and mine.any():
+            space = Space(self.result, [of])
+            if space.too_few:
+                said.append(f"{space.too_few}; `on mean` would decide it on the mean alone")
+                good = False
+            elif condition.equal:
+                good = self.leads(space, of, winner, mine, sign, said)
+            else:
+                good = self.overtaken(space, of, winner, mine, sign, said)
+        for other in self.as_large(of, winner, of.cells, size=False):
             if condition.site.matches(self.result.cells[other]) != here:
-                reason = _joined(reason, self.too_close(condition.measure, other))
+                said.append(self.too_close(condition.measure, other))
                 break
-        return Verdict(here == condition.equal, cell.name, reason=reason)
+        return Verdict(good, name, reason="; ".join(said) or None)
+
+    def leads(
+        self, space: Space, of: Chosen, winner: int, mine: np.ndarray, sign: float, said: list[str]
+    ) -> bool:
+        """Whether the winner, of the cells that are meant, is ahead of each other one."""
+        # the winner was picked among those that are meant
+        confidence = 100 - (100 - self.confidence) / int(mine.sum())
+        next_ = ahead_of_each(space, of, winner, of.cells[~mine], sign, confidence)
+        apart = f"{sign * next_.value:.3g} [{next_.low:.3g}, {next_.high:.3g}]"
+        name = self.result.cells[next_.cell].name
+        good = next_.low > 0
+        word = "ahead of" if good else "on the mean, but can't be told from"
+        said.append(f"{word} {name}: {apart.replace('-0 ', '0 ')}")
+        return good
+
+    def overtaken(
+        self, space: Space, of: Chosen, winner: int, mine: np.ndarray, sign: float, said: list[str]
+    ) -> bool:
+        """Whether one cell is ahead of all that are meant."""
+        others = of.cells[~mine]
+        place = int(np.flatnonzero(others == winner)[0])
+        for rival in of.cells[mine].tolist():
+            found = ahead_of_some(space, of, others, rival, sign, self.confidence)
+            if not found.low_together[place] > 0:
+                name = self.result.cells[rival].name
+                said.append(f"on the mean, but can't be told from {name}")
+                return False
+        return True
 
     def top(self, condition: TopContains) -> Verdict:
         missing = self.result.measures[condition.measure].missing
         if missing is not None:
             return Verdict(False, reason=f"not computed ({missing.code}): {missing.reason}")
-        cells = self.chosen(condition.measure, ())
-        ranked = first_by_size(self.result, condition.measure, len(cells))
+        of = Chosen(self.result, condition.measure, chosen(self.result, condition.measure, ()))
+        ranked = first_by_size(self.result, condition.measure, len(of.cells))
         worst, said, unsure = 0, list[str](), list[int]()
+        doubts: list[str] = []
+        space = Space(self.result, [of])
         for site in condition.sites:
             ranks = [
                 i + 1 for i, cell in enumerate(ranked) if site.matches(self.result.cells[cell])
@@ -270,215 +318,61 @@ class _Judge:
             worst = max(worst, ranks[0])
             beside = ranked[condition.top - (ranks[0] > condition.top) :][:1]
             own = int(ranked[ranks[0] - 1])
-            unsure += self.as_large(condition.measure, own, np.array(beside, dtype=np.int64))
+            unsure += self.as_large(of, own, np.array(beside, dtype=np.int64))
             if ranks[0] > condition.top:
                 said.append(f"{site.text} is number {ranks[0]}")
+            elif len(of.cells) > condition.top and not self.on_mean:
+                doubts += self.among(space, of, own, condition.top, site.text)
         if said:
             first = [self.result.cells[cell].name for cell in ranked[: condition.top]]
             said.append(f"top {condition.top}: {', '.join(first)}")
+        said += doubts
         good = not said
         said += [self.too_close(condition.measure, other) for other in unsure[:1]]
         other = by_sign_instead(self.result, condition.measure, condition.top)
         reason = "; ".join([*said, *([other] if other else [])]) or None
         return Verdict(good, float(worst) if worst else None, reason=reason)
 
-    # --- values
-
-    def value(self, value: Value) -> Estimate:
-        match value:
-            case Constant():
-                return Estimate(value.value)
-            case Arithmetic():
-                return combined(value.operator, self.value(value.left), self.value(value.right))
-            case Absolute():
-                inner = self.value(value.operand)
-                samples = None if inner.samples is None else np.abs(inner.samples)
-                return replace(inner, point=abs(inner.point), samples=samples)
-            case Accuracy():
-                return self.accuracy(value.run)
-            case Correlation():
-                return self.correlation(value)
-            case Area():
-                return self.area(value)
-            case Ranking():
-                raise NotImplementedError
-            case OfCells():
-                return self.of_cells(value)
-
-    def accuracy(self, run: str) -> Estimate:
-        resampling = self.result.resampling
-        rows = self.result.accuracy[run][resampling.order]
-        known = ~np.isnan(rows)
-        filled = np.where(known, rows, 0.0)
-        if not known.any():
-            return Estimate(math.nan, why="no prompt has an answer")
-        with np.errstate(invalid="ignore"):
-            samples = np.concatenate(
-                [(w @ filled) / (w @ known.astype(np.float64)) for w in resampling.weights()]
-            )
-        point = float(filled[known].sum() / known.sum())
-        bound = self.result.accuracy_bound(run)
-        return self.estimate(point, samples, known[None], bound)
-
-    def estimate(
-        self, point: float, samples: Floats, present: Any, rounding: float = 0.0
-    ) -> Estimate:
-        """Without an interval where only one prompt or group stands behind the number."""
-        resampling = self.result.resampling
-        if resampling.units_of(present.any(0)[None])[0] < 2:
-            unit = "group" if resampling.grouped else "prompt"
-            why = f"one {unit}: no interval"
-            return Estimate(point, np.full_like(samples, np.nan), why, rounding)
-        return Estimate(point, samples, rounding=rounding)
-
-    def of_cells(self, value: OfCells) -> Estimate:
-        if value.experiment is not None:
-            raise NotImplementedError
-        cells = self.chosen(value.measure, value.where)
-        if not len(cells):
-            found = [i for i in range(len(self.result.cells)) if self.at(i, value.where)]
-            reasons = self.result.statistics[value.measure].reasons
-            return Estimate(math.nan, why=reasons[found[0]] if found else "no such cell")
-        if value.how in ("cell", "only") and len(cells) > 1:
-            return Estimate(math.nan, why=f"{len(cells)} cells are meant, not one")
-        means = self.result.statistics[value.measure].mean[cells]
-        resamples = self.result.resampling.resamples
-        total, count = np.zeros(resamples), np.zeros(resamples)
-        greatest, least = np.full(resamples, -np.inf), np.full(resamples, np.inf)
-        present = np.zeros((1, self.result.prompts), dtype=bool)
-        for these, rows, values in self.sampled(value.measure, cells):
-            known = ~np.isnan(values)
-            total[rows] += np.where(known, values, 0.0).sum(1)
-            count[rows] += known.sum(1)
-            greatest[rows] = np.maximum(greatest[rows], np.where(known, values, -np.inf).max(1))
-            least[rows] = np.minimum(least[rows], np.where(known, values, np.inf).min(1))
-            if rows.start == 0:
-                present |= self.parts(value.measure, cells[these]).present.any(0)
-        with np.errstate(invalid="ignore"):
-            samples = {"max": greatest, "min": least}.get(value.how, total / count)
-        samples = np.where(count > 0, samples, np.nan)
-        point = {"max": means.max(), "min": means.min()}.get(value.how, means.mean())
-        bounds = self.bounds(value.measure, cells)
-        bound = bounds.max() if value.how in ("max", "min") else bounds.mean()
-        found = self.estimate(float(point), samples, present, float(bound))
-        return replace(found, as_in_base=self.as_in_base(value.measure))
-
-    def correlation(self, value: Correlation) -> Estimate:
-        if value.experiment not in self.others:
-            return Estimate(math.nan, why=f"`{value.experiment}` could not be computed")
-        other = self.others[value.experiment]
-        measure = self.result.measures[value.measure]
-        same = [
-            i
-            for i, m in enumerate(other.measures)
-            if m.kind == "number" and m.effect == measure.effect
+    def among(self, space: Space, of: Chosen, own: int, top: int, name: str) -> list[str]:
+        """Why a cell that is one of the first may not be."""
+        if space.too_few:
+            return [f"{space.too_few}; `on mean` would decide it on the mean alone"]
+        smaller = surely_smaller(space, of, own, self.confidence)
+        larger = len(of.cells) - 1 - len(smaller)
+        if larger < top:
+            return []
+        return [
+            f"{name} is on the mean, but {larger} others can't be told from being at least as large"
         ]
-        exact = [i for i in same if other.measures[i].label == measure.label]
-        candidates = exact or same
-        if len(candidates) != 1:
-            why = f"`{other.name}` has {len(candidates)} measures `as {measure.effect}`, not one"
-            return Estimate(math.nan, why=why)
-        for data, of in ((measure, self.result), (other.measures[candidates[0]], other)):
-            if data.missing is not None:
-                why = f"`{data.effect} of {data.label}` of `{of.name}` could not be computed"
-                return Estimate(math.nan, why=f"{why} ({data.missing.code})")
-        mine, theirs = matched(self.result, value.measure, other, candidates[0])
-        if len(mine) < 3:
-            why = f"only {len(mine)} cells have the same coordinates in `{other.name}`"
-            return Estimate(math.nan, why=why)
-        here = self.parts(value.measure, mine)
-        there_draws = draws_of(other, self.result)
-        there = _parts(other, candidates[0], theirs, there_draws.order)
-        correlate = spearman if value.how == "spearman" else pearson
-        point = correlate(here.mean()[None], there.mean()[None])[0]
-        columns = max(len(mine), self.result.prompts, other.prompts)  # so that blocks are equal
-        pairs = zip(
-            self.result.resampling.weights(columns),
-            there_draws.weights(columns),
-            strict=True,
+
+    # --- cells
+
+    def ranked(self, measure: int, cells: Ints) -> Chosen:
+        """Cells of which one may be the largest; NoNumber without any."""
+        if len(cells):
+            return Chosen(self.result, measure, cells)
+        missing = self.result.measures[measure].missing
+        raise NoNumber(
+            f"not computed ({missing.code}): {missing.reason}" if missing else "no cell has a value"
         )
-        found = [correlate(here.weighted(a), there.weighted(b)) for a, b in pairs]
-        why = None if math.isfinite(point) else "the effects don't differ between cells"
-        estimate = self.estimate(float(point), np.concatenate(found), here.present)
-        return replace(estimate, why=why or estimate.why)
 
-    def area(self, value: Area) -> Estimate:
-        """Trapezoids, divided by the range of the axis."""
-        cells = [i for i in range(len(self.result.cells)) if self.at(i, value.where)]
-        chosen = self.chosen(value.measure, value.where)
-        lacking = [i for i in cells if i not in chosen]
-        if lacking:
-            reason = self.result.statistics[value.measure].reasons[lacking[0]]
-            name = self.result.cells[lacking[0]].name
-            return Estimate(math.nan, why=f"the curve has no value at {name}: {reason}")
-        at = np.array([float(self.result.cells[i].coords[value.axis]) for i in chosen])
-        order = np.argsort(at, kind="stable")
-        chosen, at = chosen[order], at[order]
-        if len(np.unique(at)) < max(2, len(at)):
-            return Estimate(math.nan, why=f"the cells are not one curve over `{value.axis}`")
-        # Each point counts with half the way to either neighbour.
-        share = np.zeros(len(at))
-        share[1:] += np.diff(at) / 2
-        share[:-1] += np.diff(at) / 2
-        share /= at[-1] - at[0]
-        means = self.result.statistics[value.measure].mean[chosen]
-        samples = np.zeros(self.result.resampling.resamples)
-        present = np.zeros((1, self.result.prompts), dtype=bool)
-        for these, rows, values in self.sampled(value.measure, chosen):
-            samples[rows] += values @ share[these]
-            if rows.start == 0:
-                present |= self.parts(value.measure, chosen[these]).present.any(0)
-        bound = float(self.bounds(value.measure, chosen) @ share)
-        found = self.estimate(float(means @ share), samples, present, bound)
-        return replace(found, as_in_base=self.as_in_base(value.measure))
-
-    # --- cells and their draws
-
-    def at(self, cell: int, where: Sequence[CellSelection]) -> bool:
-        return all(each.matches(self.result.cells[cell]) for each in where)
-
-    def chosen(self, measure: int, where: Sequence[CellSelection]) -> Ints:
-        """The cells that are meant and have a value."""
-        means = self.result.statistics[measure].mean
-        found = [i for i in range(len(means)) if np.isfinite(means[i]) and self.at(i, where)]
-        return np.array(found, dtype=np.int64)
-
-    def bounds(self, measure: int, cells: Ints) -> Floats:
-        """How far rounding alone may move these cells; 0 where that isn't known."""
-        return np.nan_to_num(self.result.statistics[measure].rounding[cells])
-
-    def as_large(self, measure: int, cell: int, others: Ints, *, size: bool = True) -> list[int]:
+    def as_large(self, of: Chosen, cell: int, others: Ints, *, size: bool = True) -> list[int]:
         """Those of other cells whose effect, or its size, may be the same but for rounding."""
-        means = self.result.statistics[measure].mean
+        means = self.result.statistics[of.measure].mean
         sizes = np.abs(means) if size else means
-        moved = self.bounds(measure, others) + self.bounds(measure, np.array([cell]))
+        own = replace(of, cells=np.array([cell]))
+        moved = bounds(replace(of, cells=others)) + bounds(own)
         close = (np.abs(sizes[others] - sizes[cell]) <= moved) & (moved > 0) & (others != cell)
         return others[close].tolist()
 
     def too_close(self, measure: int, cell: int) -> str:
         name = self.result.cells[cell].name
         said = f"rounding alone may decide it: no more than that is between it and {name}"
-        return f"{said}, in the base run" if self.as_in_base(measure) else said
-
-    def as_in_base(self, measure: int) -> bool:
-        """Whether rounding may do something else to cells than to the base run, which its bounds
-        are of: `correct` and ranks change where two logits are close."""
-        return self.result.measures[measure].unit in ("share", "rank")
-
-    def parts(self, measure: int, cells: Ints) -> Parts:
-        return _parts(self.result, measure, cells, self.result.resampling.order)
-
-    def sampled(self, measure: int, cells: Ints) -> Any:
-        """(block of cells, block of resamples, effects [resample, cell]), all of them."""
-        for block in blocks(len(cells), self.result.prompts):
-            rows = self.parts(measure, cells[block])
-            done = 0
-            for weights in self.result.resampling.weights(rows.present.shape[0]):
-                here = slice(done, done + len(weights))
-                done = here.stop
-                yield block, here, rows.weighted(weights)
+        return f"{said}, in the base run" if as_in_base(self.result, measure) else said
 
 
-def _parts(result: ExperimentResult, measure: int, cells: Ints, order: Ints) -> Parts:
-    data = result.measures[measure]
-    return parts(data, EFFECTS[data.effect], cells, order)
+def _folded(value: Value) -> bool:
+    """Whether a size is compared."""
+    if isinstance(value, Arithmetic):
+        return _folded(value.left) or _folded(value.right)
+    return isinstance(value, Absolute)

@@ -11,6 +11,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.statistics.cell_statistics import check_denominator
+from mechdsl.statistics.sampling import Sampling
 from mechdsl.vocab.effects import EFFECTS
 
 
@@ -32,12 +33,15 @@ def check_denominators(measured: MeasuredValues) -> dict[int, Diagnostic]:
         problems = check_denominator(
             base,
             other,
-            experiment.spec.statistics,
-            experiment.seed,
+            Sampling(
+                base.shape[1],
+                experiment.spec.statistics,
+                experiment.seed,
+                [experiment.table.row_ids[i] for i in measured.kept],
+                _groups(experiment, measured.kept),
+            ),
             measure.span,
             effect=effect,
-            groups=_groups(experiment, measured.kept),
-            ids=[experiment.table.row_ids[i] for i in measured.kept],
         )
         if problems:
             found[number] = problems[0]

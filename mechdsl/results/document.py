@@ -60,6 +60,14 @@ class MeasureDocument(DocumentPart):
     )
     null: NullDocument | None = Field(default=None, description="controls, where there are some")
     n: int | None = Field(default=None, description="prompts, where fewer than the cell has")
+    effective_n: int | None = Field(
+        default=None,
+        description="independent units behind it, where fewer than prompts: distinct prompts, or "
+        "values of what `stats by` names",
+    )
+    p_at_most: Literal[True] | None = Field(
+        default=None, description="p is the least that so many flips give, and may be smaller"
+    )
     inert: Literal[True] | None = Field(
         default=None, description="by structure equal to the base run, out of the correction"
     )
@@ -220,6 +228,10 @@ def _measure(result: ExperimentResult, measure: int, cell: int, n: int) -> Measu
         **_given(
             null=_null(result, measure, cell),
             n=int(found.n[cell]) if int(found.n[cell]) != n else None,
+            effective_n=int(found.units[cell])
+            if found.units[cell] not in (0, found.n[cell])
+            else None,
+            p_at_most=True if found.floor[cell] else None,
             inert=True if data.inert[cell] else None,
             rounding=_number(found.rounding[cell])
             if found.at_rounding[cell] or may_change(data, found)[cell]
@@ -269,7 +281,7 @@ def _run(label: str, metric: str, found: Interval) -> RunDocument:
     missing = [found.mean, found.low, found.high]
     reason = None
     if not np.isfinite(missing).all():
-        reason = "one prompt or group: no interval" if np.isfinite(found.mean) else "not a number"
+        reason = "too few prompts or groups" if np.isfinite(found.mean) else "not a number"
     return RunDocument(
         label=label,
         metric=metric,

@@ -1,15 +1,26 @@
-"""Numbers that expectations compare, with their value under every resample."""
+"""Numbers that expectations compare.
+
+What is made of means by arithmetic is smooth: it has an influence per unit, so that its error can
+be worked out anew in every resample, as bootstrap-t needs it. Of what isn't smooth (a largest
+cell, a rank, an absolute value) only the ends are known.
+"""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from mechdsl.base.arrays import Floats
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.statistics.bootstrap import FLAT, Studentised
+from mechdsl.statistics.effect_parts import Sums
+from mechdsl.statistics.units import Draws
+
+Sign = Literal["+", "-", "*", "/"]
 
 ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
@@ -19,12 +30,112 @@ ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
 }
 
 
+# --- smooth numbers -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A number that doesn't hang on the prompts."""
+
+    value: float
+
+
+@dataclass(frozen=True, eq=False)
+class OfSums:
+    """Cells' effects, each by its share."""
+
+    sums: Sums
+    share: Floats
+    """[cell]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Two numbers calculated together."""
+
+    sign: Sign
+    left: Smooth
+    right: Smooth
+
+
+Smooth: TypeAlias = Fixed | OfSums | Joined
+
+
+def under(number: Smooth, weights: Floats) -> tuple[Floats, Floats]:
+    """Under resamples [resample, unit]: its value [resample], and how far one unit more would move
+    it [resample, unit]."""
+    match number:
+        case Fixed():
+            return np.full(len(weights), number.value), np.zeros_like(weights)
+        case OfSums():
+            sums, share = number.sums, number.share
+            scale = weights @ sums.bottom.T
+            values = (weights @ sums.top.T) / scale
+            weight = np.broadcast_to(share / scale, values.shape)
+            return values @ share, weight @ sums.top - _along(weight * values, sums.bottom)
+        case Joined():
+            one, by_one = under(number.left, weights)
+            two, by_two = under(number.right, weights)
+            value = ARITHMETIC[number.sign](one, two)
+            if number.sign in ("+", "-"):
+                return value, ARITHMETIC[number.sign](by_one, by_two)
+            one, two = one[:, None], two[:, None]
+            if number.sign == "*":
+                return value, by_one * two + one * by_two
+            return value, (by_one - value[:, None] * by_two) / two
+
+
+def _along(weight: Floats, bottom: Floats) -> Floats:
+    """[resample, cell] × [1 or cell, unit]."""
+    return weight.sum(1, keepdims=True) @ bottom if len(bottom) == 1 else weight @ bottom
+
+
+def studentise_number(number: Smooth, draws: Draws, held: int) -> Studentised:
+    """Bootstrap-t of one number, as `studentise` of cells. held: units behind it."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, influence = under(number, np.ones((1, draws.units)))
+        error = np.sqrt(_spread(np.ones((1, draws.units)), influence, draws.strata, held))
+        size = np.sqrt((influence**2).sum(1)) + np.abs(value) / max(held, 1)
+        error = np.where(error <= FLAT * size, 0.0, error)
+        found: list[Floats] = []
+        for weights in draws.weights(4 * draws.units):
+            moved, influence = under(number, weights)
+            moved = moved - value
+            spread = np.sqrt(_spread(weights, influence, draws.strata, held))
+            flat = spread <= np.sqrt(FLAT) * error
+            pivots = moved / np.where(flat, 0.0, spread)
+            found.append(np.where(flat & (np.abs(moved) <= FLAT * error), 0.0, pivots))
+    pivots = np.concatenate(found) if found else np.zeros(0)
+    error = error if held > 1 else np.full(1, np.nan)
+    return Studentised(value, error, pivots[:, None], np.array([held], dtype=np.int64))
+
+
+def _spread(weights: Floats, influence: Floats, strata: Ints | None, held: int) -> Floats:
+    """[resample]: the squared standard error."""
+    if strata is None:
+        return (weights * influence**2).sum(1) * held / (held - 1)
+    found = np.zeros(len(weights))
+    for stratum in range(int(strata.max()) + 1):
+        own = strata == stratum
+        drawn, part = weights[:, own], influence[:, own]
+        count = drawn.shape[1]
+        squares, total = (drawn * part**2).sum(1), (drawn * part).sum(1)
+        found += np.maximum(squares - total**2 / count, 0.0) * count / (count - 1)
+    return found
+
+
+# --- estimates ------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A number with its value under every resample (None: a constant)."""
+    """A number, smooth or with its ends."""
 
     point: float
-    samples: Floats | None = None
+    smooth: Smooth | None = None
+    low: float = math.nan
+    """Of what isn't smooth: its interval, at the confidence that it was asked for."""
+    high: float = math.nan
     why: str | None = None
     """Why there is no number, or no interval."""
     rounding: float = 0.0
@@ -32,24 +143,55 @@ class Estimate:
     as_in_base: bool = False
     """That is how far it moves the base run's, as of shares of cells."""
 
+    @property
+    def fixed(self) -> bool:
+        """Whether it hangs on no prompts."""
+        return isinstance(self.smooth, Fixed)
 
-def combined(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate) -> Estimate:
-    """Of two numbers, resample by resample."""
-    compute = ARITHMETIC[sign]
+
+def constant(value: float) -> Estimate:
+    return Estimate(value, Fixed(value), value, value)
+
+
+def combined(sign: Sign, left: Estimate, right: Estimate) -> Estimate:
+    """Of two numbers: smooth where both are, else from their ends."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        point = float(compute(left.point, right.point))
-        zero = "it divides by 0" if sign == "/" and right.point == 0 else None
-        why = left.why or right.why or zero
-        rounding = _moved(sign, left, right)
-        as_in_base = left.as_in_base or right.as_in_base
-        if left.samples is None and right.samples is None:
-            return Estimate(point, None, why, rounding, as_in_base)
-        one = left.point if left.samples is None else left.samples
-        two = right.point if right.samples is None else right.samples
-        return Estimate(point, np.asarray(compute(one, two)), why, rounding, as_in_base)
+        point = float(ARITHMETIC[sign](np.float64(left.point), right.point))
+    zero = "it divides by 0" if sign == "/" and right.point == 0 else None
+    found = Estimate(
+        point,
+        why=left.why or right.why or zero,
+        rounding=_moved(sign, left, right),
+        as_in_base=left.as_in_base or right.as_in_base,
+    )
+    if left.smooth is not None and right.smooth is not None:
+        if isinstance(left.smooth, Fixed) and isinstance(right.smooth, Fixed):
+            return replace(found, smooth=Fixed(point), low=point, high=point)
+        return replace(found, smooth=Joined(sign, left.smooth, right.smooth))
+    low, high = _ends(sign, left, right)
+    return replace(found, low=low, high=high)
 
 
-def _moved(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate) -> float:
+def _ends(sign: Sign, left: Estimate, right: Estimate) -> tuple[float, float]:
+    """What the result lies between, if both lie between theirs."""
+    if sign == "/" and right.low <= 0 <= right.high:
+        return math.nan, math.nan
+    compute = ARITHMETIC[sign]
+    every = [compute(a, b) for a in (left.low, left.high) for b in (right.low, right.high)]
+    return (math.nan, math.nan) if any(map(math.isnan, every)) else (min(every), max(every))
+
+
+def absolute(inner: Estimate, low: float, high: float) -> Estimate:
+    """The size of a number whose interval is given: it lies between the least and the greatest size
+    in it, and not where resampled sizes do, which are never below 0."""
+    nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
+    farthest = max(abs(low), abs(high))
+    if math.isnan(low) or math.isnan(high):
+        nearest = farthest = math.nan
+    return replace(inner, point=abs(inner.point), smooth=None, low=nearest, high=farthest)
+
+
+def _moved(sign: Sign, left: Estimate, right: Estimate) -> float:
     """How far rounding moves what is calculated, to first order, both numbers in the worst
     direction."""
     if sign in ("+", "-"):
@@ -58,6 +200,9 @@ def _moved(sign: Literal["+", "-", "*", "/"], left: Estimate, right: Estimate) -
     if sign == "*":
         return one * right.rounding + two * left.rounding
     return (left.rounding + one / two * right.rounding) / two if two else 0.0
+
+
+# --- what is correlated ---------------------------------------------------------------------------
 
 
 def pearson(left: Floats, right: Floats) -> Floats:
@@ -73,3 +218,29 @@ def spearman(left: Floats, right: Floats) -> Floats:
     from scipy.stats import rankdata  # not at the top: slow to import
 
     return pearson(rankdata(left, axis=1), rankdata(right, axis=1))
+
+
+def auroc(values: Floats, true: Floats) -> Floats:
+    """Row by row, [row, item]: how often an item that is true has the greater value, ties half.
+
+    true: [item] of 0 and 1. Mann and Whitney's U over the number of pairs.
+    """
+    from scipy.stats import rankdata  # not at the top: slow to import
+
+    held = true > 0
+    count, others = int(held.sum()), int((~held).sum())
+    ranks = rankdata(values, axis=1)[:, held].sum(1)
+    return (ranks - count * (count + 1) / 2) / (count * others)
+
+
+def around(point: float, resampled: Floats, confidence: float) -> tuple[float, float]:
+    """The interval of a correlation: as far to both sides, on Fisher's scale, as so many of the
+    resamples lie from it. Resampled correlations lie nearer to 0 than what they are of, as
+    resampling adds noise, so their percentiles needn't hold it; this does."""
+    known = resampled[np.isfinite(resampled)]
+    if not len(known) or not math.isfinite(point):
+        return math.nan, math.nan
+    most = 1 - 1e-12
+    at = math.atanh(min(max(point, -most), most))
+    width = float(np.percentile(np.abs(np.arctanh(np.clip(known, -most, most)) - at), confidence))
+    return math.tanh(at - width), math.tanh(at + width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ from mechdsl.execute.sizes import PassSizes
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.results.shown import AS_CHART, AS_HTML, AS_TEXT, LINE_WIDTH, MOST_LINES, shown_by
-from mechdsl.statistics.bootstrap import Resampling
 from mechdsl.statistics.cell_statistics import run_interval
 from mechdsl.statistics.measure_data import (
     CellStatistics,
@@ -28,6 +27,8 @@ from mechdsl.statistics.measure_data import (
     Missing,
     NullBand,
 )
+from mechdsl.statistics.sampling import Sampling
+from mechdsl.statistics.shares import clopper_pearson
 
 if TYPE_CHECKING:
     import altair
@@ -142,13 +143,12 @@ class ExperimentResult:
         return self.controls[measure] if self.controls else None
 
     @cached_property
-    def resampling(self) -> Resampling:
-        """The draws behind every interval of this experiment."""
+    def sampling(self) -> Sampling:
+        """What every interval and p of this experiment hangs on beside its values."""
         if self.settings is None:
             raise ValueError(f"experiment `{self.name}` has no statistics yet")
-        return Resampling(
-            self.prompts, self.settings, self.seed, ids=self.row_ids, groups=self.groups
-        )
+        keys = self.row_ids if self.row_keys is None else self.row_keys
+        return Sampling(self.prompts, self.settings, self.seed, keys, self.groups, self.strata)
 
     @cached_property
     def run_intervals(self) -> dict[str, dict[str, Interval]]:
@@ -157,15 +157,26 @@ class ExperimentResult:
         found: dict[str, dict[str, Interval]] = {}
         for run, values in self.runs.items():
             found[run] = {
-                label: run_interval(rows, self.resampling)
+                label: run_interval(rows, self.sampling)
                 for label, rows in values.items()
                 if label not in categories
             }
-        for run, rows in self.accuracy.items():
-            interval = run_interval(rows, self.resampling)
-            moved = self.accuracy_bound(run)
-            found.setdefault(run, {})["accuracy"] = replace(interval, rounding=moved)
+        for run in self.accuracy:
+            found.setdefault(run, {})["accuracy"] = self.accuracy_interval(run)
         return found
+
+    def accuracy_interval(self, run: str, confidence: float | None = None) -> Interval:
+        """The share of prompts that a run answers, with its exact interval."""
+        rows = self.accuracy[run]
+        known = ~np.isnan(rows)
+        n = np.array([float(known.sum())])
+        right = np.array([float(rows[known].sum())])
+        own = self.settings.confidence if self.settings else 95.0
+        low, high = clopper_pearson(right, n, own if confidence is None else confidence)
+        if not known.any():
+            return Interval(np.nan, np.nan, np.nan, 0)
+        mean = float(right[0] / n[0])
+        return Interval(mean, float(low[0]), float(high[0]), int(n[0]), self.accuracy_bound(run))
 
     def accuracy_bound(self, run: str) -> float:
         """How far rounding alone may move the accuracy of a run; 0 where that isn't known."""

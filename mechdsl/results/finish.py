@@ -40,7 +40,8 @@ def with_statistics(
         seed,
         result.groups,
         effects=EFFECTS,
-        ids=result.row_ids,
+        ids=result.sampling.keys,
+        strata=result.strata,
     )
     result = replace(result, statistics=tuple(statistics))
     conventions = {**result.conventions, **statistics_conventions(result, EFFECTS)}

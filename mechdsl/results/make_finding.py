@@ -7,7 +7,7 @@ import numpy as np
 from mechdsl.resolve.findings import VariantFinding
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.statistics.bootstrap import parts
+from mechdsl.statistics.effect_parts import parts
 from mechdsl.vocab.effects import EFFECTS
 
 
@@ -21,6 +21,6 @@ def found_by(experiment: ResolvedExperiment, result: ExperimentResult) -> Varian
         return VariantFinding(experiment, name, none, data.patched, ids)
     effect = EFFECTS[data.effect]
     with np.errstate(divide="ignore", invalid="ignore"):
-        means = parts(data, effect, slice(None), np.arange(data.patched.shape[1])).mean()
+        means = parts(data, effect, slice(None)).mean()
         values = effect.of_means(data.patched, data.base, data.source)
     return VariantFinding(experiment, name, means, np.broadcast_to(values, data.patched.shape), ids)

@@ -7,7 +7,9 @@ import numpy as np
 from mechdsl.base.plural import plural
 from mechdsl.base.registry import Registry
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.statistics.cell_statistics import SHARES, counted
 from mechdsl.statistics.measure_data import may_change
+from mechdsl.statistics.sampling import partitions
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 from mechdsl.vocab.effect_kind import EffectKind
 
@@ -19,10 +21,6 @@ def statistics_conventions(
     settings = result.settings
     if settings is None or not result.statistics:
         return {}
-    resampling = result.resampling
-    drawn = (
-        f"{plural(resampling.units, 'group')} by {settings.by}" if resampling.grouped else "prompts"
-    )
     said = {
         data.effect: effects[data.effect].per_prompt_formula or ""
         if data.per_prompt
@@ -33,10 +31,7 @@ def statistics_conventions(
     found: dict[str, str] = {}
     if said:
         found["effect"] = "; ".join(f"{name} = {formula}" for name, formula in said.items())
-        found["interval"] = (
-            f"{settings.confidence:g} % percentile bootstrap over {drawn}, "
-            f"{settings.resamples:,} resamples"
-        )
+        found["interval"] = _interval(result)
     test = next((each.test for each in result.statistics if each.test), None)
     tests = max(each.tests for each in result.statistics)
     if test and tests:
@@ -63,3 +58,28 @@ def statistics_conventions(
         found["rounding"] = f"{', '.join(said)}; {result.rounding}"
     found["seed"] = str(result.seed)
     return found
+
+
+def _interval(result: ExperimentResult) -> str:
+    """By the kinds of figures that there are."""
+    settings, sampling = result.settings, result.sampling
+    assert settings is not None
+    numbers = [data for data in result.measures if data.kind == "number"]
+    units = [sampling.units(seen) for data in numbers for _, seen in partitions(data)]
+    counts = dict.fromkeys(each.count for each in units)
+    most = max(units, key=lambda each: each.count)
+    over = " or ".join(
+        counted(count, sampling.unit_word(most) if count == most.count else "distinct prompt")
+        for count in counts
+    )
+    design = ", drawn within the design" if most.strata is not None else ""
+    exact = [data.unit == "share" and data.effect in SHARES for data in numbers]
+    kinds: list[str] = []
+    if not all(exact):
+        kinds.append(
+            f"bootstrap-t over {over}{design}, {settings.resamples:,} resamples, "
+            "or Student's t where that is wider"
+        )
+    if any(exact):
+        kinds.append("of shares by the exact limits of Clopper and Pearson")
+    return f"{settings.confidence:g} % {'; '.join(kinds)}"

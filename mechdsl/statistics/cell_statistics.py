@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, Cells, Floats, Ints
+from mechdsl.base.plural import plural
 from mechdsl.base.registry import Registry
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_statistics import ZeroDenominator
 from mechdsl.program import spec
-from mechdsl.statistics.bootstrap import Resampling, blocks, parts
+from mechdsl.statistics.bootstrap import FEWEST_UNITS, standard_error, student, studentise
+from mechdsl.statistics.cell_tests import cell_p
+from mechdsl.statistics.effect_parts import Parts, Sums, parts
 from mechdsl.statistics.measure_data import CellStatistics, Interval, MeasureData
-from mechdsl.statistics.sign_flips import CORRECTIONS, flips_in_words, sign_flip
+from mechdsl.statistics.sampling import Sampling, partitions
+from mechdsl.statistics.shares import share_difference, share_interval
+from mechdsl.statistics.units import Units, blocks
 from mechdsl.vocab.effect_kind import EffectKind
+
+SHARES: Mapping[str, tuple[str, str | None]] = {
+    "raw": ("patched", None),
+    "delta": ("patched", "base"),
+    "total": ("source", "base"),
+}
+"""Effect of a share → the run whose share it is, and that which it is set against."""
 
 
 def _empty(cells: int) -> CellStatistics:
@@ -43,49 +55,131 @@ def _empty(cells: int) -> CellStatistics:
         test=None,
         tests=0,
         rounding=bound,
+        units=np.zeros(cells, dtype=np.int64),
+        floor=np.zeros(cells, dtype=bool),
     )
 
 
-def _numbers(
-    data: MeasureData, effect: EffectKind, resampling: Resampling, tests: int
-) -> CellStatistics:
-    cells = data.patched.shape[0]
-    found = _empty(cells)
-    reasons: list[str | None] = []
-    unit = "group" if resampling.grouped else "prompt"
-    order = resampling.order
-    for block in blocks(cells, max(resampling.resamples, len(order))):
-        rows = parts(data, effect, block, order)
-        n = np.count_nonzero(rows.present, axis=1)
-        units = resampling.units_of(rows.present)
-        found.n[block] = n
-        found.mean[block] = rows.mean()
-        samples = [rows.weighted(weights) for weights in resampling.weights(len(n))]
-        low, high = resampling.interval(np.concatenate(samples))
-        found.low[block] = np.where(units > 1, low, np.nan)
-        found.high[block] = np.where(units > 1, high, np.nan)
-        found.base_mean[block] = _mean_within(data.base, block, order, rows.present)
-        found.source_mean[block] = _mean_within(data.source, block, order, rows.present)
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Some cells of a measure that share their units, and whether all rows are in them."""
+
+    cells: Ints
+    units: Units
+    rows: Parts
+    sums: Sums
+    whole: bool
+
+    @property
+    def n(self) -> Ints:
+        """[cell]: prompts."""
+        return np.count_nonzero(self.rows.present, axis=1)
+
+
+def _blocks(data: MeasureData, effect: EffectKind, sampling: Sampling) -> Iterator[_Block]:
+    """All cells of a measure."""
+    for cells, seen in partitions(data):
+        units = sampling.units(seen)
+        for block in blocks(len(cells), max(sampling.settings.resamples, sampling.prompts)):
+            some = cells[block]
+            rows = parts(data, effect, some)
+            full = rows.present.all(1)
+            for whole in (True, False):
+                own = np.flatnonzero(full == whole)
+                if len(own):
+                    part = rows if len(own) == len(some) else parts(data, effect, some[own])
+                    yield _Block(some[own], units, part, part.sums(units), whole)
+
+
+def _numbers(data: MeasureData, effect: EffectKind, sampling: Sampling) -> CellStatistics:
+    """Everything but p."""
+    found = _empty(data.patched.shape[0])
+    reasons: list[str | None] = [None] * len(found.mean)
+    for block in _blocks(data, effect, sampling):
+        cells, rows, n = block.cells, block.rows, block.n
+        found.n[cells], found.units[cells] = n, block.sums.held
+        found.mean[cells] = rows.mean()
+        low, high = _interval(data, effect, sampling, block)
+        found.low[cells], found.high[cells] = low, high
+        found.base_mean[cells] = _mean_within(data.base, cells, rows.present)
+        found.source_mean[cells] = _mean_within(data.source, cells, rows.present)
         if effect.tested:
-            deltas = resampling.per_unit(_deltas(data, effect, block, order))
-            # an infinite delta has no sum to compare; its cell has no mean either
-            tested = np.isfinite(deltas).all(1) & (n > 0) & ~data.inert[block]
-            p = np.full(len(n), np.nan)
-            p[tested] = sign_flip(deltas[tested], tests, resampling.seed)
-            found.p[block] = p
-            bound = _rounding(data, effect, block, order)
-            found.rounding[block] = np.where(data.inert[block], np.nan, bound)
+            bound = _rounding(data, effect, cells)
+            found.rounding[cells] = np.where(data.inert[cells], np.nan, bound)
         else:
-            found.rounding[block] = _mean_within(data.rounding, block, order, rows.present)
-        for offset, cell in enumerate(range(*block.indices(cells))):
+            found.rounding[cells] = _mean_within(data.rounding, cells, rows.present)
+        zero = _zero_denominators(block, sampling.settings.confidence)
+        word = sampling.unit_word(block.units)
+        for offset, cell in enumerate(cells.tolist()):
             undefined = int(rows.undefined[offset])
-            reasons.append(_reason(data, effect, found, cell, int(units[offset]), undefined, unit))
+            about = zero.get(offset)
+            if about is not None:
+                for values in (found.mean, found.low, found.high):
+                    values[cell] = np.nan
+            reasons[cell] = _reason(data, effect, found, cell, undefined, word, about)
     for values in (found.mean, found.low, found.high, found.base_mean, found.source_mean):
         values[~np.isfinite(values)] = np.nan
     return replace(found, reasons=tuple(reasons))
 
 
-def _rounding(data: MeasureData, effect: EffectKind, cells: Cells, order: Ints) -> Floats:
+def _interval(
+    data: MeasureData, effect: EffectKind, sampling: Sampling, block: _Block
+) -> tuple[Floats, Floats]:
+    """[cell] each, by the kind of the figure."""
+    confidence = sampling.settings.confidence
+    runs = _shares(data, effect, block.cells)
+    if runs is None:
+        draws = sampling.draws(block.units, whole=block.whole)
+        return studentise(block.sums, draws).interval(confidence)
+    present, ones = block.rows.present, block.rows.present.astype(np.float64)
+    bottom = block.units.total(ones)
+    own, *other = (
+        Sums(block.units.total(np.where(present, run, 0.0)), bottom, block.sums.held)
+        for run in runs
+    )
+    if other:
+        return share_difference(own, other[0], block.n, confidence)
+    return share_interval(own, block.n, confidence)
+
+
+def _shares(data: MeasureData, effect: EffectKind, cells: Ints) -> list[Floats] | None:
+    """[cell, prompt] of the one run, or the two, whose shares an effect is; None where it isn't of
+    shares."""
+    if data.unit != "share" or effect.name not in SHARES:
+        return None
+    found: list[Floats] = []
+    for name in SHARES[effect.name]:
+        if name is None:
+            continue
+        values = {"patched": data.patched, "base": data.base, "source": data.source}[name]
+        if values is None or not np.isin(values[~np.isnan(values)], (0.0, 1.0)).all():
+            return None
+        rows = values[cells] if len(values) > 1 else values
+        found.append(np.broadcast_to(rows, (len(cells), rows.shape[1])))
+    return found
+
+
+def _zero_denominators(block: _Block, confidence: float) -> dict[int, tuple[float, float, float]]:
+    """Cells of a block whose denominator can't be told from 0 → it and its interval: by Fieller's
+    condition their ratio has no bounds (Fieller 1954)."""
+    if block.rows.denominator is None:
+        return {}
+    bottom = np.broadcast_to(block.rows.denominator, block.rows.present.shape)
+    ones = block.rows.present.astype(np.float64)
+    sums = Sums(block.units.total(bottom), block.units.total(ones), block.sums.held)
+    value, low, high = _by_student(sums, confidence)
+    found = np.flatnonzero((low <= 0) & (high >= 0) & (block.n > 0))
+    return {int(i): (float(value[i]), float(low[i]), float(high[i])) for i in found}
+
+
+def _by_student(sums: Sums, confidence: float) -> tuple[Floats, Floats, Floats]:
+    """[cell] each: the mean and its interval by Student's t; the mean alone for one unit."""
+    value = sums.value
+    width = np.nan_to_num(student(confidence, sums.held) * standard_error(sums))
+    return value, value - width, value + width
+
+
+def _rounding(data: MeasureData, effect: EffectKind, cells: Cells) -> Floats:
     """[cell]: the effect of a change as large as rounding may be, in every prompt and in the same
     direction."""
     if data.rounding is None:
@@ -103,21 +197,14 @@ def _rounding(data: MeasureData, effect: EffectKind, cells: Cells, order: Ints) 
     elif source is not None:  # the change is that from one unpatched run to the other
         source = moved
     own = replace(data, patched=there, base=base, source=source)
-    return np.abs(parts(own, effect, slice(None), order).mean())
+    return np.abs(parts(own, effect, slice(None)).mean())
 
 
-def _deltas(data: MeasureData, effect: EffectKind, cells: Cells, order: Ints) -> Floats:
-    plain = EffectKind(name="", meaning="", formula="", numerator=effect.numerator)
-    return parts(data, plain, cells, order).numerator
-
-
-def _mean_within(
-    values: Floats | None, cells: Cells, order: Ints, present: Bools
-) -> Floats | float:
+def _mean_within(values: Floats | None, cells: Cells, present: Bools) -> Floats | float:
     """The mean of a run over the prompts of each cell."""
     if values is None:
         return np.nan
-    rows = (values[cells] if values.shape[0] > 1 else values)[:, order]
+    rows = values[cells] if values.shape[0] > 1 else values
     count = np.count_nonzero(present, axis=1)
     with np.errstate(invalid="ignore"):
         return np.where(present, rows, 0.0).sum(1) / np.where(count > 0, count, np.nan)
@@ -128,9 +215,9 @@ def _reason(
     effect: EffectKind,
     found: CellStatistics,
     cell: int,
-    units: int,
     undefined: int,
     unit: str,
+    zero: tuple[float, float, float] | None,
 ) -> str | None:
     """Why something of a cell is null, in words."""
     said: list[str] = []
@@ -142,13 +229,17 @@ def _reason(
         return "no prompt is part of this cell"
     if undefined:
         said.append(f"the base run's value is 0 in {undefined} of {found.n[cell]} prompts")
+    elif zero is not None and zero[1] < zero[2]:
+        value, low, high = zero
+        said.append(
+            f"{effect.divisor} can't be told from 0 there: {value:.3g} [{low:.3g}, {high:.3g}]"
+        )
     elif not np.isfinite(found.mean[cell]):
-        zero = effect.denominator is not None and not np.isinf(found.mean[cell])
-        said.append(f"{effect.divisor} is 0" if zero else "infinite for at least one prompt")
-    if units == 1:
-        said.append(f"one {unit}: no interval")
-    elif np.isfinite(found.mean[cell]) and not np.isfinite(found.low[cell]):
-        said.append(f"{effect.divisor or 'the value'} is 0 or infinite in some resamples")
+        by_zero = effect.denominator is not None and not np.isinf(found.mean[cell])
+        said.append(f"{effect.divisor} is 0" if by_zero else "infinite for at least one prompt")
+    units = int(found.units[cell])
+    if np.isfinite(found.mean[cell]) and not np.isfinite(found.low[cell]):
+        said.append(f"{counted(units, unit)}: no interval below {FEWEST_UNITS}")
     if data.inert[cell]:
         said.append("cannot differ from the base run: not tested")
     elif not effect.tested:
@@ -190,6 +281,12 @@ def category_statistics(
     return replace(found, reasons=tuple(reasons))
 
 
+def counted(count: int, unit: str) -> str:
+    """`3 values of a`, `1 prompt`."""
+    word, of, name = unit.partition(" of ")
+    return f"{plural(count, word)}{of}{name}"
+
+
 def cell_statistics(
     measures: Sequence[MeasureData],
     settings: spec.Statistics,
@@ -198,53 +295,34 @@ def cell_statistics(
     *,
     effects: Registry[EffectKind],
     ids: Sequence[int] | None = None,
+    strata: Ints | None = None,
 ) -> list[CellStatistics]:
     """Means, intervals, p and corrected p of every cell, one entry per measure.
 
     p is corrected over the cells of all measures together; those that can't differ from the base
     run, and measures without p, stay out of it.
+
+    groups: [prompt], the values of `stats by`. ids: [prompt], hashes of the rows' contents; rows of
+    one are one unit. strata: [prompt], what is dealt out evenly.
     """
     if not measures:
         return []
-    resampling = Resampling(measures[0].patched.shape[1], settings, seed, ids=ids, groups=groups)
-
-    def is_tested(data: MeasureData) -> bool:
-        return data.kind == "number" and effects[data.effect].tested
-
-    tests = sum(
-        int(np.count_nonzero(~data.inert & ~np.isnan(data.patched).all(1)))
-        for data in measures
-        if is_tested(data)
-    )
+    sampling = Sampling(measures[0].patched.shape[1], settings, seed, ids, groups, strata)
     found = [
-        _numbers(data, effects[data.effect], resampling, tests)
+        _numbers(data, effects[data.effect], sampling)
         if data.kind == "number"
         else category_statistics(data.patched, data.truth, data.rounding)
         for data in measures
     ]
-    together = np.concatenate([entry.p for entry in found])
-    known = ~np.isnan(together)
-    corrected = together.copy()
-    corrected[known] = CORRECTIONS[settings.correction](together[known])
-    per_measure = np.split(corrected, np.cumsum([len(entry.p) for entry in found])[:-1])
-    words = flips_in_words(resampling.units, tests, "group" if resampling.grouped else "prompt")
-    return [
-        replace(
-            entry,
-            p_corrected=p,
-            test=words if is_tested(data) else None,
-            tests=int(np.count_nonzero(known)),
-        )
-        for data, entry, p in zip(measures, found, per_measure, strict=True)
-    ]
+    return cell_p(measures, found, sampling, effects)
 
 
-def run_interval(values: Floats, resampling: Resampling) -> Interval:
-    """The mean of a run's values [prompt] with its interval, from the shared draws."""
-    return run_intervals(values[None], resampling)[0]
+def run_interval(values: Floats, sampling: Sampling) -> Interval:
+    """The mean of a run's values [prompt] with its interval."""
+    return run_intervals(values[None], sampling)[0]
 
 
-def run_intervals(values: Floats, resampling: Resampling) -> list[Interval]:
+def run_intervals(values: Floats, sampling: Sampling) -> list[Interval]:
     """The same for several rows of values, [row, prompt]."""
     plain = EffectKind(
         name="", meaning="", formula="", numerator=lambda patched, base, source: patched
@@ -252,7 +330,7 @@ def run_intervals(values: Floats, resampling: Resampling) -> list[Interval]:
     data = MeasureData(
         "", "", "", "number", False, values, values, None, np.zeros(len(values), bool)
     )
-    found = _numbers(data, plain, resampling, 0)
+    found = _numbers(data, plain, sampling)
     return [
         Interval(float(mean), float(low), float(high), int(n))
         for mean, low, high, n in zip(found.mean, found.low, found.high, found.n, strict=True)
@@ -262,13 +340,10 @@ def run_intervals(values: Floats, resampling: Resampling) -> list[Interval]:
 def check_denominator(
     base: Floats,
     source: Floats | None,
-    settings: spec.Statistics,
-    seed: int,
+    sampling: Sampling,
     span: Span | None,
     *,
     effect: EffectKind,
-    groups: NDArray[Any] | None = None,
-    ids: Sequence[int] | None = None,
 ) -> list[Diagnostic]:
     """E0604 where the effect's denominator can't be told from 0, so that no cell need be run.
 
@@ -277,20 +352,25 @@ def check_denominator(
     if effect.denominator is None:
         return []
     rows = np.asarray(effect.denominator(base, base, source), dtype=np.float64)
-    resampling = Resampling(rows.shape[1], settings, seed, ids=ids, groups=groups)
-    for found in run_intervals(rows, resampling):
-        low, high = (found.mean, found.mean) if np.isnan(found.low) else (found.low, found.high)
-        if found.n and low <= 0 <= high:
+    units, present = sampling.units(), ~np.isnan(rows)
+    sums = Sums(
+        units.total(np.where(present, rows, 0.0)),
+        units.total(present.astype(np.float64)),
+        units.held(present),
+    )
+    confidence = sampling.settings.confidence
+    for value, low, high, n in zip(*_by_student(sums, confidence), present.sum(1), strict=True):
+        if n and low <= 0 <= high:
             return [
                 ZeroDenominator(
                     span=span,
                     effect=effect.name,
                     divisor=effect.divisor,
-                    mean=f"{found.mean:.3g}",
+                    mean=f"{value:.3g}",
                     low=f"{low:.3g}",
                     high=f"{high:.3g}",
-                    confidence=f"{settings.confidence:g}",
-                    n=found.n,
+                    confidence=f"{confidence:g}",
+                    n=int(n),
                 )
             ]
     return []

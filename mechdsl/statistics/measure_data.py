@@ -77,6 +77,10 @@ class CellStatistics:
     """How p was computed, in words; None where nothing was tested."""
     tests: int
     """Over how many cells, of all measures, p was corrected."""
+    units: Ints
+    """How many independent units stand behind each cell: distinct prompts, or groups."""
+    floor: Bools
+    """[cell]: p is the least that so many flips or resamples give, and may be smaller."""
     rounding: Floats
     """How far rounding alone may move the mean, in the effect's own unit, or, of categories, the
     share of the prompts whose category it may change; NaN where that isn't known or can't be."""

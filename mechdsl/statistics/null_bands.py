@@ -9,7 +9,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Floats
 from mechdsl.base.registry import Registry
-from mechdsl.statistics.bootstrap import parts
+from mechdsl.statistics.effect_parts import parts
 from mechdsl.statistics.measure_data import MeasureData, NullBand
 from mechdsl.vocab.effect_kind import EffectKind
 
@@ -40,9 +40,8 @@ def _band(
     data: MeasureData, values: Floats, draws: int, what: str, confidence: float, effect: EffectKind
 ) -> NullBand:
     cells, prompts = data.patched.shape
-    order = np.arange(prompts)
     each = [
-        parts(replace(data, patched=own), effect, slice(None), order).mean()
+        parts(replace(data, patched=own), effect, slice(None)).mean()
         for own in values.reshape(draws, cells, prompts)
     ]
     found = np.stack(each)

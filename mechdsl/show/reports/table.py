@@ -152,7 +152,8 @@ def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
         result.seed,
         result.groups,
         effects=EFFECTS,
-        ids=result.row_ids,
+        ids=result.sampling.keys,
+        strata=result.strata,
     )
     expanded = replace(
         result,
@@ -212,6 +213,9 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
         columns.append(Column("direction", [result.direction] * len(cells), spare=4))
     found = result.statistics[measure]
     columns.append(Column("n", [str(int(found.n[i])) for i in order], True, describes=True))
+    if any(found.units[i] not in (0, found.n[i]) for i in order):
+        texts = [str(int(found.units[i])) for i in order]
+        columns.append(Column("effective n", texts, True, describes=True))
     if result.measures[measure].kind == "category":
         return columns + _category_columns(result, measure, order)
     return columns + _number_columns(result, measure, order)
@@ -247,10 +251,14 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         else "no"
         for i in order
     ]
+
+    def texts(p: Floats) -> list[str]:
+        return [p_text(p[i], bool(found.floor[i])) for i in order]
+
     return [
         *columns,
-        Column("p", [p_text(found.p[i]) for i in order], True, spare=1),
-        Column("corrected", [p_text(found.p_corrected[i]) for i in order], True),
+        Column("p", texts(found.p), True, spare=1),
+        Column("corrected", texts(found.p_corrected), True),
         Column("survives", verdicts),
     ]
 

@@ -52,11 +52,12 @@ def sortable(value: object) -> tuple[int, float, str]:
     return 1, 0.0, str(value)
 
 
-def p_text(p: float) -> str:
-    """p with four places, or its power of ten below that."""
+def p_text(p: float, at_most: bool = False) -> str:
+    """p with four places, or its power of ten below that; `≤` where it may be smaller."""
     if not math.isfinite(p):
         return MISSING
-    return f"{p:.0e}" if p < 0.00005 else f"{p:.4f}"
+    text = f"{p:.0e}" if p < 0.00005 else f"{p:.4f}"
+    return f"≤ {text}" if at_most and p < 1 else text
 
 
 def alpha(result: ExperimentResult) -> float:

@@ -12,7 +12,7 @@ from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ANSWER_TOKENS, ExperimentResult
 from mechdsl.show.reports.grid import UPWARDS, panels
-from mechdsl.statistics.bootstrap import parts
+from mechdsl.statistics.effect_parts import parts
 from mechdsl.vocab.effects import EFFECTS
 
 PROMPTS = 3
@@ -59,7 +59,7 @@ def prompt_effects(result: ExperimentResult, measure: int) -> Floats:
     """
     data = result.measures[measure]
     effect = EFFECTS[data.effect]
-    rows = parts(data, effect, slice(None), np.arange(result.prompts))
+    rows = parts(data, effect, slice(None))
     values = np.where(rows.present, rows.numerator, np.nan)
     if rows.denominator is None:
         return values

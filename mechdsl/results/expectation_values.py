@@ -1,0 +1,433 @@
+"""The numbers that an expectation names, with what their intervals come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.results.estimates import (
+    Estimate,
+    Fixed,
+    OfSums,
+    absolute,
+    around,
+    auroc,
+    combined,
+    constant,
+    pearson,
+    spearman,
+    studentise_number,
+)
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.matched_cells import matched
+from mechdsl.statistics.bootstrap import FEWEST_UNITS, simultaneous
+from mechdsl.statistics.cell_statistics import counted
+from mechdsl.statistics.effect_parts import Sums, parts
+from mechdsl.statistics.sampling import partitions
+from mechdsl.statistics.units import Draws, Rows, Units, units_of
+from mechdsl.validate.conditions import (
+    Absolute,
+    Accuracy,
+    Area,
+    Arithmetic,
+    CellSelection,
+    Constant,
+    Correlation,
+    OfCells,
+    Ranking,
+    Value,
+    truth_of,
+)
+from mechdsl.vocab.effects import EFFECTS
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Some cells of a measure of an experiment."""
+
+    result: ExperimentResult
+    measure: int
+    cells: Ints
+
+
+class NoNumber(Exception):
+    """There is none, and why."""
+
+
+class Cells:
+    """Finds the cells that an expectation names."""
+
+    def __init__(self, result: ExperimentResult, others: Mapping[str, ExperimentResult]) -> None:
+        self.result = result
+        self.others = others
+
+    def of(self, value: OfCells | Area | Ranking) -> Chosen:
+        """The cells that are meant and have a value; NoNumber where there is none."""
+        result = self.result
+        if isinstance(value, OfCells) and value.experiment is not None:
+            result = self.other(value.experiment)
+        found = chosen(result, value.measure, value.where)
+        if not len(found):
+            cells = [i for i in range(len(result.cells)) if at(result, i, value.where)]
+            reasons = result.statistics[value.measure].reasons
+            missing = result.measures[value.measure].missing
+            if missing is not None:
+                raise NoNumber(f"not computed ({missing.code}): {missing.reason}")
+            raise NoNumber((reasons[cells[0]] if cells else None) or "no such cell")
+        if isinstance(value, OfCells) and value.how in ("cell", "only") and len(found) > 1:
+            raise NoNumber(f"{len(found)} cells are meant, not one")
+        return Chosen(result, value.measure, found)
+
+    def other(self, name: str) -> ExperimentResult:
+        if name not in self.others:
+            raise NoNumber(f"`{name}` could not be computed")
+        return self.others[name]
+
+    def pair(self, value: Correlation) -> tuple[Chosen, Chosen]:
+        """The cells that two experiments have in common, of measures of one effect."""
+        other = self.other(value.experiment)
+        measure = self.result.measures[value.measure]
+        same = [
+            i
+            for i, m in enumerate(other.measures)
+            if m.kind == "number" and m.effect == measure.effect
+        ]
+        exact = [i for i in same if other.measures[i].label == measure.label]
+        candidates = exact or same
+        if len(candidates) != 1:
+            raise NoNumber(
+                f"`{other.name}` has {len(candidates)} measures `as {measure.effect}`, not one"
+            )
+        for data, of in ((measure, self.result), (other.measures[candidates[0]], other)):
+            if data.missing is not None:
+                why = f"`{data.effect} of {data.label}` of `{of.name}` could not be computed"
+                raise NoNumber(f"{why} ({data.missing.code})")
+        mine, theirs = matched(self.result, value.measure, other, candidates[0])
+        if len(mine) < 3:
+            raise NoNumber(f"only {len(mine)} cells have the same coordinates in `{other.name}`")
+        return (
+            Chosen(self.result, value.measure, mine),
+            Chosen(other, candidates[0], theirs),
+        )
+
+    def all_of(self, value: Value) -> Iterator[Chosen]:
+        """Everything that a value reads."""
+        match value:
+            case Constant() | Accuracy():
+                return
+            case Arithmetic():
+                yield from self.all_of(value.left)
+                yield from self.all_of(value.right)
+            case Absolute():
+                yield from self.all_of(value.operand)
+            case Correlation():
+                yield from self.pair(value)
+            case _:
+                yield self.of(value)
+
+
+def at(result: ExperimentResult, cell: int, where: Sequence[CellSelection]) -> bool:
+    return all(each.matches(result.cells[cell]) for each in where)
+
+
+def chosen(result: ExperimentResult, measure: int, where: Sequence[CellSelection]) -> Ints:
+    """The cells that are meant and have a value."""
+    means = result.statistics[measure].mean
+    found = [i for i in range(len(means)) if np.isfinite(means[i]) and at(result, i, where)]
+    return np.array(found, dtype=np.int64)
+
+
+def bounds(of: Chosen) -> Floats:
+    """[cell]: how far rounding alone may move them; 0 where that isn't known."""
+    return np.nan_to_num(of.result.statistics[of.measure].rounding[of.cells])
+
+
+def as_in_base(result: ExperimentResult, measure: int) -> bool:
+    """Whether rounding may do something else to cells than to the base run, which its bounds are
+    of: `correct` and ranks change where two logits are close."""
+    return result.measures[measure].unit in ("share", "rank")
+
+
+class Space:
+    """The units of all that one comparison reads, and their draws: rows of equal content are one
+    unit in all experiments, so that differences between experiments are paired."""
+
+    def __init__(self, mine: ExperimentResult, read: Sequence[Chosen]) -> None:
+        self.mine = mine
+        self.read = read
+        self.results = [mine]
+        for each in read:
+            if all(each.result is not known for known in self.results):
+                self.results.append(each.result)
+
+    @cached_property
+    def units(self) -> Units:
+        rows = [self._rows(result) for result in self.results]
+        design = None if self.mine.groups is not None else self.mine.strata
+        return units_of(rows, design)
+
+    def _rows(self, result: ExperimentResult) -> Rows:
+        seen = [
+            own
+            for each in self.read
+            if each.result is result
+            for cells, own in partitions(result.measures[each.measure])
+            if own is not None and np.isin(cells, each.cells).any()
+        ]
+        own = result.sampling.rows(*seen)
+        by = self.mine.settings.by if self.mine.settings else None
+        if result is self.mine or by is None or by not in result.row_values:
+            return own if result is self.mine else replace(own, groups=None)
+        return replace(own, groups=np.array([str(value) for value in result.row_values[by]]))
+
+    @cached_property
+    def draws(self) -> Draws:
+        whole = all((self.sums(each).held == self.units.count).all() for each in self.read)
+        return self.mine.sampling.draws(self.units, whole=whole)
+
+    def sums(self, of: Chosen) -> Sums:
+        data = of.result.measures[of.measure]
+        found = parts(data, EFFECTS[data.effect], of.cells)
+        return found.sums(self.units, self.place(of.result))
+
+    def place(self, result: ExperimentResult) -> int:
+        return next(i for i, known in enumerate(self.results) if known is result)
+
+    @cached_property
+    def held(self) -> int:
+        """The fewest units that stand behind anything that is read."""
+        counts = [self._held(each) for each in self.read]
+        return min(counts, default=0)
+
+    def _held(self, of: Chosen) -> int:
+        data = of.result.measures[of.measure]
+        present = parts(data, EFFECTS[data.effect], of.cells).present
+        some = np.atleast_2d(present.any(axis=0))
+        return int(self.units.held(some, self.place(of.result))[0])
+
+    @property
+    def too_few(self) -> str | None:
+        """Why there is no interval."""
+        if self.held >= FEWEST_UNITS:
+            return None
+        words = counted(self.held, self.mine.sampling.unit_word(self.units))
+        return f"{words}: no interval below {FEWEST_UNITS}"
+
+
+class Reader:
+    """Reads the values of one comparison, all in one space."""
+
+    def __init__(self, cells: Cells, values: Sequence[Value]) -> None:
+        self.cells = cells
+        self.space = Space(cells.result, [read for value in values for read in cells.all_of(value)])
+        self.confidence = cells.result.sampling.settings.confidence
+
+    def estimate(self, value: Value, confidence: float) -> Estimate:
+        """confidence: of intervals of what isn't smooth."""
+        match value:
+            case Constant():
+                return constant(value.value)
+            case Arithmetic():
+                left = self.estimate(value.left, confidence)
+                right = self.estimate(value.right, confidence)
+                if left.smooth is None or right.smooth is None:
+                    left, right = self.ended(left, confidence), self.ended(right, confidence)
+                return combined(value.operator, left, right)
+            case Absolute():
+                inner = self.ended(self.estimate(value.operand, confidence), confidence)
+                return absolute(inner, inner.low, inner.high)
+            case Accuracy():
+                return self.accuracy(value.run, confidence)
+            case Correlation():
+                return self.correlation(value, confidence)
+            case Area():
+                return self.area(value)
+            case Ranking():
+                return self.ranking(value, confidence)
+            case OfCells():
+                return self.of_cells(value, confidence)
+
+    def ended(self, estimate: Estimate, confidence: float) -> Estimate:
+        """With the ends of its interval."""
+        if estimate.smooth is None or isinstance(estimate.smooth, Fixed):
+            return estimate
+        few = self.space.too_few
+        if few is not None:
+            return replace(estimate, why=estimate.why or few)
+        found = studentise_number(estimate.smooth, self.space.draws, self.space.held)
+        low, high = found.interval(confidence)
+        return replace(estimate, low=float(low[0]), high=float(high[0]))
+
+    def of_cells(self, value: OfCells, confidence: float) -> Estimate:
+        of = self.cells.of(value)
+        sums, rounding = self.space.sums(of), bounds(of)
+        means = of.result.statistics[of.measure].mean[of.cells]
+        about = Estimate(math.nan, as_in_base=as_in_base(of.result, of.measure))
+        if value.how not in ("max", "min"):
+            share = np.full(len(of.cells), 1 / len(of.cells))
+            about = replace(about, point=float(means.mean()), rounding=float(rounding.mean()))
+            return replace(about, smooth=OfSums(sums, share))
+        largest = value.how == "max"
+        point = float(means.max() if largest else means.min())
+        about = replace(about, point=point, rounding=float(rounding.max()), why=self.space.too_few)
+        if about.why:
+            return about
+        found = simultaneous(sums, self.space.draws, confidence)
+        # the largest is above every cell's bound that holds for all, and below the largest of
+        # bounds that each hold alone
+        low, high = (
+            (found.low_together.max(), found.high.max())
+            if largest
+            else (found.low.min(), found.high_together.min())
+        )
+        return replace(about, low=float(low), high=float(high))
+
+    def area(self, value: Area) -> Estimate:
+        """Trapezoids, divided by the range of the axis."""
+        of = self.cells.of(value)
+        result, cells = of.result, of.cells
+        lacking = [
+            i for i in range(len(result.cells)) if at(result, i, value.where) and i not in cells
+        ]
+        if lacking:
+            reason = result.statistics[value.measure].reasons[lacking[0]]
+            name = result.cells[lacking[0]].name
+            raise NoNumber(f"the curve has no value at {name}: {reason}")
+        places = np.array([float(result.cells[i].coords[value.axis]) for i in cells])
+        order = np.argsort(places, kind="stable")
+        cells, places = cells[order], places[order]
+        if len(np.unique(places)) < max(2, len(places)):
+            raise NoNumber(f"the cells are not one curve over `{value.axis}`")
+        # Each point counts with half the way to either neighbour.
+        share = np.zeros(len(places))
+        share[1:] += np.diff(places) / 2
+        share[:-1] += np.diff(places) / 2
+        share /= places[-1] - places[0]
+        of = replace(of, cells=cells)
+        means = result.statistics[value.measure].mean[cells]
+        return Estimate(
+            float(means @ share),
+            OfSums(self.space.sums(of), share),
+            rounding=float(bounds(of) @ share),
+            as_in_base=as_in_base(result, value.measure),
+        )
+
+    # --- what isn't smooth
+
+    def accuracy(self, run: str, confidence: float) -> Estimate:
+        found = self.cells.result.accuracy_interval(run, confidence)
+        why = None if math.isfinite(found.mean) else "no prompt has an answer"
+        few = "too few groups: no interval" if math.isnan(found.low) else None
+        return Estimate(
+            found.mean, None, found.low, found.high, why or few, rounding=found.rounding
+        )
+
+    def correlation(self, value: Correlation, confidence: float) -> Estimate:
+        mine, theirs = self.cells.pair(value)
+        correlate = spearman if value.how == "spearman" else pearson
+        one, two = self.space.sums(mine), self.space.sums(theirs)
+        point = float(correlate(one.value[None], two.value[None])[0])
+        if not math.isfinite(point):
+            raise NoNumber("the effects don't differ between cells")
+        if self.space.too_few:
+            return Estimate(point, why=self.space.too_few)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = [
+                correlate(_under(one, weights), _under(two, weights))
+                for weights in self.space.draws.weights(4 * len(one.top))
+            ]
+        low, high = around(point, np.concatenate(found), confidence)
+        return Estimate(point, None, low, high)
+
+    def ranking(self, value: Ranking, confidence: float) -> Estimate:
+        if value.column is not None:
+            return self.ranking_of_rows(value, value.column, confidence)
+        of = self.cells.of(value)
+        true = np.array(
+            [any(each.matches(of.result.cells[i]) for each in value.truth or ()) for i in of.cells],
+            dtype=np.float64,
+        )
+        if not 0 < true.sum() < len(true):
+            which = "none" if not true.sum() else "every one"
+            raise NoNumber(f"{which} of the {len(true)} cells is one of the true ones")
+        sums = self.space.sums(of)
+        point = float(auroc(sums.value[None], true)[0])
+        if self.space.too_few:
+            return Estimate(point, why=self.space.too_few)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = [
+                auroc(_under(sums, weights), true)
+                for weights in self.space.draws.weights(4 * len(sums.top))
+            ]
+        low, high = around(2 * point - 1, 2 * np.concatenate(found) - 1, confidence)
+        return Estimate(point, None, (low + 1) / 2, (high + 1) / 2)
+
+    def ranking_of_rows(self, value: Ranking, column: str, confidence: float) -> Estimate:
+        """How often a row where the column is true has the greater effect."""
+        of = self.cells.of(value)
+        if len(of.cells) != 1:
+            raise NoNumber(f"{len(of.cells)} cells are meant, not one")
+        data = of.result.measures[of.measure]
+        found = parts(data, EFFECTS[data.effect], of.cells)
+        if found.denominator is not None:
+            raise NoNumber(f"`{data.effect}` is a ratio of means: no row has one")
+        truths = [truth_of(each) for each in of.result.row_values[column]]
+        known = found.present[0] & np.array([each is not None for each in truths])
+        true = np.array([bool(each) for each in truths]) & known
+        false = ~np.array([bool(each) for each in truths]) & known
+        if not true.any() or not false.any():
+            raise NoNumber(f"`{column}` is the same in all {int(known.sum())} rows")
+        effects, codes = found.numerator[0], self.space.units.codes[0]
+        ahead = effects[true][:, None] - effects[false][None]
+        wins = (ahead > 0) + 0.5 * (ahead == 0)
+        point = float(wins.mean())
+        if self.space.too_few:
+            return Estimate(point, why=self.space.too_few)
+        resampled: list[Floats] = []
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for weights in self.space.draws.weights(4 * len(effects)):
+                one, two = weights[:, codes[true]], weights[:, codes[false]]
+                resampled.append(((one @ wins) * two).sum(1) / (one.sum(1) * two.sum(1)))
+        low, high = around(2 * point - 1, 2 * np.concatenate(resampled) - 1, confidence)
+        return Estimate(point, None, (low + 1) / 2, (high + 1) / 2)
+
+
+def pieces(value: Value) -> int:
+    """How many intervals of their own a value is put together from."""
+    if _smooth(value):
+        return 0 if _fixed(value) else 1
+    match value:
+        case Arithmetic():
+            return pieces(value.left) + pieces(value.right)
+        case Absolute():
+            return pieces(value.operand)
+        case _:
+            return 1
+
+
+def _fixed(value: Value) -> bool:
+    if isinstance(value, Arithmetic):
+        return _fixed(value.left) and _fixed(value.right)
+    return isinstance(value, Constant)
+
+
+def _smooth(value: Value) -> bool:
+    match value:
+        case Constant() | Area():
+            return True
+        case OfCells():
+            return value.how not in ("max", "min")
+        case Arithmetic():
+            return _smooth(value.left) and _smooth(value.right)
+        case _:
+            return False
+
+
+def _under(sums: Sums, weights: Floats) -> Floats:
+    """[resample, cell]."""
+    return (weights @ sums.top.T) / (weights @ sums.bottom.T)

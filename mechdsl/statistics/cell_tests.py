@@ -1,0 +1,192 @@
+"""p of every cell, by the test that the file names, and corrected over all cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.registry import Registry
+from mechdsl.statistics.bootstrap import Studentised, studentise
+from mechdsl.statistics.corrections import CORRECTIONS
+from mechdsl.statistics.effect_parts import Sums, numerators
+from mechdsl.statistics.measure_data import CellStatistics, MeasureData
+from mechdsl.statistics.sampling import Sampling, partitions
+from mechdsl.statistics.sign_flips import flips_for, flips_in_words, sign_flip
+from mechdsl.statistics.units import Units, blocks, units_of
+from mechdsl.vocab.effect_kind import EffectKind
+
+MOST_RESAMPLES = 100_000
+
+
+def cell_p(
+    measures: Sequence[MeasureData],
+    found: Sequence[CellStatistics],
+    sampling: Sampling,
+    effects: Registry[EffectKind],
+) -> list[CellStatistics]:
+    """The same statistics with p, what is corrected, and how it came about."""
+    pairs = zip(measures, found, strict=True)
+    asked = [_tested(data, each, effects[data.effect]) for data, each in pairs]
+    tests = sum(int(np.count_nonzero(each)) for each in asked)
+    settings = sampling.settings
+    work = _Tests(measures, asked, sampling, effects, tests)
+    corrected = work.largest() if settings.correction == "max" else None
+    p: list[Floats] = []
+    floors: list[Bools] = []
+    for number in range(len(measures)):
+        own, floor = work.of(number)
+        p.append(own)
+        floors.append(floor)
+    together = np.concatenate(p)
+    if corrected is None:
+        known = ~np.isnan(together)
+        corrected = together.copy()
+        corrected[known] = CORRECTIONS[settings.correction](together[known])
+    split = np.split(corrected, np.cumsum([len(each) for each in p])[:-1])
+    return [
+        replace(
+            each,
+            p=own,
+            p_corrected=own_corrected,
+            floor=floor,
+            test=work.words(number) if _has_p(data, effects) else None,
+            tests=tests,
+        )
+        for number, (data, each, own, own_corrected, floor) in enumerate(
+            zip(measures, found, p, split, floors, strict=True)
+        )
+    ]
+
+
+def _has_p(data: MeasureData, effects: Registry[EffectKind]) -> bool:
+    return data.kind == "number" and effects[data.effect].tested
+
+
+def _tested(data: MeasureData, found: CellStatistics, effect: EffectKind) -> Bools:
+    """[cell]: whether it is tested: it has a value, and can differ from the base run."""
+    if data.kind != "number" or not effect.tested:
+        return np.zeros(len(data.patched), dtype=bool)
+    own = numerators(data, effect, slice(None))
+    whole = np.isfinite(own.numerator).all(1) & own.present.any(1)
+    return whole & np.isfinite(found.mean) & ~data.inert
+
+
+class _Tests:
+    """The tests of one experiment."""
+
+    def __init__(
+        self,
+        measures: Sequence[MeasureData],
+        asked: Sequence[Bools],
+        sampling: Sampling,
+        effects: Registry[EffectKind],
+        tests: int,
+    ) -> None:
+        self.measures = measures
+        self.asked = asked
+        self.sampling = sampling
+        self.effects = effects
+        self.tests = tests
+        self.level = 1 - sampling.settings.confidence / 100
+
+    @property
+    def resamples(self) -> int:
+        """Enough that a p of the bootstrap can be small enough."""
+        wanted = min(MOST_RESAMPLES, 2 * flips_for(self.tests, self.level))
+        return max(self.sampling.settings.resamples, wanted)
+
+    def of(self, number: int) -> tuple[Floats, Bools]:
+        """p of one measure's cells, and whether it may be smaller."""
+        data = self.measures[number]
+        p, floor = np.full(len(data.patched), np.nan), np.zeros(len(data.patched), dtype=bool)
+        for cells, seen in partitions(data):
+            own = cells[self.asked[number][cells]]
+            units = self.sampling.units(seen)
+            if self.sampling.settings.test == "bootstrap":
+                for some, found in self._resampled(number, own, units):
+                    p[some] = found.p()
+                    floor[some] = found.p() <= 2 / (len(found.pivots) + 1)
+                continue
+            for block in blocks(len(own), units.count):
+                some = own[block]
+                found = sign_flip(
+                    self._sums(number, some, units).top, self.tests, self.sampling.seed, self.level
+                )
+                p[some], floor[some] = found.p, found.floor
+        return p, floor
+
+    def _sums(self, number: int, cells: Ints, units: Units, of: int = 0) -> Sums:
+        data = self.measures[number]
+        return numerators(data, self.effects[data.effect], cells).sums(units, of)
+
+    def _resampled(
+        self, number: int, cells: Ints, units: Units
+    ) -> Iterator[tuple[Ints, Studentised]]:
+        data = self.measures[number]
+        whole = numerators(data, self.effects[data.effect], cells).present.all(1)
+        for part in (True, False):
+            own = cells[whole == part]
+            draws = self.sampling.draws(units, whole=part, resamples=self.resamples)
+            for block in blocks(len(own), self.resamples):
+                yield own[block], studentise(self._sums(number, own[block], units), draws)
+
+    def largest(self) -> Floats:
+        """[cell of all measures]: corrected by the distribution of the largest statistic; all
+        cells share their units, so the coarsest are taken."""
+        seen = [
+            own
+            for data, asked in zip(self.measures, self.asked, strict=True)
+            for cells, own in partitions(data)
+            if own is not None and asked[cells].any()
+        ]
+        units = units_of([self.sampling.rows(*seen)])
+        rows = [
+            self._sums(number, np.flatnonzero(asked), units)
+            for number, asked in enumerate(self.asked)
+            if asked.any()
+        ]
+        found = np.full(sum(len(asked) for asked in self.asked), np.nan)
+        if not rows:
+            return found
+        tops = np.concatenate([each.top for each in rows])
+        if self.sampling.settings.test == "bootstrap":
+            bottoms = np.concatenate(
+                [np.broadcast_to(each.bottom, each.top.shape) for each in rows]
+            )
+            held = np.concatenate([each.held for each in rows])
+            draws = self.sampling.draws(units, whole=False, resamples=self.resamples)
+            p = _largest_pivot(studentise(Sums(tops, bottoms, held), draws))
+        else:
+            p = sign_flip(tops, 1, self.sampling.seed, self.level, largest=True).corrected
+        found[np.concatenate(self.asked)] = p
+        return found
+
+    def words(self, number: int) -> str:
+        """How p of a measure's cells came about."""
+        units = [self.sampling.units(seen) for _, seen in partitions(self.measures[number])]
+        most = max(units, key=lambda each: each.count)
+        unit = self.sampling.unit_word(most)
+        if self.sampling.settings.test == "bootstrap":
+            return (
+                f"two-sided, by inversion of the bootstrap-t interval over {unit}s, "
+                f"{self.resamples:,} resamples"
+            )
+        words = flips_in_words(most.count, self.tests, self.tests, unit, self.level)
+        return (
+            f"{words}; assumes that they are as often above 0 as below by as much, if nothing acts"
+        )
+
+
+def _largest_pivot(found: Studentised) -> Floats:
+    """[cell]: step-down, as for sign flips."""
+    own = np.abs(found.ratio)
+    order = np.argsort(-own, kind="stable")
+    pivots = np.abs(np.nan_to_num(found.pivots[:, order], nan=0.0))
+    largest = np.maximum.accumulate(pivots[:, ::-1], axis=1)[:, ::-1]
+    p = (np.count_nonzero(largest >= own[order], axis=0) + 1) / (len(pivots) + 1)
+    corrected = np.empty_like(p)
+    corrected[order] = np.maximum.accumulate(p)
+    return np.where(found.value == 0, 1.0, np.maximum(corrected, found.p()))

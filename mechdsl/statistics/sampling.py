@@ -1,0 +1,70 @@
+"""How the rows of one experiment were drawn, and how new ones are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Ints
+from mechdsl.program import spec
+from mechdsl.statistics.measure_data import MeasureData
+from mechdsl.statistics.units import Draws, Rows, Units, units_of
+
+
+@dataclass(frozen=True, eq=False)
+class Sampling:
+    """What intervals and p of one experiment hang on beside its values."""
+
+    prompts: int
+    settings: spec.Statistics
+    seed: int
+    keys: Sequence[int] | None = None
+    """[prompt]: contents of rows; what is drawn hangs on them. Without them all rows differ."""
+    groups: NDArray[Any] | None = None
+    """[prompt]: the values of `stats by`."""
+    strata: Ints | None = None
+    """[prompt]: what the block deals out evenly."""
+
+    @cached_property
+    def known(self) -> dict[bytes, Units]:
+        return {}
+
+    def rows(self, *seen: Ints) -> Rows:
+        """The rows, those of one number in any of `seen` being one unit."""
+        return Rows.of(self.prompts, self.keys, seen, self.groups)
+
+    def units(self, seen: Ints | None = None) -> Units:
+        """The units of a measure that sees no difference between rows of one number."""
+        key = b"" if seen is None else np.ascontiguousarray(seen).tobytes()
+        if key not in self.known:
+            own = self.rows() if seen is None else self.rows(seen)
+            design = None if self.groups is not None else self.strata
+            self.known[key] = units_of([own], design)
+        return self.known[key]
+
+    def draws(self, units: Units, *, whole: bool = True, resamples: int = 0) -> Draws:
+        """New samples; of cells that lack some rows (`whole` is false) without the design."""
+        count = resamples or self.settings.resamples
+        return Draws(units.count, count, self.seed, units.strata if whole else None)
+
+    def unit_word(self, units: Units) -> str:
+        """What one unit is called."""
+        if self.groups is not None:
+            return f"value of {self.settings.by}" if self.settings.by else "group"
+        return "prompt" if units.count == self.prompts else "distinct prompt"
+
+
+def partitions(data: MeasureData) -> Iterator[tuple[Ints, Ints | None]]:
+    """(cells, [prompt] what the measure sees of rows there), of all cells."""
+    cells = np.arange(len(data.patched))
+    if data.seen is None or len(data.seen) == 1:
+        yield cells, None if data.seen is None else data.seen[0]
+        return
+    rows, which = np.unique(data.seen, axis=0, return_inverse=True)
+    for number, seen in enumerate(rows):
+        yield cells[which.reshape(-1) == number], seen
