@@ -42,7 +42,7 @@ from mechdsl.results.variants import merged
 from mechdsl.rules import RULES
 from mechdsl.syntax.parse import parse
 from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
-from mechdsl.validate.reachable_p import check_rows
+from mechdsl.validate.reachable_p import check_cells, check_rows, tested_measures
 
 LISTED = 5
 """Rows that a warning names."""
@@ -273,14 +273,15 @@ class _FileRun:
         if 0 not in refused:
             parts = tuple(found_by(*pair) for pair in zip(variants, raw, strict=True))
             self.findings[first.name] = Finding(parts)
-        self._say(_few_kept(variants, whole))
         if whole.left_out:
             self._say([_rows_left_out(first, whole)])
         parameters = self.checked.program.parameters
         if parameters:
             said = {"parameters": _parameter_words(parameters)}
             whole = replace(whole, conventions={**whole.conventions, **said})
-        self.results[first.name] = with_statistics(whole, first.spec, first.seed)
+        result = with_statistics(whole, first.spec, first.seed)
+        self._say(_few_units(variants, result))
+        self.results[first.name] = result
 
     def _with_progress(self, later: Sequence[ResolvedExperiment]) -> Options:
         """The options of one wave, for one bar over all waves; how many rows a later one has is
@@ -327,11 +328,18 @@ def _nothing_left(experiment: ResolvedExperiment) -> Diagnostic:
     return NothingKept(span=span, rows=len(experiment.table))
 
 
-def _few_kept(variants: Sequence[ResolvedExperiment], result: ExperimentResult) -> list[Diagnostic]:
-    """W0720 where only `keep` has left so few rows; of all of them it was said before."""
-    if not variants[0].keep or check_rows(variants, variants[0].table.row_ids):
+def _few_units(
+    variants: Sequence[ResolvedExperiment], result: ExperimentResult
+) -> list[Diagnostic]:
+    """W0720 where cells turn out to stand on so few prompts or groups; of all rows it was said
+    before."""
+    first = variants[0]
+    tested = tested_measures(first)
+    if not tested or check_rows(variants, first.table.row_ids):
         return []
-    return check_rows(variants, frozenset(result.row_ids or ()))
+    units = [n for each in result.statistics for n in each.units[each.tested].tolist()]
+    fewer = first.spec.keep if result.prompts < len(first.table) else ()
+    return check_cells(units, first.spec.statistics, (fewer or tested)[0].span)
 
 
 def _waves(

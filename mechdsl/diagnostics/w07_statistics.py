@@ -8,10 +8,11 @@ from mechdsl.diagnostics.core import Diagnostic
 class TooFewPrompts(Diagnostic):
     code = "W0720"
     hangs_on = frozenset({"shape", "tokens", "rows", "count"})
-    title = "with {n} prompts no cell can survive the correction"
+    title = "{about}"
     label = "the smallest p is {smallest}, corrected ({correction}, {cells} cells) {corrected}"
     help = "take more prompts, sweep fewer cells, or see the p values as a description only"
-    n: int
+    about: str
+    """Which cells, and how few prompts they have."""
     smallest: str
     correction: str
     corrected: str

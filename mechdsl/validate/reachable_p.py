@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
+from operator import neg
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -23,6 +25,32 @@ CORRECTION_NAMES: Mapping[str, str] = {
 """How `stats correct WORD` is called."""
 
 
+def smallest_p(units: int) -> float:
+    """The least p of the sign-flip test; of more units as small a one as is needed (random flips
+    are as many as that takes)."""
+    return 2.0 ** (1 - units) if units <= EXACT_UP_TO else 0.0
+
+
+def out_of_reach(units: Sequence[int], settings: spec.Statistics) -> list[int]:
+    """Places of the cells that can't survive the correction, however large their effects.
+
+    units: of every cell that is tested, prompts or groups.
+    """
+    if settings.test != "flips":
+        return []
+    least = sorted((smallest_p(each) for each in units), reverse=True)
+    level = 1 - settings.confidence / 100
+    found: list[int] = []
+    for place, each in enumerate(units):
+        own = smallest_p(each)
+        # Holm multiplies by the cells that are left when all with a smaller p have been rejected;
+        # the others may leave it as it is
+        left = bisect_right(least, -own, key=neg) if settings.correction == "holm" else 1
+        if own * left >= level:
+            found.append(place)
+    return found
+
+
 def check_rows(
     variants: Sequence[ResolvedExperiment], row_ids: Collection[int]
 ) -> list[Diagnostic]:
@@ -31,8 +59,7 @@ def check_rows(
     row_ids: those of its rows that are run.
     """
     experiment = variants[0]
-    known = [m for m in experiment.spec.measures if m.effect in EFFECTS]
-    tested = [m for m in known if EFFECTS[m.effect].tested]
+    tested = tested_measures(experiment)
     if not tested or not experiment.rules:
         return []
     settings, table = experiment.spec.statistics, experiment.table
@@ -42,26 +69,41 @@ def check_rows(
     if settings.by is not None and rows and settings.by in rows[0].values:
         units = len({str(row.values.get(settings.by)) for row in rows})
     tests = len(tested) * sum(each.n_cells for each in variants)
-    fewer = len(rows) < len(table) and experiment.spec.keep
-    return check_prompts(units, tests, settings, fewer[0].span if fewer else tested[0].span)
+    return check_cells([units] * tests, settings, tested[0].span)
 
 
-def check_prompts(
-    units: int, tests: int, settings: spec.Statistics, span: Span | None
+def tested_measures(experiment: ResolvedExperiment) -> list[spec.Measure]:
+    """Its measures that have a p."""
+    known = [m for m in experiment.spec.measures if m.effect in EFFECTS]
+    return [m for m in known if EFFECTS[m.effect].tested]
+
+
+def check_cells(
+    units: Sequence[int], settings: spec.Statistics, span: Span | None
 ) -> list[Diagnostic]:
-    """W0720 where so few prompts (or groups) leave no p that is small enough."""
-    smallest = 2.0 ** (1 - units)
-    # Holm multiplies the smallest p by the number of tests; the others may leave it as it is
-    corrected = min(1.0, smallest * (tests if settings.correction == "holm" else 1))
-    if units > EXACT_UP_TO or tests == 0 or corrected < 1 - settings.confidence / 100:
+    """W0720 where cells have so few prompts (or groups) that no p of theirs is small enough.
+
+    units: of every cell that is tested.
+    """
+    lost = out_of_reach(units, settings)
+    if not lost:
         return []
+    few = sorted({units[place] for place in lost})
+    word = f"values of {settings.by}" if settings.by is not None else "prompts"
+    have = " to ".join(str(each) for each in dict.fromkeys((few[0], few[-1])))
+    have = f"{have} {word if have != '1' else word.removesuffix('s')}"
+    about = f"with {have} no cell can survive the correction"
+    if len(lost) < len(units):
+        about = f"{len(lost)} of {len(units)} cells have {have}, and can't survive the correction"
+    smallest = smallest_p(few[-1])
+    corrected = smallest * (len(units) if settings.correction == "holm" else 1)
     return [
         TooFewPrompts(
             span=span,
-            n=units,
+            about=about,
             smallest=f"{smallest:.3g}",
-            corrected=f"{corrected:.3g}",
+            corrected=f"{min(1.0, corrected):.3g}",
             correction=CORRECTION_NAMES[settings.correction],
-            cells=tests,
+            cells=len(units),
         )
     ]

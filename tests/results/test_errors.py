@@ -14,7 +14,7 @@ from mechdsl.diagnostics.render import render_full
 from mechdsl.program import spec
 from mechdsl.statistics.cell_statistics import check_denominator
 from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
-from mechdsl.validate.reachable_p import check_prompts
+from mechdsl.validate.reachable_p import check_cells
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.reports import check_report
 
@@ -99,7 +99,7 @@ def every_cell() -> list[Diagnostic]:
 
 
 def few_prompts() -> list[Diagnostic]:
-    return check_prompts(4, 16, statistics(), span("heads"))
+    return check_cells([4] * 16, statistics(), span("heads"))
 
 
 @pytest.mark.parametrize(
