@@ -406,10 +406,15 @@ def patches(
 
 
 def errors(measure: MeasureData, expected: Array, base: Array) -> tuple[float, float]:
-    """Largest difference, and the largest one relative to the effect."""
+    """Largest difference of a value, and the largest one of an effect relative to the effect.
+
+    The effect is the difference from the measured base run, which rounds as the patched one does:
+    where nothing is changed it is zero, whatever the size of the values.
+    """
     error = np.abs(measure.patched - expected)
-    effect = np.abs(expected - base[None])
-    relative = error / np.maximum(effect, SMALL)
+    effect = expected - base[None]
+    off = np.abs(measure.patched - measure.base - effect)
+    relative = off / np.maximum(np.abs(effect), SMALL)
     return float(np.nanmax(error)), float(np.nanmax(relative))
 
 

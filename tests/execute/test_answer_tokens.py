@@ -178,12 +178,12 @@ def held(b: Behind) -> list[Write]:
 
 def path_to_logits(b: Behind) -> Changed:
     source = b.at("other")
-    return [*held(b), *copied(head(0, 1), source.seen, source.answer, b.answer)], ()
+    return [*held(b), *copied(head(1, 0), source.seen, source.answer, b.answer)], ()
 
 
 def path_to_queries(b: Behind) -> Changed:
     source = b.at("other")
-    senders = [*held(b), *copied(head(0, 1), source.seen, source.answer, b.answer)]
+    senders = [*held(b), *copied(head(1, 0), source.seen, source.answer, b.answer)]
     found = forward(b.family, bare(b.family), b.ids, senders).seen
     return copied([Point("q", 2, 1)], found, b.answer, b.answer), ()
 
@@ -326,18 +326,18 @@ CASES: dict[str, Case] = {
         {None: blocked(lambda b: [b.prompt.cue, *b.answer])},
     ),
     "path_to_logits": Case(
-        ("from other into clean", "path layer 0 head 1 -> logits at answer tokens", BOTH),
+        ("from other into clean", "path layer 1 head 0 -> logits at answer tokens", BOTH),
         {None: path_to_logits},
-        0.01,
+        0.1,
     ),
     "path_to_queries": Case(
         (
             "from other into clean",
-            "path layer 0 head 1 -> q layer 2 head 1 at answer tokens",
+            "path layer 1 head 0 -> q layer 2 head 1 at answer tokens",
             BOTH,
         ),
         {None: path_to_queries},
-        0.001,
+        0.02,
     ),
 }
 
