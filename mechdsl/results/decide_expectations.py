@@ -341,9 +341,7 @@ class _Judge:
         larger = len(of.cells) - 1 - len(smaller)
         if larger < top:
             return []
-        return [
-            f"{name} is on the mean, but {larger} others can't be told from being at least as large"
-        ]
+        return [f"{name} is on the mean, but {larger} other cells may be at least as large"]
 
     # --- cells
 

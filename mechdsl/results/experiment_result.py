@@ -153,11 +153,12 @@ class ExperimentResult:
     @cached_property
     def run_intervals(self) -> dict[str, dict[str, Interval]]:
         """Run -> label -> mean and interval on the unpatched run; numbers only."""
+        of = {data.label: data for data in self.measures}
         categories = {data.label for data in self.measures if data.kind == "category"}
         found: dict[str, dict[str, Interval]] = {}
         for run, values in self.runs.items():
             found[run] = {
-                label: run_interval(rows, self.sampling)
+                label: run_interval(rows, self.sampling, of.get(label))
                 for label, rows in values.items()
                 if label not in categories
             }

@@ -24,6 +24,7 @@ from mechdsl.statistics.sampling import Sampling, partitions
 from mechdsl.statistics.shares import share_difference, share_interval
 from mechdsl.statistics.units import Units, blocks
 from mechdsl.vocab.effect_kind import EffectKind
+from mechdsl.vocab.effects import EFFECTS
 
 SHARES: Mapping[str, tuple[str, str | None]] = {
     "raw": ("patched", None),
@@ -317,24 +318,27 @@ def cell_statistics(
     return cell_p(measures, found, sampling, effects)
 
 
-def run_interval(values: Floats, sampling: Sampling) -> Interval:
-    """The mean of a run's values [prompt] with its interval."""
-    return run_intervals(values[None], sampling)[0]
+def run_interval(values: Floats, sampling: Sampling, of: MeasureData | None = None) -> Interval:
+    """The mean of a run's values [prompt] with its interval.
 
-
-def run_intervals(values: Floats, sampling: Sampling) -> list[Interval]:
-    """The same for several rows of values, [row, prompt]."""
-    plain = EffectKind(
-        name="", meaning="", formula="", numerator=lambda patched, base, source: patched
-    )
+    of: the measure whose values they are; rows that it can't tell apart are one unit.
+    """
     data = MeasureData(
-        "", "", "", "number", False, values, values, None, np.zeros(len(values), bool)
+        label="",
+        metric="",
+        effect="raw",
+        kind="number",
+        per_prompt=False,
+        patched=values[None],
+        base=values[None],
+        source=None,
+        inert=np.zeros(1, dtype=bool),
+        unit="" if of is None else of.unit,
+        seen=None if of is None or of.seen is None or len(of.seen) > 1 else of.seen,
     )
-    found = _numbers(data, plain, sampling)
-    return [
-        Interval(float(mean), float(low), float(high), int(n))
-        for mean, low, high, n in zip(found.mean, found.low, found.high, found.n, strict=True)
-    ]
+    found = _numbers(data, EFFECTS["raw"], sampling)
+    ends = (float(found.mean[0]), float(found.low[0]), float(found.high[0]))
+    return Interval(*ends, int(found.n[0]))
 
 
 def check_denominator(

@@ -175,9 +175,7 @@ class _Tests:
                 f"{self.resamples:,} resamples"
             )
         words = flips_in_words(most.count, self.tests, self.tests, unit, self.level)
-        return (
-            f"{words}; assumes that they are as often above 0 as below by as much, if nothing acts"
-        )
+        return f"{words}; assumes that without an effect they lie evenly about 0"
 
 
 def _largest_pivot(found: Studentised) -> Floats:

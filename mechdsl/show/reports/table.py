@@ -238,6 +238,7 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         columns.append(Column("null", null_texts(band, order, write), True))
     if found.test is None:
         return columns
+    correction = result.settings.correction if result.settings else "none"
     survived, small = survives(result, measure), found.at_rounding
     verdicts = [
         "inert"
@@ -253,7 +254,9 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
     ]
 
     def texts(p: Floats) -> list[str]:
-        return [p_text(p[i], bool(found.floor[i])) for i in order]
+        # the max-statistic has flips of its own, which seldom end where those of single cells do
+        most = found.floor & (p <= found.p) if correction == "max" else found.floor
+        return [p_text(p[i], bool(most[i])) for i in order]
 
     return [
         *columns,

@@ -234,7 +234,9 @@ def survivors(result: ExperimentResult, measure: int) -> str | None:
     tested = int(np.count_nonzero(~np.isnan(found.p_corrected)))
     good = int(np.count_nonzero(survives(result, measure)))
     name = CORRECTION_NAMES[result.settings.correction]
-    how = "no correction" if result.settings.correction == "none" else f"{name}'s correction"
+    how = {"none": "no correction", "max": f"the {name} correction"}.get(
+        result.settings.correction, f"{name}'s correction"
+    )
     cells = "cell survives" if tested == 1 else "cells survive"
     return f"{good} of {tested} {cells} {how} at p < {alpha(result):g}"
 
