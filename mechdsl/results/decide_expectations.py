@@ -13,6 +13,7 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.program import spec
 from mechdsl.results.estimates import Estimate, combined, pearson, spearman
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
+from mechdsl.results.known_results import known_results
 from mechdsl.results.matched_cells import draws_of, matched
 from mechdsl.results.ranking import by_sign_instead, first_by_size
 from mechdsl.statistics.bootstrap import Parts, blocks, parts
@@ -35,7 +36,7 @@ from mechdsl.validate.conditions import (
     TopContains,
     Value,
 )
-from mechdsl.validate.expectations import Known, KnownMeasure, read_expectation
+from mechdsl.validate.expectations import read_expectation
 from mechdsl.vocab.effects import EFFECTS
 
 OPPOSITE: Mapping[str, Literal["<", "<=", ">", ">=", "=", "!="]] = {
@@ -68,14 +69,7 @@ def evaluate(
     `others` are finished experiments by name, which correlations may read; `lost` those that could
     not be computed.
     """
-    known = Known(
-        measures=[KnownMeasure(m.label, m.effect, m.kind, m.word) for m in result.measures],
-        axes=result.axes,
-        aliases=result.aliases,
-        runs=list(result.accuracy),
-        experiments=[*(others or {}), *lost],
-        cells=result.cells,
-    )
+    known = known_results(expectation, result, others or {}, lost)
     condition, diagnostics = read_expectation(expectation, known)
     if condition is None:
         reason = diagnostics[0].message
