@@ -16,7 +16,7 @@ from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.known_results import known_results
 from mechdsl.results.matched_cells import draws_of, matched
 from mechdsl.results.ranking import by_sign_instead, first_by_size
-from mechdsl.statistics.bootstrap import Parts, blocks, parts
+from mechdsl.statistics.bootstrap import Parts, Resampling, blocks, parts
 from mechdsl.validate.conditions import (
     Absolute,
     Accuracy,
@@ -300,8 +300,12 @@ class _Judge:
                 return self.of_cells(value)
 
     def accuracy(self, run: str) -> Estimate:
-        resampling = self.result.resampling
-        rows = self.result.accuracy[run][resampling.order]
+        settings = self.result.settings
+        assert settings is not None
+        ids = self.result.accuracy_rows.get(run, self.result.row_ids)
+        rows = self.result.accuracy[run]
+        resampling = Resampling(len(rows), settings, self.result.seed, ids=ids)
+        rows = rows[resampling.order]
         known = ~np.isnan(rows)
         filled = np.where(known, rows, 0.0)
         if not known.any():
@@ -311,8 +315,7 @@ class _Judge:
                 [(w @ filled) / (w @ known.astype(np.float64)) for w in resampling.weights()]
             )
         point = float(filled[known].sum() / known.sum())
-        bound = self.result.accuracy_bound(run)
-        return self.estimate(point, samples, known[None], bound)
+        return Estimate(point, samples, rounding=self.result.accuracy_bound(run))
 
     def estimate(
         self, point: float, samples: Floats, present: Any, rounding: float = 0.0

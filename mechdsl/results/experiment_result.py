@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.results.shown import AS_CHART, AS_HTML, AS_TEXT, LINE_WIDTH, MOST_LINES, shown_by
 from mechdsl.statistics.bootstrap import Resampling
 from mechdsl.statistics.cell_statistics import run_interval
+from mechdsl.statistics.exact_share import exact_share
 from mechdsl.statistics.measure_data import (
     CellStatistics,
     Interval,
@@ -70,9 +71,15 @@ class ExperimentResult:
     )
     """Run name -> label -> value per prompt, of the unpatched run."""
     accuracy: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
-    """Run name -> 1 or 0 per prompt, where the prompts have an answer."""
+    """Run name -> 1 or 0 per row, where the prompts have an answer: of all rows, whatever `keep`
+    keeps."""
     accuracy_rounding: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
     """The same: 1 where rounding may decide it."""
+    accuracy_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """The same: the ids of these rows; where it is missing they are those of the prompts."""
+    accuracy_units: Mapping[str, Ints] = field(default_factory=dict[str, Ints])
+    """The same: rows of one number are right or wrong together (one text, one value of `stats
+    by`); where it is missing, each is a unit."""
     base: str = "clean"
     source: str | None = None
     called: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -161,11 +168,23 @@ class ExperimentResult:
                 for label, rows in values.items()
                 if label not in categories
             }
-        for run, rows in self.accuracy.items():
-            interval = run_interval(rows, self.resampling)
-            moved = self.accuracy_bound(run)
-            found.setdefault(run, {})["accuracy"] = replace(interval, rounding=moved)
+        for run in self.accuracy:
+            found.setdefault(run, {})["accuracy"] = self.accuracy_of(run)
         return found
+
+    def accuracy_of(self, run: str) -> Interval:
+        """The share of rows in which the model is right, with its exact interval; `n` counts all
+        rows, kept or not. No numbers where no row has an answer."""
+        confidence = 95.0 if self.settings is None else self.settings.confidence
+        rows = self.accuracy[run]
+        known = ~np.isnan(rows)
+        units = self.accuracy_units.get(run)
+        if units is None and self.groups is not None and len(self.groups) == len(rows):
+            units = np.unique(self.groups, return_inverse=True)[1]
+        mean, low, high = exact_share(
+            rows[known], confidence, None if units is None else units[known]
+        )
+        return Interval(mean, low, high, int(known.sum()), self.accuracy_bound(run))
 
     def accuracy_bound(self, run: str) -> float:
         """How far rounding alone may move the accuracy of a run; 0 where that isn't known."""
