@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from mechdsl.execute.readout import Found, Readout
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.resolve.resolved import ResolvedExperiment
+
+if TYPE_CHECKING:
+    from mechdsl.execute.accuracies import Accuracies
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class MeasuredValues:
     """Per measure, [cell, kept row]; NaN where the row isn't part of the cell."""
     unpatched: dict[str, list[Floats]]
     """Run → per measure, [environment, kept row]."""
-    accuracy: dict[str, Floats]
+    accuracies: Accuracies
     environments: tuple[int | None, ...]
     dropped: int = 0
     """Rows of cells that are left out, as what they read, such as the donor of a `resample`, lacks
@@ -61,8 +64,6 @@ class MeasuredValues:
     """Of these, the ones that can't differ from the base run by structure."""
     rounding: list[Floats] = field(default_factory=list[Floats])
     """Per measure, [environment, kept row]: how far rounding may move the base run's value."""
-    accuracy_rounding: dict[str, Floats] = field(default_factory=dict[str, Floats])
-    """1 where rounding may decide whether the answer is the best token, else 0."""
     refused: dict[int, Diagnostic] = field(default_factory=dict[int, Diagnostic])
     """Numbers of the measures that can't be computed → why."""
     failed: set[int] = field(default_factory=set[int])
@@ -73,8 +74,10 @@ class MeasuredValues:
     """Rows of the table → where they first were seen to be so."""
 
     @classmethod
-    def unmeasured(cls, plan: ExperimentPlan, readout: Readout, kept: Ints) -> MeasuredValues:
-        """NaN everywhere."""
+    def unmeasured(
+        cls, plan: ExperimentPlan, readout: Readout, kept: Ints, accuracies: Accuracies
+    ) -> MeasuredValues:
+        """NaN everywhere but in the accuracies."""
         experiment, n_rows = plan.experiment, len(kept)
         by_item = any(atom.by_item for _, atom in readout.atoms)
         environments = tuple(dict.fromkeys(plan.items)) if by_item else (None,)
@@ -90,16 +93,21 @@ class MeasuredValues:
                 run: [unknown(len(environments), n_rows) for _ in experiment.measures]
                 for run in _measured_runs(experiment)
             },
-            {run: unknown(n_rows) for run in experiment.accuracies},
+            accuracies,
             environments,
             rounding=[unknown(len(environments), n_rows) for _ in experiment.measures],
-            accuracy_rounding={run: unknown(n_rows) for run in experiment.accuracies},
         )
 
     def saw(self, found: Iterable[Unusable]) -> None:
         """Take down rows that can't be used, each as it was first seen to be so."""
         for unusable in found:
             self.unusable.setdefault(unusable.row, unusable)
+
+    def unusable_rows(self) -> set[int]:
+        """Those that can't be used in an unpatched run, of the kept ones and, for an accuracy, of
+        all."""
+        self.saw(self.accuracies.unusable.values())
+        return self.unusable.keys() & {*self.kept.tolist(), *self.accuracies.unusable}
 
     def read_unpatched(self, run: str, environment: int, columns: Ints, found: Found) -> None:
         """Take what an unpatched run gave on some rows, and how far rounding may move the base."""
@@ -123,7 +131,7 @@ class MeasuredValues:
         return batch[np.isin(batch, self.kept)]
 
     def leave_out(self, rows: Sequence[int]) -> None:
-        """Drop rows of the table from everything."""
+        """Drop rows of the table from everything; accuracies are read without what is unusable."""
         good = ~np.isin(self.kept, np.array(rows, dtype=np.int64))
         self.kept = self.kept[good]
         self.patched = [values[:, good] for values in self.patched]
@@ -131,8 +139,6 @@ class MeasuredValues:
             run: [values[:, good] for values in found] for run, found in self.unpatched.items()
         }
         self.rounding = [values[:, good] for values in self.rounding]
-        self.accuracy = {run: values[good] for run, values in self.accuracy.items()}
-        self.accuracy_rounding = {r: values[good] for r, values in self.accuracy_rounding.items()}
 
     def copy_base(self) -> None:
         """Without rules the patched run is the base run."""

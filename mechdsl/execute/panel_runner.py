@@ -10,6 +10,7 @@ import numpy as np
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
+from mechdsl.execute.accuracies import unmeasured_accuracies
 from mechdsl.execute.means_and_donors import MeansAndDonors, means_and_donors_of
 from mechdsl.execute.measured_values import MeasuredValues, Sink, Unusable
 from mechdsl.execute.no_value import function_failed, no_value
@@ -80,6 +81,7 @@ class PanelRunner:
             p.experiment.key: Readout.of(p.experiment.measures) for p in panel.experiments
         }
         self.keep = Readout.of(panel.experiments[0].experiment.keep)
+        self.accuracies = unmeasured_accuracies(panel)
         readouts = (*self.readouts.values(), self.keep)
         self.runs = UnpatchedRuns(panel, model, readouts, plan=plan, side=side, others=others)
         self.profile = profile
@@ -103,7 +105,8 @@ class PanelRunner:
         self.batches = self._batches(self.kept)
         for plan in self._sound:
             experiment = plan.experiment
-            measured = MeasuredValues.unmeasured(plan, self.readouts[experiment.key], self.kept)
+            readout, accuracies = self.readouts[experiment.key], self.accuracies[experiment.key]
+            measured = MeasuredValues.unmeasured(plan, readout, self.kept, accuracies)
             measured.unusable.update(unusable)
             owner = self.measured.get(_owner(plan))
             if owner is not None:  # a measure that fails on a control fails as a whole
@@ -150,6 +153,8 @@ class PanelRunner:
             broken[batch] = found.broken
             for values in found.values:
                 good[batch] &= values != 0
+            for accuracies in self.accuracies.values():  # of the rows that are dropped too
+                accuracies.measure(self.runs, batch)
             self.runs.forget()
             for plan in self.panel.experiments if found.failed or found.gaps else ():
                 reasons = no_value(found, plan.experiment, plan.experiment.keep, "clean", batch)
@@ -172,10 +177,10 @@ class PanelRunner:
         """Rows that can't be used in an unpatched run: lose the experiment, or, with `allow_nan`,
         drop them from it and from what it is set against."""
         measured = self.measured[plan.experiment.key]
-        rows = measured.unusable.keys() & set(measured.kept.tolist())
+        rows = measured.unusable_rows()
         if not rows:
             return
-        if self.allow_nan and len(rows) < len(measured.kept):
+        if self.allow_nan and not rows.issuperset(measured.kept.tolist()):
             measured.leave_out(sorted(rows))
             return
         first = measured.unusable[min(rows)]
@@ -219,11 +224,8 @@ class PanelRunner:
                 for refused, reason in reasons.items():
                     measured.refused.setdefault(refused, reason)
                 measured.failed.update(reasons)
-        for run, correct in experiment.accuracies.items():
-            found = self.runs.values(Readout.of([correct]), run, batch, None, relative=rounding)
-            measured.accuracy[run][columns] = found.values[0]
-            measured.accuracy_rounding[run][columns] = found.rounding[0]
-            measured.saw(Unusable(int(row), run) for row in batch[found.broken])
+        if not self.keep.measures:
+            measured.accuracies.measure(self.runs, batch)
 
     # --- cells ------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base import limits
@@ -199,6 +199,15 @@ def lower_report(report: ast.Report, work: Statements) -> spec.Report:
     )
 
 
+def _truths(condition: ast.Expr | None) -> Iterator[str]:
+    """Words that say what is true: `name_movers` of `auroc(recovery, name_movers)`."""
+    for call in walk(condition):
+        if isinstance(call, ast.Call) and call.name == "auroc":
+            for node in walk(call.arguments[1:2]):
+                if isinstance(node, ast.Name):
+                    yield node.id
+
+
 def lower_expectation(expect: ast.Expect, work: Statements) -> spec.Expectation:
     relaxed: Literal["mean"] | None = None
     if expect.relaxed is not None:
@@ -213,10 +222,13 @@ def lower_expectation(expect: ast.Expect, work: Statements) -> spec.Expectation:
             )
         relaxed = "mean"
     text = expect.span.written.removeprefix("expect ")
+    truths = dict.fromkeys(_truths(expect.condition))
+    named = [word for word in truths if work.scope.has("group", word)]
     return spec.Expectation(
         span=expect.span,
         text=text,
         condition=expect.condition,
+        groups=tuple(work.parts.groups[word] for word in named),
         top=whole_number(expect.top, work.parts.parameters),
         contains=expect.contains,
         on_mean=relaxed is not None,

@@ -100,9 +100,28 @@ def in_order(experiments: Sequence[spec.Experiment]) -> list[spec.Experiment]:
     return found
 
 
+def compared_with(experiment: spec.Experiment) -> set[str]:
+    """Words of its expectations that may be names of other experiments, which they read."""
+    found: set[str] = set()
+    for node in walk(tuple(each.condition for each in experiment.expects)):
+        match node:
+            case ast.OfExperiment(experiment=name):
+                found.add(name.id)
+            case ast.OfRef(of=of):
+                found.add(of.name)
+            case ast.Call(name="spearman" | "pearson", arguments=arguments):
+                found.update(n.id for n in walk(arguments[1:2]) if isinstance(n, ast.Name))
+            case _:
+                pass
+    return found
+
+
 def with_needed(name: str, experiments: Sequence[spec.Experiment]) -> list[spec.Experiment]:
-    """An experiment with everything that has to run before it."""
+    """An experiment with everything that has to run before it, and what it is compared with."""
     wanted = {name}
+    for experiment in experiments:
+        if experiment.name == name:
+            wanted |= compared_with(experiment).intersection(e.name for e in experiments)
     while True:
         more = {of for e in experiments if e.name in wanted for of in e.after}
         if more <= wanted:

@@ -189,20 +189,22 @@ class Report(Spec):
     file: str | None = None
 
 
-class Expectation(Spec):
-    text: str
-    condition: ExprText | None = None
-    top: int | None = None
-    contains: tuple[SiteText, ...] = ()
-    on_mean: bool = False
-    citing: str | None = None
-
-
 class Group(Spec):
     """`group name_movers = L9H9, L9H6`: sites that are intervened on together."""
 
     name: str
     sites: tuple[SiteText, ...]
+
+
+class Expectation(Spec):
+    text: str
+    condition: ExprText | None = None
+    groups: tuple[Group, ...] = ()
+    """Of the file, those that it names (`auroc(recovery, name_movers)`)."""
+    top: int | None = None
+    contains: tuple[SiteText, ...] = ()
+    on_mean: bool = False
+    citing: str | None = None
 
 
 Drawn = Literal["heads", "neurons", "experts", "layers", "positions"]

@@ -67,7 +67,13 @@ def evaluate(node: ast.Expr, scope: Scope, key: Key) -> Value:
             return evaluate(then if holds(condition, scope, key) else otherwise, scope, key)
         case ast.Compare() | ast.InRange() | ast.Near() | ast.Logical() | ast.Not():
             return _condition(node, scope, key)
-        case ast.ShortSite() | ast.OfRef() | ast.EdgeTokenOf() | ast.ClassOutput():
+        case (
+            ast.ShortSite()
+            | ast.OfRef()
+            | ast.OfExperiment()
+            | ast.EdgeTokenOf()
+            | ast.ClassOutput()
+        ):
             raise bad(node.span, "prompts have no such thing", "write a value of the row")
 
 

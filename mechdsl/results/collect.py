@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import compress, product
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.plural import plural
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.measured_values import MeasuredValues, base_per_cell, per_cell
 from mechdsl.execute.no_value import gap_words
@@ -21,6 +22,7 @@ from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.program import spec
+from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.name_cells import cell_keys
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.experiment_result import ExperimentResult
@@ -57,6 +59,7 @@ def collect(
     table, kept = experiment.table, measured.kept
     rows = table.runs["clean"].rows
     source = experiment.spec.source
+    accuracies = _accuracies(measured)
     there = plan.exists
     measures: list[MeasureData] = []
     for number, (resolved, said) in enumerate(
@@ -97,14 +100,14 @@ def collect(
             run: {m.label: values[n].mean(axis=0) for n, m in enumerate(experiment.measures)}
             for run, values in measured.unpatched.items()
         },
-        accuracy=measured.accuracy,
-        accuracy_rounding=measured.accuracy_rounding,
+        **accuracies,
         base=experiment.spec.base,
         source=source,
         called=_called(experiment),
         conventions={
             **conventions(plan, measured, model),
             **{f"model {other.name}": model_words(other) for other in read},
+            **_accuracy_words(experiment, accuracies["accuracy_units"]),
             **fallbacks(model, profile),
             **pass_sizes(sizes.kept),
         },
@@ -148,6 +151,54 @@ def words_of_forms(forms: Sequence[Form]) -> Iterator[str]:
         yield "`correct` changes in rows whose label has a logit within that of 0"
     if any(form.kind == "category" for form in forms):
         yield "a category changes in rows whose two best numerals are within twice that"
+
+
+def _accuracies(measured: MeasuredValues) -> dict[str, Any]:
+    """Of all rows, whatever `keep` keeps, but for those that can't be used."""
+    found, experiment = measured.accuracies, measured.experiment
+    table, by = experiment.table, experiment.spec.statistics.by
+    rows = [i for i in range(len(table)) if i not in measured.unusable]
+    clean = table.runs["clean"].rows
+
+    def unit(run: Run, row: int) -> Hashable:
+        """Rows of one unit are right or wrong together."""
+        if by is not None:
+            return str(clean[row].values.get(by))
+        if run.noise is not None:
+            return row
+        answer = clean[row].texts.get("answer")
+        return run.rows[row].ids, None if answer is None else (answer.text, answer.ids)
+
+    def units(run: str) -> Ints:
+        numbers: dict[Hashable, int] = {}
+        keys = (unit(table.runs[run], row) for row in rows)
+        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+    return {
+        "accuracy": {run: values[rows] for run, values in found.values.items()},
+        "accuracy_rounding": {run: values[rows] for run, values in found.rounding.items()},
+        "accuracy_rows": {run: tuple(table.row_ids[i] for i in rows) for run in found.values},
+        "accuracy_units": {run: units(run) for run in found.values},
+    }
+
+
+def _accuracy_words(experiment: ResolvedExperiment, units: Mapping[str, Ints]) -> dict[str, str]:
+    """Which rows an accuracy is of, and where its interval comes from."""
+    if not units:
+        return {}
+    said = f"of all {plural(len(next(iter(units.values()))), 'row')}"
+    said += ", before `keep`" if experiment.spec.keep else ""
+    counts = {run: len(np.unique(own)) for run, own in units.items()}
+    by = experiment.spec.statistics.by
+    if by is not None:
+        number = next(iter(counts.values()))
+        said += f"; exact interval over {plural(number, 'group')} by {by} (Korn-Graubard)"
+    elif all(counts[run] == len(own) for run, own in units.items()):
+        said += "; exact interval (Clopper-Pearson)"
+    else:
+        distinct = ", ".join(f"{number} distinct in {run}" for run, number in counts.items())
+        said += f", {distinct}; exact interval over these (Korn-Graubard)"
+    return {"accuracy": said}
 
 
 def _called(experiment: ResolvedExperiment) -> dict[str, str]:

@@ -24,6 +24,7 @@ from mechdsl.results.expectation_values import (
     pieces,
 )
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
+from mechdsl.results.known_results import known_results
 from mechdsl.results.lead import ahead_of_each, ahead_of_some, surely_smaller
 from mechdsl.results.ranking import by_sign_instead, first_by_size
 from mechdsl.validate.conditions import (
@@ -38,7 +39,7 @@ from mechdsl.validate.conditions import (
     TopContains,
     Value,
 )
-from mechdsl.validate.expectations import Known, KnownMeasure, read_expectation
+from mechdsl.validate.expectations import read_expectation
 
 OPPOSITE: Mapping[str, Literal["<", "<=", ">", ">=", "=", "!="]] = {
     "<": ">=",
@@ -70,7 +71,7 @@ def evaluate(
     `others` are finished experiments by name, which correlations may read; `lost` those that could
     not be computed.
     """
-    known = replace(_known(result), experiments=[*(others or {}), *lost])
+    known = known_results(expectation, result, others or {}, lost)
     condition, diagnostics = read_expectation(expectation, known)
     if condition is None:
         reason = diagnostics[0].message
@@ -84,16 +85,6 @@ def evaluate(
         verdict.low,
         verdict.high,
         verdict.reason,
-    )
-
-
-def _known(result: ExperimentResult) -> Known:
-    return Known(
-        measures=[KnownMeasure(m.label, m.effect, m.kind, m.word) for m in result.measures],
-        axes=result.axes,
-        aliases=result.aliases,
-        runs=list(result.accuracy),
-        cells=result.cells,
     )
 
 

@@ -320,7 +320,7 @@ class Reader:
     # --- what isn't smooth
 
     def accuracy(self, run: str, confidence: float) -> Estimate:
-        found = self.cells.result.accuracy_interval(run, confidence)
+        found = self.cells.result.accuracy_of(run, confidence)
         why = None if math.isfinite(found.mean) else "no prompt has an answer"
         few = "too few groups: no interval" if math.isnan(found.low) else None
         return Estimate(

@@ -20,6 +20,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.results.shown import AS_CHART, AS_HTML, AS_TEXT, LINE_WIDTH, MOST_LINES, shown_by
 from mechdsl.statistics.cell_statistics import run_interval
+from mechdsl.statistics.exact_share import exact_share
 from mechdsl.statistics.measure_data import (
     CellStatistics,
     Interval,
@@ -28,7 +29,6 @@ from mechdsl.statistics.measure_data import (
     NullBand,
 )
 from mechdsl.statistics.sampling import Sampling
-from mechdsl.statistics.shares import clopper_pearson
 
 if TYPE_CHECKING:
     import altair
@@ -71,9 +71,15 @@ class ExperimentResult:
     )
     """Run name -> label -> value per prompt, of the unpatched run."""
     accuracy: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
-    """Run name -> 1 or 0 per prompt, where the prompts have an answer."""
+    """Run name -> 1 or 0 per row, where the prompts have an answer: of all rows, whatever `keep`
+    keeps."""
     accuracy_rounding: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
     """The same: 1 where rounding may decide it."""
+    accuracy_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """The same: the ids of these rows; where it is missing they are those of the prompts."""
+    accuracy_units: Mapping[str, Ints] = field(default_factory=dict[str, Ints])
+    """The same: rows of one number are right or wrong together (one text, one value of `stats
+    by`); where it is missing, each is a unit."""
     base: str = "clean"
     source: str | None = None
     called: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -163,21 +169,23 @@ class ExperimentResult:
                 if label not in categories
             }
         for run in self.accuracy:
-            found.setdefault(run, {})["accuracy"] = self.accuracy_interval(run)
+            found.setdefault(run, {})["accuracy"] = self.accuracy_of(run)
         return found
 
-    def accuracy_interval(self, run: str, confidence: float | None = None) -> Interval:
-        """The share of prompts that a run answers, with its exact interval."""
+    def accuracy_of(self, run: str, confidence: float | None = None) -> Interval:
+        """The share of rows in which the model is right, with its exact interval; `n` counts all
+        rows, kept or not. No numbers where no row has an answer."""
+        if confidence is None:
+            confidence = 95.0 if self.settings is None else self.settings.confidence
         rows = self.accuracy[run]
         known = ~np.isnan(rows)
-        n = np.array([float(known.sum())])
-        right = np.array([float(rows[known].sum())])
-        own = self.settings.confidence if self.settings else 95.0
-        low, high = clopper_pearson(right, n, own if confidence is None else confidence)
-        if not known.any():
-            return Interval(np.nan, np.nan, np.nan, 0)
-        mean = float(right[0] / n[0])
-        return Interval(mean, float(low[0]), float(high[0]), int(n[0]), self.accuracy_bound(run))
+        units = self.accuracy_units.get(run)
+        if units is None and self.groups is not None and len(self.groups) == len(rows):
+            units = np.unique(self.groups, return_inverse=True)[1]
+        mean, low, high = exact_share(
+            rows[known], confidence, None if units is None else units[known]
+        )
+        return Interval(mean, low, high, int(known.sum()), self.accuracy_bound(run))
 
     def accuracy_bound(self, run: str) -> float:
         """How far rounding alone may move the accuracy of a run; 0 where that isn't known."""

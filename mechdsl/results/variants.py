@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from mechdsl.base.arrays import Floats
+from mechdsl.base.arrays import Floats, Ints
 from mechdsl.resolve.cell_key import Labels, joined_axes, joined_cells
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.measure_data import MeasureData, NullBand
@@ -23,7 +23,10 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
     if len(parts) == 1 and not parts[0][0]:
         return first
     ids = _common([result for _, result in parts])
-    parts = [(labels, _on_rows(result, ids)) for labels, result in parts]
+    left_out = {row: where for _, result in parts for row, where in result.left_out.items()}
+    parts = [
+        (labels, _accuracy_without(_on_rows(result, ids), left_out)) for labels, result in parts
+    ]
     results = [result for _, result in parts]
     axes = joined_axes([(labels, result.axes) for labels, result in parts])
     several = len({result.model for result in results}) > 1
@@ -41,6 +44,8 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
         runs=_by_run(results, several, lambda result: result.runs),
         accuracy=_by_run(results, several, lambda result: result.accuracy),
         accuracy_rounding=_by_run(results, several, lambda result: result.accuracy_rounding),
+        accuracy_rows=_by_run(results, several, lambda result: result.accuracy_rows),
+        accuracy_units=_by_run(results, several, lambda result: result.accuracy_units),
         base=", ".join(dict.fromkeys(result.base for result in results)),
         source=", ".join(dict.fromkeys(r.source for r in results if r.source)) or None,
         called=_called(results),
@@ -48,7 +53,7 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
             **_said([(labels, result.conventions) for labels, result in parts]),
             **({"prompts": fewer} if fewer else {}),
         },
-        left_out={row: where for result in results for row, where in result.left_out.items()},
+        left_out=left_out,
         hashes=_hashes(parts),
         controls=_controls(results),
         texts=results[0].texts if len({result.texts for result in results}) == 1 else (),
@@ -100,13 +105,35 @@ def _on_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> Experimen
             run: {label: values[index] for label, values in found.items()}
             for run, found in result.runs.items()
         },
-        accuracy={run: values[index] for run, values in result.accuracy.items()},
-        accuracy_rounding={r: values[index] for r, values in result.accuracy_rounding.items()},
+        **_accuracy_at(
+            result, index, [r for r in result.accuracy if r not in result.accuracy_rows]
+        ),
         row_ids=ids,
         row_values={name: chosen(values) for name, values in result.row_values.items()},
         texts=chosen(result.texts) if result.texts else (),
         hits=tuple(chosen(hit) for hit in result.hits),
     )
+
+
+def _accuracy_without(result: ExperimentResult, rows: Collection[int]) -> ExperimentResult:
+    """Accuracies are of all rows, but for those that are left out of everything."""
+    for run, ids in result.accuracy_rows.items():
+        index = np.flatnonzero([row not in rows for row in ids])
+        result = replace(
+            result,
+            **_accuracy_at(result, index, [run]),
+            accuracy_rows={**result.accuracy_rows, run: tuple(ids[i] for i in index.tolist())},
+        )
+    return result
+
+
+def _accuracy_at(result: ExperimentResult, index: Ints, runs: Sequence[str]) -> dict[str, Any]:
+    """The accuracies of these runs on some of their rows."""
+    found: dict[str, Any] = {}
+    for name in ("accuracy", "accuracy_rounding", "accuracy_units"):
+        own: Mapping[str, Any] = getattr(result, name)
+        found[name] = {run: each[index] if run in runs else each for run, each in own.items()}
+    return found
 
 
 # --- values ---------------------------------------------------------------------------------------

@@ -70,6 +70,14 @@ class OfRef(Node):
 
 
 @record
+class OfExperiment(Node):
+    """`delta of ld of other`: a measure of another experiment."""
+
+    measure: OfRef
+    experiment: Name
+
+
+@record
 class Attribute(Node):
     """`item.index`."""
 
@@ -202,6 +210,7 @@ Expr = (
     | Name
     | ShortSite
     | OfRef
+    | OfExperiment
     | Attribute
     | Index
     | Call

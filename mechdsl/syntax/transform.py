@@ -799,6 +799,10 @@ class ToAst(Transformer[Token, Any]):
     def of_ref(self, c: list[Any]) -> ast.OfRef:
         return ast.OfRef(str(c[0]), c[2], span=_span(c))
 
+    def of_experiment(self, c: list[Any]) -> ast.OfExperiment:
+        measure = ast.OfRef(str(c[0]), c[2], span=_span(c[:3]))
+        return ast.OfExperiment(measure, c[4], span=_span(c))
+
     def attribute(self, c: list[Any]) -> ast.Attribute:
         return ast.Attribute(str(c[0]), str(c[2]), span=_span(c))
 

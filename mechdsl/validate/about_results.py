@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mechdsl.base.names import name_list
@@ -12,23 +12,30 @@ from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.diagnostics.e06_statistics import UnreadableExpectation
 from mechdsl.program import spec
+from mechdsl.program.run_order import compared_with
 from mechdsl.resolve.cell_key import joined_axes, joined_cells
 from mechdsl.resolve.name_cells import cell_keys
 from mechdsl.resolve.open_axes import open_axes
 from mechdsl.resolve.resolved import Outline, ResolvedMeasure
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
-from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
+from mechdsl.validate.expectations import check_expectation
+from mechdsl.validate.known import Known, KnownMeasure
 from mechdsl.validate.reachable_p import check_rows
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.reports import check_report
 
+Every = Mapping[str, Sequence[Outline]]
+"""The experiments of a file by name, each with its variants."""
 
-def about_results(variants: Sequence[Outline], program: spec.Program) -> list[Diagnostic]:
+
+def about_results(
+    variants: Sequence[Outline], program: spec.Program, every: Every
+) -> list[Diagnostic]:
     """What is wrong with what an experiment makes of its results."""
-    undecided = {axis for e in variants for axis in open_axes(e.spec, program.groups, e.unknown)}
-    found = _against_axes(variants, program, undecided)
+    undecided = _undecided(variants, program)
+    found = _against_axes(variants, program, every)
     resolved = [each.resolved for each in variants if each.resolved is not None]
     unknown: list[Unknown] = [what for each in variants for what in each.unknown]
     if len(resolved) == len(variants):
@@ -38,13 +45,15 @@ def about_results(variants: Sequence[Outline], program: spec.Program) -> list[Di
     return certain(found, unknown)
 
 
-def _against_axes(
-    variants: Sequence[Outline], program: spec.Program, undecided: Collection[str]
-) -> list[Diagnostic]:
-    """Reports and expectations name axes, measures, runs and values that exist.
+def _undecided(variants: Sequence[Outline], program: spec.Program) -> set[str]:
+    """Coordinates of cells whose values aren't known."""
+    return {axis for e in variants for axis in open_axes(e.spec, program.groups, e.unknown)}
 
-    undecided: coordinates of cells whose values aren't known.
-    """
+
+def _against_axes(
+    variants: Sequence[Outline], program: spec.Program, every: Every
+) -> list[Diagnostic]:
+    """Reports and expectations name axes, measures, runs and values that exist."""
     experiment = variants[0]
     said = experiment.spec
     own = joined_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
@@ -53,8 +62,7 @@ def _against_axes(
     axes = list(dict.fromkeys([*own, *aliases, *sorted(perhaps)]))
     rows = experiment.table.runs["clean"].rows
     values = list(rows[0].values) if rows else []
-    pairs = zip(experiment.measures, said.measures, strict=True)
-    measures = [_known_measure(*pair) for pair in pairs]
+    measures = _measures(experiment)
     found: list[Diagnostic] = []
     for measure, each in zip(measures, said.measures, strict=True):
         if measure.kind == "category" and each.effect != "raw":
@@ -84,22 +92,51 @@ def _against_axes(
             )
         )
     found.extend(_accuracies(variants))
+    if said.expects and measures:
+        known = _known(variants, program)
+        names = compared_with(said).intersection(every) - {experiment.name}
+        others = {name: _known(every[name], program) for name in sorted(names)}
+        truths = {
+            "groups": {name: group.sites for name, group in program.groups.items()},
+            "columns": None
+            if experiment.table.columns_unknown or experiment.table.stands_in
+            else {name: [row.values.get(name) for row in rows] for name in values},
+            "all_rows": "count" not in experiment.unknown,
+        }
+        known = replace(known, others=others, **truths)
+        for expectation in said.expects:
+            found.extend(check_expectation(expectation, known))
+    return found
+
+
+def _measures(experiment: Outline) -> list[KnownMeasure]:
+    pairs = zip(experiment.measures, experiment.spec.measures, strict=True)
+    return [_known_measure(*pair) for pair in pairs]
+
+
+def _known(variants: Sequence[Outline], program: spec.Program) -> Known:
+    """What expectations may name of an experiment."""
+    experiment = variants[0]
+    undecided = _undecided(variants, program)
+    own = joined_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
+    aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
+    perhaps = {name for e in variants for name in e.perhaps}
     resolved = [e.resolved for e in variants if e.resolved is not None]
-    known = Known(
-        measures,
-        axes if perhaps else own,
+    cells = None
+    if len(resolved) == len(variants):
+        parts = [(e.spec.variant, cell_keys(e, undecided)) for e in resolved]
+        cells = joined_cells(own, parts)
+    return Known(
+        _measures(experiment),
+        list(dict.fromkeys([*own, *aliases, *sorted(perhaps)])) if perhaps else own,
         list(experiment.table.runs),
         [e.name for e in program.experiments if e.name != experiment.name],
         aliases,
-        joined_cells(own, [(e.spec.variant, cell_keys(e, undecided)) for e in resolved])
-        if said.expects and len(resolved) == len(variants)
-        else None,
+        cells,
         perhaps,
         undecided,
+        experiment.name,
     )
-    for expectation in said.expects if measures else ():
-        found.extend(check_expectation(expectation, known))
-    return found
 
 
 def _known_measure(resolved: ResolvedMeasure | None, said: spec.Measure) -> KnownMeasure:

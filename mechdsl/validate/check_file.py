@@ -159,8 +159,9 @@ def _check_source(
         known = _outline(experiment, checked, contexts, outlines)
         perhaps = known.perhaps | broken.axes(experiment.span)
         outlines[experiment.key] = replace(known, perhaps=perhaps)
-    for variants in by_name([outlines[e.key] for e in experiments]):
-        checked.diagnostics.extend(about_results(variants, program))
+    every = {v[0].name: v for v in by_name([outlines[e.key] for e in experiments])}
+    for variants in every.values():
+        checked.diagnostics.extend(about_results(variants, program, every))
     checked.experiments.extend(
         resolved
         for each in experiments

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from operator import add, mul, sub, truediv
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import Literal
 
 from mechdsl.base.names import name_list
-from mechdsl.base.percent import Percent
-from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
-from mechdsl.diagnostics.e06_statistics import WhichMeasure
 from mechdsl.program import spec
 from mechdsl.syntax import ast
 from mechdsl.validate.conditions import (
@@ -30,57 +27,15 @@ from mechdsl.validate.conditions import (
     InBand,
     Negation,
     OfCells,
+    Ranking,
     Statement,
     TopContains,
     Value,
 )
-from mechdsl.validate.site_selections import RefusedCondition, selection, unreadable, upwards
-
-if TYPE_CHECKING:
-    from mechdsl.resolve.cell_key import CellKey
-
-FUNCTIONS = (
-    "max", "min", "mean", "abs", "auc", "accuracy", "spearman", "pearson", "argmax", "argmin",
-)  # fmt: skip
-"""What an expectation calculates with."""
-
-
-@dataclass(frozen=True)
-class KnownMeasure:
-    """A measure as far as an expectation can name it."""
-
-    label: str
-    effect: str
-    kind: Literal["number", "category"] = "number"
-    word: str = ""
-    """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """What an experiment has that an expectation may name."""
-
-    measures: Sequence[KnownMeasure]
-    axes: Sequence[str] = ()
-    runs: Sequence[str] = ()
-    """Where the prompts have no answer, so that none has an accuracy, E0516 says so."""
-    experiments: Sequence[str] = ()
-    """The others of the file."""
-    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Second names of axes."""
-    cells: Sequence[CellKey] | None = None
-    """None as long as they aren't known."""
-    perhaps: Collection[str] = ()
-    """Axes that the experiment may not have: it isn't known either."""
-    open_axes: Collection[str] = ()
-    """Axes of which a cell may have any value, for it isn't known yet."""
-
-    @property
-    def one_cell(self) -> bool:
-        """Whether there is one cell, as far as is known."""
-        if self.cells is not None and not self.open_axes:
-            return len(self.cells) == 1
-        return all(axis in self.perhaps for axis in self.axes)
+from mechdsl.validate.known import Known
+from mechdsl.validate.known_cells import KnownCells
+from mechdsl.validate.read_truth import column_of, true_cells
+from mechdsl.validate.site_selections import RefusedCondition, unreadable
 
 
 def check_expectation(expectation: spec.Expectation, known: Known) -> list[Diagnostic]:
@@ -101,10 +56,6 @@ def read_expectation(
         return None, [refusal.diagnostic]
 
 
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
 _ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
 
 
@@ -115,10 +66,7 @@ def _joined(operator: Literal["+", "-", "*", "/"], left: Value, right: Value) ->
     return Arithmetic(operator, left, right)
 
 
-class _ConditionReader:
-    def __init__(self, known: Known) -> None:
-        self.known = known
-
+class _ConditionReader(KnownCells):
     # --- conditions
 
     def condition(self, node: ast.Expr) -> Condition:
@@ -157,7 +105,8 @@ class _ConditionReader:
                     raise unreadable(
                         node.span, f"`{how}` is a site, not a number", f"write `{how}(…) = L9H9`"
                     )
-                measure, where = self.cells(best)
+                of, measure, where = self.cells(best)
+                self.must_be_own(best, of)
                 return BestIs(how, measure, where, self.one_of(site, where), operator == "=")
         return Comparison(operator, self.value(left), self.value(right))
 
@@ -194,7 +143,7 @@ class _ConditionReader:
                 return _joined(node.operator, left, right)
             case ast.Call():
                 return self.call(node)
-            case ast.Name() | ast.OfRef():
+            case ast.Name() | ast.OfRef() | ast.OfExperiment():
                 return self.only(node)
             case _:
                 raise unreadable(node.span, "not a number", "compare an effect with a number")
@@ -202,8 +151,8 @@ class _ConditionReader:
     def call(self, node: ast.Call) -> Value:
         match node.name:
             case "max" | "min" | "mean":
-                measure, where = self.cells(node)
-                return OfCells(node.name, measure, where)
+                of, measure, where = self.cells(node)
+                return OfCells(node.name, measure, where, of.experiment)
             case "accuracy":
                 return Accuracy(self.run(self.only_argument(node, "accuracy(clean)")))
             case "spearman" | "pearson":
@@ -215,6 +164,8 @@ class _ConditionReader:
                 raise unreadable(node.span, f"`{node.name}` is a site, not a number", hint)
             case "auc":
                 return self.area(node)
+            case "auroc":
+                return self.ranking(node)
             case _:
                 measure = self.measure(ast.Name(span=node.span, id=node.name), called=True)
                 where = self.wheres(node.arguments)
@@ -224,17 +175,19 @@ class _ConditionReader:
 
     def only(self, node: ast.Expr) -> Value:
         """A measure without saying of which cell, so there must be only one."""
-        measure = self.measure(node)
-        if not self.known.one_cell:
+        of, measure = self.of_measure(node)
+        if not of.known.one_cell:
             text = node.span.written
             cell = f"{text}(L9H9)" if isinstance(node, ast.Name) else f"mean({text}, L9H9)"
             hint = f"say which: `max({text})`, `mean({text})`, or one cell, as in `{cell}`"
+            if of.of_other:
+                hint += f"; the axes of {of.whose} are {name_list(of.known.axes)}"
             raise unreadable(node.span, f"`{text}` has a value in every cell", hint)
-        return OfCells("only", measure)
+        return OfCells("only", measure, experiment=of.experiment)
 
     def correlation(self, node: ast.Call, how: Literal["spearman", "pearson"]) -> Value:
         example = f"{how}(recovery, other_experiment)"
-        measure = self.measure(self.argument(node, 0, example))
+        measure = self.own_measure(node, example)
         other = self.argument(node, 1, example)
         self.no_more(node, 2, example)
         if not isinstance(other, ast.Name):
@@ -255,7 +208,7 @@ class _ConditionReader:
         if first.span.written in axes and named.span.written not in axes:
             exchanged = f"auc({named.span.written}, {first.span.written})"
             raise unreadable(first.span, "`auc` takes the measure first", f"write `{exchanged}`")
-        measure = self.measure(first)
+        measure = self.own_measure(node, example)
         axis = named.id if isinstance(named, ast.Name) else named.span.written
         axis = self.known.aliases.get(axis, axis)
         if axis not in self.known.axes:
@@ -298,6 +251,33 @@ class _ConditionReader:
             hint += f"{axis}, {others[0] if others else axis}: …)`; the other axes are {sized}"
             raise unreadable(node.span, f"it has {count} curves over `{axis}`", hint)
 
+    def ranking(self, node: ast.Call) -> Ranking:
+        """`auroc(recovery, name_movers)`, `auroc(delta, large, L9H9)`: a measure, what says which
+        cells or rows are true, and which cells are ranked, or whose rows."""
+        example = "auroc(recovery, name_movers)"
+        measure = self.own_measure(node, example)
+        if len(node.arguments) < 2:
+            raise unreadable(node.span, "`auroc` is given too little", f"write `{example}`")
+        where = self.wheres(node.arguments[2:])
+        column = column_of(node.arguments[1], self)
+        if column is None:
+            return Ranking(measure, where, truth=true_cells(node.arguments[1], where, self))
+        text = f"{node.arguments[0].value.span.written}, {column}"
+        if not where and not self.known.one_cell:
+            hint = f"say whose rows are ranked, as in `auroc({text}, L9H9)`"
+            raise unreadable(node.span, "every cell has a value in each row", hint)
+        if where and self.known.cells is not None:
+            found = self.find(where)
+            if len(found) > 1:
+                count = "several" if self.known.open_axes else len(found)
+                at = ", ".join(each.text for each in where)
+                hint = "rows are ranked in one cell: say which, as in "
+                hint += f'`auroc({text}, L9H9, position: "last token")`'
+                raise unreadable(node.span, f"{count} cells are at {at}", hint)
+            if not found:
+                self.not_one(node.span, where, found)
+        return Ranking(measure, where, column=column)
+
     def run(self, run: ast.Expr) -> str:
         if not isinstance(run, ast.Name):
             raise unreadable(run.span, "not the name of a run", "write `accuracy(clean)`")
@@ -306,18 +286,6 @@ class _ConditionReader:
             hint = did_you_mean(run.id, self.known.runs, f"the runs are: {known}")
             raise RefusedCondition(UnknownName(span=run.span, kind="run", name=run.id, hint=hint))
         return run.id
-
-    def constant(self, node: ast.Expr) -> float:
-        """A number, also one with a sign or written as a sum."""
-        match node:
-            case ast.Number():
-                return float(node.value)
-            case ast.Percent():
-                return node.value / 100
-            case ast.Negative():
-                return -self.constant(node.operand)
-            case _:
-                raise unreadable(node.span, "not a plain number", "write the number itself")
 
     def only_argument(self, node: ast.Call, example: str) -> ast.Expr:
         self.no_more(node, 1, example)
@@ -338,151 +306,62 @@ class _ConditionReader:
             raise unreadable(value.span, f"`{node.name}` can't read this", f"write `{example}`")
         return value
 
-    # --- measures
-
-    def labelled(self, node: ast.Expr) -> list[int]:
-        """Measures whose metric is written exactly so."""
-        text = _squeezed(node.span.written)
-        return [i for i, m in enumerate(self.known.measures) if _squeezed(m.label) == text]
-
-    def measure(self, node: ast.Expr, *, called: bool = False) -> int:
-        """The one measure that a name, `recovery of ld` or a metric as written means.
-
-        called: arguments stand behind it, so that it may have been meant as a function.
-        """
-        measures = self.known.measures
-        text = node.span.written
-        found = self.labelled(node)
-        if not found and isinstance(node, ast.Name):
-            text = node.id
-            found = [i for i, m in enumerate(measures) if node.id in (m.effect, m.label)]
-            numbers = [i for i in found if measures[i].kind == "number"]
-            found = numbers or found
-            # `prob` is short for the one `prob(answer)`.
-            found = found or [
-                i
-                for i, m in enumerate(measures)
-                if m.word == node.id and not m.label.isidentifier()
-            ]
-        elif not found and isinstance(node, ast.OfRef):
-            found = [
-                i
-                for i, m in enumerate(measures)
-                if m.effect == node.name and m.label == node.of.name
-            ]
-        if not found:
-            words = {m.effect: None for m in measures} | {m.label: None for m in measures}
-            listed = "this experiment measures " + name_list(words)
-            hint = did_you_mean(text, [*words, *(FUNCTIONS if called else ())], listed)
-            kind = "measure or effect of this experiment"
-            raise RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
-        if len(found) > 1:
-            first = measures[found[0]]
-            hint = f"name one, as in `{first.effect} of {first.label}`"
-            if not first.label.isidentifier():
-                hint = f"give each a name above (`metric ld = …`), then `{first.effect} of ld`"
-            raise RefusedCondition(self.which(node.span, text, found, hint))
-        if measures[found[0]].kind == "category":
-            hint = "categories have no mean; `correct` or `expected(1..9)` are numbers"
-            raise unreadable(node.span, f"`{measures[found[0]].label}` is a category", hint)
-        return found[0]
-
-    def which(self, span: Span, text: str, found: Sequence[int], hint: str) -> WhichMeasure:
-        candidates = " or ".join(
-            f"`{self.known.measures[i].effect} of {self.known.measures[i].label}`" for i in found
-        )
-        return WhichMeasure(
-            span=span, text=text, count=len(found), candidates=candidates, hint=hint
-        )
-
     # --- cells
 
-    def cells(self, node: ast.Call) -> tuple[int, tuple[CellSelection, ...]]:
-        """`(recovery, layer 0..3)`: a measure, then which of its cells."""
+    def cells(self, node: ast.Call) -> tuple[KnownCells, int, tuple[CellSelection, ...]]:
+        """`(recovery, layer 0..3)`: whose measure, which one, then which of its cells."""
         example = f"{node.name}(recovery, layer 0..3)"
-        measure = self.measure(self.argument(node, 0, example))
-        where = self.wheres(node.arguments[1:])
-        if where and self.known.cells is not None and not self.find(where):
-            self.not_one(node.span, where, [])
-        return measure, where
+        of, measure = self.of_measure(self.argument(node, 0, example))
+        where = of.wheres(node.arguments[1:])
+        if where and of.known.cells is not None and not of.find(where):
+            of.not_one(node.span, where, [])
+        return of, measure, where
 
-    def find(self, where: Sequence[CellSelection]) -> list[int]:
-        """The cells that are meant, once each where they differ in nothing that is known."""
-        cells, unknown = self.known.cells or (), self.known.open_axes
-        found: dict[object, int] = {}
-        for i, cell in enumerate(cells):
-            if all(each.matches(cell, unknown) for each in where):
-                apart = tuple(v for axis, v in cell.coords.items() if axis not in unknown)
-                found.setdefault(apart if unknown else i, i)
-        return list(found.values())
+    # --- measures of other experiments
 
-    def not_one(self, span: Span, where: Sequence[CellSelection], found: Sequence[int]) -> NoReturn:
-        text = ", ".join(each.text for each in where)
-        if not found:
-            axes = name_list(self.known.axes) or "none"
-            hint = f"name a cell of this experiment; its axes are {axes}"
-            raise unreadable(span, f"no cell is at {text}", hint)
-        example = '`position: "last token"` beside it, or `max(…)` over them'
-        count = "several" if self.known.open_axes else len(found)
-        raise unreadable(span, f"{count} cells are at {text}", f"say which with {example}")
+    def of_measure(self, node: ast.Expr) -> tuple[KnownCells, int]:
+        """Whose measure it is, and which one of theirs.
 
-    def one_of(
-        self, site: ast.Expr | ast.Site, among: Sequence[CellSelection] = ()
-    ) -> CellSelection:
-        """A site that one of these cells has; of no cell, nothing would ever be found true."""
-        own = selection(site)
-        where = (own, *among)
-        if self.known.cells is not None and not self.find(where):
-            self.not_one(site.span, where, [])
-        return own
+        `recovery of ld` is this experiment's where `ld` is a measure of it, else that of an
+        experiment `ld`.
+        """
+        if isinstance(node, ast.OfExperiment):
+            other = self.other(node.experiment, node.experiment.id, node.measure.span.written)
+            return other, other.measure(node.measure)
+        labels = [each.label for each in self.known.measures]
+        if not isinstance(node, ast.OfRef) or node.of.span.written in labels or self.labelled(node):
+            return self, self.measure(node)
+        other = self.other(node.of, node.of.span.written, node.name, labels)
+        start = node.span.start
+        span = replace(node.span, end=start + len(node.name))
+        return other, other.measure(ast.Name(span=span, id=node.name))
 
-    def wheres(self, arguments: Sequence[ast.Argument]) -> tuple[CellSelection, ...]:
-        return tuple(
-            selection(argument.value)
-            if argument.name is None
-            else self.named(argument.name, argument)
-            for argument in arguments
-        )
+    def other(
+        self, node: ast.Node, name: str, measure: str, labels: Sequence[str] = ()
+    ) -> KnownCells:
+        """Another experiment of the file. labels: what could stand there too."""
+        known = self.known
+        if name in known.others:
+            return KnownCells(known.others[name], of_other=True)
+        if name in known.experiments:
+            hint = "see what is said of that experiment"
+            raise unreadable(node.span, f"`{name}` could not be computed", hint)
+        if name == known.name:
+            raise unreadable(node.span, f"`{name}` is this experiment", f"write `{measure}`")
+        listed = name_list(known.experiments)
+        otherwise = f"other experiments are {listed}" if listed else "the file has no other one"
+        hint = did_you_mean(name, [*labels, *known.experiments], otherwise)
+        kind = "measure or other experiment" if labels else "other experiment"
+        raise RefusedCondition(UnknownName(span=node.span, kind=kind, name=name, hint=hint))
 
-    def named(self, axis: str, argument: ast.Argument) -> CellSelection:
-        """`position: "last token"`, `layer: 2`."""
-        number, axis = axis, self.known.aliases.get(axis, axis)  # `item: 3` is a number
-        if axis not in self.known.axes:
-            listed = name_list(self.known.axes) or "none"
-            hint = did_you_mean(axis, self.known.axes, f"its axes are: {listed}")
-            kind = "axis of this experiment"
-            raise RefusedCondition(UnknownWord(span=argument.span, kind=kind, word=axis, hint=hint))
-        value = argument.value
-        text = argument.span.written
-        match value:
-            case ast.String():
-                self.label(value, axis)
-                return CellSelection(text, {axis: ((value.value, value.value),)})
-            case ast.Range():
-                ends = upwards(self.end(value.low), self.end(value.high), value.span)
-                return CellSelection(text, {number: ends})
-            case ast.Number() | ast.Percent():
-                return CellSelection(text, {number: ((self.end(value), self.end(value)),)})
-            case _:
-                hint = f'write `{axis}: 2`, `{axis}: 2..4` or `{axis}: "…"`'
-                if isinstance(value, ast.Name):
-                    hint = f'write words in quotes: `{axis}: "{value.id}"`'
-                raise unreadable(argument.span, "not a value of an axis", hint)
+    def own_measure(self, node: ast.Call, example: str) -> int:
+        """The measure that a function is given first, which has to be of this experiment."""
+        of, measure = self.of_measure(self.argument(node, 0, example))
+        self.must_be_own(node, of)
+        return measure
 
-    def label(self, value: ast.String, axis: str) -> None:
-        """E0203 for a word that an axis doesn't have, as far as its values are known."""
-        if self.known.cells is None or axis in self.known.open_axes:
-            return
-        found = (cell.coords[axis] for cell in self.known.cells if axis in cell.coords)
-        labels = list(dict.fromkeys(map(str, found)))
-        if labels and value.value not in labels:
-            listed = f"it has {name_list(labels)}"
-            hint = did_you_mean(value.value, labels, listed)
-            kind = f"`{axis}` in this experiment"
-            raise RefusedCondition(
-                UnknownWord(span=value.span, kind=kind, word=value.value, hint=hint)
-            )
-
-    def end(self, node: ast.Expr) -> float:
-        """An end of a range of cells: `50%` is 50 on an axis, as its cells say it."""
-        return Percent(node.value) if isinstance(node, ast.Percent) else self.constant(node)
+    def must_be_own(self, node: ast.Call, of: KnownCells) -> None:
+        if of.of_other:
+            span = node.arguments[0].value.span
+            hint = f"write this line in the experiment {of.whose}"
+            raise unreadable(span, f"`{node.name}` reads measures of its own experiment", hint)

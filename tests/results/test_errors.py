@@ -13,7 +13,8 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_full
 from mechdsl.program import spec
 from mechdsl.statistics.cell_statistics import check_denominator
-from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
+from mechdsl.validate.expectations import check_expectation
+from mechdsl.validate.known import Known, KnownMeasure
 from mechdsl.validate.reachable_p import check_cells
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.reports import check_report

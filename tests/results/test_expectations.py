@@ -16,7 +16,8 @@ from mechdsl.results.decide_expectations import evaluate
 from mechdsl.results.estimates import Estimate, combined
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.validate.conditions import place_of
-from mechdsl.validate.expectations import Known, KnownMeasure, check_expectation
+from mechdsl.validate.expectations import check_expectation
+from mechdsl.validate.known import Known, KnownMeasure
 
 from .synthetic import expectation, finished, heads, measure, positions
 

@@ -70,6 +70,8 @@ def _plain(node: Any) -> str:
             return _short(node)
         case ast.OfRef():
             return f"{node.name} of {ref(node.of)}"
+        case ast.OfExperiment():
+            return f"{node.measure.name} of {ref(node.measure.of)} of {node.experiment.id}"
         case ast.Attribute():
             return f"{node.name}.{node.attribute}"
         case ast.Index():
