@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.statistics.bootstrap import FLAT, Studentised
+from mechdsl.statistics.bootstrap import FLAT, Studentised, pivot
 from mechdsl.statistics.effect_parts import Sums
 from mechdsl.statistics.units import Draws
 
@@ -102,12 +102,11 @@ def studentise_number(number: Smooth, draws: Draws, held: int) -> Studentised:
             moved, influence = under(number, weights)
             moved = moved - value
             spread = np.sqrt(_spread(weights, influence, draws.strata, held))
-            flat = spread <= np.sqrt(FLAT) * error
-            pivots = moved / np.where(flat, 0.0, spread)
-            found.append(np.where(flat & (np.abs(moved) <= FLAT * error), 0.0, pivots))
+            found.append(pivot(moved, spread, error))
     pivots = np.concatenate(found) if found else np.zeros(0)
     error = error if held > 1 else np.full(1, np.nan)
-    return Studentised(value, error, pivots[:, None], np.array([held], dtype=np.int64))
+    units = np.array([held], dtype=np.int64)
+    return Studentised(value, error, pivots[:, None], units, draws.count)
 
 
 def _spread(weights: Floats, influence: Floats, strata: Ints | None, held: int) -> Floats:

@@ -20,7 +20,7 @@ from mechdsl.statistics.bootstrap import FEWEST_UNITS, standard_error, student, 
 from mechdsl.statistics.cell_tests import cell_p
 from mechdsl.statistics.effect_parts import Parts, Sums, parts
 from mechdsl.statistics.measure_data import CellStatistics, Interval, MeasureData
-from mechdsl.statistics.sampling import Sampling, partitions
+from mechdsl.statistics.sampling import Sampling, in_order, partitions
 from mechdsl.statistics.shares import share_difference, share_interval
 from mechdsl.statistics.units import Units, blocks
 from mechdsl.vocab.effect_kind import EffectKind
@@ -93,6 +93,7 @@ def _blocks(data: MeasureData, effect: EffectKind, sampling: Sampling) -> Iterat
 
 def _numbers(data: MeasureData, effect: EffectKind, sampling: Sampling) -> CellStatistics:
     """Everything but p."""
+    data, sampling = in_order(data, sampling.order), sampling.ordered
     found = _empty(data.patched.shape[0])
     reasons: list[str | None] = [None] * len(found.mean)
     for block in _blocks(data, effect, sampling):
