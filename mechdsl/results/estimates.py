@@ -30,6 +30,10 @@ ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
 }
 
 
+Limits: TypeAlias = Callable[[float], tuple[float, float]]
+"""Of a confidence, the ends."""
+
+
 # --- smooth numbers -------------------------------------------------------------------------------
 
 
@@ -47,6 +51,8 @@ class OfSums:
     sums: Sums
     share: Floats
     """[cell]."""
+    limits: Limits | None = None
+    """Of cells whose intervals aren't the bootstrap's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +89,34 @@ def under(number: Smooth, weights: Floats) -> tuple[Floats, Floats]:
             if number.sign == "*":
                 return value, by_one * two + one * by_two
             return value, (by_one - value[:, None] * by_two) / two
+
+
+def is_one(number: Smooth) -> bool:
+    """Whether it is one cell, moved and scaled by fixed numbers."""
+    match number:
+        case OfSums():
+            return len(number.share) == 1
+        case Joined(_, one, Fixed()) | Joined(_, Fixed(), one):
+            return is_one(one)
+        case _:
+            return False
+
+
+def own_limits(number: Smooth, confidence: float) -> tuple[float, float] | None:
+    """The ends of cells with limits of their own, moved and scaled by fixed numbers; None of
+    anything else."""
+    match number:
+        case OfSums() if number.limits is not None:
+            return number.limits(confidence)
+        case Joined(sign, left, Fixed(value)):
+            found = own_limits(left, confidence)
+            ends = [] if found is None else [float(ARITHMETIC[sign](e, value)) for e in found]
+        case Joined(sign, Fixed(value), right) if sign != "/":
+            found = own_limits(right, confidence)
+            ends = [] if found is None else [float(ARITHMETIC[sign](value, e)) for e in found]
+        case _:
+            return None
+    return (min(ends), max(ends)) if ends else None
 
 
 def _along(weight: Floats, bottom: Floats) -> Floats:

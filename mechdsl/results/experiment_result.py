@@ -20,6 +20,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.results.shown import AS_CHART, AS_HTML, AS_TEXT, LINE_WIDTH, MOST_LINES, shown_by
 from mechdsl.statistics.cell_statistics import run_interval
+from mechdsl.statistics.effect_parts import Sums
 from mechdsl.statistics.measure_data import (
     CellStatistics,
     Interval,
@@ -28,7 +29,7 @@ from mechdsl.statistics.measure_data import (
     NullBand,
 )
 from mechdsl.statistics.sampling import Sampling
-from mechdsl.statistics.shares import clopper_pearson
+from mechdsl.statistics.shares import clopper_pearson, share_interval
 
 if TYPE_CHECKING:
     import altair
@@ -166,16 +167,23 @@ class ExperimentResult:
         return found
 
     def accuracy_interval(self, run: str, confidence: float | None = None) -> Interval:
-        """The share of prompts that a run answers, with its exact interval."""
+        """The share of prompts that a run answers, with its exact interval, over the same units as
+        those of cells."""
         rows = self.accuracy[run]
         known = ~np.isnan(rows)
-        n = np.array([float(known.sum())])
-        right = np.array([float(rows[known].sum())])
-        own = self.settings.confidence if self.settings else 95.0
-        low, high = clopper_pearson(right, n, own if confidence is None else confidence)
         if not known.any():
             return Interval(np.nan, np.nan, np.nan, 0)
-        mean = float(right[0] / n[0])
+        if confidence is None:
+            confidence = self.settings.confidence if self.settings else 95.0
+        n, right = np.array([int(known.sum())]), np.where(known, rows, 0.0)[None]
+        if self.settings is not None and len(rows) == self.prompts:
+            units = self.sampling.units()
+            present = known[None].astype(np.float64)
+            sums = Sums(units.total(right), units.total(present), units.held(known[None]))
+            low, high = share_interval(sums, n, confidence)
+        else:
+            low, high = clopper_pearson(right.sum(1), n.astype(np.float64), confidence)
+        mean = float(right.sum() / n[0])
         return Interval(mean, float(low[0]), float(high[0]), int(n[0]), self.accuracy_bound(run))
 
     def accuracy_bound(self, run: str) -> float:
