@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.statistics.bootstrap import FLAT, Studentised
+from mechdsl.statistics.bootstrap import FLAT, Studentised, pivot
 from mechdsl.statistics.effect_parts import Sums
 from mechdsl.statistics.units import Draws
 
@@ -28,6 +28,10 @@ ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
     "*": operator.mul,
     "/": np.divide,
 }
+
+
+Limits: TypeAlias = Callable[[float], tuple[float, float]]
+"""Of a confidence, the ends."""
 
 
 # --- smooth numbers -------------------------------------------------------------------------------
@@ -47,6 +51,8 @@ class OfSums:
     sums: Sums
     share: Floats
     """[cell]."""
+    limits: Limits | None = None
+    """Of cells whose intervals aren't the bootstrap's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +91,34 @@ def under(number: Smooth, weights: Floats) -> tuple[Floats, Floats]:
             return value, (by_one - value[:, None] * by_two) / two
 
 
+def is_one(number: Smooth) -> bool:
+    """Whether it is one cell, moved and scaled by fixed numbers."""
+    match number:
+        case OfSums():
+            return len(number.share) == 1
+        case Joined(_, one, Fixed()) | Joined(_, Fixed(), one):
+            return is_one(one)
+        case _:
+            return False
+
+
+def own_limits(number: Smooth, confidence: float) -> tuple[float, float] | None:
+    """The ends of cells with limits of their own, moved and scaled by fixed numbers; None of
+    anything else."""
+    match number:
+        case OfSums() if number.limits is not None:
+            return number.limits(confidence)
+        case Joined(sign, left, Fixed(value)):
+            found = own_limits(left, confidence)
+            ends = [] if found is None else [float(ARITHMETIC[sign](e, value)) for e in found]
+        case Joined(sign, Fixed(value), right) if sign != "/":
+            found = own_limits(right, confidence)
+            ends = [] if found is None else [float(ARITHMETIC[sign](value, e)) for e in found]
+        case _:
+            return None
+    return (min(ends), max(ends)) if ends else None
+
+
 def _along(weight: Floats, bottom: Floats) -> Floats:
     """[resample, cell] × [1 or cell, unit]."""
     return weight.sum(1, keepdims=True) @ bottom if len(bottom) == 1 else weight @ bottom
@@ -102,12 +136,11 @@ def studentise_number(number: Smooth, draws: Draws, held: int) -> Studentised:
             moved, influence = under(number, weights)
             moved = moved - value
             spread = np.sqrt(_spread(weights, influence, draws.strata, held))
-            flat = spread <= np.sqrt(FLAT) * error
-            pivots = moved / np.where(flat, 0.0, spread)
-            found.append(np.where(flat & (np.abs(moved) <= FLAT * error), 0.0, pivots))
+            found.append(pivot(moved, spread, error))
     pivots = np.concatenate(found) if found else np.zeros(0)
     error = error if held > 1 else np.full(1, np.nan)
-    return Studentised(value, error, pivots[:, None], np.array([held], dtype=np.int64))
+    units = np.array([held], dtype=np.int64)
+    return Studentised(value, error, pivots[:, None], units, draws.count)
 
 
 def _spread(weights: Floats, influence: Floats, strata: Ints | None, held: int) -> Floats:

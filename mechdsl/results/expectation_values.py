@@ -13,20 +13,23 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.results.estimates import (
     Estimate,
     Fixed,
+    Limits,
     OfSums,
     absolute,
     around,
     auroc,
     combined,
     constant,
+    is_one,
+    own_limits,
     pearson,
     spearman,
     studentise_number,
 )
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.matched_cells import matched
-from mechdsl.statistics.bootstrap import FEWEST_UNITS, simultaneous
-from mechdsl.statistics.cell_statistics import counted
+from mechdsl.statistics.bootstrap import FEWEST_UNITS, Simultaneous, simultaneous
+from mechdsl.statistics.cell_statistics import counted, share_limits
 from mechdsl.statistics.effect_parts import Sums, parts
 from mechdsl.statistics.sampling import partitions
 from mechdsl.statistics.units import Draws, Rows, Units, units_of
@@ -235,6 +238,11 @@ class Reader:
             case Arithmetic():
                 left = self.estimate(value.left, confidence)
                 right = self.estimate(value.right, confidence)
+                if value.operator == "/" and not right.fixed:
+                    divisor = self.ended(right, confidence)
+                    if divisor.why is None and divisor.low <= 0 <= divisor.high:
+                        ends = f"{divisor.point:.3g} [{divisor.low:.3g}, {divisor.high:.3g}]"
+                        raise NoNumber(f"it divides by what can't be told from 0: {ends}")
                 if left.smooth is None or right.smooth is None:
                     left, right = self.ended(left, confidence), self.ended(right, confidence)
                 return combined(value.operator, left, right)
@@ -256,10 +264,15 @@ class Reader:
         """With the ends of its interval."""
         if estimate.smooth is None or isinstance(estimate.smooth, Fixed):
             return estimate
-        few = self.space.too_few
+        ends, few = own_limits(estimate.smooth, confidence), self.space.too_few
+        known = ends is not None and not any(map(math.isnan, ends))
+        if ends is not None and known and is_one(estimate.smooth):
+            return replace(estimate, low=ends[0], high=ends[1])
         if few is not None:
             return replace(estimate, why=estimate.why or few)
         found = studentise_number(estimate.smooth, self.space.draws, self.space.held)
+        if ends is not None and known and found.error[0] == 0:
+            return replace(estimate, low=ends[0], high=ends[1])
         low, high = found.interval(confidence)
         return replace(estimate, low=float(low[0]), high=float(high[0]))
 
@@ -271,13 +284,18 @@ class Reader:
         if value.how not in ("max", "min"):
             share = np.full(len(of.cells), 1 / len(of.cells))
             about = replace(about, point=float(means.mean()), rounding=float(rounding.mean()))
-            return replace(about, smooth=OfSums(sums, share))
+            return replace(about, smooth=OfSums(sums, share, self.limits(of, share)))
         largest = value.how == "max"
         point = float(means.max() if largest else means.min())
         about = replace(about, point=point, rounding=float(rounding.max()), why=self.space.too_few)
         if about.why:
             return about
-        found = simultaneous(sums, self.space.draws, confidence)
+        found = self.together(of, sums, confidence)
+        few = np.flatnonzero(np.isnan(found.low) | np.isnan(found.high))
+        if len(few):
+            name = of.result.cells[int(of.cells[few[0]])].name
+            reason = of.result.statistics[of.measure].reasons[int(of.cells[few[0]])]
+            return replace(about, why=f"{name}: {reason}" if reason else "no interval")
         # the largest is above every cell's bound that holds for all, and below the largest of
         # bounds that each hold alone
         low, high = (
@@ -286,6 +304,34 @@ class Reader:
             else (found.low.min(), found.high_together.min())
         )
         return replace(about, low=float(low), high=float(high))
+
+    def shares(self, of: Chosen, confidence: float) -> tuple[Floats, Floats] | None:
+        """[cell] each: the exact limits of cells that are shares; None where they aren't."""
+        data = of.result.measures[of.measure]
+        units, place = self.space.units, self.space.place(of.result)
+        return share_limits(data, EFFECTS[data.effect], of.cells, units, confidence, place)
+
+    def limits(self, of: Chosen, share: Floats) -> Limits | None:
+        """Of a weighted mean of cells that are shares: exact of one cell, by Bonferroni of more."""
+        if self.shares(of, 95.0) is None:
+            return None
+
+        def found(confidence: float) -> tuple[float, float]:
+            every = self.shares(of, 100 - (100 - confidence) / len(share))
+            assert every is not None
+            return float(every[0] @ share), float(every[1] @ share)
+
+        return found
+
+    def together(self, of: Chosen, sums: Sums, confidence: float) -> Simultaneous:
+        """Bounds of cells that hold for all; of shares by Bonferroni, as resamples of a share that
+        is 1 never lie below."""
+        alone = self.shares(of, confidence)
+        if alone is None:
+            return simultaneous(sums, self.space.draws, confidence)
+        every = self.shares(of, 100 - (100 - confidence) / len(of.cells))
+        assert every is not None
+        return Simultaneous(sums.value, *alone, *every)
 
     def area(self, value: Area) -> Estimate:
         """Trapezoids, divided by the range of the axis."""
@@ -312,7 +358,7 @@ class Reader:
         means = result.statistics[value.measure].mean[cells]
         return Estimate(
             float(means @ share),
-            OfSums(self.space.sums(of), share),
+            OfSums(self.space.sums(of), share, self.limits(of, share)),
             rounding=float(bounds(of) @ share),
             as_in_base=as_in_base(result, value.measure),
         )

@@ -20,7 +20,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.results.shown import AS_CHART, AS_HTML, AS_TEXT, LINE_WIDTH, MOST_LINES, shown_by
 from mechdsl.statistics.cell_statistics import run_interval
-from mechdsl.statistics.exact_share import exact_share
+from mechdsl.statistics.effect_parts import Sums
 from mechdsl.statistics.measure_data import (
     CellStatistics,
     Interval,
@@ -29,6 +29,7 @@ from mechdsl.statistics.measure_data import (
     NullBand,
 )
 from mechdsl.statistics.sampling import Sampling
+from mechdsl.statistics.shares import share_interval
 
 if TYPE_CHECKING:
     import altair
@@ -179,13 +180,18 @@ class ExperimentResult:
             confidence = 95.0 if self.settings is None else self.settings.confidence
         rows = self.accuracy[run]
         known = ~np.isnan(rows)
+        if not known.any():
+            return Interval(np.nan, np.nan, np.nan, 0)
         units = self.accuracy_units.get(run)
         if units is None and self.groups is not None and len(self.groups) == len(rows):
             units = np.unique(self.groups, return_inverse=True)[1]
-        mean, low, high = exact_share(
-            rows[known], confidence, None if units is None else units[known]
-        )
-        return Interval(mean, low, high, int(known.sum()), self.accuracy_bound(run))
+        codes = np.arange(len(rows)) if units is None else units
+        codes = np.unique(codes[known], return_inverse=True)[1].reshape(-1)
+        right, count = np.bincount(codes, weights=rows[known]), np.bincount(codes)
+        sums = Sums(right[None], count[None].astype(np.float64), np.array([len(count)]))
+        low, high = share_interval(sums, np.array([len(codes)]), confidence)
+        ends = (float(rows[known].mean()), float(low[0]), float(high[0]))
+        return Interval(*ends, len(codes), self.accuracy_bound(run))
 
     def accuracy_bound(self, run: str) -> float:
         """How far rounding alone may move the accuracy of a run; 0 where that isn't known."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.results.estimates import OfSums, under
 from mechdsl.results.expectation_values import Chosen, Space
 from mechdsl.statistics.bootstrap import Simultaneous, simultaneous, studentise
 from mechdsl.statistics.effect_parts import Sums
@@ -85,13 +84,8 @@ def differences(
     # of means over different rows, or of different ratios: linearised, as pseudo-values
     every = np.ones((1, sums.top.shape[1]))
     values: Floats = sums.value
-    moves = np.stack(
-        [
-            under(OfSums(sums.chosen(np.array([cell])), np.ones(1)), every)[1][0]
-            for cell in range(len(sums.top))
-        ]
-    )
-    units = moves.shape[1]
-    top = units * (sign * moves[one] + other * moves[two])
+    moves = sums.top - values[:, None] * sums.bottom
+    moves *= sums.top.shape[1] / sums.bottom.sum(1, keepdims=True)
+    top = sign * moves[one] + other * moves[two]
     top += (sign * values[one] + other * values[two])[:, None]
     return Sums(top, every, held)

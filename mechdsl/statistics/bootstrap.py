@@ -9,11 +9,12 @@ the farther of both.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.statistics.effect_parts import Sums
 from mechdsl.statistics.units import BLOCK, Draws, blocks
 
@@ -34,15 +35,23 @@ class Studentised:
     error: Floats
     """[cell]: the standard error; NaN for one unit, 0 where no unit differs."""
     pivots: Floats
-    """[resample, cell]: (resampled − value) / resampled error, infinite where that error is 0."""
+    """[resample, cell]: (resampled − value) / resampled error; NaN where no drawn unit differs, as
+    that resample tells nothing of the error."""
     held: Ints
     """[cell]: units."""
+    strata: int = 1
+    """How many of them there are: each has a mean of its own."""
+
+    @property
+    def freedom(self) -> Ints:
+        """[cell]: degrees of freedom."""
+        return self.held - self.strata
 
     def interval(self, confidence: float) -> tuple[Floats, Floats]:
         """[cell] each: NaN below `FEWEST_UNITS`."""
         tail = (100.0 - confidence) / 2
         lower, upper = percentiles(self.pivots, (tail, 100.0 - tail))
-        t = student(confidence, self.held)
+        t = student(confidence, self.freedom + 1)
         with np.errstate(invalid="ignore"):
             low = self.value - self.error * self._farther(upper, t)
             high = self.value + self.error * self._farther(-lower, t)
@@ -62,17 +71,25 @@ class Studentised:
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(self.value == 0, 0.0, self.value / self.error)
 
-    def p(self) -> Floats:
-        """[cell]: two-sided, by inversion of the interval; 1 where the value is 0, at least
-        2 / (resamples + 1)."""
+    def p(self) -> tuple[Floats, Bools]:
+        """[cell]: two-sided, by inversion of the interval; and whether it is the least that so many
+        resamples give. 1 where the value is 0, and of one unit."""
+        own = self.ratio
+        known = np.count_nonzero(~np.isnan(self.pivots), axis=0)
+        above = np.count_nonzero(self.pivots >= own, axis=0)
+        below = np.count_nonzero(self.pivots <= own, axis=0)
+        return self.p_of(np.minimum(above, below), known)
+
+    def p_of(self, beyond: Ints, known: Ints) -> tuple[Floats, Bools]:
+        """The same. beyond: [cell], how many pivots, of those `known`, are as far out."""
         from scipy.special import stdtr  # not at the top: slow to import
 
-        own = self.ratio
-        above = (np.count_nonzero(self.pivots >= own, axis=0) + 1) / (len(self.pivots) + 1)
-        below = (np.count_nonzero(self.pivots <= own, axis=0) + 1) / (len(self.pivots) + 1)
-        by_t = stdtr(np.maximum(self.held - 1, 1), -np.abs(own))
-        found = 2 * np.maximum(np.minimum(above, below), by_t)
-        return np.where(self.value == 0, 1.0, np.minimum(1.0, found))
+        resampled = np.where(self.held >= FEWEST_RESAMPLED, (beyond + 1) / (known + 1), 0.0)
+        by_t = stdtr(np.maximum(self.freedom, 1), -np.abs(self.ratio))
+        p = np.minimum(1.0, 2 * np.maximum(resampled, by_t))
+        least = (beyond == 0) & (resampled > by_t)
+        none = (self.value == 0) | np.isnan(self.error)
+        return np.where(none, 1.0, p), least & ~none
 
 
 def percentiles(samples: Floats, ends: tuple[float, float]) -> tuple[Floats, Floats]:
@@ -116,22 +133,24 @@ def standard_error(sums: Sums, strata: Ints | None = None) -> Floats:
     return np.where(sums.held > 1, error, np.nan)
 
 
-def studentise(sums: Sums, draws: Draws, columns: int | None = None) -> Studentised:
-    """Bootstrap-t of cells: value, error, and their pivots under every resample.
+def studentise(sums: Sums, draws: Draws) -> Studentised:
+    """Bootstrap-t of cells: value, error, and their pivots under every resample."""
+    value, error = sums.value, standard_error(sums, draws.strata)
+    found = list(pivots(sums, draws))
+    every = np.concatenate(found) if found else np.zeros((0, len(value)))
+    return Studentised(value, error, every, sums.held, draws.count)
 
-    columns: numbers per resample that blocks of resamples are cut by; the same ones draw the same
-    """
+
+def pivots(sums: Sums, draws: Draws) -> Iterator[Floats]:
+    """[resample, cell] in blocks of resamples."""
     value, strata = sums.value, draws.strata
     error = standard_error(sums, strata)
     with np.errstate(invalid="ignore"):
-        left = np.nan_to_num(sums.top - value[:, None] * sums.bottom)
+        left = sums.top - value[:, None] * sums.bottom
+    left = np.where(np.isfinite(value)[:, None], left, 0.0)
     plain = len(sums.bottom) == 1 and bool((sums.bottom == 1.0).all())
-    found = [
-        _pivots(weights, left, sums.bottom, sums.held, error, strata, plain)
-        for weights in draws.weights(columns or 3 * len(left))
-    ]
-    empty = np.zeros((0, len(value)))
-    return Studentised(value, error, np.concatenate(found) if found else empty, sums.held)
+    for weights in draws.weights(3 * len(left)):
+        yield _pivots(weights, left, sums.bottom, sums.held, error, strata, plain)
 
 
 def _pivots(
@@ -172,10 +191,14 @@ def _pivots(
         if strata is None:
             spread = spread * (held / (held - 1))
         spread = np.sqrt(np.maximum(spread, 0.0)) / np.abs(scale)
-        flat = spread <= np.sqrt(FLAT) * error
-        pivots = moved / np.where(flat, 0.0, spread)
-        # nothing moved: no resample says that it does
-        return np.where(flat & (np.abs(moved) <= FLAT * error), 0.0, pivots)
+        return pivot(moved, spread, error)
+
+
+def pivot(moved: Floats, spread: Floats, error: Floats) -> Floats:
+    """[resample, cell]: NaN where no drawn unit differs; 0 where none differs at all, as nothing
+    moves then."""
+    flat = spread <= np.sqrt(FLAT) * error
+    return np.where(error == 0, 0.0, moved / np.where(flat, np.nan, spread))
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,25 +214,37 @@ class Simultaneous:
 
 
 def simultaneous(sums: Sums, draws: Draws, confidence: float) -> Simultaneous:
-    """Bounds by the largest and the smallest pivot of all cells in each resample; by Bonferroni and
-    Student's t where the resamples don't tell. A cell that no unit moves has its value as bound."""
+    """Bounds by the largest and the smallest pivot of all cells in each resample, at least by
+    Student's t; by Bonferroni and Student's t where the resamples don't tell. A cell that no unit
+    moves has its value as bound; one below `FEWEST_UNITS` has none, and the others don't ask it."""
     cells = len(sums.top)
     greatest, least = np.full(draws.resamples, -np.inf), np.full(draws.resamples, np.inf)
+    blind = np.zeros(draws.resamples, dtype=bool)
     value, error, low, high = (np.full(cells, np.nan) for _ in range(4))
     width = max(1, min(cells, 2 * BLOCK // draws.resamples))
     for block in blocks(cells, 2 * BLOCK // width):
-        found = studentise(sums.chosen(block), draws, columns=3 * width)
+        found = studentise(sums.chosen(block), draws)
         value[block], error[block] = found.value, found.error
         low[block], high[block] = found.interval(confidence)
-        pivots = np.nan_to_num(found.pivots[:, found.error > 0], nan=0.0)
-        if pivots.shape[1]:
-            greatest = np.maximum(greatest, pivots.max(1))
-            least = np.minimum(least, pivots.min(1))
-    moving = error > 0
-    held = sums.held[moving]
-    if not len(held):
+        own = found.pivots[:, (found.error > 0) & ~np.isnan(low[block])]
+        if own.shape[1]:
+            blind |= np.isnan(own).any(1)
+            own = np.nan_to_num(own, nan=0.0)
+            greatest = np.maximum(greatest, own.max(1))
+            least = np.minimum(least, own.min(1))
+    moving = (error > 0) & ~np.isnan(low)
+    if not moving.any():
         return Simultaneous(value, low, high, low, high)
-    upper, lower = _together(greatest, least, held, confidence)
+    held, tail = sums.held[moving], (100.0 - confidence) / 2
+    units = held[None].min(1) - draws.count + 1
+    alone, each = (float(student(100 - 2 * tail / m, units)[0]) for m in (1, len(held)))
+    if held.min() < FEWEST_RESAMPLED:
+        upper, lower = each, -each
+    else:
+        # where too many resamples say nothing of some cell, Bonferroni's bound holds
+        least_t = each if 100 * blind.mean() > tail else alone
+        upper = max(float(np.percentile(greatest, 100 - tail)), least_t)
+        lower = min(float(np.percentile(least, tail)), -least_t)
     return Simultaneous(
         value,
         low,
@@ -217,19 +252,3 @@ def simultaneous(sums: Sums, draws: Draws, confidence: float) -> Simultaneous:
         np.where(np.isnan(low), np.nan, np.where(moving, value - upper * error, value)),
         np.where(np.isnan(low), np.nan, np.where(moving, value - lower * error, value)),
     )
-
-
-def _together(
-    greatest: Floats, least: Floats, held: Ints, confidence: float
-) -> tuple[float, float]:
-    """The pivots that the greatest stays under and the least over."""
-    tail = (100.0 - confidence) / 2
-    units = held.min()
-    if units >= FEWEST_RESAMPLED:
-        with np.errstate(invalid="ignore"):
-            upper, lower = np.percentile(greatest, 100 - tail), np.percentile(least, tail)
-        if np.isfinite(upper) and np.isfinite(lower):
-            t = float(student(confidence, units[None])[0])
-            return max(float(upper), t), min(float(lower), -t)
-    t = float(student(100 - 2 * tail / len(held), units[None])[0])
-    return t, -t

@@ -20,7 +20,7 @@ from mechdsl.statistics.bootstrap import FEWEST_UNITS, standard_error, student, 
 from mechdsl.statistics.cell_tests import cell_p
 from mechdsl.statistics.effect_parts import Parts, Sums, parts
 from mechdsl.statistics.measure_data import CellStatistics, Interval, MeasureData
-from mechdsl.statistics.sampling import Sampling, partitions
+from mechdsl.statistics.sampling import Sampling, in_order, partitions
 from mechdsl.statistics.shares import share_difference, share_interval
 from mechdsl.statistics.units import Units, blocks
 from mechdsl.vocab.effect_kind import EffectKind
@@ -94,6 +94,7 @@ def _blocks(data: MeasureData, effect: EffectKind, sampling: Sampling) -> Iterat
 
 def _numbers(data: MeasureData, effect: EffectKind, sampling: Sampling) -> CellStatistics:
     """Everything but p."""
+    data, sampling = in_order(data, sampling.order), sampling.ordered
     found = _empty(data.patched.shape[0])
     reasons: list[str | None] = [None] * len(found.mean)
     for block in _blocks(data, effect, sampling):
@@ -128,19 +129,37 @@ def _interval(
 ) -> tuple[Floats, Floats]:
     """[cell] each, by the kind of the figure."""
     confidence = sampling.settings.confidence
-    runs = _shares(data, effect, block.cells)
-    if runs is None:
+    found = share_limits(data, effect, block.cells, block.units, confidence)
+    if found is None:
         draws = sampling.draws(block.units, whole=block.whole)
         return studentise(block.sums, draws).interval(confidence)
-    present, ones = block.rows.present, block.rows.present.astype(np.float64)
-    bottom = block.units.total(ones)
-    own, *other = (
-        Sums(block.units.total(np.where(present, run, 0.0)), bottom, block.sums.held)
-        for run in runs
-    )
-    if other:
-        return share_difference(own, other[0], block.n, confidence)
-    return share_interval(own, block.n, confidence)
+    return found
+
+
+def share_limits(
+    data: MeasureData,
+    effect: EffectKind,
+    cells: Ints,
+    units: Units,
+    confidence: float,
+    of: int = 0,
+) -> tuple[Floats, Floats] | None:
+    """[cell] each: exact limits of shares and of what lies between two; None of anything else.
+
+    of: the number of the experiment among those whose units these are
+    """
+    runs = _shares(data, effect, cells)
+    if runs is None:
+        return None
+    present = parts(data, effect, cells).present
+    bottom = units.total(present.astype(np.float64), of)
+    held, n = units.held(present, of), np.count_nonzero(present, axis=1)
+    own, *other = (Sums(units.total(np.where(present, run, 0.0), of), bottom, held) for run in runs)
+    if not other:
+        return share_interval(own, n, confidence)
+    low, high = share_difference(own, other[0], n, confidence)
+    still = data.inert[cells] & effect.of_intervention & ~np.isnan(low)
+    return np.where(still, 0.0, low), np.where(still, 0.0, high)
 
 
 def _shares(data: MeasureData, effect: EffectKind, cells: Ints) -> list[Floats] | None:

@@ -9,13 +9,13 @@ import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.registry import Registry
-from mechdsl.statistics.bootstrap import Studentised, studentise
+from mechdsl.statistics.bootstrap import Studentised, pivots, standard_error, studentise
 from mechdsl.statistics.corrections import CORRECTIONS
 from mechdsl.statistics.effect_parts import Sums, numerators
 from mechdsl.statistics.measure_data import CellStatistics, MeasureData
 from mechdsl.statistics.sampling import Sampling, partitions
-from mechdsl.statistics.sign_flips import flips_for, flips_in_words, sign_flip
-from mechdsl.statistics.units import Units, blocks, units_of
+from mechdsl.statistics.sign_flips import flips_for, flips_in_words, largest_flip, sign_flip
+from mechdsl.statistics.units import Draws, Units, blocks, units_of
 from mechdsl.vocab.effect_kind import EffectKind
 
 MOST_RESAMPLES = 100_000
@@ -41,7 +41,9 @@ def cell_p(
         p.append(own)
         floors.append(floor)
     together = np.concatenate(p)
-    if corrected is None:
+    if corrected is not None:  # both are simulated, of other units or other signs
+        corrected = np.maximum(corrected, together)
+    else:
         known = ~np.isnan(together)
         corrected = together.copy()
         corrected[known] = CORRECTIONS[settings.correction](together[known])
@@ -107,8 +109,7 @@ class _Tests:
             units = self.sampling.units(seen)
             if self.sampling.settings.test == "bootstrap":
                 for some, found in self._resampled(number, own, units):
-                    p[some] = found.p()
-                    floor[some] = found.p() <= 2 / (len(found.pivots) + 1)
+                    p[some], floor[some] = found.p()
                 continue
             for block in blocks(len(own), units.count):
                 some = own[block]
@@ -158,9 +159,9 @@ class _Tests:
             )
             held = np.concatenate([each.held for each in rows])
             draws = self.sampling.draws(units, whole=False, resamples=self.resamples)
-            p = _largest_pivot(studentise(Sums(tops, bottoms, held), draws))
+            p = largest_pivot(Sums(tops, bottoms, held), draws)
         else:
-            p = sign_flip(tops, 1, self.sampling.seed, self.level, largest=True).corrected
+            p = largest_flip(tops, flips_for(1, self.level), self.sampling.seed)
         found[np.concatenate(self.asked)] = p
         return found
 
@@ -178,13 +179,21 @@ class _Tests:
         return f"{words}; assumes that without an effect they lie evenly about 0"
 
 
-def _largest_pivot(found: Studentised) -> Floats:
-    """[cell]: step-down, as for sign flips."""
+def largest_pivot(sums: Sums, draws: Draws) -> Floats:
+    """[cell]: step-down, as for sign flips. Pivots aren't kept: of many cells they are too many."""
+    value, error = sums.value, standard_error(sums, draws.strata)
+    found = Studentised(value, error, np.zeros((0, len(value))), sums.held, draws.count)
     own = np.abs(found.ratio)
     order = np.argsort(-own, kind="stable")
-    pivots = np.abs(np.nan_to_num(found.pivots[:, order], nan=0.0))
-    largest = np.maximum.accumulate(pivots[:, ::-1], axis=1)[:, ::-1]
-    p = (np.count_nonzero(largest >= own[order], axis=0) + 1) / (len(pivots) + 1)
-    corrected = np.empty_like(p)
-    corrected[order] = np.maximum.accumulate(p)
-    return np.where(found.value == 0, 1.0, np.maximum(corrected, found.p()))
+    extreme, above, below, known = (np.zeros(len(own), dtype=np.int64) for _ in range(4))
+    for each in pivots(sums, draws):
+        above += np.count_nonzero(each >= found.ratio, axis=0)
+        below += np.count_nonzero(each <= found.ratio, axis=0)
+        known += np.count_nonzero(~np.isnan(each), axis=0)
+        sizes = np.nan_to_num(np.abs(each[:, order]), nan=0.0)
+        largest = np.maximum.accumulate(sizes[:, ::-1], axis=1)[:, ::-1]
+        extreme += np.count_nonzero(largest >= own[order], axis=0)
+    corrected = np.empty(len(own))
+    corrected[order] = np.maximum.accumulate((extreme + 1) / (draws.resamples + 1))
+    alone, _ = found.p_of(np.minimum(above, below), known)
+    return np.where(value == 0, 1.0, np.maximum(corrected, alone))

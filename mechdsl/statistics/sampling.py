@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,28 @@ class Sampling:
     def known(self) -> dict[bytes, Units]:
         return {}
 
+    @cached_property
+    def order(self) -> Ints | None:
+        """Rows by content, so that sums of them are the same in the last bit wherever they stand;
+        None where they are in order."""
+        if self.keys is None:
+            return None
+        order = np.argsort(np.asarray(self.keys), kind="stable")
+        return None if np.array_equal(order, np.arange(self.prompts)) else order
+
+    @cached_property
+    def ordered(self) -> Sampling:
+        """The same of the rows in order."""
+        order = self.order
+        if order is None or self.keys is None:
+            return self
+        return replace(
+            self,
+            keys=[self.keys[i] for i in order],
+            groups=None if self.groups is None else self.groups[order],
+            strata=None if self.strata is None else self.strata[order],
+        )
+
     def rows(self, *seen: Ints) -> Rows:
         """The rows, those of one number in any of `seen` being one unit."""
         return Rows.of(self.prompts, self.keys, seen, self.groups)
@@ -57,6 +79,17 @@ class Sampling:
         if self.groups is not None:
             return f"value of {self.settings.by}" if self.settings.by else "group"
         return "prompt" if units.count == self.prompts else "distinct prompt"
+
+
+def in_order(data: MeasureData, order: Ints | None) -> MeasureData:
+    """A measure with its rows in another order."""
+    if order is None:
+        return data
+    rows = ("patched", "base", "source", "truth", "rounding", "seen")
+    held = {name: getattr(data, name) for name in rows}
+    return replace(
+        data, **{name: each[:, order] for name, each in held.items() if each is not None}
+    )
 
 
 def partitions(data: MeasureData) -> Iterator[tuple[Ints, Ints | None]]:

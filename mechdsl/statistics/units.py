@@ -160,12 +160,16 @@ class Draws:
     seed: int
     strata: Ints | None = None
 
+    @property
+    def count(self) -> int:
+        """How many strata there are."""
+        return 1 if self.strata is None else int(self.strata.max()) + 1
+
     def weights(self, columns: int = 1) -> Iterator[Floats]:
         """How often each unit was drawn: [resample, unit] in blocks that leave room for `columns`
         numbers per resample."""
         if not self.units:
             return
-        random = np.random.default_rng([1, self.seed % 2**63])
         left = self.resamples
         step = max(1, BLOCK // max(self.units, columns))
         members = (
@@ -173,11 +177,14 @@ class Draws:
             if self.strata is None
             else [np.flatnonzero(self.strata == each) for each in range(self.strata.max() + 1)]
         )
+        # one generator each, or the draws would hang on the size of a block
+        seed = self.seed % 2**63
+        randoms = [np.random.default_rng([1, seed, each]) for each in range(len(members))]
         while left > 0:
             rows = min(step, left)
             left -= rows
             found = np.empty((rows, self.units))
-            for among in members:
+            for random, among in zip(randoms, members, strict=True):
                 found[:, among] = _multinomial(random, rows, len(among))
             yield found
 
