@@ -188,8 +188,9 @@ class ExperimentResult:
         codes = np.arange(len(rows)) if units is None else units
         codes = np.unique(codes[known], return_inverse=True)[1].reshape(-1)
         right, count = np.bincount(codes, weights=rows[known]), np.bincount(codes)
-        sums = Sums(right[None], count[None].astype(np.float64), np.array([len(count)]))
-        low, high = share_interval(sums, np.array([len(codes)]), confidence)
+        held = np.array([len(count)], dtype=np.int64)
+        sums = Sums(right[None], count[None].astype(np.float64), held)
+        low, high = share_interval(sums, np.array([len(codes)], dtype=np.int64), confidence)
         ends = (float(rows[known].mean()), float(low[0]), float(high[0]))
         return Interval(*ends, len(codes), self.accuracy_bound(run))
 
