@@ -14,7 +14,7 @@ from mechdsl.base.arrays import Ints
 SIZES = (16, 32, 64, 200)
 FAMILIES = (16, 144)
 CORRECTIONS = ("holm", "max")
-NUMBERS = 2e10
+NUMBERS = 1e10
 """Signs times cells that a setting of many cells may take; its repetitions follow from it."""
 MOST = 5.5
 

@@ -11,7 +11,7 @@ from benchmarks.coverage.draws import DRAWS, correlated
 from benchmarks.coverage.setting import Figure, Setting
 from mechdsl.base.arrays import Ints
 
-PROMPTS = 32
+PROMPTS, MORE = 32, 64
 MOST = 5.0
 POWER = 80.0
 WITHIN = 0.3
@@ -27,9 +27,14 @@ LINES = {
 
 
 def settings() -> Iterator[Setting]:
-    for cells, repetitions in ((1, 10_000), (4, 10_000), (16, 10_000), (144, 2000)):
-        for rho in (0.0, 0.5) if cells == 16 else (0.0,):
-            yield _nothing(cells, rho, repetitions)
+    for cells, rho, repetitions in (
+        (1, 0.0, 5000),
+        (4, 0.0, 5000),
+        (16, 0.0, 10_000),
+        (16, 0.5, 5000),
+        (144, 0.0, 2000),
+    ):
+        yield _nothing(cells, rho, repetitions)
     yield _clear()
     for name in ("normal", "exponential"):
         for side in (1, -1):
@@ -86,14 +91,14 @@ def _near(name: str, side: int) -> Setting:
     def run(random: np.random.Generator, count: int) -> Ints:
         held = 0
         for _ in range(count):
-            deltas = WITHIN * side + DRAWS[name](random, (1, 200)) / 2
+            deltas = WITHIN * side + DRAWS[name](random, (1, MORE)) / 2
             held += program.verdict(line, program.finished(deltas, _seed(random))).holds
         return np.array([[held, count]])
 
     # a test on one side of a skewed mean is not as exact as on both
     figure = Figure(f"`{line}`", None, MOST if name == "normal" else None)
-    label = f"{name}, truth {WITHIN * side:+g}, n = 200"
-    return Setting("`expect … near`", label, (figure,), run, chunk=50)
+    label = f"{name}, truth {WITHIN * side:+g}, n = {MORE}"
+    return Setting("`expect … near`", label, (figure,), run, 4000, chunk=50)
 
 
 def _accuracy() -> Setting:
