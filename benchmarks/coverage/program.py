@@ -1,0 +1,186 @@
+"""The calls of the program: all that is known here of how its statistics are asked for."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.source import Source, Span
+from mechdsl.program import spec
+from mechdsl.resolve.cell_key import CellKey
+from mechdsl.results.decide_expectations import evaluate
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
+from mechdsl.results.finish import with_statistics
+from mechdsl.statistics import measure_data
+from mechdsl.statistics.cell_statistics import cell_statistics
+from mechdsl.statistics.measure_data import CellStatistics, MeasureData, NullBand
+from mechdsl.statistics.null_bands import null_bands
+from mechdsl.statistics.sign_flips import CORRECTIONS
+from mechdsl.syntax import ast
+from mechdsl.syntax.parse import parse
+from mechdsl.vocab.effects import EFFECTS
+
+SPAN = Span(Source(""), 0, 0)
+RESAMPLES = 2000
+"""Behind every interval: a fifth of the program's default, as repetitions average them out."""
+CONFIDENCE = 95.0
+LEVEL = 1 - CONFIDENCE / 100
+
+
+def _settings(**values: Any) -> spec.Statistics:
+    given: dict[str, Any] = {
+        "resamples": RESAMPLES,
+        "confidence": CONFIDENCE,
+        "correction": "none",
+        **values,
+    }
+    return spec.Statistics(span=SPAN, **given)
+
+
+def measured(
+    patched: Floats,
+    base: Floats | None = None,
+    source: Floats | None = None,
+    *,
+    effect: str = "raw",
+    unit: str = "",
+    seen: Ints | None = None,
+) -> MeasureData:
+    """A measure of [cell, prompt]; base and source [1 or cell, prompt], the base 0 if not given."""
+    return MeasureData(
+        label="value",
+        metric="value",
+        effect=effect,
+        kind="number",
+        per_prompt=False,
+        patched=patched,
+        base=np.zeros((1, patched.shape[1])) if base is None else base,
+        source=source,
+        inert=np.zeros(len(patched), dtype=bool),
+        unit=unit,
+        word="value",
+        seen=seen,
+    )
+
+
+def has_strata() -> bool:
+    """Whether statistics can be told of a design that deals its rows out evenly."""
+    return "strata" in inspect.signature(cell_statistics).parameters
+
+
+def has_correction(name: str) -> bool:
+    """Whether `stats correct NAME` is known."""
+    return name in CORRECTIONS
+
+
+def has_bootstrap_test() -> bool:
+    """Whether `stats test bootstrap` is more than a word: p differs from that of the flips."""
+    skewed = np.random.default_rng(0).exponential(size=(1, 32)) - 0.5
+    return bool(np.any(p_values(skewed, 0, test="bootstrap") != p_values(skewed, 0)))
+
+
+def statistics_of(
+    data: MeasureData,
+    seed: int,
+    *,
+    groups: Ints | None = None,
+    strata: Ints | None = None,
+    **values: Any,
+) -> CellStatistics:
+    """What the program makes of one measure."""
+    named = None if groups is None else np.array([str(each) for each in groups])
+    more: dict[str, Any] = {} if strata is None else {"strata": strata}
+    by = {} if groups is None else {"by": "group"}
+    settings = _settings(**by, **values)
+    return cell_statistics([data], settings, seed, named, effects=EFFECTS, **more)[0]
+
+
+def p_values(deltas: Floats, seed: int, *, test: str = "flips", correction: str = "none") -> Floats:
+    """Corrected p [cell] of deltas [cell, prompt], all cells one experiment."""
+    data = measured(deltas, effect="delta")
+    # p of sign flips takes nothing from the resamples
+    resamples = RESAMPLES if test == "bootstrap" else 20
+    given: dict[str, Any] = {"test": test, "correction": correction, "resamples": resamples}
+    return statistics_of(data, seed, **given).p_corrected
+
+
+def finished(
+    deltas: Floats, seed: int, name: str = "e", accuracy: Floats | None = None
+) -> ExperimentResult:
+    """A finished experiment over heads of one layer, corrected by the default."""
+    settings = _settings(resamples=1000, correction="holm")
+    experiment = spec.Experiment(
+        span=SPAN, name=name, model="toy", prompts="rows", measures=(), statistics=settings
+    )
+    bare = ExperimentResult(
+        name=name,
+        model="toy",
+        axes=("layer", "head"),
+        cells=tuple(
+            CellKey({"layer": 0, "head": head}, f"L0H{head}.z", "last token", ())
+            for head in range(len(deltas))
+        ),
+        measures=(measured(deltas, effect="delta"),),
+        row_ids=tuple(range(deltas.shape[1])),
+        accuracy={} if accuracy is None else {"clean": accuracy},
+    )
+    return with_statistics(bare, experiment, seed)
+
+
+@cache
+def _expectation(line: str) -> spec.Expectation:
+    tree, diagnostics = parse(Source(f"mech 1\nexperiment e {{\n  expect {line}\n}}\n"))
+    if diagnostics:
+        raise ValueError(diagnostics)
+    block = tree.statements[-1]
+    assert isinstance(block, ast.ExperimentDef)
+    found = block.statements[0]
+    assert isinstance(found, ast.Expect)
+    return spec.Expectation(
+        span=found.span,
+        text=line,
+        condition=found.condition,
+        top=found.top if isinstance(found.top, int) else None,
+        contains=found.contains,
+    )
+
+
+def verdict(line: str, result: ExperimentResult, **others: ExperimentResult) -> ExpectOutcome:
+    """What `expect LINE` says of a finished experiment."""
+    return evaluate(_expectation(line), result, others)
+
+
+def in_band(drawn: Floats, found: Floats) -> tuple[Bools, float]:
+    """[cell] whether an effect lies in the band of random targets, and what share the band states,
+    in per cent.
+
+    drawn: [draw, cell, prompt], effects of the random targets. found: [cell, prompt].
+    """
+    band = _band(drawn, found)
+    mean = found.mean(1)
+    level = getattr(band, "level", None)
+    stated = CONFIDENCE if level is None else 100 * float(level[0])
+    return (band.low <= mean) & (mean <= band.high), stated
+
+
+def rank_p(drawn: Floats, found: Floats) -> Floats | None:
+    """[cell]: p of effects among the random targets, None where there is no such p."""
+    return getattr(_band(drawn, found), "p", None)
+
+
+def _band(drawn: Floats, found: Floats) -> NullBand:
+    draws, cells, prompts = drawn.shape
+    data, what = measured(found, effect="delta"), "random heads"
+    make: Any = null_bands
+    given = {"confidence": CONFIDENCE, "effects": EFFECTS}
+    whole: Any = getattr(measure_data, "DrawnValues", None)
+    if whole is None:
+        (band,) = make([data], [drawn.reshape(draws * cells, prompts)], draws, what, **given)
+    else:
+        values = whole(values=(drawn,), counts=np.full(cells, draws), asked=draws, what=what)
+        (band,) = make([data], values, **given)
+    return band

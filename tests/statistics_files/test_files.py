@@ -1,0 +1,293 @@
+"""Files about which something was once claimed that isn't so: what is said of them now.
+
+`functions.py` has the metrics. A test is about what a number or a verdict means, and computes it
+without the package where there is something to compute.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import mechdsl
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.show.reports.table import grouped
+from mechdsl.show.reports.text import survives
+
+HERE = Path(__file__).parent
+
+NOISES = ("noise", "again", "once_more")
+WAITING = pytest.mark.xfail(reason="the statistics are being rewritten", strict=False)
+"""What is not so yet. With the rewritten statistics the mark goes, from every test."""
+
+
+@cache
+def results(name: str) -> mechdsl.Results:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mechdsl.MechdslWarning)
+        return mechdsl.run(HERE / f"{name}.mech", allow_python=True, progress=False)
+
+
+def t_interval(values: np.ndarray) -> tuple[float, float]:
+    """Student's, of independent values."""
+    found = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return float(found.low), float(found.high)
+
+
+def deltas(result: ExperimentResult, measure: int = 0) -> np.ndarray:
+    """[cell, prompt]."""
+    data = result.measures[measure]
+    return data.patched - data.base
+
+
+# --- many cells at once
+
+
+@WAITING
+@pytest.mark.parametrize("place", range(5))
+def test_noise_has_no_largest_effect(place: int) -> None:
+    """Each holds by chance in one experiment of twenty at most, and there are three."""
+    held = [
+        results("noise")[name].outcomes[place].holds for name in ("noise", "again", "once_more")
+    ]
+    assert sum(held) <= 1
+
+
+def test_the_noise_of_these_files_is_noise() -> None:
+    for name in NOISES:
+        found = deltas(results("noise")[name])
+        assert found.std() == pytest.approx(np.sqrt(2), rel=0.2)
+        assert not survives(results("noise")[name], 0).any()
+
+
+@WAITING
+def test_of_many_cells_at_99_percent_those_with_clear_effects_survive() -> None:
+    result = results("many_cells")["neurons"]
+    assert len(result.cells) == 384
+    found = deltas(result)
+    p = stats.ttest_1samp(found, 0, axis=1).pvalue
+    clear = (p * len(p) < 1e-5) & ~result.statistics[0].at_rounding
+    assert clear.sum() >= 3
+    assert survives(result, 0)[clear].all()
+
+
+# --- shares
+
+
+@WAITING
+def test_accuracy_is_of_the_rows_before_keep() -> None:
+    result = results("accuracy_of_kept_rows")["kept"]
+    (outcome,) = result.outcomes
+    assert result.prompts == 3
+    assert not outcome.holds
+    assert outcome.value == pytest.approx(1 / 3)
+
+
+@WAITING
+def test_two_of_two_right_have_no_interval() -> None:
+    found = results("all_right")["of_2"].statistics[0]
+    assert found.mean.tolist() == [1.0]
+    assert np.isnan([found.low[0], found.high[0]]).all()
+    assert found.reasons[0]
+
+
+@WAITING
+def test_eight_of_eight_right_have_that_of_clopper_and_pearson() -> None:
+    found = results("all_right")["of_8"].statistics[0]
+    assert (found.mean[0], found.high[0]) == (1.0, 1.0)
+    assert found.low[0] == pytest.approx(0.025 ** (1 / 8), abs=1e-9)
+
+
+# --- what a prompt is
+
+
+def test_no_head_survives_by_count() -> None:
+    result = results("few_values")["by_count"]
+    assert len(set(result.row_values["a"])) == 7
+    # all seven of one sign: 2 of 128 flips
+    assert np.nanmin(result.statistics[0].p) >= 2 / 128
+    assert not survives(result, 0).any()
+
+
+@WAITING
+def test_that_the_effect_hangs_on_the_count_is_said_with_the_line_to_write() -> None:
+    found = results("few_values").diagnostics
+    said = [each for each in found if each.code.startswith("W07") and each.code != "W0720"]
+    assert any("stats by a" in each.help_text for each in said)
+
+
+@WAITING
+@pytest.mark.parametrize("measure", [0, 1])
+def test_rows_of_five_prefixes_count_as_five(measure: int) -> None:
+    result = results("five_prefixes")["first_item"]
+    values = result.measures[measure].patched[0]
+    distinct = np.unique(values.round(4))
+    assert (len(values), len(distinct)) == (100, 5)
+    found = result.statistics[measure]
+    low, high = t_interval(values)
+    few_low, few_high = t_interval(distinct)
+    width = found.high[0] - found.low[0]
+    # as wide as that of five values, far from that of a hundred
+    assert width > 3 * (high - low)
+    assert 0.5 * (few_high - few_low) < width < 3 * (few_high - few_low)
+    if measure == 1:
+        assert found.p[0] >= 2 / 2**5
+
+
+# --- ratios
+
+
+@WAITING
+def test_a_group_without_a_denominator_has_no_ratio() -> None:
+    by_count = grouped(results("no_denominator")["by_item"], "count")
+    data, found = by_count.measures[0], by_count.statistics[0]
+    assert data.source is not None
+    for cell, key in enumerate(by_count.cells):
+        here = ~np.isnan(data.patched[cell])
+        low, high = t_interval((data.source[0] - data.base[0])[here])
+        assert (low <= 0 <= high) == (key.coords["count"] == 6)
+        empty = np.isnan([found.mean[cell], found.low[cell], found.high[cell], found.p[cell]])
+        assert empty.all() if low <= 0 <= high else not empty.any()
+        assert bool(found.reasons[cell]) == (low <= 0 <= high)
+        assert not (survives(by_count, 0)[cell] and low <= 0 <= high)
+
+
+def test_over_all_rows_the_ratio_is_there() -> None:
+    found = results("no_denominator")["by_item"].statistics[0]
+    assert np.isfinite([found.mean[0], found.low[0], found.high[0]]).all()
+
+
+# --- rounding
+
+
+@WAITING
+def test_the_last_bit_is_no_effect() -> None:
+    result = results("one_step")["stepped"]
+    largest = np.float32(np.abs(result.measures[1].base).max())
+    for measure, found in enumerate(result.statistics):
+        # a step or two of the largest logit, through all of a head's and a layer's sums
+        assert (np.abs(found.mean) < 2 * np.spacing(largest)).all()
+        assert (found.p < 0.05).any()
+        assert not survives(result, measure).any()
+
+
+# --- controls
+
+
+@WAITING
+@pytest.mark.parametrize("name", ["head", "inside", "swept"])
+def test_random_targets_are_distinct_and_their_number_is_said(name: str) -> None:
+    result = results("random_targets")[name]
+    band = result.controls[0]
+    assert band is not None
+    # 4 layers of 4 heads, without the one that is patched
+    assert np.all((band.draws > 0) & (band.draws <= 15))
+    assert str(np.max(band.draws)) in result.to_text()
+
+
+@WAITING
+def test_a_band_is_not_said_to_hold_more_than_its_draws_can_tell() -> None:
+    band = results("random_targets")["head"].controls[0]
+    assert band is not None
+    draws = int(np.max(band.draws))
+    # the range of k draws holds one more with a probability of (k - 1) / (k + 1)
+    assert np.all(band.level <= (draws - 1) / (draws + 1) + 1e-12)
+    assert np.all(band.p >= 1 / (draws + 1))
+
+
+@WAITING
+def test_a_head_like_others_is_not_shown_as_if_it_stood_out() -> None:
+    result = results("random_targets")["inside"]
+    band, found = result.controls[0], result.statistics[0]
+    assert band is not None
+    assert found.p[0] < 0.05
+    assert band.low[0] <= found.mean[0] <= band.high[0]
+    assert np.all(band.inside)
+    assert np.all(band.p > 0.05)
+
+
+# --- intervals of few rows
+
+
+@WAITING
+def test_intervals_of_eight_rows_are_as_wide_as_students() -> None:
+    """A percentile interval of the bootstrap is a fifth narrower."""
+    result = results("eight_rows")["few"]
+    found = result.statistics[0]
+    ends = np.array([t_interval(row) for row in deltas(result)])
+    ratio = (found.high - found.low) / (ends[:, 1] - ends[:, 0])
+    assert 0.9 < np.exp(np.log(ratio).mean()) < 1.3
+
+
+# --- correlations
+
+
+@WAITING
+@pytest.mark.parametrize(
+    ("name", "with_which"),
+    [
+        ("same_rows", "one"),
+        ("other_rows", "one"),
+        ("other_noise", "one"),
+        ("twice", "an_effect"),
+    ],
+)
+def test_a_correlation_lies_in_its_interval(name: str, with_which: str) -> None:
+    one, other = results("correlations")[with_which], results("correlations")[name]
+    for outcome, word in zip(other.outcomes, (stats.pearsonr, stats.spearmanr), strict=True):
+        means = [deltas(result).mean(1) for result in (one, other)]
+        cells = ~one.measures[0].inert
+        expected = float(word(means[0][cells], means[1][cells]).statistic)
+        assert outcome.value == pytest.approx(expected, abs=1e-6)
+        assert outcome.low is not None
+        assert outcome.high is not None
+        assert outcome.low <= expected <= outcome.high <= 1
+        assert outcome.low < outcome.high
+
+
+# --- skewed deltas
+
+
+@WAITING
+def test_what_a_test_takes_for_granted_is_said() -> None:
+    flipped, inverted = results("skewed")["flipped"], results("skewed")["inverted"]
+    assert stats.skew(deltas(flipped), axis=1).max() > 1
+    assert any("symmetr" in said for said in flipped.conventions.values())
+    assert not any("sign-flip" in said for said in inverted.conventions.values())
+    tested = ~np.isnan(flipped.statistics[0].p)
+    assert np.any(inverted.statistics[0].p[tested] != flipped.statistics[0].p[tested])
+
+
+@WAITING
+def test_the_bootstrap_test_agrees_with_the_interval_that_it_inverts() -> None:
+    found = results("skewed")["inverted"].statistics[0]
+    tested = ~np.isnan(found.p) & (np.abs(found.p - 0.05) > 0.01)
+    outside = (found.low > 0) | (found.high < 0)
+    assert tested.any()
+    assert ((found.p < 0.05) == outside)[tested].all()
+
+
+# --- order
+
+
+@WAITING
+def test_the_order_of_the_rows_of_a_file_changes_nothing() -> None:
+    one, other = results("in_order")["in_order"], results("in_order")["turned_around"]
+    for mine, turned in zip(one.statistics, other.statistics, strict=True):
+        for name in ("mean", "low", "high", "p", "p_corrected"):
+            pair = getattr(mine, name), getattr(turned, name)
+            np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-6)
+    verdicts = [[each.holds for each in result.outcomes] for result in (one, other)]
+    assert verdicts[0] == verdicts[1]
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    again = mechdsl.run(HERE / "eight_rows.mech", allow_python=True, progress=False)
+    for name in ("mean", "low", "high", "p", "p_corrected"):
+        pair = (getattr(each["few"].statistics[0], name) for each in (results("eight_rows"), again))
+        np.testing.assert_array_equal(*pair)
