@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.rows import Row
 
-LEAST = 0.75
-"""Rows of the rarest combination, as a part of those of the commonest."""
+MOVED = 0.1
+"""Part of the rows that may have to be of another combination for all to have the same number."""
 
 
 def dealt_evenly(block: PromptsBlock, rows: Sequence[Row]) -> tuple[str, ...]:
@@ -37,4 +37,6 @@ def _even(columns: Sequence[Sequence[int]]) -> bool:
     last round there may be a part; or nearly as many, as rows that were there already are left out.
     Where a combination has too few different rows, these soon make it rare."""
     counts = Counter(zip(*columns, strict=True)).values()
-    return max(counts) - min(counts) <= 1 or min(counts) >= LEAST * max(counts)
+    rows, mean = sum(counts), sum(counts) / len(counts)
+    moved = sum(abs(count - mean) for count in counts) / 2
+    return max(counts) - min(counts) <= 1 or moved <= MOVED * rows
