@@ -34,8 +34,10 @@ from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.collect import collect, versions, with_control, without_measures
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.results.explained_by_values import explained_by_values
 from mechdsl.results.finish import lost_experiment, with_statistics, with_verdicts
 from mechdsl.results.make_finding import found_by
+from mechdsl.results.population import with_population
 from mechdsl.results.results import Results
 from mechdsl.results.store import Store
 from mechdsl.results.variants import merged
@@ -279,8 +281,10 @@ class _FileRun:
         if parameters:
             said = {"parameters": _parameter_words(parameters)}
             whole = replace(whole, conventions={**whole.conventions, **said})
+        whole = with_population(whole, first.table, first.spec.statistics)
         result = with_statistics(whole, first.spec, first.seed)
         self._say(_few_units(variants, result))
+        self._say(explained_by_values(result, first.spec))
         self.results[first.name] = result
 
     def _with_progress(self, later: Sequence[ResolvedExperiment]) -> Options:

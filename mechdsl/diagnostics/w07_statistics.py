@@ -1,4 +1,4 @@
-"""W0720: results that will say little."""
+"""W0720, W0722: results that say little, or less than it seems."""
 
 from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
@@ -17,3 +17,20 @@ class TooFewPrompts(Diagnostic):
     correction: str
     corrected: str
     cells: int
+
+
+@keyword_record
+class ExplainedByValues(Diagnostic):
+    """Rows that differ by one value of the prompts more than by all the rest."""
+
+    code = "W0722"
+    title = "`{name}` explains {share} of what rows of `{label_of}` differ by"
+    label = "for values that weren't run, effective n is {values} values of `{name}`, not {n} rows"
+    help = "{line}, so that intervals and p hold for new values; without it they hold for new rows "
+    help += "with these {values}"
+    name: str
+    share: str
+    label_of: str
+    values: int
+    n: int
+    line: str

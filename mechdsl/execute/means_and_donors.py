@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from mechdsl.models.shape import units, width
 from mechdsl.plan.columns import counted, prompt_lengths
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import RulePlan
+from mechdsl.prompts.seeded_draws import stable_hash
 from mechdsl.resolve.resolved import Place
 from mechdsl.vocab.sites import SITES
 
@@ -63,7 +65,7 @@ def means_and_donors_of(
     """
     donors = None
     if any(rule.rule.does.reads == "donor" for rule in plan.rules):
-        donors = _donors(kept, len(runs.table), runs.seed)
+        donors = _donors(kept, runs.table.row_keys, runs.seed)
     averaging = {n: rule for n, rule in enumerate(plan.rules) if rule.rule.does.reads == "mean"}
     means = {number: _means(rule, runs, batches, None) for number, rule in averaging.items()}
     behind = {
@@ -77,11 +79,18 @@ def means_and_donors_of(
     return MeansAndDonors(means, behind, donors)
 
 
-def _donors(kept: Ints, size: int, seed: int) -> Ints:
-    """A seeded permutation of the kept rows without a fixed point."""
-    order = np.random.default_rng([2, seed % 2**63]).permutation(kept)
-    donors = np.arange(size, dtype=np.int64)
-    donors[order] = np.roll(order, 1)
+def _donors(kept: Ints, keys: Sequence[int], seed: int) -> Ints:
+    """A seeded permutation of the kept rows without a fixed point; a donor is of other content as
+    far as there are enough of these.
+
+    keys: [prompt], which the order hangs on. Equal rows stand side by side in it, so that a step
+    over as many as the commonest has leads out of each.
+    """
+    drawn = {key: stable_hash(seed, "donor", key) for key in {keys[row] for row in kept.tolist()}}
+    order = np.array(sorted(kept.tolist(), key=lambda row: drawn[keys[row]]), dtype=np.int64)
+    most = max(Counter(keys[row] for row in kept.tolist()).values(), default=0)
+    donors = np.arange(len(keys), dtype=np.int64)
+    donors[order] = np.roll(order, most if most < len(kept) else 1)
     return donors
 
 

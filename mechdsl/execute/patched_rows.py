@@ -332,7 +332,7 @@ class Patcher:
                 rows.run.noise,
                 rows.prompts,
                 rows.run.noise.samples,
-                self.runs.table.row_ids,
+                self.runs.table.row_keys,
                 self.runs.seed,
             )
         batch = lanes.batch.take(torch.from_numpy(lane))

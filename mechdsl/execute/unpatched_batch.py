@@ -119,15 +119,15 @@ def compute_unpatched(
     model: LoadedModel,
     runs: Sequence[tuple[Run, UnpatchedRequest]],
     prompts: Ints,
-    row_ids: Sequence[int],
+    row_keys: Sequence[int],
     *,
     seed: int,
     side: PaddingSide | None,
 ) -> list[UnpatchedBatch]:
     """Run the unpatched model on these prompts, all runs in one pass, and keep what was asked for.
 
-    `row_ids` are the table's, so that noise hangs on the row and not on the batch; `side` as in
-    `Options`.
+    `row_keys` are the table's, so that noise hangs on what a row is and not on the batch; `side` as
+    in `Options`.
     """
     parts = [_Part.of(model, run, request, prompts) for run, request in runs]
     rows = [ids for part in parts for ids in part.ids]
@@ -154,7 +154,7 @@ def compute_unpatched(
         writes: list[SiteWrite] = []
         for part, begin in zip(parts, begins, strict=False):
             rows = torch.arange(begin, begin + len(part.ids))
-            added = noise_writes(model, part.run.noise, part.lanes, part.draws, row_ids, seed)
+            added = noise_writes(model, part.run.noise, part.lanes, part.draws, row_keys, seed)
             writes += [write.moved(rows) for write in added]
         result = run_whole(
             model,
@@ -284,7 +284,7 @@ def noise_writes(
     noise: Noise | None,
     lanes: Ints,
     draws: int,
-    row_ids: Sequence[int],
+    row_keys: Sequence[int],
     seed: int,
 ) -> list[SiteWrite]:
     """The noise of a corrupted run as writes; the same for a row whatever it is batched with.
@@ -294,13 +294,13 @@ def noise_writes(
     if noise is None:
         return []
     scale = noise_scale(model, noise)
-    row_ids = row_ids if noise.row_ids is None else noise.row_ids
+    row_keys = row_keys if noise.row_keys is None else noise.row_keys
     rows: list[int] = []
     positions: list[int] = []
     values: list[np.ndarray] = []
     for lane, prompt in enumerate(lanes):
         for position in noise.positions[prompt]:
-            key = [seed % 2**63, row_ids[prompt], lane % draws, position]
+            key = [seed % 2**63, row_keys[prompt], lane % draws, position]
             random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
             rows.append(lane)
             positions.append(position)

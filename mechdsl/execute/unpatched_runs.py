@@ -100,7 +100,7 @@ class UnpatchedRuns:
                 self.model_of(run),
                 [(each, self._request(each, prompts, continuation)) for each in due],
                 prompts,
-                self.table.row_ids,
+                self.table.row_keys,
                 seed=self.seed,
                 side=self.side,
             )
@@ -115,7 +115,7 @@ class UnpatchedRuns:
         self.passes += 1
         request = UnpatchedRequest(reads=frozenset(places), stop=self.model.shape.n_layers + 1)
         (found,) = compute_unpatched(
-            self.model, [(run, request)], prompts, table.row_ids, seed=self.seed, side=self.side
+            self.model, [(run, request)], prompts, table.row_keys, seed=self.seed, side=self.side
         )
         return found
 
@@ -130,7 +130,7 @@ class UnpatchedRuns:
             self.model_of(run),
             [(run, request)],
             np.array([prompt], dtype=np.int64),
-            self.table.row_ids,
+            self.table.row_keys,
             seed=self.seed,
             side=self.side,
         )

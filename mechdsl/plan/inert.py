@@ -73,7 +73,7 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
         where[_all_points(plan, lambda point: _is_above_attention(point, last_layer))] = ABOVE
     elif plan.paths.at_the_end:  # all attention is held
         where[:] = ABOVE
-    where[_all_points(plan, _is_below_attention)] = BELOW
+    where[_all_points(plan, is_below_attention)] = BELOW
     tokens = (same | unread, same | elsewhere, alike | unread)
     return Inert(where, np.stack([_all_of(mask, of_run, runs) for mask in tokens]))
 
@@ -134,7 +134,7 @@ def _is_above_attention(point: SitePoint, last_layer: int) -> bool:
     return on_top or SITES[point.site].when == "output"
 
 
-def _is_below_attention(point: SitePoint) -> bool:
+def is_below_attention(point: SitePoint) -> bool:
     made_of_own = SITES[point.site].stage in MADE_OF_OWN_TOKEN
     return point.site == "embed" or (point.layer == 0 and made_of_own)
 

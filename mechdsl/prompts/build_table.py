@@ -23,6 +23,7 @@ from mechdsl.prompts.answers import (
     text_tokens,
     tokenise,
 )
+from mechdsl.prompts.dealt_evenly import dealt_evenly
 from mechdsl.prompts.domains import Constants, Words
 from mechdsl.prompts.noise import add_noise
 from mechdsl.prompts.prompt_conventions import (
@@ -173,7 +174,15 @@ class _Builder:
             table = self._with_noise(table, found)
         conventions |= noise_conventions(table)
         python = self.block.calls.functions
-        return replace(table, conventions=conventions, python=python, cut=found.cut)
+        rounds = found.tried >= self.block.combinations and part is None
+        return replace(
+            table,
+            conventions=conventions,
+            python=python,
+            cut=found.cut,
+            dealt=dealt_evenly(self.block, table.sources) if rounds else (),
+            whole=rounds and not self.block.draws,
+        )
 
     # --- tokenisation -----------------------------------------------------------------------------
 
@@ -201,6 +210,7 @@ class _Builder:
         table = PromptTable(
             name=self.block.name,
             row_ids=tuple(m.clean.id for m in made),
+            row_keys=tuple(m.clean.key for m in made),
             runs=runs,
             data_hash=self.block.data.digest if self.block.data else "",
             moved=moved,
@@ -330,6 +340,7 @@ class _Builder:
         table = replace(
             table,
             row_ids=_only(table.row_ids, keep),
+            row_keys=_only(table.row_keys, keep),
             sources=_only(table.sources, keep),
             runs=runs,
         )

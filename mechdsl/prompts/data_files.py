@@ -7,6 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from importlib import import_module
 from math import isfinite
@@ -19,6 +20,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e05_data import DataFormat, DataNotRead
 from mechdsl.program.named_paths import ROWS, path_to_read
+from mechdsl.prompts.row_content import ByContent
 from mechdsl.prompts.values import Record, Value
 
 TWO_COLUMNS = "two columns are called"
@@ -32,6 +34,16 @@ class DataFile:
     records: tuple[Record, ...]
     columns: tuple[str, ...]
     digest: str
+
+    @cached_property
+    def by_content(self) -> ByContent:
+        """In which order they are drawn."""
+        return ByContent(self.records)
+
+    @cached_property
+    def sorted(self) -> tuple[Record, ...]:
+        """The records in that order."""
+        return tuple(self.records[number] for number in self.by_content.order)
 
 
 class _Malformed(Exception):

@@ -369,7 +369,7 @@ def _from_pool(
     if not isinstance(source, ast.Name):
         raise call.wrong("takes the name of a column or of prompts behind `from:`", source.span)
     fields = _fields(call, what)
-    pool = _pool(call, source)
+    pool = _pool(call, source, drawn=count is not None)
 
     def excluded(index: int) -> bool:
         # A shot that is the question itself would give the answer away.
@@ -410,9 +410,9 @@ def _fields(call: CallSite, what: ast.Name | ast.String) -> list[str]:
     return list(dict.fromkeys(n.id for n in inner if isinstance(n, ast.Name)))
 
 
-def _pool(call: CallSite, source: ast.Name) -> Sequence[Value]:
+def _pool(call: CallSite, source: ast.Name, *, drawn: bool) -> Sequence[Value]:
     if not call.scope.known(source.id):
-        records = call.scope.records(source.id)
+        records = call.scope.records(source.id, drawn=drawn)
         if records is not None:
             return records
     value = call.scope.value(source.id, source.span)

@@ -137,6 +137,6 @@ def _aligned(
         noise = replace(
             noise,
             positions=tuple(noise.positions[i] for i in index),
-            row_ids=tuple(found.row_ids[i] for i in index),
+            row_keys=tuple(found.row_keys[i] for i in index),
         )
     return Run(name, tuple(rows[i] for i in index), noise, prompts=found.name)

@@ -40,8 +40,8 @@ class Noise(Record):
     samples: int = 1
     kind: str = "gaussian"
     """Name in the registry of noises."""
-    row_ids: tuple[int, ...] | None = None
-    """Per row, its number in the block that it is of, where that isn't the table's."""
+    row_keys: tuple[int, ...] | None = None
+    """Per row, its key in the block that it is of, where that isn't the table's."""
 
 
 @record
@@ -83,7 +83,10 @@ class PromptTable(Record):
     name: str
     row_ids: tuple[int, ...]
     """Index of each row before `where`, `limit` and `split`: the same row has the same id in every
-    experiment, so that noise and caches agree."""
+    experiment."""
+    row_keys: tuple[int, ...]
+    """A hash of each row's content (values, clean text, answers), 0..2^63-1: noise, donors and
+    random positions hang on it, so that they are the same wherever the row stands."""
     runs: Mapping[str, Run]
     conventions: Mapping[str, str] = field(default_factory=dict[str, str])
     """What was defaulted or dropped, in words, by short key (`bos`, `rows`, `answer`, …)."""
@@ -106,6 +109,10 @@ class PromptTable(Record):
     """The same for want of its data file, which has names of its own."""
     cut: bool = False
     """There are more rows, which a check doesn't look at."""
+    dealt: tuple[str, ...] = ()
+    """Names of the values that rows have evenly by how they are made."""
+    whole: bool = False
+    """They are all rows that the block can make."""
 
     def __len__(self) -> int:
         return len(self.row_ids)

@@ -27,7 +27,7 @@ from mechdsl.prompts.domains import Constants, Words, make_domain
 from mechdsl.prompts.names_used import NameUse, draws, uses
 from mechdsl.prompts.python_values import Calls, Names, python_calls
 from mechdsl.prompts.row_scope import Refusal
-from mechdsl.prompts.values import Record, Value, frozen, plain
+from mechdsl.prompts.values import Value, frozen, plain
 from mechdsl.syntax import ast
 from mechdsl.syntax.template import Placeholder, parse_template
 from mechdsl.syntax.walk import depth
@@ -104,7 +104,7 @@ class PromptsBlock:
             d for c in prompts.corruptions for d in problems(c.changes, parameters)
         ]
         self._templates: dict[int, CompiledTemplate] = {}
-        self._pools: dict[str, Sequence[Record]] = {}
+        self._pools: dict[str, DataFile | None] = {}
         self._columns: dict[str, Sequence[Value]] = {}
         self.data: DataFile | None = self._read()
         self.columns: tuple[str, ...] = self.data.columns if self.data else ()
@@ -187,6 +187,14 @@ class PromptsBlock:
     def calls(self) -> Calls:
         """The `python(…)` in it."""
         return Calls(_parts(self), allowed=self.python)
+
+    def in_file(self, index: int) -> int:
+        """The combination at a place of a round: a limit or a split takes the same records however
+        the file is sorted."""
+        if self.data is None:
+            return index
+        rest, place = divmod(index, self.data_size)
+        return rest * self.data_size + self.data.by_content.order[place]
 
     @property
     def data_size(self) -> int:
@@ -414,19 +422,19 @@ class PromptsBlock:
                 return None
 
     def column(self, name: str) -> Sequence[Value] | None:
-        """The different values of a column."""
+        """The different values of a column, however the file is sorted."""
         if self.data is None or name not in self.columns:
             return None
         if name not in self._columns:
-            values = (record.get(name) for record in self.data.records)
+            values = (record.get(name) for record in self.data.sorted)
             unique = {frozen(plain(v)): v for v in values if v is not None}
             self._columns[name] = tuple(unique.values())
         return self._columns[name]
 
-    def records(self, name: str) -> Sequence[Record] | None:
+    def records(self, name: str) -> DataFile | None:
         """The records of this or another block, None where it has none. E0504, E0505."""
         if name == self.name:
-            return self.data.records if self.data else None
+            return self.data
         if name not in self.blocks:
             return None
         if name not in self._pools:
@@ -441,8 +449,8 @@ class PromptsBlock:
             if isinstance(wrong, DataFormat) and wrong.span is not None:
                 facts = {"path": wrong.path, "reason": wrong.reason, "hint": wrong.hint}
                 raise Refusal(DataFormat, wrong.span, **facts)
-            self._pools[name] = other.data.records if other.data else ()
-        return self._pools[name] or None
+            self._pools[name] = other.data
+        return self._pools[name]
 
 
 def _hint(name: str, known: Iterable[str], what: str) -> str:

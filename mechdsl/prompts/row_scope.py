@@ -72,8 +72,9 @@ class Scope(Protocol):
         """The values that an expression (most often a name) ranges over."""
         ...
 
-    def records(self, name: str) -> Sequence[Record] | None:
-        """The records of a block of prompts, by its name."""
+    def records(self, name: str, *, drawn: bool) -> Sequence[Record] | None:
+        """The records of a block of prompts, by its name: in the order of the file, or, where some
+        are drawn, in one that hangs on their content."""
         ...
 
     def python(self, node: ast.Call) -> Value:

@@ -198,7 +198,7 @@ class _Collector:
         while True:
             order = Permutation(block.combinations, block.seed, block.name, "rows", turn)
             for place in range(block.combinations):
-                number = turn * block.combinations + order[place]
+                number = turn * block.combinations + block.in_file(order[place])
                 yield self.rows[number]
             if self.limit is None or not block.draws:
                 return

@@ -15,6 +15,7 @@ from mechdsl.program import spec
 from mechdsl.prompts.expressions import bad, evaluate, holds
 from mechdsl.prompts.functions import FUNCTIONS, CallSite, draw_others
 from mechdsl.prompts.prompts_block import TEMPLATE, CompiledTemplate, Definition, PromptsBlock
+from mechdsl.prompts.row_content import content_key
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.seeded_draws import Permutation, stable_hash
 from mechdsl.prompts.values import (
@@ -81,8 +82,26 @@ class Row:
         """Work everything out anew, because something is changed."""
         self._cache = {}
         self._texts = {}
-        for worked_out in ("prompt", "plain_values"):
+        for worked_out in ("prompt", "plain_values", "key"):
             self.__dict__.pop(worked_out, None)
+
+    @cached_property
+    def draw_key(self) -> int:
+        """What its draws hang on: its number, or, in a data file, what the record is. Records that
+        are equal have draws of their own."""
+        data = self.block.data
+        if data is None:
+            return self.id
+        found, at = data.by_content, self.places[RECORD]
+        return stable_hash(found.keys[at], found.copies[at], self.id // self.block.data_size)
+
+    @cached_property
+    def key(self) -> int:
+        """Of its values, its text and the texts that metrics refer to: rows of equal content have
+        equal keys, wherever they stand."""
+        texts = (self.named_text(name) for name in sorted(self.block.texts))
+        written = ((t.id if isinstance(t, TokenId) else t) for t in texts)
+        return content_key(self.plain_values, [self.prompt.text, *written])
 
     # --- names and values -----------------------------------------------------------------------
 
@@ -217,8 +236,11 @@ class Row:
         row = {name: plain(self.value(name, node.span)) for name in names}
         return self.block.calls.run(node, row)
 
-    def records(self, name: str) -> Sequence[Record] | None:
-        return self.block.records(name)
+    def records(self, name: str, *, drawn: bool) -> Sequence[Record] | None:
+        data = self.block.records(name)
+        if data is None:
+            return None
+        return data.sorted if drawn else data.records
 
     def is_own(self, record: Record, fields: Sequence[str]) -> bool:
         shared = [f for f in fields if f in record and f in self.record]
@@ -235,7 +257,7 @@ class Row:
 
     def draw(self, key: Key, index: int, below: int) -> int:
         block = self.block
-        return stable_hash(block.seed, block.name, self.id, key.path, index) % below
+        return stable_hash(block.seed, block.name, self.draw_key, key.path, index) % below
 
     def kept(self, key: Key) -> list[Value]:
         drawn = self.clean._drawn
@@ -246,13 +268,15 @@ class Row:
             self.clean._drawn[key.path] = value
 
     def order(self, key: Key, size: int) -> Sequence[int]:
-        return Permutation(size, self.block.seed, self.block.name, self.id, key.path)
+        return Permutation(size, self.block.seed, self.block.name, self.draw_key, key.path)
 
     def elsewhere(self, name: str, span: Span) -> Value:
         key = (self.block.seed, self.block.name, "shuffle", name)
         if self.block.data is not None and name in self.record:
-            records = self.block.data.records
-            return records[Permutation(len(records), *key)[self.places[RECORD]]].get(name)
+            data = self.block.data
+            order, rank = data.by_content.order, data.by_content.rank
+            other = order[Permutation(len(order), *key)[rank[self.places[RECORD]]]]
+            return data.records[other].get(name)
         for axis, values in self.block.axes:
             if axis == name:
                 return values[Permutation(len(values), *key)[self.places[name]]]

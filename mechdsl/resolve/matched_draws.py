@@ -119,7 +119,7 @@ def _picks(
 
 
 def draw_tokens(
-    allowed: tuple[int, ...], hits: Hits, *, row_id: int, draws: int, seed: int
+    allowed: tuple[int, ...], hits: Hits, *, row_key: int, draws: int, seed: int
 ) -> tuple[Sequence[Hits], bool]:
     """For every draw, what stands for the runs of one row, as many tokens (none without
     others); and whether the row's own may be among them."""
@@ -136,7 +136,7 @@ def draw_tokens(
             break
     if not most:
         return [], False
-    key = stable_hash(seed, "control", "positions", row_id, pool)
+    key = stable_hash(seed, "control", "positions", row_key, pool)
     options = _token_options(pool, hits, key, draws)
     found: list[Hits] = []
     while len(found) < draws:  # once more, in another order

@@ -401,12 +401,12 @@ class _Draws:
         read: dict[Key, PositionCell] = {}
         alone: set[Key] = set()
         self.alone[n] = own.axes, alone
-        row_ids = self.experiment.table.row_ids
+        row_keys = self.experiment.table.row_keys
         draws, seed = self.draws, self.experiment.seed
         for key, cell in own.written.items():
             rows = [
-                draw_tokens(tokens, hits, row_id=row_id, draws=draws, seed=seed)
-                for row_id, tokens, hits in zip(row_ids, allowed, cell.hits, strict=True)
+                draw_tokens(tokens, hits, row_key=row_key, draws=draws, seed=seed)
+                for row_key, tokens, hits in zip(row_keys, allowed, cell.hits, strict=True)
             ]
             if not any(each for each, _ in rows):
                 alone.add(key)

@@ -27,6 +27,7 @@ from mechdsl.resolve.name_cells import cell_keys
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.run_conventions import conventions, fallbacks, model_words, pass_sizes
+from mechdsl.results.seen_rows import SeenRows
 from mechdsl.statistics.measure_data import MeasureData, Missing
 from mechdsl.statistics.null_bands import null_bands
 from mechdsl.vocab.effects import EFFECTS
@@ -61,6 +62,7 @@ def collect(
     source = experiment.spec.source
     accuracies = _accuracies(measured)
     there = plan.exists
+    seen = SeenRows(plan, kept, lambda name: models[name or model.name].shape.causal)
     measures: list[MeasureData] = []
     for number, (resolved, said) in enumerate(
         zip(experiment.measures, experiment.spec.measures, strict=True)
@@ -86,6 +88,7 @@ def collect(
                 rounding=_of(there, per_cell(plan, measured, measured.rounding[number])),
                 word=resolved.word,
                 gaps=tuple(gap_words(measured, number, c) for c in np.flatnonzero(there).tolist()),
+                seen=seen.of(number, there),
             )
         )
     return ExperimentResult(
@@ -121,6 +124,7 @@ def collect(
             for row, unusable in sorted(measured.unusable.items())
         },
         row_ids=tuple(table.row_ids[i] for i in kept),
+        row_keys=tuple(table.row_keys[i] for i in kept),
         row_values=_row_values([rows[i].values for i in kept]),
         reports=experiment.spec.reports or (_table(experiment),),
         rounding=_rounding_words(experiment, model),

@@ -96,6 +96,8 @@ class ExperimentResult:
     """Per prompt, a hash of its content: what is drawn hangs on it, and not on its place."""
     strata: Ints | None = None
     """[prompt]: rows of one number have the same values of what the block deals out evenly."""
+    population: str = ""
+    """What intervals and p are about, in words: `new rows of this design`."""
     row_values: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
     """Values of the prompts block per prompt, for `report table by VAR` and `stats by VAR`."""
     controls: tuple[NullBand | None, ...] = ()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.resolve.cell_key import Labels, joined_axes, joined_cells
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.seen_rows import shared_rows
 from mechdsl.statistics.measure_data import MeasureData, NullBand
+
+A = TypeVar("A", np.float64, np.int64)
 
 
 def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult:
@@ -82,7 +86,7 @@ def _on_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> Experimen
     places = {number: n for n, number in enumerate(result.row_ids)}
     index = np.array([places[number] for number in ids], dtype=np.int64)
 
-    def cut(values: Floats | None) -> Any:
+    def cut(values: Floats | Ints | None) -> Any:
         return None if values is None else values[:, index]
 
     def chosen(values: Sequence[Any]) -> tuple[Any, ...]:
@@ -98,6 +102,7 @@ def _on_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> Experimen
                 source=cut(data.source),
                 truth=cut(data.truth),
                 rounding=cut(data.rounding),
+                seen=shared_rows(cut(data.seen)),
             )
             for data in result.measures
         ),
@@ -109,6 +114,8 @@ def _on_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> Experimen
             result, index, [r for r in result.accuracy if r not in result.accuracy_rows]
         ),
         row_ids=ids,
+        row_keys=None if result.row_keys is None else chosen(result.row_keys),
+        strata=None if result.strata is None else result.strata[index],
         row_values={name: chosen(values) for name, values in result.row_values.items()},
         texts=chosen(result.texts) if result.texts else (),
         hits=tuple(chosen(hit) for hit in result.hits),
@@ -146,6 +153,10 @@ def _measure(parts: Sequence[MeasureData]) -> MeasureData:
     sources = [data.source for data in parts]
     truths = [data.truth for data in parts]
     roundings = [data.rounding for data in parts]
+    seen = [data.seen for data in parts]
+    if any(s is not None for s in seen):
+        prompts = parts[0].patched.shape[1]
+        seen = [np.arange(prompts)[None] if s is None else s for s in seen]
     return replace(
         parts[0],
         patched=np.concatenate([data.patched for data in parts]),
@@ -155,10 +166,11 @@ def _measure(parts: Sequence[MeasureData]) -> MeasureData:
         inert=np.concatenate([data.inert for data in parts]),
         rounding=None if any(r is None for r in roundings) else _side_by_side(roundings, cells),
         gaps=tuple(gap for own in gaps for gap in own),
+        seen=None if all(s is None for s in seen) else _side_by_side(seen, cells),
     )
 
 
-def _side_by_side(values: Sequence[Floats | None], cells: Sequence[int]) -> Floats:
+def _side_by_side(values: Sequence[NDArray[A] | None], cells: Sequence[int]) -> NDArray[A]:
     """[1 or cell, prompt] of each variant as one: a single row where all have the same one."""
     found = [value for value in values if value is not None]
     if all(len(v) == 1 and np.array_equal(v, found[0], equal_nan=True) for v in found):

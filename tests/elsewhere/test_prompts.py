@@ -24,7 +24,7 @@ from ..execute.support import (
     write_rows,
 )
 from ..reference.forward import Write, forward
-from ..reference.noise import noise
+from ..reference.noise import keyed_by_number, noise
 from ..reference.points import Point, copied
 from .support import BLANK, OTHERS, models, patched, q, run, unpatched
 
@@ -71,7 +71,10 @@ prompts one {
 
 @pytest.mark.parametrize("block", ["n", "one"])
 @pytest.mark.parametrize("mode", MODES)
-def test_noise_is_that_of_the_other_blocks_row(folder: Path, block: str, mode: str) -> None:
+def test_noise_is_that_of_the_other_blocks_row(
+    folder: Path, block: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keyed_by_number(monkeypatch)
     text = experiment(
         "e", "prompts p", f"from {block}.noisy into clean",
         "patch resid_post layer * at last token",

@@ -17,6 +17,7 @@ from mechdsl.execute.execute import Options
 from mechdsl.pipeline import RunOptions
 
 from ..reference.forward import Write, forward
+from ..reference.noise import keyed_by_number
 from ..reference.points import Point, copied
 from .support import (
     DIFFERENCE,
@@ -61,13 +62,15 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Writes down what is added, which nobody else can know."""
     found, original = Seen(), mechdsl.execute.unpatched_batch.noise_writes
 
-    def spy(model: Any, noise: Any, lanes: Any, draws: int, row_ids: Any, seed: int) -> list[Any]:
-        writes = original(model, noise, lanes, draws, row_ids, seed)
+    keyed_by_number(monkeypatch)
+
+    def spy(model: Any, noise: Any, lanes: Any, draws: int, keys: Any, seed: int) -> list[Any]:
+        writes = original(model, noise, lanes, draws, keys, seed)
         own: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
         for write in writes:
             columns = zip(write.rows.tolist(), write.positions.tolist(), write.values, strict=True)
             for lane, position, vector in columns:
-                key = (int(row_ids[lanes[lane]]), lane % draws)
+                key = (int(keys[lanes[lane]]), lane % draws)
                 own.setdefault(key, []).append((position, vector.float()))
         found.noise.update(own)
         return writes

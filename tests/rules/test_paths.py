@@ -16,7 +16,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES
 from ..reference.forward import Run, Write, forward
-from ..reference.noise import noise
+from ..reference.noise import keyed_by_number, noise
 from .models import STRAIGHT, WITHOUT_NORMS, double
 from .paths import LAST, RECEIVERS, SENDERS, End, Way, leads, paths, plain
 from .support import (
@@ -327,8 +327,9 @@ def draw_of(name: str, run: str, n: int, draw: int) -> Run:
     return forward(name, double(name), text.ids, changed)
 
 
-def test_each_draw_of_noise_has_its_own_path(data: Path) -> None:
+def test_each_draw_of_noise_has_its_own_path(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The metric is averaged over the draws, each sent and received on its own."""
+    keyed_by_number(monkeypatch)
     name = "llama"
     text = "".join(case.experiment(key) for key, case in LOUD.items())
     found = {mode: run_file(text, data, name, mode, precise=True, blocks=NOISED) for mode in QUICK}

@@ -10,8 +10,10 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -49,6 +51,8 @@ SHOWN_TOKENS = 6
 """Distinct tokens of a position that a row shows; `explain` prints all."""
 GAP = 3
 """Characters between two columns."""
+
+A = TypeVar("A", np.float64, np.int64)
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
             inert=np.tile(data.inert, len(values)),
             rounding=None if data.rounding is None else _repeat(data.rounding, len(values)),
             gaps=data.gaps * len(values),
+            seen=None if data.seen is None else _repeat(data.seen, len(values)),
         )
         for data in result.measures
     )
@@ -168,7 +173,7 @@ def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
     return replace(expanded, conventions=said)
 
 
-def _repeat(data: Floats, times: int) -> Floats:
+def _repeat(data: NDArray[A], times: int) -> NDArray[A]:
     return data if data.shape[0] == 1 else np.tile(data, (times, 1))
 
 

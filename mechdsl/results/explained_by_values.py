@@ -1,0 +1,178 @@
+"""Whether one value of the prompts explains most of what rows differ by.
+
+Then rows of one value are nearly copies of each other, and for other values than those that were
+run there are only as many observations as there are values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import f as f_distribution
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.w07_statistics import ExplainedByValues
+from mechdsl.program import spec
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.statistics.measure_data import CellStatistics, MeasureData
+from mechdsl.vocab.effects import EFFECTS
+
+MOST = 0.5
+"""The share from which it is said."""
+LEVEL = 0.01
+"""Of the F test over all values that are tried: few rows have a large share by chance too."""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """How much of the variance between rows a value of the prompts explains."""
+
+    name: str
+    share: float
+    values: int
+
+
+def explained_by_values(result: ExperimentResult, experiment: spec.Experiment) -> list[Diagnostic]:
+    """W0722 for the measure and the value of the prompts of which it is most so.
+
+    It looks at the cell of the largest effect, whose rows claims are made of: others differ by less
+    than what anybody reads off the table, and to pick by the share would find it by chance.
+    """
+    by = result.settings.by if result.settings else None
+    found: list[tuple[Explained, int, int]] = []
+    for number, data in result.computed():
+        if data.kind != "number":
+            continue
+        cell = _largest(data, result.statistics[number])
+        if cell is None:
+            continue
+        rows, index = _observations(data, cell)
+        columns = {
+            name: [str(values[i]) for i in index.tolist()]
+            for name, values in result.row_values.items()
+        }
+        own = columns.get(by or "")
+        columns = {n: each for n, each in columns.items() if not _settled(each, own)}
+        best = most_explained(rows, columns)
+        present = np.count_nonzero(~np.isnan(_numerator(data, cell)))
+        found += [] if best is None else [(best, number, int(present))]
+    if not found:
+        return []
+    best, number, n = max(found, key=lambda each: each[0].share)
+    written = experiment.statistics.span.written.startswith("stats")
+    line = (
+        f"add `by {best.name}` to the line `stats`" if written else f"write `stats by {best.name}`"
+    )
+    return [
+        ExplainedByValues(
+            span=experiment.measures[number].span,
+            name=best.name,
+            share=_percent(best.share),
+            label_of=result.measures[number].label,
+            values=best.values,
+            n=n,
+            line=line,
+        )
+    ]
+
+
+def most_explained(rows: Floats, columns: Mapping[str, Sequence[str]]) -> Explained | None:
+    """The column that explains the largest share of the variance of these rows, if that is more
+    than half of it; of equal ones the first.
+
+    The share is adjusted R² of the one-way analysis of variance, 1 − (SSW / (n − k)) / (SST / (n −
+    1)), which columns without meaning have 0 of on average, however many values they have; and its
+    F test is below `LEVEL`, divided by the number of columns. Columns of one value, and of half as
+    many as there are rows or more, are not tried. (Fisher 1925; Ezekiel 1930.)
+    """
+    n = len(rows)
+    codes = {name: np.unique(column, return_inverse=True)[1] for name, column in columns.items()}
+    tried = {name: own for name, own in codes.items() if 2 <= int(own.max(initial=0)) + 1 < n / 2}
+    distinct = {tuple(_renumbered(own)) for own in tried.values()}
+    found = [
+        each
+        for name, own in tried.items()
+        if (each := _explained(rows, name, own, LEVEL / len(distinct))) is not None
+    ]
+    return max(found, key=lambda each: each.share, default=None)
+
+
+def _explained(rows: Floats, name: str, codes: Ints, level: float) -> Explained | None:
+    n, k = len(rows), int(codes.max()) + 1
+    means = np.bincount(codes, rows, k) / np.bincount(codes, minlength=k)
+    total = float(((rows - rows.mean()) ** 2).sum())
+    within = float(((rows - means[codes]) ** 2).sum())
+    if total <= 0:
+        return None
+    share = 1 - (within / (n - k)) / (total / (n - 1))
+    ratio = np.inf if within <= 0 else ((total - within) / (k - 1)) / (within / (n - k))
+    p = float(f_distribution.sf(ratio, k - 1, n - k))
+    return Explained(name, share, k) if share > MOST and p < level else None
+
+
+def _percent(share: float) -> str:
+    return "more than 99 %" if share > 0.99 else f"{100 * share:.0f} %"
+
+
+def _renumbered(codes: Ints) -> Iterator[int]:
+    """Codes in the order of their first row, so that equal partitions have equal ones."""
+    numbers: dict[int, int] = {}
+    for code in codes.tolist():
+        yield numbers.setdefault(code, len(numbers))
+
+
+# --- what rows there are --------------------------------------------------------------------------
+
+
+def _numerator(data: MeasureData, cell: int) -> Floats:
+    """[prompt] of one cell: what the effect is a mean of."""
+
+    def row(values: Floats | None) -> Any:
+        if values is None:
+            return np.nan
+        return values[cell] if len(values) > 1 else values[0]
+
+    of = EFFECTS[data.effect].numerator(row(data.patched), row(data.base), row(data.source))
+    return np.broadcast_to(np.asarray(of, dtype=np.float64), data.patched.shape[1:])
+
+
+def _largest(data: MeasureData, found: CellStatistics) -> int | None:
+    """The cell of the largest mean that is no rounding and not inert."""
+    usable = ~data.inert & ~found.at_rounding
+    sizes = [
+        abs(float(rows.mean())) if len(rows := _known(data, cell)) and usable[cell] else -1.0
+        for cell in range(len(data.patched))
+    ]
+    cell = int(np.argmax(sizes)) if sizes else 0
+    return cell if sizes and sizes[cell] > 0 else None
+
+
+def _known(data: MeasureData, cell: int) -> Floats:
+    rows = _numerator(data, cell)
+    return rows[np.isfinite(rows)]
+
+
+def _observations(data: MeasureData, cell: int) -> tuple[Floats, Ints]:
+    """The rows of a cell, those that the measure can't tell apart once, and their numbers."""
+    rows = _numerator(data, cell)
+    index = np.flatnonzero(np.isfinite(rows))
+    if data.seen is not None:
+        seen = data.seen[cell if len(data.seen) > 1 else 0][index]
+        index = index[np.sort(np.unique(seen, return_index=True)[1])]
+    rounding = 0.0
+    if data.rounding is not None and len(index):
+        own = data.rounding[cell if len(data.rounding) > 1 else 0][index]
+        rounding = float(np.nan_to_num(own).max())
+    found = rows[index]
+    if not len(found) or float(found.std()) <= rounding:  # differences that are nobody's
+        return found[:0], index[:0]
+    return found, index
+
+
+def _settled(column: Sequence[str], by: Sequence[str] | None) -> bool:
+    """Whether `stats by` accounts for a column already: rows of one value are in one group."""
+    return by is not None and len(set(zip(column, by, strict=True))) == len(set(column))

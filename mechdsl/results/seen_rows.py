@@ -1,0 +1,248 @@
+"""Which rows a measure can't tell apart: all that its value hangs on is the same in them.
+
+A hundred prompts that begin alike are one observation of what is read in their beginning. Nothing
+here looks at a value: rows are the same where the tokens of every run that matters are, as far as
+they can be seen, and with them the positions that are read and written and the metric's own texts.
+What is drawn for a row (noise, a donor) makes no further observation of it and is left aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Ints
+from mechdsl.plan.inert import is_below_attention
+from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.rule_rows import RulePlan
+from mechdsl.prompts.prompt_table import Hits, PositionCell, Run
+from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
+from mechdsl.vocab.effects import EFFECTS
+
+Cell = tuple[int, ...]
+"""What cells differ by, as far as rows can be told apart: per rule the number of its positions, of
+its keys, and whether it reads below the first attention; then the occurrence."""
+
+
+class SeenRows:
+    """The rows of one experiment, as its measures see them."""
+
+    def __init__(
+        self, plan: ExperimentPlan, kept: Ints, causal: Callable[[str | None], bool]
+    ) -> None:
+        """kept: the rows that are in the experiment. causal: whether a token of this model (None is
+        the experiment's own) sees no later one."""
+        self.plan = plan
+        self.experiment = plan.experiment
+        self.kept: list[int] = kept.tolist()
+        self.causal = causal
+        self._prefixes: dict[int, list[list[int]]] = {}
+        self._keys = [
+            None if rule.rule.edge is None else list(rule.rule.edge.keys.written.values())
+            for rule in plan.rules
+        ]
+
+    def of(self, number: int, there: NDArray[np.bool_]) -> Ints | None:
+        """[1 or cell, prompt] of the cells that there are: equal numbers for rows that this measure
+        can't tell apart; None where no two are."""
+        measure = self.experiment.measures[number]
+        runs = _needed_runs(self.experiment.spec.measures[number].effect)
+        cells = np.flatnonzero(there).tolist()
+        keys = [self._cell(cell, measure) for cell in cells]
+        found = {key: self._codes(key, measure, runs) for key in dict.fromkeys(keys)}
+        codes = list(found.values())
+        if not codes or all(len(set(each)) == len(each) for each in codes):
+            return None
+        if all(each == codes[0] for each in codes):
+            return np.array([codes[0]], dtype=np.int64)
+        return np.array([found[key] for key in keys], dtype=np.int64)
+
+    def _cell(self, cell: int, measure: ResolvedMeasure) -> Cell:
+        found: list[int] = []
+        for rule in self.plan.rules:
+            found.append(int(rule.position_of_cell[cell]))
+            found.append(-1 if rule.key_of_cell is None else int(rule.key_of_cell[cell]))
+            found.append(int(_below_attention(rule, cell)))
+        by_item = any(atom.by_item for atom in measure.atoms)
+        item = self.plan.items[cell] if by_item else None
+        return (*found, -1 if item is None else item)
+
+    def _codes(self, cell: Cell, measure: ResolvedMeasure, runs: Sequence[str]) -> list[int]:
+        """Per kept row; those that aren't part of the cell are like no other."""
+        numbers: dict[Hashable, int] = {}
+        found: list[int] = []
+        for row in self.kept:
+            view = self._view(cell, measure, runs, row)
+            seen = ("left out", row) if view is None else view
+            found.append(numbers.setdefault(seen, len(numbers)))
+        return found
+
+    # --- one row ----------------------------------------------------------------------------------
+
+    def _view(
+        self, cell: Cell, measure: ResolvedMeasure, runs: Sequence[str], row: int
+    ) -> Hashable | None:
+        """All that the measure's value in a row hangs on; None where it isn't part of the cell."""
+        spec, item = self.experiment.spec, None if cell[-1] < 0 else cell[-1]
+        parts: list[Hashable] = [
+            part for atom in measure.atoms for part in self._of_atom(atom, measure, item, row)
+        ]
+        for name in runs:
+            if name == "source" and spec.source is not None:
+                parts.append(self._measured(self._run(spec.source), measure, row))
+            elif name == "base":
+                parts.append(self._measured(self._run(spec.base), measure, row))
+        if "patched" not in runs:
+            return tuple(parts)
+        base = self._run(spec.base)
+        start = base
+        for n, rule in enumerate(self.plan.rules):
+            if rule.rule.does.changes == "input":
+                start = list(rule.rule.inputs.values())[cell[3 * n]]
+        looked = self._looked_at(cell, measure, row)
+        last = self._last(start, measure, row, looked)
+        parts.append(self._prefix(start, row, last))
+        visible = last if self.causal(base.model) else None
+        for n, rule in enumerate(self.plan.rules):
+            written = rule.positions[cell[3 * n]].hits[row]
+            keys = self._keys[n]
+            to = None if keys is None else keys[cell[3 * n + 1]].hits[row]
+            if not written or (to is not None and not to):
+                return None
+            changes = rule.rule.does.changes
+            if changes == "input" or (changes == "nothing" and not _looks(measure)):
+                continue
+            shown = tuple(each for each in written if each and _reaches(each, visible))
+            if not shown:
+                continue
+            parts += [n, shown, to]
+            parts += self._read(rule, rule.sources[cell[3 * n]], row, below=bool(cell[3 * n + 2]))
+        return tuple(parts)
+
+    def _of_atom(
+        self, atom: Atom, measure: ResolvedMeasure, item: Env, row: int
+    ) -> Iterator[Hashable]:
+        """What a metric is given beside the run that it reads."""
+        if atom.texts:
+            yield atom.texts[item if atom.by_item else None][row]
+        if atom.python is not None:
+            yield self.experiment.table.row_keys[row]
+        if atom.run is not None:
+            yield self._measured(self._run(atom.run), measure, row)
+
+    def _read(
+        self, rule: RulePlan, source: PositionCell, row: int, *, below: bool
+    ) -> Iterator[Hashable]:
+        """What a rule reads for a row, beside what all rows share."""
+        reads = rule.rule.does.reads
+        if reads == "mean" and rule.rule.groups is not None:
+            yield rule.rule.groups[row]
+        if reads != "run" or rule.rule.apart is not None:
+            return
+        hits: Hits = source.hits[row]
+        run = self._run(rule.rule.run)
+        yield hits
+        if below:
+            ids, noised = run.rows[row].ids, () if run.noise is None else run.noise.positions[row]
+            every = [token for tokens in hits for token in tokens]
+            yield tuple((ids[n], n in noised) for n in every if n < len(ids))
+        else:
+            last = max((token for tokens in hits for token in tokens), default=-1)
+            yield self._prefix(run, row, last)
+
+    # --- runs -------------------------------------------------------------------------------------
+
+    def _run(self, name: str) -> Run:
+        return self.experiment.table.runs[name]
+
+    def _measured(self, run: Run, measure: ResolvedMeasure, row: int) -> Hashable:
+        """What an unpatched run shows where it is measured."""
+        return self._prefix(run, row, self._last(run, measure, row, None))
+
+    def _last(self, run: Run, measure: ResolvedMeasure, row: int, looked: int | None) -> int:
+        """The last token that the measure reads."""
+        end = len(run.rows[row].ids) - 1
+        found = -1 if looked is None else looked
+        for atom in measure.atoms:
+            if atom.form.takes == "attention":
+                continue
+            at = measure.at.get(run.name)
+            if at is None or atom.form.takes == "prompt":
+                behind = atom.behind[row] if atom.texts else 0
+                found = max(found, end + behind)
+            else:
+                found = max(found, at[row])
+        return found
+
+    def _looked_at(self, cell: Cell, measure: ResolvedMeasure, row: int) -> int | None:
+        """The last query whose attention the measure reads."""
+        if not _looks(measure):
+            return None
+        queries = [
+            token
+            for n, rule in enumerate(self.plan.rules)
+            if rule.rule.does.changes == "nothing"
+            for tokens in rule.positions[cell[3 * n]].hits[row]
+            for token in tokens
+        ]
+        return max(queries, default=None)
+
+    def _prefix(self, run: Run, row: int, last: int) -> Hashable:
+        """The tokens of a run that can be seen from one of them, with where noise is added; all of
+        them in a model that sees the whole prompt. Beyond the prompt stands the metric's text."""
+        key = id(run)
+        if key not in self._prefixes:
+            self._prefixes[key] = _prefix_numbers([each.ids for each in run.rows])
+        numbers = self._prefixes[key][row]
+        end = min(last, len(numbers) - 1) if self.causal(run.model) else len(numbers) - 1
+        noised = () if run.noise is None else run.noise.positions[row]
+        noise = tuple(token for token in noised if token <= end)
+        return (run.name, last, numbers[end] if end >= 0 else -1, noise)
+
+
+def shared_rows(seen: Ints | None) -> Ints | None:
+    """None where no two rows of any cell are the same."""
+    if seen is None or all(len(np.unique(cell)) == len(cell) for cell in seen):
+        return None
+    return seen
+
+
+def _prefix_numbers(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Per row and token, a number for all tokens up to it: equal for equal beginnings."""
+    numbers: dict[tuple[int, int], int] = {}
+    found: list[list[int]] = []
+    for ids in rows:
+        before, own = -1, list[int]()
+        for token in ids:
+            before = numbers.setdefault((before, token), len(numbers))
+            own.append(before)
+        found.append(own)
+    return found
+
+
+def _needed_runs(effect: str) -> tuple[str, ...]:
+    """The runs whose metric an effect is made of."""
+    kind = EFFECTS[effect]
+    given = {"patched": 2.0, "base": 3.0, "source": 5.0}
+    return tuple(
+        name for name in given if np.isnan(kind.of_means(*({**given, name: float("nan")}).values()))
+    )
+
+
+def _reaches(tokens: Sequence[int], last: int | None) -> bool:
+    """Whether what is written there can be seen."""
+    return last is None or min(tokens) <= last
+
+
+def _looks(measure: ResolvedMeasure) -> bool:
+    """Whether it reads attention that is observed."""
+    return any(atom.form.takes == "attention" for atom in measure.atoms)
+
+
+def _below_attention(rule: RulePlan, cell: int) -> bool:
+    """Whether all that a rule reads in a cell hangs on the position's own token."""
+    first, end = rule.points.offsets[rule.site_of_cell[cell] :][:2]
+    points = [rule.source_table[point] for point in rule.points.values[first:end].tolist()]
+    return bool(points) and all(map(is_below_attention, points))
