@@ -189,7 +189,8 @@ class ExperimentResult:
             units = np.unique(self.groups, return_inverse=True)[1]
         codes = np.arange(len(rows)) if units is None else units
         codes = np.unique(codes[known], return_inverse=True)[1].reshape(-1)
-        right, count = np.bincount(codes, weights=rows[known]), np.bincount(codes)
+        right = np.bincount(codes, weights=rows[known]).astype(np.float64)
+        count = np.bincount(codes)
         held = np.array([len(count)], dtype=np.int64)
         sums = Sums(right[None], count[None].astype(np.float64), held)
         low, high = share_interval(sums, np.array([len(codes)], dtype=np.int64), confidence)

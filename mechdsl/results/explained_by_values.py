@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.stats import f as f_distribution
@@ -18,6 +17,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.w07_statistics import ExplainedByValues
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.statistics.effect_parts import parts
 from mechdsl.statistics.measure_data import CellStatistics, MeasureData
 from mechdsl.vocab.effects import EFFECTS
 
@@ -45,8 +45,8 @@ def explained_by_values(result: ExperimentResult, experiment: spec.Experiment) -
     by = result.settings.by if result.settings else None
     found: list[tuple[Explained, int, int]] = []
     for number, data in result.computed():
-        if data.kind != "number":
-            continue
+        if data.kind != "number" or not EFFECTS[data.effect].tested:
+            continue  # a value of the metric is expected to hang on the prompt
         cell = _largest(data, result.statistics[number])
         if cell is None:
             continue
@@ -58,7 +58,7 @@ def explained_by_values(result: ExperimentResult, experiment: spec.Experiment) -
         own = columns.get(by or "")
         columns = {n: each for n, each in columns.items() if not _settled(each, own)}
         best = most_explained(rows, columns)
-        present = np.count_nonzero(~np.isnan(_numerator(data, cell)))
+        present = np.count_nonzero(~np.isnan(_effect(data, cell)))
         found += [] if best is None else [(best, number, int(present))]
     if not found:
         return []
@@ -128,37 +128,29 @@ def _renumbered(codes: Ints) -> Iterator[int]:
 # --- what rows there are --------------------------------------------------------------------------
 
 
-def _numerator(data: MeasureData, cell: int) -> Floats:
-    """[prompt] of one cell: what the effect is a mean of."""
-
-    def row(values: Floats | None) -> Any:
-        if values is None:
-            return np.nan
-        return values[cell] if len(values) > 1 else values[0]
-
-    of = EFFECTS[data.effect].numerator(row(data.patched), row(data.base), row(data.source))
-    return np.broadcast_to(np.asarray(of, dtype=np.float64), data.patched.shape[1:])
+def _effect(data: MeasureData, cell: int) -> Floats:
+    """[prompt] of one cell: what the effect is a mean of; of a ratio what each row adds to its
+    error, as its numerator alone differs between rows that agree on the ratio."""
+    found = parts(data, EFFECTS[data.effect], np.array([cell]))
+    rows = found.numerator[0]
+    if found.denominator is not None:
+        under = found.denominator[0]
+        total = float(under.sum())
+        rows = rows - (float(rows.sum()) / total if total else 0.0) * under
+    return np.where(found.present[0], rows, np.nan)
 
 
 def _largest(data: MeasureData, found: CellStatistics) -> int | None:
     """The cell of the largest mean that is no rounding and not inert."""
     usable = ~data.inert & ~found.at_rounding
-    sizes = [
-        abs(float(rows.mean())) if len(rows := _known(data, cell)) and usable[cell] else -1.0
-        for cell in range(len(data.patched))
-    ]
-    cell = int(np.argmax(sizes)) if sizes else 0
-    return cell if sizes and sizes[cell] > 0 else None
-
-
-def _known(data: MeasureData, cell: int) -> Floats:
-    rows = _numerator(data, cell)
-    return rows[np.isfinite(rows)]
+    sizes = np.where(usable & np.isfinite(found.mean), np.abs(found.mean), -1.0)
+    cell = int(np.argmax(sizes)) if len(sizes) else 0
+    return cell if len(sizes) and sizes[cell] > 0 else None
 
 
 def _observations(data: MeasureData, cell: int) -> tuple[Floats, Ints]:
     """The rows of a cell, those that the measure can't tell apart once, and their numbers."""
-    rows = _numerator(data, cell)
+    rows = _effect(data, cell)
     index = np.flatnonzero(np.isfinite(rows))
     if data.seen is not None:
         seen = data.seen[cell if len(data.seen) > 1 else 0][index]

@@ -40,7 +40,8 @@ def with_population(
 def strata_of(result: ExperimentResult, table: PromptTable) -> tuple[Ints | None, tuple[str, ...]]:
     """[prompt] the combination of the evenly dealt values, and their names.
 
-    Each stratum has `FEWEST` distinct rows: the variable of most values goes until it is so.
+    Each stratum has `FEWEST` distinct rows: the variable of most values goes until it is so, of
+    equals the one that is defined last.
     """
     if not table.dealt or result.row_ids is None or result.row_keys is None:
         return None, ()
@@ -54,7 +55,7 @@ def strata_of(result: ExperimentResult, table: PromptTable) -> tuple[Ints | None
         distinct = np.unique(np.stack([codes, np.array(result.row_keys)]), axis=1)[0]
         if np.bincount(distinct).min() >= FEWEST:
             return codes, tuple(names)
-        names.remove(max(names, key=lambda name: len(set(columns[name]))))
+        names.remove(max(reversed(names), key=lambda name: len(set(columns[name]))))
     return None, ()
 
 
