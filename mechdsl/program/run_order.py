@@ -103,11 +103,14 @@ def in_order(experiments: Sequence[spec.Experiment]) -> list[spec.Experiment]:
 def compared_with(experiment: spec.Experiment) -> set[str]:
     """Words of its expectations that may be names of other experiments, which they read."""
     found: set[str] = set()
+    labels = {measure.label for measure in experiment.measures}
+    inner: set[int] = set()
     for node in walk(tuple(each.condition for each in experiment.expects)):
         match node:
-            case ast.OfExperiment(experiment=name):
+            case ast.OfExperiment(measure=measure, experiment=name):
+                inner.add(id(measure))
                 found.add(name.id)
-            case ast.OfRef(of=of):
+            case ast.OfRef(of=of) if of.name not in labels and id(node) not in inner:
                 found.add(of.name)
             case ast.Call(name="spearman" | "pearson", arguments=arguments):
                 found.update(n.id for n in walk(arguments[1:2]) if isinstance(n, ast.Name))

@@ -178,10 +178,10 @@ class _ConditionReader(KnownCells):
         of, measure = self.of_measure(node)
         if not of.known.one_cell:
             text = node.span.written
-            cell = f"{text}(L9H9)" if isinstance(node, ast.Name) else f"mean({text}, L9H9)"
+            at = of.example if of.of_other else "L9H9"
+            own = isinstance(node, ast.Name)
+            cell = f"{text}({at})" if own else f"mean({text}, {at})"
             hint = f"say which: `max({text})`, `mean({text})`, or one cell, as in `{cell}`"
-            if of.of_other:
-                hint += f"; the axes of {of.whose} are {name_list(of.known.axes)}"
             raise unreadable(node.span, f"`{text}` has a value in every cell", hint)
         return OfCells("only", measure, experiment=of.experiment)
 
@@ -350,6 +350,8 @@ class _ConditionReader(KnownCells):
             raise unreadable(node.span, f"`{name}` is this experiment", f"write `{measure}`")
         listed = name_list(known.experiments)
         otherwise = f"other experiments are {listed}" if listed else "the file has no other one"
+        if labels:
+            otherwise = f"this experiment measures {name_list(labels)}; {otherwise}"
         hint = did_you_mean(name, [*labels, *known.experiments], otherwise)
         kind = "measure or other experiment" if labels else "other experiment"
         raise RefusedCondition(UnknownName(span=node.span, kind=kind, name=name, hint=hint))

@@ -39,6 +39,14 @@ class KnownCells:
         """The name of another experiment; None is the one that expects."""
         return self.known.name if self.of_other else None
 
+    @property
+    def example(self) -> str:
+        """How one of its cells is named."""
+        if not self.known.cells or self.known.open_axes:
+            return "L9H9"
+        at = self.known.cells[0].coords.items()
+        return ", ".join(f'{k}: "{v}"' if isinstance(v, str) else f"{k}: {v}" for k, v in at)
+
     # --- measures
 
     def labelled(self, node: ast.Expr) -> list[int]:

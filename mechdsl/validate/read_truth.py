@@ -77,8 +77,8 @@ def true_cells(
         return found
     true = [i for i in ranked if any(each.matches(cells[i]) for each in found)]
     if len(true) in (0, len(ranked)):
-        count = "none" if not true else "each"
-        reason = f"{count} of the {len(ranked)} cells is at `{span.written}`"
+        which = "every" if true else "no"
+        reason = f"{which} cell that is ranked is at `{span.written}`"
         hint = "it compares cells that are true with others: rank more cells, or name fewer"
         raise unreadable(span, reason, hint)
     return found

@@ -329,7 +329,13 @@ def as_in_the_data(found: ExperimentResult) -> ExperimentResult:
         found,
         measures=tuple(measures),
         row_ids=tuple(sorted(found.row_ids)),
-        accuracy={run: values[order] for run, values in found.accuracy.items()},
+        **{
+            name: {
+                run: np.asarray(values)[np.argsort(found.accuracy_rows[run])]
+                for run, values in getattr(found, name).items()
+            }
+            for name in ("accuracy", "accuracy_rounding", "accuracy_units", "accuracy_rows")
+        },
     )
 
 

@@ -749,12 +749,32 @@ _expectation(
 _expectation(
     "expect accuracy",
     "expect accuracy(clean) > 0.9",
-    "The share of rows whose answer is the most likely token, in an unpatched run.",
+    "The share of rows whose answer is the most likely token, in an unpatched run: of all rows, "
+    "also of those that `keep` drops.",
+    "tests/execute/test_accuracies.py",
 )
 _expectation(
     "expect spearman",
     "expect spearman(delta, cie) > 0.5",
     "The rank correlation with the cells of another experiment.",
+)
+_expectation(
+    "expect of another experiment",
+    "expect max(delta) - max(delta of cie) < 1",
+    "A measure of another experiment of the file, which may come later. `delta of ld of cie` where "
+    "several fit; cells are named by the axes of that experiment (`mean(delta of cie, layer 2)`). "
+    "Where a measure is called as the experiment is, the measure is meant.",
+    "tests/results/test_what_expectations_name.py",
+)
+_expectation(
+    "expect auroc",
+    "expect auroc(delta, [L1H2, L0H1]) > 0.5",
+    "How well an effect ranks cells: the share of pairs of a cell that is true and one that isn't "
+    "in which the true one has the larger effect. What is true is a `group` of sites, a list, or a "
+    "site; all other cells are not, of those that further arguments choose (`layer 0..1`). With a "
+    "variable of the prompts that is 0 or 1, as in `auroc(delta, large, L1H2)`, the rows of one "
+    "cell are ranked.",
+    "tests/results/test_what_expectations_name.py",
 )
 _expectation(
     "expect near",

@@ -1,0 +1,163 @@
+"""`accuracy(RUN)` is of all rows, whatever `keep` keeps; against single prompts by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from mechdsl.results.document import experiment_document
+from mechdsl.results.experiment_result import ExperimentResult
+
+from .nan import MEASURE
+from .nan import experiment as of_nan
+from .nan import run as run_nan
+from .support import (
+    DIFFERENCE,
+    MODES,
+    ROWS,
+    STATS,
+    Record,
+    bare,
+    experiment,
+    prompts,
+    run_file,
+    token,
+    unpatched,
+    write_rows,
+)
+
+FAMILY = "llama"
+RULE = "patch resid_post layer * at last token"
+ASKED = ("expect accuracy(clean) > 0.9", "expect accuracy(longer) > 0.9")
+
+
+def best(run: str) -> list[int]:
+    """The most likely token behind each prompt."""
+    return [int(unpatched(FAMILY, prompt)[0][-1].argmax()) for prompt in prompts(run)]
+
+
+def records() -> list[Record]:
+    """The first two are right in the clean run, the middle two in the other one."""
+    words = {token(f"w{n}"): f"w{n}" for n in range(50)}
+    clean, longer = best("clean"), best("longer")
+    assert clean[1] == longer[1] != longer[0]
+    assert clean[2] != longer[2]
+    answers = [words[clean[0]], words[clean[1]], words[longer[2]], "w49"]
+    return [{**row, "a": answer} for row, answer in zip(ROWS, answers, strict=True)]
+
+
+def ran(
+    folder: Path, *lines: str, mode: str = "planned", times: int = 1, stats: str = STATS
+) -> ExperimentResult:
+    write_rows(folder, records() * times)
+    text = experiment(
+        "e", "prompts p", "from clean into longer", RULE, DIFFERENCE, *lines, stats=stats
+    )
+    return run_file(text, folder, bare(FAMILY), MODES[mode])["e"]
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("keep", ["keep correct", "keep not correct", ""])
+def test_rows_that_are_dropped_are_counted_too(tmp_path: Path, mode: str, keep: str) -> None:
+    found = ran(tmp_path, keep, *ASKED, mode=mode)
+    assert found.prompts == (2 if keep else 4)
+    answers = [token(row["a"]) for row in records()]
+    right = {
+        run: [float(a == b) for a, b in zip(answers, best(run), strict=True)]
+        for run in ("clean", "longer")
+    }
+    assert right == {"clean": [1, 1, 0, 0], "longer": [0, 1, 1, 0]}
+    assert {run: own.tolist() for run, own in found.accuracy.items()} == right
+    expected = binomtest(2, 4).proportion_ci(0.95, "exact")
+    for run in right:
+        said = found.accuracy_of(run)
+        assert (said.mean, said.n) == (0.5, 4)
+        assert (said.low, said.high) == pytest.approx((expected.low, expected.high))
+        assert found.run_intervals[run]["accuracy"] == said
+    before = ", before `keep`" if keep else ""
+    words = f"of all 4 rows{before}; exact interval (Clopper-Pearson)"
+    assert found.conventions["accuracy"] == words
+
+
+def test_it_fails_where_the_model_is_wrong(tmp_path: Path) -> None:
+    """`keep correct`, then `accuracy(clean) > 0.9`, is no circle any more."""
+    found = ran(tmp_path, "keep correct", ASKED[0])
+    (outcome,) = found.outcomes
+    assert not outcome.holds
+    assert outcome.value == 0.5
+    (clean,) = (
+        each for each in experiment_document(found).runs["clean"] if each.metric == "correct"
+    )
+    assert (clean.mean, clean.n) == (0.5, 4)
+
+
+def test_equal_prompts_are_right_together(tmp_path: Path) -> None:
+    found = ran(tmp_path, "keep correct", *ASKED, times=3)
+    said = found.accuracy_of("clean")
+    assert (said.mean, said.n) == (0.5, 12)
+    assert len(np.unique(found.accuracy_units["clean"])) == 4
+    four = binomtest(2, 4).proportion_ci(0.95, "exact")
+    assert said.low < four.low
+    assert said.high > four.high, "no more is known than of four"
+    assert "4 distinct in clean, 4 distinct in longer" in found.conventions["accuracy"]
+
+
+def test_rows_of_one_group_are_one_unit(tmp_path: Path) -> None:
+    found = ran(tmp_path, "keep correct", *ASKED, times=3)
+    grouped = ran(tmp_path, "keep correct", *ASKED, times=3, stats="stats by b")
+    assert grouped.conventions["accuracy"].endswith("over 4 groups by b (Korn-Graubard)")
+    assert grouped.accuracy_of("clean") == found.accuracy_of("clean")
+
+
+def test_nothing_is_said_where_nothing_is_asked(tmp_path: Path) -> None:
+    found = ran(tmp_path, "keep correct")
+    assert (dict(found.accuracy), dict(found.accuracy_rows)) == ({}, {})
+    assert "accuracy" not in found.conventions
+
+
+# --- rows that can't be used ----------------------------------------------------------------------
+
+BLOCK = """
+prompts mixed {
+  item in ["pear", "plum"]
+  other in ["apple", "plum"]
+  template "Part 1: {item} {other} Count 1:"
+  said = if other = "plum" then 9 else 2
+  answer " {said}"
+  corrupt figs { item = if other = "plum" and item = "pear" then "fig" else "apple" }
+}
+"""
+KEPT = BLOCK + of_nan(
+    "kept",
+    "keep correct",
+    "ablate layer 1 head * at last token with zero",
+    MEASURE,
+    "expect accuracy(clean) < 0.9",
+    "expect accuracy(figs) < 0.9",
+    prompts="mixed",
+)
+"""Those that `keep` keeps are fine in every run; one that it drops is NaN in `figs`."""
+
+
+def test_a_dropped_row_that_cannot_be_used_is_an_error() -> None:
+    found, diagnostics = run_nan(KEPT)
+    assert found is None
+    (error,) = (each for each in diagnostics if each.severity == "error")
+    assert error.code == "E0621"
+    assert "in the run `figs`, row " in error.message
+
+
+def test_it_is_left_out_of_every_accuracy() -> None:
+    found, _ = run_nan(KEPT, allow_nan=True)
+    assert found is not None
+    (result,) = found.experiments
+    assert result.prompts == 2
+    assert list(result.left_out.values()) == ["run `figs`"]
+    for run in ("clean", "figs"):
+        assert len(result.accuracy[run]) == len(result.accuracy_rows[run]) == 3
+        assert not set(result.left_out) & set(result.accuracy_rows[run])
+    assert result.accuracy_of("clean").mean == pytest.approx(2 / 3)
+    assert result.conventions["accuracy"].startswith("of all 3 rows, before `keep`")
