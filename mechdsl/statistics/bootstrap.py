@@ -95,6 +95,9 @@ class Studentised:
 def percentiles(samples: Floats, ends: tuple[float, float]) -> tuple[Floats, Floats]:
     """Over the first axis, NaN left out; NaN where nothing else is there, or where an end is
     infinite."""
+    if not len(samples):
+        nothing = np.full(samples.shape[1:], np.nan)
+        return nothing, nothing
     columns = np.array(samples.T)  # a copy, by cell: partitioned in place, twice as fast
     missing = np.isnan(columns)
     with np.errstate(invalid="ignore"):

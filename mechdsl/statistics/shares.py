@@ -27,14 +27,15 @@ def effective_n(sums: Sums, rows: Ints, confidence: float) -> Floats:
     """[cell]: how many independent rows tell as much of a share as these units do.
 
     Korn and Graubard 1998: p(1 − p) over the squared standard error, by the degrees of freedom of
-    rows and units; the units themselves where all rows are the same.
+    rows and units; never more than there are rows, and the units themselves where all rows are the
+    same.
     """
     value, error = sums.value, standard_error(sums)
     alone = sums.held == rows
     with np.errstate(divide="ignore", invalid="ignore"):
         found = value * (1 - value) / error**2
         found = found * (student(confidence, rows) / student(confidence, sums.held)) ** 2
-    found = np.where(np.isfinite(found), found, sums.held)
+    found = np.where(np.isnan(found), sums.held, found)
     return np.where(alone, rows, np.minimum(found, rows))
 
 

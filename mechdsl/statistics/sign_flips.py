@@ -121,7 +121,8 @@ def saddlepoint(deltas: Floats) -> Floats:
         u = (np.sinh(at * half) / half if half else at) * np.sqrt(bent)
         density = np.exp(-(w**2) / 2) / np.sqrt(2 * np.pi)
         tail = float(ndtr(-w)) + density * (1 / u - 1 / w)
-        p[cell] = min(1.0, max(2 * tail, 2.0 ** (1 - n)))
+        # near the ends single flips count, and the tail is too thin by about one of them
+        p[cell] = min(1.0, 2 * tail + 2.0 ** (1 - n))
     return p
 
 

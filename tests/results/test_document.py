@@ -206,4 +206,4 @@ def test_frames_without_pandas(results: Results, monkeypatch: pytest.MonkeyPatch
 
 def test_statistics_come_before_intervals() -> None:
     with pytest.raises(ValueError, match="no statistics yet"):
-        _ = heads().resampling
+        _ = heads().sampling

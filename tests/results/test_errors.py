@@ -13,6 +13,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_full
 from mechdsl.program import spec
 from mechdsl.statistics.cell_statistics import check_denominator
+from mechdsl.statistics.sampling import Sampling
 from mechdsl.validate.expectations import check_expectation
 from mechdsl.validate.known import Known, KnownMeasure
 from mechdsl.validate.reachable_p import check_cells
@@ -86,7 +87,8 @@ def zero_denominator() -> list[Diagnostic]:
     base = random.normal(1, 2, (1, 24))
     source = base + random.normal(0, 1, (1, 24))
     place = span("measure logit(answer) - logit(rival) as recovery")
-    return check_denominator(base, source, statistics(), 0, place, effect=EFFECTS["recovery"])
+    sampling = Sampling(24, statistics(), 0)
+    return check_denominator(base, source, sampling, place, effect=EFFECTS["recovery"])
 
 
 def several_measures() -> list[Diagnostic]:

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.collect import without_measures
 from mechdsl.results.decide_expectations import evaluate
-from mechdsl.results.estimates import Estimate, combined
+from mechdsl.results.estimates import Estimate, Fixed, combined
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.validate.conditions import place_of
 from mechdsl.validate.expectations import check_expectation
@@ -58,9 +59,10 @@ def verdict(line: str, result: ExperimentResult, **others: ExperimentResult) -> 
         "mean(recovery, layer 0) = 0",
         "max(recovery, layer: 2) > 0.5",
         "max(recovery, layer: 1..2, head: 1) > 0.5",
-        "accuracy(clean) > 0.85",
-        "accuracy(clean) > 85%",
-        "accuracy(fewer) = 1",
+        "accuracy(clean) > 0.84",
+        "accuracy(clean) > 84%",
+        "accuracy(fewer) > 0.94",
+        "accuracy(fewer) >= 1 on mean",
         "recovery(L2H1) near 0.6 within 0.05",
         'recovery(L2H1) near 0.6 within 0.05 citing "Wang 2022"',
         "recovery(L2H1) in 0.5..0.7",
@@ -93,6 +95,10 @@ def test_these_hold(line: str, result: ExperimentResult) -> None:
         ("argmax(recovery) = L1H3", None),
         ("top 2 contains L2H1, L0H0", "L0H0 is number"),
         ("accuracy(clean) > 0.95", None),
+        ("accuracy(fewer) = 1", "it holds on the mean, but"),
+        ("argmax(recovery, layer 0) = L0H0", "on the mean, but can't be told from L0H1"),
+        ("argmax(recovery, layer 0) != L0H3", "on the mean, but can't be told from L0H3"),
+        ("top 3 contains L1H1", None),
         ("recovery(L2H1) > recovery(L2H1)", "the value is the left side less the right side"),
         ("max(recovery) > 0.3 and min(recovery) > 0", None),
         ("not max(recovery) > 0.3", None),
@@ -127,20 +133,92 @@ def test_the_interval_of_a_cell_is_that_of_the_table(result: ExperimentResult) -
     )
 
 
-def test_max_and_mean_are_resampled_over_prompts(result: ExperimentResult) -> None:
+def pivots_by_hand(
+    top: np.ndarray, bottom: np.ndarray, share: np.ndarray, seed: int, resamples: int
+) -> tuple[float, float, np.ndarray]:
+    """The weighted sum of ratios of cells, its error by the delta method, and its pivots."""
+
+    def of(rows: np.ndarray) -> tuple[float, float]:
+        value, moves = 0.0, np.zeros(len(rows))
+        for own, weight in zip(top, share, strict=True):
+            ratio = own[rows].mean() / bottom[rows].mean()
+            value += weight * ratio
+            moves += weight * (own[rows] - ratio * bottom[rows]) / bottom[rows].mean()
+        return value, moves.std(ddof=1) / np.sqrt(len(rows))
+
+    random = np.random.default_rng(seed)
+    value, error = of(np.arange(len(bottom)))
+    drawn = [of(random.integers(0, len(bottom), len(bottom))) for _ in range(resamples)]
+    return value, error, np.array([(moved - value) / own for moved, own in drawn])
+
+
+def test_a_mean_over_cells_is_studentised(result: ExperimentResult) -> None:
     data = result.measures[0]
     assert data.source is not None
-    draws = np.concatenate(list(result.resampling.weights())) / 64
-    p, b, s = (draws @ rows.T for rows in (data.patched, data.base, data.source))
-    values = (p - b) / (s - b)
-    for line, samples in (
-        ("max(recovery) > 0", values.max(1)),
-        ("min(recovery) > 0", values.min(1)),
-        ("mean(recovery, layer 1..2) > 0", values[:, 4:].mean(1)),
+    top, bottom = data.patched - data.base, (data.source - data.base)[0]
+    share = np.array([0.0] * 4 + [1 / 8] * 8)
+    value, error, pivots = pivots_by_hand(top, bottom, share, 5, 4000)
+    found = verdict("mean(recovery, layer 1..2) > 0", result)
+    t = stats.t.ppf(0.975, 63)
+    low = value - error * max(np.percentile(pivots, 97.5), t)
+    high = value - error * min(np.percentile(pivots, 2.5), -t)
+    assert found.value == pytest.approx(value)
+    assert [found.low, found.high] == pytest.approx([low, high], abs=0.2 * error)
+    twice = verdict("2 * mean(recovery, layer 1..2) - 1 > 0", result)
+    assert found.low is not None
+    assert found.high is not None
+    assert [twice.low, twice.high] == pytest.approx([2 * found.low - 1, 2 * found.high - 1])
+
+
+def test_the_largest_cell_is_bounded_by_what_holds_for_all(result: ExperimentResult) -> None:
+    """Not resampled: the largest of many estimates lies above the largest effect."""
+    data = result.measures[0]
+    assert data.source is not None
+    top, bottom = data.patched - data.base, (data.source - data.base)[0]
+    live = [cell for cell in range(12) if not data.inert[cell]]
+    alone = [
+        pivots_by_hand(top, bottom, np.eye(12)[cell], 5, 3000) for cell in live
+    ]  # the same rows are drawn for every cell
+    values, errors = (np.array([each[i] for each in alone]) for i in (0, 1))
+    pivots = np.stack([each[2] for each in alone])
+    upper, lower = np.percentile(pivots.max(0), 97.5), np.percentile(pivots.min(0), 2.5)
+    table = result.statistics[0]
+    for line, low, high in (
+        ("max(recovery) > 0", (values - upper * errors).max(), table.high.max()),
+        ("min(recovery) < 0", table.low.min(), (values - lower * errors).min()),
     ):
         found = verdict(line, result)
-        low, high = np.percentile(samples, [2.5, 97.5])
-        assert [found.low, found.high] == pytest.approx([low, high], abs=1e-9), line
+        assert [found.low, found.high] == pytest.approx([low, high], abs=0.003), line
+        assert found.holds
+    assert upper > 2.4 > 2.0
+
+
+def null(prompts: int, cells: int, seed: int) -> ExperimentResult:
+    """Nothing acts in any cell."""
+    random = np.random.default_rng(seed)
+    data = measure(random.normal(0, 1, (cells, prompts)), np.zeros(prompts), effect="delta")
+    keys = tuple(CellKey({"head": head}, f"L0H{head}.z") for head in range(cells))
+    made = replace(heads(prompts=prompts), axes=("head",), cells=keys, measures=(data,))
+    return finished(replace(made, runs={}, accuracy={}), resamples=400)
+
+
+@pytest.mark.slow
+def test_under_the_null_nothing_is_expected() -> None:
+    lines = [
+        "max(delta) > 0",
+        "min(delta) < 0",
+        "abs(delta(L0H0)) > 0",
+        "argmax(delta) = L0H0",
+        "not argmax(delta) = L0H0",
+        "top 1 contains L0H0",
+    ]
+    holds = dict.fromkeys(lines, 0)
+    for seed in range(150):
+        made = null(32, 16, seed)
+        for line in lines:
+            holds[line] += verdict(line, made).holds
+    # at 2.5 % of 150, 10 and more come once in 200
+    assert all(each < 12 for each in holds.values()), holds
 
 
 def test_correlations_pair_the_prompts(result: ExperimentResult) -> None:
@@ -224,7 +302,7 @@ def test_one_prompt_gives_no_interval() -> None:
     found = verdict("delta < 0", one)
     assert not found.holds
     assert (found.value, found.low) == (pytest.approx(-0.7), None)
-    assert "one prompt: no interval; `on mean`" in (found.reason or "")
+    assert "1 prompt: no interval below 5; `on mean`" in (found.reason or "")
     assert verdict("delta < 0 on mean", one).holds
 
 
@@ -312,9 +390,9 @@ def test_a_measure_that_could_not_be_computed_holds_nothing() -> None:
     assert np.isnan(gone.statistics[0].mean).all()
 
 
-@pytest.mark.parametrize("left", [Estimate(0.0), Estimate(0.0, np.zeros(3))])
+@pytest.mark.parametrize("left", [Estimate(0.0), Estimate(0.0, Fixed(0.0))])
 def test_of_two_numbers_the_one_that_is_none_says_why(left: Estimate) -> None:
-    none = Estimate(np.nan, None, "no row is left")
+    none = Estimate(np.nan, None, why="no row is left")
     assert combined("+", left, none).why == combined("+", none, left).why == "no row is left"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

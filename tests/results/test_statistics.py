@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from mechdsl.program import spec
-from mechdsl.statistics import bootstrap as resampling_module
-from mechdsl.statistics.bootstrap import Resampling
+from mechdsl.statistics.bootstrap import percentiles
 from mechdsl.statistics.cell_statistics import (
     category_statistics,
     cell_statistics,
     check_denominator,
 )
 from mechdsl.statistics.measure_data import CellStatistics, MeasureData
+from mechdsl.statistics.sampling import Sampling
+from mechdsl.statistics.units import Draws
 from mechdsl.vocab.effects import EFFECTS
 
 from .synthetic import SPAN, measure, statistics
@@ -67,28 +69,14 @@ def test_relative_per_prompt_is_the_mean_of_ratios(runs: tuple[np.ndarray, ...])
     assert found.reasons[0] == "the base run's value is 0 in 1 of 40 prompts"
 
 
-def test_intervals_are_those_of_a_plain_bootstrap(runs: tuple[np.ndarray, ...]) -> None:
-    patched, base, source = runs
-    settings = statistics(resamples=4000)
-    found = one(measure(patched, base, source), settings)
-    random = np.random.default_rng(99)
-    draws = random.integers(0, 40, (4000, 40))
-    b, s = base[0][draws].mean(1), source[0][draws].mean(1)
-    for cell in range(3):
-        values = (patched[cell][draws].mean(1) - b) / (s - b)
-        low, high = np.percentile(values, [2.5, 97.5])
-        width = high - low
-        assert found.low[cell] == pytest.approx(low, abs=0.08 * width)
-        assert found.high[cell] == pytest.approx(high, abs=0.08 * width)
-
-
-def test_coverage_is_near_the_confidence() -> None:
+@pytest.mark.parametrize("prompts", [8, 40])
+def test_coverage_is_near_the_confidence(prompts: int) -> None:
     random = np.random.default_rng(5)
-    # 400 experiments of 40 prompts at once: each is a cell, and cells share weights only
-    deltas = random.gamma(2.0, 1.0, (400, 40))
-    found = one(measure(deltas, np.zeros(40)), statistics(resamples=1500, confidence=90.0))
+    # 2000 experiments at once: each is a cell, and cells share weights only
+    deltas = random.gamma(2.0, 1.0, (2000, prompts))
+    found = one(measure(deltas, np.zeros(prompts)), statistics(resamples=1500, confidence=90.0))
     covered = ((found.low <= 2.0) & (found.high >= 2.0)).mean()
-    assert 0.84 < covered < 0.94
+    assert 0.87 < covered < 0.94
 
 
 def test_results_do_not_depend_on_blocks(
@@ -96,7 +84,8 @@ def test_results_do_not_depend_on_blocks(
 ) -> None:
     data = measure(*runs)
     whole = one(data)
-    monkeypatch.setattr(resampling_module, "BLOCK", 500)
+    monkeypatch.setattr("mechdsl.statistics.units.BLOCK", 500)
+    monkeypatch.setattr("mechdsl.statistics.bootstrap.BLOCK", 500)
     monkeypatch.setattr("mechdsl.statistics.sign_flips.BLOCK", 500)
     parts = one(data)
     for key in ("mean", "low", "high", "p"):
@@ -112,7 +101,7 @@ def test_resamples_without_a_prompt_of_the_cell_are_none_of_it() -> None:
     random = np.random.default_rng(6)
     samples = random.normal(0, 1, (200, 4)) * [1, 2, 3, 4]
     samples[::3, 1], samples[:, 2] = np.nan, np.nan
-    low, high = Resampling(5, statistics(confidence=90.0), 0).interval(samples)
+    low, high = percentiles(samples, (5.0, 95.0))
     for cell in (0, 1, 3):
         own = samples[:, cell]
         expected = np.percentile(own[~np.isnan(own)], [5, 95])
@@ -151,6 +140,7 @@ def test_missing_rows_leave_base_and_source_too(runs: tuple[np.ndarray, ...]) ->
     width = alone.high[0] - alone.low[0]
     assert found.low[1] == pytest.approx(alone.low[0], abs=0.15 * width)
     assert found.p[1] == pytest.approx(alone.p[0], abs=0.01)
+    assert found.units.tolist() == [40, 25, 40]
 
 
 def test_base_and_source_may_differ_between_cells(runs: tuple[np.ndarray, ...]) -> None:
@@ -171,7 +161,7 @@ def test_nothing_left_is_null_with_a_reason(runs: tuple[np.ndarray, ...]) -> Non
     found = one(measure(empty, base, source))
     assert found.reasons[0] == "no prompt is part of this cell"
     assert np.isnan([found.mean[0], found.low[0], found.p[0], found.p_corrected[0]]).all()
-    assert found.reasons[1] == "one prompt: no interval"
+    assert found.reasons[1] == "1 prompt: no interval below 5"
     assert np.isfinite(found.mean[1])
     assert np.isnan([found.low[1], found.high[1]]).all()
     assert found.p[1] == 1.0
@@ -200,18 +190,19 @@ def test_inert_cells_stay_out_of_the_correction(runs: tuple[np.ndarray, ...]) ->
 
 @pytest.mark.parametrize("out", ["inert", "missing"])
 def test_cells_that_are_not_tested_ask_for_no_more_flips(out: str) -> None:
-    """800 cells take 16,000 flips, 600 of them 12,000."""
-    base, inert = np.zeros((1, 40)), np.zeros(800, dtype=bool)
-    patched = np.ones((800, 40))
+    """Of 99 % 80 cells take 32,000 flips, 60 of them 24,000."""
+    base, inert = np.zeros((1, 40)), np.zeros(80, dtype=bool)
+    patched = np.ones((80, 40))
     if out == "inert":
-        inert[:200], patched[:200] = True, 0
+        inert[:20], patched[:20] = True, 0
     else:
-        patched[:200] = np.nan
-    found = one(measure(patched, base, inert=inert))
-    assert found.tests == 600
-    assert found.p[-1] == pytest.approx(1 / 12_001)
+        patched[:20] = np.nan
+    found = one(measure(patched, base, inert=inert), statistics(confidence=99.0))
+    assert found.tests == 60
+    assert found.p[-1] == pytest.approx(1 / 24_001)
     assert found.test is not None
-    assert "12,000 random flips" in found.test
+    assert "24,000 random flips" in found.test
+    assert found.floor.tolist() == [False] * 20 + [True] * 60
 
 
 def test_a_delta_of_nothing_has_p_one(runs: tuple[np.ndarray, ...]) -> None:
@@ -239,29 +230,49 @@ def test_groups_are_drawn_whole() -> None:
     deltas = random.normal(0, 1, 8)[groups] + random.normal(0, 0.01, 80)
     rows = one(measure(deltas[None], np.zeros(80)))
     whole = one(measure(deltas[None], np.zeros(80)), groups=groups)
-    # all the spread lies between groups, so prompts look 10 times more numerous than they are
+    # all the spread lies between groups, so prompts look 10 times more numerous than they are,
+    # and of 8 one end is farther off
     ratio = (whole.high[0] - whole.low[0]) / (rows.high[0] - rows.low[0])
-    assert 2.4 < ratio < 3.8
+    assert 2.4 < ratio < 4.2
     sums = np.array([deltas[groups == g].sum() for g in range(8)])
     assert whole.p == pytest.approx(one(measure(sums[None], np.zeros(8))).p)
     assert rows.test is not None
     assert whole.test is not None
-    assert "per-prompt" in rows.test
-    assert "per-group" in whole.test
-    lone = one(measure(deltas[None], np.zeros(80)), groups=np.zeros(80))
-    assert lone.reasons == ("one group: no interval",)
-    assert np.isnan([lone.low, lone.high]).all(), "its prompts were drawn together"
+    assert "deltas per prompt," in rows.test
+    assert "deltas per group," in whole.test
+    named = one(measure(deltas[None], np.zeros(80)), statistics(by="topic"), groups=groups)
+    assert "deltas per value of topic," in (named.test or "")
+    assert (whole.n.tolist(), whole.units.tolist()) == ([80], [8])
+    few = one(measure(deltas[None], np.zeros(80)), groups=groups // 2)
+    assert few.reasons == ("4 groups: no interval below 5",)
+    assert np.isnan([few.low, few.high]).all(), "its prompts were drawn together"
 
 
 def test_weights_are_draws_with_replacement() -> None:
-    draws = Resampling(9, statistics(resamples=5000), 4)
+    draws = Draws(9, 5000, 4)
     weights = np.concatenate(list(draws.weights()))
     assert weights.shape == (5000, 9)
     assert (weights.sum(1) == 9).all()
     assert weights.mean(0) == pytest.approx(1.0, abs=0.06)
     assert weights.var(0) == pytest.approx(8 / 9, abs=0.1)
-    other = Resampling(9, statistics(resamples=5000), 5)
+    other = Draws(9, 5000, 5)
     assert (weights != np.concatenate(list(other.weights()))).any()
+    cut = list(draws.weights(100_000))
+    assert len(cut) > 10
+    assert np.array_equal(np.concatenate(cut), weights)
+
+
+def test_of_each_stratum_as_many_are_drawn_as_there_are() -> None:
+    strata = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1])
+    draws = Draws(9, 5000, 4, strata)
+    weights = np.concatenate(list(draws.weights()))
+    assert (weights[:, strata == 0].sum(1) == 4).all()
+    assert (weights[:, strata == 1].sum(1) == 5).all()
+    assert weights[:, strata == 0].var(0) == pytest.approx(3 / 4, abs=0.1)
+    assert weights.mean(0) == pytest.approx(1.0, abs=0.06)
+    cut = list(draws.weights(100_000))
+    assert len(cut) > 10
+    assert np.array_equal(np.concatenate(cut), weights)
 
 
 def test_categories() -> None:
@@ -289,19 +300,21 @@ def test_each_cell_has_the_right_numbers_of_its_own() -> None:
 
 def test_denominators_near_zero_are_refused(runs: tuple[np.ndarray, ...]) -> None:
     _, base, source = runs
-    settings, recovery = statistics(), EFFECTS["recovery"]
-    assert check_denominator(base, source, settings, 0, SPAN, effect=recovery) == []
+    sampling, recovery = Sampling(40, statistics(), 0), EFFECTS["recovery"]
+    assert check_denominator(base, source, sampling, SPAN, effect=recovery) == []
     near = base + np.random.default_rng(0).normal(0, 1, base.shape)
-    (found,) = check_denominator(base, near, settings, 0, SPAN, effect=recovery)
+    (found,) = check_denominator(base, near, sampling, SPAN, effect=recovery)
     assert found.code == "E0604"
-    (found,) = check_denominator(base, base, settings, 0, SPAN, effect=recovery)
+    (found,) = check_denominator(base, base, sampling, SPAN, effect=recovery)
     assert "0" in found.message
     relative = EFFECTS["relative"]
-    assert check_denominator(base, None, settings, 0, SPAN, effect=relative) == []
-    (found,) = check_denominator(base - base.mean(), None, settings, 0, SPAN, effect=relative)
+    assert check_denominator(base, None, sampling, SPAN, effect=relative) == []
+    (found,) = check_denominator(base - base.mean(), None, sampling, SPAN, effect=relative)
     assert "m(base)" in found.label_text
-    assert check_denominator(base, None, settings, 0, SPAN, effect=EFFECTS["delta"]) == []
-    lone = check_denominator(base[:, :1], base[:, :1], settings, 0, SPAN, effect=recovery)
+    assert check_denominator(base, None, sampling, SPAN, effect=EFFECTS["delta"]) == []
+    lone = check_denominator(
+        base[:, :1], base[:, :1], Sampling(1, statistics(), 0), SPAN, effect=recovery
+    )
     assert [each.code for each in lone] == ["E0604"]
 
 
@@ -309,16 +322,18 @@ def test_denominators_are_refused_by_whole_groups() -> None:
     """Far from 0 by prompts, but not by the four groups that have all the spread."""
     groups = np.repeat(np.arange(4), 20)
     base = np.array([-1.0, 0.5, 2.0, 1.5])[groups][None]
-    arguments = (base, None, statistics(), 0, SPAN)
     relative = EFFECTS["relative"]
-    assert check_denominator(*arguments, effect=relative) == []
-    (found,) = check_denominator(*arguments, effect=relative, groups=groups)
+    rows, by = Sampling(80, statistics(), 0), Sampling(80, statistics(), 0, groups=groups)
+    assert check_denominator(base, None, rows, SPAN, effect=relative) == []
+    (found,) = check_denominator(base, None, by, SPAN, effect=relative)
     assert found.code == "E0604"
     order = np.random.default_rng(0).permutation(80)
-    (moved,) = check_denominator(
-        base[:, order], *arguments[1:], effect=relative, groups=groups[order], ids=order.tolist()
-    )
+    by = Sampling(80, statistics(), 0, order.tolist(), groups[order])
+    (moved,) = check_denominator(base[:, order], None, by, SPAN, effect=relative)
     assert moved.label_text == found.label_text
+    means = np.array([-1.0, 0.5, 2.0, 1.5])
+    width = stats.t.ppf(0.975, 3) * means.std(ddof=1) / 2
+    assert f"{0.75 - width:.3g} to {0.75 + width:.3g}" in found.label_text
 
 
 def test_random_flips_grow_with_the_cells_that_are_tested() -> None:
@@ -329,8 +344,8 @@ def test_random_flips_grow_with_the_cells_that_are_tested() -> None:
     tested = measure(deltas, np.zeros(30), inert=inert)
     others = measure(deltas, np.zeros(30), effect="raw")
     found = cell_statistics([tested, others], statistics(resamples=10), 0, effects=EFFECTS)
-    assert found[0].p[:700].tolist() == [1 / 14_001] * 700, "20 for each of 700 cells"
+    assert found[0].p[:700].tolist() == [1 / 56_001] * 700, "4 for each of 700 cells, over 5 %"
     assert found[0].test is not None
-    assert "14,000 random flips" in found[0].test
+    assert "56,000 random flips" in found[0].test
     assert found[1].test is None
     assert [each.tests for each in found] == [700, 700]

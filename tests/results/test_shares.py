@@ -1,0 +1,181 @@
+"""Intervals of shares against scipy and by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mechdsl.resolve.cell_key import CellKey
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.statistics.cell_statistics import cell_statistics
+from mechdsl.statistics.effect_parts import Sums
+from mechdsl.statistics.measure_data import CellStatistics, MeasureData
+from mechdsl.statistics.shares import clopper_pearson, share_difference, share_interval
+from mechdsl.vocab.effects import EFFECTS
+
+from .synthetic import finished, heads, measure, statistics
+
+
+def exact(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    found = stats.binomtest(right, n).proportion_ci(confidence, method="exact")
+    return float(found.low), float(found.high)
+
+
+@pytest.mark.parametrize("confidence", [80.0, 95.0, 99.0])
+@pytest.mark.parametrize("n", [1, 2, 7, 32, 200])
+def test_clopper_and_pearson_are_scipys(n: int, confidence: float) -> None:
+    for right in {0, 1, n // 2, n - 1, n}:
+        low, high = clopper_pearson(np.array([float(right)]), np.array([float(n)]), confidence)
+        assert (low[0], high[0]) == pytest.approx(exact(right, n, confidence / 100))
+
+
+def of(patched: np.ndarray, base: np.ndarray, **values: object) -> MeasureData:
+    given = {"effect": "raw", "metric": "correct", "label": "correct", "unit": "share", **values}
+    return measure(patched, base, **given)
+
+
+def one(data: MeasureData, **values: object) -> CellStatistics:
+    return cell_statistics([data], statistics(), 0, effects=EFFECTS, **values)[0]
+
+
+def test_the_share_of_a_cell_has_the_exact_interval() -> None:
+    patched = np.array([[1.0] * 8, [1.0] * 5 + [0.0] * 3, [1.0, 1.0] + [np.nan] * 6])
+    found = one(of(patched, np.zeros(8)))
+    expected = [exact(8, 8), exact(5, 8), exact(2, 2)]
+    assert list(zip(found.low, found.high, strict=True)) == [pytest.approx(e) for e in expected]
+    total = one(of(patched[:1], np.zeros(8), effect="total", source=patched[1]))
+    raw = one(of(np.full((1, 8), 0.5), np.zeros(8)))
+    assert raw.low[0] == raw.high[0] == 0.5, "no share of rows: as any mean"
+    assert total.mean[0] == pytest.approx(5 / 8)
+    assert total.low[0] < 5 / 8 < total.high[0]
+
+
+def newcombe(a: int, b: int, c: int, d: int) -> tuple[float, float]:
+    """Of `a` right in both, `b` in the first alone, `c` in the second alone, `d` in neither."""
+    n = a + b + c + d
+    one, two = (a + b) / n, (a + c) / n
+    phi = (a * d - b * c) / np.sqrt((a + b) * (c + d) * (a + c) * (b + d))
+    (l1, u1), (l2, u2) = exact(a + b, n), exact(a + c, n)
+    low = np.sqrt((one - l1) ** 2 - 2 * phi * (one - l1) * (u2 - two) + (u2 - two) ** 2)
+    high = np.sqrt((two - l2) ** 2 - 2 * phi * (two - l2) * (u1 - one) + (u1 - one) ** 2)
+    return one - two - low, one - two + high
+
+
+@pytest.mark.parametrize("table", [(36, 12, 2, 0), (20, 12, 2, 16), (4, 9, 1, 6)])
+def test_the_difference_of_two_shares_by_hand(table: tuple[int, int, int, int]) -> None:
+    """The first is Newcombe's, 1998; with exact limits it is a little wider than his."""
+    a, b, c, d = table
+    first = np.array([1.0] * (a + b) + [0.0] * (c + d))
+    second = np.array([1.0] * a + [0.0] * b + [1.0] * c + [0.0] * d)
+    found = one(of(first[None], second, effect="delta"))
+    low, high = newcombe(*table)
+    assert found.mean[0] == pytest.approx((b - c) / len(first))
+    assert (found.low[0], found.high[0]) == pytest.approx((low, high))
+    turned = one(of(second[None], first, effect="delta"))
+    assert (turned.low[0], turned.high[0]) == pytest.approx((-high, -low))
+    if table == (36, 12, 2, 0):
+        assert found.low[0] == pytest.approx(0.06, abs=0.02)
+        assert found.high[0] == pytest.approx(0.32, abs=0.03)
+
+
+def test_a_share_of_groups_counts_as_many_rows_as_their_spread_says() -> None:
+    """Korn and Graubard 1998."""
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(12), 10)
+    rows = (random.random(120) < random.beta(2, 1, 12)[groups]).astype(float)
+    found = one(of(rows[None], np.zeros(120)), groups=groups)
+    p = rows.mean()
+    sums = np.array([(rows[groups == g] - p).sum() for g in range(12)])
+    variance = 12 / 11 * (sums**2).sum() / 120**2
+    n = p * (1 - p) / variance * (stats.t.ppf(0.975, 119) / stats.t.ppf(0.975, 11)) ** 2
+    assert n < 110
+    low = stats.beta.ppf(0.025, p * n, n - p * n + 1)
+    high = stats.beta.ppf(0.975, p * n + 1, n - p * n)
+    assert (found.low[0], found.high[0]) == pytest.approx((low, high))
+    # all right: as many as there are groups
+    sure = one(of(np.ones((1, 120)), np.zeros(120)), groups=groups)
+    assert (sure.low[0], sure.high[0]) == pytest.approx(exact(12, 12))
+    few = one(of(rows[None], np.zeros(120)), groups=groups // 3)
+    assert np.isnan([few.low[0], few.high[0]]).all()
+    assert few.reasons[0].startswith("4 groups: no interval below 5")
+
+
+def test_shares_of_groups_that_spread_less_than_rows_count_as_rows() -> None:
+    rows = np.tile([1.0, 0.0], 20)
+    found = one(of(rows[None], np.zeros(40)), groups=np.arange(40) // 4)
+    assert (found.low[0], found.high[0]) == pytest.approx(exact(20, 40))
+
+
+def test_exact_shares_of_arrays() -> None:
+    sums = Sums(np.array([[1.0, 1, 0, 1]]), np.ones((1, 4)), np.array([4]))
+    low, high = share_interval(sums, np.array([4]), 95.0)
+    assert (low[0], high[0]) == pytest.approx(exact(3, 4))
+    low, high = share_difference(sums, sums, np.array([4]), 95.0)
+    assert low[0] <= 0 <= high[0]
+
+
+def answered(rows: np.ndarray, *expects: str, **values: object) -> ExperimentResult:
+    data = of(rows, np.zeros(rows.shape[1]), **values)
+    cells = tuple(CellKey({"head": n}, f"L0H{n}.z") for n in range(len(rows)))
+    made = replace(
+        heads(prompts=rows.shape[1]), axes=("head",), cells=cells, measures=(data,), accuracy={}
+    )
+    return finished(replace(made, runs={}), *expects)
+
+
+def test_expectations_on_shares_read_the_exact_limits() -> None:
+    rows = np.ones((3, 8))
+    rows[1, :5], rows[2, :2] = 0.0, 0.0
+    found = answered(
+        rows,
+        "raw(L0H0) > 0.9",
+        "raw(L0H0) = 1",
+        "1 - 2 * raw(L0H0) < 0",
+        "max(raw) >= 1",
+        "min(raw) < 0.9",
+        "mean(raw, head: 0) > 0.6",
+        "raw(L0H0) in 0.6..1",
+    )
+    one_cell, equal, scaled, largest, smallest, mean, band = found.outcomes
+    low, high = exact(8, 8)
+    assert (one_cell.low, one_cell.high) == pytest.approx((low, high))
+    assert not one_cell.holds
+    assert not equal.holds
+    assert (scaled.low, scaled.high) == pytest.approx((1 - 2 * high, 1 - 2 * low))
+    together = exact(8, 8, 1 - 0.05 / 3)
+    assert (largest.low, largest.high) == pytest.approx((together[0], 1.0))
+    assert not largest.holds
+    together = exact(3, 8, 1 - 0.05 / 3)
+    assert (smallest.low, smallest.high) == pytest.approx((exact(3, 8)[0], together[1]))
+    assert (mean.low, mean.holds) == (pytest.approx(low), True)
+    assert band.holds
+
+
+def test_means_of_shares_that_are_all_right_are_not_sure() -> None:
+    (found,) = answered(np.ones((4, 10)), "mean(raw) = 1").outcomes
+    assert (found.low, found.holds) == (pytest.approx(exact(10, 10, 1 - 0.05 / 4)[0]), False)
+
+
+def test_an_inert_cell_is_zero_for_sure() -> None:
+    base = np.array([1.0, 1, 0, 1, 1, 1, 0, 1])
+    found = one(of(base[None], base, effect="delta", inert=np.array([True])))
+    assert (found.low[0], found.high[0]) == (0.0, 0.0)
+    same = one(of(base[None], base, effect="delta"))
+    assert same.low[0] < 0 < same.high[0]
+
+
+def test_the_accuracy_of_a_run_is_over_groups_where_they_are_drawn() -> None:
+    result = heads()
+    groups = [i // 8 for i in range(64)]
+    rows = np.array([float(group != 3) for group in groups])
+    made = replace(result, row_values={"topic": groups}, accuracy={"clean": rows})
+    found = finished(made, "accuracy(clean) > 0.5").accuracy_interval("clean")
+    assert (found.low, found.high) == pytest.approx(exact(56, 64))
+    whole = finished(made, by="topic").accuracy_interval("clean")
+    assert whole.mean == found.mean == 7 / 8
+    p, n = 7 / 8, 7 * (stats.t.ppf(0.975, 63) / stats.t.ppf(0.975, 7)) ** 2
+    assert whole.low == pytest.approx(stats.beta.ppf(0.025, p * n, n - p * n + 1))
+    assert whole.low < found.low - 0.1
