@@ -28,8 +28,10 @@ from mechdsl.show.reports.text import (
     MISSING,
     conventions,
     heading,
+    in_band,
     inert_note,
     notes,
+    null_p_texts,
     null_texts,
     null_words,
     number_format,
@@ -232,9 +234,12 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
     ]
     if band is not None:
         columns.append(Column("null", null_texts(band, order, write), True))
+        if np.isfinite(band.p[order]).any():
+            columns.append(Column("p null", null_p_texts(band, order), True))
     if found.test is None:
         return columns
     survived, small = survives(result, measure), found.at_rounding
+    inside = in_band(result, measure)
     verdicts = [
         "inert"
         if result.measures[measure].inert[i]
@@ -242,6 +247,8 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         if np.isnan(found.p_corrected[i])
         else "rounding"
         if small[i]
+        else "in band"
+        if inside[i]
         else "yes"
         if survived[i]
         else "no"

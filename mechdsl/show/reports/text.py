@@ -20,6 +20,8 @@ from mechdsl.validate.reachable_p import CORRECTION_NAMES
 MISSING = "–"
 THIN = 0.5
 """The share of the fullest cell's prompts below which a cell is thin."""
+IN_BAND_MARK = "°"
+"""Beside the number of a cell that survives and lies inside its null band."""
 THIN_MARK = "~"
 
 
@@ -225,8 +227,27 @@ def thin_note(result: ExperimentResult, measure: int, mark: str = THIN_MARK) -> 
     return f"{mark} {cells} fewer than {100 * THIN:g} % of the {most} prompts of the fullest cell"
 
 
-def survivors(result: ExperimentResult, measure: int) -> str | None:
-    """How many cells survive the correction, in words."""
+def in_band(result: ExperimentResult, measure: int) -> Bools:
+    """[cell] whether the effect survives the correction, and lies inside its null band all the
+    same: random targets have as much of it."""
+    band, survived = result.control(measure), survives(result, measure)
+    return survived & band.inside if band is not None else np.zeros_like(survived)
+
+
+def marks(result: ExperimentResult, measure: int) -> list[str]:
+    """[cell] `*` where the effect survives the correction, `°` where it lies inside its null band
+    all the same, else a blank."""
+    return [
+        IN_BAND_MARK if inside else "*" if survived else " "
+        for survived, inside in zip(
+            survives(result, measure), in_band(result, measure), strict=True
+        )
+    ]
+
+
+def survivors(result: ExperimentResult, measure: int, mark: str = "") -> str | None:
+    """How many cells survive the correction, in words; and how many of these lie inside their null
+    band, behind their `mark`."""
     found = result.statistics[measure]
     if not found.test or result.settings is None:
         return None
@@ -235,7 +256,12 @@ def survivors(result: ExperimentResult, measure: int) -> str | None:
     name = CORRECTION_NAMES[result.settings.correction]
     how = "no correction" if result.settings.correction == "none" else f"{name}'s correction"
     cells = "cell survives" if tested == 1 else "cells survive"
-    return f"{good} of {tested} {cells} {how} at p < {alpha(result):g}"
+    said = f"{good} of {tested} {cells} {how} at p < {alpha(result):g}"
+    if result.control(measure) is None or not good:
+        return said
+    inside = int(np.count_nonzero(in_band(result, measure)))
+    lie = "lies inside its null band" if inside == 1 else "lie inside their null bands"
+    return f"{said}; {mark and f'{mark} '}{inside or 'none'} of these {lie}"
 
 
 def centre_note(result: ExperimentResult) -> str | None:
@@ -270,19 +296,47 @@ def null_texts(band: NullBand, cells: Iterable[int], write: Callable[[float], st
     ]
 
 
+def null_p_texts(band: NullBand, cells: Iterable[int]) -> list[str]:
+    """The rank p of each cell; `≤` where no draw is as large, as it can't be lower."""
+    return [
+        f"≤ {p_text(p)}" if p * (1 + k) < 1.5 else p_text(p)
+        for p, k in ((float(band.p[cell]), int(band.draws[cell])) for cell in cells)
+    ]
+
+
 def null_words(result: ExperimentResult, measure: int) -> str | None:
-    """What the null band is."""
+    """What the null band is, and what it states."""
     band = result.control(measure)
     if band is None:
         return None
-    confidence = result.settings.confidence if result.settings else 95.0
-    return f"{confidence:g} % of {band.draws} {band.what} lie in it"
+    some = band.draws > 0
+    if not some.any():
+        return f"none of the {band.what} has a value"
+    fewer = band.made[some] < band.asked
+    there = ", all there are" if fewer.any() else ""
+    if fewer.any() and not fewer.all():
+        there += f" where fewer than {band.asked:,}"
+    lost = int((band.made - band.draws).sum())
+    without = f"; {plural(lost, 'draw')} without a value left out" if lost else ""
+    draws = _ends([f"{k:,}" for k in sorted(band.draws[some].tolist())])
+    level = _ends([f"{100 * level:.3g} %" for level in sorted(band.level[some].tolist())])
+    cut = sorted((band.rank[some] - 1).tolist())
+    but = f" without the {_ends([f'{n}' for n in cut])} lowest and highest" if cut[-1] else ""
+    return (
+        f"range of {draws} {band.what}{there}{but}; one more like them lies in it with {level}"
+        + (without)
+    )
+
+
+def _ends(texts: Sequence[str]) -> str:
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
 
 
 def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list[str]:
     """Remarks under a figure that marks survivors with a star and, where anything could be
     drawn, shades the null band."""
-    survived, null = survivors(result, measure), null_words(result, measure)
+    survived = survivors(result, measure, IN_BAND_MARK)
+    null = null_words(result, measure)
     shade = "░ null" if drawn else "null"
     said = [f"* {survived}" if survived else None, f"{shade}: {null}" if null else None]
     said += [inert_note(result, measure), rounding_note(result, measure)]
