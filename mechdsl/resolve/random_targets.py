@@ -351,7 +351,7 @@ class _Draws:
         times = self.experiment.n_cells // len(cells)
         self._say_alone(whole * times, some * times)
         drawn = Drawn(names, {c: len(d.picks) for c, d in zip(cells, cell_draws, strict=True)})
-        for n in chosen:
+        for n in (*in_sites, *tokens):
             word = kinds[n]
             assert word is not None
             self.drawn[word] = None

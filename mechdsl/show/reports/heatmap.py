@@ -28,8 +28,8 @@ from mechdsl.show.reports.grid import (
 )
 from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
 from mechdsl.show.reports.text import (
-    IN_BAND_MARK,
     MISSING,
+    NO_MORE_MARK,
     THIN_MARK,
     conventions,
     heading,
@@ -101,9 +101,9 @@ def _notes(
         said.append("the commonest value of every cell")
     elif np.isfinite(values).any():
         said.append(f"from {write(np.nanmin(values))} to {write(np.nanmax(values))}")
-    survived, null = survivors(result, measure, IN_BAND_MARK), null_words(result, measure)
+    survived, null = survivors(result, measure, "*", NO_MORE_MARK), null_words(result, measure)
     more = (
-        f"* {survived}" if survived else None,
+        survived,
         f"null: {null}" if null else None,
         inert_note(result, measure),
         rounding_note(result, measure),

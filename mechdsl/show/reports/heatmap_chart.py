@@ -25,10 +25,10 @@ from mechdsl.show.reports.charts import (
 )
 from mechdsl.show.reports.grid import axis_name, axis_title, panels, row_order, values_of
 from mechdsl.show.reports.text import (
-    IN_BAND_MARK,
+    NO_MORE_MARK,
     THIN_MARK,
-    in_band,
     map_format,
+    no_more_than_random,
     null_words,
     survives,
     survivors,
@@ -89,13 +89,13 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     values = found.commonest if category else found.mean
     write = (lambda v: f"{v:g}") if category else map_format(values)
     few, under = thin(result, measure), hovers(result, measure)
-    inside = in_band(result, measure)
-    clear = survives(result, measure) & ~inside
+    alike = no_more_than_random(result, measure)
+    clear = survives(result, measure) & ~alike
     numbers = [
-        (THIN_MARK if mark else "") + write(value) + (IN_BAND_MARK if banded else "")
+        (THIN_MARK if mark else "") + write(value) + (NO_MORE_MARK if random else "")
         if np.isfinite(value)
         else ""
-        for value, mark, banded in zip(values, few, inside, strict=True)
+        for value, mark, random in zip(values, few, alike, strict=True)
     ]
     axes = axis_name(result, rows), axis_name(result, columns)
     shown = panels(result, axes)
@@ -114,7 +114,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
             "text": numbers[cell],
             "strong": bool(abs(values[cell] - least) > 0.6 * (limit - least)),
             "survives": bool(clear[cell]),
-            "inside": bool(inside[cell]),
+            "alike": bool(alike[cell]),
             "panel": heading(panel.title, layout.width),
             "hover": under[cell],
         }
@@ -156,21 +156,20 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     )
     several = faceted(drawn, [panel.title for panel in shown], layout.width)
     gaps = len(records) < len(shown) * len(places[0]) * len(places[1])
-    said = survivors(result, measure, IN_BAND_MARK if layout.number else "ring:")
+    signs = ("bold", NO_MORE_MARK) if layout.number else ("dot", "ring")
     null = null_words(result, measure)
-    mark = "bold" if layout.number else "dot"
-    lines = [f"{mark}: {said}" if said else None, f"null: {null}" if null else None]
+    lines = [survivors(result, measure, *signs), f"null: {null}" if null else None]
     lines += ["grey: no value" if gaps else None]
     lines += [thin_note(result, measure)] if layout.number else []
     return titled(several, result, data, *lines)
 
 
 def _marks(base: Any, size: float | None, ink: Any) -> list[Any]:
-    """The numbers, bold in cells that survive and lie outside their null band; where numbers have
-    no room, dots in these, and rings in those that survive inside of it."""
+    """The numbers, bold in cells that survive and are more than random targets have; where
+    numbers have no room, dots in these, and rings in the others that survive."""
     if size is None:
         dots = base.transform_filter("datum.survives").mark_circle(size=DOT, opacity=1)
-        rings = base.transform_filter("datum.inside").mark_point(size=DOT, filled=False, opacity=1)
+        rings = base.transform_filter("datum.alike").mark_point(size=DOT, filled=False, opacity=1)
         return [dots.encode(color=ink), rings.encode(color=ink)]
     weight: Any = alt.ExprRef("datum.survives ? 'bold' : 'normal'")
     return [base.mark_text(fontSize=size, fontWeight=weight).encode(text="text:N", color=ink)]

@@ -28,8 +28,8 @@ from mechdsl.show.reports.text import (
     MISSING,
     conventions,
     heading,
-    in_band,
     inert_note,
+    no_more_than_random,
     notes,
     null_p_texts,
     null_texts,
@@ -239,7 +239,7 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
     if found.test is None:
         return columns
     survived, small = survives(result, measure), found.at_rounding
-    inside = in_band(result, measure)
+    alike = no_more_than_random(result, measure)
     verdicts = [
         "inert"
         if result.measures[measure].inert[i]
@@ -247,8 +247,8 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         if np.isnan(found.p_corrected[i])
         else "rounding"
         if small[i]
-        else "in band"
-        if inside[i]
+        else ("in band" if band is not None and band.inside[i] else "below band")
+        if alike[i]
         else "yes"
         if survived[i]
         else "no"

@@ -20,8 +20,8 @@ from mechdsl.validate.reachable_p import CORRECTION_NAMES
 MISSING = "–"
 THIN = 0.5
 """The share of the fullest cell's prompts below which a cell is thin."""
-IN_BAND_MARK = "°"
-"""Beside the number of a cell that survives and lies inside its null band."""
+NO_MORE_MARK = "°"
+"""Beside the number of a cell that survives, though random targets have as much."""
 THIN_MARK = "~"
 
 
@@ -227,28 +227,26 @@ def thin_note(result: ExperimentResult, measure: int, mark: str = THIN_MARK) -> 
     return f"{mark} {cells} fewer than {100 * THIN:g} % of the {most} prompts of the fullest cell"
 
 
-def in_band(result: ExperimentResult, measure: int) -> Bools:
-    """[cell] whether the effect survives the correction, and lies inside its null band all the
-    same: random targets have as much of it."""
+def no_more_than_random(result: ExperimentResult, measure: int) -> Bools:
+    """[cell] whether the effect survives the correction, and random targets have as much of it: it
+    lies inside its null band, or between 0 and that."""
     band, survived = result.control(measure), survives(result, measure)
-    return survived & band.inside if band is not None else np.zeros_like(survived)
+    return np.zeros_like(survived) if band is None else survived & (band.inside | band.nearer)
 
 
 def marks(result: ExperimentResult, measure: int) -> list[str]:
-    """[cell] `*` where the effect survives the correction, `°` where it lies inside its null band
-    all the same, else a blank."""
-    return [
-        IN_BAND_MARK if inside else "*" if survived else " "
-        for survived, inside in zip(
-            survives(result, measure), in_band(result, measure), strict=True
-        )
-    ]
+    """[cell] `*` where the effect survives the correction, `°` where random targets have as much
+    of it all the same, else a blank."""
+    both = zip(survives(result, measure), no_more_than_random(result, measure), strict=True)
+    return [NO_MORE_MARK if random else "*" if survived else " " for survived, random in both]
 
 
-def survivors(result: ExperimentResult, measure: int, mark: str = "") -> str | None:
-    """How many cells survive the correction, in words; and how many of these lie inside their null
-    band, behind their `mark`."""
-    found = result.statistics[measure]
+def survivors(
+    result: ExperimentResult, measure: int, mark: str = "", random: str = ""
+) -> str | None:
+    """How many cells survive the correction, in words, and of how many of these random targets have
+    as much; behind the marks that stand for the two."""
+    found, band = result.statistics[measure], result.control(measure)
     if not found.test or result.settings is None:
         return None
     tested = int(np.count_nonzero(~np.isnan(found.p_corrected)))
@@ -257,11 +255,16 @@ def survivors(result: ExperimentResult, measure: int, mark: str = "") -> str | N
     how = "no correction" if result.settings.correction == "none" else f"{name}'s correction"
     cells = "cell survives" if tested == 1 else "cells survive"
     said = f"{good} of {tested} {cells} {how} at p < {alpha(result):g}"
-    if result.control(measure) is None or not good:
-        return said
-    inside = int(np.count_nonzero(in_band(result, measure)))
+    alike = no_more_than_random(result, measure)
+    signs = f"{mark} or {random}" if mark and alike.any() else mark
+    lead = f"{signs}: " if len(mark) > 1 else f"{signs} " if mark else ""
+    if band is None or not good:
+        return lead + said
+    inside, nearer = (int(np.count_nonzero(alike & each)) for each in (band.inside, band.nearer))
     lie = "lies inside its null band" if inside == 1 else "lie inside their null bands"
-    return f"{said}; {mark and f'{mark} '}{inside or 'none'} of these {lie}"
+    more = f", {nearer} between 0 and the band" if nearer else ""
+    which = f"{random}{':' * (len(random) > 1)} " if random and alike.any() else ""
+    return f"{lead}{said}; {which}{inside or 'none'} of these {lie}{more}"
 
 
 def centre_note(result: ExperimentResult) -> str | None:
@@ -322,10 +325,8 @@ def null_words(result: ExperimentResult, measure: int) -> str | None:
     level = _ends([f"{100 * level:.3g} %" for level in sorted(band.level[some].tolist())])
     cut = sorted((band.rank[some] - 1).tolist())
     but = f" without the {_ends([f'{n}' for n in cut])} lowest and highest" if cut[-1] else ""
-    return (
-        f"range of {draws} {band.what}{there}{but}; one more like them lies in it with {level}"
-        + (without)
-    )
+    states = f"one more like them lies in it with {level}"
+    return f"range of {draws} {band.what}{there}{but}; {states}{without}"
 
 
 def _ends(texts: Sequence[str]) -> str:
@@ -335,10 +336,10 @@ def _ends(texts: Sequence[str]) -> str:
 def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list[str]:
     """Remarks under a figure that marks survivors with a star and, where anything could be
     drawn, shades the null band."""
-    survived = survivors(result, measure, IN_BAND_MARK)
+    survived = survivors(result, measure, "*", NO_MORE_MARK)
     null = null_words(result, measure)
     shade = "░ null" if drawn else "null"
-    said = [f"* {survived}" if survived else None, f"{shade}: {null}" if null else None]
+    said = [survived, f"{shade}: {null}" if null else None]
     said += [inert_note(result, measure), rounding_note(result, measure)]
     said.append(thin_note(result, measure))
     return [line for line in said if line]
