@@ -196,11 +196,13 @@ class _Draws:
         for part in self.apart:
             if part.points and possible.isdisjoint(words_of(part)):
                 text, words = part.site.span.written, " and ".join(sorted(drawn))
-                raise _NothingToDraw(
-                    f"`{text}` has none of the {words} that are drawn",
-                    f"leave out {words}, or say what is drawn: `random({self.asked.draws}, heads)`",
-                    part.site.span,
-                )
+                has = {word for rule in self.experiment.rules for word in self._has(rule)}
+                other = next((w for w in FINEST_FIRST if w in words_of(part) & has), None)
+                hint = f"leave out {words}"
+                if other is not None:
+                    hint += f", or draw {other}: `random({self.asked.draws}, {other})`"
+                reason = f"`{text}` has none of the {words} that are drawn"
+                raise _NothingToDraw(reason, hint, part.site.span)
 
     def _nothing(self) -> _NothingToDraw:
         what = self.asked.what
@@ -229,10 +231,11 @@ class _Draws:
             return _NothingElse(reason, "let it write something: `top 3`, say, not `top 0`")
         has = {word for rule in self.experiment.rules for word in self._has(rule)}
         word = next((each for each in FINEST_FIRST if each in has and each not in kinds), None)
-        hint = "join fewer targets"
+        hint = "leave out fewer targets" if self.apart else "join fewer targets"
         if word is not None:
             hint += f", or draw something else: `random({self.asked.draws}, {word})`"
-        return _NothingElse(f"there is nothing else like {self.like[0]}", hint)
+        but = " but what is left out" if self.apart else ""
+        return _NothingElse(f"there is nothing else like {self.like[0]}{but}", hint)
 
     # --- what is drawn ----------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from mechdsl.vocab.effects import EFFECTS
 from .synthetic import finished, heads, measure, report, with_controls
 
 
-def test_a_band_runs_between_draws() -> None:
+def test_a_band_lies_between_the_effects_of_the_draws() -> None:
     random = np.random.default_rng(0)
     base = random.normal(-1, 1, (1, 12))
     source = base + random.normal(4, 1, (1, 12))
