@@ -316,7 +316,10 @@ def test_fewer_others_than_draws() -> None:
     for head in range(4):
         same_band(result, 4 + head, np.delete(values, head))
     printed = result.to_text(120)
-    assert "null: range of 3 random heads, all there are; one more like them lies in it" in printed
+    assert (
+        "null: range of 3 draws of random heads, all there are; one more like them lies in it"
+        in printed
+    )
     assert "lies in it with 50 %" in printed
 
 
@@ -344,7 +347,10 @@ def test_cells_with_more_and_with_fewer_others() -> None:
     # L2H0 and L1H2: 3 others of the one, 3 × 3 pairs of others of both
     assert band.draws.tolist() == [3, 4]
     assert "3 to 4 draws, all there are where fewer than 4" in picked.conventions["controls"]
-    assert "range of 3 to 4 random heads, all there are where fewer than 4" in picked.to_text(140)
+    assert (
+        "range of 3 to 4 draws of random heads, all there are where fewer than 4"
+        in picked.to_text(140)
+    )
     others = [f"patch L2H{head} at last-item token" for head in (1, 2, 3)]
     found = []
     for number, rule in enumerate(others):

@@ -158,28 +158,28 @@ def test_the_words_of_a_band() -> None:
     def said(**values: np.ndarray | int) -> str | None:
         return null_words(banded(**values), 0)
 
-    whole = "range of 20 random heads; one more like them lies in it with 90.5 %"
+    whole = "range of 20 draws of random heads; one more like them lies in it with 90.5 %"
     assert said() == whole
     few = np.array([3] + [20] * (cells - 1))
     level = (few - 1) / (few + 1)
     ragged = said(draws=few, made=few, level=level)
     assert ragged == (
-        "range of 3 to 20 random heads, all there are where fewer than 20; one more like them lies "
+        "range of 3 to 20 draws of random heads, all there are where fewer than 20; one more like them lies "
         "in it with 50 % to 90.5 %"
     )
     assert said(made=np.full(cells, 21)) == f"{whole}; {cells} draws without a value left out"
     some = np.array([0] + [17] * (cells - 1))
     gone = said(draws=some, made=some, level=np.array([np.nan] + [16 / 18] * (cells - 1)))
     assert gone is not None
-    assert gone.startswith("range of 17 random heads, all there are; ")
+    assert gone.startswith("range of 17 draws of random heads, all there are; ")
     trimmed = said(rank=np.full(cells, 2))
     assert trimmed is not None
-    assert "20 random heads without the 1 lowest and highest; " in trimmed
+    assert "20 draws of random heads without the 1 lowest and highest; " in trimmed
     assert said(draws=np.zeros(cells, dtype=np.int64)) == "none of the random heads has a value"
 
 
 def test_a_p_at_its_floor_says_so() -> None:
     band = ends(banded(p=np.full(len(heads().cells), 1 / 21)))
-    assert null_p_texts(band, [0]) == ["≤ 0.0476"]
-    assert null_p_texts(replace(band, p=np.full(12, 2 / 21)), [0]) == ["0.0952"]
+    assert null_p_texts(band, [0]) == ["≤0.048"]
+    assert null_p_texts(replace(band, p=np.full(12, 2 / 21)), [0]) == ["0.095"]
     assert null_p_texts(replace(band, p=np.full(12, np.nan)), [0]) == ["–"]

@@ -302,9 +302,13 @@ def null_texts(band: NullBand, cells: Iterable[int], write: Callable[[float], st
 def null_p_texts(band: NullBand, cells: Iterable[int]) -> list[str]:
     """The rank p of each cell; `≤` where no draw is as large, as it can't be lower."""
     return [
-        f"≤ {p_text(p)}" if p * (1 + k) < 1.5 else p_text(p)
+        MISSING if math.isnan(p) else ("≤" if p * (1 + k) < 1.5 else "") + _short_p(p)
         for p, k in ((float(band.p[cell]), int(band.draws[cell])) for cell in cells)
     ]
+
+
+def _short_p(p: float) -> str:
+    return f"{p:.0e}" if p < 0.0005 else f"{p:.3f}"
 
 
 def null_words(result: ExperimentResult, measure: int) -> str | None:
@@ -326,7 +330,7 @@ def null_words(result: ExperimentResult, measure: int) -> str | None:
     cut = sorted((band.rank[some] - 1).tolist())
     but = f" without the {_ends([f'{n}' for n in cut])} lowest and highest" if cut[-1] else ""
     states = f"one more like them lies in it with {level}"
-    return f"range of {draws} {band.what}{there}{but}; {states}{without}"
+    return f"range of {draws} draws of {band.what}{there}{but}; {states}{without}"
 
 
 def _ends(texts: Sequence[str]) -> str:
