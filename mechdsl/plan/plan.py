@@ -23,7 +23,7 @@ from mechdsl.plan.restart import WHOLE_PASS, Shortcuts
 from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.resolve.path_rules import reached
-from mechdsl.resolve.resolved import Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
+from mechdsl.resolve.resolved import DRAW, Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
 
 PROMPT_TOKENS = 4096
@@ -54,6 +54,8 @@ class ExperimentPlan:
     """Per cell: by structure none of its rows can differ from the base run."""
     items: tuple[Env, ...]
     """Per cell, its occurrence, where an axis runs over occurrences."""
+    drawn: NDArray[np.bool_] | None = None
+    """Per cell of a control: whether it has this draw. None where all have all."""
 
     @property
     def n_cells(self) -> int:
@@ -66,8 +68,11 @@ class ExperimentPlan:
 
     @property
     def exists(self) -> NDArray[np.bool_]:
-        """[cell] whether there is such a cell: paths only lead forward."""
+        """[cell] whether there is such a cell: paths only lead forward, and there may be no more
+        targets to be drawn."""
         found = np.ones(self.n_cells, dtype=np.bool_)
+        if self.drawn is not None:
+            found &= self.drawn
         for plan in self.rules:
             if plan.paths is not None:
                 found &= plan.paths.exists
@@ -127,6 +132,8 @@ class ExperimentPlan:
         for plan in self.rules:
             own = plan.run_counts(prompts)
             counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
+        if self.drawn is not None:
+            counts[~self.drawn] = 0
         return counts
 
     def count(self, prompts: Ints | None = None) -> int:
@@ -272,7 +279,20 @@ def plan_experiment(each: Asked) -> ExperimentPlan:
         inert_runs=inert_runs,
         inert=inert_cells(inert_runs, rules, count),
         items=tuple(items),
+        drawn=_drawn(experiment, by_name, count),
     )
+
+
+def _drawn(
+    experiment: ResolvedExperiment, by_name: Mapping[str, Ints], count: int
+) -> NDArray[np.bool_] | None:
+    """[cell] which draws there are."""
+    drawn = experiment.drawn
+    if drawn is None:
+        return None
+    counts = np.array(list(drawn.counts.values()), dtype=np.int64)
+    there = by_name[DRAW] < counts[_lookup(list(drawn.counts), drawn.axes, by_name, count)]
+    return None if there.all() else there
 
 
 def _rule_plan(

@@ -1,4 +1,4 @@
-"""`against random(20, heads)`: what an experiment is set against."""
+"""`against random(20, heads) apart from top 5 of X`: what an experiment is set against."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_controls import BadControl
 from mechdsl.program import spec
 from mechdsl.program.constants import constant
-from mechdsl.program.sort_statements import Statements
+from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
 
 CONTROLS = ("random",)
@@ -52,7 +52,10 @@ def lower_control(work: Statements) -> spec.Control | None:
             hint = f"the number stands first: `random(20, {values[0].span.written})`"
         _bad(call, reason, hint, work)
         return None
-    return spec.Control(span=call.span, draws=draws, what=_what(values[1:], work))
+    apart = work.against[0].apart
+    for site in apart:
+        use_names(site, work)
+    return spec.Control(span=call.span, draws=draws, what=_what(values[1:], work), apart=apart)
 
 
 def _what(values: Sequence[ast.Node], work: Statements) -> spec.Drawn | None:

@@ -50,6 +50,8 @@ def _ranked(experiment: spec.Experiment, groups: Mapping[str, spec.Group]) -> It
         for name in type(part).model_fields:
             yield from _in_tree(getattr(part, name), groups)
     yield from _in_tree(experiment.keep, groups)
+    if experiment.against is not None:
+        yield from _in_tree(experiment.against.apart, groups)
 
 
 def _in_tree(tree: object, groups: Mapping[str, spec.Group] | None = None) -> Iterator[ast.Ranked]:

@@ -216,6 +216,8 @@ class Control(Spec):
     draws: int
     what: Drawn | None = None
     """None: the finest that the rules' sites have."""
+    apart: tuple[SiteText, ...] = ()
+    """What is never drawn: sites, groups, `top 5 of X`."""
 
 
 class Elsewhere(Spec):

@@ -77,6 +77,25 @@ def combination(pool: Sequence[int], size: int, rank: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def place_of(pool: Sequence[int], chosen: Sequence[int]) -> int:
+    """The rank of a set, ascending: `combination` of it gives the set."""
+    rank, start = 0, 0
+    for left, each in zip(range(len(chosen), 0, -1), chosen, strict=True):
+        place = pool.index(each)
+        rank += comb(len(pool) - start, left) - comb(len(pool) - place, left)
+        start = place + 1
+    return rank
+
+
+def random_rank(count: int, *key: object) -> int:
+    """A seeded number in 0..count-1, each as likely but for one part in 2^64."""
+    words = count.bit_length() // 128 + 2
+    drawn = 0
+    for word in range(words):
+        drawn = drawn << 128 | stable_hash(*key, word)
+    return drawn % count
+
+
 def _mix(x: int) -> int:
     """The finaliser of splitmix64."""
     x = (x + 0x9E3779B97F4A7C15) & _WORD

@@ -6,17 +6,32 @@ on those that it is taken from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import comb, prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Hits
-from mechdsl.prompts.seeded_draws import Permutation, stable_hash, subset
+from mechdsl.prompts.seeded_draws import (
+    Permutation,
+    combination,
+    place_of,
+    random_rank,
+    stable_hash,
+    subset,
+)
+
+UNIT_WORDS: Mapping[str, spec.Drawn] = {
+    "head": "heads",
+    "kv_head": "heads",
+    "neuron": "neurons",
+    "expert": "experts",
+}
 
 MOST_RANKS = 1 << 62
-"""Sets that are counted through; of more, two that are drawn are never the same."""
+"""Sets that are counted through."""
 
 
 @dataclass(frozen=True)
@@ -35,138 +50,235 @@ Picked: TypeAlias = Mapping[tuple[Slot, int], int]
 
 
 @dataclass(frozen=True)
-class MatchedDraws:
-    """What takes the place of a cell's targets."""
+class SiteOptions:
+    """All that could take the place of a cell's targets."""
 
-    picks: list[Picked]
-    """One for every draw."""
-    different: int
-    """How many of the draws differ."""
+    own: Own
+    slots: Sequence[Slot]
+    pools: Sequence[tuple[int, ...]]
+    sizes: Sequence[int]
+    """How many sets there are, of each pool."""
+    itself: int | None
+    """The rank of the cell's own targets, where they could be drawn: they are no control."""
+    key: int
     without: str
     """Which targets were left out, in words."""
 
+    @property
+    def count(self) -> int:
+        """How many different ones there are."""
+        return prod(self.sizes) - (self.itself is not None)
 
-def draw_targets(
-    own: Own, everywhere: Own, fitting: Sequence[int], *, draws: int, seed: int
-) -> MatchedDraws | None:
-    """For every draw, what takes the place of each target of a cell; None without others.
+    def pick(self, rank: int | None, draw: int) -> Picked:
+        """Target → what takes its place; without a rank, of a seeded draw."""
+        if rank is not None and self.itself is not None:
+            rank += rank >= self.itself
+        found: dict[tuple[Slot, int], int] = {}
+        for slot, pool, size in zip(self.slots, self.pools, self.sizes, strict=True):
+            own, here = self.own[slot], None
+            if rank is not None:
+                rank, here = divmod(rank, size)
+            targets = subset(pool, len(own), here, self.key, slot.layer, draw)
+            # Which one stands for which is drawn too, as rules may treat them differently.
+            several = len(targets) > 1
+            places = Permutation(len(targets), self.key, slot.layer, draw) if several else (0,)
+            for n, target in enumerate(own):
+                found[slot, target] = targets[places[n]]
+        return found
 
-    Where there are fewer others than draws, each is drawn as often as the next, or once more.
-    everywhere: the targets of all cells. fitting: the layers that can be drawn.
+
+def site_options(
+    own: Own, everywhere: Own, apart: Own, fitting: Sequence[int], *, draws: int, seed: int
+) -> SiteOptions | None:
+    """What could take the place of a cell's targets; None without others.
+
+    everywhere: the targets of all cells. apart: targets that are never drawn. fitting: the layers
+    that can be drawn.
     """
     slots = sorted(own, key=lambda slot: (slot.word, slot.size, slot.layer or 0))
     everything = {
-        slot: tuple(fitting) if slot.word == "layers" else tuple(range(slot.size)) for slot in slots
+        slot: _besides(
+            tuple(fitting) if slot.word == "layers" else range(slot.size), apart.get(slot, ())
+        )
+        for slot in slots
     }
     tiers = (
         ("none that a rule names", everywhere),
         ("none of the cell's own", own),
         ("the cell's own among them where there are too few others", {}),
     )
-    chosen = None
-    most = 0
+    chosen: SiteOptions | None = None
     for note, without in tiers if own else ():
         pools = [_besides(everything[slot], without.get(slot, ())) for slot in slots]
         sizes = [comb(len(p), len(own[slot])) for p, slot in zip(pools, slots, strict=True)]
-        # What the cell has itself is no control.
-        itself = not without and all(set(own[s]).issubset(everything[s]) for s in slots)
-        possible = prod(sizes) - itself
-        if possible > most:
-            most, chosen = possible, (note, pools, sizes, itself)
-        if most >= draws:
+        itself = None
+        if not without and all(set(own[s]).issubset(everything[s]) for s in slots):
+            itself = _rank([place_of(everything[s], own[s]) for s in slots], sizes)
+        parts = [(slot.word, slot.size, slot.layer, own[slot]) for slot in slots]
+        key = stable_hash(seed, "control", *parts, *map(len, pools))
+        found = SiteOptions(own, slots, pools, sizes, itself, key, note)
+        if found.count > (0 if chosen is None else chosen.count):
+            chosen = found
+        if chosen is not None and chosen.count >= draws:
             break
-    if chosen is None:
-        return None
-    said, pools, sizes, itself = chosen
-    picks = _picks(own, slots, pools, sizes, itself=itself, draws=draws, seed=seed)
-    return MatchedDraws(list(picks), min(most, draws), said)
+    return chosen
 
 
-def _picks(
-    own: Own,
-    slots: Sequence[Slot],
-    pools: Sequence[tuple[int, ...]],
-    sizes: Sequence[int],
-    *,
-    itself: bool,
-    draws: int,
-    seed: int,
-) -> Iterator[Picked]:
-    parts = [(slot.word, slot.size, slot.layer, own[slot]) for slot in slots]
-    key = stable_hash(seed, "control", *parts, *map(len, pools))
-    total = prod(sizes)
-    order = Permutation(min(total, MOST_RANKS), key)
-    draw = given = 0
-    while given < draws:
-        rank = order[draw % len(order)]
-        found: dict[tuple[Slot, int], int] = {}
-        same = True
-        for slot, pool, size in zip(slots, pools, sizes, strict=True):
-            rank, here = divmod(rank, size)
-            place = here if total <= MOST_RANKS else None
-            targets = subset(pool, len(own[slot]), place, key, slot.layer, draw)
-            same = same and targets == own[slot]
-            # Which one stands for which is drawn too, as rules may treat them differently.
-            several = len(targets) > 1
-            places = Permutation(len(targets), key, slot.layer, draw) if several else (0,)
-            for n, target in enumerate(own[slot]):
-                found[slot, target] = targets[places[n]]
+def _rank(places: Sequence[int], sizes: Sequence[int]) -> int:
+    """The rank of the whole from those of its parts; the first one counts fastest."""
+    rank = 0
+    for place, size in reversed(list(zip(places, sizes, strict=True))):
+        rank = rank * size + place
+    return rank
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """All that could stand for the tokens of one row: for each of its runs as many others, for no
+    two runs of one length the same ones, as their order says nothing."""
+
+    hits: Hits
+    pool: tuple[int, ...]
+    groups: Mapping[int, tuple[int, int]]
+    """Length of a run → how many runs have it, how many sets of tokens there are."""
+    itself: int | None
+    key: int
+
+    @classmethod
+    def of(cls, allowed: tuple[int, ...], hits: Hits, *, row_key: int, seed: int) -> RowOptions:
+        """Without the row's own tokens, or with them where there are no others."""
+        taken = {token for run in hits for token in run}
+        lengths = Counter(map(len, hits))
+        chosen: RowOptions | None = None
+        for pool in (_besides(allowed, sorted(taken)), allowed):
+            groups = {size: (runs, comb(len(pool), size)) for size, runs in lengths.items()}
+            key = stable_hash(seed, "control", "positions", row_key, pool)
+            found = cls(hits, pool, groups, None, key)
+            if taken <= set(pool):
+                found = replace(found, itself=found.own_rank())
+            if chosen is None or chosen.alone:
+                chosen = found
+        assert chosen is not None
+        return chosen
+
+    @property
+    def total(self) -> int:
+        return prod(comb(sets, runs) for runs, sets in self.groups.values())
+
+    @property
+    def count(self) -> int:
+        """How many different ones there are; a row without others stays as it is."""
+        return 1 if self.alone else self.total - (self.itself is not None)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the row has no others."""
+        return not any(self.hits) or self.total <= (self.itself is not None)
+
+    @property
+    def among(self) -> bool:
+        """Whether its own tokens may be among those that are drawn."""
+        return not self.alone and not {t for run in self.hits for t in run}.isdisjoint(self.pool)
+
+    def own_rank(self) -> int | None:
+        """The rank of the row's own tokens; none where two of its runs are the same, as those that
+        are drawn are."""
+        places: list[int] = []
+        sizes: list[int] = []
+        for size, (runs, sets) in self.groups.items():
+            own = {place_of(self.pool, run) for run in self.hits if len(run) == size}
+            if len(own) < runs:
+                return None
+            places.append(place_of(range(sets), sorted(own)))
+            sizes.append(comb(sets, runs))
+        return _rank(places, sizes)
+
+    def pick(self, rank: int | None, draw: int) -> Hits:
+        """Tokens for its runs; without a rank, of a seeded draw."""
+        if self.alone:
+            return self.hits
+        if rank is None and self.count <= MOST_RANKS:
+            rank = random_rank(self.count, self.key, draw)
+        if rank is not None and self.itself is not None:
+            rank += rank >= self.itself
+        drawn: dict[int, list[tuple[int, ...]]] = {}
+        for size, (runs, sets) in self.groups.items():
+            here = None
+            if rank is not None:
+                rank, here = divmod(rank, comb(sets, runs))
+            drawn[size] = self._runs(size, runs, sets, here, draw)
+        return tuple(drawn[len(run)].pop(0) for run in self.hits)
+
+    def _runs(
+        self, size: int, runs: int, sets: int, rank: int | None, draw: int
+    ) -> list[tuple[int, ...]]:
+        if runs == 1:
+            return [subset(self.pool, size, rank, self.key, size, draw)]
+        if sets > MOST_RANKS:
+            return [subset(self.pool, size, None, self.key, size, draw, n) for n in range(runs)]
+        places = subset(range(sets), runs, rank, self.key, size, draw)
+        return [combination(self.pool, size, place) for place in places]
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """All that could stand for the tokens of one cell, row by row."""
+
+    rows: Sequence[RowOptions]
+
+    @property
+    def key(self) -> int:
+        return stable_hash(*(row.key for row in self.rows))
+
+    @property
+    def count(self) -> int:
+        return prod(row.count for row in self.rows)
+
+    def pick(self, rank: int | None, draw: int) -> tuple[Hits, ...]:
+        found: list[Hits] = []
+        for row in self.rows:
+            here = None
+            if rank is not None:
+                rank, here = divmod(rank, row.count)
+            found.append(row.pick(here, draw))
+        return tuple(found)
+
+
+Options: TypeAlias = SiteOptions | TokenOptions
+
+
+def different_draws(parts: Sequence[Options], *, draws: int) -> list[list[Any]]:
+    """For every draw what each part picks, no two alike: fewer where there aren't as many.
+
+    They are drawn without replacement, each as likely as the next, so that they are exchangeable.
+    """
+    total = prod(part.count for part in parts)
+    keys = [part.key for part in parts]
+    key = keys[0] if len(keys) == 1 else stable_hash(*keys)
+    found: list[list[Any]] = []
+    if total <= MOST_RANKS:
+        order = Permutation(total, key) if total else ()
+        for draw in range(min(draws, total)):
+            rank = order[draw]
+            picks: list[Any] = []
+            for part in parts:
+                rank, here = divmod(rank, part.count)
+                picks.append(part.pick(here, draw))
+            found.append(picks)
+        return found
+    seen: set[str] = set()
+    draw = 0
+    while len(found) < draws:
+        few = (part.count if part.count <= MOST_RANKS else None for part in parts)
+        picks = [
+            part.pick(None if count is None else random_rank(count, key, n, draw), draw)
+            for n, (part, count) in enumerate(zip(parts, few, strict=True))
+        ]
         draw += 1
-        if same and itself:
-            continue
-        given += 1
-        yield found
-
-
-def draw_tokens(
-    allowed: tuple[int, ...], hits: Hits, *, row_key: int, draws: int, seed: int
-) -> tuple[Sequence[Hits], bool]:
-    """For every draw, what stands for the runs of one row, as many tokens (none without
-    others); and whether the row's own may be among them."""
-    sizes = [len(run) for run in hits]
-    taken = {token for run in hits for token in run}
-    most = 0
-    pool: tuple[int, ...] = ()
-    for tokens in (_besides(allowed, sorted(taken)), allowed) if taken else ():
-        itself = taken <= set(tokens)
-        possible = max(comb(len(tokens), size) for size in sizes) - itself
-        if len(tokens) >= max(sizes) and possible > most:
-            most, pool = possible, tokens
-        if most >= draws:
-            break
-    if not most:
-        return [], False
-    key = stable_hash(seed, "control", "positions", row_key, pool)
-    options = _token_options(pool, hits, key, draws)
-    found: list[Hits] = []
-    while len(found) < draws:  # once more, in another order
-        again = len(found) // len(options)
-        order = Permutation(len(options), key, again) if again else range(len(options))
-        found.extend(options[n] for n in order)
-    return found, not taken.isdisjoint(pool)
-
-
-def _token_options(pool: tuple[int, ...], hits: Hits, key: int, draws: int) -> list[Hits]:
-    """Different tokens of the pool for the runs of one row, enough for all draws."""
-    sizes = [comb(len(pool), len(run)) for run in hits]
-    orders = [
-        Permutation(min(size, MOST_RANKS), key, run) for size, run in zip(sizes, hits, strict=True)
-    ]
-    found = [
-        tuple(
-            subset(
-                pool,
-                len(run),
-                order[draw % len(order)] if size <= MOST_RANKS else None,
-                key,
-                run,
-                draw,
-            )
-            for run, size, order in zip(hits, sizes, orders, strict=True)
-        )
-        for draw in range(min(max(sizes), draws + 1))
-    ]
-    return [each for each in found if each != hits][:draws]
+        if repr(picks) not in seen:
+            seen.add(repr(picks))
+            found.append(picks)
+    return found
 
 
 def merged(parts: Iterable[Own]) -> dict[Slot, tuple[int, ...]]:

@@ -6,11 +6,13 @@ the same targets have the same controls in every experiment.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from mechdsl.base.plural import plural
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_coordinates import TooManyCells
 from mechdsl.diagnostics.e06_controls import BadControl
@@ -18,10 +20,21 @@ from mechdsl.models.shape import ModelShape, units
 from mechdsl.program import spec
 from mechdsl.prompts.position_hits import lies_behind
 from mechdsl.prompts.prompt_table import Hits, PositionCell
-from mechdsl.resolve.matched_draws import Picked, Slot, draw_targets, draw_tokens, merged
+from mechdsl.resolve.apart_from import LeftOut, words_of
+from mechdsl.resolve.matched_draws import (
+    UNIT_WORDS,
+    Options,
+    RowOptions,
+    TokenOptions,
+    different_draws,
+    merged,
+    site_options,
+)
+from mechdsl.resolve.other_sites import OtherSites
 from mechdsl.resolve.resolved import (
     DRAW,
     Axis,
+    Drawn,
     Key,
     PositionTargets,
     ResolvedControl,
@@ -33,21 +46,19 @@ from mechdsl.resolve.resolved import (
 from mechdsl.resolve.site_targets import points_label
 from mechdsl.vocab.sites import SITES
 
-UNIT_WORDS: Mapping[str, spec.Drawn] = {
-    "head": "heads",
-    "kv_head": "heads",
-    "neuron": "neurons",
-    "expert": "experts",
-}
 FINEST_FIRST: tuple[spec.Drawn, ...] = ("heads", "neurons", "experts", "layers", "positions")
 
 
 def resolve_control(
-    experiment: ResolvedExperiment, most_cells: int, draws_enough: int | None = None
+    experiment: ResolvedExperiment,
+    apart: Sequence[LeftOut],
+    most_cells: int,
+    draws_enough: int | None = None,
 ) -> tuple[ResolvedControl | None, list[Diagnostic]]:
     """What the experiment is set against; None where it is against nothing, or after an error.
 
-    draws_enough: how many draws are made, where that is to show only whether they can be.
+    apart: what is never drawn. draws_enough: how many draws are made, where that is to show only
+    whether they can be.
     Codes: E0323, E0630.
     """
     asked = experiment.spec.against
@@ -65,43 +76,66 @@ def resolve_control(
         ]
     try:
         draws = asked.draws if draws_enough is None else min(asked.draws, draws_enough)
-        return _Draws(experiment, asked, draws).control(), []
+        return _Draws(experiment, asked, apart, draws).control(), []
     except _NothingToDraw as nothing:
-        reason, hint = nothing.reason, nothing.hint
+        reason, hint, span = nothing.reason, nothing.hint, nothing.span or asked.span
         others = isinstance(nothing, _NothingElse)
     if experiment.stand_ins or (others and experiment.model.shape.stands_in):
         return None, []  # what is really picked, or the real model, may have others
     text = asked.span.written
-    return None, [BadControl(span=asked.span, text=text, reason=reason, hint=hint)]
+    return None, [BadControl(span=span, text=text, reason=reason, hint=hint)]
 
 
 class _NothingToDraw(Exception):
-    def __init__(self, reason: str, hint: str) -> None:
+    def __init__(self, reason: str, hint: str, span: Span | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.hint = hint
+        self.span = span
 
 
 class _NothingElse(_NothingToDraw):
     """What is written has no others of its kind."""
 
 
+_SITES = -1
+"""Among what was drawn for a cell, the sites of all its rules; tokens stand under their rule."""
+
+
+@dataclass(frozen=True)
+class _CellDraws:
+    """What was drawn for one cell."""
+
+    picks: list[dict[int, Any]]
+    """Per draw and part."""
+    sites: list[int]
+    """The rules whose sites are others."""
+
+    def picked(self, draw: int, part: int) -> Any:
+        """None where nothing was drawn for this part."""
+        return self.picks[draw].get(part) if draw < len(self.picks) else None
+
+
 class _Draws:
     """The draws of one experiment."""
 
-    def __init__(self, experiment: ResolvedExperiment, asked: spec.Control, draws: int) -> None:
+    def __init__(
+        self,
+        experiment: ResolvedExperiment,
+        asked: spec.Control,
+        apart: Sequence[LeftOut],
+        draws: int,
+    ) -> None:
         self.experiment = experiment
         self.asked = asked
+        self.apart = apart
         self.draws = draws
         self.shape: ModelShape = experiment.model.shape
+        self.others = OtherSites(self.shape, apart)
         self.matched: dict[str, None] = {}
         """What a draw has in common with what it stands for, in words."""
         self.notes: dict[str, None] = {}
         self.drawn: dict[str, None] = {}
-        self.different: set[int] = set()
-        """How many draws differ, in each cell that has others."""
-        self.alone: dict[int, tuple[tuple[str, ...], set[Key]]] = {}
-        """Rule → axes, and the keys along them that have no others and stand for themselves."""
         self.like: list[str] = []
         """Labels of what is written and has no others."""
 
@@ -109,20 +143,15 @@ class _Draws:
         kinds: list[spec.Drawn | None] = [self._kind(rule) for rule in self.experiment.rules]
         if not any(kinds):
             raise self._nothing()
-        rules = self._sites(kinds)
-        rules = [
-            self._positions(n, rule) if kind == "positions" else rule
-            for n, (rule, kind) in enumerate(zip(rules, kinds, strict=True))
-        ]
-        self._say_alone(kinds)
-        self._say_repeats()
+        self._apart_is_drawn(kinds)
+        rules, counts = self._rules(kinds)
+        draws = max(counts.counts.values())
         kept = [
             f"`{rule.spec.span.written}` as it is"
             for rule, kind in zip(self.experiment.rules, kinds, strict=True)
             if kind is None and rule.does.changes != "nothing"
         ]
         own = self.experiment.spec
-        draws = self.draws
         shadow = replace(
             self.experiment,
             spec=own.model_copy(
@@ -137,12 +166,43 @@ class _Draws:
             rules=tuple(rules),
             accuracies={},
             control_of=self.experiment.key,
+            drawn=counts,
         )
         what = f"random {' and '.join(self.drawn)}"
-        drawn = f"{what}, {plural(draws, 'draw')}, seed {self.experiment.seed}"
-        return ResolvedControl(
-            shadow, draws, what, "; ".join([drawn, *self.matched, *self.notes, *kept])
+        drawn = f"{what}, {self._how_many(counts)}, seed {self.experiment.seed}"
+        apart = [f"apart from {', '.join(f'`{p.site.span.written}`' for p in self.apart)}"]
+        parts = [drawn, *self.matched, *self.notes, *(apart if self.apart else []), *kept]
+        return ResolvedControl(shadow, draws, self.asked.draws, what, "; ".join(parts))
+
+    def _how_many(self, counts: Drawn) -> str:
+        """`20 draws`, or how many there are."""
+        some = [count for count in counts.counts.values() if count]
+        fewest, most = min(some), max(some)
+        if fewest == self.draws:
+            return plural(most, "draw")
+        if fewest == most:
+            return f"{plural(most, 'draw')}, all there are"
+        return (
+            f"{fewest:,} to {plural(most, 'draw')}, all there are where fewer than {self.draws:,}"
         )
+
+    def _apart_is_drawn(self, kinds: Sequence[spec.Drawn | None]) -> None:
+        """E0630 where something is left out that couldn't be drawn anyway."""
+        drawn = {kind for kind in kinds if kind is not None}
+        possible = set(drawn)
+        for rule, kind in zip(self.experiment.rules, kinds, strict=True):
+            if kind == "layers":  # a head in other layers is the same head there
+                possible |= self._has(rule) - {"positions"}
+        for part in self.apart:
+            if part.points and possible.isdisjoint(words_of(part)):
+                text, words = part.site.span.written, " and ".join(sorted(drawn))
+                has = {word for rule in self.experiment.rules for word in self._has(rule)}
+                other = next((w for w in FINEST_FIRST if w in words_of(part) & has), None)
+                hint = f"leave out {words}"
+                if other is not None:
+                    hint += f", or draw {other}: `random({self.asked.draws}, {other})`"
+                reason = f"`{text}` has none of the {words} that are drawn"
+                raise _NothingToDraw(reason, hint, part.site.span)
 
     def _nothing(self) -> _NothingToDraw:
         what = self.asked.what
@@ -155,34 +215,15 @@ class _Draws:
         reason = f"no rule of this experiment has {what}"
         return _NothingToDraw(reason, "leave out what is drawn, or name what the rules have")
 
-    def _say_alone(self, kinds: Sequence[spec.Drawn | None]) -> None:
-        """How many cells have no others, which can't be all."""
-        axes = [axis.name for axis in self.experiment.axes]
-        parts = []
-        for n, (names, keys) in self.alone.items():
-            own = self.experiment.rules[n].positions
-            where = [axes.index(name) for name in names], [axes.index(name) for name in own.axes]
-            parts.append((*where, keys, {key for key, cell in own.written.items() if _any(cell)}))
-        whole = some = 0
-        for cell in product(*(range(len(axis)) for axis in self.experiment.axes)):
-            fixed = [
-                tuple(cell[i] for i in along) in keys
-                for along, places, keys, written in parts
-                if tuple(cell[i] for i in places) in written
-            ]
-            whole += all(fixed)
-            some += any(fixed) and not all(fixed)
-        cells = self.experiment.n_cells
-        if whole == cells:
-            raise self._nothing_else(kinds)
+    def _say_alone(self, whole: int, some: int) -> None:
+        """How many cells have no others."""
+        cells = f"{self.experiment.n_cells:,}"
         if whole:
-            has = "has no others and stands for itself"
-            if whole > 1:
-                has = "have no others and stand for themselves"
-            self.notes[f"{whole:,} of {cells:,} cells {has}"] = None
+            has = "has no others, and no band" if whole == 1 else "have no others, and no band"
+            self.notes[f"{whole:,} of {cells} cells {has}"] = None
         if some:
             stays = "a rule has no others and stays as it is"
-            self.notes[f"in {some:,} of {cells:,} cells {stays}"] = None
+            self.notes[f"in {some:,} of {cells} cells {stays}"] = None
 
     def _nothing_else(self, kinds: Sequence[spec.Drawn | None]) -> _NothingElse:
         if not self.like:
@@ -190,22 +231,11 @@ class _Draws:
             return _NothingElse(reason, "let it write something: `top 3`, say, not `top 0`")
         has = {word for rule in self.experiment.rules for word in self._has(rule)}
         word = next((each for each in FINEST_FIRST if each in has and each not in kinds), None)
-        hint = "join fewer targets"
+        hint = "leave out fewer targets" if self.apart else "join fewer targets"
         if word is not None:
             hint += f", or draw something else: `random({self.asked.draws}, {word})`"
-        return _NothingElse(f"there is nothing else like {self.like[0]}", hint)
-
-    def _say_repeats(self) -> None:
-        fewest = min(self.different)
-        if fewest == self.draws:
-            return
-        said = f"{fewest:,} different ones, drawn several times each"
-        if fewest == 1:
-            said = "a single other, drawn every time"
-        elif 2 * fewest > self.draws:
-            said = f"{fewest:,} different ones, some drawn twice"
-        only = "in some cells only " if len(self.different) > 1 else ""
-        self.notes[f"{only}{said}"] = None
+        but = " but what is left out" if self.apart else ""
+        return _NothingElse(f"there is nothing else like {self.like[0]}{but}", hint)
 
     # --- what is drawn ----------------------------------------------------------------------------
 
@@ -242,149 +272,141 @@ class _Draws:
     def _size(self, point: SitePoint) -> int:
         return units(self.shape, point.site, point.layer)
 
-    # --- sites ------------------------------------------------------------------------------------
+    # --- cells ------------------------------------------------------------------------------------
 
-    def _sites(self, kinds: Sequence[spec.Drawn | None]) -> list[ResolvedRule]:
-        """The rules with other units or layers, the same ones in all rules that share some."""
+    def _rules(self, kinds: Sequence[spec.Drawn | None]) -> tuple[list[ResolvedRule], Drawn]:
+        """The rules at other targets, the same ones in all rules that share some; and how many
+        draws each cell has."""
         rules = list(self.experiment.rules)
-        chosen = [n for n, kind in enumerate(kinds) if kind not in (None, "positions")]
-        if not chosen:
-            return rules
-        used = {axis for n in chosen for axis in _targets(rules[n]).axes}
-        axes = [axis for axis in self.experiment.axes if axis.name in used]
-        names = tuple(axis.name for axis in axes)
-        cells = list(product(*(range(len(axis)) for axis in axes)))
+        chosen = [n for n, kind in enumerate(kinds) if kind is not None]
+        in_sites = [n for n in chosen if kinds[n] != "positions"]
+        used = {axis for n in in_sites for axis in _targets(rules[n]).axes}
+        for n in chosen:  # where a rule writes nothing, there is nothing to be drawn
+            if n not in in_sites or not all(map(_any, rules[n].positions.written.values())):
+                used.update(rules[n].positions.axes)
+        names = tuple(axis.name for axis in self.experiment.axes if axis.name in used)
+        cells = list(
+            product(*(range(len(axis)) for axis in self.experiment.axes if axis.name in used))
+        )
 
-        def key(n: int, cell: Key) -> Key:
-            at = dict(zip(names, cell, strict=True))
-            return tuple(at[name] for name in _targets(self.experiment.rules[n]).axes)
+        def key(axes: Sequence[str], cell: Key) -> Key:
+            return tuple(cell[names.index(name)] for name in axes)
 
         def here(n: int, cell: Key) -> tuple[SitePoint, ...]:
-            return _targets(self.experiment.rules[n]).points[key(n, cell)]
-
-        somewhere = [_written_along(rule.positions, names) for rule in self.experiment.rules]
+            targets = _targets(rules[n])
+            return targets.points[key(targets.axes, cell)]
 
         def writes(n: int, cell: Key) -> bool:
-            along, keys = somewhere[n]
-            return tuple(cell[i] for i in along) in keys
+            at = rules[n].positions
+            return (
+                not names
+                or any(a not in names for a in at.axes)
+                or _any(at.written[key(at.axes, cell)])
+            )
 
         own = {
-            cell: merged(self._own(kinds[n], here(n, cell)) for n in chosen if writes(n, cell))
+            cell: merged(
+                self.others.own(kinds[n], here(n, cell)) for n in in_sites if writes(n, cell)
+            )
             for cell in cells
         }
         everywhere = merged(own.values())
-        points: list[dict[Key, tuple[SitePoint, ...]]] = [{} for _ in rules]
-        sources: list[dict[Key, tuple[SitePoint, ...]]] = [{} for _ in rules]
-        labels: list[dict[Key, str]] = [{} for _ in rules]
-        alone: set[Key] = set()
-        draws, seed = self.draws, self.experiment.seed
+        tokens = {n: self._tokens(rules[n]) for n in chosen if n not in in_sites}
+        cell_draws: list[_CellDraws] = []
+        whole = some = 0
         for cell in cells:
             written = [n for n in chosen if writes(n, cell)]
-            fits = self._fitting(point for n in written for point in here(n, cell))
-            drawn = draw_targets(own[cell], everywhere, fits, draws=draws, seed=seed)
-            called = {n: _targets(rules[n]).labels[key(n, cell)] for n in chosen}
-            if drawn is None:
-                alone.add(cell)
-                if written:
-                    some = dict.fromkeys(called[n] for n in written)
-                    self.like.append(f"`{' + '.join(some)}`")
-            else:
-                self.notes[drawn.without] = None
-                self.different.add(drawn.different)
-            for draw, n in product(range(draws), chosen):
-                picked = drawn.picks[draw] if drawn is not None and n in written else None
-                before, read = here(n, cell), _targets(rules[n]).sources
-                after = self._moved(before, before, kinds[n], picked)
-                points[n][draw, *cell] = after
-                labels[n][draw, *cell] = called[n] if picked is None else _label(after)
-                if read is not None:
-                    moved = self._moved(read[key(n, cell)], before, kinds[n], picked)
-                    sources[n][draw, *cell] = moved
-        for n in chosen:
-            self.alone[n] = names, alone
+            parts: dict[int, Options] = {}
+            fixed: list[int] = []
+            sites = [n for n in in_sites if n in written]
+            if sites:
+                found = site_options(
+                    own[cell],
+                    everywhere,
+                    self.others.without_units,
+                    self.others.fitting({n: here(n, cell) for n in sites}, kinds),
+                    draws=self.draws,
+                    seed=self.experiment.seed,
+                )
+                if found is None:
+                    fixed += sites
+                else:
+                    self.notes[found.without] = None
+                    parts[_SITES] = found
+            for n in written:
+                if n in tokens:
+                    options = tokens[n][key(rules[n].positions.axes, cell)]
+                    if all(row.alone for row in options.rows):
+                        fixed.append(n)
+                    else:
+                        parts[n] = options
+            whole += not parts
+            some += bool(parts and fixed)
+            if not parts and fixed:
+                labels = dict.fromkeys(self._label_of(n, kinds[n], key, cell) for n in fixed)
+                self.like.append(f"`{' + '.join(labels)}`")
+            picks = different_draws(list(parts.values()), draws=self.draws) if parts else []
+            cell_draws.append(
+                _CellDraws([dict(zip(parts, each, strict=True)) for each in picks], sites)
+            )
+        if whole == len(cells):
+            raise self._nothing_else(kinds)
+        times = self.experiment.n_cells // len(cells)
+        self._say_alone(whole * times, some * times)
+        drawn = Drawn(names, {c: len(d.picks) for c, d in zip(cells, cell_draws, strict=True)})
+        for n in (*in_sites, *tokens):
             word = kinds[n]
             assert word is not None
             self.drawn[word] = None
-            if word == "layers":
-                self.matched["the same component, in as many layers"] = None
-            else:
-                self.matched["of the same component, as many in each layer"] = None
-            rules[n] = replace(
-                rules[n],
-                sites=SiteTargets((DRAW, *names), points[n], labels[n], sources[n] or None),
-            )
-        return rules
+            moved = self._positions if n in tokens else self._sites
+            rules[n] = moved(n, word, names, dict(zip(cells, cell_draws, strict=True)))
+        return rules, drawn
 
-    def _own(
-        self, kind: spec.Drawn | None, points: Sequence[SitePoint]
-    ) -> dict[Slot, tuple[int, ...]]:
-        """What of these points can be another."""
-        found: dict[Slot, set[int]] = {}
-        for point in points:
-            slot = self._slot(point, kind)
-            if slot is not None:
-                target = point.layer if kind == "layers" else point.unit
-                assert target is not None
-                found.setdefault(slot, set()).add(target)
-        return {slot: tuple(sorted(targets)) for slot, targets in found.items()}
-
-    def _slot(self, point: SitePoint, kind: spec.Drawn | None) -> Slot | None:
-        if kind == "layers":
-            return Slot("layers", self.shape.n_layers, None)
-        unit = SITES[point.site].unit
-        if kind is None or point.unit is None or unit is None or UNIT_WORDS[unit] != kind:
-            return None
-        return Slot(kind, self._size(point), point.layer)
-
-    def _fitting(self, written: Iterable[SitePoint]) -> tuple[int, ...]:
-        """The layers that have everything that is written in a cell."""
-        points = set(written)
-
-        def fits(layer: int) -> bool:
-            return all(
-                self.shape.has(p.site, layer)
-                and units(self.shape, p.site, layer) == units(self.shape, p.site, p.layer)
-                for p in points
-                if p.layer is not None
-            )
-
-        return tuple(layer for layer in range(self.shape.n_layers) if fits(layer))
-
-    def _moved(
+    def _label_of(
         self,
-        points: Sequence[SitePoint],
-        written: Sequence[SitePoint],
+        n: int,
         kind: spec.Drawn | None,
-        picked: Picked | None,
-    ) -> tuple[SitePoint, ...]:
-        """Points with what was drawn for those that are written (which they may be themselves);
-        as they are without it."""
-        if picked is None:
-            return tuple(points)
-        found: list[SitePoint] = []
-        for point, target in zip(points, written, strict=True):
-            slot = self._slot(target, kind)
-            if slot is None:
-                found.append(point)
-            elif kind == "layers":
-                # `into layer`: what is read stays where it is.
-                same = point == target and target.layer is not None
-                found.append(
-                    replace(point, layer=picked[slot, target.layer or 0]) if same else point
-                )
-            else:
-                assert target.unit is not None
-                found.append(replace(point, unit=picked[slot, target.unit]))
-        return tuple(found)
+        key: Callable[[Sequence[str], Key], Key],
+        cell: Key,
+    ) -> str:
+        """What a rule writes in a cell, in words."""
+        rule = self.experiment.rules[n]
+        if kind == "positions":
+            return rule.positions.written[key(rule.positions.axes, cell)].label
+        return _targets(rule).labels[key(_targets(rule).axes, cell)]
+
+    # --- sites ------------------------------------------------------------------------------------
+
+    def _sites(
+        self, n: int, kind: spec.Drawn, names: tuple[str, ...], cells: Mapping[Key, _CellDraws]
+    ) -> ResolvedRule:
+        """The rule with other units or layers."""
+        rule = self.experiment.rules[n]
+        own = _targets(rule)
+        if kind == "layers":
+            self.matched["the same component, in as many layers"] = None
+        else:
+            self.matched["of the same component, as many in each layer"] = None
+        points: dict[Key, tuple[SitePoint, ...]] = {}
+        sources: dict[Key, tuple[SitePoint, ...]] = {}
+        labels: dict[Key, str] = {}
+        most = max(len(drawn.picks) for drawn in cells.values())
+        for (cell, drawn), draw in product(cells.items(), range(most)):
+            at = tuple(cell[names.index(name)] for name in own.axes)
+            before = own.points[at]
+            picked = drawn.picked(draw, _SITES) if n in drawn.sites else None
+            after = self.others.moved(before, before, kind, picked)
+            points[draw, *cell] = after
+            labels[draw, *cell] = own.labels[at] if picked is None else _label(after)
+            if own.sources is not None:
+                sources[draw, *cell] = self.others.moved(own.sources[at], before, kind, picked)
+        return replace(rule, sites=SiteTargets((DRAW, *names), points, labels, sources or None))
 
     # --- positions --------------------------------------------------------------------------------
 
-    def _positions(self, n: int, rule: ResolvedRule) -> ResolvedRule:
-        """The rule at other tokens of the same rows."""
-        self.drawn["positions"] = None
-        self.matched["as many tokens of the same row, special tokens excluded"] = None
-        own = rule.positions
-        across = rule.spec.onto is not None or rule.apart is not None
+    def _tokens(self, rule: ResolvedRule) -> dict[Key, TokenOptions]:
+        """What could stand for the tokens of each cell, in the same rows."""
+        across = _across(rule)
         base = self.experiment.table.runs[self.experiment.spec.base].rows
         other = self.experiment.table.runs[rule.run].rows
         if not across and any(a.ids != b.ids for a, b in zip(base, other, strict=True)):
@@ -397,40 +419,40 @@ class _Draws:
             )
             for row, there in zip(base, other, strict=True)
         ]
-        written: dict[Key, PositionCell] = {}
-        read: dict[Key, PositionCell] = {}
-        alone: set[Key] = set()
-        self.alone[n] = own.axes, alone
-        row_keys = self.experiment.table.row_keys
-        draws, seed = self.draws, self.experiment.seed
-        for key, cell in own.written.items():
+        row_keys, seed = self.experiment.table.row_keys, self.experiment.seed
+        found: dict[Key, TokenOptions] = {}
+        for key, cell in rule.positions.written.items():
             rows = [
-                draw_tokens(tokens, hits, row_key=row_key, draws=draws, seed=seed)
+                RowOptions.of(tokens, hits, row_key=row_key, seed=seed)
                 for row_key, tokens, hits in zip(row_keys, allowed, cell.hits, strict=True)
             ]
-            if not any(each for each, _ in rows):
-                alone.add(key)
-                if _any(cell):
-                    self.like.append(f"`{cell.label}`")
-            elif any(each and among for each, among in rows):
+            found[key] = TokenOptions(rows)
+            if any(row.among for row in rows):
                 self.notes["own tokens among them in rows that have too few others"] = None
-            stay = [any(row) and not each for row, (each, _) in zip(cell.hits, rows, strict=True)]
-            if any(stay) and key not in alone:
+            stay = any(any(row.hits) and row.alone for row in rows)
+            if stay and not all(row.alone for row in rows):
                 self.notes["rows without others as they are"] = None
-            found: set[tuple[Hits, ...]] = set()
-            for draw in range(draws):
-                hits = tuple(
-                    each[draw] if each else before
-                    for before, (each, _) in zip(cell.hits, rows, strict=True)
-                )
-                found.add(hits)
-                written[draw, *key] = replace(cell, hits=hits)
-                read[draw, *key] = own.read[key] if across else written[draw, *key]
-            if key not in alone:
-                self.different.add(len(found))
-        return replace(
-            rule, positions=PositionTargets((DRAW, *own.axes), written, read, own.left_out)
-        )
+        return found
+
+    def _positions(
+        self, n: int, kind: spec.Drawn, names: tuple[str, ...], cells: Mapping[Key, _CellDraws]
+    ) -> ResolvedRule:
+        """The rule at other tokens of the same rows."""
+        self.matched["as many tokens of the same row, special tokens excluded"] = None
+        rule = self.experiment.rules[n]
+        own, across = rule.positions, _across(rule)
+        written: dict[Key, PositionCell] = {}
+        read: dict[Key, PositionCell] = {}
+        most = max(len(drawn.picks) for drawn in cells.values())
+        for (cell, drawn), draw in product(cells.items(), range(most)):
+            at = tuple(cell[names.index(name)] for name in own.axes)
+            hits: tuple[Hits, ...] | None = drawn.picked(draw, n)
+            written[draw, *cell], read[draw, *cell] = own.written[at], own.read[at]
+            if hits is not None:
+                written[draw, *cell] = replace(own.written[at], hits=hits)
+                read[draw, *cell] = own.read[at] if across else written[draw, *cell]
+        positions = PositionTargets((DRAW, *names), written, read, own.left_out)
+        return replace(rule, positions=positions)
 
 
 def with_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedExperiment]:
@@ -453,14 +475,9 @@ def _any(cell: PositionCell) -> bool:
     return any(run for row in cell.hits for run in row)
 
 
-def _written_along(
-    positions: PositionTargets, axes: Sequence[str]
-) -> tuple[tuple[int, ...], set[Key]]:
-    """Those of these axes that positions have; the keys along them where anything is written."""
-    along = tuple(n for n, axis in enumerate(axes) if axis in positions.axes)
-    places = [positions.axes.index(axes[n]) for n in along]
-    written = (key for key, cell in positions.written.items() if _any(cell))
-    return along, {tuple(key[place] for place in places) for key in written}
+def _across(rule: ResolvedRule) -> bool:
+    """Whether what is read stands elsewhere than what is written."""
+    return rule.spec.onto is not None or rule.apart is not None
 
 
 def _label(points: Sequence[SitePoint]) -> str:

@@ -15,6 +15,7 @@ from mechdsl.program import spec
 from mechdsl.prompts.answer_tokens import AnswerTokens
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.answers_behind import measured_answers
+from mechdsl.resolve.apart_from import left_out
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.in_progress import Work
@@ -113,6 +114,7 @@ def outline(
     if any(axis == "model" for axis, _ in experiment.variant):
         written = tuple(rule.site for rule in experiment.rules)
         axes = tuple(relative(axis, written, model.shape.n_layers) for axis in axes)
+    apart = left_out(experiment.against, sites)
     observes = any(kinds[rule.verb].observes for rule in experiment.rules)
     measures, keep, accuracies = _measures(work, axes, observes=observes)
     known = Outline(
@@ -153,7 +155,7 @@ def outline(
             )
         )
         return known, diagnostics
-    control, problems = resolve_control(resolved, limits.CELLS, draws_enough)
+    control, problems = resolve_control(resolved, apart, limits.CELLS, draws_enough)
     diagnostics.extend(problems)
     if problems:
         return known, diagnostics

@@ -349,6 +349,8 @@ class ResolvedExperiment(Record):
     control: ResolvedControl | None = None
     control_of: str | None = None
     """The experiment that this one is the control of, by its key."""
+    drawn: Drawn | None = None
+    """Of a control: how many draws its cells have."""
 
     @property
     def name(self) -> str:
@@ -421,12 +423,22 @@ class Outline(Record):
 
 
 @record
+class Drawn(Record):
+    """How many draws the cells of a control have: cells may have more or fewer others."""
+
+    axes: tuple[str, ...]
+    counts: Mapping[Key, int]
+
+
+@record
 class ResolvedControl(Record):
     """The same experiment on targets that were drawn at random."""
 
     experiment: ResolvedExperiment
-    """With an axis `DRAW` in front of all others."""
+    """With an axis `DRAW` in front of all others; not all cells have all draws."""
     draws: int
+    """The most that a cell has."""
+    asked: int
     what: str
     """`random heads`."""
     said: str

@@ -24,13 +24,11 @@ from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.name_cells import cell_keys
-from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.resolved import ResolvedControl, ResolvedExperiment
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.run_conventions import conventions, fallbacks, model_words, pass_sizes
 from mechdsl.results.seen_rows import SeenRows
-from mechdsl.statistics.measure_data import MeasureData, Missing
-from mechdsl.statistics.null_bands import null_bands
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.statistics.measure_data import DrawnValues, MeasureData, Missing
 from mechdsl.vocab.metrics import Form
 
 PACKAGES = ("mechdsl", "torch", "transformers", "tokenizers", "numpy", "scipy")
@@ -264,22 +262,28 @@ def _overlaid(
 def with_control(
     result: ExperimentResult, plan: ExperimentPlan, measured: Mapping[str, MeasuredValues]
 ) -> ExperimentResult:
-    """The result with what its control gave, where it has one."""
-    experiment, control = plan.experiment, plan.experiment.control
+    """The result with what its control measured, where it has one."""
+    control = plan.experiment.control
     if control is None:
         return result
-    bands = null_bands(
-        result.measures,
-        [
-            values[np.tile(plan.exists, control.draws)]
-            for values in measured[control.experiment.key].patched
-        ],
-        control.draws,
-        control.what,
-        confidence=experiment.spec.statistics.confidence,
-        effects=EFFECTS,
+    counts = draw_counts(control)[plan.exists]
+    values = tuple(
+        each.reshape(control.draws, plan.n_cells, -1)[:, plan.exists]
+        for each in measured[control.experiment.key].patched
     )
-    return replace(result, controls=bands)
+    drawn = DrawnValues(values, counts, control.asked, control.what)
+    return replace(result, drawn=drawn)
+
+
+def draw_counts(control: ResolvedControl) -> Ints:
+    """[cell] of the experiment itself: how many different targets were drawn for it."""
+    drawn, shape = control.experiment.drawn, control.experiment.shape[1:]
+    assert drawn is not None
+    names = [axis.name for axis in control.experiment.axes[1:]]
+    places = [names.index(name) for name in drawn.axes]
+    cells = product(*map(range, shape))
+    counts = [drawn.counts[tuple(cell[place] for place in places)] for cell in cells]
+    return np.array(counts, dtype=np.int64)
 
 
 def without_measures(
@@ -296,9 +300,6 @@ def without_measures(
         measures=tuple(
             gone(data, missing[number]) if number in missing else data
             for number, data in enumerate(result.measures)
-        ),
-        controls=tuple(
-            None if number in missing else band for number, band in enumerate(result.controls)
         ),
     )
 

@@ -34,9 +34,16 @@ class NullDocument(DocumentPart):
     """The same effect on targets drawn at random (`against random(n)`)."""
 
     mean: float | None
-    low: float | None = Field(description="most of the draws lie between `low` and `high`")
+    low: float | None = Field(description="the band; null where nothing could be drawn")
     high: float | None
-    draws: int
+    level: float | None = Field(
+        description="with what probability the band holds a further random target, 0 to 1"
+    )
+    draws: int = Field(description="different targets that were drawn and have a value")
+    p: float | None = Field(
+        description="rank p, (1 + b)/(1 + draws): b of them are at least as large in size"
+    )
+    inside: bool = Field(description="whether the cell's own mean lies in the band")
     what: str = Field(description="what was drawn")
 
 
@@ -249,7 +256,10 @@ def _null(result: ExperimentResult, measure: int, cell: int) -> NullDocument | N
         mean=_number(band.mean[cell]),
         low=_number(band.low[cell]),
         high=_number(band.high[cell]),
-        draws=band.draws,
+        level=_number(band.level[cell]),
+        draws=int(band.draws[cell]),
+        p=_number(band.p[cell]),
+        inside=bool(band.inside[cell]),
         what=band.what,
     )
 

@@ -23,6 +23,7 @@ from mechdsl.statistics.cell_statistics import run_interval
 from mechdsl.statistics.effect_parts import Sums
 from mechdsl.statistics.measure_data import (
     CellStatistics,
+    DrawnValues,
     Interval,
     MeasureData,
     Missing,
@@ -100,6 +101,8 @@ class ExperimentResult:
     """What intervals and p are about, in words: `new rows of this design`."""
     row_values: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
     """Values of the prompts block per prompt, for `report table by VAR` and `stats by VAR`."""
+    drawn: DrawnValues | None = None
+    """What controls measured, until bands are made of it."""
     controls: tuple[NullBand | None, ...] = ()
     """Per measure, or empty where no experiment was run `against` something."""
     texts: tuple[tuple[str, ...], ...] = ()
@@ -324,8 +327,12 @@ def _null(result: ExperimentResult, measure: int, cell: int) -> dict[str, Any]:
         return {}
     band = result.control(measure)
     return {
-        f"null_{key}": None if band is None else _none(getattr(band, key)[cell])
-        for key in ("mean", "low", "high")
+        **{
+            f"null_{key}": None if band is None else _none(getattr(band, key)[cell])
+            for key in ("mean", "low", "high", "level", "p")
+        },
+        "null_draws": None if band is None else int(band.draws[cell]),
+        "null_inside": None if band is None else bool(band.inside[cell]),
     }
 
 

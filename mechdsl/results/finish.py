@@ -14,6 +14,8 @@ from mechdsl.results.decide_expectations import evaluate
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, LostExperiment
 from mechdsl.results.statistics_conventions import statistics_conventions
 from mechdsl.statistics.cell_statistics import cell_statistics
+from mechdsl.statistics.measure_data import NullBand
+from mechdsl.statistics.null_bands import null_bands
 from mechdsl.vocab.effects import EFFECTS
 
 
@@ -43,9 +45,17 @@ def with_statistics(
         ids=result.sampling.keys,
         strata=result.strata,
     )
-    result = replace(result, statistics=tuple(statistics))
+    result = replace(result, statistics=tuple(statistics), drawn=None, controls=_bands(result))
     conventions = {**result.conventions, **statistics_conventions(result, EFFECTS)}
     return replace(result, conventions=conventions)
+
+
+def _bands(result: ExperimentResult) -> tuple[NullBand | None, ...]:
+    """The null band of every measure; empty where no targets were drawn."""
+    if result.drawn is None or result.settings is None:
+        return ()
+    confidence = result.settings.confidence
+    return null_bands(result.measures, result.drawn, confidence=confidence, effects=EFFECTS)
 
 
 def with_verdicts(

@@ -90,8 +90,8 @@ def conventions(
     if left_out:
         found["positions"] = f"left out, as no row has them in both runs: {', '.join(left_out)}"
     if experiment.control is not None:
-        inside = f"{experiment.spec.statistics.confidence:g} % of the draws lie in the band"
-        found["controls"] = f"{experiment.control.said}; {inside}"
+        found["controls"] = experiment.control.said
+        found["null band"] = _null_band(experiment.spec.statistics.confidence)
     elif any(rule.rule.does.changes != "nothing" for rule in plan.rules):
         found["controls"] = "none (`against random(20)` adds matched random targets)"
     if measured.inert:
@@ -100,6 +100,16 @@ def conventions(
             f"{measured.rows:,} rows in all, can't differ from the base run"
         )
     return found
+
+
+def _null_band(confidence: float) -> str:
+    """What a band and the p beside it state."""
+    return (
+        "from the r-th lowest to the r-th highest of k different draws, which holds one more like "
+        "them with probability (k + 1 − 2r)/(k + 1); r is the largest for which that is at least "
+        f"{confidence:g} %, else 1, the whole range; `p null` is (1 + b)/(1 + k), b of the draws "
+        "at least as large in size as the cell, each cell by itself, and never below 1/(1 + k)"
+    )
 
 
 def fallbacks(model: LoadedModel, profile: Profile) -> dict[str, str]:

@@ -13,7 +13,7 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.resolve.cell_key import Labels, joined_axes, joined_cells
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.seen_rows import shared_rows
-from mechdsl.statistics.measure_data import MeasureData, NullBand
+from mechdsl.statistics.measure_data import DrawnValues, MeasureData
 
 A = TypeVar("A", np.float64, np.int64)
 
@@ -59,7 +59,7 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
         },
         left_out=left_out,
         hashes=_hashes(parts),
-        controls=_controls(results),
+        drawn=_drawn(results),
         texts=results[0].texts if len({result.texts for result in results}) == 1 else (),
         hits=tuple(hit for result in results for hit in result.hits)
         if len({result.texts for result in results}) == 1
@@ -106,6 +106,9 @@ def _on_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> Experimen
             )
             for data in result.measures
         ),
+        drawn=None
+        if result.drawn is None
+        else replace(result.drawn, values=tuple(v[:, :, index] for v in result.drawn.values)),
         runs={
             run: {label: values[index] for label, values in found.items()}
             for run, found in result.runs.items()
@@ -199,24 +202,25 @@ def _called(results: Sequence[ExperimentResult]) -> dict[str, str]:
     return {run: next(iter(found)) for run, found in every.items() if len(found) == 1}
 
 
-def _controls(results: Sequence[ExperimentResult]) -> tuple[NullBand | None, ...]:
-    if not all(result.controls for result in results):
-        return ()
-    found: list[NullBand | None] = []
-    for bands in zip(*(result.controls for result in results), strict=True):
-        known = [band for band in bands if band is not None]
-        if len(known) < len(results):
-            found.append(None)
-            continue
-        found.append(
-            replace(
-                known[0],
-                low=np.concatenate([band.low for band in known]),
-                high=np.concatenate([band.high for band in known]),
-                mean=np.concatenate([band.mean for band in known]),
-            )
-        )
-    return tuple(found)
+def _drawn(results: Sequence[ExperimentResult]) -> DrawnValues | None:
+    """The draws of all variants, as many as the one with the most."""
+    known = [result.drawn for result in results if result.drawn is not None]
+    if len(known) < len(results):
+        return None
+    most = max(len(values) for each in known for values in each.values)
+
+    def filled(values: Floats) -> Floats:
+        missing = np.full((most - len(values), *values.shape[1:]), np.nan)
+        return np.concatenate([values, missing])
+
+    return replace(
+        known[0],
+        values=tuple(
+            np.concatenate([filled(values) for values in of_all], axis=1)
+            for of_all in zip(*(each.values for each in known), strict=True)
+        ),
+        counts=np.concatenate([each.counts for each in known]),
+    )
 
 
 # --- what is said ---------------------------------------------------------------------------------

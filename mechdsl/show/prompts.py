@@ -187,16 +187,22 @@ def _control(experiment: ResolvedExperiment, console: Console) -> None:
     control, asked = experiment.control, experiment.spec.against
     if control is None or asked is None:
         return
-    console.print(Text(f"  against {asked.span.written}", style="bold"))
+    drawn = control.experiment.drawn
+    assert drawn is not None
+    apart = ", ".join(site.span.written for site in asked.apart)
+    more = f" apart from {apart}" if apart else ""
+    console.print(Text(f"  against {asked.span.written}{more}", style="bold"))
     console.print(Text(f"    {control.said}"))
     for rule in control.experiment.rules:
         if rule.sites is None or DRAW not in rule.sites.axes:
             continue
         rest = (0,) * (len(rule.sites.axes) - 1)
-        labels = [rule.sites.labels[draw, *rest] for draw in range(control.draws)]
-        more = f" … ({control.draws} in all)" if control.draws > SHOWN_CELLS else ""
+        first = next(iter(drawn.counts.values()))
+        labels = [rule.sites.labels[draw, *rest] for draw in range(first)]
+        more = f" … ({first} in all)" if first > SHOWN_CELLS else ""
         cell = " of the first cell" if rest else ""
-        console.print(Text(f"    draws{cell}: {', '.join(labels[:SHOWN_CELLS])}{more}"))
+        listed = ", ".join(labels[:SHOWN_CELLS]) or "none"
+        console.print(Text(f"    draws{cell}: {listed}{more}"))
 
 
 def _hit(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int) -> str:

@@ -105,14 +105,44 @@ def may_change(data: MeasureData, found: CellStatistics) -> Bools:
 
 
 @dataclass(frozen=True, eq=False)
+class DrawnValues:
+    """What `against random(n)` measured: the same experiment on targets drawn at random."""
+
+    values: tuple[Floats, ...]
+    """Per measure [draw, cell, prompt]; NaN where a cell has no such draw."""
+    counts: Ints
+    """[cell]: how many different draws were made."""
+    asked: int
+    """How many the file asks for."""
+    what: str
+    """What was drawn, in words: `random heads`."""
+
+
+@dataclass(frozen=True, eq=False)
 class NullBand:
-    """What `against random(n)` found: the same effect on targets that were drawn at random."""
+    """The same effect on targets that were drawn at random: arrays over cells, NaN where nothing
+    could be drawn."""
 
     low: Floats
-    """[cell]: between `low` and `high` lie as many of the draws as the confidence says."""
+    """From the `rank`-th lowest to the `rank`-th highest draw; rank 1 is the whole range."""
     high: Floats
     mean: Floats
-    draws: int
+    draws: Ints
+    """How many draws have a value: k."""
+    level: Floats
+    """With what probability the band holds a further draw: (k + 1 - 2 rank)/(k + 1)."""
+    rank: Ints
+    p: Floats
+    """(1 + b)/(1 + k), b of the draws at least as large in size as the effect; NaN where the effect
+    has no 0 that means "no effect"."""
+    inside: Bools
+    """Whether the effect lies in the band."""
+    nearer: Bools
+    """Whether it lies between 0 and the band: random targets have more of it."""
+    made: Ints
+    """How many different draws were made."""
+    asked: int
+    """How many the file asks for; cells that have no more others have fewer."""
     what: str
     """What was drawn, in words: `random heads`."""
 

@@ -1,54 +1,109 @@
-"""Null bands: the effects of an experiment on targets that were drawn at random."""
+"""Null bands: the effects of an experiment on targets that were drawn at random.
+
+k draws are made without replacement, each target as likely as the next, so they and one further
+draw are exchangeable: any of the k + 1 is the r-th lowest with the same probability. So the range
+from the r-th lowest to the r-th highest of k holds a further one with probability
+(k + 1 − 2r)/(k + 1), and more where effects are equal (order statistics, Wilks 1941; the conformal
+prediction interval of Vovk, Gammerman and Shafer 2005). The rank p is Phipson and Smyth's (2010).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 
 from mechdsl.base.arrays import Floats
 from mechdsl.base.registry import Registry
 from mechdsl.statistics.effect_parts import parts
-from mechdsl.statistics.measure_data import MeasureData, NullBand
+from mechdsl.statistics.measure_data import DrawnValues, MeasureData, NullBand
 from mechdsl.vocab.effect_kind import EffectKind
 
 
 def null_bands(
     measures: Sequence[MeasureData],
-    drawn: Sequence[Floats],
-    draws: int,
-    what: str,
+    drawn: DrawnValues,
     *,
     confidence: float,
     effects: Registry[EffectKind],
 ) -> tuple[NullBand | None, ...]:
-    """Per measure, between which ends the effects of the draws lie; None where there is none.
+    """Per measure the band of the draws of every cell; None where there is none: for categories,
+    and for effects that don't hang on the intervention.
 
-    measures: of the experiment itself. drawn: per measure, the patched values of its control,
-    [draw and cell, prompt], the draws one after another.
+    measures: of the experiment itself. confidence: in percent.
     """
     return tuple(
-        _band(data, values, draws, what, confidence, effects[data.effect])
-        if data.kind == "number" and effects[data.effect].of_intervention
+        _band(data, values, drawn, confidence, effects[data.effect])
+        if data.kind == "number" and data.missing is None and effects[data.effect].of_intervention
         else None
-        for data, values in zip(measures, drawn, strict=True)
+        for data, values in zip(measures, drawn.values, strict=True)
     )
 
 
+def band_rank(draws: int, confidence: float) -> int:
+    """r: the band runs from the r-th lowest to the r-th highest draw. The largest that holds a
+    further draw with the confidence, in percent; 1, the whole range, where none does."""
+    outside = 1 - Fraction(str(confidence)) / 100
+    return max(1, int(outside * (draws + 1) / 2))
+
+
+def band_level(draws: int, rank: int) -> float:
+    """With what probability that band holds a further draw."""
+    return max(0, draws + 1 - 2 * rank) / (draws + 1)
+
+
+def rank_p(own: float, draws: Floats) -> float:
+    """Two-sided by size: (1 + b)/(1 + k), where b of the k draws [k] are at least as far from 0 as
+    the effect. At least 1/(1 + k)."""
+    return (1 + int(np.count_nonzero(np.abs(draws) >= abs(own)))) / (1 + len(draws))
+
+
 def _band(
-    data: MeasureData, values: Floats, draws: int, what: str, confidence: float, effect: EffectKind
+    data: MeasureData,
+    values: Floats,
+    drawn: DrawnValues,
+    confidence: float,
+    effect: EffectKind,
 ) -> NullBand:
-    cells, prompts = data.patched.shape
-    each = [
-        parts(replace(data, patched=own), effect, slice(None)).mean()
-        for own in values.reshape(draws, cells, prompts)
-    ]
-    found = np.stack(each)
-    found[~np.isfinite(found)] = np.nan
-    low, mean, high = (np.full(cells, np.nan) for _ in range(3))
-    known = ~np.isnan(found).all(axis=0)
-    tail = (100 - confidence) / 2
-    low[known], high[known] = np.nanpercentile(found[:, known], [tail, 100 - tail], axis=0)
-    mean[known] = np.nanmean(found[:, known], axis=0)
-    return NullBand(low=low, high=high, mean=mean, draws=draws, what=what)
+    """values: [draw, cell, prompt]"""
+    cells = len(data.patched)
+
+    def means(patched: Floats) -> Floats:
+        found = parts(replace(data, patched=patched), effect, slice(None)).mean()
+        return np.where(np.isfinite(found), found, np.nan)
+
+    own = means(data.patched)
+    each = [means(one) for one in values]
+    found = np.stack(each) if each else np.full((0, cells), np.nan)
+    low, mean, high, level, p = (np.full(cells, np.nan) for _ in range(5))
+    draws = np.zeros(cells, dtype=np.int64)
+    rank = np.ones(cells, dtype=np.int64)
+    for cell in range(cells):
+        here = np.sort(found[~np.isnan(found[:, cell]), cell])
+        k = draws[cell] = len(here)
+        if not k:
+            continue
+        rank[cell] = r = band_rank(k, confidence)
+        low[cell], high[cell], mean[cell] = here[r - 1], here[k - r], here.mean()
+        level[cell] = band_level(k, r)
+        if effect.tested and np.isfinite(own[cell]):
+            p[cell] = rank_p(float(own[cell]), here)
+    with np.errstate(invalid="ignore"):
+        inside = (low <= own) & (own <= high)
+        nearer = ((own >= 0) & (own < low)) | ((own <= 0) & (own > high))
+    return NullBand(
+        low=low,
+        high=high,
+        mean=mean,
+        draws=draws,
+        level=level,
+        rank=rank,
+        p=p,
+        inside=inside,
+        nearer=nearer,
+        made=drawn.counts,
+        asked=drawn.asked,
+        what=drawn.what,
+    )

@@ -378,7 +378,9 @@ class ToAst(Transformer[Token, Any]):
         return ast.For(_defined(c[1]), c[3], tuple(c[5:-1]), span=_span(c))
 
     def against(self, c: list[Any]) -> ast.Against:
-        return ast.Against(_as_call(c[1]), span=_span(c))
+        return ast.Against(_as_call(c[1]), _clauses(c).get("apart", ()), span=_span(c))
+
+    apart_from = _clause("apart", lambda c: tuple(_nodes(c)))
 
     def generate(self, c: list[Any]) -> ast.Generate:
         return ast.Generate(_amount(c[1]), span=_span(c))

@@ -79,12 +79,17 @@ def effects(found: list[ExperimentResult], measure: int = 0) -> np.ndarray:
 
 
 def same_band(result: ExperimentResult, cell: int, values: np.ndarray, measure: int = 0) -> None:
+    """The range of these effects, and the rank of the cell's own among them."""
     band = result.control(measure)
     assert band is not None
-    assert band.draws == len(values)
-    ends = [np.quantile(values, 0.025), np.quantile(values, 0.975), values.mean()]
+    assert band.draws[cell] == len(values)
     found = [band.low[cell], band.high[cell], band.mean[cell]]
-    assert found == pytest.approx(ends, rel=1e-3, abs=1e-4)
+    assert found == pytest.approx([values.min(), values.max(), values.mean()], rel=1e-3, abs=1e-4)
+    own = float(result.statistics[measure].mean[cell])
+    as_large = sum(abs(float(value)) >= abs(own) for value in values)
+    assert band.p[cell] == pytest.approx((1 + as_large) / (1 + len(values)))
+    assert band.inside[cell] == (values.min() <= own <= values.max())
+    assert band.level[cell] == pytest.approx((len(values) - 1) / (len(values) + 1))
 
 
 PATCH = ("from clean into fewer", "measure logit(answer) as delta")
@@ -216,6 +221,7 @@ def test_the_confidence_is_the_experiment_s() -> None:
     assert found is not None
     assert values.low[0] < found.low[0] < found.high[0] < values.high[0]
     assert values.mean == pytest.approx(found.mean)
+    assert (values.level[0], found.level[0]) == pytest.approx((7 / 9, 5 / 9))
 
 
 # --- what is drawn --------------------------------------------------------------------------------
@@ -290,7 +296,7 @@ def test_few_others() -> None:
 
 
 def test_fewer_others_than_draws() -> None:
-    """Of three other heads one is drawn six times, the others seven times."""
+    """Of four heads three are others, and no more are drawn."""
     rule = "patch layer * head * at last-item token"
     found = control("e", check(*PATCH, rule, "against random(20)"))
     by_cell: dict[tuple[int, ...], list[int | None]] = {}
@@ -299,26 +305,80 @@ def test_fewer_others_than_draws() -> None:
         by_cell.setdefault((layer, head), []).append(point.unit)
     assert len(by_cell) == 16
     for (_, head), units in by_cell.items():
-        assert set(units) == set(range(4)) - {head}
-        assert sorted(Counter(units).values()) == [6, 7, 7]
-        assert all(len(set(units[n : n + 3])) == 3 for n in range(0, 18, 3))
-    assert "none of the cell's own; 3 different ones, drawn several times each" in found.said
+        assert sorted(units) == sorted(set(range(4)) - {head})
+    assert found.said.startswith("random heads, 3 draws, all there are, seed 3;")
+    assert "none of the cell's own" in found.said
 
     values = effects(explicit([f"patch L1H{head} at last-item token" for head in range(4)], *PATCH))
     body = "".join(f"  {line}\n" for line in (*PATCH, rule, "against random(20)"))
     text = f"{START}experiment e {{\n  prompts fruit limit 12\n{body}}}\n"
     (result,) = mechdsl.run(text)
     for head in range(4):
-        others = [values[unit] for unit in by_cell[1, head] if unit is not None]
-        same_band(result, 4 + head, np.array(others))
+        same_band(result, 4 + head, np.delete(values, head))
+    printed = result.to_text(120)
+    assert (
+        "null: range of 3 draws of random heads, all there are; one more like them lies in it"
+        in printed
+    )
+    assert "lies in it with 50 %" in printed
 
 
-def test_one_draw_more_than_there_are_others() -> None:
+def test_as_many_draws_as_there_are_others() -> None:
     rule = "patch L1H2 at last-item token"
     few, more = (control("e", check(*PATCH, rule, f"against random({n})")) for n in (3, 4))
-    assert "different" not in few.said
-    assert "3 different ones, some drawn twice" in more.said
-    assert all(drawn(more)[key] == points for key, points in drawn(few).items())
+    assert "all there are" not in few.said
+    assert "3 draws, all there are" in more.said
+    assert drawn(more) == drawn(few)
+
+
+def test_cells_with_more_and_with_fewer_others() -> None:
+    """One head of four has three others, two have five other pairs: each cell has its own number,
+    and no row is run for a draw that there isn't."""
+    lines = (
+        "for k in [1, 2] { patch top k of which at last-item token }",
+        *PATCH,
+        "against random(4)",
+    )
+    body = "".join(f"  {line}\n" for line in lines)
+    text = f"{START}{WHICH}experiment e {{\n  prompts fruit limit 6\n{body}}}\n"
+    picked = mechdsl.run(text)["e"]
+    band = picked.control(0)
+    assert band is not None
+    # L2H0 and L1H2: 3 others of the one, 3 × 3 pairs of others of both
+    assert band.draws.tolist() == [3, 4]
+    assert "3 to 4 draws, all there are where fewer than 4" in picked.conventions["controls"]
+    assert (
+        "range of 3 to 4 draws of random heads, all there are where fewer than 4"
+        in picked.to_text(140)
+    )
+    others = [f"patch L2H{head} at last-item token" for head in (1, 2, 3)]
+    found = []
+    for number, rule in enumerate(others):
+        one = "\n  ".join((*PATCH, rule))
+        each = f"{START}experiment e{number} {{\n  prompts fruit limit 6\n  {one}\n}}\n"
+        found.append(mechdsl.run(each)[f"e{number}"])
+    same_band(picked, 0, effects(found))
+
+
+def test_no_row_is_run_for_a_draw_that_there_is_not() -> None:
+    """Heads of one rule, positions of the other: where the one writes nothing, three heads are
+    others."""
+    lines = (
+        "for k in 0%..100% step 50% { ablate embed at top k of places tokens with zero }",
+        "ablate L0H1 at last token with zero",
+    )
+    body = "".join(f"  {line}\n" for line in lines)
+    text = (
+        f"{START}{PLACES}experiment e {{\n  prompts fruit limit 6\n{body}"
+        "  measure logit(answer) as delta\n  against random(5)\n}\n"
+    )
+    found = control("e", check_source(Source(text)))
+    drawn_ = found.experiment.drawn
+    assert drawn_ is not None
+    plans = make_plan([found.experiment]).panels[0].experiments
+    rows = len(found.experiment.table)
+    most = 3 * found.draws * rows
+    assert plans[0].count() == sum(drawn_.counts.values()) * rows < most
 
 
 def test_the_most_different_ones() -> None:
@@ -328,9 +388,9 @@ def test_the_most_different_ones() -> None:
     one, many = (control("e", check(*lines, f"against random({n})")) for n in (1, 20))
     assert [{p.unit for p in points} for points in drawn(one).values()] == [{2, 3}]
     sets = Counter(frozenset(p.unit for p in points) for points in drawn(many).values())
-    assert set(sets) == {frozenset(s) for s in combinations(range(4), 2) if s != (0, 1)}
-    assert set(sets.values()) == {4}
-    assert "5 different ones, drawn several times each" in many.said
+    assert sets == {frozenset(s): 1 for s in combinations(range(4), 2) if s != (0, 1)}
+    assert "5 draws, all there are" in many.said
+    assert "the cell's own among them" in many.said
 
 
 def test_a_rule_without_others_beside_one_that_has_some() -> None:
@@ -361,7 +421,7 @@ CURVES = [
 
 
 @pytest.mark.parametrize(("rule", "picked", "what"), CURVES, ids=["tokens", "sites", "named"])
-def test_ends_of_a_curve_stand_for_themselves(rule: str, picked: str, what: str) -> None:
+def test_ends_of_a_curve_have_no_others(rule: str, picked: str, what: str) -> None:
     start, _, rest = rule.rpartition("patch ")
     inside = f"patch {rest}" if start else rule
     curve = (
@@ -371,32 +431,33 @@ def test_ends_of_a_curve_stand_for_themselves(rule: str, picked: str, what: str)
     )
     found = mechdsl.run(START + picked + curve)["curve"]
     said = found.conventions["controls"]
-    assert "2 of 5 cells have no others and stand for themselves" in said
+    assert "2 of 5 cells have no others, and no band" in said
     band = found.control(0)
     assert band is not None
-    means = found.statistics[0].mean
     for end in (0, 4):
-        ends = [band.low[end], band.mean[end], band.high[end]]
-        assert ends == pytest.approx([means[end]] * 3, rel=1e-4, abs=1e-5)
+        assert np.isnan([band.low[end], band.mean[end], band.high[end], band.p[end]]).all()
+        assert band.draws[end] == 0
+        assert not band.inside[end]
+    assert band.draws[1:4].tolist() == [5, 5, 5]
     assert all(band.low[cell] < band.high[cell] for cell in (1, 2, 3))
 
 
-def test_few_other_tokens() -> None:
-    """A row's other tokens are drawn as often as each other, in every round another order."""
+def test_other_tokens_are_drawn_row_by_row() -> None:
+    """In every row any other token, each as likely; no two draws are the same in all rows."""
     rule = "ablate embed at last-item token with zero"
-    lines = ("measure logit(answer) as delta", rule, "against random(45)")
+    lines = ("measure logit(answer) as delta", rule, "against random(600)")
     found = control("e", check(*lines))
     cells = found.experiment.rules[0].positions.written
     rows = found.experiment.table.runs["clean"].rows
-    assert len({cell.hits for cell in cells.values()}) == 45
-    assert "different" not in found.said
+    assert len({cell.hits for cell in cells.values()}) == 600
     own = check(*lines).experiments[0].rules[0].positions.written[()].hits
     for number, row in enumerate(rows):
-        counts = Counter(cells[draw,].hits[number][0] for draw in range(45))
+        counts = Counter(cells[draw,].hits[number][0] for draw in range(found.draws))
         ((token,),) = own[number]
         others = {n for n, special in enumerate(row.special) if not special} - {token}
         assert set(counts) == {(other,) for other in others}
-        assert max(counts.values()) - min(counts.values()) <= 1
+        mean = 600 / len(others)
+        assert max(abs(count - mean) for count in counts.values()) < 4.5 * mean**0.5
 
 
 def test_few_other_tokens_of_one_row() -> None:
@@ -405,10 +466,13 @@ def test_few_other_tokens_of_one_row() -> None:
     body = "".join(f"  {line}\n" for line in lines)
     text = f"{START}experiment e {{\n  prompts fruit limit 1\n{body}}}\n"
     found = control("e", check_source(Source(text)))
+    (row,) = found.experiment.table.runs["clean"].rows
     cells = found.experiment.rules[0].positions.written.values()
     counts = Counter(cell.hits for cell in cells)
-    assert f"; {len(counts)} different ones, drawn several times each" in found.said
-    assert max(counts.values()) - min(counts.values()) <= 1
+    others = row.special.count(False) - 1
+    assert set(counts.values()) == {1}
+    assert len(counts) == found.draws == others
+    assert f"{others} draws, all there are" in found.said
 
 
 def test_cells_in_which_one_rule_has_others() -> None:
@@ -422,10 +486,9 @@ def test_cells_in_which_one_rule_has_others() -> None:
         "  measure logit(answer) as delta\n  against random(5)\n}\n"
     )
     said = mechdsl.run(text)["e"].conventions["controls"]
-    assert said.startswith("random heads and positions, 5 draws")
+    assert said.startswith("random heads and positions, 3 to 5 draws, all there are where fewer")
     assert "in 1 of 3 cells a rule has no others and stays as it is" in said
-    assert "stand" not in said
-    assert "in some cells only 3 different ones, some drawn twice" in said
+    assert "no band" not in said
 
 
 def test_embeddings_have_positions_only() -> None:
@@ -480,6 +543,9 @@ def test_controls_are_no_experiments_of_the_file() -> None:
     assert null["draws"] == 8
     assert null["what"] == "random heads"
     assert null["low"] < null["mean"] < null["high"]
+    assert null["level"] == pytest.approx(7 / 9)
+    assert 0 < null["p"] <= 1
+    assert isinstance(null["inside"], bool)
 
 
 def test_the_plan_counts_their_rows() -> None:
@@ -495,7 +561,7 @@ def test_the_plan_counts_their_rows() -> None:
 def test_conventions() -> None:
     said = results()["together"].conventions["controls"]
     assert said.startswith("random heads, 8 draws, seed 3; ")
-    assert said.endswith("95 % of the draws lie in the band")
+    assert "at least 95 %" in results()["together"].conventions["null band"]
     text = TEXT.replace("  against random(8)\n", "")
     alone = mechdsl.run(text, only="together")["together"]
     assert alone.controls == ()

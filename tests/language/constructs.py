@@ -591,6 +591,13 @@ _onward(
     "tests/onward/test_sites.py",
 )
 _onward(
+    "against random apart from",
+    "patch L0H0 at last token against random(2) apart from L0H1, top 3 of cie",
+    "Sites, groups and what another experiment ranked are never drawn as controls.",
+    OWN,
+    "tests/controls/test_apart.py",
+)
+_onward(
     "best of",
     "patch best of cie at last token",
     "The highest cell of `cie`, signed.",
@@ -674,8 +681,9 @@ _experiment(
 _experiment(
     "against random",
     "against random(3)",
-    "The same rules on matched random targets, drawn once with the seed: a null band beside the "
-    "effect. `random(20, positions)` says what is drawn.",
+    "The same rules on matched random targets, all different, drawn once with the seed: beside the "
+    "effect the range of the draws, how likely one more lies in it, and the effect's rank among "
+    "them. `random(20, positions)` says what is drawn.",
     "tests/controls/test_controls.py",
 )
 _experiment(

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from mechdsl.base.arrays import Floats
 from mechdsl.base.source import Source, Span
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.finish import with_statistics, with_verdicts
-from mechdsl.statistics.measure_data import MeasureData, NullBand
+from mechdsl.statistics.measure_data import DrawnValues, MeasureData
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
 
@@ -167,17 +168,20 @@ def finished(result: ExperimentResult, *expects: str, **values: Any) -> Experime
 
 
 def with_controls(result: ExperimentResult, draws: int = 20) -> ExperimentResult:
-    """A null band around 0 beside every measure that is a number."""
+    """Draws with effects around 0 beside every measure that is a number."""
     random = np.random.default_rng(5)
-    found: list[NullBand | None] = []
+    values: list[Floats] = []
     for data in result.measures:
-        if data.kind == "category":
-            found.append(None)
-            continue
-        middle = random.normal(0.0, 0.02, len(result.cells))
-        spread = np.full(len(result.cells), 0.12)
-        found.append(NullBand(middle - spread, middle + spread, middle, draws, "random heads"))
-    return replace(result, controls=tuple(found))
+        cells = len(result.cells)
+        effects = np.linspace(-0.12, 0.12, draws)[:, None] + random.normal(0.0, 0.02, cells)
+        unit = 1.0
+        if data.effect == "recovery":
+            assert data.source is not None
+            unit = float((data.source - data.base).mean())
+        drawn = data.base + unit * effects[:, :, None]
+        values.append(np.where(np.isnan(data.patched), np.nan, drawn))
+    counts = np.full(len(result.cells), draws)
+    return replace(result, drawn=DrawnValues(tuple(values), counts, draws, "random heads"))
 
 
 def counted(layers: int = 3, items: int = 6, prompts: int = 96) -> ExperimentResult:

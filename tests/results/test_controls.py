@@ -1,14 +1,20 @@
-"""Null bands, by hand from the effects of every draw."""
+"""Null bands, by hand from the effects of every draw, and what they state, by simulation."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from mechdsl.statistics.null_bands import null_bands
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.show.reports.text import marks, null_p_texts, null_words, survivors
+from mechdsl.statistics.measure_data import DrawnValues, NullBand
+from mechdsl.statistics.null_bands import band_level, band_rank, null_bands, rank_p
 from mechdsl.vocab.effects import EFFECTS
 
-from .synthetic import measure
+from .synthetic import finished, heads, measure, report, with_controls
 
 
 def test_a_band_lies_between_the_effects_of_the_draws() -> None:
@@ -18,19 +24,162 @@ def test_a_band_lies_between_the_effects_of_the_draws() -> None:
     drawn = base + random.normal(0, 1, (25, 3, 12))
     drawn[4, 1] = np.nan  # a draw without a prompt in this cell
     drawn[:, 2] = np.nan
-    data = measure(np.zeros((3, 12)), base, source)
+    patched = base + random.normal(0, 0.5, (3, 12))
+    data = measure(patched, base, source)
     category = measure(np.zeros((3, 12)), base, kind="category", effect="raw")
     total = measure(np.zeros((3, 12)), base, source, effect="total")
-    flat = drawn.reshape(75, 12)
-    band, *others = null_bands(
-        [data, category, total], [flat] * 3, 25, "heads", confidence=80.0, effects=EFFECTS
-    )
+    values = DrawnValues((drawn,) * 3, np.array([25, 25, 0]), 25, "heads")
+    band, *others = null_bands([data, category, total], values, confidence=80.0, effects=EFFECTS)
     assert others == [None, None], "one has no mean, one doesn't depend on what is patched"
     assert band is not None
-    assert (band.draws, band.what) == (25, "heads")
+    assert (band.draws.tolist(), band.what, band.asked) == ([25, 24, 0], "heads", 25)
     for cell in (0, 1):
         means = [own[cell].mean() for own in drawn if not np.isnan(own[cell]).any()]
-        effects = (np.array(means) - base.mean()) / (source.mean() - base.mean())
-        assert [band.low[cell], band.high[cell]] == pytest.approx(np.percentile(effects, [10, 90]))
-        assert band.mean[cell] == pytest.approx(effects.mean())
-    assert np.isnan([band.low[2], band.mean[2], band.high[2]]).all()
+        found = (np.array(means) - base.mean()) / (source.mean() - base.mean())
+        own = (patched[cell].mean() - base.mean()) / (source.mean() - base.mean())
+        # 22 of 26 (25) places are left by the two lowest and the two highest, 20 by three each
+        lower = np.sort(found)
+        assert (band.low[cell], band.high[cell]) == pytest.approx((lower[1], lower[-2]))
+        assert band.level[cell] == pytest.approx((len(found) - 3) / (len(found) + 1))
+        assert band.mean[cell] == pytest.approx(found.mean())
+        larger = sum(1 for each in found if abs(each) >= abs(own))
+        assert band.p[cell] == pytest.approx((1 + larger) / (1 + len(found)))
+        assert band.inside[cell] == (lower[1] <= own <= lower[-2])
+    assert np.isnan([band.low[2], band.mean[2], band.high[2], band.p[2], band.level[2]]).all()
+    assert not band.inside[2]
+
+
+def test_the_raw_metric_has_no_zero_to_rank_from() -> None:
+    values = np.random.default_rng(1).normal(5, 1, (9, 1, 6))
+    data = measure(values[0], np.zeros((1, 6)), effect="raw")
+    drawn = DrawnValues((values,), np.array([9]), 9, "heads")
+    (band,) = null_bands([data], drawn, confidence=95.0, effects=EFFECTS)
+    assert band is not None
+    assert np.isnan(band.p[0])
+    assert band.inside[0]
+
+
+@pytest.mark.parametrize(
+    ("draws", "confidence", "rank", "level"),
+    [
+        (1, 95, 1, Fraction(0)),
+        (3, 95, 1, Fraction(1, 2)),
+        (20, 95, 1, Fraction(19, 21)),
+        (38, 95, 1, Fraction(37, 39)),
+        (39, 95, 1, Fraction(38, 40)),
+        (78, 95, 1, Fraction(77, 79)),
+        (79, 95, 2, Fraction(76, 80)),
+        (199, 95, 5, Fraction(190, 200)),
+        (19, 90, 1, Fraction(18, 20)),
+        (39, 90, 2, Fraction(36, 40)),
+        (199, 99.9, 1, Fraction(198, 200)),
+        (1999, 99.9, 1, Fraction(1998, 2000)),
+    ],
+)
+def test_the_narrowest_band_with_the_confidence(
+    draws: int, confidence: float, rank: int, level: Fraction
+) -> None:
+    assert band_rank(draws, confidence) == rank
+    assert band_level(draws, rank) == pytest.approx(float(level))
+    asked = Fraction(str(confidence)) / 100
+    assert rank == 1 or Fraction(draws + 1 - 2 * rank, draws + 1) >= asked
+    assert Fraction(draws + 1 - 2 * (rank + 1), draws + 1) < asked
+
+
+@pytest.mark.parametrize("draws", [3, 20, 79])
+def test_one_more_draw_lies_in_it_as_often_as_it_states(draws: int) -> None:
+    """Draws without replacement from 120 targets with skewed effects; the cell is one more."""
+    random = np.random.default_rng(draws)
+    effects = np.exp(random.normal(0, 1.5, 120)) - 0.7
+    inside, repetitions = 0, 4000
+    ps: list[float] = []
+    for _ in range(repetitions):
+        own, *others = random.permutation(effects)[: draws + 1]
+        data = measure(np.array([[own]]), np.zeros((1, 1)), effect="delta")
+        values = DrawnValues((np.reshape(others, (-1, 1, 1)),), np.array([draws]), draws, "heads")
+        (band,) = null_bands([data], values, confidence=95.0, effects=EFFECTS)
+        assert band is not None
+        inside += bool(band.inside[0])
+        ps.append(float(band.p[0]))
+    states = float(band_level(draws, band_rank(draws, 95.0)))
+    spread = (states * (1 - states) / repetitions) ** 0.5
+    assert abs(inside / repetitions - states) < 3.5 * spread
+    for level in (1 / (1 + draws), 0.5, 0.75):  # a rank p is exact at its own steps
+        step = np.floor(level * (1 + draws)) / (1 + draws)
+        share = np.mean(np.array(ps) <= step + 1e-12)
+        assert abs(share - step) < 3.5 * (step * (1 - step) / repetitions) ** 0.5
+
+
+def test_equal_sizes_count_as_large() -> None:
+    assert rank_p(-2.0, np.array([2.0, -2.0, 1.0])) == 0.75
+    assert rank_p(0.0, np.array([0.0, 0.0])) == 1.0
+    assert rank_p(3.0, np.array([2.0, -2.0, 1.0])) == 0.25
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def banded(**values: np.ndarray | int) -> ExperimentResult:
+    result = finished(with_controls(heads()))
+    bands = [None if band is None else replace(band, **values) for band in result.controls]
+    return replace(result, controls=tuple(bands))
+
+
+def ends(result: ExperimentResult) -> NullBand:
+    band = result.control(0)
+    assert band is not None
+    return band
+
+
+def test_cells_that_are_no_more_than_random_ones_are_marked() -> None:
+    plain = finished(with_controls(heads()))
+    cells = len(plain.cells)
+    stars = marks(replace(plain, controls=()), 0)
+    assert "*" in stars
+    for key, text in (("inside", "lie inside their null bands"), ("nearer", "the band")):
+        no = np.zeros(cells, dtype=np.bool_)
+        found = banded(**{"inside": no, "nearer": no, key: ~no})
+        assert marks(found, 0) == [star.replace("*", "°") for star in stars]
+        said = survivors(found, 0, "*", "°")
+        assert said is not None
+        assert said.startswith("* or ° ")
+        assert said.endswith(text)
+        words = "in band" if key == "inside" else "below band"
+        table = replace(found, reports=(report("table"),)).to_text(160)
+        assert table.count(f" {words}") == stars.count("*")
+    none = banded(inside=no, nearer=no)
+    assert marks(none, 0) == stars
+    assert "none of these lie inside their null bands" in (survivors(none, 0, "*", "°") or "")
+
+
+def test_the_words_of_a_band() -> None:
+    cells = len(heads().cells)
+
+    def said(**values: np.ndarray | int) -> str | None:
+        return null_words(banded(**values), 0)
+
+    whole = "range of 20 draws of random heads; one more like them lies in it with 90.5 %"
+    assert said() == whole
+    few = np.array([3] + [20] * (cells - 1))
+    level = (few - 1) / (few + 1)
+    ragged = said(draws=few, made=few, level=level)
+    assert ragged == (
+        "range of 3 to 20 draws of random heads, all there are where fewer than 20; one more like "
+        "them lies in it with 50 % to 90.5 %"
+    )
+    assert said(made=np.full(cells, 21)) == f"{whole}; {cells} draws without a value left out"
+    some = np.array([0] + [17] * (cells - 1))
+    gone = said(draws=some, made=some, level=np.array([np.nan] + [16 / 18] * (cells - 1)))
+    assert gone is not None
+    assert gone.startswith("range of 17 draws of random heads, all there are; ")
+    trimmed = said(rank=np.full(cells, 2))
+    assert trimmed is not None
+    assert "20 draws of random heads without the 1 lowest and highest; " in trimmed
+    assert said(draws=np.zeros(cells, dtype=np.int64)) == "none of the random heads has a value"
+
+
+def test_a_p_at_its_floor_says_so() -> None:
+    band = ends(banded(p=np.full(len(heads().cells), 1 / 21)))
+    assert null_p_texts(band, [0]) == ["≤0.048"]
+    assert null_p_texts(replace(band, p=np.full(12, 2 / 21)), [0]) == ["0.095"]
+    assert null_p_texts(replace(band, p=np.full(12, np.nan)), [0]) == ["–"]

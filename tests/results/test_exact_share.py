@@ -6,9 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import beta, binomtest, t
-
 from mechdsl.statistics.exact_share import exact_share
+from scipy.stats import beta, binomtest, t
 
 
 @pytest.mark.parametrize("confidence", [80.0, 95.0, 99.9])

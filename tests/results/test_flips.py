@@ -20,7 +20,7 @@ from mechdsl.statistics.sign_flips import (
     saddlepoint,
     sign_flip,
 )
-from mechdsl.validate.reachable_p import check_prompts
+from mechdsl.validate.reachable_p import check_cells, out_of_reach
 
 from .synthetic import SPAN, statistics
 
@@ -217,9 +217,25 @@ def test_benjamini_hochberg_is_scipys(p: list[float]) -> None:
 
 
 def test_too_few_prompts_are_warned_of() -> None:
-    assert check_prompts(8, 1, statistics(), SPAN) == []
-    (found,) = check_prompts(8, 48, statistics(), SPAN)
+    assert check_cells([8], statistics(), SPAN) == []
+    (found,) = check_cells([8] * 48, statistics(), SPAN)
     assert found.code == "W0720"
+    assert found.message == "with 8 prompts no cell can survive the correction"
     assert "0.0078" in found.label_text
-    assert check_prompts(8, 48, statistics(correction="bh"), SPAN) == []
-    assert check_prompts(30, 9000, statistics(), SPAN) == []
+    assert check_cells([8] * 48, statistics(correction="bh"), SPAN) == []
+    assert check_cells([8] * 48, statistics(correction="max"), SPAN) == []
+    assert check_cells([4] * 48, statistics(test="bootstrap"), SPAN) == []
+    assert check_cells([30] * 9000, statistics(), SPAN) == []
+    (found,) = check_cells([1] * 3, statistics(by="a"), SPAN)
+    assert found.message == "with 1 value of a no cell can survive the correction"
+
+
+def test_cells_that_have_too_few_are_counted() -> None:
+    """Holm multiplies by the cells that are left, so a few cells with few prompts come last."""
+    units = [7, 64, 64, 5, 7]
+    # by hand: 2⁻⁶ × 3 (itself, the other and that of five are left) = 0.047; 2⁻⁴ × 1 = 0.0625
+    assert out_of_reach(units, statistics()) == [3]
+    assert out_of_reach(units, statistics(confidence=97)) == [0, 3, 4]
+    (found,) = check_cells(units, statistics(confidence=97), SPAN)
+    assert found.message == "3 of 5 cells have 5 to 7 prompts, and can't survive the correction"
+    assert out_of_reach(units, statistics(confidence=90)) == []

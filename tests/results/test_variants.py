@@ -10,7 +10,7 @@ import numpy as np
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.variants import merged
-from mechdsl.statistics.measure_data import NullBand
+from mechdsl.statistics.measure_data import DrawnValues
 
 from .synthetic import heads, measure
 
@@ -24,7 +24,8 @@ def variant(number: int, rows: tuple[int, ...], cells: int = 2, **values: Any) -
     inert = np.arange(cells) == number
     number_of = measure(patched, 1000 + row, 2000 + 100 * number + row, label="n", inert=inert)
     kind = {"kind": "category", "effect": "raw", "label": "c", "truth": number + row[None]}
-    band = NullBand(*(np.full(cells, float(number + end)) for end in (-1, 1, 0)), 20, "heads")
+    draws = 1000.0 * number + np.arange(number + 1)[:, None, None] + np.zeros((cells, 1)) + row
+    drawn = DrawnValues((draws, draws), np.full(cells, number + 1), 20, "heads")
     return replace(
         heads(prompts=len(rows)),
         model="m",
@@ -42,7 +43,7 @@ def variant(number: int, rows: tuple[int, ...], cells: int = 2, **values: Any) -
         row_values={"row": list(rows)},
         texts=tuple((f"t{n}",) for n in rows),
         hits=tuple(tuple((cell,) for _ in rows) for cell in range(cells)),
-        controls=(band, None),
+        drawn=drawn,
         **values,
     )
 
@@ -87,12 +88,23 @@ def test_cells_and_their_null_bands_follow_each_other() -> None:
         for label, layers in (("one", 2), ("two", 3))
         for layer in range(layers)
     ]
-    band, none = found.controls
-    assert none is None
-    assert band is not None
-    assert [band.low.tolist(), band.high.tolist()] == [[0, 0, 1, 1, 1], [2, 2, 3, 3, 3]]
-    assert band.mean.tolist() == [1, 1, 2, 2, 2]
-    assert joined(variant(1, (4,)), replace(variant(2, (4,)), controls=())).controls == ()
+    drawn = found.drawn
+    assert drawn is not None
+    assert drawn.counts.tolist() == [2, 2, 3, 3, 3]
+    for values in drawn.values:
+        assert values.shape == (3, 5, 2)
+        for cell, number in enumerate((1, 1, 2, 2, 2)):
+            own = values[: number + 1, cell]
+            draws = np.arange(number + 1)[:, None]
+            assert np.array_equal(own, 1000 * number + draws + np.array([4, 5]))
+            assert np.isnan(values[number + 1 :, cell]).all()
+    assert joined(variant(1, (4,)), replace(variant(2, (4,)), drawn=None)).drawn is None
+
+
+def test_draws_are_of_the_prompts_that_all_have() -> None:
+    found = joined(variant(1, (4, 5, 6)), variant(2, (5, 6, 7))).drawn
+    assert found is not None
+    assert found.values[0][0].tolist() == [[1005, 1006]] * 2 + [[2005, 2006]] * 2
 
 
 def test_names_are_those_that_all_agree_on() -> None:

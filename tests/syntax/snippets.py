@@ -253,6 +253,8 @@ for k in 0%..100% step 5% { ablate layer k head * at last token with zero }
 for l in 0..3 { for m in 0..3 { patch layer l, m head 0 at last token } }
 for l in 0..3 { }
 against random(20)
+against random(20) apart from top 5 of cie
+against random(20, layers) apart from movers, L9H9, layer 3 head 1, best of cie
 against random
 generate 40
 generate n

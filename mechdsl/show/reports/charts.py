@@ -16,10 +16,12 @@ from mechdsl.base.visible import visible, xml_text
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.chart_labels import SPLIT, text_width
 from mechdsl.show.reports.text import (
+    MISSING,
     centre_note,
     ends_of_scale,
     measure_name,
     missing_note,
+    null_p_texts,
     null_texts,
     null_words,
     number_format,
@@ -94,7 +96,13 @@ def hovers(result: ExperimentResult, measure: int) -> list[str]:
     ]
     if band is not None:
         nulls = null_texts(band, range(len(names)), write)
-        counts = [f"{n}, null {null}" for n, null in zip(counts, nulls, strict=True)]
+        ranks = null_p_texts(band, range(len(names)))
+        beside = [
+            f"null {null}, p null {p}" if p != MISSING else f"null {null}"
+            for null, p in zip(nulls, ranks, strict=True)
+        ]
+        insides = [", inside" if inside else "" for inside in band.inside]
+        counts = ["".join((n, ", ", *t)) for n, *t in zip(counts, beside, insides, strict=True)]
     return [", ".join(parts) for parts in zip(names, texts, counts, strict=True)]
 
 

@@ -29,15 +29,17 @@ from mechdsl.show.reports.grid import (
 from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
 from mechdsl.show.reports.text import (
     MISSING,
+    NO_MORE_MARK,
     THIN_MARK,
     conventions,
     heading,
     inert_note,
     map_format,
+    marks,
     notes,
+    null_words,
     rounding_note,
     shown_measures,
-    survives,
     survivors,
     thin,
     thin_note,
@@ -88,7 +90,7 @@ def _cell_text(result: ExperimentResult, measure: int, cell: int, number: str) -
         else result.statistics[measure].share[cell]
     ):
         return MISSING
-    return f"{number}*" if survives(result, measure)[cell] else f"{number} "
+    return number + marks(result, measure)[cell]
 
 
 def _notes(
@@ -99,10 +101,10 @@ def _notes(
         said.append("the commonest value of every cell")
     elif np.isfinite(values).any():
         said.append(f"from {write(np.nanmin(values))} to {write(np.nanmax(values))}")
-    survived = survivors(result, measure)
-    if survived:
-        said.append(f"* {survived}")
+    survived, null = survivors(result, measure, "*", NO_MORE_MARK), null_words(result, measure)
     more = (
+        survived,
+        f"null: {null}" if null else None,
         inert_note(result, measure),
         rounding_note(result, measure),
         thin_note(result, measure),

@@ -24,7 +24,17 @@ from mechdsl.show.reports.charts import (
     value_title,
 )
 from mechdsl.show.reports.grid import axis_name, axis_title, panels, row_order, values_of
-from mechdsl.show.reports.text import THIN_MARK, map_format, survives, survivors, thin, thin_note
+from mechdsl.show.reports.text import (
+    NO_MORE_MARK,
+    THIN_MARK,
+    map_format,
+    no_more_than_random,
+    null_words,
+    survives,
+    survivors,
+    thin,
+    thin_note,
+)
 
 NUMBERED_UP_TO = 160
 """Cells of a map up to which their numbers are written into them."""
@@ -78,10 +88,14 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     category = data.kind == "category"
     values = found.commonest if category else found.mean
     write = (lambda v: f"{v:g}") if category else map_format(values)
-    survived, few, under = survives(result, measure), thin(result, measure), hovers(result, measure)
+    few, under = thin(result, measure), hovers(result, measure)
+    alike = no_more_than_random(result, measure)
+    clear = survives(result, measure) & ~alike
     numbers = [
-        (THIN_MARK if mark else "") + write(value) if np.isfinite(value) else ""
-        for value, mark in zip(values, few, strict=True)
+        (THIN_MARK if mark else "") + write(value) + (NO_MORE_MARK if random else "")
+        if np.isfinite(value)
+        else ""
+        for value, mark, random in zip(values, few, alike, strict=True)
     ]
     axes = axis_name(result, rows), axis_name(result, columns)
     shown = panels(result, axes)
@@ -99,7 +113,8 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
             "value": float(values[cell]),
             "text": numbers[cell],
             "strong": bool(abs(values[cell] - least) > 0.6 * (limit - least)),
-            "survives": bool(survived[cell]),
+            "survives": bool(clear[cell]),
+            "alike": bool(alike[cell]),
             "panel": heading(panel.title, layout.width),
             "hover": under[cell],
         }
@@ -133,7 +148,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
         color=alt.Color("value:Q", scale=scale, legend=legend)
     )
     ink = alt.condition("datum.strong", alt.value("white"), alt.value(INK))
-    drawn = alt.layer(cells, _marks(base, layout.number, ink), data=alt.Data(values=records))
+    drawn = alt.layer(cells, *_marks(base, layout.number, ink), data=alt.Data(values=records))
     drawn = drawn.properties(
         width=alt.Step(layout.columns.step),
         height=alt.Step(layout.rows.step),
@@ -141,17 +156,20 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     )
     several = faceted(drawn, [panel.title for panel in shown], layout.width)
     gaps = len(records) < len(shown) * len(places[0]) * len(places[1])
-    said = survivors(result, measure)
-    mark = "bold" if layout.number else "dot"
-    lines = [f"{mark}: {said}" if said else None, "grey: no value" if gaps else None]
+    signs = ("bold", NO_MORE_MARK) if layout.number else ("dot", "ring")
+    null = null_words(result, measure)
+    lines = [survivors(result, measure, *signs), f"null: {null}" if null else None]
+    lines += ["grey: no value" if gaps else None]
     lines += [thin_note(result, measure)] if layout.number else []
     return titled(several, result, data, *lines)
 
 
-def _marks(base: Any, size: float | None, ink: Any) -> Any:
-    """The numbers, bold in cells that survive; dots in these where numbers have no room."""
+def _marks(base: Any, size: float | None, ink: Any) -> list[Any]:
+    """The numbers, bold in cells that survive and are more than random targets have; where
+    numbers have no room, dots in these, and rings in the others that survive."""
     if size is None:
         dots = base.transform_filter("datum.survives").mark_circle(size=DOT, opacity=1)
-        return dots.encode(color=ink)
+        rings = base.transform_filter("datum.alike").mark_point(size=DOT, filled=False, opacity=1)
+        return [dots.encode(color=ink), rings.encode(color=ink)]
     weight: Any = alt.ExprRef("datum.survives ? 'bold' : 'normal'")
-    return base.mark_text(fontSize=size, fontWeight=weight).encode(text="text:N", color=ink)
+    return [base.mark_text(fontSize=size, fontWeight=weight).encode(text="text:N", color=ink)]

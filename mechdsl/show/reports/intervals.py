@@ -15,9 +15,9 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.text import (
     MISSING,
     THIN_MARK,
+    marks,
     null_texts,
     number_format,
-    survives,
     thin,
 )
 
@@ -136,9 +136,9 @@ class IntervalLayout:
         everything = np.concatenate([found.mean, found.low, found.high, *null])
         write = number_format(everything)
         means = [
-            (THIN_MARK if few else "") + write(mean) + ("*" if survived else " ")
-            for mean, survived, few in zip(
-                found.mean, survives(result, measure), thin(result, measure), strict=True
+            (THIN_MARK if few else "") + write(mean) + mark
+            for mean, mark, few in zip(
+                found.mean, marks(result, measure), thin(result, measure), strict=True
             )
         ]
         intervals = [

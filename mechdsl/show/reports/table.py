@@ -31,7 +31,9 @@ from mechdsl.show.reports.text import (
     conventions,
     heading,
     inert_note,
+    no_more_than_random,
     notes,
+    null_p_texts,
     null_texts,
     null_words,
     number_format,
@@ -241,10 +243,13 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
     ]
     if band is not None:
         columns.append(Column("null", null_texts(band, order, write), True))
+        if np.isfinite(band.p[order]).any():
+            columns.append(Column("p null", null_p_texts(band, order), True))
     if found.test is None:
         return columns
     correction = result.settings.correction if result.settings else "none"
     survived, small = survives(result, measure), found.at_rounding
+    alike = no_more_than_random(result, measure)
     verdicts = [
         "inert"
         if result.measures[measure].inert[i]
@@ -252,6 +257,8 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         if np.isnan(found.p_corrected[i])
         else "rounding"
         if small[i]
+        else ("in band" if band is not None and band.inside[i] else "below band")
+        if alike[i]
         else "yes"
         if survived[i]
         else "no"

@@ -20,6 +20,8 @@ from mechdsl.validate.reachable_p import CORRECTION_NAMES
 MISSING = "–"
 THIN = 0.5
 """The share of the fullest cell's prompts below which a cell is thin."""
+NO_MORE_MARK = "°"
+"""Beside the number of a cell that survives, though random targets have as much."""
 THIN_MARK = "~"
 
 
@@ -226,9 +228,26 @@ def thin_note(result: ExperimentResult, measure: int, mark: str = THIN_MARK) -> 
     return f"{mark} {cells} fewer than {100 * THIN:g} % of the {most} prompts of the fullest cell"
 
 
-def survivors(result: ExperimentResult, measure: int) -> str | None:
-    """How many cells survive the correction, in words."""
-    found = result.statistics[measure]
+def no_more_than_random(result: ExperimentResult, measure: int) -> Bools:
+    """[cell] whether the effect survives the correction, and random targets have as much of it: it
+    lies inside its null band, or between 0 and that."""
+    band, survived = result.control(measure), survives(result, measure)
+    return np.zeros_like(survived) if band is None else survived & (band.inside | band.nearer)
+
+
+def marks(result: ExperimentResult, measure: int) -> list[str]:
+    """[cell] `*` where the effect survives the correction, `°` where random targets have as much
+    of it all the same, else a blank."""
+    both = zip(survives(result, measure), no_more_than_random(result, measure), strict=True)
+    return [NO_MORE_MARK if random else "*" if survived else " " for survived, random in both]
+
+
+def survivors(
+    result: ExperimentResult, measure: int, mark: str = "", random: str = ""
+) -> str | None:
+    """How many cells survive the correction, in words, and of how many of these random targets have
+    as much; behind the marks that stand for the two."""
+    found, band = result.statistics[measure], result.control(measure)
     if not found.test or result.settings is None:
         return None
     tested = int(np.count_nonzero(~np.isnan(found.p_corrected)))
@@ -238,7 +257,17 @@ def survivors(result: ExperimentResult, measure: int) -> str | None:
         result.settings.correction, f"{name}'s correction"
     )
     cells = "cell survives" if tested == 1 else "cells survive"
-    return f"{good} of {tested} {cells} {how} at p < {alpha(result):g}"
+    said = f"{good} of {tested} {cells} {how} at p < {alpha(result):g}"
+    alike = no_more_than_random(result, measure)
+    signs = f"{mark} or {random}" if mark and alike.any() else mark
+    lead = f"{signs}: " if len(mark) > 1 else f"{signs} " if mark else ""
+    if band is None or not good:
+        return lead + said
+    inside, nearer = (int(np.count_nonzero(alike & each)) for each in (band.inside, band.nearer))
+    lie = "lies inside its null band" if inside == 1 else "lie inside their null bands"
+    more = f", {nearer} between 0 and the band" if nearer else ""
+    which = f"{random}{':' * (len(random) > 1)} " if random and alike.any() else ""
+    return f"{lead}{said}; {which}{inside or 'none'} of these {lie}{more}"
 
 
 def centre_note(result: ExperimentResult) -> str | None:
@@ -273,21 +302,51 @@ def null_texts(band: NullBand, cells: Iterable[int], write: Callable[[float], st
     ]
 
 
+def null_p_texts(band: NullBand, cells: Iterable[int]) -> list[str]:
+    """The rank p of each cell; `≤` where no draw is as large, as it can't be lower."""
+    return [
+        MISSING if math.isnan(p) else ("≤" if p * (1 + k) < 1.5 else "") + _short_p(p)
+        for p, k in ((float(band.p[cell]), int(band.draws[cell])) for cell in cells)
+    ]
+
+
+def _short_p(p: float) -> str:
+    return f"{p:.0e}" if p < 0.0005 else f"{p:.3f}"
+
+
 def null_words(result: ExperimentResult, measure: int) -> str | None:
-    """What the null band is."""
+    """What the null band is, and what it states."""
     band = result.control(measure)
     if band is None:
         return None
-    confidence = result.settings.confidence if result.settings else 95.0
-    return f"{confidence:g} % of {band.draws} {band.what} lie in it"
+    some = band.draws > 0
+    if not some.any():
+        return f"none of the {band.what} has a value"
+    fewer = band.made[some] < band.asked
+    there = ", all there are" if fewer.any() else ""
+    if fewer.any() and not fewer.all():
+        there += f" where fewer than {band.asked:,}"
+    lost = int((band.made - band.draws).sum())
+    without = f"; {plural(lost, 'draw')} without a value left out" if lost else ""
+    draws = _ends([f"{k:,}" for k in sorted(band.draws[some].tolist())])
+    level = _ends([f"{100 * level:.3g} %" for level in sorted(band.level[some].tolist())])
+    cut = sorted((band.rank[some] - 1).tolist())
+    but = f" without the {_ends([f'{n}' for n in cut])} lowest and highest" if cut[-1] else ""
+    states = f"one more like them lies in it with {level}"
+    return f"range of {draws} draws of {band.what}{there}{but}; {states}{without}"
+
+
+def _ends(texts: Sequence[str]) -> str:
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
 
 
 def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list[str]:
     """Remarks under a figure that marks survivors with a star and, where anything could be
     drawn, shades the null band."""
-    survived, null = survivors(result, measure), null_words(result, measure)
+    survived = survivors(result, measure, "*", NO_MORE_MARK)
+    null = null_words(result, measure)
     shade = "░ null" if drawn else "null"
-    said = [f"* {survived}" if survived else None, f"{shade}: {null}" if null else None]
+    said = [survived, f"{shade}: {null}" if null else None]
     said += [inert_note(result, measure), rounding_note(result, measure)]
     said.append(thin_note(result, measure))
     return [line for line in said if line]

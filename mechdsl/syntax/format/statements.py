@@ -250,7 +250,8 @@ def _statement(node: Any) -> str | None:
         case ast.Keep():
             return f"keep {within(node.condition, CONDITION)}"
         case ast.Against():
-            return f"against {call(node.control)}"
+            apart = f" apart from {', '.join(map(site, node.apart))}" if node.apart else ""
+            return f"against {call(node.control)}{apart}"
         case ast.Generate():
             return f"generate {node.steps}"
         case ast.Using():

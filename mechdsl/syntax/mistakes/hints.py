@@ -168,6 +168,14 @@ HINTS: tuple[Hint, ...] = (
         "`with` names a run; `set SITE at POSITION to python(…)` writes what a function makes",
     ),
     Hint(r"^against\s+(\w+)\s*$", r"([0-9]+)", "write `against {0}({1})`"),
+    Hint(
+        r"^against\b.*\bapart\s*$", r"", "name what is never drawn: `apart from top 5 of X`", "FROM"
+    ),
+    Hint(
+        r"^against\b.*\)\s*$",
+        r"(?:without|except|excluding|but)\b",
+        "what is never drawn stands behind `apart from`",
+    ),
     Hint(r"\b(at|onto|from|to|with)\s*$", r"\s*$", "name tokens: `{0} last token`", "TOKEN"),
     # What another experiment picks.
     Hint(r"\btop\s+of\s+$", r"(\w+)", "say how many: `top 3 of {0}`"),
