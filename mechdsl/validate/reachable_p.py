@@ -89,9 +89,10 @@ def check_cells(
     if not lost:
         return []
     few = sorted({units[place] for place in lost})
-    word = f"values of {settings.by}" if settings.by is not None else "prompts"
     have = " to ".join(str(each) for each in dict.fromkeys((few[0], few[-1])))
-    have = f"{have} {word if have != '1' else word.removesuffix('s')}"
+    several = "s" if have != "1" else ""
+    word = f"value{several} of {settings.by}" if settings.by is not None else f"prompt{several}"
+    have = f"{have} {word}"
     about = f"with {have} no cell can survive the correction"
     if len(lost) < len(units):
         about = f"{len(lost)} of {len(units)} cells have {have}, and can't survive the correction"
