@@ -189,7 +189,9 @@ _file(
 _file(
     "seed",
     "seed 7",
-    "Where all randomness begins: rows, noise, resampling, random targets. 0 without this line.",
+    "Where all randomness begins: rows, noise, resampling, random targets. 0 without this line. "
+    "What is drawn for a row hangs on what is in it, not on its place: a data file whose lines are "
+    "sorted otherwise gives the same table.",
     "tests/data/test_sampling.py",
 )
 _file(
@@ -689,7 +691,8 @@ _experiment(
     "stats",
     "stats bootstrap(2000) confidence 90% correct bh by count",
     "Overrides resampling, confidence and the correction for many cells (`holm`, `bh`, `none`); "
-    "`by` resamples groups of rows.",
+    "`by` resamples groups of rows: intervals and p are about new values then, not about new rows. "
+    "W0722 says where one value explains most of what rows differ by.",
     "tests/results/test_statistics.py",
 )
 _experiment(
