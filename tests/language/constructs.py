@@ -189,7 +189,9 @@ _file(
 _file(
     "seed",
     "seed 7",
-    "Where all randomness begins: rows, noise, resampling, random targets. 0 without this line.",
+    "Where all randomness begins: rows, noise, resampling, random targets. 0 without this line. "
+    "What is drawn for a row hangs on what is in it, not on its place: a data file whose lines are "
+    "sorted otherwise gives the same table.",
     "tests/data/test_sampling.py",
 )
 _file(
@@ -696,8 +698,11 @@ _experiment(
 _experiment(
     "stats",
     "stats bootstrap(2000) test flips confidence 90% correct bh by count",
-    "Overrides resampling, where p comes from (`flips` of signs, `bootstrap`), confidence and the "
-    "correction for many cells (`holm`, `bh`, `max`, `none`); `by` resamples groups of rows.",
+    "Overrides resampling, where p comes from (`flips` of signs, or `bootstrap`, which asks for no "
+    "symmetry), confidence and the correction for many cells (`holm`, `bh`, `max` for the "
+    "max-statistic, `none`); `by` takes all rows of one value for one draw: intervals and p are "
+    "about new values then, not about new rows. W0722 says where one value explains most of what "
+    "rows differ by. All figures: `docs/statistics.md`.",
     "tests/results/test_statistics.py",
 )
 _experiment(

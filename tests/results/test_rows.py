@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import mechdsl
+from mechdsl.base.arrays import Floats
 from mechdsl.execute.means_and_donors import _donors  # pyright: ignore[reportPrivateUsage]
 from mechdsl.prompts.row_content import ByContent, content_key
 from mechdsl.results.experiment_result import ExperimentResult
@@ -63,7 +64,7 @@ def records(seed: int) -> list[dict[str, Any]]:
     return [*found, found[3], found[3]]
 
 
-def by_content(result: ExperimentResult, values: np.ndarray) -> list[tuple[Any, ...]]:
+def by_content(result: ExperimentResult, values: Floats) -> list[tuple[Any, ...]]:
     """Values with what their row is, in an order that the table's has nothing to do with."""
     rows = zip(result.row_values["names"], result.row_values["extra"], values.T, strict=True)
     return sorted((a, b, *np.round(own, 3).tolist()) for a, b, own in rows)
@@ -226,12 +227,12 @@ def test_variants_and_groups_keep_what_is_seen(tmp_path: Path) -> None:
     text = f"""experiment e {{ {BLANK}  patch resid_post layer 1 at each item token onto slot token
   measure prob(" 3") as raw }}"""
     result = run(LISTS + text, tmp_path)["e"]
+    data = result.measures[0]
+    data = replace(data, source=None)
+    assert data.seen is not None
+    result = replace(result, measures=(data,))
     assert result.row_ids is not None
     assert result.row_keys is not None
-    data = result.measures[0]
-    assert data.seen is not None
-    data = replace(data, source=None)
-    result = replace(result, measures=(data,))
     apart = replace(result, measures=(replace(data, seen=None),))
     keep = [n for n in range(result.prompts) if n % 3]
     fewer = replace(

@@ -1,0 +1,159 @@
+"""Rows that a measure can't tell apart, for each thing that its value may hang on.
+
+How many there are is counted off the prompts' words; that equal ones have equal values is what
+`different` holds every result to.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mechdsl
+import mechdsl.results.collect
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.seen_rows import SeenRows
+
+START = """mech 1
+model toy = zoo("counting")
+prompts fruit { count in 2..5  item in ["apple", "pear", "plum"]
+  fruits = list(item, count, sep: ", ")
+  template "Part 1: {fruits}. Count 1:"
+  answer " {count}"
+  corrupt fewer { count = count - 1 }
+  corrupt noised { add gaussian(std: 1) to embed at each item token }
+}
+prompts blank { template "Part 1: thing, thing Count 1:" }
+"""
+
+
+def run(text: str, folder: Path) -> ExperimentResult:
+    path = folder / "file.mech"
+    text = f"{START}experiment e {{ model toy  prompts fruit limit 60  {text} }}"
+    path.write_text(text, encoding="utf-8")
+    return mechdsl.run(path)["e"]
+
+
+def different(result: ExperimentResult, *, drawn: bool = False) -> list[int]:
+    """Per cell, how many rows the first measure can tell apart.
+
+    drawn: something else than what is seen differs, such as noise.
+    """
+    data, found = result.measures[0], list[int]()
+    for cell, values in enumerate(data.patched):
+        there = ~np.isnan(values)
+        seen = np.arange(len(values))
+        if data.seen is not None:
+            seen = data.seen[cell if len(data.seen) > 1 else 0]
+        for number in np.unique(seen[there]):
+            same = values[there & (seen == number)]
+            assert drawn or np.ptp(same) < 1e-4
+        if drawn:
+            assert len(np.unique(values[there].round(6))) > len(np.unique(seen[there]))
+        found.append(len(np.unique(seen[there])))
+    return found
+
+
+def lists(result: ExperimentResult) -> list[tuple[str, ...]]:
+    return [tuple(row) for row in result.row_values["fruits"]]
+
+
+CASES = {
+    "read early": ('measure logit(" 3") at first-item token as raw', lambda row: row[0]),
+    "delta of a write behind it": (
+        'ablate resid_post layer 1 at last token with zero  measure logit(" 3") at first-item '
+        "token as delta",
+        lambda row: row[0],
+    ),
+    "a write before it": (
+        'ablate resid_post layer 1 at item 1 token with zero  measure logit(" 3") at item 2 token '
+        "as delta",
+        lambda row: row[:2],
+    ),
+    "the texts of the metric": (
+        "measure logit(answer) at first-item token as raw",
+        lambda row: (row[0], len(row)),
+    ),
+    "a value of the source": (
+        'from clean into fewer  patch resid_post layer 1 at first-item token  measure logit(" 3") '
+        "at first-item token as total",
+        lambda row: row[0],
+    ),
+    "a reference run": (
+        "from clean into blank  ablate resid_post layer 1 at last token with zero  "
+        "measure kl(clean) as raw",
+        lambda row: row,
+    ),
+    "means of groups": (
+        "from clean into blank  ablate resid_post layer 1 at last token with mean of clean by "
+        'count  measure logit(" 3") as raw',
+        len,
+    ),
+    "means of all": (
+        "from clean into blank  ablate resid_post layer 1 at last token with mean of clean  "
+        'measure logit(" 3") as raw',
+        lambda row: 0,
+    ),
+    "attention that is looked at": (
+        "observe attention layer 1 head 0 from first-item token to first token",
+        lambda row: row[0],
+    ),
+    "a token below attention": (
+        'from clean into blank  patch embed at last-item token onto last token  measure logit(" 3")'
+        " as raw",
+        lambda row: (row[-1], len(row)),
+    ),
+    "the beginning of the source": (
+        "from clean into blank  patch resid_post layer 2 at item 2 token onto last token  "
+        'measure logit(" 3") as raw',
+        lambda row: row[:2],
+    ),
+    "edges": (
+        "block attention layer 1 from last-item token to first-item token  "
+        'measure logit(" 3") at last-item token as delta',
+        lambda row: row,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_what_a_value_hangs_on(case: str, tmp_path: Path) -> None:
+    text, mark = CASES[case]
+    result = run(text, tmp_path)
+    assert different(result) == [len({mark(row) for row in lists(result)})]
+
+
+def test_a_sweep_sees_more_from_position_to_position(tmp_path: Path) -> None:
+    result = run(
+        "from clean into blank  patch resid_post layer 0..1 at each item token onto last token  "
+        'measure logit(" 3") as raw',
+        tmp_path,
+    )
+    rows = lists(result)
+    expected = [len({row[:n] for row in rows if len(row) >= n}) for n in range(1, 6)]
+    # Below the second block's attention nothing else is different: the same for both layers.
+    assert different(result) == expected * 2
+
+
+def test_noise_makes_no_further_observations(tmp_path: Path) -> None:
+    result = run('from clean into noised  measure logit(" 3") at first-item token as raw', tmp_path)
+    assert different(result, drawn=True) == [3]
+
+
+def test_donors_make_no_further_observations(tmp_path: Path) -> None:
+    text = "ablate resid_post layer 1 at item 2 token with resample"
+    result = run(f'{text}  measure logit(" 3") at item 2 token as raw', tmp_path)
+    assert different(result, drawn=True) == [9]
+
+
+def test_a_model_that_sees_the_whole_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bidirectional(plan: object, kept: object, causal: object) -> SeenRows:
+        return SeenRows(plan, kept, lambda name: False)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(mechdsl.results.collect, "SeenRows", bidirectional)
+    for case in ("read early", "the beginning of the source"):
+        assert run(CASES[case][0], tmp_path).measures[0].seen is None
