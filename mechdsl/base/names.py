@@ -21,3 +21,16 @@ def name_list(names: Iterable[str]) -> str:
     found = list(islice(names, SHOWN + 1))
     more = " …" if len(found) > SHOWN else ""
     return ", ".join(f"`{shortened(name)}`" for name in found[:SHOWN]) + more
+
+
+AT = " at "
+"""What stands between the name of a measure and the position that tells it from another."""
+
+
+def names_of_measure(label: str) -> tuple[str, ...]:
+    """What a measure may be called by: `ld at item 1 token` also by `ld`.
+
+    A text in quotes may have an ` at ` of its own; what is cut off there is no metric's name.
+    """
+    parts = label.split(AT)
+    return tuple(AT.join(parts[:end]) for end in range(len(parts), 0, -1))

@@ -163,7 +163,8 @@ class Loop(Spec):
 
 
 class Measure(Spec):
-    """`label` is the name of the metric, or the expression as written."""
+    """`label` is the name of the metric, or the expression as written; with the position behind it
+    where another measure of the experiment goes by the same name and is read elsewhere."""
 
     label: str
     metric: ExprText
@@ -171,6 +172,11 @@ class Measure(Spec):
     effect_span: Where
     at: PositionText | None = None
     per_prompt: bool = False
+
+    @property
+    def place(self) -> str | None:
+        """The position as written, on one line."""
+        return None if self.at is None else " ".join(self.at.span.written.split())
 
 
 class Statistics(Spec):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from operator import add, mul, sub, truediv
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from mechdsl.base.names import name_list
+from mechdsl.base.names import name_list, names_of_measure
 from mechdsl.base.percent import Percent
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -54,6 +55,16 @@ class KnownMeasure:
     kind: Literal["number", "category"] = "number"
     word: str = ""
     """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`ld at item 1 token` is called `ld` too."""
+        return names_of_measure(self.label)
+
+    @property
+    def metric(self) -> str:
+        """The label without the position."""
+        return self.names[-1]
 
 
 @dataclass(frozen=True)
@@ -343,7 +354,8 @@ class _ConditionReader:
     def labelled(self, node: ast.Expr) -> list[int]:
         """Measures whose metric is written exactly so."""
         text = _squeezed(node.span.written)
-        return [i for i, m in enumerate(self.known.measures) if _squeezed(m.label) == text]
+        measures = self.known.measures
+        return [i for i, m in enumerate(measures) if text in map(_squeezed, m.names)]
 
     def measure(self, node: ast.Expr, *, called: bool = False) -> int:
         """The one measure that a name, `recovery of ld` or a metric as written means.
@@ -355,37 +367,47 @@ class _ConditionReader:
         found = self.labelled(node)
         if not found and isinstance(node, ast.Name):
             text = node.id
-            found = [i for i, m in enumerate(measures) if node.id in (m.effect, m.label)]
+            found = [i for i, m in enumerate(measures) if node.id in (m.effect, *m.names)]
             numbers = [i for i in found if measures[i].kind == "number"]
             found = numbers or found
             # `prob` is short for the one `prob(answer)`.
             found = found or [
                 i
                 for i, m in enumerate(measures)
-                if m.word == node.id and not m.label.isidentifier()
+                if m.word == node.id and not m.metric.isidentifier()
             ]
         elif not found and isinstance(node, ast.OfRef):
             found = [
                 i
                 for i, m in enumerate(measures)
-                if m.effect == node.name and m.label == node.of.name
+                if m.effect == node.name and node.of.name in m.names
             ]
         if not found:
-            words = {m.effect: None for m in measures} | {m.label: None for m in measures}
+            words = {m.effect: None for m in measures} | {m.metric: None for m in measures}
             listed = "this experiment measures " + name_list(words)
             hint = did_you_mean(text, [*words, *(FUNCTIONS if called else ())], listed)
             kind = "measure or effect of this experiment"
             raise RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
         if len(found) > 1:
-            first = measures[found[0]]
-            hint = f"name one, as in `{first.effect} of {first.label}`"
-            if not first.label.isidentifier():
-                hint = f"give each a name above (`metric ld = …`), then `{first.effect} of ld`"
-            raise RefusedCondition(self.which(node.span, text, found, hint))
+            raise RefusedCondition(self.which(node.span, text, found, self.one_of_them(found)))
         if measures[found[0]].kind == "category":
             hint = "categories have no mean; `correct` or `expected(1..9)` are numbers"
             raise unreadable(node.span, f"`{measures[found[0]].label}` is a category", hint)
         return found[0]
+
+    def one_of_them(self, found: Sequence[int]) -> str:
+        """How one of several measures is named, or what gives it a name of its own."""
+        named = [(each.effect, each.metric) for each in self.known.measures]
+        for effect, metric in (named[i] for i in found):
+            if metric.isidentifier() and named.count((effect, metric)) == 1:
+                return f"name one, as in `{effect} of {metric}`"
+        effect, metric = named[found[0]]
+        taken = {name for _, name in named}
+        own = next(name for n in count(1) if (name := f"m{n}") not in taken)
+        return (
+            f"give each a name of its own: with `metric {own} = {metric}` above and `measure {own} "
+            f"…` for one of them, `{effect} of {own}` is that one"
+        )
 
     def which(self, span: Span, text: str, found: Sequence[int], hint: str) -> WhichMeasure:
         candidates = " or ".join(

@@ -24,7 +24,16 @@ from mechdsl.show.reports.charts import (
     value_title,
 )
 from mechdsl.show.reports.grid import axis_name, axis_title, panels, row_order, values_of
-from mechdsl.show.reports.text import THIN_MARK, map_format, survives, survivors, thin, thin_note
+from mechdsl.show.reports.text import (
+    THIN_MARK,
+    fewer,
+    fewer_note,
+    map_format,
+    survives,
+    survivors,
+    thin,
+    thin_note,
+)
 
 NUMBERED_UP_TO = 160
 """Cells of a map up to which their numbers are written into them."""
@@ -36,6 +45,8 @@ NO_VALUE = "#d4d4d4"
 """What lies behind a map; as light as 0, a cell without a value would be taken for it."""
 DOT = 9
 """Area of the dot that marks a cell without a number."""
+COUNT, CORNER = 7.5, 12
+"""Size of n in the corner of a cell with fewer prompts; area of the mark where it has no room."""
 
 
 def heatmap_chart(result: ExperimentResult, report: spec.Report) -> Any:
@@ -79,6 +90,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     values = found.commonest if category else found.mean
     write = (lambda v: f"{v:g}") if category else map_format(values)
     survived, few, under = survives(result, measure), thin(result, measure), hovers(result, measure)
+    less = fewer(result, measure)
     numbers = [
         (THIN_MARK if mark else "") + write(value) if np.isfinite(value) else ""
         for value, mark in zip(values, few, strict=True)
@@ -100,6 +112,8 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
             "text": numbers[cell],
             "strong": bool(abs(values[cell] - least) > 0.6 * (limit - least)),
             "survives": bool(survived[cell]),
+            "n": str(int(found.n[cell])),
+            "fewer": bool(less[cell]),
             "panel": heading(panel.title, layout.width),
             "hover": under[cell],
         }
@@ -133,7 +147,10 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
         color=alt.Color("value:Q", scale=scale, legend=legend)
     )
     ink = alt.condition("datum.strong", alt.value("white"), alt.value(INK))
-    drawn = alt.layer(cells, _marks(base, layout.number, ink), data=alt.Data(values=records))
+    layers = [cells, _marks(base, layout.number, ink)]
+    if less.any():
+        layers.append(_counts(base, layout, ink))
+    drawn = alt.layer(*layers, data=alt.Data(values=records))
     drawn = drawn.properties(
         width=alt.Step(layout.columns.step),
         height=alt.Step(layout.rows.step),
@@ -144,6 +161,8 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     said = survivors(result, measure)
     mark = "bold" if layout.number else "dot"
     lines = [f"{mark}: {said}" if said else None, "grey: no value" if gaps else None]
+    where = "small" if layout.number else "corner (under the pointer)"
+    lines.append(fewer_note(result, measure, where))
     lines += [thin_note(result, measure)] if layout.number else []
     return titled(several, result, data, *lines)
 
@@ -155,3 +174,17 @@ def _marks(base: Any, size: float | None, ink: Any) -> Any:
         return dots.encode(color=ink)
     weight: Any = alt.ExprRef("datum.survives ? 'bold' : 'normal'")
     return base.mark_text(fontSize=size, fontWeight=weight).encode(text="text:N", color=ink)
+
+
+def _counts(base: Any, layout: _Layout, ink: Any) -> Any:
+    """n in the corner of cells with fewer prompts; a mark there where it has no room."""
+    few = base.transform_filter("datum.fewer").encode(color=ink)
+    right, below = layout.columns.step / 2, layout.rows.step / 2
+    if layout.number is None:
+        return few.mark_point(
+            shape="triangle-left", filled=True, size=CORNER, opacity=1,
+            xOffset=right - 3, yOffset=below - 3,
+        )  # fmt: skip
+    return few.mark_text(
+        fontSize=COUNT, align="right", baseline="bottom", dx=right - 2, dy=below - 1
+    ).encode(text="n:N")
