@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice
 
 SHOWN = 12
@@ -34,3 +34,13 @@ def names_of_measure(label: str) -> tuple[str, ...]:
     """
     parts = label.split(AT)
     return tuple(AT.join(parts[:end]) for end in range(len(parts), 0, -1))
+
+
+SHUFFLED = " shuffled"
+"""What a run of another block is called by besides, whose rows are dealt."""
+
+
+def run_called(name: str, runs: Collection[str]) -> str | None:
+    """The run of this name: of the two that another block may have, the one that is paired by
+    number; None where there is neither."""
+    return next((run for run in (name, name + SHUFFLED) if run in runs), None)

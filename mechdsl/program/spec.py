@@ -226,13 +226,15 @@ class Elsewhere(Spec):
     """A run that isn't one of the sampled block in the experiment's model."""
 
     name: str
-    """As tables call it: `fruit`, `listed.fewer`, `tuned`."""
+    """As tables call it: `fruit`, `listed.fewer`, `fruit shuffled`, `tuned`."""
     prompts: str | None = None
     """The block that it is of, where that is another one."""
     run: str = "clean"
     """Of that block."""
     model: str | None = None
     """The model that it runs on, where that is another one."""
+    shuffled: bool = False
+    """Its rows are dealt to those of the sampled block, not paired by number."""
 
 
 class Experiment(Spec):

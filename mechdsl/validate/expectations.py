@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from operator import add, mul, sub, truediv
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from mechdsl.base.names import name_list, names_of_measure
+from mechdsl.base.names import name_list, run_called
 from mechdsl.base.percent import Percent
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -35,6 +34,7 @@ from mechdsl.validate.conditions import (
     TopContains,
     Value,
 )
+from mechdsl.validate.known_measures import KnownMeasure, how_to_name
 from mechdsl.validate.site_selections import RefusedCondition, selection, unreadable, upwards
 
 if TYPE_CHECKING:
@@ -44,27 +44,6 @@ FUNCTIONS = (
     "max", "min", "mean", "abs", "auc", "accuracy", "spearman", "pearson", "argmax", "argmin",
 )  # fmt: skip
 """What an expectation calculates with."""
-
-
-@dataclass(frozen=True)
-class KnownMeasure:
-    """A measure as far as an expectation can name it."""
-
-    label: str
-    effect: str
-    kind: Literal["number", "category"] = "number"
-    word: str = ""
-    """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """`ld at item 1 token` is called `ld` too."""
-        return names_of_measure(self.label)
-
-    @property
-    def metric(self) -> str:
-        """The label without the position."""
-        return self.names[-1]
 
 
 @dataclass(frozen=True)
@@ -312,11 +291,12 @@ class _ConditionReader:
     def run(self, run: ast.Expr) -> str:
         if not isinstance(run, ast.Name):
             raise unreadable(run.span, "not the name of a run", "write `accuracy(clean)`")
-        if run.id not in self.known.runs:
+        found = run_called(run.id, self.known.runs)
+        if found is None:
             known = name_list(self.known.runs)
             hint = did_you_mean(run.id, self.known.runs, f"the runs are: {known}")
             raise RefusedCondition(UnknownName(span=run.span, kind="run", name=run.id, hint=hint))
-        return run.id
+        return found
 
     def constant(self, node: ast.Expr) -> float:
         """A number, also one with a sign or written as a sum."""
@@ -389,25 +369,11 @@ class _ConditionReader:
             kind = "measure or effect of this experiment"
             raise RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
         if len(found) > 1:
-            raise RefusedCondition(self.which(node.span, text, found, self.one_of_them(found)))
+            raise RefusedCondition(self.which(node.span, text, found, how_to_name(measures, found)))
         if measures[found[0]].kind == "category":
             hint = "categories have no mean; `correct` or `expected(1..9)` are numbers"
             raise unreadable(node.span, f"`{measures[found[0]].label}` is a category", hint)
         return found[0]
-
-    def one_of_them(self, found: Sequence[int]) -> str:
-        """How one of several measures is named, or what gives it a name of its own."""
-        named = [(each.effect, each.metric) for each in self.known.measures]
-        for effect, metric in (named[i] for i in found):
-            if metric.isidentifier() and named.count((effect, metric)) == 1:
-                return f"name one, as in `{effect} of {metric}`"
-        effect, metric = named[found[0]]
-        taken = {name for _, name in named}
-        own = next(name for n in count(1) if (name := f"m{n}") not in taken)
-        return (
-            f"give each a name of its own: with `metric {own} = {metric}` above and `measure {own} "
-            f"…` for one of them, `{effect} of {own}` is that one"
-        )
 
     def which(self, span: Span, text: str, found: Sequence[int], hint: str) -> WhichMeasure:
         candidates = " or ".join(

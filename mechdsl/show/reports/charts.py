@@ -17,9 +17,9 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.chart_labels import SPLIT, text_width
 from mechdsl.show.reports.text import (
     centre_note,
+    ends_of_scale,
     fewer,
     fewer_note,
-    ends_of_scale,
     measure_name,
     missing_note,
     null_texts,

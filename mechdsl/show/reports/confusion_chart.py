@@ -8,7 +8,13 @@ import altair as alt
 
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.chart_labels import labels_below, labels_beside, text_width
+from mechdsl.show.reports.chart_labels import (
+    LABEL_SIZE,
+    ChartLabels,
+    labels_below,
+    labels_beside,
+    text_width,
+)
 from mechdsl.show.reports.charts import (
     INK,
     QUIET,
@@ -26,6 +32,8 @@ NUMBERED_UP_TO = 160
 """Cells of a map up to which their numbers are written into them."""
 SHARE, COUNT = 11, 9
 """Sizes of the two numbers of a cell."""
+GAP = 12
+"""Between a label and `n`."""
 N = "n"
 """The column behind the categories: the row's prompts."""
 MOST_WIDTH = 1000
@@ -44,9 +52,16 @@ def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:
     return themed(alt.vconcat(*maps, spacing=36))
 
 
-def _with_n(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of an axis, whose column of n is named where not all numbers are."""
-    return {**options, "values": [*options["values"], N]} if "values" in options else options
+def _with_n(below: ChartLabels) -> dict[str, Any]:
+    """How the axis is labelled with the column of n behind it. Where not all numbers are written,
+    the last one is left out if it would reach it."""
+    if "values" not in below.options:
+        return below.options
+    written = list(below.options["values"])
+    reach = text_width(written[-1], LABEL_SIZE) / 2 + GAP
+    if (len(below.texts) - below.texts.index(written[-1])) * below.step < reach:
+        written.pop()
+    return {**below.options, "values": [*written, N]}
 
 
 def _map(found: list[Confusion], row_title: str, column_title: str) -> Any:
@@ -55,7 +70,8 @@ def _map(found: list[Confusion], row_title: str, column_title: str) -> Any:
     numbered = len(rows) * len(columns) <= NUMBERED_UP_TO
     most = max((count for each in found for row in each.counts for count in row), default=0)
     step = max(40.0, text_width(str(most), COUNT) + 6) if numbered else 18.0
-    below = labels_below([int(c) if c.is_integer() else c for c in columns], step, MOST_WIDTH)
+    shown = [int(c) if c.is_integer() else float(f"{c:g}") for c in columns]
+    below = labels_below(shown, step, MOST_WIDTH)
     names_of_rows = labels_beside(rows, 34 if numbered else 18)
     width = below.step * (len(columns) + 1)
     names = dict(zip(columns, below.texts, strict=True))
@@ -92,7 +108,7 @@ def _map(found: list[Confusion], row_title: str, column_title: str) -> Any:
         x=alt.X(
             "column:N",
             scale=alt.Scale(domain=[*below.texts, N]),
-            axis=alt.Axis(title=column_title, **plain, **_with_n(below.options)),
+            axis=alt.Axis(title=column_title, **plain, **_with_n(below)),
         ),
         y=alt.Y(
             "row:N",

@@ -45,8 +45,9 @@ NO_VALUE = "#d4d4d4"
 """What lies behind a map; as light as 0, a cell without a value would be taken for it."""
 DOT = 9
 """Area of the dot that marks a cell without a number."""
-COUNT, CORNER = 7.5, 12
-"""Size of n in the corner of a cell with fewer prompts; area of the mark where it has no room."""
+COUNT, CORNER, LIFT = 7.5, 12, 4
+"""Size of n in the corner of a cell with fewer prompts; area of the mark where it has no room; how
+far it lifts the other number."""
 
 
 def heatmap_chart(result: ExperimentResult, report: spec.Report) -> Any:
@@ -64,9 +65,19 @@ class _Layout:
     columns: ChartLabels
     number: float | None
     """Size of the numbers in cells, None where they have no room."""
+    lift: int = 0
+    """How far they stand above the middle."""
 
     @classmethod
-    def of(cls, rows: Sequence[Any], columns: Sequence[Any], numbers: Sequence[str]) -> _Layout:
+    def of(
+        cls,
+        rows: Sequence[Any],
+        columns: Sequence[Any],
+        numbers: Sequence[str],
+        *,
+        counted: bool,
+    ) -> _Layout:
+        """counted: there is a second number in some cells, below the first."""
         count = len(columns)
         step = 44.0 if count <= 8 else 34 if count <= 16 else 22 if count <= 40 else 13
         size = None
@@ -77,7 +88,8 @@ class _Layout:
             size = fitting if fitting >= SMALLEST else None
         below = labels_below(columns, step, MOST_WIDTH)
         height = 26 if size or len(rows) <= 16 else 16 if len(rows) <= 40 else 10
-        return cls(labels_beside(rows, height), below, size)
+        lift = LIFT if size and counted else 0
+        return cls(labels_beside(rows, height + 2 * lift), below, size, lift)
 
     @property
     def width(self) -> float:
@@ -98,7 +110,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     axes = axis_name(result, rows), axis_name(result, columns)
     shown = panels(result, axes)
     places = row_order(result, axes[0]), values_of(result, axes[1])
-    layout = _Layout.of(*places, numbers)
+    layout = _Layout.of(*places, numbers, counted=bool(less.any()))
     row_texts = dict(zip(places[0], layout.rows.texts, strict=True))
     column_texts = dict(zip(places[1], layout.columns.texts, strict=True))
     finite = values[np.isfinite(values)]
@@ -147,7 +159,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
         color=alt.Color("value:Q", scale=scale, legend=legend)
     )
     ink = alt.condition("datum.strong", alt.value("white"), alt.value(INK))
-    layers = [cells, _marks(base, layout.number, ink)]
+    layers = [cells, _marks(base, layout, ink)]
     if less.any():
         layers.append(_counts(base, layout, ink))
     drawn = alt.layer(*layers, data=alt.Data(values=records))
@@ -167,13 +179,14 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     return titled(several, result, data, *lines)
 
 
-def _marks(base: Any, size: float | None, ink: Any) -> Any:
+def _marks(base: Any, layout: _Layout, ink: Any) -> Any:
     """The numbers, bold in cells that survive; dots in these where numbers have no room."""
-    if size is None:
+    if layout.number is None:
         dots = base.transform_filter("datum.survives").mark_circle(size=DOT, opacity=1)
         return dots.encode(color=ink)
     weight: Any = alt.ExprRef("datum.survives ? 'bold' : 'normal'")
-    return base.mark_text(fontSize=size, fontWeight=weight).encode(text="text:N", color=ink)
+    numbers = base.mark_text(fontSize=layout.number, fontWeight=weight, dy=-layout.lift)
+    return numbers.encode(text="text:N", color=ink)
 
 
 def _counts(base: Any, layout: _Layout, ink: Any) -> Any:

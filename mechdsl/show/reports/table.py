@@ -278,6 +278,7 @@ def _notes(
         picked = size != "share" and report.by not in result.row_values  # else no pick has them
         other = by_sign_instead(result, measure, len(order)) if picked else None
         said += [other] if other else []
+        said += [_picked(result, measure)] if size != "share" else []
     null = null_words(result, measure)
     remarks = (
         survivors(result, measure),
@@ -297,6 +298,16 @@ def _notes(
         }
         said += [f"{MISSING} where {reason}" for reason in sorted(reasons)]
     return said
+
+
+def _picked(result: ExperimentResult, measure: int) -> str:
+    """What the numbers of cells hold for that were picked by these numbers."""
+    said = "picked by what is printed: single intervals"
+    if result.statistics[measure].test is None:
+        return f"{said} hold for cells named beforehand"
+    familywise = result.settings is not None and result.settings.correction not in ("none", "bh")
+    picked = ", the corrected p for the picked too" if familywise else ""
+    return f"{said} and p hold for cells named beforehand{picked}"
 
 
 # --- printing -----------------------------------------------------------------------------------
