@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import add, mul, sub, truediv
@@ -376,8 +377,10 @@ class _ConditionReader:
         return found[0]
 
     def which(self, span: Span, text: str, found: Sequence[int], hint: str) -> WhichMeasure:
+        named = [self.known.measures[i] for i in found]
+        count = Counter(f"`{each.effect} of {each.label}`" for each in named)
         candidates = " or ".join(
-            f"`{self.known.measures[i].effect} of {self.known.measures[i].label}`" for i in found
+            f"{name} ({n} times)" if n > 1 else name for name, n in count.items()
         )
         return WhichMeasure(
             span=span, text=text, count=len(found), candidates=candidates, hint=hint
