@@ -132,3 +132,26 @@ def test_the_diagonal_is_what_the_base_run_says() -> None:
         patched = found.measures[0].patched
         right = patched == np.array(found.row_values["count"])
         assert tuple(right.all(axis=1)) == full
+
+
+def test_a_run_is_named_without_the_word(folder: Path) -> None:
+    """In metrics and expectations; a rule that reads `with q` has the one paired by number."""
+    text = "".join(
+        experiment(
+            name, "prompts p", f"from q{word} into clean",
+            f"patch resid_post layer 1 at last token{beside}", "measure kl(q) as raw",
+            "expect accuracy(q) > -1",
+        )
+        for name, word, beside in (
+            ("paired", "", ""), ("shuffled", " shuffled", ""), ("both", " shuffled", " with q"),
+        )
+    )  # fmt: skip
+    found = run(text, folder, models("gpt2"))
+    paired, shuffled, both = (found[name] for name in ("paired", "shuffled", "both"))
+    assert set(paired.accuracy) == {"q"}
+    assert set(shuffled.accuracy) == {"q shuffled"}
+    assert [each.holds for each in shuffled.outcomes] == [True]
+    values = [each.measures[0].base[0] for each in (paired, shuffled)]
+    assert np.abs(values[0] - values[1]).max() > 1e-3
+    # the rule reads the rows that are paired, and `kl(q)` means these where both are there
+    np.testing.assert_allclose(both.measures[0].patched, paired.measures[0].patched, atol=1e-4)

@@ -149,7 +149,7 @@ def _counted(
     if len(lines) > 1 and numbered and any(few) and all(len(each) == 1 for each in own.values()):
         names = {line: f"{line} (n = {min(each)})" for line, each in own.items()}
         for record in records:
-            record["line"] = names[record["line"]]
+            record["line"], record["n"] = names[record["line"]], ""
         return [names.get(line, line) for line in lines], "beside the names"
     alike = all(len({r["n"] for r in each}) == 1 for each in at_place.values())
     written = any(few) and (alike or not numbered or len(lines) < 2)
