@@ -193,9 +193,9 @@ def test_measures_have_colours_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("correction", "said"),
     [
-        ("holm", "single intervals and p hold for cells named beforehand, the corrected p for the"),
-        ("bh", "single intervals and p hold for cells named beforehand\n"),
-        ("none", "single intervals and p hold for cells named beforehand\n"),
+        ("holm", "interval and p are for cells named beforehand, corrected p for these too\n"),
+        ("bh", "interval and p are for cells named beforehand\n"),
+        ("none", "interval and p are for cells named beforehand\n"),
     ],
 )
 def test_rows_that_were_picked_say_so(correction: str, said: str) -> None:
@@ -210,4 +210,4 @@ def test_rows_that_were_picked_without_a_test() -> None:
     raw = measure(result.measures[0].patched, result.measures[0].base, effect="raw")
     result = finished(replace(result, measures=(raw,)))
     said = printed(result, report("table", top=3), 140)
-    assert "picked by what is printed: single intervals hold for cells named beforehand\n" in said
+    assert "picked by size: intervals are for cells named beforehand\n" in said

@@ -302,12 +302,11 @@ def _notes(
 
 def _picked(result: ExperimentResult, measure: int) -> str:
     """What the numbers of cells hold for that were picked by these numbers."""
-    said = "picked by what is printed: single intervals"
     if result.statistics[measure].test is None:
-        return f"{said} hold for cells named beforehand"
+        return "picked by size: intervals are for cells named beforehand"
     familywise = result.settings is not None and result.settings.correction not in ("none", "bh")
-    picked = ", the corrected p for the picked too" if familywise else ""
-    return f"{said} and p hold for cells named beforehand{picked}"
+    picked = ", corrected p for these too" if familywise else ""
+    return f"picked by size: interval and p are for cells named beforehand{picked}"
 
 
 # --- printing -----------------------------------------------------------------------------------
