@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice
 
 SHOWN = 12
@@ -21,3 +21,26 @@ def name_list(names: Iterable[str]) -> str:
     found = list(islice(names, SHOWN + 1))
     more = " …" if len(found) > SHOWN else ""
     return ", ".join(f"`{shortened(name)}`" for name in found[:SHOWN]) + more
+
+
+AT = " at "
+"""What stands between the name of a measure and the position that tells it from another."""
+
+
+def names_of_measure(label: str) -> tuple[str, ...]:
+    """What a measure may be called by: `ld at item 1 token` also by `ld`.
+
+    A text in quotes may have an ` at ` of its own; what is cut off there is no metric's name.
+    """
+    parts = label.split(AT)
+    return tuple(AT.join(parts[:end]) for end in range(len(parts), 0, -1))
+
+
+SHUFFLED = " shuffled"
+"""What a run of another block is called by besides, whose rows are dealt."""
+
+
+def run_called(name: str, runs: Collection[str]) -> str | None:
+    """The run of this name: of the two that another block may have, the one that is paired by
+    number; None where there is neither."""
+    return next((run for run in (name, name + SHUFFLED) if run in runs), None)

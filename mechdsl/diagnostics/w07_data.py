@@ -1,4 +1,4 @@
-"""W0701 to W0703, W0781, W0790, W0791: what looks like a mistake but runs."""
+"""W0701 to W0704, W0781, W0790, W0791: what looks like a mistake but runs."""
 
 from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
@@ -41,6 +41,19 @@ class AnswerChangesPrompt(Diagnostic):
     text: str
     rows: int
     total: int
+
+
+@keyword_record
+class PairedAlike(Diagnostic):
+    """Rows of two blocks that are paired by number and have the same value each time."""
+
+    code = "W0704"
+    title = "rows of `{source}` and `{base}` that are paired have the same `{name}`"
+    label = "says `{name}` on its diagonal, whichever of the two runs is heard"
+    help = "write `from {source} shuffled into {base}`: then rows are dealt to each other"
+    source: str
+    base: str
+    name: str
 
 
 @keyword_record

@@ -18,6 +18,7 @@ from mechdsl.program.lower_measures import (
     lower_measure,
     lower_report,
     lower_statistics,
+    told_apart,
 )
 from mechdsl.program.lower_other_runs import RunSide, Variant, in_model, models_of, sides, variants
 from mechdsl.program.lower_prompts import CLEAN
@@ -46,6 +47,7 @@ def lower_experiment(
     measures = tuple(lower_measure(m, parts, scope) for m in work.measures)
     measures = (*_observed(work, parts), *measures)
     each_once(measures, work)
+    measures = told_apart(measures)
     if not measures and not work.unsupported:
         scope.diagnostics.append(
             NoMeasure(span=definition.name.span, experiment=definition.name.id)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base import limits
+from mechdsl.base.names import AT
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e02_names import BadArgument, RepeatedStatement, did_you_mean
 from mechdsl.program import spec
@@ -100,6 +101,20 @@ def lower_measure(measure: ast.Measure, parts: Definitions, scope: Namespace) ->
         effect_span=measure.effect.span,
         at=measure.at,
         per_prompt=measure.per is not None,
+    )
+
+
+def told_apart(measures: tuple[spec.Measure, ...]) -> tuple[spec.Measure, ...]:
+    """Measures that go by one name and are read at different places are called by these too:
+    `ld at item 1 token`. Where only one is read elsewhere than where the prompt ends, it alone."""
+    places: dict[str, set[ast.Position | None]] = {}
+    for measure in measures:
+        places.setdefault(measure.label, set()).add(measure.at)
+    return tuple(
+        measure
+        if measure.place is None or len(places[measure.label]) == 1
+        else measure.model_copy(update={"label": f"{measure.label}{AT}{measure.place}"})
+        for measure in measures
     )
 
 

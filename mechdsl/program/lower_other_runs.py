@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from mechdsl.base.names import name_list
+from mechdsl.base.names import SHUFFLED, name_list
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import (
@@ -54,8 +54,12 @@ class Variant:
     """The source as written: where it is the variant's own model, that is its clean run."""
 
 
-def run_of(ref: ast.Ref, prompts: spec.Prompts, work: Statements) -> str | None:
+def run_of(
+    ref: ast.Ref, prompts: spec.Prompts, work: Statements, *, shuffled: bool = False
+) -> str | None:
     """The name of a run: `clean`, a corruption, another block or its corruption, another model.
+
+    shuffled: rows of another block are dealt to those of the sampled one.
 
     E0201 where there is none, E0202 where there are two.
     """
@@ -75,7 +79,11 @@ def run_of(ref: ast.Ref, prompts: spec.Prompts, work: Statements) -> str | None:
         run = ref.part or CLEAN
         if run == CLEAN or run in [c.name for c in block.corruptions]:
             name = ref.name if run == CLEAN else f"{ref.name}.{run}"
-            _note(work, spec.Elsewhere(span=ref.span, name=name, prompts=ref.name, run=run))
+            name += SHUFFLED if shuffled else ""
+            there = spec.Elsewhere(
+                span=ref.span, name=name, prompts=ref.name, run=run, shuffled=shuffled
+            )
+            _note(work, there)
             return name
         own, prompts = [CLEAN, *(c.name for c in block.corruptions)], block
         blocks, models = [], []
@@ -133,6 +141,17 @@ def sides(work: Statements, prompts: spec.Prompts) -> tuple[list[RunSide], list[
     ]
     for refs in (line.sources, line.bases):
         _once([(ref.span.written, ref.span) for ref in refs], work)
+    runs = [work.elsewhere.get(end.run) for end in (*sources, *bases)]
+    known = len(sources) == len(line.sources) and len(bases) == len(line.bases)
+    if line.shuffled is not None and known and not any(run and run.shuffled for run in runs):
+        work.diagnostics.append(
+            BadArgument(
+                span=line.shuffled.span,
+                name="shuffled",
+                reason="is for runs of another block of prompts",
+                hint="leave it out: runs of one block are of the same rows",
+            )
+        )
     kinds = {end.model is not None for end in bases}
     if len(kinds) > 1:
         work.diagnostics.append(
@@ -156,7 +175,8 @@ def _ends(refs: Sequence[ast.Ref], prompts: spec.Prompts, work: Statements) -> I
                 _note(work, spec.Elsewhere(span=ref.span, name=name, model=name))
                 yield RunSide(name, label, name)
             continue
-        run = run_of(ref, prompts, work)
+        shuffled = work.from_into[0].shuffled is not None
+        run = run_of(ref, prompts, work, shuffled=shuffled)
         if run is None:
             continue
         there = work.elsewhere.get(run)

@@ -163,7 +163,8 @@ class Loop(Spec):
 
 
 class Measure(Spec):
-    """`label` is the name of the metric, or the expression as written."""
+    """`label` is the name of the metric, or the expression as written; with the position behind it
+    where another measure of the experiment goes by the same name and is read elsewhere."""
 
     label: str
     metric: ExprText
@@ -171,6 +172,11 @@ class Measure(Spec):
     effect_span: Where
     at: PositionText | None = None
     per_prompt: bool = False
+
+    @property
+    def place(self) -> str | None:
+        """The position as written, on one line."""
+        return None if self.at is None else " ".join(self.at.span.written.split())
 
 
 class Statistics(Spec):
@@ -224,13 +230,15 @@ class Elsewhere(Spec):
     """A run that isn't one of the sampled block in the experiment's model."""
 
     name: str
-    """As tables call it: `fruit`, `listed.fewer`, `tuned`."""
+    """As tables call it: `fruit`, `listed.fewer`, `fruit shuffled`, `tuned`."""
     prompts: str | None = None
     """The block that it is of, where that is another one."""
     run: str = "clean"
     """Of that block."""
     model: str | None = None
     """The model that it runs on, where that is another one."""
+    shuffled: bool = False
+    """Its rows are dealt to those of the sampled block, not paired by number."""
 
 
 class Experiment(Spec):

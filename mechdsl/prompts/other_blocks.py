@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e05_elsewhere import OtherEnding, PartnerMissing, RowsNotPaired
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answers import quoted
@@ -15,6 +16,7 @@ from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.replaced_text import extended
 from mechdsl.prompts.row_selection import collect
 from mechdsl.prompts.rows import CLEAN, BlockRows
+from mechdsl.prompts.seeded_draws import stable_hash
 
 Build = Callable[[Sequence[int]], tuple[PromptTable | None, list[Diagnostic]]]
 """Numbers of rows → the other block's table of these."""
@@ -40,11 +42,17 @@ def paired_run(
     name: str,
     build: Build,
     span: Span,
+    shuffled: bool = False,
 ) -> tuple[Paired | None, list[Diagnostic]]:
     """A run of another block with a row for each of the table's: its only row, or the one with the
-    same number. Codes: E0527 to E0529 and those of the other block."""
+    same number, or, shuffled, one that a seeded shuffle deals to it. Codes: E0207, E0527 to E0529
+    and those of the other block."""
     other = others.block
     single = _single(others, own)
+    if shuffled and single is not None:
+        reason = f"has nothing to deal out: `{other.name}` has one row"
+        hint = "leave it out: the one row serves all"
+        return None, [BadArgument(span=span, name="shuffled", reason=reason, hint=hint)]
     if single is None and other.combinations != own.combinations:
         return None, [
             RowsNotPaired(
@@ -56,6 +64,8 @@ def paired_run(
             )
         ]
     wanted = [single] * len(table) if single is not None else list(table.row_ids)
+    if shuffled:
+        wanted = dealt(table.row_ids, own.seed, own.name, other.name)
     found, diagnostics = build(list(dict.fromkeys(wanted)))
     if has_errors(diagnostics):
         return None, diagnostics
@@ -76,8 +86,19 @@ def paired_run(
         ]
     index = [there[number] for number in wanted]
     how = "its only row beside each" if single is not None else "by their number, beside those"
+    how = "dealt by a seeded shuffle to those" if shuffled else how
     there_run = _aligned(found, table, run, name, index)
     return Paired(there_run, how, found.python, found.data_hash), diagnostics
+
+
+def dealt(rows: Sequence[int], seed: int, own: str, other: str) -> list[int]:
+    """For each row of `own` the one of `other` that is dealt to it: of the same numbers, each once.
+    Both sides are put in an order of their own, which hangs on what a row is called by alone: its
+    number, or anything else that tells rows apart."""
+    ours = sorted(rows, key=lambda row: stable_hash(seed, own, other, "to", row))
+    theirs = sorted(rows, key=lambda row: stable_hash(seed, own, other, "dealt", row))
+    found = dict(zip(ours, theirs, strict=True))
+    return [found[row] for row in rows]
 
 
 def _single(others: BlockRows, own: PromptsBlock) -> int | None:

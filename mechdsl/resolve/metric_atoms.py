@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mechdsl.base import limits
-from mechdsl.base.names import name_list
+from mechdsl.base.names import name_list, run_called
 from mechdsl.base.plural import plural
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -376,8 +376,9 @@ def known_run(value: Any, context: MeasureContext) -> str | None:
     name = value.id if isinstance(value, ast.Name) else ""
     if isinstance(value, ast.Attribute):  # a corruption of another block
         name = f"{value.name}.{value.attribute}"
-    if name in context.table.runs:
-        return name
+    found = run_called(name, context.table.runs)
+    if found is not None:
+        return found
     runs = list(context.table.runs)
     known = name_list(runs)
     context.diagnostics.append(

@@ -85,6 +85,7 @@ def collect(
                 unit=resolved.unit,
                 rounding=_of(there, per_cell(plan, measured, measured.rounding[number])),
                 word=resolved.word,
+                at=said.place,
                 gaps=tuple(gap_words(measured, number, c) for c in np.flatnonzero(there).tolist()),
                 seen=seen.of(number, there),
             )

@@ -53,6 +53,9 @@ class MeasureDocument(DocumentPart):
     label: str
     metric: str
     effect: str
+    at: str | None = Field(
+        default=None, description="position that it is read at, where one is written"
+    )
     mean: float | None
     low: float | None
     high: float | None
@@ -113,6 +116,9 @@ class RunDocument(DocumentPart):
 
     label: str
     metric: str
+    at: str | None = Field(
+        default=None, description="position that it is read at, where one is written"
+    )
     mean: float | None
     low: float | None
     high: float | None
@@ -224,6 +230,7 @@ def _measure(result: ExperimentResult, measure: int, cell: int, n: int) -> Measu
         label=data.label,
         metric=data.metric,
         effect=data.effect,
+        **_given(at=data.at),
         mean=_number(found.mean[cell]),
         low=_number(found.low[cell]),
         high=_number(found.high[cell]),
@@ -287,7 +294,7 @@ def _cell(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
     )
 
 
-def _run(label: str, metric: str, found: Interval) -> RunDocument:
+def _run(label: str, metric: str, found: Interval, at: str | None = None) -> RunDocument:
     missing = [found.mean, found.low, found.high]
     reason = None
     if not np.isfinite(missing).all():
@@ -295,6 +302,7 @@ def _run(label: str, metric: str, found: Interval) -> RunDocument:
     return RunDocument(
         label=label,
         metric=metric,
+        **_given(at=at),
         mean=_number(found.mean),
         low=_number(found.low),
         high=_number(found.high),
@@ -309,6 +317,7 @@ def _category_run(data: MeasureData, values: Floats) -> RunDocument:
     return RunDocument(
         label=data.label,
         metric=data.metric,
+        **_given(at=data.at),
         mean=None,
         low=None,
         high=None,
@@ -331,7 +340,8 @@ def _runs(result: ExperimentResult) -> dict[str, list[RunDocument]]:
             if data is not None and data.kind == "category":
                 documents.append(_category_run(data, values))
             else:
-                documents.append(_run(label, data.metric if data else label, intervals[label]))
+                metric, at = (data.metric, data.at) if data else (label, None)
+                documents.append(_run(label, metric, intervals[label], at))
         if run in result.accuracy:
             documents.append(_run("accuracy", "correct", intervals["accuracy"]))
         found[run] = documents

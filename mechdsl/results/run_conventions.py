@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mechdsl.base.names import names_of_measure
 from mechdsl.base.plural import plural
 from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.execute.profile import Profile
@@ -156,6 +157,15 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
         found["output"] = f"one for a whole prompt, made of {made_of(shape)}"
     if logits and shape.task in _PROBABILITY:
         found["classes"] = f"{shape.outputs} labels, {_PROBABILITY[shape.task]}"
+    places: dict[str, dict[str, None]] = {}
+    for said in experiment.spec.measures:
+        if said.place is not None:
+            name = names_of_measure(said.label)[-1]
+            places.setdefault(name, {})[f"`{said.place}`"] = None
+    if places:
+        found["measured"] = "; ".join(
+            f"`{name}` at {' and '.join(own)}" for name, own in places.items()
+        )
     compared = [
         "last token" if said.at is None else said.at.span.written
         for measure, said in zip(experiment.measures, experiment.spec.measures, strict=True)

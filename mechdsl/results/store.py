@@ -76,7 +76,7 @@ class Store:
             "experiment": name,
             "axes": axes,
             "measures": [
-                {"label": m.label, "metric": m.text, "effect": s.effect}
+                {"label": m.label, "metric": m.text, "effect": s.effect, "at": s.place}
                 for m, s in zip(first.measures, first.spec.measures, strict=True)
             ],
         }

@@ -52,6 +52,8 @@ class MeasureData:
     seen: Ints | None = None
     """[1 or cell, prompt]: rows of one number are the same to this measure, as it sees the same
     tokens of them; None where no two are."""
+    at: str | None = None
+    """The position that it is read at, as written; None where none is."""
 
 
 @dataclass(frozen=True, eq=False)

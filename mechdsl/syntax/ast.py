@@ -741,6 +741,8 @@ class UsePrompts(Node):
 class FromInto(Node):
     sources: tuple[Ref, ...]
     bases: tuple[Ref, ...]
+    shuffled: Name | None = None
+    """The word, where it stands behind the sources."""
 
 
 @record

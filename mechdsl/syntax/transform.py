@@ -369,7 +369,9 @@ class ToAst(Transformer[Token, Any]):
     limit = _clause("limit", _second_amount)
 
     def from_into(self, c: list[Any]) -> ast.FromInto:
-        return ast.FromInto(c[1].value, c[3].value, span=_span(c))
+        return ast.FromInto(c[1].value, c[-1].value, _clauses(c).get("shuffled"), span=_span(c))
+
+    shuffled = _clause("shuffled", lambda c: _name(c[0]))
 
     def keep(self, c: list[Any]) -> ast.Keep:
         return ast.Keep(c[1], span=_span(c))

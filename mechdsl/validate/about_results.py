@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from mechdsl.base.names import name_list
 from mechdsl.base.registry import nearest
@@ -11,8 +12,10 @@ from mechdsl.diagnostics.core import Diagnostic, Unknown, certain
 from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.diagnostics.e06_statistics import UnreadableExpectation
+from mechdsl.diagnostics.w07_data import PairedAlike
 from mechdsl.program import spec
 from mechdsl.program.run_order import compared_with
+from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.cell_key import joined_axes, joined_cells
 from mechdsl.resolve.name_cells import cell_keys
 from mechdsl.resolve.open_axes import open_axes
@@ -20,7 +23,8 @@ from mechdsl.resolve.resolved import Outline, ResolvedMeasure
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.expectations import check_expectation
-from mechdsl.validate.known import Known, KnownMeasure
+from mechdsl.validate.known import Known
+from mechdsl.validate.known_measures import KnownMeasure
 from mechdsl.validate.reachable_p import check_rows
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS
@@ -91,6 +95,7 @@ def _against_axes(
                 ),
             )
         )
+    found.extend(_paired_alike(variants, axes))
     found.extend(_accuracies(variants))
     if said.expects and measures:
         known = _known(variants, program)
@@ -151,6 +156,35 @@ def _known_measure(resolved: ResolvedMeasure | None, said: spec.Measure) -> Know
             word, metric = "", None
     kinds = {form.kind for form in metric.forms.values()} if metric is not None else set[str]()
     return KnownMeasure(said.label, effect, "category" if kinds == {"category"} else "number", word)
+
+
+def _paired_alike(variants: Sequence[Outline], axes: Sequence[str]) -> Iterator[Diagnostic]:
+    """W0704 for confusions of a value that source and base have in common in every row, though they
+    are of two blocks: the category is that value with an effect and without one."""
+    for report in variants[0].spec.reports:
+        name = report.variable
+        if report.kind != "confusion" or name is None or name in axes:
+            continue
+        for each in variants:
+            source, base = each.spec.source, each.spec.base
+            runs = each.table.runs
+            if source is None or each.table.stands_in or not {source, base} <= runs.keys():
+                continue
+            values = [row.values.get(name) for row in runs["clean"].rows]
+            between = runs[source].prompts != runs[base].prompts
+            varied = any(value != values[0] for value in values[1:])
+            if between and varied and all(_has(runs[run], values, name) for run in (source, base)):
+                yield PairedAlike(span=report.span, source=source, base=base, name=name)
+                break
+
+
+def _has(run: Run, values: Sequence[Any], name: str) -> bool:
+    """Whether every row of the run has this value; another block may call it otherwise."""
+    names = [name] if run.prompts is None else list(run.rows[0].values)
+    return any(
+        all(row.values.get(own) == value for row, value in zip(run.rows, values, strict=True))
+        for own in names
+    )
 
 
 def _accuracies(variants: Sequence[Outline]) -> list[Diagnostic]:

@@ -389,6 +389,7 @@ class Contexts:
             name=run.name,
             build=lambda ids: self._build(prompts, model, ids=ids),
             span=run.span,
+            shuffled=run.shuffled,
         )
 
     def _of_model(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from operator import add, mul, sub, truediv
 from typing import Literal
 
-from mechdsl.base.names import name_list
+from mechdsl.base.names import name_list, run_called
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.program import spec
@@ -281,11 +281,12 @@ class _ConditionReader(KnownCells):
     def run(self, run: ast.Expr) -> str:
         if not isinstance(run, ast.Name):
             raise unreadable(run.span, "not the name of a run", "write `accuracy(clean)`")
-        if run.id not in self.known.runs:
+        found = run_called(run.id, self.known.runs)
+        if found is None:
             known = name_list(self.known.runs)
             hint = did_you_mean(run.id, self.known.runs, f"the runs are: {known}")
             raise RefusedCondition(UnknownName(span=run.span, kind="run", name=run.id, hint=hint))
-        return run.id
+        return found
 
     def only_argument(self, node: ast.Call, example: str) -> ast.Expr:
         self.no_more(node, 1, example)

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mechdsl.syntax import ast
+from mechdsl.validate.known_measures import KnownMeasure
 
 if TYPE_CHECKING:
     from mechdsl.resolve.cell_key import CellKey
-
-
-@dataclass(frozen=True)
-class KnownMeasure:
-    """A measure as far as an expectation can name it."""
-
-    label: str
-    effect: str
-    kind: Literal["number", "category"] = "number"
-    word: str = ""
-    """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -13,6 +14,7 @@ from mechdsl.diagnostics.e06_statistics import WhichMeasure
 from mechdsl.syntax import ast
 from mechdsl.validate.conditions import CellSelection
 from mechdsl.validate.known import Known
+from mechdsl.validate.known_measures import how_to_name
 from mechdsl.validate.site_selections import RefusedCondition, selection, unreadable, upwards
 
 FUNCTIONS = (
@@ -52,7 +54,8 @@ class KnownCells:
     def labelled(self, node: ast.Expr) -> list[int]:
         """Measures whose metric is written exactly so."""
         text = _squeezed(node.span.written)
-        return [i for i, m in enumerate(self.known.measures) if _squeezed(m.label) == text]
+        measures = self.known.measures
+        return [i for i, m in enumerate(measures) if text in map(_squeezed, m.names)]
 
     def measure(self, node: ast.Expr, *, called: bool = False) -> int:
         """The one measure that a name, `recovery of ld` or a metric as written means.
@@ -64,34 +67,30 @@ class KnownCells:
         found = self.labelled(node)
         if not found and isinstance(node, ast.Name):
             text = node.id
-            found = [i for i, m in enumerate(measures) if node.id in (m.effect, m.label)]
+            found = [i for i, m in enumerate(measures) if node.id in (m.effect, *m.names)]
             numbers = [i for i in found if measures[i].kind == "number"]
             found = numbers or found
             # `prob` is short for the one `prob(answer)`.
             found = found or [
                 i
                 for i, m in enumerate(measures)
-                if m.word == node.id and not m.label.isidentifier()
+                if m.word == node.id and not m.metric.isidentifier()
             ]
         elif not found and isinstance(node, ast.OfRef):
             found = [
                 i
                 for i, m in enumerate(measures)
-                if m.effect == node.name and m.label == node.of.name
+                if m.effect == node.name and node.of.name in m.names
             ]
         if not found:
-            words = {m.effect: None for m in measures} | {m.label: None for m in measures}
+            words = {m.effect: None for m in measures} | {m.metric: None for m in measures}
             listed = f"{self.whose} measures {name_list(words)}"
             hint = did_you_mean(text, [*words, *(FUNCTIONS if called else ())], listed)
             kind = f"measure or effect of {self.whose}"
             raise RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
         if len(found) > 1:
-            first = measures[found[0]]
             end = f" of {self.known.name}" if self.of_other else ""
-            hint = f"name one, as in `{first.effect} of {first.label}{end}`"
-            if not first.label.isidentifier():
-                hint = "give each a name above (`metric ld = …`), then "
-                hint += f"`{first.effect} of ld{end}`"
+            hint = how_to_name(measures, found, end)
             raise RefusedCondition(self.which(node.span, text, found, hint))
         if measures[found[0]].kind == "category":
             hint = "categories have no mean; `correct` or `expected(1..9)` are numbers"
@@ -99,8 +98,10 @@ class KnownCells:
         return found[0]
 
     def which(self, span: Span, text: str, found: Sequence[int], hint: str) -> WhichMeasure:
+        named = [self.known.measures[i] for i in found]
+        count = Counter(f"`{each.effect} of {each.label}`" for each in named)
         candidates = " or ".join(
-            f"`{self.known.measures[i].effect} of {self.known.measures[i].label}`" for i in found
+            f"{name} ({n} times)" if n > 1 else name for name, n in count.items()
         )
         return WhichMeasure(
             span=span, text=text, count=len(found), candidates=candidates, hint=hint

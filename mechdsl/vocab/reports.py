@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Literal, Protocol
 
-from mechdsl.base.names import name_list
+from mechdsl.base.names import name_list, names_of_measure
 from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
@@ -36,7 +36,7 @@ class NamedMeasure(Protocol):
 
 def short_names(label: str, word: str) -> tuple[str, ...]:
     """What a report may call a measure: its name, or the word of `argmax(1..9)`."""
-    return tuple(dict.fromkeys(name for name in (label, word) if name))
+    return tuple(dict.fromkeys(name for name in (*names_of_measure(label), word) if name))
 
 
 Of = Literal["axis", "value", "category"]

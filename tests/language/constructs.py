@@ -668,6 +668,14 @@ _experiment(
     beside="patch resid_post layer * at last-item token onto last token",
 )
 _experiment(
+    "from block shuffled into block",
+    "from fruit shuffled into listed",
+    "Rows are dealt to each other by a seeded shuffle, each once. Where both blocks run over the "
+    "same values, pairs by number are equal in them, and nothing shows which run is heard (W0704).",
+    "tests/elsewhere/test_shuffled_blocks.py",
+    beside="patch resid_post layer * at last-item token",
+)
+_experiment(
     "from model into model",
     "from twin into toy",
     "Activations of one model are written into another of the same shape.",
@@ -692,7 +700,8 @@ _experiment(
     "measure",
     "measure prob(answer) at last-item token as delta",
     "A metric, the position that it is read at (the last token where there is none) and the "
-    "effect. Metrics are expressions of the metrics below.",
+    "effect. Metrics are expressions of the metrics below. Two that differ by the position alone "
+    "have it in their names: `prob(answer) at item 1 token`.",
     "tests/execute/test_metrics.py",
 )
 _experiment(
@@ -708,7 +717,8 @@ _experiment(
 _experiment(
     "report",
     "report table top 10",
-    "Shows the results; its kinds are below. `top n` ranks by absolute value.",
+    "Shows the results; its kinds are below. `top n` ranks by absolute value, and says that its "
+    "rows were picked by what they show.",
     "tests/results/test_reports.py",
 )
 

@@ -59,6 +59,9 @@ prompts blank {
   template "Part 1: thing Count 1:"
 }
 
+"""
+    + fruit.block().replace("prompts fruit", "prompts listed")
+    + """
 experiment cie {
   model toy
   prompts fruit.train limit 4

@@ -444,9 +444,9 @@ def test_confusion_counts_prompts() -> None:
     result = finished(counted())
     line = report("confusion", variable="item", by="argmax")
     (found,) = confusions(result, line).values()
-    assert [each.title for each in found] == ["layer 0", "layer 1", "layer 2"]
+    assert [each.title for each in found] == ["base run: fewer", "layer 0", "layer 1", "layer 2"]
     guess = result.measures[1].patched
-    for layer, each in enumerate(found):
+    for layer, each in enumerate(found[1:]):
         for row in range(6):
             values = guess[layer * 6 + row]
             assert each.total(row) == np.isfinite(values).sum()
@@ -462,12 +462,40 @@ def test_confusion_counts_prompts() -> None:
 def test_confusion_with_a_value_of_the_prompts() -> None:
     result = finished(counted())
     (found,) = confusions(result, report("confusion", variable="count", by="argmax")).values()
-    assert len(found) == len(result.cells)
+    bases, own = found[::2], found[1::2]  # rows drop out of cells, and so of their base run
+    assert len(own) == len(result.cells)
+    assert bases[0].title == "layer 0, item 1 token, base run: fewer"
     counts = np.array(result.row_values["count"])
     guess = result.measures[1].patched[0]
-    assert found[0].rows == tuple(sorted(set(counts.tolist())))
-    place = found[0].columns.index(1.0)
-    assert found[0].counts[0][place] == np.count_nonzero(guess[counts == 2] == 1)
+    assert own[0].rows == tuple(sorted(set(counts.tolist())))
+    place = own[0].columns.index(1.0)
+    assert own[0].counts[0][place] == np.count_nonzero(guess[counts == 2] == 1)
+
+
+@pytest.mark.parametrize("word", ["item", "count", "layer"])
+def test_a_confusion_shows_the_base_run(word: str) -> None:
+    """Of the prompts that the cell has, in the same rows and columns."""
+    result = finished(counted())
+    data = result.measures[1]
+    (found,) = confusions(result, report("confusion", variable=word, by="argmax")).values()
+    values = np.array(result.row_values["count"])
+    bases = [each for each in found if "base run: fewer" in each.title]
+    assert len(bases) == {"item": 1, "count": 18, "layer": 6}[word]
+    for number, each in enumerate(bases):
+        for row, name in enumerate(each.rows):
+            cell = {"item": row, "count": number, "layer": 6 * row + number}[word]
+            kept = np.isfinite(data.patched[cell])
+            if word == "count":
+                kept &= values == name
+            expected = [np.count_nonzero(data.base[0][kept] == c) for c in each.columns]
+            assert each.counts[row] == tuple(expected)
+            assert each.total(row) == np.count_nonzero(kept)
+
+
+def test_what_shows_the_base_run_alone_has_no_second_one() -> None:
+    result = behaviour()
+    (found,) = confusions(result, report("confusion", variable="count", by="argmax")).values()
+    assert [each.title for each in found] == [""]
 
 
 def test_an_axis_that_counts_nothing_has_no_own_category() -> None:

@@ -242,6 +242,7 @@ from clean into fewer
 from clean, other into fewer
 from clean into fewer, blank
 from fruit.train into blank
+from fruit shuffled into blank
 from tuned into base
 keep correct
 keep prob(answer) > 0.1

@@ -19,13 +19,16 @@ from mechdsl.show.reports.charts import (
     PALETTE,
     beside,
     colours,
+    count_texts,
     faceted,
     faint_said,
+    fewer_said,
     heading,
     hovered,
     hovers,
     null_band,
     null_said,
+    own_counts,
     series_legend,
     stacked,
     titled,
@@ -45,11 +48,22 @@ def bars_chart(result: ExperimentResult, report: spec.Report) -> Any:
     """One chart per measure: bars with intervals, or the shares of categories as stacks."""
     axes = drawn_axes(result, report)
     charts = [
-        titled(_stacks(result, measure, axes), result, data)
+        titled(
+            _stacks(result, measure, axes),
+            result,
+            data,
+            fewer_said(result, data, written=any(own_counts(result, measure))),
+        )
         if data.kind == "category"
         else titled(_bars(result, measure, axes), result, data, *said)
         for measure, data in result.computed()
-        for said in [(null_said(result, data), faint_said(result, data))]
+        for said in [
+            (
+                null_said(result, data),
+                fewer_said(result, data, written=any(own_counts(result, measure))),
+                faint_said(result, data),
+            )
+        ]
     ]
     return stacked(charts, result)
 
@@ -98,7 +112,7 @@ def _bar_width(count: int) -> float:
 def _bars(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
     found, band = result.statistics[measure], result.control(measure)
     shown, few, under = panels(result, axes), thin(result, measure), hovers(result, measure)
-    places = _places(result, axes)
+    places, counts = _places(result, axes), own_counts(result, measure)
 
     def number(values: Any, cell: int) -> float | None:
         return float(values[cell]) if np.isfinite(values[cell]) else None
@@ -112,6 +126,8 @@ def _bars(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
             "strength": FAINT if few[cell] else 0.85,
             "low": number(found.low, cell),
             "high": number(found.high, cell),
+            "n": counts[cell],
+            "top": float(np.nanmax([0.0, found.mean[cell], found.high[cell]])),
             "null_low": number(band.low, cell) if band else None,
             "null_high": number(band.high, cell) if band else None,
         }
@@ -142,6 +158,7 @@ def _bars(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
         zero_rule(),
         whiskers,
         *ends,
+        *([count_texts(base, "top")] if any(counts) else []),
     ]
     step = alt.Step(places.step, **{"for": "position"} if series else {})
     drawn = alt.layer(*layers, data=alt.Data(values=records)).properties(width=step, height=260)
@@ -153,12 +170,15 @@ def _stacks(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> An
     data = result.measures[measure]
     seen = [float(v) for v in np.unique(data.patched[np.isfinite(data.patched)])]
     shown, places = panels(result, axes[:1]), _places(result, axes[:1])
+    counts = own_counts(result, measure)
     records = [
         {
             "x": places.names[key[0]],
             "panel": heading(panel.title, places.width),
             "value": f"{value:g}",
             "order": place,
+            "n": "" if place else counts[cell],
+            "full": 1.0,
             "share": count / n,
             "hover": f"{visible(result.cells[cell].name)}, {value:g}: {count} of n = {n}",
         }
@@ -171,20 +191,18 @@ def _stacks(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> An
     ]
     values = [f"{value:g}" for value in seen]
     place = beside(places.width, len(shown))
-    drawn = (
-        hovered(alt.Chart(alt.Data(values=records)))
-        .mark_bar()
-        .encode(
-            x=places.x,
-            y=alt.Y("share:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title="share")),
-            color=alt.Color(
-                "value:N",
-                sort=values,
-                scale=alt.Scale(domain=values, scheme="viridis"),
-                legend=series_legend(visible(data.label), values, place),
-            ),
-            order=alt.Order("order:Q"),
-        )
-        .properties(width=alt.Step(places.step), height=220)
+    base = hovered(alt.Chart()).encode(x=places.x)
+    bars = base.mark_bar().encode(
+        y=alt.Y("share:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title="share")),
+        color=alt.Color(
+            "value:N",
+            sort=values,
+            scale=alt.Scale(domain=values, scheme="viridis"),
+            legend=series_legend(visible(data.label), values, place),
+        ),
+        order=alt.Order("order:Q"),
     )
+    layers = [bars, *([count_texts(base, "full")] if any(counts) else [])]
+    drawn = alt.layer(*layers, data=alt.Data(values=records))
+    drawn = drawn.properties(width=alt.Step(places.step), height=220)
     return faceted(drawn, [panel.title for panel in shown], places.width)

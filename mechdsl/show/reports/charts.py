@@ -19,6 +19,8 @@ from mechdsl.show.reports.text import (
     MISSING,
     centre_note,
     ends_of_scale,
+    fewer,
+    fewer_note,
     measure_name,
     missing_note,
     null_p_texts,
@@ -43,6 +45,8 @@ PANELS_WIDTH = 1500
 """Of all panels in a row."""
 SERIES_IN_COLUMN = 18
 """Of a legend."""
+COUNT_SIZE, COUNTED_UP_TO = 8.5, 80
+"""Size of n at marks with fewer prompts; how many of them there may be."""
 HEADER_SIZE = 12
 """Of the letters above a panel."""
 
@@ -121,7 +125,7 @@ def stacked(charts: Sequence[Any], result: ExperimentResult) -> Any:
         nothing = alt.Chart(alt.Data(values=[{}])).mark_point(opacity=0)
         charts = [nothing.properties(title=title, height=1)]
     own = alt.vconcat(*charts, spacing=36).resolve_scale(color="independent", shape="independent")
-    return themed(own.resolve_scale(strokeDash="independent"))
+    return themed(own)  # a second call would take the place of the first
 
 
 def themed(chart: Any) -> Any:
@@ -184,7 +188,30 @@ def heading(title: str, width: float) -> str:
     return "\n".join(wrap(title, room)) or title
 
 
+def fewer_said(result: ExperimentResult, data: MeasureData, *, written: bool) -> str | None:
+    """Where n stands of cells with fewer prompts; written: small, at their marks."""
+    measure = next(n for n, each in enumerate(result.measures) if each is data)
+    return fewer_note(result, measure, "small" if written else "under the pointer")
+
+
+def own_counts(result: ExperimentResult, measure: int) -> list[str]:
+    """Per cell what is written at its mark: n where it is smaller than the largest, nothing at all
+    where there are too many such marks."""
+    less = fewer(result, measure)
+    if np.count_nonzero(less) > COUNTED_UP_TO:
+        return [""] * len(less)
+    pairs = zip(result.statistics[measure].n, less, strict=True)
+    return [str(int(n)) if few else "" for n, few in pairs]
+
+
 # --- layers that charts share --------------------------------------------------------------------
+
+
+def count_texts(base: Any, y: str) -> Any:
+    """n above marks with fewer prompts."""
+    few = base.transform_filter("datum.n != ''")
+    texts = few.mark_text(fontSize=COUNT_SIZE, dy=-8, color=QUIET)
+    return texts.encode(y=f"{y}:Q", text="n:N", color=alt.value(QUIET))
 
 
 def zero_rule() -> Any:

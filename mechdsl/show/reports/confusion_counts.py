@@ -44,41 +44,65 @@ class Confusion:
 
 
 def confusions(result: ExperimentResult, report: spec.Report) -> Mapping[int, list[Confusion]]:
-    """Measure -> one table of counts per combination of the axes that aren't drawn."""
+    """Measure -> one table of counts per combination of the axes that aren't drawn, behind that of
+    the base run: what is there without intervention. Where the base run differs between these
+    (its rows are those of the cell), each has its own."""
     word = report.variable or ""
     axis = axis_name(result, word)
     found: dict[int, list[Confusion]] = {}
     for measure, data in enumerate(result.measures):
         if data.kind != "category" or report.by not in short_names(data.label, data.word):
             continue
+        base = np.where(np.isfinite(data.patched), data.base, np.nan)
         if axis in result.axes:
-            split = partial(_along_axis, data.patched, values_of(result, axis))
-            titled = panels(result, (axis,))
+            values = values_of(result, axis)
+            split, titled = partial(_along_axis, values), panels(result, (axis,))
         else:
-            split = partial(_along_values, data.patched, result.row_values.get(word, ()))
+            split = partial(_along_values, result.row_values.get(word, ()))
             titled = panels(result, ())
-        named = [(panel.title, split(panel)) for panel in titled]
+        named = [(panel.title, split(data.patched, panel)) for panel in titled]
+        acts = any(cell.site for cell in result.cells) and not data.inert.all()
+        if acts or not np.array_equal(base, data.patched, equal_nan=True):  # else it is the base
+            named = _beside_base(named, [split(base, panel) for panel in titled], result)
         names = dict.fromkeys(name for _, rows in named for name in rows)
         # a layer has a number too, but none that a category could be right about
         counts = word not in result.axes
         numbers = {name: _number(name, word) if counts else None for name in names}
-        seen = [float(v) for v in np.unique(data.patched[np.isfinite(data.patched)])]
+        shown = np.concatenate([values for _, rows in named for values in rows.values()] or [[]])
+        seen = [float(v) for v in np.unique(shown[np.isfinite(shown)])]
         columns = _columns(seen, [number for number in numbers.values() if number is not None])
         found[measure] = [_counted(title, rows, columns, numbers) for title, rows in named]
     return found
 
 
-def _along_axis(
-    patched: Floats, names: Sequence[Coord], panel: GridPanel
-) -> Mapping[Coord, Floats]:
-    return {name: patched[panel.cells[name,]] for name in names if (name,) in panel.cells}
+def _beside_base(
+    named: list[tuple[str, Mapping[Coord, Floats]]],
+    bases: Sequence[Mapping[Coord, Floats]],
+    result: ExperimentResult,
+) -> list[tuple[str, Mapping[Coord, Floats]]]:
+    title = f"base run: {result.shown(result.base)}"
+    first = bases[0]
+    if all(
+        each.keys() == first.keys()
+        and all(np.array_equal(each[name], first[name], equal_nan=True) for name in first)
+        for each in bases
+    ):
+        return [(title, first), *((own or "patched", rows) for own, rows in named)]
+    pairs = zip(named, bases, strict=True)
+    return [
+        each for (own, rows), base in pairs for each in ((f"{own}, {title}", base), (own, rows))
+    ]
+
+
+def _along_axis(names: Sequence[Coord], found: Floats, panel: GridPanel) -> Mapping[Coord, Floats]:
+    return {name: found[panel.cells[name,]] for name in names if (name,) in panel.cells}
 
 
 def _along_values(
-    patched: Floats, values: Sequence[object], panel: GridPanel
+    values: Sequence[object], found: Floats, panel: GridPanel
 ) -> Mapping[Coord, Floats]:
     plain = [value if isinstance(value, int | float | str) else str(value) for value in values]
-    row = patched[panel.cells[()]]
+    row = found[panel.cells[()]]
     return {
         name: row[np.array([value == name for value in plain])]
         for name in sorted(dict.fromkeys(plain), key=sortable)

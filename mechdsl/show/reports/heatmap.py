@@ -32,6 +32,8 @@ from mechdsl.show.reports.text import (
     NO_MORE_MARK,
     THIN_MARK,
     conventions,
+    fewer,
+    fewer_note,
     heading,
     inert_note,
     map_format,
@@ -40,6 +42,7 @@ from mechdsl.show.reports.text import (
     null_words,
     rounding_note,
     shown_measures,
+    subscript,
     survivors,
     thin,
     thin_note,
@@ -57,10 +60,13 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
         values = found.commonest if category else found.mean
         write = (lambda v: f"{v:g}") if category else map_format(values)
         limit = float(np.nanmax(np.abs(values), initial=0.0)) if np.isfinite(values).any() else 0.0
+        own = _own_counts(result, measure)
         entries = [
             MatrixEntry(text, None if category else colour(value, limit), text.endswith("*"))
             for i, (value, few) in enumerate(zip(values, thin(result, measure), strict=True))
-            for text in [_cell_text(result, measure, i, (THIN_MARK if few else "") + write(value))]
+            for text in [
+                _cell_text(result, measure, i, (THIN_MARK if few else "") + write(value) + own[i])
+            ]
         ]
         titles = axis_title(result, rows_axis), axis_title(result, columns_axis)
         width = max(len(entry.text) for entry in entries)
@@ -81,6 +87,14 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
             Matrix(*names, laid_out, *titles, number_width=width).print(console)
         notes(_notes(result, measure, write, values), console)
     conventions(result, report, console)
+
+
+def _own_counts(result: ExperimentResult, measure: int) -> list[str]:
+    """Per cell its n where that is smaller than the largest, as wide in all."""
+    pairs = zip(result.statistics[measure].n, fewer(result, measure), strict=True)
+    texts = [subscript(int(n)) if less else "" for n, less in pairs]
+    width = max(map(len, texts), default=0)
+    return [f"{text:<{width}}" for text in texts]
 
 
 def _cell_text(result: ExperimentResult, measure: int, cell: int, number: str) -> str:
@@ -107,6 +121,7 @@ def _notes(
         f"null: {null}" if null else None,
         inert_note(result, measure),
         rounding_note(result, measure),
+        fewer_note(result, measure, "subscripts"),
         thin_note(result, measure),
     )
     return [*said, *(line for line in more if line)]

@@ -27,6 +27,8 @@ from mechdsl.show.reports.grid import axis_name, axis_title, panels, row_order, 
 from mechdsl.show.reports.text import (
     NO_MORE_MARK,
     THIN_MARK,
+    fewer,
+    fewer_note,
     map_format,
     no_more_than_random,
     null_words,
@@ -46,6 +48,9 @@ NO_VALUE = "#d4d4d4"
 """What lies behind a map; as light as 0, a cell without a value would be taken for it."""
 DOT = 9
 """Area of the dot that marks a cell without a number."""
+COUNT, CORNER, LIFT = 7.5, 12, 4
+"""Size of n in the corner of a cell with fewer prompts; area of the mark where it has no room; how
+far it lifts the other number."""
 
 
 def heatmap_chart(result: ExperimentResult, report: spec.Report) -> Any:
@@ -63,9 +68,19 @@ class _Layout:
     columns: ChartLabels
     number: float | None
     """Size of the numbers in cells, None where they have no room."""
+    lift: int = 0
+    """How far they stand above the middle."""
 
     @classmethod
-    def of(cls, rows: Sequence[Any], columns: Sequence[Any], numbers: Sequence[str]) -> _Layout:
+    def of(
+        cls,
+        rows: Sequence[Any],
+        columns: Sequence[Any],
+        numbers: Sequence[str],
+        *,
+        counted: bool,
+    ) -> _Layout:
+        """counted: there is a second number in some cells, below the first."""
         count = len(columns)
         step = 44.0 if count <= 8 else 34 if count <= 16 else 22 if count <= 40 else 13
         size = None
@@ -76,7 +91,8 @@ class _Layout:
             size = fitting if fitting >= SMALLEST else None
         below = labels_below(columns, step, MOST_WIDTH)
         height = 26 if size or len(rows) <= 16 else 16 if len(rows) <= 40 else 10
-        return cls(labels_beside(rows, height), below, size)
+        lift = LIFT if size and counted else 0
+        return cls(labels_beside(rows, height + 2 * lift), below, size, lift)
 
     @property
     def width(self) -> float:
@@ -91,6 +107,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     few, under = thin(result, measure), hovers(result, measure)
     alike = no_more_than_random(result, measure)
     clear = survives(result, measure) & ~alike
+    less = fewer(result, measure)
     numbers = [
         (THIN_MARK if mark else "") + write(value) + (NO_MORE_MARK if random else "")
         if np.isfinite(value)
@@ -100,7 +117,7 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     axes = axis_name(result, rows), axis_name(result, columns)
     shown = panels(result, axes)
     places = row_order(result, axes[0]), values_of(result, axes[1])
-    layout = _Layout.of(*places, numbers)
+    layout = _Layout.of(*places, numbers, counted=bool(less.any()))
     row_texts = dict(zip(places[0], layout.rows.texts, strict=True))
     column_texts = dict(zip(places[1], layout.columns.texts, strict=True))
     finite = values[np.isfinite(values)]
@@ -115,6 +132,8 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
             "strong": bool(abs(values[cell] - least) > 0.6 * (limit - least)),
             "survives": bool(clear[cell]),
             "alike": bool(alike[cell]),
+            "n": str(int(found.n[cell])),
+            "fewer": bool(less[cell]),
             "panel": heading(panel.title, layout.width),
             "hover": under[cell],
         }
@@ -148,7 +167,10 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
         color=alt.Color("value:Q", scale=scale, legend=legend)
     )
     ink = alt.condition("datum.strong", alt.value("white"), alt.value(INK))
-    drawn = alt.layer(cells, *_marks(base, layout.number, ink), data=alt.Data(values=records))
+    layers = [cells, *_marks(base, layout, ink)]
+    if less.any():
+        layers.append(_counts(base, layout, ink))
+    drawn = alt.layer(*layers, data=alt.Data(values=records))
     drawn = drawn.properties(
         width=alt.Step(layout.columns.step),
         height=alt.Step(layout.rows.step),
@@ -160,16 +182,33 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     null = null_words(result, measure)
     lines = [survivors(result, measure, *signs), f"null: {null}" if null else None]
     lines += ["grey: no value" if gaps else None]
+    where = "small" if layout.number else "corner (under the pointer)"
+    lines.append(fewer_note(result, measure, where))
     lines += [thin_note(result, measure)] if layout.number else []
     return titled(several, result, data, *lines)
 
 
-def _marks(base: Any, size: float | None, ink: Any) -> list[Any]:
+def _marks(base: Any, layout: _Layout, ink: Any) -> list[Any]:
     """The numbers, bold in cells that survive and are more than random targets have; where
     numbers have no room, dots in these, and rings in the others that survive."""
-    if size is None:
+    if layout.number is None:
         dots = base.transform_filter("datum.survives").mark_circle(size=DOT, opacity=1)
         rings = base.transform_filter("datum.alike").mark_point(size=DOT, filled=False, opacity=1)
         return [dots.encode(color=ink), rings.encode(color=ink)]
     weight: Any = alt.ExprRef("datum.survives ? 'bold' : 'normal'")
-    return [base.mark_text(fontSize=size, fontWeight=weight).encode(text="text:N", color=ink)]
+    numbers = base.mark_text(fontSize=layout.number, fontWeight=weight, dy=-layout.lift)
+    return [numbers.encode(text="text:N", color=ink)]
+
+
+def _counts(base: Any, layout: _Layout, ink: Any) -> Any:
+    """n in the corner of cells with fewer prompts; a mark there where it has no room."""
+    few = base.transform_filter("datum.fewer").encode(color=ink)
+    right, below = layout.columns.step / 2, layout.rows.step / 2
+    if layout.number is None:
+        return few.mark_point(
+            shape="triangle-left", filled=True, size=CORNER, opacity=1,
+            xOffset=right - 3, yOffset=below - 3,
+        )  # fmt: skip
+    return few.mark_text(
+        fontSize=COUNT, align="right", baseline="bottom", dx=right - 2, dy=below - 1
+    ).encode(text="n:N")

@@ -15,6 +15,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.text import (
     MISSING,
     THIN_MARK,
+    fewer,
     marks,
     null_texts,
     number_format,
@@ -111,6 +112,8 @@ class IntervalLayout:
     """Of the labels."""
     means: list[str]
     """Per cell, with a mark where it survives the correction."""
+    counts: list[str]
+    """n per cell, empty where it is the same in all."""
     intervals: list[str]
     interval_title: str
     nulls: list[str]
@@ -154,7 +157,9 @@ class IntervalLayout:
                 found.mean, found.low, found.high, *null, strict=True
             )
         ]
+        counts = [str(int(n)) for n in found.n] if fewer(result, measure).any() else []
         numbers = _longest(means) + _longest([title, *intervals]) + 3 * GAP
+        numbers += _longest(counts) + GAP if counts else 0
         widths = label_widths(titles, labels, width - numbers)
         taken = sum(widths) + GAP * (len(widths) - 1) + numbers
         if nulls and taken + _longest(nulls) > width:
@@ -164,7 +169,7 @@ class IntervalLayout:
         limits = float(np.nanmin([*everything, 0.0])), float(np.nanmax([*everything, 0.0]))
         scale = TextScale(*limits, room if room >= LEAST_GAUGE else 0)
         texts = write(limits[0]), write(limits[1])
-        return cls(titles, widths, means, intervals, title, nulls, ends, scale, texts, draw)
+        return cls(titles, widths, means, counts, intervals, title, nulls, ends, scale, texts, draw)
 
     def print(self, lines: Sequence[Line], console: Console) -> None:
         """One panel."""
@@ -172,8 +177,12 @@ class IntervalLayout:
         third = _longest([self.interval_title, *self.intervals])
         fourth = _longest(["null", *self.nulls])
         heads = [f"{name:<{width}}" for name, width in zip(self.titles, self.widths, strict=True)]
-        head = f"{'  '.join(heads)}  {'mean':>{second - 1}}   {self.interval_title:<{third}}" + (
-            f"  {'null':<{fourth}}" if self.nulls else ""
+        n_width = _longest(["n", *self.counts])
+        head = (
+            "  ".join(heads)
+            + (f"  {'n':>{n_width}}" if self.counts else "")
+            + f"  {'mean':>{second - 1}}   {self.interval_title:<{third}}"
+            + (f"  {'null':<{fourth}}" if self.nulls else "")
         )
         if self.scale.width:
             left, right = self.scale_texts
@@ -182,6 +191,8 @@ class IntervalLayout:
         for labels, cell in lines:
             first, *more = label_lines(labels, self.widths)
             text = Text().append(first, style="bold")
+            if self.counts:
+                text.append(f"  {self.counts[cell]:>{n_width}}")
             text.append(f"  {self.means[cell]:>{second}}  {self.intervals[cell]:<{third}}")
             if self.nulls:
                 text.append(f"  {self.nulls[cell]:<{fourth}}")

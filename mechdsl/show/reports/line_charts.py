@@ -17,6 +17,7 @@ from mechdsl.show.reports.charts import (
     PALETTE,
     beside,
     colours,
+    count_texts,
     faceted,
     faint_said,
     heading,
@@ -24,6 +25,7 @@ from mechdsl.show.reports.charts import (
     hovers,
     null_band,
     null_said,
+    own_counts,
     series_legend,
     stacked,
     titled,
@@ -39,7 +41,7 @@ from mechdsl.show.reports.grid import (
     value_text,
     values_of,
 )
-from mechdsl.show.reports.text import thin
+from mechdsl.show.reports.text import fewer_note, thin
 
 LEAST_WIDTH, MOST_WIDTH = 320, 640
 """Of a panel along numbers."""
@@ -58,15 +60,18 @@ def lines_chart(result: ExperimentResult, report: spec.Report) -> Any:
     axis = report.variable or ""
     series = None if report.by is None else axis_name(result, report.by)
     charts = [
-        titled(_lines(result, measure, axis, series), result, data, *said)
+        titled(drawn, result, data, null_said(result, data), counts, faint_said(result, data))
         for measure, data in result.computed()
         if data.kind == "number"
-        for said in [(null_said(result, data), faint_said(result, data))]
+        for drawn, counts in [_lines(result, measure, axis, series)]
     ]
     return stacked(charts, result)
 
 
-def _lines(result: ExperimentResult, measure: int, word: str, series: str | None) -> Any:
+def _lines(
+    result: ExperimentResult, measure: int, word: str, series: str | None
+) -> tuple[Any, str | None]:
+    """The chart, and where n stands in it of cells with fewer prompts."""
     found, band = result.statistics[measure], result.control(measure)
     few, under, axis = thin(result, measure), hovers(result, measure), axis_name(result, word)
     values = values_of(result, axis)
@@ -93,6 +98,8 @@ def _lines(result: ExperimentResult, measure: int, word: str, series: str | None
             "line": line_of(panel.title, key),
             "panel": heading(panel.title, width) if series is not None else "",
             "mean": float(found.mean[cell]),
+            "n": int(found.n[cell]),
+            "top": float(np.nanmax([found.mean[cell], found.high[cell]])),
             "strength": FAINT if few[cell] else 1.0,
             "low": end(found.low, cell),
             "high": end(found.high, cell),
@@ -104,18 +111,55 @@ def _lines(result: ExperimentResult, measure: int, word: str, series: str | None
         for key, cell in panel.cells.items()
         if np.isfinite(found.mean[cell])
     ]
+    lines, where = _counted(result, measure, records, lines, numbered=numbered)
     place = beside(width, len(shown) if series is not None else 1)
     base, apart = alt.Chart().encode(x=x), _told_apart(lines, series, place)
     base = base.encode(color=apart.pop("color"))
     if not numbered and len(lines) > 1:
         base = base.encode(xOffset=alt.XOffset("line:N", sort=lines))
     layers = _layers(base, value_title(result.measures[measure]), apart, numbered)
+    if where == "small":
+        layers.append(count_texts(base, "top"))
     if band is not None:
         wide = {} if numbered else {"size": min(BAND, width / len(values) / len(lines))}
         form = "area" if numbered else "bar"
         layers.insert(0, null_band(base, form, len(lines), **wide))
     plot = alt.layer(*layers, data=alt.Data(values=records)).properties(width=width, height=280)
-    return plot if series is None else faceted(plot, [panel.title for panel in shown], width)
+    if series is not None:
+        plot = faceted(plot, [panel.title for panel in shown], width)
+    return plot, fewer_note(result, measure, where)
+
+
+def _counted(
+    result: ExperimentResult,
+    measure: int,
+    records: list[dict[str, Any]],
+    lines: list[str],
+    *,
+    numbered: bool,
+) -> tuple[list[str], str]:
+    """The names of the lines, with n where each line has its own; and where n is found. At points
+    it is written where the largest n isn't theirs, once for those above each other."""
+    few, own = own_counts(result, measure), dict[str, set[int]]()
+    at_place = dict[tuple[object, ...], list[dict[str, Any]]]()
+    for record in records:
+        own.setdefault(record["line"], set()).add(record["n"])
+        at_place.setdefault((record["panel"], record["x"]), []).append(record)
+    most = max((record["n"] for record in records), default=0)
+    if len(lines) > 1 and numbered and any(few) and all(len(each) == 1 for each in own.values()):
+        names = {line: f"{line} (n = {min(each)})" for line, each in own.items()}
+        for record in records:
+            record["line"], record["n"] = names[record["line"]], ""
+        return [names.get(line, line) for line in lines], "beside the names"
+    alike = all(len({r["n"] for r in each}) == 1 for each in at_place.values())
+    written = any(few) and (alike or not numbered or len(lines) < 2)
+    for each in at_place.values():
+        highest = max(each, key=lambda record: record["top"])
+        together = len({record["n"] for record in each}) == 1
+        for record in each:
+            shown = record["n"] < most and (record is highest or not together)
+            record["n"] = str(record["n"]) if written and shown else ""
+    return lines, "small" if written else "under the pointer"
 
 
 def _along_numbers(values: Sequence[Coord], title: str | None, step: float) -> Any:

@@ -301,6 +301,7 @@ def _notes(
         picked = size != "share" and report.by not in result.row_values  # else no pick has them
         other = by_sign_instead(result, measure, len(order)) if picked else None
         said += [other] if other else []
+        said += [_picked(result, measure)] if size != "share" else []
     null = null_words(result, measure)
     remarks = (
         survivors(result, measure),
@@ -320,6 +321,15 @@ def _notes(
         }
         said += [f"{MISSING} where {reason}" for reason in sorted(reasons)]
     return said
+
+
+def _picked(result: ExperimentResult, measure: int) -> str:
+    """What the numbers of cells hold for that were picked by these numbers."""
+    if result.statistics[measure].test is None:
+        return "picked by size: intervals are for cells named beforehand"
+    familywise = result.settings is not None and result.settings.correction not in ("none", "bh")
+    picked = ", corrected p for these too" if familywise else ""
+    return f"picked by size: interval and p are for cells named beforehand{picked}"
 
 
 # --- printing -----------------------------------------------------------------------------------

@@ -212,6 +212,27 @@ def prompts_in_words(result: ExperimentResult, measure: int) -> str:
     return f"n = {' to '.join(map(str, ends))}" if len(n) else f"n = {result.prompts}"
 
 
+def fewer(result: ExperimentResult, measure: int) -> Bools:
+    """[cell] whether it has fewer prompts than the fullest cell: then its own n stands in it."""
+    n = result.statistics[measure].n
+    return n < n.max(initial=0)
+
+
+def fewer_note(result: ExperimentResult, measure: int, where: str) -> str | None:
+    """`subscripts: n of cells with fewer than 64 prompts`; `where` is where n stands."""
+    if not fewer(result, measure).any():
+        return None
+    most = int(result.statistics[measure].n.max())
+    return f"{where}: n of cells with fewer than {plural(most, 'prompt')}"
+
+
+def subscript(n: int) -> str:
+    return str(n).translate(_SUBSCRIPTS)
+
+
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
 def thin(result: ExperimentResult, measure: int) -> Bools:
     """[cell] whether it has fewer than `THIN` of the prompts that the fullest cell has."""
     n = result.statistics[measure].n

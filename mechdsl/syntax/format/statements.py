@@ -246,7 +246,8 @@ def _statement(node: Any) -> str | None:
         case ast.UsePrompts():
             return f"{node.kind} {ref(node.prompts)}" + _optional("limit", node.limit)
         case ast.FromInto():
-            return f"from {_refs(node.sources)} into {_refs(node.bases)}"
+            shuffled = " shuffled" if node.shuffled is not None else ""
+            return f"from {_refs(node.sources)}{shuffled} into {_refs(node.bases)}"
         case ast.Keep():
             return f"keep {within(node.condition, CONDITION)}"
         case ast.Against():

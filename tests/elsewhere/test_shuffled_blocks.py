@@ -1,0 +1,157 @@
+"""`from A shuffled into B`: rows of another block are dealt, not paired by number."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mechdsl
+from mechdsl.prompts.other_blocks import dealt
+
+from ..execute.support import DIFFERENCE, MODES, ROWS, experiment, prompts
+from .support import by_prompt, layers, models, q, run, same
+
+EVERY = slice(None)
+RULE = "patch resid_post layer * at last token"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_read_is_the_row_that_is_dealt(folder: Path, family: str, mode: str) -> None:
+    """Beside an experiment on the same rows that pairs them by number, in one panel."""
+    text = "".join(
+        experiment(name, "prompts p", f"from {source} into clean", RULE, DIFFERENCE)
+        for name, source in (("paired", "q"), ("shuffled", "q shuffled"))
+    )
+    found = run(text, folder, models(family), MODES[mode])
+    assert (found["paired"].source, found["shuffled"].source) == ("q", "q shuffled")
+    said = found["shuffled"].conventions
+    assert said["rows of q shuffled"] == "dealt by a seeded shuffle to those of `p`"
+    assert "rows of q" not in said
+    number = list(range(len(ROWS)))
+    order = dealt(number, 0, "p", "q")
+    assert sorted(order) == number
+    assert order != number
+    for name, theirs in (("paired", number), ("shuffled", order)):
+        sources, bases = [q(ROWS[i]) for i in theirs], prompts()
+        where = [((s.last,), (b.last,)) for s, b in zip(sources, bases, strict=True)]
+        expected = by_prompt(family, layers("resid_post"), sources, bases, where)
+        same(found[name].measures[0], expected, EVERY)
+
+
+def test_a_shuffle_is_a_permutation_that_hangs_on_the_row_alone() -> None:
+    rows = list(range(0, 600, 3))
+    pairs = dict(zip(rows, dealt(rows, 0, "a", "b"), strict=True))
+    assert sorted(pairs.values()) == rows
+    turned = rows[::-1]
+    assert dict(zip(turned, dealt(turned, 0, "a", "b"), strict=True)) == pairs
+    assert sum(a == b for a, b in pairs.items()) < 6  # 1 is expected
+    correlation = np.corrcoef(list(pairs), list(pairs.values()))[0, 1]
+    assert abs(correlation) < 0.25
+    for other in ((1, "a", "b"), (0, "a", "c"), (0, "b", "a")):
+        seed, *names = other
+        assert dealt(rows, seed, *names) != list(pairs.values())
+
+
+def test_every_partner_is_as_likely() -> None:
+    """Over seeds; 3 rows have 6 orders."""
+    count = Counter(tuple(dealt([4, 7, 9], seed, "a", "b")) for seed in range(1200))
+    assert len(count) == 6
+    expected = 1200 / 6
+    assert sum((n - expected) ** 2 / expected for n in count.values()) < 20.5  # p = 0.001, df 5
+
+
+BLOCKS = """mech 1
+
+model toy = zoo("counting")
+
+prompts fruit {
+  count in 2..9
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+}
+
+prompts listed {
+  NAME in 2..9
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, NAME, sep: ", ")
+  template "Part 1: {fruits}. Count 1:"
+  answer " {NAME}"
+}
+
+experiment carried {
+  model toy
+  prompts fruit limit 64
+  from listed into clean
+  patch resid_post layer 0 at last token
+  measure argmax(1..9) as raw
+  report confusion VALUE by argmax
+}
+"""
+
+
+def warned(text: str, **written: str) -> list[str]:
+    for name, value in {**written, "NAME": "count", "VALUE": "count"}.items():
+        assert name in text or name not in written
+        text = text.replace(name, value)
+    return [each.code for each in mechdsl.check(text) if each.code == "W0704"]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ({}, 1),
+        (
+            {"NAME in": "number in", "item, NAME": "item, number", "{NAME}": "{number}"},
+            1,
+        ),  # called otherwise there, and the same
+        ({"from listed into": "from listed shuffled into"}, 0),
+        ({"NAME in 2..9": "NAME in 1..8"}, 0),
+        ({"report confusion VALUE by argmax": "report table"}, 0),
+        ({"report confusion VALUE": "report confusion layer", "layer 0": "layer *"}, 0),
+    ],
+)
+def test_pairs_with_equal_values_are_warned_of(written: dict[str, str], expected: int) -> None:
+    assert len(warned(BLOCKS, **written)) == expected
+
+
+def test_the_diagonal_is_what_the_base_run_says() -> None:
+    """The warning is right: paired by number the diagonal is full where nothing is carried over and
+    where all is; shuffled it is full where nothing is."""
+    text = (
+        BLOCKS.replace("NAME", "count").replace("VALUE", "count").replace("layer 0", "layer 0, 3")
+    )
+    shuffled = text.replace("listed into", "listed shuffled into")
+    for source, full in ((text, (True, True)), (shuffled, (True, False))):
+        (found,) = mechdsl.run(source).files[0].experiments
+        patched = found.measures[0].patched
+        right = patched == np.array(found.row_values["count"])
+        assert tuple(right.all(axis=1)) == full
+
+
+def test_a_run_is_named_without_the_word(folder: Path) -> None:
+    """In metrics and expectations; a rule that reads `with q` has the one paired by number."""
+    text = "".join(
+        experiment(
+            name, "prompts p", f"from q{word} into clean",
+            f"patch resid_post layer 1 at last token{beside}", "measure kl(q) as raw",
+            "expect accuracy(q) > -1",
+        )
+        for name, word, beside in (
+            ("paired", "", ""), ("shuffled", " shuffled", ""), ("both", " shuffled", " with q"),
+        )
+    )  # fmt: skip
+    found = run(text, folder, models("gpt2"))
+    paired, shuffled, both = (found[name] for name in ("paired", "shuffled", "both"))
+    assert set(paired.accuracy) == {"q"}
+    assert set(shuffled.accuracy) == {"q shuffled"}
+    assert [each.holds for each in shuffled.outcomes] == [True]
+    values = [each.measures[0].base[0] for each in (paired, shuffled)]
+    assert np.abs(values[0] - values[1]).max() > 1e-3
+    # the rule reads the rows that are paired, and `kl(q)` means these where both are there
+    np.testing.assert_allclose(both.measures[0].patched, paired.measures[0].patched, atol=1e-4)
