@@ -16,6 +16,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 from mechdsl.diagnostics.e04_model import NoTokenizer
 from mechdsl.diagnostics.raised import Diagnostics, MechdslError, MechdslWarning, warn
+from mechdsl.loading.when_needed import build_when_needed
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
     from mechdsl.hooks.loaded import LoadedModel
     from mechdsl.pipeline import RunOptions
     from mechdsl.plan.plan import Plan
-    from mechdsl.program import spec
-    from mechdsl.program.python_files import Mode, PythonFunction
+    from mechdsl.program.python_files import Mode
     from mechdsl.results.results import Results
     from mechdsl.show.progress import Bar
     from mechdsl.show.terminal import Printed
@@ -417,15 +417,6 @@ def _settings(
         untrusted,
         build=build_when_needed,
     )
-
-
-def build_when_needed(
-    model: spec.Model, function: PythonFunction
-) -> tuple[LoadedModel | None, list[Diagnostic]]:
-    """`mechdsl.loading.build.build`, which imports torch only where a file has such a model."""
-    from mechdsl.loading.build import build
-
-    return build(model, function)
 
 
 def _mode(allow_python: bool) -> Mode:
