@@ -179,11 +179,15 @@ def plan_of(
     no_pass: Sequence[str] = (),
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
+    measure: bool = False,
 ) -> Printed:
     """What `mechdsl plan` prints: the intervention graph, the cells, rows and forward passes of a
-    file, what each planner pass saves, and how long the rest takes. Nothing is run.
+    file, what effects its rows can show, what each planner pass saves, and how long the rest takes.
+    Nothing is run.
 
-    The arguments are those of `run`. Raises MechdslError where something is wrong.
+    measure: load the models, run base and source runs (no rule), and say in the metric's units what
+        can be shown.
+    The other arguments are those of `run`. Raises MechdslError where something is wrong.
     """
     from mechdsl.plan.make_plan import make_plan
     from mechdsl.plan.passes import unknown_passes
@@ -193,17 +197,28 @@ def plan_of(
 
     _refuse(_size_problems(limit, pass_tokens, prompt_tokens))
     without = _names(no_pass)
-    checked = _alone(
-        file,
-        models,
-        _settings(
-            set, limit, python=_mode(allow_python), allow_outside=allow_outside, untrusted=untrusted
-        ),
+    how = _settings(
+        set, limit, python=_mode(allow_python), allow_outside=allow_outside, untrusted=untrusted
     )
-    _refuse(unknown_passes(sorted(without)))
-    made = make_plan(checked.experiments, without=without)
     sizes = pass_tokens or PASS_TOKENS, prompt_tokens or PROMPT_TOKENS
-    return printed(lambda console: print_plan(made, console, *sizes))
+    if not measure:
+        checked, measured = _alone(file, models, how), None
+        _refuse(unknown_passes(sorted(without)))
+    else:
+        from mechdsl.loading.borrowed import borrowed
+
+        with borrowed(module for module, _ in _pairs(models).values()):
+            from mechdsl.execute.execute import Options
+            from mechdsl.pipeline import RunOptions, measure_unpatched
+
+            checked, loaded = _checked(_read(file), models, how)
+            _refuse(unknown_passes(sorted(without)))
+            execution = Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens)
+            measured, found = measure_unpatched(checked, RunOptions(execution=execution), loaded)
+        _refuse([each for each in found if each.severity == "error"])
+        warn(found)
+    made = make_plan(checked.experiments, without=without)
+    return printed(lambda console: print_plan(made, console, *sizes, measured))
 
 
 @keeps_random_numbers
