@@ -16,6 +16,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 from mechdsl.diagnostics.e04_model import NoTokenizer
 from mechdsl.diagnostics.raised import Diagnostics, MechdslError, MechdslWarning, warn
+from mechdsl.loading.when_needed import build_when_needed
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
     from mechdsl.hooks.loaded import LoadedModel
     from mechdsl.pipeline import RunOptions
     from mechdsl.plan.plan import Plan
-    from mechdsl.program import spec
-    from mechdsl.program.python_files import Mode, PythonFunction
+    from mechdsl.program.python_files import Mode
     from mechdsl.results.results import Results
     from mechdsl.show.progress import Bar
     from mechdsl.show.terminal import Printed
@@ -179,11 +179,15 @@ def plan_of(
     no_pass: Sequence[str] = (),
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
+    measure: bool = False,
 ) -> Printed:
     """What `mechdsl plan` prints: the intervention graph, the cells, rows and forward passes of a
-    file, what each planner pass saves, and how long the rest takes. Nothing is run.
+    file, what effects its rows can show, what each planner pass saves, and how long the rest takes.
+    Nothing is run.
 
-    The arguments are those of `run`. Raises MechdslError where something is wrong.
+    measure: load the models, run base and source runs (no rule), and say in the metric's units what
+        can be shown.
+    The other arguments are those of `run`. Raises MechdslError where something is wrong.
     """
     from mechdsl.plan.make_plan import make_plan
     from mechdsl.plan.passes import unknown_passes
@@ -193,17 +197,28 @@ def plan_of(
 
     _refuse(_size_problems(limit, pass_tokens, prompt_tokens))
     without = _names(no_pass)
-    checked = _alone(
-        file,
-        models,
-        _settings(
-            set, limit, python=_mode(allow_python), allow_outside=allow_outside, untrusted=untrusted
-        ),
+    how = _settings(
+        set, limit, python=_mode(allow_python), allow_outside=allow_outside, untrusted=untrusted
     )
-    _refuse(unknown_passes(sorted(without)))
-    made = make_plan(checked.experiments, without=without)
     sizes = pass_tokens or PASS_TOKENS, prompt_tokens or PROMPT_TOKENS
-    return printed(lambda console: print_plan(made, console, *sizes))
+    if not measure:
+        checked, measured = _alone(file, models, how), None
+        _refuse(unknown_passes(sorted(without)))
+    else:
+        from mechdsl.loading.borrowed import borrowed
+
+        with borrowed(module for module, _ in _pairs(models).values()):
+            from mechdsl.execute.execute import Options
+            from mechdsl.pipeline import RunOptions, measure_unpatched
+
+            checked, loaded = _checked(_read(file), models, how)
+            _refuse(unknown_passes(sorted(without)))
+            execution = Options(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens)
+            measured, found = measure_unpatched(checked, RunOptions(execution=execution), loaded)
+        _refuse([each for each in found if each.severity == "error"])
+        warn(found)
+    made = make_plan(checked.experiments, without=without)
+    return printed(lambda console: print_plan(made, console, *sizes, measured))
 
 
 @keeps_random_numbers
@@ -417,15 +432,6 @@ def _settings(
         untrusted,
         build=build_when_needed,
     )
-
-
-def build_when_needed(
-    model: spec.Model, function: PythonFunction
-) -> tuple[LoadedModel | None, list[Diagnostic]]:
-    """`mechdsl.loading.build.build`, which imports torch only where a file has such a model."""
-    from mechdsl.loading.build import build
-
-    return build(model, function)
 
 
 def _mode(allow_python: bool) -> Mode:

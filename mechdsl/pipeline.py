@@ -17,6 +17,7 @@ from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_m
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.diagnostics.e06_numbers import NothingToPickFrom, PickedBySign, RowsLeftOut
 from mechdsl.execute.execute import Execution, Options, execute, sizes_of
+from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
@@ -113,6 +114,55 @@ def run_checked(
     checked: Checked, options: RunOptions, loaded: Mapping[str, LoadedModel] | None = None
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     """Run a file that was checked. Its own diagnostics are not repeated."""
+    models, diagnostics = _models_of(checked, options, loaded)
+    if models is None:
+        return None, diagnostics
+    return _run(checked, models, options, diagnostics)
+
+
+def measure_unpatched(
+    checked: Checked, options: RunOptions, loaded: Mapping[str, LoadedModel] | None = None
+) -> tuple[dict[str, MeasuredValues], list[Diagnostic]]:
+    """The metrics of tested experiments on their base and source runs, by the experiments' keys;
+    no rule is applied, and what can't be measured is left out."""
+    unpatched = [_without_rules(e) for e in checked.experiments if e.rules]
+    models, diagnostics = _models_of(checked, options, loaded)
+    if models is None or not unpatched:
+        return {}, diagnostics
+    plan = make_plan(unpatched, without=options.without)
+    execution = execute(plan, models, options.execution, check=check_denominators)
+    found = {key: values for key, values in execution.measured.items() if key not in execution.lost}
+    return found, [*diagnostics, *execution.diagnostics]
+
+
+def _without_rules(experiment: ResolvedExperiment) -> ResolvedExperiment:
+    """The same prompts and metrics, of the base run and, where there is one, of the source run."""
+    own = experiment.spec
+    effect = "raw" if own.source is None else "total"
+    measures = tuple(
+        each.model_copy(update={"effect": effect, "per_prompt": False}) for each in own.measures
+    )
+    without = {
+        "rules": (),
+        "measures": measures,
+        "expects": (),
+        "reports": (),
+        "after": (),
+        "against": None,
+    }
+    return replace(
+        experiment,
+        spec=own.model_copy(update=without),
+        rules=(),
+        accuracies={},
+        control=None,
+    )
+
+
+def _models_of(
+    checked: Checked, options: RunOptions, loaded: Mapping[str, LoadedModel] | None
+) -> tuple[dict[str, LoadedModel] | None, list[Diagnostic]]:
+    """The models of a checked file, with their weights; None where one can't be had."""
     diagnostics = check_options(options)
     if has_errors(diagnostics):
         return None, diagnostics
@@ -124,9 +174,7 @@ def run_checked(
     )
     if not has_errors(diagnostics):
         diagnostics.extend(not_there(checked.experiments, models))
-    if has_errors(diagnostics):
-        return None, diagnostics
-    return _run(checked, models, options, diagnostics)
+    return (None if has_errors(diagnostics) else models), diagnostics
 
 
 def _run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import click
@@ -14,11 +13,9 @@ from click.shell_completion import (
     shell_complete,
 )
 
+from mechdsl.cli.options import MechFile
 from mechdsl.cli.status import FINE
 from mechdsl.diagnostics.pages import LANGUAGE, codes
-
-VARIABLE = "_MECHDSL_COMPLETE"
-"""In the environment where a shell asks what a line can go on with."""
 
 
 class QuotingBash(BashComplete):
@@ -47,28 +44,6 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 add_completion_class(QuotingBash)
 
 
-class MechFile(click.Path):
-    """A path of a `.mech` file, or of a folder that has some."""
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem[str]]:
-        if incomplete.startswith("~"):  # the shell knows whose folder that is, and how to write it
-            return [CompletionItem(incomplete, type="file")]
-        folder, slash, begun = incomplete.rpartition("/")
-        try:
-            names = sorted(os.listdir(folder + slash or "."))
-        except OSError:
-            names = []
-        found = [
-            name
-            for name in names
-            if name.startswith(begun) and name.endswith(".mech") and (begun or name[0] != ".")
-        ]
-        items = [CompletionItem(folder + slash + name) for name in found if name.isprintable()]
-        return [*items, CompletionItem(incomplete, type="dir")]
-
-
 def complete_page_or_file(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem[str]]:
@@ -80,7 +55,9 @@ def complete_page_or_file(
 
 def complete(app: click.Command, asked: str) -> int:
     """Answer a shell; the exit status."""
-    return shell_complete(app, {}, "mechdsl", VARIABLE, asked)
+    from mechdsl.cli.entry import COMPLETE
+
+    return shell_complete(app, {}, "mechdsl", COMPLETE, asked)
 
 
 @click.command(short_help="Print what makes the Tab key complete commands in a shell.")
@@ -97,7 +74,9 @@ def completion(context: click.Context, shell: str) -> int:
     For fish, this one in ~/.config/fish/config.fish:
         mechdsl completion fish | source
     """
+    from mechdsl.cli.entry import COMPLETE
+
     made = get_completion_class(shell)
     assert made is not None
-    sys.stdout.write(made(context.find_root().command, {}, "mechdsl", VARIABLE).source())
+    sys.stdout.write(made(context.find_root().command, {}, "mechdsl", COMPLETE).source())
     return FINE

@@ -6,30 +6,66 @@ import atexit
 import gc
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mechdsl.cli.completion import VARIABLE, complete, completion
-from mechdsl.cli.examples import examples
-from mechdsl.cli.explain import explain
-from mechdsl.cli.fmt import fmt
-from mechdsl.cli.graph import graph
 from mechdsl.cli.interruption import interrupted, terminable
-from mechdsl.cli.options import MalformedSetting
-from mechdsl.cli.output import broke_off, print_diagnostics
-from mechdsl.cli.plan import plan
-from mechdsl.cli.run import run
-from mechdsl.cli.schema import schema
-from mechdsl.cli.sites import sites
 from mechdsl.cli.status import FINE, WRONG
 from mechdsl.cli.streams import OutputLost, prepare_streams, without_output
-from mechdsl.cli.validate import validate
-from mechdsl.cli.version import version
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
+
+if TYPE_CHECKING:
+    from mechdsl.diagnostics.core import Diagnostic
+
+COMPLETE = "_MECHDSL_COMPLETE"
+"""In the environment where a shell asks what a line can go on with."""
+COMMANDS = {
+    "completion": "Print what makes the Tab key complete commands in a shell.",
+    "examples": "Copy the examples that come with mechdsl into a folder.",
+    "explain": "Show prompts token by token; or print the page of an error.",
+    "fmt": "Bring files into canonical form.",
+    "graph": "Draw the intervention graph of a file.",
+    "plan": "Print the graph, and how much there is to run.",
+    "run": "Run files and print their tables.",
+    "schema": "Print a JSON schema.",
+    "sites": "Take a model apart: its sites, the checks, the passes that apply.",
+    "validate": "Check files without weights, as in CI.",
+    "version": "Print the version.",
+}
+"""What each does, as its own help begins. Each is a function of the module of its name."""
+
+
+class Commands(Mapping[str, click.Command]):
+    """The commands by name, each imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in COMMANDS:
+            raise KeyError(name)
+        return getattr(import_module(f"mechdsl.cli.{name}"), name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class Group(click.Group):
+    """All commands, which are listed without being imported."""
+
+    def __init__(self, *args: Any, **others: Any) -> None:
+        commands: Any = Commands()  # click only reads it, where no command is added
+        super().__init__(*args, commands=commands, **others)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.group(
+    cls=Group,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Interpretability experiments as files: check, explain, plan and run them.",
     invoke_without_command=True,
@@ -40,14 +76,6 @@ def app(context: click.Context) -> None:
     """The commands; alone, the list of them."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-
-
-COMMANDS = (
-    *(run, validate, plan, graph, explain, fmt, sites, schema),
-    *(examples, completion, version),
-)
-for command in COMMANDS:
-    app.add_command(command)
 
 
 def main() -> None:
@@ -61,8 +89,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         prepare_streams()
-        if VARIABLE in os.environ:
-            sys.exit(complete(app, os.environ[VARIABLE]))
+        if COMPLETE in os.environ:
+            from mechdsl.cli.completion import complete
+
+            sys.exit(complete(app, os.environ[COMPLETE]))
         with terminable():
             status = _status()
         sys.stdout.flush()
@@ -82,17 +112,24 @@ def _status() -> int | str | None:
     except KeyboardInterrupt as error:
         return interrupted(error)
     except click.ClickException as error:
+        from mechdsl.cli.output import print_diagnostics
+
         print_diagnostics([_usage(error)])
         return WRONG
     except OutputLost:
         raise
     except Exception as error:
+        from mechdsl.cli.output import broke_off
+
         status = broke_off("mechdsl", error)
         return WRONG if isinstance(error, OSError) else status
 
 
 def _usage(error: click.ClickException) -> Diagnostic:
     """A mistake on the command line as a diagnostic."""
+    from mechdsl.cli.options import MalformedSetting
+    from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
+
     context: click.Context | None = getattr(error, "ctx", None)
     if context is None or context.parent is None:
         hint = "`mechdsl --help` lists the commands"

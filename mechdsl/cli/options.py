@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -9,11 +10,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from mechdsl.cli.completion import MechFile
-
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from mechdsl.program.python_files import Mode
     from mechdsl.validate.check_file import Settings
+
+
+class MechFile(click.Path):
+    """A path of a `.mech` file, or of a folder that has some."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        from click.shell_completion import CompletionItem
+
+        if incomplete.startswith("~"):  # the shell knows whose folder that is, and how to write it
+            return [CompletionItem(incomplete, type="file")]
+        folder, slash, begun = incomplete.rpartition("/")
+        try:
+            names = sorted(os.listdir(folder + slash or "."))
+        except OSError:
+            names = []
+        found = [
+            name
+            for name in names
+            if name.startswith(begun) and name.endswith(".mech") and (begun or name[0] != ".")
+        ]
+        items = [CompletionItem(folder + slash + name) for name in found if name.isprintable()]
+        return [*items, CompletionItem(incomplete, type="dir")]
+
 
 files_argument = click.argument("files", nargs=-1, required=True, type=MechFile(path_type=Path))
 file_argument = click.argument("file", type=MechFile(path_type=Path))
@@ -102,7 +128,7 @@ def settings(
     untrusted: bool,
 ) -> Settings:
     """How files are checked. Raises `MalformedSetting`."""
-    from mechdsl.api import build_when_needed
+    from mechdsl.loading.when_needed import build_when_needed
     from mechdsl.validate.check_file import Settings
 
     given: dict[str, str] = {}

@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING
 
 from mechdsl.base.visible import encodable_json, visible
 from mechdsl.cli.status import BROKE_OFF
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e02_names import cannot_write
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from mechdsl.diagnostics.core import Diagnostic
 
 
 def print_diagnostics(
     diagnostics: Sequence[Diagnostic], form: str = "full", *, out: bool = False
 ) -> None:
     """Diagnostics on standard error, or on standard output where they are what was asked for."""
+    if form == "full" and not diagnostics:
+        return
     from mechdsl.diagnostics import render
 
     stream = sys.stdout if out else sys.stderr
     if form == "full":
-        if not diagnostics:
-            return
         colour = stream.isatty() and "NO_COLOR" not in os.environ
         text = render.render_full(
             diagnostics, color=colour, width=width(), ascii=render.needs_ascii(stream)
@@ -49,6 +49,8 @@ def say(text: str, *, out: bool = True) -> None:
 def broke_off(what: str, error: Exception) -> int:
     """The last resort, so that no user meets a traceback."""
     if isinstance(error, OSError) and error.filename is not None:
+        from mechdsl.diagnostics.e02_names import cannot_write
+
         print_diagnostics([cannot_write(error)])
         return BROKE_OFF
     if os.environ.get("MECHDSL_DEBUG"):

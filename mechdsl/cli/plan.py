@@ -32,10 +32,16 @@ from mechdsl.diagnostics.core import has_errors
 @allow_outside_option
 @untrusted_option
 @pass_options
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Run base and source runs, and say in the metric's units what can be shown.",
+)
 def plan(
     file: Path,
     parameters: tuple[str, ...],
     limit: int | None,
+    measure: bool,
     allow_python: bool,
     allow_outside: bool,
     untrusted: bool,
@@ -62,10 +68,23 @@ def plan(
     print_diagnostics(wrong)
     if wrong:
         return WRONG
+    measured = None
+    if measure:
+        from mechdsl.execute.execute import Options
+        from mechdsl.loading.load import import_library
+        from mechdsl.pipeline import RunOptions, measure_unpatched
+
+        import_library()
+        sizes = Options(pass_tokens=passes.pass_tokens, prompt_tokens=passes.prompt_tokens)
+        measured, problems = measure_unpatched(checked, RunOptions(execution=sizes))
+        print_diagnostics(problems)
+        if has_errors(problems):
+            return WRONG
     print_plan(
         make_plan(checked.experiments, without=frozenset(passes.without)),
         make_console(),
         passes.pass_tokens or PASS_TOKENS,
         passes.prompt_tokens or PROMPT_TOKENS,
+        measured,
     )
     return FINE

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from mechdsl.base import limits
 from mechdsl.base.json_text import load_json
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -19,6 +18,24 @@ from mechdsl.diagnostics.e04_model import (
     NotATextModel,
     OneOutput,
     ShapeUnknown,
+)
+from mechdsl.models.config_keys import (
+    ALIKE,
+    COUNTED,
+    DECODERS,
+    EXPERTS,
+    HEAD_WIDTH,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    MIXERS,
+    MLP,
+    MODEL,
+    MOST,
+    NARROW,
+    POSITIONS,
+    TIMES,
+    VOCAB,
 )
 from mechdsl.models.families import family_of
 from mechdsl.models.heads_by_class import (
@@ -33,59 +50,6 @@ from mechdsl.models.heads_by_class import (
 from mechdsl.models.library_defaults import with_defaults
 from mechdsl.models.sparsity import dense_blocks
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, of_part
-
-_LAYERS = (
-    "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers",
-    "n_layers", "depth", "decoder_num_hidden_layers",
-)  # fmt: skip
-_HEADS = (
-    "num_attention_heads", "n_head", "decoder_attention_heads", "num_heads", "n_heads",
-    "attention_heads", "decoder_num_attention_heads",
-)  # fmt: skip
-_KV_HEADS = (
-    "num_key_value_heads", "num_kv_heads", "n_head_kv", "decoder_num_key_value_heads",
-)  # fmt: skip
-_MODEL = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
-_HEAD_WIDTH = ("head_dim", "d_head", "d_kv", "kv_channels")
-_MLP = (
-    "intermediate_size_mlp", "dense_intermediate_size", "prefix_dense_intermediate_size",
-    "intermediate_size", "n_inner", "decoder_ffn_dim", "ffn_dim", "ffn_hidden_size", "d_ff", "dff",
-    "hidden_dim",
-)  # fmt: skip
-_TIMES = ("intermediate_multiple_size",)
-_VOCAB = ("vocab_size",)
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
-_NARROW = ("embedding_size", "word_embed_proj_dim")
-"""Widths of embeddings, in front of the stream and behind it, where that isn't the model's."""
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-ALIKE = (
-    _LAYERS, _HEADS, _KV_HEADS, _MODEL, _HEAD_WIDTH, _MLP, _TIMES, _VOCAB, _POSITIONS, _NARROW,
-    _EXPERTS,
-)  # fmt: skip
-"""Keys that say the same thing."""
-_MIXERS = (
-    "mamba", "ssm", "state_size", "conv_L_cache", "linear_num_", "linear_attn", "lru_width",
-    "rescale_every", "qk_dim_factor", "short_conv",
-)  # fmt: skip
-"""How keys begin that only configs of state-space, convolution or recurrent models have."""
-
-_COUNTED = (_LAYERS, _HEADS, _KV_HEADS, _MODEL, _MLP, _VOCAB)
-"""Sizes that can't be 0; of the others, 0 says that there is none of its own."""
-
-_DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-
-_OTHER = (
-    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "input_embedding_size",
-    "output_embedding_size",
-)  # fmt: skip
-_MOST: Mapping[str, int] = {
-    **dict.fromkeys((*_MODEL, *_HEAD_WIDTH, *_MLP, *_VOCAB, *_NARROW, *_OTHER), limits.SIZE),
-    **dict.fromkeys(_TIMES, limits.LAYERS),
-    **dict.fromkeys((*_HEADS, *_KV_HEADS), limits.HEADS),
-    **dict.fromkeys(_EXPERTS, limits.EXPERTS),
-    **dict.fromkeys(_LAYERS, limits.LAYERS),
-}
-"""The largest number that each key may have."""
 
 ModelInput = Literal["text", "image", "audio", "two texts", "image and text"]
 """What a model is called with; `two texts` is an encoder's and a decoder's."""
@@ -262,16 +226,16 @@ def _shape(
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
     impossible: list[Diagnostic] = [
         BadSize(span=span, model=model, key=key, value=json.dumps(value))
-        for key, value in _impossible({**{k: config.get(k) for k in _VOCAB}, **text})
+        for key, value in _impossible({**{k: config.get(k) for k in VOCAB}, **text})
     ]
     if impossible:
         return None, impossible
     model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
     found = {
-        "number of layers": (_first(text, _LAYERS) or _listed(text), _LAYERS),
-        "number of heads": (_first(text, _HEADS) or _headless(text), _HEADS),
-        "model width": (_first(text, _MODEL), _MODEL),
-        "vocabulary size": (_first(text, _VOCAB) or _first(config, _VOCAB), _VOCAB),
+        "number of layers": (_first(text, LAYERS) or _listed(text), LAYERS),
+        "number of heads": (_first(text, HEADS) or _headless(text), HEADS),
+        "model width": (_first(text, MODEL), MODEL),
+        "vocabulary size": (_first(text, VOCAB) or _first(config, VOCAB), VOCAB),
     }
     if takes == "image":
         del found["vocabulary size"]
@@ -291,9 +255,9 @@ def _shape(
     multi_query = bool(text.get("multi_query")) and not text.get("new_decoder_architecture")
     latent = _first(text, ("qk_nope_head_dim",))
     rotary = _first(text, ("qk_rope_head_dim",))
-    width = _first(text, _HEAD_WIDTH) or d_model // n_heads
+    width = _first(text, HEAD_WIDTH) or d_model // n_heads
     d_head = latent + (rotary or 0) if latent else width
-    experts = _first(text, _EXPERTS) or _first(_part(text, "ffn_config"), _EXPERTS) or 0
+    experts = _first(text, EXPERTS) or _first(_part(text, "ffn_config"), EXPERTS) or 0
     experts = 0 if text.get("is_moe") is False else experts
     dense = dense_blocks(text, numbers["number of layers"]) if experts else frozenset[int]()
     sparse = frozenset(range(numbers["number of layers"])) - dense
@@ -304,7 +268,7 @@ def _shape(
     task, labels = task_of(config, names)
     encodes = entry.encodes or (task != "tokens" and model_type in ENCODERS)
     if causal is None:
-        decodes = any(name.endswith(_DECODERS) for name in names) or not names
+        decodes = any(name.endswith(DECODERS) for name in names) or not names
         decodes = decodes or task != "tokens"
         causal = decodes and takes != "image" and (not encodes or _decodes(text))
         causal = causal and text.get("use_bidirectional_attention") not in (True, "all")
@@ -316,9 +280,9 @@ def _shape(
         n_kv_heads=n_heads if latent else 1 if multi_query else _kv_heads(text) or n_heads,
         d_model=d_model,
         d_head=d_head,
-        d_mlp=(_first(text, _TIMES) or 0) * d_model or _first(text, _MLP) or 4 * d_model,
+        d_mlp=(_first(text, TIMES) or 0) * d_model or _first(text, MLP) or 4 * d_model,
         vocab_size=numbers.get("vocabulary size", 0),
-        max_positions=max(_first(text, _POSITIONS) or 0, 0) or None,
+        max_positions=max(_first(text, POSITIONS) or 0, 0) or None,
         parallel_block=parallel,
         sites=available_sites(
             parallel=parallel,
@@ -328,7 +292,7 @@ def _shape(
         )
         - ({"logits"} if is_headless(names, model_type) else set()),
         d_value=_first(text, ("v_head_dim",)) or d_head,
-        d_embed=_first(text, ("input_embedding_size", *_NARROW)) or d_model,
+        d_embed=_first(text, ("input_embedding_size", *NARROW)) or d_model,
         n_experts=experts,
         causal=causal,
         takes=takes,
@@ -346,7 +310,7 @@ def _shape(
 def _impossible(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     """Keys that say a size, with a value that is none: below 1, or no whole number. Lists are of
     models whose blocks differ, and null is what the library makes of it."""
-    for keys, least in (*((keys, 1) for keys in _COUNTED), (_HEAD_WIDTH, 0), (_EXPERTS, 0)):
+    for keys, least in (*((keys, 1) for keys in COUNTED), (HEAD_WIDTH, 0), (EXPERTS, 0)):
         for key in keys:
             value = config.get(key)
             if value is None or isinstance(value, bool | list | Mapping):
@@ -359,7 +323,7 @@ def _impossible(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 def _too_large(config: Mapping[str, Any], model: str, span: Span | None) -> Diagnostic | None:
     """E0430 for a number that no model has; what is made of it would fill the memory."""
     for key, value in {**_part(config, "ffn_config"), **config}.items():
-        most = _MOST.get(key)
+        most = MOST.get(key)
         if most is not None and isinstance(value, int) and abs(value) > most:
             return ModelTooLarge(span=span, model=model, key=key, number=value, most=most)
     return None
@@ -373,14 +337,14 @@ def _written(config: Mapping[str, Any], found: Iterable[Diagnostic]) -> bool:
 
 def _narrow(config: Mapping[str, Any], d_model: int) -> int:
     """Width of what the unembedding reads, 0 for the model's."""
-    width = _first(config, ("output_embedding_size", *_NARROW)) or 0
+    width = _first(config, ("output_embedding_size", *NARROW)) or 0
     return width if width != d_model else 0
 
 
 def _kv_heads(config: Mapping[str, Any]) -> int | None:
     if config.get("new_decoder_architecture") is False:  # Falcon: written, but not used
         return None
-    return _first(config, _KV_HEADS)
+    return _first(config, KV_HEADS)
 
 
 def _decodes(config: Mapping[str, Any]) -> bool:
@@ -388,7 +352,7 @@ def _decodes(config: Mapping[str, Any]) -> bool:
 
 
 def _has_mixers(config: Mapping[str, Any]) -> bool:
-    return mixes(config) or any(key.startswith(_MIXERS) for key in config)
+    return mixes(config) or any(key.startswith(MIXERS) for key in config)
 
 
 def mixes(config: Mapping[str, Any]) -> bool:

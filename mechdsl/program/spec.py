@@ -58,7 +58,7 @@ else:
 class Spec(BaseModel):
     """Every part knows the span that it came from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     span: Where
 
 

@@ -25,7 +25,6 @@ from mechdsl.prompts.answers import (
 )
 from mechdsl.prompts.dealt_evenly import dealt_evenly
 from mechdsl.prompts.domains import Constants, Words
-from mechdsl.prompts.noise import add_noise
 from mechdsl.prompts.prompt_conventions import (
     Split,
     noise_conventions,
@@ -363,6 +362,8 @@ class _Builder:
         corruptions = self.block.spec.corruptions
         if not any(of_kind(ActivationChange, c.changes) for c in corruptions):
             return table
+        from mechdsl.prompts.noise import add_noise
+
         table, diagnostics = add_noise(
             table, self.block, self.tokenizer, lambda run: self._before_limit(found, table, run)
         )

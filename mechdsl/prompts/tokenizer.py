@@ -225,8 +225,21 @@ class TextTokenizer:
 
     def encode_all(self, texts: Sequence[str], add_special: bool = True) -> list[Encoded]:
         """Tokenise many texts."""
-        encoded = self._raw(texts, add_special)
-        return [self._with_bos(e) for e in encoded] if add_special else encoded
+        if not add_special:
+            return self._raw(texts)
+        kept = self._kept
+        new = [text for text in dict.fromkeys(texts) if text not in kept]
+        kept.update(zip(new, map(self._with_bos, self._raw(new, True)), strict=True))
+        encoded = [kept[text] for text in texts]
+        if len(kept) > _BATCH:
+            kept.clear()
+        return encoded
+
+    @cached_property
+    def _kept(self) -> dict[str, Encoded]:
+        """What was tokenised last: of one block, tables of few rows and of more are made behind
+        each other."""
+        return {}
 
     def _raw(self, texts: Sequence[str], add_special: bool = False) -> list[Encoded]:
         out: list[Encoded] = []

@@ -26,7 +26,6 @@ from mechdsl.resolve.metric_atoms import MeasureContext, known_run
 from mechdsl.resolve.open_axes import open_axes, open_positions
 from mechdsl.resolve.picks import Onward
 from mechdsl.resolve.possible_axes import position_axes, possible_axes
-from mechdsl.resolve.random_targets import resolve_control
 from mechdsl.resolve.relative_depth import relative
 from mechdsl.resolve.resolved import (
     Axis,
@@ -155,6 +154,10 @@ def outline(
             )
         )
         return known, diagnostics
+    if experiment.against is None:
+        return replace(known, resolved=resolved), diagnostics
+    from mechdsl.resolve.random_targets import resolve_control
+
     control, problems = resolve_control(resolved, apart, limits.CELLS, draws_enough)
     diagnostics.extend(problems)
     if problems:

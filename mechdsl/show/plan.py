@@ -12,6 +12,7 @@ from mechdsl.plan.passes import PASSES
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, ExperimentPlan, Plan
 from mechdsl.plan.savings import PlanCost, plan_cost
 from mechdsl.show.graph import to_text
+from mechdsl.show.power import Measured, print_power
 
 
 def print_plan(
@@ -19,8 +20,10 @@ def print_plan(
     console: Console,
     pass_tokens: int = PASS_TOKENS,
     prompt_tokens: int = PROMPT_TOKENS,
+    measured: Measured | None = None,
 ) -> None:
-    """The graph, the work per experiment, and what each pass saves."""
+    """The graph, the work per experiment, what effects its rows can show, and what each pass
+    saves. measured: what base and source runs gave, if they were run."""
     console.print("intervention graph", style="bold")
     console.print(to_text(plan.graph), highlight=False, markup=False, end="", soft_wrap=True)
     for rewrite in plan.rewrites:
@@ -28,6 +31,7 @@ def print_plan(
         console.print(f"pass {rewrite.name}: {did}", highlight=False)
     console.print()
     _experiments(plan, console)
+    print_power(plan, console, measured)
     console.print()
     cost = plan_cost(plan, pass_tokens, prompt_tokens)
     _savings(cost, console)

@@ -15,7 +15,6 @@ from mechdsl.base import limits
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain, has_errors
 from mechdsl.diagnostics.e02_python import PythonNotAllowed
 from mechdsl.diagnostics.w07_models import ModelNotHere
-from mechdsl.models.adapter_folder import other_base, other_task, read_scaling
 from mechdsl.models.locate import locate, needed
 from mechdsl.models.shape import ModelShape, read_shape
 from mechdsl.models.stand_in_shape import stand_in_shape
@@ -156,6 +155,8 @@ class Contexts:
         folder = self._folder(model)
         if folder is None:
             return None, None
+        from mechdsl.models.adapter_folder import other_base, other_task, read_scaling
+
         scaling, found = read_scaling(folder, model)
         if scaling is not None:
             found += other_base(folder, model, base.spec)

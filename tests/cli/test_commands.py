@@ -13,6 +13,7 @@ import pytest
 
 import mechdsl
 from mechdsl.cli import app
+from mechdsl.cli.entry import COMMANDS
 from mechdsl.diagnostics.pages import codes
 
 from .conftest import HEADS, Command, process
@@ -42,18 +43,57 @@ def test_help(name: str, command: Command) -> None:
     assert re.search(r"^  [A-Z].*\.$", rest, re.M), "no sentence says what it does"
 
 
-def test_validate_stays_without_torch(tmp_path: Path) -> None:
+def imported_by(*arguments: str) -> set[str]:
+    """The modules that a command has imported when it ends."""
     program = (
-        "import sys\nfrom mechdsl import cli\n"
-        f"sys.argv = ['mechdsl', 'validate', {str(EXAMPLES)!r}]\n"
+        "import json, sys\nfrom mechdsl import cli\n"
+        f"sys.argv = ['mechdsl', *{list(arguments)!r}]\n"
         "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
-        "heavy = {'torch', 'transformers', 'altair', 'pandas', 'scipy', 'networkx', 'numpy'}\n"
-        "heavy &= set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "print(json.dumps(sorted(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert "no errors" in done.stdout
+    *_, modules = done.stdout.splitlines()
+    return set(json.loads(modules))
+
+
+HEAVY = {"torch", "transformers", "altair", "pandas", "scipy", "networkx", "numpy"}
+ON_ERROR = {f"mechdsl.diagnostics.{name}" for name in ("pages", "raised", "render")}
+
+
+def test_validate_stays_without_torch() -> None:
+    found = imported_by("validate", str(EXAMPLES))
+    assert not found & HEAVY
+
+
+def test_validate_imports_what_a_plain_file_needs() -> None:
+    found = imported_by("validate", str(EXAMPLES / "counting.mech"))
+    others = {f"mechdsl.cli.{name}" for name in (*app.commands, "completion")} - {
+        "mechdsl.cli.validate"
+    }
+    for_few = {
+        "mechdsl.api",
+        "mechdsl.models.adapter_folder",
+        "mechdsl.prompts.noise",
+        "mechdsl.resolve.random_targets",
+        "click.shell_completion",
+    }
+    assert not found & (HEAVY | ON_ERROR | others | for_few)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ()])
+def test_the_list_of_commands_imports_none(arguments: tuple[str, ...]) -> None:
+    found = imported_by(*arguments)
+    allowed = {"entry", "interruption", "status", "streams"}
+    ours = {name for name in found if name.startswith("mechdsl.")}
+    assert ours <= {"mechdsl.cli", "mechdsl.base", "mechdsl.base.visible"} | {
+        f"mechdsl.cli.{name}" for name in allowed
+    }
+
+
+@pytest.mark.parametrize("name", sorted(app.commands))
+def test_the_list_says_what_help_does(name: str) -> None:
+    assert COMMANDS[name] == app.commands[name].get_short_help_str(limit=200)
 
 
 def test_validate_walks_folders(command: Command, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mechdsl.models.config_keys import ALIKE
 from mechdsl.models.library_defaults import PARTS, TABLE, with_defaults
-from mechdsl.models.shape import ALIKE, ModelShape, shape_from_config
+from mechdsl.models.shape import ModelShape, shape_from_config
 
 Shapes = tuple[ModelShape | None, ...]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from mechdsl.models.config_keys import ALIKE
 from mechdsl.models.library_defaults import read_table, with_defaults
-from mechdsl.models.shape import ALIKE, ModelShape, shape_of
+from mechdsl.models.shape import ModelShape, shape_of
 
 from . import library_defaults
 

@@ -1,0 +1,99 @@
+"""What effect so many rows can show, before anything is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import ceil, sqrt
+
+import numpy as np
+
+from mechdsl.base.arrays import Floats
+from mechdsl.program import spec
+from mechdsl.validate.reachable_p import EXACT_UP_TO
+
+POWER = 0.8
+"""How often an effect of the stated size is found."""
+_DRAWN = 2000
+"""Experiments that are simulated where sign flips are few: the power is known to 0.9 %."""
+_STEPS = 9
+"""Of a search between 0 and 4, down to less than 0.01."""
+_FEW_PATTERNS = 100
+"""Of more patterns of signs below the level, sign flips find as much as Student's t."""
+
+
+@dataclass(frozen=True)
+class Detectable:
+    """The smallest effect that one test among many finds in 80 % of experiments."""
+
+    units: int
+    tests: int
+    level: float
+    """What the p of one effect alone has to be below: the level over the number of tests, unless
+    nothing is corrected."""
+    effect: float | None
+    """Mean of the per-unit deltas, in their standard deviations; None where no effect, however
+    large, is found."""
+    smallest: float
+    """The smallest p that can be reached."""
+
+
+def detectable(units: int, tests: int, settings: spec.Statistics) -> Detectable:
+    """The smallest effect that can be shown by normal deltas of `units` rows or groups.
+
+    The effect d solves P(|T| > t) = 0.8, T noncentral t with n - 1 degrees of freedom and
+    noncentrality d √n, t the quantile of Student's t at the level (source: Cohen 1988, Statistical
+    Power Analysis, ch. 2; the far tail, below 1e-4 there, is left out). Where all patterns of signs
+    are enumerated and few lie below the level, sign flips find less than t, and d is found by
+    simulating them, to 2 %.
+
+    The level is that of one effect alone. Holm's correction then takes all tests; that by the
+    maximum takes less where cells are correlated, and Benjamini and Hochberg's less where other
+    effects are there too, so d is an upper bound for them.
+    """
+    level = 1 - settings.confidence / 100
+    if settings.correction != "none":
+        level /= max(1, tests)
+    flips = settings.test == "flips"
+    smallest = 2.0 ** (1 - units) if flips else 0.0
+    if units < 2 or (flips and smallest >= level):
+        return Detectable(units, tests, level, None, smallest)
+    effect = by_t(units, level)
+    if flips and units <= EXACT_UP_TO:
+        patterns = ceil(level / smallest) - 1  # p is below the level, not at it
+        if patterns <= _FEW_PATTERNS:
+            effect = by_flips(units, patterns)
+    return Detectable(units, tests, level, effect, smallest)
+
+
+def by_t(units: int, level: float) -> float:
+    """The standardised mean that a two-sided t test finds in 80 % of experiments."""
+    from scipy.special import nctdtrinc, stdtrit  # not at the top: slow to import
+
+    t = stdtrit(units - 1, 1 - level / 2)
+    return float(nctdtrinc(units - 1, 1 - POWER, t)) / sqrt(units)
+
+
+@cache
+def by_flips(units: int, patterns: int) -> float:
+    """The same of a two-sided sign-flip test, whose p is small enough where at most `patterns` of
+    the 2^(units - 1) patterns of signs (up to a sign for all) have as large a sum as the one seen.
+    """
+    noise = np.random.default_rng([3, units]).standard_normal((_DRAWN, units))
+    codes = np.arange(2 ** (units - 1))
+    signs = 1.0 - 2.0 * ((codes[:, None] >> np.arange(units)) & 1)
+    low, high = 0.0, 4.0  # where all signs are equal in nearly all experiments
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        if _power(signs, noise + middle, patterns) < POWER:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _power(signs: Floats, deltas: Floats, patterns: int) -> float:
+    """In how many rows of deltas [experiment, unit] at most `patterns` sums are as large."""
+    seen = np.abs(deltas.sum(1)) * (1 - 1e-9)
+    reached = np.count_nonzero(np.abs(signs @ deltas.T) >= seen, axis=0)
+    return float((reached <= patterns).mean())
