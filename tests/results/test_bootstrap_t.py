@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ RESAMPLES = 4000
 
 
 def one(
-    data: MeasureData, settings: spec.Statistics | None = None, **values: object
+    data: MeasureData, settings: spec.Statistics | None = None, **values: Any
 ) -> CellStatistics:
     settings = settings or statistics(resamples=RESAMPLES)
     return cell_statistics([data], settings, 0, effects=EFFECTS, **values)[0]
@@ -149,7 +150,9 @@ def test_groups_and_rows_that_look_the_same(runs: tuple[np.ndarray, ...]) -> Non
         [0] * 5 + [1] * 1 + [2] * 4 + [3] * 2 + [4] * 2 + [5] * 3 + [6, 7, 7, 8, 9, 9, 9]
     )
     top, bottom = patched[1] - base[0], (source - base)[0]
-    units = [(float(top[groups == g].sum()), float(bottom[groups == g].sum())) for g in range(10)]
+    units: list[Unit] = [
+        (float(top[groups == g].sum()), float(bottom[groups == g].sum())) for g in range(10)
+    ]
     by_group = one(measure(patched, base, source), groups=groups)
     same(by_group, 1, by_hand(units))
     assert (by_group.n.tolist(), by_group.units.tolist()) == ([24, 24], [10, 10])

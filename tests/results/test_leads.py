@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def cells_of(
     source: np.ndarray | None = None,
     name: str = "where",
     keys: list[int] | None = None,
-    **values: object,
+    **values: Any,
 ) -> ExperimentResult:
     count, prompts = patched.shape
     base = np.zeros(prompts) if base is None else base
@@ -168,8 +169,9 @@ def read(
     return found.point, found.low, found.high
 
 
-def difference(how: str = "mean") -> Arithmetic:
-    mine, theirs = OfCells(how=how, measure=0), OfCells(how=how, measure=0, experiment="other")
+def difference() -> Arithmetic:
+    mine = OfCells(how="mean", measure=0)
+    theirs = OfCells(how="mean", measure=0, experiment="other")
     return Arithmetic(operator="-", left=mine, right=theirs)
 
 
@@ -267,6 +269,7 @@ def test_a_correlations_interval_holds_its_value() -> None:
             assert found.value == pytest.approx(expected)
             assert found.low is not None
             assert found.high is not None
+            assert isinstance(found.value, float)
             assert -1 <= found.low <= found.value <= found.high <= 1
             assert found.high - found.low > 0.3
 
