@@ -93,11 +93,14 @@ class _Tests:
         self.effects = effects
         self.tests = tests
         self.level = 1 - sampling.settings.confidence / 100
+        one_level = sampling.settings.correction in ("max", "none")
+        self.smallest = 1 if one_level else tests
+        """Of how many tests the smallest p has to survive the correction."""
 
     @property
     def resamples(self) -> int:
         """Enough that a p of the bootstrap can be small enough."""
-        wanted = min(MOST_RESAMPLES, 2 * flips_for(self.tests, self.level))
+        wanted = min(MOST_RESAMPLES, 2 * flips_for(self.smallest, self.level))
         return max(self.sampling.settings.resamples, wanted)
 
     def of(self, number: int) -> tuple[Floats, Bools]:
@@ -114,7 +117,10 @@ class _Tests:
             for block in blocks(len(own), units.count):
                 some = own[block]
                 found = sign_flip(
-                    self._sums(number, some, units).top, self.tests, self.sampling.seed, self.level
+                    self._sums(number, some, units).top,
+                    self.smallest,
+                    self.sampling.seed,
+                    self.level,
                 )
                 p[some], floor[some] = found.p, found.floor
         return p, floor
@@ -175,7 +181,7 @@ class _Tests:
                 f"two-sided, by inversion of the bootstrap-t interval over {unit}s, "
                 f"{self.resamples:,} resamples"
             )
-        words = flips_in_words(most.count, self.tests, self.tests, unit, self.level)
+        words = flips_in_words(most.count, self.smallest, unit, self.level)
         return (
             f"{words}; assumes that they are as often above 0 as below by as much, if nothing acts"
         )

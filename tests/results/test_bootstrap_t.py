@@ -355,6 +355,12 @@ def test_max_corrects_less_than_holm_and_no_less_than_nothing(test: str) -> None
     assert (p["max"] >= found["max"].p).all()
     assert p["max"].max() < p["holm"].min()
     assert p["none"].tolist() == found["none"].p.tolist()
+    for name, flips in (("max", 10_000), ("holm", 25_600), ("none", 10_000)):
+        many = one(measure(np.ones((320, 24)), np.zeros(24)), statistics(correction=name))
+        assert many.p[0] == pytest.approx(1 / (flips + 1))
+        assert f"{flips:,} random flips" in (many.test or "")
+        assert many.p_corrected[0] < 0.05
+        assert many.floor.all()
     nothing = one(measure(np.zeros((2, 9)), np.zeros(9)), statistics(correction="max", test=test))
     assert nothing.p_corrected.tolist() == [1.0, 1.0]
     raw = one(measure(deltas, np.zeros(24), effect="raw"), statistics(correction="max", test=test))
