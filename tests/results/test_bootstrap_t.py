@@ -183,7 +183,7 @@ def test_strata(runs: tuple[np.ndarray, ...]) -> None:
     # of so few the strata say too little; under groups they aren't drawn
     few = np.array([0, 1, 2, 3, 4, 5, 6, 7] * 3)
     assert one(measure(moved, base), strata=few).low.tolist() == plain.low.tolist()
-    groups = np.arange(24) // 2
+    groups = np.arange(24) % 12  # each in one stratum
     by_group = one(measure(moved, base), groups=groups)
     assert one(measure(moved, base), groups=groups, strata=strata).low[0] == by_group.low[0]
 

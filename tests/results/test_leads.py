@@ -307,6 +307,26 @@ def test_blocks_change_no_verdict(clear: ExperimentResult, monkeypatch: pytest.M
             assert [found.low, found.high] == pytest.approx([before.low, before.high])
 
 
+def test_a_permutation_of_rows_changes_no_bit_of_an_expectation() -> None:
+    random = np.random.default_rng(6)
+    patched, base = random.normal(1, 1, (3, 60)), random.normal(0, 1, (1, 60))
+    keys, topics = random.permutation(5000)[:60], random.integers(0, 9, 60)
+    order = random.permutation(60)
+
+    def bounds(rows: np.ndarray) -> list[object]:
+        plain = cells_of(patched[:, rows], base=base[:, rows], keys=keys[rows].tolist())
+        made = finished(
+            replace(plain, row_values={"topic": topics[rows].tolist()}),
+            "mean(delta) > 0",
+            "max(delta) > 0",
+            "delta(L0H0) > delta(L0H1)",
+            by="topic",
+        )
+        return [(each.low, each.high) for each in made.outcomes]
+
+    assert bounds(order) == bounds(np.arange(60))
+
+
 def test_constants_alone(clear: ExperimentResult) -> None:
     value = Arithmetic(operator="*", left=Constant(value=2.0), right=Constant(value=3.0))
     assert read(clear, value) == (6.0, 6.0, 6.0)
