@@ -316,6 +316,7 @@ def test_a_cell_without_a_bound_leaves_those_of_others() -> None:
 def test_the_largest_pivot_is_that_of_a_loop() -> None:
     random = np.random.default_rng(8)
     tops = random.normal([[0.9], [0.5], [0.0], [0.45]], 1, (4, 16))
+    tops[3] = tops[0][::-1] - 0.02  # nearly as large: without the first it would be surer than it
     draws = Draws(16, 2000, 3)
     found = largest_pivot(made(tops), draws)
     weights = np.concatenate(list(draws.weights())).astype(int)
@@ -366,6 +367,16 @@ def test_max_corrects_less_than_holm_and_no_less_than_nothing(test: str) -> None
     raw = one(measure(deltas, np.zeros(24), effect="raw"), statistics(correction="max", test=test))
     assert np.isnan(raw.p_corrected).all()
     assert raw.tests == 0
+
+
+def test_max_is_never_below_p_of_other_units() -> None:
+    """One cell's pairs cancel out by rows; the other cell can't tell the rows of a pair apart."""
+    deltas = np.tile([6.0, -4.0], 12) + np.zeros((2, 1))
+    seen = np.stack([np.arange(24), np.arange(24) // 2])
+    found = one(measure(deltas, np.zeros(24), seen=seen), statistics(correction="max"))
+    assert found.p[1] == pytest.approx(2.0**-11)
+    assert found.p[0] > 0.2
+    assert found.p_corrected[0] == found.p[0]
 
 
 def test_the_error_of_a_stratum_is_about_its_own_mean() -> None:

@@ -15,6 +15,7 @@ from mechdsl.results.estimates import auroc, pearson, spearman
 from mechdsl.results.expectation_values import Cells, Chosen, Reader, Space
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.lead import ahead_of_each, ahead_of_some, surely_smaller
+from mechdsl.statistics.units import Draws
 from mechdsl.validate.conditions import Arithmetic, Constant, OfCells
 
 from .synthetic import expectation, finished, heads, measure
@@ -208,6 +209,36 @@ def test_a_quotient_over_what_may_be_zero_is_none(clear: ExperimentResult) -> No
     assert good.holds
     rows = clear.measures[0].patched
     assert good.value == pytest.approx(rows[0].mean() / rows[2].mean())
+
+
+def test_a_quotient_is_the_ratio_of_a_table() -> None:
+    random = np.random.default_rng(2)
+    top, bottom = random.normal(2, 1, 20), random.exponential(1, 20) + 1
+    ratio = cells_of(top[None], base=np.zeros(20), source=bottom).statistics[0]
+    found = verdict("delta(L0H0) / delta(L0H1) > 0", cells_of(np.stack([top, bottom])))
+    ends = [ratio.mean[0], ratio.low[0], ratio.high[0]]
+    assert [found.value, found.low, found.high] == pytest.approx(ends)
+
+
+def test_the_error_of_a_product_by_hand() -> None:
+    random = np.random.default_rng(2)
+    one, two = random.normal(2, 1, 20), random.exponential(1, 20) + 1
+    result = cells_of(np.stack([one, two]))
+    found = verdict("delta(L0H0) * delta(L0H1) > 0", result)
+
+    def of(rows: np.ndarray) -> tuple[float, float]:
+        a, b = one[rows], two[rows]
+        moves = (a - a.mean()) * b.mean() + (b - b.mean()) * a.mean()
+        return a.mean() * b.mean(), moves.std(ddof=1) / 20**0.5
+
+    value, error = of(np.arange(20))
+    weights = np.concatenate(list(Draws(20, 1000, 0).weights())).astype(int)
+    drawn = [of(np.repeat(np.arange(20), each)) for each in weights]
+    pivots = [(moved - value) / own for moved, own in drawn]
+    lower, upper = np.percentile(pivots, [2.5, 97.5])
+    t = stats.t.ppf(0.975, 19)
+    ends = [value - error * max(upper, t), value - error * min(lower, -t)]
+    assert [found.low, found.high] == pytest.approx(ends)
 
 
 def interval(rows: np.ndarray, confidence: float) -> tuple[float, float]:
