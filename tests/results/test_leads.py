@@ -14,7 +14,7 @@ from mechdsl.results.decide_expectations import evaluate
 from mechdsl.results.estimates import auroc, pearson, spearman
 from mechdsl.results.expectation_values import Cells, Chosen, Reader, Space
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
-from mechdsl.results.lead import ahead_of_each, ahead_of_some, surely_smaller
+from mechdsl.results.lead import ahead_of_each, ahead_of_some, differences, surely_smaller
 from mechdsl.statistics.units import Draws
 from mechdsl.validate.conditions import Arithmetic, Constant, OfCells
 
@@ -141,7 +141,9 @@ def test_differences_of_ratios_and_of_other_rows() -> None:
     moves[12:] -= (patched[1] - two * source[1])[12:] / source[1, 12:].mean() * 40 / 28
     error = np.sqrt((moves**2).sum() * 28 / 27) / 40
     assert near.high - near.low == pytest.approx(2 * 2.05 * error, rel=0.12)
-    assert not cells_of(np.repeat(patched[:1], 2, 0)).outcomes
+    pair = differences(space, of, np.array([0]), np.array([1]), 1.0, -1.0)
+    assert pair.held.tolist() == [28]
+    assert pair.value == pytest.approx([one - two])
 
 
 def test_the_winner_of_several_that_are_meant_is_told_at_a_smaller_level() -> None:
@@ -160,6 +162,19 @@ def test_the_winner_of_several_that_are_meant_is_told_at_a_smaller_level() -> No
         value = (rows[2] - rows[0]).mean()
         assert each.reason == f"ahead of L0H0.z: {value:.3g} [{low:.3g}, {high:.3g}]"
     assert one.reason != several.reason
+
+
+def test_one_of_many_that_is_ahead_was_picked_among_them() -> None:
+    """Alone it is ahead of the cell that is meant; as the best of fifteen it needn't be."""
+    noise = np.random.default_rng(3).normal(0, 1, (16, 40))
+    rows = (noise - noise.mean(1, keepdims=True)) / noise.std(1, keepdims=True)
+    rows[0] *= 0.01
+    rows[9] += 0.4
+    alone = verdict("argmax(delta) != L0H0", cells_of(rows[[0, 9]]))
+    assert (alone.holds, alone.value) == (True, "L0H1.z")
+    among = verdict("argmax(delta) != L0H0", cells_of(rows))
+    assert (among.holds, among.value) == (False, "L0H9.z")
+    assert "can't be told from L0H0.z" in (among.reason or "")
 
 
 def read(
