@@ -17,9 +17,9 @@ from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.finish import with_statistics
 from mechdsl.statistics import measure_data
 from mechdsl.statistics.cell_statistics import cell_statistics
+from mechdsl.statistics.corrections import CORRECTIONS
 from mechdsl.statistics.measure_data import CellStatistics, MeasureData, NullBand
 from mechdsl.statistics.null_bands import null_bands
-from mechdsl.statistics.corrections import CORRECTIONS
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
 from mechdsl.vocab.effects import EFFECTS

@@ -16,9 +16,8 @@ from mechdsl.statistics.measure_data import CellStatistics, MeasureData
 from mechdsl.statistics.sampling import Sampling, partitions
 from mechdsl.statistics.sign_flips import flips_for, flips_in_words, largest_flip, sign_flip
 from mechdsl.statistics.units import Draws, Units, blocks, units_of
+from mechdsl.validate.reachable_p import MOST_RESAMPLES
 from mechdsl.vocab.effect_kind import EffectKind
-
-MOST_RESAMPLES = 100_000
 
 
 def cell_p(
@@ -93,11 +92,14 @@ class _Tests:
         self.effects = effects
         self.tests = tests
         self.level = 1 - sampling.settings.confidence / 100
+        one_level = sampling.settings.correction in ("max", "none")
+        self.smallest = 1 if one_level else tests
+        """Of how many tests the smallest p has to survive the correction."""
 
     @property
     def resamples(self) -> int:
         """Enough that a p of the bootstrap can be small enough."""
-        wanted = min(MOST_RESAMPLES, 2 * flips_for(self.tests, self.level))
+        wanted = min(MOST_RESAMPLES, 2 * flips_for(self.smallest, self.level))
         return max(self.sampling.settings.resamples, wanted)
 
     def of(self, number: int) -> tuple[Floats, Bools]:
@@ -114,7 +116,10 @@ class _Tests:
             for block in blocks(len(own), units.count):
                 some = own[block]
                 found = sign_flip(
-                    self._sums(number, some, units).top, self.tests, self.sampling.seed, self.level
+                    self._sums(number, some, units).top,
+                    self.smallest,
+                    self.sampling.seed,
+                    self.level,
                 )
                 p[some], floor[some] = found.p, found.floor
         return p, floor
@@ -175,8 +180,11 @@ class _Tests:
                 f"two-sided, by inversion of the bootstrap-t interval over {unit}s, "
                 f"{self.resamples:,} resamples"
             )
-        words = flips_in_words(most.count, self.tests, self.tests, unit, self.level)
-        return f"{words}; assumes that without an effect they lie evenly about 0"
+        words = flips_in_words(most.count, self.smallest, unit, self.level)
+        return (
+            f"{words}; assumes that without an effect they lie evenly about 0 (`stats test "
+            "bootstrap` doesn't)"
+        )
 
 
 def largest_pivot(sums: Sums, draws: Draws) -> Floats:

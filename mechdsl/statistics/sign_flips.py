@@ -208,12 +208,12 @@ def largest_flip(deltas: Floats, flips: int, seed: int) -> Floats:
     return np.where(size > 0, found, 1.0)
 
 
-def flips_in_words(units: int, tests: int, cells: int, unit: str, level: float) -> str:
+def flips_in_words(units: int, tests: int, unit: str, level: float) -> str:
     """How `sign_flip` works out p for so many cells."""
     name = f"two-sided sign-flip test on the deltas per {unit}"
     if units <= EXACT_UP_TO:
         return f"{name}, all flips"
     flips = flips_for(tests, level)
-    if by_saddlepoint(cells, units, flips):
+    if by_saddlepoint(tests, units, flips):
         return f"{name}, saddlepoint approximation ({tests:,} cells would need {flips:,} flips)"
     return f"{name}, {flips:,} random flips (all of them for up to {EXACT_UP_TO} of them)"

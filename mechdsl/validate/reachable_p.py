@@ -25,9 +25,15 @@ CORRECTION_NAMES: Mapping[str, str] = {
 """How `stats correct WORD` is called."""
 
 
-def smallest_p(units: int) -> float:
-    """The least p of the sign-flip test; of more units as small a one as is needed (random flips
-    are as many as that takes)."""
+MOST_RESAMPLES = 100_000
+"""Resamples of `stats test bootstrap`, unless the file asks for more."""
+
+
+def smallest_p(units: int, settings: spec.Statistics) -> float:
+    """The least p of the test; of sign flips of many units as small a one as is needed, as random
+    flips are as many as that takes."""
+    if settings.test == "bootstrap":
+        return 2 / (max(MOST_RESAMPLES, settings.resamples) + 1)
     return 2.0 ** (1 - units) if units <= EXACT_UP_TO else 0.0
 
 
@@ -36,13 +42,11 @@ def out_of_reach(units: Sequence[int], settings: spec.Statistics) -> list[int]:
 
     units: of every cell that is tested, prompts or groups.
     """
-    if settings.test != "flips":
-        return []
-    least = sorted((smallest_p(each) for each in units), reverse=True)
+    least = sorted((smallest_p(each, settings) for each in units), reverse=True)
     level = 1 - settings.confidence / 100
     found: list[int] = []
     for place, each in enumerate(units):
-        own = smallest_p(each)
+        own = smallest_p(each, settings)
         # Holm multiplies by the cells that are left when all with a smaller p have been rejected;
         # the others may leave it as it is
         left = bisect_right(least, -own, key=neg) if settings.correction == "holm" else 1
@@ -96,7 +100,7 @@ def check_cells(
     about = f"with {have} no cell can survive the correction"
     if len(lost) < len(units):
         about = f"{len(lost)} of {len(units)} cells have {have}, and can't survive the correction"
-    smallest = smallest_p(few[-1])
+    smallest = smallest_p(few[-1], settings)
     corrected = smallest * (len(units) if settings.correction == "holm" else 1)
     return [
         TooFewPrompts(

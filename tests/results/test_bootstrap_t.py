@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ RESAMPLES = 4000
 
 
 def one(
-    data: MeasureData, settings: spec.Statistics | None = None, **values: object
+    data: MeasureData, settings: spec.Statistics | None = None, **values: Any
 ) -> CellStatistics:
     settings = settings or statistics(resamples=RESAMPLES)
     return cell_statistics([data], settings, 0, effects=EFFECTS, **values)[0]
@@ -149,7 +150,9 @@ def test_groups_and_rows_that_look_the_same(runs: tuple[np.ndarray, ...]) -> Non
         [0] * 5 + [1] * 1 + [2] * 4 + [3] * 2 + [4] * 2 + [5] * 3 + [6, 7, 7, 8, 9, 9, 9]
     )
     top, bottom = patched[1] - base[0], (source - base)[0]
-    units = [(float(top[groups == g].sum()), float(bottom[groups == g].sum())) for g in range(10)]
+    units: list[Unit] = [
+        (float(top[groups == g].sum()), float(bottom[groups == g].sum())) for g in range(10)
+    ]
     by_group = one(measure(patched, base, source), groups=groups)
     same(by_group, 1, by_hand(units))
     assert (by_group.n.tolist(), by_group.units.tolist()) == ([24, 24], [10, 10])
@@ -180,7 +183,7 @@ def test_strata(runs: tuple[np.ndarray, ...]) -> None:
     # of so few the strata say too little; under groups they aren't drawn
     few = np.array([0, 1, 2, 3, 4, 5, 6, 7] * 3)
     assert one(measure(moved, base), strata=few).low.tolist() == plain.low.tolist()
-    groups = np.arange(24) // 2
+    groups = np.arange(24) % 12  # each in one stratum
     by_group = one(measure(moved, base), groups=groups)
     assert one(measure(moved, base), groups=groups, strata=strata).low[0] == by_group.low[0]
 
@@ -313,6 +316,7 @@ def test_a_cell_without_a_bound_leaves_those_of_others() -> None:
 def test_the_largest_pivot_is_that_of_a_loop() -> None:
     random = np.random.default_rng(8)
     tops = random.normal([[0.9], [0.5], [0.0], [0.45]], 1, (4, 16))
+    tops[3] = tops[0][::-1] - 0.02  # nearly as large: without the first it would be surer than it
     draws = Draws(16, 2000, 3)
     found = largest_pivot(made(tops), draws)
     weights = np.concatenate(list(draws.weights())).astype(int)
@@ -352,11 +356,27 @@ def test_max_corrects_less_than_holm_and_no_less_than_nothing(test: str) -> None
     assert (p["max"] >= found["max"].p).all()
     assert p["max"].max() < p["holm"].min()
     assert p["none"].tolist() == found["none"].p.tolist()
+    for name, flips in (("max", 10_000), ("holm", 25_600), ("none", 10_000)):
+        many = one(measure(np.ones((320, 24)), np.zeros(24)), statistics(correction=name))
+        assert many.p[0] == pytest.approx(1 / (flips + 1))
+        assert f"{flips:,} random flips" in (many.test or "")
+        assert many.p_corrected[0] < 0.05
+        assert many.floor.all()
     nothing = one(measure(np.zeros((2, 9)), np.zeros(9)), statistics(correction="max", test=test))
     assert nothing.p_corrected.tolist() == [1.0, 1.0]
     raw = one(measure(deltas, np.zeros(24), effect="raw"), statistics(correction="max", test=test))
     assert np.isnan(raw.p_corrected).all()
     assert raw.tests == 0
+
+
+def test_max_is_never_below_p_of_other_units() -> None:
+    """One cell's pairs cancel out by rows; the other cell can't tell the rows of a pair apart."""
+    deltas = np.tile([6.0, -4.0], 12) + np.zeros((2, 1))
+    seen = np.stack([np.arange(24), np.arange(24) // 2])
+    found = one(measure(deltas, np.zeros(24), seen=seen), statistics(correction="max"))
+    assert found.p[1] == pytest.approx(2.0**-11)
+    assert found.p[0] > 0.2
+    assert found.p_corrected[0] == found.p[0]
 
 
 def test_the_error_of_a_stratum_is_about_its_own_mean() -> None:

@@ -177,7 +177,7 @@ def test_the_largest_cell_is_bounded_by_what_holds_for_all(result: ExperimentRes
     top, bottom = data.patched - data.base, (data.source - data.base)[0]
     live = [cell for cell in range(12) if not data.inert[cell]]
     alone = [
-        pivots_by_hand(top, bottom, np.eye(12)[cell], 5, 3000) for cell in live
+        pivots_by_hand(top[[cell]], bottom, np.ones(1), 5, 2000) for cell in live
     ]  # the same rows are drawn for every cell
     values, errors = (np.array([each[i] for each in alone]) for i in (0, 1))
     pivots = np.stack([each[2] for each in alone])
@@ -188,7 +188,7 @@ def test_the_largest_cell_is_bounded_by_what_holds_for_all(result: ExperimentRes
         ("min(recovery) < 0", table.low.min(), (values - lower * errors).min()),
     ):
         found = verdict(line, result)
-        assert [found.low, found.high] == pytest.approx([low, high], abs=0.003), line
+        assert [found.low, found.high] == pytest.approx([low, high], abs=0.006), line
         assert found.holds
     assert upper > 2.4 > 2.0
 

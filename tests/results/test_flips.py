@@ -99,15 +99,15 @@ def test_too_many_cells_take_the_saddlepoint_approximation() -> None:
     assert not sign_flip(deltas, 4000, 0).floor.any()
     z = np.abs(deltas.sum(1)) / np.sqrt((deltas**2).sum(1))
     assert saddlepoint(deltas) == pytest.approx(2 * stats.norm.sf(z), abs=0.01)
-    words = flips_in_words(30, 4000, 4000, "prompt", 0.05)
+    words = flips_in_words(30, 4000, "prompt", 0.05)
     assert words == (
         "two-sided sign-flip test on the deltas per prompt, saddlepoint approximation "
         "(4,000 cells would need 320,000 flips)"
     )
-    assert flips_in_words(30, 1000, 1000, "prompt", 0.05).startswith(
+    assert flips_in_words(30, 1000, "prompt", 0.05).startswith(
         "two-sided sign-flip test on the deltas per prompt, 80,000 random flips"
     )
-    assert flips_in_words(14, 4000, 4000, "prompt", 0.05).endswith("all flips")
+    assert flips_in_words(14, 4000, "prompt", 0.05).endswith("all flips")
 
 
 @pytest.mark.parametrize("n", [18, 20])

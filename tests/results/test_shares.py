@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,12 +33,12 @@ def test_clopper_and_pearson_are_scipys(n: int, confidence: float) -> None:
         assert (low[0], high[0]) == pytest.approx(exact(right, n, confidence / 100))
 
 
-def of(patched: np.ndarray, base: np.ndarray, **values: object) -> MeasureData:
+def of(patched: np.ndarray, base: np.ndarray, **values: Any) -> MeasureData:
     given = {"effect": "raw", "metric": "correct", "label": "correct", "unit": "share", **values}
     return measure(patched, base, **given)
 
 
-def one(data: MeasureData, **values: object) -> CellStatistics:
+def one(data: MeasureData, **values: Any) -> CellStatistics:
     return cell_statistics([data], statistics(), 0, effects=EFFECTS, **values)[0]
 
 
@@ -100,7 +101,7 @@ def test_a_share_of_groups_counts_as_many_rows_as_their_spread_says() -> None:
     assert (sure.low[0], sure.high[0]) == pytest.approx(exact(12, 12))
     few = one(of(rows[None], np.zeros(120)), groups=groups // 3)
     assert np.isnan([few.low[0], few.high[0]]).all()
-    assert few.reasons[0].startswith("4 groups: no interval below 5")
+    assert "4 groups: no interval below 5" in (few.reasons[0] or "")
 
 
 def test_shares_of_groups_that_spread_less_than_rows_count_as_rows() -> None:
@@ -117,7 +118,7 @@ def test_exact_shares_of_arrays() -> None:
     assert low[0] <= 0 <= high[0]
 
 
-def answered(rows: np.ndarray, *expects: str, **values: object) -> ExperimentResult:
+def answered(rows: np.ndarray, *expects: str, **values: Any) -> ExperimentResult:
     data = of(rows, np.zeros(rows.shape[1]), **values)
     cells = tuple(CellKey({"head": n}, f"L0H{n}.z") for n in range(len(rows)))
     made = replace(

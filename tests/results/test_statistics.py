@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -22,7 +24,7 @@ from .synthetic import SPAN, measure, statistics
 
 
 def one(
-    data: MeasureData, settings: spec.Statistics | None = None, seed: int = 0, **values: object
+    data: MeasureData, settings: spec.Statistics | None = None, seed: int = 0, **values: Any
 ) -> CellStatistics:
     found = cell_statistics([data], settings or statistics(), seed, effects=EFFECTS, **values)
     return found[0]

@@ -1,0 +1,378 @@
+"""Which cell leads, differences between experiments, and values that aren't smooth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mechdsl.resolve.cell_key import CellKey
+from mechdsl.results.decide_expectations import evaluate
+from mechdsl.results.estimates import auroc, pearson, spearman
+from mechdsl.results.expectation_values import Cells, Chosen, Reader, Space
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
+from mechdsl.results.lead import ahead_of_each, ahead_of_some, differences, surely_smaller
+from mechdsl.statistics.units import Draws
+from mechdsl.validate.conditions import Arithmetic, Constant, OfCells
+
+from .synthetic import expectation, finished, heads, measure
+
+
+def cells_of(
+    patched: np.ndarray,
+    *expects: str,
+    base: np.ndarray | None = None,
+    source: np.ndarray | None = None,
+    name: str = "where",
+    keys: list[int] | None = None,
+    **values: Any,
+) -> ExperimentResult:
+    count, prompts = patched.shape
+    base = np.zeros(prompts) if base is None else base
+    data = measure(patched, base, source, label="ld", **values)
+    made = replace(
+        heads(prompts=prompts),
+        name=name,
+        axes=("head",),
+        cells=tuple(CellKey({"head": head}, f"L0H{head}.z") for head in range(count)),
+        measures=(replace(data, effect="delta" if source is None else "recovery"),),
+        row_keys=None if keys is None else tuple(keys),
+        runs={},
+        accuracy={},
+    )
+    return finished(made, *expects)
+
+
+def verdict(line: str, result: ExperimentResult, **others: ExperimentResult) -> ExpectOutcome:
+    return evaluate(expectation(line), result, others)
+
+
+@pytest.fixture(name="clear", scope="module")
+def _clear() -> ExperimentResult:
+    """Of 30 rows: 2, −3, 1 and 0."""
+    random = np.random.default_rng(0)
+    return cells_of(random.normal([[2.0], [-3.0], [1.0], [0.0]], 0.5, (4, 30)))
+
+
+@pytest.fixture(name="ties", scope="module")
+def _ties() -> ExperimentResult:
+    """The same as another in every row, and much the same."""
+    random = np.random.default_rng(0)
+    rows = random.normal(1, 1, (1, 30))
+    return cells_of(np.concatenate([rows, rows, rows + random.normal(0, 0.5, (1, 30)), -rows]))
+
+
+@pytest.mark.parametrize(
+    ("line", "holds"),
+    [
+        ("argmax(delta) = L0H0", True),
+        ("argmin(delta) = L0H1", True),
+        ("argmax(delta) != L0H2", True),
+        ("argmax(delta) != L0H0", False),
+        ("not argmin(delta) = L0H3", True),
+        ("argmax(delta) = L0.z", True),
+        ("top 1 contains L0H1", True),
+        ("top 2 contains L0H0, L0H1", True),
+        ("top 2 contains L0H2", False),
+        ("top 4 contains L0H3", True),
+        ("argmax(delta, head: 2..3) = L0H2", True),
+    ],
+)
+def test_a_clear_order_is_told(clear: ExperimentResult, line: str, holds: bool) -> None:
+    assert verdict(line, clear).holds is holds
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "argmax(delta) = L0H0",
+        "argmax(delta) != L0H1",
+        "argmax(delta) = L0H2",
+        "argmax(delta) != L0H2",
+        "top 1 contains L0H2",
+        "top 1 contains L0H3",
+        "top 3 contains L0H3",
+    ],
+)
+def test_of_ties_none_leads(ties: ExperimentResult, line: str) -> None:
+    assert not verdict(line, ties).holds
+    if "!= L0H1" in line or "contains L0H2" in line:
+        assert verdict(f"{line} on mean", ties).holds
+
+
+def test_a_leader_is_told_from_each_by_their_difference(clear: ExperimentResult) -> None:
+    of = Chosen(clear, 0, np.arange(4))
+    space = Space(clear, [of])
+    found = ahead_of_each(space, of, 0, np.array([1, 2, 3]), 1.0, 95.0)
+    rows = clear.measures[0].patched
+    assert found.cell == 2
+    assert found.value == pytest.approx((rows[0] - rows[2]).mean())
+    low, _ = stats.t.interval(0.95, 29, found.value, stats.sem(rows[0] - rows[2]))
+    assert found.low == pytest.approx(low, abs=0.05)
+    assert found.low <= low + 1e-9
+    lowest = ahead_of_each(space, of, 1, np.array([0, 2, 3]), -1.0, 95.0)
+    assert (lowest.cell, lowest.value) == (3, pytest.approx((rows[3] - rows[1]).mean()))
+    wider = ahead_of_each(space, of, 0, np.array([1, 2, 3]), 1.0, 99.0)
+    assert wider.low < found.low
+    together = ahead_of_some(space, of, np.array([0, 1]), 2, 1.0, 95.0)
+    assert together.value == pytest.approx([(rows[i] - rows[2]).mean() for i in (0, 1)])
+    assert together.low_together[0] < found.low + 1e-9
+    assert surely_smaller(space, of, 1, 95.0).tolist() == [0, 2, 3]
+    assert surely_smaller(space, of, 0, 95.0).tolist() == [2, 3]
+
+
+def test_differences_of_ratios_and_of_other_rows() -> None:
+    """Linearised; of one cell less itself nothing is left."""
+    random = np.random.default_rng(1)
+    base, source = np.zeros((2, 40)), random.normal([[4.0], [8.0]], 0.5, (2, 40))
+    patched = random.normal([[2.0], [2.0]], 0.5, (2, 40))
+    patched[1, :12] = np.nan
+    found = cells_of(patched, base=base, source=source)
+    of = Chosen(found, 0, np.arange(2))
+    space = Space(found, [of])
+    near = ahead_of_each(space, of, 0, np.array([1]), 1.0, 95.0)
+    one, two = patched[0].mean() / source[0].mean(), patched[1, 12:].mean() / source[1, 12:].mean()
+    assert near.value == pytest.approx(one - two)
+    moves = np.zeros(40)
+    moves += (patched[0] - one * source[0]) / source[0].mean()
+    moves[12:] -= (patched[1] - two * source[1])[12:] / source[1, 12:].mean() * 40 / 28
+    error = np.sqrt((moves**2).sum() * 28 / 27) / 40
+    assert near.high - near.low == pytest.approx(2 * 2.05 * error, rel=0.12)
+    pair = differences(space, of, np.array([0]), np.array([1]), 1.0, -1.0)
+    assert pair.held.tolist() == [28]
+    assert pair.value == pytest.approx([one - two])
+
+
+def test_the_winner_of_several_that_are_meant_is_told_at_a_smaller_level() -> None:
+    """It was picked among them."""
+    random = np.random.default_rng(3)
+    rows = random.normal([[0.0], [-1], [2], [-2]], 1, (4, 40))
+    plain = cells_of(rows)
+    places = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    cells = tuple(CellKey({"layer": a, "head": b}, f"L{a}H{b}.z") for a, b in places)
+    found = finished(replace(plain, axes=("layer", "head"), cells=cells))
+    one, several = (verdict(f"argmax(delta) = {site}", found) for site in ("L1H0", "L1.z"))
+    assert one.holds
+    assert several.holds
+    for each, confidence in ((one, 95.0), (several, 97.5)):
+        low, high = interval(rows[2] - rows[0], confidence)
+        value = (rows[2] - rows[0]).mean()
+        assert each.reason == f"ahead of L0H0.z: {value:.3g} [{low:.3g}, {high:.3g}]"
+    assert one.reason != several.reason
+
+
+def test_one_of_many_that_is_ahead_was_picked_among_them() -> None:
+    """Alone it is ahead of the cell that is meant; as the best of fifteen it needn't be."""
+    noise = np.random.default_rng(3).normal(0, 1, (16, 40))
+    rows = (noise - noise.mean(1, keepdims=True)) / noise.std(1, keepdims=True)
+    rows[0] *= 0.01
+    rows[9] += 0.4
+    alone = verdict("argmax(delta) != L0H0", cells_of(rows[[0, 9]]))
+    assert (alone.holds, alone.value) == (True, "L0H1.z")
+    among = verdict("argmax(delta) != L0H0", cells_of(rows))
+    assert (among.holds, among.value) == (False, "L0H9.z")
+    assert "can't be told from L0H0.z" in (among.reason or "")
+
+
+def read(
+    result: ExperimentResult, value: object, **others: ExperimentResult
+) -> tuple[float, float, float]:
+    reader = Reader(Cells(result, others), [value])  # pyright: ignore[reportArgumentType]
+    found = reader.ended(reader.estimate(value, 95.0), 95.0)  # pyright: ignore[reportArgumentType]
+    return found.point, found.low, found.high
+
+
+def difference() -> Arithmetic:
+    mine = OfCells(how="mean", measure=0)
+    theirs = OfCells(how="mean", measure=0, experiment="other")
+    return Arithmetic(operator="-", left=mine, right=theirs)
+
+
+def test_two_experiments_on_the_same_rows_are_paired() -> None:
+    random = np.random.default_rng(4)
+    shared = random.normal(0, 5, (1, 30))
+    one, two = shared + 1, shared + random.normal(0, 0.2, (1, 30))
+    keys = random.permutation(1000)[:30].tolist()
+    order = random.permutation(30)
+    mine = cells_of(one, keys=keys)
+    other = cells_of(two[:, order], name="other", keys=[keys[i] for i in order])
+    point, low, high = read(mine, difference(), other=other)
+    own = cells_of(one - two, keys=keys).statistics[0]
+    assert (point, low, high) == pytest.approx((own.mean[0], own.low[0], own.high[0]))
+    assert high - low < 0.3
+    # other rows are drawn on their own
+    apart = cells_of(two, name="other", keys=[k + 2000 for k in keys])
+    point, low, high = read(mine, difference(), other=apart)
+    error = np.sqrt(stats.sem(one[0]) ** 2 + stats.sem(two[0]) ** 2)
+    assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 58) * error, rel=0.1)
+
+
+def test_a_value_less_itself_is_nothing(clear: ExperimentResult) -> None:
+    same = replace(clear, name="other")
+    found = read(clear, difference(), other=same)
+    assert found == pytest.approx((0, 0, 0), abs=1e-12)
+
+
+def test_a_quotient_over_what_may_be_zero_is_none(clear: ExperimentResult) -> None:
+    found = verdict("delta(L0H0) / delta(L0H3) > 0", clear)
+    assert (found.holds, found.value) == (False, None)
+    assert "it divides by what can't be told from 0" in (found.reason or "")
+    good = verdict("delta(L0H0) / delta(L0H2) > 1", clear)
+    assert good.holds
+    rows = clear.measures[0].patched
+    assert good.value == pytest.approx(rows[0].mean() / rows[2].mean())
+
+
+def test_a_quotient_is_the_ratio_of_a_table() -> None:
+    random = np.random.default_rng(2)
+    top, bottom = random.normal(2, 1, 20), random.exponential(1, 20) + 1
+    ratio = cells_of(top[None], base=np.zeros(20), source=bottom).statistics[0]
+    found = verdict("delta(L0H0) / delta(L0H1) > 0", cells_of(np.stack([top, bottom])))
+    ends = [ratio.mean[0], ratio.low[0], ratio.high[0]]
+    assert [found.value, found.low, found.high] == pytest.approx(ends)
+
+
+def test_the_error_of_a_product_by_hand() -> None:
+    random = np.random.default_rng(2)
+    one, two = random.normal(2, 1, 20), random.exponential(1, 20) + 1
+    result = cells_of(np.stack([one, two]))
+    found = verdict("delta(L0H0) * delta(L0H1) > 0", result)
+
+    def of(rows: np.ndarray) -> tuple[float, float]:
+        a, b = one[rows], two[rows]
+        moves = (a - a.mean()) * b.mean() + (b - b.mean()) * a.mean()
+        return a.mean() * b.mean(), moves.std(ddof=1) / 20**0.5
+
+    value, error = of(np.arange(20))
+    weights = np.concatenate(list(Draws(20, 1000, 0).weights())).astype(int)
+    drawn = [of(np.repeat(np.arange(20), each)) for each in weights]
+    pivots = [(moved - value) / own for moved, own in drawn]
+    lower, upper = np.percentile(pivots, [2.5, 97.5])
+    t = stats.t.ppf(0.975, 19)
+    ends = [value - error * max(upper, t), value - error * min(lower, -t)]
+    assert [found.low, found.high] == pytest.approx(ends)
+
+
+def interval(rows: np.ndarray, confidence: float) -> tuple[float, float]:
+    table = finished(
+        replace(cells_of(rows[None]), statistics=()), confidence=confidence
+    ).statistics[0]
+    return float(table.low[0]), float(table.high[0])
+
+
+def test_what_isnt_smooth_is_put_together_from_ends(clear: ExperimentResult) -> None:
+    """Each end at half the level: both hold together (Bonferroni)."""
+    rows = clear.measures[0].patched
+    found = verdict("abs(delta(L0H1)) + delta(L0H2) > 0", clear)
+    (low1, high1), (low2, high2) = interval(rows[1], 97.5), interval(rows[2], 97.5)
+    assert [found.low, found.high] == pytest.approx([-high1 + low2, -low1 + high2])
+    product = verdict("abs(delta(L0H1)) * delta(L0H3) > 0", clear)
+    low3, high3 = interval(rows[3], 97.5)
+    ends = [a * b for a in (-high1, -low1) for b in (low3, high3)]
+    assert [product.low, product.high] == pytest.approx([min(ends), max(ends)])
+    assert low3 < 0 < high3
+    none = verdict("abs(delta(L0H1)) / abs(delta(L0H3)) > 0", clear)
+    assert not none.holds
+    between = verdict("abs(delta(L0H1)) > delta(L0H0)", clear)
+    low0, high0 = interval(rows[0], 97.5)
+    assert [between.low, between.high] == pytest.approx([-high1 - high0, -low1 - low0])
+
+
+def test_a_size_is_tested_on_both_sides(clear: ExperimentResult) -> None:
+    rows = clear.measures[0].patched
+    low, high = interval(rows[1], 95.0)
+    found = verdict("abs(delta(L0H1)) > 2.5", clear)
+    assert [found.low, found.high] == pytest.approx([-high, -low])
+    assert found.holds
+    assert "two one-sided tests, each at 2.5 %" in (found.reason or "")
+    low, high = interval(rows[3], 95.0)
+    near = verdict("abs(delta(L0H3)) > 0", clear)
+    assert [near.low, near.high] == pytest.approx([0.0, max(-low, high)])
+    assert not near.holds
+    bound = max(-low, high)
+    for line, width in (("near 0 within", 0.0), ("in", bound)):
+        for off, holds in ((1.01, True), (0.99, False)):
+            to = f"{bound * off:.6f}"
+            text = f"{line} {to}" if not width else f"in -{to}..{to}"
+            said = verdict(f"delta(L0H3) {text}", clear)
+            assert said.holds is holds
+            assert "two one-sided tests, each at 2.5 %" in (said.reason or "")
+
+
+def test_a_correlations_interval_holds_its_value() -> None:
+    for seed in range(6):
+        random = np.random.default_rng(seed)
+        true = random.normal(0, 0.3, (8, 1))
+        keys = list(range(100, 116))
+        mine = cells_of(true + random.normal(0, 1, (8, 16)), keys=keys)
+        other = cells_of(true + random.normal(0, 1, (8, 16)), name="other", keys=keys)
+        for how, scipys in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+            found = verdict(f"{how}(delta, other) > 0", mine, other=other)
+            expected = scipys(mine.statistics[0].mean, other.statistics[0].mean).statistic
+            assert found.value == pytest.approx(expected)
+            assert found.low is not None
+            assert found.high is not None
+            assert isinstance(found.value, float)
+            assert -1 <= found.low <= found.value <= found.high <= 1
+            assert found.high - found.low > 0.3
+
+
+def test_correlations_row_by_row_are_scipys() -> None:
+    random = np.random.default_rng(0)
+    a, b = random.integers(0, 5, (2, 3, 9)).astype(float)
+    for ours, scipys in ((pearson, stats.pearsonr), (spearman, stats.spearmanr)):
+        assert ours(a, b) == pytest.approx(
+            [scipys(x, y).statistic for x, y in zip(a, b, strict=True)]
+        )
+    true = np.array([1, 0, 0, 1, 1, 0, 0, 0, 0], dtype=float)
+    for row, found in zip(a, auroc(a, true), strict=True):
+        u = stats.mannwhitneyu(row[true > 0], row[true == 0]).statistic
+        assert found == pytest.approx(u / 18)
+
+
+def test_the_largest_says_which_cell_has_too_few() -> None:
+    rows = np.random.default_rng(0).normal(1, 1, (3, 20))
+    rows[1, 3:] = np.nan
+    found = verdict("max(delta) > 0", cells_of(rows))
+    assert not found.holds
+    assert "L0H1.z: 3 prompts: no interval below 5" in (found.reason or "")
+
+
+def test_blocks_change_no_verdict(clear: ExperimentResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["max(delta) > 1", "argmax(delta) = L0H0", "mean(delta) < 0.2", "top 2 contains L0H0"]
+    plain = [verdict(line, clear) for line in lines]
+    monkeypatch.setattr("mechdsl.statistics.units.BLOCK", 700)
+    monkeypatch.setattr("mechdsl.statistics.bootstrap.BLOCK", 700)
+    for line, before in zip(lines, plain, strict=True):
+        found = verdict(line, clear)
+        assert (found.holds, found.reason) == (before.holds, before.reason)
+        if before.low is not None:
+            assert [found.low, found.high] == pytest.approx([before.low, before.high])
+
+
+def test_a_permutation_of_rows_changes_no_bit_of_an_expectation() -> None:
+    random = np.random.default_rng(6)
+    patched, base = random.normal(1, 1, (3, 60)), random.normal(0, 1, (1, 60))
+    keys, topics = random.permutation(5000)[:60], random.integers(0, 9, 60)
+    order = random.permutation(60)
+
+    def bounds(rows: np.ndarray) -> list[object]:
+        plain = cells_of(patched[:, rows], base=base[:, rows], keys=keys[rows].tolist())
+        made = finished(
+            replace(plain, row_values={"topic": topics[rows].tolist()}),
+            "mean(delta) > 0",
+            "max(delta) > 0",
+            "delta(L0H0) > delta(L0H1)",
+            by="topic",
+        )
+        return [(each.low, each.high) for each in made.outcomes]
+
+    assert bounds(order) == bounds(np.arange(60))
+
+
+def test_constants_alone(clear: ExperimentResult) -> None:
+    value = Arithmetic(operator="*", left=Constant(value=2.0), right=Constant(value=3.0))
+    assert read(clear, value) == (6.0, 6.0, 6.0)
