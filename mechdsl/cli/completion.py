@@ -14,7 +14,7 @@ from click.shell_completion import (
 )
 
 from mechdsl.cli.options import MechFile
-from mechdsl.cli.status import FINE
+from mechdsl.cli.status import COMPLETE, FINE
 from mechdsl.diagnostics.pages import LANGUAGE, codes
 
 
@@ -55,8 +55,6 @@ def complete_page_or_file(
 
 def complete(app: click.Command, asked: str) -> int:
     """Answer a shell; the exit status."""
-    from mechdsl.cli.entry import COMPLETE
-
     return shell_complete(app, {}, "mechdsl", COMPLETE, asked)
 
 
@@ -74,8 +72,6 @@ def completion(context: click.Context, shell: str) -> int:
     For fish, this one in ~/.config/fish/config.fish:
         mechdsl completion fish | source
     """
-    from mechdsl.cli.entry import COMPLETE
-
     made = get_completion_class(shell)
     assert made is not None
     sys.stdout.write(made(context.find_root().command, {}, "mechdsl", COMPLETE).source())

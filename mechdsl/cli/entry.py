@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mechdsl.cli.interruption import interrupted, terminable
-from mechdsl.cli.status import FINE, WRONG
+from mechdsl.cli.status import COMPLETE, FINE, WRONG
 from mechdsl.cli.streams import OutputLost, prepare_streams, without_output
 
 if TYPE_CHECKING:
     from mechdsl.diagnostics.core import Diagnostic
 
-COMPLETE = "_MECHDSL_COMPLETE"
-"""In the environment where a shell asks what a line can go on with."""
 COMMANDS = {
     "completion": "Print what makes the Tab key complete commands in a shell.",
     "examples": "Copy the examples that come with mechdsl into a folder.",

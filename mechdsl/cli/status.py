@@ -1,4 +1,4 @@
-"""Exit statuses."""
+"""Exit statuses, and the one way in beside commands."""
 
 FINE = 0
 FAILED = 1
@@ -10,3 +10,6 @@ BROKE_OFF = 3
 written, or standard output takes nothing more. What could be done is printed."""
 SIGNALLED = 128
 """More by the number of the signal that ended the run: 130 for Ctrl-C, 143 for SIGTERM."""
+
+COMPLETE = "_MECHDSL_COMPLETE"
+"""In the environment where a shell asks what a line can go on with."""

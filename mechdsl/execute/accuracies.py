@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.measured_values import Unusable
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.execute.unusable import Unusable
 from mechdsl.plan.plan import Panel
 from mechdsl.resolve.resolved import ResolvedExperiment
 

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.execute.accuracies import Accuracies
 from mechdsl.execute.readout import Found, Readout
+from mechdsl.execute.unusable import Unusable
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.resolve.resolved import ResolvedExperiment
-
-if TYPE_CHECKING:
-    from mechdsl.execute.accuracies import Accuracies
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """A row with NaN, or with an infinity that a metric can't use."""
-
-    row: int
-    """Of the table."""
-    run: str
-    cell: str | None = None
-    """The cell's coordinates, where it is the patched run; empty where it has none."""
-    place: str = ""
-    """Where in the model, as far as was looked."""
 
 
 @dataclass

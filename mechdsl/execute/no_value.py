@@ -9,9 +9,10 @@ from mechdsl.base.arrays import Ints
 from mechdsl.base.plural import plural
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_numbers import CellsWithoutValue, NoValue
-from mechdsl.execute.measured_values import MeasuredValues, Unusable
+from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.execute.not_finite import row_words
 from mechdsl.execute.readout import Failed, Found
+from mechdsl.execute.unusable import Unusable
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedMeasure
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_numbers import NotFinite
-from mechdsl.execute.measured_values import Unusable
 from mechdsl.execute.patched_rows import Patcher
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.execute.unusable import Unusable
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.plan.plan import ExperimentPlan

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mechdsl.base.source import Source
-from mechdsl.execute.measured_values import Unusable
+from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.not_finite import not_finite, stream
 from mechdsl.execute.patched_rows import Patcher
 from mechdsl.execute.readout import Reading, Readout
