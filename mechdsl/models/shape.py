@@ -214,23 +214,20 @@ def _takes(config: Mapping[str, Any], names: list[str]) -> ModelInput:
     return "image" if images or {"patch_size", "image_size"} <= config.keys() else "text"
 
 
-def _shape(
+def _numbers(
     text: Mapping[str, Any],
     config: Mapping[str, Any],
-    names: list[str],
     takes: ModelInput,
-    *,
-    causal: bool | None = None,
-    model: str = "model",
-    span: Span | None = None,
-) -> tuple[ModelShape | None, list[Diagnostic]]:
+    model: str,
+    span: Span | None,
+) -> tuple[dict[str, int], list[Diagnostic]]:
+    """The numbers that every model has, by what they are; or what is wrong with them."""
     impossible: list[Diagnostic] = [
         BadSize(span=span, model=model, key=key, value=json.dumps(value))
         for key, value in _impossible({**{k: config.get(k) for k in VOCAB}, **text})
     ]
     if impossible:
-        return None, impossible
-    model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
+        return {}, impossible
     found = {
         "number of layers": (_first(text, LAYERS) or _listed(text), LAYERS),
         "number of heads": (_first(text, HEADS) or _headless(text), HEADS),
@@ -245,10 +242,26 @@ def _shape(
         if not value
     ]
     if missing:
-        return None, missing
+        return {}, missing
     if (too_large := _too_large(text, model, span)) is not None:
-        return None, [too_large]
-    numbers = {what: value or 0 for what, (value, _) in found.items()}
+        return {}, [too_large]
+    return {what: value or 0 for what, (value, _) in found.items()}, []
+
+
+def _shape(
+    text: Mapping[str, Any],
+    config: Mapping[str, Any],
+    names: list[str],
+    takes: ModelInput,
+    *,
+    causal: bool | None = None,
+    model: str = "model",
+    span: Span | None = None,
+) -> tuple[ModelShape | None, list[Diagnostic]]:
+    numbers, refused = _numbers(text, config, takes, model, span)
+    if refused:
+        return None, refused
+    model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
     n_heads, d_model = numbers["number of heads"], numbers["model width"]
     entry = family_of(model_type)
     parallel = entry.arrangement(text) == "parallel"

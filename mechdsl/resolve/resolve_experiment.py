@@ -75,31 +75,8 @@ def outline(
     Codes: E0301 to E0323, E0402, E0413, E0507, E0612 and those of positions and texts.
     """
     diagnostics: list[Diagnostic] = []
-    loops = {
-        loop.name: loop_values(loop, program.parameters, diagnostics) for loop in experiment.loops
-    }
     onward = Onward({name: each.on(model.name) for name, each in (found or {}).items()})
-    sites = SiteContext(
-        model.name,
-        model.shape,
-        program.groups,
-        program.parameters,
-        loops,
-        diagnostics,
-        onward,
-        words={
-            (loop.name, node.id): node.span
-            for loop in experiment.loops
-            for node in walk(loop.domain)
-            if isinstance(node, ast.Name)
-        },
-    )
-    work = Work(experiment, program, model, table, sites)
-    centres = _centres(experiment)
-    for loop in experiment.loops:
-        work.axes[loop.name] = Axis(
-            loop.name, loops[loop.name], loop.span, of_windows=loop.name in centres
-        )
+    work = _work(experiment, program, model, table, onward, diagnostics)
     behind = measured_answers(work)
     rules: list[ResolvedRule | None] = []
     for rule in experiment.rules:
@@ -113,7 +90,7 @@ def outline(
     if any(axis == "model" for axis, _ in experiment.variant):
         written = tuple(rule.site for rule in experiment.rules)
         axes = tuple(relative(axis, written, model.shape.n_layers) for axis in axes)
-    apart = left_out(experiment.against, sites)
+    apart = left_out(experiment.against, work.sites)
     observes = any(kinds[rule.verb].observes for rule in experiment.rules)
     measures, keep, accuracies = _measures(work, axes, observes=observes)
     known = Outline(
@@ -141,19 +118,9 @@ def outline(
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,
     )
-    undecided = open_axes(experiment, program.groups, ("shape", "tokens"))
-    if resolved.n_cells > limits.CELLS:
-        diagnostics.append(
-            TooManyCells(
-                span=experiment.span,
-                of=f"experiment `{experiment.name}`",
-                cells=resolved.n_cells,
-                most=limits.CELLS,
-                axes=" × ".join(f"{axis.name} ({len(axis)})" for axis in axes),
-                by_text=not table.stands_in and undecided.isdisjoint(axis.name for axis in axes),
-            )
-        )
-        return known, diagnostics
+    problem = _too_many(resolved, program)
+    if problem is not None:
+        return known, [*diagnostics, problem]
     if experiment.against is None:
         return replace(known, resolved=resolved), diagnostics
     from mechdsl.resolve.random_targets import resolve_control
@@ -163,6 +130,58 @@ def outline(
     if problems:
         return known, diagnostics
     return replace(known, resolved=replace(resolved, control=control)), diagnostics
+
+
+def _work(
+    experiment: spec.Experiment,
+    program: spec.Program,
+    model: ModelContext,
+    table: PromptTable,
+    onward: Onward,
+    diagnostics: list[Diagnostic],
+) -> Work:
+    """What rules are resolved with: the loops' axes, and sites of this model."""
+    loops = {
+        loop.name: loop_values(loop, program.parameters, diagnostics) for loop in experiment.loops
+    }
+    sites = SiteContext(
+        model.name,
+        model.shape,
+        program.groups,
+        program.parameters,
+        loops,
+        diagnostics,
+        onward,
+        words={
+            (loop.name, node.id): node.span
+            for loop in experiment.loops
+            for node in walk(loop.domain)
+            if isinstance(node, ast.Name)
+        },
+    )
+    work = Work(experiment, program, model, table, sites)
+    centres = _centres(experiment)
+    for loop in experiment.loops:
+        work.axes[loop.name] = Axis(
+            loop.name, loops[loop.name], loop.span, of_windows=loop.name in centres
+        )
+    return work
+
+
+def _too_many(resolved: ResolvedExperiment, program: spec.Program) -> Diagnostic | None:
+    """E0323 where it has more cells than can be run."""
+    if resolved.n_cells <= limits.CELLS:
+        return None
+    undecided = open_axes(resolved.spec, program.groups, ("shape", "tokens"))
+    axes = resolved.axes
+    return TooManyCells(
+        span=resolved.spec.span,
+        of=f"experiment `{resolved.name}`",
+        cells=resolved.n_cells,
+        most=limits.CELLS,
+        axes=" × ".join(f"{axis.name} ({len(axis)})" for axis in axes),
+        by_text=not resolved.table.stands_in and undecided.isdisjoint(axis.name for axis in axes),
+    )
 
 
 def _centres(experiment: spec.Experiment) -> set[str]:
