@@ -24,6 +24,7 @@ experiment heads {
   from clean into fewer
   patch layer 0..1 head * at last-item token
   measure logit(answer) - logit(answer of fewer) as recovery
+  stats correct max by count
   report table
 }
 """

@@ -53,6 +53,8 @@ SHOWN_TOKENS = 6
 """Distinct tokens of a position that a row shows; `explain` prints all."""
 GAP = 3
 """Characters between two columns."""
+FAR = 10
+"""Times the largest effect: from there on an interval's end has no say in how numbers are written."""
 
 A = TypeVar("A", np.float64, np.int64)
 
@@ -230,8 +232,8 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
 
 def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
     found, band = result.statistics[measure], result.control(measure)
-    shown = [found.mean, found.low, found.high, *([band.low, band.high] if band else [])]
-    write = number_format(float(value) for values in shown for value in values[order])
+    ends = [found.low, found.high, *([band.low, band.high] if band else [])]
+    write = number_format(_comparable(found.mean[order], [each[order] for each in ends]))
     confidence = result.settings.confidence if result.settings else 95.0
     intervals = [
         f"[{write(found.low[i])}, {write(found.high[i])}]" if np.isfinite(found.low[i]) else MISSING
@@ -276,6 +278,14 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         Column("corrected", texts(found.p_corrected), True),
         Column("survives", verdicts),
     ]
+
+
+def _comparable(means: Floats, ends: Sequence[Floats]) -> list[float]:
+    """The numbers that places are for: an end of an interval far beyond all effects, as few units
+    of a skewed delta have, takes none from them."""
+    finite = np.abs(means[np.isfinite(means)])
+    far = FAR * float(finite.max(initial=0.0)) or np.inf
+    return [*means.tolist(), *(v for each in ends for v in np.clip(each, -far, far).tolist())]
 
 
 def _category_columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
