@@ -44,9 +44,8 @@ def main() -> int:
     found = simulate(
         keys, given.seed, given.processes, say, everything=given.full, quick=given.quick
     )
-    skipped = [settings[key] for key in keys if settings[key].skipped]
     judgement = judge(found, SHORTFALLS)
-    sentences = summary(judgement, skipped, SHORTFALLS)
+    sentences = summary(judgement, SHORTFALLS)
     show(found, console)
     for sentence in sentences:
         console.print(sentence, highlight=False, markup=False)

@@ -16,6 +16,11 @@ def _lognormal(random: np.random.Generator, shape: tuple[int, ...]) -> Floats:
     return (random.lognormal(0, 1, shape) - np.sqrt(np.e)) / spread
 
 
+def _sparse(random: np.random.Generator, shape: tuple[int, ...]) -> Floats:
+    values = random.exponential(size=shape) * (random.random(shape) < 0.1)
+    return (values - 0.1) / np.sqrt(0.19)
+
+
 DRAWS: Mapping[str, Draw] = {
     "normal": lambda random, shape: random.normal(size=shape),
     "t3": lambda random, shape: random.standard_t(3, shape) / np.sqrt(3),
@@ -23,8 +28,10 @@ DRAWS: Mapping[str, Draw] = {
     "Laplace": lambda random, shape: random.laplace(0, 1 / np.sqrt(2), shape),
     "exponential": lambda random, shape: random.exponential(size=shape) - 1,
     "lognormal": _lognormal,
+    "sparse": _sparse,
 }
-"""t3: Student's t with 3 degrees of freedom; lognormal: of a normal one with variance 1."""
+"""t3: Student's t with 3 degrees of freedom; lognormal: of a normal one with variance 1;
+sparse: one in ten is exponential, the others are all the same."""
 SYMMETRIC = ("normal", "t3", "uniform", "Laplace")
 SKEWED = ("exponential", "lognormal")
 

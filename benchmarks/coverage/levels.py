@@ -64,7 +64,6 @@ def _family(name: str, rho: float, cells: int, n: int, correction: str) -> Setti
 
     # a call costs its signs, n each, and its sums, one per cell
     possible = int(NUMBERS / (10_000 * (2 * n + cells + 100)))
-    known = program.has_correction(correction)
     return Setting(
         f"false positives, {cells} cells",
         f"{name}, correlation {rho:g}, n = {n}",
@@ -72,12 +71,11 @@ def _family(name: str, rho: float, cells: int, n: int, correction: str) -> Setti
         run,
         repetitions=min(REPETITIONS, max(1000, possible // 500 * 500)),
         chunk=100,
-        skipped="" if known else f"no correction is called `{correction}` yet",
     )
 
 
 def _skewed() -> Iterator[Setting]:
-    tests = ("flips", "bootstrap") if program.has_bootstrap_test() else ("flips",)
+    tests = ("flips", "bootstrap")
     for name in SKEWED:
         for n in (8, *SIZES):
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import cache
 from typing import Any
 
@@ -15,10 +14,8 @@ from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.decide_expectations import evaluate
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.finish import with_statistics
-from mechdsl.statistics import measure_data
 from mechdsl.statistics.cell_statistics import cell_statistics
-from mechdsl.statistics.corrections import CORRECTIONS
-from mechdsl.statistics.measure_data import CellStatistics, MeasureData, NullBand
+from mechdsl.statistics.measure_data import CellStatistics, DrawnValues, MeasureData, NullBand
 from mechdsl.statistics.null_bands import null_bands
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
@@ -67,22 +64,6 @@ def measured(
     )
 
 
-def has_strata() -> bool:
-    """Whether statistics can be told of a design that deals its rows out evenly."""
-    return "strata" in inspect.signature(cell_statistics).parameters
-
-
-def has_correction(name: str) -> bool:
-    """Whether `stats correct NAME` is known."""
-    return name in CORRECTIONS
-
-
-def has_bootstrap_test() -> bool:
-    """Whether `stats test bootstrap` is more than a word: p differs from that of the flips."""
-    skewed = np.random.default_rng(0).exponential(size=(1, 32)) - 0.5
-    return bool(np.any(p_values(skewed, 0, test="bootstrap") != p_values(skewed, 0)))
-
-
 def statistics_of(
     data: MeasureData,
     seed: int,
@@ -93,10 +74,9 @@ def statistics_of(
 ) -> CellStatistics:
     """What the program makes of one measure."""
     named = None if groups is None else np.array([str(each) for each in groups])
-    more: dict[str, Any] = {} if strata is None else {"strata": strata}
     by = {} if groups is None else {"by": "group"}
     settings = _settings(**by, **values)
-    return cell_statistics([data], settings, seed, named, effects=EFFECTS, **more)[0]
+    return cell_statistics([data], settings, seed, named, effects=EFFECTS, strata=strata)[0]
 
 
 def p_values(deltas: Floats, seed: int, *, test: str = "flips", correction: str = "none") -> Floats:
@@ -162,25 +142,18 @@ def in_band(drawn: Floats, found: Floats) -> tuple[Bools, float]:
     """
     band = _band(drawn, found)
     mean = found.mean(1)
-    level = getattr(band, "level", None)
-    stated = CONFIDENCE if level is None else 100 * float(level[0])
-    return (band.low <= mean) & (mean <= band.high), stated
+    return (band.low <= mean) & (mean <= band.high), 100 * float(band.level[0])
 
 
-def rank_p(drawn: Floats, found: Floats) -> Floats | None:
-    """[cell]: p of effects among the random targets, None where there is no such p."""
-    return getattr(_band(drawn, found), "p", None)
+def rank_p(drawn: Floats, found: Floats) -> Floats:
+    """[cell]: p of effects among the random targets."""
+    return _band(drawn, found).p
 
 
 def _band(drawn: Floats, found: Floats) -> NullBand:
-    draws, cells, prompts = drawn.shape
-    data, what = measured(found, effect="delta"), "random heads"
-    make: Any = null_bands
-    given = {"confidence": CONFIDENCE, "effects": EFFECTS}
-    whole: Any = getattr(measure_data, "DrawnValues", None)
-    if whole is None:
-        (band,) = make([data], [drawn.reshape(draws * cells, prompts)], draws, what, **given)
-    else:
-        values = whole(values=(drawn,), counts=np.full(cells, draws), asked=draws, what=what)
-        (band,) = make([data], values, **given)
+    draws, cells, _ = drawn.shape
+    values = DrawnValues((drawn,), np.full(cells, draws), draws, "random heads")
+    data = measured(found, effect="delta")
+    (band,) = null_bands([data], values, confidence=CONFIDENCE, effects=EFFECTS)
+    assert band is not None
     return band

@@ -13,7 +13,7 @@ import scipy
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.coverage.setting import SURE, Judgement, Outcome, Setting
+from benchmarks.coverage.setting import SURE, Judgement, Outcome
 
 BEGIN, END = "<!-- coverage: begin -->", "<!-- coverage: end -->"
 HEADINGS = ("setting", "figure", "%", f"{SURE:g} %", "bound", "none", "repetitions", "verdict")
@@ -48,15 +48,11 @@ def show(outcomes: Sequence[Outcome], console: Console) -> None:
         console.print(table)
 
 
-def summary(judgement: Judgement, skipped: Sequence[Setting], reasons: dict[str, str]) -> list[str]:
+def summary(judgement: Judgement, reasons: dict[str, str]) -> list[str]:
     """What all of it comes to, a sentence each."""
     found = [f"{len(judgement.failing)} of {judgement.judged} judged figures fall short."]
     found += [f"{key}: {reasons[key]}" for key in judgement.failing if key in reasons]
     found += [f"{key}: no reason is known." for key in judgement.without_reason]
-    said: dict[str, list[str]] = {}
-    for each in skipped:
-        said.setdefault(f"{each.group}: {each.skipped}", []).append(each.name)
-    found += [f"Not run, {why} ({len(names)})." for why, names in said.items()]
     return found
 
 

@@ -33,7 +33,7 @@ class Figure:
         if self.low is None and self.high is None:
             return ""
         if self.low is None or self.high is None:
-            return f"≤ {self.high:g}" if self.low is None else f"≥ {self.low:g}"
+            return f"≤ {self.high:.4g}" if self.low is None else f"≥ {self.low:.4g}"
         return f"{self.low:g} to {self.high:g}"
 
 
@@ -48,8 +48,6 @@ class Setting:
     repetitions: int = REPETITIONS
     chunk: int = 250
     """Repetitions that share a call: they have the draws of the resampling in common."""
-    skipped: str = ""
-    """Why it isn't run."""
 
     @property
     def key(self) -> str:

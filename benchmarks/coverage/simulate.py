@@ -70,9 +70,8 @@ def simulate(
     everything: bool = False,
     quick: bool = False,
 ) -> list[Outcome]:
-    """The outcomes of settings, in the order of `keys`; those that are skipped have none."""
+    """The outcomes of settings, in the order of `keys`."""
     chosen = {key: all_settings(everything)[key] for key in keys}
-    chosen = {key: setting for key, setting in chosen.items() if not setting.skipped}
     repetitions = {
         key: min(QUICK, each.repetitions) if quick else each.repetitions
         for key, each in chosen.items()

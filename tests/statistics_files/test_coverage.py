@@ -85,7 +85,7 @@ def test_one_in_ten_may_fall_short_for_a_reason() -> None:
     assert judge(outcomes(0, 20), {}).good
     found = judge(outcomes(4, 40), known)
     assert found.without_reason == ("a: 3: covered",)
-    said = summary(found, [], known)
+    said = summary(found, known)
     assert said[0].startswith("4 of 40")
     assert sum("why" in sentence for sentence in said) == 3
 

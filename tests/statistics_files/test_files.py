@@ -48,7 +48,6 @@ def deltas(result: ExperimentResult, measure: int = 0) -> np.ndarray:
 # --- many cells at once
 
 
-@WAITING
 @pytest.mark.parametrize("place", range(5))
 def test_noise_has_no_largest_effect(place: int) -> None:
     """Each holds by chance in one experiment of twenty at most, and there are three."""
@@ -65,7 +64,6 @@ def test_the_noise_of_these_files_is_noise() -> None:
         assert not survives(results("noise")[name], 0).any()
 
 
-@WAITING
 def test_of_many_cells_at_99_percent_those_with_clear_effects_survive() -> None:
     result = results("many_cells")["neurons"]
     assert len(result.cells) == 384
@@ -79,7 +77,6 @@ def test_of_many_cells_at_99_percent_those_with_clear_effects_survive() -> None:
 # --- shares
 
 
-@WAITING
 def test_accuracy_is_of_the_rows_before_keep() -> None:
     result = results("accuracy_of_kept_rows")["kept"]
     (outcome,) = result.outcomes
@@ -88,7 +85,6 @@ def test_accuracy_is_of_the_rows_before_keep() -> None:
     assert outcome.value == pytest.approx(1 / 3)
 
 
-@WAITING
 def test_two_of_two_right_have_no_interval() -> None:
     found = results("all_right")["of_2"].statistics[0]
     assert found.mean.tolist() == [1.0]
@@ -96,7 +92,6 @@ def test_two_of_two_right_have_no_interval() -> None:
     assert found.reasons[0]
 
 
-@WAITING
 def test_eight_of_eight_right_have_that_of_clopper_and_pearson() -> None:
     found = results("all_right")["of_8"].statistics[0]
     assert (found.mean[0], found.high[0]) == (1.0, 1.0)
@@ -114,14 +109,12 @@ def test_no_head_survives_by_count() -> None:
     assert not survives(result, 0).any()
 
 
-@WAITING
 def test_that_the_effect_hangs_on_the_count_is_said_with_the_line_to_write() -> None:
     found = results("few_values").diagnostics
     said = [each for each in found if each.code.startswith("W07") and each.code != "W0720"]
     assert any("stats by a" in each.help_text for each in said)
 
 
-@WAITING
 @pytest.mark.parametrize("measure", [0, 1])
 def test_rows_of_five_prefixes_count_as_five(measure: int) -> None:
     result = results("five_prefixes")["first_item"]
@@ -142,7 +135,6 @@ def test_rows_of_five_prefixes_count_as_five(measure: int) -> None:
 # --- ratios
 
 
-@WAITING
 def test_a_group_without_a_denominator_has_no_ratio() -> None:
     by_count = grouped(results("no_denominator")["by_item"], "count")
     data, found = by_count.measures[0], by_count.statistics[0]
@@ -165,7 +157,6 @@ def test_over_all_rows_the_ratio_is_there() -> None:
 # --- rounding
 
 
-@WAITING
 def test_the_last_bit_is_no_effect() -> None:
     result = results("one_step")["stepped"]
     largest = np.float32(np.abs(result.measures[1].base).max())
@@ -179,7 +170,6 @@ def test_the_last_bit_is_no_effect() -> None:
 # --- controls
 
 
-@WAITING
 @pytest.mark.parametrize("name", ["head", "inside", "swept"])
 def test_random_targets_are_distinct_and_their_number_is_said(name: str) -> None:
     result = results("random_targets")[name]
@@ -190,7 +180,6 @@ def test_random_targets_are_distinct_and_their_number_is_said(name: str) -> None
     assert str(np.max(band.draws)) in result.to_text()
 
 
-@WAITING
 def test_a_band_is_not_said_to_hold_more_than_its_draws_can_tell() -> None:
     band = results("random_targets")["head"].controls[0]
     assert band is not None
@@ -200,7 +189,6 @@ def test_a_band_is_not_said_to_hold_more_than_its_draws_can_tell() -> None:
     assert np.all(band.p >= 1 / (draws + 1))
 
 
-@WAITING
 def test_a_head_like_others_is_not_shown_as_if_it_stood_out() -> None:
     result = results("random_targets")["inside"]
     band, found = result.controls[0], result.statistics[0]
@@ -214,7 +202,6 @@ def test_a_head_like_others_is_not_shown_as_if_it_stood_out() -> None:
 # --- intervals of few rows
 
 
-@WAITING
 def test_intervals_of_eight_rows_are_as_wide_as_students() -> None:
     """A percentile interval of the bootstrap is a fifth narrower."""
     result = results("eight_rows")["few"]
@@ -227,7 +214,6 @@ def test_intervals_of_eight_rows_are_as_wide_as_students() -> None:
 # --- correlations
 
 
-@WAITING
 @pytest.mark.parametrize(
     ("name", "with_which"),
     [
@@ -253,7 +239,6 @@ def test_a_correlation_lies_in_its_interval(name: str, with_which: str) -> None:
 # --- skewed deltas
 
 
-@WAITING
 def test_what_a_test_takes_for_granted_is_said() -> None:
     flipped, inverted = results("skewed")["flipped"], results("skewed")["inverted"]
     assert stats.skew(deltas(flipped), axis=1).max() > 1
@@ -263,7 +248,6 @@ def test_what_a_test_takes_for_granted_is_said() -> None:
     assert np.any(inverted.statistics[0].p[tested] != flipped.statistics[0].p[tested])
 
 
-@WAITING
 def test_the_bootstrap_test_agrees_with_the_interval_that_it_inverts() -> None:
     found = results("skewed")["inverted"].statistics[0]
     tested = ~np.isnan(found.p) & (np.abs(found.p - 0.05) > 0.01)
@@ -275,7 +259,6 @@ def test_the_bootstrap_test_agrees_with_the_interval_that_it_inverts() -> None:
 # --- order
 
 
-@WAITING
 def test_the_order_of_the_rows_of_a_file_changes_nothing() -> None:
     one, other = results("in_order")["in_order"], results("in_order")["turned_around"]
     for mine, turned in zip(one.statistics, other.statistics, strict=True):
