@@ -56,7 +56,7 @@ GAP = 3
 ABOVE = ("tokens hit", "n", "effective n")
 """Columns that stand above a single row too, where room is short."""
 FAR = 10
-"""Times the largest effect: from there on an interval's end has no say in how numbers are written."""
+"""Times the largest effect: an interval's end beyond has no say in how numbers are written."""
 
 A = TypeVar("A", np.float64, np.int64)
 
