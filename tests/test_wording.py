@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from mechdsl.base.names import name_list
-from mechdsl.base.source import Source
-from mechdsl.diagnostics.w07_statistics import TooFewPrompts
+from mechdsl.base.source import Source, Span
+from mechdsl.program.spec import Statistics
 from mechdsl.validate.check_file import check_source
+from mechdsl.validate.reachable_p import check_cells
 
 ROOT = Path(__file__).parent.parent
 PRINTED = {".md", ".txt", ".err"}
@@ -40,13 +42,23 @@ def test_no_message_holds_a_long_name_in_full_beside_the_one_that_is_wrong() -> 
     assert not [d.code for d in found if d.severity == "error" and LONG in d.help_text]
 
 
-def test_one_of_a_thing_is_said_in_the_singular() -> None:
-    found = TooFewPrompts(n=1, smallest="1", correction="Holm", corrected="1", cells=1)
-    assert found.message == "with 1 prompt no cell can survive the correction"
-    assert "(Holm, 1 cell)" in found.label_text
-    two = replace(found, n=2, cells=2)
-    assert "2 prompts" in two.message
-    assert "2 cells" in two.label_text
+@pytest.mark.parametrize(
+    ("units", "by", "message", "label"),
+    [
+        ([1], None, "with 1 prompt no cell can survive the correction", "(Holm, 1 cell)"),
+        ([2, 2], None, "with 2 prompts no cell can survive the correction", "(Holm, 2 cells)"),
+        ([1], "count", "with 1 value of count no cell can survive the correction", "1 cell)"),
+        ([3, 3], "count", "with 3 values of count no cell can survive the correction", "2 cells)"),
+        ([2, 30], None, "1 of 2 cells have 2 prompts, and can't survive the correction", "2 cells"),
+        ([1, 2, 30], None, "2 of 3 cells have 1 to 2 prompts, and can't", "3 cells"),
+    ],
+)
+def test_one_of_a_thing_is_said_in_the_singular(
+    units: list[int], by: str | None, message: str, label: str
+) -> None:
+    (found,) = check_cells(units, Statistics(by=by, span=Span(Source(""), 0, 0)), None)
+    assert found.message.startswith(message)
+    assert label in found.label_text
 
 
 def test_no_page_says_1_rows() -> None:

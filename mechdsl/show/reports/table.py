@@ -53,8 +53,10 @@ SHOWN_TOKENS = 6
 """Distinct tokens of a position that a row shows; `explain` prints all."""
 GAP = 3
 """Characters between two columns."""
+ABOVE = ("tokens hit", "n", "effective n")
+"""Columns that stand above a single row too, where room is short."""
 FAR = 10
-"""Times the largest effect: from there on an interval's end has no say in how numbers are written."""
+"""Times the largest effect: an interval's end beyond has no say in how numbers are written."""
 
 A = TypeVar("A", np.float64, np.int64)
 
@@ -354,11 +356,13 @@ def _print(columns: list[Column], console: Console) -> None:
     for spare in (4, 3):
         if not _roomy(kept, console.width):
             kept = [column for column in kept if column.spare != spare]
-    if not _roomy(kept, console.width) and len(kept[0].cells) > 1:
+    if not _roomy(kept, console.width):
+        many = len(kept[0].cells) > 1
         same = [column for column in kept if column.describes and len(set(column.cells)) == 1]
+        same = same if many else [column for column in same if column.title in ABOVE]
         kept = [column for column in kept if column not in same]
         said = "; ".join(f"{column.title} {column.cells[0]}" for column in same)
-        notes([f"in every row: {said}"] if same else [], console)
+        notes([f"in every row: {said}" if many else said] if same else [], console)
     full = kept
     for spare in (2, 1):
         if not _fits(kept, console.width):
