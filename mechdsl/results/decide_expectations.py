@@ -10,12 +10,12 @@ from typing import Literal
 import numpy as np
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.plural import plural
 from mechdsl.program import spec
-from mechdsl.results.estimates import Estimate, combined
+from mechdsl.results.estimates import Estimate, NoNumber, combined
 from mechdsl.results.expectation_values import (
     Cells,
     Chosen,
-    NoNumber,
     Reader,
     Space,
     as_in_base,
@@ -332,7 +332,8 @@ class _Judge:
         larger = len(of.cells) - 1 - len(smaller)
         if larger < top:
             return []
-        return [f"{name} is on the mean, but {larger} other cells may be at least as large"]
+        others = plural(larger, "other cell")
+        return [f"{name} is on the mean, but {others} may be at least as large"]
 
     # --- cells
 
