@@ -211,6 +211,23 @@ class Space:
         return int(self.units.held(some, self.place(of.result))[0])
 
     @property
+    def not_paired(self) -> str | None:
+        """What is said where experiments are set against each other that have other rows."""
+        read = [
+            result for result in self.results if any(each.result is result for each in self.read)
+        ]
+        found = [(each.name, set(self.units.codes[self.place(each)].tolist())) for each in read]
+        (_, own), *others = found or [("", set[int]())]
+        unit = "prompt" if self.mine.groups is None else self.mine.sampling.unit_word(self.units)
+        words = [
+            f"`{name}` has {len(own & theirs) or 'none'} of these {plural(len(own), unit)}"
+            + f" and {len(theirs - own)} of its own" * bool(theirs - own)
+            for name, theirs in others
+            if theirs != own
+        ]
+        return f"not all paired: {'; '.join(words)}" if words else None
+
+    @property
     def too_few(self) -> str | None:
         """Why there is no interval."""
         if self.held >= FEWEST_UNITS:
