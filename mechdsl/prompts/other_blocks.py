@@ -65,7 +65,8 @@ def paired_run(
         ]
     wanted = [single] * len(table) if single is not None else list(table.row_ids)
     if shuffled:
-        wanted = dealt(table.row_ids, own.seed, own.name, other.name)
+        places = [own.place_of(number) for number in table.row_ids]
+        wanted = [*map(other.in_file, dealt(places, own.seed, own.name, other.name))]
     found, diagnostics = build(list(dict.fromkeys(wanted)))
     if has_errors(diagnostics):
         return None, diagnostics
@@ -93,8 +94,8 @@ def paired_run(
 
 def dealt(rows: Sequence[int], seed: int, own: str, other: str) -> list[int]:
     """For each row of `own` the one of `other` that is dealt to it: of the same numbers, each once.
-    Both sides are put in an order of their own, which hangs on what a row is called by alone: its
-    number, or anything else that tells rows apart."""
+    Both sides are put in an order of their own, which hangs on the number of a row alone: its
+    place among the block's rows by content, so that the order of a data file changes no pair."""
     ours = sorted(rows, key=lambda row: stable_hash(seed, own, other, "to", row))
     theirs = sorted(rows, key=lambda row: stable_hash(seed, own, other, "dealt", row))
     found = dict(zip(ours, theirs, strict=True))

@@ -196,6 +196,13 @@ class PromptsBlock:
         rest, place = divmod(index, self.data_size)
         return rest * self.data_size + self.data.by_content.order[place]
 
+    def place_of(self, number: int) -> int:
+        """The place of a combination in a round, the other way round."""
+        if self.data is None:
+            return number
+        rest, record = divmod(number, self.data_size)
+        return rest * self.data_size + self.data.by_content.rank[record]
+
     @property
     def data_size(self) -> int:
         """Records of the data file; 1 where there is none."""

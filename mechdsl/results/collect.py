@@ -201,6 +201,10 @@ def _accuracy_words(experiment: ResolvedExperiment, units: Mapping[str, Ints]) -
     else:
         distinct = ", ".join(f"{number} distinct in {run}" for run, number in counts.items())
         said += f", {distinct}; exact interval over these (Korn-Graubard)"
+    table = experiment.table
+    others = [f"`{run}`" for run in units if table.runs[run].prompts not in (None, table.name)]
+    if others:
+        said += f"; {' and '.join(others)} set against the answers of `{table.name}`"
     return {"accuracy": said}
 
 
@@ -308,7 +312,8 @@ def without_measures(
 def why(problem: Diagnostic) -> Missing:
     """What a diagnostic says, in one line."""
     label = problem.label_text
-    return Missing(problem.code, f"{problem.message}: {label}" if label else problem.message)
+    said = not label or problem.message.endswith(label)
+    return Missing(problem.code, problem.message if said else f"{problem.message}: {label}")
 
 
 def _table(experiment: ResolvedExperiment) -> spec.Report:

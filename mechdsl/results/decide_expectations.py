@@ -10,12 +10,12 @@ from typing import Literal
 import numpy as np
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.plural import plural
 from mechdsl.program import spec
-from mechdsl.results.estimates import Estimate, combined
+from mechdsl.results.estimates import Estimate, NoNumber, combined
 from mechdsl.results.expectation_values import (
     Cells,
     Chosen,
-    NoNumber,
     Reader,
     Space,
     as_in_base,
@@ -159,6 +159,10 @@ class _Judge:
             said = self.two_tests()
             reason = reason if said is None else _joined(reason, said)
 
+        unlike = reader.space.not_paired
+        if unlike is not None:
+            reason = _joined(reason, unlike)
+
         def holds(low: float, high: float) -> bool:
             match condition.operator:
                 case ">":
@@ -187,7 +191,8 @@ class _Judge:
                 return low >= condition.low - slack and high <= condition.high + slack
             return high < condition.low - slack or low > condition.high + slack
 
-        return self.verdict(value, value, holds, self.two_tests())
+        said = [each for each in (self.two_tests(), reader.space.not_paired) if each]
+        return self.verdict(value, value, holds, "; ".join(said) or None)
 
     def read(self, *values: Value) -> tuple[Reader, list[Estimate]]:
         """The values, all over the same units. An interval that is put together from several has
@@ -332,7 +337,8 @@ class _Judge:
         larger = len(of.cells) - 1 - len(smaller)
         if larger < top:
             return []
-        return [f"{name} is on the mean, but {larger} other cells may be at least as large"]
+        others = plural(larger, "other cell")
+        return [f"{name} is on the mean, but {others} may be at least as large"]
 
     # --- cells
 

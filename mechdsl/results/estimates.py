@@ -157,6 +157,10 @@ def _spread(weights: Floats, influence: Floats, strata: Ints | None, held: int) 
     return found
 
 
+class NoNumber(Exception):
+    """There is none, and why."""
+
+
 # --- estimates ------------------------------------------------------------------------------------
 
 

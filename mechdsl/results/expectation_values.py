@@ -10,14 +10,15 @@ from functools import cached_property
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.plural import plural
 from mechdsl.results.estimates import (
     Estimate,
     Fixed,
     Limits,
+    NoNumber,
     OfSums,
     absolute,
     around,
-    auroc,
     combined,
     constant,
     is_one,
@@ -28,8 +29,9 @@ from mechdsl.results.estimates import (
 )
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.matched_cells import matched
+from mechdsl.results.rankings import ranking_of_cells, ranking_of_rows
 from mechdsl.statistics.bootstrap import FEWEST_UNITS, Simultaneous, simultaneous
-from mechdsl.statistics.cell_statistics import counted, share_limits
+from mechdsl.statistics.cell_statistics import share_limits
 from mechdsl.statistics.effect_parts import Sums, parts
 from mechdsl.statistics.sampling import partitions
 from mechdsl.statistics.units import Draws, Rows, Units, units_of
@@ -44,7 +46,6 @@ from mechdsl.validate.conditions import (
     OfCells,
     Ranking,
     Value,
-    truth_of,
 )
 from mechdsl.vocab.effects import EFFECTS
 
@@ -56,10 +57,6 @@ class Chosen:
     result: ExperimentResult
     measure: int
     cells: Ints
-
-
-class NoNumber(Exception):
-    """There is none, and why."""
 
 
 class Cells:
@@ -214,11 +211,28 @@ class Space:
         return int(self.units.held(some, self.place(of.result))[0])
 
     @property
+    def not_paired(self) -> str | None:
+        """What is said where experiments are set against each other that have other rows."""
+        read = [
+            result for result in self.results if any(each.result is result for each in self.read)
+        ]
+        found = [(each.name, set(self.units.codes[self.place(each)].tolist())) for each in read]
+        (_, own), *others = found or [("", set[int]())]
+        unit = "prompt" if self.mine.groups is None else self.mine.sampling.unit_word(self.units)
+        words = [
+            f"`{name}` has {len(own & theirs) or 'none'} of these {plural(len(own), unit)}"
+            + f" and {len(theirs - own)} of its own" * bool(theirs - own)
+            for name, theirs in others
+            if theirs != own
+        ]
+        return f"not all paired: {'; '.join(words)}" if words else None
+
+    @property
     def too_few(self) -> str | None:
         """Why there is no interval."""
         if self.held >= FEWEST_UNITS:
             return None
-        words = counted(self.held, self.mine.sampling.unit_word(self.units))
+        words = plural(self.held, self.mine.sampling.unit_word(self.units))
         return f"{words}: no interval below {FEWEST_UNITS}"
 
 
@@ -384,63 +398,17 @@ class Reader:
             return Estimate(point, why=self.space.too_few)
         with np.errstate(divide="ignore", invalid="ignore"):
             found = [
-                correlate(_under(one, weights), _under(two, weights))
+                correlate(one.under(weights), two.under(weights))
                 for weights in self.space.draws.weights(4 * len(one.top))
             ]
         low, high = around(point, np.concatenate(found), confidence)
         return Estimate(point, None, low, high)
 
     def ranking(self, value: Ranking, confidence: float) -> Estimate:
+        of = self.cells.of(value)
         if value.column is not None:
-            return self.ranking_of_rows(value, value.column, confidence)
-        of = self.cells.of(value)
-        true = np.array(
-            [any(each.matches(of.result.cells[i]) for each in value.truth or ()) for i in of.cells],
-            dtype=np.float64,
-        )
-        if not 0 < true.sum() < len(true):
-            which = "none" if not true.sum() else "every one"
-            raise NoNumber(f"{which} of the {len(true)} cells is one of the true ones")
-        sums = self.space.sums(of)
-        point = float(auroc(sums.value[None], true)[0])
-        if self.space.too_few:
-            return Estimate(point, why=self.space.too_few)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found = [
-                auroc(_under(sums, weights), true)
-                for weights in self.space.draws.weights(4 * len(sums.top))
-            ]
-        low, high = around(2 * point - 1, 2 * np.concatenate(found) - 1, confidence)
-        return Estimate(point, None, (low + 1) / 2, (high + 1) / 2)
-
-    def ranking_of_rows(self, value: Ranking, column: str, confidence: float) -> Estimate:
-        """How often a row where the column is true has the greater effect."""
-        of = self.cells.of(value)
-        if len(of.cells) != 1:
-            raise NoNumber(f"{len(of.cells)} cells are meant, not one")
-        data = of.result.measures[of.measure]
-        found = parts(data, EFFECTS[data.effect], of.cells)
-        if found.denominator is not None:
-            raise NoNumber(f"`{data.effect}` is a ratio of means: no row has one")
-        truths = [truth_of(each) for each in of.result.row_values[column]]
-        known = found.present[0] & np.array([each is not None for each in truths])
-        true = np.array([bool(each) for each in truths]) & known
-        false = ~np.array([bool(each) for each in truths]) & known
-        if not true.any() or not false.any():
-            raise NoNumber(f"`{column}` is the same in all {int(known.sum())} rows")
-        effects, codes = found.numerator[0], self.space.units.codes[0]
-        ahead = effects[true][:, None] - effects[false][None]
-        wins = (ahead > 0) + 0.5 * (ahead == 0)
-        point = float(wins.mean())
-        if self.space.too_few:
-            return Estimate(point, why=self.space.too_few)
-        resampled: list[Floats] = []
-        with np.errstate(divide="ignore", invalid="ignore"):
-            for weights in self.space.draws.weights(4 * len(effects)):
-                one, two = weights[:, codes[true]], weights[:, codes[false]]
-                resampled.append(((one @ wins) * two).sum(1) / (one.sum(1) * two.sum(1)))
-        low, high = around(2 * point - 1, 2 * np.concatenate(resampled) - 1, confidence)
-        return Estimate(point, None, (low + 1) / 2, (high + 1) / 2)
+            return ranking_of_rows(self.space, of, value.column, confidence)
+        return ranking_of_cells(self.space, of, value.truth or (), confidence)
 
 
 def pieces(value: Value) -> int:
@@ -472,8 +440,3 @@ def _smooth(value: Value) -> bool:
             return _smooth(value.left) and _smooth(value.right)
         case _:
             return False
-
-
-def _under(sums: Sums, weights: Floats) -> Floats:
-    """[resample, cell]."""
-    return (weights @ sums.top.T) / (weights @ sums.bottom.T)

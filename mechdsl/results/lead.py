@@ -8,13 +8,16 @@ larger, their bounds hold together.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.results.expectation_values import Chosen, Space
 from mechdsl.statistics.bootstrap import Simultaneous, simultaneous, studentise
 from mechdsl.statistics.effect_parts import Sums
+
+if TYPE_CHECKING:
+    from mechdsl.results.expectation_values import Chosen, Space
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 from mechdsl.base.plural import plural
 from mechdsl.base.registry import Registry
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.statistics.cell_statistics import SHARES, counted
+from mechdsl.statistics.cell_statistics import SHARES
 from mechdsl.statistics.measure_data import may_change
 from mechdsl.statistics.sampling import partitions
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
@@ -69,7 +69,7 @@ def _interval(result: ExperimentResult) -> str:
     counts = dict.fromkeys(each.count for each in units)
     most = max(units, key=lambda each: each.count)
     over = " or ".join(
-        counted(count, sampling.unit_word(most) if count == most.count else "distinct prompt")
+        plural(count, sampling.unit_word(most) if count == most.count else "distinct prompt")
         for count in counts
     )
     design = ", drawn within the design" if most.strata is not None else ""

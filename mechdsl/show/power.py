@@ -191,7 +191,9 @@ def _lines(
     for what, rows in of.items():
         mean, spread = by_unit(rows, units)
         part = f" of {kind.divisor}" if kind.denominator is not None else ""
-        shown = "–" if effect is None or not divisor else f"{effect * spread / divisor:.3g}{part}"
+        # where no unit differs from another nothing is known of how effects will
+        none = effect is None or not divisor or not spread
+        shown = "–" if none else f"{effect * spread / divisor:.3g}{part}"
         lines.append((what, f"{mean:.3g}", f"{spread:.3g}", shown))
     return lines
 

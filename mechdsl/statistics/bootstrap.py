@@ -87,7 +87,10 @@ class Studentised:
         resampled = np.where(self.held >= FEWEST_RESAMPLED, (beyond + 1) / (known + 1), 0.0)
         by_t = stdtr(np.maximum(self.freedom, 1), -np.abs(self.ratio))
         p = np.minimum(1.0, 2 * np.maximum(resampled, by_t))
-        least = (beyond == 0) & (resampled > by_t)
+        # units that don't differ say nothing of their spread: as many as they are, by sign flips
+        flat = self.error == 0
+        p = np.where(flat, np.maximum(2.0 ** (1 - self.held), p), p)
+        least = (beyond == 0) & (resampled > by_t) & ~flat
         none = (self.value == 0) | np.isnan(self.error)
         return np.where(none, 1.0, p), least & ~none
 

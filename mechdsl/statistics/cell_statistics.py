@@ -259,7 +259,7 @@ def _reason(
         said.append(f"{effect.divisor} is 0" if by_zero else "infinite for at least one prompt")
     units = int(found.units[cell])
     if np.isfinite(found.mean[cell]) and not np.isfinite(found.low[cell]):
-        said.append(f"{counted(units, unit)}: no interval below {FEWEST_UNITS}")
+        said.append(f"{plural(units, unit)}: no interval below {FEWEST_UNITS}")
     if data.inert[cell]:
         said.append("cannot differ from the base run: not tested")
     elif not effect.tested:
@@ -299,12 +299,6 @@ def category_statistics(
             "a category has no mean" + ("; no right number is known for it" if unknown else "")
         )
     return replace(found, reasons=tuple(reasons))
-
-
-def counted(count: int, unit: str) -> str:
-    """`3 values of a`, `1 prompt`."""
-    word, of, name = unit.partition(" of ")
-    return f"{plural(count, word)}{of}{name}"
 
 
 def cell_statistics(

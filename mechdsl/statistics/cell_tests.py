@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.plural import several
 from mechdsl.base.registry import Registry
 from mechdsl.statistics.bootstrap import Studentised, pivots, standard_error, studentise
 from mechdsl.statistics.corrections import CORRECTIONS
@@ -177,7 +178,7 @@ class _Tests:
         unit = self.sampling.unit_word(most)
         if self.sampling.settings.test == "bootstrap":
             return (
-                f"two-sided, by inversion of the bootstrap-t interval over {unit}s, "
+                f"two-sided, by inversion of the bootstrap-t interval over {several(unit)}, "
                 f"{self.resamples:,} resamples"
             )
         words = flips_in_words(most.count, self.smallest, unit, self.level)
@@ -204,4 +205,6 @@ def largest_pivot(sums: Sums, draws: Draws) -> Floats:
     corrected = np.empty(len(own))
     corrected[order] = np.maximum.accumulate((extreme + 1) / (draws.resamples + 1))
     alone, _ = found.p_of(np.minimum(above, below), known)
+    # what doesn't move in any resample has no part in the largest pivots: Bonferroni's for it
+    alone = np.where(error == 0, np.minimum(1.0, alone * len(own)), alone)
     return np.where(value == 0, 1.0, np.maximum(corrected, alone))

@@ -67,6 +67,11 @@ class Sums:
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.top.sum(1) / self.bottom.sum(1)
 
+    def under(self, weights: Floats) -> Floats:
+        """[resample, cell] of resamples [resample, unit]; NaN where none of a cell's is drawn."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (weights @ self.top.T) / (weights @ self.bottom.T)
+
     def chosen(self, cells: Cells) -> Sums:
         """Some of its cells."""
         bottom = self.bottom if len(self.bottom) == 1 else self.bottom[cells]

@@ -79,6 +79,10 @@ class _ConditionReader(KnownCells):
                 return self.comparison(node)
             case ast.Near():
                 middle, tolerance = self.constant(node.target), self.constant(node.tolerance)
+                if tolerance < 0:
+                    raise unreadable(
+                        node.tolerance.span, "no number is within less than 0", "leave out the `-`"
+                    )
                 return InBand(self.value(node.value), middle - tolerance, middle + tolerance)
             case ast.InRange():
                 if not isinstance(node.within, ast.Range):
@@ -86,6 +90,9 @@ class _ConditionReader(KnownCells):
                         node.within.span, "not a range", "write both ends: `in 0.2..0.4`"
                     )
                 low, high = self.constant(node.within.low), self.constant(node.within.high)
+                if high < low:
+                    span, text = node.within.span, f"{high:g}..{low:g}"
+                    raise unreadable(span, "no number is in it", f"write `{text}`")
                 return InBand(self.value(node.value), low, high)
             case _:
                 raise unreadable(

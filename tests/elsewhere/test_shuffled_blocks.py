@@ -10,8 +10,9 @@ import pytest
 
 import mechdsl
 from mechdsl.prompts.other_blocks import dealt
+from mechdsl.prompts.row_content import ByContent
 
-from ..execute.support import DIFFERENCE, MODES, ROWS, experiment, prompts
+from ..execute.support import DIFFERENCE, MODES, ROWS, experiment, prompts, write_rows
 from .support import by_prompt, layers, models, q, run, same
 
 EVERY = slice(None)
@@ -32,7 +33,8 @@ def test_what_is_read_is_the_row_that_is_dealt(folder: Path, family: str, mode: 
     assert said["rows of q shuffled"] == "dealt by a seeded shuffle to those of `p`"
     assert "rows of q" not in said
     number = list(range(len(ROWS)))
-    order = dealt(number, 0, "p", "q")
+    content = ByContent(ROWS)
+    order = [content.order[n] for n in dealt(content.rank, 0, "p", "q")]
     assert sorted(order) == number
     assert order != number
     for name, theirs in (("paired", number), ("shuffled", order)):
@@ -40,6 +42,21 @@ def test_what_is_read_is_the_row_that_is_dealt(folder: Path, family: str, mode: 
         where = [((s.last,), (b.last,)) for s, b in zip(sources, bases, strict=True)]
         expected = by_prompt(family, layers("resid_post"), sources, bases, where)
         same(found[name].measures[0], expected, EVERY)
+
+
+@pytest.mark.parametrize("limit", ["", " limit 3"])
+def test_the_order_of_a_data_file_changes_no_pair(tmp_path: Path, limit: str) -> None:
+    """Both blocks read it, so that what is dealt to a row is told by what it reads."""
+    text = experiment("e", f"prompts p{limit}", "from q shuffled into clean", RULE, DIFFERENCE)
+    found: list[set[tuple[float, ...]]] = []
+    for number, rows in enumerate((ROWS, ROWS[2:] + ROWS[:2], ROWS[::-1])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_rows(folder, rows)
+        measured = run(text, folder, models("gpt2"), MODES["plain"])["e"].measures[0]
+        found.append({tuple(np.round(column, 4)) for column in measured.patched.T})
+    assert len(found[0]) == (3 if limit else len(ROWS))
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_shuffle_is_a_permutation_that_hangs_on_the_row_alone() -> None:

@@ -207,9 +207,13 @@ def test_student_stands_in_for_five_to_seven() -> None:
 def test_equal_values_are_sure() -> None:
     found = one(measure(np.full((1, 9), 0.3), np.zeros(9)), statistics(test="bootstrap"))
     assert [found.low[0], found.high[0]] == pytest.approx([0.3, 0.3])
-    flips = 20_000
-    assert found.p[0] == pytest.approx(2 / (flips + 1))
-    assert found.floor[0]
+    assert found.p[0] == 2.0**-8  # what all signs give: nine equal values don't tell their spread
+    assert not found.floor[0]
+    five = one(measure(np.ones((1, 5)), np.zeros(5)), statistics(test="bootstrap"))
+    assert five.p[0] == 2.0**-4
+    many = measure(np.ones((10, 9)), np.zeros(9))
+    corrected = one(many, statistics(test="bootstrap", correction="max")).p_corrected
+    assert corrected == pytest.approx(np.full(10, 10 * 2.0**-8))
     still = one(measure(np.zeros((1, 9)), np.zeros(9)), statistics(test="bootstrap"))
     assert (still.low[0], still.high[0], still.p[0]) == (0.0, 0.0, 1.0)
     lone = one(measure(np.ones((1, 1)), np.zeros(1)), statistics(test="bootstrap"))

@@ -1,0 +1,84 @@
+"""Small things that tables, plans and lost experiments say, which were once not so."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import mechdsl
+from mechdsl.base.plural import plural, several
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.e06_controls import BadControl
+from mechdsl.diagnostics.e06_experiment import NothingKept
+from mechdsl.results.collect import why
+from mechdsl.results.experiment_result import ExperimentResult
+
+FILE = """mech 1
+
+model toy = zoo("counting")
+
+prompts rows {
+  a in 3..9
+  part = list("pear", a, sep: " ")
+  template "Part 1: {part} Count 1:"
+  answer " {a}"
+}
+
+prompts others {
+  a in 2..8
+  part = list("pear", a, sep: " ")
+  template "Part 1: {part} Count 1:"
+  answer " {a}"
+}
+
+experiment e {
+  model toy
+  prompts rows
+  from others into clean
+  patch resid_post layer 2..3 at last token
+  measure correct as delta
+  stats test bootstrap by a correct max
+  expect accuracy(others) > 0.5
+  expect top 1 contains resid_post layer 2
+}
+"""
+
+
+@cache
+def found() -> ExperimentResult:
+    (result,) = mechdsl.run(FILE).files[0].experiments
+    return result
+
+
+def test_the_accuracy_of_another_block_is_against_the_answers_of_this_one() -> None:
+    said = found().conventions["accuracy"]
+    assert said.endswith("; `others` set against the answers of `rows`")
+
+
+def test_values_of_a_name_are_several() -> None:
+    assert "interval over values of a, " in found().conventions["p"]
+    assert plural(1, "value of a") == "1 value of a"
+    assert plural(2000, "value of a") == "2,000 values of a"
+    assert several("distinct prompt") == "distinct prompts"
+
+
+def test_a_p_of_equal_units_is_that_of_their_signs() -> None:
+    """At layer 3 every row says what the other block's row is asked for, which is never right."""
+    (statistics,) = found().statistics
+    assert statistics.mean[1] == -1
+    assert statistics.units[1] == 7
+    assert statistics.p[1] == 2.0**-6
+    assert statistics.p_corrected[1] >= statistics.p[1]
+
+
+def test_one_other_cell_is_in_the_singular() -> None:
+    reason = found().outcomes[1].reason or ""
+    assert "1 other cells" not in reason
+
+
+def test_a_reason_is_given_once() -> None:
+    span = Span(Source(FILE), 0, 4)
+    assert why(BadControl(span=span, text="random(5)", reason="why not", hint="")).reason == (
+        "`random(5)` can't be drawn: why not"
+    )
+    kept = why(NothingKept(span=span, rows=12)).reason
+    assert kept == "`keep` leaves none of the 12 rows: holds for no row of the clean run"
