@@ -28,6 +28,7 @@ from mechdsl.resolve.resolved import ResolvedControl, ResolvedExperiment
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.run_conventions import conventions, fallbacks, model_words, pass_sizes
 from mechdsl.results.seen_rows import SeenRows
+from mechdsl.statistics.bootstrap import FEWEST_UNITS
 from mechdsl.statistics.measure_data import DrawnValues, MeasureData, Missing
 from mechdsl.vocab.metrics import Form
 
@@ -193,14 +194,16 @@ def _accuracy_words(experiment: ResolvedExperiment, units: Mapping[str, Ints]) -
     said += ", before `keep`" if experiment.spec.keep else ""
     counts = {run: len(np.unique(own)) for run, own in units.items()}
     by = experiment.spec.statistics.by
+    few = any(counts[run] < min(len(own), FEWEST_UNITS) for run, own in units.items())
+    none = f", none below {FEWEST_UNITS}" if few else ""
     if by is not None:
         number = next(iter(counts.values()))
-        said += f"; exact interval over {plural(number, 'group')} by {by} (Korn-Graubard)"
+        said += f"; exact interval over {plural(number, 'group')} by {by} (Korn-Graubard){none}"
     elif all(counts[run] == len(own) for run, own in units.items()):
         said += "; exact interval (Clopper-Pearson)"
     else:
         distinct = ", ".join(f"{number} distinct in {run}" for run, number in counts.items())
-        said += f", {distinct}; exact interval over these (Korn-Graubard)"
+        said += f", {distinct}; exact interval over these (Korn-Graubard){none}"
     table = experiment.table
     others = [f"`{run}`" for run in units if table.runs[run].prompts not in (None, table.name)]
     if others:

@@ -256,7 +256,9 @@ class Reader:
                     divisor = self.ended(right, confidence)
                     if divisor.why is None and divisor.low <= 0 <= divisor.high:
                         ends = f"{divisor.point:.3g} [{divisor.low:.3g}, {divisor.high:.3g}]"
-                        raise NoNumber(f"it divides by what can't be told from 0: {ends}")
+                        known = divisor.low == divisor.high
+                        zero = "0" if known else f"what can't be told from 0: {ends}"
+                        raise NoNumber(f"it divides by {zero}")
                 if left.smooth is None or right.smooth is None:
                     left, right = self.ended(left, confidence), self.ended(right, confidence)
                 return combined(value.operator, left, right)
@@ -382,7 +384,8 @@ class Reader:
     def accuracy(self, run: str, confidence: float) -> Estimate:
         found = self.cells.result.accuracy_of(run, confidence)
         why = None if math.isfinite(found.mean) else "no prompt has an answer"
-        few = "too few groups: no interval" if math.isnan(found.low) else None
+        unit = "distinct prompts" if self.cells.result.groups is None else "groups"
+        few = f"no interval below {FEWEST_UNITS} {unit}" if math.isnan(found.low) else None
         return Estimate(
             found.mean, None, found.low, found.high, why or few, rounding=found.rounding
         )

@@ -336,9 +336,12 @@ class _ConditionReader(KnownCells):
         if isinstance(node, ast.OfExperiment):
             other = self.other(node.experiment, node.experiment.id, node.measure.span.written)
             return other, other.measure(node.measure)
-        labels = [each.label for each in self.known.measures]
-        if not isinstance(node, ast.OfRef) or node.of.span.written in labels or self.labelled(node):
+        if not isinstance(node, ast.OfRef) or self.labelled(node):
             return self, self.measure(node)
+        measures = self.known.measures
+        if any(node.of.span.written in each.names for each in measures):
+            return self, self.measure(node)
+        labels = [each.label for each in measures]
         other = self.other(node.of, node.of.span.written, node.name, labels)
         start = node.span.start
         span = replace(node.span, end=start + len(node.name))

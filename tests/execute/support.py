@@ -43,7 +43,8 @@ Metric = Callable[[Tensor, Record], float]
 ABSOLUTE = 1e-4
 RELATIVE = 1e-3
 SMALL = 1e-2
-"""Effects below this are held to an absolute bound of SMALL * RELATIVE."""
+"""Effects below this are held to an absolute bound of SMALL * RELATIVE, or as much more as the
+values that they are the difference of are rounded."""
 
 _RECORDS: list[Record] = [
     {
@@ -411,6 +412,11 @@ def patches(
 # --- the comparison -------------------------------------------------------------------------------
 
 
+def rounding(values: Array) -> float:
+    """How much more large logits are rounded in 32 bits than those below 10."""
+    return max(1.0, float(np.nanmax(np.abs(values))) / 10)
+
+
 def errors(measure: MeasureData, expected: Array, base: Array) -> tuple[float, float]:
     """Largest difference of a value, and the largest one of an effect relative to the effect.
 
@@ -420,7 +426,7 @@ def errors(measure: MeasureData, expected: Array, base: Array) -> tuple[float, f
     error = np.abs(measure.patched - expected)
     effect = expected - base[None]
     off = np.abs(measure.patched - measure.base - effect)
-    relative = off / np.maximum(np.abs(effect), SMALL)
+    relative = off / np.maximum(np.abs(effect), SMALL * rounding(expected))
     return float(np.nanmax(error)), float(np.nanmax(relative))
 
 

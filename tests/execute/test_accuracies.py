@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest, t
 
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
@@ -22,6 +23,7 @@ from .support import (
     Record,
     bare,
     experiment,
+    prompt,
     prompts,
     run_file,
     token,
@@ -49,10 +51,25 @@ def records() -> list[Record]:
     return [{**row, "a": answer} for row, answer in zip(ROWS, answers, strict=True)]
 
 
+def eight() -> list[Record]:
+    """Different in text and in `b`; those of even number are right in the clean run."""
+    words = {token(f"w{n}"): f"w{n}" for n in range(50)}
+    more = [{**row, "words": [*row["words"], "w19"], "b": f"w{n}"} for n, row in enumerate(ROWS)]
+    found: list[Record] = []
+    for n, row in enumerate([*ROWS, *more]):
+        clean = words[int(unpatched(FAMILY, prompt(row))[0][-1].argmax())]
+        found.append({**row, "a": "w49" if n % 2 else clean})
+    return found
+
+
 def ran(
-    folder: Path, *lines: str, mode: str = "planned", times: int = 1, stats: str = STATS
+    folder: Path,
+    *lines: str,
+    mode: str = "planned",
+    rows: Sequence[Record] | None = None,
+    stats: str = STATS,
 ) -> ExperimentResult:
-    write_rows(folder, records() * times)
+    write_rows(folder, records() if rows is None else rows)
     text = experiment(
         "e", "prompts p", "from clean into longer", RULE, DIFFERENCE, *lines, stats=stats
     )
@@ -95,21 +112,40 @@ def test_it_fails_where_the_model_is_wrong(tmp_path: Path) -> None:
 
 
 def test_equal_prompts_are_right_together(tmp_path: Path) -> None:
-    found = ran(tmp_path, "keep correct", *ASKED, times=3)
+    """The interval is that of as many rows as eight units tell (Korn and Graubard 1998)."""
+    found = ran(tmp_path, "keep correct", *ASKED, rows=eight() * 3)
     said = found.accuracy_of("clean")
-    assert (said.mean, said.n) == (0.5, 12)
-    assert len(np.unique(found.accuracy_units["clean"])) == 4
-    four = binomtest(2, 4).proportion_ci(0.95, "exact")
-    assert said.low < four.low
-    assert said.high > four.high, "no more is known than of four"
-    assert "4 distinct in clean, 4 distinct in longer" in found.conventions["accuracy"]
+    assert (said.mean, said.n) == (0.5, 24)
+    assert len(np.unique(found.accuracy_units["clean"])) == 8
+    right = 7 * (t.ppf(0.975, 23) / t.ppf(0.975, 7)) ** 2 / 2
+    assert said.low == pytest.approx(beta.ppf(0.025, right, right + 1))
+    assert said.high == pytest.approx(1 - said.low)
+    assert said.low < binomtest(4, 8).proportion_ci(0.95, "exact").low
+    assert np.isnan(found.accuracy_of("longer").low), "as `words` are all that they differ by"
+    assert found.conventions["accuracy"].endswith(
+        "8 distinct in clean, 4 distinct in longer; exact interval over these (Korn-Graubard), "
+        "none below 5"
+    )
 
 
 def test_rows_of_one_group_are_one_unit(tmp_path: Path) -> None:
-    found = ran(tmp_path, "keep correct", *ASKED, times=3)
-    grouped = ran(tmp_path, "keep correct", *ASKED, times=3, stats="stats by b")
-    assert grouped.conventions["accuracy"].endswith("over 4 groups by b (Korn-Graubard)")
+    found = ran(tmp_path, "keep correct", *ASKED, rows=eight() * 3)
+    grouped = ran(tmp_path, "keep correct", *ASKED, rows=eight() * 3, stats="stats by b")
+    assert grouped.conventions["accuracy"].endswith("over 8 groups by b (Korn-Graubard)")
     assert grouped.accuracy_of("clean") == found.accuracy_of("clean")
+
+
+def test_four_units_are_too_few(tmp_path: Path) -> None:
+    few = "exact interval over {} (Korn-Graubard), none below 5"
+    cases = ((STATS, "these", "distinct prompts"), ("stats by b", "4 groups by b", "groups"))
+    for stats, over, unit in cases:
+        found = ran(tmp_path, "keep correct", *ASKED, rows=records() * 3, stats=stats)
+        said = found.accuracy_of("clean")
+        assert (said.mean, said.n) == (0.5, 12)
+        assert np.isnan([said.low, said.high]).all()
+        assert found.conventions["accuracy"].endswith(few.format(over))
+        assert (found.outcomes[0].reason or "").startswith(f"no interval below 5 {unit}; ")
+        assert not any(outcome.holds for outcome in found.outcomes)
 
 
 def test_nothing_is_said_where_nothing_is_asked(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def by_hand() -> tuple[Array, Array, Array]:
     return patched, base, differences(FAMILY, ROWS, "longer", metric=distance)
 
 
+APART = "stats bootstrap(100) confidence 80% correct none"
+"""With these four rows the ends of `distance` can be told apart at 80 %, not at 95 %."""
 EFFECTS = ("raw", "total", "delta", "recovery", "relative", "relative per prompt")
 
 
@@ -82,7 +84,7 @@ def test_an_effect_is_its_formula_of_the_means(folder: Path, effect: str) -> Non
         "relative": (patched - base).mean(1) / abs(base.mean()),
         "relative per prompt": ((patched - base) / abs(base)).mean(1),
     }[effect]
-    text = experiment("e", *START, RULE, f"measure kl(longer) as {effect}")
+    text = experiment("e", *START, RULE, f"measure kl(longer) as {effect}", stats=APART)
     for options in MODES.values():
         statistics = run_file(text, folder, bare(FAMILY), options)["e"].statistics[0]
         np.testing.assert_allclose(statistics.mean, expected, atol=1e-4, rtol=1e-3)
@@ -94,10 +96,10 @@ def test_an_effect_is_its_formula_of_the_means(folder: Path, effect: str) -> Non
 
 def test_recovery_is_0_at_the_base_and_1_at_the_source(folder: Path) -> None:
     rules = "patch logits at last token"
-    text = experiment("one", *START, rules, "measure kl(longer) as recovery")
+    text = experiment("one", *START, rules, "measure kl(longer) as recovery", stats=APART)
     text += experiment(
         "zero", *START, "patch resid_post layer 0 at last token with clean",
-        "measure kl(longer) as recovery",
+        "measure kl(longer) as recovery", stats=APART,
     )  # fmt: skip
     found = run_file(text, folder, bare(FAMILY))
     assert found["one"].statistics[0].mean[0] == pytest.approx(1, abs=1e-5)
@@ -333,7 +335,7 @@ experiment e {
   prompts fruit limit 64
   from clean into fewer
   keep expected(1..9) < 3.5
-  patch layer * head * at last-item token
+  patch layer * head * at AT
   measure logit(answer) as delta
   stats correct SAID
 }
@@ -341,15 +343,25 @@ experiment e {
 )
 
 
-@pytest.mark.parametrize("correction", ["holm", "none"])
-def test_few_rows_that_are_kept_are_warned_of_as_few_that_are_taken(correction: str) -> None:
-    source = Source(KEPT.replace("SAID", correction))
+@pytest.mark.parametrize(
+    ("correction", "at", "warned"),
+    [
+        ("holm", "last token", True),
+        ("none", "last token", False),
+        ("holm", "last-item token", False),
+    ],
+)
+def test_few_rows_that_are_kept_are_warned_of_as_few_that_are_taken(
+    correction: str, at: str, warned: bool
+) -> None:
+    """2⁻⁸ times 16 cells is too much. Before the last token those of the last layer can't matter: 12."""
+    source = Source(KEPT.replace("SAID", correction).replace("AT", at))
     found, diagnostics = run_source(source)
     assert found is not None
     kept = found.experiments[0].prompts
     assert kept == 9
     said = [(d.code, d.message) for d in diagnostics]
     wanted = ("W0720", f"with {kept} prompts no cell can survive the correction")
-    assert said == ([wanted] if correction == "holm" else [])
+    assert said == ([wanted] if warned else [])
     spans = [d.span.text for d in diagnostics if d.span is not None]
-    assert spans == (["expected(1..9) < 3.5"] if correction == "holm" else [])
+    assert spans == (["expected(1..9) < 3.5"] if warned else [])

@@ -229,14 +229,14 @@ def cells(results: Any) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def in_memory() -> list[Any]:
-    return cells(mechdsl.run(EXAMPLE, limit=24))
+    return cells(mechdsl.run(EXAMPLE, limit=40))
 
 
 def test_a_file_gives_the_same_table(in_memory: list[Any], tmp_path: Path) -> None:
     """Half of the blocks of the model are on disk."""
     module = spread(COUNTING, SPREAD["blocks on disk"], tmp_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(COUNTING)
-    found = mechdsl.run(EXAMPLE, limit=24, models={"toy": (module, tokenizer)})
+    found = mechdsl.run(EXAMPLE, limit=40, models={"toy": (module, tokenizer)})
     assert cells(found) == in_memory
     assert clean_model_check(module) == []
 
@@ -260,7 +260,7 @@ def test_a_file_from_the_command_line(
     monkeypatch.setattr(file_models, "load", look)
     size = (COUNTING / "model.safetensors").stat().st_size
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": size * 2 // 3})
-    arguments = ("--limit", "24", "--format", "json", "--device", "cpu", "--offload", tmp_path)
+    arguments = ("--limit", "40", "--format", "json", "--device", "cpu", "--offload", tmp_path)
     monkeypatch.setattr(sys, "argv", ["mechdsl", "run", str(EXAMPLE), *map(str, arguments)])
     with pytest.raises(SystemExit) as done:
         main()
@@ -272,7 +272,7 @@ def test_a_file_from_the_command_line(
 
 def test_where_all_fits_nothing_is_on_disk(in_memory: list[Any], tmp_path: Path) -> None:
     folder = tmp_path / "made"
-    assert cells(mechdsl.run(EXAMPLE, limit=24, offload=folder)) == in_memory
+    assert cells(mechdsl.run(EXAMPLE, limit=40, offload=folder)) == in_memory
     assert [*folder.iterdir()] == []
 
 

@@ -205,7 +205,7 @@ experiment e {
   from clean into other
   patch resid_pre layer * at token *
   measure logit(answer) - logit(answer of other) as recovery
-  expect accuracy(clean) = 1
+  expect accuracy(clean) > 0.25
 }
 """
 COUNTED = """
@@ -226,7 +226,7 @@ experiment e {
   from clean into fewer
   patch resid_pre layer * at token *
   measure logit(answer) - logit(answer of fewer) as recovery
-  expect accuracy(clean) = 1
+  expect accuracy(clean) > 0.25
 }
 """
 
@@ -236,6 +236,7 @@ def recovered(text: str, module: nn.Module) -> tuple[dict[tuple[int, int], Any],
     tokenizer = own_models.words(count=own_models.TOKENS)
     result = run(text, models={"m": (module, tokenizer)})["e"]
     assert result.holds
+    assert result.accuracy_of("clean").mean == 1
     measure = result.measures[0]
     assert measure.source is not None
     each = (measure.patched - measure.base) / (measure.source - measure.base)

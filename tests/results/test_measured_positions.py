@@ -131,11 +131,17 @@ def test_what_the_message_says_works(expect: str, metric: str, line: str) -> Non
 
 
 def test_one_that_is_alone_of_its_name_and_effect_is_named() -> None:
-    mixed = text("max(ld) > -50", **{"item  2 token as raw": "item 2 token as delta"})
-    assert refused(mixed) == "name one, as in `raw of ld`"
-    named = mixed.replace("max(ld)", "max(raw of ld)")
-    (outcome,) = mechdsl.run(named).files[0].experiments[0].outcomes
-    assert outcome.holds
+    """Before item 2 stand more than five distinct beginnings, before item 1 only four."""
+    mixed = text("max(ld) > -50", **{"item 1 token as raw": "item 1 token as delta"})
+    assert refused(mixed) == "name one, as in `delta of ld`"
+    for effect, value in (("delta", 0.0), ("raw", None)):
+        named = mixed.replace("max(ld)", f"max({effect} of ld)")
+        found = mechdsl.run(named).files[0].experiments[0]
+        (outcome,) = found.outcomes
+        number = [each.effect for each in found.measures].index(effect)
+        largest = float(found.statistics[number].mean.max())
+        assert outcome.value == pytest.approx(largest if value is None else value)
+        assert outcome.holds == (effect == "raw")
 
 
 def test_the_same_at_the_same_place_is_still_refused() -> None:

@@ -173,10 +173,50 @@ def test_the_accuracy_of_a_run_is_over_groups_where_they_are_drawn() -> None:
     groups = [i // 8 for i in range(64)]
     rows = np.array([float(group != 3) for group in groups])
     made = replace(result, row_values={"topic": groups}, accuracy={"clean": rows})
-    found = finished(made, "accuracy(clean) > 0.5").accuracy_interval("clean")
+    found = finished(made, "accuracy(clean) > 0.5").accuracy_of("clean")
     assert (found.low, found.high) == pytest.approx(exact(56, 64))
-    whole = finished(made, by="topic").accuracy_interval("clean")
+    whole = finished(made, by="topic").accuracy_of("clean")
     assert whole.mean == found.mean == 7 / 8
     p, n = 7 / 8, 7 * (stats.t.ppf(0.975, 63) / stats.t.ppf(0.975, 7)) ** 2
     assert whole.low == pytest.approx(stats.beta.ppf(0.025, p * n, n - p * n + 1))
     assert whole.low < found.low - 0.1
+
+
+def test_the_accuracy_of_rows_that_are_right_together() -> None:
+    """Units of different sizes, and rows without an answer; equal rows say as much as one."""
+    sizes, right = [1, 4, 2, 3, 2, 5, 1, 2], np.array([1, 0, 1, 1, 0, 1, 1, 1.0])
+    units = np.repeat(np.arange(8), sizes)
+    rows = np.concatenate([right[units], [np.nan, np.nan]])
+    place = np.random.default_rng(0).permutation(22)
+    made = replace(
+        heads(),
+        accuracy={"clean": rows[place]},
+        accuracy_units={"clean": np.append(units, [8, 9])[place] * 7},
+    )
+    found = finished(made).accuracy_of("clean")
+    p = np.average(right, weights=sizes)
+    variance = 8 / 7 * ((np.array(sizes) * (right - p)) ** 2).sum() / 20**2
+    n = p * (1 - p) / variance * (stats.t.ppf(0.975, 19) / stats.t.ppf(0.975, 7)) ** 2
+    assert n < 8
+    assert (found.mean, found.n) == (pytest.approx(p), 20)
+    assert found.low == pytest.approx(stats.beta.ppf(0.025, p * n, n - p * n + 1))
+    assert found.high == pytest.approx(stats.beta.ppf(0.975, p * n + 1, n - p * n))
+    wider = finished(made).accuracy_of("clean", 99.0)
+    assert wider.low < found.low < found.high < wider.high
+    none = replace(made, accuracy={"clean": np.full(22, np.nan)})
+    unknown = finished(none).accuracy_of("clean")
+    assert np.isnan([unknown.mean, unknown.low, unknown.high]).all()
+    assert unknown.n == 0
+
+
+@pytest.mark.parametrize("p", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("units", [8, 24])
+def test_units_of_equal_rows_are_covered(p: float, units: int) -> None:
+    """Rows that are there five times say as much as one; as if independent, 60 % of intervals hold
+    the share."""
+    random = np.random.default_rng([units, int(100 * p)])
+    sizes = random.integers(1, 10, (400, units)).astype(float)
+    right = sizes * (random.random((400, units)) < p)
+    sums = Sums(right, sizes, np.full(400, units))
+    low, high = share_interval(sums, sizes.sum(1).astype(np.int64), 95.0)
+    assert np.mean((low <= p) & (p <= high)) >= 0.92

@@ -34,6 +34,7 @@ from ..execute.support import (
     as_in_the_data,
     ids_of,
     prompt,
+    rounding,
     run_on,
     shared,
     token,
@@ -186,9 +187,11 @@ def tokens(text: Text, written: str) -> list[int]:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def experiment(name: str, *lines: str, block: str = "p", measure: str = DIFFERENCE) -> str:
+def experiment(
+    name: str, *lines: str, block: str = "p", measure: str = DIFFERENCE, stats: str = STATS
+) -> str:
     """An experiment on the rows of a block."""
-    every = ("model m", f"prompts {block}", *lines, measure, STATS)
+    every = ("model m", f"prompts {block}", *lines, measure, stats)
     body = "\n".join(f"  {line}" for line in every if line)
     return f"experiment {name} {{\n{body}\n}}\n"
 
@@ -330,11 +333,6 @@ def agree(
         assert all(b in (a, None) for a, b in zip(key, own, strict=True)), f"{key} is not {own}"
     values = np.array(list(expected.values()))
     compare(found.measures[0], values, base, large=large, most=most, precise=precise)
-
-
-def rounding(values: Array) -> float:
-    """How much more large logits are rounded in 32 bits than those below 10."""
-    return max(1.0, float(np.nanmax(np.abs(values))) / 10)
 
 
 def compare(

@@ -520,10 +520,14 @@ def test_several_sources_and_bases_are_axes(data: Path, mode: str) -> None:
         np.testing.assert_allclose(np.broadcast_to(source_values, shape), np.array(ends), atol=1e-4)
 
 
+APART = "stats bootstrap(100) confidence 70% correct none"
+"""With these four rows all ends can be told apart at 70 %, not at 95 %."""
+
+
 def test_recovery_is_of_each_pair_of_runs(data: Path) -> None:
     """All of the logits: 1 whatever the runs are."""
     lines = ("from clean into longer, turned, other", "patch logits at last token")
-    text = experiment("e", *lines, measure="measure kl(clean) as recovery")
+    text = experiment("e", *lines, measure="measure kl(clean) as recovery", stats=APART)
     found = run_file(text, data, "llama", "planned")["e"]
     assert found.axes == ("base",)
     np.testing.assert_allclose(found.statistics[0].mean, 1, atol=1e-3)
