@@ -40,6 +40,9 @@ class Reading:
     """[row] what `observe attention` sees; None on runs without rows."""
     tokens: Tensor | None = None
     """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
+    largest: Tensor | None = None
+    """[row, spot] the size of the largest logit of the whole vocabulary, where `tokens` are fewer;
+    None where nothing is asked of rounding."""
     has_loss: Bools | None = None
     """[row] whether the prompt has a loss; None where none is read."""
 
@@ -157,8 +160,9 @@ class Readout:
     def read(self, reading: Reading, relative: float = 0.0, *, skip: Collection[int] = ()) -> Found:
         """One value per row for every measure.
 
-        relative: how far rounding may move a logit, relative to the largest that a metric reads;
-        0 doesn't ask what that does to the values. skip: numbers of measures that aren't read.
+        relative: how far rounding may move a logit, relative to the largest one where a metric
+        reads; 0 doesn't ask what that does to the values. skip: numbers of measures that aren't
+        read.
         """
         broken = self._broken(reading)
         found = [np.full(len(reading.prompts), np.nan) for _ in self.measures]
@@ -256,10 +260,11 @@ class Readout:
 def _rounding(
     atom: Atom, number: int, spot: int, reading: Reading, value: Floats, relative: float
 ) -> Floats:
-    """[row]: how far rounding may move an atom. Metrics in logits and nats, and the numbers of a
-    regression, move by as much as the largest output that they read, shares of it by that part of
-    themselves; a rank moves over the tokens that come as close as that. `correct` and categories
-    change, which counts as 1, where the two best tokens do."""
+    """[row]: how far rounding may move an atom. An output is a sum over the model's width, rounded
+    as its parts are and not as what is left of them: a small logit moves as far as the largest one
+    of all tokens. Metrics in logits and nats, and the numbers of a regression, move by as much,
+    shares by that part of themselves; a rank moves over the tokens that come as close as that.
+    `correct` and categories change, which counts as 1, where the two best tokens do."""
     takes, unit = atom.form.takes, atom.form.unit
     if not atom.form.of_outputs:
         return np.full(len(value), relative)
@@ -267,13 +272,14 @@ def _rounding(
     if logits is None:
         assert reading.logits is not None
         logits = reading.logits[:, spot]
+    if reading.largest is not None:
+        size = reading.largest[:, spot]
+    else:
+        size = logits.abs().nan_to_num(nan=0.0, posinf=0.0).flatten(1).amax(-1)
+    largest = size.nan_to_num(nan=0.0, posinf=0.0).double().cpu().numpy()
     if atom.form.narrow and takes == "numerals":
         ids = torch.tensor([token for token, _ in atom.numerals], device=logits.device)
         logits = logits.index_select(-1, reading.columns(ids))
-    if atom.form.narrow and takes in ("target", "class"):
-        return relative * np.abs(value)
-    finite = logits.abs().nan_to_num(nan=0.0, posinf=0.0).flatten(1)
-    largest = finite.amax(-1).double().cpu().numpy()
     if takes == "label" and unit == "share":  # by the sign of its own logit
         target = _targets(atom, reading).to(logits.device)
         own = logits.gather(-1, target[:, None])[:, 0].abs().double().cpu().numpy()

@@ -47,6 +47,8 @@ class UnpatchedBatch:
     tokens: Tensor | None
     """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
     loss: Tensor | None
+    largest: Tensor | None = None
+    """[lane, spot], with `tokens`: the size of the largest logit of the whole vocabulary."""
 
     @cached_property
     def _place(self) -> Ints:
@@ -193,6 +195,7 @@ def compute_unpatched(
                 logits=None if part.at is None else logits,
                 tokens=tokens,
                 loss=loss,
+                largest=None if result.largest is None else result.largest[rows],
             )
         )
     return found

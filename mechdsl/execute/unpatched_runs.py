@@ -238,7 +238,7 @@ class UnpatchedRuns:
         reading = Reading(
             prompts=lanes,
             items=[environment] * len(lanes),
-            logits=self._spot_logits(readout, plain),
+            logits=self._of_spots(readout, plain.logits),
             continued={
                 n: present(self.lanes(self.named(run), prompts, readout.atoms[n][1]).logits)
                 for n in readout.continuations
@@ -251,15 +251,16 @@ class UnpatchedRuns:
             },
             references=self.references(readout, prompts, lanes, draws),
             tokens=plain.tokens,
+            largest=self._of_spots(readout, plain.largest),
             has_loss=None if plain.loss is None else has_loss(self.named(run), lanes),
         )
         return readout.read(reading, relative, skip=skip).over_draws(plain.draws)
 
-    def _spot_logits(self, readout: Readout, lanes: UnpatchedBatch) -> Tensor | None:
-        """[lane, spot of the readout, vocab]."""
-        if lanes.logits is None or not readout.needs_plain:
+    def _of_spots(self, readout: Readout, found: Tensor | None) -> Tensor | None:
+        """[lane, spot of the readout, ...] of [lane, spot, ...]."""
+        if found is None or not readout.needs_plain:
             return None
-        return lanes.logits[:, [self.spots.index(spot) for spot in readout.spots]]
+        return found[:, [self.spots.index(spot) for spot in readout.spots]]
 
     def references(
         self, readout: Readout, prompts: Ints, row_prompts: Ints, draws: Ints

@@ -95,10 +95,17 @@ def whole_output(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Any:
     return model.module(**arguments, **cache)
 
 
+ENDS_AT_ONCE = 2**24
+"""Logits held at once while the largest and the least of all are looked for."""
+
+
 @contextmanager
-def narrowed(model: LoadedModel, tokens: Tensor | None) -> Generator[None]:
+def narrowed(model: LoadedModel, tokens: Tensor | None, *, ends: bool = False) -> Generator[None]:
     """The unembedding computes the logits of these tokens ([K] long) only, in this order, where it
-    can; `chosen` takes them out of all logits else."""
+    can; `chosen` takes them out of all logits else.
+
+    ends: two columns more, the largest and the least logit of all tokens.
+    """
     if tokens is None or model.anatomy.unembedding is None or not model.calling.narrows:
         yield
         return
@@ -109,13 +116,32 @@ def narrowed(model: LoadedModel, tokens: Tensor | None) -> Generator[None]:
         weight, bias = every[rows], None if biases is None else biases[rows]
 
     def forward(hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden.to(weight.device), weight, bias)
+        few = nn.functional.linear(hidden.to(weight.device), weight, bias)
+        if not ends:
+            return few
+        with at_hand(module):
+            every, biases = module.get_parameter("weight"), getattr(module, "bias", None)
+            vectors = hidden.to(every.device).flatten(0, -2)
+            parts = vectors.split(max(1, ENDS_AT_ONCE // len(every)))
+            both = [_ends(nn.functional.linear(part, every, biases)) for part in parts]
+        return torch.cat([few, torch.cat(both).reshape(*few.shape[:-1], 2).to(few)], -1)
 
     with replaced(module, forward):
         yield
 
 
-def chosen(model: LoadedModel, logits: Tensor, tokens: Tensor | None) -> Tensor:
-    """The logits of these tokens, out of a pass that was `narrowed` to them."""
+def chosen(
+    model: LoadedModel, logits: Tensor, tokens: Tensor | None, *, ends: bool = False
+) -> Tensor:
+    """The logits of these tokens, out of a pass that was `narrowed` to them, `ends` behind them."""
     narrow = model.anatomy.unembedding is not None and model.calling.narrows
-    return logits if tokens is None or narrow else logits[..., tokens.to(logits.device)]
+    if tokens is None or narrow:
+        return logits
+    few = logits[..., tokens.to(logits.device)]
+    return torch.cat([few, _ends(logits)], -1) if ends else few
+
+
+def _ends(logits: Tensor) -> Tensor:
+    """[..., 2] of [..., vocab]: the largest and the least, without tokens that are excluded."""
+    least = logits.masked_fill(logits.isneginf(), torch.inf).amin(-1)
+    return torch.stack([logits.amax(-1), least], -1)

@@ -31,6 +31,8 @@ class RunResult:
 
     logits: Tensor | None
     """[B, T, vocab], or [B, n, vocab] with `logits_at`; None if the run stopped early."""
+    largest: Tensor | None = None
+    """[B, n], with `tokens`: the size of the largest logit of the whole vocabulary."""
     reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
     """[B, T, units, width] each, copies (inference tensors); values after the writes at the same
     site."""
@@ -62,15 +64,20 @@ def run_whole(
     work = SiteWork(model, batch, writes, reads, stop, edges)
     if logits_at is not None:
         work.keep_logits(batch, logits_at)
-    with torch.inference_mode(), work.installed(), opened(model, work), narrowed(model, tokens):
+    narrow = narrowed(model, tokens, ends=True)
+    with torch.inference_mode(), work.installed(), opened(model, work), narrow:
         try:
             logits = bare_logits(model, batch)
         except PassStopped:
             logits = None
+    largest: Tensor | None = None
     if logits is not None:
-        logits = chosen(model, work.output(logits), tokens)
+        logits = chosen(model, work.output(logits), tokens, ends=True)
+        if tokens is not None:
+            logits, ends = logits[..., :-2], logits[..., -2:]
+            largest = ends.abs().amax(-1)
     work.check()
-    return RunResult(logits, work.found)
+    return RunResult(logits, largest, work.found)
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def _rounding_words(experiment: ResolvedExperiment, model: LoadedModel) -> str:
     """What bounds of rounding come from."""
     dtype = str(model.dtype).removeprefix("torch.")
     words = [
-        f"{model.rounding:.2g} of the largest logit that a metric reads, by this model's "
+        f"{model.rounding:.2g} of the largest logit where a metric reads, by this model's "
         f"self-check in {dtype}"
     ]
     measures = (*experiment.measures, *experiment.accuracies.values())

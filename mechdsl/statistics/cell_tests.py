@@ -183,7 +183,7 @@ class _Tests:
             )
         words = flips_in_words(most.count, self.smallest, unit, self.level)
         return (
-            f"{words}; assumes that without an effect they lie evenly about 0 (`stats test "
+            f"{words}; assumes that without an effect they are symmetric about 0 (`stats test "
             "bootstrap` doesn't)"
         )
 

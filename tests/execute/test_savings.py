@@ -322,7 +322,8 @@ def test_only_logits_that_are_read_are_computed(folder: Path, unpatched: bool) -
     text = sweep("z layer * head *")
     read = {word for record in ROWS for word in (record["a"], record["b"])}
     narrow = work_of(folder, text, unpatched=unpatched)
-    assert {width for _, width in narrow.widths} == {len(read)}
+    # beside them, of unpatched runs, the largest and the least of all, which rounding hangs on
+    assert {width for _, width in narrow.widths} == {len(read) + 2 * unpatched}
     wide = work_of(folder, text, {"unembed"}, unpatched=unpatched)
     assert {width for _, width in wide.widths} == {families.VOCABULARY}
     assert sum(n for n, _ in wide.widths) == sum(n for n, _ in narrow.widths)

@@ -329,9 +329,29 @@ def test_only_wanted_tokens_are_unembedded(loaded: dict[str, LoadedModel]) -> No
         narrow = logits_of(model, batch, tokens=wanted)
         assert torch.allclose(narrow, logits_of(model, batch)[:, wanted], atol=1e-5)
         at = batch.lengths[:, None] - 1
-        last = run_whole(model, batch, tokens=wanted, logits_at=at).logits
+        found = run_whole(model, batch, tokens=wanted, logits_at=at)
+        last = found.logits
         assert last is not None
+        assert last.shape == (3, 1, 4)
         assert torch.allclose(last[:, 0], narrow[batch.lengths.cumsum(0) - 1], atol=1e-5)
+        whole = run_whole(model, batch, logits_at=at)
+        assert found.largest is not None
+        assert whole.logits is not None
+        assert whole.largest is None
+        assert torch.allclose(found.largest, whole.logits.abs().amax(-1), atol=1e-5)
+
+
+def test_the_largest_logit_is_looked_for_in_parts(
+    loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, some = loaded["llama"], torch.tensor([3, 9])
+    batch = batch_of(model)
+    whole = run_whole(model, batch, tokens=some).largest
+    monkeypatch.setattr("mechdsl.hooks.calls.ENDS_AT_ONCE", 1)
+    parts = run_whole(model, batch, tokens=some).largest
+    assert whole is not None
+    assert parts is not None
+    assert torch.allclose(parts, whole, atol=1e-5)
 
 
 def test_reads_see_the_writes_and_later_sites_too(loaded: dict[str, LoadedModel]) -> None:

@@ -132,11 +132,32 @@ def test_what_rounding_does_to_a_metric() -> None:
     relative = 1e-6
     found = bounds(read, logits, relative)
     largest = float(logits.abs().max())
-    own, other = (abs(float(logits[0, token])) for token in targets[:2])
     p = float(logits.softmax(-1)[0, targets[0]])
-    expected = [relative * (own + other), relative * largest * p, relative * largest, 0.0]
+    expected = [2 * relative * largest, relative * largest * p, relative * largest, 0.0]
     assert found == pytest.approx(expected, rel=1e-6)
     assert bounds(read, logits, 0.0) == [0.0] * 4
+
+
+def test_a_logit_near_0_moves_as_far_as_the_largest_that_was_not_asked_for() -> None:
+    """Where only the tokens that are read have logits, the largest of all is known beside them."""
+    read = readout("logit(answer)", 'logit(answer) - logit(" 3")')
+    tokens = sorted({atom.texts[None][0][0] for _, atom in read.atoms})
+    logits = torch.zeros(1, 120, dtype=torch.float64)
+    logits[0, tokens] = torch.tensor([0.01, -0.02], dtype=torch.float64)
+    logits[0, next(n for n in range(120) if n not in tokens)] = -40.0
+    few = Reading(
+        prompts=np.zeros(1, dtype=np.int64),
+        items=[None],
+        logits=logits[:, None, tokens],
+        continued={},
+        loss=None,
+        activations={},
+        references={},
+        tokens=torch.tensor(tokens),
+        largest=torch.tensor([[40.0]]),
+    )
+    found = [float(each[0]) for each in read.read(few, 1e-6).rounding]
+    assert found == pytest.approx([4e-5, 8e-5]) == bounds(read, logits, 1e-6)
 
 
 @pytest.mark.parametrize("value", [-200.0, -1.0, 0.001, 3000.0])
