@@ -44,7 +44,7 @@ def print_power(plan: Plan, console: Console, measured: Measured | None = None) 
             f"{_range([f'{end.units:,}' for end in each])} {_units(tested[name][0], measured)}",
             f"{each[0].tests:,}",
             f"{each[0].level:.2g}",
-            _range(["none" if end.effect is None else f"{end.effect:.2f} SD" for end in each]),
+            _range([_effect(end, tested[name][0].spec.statistics) for end in each]),
         )
     console.print()
     console.print(table)
@@ -139,12 +139,29 @@ def _levels(settings: Sequence[spec.Statistics]) -> str:
     return ", or ".join(words)
 
 
+def _by_others(found: Detectable, settings: spec.Statistics) -> bool:
+    """Whether an effect may survive though Bonferroni's level is out of reach: the maximum over
+    cells corrects p, and how large that is hangs on them."""
+    return settings.correction == "max" and found.smallest < 1 - settings.confidence / 100
+
+
+def _effect(found: Detectable, settings: spec.Statistics) -> str:
+    if found.effect is not None:
+        return f"{found.effect:.2f} SD"
+    return "unknown" if found.units > 1 and _by_others(found, settings) else "none"
+
+
 def _nothing(name: str, found: Detectable, experiment: ResolvedExperiment, some: str) -> str:
     """some: in which cells, where it isn't all."""
     settings = experiment.spec.statistics
     if found.units < 2:
         return f"{name}: {found.units} of them show nothing"
-    many = settings.correction in ("bh", "max")
+    if _by_others(found, settings):
+        return (
+            f"{name}: what can survive{some} hangs on how cells are correlated: the smallest p of "
+            f"{found.units} is {found.smallest:.3g}, corrected by the maximum too"
+        )
+    many = settings.correction == "bh"
     alone = f"one effect alone{some} can't" if many else f"no effect{some} can"
     return (
         f"{name}: {alone} survive: the smallest p of {found.units} is {found.smallest:.3g}, and it "

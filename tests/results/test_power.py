@@ -320,3 +320,35 @@ def test_units_are_those_of_the_run(
     what = "values of count" if stats else "distinct rows"
     (line,) = lines_of(command("plan", path).out, "power")
     assert line[1].strip() == f"{' to '.join(map(str, ends))} {what}"
+
+
+@pytest.mark.parametrize(
+    ("stats", "effect", "said"),
+    [
+        (
+            "stats by count correct max",
+            "unknown",
+            "what can survive hangs on how cells are correlated: the smallest p of 7 is 0.0156, "
+            "corrected by the maximum too",
+        ),
+        (
+            "stats by count correct max confidence 99%",
+            "none",
+            "no effect can survive: the smallest p of 7 is 0.0156, and it has to be below 0.00125",
+        ),
+        (
+            "stats by count correct bh",
+            "none",
+            "one effect alone can't survive: the smallest p of 7 is 0.0156",
+        ),
+    ],
+)
+def test_the_maximum_asks_no_smaller_p_than_one_test(
+    stats: str, effect: str, said: str, command: Command, tmp_path: Path
+) -> None:
+    done = command(
+        "plan", file(tmp_path, HEADS.replace("  report table", f"  {stats}\n  report table"))
+    )
+    (line,) = lines_of(done.out, "power")
+    assert line[-1].strip() == effect
+    assert said in plain(done.out)
