@@ -136,6 +136,10 @@ class ExperimentPlan:
             counts[~self.drawn] = 0
         return counts
 
+    def present(self, prompts: Ints) -> NDArray[np.bool_]:
+        """[cell, prompt] whether the prompt is part of the cell: no rule lacks a position there."""
+        return self._runs(prompts) > 0
+
     def count(self, prompts: Ints | None = None) -> int:
         """Patched rows on these prompts (or all), draws included: passes of the plain loop."""
         if prompts is None:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
-from mechdsl.base.arrays import Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.measured_values import MeasuredValues
-from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.results.planned_units import sampling_of
 from mechdsl.statistics.cell_statistics import check_denominator
-from mechdsl.statistics.sampling import Sampling
 from mechdsl.vocab.effects import EFFECTS
 
 
@@ -33,25 +29,10 @@ def check_denominators(measured: MeasuredValues) -> dict[int, Diagnostic]:
         problems = check_denominator(
             base,
             other,
-            Sampling(
-                base.shape[1],
-                experiment.spec.statistics,
-                experiment.seed,
-                [experiment.table.row_ids[i] for i in measured.kept],
-                _groups(experiment, measured.kept),
-            ),
+            sampling_of(experiment, measured.kept),
             measure.span,
             effect=effect,
         )
         if problems:
             found[number] = problems[0]
     return found
-
-
-def _groups(experiment: ResolvedExperiment, kept: Ints) -> np.ndarray | None:
-    """The groups that `stats by` resamples."""
-    by = experiment.spec.statistics.by
-    if by is None:
-        return None
-    rows = experiment.table.runs["clean"].rows
-    return np.array([str(rows[i].values[by]) for i in kept])

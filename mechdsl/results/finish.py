@@ -45,7 +45,8 @@ def with_statistics(
         ids=result.sampling.keys,
         strata=result.strata,
     )
-    result = replace(result, statistics=tuple(statistics), drawn=None, controls=_bands(result))
+    result = replace(result, statistics=tuple(statistics))
+    result = replace(result, controls=_bands(result), drawn=None)
     conventions = {**result.conventions, **statistics_conventions(result, EFFECTS)}
     return replace(result, conventions=conventions)
 
@@ -54,8 +55,13 @@ def _bands(result: ExperimentResult) -> tuple[NullBand | None, ...]:
     """The null band of every measure; empty where no targets were drawn."""
     if result.drawn is None or result.settings is None:
         return ()
-    confidence = result.settings.confidence
-    return null_bands(result.measures, result.drawn, confidence=confidence, effects=EFFECTS)
+    return null_bands(
+        result.measures,
+        result.drawn,
+        means=[each.mean for each in result.statistics],
+        confidence=result.settings.confidence,
+        effects=EFFECTS,
+    )
 
 
 def with_verdicts(

@@ -13,6 +13,7 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.plan.plan import ExperimentPlan, Plan
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.results.planned_units import PlannedUnits, planned_units
 from mechdsl.statistics.power import POWER, Detectable, detectable
 from mechdsl.validate.check_file import by_name
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
@@ -40,10 +41,10 @@ def print_power(plan: Plan, console: Console, measured: Measured | None = None) 
     for name, each in found.items():
         table.add_row(
             name,
-            f"{each.units:,} {_units(tested[name][0], measured)}",
-            f"{each.tests:,}",
-            f"{each.level:.2g}",
-            "none" if each.effect is None else f"{each.effect:.2f} SD",
+            f"{_range([f'{end.units:,}' for end in each])} {_units(tested[name][0], measured)}",
+            f"{each[0].tests:,}",
+            f"{each[0].level:.2g}",
+            _range([_effect(end, tested[name][0].spec.statistics) for end in each]),
         )
     console.print()
     console.print(table)
@@ -54,44 +55,55 @@ def print_power(plan: Plan, console: Console, measured: Measured | None = None) 
         style="dim",
         highlight=False,
     )
-    for name, each in found.items():
-        if each.effect is None:
-            console.print(_nothing(name, each, tested[name][0]), highlight=False)
+    for name, (fewest, most) in found.items():
+        if fewest.effect is None:
+            some = "" if most.effect is None else f" in cells of {fewest.units}"
+            console.print(_nothing(name, fewest, tested[name][0], some), highlight=False)
     if measured is not None:
-        _print_measured(tested, found, measured, console)
+        _print_measured(tested, found, measured, plans, console)
 
 
 def power_of(
     variants: Sequence[ResolvedExperiment],
     plans: Mapping[str, ExperimentPlan],
     measured: Measured | None = None,
-) -> Detectable:
-    """Of one experiment, all variants together; cells that can't differ aren't tested. Where the
-    base run was measured, `keep` has left the rows that there are."""
-    cells = sum(int(np.count_nonzero(plans[v.key].exists & ~plans[v.key].inert)) for v in variants)
-    rows = {v.key: np.arange(len(v.table)) for v in variants}
-    rows |= {key: values.kept for key, values in (measured or {}).items() if key in rows}
-    units = min(int(units_of(v, rows[v.key]).max(initial=-1)) + 1 for v in variants)
-    return detectable(units, len(_tests(variants)) * cells, variants[0].spec.statistics)
+) -> tuple[Detectable, Detectable]:
+    """Of one experiment, all variants together: of its cells with the fewest and the most units.
+    Cells that can't differ aren't tested. Where the base run was measured, `keep` has left the rows
+    that there are."""
+    counts = [
+        units_of(plans[v.key], number, _rows(v, measured), plans).counts
+        for v in variants
+        for number in _tests(variants)
+    ]
+    every = np.concatenate(counts)
+    settings = variants[0].spec.statistics
+    fewest, most = (int(every.min()), int(every.max())) if len(every) else (0, 0)
+    return detectable(fewest, len(every), settings), detectable(most, len(every), settings)
 
 
-def units_of(experiment: ResolvedExperiment, rows: Ints) -> Ints:
-    """[row] the number of its unit: the value of `stats by NAME`, else rows of equal texts and
-    tokens in all runs, which no measure tells apart."""
-    table, by = experiment.table, experiment.spec.statistics.by
-    clean = table.runs["clean"].rows
-    if by is not None and all(by in clean[row].values for row in rows):
-        keys = [str(clean[row].values.get(by)) for row in rows]
-    else:
-        keys = [
-            tuple(
-                (run.rows[row].ids, tuple(sorted(run.rows[row].texts.items())))
-                for run in table.runs.values()
-            )
-            for row in rows
-        ]
-    numbers: dict[object, int] = {}
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+def units_of(
+    plan: ExperimentPlan, number: int, rows: Ints, plans: Mapping[str, ExperimentPlan]
+) -> PlannedUnits:
+    """Of one measure, as the run counts them."""
+    shapes = {each.experiment.model.name: each.experiment.model.shape for each in plans.values()}
+    own = plan.experiment.model
+
+    def causal(name: str | None) -> bool:
+        """A model on which nothing is run isn't known; it is taken to be like the own one."""
+        return shapes.get(name or own.name, own.shape).causal
+
+    return planned_units(plan, number, rows, causal)
+
+
+def _rows(experiment: ResolvedExperiment, measured: Measured | None) -> Ints:
+    values = (measured or {}).get(experiment.key)
+    return np.arange(len(experiment.table)) if values is None else values.kept
+
+
+def _range(ends: Sequence[str]) -> str:
+    """`4 to 16`, or one of them where they are the same."""
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _tests(variants: Sequence[ResolvedExperiment]) -> list[int]:
@@ -127,11 +139,30 @@ def _levels(settings: Sequence[spec.Statistics]) -> str:
     return ", or ".join(words)
 
 
-def _nothing(name: str, found: Detectable, experiment: ResolvedExperiment) -> str:
+def _by_others(found: Detectable, settings: spec.Statistics) -> bool:
+    """Whether an effect may survive though Bonferroni's level is out of reach: the maximum over
+    cells corrects p, and how large that is hangs on them."""
+    return settings.correction == "max" and found.smallest < 1 - settings.confidence / 100
+
+
+def _effect(found: Detectable, settings: spec.Statistics) -> str:
+    if found.effect is not None:
+        return f"{found.effect:.2f} SD"
+    return "unknown" if found.units > 1 and _by_others(found, settings) else "none"
+
+
+def _nothing(name: str, found: Detectable, experiment: ResolvedExperiment, some: str) -> str:
+    """some: in which cells, where it isn't all."""
     settings = experiment.spec.statistics
     if found.units < 2:
         return f"{name}: {found.units} of them show nothing"
-    alone = "one effect alone can't" if settings.correction in ("bh", "max") else "no effect can"
+    if _by_others(found, settings):
+        return (
+            f"{name}: what can survive{some} hangs on how cells are correlated: the smallest p of "
+            f"{found.units} is {found.smallest:.3g}, corrected by the maximum too"
+        )
+    many = settings.correction == "bh"
+    alone = f"one effect alone{some} can't" if many else f"no effect{some} can"
     return (
         f"{name}: {alone} survive: the smallest p of {found.units} is {found.smallest:.3g}, and it "
         f"has to be below {found.level:.3g}"
@@ -143,8 +174,9 @@ def _nothing(name: str, found: Detectable, experiment: ResolvedExperiment) -> st
 
 def _print_measured(
     tested: Mapping[str, Sequence[ResolvedExperiment]],
-    found: Mapping[str, Detectable],
+    found: Mapping[str, tuple[Detectable, Detectable]],
     measured: Measured,
+    plans: Mapping[str, ExperimentPlan],
     console: Console,
 ) -> None:
     table = Table(box=None, padding=(0, 2), show_edge=False)
@@ -158,25 +190,29 @@ def _print_measured(
             if values is None:
                 continue
             for number in _of_numbers(variant):
-                for line in _lines(variant, number, values, found[name].effect):
+                units = units_of(plans[variant.key], number, values.kept, plans).codes
+                for line in _lines(variant, number, values, units, found[name][1].effect):
                     table.add_row(variant.key, variant.measures[number].label, *line)
     console.print()
     console.print(table)
     console.print(
-        "effect: the same in the metric's units, if the effect varies between units as the metric "
-        "itself does (or as what separates the two runs); of a ratio, as a part of its divisor's "
-        "mean",
+        "effect: the same in the metric's units in cells with the most units, if the effect varies "
+        "between units as the metric itself does (or as what separates the two runs); of a ratio, "
+        "as a part of its divisor's mean",
         style="dim",
         highlight=False,
     )
 
 
 def _lines(
-    experiment: ResolvedExperiment, number: int, values: MeasuredValues, effect: float | None
+    experiment: ResolvedExperiment,
+    number: int,
+    values: MeasuredValues,
+    units: Ints,
+    effect: float | None,
 ) -> list[tuple[str, str, str, str]]:
     """Of the base run, and of source − base: what it is of, mean, SD and the effect."""
     base, source = experiment.spec.base, experiment.spec.source
-    units = units_of(experiment, values.kept)
     kind = EFFECTS[experiment.spec.measures[number].effect]
     start = values.unpatched[base][number]
     of: dict[str, Floats] = {base: start}

@@ -26,19 +26,22 @@ def null_bands(
     measures: Sequence[MeasureData],
     drawn: DrawnValues,
     *,
+    means: Sequence[Floats],
     confidence: float,
     effects: Registry[EffectKind],
 ) -> tuple[NullBand | None, ...]:
     """Per measure the band of the draws of every cell; None where there is none: for categories,
     and for effects that don't hang on the intervention.
 
-    measures: of the experiment itself. confidence: in percent.
+    measures: of the experiment itself. means: [cell] of each, as printed; where there is none (a
+    ratio of which the denominator can't be told from 0), draws have none either, and there is no
+    band. confidence: in percent.
     """
     return tuple(
-        _band(data, values, drawn, confidence, effects[data.effect])
+        _band(data, own, values, drawn, confidence, effects[data.effect])
         if data.kind == "number" and data.missing is None and effects[data.effect].of_intervention
         else None
-        for data, values in zip(measures, drawn.values, strict=True)
+        for data, own, values in zip(measures, means, drawn.values, strict=True)
     )
 
 
@@ -62,19 +65,19 @@ def rank_p(own: float, draws: Floats) -> float:
 
 def _band(
     data: MeasureData,
+    own: Floats,
     values: Floats,
     drawn: DrawnValues,
     confidence: float,
     effect: EffectKind,
 ) -> NullBand:
-    """values: [draw, cell, prompt]"""
+    """own: [cell]. values: [draw, cell, prompt]"""
     cells = len(data.patched)
 
     def means(patched: Floats) -> Floats:
         found = parts(replace(data, patched=patched), effect, slice(None)).mean()
-        return np.where(np.isfinite(found), found, np.nan)
+        return np.where(np.isfinite(found) & np.isfinite(own), found, np.nan)
 
-    own = means(data.patched)
     each = [means(one) for one in values]
     found = np.stack(each) if each else np.full((0, cells), np.nan)
     low, mean, high, level, p = (np.full(cells, np.nan) for _ in range(5))
@@ -88,7 +91,7 @@ def _band(
         rank[cell] = r = band_rank(k, confidence)
         low[cell], high[cell], mean[cell] = here[r - 1], here[k - r], here.mean()
         level[cell] = band_level(k, r)
-        if effect.tested and np.isfinite(own[cell]):
+        if effect.tested:
             p[cell] = rank_p(float(own[cell]), here)
     with np.errstate(invalid="ignore"):
         inside = (low <= own) & (own <= high)

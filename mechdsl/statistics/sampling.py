@@ -94,10 +94,15 @@ def in_order(data: MeasureData, order: Ints | None) -> MeasureData:
 
 def partitions(data: MeasureData) -> Iterator[tuple[Ints, Ints | None]]:
     """(cells, [prompt] what the measure sees of rows there), of all cells."""
-    cells = np.arange(len(data.patched))
-    if data.seen is None or len(data.seen) == 1:
-        yield cells, None if data.seen is None else data.seen[0]
+    return by_seen(len(data.patched), data.seen)
+
+
+def by_seen(count: int, seen: Ints | None) -> Iterator[tuple[Ints, Ints | None]]:
+    """The same of so many cells. seen: [1 or cell, prompt], as in `MeasureData`."""
+    cells = np.arange(count)
+    if seen is None or len(seen) == 1:
+        yield cells, None if seen is None else seen[0]
         return
-    rows, which = np.unique(data.seen, axis=0, return_inverse=True)
+    rows, which = np.unique(seen, axis=0, return_inverse=True)
     for number, seen in enumerate(rows):
         yield cells[which.reshape(-1) == number], seen

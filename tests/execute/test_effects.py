@@ -354,7 +354,7 @@ experiment e {
 def test_few_rows_that_are_kept_are_warned_of_as_few_that_are_taken(
     correction: str, at: str, warned: bool
 ) -> None:
-    """2⁻⁸ times 16 cells is too much. Before the last token those of the last layer can't matter: 12."""
+    """2⁻⁸ times 16 cells is too much; before the last token 4 can't differ, and 12 are fine."""
     source = Source(KEPT.replace("SAID", correction).replace("AT", at))
     found, diagnostics = run_source(source)
     assert found is not None

@@ -29,7 +29,10 @@ def test_a_band_lies_between_the_effects_of_the_draws() -> None:
     category = measure(np.zeros((3, 12)), base, kind="category", effect="raw")
     total = measure(np.zeros((3, 12)), base, source, effect="total")
     values = DrawnValues((drawn,) * 3, np.array([25, 25, 0]), 25, "heads")
-    band, *others = null_bands([data, category, total], values, confidence=80.0, effects=EFFECTS)
+    means = [(patched - base).mean(1) / (source - base).mean(), np.full(3, np.nan), np.ones(3)]
+    band, *others = null_bands(
+        [data, category, total], values, means=means, confidence=80.0, effects=EFFECTS
+    )
     assert others == [None, None], "one has no mean, one doesn't depend on what is patched"
     assert band is not None
     assert (band.draws.tolist(), band.what, band.asked) == ([25, 24, 0], "heads", 25)
@@ -53,10 +56,41 @@ def test_the_raw_metric_has_no_zero_to_rank_from() -> None:
     values = np.random.default_rng(1).normal(5, 1, (9, 1, 6))
     data = measure(values[0], np.zeros((1, 6)), effect="raw")
     drawn = DrawnValues((values,), np.array([9]), 9, "heads")
-    (band,) = null_bands([data], drawn, confidence=95.0, effects=EFFECTS)
+    means = [values[0].mean(1)]
+    (band,) = null_bands([data], drawn, means=means, confidence=95.0, effects=EFFECTS)
     assert band is not None
     assert np.isnan(band.p[0])
     assert band.inside[0]
+
+
+def test_a_cell_without_a_ratio_has_no_band() -> None:
+    """Cells 1 and 3 hold other prompts than the others: there the two runs can't be told apart."""
+    random = np.random.default_rng(2)
+    result = heads()
+    (data,) = result.measures
+    assert data.source is not None
+    source, patched = data.source.copy(), data.patched.copy()
+    half = patched.shape[1] // 2
+    source[:, :half] = data.base[:, :half] + random.choice([-1e-3, 1e-3], half)
+    source[:, :4] = data.base[:, :4] + [[1e-3, -1e-3, 1e-3, -2e-3]]
+    for cell in range(len(patched)):
+        patched[cell, half:] = np.nan if cell in (1, 3) else patched[cell, half:]
+    made = with_controls(replace(result, measures=(replace(data, source=source, patched=patched),)))
+    found = finished(made)
+    (statistics,), band = found.statistics, ends(found)
+    empty = np.isin(np.arange(len(patched)), (1, 3))
+    assert np.isnan(statistics.mean).tolist() == empty.tolist()
+    for values in (band.low, band.high, band.mean, band.level, band.p):
+        assert np.isnan(values).tolist() == empty.tolist()
+    assert not band.inside[empty].any()
+    assert not band.nearer[empty].any()
+    assert (band.draws == np.where(empty, 0, 20)).all()
+    inside = (band.low <= statistics.mean) & (statistics.mean <= band.high)
+    assert band.inside.tolist() == inside.tolist()
+    assert band.inside.any()
+    assert "without a value" not in (null_words(found, 0) or "")
+    record = found.records()[1]
+    assert (record["mean"], record["null_low"], record["null_p"]) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +131,9 @@ def test_one_more_draw_lies_in_it_as_often_as_it_states(draws: int) -> None:
         own, *others = random.permutation(effects)[: draws + 1]
         data = measure(np.array([[own]]), np.zeros((1, 1)), effect="delta")
         values = DrawnValues((np.reshape(others, (-1, 1, 1)),), np.array([draws]), draws, "heads")
-        (band,) = null_bands([data], values, confidence=95.0, effects=EFFECTS)
+        (band,) = null_bands(
+            [data], values, means=[np.array([own])], confidence=95.0, effects=EFFECTS
+        )
         assert band is not None
         inside += bool(band.inside[0])
         ps.append(float(band.p[0]))

@@ -15,7 +15,9 @@ from scipy.stats import nct, t, ttest_1samp
 import mechdsl
 from mechdsl.base.source import Source, Span
 from mechdsl.pipeline import RunOptions, measure_unpatched
+from mechdsl.plan.make_plan import make_plan
 from mechdsl.program import spec
+from mechdsl.show.power import units_of
 from mechdsl.statistics.power import by_flips, by_t, detectable
 from mechdsl.syntax.parse import read_source
 from mechdsl.validate.check_file import check_source
@@ -265,3 +267,88 @@ def test_rows_that_keep_leaves(command: Command, tmp_path: Path) -> None:
     kept = mechdsl.run(path, write_reports=False)["heads"]
     (after,) = lines_of(command("plan", path, "--measure").out, "power")
     assert after[1].strip() == f"{kept.prompts} distinct rows"
+
+
+TEXT = """
+experiment e {
+  model toy
+  prompts fruit limit 24
+  from clean into fewer
+  RULE
+  measure MEASURE
+  stats LINE correct none
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("rule", "measure", "stats", "several"),
+    [
+        ("patch resid_post layer 0..1 at last-item token", "logit(answer) as delta", "", False),
+        ("ablate layer 0..1 head * at item * token with zero",
+         "logit(answer) as recovery", "", True),
+        ("ablate z layer 0 head * at item * token with zero",
+         "logit(answer) as delta", "by count", True),
+        ("ablate mlp_out layer 0..2 at item 1 token with zero",
+         'logit(" 3") at item 2 token as delta', "", False),
+        ("ablate mlp_out layer * at item * token with zero",
+         'logit(" 3") at item 2 token as delta', "", False),
+        ("ablate mlp_out layer * at last token with mean", 'logit(" 3") as delta', "", False),
+    ],
+)  # fmt: skip
+def test_units_are_those_of_the_run(
+    rule: str, measure: str, stats: str, several: bool, command: Command, tmp_path: Path
+) -> None:
+    """Cell by cell; rows whose part up to the measured token is equal are one."""
+    text = head("corrupt fewer { count = count - 1 }") + TEXT.replace("RULE", rule).replace(
+        "MEASURE", measure
+    ).replace("LINE", stats)
+    path = file(tmp_path, text)
+    source, _ = read_source(path)
+    assert source is not None
+    plans = {
+        each.experiment.key: each
+        for panel in make_plan(check_source(source).experiments).panels
+        for each in panel.experiments
+    }
+    planned = units_of(plans["e"], 0, np.arange(24), plans)
+    found = mechdsl.run(path, write_reports=False)["e"]
+    counted = found.statistics[0].units[~found.measures[0].inert]
+    assert planned.counts.tolist() == counted.tolist()
+    ends = dict.fromkeys((min(counted), max(counted)))
+    assert (len(ends) > 1) == several
+    what = "values of count" if stats else "distinct rows"
+    (line,) = lines_of(command("plan", path).out, "power")
+    assert line[1].strip() == f"{' to '.join(map(str, ends))} {what}"
+
+
+@pytest.mark.parametrize(
+    ("stats", "effect", "said"),
+    [
+        (
+            "stats by count correct max",
+            "unknown",
+            "what can survive hangs on how cells are correlated: the smallest p of 7 is 0.0156, "
+            "corrected by the maximum too",
+        ),
+        (
+            "stats by count correct max confidence 99%",
+            "none",
+            "no effect can survive: the smallest p of 7 is 0.0156, and it has to be below 0.00125",
+        ),
+        (
+            "stats by count correct bh",
+            "none",
+            "one effect alone can't survive: the smallest p of 7 is 0.0156",
+        ),
+    ],
+)
+def test_the_maximum_asks_no_smaller_p_than_one_test(
+    stats: str, effect: str, said: str, command: Command, tmp_path: Path
+) -> None:
+    done = command(
+        "plan", file(tmp_path, HEADS.replace("  report table", f"  {stats}\n  report table"))
+    )
+    (line,) = lines_of(done.out, "power")
+    assert line[-1].strip() == effect
+    assert said in plain(done.out)

@@ -347,7 +347,8 @@ def null_words(result: ExperimentResult, measure: int) -> str | None:
     there = ", all there are" if fewer.any() else ""
     if fewer.any() and not fewer.all():
         there += f" where fewer than {band.asked:,}"
-    lost = int((band.made - band.draws).sum())
+    empty = np.isnan(result.statistics[measure].mean)
+    lost = int((band.made - band.draws)[~empty].sum())
     without = f"; {plural(lost, 'draw')} without a value left out" if lost else ""
     draws = _ends([f"{k:,}" for k in sorted(band.draws[some].tolist())])
     level = _ends([f"{100 * level:.3g} %" for level in sorted(band.level[some].tolist())])
