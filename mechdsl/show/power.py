@@ -192,8 +192,9 @@ def _lines(
         mean, spread = by_unit(rows, units)
         part = f" of {kind.divisor}" if kind.denominator is not None else ""
         # where no unit differs from another nothing is known of how effects will
-        known = effect is not None and divisor and spread
-        shown = f"{effect * spread / divisor:.3g}{part}" if known else "–"
+        shown = "–"
+        if effect is not None and divisor and spread:
+            shown = f"{effect * spread / divisor:.3g}{part}"
         lines.append((what, f"{mean:.3g}", f"{spread:.3g}", shown))
     return lines
 
