@@ -228,8 +228,9 @@ def _lines(
         mean, spread = by_unit(rows, units)
         part = f" of {kind.divisor}" if kind.denominator is not None else ""
         # where no unit differs from another nothing is known of how effects will
-        none = effect is None or not divisor or not spread
-        shown = "–" if none else f"{effect * spread / divisor:.3g}{part}"
+        shown = "–"
+        if effect is not None and divisor and spread:
+            shown = f"{effect * spread / divisor:.3g}{part}"
         lines.append((what, f"{mean:.3g}", f"{spread:.3g}", shown))
     return lines
 
