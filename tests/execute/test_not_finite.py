@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mechdsl.base.source import Source
-from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.not_finite import not_finite, stream
 from mechdsl.execute.patched_rows import Patcher
 from mechdsl.execute.readout import Reading, Readout
+from mechdsl.execute.unusable import Unusable
 from mechdsl.loading.load import adopt
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
