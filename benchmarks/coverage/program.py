@@ -154,6 +154,7 @@ def _band(drawn: Floats, found: Floats) -> NullBand:
     draws, cells, _ = drawn.shape
     values = DrawnValues((drawn,), np.full(cells, draws), draws, "random heads")
     data = measured(found, effect="delta")
-    (band,) = null_bands([data], values, confidence=CONFIDENCE, effects=EFFECTS)
+    means = [found.mean(axis=1)]
+    (band,) = null_bands([data], values, means=means, confidence=CONFIDENCE, effects=EFFECTS)
     assert band is not None
     return band
