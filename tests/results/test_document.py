@@ -207,3 +207,15 @@ def test_frames_without_pandas(results: Results, monkeypatch: pytest.MonkeyPatch
 def test_statistics_come_before_intervals() -> None:
     with pytest.raises(ValueError, match="no statistics yet"):
         _ = heads().sampling
+
+
+def test_records_say_how_many_units_there_are_and_where_p_is_at_its_floor() -> None:
+    plain = finished(heads())
+    grouped = finished(
+        replace(heads(), row_values={"a": [i % 6 for i in range(64)]}), by="a", correction="none"
+    )
+    assert {each["effective_n"] for each in plain.records()} == {64}
+    assert {each["effective_n"] for each in grouped.records()} == {6}
+    found = plain.records()[9]  # clear: of 10,000 flips none is as far from 0
+    assert (found["p_at_most"], found["p"]) == (True, pytest.approx(1 / 10_001))
+    assert not any(each["p_at_most"] for each in grouped.records()), "all flips were taken"
