@@ -274,11 +274,11 @@ class _Judge:
         # the winner was picked among those that are meant
         confidence = 100 - (100 - self.confidence) / int(mine.sum())
         next_ = ahead_of_each(space, of, winner, of.cells[~mine], sign, confidence)
-        apart = f"{sign * next_.value:.3g} [{next_.low:.3g}, {next_.high:.3g}]"
+        apart = f"{next_.value:.3g} [{next_.low:.3g}, {next_.high:.3g}]"
         name = self.result.cells[next_.cell].name
         good = next_.low > 0
         word = "ahead of" if good else "on the mean, but can't be told from"
-        said.append(f"{word} {name}: {apart.replace('-0 ', '0 ')}")
+        said.append(f"{word} {name}: {apart}")
         return good
 
     def overtaken(

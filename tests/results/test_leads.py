@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -376,3 +377,17 @@ def test_a_permutation_of_rows_changes_no_bit_of_an_expectation() -> None:
 def test_constants_alone(clear: ExperimentResult) -> None:
     value = Arithmetic(operator="*", left=Constant(value=2.0), right=Constant(value=3.0))
     assert read(clear, value) == (6.0, 6.0, 6.0)
+
+
+def test_a_least_cell_is_ahead_by_a_number_within_its_interval() -> None:
+    """What is printed is by how much it leads, of a least cell too."""
+    (outcome,) = finished(heads(), "argmin(recovery) = L1H3").outcomes
+    assert outcome.holds
+    found = re.fullmatch(r"ahead of (\S+): (\S+) \[(\S+), (\S+)\]", outcome.reason or "")
+    assert found is not None
+    value, low, high = (float(found[n]) for n in (2, 3, 4))
+    result = finished(heads())
+    means = result.statistics[0].mean
+    other = next(i for i, cell in enumerate(result.cells) if cell.name == found[1])
+    assert low < value < high
+    assert value == pytest.approx(means[other] - means.min(), rel=5e-3)
