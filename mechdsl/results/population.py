@@ -11,9 +11,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.results.experiment_result import ExperimentResult
-
-FEWEST = 4
-"""Distinct rows of a stratum: of fewer, how much they differ can't be told."""
+from mechdsl.statistics.units import FEWEST_IN_STRATUM
 
 
 def with_population(
@@ -40,8 +38,8 @@ def with_population(
 def strata_of(result: ExperimentResult, table: PromptTable) -> tuple[Ints | None, tuple[str, ...]]:
     """[prompt] the combination of the evenly dealt values, and their names.
 
-    Each stratum has `FEWEST` distinct rows: the variable of most values goes until it is so, of
-    equals the one that is defined last.
+    Each stratum has `FEWEST_IN_STRATUM` distinct rows: the variable of most values goes until it
+    is so, of equals the one that is defined last.
     """
     if not table.dealt or result.row_ids is None or result.row_keys is None:
         return None, ()
@@ -53,7 +51,7 @@ def strata_of(result: ExperimentResult, table: PromptTable) -> tuple[Ints | None
     while names:
         codes = _codes([columns[name] for name in names])
         distinct = np.unique(np.stack([codes, np.array(result.row_keys)]), axis=1)[0]
-        if np.bincount(distinct).min() >= FEWEST:
+        if np.bincount(distinct).min() >= FEWEST_IN_STRATUM:
             return codes, tuple(names)
         names.remove(max(reversed(names), key=lambda name: len(set(columns[name]))))
     return None, ()
