@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mechdsl.execute.profile import Profile
     from mechdsl.execute.sizes import PassSizes
     from mechdsl.hooks.loaded import LoadedModel
-    from mechdsl.pipeline import RunOptions
+    from mechdsl.pipeline.run_options import RunOptions
     from mechdsl.plan.plan import Plan
     from mechdsl.program.python_files import Mode
     from mechdsl.results.results import Results
@@ -131,8 +131,8 @@ def run(
 
     with borrowed(module for module, _ in _pairs(models).values()):
         # Inside, as what is imported may draw random numbers too.
-        from mechdsl.execute.execute import Options
-        from mechdsl.pipeline import RunOptions
+        from mechdsl.execute.options import Options
+        from mechdsl.pipeline.run_options import RunOptions
         from mechdsl.show.progress import Bar
 
         source = _read(file)
@@ -208,8 +208,9 @@ def plan_of(
         from mechdsl.loading.borrowed import borrowed
 
         with borrowed(module for module, _ in _pairs(models).values()):
-            from mechdsl.execute.execute import Options
-            from mechdsl.pipeline import RunOptions, measure_unpatched
+            from mechdsl.execute.options import Options
+            from mechdsl.pipeline.compute import measure_unpatched
+            from mechdsl.pipeline.run_options import RunOptions
 
             checked, loaded = _checked(_read(file), models, how)
             _refuse(unknown_passes(sorted(without)))
@@ -325,7 +326,7 @@ def _check(
 
         return check_source(source, settings), {}
     from mechdsl.loading.borrowed import borrowed
-    from mechdsl.pipeline import check_with_models
+    from mechdsl.pipeline.compute import check_with_models
 
     pairs = _pairs(models)
     with borrowed(module for module, _ in pairs.values()):
@@ -347,7 +348,7 @@ def _run(
     source: Source, models: Models | None, options: RunOptions, bar: Bar, *, write_reports: bool
 ) -> Results:
     """Check, run, write reports, show warnings."""
-    from mechdsl.pipeline import run_checked
+    from mechdsl.pipeline.compute import run_checked
     from mechdsl.results.collect import versions
     from mechdsl.results.results import Results
     from mechdsl.show.show_report import write_reports as write_all

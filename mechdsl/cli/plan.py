@@ -70,9 +70,10 @@ def plan(
         return WRONG
     measured = None
     if measure:
-        from mechdsl.execute.execute import Options
+        from mechdsl.execute.options import Options
         from mechdsl.loading.load import import_library
-        from mechdsl.pipeline import RunOptions, measure_unpatched
+        from mechdsl.pipeline.compute import measure_unpatched
+        from mechdsl.pipeline.run_options import RunOptions
 
         import_library()
         sizes = Options(pass_tokens=passes.pass_tokens, prompt_tokens=passes.prompt_tokens)

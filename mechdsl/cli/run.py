@@ -31,7 +31,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 
 if TYPE_CHECKING:
     from mechdsl.execute.profile import Profile
-    from mechdsl.pipeline import RunOptions
+    from mechdsl.pipeline.run_options import RunOptions
     from mechdsl.plan.plan import Plan
     from mechdsl.results.experiment_result import FileResult
     from mechdsl.validate.check_file import Checked
@@ -115,9 +115,9 @@ def run(
     print_diagnostics(problems)
     if has_errors(problems):
         return WRONG
-    from mechdsl.execute.execute import Options
+    from mechdsl.execute.options import Options
     from mechdsl.loading.load import import_library
-    from mechdsl.pipeline import RunOptions
+    from mechdsl.pipeline.run_options import RunOptions
 
     import_library()
     gc.freeze()  # what was imported is no garbage,
@@ -197,7 +197,7 @@ def _run_file(
 ) -> tuple[FileResult, bool] | int:
     """Run a file and show its reports, and whether that could be done of all; an exit status where
     the run broke off."""
-    from mechdsl.pipeline import run_checked
+    from mechdsl.pipeline.compute import run_checked
     from mechdsl.show.plan import print_profile
     from mechdsl.show.progress import Bar
 

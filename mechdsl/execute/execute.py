@@ -6,41 +6,19 @@ the rows of one cell, or passes over what changes in the rows of many cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.measured_values import MeasuredValues, Sink
 from mechdsl.execute.no_value import cells_without_value
+from mechdsl.execute.options import Options
 from mechdsl.execute.panel_runner import Check, PanelRunner
 from mechdsl.execute.pass_size import Sizes, stopwatch
 from mechdsl.execute.profile import Profile
-from mechdsl.execute.unpatched_batch import PaddingSide
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import Plan
 from mechdsl.resolve.resolved import ResolvedExperiment
-
-Progress = Callable[[int, int], None]
-"""(rows done, rows in all)."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How an execution goes about it; results don't depend on it but for their last bits."""
-
-    side: PaddingSide | None = None
-    """Where padding stands; None is where it is harmless to the model, on the left if it may be:
-    prompts end in one column then, so that writes near the end need few columns."""
-    on_progress: Progress | None = None
-    pass_tokens: int | None = None
-    """Most tokens of one pass over patched rows; chosen by device, free memory and measuring where
-    none are given."""
-    prompt_tokens: int | None = None
-    """Most tokens of one batch of unpatched prompts; fewer than usual where memory is short and
-    neither is given."""
-    allow_nan: bool = False
-    """Leave rows with NaN, or with an infinity that a metric can't use, out of everything. This one
-    does change results."""
 
 
 @dataclass

@@ -15,12 +15,12 @@ from mechdsl.execute.means_and_donors import MeansAndDonors, means_and_donors_of
 from mechdsl.execute.measured_values import MeasuredValues, Sink
 from mechdsl.execute.no_value import function_failed, no_value
 from mechdsl.execute.not_finite import cell_words, in_cell, in_run, not_finite
+from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.pass_size import WORTH_MEASURING, Sizes, out_of_memory, release, stopwatch
 from mechdsl.execute.patched_rows import Member, Patcher
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.readout import Failed, Found, Readout
 from mechdsl.execute.row_groups import extent, groups, members_of
-from mechdsl.execute.unpatched_batch import PaddingSide
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.writes import readable

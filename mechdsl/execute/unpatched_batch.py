@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
+from mechdsl.execute.options import PaddingSide
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
@@ -24,7 +24,6 @@ from mechdsl.prompts.prompt_table import Noise, Run
 from mechdsl.resolve.resolved import Atom, Place, ResolvedMeasure
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
-PaddingSide = Literal["left", "right"]
 Spot = Mapping[str, tuple[int, ...]]
 """Run → per prompt, the position that a measure reads; empty for the last token."""
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
-    PaddingSide,
     Spot,
     UnpatchedBatch,
     UnpatchedRequest,

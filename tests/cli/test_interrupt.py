@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from mechdsl.base.source import Source
-from mechdsl.execute.execute import Options
-from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.execute.options import Options
+from mechdsl.pipeline.compute import run_source
+from mechdsl.pipeline.run_options import RunOptions
 
 from .conftest import HEADS
 

@@ -18,7 +18,8 @@ import torch
 import mechdsl
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.pipeline.compute import run_source
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import NAMES
 from mechdsl.prompts.seeded_draws import combination

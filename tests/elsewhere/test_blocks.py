@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl.pipeline import RunOptions
+from mechdsl.pipeline.run_options import RunOptions
 
 from ..execute.support import DIFFERENCE, MODES, ROWS, experiment, prompts
 from .support import BLANK, by_prompt, layers, models, q, run, same

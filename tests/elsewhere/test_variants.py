@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mechdsl.base.source import Source
-from mechdsl.pipeline import RunOptions
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.validate.check_file import check_source
 
 from ..execute.support import DIFFERENCE, MODES, PROMPTS, ROWS, experiment, prompts

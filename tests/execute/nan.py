@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.execute.execute import Options
-from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.execute.options import Options
+from mechdsl.pipeline.compute import run_source
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.results.experiment_result import FileResult
 
 ZOO = Path(__file__).parent.parent.parent / "mechdsl" / "zoo" / "counting"

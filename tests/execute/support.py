@@ -18,10 +18,12 @@ from transformers import PreTrainedTokenizerFast
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.render import render_full
-from mechdsl.execute.execute import Execution, Options, execute
+from mechdsl.execute.execute import Execution, execute
+from mechdsl.execute.options import Options
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
-from mechdsl.pipeline import RunOptions, run_checked, run_source
+from mechdsl.pipeline.compute import run_checked, run_source
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import NAMES
 from mechdsl.program import spec

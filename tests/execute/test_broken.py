@@ -31,7 +31,7 @@ from mechdsl.hooks.batch import Batch, gather
 from mechdsl.hooks.reads_and_writes import SiteWrite
 from mechdsl.packed.activation_cache import ActivationCache
 from mechdsl.packed.packed_pass import run_packed
-from mechdsl.pipeline import RunOptions
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.restart import BlockWork, block_work
 
 from ..quick import in_turn

@@ -10,7 +10,7 @@ import torch
 
 import mechdsl.execute.patched_rows
 from mechdsl.packed.packed_pass import PackedResult, run_packed
-from mechdsl.pipeline import RunOptions
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.cost import Cost
 from mechdsl.plan.passes import NAMES, PASSES
 from mechdsl.plan.plan import Plan

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.source import Source
-from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.pipeline.compute import run_source
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.validate.check_file import Settings
 
 from ..fruit import FRUIT

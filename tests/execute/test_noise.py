@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import mechdsl.execute.unpatched_batch
-from mechdsl.execute.execute import Options
-from mechdsl.pipeline import RunOptions
+from mechdsl.execute.options import Options
+from mechdsl.pipeline.run_options import RunOptions
 
 from ..reference.forward import Write, forward
 from ..reference.noise import keyed_by_number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mechdsl.base.source import Source
-from mechdsl.pipeline import run_source
+from mechdsl.pipeline.compute import run_source
 from mechdsl.results.experiment_result import ExperimentResult
 
 FILE = """mech 1

@@ -22,7 +22,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mechdsl.execute.execute import Execution, Options
+from mechdsl.execute.execute import Execution
+from mechdsl.execute.options import Options
 from mechdsl.models.shape import units
 from mechdsl.vocab.sites import SITES
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mechdsl.execute.patched_rows
-from mechdsl.execute.execute import Options
+from mechdsl.execute.options import Options
 from mechdsl.execute.writes import build_writes
 from mechdsl.hooks.reads_and_writes import SiteWrite
-from mechdsl.pipeline import RunOptions
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.passes import RESTARTS
 
 from ..quick import in_turn

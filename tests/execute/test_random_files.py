@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.pipeline import RunOptions
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.passes import NAMES
 from mechdsl.results.experiment_result import ExperimentResult
 

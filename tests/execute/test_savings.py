@@ -15,7 +15,8 @@ import pytest
 from torch import Tensor, nn
 
 from mechdsl.diagnostics.render import render_full
-from mechdsl.execute.execute import Execution, Options
+from mechdsl.execute.execute import Execution
+from mechdsl.execute.options import Options
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
 from mechdsl.plan.passes import NAMES, RESTARTS

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 import mechdsl.execute.panel_runner
 import mechdsl.execute.pass_size
 import mechdsl.execute.patched_rows
-from mechdsl.execute.execute import Execution, Options
+from mechdsl.execute.execute import Execution
+from mechdsl.execute.options import Options
 from mechdsl.execute.pass_size import (
     LEAST_TOKENS,
     MOST_TOKENS,
@@ -38,7 +39,7 @@ from mechdsl.execute.patched_rows import Patcher
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
-from mechdsl.pipeline import RunOptions
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.results.results import Results
 from mechdsl.validate.check_file import Checked

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mechdsl.execute.execute import Options
-from mechdsl.pipeline import RunOptions
+from mechdsl.execute.options import Options
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult
 
 from .support import DIFFERENCE, bare, experiment, run_file

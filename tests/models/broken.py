@@ -19,7 +19,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
 from mechdsl.loading.merge import load_adapter
-from mechdsl.pipeline import check_with_models
+from mechdsl.pipeline.compute import check_with_models
 from mechdsl.program import spec
 from mechdsl.validate.check_file import Settings
 from tests.families import build, rows_seq2seq

@@ -27,7 +27,7 @@ from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading import file_models, merge
 from mechdsl.loading.load import adopt, load
 from mechdsl.loading.merge import load_adapter
-from mechdsl.pipeline import run_source
+from mechdsl.pipeline.compute import run_source
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.validate.check_file import Settings, check_source
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mechdsl import pipeline
 from mechdsl.base.source import Source
 from mechdsl.cli import app
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.execute.execute import Options
-from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.execute.options import Options
+from mechdsl.pipeline.compute import run_source
+from mechdsl.pipeline.run_options import RunOptions
 
 from .support import HEAD, best_sites, checked, experiment, patched, run
 
@@ -36,14 +36,14 @@ LAST = ablate("last", "top 2 of layers", "fruit limit 6")
 
 def test_a_chain_in_three_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     waves: list[list[str]] = []
-    whole = pipeline.execute
+    whole = waves.execute
 
     def spy(plan: object, *rest: object, **named: object) -> object:
         names = [p.experiment.name for panel in plan.panels for p in panel.experiments]  # type: ignore[attr-defined]
         waves.append(sorted(names))
         return whole(plan, *rest, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "execute", spy)
+    monkeypatch.setattr(waves, "execute", spy)
     alone = ablate("alone", "mlp_out layer *", "fruit.train limit 6")
     found = run(LAST + alone + LAYERS + HEADS)
     assert waves == [["alone", "heads"], ["layers"], ["last"]]

@@ -21,7 +21,7 @@ import mechdsl
 from mechdsl.api import MechdslError
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e02_python import PythonFailed, PythonNotFound
-from mechdsl.pipeline import run_checked
+from mechdsl.pipeline.compute import run_checked
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.syntax.parse import read_source
 from mechdsl.validate.check_file import Checked, Settings, check_source
@@ -308,7 +308,7 @@ def test_the_file_that_was_checked_is_the_one_that_runs(tmp_path: Path) -> None:
     path = write(tmp_path, METRIC, "def own(logits, rows):\n    return logits[:, 0]\n")
     checked = check(path, Settings(python="run"))
     (tmp_path / "own.py").write_text("def own(logits, rows):\n    return logits[:, 1]\n")
-    from mechdsl.pipeline import RunOptions
+    from mechdsl.pipeline.run_options import RunOptions
 
     result, diagnostics = run_checked(checked, RunOptions())
     assert result is not None

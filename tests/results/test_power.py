@@ -14,7 +14,8 @@ from scipy.stats import nct, t, ttest_1samp
 
 import mechdsl
 from mechdsl.base.source import Source, Span
-from mechdsl.pipeline import RunOptions, measure_unpatched
+from mechdsl.pipeline.compute import measure_unpatched
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.program import spec
 from mechdsl.show.power import units_of

@@ -9,7 +9,8 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.pipeline import RunOptions, run_source
+from mechdsl.pipeline.compute import run_source
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
 from mechdsl.program.run_order import compared_with, with_needed

@@ -1,223 +1,44 @@
-"""The whole way of a file: check, load, plan, execute, collect, finish."""
+"""The experiments of one file, in waves: those that pick from others' results wait for them."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
-from importlib.util import find_spec
-from pathlib import Path
-from typing import cast
 
-from mechdsl.base.names import name_list
-from mechdsl.base.source import Source
-from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.diagnostics.e06_numbers import NothingToPickFrom, PickedBySign, RowsLeftOut
-from mechdsl.execute.execute import Execution, Options, execute, sizes_of
-from mechdsl.execute.measured_values import MeasuredValues
+from mechdsl.execute.execute import Execution, execute
+from mechdsl.execute.options import Options
 from mechdsl.execute.pass_size import Sizes
-from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.build import build
-from mechdsl.loading.devices import device_problem
-from mechdsl.loading.file_models import Models, adopt_models, contexts, load_models, not_there
+from mechdsl.loading.file_models import not_there
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.passes import unknown_passes
-from mechdsl.plan.plan import ExperimentPlan, Plan
+from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.program import spec
-from mechdsl.program.lower_file import lower_program
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.resolve_experiment import resolve_experiment
 from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.results.collect import collect, versions, with_control, without_measures
+from mechdsl.results.collect import collect, with_control, without_measures
 from mechdsl.results.denominators import check_denominators
-from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.explained_by_values import explained_by_values
-from mechdsl.results.finish import lost_experiment, with_statistics, with_verdicts
+from mechdsl.results.finish import with_statistics
 from mechdsl.results.make_finding import found_by
 from mechdsl.results.population import with_population
-from mechdsl.results.results import Results
 from mechdsl.results.store import Store
 from mechdsl.results.variants import merged
 from mechdsl.rules import RULES
-from mechdsl.syntax.parse import parse
-from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
+from mechdsl.validate.check_file import Checked, by_name
 from mechdsl.validate.reachable_p import check_cells, check_rows, tested_measures
 
 LISTED = 5
 """Rows that a warning names."""
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """How a file is run; nothing here changes what it means."""
-
-    settings: Settings = field(default_factory=Settings)
-    device: str = "auto"
-    dtype: str | None = None
-    offload: Path | None = None
-    """Folder for weights that fit into no device and not into memory, with accelerate."""
-    out: Path | None = None
-    without: frozenset[str] = frozenset()
-    """Graph and plan passes that are switched off."""
-    execution: Options = field(default_factory=Options)
-    on_profile: Callable[[Plan, Profile], None] | None = None
-    """Takes what was planned and what was done, after the run."""
-
-
-def run_source(
-    source: Source, options: RunOptions | None = None, models: Models | None = None
-) -> tuple[FileResult | None, list[Diagnostic]]:
-    """Check and run one file; None where it, its data or its model is wrong, or none of its
-    experiments could be computed. A part that could not be is in the result's `lost` and `missing`,
-    and its reason among the diagnostics, as an error."""
-    options = options or RunOptions()
-    checked, loaded = check_with_models(source, options.settings, models or {})
-    if has_errors(checked.diagnostics):
-        return None, checked.diagnostics
-    result, found = run_checked(checked, options, loaded)
-    return result, [*checked.diagnostics, *found]
-
-
-def check_with_models(
-    source: Source, settings: Settings, models: Models
-) -> tuple[Checked, dict[str, LoadedModel]]:
-    """Check a file with models of Python's in place of those that it declares by these names.
-
-    Adds E0201 for names that the file doesn't define, and what is wrong with the models.
-    """
-    syntax, found = parse(source)
-    declared = lower_program(syntax, source, settings.parameters)[0].models
-    # Before a model is proved, which takes a while; a broken line may be the one that defines it.
-    unknown = [name for name in models if name not in declared] if not found else []
-    loaded, diagnostics = adopt_models({n: pair for n, pair in models.items() if n in declared})
-    settings = replace(settings, build=build)
-    checked = check_source(source, settings, contexts(source, loaded))
-    refused = models.keys() - loaded.keys()
-    said = [_no_such_model(name, declared) for name in unknown]
-    # What the file declares under the name of a model that is refused isn't missed.
-    own = [d for d in checked.diagnostics if getattr(d, "model", None) not in refused]
-    checked.diagnostics = [*said, *diagnostics, *own]
-    return checked, loaded
-
-
-def _no_such_model(name: str, declared: Collection[str]) -> Diagnostic:
-    listed = name_list(declared)
-    known = f"the file's models are {listed}" if listed else "the file has no `model` line"
-    return UnknownName(kind="model", name=name, hint=did_you_mean(name, declared, known))
-
-
-def run_checked(
-    checked: Checked, options: RunOptions, loaded: Mapping[str, LoadedModel] | None = None
-) -> tuple[FileResult | None, list[Diagnostic]]:
-    """Run a file that was checked. Its own diagnostics are not repeated."""
-    models, diagnostics = _models_of(checked, options, loaded)
-    if models is None:
-        return None, diagnostics
-    return _run(checked, models, options, diagnostics)
-
-
-def measure_unpatched(
-    checked: Checked, options: RunOptions, loaded: Mapping[str, LoadedModel] | None = None
-) -> tuple[dict[str, MeasuredValues], list[Diagnostic]]:
-    """The metrics of tested experiments on their base and source runs, by the experiments' keys;
-    no rule is applied, and what can't be measured is left out."""
-    unpatched = [_without_rules(e) for e in checked.experiments if e.rules]
-    models, diagnostics = _models_of(checked, options, loaded)
-    if models is None or not unpatched:
-        return {}, diagnostics
-    plan = make_plan(unpatched, without=options.without)
-    execution = execute(plan, models, options.execution, check=check_denominators)
-    found = {key: values for key, values in execution.measured.items() if key not in execution.lost}
-    return found, [*diagnostics, *execution.diagnostics]
-
-
-def _without_rules(experiment: ResolvedExperiment) -> ResolvedExperiment:
-    """The same prompts and metrics, of the base run and, where there is one, of the source run."""
-    own = experiment.spec
-    effect = "raw" if own.source is None else "total"
-    measures = tuple(
-        each.model_copy(update={"effect": effect, "per_prompt": False}) for each in own.measures
-    )
-    without = {
-        "rules": (),
-        "measures": measures,
-        "expects": (),
-        "reports": (),
-        "after": (),
-        "against": None,
-    }
-    return replace(
-        experiment,
-        spec=own.model_copy(update=without),
-        rules=(),
-        accuracies={},
-        control=None,
-    )
-
-
-def _models_of(
-    checked: Checked, options: RunOptions, loaded: Mapping[str, LoadedModel] | None
-) -> tuple[dict[str, LoadedModel] | None, list[Diagnostic]]:
-    """The models of a checked file, with their weights; None where one can't be had."""
-    diagnostics = check_options(options)
-    if has_errors(diagnostics):
-        return None, diagnostics
-    models = {**cast("dict[str, LoadedModel]", checked.built), **(loaded or {})}
-    diagnostics.extend(
-        load_models(
-            checked, models, device=options.device, dtype=options.dtype, offload=options.offload
-        )
-    )
-    if not has_errors(diagnostics):
-        diagnostics.extend(not_there(checked.experiments, models))
-    return (None if has_errors(diagnostics) else models), diagnostics
-
-
-def _run(
-    checked: Checked,
-    models: Mapping[str, LoadedModel],
-    options: RunOptions,
-    diagnostics: list[Diagnostic],
-) -> tuple[FileResult | None, list[Diagnostic]]:
-    sizes = sizes_of(checked.experiments, models, options.execution)
-    store = None if options.out is None else Store(options.out, checked.source.stem)
-    run = _FileRun(checked, models, options, sizes, store, diagnostics)
-    try:
-        for wave, later in _waves(checked.experiments):
-            run.wave(wave, later)
-    finally:
-        if store is not None:
-            store.close()
-    if run.lost and not run.results:
-        return None, run.diagnostics
-    # Verdicts last: an expectation may name an experiment that comes later in the file.
-    every = [variants[0] for variants in by_name(checked.experiments)]
-    reported = [e for e in every if e.name not in checked.unreported]
-    result = FileResult(
-        file=checked.source.name,
-        experiments=tuple(
-            with_verdicts(run.results[e.name], e.spec, run.results, run.lost)
-            for e in reported
-            if e.name in run.results
-        ),
-        hash=sha256(checked.source.text.encode()).hexdigest(),
-        seed=checked.program.seed,
-        sizes=sizes.kept,
-        lost=tuple(
-            lost_experiment(e.spec, run.lost[e.name]) for e in reported if e.name in run.lost
-        ),
-    )
-    if store is not None:
-        store.finish(Results((result,), versions()).to_json())
-    return result, run.diagnostics
-
-
 @dataclass
-class _FileRun:
+class FileRun:
     """A file's experiments while they run, in waves. One that can't be computed costs itself and
     those that pick from it."""
 
@@ -394,7 +215,7 @@ def _few_units(
     return check_cells(units, first.spec.statistics, (fewer or tested)[0].span)
 
 
-def _waves(
+def waves(
     experiments: Sequence[ResolvedExperiment],
 ) -> Iterator[tuple[list[ResolvedExperiment], list[ResolvedExperiment]]]:
     """(experiments whose results don't hang on one that is still to be run, those that come after
@@ -417,32 +238,3 @@ def _with_findings(
     )
     # Other warnings have been said.
     return again, [d for d in said if d.severity == "error" or isinstance(d, PickedBySign)]
-
-
-def check_options(options: RunOptions) -> list[Diagnostic]:
-    """E0208 for devices and passes that don't exist, folders that can't be written to, and a
-    library that isn't installed."""
-    found = unknown_passes(sorted(options.without))
-    problem = device_problem(options.device)
-    if problem is not None:
-        found.append(
-            BadCommandLine(
-                reason=f"`--device {options.device}`: {problem}",
-                hint="write `auto`, `cpu`, `cuda` or `cuda:0`",
-            )
-        )
-    for option, folder in (("--out", options.out), ("--offload", options.offload)):
-        if folder is None:
-            continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            reason = f"`{option} {folder}`: {(error.strerror or str(error)).lower()}"
-            hint = "name a folder that may be written to; it is made where there is none"
-            found.append(BadCommandLine(reason=reason, hint=hint))
-    if options.offload is not None and find_spec("accelerate") is None:
-        reason = "`--offload` needs accelerate, which isn't installed"
-        hint = "`pip install 'mechdsl[offload]'` installs it"
-        found.append(BadCommandLine(reason=reason, hint=hint))
-    return found
