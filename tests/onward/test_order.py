@@ -36,14 +36,14 @@ LAST = ablate("last", "top 2 of layers", "fruit limit 6")
 
 def test_a_chain_in_three_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     waves: list[list[str]] = []
-    whole = waves.execute
+    whole = running.execute
 
     def spy(plan: object, *rest: object, **named: object) -> object:
         names = [p.experiment.name for panel in plan.panels for p in panel.experiments]  # type: ignore[attr-defined]
         waves.append(sorted(names))
         return whole(plan, *rest, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(waves, "execute", spy)
+    monkeypatch.setattr(running, "execute", spy)
     alone = ablate("alone", "mlp_out layer *", "fruit.train limit 6")
     found = run(LAST + alone + LAYERS + HEADS)
     assert waves == [["alone", "heads"], ["layers"], ["last"]]
