@@ -12,6 +12,7 @@ from mechdsl.base.source import Source
 from mechdsl.cli import app
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.options import Options
+from mechdsl.pipeline import waves as running
 from mechdsl.pipeline.compute import run_source
 from mechdsl.pipeline.run_options import RunOptions
 
