@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.readout import Readout
-from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.execute.readout import Found, Readout
 from mechdsl.execute.unusable import Unusable
 from mechdsl.plan.plan import Panel
 from mechdsl.resolve.resolved import ResolvedExperiment
+
+Read = Callable[[Readout, str, Ints, int | None, float], Found]
+"""What is read of an unpatched run on some rows, by occurrence and rounding."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,18 @@ class Accuracies:
     unusable: dict[int, Unusable] = field(default_factory=dict[int, Unusable])
     """Rows in which a run can't be used."""
 
-    def measure(self, runs: UnpatchedRuns, batch: Ints) -> None:
-        """Read the runs on some rows."""
+    def readouts(self) -> Iterator[tuple[str, Readout]]:
+        """What is read of which run."""
         for run, correct in self.experiment.accuracies.items():
-            readout, relative = Readout.of([correct]), runs.model.rounding
-            found = runs.values(readout, run, batch, None, relative=relative)
+            yield run, Readout.of([correct])
+
+    def measure(self, read: Read, rounding: float, batch: Ints) -> None:
+        """Read the runs on some rows.
+
+        rounding: how far it may move a logit, relative to the largest one.
+        """
+        for run, readout in self.readouts():
+            found = read(readout, run, batch, None, rounding)
             self.values[run][batch] = found.values[0]
             self.rounding[run][batch] = found.rounding[0]
             for row in batch[found.broken].tolist():

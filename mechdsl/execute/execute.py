@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.execute.measured_values import MeasuredValues, Sink
+from mechdsl.execute.kept_values import KeptRun
+from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.execute.no_value import cells_without_value
 from mechdsl.execute.options import Options
 from mechdsl.execute.panel_runner import Check, PanelRunner
@@ -55,7 +56,7 @@ def execute(
     plan: Plan,
     models: Mapping[str, LoadedModel],
     options: Options | None = None,
-    sink: Sink | None = None,
+    kept: KeptRun | None = None,
     sizes: Sizes | None = None,
     *,
     check: Check,
@@ -63,7 +64,8 @@ def execute(
     """Run every panel. `keep` and what `check` looks at are checked for all before any cell runs;
     an experiment or a measure that can't be computed costs no other.
 
-    sizes: of the run that this is a part of; they are settled here if they aren't yet.
+    kept: where values are looked up and kept. sizes: of the run that this is a part of; they are
+    settled here if they aren't yet.
     Codes: E0223, E0613, E0621, E0631, W0762 and those of `check`. Raises what the model raises; it
     is left without hooks in any case.
     """
@@ -72,14 +74,14 @@ def execute(
         experiments = [each.experiment for panel in plan.panels for each in panel.experiments]
         sizes = sizes_of(experiments, models, options)
     execution = Execution()
-    runners = _prepared(plan, models, options, sizes, execution, sink, check)
-    if sink is not None:
-        for runner in runners:
-            for each in runner.running:
-                sink.unpatched(runner.measured[each.experiment.key])
+    if kept is not None:
+        kept.settle(sizes)  # batches of prompts hang on them too
+    runners = _prepared(plan, models, options, sizes, execution, kept, check)
     if runners and not sizes.settled:
-        max(runners, key=lambda runner: runner.total_rows()).measure_sizes()
+        max(runners, key=lambda runner: runner.due_rows()).measure_sizes()
     sizes.settled = True
+    if kept is not None:
+        kept.settle(sizes)
     total = sum(runner.total_rows() for runner in runners)
     done = 0
     for runner in runners:
@@ -98,7 +100,7 @@ def _prepared(
     options: Options,
     sizes: Sizes,
     execution: Execution,
-    sink: Sink | None,
+    kept: KeptRun | None,
     check: Check,
 ) -> list[PanelRunner]:
     """Runners whose unpatched runs are done."""
@@ -110,7 +112,7 @@ def _prepared(
             options.side,
             sizes,
             execution.profile,
-            sink,
+            kept,
             allow_nan=options.allow_nan,
             others={name: models[name] for name in panel.models[1:]},
         )

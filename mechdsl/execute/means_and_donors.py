@@ -51,21 +51,23 @@ class MeansAndDonors:
         return self.means if text is None else {**self.means, **self.behind.get(text.number, {})}
 
 
-def means_and_donors_of(
-    plan: ExperimentPlan,
-    runs: UnpatchedRuns,
-    kept: Ints,
-    batches: Sequence[Ints],
-    readouts: Mapping[str, Readout],
-) -> MeansAndDonors:
-    """Average and permute over the kept rows, streamed by batches of prompts.
+def donors_of(plan: ExperimentPlan, keys: Sequence[int], seed: int, kept: Ints) -> Ints | None:
+    """[prompt] whose activation replaces it, permuted over the kept rows; None without `resample`.
 
-    readouts: by the key of an experiment; what they have behind the prompts matters where rules act
-    on it.
+    keys: [prompt] of its content.
     """
-    donors = None
     if any(rule.rule.does.reads == "donor" for rule in plan.rules):
-        donors = _donors(kept, runs.table.row_keys, runs.seed)
+        return _donors(kept, keys, seed)
+    return None
+
+
+def means_of(
+    plan: ExperimentPlan, runs: UnpatchedRuns, batches: Sequence[Ints], readout: Readout
+) -> tuple[dict[int, Means], dict[int, dict[int, Means]]]:
+    """What `MeansAndDonors` has: averages over the kept rows, streamed by batches of prompts.
+
+    readout: what it has behind the prompts matters where rules act on it.
+    """
     averaging = {n: rule for n, rule in enumerate(plan.rules) if rule.rule.does.reads == "mean"}
     means = {number: _means(rule, runs, batches, None) for number, rule in averaging.items()}
     behind = {
@@ -74,9 +76,9 @@ def means_and_donors_of(
             for number, rule in averaging.items()
             if rule.behind
         }
-        for text in (readouts[plan.experiment.key].texts_behind if plan.behind else ())
+        for text in (readout.texts_behind if plan.behind else ())
     }
-    return MeansAndDonors(means, behind, donors)
+    return means, behind
 
 
 def _donors(kept: Ints, keys: Sequence[int], seed: int) -> Ints:

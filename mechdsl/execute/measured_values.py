@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -162,15 +161,3 @@ def per_cell(plan: ExperimentPlan, measured: MeasuredValues, values: Floats) -> 
         return values
     index = [measured.environments.index(item) for item in plan.items]
     return values[index]
-
-
-class Sink(Protocol):
-    """Takes values as they are finished, to keep them."""
-
-    def unpatched(self, measured: MeasuredValues) -> None:
-        """Base and source runs of an experiment, before its cells."""
-        ...
-
-    def rows(self, measured: MeasuredValues, rows: Rows, values: Sequence[Floats]) -> None:
-        """The rows of one pass with their values per measure."""
-        ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -11,16 +12,18 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.accuracies import unmeasured_accuracies
-from mechdsl.execute.means_and_donors import MeansAndDonors, means_and_donors_of
-from mechdsl.execute.measured_values import MeasuredValues, Sink
+from mechdsl.execute.kept_values import KeptRun, KeptValues, PatchedValues
+from mechdsl.execute.means_and_donors import MeansAndDonors, donors_of, means_of
+from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.execute.no_value import function_failed, no_value
 from mechdsl.execute.not_finite import cell_words, in_cell, in_run, not_finite
 from mechdsl.execute.options import PaddingSide
-from mechdsl.execute.pass_size import WORTH_MEASURING, Sizes, out_of_memory, release, stopwatch
+from mechdsl.execute.pass_size import Sizes, out_of_memory, stopwatch
 from mechdsl.execute.patched_rows import Member, Patcher
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.readout import Failed, Found, Readout
 from mechdsl.execute.row_groups import extent, groups, members_of
+from mechdsl.execute.try_sizes import WORTH_MEASURING, try_sizes
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.writes import readable
@@ -31,9 +34,6 @@ from mechdsl.plan.share import SharedRows, Sharer
 from mechdsl.program.python_files import PythonFailure, PythonNotLoaded
 from mechdsl.prompts.prompt_table import PromptTable, Run
 
-FULL_SHARE = 0.7
-"""Of its size, what a pass must hold to tell how fast that size is."""
-
 Check = Callable[[MeasuredValues], dict[int, Diagnostic]]
 """By number, the measures of an experiment that can't be computed, by its unpatched runs."""
 
@@ -43,6 +43,11 @@ class _SortedOut:
     """The rows of an experiment on a batch of prompts."""
 
     live: Rows
+    """Those that have to be run."""
+    known: Rows
+    """Those whose values were there before the run."""
+    values: Sequence[Floats]
+    """Per measure, of the known ones."""
     left_out: Rows
     """Those that aren't run, as they can't differ from the base run."""
     dropped: int
@@ -62,7 +67,7 @@ class PanelRunner:
         side: PaddingSide | None,
         sizes: Sizes,
         profile: Profile,
-        sink: Sink | None = None,
+        kept: KeptRun | None = None,
         *,
         allow_nan: bool = False,
         others: Mapping[str, LoadedModel] | None = None,
@@ -74,7 +79,6 @@ class PanelRunner:
         """Those whose cells are run."""
         self.plan = plan
         self.sizes = sizes
-        self.sink = sink
         self.table: PromptTable = panel.table
         self.measured: dict[str, MeasuredValues] = {}
         self.means_and_donors: dict[str, MeansAndDonors] = {}
@@ -87,7 +91,13 @@ class PanelRunner:
         self.runs = UnpatchedRuns(panel, model, readouts, plan=plan, side=side, others=others)
         self.profile = profile
         self.kept = np.arange(len(self.table), dtype=np.int64)
+        self.known_batches: list[Ints] = []
+        """Prompts of which every value was there before the run."""
         self.batches: list[Ints] = []
+        """The others."""
+        self.values = kept and KeptValues.of(kept, panel, self.runs.seed)
+        self.patched_values: dict[str, PatchedValues] = {}
+        """By the key of an experiment; without those that can't be told apart by their content."""
 
     @property
     def _sound(self) -> tuple[ExperimentPlan, ...]:
@@ -103,7 +113,6 @@ class PanelRunner:
     def prepare(self, check: Check) -> None:
         """Filter rows, measure and check the unpatched runs, average ablations."""
         unusable = self._keep()
-        self.batches = self._batches(self.kept)
         for plan in self._sound:
             experiment = plan.experiment
             readout, accuracies = self.readouts[experiment.key], self.accuracies[experiment.key]
@@ -113,10 +122,10 @@ class PanelRunner:
             if owner is not None:  # a measure that fails on a control fails as a whole
                 measured.refused, measured.failed = owner.refused, owner.failed
             self.measured[experiment.key] = measured
-        for batch in self.batches:
+        for batch in self._by_known(self.kept, self._unmeasured(self.kept)):
             for plan in self._sound:
                 self._measure_unpatched(plan, batch)
-            self._forget()
+            self._finish_batch()
         for plan in self._sound:
             self._look_at_unusable(plan)
         for plan in self._sound:
@@ -129,18 +138,112 @@ class PanelRunner:
                 self._lose(plan, *measured.refused.values())
         self.running = self._sound
         for plan in self.running:
-            measured = self.measured[plan.experiment.key]
-            batches = [own for batch in self.batches if len(own := measured.among(batch))]
-            self.means_and_donors[plan.experiment.key] = means_and_donors_of(
-                plan, self.runs, measured.kept, batches, self.readouts
-            )
+            kept = self.measured[plan.experiment.key].kept
+            donors = donors_of(plan, self.table.row_keys, self.runs.seed, kept)
+            self.means_and_donors[plan.experiment.key] = MeansAndDonors({}, {}, donors)
+            self._look_up(plan, kept, donors)
+        due = self._due()
+        self.batches = self._batches(due)
+        self.known_batches = self._batches(np.setdiff1d(self.kept, due))
+        if len(due):
+            self._average()
+
+    def _average(self) -> None:
+        """The means that rules write, over all rows of their experiments."""
+        every = self._batches(self.kept)
+        for plan in self.running:
+            measured, readout = self.measured[plan.experiment.key], self.readouts
+            batches = [own for batch in every if len(own := measured.among(batch))]
+            own = self.means_and_donors[plan.experiment.key]
+            means, behind = means_of(plan, self.runs, batches, readout[plan.experiment.key])
+            found = MeansAndDonors(means, behind, own.donors)
+            self.means_and_donors[plan.experiment.key] = found
 
     def total_rows(self) -> int:
         """Patched rows of all experiments, draws included."""
+        every = [*self.known_batches, *self.batches]
+        return sum(self._count(plan, batch) for plan in self.running for batch in every)
+
+    def due_rows(self) -> int:
+        """The same of the prompts of which something has to be run."""
         return sum(self._count(plan, batch) for plan in self.running for batch in self.batches)
 
     def _count(self, plan: ExperimentPlan, batch: Ints) -> int:
         return plan.count(self.measured[plan.experiment.key].among(batch))
+
+    # --- what is known ----------------------------------------------------------------------------
+
+    def _by_known(self, prompts: Ints, due: Ints) -> list[Ints]:
+        """Batches of the prompts of which all is known, then of those that are due: what a pass
+        holds is to be the same when it is run again."""
+        return [*self._batches(np.setdiff1d(prompts, due)), *self._batches(due)]
+
+    def _unmeasured(self, prompts: Ints) -> Ints:
+        """Those of which an unpatched run has to be measured; all, where nothing is known."""
+        if self.values is None:
+            return prompts
+        missing = np.zeros(len(prompts), dtype=np.bool_)
+        for plan in self._sound:
+            key, measured = plan.experiment.key, self.measured[plan.experiment.key]
+            for run in measured.unpatched:
+                for item in measured.environments:
+                    readout, relative = self.readouts[key], self._relative(plan, run)
+                    missing |= ~self.values.unpatched(readout, run, prompts, item, relative)
+        if not self.keep.measures:
+            missing |= self._inaccurate(prompts)
+        return prompts[missing]
+
+    def _inaccurate(self, prompts: Ints) -> Bools:
+        """[prompt] whether an accuracy has to be measured."""
+        missing = np.zeros(len(prompts), dtype=np.bool_)
+        relative = self.runs.model.rounding
+        for accuracies in self.accuracies.values() if self.values is not None else ():
+            for run, readout in accuracies.readouts():
+                missing |= ~self.values.unpatched(readout, run, prompts, None, relative)
+        return missing
+
+    def _relative(self, plan: ExperimentPlan, run: str) -> float:
+        """How far rounding may move a logit, where that is asked: of base runs."""
+        return self.runs.model.rounding if run == plan.experiment.spec.base else 0.0
+
+    def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Ints | None) -> None:
+        """What there is of an experiment's patched values."""
+        if self.values is None or not plan.rules:
+            return
+        try:
+            found = self.values.patched(plan, kept, donors)
+        except TypeError as error:  # what a rule or metric from outside hangs on can't be compared
+            self.profile.not_kept[plan.experiment.key] = str(error)
+            return
+        self.patched_values[plan.experiment.key] = found
+
+    def _due(self) -> Ints:
+        """The prompts of which some row has to be run; all, where nothing is known."""
+        if not any(found.any_earlier for found in self.patched_values.values()):
+            return self.kept if any(plan.rules for plan in self.running) else self.kept[:0]
+        due: list[Ints] = [self.kept[:0]]
+        for batch in self._batches(self.kept):
+            due += [self._sorted_out(plan, batch).live.prompt for plan in self.running]
+        return np.unique(np.concatenate(due))
+
+    def _values(
+        self,
+        readout: Readout,
+        run: str,
+        batch: Ints,
+        item: int | None,
+        relative: float = 0.0,
+        skip: Collection[int] = (),
+    ) -> Found:
+        """What an unpatched run gives on a batch: known, or measured and kept."""
+        if self.values is not None:
+            found = self.values.own_unpatched(readout, run, batch, item, relative)
+            if found is not None:
+                return found
+        found = self.runs.values(readout, run, batch, item, relative=relative, skip=skip)
+        if self.values is not None:
+            self.values.measured(readout, run, batch, item, relative, found)
+        return found
 
     def _keep(self) -> dict[int, Unusable]:
         """Leave the rows that a `keep` keeps, and, with `allow_nan`, drop those that it can't be
@@ -149,13 +252,18 @@ class PanelRunner:
             return {}
         good = np.ones(len(self.table), dtype=np.bool_)
         broken = np.zeros(len(self.table), dtype=np.bool_)
-        for batch in self._batches(self.kept):
-            found = self.runs.values(self.keep, "clean", batch, None)
+        due = self.kept
+        if self.values is not None:
+            missing = ~self.values.unpatched(self.keep, "clean", self.kept, None, 0.0)
+            due = self.kept[missing | self._inaccurate(self.kept)]
+        for batch in self._by_known(self.kept, due):
+            found = self._values(self.keep, "clean", batch, None)
             broken[batch] = found.broken
             for values in found.values:
                 good[batch] &= values != 0
             for accuracies in self.accuracies.values():  # of the rows that are dropped too
-                accuracies.measure(self.runs, batch)
+                accuracies.measure(self._values, self.runs.model.rounding, batch)
+            self._finish_batch()
             self.runs.forget()
             for plan in self.panel.experiments if found.failed or found.gaps else ():
                 reasons = no_value(found, plan.experiment, plan.experiment.keep, "clean", batch)
@@ -192,19 +300,22 @@ class PanelRunner:
         """Prompts in groups of similar size in tokens, in the order of the table."""
         draws = max((r.noise.samples for r in self.table.runs.values() if r.noise), default=1)
         cells = sum(each.n_cells for each in self.panel.experiments)
-        tokens = self.sizes.prompt_tokens // (self._longest() * draws)
+        tokens = self.sizes.prompt_tokens // (self._longest * draws)
         size = max(1, min(tokens, BATCH_ROWS // max(1, cells)))
         return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
+    @cached_property
     def _longest(self) -> int:
         """Tokens of the longest prompt in any run."""
         return max(
             (len(row.ids) for run in self.table.runs.values() for row in run.rows), default=1
         )
 
-    def _forget(self) -> None:
-        """Free what the finished batch computed; with a single batch it serves all stages."""
-        if len(self.batches) > 1:
+    def _finish_batch(self) -> None:
+        """Keep what a batch gave and free what it computed; a single one serves all stages."""
+        if self.values is not None:
+            self.values.flush()
+        if len(self._batches(self.kept)) > 1:
             self.runs.forget()
 
     def _measure_unpatched(self, plan: ExperimentPlan, batch: Ints) -> None:
@@ -212,13 +323,11 @@ class PanelRunner:
         experiment = plan.experiment
         measured = self.measured[experiment.key]
         columns = np.searchsorted(self.kept, batch)
-        readout, rounding = self.readouts[experiment.key], self.runs.model.rounding
+        readout = self.readouts[experiment.key]
         for run in measured.unpatched:
-            relative = rounding if run == experiment.spec.base else 0.0
+            relative = self._relative(plan, run)
             for number, environment in enumerate(measured.environments):
-                found = self.runs.values(
-                    readout, run, batch, environment, relative=relative, skip=measured.failed
-                )
+                found = self._values(readout, run, batch, environment, relative, measured.failed)
                 measured.read_unpatched(run, number, columns, found)
                 measured.saw(Unusable(int(row), run) for row in batch[found.broken])
                 reasons = no_value(found, experiment, experiment.measures, run, batch)
@@ -226,7 +335,7 @@ class PanelRunner:
                     measured.refused.setdefault(refused, reason)
                 measured.failed.update(reasons)
         if not self.keep.measures:
-            measured.accuracies.measure(self.runs, batch)
+            measured.accuracies.measure(self._values, self.runs.model.rounding, batch)
 
     # --- cells ------------------------------------------------------------------------------------
 
@@ -244,7 +353,7 @@ class PanelRunner:
             for plan in plans
         ]
         patcher, sharer = self._patcher(), self._sharer()
-        for batch in self.batches:
+        for batch in [*self.known_batches, *self.batches]:
             rows: list[Rows] = []
             for number, plan in enumerate(plans):
                 measured = self.measured[plan.experiment.key]
@@ -256,20 +365,23 @@ class PanelRunner:
                     measured.copy_base()
                 found = self._sorted_out(plan, batch)
                 measured.dropped += found.dropped
-                measured.rows += len(found.live) + len(found.left_out)
+                measured.rows += len(found.live) + len(found.known) + len(found.left_out)
                 measured.inert += found.inert
                 rows.append(found.live)
                 if len(found.left_out):
                     values = measured.base_of(plan, found.left_out)
                     self._finish(number, found.left_out, values, totals[number])
-                yield (found.dropped + len(found.left_out)) * plan.draws
+                if len(found.known):
+                    self._finish(number, found.known, found.values, totals[number])
+                    self.profile.stored += len(found.known)
+                yield (found.dropped + len(found.left_out) + len(found.known)) * plan.draws
             shared = sharer.of(rows)
             self.profile.rows += sum(len(one) for one in rows)
             self.profile.distinct += len(shared)
             for member, values in self._patched(patcher, shared, batch):
                 self._finish(member.number, member.rows, values, totals[member.number])
                 yield len(member.rows) * plans[member.number].draws
-            self._forget()
+            self._finish_batch()
         for plan, sums_and_counts in zip(plans, totals, strict=True):
             if plan.rules:
                 patched = self.measured[plan.experiment.key].patched
@@ -358,8 +470,15 @@ class PanelRunner:
         rows = every.take(good)
         inert = plan.is_inert(rows)
         out = inert if self.plan.skips_inert else np.zeros_like(inert)
+        live, known, values = rows.take(np.flatnonzero(~out)), Rows.none(), list[Floats]()
+        if key in self.patched_values:
+            there, every = self.patched_values[key].earlier(live)
+            known, values = live.take(np.flatnonzero(there)), [each[there] for each in every]
+            live = live.take(np.flatnonzero(~there))
         return _SortedOut(
-            live=rows.take(np.flatnonzero(~out)),
+            live=live,
+            known=known,
+            values=values,
             left_out=rows.take(np.flatnonzero(out)),
             dropped=len(every) - len(rows),
             inert=int(inert.sum()),
@@ -372,14 +491,12 @@ class PanelRunner:
         values: Sequence[Floats],
         totals: Sequence[tuple[Floats, Floats]],
     ) -> None:
-        """Add values of rows to their cells, and hand them on."""
+        """Add values of rows to their cells."""
         measured = self.measured[self.running[number].experiment.key]
         columns = np.searchsorted(measured.kept, rows.prompt)
         for (sums, counts), value in zip(totals, values, strict=True):
             np.add.at(sums, (rows.cell, columns), value)
             np.add.at(counts, (rows.cell, columns), 1)
-        if self.sink is not None:
-            self.sink.rows(measured, rows, values)
 
     # --- the size of a pass ---------------------------------------------------------------------
 
@@ -387,7 +504,7 @@ class PanelRunner:
         """Settle the size of a pass by trying some on rows of the first batch, where there is
         enough to run. Their values are thrown away."""
         enough = WORTH_MEASURING * self.sizes.pass_tokens
-        if self.total_rows() * self._longest() < enough:
+        if not self.batches or self.due_rows() * self._longest < enough:
             return
         plans, batch = self.running, self.batches[0]
         shared = self._sharer().of([self._sorted_out(plan, batch).live for plan in plans])
@@ -397,33 +514,14 @@ class PanelRunner:
         run, group = max(
             groups(shared, self.plan, plans, widths), key=lambda each: int(widths[each[1]].sum())
         )
-        group = group[len(group) // 2 :]  # by width: the first ones are the narrowest
-        ends = np.cumsum(widths[group])
         patcher = self._patcher()
 
-        def rate(tokens: int) -> float:
-            """Work per second of a pass of this size, the better of two."""
-            chosen = group[: int(np.searchsorted(ends, tokens, side="right"))]
-            if int(widths[chosen].sum()) < FULL_SHARE * tokens:
-                return 0.0
-            members = members_of(shared, chosen)
-            took: list[float] = []
-            try:
-                for _ in range(2):
-                    with stopwatch(self.runs.model.device) as seconds:
-                        list(patcher.values(shared, chosen, members, run, batch))
-                    took += seconds
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                release()
-                return 0.0
-            except PythonFailure:  # it fails again, where it is told
-                return 0.0
-            return float(work[chosen].sum()) / max(min(took), 1e-9)
+        def one_pass(chosen: Ints) -> None:
+            list(patcher.values(shared, chosen, members_of(shared, chosen), run, batch))
 
-        self.sizes.measure(rate)
-        self._forget()
+        device = self.runs.model.device
+        self.sizes.measure(try_sizes(one_pass, group, widths, work, device))
+        self._finish_batch()
 
     # --- passes -----------------------------------------------------------------------------------
 
@@ -439,6 +537,12 @@ class PanelRunner:
                 count = max(1, int(np.searchsorted(ends, self.sizes.pass_tokens, side="right")))
                 chosen = group[begin : begin + count]
                 tokens = int(widths[chosen].sum())
+                own = self._own(shared, chosen)
+                if own is not None:
+                    self.profile.stored += sum(len(member.rows) for member, _ in own)
+                    yield from own
+                    begin += count
+                    continue
                 try:
                     with stopwatch(self.runs.model.device) as seconds:
                         every = range(len(self.running))
@@ -449,12 +553,40 @@ class PanelRunner:
                     self.profile.halved += 1
                     continue
                 self.profile.passed(tokens, seconds[0])
-                for own, member, found in passed:
+                self._keep_pass([(member, found) for _, member, found in passed])
+                for rows, member, found in passed:
                     if found.broken.any():
-                        self._saw_unusable(patcher, shared, own, batch, run, member, found.broken)
+                        self._saw_unusable(patcher, shared, rows, batch, run, member, found.broken)
                     self._saw_no_value(member, found)
                     yield member, found.values
                 begin += count
+
+    def _own(self, shared: SharedRows, chosen: Ints) -> list[tuple[Member, list[Floats]]] | None:
+        """What a pass gave, where this run has been through it before it was cut short."""
+        if not any(found.any_own for found in self.patched_values.values()):
+            return None
+        read: list[tuple[Member, list[Floats]]] = []
+        for member in members_of(shared, chosen):
+            plan = self.running[member.number]
+            if _owner(plan) in self.lost:
+                continue
+            values = self.patched_values.get(plan.experiment.key)
+            found = None if values is None else values.own(member.rows)
+            if found is None:
+                return None
+            read.append((member, found))
+        return read
+
+    def _keep_pass(self, passed: Sequence[tuple[Member, Found]]) -> None:
+        """Keep what a pass gave."""
+        if self.values is None:
+            return
+        known = self.patched_values
+        keys = [self.running[member.number].experiment.key for member, _ in passed]
+        every = zip(keys, passed, strict=True)
+        self.values.keep(
+            [part for key, pair in every if key in known for part in known[key].parts(*pair)]
+        )
 
     def _pass(
         self,

@@ -22,8 +22,6 @@ from mechdsl.prompts.prompt_table import PromptTable
 
 DEVICE_FACTOR = 8
 """How many times the tokens of a CPU's pass one takes elsewhere."""
-WORTH_MEASURING = 200
-"""Passes of a run below which trying other sizes costs more than they save."""
 LEAST_TOKENS = 256
 MOST_TOKENS = 1 << 17
 KEPT_SHARE = 0.25

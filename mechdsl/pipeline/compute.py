@@ -14,11 +14,13 @@ from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
 from mechdsl.execute.execute import execute, sizes_of
+from mechdsl.execute.kept_values import KeptRun
 from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.build import build
 from mechdsl.loading.devices import device_problem
 from mechdsl.loading.file_models import Models, adopt_models, contexts, load_models, not_there
+from mechdsl.pipeline.kept_run import kept_run
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.pipeline.waves import FileRun, waves
 from mechdsl.plan.make_plan import make_plan
@@ -31,6 +33,7 @@ from mechdsl.results.experiment_result import FileResult
 from mechdsl.results.finish import lost_experiment, with_verdicts
 from mechdsl.results.results import Results
 from mechdsl.results.store import Store
+from mechdsl.store.runs import OpenRun
 from mechdsl.syntax.parse import parse
 from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
 
@@ -78,13 +81,21 @@ def _no_such_model(name: str, declared: Collection[str]) -> Diagnostic:
 
 
 def run_checked(
-    checked: Checked, options: RunOptions, loaded: Mapping[str, LoadedModel] | None = None
+    checked: Checked,
+    options: RunOptions,
+    loaded: Mapping[str, LoadedModel] | None = None,
+    *,
+    run: OpenRun | None = None,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    """Run a file that was checked. Its own diagnostics are not repeated."""
+    """Run a file that was checked. Its own diagnostics are not repeated.
+
+    run: of the store, where values are looked up and kept.
+    """
     models, diagnostics = _models_of(checked, options, loaded)
     if models is None:
         return None, diagnostics
-    return _run(checked, models, options, diagnostics)
+    kept = None if run is None else kept_run(run, models, options)
+    return _run(checked, models, options, diagnostics, kept)
 
 
 def measure_unpatched(
@@ -149,10 +160,13 @@ def _run(
     models: Mapping[str, LoadedModel],
     options: RunOptions,
     diagnostics: list[Diagnostic],
+    kept: KeptRun | None = None,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    sizes = sizes_of(checked.experiments, models, options.execution)
+    sizes = kept.sizes if kept is not None else None
+    if sizes is None:
+        sizes = sizes_of(checked.experiments, models, options.execution)
     store = None if options.out is None else Store(options.out, checked.source.stem)
-    run = FileRun(checked, models, options, sizes, store, diagnostics)
+    run = FileRun(checked, models, options, sizes, store, diagnostics, kept)
     try:
         for wave, later in waves(checked.experiments):
             run.wave(wave, later)

@@ -9,6 +9,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.diagnostics.e06_numbers import NothingToPickFrom, PickedBySign, RowsLeftOut
 from mechdsl.execute.execute import Execution, execute
+from mechdsl.execute.kept_values import KeptRun
 from mechdsl.execute.options import Options
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.hooks.loaded import LoadedModel
@@ -48,6 +49,8 @@ class FileRun:
     sizes: Sizes
     store: Store | None
     diagnostics: list[Diagnostic]
+    kept: KeptRun | None = None
+    """Where values are looked up and kept."""
     results: dict[str, ExperimentResult] = field(default_factory=dict[str, ExperimentResult])
     lost: dict[str, list[Diagnostic]] = field(default_factory=dict[str, list[Diagnostic]])
     findings: dict[str, Finding] = field(default_factory=dict[str, Finding])
@@ -67,7 +70,7 @@ class FileRun:
                     self.store.open(experiment)
         told = self._with_progress(later)
         execution = execute(
-            plan, self.models, told, self.store, self.sizes, check=check_denominators
+            plan, self.models, told, self.kept, self.sizes, check=check_denominators
         )
         if self.options.on_profile is not None:
             self.options.on_profile(plan, execution.profile)

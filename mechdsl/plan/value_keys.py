@@ -1,0 +1,356 @@
+"""Under which keys values are kept between runs: all that a number hangs on, and nothing else.
+
+A value is one number of one measure in one row. Its key has two parts. That of the *cell* (16
+bytes) says what all rows share: the model and how it is run, what the rules do and where, the
+measure. That of the *row* (64 bits, within its cell) says what its prompt is: the tokens of every
+run that takes part, the positions that are hit, the texts that the metric names. Where what is
+written hangs on other rows too (means, donors), these are in it. Batches, order and numbers of rows
+are in neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Ints
+from mechdsl.base.digest import digest, number_of
+from mechdsl.plan.columns import Hits, Ragged
+from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.rule_rows import Rows, RulePlan
+from mechdsl.program.python_files import PythonFunction
+from mechdsl.prompts.prompt_table import PromptTable, Run
+from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure, ResolvedRule
+
+Numbers = NDArray[np.uint64]
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+
+
+def mixed(numbers: Numbers, more: Numbers | Ints) -> Numbers:
+    """Both in one, so that equal results mean equal pairs: splitmix64's finalizer (Steele et al.
+    2014, doi.org/10.1145/2660193.2660195) on the first, moved on, with the second."""
+    with np.errstate(over="ignore"):
+        found = (numbers + _STEP) ^ _scattered(np.asarray(more).astype(np.uint64) + _STEP)
+        return _scattered(found)
+
+
+def _scattered(numbers: Numbers) -> Numbers:
+    found = (numbers ^ (numbers >> np.uint64(30))) * _FIRST
+    found = (found ^ (found >> np.uint64(27))) * _SECOND
+    return found ^ (found >> np.uint64(31))
+
+
+class Contents:
+    """What the rows of runs are, as numbers; the same for all experiments of a panel."""
+
+    def __init__(self, models: Mapping[str, bytes], model: str, seed: int) -> None:
+        """models: by name, a digest of each model and how it is run. model: of runs that name none.
+        seed: of noise."""
+        self.models = models
+        self.model = model
+        self.seed = seed
+        self._runs: dict[int, tuple[Run, Numbers]] = {}
+
+    def of(self, run: Run, table: PromptTable) -> Numbers:
+        """[prompt] of a run: its tokens, the noise that is added to them, and its model."""
+        if id(run) not in self._runs:
+            self._runs[id(run)] = run, self._rows(run, table)
+        return self._runs[id(run)][1]
+
+    def _rows(self, run: Run, table: PromptTable) -> Numbers:
+        model = self.models[run.model or self.model]
+        found = np.array(
+            [
+                number_of(model, np.array(row.ids, dtype=np.int64).tobytes(), bytes(row.special))
+                for row in run.rows
+            ],
+            dtype=np.uint64,
+        )
+        noise = run.noise
+        if noise is None:
+            return found
+        shared = (noise.kind, noise.site, noise.std, noise.sds, noise.samples, self.seed)
+        scale = number_of(shared, noise.sd_tokens if noise.sds is not None else ())
+        keys = table.row_keys if noise.row_keys is None else noise.row_keys
+        own = [number_of(keys[row], at) for row, at in enumerate(noise.positions)]
+        return mixed(mixed(found, _filled(scale, len(found))), np.array(own, dtype=np.uint64))
+
+
+def _filled(number: int, count: int) -> Numbers:
+    return np.full(count, number, dtype=np.uint64)
+
+
+def _of_lists(lists: Ragged) -> Numbers:
+    """[list] a number for what is in it."""
+    every = np.arange(len(lists.offsets) - 1)
+    counts = lists.counts(every)
+    found = counts.astype(np.uint64)
+    for place in range(int(counts.max(initial=0))):
+        longer = np.flatnonzero(counts > place)
+        values = lists.values[lists.offsets[longer] + place]
+        found[longer] = mixed(found[longer], values)
+    return found
+
+
+# --- measures -------------------------------------------------------------------------------------
+
+
+def measure_digest(measure: ResolvedMeasure) -> bytes:
+    """What a measure reads, the texts of rows aside."""
+    atoms = [
+        [
+            *(atom.node, atom.name, atom.form.takes, atom.form.function.__qualname__),
+            *(atom.of_class, atom.numerals, atom.run, atom.point, _plain(atom.python)),
+        ]
+        for atom in measure.atoms
+    ]
+    return digest(measure.expression, measure.kind, atoms)
+
+
+def measure_rows(
+    measure: ResolvedMeasure, run: Run, item: Env, table: PromptTable, contents: Contents
+) -> Numbers:
+    """[prompt]: what a measure is given of each row, beside the run that it reads.
+
+    run: the one that rows start from. item: the occurrence of the cell.
+    """
+    found = _filled(0, len(table))
+    for name in (run.name, *(atom.run for atom in measure.atoms if atom.run is not None)):
+        at = measure.at.get(name)
+        found = mixed(found, np.full(len(table), -1) if at is None else np.array(at))
+    for atom in measure.atoms:
+        if atom.texts:
+            found = mixed(found, _of_lists(Ragged.of(_texts(atom, item))))
+        if atom.run is not None:
+            found = mixed(found, contents.of(table.runs[atom.run], table))
+        if atom.python is not None:
+            rows = [number_of(_plain(row)) for row in atom.rows]
+            found = mixed(found, np.array(rows, dtype=np.uint64))
+    return found
+
+
+def _texts(atom: Atom, item: Env) -> Sequence[tuple[int, ...]]:
+    """[prompt] the tokens that it names."""
+    return atom.texts[item if atom.by_item else None]
+
+
+def _plain(value: object) -> object:
+    """Functions of Python files by what they do: where a file lies changes no number."""
+    if isinstance(value, PythonFunction):
+        return ("python", value.name, value.digest)
+    if isinstance(value, Mapping):
+        pairs = cast("Mapping[object, object]", value)
+        return {key: _plain(each) for key, each in pairs.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_plain(each) for each in cast("Sequence[object]", value))
+    return value
+
+
+# --- patched rows ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _RuleNumbers:
+    """Numbers for what a rule reads and writes; equal ones mean the same content."""
+
+    plan: RulePlan
+    source: Numbers | None
+    """[prompt of the run that is read] its content; None where no row of its own is read."""
+    written: Numbers
+    """[run of `plan.written`]"""
+    read: Numbers
+    """[run of `plan.read`]"""
+    keys: Numbers | None
+    """[run of `plan.keys`]"""
+    means: Numbers | None
+    """[position] all that a mean over rows is of."""
+    groups: Numbers | None
+    """[prompt] the group whose mean fills it."""
+    donors: Ints | None
+    """[prompt] the one whose activation replaces it."""
+
+    def of(self, rows: Rows) -> Numbers:
+        """[row]"""
+        plan, found = self.plan, self.written[self.plan.written_runs(rows)]
+        position = plan.position_of_cell[rows.cell]
+        if self.source is not None:
+            prompts = rows.prompt if self.donors is None else self.donors[rows.prompt]
+            run = plan.read.run(position, prompts, rows.alternative)
+            found = mixed(mixed(found, self.source[prompts]), self.read[run])
+        if self.means is not None:
+            found = mixed(found, self.means[position])
+        if self.groups is not None:
+            found = mixed(found, self.groups[rows.prompt])
+        if self.keys is not None:
+            found = mixed(found, self.keys[plan.key_runs(rows)])
+        return found
+
+
+class ExperimentKeys:
+    """The keys of one experiment's patched values."""
+
+    def __init__(
+        self, plan: ExperimentPlan, table: PromptTable, contents: Contents, kept: Ints,
+        donors: Ints | None,
+    ) -> None:  # fmt: skip
+        """kept: rows that are in the experiment. donors: [prompt], of `resample`."""
+        self.plan = plan
+        self.table = table
+        self.contents = contents
+        self.kept = kept
+        self._rules = [self._rule(rule, donors) for rule in plan.rules]
+        self._starts = [contents.of(run, table) for run in plan.starting_runs]
+        self._whole = self._all_rows()
+        self._measured: dict[tuple[int, int, Env], Numbers] = {}
+        shared = self._shared()
+        codes: dict[tuple[bytes, ...], int] = {}
+        found = [codes.setdefault(cell, len(codes)) for cell in self._cells()]
+        self.code_of_cell: Ints = np.array(found, dtype=np.int64)
+        """[cell]: cells of one number differ by their positions alone, which rows tell apart."""
+        self.cells = tuple(
+            tuple(digest(shared, measure, *code) for code in codes)
+            for measure in map(measure_digest, plan.experiment.measures)
+        )
+        """Per measure and number of `code_of_cell`, the key of such cells."""
+
+    def rows(self, number: int, rows: Rows) -> Numbers:
+        """[row] the keys of rows, for a measure."""
+        starting = self.plan.starting_run(rows)
+        found = np.zeros(len(rows), dtype=np.uint64)
+        for index, numbers in enumerate(self._starts):
+            found = np.where(starting == index, numbers[rows.prompt], found)
+        for rule in self._rules:
+            found = mixed(found, rule.of(rows))
+        return mixed(found, self._of_measure(number, rows, starting))
+
+    def _of_measure(self, number: int, rows: Rows, starting: Ints) -> Numbers:
+        """[row] what the measure is given."""
+        measure = self.plan.experiment.measures[number]
+        by_item = any(atom.by_item for atom in measure.atoms)
+        items = np.array([-1 if i is None or not by_item else i for i in self.plan.items])
+        found = np.zeros(len(rows), dtype=np.uint64)
+        kinds = np.stack([starting, items[rows.cell]])
+        for index, item in np.unique(kinds, axis=1).T.tolist():
+            key = (number, index, None if item < 0 else item)
+            if key not in self._measured:
+                run = self.plan.starting_runs[index]
+                self._measured[key] = measure_rows(measure, run, key[2], self.table, self.contents)
+            own = (kinds[0] == index) & (kinds[1] == item)
+            found[own] = self._measured[key][rows.prompt[own]]
+        return found
+
+    # --- what all rows of a cell share ---
+
+    def _shared(self) -> bytes:
+        """Of all cells."""
+        model = self.contents.models[self.plan.experiment.model.name]
+        return digest("patched", model, self.plan.draws, self._whole)
+
+    def _cells(self) -> Iterator[tuple[bytes, ...]]:
+        """[cell] what the rules do there."""
+        parts: list[list[bytes]] = []
+        for rule in self.plan.rules:
+            static = _static(rule.rule)
+            pairs = list(zip(rule.point_table, rule.source_table, strict=True))
+            sites = [digest(static, points) for points in _per_list(rule.points, pairs)]
+            parts.append([sites[site] for site in rule.site_of_cell.tolist()])
+            if rule.rule.amounts is not None:
+                amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
+                parts.append([amounts[amount] for amount in rule.amounts.tolist()])
+            if rule.paths is not None:
+                ends = _per_list(rule.paths.points, list(rule.paths.table))
+                parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
+        return zip(*parts, strict=True) if parts else iter([()] * self.plan.n_cells)
+
+    def _rule(self, plan: RulePlan, donors: Ints | None) -> _RuleNumbers:
+        rule, reads = plan.rule, plan.rule.does.reads
+        runs = self.table.runs
+        each = reads in ("run", "donor")
+        groups = None
+        if reads == "mean" and rule.groups is not None:
+            names = [number_of(name) for name in rule.groups]
+            groups = np.array(names, dtype=np.uint64)
+        return _RuleNumbers(
+            plan=plan,
+            source=self.contents.of(runs[rule.run], self.table) if each else None,
+            written=_of_lists(plan.written.tokens),
+            read=_of_lists(plan.read.tokens),
+            keys=None if plan.keys is None else _of_lists(plan.keys.tokens),
+            means=self._means(plan) if reads == "mean" else None,
+            groups=groups,
+            donors=donors if reads == "donor" else None,
+        )
+
+    def _means(self, plan: RulePlan) -> Numbers:
+        """[position] the rows that its mean is over, with their tokens."""
+        rule, prompts = plan.rule, self.kept
+        run, table = self.table.runs[rule.run], self.table
+        if rule.apart is not None:
+            table, prompts = rule.apart.table, np.arange(len(rule.apart.table))
+            run = table.runs[rule.apart.run]
+        contents = self.contents.of(run, table)[prompts]
+        groups = None if rule.groups is None else [rule.groups[row] for row in prompts.tolist()]
+        hits = _hits(plan.averaged, len(plan.sources), prompts)
+        found = [number_of(contents, groups, *each) for each in hits]
+        return np.array(found, dtype=np.uint64)
+
+    def _all_rows(self) -> bytes:
+        """Of experiments in which a row hangs on others in ways that only they know: functions of
+        the user's get many vectors at once, and behind prompts means have the answers' tokens."""
+        rules, kept = self.plan.rules, self.kept
+        functions = [_plain(rule.rule.python) for rule in rules if rule.rule.python is not None]
+        behind = self.plan.behind and any(rule.rule.does.over_rows for rule in rules)
+        if not functions and not behind:
+            return b""
+        texts = [
+            [item, [text[row] for row in kept.tolist()]]
+            for measure in self.plan.experiment.measures
+            for atom in measure.atoms
+            for item, text in atom.texts.items()
+        ]
+        runs = [self.contents.of(run, self.table)[kept] for run in self.table.runs.values()]
+        places = [
+            [
+                *(rule.points.offsets, rule.points.values, rule.site_of_cell),
+                *(rule.position_of_cell, rule.written.tokens.offsets, rule.written.tokens.values),
+            ]
+            for rule in rules
+        ]
+        return digest(functions, texts, runs, places if functions else ())
+
+
+def _static(rule: ResolvedRule) -> bytes:
+    """What a rule does, wherever it does it."""
+    does = rule.does
+    key = does.key(rule) if not does.over_rows else rule.run
+    return digest(
+        type(does), does.name, vars(does), _plain(key), _plain(rule.python),
+        None if rule.edge is None else rule.edge.change,
+        None if rule.path is None else rule.path.through_mlps,
+        None if rule.apart is None else rule.apart.run,
+    )  # fmt: skip
+
+
+def _per_list(lists: Ragged, table: Sequence[Any]) -> list[bytes]:
+    """A digest of each list of what stands in a table."""
+    values = lists.values.tolist()
+    return [
+        digest([table[i] for i in values[begin:end]])
+        for begin, end in pairwise(lists.offsets.tolist())
+    ]
+
+
+def _hits(hits: Hits, positions: int, prompts: Ints) -> Iterator[tuple[Ints, Numbers]]:
+    """Per position, the runs of these prompts: which prompt each is of, and its tokens."""
+    tokens = _of_lists(hits.tokens)
+    for position in range(positions):
+        index, run = hits.runs.expand(position * hits.prompts + prompts)
+        yield index, tokens[run]
