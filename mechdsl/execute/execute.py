@@ -14,8 +14,9 @@ from mechdsl.execute.kept_values import KeptRun
 from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.execute.no_value import cells_without_value
 from mechdsl.execute.options import Options
-from mechdsl.execute.panel_runner import Check, PanelRunner
+from mechdsl.execute.panel_runner import PanelRunner
 from mechdsl.execute.pass_size import Sizes, stopwatch
+from mechdsl.execute.prepared_panel import Check
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import Plan

@@ -171,7 +171,7 @@ class KeptValues:
         self._run = run
         self._table = table
         self._contents = contents
-        self._keys: dict[tuple[object, ...], tuple[bytes, Numbers]] = {}
+        self._keys: dict[tuple[object, ...], tuple[bytes, Numbers | None]] = {}
         self._waiting: list[Part] = []
 
     @classmethod
@@ -220,11 +220,15 @@ class KeptValues:
     def _unpatched(
         self, readout: Readout, run: str, prompts: Ints, item: Env, relative: float, *, own: bool
     ) -> tuple[Bools, Found]:
-        every, values, rounding = np.ones(len(prompts), dtype=np.bool_), [], []
+        every = np.ones(len(prompts), dtype=np.bool_)
+        values: list[Floats] = []
+        rounding: list[Floats] = []
+        look = self._run.own if own else self._run.earlier
         for measure in readout.measures:
             cell, keys = self._unpatched_keys(measure, run, item, relative)
-            known = self._run.own([cell]) if own else self._run.earlier([cell])
-            there, found = _Known.of(known, {cell: 0}).find(_within(0, keys[prompts]))
+            known = {} if keys is None else look([cell])
+            wanted = np.zeros(len(prompts), dtype=np.uint64) if keys is None else keys[prompts]
+            there, found = _Known.of(known, {cell: 0}).find(_within(0, wanted))
             every &= there
             values.append(found[:, 0])
             rounding.append(found[:, -1])
@@ -237,8 +241,8 @@ class KeptValues:
         """Keep what was measured of an unpatched run, with its bounds of rounding, at `flush`."""
         for number, measure in enumerate(readout.measures):
             good = np.flatnonzero(_usable(found, number))
-            if len(good):
-                cell, keys = self._unpatched_keys(measure, run, item, relative)
+            cell, keys = self._unpatched_keys(measure, run, item, relative)
+            if len(good) and keys is not None:
                 both = np.stack([found.values[number], found.rounding[number]], axis=1)
                 self._waiting.append((cell, keys[prompts[good]], both[good]))
 
@@ -249,15 +253,20 @@ class KeptValues:
 
     def _unpatched_keys(
         self, measure: ResolvedMeasure, run: str, item: Env, relative: float
-    ) -> tuple[bytes, Numbers]:
-        """(of the cell, [prompt] of the rows)."""
+    ) -> tuple[bytes, Numbers | None]:
+        """(of the cell, [prompt] of the rows); None for a metric from outside that is given what
+        can't be compared."""
         key = (id(measure), run, item, relative)
         if key not in self._keys:
             own, contents = self._table.runs[run], self._contents
             model = contents.models[own.model or contents.model]
-            rows = measure_rows(measure, own, item, self._table, contents)
             cell = digest("unpatched", model, measure_digest(measure), relative)
-            self._keys[key] = cell, mixed(contents.of(own, self._table), rows)
+            try:
+                rows = measure_rows(measure, own, item, self._table, contents)
+            except TypeError:
+                self._keys[key] = cell, None
+            else:
+                self._keys[key] = cell, mixed(contents.of(own, self._table), rows)
         return self._keys[key]
 
 

@@ -31,6 +31,7 @@ from mechdsl.resolve.resolved import ModelContext
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.statistics.measure_data import MeasureData
+from mechdsl.store.runs import OpenRun
 from mechdsl.validate.check_file import Checked, check_source
 
 from ..models import families
@@ -227,6 +228,7 @@ def try_file(
     *,
     tokenizer: Any = None,
     prompts: str = PROMPTS,
+    run: OpenRun | None = None,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     """Run experiments (`text`) on a model; `folder` holds their data."""
     if not (folder / "data.jsonl").exists():
@@ -234,12 +236,16 @@ def try_file(
     whole = f'mech 1\nmodel m = local("handed over")\n{prompts}\n{text}'
     source = Source(whole, folder / "file.mech")
     if tokenizer is None and is_shared(model):
-        return run_on(source, {"m": shared(model)}, options)
+        return run_on(source, {"m": shared(model)}, options, run)
+    assert run is None
     return run_source(source, options, {"m": (model, tokenizer or word_tokenizer())})
 
 
 def run_on(
-    source: Source, models: Mapping[str, LoadedModel], options: RunOptions | None = None
+    source: Source,
+    models: Mapping[str, LoadedModel],
+    options: RunOptions | None = None,
+    run: OpenRun | None = None,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     """As `run_source` does, on models that were taken apart and checked before."""
     options = options or RunOptions()
@@ -247,7 +253,7 @@ def run_on(
     checked = check_source(source, options.settings, contexts)
     if has_errors(checked.diagnostics):
         return None, checked.diagnostics
-    result, found = run_checked(checked, options, models)
+    result, found = run_checked(checked, options, models, run=run)
     return result, [*checked.diagnostics, *found]
 
 

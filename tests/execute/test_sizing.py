@@ -403,7 +403,7 @@ def test_rows_that_were_measured_are_kept_once(
     checked = check_file(TEXT, folder, adopted("llama"))
     given = execute_file(checked, adopted("llama"), (), Options(pass_tokens=PASS_TOKENS))
     monkeypatch.setattr(mechdsl.execute.panel_runner, "WORTH_MEASURING", 0)
-    monkeypatch.setattr(mechdsl.execute.panel_runner, "FULL_SHARE", 0)
+    monkeypatch.setattr(mechdsl.execute.try_sizes, "FULL_SHARE", 0)
     monkeypatch.setattr(mechdsl.execute.pass_size.Sizes, "halve", None)
     passes, found = layout(checked, Options(), monkeypatch)
     assert len(passes) > len(found.profile.tokens), "some were thrown away"

@@ -1,0 +1,201 @@
+"""Values from the store: equal bit for bit where a run goes on, computed only where they lack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from mechdsl.execute.options import Options
+from mechdsl.execute.profile import Profile
+from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.results.experiment_result import FileResult
+from mechdsl.store.runs import OpenRun
+from mechdsl.store.store import Store
+from mechdsl.validate.check_file import Settings
+
+from . import support
+from .test_random_files import QUIET, cases, experiments
+
+SMALL = Options(pass_tokens=60, prompt_tokens=60)
+"""Several passes and several batches of prompts."""
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a run."""
+
+
+@contextmanager
+def opened(folder: Path, key: str = "k", **how: Any) -> Iterator[OpenRun]:
+    with Store(folder / "store") as store, store.begin(key, {}, **how) as run:
+        yield run
+
+
+def run(
+    text: str,
+    folder: Path,
+    family: str = "gpt2",
+    *,
+    kept: OpenRun | None = None,
+    limit: int | None = None,
+    options: Options = SMALL,
+    **more: Any,
+) -> tuple[FileResult | None, Profile]:
+    """What a file gives, and what was done for it."""
+    done: list[Profile] = []
+    how = RunOptions(
+        settings=Settings(limit=limit),
+        execution=options,
+        on_profile=lambda _, profile: done.append(profile),
+        **more,
+    )
+    found, _ = support.try_file(text, folder, support.bare(family), how, run=kept)
+    whole = Profile()
+    for each in done:
+        whole.passes += each.passes
+        whole.unpatched_passes += each.unpatched_passes
+        whole.stored += each.stored
+        whole.distinct += each.distinct
+    return found, whole
+
+
+def arrays(result: FileResult) -> dict[str, np.ndarray]:
+    """All values that a result has of prompts."""
+    found: dict[str, np.ndarray] = {}
+    for each in result.experiments:
+        for number, data in enumerate(each.measures):
+            name = f"{each.name} {number}"
+            found |= {f"{name} patched": data.patched, f"{name} base": data.base}
+            found[f"{name} rounding"] = np.asarray(data.rounding)
+            if data.source is not None:
+                found[f"{name} source"] = data.source
+        for kind, values in (("accuracy", each.accuracy), ("bound", each.accuracy_rounding)):
+            found |= {f"{each.name} {kind} {name}": rows for name, rows in values.items()}
+        if each.drawn is not None:
+            found |= {f"{each.name} drawn {n}": v for n, v in enumerate(each.drawn.values)}
+        found[f"{each.name} rows"] = np.array(each.row_keys)
+    return found
+
+
+def same_bits(one: FileResult | None, other: FileResult | None) -> None:
+    assert one is not None
+    assert other is not None
+    expected, found = arrays(one), arrays(other)
+    assert expected.keys() == found.keys()
+    for name, values in expected.items():
+        assert values.tobytes() == found[name].tobytes(), name
+    for a, b in zip(one.experiments, other.experiments, strict=True):
+        assert a.cells == b.cells
+        assert a.left_out == b.left_out
+        assert a.conventions == b.conventions
+        assert [data.gaps for data in a.measures] == [data.gaps for data in b.measures]
+
+
+def close(one: FileResult | None, other: FileResult | None) -> None:
+    assert one is not None
+    assert other is not None
+    expected, found = arrays(one), arrays(other)
+    assert expected.keys() == found.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(values, found[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def stops_after(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
+    """End a run when it has kept so many blocks."""
+    whole, count = OpenRun.keep, [0]
+
+    def keep(self: OpenRun, block: Any) -> None:
+        if count[0] == passes:
+            raise Stopped
+        whole(self, block)
+        count[0] += 1
+
+    monkeypatch.setattr(OpenRun, "keep", keep)
+
+
+def check_case(family: str, text: str, folder: Path, cut: int) -> None:
+    """A file without a store, with an empty one, once more, on fewer rows first, and cut short."""
+    plain, alone = run(text, folder, family)
+    if plain is None:
+        return
+    with opened(folder / "a") as kept:
+        first, once = run(text, folder, family, kept=kept)
+    same_bits(plain, first)
+    assert (once.passes, once.unpatched_passes) == (alone.passes, alone.unpatched_passes)
+    again_profile = Profile()
+    with opened(folder / "a", "other") as kept:
+        again, again_profile = run(text, folder, family, kept=kept)
+    same_bits(plain, again)
+    if not any(cell for e in plain.experiments for m in e.measures for cell in m.gaps):
+        assert (again_profile.passes, again_profile.unpatched_passes) == (0, 0)
+    with opened(folder / "b", "few") as kept:
+        run(text, folder, family, kept=kept, limit=4)
+    with opened(folder / "b", "all") as kept:
+        close(plain, run(text, folder, family, kept=kept)[0])
+    check_cut(family, text, folder, cut, plain, once.passes)
+
+
+def check_cut(
+    family: str, text: str, folder: Path, cut: int, plain: FileResult, passes: int
+) -> None:
+    """A run that ends after so many blocks, twice, and goes on."""
+    kept_before = 0
+    for stop in (cut, 2):
+        with pytest.MonkeyPatch.context() as patch, opened(folder / "c") as kept:
+            stops_after(patch, stop)
+            try:
+                found, done = run(text, folder, family, kept=kept)
+            except Stopped:
+                kept_before += stop
+                continue
+        same_bits(plain, found)
+        return
+    with opened(folder / "c") as kept:
+        assert kept.resumed
+        found, done = run(text, folder, family, kept=kept)
+    same_bits(plain, found)
+    assert done.passes <= passes
+
+
+@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@given(case=cases())
+def test_random_files(case: tuple[str, str, frozenset[str]], tmp_path_factory: Any) -> None:
+    family, text, _ = case
+    check_case(family, text, tmp_path_factory.mktemp("case"), cut=len(text) % 7)
+
+
+_SHARED: dict[str, Path] = {}
+
+
+def check_shared(family: str, text: str, folder: Path, store: Path) -> None:
+    """Whatever other files have left in a store, a file gets its own numbers."""
+    plain, _ = run(text, folder, family)
+    if plain is None:
+        return
+    with Store(store) as opened_store, opened_store.begin(text, {}) as kept:
+        found, _ = run(text, folder, family, kept=kept)
+        kept.finish({}, {})
+    close(plain, found)
+
+
+@settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@given(case=cases())
+def test_many_files_share_a_store(
+    case: tuple[str, str, frozenset[str]], tmp_path_factory: Any
+) -> None:
+    family, text, _ = case
+    store = _SHARED.setdefault(family, tmp_path_factory.mktemp("store"))
+    check_shared(family, text, tmp_path_factory.mktemp("case"), store)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None, suppress_health_check=QUIET)
+@given(text=experiments())
+def test_very_many_files_share_a_store(text: str, tmp_path_factory: Any) -> None:
+    store = _SHARED.setdefault("slow", tmp_path_factory.mktemp("store"))
+    check_shared("gpt2", text, tmp_path_factory.mktemp("case"), store)
