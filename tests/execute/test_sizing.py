@@ -502,7 +502,7 @@ def test_rows_that_are_laid_out_in_parts_are_the_same(
         return found
 
     monkeypatch.setattr(ExperimentPlan, "rows", counted)
-    monkeypatch.setattr(mechdsl.execute.panel_runner, "BATCH_ROWS", rows)
+    monkeypatch.setattr(mechdsl.execute.prepared_panel, "BATCH_ROWS", rows)
     found = execute_file(checked, model)
     same(found, whole)
     assert found.profile.distinct == whole.profile.distinct

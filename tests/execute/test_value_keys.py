@@ -1,0 +1,294 @@
+"""What a value's key hangs on: every change that may change a number makes new values, and nothing
+that can't does. Each file is run on what all others have left in one store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.results.experiment_result import FileResult
+from mechdsl.store.store import Store
+from mechdsl.validate.check_file import Settings
+
+from . import support
+from .support import DIFFERENCE, PROMPTS, ROWS, experiment
+from .test_stored_values import arrays, close, same_bits
+
+NOISED = PROMPTS.rstrip().removesuffix("}") + (
+    "  corrupt noised { add gaussian(std: 0.5, samples: 2) to embed at subject tokens }\n}\n"
+)
+PROB = "measure prob(answer) as raw"
+ATTENTION = "attention layer 1 head 1 from last token to"
+
+
+def one(
+    rule: str,
+    *lines: str,
+    ends: str = "from other into clean",
+    measures: tuple[str, ...] = (DIFFERENCE,),
+) -> str:
+    measures = tuple(line for line in lines if line.startswith("measure")) or measures
+    others = [line for line in lines if not line.startswith("measure")]
+    return experiment("e", "prompts p", ends, *others, rule, *measures)
+
+
+def ablated(fill: str, *lines: str) -> str:
+    rule = f"ablate z layer 1 head 1 at subject token with {fill}"
+    return one(rule, *lines, ends="from clean into other")
+
+
+PATCH = one("patch resid_post layer 1 at subject token")
+DIFFERENT: dict[str, list[str]] = {
+    "runs": [
+        PATCH,
+        one("patch resid_post layer 1 at subject token", ends="from turned into clean"),
+        one("patch resid_post layer 1 at subject token", ends="from other into turned"),
+        one("patch resid_post layer 1 at subject token", ends="from other, turned into longer"),
+    ],
+    "sites": [
+        PATCH,
+        one("patch resid_post layer 0 at subject token"),
+        one("patch resid_mid layer 1 at subject token"),
+        one("patch z layer 1 head 1 at subject token"),
+        one("patch z layer 1 head 2 at subject token"),
+        one("patch z layer 1 heads 1, 2 at subject token"),
+        one("patch z layer 1 at subject token"),
+        one("patch mlp_hidden layer 1 neurons 1..4 at subject token"),
+    ],
+    "positions": [
+        one(rule, ends="from longer into turned")
+        for rule in (
+            "patch resid_post layer 1 at subject token",
+            "patch resid_post layer 1 at last token",
+            "patch resid_post layer 1 at subject tokens",
+            "patch resid_post layer 1 at first-item token",
+            "patch resid_post layer 1 at subject token onto first-item token",
+            "patch resid_post layer 1 at first-item token onto subject token",
+            "patch resid_post layer 1 at subject token into layer 0",
+        )
+    ],
+    "verbs and fills": [
+        ablated("zero"),
+        ablated("mean"),
+        ablated("resample"),
+        ablated("mean of turned"),
+        ablated("mean of apart"),
+        ablated("mean by cue"),
+        one("set z layer 1 head 1 at subject token to 0.5"),
+        one("set z layer 1 head 1 at subject token to 2"),
+        one("swap resid_post layer 1 at subject token with first-item token"),
+        one("patch embed at subject token\n  freeze z layer 1 head 1 at last token"),
+        one("patch embed at subject token\n  freeze z layer 2 head 1 at last token"),
+    ],
+    "attention": [
+        one(f"block {ATTENTION} subject token"),
+        one(f"block {ATTENTION} first-item token"),
+        one(f"reweight {ATTENTION} subject token by 2"),
+        one(f"reweight {ATTENTION} subject token by 3"),
+        one(f"set {ATTENTION} subject tokens to uniform"),
+        one(f"set {ATTENTION} subject token to 0.3"),
+        one(f"observe {ATTENTION} subject token", ends="", measures=()),
+        one(f"observe {ATTENTION} first-item token", ends="", measures=()),
+    ],
+    "paths": [
+        one("path z layer 0 head 1 -> q layer 1 head 1 at last token"),
+        one("path z layer 0 head 1 -> k layer 1 head 1 at last token"),
+        one("path z layer 0 head 1 -> q layer 2 head 1 at last token"),
+        one("path z layer 0 head 1 -> q layer 2 head 1 at last token through mlps"),
+        one("path z layer 0 head 1 -> logits at last token"),
+        one("path z layer 0 head 1 -> logits at last token through mlps"),
+    ],
+    "measures": [
+        PATCH,
+        one("patch resid_post layer 1 at subject token", PROB),
+        one("patch resid_post layer 1 at subject token", "measure prob(wrong) as raw"),
+        one("patch resid_post layer 1 at subject token", 'measure prob("w3") as raw'),
+        one("patch resid_post layer 1 at subject token", 'measure logprob("w3 w9") as raw'),
+        one("patch resid_post layer 1 at subject token", 'measure logprob("w9 w3") as raw'),
+        one("patch resid_post layer 1 at subject token", f"{PROB[:20]} at subject token as raw"),
+        one("patch resid_post layer 1 at subject token", "measure kl(clean) as raw"),
+        one("patch resid_post layer 1 at subject token", "measure kl(other) as raw"),
+        one(
+            "patch resid_post layer 1 at subject token",
+            "measure cosine(L1.resid, other) at subject token as raw",
+        ),
+        one(
+            "patch resid_post layer 1 at subject token",
+            "measure cosine(L2.resid, other) at subject token as raw",
+        ),
+        one("patch resid_post layer 1 at subject token", "measure loss as raw"),
+    ],
+    "which rows": [
+        ablated("mean"),
+        ablated("mean", "keep prob(answer) > prob(wrong)"),
+        ablated("resample", "keep prob(answer) > prob(wrong)"),
+    ],
+    "noise": [
+        one("patch resid_post layer 1 at subject token", ends="from clean into noised"),
+        one("patch resid_post layer 1 at last token", ends="from clean into noised"),
+    ],
+}  # fmt: skip
+APART = """
+prompts apart {
+  rows "data.jsonl"
+  template "w7 {subject} w8 {alt}"
+}
+"""
+
+
+def ran(
+    text: str, folder: Path, store: Path | None, family: str = "gpt2", prompts: str = NOISED,
+    seed: int = 0, options: RunOptions | None = None,
+) -> tuple[FileResult, int]:  # fmt: skip
+    """A file's result, and how many rows it has run."""
+    done: list[int] = []
+    options = options or RunOptions()
+    how = RunOptions(
+        settings=options.settings,
+        without=options.without,
+        on_profile=lambda _, profile: done.append(profile.distinct + profile.unpatched_passes),
+    )
+
+    def run(kept: Any = None) -> FileResult:
+        model = support.bare(family, seed)
+        found, problems = support.try_file(
+            APART + text, folder, model, how, run=kept, prompts=prompts
+        )
+        assert found is not None, problems
+        return found
+
+    if store is None:
+        return run(), sum(done)
+    with Store(store) as kept, kept.begin(text + prompts + str(options), {}) as opened:
+        found = run(opened)
+        opened.finish({}, {})
+    return found, sum(done)
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_other_values_are_computed(kind: str, family: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    seen: list[np.ndarray] = []
+    for text in DIFFERENT[kind]:
+        alone, _ = ran(text, tmp_path, None, family)
+        found, rows = ran(text, tmp_path, store, family)
+        assert rows > 0, f"nothing was run for\n{text}"
+        close(alone, found)
+        patched = arrays(found)["e 0 patched"]
+        assert not any(np.array_equal(patched, other) for other in seen), f"no other\n{text}"
+        seen.append(patched)
+        again, rows = ran(text, tmp_path, store, family)
+        assert rows == 0
+        same_bits(found, again)
+
+
+SAME = one("patch resid_post layer 0..2 at subject token", DIFFERENCE, PROB)
+EQUAL: dict[str, str] = {
+    "another name": SAME.replace("experiment e", "experiment f"),
+    "another effect": SAME.replace("as raw", "as delta"),
+    "fewer layers": SAME.replace("0..2", "1..2"),
+    "one layer": SAME.replace("layer 0..2", "layer 1"),
+    "another statistic": SAME.replace("bootstrap(100)", "bootstrap(200)"),
+    "one measure": SAME.replace(PROB, ""),
+    "measures turned round": SAME.replace(DIFFERENCE, "@")
+    .replace(PROB, DIFFERENCE)
+    .replace("@", PROB),
+}
+
+
+@pytest.mark.parametrize("change", EQUAL)
+def test_what_changes_no_number_runs_nothing(change: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    ran(SAME, tmp_path, store)
+    found, rows = ran(EQUAL[change], tmp_path, store)
+    assert rows == 0
+    close(ran(EQUAL[change], tmp_path, None)[0], found)
+
+
+def test_one_rule_more_runs_its_cells_only(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    first = one("patch resid_post layer 0..1 at last token")
+    more = one("patch resid_post layer 0..2 at last token")
+    ran(first, tmp_path, store)
+    found, rows = ran(more, tmp_path, store)
+    close(ran(more, tmp_path, None)[0], found)
+    # The new layer's rows, and the unpatched runs that they start from and read.
+    assert rows == len(ROWS) + 1
+
+
+def test_more_rows_are_the_new_ones(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    few = RunOptions(settings=Settings(limit=3))
+    ran(PATCH, tmp_path, store, options=few)
+    found, rows = ran(PATCH, tmp_path, store)
+    close(ran(PATCH, tmp_path, None)[0], found)
+    assert rows == 1 + 1  # a row, and the pass over its unpatched runs
+
+
+def test_means_are_over_the_rows_there_are(tmp_path: Path) -> None:
+    store, text = tmp_path / "store", ablated("mean") + ablated("resample").replace(" e ", " r ")
+    ran(text, tmp_path, store, options=RunOptions(settings=Settings(limit=3)))
+    found, rows = ran(text, tmp_path, store)
+    close(ran(text, tmp_path, None)[0], found)
+    assert rows > len(ROWS)
+
+
+def test_other_weights_seeds_passes_and_data(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    text = one("patch resid_post layer 1 at subject token", ends="from clean into noised")
+    ran(text, tmp_path, store)
+    for change in (
+        {"seed": 1},
+        {"prompts": "seed 5\n" + NOISED},
+        {"prompts": NOISED.replace("std: 0.5", "std: 0.7")},
+        {"prompts": NOISED.replace("samples: 2", "samples: 3")},
+        {"prompts": NOISED.replace("embed at subject tokens", "embed at subject token")},
+        {"options": RunOptions(without=frozenset({"prefix"}))},
+    ):
+        found, rows = ran(text, tmp_path, store, **change)  # type: ignore[arg-type]
+        assert rows > 0, change
+        close(ran(text, tmp_path, None, **change)[0], found)  # type: ignore[arg-type]
+    # The same place in the file, another content.
+    changed = [{**row, "subject": "w45 w3"} if n == 1 else row for n, row in enumerate(ROWS)]
+    support.write_rows(tmp_path, changed)
+    found, rows = ran(text, tmp_path, store)
+    close(ran(text, tmp_path, None)[0], found)
+    assert 0 < rows < len(ROWS)
+    # Another order, the same content.
+    support.write_rows(tmp_path, changed[::-1])
+    found, rows = ran(text, tmp_path, store)
+    assert rows == 0
+    close(ran(text, tmp_path, None)[0], found)
+
+
+def test_python_files(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    how = RunOptions(settings=Settings(python="run"))
+    metric = 'measure python("own.py:read") as raw'
+    fill = 'set resid_post layer 1 at subject token to python("own.py:fill")'
+    text = one(fill, metric)
+    for factor in (1, 2):
+        code = (
+            f"def read(logits, rows):\n    return logits[:, 5] * {factor}\n"
+            f"def fill(vectors):\n    return vectors * {factor + 1}\n"
+        )
+        (tmp_path / "own.py").write_text(code, encoding="utf-8")
+        found, rows = ran(text, tmp_path, store, options=how)
+        assert rows > 0
+        close(ran(text, tmp_path, None, options=how)[0], found)
+        assert ran(text, tmp_path, store, options=how)[1] == 0
+
+
+def test_the_keys_say_which_row_it_is_and_not_where(tmp_path: Path) -> None:
+    """Rows that are alike are one: another row id, another column that nothing reads."""
+    store = tmp_path / "store"
+    ran(PATCH, tmp_path, store)
+    support.write_rows(tmp_path, [{**row, "unread": n} for n, row in enumerate(ROWS)])
+    assert ran(PATCH, tmp_path, store)[1] == 0
+    assert json.loads((tmp_path / "data.jsonl").read_text("utf-8").splitlines()[1])["unread"] == 1
