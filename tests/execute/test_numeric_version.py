@@ -1,0 +1,79 @@
+"""Numbers that the executor makes, frozen: where one changes, `NUMERIC_VERSION` is raised, so that
+values of before are not read from a store. `--update-goldens` writes the new ones then."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mechdsl.execute.numeric_version import NUMERIC_VERSION
+
+from .test_value_keys import DIFFERENT, ran
+
+FROZEN = Path(__file__).parent / "numbers.json"
+FAMILIES = ("gpt2", "llama", "bloom")
+PACKAGES = ("torch", "transformers")
+RELATIVE, ABSOLUTE = 1e-4, 2e-5
+"""Of a value; sums of logits round in their last bits."""
+
+
+def numbers(folder: Path) -> dict[str, list[float]]:
+    """Family and experiment → what its measure gives, over cells, rows and runs."""
+    found: dict[str, list[float]] = {}
+    for family in FAMILIES:
+        for kind, texts in DIFFERENT.items():
+            for number, text in enumerate(texts):
+                result, _ = ran(text, folder, None, family)
+                data = result.experiments[0].measures[0]
+                values = [data.patched, data.base, *([] if data.source is None else [data.source])]
+                found[f"{family}: {kind} {number}"] = [
+                    float(f"{summary:.6g}")
+                    for each in values
+                    for summary in (np.nanmean(each), np.nanstd(each), each.ravel()[0])
+                ]
+    return found
+
+
+def changed(before: dict[str, list[float]], now: dict[str, list[float]]) -> list[str]:
+    """The experiments whose numbers are others."""
+    return [
+        name
+        for name in before
+        if name not in now
+        or not np.allclose(before[name], now[name], rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True)
+    ]
+
+
+def test_numbers_change_with_the_version_alone(tmp_path: Path, request: Any) -> None:
+    installed = {name: version(name) for name in PACKAGES}
+    frozen = json.loads(FROZEN.read_text(encoding="utf-8")) if FROZEN.exists() else None
+    update = request.config.getoption("--update-goldens")
+    if frozen is not None and frozen["packages"] != installed and not update:
+        pytest.skip(f"these numbers are of {frozen['packages']}; weights are drawn by torch")
+    now = numbers(tmp_path)
+    if frozen is not None and frozen["packages"] == installed:
+        others = changed(frozen["numbers"], now)
+        raised = frozen["version"] < NUMERIC_VERSION
+        assert not others or raised, (
+            f"other numbers than those that were kept: {others[:5]}. Where they are meant, raise "
+            "NUMERIC_VERSION in mechdsl/execute/numeric_version.py and run with --update-goldens"
+        )
+    if update:
+        whole = {"version": NUMERIC_VERSION, "packages": installed, "numbers": now}
+        FROZEN.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        return
+    assert frozen is not None
+    assert frozen["version"] == NUMERIC_VERSION, "run with --update-goldens"
+    assert frozen["numbers"].keys() == now.keys(), "run with --update-goldens"
+
+
+def test_a_change_is_seen() -> None:
+    before = {"a": [1.0, 0.0], "b": [2.0, 1.0]}
+    assert changed(before, {"a": [1.00001, 1e-6], "b": [2.0, 1.0]}) == []
+    assert changed(before, {"a": [1.001, 0.0], "b": [2.0, 1.0]}) == ["a"]
+    assert changed(before, {"a": [1.0, 0.0]}) == ["b"]
