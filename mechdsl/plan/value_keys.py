@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.prompt_table import PromptTable, Run
-from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure, ResolvedRule
+from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure, ResolvedRule, SitePoint
 
 Numbers = NDArray[np.uint64]
 
@@ -216,7 +216,7 @@ class ExperimentKeys:
         self.code_of_cell: Ints = np.array(found, dtype=np.int64)
         """[cell]: cells of one number differ by their positions alone, which rows tell apart."""
         self.cells = tuple(
-            tuple(digest(shared, measure, *code) for code in codes)
+            tuple(digest(b"".join([shared, measure, *code])) for code in codes)
             for measure in map(measure_digest, plan.experiment.measures)
         )
         """Per measure and number of `code_of_cell`, the key of such cells."""
@@ -259,14 +259,15 @@ class ExperimentKeys:
         parts: list[list[bytes]] = []
         for rule in self.plan.rules:
             static = _static(rule.rule)
-            pairs = list(zip(rule.point_table, rule.source_table, strict=True))
-            sites = [digest(static, points) for points in _per_list(rule.points, pairs)]
+            pairs = zip(rule.point_table, rule.source_table, strict=True)
+            points = [_written(to) + _written(of) for to, of in pairs]
+            sites = [digest(static + own) for own in _per_list(rule.points, points)]
             parts.append([sites[site] for site in rule.site_of_cell.tolist()])
             if rule.rule.amounts is not None:
                 amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
                 parts.append([amounts[amount] for amount in rule.amounts.tolist()])
             if rule.paths is not None:
-                ends = _per_list(rule.paths.points, list(rule.paths.table))
+                ends = _per_list(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
         return zip(*parts, strict=True) if parts else iter([()] * self.plan.n_cells)
 
@@ -339,11 +340,16 @@ def _static(rule: ResolvedRule) -> bytes:
     )  # fmt: skip
 
 
-def _per_list(lists: Ragged, table: Sequence[Any]) -> list[bytes]:
+def _written(point: SitePoint) -> bytes:
+    """A site as bytes; there may be tens of thousands (neurons)."""
+    return f"{point.site} {point.layer} {point.unit};".encode()
+
+
+def _per_list(lists: Ragged, table: Sequence[bytes]) -> list[bytes]:
     """A digest of each list of what stands in a table."""
     values = lists.values.tolist()
     return [
-        digest([table[i] for i in values[begin:end]])
+        digest(b"".join([table[i] for i in values[begin:end]]))
         for begin, end in pairwise(lists.offsets.tolist())
     ]
 
