@@ -1,6 +1,6 @@
 """Results as files of bytes, from which they can be had again without running anything.
 
-`result.json` holds them by the types of their fields, `arrays.safetensors` their arrays,
+`archive.json` holds them by the types of their fields, `arrays.safetensors` their arrays,
 `file.mech` the text that was run; `results.json` and `tables.txt` are what was shown of them, for
 people and for programs that read no archives.
 """
@@ -30,8 +30,9 @@ ARCHIVE = 1
 """Raised when what is kept means something else, or is kept in another way. A field that is new
 takes its default in older archives."""
 
-RESULT, ARRAYS, TEXT = "result.json", "arrays.safetensors", "file.mech"
+RESULT, ARRAYS, TEXT = "archive.json", "arrays.safetensors", "file.mech"
 DOCUMENT, TABLES = "results.json", "tables.txt"
+FILES = (RESULT, ARRAYS, TEXT, DOCUMENT, TABLES)
 WIDTH = 100
 """Columns of `tables.txt`."""
 MOST_JSON = 500_000_000

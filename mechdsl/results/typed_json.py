@@ -1,4 +1,4 @@
-"""Frozen dataclasses as JSON and arrays, by the types of their fields, and back; nothing is pickled.
+"""Frozen dataclasses as JSON and arrays, by the types of their fields, and back, without pickle.
 
 What is read may come from anybody: only the classes that are asked for are made, of the types that
 their fields have. ValueError where something doesn't fit.
