@@ -8,13 +8,11 @@ from mechdsl.diagnostics.core import Diagnostic
 
 @keyword_record
 class StoreNotUsed(Diagnostic):
-    """A store that can't be opened, or not be written to: the run goes on without."""
+    """A store that can't be opened, or not be written to: the run goes on without it."""
 
     code = "W0782"
-    title = "{lost}: `{folder}`: {reason}"
-    help = "name another folder with `--store`, or leave it out with `--no-store`; results are the same"
+    title = "the store `{folder}` {reason}"
+    help = "nothing to change for this run; `--store DIR` names another folder, `--no-store` none"
 
-    lost: str
-    """What is missed by it."""
     folder: str
     reason: str

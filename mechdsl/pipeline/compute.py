@@ -20,17 +20,15 @@ from mechdsl.loading.devices import device_problem
 from mechdsl.loading.file_models import Models, adopt_models, contexts, load_models, not_there
 from mechdsl.models.identity import Hashed, file_hash
 from mechdsl.pipeline.check_options import check_without_torch
+from mechdsl.pipeline.run_file import run_file
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.pipeline.waves import FileRun, waves
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.program.lower_file import lower_program
 from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.results.versions import versions
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import FileResult
 from mechdsl.results.finish import lost_experiment, with_verdicts
-from mechdsl.results.results import Results
-from mechdsl.results.store import Store
 from mechdsl.store.runs import OpenRun
 from mechdsl.syntax.parse import parse
 from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
@@ -46,8 +44,8 @@ def run_source(
     checked, loaded = check_with_models(source, options.settings, models or {})
     if has_errors(checked.diagnostics):
         return None, checked.diagnostics
-    result, found = run_checked(checked, options, loaded)
-    return result, [*checked.diagnostics, *found]
+    ran = run_file(checked, options, loaded)
+    return ran.result, [*checked.diagnostics, *ran.diagnostics]
 
 
 def check_with_models(
@@ -172,36 +170,29 @@ def _run(
     counts: Counts | None,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     sizes = sizes_of(checked.experiments, models, options.execution)
-    store = None if options.out is None else Store(options.out, checked.source.stem)
-    run = FileRun(checked, models, options, sizes, store, diagnostics)
-    try:
-        for wave, later in waves(checked.experiments):
-            run.wave(wave, later)
-    finally:
-        if store is not None:
-            store.close()
-    if run.lost and not run.results:
-        return None, run.diagnostics
+    file = FileRun(checked, models, options, sizes, diagnostics)
+    for wave, later in waves(checked.experiments):
+        file.wave(wave, later)
+    if file.lost and not file.results:
+        return None, file.diagnostics
     # Verdicts last: an expectation may name an experiment that comes later in the file.
     every = [variants[0] for variants in by_name(checked.experiments)]
     reported = [e for e in every if e.name not in checked.unreported]
     result = FileResult(
         file=checked.source.name,
         experiments=tuple(
-            with_verdicts(run.results[e.name], e.spec, run.results, run.lost)
+            with_verdicts(file.results[e.name], e.spec, file.results, file.lost)
             for e in reported
-            if e.name in run.results
+            if e.name in file.results
         ),
         hash=sha256(checked.source.text.encode()).hexdigest(),
         seed=checked.program.seed,
         sizes=sizes.kept,
         lost=tuple(
-            lost_experiment(e.spec, run.lost[e.name]) for e in reported if e.name in run.lost
+            lost_experiment(e.spec, file.lost[e.name]) for e in reported if e.name in file.lost
         ),
     )
-    if store is not None:
-        store.finish(Results((result,), versions()).to_json())
-    return result, run.diagnostics
+    return result, file.diagnostics
 
 
 def check_options(options: RunOptions) -> list[Diagnostic]:
