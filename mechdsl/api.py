@@ -375,8 +375,8 @@ def _run(
 ) -> Results:
     """Check, run, write reports, show warnings."""
     from mechdsl.pipeline.compute import run_checked
-    from mechdsl.results.versions import versions
     from mechdsl.results.results import Results
+    from mechdsl.results.versions import versions
     from mechdsl.show.show_report import write_reports as write_all
 
     checked, loaded = _checked(source, models, options.settings)

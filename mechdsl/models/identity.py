@@ -34,8 +34,8 @@ def file_hash(path: Path) -> str:
 
 
 def weights_hash(files: list[Path], hashed: Hashed = file_hash) -> str:
-    """What `hashes` of a result call the weights: the SHA-256 of the file; of several files, that of
-    theirs, in order of the names."""
+    """What `hashes` of a result call the weights: the SHA-256 of the file; of several files, that
+    of theirs, in order of the names."""
     every = [hashed(path) for path in files]
     return every[0] if len(every) == 1 else digest_of(every)
 

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 Starting = Callable[[bool], None]
 """Called before anything is computed, with whether the store keeps what is finished."""
 
-GOES_ON = "what is finished is kept; the same command goes on from there"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
@@ -283,7 +282,10 @@ class _Run:
                 raise
             said = error.strerror if isinstance(error, OSError) else None
             reason = f"the store `{self._options.store}` takes nothing more: {said or error}"
-            hint = f"{GOES_ON}, once there is room; `--no-store` runs without a store"
+            hint = (
+                "what is finished is kept: make room, and the same command goes on from there; "
+                "`--no-store` runs without a store"
+            )
             raise StoreStopped(BadCommandLine(reason=reason.lower(), hint=hint)) from error
 
     def _packed(self, results: Results) -> Mapping[str, bytes] | None:
