@@ -92,7 +92,7 @@ def _run(tool: Mechdsl, folder: Path | None) -> tuple[float, Execution]:
         found = execute(plan, models, check=check_denominators)
         return perf_counter() - start, found
     with Store(folder) as store, store.begin("benchmark", {}) as run:
-        kept = kept_run(run, models, RunOptions())
+        kept = kept_run(run, tool.checked, models, RunOptions())
         found = execute(plan, models, kept=kept, check=check_denominators)
         run.finish({}, {})
     return perf_counter() - start, found

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from hashlib import sha256
-from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -48,44 +46,26 @@ def distance(a: str, b: str) -> int:
     return row[-1]
 
 
-_OWN = ""
+OUTSIDE: set[str] = set()
+"""Names of modules outside of this package that have registered an entry, in any registry."""
+_PACKAGE = __name__.partition(".")[0]
 
 
-def _outside_file() -> str | None:
-    """The file of the code that adds an entry; `_OWN` for modules of the package, None for code
-    without a file."""
+def _note_outside() -> None:
+    """Whoever stands behind an entry: the first caller that isn't a function of this package."""
     frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if name.startswith("importlib"):  # a module of the package registers as it is imported
-            return _OWN
-        if not name.startswith("mechdsl."):
-            return frame.f_globals.get("__file__")
+    while frame.f_back is not None:
+        name = frame.f_globals.get("__name__", "")
+        ours = name.partition(".")[0] == _PACKAGE
+        if not ours:
+            OUTSIDE.add(name)
+        if not ours or frame.f_code.co_name == "<module>":
+            return
         frame = frame.f_back
-    return _OWN
-
-
-def outside_code() -> str | None:
-    """SHA-256 over the files that have added entries to any registry, beside the package's own;
-    empty where there are none, None where one can't be read."""
-    files = set(Registry.outside.values())
-    if not files:
-        return ""
-    found = sha256()
-    try:
-        for file in sorted(str(each) for each in files if each is not None):
-            found.update(sha256(Path(file).read_bytes()).digest())
-    except OSError:
-        return None
-    return None if None in files else found.hexdigest()
 
 
 class Registry(Generic[T]):
     """Named entries of one kind (sites, metrics, …) in the order of their registration."""
-
-    outside: ClassVar[dict[tuple[str, str], str | None]] = {}
-    """Kind and name of the entries that other code than the package's own has added → its file;
-    None where it has none."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -95,10 +75,8 @@ class Registry(Generic[T]):
         """Register an entry; a name that is taken is a mistake of ours, so it raises."""
         if name in self._entries:
             raise ValueError(f"{self.kind} `{name}` is registered twice")
-        added_by = _outside_file()
-        if added_by is not _OWN:
-            self.outside[self.kind, name] = added_by
         self._entries[name] = entry
+        _note_outside()
         return entry
 
     def get(self, name: str) -> T | None:

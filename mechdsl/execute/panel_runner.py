@@ -61,7 +61,7 @@ class PanelRunner(PreparedPanel):
                     self._finish(number, found.left_out, values, totals[number])
                 if len(found.known):
                     self._finish(number, found.known, found.values, totals[number])
-                    self.profile.stored += len(found.known)
+                    self.profile.known += len(found.known)
                 yield (found.dropped + len(found.left_out) + len(found.known)) * plan.draws
             shared = sharer.of(rows)
             self.profile.rows += sum(len(one) for one in rows)
@@ -204,7 +204,7 @@ class PanelRunner(PreparedPanel):
                 tokens = int(widths[chosen].sum())
                 own = self._own(shared, chosen)
                 if own is not None:
-                    self.profile.stored += sum(len(member.rows) for member, _ in own)
+                    self.profile.resumed += sum(len(member.rows) for member, _ in own)
                     yield from own
                     begin += count
                     continue

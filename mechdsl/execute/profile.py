@@ -13,8 +13,10 @@ class Profile:
     """Patched rows that could differ from the base run."""
     distinct: int = 0
     """Of these, how many were run: equal ones once."""
-    stored: int = 0
-    """Patched rows whose values the store had."""
+    known: int = 0
+    """Patched rows whose values the store had before the run."""
+    resumed: int = 0
+    """Of `rows`, those that the run computed before it was cut short."""
     not_kept: dict[str, str] = field(default_factory=dict[str, str])
     """By key, the experiments whose values the store can't keep → why."""
     unpatched_passes: int = 0

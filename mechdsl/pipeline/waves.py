@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.diagnostics.e06_numbers import NothingToPickFrom, PickedBySign, RowsLeftOut
+from mechdsl.execute.counts import Counts
 from mechdsl.execute.execute import Execution, execute
 from mechdsl.execute.kept_values import KeptRun
 from mechdsl.execute.options import Options
@@ -28,7 +29,6 @@ from mechdsl.results.explained_by_values import explained_by_values
 from mechdsl.results.finish import with_statistics
 from mechdsl.results.make_finding import found_by
 from mechdsl.results.population import with_population
-from mechdsl.results.store import Store
 from mechdsl.results.variants import merged
 from mechdsl.rules import RULES
 from mechdsl.validate.check_file import Checked, by_name
@@ -47,10 +47,11 @@ class FileRun:
     models: Mapping[str, LoadedModel]
     options: RunOptions
     sizes: Sizes
-    store: Store | None
     diagnostics: list[Diagnostic]
     kept: KeptRun | None = None
     """Where values are looked up and kept."""
+    counts: Counts | None = None
+    """Told how many rows were computed."""
     results: dict[str, ExperimentResult] = field(default_factory=dict[str, ExperimentResult])
     lost: dict[str, list[Diagnostic]] = field(default_factory=dict[str, list[Diagnostic]])
     findings: dict[str, Finding] = field(default_factory=dict[str, Finding])
@@ -64,14 +65,12 @@ class FileRun:
         if not ready:
             return
         plan = make_plan(ready, without=self.options.without)
-        if self.store is not None:
-            for panel in plan.panels:
-                for experiment in panel.experiments:
-                    self.store.open(experiment)
         told = self._with_progress(later)
         execution = execute(
             plan, self.models, told, self.kept, self.sizes, check=check_denominators
         )
+        if self.counts is not None:
+            self.counts.add(execution.profile)
         if self.options.on_profile is not None:
             self.options.on_profile(plan, execution.profile)
         self._say(execution.diagnostics)

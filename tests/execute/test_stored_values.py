@@ -59,7 +59,7 @@ def run(
     for each in done:
         whole.passes += each.passes
         whole.unpatched_passes += each.unpatched_passes
-        whole.stored += each.stored
+        whole.known += each.known + each.resumed
         whole.distinct += each.distinct
     return found, whole
 
