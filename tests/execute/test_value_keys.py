@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mechdsl.base.source import Source
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.results.experiment_result import FileResult
 from mechdsl.store.store import Store
@@ -292,3 +293,25 @@ def test_the_keys_say_which_row_it_is_and_not_where(tmp_path: Path) -> None:
     support.write_rows(tmp_path, [{**row, "unread": n} for n, row in enumerate(ROWS)])
     assert ran(PATCH, tmp_path, store)[1] == 0
     assert json.loads((tmp_path / "data.jsonl").read_text("utf-8").splitlines()[1])["unread"] == 1
+
+
+def test_runs_of_another_model(tmp_path: Path) -> None:
+    """The rows of another model's run are its own, though their tokens are the same."""
+    support.write_rows(tmp_path)
+    lines = ["prompts p", "from tuned into m", "patch resid_post layer 1 at subject token"]
+    rules = experiment("e", *lines, DIFFERENCE).replace("  model m\n", "")
+    text = f'mech 1\nmodel m = local("a")\nmodel tuned = local("b")\n{PROMPTS}\n{rules}'
+    source = Source(text, tmp_path / "file.mech")
+    m = support.adopted("llama")
+    seen: list[np.ndarray] = []
+    for seed in (1, 2):
+        models = {"m": m, "tuned": support.shared(support.bare("llama", seed), "tuned")}
+        alone, problems = support.run_on(source, models)
+        assert alone is not None, problems
+        with Store(tmp_path / "store") as store, store.begin(str(seed), {}) as kept:
+            found, _ = support.run_on(source, models, run=kept)
+            kept.finish({}, {})
+        assert found is not None
+        close(alone, found)
+        seen.append(arrays(found)["e 0 patched"])
+    assert not np.allclose(*seen)
