@@ -1,0 +1,328 @@
+"""Runs that are killed, and go on: `python -m tests.store.killed_runs [--count 200] [--seed 0]`.
+
+A run of a file on a zoo model is ended by kill -9: at each step that the store takes (a write, a
+sync, a rename, the begin and the commit of a transaction), and at random moments. The same command
+then goes on. What it prints is what a run prints that nobody disturbs, to the last character, and
+over all attempts at most one pass is run again for each kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TEXT = """mech 1
+model toy = zoo("counting")
+prompts fruit {
+  count in 2..9
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+  corrupt fewer { count = count - 1 }
+}
+experiment heads {
+  model toy
+  prompts fruit limit 12
+  from clean into fewer
+  patch layer * head * at last-item token, last token
+  measure logit(answer) - logit(answer of fewer) as recovery
+  stats bootstrap(50)
+}
+experiment means {
+  model toy
+  prompts fruit limit 12
+  keep correct
+  ablate mlp_out layer * at last token with mean
+  measure prob(answer) as delta
+  stats bootstrap(50)
+}
+experiment onward {
+  model toy
+  prompts fruit limit 12
+  from clean into fewer
+  patch top 3 of heads at last token
+  measure logit(answer) as delta
+  stats bootstrap(50)
+}
+"""
+SIZES = ("--pass-tokens", "48", "--prompt-tokens", "128")
+"""Small enough for many passes, and for two batches of prompts."""
+
+
+@dataclass
+class Steps:
+    """What the store does to the disk in this process, step by step."""
+
+    log: int
+    """An open file that takes a line for each step, and for each pass."""
+    kill_at: int | None = None
+    """The number of the step at which the process ends."""
+    count: int = 0
+
+    def step(self, name: str) -> None:
+        if self.count == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.write(self.log, f"step {name}\n".encode())
+        self.count += 1
+
+    def around(self, owner: Any, name: str) -> None:
+        """A step before a function is called, and one when it has returned."""
+        whole = getattr(owner, name)
+
+        def called(*args: Any, **named: Any) -> Any:
+            self.step(f"before {name}")
+            found = whole(*args, **named)
+            self.step(f"after {name}")
+            return found
+
+        setattr(owner, name, called)
+
+    def watch(self) -> None:
+        """Have every step of the store counted, and every pass told."""
+        from mechdsl.execute.patched_rows import Patcher
+        from mechdsl.store import blobs, disk, index
+        from mechdsl.store.runs import OpenRun
+
+        for owner, name in (
+            (blobs, "write_synced"),
+            (blobs, "sync_folder"),
+            (disk, "sync"),
+            (blobs.Blobs, "place"),
+            (OpenRun, "keep"),
+            (OpenRun, "settle"),
+            (OpenRun, "finish"),
+        ):
+            self.around(owner, name)
+        steps, writing = self, index.Index.writing
+
+        class Watched:
+            """A transaction: steps at its begin, before its commit, and behind it."""
+
+            def __init__(self, own: Any) -> None:
+                self.inner = writing(own)
+
+            def __enter__(self) -> Any:
+                steps.step("before begin")
+                found = self.inner.__enter__()
+                steps.step("after begin")
+                return found
+
+            def __exit__(self, *error: Any) -> Any:
+                steps.step("before commit")
+                found = self.inner.__exit__(*error)
+                steps.step("after commit")
+                return found
+
+        index.Index.writing = lambda own: Watched(own)  # type: ignore[method-assign, assignment]
+        values = Patcher.values
+
+        def passed(*args: Any, **named: Any) -> Any:
+            os.write(steps.log, b"pass\n")
+            return values(*args, **named)
+
+        Patcher.values = passed  # type: ignore[method-assign]
+
+
+@dataclass
+class Attempt:
+    """One process that ran the command, or a part of it."""
+
+    killed: bool
+    status: int
+    out: str
+    err: str
+    log: list[str] = field(default_factory=list[str])
+
+    @property
+    def passes(self) -> int:
+        """How many were begun."""
+        return self.log.count("pass")
+
+    @property
+    def steps(self) -> list[str]:
+        return [line.removeprefix("step ") for line in self.log if line.startswith("step ")]
+
+
+def attempt(
+    folder: Path,
+    *,
+    kill_at: int | None = None,
+    kill_after: float | None = None,
+    limits: Callable[[], None] | None = None,
+) -> Attempt:
+    """Run the command in a process of its own, which is ended at a step, or some seconds after its
+    first step. limits: called in it before the run."""
+    out, err, log = (folder / name for name in ("out.txt", "err.txt", "log.txt"))
+    for path in (out, err, log):
+        path.write_text("")
+    child = os.fork()
+    if not child:
+        _child(folder, out, err, log, kill_at, limits)
+    if kill_after is not None:
+        until = time.monotonic() + 120
+        while not log.stat().st_size and time.monotonic() < until:
+            if os.waitpid(child, os.WNOHANG) != (0, 0):
+                raise AssertionError("the run has ended before its first step")
+            time.sleep(0.001)
+        time.sleep(kill_after)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return Attempt(
+        os.WIFSIGNALED(status),
+        os.waitstatus_to_exitcode(status),
+        out.read_text("utf-8"),
+        err.read_text("utf-8"),
+        log.read_text().splitlines(),
+    )
+
+
+def _child(
+    folder: Path, out: Path, err: Path, log: Path, kill_at: int | None,
+    limits: Callable[[], None] | None,
+) -> None:  # fmt: skip
+    """The process that runs; it never returns."""
+    status = 70
+    try:
+        for path, number in ((out, 1), (err, 2)):
+            os.dup2(os.open(path, os.O_WRONLY), number)
+        os.chdir(folder)
+        os.environ.pop("MECHDSL_STORE", None)
+        Steps(os.open(log, os.O_WRONLY | os.O_APPEND), kill_at).watch()
+        if limits is not None:
+            limits()
+        from mechdsl.cli import main
+
+        status = main(["run", "file.mech", "--device", "cpu", *SIZES]) or 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 70
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+@dataclass
+class Harness:
+    """One file, the run that nobody disturbs, and those that are killed."""
+
+    folder: Path
+    whole: Attempt = field(init=False)
+
+    def __post_init__(self) -> None:
+        warm()
+        self.whole = self.fresh("whole", lambda place: attempt(place))
+        assert not self.whole.killed, self.whole.err
+        assert self.whole.status == 0, self.whole.err
+        assert self.whole.passes > 10
+
+    def fresh(self, name: str, then: Callable[[Path], Any]) -> Any:
+        """A folder with the file and no store."""
+        place = self.folder / name
+        place.mkdir()
+        try:
+            (place / "file.mech").write_text(TEXT, encoding="utf-8")
+            return then(place)
+        finally:
+            shutil.rmtree(place)
+
+    @property
+    def first_write(self) -> int:
+        """The step of the first values that are kept."""
+        return self.whole.steps.index("before keep")
+
+    @property
+    def last_write(self) -> int:
+        return len(self.whole.steps) - 1 - self.whole.steps[::-1].index("after commit")
+
+    def killed(self, number: int, ends: list[dict[str, Any]]) -> list[Attempt]:
+        """The attempts of a run that ends so often, the last of which is whole."""
+
+        def run(place: Path) -> list[Attempt]:
+            tries = [attempt(place, **end) for end in ends]
+            return [*tries, attempt(place)]
+
+        tries: list[Attempt] = self.fresh(str(number), run)
+        last = tries[-1]
+        assert last.status == 0, last.err
+        assert last.out == self.whole.out, "another table"
+        begun = sum(each.passes for each in tries)
+        kills = sum(each.killed for each in tries)
+        assert begun <= self.whole.passes + kills, (
+            f"{begun} passes in {len(tries)} attempts; a whole run has {self.whole.passes}"
+        )
+        return tries
+
+
+def warm() -> None:
+    """Import what a run needs, once for all processes that are forked."""
+    import torch
+
+    import mechdsl.pipeline.compute  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def ends_of(harness: Harness, count: int, seed: int) -> list[list[dict[str, Any]]]:
+    """How runs end: two in three at a step, each step's kind in turn, the others at a moment."""
+    drawn = random.Random(seed)
+    by_name: dict[str, list[int]] = {}
+    for number, name in enumerate(harness.whole.steps):
+        if harness.first_write <= number <= harness.last_write:
+            by_name.setdefault(name, []).append(number)
+    names = sorted(by_name)
+    found: list[list[dict[str, Any]]] = []
+    for number in range(count):
+        if number % 3 == 2:
+            found.append([{"kill_after": drawn.uniform(0.0, 0.6)}])
+            continue
+        name = names[(number - number // 3) % len(names)]
+        end: dict[str, Any] = {"kill_at": drawn.choice(by_name[name])}
+        found.append([end, {"kill_at": drawn.randrange(40)}] if number % 9 == 4 else [end])
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    between = again = killed = 0
+    hit: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        harness = Harness(Path(folder))
+        print(f"a whole run: {harness.whole.passes} passes, {len(harness.whole.steps)} steps")
+        for number, ends in enumerate(ends_of(harness, given.count, given.seed)):
+            tries = harness.killed(number, ends)
+            first = tries[0]
+            killed += any(each.killed for each in tries)
+            between += first.killed and harness.first_write < len(first.steps) <= harness.last_write
+            again = max(again, sum(t.passes for t in tries) - harness.whole.passes)
+            for end, each in zip(ends, tries, strict=False):
+                if each.killed and "kill_at" in end:
+                    hit[harness.whole.steps[end["kill_at"]]] += 1
+    print(f"{given.count} of {given.count} gave the undisturbed table; {killed} were killed,")
+    print(f"{between} of them between the first and the last write; at most {again} passes again")
+    print("killed at: " + ", ".join(f"{name} {count}" for name, count in sorted(hit.items())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
