@@ -145,7 +145,7 @@ class Store:
 
     def _lock_path(self, name: str) -> Path:
         if name != STORE and not _ID.fullmatch(name):
-            raise DamagedIndex(f"its index is damaged: `{ascii(name)}` isn't the id of a run")
+            raise DamagedIndex(f"its index is damaged: {name!a} isn't the id of a run")
         return self.folder / "locks" / name
 
     # --- facts ------------------------------------------------------------------------------------
