@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -58,6 +59,18 @@ MAYBE_BYTES = (bytes, NoneType)
 MAYBE_TIME = (float, NoneType)
 
 
+_COLUMNS: dict[str, Kinds] = {
+    "blocks": (int, bytes, int, int, int, float),
+    "cells": (bytes, int),
+    "runs": (int, str, str, int, int, float, MAYBE_TIME, float, str, MAYBE_TEXT, MAYBE_BYTES),
+    "contents": (int, str, bytes, int),
+    "files": (bytes, str, str),
+    "notes": (bytes, bytes),
+    "kept": (int,),
+}
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
+
+
 class DamagedIndex(StoreProblem):
     """The file isn't an index any more."""
 
@@ -72,6 +85,8 @@ def _translated() -> Generator[None]:
         yield
     except (sqlite3.ProgrammingError, sqlite3.InterfaceError):
         raise
+    except UnicodeDecodeError as error:
+        raise DamagedIndex(f"its index is damaged: {error}") from error
     except sqlite3.Error as error:
         kind = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if kind in _FULL:
@@ -92,6 +107,12 @@ def read_json(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DamagedIndex("its index is damaged: what should be an object of JSON is none")
     return cast(dict[str, Any], found)
+
+
+def check_id(id: str) -> None:
+    """Raise DamagedIndex where this isn't the id of a run, which names its lock."""
+    if not _ID.fullmatch(id):
+        raise DamagedIndex(f"its index is damaged: {id!a} isn't the id of a run")
 
 
 class Index:
@@ -136,11 +157,24 @@ class Index:
         ):
             self._connection.execute(f"PRAGMA {line}").fetchall()
         if self._suspect.exists():
-            [(said,)] = self._connection.execute("PRAGMA quick_check(1)").fetchall()
-            if said != "ok":
-                raise DamagedIndex(f"its index is damaged: {said}")
+            self._look_through()
+            self._suspect.unlink()
         if self._version() == (0, 0):
             self._make_tables()
+
+    def _look_through(self) -> None:
+        """Raise DamagedIndex where anything in it isn't as it was written, so far as that shows."""
+        [(said,)] = self._connection.execute("PRAGMA quick_check(1)").fetchall()
+        if said != "ok":
+            raise DamagedIndex(f"its index is damaged: {said}")
+        for table, kinds in _COLUMNS.items():
+            self.ask(kinds, f"SELECT * FROM {table}")
+        for id, about, sizes in self.ask(
+            (str, str, MAYBE_TEXT), "SELECT id, about, sizes FROM runs"
+        ):
+            check_id(id)
+            read_json(about)
+            read_json(sizes or "{}")
 
     def _make_tables(self) -> None:
         with self.writing():

@@ -25,6 +25,7 @@ from mechdsl.store.index import (
     NAME,
     DamagedIndex,
     Index,
+    check_id,
     read_json,
 )
 from mechdsl.store.locks import STORE, FileLock, is_held, take_lock
@@ -35,7 +36,6 @@ from mechdsl.store.sweep import Swept, remove_old_indexes, remove_unnamed, sweep
 LIMIT = 10_000_000_000
 """Bytes that a store may grow to, where `MECHDSL_STORE_LIMIT` says nothing."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 _ASIDE = ("", "-journal", "-wal", "-shm", ".suspect")
@@ -144,8 +144,8 @@ class Store:
         self.close()
 
     def _lock_path(self, name: str) -> Path:
-        if name != STORE and not _ID.fullmatch(name):
-            raise DamagedIndex(f"its index is damaged: {name!a} isn't the id of a run")
+        if name != STORE:
+            check_id(name)
         return self.folder / "locks" / name
 
     # --- facts ------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """A disk of which the power is cut: what a process wrote, without what it hadn't synced.
 
 `recorded` runs a process under strace and gives all that it did to a folder. `Disk` does the same
-again, step by step, and keeps apart what is durable: bytes of a file since its last fsync, and names
-in a folder since that folder's, may be there or not after a power cut, in any combination; of one
-name the steps come in their order. A write that is lost may be torn, at 512 bytes.
+again, step by step, and keeps apart what is durable: bytes of a file since its last fsync, and
+names in a folder since that folder's, may be there or not after a power cut, in any combination; of
+one name the steps come in their order. A write that is lost may be torn, at 512 bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The power is cut at each point of a run: all that was said to be kept is there, and nothing wrong.
+"""The power is cut at each point of a run: all that was said to be kept is there, nothing is wrong.
 
-Every real write of a process is recorded, SQLite's as well, and done again up to each point, without
-what wasn't synced (all of it, none of it, or any part of it).
+Every real write of a process is recorded, SQLite's as well, and done again up to each point,
+without what wasn't synced (all of it, none of it, or any part of it).
 """
 
 from __future__ import annotations
@@ -56,15 +56,6 @@ def cuts(spoil: str, chances: list[float]) -> Iterator[tuple[list[str], dict[str
             if state not in seen:
                 seen.add(state)
                 yield list(said), left
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A folder where a sync takes no time."""
-    shared = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="mechdsl-", dir=shared if shared.is_dir() else None))
-    yield folder
-    shutil.rmtree(folder)
 
 
 def check(said: list[str], folder: Path) -> str:
