@@ -68,6 +68,8 @@ _COLUMNS: dict[str, Kinds] = {
     "notes": (bytes, bytes),
     "kept": (int,),
 }
+_NEW, _LOOKED, _AGAIN = "new", "looked through", "again"
+"""What is written down of damage."""
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 
 
@@ -96,23 +98,6 @@ def _translated() -> Generator[None]:
         if kind in _BUSY:
             raise StoreProblem(f"another process has held its index for {WAIT:.0f} s") from error
         raise DamagedIndex(f"its index is damaged: {error}") from error
-
-
-def read_json(text: str) -> dict[str, Any]:
-    """An object that was kept as JSON. Raises DamagedIndex."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DamagedIndex(f"its index is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise DamagedIndex("its index is damaged: what should be an object of JSON is none")
-    return cast(dict[str, Any], found)
-
-
-def check_id(id: str) -> None:
-    """Raise DamagedIndex where this isn't the id of a run, which names its lock."""
-    if not _ID.fullmatch(id):
-        raise DamagedIndex(f"its index is damaged: {id!a} isn't the id of a run")
 
 
 class Index:
@@ -156,25 +141,33 @@ class Index:
             "cache_size = -32000",
         ):
             self._connection.execute(f"PRAGMA {line}").fetchall()
-        if self._suspect.exists():
+        suspected = self._suspicion()
+        if suspected == _AGAIN:
+            raise DamagedIndex("its index is damaged")
+        if suspected == _NEW:
             self._look_through()
-            self._suspect.unlink()
+            self._suspect.write_text(_LOOKED, encoding="ascii")
         if self._version() == (0, 0):
             self._make_tables()
 
     def _look_through(self) -> None:
         """Raise DamagedIndex where anything in it isn't as it was written, so far as that shows."""
-        [(said,)] = self._connection.execute("PRAGMA quick_check(1)").fetchall()
+        [(said,)] = self._connection.execute("PRAGMA integrity_check(1)").fetchall()
         if said != "ok":
             raise DamagedIndex(f"its index is damaged: {said}")
         for table, kinds in _COLUMNS.items():
             self.ask(kinds, f"SELECT * FROM {table}")
-        for id, about, sizes in self.ask(
-            (str, str, MAYBE_TEXT), "SELECT id, about, sizes FROM runs"
-        ):
-            check_id(id)
-            read_json(about)
-            read_json(sizes or "{}")
+        query = "SELECT id, about, sizes FROM runs"
+        for id, about, sizes in self.ask((str, str, MAYBE_TEXT), query):
+            self.check_id(id)
+            self.read_json(about)
+            self.read_json(sizes or "{}")
+
+    def _suspicion(self) -> str:
+        try:
+            return self._suspect.read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return ""
 
     def _make_tables(self) -> None:
         with self.writing():
@@ -246,19 +239,39 @@ class Index:
                 )
                 return _checked(kinds, self._connection.execute(query, values).fetchall())
             finally:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
 
     @contextmanager
     def _guarded(self) -> Generator[None]:
-        """One thread at a time; whoever opens a file next that shows damage looks through it."""
+        """One thread at a time. Damage is written down: whoever opens the index next looks through
+        all of it, and where that shows nothing and there is damage again, a new one is begun."""
         with self._lock:
             try:
                 with _translated():
                     yield
             except DamagedIndex:
                 with suppress(OSError):
-                    self._suspect.touch()
+                    looked = self._suspicion() in (_LOOKED, _AGAIN)
+                    self._suspect.write_text(_AGAIN if looked else _NEW, encoding="ascii")
                 raise
+
+    def read_json(self, text: str) -> dict[str, Any]:
+        """An object that was kept as JSON. Raises DamagedIndex."""
+        with self._guarded():
+            try:
+                found = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DamagedIndex(f"its index is damaged: {error}") from error
+            if not isinstance(found, dict):
+                raise DamagedIndex("its index is damaged: an object of JSON is none")
+            return cast(dict[str, Any], found)
+
+    def check_id(self, id: str) -> None:
+        """Raise DamagedIndex where this isn't the id of a run, which names its lock."""
+        with self._guarded():
+            if not _ID.fullmatch(id):
+                raise DamagedIndex(f"its index is damaged: {id!a} isn't the id of a run")
 
     @contextmanager
     def writing(self) -> Generator[sqlite3.Connection]:

@@ -12,7 +12,6 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from mechdsl.store.blobs import CONTENT, VALUES
-from mechdsl.store.index import read_json
 from mechdsl.store.problem import StoreProblem
 from mechdsl.store.values import Block, Found, merged, pack_block, unpack_block
 
@@ -118,7 +117,7 @@ class OpenRun:
         self.resumed = resumed
         self._fresh = fresh
         self._tidy = tidy
-        self.sizes: Mapping[str, Any] | None = None if sizes is None else read_json(sizes)
+        self.sizes: Mapping[str, Any] | None = None if sizes is None else index.read_json(sizes)
 
     def __enter__(self) -> OpenRun:
         return self
@@ -236,7 +235,7 @@ class OpenRun:
         if not rows:
             raise StoreProblem(f"run {self.id} was removed while it went on")
         key, before = rows[0]
-        text = json.dumps({**read_json(before), **about})
+        text = json.dumps({**self._index.read_json(before), **about})
         execute(
             "UPDATE runs SET ended = ?, used = ?, about = ?, seal = ? WHERE number = ?",
             (time.time(), time.time(), text, seal(self.id, key, text, files), self._number),

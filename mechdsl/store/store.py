@@ -25,8 +25,6 @@ from mechdsl.store.index import (
     NAME,
     DamagedIndex,
     Index,
-    check_id,
-    read_json,
 )
 from mechdsl.store.locks import STORE, FileLock, is_held, take_lock
 from mechdsl.store.problem import StoreProblem
@@ -145,7 +143,7 @@ class Store:
 
     def _lock_path(self, name: str) -> Path:
         if name != STORE:
-            check_id(name)
+            self._index.check_id(name)
         return self.folder / "locks" / name
 
     # --- facts ------------------------------------------------------------------------------------
@@ -231,7 +229,7 @@ class Store:
         number, id, key, began, ended, about, sealed = row
         query = "SELECT total(size) FROM contents WHERE run = ?"
         [(size,)] = self._index.ask((float,), query, number)
-        run = StoredRun(id, key, "finished", began, ended, read_json(about), int(size))
+        run = StoredRun(id, key, "finished", began, ended, self._index.read_json(about), int(size))
         if sealed is None:
             running = is_held(self._lock_path(id))
             run = replace(run, state="running" if running else "unfinished")
