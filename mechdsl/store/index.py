@@ -47,8 +47,13 @@ INSERT INTO kept VALUES (0);
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {SCHEMA};
 """
-_FULL = {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_IOERR: errno.EIO}
-_DENIED = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
+_DISK = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_CANTOPEN: errno.EIO,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 
 
@@ -91,10 +96,8 @@ def _translated() -> Generator[None]:
         raise DamagedIndex(f"its index is damaged: {error}") from error
     except sqlite3.Error as error:
         kind = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        if kind in _FULL:
-            raise OSError(_FULL[kind], f"{os.strerror(_FULL[kind])} ({error})", NAME) from error
-        if kind in _DENIED:
-            raise OSError(errno.EROFS, str(error), NAME) from error
+        if kind in _DISK:
+            raise OSError(_DISK[kind], f"{os.strerror(_DISK[kind])} ({error})", NAME) from error
         if kind in _BUSY:
             raise StoreProblem(f"another process has held its index for {WAIT:.0f} s") from error
         raise DamagedIndex(f"its index is damaged: {error}") from error

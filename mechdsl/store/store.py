@@ -95,7 +95,8 @@ class Store:
         if self._using is None:
             raise StoreProblem("another process is putting its index in order")
         index = self.folder / NAME
-        return not index.exists() or os.access(index, os.W_OK)
+        own = os.access in os.supports_effective_ids
+        return not index.exists() or os.access(index, os.W_OK, effective_ids=own)
 
     def _open(self) -> Index:
         """The index; a damaged one is moved aside and started anew."""
