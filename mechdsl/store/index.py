@@ -140,6 +140,7 @@ class Index:
             "journal_mode = PERSIST",
             "journal_size_limit = 4000000",
             "synchronous = EXTRA",
+            "fullfsync = ON",
             "temp_store = MEMORY",
             "cache_size = -32000",
         ):

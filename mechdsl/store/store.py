@@ -85,7 +85,7 @@ class Store:
             make_folder(self.folder / "locks")
             make_folder(self._blobs.folder)
             ignore = self.folder / ".gitignore"
-            if not ignore.exists():
+            if not ignore.exists() or not ignore.stat().st_size:
                 write_whole(ignore, "*\n")
             self._using = take_lock(self._lock_path(STORE), shared=True)
         except OSError as error:
@@ -314,8 +314,8 @@ class Store:
     ) -> OpenRun:
         def tidy() -> None:
             (kept,) = self._index.ask((int,), "SELECT bytes FROM kept")[0]
-            if kept > self._limit:
-                self._sweep(self._limit, row[0])
+            if kept > self._limit:  # with room for those to come, which needn't sweep then
+                self._sweep(self._limit * 9 // 10, row[0])
 
         return OpenRun(self._index, self._blobs, row, lock, resumed=resumed, fresh=fresh, tidy=tidy)
 

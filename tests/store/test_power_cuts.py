@@ -63,6 +63,7 @@ def check(said: list[str], folder: Path) -> str:
     kept = {int(text.split()[1]) for text in said if text.startswith("kept")}
     with Store(folder) as store:
         assert store.writable
+        assert (folder / ".gitignore").read_text(encoding="ascii") == "*\n"
         assert not list(folder.glob("*.broken-*")), "the index was lost"
         done = store.finished(writer.KEY)
         assert done is not None or "finished" not in said

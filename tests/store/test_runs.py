@@ -218,6 +218,24 @@ def test_notes(store: Store) -> None:
     assert (store.note("device"), store.note("other\udc80")) == ("cpu\udc80", "")
 
 
+def test_names_of_folders_are_durable_whoever_made_them(
+    memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was ended may have made a folder, and not synced the one above."""
+    folder = memory / "a" / "store"
+    for name in range(256):
+        (folder / "blobs" / f"{name:02x}").mkdir(parents=True)
+    synced: list[Path] = []
+    monkeypatch.setattr("mechdsl.store.blobs.sync_folder", synced.append)
+    with Store(folder) as store, store.begin("key", {}) as run:
+        run.keep(block({ONE: {1: 1.0}}))
+        [path] = (folder / "blobs").glob("*/*")
+        assert {path.parent, folder / "blobs", folder, folder.parent} <= set(synced)
+        synced.clear()
+        run.keep(block({ONE: {1: 1.0}}))
+        assert synced == [path.parent], "once"
+
+
 # --- locks ----------------------------------------------------------------------------------------
 
 
