@@ -179,6 +179,18 @@ def test_a_run_that_finishes_sweeps(
         assert there(store) == [9]
 
 
+def test_values_alone_are_counted(
+    memory: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setenv("MECHDSL_STORE_LIMIT", "2kB")
+    with Store(memory / "store") as store:
+        for number in range(8):
+            keep(store, number)
+            clock.now += DAY
+        assert sum(path.stat().st_size for path in (store.folder / "blobs").glob("*/*")) <= 2_000
+        assert 7 in there(store)
+
+
 def test_below_the_limit_nothing_is_swept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "sweep", lambda *_: pytest.fail("swept"))
     keep(store, 1, content=100_000)

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from mechdsl.store.store import Store
 from mechdsl.store.values import Block, pack_block, unpack_block
@@ -61,6 +62,13 @@ def test_columns_are_not_mixed(store: Store) -> None:
     with store.begin("key", {}) as run:
         found = values_of(run.earlier([ONE, TWO]))
     assert found == {ONE: {1: (0.5,)}, TWO: {2: (3.5, 4.5)}}
+
+
+def test_a_cell_without_rows_has_no_columns(store: Store) -> None:
+    keep(store, block({ONE: {}, TWO: {1: (1.0, 2.0)}}), block({ONE: {1: 3.0}}))
+    with store.begin("key", {}) as run:
+        found = values_of(run.earlier([ONE, TWO]))
+    assert found == {ONE: {1: (3.0,)}, TWO: {1: (1.0, 2.0)}}
 
 
 def test_rows_of_several_blocks_come_together(store: Store) -> None:
@@ -179,6 +187,24 @@ def test_packing_is_the_same_each_time() -> None:
     assert pack_block(again) == pack_block(made)
     assert unpack_block(pack_block(made)[:-1]) is None
     assert unpack_block(b"") is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"starts": np.array([0, 5])},
+        {"starts": np.array([0.0, 1.0])},
+        {"rows": np.array([1], np.int64)},
+        {"values": np.array([[1.0]], np.float32)},
+        {"cells": np.zeros((1, 15), np.uint8)},
+        {"values": None},
+    ],
+)
+def test_bytes_that_are_no_block(change: dict[str, object]) -> None:
+    right = load(pack_block(block({ONE: {1: 1.0}})))
+    assert unpack_block(save(right)) is not None
+    wrong = {name: of for name, of in {**right, **change}.items() if of is not None}
+    assert unpack_block(save(wrong)) is None  # type: ignore[arg-type]
 
 
 def test_keeping_and_finding_is_fast(store: Store) -> None:
