@@ -41,7 +41,7 @@ def hash_file(index: Index, path: Path, *, writable: bool) -> str:
             if now - found.st_mtime < UNSYNCED:
                 with suppress(OSError):  # else a power cut may take back what was read
                     os.fsync(file.fileno())
-            same = _mark(found) == _mark(os.fstat(file.fileno())) == _mark(os.stat(place))
+            same = _mark(found) == _mark(os.stat(place))  # its inode as well
         if same:
             break
     else:

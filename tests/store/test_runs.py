@@ -236,6 +236,13 @@ def test_names_of_folders_are_durable_whoever_made_them(
         assert synced == [path.parent], "once"
 
 
+def test_folders_above_are_durable(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("mechdsl.store.disk.sync_folder", synced.append)
+    Store(memory / "a" / "b" / "store").close()
+    assert synced[:3] == [memory, memory / "a", memory / "a" / "b"]
+
+
 # --- locks ----------------------------------------------------------------------------------------
 
 
