@@ -210,6 +210,59 @@ def test_an_index_that_is_damaged_within_is_found_and_replaced(memory: Path) -> 
     assert not (folder / f"{NAME}.suspect").exists()
 
 
+DAMAGE = {
+    "UPDATE runs SET id = '../../../evil' WHERE key = 'other'": "isn't the id of a run",
+    "UPDATE blocks SET hash = 'text'": "wrong type",
+    "UPDATE runs SET about = '[]'": "object of JSON",
+    "UPDATE runs SET about = '{'": "Expecting",
+}
+
+
+def damaged(folder: Path, change: str) -> None:
+    written(folder)
+    with sqlite3.connect(folder / NAME) as index:
+        index.execute(change)
+    index.close()
+
+
+@pytest.mark.parametrize("change", DAMAGE)
+def test_damage_that_sqlite_does_not_see(memory: Path, change: str) -> None:
+    """It ends the run that meets it, with a reason; the next one starts a new index."""
+    folder = memory / "deep" / "down" / "store"
+    damaged(folder, change)
+    with Store(folder) as store:
+        ask = store.runs if "runs" in change else store.begin("later", {}).earlier
+        with pytest.raises(StoreProblem, match=DAMAGE[change]):
+            ask(*([] if "runs" in change else [writer.cells_of(BLOCKS)]))
+    assert not list(memory.rglob("evil"))
+    assert use(folder) == "used"
+    assert len(list(folder.glob(f"{NAME}.broken-*[0-9]"))) == 1
+    with Store(folder) as store:
+        assert store.finished(writer.KEY) is None
+
+
+def test_damage_that_is_not_found_by_looking(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Met for the second time, the index is replaced all the same."""
+    folder = memory / "store"
+    damaged(folder, "UPDATE blocks SET hash = 'text'")
+    monkeypatch.setattr("mechdsl.store.index.Index._look_through", lambda _: None)
+    for _ in range(2):
+        with pytest.raises(StoreProblem, match="wrong type"):
+            use(folder)
+        assert not list(folder.glob("*.broken-*"))
+    assert use(folder) == "used"
+    assert list(folder.glob("*.broken-*"))
+
+
+def test_an_index_in_which_looking_finds_nothing_stays(memory: Path) -> None:
+    folder = memory / "store"
+    written(folder)
+    (folder / f"{NAME}.suspect").write_text("new")
+    with Store(folder) as store:
+        assert store.finished(writer.KEY) is not None
+    assert not list(folder.glob("*.broken-*"))
+
+
 def damage_at_random(folder: Path, seed: int) -> str:
     draw = random.Random(seed)
     index = folder / NAME

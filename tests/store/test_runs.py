@@ -82,6 +82,32 @@ def test_two_at_once_are_two_runs(memory: Path) -> None:
             assert [third.id, fourth.id] == [second.id, first.id], "the newest first"
 
 
+@pytest.mark.parametrize("how", ["finished", "removed"])
+def test_a_run_that_goes_before_it_can_be_resumed(
+    memory: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Between looking for it and locking it."""
+    with Store(memory / "store") as one, Store(memory / "store") as two:
+        first = one.begin("key", {})
+
+        def first_goes(path: Path, *, shared: bool = False) -> FileLock | None:
+            if path.name == first.id and how == "finished":
+                first.finish({"file": b"1"}, {})
+            elif path.name == first.id:
+                monkeypatch.undo()
+                first.close()
+                one.remove(one.runs()[0])
+            return take_lock(path, shared=shared)
+
+        monkeypatch.setattr("mechdsl.store.store.take_lock", first_goes)
+        with two.begin("key", {}) as second:
+            assert not second.resumed
+            assert second.id != first.id
+        states = [run.state for run in two.runs()]
+        assert states == ["unfinished", "finished"][: 2 if how == "finished" else 1]
+        assert len(list((memory / "store" / "locks").iterdir())) == 2
+
+
 def test_a_fresh_run_never_resumes(store: Store) -> None:
     with store.begin("key", {}) as run:
         first = run.id
