@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
+
+if sys.platform == "darwin":
+    from fcntl import F_FULLFSYNC, fcntl
+
+    def sync(handle: int) -> None:
+        """An open file is durable; fsync would leave it in the drive's own memory."""
+        fcntl(handle, F_FULLFSYNC)
+
+else:
+
+    def sync(handle: int) -> None:
+        """An open file is durable."""
+        os.fsync(handle)
 
 
 def sync_folder(folder: Path) -> None:
@@ -13,7 +27,7 @@ def sync_folder(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        sync(handle)
     finally:
         os.close(handle)
 
@@ -39,7 +53,7 @@ def write_synced(path: Path, data: bytes) -> None:
             left = memoryview(data)
             while left:
                 left = left[os.write(handle, left) :]
-            os.fsync(handle)
+            sync(handle)
         finally:
             os.close(handle)
     except BaseException:
