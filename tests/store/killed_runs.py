@@ -40,7 +40,7 @@ experiment heads {
   from clean into fewer
   patch layer * head * at last-item token, last token
   measure logit(answer) - logit(answer of fewer) as recovery
-  stats bootstrap(50)
+  stats bootstrap(100)
 }
 experiment means {
   model toy
@@ -48,7 +48,7 @@ experiment means {
   keep correct
   ablate mlp_out layer * at last token with mean
   measure prob(answer) as delta
-  stats bootstrap(50)
+  stats bootstrap(100)
 }
 experiment onward {
   model toy
@@ -56,7 +56,7 @@ experiment onward {
   from clean into fewer
   patch top 3 of heads at last token
   measure logit(answer) as delta
-  stats bootstrap(50)
+  stats bootstrap(100)
 }
 """
 SIZES = ("--pass-tokens", "48", "--prompt-tokens", "128")
@@ -76,8 +76,11 @@ class Steps:
     def step(self, name: str) -> None:
         if self.count == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        os.write(self.log, f"step {name}\n".encode())
+        self.tell(f"step {name}")
         self.count += 1
+
+    def tell(self, what: str) -> None:
+        os.write(self.log, f"{time.monotonic():.4f} {what}\n".encode())
 
     def around(self, owner: Any, name: str) -> None:
         """A step before a function is called, and one when it has returned."""
@@ -131,7 +134,7 @@ class Steps:
         values = Patcher.values
 
         def passed(*args: Any, **named: Any) -> Any:
-            os.write(steps.log, b"pass\n")
+            steps.tell("pass")
             return values(*args, **named)
 
         Patcher.values = passed  # type: ignore[method-assign]
@@ -145,16 +148,11 @@ class Attempt:
     status: int
     out: str
     err: str
-    log: list[str] = field(default_factory=list[str])
-
-    @property
-    def passes(self) -> int:
-        """How many were begun."""
-        return self.log.count("pass")
-
-    @property
-    def steps(self) -> list[str]:
-        return [line.removeprefix("step ") for line in self.log if line.startswith("step ")]
+    times: list[float] = field(default_factory=list[float])
+    """Of each step."""
+    steps: list[str] = field(default_factory=list[str])
+    passes: int = 0
+    """How many were begun."""
 
 
 def attempt(
@@ -164,8 +162,8 @@ def attempt(
     kill_after: float | None = None,
     limits: Callable[[], None] | None = None,
 ) -> Attempt:
-    """Run the command in a process of its own, which is ended at a step, or some seconds after its
-    first step. limits: called in it before the run."""
+    """Run the command in a process of its own, which is ended at a step, or some seconds after it
+    begins to keep values. limits: called in it before the run."""
     out, err, log = (folder / name for name in ("out.txt", "err.txt", "log.txt"))
     for path in (out, err, log):
         path.write_text("")
@@ -174,20 +172,23 @@ def attempt(
         _child(folder, out, err, log, kill_at, limits)
     if kill_after is not None:
         until = time.monotonic() + 120
-        while not log.stat().st_size and time.monotonic() < until:
-            if os.waitpid(child, os.WNOHANG) != (0, 0):
-                raise AssertionError("the run has ended before its first step")
+        while b"before keep" not in log.read_bytes():
+            assert time.monotonic() < until, "nothing was kept"
             time.sleep(0.001)
         time.sleep(kill_after)
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    told = [line.partition(" ")[::2] for line in log.read_text().splitlines()]
+    steps = [(float(when), what) for when, what in told if what.startswith("step ")]
     return Attempt(
         os.WIFSIGNALED(status),
         os.waitstatus_to_exitcode(status),
         out.read_text("utf-8"),
         err.read_text("utf-8"),
-        log.read_text().splitlines(),
+        [when for when, _ in steps],
+        [what.removeprefix("step ") for _, what in steps],
+        sum(what == "pass" for _, what in told),
     )
 
 
@@ -207,7 +208,9 @@ def _child(
             limits()
         from mechdsl.cli import main
 
-        status = main(["run", "file.mech", "--device", "cpu", *SIZES]) or 0
+        sys.argv = ["mechdsl", "run", "file.mech", "--device", "cpu", *SIZES]
+        main()
+        status = 0
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 70
     except BaseException:
@@ -282,6 +285,8 @@ def warm() -> None:
 def ends_of(harness: Harness, count: int, seed: int) -> list[list[dict[str, Any]]]:
     """How runs end: two in three at a step, each step's kind in turn, the others at a moment."""
     drawn = random.Random(seed)
+    times = harness.whole.times
+    seconds = times[harness.last_write] - times[harness.first_write]
     by_name: dict[str, list[int]] = {}
     for number, name in enumerate(harness.whole.steps):
         if harness.first_write <= number <= harness.last_write:
@@ -290,7 +295,7 @@ def ends_of(harness: Harness, count: int, seed: int) -> list[list[dict[str, Any]
     found: list[list[dict[str, Any]]] = []
     for number in range(count):
         if number % 3 == 2:
-            found.append([{"kill_after": drawn.uniform(0.0, 0.6)}])
+            found.append([{"kill_after": drawn.uniform(0.0, seconds)}])
             continue
         name = names[(number - number // 3) % len(names)]
         end: dict[str, Any] = {"kill_at": drawn.choice(by_name[name])}
