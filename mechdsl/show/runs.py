@@ -22,12 +22,12 @@ def print_runs(runs: Sequence[RunFacts], console: Console) -> None:
     table.add_column("began", no_wrap=True)
     table.add_column("file", overflow="fold")
     table.add_column("state", no_wrap=True)
-    for name in ("experiments", "hold", "seconds", "size"):
+    for name in ("experiments", "hold", "s", "size"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         table.add_row(
             run.id,
-            f"{run.began:%Y-%m-%d %H:%M}",
+            f"{run.began:%b %d %H:%M}",  # the year is in the id
             run.file,
             run.state,
             "" if run.experiments is None else str(run.experiments),
