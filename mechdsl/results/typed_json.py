@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,6 +23,18 @@ from pydantic import BaseModel
 from mechdsl.base.percent import Percent
 from mechdsl.base.source import Source, Span
 
+_TICK = timedelta(microseconds=1)
+_MOST_TEXT = 1_000_000
+_BY_TEXT: dict[type, tuple[str, Callable[[Any], str], Callable[[str], Any]]] = {
+    datetime: ("datetime", datetime.isoformat, datetime.fromisoformat),
+    date: ("date", date.isoformat, date.fromisoformat),
+    time: ("time", time.isoformat, time.fromisoformat),
+    timedelta: ("microseconds", lambda value: str(value // _TICK), lambda text: int(text) * _TICK),
+    Decimal: ("decimal", str, Decimal),
+    bytes: ("bytes", bytes.hex, bytes.fromhex),
+}
+"""Types of columns of parquet files: their tag, and how they are texts and again values."""
+_OF_TAG = {tag: made for tag, _, made in _BY_TEXT.values()}
 _NUMBERS = "biuf"
 """Kinds of numpy's numbers: booleans, integers with a sign and without, floats."""
 
@@ -96,6 +110,9 @@ def write_value(value: Any, kept: Kept) -> Any:
         return {"percent": write_value(float(value), kept)}
     if kind is Span:
         return {"span": _write_span(value, kept)}
+    if kind in _BY_TEXT:
+        tag, text, _ = _BY_TEXT[kind]
+        return {tag: text(value)}
     if isinstance(value, Path):
         return {"path": str(value)}
     if isinstance(value, np.generic) and value.dtype.kind in _NUMBERS + "U":
@@ -116,6 +133,8 @@ def read_value(found: Any, kept: Kept) -> Any:
     if len(found) != 1:
         raise ValueError("a value has one kind")
     ((tag, content),) = found.items()
+    if tag in _OF_TAG and type(content) is str and len(content) < _MOST_TEXT:
+        return _OF_TAG[tag](content)
     if tag not in _READ:
         raise ValueError(f"there is no kind of value `{tag}`")
     return _READ[tag](content, kept)

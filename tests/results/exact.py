@@ -40,8 +40,8 @@ def equal(a: Any, b: Any, at: str = "") -> None:
     elif is_dataclass(a) and not isinstance(a, type):
         for each in fields(a):
             equal(getattr(a, each.name), getattr(b, each.name), f"{at}.{each.name}")
-    elif isinstance(a, float):
-        same = np.float64(a).tobytes() == np.float64(b).tobytes()
+    elif isinstance(a, float | np.floating):
+        same = np.asarray(a).tobytes() == np.asarray(b).tobytes()
         assert same or (math.isnan(a) and math.isnan(b)), (at, a, b)
     else:
         assert a == b, (at, a, b)

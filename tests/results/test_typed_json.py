@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,13 @@ PLAIN = (
     | st.booleans().map(np.bool_)
     | st.text(st.characters(exclude_characters="\0", codec="utf-8")).map(np.str_)
     | SPANS
+    | st.dates()
+    | st.datetimes()
+    | st.datetimes(timezones=st.just(timezone(timedelta(hours=2))))
+    | st.times()
+    | st.timedeltas()
+    | st.decimals(allow_nan=False)
+    | st.binary(max_size=5)
 )
 VALUES = st.recursive(
     PLAIN,
