@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -50,6 +51,8 @@ def export_content(content: Mapping[str, bytes], results: Results, folder: Path)
     """The same of results that are packed already."""
     target = (folder / stem_of(results.files[0].file)).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     aside = target.with_name(f".{target.name}-{os.getpid()}.new")
     shutil.rmtree(aside, ignore_errors=True)  # of a process that ended and had this number
     aside.mkdir()
@@ -126,7 +129,11 @@ def _take_place(made: Path, target: Path) -> None:
     before = target.with_name(made.name.removesuffix("new") + "before")
     ours = _names_in(target)
     target.replace(before)
-    made.replace(target)
+    try:
+        made.replace(target)
+    except OSError:
+        before.replace(target)
+        raise
     _sync(target.parent)
     for path in before.iterdir():
         if path.name not in ours and not (target / path.name).exists():
