@@ -46,6 +46,7 @@ def print_facts(run: RunFacts, console: Console) -> None:
         "file": run.file,
         "began": f"{run.began:%Y-%m-%d %H:%M:%S}{took}",
         "settings": _listed(run.settings),
+        "parameters": _listed(run.parameters),
         "versions": _listed(run.versions),
         "hashes": _listed({name: value[:12] for name, value in run.hashes.items()}),
         "rows": run.rows,
