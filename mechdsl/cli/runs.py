@@ -13,11 +13,8 @@ from mechdsl.cli.status import FINE, WRONG
 from mechdsl.cli.streams import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from click.shell_completion import CompletionItem
 
-    from mechdsl.diagnostics.raised import MechdslError
     from mechdsl.results.results import Results
     from mechdsl.results.run_facts import RunFacts
 
@@ -139,7 +136,8 @@ def list_runs(store: Path | None, form: str) -> int:
 )
 def show(run: str, store: Path | None, form: str) -> int:
     """Print what is known of a run, and its tables and verdicts again."""
-    from mechdsl.results.archive import ArchiveProblem, OtherVersion, unpack
+    from mechdsl.base.visible import visible
+    from mechdsl.results.archive import DOCUMENT, ArchiveProblem, OtherVersion, unpack
     from mechdsl.results.named_runs import (
         content_of,
         find_run,
@@ -161,7 +159,10 @@ def show(run: str, store: Path | None, form: str) -> int:
     try:
         results = unpack(content)
     except OtherVersion as error:
-        return _print_kept(facts_of(stored), content, form, unreadable(stored, error))
+        if form != "json" or DOCUMENT not in content:
+            raise unreadable(stored, error) from error
+        write_json(visible(content[DOCUMENT].decode("utf-8", "replace").rstrip()))
+        return FINE
     except ArchiveProblem as error:
         raise unreadable(stored, error) from error
     if form == "table":
@@ -186,24 +187,6 @@ def _print(results: Results, form: str) -> int:
         from mechdsl.show.runs import print_results
 
         print_results(results, make_console())
-    return FINE
-
-
-def _print_kept(
-    facts: RunFacts, content: Mapping[str, bytes], form: str, problem: MechdslError
-) -> int:
-    """What another version's run printed, which is kept beside its results."""
-    from mechdsl.base.visible import visible
-    from mechdsl.results.archive import DOCUMENT, TABLES
-
-    name = {"table": TABLES, "json": DOCUMENT}.get(form)
-    if name is None or name not in content:
-        raise problem
-    if form == "table":
-        _print_facts(facts)
-    say("another version of mechdsl wrote this run; here is what it printed", out=False)
-    text = content[name].decode("utf-8", "replace")
-    sys.stdout.write(visible(text, keep="\n"))
     return FINE
 
 

@@ -18,7 +18,6 @@ from mechdsl.base.visible import json_text
 from mechdsl.results.archive import (
     ARRAYS,
     DOCUMENT,
-    FILES,
     RESULT,
     TEXT,
     ArchiveProblem,
@@ -28,6 +27,10 @@ from mechdsl.results.archive import (
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.results import Results
 
+TABLES = "tables.txt"
+WIDTH = 100
+"""Its columns."""
+FILES = (RESULT, ARRAYS, TEXT, DOCUMENT, TABLES)
 LINES = ".jsonl"
 SCHEMA = 2
 """Of the lines; raised when they mean something else."""
@@ -38,11 +41,11 @@ MOST_DOCUMENT = 500_000_000
 def export(results: Results, folder: Path, text: str) -> Path:
     """Write results of a single file into a folder in `folder`, which is called like the file.
 
-    text: of the `.mech` file. Returns the new folder. It holds what `pack` gives, and of each
-    experiment `NAME.jsonl`: a line on its axes and measures, one per unpatched run and one per
-    cell, with the values of every prompt. An earlier export of the same name gives way when the new
-    one is whole; other files in it stay. Raises OSError where it can't be written, ArchiveProblem
-    where results hold what can't be kept.
+    text: of the `.mech` file. Returns the new folder. It holds what `pack` gives, the tables, and
+    `NAME.jsonl` of each experiment: a line on its axes and measures, one per unpatched run and one
+    per cell, with the values of every prompt. An earlier export of the same name gives way when the
+    new one is whole; other files in it stay. Raises OSError where it can't be written,
+    ArchiveProblem where results hold what can't be kept.
     """
     return export_content(pack(results, text), results, folder)
 
@@ -57,8 +60,10 @@ def export_content(content: Mapping[str, bytes], results: Results, folder: Path)
     shutil.rmtree(aside, ignore_errors=True)  # of a process that ended and had this number
     aside.mkdir()
     try:
-        for name in FILES:
-            _write(aside / name, [content.get(name, b"")])
+        for name in (RESULT, ARRAYS, TEXT):
+            _write(aside / name, [content[name]])
+        for name, shown in ((DOCUMENT, results.to_json() + "\n"), (TABLES, results.to_text(WIDTH))):
+            _write(aside / name, [shown.encode("utf-8", "surrogatepass")])
         for experiment in results:
             lines = (json_text(line) + "\n" for line in lines_of(experiment))
             name = experiment.name + LINES

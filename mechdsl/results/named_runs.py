@@ -174,7 +174,7 @@ def content_of(store: Store, run: StoredRun) -> dict[str, bytes]:
 def unreadable(run: StoredRun, error: Exception) -> MechdslError:
     """E0208 for results that are torn, or those of another version."""
     if isinstance(error, OtherVersion):
-        hint = "`mechdsl runs show` prints the tables that it printed; run its file again"
+        hint = "`mechdsl runs show RUN --format json` prints its document; run its file again"
     else:
         hint = "run its file again: what the store still has isn't computed again"
     said = f"the results of run `{run.id}` can't be read: {error}"

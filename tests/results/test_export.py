@@ -18,9 +18,9 @@ import mechdsl
 from mechdsl.execute.options import Options
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.results import export as module
-from mechdsl.results.archive import FILES, ArchiveProblem
+from mechdsl.results.archive import ArchiveProblem
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.export import export, is_export, read_export, stem_of
+from mechdsl.results.export import FILES, export, is_export, read_export, stem_of
 
 from ..execute.conftest import folder
 from ..execute.support import DIFFERENCE, bare, experiment, run_file
@@ -101,6 +101,8 @@ def test_results_are_read_back(name: str, tmp_path: Path) -> None:
     same_results(results, read_export(tmp_path / "out" / "it"))
     document = (tmp_path / "out" / "it" / "results.json").read_text(encoding="utf-8")
     assert document == results.to_json() + "\n"
+    tables = (tmp_path / "out" / "it" / "tables.txt").read_text(encoding="utf-8")
+    assert tables == results.to_text(100)
     names = {f"{each.name}.jsonl" for each in results}
     assert set(os.listdir(tmp_path / "out" / "it")) == {*FILES, *names}
     assert os.listdir(tmp_path / "out") == ["it"]
