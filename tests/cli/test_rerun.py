@@ -24,11 +24,14 @@ from .conftest import HEADS, Command, process
 
 HEAVY = ("torch", "transformers", "networkx", "altair", "vl_convert", "pandas", "scipy.stats")
 WATCHED = """
-import json, sys
+import json, os, sys
 opened = []
-sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
+def hook(event, args):
+    if event == "open" and not isinstance(args[0], int):
+        opened.append(os.fsdecode(args[0]))
+sys.addaudithook(hook)
 from mechdsl.cli import main
-sys.argv = ["mechdsl", *sys.argv[2:]] if sys.argv[1:2] == ["-"] else ["mechdsl", *sys.argv[1:]]
+sys.argv[0] = "mechdsl"
 try:
     main()
 finally:
