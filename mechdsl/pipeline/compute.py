@@ -13,6 +13,7 @@ from mechdsl.base.names import name_list
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
+from mechdsl.diagnostics.raised import Diagnostics
 from mechdsl.execute.execute import execute, sizes_of
 from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.hooks.loaded import LoadedModel
@@ -28,9 +29,9 @@ from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.collect import versions
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import FileResult
+from mechdsl.results.export import export
 from mechdsl.results.finish import lost_experiment, with_verdicts
 from mechdsl.results.results import Results
-from mechdsl.results.store import Store
 from mechdsl.syntax.parse import parse
 from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
 
@@ -151,14 +152,9 @@ def _run(
     diagnostics: list[Diagnostic],
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     sizes = sizes_of(checked.experiments, models, options.execution)
-    store = None if options.out is None else Store(options.out, checked.source.stem)
-    run = FileRun(checked, models, options, sizes, store, diagnostics)
-    try:
-        for wave, later in waves(checked.experiments):
-            run.wave(wave, later)
-    finally:
-        if store is not None:
-            store.close()
+    run = FileRun(checked, models, options, sizes, diagnostics)
+    for wave, later in waves(checked.experiments):
+        run.wave(wave, later)
     if run.lost and not run.results:
         return None, run.diagnostics
     # Verdicts last: an expectation may name an experiment that comes later in the file.
@@ -178,8 +174,9 @@ def _run(
             lost_experiment(e.spec, run.lost[e.name]) for e in reported if e.name in run.lost
         ),
     )
-    if store is not None:
-        store.finish(Results((result,), versions()).to_json())
+    if options.out is not None:
+        said = Diagnostics([*checked.diagnostics, *run.diagnostics])
+        export(Results((result,), versions(), said), options.out, checked.source.text)
     return result, run.diagnostics
 
 
