@@ -32,16 +32,16 @@ the old run alone, in the new one alone, in neither."""
 
 @dataclass(eq=False)
 class Values:
-    """How single rows differ: arrays over cells. Of two samples there is nothing to say."""
+    """How single rows differ: arrays over cells. Of two samples only `n` says something."""
 
     n: Ints
-    """Rows that are in the cell in both runs."""
+    """Rows that are in the cell in both runs; of two samples, those of the smaller one."""
     changed: Ints
     """Rows of which a value differs, or that are in the cell in one run alone."""
     beyond: Ints
     """Those of them that rounding doesn't explain."""
     largest: Floats
-    """The largest difference of a value; 0 where none differs."""
+    """The largest difference of a value; 0 where none differs, NaN of categories."""
 
 
 @dataclass(eq=False)
@@ -69,6 +69,8 @@ class ComparedMeasure:
     bound: Floats = field(init=False)
     """How far rounding alone may move the difference."""
     units: Ints = field(init=False)
+    word: str = "prompt"
+    """What a unit is called."""
 
     def __post_init__(self) -> None:
         count = len(self.cells)
@@ -139,7 +141,7 @@ class ComparedMeasure:
         still = old.inert & new.inert & self.aligned.effect.tested
         for block in self.aligned.blocks(self.of_state("noise")):
             unbounded = self._unbounded(block)
-            word = self.rows.sampling.unit_word(block.units)
+            word = self.word = self.rows.sampling.unit_word(block.units)
             for place, cell in enumerate(block.cells.tolist()):
                 why = self._few(int(self.units[cell]), word) or unbounded[place]
                 if still[cell]:
@@ -187,7 +189,7 @@ class ComparedMeasure:
             self.before[cell] = np.mean(old[rows[0]] == commonest)
             self.after[cell] = np.mean(new[rows[1]] == commonest)
         for block in self.aligned.blocks(self.of_state("noise")):
-            word = self.rows.sampling.unit_word(block.units)
+            word = self.word = self.rows.sampling.unit_word(block.units)
             self.units[block.cells] = self._held(block)
             for cell in block.cells.tolist():
                 few = self._few(int(self.units[cell]), word)
@@ -295,10 +297,12 @@ class ComparedMeasure:
 def _values(aligned: AlignedMeasure) -> Values:
     count = len(aligned.new.patched)
     zero = [np.zeros(count, dtype=np.int64) for _ in range(3)]
-    found = Values(zero[0], zero[1], zero[2], np.zeros(count))
-    if not aligned.rows.paired:
-        return found
+    found = Values(zero[0], zero[1], zero[2], np.full(count, np.nan))
     old, new = aligned.old, aligned.new
+    if not aligned.rows.paired:
+        counts = [np.count_nonzero(~np.isnan(each.patched), axis=1) for each in (old, new)]
+        found.n = np.minimum(*counts)
+        return found
     differs = np.zeros_like(new.patched, dtype=bool)
     beyond = np.zeros_like(differs)
     size = np.zeros_like(new.patched)
@@ -317,7 +321,8 @@ def _values(aligned: AlignedMeasure) -> Values:
     found.n = np.count_nonzero(there, axis=1)
     found.changed = np.count_nonzero(differs & inside, axis=1)
     found.beyond = np.count_nonzero(beyond & inside, axis=1)
-    found.largest = np.where(there, size, 0.0).max(axis=1, initial=0.0)
+    if new.kind == "number":
+        found.largest = np.where(there, size, 0.0).max(axis=1, initial=0.0)
     return found
 
 
