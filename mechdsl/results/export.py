@@ -55,7 +55,7 @@ def export_content(content: Mapping[str, bytes], results: Results, folder: Path)
     aside.mkdir()
     try:
         for name in FILES:
-            _write(aside / name, [content[name]])
+            _write(aside / name, [content.get(name, b"")])
         for experiment in results:
             lines = (json_text(line) + "\n" for line in lines_of(experiment))
             name = experiment.name + LINES
@@ -68,8 +68,12 @@ def export_content(content: Mapping[str, bytes], results: Results, folder: Path)
 
 
 def stem_of(file: str) -> str:
-    """What the folder of a file's results is called; `text` for `<text>`."""
-    return file[1:-1] if file.startswith("<") and file.endswith(">") else Path(file).stem
+    """What the folder of a file's results is called; `text` for `<text>`. ArchiveProblem where no
+    folder can be called so."""
+    stem = Path(file[1:-1] if file.startswith("<") and file.endswith(">") else file).stem
+    if stem in ("", ".", ".."):
+        raise ArchiveProblem(f"`{file}` is not the name of a file")
+    return stem
 
 
 def read_export(folder: Path) -> Results:

@@ -238,14 +238,14 @@ def form_of(hint: Any) -> Form:
     origin, args = get_origin(hint), get_args(hint)
     if isinstance(hint, type) and is_dataclass(hint):
         return _dataclass(hint)
-    if isinstance(hint, type) and issubclass(hint, BaseModel):
+    if _is_class(hint, BaseModel):
         return _model(hint)
     if origin is tuple and args[1:] == (...,):
         inner = args[0]
         return _repeated(form_of(inner)) if get_origin(inner) is tuple else _tuple(inner)
     if origin is np.ndarray:
         return _array(np.dtype(get_args(args[1])[0]))
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+    if _is_class(origin, Mapping):
         return _mapping(args[0], form_of(args[1]))
     if origin in (Union, UnionType) and NoneType in args and len(args) == 2:
         (own,) = (each for each in args if each is not NoneType)
@@ -258,9 +258,13 @@ def form_of(hint: Any) -> Form:
         return _one_of(lambda value: _is(value, hint), hint.__name__)
     if hint is Any:
         return Form(write_value, read_value)
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
+    if _is_class(origin, Sequence):
         return _one_of(lambda value: type(value) in (list, tuple), "a sequence")
     raise TypeError(f"no form for {hint}")
+
+
+def _is_class(found: Any, kind: type) -> bool:
+    return isinstance(found, type) and issubclass(found, kind)
 
 
 def _is(value: Any, kind: Any) -> bool:
