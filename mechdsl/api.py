@@ -375,7 +375,7 @@ def _run(
 ) -> Results:
     """Check, run, write reports, show warnings."""
     from mechdsl.pipeline.compute import run_checked
-    from mechdsl.results.collect import versions
+    from mechdsl.results.versions import versions
     from mechdsl.results.results import Results
     from mechdsl.show.show_report import write_reports as write_all
 

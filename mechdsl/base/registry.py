@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
@@ -45,6 +46,24 @@ def distance(a: str, b: str) -> int:
     return row[-1]
 
 
+OUTSIDE: set[str] = set()
+"""Names of modules outside of this package that have registered an entry, in any registry."""
+_PACKAGE = __name__.partition(".")[0]
+
+
+def _note_outside() -> None:
+    """Whoever stands behind an entry: the first caller that isn't a function of this package."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        name = frame.f_globals.get("__name__", "")
+        ours = name.partition(".")[0] == _PACKAGE
+        if not ours:
+            OUTSIDE.add(name)
+        if not ours or frame.f_code.co_name == "<module>":
+            return
+        frame = frame.f_back
+
+
 class Registry(Generic[T]):
     """Named entries of one kind (sites, metrics, …) in the order of their registration."""
 
@@ -57,6 +76,7 @@ class Registry(Generic[T]):
         if name in self._entries:
             raise ValueError(f"{self.kind} `{name}` is registered twice")
         self._entries[name] = entry
+        _note_outside()
         return entry
 
     def get(self, name: str) -> T | None:

@@ -149,7 +149,7 @@ def _written_by_several(files: list[Checked], said: list[Diagnostic]) -> list[Di
 def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: bool) -> int:
     """Run files one after another, printing what each has found. One that can't be computed costs
     no other; where nobody reads what is printed any more, those are run that keep something."""
-    from mechdsl.results.collect import versions
+    from mechdsl.results.versions import versions
     from mechdsl.results.results import Results
 
     found: list[FileResult] = []

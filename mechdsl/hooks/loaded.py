@@ -109,6 +109,9 @@ class LoadedModel:
     """(stack, site, layer) of the parts without effect: whatever is written there alone, the output
     stays as it is. All that is compared holds for them, and what asks for an effect was shown on a
     copy with random weights."""
+    identity: str | None = None
+    """Of a model that was loaded from a folder: see `mechdsl/models/identity.py`. Others are asked by
+    `mechdsl/loading/identity.py:identity_of_loaded`."""
     others: Mapping[str, Stack] = field(default_factory=dict[str, Stack])
     """Stacks beside the main one: `encoder`, `cross` (the decoder's blocks, by their attention to
     the encoder), `vision`."""

@@ -13,13 +13,14 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading import devices
 from mechdsl.loading.load import adopt, load
 from mechdsl.loading.merge import load_adapter
+from mechdsl.models.identity import Hashed, file_hash
 from mechdsl.program import spec
 from mechdsl.resolve.measures import unreadable
 from mechdsl.resolve.model_runs import outputs_read
 from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
 from mechdsl.resolve.site_targets import missing_points
-from mechdsl.validate.check_file import Checked
+from mechdsl.validate.check_file import Checked, models_needed
 
 Models = Mapping[str, tuple[Any, Any]]
 """Name → (transformers model, fast tokenizer), handed over from Python."""
@@ -55,33 +56,27 @@ def load_models(
     device: str,
     dtype: str | None,
     offload: Path | None,
+    hashed: Hashed = file_hash,
 ) -> list[Diagnostic]:
     """Load every model that an experiment runs on, as far as it isn't in `loaded`, into it.
 
-    device, dtype, offload: as `RunOptions` has them. Gives the codes of `load` and `load_adapter`.
+    device, dtype, offload: as `RunOptions` has them. hashed: SHA-256 of a file. Gives the codes of
+    `load` and `load_adapter`.
     """
     diagnostics: list[Diagnostic] = []
-    # With `--only` there may be models that nothing runs on.
-    wanted = {*(e.name for e in checked.experiments), *checked.unchecked}
-    needed = [
-        name
-        for e in checked.program.experiments
-        if e.name in wanted
-        for name in (e.model, *(run.model for run in e.elsewhere))
-        if name is not None
-    ]
-    for name in dict.fromkeys(needed):
+    for name in models_needed(checked):
         for statement in _bases_first(name, checked.program, loaded):
             if statement.base is not None and statement.base not in loaded:
                 continue  # which has been refused
             if statement.base is not None:
-                model, found = load_adapter(statement, loaded[statement.base])
+                model, found = load_adapter(statement, loaded[statement.base], hashed)
             else:
                 model, found = load(
                     statement,
                     device=devices.device(device),
                     dtype=dtype,
                     spread=devices.spread_of(device, offload),
+                    hashed=hashed,
                 )
             diagnostics.extend(found)
             if model is not None:

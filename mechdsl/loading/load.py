@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from hashlib import sha256
 from importlib import import_module
 from logging import CRITICAL
@@ -36,6 +37,7 @@ from mechdsl.hooks.hook_points import at_hand
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.peft_models import outside_of_modules, unwrapped
 from mechdsl.loading.prove import take_apart, text_of
+from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, weights_hash
 from mechdsl.models.locate import locate, needed, weight_files, zoo_models
 from mechdsl.models.shape import ModelShape, read_config, read_shape, shape_from_config, shape_of
 from mechdsl.program import spec
@@ -56,12 +58,13 @@ def load(
     dtype: str | None = None,
     base: Path | None = None,
     spread: Mapping[str, object] | None = None,
+    hashed: Hashed = file_hash,
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
     """Load, take apart and verify the model of a `model` statement, without the network.
 
     dtype: overrides the statement's. base: folder that relative paths start from, by default that
     of the statement's file. spread: arguments for the library (`device_map`) that say where weights
-    go, in place of `device`. Gives E0401, E0403 to E0411, E0508, E0522 and W0711.
+    go, in place of `device`. hashed: SHA-256 of a file. Gives E0401, E0403 to E0411, E0508, E0522 and W0711.
     """
     folder, found = locate(model, model.span.source.folder if base is None else base)
     if folder is None:
@@ -90,7 +93,7 @@ def load(
     unused = _unused(folder, files, untaken, model)
     shape = _filled(module, shape)
     provenance = {
-        "weights": hash_files(files),
+        "weights": weights_hash(files, hashed),
         "source": model.source,
         "revision": _revision(folder, model),
         "tokenizer": tokenizer.hash,
@@ -105,6 +108,8 @@ def load(
         span=model.span,
         remembered=not spread,
     )
+    if loaded is not None:
+        loaded = replace(loaded, identity=identity_of_folder(model, folder, hashed))
     return loaded, [*unused, *found]
 
 
@@ -324,16 +329,6 @@ def _adopt_tokenizer(
         for role in ("bos", "cls", "sep", "eos")
     }
     return TextTokenizer.from_backend(backend, **roles, bos=bos, span=span)
-
-
-def hash_files(files: list[Path]) -> str:
-    """SHA-256 over the safetensors files, in order of their names."""
-    digest = sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _hash_parameters(module: nn.Module) -> str:

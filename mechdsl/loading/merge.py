@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,10 +24,12 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_adapters import AdapterDoesNotFit, NoPeft
 from mechdsl.diagnostics.e04_model import LoadFailed, NoWeights
 from mechdsl.hooks.loaded import BASE, LoadedModel
-from mechdsl.loading.load import hash_files, import_library, quiet
+from mechdsl.loading.identity import identity_of_loaded
+from mechdsl.loading.load import import_library, quiet
 from mechdsl.loading.peft_models import has_adapters
 from mechdsl.loading.prove import take_apart, text_of
 from mechdsl.models.adapter_folder import Scaling, read_scaling
+from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, weights_hash
 from mechdsl.models.locate import ADAPTER, ADAPTER_WEIGHTS, locate, needed, weight_files
 from mechdsl.program import spec
 from mechdsl.prompts.tokenizer import TextTokenizer, has_tokenizer
@@ -45,9 +48,10 @@ class _DoesNotFit(Exception):
 
 
 def load_adapter(
-    model: spec.Model, base: LoadedModel
+    model: spec.Model, base: LoadedModel, hashed: Hashed = file_hash
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
     """The base with the adapter's weights, taken apart and verified. The base is left as it is.
+    hashed: SHA-256 of a file.
 
     Gives E0401, E0404 to E0406, E0409 to E0411, E0451 to E0454, E0508, E0522 and W0711.
     """
@@ -85,13 +89,13 @@ def load_adapter(
         hint = "it has to load and merge with `PeftModel.from_pretrained(base, folder)`"
         reason = text_of(error)
         return None, [LoadFailed(span=model.span, model=model.name, reason=reason, hint=hint)]
-    return take_apart(
+    loaded, found = take_apart(
         model.name,
         module,
         base.shape,
         tokenizer,
         provenance={
-            "weights": hash_files(files),
+            "weights": weights_hash(files, hashed),
             "source": f"{model.source}, merged by peft {version('peft')}",
             "tokenizer": "" if tokenizer is None else tokenizer.hash,
             **base.made_of,
@@ -99,6 +103,10 @@ def load_adapter(
         },
         span=model.span,
     )
+    if loaded is not None:
+        identity = identity_of_folder(model, folder, hashed, base=identity_of_loaded(base))
+        loaded = replace(loaded, identity=identity)
+    return loaded, found
 
 
 def _merged(base: nn.Module, file: Path, scaling: Scaling) -> nn.Module:

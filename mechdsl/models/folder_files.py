@@ -38,7 +38,7 @@ def refused_file(folder: Path, model: Model, *, by_name: bool) -> Diagnostic | N
     kernel = next(_repositories(config), None)
     if kernel is not None:
         return RunsCode(span=model.span, model=model.name, key=kernel[0], value=kernel[1])
-    for file, name in _named(folder, config):
+    for file, name in named_weights(folder, config):
         if not by_name and not inside_reach(folder / name, model.span):
             return _elsewhere(model, name, f"`{file}` names it, and it leads out of the folder")
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
@@ -77,8 +77,12 @@ def _elsewhere(model: Model, name: str, where: str) -> Diagnostic:
     return ReadsElsewhere(span=model.span, construct=model.kind, path=path, where=where)
 
 
-def _named(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Files of weights that another file of the folder names, and that one's name."""
+def named_weights(
+    folder: Path, config: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Files of weights that another file of the folder names, behind that one's name: an index, or
+    the config, which is read where it isn't given."""
+    config = _object(folder / "config.json") if config is None else config
     if isinstance(config.get(_WEIGHTS), str):
         yield "config.json", config[_WEIGHTS]
     more = [folder / config[_WEIGHTS]] if str(config.get(_WEIGHTS)).endswith(_INDEX) else []

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from hashlib import sha256
-from importlib.util import find_spec
 from typing import cast
 
 from mechdsl.base.names import name_list
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
-from mechdsl.diagnostics.raised import Diagnostics
+from mechdsl.execute.counts import Counts
 from mechdsl.execute.execute import execute, sizes_of
 from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.build import build
 from mechdsl.loading.devices import device_problem
 from mechdsl.loading.file_models import Models, adopt_models, contexts, load_models, not_there
+from mechdsl.models.identity import Hashed, file_hash
+from mechdsl.pipeline.check_options import check_without_torch
+from mechdsl.pipeline.run_file import run_file
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.pipeline.waves import FileRun, waves
 from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.passes import unknown_passes
 from mechdsl.program.lower_file import lower_program
 from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.results.collect import versions
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import FileResult
-from mechdsl.results.export import export
 from mechdsl.results.finish import lost_experiment, with_verdicts
-from mechdsl.results.results import Results
+from mechdsl.store.runs import OpenRun
 from mechdsl.syntax.parse import parse
 from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
 
@@ -46,8 +44,8 @@ def run_source(
     checked, loaded = check_with_models(source, options.settings, models or {})
     if has_errors(checked.diagnostics):
         return None, checked.diagnostics
-    result, found = run_checked(checked, options, loaded)
-    return result, [*checked.diagnostics, *found]
+    ran = run_file(checked, options, loaded)
+    return ran.result, [*checked.diagnostics, *ran.diagnostics]
 
 
 def check_with_models(
@@ -79,13 +77,23 @@ def _no_such_model(name: str, declared: Collection[str]) -> Diagnostic:
 
 
 def run_checked(
-    checked: Checked, options: RunOptions, loaded: Mapping[str, LoadedModel] | None = None
+    checked: Checked,
+    options: RunOptions,
+    loaded: Mapping[str, LoadedModel] | None = None,
+    *,
+    run: OpenRun | None = None,
+    counts: Counts | None = None,
+    hashed: Hashed = file_hash,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    """Run a file that was checked. Its own diagnostics are not repeated."""
-    models, diagnostics = _models_of(checked, options, loaded)
+    """Run a file that was checked. Its own diagnostics are not repeated.
+
+    run: where values are looked up and kept. counts: told how many rows were computed. hashed:
+    SHA-256 of a file.
+    """
+    models, diagnostics = _models_of(checked, options, loaded, hashed)
     if models is None:
         return None, diagnostics
-    return _run(checked, models, options, diagnostics)
+    return _run(checked, models, options, diagnostics, run, counts)
 
 
 def measure_unpatched(
@@ -128,7 +136,10 @@ def _without_rules(experiment: ResolvedExperiment) -> ResolvedExperiment:
 
 
 def _models_of(
-    checked: Checked, options: RunOptions, loaded: Mapping[str, LoadedModel] | None
+    checked: Checked,
+    options: RunOptions,
+    loaded: Mapping[str, LoadedModel] | None,
+    hashed: Hashed = file_hash,
 ) -> tuple[dict[str, LoadedModel] | None, list[Diagnostic]]:
     """The models of a checked file, with their weights; None where one can't be had."""
     diagnostics = check_options(options)
@@ -137,7 +148,12 @@ def _models_of(
     models = {**cast("dict[str, LoadedModel]", checked.built), **(loaded or {})}
     diagnostics.extend(
         load_models(
-            checked, models, device=options.device, dtype=options.dtype, offload=options.offload
+            checked,
+            models,
+            device=options.device,
+            dtype=options.dtype,
+            offload=options.offload,
+            hashed=hashed,
         )
     )
     if not has_errors(diagnostics):
@@ -150,40 +166,38 @@ def _run(
     models: Mapping[str, LoadedModel],
     options: RunOptions,
     diagnostics: list[Diagnostic],
+    run: OpenRun | None,
+    counts: Counts | None,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     sizes = sizes_of(checked.experiments, models, options.execution)
-    run = FileRun(checked, models, options, sizes, diagnostics)
+    file = FileRun(checked, models, options, sizes, diagnostics)
     for wave, later in waves(checked.experiments):
-        run.wave(wave, later)
-    if run.lost and not run.results:
-        return None, run.diagnostics
+        file.wave(wave, later)
+    if file.lost and not file.results:
+        return None, file.diagnostics
     # Verdicts last: an expectation may name an experiment that comes later in the file.
     every = [variants[0] for variants in by_name(checked.experiments)]
     reported = [e for e in every if e.name not in checked.unreported]
     result = FileResult(
         file=checked.source.name,
         experiments=tuple(
-            with_verdicts(run.results[e.name], e.spec, run.results, run.lost)
+            with_verdicts(file.results[e.name], e.spec, file.results, file.lost)
             for e in reported
-            if e.name in run.results
+            if e.name in file.results
         ),
         hash=sha256(checked.source.text.encode()).hexdigest(),
         seed=checked.program.seed,
         sizes=sizes.kept,
         lost=tuple(
-            lost_experiment(e.spec, run.lost[e.name]) for e in reported if e.name in run.lost
+            lost_experiment(e.spec, file.lost[e.name]) for e in reported if e.name in file.lost
         ),
     )
-    if options.out is not None:
-        said = Diagnostics([*checked.diagnostics, *run.diagnostics])
-        export(Results((result,), versions(), said), options.out, checked.source.text)
-    return result, run.diagnostics
+    return result, file.diagnostics
 
 
 def check_options(options: RunOptions) -> list[Diagnostic]:
-    """E0208 for devices and passes that don't exist, folders that can't be written to, and a
-    library that isn't installed."""
-    found = unknown_passes(sorted(options.without))
+    """E0208 for devices, and for what `check_without_torch` finds."""
+    found = check_without_torch(options)
     problem = device_problem(options.device)
     if problem is not None:
         found.append(
@@ -192,18 +206,4 @@ def check_options(options: RunOptions) -> list[Diagnostic]:
                 hint="write `auto`, `cpu`, `cuda` or `cuda:0`",
             )
         )
-    for option, folder in (("--out", options.out), ("--offload", options.offload)):
-        if folder is None:
-            continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            reason = f"`{option} {folder}`: {(error.strerror or str(error)).lower()}"
-            hint = "name a folder that may be written to; it is made where there is none"
-            found.append(BadCommandLine(reason=reason, hint=hint))
-    if options.offload is not None and find_spec("accelerate") is None:
-        reason = "`--offload` needs accelerate, which isn't installed"
-        hint = "`pip install 'mechdsl[offload]'` installs it"
-        found.append(BadCommandLine(reason=reason, hint=hint))
     return found

@@ -30,3 +30,7 @@ class RunOptions:
     execution: Options = field(default_factory=Options)
     on_profile: Callable[[Plan, Profile], None] | None = None
     """Takes what was planned and what was done, after the run."""
+    store: Path | None = None
+    """Folder of the store, None for a run without one."""
+    fresh: bool = False
+    """Compute all anew, and replace what the store has."""

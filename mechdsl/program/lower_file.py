@@ -88,6 +88,7 @@ def lower_program(
     whole = spec.Program(
         span=tree.span,
         files=tuple(path for file, _ in files if (path := file.span.source.path) is not None),
+        sources=tuple(file.span.source for file, _ in files),
         models=parts.models,
         checkpoints=parts.checkpoints,
         prompts=parts.prompts,

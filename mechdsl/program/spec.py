@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic.json_schema import SkipJsonSchema
 
-from mechdsl.base.source import Span
+from mechdsl.base.source import Source, Span
 from mechdsl.syntax import ast
 
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     Losses = tuple[ast.Lost, ...]
     Where = Span
     Paths = tuple[Path, ...]
+    Sources = tuple[Source, ...]
 else:
     # Pydantic never looks into a tree: it would spend a quarter of a second on its schema.
     _AS_WRITTEN = Annotated[
@@ -51,7 +52,7 @@ else:
     ]
     ExprText = CallText = SiteText = PositionsText = PositionText = _AS_WRITTEN
     DomainText = StringText = ChangeText = SpanDefText = BoundText = EdgeText = _AS_WRITTEN
-    Where = Paths = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
+    Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
 
 
@@ -284,6 +285,8 @@ class Program(Spec):
 
     files: Paths = ()
     """The file itself, where it has a path, and those that it imports."""
+    sources: Sources = ()
+    """The same as they were read, with a text that has no path: those that it imports first."""
     models: dict[str, Model] = {}
     checkpoints: dict[str, tuple[str, ...]] = {}
     """What a model with a `*` in its path stands for: names of models."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import compress, product
 from typing import Any
 
@@ -31,19 +30,6 @@ from mechdsl.results.seen_rows import SeenRows
 from mechdsl.statistics.bootstrap import FEWEST_UNITS
 from mechdsl.statistics.measure_data import DrawnValues, MeasureData, Missing
 from mechdsl.vocab.metrics import Form
-
-PACKAGES = ("mechdsl", "torch", "transformers", "tokenizers", "numpy", "scipy")
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that numbers depend on."""
-    found: dict[str, str] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
 
 
 def collect(

@@ -56,26 +56,6 @@ from mechdsl.vocab.metrics import METRICS
 Named = TypeVar("Named", ResolvedExperiment, Outline)
 
 
-@dataclass
-class Checked:
-    """What is known of a file before it runs."""
-
-    source: Source
-    program: spec.Program
-    experiments: list[ResolvedExperiment] = field(default_factory=list[ResolvedExperiment])
-    unchecked: list[str] = field(default_factory=list[str])
-    """Experiments whose model isn't on this machine."""
-    unrun: list[str] = field(default_factory=list[str])
-    """Experiments whose rows only Python can make, which wasn't run."""
-    built: dict[str, BuiltModel] = field(default_factory=dict[str, BuiltModel])
-    """Models that functions of Python files have made, by name."""
-    unreported: set[str] = field(default_factory=set[str])
-    """Experiments that run only because another one uses what they find."""
-    reported: list[spec.Experiment] = field(default_factory=list[spec.Experiment])
-    """The others, as far as they were asked for: theirs are the reports that are made."""
-    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
-
-
 @dataclass(frozen=True)
 class Settings:
     """What the command line may change."""
@@ -99,6 +79,28 @@ class Settings:
     """What makes models by functions of Python files, where those may run."""
 
 
+@dataclass
+class Checked:
+    """What is known of a file before it runs."""
+
+    source: Source
+    program: spec.Program
+    settings: Settings = field(default_factory=Settings)
+    """How it was checked."""
+    experiments: list[ResolvedExperiment] = field(default_factory=list[ResolvedExperiment])
+    unchecked: list[str] = field(default_factory=list[str])
+    """Experiments whose model isn't on this machine."""
+    unrun: list[str] = field(default_factory=list[str])
+    """Experiments whose rows only Python can make, which wasn't run."""
+    built: dict[str, BuiltModel] = field(default_factory=dict[str, BuiltModel])
+    """Models that functions of Python files have made, by name."""
+    unreported: set[str] = field(default_factory=set[str])
+    """Experiments that run only because another one uses what they find."""
+    reported: list[spec.Experiment] = field(default_factory=list[spec.Experiment])
+    """The others, as far as they were asked for: theirs are the reports that are made."""
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+
+
 def check_source(
     source: Source,
     settings: Settings | None = None,
@@ -119,7 +121,7 @@ def check_source(
             hint="nest expressions and definitions less, for example by half",
             span=nowhere,
         )
-        return Checked(source, program, diagnostics=[problem])
+        return Checked(source, program, settings or Settings(), diagnostics=[problem])
 
 
 def _check_source(
@@ -133,7 +135,7 @@ def _check_source(
     tree, syntax = parse(source)
     program, lowered = lower_program(tree, source, settings.parameters)
     broken = BrokenLines([*syntax, *lowered], tree, program.lost)
-    checked = Checked(source, program, diagnostics=[*found, *lowered])
+    checked = Checked(source, program, settings, diagnostics=[*found, *lowered])
     experiments = list(program.experiments)
     if settings.only is not None:
         experiments = _only(settings.only, checked)
@@ -211,6 +213,19 @@ def by_name(experiments: Iterable[Named]) -> list[list[Named]]:
     for experiment in experiments:
         found.setdefault(experiment.name, []).append(experiment)
     return list(found.values())
+
+
+def models_needed(checked: Checked) -> list[str]:
+    """Names of the models that experiments run on; with `--only` there may be others."""
+    wanted = {*(e.name for e in checked.experiments), *checked.unchecked}
+    found = [
+        name
+        for e in checked.program.experiments
+        if e.name in wanted
+        for name in (e.model, *(run.model for run in e.elsewhere))
+        if name is not None
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
