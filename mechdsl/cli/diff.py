@@ -6,21 +6,16 @@ from pathlib import Path
 
 import click
 
-from mechdsl.cli.options import MechFile
 from mechdsl.cli.output import make_console, print_diagnostics
+from mechdsl.cli.runs import RunName, store_option
 from mechdsl.cli.status import FAILED, FINE, WRONG
 from mechdsl.cli.streams import write_json
 
 
 @click.command(short_help="Show what changed between two runs.")
-@click.argument("old", metavar="OLD", type=MechFile())
-@click.argument("new", metavar="NEW", type=MechFile())
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Where runs are kept; else `.mechdsl` beside the file.",
-)
+@click.argument("old", metavar="OLD", type=RunName())
+@click.argument("new", metavar="NEW", type=RunName())
+@store_option
 @click.option(
     "--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True
 )

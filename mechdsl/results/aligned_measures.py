@@ -98,6 +98,8 @@ class AlignedMeasure:
 
     def blocks(self, cells: Ints) -> Iterator[Block]:
         """These cells by their units, numerators and denominators summed within them."""
+        if not len(cells):
+            return
         sampling = self.rows.sampling
         seen = _joined(self.old, self.new, cells)
         for some, view in by_seen(len(cells), seen):

@@ -21,6 +21,7 @@ OF_STATISTICS = frozenset(
         "passes",
         "population",
         "rounding",
+        "rows",
         "seed",
     }
 )
@@ -72,7 +73,8 @@ def changed_inputs(
     for name, one, two in pairs:
         for change in _of_pair(one, two):
             found.setdefault((change.what, change.old, change.new), []).append(name)
-    yield from (InputChange(*key, tuple(names)) for key, names in found.items())
+    for key, names in found.items():
+        yield InputChange(*key, () if len(names) == len(pairs) else tuple(names))
     for change in _differing(old.versions, new.versions):
         yield InputChange(f"version of {change.what}", change.old, change.new)
 

@@ -108,7 +108,10 @@ class ComparedMeasure:
         return bool(np.isfinite((found.share if self.category else found.mean)[cell]))
 
     def _state(self, cell: int) -> State:
-        sides = ((self.old, self.numbers[0], self.cells.old), (self.new, self.numbers[1], self.cells.new))
+        sides = (
+            (self.old, self.numbers[0], self.cells.old),
+            (self.new, self.numbers[1], self.cells.new),
+        )
         has = [self._number(result, number, int(places[cell])) for result, number, places in sides]
         if not all(has):
             for here, (result, number, places) in zip(has, sides, strict=True):
@@ -125,7 +128,7 @@ class ComparedMeasure:
         return "noise" if self.values.beyond[cell] else "rounding"
 
     def _look(self) -> None:
-        """The effects of all cells that have one in both runs, and which of them can't be tested."""
+        """The effects of all cells that have one in both runs, and which can't be tested."""
         known = self.of_state("equal", "rounding", "noise", "unclear")
         if self.category:
             self._look_at_categories(known)
@@ -265,9 +268,7 @@ class ComparedMeasure:
         self.p[cells], self.floor[cells] = tested.p, tested.floor
 
     def _studentised(self, both: Both, block: Block, resamples: int) -> Studentised:
-        draws: Draws = self.rows.sampling.draws(
-            block.units, whole=block.whole, resamples=resamples
-        )
+        draws: Draws = self.rows.sampling.draws(block.units, whole=block.whole, resamples=resamples)
         return paired(both, draws) if self.rows.paired else apart(both, block.of_new, draws)
 
     def _share_limits(

@@ -11,7 +11,7 @@ from mechdsl.base.plural import plural
 from mechdsl.program import spec
 from mechdsl.results.compared_cells import ComparedMeasure
 from mechdsl.statistics.corrections import CORRECTIONS
-from mechdsl.validate.reachable_p import CORRECTION_NAMES, EXACT_UP_TO, out_of_reach
+from mechdsl.validate.reachable_p import CORRECTION_NAMES, EXACT_UP_TO, out_of_reach, smallest_p
 
 
 def decide(measures: Sequence[ComparedMeasure]) -> dict[str, str]:
@@ -24,7 +24,9 @@ def decide(measures: Sequence[ComparedMeasure]) -> dict[str, str]:
     tests = sum(asked)
     if not tests:
         return {}
-    correction = correction_of([each.settings for each, n in zip(measures, asked, strict=True) if n])
+    correction = correction_of(
+        [each.settings for each, n in zip(measures, asked, strict=True) if n]
+    )
     for each in measures:
         each.test(1 if correction == "none" else tests)
     p = np.concatenate([each.p[each.asked] for each in measures])
@@ -53,7 +55,8 @@ def correction_of(settings: Sequence[spec.Statistics]) -> str:
 
 
 def _out_of_reach(measures: Sequence[ComparedMeasure], correction: str) -> NDArray[np.bool_]:
-    """[cell that is asked]: whether it has too few units for any p to survive."""
+    """[cell that is asked]: whether all its units speak for a change, but are too few for any p to
+    survive."""
     found = np.zeros(sum(len(each.asked) for each in measures), dtype=bool)
     units = [
         # two samples can be dealt in so many more ways
@@ -64,7 +67,10 @@ def _out_of_reach(measures: Sequence[ComparedMeasure], correction: str) -> NDArr
     settings = next(each.settings for each in measures if len(each.asked))
     own = settings.model_copy(update={"correction": correction})
     found[out_of_reach(units, own)] = True
-    return found
+    p = np.concatenate([each.p[each.asked] for each in measures])
+    least = np.array([smallest_p(each, own) for each in units])
+    level = 1 - own.confidence / 100
+    return found & ((p < level) | (p <= least * (1 + 1e-9)))
 
 
 def _words(
@@ -85,15 +91,18 @@ def _words(
     )
     flips = any(each.settings.test == "flips" or each.category for each in paired)
     if flips:
-        yield "p", "two-sided sign-flip test: without a change old and new could be swapped in any row"
+        yield (
+            "p",
+            "two-sided sign-flip test: without a change old and new could be swapped in any row",
+        )
     if any(each.settings.test == "bootstrap" and not each.category for each in paired):
         yield "p of `test bootstrap`", "two-sided, by inversion of the bootstrap-t interval"
     if apart:
         names = ", ".join(dict.fromkeys(f"`{each.new.name}`" for each in apart))
         yield (
             "not paired",
-            f"{names}: no row is in both runs, so they are two samples: interval by bootstrap-t and "
-            "Welch's t, p by dealing all units to two samples anew",
+            f"{names}: no row is in both runs, so they are two samples: interval by bootstrap-t "
+            "and Welch's t, p by dealing all units to two samples anew",
         )
     yield (
         "correction",

@@ -20,7 +20,6 @@ from mechdsl.results.experiment_result import (
 )
 from mechdsl.results.found_differences import CellDifference, Differences, Place, Side
 from mechdsl.results.matched_runs import (
-    Matched,
     matched_cells,
     matched_files,
     matched_measures,

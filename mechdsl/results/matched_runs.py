@@ -56,7 +56,9 @@ class Matched:
         return len(self.new)
 
 
-def matched_files(old: Results, new: Results) -> Iterator[tuple[FileResult | None, FileResult | None]]:
+def matched_files(
+    old: Results, new: Results
+) -> Iterator[tuple[FileResult | None, FileResult | None]]:
     """Files of one name; where each run has one file, those two, whatever they are called."""
     if len(old.files) == len(new.files) == 1:
         yield old.files[0], new.files[0]

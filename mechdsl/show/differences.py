@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from textwrap import wrap
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mechdsl.base.plural import plural
 from mechdsl.results.changed_inputs import RowChange
 from mechdsl.results.changed_verdicts import VerdictChange
+from mechdsl.results.compared_cells import State
 from mechdsl.results.experiment_result import ExpectOutcome
 from mechdsl.results.found_differences import CellDifference, Differences, Place
 from mechdsl.show.reports.text import MISSING, hanging, number_format, p_text
@@ -23,12 +24,12 @@ MOST = 20
 """Lines of one section; all of it is in the JSON."""
 HASH = re.compile(r"\b[0-9a-f]{64}\b")
 SHOWN_OF_HASH = 12
-IN_WORDS = {
+IN_WORDS: Mapping[State, str] = {
     "equal": "equal to the bit",
     "rounding": "within rounding",
-    "noise": "differ within noise",
+    "noise": "different within noise",
     "changed": "changed beyond noise",
-    "unclear": "differ, but nothing can be said",
+    "unclear": "different, but too little to say more",
 }
 
 
@@ -63,20 +64,27 @@ def _more(count: int, shown: int, noun: str, console: Console) -> None:
         )
 
 
+def _line(text: str, console: Console, indent: int = 2) -> None:
+    """One paragraph, its further lines further in."""
+    lines = wrap(text, max(20, console.width - indent - 4)) or [""]
+    for number, line in enumerate(lines):
+        start = " " * (indent + 4 * bool(number))
+        console.print(Text(start + line), highlight=False, soft_wrap=True)
+
+
 # --- inputs ---------------------------------------------------------------------------------------
 
 
 def _inputs(found: Differences, console: Console) -> None:
     _title("changed inputs", console)
     if not found.inputs and not found.rows:
-        console.print("none that is known", highlight=False)
+        _line("none that is known", console)
         return
     for each in found.inputs:
         where = f" of {_listed(each.experiments)}" if each.experiments else ""
-        said = f"{_short(each.old)} → {_short(each.new)}"
-        hanging(f"  {each.what}{where}: ", said, console)
+        _line(f"{each.what}{where}: {_short(each.old)} → {_short(each.new)}", console)
     for rows in found.rows:
-        hanging(f"  rows of {rows.experiment}: ", _rows(rows), console)
+        _line(f"rows of {rows.experiment}: {_rows(rows)}", console)
 
 
 def _rows(rows: RowChange) -> str:
@@ -132,12 +140,32 @@ def _cells(found: Differences, console: Console) -> None:
     for each in changed[:MOST]:
         _cell(each, console)
     _more(len(changed), MOST, "cell", console)
-    unclear = [each for each in found.cells if each.state == "unclear"]
-    if unclear:
-        _title(f"nothing can be said of {plural(len(unclear), 'cell')} that differ", console)
-        for each in unclear[:MOST]:
-            _cell(each, console)
-        _more(len(unclear), MOST, "cell", console)
+    groups: dict[tuple[str, str, str], list[CellDifference]] = {}
+    for each in found.cells:
+        if each.state == "unclear":
+            key = each.experiment, _measure(each), each.reason or ""
+            groups.setdefault(key, []).append(each)
+    if groups:
+        _title("different, but too little to say more", console)
+    for (experiment, measure, reason), cells in groups.items():
+        named = f"{plural(len(cells), 'cell')} ({_listed(each.cell for each in cells)})"
+        _line(f"{experiment}: {measure}: {named}; {reason}{_moved(cells)}", console)
+
+
+def _measure(each: CellDifference) -> str:
+    at = "" if each.at is None else f" at {each.at}"
+    return f"{each.effect} of {each.label}{at}"
+
+
+def _moved(cells: Sequence[CellDifference]) -> str:
+    """How far values of several cells moved, at most."""
+    rows = max((each.rows_changed or 0 for each in cells), default=0)
+    if not rows:
+        return ""
+    most = max(each.rows for each in cells)
+    largest = max(each.largest or 0.0 for each in cells)
+    by = f", by at most {number_format([largest])(largest)}" if largest else ""
+    return f"; values changed in up to {rows:,} of {plural(most, 'row')}{by}"
 
 
 def _weight(each: CellDifference) -> tuple[float, float]:
@@ -147,19 +175,14 @@ def _weight(each: CellDifference) -> tuple[float, float]:
 
 
 def _cell(each: CellDifference, console: Console) -> None:
-    at = "" if each.at is None else f" at {each.at}"
-    text = Text(f"  {each.experiment}: {each.cell}  ")
-    text.append(f"{each.effect} of {each.label}{at}", style="dim")
+    text = Text(f"  {each.experiment}: {each.cell}  ").append(_measure(each), style="dim")
     console.print(text, highlight=False)
-    hanging("      ", f"{_effect(each)}; {_values(each)}", console)
-    if each.reason:
-        hanging("      ", each.reason, console)
+    _line(f"{_effect(each)}; {_values(each)}", console, 6)
 
 
 def _effect(each: CellDifference) -> str:
-    numbers = [each.old, each.new, each.difference, each.low, each.high]
-    write = number_format([value for value in numbers if value is not None])
-    old, new, difference, low, high = (MISSING if v is None else write(v) for v in numbers)
+    old, new = _written(each.old, each.new)
+    difference, low, high = _written(each.difference, each.low, each.high)
     what = "mean effect" if each.kind == "number" else "share of the old run's commonest"
     said = f"{what} {old} → {new}, difference {difference}"
     if each.low is not None:
@@ -167,6 +190,12 @@ def _effect(each: CellDifference) -> str:
     if each.p_corrected is not None:
         said += f", p corrected {p_text(each.p_corrected, each.p_at_most)}"
     return said
+
+
+def _written(*numbers: float | None) -> list[str]:
+    """Alike, so that they can be compared by eye."""
+    write = number_format([value for value in numbers if value is not None])
+    return [MISSING if value is None else write(value) for value in numbers]
 
 
 def _values(each: CellDifference) -> str:
@@ -198,17 +227,19 @@ def _places(title: str, places: Sequence[Place], console: Console) -> None:
         said = f"{experiment}: {measure}" if measure else experiment
         if named:
             said += f": {plural(len(named), 'cell')} ({_listed(named)})"
-        hanging("  ", f"{said}; {reason}" if reason else said, console)
+        _line(f"{said}; {reason}" if reason else said, console)
     _more(len(groups), MOST, "line", console)
 
 
 def _counts(found: Differences, console: Console) -> None:
     _title(f"{plural(found.compared, 'cell')} compared", console)
     counts = Counter(found.counts)
-    said = [f"{counts[state]:,} {words}" for state, words in IN_WORDS.items() if counts[state]]
+    for state, words in IN_WORDS.items():
+        if counts[state]:
+            moved = _moved([each for each in found.cells if each.state == state])
+            _line(f"{words}: {counts[state]:,}{moved}", console)
     if counts["none"]:
-        said.append(f"{counts['none']:,} without a number in either run")
-    hanging("  ", "; ".join(said) or "the runs have no cell in common", console)
+        _line(f"without a number in either run: {counts['none']:,}", console)
     for name, words in found.conventions.items():
         hanging(f"  {name}: ", words, console)
     console.print()

@@ -157,7 +157,9 @@ def apart(both: Both, of_new: Bools, draws: Draws) -> Studentised:
     error = np.sqrt(parts[0] + parts[1])
     freedom = [np.maximum(each.held - 1, 1) for each in (both.new, both.old)]
     with np.errstate(divide="ignore", invalid="ignore"):
-        welch = (parts[0] + parts[1]) ** 2 / sum(p**2 / f for p, f in zip(parts, freedom, strict=True))
+        welch = (parts[0] + parts[1]) ** 2 / sum(
+            p**2 / f for p, f in zip(parts, freedom, strict=True)
+        )
     fewest = np.minimum(both.new.held, both.old.held)
     held = np.where(np.isfinite(welch), np.floor(welch).astype(np.int64) + 1, fewest)
     found = list(_pivots(both, own, error, held))
