@@ -19,7 +19,7 @@ from mechdsl.statistics.cell_statistics import rounding_bound, share_limits
 from mechdsl.statistics.effect_parts import Sums
 from mechdsl.statistics.shares import share_difference
 from mechdsl.statistics.sign_flips import Tested, flips_for, largest_flip
-from mechdsl.statistics.two_runs import Both, apart, apart_p, paired, paired_p
+from mechdsl.statistics.two_runs import Both, apart, apart_p, paired, paired_p, too_much_work
 from mechdsl.statistics.units import Draws, blocks
 from mechdsl.validate.reachable_p import MOST_RESAMPLES
 
@@ -71,6 +71,8 @@ class ComparedMeasure:
     units: Ints = field(init=False)
     word: str = "prompt"
     """What a unit is called."""
+    welch: bool = False
+    """Whether Welch's t stands in for deals of two samples."""
 
     def __post_init__(self) -> None:
         count = len(self.cells)
@@ -136,7 +138,8 @@ class ComparedMeasure:
         old, new = self.aligned.old, self.aligned.new
         for block in self.aligned.blocks(known):
             cells, both = block.cells, block.both
-            self.before[cells], self.after[cells] = both.old.value, both.new.value
+            self.before[cells] = _or_nan(both.old.value)
+            self.after[cells] = _or_nan(both.new.value)
             self.units[cells] = self._held(block)
             for data, parts in zip((old, new), self.aligned.parts(cells), strict=True):
                 bound = rounding_bound(data, self.aligned.effect, cells, parts.present)
@@ -259,6 +262,7 @@ class ComparedMeasure:
         self.low[cells], self.high[cells] = ends
         if not self.rows.paired:
             tested = apart_p(both, block.of_new, tests, seed, self.level)
+            self.welch |= too_much_work(len(cells), len(block.of_new), tests, self.level)
         elif self.settings.test == "bootstrap":
             wanted = min(MOST_RESAMPLES, 2 * flips_for(tests, self.level))
             resamples = max(self.settings.resamples, wanted)
@@ -293,6 +297,10 @@ class ComparedMeasure:
             beyond = self.category or difference[cell] > self.bound[cell]
             if self.p_corrected[cell] < self.level and beyond:
                 self.states[cell] = "changed"
+
+
+def _or_nan(values: Floats) -> Floats:
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _values(aligned: AlignedMeasure) -> Values:

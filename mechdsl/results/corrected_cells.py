@@ -11,6 +11,7 @@ from mechdsl.base.plural import plural
 from mechdsl.program import spec
 from mechdsl.results.compared_cells import ComparedMeasure
 from mechdsl.statistics.corrections import CORRECTIONS
+from mechdsl.statistics.sign_flips import flips_in_words
 from mechdsl.validate.reachable_p import CORRECTION_NAMES, EXACT_UP_TO, out_of_reach, smallest_p
 
 
@@ -89,20 +90,28 @@ def _words(
         f"{confidence}, bootstrap-t over distinct rows or values of `stats by`, or Student's t "
         "where that is wider; of shares from the exact limits of both; of categories none",
     )
-    flips = any(each.settings.test == "flips" or each.category for each in paired)
-    if flips:
-        yield (
-            "p",
-            "two-sided sign-flip test: without a change old and new could be swapped in any row",
+    flips = dict.fromkeys(
+        flips_in_words(
+            int(each.units.max()), 1 if correction == "none" else tests, each.word, each.level
         )
+        for each in paired
+        if each.settings.test == "flips" or each.category
+    )
+    if flips:
+        yield "p", f"{' or '.join(flips)}; without a change, old and new could be swapped in any"
     if any(each.settings.test == "bootstrap" and not each.category for each in paired):
         yield "p of `test bootstrap`", "two-sided, by inversion of the bootstrap-t interval"
     if apart:
         names = ", ".join(dict.fromkeys(f"`{each.new.name}`" for each in apart))
+        how = (
+            "by Welch's t, as deals would be too many"
+            if any(each.welch for each in apart)
+            else ("by dealing all units to two samples anew, and no less than by Welch's t")
+        )
         yield (
             "not paired",
             f"{names}: no row is in both runs, so they are two samples: interval by bootstrap-t "
-            "and Welch's t, p by dealing all units to two samples anew",
+            f"and Welch's t, p {how}",
         )
     yield (
         "correction",
