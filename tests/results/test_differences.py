@@ -129,7 +129,8 @@ def test_rows_that_the_measure_can_not_tell_apart_are_one_unit() -> None:
 def test_units_are_values_of_stats_by() -> None:
     values = {"count": [n // 3 for n in range(PROMPTS)]}
     old, new = (replace(plain(measure(v, BASE)), row_values=values) for v in (OLD, OLD + 1))
-    found = compare(*(results(finished(each, by="count")) for each in (old, new)))
+    one, other = (results(finished(each, by="count")) for each in (old, new))
+    found = compare(one, other)
     assert {each.units for each in found.cells} == {8}
 
 
@@ -251,7 +252,8 @@ def test_common_rows_alone_are_compared() -> None:
 def test_rows_that_stand_there_twice_are_matched_in_turn() -> None:
     keys = tuple(100 + n // 2 for n in range(PROMPTS))
     sides = [plain(measure(values, BASE), keys=keys) for values in (OLD, OLD + 1)]
-    found = compare(*(results(finished(each)) for each in sides))
+    one, other = (results(finished(each)) for each in sides)
+    found = compare(one, other)
     assert found.rows == ()
     assert {(each.rows, each.units) for each in found.cells} == {(24, 12)}
     once = plain(measure(OLD[:, ::2], BASE[:, ::2]), keys=keys[::2])

@@ -50,7 +50,8 @@ def two(
 ) -> Differences:
     """One measure in two runs. keys: of the rows of the new one."""
     sides = (plain(old), plain(new, keys=keys))
-    return compare(*(results(finished(each, *expects, **settings)) for each in sides))
+    one, other = (results(finished(each, *expects, **settings)) for each in sides)
+    return compare(one, other)
 
 
 def noise(seed: int, cells: int = 4, prompts: int = PROMPTS) -> Floats:
