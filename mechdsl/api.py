@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,17 @@ from mechdsl.base.random_numbers import keeps_random_numbers
 from mechdsl.base.source import Source
 from mechdsl.base.visible import json_text
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
 from mechdsl.diagnostics.e04_model import NoTokenizer
 from mechdsl.diagnostics.raised import Diagnostics, MechdslError, MechdslWarning, warn
 from mechdsl.loading.when_needed import build_when_needed
+from mechdsl.pipeline.arguments import (
+    dtype_problem,
+    name_of,
+    names,
+    size_problems,
+    store_problem,
+    word_problem,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +118,8 @@ def run(
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
     allow_nan: bool = False,
+    store: str | Path | Literal[False] | None = None,
+    fresh: bool = False,
 ) -> Results:
     """Run a file as `mechdsl run` does, and return its results.
 
@@ -132,6 +142,9 @@ def run(
     no_pass: planner passes to switch off. pass_tokens, prompt_tokens: most tokens of a pass over
         patched rows, and of a batch of unpatched prompts.
     allow_nan: leave rows where the model gives NaN out of everything, and count them.
+    store: folder where all that is computed is kept, and looked up before anything is computed;
+        None: what `MECHDSL_STORE` names, or `.mechdsl` beside the file (of a text: none); False:
+        none. fresh: compute all anew, and keep that.
 
     An experiment or a measure that can't be computed costs no other: `complete` of the results is
     False then, `lost` of the file and `missing` of the measure say why, and a warning is shown.
@@ -139,18 +152,19 @@ def run(
     Raises MechdslError where the file, its data, a model or an argument is wrong, and where nothing
     can be computed.
     """
-    from mechdsl.loading.borrowed import borrowed
-
-    with borrowed(module for module, _ in _pairs(models).values()):
+    with _borrowed(models):
         # Inside, as what is imported may draw random numbers too.
         from mechdsl.execute.options import Options
         from mechdsl.pipeline.run_options import RunOptions
         from mechdsl.show.progress import Bar
+        from mechdsl.store.place import store_folder
 
         source = _read(file)
-        _refuse(_dtype_problem(dtype), _size_problems(limit, pass_tokens, prompt_tokens))
+        found = size_problems(limit, pass_tokens, prompt_tokens)
+        _refuse(dtype_problem(dtype), found, store_problem(store))
         profiles: list[tuple[Plan, Profile]] = []
         bar = Bar(source.name, shown=progress)
+        named = Path(store) if isinstance(store, str) else store
         options = RunOptions(
             settings=_settings(
                 set,
@@ -161,10 +175,10 @@ def run(
                 untrusted=untrusted,
             ),
             device=str(device),
-            dtype=None if dtype is None else _name_of(dtype),
+            dtype=None if dtype is None else name_of(dtype),
             offload=None if offload is None else Path(offload),
             out=None if out is None else Path(out),
-            without=_names(no_pass),
+            without=names(no_pass),
             execution=Options(
                 on_progress=bar.advance,
                 pass_tokens=pass_tokens,
@@ -172,6 +186,8 @@ def run(
                 allow_nan=allow_nan,
             ),
             on_profile=(lambda *done: profiles.append(done)) if profile else None,
+            store=store_folder(source.path, named, untrusted=untrusted),
+            fresh=fresh,
         )
         results = _run(source, models, options, bar, write_reports=write_reports)
         sizes = results.files[0].sizes
@@ -207,8 +223,8 @@ def plan_of(
     from mechdsl.show.plan import print_plan
     from mechdsl.show.terminal import printed
 
-    _refuse(_size_problems(limit, pass_tokens, prompt_tokens))
-    without = _names(no_pass)
+    _refuse(size_problems(limit, pass_tokens, prompt_tokens))
+    without = names(no_pass)
     how = _settings(
         set, limit, python=_mode(allow_python), allow_outside=allow_outside, untrusted=untrusted
     )
@@ -217,9 +233,7 @@ def plan_of(
         checked, measured = _alone(file, models, how), None
         _refuse(unknown_passes(sorted(without)))
     else:
-        from mechdsl.loading.borrowed import borrowed
-
-        with borrowed(module for module, _ in _pairs(models).values()):
+        with _borrowed(models):
             from mechdsl.execute.options import Options
             from mechdsl.pipeline.compute import measure_unpatched
             from mechdsl.pipeline.run_options import RunOptions
@@ -256,7 +270,7 @@ def graph_of(
     from mechdsl.show.graph import DRAWINGS, draw
     from mechdsl.show.terminal import Drawing, Printed
 
-    _refuse(_word_problem("format", format, DRAWINGS))
+    _refuse(word_problem("format", format, DRAWINGS))
     checked = _alone(
         file,
         models,
@@ -292,7 +306,7 @@ def explain(
     from mechdsl.diagnostics.pages import names_page, page_of
     from mechdsl.show.terminal import Printed, printed
 
-    _refuse(_word_problem("format", format, ("text", "json")), _size_problems(limit))
+    _refuse(word_problem("format", format, ("text", "json")), size_problems(limit))
     if names_page(str(what)):
         text, problems = page_of(str(what))
         _refuse(problems)
@@ -374,12 +388,20 @@ def _check(
         from mechdsl.validate.check_file import check_source
 
         return check_source(source, settings), {}
-    from mechdsl.loading.borrowed import borrowed
-    from mechdsl.pipeline.compute import check_with_models
+    with _borrowed(models):
+        from mechdsl.pipeline.compute import check_with_models
 
+        return check_with_models(source, settings, _pairs(models))
+
+
+def _borrowed(models: Models | None) -> AbstractContextManager[None]:
+    """Models of Python's, which are afterwards as they were; without any, torch isn't needed."""
     pairs = _pairs(models)
-    with borrowed(module for module, _ in pairs.values()):
-        return check_with_models(source, settings, pairs)
+    if not pairs:
+        return nullcontext()
+    from mechdsl.loading.borrowed import borrowed
+
+    return borrowed(module for module, _ in pairs.values())
 
 
 def _checked(
@@ -397,24 +419,28 @@ def _run(
     source: Source, models: Models | None, options: RunOptions, bar: Bar, *, write_reports: bool
 ) -> Results:
     """Check, run, write reports, show warnings."""
-    from mechdsl.pipeline.compute import run_checked
+    from mechdsl.pipeline.run_file import StoreStopped, run_file
     from mechdsl.results.results import Results
     from mechdsl.results.versions import versions
     from mechdsl.show.show_report import write_reports as write_all
 
     checked, loaded = _checked(source, models, options.settings)
-    with bar:
-        result, found = run_checked(checked, options, loaded)
-    if result is None:
-        raise MechdslError(found)
-    done = write_all(result.experiments) if write_reports else []
+    try:
+        with bar:
+            ran = run_file(checked, options, loaded)
+    except StoreStopped as stopped:
+        raise MechdslError([stopped.diagnostic]) from stopped
+    if ran.result is None:
+        raise MechdslError(ran.diagnostics)
+    done = write_all(ran.result.experiments) if write_reports else []
     unwritten = [problem for report in done for problem in report.diagnostics]
-    warn([*found, *unwritten])
+    warn([*ran.diagnostics, *unwritten])
     return Results(
-        (result,),
+        (ran.result,),
         versions(),
-        diagnostics=Diagnostics([*checked.diagnostics, *found, *unwritten]),
+        diagnostics=Diagnostics([*checked.diagnostics, *ran.diagnostics, *unwritten]),
         written=tuple(report.path for report in done if report.path is not None),
+        notes=ran.notes,
     )
 
 
@@ -488,46 +514,8 @@ def _mode(allow_python: bool) -> Mode:
     return "run" if allow_python else "refuse"
 
 
-def _names(names: Sequence[str]) -> frozenset[str]:
-    """A word alone is one name, not its letters."""
-    return frozenset([names] if isinstance(names, str) else names)
-
-
-def _name_of(dtype: str | torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _refuse(*found: Sequence[Diagnostic]) -> None:
     """MechdslError where anything was found."""
     problems = [each for some in found for each in some]
     if problems:
         raise MechdslError(problems)
-
-
-def _word_problem(
-    name: str, word: str, known: Sequence[str] | Mapping[str, object]
-) -> list[Diagnostic]:
-    if word in known:
-        return []
-    hint = did_you_mean(word, known, f"write one of {', '.join(known)}")
-    return [BadCommandLine(reason=f"`{name}={word!r}`: there is no such {name}", hint=hint)]
-
-
-def _dtype_problem(dtype: str | torch.dtype | None) -> list[Diagnostic]:
-    from mechdsl.program.lower_file import DTYPES
-
-    return [] if dtype is None else _word_problem("dtype", _name_of(dtype), DTYPES)
-
-
-def _size_problems(
-    limit: int | None, pass_tokens: int | None = None, prompt_tokens: int | None = None
-) -> list[Diagnostic]:
-    given = {"limit": limit, "pass_tokens": pass_tokens, "prompt_tokens": prompt_tokens}
-    return [
-        BadCommandLine(
-            reason=f"`{name}={value!r}`: it is a whole number from 1 on",
-            hint="leave it out where there is to be no limit",
-        )
-        for name, value in given.items()
-        if value is not None and (type(value) is not int or value < 1)
-    ]

@@ -15,6 +15,8 @@ from mechdsl.syntax import grammar
 # Several workers share the cores; the numbers must not depend on how many threads sum them up.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests that want a store name one; none is left beside the examples.
+os.environ["MECHDSL_STORE"] = "none"
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not WORKER:
     # A model of files is checked once in a session, whichever worker or process loads it first.

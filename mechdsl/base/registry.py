@@ -53,7 +53,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 def _note_outside() -> None:
     """Whoever stands behind an entry: the first caller that isn't a function of this package."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
     while frame.f_back is not None:
         name = frame.f_globals.get("__name__", "")
         ours = name.partition(".")[0] == _PACKAGE

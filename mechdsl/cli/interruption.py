@@ -16,6 +16,8 @@ _WORDS = {
     if hasattr(signal, name)
 }
 
+GOES_ON = "what is finished is kept; the same command goes on from there"
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP, which end a run just as Ctrl-C does."""

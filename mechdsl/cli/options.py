@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
 
@@ -107,6 +107,37 @@ def pass_options(command: Callable[..., int]) -> Callable[..., int]:
         **others: Any,
     ) -> int:
         return command(*args, passes=PassOptions(no_pass, pass_tokens, prompt_tokens), **others)
+
+    return told
+
+
+class StoreOptions(NamedTuple):
+    """What the command line says of stores."""
+
+    named: Path | Literal[False] | None
+    """As `store_folder` takes it."""
+    fresh: bool
+
+
+def store_options(command: Callable[..., int]) -> Callable[..., int]:
+    """`--store`, `--no-store` and `--fresh`, which the command gets as `stores`. Raises UsageError
+    where they contradict each other."""
+
+    @click.option(
+        "--store",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Keep what is computed here.  [default: .mechdsl beside the file]",
+    )
+    @click.option("--no-store", is_flag=True, help="Neither read nor write a store.")
+    @click.option("--fresh", is_flag=True, help="Compute all anew, and keep that.")
+    @wraps(command)
+    def told(*args: Any, store: Path | None, no_store: bool, fresh: bool, **others: Any) -> int:
+        for option, given in (("--store", store is not None), ("--fresh", fresh)):
+            if no_store and given:
+                raise click.UsageError(f"`--no-store` and `{option}` contradict each other")
+        stores = StoreOptions(False if no_store else store, fresh)
+        return command(*args, stores=stores, **others)
 
     return told
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mechdsl.cli.interruption import interrupted
+from mechdsl.cli.interruption import GOES_ON, interrupted
 from mechdsl.cli.mech_files import checked_file, mech_files
 from mechdsl.cli.options import (
     PassOptions,
+    StoreOptions,
     allow_outside_option,
     allow_python_option,
     files_argument,
@@ -22,6 +23,7 @@ from mechdsl.cli.options import (
     python_mode,
     set_option,
     settings,
+    store_options,
     untrusted_option,
 )
 from mechdsl.cli.output import broke_off, make_console, print_diagnostics, say
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
 @allow_outside_option
 @untrusted_option
 @pass_options
+@store_options
 @click.option(
     "--allow-nan",
     is_flag=True,
@@ -87,12 +90,14 @@ def run(
     allow_outside: bool,
     untrusted: bool,
     passes: PassOptions,
+    stores: StoreOptions,
     allow_nan: bool,
 ) -> int:
     """Run files and print their tables.
 
     Exit status 0 when every expectation holds, 1 when one doesn't, 2 when something is wrong, 3
-    when a part could not be computed. `-` is standard input.
+    when a part could not be computed. `-` is standard input. A file that is unchanged isn't run
+    again: its results come from the store beside it.
     """
     how = settings(
         parameters,
@@ -116,13 +121,10 @@ def run(
     if has_errors(problems):
         return WRONG
     from mechdsl.execute.options import Options
-    from mechdsl.loading.load import import_library
     from mechdsl.pipeline.run_options import RunOptions
 
-    import_library()
-    gc.freeze()  # what was imported is no garbage,
-    gc.enable()  # but models and results do make some
     options = RunOptions(
+        settings=how,
         device=device,
         dtype=dtype,
         offload=offload,
@@ -133,8 +135,9 @@ def run(
             prompt_tokens=passes.prompt_tokens,
             allow_nan=allow_nan,
         ),
+        fresh=stores.fresh,
     )
-    return _run_all(everything, options, form, profile=profile)
+    return _run_all(everything, options, stores, form, profile=profile)
 
 
 def _written_by_several(files: list[Checked], said: list[Diagnostic]) -> list[Diagnostic]:
@@ -146,11 +149,14 @@ def _written_by_several(files: list[Checked], said: list[Diagnostic]) -> list[Di
     return [each for each in found if (each.code, each.span) not in known]
 
 
-def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: bool) -> int:
+def _run_all(
+    files: list[Checked], options: RunOptions, stores: StoreOptions, form: str, *, profile: bool
+) -> int:
     """Run files one after another, printing what each has found. One that can't be computed costs
     no other; where nobody reads what is printed any more, those are run that keep something."""
-    from mechdsl.results.versions import versions
     from mechdsl.results.results import Results
+    from mechdsl.results.versions import versions
+    from mechdsl.store.place import store_folder
 
     found: list[FileResult] = []
     failed: list[int] = []
@@ -158,13 +164,18 @@ def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: b
     not_run: list[str] = []
     whole = True
     for checked in files:
-        if lost and options.out is None and not _has_files(checked):
+        store = store_folder(
+            checked.source.path, stores.named, untrusted=options.settings.untrusted
+        )
+        if lost and options.out is None and store is None and not _has_files(checked):
             not_run.append(checked.source.name)
             continue
+        keeping = _Keeping()
         try:
-            done = _run_file(checked, options, form, profile=profile)
+            own = replace(options, store=store)
+            done = _run_file(checked, own, form, keeping, profile=profile)
         except KeyboardInterrupt as error:
-            return interrupted(error, "; nothing of this file is kept")
+            return interrupted(error, keeping.said)
         except OutputLost as error:  # behind the file's own run, and the reports that it writes
             done, lost = without_output(error), True
         if isinstance(done, int):
@@ -192,13 +203,25 @@ def _has_files(checked: Checked) -> bool:
     return any(report.file for each in checked.reported for report in each.reports)
 
 
+class _Keeping:
+    """Whether the store keeps what a run has finished."""
+
+    said = "; nothing of this file is kept"
+
+    def start(self, kept: bool) -> None:
+        """Called before anything is computed."""
+        gc.freeze()  # what was imported is no garbage,
+        gc.enable()  # but models and results do make some
+        if kept:
+            self.said = f"; {GOES_ON}"
+
+
 def _run_file(
-    checked: Checked, options: RunOptions, form: str, *, profile: bool
+    checked: Checked, options: RunOptions, form: str, keeping: _Keeping, *, profile: bool
 ) -> tuple[FileResult, bool] | int:
     """Run a file and show its reports, and whether that could be done of all; an exit status where
     the run broke off."""
-    from mechdsl.pipeline.compute import run_checked
-    from mechdsl.show.plan import print_profile
+    from mechdsl.pipeline.run_file import StoreStopped, run_file
     from mechdsl.show.progress import Bar
 
     source = checked.source
@@ -215,16 +238,26 @@ def _run_file(
     )
     try:
         with bar:
-            result, diagnostics = run_checked(checked, options)
+            ran = run_file(checked, options, starting=keeping.start)
+    except StoreStopped as stopped:
+        print_diagnostics([stopped.diagnostic])
+        return BROKE_OFF
     except Exception as error:
-        return broke_off(f"the run of {source.name}", error)
-    print_diagnostics(diagnostics)
+        status = broke_off(f"the run of {source.name}", error)
+        say(keeping.said.removeprefix("; "), out=False)
+        return status
+    print_diagnostics(ran.diagnostics)
+    for note in ran.notes:
+        say(note, out=False)
+    result = ran.result
     if result is None:
         return WRONG
     if not result.experiments and not result.lost:
         say(f"{source.name} has no experiments: nothing was run", out=False)
     shown = _show(result, tables=form == "table")
-    if result.sizes is not None:
+    if result.sizes is not None and profiles:
+        from mechdsl.show.plan import print_profile
+
         for plan, done in profiles:
             print_profile(plan, done, result.sizes, make_console(stderr=form != "table"))
     return result, shown

@@ -110,8 +110,8 @@ class LoadedModel:
     stays as it is. All that is compared holds for them, and what asks for an effect was shown on a
     copy with random weights."""
     identity: str | None = None
-    """Of a model that was loaded from a folder: see `mechdsl/models/identity.py`. Others are asked by
-    `mechdsl/loading/identity.py:identity_of_loaded`."""
+    """Of a model that was loaded from a folder, by `mechdsl/models/identity.py`. What any model is,
+    `mechdsl/loading/identity.py:identity_of_loaded` says."""
     others: Mapping[str, Stack] = field(default_factory=dict[str, Stack])
     """Stacks beside the main one: `encoder`, `cross` (the decoder's blocks, by their attention to
     the encoder), `vision`."""

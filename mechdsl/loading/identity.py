@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
-"""What a loaded model is: that of its folder, or what Python has handed over, told by what it holds.
+"""What a loaded model is: that of its folder, or what Python has handed over, by what it holds.
 
 Of the latter, a digest of its weights and buffers, its config, its modules with all that they keep,
 and the code of the classes and functions that aren't the library's. Where that can't be told, it is
@@ -83,13 +83,13 @@ class _Code:
         for table in _HOOKS:
             if any(not _of_library(_home(hook)) for hook in held[f"_{table}"].values()):
                 raise CodeUnknown(f"{where} has forward hooks")
-        tensors = {**part._parameters, **part._buffers}
+        tensors = {**held["_parameters"], **held["_buffers"]}
         rest = {
             name: self.of(value, f"{where}, its `{name}`")
             for name, value in held.items()
             if name not in _OWN and not name.endswith("_hooks") and "_hooks_" not in name
         }
-        own = part._non_persistent_buffers_set
+        own = held["_non_persistent_buffers_set"]
         return [
             self.of_class(type(part)),
             {name: _tensor(t, content=name in own) for name, t in tensors.items()},
@@ -112,13 +112,12 @@ class _Code:
         return self._classes[kind]
 
     def of_attention(self, config: Any) -> list[Any]:
-        """The name of the attention function, and the function where it was registered by others."""
+        """The name of the attention function, and which function goes by it."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         name = config._attn_implementation_internal
         known = cast("Mapping[str, Any]", ALL_ATTENTION_FUNCTIONS)
-        function = known[name] if name in known.keys() else None
-        return [name, self.of(function, f"the attention `{name}`")]
+        return [name, self.of(known.get(name), f"the attention `{name}`")]
 
     def of(self, value: Any, where: str) -> Any:
         """Any value as JSON says it. CodeUnknown for what can't be told."""

@@ -64,7 +64,8 @@ def load(
 
     dtype: overrides the statement's. base: folder that relative paths start from, by default that
     of the statement's file. spread: arguments for the library (`device_map`) that say where weights
-    go, in place of `device`. hashed: SHA-256 of a file. Gives E0401, E0403 to E0411, E0508, E0522 and W0711.
+    go, in place of `device`. hashed: SHA-256 of a file. Gives E0401, E0403 to E0411, E0508, E0522
+    and W0711.
     """
     folder, found = locate(model, model.span.source.folder if base is None else base)
     if folder is None:

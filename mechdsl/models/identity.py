@@ -15,13 +15,14 @@ from pathlib import Path
 from mechdsl.models.folder_files import named_weights
 from mechdsl.models.locate import ADAPTER, weight_files
 from mechdsl.program import spec
-from mechdsl.prompts.tokenizer import TOKENIZER_FILES, has_tokenizer
 
 Hashed = Callable[[Path], str]
 """SHA-256 of a file in hex: `Store.file_hash`, which reads a file once, or `file_hash`."""
 
 _CONFIGS = ("config.json", "generation_config.json", ADAPTER)
 """What the library reads beside weights and tokenizer."""
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""As `mechdsl/prompts/tokenizer.py` has them, which stands beside this floor."""
 
 
 def file_hash(path: Path) -> str:
@@ -34,8 +35,8 @@ def file_hash(path: Path) -> str:
 
 
 def weights_hash(files: list[Path], hashed: Hashed = file_hash) -> str:
-    """What `hashes` of a result call the weights: the SHA-256 of the file; of several files, that of
-    theirs, in order of the names."""
+    """What `hashes` of a result call the weights: the SHA-256 of the file; of several files, that
+    of theirs, in order of the names."""
     every = [hashed(path) for path in files]
     return every[0] if len(every) == 1 else digest_of(every)
 
@@ -61,7 +62,7 @@ def identity_of_folder(
             name: hashed(path) for name, path in sorted(weights.items()) if os.path.isfile(path)
         },
         "base": base,
-        "tokenizer": _tokenizer(folder) if not adapter or has_tokenizer(folder) else None,
+        "tokenizer": _tokenizer(folder),
     }
     return digest_of(parts)
 
@@ -76,7 +77,7 @@ def _contents(folder: Path, *, adapter: bool) -> Iterator[tuple[str, str]]:
 
 
 def _tokenizer(folder: Path) -> Mapping[str, str]:
-    files = [folder / name for name in TOKENIZER_FILES]
+    files = [folder / name for name in TOKENIZER]
     return {p.name: sha256(p.read_bytes()).hexdigest() for p in files if os.path.isfile(p)}
 
 

@@ -19,11 +19,12 @@ from mechdsl.loading.build import build
 from mechdsl.loading.devices import device_problem
 from mechdsl.loading.file_models import Models, adopt_models, contexts, load_models, not_there
 from mechdsl.models.identity import Hashed, file_hash
-from mechdsl.pipeline.check_options import check_without_torch
+from mechdsl.pipeline.check_folders import check_folders
 from mechdsl.pipeline.run_file import run_file
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.pipeline.waves import FileRun, waves
 from mechdsl.plan.make_plan import make_plan
+from mechdsl.plan.passes import unknown_passes
 from mechdsl.program.lower_file import lower_program
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.denominators import check_denominators
@@ -196,8 +197,8 @@ def _run(
 
 
 def check_options(options: RunOptions) -> list[Diagnostic]:
-    """E0208 for devices, and for what `check_without_torch` finds."""
-    found = check_without_torch(options)
+    """E0208 for devices and passes that don't exist, and for what `check_folders` finds."""
+    found = unknown_passes(sorted(options.without))
     problem = device_problem(options.device)
     if problem is not None:
         found.append(
@@ -206,4 +207,5 @@ def check_options(options: RunOptions) -> list[Diagnostic]:
                 hint="write `auto`, `cpu`, `cuda` or `cuda:0`",
             )
         )
+    found.extend(check_folders(options))
     return found

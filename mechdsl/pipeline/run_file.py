@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechdsl.base.random_numbers import kept_random_numbers
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine
@@ -22,7 +24,7 @@ from mechdsl.diagnostics.w07_store import StoreNotUsed
 from mechdsl.execute.counts import Counts
 from mechdsl.execute.options import Options
 from mechdsl.models.identity import file_hash
-from mechdsl.pipeline.check_options import check_without_torch
+from mechdsl.pipeline.check_folders import check_folders
 from mechdsl.pipeline.device_word import found_device, known_device
 from mechdsl.pipeline.run_key import NoKey, run_key
 from mechdsl.pipeline.run_options import RunOptions
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 Starting = Callable[[bool], None]
 """Called before anything is computed, with whether the store keeps what is finished."""
 
-GOES_ON = "what is finished is kept; the same command goes on from there"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
@@ -118,7 +119,7 @@ class _Run:
 
     def done(self) -> Ran:
         folder = self._options.store
-        if folder is None or has_errors(check_without_torch(self._options)):
+        if folder is None or has_errors(check_folders(self._options)):
             return self._without()
         store = None
         try:
@@ -230,21 +231,24 @@ class _Run:
     def _computed(
         self, run: OpenRun | None, hashed: Callable[[Path], str]
     ) -> tuple[FileResult | None, list[Diagnostic]]:
-        from mechdsl.loading.load import import_library
+        import_module("torch")  # whose random numbers are kept, too
 
-        import_library()
-        from mechdsl.pipeline.compute import run_checked
+        with kept_random_numbers():
+            from mechdsl.loading.load import import_library
 
-        if self._starting is not None:
-            self._starting(run is not None and bool(run.id))
-        return run_checked(
-            self._checked,
-            self._options,
-            self._loaded,
-            run=run,
-            counts=self._counts,
-            hashed=hashed,
-        )
+            import_library()
+            from mechdsl.pipeline.compute import run_checked
+
+            if self._starting is not None:
+                self._starting(run is not None and bool(run.id))
+            return run_checked(
+                self._checked,
+                self._options,
+                self._loaded,
+                run=run,
+                counts=self._counts,
+                hashed=hashed,
+            )
 
     def _kept(self, store: Store, key: str, device: str, run: OpenRun) -> Ran:
         """Compute, and keep what that gives."""
@@ -283,7 +287,10 @@ class _Run:
                 raise
             said = error.strerror if isinstance(error, OSError) else None
             reason = f"the store `{self._options.store}` takes nothing more: {said or error}"
-            hint = f"{GOES_ON}, once there is room; `--no-store` runs without a store"
+            hint = (
+                "what is finished is kept: make room, and the same command goes on from there; "
+                "`--no-store` runs without a store"
+            )
             raise StoreStopped(BadCommandLine(reason=reason.lower(), hint=hint)) from error
 
     def _packed(self, results: Results) -> Mapping[str, bytes] | None:

@@ -1,8 +1,8 @@
 """Python code that isn't of this package, by its content: files, and what of their own they import.
 
 What is imported is found by reading, as far as it is named there: `import x`, `from x import y`,
-`import_module("x")`. Modules that lie in a folder of the user's count with all their text; installed
-packages with the versions of all that is installed beside them; Python's own not at all.
+`import_module("x")`. Modules in a folder of the user's count with all their text, installed ones
+with the versions of all that is installed beside them, Python's own not at all.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _standard() -> Path:
 # --- what was imported before ---------------------------------------------------------------------
 
 _IMPORTED: dict[tuple[str, Path], str] = {}
-"""What a module's file was when it was last looked at and not imported, or known to be unchanged."""
+"""What a module's file was when it wasn't imported yet, or was known to be unchanged since."""
 
 
 def _unchanged(module: str, path: Path, digest: str) -> None:

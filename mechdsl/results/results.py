@@ -13,7 +13,6 @@ from mechdsl.base.names import name_list
 from mechdsl.base.plural import plural
 from mechdsl.base.visible import json_text
 from mechdsl.diagnostics.raised import Diagnostics
-from mechdsl.results.document import results_document
 from mechdsl.results.experiment_result import ExperimentResult, FileResult, csv_text, frame
 from mechdsl.results.shown import AS_HTML, LINE_WIDTH, MOST_LINES, shown_by
 
@@ -34,6 +33,8 @@ class Results:
     """The files of reports (`report … to "x.png"`), in the order of the program."""
     profile: str = ""
     """Estimated against measured work, with `profile=True`."""
+    notes: tuple[str, ...] = ()
+    """What the store had to do with it: that nothing was run, or why nothing of it is kept."""
 
     @property
     def experiments(self) -> tuple[ExperimentResult, ...]:
@@ -89,6 +90,8 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """The document of `mechdsl run --format json`."""
+        from mechdsl.results.document import results_document  # which takes a while to import
+
         return results_document(self.files, self.versions).as_json()
 
     def to_json(self, path: str | Path | None = None, *, indent: int | None = 2) -> str:

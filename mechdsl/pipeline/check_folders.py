@@ -1,4 +1,4 @@
-"""What is wrong with options, as far as that shows without torch."""
+"""Folders that options name: whether they may be written to. Without torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from importlib.util import find_spec
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadCommandLine
 from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.passes import unknown_passes
 
 
-def check_without_torch(options: RunOptions) -> list[Diagnostic]:
-    """E0208 for passes that don't exist, folders that can't be written to, and a library that isn't
-    installed."""
-    found = unknown_passes(sorted(options.without))
+def check_folders(options: RunOptions) -> list[Diagnostic]:
+    """E0208 for those that can't be written to, and for a library that isn't installed."""
+    found: list[Diagnostic] = []
     for option, folder in (("--out", options.out), ("--offload", options.offload)):
         if folder is None:
             continue
