@@ -98,7 +98,8 @@ def _words(
         if each.settings.test == "flips" or each.category
     )
     if flips:
-        yield "p", f"{' or '.join(flips)}; without a change, old and new could be swapped in any"
+        said = " or ".join(flips).replace("the deltas", "the differences")
+        yield "p", f"{said}; without a change, old and new could be swapped in each"
     if any(each.settings.test == "bootstrap" and not each.category for each in paired):
         yield "p of `test bootstrap`", "two-sided, by inversion of the bootstrap-t interval"
     if apart:

@@ -42,7 +42,7 @@ def print_differences(found: Differences, console: Console) -> None:
     """Everything but cells that didn't change; the counts have those."""
     for word, side in (("old", found.old), ("new", found.new)):
         note = f" ({side.note})" if side.note else ""
-        console.print(Text(f"{word}  {side.name}{note}"), highlight=False)
+        console.print(Text(f"{word}  {side.name}{note}"), highlight=False, soft_wrap=True)
     _inputs(found, console)
     _verdicts(found.verdicts, console)
     _cells(found, console)
@@ -64,11 +64,11 @@ def _more(count: int, shown: int, noun: str, console: Console) -> None:
         )
 
 
-def _line(text: str, console: Console, indent: int = 2) -> None:
+def _line(text: str, console: Console, indent: int = 2, hanging: int = 4) -> None:
     """One paragraph, its further lines further in."""
-    lines = wrap(text, max(20, console.width - indent - 4)) or [""]
+    lines = wrap(text, max(20, console.width - indent - hanging)) or [""]
     for number, line in enumerate(lines):
-        start = " " * (indent + 4 * bool(number))
+        start = " " * (indent + hanging * bool(number))
         console.print(Text(start + line), highlight=False, soft_wrap=True)
 
 
@@ -177,7 +177,7 @@ def _weight(each: CellDifference) -> tuple[float, float]:
 def _cell(each: CellDifference, console: Console) -> None:
     text = Text(f"  {each.experiment}: {each.cell}  ").append(_measure(each), style="dim")
     console.print(text, highlight=False)
-    _line(f"{_effect(each)}; {_values(each)}", console, 6)
+    _line(f"{_effect(each)}; {_values(each)}", console, 6, 0)
 
 
 def _effect(each: CellDifference) -> str:
