@@ -14,8 +14,7 @@ from mechdsl.cli.status import FINE
     "what", type=click.Choice(["results", "differences", "experiment"]), default="results"
 )
 def schema(what: str) -> int:
-    """Print a JSON schema: of the document that `run --format json` prints, of that of `diff`, or
-    of an experiment."""
+    """Print a JSON schema: of what `run` or `diff` prints as JSON, or of an experiment."""
     if what == "results":
         from mechdsl.results.document import results_schema
 
