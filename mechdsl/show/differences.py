@@ -232,7 +232,9 @@ def _places(title: str, places: Sequence[Place], console: Console) -> None:
 
 
 def _counts(found: Differences, console: Console) -> None:
-    _title(f"{plural(found.compared, 'cell')} compared", console)
+    common = any(each.common for each in found.rows)
+    where = ", where rows differ on those of both runs" if common else ""
+    _title(f"{plural(found.compared, 'cell')} compared{where}", console)
     counts = Counter(found.counts)
     for state, words in IN_WORDS.items():
         if counts[state]:

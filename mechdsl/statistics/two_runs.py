@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.arrays import Bools, Cells, Floats, Ints
 from mechdsl.statistics.bootstrap import FLAT, Studentised, pivot
 from mechdsl.statistics.effect_parts import Sums
-from mechdsl.statistics.sign_flips import MOST_WORK, Tested, flips_for, sign_flip
+from mechdsl.statistics.sign_flips import MIN_FLIPS, MOST_WORK, Tested, flips_for, sign_flip
 from mechdsl.statistics.units import BLOCK, Draws, blocks
 
 
@@ -31,7 +31,7 @@ class Both:
         """[cell]: new less old."""
         return self.new.value - self.old.value
 
-    def chosen(self, cells: slice) -> Both:
+    def chosen(self, cells: Cells) -> Both:
         """Some of its cells."""
         return Both(self.old.chosen(cells), self.new.chosen(cells))
 
@@ -190,15 +190,27 @@ def apart_p(both: Both, of_new: Bools, tests: int, seed: int, level: float) -> T
     if too_much_work(cells, len(of_new), tests, level):
         return Tested(welch, floor)
     for block in blocks(cells, len(of_new)):
-        own = both.chosen(block)
-        ratio = _ratios(own, of_new[None].astype(np.float64))[0]
-        extreme = np.zeros(len(ratio), dtype=np.int64)
-        for dealt in _deals(of_new, deals, len(ratio), seed):
-            found = _ratios(own, dealt)
-            extreme += np.count_nonzero(~(found < ratio * (1 - 1e-9)), axis=0)
-        p[block] = (extreme + 1) / (deals + 1)
+        extreme, done = _dealt(both.chosen(block), of_new, deals, seed, level)
+        p[block] = (extreme + 1) / (done + 1)
         floor[block] = extreme == 0
     return Tested(np.maximum(p, welch), floor & (p > welch))
+
+
+def _dealt(both: Both, of_new: Bools, deals: int, seed: int, level: float) -> tuple[Ints, Ints]:
+    """[cell] each: deals in which the difference is as far from 0, and how many there were: all of
+    them, or fewer where it is clear that p isn't below the level."""
+    own = _ratios(both, of_new[None].astype(np.float64))[0]
+    extreme, done = np.zeros(len(own), dtype=np.int64), np.zeros(len(own), dtype=np.int64)
+    left = np.arange(len(own))
+    for dealt in _deals(of_new, deals, len(own), seed):
+        found = _ratios(both.chosen(left), dealt)
+        extreme[left] += np.count_nonzero(~(found < own[left] * (1 - 1e-9)), axis=0)
+        done[left] += len(dealt)
+        if done[left[0]] >= MIN_FLIPS:
+            left = left[(extreme[left] + 1) / (done[left] + 1) < level]
+        if not len(left):
+            break
+    return extreme, done
 
 
 def too_much_work(cells: int, units: int, tests: int, level: float) -> bool:
