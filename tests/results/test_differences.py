@@ -134,6 +134,16 @@ def test_units_are_values_of_stats_by() -> None:
     assert {each.units for each in found.cells} == {8}
 
 
+def test_what_is_dealt_out_evenly_stays_as_it_is() -> None:
+    """The change is another one in each stratum, which new rows of the design have alike."""
+    strata = np.arange(PROMPTS) % 2
+    new = measure(OLD + np.where(strata, 1.0, 0.2) + 0.05 * noise(9), BASE)
+    sides = [replace(plain(each), strata=strata) for each in (measure(OLD, BASE), new)]
+    one, other = (results(finished(each)) for each in sides)
+    within, anyhow = compare(one, other).cells[0], two(measure(OLD, BASE), new).cells[0]
+    assert within.high - within.low < 0.3 * (anyhow.high - anyhow.low)  # type: ignore[operator]
+
+
 def test_a_cell_that_can_not_differ_from_the_base_run_is_not_tested() -> None:
     base = np.repeat(BASE, 4, 0)
     still = {"inert": np.ones(4, dtype=bool)}
@@ -274,6 +284,24 @@ def test_without_common_rows_runs_are_two_samples() -> None:
     small = two(measure(OLD, BASE), measure(noise(8)[:, :4] + 5, BASE[:, :4]), keys=others[:4])
     assert states(small) == {"unclear": 4}
     assert small.cells[0].reason == "4 prompts in the smaller sample: no claim below 5"
+
+
+def test_two_samples_have_units_of_their_own() -> None:
+    """A value of `stats by` that both runs have is one unit in each; and so are rows alike."""
+    others = tuple(range(500, 500 + PROMPTS))
+    values = {"count": [n // 3 for n in range(PROMPTS)]}
+    sides = [
+        replace(plain(measure(OLD + shift, BASE), keys=keys), row_values=values)
+        for shift, keys in ((0, None), (5, others))
+    ]
+    one, other = (results(finished(each, by="count")) for each in sides)
+    found = compare(one, other)
+    assert {each.units for each in found.cells} == {8}
+    assert states(found) == {"changed": 4}
+    pairs = np.arange(PROMPTS)[None] // 2
+    for more in ({}, {"seen": pairs}), ({"seen": pairs}, {}):
+        old, new = (measure(v, BASE, **own) for v, own in zip((OLD, OLD + 5), more, strict=True))
+        assert {each.units for each in two(old, new, keys=others).cells} == {12}
 
 
 def test_rows_that_are_in_a_cell_in_one_run_alone_are_changes_of_values() -> None:

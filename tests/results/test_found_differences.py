@@ -12,6 +12,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from mechdsl.base.arrays import Floats
 from mechdsl.results.differences import compare
 from mechdsl.results.differences_document import differences_schema
 from mechdsl.results.experiment_result import (
@@ -70,7 +71,14 @@ def test_cells_and_measures_of_one_run_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"label": "x"}, {"effect": "raw"}, {"at": "last token"}, {"kind": "category"}]
+    "other",
+    [
+        {"label": "x"},
+        {"effect": "raw"},
+        {"at": "last token"},
+        {"kind": "category"},
+        {"per_prompt": True},
+    ],
 )
 def test_measures_are_one_by_label_effect_place_and_kind(other: dict[str, Any]) -> None:
     found = two(measure(OLD, BASE), measure(OLD, BASE, **other))
@@ -78,7 +86,13 @@ def test_measures_are_one_by_label_effect_place_and_kind(other: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    "other", [{"site": "L0H1.q"}, {"position": "last token"}, {"coords": {"layer": 7}}]
+    "other",
+    [
+        {"site": "L0H1.q"},
+        {"position": "last token"},
+        {"coords": {"layer": 7}},
+        {"also": {"item": 2}},
+    ],
 )
 def test_cells_are_one_by_coordinates_site_and_position(other: dict[str, Any]) -> None:
     old = finished(plain(measure(OLD, BASE)))
@@ -212,6 +226,17 @@ def test_the_file_says_how_p_is_corrected(correction: str, word: str) -> None:
     assert found.conventions["correction"].startswith(word)
     if correction == "none":
         assert all(each.p == each.p_corrected for each in found.cells)
+
+
+@pytest.mark.parametrize("words", [("none", "bh"), ("bh", "none"), ("none", "holm")])
+def test_where_experiments_disagree_holm_corrects(words: tuple[str, str]) -> None:
+    def run(values: Floats) -> Results:
+        each = plain(measure(values, BASE))
+        first = finished(each, correction=words[0])
+        return results(first, finished(replace(each, name="second"), correction=words[1]))
+
+    found = compare(run(OLD), run(OLD + noise(5)))
+    assert found.conventions["correction"].startswith("Holm, over 8 cells")
 
 
 def test_the_file_says_which_test_is_made() -> None:

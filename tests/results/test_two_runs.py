@@ -125,6 +125,20 @@ def test_two_samples_have_the_error_and_the_freedom_of_welch() -> None:
     assert apart_p(both, of_new, 1, 0, LEVEL).p[0] >= wanted.pvalue
 
 
+def test_two_samples_are_drawn_each_by_itself() -> None:
+    random = np.random.default_rng(7)
+    old, new = random.normal(0, 1, (1, 9)), random.normal(1, 1, (1, 12))
+    both, of_new = samples(sums(old), sums(new))
+    found = apart(both, of_new, Draws(21, 40, 0))
+    (weights,) = Draws(21, 40, 0, np.where(of_new, 0, 1)).weights()
+    for number, times in enumerate(weights.astype(int)):
+        drawn = [np.repeat(v[0], t) for v, t in ((new, times[:12]), (old, times[12:]))]
+        assert [len(each) for each in drawn] == [12, 9]
+        spread = np.sqrt(sum(each.var(ddof=1) / len(each) for each in drawn))
+        moved = drawn[0].mean() - drawn[1].mean() - (new.mean() - old.mean())
+        assert found.pivots[number, 0] == pytest.approx(moved / spread, rel=1e-9)
+
+
 def test_two_samples_that_are_flat_and_differ_are_told_apart() -> None:
     both, of_new = samples(sums(np.zeros((1, 8))), sums(np.ones((1, 8))))
     assert apart_p(both, of_new, 1, 0, LEVEL).p[0] == pytest.approx(2 / 12870, abs=4e-4)
