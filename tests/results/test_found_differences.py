@@ -215,6 +215,9 @@ def test_p_is_corrected_over_all_cells_that_differ() -> None:
     corrected = np.array([each.p_corrected for each in found.cells], dtype=np.float64)
     assert len(p) == 16
     np.testing.assert_allclose(corrected, holm(p))
+    changed = np.array([each.state == "changed" for each in found.cells])
+    np.testing.assert_array_equal(changed, corrected < 0.05)
+    assert ((p < 0.05) & ~changed).any()
     assert found.conventions["correction"].startswith("Holm, over 16 cells")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -137,6 +138,26 @@ def test_two_samples_are_drawn_each_by_itself() -> None:
         spread = np.sqrt(sum(each.var(ddof=1) / len(each) for each in drawn))
         moved = drawn[0].mean() - drawn[1].mean() - (new.mean() - old.mean())
         assert found.pivots[number, 0] == pytest.approx(moved / spread, rel=1e-9)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["shares", "numbers"])
+def test_p_of_two_samples_is_the_share_of_all_deals_as_far_from_0(tied: bool) -> None:
+    random = np.random.default_rng(31)
+    old = np.array([[0.0, 0, 0, 1, 0, 0, 1, 0, 0]]) if tied else random.normal(0, 1, (1, 9))
+    new = np.array([[1.0, 1, 0]]) if tied else random.normal(0.5, 2, (1, 3))
+    both, of_new = samples(sums(old), sums(new))
+    every = np.concatenate([new[0], old[0]])
+
+    def ratio(chosen: Sequence[int]) -> float:
+        sides = every[list(chosen)], np.delete(every, list(chosen))
+        apart = abs(sides[0].mean() - sides[1].mean())
+        spread = float(np.sqrt(sum(each.var(ddof=1) / len(each) for each in sides)))
+        return apart / spread if spread else np.inf
+
+    own = ratio(range(3))
+    deals = [ratio(chosen) >= own * (1 - 1e-9) for chosen in combinations(range(12), 3)]
+    found = two_runs.apart_p(both, of_new, 1, 0, LEVEL).p[0]
+    assert found == pytest.approx(np.mean(deals), rel=0.03)
 
 
 def test_two_samples_that_are_flat_and_differ_are_told_apart() -> None:
