@@ -153,6 +153,12 @@ def test_a_cell_that_can_not_differ_from_the_base_run_is_not_tested() -> None:
     assert all(each.reason == "it can't differ from the base run in either" for each in found.cells)
 
 
+def test_a_cell_that_can_not_differ_in_one_run_alone_is_tested() -> None:
+    base = np.repeat(BASE, 4, 0)
+    still = {"inert": np.ones(4, dtype=bool)}
+    assert states(two(measure(base, BASE, **still), measure(base + 1, BASE))) == {"changed": 4}
+
+
 # --- kinds of figures -----------------------------------------------------------------------------
 
 
@@ -172,7 +178,7 @@ def test_a_ratio_is_set_against_a_ratio() -> None:
 def test_a_ratio_whose_divisor_can_not_be_told_from_0_has_no_claim() -> None:
     """On all rows it can be; on those that both runs have it can't."""
     source = BASE + 5
-    source[0, :6] = BASE[0, :6] + np.array([2, -2, 2, -2, 1, -1])
+    source[0, :6] = BASE[0, :6] + np.array([2, -2, 2, -2, 1, -0.5])
     old, new = measure(OLD, BASE, source), measure(OLD + 1, BASE, source)
     found = two(old, new, keys=(*range(100, 106), *range(500, 518)))
     assert states(found) == {"unclear": 4}
@@ -209,6 +215,21 @@ def test_categories_have_shares_and_a_p_and_no_interval() -> None:
     assert cell.new == pytest.approx(
         np.nanmean(np.where(np.isnan(moved[3]), np.nan, moved[3] == values[counts.argmax()]))
     )
+
+
+def test_of_two_categories_p_is_that_of_the_share_of_one() -> None:
+    old, new = np.zeros((1, 20)), np.zeros((1, 20))
+    new[0, 3:9] = 1
+    old[0, 0] = 1
+    given = {"kind": "category", "effect": "raw"}
+    cell = only(two(measure(old, old, **given), measure(new, old, **given)), "noise")
+    assert cell.p == pytest.approx(2 * (1 + 7) / 2**7)  # 6 turns one way, 1 the other
+    assert (cell.old, cell.new) == (19 / 20, 14 / 20)
+    others = tuple(range(500, 520))
+    apart = two(measure(old, old, **given), measure(new, old, **given), keys=others)
+    share = {"effect": "raw", "unit": "share"}
+    alone = two(measure(old, old, **share), measure(new, old, **share), keys=others)
+    assert apart.cells[0].p == pytest.approx(2 * (alone.cells[0].p or 0), rel=0.2)
 
 
 def test_categories_that_rounding_may_change_are_within_rounding() -> None:
