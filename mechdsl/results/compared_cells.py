@@ -194,12 +194,12 @@ class ComparedMeasure:
             commonest = values[counts.argmax()]
             self.before[cell] = np.mean(old[rows[0]] == commonest)
             self.after[cell] = np.mean(new[rows[1]] == commonest)
-        for block in self.aligned.blocks(self.of_state("noise")):
+        for block in self.aligned.blocks(cells):
             word = self.word = self.rows.sampling.unit_word(block.units)
             self.units[block.cells] = self._held(block)
             for cell in block.cells.tolist():
                 few = self._few(int(self.units[cell]), word)
-                if few is not None:
+                if few is not None and self.states[cell] == "noise":
                     self.states[cell], self.reasons[cell] = "unclear", few
 
     def _shown(self, cell: int) -> tuple[Floats, Floats]:
@@ -320,7 +320,9 @@ def _values(aligned: AlignedMeasure) -> Values:
     there = ~np.isnan(old.patched) & ~np.isnan(new.patched)
     for one, two in _runs(aligned):
         alone = np.isnan(one) != np.isnan(two)
-        apart = np.where(np.isnan(one) | np.isnan(two), 0.0, np.abs(two - one))
+        with np.errstate(invalid="ignore"):  # what is infinite in both runs
+            moved = np.abs(two - one)
+        apart = np.where(np.isnan(moved), 0.0, moved)
         own = apart > 0
         differs |= own | alone
         # a category that rounding may change may become any other
