@@ -13,12 +13,10 @@ from mechdsl.cli.status import FINE, WRONG
 from mechdsl.cli.streams import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from click.shell_completion import CompletionItem
 
-    from mechdsl.diagnostics.raised import MechdslError
     from mechdsl.results.results import Results
+    from mechdsl.results.run_facts import RunFacts
 
 DEFAULT = "list"
 
@@ -27,8 +25,9 @@ class RunCommands(click.Group):
     """Its commands; `list` where none is named. What they refuse is printed."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        asks = args and (args[0] in self.commands or args[0] in ("-h", "--help"))
-        if not asks and (not args or args[0].startswith("-")):
+        helped = args and args[0] in ("-h", "--help")
+        named = args and not args[0].startswith("-")
+        if not helped and not named and not ctx.resilient_parsing:  # as for completion
             args = [DEFAULT, *args]
         return super().parse_args(ctx, args)
 
@@ -137,35 +136,45 @@ def list_runs(store: Path | None, form: str) -> int:
 )
 def show(run: str, store: Path | None, form: str) -> int:
     """Print what is known of a run, and its tables and verdicts again."""
-    from mechdsl.results.archive import ArchiveProblem, OtherVersion, unpack
-    from mechdsl.results.export import is_export
+    from mechdsl.base.visible import visible
+    from mechdsl.results.archive import DOCUMENT, ArchiveProblem, OtherVersion, unpack
     from mechdsl.results.named_runs import (
         content_of,
         find_run,
         folder_of,
+        names_export,
         open_store,
         results_of,
         unreadable,
     )
-    from mechdsl.results.run_facts import facts_of
+    from mechdsl.results.run_facts import facts_of, with_hashes
 
-    if is_export(Path(run)):
+    if names_export(run):
         return _print(results_of(run), form)
     with open_store(folder_of(run, store)) as opened:
         stored = find_run(opened, run)
-        if form == "table":
-            from mechdsl.show.runs import print_facts
-
-            print_facts(facts_of(stored), make_console())
-            if stored.state != "finished":
-                return FINE
+        if form == "table" and stored.state != "finished":
+            return _print_facts(facts_of(stored))
         content = content_of(opened, stored)
     try:
-        return _print(unpack(content), form)
+        results = unpack(content)
     except OtherVersion as error:
-        return _print_kept(content, form, unreadable(stored, error))
+        if form != "json" or DOCUMENT not in content:
+            raise unreadable(stored, error) from error
+        write_json(visible(content[DOCUMENT].decode("utf-8", "replace").rstrip()))
+        return FINE
     except ArchiveProblem as error:
         raise unreadable(stored, error) from error
+    if form == "table":
+        _print_facts(with_hashes(facts_of(stored), results))
+    return _print(results, form)
+
+
+def _print_facts(facts: RunFacts) -> int:
+    from mechdsl.show.runs import print_facts
+
+    print_facts(facts, make_console())
+    return FINE
 
 
 def _print(results: Results, form: str) -> int:
@@ -178,20 +187,6 @@ def _print(results: Results, form: str) -> int:
         from mechdsl.show.runs import print_results
 
         print_results(results, make_console())
-    return FINE
-
-
-def _print_kept(content: Mapping[str, bytes], form: str, problem: MechdslError) -> int:
-    """What another version's run printed, which is kept beside its results."""
-    from mechdsl.base.visible import visible
-    from mechdsl.results.archive import DOCUMENT, TABLES
-
-    name = {"table": TABLES, "json": DOCUMENT}.get(form)
-    if name is None or name not in content:
-        raise problem
-    say("another version of mechdsl wrote this run; here is what it printed", out=False)
-    text = content[name].decode("utf-8", "replace")
-    sys.stdout.write(visible(text, keep="\n"))
     return FINE
 
 

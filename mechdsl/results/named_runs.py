@@ -122,6 +122,11 @@ def _listed(runs: Sequence[StoredRun]) -> str:
     return ", ".join(f"`{run.id}`" for run in runs[:LISTED]) + more
 
 
+def names_export(text: str) -> bool:
+    """Whether it is a folder that `--out` or `export` has made; one called `last` is `./last`."""
+    return text not in ("", LAST) and is_export(Path(text))
+
+
 def results_of(text: str, store: Path | None = None) -> Results:
     """The results that a text names: a folder that `--out` or `export` has made, or a run of a
     store as `find_run` finds it.
@@ -130,13 +135,13 @@ def results_of(text: str, store: Path | None = None) -> Results:
     Raises MechdslError (E0208) where there is none, and where it can't be read.
     """
     folder = Path(text)
-    if is_export(folder):
+    if names_export(text):
         try:
             return read_export(folder)
         except ArchiveProblem as error:
             hint = "export the run again, or run its file again with `--out`"
             refuse(f"the folder `{folder}` can't be read: {error}", hint)
-    if folder.is_dir():
+    if text not in ("", LAST) and folder.is_dir():
         inside = sorted(f"`{each}`" for each in folder.iterdir() if is_export(each))
         hint = f"did you mean {' or '.join(inside[:LISTED])}?" if inside else _NAMES
         refuse(f"the folder `{folder}` holds no run", hint)
@@ -169,7 +174,7 @@ def content_of(store: Store, run: StoredRun) -> dict[str, bytes]:
 def unreadable(run: StoredRun, error: Exception) -> MechdslError:
     """E0208 for results that are torn, or those of another version."""
     if isinstance(error, OtherVersion):
-        hint = "`mechdsl runs show` prints the tables that it printed; run its file again"
+        hint = "`mechdsl runs show RUN --format json` prints its document; run its file again"
     else:
         hint = "run its file again: what the store still has isn't computed again"
     said = f"the results of run `{run.id}` can't be read: {error}"

@@ -1,14 +1,14 @@
 """What a store says of a run beside its results: `StoredRun.about`, written and read.
 
 When a run begins: `file` as it was given, `path` (whole, links followed; null for a text),
-`settings` (option → value, those that were given), `versions` and `hashes` (name → text). When it
-is finished: what `about_results` says.
+`settings` (option → value, those that were given), `parameters`, `versions` and `hashes` (name →
+text). When it is finished: what `about_results` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
 
@@ -54,6 +54,7 @@ class RunFacts:
     computed: int | None
     stored: int | None
     settings: Mapping[str, str]
+    parameters: Mapping[str, str]
     versions: Mapping[str, str]
     hashes: Mapping[str, str]
     size: int
@@ -105,7 +106,18 @@ def facts_of(run: StoredRun) -> RunFacts:
         computed=number("computed"),
         stored=number("stored"),
         settings=texts("settings"),
+        parameters=texts("parameters"),
         versions=texts("versions"),
         hashes=texts("hashes"),
         size=run.size,
     )
+
+
+def with_hashes(facts: RunFacts, results: Results) -> RunFacts:
+    """The facts with the hashes of what the results were made of, each once."""
+    found: dict[str, str] = {}
+    for each in results:
+        for name, value in each.hashes.items():
+            if value and value not in found.values():
+                found[name if name not in found else f"{name} of {each.name}"] = value
+    return replace(facts, hashes={**found, **facts.hashes})

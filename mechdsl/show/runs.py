@@ -22,12 +22,12 @@ def print_runs(runs: Sequence[RunFacts], console: Console) -> None:
     table.add_column("began", no_wrap=True)
     table.add_column("file", overflow="fold")
     table.add_column("state", no_wrap=True)
-    for name in ("experiments", "hold", "seconds", "size"):
+    for name in ("experiments", "hold", "s", "size"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         table.add_row(
             run.id,
-            f"{run.began:%Y-%m-%d %H:%M}",
+            f"{run.began:%b %d %H:%M}",  # the year is in the id
             run.file,
             run.state,
             "" if run.experiments is None else str(run.experiments),
@@ -46,6 +46,7 @@ def print_facts(run: RunFacts, console: Console) -> None:
         "file": run.file,
         "began": f"{run.began:%Y-%m-%d %H:%M:%S}{took}",
         "settings": _listed(run.settings),
+        "parameters": _listed(run.parameters),
         "versions": _listed(run.versions),
         "hashes": _listed({name: value[:12] for name, value in run.hashes.items()}),
         "rows": run.rows,
