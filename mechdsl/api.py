@@ -472,6 +472,8 @@ def _pairs(models: Any) -> Models:
 
 
 def _profile_text(profiles: Sequence[tuple[Plan, Profile]], sizes: PassSizes | None) -> str:
+    if not profiles:
+        return ""
     from mechdsl.show.plan import print_profile
     from mechdsl.show.terminal import printed
 

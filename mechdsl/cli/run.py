@@ -206,14 +206,21 @@ def _has_files(checked: Checked) -> bool:
 class _Keeping:
     """Whether the store keeps what a run has finished."""
 
-    said = "; nothing of this file is kept"
+    kept = False
+
+    @property
+    def said(self) -> str:
+        """Where a run was interrupted."""
+        return f"; {GOES_ON}" if self.kept else "; nothing of this file is kept"
 
     def start(self, kept: bool) -> None:
         """Called before anything is computed."""
+        self.kept = kept
+        from mechdsl.loading.load import import_library
+
+        import_library()
         gc.freeze()  # what was imported is no garbage,
         gc.enable()  # but models and results do make some
-        if kept:
-            self.said = f"; {GOES_ON}"
 
 
 def _run_file(
@@ -244,7 +251,8 @@ def _run_file(
         return BROKE_OFF
     except Exception as error:
         status = broke_off(f"the run of {source.name}", error)
-        say(keeping.said.removeprefix("; "), out=False)
+        if keeping.kept:
+            say(GOES_ON, out=False)
         return status
     print_diagnostics(ran.diagnostics)
     for note in ran.notes:

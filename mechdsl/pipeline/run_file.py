@@ -231,6 +231,8 @@ class _Run:
     def _computed(
         self, run: OpenRun | None, hashed: Callable[[Path], str]
     ) -> tuple[FileResult | None, list[Diagnostic]]:
+        if self._starting is not None:
+            self._starting(run is not None and bool(run.id))
         import_module("torch")  # whose random numbers are kept, too
 
         with kept_random_numbers():
@@ -239,8 +241,6 @@ class _Run:
             import_library()
             from mechdsl.pipeline.compute import run_checked
 
-            if self._starting is not None:
-                self._starting(run is not None and bool(run.id))
             return run_checked(
                 self._checked,
                 self._options,

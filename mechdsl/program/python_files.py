@@ -10,6 +10,7 @@ import ast as python
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -25,6 +26,7 @@ from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e02_python import PythonFailed, PythonNotAllowed, PythonNotFound
 from mechdsl.diagnostics.w07_python import PythonNotRun
 from mechdsl.program import spec
+from mechdsl.program.code_behind import CodeUnknown, code_behind
 from mechdsl.program.named_paths import PYTHON, path_to_read
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
@@ -315,8 +317,10 @@ def check_functions(
 
     given: models that are handed over, whose functions aren't asked.
     """
-    if mode == "run":  # a function may count, and begins anew with every run
-        _module.cache_clear()
+    if mode == "run":
+        _module.cache_clear()  # a function may count, and begins anew with every run
+        with suppress(CodeUnknown, OSError):  # what is imported is looked at before it is run
+            code_behind(each.path.read_bytes() for each in functions_of(program))
     found: list[Diagnostic] = []
     seen: set[Span] = set()
     for node, use in _uses(program, given):

@@ -1,0 +1,295 @@
+"""The command line on a file that is unchanged: nothing is run, and torch isn't imported."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mechdsl.pipeline import compute
+from mechdsl.store.store import Store
+from mechdsl.zoo import counting
+
+from .conftest import HEADS, Command, process
+
+HEAVY = ("torch", "transformers", "networkx", "altair", "vl_convert", "pandas", "scipy.stats")
+WATCHED = """
+import json, sys
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
+from mechdsl.cli import main
+sys.argv = ["mechdsl", *sys.argv[2:]] if sys.argv[1:2] == ["-"] else ["mechdsl", *sys.argv[1:]]
+try:
+    main()
+finally:
+    with open("seen.json", "w") as file:
+        json.dump({"modules": list(sys.modules), "opened": opened}, file)
+"""
+"""The command line, with what it imports and opens."""
+EVERY = HEADS.replace(
+    "  report table\n",
+    "  report table\n  report heatmap layer by head\n  report bars layer\n"
+    '  report table to "table.csv"\n  report json to "all.json"\n  expect accuracy(clean) > 2\n',
+)
+
+
+class Watched:
+    """A command in a process of its own, and what it imported and opened."""
+
+    def __init__(self, *arguments: object, cwd: Path) -> None:
+        self.done = subprocess.run(
+            [sys.executable, "-c", WATCHED, *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "COLUMNS": "100"},
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+        )
+        seen = json.loads((cwd / "seen.json").read_text("utf-8"))
+        self.modules, self.opened = set(seen["modules"]), seen["opened"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a file was run, with a store."""
+    folder = tmp_path_factory.mktemp("rerun")
+    (folder / "heads.mech").write_text(EVERY, encoding="utf-8")
+    done = process("run", "heads.mech", "--store", "kept", cwd=folder)
+    assert done.status == 1, done.err
+    assert "expect" in done.out
+    return folder
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_no_torch(form: str, made: Path) -> None:
+    for name in ("table.csv", "all.json"):
+        (made / name).unlink(missing_ok=True)
+    shutil.rmtree(made / "out", ignore_errors=True)
+    arguments = ["run", "heads.mech", "--format", form]
+    again = Watched(*arguments, "--store", "kept", "--out", "out", cwd=made)
+    assert again.modules.isdisjoint(HEAVY)
+    assert (made / "out" / "heads" / "heads.jsonl").is_file()
+    assert (made / "table.csv").is_file()
+    plain = process(*arguments, "--no-store", cwd=made)
+    assert again.done.stdout == plain.out
+    assert again.done.returncode == plain.status == 1
+    *before, note = [line for line in again.done.stderr.splitlines() if "unchanged" in line]
+    assert not before
+    assert note.startswith("heads.mech: unchanged since 20")
+    assert again.done.stderr.replace(f"{note}\n", "") == plain.err
+
+
+def test_from_python(made: Path) -> None:
+    code = (
+        "import sys, mechdsl\n"
+        "results = mechdsl.run('heads.mech', store='kept', write_reports=False)\n"
+        "print(results.to_json()[:1], len(results.to_csv()) > 9, results.notes[0][:20])\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=made, capture_output=True, text=True
+    )
+    assert done.stdout == "{ True heads.mech: unchange\n[]\n", done.stderr
+
+
+def test_weights_are_not_read_again(tmp_path: Path) -> None:
+    """A model of 20 MB: neither its file of weights nor that of another is opened."""
+    folder = own_model(tmp_path, width=256)
+    assert (folder / "model.safetensors").stat().st_size > 20e6
+    time.sleep(2.1)  # a file that was just written may be written again at the same time
+    first = Watched("run", "own.mech", "--store", "kept", cwd=tmp_path)
+    assert first.done.returncode == 0, first.done.stderr
+    assert weights(first)
+    again = Watched("run", "own.mech", "--store", "kept", cwd=tmp_path)
+    assert again.done.returncode == 0
+    assert again.modules.isdisjoint(HEAVY)
+    assert weights(again) == []
+    assert again.done.stdout == first.done.stdout
+
+
+def weights(watched: Watched) -> list[str]:
+    return [path for path in watched.opened if path.endswith(".safetensors")]
+
+
+def own_model(folder: Path, *, width: int) -> Path:
+    """A model with random weights and eight blocks, its tokenizer the zoo's, and `own.mech`."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    zoo, own = Path(counting.__file__).parent, folder / "model"
+    torch.manual_seed(0)
+    vocabulary = json.loads((zoo / "config.json").read_text("utf-8"))["vocab_size"]
+    config = GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=8, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(own)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(zoo / name, own)
+    text = HEADS.replace('zoo("counting")', 'local("model")').replace("as recovery", "as delta")
+    (folder / "own.mech").write_text(text, encoding="utf-8")
+    return own
+
+
+def seconds(folder: Path, *arguments: str) -> float:
+    """Of one core, the best of three, as other work goes on beside."""
+    best = 60.0
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = process("run", *arguments, cwd=folder)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        best = min(best, spent)
+        assert "unchanged since" in done.err
+    return best
+
+
+@pytest.mark.slow
+def test_how_long_it_takes(tmp_path: Path) -> None:
+    from mechdsl.base.shipped import shipped_path
+
+    shutil.copy(shipped_path("examples", "examples") / "counting.mech", tmp_path)
+    process("run", "counting.mech", "--store", "kept", cwd=tmp_path)
+    assert seconds(tmp_path, "counting.mech", "--store", "kept") < 1.5
+
+
+@pytest.mark.slow
+def test_how_long_it_takes_with_half_a_gigabyte(tmp_path: Path) -> None:
+    folder = own_model(tmp_path, width=1152)
+    assert (folder / "model.safetensors").stat().st_size > 500e6
+    time.sleep(2.1)
+    process("run", "own.mech", "--store", "kept", cwd=tmp_path)
+    assert seconds(tmp_path, "own.mech", "--store", "kept") < 3
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def test_beside_the_file(
+    heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MECHDSL_STORE")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "below").mkdir()
+    shutil.move(heads, tmp_path / "below" / "heads.mech")
+    first = command("run", "below/heads.mech")
+    assert (tmp_path / "below" / ".mechdsl").is_dir()
+    assert "unchanged" not in first.err
+    assert "unchanged" in command("run", "below/heads.mech").err
+    assert "unchanged" in command("run", "below").err
+    assert "unchanged" not in command("run", "below/heads.mech", "--no-store").err
+    assert "unchanged" not in command("run", "below/heads.mech", "--fresh").err
+    assert "unchanged" not in command("run", "below/heads.mech", "--store", "other").err
+    assert "unchanged" in command("run", "below/heads.mech", "--store", "other").err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["below", "other"]
+
+
+def test_one_line_for_each_file(heads: Path, command: Command) -> None:
+    other = heads.with_name("other.mech")
+    other.write_text(HEADS.replace("limit 16", "limit 8"), encoding="utf-8")
+    kept = ("--store", heads.parent / "kept")
+    assert "unchanged" not in command("run", heads, other, *kept).err
+    done = command("run", heads, other, *kept)
+    lines = [line for line in done.err.splitlines() if "unchanged" in line]
+    assert [line.partition(":")[0] for line in lines] == [str(heads), str(other)]
+    assert done.status == 0
+
+
+@pytest.mark.parametrize("other", [("--fresh",), ("--store", "kept")])
+def test_options_that_contradict(other: tuple[str, ...], heads: Path, command: Command) -> None:
+    done = command("run", heads, "--no-store", *other)
+    assert done.status == 2
+    assert f"`--no-store` and `{other[0]}` contradict each other" in done.err
+
+
+def test_standard_input_has_none(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mechdsl", "run", "-"],
+        input=HEADS,
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "MECHDSL_STORE"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- a run that ends before its time --------------------------------------------------------------
+
+
+def test_a_full_disk(heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **named: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compute, "run_checked", full)
+    done = command("run", heads, "--store", heads.parent / "kept")
+    assert done.status == 3
+    assert "takes nothing more: no space left on device" in done.err
+    assert "the same command goes on from there; `--no-store` runs without a store" in done.err
+    done = command("run", heads, "--no-store")
+    assert done.status == 3
+    assert "broke off: no space left on device" in done.err
+    assert "goes on" not in done.err
+
+
+def test_broken_off(heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(compute, "run_checked", broken)
+    done = command("run", heads, "--store", heads.parent / "kept")
+    assert done.status == 3
+    assert done.err.splitlines()[-1] == (
+        "what is finished is kept; the same command goes on from there"
+    )
+    assert "goes on" not in command("run", heads, "--no-store").err
+
+
+def deaf_no_more() -> None:
+    """Shells start background jobs deaf to Ctrl-C; the child must hear it wherever tests run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_interrupted(tmp_path: Path) -> None:
+    text = HEADS.replace("layer 0..1 head * at", "layer * neuron * at last token,")
+    (tmp_path / "long.mech").write_text(text, encoding="utf-8")
+    running = subprocess.Popen(
+        [sys.executable, "-m", "mechdsl", "run", "long.mech", "--store", "kept"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=deaf_no_more,
+    )
+    try:
+        until = time.monotonic() + 120
+        while not began(tmp_path / "kept"):
+            assert running.poll() is None, running.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        time.sleep(4)  # it loads the model
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 130
+    assert err.endswith(
+        "interrupted; what is finished is kept; the same command goes on from there\n"
+    )
+    with Store(tmp_path / "kept") as store:
+        assert [run.state for run in store.runs()] == ["unfinished"]
+
+
+def began(folder: Path) -> bool:
+    if not (folder / "locks").is_dir():
+        return False
+    with Store(folder) as store:
+        return bool(store.runs())

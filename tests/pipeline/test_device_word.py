@@ -1,0 +1,50 @@
+"""What `auto` means: found out once, and kept for this machine as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mechdsl.pipeline import device_word
+from mechdsl.pipeline.device_word import found_device, known_device
+from mechdsl.store.store import Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "kept")
+
+
+def test_it_is_kept(store: Store) -> None:
+    assert known_device(store, "auto") is None
+    found = found_device(store, "auto")
+    assert found.partition(" ")[0] in ("cpu", "cuda", "mps")
+    assert known_device(store, "auto") == found
+    assert known_device(store, "cpu") == "cpu"
+    assert known_device(store, "cuda:1") is None
+
+
+@pytest.mark.parametrize("changed", ["host", "files", "visible", "driver", "torch"])
+def test_another_machine(changed: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    found_device(store, "auto")
+    match changed:
+        case "host":
+            monkeypatch.setattr("platform.node", lambda: "other")
+        case "files":
+            monkeypatch.setattr(device_word, "_device_files", lambda: ["nvidia0"])
+        case "visible":
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+        case "driver":
+            monkeypatch.setattr(device_word, "_driver", lambda: "other")
+        case _:
+            monkeypatch.setattr(device_word, "version_of", lambda name: "9")
+    assert known_device(store, "auto") is None
+
+
+def test_a_gpu_by_its_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechdsl.loading.devices.device", lambda name: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert found_device(store, "cuda:1") == "cuda GPU 1"
+    assert known_device(store, "cuda:1") == "cuda GPU 1"

@@ -1,0 +1,481 @@
+"""A file that is run again: from the store where nothing has changed, and only there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mechdsl
+from mechdsl import MechdslError
+from mechdsl.pipeline import compute
+from mechdsl.results.results import Results
+from mechdsl.store.store import Store
+from mechdsl.zoo import counting
+
+from ..cli.conftest import HEADS
+
+ZOO = Path(counting.__file__).parent
+DATA = """mech 1
+
+model toy = local("model")
+
+prompts fruit {
+  rows "rows.csv"
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+  corrupt fewer { count = count - 1 }
+}
+
+experiment heads {
+  model toy
+  prompts fruit
+  from clean into fewer
+  patch layer 0 head * at last-item token
+  measure logit(answer) - logit(answer of fewer) as recovery
+  report table to "table.csv"
+  expect mean(recovery, head 0) > 5
+}
+"""
+ROWS = "count,item\n" + "".join(f"{n},{item}\n" for item in ("apple", "fig") for n in range(3, 9))
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were computed."""
+    found: list[str] = []
+    real = compute.run_checked
+
+    def counted(checked: Any, *arguments: Any, **named: Any) -> Any:
+        found.append(checked.source.name)
+        return real(checked, *arguments, **named)
+
+    monkeypatch.setattr(compute, "run_checked", counted)
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of its own, a data file and a store in which the file was run."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "model").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ZOO / name, folder / "model")
+    (folder / "rows.csv").write_text(ROWS, encoding="utf-8")
+    (folder / "heads.mech").write_text(DATA, encoding="utf-8")
+    again(folder / "heads.mech")
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, which is the same file."""
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy" / "heads.mech"
+
+
+@pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+def again(file: Path, **options: Any) -> Results:
+    options = {"store": file.parent / ".mechdsl", **options}
+    return mechdsl.run(file, **options)
+
+
+def seen(results: Results) -> tuple[Any, ...]:
+    """All that can be seen of results."""
+    told = [str(each) for each in results.diagnostics]
+    return results.to_json(), results.to_csv(), results.to_text(), told, results.holds
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+
+
+def test_nothing_is_run_again(here: Path, computed: list[str]) -> None:
+    (here.parent / "table.csv").unlink()
+    second = again(here)
+    assert computed == []
+    (note,) = second.notes
+    assert note.startswith(f"{here}: unchanged since 20")
+    assert note.endswith("); `--fresh` computes it again")
+    first = again(here, store=False)
+    assert computed == [str(here)]
+    assert first.notes == ()
+    assert seen(second) == seen(first)
+    assert not second.holds
+    assert second.written == first.written
+    assert (here.parent / "table.csv").is_file()
+
+
+def test_reports_are_written_as_by_the_run(here: Path) -> None:
+    path = here.parent / "table.csv"
+    whole = path.read_bytes()
+    path.write_text("", encoding="utf-8")
+    again(here)
+    assert path.read_bytes() == whole
+    path.unlink()
+    assert again(here, write_reports=False).written == ()
+    assert not path.exists()
+
+
+def test_from_another_folder(
+    here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name is what it is called by now."""
+    monkeypatch.chdir(here.parent)
+    results = again(Path("heads.mech"))
+    assert computed == []
+    assert results.files[0].file == "heads.mech"
+    assert all(d.span is None or d.span.source.name == "heads.mech" for d in results.diagnostics)
+
+
+def test_its_folder(here: Path, tmp_path: Path, computed: list[str]) -> None:
+    """Values of every prompt, as by a run."""
+    again(here, out=tmp_path / "one")
+    assert computed == []
+    again(here, out=tmp_path / "two", store=False)
+    assert computed == [str(here)]
+    names = {path.name for path in (tmp_path / "one" / "heads").iterdir()}
+    assert "heads.jsonl" in names
+    for name in names:
+        one, two = (tmp_path / out / "heads" / name for out in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes(), name
+
+
+def rewritten(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Other bytes in as many, at another time."""
+    before = path.read_bytes()
+    after = change(before)
+    assert after != before
+    path.write_bytes(after)
+
+
+def other_weights(here: Path) -> dict[str, Any]:
+    path = here.parent / "model" / "model.safetensors"
+    size = path.stat().st_size
+    rewritten(path, lambda b: b[:-1] + bytes([b[-1] ^ 1]))
+    assert path.stat().st_size == size
+    return {}
+
+
+def other_weights_of_the_same_time(here: Path) -> dict[str, Any]:
+    path = here.parent / "model" / "model.safetensors"
+    before = path.stat()
+    other_weights(here)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    return {}
+
+
+def other_tokenizer(here: Path) -> dict[str, Any]:
+    rewritten(here.parent / "model" / "tokenizer.json", lambda b: b + b"\n")
+    return {}
+
+
+def other_roles(here: Path) -> dict[str, Any]:
+    rewritten(here.parent / "model" / "tokenizer_config.json", lambda b: b + b"\n")
+    return {}
+
+
+def other_config(here: Path) -> dict[str, Any]:
+    path = here.parent / "model" / "config.json"
+    rewritten(path, lambda b: b.replace(b'"eps"', b'"eps" ') + b"\n")
+    return {}
+
+
+def other_rows(here: Path) -> dict[str, Any]:
+    rewritten(here.parent / "rows.csv", lambda b: b.replace(b"apple", b"grape", 1))
+    return {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_weights,
+        other_weights_of_the_same_time,
+        other_tokenizer,
+        other_roles,
+        other_config,
+        other_rows,
+        lambda here: {"dtype": "float64"},
+        lambda here: {"limit": 8},
+        lambda here: {"only": "heads"},
+        lambda here: {"no_pass": ["resume"]},
+        lambda here: {"pass_tokens": 200},
+        lambda here: {"allow_nan": True},
+        lambda here: {"fresh": True},
+        lambda here: {"profile": True},
+        lambda here: {"store": False},
+    ],
+)
+def test_run_again(
+    change: Callable[[Path], dict[str, Any]], here: Path, computed: list[str]
+) -> None:
+    again(here, **change(here))
+    assert computed == [str(here)]
+
+
+def test_the_library(here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from mechdsl.results import versions
+
+    real = versions.version
+    monkeypatch.setattr(
+        versions, "version", lambda name: "5.99" if name == "transformers" else real(name)
+    )
+    again(here)
+    assert computed == [str(here)]
+    again(here)
+    assert computed == [str(here)]
+
+
+def test_fresh_takes_the_place(here: Path, computed: list[str]) -> None:
+    (before,) = again(here).notes
+    again(here, fresh=True)
+    (after,) = again(here).notes
+    assert len(computed) == 1
+    assert after.partition("(")[2] != before.partition("(")[2]
+
+
+def test_a_torn_archive(here: Path, computed: list[str]) -> None:
+    """It is found, and the file is run again."""
+    with Store(here.parent / ".mechdsl") as store:
+        assert len(store.runs()) == 1
+    for path in (here.parent / ".mechdsl").rglob("*"):
+        if path.is_file() and path.stat().st_size > 500 and path.suffix != ".sqlite":
+            content = path.read_bytes()
+            if b"heads" in content and not content.startswith(b"SQLite"):
+                path.write_bytes(content[: len(content) // 2])
+    again(here)
+    assert computed == [str(here)]
+
+
+def test_what_is_said_of_a_run(here: Path) -> None:
+    with Store(here.parent / ".mechdsl") as store:
+        (run,) = store.runs()
+    assert run.state == "finished"
+    about = run.about
+    assert Path(about["path"]).name == "heads.mech"
+    assert about["file"].endswith("heads.mech")
+    assert about["settings"] == {}
+    assert about["held"] == 0
+    assert about["expectations"] == 1
+    assert about["seconds"] > 0
+    again(here, limit=8, dtype="float64", no_pass=["resume"])
+    with Store(here.parent / ".mechdsl") as store:
+        settings = store.runs()[0].about["settings"]
+    assert settings == {"limit": "8", "dtype": "float64", "no-pass": "resume"}
+
+
+def test_what_could_not_be_computed_is_tried_again(
+    here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechdsl.results.experiment_result.FileResult.complete", False)
+    again(here, limit=8)
+    again(here, limit=8)
+    assert len(computed) == 2
+
+
+def test_a_file_that_changes_meanwhile(
+    here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are written between the check and the load: what they gave isn't theirs."""
+    real = compute.run_checked
+
+    def meanwhile(*arguments: Any, **named: Any) -> Any:
+        done = real(*arguments, **named)
+        other_weights(here)
+        return done
+
+    monkeypatch.setattr(compute, "run_checked", meanwhile)
+    results = again(here, limit=8)
+    (note,) = results.notes
+    assert "not kept in the store: a file that it read has changed meanwhile" in note
+    with Store(here.parent / ".mechdsl") as store:
+        assert [run.state for run in store.runs()] == ["unfinished", "finished"]
+
+
+# --- stores ---------------------------------------------------------------------------------------
+
+
+def warned(results: Results) -> list[str]:
+    return [d.message for d in results.diagnostics if d.code == "W0782"]
+
+
+def test_a_store_that_is_a_file(here: Path, computed: list[str]) -> None:
+    file = here.parent / "kept"
+    file.write_text("", encoding="utf-8")
+    with pytest.warns(mechdsl.MechdslWarning, match="W0782"):
+        results = again(here, store=file)
+    assert warned(results) == [f"the store `{file}` can't be used: it is a file, not a folder"]
+    assert computed == [str(here)]
+
+
+def test_a_read_only_store(
+    here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read; of what has to be computed nothing is kept, which is said."""
+    monkeypatch.setattr(Store, "_prepare", lambda self: False)
+    assert warned(again(here)) == []
+    assert computed == []
+    folder = here.parent / ".mechdsl"
+    said = [f"the store `{folder}` can only be read, so nothing is kept"]
+    assert warned(again(here, limit=8)) == said
+    assert warned(again(here, limit=8)) == said
+    assert len(computed) == 2
+
+
+def test_a_full_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **named: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compute, "run_checked", full)
+    with pytest.raises(MechdslError) as found:
+        again(here, limit=8)
+    (said,) = found.value.diagnostics
+    folder = here.parent / ".mechdsl"
+    assert said.code == "E0208"
+    assert said.message == f"the store `{folder}` takes nothing more: no space left on device"
+    assert "the same command goes on from there" in said.help_text
+    assert "`--no-store` runs without" in said.help_text
+
+
+def test_full_at_the_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was computed is shown all the same."""
+
+    def full(*arguments: Any, **named: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mechdsl.store.runs.OpenRun.finish", full)
+    results = again(here, limit=8)
+    (said,) = warned(results)
+    assert said.endswith("does not take the results: no space left on device")
+    assert results["heads"].prompts == 8
+
+
+def test_other_errors_are_what_they_are(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise OSError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(compute, "run_checked", broken)
+    with pytest.raises(FileNotFoundError):
+        again(here, limit=8)
+
+
+# --- which store ----------------------------------------------------------------------------------
+
+
+def test_where_it_is(here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MECHDSL_STORE")
+    assert again(here, store=None).notes
+    monkeypatch.setenv("MECHDSL_STORE", str(here.parent / "elsewhere"))
+    assert not again(here, store=None).notes
+    assert again(here, store=None).notes
+    monkeypatch.setenv("MECHDSL_STORE", "none")
+    assert not again(here, store=None).notes
+    assert again(here, store=str(here.parent / "elsewhere")).notes
+    assert len(computed) == 2
+
+
+def test_texts_have_none(computed: list[str], inside: Path) -> None:
+    text = HEADS.replace("limit 16", "limit 4")
+    mechdsl.run(text, write_reports=False)
+    assert list(inside.iterdir()) == []
+    mechdsl.run(text, write_reports=False, store="named")
+    results = mechdsl.run(text, write_reports=False, store="named")
+    assert len(computed) == 2
+    assert results.notes[0].startswith("<text>: unchanged since")
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MECHDSL_STORE")
+    return tmp_path
+
+
+def test_an_untrusted_file_brings_no_store(
+    here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever made it may have put any number there."""
+    monkeypatch.delenv("MECHDSL_STORE")
+    text = here.read_text("utf-8").replace('  report table to "table.csv"\n', "")
+    here.write_text(text, encoding="utf-8")
+    for _ in range(2):
+        assert again(here, store=None, untrusted=True).notes == ()
+    assert len(computed) == 2
+
+
+@pytest.mark.parametrize("store", [True, 3])
+def test_what_is_no_folder(store: Any, here: Path) -> None:
+    with pytest.raises(MechdslError, match="it is a folder"):
+        mechdsl.run(here, store=store)
+
+
+# --- models of Python's ---------------------------------------------------------------------------
+
+
+def test_models_that_are_handed_over(here: Path, computed: list[str]) -> None:
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    model = AutoModelForCausalLM.from_pretrained(ZOO)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(ZOO)
+    own = {"toy": (model, tokenizer)}
+    first = again(here, models=own)
+    second = again(here, models=own)
+    assert len(computed) == 1
+    assert seen(first) == seen(second)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    again(here, models=own)
+    assert len(computed) == 2
+    hook = model.model.layers[0].register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        results = again(here, models=own)
+        (note,) = results.notes
+        assert "nothing of it is kept in the store: it can't be told what model `toy` is" in note
+        assert note.endswith("`model.layers.0` has forward hooks")
+    assert len(computed) == 4
+    hook.remove()
+    again(here, models=own)
+    assert len(computed) == 4
+
+
+# --- Python files ---------------------------------------------------------------------------------
+
+
+def test_python_files_and_what_they_import(
+    tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helpers = tmp_path / "lib"
+    helpers.mkdir()
+    (helpers / "own_helper_of_rerun.py").write_text("def two(): return 2\n", encoding="utf-8")
+    code = (
+        "def many(row):\n    from own_helper_of_rerun import two\n    return row['count'] * two()\n"
+    )
+    (tmp_path / "own.py").write_text(code, encoding="utf-8")
+    text = HEADS.replace(
+        '  template "Part', '  many = python("own.py:many")\n  template "Part'
+    ).replace("limit 16", "limit 4")
+    file = tmp_path / "heads.mech"
+    file.write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(helpers)
+    again(file, allow_python=True)
+    again(file, allow_python=True)
+    assert len(computed) == 1
+    (tmp_path / "own.py").write_text(code + "# more\n", encoding="utf-8")
+    again(file, allow_python=True)
+    again(file, allow_python=True)
+    assert len(computed) == 2
+    time.sleep(0.01)
+    (helpers / "own_helper_of_rerun.py").write_text("def two(): return 22\n", encoding="utf-8")
+    results = again(file, allow_python=True)  # which still has the old one in memory
+    assert len(computed) == 3
+    assert "`own_helper_of_rerun.py` may have changed since this process" in results.notes[0]
+    monkeypatch.delitem(__import__("sys").modules, "own_helper_of_rerun")
+    again(file, allow_python=True)
+    again(file, allow_python=True)
+    assert len(computed) == 4

@@ -1,0 +1,331 @@
+"""The key of a run: whatever may change a result changes it, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mechdsl.base import registry
+from mechdsl.execute.options import Options
+from mechdsl.models.identity import TOKENIZER, file_hash
+from mechdsl.pipeline import run_key as module
+from mechdsl.pipeline.run_key import LEFT_OUT, OF_EXECUTION, OF_OPTIONS, OF_SETTINGS, NoKey
+from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.prompts.tokenizer import TOKENIZER_FILES
+from mechdsl.syntax.parse import read_source
+from mechdsl.validate.check_file import Checked, Settings, check_source
+
+from ..cli.conftest import HEADS
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "heads.mech"
+    path.write_text("mech 1\nparam depth = 1\n" + HEADS.removeprefix("mech 1\n"), encoding="utf-8")
+    return path
+
+
+def checked(file: Path, **settings: Any) -> Checked:
+    source, _ = read_source(file)
+    assert source is not None
+    found = check_source(source, Settings(**settings))
+    assert not [d for d in found.diagnostics if d.severity == "error"], found.diagnostics
+    return found
+
+
+def key(
+    file: Checked | Path, options: RunOptions | None = None, *, device: str = "cpu", **loaded: Any
+) -> str:
+    if isinstance(file, Path):
+        file = checked(file)
+    options = options or RunOptions()
+    return module.run_key(file, options, loaded, device=device, hashed=file_hash)
+
+
+def test_every_field_is_thought_of() -> None:
+    """A new option goes into the key, or it is said why it doesn't."""
+    for kind, keyed in ((Settings, OF_SETTINGS), (RunOptions, OF_OPTIONS), (Options, OF_EXECUTION)):
+        own = {each.name for each in fields(kind)}
+        assert own == {*keyed, *LEFT_OUT[kind]}, kind
+        assert not set(keyed) & set(LEFT_OUT[kind])
+
+
+def test_the_same_again(file: Path) -> None:
+    assert key(file) == key(file)
+
+
+SETTINGS: dict[str, Any] = {
+    "parameters": {"depth": "2"},
+    "limit": 3,
+    "only": "heads",
+    "python": "run",
+    "require_models": True,
+    "allow_outside": True,
+    "untrusted": True,
+    "prompts_enough": 4,
+}
+
+
+@pytest.mark.parametrize("name", OF_SETTINGS)
+def test_settings(name: str, file: Path) -> None:
+    plain, other = checked(file), checked(file)
+    other.settings = replace(other.settings, **{name: SETTINGS[name]})
+    assert key(plain) != key(other)
+
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "offload": Path("there"),
+    "without": frozenset({"inert"}),
+}
+EXECUTION: dict[str, Any] = {
+    "side": "right",
+    "pass_tokens": 64,
+    "prompt_tokens": 64,
+    "allow_nan": True,
+}
+
+
+@pytest.mark.parametrize("name", OF_OPTIONS)
+def test_options(name: str, file: Path) -> None:
+    assert key(file) != key(file, replace(RunOptions(), **{name: OPTIONS[name]}))
+
+
+@pytest.mark.parametrize("name", OF_EXECUTION)
+def test_execution(name: str, file: Path) -> None:
+    other = replace(Options(), **{name: EXECUTION[name]})
+    assert key(file) != key(file, RunOptions(execution=other))
+
+
+@pytest.mark.parametrize("name", sorted(LEFT_OUT[RunOptions].keys() - {"execution", "settings"}))
+def test_what_is_left_out(name: str, file: Path) -> None:
+    """`device` goes in as what it means."""
+    values: dict[str, Any] = {
+        "device": "cuda",
+        "out": Path("out"),
+        "on_profile": print,
+        "store": Path("store"),
+        "fresh": True,
+    }
+    assert key(file) == key(file, replace(RunOptions(), **{name: values[name]}))
+
+
+def test_the_device(file: Path) -> None:
+    assert key(file) != key(file, device="cuda NVIDIA H200")
+
+
+def test_the_number_of_threads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(file)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert key(file) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("limit 16", "limit 8"),
+        ("count in 3..9", "count in 3..8"),
+        ("param depth = 1", "param depth = 2"),
+        ("report table", "report table top 5"),
+        ("mech 1\n", "mech 1\n# another\n"),
+    ],
+)
+def test_the_text(old: str, new: str, file: Path) -> None:
+    before = key(file)
+    text = file.read_text("utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+    assert key(file) != before
+
+
+def test_what_it_imports(file: Path) -> None:
+    (file.parent / "more.mech").write_text("mech 1\nmetric two = 2 * prob(answer)\n", "utf-8")
+    text = file.read_text("utf-8")
+    file.write_text(text.replace("mech 1\n", 'mech 1\nuse "more.mech"\n', 1), encoding="utf-8")
+    before = key(file)
+    (file.parent / "more.mech").write_text("mech 1\nmetric two = 3 * prob(answer)\n", "utf-8")
+    assert key(file) != before
+
+
+def test_what_it_was_checked_with_not_what_is_there_now(file: Path) -> None:
+    """A file that is written while it is checked."""
+    read = checked(file)
+    before = key(read)
+    file.write_text("mech 1\n", encoding="utf-8")
+    assert key(read) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: replace(row, text=f"{row.text} "),
+        lambda row: replace(row, ids=(*row.ids[:-1], row.ids[-1] + 1)),
+        lambda row: replace(row, special=(*row.special[:-1], True)),
+        lambda row: replace(row, offsets=((0, 99), *row.offsets[1:])),
+        lambda row: replace(row, values={**row.values, "count": 99}),
+        lambda row: replace(row, spans=row.spans[:-1]),
+        lambda row: replace(
+            row, texts={**row.texts, "answer": replace(row.texts["answer"], ids=(1,))}
+        ),
+    ],
+)
+def test_any_row(change: Callable[[Any], Any], file: Path) -> None:
+    """Rows that Python makes may be others with all else the same."""
+    plain, other = checked(file), checked(file)
+    (experiment,) = other.experiments
+    run = experiment.table.runs["fewer"]
+    assert run.rows[3].spans
+    rows = (*run.rows[:3], change(run.rows[3]), *run.rows[4:])
+    runs = {**experiment.table.runs, "fewer": replace(run, rows=rows)}
+    other.experiments = [replace(experiment, table=replace(experiment.table, runs=runs))]
+    assert key(plain) != key(other)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"row_ids": (*range(1, 17),)},
+        {"row_keys": (*range(16),)},
+        {"data_hash": "other"},
+        {"other_data": {"b": "other"}},
+        {"moved": (1,)},
+        {"conventions": {"rows": "others"}},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_any_table(changed: dict[str, Any], file: Path) -> None:
+    plain, other = checked(file), checked(file)
+    (experiment,) = other.experiments
+    other.experiments = [replace(experiment, table=replace(experiment.table, **changed))]
+    assert key(plain) != key(other)
+
+
+def test_blocks_beside(file: Path) -> None:
+    """Means are taken of them."""
+    plain, other = checked(file), checked(file)
+    (experiment,) = other.experiments
+    beside = {"there": replace(experiment.table, row_keys=(*range(16),))}
+    table = replace(experiment.table, beside=beside)
+    other.experiments = [replace(experiment, table=table)]
+    assert key(plain) != key(other)
+
+
+@pytest.mark.parametrize(
+    "package", ["mechdsl", "torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors"]
+)
+def test_versions(package: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mechdsl.results import versions
+
+    before = key(file)
+    real = versions.version
+    monkeypatch.setattr(versions, "version", lambda name: "9" if name == package else real(name))
+    assert key(file) != before
+
+
+def test_python_itself(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(file)
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
+    assert key(file) != before
+
+
+def test_another_kind_of_processor(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(file)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert key(file) != before
+
+
+def test_what_libraries_may_do(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(file)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert key(file) != before
+
+
+def test_switches_of_torch(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    before = key(file)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert key(file) != before
+
+
+def test_the_own_code(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mechdsl.pipeline import own_code as own
+
+    before = key(file)
+    monkeypatch.setattr(module, "own_code", lambda: "other")
+    assert key(file) != before
+    package, grammar = tmp_path / "package", tmp_path / "grammar"
+    (package / "execute" / "__pycache__").mkdir(parents=True)
+    grammar.mkdir()
+    monkeypatch.setattr(own, "PACKAGE", package)
+    monkeypatch.setattr(own, "shipped_path", lambda *_: grammar)
+    digest = own.own_code.__wrapped__
+    seen = {digest()}
+    for path in (
+        package / "a.py",
+        package / "execute" / "a.py",
+        grammar / "mech.lark",
+        package / "models" / "library_defaults.json",
+    ):
+        path.parent.mkdir(exist_ok=True)
+        for text in ("a = 1\n", "a = 2\n"):
+            path.write_text(text, encoding="utf-8")
+            assert digest() not in seen, path
+            seen.add(digest())
+    (package / "execute" / "__pycache__" / "a.py").write_text("", encoding="utf-8")
+    (package / "README.md").write_text("", encoding="utf-8")
+    assert digest() in seen
+
+
+def test_modules_that_add_to_the_language(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule kind of somebody's own may compute anything."""
+    monkeypatch.setattr(registry, "OUTSIDE", set())
+    monkeypatch.setattr(module, "OUTSIDE", registry.OUTSIDE)
+    before = key(file)
+    path = tmp_path / "adds_an_entry.py"
+    path.write_text(
+        "from mechdsl.base.registry import Registry\nREGISTRY = Registry('word')\n"
+        "def add(): REGISTRY.add('new', 1)\nadd()\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    __import__("adds_an_entry")
+    monkeypatch.delitem(sys.modules, "adds_an_entry", raising=False)
+    assert {"adds_an_entry"} == registry.OUTSIDE
+    with pytest.raises(NoKey, match="the source of `adds_an_entry` can't be read"):
+        key(file)
+    __import__("adds_an_entry")
+    after = key(file)
+    assert after != before
+    path.write_text(path.read_text("utf-8") + "# changed\n", encoding="utf-8")
+    with pytest.raises(NoKey, match=r"`adds_an_entry.py` may have changed"):
+        key(file)
+
+
+def test_own_entries_are_not_from_outside() -> None:
+    import mechdsl.rules
+    import mechdsl.vocab.metrics
+
+    assert mechdsl.rules.RULES
+    assert not {name for name in registry.OUTSIDE if name.partition(".")[0] == "mechdsl"}
+
+
+def test_unchecked_parts(file: Path) -> None:
+    found = checked(file)
+    found.unchecked.append("heads")
+    with pytest.raises(NoKey, match="could not be checked"):
+        key(found)
+
+
+def test_names_of_tokenizer_files() -> None:
+    assert TOKENIZER == TOKENIZER_FILES
