@@ -126,6 +126,15 @@ def test_rows_that_the_measure_can_not_tell_apart_are_one_unit() -> None:
         assert states(found) == {"unclear": 4}
 
 
+def test_what_is_alike_stays_alike_in_another_order() -> None:
+    order = np.roll(np.arange(PROMPTS), 1)
+    pairs = np.arange(PROMPTS)[None] // 2
+    old = measure(OLD, BASE, seen=pairs)
+    new = measure((OLD + 1)[:, order], BASE[:, order], seen=pairs[:, order])
+    found = two(old, new, keys=tuple((100 + order).tolist()))
+    assert {each.units for each in found.cells} == {12}
+
+
 def test_units_are_values_of_stats_by() -> None:
     values = {"count": [n // 3 for n in range(PROMPTS)]}
     old, new = (replace(plain(measure(v, BASE)), row_values=values) for v in (OLD, OLD + 1))
