@@ -231,6 +231,15 @@ def test_the_file_says_how_p_is_corrected(correction: str, word: str) -> None:
         assert all(each.p == each.p_corrected for each in found.cells)
 
 
+def test_many_cells_have_as_many_flips_as_they_need() -> None:
+    """Four times 150 over 5 %: else no p could survive Holm's correction."""
+    old = BASE + noise(60, cells=150)
+    moved = measure(old + 1 + 0.1 * noise(61, cells=150), BASE)
+    found = two(measure(old, BASE), moved, resamples=100)
+    assert {each.p for each in found.cells} == {1 / 12_001}
+    assert states(found) == {"changed": 150}
+
+
 @pytest.mark.parametrize("words", [("none", "bh"), ("bh", "none"), ("none", "holm")])
 def test_where_experiments_disagree_holm_corrects(words: tuple[str, str]) -> None:
     def run(values: Floats) -> Results:
