@@ -113,6 +113,21 @@ def test_too_few_units_are_no_claim(prompts: int, state: str) -> None:
     assert found.changed == (state == "changed")
 
 
+def test_few_units_that_disagree_are_noise_and_those_that_agree_unclear() -> None:
+    """Of 20 cells none can survive with 8 prompts: 20 / 2^7."""
+    base, old = noise(70, 1, 8), noise(71, 20, 8)
+    moved = np.ones((20, 8))
+    moved[:10] += np.linspace(0, 0.5, 8)
+    moved[5:10, 0] = -0.1  # p is 4 / 2^8
+    moved[10:, ::2] = -1.01
+    found = two(measure(old, base), measure(old + moved, base))
+    assert states(found) == {"unclear": 10, "noise": 10}
+    assert {each.reason for each in found.cells} == {
+        "8 prompts: no p can survive the correction",
+        None,
+    }
+
+
 def test_rows_that_the_measure_can_not_tell_apart_are_one_unit() -> None:
     """In the old run or in the new one."""
     halves = np.arange(PROMPTS)[None] // 12
