@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Diagnostic",
     "Diagnostics",
+    "Differences",
     "ExperimentResult",
     "MechdslError",
     "MechdslWarning",
@@ -20,6 +21,7 @@ __all__ = [
     "Run",
     "Runs",
     "check",
+    "diff",
     "explain",
     "graph_of",
     "plan_of",
@@ -28,16 +30,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mechdsl.api import check, explain, graph_of, plan_of, run, runs
+    from mechdsl.api import check, diff, explain, graph_of, plan_of, run, runs
     from mechdsl.diagnostics.core import Diagnostic
     from mechdsl.diagnostics.raised import Diagnostics, MechdslError, MechdslWarning
     from mechdsl.results.experiment_result import ExperimentResult
+    from mechdsl.results.found_differences import Differences
     from mechdsl.results.kept_runs import Run, Runs
     from mechdsl.results.results import Results
 
 _PLACES = {
     "Diagnostic": "mechdsl.diagnostics.core",
     "Diagnostics": "mechdsl.diagnostics.raised",
+    "Differences": "mechdsl.results.found_differences",
     "ExperimentResult": "mechdsl.results.experiment_result",
     "MechdslError": "mechdsl.diagnostics.raised",
     "MechdslWarning": "mechdsl.diagnostics.raised",

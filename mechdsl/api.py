@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from mechdsl.pipeline.run_options import RunOptions
     from mechdsl.plan.plan import Plan
     from mechdsl.program.python_files import Mode
-    from mechdsl.results.kept_runs import Runs
+    from mechdsl.results.found_differences import Differences
+    from mechdsl.results.kept_runs import Run, Runs
     from mechdsl.results.results import Results
     from mechdsl.show.progress import Bar
     from mechdsl.show.terminal import Printed
@@ -45,6 +46,7 @@ __all__ = [
     "MechdslError",
     "MechdslWarning",
     "check",
+    "diff",
     "explain",
     "graph_of",
     "plan_of",
@@ -337,6 +339,27 @@ def runs(store: str | Path | None = None) -> Runs:
 
     folder = folder_of(None, None if store is None else Path(store))
     return Runs() if store is None and not has_store(folder) else runs_in(folder)
+
+
+@keeps_random_numbers
+def diff(
+    old: Results | Run | str | Path,
+    new: Results | Run | str | Path,
+    *,
+    store: str | Path | None = None,
+) -> Differences:
+    """What changed from one run to another, as `mechdsl diff` prints it: inputs, verdicts, effects
+    beyond noise, what is new and gone.
+
+    old, new: `Results`, a run of `mechdsl.runs()`, or what a run is called by: its id or the
+        beginning of one, `last`, a `.mech` file (its latest finished run), a folder of `out`.
+    store: the folder that runs are in; None: beside the `.mech` file, or of the working folder.
+    Returns `Differences`: `changed` is whether the command's exit status is 1.
+    Raises MechdslError (E0208) where a run can't be found or read.
+    """
+    from mechdsl.results.diff_sides import differences_of
+
+    return differences_of(old, new, None if store is None else Path(store))
 
 
 # --- what they share ----------------------------------------------------------------------------

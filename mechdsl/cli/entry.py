@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "completion": "Print what makes the Tab key complete commands in a shell.",
+    "diff": "Show what changed between two runs.",
     "examples": "Copy the examples that come with mechdsl into a folder.",
     "explain": "Show prompts token by token; or print the page of an error.",
     "fmt": "Bring files into canonical form.",

@@ -360,7 +360,7 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
         runs=_runs(result),
         conventions=dict(result.conventions),
         hashes=dict(result.hashes),
-        expect=_expectations(result.outcomes),
+        expect=expectations(result.outcomes),
         **_given(
             left_out=[
                 LeftOutDocument(row=row, where=where) for row, where in result.left_out.items()
@@ -370,7 +370,7 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
     )
 
 
-def _expectations(outcomes: Sequence[ExpectOutcome]) -> list[ExpectDocument]:
+def expectations(outcomes: Sequence[ExpectOutcome]) -> list[ExpectDocument]:
     return [
         ExpectDocument(
             text=outcome.text,
@@ -391,7 +391,7 @@ def _missing(file: FileResult) -> list[MissingDocument]:
             experiment=lost.name,
             code=missing.code,
             reason=missing.reason,
-            **_given(expect=_expectations(lost.outcomes) or None),
+            **_given(expect=expectations(lost.outcomes) or None),
         )
         for lost in file.lost
         for missing in lost.reasons

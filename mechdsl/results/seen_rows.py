@@ -48,7 +48,7 @@ class SeenRows:
         """[1 or cell, prompt] of the cells that there are: equal numbers for rows that this measure
         can't tell apart; None where no two are."""
         measure = self.experiment.measures[number]
-        runs = _needed_runs(self.experiment.spec.measures[number].effect)
+        runs = EFFECTS[self.experiment.spec.measures[number].effect].reads
         cells = np.flatnonzero(there).tolist()
         keys = [self._cell(cell, measure) for cell in cells]
         found = {key: self._codes(key, measure, runs) for key in dict.fromkeys(keys)}
@@ -220,15 +220,6 @@ def _prefix_numbers(rows: Sequence[Sequence[int]]) -> list[list[int]]:
             own.append(before)
         found.append(own)
     return found
-
-
-def _needed_runs(effect: str) -> tuple[str, ...]:
-    """The runs whose metric an effect is made of."""
-    kind = EFFECTS[effect]
-    given = {"patched": 2.0, "base": 3.0, "source": 5.0}
-    return tuple(
-        name for name in given if np.isnan(kind.of_means(*({**given, name: float("nan")}).values()))
-    )
 
 
 def _reaches(tokens: Sequence[int], last: int | None) -> bool:

@@ -105,11 +105,7 @@ def _numbers(data: MeasureData, effect: EffectKind, sampling: Sampling) -> CellS
         found.low[cells], found.high[cells] = low, high
         found.base_mean[cells] = _mean_within(data.base, cells, rows.present)
         found.source_mean[cells] = _mean_within(data.source, cells, rows.present)
-        if effect.tested:
-            bound = _rounding(data, effect, cells)
-            found.rounding[cells] = np.where(data.inert[cells], np.nan, bound)
-        else:
-            found.rounding[cells] = _mean_within(data.rounding, cells, rows.present)
+        found.rounding[cells] = rounding_bound(data, effect, cells, rows.present)
         zero = _zero_denominators(block, sampling.settings.confidence)
         word = sampling.unit_word(block.units)
         for offset, cell in enumerate(cells.tolist()):
@@ -197,6 +193,15 @@ def _by_student(sums: Sums, confidence: float) -> tuple[Floats, Floats, Floats]:
     value = sums.value
     width = np.nan_to_num(student(confidence, sums.held) * standard_error(sums))
     return value, value - width, value + width
+
+
+def rounding_bound(
+    data: MeasureData, effect: EffectKind, cells: Ints, present: Bools
+) -> Floats | float:
+    """[cell]: how far rounding alone may move the mean; NaN where that isn't known or can't be."""
+    if effect.tested:
+        return np.where(data.inert[cells], np.nan, _rounding(data, effect, cells))
+    return _mean_within(data.rounding, cells, present)
 
 
 def _rounding(data: MeasureData, effect: EffectKind, cells: Cells) -> Floats:

@@ -52,12 +52,15 @@ def share_interval(sums: Sums, rows: Ints, confidence: float) -> tuple[Floats, F
 
 
 def share_difference(
-    patched: Sums, base: Sums, rows: Ints, confidence: float
+    patched: Sums, base: Sums, rows: Ints, confidence: float, base_rows: Ints | None = None
 ) -> tuple[Floats, Floats]:
     """[cell]: of one share less another on the same rows, from the limits of both and their
-    correlation (Newcombe 1998, method 10; Zou and Donner 2008), with exact limits."""
+    correlation (Newcombe 1998, method 10; Zou and Donner 2008), with exact limits. Of shares on
+    other rows (`base_rows`) the correlation is 0."""
     low, high = share_interval(patched, rows, confidence)
-    other_low, other_high = share_interval(base, rows, confidence)
+    other_low, other_high = share_interval(
+        base, rows if base_rows is None else base_rows, confidence
+    )
     one, two = patched.value, base.value
     with np.errstate(divide="ignore", invalid="ignore"):
         left = patched.top - one[:, None] * patched.bottom

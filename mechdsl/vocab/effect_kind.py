@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 EffectPart = Callable[[Any, Any, Any], Any]
@@ -36,6 +37,14 @@ class EffectKind:
     """The runs at 0 and 1 of the scale."""
     scale_free: bool = False
     """Without the metric's unit."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The runs whose metric it is made of: of `patched`, `base` and `source`."""
+        given = {"patched": 2.0, "base": 3.0, "source": 5.0}
+        return tuple(
+            name for name in given if isnan(self.of_means(*{**given, name: float("nan")}.values()))
+        )
 
     def of_means(self, patched: Any, base: Any, source: Any) -> Any:
         """The effect of mean metrics, or of single prompts: arrays of any one shape."""

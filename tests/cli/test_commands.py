@@ -283,7 +283,7 @@ def test_fmt_leaves_wrong_files_alone(command: Command, tmp_path: Path) -> None:
 # --- schema ---
 
 
-@pytest.mark.parametrize("what", ["results", "experiment"])
+@pytest.mark.parametrize("what", ["results", "differences", "experiment"])
 def test_schema(what: str, command: Command) -> None:
     import jsonschema
 

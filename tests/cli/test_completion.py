@@ -47,7 +47,7 @@ def test_commands_and_options(tab: Tab) -> None:
     assert tab("mechdsl run --out ") == ["file,"]
 
 
-@pytest.mark.parametrize("name", ["run", "validate", "plan", "graph", "fmt", "explain"])
+@pytest.mark.parametrize("name", ["run", "validate", "plan", "graph", "fmt", "explain", "diff"])
 def test_files(name: str, tab: Tab) -> None:
     assert tab(f"mechdsl {name} h") == ["plain,heads.mech", "dir,h"]
     assert tab(f"mechdsl {name} below/") == ["plain,below/a.mech", "dir,below/"]

@@ -30,6 +30,7 @@ OTHERWISE = {("run", "--format"), ("check", "--format")}
 CLASSES = [
     mechdsl.Results,
     mechdsl.ExperimentResult,
+    mechdsl.Differences,
     mechdsl.Run,
     mechdsl.Diagnostics,
     mechdsl.Diagnostic,
