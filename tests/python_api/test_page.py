@@ -25,8 +25,8 @@ COMMANDS = {
     "explain": "explain",
 }
 """Function → command."""
-OTHERWISE = {("run", "--format"), ("check", "--format")}
-"""What their results do, in whatever format."""
+OTHERWISE = {("run", "--format"), ("check", "--format"), ("run", "--no-store")}
+"""What their results do, in whatever format; and `store=False`."""
 CLASSES = [
     mechdsl.Results,
     mechdsl.ExperimentResult,
