@@ -209,7 +209,10 @@ class Store:
             raise StoreProblem(f"what the index says of run {run.id} was changed")
         content: dict[str, bytes] = {}
         for name, hash, _ in files:
-            check_name(name)
+            try:
+                check_name(name)
+            except ValueError as error:  # somebody made it up
+                raise StoreProblem(str(error)) from error
             data = self._blobs.read(hash, CONTENT)
             if data is None:
                 raise StoreProblem(f"`{name}` of run {run.id} is torn or gone")
