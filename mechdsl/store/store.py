@@ -209,7 +209,10 @@ class Store:
             raise StoreProblem(f"what the index says of run {run.id} was changed")
         content: dict[str, bytes] = {}
         for name, hash, _ in files:
-            check_name(name)
+            try:
+                check_name(name)
+            except ValueError as error:  # somebody made it up
+                raise StoreProblem(str(error)) from error
             data = self._blobs.read(hash, CONTENT)
             if data is None:
                 raise StoreProblem(f"`{name}` of run {run.id} is torn or gone")
@@ -315,7 +318,7 @@ class Store:
         def tidy() -> None:
             (kept,) = self._index.ask((int,), "SELECT bytes FROM kept")[0]
             if kept > self._limit:  # with room for those to come, which needn't sweep then
-                self._sweep(self._limit * 9 // 10, row[0])
+                self._sweep(self._limit * 9 // 10)
 
         return OpenRun(self._index, self._blobs, row, lock, resumed=resumed, fresh=fresh, tidy=tidy)
 
@@ -346,11 +349,11 @@ class Store:
         """
         self._check_writable()
         files, freed = remove_old_indexes(self.folder)
-        swept = self._sweep(limit, None)
+        swept = self._sweep(limit)
         return replace(swept, files=swept.files + files, bytes=swept.bytes + freed)
 
-    def _sweep(self, limit: int | None, spared: int | None) -> Swept:
-        return sweep(self._index, self._blobs, limit, spared, self.folder / "locks")
+    def _sweep(self, limit: int | None) -> Swept:
+        return sweep(self._index, self._blobs, limit, self.folder / "locks")
 
     def _check_writable(self) -> None:
         if not self.writable:

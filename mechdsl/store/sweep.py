@@ -54,20 +54,18 @@ def sweep(
     index: Index,
     blobs: Blobs,
     limit: int | None,
-    spared: int | None,
     locks: Path,
 ) -> Swept:
     """Remove what nothing refers to; then oldest-used values and runs, until at most `limit` bytes
-    are left. Raises OSError, StoreProblem.
+    are left. What runs that go on have written stays. Raises OSError, StoreProblem.
 
-    locks: the folder of the runs' locks. spared: the number of a run that stays, with all that it
-    wrote, as those do that go on.
+    locks: the folder of the runs' locks.
     """
     now = time.time()
     with index.writing() as write:
         query = "SELECT number, id, used, seal IS NOT NULL FROM runs"
         runs = index.ask((int, str, float, int), query)
-        held = {row[0] for row in runs if row[0] == spared or is_held(locks / row[1])}
+        held = {row[0] for row in runs if is_held(locks / row[1])}
         gone = {row[0] for row in runs if not row[3] and row[2] < now - MONTH} - held
         units = _units(index, held, now)
         evicted = [] if limit is None else _evicted(index, units, limit)

@@ -136,6 +136,18 @@ def test_a_finished_run_that_was_changed_in_the_index_is_not_shown(
         assert store.finished("another") is None
 
 
+def test_a_name_that_leads_out_of_a_folder_is_not_given(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where somebody made up the run, with all its hashes."""
+    with store.begin("key", {}) as run, monkeypatch.context() as patch:
+        patch.setattr("mechdsl.store.runs.check_name", lambda _: None)
+        run.finish({"../../evil": b""}, {})
+    assert store.finished("key") is None
+    with pytest.raises(StoreProblem, match="can't be the name of a file"):
+        store.content(store.runs()[0])
+
+
 def test_a_block_that_the_index_gives_to_another_cell_is_not_taken(store: Store) -> None:
     with store.begin("a", {}) as run:
         run.keep(block({ONE: {1: 1.0}}))

@@ -183,5 +183,24 @@ def test_a_call_that_fails(
     assert whole(store) == 2
 
 
+def test_a_run_that_cannot_begin_holds_no_lock(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with store.begin("left", {}):
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr("mechdsl.store.index.Index.writing", full)
+        for key in ("new", "left"):
+            with pytest.raises(OSError, match="no space"):
+                store.begin(key, {})
+    assert [run.state for run in store.runs()] == ["unfinished"]
+    assert len(list((store.folder / "locks").iterdir())) == 2
+    with store.begin("left", {}) as run:
+        assert run.resumed
+
+
 def test_the_limit_on_files_is_as_it_was() -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
