@@ -19,6 +19,7 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.build import build
 from mechdsl.loading.devices import device_problem
 from mechdsl.loading.file_models import Models, adopt_models, contexts, load_models, not_there
+from mechdsl.pipeline.fail_fast import Verdicts
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.pipeline.waves import FileRun, waves
 from mechdsl.plan.make_plan import make_plan
@@ -28,7 +29,6 @@ from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.collect import versions
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import FileResult
-from mechdsl.results.finish import lost_experiment, with_verdicts
 from mechdsl.results.results import Results
 from mechdsl.results.store import Store
 from mechdsl.syntax.parse import parse
@@ -153,32 +153,31 @@ def _run(
     sizes = sizes_of(checked.experiments, models, options.execution)
     store = None if options.out is None else Store(options.out, checked.source.stem)
     run = FileRun(checked, models, options, sizes, store, diagnostics)
+    every = [variants[0] for variants in by_name(checked.experiments)]
+    reported = [e.spec for e in every if e.name not in checked.unreported]
+    verdicts = Verdicts(run, reported, options)
     try:
-        for wave, later in waves(checked.experiments):
+        for wave, later in waves(checked.experiments, one_by_one=options.ends is not None):
             run.wave(wave, later)
+            if verdicts.stop():
+                break
     finally:
         if store is not None:
             store.close()
-    if run.lost and not run.results:
+    not_run = verdicts.not_run()
+    if run.lost and not run.results and not not_run:
         return None, run.diagnostics
     # Verdicts last: an expectation may name an experiment that comes later in the file.
-    every = [variants[0] for variants in by_name(checked.experiments)]
-    reported = [e for e in every if e.name not in checked.unreported]
     result = FileResult(
         file=checked.source.name,
-        experiments=tuple(
-            with_verdicts(run.results[e.name], e.spec, run.results, run.lost)
-            for e in reported
-            if e.name in run.results
-        ),
+        experiments=verdicts.results(),
         hash=sha256(checked.source.text.encode()).hexdigest(),
         seed=checked.program.seed,
         sizes=sizes.kept,
-        lost=tuple(
-            lost_experiment(e.spec, run.lost[e.name]) for e in reported if e.name in run.lost
-        ),
+        lost=verdicts.lost(),
+        not_run=not_run,
     )
-    if store is not None:
+    if store is not None and not not_run:
         store.finish(Results((result,), versions()).to_json())
     return result, run.diagnostics
 

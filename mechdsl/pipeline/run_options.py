@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,10 @@ from mechdsl.validate.check_file import Settings
 if TYPE_CHECKING:
     from mechdsl.execute.profile import Profile
     from mechdsl.plan.plan import Plan
+    from mechdsl.results.experiment_result import ExpectOutcome
+
+Ends = Callable[[str, str, "Sequence[ExpectOutcome]"], bool]
+"""(file, experiment, verdicts on its expectations so far) -> whether they end the run."""
 
 
 @dataclass(frozen=True)
@@ -28,5 +32,7 @@ class RunOptions:
     without: frozenset[str] = frozenset()
     """Graph and plan passes that are switched off."""
     execution: Options = field(default_factory=Options)
+    ends: Ends | None = None
+    """With `fail_fast`; experiments run one by one then."""
     on_profile: Callable[[Plan, Profile], None] | None = None
     """Takes what was planned and what was done, after the run."""
