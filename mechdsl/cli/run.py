@@ -164,7 +164,7 @@ def _run_all(files: list[Checked], options: RunOptions, form: str, *, profile: b
         try:
             done = _run_file(checked, options, form, profile=profile)
         except KeyboardInterrupt as error:
-            return interrupted(error, _kept(checked, options))
+            return interrupted(error, "; nothing of this file is kept")
         except OutputLost as error:  # behind the file's own run, and the reports that it writes
             done, lost = without_output(error), True
         if isinstance(done, int):
@@ -228,16 +228,6 @@ def _run_file(
         for plan, done in profiles:
             print_profile(plan, done, result.sizes, make_console(stderr=form != "table"))
     return result, shown
-
-
-def _kept(checked: Checked, options: RunOptions) -> str:
-    """What an interrupted run leaves behind."""
-    from mechdsl.results.store import unfinished_folder
-
-    if options.out is None:
-        return "; nothing is kept without `--out`"
-    folder = unfinished_folder(options.out, checked.source.stem)
-    return f"; what is finished is in {folder}" if folder.is_dir() else ""
 
 
 def _show(result: FileResult, *, tables: bool) -> bool:

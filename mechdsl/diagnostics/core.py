@@ -50,7 +50,8 @@ class Diagnostic(Record):
         super().__init_subclass__(**kwargs)
         if cls.code in CODES:
             raise ValueError(f"code {cls.code} is used twice")
-        CODES[cls.code] = cls
+        if cls.code:
+            CODES[cls.code] = cls
 
     @property
     def severity(self) -> Severity:

@@ -13,6 +13,7 @@ from mechdsl.base.names import name_list
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, did_you_mean
+from mechdsl.diagnostics.raised import Diagnostics
 from mechdsl.execute.execute import execute, sizes_of
 from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.hooks.loaded import LoadedModel
@@ -29,8 +30,8 @@ from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.collect import versions
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import FileResult
+from mechdsl.results.export import export
 from mechdsl.results.results import Results
-from mechdsl.results.store import Store
 from mechdsl.syntax.parse import parse
 from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
 
@@ -151,19 +152,14 @@ def _run(
     diagnostics: list[Diagnostic],
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     sizes = sizes_of(checked.experiments, models, options.execution)
-    store = None if options.out is None else Store(options.out, checked.source.stem)
-    run = FileRun(checked, models, options, sizes, store, diagnostics)
+    run = FileRun(checked, models, options, sizes, diagnostics)
     every = [variants[0] for variants in by_name(checked.experiments)]
     reported = [e.spec for e in every if e.name not in checked.unreported]
     verdicts = Verdicts(run, reported, options)
-    try:
-        for wave, later in waves(checked.experiments, one_by_one=options.ends is not None):
-            run.wave(wave, later)
-            if verdicts.stop():
-                break
-    finally:
-        if store is not None:
-            store.close()
+    for wave, later in waves(checked.experiments, one_by_one=options.ends is not None):
+        run.wave(wave, later)
+        if verdicts.stop():
+            break
     not_run = verdicts.not_run()
     if run.lost and not run.results and not not_run:
         return None, run.diagnostics
@@ -177,8 +173,9 @@ def _run(
         lost=verdicts.lost(),
         not_run=not_run,
     )
-    if store is not None and not not_run:
-        store.finish(Results((result,), versions()).to_json())
+    if options.out is not None and not not_run:
+        said = Diagnostics([*checked.diagnostics, *run.diagnostics])
+        export(Results((result,), versions(), said), options.out, checked.source.text)
     return result, run.diagnostics
 
 

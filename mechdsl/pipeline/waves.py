@@ -27,7 +27,6 @@ from mechdsl.results.explained_by_values import explained_by_values
 from mechdsl.results.finish import with_statistics
 from mechdsl.results.make_finding import found_by
 from mechdsl.results.population import with_population
-from mechdsl.results.store import Store
 from mechdsl.results.variants import merged
 from mechdsl.rules import RULES
 from mechdsl.validate.check_file import Checked, by_name
@@ -46,7 +45,6 @@ class FileRun:
     models: Mapping[str, LoadedModel]
     options: RunOptions
     sizes: Sizes
-    store: Store | None
     diagnostics: list[Diagnostic]
     results: dict[str, ExperimentResult] = field(default_factory=dict[str, ExperimentResult])
     lost: dict[str, list[Diagnostic]] = field(default_factory=dict[str, list[Diagnostic]])
@@ -61,14 +59,8 @@ class FileRun:
         if not ready:
             return
         plan = make_plan(ready, without=self.options.without)
-        if self.store is not None:
-            for panel in plan.panels:
-                for experiment in panel.experiments:
-                    self.store.open(experiment)
         told = self._with_progress(later)
-        execution = execute(
-            plan, self.models, told, self.store, self.sizes, check=check_denominators
-        )
+        execution = execute(plan, self.models, told, sizes=self.sizes, check=check_denominators)
         if self.options.on_profile is not None:
             self.options.on_profile(plan, execution.profile)
         self._say(execution.diagnostics)

@@ -1,0 +1,400 @@
+"""Frozen dataclasses as JSON and arrays, by the types of their fields, and back, without pickle.
+
+What is read may come from anybody: only the classes that are asked for are made, of the types that
+their fields have. ValueError where something doesn't fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from mechdsl.base.percent import Percent
+from mechdsl.base.source import Source, Span
+from mechdsl.prompts.values import Item, Items, Rich, SpanAt, TokenId
+
+_VALUES: dict[str, Any] = {each.__name__: each for each in (Rich, SpanAt, Item, Items, TokenId)}
+"""What values of prompts are made of; written as the list of their parts."""
+_NUMBERS = "biuf"
+"""Kinds of numpy's numbers: booleans, integers with a sign and without, floats."""
+
+
+@dataclass
+class Kept:
+    """What JSON refers to by a number: arrays, and the texts that spans are in."""
+
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict[str, NDArray[Any]])
+    sources: list[Source] = field(default_factory=list[Source])
+    _names: dict[int, str] = field(default_factory=dict[int, str])
+
+    def add(self, array: NDArray[Any]) -> str:
+        """The name of an array; one that is there twice is kept once."""
+        name = self._names.get(id(array))
+        if name is None:
+            name = self._names[id(array)] = str(len(self.arrays))
+            self.arrays[name] = array  # so that its id stays its own
+        return name
+
+    def source(self, source: Source) -> int:
+        """The number of a text."""
+        for number, known in enumerate(self.sources):
+            if known is source or (known.text, known.name) == (source.text, source.name):
+                return number
+        self.sources.append(source)
+        return len(self.sources) - 1
+
+
+class Form(NamedTuple):
+    """How values of one type are written as JSON, and read."""
+
+    write: Callable[[Any, Kept], Any]
+    read: Callable[[Any, Kept], Any]
+
+
+def _not(expected: str, found: Any) -> ValueError:
+    return ValueError(f"{expected} was expected, not a value of type {type(found).__name__}")
+
+
+def as_list(found: Any) -> list[Any]:
+    """A list of JSON; ValueError for anything else."""
+    if type(found) is not list:
+        raise _not("a list", found)
+    return cast("list[Any]", found)
+
+
+def as_object(found: Any) -> dict[str, Any]:
+    """An object of JSON; ValueError for anything else."""
+    if type(found) is not dict:
+        raise _not("an object", found)
+    return cast("dict[str, Any]", found)
+
+
+# --- values that say themselves what they are -----------------------------------------------------
+
+
+def write_value(value: Any, kept: Kept) -> Any:
+    """Anything that a row may hold. Raises ValueError for what can't be kept."""
+    kind = type(value)
+    if kind is float:
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if kind in (str, int, bool, NoneType):
+        return value
+    if kind is list:
+        return [write_value(each, kept) for each in value]
+    if kind is tuple:
+        return {"tuple": [write_value(each, kept) for each in value]}
+    if kind is dict:
+        pairs = [[write_value(k, kept), write_value(v, kept)] for k, v in value.items()]
+        return {"dict": pairs}
+    if kind is Percent:
+        return {"percent": write_value(float(value), kept)}
+    if kind is Span:
+        return {"span": _write_span(value, kept)}
+    if isinstance(value, Path):
+        return {"path": str(value)}
+    if isinstance(value, np.generic) and value.dtype.kind in _NUMBERS + "U":
+        code = "U" if value.dtype.kind == "U" else value.dtype.str
+        return {"numpy": [code, write_value(value.item(), kept)]}
+    if isinstance(value, np.ndarray):
+        return {"array": kept.add(value)}
+    if _VALUES.get(kind.__name__) is kind:
+        parts = value if isinstance(value, tuple) else vars(value).values()
+        return {kind.__name__: [write_value(each, kept) for each in parts]}
+    raise ValueError(f"a value of type {kind.__module__}.{kind.__qualname__} can't be kept")
+
+
+def read_value(found: Any, kept: Kept) -> Any:
+    """The value again."""
+    kind = type(found)
+    if kind is list:
+        return [read_value(each, kept) for each in found]
+    if kind is not dict:
+        return found
+    if len(found) != 1:
+        raise ValueError("a value has one kind")
+    ((tag, content),) = found.items()
+    if tag in _VALUES:
+        return _built(_VALUES[tag], [read_value(each, kept) for each in as_list(content)])
+    if tag not in _READ:
+        raise ValueError(f"there is no kind of value `{tag}`")
+    return _READ[tag](content, kept)
+
+
+def _built(kind: Any, parts: list[Any]) -> Any:
+    """One of `_VALUES`, if its parts are of the types of its fields."""
+    hints = _hints(kind)
+    if len(parts) > len(hints):
+        raise ValueError(f"{kind.__name__} has fewer parts")
+    for part, hint in zip(parts, hints.values(), strict=False):
+        _check_part(part, hint)
+    return kind(*parts)
+
+
+def _check_part(part: Any, hint: Any) -> None:
+    origin = get_origin(hint)
+    if origin is tuple:
+        if type(part) is not tuple:
+            raise _not("a tuple", part)
+        for each in cast("tuple[Any, ...]", part):
+            _check_part(each, get_args(hint)[0])
+    elif isinstance(hint, type) and type(part) is not hint:
+        raise _not(hint.__name__, part)
+
+
+def _read_float(found: Any, kept: Kept) -> float:
+    if found not in ("nan", "inf", "-inf"):
+        raise ValueError("a number that JSON has is written as one")
+    return float(found)
+
+
+def _read_percent(found: Any, kept: Kept) -> Percent:
+    value = read_value(found, kept)
+    if type(value) is not float:
+        raise _not("a number", value)
+    return Percent(value)
+
+
+def _read_dict(found: Any, kept: Kept) -> dict[Any, Any]:
+    pairs = [as_list(pair) for pair in as_list(found)]
+    return {read_value(key, kept): read_value(value, kept) for key, value in pairs}
+
+
+def _read_numpy(found: Any, kept: Kept) -> Any:
+    code, content = as_list(found)
+    value = read_value(content, kept)
+    if code == "U" and type(value) is str:
+        return np.str_(value)
+    if type(code) is not str or code[1:2] not in tuple(_NUMBERS) or len(code) > 4:
+        raise ValueError("there is no such kind of number")
+    if type(value) not in (bool, int, float):
+        raise _not("a number", value)
+    return np.dtype(code).type(value)
+
+
+def _read_path(found: Any, kept: Kept) -> Path:
+    if type(found) is not str:
+        raise _not("a path", found)
+    return Path(found)
+
+
+def _read_array(found: Any, kept: Kept) -> NDArray[Any]:
+    if type(found) is not str or found not in kept.arrays:
+        raise ValueError("an array is missing")
+    return kept.arrays[found]
+
+
+def _write_span(span: Span, kept: Kept) -> list[int]:
+    return [kept.source(span.source), span.start, span.end]
+
+
+def _read_span(found: Any, kept: Kept) -> Span:
+    parts = as_list(found)
+    if len(parts) != 3 or any(type(part) is not int for part in parts):
+        raise ValueError("a span is the number of a text and two places in it")
+    number, start, end = parts
+    if not 0 <= number < len(kept.sources):
+        raise ValueError("a span is in a text that is missing")
+    source = kept.sources[number]
+    if not 0 <= start <= end <= len(source.text):
+        raise ValueError("a span ends behind its text")
+    return Span(source, start, end)
+
+
+_READ: dict[str, Callable[[Any, Kept], Any]] = {
+    "float": _read_float,
+    "tuple": lambda found, kept: tuple(read_value(each, kept) for each in as_list(found)),
+    "dict": _read_dict,
+    "percent": _read_percent,
+    "span": _read_span,
+    "path": _read_path,
+    "numpy": _read_numpy,
+    "array": _read_array,
+}
+
+# --- values whose type a field says ---------------------------------------------------------------
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+@cache
+def form_of(hint: Any) -> Form:
+    """How values of a type are written and read.
+
+    Dataclasses, tuples, mappings, arrays, literals and what there is none of (`X | None`); records
+    of pydantic with a span; and for `Any`, sequences and plain values what `write_value` takes.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _dataclass(hint)
+    if isinstance(hint, type) and issubclass(hint, BaseModel):
+        return _model(hint)
+    if origin is tuple and args[1:] == (...,):
+        inner = args[0]
+        return _repeated(form_of(inner)) if get_origin(inner) is tuple else _tuple(inner)
+    if origin is np.ndarray:
+        return _array(np.dtype(get_args(args[1])[0]))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return _mapping(args[0], form_of(args[1]))
+    if origin in (Union, UnionType) and NoneType in args and len(args) == 2:
+        (own,) = (each for each in args if each is not NoneType)
+        return _optional(form_of(own))
+    if origin is Literal:
+        return _one_of(lambda value: type(value) is str and value in args, str(args))
+    if origin in (Union, UnionType):
+        return _one_of(lambda value: any(_is(value, each) for each in args), str(hint))
+    if hint in (bool, int, float, str) or hint is Path:
+        return _one_of(lambda value: _is(value, hint), hint.__name__)
+    if hint is Any:
+        return Form(write_value, read_value)
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
+        return _one_of(lambda value: type(value) in (list, tuple), "a sequence")
+    raise TypeError(f"no form for {hint}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a plain value may stand in a field of this type: a number of numpy for ours too."""
+    if kind is float:
+        return isinstance(value, float | int | np.floating) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if kind is bool:
+        return isinstance(value, bool | np.bool_)
+    return isinstance(value, kind)
+
+
+def _one_of(fits: Callable[[Any], bool], expected: str) -> Form:
+    def read(found: Any, kept: Kept) -> Any:
+        value = read_value(found, kept)
+        if not fits(value):
+            raise _not(expected, value)
+        return value
+
+    return Form(write_value, read)
+
+
+def _optional(own: Form) -> Form:
+    return Form(
+        lambda value, kept: None if value is None else own.write(value, kept),
+        lambda found, kept: None if found is None else own.read(found, kept),
+    )
+
+
+def _tuple(inner: Any) -> Form:
+    own = form_of(inner)
+    if inner in (str, int):  # many thousands of tokens
+
+        def write_plain(value: Any, kept: Kept) -> Any:
+            plain = all(type(each) is inner for each in value)
+            return list(value) if plain else [own.write(each, kept) for each in value]
+
+        def read_plain(found: Any, kept: Kept) -> Any:
+            plain = all(type(each) is inner for each in as_list(found))
+            return tuple(found) if plain else tuple(own.read(each, kept) for each in found)
+
+        return Form(write_plain, read_plain)
+    return Form(
+        lambda value, kept: [own.write(each, kept) for each in value],
+        lambda found, kept: tuple(own.read(each, kept) for each in as_list(found)),
+    )
+
+
+def _repeated(own: Form) -> Form:
+    """Tuples of which many are equal: each once, and which stands where."""
+
+    def write(value: Any, kept: Kept) -> Any:
+        known: dict[int, int] = {}  # those of equal positions are one object
+        numbers: dict[Any, int] = {}
+        index: list[int] = []
+        for each in value:
+            if id(each) not in known:
+                known[id(each)] = numbers.setdefault(each, len(numbers))
+            index.append(known[id(each)])
+        return [[own.write(each, kept) for each in numbers], index]
+
+    def read(found: Any, kept: Kept) -> Any:
+        distinct, index = as_list(found)
+        values = [own.read(each, kept) for each in as_list(distinct)]
+        if any(type(n) is not int or not 0 <= n < len(values) for n in as_list(index)):
+            raise ValueError("a tuple is missing")
+        return tuple(values[n] for n in index)
+
+    return Form(write, read)
+
+
+def _array(dtype: np.dtype[Any]) -> Form:
+    def read(found: Any, kept: Kept) -> Any:
+        array = _read_array(found, kept)
+        if array.dtype != dtype:
+            raise ValueError(f"an array of {dtype} was expected, not of {array.dtype}")
+        return array
+
+    def write(value: Any, kept: Kept) -> Any:
+        if not isinstance(value, np.ndarray) or value.dtype != dtype:
+            raise ValueError(f"an array of {dtype} was expected, not {value!r:.60}")
+        return kept.add(value)
+
+    return Form(write, read)
+
+
+def _mapping(key: Any, own: Form) -> Form:
+    keys = form_of(key)
+
+    def write(value: Any, kept: Kept) -> Any:
+        if key is str:
+            return {str(k): own.write(v, kept) for k, v in value.items()}
+        return [[keys.write(k, kept), own.write(v, kept)] for k, v in value.items()]
+
+    def read(found: Any, kept: Kept) -> Any:
+        if key is str:
+            return {k: own.read(v, kept) for k, v in as_object(found).items()}
+        pairs = [as_list(pair) for pair in as_list(found)]
+        return {keys.read(k, kept): own.read(v, kept) for k, v in pairs}
+
+    return Form(write, read)
+
+
+def _dataclass(kind: Any) -> Form:
+    hints = _hints(kind)
+    forms = {each.name: form_of(hints[each.name]) for each in fields(kind)}
+    needed = {
+        each.name
+        for each in fields(kind)
+        if each.default is MISSING and each.default_factory is MISSING
+    }
+
+    def write(value: Any, kept: Kept) -> Any:
+        return {name: form.write(getattr(value, name), kept) for name, form in forms.items()}
+
+    def read(found: Any, kept: Kept) -> Any:
+        given = as_object(found)
+        if not needed <= given.keys() <= forms.keys():
+            unknown = sorted({*given} ^ {*forms})
+            raise ValueError(f"{kind.__name__} has other parts: {', '.join(unknown)[:100]}")
+        return kind(**{name: forms[name].read(part, kept) for name, part in given.items()})
+
+    return Form(write, read)
+
+
+def _model(kind: type[BaseModel]) -> Form:
+    def write(value: Any, kept: Kept) -> Any:
+        return {name: write_value(getattr(value, name), kept) for name in kind.model_fields}
+
+    def read(found: Any, kept: Kept) -> Any:
+        parts = {name: read_value(part, kept) for name, part in as_object(found).items()}
+        if type(parts.get("span")) is not Span:
+            raise _not("a span", parts.get("span"))
+        return kind(**parts)
+
+    return Form(write, read)
