@@ -1,0 +1,243 @@
+"""Runs: what one has found and written, and its content when it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from mechdsl.store.blobs import CONTENT, VALUES
+from mechdsl.store.problem import StoreProblem
+from mechdsl.store.values import Block, Found, Rows, joined, pack_block, unpack_block
+
+if TYPE_CHECKING:
+    from mechdsl.store.blobs import Blobs, Staged
+    from mechdsl.store.index import Index
+    from mechdsl.store.locks import FileLock
+
+DAY = 86_400.0
+"""Seconds: how often it is written down that something was used."""
+
+State = Literal["running", "unfinished", "finished"]
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run that a store knows."""
+
+    id: str
+    """Sortable by the time it began, in UTC, and short to type: `20261121-154210-3fa2`."""
+    key: str
+    state: State
+    """`running`: somebody is at it; `unfinished`: nobody is, and it isn't finished."""
+    began: float
+    """Seconds since the epoch."""
+    ended: float | None
+    about: Mapping[str, Any]
+    """What was said of it when it began, and when it was finished."""
+    size: int
+    """Bytes of its content."""
+
+
+def seal(id: str, key: str, about: str, content: Iterable[tuple[str, bytes, int]]) -> bytes:
+    """The hash of all that is said of a finished run: a change of the index shows by it."""
+    files = [[name, hash.hex(), size] for name, hash, size in sorted(content)]
+    return hashlib.sha256(json.dumps([id, key, about, files]).encode()).digest()
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError where a file of a run's content couldn't lie in a folder by this name."""
+    path = PurePosixPath(name)
+    bad = not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name
+    if bad or path.as_posix() != name or name == ".":
+        raise ValueError(f"`{name}` can't be the name of a file in a run's folder")
+
+
+def find_values(
+    index: Index, blobs: Blobs, cells: Sequence[bytes], where: str, bounds: tuple[Any, ...]
+) -> tuple[Found, list[int]]:
+    """The values of cells in the blocks that a condition names, and the blocks that are torn.
+
+    Where several hold the same row: a fresh run's before others, the latest of these runs first;
+    otherwise the first that was written.
+    """
+    rows = index.ask_of(
+        cells,
+        "SELECT asked.cell, blocks.seq, blocks.hash FROM asked "
+        "JOIN cells ON cells.cell = asked.cell JOIN blocks ON blocks.seq = cells.seq "
+        f"WHERE {where} ORDER BY blocks.fresh DESC, blocks.fresh * -blocks.run, blocks.seq",
+        *bounds,
+    )
+    pieces: dict[bytes, dict[bytes, Rows]] = {}
+    torn: set[bytes] = set()
+    of_hash: dict[bytes, list[bytes]] = {}
+    for cell, _, hash in rows:
+        of_hash.setdefault(hash, []).append(cell)
+    for hash, wanted in of_hash.items():
+        try:
+            data = blobs.read(hash, VALUES)
+        except OSError:  # it may be whole: next time, or for somebody with other rights
+            continue
+        block = None if data is None else unpack_block(data)
+        if block is None:
+            torn.add(hash)
+            continue
+        place = {cell: number for number, cell in enumerate(block.cells)}
+        for cell in wanted:
+            if cell in place:
+                begin, end = block.starts[place[cell] : place[cell] + 2]
+                pieces.setdefault(cell, {})[hash] = (block.rows[begin:end], block.values[begin:end])
+    ordered: dict[bytes, list[Rows]] = {}
+    for cell, _, hash in rows:
+        piece = pieces.get(cell, {}).get(hash)
+        if piece is not None:
+            ordered.setdefault(cell, []).append(piece)
+    found = {cell: joined(parts) for cell, parts in ordered.items()}
+    return found, [seq for _, seq, hash in rows if hash in torn]
+
+
+class OpenRun:
+    """A run that goes on. A context manager: left without `finish`, it stays unfinished and can be
+    resumed. A run of a store that isn't writable reads and keeps nothing; its `id` is empty."""
+
+    def __init__(
+        self,
+        index: Index,
+        blobs: Blobs,
+        row: tuple[int, str, int, str | None],
+        lock: FileLock | None,
+        *,
+        resumed: bool,
+        fresh: bool,
+        tidy: Callable[[], None],
+    ) -> None:
+        """row: number, id, baseline and sizes, from the index. tidy: called when it is finished."""
+        self._index = index
+        self._blobs = blobs
+        self._number, self.id, self._baseline, sizes = row
+        self._lock = lock
+        self.resumed = resumed
+        self._fresh = fresh
+        self._tidy = tidy
+        self.sizes: Mapping[str, Any] | None = None if sizes is None else json.loads(sizes)
+
+    def __enter__(self) -> OpenRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it; a second time does nothing."""
+        if self._lock is not None:
+            self._lock.free()
+            self._lock = None
+
+    @property
+    def _keeps(self) -> bool:
+        if not self.id:
+            return False
+        if self._lock is None:
+            raise ValueError("this run was closed")
+        return True
+
+    def settle(self, sizes: Mapping[str, Any]) -> None:
+        """Keep how passes are laid out, for a resume; durable when it returns.
+
+        sizes: JSON. It takes the place of what was settled before. Raises OSError, StoreProblem.
+        """
+        text = json.dumps(dict(sizes))
+        if self._keeps:
+            with self._index.writing() as write:
+                write.execute("UPDATE runs SET sizes = ? WHERE number = ?", (text, self._number))
+        self.sizes = json.loads(text)
+
+    def keep(self, block: Block) -> None:
+        """Keep the values of a pass; durable when it returns, all of it or nothing.
+
+        Values that are there already stay: other runs read the first that was written, or those
+        of the latest fresh run; this run reads its own first. Raises OSError where the disk is
+        full or fails, StoreProblem, ValueError where the shapes of the block are wrong.
+        """
+        if not self._keeps or not block.cells:
+            return
+        staged = self._blobs.stage(pack_block(block), VALUES)
+        try:
+            with self._index.writing() as write:
+                self._blobs.place([staged])
+                seq = write.execute(
+                    "INSERT INTO blocks(hash, size, run, fresh, used) VALUES (?, ?, ?, ?, ?)",
+                    (staged.hash, staged.size, self._number, self._fresh, time.time()),
+                ).lastrowid
+                write.executemany(
+                    "INSERT INTO cells VALUES (?, ?)", ((cell, seq) for cell in sorted(block.cells))
+                )
+                write.execute("UPDATE kept SET bytes = bytes + ?", (staged.size,))
+        finally:
+            self._blobs.drop([staged])
+
+    def earlier(self, cells: Sequence[bytes]) -> Found:
+        """Values that were there when the run first began. Raises OSError, StoreProblem."""
+        return self._found(cells, "blocks.seq <= ?", self._baseline)
+
+    def own(self, cells: Sequence[bytes]) -> Found:
+        """Values that this run wrote, in an earlier attempt or in this one. Raises as `earlier`."""
+        return self._found(cells, "blocks.run = ?", self._number)
+
+    def _found(self, cells: Sequence[bytes], where: str, bound: int) -> Found:
+        found, torn = find_values(self._index, self._blobs, cells, where, (bound,))
+        if torn and self.id:
+            with self._index.writing() as write:
+                write.executemany("DELETE FROM blocks WHERE seq = ?", ((seq,) for seq in set(torn)))
+        return found
+
+    def finish(self, content: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
+        """Keep what the run gave; durable when it returns, all of it or nothing.
+
+        content: files by name. about: JSON, added to what was said when it began. The run is
+        closed. Raises OSError, StoreProblem, ValueError for names that no folder could hold.
+        """
+        for name in content:
+            check_name(name)
+        if not self._keeps:
+            return
+        staged: list[Staged] = []
+        try:
+            for data in content.values():
+                staged.append(self._blobs.stage(data, CONTENT))
+            files = [(name, of.hash, of.size) for name, of in zip(content, staged, strict=True)]
+            with self._index.writing() as write:
+                self._blobs.place(staged)
+                self._enter(write.execute, files, about)
+                write.executemany(
+                    "INSERT INTO contents(run, name, hash, size) VALUES (?, ?, ?, ?)",
+                    ((self._number, *file) for file in files),
+                )
+        finally:
+            self._blobs.drop(staged)
+        self._tidy()
+        assert self._lock is not None
+        self._lock.free(remove=True)
+        self._lock = None
+
+    def _enter(
+        self,
+        execute: Callable[..., Any],
+        files: list[tuple[str, bytes, int]],
+        about: Mapping[str, Any],
+    ) -> None:
+        """Write down that it is finished."""
+        rows = execute("SELECT key, about FROM runs WHERE number = ?", (self._number,)).fetchall()
+        if not rows:
+            raise StoreProblem(f"run {self.id} was removed while it went on")
+        key, before = rows[0]
+        text = json.dumps({**json.loads(before), **about})
+        execute(
+            "UPDATE runs SET ended = ?, used = ?, about = ?, seal = ? WHERE number = ?",
+            (time.time(), time.time(), text, seal(self.id, key, text, files), self._number),
+        )
+        execute("UPDATE kept SET bytes = bytes + ?", (sum(size for _, _, size in files),))

@@ -1,0 +1,344 @@
+"""The folder in which runs, their values and hashes of files are kept."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mechdsl.store.blobs import CONTENT, Blobs
+from mechdsl.store.disk import make_folder, sync_folder
+from mechdsl.store.file_hashes import hash_file
+from mechdsl.store.index import NAME, DamagedIndex, Index
+from mechdsl.store.locks import FileLock, is_held, take_lock
+from mechdsl.store.problem import StoreProblem
+from mechdsl.store.runs import DAY, OpenRun, StoredRun, check_name, seal
+from mechdsl.store.sweep import Swept, remove_old_indexes, remove_unnamed, sweep
+
+LIMIT = 10_000_000_000
+"""Bytes that a store may grow to, where `MECHDSL_STORE_LIMIT` says nothing."""
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+_ASIDE = ("", "-journal", "-wal", "-shm")
+_RUN = "SELECT number, id, key, began, ended, about, seal FROM runs"
+
+
+def size_limit() -> int:
+    """Bytes a store may grow to: `MECHDSL_STORE_LIMIT`, such as `20GB`. Raises StoreProblem."""
+    given = os.environ.get("MECHDSL_STORE_LIMIT", "").strip()
+    if not given:
+        return LIMIT
+    found = _SIZE.fullmatch(given)
+    if found is None:
+        raise StoreProblem(
+            f"the environment variable MECHDSL_STORE_LIMIT is `{given}`, which isn't a size "
+            "such as `20GB` or `500MB`"
+        )
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+class Store:
+    """A store. A context manager; several processes and threads may use one at the same time."""
+
+    folder: Path
+    writable: bool
+    """False where the folder may only be read, or can't be made."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a store, or make it. Raises StoreProblem."""
+        self.folder = folder.absolute()
+        self._limit = size_limit()
+        self._blobs = Blobs(self.folder)
+        self._using: FileLock | None = None
+        try:
+            self.writable = self._prepare()
+            self._index = self._open()
+        except (OSError, StoreProblem) as error:
+            self._free()
+            if isinstance(error, StoreProblem):
+                raise
+            raise StoreProblem((error.strerror or str(error)).lower()) from error
+
+    def _prepare(self) -> bool:
+        """Make what is missing; whether the folder may be written to."""
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise StoreProblem("it is a file, not a folder")
+        try:
+            make_folder(self.folder / "locks")
+            make_folder(self._blobs.folder)
+            ignore = self.folder / ".gitignore"
+            if not ignore.exists():
+                ignore.write_text("*\n", encoding="utf-8")
+            self._using = take_lock(self._lock_path("store"), shared=True)
+        except OSError as error:
+            if error.errno in _READ_ONLY:
+                return False
+            raise
+        if self._using is None:
+            raise StoreProblem("another process is putting its index in order")
+        index = self.folder / NAME
+        return not index.exists() or os.access(index, os.W_OK)
+
+    def _open(self) -> Index:
+        """The index; a damaged one is moved aside and started anew."""
+        with suppress(DamagedIndex):
+            return Index(self.folder, writable=self.writable)
+        if not self.writable:
+            raise StoreProblem("its index is damaged, and it can't be written to")
+        self._free()
+        alone = take_lock(self._lock_path("store"))
+        if alone is None:
+            raise StoreProblem("its index is damaged, and another process is using it")
+        try:
+            return Index(self.folder, writable=True)  # somebody else may have been here
+        except DamagedIndex:
+            self._move_aside()
+            return Index(self.folder, writable=True)
+        finally:
+            alone.free()
+            self._using = take_lock(self._lock_path("store"), shared=True)
+
+    def _move_aside(self) -> None:
+        name = f"{NAME}.broken-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+        while (self.folder / name).exists():
+            name += "-"
+        for end in _ASIDE:
+            with suppress(FileNotFoundError):
+                (self.folder / (NAME + end)).replace(self.folder / (name + end))
+        sync_folder(self.folder)
+
+    def _free(self) -> None:
+        if self._using is not None:
+            self._using.free()
+            self._using = None
+
+    def close(self) -> None:
+        """A second time does nothing."""
+        self._index.close()
+        self._free()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lock_path(self, name: str) -> Path:
+        return self.folder / "locks" / name
+
+    # --- facts ------------------------------------------------------------------------------------
+
+    def file_hash(self, path: Path) -> str:
+        """SHA-256 of a file in hex, worked out once per path, size, times and inode.
+
+        Raises OSError, and StoreProblem where the file changes while it is read.
+        """
+        return hash_file(self._index, path, writable=self.writable)
+
+    def note(self, key: str) -> str | None:
+        """What was noted under a key. Raises OSError, StoreProblem."""
+        rows = self._index.ask("SELECT value FROM notes WHERE key = ?", _bytes(key))
+        return rows[0][0].decode("utf-8", "surrogatepass") if rows else None
+
+    def take_note(self, key: str, value: str) -> None:
+        """Keep a small fact, in place of an earlier one; nothing where the store isn't writable.
+
+        Raises OSError, StoreProblem.
+        """
+        if self.writable:
+            with self._index.writing() as write:
+                write.execute(
+                    "INSERT OR REPLACE INTO notes VALUES (?, ?)", (_bytes(key), _bytes(value))
+                )
+
+    # --- runs -------------------------------------------------------------------------------------
+
+    def finished(self, key: str) -> StoredRun | None:
+        """The latest finished run of a key whose content is whole. Raises OSError, StoreProblem."""
+        rows = self._index.ask(
+            f"{_RUN} WHERE key = ? AND seal IS NOT NULL ORDER BY number DESC", key
+        )
+        for row in rows:
+            run = self._stored(row)
+            with suppress(StoreProblem):
+                self.content(run)
+                return run
+        return None
+
+    def runs(self) -> list[StoredRun]:
+        """All runs, newest first. Raises OSError, StoreProblem."""
+        return [self._stored(row) for row in self._index.ask(f"{_RUN} ORDER BY number DESC")]
+
+    def content(self, run: StoredRun) -> dict[str, bytes]:
+        """A finished run's files, by name. Raises OSError, and StoreProblem where they are torn."""
+        rows = self._index.ask("SELECT number, about, seal FROM runs WHERE id = ?", run.id)
+        if not rows or rows[0][2] is None:
+            raise StoreProblem(f"there is no finished run {run.id}")
+        number, about, kept = rows[0]
+        files = self._index.ask("SELECT name, hash, size FROM contents WHERE run = ?", number)
+        if seal(run.id, run.key, about, [(name, hash, size) for name, hash, size in files]) != kept:
+            raise StoreProblem(f"what the index says of run {run.id} was changed")
+        content: dict[str, bytes] = {}
+        for name, hash, _ in files:
+            check_name(name)
+            data = self._blobs.read(hash, CONTENT)
+            if data is None:
+                raise StoreProblem(f"`{name}` of run {run.id} is torn or gone")
+            content[name] = data
+        self._touch(number)
+        return content
+
+    def _touch(self, number: int) -> None:
+        """Write down, at most once a day, that a run was used."""
+        now = time.time()
+        if self.writable and self._index.ask(
+            "SELECT 1 FROM runs WHERE number = ? AND used < ?", number, now - DAY
+        ):
+            with suppress(OSError, StoreProblem), self._index.writing() as write:
+                write.execute("UPDATE runs SET used = ? WHERE number = ?", (now, number))
+
+    def _stored(self, row: tuple[Any, ...]) -> StoredRun:
+        number, id, key, began, ended, about, sealed = row
+        size = self._index.ask("SELECT total(size) FROM contents WHERE run = ?", number)[0][0]
+        run = StoredRun(id, key, "finished", began, ended, json.loads(about), int(size))
+        if sealed is None:
+            running = is_held(self._lock_path(id))
+            run = replace(run, state="running" if running else "unfinished")
+        return run
+
+    def begin(self, key: str, about: Mapping[str, Any], *, fresh: bool = False) -> OpenRun:
+        """Begin a run, or go on with the newest unfinished one of this key that nobody is at.
+
+        about: JSON. fresh: begin anew, find nothing of earlier runs, and replace their values.
+        Raises OSError, StoreProblem.
+        """
+        if not self.writable:
+            return self._open_run((-1, "", 0 if fresh else self._newest(), None), None)
+        if not fresh:
+            for id in self._index.ask(
+                "SELECT id FROM runs WHERE key = ? AND seal IS NULL ORDER BY number DESC", key
+            ):
+                lock = take_lock(self._lock_path(id[0]))
+                if lock is not None:
+                    resumed = self._resume(id[0], lock)
+                    if resumed is not None:
+                        return resumed
+        return self._begin(key, json.dumps(dict(about)), fresh)
+
+    def _resume(self, id: str, lock: FileLock) -> OpenRun | None:
+        """None where it was finished or removed before its lock was taken."""
+        try:
+            with self._index.writing() as write:
+                row = write.execute(
+                    "UPDATE runs SET used = ? WHERE id = ? AND seal IS NULL "
+                    "RETURNING number, id, baseline, sizes, fresh",
+                    (time.time(), id),
+                ).fetchone()
+        except BaseException:
+            lock.free()
+            raise
+        if row is None:
+            lock.free(remove=True)
+            return None
+        return self._open_run(row[:4], lock, resumed=True, fresh=bool(row[4]))
+
+    def _begin(self, key: str, about: str, fresh: bool) -> OpenRun:
+        now = time.time()
+        while True:
+            id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(2)}"
+            if self._index.ask("SELECT 1 FROM runs WHERE id = ?", id):
+                continue
+            lock = take_lock(self._lock_path(id))
+            if lock is not None:
+                break
+        try:
+            with self._index.writing() as write:
+                baseline = 0 if fresh else self._newest()
+                number = write.execute(
+                    "INSERT INTO runs(id, key, baseline, fresh, began, used, about) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (id, key, baseline, fresh, now, now, about),
+                ).lastrowid
+        except BaseException:
+            lock.free(remove=True)
+            raise
+        assert number is not None
+        return self._open_run((number, id, baseline, None), lock, fresh=fresh)
+
+    def _newest(self) -> int:
+        """The largest seq there ever was."""
+        rows = self._index.ask("SELECT seq FROM sqlite_sequence WHERE name = 'blocks'")
+        return rows[0][0] if rows else 0
+
+    def _open_run(
+        self,
+        row: tuple[int, str, int, str | None],
+        lock: FileLock | None,
+        *,
+        resumed: bool = False,
+        fresh: bool = False,
+    ) -> OpenRun:
+        def tidy() -> None:
+            (kept,) = self._index.ask("SELECT bytes FROM kept")[0]
+            if kept > self._limit:
+                self._sweep(self._limit, row[0])
+
+        return OpenRun(self._index, self._blobs, row, lock, resumed=resumed, fresh=fresh, tidy=tidy)
+
+    # --- size -------------------------------------------------------------------------------------
+
+    def remove(self, run: StoredRun) -> None:
+        """Remove a run and its content; values stay, for others. Raises OSError, StoreProblem."""
+        self._check_writable()
+        lock = take_lock(self._lock_path(run.id))
+        if lock is None:
+            raise StoreProblem(f"run {run.id} is running")
+        try:
+            with self._index.writing() as write:
+                of = "(SELECT number FROM runs WHERE id = ?)"
+                write.execute(f"DELETE FROM contents WHERE run = {of}", (run.id,))
+                write.execute("DELETE FROM runs WHERE id = ?", (run.id,))
+            remove_unnamed(self._index, self._blobs)
+        finally:
+            lock.free(remove=True)
+
+    def gc(self, limit: int | None = None) -> Swept:
+        """Remove what nothing refers to and unfinished runs that are a month old; then the
+        oldest-used values and runs, until at most `limit` bytes are left.
+
+        What runs that go on have written stays. Raises OSError, StoreProblem.
+        """
+        self._check_writable()
+        files, freed = remove_old_indexes(self.folder)
+        swept = self._sweep(limit, None)
+        return replace(swept, files=swept.files + files, bytes=swept.bytes + freed)
+
+    def _sweep(self, limit: int | None, spared: int | None) -> Swept:
+        return sweep(self._index, self._blobs, limit, spared, self._lock_path)
+
+    def _check_writable(self) -> None:
+        if not self.writable:
+            raise StoreProblem("it can only be read")
+
+    def size(self) -> int:
+        """Bytes of all its files. Raises OSError."""
+        total = 0
+        for folder, _, files in os.walk(self.folder):
+            for name in files:
+                with suppress(FileNotFoundError):
+                    total += (Path(folder) / name).lstat().st_size
+        return total
+
+
+def _bytes(text: str) -> bytes:
+    """Texts with halves of characters, such as names of files, as well."""
+    return text.encode("utf-8", "surrogatepass")
