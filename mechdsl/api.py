@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from mechdsl.base.files import write_whole
 from mechdsl.base.random_numbers import keeps_random_numbers
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mechdsl.pipeline.run_options import RunOptions
     from mechdsl.plan.plan import Plan
     from mechdsl.program.python_files import Mode
+    from mechdsl.results.against import Earlier
     from mechdsl.results.results import Results
     from mechdsl.show.progress import Bar
     from mechdsl.show.terminal import Printed
@@ -98,6 +99,8 @@ def run(
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
     allow_nan: bool = False,
+    against: str | Path | Results | None = None,
+    fail_fast: bool = False,
 ) -> Results:
     """Run a file as `mechdsl run` does, and return its results.
 
@@ -120,6 +123,10 @@ def run(
     no_pass: planner passes to switch off. pass_tokens, prompt_tokens: most tokens of a pass over
         patched rows, and of a batch of unpatched prompts.
     allow_nan: leave rows where the model gives NaN out of everything, and count them.
+    against: an earlier run, by its id, `last`, its `.mech` file or a folder that `out` has made, or
+        its results: what has changed since is in `Results.against`.
+    fail_fast: stop at the first expectation that fails (with `against`: that held there, or is
+        new); `not_run` of the file says what was left out.
 
     An experiment or a measure that can't be computed costs no other: `complete` of the results is
     False then, `lost` of the file and `missing` of the measure say why, and a warning is shown.
@@ -161,7 +168,8 @@ def run(
             ),
             on_profile=(lambda *done: profiles.append(done)) if profile else None,
         )
-        results = _run(source, models, options, bar, write_reports=write_reports)
+        verdicts = AskedVerdicts(against, fail_fast)
+        results = _run(source, models, options, bar, verdicts, write_reports=write_reports)
         sizes = results.files[0].sizes
         return replace(results, profile=_profile_text(profiles, sizes))
 
@@ -344,16 +352,45 @@ def _checked(
     return checked, loaded
 
 
+class AskedVerdicts(NamedTuple):
+    """What is asked of verdicts."""
+
+    against: str | Path | Results | None
+    fail_fast: bool
+
+
+def _earlier(against: str | Path | Results | None, checked: Checked) -> Earlier | None:
+    """The run that a file is set against; MechdslError where there is none."""
+    if against is None:
+        return None
+    from mechdsl.results.earlier_runs import earlier_run, given_results, to_run
+
+    files = [to_run(checked)]
+    if isinstance(against, str | Path):
+        return earlier_run(str(against), files)
+    return given_results(against, files)
+
+
 def _run(
-    source: Source, models: Models | None, options: RunOptions, bar: Bar, *, write_reports: bool
+    source: Source,
+    models: Models | None,
+    options: RunOptions,
+    bar: Bar,
+    asked: AskedVerdicts,
+    *,
+    write_reports: bool,
 ) -> Results:
     """Check, run, write reports, show warnings."""
     from mechdsl.pipeline.compute import run_checked
+    from mechdsl.results.against import first_failure
     from mechdsl.results.collect import versions
     from mechdsl.results.results import Results
     from mechdsl.show.show_report import write_reports as write_all
 
     checked, loaded = _checked(source, models, options.settings)
+    earlier = _earlier(asked.against, checked)
+    if asked.fail_fast:
+        options = replace(options, ends=first_failure(earlier))
     with bar:
         result, found = run_checked(checked, options, loaded)
     if result is None:
@@ -366,6 +403,7 @@ def _run(
         versions(),
         diagnostics=Diagnostics([*checked.diagnostics, *found, *unwritten]),
         written=tuple(report.path for report in done if report.path is not None),
+        against=None if earlier is None else earlier.compare([result]),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +13,7 @@ from mechdsl.validate.check_file import Settings
 if TYPE_CHECKING:
     from mechdsl.execute.profile import Profile
     from mechdsl.plan.plan import Plan
-    from mechdsl.results.experiment_result import ExpectOutcome
-
-Ends = Callable[[str, str, "Sequence[ExpectOutcome]"], bool]
-"""(file, experiment, verdicts on its expectations so far) -> whether they end the run."""
+    from mechdsl.results.against import Ends
 
 
 @dataclass(frozen=True)

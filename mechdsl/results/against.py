@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,6 +15,8 @@ from mechdsl.results.experiment_result import (
 from mechdsl.results.shown import AGAINST_AS_TEXT, shown_by
 from mechdsl.statistics.measure_data import MeasureData, Missing
 
+Ends = Callable[[str, str, Sequence[ExpectOutcome]], bool]
+"""(file, experiment, verdicts on its expectations so far) -> whether they end the run."""
 Kind = Literal["regression", "failed before", "new", "holds now", "gone"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -126,6 +128,13 @@ class Earlier:
                         yield None
                     else:
                         yield _change(now.file, name, one, two)
+
+
+def first_failure(earlier: Earlier | None) -> Ends:
+    """What ends a run with `fail_fast`: an expectation that fails, or that fails the job."""
+    if earlier is not None:
+        return earlier.ends
+    return lambda file, experiment, outcomes: not all(each.holds for each in outcomes)
 
 
 def _outcomes(file: FileResult | None) -> dict[str, tuple[ExpectOutcome, ...]]:

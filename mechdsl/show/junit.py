@@ -10,7 +10,9 @@ from typing import Literal
 from xml.etree import ElementTree
 
 from mechdsl.base.visible import visible
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.results.against import Against, Change
+from mechdsl.results.collect import why
 from mechdsl.results.experiment_result import (
     ExpectOutcome,
     ExperimentResult,
@@ -72,8 +74,17 @@ def suites_of(files: Iterable[FileResult], against: Against | None = None) -> li
     return [suite for file in files for suite in _of_file(file, known)]
 
 
+def of_diagnostic(problem: Diagnostic) -> Test:
+    """What is wrong with a file, or with the command."""
+    line = None if problem.span is None else problem.span.line
+    said = why(problem)
+    return Test(problem.code, "error", f"{said.code}: {said.reason}", problem.code, line)
+
+
 def _of_file(file: FileResult, changes: Mapping[int, Change]) -> Iterator[Suite]:
     left = {each.name: each for each in file.not_run}
+    if not (file.experiments or file.lost or left):
+        yield Suite(file.file)
     for each in (*file.experiments, *file.lost):
         waiting = left.pop(each.name, None)
         tests = [*_tests(each, changes), *(_left_out(waiting, UNDECIDED) if waiting else [])]

@@ -75,6 +75,11 @@ class Checked:
     """The others, as far as they were asked for: theirs are the reports that are made."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
+    @property
+    def untrusted(self) -> bool:
+        """Whether it was checked as a file that others made."""
+        return self.program.span.source.reach.reads is not None
+
 
 @dataclass(frozen=True)
 class Settings:
