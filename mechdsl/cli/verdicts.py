@@ -248,20 +248,25 @@ def _unfit(
     from mechdsl.validate.written_files import written_over
 
     over = written_over(path, [(each.program, each.reported) for each in files])
-    kept = {} if against is None else {Path(against): "the run that this one is set against"}
+    said = None if over is None else f"would write over {over}"
+    kept: dict[Path, str] = {}
+    if against is not None:
+        from mechdsl.results.export import is_export
+
+        folders = [Path(against), *(Path(against) / each.source.stem for each in files)]
+        its = "the run that this one is set against"
+        kept = {folder: its for folder in folders if is_export(folder)}
     if out is not None:
         kept |= {
-            out / each.source.stem: f"what `--out` keeps of {each.source.name}" for each in files
+            out / each.source.stem: f"which `--out` writes of {each.source.name}" for each in files
         }
     real = path.resolve()
     for folder, its in kept.items():
         if real.is_relative_to(folder.resolve()):
-            over = f"a file among {its}"
-    if over is None:
+            said = f"lies in `{folder}`, {its}"
+    if said is None:
         return None
-    return BadCommandLine(
-        reason=f"`--junit {path}` would write over {over}", hint="give it a file of its own"
-    )
+    return BadCommandLine(reason=f"`--junit {path}` {said}", hint="give it a file of its own")
 
 
 def _not_run(checked: Checked) -> FileResult:

@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from mechdsl.base.names import name_list
+from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.results.against import Earlier
 from mechdsl.results.experiment_result import FileResult
 from mechdsl.results.export import is_export, stem_of
@@ -56,6 +58,7 @@ def earlier_run(named: str, files: Sequence[ToRun], store: Path | None = None) -
         if there:
             found = {name: results_of(str(path)).files[0] for name, path in there.items()}
             return _earlier((named,), found, files)
+    _near(folder)
     own = store
     if files and not folder.is_dir() and not named.endswith(SUFFIX):
         own = _store_of(files[0], named, store)
@@ -73,9 +76,20 @@ def given_results(results: Results, files: Sequence[ToRun], named: str = "") -> 
     found = {each.name: match for each in files if (match := _of_name(each.name, before))}
     if files and not found:
         asked = ", ".join(f"`{each.name}`" for each in files)
-        start = f"`--against {named}`: it is" if named else "`against`: these are"
+        start = f"`--against {named}`: it is a run" if named else "`against`: these are results"
         refuse(f"{start} of {names}, which isn't run now", f"name a run of {asked}")
     return _earlier((named or f"results, a run of {names}",), found, files)
+
+
+def _near(folder: Path) -> None:
+    """E0208 for a folder that isn't there, beside some that are runs."""
+    if folder.name == str(folder) or folder.suffix == SUFFIX or folder.exists():
+        return
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    there = sorted(str(each) for each in beside if is_export(each))
+    if there:
+        hint = did_you_mean(str(folder), there, f"it has {name_list(there)}")
+        refuse(f"there is no folder `{folder}`", hint)
 
 
 def _store_of(file: ToRun, named: str, store: Path | None) -> Path | None:
