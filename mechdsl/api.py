@@ -368,6 +368,10 @@ def _earlier(against: str | Path | Results | None, checked: Checked) -> Earlier 
     files = [to_run(checked)]
     if isinstance(against, str | Path):
         return earlier_run(str(against), files)
+    from mechdsl.results.results import Results
+
+    if not isinstance(against, Results):
+        raise TypeError("`against` is a run's name, a path or the results of `mechdsl.run`")
     return given_results(against, files)
 
 

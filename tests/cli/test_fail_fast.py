@@ -171,6 +171,19 @@ def test_one_that_can_not_be_computed(command: Command, ran: list[str]) -> None:
     assert ran == ["lost", "two"]
 
 
+def test_an_expectation_on_one_that_can_not_be_computed(command: Command, ran: list[str]) -> None:
+    """It waits for nothing any more."""
+    lost = experiment("lost").replace("logit(answer of fewer)", "logit(answer)")
+    read = "max(recovery) > mean(recovery of lost)"
+    file = written("a.mech", lost, experiment("two", HOLDS, read), experiment("three", HOLDS))
+    done = command("run", file, "--fail-fast", "--junit", "r.xml")
+    assert (done.status, ran) == (3, ["lost", "two"])
+    found = verdicts(junit(Path("r.xml").read_text()))
+    assert found[read] == "error"
+    assert found[HOLDS] in ("passed", "skipped")
+    assert "not decided" not in done.out
+
+
 def test_only_what_is_asked_for_decides(command: Command, ran: list[str]) -> None:
     """An experiment that another one picks from has no verdicts under `--only`."""
     picking = experiment("picks", HOLDS, body="  patch top 2 of one at last token")

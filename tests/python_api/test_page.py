@@ -25,13 +25,14 @@ COMMANDS = {
     "explain": "explain",
 }
 """Function → command."""
-OTHERWISE = {("run", "--format"), ("check", "--format")}
+OTHERWISE = {("run", "--format"), ("check", "--format"), ("run", "--junit")}
 """What their results do, in whatever format."""
 CLASSES = [
     mechdsl.Results,
     mechdsl.ExperimentResult,
     mechdsl.Diagnostics,
     mechdsl.Diagnostic,
+    mechdsl.Against,
 ]
 
 
@@ -60,6 +61,7 @@ def test_its_code_runs(inside: Path) -> None:
         elif block.language == "text":  # what the block before it shows
             assert repr(values["results"]) + "\n" == block.content
     written = {"heads.mech", "heads.svg", "again.svg", "results.json", "results.csv", "graph.svg"}
+    written.add("verdicts.xml")
     assert {path.name for path in inside.iterdir()} == written
     assert (inside / "graph.svg").read_text(encoding="utf-8").startswith("<svg")
 
