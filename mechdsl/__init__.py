@@ -1,7 +1,7 @@
 """mechdsl: the language in which interpretability experiments are written.
 
 `run` runs a file, `check` finds what is wrong with it; `plan_of`, `graph_of` and `explain` show
-what would be run. docs/python.md has every name.
+what would be run, `runs` what was. docs/python.md has every name.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ __all__ = [
     "MechdslError",
     "MechdslWarning",
     "Results",
+    "Run",
+    "Runs",
     "check",
     "explain",
     "graph_of",
     "plan_of",
     "run",
+    "runs",
 ]
 
 if TYPE_CHECKING:
-    from mechdsl.api import check, explain, graph_of, plan_of, run
+    from mechdsl.api import check, explain, graph_of, plan_of, run, runs
     from mechdsl.diagnostics.core import Diagnostic
     from mechdsl.diagnostics.raised import Diagnostics, MechdslError, MechdslWarning
     from mechdsl.results.against import Against
     from mechdsl.results.experiment_result import ExperimentResult
+    from mechdsl.results.kept_runs import Run, Runs
     from mechdsl.results.results import Results
 
 _PLACES = {
@@ -41,6 +45,8 @@ _PLACES = {
     "MechdslError": "mechdsl.diagnostics.raised",
     "MechdslWarning": "mechdsl.diagnostics.raised",
     "Results": "mechdsl.results.results",
+    "Run": "mechdsl.results.kept_runs",
+    "Runs": "mechdsl.results.kept_runs",
 }
 """What isn't defined in `mechdsl.api`."""
 

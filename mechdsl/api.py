@@ -28,12 +28,22 @@ if TYPE_CHECKING:
     from mechdsl.plan.plan import Plan
     from mechdsl.program.python_files import Mode
     from mechdsl.results.against import Earlier
+    from mechdsl.results.kept_runs import Runs
     from mechdsl.results.results import Results
     from mechdsl.show.progress import Bar
     from mechdsl.show.terminal import Printed
     from mechdsl.validate.check_file import Checked, Settings
 
-__all__ = ["MechdslError", "MechdslWarning", "check", "explain", "graph_of", "plan_of", "run"]
+__all__ = [
+    "MechdslError",
+    "MechdslWarning",
+    "check",
+    "explain",
+    "graph_of",
+    "plan_of",
+    "run",
+    "runs",
+]
 
 Models = Mapping[str, tuple[Any, Any]]
 """Name in the file → (transformers model, fast tokenizer)."""
@@ -305,6 +315,22 @@ def explain(
     if format == "json":
         return Printed(json_text(prompts.as_json(checked), indent=1) + "\n")
     return printed(lambda console: prompts.explain(checked, console))
+
+
+def runs(store: str | Path | None = None) -> Runs:
+    """The runs that a store keeps, the newest first, as `mechdsl runs` lists them.
+
+    store: its folder; None: what `MECHDSL_STORE` names, or `.mechdsl` in the working folder, and an
+        empty list where that isn't there.
+    Returns a list; each run has `id`, `state`, `file`, `began`, `about`, its `results`, which are
+    read when they are asked for, `export(folder)` and `remove()`.
+    Raises MechdslError (E0208) where a folder that is named is no store, or can't be read.
+    """
+    from mechdsl.results.kept_runs import Runs, runs_in
+    from mechdsl.results.named_runs import folder_of, has_store
+
+    folder = folder_of(None, None if store is None else Path(store))
+    return Runs() if store is None and not has_store(folder) else runs_in(folder)
 
 
 # --- what they share ----------------------------------------------------------------------------

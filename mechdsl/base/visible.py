@@ -58,6 +58,8 @@ def json_text(value: Any, indent: int | None = None) -> str:
     Raises ValueError for NaN and infinity, which JSON doesn't have.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    if (text if indent is None else text.replace("\n", "")).isprintable():  # as most are
+        return text
     # what json leaves as it is stands inside of strings, but for the line breaks of the indent
     return hidden().sub(
         lambda found: found[0] if found[0] == "\n" else _json_escape(found[0]), text

@@ -27,6 +27,7 @@ COMMANDS = {
     "graph": "Draw the intervention graph of a file.",
     "plan": "Print the graph, and how much there is to run.",
     "run": "Run files and print their tables.",
+    "runs": "List, show, export or remove the runs that are kept.",
     "schema": "Print a JSON schema.",
     "sites": "Take a model apart: its sites, the checks, the passes that apply.",
     "validate": "Check files without weights, as in CI.",
@@ -132,13 +133,15 @@ def _usage(error: click.ClickException) -> Diagnostic:
     if context is None or context.parent is None:
         hint = "`mechdsl --help` lists the commands"
     else:
-        hint = f"`mechdsl {context.info_name} --help` lists what it takes"
+        hint = f"`{context.command_path} --help` lists what it takes"
     if isinstance(error, click.NoSuchOption) and context is not None:
         options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
         hint = did_you_mean(error.option_name, options, hint)
     elif isinstance(error, click.UsageError) and "No such command" in error.message:
         word = error.message.split("'")[1]
-        hint = did_you_mean(word, app.list_commands(click.Context(app)), hint)
+        group = context.command if context is not None else app
+        known = group.list_commands(context) if isinstance(group, click.Group) and context else []
+        hint = did_you_mean(word, known, hint)
     elif isinstance(error, MalformedSetting):
         hint = error.hint
     reason = error.format_message().partition(" Did you mean")[0].rstrip(".")

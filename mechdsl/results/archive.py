@@ -1,8 +1,8 @@
 """Results as files of bytes, from which they can be had again without running anything.
 
 `archive.json` holds them by the types of their fields, `arrays.safetensors` their arrays,
-`file.mech` the text that was run; `results.json` and `tables.txt` are what was shown of them, for
-people and for programs that read no archives.
+`file.mech` the text that was run; `results.json` is their document, for programs that read no
+archives and for versions of this one that don't read this one's.
 """
 
 from __future__ import annotations
@@ -31,10 +31,7 @@ ARCHIVE = 1
 takes its default in older archives."""
 
 RESULT, ARRAYS, TEXT = "archive.json", "arrays.safetensors", "file.mech"
-DOCUMENT, TABLES = "results.json", "tables.txt"
-FILES = (RESULT, ARRAYS, TEXT, DOCUMENT, TABLES)
-WIDTH = 100
-"""Columns of `tables.txt`."""
+DOCUMENT = "results.json"
 MOST_JSON = 500_000_000
 MOST_ARRAYS = 16_000_000_000
 """Bytes that are read of an archive."""
@@ -84,8 +81,7 @@ def pack(results: Results, text: str) -> dict[str, bytes]:
         RESULT: json.dumps(whole, allow_nan=False, separators=(",", ":")).encode(),
         ARRAYS: save({name: _in_order(array) for name, array in kept.arrays.items()}),
         TEXT: text.encode("utf-8", "surrogatepass"),
-        DOCUMENT: (results.to_json() + "\n").encode("utf-8", "surrogatepass"),
-        TABLES: results.to_text(WIDTH).encode("utf-8", "surrogatepass"),
+        DOCUMENT: (results.to_json(indent=None) + "\n").encode("utf-8", "surrogatepass"),
     }
 
 

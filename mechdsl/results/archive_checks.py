@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -15,6 +16,8 @@ from mechdsl.statistics.measure_data import MeasureData
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.reports import REPORTS
 
+_NAME = re.compile(r"\w[^/\\\0]*")
+"""What may be the name of a file, wherever that lies."""
 RESAMPLES = range(100, 1_000_001)
 """That a file can ask for."""
 
@@ -22,6 +25,9 @@ RESAMPLES = range(100, 1_000_001)
 def check_file(file: FileResult) -> None:
     """ValueError where an array has another shape than the cells and prompts that it is of, or
     something refers to what isn't there."""
+    names = [each.name for each in file.experiments]
+    if len({*names}) < len(names):
+        raise ValueError("two experiments have one name")
     for experiment in file.experiments:
         for right in _checks(experiment):
             if not right:
@@ -30,6 +36,7 @@ def check_file(file: FileResult) -> None:
 
 def _checks(found: ExperimentResult) -> Iterator[bool]:
     cells, prompts = len(found.cells), found.prompts
+    yield _NAME.fullmatch(found.name) is not None
     yield cells <= limits.CELLS and prompts <= limits.ROWS
     yield all(own.coords.keys() >= {*found.axes} for own in found.cells)
     for data in found.measures:

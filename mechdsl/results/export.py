@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,6 @@ from mechdsl.base.visible import json_text
 from mechdsl.results.archive import (
     ARRAYS,
     DOCUMENT,
-    FILES,
     RESULT,
     TEXT,
     ArchiveProblem,
@@ -27,6 +27,10 @@ from mechdsl.results.archive import (
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.results import Results
 
+TABLES = "tables.txt"
+WIDTH = 100
+"""Its columns."""
+FILES = (RESULT, ARRAYS, TEXT, DOCUMENT, TABLES)
 LINES = ".jsonl"
 SCHEMA = 2
 """Of the lines; raised when they mean something else."""
@@ -37,11 +41,11 @@ MOST_DOCUMENT = 500_000_000
 def export(results: Results, folder: Path, text: str) -> Path:
     """Write results of a single file into a folder in `folder`, which is called like the file.
 
-    text: of the `.mech` file. Returns the new folder. It holds what `pack` gives, and of each
-    experiment `NAME.jsonl`: a line on its axes and measures, one per unpatched run and one per
-    cell, with the values of every prompt. An earlier export of the same name gives way when the new
-    one is whole; other files in it stay. Raises OSError where it can't be written, ArchiveProblem
-    where results hold what can't be kept.
+    text: of the `.mech` file. Returns the new folder. It holds what `pack` gives, the tables, and
+    `NAME.jsonl` of each experiment: a line on its axes and measures, one per unpatched run and one
+    per cell, with the values of every prompt. An earlier export of the same name gives way when the
+    new one is whole; other files in it stay. Raises OSError where it can't be written,
+    ArchiveProblem where results hold what can't be kept.
     """
     return export_content(pack(results, text), results, folder)
 
@@ -50,12 +54,16 @@ def export_content(content: Mapping[str, bytes], results: Results, folder: Path)
     """The same of results that are packed already."""
     target = (folder / stem_of(results.files[0].file)).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     aside = target.with_name(f".{target.name}-{os.getpid()}.new")
     shutil.rmtree(aside, ignore_errors=True)  # of a process that ended and had this number
     aside.mkdir()
     try:
-        for name in FILES:
+        for name in (RESULT, ARRAYS, TEXT):
             _write(aside / name, [content[name]])
+        for name, shown in ((DOCUMENT, results.to_json() + "\n"), (TABLES, results.to_text(WIDTH))):
+            _write(aside / name, [shown.encode("utf-8", "surrogatepass")])
         for experiment in results:
             lines = (json_text(line) + "\n" for line in lines_of(experiment))
             name = experiment.name + LINES
@@ -68,8 +76,12 @@ def export_content(content: Mapping[str, bytes], results: Results, folder: Path)
 
 
 def stem_of(file: str) -> str:
-    """What the folder of a file's results is called; `text` for `<text>`."""
-    return file[1:-1] if file.startswith("<") and file.endswith(">") else Path(file).stem
+    """What the folder of a file's results is called; `text` for `<text>`. ArchiveProblem where no
+    folder can be called so."""
+    stem = Path(file[1:-1] if file.startswith("<") and file.endswith(">") else file).stem
+    if stem in ("", ".", ".."):
+        raise ArchiveProblem(f"`{file}` is not the name of a file")
+    return stem
 
 
 def read_export(folder: Path) -> Results:
@@ -122,7 +134,11 @@ def _take_place(made: Path, target: Path) -> None:
     before = target.with_name(made.name.removesuffix("new") + "before")
     ours = _names_in(target)
     target.replace(before)
-    made.replace(target)
+    try:
+        made.replace(target)
+    except OSError:
+        before.replace(target)
+        raise
     _sync(target.parent)
     for path in before.iterdir():
         if path.name not in ours and not (target / path.name).exists():

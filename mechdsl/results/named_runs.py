@@ -12,6 +12,7 @@ from mechdsl.diagnostics.raised import MechdslError
 from mechdsl.results.archive import ArchiveProblem, OtherVersion, unpack
 from mechdsl.results.export import is_export, read_export
 from mechdsl.results.results import Results
+from mechdsl.store.index import NAME
 from mechdsl.store.place import OFF, VARIABLE, store_folder
 from mechdsl.store.runs import StoredRun
 from mechdsl.store.store import Store, StoreProblem
@@ -43,9 +44,14 @@ def folder_of(text: str | None, named: Path | None = None) -> Path:
     return found
 
 
+def has_store(folder: Path) -> bool:
+    """Whether a store is there; opening one that isn't would make it."""
+    return (folder / NAME).is_file()
+
+
 def open_store(folder: Path) -> Store:
     """A store that is there. Raises MechdslError (E0208) where it isn't or can't be read."""
-    if not folder.is_dir():
+    if not has_store(folder):
         hint = "`mechdsl run FILE` makes one beside the file; `--store DIR` names another"
         refuse(f"there is no store `{folder}`", hint)
     try:
@@ -67,7 +73,7 @@ def find_run(store: Store, text: str) -> StoredRun:
     """The run of a store that a text names: an id, the beginning of just one, `last`, or a `.mech`
     file, which is its latest finished run. Raises MechdslError (E0208) where it is none or several.
     """
-    runs = store.runs()  # newest first
+    runs = runs_of(store)
     finished = [run for run in runs if run.state == "finished"]
     if text == LAST:
         if not finished:
@@ -116,6 +122,11 @@ def _listed(runs: Sequence[StoredRun]) -> str:
     return ", ".join(f"`{run.id}`" for run in runs[:LISTED]) + more
 
 
+def names_export(text: str) -> bool:
+    """Whether it is a folder that `--out` or `export` has made; one called `last` is `./last`."""
+    return text not in ("", LAST) and is_export(Path(text))
+
+
 def results_of(text: str, store: Path | None = None) -> Results:
     """The results that a text names: a folder that `--out` or `export` has made, or a run of a
     store as `find_run` finds it.
@@ -124,13 +135,13 @@ def results_of(text: str, store: Path | None = None) -> Results:
     Raises MechdslError (E0208) where there is none, and where it can't be read.
     """
     folder = Path(text)
-    if is_export(folder):
+    if names_export(text):
         try:
             return read_export(folder)
         except ArchiveProblem as error:
             hint = "export the run again, or run its file again with `--out`"
             refuse(f"the folder `{folder}` can't be read: {error}", hint)
-    if folder.is_dir():
+    if text not in ("", LAST) and folder.is_dir():
         inside = sorted(f"`{each}`" for each in folder.iterdir() if is_export(each))
         hint = f"did you mean {' or '.join(inside[:LISTED])}?" if inside else _NAMES
         refuse(f"the folder `{folder}` holds no run", hint)
@@ -141,17 +152,38 @@ def results_of(text: str, store: Path | None = None) -> Results:
 def stored_results(store: Store, run: StoredRun) -> Results:
     """The results of a run. Raises MechdslError (E0208) where there are none, or none that this
     version can read."""
+    content = content_of(store, run)
+    try:
+        return unpack(content)
+    except ArchiveProblem as error:
+        raise unreadable(run, error) from error
+
+
+def content_of(store: Store, run: StoredRun) -> dict[str, bytes]:
+    """The files of a run's archive. Raises MechdslError (E0208) where there are none."""
     if run.state != "finished":
         said = "is still running" if run.state == "running" else "was not finished"
-        hint = "the same command goes on from where it stopped; `mechdsl runs` lists others"
-        refuse(f"run `{run.id}` {said}, so it has no results", hint)
+        hint = "the command that began it goes on from where it stopped"
+        refuse(f"run `{run.id}` {said}: it has no results", hint)
     try:
-        return unpack(store.content(run))
-    except (ArchiveProblem, StoreProblem, OSError) as error:
-        again = "run its file again; what its store holds is not computed again"
-        text = "`mechdsl runs show` prints what it printed; " if _is_other(error) else ""
-        refuse(f"run `{run.id}` can't be read: {error}", text + again)
+        return store.content(run)
+    except (StoreProblem, OSError) as error:
+        raise unreadable(run, error) from error
 
 
-def _is_other(error: Exception) -> bool:
-    return isinstance(error, OtherVersion)
+def unreadable(run: StoredRun, error: Exception) -> MechdslError:
+    """E0208 for results that are torn, or those of another version."""
+    if isinstance(error, OtherVersion):
+        hint = "`mechdsl runs show RUN --format json` prints its document; run its file again"
+    else:
+        hint = "run its file again: what the store still has isn't computed again"
+    said = f"the results of run `{run.id}` can't be read: {error}"
+    return MechdslError([BadCommandLine(reason=said, hint=hint)])
+
+
+def runs_of(store: Store) -> list[StoredRun]:
+    """All of them, the newest first. Raises MechdslError (E0208)."""
+    try:
+        return store.runs()
+    except (StoreProblem, OSError, ValueError) as error:
+        raise store_refused(store.folder, error) from error

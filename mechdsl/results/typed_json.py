@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -20,10 +22,19 @@ from pydantic import BaseModel
 
 from mechdsl.base.percent import Percent
 from mechdsl.base.source import Source, Span
-from mechdsl.prompts.values import Item, Items, Rich, SpanAt, TokenId
 
-_VALUES: dict[str, Any] = {each.__name__: each for each in (Rich, SpanAt, Item, Items, TokenId)}
-"""What values of prompts are made of; written as the list of their parts."""
+_TICK = timedelta(microseconds=1)
+_MOST_TEXT = 1_000_000
+_BY_TEXT: dict[type, tuple[str, Callable[[Any], str], Callable[[str], Any]]] = {
+    datetime: ("datetime", datetime.isoformat, datetime.fromisoformat),
+    date: ("date", date.isoformat, date.fromisoformat),
+    time: ("time", time.isoformat, time.fromisoformat),
+    timedelta: ("microseconds", lambda value: str(value // _TICK), lambda text: int(text) * _TICK),
+    Decimal: ("decimal", str, Decimal),
+    bytes: ("bytes", bytes.hex, bytes.fromhex),
+}
+"""Types of columns of parquet files: their tag, and how they are texts and again values."""
+_OF_TAG = {tag: made for tag, _, made in _BY_TEXT.values()}
 _NUMBERS = "biuf"
 """Kinds of numpy's numbers: booleans, integers with a sign and without, floats."""
 
@@ -99,6 +110,9 @@ def write_value(value: Any, kept: Kept) -> Any:
         return {"percent": write_value(float(value), kept)}
     if kind is Span:
         return {"span": _write_span(value, kept)}
+    if kind in _BY_TEXT:
+        tag, text, _ = _BY_TEXT[kind]
+        return {tag: text(value)}
     if isinstance(value, Path):
         return {"path": str(value)}
     if isinstance(value, np.generic) and value.dtype.kind in _NUMBERS + "U":
@@ -106,9 +120,6 @@ def write_value(value: Any, kept: Kept) -> Any:
         return {"numpy": [code, write_value(value.item(), kept)]}
     if isinstance(value, np.ndarray):
         return {"array": kept.add(value)}
-    if _VALUES.get(kind.__name__) is kind:
-        parts = value if isinstance(value, tuple) else vars(value).values()
-        return {kind.__name__: [write_value(each, kept) for each in parts]}
     raise ValueError(f"a value of type {kind.__module__}.{kind.__qualname__} can't be kept")
 
 
@@ -122,32 +133,11 @@ def read_value(found: Any, kept: Kept) -> Any:
     if len(found) != 1:
         raise ValueError("a value has one kind")
     ((tag, content),) = found.items()
-    if tag in _VALUES:
-        return _built(_VALUES[tag], [read_value(each, kept) for each in as_list(content)])
+    if tag in _OF_TAG and type(content) is str and len(content) < _MOST_TEXT:
+        return _OF_TAG[tag](content)
     if tag not in _READ:
         raise ValueError(f"there is no kind of value `{tag}`")
     return _READ[tag](content, kept)
-
-
-def _built(kind: Any, parts: list[Any]) -> Any:
-    """One of `_VALUES`, if its parts are of the types of its fields."""
-    hints = _hints(kind)
-    if len(parts) > len(hints):
-        raise ValueError(f"{kind.__name__} has fewer parts")
-    for part, hint in zip(parts, hints.values(), strict=False):
-        _check_part(part, hint)
-    return kind(*parts)
-
-
-def _check_part(part: Any, hint: Any) -> None:
-    origin = get_origin(hint)
-    if origin is tuple:
-        if type(part) is not tuple:
-            raise _not("a tuple", part)
-        for each in cast("tuple[Any, ...]", part):
-            _check_part(each, get_args(hint)[0])
-    elif isinstance(hint, type) and type(part) is not hint:
-        raise _not(hint.__name__, part)
 
 
 def _read_float(found: Any, kept: Kept) -> float:
@@ -238,14 +228,14 @@ def form_of(hint: Any) -> Form:
     origin, args = get_origin(hint), get_args(hint)
     if isinstance(hint, type) and is_dataclass(hint):
         return _dataclass(hint)
-    if isinstance(hint, type) and issubclass(hint, BaseModel):
+    if _is_class(hint, BaseModel):
         return _model(hint)
     if origin is tuple and args[1:] == (...,):
         inner = args[0]
         return _repeated(form_of(inner)) if get_origin(inner) is tuple else _tuple(inner)
     if origin is np.ndarray:
         return _array(np.dtype(get_args(args[1])[0]))
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+    if _is_class(origin, Mapping):
         return _mapping(args[0], form_of(args[1]))
     if origin in (Union, UnionType) and NoneType in args and len(args) == 2:
         (own,) = (each for each in args if each is not NoneType)
@@ -258,9 +248,13 @@ def form_of(hint: Any) -> Form:
         return _one_of(lambda value: _is(value, hint), hint.__name__)
     if hint is Any:
         return Form(write_value, read_value)
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
+    if _is_class(origin, Sequence):
         return _one_of(lambda value: type(value) in (list, tuple), "a sequence")
     raise TypeError(f"no form for {hint}")
+
+
+def _is_class(found: Any, kind: type) -> bool:
+    return isinstance(found, type) and issubclass(found, kind)
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -34,6 +34,8 @@ class Blobs:
         self.folder = folder / "blobs"
         self.aside = folder / "new"
         """Where files are written before they get their names."""
+        self._durable: set[Path] = set()
+        """Folders whose own names this process has synced: whoever made them may not have."""
 
     def stage(self, data: bytes, suffix: str) -> Staged:
         """Write bytes aside. Raises OSError."""
@@ -50,11 +52,19 @@ class Blobs:
         folders: set[Path] = set()
         for each in staged:
             path = self.path(each.hash, each.suffix)
-            make_folder(path.parent)
+            self._make_durable(path.parent)
             each.at.replace(path)
             folders.add(path.parent)
         for folder in folders:
             sync_folder(folder)
+
+    def _make_durable(self, folder: Path) -> None:
+        if folder not in self._durable:
+            make_folder(folder)
+            if folder != self.folder.parent:
+                self._make_durable(folder.parent)
+            sync_folder(folder.parent)
+            self._durable.add(folder)
 
     def drop(self, staged: list[Staged]) -> None:
         """Remove those that didn't get their names."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 RACY = 2.0
 """Seconds. A file that was written within them may be written again with the same times."""
+UNSYNCED = 120.0
+"""Seconds after which the system has written what was given to it."""
 _TRIES = 3
 _PART = 1 << 20
 
@@ -23,9 +25,10 @@ _PART = 1 << 20
 def hash_file(index: Index, path: Path, *, writable: bool) -> str:
     """SHA-256 in hex. Raises OSError, and StoreProblem where the file changes while it is read."""
     place = os.fsencode(path.resolve())
-    now = time.time()
     found = os.stat(place)
-    known = index.ask("SELECT hash FROM files WHERE path = ? AND stat = ?", place, _mark(found))
+    known = index.ask(
+        (str,), "SELECT hash FROM files WHERE path = ? AND stat = ?", place, _mark(found)
+    )
     if known:
         return str(known[0][0])
     for _ in range(_TRIES):
@@ -35,6 +38,9 @@ def hash_file(index: Index, path: Path, *, writable: bool) -> str:
             worked_out = hashlib.sha256()
             while part := file.read(_PART):
                 worked_out.update(part)
+            if now - found.st_mtime < UNSYNCED:
+                with suppress(OSError):  # else a power cut may take back what was read
+                    os.fsync(file.fileno())
             same = _mark(found) == _mark(os.fstat(file.fileno())) == _mark(os.stat(place))
         if same:
             break

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -11,7 +13,8 @@ import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, TypeAlias, cast
 
 from mechdsl.store.problem import StoreProblem
 
@@ -44,10 +47,35 @@ INSERT INTO kept VALUES (0);
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {SCHEMA};
 """
-_FULL = {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_IOERR: errno.EIO}
-_DENIED = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
+_DISK = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_CANTOPEN: errno.EIO,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
+Kinds: TypeAlias = tuple[type | tuple[type, ...], ...]
+"""Types of the columns of a query. SQLite doesn't hold a damaged file to those of its tables."""
+MAYBE_TEXT = (str, NoneType)
+MAYBE_BYTES = (bytes, NoneType)
+MAYBE_TIME = (float, NoneType)
+
+
+_COLUMNS: dict[str, Kinds] = {
+    "blocks": (int, bytes, int, int, int, float),
+    "cells": (bytes, int),
+    "runs": (int, str, str, int, int, float, MAYBE_TIME, float, str, MAYBE_TEXT, MAYBE_BYTES),
+    "contents": (int, str, bytes, int),
+    "files": (bytes, str, str),
+    "notes": (bytes, bytes),
+    "kept": (int,),
+}
+_NEW, _LOOKED, _AGAIN = "new", "looked through", "again"
+"""What is written down of damage."""
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 
 
 class DamagedIndex(StoreProblem):
@@ -56,21 +84,23 @@ class DamagedIndex(StoreProblem):
 
 @contextmanager
 def _translated() -> Generator[None]:
-    """What SQLite says, as OSError where the disk or its rights are at fault, or StoreProblem."""
+    """What SQLite says, as OSError where the disk or its rights are at fault, or StoreProblem.
+
+    The queries are right: what else it has against them is said of a damaged file.
+    """
     try:
         yield
+    except (sqlite3.ProgrammingError, sqlite3.InterfaceError):
+        raise
+    except UnicodeDecodeError as error:
+        raise DamagedIndex(f"its index is damaged: {error}") from error
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", None)
-        kind = None if code is None else code & 0xFF
-        if kind in _FULL:
-            raise OSError(_FULL[kind], f"{os.strerror(_FULL[kind])} ({error})", NAME) from error
-        if kind in _DENIED:
-            raise OSError(errno.EROFS, str(error), NAME) from error
+        kind = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if kind in _DISK:
+            raise OSError(_DISK[kind], f"{os.strerror(_DISK[kind])} ({error})", NAME) from error
         if kind in _BUSY:
             raise StoreProblem(f"another process has held its index for {WAIT:.0f} s") from error
-        if kind in _DAMAGED:
-            raise DamagedIndex(f"its index is damaged: {error}") from error
-        raise
+        raise DamagedIndex(f"its index is damaged: {error}") from error
 
 
 class Index:
@@ -83,27 +113,24 @@ class Index:
         """
         self._lock = threading.RLock()
         self._copy: tempfile.TemporaryDirectory[str] | None = None
+        self._suspect = folder / f"{NAME}.suspect"
         path = folder / NAME
         try:
-            if writable:
-                self._connect(str(path))
-                with _translated():
+            with _translated():
+                if writable:
+                    self._connect(str(path))
                     self._prepare()
-            elif path.exists():
-                self._open_to_read(path)
-            else:
-                self._connect(":memory:")
-                self._make_tables()
-            self._check_version()
+                else:
+                    self._open_to_read(path)
+                self._check_version()
         except BaseException:
             self.close()
             raise
 
     def _connect(self, name: str, *, uri: bool = False) -> None:
-        with _translated():
-            self._connection = sqlite3.connect(
-                name, timeout=WAIT, isolation_level=None, check_same_thread=False, uri=uri
-            )
+        self._connection = sqlite3.connect(
+            name, timeout=WAIT, isolation_level=None, check_same_thread=False, uri=uri
+        )
 
     def _prepare(self) -> None:
         """A rollback journal that is overwritten, not removed: it needs no file beside it to be
@@ -114,10 +141,36 @@ class Index:
             "journal_size_limit = 4000000",
             "synchronous = EXTRA",
             "temp_store = MEMORY",
+            "cache_size = -32000",
         ):
             self._connection.execute(f"PRAGMA {line}").fetchall()
+        suspected = self._suspicion()
+        if suspected == _AGAIN:
+            raise DamagedIndex("its index is damaged")
+        if suspected == _NEW:
+            self._look_through()
+            self._suspect.write_text(_LOOKED, encoding="ascii")
         if self._version() == (0, 0):
             self._make_tables()
+
+    def _look_through(self) -> None:
+        """Raise DamagedIndex where anything in it isn't as it was written, so far as that shows."""
+        [(said,)] = self._connection.execute("PRAGMA integrity_check(1)").fetchall()
+        if said != "ok":
+            raise DamagedIndex(f"its index is damaged: {said}")
+        for table, kinds in _COLUMNS.items():
+            self.ask(kinds, f"SELECT * FROM {table}")
+        query = "SELECT id, about, sizes FROM runs"
+        for id, about, sizes in self.ask((str, str, MAYBE_TEXT), query):
+            self.check_id(id)
+            self.read_json(about)
+            self.read_json(sizes or "{}")
+
+    def _suspicion(self) -> str:
+        try:
+            return self._suspect.read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return ""
 
     def _make_tables(self) -> None:
         with self.writing():
@@ -133,8 +186,7 @@ class Index:
         return (application, version) if (application or version or not tables) else (-1, 0)
 
     def _check_version(self) -> None:
-        with _translated():
-            application, version = self._version()
+        application, version = self._version()
         if application != APPLICATION:
             raise StoreProblem(f"its `{NAME}` is a database of another program")
         if version > SCHEMA:
@@ -144,17 +196,21 @@ class Index:
             )
 
     def _open_to_read(self, path: Path) -> None:
-        """Where a journal is left that must be played back, or locks can't be had: a copy."""
+        """As it is; where a journal is left that must be played back, or locks can't be had, a
+        copy; an empty one where there is none."""
+        if not path.exists() or not path.stat().st_size:
+            self._connect(":memory:")
+            self._make_tables()
+            return
         with suppress(sqlite3.OperationalError):
             self._connect(path.absolute().as_uri() + "?mode=ro", uri=True)
             self._connection.execute("SELECT bytes FROM kept").fetchone()
             return
         self._connection.close()
         self._copy = tempfile.TemporaryDirectory(prefix="mechdsl-")
-        journal = path.with_name(path.name + "-journal")
-        shutil.copyfile(path, Path(self._copy.name) / NAME)
-        if journal.exists():
-            shutil.copyfile(journal, Path(self._copy.name) / journal.name)
+        for end in ("", "-journal"):
+            with suppress(FileNotFoundError):
+                shutil.copyfile(f"{path}{end}", Path(self._copy.name) / f"{NAME}{end}")
         self._connect(str(Path(self._copy.name) / NAME))
 
     def close(self) -> None:
@@ -166,14 +222,16 @@ class Index:
                 self._copy.cleanup()
                 self._copy = None
 
-    def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    def ask(self, kinds: Kinds, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """All rows of a query. Raises OSError, StoreProblem."""
-        with self._lock, _translated():
-            return self._connection.execute(query, values).fetchall()
+        with self._guarded():
+            return _checked(kinds, self._connection.execute(query, values).fetchall())
 
-    def ask_of(self, cells: Sequence[bytes], query: str, *values: Any) -> list[tuple[Any, ...]]:
+    def ask_of(
+        self, cells: Sequence[bytes], kinds: Kinds, query: str, *values: Any
+    ) -> list[tuple[Any, ...]]:
         """All rows of a query that joins `asked(cell)`, which holds these cells."""
-        with self._lock, _translated():
+        with self._guarded():
             self._connection.execute(
                 "CREATE TEMP TABLE IF NOT EXISTS asked(cell BLOB PRIMARY KEY) WITHOUT ROWID"
             )
@@ -182,9 +240,41 @@ class Index:
                 self._connection.executemany(
                     "INSERT OR IGNORE INTO asked VALUES (?)", ((cell,) for cell in cells)
                 )
-                return self._connection.execute(query, values).fetchall()
+                return _checked(kinds, self._connection.execute(query, values).fetchall())
             finally:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+
+    @contextmanager
+    def _guarded(self) -> Generator[None]:
+        """One thread at a time. Damage is written down: whoever opens the index next looks through
+        all of it, and where that shows nothing and there is damage again, a new one is begun."""
+        with self._lock:
+            try:
+                with _translated():
+                    yield
+            except DamagedIndex:
+                with suppress(OSError):
+                    looked = self._suspicion() in (_LOOKED, _AGAIN)
+                    self._suspect.write_text(_AGAIN if looked else _NEW, encoding="ascii")
+                raise
+
+    def read_json(self, text: str) -> dict[str, Any]:
+        """An object that was kept as JSON. Raises DamagedIndex."""
+        with self._guarded():
+            try:
+                found = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DamagedIndex(f"its index is damaged: {error}") from error
+            if not isinstance(found, dict):
+                raise DamagedIndex("its index is damaged: an object of JSON is none")
+            return cast(dict[str, Any], found)
+
+    def check_id(self, id: str) -> None:
+        """Raise DamagedIndex where this isn't the id of a run, which names its lock."""
+        with self._guarded():
+            if not _ID.fullmatch(id):
+                raise DamagedIndex(f"its index is damaged: {id!a} isn't the id of a run")
 
     @contextmanager
     def writing(self) -> Generator[sqlite3.Connection]:
@@ -192,7 +282,7 @@ class Index:
 
         Nobody else writes meanwhile. Raises OSError, StoreProblem.
         """
-        with self._lock, _translated():
+        with self._guarded():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -201,3 +291,10 @@ class Index:
                 with suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
                 raise
+
+
+def _checked(kinds: Kinds, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    for row in rows:
+        if len(row) != len(kinds) or not all(map(isinstance, row, kinds)):
+            raise DamagedIndex("its index is damaged: a value has the wrong type")
+    return rows

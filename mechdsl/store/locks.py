@@ -12,6 +12,8 @@ if sys.platform == "win32":
 else:
     import fcntl
 
+STORE = "store"
+"""The lock that all share who use a store; others are named as their runs."""
 _TRIES = 5
 _PAUSE = 0.01
 """Seconds. Who only looks whether a run goes on holds its lock for a moment."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from mechdsl.store.blobs import CONTENT, VALUES
 from mechdsl.store.problem import StoreProblem
-from mechdsl.store.values import Block, Found, Rows, joined, pack_block, unpack_block
+from mechdsl.store.values import Block, Found, merged, pack_block, unpack_block
 
 if TYPE_CHECKING:
     from mechdsl.store.blobs import Blobs, Staged
@@ -58,46 +59,39 @@ def check_name(name: str) -> None:
 
 
 def find_values(
-    index: Index, blobs: Blobs, cells: Sequence[bytes], where: str, bounds: tuple[Any, ...]
-) -> tuple[Found, list[int]]:
-    """The values of cells in the blocks that a condition names, and the blocks that are torn.
+    index: Index, blobs: Blobs, cells: Sequence[bytes], where: str, bound: int
+) -> tuple[Found, list[int], list[int]]:
+    """The values of cells in the blocks that a condition names; of these blocks those that are
+    torn, and those of which it should be written down that they were used.
 
     Where several hold the same row: a fresh run's before others, the latest of these runs first;
     otherwise the first that was written.
     """
     rows = index.ask_of(
         cells,
-        "SELECT asked.cell, blocks.seq, blocks.hash FROM asked "
-        "JOIN cells ON cells.cell = asked.cell JOIN blocks ON blocks.seq = cells.seq "
-        f"WHERE {where} ORDER BY blocks.fresh DESC, blocks.fresh * -blocks.run, blocks.seq",
-        *bounds,
+        (int, bytes, float),
+        "SELECT seq, hash, used FROM blocks "
+        f"WHERE seq IN (SELECT cells.seq FROM asked JOIN cells USING (cell)) AND {where} "
+        "ORDER BY fresh DESC, fresh * -run, seq",
+        bound,
     )
-    pieces: dict[bytes, dict[bytes, Rows]] = {}
-    torn: set[bytes] = set()
-    of_hash: dict[bytes, list[bytes]] = {}
-    for cell, _, hash in rows:
-        of_hash.setdefault(hash, []).append(cell)
-    for hash, wanted in of_hash.items():
-        try:
-            data = blobs.read(hash, VALUES)
-        except OSError:  # it may be whole: next time, or for somebody with other rights
-            continue
-        block = None if data is None else unpack_block(data)
-        if block is None:
-            torn.add(hash)
-            continue
-        place = {cell: number for number, cell in enumerate(block.cells)}
-        for cell in wanted:
-            if cell in place:
-                begin, end = block.starts[place[cell] : place[cell] + 2]
-                pieces.setdefault(cell, {})[hash] = (block.rows[begin:end], block.values[begin:end])
-    ordered: dict[bytes, list[Rows]] = {}
-    for cell, _, hash in rows:
-        piece = pieces.get(cell, {}).get(hash)
-        if piece is not None:
-            ordered.setdefault(cell, []).append(piece)
-    found = {cell: joined(parts) for cell, parts in ordered.items()}
-    return found, [seq for _, seq, hash in rows if hash in torn]
+    torn: list[int] = []
+
+    def blocks() -> Iterator[Block]:
+        for seq, hash, _ in rows:
+            try:
+                data = blobs.read(hash, VALUES)
+            except OSError:  # it may be whole: next time, or for somebody with other rights
+                continue
+            block = None if data is None else unpack_block(data)
+            if block is None:
+                torn.append(seq)
+            else:
+                yield block
+
+    found = merged(cells, blocks())
+    now = time.time()
+    return found, torn, [seq for seq, _, used in rows if abs(now - used) > DAY]
 
 
 class OpenRun:
@@ -123,7 +117,7 @@ class OpenRun:
         self.resumed = resumed
         self._fresh = fresh
         self._tidy = tidy
-        self.sizes: Mapping[str, Any] | None = None if sizes is None else json.loads(sizes)
+        self.sizes: Mapping[str, Any] | None = None if sizes is None else index.read_json(sizes)
 
     def __enter__(self) -> OpenRun:
         return self
@@ -182,17 +176,22 @@ class OpenRun:
 
     def earlier(self, cells: Sequence[bytes]) -> Found:
         """Values that were there when the run first began. Raises OSError, StoreProblem."""
-        return self._found(cells, "blocks.seq <= ?", self._baseline)
+        return self._found(cells, "seq <= ?", self._baseline)
 
     def own(self, cells: Sequence[bytes]) -> Found:
         """Values that this run wrote, in an earlier attempt or in this one. Raises as `earlier`."""
-        return self._found(cells, "blocks.run = ?", self._number)
+        return self._found(cells, "run = ?", self._number)
 
     def _found(self, cells: Sequence[bytes], where: str, bound: int) -> Found:
-        found, torn = find_values(self._index, self._blobs, cells, where, (bound,))
-        if torn and self.id:
-            with self._index.writing() as write:
-                write.executemany("DELETE FROM blocks WHERE seq = ?", ((seq,) for seq in set(torn)))
+        found, torn, used = find_values(self._index, self._blobs, cells, where, bound)
+        if self.id and (torn or used):
+            now = time.time()
+            # What was found is as good when this can't be written: next time, then.
+            with suppress(OSError, StoreProblem), self._index.writing() as write:
+                write.executemany("DELETE FROM blocks WHERE seq = ?", [(seq,) for seq in torn])
+                write.executemany(
+                    "UPDATE blocks SET used = ? WHERE seq = ?", [(now, seq) for seq in used]
+                )
         return found
 
     def finish(self, content: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
@@ -219,10 +218,11 @@ class OpenRun:
                 )
         finally:
             self._blobs.drop(staged)
-        self._tidy()
-        assert self._lock is not None
-        self._lock.free(remove=True)
-        self._lock = None
+        with suppress(OSError, StoreProblem):  # it is kept; the next one to finish tries again
+            self._tidy()
+        if self._lock is not None:
+            self._lock.free(remove=True)
+            self._lock = None
 
     def _enter(
         self,
@@ -235,7 +235,7 @@ class OpenRun:
         if not rows:
             raise StoreProblem(f"run {self.id} was removed while it went on")
         key, before = rows[0]
-        text = json.dumps({**json.loads(before), **about})
+        text = json.dumps({**self._index.read_json(before), **about})
         execute(
             "UPDATE runs SET ended = ?, used = ?, about = ?, seal = ? WHERE number = ?",
             (time.time(), time.time(), text, seal(self.id, key, text, files), self._number),

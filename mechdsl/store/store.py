@@ -14,11 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mechdsl.base.files import write_whole
 from mechdsl.store.blobs import CONTENT, Blobs
 from mechdsl.store.disk import make_folder, sync_folder
 from mechdsl.store.file_hashes import hash_file
-from mechdsl.store.index import NAME, DamagedIndex, Index
-from mechdsl.store.locks import FileLock, is_held, take_lock
+from mechdsl.store.index import (
+    MAYBE_BYTES,
+    MAYBE_TEXT,
+    MAYBE_TIME,
+    NAME,
+    DamagedIndex,
+    Index,
+)
+from mechdsl.store.locks import STORE, FileLock, is_held, take_lock
 from mechdsl.store.problem import StoreProblem
 from mechdsl.store.runs import DAY, OpenRun, StoredRun, check_name, seal
 from mechdsl.store.sweep import Swept, remove_old_indexes, remove_unnamed, sweep
@@ -28,8 +36,9 @@ LIMIT = 10_000_000_000
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
-_ASIDE = ("", "-journal", "-wal", "-shm")
+_ASIDE = ("", "-journal", "-wal", "-shm", ".suspect")
 _RUN = "SELECT number, id, key, began, ended, about, seal FROM runs"
+_KINDS = (int, str, str, float, MAYBE_TIME, str, MAYBE_BYTES)
 
 
 def size_limit() -> int:
@@ -66,7 +75,7 @@ class Store:
             self._free()
             if isinstance(error, StoreProblem):
                 raise
-            raise StoreProblem((error.strerror or str(error)).lower()) from error
+            raise StoreProblem(_reason(error)) from error
 
     def _prepare(self) -> bool:
         """Make what is missing; whether the folder may be written to."""
@@ -77,8 +86,8 @@ class Store:
             make_folder(self._blobs.folder)
             ignore = self.folder / ".gitignore"
             if not ignore.exists():
-                ignore.write_text("*\n", encoding="utf-8")
-            self._using = take_lock(self._lock_path("store"), shared=True)
+                write_whole(ignore, "*\n")
+            self._using = take_lock(self._lock_path(STORE), shared=True)
         except OSError as error:
             if error.errno in _READ_ONLY:
                 return False
@@ -86,7 +95,8 @@ class Store:
         if self._using is None:
             raise StoreProblem("another process is putting its index in order")
         index = self.folder / NAME
-        return not index.exists() or os.access(index, os.W_OK)
+        own = os.access in os.supports_effective_ids
+        return not index.exists() or os.access(index, os.W_OK, effective_ids=own)
 
     def _open(self) -> Index:
         """The index; a damaged one is moved aside and started anew."""
@@ -95,7 +105,7 @@ class Store:
         if not self.writable:
             raise StoreProblem("its index is damaged, and it can't be written to")
         self._free()
-        alone = take_lock(self._lock_path("store"))
+        alone = take_lock(self._lock_path(STORE))
         if alone is None:
             raise StoreProblem("its index is damaged, and another process is using it")
         try:
@@ -105,7 +115,7 @@ class Store:
             return Index(self.folder, writable=True)
         finally:
             alone.free()
-            self._using = take_lock(self._lock_path("store"), shared=True)
+            self._using = take_lock(self._lock_path(STORE), shared=True)
 
     def _move_aside(self) -> None:
         name = f"{NAME}.broken-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
@@ -133,6 +143,8 @@ class Store:
         self.close()
 
     def _lock_path(self, name: str) -> Path:
+        if name != STORE:
+            self._index.check_id(name)
         return self.folder / "locks" / name
 
     # --- facts ------------------------------------------------------------------------------------
@@ -146,8 +158,10 @@ class Store:
 
     def note(self, key: str) -> str | None:
         """What was noted under a key. Raises OSError, StoreProblem."""
-        rows = self._index.ask("SELECT value FROM notes WHERE key = ?", _bytes(key))
-        return rows[0][0].decode("utf-8", "surrogatepass") if rows else None
+        rows = self._index.ask((bytes,), "SELECT value FROM notes WHERE key = ?", _bytes(key))
+        with suppress(UnicodeDecodeError):
+            return rows[0][0].decode("utf-8", "surrogatepass") if rows else None
+        return None
 
     def take_note(self, key: str, value: str) -> None:
         """Keep a small fact, in place of an earlier one; nothing where the store isn't writable.
@@ -165,7 +179,7 @@ class Store:
     def finished(self, key: str) -> StoredRun | None:
         """The latest finished run of a key whose content is whole. Raises OSError, StoreProblem."""
         rows = self._index.ask(
-            f"{_RUN} WHERE key = ? AND seal IS NOT NULL ORDER BY number DESC", key
+            _KINDS, f"{_RUN} WHERE key = ? AND seal IS NOT NULL ORDER BY number DESC", key
         )
         for row in rows:
             run = self._stored(row)
@@ -176,15 +190,21 @@ class Store:
 
     def runs(self) -> list[StoredRun]:
         """All runs, newest first. Raises OSError, StoreProblem."""
-        return [self._stored(row) for row in self._index.ask(f"{_RUN} ORDER BY number DESC")]
+        return [
+            self._stored(row) for row in self._index.ask(_KINDS, f"{_RUN} ORDER BY number DESC")
+        ]
 
     def content(self, run: StoredRun) -> dict[str, bytes]:
         """A finished run's files, by name. Raises OSError, and StoreProblem where they are torn."""
-        rows = self._index.ask("SELECT number, about, seal FROM runs WHERE id = ?", run.id)
+        rows = self._index.ask(
+            (int, str, MAYBE_BYTES), "SELECT number, about, seal FROM runs WHERE id = ?", run.id
+        )
         if not rows or rows[0][2] is None:
             raise StoreProblem(f"there is no finished run {run.id}")
         number, about, kept = rows[0]
-        files = self._index.ask("SELECT name, hash, size FROM contents WHERE run = ?", number)
+        files = self._index.ask(
+            (str, bytes, int), "SELECT name, hash, size FROM contents WHERE run = ?", number
+        )
         if seal(run.id, run.key, about, [(name, hash, size) for name, hash, size in files]) != kept:
             raise StoreProblem(f"what the index says of run {run.id} was changed")
         content: dict[str, bytes] = {}
@@ -201,15 +221,16 @@ class Store:
         """Write down, at most once a day, that a run was used."""
         now = time.time()
         if self.writable and self._index.ask(
-            "SELECT 1 FROM runs WHERE number = ? AND used < ?", number, now - DAY
+            (int,), "SELECT 1 FROM runs WHERE number = ? AND abs(used - ?) > ?", number, now, DAY
         ):
             with suppress(OSError, StoreProblem), self._index.writing() as write:
                 write.execute("UPDATE runs SET used = ? WHERE number = ?", (now, number))
 
     def _stored(self, row: tuple[Any, ...]) -> StoredRun:
         number, id, key, began, ended, about, sealed = row
-        size = self._index.ask("SELECT total(size) FROM contents WHERE run = ?", number)[0][0]
-        run = StoredRun(id, key, "finished", began, ended, json.loads(about), int(size))
+        query = "SELECT total(size) FROM contents WHERE run = ?"
+        [(size,)] = self._index.ask((float,), query, number)
+        run = StoredRun(id, key, "finished", began, ended, self._index.read_json(about), int(size))
         if sealed is None:
             running = is_held(self._lock_path(id))
             run = replace(run, state="running" if running else "unfinished")
@@ -224,12 +245,11 @@ class Store:
         if not self.writable:
             return self._open_run((-1, "", 0 if fresh else self._newest(), None), None)
         if not fresh:
-            for id in self._index.ask(
-                "SELECT id FROM runs WHERE key = ? AND seal IS NULL ORDER BY number DESC", key
-            ):
-                lock = take_lock(self._lock_path(id[0]))
+            query = "SELECT id FROM runs WHERE key = ? AND seal IS NULL ORDER BY number DESC"
+            for (id,) in self._index.ask((str,), query, key):
+                lock = take_lock(self._lock_path(id))
                 if lock is not None:
-                    resumed = self._resume(id[0], lock)
+                    resumed = self._resume(id, lock)
                     if resumed is not None:
                         return resumed
         return self._begin(key, json.dumps(dict(about)), fresh)
@@ -238,24 +258,28 @@ class Store:
         """None where it was finished or removed before its lock was taken."""
         try:
             with self._index.writing() as write:
-                row = write.execute(
-                    "UPDATE runs SET used = ? WHERE id = ? AND seal IS NULL "
-                    "RETURNING number, id, baseline, sizes, fresh",
-                    (time.time(), id),
-                ).fetchone()
+                write.execute("UPDATE runs SET used = ? WHERE id = ?", (time.time(), id))
+                rows = self._index.ask(
+                    (int, str, int, MAYBE_TEXT, int),
+                    "SELECT number, id, baseline, sizes, fresh FROM runs "
+                    "WHERE id = ? AND seal IS NULL",
+                    id,
+                )
+            if not rows:
+                lock.free(remove=True)
+                return None
+            number, id, baseline, sizes, fresh = rows[0]
+            row = (number, id, baseline, sizes)
+            return self._open_run(row, lock, resumed=True, fresh=bool(fresh))
         except BaseException:
             lock.free()
             raise
-        if row is None:
-            lock.free(remove=True)
-            return None
-        return self._open_run(row[:4], lock, resumed=True, fresh=bool(row[4]))
 
     def _begin(self, key: str, about: str, fresh: bool) -> OpenRun:
         now = time.time()
         while True:
             id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(2)}"
-            if self._index.ask("SELECT 1 FROM runs WHERE id = ?", id):
+            if self._index.ask((int,), "SELECT 1 FROM runs WHERE id = ?", id):
                 continue
             lock = take_lock(self._lock_path(id))
             if lock is not None:
@@ -276,7 +300,8 @@ class Store:
 
     def _newest(self) -> int:
         """The largest seq there ever was."""
-        rows = self._index.ask("SELECT seq FROM sqlite_sequence WHERE name = 'blocks'")
+        query = "SELECT seq FROM sqlite_sequence WHERE name = 'blocks'"
+        rows = self._index.ask((int,), query)
         return rows[0][0] if rows else 0
 
     def _open_run(
@@ -288,7 +313,7 @@ class Store:
         fresh: bool = False,
     ) -> OpenRun:
         def tidy() -> None:
-            (kept,) = self._index.ask("SELECT bytes FROM kept")[0]
+            (kept,) = self._index.ask((int,), "SELECT bytes FROM kept")[0]
             if kept > self._limit:
                 self._sweep(self._limit, row[0])
 
@@ -299,6 +324,8 @@ class Store:
     def remove(self, run: StoredRun) -> None:
         """Remove a run and its content; values stay, for others. Raises OSError, StoreProblem."""
         self._check_writable()
+        if not self._index.ask((int,), "SELECT 1 FROM runs WHERE id = ?", run.id):
+            raise StoreProblem(f"there is no run {run.id}")
         lock = take_lock(self._lock_path(run.id))
         if lock is None:
             raise StoreProblem(f"run {run.id} is running")
@@ -323,7 +350,7 @@ class Store:
         return replace(swept, files=swept.files + files, bytes=swept.bytes + freed)
 
     def _sweep(self, limit: int | None, spared: int | None) -> Swept:
-        return sweep(self._index, self._blobs, limit, spared, self._lock_path)
+        return sweep(self._index, self._blobs, limit, spared, self.folder / "locks")
 
     def _check_writable(self) -> None:
         if not self.writable:
@@ -337,6 +364,14 @@ class Store:
                 with suppress(FileNotFoundError):
                     total += (Path(folder) / name).lstat().st_size
         return total
+
+
+def _reason(error: OSError) -> str:
+    """In lower case; paths stay as they are."""
+    if not error.strerror:
+        return str(error)
+    reason = error.strerror[:1].lower() + error.strerror[1:]
+    return f"{reason}: `{error.filename}`" if error.filename else reason
 
 
 def _bytes(text: str) -> bytes:

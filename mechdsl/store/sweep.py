@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mechdsl.store.blobs import CONTENT, VALUES
 from mechdsl.store.index import NAME
-from mechdsl.store.locks import is_held
+from mechdsl.store.locks import STORE, is_held, take_lock
 
 if TYPE_CHECKING:
     from mechdsl.store.blobs import Blobs
@@ -55,17 +55,19 @@ def sweep(
     blobs: Blobs,
     limit: int | None,
     spared: int | None,
-    lock_of: Callable[[str], Path],
+    locks: Path,
 ) -> Swept:
     """Remove what nothing refers to; then oldest-used values and runs, until at most `limit` bytes
     are left. Raises OSError, StoreProblem.
 
-    spared: the number of a run that stays, with all that it wrote, as those do that go on.
+    locks: the folder of the runs' locks. spared: the number of a run that stays, with all that it
+    wrote, as those do that go on.
     """
     now = time.time()
     with index.writing() as write:
-        runs = write.execute("SELECT number, id, used, seal IS NOT NULL FROM runs").fetchall()
-        held = {row[0] for row in runs if row[0] == spared or is_held(lock_of(row[1]))}
+        query = "SELECT number, id, used, seal IS NOT NULL FROM runs"
+        runs = index.ask((int, str, float, int), query)
+        held = {row[0] for row in runs if row[0] == spared or is_held(locks / row[1])}
         gone = {row[0] for row in runs if not row[3] and row[2] < now - MONTH} - held
         units = _units(index, held, now)
         evicted = [] if limit is None else _evicted(index, units, limit)
@@ -75,23 +77,34 @@ def sweep(
         write.executemany("DELETE FROM contents WHERE run = ?", [(number,) for number in gone])
         write.executemany("DELETE FROM blocks WHERE seq = ?", dropped)
         write.execute("DELETE FROM cells WHERE seq NOT IN (SELECT seq FROM blocks)")
-    for _, id, _, _ in (row for row in runs if row[0] in gone):
-        lock_of(id).unlink(missing_ok=True)
+    _remove_locks(locks, {id for number, id, _, _ in runs if number not in gone})
     files, freed, left = remove_unnamed(index, blobs)
     return Swept(len(gone), len(dropped), files, freed, left)
+
+
+def _remove_locks(locks: Path, ids: set[str]) -> None:
+    """Remove those of runs that aren't there any more."""
+    for path in locks.iterdir():
+        if path.name not in ids | {STORE}:
+            lock = take_lock(path)
+            if lock is not None:
+                lock.free(remove=True)
 
 
 def _units(index: Index, held: set[int], now: float) -> list[_Unit]:
     """What may go, oldest-used first. Times in the future are those of a clock that was wrong."""
     units = [
         _Unit(min(used, now), seq, False, ((hash.hex() + VALUES, size),))
-        for seq, hash, size, run, used in index.ask("SELECT seq, hash, size, run, used FROM blocks")
+        for seq, hash, size, run, used in index.ask(
+            (int, bytes, int, int, float), "SELECT seq, hash, size, run, used FROM blocks"
+        )
         if run not in held
     ]
     contents: dict[int, list[tuple[str, int]]] = {}
-    for run, hash, size in index.ask("SELECT run, hash, size FROM contents"):
+    for run, hash, size in index.ask((int, bytes, int), "SELECT run, hash, size FROM contents"):
         contents.setdefault(run, []).append((hash.hex() + CONTENT, size))
-    for run, used in index.ask("SELECT number, used FROM runs WHERE seal IS NOT NULL"):
+    finished = "SELECT number, used FROM runs WHERE seal IS NOT NULL"
+    for run, used in index.ask((int, float), finished):
         if run not in held:
             units.append(_Unit(min(used, now), run, True, tuple(contents.get(run, ()))))
     return sorted(units, key=lambda unit: (unit.used, unit.run, unit.number))
@@ -105,7 +118,9 @@ def _named(index: Index) -> Counter[tuple[str, int]]:
 
 
 def _rows(index: Index, table: str) -> Iterable[tuple[bytes, int]]:
-    return ((hash, size) for hash, size in index.ask(f"SELECT hash, size FROM {table}"))
+    return (
+        (hash, size) for hash, size in index.ask((bytes, int), f"SELECT hash, size FROM {table}")
+    )
 
 
 def _evicted(index: Index, units: list[_Unit], limit: int) -> list[_Unit]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,10 +14,8 @@ from safetensors.numpy import load, save
 KEY = 16
 """Bytes of a cell's key."""
 
-Rows: TypeAlias = tuple[NDArray[np.uint64], NDArray[np.float64]]
-"""Keys of rows, each once, and values [row, column]."""
-Found: TypeAlias = Mapping[bytes, Rows]
-"""Per cell that has any."""
+Found: TypeAlias = Mapping[bytes, tuple[NDArray[np.uint64], NDArray[np.float64]]]
+"""Per cell that has any: keys of rows, each once, and values [row, column]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +81,50 @@ def unpack_block(data: bytes) -> Block | None:
     return None if block.problem() else block
 
 
-def joined(parts: Sequence[Rows]) -> Rows:
-    """The rows of several blocks, in the order of their keys; the first block with a row counts.
+def merged(cells: Sequence[bytes], blocks: Iterable[Block]) -> Found:
+    """What blocks hold of these cells, rows in the order of their keys.
 
-    A part whose number of columns isn't that of the first one is left out.
+    Where several hold a row, the first of them counts. So it does for the number of columns of a
+    cell: what has another one is left out.
     """
-    columns = parts[0][1].shape[1]
-    fitting = [part for part in parts if part[1].shape[1] == columns]
-    rows = np.concatenate([part[0] for part in fitting])
-    values = np.concatenate([part[1] for part in fitting])
-    distinct, first = np.unique(rows, return_index=True)
-    return distinct, values[first]
+    numbers = {cell: number for number, cell in enumerate(dict.fromkeys(cells))}
+    columns = np.zeros(len(numbers), np.int64)
+    parts = [part for block in blocks if (part := _part(block, numbers, columns)) is not None]
+    if not parts:
+        return {}
+    of_cell = np.concatenate([part[0] for part in parts])
+    rows = np.concatenate([part[1] for part in parts])
+    values = np.concatenate([part[2] for part in parts])
+    order = np.lexsort((rows, of_cell))  # stable: equal ones stay in the order of their blocks
+    of_cell, rows = of_cell[order], rows[order]
+    first = np.ones(len(rows), bool)
+    first[1:] = (of_cell[1:] != of_cell[:-1]) | (rows[1:] != rows[:-1])
+    of_cell, rows, values = of_cell[first], rows[first], values[order][first]
+    ends = np.searchsorted(of_cell, np.arange(len(columns) + 1)).tolist()
+    return {
+        cell: (rows[begin:end], np.ascontiguousarray(values[begin:end, :width]))
+        for cell, begin, end, width in zip(
+            numbers, ends[:-1], ends[1:], columns.tolist(), strict=True
+        )
+        if begin < end
+    }
+
+
+def _part(
+    block: Block, numbers: Mapping[bytes, int], columns: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.float64]] | None:
+    """Of a block: numbers of cells, keys and values of rows, those in two columns; None where it
+    has none of these cells. columns: of each cell, which is written where it isn't known yet."""
+    width = block.values.shape[1]
+    of_block = np.array([numbers.get(cell, -1) for cell in block.cells], np.int64)
+    filled = of_block[(of_block >= 0) & (np.diff(block.starts) > 0)]
+    columns[filled[columns[filled] == 0]] = width
+    wanted = np.zeros(len(of_block), bool)
+    wanted[of_block >= 0] = columns[of_block[of_block >= 0]] == width
+    of_row = np.repeat(np.where(wanted, of_block, -1), np.diff(block.starts))
+    taken = of_row >= 0
+    if not taken.any():
+        return None
+    values = np.zeros((int(taken.sum()), 2))
+    values[:, :width] = block.values[taken]
+    return of_row[taken], block.rows[taken], values

@@ -25,6 +25,7 @@ from mechdsl.plan.passes import NAMES
 from mechdsl.prompts.seeded_draws import combination
 from mechdsl.resolve.resolved import ResolvedControl, SitePoint
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.export import read_export
 from mechdsl.syntax.parse import read_source
 from mechdsl.validate.check_file import Checked, Settings, check_source
 
@@ -593,9 +594,15 @@ def test_several_bases_have_a_band_each() -> None:
 
 
 def test_values_are_kept(tmp_path: Path) -> None:
-    mechdsl.run(TEXT, only="together", out=tmp_path)
-    kept = {path.name for path in (tmp_path / "text").iterdir()}
-    assert kept == {"together.jsonl", "together against random.jsonl", "results.json", "state.json"}
+    (result,) = mechdsl.run(TEXT, only="together", out=tmp_path)
+    kept = {path.name for path in (tmp_path / "text").glob("*.jsonl")}
+    assert kept == {"together.jsonl"}
+    (again,) = read_export(tmp_path / "text")
+    for band, own in zip(again.controls, result.controls, strict=True):
+        assert band is not None
+        assert own is not None
+        for name in ("low", "high", "mean", "p"):
+            np.testing.assert_array_equal(getattr(band, name), getattr(own, name))
 
 
 # --- with other rules -----------------------------------------------------------------------------

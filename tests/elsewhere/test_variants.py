@@ -86,7 +86,7 @@ def test_what_is_kept_on_disk_is_one_file(folder: Path) -> None:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert lines[0]["axes"] == ["source", "head"]
     runs = [line for line in lines if "run" in line]
-    assert [line["variant"]["source"] for line in runs] == ["clean"] * 2 + ["other"] * 2
+    assert [line["run"] for line in runs] == ["longer", "clean", "other"]
     cells = [line for line in lines if "cell" in line]
     assert {line["cell"] for line in cells} == set(range(8))
     for line in cells:

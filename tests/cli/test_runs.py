@@ -1,0 +1,239 @@
+"""`mechdsl runs`: what a store keeps, as a newcomer meets it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import mechdsl
+from mechdsl.results import archive
+from mechdsl.results.archive import pack
+from mechdsl.results.export import read_export
+from mechdsl.results.results import Results
+from mechdsl.results.run_facts import about_results
+from mechdsl.store.store import Store
+
+from ..results.archived import TEXTS, written
+from .conftest import Command
+from .test_commands import imported_by
+
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+
+NAME = "everything printed"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return mechdsl.run(written(tmp_path_factory.mktemp("files"), NAME))
+
+
+def keep(folder: Path, results: Results) -> str:
+    (file,) = results.files
+    about = {
+        "file": file.file,
+        "path": file.file,
+        "settings": {"limit": "8"},
+        "versions": {"mechdsl": "0.1", "torch": "2"},
+    }
+    with Store(folder) as store, store.begin("key", about) as run:
+        added = about_results(results, computed=1200, stored=30, seconds=61.26)
+        run.finish(pack(results, TEXTS[NAME]), added)
+        return run.id
+
+
+@pytest.fixture
+def id(results: Results, tmp_path: Path) -> str:
+    return keep(tmp_path / "store", results)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> tuple[str, Path]:
+    return "--store", tmp_path / "store"
+
+
+def test_a_list(command: Command, id: str, store: tuple[str, Path]) -> None:
+    with Store(store[1]) as opened, opened.begin("other", {"file": "b\x1b[31m.mech"}) as other:
+        done = command("runs", *store)
+        assert (done.status, done.err) == (0, "")
+        assert done.out == command("runs", "list", *store).out
+        first, second, third, *_ = done.out.splitlines()
+    assert first.split() == ["run", "began", "file", "state", "experiments", "hold", "s", "size"]
+    assert second.split()[0] == other.id
+    assert second.split()[-1] == "running"
+    assert "b\\x1b[31m" in second
+    assert third.split()[0] == id
+    assert "finished" in third
+    assert "  1 of 4  61.3 " in third
+    assert max(map(len, done.out.splitlines())) <= 100
+
+
+def test_the_list_as_json(command: Command, id: str, store: tuple[str, Path]) -> None:
+    (found,) = json.loads(command("runs", "--format", "json", *store).out)
+    assert (found["id"], found["state"], found["seconds"]) == (id, "finished", 61.26)
+    assert (found["held"], found["expectations"], found["computed"]) == (1, 4, 1200)
+    assert found["began"].startswith(f"{id[:4]}-{id[4:6]}-")
+
+
+def test_without_a_store(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MECHDSL_STORE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    done = command("runs")
+    assert (done.status, done.out, done.err) == (0, "", "no runs are kept in .mechdsl\n")
+    assert command("runs", "--format", "json").out == "[]\n"
+    for arguments in (("--store", "none"), ("show", "last"), ("gc",), ("rm", "last")):
+        done = command("runs", *arguments)
+        assert (done.status, done.out) == (2, "")
+        assert "error[E0208]: there is no store" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_shown_again(
+    command: Command, results: Results, id: str, store: tuple[str, Path]
+) -> None:
+    done = command("runs", "show", "last", *store)
+    assert done.status == 0
+    assert done.err.startswith("warning[")
+    assert f"run {id}: finished" in done.out
+    said = " ".join(done.out.split())
+    assert "settings limit 8 versions mechdsl 0.1, torch 2" in said
+    assert "rows 1,200 rows computed, 30 from the store" in said
+    (tables,) = [done.out[done.out.index("\nheads: ") :]]
+    assert tables == "\n" + results.to_text(100).lstrip("\n")
+    assert "hashes" in said
+    assert results["heads"].hashes["model"][:12] in said
+
+
+def test_other_forms(command: Command, results: Results, id: str, store: tuple[str, Path]) -> None:
+    assert command("runs", "show", id, "--format", "json", *store).out == results.to_json() + "\n"
+    done = command("runs", "show", id, "--format", "csv", *store)
+    assert done.out == results.to_csv()
+    assert len(list(csv.reader(done.out.splitlines()))) > 20
+
+
+def test_a_lost_experiment_is_shown(command: Command, tmp_path: Path) -> None:
+    found = mechdsl.run(written(tmp_path, "lost and missing"), out=tmp_path / "out")
+    assert found.files[0].lost
+    done = command("runs", "show", tmp_path / "out" / "it")
+    assert done.status == 0
+    assert "error[E0604]" in done.err
+    assert "gone: not computed" in done.out
+
+
+def test_an_unfinished_run_has_facts_and_no_results(
+    command: Command, store: tuple[str, Path]
+) -> None:
+    with Store(store[1]) as opened, opened.begin("k", {"file": "a.mech"}) as run:
+        pass
+    done = command("runs", "show", run.id, *store)
+    assert (done.status, done.err) == (0, "")
+    assert f"run {run.id}: unfinished" in done.out
+    done = command("runs", "show", run.id, "--format", "json", *store)
+    assert (done.status, done.out) == (2, "")
+    assert "it has no results" in done.err
+
+
+def test_a_run_of_another_version(
+    command: Command,
+    results: Results,
+    id: str,
+    store: tuple[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(archive, "ARCHIVE", archive.ARCHIVE + 1)
+    done = command("runs", "show", id, "--format", "json", *store)
+    assert (done.status, done.err) == (0, "")
+    assert json.loads(done.out) == results.to_dict()
+    for form in ("table", "csv"):
+        done = command("runs", "show", id, "--format", form, *store)
+        assert (done.status, done.out) == (2, "")
+        assert "archive of another version" in done.err
+        assert "`mechdsl runs show RUN --format json` prints its document" in done.err
+
+
+def test_export(command: Command, results: Results, id: str, store: tuple[str, Path]) -> None:
+    folder = store[1].parent / "out"
+    done = command("runs", "export", id, folder, *store)
+    assert (done.status, done.out) == (0, f"{id} written to {folder / 'it'}\n")
+    assert read_export(folder / "it").to_json() == results.to_json()
+    assert (folder / "it" / "spots.jsonl").is_file()
+
+
+def test_removing(command: Command, results: Results, id: str, store: tuple[str, Path]) -> None:
+    other = keep(store[1], results)
+    done = command("runs", "rm", other, "nothing", *store)
+    assert done.status == 2
+    assert "there is no run `nothing`" in done.err
+    assert len(json.loads(command("runs", "--format", "json", *store).out)) == 2, "none went"
+    done = command("runs", "rm", other, other, *store)
+    (file,) = results.files
+    assert (done.status, done.out) == (0, f"removed {other} ({file.file})\n")
+    (left,) = json.loads(command("runs", "--format", "json", *store).out)
+    assert left["id"] == id
+
+
+def test_a_run_that_goes_on_is_not_removed(command: Command, store: tuple[str, Path]) -> None:
+    with Store(store[1]) as opened, opened.begin("k", {"file": "a"}) as run:
+        done = command("runs", "rm", run.id, *store)
+    assert done.status == 2
+    assert f"run {run.id} is running" in done.err
+
+
+def test_making_room(command: Command, id: str, store: tuple[str, Path]) -> None:
+    done = command("runs", "gc", *store)
+    assert done.status == 0
+    assert done.out.startswith("removed 0 runs and the values of 0 passes: 0 bytes; ")
+    done = command("runs", "gc", "--limit", "1 kB", *store)
+    assert done.out.startswith("removed 1 run and the values of 0 passes: ")
+    assert done.out.endswith("; 0 bytes are left\n")
+    assert command("runs", *store).err == f"no runs are kept in {store[1]}\n"
+
+
+@pytest.mark.parametrize("size", ["much", "-1GB", "5XB", ""])
+def test_no_size(command: Command, size: str) -> None:
+    done = command("runs", "gc", "--limit", size)
+    assert done.status == 2
+    assert "isn't a size such as `5GB`" in done.err
+    assert "`mechdsl runs gc --help` lists what it takes" in done.err
+
+
+def test_a_command_that_is_mistyped(command: Command) -> None:
+    done = command("runs", "shw")
+    assert done.status == 2
+    assert "did you mean `show`?" in done.err
+    assert "did you mean `runs`?" in command("rns").err
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_none_of_them_imports_torch(
+    form: str, results: Results, id: str, store: tuple[str, Path]
+) -> None:
+    where = (str(store[0]), str(store[1]))
+    heavy = {"torch", "transformers", "altair", "pandas", "networkx"}
+    assert imported_by("runs", "show", id, "--format", form, *where).isdisjoint(heavy)
+    if form == "table":
+        for arguments in (("list",), ("export", id, str(store[1] / "x")), ("gc",), ("rm", id)):
+            assert imported_by("runs", *arguments, *where).isdisjoint(heavy)
+
+
+def completed(words: str, monkeypatch: pytest.MonkeyPatch, command: Command) -> list[str]:
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split(" ")) - 1))
+    monkeypatch.setenv("_MECHDSL_COMPLETE", "bash_complete")
+    return [line.partition(",")[2] for line in command().out.splitlines()]
+
+
+def test_runs_are_completed(
+    command: Command, id: str, store: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(store[1].parent)
+    assert completed("mechdsl runs sh", monkeypatch, command) == ["show"]
+    found = completed("mechdsl runs show --store store 2", monkeypatch, command)
+    assert id in found
+    monkeypatch.setenv("MECHDSL_STORE", os.fspath(store[1]))
+    assert "last" in completed("mechdsl runs rm la", monkeypatch, command)
+    monkeypatch.setenv("MECHDSL_STORE", "none")
+    assert id not in completed("mechdsl runs rm 2", monkeypatch, command)

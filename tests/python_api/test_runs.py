@@ -1,0 +1,109 @@
+"""`mechdsl.runs()`: the runs of a store from Python."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+import mechdsl
+from mechdsl.results.archive import pack
+from mechdsl.results.run_facts import about_results
+from mechdsl.store.store import Store
+
+from ..results.archived import TEXTS, written
+from ..results.exact import same_results
+
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> mechdsl.Results:
+    return mechdsl.run(written(tmp_path_factory.mktemp("files"), "lost and missing"))
+
+
+@pytest.fixture
+def store(results: mechdsl.Results, tmp_path: Path) -> Path:
+    """With a finished run and, behind it, one that isn't."""
+    folder = tmp_path / "store"
+    with Store(folder) as opened:
+        with opened.begin("a", {"file": "it.mech", "settings": {"limit": "8"}}) as run:
+            about = about_results(results, computed=1, stored=2, seconds=3.0)
+            run.finish(pack(results, TEXTS["lost and missing"]), about)
+        opened.begin("b", {"file": "b.mech"}).close()
+    return folder
+
+
+def test_the_runs_of_a_store(store: Path, results: mechdsl.Results) -> None:
+    found = mechdsl.runs(store)
+    unfinished, finished = found
+    assert (unfinished.state, unfinished.file) == ("unfinished", "b.mech")
+    assert (finished.state, finished.file) == ("finished", "it.mech")
+    assert finished.about["settings"] == {"limit": "8"}
+    assert finished.facts.computed == 1
+    assert abs(datetime.now().astimezone() - finished.began) < timedelta(minutes=5)
+    same_results(results, finished.results)
+    assert finished.results is finished.results
+    with pytest.raises(mechdsl.MechdslError, match="it has no results"):
+        _ = unfinished.results
+
+
+def test_they_are_shown(store: Path) -> None:
+    found = mechdsl.runs(str(store))
+    unfinished, finished = found
+    text = repr(found)
+    assert text.startswith(f"<Runs {unfinished.id}: b.mech, ")
+    assert text.endswith("0 of 2 expectations hold>")
+    assert text.splitlines()[0].endswith(", unfinished")
+    assert repr(finished) in text.replace("<Runs", "<Run").replace("\n  ", "\n<Run ")
+    assert repr(mechdsl.runs(store)[:0]) == "[]"
+
+
+def test_many_are_shown_in_part(store: Path) -> None:
+    with Store(store) as opened:
+        for number in range(25):
+            opened.begin(str(number), {"file": "c.mech"}).close()
+    found = mechdsl.runs(store)
+    assert len(found) == 27
+    assert repr(found).endswith("\n  and 7 more>")
+
+
+def test_a_run_is_written_and_removed(store: Path, results: mechdsl.Results) -> None:
+    unfinished, finished = mechdsl.runs(store)
+    made = finished.export(store.parent / "out")
+    assert made == store.parent / "out" / "it"
+    assert (made / "heads.jsonl").is_file()
+    with pytest.raises(mechdsl.MechdslError, match="it has no results"):
+        unfinished.export(store.parent / "other")
+    finished.remove()
+    unfinished.remove()
+    assert mechdsl.runs(store) == []
+    assert repr(mechdsl.runs(store)) == "<Runs: none>"
+    with pytest.raises(mechdsl.MechdslError, match="can't be read"):
+        _ = mechdsl.results.kept_runs.Run(store, finished._stored).results
+
+
+def test_a_run_that_goes_on_stays(store: Path) -> None:
+    with Store(store) as opened, opened.begin("c", {"file": "c.mech"}):
+        running = mechdsl.runs(store)[0]
+        assert running.state == "running"
+        with pytest.raises(mechdsl.MechdslError, match="is running"):
+            running.remove()
+
+
+def test_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MECHDSL_STORE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert mechdsl.runs() == []
+    with pytest.raises(mechdsl.MechdslError, match="there is no store"):
+        mechdsl.runs("nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_store_that_is_named_elsewhere(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MECHDSL_STORE", str(store))
+    assert len(mechdsl.runs()) == 2
+    monkeypatch.setenv("MECHDSL_STORE", "none")
+    with pytest.raises(mechdsl.MechdslError, match="`MECHDSL_STORE` is `none`"):
+        mechdsl.runs()

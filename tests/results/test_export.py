@@ -1,0 +1,218 @@
+"""What `--out` and `runs export` write: every prompt's values, and results to read back."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mechdsl
+from mechdsl.execute.options import Options
+from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.results import export as module
+from mechdsl.results.archive import ArchiveProblem
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.export import FILES, export, is_export, read_export, stem_of
+
+from ..execute.conftest import folder
+from ..execute.support import DIFFERENCE, bare, experiment, run_file
+from .archived import TEXTS, written
+from .exact import same_results
+
+__all__ = ["folder"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+
+SECOND = "measure prob(answer) as raw"
+TEXT = experiment(
+    "items", "prompts p", "from longer into clean", "patch layer 1 head * at each item token",
+    DIFFERENCE, SECOND,
+) + experiment(
+    "parts", "prompts p", "from other into clean",
+    "patch attn_out layer * at each token of subject", DIFFERENCE,
+)  # fmt: skip
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    text = (folder / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def arrays(found: list[dict[str, Any]], result: ExperimentResult) -> list[np.ndarray]:
+    """Per measure, [cell, prompt] rebuilt from the lines."""
+    assert result.row_ids is not None
+    place = {row: n for n, row in enumerate(result.row_ids)}
+    values = [np.full((len(result.cells), len(place)), np.nan) for _ in result.measures]
+    cells = [line for line in found if "cell" in line]
+    assert [line["cell"] for line in cells] == list(range(len(result.cells)))
+    for line in cells:
+        assert line["coords"] == dict(result.cells[line["cell"]].coords)
+        for own, kept in zip(line["values"], values, strict=True):
+            for row, value in zip(line["rows"], own, strict=True):
+                kept[line["cell"], place[row]] = np.nan if value is None else value
+    return values
+
+
+@pytest.mark.parametrize("tokens", [20, 4096])
+def test_the_lines_hold_what_the_arrays_hold(folder: Path, tokens: int) -> None:
+    options = RunOptions(
+        out=folder / "out", execution=Options(pass_tokens=tokens, prompt_tokens=tokens)
+    )
+    for name, result in run_file(TEXT, folder, bare("gpt2"), options).items():
+        header, *found = lines(folder / "out" / "file", name)
+        assert header["schema"] == 2
+        assert header["experiment"] == name
+        assert header["axes"] == list(result.axes)
+        assert [m["label"] for m in header["measures"]] == [m.label for m in result.measures]
+        for measure, values in zip(result.measures, arrays(found, result), strict=True):
+            np.testing.assert_array_equal(values, measure.patched)
+        base = next(line for line in found if line.get("run") == "clean")
+        order = np.argsort(base["rows"])  # as `run_file` gives them
+        assert np.array(base["rows"])[order].tolist() == list(result.row_ids or ())
+        for measure, values in zip(result.measures, base["values"], strict=True):
+            np.testing.assert_array_equal(np.array(values)[order], measure.base[0])
+        assert {line["run"] for line in found if "run" in line} == {"clean", str(result.source)}
+
+
+def test_a_cell_lists_the_rows_that_are_part_of_it(tmp_path: Path) -> None:
+    path = written(tmp_path, "gaps")
+    results = mechdsl.run(path, out=tmp_path / "out")
+    _, *found = lines(tmp_path / "out" / "it", "heads")
+    (patched, divided, _) = (data.patched for data in results["heads"].measures)
+    cells = [line for line in found if "cell" in line]
+    assert any(np.isnan(divided).all(axis=1))
+    for line, own, second in zip(cells, patched, divided, strict=True):
+        assert len(line["rows"]) == np.count_nonzero(~np.isnan(own))
+        assert [v is None for v in line["values"][1]] == np.isnan(second).tolist()
+
+
+@pytest.mark.parametrize("name", ["everything printed", "lost and missing", "variants"])
+def test_results_are_read_back(name: str, tmp_path: Path) -> None:
+    path = written(tmp_path, name)
+    results = replace(mechdsl.run(path, out=tmp_path / "out", write_reports=False), written=())
+    same_results(results, read_export(tmp_path / "out" / "it"))
+    document = (tmp_path / "out" / "it" / "results.json").read_text(encoding="utf-8")
+    assert document == results.to_json() + "\n"
+    tables = (tmp_path / "out" / "it" / "tables.txt").read_text(encoding="utf-8")
+    assert tables == results.to_text(100)
+    names = {f"{each.name}.jsonl" for each in results}
+    assert set(os.listdir(tmp_path / "out" / "it")) == {*FILES, *names}
+    assert os.listdir(tmp_path / "out") == ["it"]
+
+
+def test_a_run_that_breaks_off_leaves_the_one_before_as_it_was(folder: Path) -> None:
+    whole = RunOptions(out=folder / "out", execution=Options(pass_tokens=40))
+    run_file(TEXT, folder, bare("gpt2"), whole)
+    before = everything(folder / "out")
+
+    def stop(rows: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    broken = replace(whole, execution=replace(whole.execution, on_progress=stop))
+    with pytest.raises(KeyboardInterrupt):
+        run_file(TEXT, folder, bare("gpt2"), broken)
+    assert everything(folder / "out") == before
+    run_file(TEXT, folder, bare("gpt2"), whole)
+    assert everything(folder / "out") == before
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> mechdsl.Results:
+    return mechdsl.run(written(tmp_path, "plain"))
+
+
+def test_one_that_can_not_be_written_leaves_the_one_before(
+    plain: mechdsl.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of its files the disk is full at."""
+    out = tmp_path / "out"
+    export(plain, out, TEXTS["plain"])
+    before = everything(out)
+    write = module._write
+    for full in range(len(FILES) + 1):
+        calls = count()
+
+        def until_full(
+            path: Path, parts: Any, calls: Iterator[int] = calls, full: int = full
+        ) -> None:
+            if next(calls) == full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(path, parts)
+
+        monkeypatch.setattr(module, "_write", until_full)
+        with pytest.raises(OSError, match="No space"):
+            export(plain, out, TEXTS["plain"] + "# other\n")
+        assert everything(out) == before
+
+
+def test_a_later_export_takes_the_place_of_an_earlier_one(
+    plain: mechdsl.Results, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    made = export(mechdsl.run(written(tmp_path, "everything printed")), out, "mech 1\n")
+    assert made == out / "it"
+    assert "spots.jsonl" in os.listdir(made)
+    (made / "notes.txt").write_text("mine", encoding="utf-8")
+    (made / "mine.jsonl").write_text("mine", encoding="utf-8")
+    (made / "state.json").write_text("{}", encoding="utf-8")
+    (made / "folder").mkdir()
+    (made / "folder" / "notes.txt").write_text("mine", encoding="utf-8")
+    export(plain, out, TEXTS["plain"])
+    own = {"notes.txt", "mine.jsonl", "folder"}
+    assert set(os.listdir(made)) == {*FILES, "heads.jsonl", *own}
+    assert (made / "folder" / "notes.txt").read_text("utf-8") == "mine"
+    same_results(plain, read_export(made))
+    assert os.listdir(out) == ["it"]
+
+
+def test_a_folder_of_somebody_else_is_not_emptied(plain: mechdsl.Results, tmp_path: Path) -> None:
+    """`--out .` beside a folder that is called like the file."""
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "thesis.tex").write_text("years", encoding="utf-8")
+    export(plain, tmp_path, TEXTS["plain"])
+    assert (tmp_path / "it" / "thesis.tex").read_text("utf-8") == "years"
+    assert is_export(tmp_path / "it")
+
+
+def test_a_file_in_its_place_stays(plain: mechdsl.Results, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "it").write_text("mine", encoding="utf-8")
+    with pytest.raises(OSError, match="Not a directory"):
+        export(plain, tmp_path / "out", TEXTS["plain"])
+    assert (tmp_path / "out" / "it").read_text("utf-8") == "mine"
+    assert os.listdir(tmp_path / "out") == ["it"]
+
+
+@pytest.mark.parametrize(
+    ("file", "stem"),
+    [("a/heads.mech", "heads"), ("<text>", "text"), ("<stdin>", "stdin"), ("<../../x>", "x")],
+)
+def test_what_a_folder_is_called(file: str, stem: str) -> None:
+    assert stem_of(file) == stem
+
+
+@pytest.mark.parametrize("file", ["..", "", "/", "<>", "<..>", "a/.."])
+def test_a_name_that_leads_elsewhere_is_refused(file: str) -> None:
+    with pytest.raises(ArchiveProblem, match="is not the name of a file"):
+        stem_of(file)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveProblem, match=r"`archive\.json` is missing"):
+        read_export(tmp_path)
+    (tmp_path / "archive.json").mkdir()
+    assert not is_export(tmp_path)
+    with pytest.raises(ArchiveProblem, match=r"`archive\.json`: is a directory"):
+        read_export(tmp_path)

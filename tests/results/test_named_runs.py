@@ -1,0 +1,217 @@
+"""What people may call a run, and what is said where that is none, or several."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mechdsl
+from mechdsl.results.archive import pack
+from mechdsl.results.export import export
+from mechdsl.results.named_runs import find_run, folder_of, open_store, results_of
+from mechdsl.results.results import Results
+from mechdsl.results.run_facts import about_results, facts_of
+from mechdsl.store.store import Store
+
+from .archived import TEXTS, written
+from .exact import same_results
+
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return mechdsl.run(written(tmp_path_factory.mktemp("files"), "plain"))
+
+
+def keep(folder: Path, results: Results, of: Path, **about: Any) -> str:
+    """Put a finished run of a file into a store; its id."""
+    said: Mapping[str, Any] = {"file": of.name, "path": os.path.realpath(of), **about}
+    with Store(folder) as store, store.begin(os.urandom(8).hex(), said) as run:
+        run.finish(
+            pack(results, TEXTS["plain"]), about_results(results, computed=5, stored=3, seconds=1.5)
+        )
+        return run.id
+
+
+def refused(text: str, store: Path | None = None) -> str:
+    """Why a name is refused: message and help."""
+    with pytest.raises(mechdsl.MechdslError) as found:
+        results_of(text, store)
+    (problem,) = found.value.diagnostics
+    assert problem.code == "E0208"
+    return f"{problem.message} | {problem.help_text}"
+
+
+def test_by_id_or_the_beginning_of_one(results: Results, tmp_path: Path) -> None:
+    id = keep(tmp_path, results, tmp_path / "a.mech")
+    for text in (id, id[:-1], id[:9]):
+        same_results(results, results_of(text, tmp_path))
+    other = keep(tmp_path, results, tmp_path / "a.mech")
+    said = refused("2", tmp_path)
+    assert "`2` is the beginning of 2 runs" in said
+    assert id in said
+    assert other in said
+    assert "there is no run `` in" in refused("", tmp_path)
+
+
+def test_an_id_that_is_mistyped(results: Results, tmp_path: Path) -> None:
+    id = keep(tmp_path, results, tmp_path / "a.mech")
+    assert f"did you mean `{id}`?" in refused(id[:-1] + "x", tmp_path)
+    assert "a run is its id or the beginning of one, `last`" in refused("nothing", tmp_path)
+
+
+def test_the_last_is_the_latest_finished_one(results: Results, tmp_path: Path) -> None:
+    with Store(tmp_path) as store, store.begin("k", {"file": "x"}):
+        pass
+    assert "is finished" in refused("last", tmp_path)
+    keep(tmp_path, results, tmp_path / "a.mech")
+    id = keep(tmp_path, results, tmp_path / "b.mech")
+    with Store(tmp_path) as store, store.begin("k", {"file": "x"}):
+        assert find_run(store, "last").id == id
+
+
+def test_a_file_is_its_latest_finished_run(results: Results, tmp_path: Path) -> None:
+    keep(tmp_path, results, tmp_path / "a.mech")
+    id = keep(tmp_path, results, tmp_path / "a.mech")
+    keep(tmp_path, results, tmp_path / "b.mech")
+    with Store(tmp_path) as store:
+        store.begin("k", {"file": "a.mech", "path": str(tmp_path / "a.mech")}).close()
+        assert find_run(store, str(tmp_path / "a.mech")).id == id
+    assert "did you mean `a.mech`?" in refused("aa.mech", tmp_path)
+    assert "no finished run of `far/off.mech`" in refused("far/off.mech", tmp_path)
+
+
+def test_a_file_that_was_moved_with_its_store(results: Results, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    id = keep(tmp_path / "old" / ".mechdsl", results, tmp_path / "old" / "a.mech")
+    (tmp_path / "old").rename(tmp_path / "new")
+    store = folder_of(str(tmp_path / "new" / "a.mech"), tmp_path / "new" / ".mechdsl")
+    with open_store(store) as opened:
+        assert find_run(opened, str(tmp_path / "new" / "a.mech")).id == id
+
+
+def test_two_files_of_one_name_are_told_apart(results: Results, tmp_path: Path) -> None:
+    """In one store; neither is taken for a third."""
+    one = keep(tmp_path, results, tmp_path / "one" / "a.mech")
+    two = keep(tmp_path, results, tmp_path / "two" / "a.mech")
+    with Store(tmp_path) as store:
+        assert find_run(store, str(tmp_path / "one" / "a.mech")).id == one
+        assert find_run(store, str(tmp_path / "two" / "a.mech")).id == two
+    said = refused(str(tmp_path / "three" / "a.mech"), tmp_path)
+    assert "several files called `a.mech`" in said
+    assert one in said
+    assert two in said
+
+
+def test_a_text_is_no_file_of_a_name(results: Results, tmp_path: Path) -> None:
+    keep(tmp_path, results, tmp_path / "a.mech", path=None, file="<text>")
+    assert "no finished run of `a.mech`" in refused("a.mech", tmp_path)
+
+
+def test_a_folder_that_was_exported(results: Results, tmp_path: Path) -> None:
+    made = export(results, tmp_path / "out", TEXTS["plain"])
+    same_results(results, results_of(str(made)))
+    said = refused(str(tmp_path / "out"))
+    assert "holds no run" in said
+    assert f"did you mean `{made}`?" in said
+    (made / "arrays.safetensors").write_bytes(b"torn")
+    assert "can't be read" in refused(str(made))
+
+
+def test_the_store_beside_the_file_or_in_the_working_folder(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MECHDSL_STORE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert folder_of("sub/a.mech") == Path("sub/.mechdsl")
+    assert folder_of("last") == folder_of(None) == Path(".mechdsl")
+    assert folder_of("last", Path("named")) == Path("named")
+    keep(tmp_path / "sub" / ".mechdsl", results, tmp_path / "sub" / "a.mech")
+    same_results(results, results_of("sub/a.mech"))
+    assert "there is no store `.mechdsl`" in refused("last")
+    assert not (tmp_path / ".mechdsl").exists(), "looking makes none"
+    monkeypatch.setenv("MECHDSL_STORE", "sub/.mechdsl")
+    same_results(results, results_of("last"))
+    monkeypatch.setenv("MECHDSL_STORE", "none")
+    assert "`MECHDSL_STORE` is `none`" in refused("last")
+
+
+def test_a_folder_that_is_no_store_stays_as_it_is(tmp_path: Path) -> None:
+    assert "there is no store" in refused("last", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_called_like_a_run(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = keep(tmp_path / "store", results, tmp_path / "a.mech")
+    monkeypatch.chdir(tmp_path)
+    export(mechdsl.run(written(tmp_path, "variants")), tmp_path, TEXTS["variants"])
+    (tmp_path / "it").rename(tmp_path / "last")
+    assert results_of("./last")["heads"].axes == ("source", "head")
+    assert results_of("last", tmp_path / "store")["heads"].axes == ("head",)
+    with Store(tmp_path / "store") as store:
+        assert find_run(store, "last").id == id
+
+
+def test_a_run_without_results(tmp_path: Path) -> None:
+    with Store(tmp_path) as store, store.begin("k", {"file": "x"}) as run:
+        assert "is still running: it has no results" in refused(run.id, tmp_path)
+    assert "was not finished: it has no results" in refused(run.id, tmp_path)
+
+
+def test_results_that_are_torn(results: Results, tmp_path: Path) -> None:
+    id = keep(tmp_path, results, tmp_path / "a.mech")
+    for path in (tmp_path / "blobs").rglob("*.data"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert f"the results of run `{id}` can't be read" in refused(id, tmp_path)
+
+
+def test_a_store_that_is_copied_and_only_read(results: Results, tmp_path: Path) -> None:
+    id = keep(tmp_path / "one", results, tmp_path / "a.mech")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "one")
+    same_results(results, results_of(id[:15], tmp_path / "two"))
+
+
+def test_facts(results: Results, tmp_path: Path) -> None:
+    keep(tmp_path, results, tmp_path / "a.mech", settings={"limit": 8}, versions={"mechdsl": "0"})
+    with Store(tmp_path) as store:
+        (run,) = store.runs()
+    facts = facts_of(run)
+    assert (facts.file, facts.state, facts.seconds) == ("a.mech", "finished", 1.5)
+    assert (facts.experiments, facts.held, facts.expectations) == (1, 0, 0)
+    assert facts.rows == "5 rows computed, 3 from the store"
+    assert facts.settings == {"limit": "8"}
+    assert facts.size == run.size > 0
+
+
+def test_expectations_of_a_lost_experiment_do_not_hold(tmp_path: Path) -> None:
+    found = mechdsl.run(written(tmp_path, "lost and missing"))
+    about = about_results(found, computed=1, stored=0, seconds=0.1)
+    assert (about["experiments"], about["lost"]) == (1, 1)
+    assert (about["held"], about["expectations"]) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"file": 3, "seconds": "x", "experiments": 1.5, "settings": [], "versions": "a"},
+        {"file": None, "seconds": None, "held": True, "settings": {"a": None}, "hashes": {"a": 1}},
+        {},
+    ],
+)
+def test_facts_of_whatever_a_store_says(about: dict[str, Any], tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.begin("k", about).close()
+        facts = facts_of(store.runs()[0])
+    assert facts.file == ""
+    assert facts.held is None
+    assert facts.settings == {}
+    assert facts.rows == facts.verdict == ""

@@ -1,0 +1,298 @@
+"""Blobs and indexes that are torn, changed or gone: found, and never taken for what they were."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from mechdsl.store.index import NAME, SCHEMA
+from mechdsl.store.store import Store, StoreProblem
+from mechdsl.store.values import pack_block
+from tests.store import writer
+from tests.store.support import block, cells, values_of
+
+ONE, TWO = cells(2)
+BLOCKS = 3
+
+
+def blobs(folder: Path, suffix: str) -> list[Path]:
+    return sorted((folder / "blobs").glob(f"*/*{suffix}"))
+
+
+def flip(path: Path, at: int, bits: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= bits
+    path.write_bytes(data)
+
+
+def written(folder: Path) -> None:
+    """A store with two runs: an unfinished one with values, and a finished one."""
+    with Store(folder) as store:
+        with store.begin("other", {}) as run:
+            for number in range(BLOCKS):
+                run.keep(writer.block_of(number))
+        with store.begin(writer.KEY, {"file": "a.mech"}) as run:
+            run.settle(writer.SIZES)
+            run.finish(writer.CONTENT, {"done": True})
+
+
+HARM = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "first bit": lambda path: flip(path, 0),
+    "last bit": lambda path: flip(path, -1, 0x80),
+    "gone": lambda path: path.unlink(),
+    "another": lambda path: path.write_bytes(pack_block(block({ONE: {1: 99.0}}))),
+}
+
+
+@pytest.mark.parametrize("how", HARM)
+def test_a_harmed_block_is_as_if_it_were_not_there(store: Store, how: str) -> None:
+    with store.begin("a", {}) as run:
+        run.keep(block({ONE: {1: 1.0}, TWO: {1: 2.0}}))
+        [first] = blobs(store.folder, ".safetensors")
+        run.keep(block({ONE: {1: -1.0, 2: 3.0}}))
+    HARM[how](first)
+    with store.begin("b", {}) as run:
+        assert values_of(run.earlier([ONE, TWO])) == {ONE: {1: (-1.0,), 2: (3.0,)}}
+        assert values_of(run.earlier([ONE, TWO])) == {ONE: {1: (-1.0,), 2: (3.0,)}}
+        run.keep(block({ONE: {1: 1.0}, TWO: {1: 2.0}}))  # under the same name
+        assert values_of(run.own([ONE, TWO])) == {ONE: {1: (1.0,)}, TWO: {1: (2.0,)}}
+    with store.begin("c", {}) as run:
+        assert values_of(run.earlier([TWO])) == {TWO: {1: (2.0,)}}
+    with store.begin("a", {}) as run:
+        assert values_of(run.own([ONE, TWO])) == {ONE: {1: (-1.0,), 2: (3.0,)}}
+
+
+def test_a_block_that_cannot_be_read_now_is_not_forgotten(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with store.begin("a", {}) as run:
+        run.keep(block({ONE: {1: 1.0}}))
+    with store.begin("b", {}) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(PermissionError))
+            assert not run.earlier([ONE])
+        assert values_of(run.earlier([ONE])) == {ONE: {1: (1.0,)}}
+
+
+@pytest.mark.parametrize("how", HARM)
+@pytest.mark.parametrize("which", range(len(writer.CONTENT)))
+def test_a_harmed_content_is_not_shown(memory: Path, how: str, which: int) -> None:
+    written(memory / "store")
+    HARM[how](blobs(memory / "store", ".data")[which])
+    with Store(memory / "store") as store:
+        assert store.finished(writer.KEY) is None
+        [run, _] = store.runs()
+        with pytest.raises(StoreProblem, match="is torn or gone"):
+            store.content(run)
+        with store.begin(writer.KEY, {}) as again:
+            assert not again.resumed
+            again.finish(writer.CONTENT, {})
+        found = store.finished(writer.KEY)
+        assert found is not None
+        assert store.content(found) == writer.CONTENT
+
+
+def test_an_earlier_run_counts_where_the_latest_is_torn(store: Store) -> None:
+    for content in (b"first", b"second"):
+        with store.begin("key", {}) as run:
+            run.finish({"file": content}, {})
+    latest = store.finished("key")
+    assert latest is not None
+    assert store.content(latest) == {"file": b"second"}
+    for path in blobs(store.folder, ".data"):
+        if path.read_bytes() == b"second":
+            path.unlink()
+    found = store.finished("key")
+    assert found is not None
+    assert store.content(found) == {"file": b"first"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE runs SET key = 'another'",
+        "UPDATE runs SET about = '{}'",
+        "UPDATE contents SET name = 'other' WHERE name = 'results.json'",
+        "DELETE FROM contents WHERE name = 'results.json'",
+        "UPDATE contents SET hash = (SELECT hash FROM contents WHERE name = 'results.json')",
+    ],
+)
+def test_a_finished_run_that_was_changed_in_the_index_is_not_shown(
+    memory: Path, change: str
+) -> None:
+    written(memory / "store")
+    with sqlite3.connect(memory / "store" / NAME) as index:
+        index.execute(change)
+    index.close()
+    with Store(memory / "store") as store:
+        assert store.finished(writer.KEY) is None
+        assert store.finished("another") is None
+
+
+def test_a_block_that_the_index_gives_to_another_cell_is_not_taken(store: Store) -> None:
+    with store.begin("a", {}) as run:
+        run.keep(block({ONE: {1: 1.0}}))
+    with sqlite3.connect(store.folder / NAME) as index:
+        index.execute("UPDATE cells SET cell = ?", (TWO,))
+    index.close()
+    with store.begin("b", {}) as run:
+        assert TWO not in run.earlier([ONE, TWO])
+        assert not run.earlier([TWO])
+
+
+# --- the index ------------------------------------------------------------------------------------
+
+
+def use(folder: Path) -> str:
+    """Ask a store for all that it has; whatever it gives is right."""
+    with Store(folder) as store:
+        wanted = writer.cells_of(BLOCKS)
+        store.runs()
+        store.size()
+        store.note("device")
+        found = store.finished(writer.KEY)
+        if found is not None:
+            assert store.content(found) == writer.CONTENT
+        with store.begin("later", {}) as run:
+            writer.blocks_in(run.earlier(wanted), BLOCKS)
+            run.keep(writer.block_of(0))
+            run.finish({}, {})
+        with store.begin("other", {}) as run:
+            writer.blocks_in(run.own(wanted), BLOCKS)
+        store.gc(0)
+    return "used"
+
+
+@pytest.mark.parametrize("garbage", [b"garbage", b"garbage" * 10_000, b"\0" * 4096])
+def test_an_index_that_is_none_is_moved_aside(memory: Path, garbage: bytes) -> None:
+    folder = memory / "store"
+    written(folder)
+    (folder / NAME).write_bytes(garbage)
+    use(folder)
+    [aside] = [path for path in folder.glob(f"{NAME}.broken-*") if "journal" not in path.name]
+    assert aside.read_bytes() == garbage
+
+
+def test_a_damaged_index_that_somebody_uses_is_left_alone(memory: Path) -> None:
+    """SQLite finds its journal by name: an index must not be moved under somebody's hands."""
+    folder = memory / "store"
+    with Store(folder):
+        data = (folder / NAME).read_bytes()
+        (folder / NAME).write_bytes(b"garbage")
+        with pytest.raises(StoreProblem, match="another process is using it"):
+            Store(folder)
+        assert not list(folder.glob("*.broken-*"))
+        (folder / NAME).write_bytes(data)
+    (folder / NAME).write_bytes(b"garbage")
+    with Store(folder) as store:
+        assert store.runs() == []
+
+
+def test_an_index_that_is_damaged_within_is_found_and_replaced(memory: Path) -> None:
+    """The run that meets it ends with a reason, and the next one starts a new index."""
+    folder = memory / "store"
+    written(folder)
+    size = (folder / NAME).stat().st_size
+    with (folder / NAME).open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (size - 4096))
+    with pytest.raises(StoreProblem, match="its index is damaged"):
+        use(folder)
+    assert use(folder) == "used"
+    assert list(folder.glob(f"{NAME}.broken-*"))
+    assert not (folder / f"{NAME}.suspect").exists()
+
+
+def damage_at_random(folder: Path, seed: int) -> str:
+    draw = random.Random(seed)
+    index = folder / NAME
+    for _ in range(draw.choice([1, 1, 3, 30])):
+        flip(index, draw.randrange(index.stat().st_size), 1 << draw.randrange(8))
+    said = ""
+    for _ in range(4):
+        try:
+            said += use(folder)
+        except (StoreProblem, OSError) as problem:
+            if "newer version" in str(problem):  # so it says, and it is left alone
+                return "used"
+            said += type(problem).__name__
+    return said
+
+
+def sweep_damage(memory: Path, seeds: range) -> set[str]:
+    written(memory / "store")
+    said: set[str] = set()
+    for seed in seeds:
+        shutil.copytree(memory / "store", memory / "copy")
+        said.add(damage_at_random(memory / "copy", seed))
+        shutil.rmtree(memory / "copy")
+    return said
+
+
+def test_bits_that_are_flipped_in_the_index(memory: Path) -> None:
+    """A reason or right values, never another exception, and it works again at the fourth time."""
+    said = sweep_damage(memory, range(60))
+    assert "used" * 4 in said
+    assert len(said) > 1
+    assert all(each.endswith("used") for each in said), said
+
+
+@pytest.mark.slow
+def test_many_bits_that_are_flipped_in_the_index(memory: Path) -> None:
+    said = sweep_damage(memory, range(1000, 3000))
+    assert all(each.endswith("used") for each in said), said
+
+
+def test_an_index_of_a_newer_version_is_refused(memory: Path) -> None:
+    folder = memory / "store"
+    written(folder)
+    with sqlite3.connect(folder / NAME) as index:
+        index.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+    index.close()
+    before = (folder / NAME).read_bytes()
+    with pytest.raises(StoreProblem, match="newer version of mechdsl: its format is 2"):
+        Store(folder)
+    assert (folder / NAME).read_bytes() == before
+    assert not list(folder.glob("*.broken-*"))
+
+
+def test_a_database_of_another_program_is_refused(memory: Path) -> None:
+    folder = memory / "store"
+    folder.mkdir()
+    with sqlite3.connect(folder / NAME) as index:
+        index.execute("CREATE TABLE holidays(day TEXT)")
+    index.close()
+    with pytest.raises(StoreProblem, match="a database of another program"):
+        Store(folder)
+    with sqlite3.connect(folder / NAME) as index:
+        index.execute("SELECT day FROM holidays")
+    index.close()
+
+
+def test_a_file_is_no_store(memory: Path) -> None:
+    (memory / "Store").write_text("a")
+    with pytest.raises(StoreProblem, match="it is a file, not a folder"):
+        Store(memory / "Store")
+    with pytest.raises(StoreProblem, match="/Store` is a file, not a folder"):
+        Store(memory / "Store" / "below")
+
+
+def test_a_store_that_is_copied_is_whole(memory: Path) -> None:
+    """No paths of the place, no locks: also while a run is unfinished."""
+    written(memory / "store")
+    shutil.copytree(memory / "store", memory / "elsewhere")
+    shutil.rmtree(memory / "store")
+    with Store(memory / "elsewhere") as store:
+        found = store.finished(writer.KEY)
+        assert found is not None
+        assert store.content(found) == writer.CONTENT
+        with store.begin("other", {}) as run:
+            assert run.resumed
+            assert writer.blocks_in(run.own(writer.cells_of(BLOCKS)), BLOCKS) == {0, 1, 2}

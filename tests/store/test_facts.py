@@ -1,0 +1,151 @@
+"""Hashes of files are worked out once, and never those of a file that has changed since."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from mechdsl.store import file_hashes
+from mechdsl.store.store import Store, StoreProblem
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are read to be hashed."""
+    files: list[str] = []
+    opened = open
+
+    def noting(path: bytes, mode: str) -> object:
+        files.append(os.path.basename(os.fsdecode(path)))
+        return opened(path, mode)
+
+    monkeypatch.setattr(file_hashes, "open", noting, raising=False)
+    # A file that was written a moment ago isn't remembered: as if it had been a minute ago.
+    monkeypatch.setattr(file_hashes.time, "time", lambda began=time.time: began() + 60)
+    return files
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_a_file_is_read_once(store: Store, tmp_path: Path, read: list[str]) -> None:
+    (tmp_path / "a").write_bytes(b"a" * 3_000_000)
+    (tmp_path / "b").write_bytes(b"b")
+    (tmp_path / "link").symlink_to("a")
+    for _ in range(2):
+        assert store.file_hash(tmp_path / "a") == sha(b"a" * 3_000_000)
+        assert store.file_hash(tmp_path / "link") == sha(b"a" * 3_000_000)
+        assert store.file_hash(tmp_path / "b") == sha(b"b")
+    with Store(store.folder) as again:
+        assert again.file_hash(tmp_path / "b") == sha(b"b")
+    assert read == ["a", "b"]
+
+
+def test_a_file_that_changed_is_read_again(store: Store, tmp_path: Path, read: list[str]) -> None:
+    """Its size is the same, and its time is set back: the time of its inode isn't."""
+    file = tmp_path / "a"
+    file.write_bytes(b"a")
+    before = file.stat()
+    assert store.file_hash(file) == sha(b"a")
+    time.sleep(0.02)
+    file.write_bytes(b"b")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert store.file_hash(file) == sha(b"b")
+    time.sleep(0.02)
+    (tmp_path / "new").write_bytes(b"c")
+    os.utime(tmp_path / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "new").replace(file)
+    assert store.file_hash(file) == sha(b"c")
+    file.write_bytes(b"cc")
+    assert store.file_hash(file) == sha(b"cc")
+    assert len(read) == 4
+
+
+def test_a_file_of_this_moment_is_not_remembered(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be written again within the same tick of the file system's clock."""
+    file = tmp_path / "a"
+    file.write_bytes(b"a")
+    stat = file_hashes._mark(file.stat())
+    monkeypatch.setattr(file_hashes, "_mark", lambda _: stat)
+    assert store.file_hash(file) == sha(b"a")
+    file.write_bytes(b"b")
+    assert store.file_hash(file) == sha(b"b")
+    os.utime(file, (1.0, 1.0))  # the time of its inode is still of this moment
+    assert store.file_hash(file) == sha(b"b")
+    file.write_bytes(b"c")
+    os.utime(file, (time.time() + 1e6, time.time() + 1e6))
+    monkeypatch.setattr(file_hashes.time, "time", lambda began=time.time: began() + 60)
+    assert store.file_hash(file) == sha(b"c"), "one of the future isn't either"
+    file.write_bytes(b"d")
+    assert store.file_hash(file) == sha(b"d")
+
+
+@pytest.mark.parametrize("changes", [0, 3, 1_000])
+def test_a_file_that_changes_while_it_is_read(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: list[str], changes: int
+) -> None:
+    """It is read again, and again, and then given up."""
+    file = tmp_path / "a"
+    file.write_bytes(b"a")
+    mark = file_hashes._mark
+    asked = count()
+    monkeypatch.setattr(
+        file_hashes, "_mark", lambda found: f"{asked}" if next(asked) < changes else mark(found)
+    )
+    if changes == 1_000:
+        with pytest.raises(StoreProblem, match="changes while it is read"):
+            store.file_hash(file)
+    else:
+        assert store.file_hash(file) == sha(b"a")
+    assert len(read) == {0: 1, 3: 2, 1_000: 3}[changes]
+
+
+def test_a_file_that_is_replaced_while_it_is_read(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"old")
+    opened = open
+
+    def replacing(path: bytes, mode: str) -> object:
+        handle = opened(path, mode)
+        if file.read_bytes() == b"old":
+            (tmp_path / "new").write_bytes(b"new")
+            (tmp_path / "new").replace(file)
+        return handle
+
+    monkeypatch.setattr(file_hashes, "open", replacing, raising=False)
+    assert store.file_hash(file) == sha(b"new")
+
+
+def test_a_recent_file_is_durable_before_its_hash_is(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: list[str]
+) -> None:
+    """Otherwise a power cut may take back what was hashed, and leave the file its times."""
+    (tmp_path / "new").write_bytes(b"a")
+    (tmp_path / "old").write_bytes(b"a")
+    os.utime(tmp_path / "old", (1.0, 1.0))
+    synced: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino) or fsync(handle)
+    )
+    store.file_hash(tmp_path / "new")
+    store.file_hash(tmp_path / "old")
+    assert (tmp_path / "new").stat().st_ino in synced
+    assert (tmp_path / "old").stat().st_ino not in synced
+
+
+def test_what_is_no_file(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        store.file_hash(tmp_path / "nowhere")
+    with pytest.raises(IsADirectoryError):
+        store.file_hash(tmp_path)

@@ -1,0 +1,166 @@
+"""Processes that are killed, and several that write at once."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mechdsl.store.store import Store, StoreProblem
+from tests.store import writer
+from tests.store.support import block, cells, values_of
+from tests.store.test_power_cuts import BLOCKS, check
+
+WRITES = (
+    "?write,pwrite64,fsync,fdatasync,?rename,renameat2,?mkdir,mkdirat,?unlink,unlinkat,ftruncate"
+)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def start(folder: Path, *arguments: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*before, sys.executable, "-m", "tests.store.writer", str(folder), *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def killed_at(memory: Path, number: int) -> str:
+    """A writer that is killed when it is about to write or sync for the so-many-th time."""
+    folder = memory / str(number)
+    inject = f"inject={WRITES}:signal=KILL:when={number}"
+    process = start(
+        folder,
+        *("--blocks", str(BLOCKS), "--finish"),
+        before=("strace", "-o", "/dev/null", "-e", f"trace={WRITES}", "-e", inject),
+    )
+    said = process.communicate()[0].split("\n")
+    if process.returncode == 0:
+        return "not killed"
+    said = [text for text in said if text]
+    if not said:
+        return "before it began"
+    found = check(said, folder)
+    shutil.rmtree(folder)
+    return found
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="kills with strace")
+def test_a_writer_that_is_killed_at_a_write(memory: Path) -> None:
+    found = Counter(killed_at(memory, number) for number in range(60, 211, 25))
+    assert len(found) >= 3, found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="kills with strace")
+def test_a_writer_that_is_killed_at_each_write(memory: Path) -> None:
+    found: Counter[str] = Counter()
+    number = 0
+    while not found["not killed"]:
+        number += 1
+        found[killed_at(memory, number)] += 1
+    for kept in range(BLOCKS):
+        assert found[f"{kept} kept, {kept} there"] >= 10
+        assert found[f"{kept} kept, {kept + 1} there"] >= 1
+    assert found["finished"] >= 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_writer_that_is_killed_at_random(memory: Path, seed: int) -> None:
+    process = start(memory / "store", "--blocks", "100000")
+    assert process.stdout is not None
+    until = random.Random(seed).randrange(2, 60)
+    said = [process.stdout.readline().strip() for _ in range(until)]
+    with Store(memory / "store") as store:
+        if until > 2:
+            assert [run.state for run in store.runs()] == ["running"]
+        process.send_signal(signal.SIGKILL)
+        said += [text.strip() for text in process.stdout.read().split("\n") if text.strip()]
+        process.wait()
+        kept = sum(text.startswith("kept") for text in said)
+        [run] = store.runs()
+        assert run.state == "unfinished", "its lock was freed with it"
+        with store.begin(writer.KEY, {}) as again:
+            assert again.resumed
+            assert again.id == run.id
+            there = writer.blocks_in(again.own(writer.cells_of(kept + 5)), kept + 5)
+    assert there in (set(range(kept)), set(range(kept + 1)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (["--key", "same"], ["--key", "same"]),
+        (["--key", "one"], ["--key", "another"]),
+        (["--key", "one"], ["--key", "another", "--start", "20"]),
+    ],
+)
+def test_two_writers_at_once(memory: Path, first: list[str], second: list[str]) -> None:
+    """Also when both make the store."""
+    both = [start(memory / "store", "--blocks", "20", "--finish", *of) for of in (first, second)]
+    for process in both:
+        assert process.communicate()[0].split()[-1] == "finished"
+        assert process.returncode == 0
+    with Store(memory / "store") as store:
+        runs = store.runs()
+        assert [run.state for run in runs] == ["finished"] * 2
+        assert all(store.content(run) == writer.CONTENT for run in runs)
+        with store.begin("later", {}) as run:
+            blocks = writer.blocks_in(run.earlier(writer.cells_of(40)), 40)
+        assert blocks == set(range(40 if "--start" in second else 20))
+        swept = store.gc()
+        assert (swept.files, swept.runs, swept.blocks) == (0, 0, 0)
+        with store.begin("after that", {}) as run:
+            assert writer.blocks_in(run.earlier(writer.cells_of(40)), 40) == blocks
+
+
+def test_sweeping_beside_a_writer(memory: Path) -> None:
+    """What a run that goes on has written is not removed, whatever the limit is."""
+    process = start(memory / "store", "--blocks", "60", "--finish")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    with Store(memory / "store") as store:
+        for _ in range(30):
+            store.gc(0)
+        assert process.stdout.read().split()[-1] == "finished"
+        process.wait()
+        with store.begin("later", {}) as run:
+            found = run.earlier(writer.cells_of(60))
+    # What it finished before the last sweep may have gone; nothing is there in part.
+    assert writer.blocks_in(found, 60) in (set(range(60)), set())
+
+
+def test_threads_share_a_store(store: Store) -> None:
+    with store.begin("key", {}) as run:
+
+        def keep(thread: int) -> None:
+            for number in range(10):
+                run.keep(block({cells(1)[0]: {thread * 100 + number: 1.0}}))
+                run.own(cells(1))
+
+        threads = [threading.Thread(target=keep, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(values_of(run.own(cells(1)))[cells(1)[0]]) == 40
+
+
+def test_an_index_that_is_held_too_long(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reason, not a traceback of SQLite's; and what was staged is removed."""
+    monkeypatch.setattr("mechdsl.store.index.WAIT", 0.05)
+    with Store(store.folder) as other, other.begin("key", {}) as run:
+        with store._index.writing(), pytest.raises(StoreProblem, match="another process has held"):
+            run.keep(block({cells(1)[0]: {1: 1.0}}))
+        assert not list((store.folder / "new").iterdir())
+        run.keep(block({cells(1)[0]: {1: 1.0}}))
+        assert values_of(run.own(cells(1))) == {cells(1)[0]: {1: (1.0,)}}

@@ -1,0 +1,210 @@
+"""A store that may only be read: it is read, and not a byte of it changes."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mechdsl.store.index import NAME
+from mechdsl.store.store import Store, StoreProblem
+from tests.store import writer
+
+NOBODY = 65534
+BLOCKS = 3
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """For root no file is read-only."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture(params=["rights", "mount"])
+def read_only(memory: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder with a store in it, which may only be read when `close(folder)` was called."""
+    memory.chmod(0o755)
+    folder = memory / "place"
+    folder.mkdir()
+    with Store(folder / "store") as store:
+        with store.begin("other", {}) as run:
+            for number in range(BLOCKS):
+                run.keep(writer.block_of(number))
+        with store.begin(writer.KEY, {"file": "a.mech"}) as run:
+            run.finish(writer.CONTENT, {})
+        with store.begin(writer.KEY, {}):
+            pass
+        store.take_note("device", "cpu")
+    yield folder
+    subprocess.run(["umount", str(folder)], capture_output=True)
+    subprocess.run(["chmod", "-R", "u+w", str(folder)], check=True)
+
+
+@contextmanager
+def closed(folder: Path, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Within it the folder may not be written to."""
+    if request.node.callspec.params["read_only"] == "rights":
+        subprocess.run(["chmod", "-R", "a-w,a+rX", str(folder)], check=True)
+        with as_nobody():
+            yield
+        return
+    for options in ("bind", "remount,bind,ro"):
+        command = ["mount", "-o", options, str(folder), str(folder)]
+        if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no folder can be mounted")
+    yield
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else b"",
+        )
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def read_all(store: Store) -> None:
+    assert not store.writable
+    found = store.finished(writer.KEY)
+    assert found is not None
+    assert store.content(found) == writer.CONTENT
+    assert [run.state for run in store.runs()] == ["unfinished", "finished", "unfinished"]
+    assert store.note("device") == "cpu"
+    with store.begin(writer.KEY, {}) as run:
+        assert (run.id, run.resumed, run.sizes) == ("", False, None)
+        wanted = writer.cells_of(BLOCKS + 1)
+        assert writer.blocks_in(run.earlier(wanted), BLOCKS + 1) == set(range(BLOCKS))
+        run.settle(writer.SIZES)
+        run.keep(writer.block_of(BLOCKS))
+        assert not run.own(wanted)
+        assert writer.blocks_in(run.earlier(wanted), BLOCKS + 1) == set(range(BLOCKS))
+        assert run.sizes == writer.SIZES
+        with pytest.raises(ValueError, match="can't be the name"):
+            run.finish({"../a": b""}, {})
+        run.finish(writer.CONTENT, {})
+    with store.begin(writer.KEY, {}, fresh=True) as run:
+        assert not run.earlier(wanted)
+
+
+def test_it_is_read(read_only: Path, request: pytest.FixtureRequest) -> None:
+    before = snapshot(read_only)
+    with closed(read_only, request), Store(read_only / "store") as store:
+        read_all(store)
+        store.take_note("device", "cuda")
+        assert store.note("device") == "cpu"
+        file = read_only / "store" / ".gitignore"
+        assert len(store.file_hash(file)) == 64
+        for change in (store.gc, lambda: store.remove(store.runs()[0])):
+            with pytest.raises(StoreProblem, match="it can only be read"):
+                change()
+    assert snapshot(read_only) == before
+
+
+def test_a_torn_block_is_left_where_it_is(read_only: Path, request: pytest.FixtureRequest) -> None:
+    [first, *_] = sorted((read_only / "store" / "blobs").glob("*/*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-1])
+    before = snapshot(read_only)
+    with closed(read_only, request), Store(read_only / "store") as store:
+        with store.begin("key", {}) as run:
+            found = run.earlier(writer.cells_of(BLOCKS))
+        assert len(writer.blocks_in(found, BLOCKS)) == BLOCKS - 1
+    assert snapshot(read_only) == before
+
+
+def test_a_transaction_that_broke_off_is_not_seen(
+    read_only: Path, request: pytest.FixtureRequest
+) -> None:
+    """Its journal can't be played back in its place."""
+    index = read_only / "store" / NAME
+    connection = sqlite3.connect(index, isolation_level=None)
+    for line in ("journal_mode = PERSIST", "cache_size = 1", "cache_spill = 1"):
+        connection.execute(f"PRAGMA {line}")
+    connection.execute("BEGIN")
+    connection.execute("DELETE FROM cells")
+    connection.execute("DELETE FROM blocks")
+    connection.execute("UPDATE runs SET key = 'gone'")
+    for number in range(3000):
+        connection.execute("INSERT INTO notes VALUES (?, ?)", (b"%d" % number, bytes(1000)))
+    ends = ("", "-journal")
+    data = {end: Path(f"{index}{end}").read_bytes() for end in ends}
+    connection.execute("ROLLBACK")
+    connection.close()
+    assert data["-journal"][:8] == bytes.fromhex("d9d505f920a163d7"), "not a hot journal"
+    for end in ends:
+        Path(f"{index}{end}").write_bytes(data[end])
+    before = snapshot(read_only)
+    with closed(read_only, request), Store(read_only / "store") as store:
+        read_all(store)
+    assert snapshot(read_only) == before
+    assert not (read_only / "store" / f"{NAME}.suspect").exists()
+    with Store(read_only / "store") as store:
+        assert (
+            store.writable == (request.node.callspec.params["read_only"] == "rights")
+            or os.geteuid() != 0
+        )
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_where_there_is_nothing_to_read(
+    read_only: Path, request: pytest.FixtureRequest, content: bytes | None
+) -> None:
+    """A file in a place where no folder can be made, or one where a store was never begun."""
+    (read_only / "empty").mkdir()
+    if content is not None:
+        (read_only / "empty" / NAME).write_bytes(content)
+    with closed(read_only, request):
+        for folder in ("empty", "nowhere"):
+            with Store(read_only / folder) as store:
+                assert not store.writable
+                assert store.runs() == []
+                assert store.finished("key") is None
+                with store.begin("key", {}) as run:
+                    assert not run.earlier(writer.cells_of(1))
+                    run.finish({}, {})
+            assert not (read_only / "nowhere").exists()
+
+
+def test_an_index_that_is_damaged(read_only: Path, request: pytest.FixtureRequest) -> None:
+    (read_only / "store" / NAME).write_bytes(b"garbage" * 1000)
+    with (
+        closed(read_only, request),
+        pytest.raises(StoreProblem, match="its index is damaged, and it can't be written to"),
+    ):
+        Store(read_only / "store")
+
+
+def test_an_index_that_may_not_be_written(memory: Path) -> None:
+    """The folder may be, but its index is somebody else's."""
+    memory.chmod(0o755)
+    folder = memory / "store"
+    with Store(folder) as store, store.begin("key", {}):
+        pass
+    subprocess.run(["chmod", "-R", "a+rwX", str(folder)], check=True)
+    (folder / NAME).chmod(0o444)
+    with as_nobody(), Store(folder) as store:
+        assert not store.writable
+        assert len(store.runs()) == 1
+        with store.begin("key", {}) as run:
+            assert run.id == ""
+
+
+def test_a_folder_that_may_not_be_read(memory: Path) -> None:
+    memory.chmod(0o755)
+    (memory / "private").mkdir(mode=0o700)
+    with as_nobody(), pytest.raises(StoreProblem, match="permission denied"):
+        Store(memory / "private" / "store")

@@ -1,0 +1,200 @@
+"""Values come back as they were kept: to the run that wrote them, and to those after it."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+
+from mechdsl.store.store import Store
+from mechdsl.store.values import Block, pack_block, unpack_block
+from tests.store.support import block, cells, values_of
+
+ONE, TWO, OTHER = cells(3)
+
+
+def keep(store: Store, *blocks: Block, fresh: bool = False) -> None:
+    """A run of its own that keeps these."""
+    with store.begin("somebody", {}, fresh=fresh) as run:
+        for each in blocks:
+            run.keep(each)
+        run.finish({}, {})
+
+
+def test_values_come_back_to_the_run_and_to_later_ones(store: Store) -> None:
+    with store.begin("key", {}) as run:
+        run.keep(block({ONE: {1: 0.5, 2: 1.5}, TWO: {1: 2.5}}))
+        assert values_of(run.own([ONE, TWO, OTHER])) == {
+            ONE: {1: (0.5,), 2: (1.5,)},
+            TWO: {1: (2.5,)},
+        }
+        assert not run.earlier([ONE, TWO])
+    with store.begin("other key", {}) as run:
+        assert values_of(run.earlier([OTHER, TWO])) == {TWO: {1: (2.5,)}}
+        assert not run.own([ONE, TWO])
+
+
+def test_values_are_equal_bit_for_bit(store: Store) -> None:
+    values = [math.nan, math.inf, -0.0, 5e-324, 1 / 3, -1.7976931348623157e308]
+    rows = [0, 1, 2**63, 2**64 - 1, 7, 8]
+    keep(store, block({ONE: dict(zip(rows, values, strict=True))}))
+    with store.begin("key", {}) as run:
+        keys, found = run.earlier([ONE])[ONE]
+    assert (keys.dtype, found.dtype, found.shape) == (np.uint64, np.float64, (6, 1))
+    order = np.argsort(np.array(rows, np.uint64))
+    assert keys.tolist() == sorted(rows)
+    assert found.tobytes() == np.array(values)[order].tobytes()
+
+
+def test_two_columns(store: Store) -> None:
+    keep(store, block({ONE: {1: (0.5, 3.0), 2: (1.5, 4.0)}}), block({ONE: {3: (2.5, 5.0)}}))
+    with store.begin("key", {}) as run:
+        found = values_of(run.earlier([ONE]))
+    assert found == {ONE: {1: (0.5, 3.0), 2: (1.5, 4.0), 3: (2.5, 5.0)}}
+
+
+def test_columns_are_not_mixed(store: Store) -> None:
+    """The first block's number counts; of another cell of the block it may be another."""
+    keep(store, block({ONE: {1: 0.5}}), block({ONE: {2: (1.5, 2.5)}, TWO: {2: (3.5, 4.5)}}))
+    with store.begin("key", {}) as run:
+        found = values_of(run.earlier([ONE, TWO]))
+    assert found == {ONE: {1: (0.5,)}, TWO: {2: (3.5, 4.5)}}
+
+
+def test_rows_of_several_blocks_come_together(store: Store) -> None:
+    keep(store, block({ONE: {4: 4.0, 1: 1.0}, TWO: {9: 9.0}}), block({TWO: {3: 3.0}}))
+    keep(store, block({OTHER: {1: 7.0}, ONE: {2: 2.0}}))
+    with store.begin("key", {}) as run:
+        found = values_of(run.earlier([ONE, TWO, ONE]))
+    assert found == {ONE: {1: (1.0,), 2: (2.0,), 4: (4.0,)}, TWO: {3: (3.0,), 9: (9.0,)}}
+
+
+def test_the_first_of_two_equal_rows_counts(store: Store) -> None:
+    keep(store, block({ONE: {1: 1.0}}))
+    keep(store, block({ONE: {1: -1.0, 2: 2.0}}), block({ONE: {2: -2.0}}))
+    with store.begin("key", {}) as run:
+        assert values_of(run.earlier([ONE])) == {ONE: {1: (1.0,), 2: (2.0,)}}
+
+
+def test_a_run_reads_its_own_copy(store: Store) -> None:
+    """Of two at once that compute the same, each goes on with what it computed itself."""
+    with store.begin("a", {}) as first, store.begin("b", {}) as second:
+        second.keep(block({ONE: {1: 2.0}}))
+        first.keep(block({ONE: {1: 1.0}}))
+        assert values_of(first.own([ONE])) == {ONE: {1: (1.0,)}}
+        assert values_of(second.own([ONE])) == {ONE: {1: (2.0,)}}
+        assert not first.earlier([ONE])
+        assert not second.earlier([ONE])
+    with store.begin("c", {}) as run:
+        assert values_of(run.earlier([ONE])) == {ONE: {1: (2.0,)}}, "the first that was kept"
+
+
+def test_a_resumed_run_finds_what_it_found_at_first(store: Store) -> None:
+    keep(store, block({ONE: {1: 1.0}}))
+    with store.begin("key", {}) as run:
+        run.keep(block({TWO: {1: 2.0}}))
+    keep(store, block({OTHER: {1: 3.0}, ONE: {1: -1.0, 2: -2.0}, TWO: {1: -3.0}}), fresh=True)
+    with store.begin("key", {}) as run:
+        assert run.resumed
+        assert values_of(run.earlier([ONE, TWO, OTHER])) == {ONE: {1: (1.0,)}}
+        assert values_of(run.own([ONE, TWO, OTHER])) == {TWO: {1: (2.0,)}}
+
+
+def test_a_fresh_run_finds_nothing_and_replaces(store: Store) -> None:
+    keep(store, block({ONE: {1: 1.0, 2: 2.0}}), block({TWO: {1: 1.0}}))
+    with store.begin("key", {}, fresh=True) as run:
+        assert not run.earlier([ONE, TWO])
+        run.keep(block({ONE: {1: 10.0}}))
+        run.keep(block({ONE: {1: 11.0}}))
+        assert values_of(run.own([ONE])) == {ONE: {1: (10.0,)}}
+    with store.begin("later", {}) as run:
+        assert values_of(run.earlier([ONE, TWO])) == {
+            ONE: {1: (10.0,), 2: (2.0,)},
+            TWO: {1: (1.0,)},
+        }
+    keep(store, block({ONE: {1: 20.0}}), fresh=True)
+    keep(store, block({ONE: {1: 30.0}}))
+    with store.begin("last", {}) as run:
+        assert values_of(run.earlier([ONE])) == {ONE: {1: (20.0,), 2: (2.0,)}}, "the latest fresh"
+
+
+def test_a_resumed_fresh_run_is_fresh(store: Store) -> None:
+    keep(store, block({ONE: {1: 1.0}}))
+    with store.begin("key", {}, fresh=True) as run:
+        run.keep(block({TWO: {1: 2.0}}))
+    with store.begin("key", {}) as run:
+        assert run.resumed
+        assert not run.earlier([ONE])
+        run.keep(block({ONE: {1: 10.0}}))
+    with store.begin("later", {}) as run:
+        assert values_of(run.earlier([ONE])) == {ONE: {1: (10.0,)}}
+
+
+def test_a_block_without_cells_is_nothing(store: Store) -> None:
+    before = store.size()
+    with store.begin("key", {}) as run:
+        run.keep(Block([], np.zeros(1, np.int64), np.zeros(0, np.uint64), np.zeros((0, 1))))
+        assert run.own([]) == {}
+    assert not list((store.folder / "blobs").iterdir())
+    assert store.size() >= before
+
+
+def test_cells_without_rows_are_not_found(store: Store) -> None:
+    keep(store, block({ONE: {}, TWO: {1: 1.0}, OTHER: {}}))
+    with store.begin("key", {}) as run:
+        assert values_of(run.earlier([ONE, TWO, OTHER])) == {TWO: {1: (1.0,)}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"cells": [ONE, ONE]}, "twice"),
+        ({"cells": [ONE, b"short"]}, "16 bytes"),
+        ({"cells": [ONE]}, "start"),
+        ({"starts": np.array([0, 3, 2])}, "grow"),
+        ({"starts": np.array([1, 1, 2])}, "grow"),
+        ({"starts": np.array([0, 1, 3])}, "grow"),
+        ({"rows": np.array([1], np.uint64)}, "row has a key"),
+        ({"values": np.zeros(2)}, "columns"),
+        ({"values": np.zeros((2, 3))}, "columns"),
+        ({"values": np.zeros((2, 0))}, "columns"),
+    ],
+)
+def test_a_block_of_wrong_shape_is_refused(
+    store: Store, change: dict[str, object], said: str
+) -> None:
+    right = block({ONE: {1: 1.0}, TWO: {1: 2.0}})
+    given = {name: getattr(right, name) for name in ("cells", "starts", "rows", "values")}
+    with store.begin("key", {}) as run, pytest.raises(ValueError, match=said):
+        run.keep(Block(**{**given, **change}))  # type: ignore[arg-type]
+
+
+def test_packing_is_the_same_each_time() -> None:
+    made = block({ONE: {1: 1.0}, TWO: {1: 2.0, 3: 4.0}})
+    assert pack_block(made) == pack_block(made)
+    again = unpack_block(pack_block(made))
+    assert again is not None
+    assert pack_block(again) == pack_block(made)
+    assert unpack_block(pack_block(made)[:-1]) is None
+    assert unpack_block(b"") is None
+
+
+def test_keeping_and_finding_is_fast(store: Store) -> None:
+    """Generous bounds: a few times what it takes."""
+    pool = cells(5_000)
+    with store.begin("key", {}) as run:
+        times: list[float] = []
+        for number in range(250):
+            picked = [pool[(number * 20 + place) % 5_000] for place in range(100)]
+            made = block({cell: {number: 1.0} for cell in picked})
+            began = time.perf_counter()
+            run.keep(made)
+            times.append(time.perf_counter() - began)
+        assert sorted(times)[5] < 0.02
+    with store.begin("other", {}) as run:
+        began = time.perf_counter()
+        found = run.earlier(pool)
+        assert time.perf_counter() - began < 2
+    assert sum(len(rows) for rows, _ in found.values()) == 25_000
