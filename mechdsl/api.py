@@ -385,7 +385,7 @@ class AskedVerdicts(NamedTuple):
     fail_fast: bool
 
 
-def _earlier(against: str | Path | Results | None, checked: Checked) -> Earlier | None:
+def _earlier(against: object, checked: Checked) -> Earlier | None:
     """The run that a file is set against; MechdslError where there is none."""
     if against is None:
         return None

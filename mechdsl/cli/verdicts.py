@@ -115,9 +115,11 @@ class Verdicts:
     @property
     def ends(self) -> Ends | None:
         """What ends a run, with `--fail-fast`."""
+        if not self.asked.fail_fast:
+            return None
         from mechdsl.results.against import first_failure
 
-        return first_failure(self.earlier) if self.asked.fail_fast else None
+        return first_failure(self.earlier)
 
     # --- while files run
 

@@ -176,7 +176,7 @@ def test_it_is_read_before_it_is_replaced(command: Command) -> None:
         ("last", "there is no store"),
         ("kept/a.mech", "there is no store"),
         (".", "the folder `.` holds no run"),
-        ("", "the folder `.` holds no run"),
+        ("", "there is no store"),
     ],
 )
 def test_a_run_that_there_is_not(
