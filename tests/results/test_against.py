@@ -139,6 +139,16 @@ def test_a_measure_that_is_lost_now() -> None:
     assert compared(FileResult("a.mech", (whole,)), FileResult("a.mech", (less,))).changes == ()
 
 
+@pytest.mark.parametrize("other", [{"label": "other"}, {"effect": "delta"}, {"at": "last token"}])
+def test_a_measure_is_the_same_by_all_of_its_name(other: dict[str, str]) -> None:
+    """One that can't be computed now was not there if only one like it was."""
+    whole = heads()
+    lost = replace(whole.measures[0], missing=WHY)
+    before = replace(whole, measures=(replace(whole.measures[0], **other),))
+    now = replace(whole, measures=(lost,))
+    assert compared(FileResult("a.mech", (now,)), FileResult("a.mech", (before,))).changes == ()
+
+
 def test_what_was_not_to_run_is_not_gone() -> None:
     now, before = FileResult("a.mech", ()), file(outcome("a > 1", True))
     assert compared(now, before, ("where",)).changes == ()
