@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "Against",
     "Diagnostic",
     "Diagnostics",
     "Differences",
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
     from mechdsl.api import check, diff, explain, graph_of, plan_of, run, runs
     from mechdsl.diagnostics.core import Diagnostic
     from mechdsl.diagnostics.raised import Diagnostics, MechdslError, MechdslWarning
+    from mechdsl.results.against import Against
     from mechdsl.results.experiment_result import ExperimentResult
     from mechdsl.results.found_differences import Differences
     from mechdsl.results.kept_runs import Run, Runs
     from mechdsl.results.results import Results
 
 _PLACES = {
+    "Against": "mechdsl.results.against",
     "Diagnostic": "mechdsl.diagnostics.core",
     "Diagnostics": "mechdsl.diagnostics.raised",
     "Differences": "mechdsl.results.found_differences",

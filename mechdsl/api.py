@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from mechdsl.base.files import write_whole
 from mechdsl.base.random_numbers import keeps_random_numbers
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mechdsl.pipeline.run_options import RunOptions
     from mechdsl.plan.plan import Plan
     from mechdsl.program.python_files import Mode
+    from mechdsl.results.against import Earlier
     from mechdsl.results.found_differences import Differences
     from mechdsl.results.kept_runs import Run, Runs
     from mechdsl.results.results import Results
@@ -120,6 +121,8 @@ def run(
     allow_nan: bool = False,
     store: str | Path | Literal[False] | None = None,
     fresh: bool = False,
+    against: str | Path | Results | None = None,
+    fail_fast: bool = False,
 ) -> Results:
     """Run a file as `mechdsl run` does, and return its results.
 
@@ -145,6 +148,10 @@ def run(
     store: folder where all that is computed is kept, and looked up before anything is computed;
         None: what `MECHDSL_STORE` names, or `.mechdsl` beside the file (of a text: none); False:
         none. fresh: compute all anew, and keep that.
+    against: an earlier run, by its id, `last`, its `.mech` file or a folder that `out` has made, or
+        its results: what has changed since is in `Results.against`.
+    fail_fast: stop at the first expectation that fails (with `against`: that held there, or is
+        new); `not_run` of the file says what was left out.
 
     An experiment or a measure that can't be computed costs no other: `complete` of the results is
     False then, `lost` of the file and `missing` of the measure say why, and a warning is shown.
@@ -189,7 +196,8 @@ def run(
             store=store_folder(source.path, named, untrusted=untrusted),
             fresh=fresh,
         )
-        results = _run(source, models, options, bar, write_reports=write_reports)
+        verdicts = AskedVerdicts(against, fail_fast)
+        results = _run(source, models, options, bar, verdicts, write_reports=write_reports)
         sizes = results.files[0].sizes
         return replace(results, profile=_profile_text(profiles, sizes))
 
@@ -415,16 +423,49 @@ def _checked(
     return checked, loaded
 
 
+class AskedVerdicts(NamedTuple):
+    """What is asked of verdicts."""
+
+    against: str | Path | Results | None
+    fail_fast: bool
+
+
+def _earlier(against: object, checked: Checked, store: Path | None) -> Earlier | None:
+    """The run that a file is set against; MechdslError where there is none."""
+    if against is None:
+        return None
+    from mechdsl.results.earlier_runs import earlier_run, given_results, to_run
+
+    files = [to_run(checked)]
+    if isinstance(against, str | Path):
+        return earlier_run(str(against), files, store)
+    from mechdsl.results.results import Results
+
+    if not isinstance(against, Results):
+        raise TypeError("`against` is a run's name, a path or the results of `mechdsl.run`")
+    return given_results(against, files)
+
+
 def _run(
-    source: Source, models: Models | None, options: RunOptions, bar: Bar, *, write_reports: bool
+    source: Source,
+    models: Models | None,
+    options: RunOptions,
+    bar: Bar,
+    asked: AskedVerdicts,
+    *,
+    write_reports: bool,
 ) -> Results:
     """Check, run, write reports, show warnings."""
     from mechdsl.pipeline.run_file import StoreStopped, run_file
+    from mechdsl.results.against import first_failure
     from mechdsl.results.results import Results
     from mechdsl.results.versions import versions
     from mechdsl.show.show_report import write_reports as write_all
 
     checked, loaded = _checked(source, models, options.settings)
+    earlier = _earlier(asked.against, checked, options.store)
+    if asked.fail_fast:
+        options = replace(options, ends=first_failure(earlier))
     try:
         with bar:
             ran = run_file(checked, options, loaded)
@@ -441,6 +482,7 @@ def _run(
         diagnostics=Diagnostics([*checked.diagnostics, *ran.diagnostics, *unwritten]),
         written=tuple(report.path for report in done if report.path is not None),
         notes=ran.notes,
+        against=None if earlier is None else earlier.compare([ran.result]),
     )
 
 

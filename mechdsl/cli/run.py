@@ -27,8 +27,9 @@ from mechdsl.cli.options import (
     untrusted_option,
 )
 from mechdsl.cli.output import broke_off, make_console, print_diagnostics, say
-from mechdsl.cli.status import BROKE_OFF, FAILED, FINE, WRONG
+from mechdsl.cli.status import BROKE_OFF, WRONG
 from mechdsl.cli.streams import OutputLost, without_output, write_json
+from mechdsl.cli.verdicts import VerdictOptions, Verdicts, verdict_options
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Leave rows where the model gives NaN out of everything, and count them.",
 )
+@verdict_options
 def run(
     files: tuple[Path, ...],
     parameters: tuple[str, ...],
@@ -92,12 +94,14 @@ def run(
     passes: PassOptions,
     stores: StoreOptions,
     allow_nan: bool,
+    asked: VerdictOptions,
 ) -> int:
     """Run files and print their tables.
 
-    Exit status 0 when every expectation holds, 1 when one doesn't, 2 when something is wrong, 3
-    when a part could not be computed. `-` is standard input. A file that is unchanged isn't run
-    again: its results come from the store beside it.
+    Exit status 0 when every expectation holds, 1 when one doesn't (with --against: when one fails
+    that held there, or is new), 2 when something is wrong, 3 when a part could not be computed. `-`
+    is standard input. A file that is unchanged isn't run again: its results come from the store
+    beside it.
     """
     how = settings(
         parameters,
@@ -117,8 +121,13 @@ def run(
             everything.append(checked)
     if len(everything) > 1:
         problems += _written_by_several(everything, problems)
+    verdicts = Verdicts(asked)
+    problems += verdicts.refused(everything, out, stores.named or None)
     print_diagnostics(problems)
     if has_errors(problems):
+        verdicts.wrong(paths, problems)
+        return WRONG
+    if not verdicts.begin(everything):
         return WRONG
     from mechdsl.execute.options import Options
     from mechdsl.pipeline.run_options import RunOptions
@@ -130,6 +139,7 @@ def run(
         offload=offload,
         out=out,
         without=frozenset(passes.without),
+        ends=verdicts.ends,
         execution=Options(
             pass_tokens=passes.pass_tokens,
             prompt_tokens=passes.prompt_tokens,
@@ -137,7 +147,7 @@ def run(
         ),
         fresh=stores.fresh,
     )
-    return _run_all(everything, options, stores, form, profile=profile)
+    return _run_all(everything, options, stores, form, verdicts, profile=profile)
 
 
 def _written_by_several(files: list[Checked], said: list[Diagnostic]) -> list[Diagnostic]:
@@ -150,7 +160,13 @@ def _written_by_several(files: list[Checked], said: list[Diagnostic]) -> list[Di
 
 
 def _run_all(
-    files: list[Checked], options: RunOptions, stores: StoreOptions, form: str, *, profile: bool
+    files: list[Checked],
+    options: RunOptions,
+    stores: StoreOptions,
+    form: str,
+    verdicts: Verdicts,
+    *,
+    profile: bool,
 ) -> int:
     """Run files one after another, printing what each has found. One that can't be computed costs
     no other; where nobody reads what is printed any more, those are run that keep something."""
@@ -167,35 +183,38 @@ def _run_all(
         store = store_folder(
             checked.source.path, stores.named, untrusted=options.settings.untrusted
         )
-        if lost and options.out is None and store is None and not _has_files(checked):
+        keeps = options.out is not None or store is not None or verdicts.writable
+        if lost and not keeps and not _has_files(checked):
             not_run.append(checked.source.name)
             continue
         keeping = _Keeping()
         try:
             own = replace(options, store=store)
-            done = _run_file(checked, own, form, keeping, profile=profile)
+            done = _run_file(checked, own, form, keeping, verdicts, profile=profile)
         except KeyboardInterrupt as error:
+            verdicts.interrupted()
             return interrupted(error, keeping.said)
         except OutputLost as error:  # behind the file's own run, and the reports that it writes
             done, lost = without_output(error), True
         if isinstance(done, int):
             failed.append(done)
-            continue
-        result, shown = done
-        found.append(result)
-        whole &= shown
+        else:
+            result, shown = done
+            found.append(result)
+            whole &= shown
+        if verdicts.stop(form):
+            break
     if not_run:
         say(f"not run, as they keep nothing: {', '.join(not_run)}", out=False)
     if not found and failed:
+        verdicts.tell(form)
         return max(failed)
-    results = Results(tuple(found), versions())
+    results = Results(tuple(found) + verdicts.not_run, versions(), against=verdicts.against())
     if form == "json":
         write_json(results.to_json())
     elif form == "csv":
         sys.stdout.write(results.to_csv())
-    if failed or not whole or not results.complete:
-        return BROKE_OFF
-    return FINE if results.holds else FAILED
+    return verdicts.status(results, bool(failed) or not whole, form)
 
 
 def _has_files(checked: Checked) -> bool:
@@ -224,7 +243,13 @@ class _Keeping:
 
 
 def _run_file(
-    checked: Checked, options: RunOptions, form: str, keeping: _Keeping, *, profile: bool
+    checked: Checked,
+    options: RunOptions,
+    form: str,
+    keeping: _Keeping,
+    verdicts: Verdicts,
+    *,
+    profile: bool,
 ) -> tuple[FileResult, bool] | int:
     """Run a file and show its reports, and whether that could be done of all; an exit status where
     the run broke off."""
@@ -247,9 +272,11 @@ def _run_file(
         with bar:
             ran = run_file(checked, options, starting=keeping.start)
     except StoreStopped as stopped:
+        verdicts.trouble(checked, f"the run broke off: {stopped.diagnostic.message}")
         print_diagnostics([stopped.diagnostic])
         return BROKE_OFF
     except Exception as error:
+        verdicts.trouble(checked, f"the run broke off: {type(error).__name__}: {error}")
         status = broke_off(f"the run of {source.name}", error)
         if keeping.kept:
             say(GOES_ON, out=False)
@@ -259,10 +286,16 @@ def _run_file(
         say(note, out=False)
     result = ran.result
     if result is None:
+        verdicts.lost(checked, ran.diagnostics)
         return WRONG
+    verdicts.add(checked, result)
+    if options.out is not None and result.not_run:
+        say(f"nothing is written to {options.out}, as {source.name} was stopped", out=False)
     if not result.experiments and not result.lost:
         say(f"{source.name} has no experiments: nothing was run", out=False)
     shown = _show(result, tables=form == "table")
+    if not shown:
+        verdicts.trouble(checked, "a report could not be made")
     if result.sizes is not None and profiles:
         from mechdsl.show.plan import print_profile
 

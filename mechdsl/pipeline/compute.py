@@ -21,6 +21,7 @@ from mechdsl.loading.devices import device_problem
 from mechdsl.loading.file_models import Models, adopt_models, contexts, load_models, not_there
 from mechdsl.models.identity import Hashed, file_hash
 from mechdsl.pipeline.check_folders import check_folders
+from mechdsl.pipeline.fail_fast import Verdicts
 from mechdsl.pipeline.kept_run import kept_run
 from mechdsl.pipeline.run_file import run_file
 from mechdsl.pipeline.run_options import RunOptions
@@ -31,7 +32,6 @@ from mechdsl.program.lower_file import lower_program
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import FileResult
-from mechdsl.results.finish import lost_experiment, with_verdicts
 from mechdsl.store.runs import OpenRun
 from mechdsl.syntax.parse import parse
 from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
@@ -177,26 +177,25 @@ def _run(
     if sizes is None:
         sizes = sizes_of(checked.experiments, models, options.execution)
     file = FileRun(checked, models, options, sizes, diagnostics, kept, counts)
-    for wave, later in waves(checked.experiments):
+    every = [variants[0] for variants in by_name(checked.experiments)]
+    reported = [e.spec for e in every if e.name not in checked.unreported]
+    verdicts = Verdicts(file, reported, options)
+    for wave, later in waves(checked.experiments, one_by_one=options.ends is not None):
         file.wave(wave, later)
-    if file.lost and not file.results:
+        if verdicts.stop():
+            break
+    not_run = verdicts.not_run()
+    if file.lost and not file.results and not not_run:
         return None, file.diagnostics
     # Verdicts last: an expectation may name an experiment that comes later in the file.
-    every = [variants[0] for variants in by_name(checked.experiments)]
-    reported = [e for e in every if e.name not in checked.unreported]
     result = FileResult(
         file=checked.source.name,
-        experiments=tuple(
-            with_verdicts(file.results[e.name], e.spec, file.results, file.lost)
-            for e in reported
-            if e.name in file.results
-        ),
+        experiments=verdicts.results(),
         hash=sha256(checked.source.text.encode()).hexdigest(),
         seed=checked.program.seed,
         sizes=sizes.kept,
-        lost=tuple(
-            lost_experiment(e.spec, file.lost[e.name]) for e in reported if e.name in file.lost
-        ),
+        lost=verdicts.lost(),
+        not_run=not_run,
     )
     return result, file.diagnostics
 

@@ -144,7 +144,7 @@ class _Run:
         """Compute without the store."""
         result, found = self._computed(None, file_hash)
         results = self._results(result, found)
-        if results is not None and self._options.out is not None:
+        if results is not None and self._options.out is not None and not results.files[0].not_run:
             export(results, self._options.out, self._checked.source.text)
         return Ran(result, [*self._warnings, *found], tuple(self._notes))
 
@@ -269,7 +269,7 @@ class _Run:
             if content is not None and results.complete and run.id:
                 about = self._ending(results, time.monotonic() - began)
                 id = self._finished(store, key, device, run, content, about)
-            if self._options.out is not None:
+            if self._options.out is not None and not results.files[0].not_run:
                 export_content(content or self._pack(results), results, self._options.out)
         if self._counts.stored:
             total = self._counts.stored + self._counts.computed

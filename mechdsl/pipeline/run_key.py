@@ -49,6 +49,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = {
         "execution": "field by field",
         "out": "what is written there goes with the archived run",
         "on_profile": "only looks on",
+        "ends": "whether experiments run one by one goes in; a run that was ended isn't archived",
         "store": "where it lies changes nothing",
         "fresh": "asks for the same",
     },
@@ -103,6 +104,7 @@ def key_parts(
         "options": {
             **{name: _told(getattr(options, name)) for name in OF_OPTIONS},
             "offload": options.offload is not None,
+            "one by one": options.ends is not None,
         },
         "execution": {name: _told(getattr(options.execution, name)) for name in OF_EXECUTION},
         "device": device,

@@ -13,6 +13,7 @@ from mechdsl.validate.check_file import Settings
 if TYPE_CHECKING:
     from mechdsl.execute.profile import Profile
     from mechdsl.plan.plan import Plan
+    from mechdsl.results.against import Ends
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class RunOptions:
     without: frozenset[str] = frozenset()
     """Graph and plan passes that are switched off."""
     execution: Options = field(default_factory=Options)
+    ends: Ends | None = None
+    """With `fail_fast`; experiments run one by one then."""
     on_profile: Callable[[Plan, Profile], None] | None = None
     """Takes what was planned and what was done, after the run."""
     store: Path | None = None

@@ -218,15 +218,22 @@ def _few_units(
 
 
 def waves(
-    experiments: Sequence[ResolvedExperiment],
+    experiments: Sequence[ResolvedExperiment], *, one_by_one: bool = False
 ) -> Iterator[tuple[list[ResolvedExperiment], list[ResolvedExperiment]]]:
     """(experiments whose results don't hang on one that is still to be run, those that come after
-    them), until all are run."""
+    them), until all are run.
+
+    one_by_one: only the first of them each time, with all its variants.
+    """
     left = list(experiments)
     while left:
         names = {each.name for each in left}
-        later = [each for each in left if not names.isdisjoint(each.spec.after)]
-        yield [each for each in left if names.isdisjoint(each.spec.after)], later
+        wave = [each for each in left if names.isdisjoint(each.spec.after)]
+        if one_by_one:
+            wave = [each for each in wave if each.name == wave[0].name]
+        now = {each.name for each in wave}  # variants of one experiment wait together
+        later = [each for each in left if each.name not in now]
+        yield wave, later
         left = later
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mechdsl.base.names import name_list
@@ -104,10 +104,18 @@ def in_order(experiments: Sequence[spec.Experiment]) -> list[spec.Experiment]:
 
 def compared_with(experiment: spec.Experiment) -> set[str]:
     """Words of its expectations that may be names of other experiments, which they read."""
-    found: set[str] = set()
     labels = {measure.label for measure in experiment.measures}
+    return {name for each in experiment.expects for name in named_by(each, labels)}
+
+
+def named_by(expectation: spec.Expectation, labels: Collection[str]) -> set[str]:
+    """Words of an expectation that may be names of other experiments, which it reads.
+
+    labels: of its own experiment's measures.
+    """
+    found: set[str] = set()
     inner: set[int] = set()
-    for node in walk(tuple(each.condition for each in experiment.expects)):
+    for node in walk(expectation.condition):
         match node:
             case ast.OfExperiment(measure=measure, experiment=name):
                 inner.add(id(measure))

@@ -12,7 +12,8 @@ import numpy as np
 from mechdsl.base.arrays import Ints
 from mechdsl.base.plural import plural
 from mechdsl.program import spec
-from mechdsl.results.estimates import Estimate, NoNumber, combined
+from mechdsl.program.run_order import named_by
+from mechdsl.results.estimates import Estimate, NoNumber, NotComputed, combined
 from mechdsl.results.expectation_values import (
     Cells,
     Chosen,
@@ -58,6 +59,8 @@ class Verdict:
     low: float | None = None
     high: float | None = None
     reason: str | None = None
+    effective_n: int | None = None
+    computed: bool = True
 
 
 def evaluate(
@@ -73,9 +76,20 @@ def evaluate(
     """
     known = known_results(expectation, result, others or {}, lost)
     condition, diagnostics = read_expectation(expectation, known)
+    line = expectation.span.line
     if condition is None:
         reason = diagnostics[0].message
-        return ExpectOutcome(expectation.text, False, None, None, None, reason)
+        named = named_by(expectation, [data.label for data in result.measures])
+        return ExpectOutcome(
+            expectation.text,
+            False,
+            None,
+            None,
+            None,
+            reason,
+            line,
+            computed=named.isdisjoint(lost),
+        )
     judge = _Judge(result, others or {}, expectation.on_mean)
     verdict = judge.top(condition) if isinstance(condition, TopContains) else judge.judge(condition)
     return ExpectOutcome(
@@ -85,6 +99,9 @@ def evaluate(
         verdict.low,
         verdict.high,
         verdict.reason,
+        line,
+        verdict.effective_n,
+        verdict.computed,
     )
 
 
@@ -120,11 +137,12 @@ class _Judge:
                     left, right = self.judge(condition.left), self.judge(condition.right)
                     if condition.operator == "and":
                         return right if left.holds else left
-                    return left if left.holds else right
+                    neither = replace(right, computed=left.computed and right.computed)
+                    return left if left.holds else right if right.holds else neither
                 case Negation():
                     return self.negated(condition.operand)
         except NoNumber as none:
-            return Verdict(False, reason=str(none))
+            return Verdict(False, reason=str(none), computed=not isinstance(none, NotComputed))
 
     def negated(self, condition: Condition) -> Verdict:
         """`not` moves inwards, so that what it denies must fail on the whole interval."""
@@ -178,7 +196,8 @@ class _Judge:
                 case "!=":
                     return low > 1e-9 or high < -1e-9
 
-        return self.verdict(reader.ended(shown, self.confidence), difference, holds, reason)
+        verdict = self.verdict(reader.ended(shown, self.confidence), difference, holds, reason)
+        return replace(verdict, effective_n=reader.effective_n)
 
     def between(self, condition: InBand, inside: bool) -> Verdict:
         reader, (value,) = self.read(condition.value)
@@ -192,7 +211,8 @@ class _Judge:
             return high < condition.low - slack or low > condition.high + slack
 
         said = [each for each in (self.two_tests(), reader.space.not_paired) if each]
-        return self.verdict(value, value, holds, "; ".join(said) or None)
+        verdict = self.verdict(value, value, holds, "; ".join(said) or None)
+        return replace(verdict, effective_n=reader.effective_n)
 
     def read(self, *values: Value) -> tuple[Reader, list[Estimate]]:
         """The values, all over the same units. An interval that is put together from several has
@@ -298,7 +318,8 @@ class _Judge:
     def top(self, condition: TopContains) -> Verdict:
         missing = self.result.measures[condition.measure].missing
         if missing is not None:
-            return Verdict(False, reason=f"not computed ({missing.code}): {missing.reason}")
+            reason = f"not computed ({missing.code}): {missing.reason}"
+            return Verdict(False, reason=reason, computed=False)
         of = Chosen(self.result, condition.measure, chosen(self.result, condition.measure, ()))
         ranked = first_by_size(self.result, condition.measure, len(of.cells))
         worst, said, unsure = 0, list[str](), list[int]()
@@ -347,9 +368,9 @@ class _Judge:
         if len(cells):
             return Chosen(self.result, measure, cells)
         missing = self.result.measures[measure].missing
-        raise NoNumber(
-            f"not computed ({missing.code}): {missing.reason}" if missing else "no cell has a value"
-        )
+        if missing is not None:
+            raise NotComputed(f"not computed ({missing.code}): {missing.reason}")
+        raise NoNumber("no cell has a value")
 
     def as_large(self, of: Chosen, cell: int, others: Ints, *, size: bool = True) -> list[int]:
         """Those of other cells whose effect, or its size, may be the same but for rounding."""

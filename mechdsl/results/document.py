@@ -9,25 +9,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mechdsl.base.arrays import Floats
 from mechdsl.execute.sizes import ChosenBy
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, FileResult
+from mechdsl.results.against import Against
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.results.verdict_documents import (
+    AgainstDocument,
+    DocumentPart,
+    ExpectDocument,
+    NotRunDocument,
+    against_document,
+    expectations,
+    given,
+    not_run,
+)
 from mechdsl.statistics.cell_statistics import category_statistics
 from mechdsl.statistics.measure_data import Interval, MeasureData, may_change
 
 SCHEMA_VERSION: Literal[2] = 2
-
-
-class DocumentPart(BaseModel):
-    """Optional keys that weren't given stay out of the JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def as_json(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 class NullDocument(DocumentPart):
@@ -134,17 +136,6 @@ class RunDocument(DocumentPart):
     reason: str | None = None
 
 
-class ExpectDocument(DocumentPart):
-    """The verdict on one `expect`."""
-
-    text: str
-    holds: bool
-    value: float | str | None
-    low: float | None
-    high: float | None
-    reason: str | None = None
-
-
 class LeftOutDocument(DocumentPart):
     """A row that `--allow-nan` left out of everything."""
 
@@ -202,6 +193,9 @@ class FileDocument(DocumentPart):
     missing: list[MissingDocument] | None = Field(
         default=None, description="what could not be computed, where there is something"
     )
+    not_run: list[NotRunDocument] | None = Field(
+        default=None, description="what `--fail-fast` left out, where it did"
+    )
 
 
 class ResultsDocument(DocumentPart):
@@ -211,15 +205,13 @@ class ResultsDocument(DocumentPart):
     mechdsl: str
     versions: dict[str, str]
     files: list[FileDocument]
+    against: AgainstDocument | None = Field(
+        default=None, description="what has changed since an earlier run, with `--against`"
+    )
 
 
 def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    """Only what is known, so that the other keys stay out of the document."""
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _measure(result: ExperimentResult, measure: int, cell: int, n: int) -> MeasureDocument:
@@ -230,7 +222,7 @@ def _measure(result: ExperimentResult, measure: int, cell: int, n: int) -> Measu
         label=data.label,
         metric=data.metric,
         effect=data.effect,
-        **_given(at=data.at),
+        **given(at=data.at),
         mean=_number(found.mean[cell]),
         low=_number(found.low[cell]),
         high=_number(found.high[cell]),
@@ -239,7 +231,7 @@ def _measure(result: ExperimentResult, measure: int, cell: int, n: int) -> Measu
         base=_number(found.base_mean[cell]),
         source=_number(found.source_mean[cell]),
         **category,
-        **_given(
+        **given(
             null=_null(result, measure, cell),
             n=int(found.n[cell]) if int(found.n[cell]) != n else None,
             effective_n=int(found.units[cell])
@@ -287,7 +279,7 @@ def _cell(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
         at=At(
             position=key.position,
             tokens=list(key.tokens),
-            **_given(read=list(key.read) or None),
+            **given(read=list(key.read) or None),
         ),
         n=n,
         measures=[_measure(result, measure, index, n) for measure in range(len(result.measures))],
@@ -302,12 +294,12 @@ def _run(label: str, metric: str, found: Interval, at: str | None = None) -> Run
     return RunDocument(
         label=label,
         metric=metric,
-        **_given(at=at),
+        **given(at=at),
         mean=_number(found.mean),
         low=_number(found.low),
         high=_number(found.high),
         n=found.n,
-        **_given(reason=reason, rounding=found.rounding or None),
+        **given(reason=reason, rounding=found.rounding or None),
     )
 
 
@@ -317,7 +309,7 @@ def _category_run(data: MeasureData, values: Floats) -> RunDocument:
     return RunDocument(
         label=data.label,
         metric=data.metric,
-        **_given(at=data.at),
+        **given(at=data.at),
         mean=None,
         low=None,
         high=None,
@@ -361,27 +353,13 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
         conventions=dict(result.conventions),
         hashes=dict(result.hashes),
         expect=expectations(result.outcomes),
-        **_given(
+        **given(
             left_out=[
                 LeftOutDocument(row=row, where=where) for row, where in result.left_out.items()
             ]
             or None
         ),
     )
-
-
-def expectations(outcomes: Sequence[ExpectOutcome]) -> list[ExpectDocument]:
-    return [
-        ExpectDocument(
-            text=outcome.text,
-            holds=outcome.holds,
-            value=outcome.value,
-            low=outcome.low,
-            high=outcome.high,
-            **_given(reason=outcome.reason),
-        )
-        for outcome in outcomes
-    ]
 
 
 def _missing(file: FileResult) -> list[MissingDocument]:
@@ -391,7 +369,7 @@ def _missing(file: FileResult) -> list[MissingDocument]:
             experiment=lost.name,
             code=missing.code,
             reason=missing.reason,
-            **_given(expect=expectations(lost.outcomes) or None),
+            **given(expect=expectations(lost.outcomes) or None),
         )
         for lost in file.lost
         for missing in lost.reasons
@@ -411,7 +389,9 @@ def _missing(file: FileResult) -> list[MissingDocument]:
     return [*whole, *parts]
 
 
-def results_document(files: Sequence[FileResult], versions: Mapping[str, str]) -> ResultsDocument:
+def results_document(
+    files: Sequence[FileResult], versions: Mapping[str, str], against: Against | None = None
+) -> ResultsDocument:
     """All finished experiments of a run."""
     return ResultsDocument(
         schema=SCHEMA_VERSION,
@@ -422,12 +402,13 @@ def results_document(files: Sequence[FileResult], versions: Mapping[str, str]) -
                 file=file.file,
                 hash=file.hash,
                 seed=file.seed,
-                **_given(sizes=None if file.sizes is None else SizesDocument(**vars(file.sizes))),
+                **given(sizes=None if file.sizes is None else SizesDocument(**vars(file.sizes))),
                 experiments=[experiment_document(each) for each in file.experiments],
-                **_given(missing=_missing(file) or None),
+                **given(missing=_missing(file) or None, not_run=not_run(file.not_run) or None),
             )
             for file in files
         ],
+        **given(against=None if against is None else against_document(against)),
     )
 
 

@@ -161,6 +161,10 @@ class NoNumber(Exception):
     """There is none, and why."""
 
 
+class NotComputed(NoNumber):
+    """There is none, because an experiment or a measure could not be computed."""
+
+
 # --- estimates ------------------------------------------------------------------------------------
 
 

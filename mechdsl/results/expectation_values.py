@@ -16,6 +16,7 @@ from mechdsl.results.estimates import (
     Fixed,
     Limits,
     NoNumber,
+    NotComputed,
     OfSums,
     absolute,
     around,
@@ -77,7 +78,7 @@ class Cells:
             reasons = result.statistics[value.measure].reasons
             missing = result.measures[value.measure].missing
             if missing is not None:
-                raise NoNumber(f"not computed ({missing.code}): {missing.reason}")
+                raise NotComputed(f"not computed ({missing.code}): {missing.reason}")
             raise NoNumber((reasons[cells[0]] if cells else None) or "no such cell")
         if isinstance(value, OfCells) and value.how in ("cell", "only") and len(found) > 1:
             raise NoNumber(f"{len(found)} cells are meant, not one")
@@ -85,7 +86,7 @@ class Cells:
 
     def other(self, name: str) -> ExperimentResult:
         if name not in self.others:
-            raise NoNumber(f"`{name}` could not be computed")
+            raise NotComputed(f"`{name}` could not be computed")
         return self.others[name]
 
     def pair(self, value: Correlation) -> tuple[Chosen, Chosen]:
@@ -106,7 +107,7 @@ class Cells:
         for data, of in ((measure, self.result), (other.measures[candidates[0]], other)):
             if data.missing is not None:
                 why = f"`{data.effect} of {data.label}` of `{of.name}` could not be computed"
-                raise NoNumber(f"{why} ({data.missing.code})")
+                raise NotComputed(f"{why} ({data.missing.code})")
         mine, theirs = matched(self.result, value.measure, other, candidates[0])
         if len(mine) < 3:
             raise NoNumber(f"only {len(mine)} cells have the same coordinates in `{other.name}`")
@@ -242,7 +243,14 @@ class Reader:
     def __init__(self, cells: Cells, values: Sequence[Value]) -> None:
         self.cells = cells
         self.space = Space(cells.result, [read for value in values for read in cells.all_of(value)])
+        self.runs = {run for value in values for run in runs_of(value)}
         self.confidence = cells.result.sampling.settings.confidence
+
+    @cached_property
+    def effective_n(self) -> int | None:
+        """The fewest units behind anything that is read; None where nothing is."""
+        counts = [self.cells.result.accuracy_of(run).n for run in self.runs]
+        return min([*counts, *([self.space.held] if self.space.read else [])], default=None)
 
     def estimate(self, value: Value, confidence: float) -> Estimate:
         """confidence: of intervals of what isn't smooth."""
@@ -412,6 +420,20 @@ class Reader:
         if value.column is not None:
             return ranking_of_rows(self.space, of, value.column, confidence)
         return ranking_of_cells(self.space, of, value.truth or (), confidence)
+
+
+def runs_of(value: Value) -> Iterator[str]:
+    """The runs whose accuracies a value reads."""
+    match value:
+        case Accuracy():
+            yield value.run
+        case Arithmetic():
+            yield from runs_of(value.left)
+            yield from runs_of(value.right)
+        case Absolute():
+            yield from runs_of(value.operand)
+        case _:
+            return
 
 
 def pieces(value: Value) -> int:

@@ -50,6 +50,13 @@ class ExpectOutcome:
     low: float | None
     high: float | None
     reason: str | None = None
+    line: int | None = None
+    """Of the file."""
+    effective_n: int | None = None
+    """Independent units behind the value, the fewest of all that it reads; None where it has no
+    number."""
+    computed: bool = True
+    """False where it fails because something that it reads could not be computed."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -379,6 +386,23 @@ class LostExperiment:
     outcomes: tuple[ExpectOutcome, ...] = ()
 
 
+@dataclass(frozen=True)
+class Undecided:
+    """An `expect` without a verdict."""
+
+    text: str
+    line: int
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """What `fail_fast` left out: an experiment, or those expectations of one that had to wait for
+    another."""
+
+    name: str
+    expects: tuple[Undecided, ...] = ()
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class FileResult:
     """The experiments of one file."""
@@ -392,12 +416,20 @@ class FileResult:
     sizes: PassSizes | None = None
     """What the run was laid out by; with it, two runs are equal bit for bit."""
     lost: tuple[LostExperiment, ...] = ()
+    not_run: tuple[NotRun, ...] = ()
+    """With `fail_fast`: what comes behind the first expectation that fails."""
+
+    @property
+    def computable(self) -> bool:
+        """Whether every experiment and every measure that was run could be computed."""
+        measures = (data for each in self.experiments for data in each.measures)
+        return not self.lost and all(data.missing is None for data in measures)
 
     @property
     def complete(self) -> bool:
-        """Whether every experiment and every measure could be computed."""
-        measures = (data for each in self.experiments for data in each.measures)
-        return not self.lost and all(data.missing is None for data in measures)
+        """Whether every experiment and every measure was computed, and every expectation
+        decided."""
+        return self.computable and not self.not_run
 
     def __repr__(self) -> str:
         names = ", ".join(each.name for each in self.experiments) or "no experiments"

@@ -83,6 +83,7 @@ def lost_experiment(experiment: spec.Experiment, reasons: Sequence[Diagnostic]) 
     """An experiment that could not be computed: its expectations fail."""
     said = f"`{experiment.name}` could not be computed"
     outcomes = [
-        ExpectOutcome(each.text, False, None, None, None, said) for each in experiment.expects
+        ExpectOutcome(each.text, False, None, None, None, said, line=each.span.line, computed=False)
+        for each in experiment.expects
     ]
     return LostExperiment(experiment.name, tuple(map(why, reasons)), tuple(outcomes))

@@ -13,8 +13,9 @@ from mechdsl.base.names import name_list
 from mechdsl.base.plural import plural
 from mechdsl.base.visible import json_text
 from mechdsl.diagnostics.raised import Diagnostics
+from mechdsl.results.against import Against, Change
 from mechdsl.results.experiment_result import ExperimentResult, FileResult, csv_text, frame
-from mechdsl.results.shown import AS_HTML, LINE_WIDTH, MOST_LINES, shown_by
+from mechdsl.results.shown import AS_HTML, AS_JUNIT, LINE_WIDTH, MOST_LINES, shown_by
 
 if TYPE_CHECKING:
     import pandas
@@ -35,6 +36,8 @@ class Results:
     """Estimated against measured work, with `profile=True`."""
     notes: tuple[str, ...] = ()
     """What the store had to do with it: that nothing was run, or why nothing of it is kept."""
+    against: Against | None = None
+    """What has changed since an earlier run, with `against=…`."""
 
     @property
     def experiments(self) -> tuple[ExperimentResult, ...]:
@@ -43,13 +46,29 @@ class Results:
 
     @property
     def holds(self) -> bool:
-        """Whether every expectation of every experiment does."""
+        """Whether every expectation of every experiment does, and was decided."""
         lost = [each for file in self.files for each in file.lost]
-        return all(each.holds for each in self.experiments) and not any(e.outcomes for e in lost)
+        left = any(each.expects for file in self.files for each in file.not_run)
+        if left or any(each.outcomes for each in lost):
+            return False
+        return all(each.holds for each in self.experiments)
+
+    @property
+    def regressions(self) -> tuple[Change, ...]:
+        """What held, or was computed, in the run that this one is set against, and isn't now.
+
+        Raises ValueError where it is set against none: no regression would be known.
+        """
+        if self.against is None:
+            raise ValueError(
+                "these results are set against no other run: `mechdsl.run(…, against=…)` does that"
+            )
+        return self.against.regressions
 
     @property
     def complete(self) -> bool:
-        """Whether every experiment and every measure could be computed."""
+        """Whether every experiment and every measure was computed, and every expectation
+        decided."""
         return all(file.complete for file in self.files)
 
     def __getitem__(self, name: str) -> ExperimentResult:
@@ -92,7 +111,7 @@ class Results:
         """The document of `mechdsl run --format json`."""
         from mechdsl.results.document import results_document  # which takes a while to import
 
-        return results_document(self.files, self.versions).as_json()
+        return results_document(self.files, self.versions, self.against).as_json()
 
     def to_json(self, path: str | Path | None = None, *, indent: int | None = 2) -> str:
         """The document as text, also written to `path` if one is given."""
@@ -103,7 +122,19 @@ class Results:
 
     def to_text(self, width: int = 100) -> str:
         """The tables, figures and verdicts that the command line prints, `width` columns wide."""
-        return "".join(each.to_text(width) for each in self.experiments)
+        texts = [each.to_text(width) for each in self.experiments]
+        return "".join([*texts, "" if self.against is None else self.against.to_text(width)])
+
+    def to_junit(self, path: str | Path | None = None) -> str:
+        """What `mechdsl run --junit` writes: JUnit XML with a test per expectation, also written to
+        `path` if one is given.
+
+        Raises OSError where that can't be written.
+        """
+        text: str = shown_by(AS_JUNIT)(self)
+        if path is not None:
+            write_whole(Path(path), text)
+        return text
 
     def __repr__(self) -> str:
         count = plural(len(self), "experiment")

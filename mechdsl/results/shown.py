@@ -12,6 +12,8 @@ AS_TEXT = "mechdsl.show.terminal:as_text"
 AS_HTML = "mechdsl.show.notebook:as_html"
 AS_CHART = "mechdsl.show.plot:as_chart"
 AS_DIFFERENCES = "mechdsl.show.differences:as_text"
+AS_JUNIT = "mechdsl.show.junit:as_junit"
+AGAINST_AS_TEXT = "mechdsl.show.reports.against:as_text"
 
 LINE_WIDTH = 100
 """Characters of a line of a `repr`."""

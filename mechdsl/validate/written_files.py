@@ -66,6 +66,22 @@ def check_written(files: Sequence[Written]) -> list[Diagnostic]:
     return found
 
 
+def written_over(path: Path, files: Sequence[Written]) -> str | None:
+    """What an option's file would be written over, of all that a command reads and writes."""
+    own = _identity(path)
+    for program, experiments in files:
+        for read, what in _read_by(program):
+            if _identity(read) == own:
+                return what
+        for report in (each for experiment in experiments for each in experiment.reports):
+            if report.file is None:
+                continue
+            target, _ = path_to_write(f"report {report.kind}", report.file, report.span)
+            if target is not None and _identity(target) == own:
+                return f"`{report.file}`, the report on line {report.span.line}"
+    return None
+
+
 def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
     """Every path that running a file reads, and what it is."""
     for path in program.files:

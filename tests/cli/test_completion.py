@@ -45,6 +45,11 @@ def test_commands_and_options(tab: Tab) -> None:
     assert tab("mechdsl run --allow-p") == ["plain,--allow-python"]
     assert tab("mechdsl graph --format s") == ["plain,svg"]
     assert tab("mechdsl run --out ") == ["file,"]
+    assert tab("mechdsl run --ju") == ["plain,--junit"]
+    assert tab("mechdsl run --junit ") == ["file,"]
+    assert tab("mechdsl run --ag") == ["plain,--against"]
+    assert tab("mechdsl run --against ") == ["file,"]
+    assert tab("mechdsl run --fail") == ["plain,--fail-fast"]
 
 
 @pytest.mark.parametrize("name", ["run", "validate", "plan", "graph", "fmt", "explain", "diff"])

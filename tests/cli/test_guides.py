@@ -130,9 +130,15 @@ def test_a_recipe(method: str, command: Command) -> None:
         assert len(fence.content.splitlines()) <= 25
         if fence.language == "python":
             exec(compile(fence.content, method, "exec"), {})
+        elif fence.language == "sh":
+            for line in fence.content.splitlines():
+                ran(command, line)
         elif fence.language == "yaml":
             save(recipes()["Induction heads"][0])
+            for made in (each for each in recipes()[method] if each.language == "sh"):
+                ran(command, made.content)
             run_steps(fence, command)
+            assert "<testcase" in Path("verdicts.xml").read_text(encoding="utf-8")
         else:
             path = save(fence)
             assert ran(command, f"mechdsl fmt --check {path}") == "", "not in canonical form"

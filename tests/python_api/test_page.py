@@ -25,7 +25,12 @@ COMMANDS = {
     "explain": "explain",
 }
 """Function → command."""
-OTHERWISE = {("run", "--format"), ("check", "--format"), ("run", "--no-store")}
+OTHERWISE = {
+    ("run", "--format"),
+    ("check", "--format"),
+    ("run", "--junit"),
+    ("run", "--no-store"),
+}
 """What their results do, in whatever format; and `store=False`."""
 CLASSES = [
     mechdsl.Results,
@@ -34,6 +39,7 @@ CLASSES = [
     mechdsl.Run,
     mechdsl.Diagnostics,
     mechdsl.Diagnostic,
+    mechdsl.Against,
 ]
 
 
@@ -62,6 +68,7 @@ def test_its_code_runs(inside: Path) -> None:
         elif block.language == "text":  # what the block before it shows
             assert repr(values["results"]) + "\n" == block.content
     written = {"heads.mech", "heads.svg", "again.svg", "results.json", "results.csv", "graph.svg"}
+    written.add("verdicts.xml")
     assert {path.name for path in inside.iterdir()} == written
     assert (inside / "graph.svg").read_text(encoding="utf-8").startswith("<svg")
 

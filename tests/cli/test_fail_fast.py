@@ -1,0 +1,246 @@
+"""`mechdsl run --fail-fast`: nothing is run behind the first expectation that fails the job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mechdsl.execute.execute import Execution
+from mechdsl.pipeline import waves
+from mechdsl.results.document import ResultsDocument
+
+from ..fruit import FRUIT
+from ..junit_schema import junit, verdicts
+from .conftest import Command
+
+EXPERIMENT = """
+experiment {name} {{
+  model toy
+  prompts fruit limit 8
+  from clean into fewer
+{body}
+  measure logit(answer) - logit(answer of fewer) as recovery
+{expects}
+}}
+"""
+HOLDS, FAILS = "accuracy(clean) > 0.1", "max(recovery) > 5"
+PATCH = "  patch layer 1 head * at last token"
+
+
+def experiment(name: str, *expects: str, body: str = PATCH) -> str:
+    lines = "\n".join(f"  expect {each}" for each in expects)
+    return EXPERIMENT.format(name=name, body=body, expects=lines)
+
+
+def written(name: str, *experiments: str) -> str:
+    Path(name).write_text(FRUIT + "".join(experiments), encoding="utf-8")
+    return name
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MECHDSL_STORE", "none")
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The experiments that were run, each pass of the executor beside the others."""
+    names: list[str] = []
+    execute: Callable[..., Execution] = waves.execute
+
+    def told(plan: Any, *arguments: Any, **others: Any) -> Execution:
+        keys = [p.experiment.name for panel in plan.panels for p in panel.experiments]
+        names.append(" ".join(dict.fromkeys(keys)))
+        return execute(plan, *arguments, **others)
+
+    monkeypatch.setattr(waves, "execute", told)
+    return names
+
+
+def test_it_stops_at_the_first_that_fails(command: Command, ran: list[str]) -> None:
+    text = (experiment("one", HOLDS), experiment("two", FAILS, HOLDS), experiment("three", HOLDS))
+    files = written("a.mech", *text), written("b.mech", experiment("four", HOLDS))
+    done = command("run", *files, "--fail-fast", "--junit", "r.xml")
+    assert done.status == 1
+    assert ran == ["one", "two"]
+    assert done.out.endswith("\nnot run, as an expectation fails: a.mech: three, b.mech\n")
+    assert done.out.count("\nholds  expect ") == 2  # the other one of `two` too
+    suites = [
+        (suite.get("name"), suite.get("skipped")) for suite in junit(Path("r.xml").read_text())
+    ]
+    assert suites == [
+        ("a.mech: one", "0"),
+        ("a.mech: two", "0"),
+        ("a.mech: three", "1"),
+        ("b.mech: four", "1"),
+    ]
+
+
+def test_where_nothing_fails(command: Command, ran: list[str]) -> None:
+    file = written("a.mech", experiment("one", HOLDS), experiment("two", HOLDS))
+    done = command("run", file, "--fail-fast")
+    assert (done.status, "not run" in done.out) == (0, False)
+    assert ran == ["one", "two"]
+    alone = command("run", file)
+    assert ran[2:] == ["one two"]
+    assert done.out == alone.out
+
+
+def test_without_it_all_are_run(command: Command, ran: list[str]) -> None:
+    file = written("a.mech", experiment("one", FAILS), experiment("two", HOLDS))
+    assert command("run", file).status == 1
+    assert ran == ["one two"]
+
+
+def test_an_expectation_waits_for_what_it_names(command: Command, ran: list[str]) -> None:
+    """One that fails, on an experiment that is run later."""
+    later = "max(recovery) > mean(recovery of three) + 5"
+    file = written(
+        "a.mech",
+        experiment("one", later, HOLDS),
+        experiment("two", HOLDS),
+        experiment("three", HOLDS),
+        experiment("four", HOLDS),
+    )
+    done = command("run", file, "--fail-fast")
+    assert done.status == 1
+    assert ran == ["one", "two", "three"]
+    assert f"fails  expect {later}" in done.out
+    assert done.out.endswith("not run, as an expectation fails: four\n")
+
+
+def test_what_it_names_is_not_run(command: Command, ran: list[str]) -> None:
+    """So there is no verdict on it: neither that it fails nor that something can't be computed."""
+    later = "max(recovery) > mean(recovery of two)"
+    file = written("a.mech", experiment("one", later, FAILS), experiment("two", HOLDS))
+    done = command("run", file, "--fail-fast", "--junit", "r.xml", "--format", "json")
+    assert done.status == 1
+    assert ran == ["one"]
+    assert done.err.endswith(
+        "not run, as an expectation fails: two\n"
+        f"not decided, as an expectation fails: one: expect {later}\n"
+    )
+    document = json.loads(done.out)
+    assert ResultsDocument.model_validate(document)
+    (found,) = document["files"]
+    assert [each["text"] for each in found["experiments"][0]["expect"]] == [FAILS]
+    assert found["not_run"] == [
+        {"experiment": "one", "expect": [later]},
+        {"experiment": "two", "expect": [HOLDS]},
+    ]
+    root = junit(Path("r.xml").read_text())
+    assert verdicts(root) == {FAILS: "failure", later: "skipped", HOLDS: "skipped"}
+
+
+def test_an_experiment_that_waits_for_another(command: Command, ran: list[str]) -> None:
+    """In the order of the file, but behind what it picks from, and before what comes later."""
+    picking = experiment("picks", HOLDS, body="  patch top 2 of two at last token")
+    file = written(
+        "a.mech", picking, experiment("one", HOLDS), experiment("two", HOLDS), experiment("four")
+    )
+    assert command("run", file, "--fail-fast").status == 0
+    assert ran == ["one", "two", "picks", "four"]
+
+
+def test_all_variants_are_run_together(command: Command, ran: list[str]) -> None:
+    body = "  for k in 1..2 {\n    patch layer k head * at last token\n  }"
+    file = written("a.mech", experiment("one", HOLDS, body=body), experiment("two", HOLDS))
+    assert command("run", file, "--fail-fast").status == 0
+    assert ran == ["one", "two"]
+
+
+def test_one_that_can_not_be_computed(command: Command, ran: list[str]) -> None:
+    """Its expectations fail; without any, it costs no other."""
+    lost = experiment("lost", FAILS).replace("logit(answer of fewer)", "logit(answer)")
+    file = written("a.mech", lost, experiment("two", HOLDS))
+    done = command("run", file, "--fail-fast", "--junit", "r.xml")
+    assert done.status == 3
+    assert ran == ["lost"]
+    assert "lost: not computed" in done.out
+    assert done.out.endswith("not run, as an expectation fails: two\n")
+    found = verdicts(junit(Path("r.xml").read_text()))
+    assert found == {"lost is computed": "error", FAILS: "error", HOLDS: "skipped"}
+    ran.clear()
+    written("a.mech", lost.replace(f"  expect {FAILS}\n", ""), experiment("two", HOLDS))
+    assert command("run", file, "--fail-fast").status == 3
+    assert ran == ["lost", "two"]
+
+
+def test_an_expectation_on_one_that_can_not_be_computed(command: Command, ran: list[str]) -> None:
+    """It waits for nothing any more."""
+    lost = experiment("lost").replace("logit(answer of fewer)", "logit(answer)")
+    read = "max(recovery) > mean(recovery of lost)"
+    file = written("a.mech", lost, experiment("two", HOLDS, read), experiment("three", HOLDS))
+    done = command("run", file, "--fail-fast", "--junit", "r.xml")
+    assert (done.status, ran) == (3, ["lost", "two"])
+    found = verdicts(junit(Path("r.xml").read_text()))
+    assert found[read] == "error"
+    assert found[HOLDS] in ("passed", "skipped")
+    assert "not decided" not in done.out
+
+
+def test_only_what_is_asked_for_decides(command: Command, ran: list[str]) -> None:
+    """An experiment that another one picks from has no verdicts under `--only`."""
+    picking = experiment("picks", HOLDS, body="  patch top 2 of one at last token")
+    file = written("a.mech", experiment("one", FAILS), picking)
+    done = command("run", file, "--fail-fast", "--only", "picks")
+    assert (done.status, ran) == (0, ["one", "picks"])
+
+
+def test_against_an_earlier_run(command: Command, ran: list[str]) -> None:
+    """What failed there ends nothing; what held there does, and so does what is new."""
+    file = written("a.mech", experiment("one", FAILS), experiment("two", HOLDS))
+    assert command("run", file, "--out", "kept").status == 1
+    ran.clear()
+    assert command("run", file, "--fail-fast", "--against", "kept/a").status == 0
+    assert ran == ["one", "two"]
+    ran.clear()
+    written("a.mech", experiment("one", "max(recovery) > 6"), experiment("two", HOLDS))
+    done = command("run", file, "--fail-fast", "--against", "kept/a")
+    assert (done.status, ran) == (1, ["one"])
+    assert "gone           two" not in done.out
+
+
+def test_nothing_is_kept_of_a_run_that_stopped(command: Command) -> None:
+    """A part of a run is no run; what an earlier one has left stays."""
+    file = written("a.mech", experiment("one", HOLDS), experiment("two", HOLDS))
+    assert command("run", file, "--out", "kept").status == 0
+    before = Path("kept/a/results.json").read_bytes()
+    written("a.mech", experiment("one", FAILS), experiment("two", HOLDS))
+    done = command("run", file, "--out", "kept", "--fail-fast")
+    assert done.status == 1
+    assert "nothing is written to kept, as a.mech was stopped" in done.err
+    assert Path("kept/a/results.json").read_bytes() == before
+    # where it fails at its very end, it is whole
+    written("a.mech", experiment("one", HOLDS), experiment("two", FAILS))
+    done = command("run", file, "--out", "kept", "--fail-fast")
+    assert (done.status, "nothing is written" in done.err) == (1, False)
+    assert Path("kept/a/results.json").read_bytes() != before
+
+
+def test_numbers_are_those_of_a_whole_run(command: Command) -> None:
+    """But for rounding: passes are laid out for each experiment alone."""
+    file = written("a.mech", experiment("one", HOLDS), experiment("two", FAILS))
+    found: list[Mapping[str, Any]] = []
+    for more in ([], ["--fail-fast"]):
+        found.append(json.loads(command("run", file, "--format", "json", *more).out))
+    means = [
+        [
+            m["mean"]
+            for e in each["files"][0]["experiments"]
+            for c in e["cells"]
+            for m in c["measures"]
+        ]
+        for each in found
+    ]
+    assert means[0] == pytest.approx(means[1], abs=1e-5)
+
+
+def test_typos(command: Command) -> None:
+    done = command("run", written("a.mech", experiment("one")), "--failfast")
+    assert (done.status, "did you mean `--fail-fast`?" in done.err) == (2, True)

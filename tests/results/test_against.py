@@ -1,0 +1,241 @@
+"""Verdicts set against those of an earlier run: what counts as which change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mechdsl.diagnostics.raised import MechdslError
+from mechdsl.results.against import Against, Earlier, first_failure
+from mechdsl.results.document import AgainstDocument, results_document
+from mechdsl.results.earlier_runs import ToRun, given_results
+from mechdsl.results.experiment_result import (
+    ExpectOutcome,
+    FileResult,
+    LostExperiment,
+    NotRun,
+    Undecided,
+)
+from mechdsl.results.results import Results
+from mechdsl.statistics.measure_data import Missing
+
+from .synthetic import heads
+
+WHY = Missing("E0604", "the denominator is 0")
+
+
+def outcome(text: str, holds: bool, value: float = 0.5) -> ExpectOutcome:
+    return ExpectOutcome(text, holds, value, value - 0.1, value + 0.1)
+
+
+def file(*outcomes: ExpectOutcome, name: str = "a.mech", lost: bool = False) -> FileResult:
+    """One experiment, `where`, with these verdicts."""
+    if lost:
+        return FileResult(name, (), lost=(LostExperiment("where", (WHY,), outcomes),))
+    return FileResult(name, (replace(heads(), outcomes=outcomes),))
+
+
+def compared(now: FileResult, before: FileResult | None, unasked: tuple[str, ...] = ()) -> Against:
+    return Earlier(("then",), {now.file: before}, {now.file: unasked}).compare([now])
+
+
+def kinds(against: Against) -> list[tuple[str, str, bool]]:
+    return [(each.kind, each.text, each.fails) for each in against.changes]
+
+
+def test_each_pair_of_verdicts() -> None:
+    now = file(
+        outcome("a > 1", True),
+        outcome("b > 1", False),
+        outcome("c > 1", True),
+        outcome("d > 1", False),
+        outcome("e > 1", True),
+        outcome("f > 1", False),
+    )
+    before = file(
+        outcome("a > 1", True),
+        outcome("b > 1", True),
+        outcome("c > 1", False),
+        outcome("d > 1", False),
+        outcome("g > 1", True),
+        outcome("h > 1", False),
+    )
+    found = compared(now, before)
+    assert kinds(found) == [
+        ("regression", "b > 1", True),
+        ("failed before", "d > 1", False),
+        ("new", "e > 1", False),
+        ("new", "f > 1", True),
+        ("holds now", "c > 1", False),
+        ("gone", "g > 1", False),
+        ("gone", "h > 1", False),
+    ]
+    assert found.unchanged == 1
+    assert [each.text for each in found.regressions] == ["b > 1"]
+    assert found.fails
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "fails"),
+    [(True, True, False), (True, False, False), (False, False, False), (False, True, True)],
+)
+def test_whether_the_job_fails(now: bool, before: bool, fails: bool) -> None:
+    found = compared(file(outcome("a > 1", now)), file(outcome("a > 1", before)))
+    assert found.fails is fails
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_new_one_fails_the_job_if_it_fails(holds: bool) -> None:
+    assert compared(file(outcome("a > 1", holds)), file()).fails is not holds
+
+
+def test_white_space_makes_no_difference() -> None:
+    found = compared(file(outcome("a  >\n 1", False)), file(outcome("a > 1", True)))
+    assert kinds(found) == [("regression", "a  >\n 1", True)]
+
+
+def test_equal_ones_are_paired_by_their_order() -> None:
+    now = file(outcome("a > 1", True), outcome("a > 1", False), outcome("a > 1", False))
+    before = file(outcome("a > 1", True), outcome("a > 1", False))
+    found = compared(now, before)
+    assert kinds(found) == [("failed before", "a > 1", False), ("new", "a > 1", True)]
+    assert found.unchanged == 1
+    turned = compared(before, now)
+    assert kinds(turned) == [("failed before", "a > 1", False), ("gone", "a > 1", False)]
+
+
+def test_one_of_another_experiment_is_another_one() -> None:
+    other = replace(heads(), name="other", outcomes=(outcome("a > 1", True),))
+    found = compared(file(outcome("a > 1", False)), FileResult("a.mech", (other,)))
+    assert kinds(found) == [("new", "a > 1", True), ("gone", "a > 1", False)]
+
+
+def test_an_experiment_that_is_lost_now() -> None:
+    found = compared(file(outcome("a > 1", False), lost=True), file(outcome("a > 1", True)))
+    assert kinds(found) == [("regression", "", True), ("regression", "a > 1", True)]
+    assert found.changes[0].lost == WHY
+    without = compared(file(lost=True), file())
+    assert kinds(without) == [("regression", "", True)]
+
+
+def test_an_experiment_that_was_lost_before_too() -> None:
+    found = compared(
+        file(outcome("a > 1", False), lost=True), file(outcome("a > 1", False), lost=True)
+    )
+    assert kinds(found) == [("failed before", "a > 1", False)]
+    again = compared(file(outcome("a > 1", True)), file(outcome("a > 1", False), lost=True))
+    assert kinds(again) == [("holds now", "a > 1", False)]
+
+
+def test_a_measure_that_is_lost_now() -> None:
+    whole = heads()
+    first = replace(whole.measures[0], missing=WHY)
+    less = replace(whole, measures=(first, *whole.measures[1:]))
+    found = compared(FileResult("a.mech", (less,)), FileResult("a.mech", (whole,)))
+    assert kinds(found) == [("regression", f"{first.effect} of {first.label}", True)]
+    assert compared(FileResult("a.mech", (less,)), FileResult("a.mech", (less,))).changes == ()
+    assert compared(FileResult("a.mech", (whole,)), FileResult("a.mech", (less,))).changes == ()
+
+
+@pytest.mark.parametrize("other", [{"label": "other"}, {"effect": "delta"}, {"at": "last token"}])
+def test_a_measure_is_the_same_by_all_of_its_name(other: dict[str, str]) -> None:
+    """One that can't be computed now was not there if only one like it was."""
+    whole = heads()
+    lost = replace(whole.measures[0], missing=WHY)
+    before = replace(whole, measures=(replace(whole.measures[0], **other),))
+    now = replace(whole, measures=(lost,))
+    assert compared(FileResult("a.mech", (now,)), FileResult("a.mech", (before,))).changes == ()
+
+
+def test_what_was_not_to_run_is_not_gone() -> None:
+    now, before = FileResult("a.mech", ()), file(outcome("a > 1", True))
+    assert compared(now, before, ("where",)).changes == ()
+    assert kinds(compared(now, before)) == [("gone", "a > 1", False)]
+
+
+def test_what_is_not_decided_is_not_gone() -> None:
+    left = (NotRun("where", (Undecided("a  > 1", 3),)),)
+    now = FileResult("a.mech", (), not_run=left)
+    before = file(outcome("a > 1", True), outcome("a > 1", True), outcome("b > 1", False))
+    found = compared(now, before)
+    assert kinds(found) == [("gone", "a > 1", False), ("gone", "b > 1", False)]
+
+
+def test_a_file_that_was_not_there() -> None:
+    found = compared(file(outcome("a > 1", False)), None)
+    assert kinds(found) == [("new", "a > 1", True)]
+    assert found.without == ("a.mech",)
+
+
+def test_what_ends_a_run() -> None:
+    before = file(outcome("a > 1", True), outcome("b > 1", False))
+    ends = first_failure(Earlier(("then",), {"a.mech": before}, {}))
+    assert not ends("a.mech", "where", [outcome("a > 1", True), outcome("b > 1", False)])
+    assert ends("a.mech", "where", [outcome("a > 1", False)])
+    assert ends("a.mech", "where", [outcome("c > 1", False)])
+    assert ends("a.mech", "other", [outcome("b > 1", False)])
+    always = first_failure(None)
+    assert always("a.mech", "where", [outcome("a > 1", True), outcome("b > 1", False)])
+    assert not always("a.mech", "where", [outcome("a > 1", True)])
+
+
+def test_as_text() -> None:
+    now = file(outcome("a > 1", False, 0.25), outcome("b > 1", True), outcome("c > 1", False))
+    before = file(outcome("a > 1", True, 2.5), outcome("b > 1", True), outcome("c > 1", False))
+    assert compared(now, before).to_text() == (
+        "\n"
+        "against then: 1 expectation holds as before, 1 regression, 1 failed before\n"
+        "regression     where: expect a > 1\n"
+        "               now fails: 0.250 [0.150, 0.350]; then holds: 2.500 [2.400, 2.600]\n"
+        "failed before  where: expect c > 1\n"
+        "               now fails: 0.500 [0.400, 0.600]; then fails: 0.500 [0.400, 0.600]\n"
+        "what failed before doesn't fail the job\n"
+    )
+
+
+def test_as_text_of_what_is_lost() -> None:
+    said = compared(file(lost=True), file()).to_text()
+    assert "regression     where: not computed\n               E0604: the denominator is 0" in said
+
+
+def test_in_the_document() -> None:
+    found = compared(file(outcome("a > 1", False), lost=True), file(outcome("a > 1", True)))
+    document = results_document([], {}, found).as_json()["against"]
+    assert AgainstDocument.model_validate(document)
+    whole, one = document["changes"]
+    assert (whole["kind"], whole["code"], whole["fails"]) == ("regression", "E0604", True)
+    assert (one["now"]["holds"], one["before"]["holds"]) == (False, True)
+    assert "against" not in results_document([], {}).as_json()
+
+
+# --- which file is set against which ------------------------------------------------------------
+
+
+def asked(*names: str) -> list[ToRun]:
+    return [ToRun(name, Path(name)) for name in names]
+
+
+def test_one_file_is_set_against_any() -> None:
+    found = given_results(Results((file(name="x/b.mech"),)), asked("a.mech"), "kept")
+    assert found.files["a.mech"] is not None
+    assert found.runs == ("kept, a run of `x/b.mech`",)
+    same = given_results(Results((file(name="x/a.mech"),)), asked("a.mech"), "kept")
+    assert same.runs == ("kept",)
+
+
+def test_several_are_set_against_those_of_their_names() -> None:
+    run = Results((file(name="old/b.mech"),))
+    found = given_results(run, asked("a.mech", "new/b.mech"), "kept")
+    assert found.files["a.mech"] is None
+    assert found.files["new/b.mech"] is run.files[0]
+    both = Results((file(name="x/a.mech"), file(name="y/a.mech")))
+    own = given_results(both, asked("y/a.mech", "z/a.mech"))
+    assert [own.files[name] for name in ("y/a.mech", "z/a.mech")] == [both.files[1], both.files[0]]
+
+
+def test_a_run_of_none_of_them_is_refused() -> None:
+    with pytest.raises(MechdslError, match=r"a run of `c\.mech`") as found:
+        given_results(Results((file(name="c.mech"),)), asked("a.mech", "b.mech"), "kept")
+    assert found.value.diagnostics[0].code == "E0208"
