@@ -12,6 +12,8 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.plan.columns import Ragged
+from mechdsl.plan.value_keys import _of_lists, mixed
 from mechdsl.results.experiment_result import FileResult
 from mechdsl.store.store import Store
 from mechdsl.validate.check_file import Settings
@@ -315,3 +317,50 @@ def test_runs_of_another_model(tmp_path: Path) -> None:
         close(alone, found)
         seen.append(arrays(found)["e 0 patched"])
     assert not np.allclose(*seen)
+
+
+ROW = "patch resid_post layer 1 at subject token"
+CHANGED: dict[str, tuple[str, dict[str, str]]] = {
+    "the text that a metric names": (one(ROW, PROB), {"a": "w3"}),
+    "a text of several tokens": (one(ROW, "measure logprob(answer) as raw"), {"a": "w3 w9"}),
+    "the run that a metric compares with": (
+        one(ROW, "measure kl(other) as raw", ends="from turned into clean"),
+        {"alt": "w3 w5"},
+    ),
+    "the run that is read": (one(ROW), {"alt": "w3 w5"}),
+    "what noise is drawn for": (
+        one(ROW, 'measure prob("w3") as raw', ends="from clean into noised"),
+        {"b": "w3"},
+    ),
+    "the rows of another run's mean": (ablated("mean of turned"), {"turned": ["w3", "w9"]}),  # type: ignore[dict-item]
+    "the group of a mean": (ablated("mean by cue2"), {"cue2": "w21"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_row_of_other_content(change: str, tmp_path: Path) -> None:
+    """The same place in the file, and all that isn't changed is the same."""
+    store = tmp_path / "store"
+    text, other = CHANGED[change]
+    ran(text, tmp_path, store)
+    support.write_rows(
+        tmp_path, [{**row, **other} if n == 2 else row for n, row in enumerate(ROWS)]
+    )
+    alone, _ = ran(text, tmp_path, None)
+    found, rows = ran(text, tmp_path, store)
+    assert rows > 0
+    close(alone, found)
+
+
+def test_lists_are_told_apart_by_order_length_and_content() -> None:
+    lists = [(), (0,), (1,), (0, 0), (1, 2), (2, 1), (3, 0), (0, 3), (0, 1, 2), (1, 2, 0)]
+    found = _of_lists(Ragged.of([*lists, *lists]))
+    assert len(set(found.tolist())) == len(lists)
+    assert found[: len(lists)].tolist() == found[len(lists) :].tolist()
+
+
+def test_numbers_are_mixed_in_order() -> None:
+    some = np.arange(2000, dtype=np.uint64)
+    others = some + np.uint64(5000)
+    both = np.concatenate([mixed(some, others), mixed(others, some), mixed(some, some)])
+    assert len(np.unique(both)) == len(both)

@@ -1,21 +1,132 @@
 """Whole runs that are killed go on to the undisturbed table: a tenth of what
-`python -m tests.store.killed_runs` does."""
+`python -m tests.store.killed_runs` does. The same where the disk is full, the store can't be
+written, a blob is torn, or two run at once."""
 
 from __future__ import annotations
 
 import os
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from .killed_runs import Harness, ends_of
+from .killed_runs import SIZES, Harness, attempt, ends_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+NOBODY = 65534
 
 
-def test_killed_runs_go_on(tmp_path: Path) -> None:
-    harness = Harness(tmp_path)
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
+    return Harness(tmp_path_factory.mktemp("runs"))
+
+
+def test_killed_runs_go_on(harness: Harness) -> None:
     killed = 0
     for number, ends in enumerate(ends_of(harness, 20, seed=1)):
         killed += any(each.killed for each in harness.killed(number, ends))
     assert killed >= 14
+
+
+@pytest.mark.parametrize("most", [24_000, 50_000, 90_000])
+def test_a_full_disk(harness: Harness, most: int) -> None:
+    """No file may grow beyond a size: the index does."""
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    def run(place: Path) -> None:
+        full = attempt(place, limits=limited)
+        assert full.status in (0, 3), full.err
+        if full.status == 3:
+            assert "takes nothing more" in full.err
+            assert "the same command goes on from there" in full.err
+        after = attempt(place)
+        assert (after.status, after.out) == (0, harness.whole.out), after.err
+        assert full.passes + after.passes <= harness.whole.passes + 1
+
+    harness.fresh("full", run)
+
+
+def test_torn_blobs(harness: Harness) -> None:
+    """Of a run that was ended, each blob is cut off, changed or gone."""
+
+    def run(place: Path) -> None:
+        last = harness.last_write
+        attempt(place, kill_at=(harness.first_write + last) // 2)
+        blobs = sorted((place / ".mechdsl" / "blobs").rglob("*.safetensors"))
+        assert len(blobs) > 3
+        for number, path in enumerate(blobs):
+            data = path.read_bytes()
+            if number % 3 == 0:
+                path.write_bytes(data[: len(data) // 2])
+            elif number % 3 == 1:
+                path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            else:
+                path.unlink()
+        after = attempt(place)
+        assert (after.status, after.out) == (0, harness.whole.out), after.err
+        assert after.passes == harness.whole.passes
+
+    harness.fresh("torn", run)
+
+
+def test_a_finished_run_whose_results_are_torn(harness: Harness) -> None:
+    def run(place: Path) -> None:
+        assert attempt(place).passes == harness.whole.passes
+        for path in (place / ".mechdsl" / "blobs").rglob("*.data"):
+            path.write_bytes(path.read_bytes()[:-1])
+        after = attempt(place)
+        assert (after.status, after.out) == (0, harness.whole.out), after.err
+        assert after.passes == 0, "its values are all there"
+
+    harness.fresh("results", run)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.getuid() != 0, reason="becomes another user")
+def test_a_store_that_can_only_be_read(harness: Harness) -> None:
+    def reader() -> None:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+
+    def run(place: Path) -> None:
+        for folder in (place, *place.parents):
+            if folder != Path("/tmp") and folder != Path("/"):
+                folder.chmod(0o755)
+        attempt(place, kill_at=(harness.first_write + harness.last_write) // 2)
+        before = sorted(place.rglob("*"))
+        read = attempt(place, limits=reader)
+        assert (read.status, read.out) == (0, harness.whole.out), read.err
+        assert "can only be read" in read.err
+        assert sorted(place.rglob("*")) == before
+        assert attempt(place).out == harness.whole.out
+
+    harness.fresh("read", run)
+
+
+def test_two_at_once(harness: Harness) -> None:
+    """The same command twice, on one store: both print the table of one alone."""
+
+    def run(place: Path) -> None:
+        command = [sys.executable, "-m", "mechdsl", "run", "file.mech", "--device", "cpu", *SIZES]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("MECHDSL_STORE", None)
+        two = [
+            subprocess.Popen(
+                command, cwd=place, env=environment, text=True, encoding="utf-8",
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        for each in two:
+            out, err = each.communicate(timeout=300)
+            assert (each.returncode, out) == (0, harness.whole.out), err
+        again = attempt(place)
+        assert (again.out, again.passes) == (harness.whole.out, 0)
+
+    harness.fresh("two", run)
