@@ -2,7 +2,7 @@
 
     python -m benchmarks.store [--work W1a W3] [--rounds 3] [--threads 2] [--small]
 
-Per sweep: seconds without a store; those that the store's own calls take (keys, lookups, writes that
+Per sweep: seconds without a store; those that its own calls take (keys, lookups, writes that
 wait for the disk), which is what it costs; the difference of both runs, which on most machines is
 smaller than what two equal runs differ by; how many passes were kept and their bytes; and the
 seconds of the same sweep read from the store. Tables have to be equal bit for bit. Status 1 where

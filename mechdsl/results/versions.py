@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("mechdsl", "torch", "transformers", "tokenizers", "numpy", "scipy")
@@ -12,6 +13,7 @@ def versions() -> dict[str, str]:
     return {package: version_of(package) for package in PACKAGES}
 
 
+@cache
 def version_of(package: str) -> str:
     """`unknown` where it isn't installed."""
     try:
