@@ -201,6 +201,7 @@ def _child(
     try:
         for path, number in ((out, 1), (err, 2)):
             os.dup2(os.open(path, os.O_WRONLY), number)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", encoding="utf-8") for n in (1, 2))
         os.chdir(folder)
         os.environ.pop("MECHDSL_STORE", None)
         Steps(os.open(log, os.O_WRONLY | os.O_APPEND), kill_at).watch()
@@ -234,6 +235,7 @@ class Harness:
         assert not self.whole.killed, self.whole.err
         assert self.whole.status == 0, self.whole.err
         assert self.whole.passes > 10
+        assert "survives" in self.whole.out
 
     def fresh(self, name: str, then: Callable[[Path], Any]) -> Any:
         """A folder with the file and no store."""
