@@ -173,6 +173,7 @@ class KeptValues:
         self._contents = contents
         self._keys: dict[tuple[object, ...], tuple[bytes, Numbers | None]] = {}
         self._waiting: list[Part] = []
+        self._looked_up: dict[tuple[bytes, bool], _Known] = {}
 
     @classmethod
     def of(cls, kept: KeptRun, panel: Panel, seed: int) -> KeptValues | None:
@@ -223,17 +224,24 @@ class KeptValues:
         every = np.ones(len(prompts), dtype=np.bool_)
         values: list[Floats] = []
         rounding: list[Floats] = []
-        look = self._run.own if own else self._run.earlier
         for measure in readout.measures:
             cell, keys = self._unpatched_keys(measure, run, item, relative)
-            known = {} if keys is None else look([cell])
-            wanted = np.zeros(len(prompts), dtype=np.uint64) if keys is None else keys[prompts]
-            there, found = _Known.of(known, {cell: 0}).find(_within(0, wanted))
+            if keys is None:
+                there, found = np.zeros_like(every), np.full((len(prompts), 2), np.nan)
+            else:
+                there, found = self._known(cell, own=own).find(_within(0, keys[prompts]))
             every &= there
             values.append(found[:, 0])
             rounding.append(found[:, -1])
         broken = np.zeros(len(prompts), dtype=np.bool_)
         return every, Found(values, broken, rounding, {}, {})
+
+    def _known(self, cell: bytes, *, own: bool) -> _Known:
+        """What there was of an unpatched run's cell when this process looked first."""
+        if (cell, own) not in self._looked_up:
+            found = self._run.own([cell]) if own else self._run.earlier([cell])
+            self._looked_up[cell, own] = _Known.of(found, {cell: 0})
+        return self._looked_up[cell, own]
 
     def measured(
         self, readout: Readout, run: str, prompts: Ints, item: Env, relative: float, found: Found
