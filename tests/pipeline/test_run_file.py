@@ -220,13 +220,10 @@ def test_run_again(
     assert computed == [str(here)]
 
 
-def test_the_library(here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from mechdsl.results import versions
-
-    real = versions.version
-    monkeypatch.setattr(
-        versions, "version", lambda name: "5.99" if name == "transformers" else real(name)
-    )
+def test_the_library(
+    here: Path, computed: list[str], of_version: Callable[[str, str], None]
+) -> None:
+    of_version("transformers", "5.99")
     again(here)
     assert computed == [str(here)]
     again(here)
@@ -293,8 +290,9 @@ def test_a_file_that_changes_meanwhile(
 
     monkeypatch.setattr(compute, "run_checked", meanwhile)
     results = again(here, limit=8)
-    (note,) = results.notes
+    note, counts = results.notes
     assert "not kept in the store: a file that it read has changed meanwhile" in note
+    assert counts == f"{here}: 32 of 32 rows from the store"
     with Store(here.parent / ".mechdsl") as store:
         assert [run.state for run in store.runs()] == ["unfinished", "finished"]
 
