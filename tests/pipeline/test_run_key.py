@@ -323,6 +323,7 @@ def test_own_entries_are_not_from_outside() -> None:
     import mechdsl.vocab.metrics
 
     assert mechdsl.rules.RULES
+    assert mechdsl.vocab.metrics.METRICS
     assert not {name for name in registry.OUTSIDE if name.partition(".")[0] == "mechdsl"}
 
 
