@@ -20,7 +20,13 @@ from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import PathPlan, RulePlan
-from mechdsl.plan.value_keys import Contents, ExperimentKeys
+from mechdsl.plan.value_keys import (
+    Contents,
+    ExperimentKeys,
+    measure_digest,
+    measure_rows,
+    mixed,
+)
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.prompt_table import Noise, PositionCell, PromptTable, Run, RunRow
 from mechdsl.resolve.resolved import (
@@ -162,6 +168,18 @@ def keys(plan: ExperimentPlan) -> dict[tuple[int, ...], tuple[bytes, int]]:
         for cell, prompt, run, row in each:
             code = int(found.code_of_cell[cell])
             every[cell, prompt, run, number] = cells[code], row
+    return every
+
+
+def unpatched_keys(plan: ExperimentPlan) -> list[tuple[bytes, list[int]]]:
+    """[measure] (what it is, [prompt] the keys of its rows) of the base run."""
+    table = plan.experiment.table
+    contents = Contents({"m": b"m", "n": b"n"}, "m", 0)
+    base = table.runs[plan.experiment.spec.base]
+    every: list[tuple[bytes, list[int]]] = []
+    for measure in plan.experiment.measures:
+        rows = measure_rows(measure, base, plan.items[-1], table, contents)
+        every.append((measure_digest(measure), mixed(rows, contents.of(base, table)).tolist()))
     return every
 
 
@@ -382,7 +400,23 @@ def test_another_value_has_another_key(kind: type, field: str) -> None:
         rule = own if kind is RulePlan else replace(first, paths=own)
         after = keys(replace(plan, rules=(rule, *plan.rules[1:])))
     else:
-        after = keys(planned(changed(experiment, kind, field, change)))
+        other = planned(changed(experiment, kind, field, change))
+        after = keys(other)
+        if kind in (Atom, ResolvedMeasure, Noise, Run, RunRow):
+            assert unpatched_keys(plan) != unpatched_keys(other)
     both = before.keys() & after.keys()
     assert both
     assert any(before[place] != after[place] for place in both)
+
+
+def test_rows_that_differ_in_their_group_alone(tmp_path: Path) -> None:
+    """A mean by groups writes another vector into each."""
+    row, *others = support.ROWS[::2]
+    support.write_rows(tmp_path, [row, {**row, "cue2": "w22"}, *others])
+    model = support.adopted("gpt2")
+    text = EXPERIMENTS["mean"]
+    for by, apart in ((" by cue2", True), ("", False)):
+        checked = support.check_file(text.replace(" by cue2", by), tmp_path, model, support.PROMPTS)
+        found = keys(planned(checked.experiments[0]))
+        kinds = {key for (cell, *_), key in found.items() if cell == 0}
+        assert len(kinds) == (3 if apart else 2)
