@@ -5,7 +5,7 @@ other test looks at fields that aren't there yet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from mechdsl.resolve.resolved import (
     Apart,
     Atom,
     EdgeTargets,
+    Intervention,
     PathTargets,
     PositionTargets,
     ResolvedExperiment,
@@ -379,6 +380,29 @@ def test_every_field_is_thought_of(kind: type) -> None:
     own = {each.name for each in fields(kind)}
     assert own == KEYED[kind].keys() | NOT_KEYED[kind].keys()
     assert not KEYED[kind].keys() & NOT_KEYED[kind].keys()
+
+
+class Scaled(Intervention):
+    """One of somebody's own, that makes its numbers of more than a rule's fields."""
+
+    name = "scaled"
+    reads = "mean"
+    by = 1
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        return rule.run, self.by
+
+
+@pytest.mark.parametrize("reads", ["run", "donor", "mean"])
+def test_the_key_of_an_intervention(reads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it names as its own, whether or not it hangs on other rows too."""
+    monkeypatch.setattr(Scaled, "reads", reads)
+    plan = planned(changed(resolved("patch"), ResolvedRule, "does", lambda does: Scaled()))
+    before = keys(plan)
+    monkeypatch.setattr(Scaled, "by", 2)
+    after = keys(plan)
+    assert before.keys() == after.keys()
+    assert all(before[place] != after[place] for place in before)
 
 
 FIELDS = [(kind, field) for kind, every in KEYED.items() for field in every]

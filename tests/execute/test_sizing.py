@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 import mechdsl.execute.panel_runner
 import mechdsl.execute.pass_size
 import mechdsl.execute.patched_rows
+import mechdsl.execute.prepared_panel
+import mechdsl.execute.try_sizes
 from mechdsl.execute.execute import Execution
 from mechdsl.execute.options import Options
 from mechdsl.execute.pass_size import (
