@@ -205,6 +205,7 @@ def test_a_report_that_can_not_be_made(command: Command, monkeypatch: pytest.Mon
     monkeypatch.setattr(compute, "run_checked", ran)
     assert command("run", file, "--junit", "r.xml").status == 3
     assert verdicts(report())["the run is whole"] == "error"
+    assert message(report(), "the run is whole") == "a report could not be made"
 
 
 def test_when_nobody_reads_what_is_printed(

@@ -311,8 +311,7 @@ def test_values_that_can_not_be_compared(tmp_path: Path) -> None:
     text = text.replace('local("model")', 'zoo("counting")').replace("as recovery", "as raw")
     file = tmp_path / "heads.mech"
     file.write_text(text, encoding="utf-8")
-    results = again(file, allow_python=True)
-    (note,) = results.notes
+    (note,) = (results := again(file, allow_python=True)).notes
     assert note.endswith("values of `heads` are not kept in the store: a date has no digest")
     assert (results["heads"].measures[0].patched == 9).all()
     file.write_text(text + "# another\n", encoding="utf-8")
