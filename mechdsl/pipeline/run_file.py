@@ -271,6 +271,8 @@ class _Run:
                 id = self._finished(store, key, device, run, content, about)
             if self._options.out is not None and not results.files[0].not_run:
                 export_content(content or self._pack(results), results, self._options.out)
+        for name, reason in self._counts.not_kept.items():
+            self._note(f"patched values of `{name}` are not kept in the store: {reason}")
         if self._counts.stored:
             total = self._counts.stored + self._counts.computed
             self._note(f"{self._counts.stored:,} of {total:,} rows from the store")

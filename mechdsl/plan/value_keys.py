@@ -11,7 +11,7 @@ are in neither.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import cast
 
@@ -58,12 +58,21 @@ class Contents:
         self.model = model
         self.seed = seed
         self._runs: dict[int, tuple[Run, Numbers]] = {}
+        self._given: dict[int, tuple[Atom, Numbers]] = {}
 
     def of(self, run: Run, table: PromptTable) -> Numbers:
         """[prompt] of a run: its tokens, the noise that is added to them, and its model."""
         if id(run) not in self._runs:
             self._runs[id(run)] = run, self._rows(run, table)
         return self._runs[id(run)][1]
+
+    def given(self, atom: Atom) -> Numbers:
+        """[prompt] what a function of the user's is given beside logits; TypeError where that
+        can't be compared."""
+        if id(atom) not in self._given:
+            rows = [number_of(_plain(row)) for row in atom.rows]
+            self._given[id(atom)] = atom, np.array(rows, dtype=np.uint64)
+        return self._given[id(atom)][1]
 
     def _rows(self, run: Run, table: PromptTable) -> Numbers:
         model = self.models[run.model or self.model]
@@ -132,8 +141,7 @@ def measure_rows(
         if atom.run is not None:
             found = mixed(found, contents.of(table.runs[atom.run], table))
         if atom.python is not None:
-            rows = [number_of(_plain(row)) for row in atom.rows]
-            found = mixed(found, np.array(rows, dtype=np.uint64))
+            found = mixed(found, contents.given(atom))
     return found
 
 
@@ -201,7 +209,9 @@ class ExperimentKeys:
         self, plan: ExperimentPlan, table: PromptTable, contents: Contents, kept: Ints,
         donors: Ints | None,
     ) -> None:  # fmt: skip
-        """kept: rows that are in the experiment. donors: [prompt], of `resample`."""
+        """kept: rows that are in the experiment. donors: [prompt], of `resample`.
+
+        TypeError where a value hangs on what can't be compared."""
         self.plan = plan
         self.table = table
         self.contents = contents
@@ -210,6 +220,9 @@ class ExperimentKeys:
         self._starts = [contents.of(run, table) for run in plan.starting_runs]
         self._whole = self._all_rows()
         self._measured: dict[tuple[int, int, Env], Numbers] = {}
+        for measure in plan.experiment.measures:
+            for atom in measure.atoms:
+                contents.given(atom)  # raises here, or not at all
         shared = self._shared()
         codes: dict[tuple[bytes, ...], int] = {}
         found = [codes.setdefault(cell, len(codes)) for cell in self._cells()]
@@ -331,7 +344,7 @@ class ExperimentKeys:
 def _static(rule: ResolvedRule) -> bytes:
     """What a rule does, wherever it does it."""
     does = rule.does
-    key = does.key(rule) if not does.over_rows else rule.run
+    key = does.key(replace(rule, groups=None))  # each row has its own group
     return digest(
         type(does), does.name, vars(does), _plain(key), _plain(rule.python),
         None if rule.edge is None else rule.edge.change,

@@ -244,7 +244,7 @@ LINES: dict[str, tuple[str, str]] = {
     "graph FILE --format png": ("E0208", "'dot', 'mermaid', 'svg'"),
     "graph FILE --to FILE/x.svg": ("E0208", "cannot write"),
     "graph FILE FILE": ("E0208", "unexpected extra argument"),
-    "schema nonsense": ("E0208", "'results', 'experiment'"),
+    "schema nonsense": ("E0208", "'results', 'differences', 'experiment'"),
     "explain E9999": ("E0208", "there is no code `E9999`"),
     "explain E030": ("E0208", "did you mean"),
 }
@@ -304,7 +304,7 @@ def test_a_bug_of_ours_is_no_traceback(
     def broken(*arguments: object, **more: object) -> None:
         raise ZeroDivisionError("made for this test")
 
-    monkeypatch.setattr("mechdsl.pipeline.execute", broken)
+    monkeypatch.setattr("mechdsl.pipeline.waves.execute", broken)
     done = command("run", heads, "--format", "json")
     assert (done.status, done.out) == (3, "")
     assert "ZeroDivisionError: made for this test" in done.err

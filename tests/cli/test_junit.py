@@ -166,11 +166,11 @@ def stopped(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: str = "b.
     """The run of one file ends in an exception; what stands in the report then must be red."""
     run: Ran = compute.run_checked
 
-    def ran(checked: Any, *arguments: Any) -> Any:
+    def ran(checked: Any, *arguments: Any, **named: Any) -> Any:
         if checked.source.name == at:
             assert verdicts(report())["the file is run"] == "error"
             raise error
-        return run(checked, *arguments)
+        return run(checked, *arguments, **named)
 
     monkeypatch.setattr(compute, "run_checked", ran)
 
@@ -198,13 +198,14 @@ def test_a_report_that_can_not_be_made(command: Command, monkeypatch: pytest.Mon
     file = written("a.mech", WRITES)
     run: Ran = compute.run_checked
 
-    def ran(*arguments: Any) -> Any:
+    def ran(*arguments: Any, **named: Any) -> Any:
         Path("holds.csv").mkdir()
-        return run(*arguments)
+        return run(*arguments, **named)
 
     monkeypatch.setattr(compute, "run_checked", ran)
     assert command("run", file, "--junit", "r.xml").status == 3
     assert verdicts(report())["the run is whole"] == "error"
+    assert message(report(), "the run is whole") == "a report could not be made"
 
 
 def test_when_nobody_reads_what_is_printed(

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from mechdsl.execute.patched_rows import Patcher
 from mechdsl.pipeline import compute
 from mechdsl.store.store import Store
 from mechdsl.zoo import counting
@@ -203,6 +204,95 @@ def test_one_line_for_each_file(heads: Path, command: Command) -> None:
     lines = [line for line in done.err.splitlines() if "unchanged" in line]
     assert [line.partition(":")[0] for line in lines] == [str(heads), str(other)]
     assert done.status == 0
+
+
+SECOND = """
+experiment again {
+  model toy
+  prompts fruit limit 8
+  from clean into fewer
+  patch layer 1..2 head * at last-item token
+  measure logit(answer) - logit(answer of fewer) as delta
+  against random(2, heads)
+}
+"""
+CHANGES: dict[str, tuple[tuple[tuple[str, str], ...], int, int]] = {
+    "a layer more": ((("layer 0..1", "layer 0..2"),), 128, 192),
+    "another layer": ((("layer 0..1", "layer 1..2"),), 64, 128),
+    "other positions": ((("last-item token", "last token"),), 0, 128),
+    "more rows": ((("limit 16", "limit 24"),), 128, 192),
+    "fewer rows": ((("limit 16", "limit 8"),), 64, 64),
+    "a measure more": ((("  stats", "  measure prob(answer) as raw\n  stats"),), 0, 128),
+    "another effect": ((("as recovery", "as delta"),), 128, 128),
+    "another table": ((("report table", "report bars layer"),), 128, 128),
+    "another rule": ((("patch layer", "ablate layer"), ("token\n", "token with zero\n")), 0, 128),
+}
+"""What is changed in the file; how many rows of how many the store has then."""
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_how_many_rows_are_from_the_store(
+    change: str, heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as are said are not run."""
+    counted = rows_that_run(monkeypatch)
+    store = ("--store", heads.parent / "kept")
+    done = command("run", heads, *store)
+    assert (done.status, "from the store" in done.err) == (0, False)
+    assert counted == [128]
+    pairs, stored, every = CHANGES[change]
+    text = heads.read_text(encoding="utf-8")
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    heads.write_text(text, encoding="utf-8")
+    counted[:] = [0]
+    done = command("run", heads, *store)
+    assert done.status == 0, done.err
+    assert counted == [every - stored]
+    said = [line for line in done.err.splitlines() if "from the store" in line]
+    note = f"{heads}: {stored} of {every} rows from the store"
+    assert said == ([note] if stored else [])
+    assert "from the store" not in done.out
+    plain = command("run", heads, "--no-store")
+    assert plain.out == done.out
+    (run, _) = json.loads(command("runs", *store, "--format", "json").out)
+    assert (run["computed"], run["stored"]) == (every - stored, stored)
+
+
+def test_rows_of_another_experiment_are_from_the_store(
+    heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random targets are rows like others."""
+    counted = rows_that_run(monkeypatch)
+    store = ("--store", heads.parent / "kept")
+    command("run", heads, *store)
+    second = heads.with_name("second.mech")
+    text = HEADS.partition("experiment heads")[0] + SECOND
+    second.write_text(text, encoding="utf-8")
+    counted[:] = [0]
+    alone = command("run", second, "--no-store")
+    (every,) = counted
+    counted[:] = [0]
+    done = command("run", second, *store)
+    assert done.out == alone.out
+    (said,) = [line for line in done.err.splitlines() if "from the store" in line]
+    assert said == f"{second}: {every - counted[0]} of {every} rows from the store"
+    assert every > 64
+    assert 32 <= every - counted[0] < every
+
+
+def rows_that_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows of cells are in passes, as a list of one."""
+    found = [0]
+    real = Patcher.values
+
+    def values(self: Patcher, shared: Any, chosen: Any, members: Any, *others: Any) -> Any:
+        found[0] += sum(len(member.rows) for member in members)
+        return real(self, shared, chosen, members, *others)
+
+    monkeypatch.setattr(Patcher, "values", values)
+    return found
 
 
 @pytest.mark.parametrize("other", [("--fresh",), ("--store", "kept")])

@@ -23,6 +23,7 @@ from mechdsl.execute.options import Options
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
 from mechdsl.pipeline.compute import run_checked, run_source
+from mechdsl.pipeline.run_file import run_file as way_of_a_file
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import NAMES
@@ -253,6 +254,9 @@ def run_on(
     checked = check_source(source, options.settings, contexts)
     if has_errors(checked.diagnostics):
         return None, checked.diagnostics
+    if run is None:
+        ran = way_of_a_file(checked, options, models)
+        return ran.result, [*checked.diagnostics, *ran.diagnostics]
     result, found = run_checked(checked, options, models, run=run)
     return result, [*checked.diagnostics, *found]
 

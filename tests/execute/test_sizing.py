@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,8 @@ from hypothesis import strategies as st
 import mechdsl.execute.panel_runner
 import mechdsl.execute.pass_size
 import mechdsl.execute.patched_rows
+import mechdsl.execute.prepared_panel
+import mechdsl.execute.try_sizes
 from mechdsl.execute.execute import Execution
 from mechdsl.execute.options import Options
 from mechdsl.execute.pass_size import (
@@ -42,6 +43,9 @@ from mechdsl.loading.load import adopt
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.results.results import Results
+from mechdsl.store.runs import OpenRun
+from mechdsl.store.store import Store
+from mechdsl.store.values import Block
 from mechdsl.validate.check_file import Checked
 
 from ..models import families
@@ -53,7 +57,6 @@ from .support import (
     check_file,
     execute_file,
     experiment,
-    run_file,
     try_file,
     word_tokenizer,
 )
@@ -263,21 +266,54 @@ def test_a_run_that_is_out_of_memory_goes_on_with_smaller_passes(
     assert found.profile.passes == len(found.profile.tokens) > whole.profile.passes
 
 
+Kept = dict[tuple[bytes, int], np.ndarray]
+"""(key of a cell, key of a row) → its values."""
+
+
+def kept_values(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, options: Options | None = None
+) -> tuple[Kept, int]:
+    """What a store gets of a run, each value once, and in how many blocks of patched rows."""
+    values: Kept = {}
+    blocks: list[Block] = []
+    keep = OpenRun.keep
+
+    def kept(self: OpenRun, block: Block) -> None:
+        blocks.append(block)
+        keep(self, block)
+
+    how = RunOptions(execution=options or Options())
+    with monkeypatch.context() as patch, Store(folder / name) as store:
+        patch.setattr(OpenRun, "keep", kept)
+        with store.begin(name, {}) as run:
+            found, problems = try_file(TEXT, folder, bare("llama"), how, run=run)
+    assert found is not None, problems
+    for block in blocks:
+        for number, cell in enumerate(block.cells):
+            for row in range(block.starts[number], block.starts[number + 1]):
+                place = (cell, int(block.rows[row]))
+                assert place not in values, "kept twice"
+                values[place] = block.values[row]
+    return values, sum(block.values.shape[1] == 1 for block in blocks)
+
+
+def same_values(one: Kept, other: Kept) -> None:
+    assert one.keys() == other.keys()
+    assert len(one) > 100
+    for place, values in one.items():
+        np.testing.assert_allclose(values, other[place], atol=1e-4)
+
+
 def test_rows_that_were_tried_again_are_kept_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lines(name: str) -> list[Any]:
-        run_file(TEXT, folder, bare("llama"), RunOptions(out=folder / name))
-        found: list[Any] = []
-        for path in sorted((folder / name / "file").glob("*.jsonl")):
-            for text in path.read_text(encoding="utf-8").splitlines():
-                line = json.loads(text)
-                found += [(path.name, line.get("cell"), row) for row in line.get("rows", ())]
-        return sorted(found, key=str)
-
-    whole = lines("whole")
-    assert full_above(30, FULL["CPU"], monkeypatch)["times"] == 0
-    assert lines("halved") == whole
+    """A pass that memory was too short for has left nothing in the store."""
+    whole, passes = kept_values("whole", folder, monkeypatch)
+    raised = full_above(30, FULL["CPU"], monkeypatch)
+    halved, more = kept_values("halved", folder, monkeypatch)
+    assert raised["times"] > 0
+    assert more > passes
+    same_values(halved, whole)
 
 
 @pytest.mark.parametrize("error", FULL.values(), ids=list(FULL))
@@ -412,6 +448,27 @@ def test_rows_that_were_measured_are_kept_once(
     for one, other in zip(found.measured.values(), given.measured.values(), strict=True):
         assert (one.rows, one.inert, one.dropped) == (other.rows, other.inert, other.dropped)
     same(found, given)
+
+
+@pytest.mark.usefixtures("every_pass_takes_a_second")
+def test_what_trying_sizes_has_computed_is_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store gets the passes that count, and no others."""
+    given, _ = kept_values("given", folder, monkeypatch, Options(pass_tokens=PASS_TOKENS))
+    monkeypatch.setattr(mechdsl.execute.panel_runner, "WORTH_MEASURING", 0)
+    monkeypatch.setattr(mechdsl.execute.try_sizes, "FULL_SHARE", 0)
+    tried: list[int] = []
+    whole = Patcher.values
+
+    def counted(self: Patcher, shared: Any, chosen: Any, *others: Any) -> Any:
+        tried.append(len(chosen))
+        return whole(self, shared, chosen, *others)
+
+    monkeypatch.setattr(Patcher, "values", counted)
+    found, passes = kept_values("measured", folder, monkeypatch)
+    assert len(tried) > passes
+    same_values(found, given)
 
 
 @pytest.mark.usefixtures("every_pass_takes_a_second")

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -220,13 +221,10 @@ def test_run_again(
     assert computed == [str(here)]
 
 
-def test_the_library(here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from mechdsl.results import versions
-
-    real = versions.version
-    monkeypatch.setattr(
-        versions, "version", lambda name: "5.99" if name == "transformers" else real(name)
-    )
+def test_the_library(
+    here: Path, computed: list[str], of_version: Callable[[str, str], None]
+) -> None:
+    of_version("transformers", "5.99")
     again(here)
     assert computed == [str(here)]
     again(here)
@@ -293,10 +291,31 @@ def test_a_file_that_changes_meanwhile(
 
     monkeypatch.setattr(compute, "run_checked", meanwhile)
     results = again(here, limit=8)
-    (note,) = results.notes
+    note, counts = results.notes
     assert "not kept in the store: a file that it read has changed meanwhile" in note
+    assert counts == f"{here}: 32 of 32 rows from the store"
     with Store(here.parent / ".mechdsl") as store:
         assert [run.state for run in store.runs()] == ["unfinished", "finished"]
+
+
+def test_values_that_can_not_be_compared(tmp_path: Path) -> None:
+    """A function that is given a date: its values aren't kept, and a note says so."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"count": [3, 4, 5, 6], "item": ["apple", "fig"] * 2, "day": [date(2020, 1, 9)] * 4}
+    parquet.write_table(arrow.table(columns), tmp_path / "rows.parquet")
+    (tmp_path / "own.py").write_text(
+        "def read(logits, rows):\n    return [row['day'].day for row in rows]\n", "utf-8"
+    )
+    text = DATA.partition("  expect")[0].replace("rows.csv", "rows.parquet") + "}\n"
+    text = text.replace("logit(answer) - logit(answer of fewer)", 'python("own.py:read")')
+    text = text.replace('local("model")', 'zoo("counting")').replace("as recovery", "as raw")
+    file = tmp_path / "heads.mech"
+    file.write_text(text, encoding="utf-8")
+    (note,) = (results := again(file, allow_python=True)).notes
+    assert note.endswith("values of `heads` are not kept in the store: a date has no digest")
+    assert (results["heads"].measures[0].patched == 9).all()
+    file.write_text(text + "# another\n", encoding="utf-8")
+    assert again(file, allow_python=True).notes == results.notes
 
 
 # --- stores ---------------------------------------------------------------------------------------

@@ -103,7 +103,9 @@ def test_execution(name: str, file: Path) -> None:
     assert key(file) != key(file, RunOptions(execution=other))
 
 
-@pytest.mark.parametrize("name", sorted(LEFT_OUT[RunOptions].keys() - {"execution", "settings"}))
+@pytest.mark.parametrize(
+    "name", sorted(LEFT_OUT[RunOptions].keys() - {"ends", "execution", "settings"})
+)
 def test_what_is_left_out(name: str, file: Path) -> None:
     """`device` goes in as what it means."""
     values: dict[str, Any] = {
@@ -114,6 +116,13 @@ def test_what_is_left_out(name: str, file: Path) -> None:
         "fresh": True,
     }
     assert key(file) == key(file, replace(RunOptions(), **{name: values[name]}))
+
+
+def test_what_ends_a_run(file: Path) -> None:
+    """It goes in as whether experiments run one by one; which one ends it doesn't: then the run
+    isn't whole, and isn't kept under its key."""
+    one, other = (RunOptions(ends=end) for end in (lambda *_: True, lambda *_: False))
+    assert key(file, one) == key(file, other) != key(file)
 
 
 def test_the_device(file: Path) -> None:
@@ -220,12 +229,9 @@ def test_blocks_beside(file: Path) -> None:
 @pytest.mark.parametrize(
     "package", ["mechdsl", "torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors"]
 )
-def test_versions(package: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mechdsl.results import versions
-
+def test_versions(package: str, file: Path, of_version: Callable[[str, str], None]) -> None:
     before = key(file)
-    real = versions.version
-    monkeypatch.setattr(versions, "version", lambda name: "9" if name == package else real(name))
+    of_version(package, "9")
     assert key(file) != before
 
 
@@ -317,6 +323,7 @@ def test_own_entries_are_not_from_outside() -> None:
     import mechdsl.vocab.metrics
 
     assert mechdsl.rules.RULES
+    assert mechdsl.vocab.metrics.METRICS
     assert not {name for name in registry.OUTSIDE if name.partition(".")[0] == "mechdsl"}
 
 

@@ -132,7 +132,8 @@ def drawn(what, call):
 text = sys.stdin.read()
 functions = ("check", "plan_of", "graph_of", "explain", "run")
 found = {name: drawn(name, lambda: getattr(mechdsl, name)(text)) for name in functions}
-assert set(functions) == {n for n in mechdsl.__all__ if n.islower()}, mechdsl.__all__
+others = {"diff", "runs"}
+assert {*functions, *others} == {n for n in mechdsl.__all__ if n.islower()}, mechdsl.__all__
 drawn("a page", lambda: mechdsl.explain("E0301"))
 for each in (found["run"], found["run"]["heads"]):
     for show in ("to_text", "records", "to_csv", "__repr__", "_repr_html_"):
@@ -140,6 +141,19 @@ for each in (found["run"], found["run"]["heads"]):
 drawn("to_json", found["run"].to_json)
 drawn("plot", lambda: found["run"]["heads"].plot("heatmap"))
 drawn("check", lambda: str(mechdsl.check(text)))
+
+open("file.mech", "w", encoding="utf-8").write(text)
+for known in range(2):  # computed, and from the store
+    drawn("a stored run", lambda: mechdsl.run("file.mech", store="store"))
+kept = drawn("runs", lambda: mechdsl.runs("store"))
+assert [run.state for run in kept] == ["finished"], kept
+drawn("__repr__", kept.__repr__)
+drawn("results of a run", lambda: kept[0].results.to_text())
+drawn("export", lambda: kept[0].export("folder"))
+found = drawn("diff", lambda: mechdsl.diff("folder/file", kept[0]))
+for show in ("to_text", "to_json", "__repr__"):
+    drawn(show, getattr(found, show))
+drawn("remove", kept[0].remove)
 """
 
 

@@ -1,0 +1,446 @@
+"""Each field of what a value is made of goes into its key, or it is said why it needn't.
+
+A field that changes a number and isn't in the key gives a stale value for a new question, and no
+other test looks at fields that aren't there yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mechdsl.base.source import Source, Span
+from mechdsl.plan.columns import Hits, Ragged
+from mechdsl.plan.make_plan import make_plan
+from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.rule_rows import PathPlan, RulePlan
+from mechdsl.plan.value_keys import (
+    Contents,
+    ExperimentKeys,
+    measure_digest,
+    measure_rows,
+    mixed,
+)
+from mechdsl.program.python_files import PythonFunction
+from mechdsl.prompts.prompt_table import Noise, PositionCell, PromptTable, Run, RunRow
+from mechdsl.resolve.resolved import (
+    Amounts,
+    Apart,
+    Atom,
+    EdgeTargets,
+    Intervention,
+    PathTargets,
+    PositionTargets,
+    ResolvedExperiment,
+    ResolvedMeasure,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.rules.ablate import FILLS
+from mechdsl.syntax import ast
+
+from . import support
+from .test_value_keys import APART, NOISED, one
+
+NOWHERE = Span(Source("", Path("a.mech")), 0, 0)
+FUNCTION = PythonFunction(Path("own.py"), "own.py", "read", "0" * 64, 1, NOWHERE)
+EXPERIMENTS = {
+    "patch": one("patch resid_post layer 0..1 at each item token", ends="from other into clean"),
+    "grid": one("patch z layer 0..1 head 1 at subject token, cue token into layer 2"),
+    "noised": one("patch resid_post layer 1 at subject token", ends="from clean into noised"),
+    "mean": one("ablate z layer 1 head 1 at subject token, cue token with mean by cue2"),
+    "apart": one("ablate z layer 1 head 1 at subject token with mean of apart"),
+    "number": one("set z layer 1 head 1 at subject token to 0.5"),
+    "loop": one("for k in 1..2 { set z layer 1 head 1 at subject token to k }"),
+    "edges": one("block attention layer 1 head 1 from last token to subject token, cue token"),
+    "paths": one("path z layer 0 head 1..2 -> q layer 1..2 head 1 at last token"),
+    "text": one('replace subject tokens with "w7"', ends=""),
+    "item": one(
+        "patch resid_post layer 1 at each item token", 'measure prob("w{item.index}") as raw'
+    ),
+    "kl": one("patch resid_post layer 1 at subject token", "measure kl(other) as raw"),
+    "cosine": one(
+        "patch resid_post layer 1 at subject token",
+        "measure cosine(L2.resid, other) at subject token as raw",
+    ),
+}  # fmt: skip
+
+
+@cache
+def resolved(name: str) -> ResolvedExperiment:
+    model = support.adopted("gpt2")
+    folder = Path(mkdtemp())
+    support.write_rows(folder)
+    checked = support.check_file(APART + EXPERIMENTS[name], folder, model, NOISED)
+    (found,) = checked.experiments
+    return found
+
+
+@cache
+def prepared(name: str) -> ResolvedExperiment:
+    """With what a field needs to count beside its own experiment."""
+    match name:
+        case "apart of two runs":
+            found = resolved("apart")
+            (rule,) = found.rules
+            assert rule.apart is not None
+            runs = dict(rule.apart.table.runs)
+            table = replace(rule.apart.table, runs={**runs, "changed": other_row(runs["clean"])})
+            return replace(found, rules=(replace(rule, apart=replace(rule.apart, table=table)),))
+        case "noised in sds":
+            found = changed(resolved("noised"), Noise, "sds", lambda sds: 3.0)
+            return changed(found, Noise, "sd_tokens", lambda tokens: (5, 6))
+        case "python":
+            found = changed(resolved("patch"), Atom, "python", lambda python: FUNCTION)
+            return changed(found, Atom, "rows", lambda rows: ({"count": 1},) * 4)
+        case _:
+            return resolved(name)
+
+
+def changed(
+    experiment: ResolvedExperiment, kind: type, field: str, change: Change
+) -> ResolvedExperiment:
+    """The same with another value in a field of its first rule, measure or row."""
+
+    def other(record: Any) -> Any:
+        assert type(record) is kind
+        return replace(record, **{field: change(getattr(record, field))})
+
+    rule, measure, table = experiment.rules[0], experiment.measures[0], experiment.table
+    base = table.runs[experiment.spec.base]
+    if kind in IN_RULE:
+        part = IN_RULE[kind]
+        rule = replace(rule, **{part: other(getattr(rule, part))})
+    elif kind is ResolvedRule:
+        rule = other(rule)
+    elif kind is ResolvedMeasure:
+        measure = other(measure)
+    elif kind is Atom:
+        measure = replace(measure, atoms=(other(measure.atoms[0]), *measure.atoms[1:]))
+    elif kind is Run:
+        base = other(base)
+    elif kind is Noise:
+        base = replace(base, noise=other(base.noise))
+    else:
+        base = replace(base, rows=(other(base.rows[0]), *base.rows[1:]))
+    return replace(
+        experiment,
+        rules=(rule, *experiment.rules[1:]),
+        measures=(measure, *experiment.measures[1:]),
+        table=replace(table, runs={**table.runs, experiment.spec.base: base}),
+    )
+
+
+IN_RULE = {
+    SiteTargets: "sites",
+    PositionTargets: "positions",
+    Amounts: "amounts",
+    EdgeTargets: "edge",
+    PathTargets: "path",
+    Apart: "apart",
+}
+
+
+def planned(experiment: ResolvedExperiment) -> ExperimentPlan:
+    (panel,) = make_plan([experiment]).panels
+    return panel.experiments[0]
+
+
+def keys(plan: ExperimentPlan) -> dict[tuple[int, ...], tuple[bytes, int]]:
+    """(cell, prompt, alternative, measure) → the key of its value."""
+    table = plan.experiment.table
+    contents = Contents({"m": b"m", "n": b"n"}, "m", 0)
+    kept = np.arange(len(table))
+    donors = np.roll(kept, 1)
+    found = ExperimentKeys(plan, table, contents, kept, donors)
+    rows = plan.rows(kept)
+    assert len(rows)
+    every: dict[tuple[int, ...], tuple[bytes, int]] = {}
+    for number, cells in enumerate(found.cells):
+        each = zip(rows.cell.tolist(), rows.prompt.tolist(), rows.alternative.tolist(),
+                   found.rows(number, rows).tolist(), strict=True)  # fmt: skip
+        for cell, prompt, run, row in each:
+            code = int(found.code_of_cell[cell])
+            every[cell, prompt, run, number] = cells[code], row
+    return every
+
+
+def unpatched_keys(plan: ExperimentPlan) -> list[tuple[bytes, list[int]]]:
+    """[measure] (what it is, [prompt] the keys of its rows) of the base run."""
+    table = plan.experiment.table
+    contents = Contents({"m": b"m", "n": b"n"}, "m", 0)
+    base = table.runs[plan.experiment.spec.base]
+    every: list[tuple[bytes, list[int]]] = []
+    for measure in plan.experiment.measures:
+        rows = measure_rows(measure, base, plan.items[-1], table, contents)
+        every.append((measure_digest(measure), mixed(rows, contents.of(base, table)).tolist()))
+    return every
+
+
+Change = Callable[[Any], Any]
+"""What stands in a field → something else."""
+
+
+def one_more(values: dict[Any, Any], change: Change) -> dict[Any, Any]:
+    """A mapping of which the last value is another."""
+    last = list(values)[-1]
+    return {**values, last: change(values[last])}
+
+
+def moved(cell: PositionCell) -> PositionCell:
+    """Every token is the next one."""
+    hits = tuple(tuple(tuple(t + 1 for t in run) for run in row) for row in cell.hits)
+    return replace(cell, hits=hits)
+
+
+def moved_hits(hits: Hits) -> Hits:
+    return replace(hits, tokens=replace(hits.tokens, values=hits.tokens.values + 1))
+
+
+def turned(values: Any) -> Any:
+    return values[::-1]
+
+
+def next_head(points: tuple[SitePoint, ...]) -> tuple[SitePoint, ...]:
+    return tuple(replace(p, unit=(p.unit or 0) + 1) for p in points)
+
+
+def next_layer(points: tuple[SitePoint, ...]) -> tuple[SitePoint, ...]:
+    return tuple(replace(p, layer=(p.layer or 0) + 1) for p in points)
+
+
+def text(node: ast.Expr, of: str) -> ast.Expr:
+    return ast.Name(id=of, span=node.span)
+
+
+def other_row(run: Run) -> Run:
+    return replace(run, rows=(replace(run.rows[0], ids=(*run.rows[0].ids[:-1], 9)), *run.rows[1:]))
+
+
+def other_table(table: PromptTable) -> PromptTable:
+    return replace(table, runs={name: other_row(run) for name, run in table.runs.items()})
+
+
+def longer(lists: Ragged) -> Ragged:
+    """The first list has its first number twice."""
+    return Ragged(
+        np.concatenate([lists.offsets[:1], lists.offsets[1:] + 1]),
+        np.concatenate([lists.values[:1], lists.values]),
+    )
+
+
+KEYED: dict[type, dict[str, tuple[str, Change]]] = {
+    ResolvedRule: {
+        "does": ("patch", lambda does: FILLS["resample"]),
+        "run": ("patch", lambda run: "longer"),
+        "sites": ("patch", lambda sites: replace(sites, points=one_more(sites.points, next_layer))),
+        "positions": ("patch", lambda at: replace(at, written=one_more(at.written, moved))),
+        "inputs": ("text", lambda inputs: one_more(inputs, other_row)),
+        "groups": ("mean", turned),
+        "amounts": ("number", lambda amounts: replace(amounts, values={(): 0.25})),
+        "apart": ("apart", lambda apart: replace(apart, table=other_table(apart.table))),
+        "python": ("number", lambda python: FUNCTION),
+        "edge": ("edges", lambda edge: replace(edge, change="uniform")),
+        "path": ("paths", lambda path: replace(path, through_mlps=True)),
+    },
+    SiteTargets: {
+        "points": ("grid", lambda points: one_more(points, next_head)),
+        "sources": ("grid", lambda points: one_more(points, next_head)),
+    },
+    PositionTargets: {
+        "written": ("patch", lambda cells: one_more(cells, moved)),
+        "read": ("patch", lambda cells: one_more(cells, moved)),
+    },
+    Amounts: {"values": ("loop", lambda values: one_more(values, lambda value: value + 1))},
+    EdgeTargets: {
+        "change": ("edges", lambda change: "uniform"),
+        "keys": ("edges", lambda at: replace(at, written=one_more(at.written, moved))),
+    },
+    PathTargets: {
+        "receivers": ("paths", lambda at: replace(at, points=one_more(at.points, next_head))),
+        "through_mlps": ("paths", lambda through: not through),
+    },
+    Apart: {
+        "table": ("apart", other_table),
+        "run": ("apart of two runs", lambda run: "changed"),
+    },
+    ResolvedMeasure: {
+        "expression": ("patch", lambda node: text(node, "loss")),
+        "atoms": ("patch", lambda atoms: atoms[:1]),
+        "kind": ("patch", lambda kind: "category"),
+        "at": ("patch", lambda at: {"clean": (1, 1, 1, 1)}),
+    },
+    Atom: {
+        "node": ("patch", lambda node: text(node, "loss")),
+        "name": ("patch", lambda name: "prob"),
+        "form": ("patch", lambda form: replace(form, takes="nothing")),
+        "texts": ("item", lambda texts: one_more(texts, lambda rows: ((9,),) * 4)),
+        "of_class": ("patch", lambda of: not of),
+        "numerals": ("patch", lambda numerals: ((5, 1), (6, 2))),
+        "run": ("kl", lambda run: "turned"),
+        "point": ("cosine", lambda point: replace(point, layer=1)),
+        "python": ("python", lambda python: replace(python, digest="1" * 64)),
+        "rows": ("python", lambda rows: ({"count": 9}, *rows[1:])),
+    },
+    Noise: {
+        "site": ("noised", lambda site: "resid_mid"),
+        "positions": ("noised", lambda at: ((1,), *at[1:])),
+        "std": ("noised", lambda std: std * 2),
+        "sds": ("noised", lambda sds: 3.0),
+        "sd_tokens": ("noised in sds", lambda tokens: (*tokens, 7)),
+        "samples": ("noised", lambda samples: samples + 1),
+        "kind": ("noised", lambda kind: "uniform"),
+        "row_keys": ("noised", lambda keys: (1, 2, 3, 4)),
+    },
+    Run: {
+        "rows": ("patch", lambda rows: other_row(Run("", rows)).rows),
+        "noise": ("noised", lambda noise: None),
+        "model": ("patch", lambda model: "n"),
+    },
+    RunRow: {
+        "ids": ("patch", lambda ids: (*ids[:-1], 9)),
+        "special": ("patch", turned),
+    },
+    RulePlan: {
+        "rule": ("patch", lambda rule: replace(rule, does=FILLS["resample"])),
+        "site_of_cell": ("grid", turned),
+        "position_of_cell": ("grid", turned),
+        "points": ("grid", longer),
+        "point_table": ("grid", next_head),
+        "source_table": ("grid", next_head),
+        "written": ("patch", moved_hits),
+        "read": ("patch", moved_hits),
+        "averaged": ("mean", moved_hits),
+        "amounts": ("number", lambda amounts: amounts + 1),
+        "keys": ("edges", moved_hits),
+        "key_of_cell": ("edges", turned),
+        "paths": ("paths", lambda paths: replace(paths, table=next_head(paths.table))),
+    },
+    PathPlan: {
+        "table": ("paths", next_head),
+        "points": ("paths", longer),
+        "pair_of_cell": ("paths", turned),
+    },
+}  # fmt: skip
+"""By field, an experiment in which it counts, and another value of it."""
+
+SHOWN = "only shown"
+PLACED = "which cell has what: the cell's own is in its key"
+NOT_KEYED: dict[type, dict[str, str]] = {
+    ResolvedRule: {
+        "spec": "as written; what it means is in the other fields. An intervention that makes "
+        "numbers of it names what it takes in its `key`, which goes in",
+    },
+    SiteTargets: {"axes": PLACED, "labels": SHOWN},
+    PositionTargets: {"axes": PLACED, "left_out": SHOWN},
+    Amounts: {"axes": PLACED},
+    EdgeTargets: {},
+    PathTargets: {},
+    Apart: {},
+    ResolvedMeasure: {
+        "label": SHOWN,
+        "text": SHOWN,
+        "unit": "only shown, and asked for by what is worked out of values",
+        "truth": "values are held against it when they are there",
+    },
+    Atom: {},
+    Noise: {},
+    Run: {
+        "name": "what rules and measures call it; what it holds goes in",
+        "prompts": "the block that its rows are of; they go in as they are",
+    },
+    RunRow: {
+        "text": "tokens are what the model sees",
+        "offsets": "positions are found with them, and go in",
+        "spans": "positions are found with them, and go in",
+        "values": "what a function is given of them is in `Atom.rows`, by which a mean is grouped "
+        "in `ResolvedRule.groups`",
+        "texts": "those that a metric names are in `Atom.texts`",
+    },
+    RulePlan: {
+        "positions": "`written` is made of them",
+        "sources": "`read` and `averaged` are made of them",
+        "behind": "the tokens in `written`, `read` and `keys` say it",
+    },
+    PathPlan: {"through_mlps": "`PathTargets.through_mlps` goes in"},
+}
+"""By field, why no number hangs on it beside what is in the key."""
+
+
+@pytest.mark.parametrize("kind", KEYED, ids=lambda kind: kind.__name__)
+def test_every_field_is_thought_of(kind: type) -> None:
+    """A new field goes into the key, or it is said why it doesn't."""
+    own = {each.name for each in fields(kind)}
+    assert own == KEYED[kind].keys() | NOT_KEYED[kind].keys()
+    assert not KEYED[kind].keys() & NOT_KEYED[kind].keys()
+
+
+class Scaled(Intervention):
+    """One of somebody's own, that makes its numbers of more than a rule's fields."""
+
+    name = "scaled"
+    reads = "mean"
+    by = 1
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        return rule.run, self.by
+
+
+@pytest.mark.parametrize("reads", ["run", "donor", "mean"])
+def test_the_key_of_an_intervention(reads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it names as its own, whether or not it hangs on other rows too."""
+    monkeypatch.setattr(Scaled, "reads", reads)
+    plan = planned(changed(resolved("patch"), ResolvedRule, "does", lambda does: Scaled()))
+    before = keys(plan)
+    monkeypatch.setattr(Scaled, "by", 2)
+    after = keys(plan)
+    assert before.keys() == after.keys()
+    assert all(before[place] != after[place] for place in before)
+
+
+FIELDS = [(kind, field) for kind, every in KEYED.items() for field in every]
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), FIELDS, ids=lambda part: getattr(part, "__name__", part)
+)
+def test_another_value_has_another_key(kind: type, field: str) -> None:
+    name, change = KEYED[kind][field]
+    experiment = prepared(name)
+    plan = planned(experiment)
+    before = keys(plan)
+    assert keys(planned(experiment)) == before
+    if kind is RulePlan or kind is PathPlan:
+        first = plan.rules[0]
+        own: Any = first if kind is RulePlan else first.paths
+        own = replace(own, **{field: change(getattr(own, field))})
+        rule = own if kind is RulePlan else replace(first, paths=own)
+        after = keys(replace(plan, rules=(rule, *plan.rules[1:])))
+    else:
+        other = planned(changed(experiment, kind, field, change))
+        after = keys(other)
+        if kind in (Atom, ResolvedMeasure, Noise, Run, RunRow):
+            assert unpatched_keys(plan) != unpatched_keys(other)
+    both = before.keys() & after.keys()
+    assert both
+    assert any(before[place] != after[place] for place in both)
+
+
+def test_rows_that_differ_in_their_group_alone(tmp_path: Path) -> None:
+    """A mean by groups writes another vector into each."""
+    row, *others = support.ROWS[::2]
+    support.write_rows(tmp_path, [row, {**row, "cue2": "w22"}, *others])
+    model = support.adopted("gpt2")
+    text = EXPERIMENTS["mean"]
+    for by, apart in ((" by cue2", True), ("", False)):
+        checked = support.check_file(text.replace(" by cue2", by), tmp_path, model, support.PROMPTS)
+        found = keys(planned(checked.experiments[0]))
+        kinds = {key for (cell, *_), key in found.items() if cell == 0}
+        assert len(kinds) == (3 if apart else 2)
