@@ -168,7 +168,7 @@ def run(
 
         source = _read(file)
         found = size_problems(limit, pass_tokens, prompt_tokens)
-        _refuse(dtype_problem(dtype), found, store_problem(store))
+        _refuse(dtype_problem(dtype), found, store_problem(store, fresh))
         profiles: list[tuple[Plan, Profile]] = []
         bar = Bar(source.name, shown=progress)
         named = Path(store) if isinstance(store, str) else store

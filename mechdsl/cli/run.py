@@ -56,7 +56,11 @@ if TYPE_CHECKING:
     metavar="FOLDER",
     help="Spread the model over devices, memory and this folder, with accelerate.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Keep every prompt's values here.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write results and every prompt's values into a folder in this one.",
+)
 @click.option(
     "--format",
     "form",

@@ -210,7 +210,7 @@ def remove(run: tuple[str, ...], store: Path | None) -> int:
     return FINE
 
 
-@runs.command()
+@runs.command(short_help="Remove what nothing refers to any more.")
 @store_option
 @click.option(
     "--limit",
@@ -237,7 +237,7 @@ def gc(store: Path | None, limit: int | None) -> int:
     return FINE
 
 
-@runs.command()
+@runs.command(short_help="Write a run into a folder, as `run --out` does.")
 @run_argument
 @click.argument("folder", type=click.Path(path_type=Path))
 @store_option

@@ -51,7 +51,10 @@ def size_problems(
     ]
 
 
-def store_problem(store: object) -> list[Diagnostic]:
+def store_problem(store: object, fresh: bool) -> list[Diagnostic]:
+    if store is False and fresh:
+        said = "`store=False` and `fresh=True` contradict each other"
+        return [BadCommandLine(reason=said, hint="without a store all is computed anew")]
     if store is None or store is False or isinstance(store, str | Path):
         return []
     hint = "name a folder; `False` is no store, and `None` the one beside the file"

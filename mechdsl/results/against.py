@@ -77,6 +77,10 @@ class Against:
         """What the command line prints of it, `width` columns wide."""
         return shown_by(AGAINST_AS_TEXT)(self, width)
 
+    def __repr__(self) -> str:
+        first = self.to_text(10_000).lstrip().split("\n", 1)[0]
+        return f"<Against {first.removeprefix('against ')}>"
+
 
 @dataclass(frozen=True)
 class Earlier:

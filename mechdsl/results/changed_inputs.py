@@ -59,16 +59,18 @@ def changed_inputs(
     new: Results,
     files: Sequence[tuple[FileResult, FileResult]],
     pairs: Sequence[tuple[str, ExperimentResult, ExperimentResult]],
-    options: tuple[Mapping[str, str], Mapping[str, str]],
+    options: tuple[Mapping[str, str] | None, Mapping[str, str] | None],
 ) -> Iterator[InputChange]:
     """Text, options, seed, pass sizes, what experiments read, versions.
 
     pairs: the name of an experiment, and its result in both runs. options: what both runs were
-    asked for beside the file (parameters, a limit), as far as it is known.
+    asked for beside the file (parameters, a limit); None where that isn't known.
     """
     for one, two in files:
         yield from _differing(_of_file(one), _of_file(two))
-    yield from _differing(*options)
+    one, two = options
+    if one is not None and two is not None:
+        yield from _differing(one, two)
     found: dict[tuple[str, str | None, str | None], list[str]] = {}
     for name, one, two in pairs:
         for change in _of_pair(one, two):

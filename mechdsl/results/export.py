@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +38,8 @@ FILES = (RESULT, ARRAYS, TEXT, DOCUMENT, TABLES)
 LINES = ".jsonl"
 SCHEMA = 2
 """Of the lines; raised when they mean something else."""
+AT_REST = 60.0
+"""Seconds after which a folder of a process that is no more is taken for left."""
 MOST_DOCUMENT = 500_000_000
 """Bytes of a document that is looked into for names of files."""
 
@@ -56,8 +62,8 @@ def export_content(content: Mapping[str, bytes], results: Results, folder: Path)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
-    aside = target.with_name(f".{target.name}-{os.getpid()}.new")
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that ended and had this number
+    aside = target.with_name(f".{target.name}-{os.getpid()}-{secrets.token_hex(4)}.new")
+    _tidy(target)
     aside.mkdir()
     try:
         for name in (RESULT, ARRAYS, TEXT):
@@ -140,6 +146,11 @@ def _take_place(made: Path, target: Path) -> None:
         before.replace(target)
         raise
     _sync(target.parent)
+    _empty(before, target, ours)
+
+
+def _empty(before: Path, target: Path, ours: set[str]) -> None:
+    """Remove a folder that has given way, when other files of it are in the new one."""
     for path in before.iterdir():
         if path.name not in ours and not (target / path.name).exists():
             path.replace(target / path.name)
@@ -147,6 +158,41 @@ def _take_place(made: Path, target: Path) -> None:
         (before / name).unlink(missing_ok=True)
     with suppress(OSError):  # what is left has the name of a file of ours
         before.rmdir()
+
+
+def _tidy(target: Path) -> None:
+    """End what processes that were killed between two renames have begun here."""
+    named = re.compile(rf"\.{re.escape(target.name)}-([0-9]+)-[0-9a-f]{{8}}\.(new|before)")
+    for path in sorted(target.parent.iterdir()):
+        found = named.fullmatch(path.name)
+        if found is None:
+            continue
+        with suppress(OSError):
+            if not _is_left(path, int(found[1])):
+                continue
+            if found[2] == "new":
+                shutil.rmtree(path)
+            elif target.exists():
+                _empty(path, target, _names_in(path))
+            else:
+                path.replace(target)
+
+
+def _is_left(folder: Path, process: int) -> bool:
+    """Whether the process that made a folder is no more, or had the number of this one. One of
+    another machine can't be asked, so the folder must have been at rest for a while too."""
+    if sys.platform == "win32":  # where asking would end it
+        return False
+    if process != os.getpid():
+        try:
+            os.kill(process, 0)
+            return False
+        except ProcessLookupError:
+            pass
+        except (OSError, OverflowError):
+            return False
+    facts = [path.stat() for path in (folder, *folder.iterdir())]
+    return time.time() - max(max(each.st_mtime, each.st_ctime) for each in facts) >= AT_REST
 
 
 def _names_in(folder: Path) -> set[str]:

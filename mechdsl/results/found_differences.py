@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ class Side:
     name: str
     note: str = ""
     """What is to be known of it: that its file has changed since."""
-    options: Mapping[str, str] = field(default_factory=dict[str, str])
-    """What it was asked for beside the file, as far as that is known."""
+    options: Mapping[str, str] | None = None
+    """What it was asked for beside the file; None where that isn't known, as of a folder."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class RunFacts:
         """`96 computed, 32 from the store`."""
         if self.computed is None or self.stored is None:
             return ""
-        return f"{plural(self.computed, 'row')} computed, {self.stored} from the store"
+        return f"{plural(self.computed, 'row')} computed, {self.stored:,} from the store"
 
     def as_json(self) -> dict[str, Any]:
         """For programs: times as ISO 8601, what isn't known as null."""

@@ -36,6 +36,8 @@ LIMIT = 10_000_000_000
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+_OURS = ("blobs", "locks", "new", ".gitignore", ".mechdsl-", NAME)
+"""What names in a store begin with; `write_whole` makes the last but one."""
 _ASIDE = ("", "-journal", "-wal", "-shm", ".suspect")
 _RUN = "SELECT number, id, key, began, ended, about, seal FROM runs"
 _KINDS = (int, str, str, float, MAYBE_TIME, str, MAYBE_BYTES)
@@ -81,6 +83,7 @@ class Store:
         """Make what is missing; whether the folder may be written to."""
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise StoreProblem("it is a file, not a folder")
+        self._check_own()
         try:
             make_folder(self.folder / "locks")
             make_folder(self._blobs.folder)
@@ -97,6 +100,15 @@ class Store:
         index = self.folder / NAME
         own = os.access in os.supports_effective_ids
         return not index.exists() or os.access(index, os.W_OK, effective_ids=own)
+
+    def _check_own(self) -> None:
+        """That a folder with other files isn't made a store of, which its `.gitignore` would hide
+        from git."""
+        if (self.folder / NAME).exists():
+            return
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            if not all(name.startswith(_OURS) for name in os.listdir(self.folder)):
+                raise StoreProblem("it is a folder with other files, and no store")
 
     def _open(self) -> Index:
         """The index; a damaged one is moved aside and started anew."""

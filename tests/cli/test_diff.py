@@ -102,6 +102,14 @@ def test_a_folder_of_out_is_a_run(kept: Kept, tmp_path: Path) -> None:
     assert "equal to the bit: 8" in done.out
 
 
+def test_options_that_are_not_known_are_not_said_to_differ(kept: Kept, tmp_path: Path) -> None:
+    """A folder doesn't have them: what they change stands in the results."""
+    kept.run(EXPECTING, "--limit", 8, "--out", tmp_path / "out")
+    done = kept.diff("last", tmp_path / "out" / "heads")
+    assert "none that is known" in done.out
+    assert "not there" not in done.out
+
+
 def test_results_in_memory_are_a_run(kept: Kept) -> None:
     id = kept.run(EXPECTING)
     results = mechdsl.run(kept.path, limit=8, store=False, progress=False)

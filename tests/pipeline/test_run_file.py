@@ -435,6 +435,11 @@ def test_what_is_no_folder(store: Any, here: Path) -> None:
         mechdsl.run(here, store=store)
 
 
+def test_no_store_can_not_be_fresh(here: Path) -> None:
+    with pytest.raises(MechdslError, match="`store=False` and `fresh=True` contradict each other"):
+        mechdsl.run(here, store=False, fresh=True)
+
+
 # --- models of Python's ---------------------------------------------------------------------------
 
 

@@ -60,6 +60,9 @@ def test_against_results_and_a_folder(inside: Path) -> None:
         assert worse.against.fails
     assert "\nagainst kept/text: 0 expectations hold as before, 2 regressions" in worse.to_text()
     assert worse.to_text().endswith(worse.against.to_text())
+    assert (
+        repr(worse.against) == "<Against kept/text: 0 expectations hold as before, 2 regressions>"
+    )
     assert worse.to_dict()["against"]["fails"]
     assert verdicts(junit(worse.to_junit()))["accuracy(clean) > 0.1"] == "failure"
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -184,6 +187,53 @@ def test_a_folder_of_somebody_else_is_not_emptied(plain: mechdsl.Results, tmp_pa
     export(plain, tmp_path, TEXTS["plain"])
     assert (tmp_path / "it" / "thesis.tex").read_text("utf-8") == "years"
     assert is_export(tmp_path / "it")
+
+
+def test_what_a_killed_process_has_left_is_tidied(
+    plain: mechdsl.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it wrote, between the two renames, and behind them."""
+    monkeypatch.setattr(module, "AT_REST", 0.0)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    out = tmp_path / "out"
+    made = export(plain, out, TEXTS["plain"])
+    (made / "notes.txt").write_text("mine", encoding="utf-8")
+    made.replace(out / f".it-{ended.pid}-0123abcd.before")  # the earlier run has no other name now
+    (out / f".it-{ended.pid}-0123abcd.new").mkdir()
+    (out / f".it-{ended.pid}-0123abcd.new" / "archive.json").write_text("{", encoding="utf-8")
+    export(plain, out, TEXTS["plain"])
+    assert os.listdir(out) == ["it"]
+    assert (made / "notes.txt").read_text("utf-8") == "mine"
+
+    before = out / f".it-{os.getpid()}-0123abcd.before"  # numbers come again
+    shutil.copytree(made, before, ignore=shutil.ignore_patterns("notes.txt"))
+    (before / "more.txt").write_text("mine too", encoding="utf-8")
+    export(plain, out, TEXTS["plain"])
+    assert os.listdir(out) == ["it"]
+    assert (made / "more.txt").read_text("utf-8") == "mine too"
+
+
+def test_what_may_be_in_use_is_not_tidied(
+    plain: mechdsl.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = {f".it-{ended.pid}-0123abcd.new"}  # of another machine, perhaps
+    (tmp_path / "out" / names.copy().pop()).mkdir(parents=True)
+    export(plain, tmp_path / "out", TEXTS["plain"])
+    assert {*os.listdir(tmp_path / "out")} == {*names, "it"}
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(module, "AT_REST", 0.0)
+    names = {
+        f".it-{os.getppid()}-0123abcd.new",
+        f".other-{ended.pid}-0123abcd.new",
+        f".it-{ended.pid}.before",
+    }
+    for name in names:
+        (tmp_path / "out" / name).mkdir(parents=True)
+    export(plain, tmp_path / "out", TEXTS["plain"])
+    assert {*os.listdir(tmp_path / "out")} == {*names, "it"}
 
 
 def test_a_file_in_its_place_stays(plain: mechdsl.Results, tmp_path: Path) -> None:

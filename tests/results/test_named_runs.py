@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,7 @@ def test_facts(results: Results, tmp_path: Path) -> None:
     assert (facts.file, facts.state, facts.seconds) == ("a.mech", "finished", 1.5)
     assert (facts.experiments, facts.held, facts.expectations) == (1, 0, 0)
     assert facts.rows == "5 rows computed, 3 from the store"
+    assert replace(facts, stored=5600).rows == "5 rows computed, 5,600 from the store"
     assert facts.settings == {"limit": "8"}
     assert facts.size == run.size > 0
 

@@ -349,6 +349,27 @@ def test_a_file_is_no_store(memory: Path) -> None:
         Store(memory / "Store" / "below")
 
 
+def test_a_folder_with_other_files_is_no_store(memory: Path) -> None:
+    """`--store ""` is the working folder."""
+    (memory / "thesis.tex").write_text("years")
+    with pytest.raises(StoreProblem, match="a folder with other files, and no store"):
+        Store(memory)
+    assert [path.name for path in memory.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "name", ["blobs", "locks", ".gitignore", ".mechdsl-12-34", f"{NAME}.broken-1"]
+)
+def test_a_store_that_was_begun_is_made_whole(memory: Path, name: str) -> None:
+    """Whichever name a process had come to when it was killed."""
+    folder = memory / "store"
+    folder.mkdir()
+    (folder / name).mkdir() if name in ("blobs", "locks") else (folder / name).touch()
+    written(folder)
+    (folder / "notes.txt").write_text("mine")  # beside an index others' files may lie
+    Store(folder).close()
+
+
 def test_a_store_that_is_copied_is_whole(memory: Path) -> None:
     """No paths of the place, no locks: also while a run is unfinished."""
     written(memory / "store")
