@@ -14,6 +14,7 @@ import pytest
 
 import mechdsl
 from mechdsl import MechdslError
+from mechdsl.loading import load
 from mechdsl.pipeline import compute
 from mechdsl.results.results import Results
 from mechdsl.store.store import Store
@@ -297,6 +298,29 @@ def test_a_file_that_changes_meanwhile(
     assert "not kept in the store: a file that it read has changed meanwhile" in note
     with Store(here.parent / ".mechdsl") as store:
         assert [run.state for run in store.runs()] == ["unfinished", "finished"]
+
+
+FROM_FOLDER = "_from_folder"
+"""What has the library read the files."""
+
+
+def test_weights_that_are_written_while_they_are_loaded(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was loaded is the old ones, and a hash is that of the new ones: values under it would be
+    wrong from then on."""
+    real: Callable[..., Any] = getattr(load, FROM_FOLDER)
+
+    def meanwhile(*arguments: Any, **named: Any) -> Any:
+        done = real(*arguments, **named)
+        other_weights(here)
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(load, FROM_FOLDER, meanwhile)
+        with pytest.raises(MechdslError, match="changed while they were read"):
+            again(here, limit=8)
+    assert seen(again(here, limit=8)) == seen(again(here, limit=8, store=False))
 
 
 # --- stores ---------------------------------------------------------------------------------------
