@@ -3,7 +3,8 @@
 Two kinds of knowing. What was there before the run began (`earlier`) is left out of the plan's
 passes. What this run has computed itself, in an attempt that was cut short (`own`), is not: its
 passes are laid out again as they were, and those that are whole are read instead of run. So what
-comes out is equal bit for bit.
+comes out is equal bit for bit. What a pass gave is found by the pass, not by its rows: rows of one
+content in several passes differ in their last bits.
 """
 
 from __future__ import annotations
@@ -96,14 +97,12 @@ class PatchedValues:
     """The patched values of one experiment."""
 
     def __init__(self, run: OpenRun, keys: ExperimentKeys) -> None:
+        self._run = run
         self._keys = keys
-        self._earlier = [self._known(run.earlier(cells), cells) for cells in keys.cells]
-        self._own = [self._known(run.own(cells), cells) for cells in keys.cells]
-
-    def _known(
-        self, found: Mapping[bytes, tuple[Numbers, Floats]], cells: Sequence[bytes]
-    ) -> _Known:
-        return _Known.of(found, {cell: code for code, cell in enumerate(cells)})
+        self._earlier = [
+            _Known.of(run.earlier(cells), {cell: code for code, cell in enumerate(cells)})
+            for cells in keys.cells
+        ]
 
     @property
     def any_earlier(self) -> bool:
@@ -112,19 +111,22 @@ class PatchedValues:
 
     @property
     def any_own(self) -> bool:
-        """Whether this run has computed anything in an attempt that was cut short."""
-        return any(len(known.keys) for known in self._own)
+        """Whether this run may have computed anything in an attempt that was cut short."""
+        return self._run.resumed
 
     def earlier(self, rows: Rows) -> tuple[Bools, list[Floats]]:
         """([row] whether all measures were known before the run, per measure [row])."""
         return self._find(self._earlier, rows)
 
     def own(self, rows: Rows) -> list[Floats] | None:
-        """Per measure [row], where this run has computed all of them already."""
-        if not all(len(known.keys) for known in self._own):
+        """Per measure [row], where this run has computed all these rows of a pass already."""
+        every = range(len(self._keys.cells))
+        parts = [self._part(number, rows, *self._of(number, rows)) for number in every]
+        found = self._run.own(parts)
+        whole = [found[each][1] for each in parts if each in found]
+        if len(whole) < len(parts) or any(len(each) < len(rows) for each in whole):
             return None
-        there, values = self._find(self._own, rows)
-        return values if there.all() else None
+        return [values[:, 0] for values in whole]
 
     def _find(self, known: Sequence[_Known], rows: Rows) -> tuple[Bools, list[Floats]]:
         every, found = np.ones(len(rows), dtype=np.bool_), list[Floats]()
@@ -135,22 +137,35 @@ class PatchedValues:
         return every, found
 
     def _row_keys(self, number: int, rows: Rows) -> Numbers:
-        codes = self._keys.code_of_cell[rows.cell]
-        return _within(codes, self._keys.rows(number, rows))
+        return _within(*self._of(number, rows))
+
+    def _of(self, number: int, rows: Rows) -> tuple[Ints, Numbers]:
+        """([row] the code of its cell, [row] its key) of a measure."""
+        return self._keys.code_of_cell[rows.cell], self._keys.rows(number, rows)
+
+    def _part(self, number: int, rows: Rows, codes: Ints, keys: Numbers) -> bytes:
+        """The key of what a pass gives of a measure, row by row: which rows these are, in which
+        order, and what they contain."""
+        cells = [self._keys.cells[number][code] for code in np.unique(codes).tolist()]
+        key = self._keys.plan.experiment.key
+        places = (rows.cell, rows.prompt, rows.alternative)
+        return digest("pass", key, number, places, b"".join(cells), keys)
 
     def parts(self, member: Member, found: Found) -> Iterable[Part]:
-        """(cell, rows, values) of a pass, as far as there are values that can be used."""
+        """(cell, rows, values) of a pass, as far as there are values that can be used; and the same
+        by the pass, whose rows are counted."""
         for number, values in enumerate(found.values):
             good = _usable(found, number)
             if not good.any():
                 continue
-            rows = member.rows.take(np.flatnonzero(good))
-            codes, keys = self._keys.code_of_cell[rows.cell], self._keys.rows(number, rows)
+            codes, keys = self._of(number, member.rows)
+            own, values = self._part(number, member.rows, codes, keys), values[good, None]
+            yield own, np.flatnonzero(good).astype(np.uint64), values
+            codes, keys = codes[good], keys[good]
             order = np.argsort(codes, kind="stable")
             cuts = np.flatnonzero(np.diff(codes[order])) + 1
-            for own in np.split(order, cuts):
-                cell = self._keys.cells[number][int(codes[own[0]])]
-                yield cell, keys[own], values[good][own][:, None]
+            for each in np.split(order, cuts):
+                yield self._keys.cells[number][int(codes[each[0]])], keys[each], values[each]
 
 
 def _usable(found: Found, number: int) -> Bools:
@@ -228,8 +243,12 @@ class KeptValues:
             cell, keys = self._unpatched_keys(measure, run, item, relative)
             if keys is None:
                 there, found = np.zeros_like(every), np.full((len(prompts), 2), np.nan)
+            elif own:
+                rows = np.arange(len(prompts), dtype=np.uint64)
+                batch = _batch(cell, prompts, keys)
+                there, found = self._known(batch, own=True).find(_within(0, rows))
             else:
-                there, found = self._known(cell, own=own).find(_within(0, keys[prompts]))
+                there, found = self._known(cell, own=False).find(_within(0, keys[prompts]))
             every &= there
             values.append(found[:, 0])
             rounding.append(found[:, -1])
@@ -253,6 +272,8 @@ class KeptValues:
             if len(good) and keys is not None:
                 both = np.stack([found.values[number], found.rounding[number]], axis=1)
                 self._waiting.append((cell, keys[prompts[good]], both[good]))
+                batch = _batch(cell, prompts, keys)
+                self._waiting.append((batch, good.astype(np.uint64), both[good]))
 
     def flush(self) -> None:
         """Keep what was measured of unpatched runs; it is on the disk when this returns."""
@@ -276,6 +297,11 @@ class KeptValues:
             else:
                 self._keys[key] = cell, mixed(contents.of(own, self._table), rows)
         return self._keys[key]
+
+
+def _batch(cell: bytes, prompts: Ints, keys: Numbers) -> bytes:
+    """The key of what an unpatched run gives on a batch, prompt by prompt."""
+    return digest("batch", cell, prompts, keys[prompts])
 
 
 def _distinct(parts: Sequence[tuple[Numbers, Floats]]) -> tuple[Numbers, Floats]:

@@ -37,7 +37,7 @@ from mechdsl.hooks.hook_points import at_hand
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.peft_models import outside_of_modules, unwrapped
 from mechdsl.loading.prove import take_apart, text_of
-from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, weights_hash
+from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, stamps, weights_hash
 from mechdsl.models.locate import locate, needed, weight_files, zoo_models
 from mechdsl.models.shape import ModelShape, read_config, read_shape, shape_from_config, shape_of
 from mechdsl.program import spec
@@ -75,6 +75,7 @@ def load(
         hub = model.kind == "hf"
         advice = f"`hf download {model.path}` fetches them" if hub else "copy them there"
         return None, [NoWeights(span=model.span, model=model.name, advice=advice)]
+    before = stamps(model, folder)
     shape, found = read_shape(folder, model=model.name, span=model.span)
     if shape is None:
         return None, found
@@ -111,7 +112,20 @@ def load(
     )
     if loaded is not None:
         loaded = replace(loaded, identity=identity_of_folder(model, folder, hashed))
+    if stamps(model, folder) != before:
+        return None, [changed_meanwhile(model)]
     return loaded, [*unused, *found]
+
+
+def changed_meanwhile(model: spec.Model) -> Diagnostic:
+    """E0411: what was loaded may be neither what the files held nor what they hold, and a hash of
+    them would say nothing of it."""
+    return LoadFailed(
+        span=model.span,
+        model=model.name,
+        reason="its files changed while they were read",
+        hint="run it again when they are written",
+    )
 
 
 def adopt(

@@ -25,11 +25,11 @@ from mechdsl.diagnostics.e04_adapters import AdapterDoesNotFit, NoPeft
 from mechdsl.diagnostics.e04_model import LoadFailed, NoWeights
 from mechdsl.hooks.loaded import BASE, LoadedModel
 from mechdsl.loading.identity import identity_of_loaded
-from mechdsl.loading.load import import_library, quiet
+from mechdsl.loading.load import changed_meanwhile, import_library, quiet
 from mechdsl.loading.peft_models import has_adapters
 from mechdsl.loading.prove import take_apart, text_of
 from mechdsl.models.adapter_folder import Scaling, read_scaling
-from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, weights_hash
+from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, stamps, weights_hash
 from mechdsl.models.locate import ADAPTER, ADAPTER_WEIGHTS, locate, needed, weight_files
 from mechdsl.program import spec
 from mechdsl.prompts.tokenizer import TextTokenizer, has_tokenizer
@@ -58,6 +58,7 @@ def load_adapter(
     folder, found = locate(model, model.span.source.folder)
     if folder is None:
         return None, needed(found)
+    before = stamps(model, folder)
     scaling, found = read_scaling(folder, model)
     if scaling is None:
         return None, found
@@ -106,6 +107,8 @@ def load_adapter(
     if loaded is not None:
         identity = identity_of_folder(model, folder, hashed, base=identity_of_loaded(base))
         loaded = replace(loaded, identity=identity)
+    if stamps(model, folder) != before:
+        return None, [changed_meanwhile(model)]
     return loaded, found
 
 

@@ -67,6 +67,25 @@ def identity_of_folder(
     return digest_of(parts)
 
 
+def stamps(statement: spec.Model, folder: Path) -> dict[str, tuple[int, ...] | None]:
+    """Sizes, times and inodes of the files that the identity is of: where they are the same before
+    and after, the files were not written in between."""
+    adapter = statement.base is not None
+    names = [path.name for path in weight_files(folder, adapter=adapter)]
+    names += [*_CONFIGS, *TOKENIZER]
+    for file, name in () if adapter else named_weights(folder):
+        names += [file, name]
+    return {name: _stamp(folder / name) for name in names}
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
 def _contents(folder: Path, *, adapter: bool) -> Iterator[tuple[str, str]]:
     """The configs, and the indices that say which weights lie in which file."""
     named = [ADAPTER] if adapter else [*_CONFIGS, *(file for file, _ in named_weights(folder))]

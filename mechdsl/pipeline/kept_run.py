@@ -30,9 +30,11 @@ def kept_run(
         code = _code(checked)
     except CodeUnknown:
         return KeptRun(run, {})
+    merged = any(model.base is not None for model in checked.program.models.values())
+    packages = (*PACKAGES, "peft") if merged else PACKAGES
     common = digest(
         NUMERIC_VERSION,
-        [version_of(package) for package in PACKAGES],
+        [version_of(package) for package in packages],
         numeric_settings(),
         sorted(options.without),
         options.execution.side,

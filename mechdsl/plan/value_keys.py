@@ -219,6 +219,7 @@ class ExperimentKeys:
         self._rules = [self._rule(rule, donors) for rule in plan.rules]
         self._starts = [contents.of(run, table) for run in plan.starting_runs]
         self._whole = self._all_rows()
+        self._items = np.array([-1 if item is None else item for item in plan.items])
         self._measured: dict[tuple[int, int, Env], Numbers] = {}
         for measure in plan.experiment.measures:
             for atom in measure.atoms:
@@ -248,7 +249,7 @@ class ExperimentKeys:
         """[row] what the measure is given."""
         measure = self.plan.experiment.measures[number]
         by_item = any(atom.by_item for atom in measure.atoms)
-        items = np.array([-1 if i is None or not by_item else i for i in self.plan.items])
+        items = self._items if by_item else np.full_like(self._items, -1)
         found = np.zeros(len(rows), dtype=np.uint64)
         kinds = np.stack([starting, items[rows.cell]])
         for index, item in np.unique(kinds, axis=1).T.tolist():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,6 +168,53 @@ def check_cut(
 def test_random_files(case: tuple[str, str, frozenset[str]], tmp_path_factory: Any) -> None:
     family, text, _ = case
     check_case(family, text, tmp_path_factory.mktemp("case"), cut=len(text) % 7)
+
+
+TWICE = f"""experiment e {{
+  model m
+  prompts p
+  from other into clean
+  patch resid_post layer 0..2 at subject token
+  {support.DIFFERENCE}
+  measure kl(clean) as raw
+  {support.STATS}
+}}
+"""
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("experiments", [1, 2])
+def test_rows_of_one_content_in_several_passes(
+    family: str, experiments: int, tmp_path: Path
+) -> None:
+    """They differ in their last bits, by what else is in a pass; each keeps its own."""
+    kept_ones = TWICE.replace("experiment e", "experiment f").replace(
+        "  from", "  keep prob(answer) > 0\n  from"
+    )
+    text = TWICE + kept_ones * (experiments - 1)
+    rows = [support.ROWS[number] for number in (0, 1, 2, 3, 2, 0, 1, 1, 3, 0, 2)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    how = Options(pass_tokens=130, prompt_tokens=60)
+    plain, alone = run(text, tmp_path, family, options=how)
+    left: list[int] = []
+    stop = 0
+    while True:
+        folder = tmp_path / str(stop)
+        with pytest.MonkeyPatch.context() as patch, opened(folder) as kept:
+            stops_after(patch, stop)
+            try:
+                found, _ = run(text, tmp_path, family, kept=kept, options=how)
+                break
+            except Stopped:
+                pass
+        with opened(folder) as kept:
+            assert kept.resumed
+            found, done = run(text, tmp_path, family, kept=kept, options=how)
+        same_bits(plain, found)
+        left.append(done.passes)
+        stop += 1
+    same_bits(plain, found)
+    assert [passes for passes in left if passes < alone.passes] == [*range(1, alone.passes)][::-1]
 
 
 _SHARED: dict[str, Path] = {}

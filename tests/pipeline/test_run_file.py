@@ -15,6 +15,7 @@ import pytest
 
 import mechdsl
 from mechdsl import MechdslError
+from mechdsl.loading import load
 from mechdsl.pipeline import compute
 from mechdsl.results.results import Results
 from mechdsl.store.store import Store
@@ -316,6 +317,29 @@ def test_values_that_can_not_be_compared(tmp_path: Path) -> None:
     assert (results["heads"].measures[0].patched == 9).all()
     file.write_text(text + "# another\n", encoding="utf-8")
     assert again(file, allow_python=True).notes == results.notes
+
+
+FROM_FOLDER = "_from_folder"
+"""What has the library read the files."""
+
+
+def test_weights_that_are_written_while_they_are_loaded(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was loaded is the old ones, and a hash is that of the new ones: values under it would be
+    wrong from then on."""
+    real: Callable[..., Any] = getattr(load, FROM_FOLDER)
+
+    def meanwhile(*arguments: Any, **named: Any) -> Any:
+        done = real(*arguments, **named)
+        other_weights(here)
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(load, FROM_FOLDER, meanwhile)
+        with pytest.raises(MechdslError, match="changed while they were read"):
+            again(here, limit=8)
+    assert seen(again(here, limit=8)) == seen(again(here, limit=8, store=False))
 
 
 # --- stores ---------------------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""What values hang on beside the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from mechdsl.loading.file_models import load_models
+from mechdsl.models.identity import file_hash
+from mechdsl.pipeline import kept_run as module
+from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.store.runs import OpenRun
+from mechdsl.syntax.parse import read_source
+from mechdsl.validate.check_file import check_source
+
+from ..cli.conftest import HEADS
+
+
+def test_peft_counts_where_it_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "heads.mech"
+    file.write_text(HEADS, encoding="utf-8")
+    source, _ = read_source(file)
+    assert source is not None
+    checked = check_source(source)
+    loaded: dict[str, Any] = {}
+    load_models(checked, loaded, device="cpu", dtype=None, offload=None, hashed=file_hash)
+    ((name, model),) = checked.program.models.items()
+    tuned = model.model_copy(update={"name": "tuned", "base": name})
+    more = checked.program.model_copy(update={"models": {name: model, "tuned": tuned}})
+    run = cast("OpenRun", None)
+
+    def models() -> list[Mapping[str, bytes]]:
+        both = (checked, replace(checked, program=more))
+        return [module.kept_run(run, each, loaded, RunOptions()).models for each in both]
+
+    alone, merged = models()
+    real = module.version_of
+    monkeypatch.setattr(module, "version_of", lambda p: "9" if p == "peft" else real(p))
+    again, other = models()
+    assert alone[name] == again[name]
+    assert merged[name] != other[name]
