@@ -287,13 +287,13 @@ class _Run:
             full = isinstance(error, StoreProblem) or error.errno in _FULL
             if not run.id or not full:
                 raise
-            said = error.strerror if isinstance(error, OSError) else None
-            reason = f"the store `{self._options.store}` takes nothing more: {said or error}"
+            said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            reason = f"the store `{self._options.store}` takes nothing more: {said.lower()}"
             hint = (
                 "what is finished is kept: make room, and the same command goes on from there; "
                 "`--no-store` runs without a store"
             )
-            raise StoreStopped(BadCommandLine(reason=reason.lower(), hint=hint)) from error
+            raise StoreStopped(BadCommandLine(reason=reason, hint=hint)) from error
 
     def _packed(self, results: Results) -> Mapping[str, bytes] | None:
         try:

@@ -378,9 +378,9 @@ def test_a_full_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(compute, "run_checked", full)
     with pytest.raises(MechdslError) as found:
-        again(here, limit=8)
+        again(here, limit=8, store=here.parent / "Kept")
     (said,) = found.value.diagnostics
-    folder = here.parent / ".mechdsl"
+    folder = here.parent / "Kept"
     assert said.code == "E0208"
     assert said.message == f"the store `{folder}` takes nothing more: no space left on device"
     assert "the same command goes on from there" in said.help_text
