@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mechdsl.base.registry import OUTSIDE
+
 TEXT = """mech 1
 model toy = zoo("counting")
 prompts fruit {
@@ -204,6 +206,7 @@ def _child(
         sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", encoding="utf-8") for n in (1, 2))
         os.chdir(folder)
         os.environ.pop("MECHDSL_STORE", None)
+        OUTSIDE.clear()  # what other tests of this process have registered isn't in the file
         Steps(os.open(log, os.O_WRONLY | os.O_APPEND), kill_at).watch()
         if limits is not None:
             limits()
