@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mechdsl.base.byte_sizes import bytes_of
 from mechdsl.base.files import write_whole
 from mechdsl.store.blobs import CONTENT, Blobs
 from mechdsl.store.disk import make_folder, sync_folder
@@ -33,8 +33,6 @@ from mechdsl.store.sweep import Swept, remove_old_indexes, remove_unnamed, sweep
 
 LIMIT = 10_000_000_000
 """Bytes that a store may grow to, where `MECHDSL_STORE_LIMIT` says nothing."""
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 _OURS = ("blobs", "locks", "new", ".gitignore", ".mechdsl-", NAME)
 """What names in a store begin with; `write_whole` makes the last but one."""
@@ -48,13 +46,13 @@ def size_limit() -> int:
     given = os.environ.get("MECHDSL_STORE_LIMIT", "").strip()
     if not given:
         return LIMIT
-    found = _SIZE.fullmatch(given)
+    found = bytes_of(given)
     if found is None:
         raise StoreProblem(
             f"the environment variable MECHDSL_STORE_LIMIT is `{given}`, which isn't a size "
             "such as `20GB` or `500MB`"
         )
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return found
 
 
 class Store:
