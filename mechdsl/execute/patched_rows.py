@@ -24,7 +24,7 @@ from mechdsl.execute.unpatched_batch import (
     spot_positions,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
-from mechdsl.execute.writes import build_edges, build_writes, pass_ends, unless_set
+from mechdsl.execute.writes import build_edges, build_writes, pass_ends
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -337,14 +337,13 @@ class Patcher:
             )
         batch = lanes.batch.take(torch.from_numpy(lane))
         if rows.held is not None:
-            freezing = frozen(self.model, batch, rows.held, rows.writes, added)
-            rows = replace(rows, writes=[*freezing, *rows.writes])
+            added += frozen(self.model, batch, rows.held, rows.writes, added)
         all_logits = any(write.site == "logits" for write in rows.writes)
         slots, at = _by_row(final, len(rows), batch.lengths.cpu().numpy())
         result = run_whole(
             self.model,
             batch,
-            writes=[*rows.writes, *(unless_set(write, rows.writes) for write in added)],
+            writes=[*added, *rows.writes],
             reads=list(reads),
             logits_at=None if all_logits else torch.from_numpy(at).to(self.model.device),
             tokens=tokens,
