@@ -1,16 +1,17 @@
-"""What rules write beside the source run: means, and donors of resamplings."""
+"""What rules write beside the source run: means, donors of resamplings, directions."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.directions import FittedDirections
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
@@ -45,6 +46,7 @@ class MeansAndDonors:
     act on tokens behind the prompts."""
     donors: Ints | None
     """[prompt] the prompt whose activation replaces it, for `resample`."""
+    directions: FittedDirections = field(default_factory=FittedDirections)
 
     def of(self, text: TextBehind | None) -> Mapping[int, Means]:
         """By number of the rule, the means in passes with this text behind the prompts."""

@@ -149,7 +149,6 @@ def build_writes(
     draws: Ints,
     lanes_of: LanesOf,
     means_and_donors: MeansAndDonors,
-    directions: FittedDirections,
     shape: ModelShape,
     text: TextBehind | None = None,
 ) -> list[SiteWrite]:
@@ -189,7 +188,6 @@ def build_writes(
                 lanes_of,
                 means_and_donors.of(text),
                 means_and_donors,
-                directions,
                 shape,
             )
             values = rule.rule.does.values(rule.rule, asked)
@@ -261,7 +259,6 @@ class _Vectors:
     lanes_of: LanesOf
     means: Mapping[int, Means]
     means_and_donors: MeansAndDonors
-    directions: FittedDirections
     shape: ModelShape
 
     @property
@@ -278,7 +275,7 @@ class _Vectors:
         return 1 if SITES[self.place[0]].width == "key" else width(self.shape, *self.place)
 
     def direction(self) -> Tensor:
-        return self.directions.of(self.plan, self.rows.cell[self.row])
+        return self.means_and_donors.directions.of(self.plan, self.rows.cell[self.row])
 
     def read(self) -> Tensor:
         return self._mean() if self.plan.rule.does.reads == "mean" else self._activation()

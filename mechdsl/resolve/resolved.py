@@ -13,6 +13,7 @@ from mechdsl.program import spec
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run
 from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.resolve.direction_types import fits_of
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import Form
 from mechdsl.vocab.sites import EdgeChange
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from mechdsl.resolve.direction_types import DirectionTargets
 
 Label = int | float | str
 
@@ -151,6 +154,10 @@ class Vectors(Protocol):
         """Of a vector at this site; 1 for vectors over keys, which are widened."""
         ...
 
+    def direction(self) -> Tensor:
+        """[K, width] float64: the rule's direction in the cell that each is written for."""
+        ...
+
     def read(self) -> Tensor:
         """[K, width]: what the intervention's `reads` names, at the places that the rule reads."""
         ...
@@ -181,6 +188,10 @@ class Intervention:
     reads: ClassVar[Literal["run", "donor", "mean"] | None] = None
     """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
     seeded permutation), or its mean over all prompts; None where nothing is read."""
+    mode: ClassVar[Literal["set", "add", "scale", "along"]] = "set"
+    """How what `values` gives meets what is there when the pass comes by: it replaces it, is added
+    to it, or, [K, 1], multiplies it; along directions of length 1, only the component along these
+    is set, to the rule's number, or to 0 without one."""
     copies: ClassVar[bool] = False
     """What is written is what is read in the rule's run, as it is: then rows whose source and base
     agree there are equal to the base run and aren't run."""
@@ -241,6 +252,8 @@ class ResolvedRule(Record):
     """Per row, the group whose mean fills it (`mean by template`)."""
     amounts: Amounts | None = None
     """The number that it writes, or works with."""
+    direction: DirectionTargets | None = None
+    """What it steers along."""
     apart: Apart | None = None
     """`mean of BLOCK`: what is averaged; `positions.read` are in its rows then."""
     python: PythonFunction | None = None
@@ -251,7 +264,7 @@ class ResolvedRule(Record):
     @property
     def axes(self) -> frozenset[str]:
         """Names of the axes that something of it depends on."""
-        parts = [self.sites, self.positions, self.amounts]
+        parts = [self.sites, self.positions, self.amounts, self.direction]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
         return frozenset(name for part in parts if part is not None for name in part.axes)
@@ -364,7 +377,16 @@ class ResolvedExperiment(Record):
     @property
     def models(self) -> tuple[str, ...]:
         """The model that it runs on, and others that it reads."""
-        others = (run.model for run in self.spec.elsewhere if run.model is not None)
+        others = [run.model for run in self.spec.elsewhere if run.model is not None]
+        members = (
+            member
+            for rule in self.rules
+            if rule.direction is not None
+            for member in rule.direction.members.values()
+        )
+        fits = (fit for member in members for fit in fits_of(member.vector))
+        read = (sample.run.model for fit in fits for sample in fit.samples)
+        others += [model for model in read if model is not None]
         return tuple(dict.fromkeys((self.model.name, *others)))
 
     @property

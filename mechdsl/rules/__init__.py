@@ -5,7 +5,7 @@ the intervention that all later stages ask. Imports resolve and below; no torch.
 """
 
 # In the order in which what they don't go together with is reported.
-from mechdsl.rules import copies, ablate, assign, replace, path, attention  # noqa: I001
+from mechdsl.rules import copies, ablate, assign, steer, replace, path, attention  # noqa: I001
 from mechdsl.rules.kind import RULES, SiteRule, rule_kind
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "path",
     "replace",
     "rule_kind",
+    "steer",
 ]
