@@ -22,6 +22,7 @@ from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.plan.restart import WHOLE_PASS, Shortcuts
 from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import PromptTable, Run
+from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import DRAW, Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES

@@ -167,7 +167,9 @@ def rows_named(node: ast.Node, blocks: Mapping[str, spec.Prompts]) -> Rows | Non
         case ast.Attribute(name=name, attribute=word) if name in blocks:
             return _part(Rows(name), word, blocks[name])
         case ast.OfRef(name=run, of=of) if of.name in blocks:
-            rows = Rows(of.name) if of.part is None else _part(Rows(of.name), of.part, blocks[of.name])
+            rows = (
+                Rows(of.name) if of.part is None else _part(Rows(of.name), of.part, blocks[of.name])
+            )
             return Rows(rows.block, rows.part, run) if rows.run == "clean" else None
         case _:
             return None
@@ -328,9 +330,7 @@ def without_circles(
     return found
 
 
-def split_factor(
-    node: ast.Expr, directions: Container[str]
-) -> tuple[ast.Expr | None, ast.Expr]:
+def split_factor(node: ast.Expr, directions: Container[str]) -> tuple[ast.Expr | None, ast.Expr]:
     """`4.0 * refusal` as its number (None where it has none) and its direction."""
     one = ast.Number(1, span=node.span)
     match node:

@@ -282,9 +282,7 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
             pass
 
 
-def _directions(
-    files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace
-) -> None:
+def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
     """Directions last: they name blocks, models and one another, in any order."""
     found: list[ast.DirectionDef] = []
     for file, imported in files:

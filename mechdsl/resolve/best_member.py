@@ -20,9 +20,7 @@ class _Refused(Exception):
         self.hint = hint
 
 
-def best_coordinates(
-    node: ast.Index, picked: ast.Ranked, family: Family, work: Work
-) -> Key | None:
+def best_coordinates(node: ast.Index, picked: ast.Ranked, family: Family, work: Work) -> Key | None:
     """The member whose cell has the largest mean, signed, of the experiment's first measure; the
     first member before that has run. None after E0620, and where the experiment was refused."""
     finding = work.sites.onward.found.get(picked.of)
@@ -42,9 +40,7 @@ def best_coordinates(
     return best[1]
 
 
-def _of_part(
-    part: VariantFinding, family: Family, picked: ast.Ranked
-) -> tuple[float, Key]:
+def _of_part(part: VariantFinding, family: Family, picked: ast.Ranked) -> tuple[float, Key]:
     """(mean, member) of the best cell."""
     experiment = part.experiment
     axes = _axes(experiment, family, picked)
@@ -111,5 +107,3 @@ def _say(
         picks[text] = f"known when `{finding.name}` has run; the first member stands in"
         return
     picks[text] = f"{family.members[key].name} ({value:.3g}); by mean {finding.measure}, signed"
-
-

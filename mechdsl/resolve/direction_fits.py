@@ -61,9 +61,7 @@ def fit_family(call: ast.Call, definition: spec.Direction, work: Work) -> Family
         made += f", at {sites.labels[site_key]}, {label}"
         members[key] = Member(member_name(definition.name, swept, key), fitted, made)
     some = next(iter(points.values()))
-    return Family(
-        definition.name, tuple(swept), members, _width(some, work), (definition.name,)
-    )
+    return Family(definition.name, tuple(swept), members, _width(some, work), (definition.name,))
 
 
 def _points(

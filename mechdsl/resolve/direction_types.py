@@ -76,9 +76,7 @@ class RandomLike(Record):
     seed: int
 
 
-Vector: TypeAlias = (
-    Fitted | Unembedded | SavedVector | WeightedSum | UnitVector | RandomLike
-)
+Vector: TypeAlias = Fitted | Unembedded | SavedVector | WeightedSum | UnitVector | RandomLike
 
 
 @record

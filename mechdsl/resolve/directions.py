@@ -46,7 +46,9 @@ def direction_targets(
 def _fits(node: ast.Expr, family: Family, sites: SiteTargets, work: Work) -> None:
     """The direction has as many numbers as the vectors that it goes into."""
     shape = work.model.shape
-    for point in {(p.site, p.layer): p for points in sites.points.values() for p in points}.values():
+    for point in {
+        (p.site, p.layer): p for points in sites.points.values() for p in points
+    }.values():
         if SITES[point.site].width in ("key", "one"):
             raise CannotMake(
                 node, f"`{point.site}` has no vectors with directions",
@@ -60,9 +62,7 @@ def _fits(node: ast.Expr, family: Family, sites: SiteTargets, work: Work) -> Non
             )  # fmt: skip
 
 
-def _laid_out(
-    node: ast.Expr, family: Family, swept: Sequence[str], work: Work
-) -> DirectionTargets:
+def _laid_out(node: ast.Expr, family: Family, swept: Sequence[str], work: Work) -> DirectionTargets:
     names: list[str] = []
     columns: list[list[int]] = []
     for axis in family.axes:

@@ -77,8 +77,7 @@ def combined(
     text = " ".join(node.span.written.split())
     for key in keys_of(list(axes.values())):
         own = [
-            part.members[tuple(key[names.index(axis.name)] for axis in part.axes)]
-            for part in parts
+            part.members[tuple(key[names.index(axis.name)] for axis in part.axes)] for part in parts
         ]
         made = "; ".join(dict.fromkeys(each.made for each in own))
         name = member_name(text, list(axes.values()), key)

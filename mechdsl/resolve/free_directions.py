@@ -19,9 +19,7 @@ def free_family(call: ast.Call, definition: spec.Direction, work: Work) -> Famil
     words = " − ".join(f'"{text}"' for text in texts)
     vector = Unembedded(tokens[0], tokens[1] if len(tokens) > 1 else None)
     member = Member(definition.name, vector, f"unembedding of {words}")
-    return Family(
-        definition.name, (), {(): member}, work.model.shape.d_model, (definition.name,)
-    )
+    return Family(definition.name, (), {(): member}, work.model.shape.d_model, (definition.name,))
 
 
 def _token(call: ast.Call, text: str, work: Work) -> int:

@@ -7,14 +7,21 @@ sites below, have left.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.diagnostics.e03_rules import BadAmount
 from mechdsl.program import spec
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.directions import direction_targets
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import Convention, Intervention, ResolvedRule, SiteTargets, Vectors
+from mechdsl.resolve.resolved import (
+    Amounts,
+    Convention,
+    Intervention,
+    ResolvedRule,
+    SiteTargets,
+    Vectors,
+)
 from mechdsl.resolve.targets import rule_targets
 from mechdsl.rules.kind import RuleKind, places, rule_kind
 from mechdsl.rules.weights import weight_sites
@@ -45,11 +52,16 @@ class Steering(Intervention):
 class DirectionRule(RuleKind, Steering):
     """A rule with a direction."""
 
+    amount: ClassVar[float] = 0.0
+    """Its number, where none is written."""
+
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         base = work.experiment.base
         sites, positions = places(rule, base, work)
-        amounts = None if rule.fill is None else resolve_amounts(rule.fill, work)
-        if sites is None or positions is None or (amounts is None and rule.fill is not None):
+        amounts: Amounts | None = Amounts((), {(): self.amount})
+        if rule.fill is not None:
+            amounts = resolve_amounts(rule.fill, work)
+        if sites is None or positions is None or amounts is None:
             return None
         direction = direction_targets(rule, sites, positions, work)
         if direction is None:
@@ -65,10 +77,9 @@ class DirectionRule(RuleKind, Steering):
         )
 
 
-def times(rule: ResolvedRule, vectors: Vectors) -> Tensor:
+def times(vectors: Vectors) -> Tensor:
     """[K, width]: the direction as it is, times the rule's number."""
-    direction = vectors.direction()
-    return direction if rule.amounts is None else direction * vectors.amounts[:, None]
+    return vectors.direction() * vectors.amounts[:, None]
 
 
 def unit(vectors: Vectors) -> Tensor:
@@ -82,24 +93,26 @@ class AddRule(DirectionRule):
     """`add NUMBER * DIRECTION to SITE at POSITIONS` (Turner et al. 2023, arXiv 2308.10248)."""
 
     mode = "add"
+    amount = 1.0
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
         return amounts == 0
 
     def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
-        return times(rule, vectors)
+        return times(vectors)
 
 
 class SetToDirection(DirectionRule):
     """`set SITE at POSITIONS to NUMBER * DIRECTION`."""
 
     name = "direction"
+    amount = 1.0
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from ()
 
     def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
-        return times(rule, vectors)
+        return times(vectors)
 
 
 SET_TO_DIRECTION = SetToDirection()
@@ -233,9 +246,7 @@ def _wide(rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
                 span=rule.fill.span,
                 text=rule.fill.span.written,
                 reason=f"`{wide[0]}` has vectors, and one number doesn't say which",
-                hint=f"clamp a neuron, or the component along a direction: `clamp d of {wide[0]} …`",
+                hint=f"clamp a neuron, or a component: `clamp DIRECTION of {wide[0]} …`",
             )
         )
     return bool(wide)
-
-

@@ -231,9 +231,7 @@ class Contexts:
             self._tables[key] = table
         return self._tables[key]
 
-    def read_by(
-        self, rows: Rows, experiment: spec.Experiment, model: ModelContext
-    ) -> PromptTable:
+    def read_by(self, rows: Rows, experiment: spec.Experiment, model: ModelContext) -> PromptTable:
         """The rows that a direction is fitted on: all of a block or a part, or those of the
         experiment; for the model that runs them."""
         if rows.model is not None:

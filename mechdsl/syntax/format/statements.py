@@ -216,7 +216,7 @@ def _rule(node: Any) -> str | None:
             return f"scale {site(node.site)} at {positions(node.at)} by {factor}"
         case ast.ProjectOut():
             place = "weights"
-            if node.site is not None:
+            if node.site is not None and node.at is not None:
                 place = f"{site(node.site)} at {positions(node.at)}"
             return f"project out {within(node.direction, SUM)} from {place}"
         case ast.Clamp():

@@ -1,0 +1,302 @@
+"""Directions, and the rules that change what is there, against forward passes written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.resolve.cell_key import Coord
+
+from ..reference.forward import Changes, Write
+from .models import FAMILIES
+from .support import (
+    MANY,
+    QUICK,
+    agree,
+    experiment,
+    plain,
+    product,
+    records,
+    rows,
+    run_file,
+    tokens,
+    unpatched,
+    worked_out,
+)
+
+LAYERS = range(3)
+HERE = ("gpt2", "llama", "gpt_neox", "gemma2")
+DIRECTION = "direction d = mean_difference(p.other, second) at resid_post layer 1 at last token\n"
+
+
+@cache
+def mean(name: str, run: str, site: str, layer: int | None, at: str, unit: int = 0) -> Tensor:
+    """[width]: over the rows of a run, tokens of a row averaged first."""
+    found = [plain(name, text)[site, layer][tokens(text, at), unit].mean(0) for text in rows(run)]
+    return torch.stack(found).mean(0)
+
+
+def difference_of_means(name: str, site: str = "resid_post", layer: int = 1) -> Tensor:
+    at = "last token"
+    return mean(name, "other", site, layer, at) - mean(name, "second", site, layer, at)
+
+
+def unit(vector: Tensor) -> Tensor:
+    return vector / vector.norm()
+
+
+def without(direction: Tensor) -> Callable[[Tensor], Tensor]:
+    u = unit(direction)
+    return lambda here: here - (here @ u)[:, None] * u
+
+
+def plus(vector: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda here: here + vector
+
+
+def writes(site: str, layers: Sequence[int], at: str, change: Callable[[Tensor], Tensor]):
+    """Per prompt, the change at each of these layers and tokens."""
+
+    def of(n: int) -> list[Write]:
+        text = rows()[n]
+        return [
+            Write(site, layer, change, position)
+            for layer in layers
+            for position in tokens(text, at)
+        ]
+
+    return of
+
+
+@dataclass(frozen=True)
+class Case:
+    rule: str
+    axes: tuple[str, ...]
+    cells: Sequence[tuple[Coord, ...]]
+    changes: Callable[..., Sequence[Write]]
+    """Of the model's name, a prompt's number, and the cell's coordinates."""
+    large: float = 0.1
+
+
+def one_place(site: str, at: str, change: Callable[[str], Callable[[Tensor], Tensor]]):
+    """A sweep over layers."""
+    return lambda name, n, layer: writes(site, [layer], at, change(name))(n)
+
+
+EACH: list[tuple[Coord, ...]] = [(layer,) for layer in LAYERS]
+D = difference_of_means
+CASES: dict[str, Case] = {
+    "add": Case(
+        "add 1.5 * d to resid_post layer * at last token",
+        ("layer",),
+        EACH,
+        one_place("resid_post", "last token", lambda name: plus(1.5 * D(name))),
+    ),
+    "add in doses": Case(
+        "for c in [-1, 0, 0.5, 2] { add c * d to resid_pre layer 1 at subject tokens }",
+        ("c",),
+        [(-1,), (0,), (0.5,), (2,)],
+        lambda name, n, c: writes("resid_pre", [1], "subject tokens", plus(c * D(name)))(n),
+    ),
+    "minus": Case(
+        "add -d to attn_out layer * at cue token",
+        ("layer",),
+        EACH,
+        one_place("attn_out", "cue token", lambda name: plus(-D(name))),
+    ),
+    "divided": Case(
+        "add 3 * d / 2 to mlp_out layer * at cue token",
+        ("layer",),
+        EACH,
+        one_place("mlp_out", "cue token", lambda name: plus(1.5 * D(name))),
+    ),
+    "joined layers": Case(
+        "add 0.7 * d to resid_post layers * at tokens *",
+        (),
+        [()],
+        lambda name, n: writes("resid_post", LAYERS, "tokens *", plus(0.7 * D(name)))(n),
+    ),
+    "a token that is named twice": Case(
+        "add d to resid_pre layer * at {cue token, cue token, last token}",
+        ("layer",),
+        EACH,
+        one_place("resid_pre", "{cue token, last token}", lambda name: plus(D(name))),
+    ),
+    "set": Case(
+        "set resid_post layer * at cue token to 2 * d",
+        ("layer",),
+        EACH,
+        one_place(
+            "resid_post", "cue token", lambda name: lambda here: (2 * D(name)).expand_as(here)
+        ),
+    ),
+    "scale": Case(
+        "scale resid_post layer * at subject tokens by -0.5",
+        ("layer",),
+        EACH,
+        one_place("resid_post", "subject tokens", lambda name: lambda here: here * -0.5),
+    ),
+    "scale several": Case(
+        "for k in [-1, 0, 3] { scale attn_out layers 0..1 at tokens * by k }",
+        ("k",),
+        [(-1,), (0,), (3,)],
+        lambda name, n, k: writes("attn_out", [0, 1], "tokens *", lambda here: here * k)(n),
+    ),
+    "project out": Case(
+        "project out d from resid_post layer * at tokens *",
+        ("layer",),
+        EACH,
+        one_place("resid_post", "tokens *", lambda name: without(D(name))),
+    ),
+    "project out of all layers": Case(
+        "project out d from resid_pre layers * at tokens *",
+        (),
+        [()],
+        lambda name, n: writes("resid_pre", LAYERS, "tokens *", without(D(name)))(n),
+    ),
+    "clamp a component": Case(
+        "clamp d of resid_post layer * at last token to 5",
+        ("layer",),
+        EACH,
+        one_place(
+            "resid_post",
+            "last token",
+            lambda name: lambda here: without(D(name))(here) + 5 * unit(D(name)),
+        ),
+    ),
+    "clamp neurons": Case(
+        "clamp mlp_hidden layer * neurons 3..9 at cue token to 2",
+        ("layer",),
+        EACH,
+        lambda name, n, layer: [
+            Write("mlp_hidden", layer, torch.tensor([2.0]), tokens(rows()[n], "cue token")[0], u)
+            for u in range(3, 10)
+        ],
+    ),
+    "in order": Case(
+        "add d to resid_post layer 1 at last token  scale resid_post layer 1 at last token by 2  "
+        "project out d from resid_post layers 0..1 at tokens *",
+        (),
+        [()],
+        lambda name, n: [
+            *writes("resid_post", [0], "tokens *", without(D(name)))(n),
+            *writes(
+                "resid_post",
+                [1],
+                "last token",
+                lambda here: without(D(name))(2 * (here + D(name))),
+            )(n),
+            *writes("resid_post", [1], "tokens *", without(D(name)))(n),
+        ],
+    ),
+    "in the other order": Case(
+        "scale resid_post layer 1 at last token by 2  add d to resid_post layer 1 at last token",
+        (),
+        [()],
+        lambda name, n: writes(
+            "resid_post", [1], "last token", lambda here: 2 * here + D(name)
+        )(n),
+    ),
+    "set behind": Case(
+        "add d to resid_post layer 1 at last token  set resid_post layer 1 at last token to 0.3  "
+        "add d to resid_post layer 1 at last token",
+        (),
+        [()],
+        lambda name, n: writes(
+            "resid_post", [1], "last token", lambda here: D(name) + 0.3 + 0 * here
+        )(n),
+    ),
+    "heads": Case(
+        "scale z layer * head * at last token by 3",
+        ("layer", "head"),
+        product(LAYERS, range(4)),
+        lambda name, n, layer, head: [
+            Write("z", layer, lambda here: 3 * here, rows()[n].last, head)
+        ],
+        0.02,
+    ),
+    "what heads add": Case(
+        "add d to head_out layer * heads 1..2 at last token  "
+        "for l in 0..2 { scale head_out layer l head 1 at last token by 2 }",
+        ("l", "layer"),
+        product(LAYERS, LAYERS),
+        lambda name, n, l, layer: [
+            *(
+                Write("head_out", layer, plus(D(name)), rows()[n].last, head)
+                for head in (1, 2)
+            ),
+            Write("head_out", l, lambda here: 2 * here, rows()[n].last, 1),
+        ],
+    ),
+    "the middle": Case(
+        "project out d from resid_mid layers * at tokens *  "
+        "scale resid_mid layer 1 at cue token by 2",
+        (),
+        [()],
+        lambda name, n: [
+            *writes("resid_mid", LAYERS, "tokens *", without(D(name)))(n),
+            *writes("resid_mid", [1], "cue token", lambda here: 2 * here)(n),
+        ],
+    ),
+    "behind rotary": Case(
+        "scale q_rot layer * head 1 at last token by 3  scale k_rot layer 0 heads * at cue token "
+        "by 0.5",
+        ("layer",),
+        EACH,
+        lambda name, n, layer: [
+            Write("q_rot", layer, lambda here: 3 * here, rows()[n].last, 1),
+            Write("k_rot", 0, lambda here: 0.5 * here, tokens(rows()[n], "cue token")[0]),
+        ],
+        0.02,
+    ),
+    "scores": Case(
+        "scale scores layer * heads * at last token by 2.5",
+        ("layer",),
+        EACH,
+        lambda name, n, layer: [
+            Write("scores", layer, lambda here: 2.5 * here, rows()[n].last)
+        ],
+        0.02,
+    ),
+    "embeddings": Case(
+        "scale embed at cue token by 2  add d to embed at cue token",
+        (),
+        [()],
+        lambda name, n: writes("embed", [None], "cue token", lambda h: 2 * h + D(name))(n),  # type: ignore[list-item]
+    ),
+    "the last norm": Case(
+        "project out d from final_norm at last token",
+        (),
+        [()],
+        lambda name, n: writes("final_norm", [None], "last token", without(D(name)))(n),  # type: ignore[list-item]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("family", HERE)
+def test_steering_is_what_hooks_do(family: str, mode: str, data: Path) -> None:
+    has_middle = family != "gpt_neox"
+    chosen = {k: c for k, c in CASES.items() if has_middle or k != "the middle"}
+    names = {key: f"e{number}" for number, key in enumerate(chosen)}
+    text = DIRECTION + "".join(
+        experiment(names[key], *case.rule.split("  ")) for key, case in chosen.items()
+    )
+    found = run_file(text, data, family, mode)
+    for key, case in chosen.items():
+
+        def changes(n: int, *cell: Coord, case: Case = case) -> list[Changes]:
+            return [(case.changes(family, n, *cell), ())]
+
+        expected = worked_out(family, case.cells, changes, rows(), records())
+        result = found[names[key]]
+        try:
+            agree(result, case.axes, expected, unpatched(family), large=case.large, most=False)
+        except AssertionError as error:
+            raise AssertionError(f"{key}: {error}") from error
