@@ -77,6 +77,9 @@ MEASURES = (
     "measure entropy as delta",
     "measure logit(answer) at subject token as delta",
     "measure cosine(L1.resid, clean) at subject token as raw",
+    "measure entropy at each item token as delta",
+    "measure loss at token * align right as delta",
+    "measure loss at each item token as raw",
 )
 
 

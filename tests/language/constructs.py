@@ -705,6 +705,29 @@ _experiment(
     "tests/execute/test_metrics.py",
 )
 _experiment(
+    "measure at each",
+    "measure entropy at each item token as raw",
+    "Read at each of several places, an axis `measured` (`item` for occurrences); all measures of "
+    "an experiment are read at the same ones. Rows that lack a place drop out of it. "
+    "`{item.index}` in a text is the number of the occurrence that is measured.",
+    "tests/execute/test_measured_places.py",
+)
+_experiment(
+    "loss at each",
+    "measure loss at token * align right as raw",
+    "The loss of the token that stands at a place, each run's own, read where it is predicted; the "
+    "first token of an input has none.",
+    "tests/execute/test_measured_places.py",
+)
+_experiment(
+    "loop in measure",
+    "for l in 0..2 { ablate mlp_out layer l at last token with zero "
+    "measure cosine(resid_post layer l, clean) at last token as raw }",
+    "Measures may name a loop's variable, in sites and positions (`at token l`): they are read in "
+    "the cells of that value. `cosine(resid_post layer *, clean)` is a sweep of its own.",
+    "tests/execute/test_measured_places.py",
+)
+_experiment(
     "stats",
     "stats bootstrap(2000) test flips confidence 90% correct bh by count",
     "Overrides resampling, where p comes from (`flips` of signs, or `bootstrap`, which asks for no "
