@@ -607,6 +607,23 @@ _onward(
     "tests/onward/test_sites.py",
 )
 _onward(
+    "heads of edges",
+    "reweight attention top 3 of cie from last token to first-item token by 1.5",
+    "The heads that `cie` ranks highest, joined, in place of layers and heads; so may a `group` "
+    "stand there. Sites of heads stand for their heads: `L1H0` (that is `z`) and `L1H0.q` are the "
+    "same one, `k` and `v` all heads that read them.",
+    OWN,
+    "tests/onward/test_heads.py",
+)
+_onward(
+    "receivers of heads",
+    "path layer 0 head * -> q of top 2 of cie at last token",
+    "Paths end where these heads read their queries, joined (`k`, `v`: those of their key-value "
+    "heads). Of a group: `-> q counters`.",
+    PATHS,
+    "tests/onward/test_heads.py",
+)
+_onward(
     "top n% of … tokens",
     "ablate embed at top 25% of places tokens with zero",
     "In every row the tokens that `places`, which sweeps tokens, ranks highest in this row; "
