@@ -737,6 +737,13 @@ _experiment(
     "tests/execute/test_measured_places.py",
 )
 _experiment(
+    "mean over",
+    "measure entropy at each item token as raw mean over item",
+    "Averaged over an axis, in each row over the cells that it is part of, before statistics: "
+    "intervals and p are of the means. All measures of an experiment are averaged alike.",
+    "tests/execute/test_averaged.py",
+)
+_experiment(
     "loop in measure",
     "for l in 0..2 { ablate mlp_out layer l at last token with zero "
     "measure cosine(resid_post layer l, clean) at last token as raw }",
