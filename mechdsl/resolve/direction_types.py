@@ -99,6 +99,13 @@ class DirectionTargets(Record):
     families: tuple[str, ...] = ()
     """Names of the definitions that it is made of."""
 
+    @property
+    def models(self) -> Iterator[str]:
+        """Other models than the experiment's that are read for it."""
+        for member in self.members.values():
+            for fit in fits_of(member.vector):
+                yield from (s.run.model for s in fit.samples if s.run.model is not None)
+
 
 def fits_of(vector: Vector) -> Iterator[Fitted]:
     """The fits that a vector is made of."""

@@ -198,7 +198,7 @@ def test_it_is_formatted_and_shown(stretch: None, tmp_path: Path) -> None:
 
 
 def test_without_a_kind_it_is_refused() -> None:
-    assert checked(TOY) == ["E0108"]
+    assert checked(TOY) == ["E0101"]
 
 
 def test_the_entry_is_short() -> None:

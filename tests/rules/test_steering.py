@@ -14,10 +14,8 @@ from torch import Tensor
 from mechdsl.resolve.cell_key import Coord
 
 from ..reference.forward import Changes, Write
-from .models import FAMILIES
 from .support import (
     MANY,
-    QUICK,
     agree,
     experiment,
     plain,
@@ -226,12 +224,12 @@ CASES: dict[str, Case] = {
         "for l in 0..2 { scale head_out layer l head 1 at last token by 2 }",
         ("l", "layer"),
         product(LAYERS, LAYERS),
-        lambda name, n, l, layer: [
+        lambda name, n, other, layer: [
             *(
                 Write("head_out", layer, plus(D(name)), rows()[n].last, head)
                 for head in (1, 2)
             ),
-            Write("head_out", l, lambda here: 2 * here, rows()[n].last, 1),
+            Write("head_out", other, lambda here: 2 * here, rows()[n].last, 1),
         ],
     ),
     "the middle": Case(
