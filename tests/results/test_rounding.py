@@ -198,7 +198,7 @@ def test_what_rounding_does_to_ranks_and_shares() -> None:
 def test_what_rounding_does_to_a_category() -> None:
     """Where the two best of the numerals are close, the other one may be found."""
     read = readout("argmax(1..9)", "argmax(3..3)", "expected(1..9)")
-    tokens = [token for token, _ in read.atoms[0][1].numerals]
+    tokens = read.atoms[0][1].sets[None].of(0)
 
     def found(best: float, second: float) -> list[float]:
         logits = torch.full((1, 120), -10.0, dtype=torch.float64)
