@@ -147,6 +147,8 @@ def measure_rows(
             found = mixed(found, _of_lists(Ragged.of(_texts(atom, item))))
         if atom.sets:
             found = mixed(found, _of_sets(atom.sets[item if atom.by_item else None]))
+        if atom.own:
+            found = mixed(found, np.array(atom.own[run.name]))
         if atom.run is not None:
             found = mixed(found, contents.of(table.runs[atom.run], table))
         if atom.python is not None:

@@ -36,6 +36,8 @@ class MeasureContext:
     """Whether the experiment observes attention."""
     metrics: Collection[str] = ()
     """Names of the metrics that the file defines."""
+    loop_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Of the `for` variables that measures name, in the cells in work."""
 
     @property
     def parameters(self) -> Mapping[str, Any]:

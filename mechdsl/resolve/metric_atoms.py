@@ -9,10 +9,10 @@ from mechdsl.base.names import name_list, run_called
 from mechdsl.base.plural import plural
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
+from mechdsl.diagnostics.e03_coordinates import AxisDoesNotFit
 from mechdsl.program.python_files import find_function, is_python
 from mechdsl.prompts.answer_sets import is_list
 from mechdsl.prompts.build_table import text_tokens
-from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.class_outputs import (
     class_argument,
     class_numbers,
@@ -29,7 +29,7 @@ from mechdsl.resolve.measure_context import (
 )
 from mechdsl.resolve.resolved import Atom, Env
 from mechdsl.resolve.sets_in_metrics import DIGITS, of_set
-from mechdsl.resolve.site_targets import resolve_point
+from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import METRICS, Form, Takes
 
@@ -61,7 +61,7 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     if wanted is not None:
         form = form_of_class(metric, shape)
     else:
-        form = _form(metric.forms, arguments, context.table)
+        form = _form(metric.forms, arguments, context)
     if form is None:
         refuse(
             context,
@@ -93,7 +93,7 @@ def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
 
 
 def _form(
-    forms: Mapping[Takes, Form], arguments: tuple[ast.Argument, ...], table: PromptTable
+    forms: Mapping[Takes, Form], arguments: tuple[ast.Argument, ...], context: MeasureContext
 ) -> Form | None:
     """The form that fits the number and kind of the arguments."""
     values = [a.value for a in arguments if a.name is None]
@@ -101,7 +101,8 @@ def _form(
         return None
     if not arguments:
         return (
-            forms.get("nothing")
+            (forms.get("own") if context.at is not None else None)
+            or forms.get("nothing")
             or forms.get("prompt")
             or forms.get("attention")
             or next((f for f in forms.values() if f.default is not None), None)
@@ -109,7 +110,7 @@ def _form(
     if len(values) == 2 and "activations" in forms:
         return forms["activations"]
     ranges = [isinstance(each, ast.Range) for each in values]
-    sets = [wide or is_list(table, each) for wide, each in zip(ranges, values, strict=True)]
+    sets = [wide or is_list(context.table, each) for wide, each in zip(ranges, values, strict=True)]
     if values and "numerals" in forms and all(ranges if "any" in forms else sets):
         return forms["numerals"]
     if not values:
@@ -123,7 +124,7 @@ def _form(
 
 def _misfit(forms: Mapping[Takes, Form], given: int) -> str:
     """Why no form of a metric fits, by how many arguments it is given."""
-    alone = {"nothing", "prompt", "attention"}
+    alone = {"nothing", "prompt", "own", "attention"}
     most = 2 if "activations" in forms else 0 if alone.issuperset(forms) else 1
     if not given:
         return "it has no argument"
@@ -142,6 +143,7 @@ _USAGE: Mapping[Takes, str] = {
     "label": "`{}(class answer)`",
     "nothing": "`{}`",
     "prompt": "`{}`",
+    "own": "`{}`, with `at`",
     "activations": "`{}(L3.resid, clean)`",
     "attention": "`{}`, beside a line `observe attention …`",
 }
@@ -268,9 +270,26 @@ def _of_activations(
             of=node.span,
         )
         return None
-    point = resolve_point(site, context.sites)
+    targets, axes = resolve_site(site, context.sites)
     run = _reference(arguments[1].value, context)
-    return None if point is None or run is None else Atom(node, name, form, run=run, point=point)
+    if targets is None or run is None:
+        return None
+    if any(len(points) != 1 for points in targets.points.values()):
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=site.span,
+                site=site.span.written,
+                reason="joins several sites",
+                hint="name one layer (and one head or neuron), or sweep: `layer *`",
+            )
+        )
+        return None
+    # Loops have one value here, that of the cells in work: only its own axes tell points apart.
+    own = [n for n, of in enumerate(targets.axes) if of not in context.sites.loops]
+    found = {tuple(key[n] for n in own): points[0] for key, points in targets.points.items()}
+    if not axes:
+        return Atom(node, name, form, run=run, point=found[()])
+    return Atom(node, name, form, run=run, points=found, axes=axes)
 
 
 def _of_python(node: ast.Call, context: MeasureContext) -> Atom | None:
@@ -333,6 +352,7 @@ _BUILDERS: Mapping[Takes, Builder] = {
     "reference": _of_run,
     "nothing": _plain,
     "prompt": _plain,
+    "own": _plain,
     "attention": _of_attention,
     "activations": _of_activations,
 }

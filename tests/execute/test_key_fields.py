@@ -71,6 +71,7 @@ EXPERIMENTS = {
         "patch resid_post layer 1 at subject token",
         "measure cosine(L2.resid, other) at subject token as raw",
     ),
+    "loss": one("patch resid_post layer 1 at subject token", "measure loss at cue token as raw"),
 }  # fmt: skip
 
 
@@ -296,6 +297,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "point": ("cosine", lambda point: replace(point, layer=1)),
         "python": ("python", lambda python: replace(python, digest="1" * 64)),
         "rows": ("python", lambda rows: ({"count": 9}, *rows[1:])),
+        "own": ("loss", lambda own: {run: (9,) * len(rows) for run, rows in own.items()}),
     },
     TokenSets: {
         "tokens": ("sets", lambda sets: ((*sets[0][:-1], 9), *sets[1:])),
@@ -362,8 +364,10 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "text": SHOWN,
         "unit": "only shown, and asked for by what is worked out of values",
         "truth": "values are held against it when they are there",
+        "absent": "rows that are left out of the results; their values are of another place",
+        "item": "the text that it stands in is in `Atom.texts`",
     },
-    Atom: {},
+    Atom: {"points": "`point` is the one that is read", "axes": PLACED},
     TokenSets: {},
     Noise: {},
     Run: {
