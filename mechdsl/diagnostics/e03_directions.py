@@ -9,7 +9,7 @@ class BadDirection(Diagnostic):
     """A direction that can't be made as it is written, or doesn't fit where it is used."""
 
     code = "E0341"
-    title = "`{text}` is no direction that can be used here: {reason}"
+    title = "no direction: {reason}"
     label = "{reason}"
     help = "{hint}"
     text: str

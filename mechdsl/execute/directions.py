@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 import numpy as np
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
@@ -15,6 +17,8 @@ from mechdsl.diagnostics.e03_directions import EmptyDirection
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_vectors import FoundVectors, prompt_batches, read_vectors, reader
 from mechdsl.fits.components import pca
+from mechdsl.fits.linear import ridge
+from mechdsl.fits.logistic import NotConverged, logistic
 from mechdsl.hooks.hook_points import at_hand, head_weights, through_heads
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import ExperimentPlan
@@ -35,8 +39,8 @@ from mechdsl.resolve.direction_types import (
 )
 from mechdsl.resolve.resolved import SitePoint
 
-NOTHING = 1e-12
-"""A length that is so small beside what was read is rounding."""
+ROUNDING = 4.0
+"""A difference of so many units of rounding, beside what it is a difference of, is none."""
 
 
 @dataclass(eq=False)
@@ -86,14 +90,21 @@ class DirectionFits:
         self._gather(list(fits.values()))
         problems: list[Diagnostic] = []
         for member in due:
-            vector = self._vector(member.vector)
-            length = float(vector.norm())
-            if not np.isfinite(length) or length <= NOTHING:
-                reason = "is 0 everywhere" if length <= NOTHING else "has NaN or infinity"
-                problems.append(_empty(plan, member, reason))
-            self._made[member.name] = vector
+            try:
+                with torch.no_grad():
+                    self._made[member.name] = self._vector(member.vector)
+            except (ValueError, NotConverged) as error:
+                problems.append(_empty(plan, member, f"can't be made: {error}"))
+                continue
+            if not self._made[member.name].isfinite().all():
+                problems.append(_empty(plan, member, "has NaN or infinity"))
         self._read.clear()
-        return FittedDirections({name: self._made[name] for name in members}), problems
+        made = {name: self._made[name] for name in members if name in self._made}
+        for rule in plan.rules if not problems else ():
+            # One of a family may be nothing: where all rows have the same token, say.
+            if rule.directions and not any(made[m.name].any() for m in rule.directions):
+                problems.append(_empty(plan, rule.directions[0], "is 0 everywhere"))
+        return FittedDirections(made), problems
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -147,7 +158,7 @@ class DirectionFits:
                 return torch.stack([weight * self._vector(part) for weight, part in parts]).sum(0)
             case UnitVector(of=of):
                 found = self._vector(of)
-                return found / found.norm()
+                return found / found.norm() if found.any() else found
             case RandomLike(of=of, number=number, seed=seed):
                 return _random(self._vector(of), number, seed)
 
@@ -155,7 +166,12 @@ class DirectionFits:
         samples = self._read[id(fit)]
         match fit.way:
             case "mean_difference":
-                return samples[0][0].mean() - samples[1][0].mean()
+                a, b = samples[0][0], samples[1][0]
+                found = a.mean() - b.mean()
+                scale = max(float(a.mean().norm()), float(b.mean().norm()))
+                least = ROUNDING * torch.finfo(self.model.dtype).eps * scale
+                small = float(found.norm()) <= least / min(a.count, b.count) ** 0.5
+                return torch.zeros_like(found) if small else found
             case "mean":
                 parts = zip(fit.points, samples[0], strict=True)
                 return torch.stack([self._through(fit, p, rows.mean()) for p, rows in parts]).sum(0)
@@ -226,11 +242,24 @@ class _Rows:
 
 
 def _probe(fit: Fitted, rows: _Rows) -> Tensor:
-    raise NotImplementedError
+    """The weights of a ridge regression, or those of the second class less those of the first."""
+    wanted = [fit.samples[0].targets[row] for row in rows.numbers().tolist()]
+    penalty = float(fit.options["penalty"])
+    if fit.options["kind"] == "ridge":
+        numbers = np.array(wanted, dtype=np.float64)
+        return torch.from_numpy(ridge(rows.matrix(), numbers, penalty).weights[:, 0].copy())
+    names = sorted(set(wanted), key=str)
+    classes = np.array([names.index(each) for each in wanted], dtype=np.int64)
+    weights = logistic(rows.matrix(), classes, penalty).logits.weights
+    return torch.from_numpy(weights[:, 1] - weights[:, 0])
 
 
 def _saved(vector: SavedVector) -> Tensor:
-    raise NotImplementedError
+    """[width], of the file as it was when it was checked."""
+    content = vector.path.read_bytes()
+    if sha256(content).hexdigest() != vector.digest:
+        raise ValueError(f"{vector.path.name} has changed since it was checked")
+    return load(content)[vector.key].double()
 
 
 def _random(like: Tensor, number: int, seed: int) -> Tensor:
@@ -250,8 +279,3 @@ def _empty(plan: ExperimentPlan, member: Member, reason: str) -> EmptyDirection:
         made=member.made,
         hint="fit it on rows that differ, or at another site",
     )
-
-
-def names_of(plans: Iterable[ExperimentPlan]) -> bool:
-    """Whether any rule of these steers along a direction."""
-    return any(rule.directions for plan in plans for rule in plan.rules)

@@ -51,6 +51,8 @@ def lower_direction(
     """
     before = len(scope.diagnostics)
     _check(statement.value, parts, scope)
+    if len(scope.diagnostics) > before:
+        return None
     fits = [c for c in calls_of(statement.value) if WAYS[c.name].at_a_site]
     word = fits[0].name if fits else ""
     if fits and statement.site is None:

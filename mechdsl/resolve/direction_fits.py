@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mechdsl.base.plural import plural
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.models.shape import width
 from mechdsl.program import spec
@@ -14,7 +15,7 @@ from mechdsl.program.lower_directions import WAYS, Rows, rows_of
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.direction_types import Fitted, Member, Sample
-from mechdsl.resolve.families import CannotMake, Family, keys_of, member_name
+from mechdsl.resolve.families import CannotMake, Family, keys_of, member_name, position_words
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import Axis, Key, SitePoint, SiteTargets
 from mechdsl.resolve.site_targets import resolve_site
@@ -56,9 +57,11 @@ def fit_family(call: ast.Call, definition: spec.Direction, work: Work) -> Family
         site_key, label = (key[:-1], labels[key[-1]]) if len(labels) > 1 else (key, labels[0])
         read = tuple(own[label] for own in by_label)
         _enough(call, read, label)
+        if call.name == "probe":
+            _kind(call, read[0], options)
         fitted = Fitted(call.name, read, points[site_key], options)
         made = _in_words(call.name, read, rows, options)
-        made += f", at {sites.labels[site_key]}, {label}"
+        made += f", at {sites.labels[site_key]}, {position_words(label)}"
         members[key] = Member(member_name(definition.name, swept, key), fitted, made)
     some = next(iter(points.values()))
     return Family(definition.name, tuple(swept), members, _width(some, work), (definition.name,))
@@ -120,9 +123,10 @@ def _samples(
 
 def _last(call: ast.Call) -> ast.Positions:
     """`last token`."""
-    edge = ast.EdgeToken("last", span=call.span)
-    point = ast.Position(ast.Point(edge, span=call.span), span=call.span)
-    return ast.Positions((point,), span=call.span)
+    span = Span(Source("last token", call.span.source.path), 0, len("last token"))
+    edge = ast.EdgeToken("last", span=span)
+    point = ast.Position(ast.Point(edge, span=span), span=span)
+    return ast.Positions((point,), span=span)
 
 
 def _targets(call: ast.Call, rows: Sequence[object]) -> tuple[float | str, ...]:
@@ -156,6 +160,26 @@ def _enough(call: ast.Call, read: Sequence[Sample], label: str) -> None:
                 f"{many} of `{sample.table.name}` has `{label}`",
                 f"it takes {fewest} at least: name a position that rows have",
             )
+
+
+def _kind(call: ast.Call, sample: Sample, options: dict[str, Constant]) -> None:
+    """What kind of probe it is: ridge for numbers, logistic for two classes. What isn't said is
+    put in."""
+    used = [t for t, row in zip(sample.targets, sample.cell.hits, strict=True) if any(row)]
+    numbers = all(isinstance(each, float) for each in used)
+    classes = len(set(used))
+    kind = options.setdefault("kind", "ridge" if numbers else "logistic")
+    options.setdefault("penalty", 1)
+    name = call.arguments[0].value.span.written
+    if classes < 2:
+        raise CannotMake(call, f"`{name}` is the same in all rows", "name a value that differs")
+    if kind == "ridge" and not numbers:
+        raise CannotMake(call, f"`{name}` is no number", "write `kind: logistic`, for two classes")
+    if kind == "logistic" and classes > 2:
+        hint = "keep rows of two of them (`where`)" + ", or write `kind: ridge`" * numbers
+        raise CannotMake(call, f"`{name}` has {classes} values, not two classes", hint)
+    if kind == "logistic" and not float(options["penalty"]):
+        raise CannotMake(call, "without a penalty it may have no minimum", "write `penalty: 1`")
 
 
 def used_rows(cell: PositionCell) -> int:
@@ -205,9 +229,10 @@ def _in_words(
         case "mean":
             return f"mean over {said[0]}"
         case "pca":
-            return f"principal component {options.get('component', 1)} of {said[0]}"
+            number = options.get("component", 1)
+            return f"principal component {number} of {said[0]}, its largest coordinate positive"
         case _:
-            return f"probe on {said[0]}"
+            return f"{options['kind']} probe, penalty {options['penalty']}, on {said[0]}"
 
 
 def _rows_in_words(sample: Sample, rows: Rows) -> str:

@@ -100,6 +100,12 @@ class DirectionTargets(Record):
     """Names of the definitions that it is made of."""
 
     @property
+    def saved(self) -> Iterator[SavedVector]:
+        """Vectors of files that it is made of."""
+        for member in self.members.values():
+            yield from (leaf for leaf in leaves(member.vector) if isinstance(leaf, SavedVector))
+
+    @property
     def models(self) -> Iterator[str]:
         """Other models than the experiment's that are read for it."""
         for member in self.members.values():
@@ -107,15 +113,18 @@ class DirectionTargets(Record):
                 yield from (s.run.model for s in fit.samples if s.run.model is not None)
 
 
-def fits_of(vector: Vector) -> Iterator[Fitted]:
-    """The fits that a vector is made of."""
+def leaves(vector: Vector) -> Iterator[Fitted | Unembedded | SavedVector]:
+    """What a vector is made of in the end."""
     match vector:
-        case Fitted():
-            yield vector
         case WeightedSum(parts=parts):
             for _, part in parts:
-                yield from fits_of(part)
+                yield from leaves(part)
         case UnitVector(of=of) | RandomLike(of=of):
-            yield from fits_of(of)
+            yield from leaves(of)
         case _:
-            pass
+            yield vector
+
+
+def fits_of(vector: Vector) -> Iterator[Fitted]:
+    """The fits among them."""
+    return (leaf for leaf in leaves(vector) if isinstance(leaf, Fitted))

@@ -44,8 +44,11 @@ def member_name(name: str, axes: Sequence[Axis], key: Key) -> str:
 
 
 def _coordinate(axis: Axis, label: Label) -> str:
-    if axis.name != "position":
-        return f"{axis.name} {label}"
+    return position_words(label) if axis.name == "position" else f"{axis.name} {label}"
+
+
+def position_words(label: Label) -> str:
+    """`token -2`, `last token`."""
     return f"token {label}" if str(label).lstrip("-").isdigit() else str(label)
 
 

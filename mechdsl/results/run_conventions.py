@@ -243,6 +243,7 @@ def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, 
         for member in members:
             length = measured.lengths.get(member.name)
             norm = "" if length is None else f"; norm {length:.4g}"
+            norm = norm if length else "; 0, so that nothing changes"
             found[f"direction {member.name}"] = f"{member.made}{norm}"
         more = len(rule.directions) - len(members)
         if more:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from mechdsl.diagnostics.e03_rules import BadAmount
+from mechdsl.diagnostics.e03_directions import BadDirection
 from mechdsl.program import spec
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.directions import direction_targets
@@ -83,9 +83,10 @@ def times(vectors: Vectors) -> Tensor:
 
 
 def unit(vectors: Vectors) -> Tensor:
-    """[K, width]: the direction, of length 1."""
+    """[K, width]: the direction, of length 1; 0 stays 0 and changes nothing."""
     direction = vectors.direction()
-    return direction / direction.norm(dim=1, keepdim=True)
+    length = direction.norm(dim=1, keepdim=True)
+    return direction / length.where(length > 0, length + 1)
 
 
 @rule_kind("add")
@@ -237,12 +238,12 @@ class ClampRule(DirectionRule):
 
 
 def _wide(rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
-    """E0337 where a site has vectors, which one number is not."""
+    """E0341 where a site has vectors, which one number is not."""
     named = {point.site for points in sites.points.values() for point in points}
     wide = sorted(site for site in named if SITES[site].width != "one")
     if wide and rule.fill is not None:
         work.diagnostics.append(
-            BadAmount(
+            BadDirection(
                 span=rule.fill.span,
                 text=rule.fill.span.written,
                 reason=f"`{wide[0]}` has vectors, and one number doesn't say which",

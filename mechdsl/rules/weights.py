@@ -7,6 +7,13 @@ from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import SitePoint, SiteTargets
 
+STRAIGHT = (
+    *("codegen", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss"),
+    *("gptj", "llama", "mistral", "mixtral", "phi", "phi3", "qwen2", "qwen3", "starcoder2"),
+)
+"""Families that add embeddings and what sublayers give to the stream as they are, without a norm
+behind them."""
+
 
 def weight_sites(rule: spec.Rule, work: Work) -> SiteTargets | None:
     """What enters the first block and what every sublayer adds, joined; E0341 for a model in which
@@ -34,5 +41,13 @@ def weight_sites(rule: spec.Rule, work: Work) -> SiteTargets | None:
 
 
 def _why_not(work: Work) -> str | None:
-    shape = work.model.shape
-    return None if shape.has("resid_pre", 0) else f"`{work.model.name}` has no residual stream"
+    """What lies between the weights and the stream, as far as is known."""
+    shape, name = work.model.shape, work.model.name
+    if not shape.has("resid_pre", 0):
+        return f"`{name}` has no residual stream"
+    if shape.stands_in or shape.family in STRAIGHT:
+        return None
+    return (
+        f"`{name}` ({shape.family}) may have norms between its weights and the stream, which turn "
+        "what they write"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -9,14 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mechdsl.resolve.cell_key import Coord
 
+from ..execute.support import token
 from ..reference.forward import Changes, Write
+from .models import double
 from .support import (
     MANY,
+    QUICK,
     agree,
+    codes,
     experiment,
     plain,
     product,
@@ -298,3 +304,175 @@ def test_steering_is_what_hooks_do(family: str, mode: str, data: Path) -> None:
             agree(result, case.axes, expected, unpatched(family), large=case.large, most=False)
         except AssertionError as error:
             raise AssertionError(f"{key}: {error}") from error
+
+
+# --- how directions are made ----------------------------------------------------------------------
+
+FAMILY = """
+direction d = mean_difference(p.other, second) at resid_post layer * at token -2..-1
+"""
+
+
+def member(name: str, layer: int, token: int) -> Tensor:
+    at = f"token {token}"
+    other = mean(name, "other", "resid_post", layer, at)
+    return other - mean(name, "second", "resid_post", layer, at)
+
+
+FAMILIES_OF_DIRECTIONS: dict[str, Case] = {
+    "axes of its own": Case(
+        "add d to resid_post layers 0..1 at cue token",
+        ("layer", "position"),
+        product(LAYERS, ("-2", "-1")),
+        lambda name, n, layer, token: writes(
+            "resid_post", [0, 1], "cue token", plus(member(name, layer, int(token)))
+        )(n),
+    ),
+    "an axis that is shared": Case(
+        "project out d from resid_post layer 1..2 at cue token",
+        ("layer", "position"),
+        product((1, 2), ("-2", "-1")),
+        lambda name, n, layer, token: writes(
+            "resid_post", [layer], "cue token", without(member(name, layer, int(token)))
+        )(n),
+    ),
+    "both axes shared": Case(
+        "add d to resid_post layer 0..1 at token -2, token -1",
+        ("layer", "position"),
+        product((0, 1), ("-2", "-1")),
+        lambda name, n, layer, token: writes(
+            "resid_post", [layer], f"token {token}", plus(member(name, layer, int(token)))
+        )(n),
+    ),
+    "a member": Case(
+        "add 2 * d[layer 1, token -2] to resid_post layer * at last token",
+        ("layer",),
+        EACH,
+        lambda name, n, layer: writes(
+            "resid_post", [layer], "last token", plus(2 * member(name, 1, -2))
+        )(n),
+    ),
+    "a member by a loop": Case(
+        "for k in 0..2 { project out d[layer k, token -1] from resid_post layer k at tokens * }",
+        ("k",),
+        EACH,
+        lambda name, n, k: writes("resid_post", [k], "tokens *", without(member(name, k, -1)))(n),
+    ),
+    "arithmetic": Case(
+        "add 8 * (unit(d[layer 0, token -1]) - 0.5 * d[layer 2, token -1]) to resid_post layer 1 "
+        "at cue token",
+        (),
+        [()],
+        lambda name, n: writes(
+            "resid_post",
+            [1],
+            "cue token",
+            plus(8 * unit(member(name, 0, -1)) - 4 * member(name, 2, -1)),
+        )(n),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_families_share_axes_and_have_members(family: str, mode: str, data: Path) -> None:
+    names = {key: f"e{number}" for number, key in enumerate(FAMILIES_OF_DIRECTIONS)}
+    text = FAMILY + "".join(
+        experiment(names[key], case.rule) for key, case in FAMILIES_OF_DIRECTIONS.items()
+    )
+    found = run_file(text, data, family, mode)
+    for key, case in FAMILIES_OF_DIRECTIONS.items():
+
+        def changes(n: int, *cell: Coord, case: Case = case) -> list[Changes]:
+            return [(case.changes(family, n, *cell), ())]
+
+        expected = worked_out(family, case.cells, changes, rows(), records())
+        try:
+            agree(found[names[key]], case.axes, expected, unpatched(family), most=False)
+        except AssertionError as error:
+            raise AssertionError(f"{key}: {error}") from error
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("mode", QUICK)
+def test_weights_that_never_write_a_direction(family: str, mode: str, data: Path) -> None:
+    """The same as weights, biases and embeddings from which the direction is taken out."""
+    text = DIRECTION + experiment("e", "project out d from weights")
+    model = copy.deepcopy(double(family))
+    u = unit(difference_of_means(family))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lm_head" in key or "embed_out" in key:
+                continue
+            embedding = any(part in key for part in ("wte", "wpe", "embed_tokens", "embed_in"))
+            writing = ("c_proj", "o_proj", "down_proj", "attention.dense", "dense_4h_to_h")
+            if embedding or (
+                any(part in key for part in writing) and "Conv1D" in _kind(model, key)
+            ):
+                parameter -= (parameter @ u)[..., None] * u
+            elif any(part in key for part in writing):
+                first = parameter.dim() == 1
+                parameter -= (parameter @ u) * u if first else u[:, None] * (u @ parameter)
+    if family == "gpt2":  # the embedding that reads is the one that writes, and is left alone
+        model.lm_head.weight = torch.nn.Parameter(double(family).lm_head.weight.clone())
+    values = []
+    for text_, record in zip(rows(), records(), strict=True):
+        logits = model(torch.tensor([text_.ids])).logits[0].detach()
+        values.append(float(logits[-1, token(record["a"])] - logits[-1, token(record["b"])]))
+    found = run_file(text, data, family, mode)["e"]
+    agree(found, (), {(): values}, unpatched(family), most=False)
+
+
+def _kind(model: torch.nn.Module, key: str) -> str:
+    return type(model.get_submodule(key.rpartition(".")[0])).__name__
+
+
+def test_families_with_norms_behind_their_weights_are_refused(data: Path) -> None:
+    text = DIRECTION + experiment("e", "project out d from weights")
+    assert codes(text, data, "gemma2") == ["E0341"]
+
+
+def vectors(name: str, run: str, layer: int) -> Tensor:
+    """[row, width] at the last token."""
+    return torch.stack([plain(name, text)["resid_post", layer][text.last, 0] for text in rows(run)])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_other_ways_to_make_a_direction(family: str, data: Path) -> None:
+    """Components, means of heads, the unembedding, and a file."""
+    model = double(family)
+    x = vectors(family, "clean", 1)
+    vector = torch.arange(float(x.shape[1]))
+    save_file({"d": vector, "wide": torch.ones(5)}, data / "d.safetensors")
+    centred = x - x.mean(0)
+    component = torch.linalg.svd(centred).Vh[1]
+    component = component * component[component.abs().argmax()].sign()
+    heads = torch.zeros_like(x[0])
+    for head in (0, 2):
+        found = [plain(family, text)["head_out", 1][text.last, head] for text in rows()]
+        heads += torch.stack(found).mean(0)
+    unembedding = model.get_output_embeddings().weight.detach()
+    expected = {
+        "c": component,
+        "h": heads,
+        "u": unembedding[token("w3")] - unembedding[token("w9")],
+        "s": vector.double(),
+    }
+    text = (
+        "direction c = pca(p, component: 2) at resid_post layer 1\n"
+        "direction h = mean(p) at z layer 1 heads 0, 2 at last token\n"
+        'direction u = unembedding(" w3", " w9")\n'
+        'direction s = saved("d.safetensors", "d")\n'
+    )
+    names = ("c", "h", "u", "s")
+    text += "".join(
+        experiment(f"e{name}", f"set resid_post layer 1 at last token to {name}") for name in names
+    )
+    result = run_file(text, data, family, "planned")
+    for name in names:
+
+        def changes(n: int, name: str = name) -> list[Changes]:
+            return [([Write("resid_post", 1, expected[name], rows()[n].last)], ())]
+
+        values = worked_out(family, [()], changes, rows(), records())
+        agree(result[f"e{name}"], (), values, unpatched(family), most=False)
