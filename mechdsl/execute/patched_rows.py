@@ -61,6 +61,8 @@ class _PassRows:
     writes: Sequence[SiteWrite]
     edges: Sequence[EdgeWrite] = ()
     held: Held | None = None
+    whole: bool = False
+    """Nothing of an unpatched run stands in them."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -79,6 +81,7 @@ class _PassRows:
             writes=[*self.writes, *(write.moved(where) for write in part.writes)],
             edges=[*self.edges, *(edge.moved(where) for edge in part.edges)],
             held=held,
+            whole=self.whole or part.whole,
         )
 
 
@@ -193,7 +196,7 @@ class Patcher:
         """The rows of one experiment with what they write, in a pass with this text behind them."""
         plan, shape = self.plans[number], self.model.shape
         path = next((rule for rule in plan.rules if rule.paths is not None), None)
-        own = _PassRows(run, batch, rows.prompt, draw, [])
+        own = _PassRows(run, batch, rows.prompt, draw, [], whole=plan.whole)
         if path is not None and path.paths is not None and not path.paths.at_the_end:
 
             def sent(
@@ -299,7 +302,7 @@ class Patcher:
     ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
         """([place, vocab], [place, units, width] per site), on what was kept or in whole passes."""
         lane = lanes.lane(rows.prompts, rows.draw)
-        if lanes.kept is not None:
+        if lanes.kept is not None and not rows.whole:
             result = run_packed(
                 self.model,
                 lanes.kept,

@@ -49,7 +49,7 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     of_run = np.repeat(np.arange(runs), plan.written.tokens.counts(np.arange(runs)))
     prompt = (keys % plan.written.prompts)[of_run]
     none = np.zeros(len(token), dtype=np.bool_)
-    causal = experiment.model.shape.causal
+    causal = experiment.model.shape.causal and not _looks_ahead(experiment)
     same = alike = none
     shared = _shared_prefix(experiment, plan.rule)
     if shared is not None:
@@ -76,6 +76,11 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     where[_all_points(plan, is_below_attention)] = BELOW
     tokens = (same | unread, same | elsewhere, alike | unread)
     return Inert(where, np.stack([_all_of(mask, of_run, runs) for mask in tokens]))
+
+
+def _looks_ahead(experiment: ResolvedExperiment) -> bool:
+    """Whether tokens may see later ones, by some rule."""
+    return any(rule.does.looks_ahead for rule in experiment.rules)
 
 
 def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) -> Bools:
