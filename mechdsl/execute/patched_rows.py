@@ -24,7 +24,14 @@ from mechdsl.execute.unpatched_batch import (
     spot_positions,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
-from mechdsl.execute.writes import build_edges, build_writes, pass_ends, unless_set
+from mechdsl.execute.writes import (
+    Numbers,
+    build_edges,
+    build_numbers,
+    build_writes,
+    pass_ends,
+    unless_set,
+)
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -63,6 +70,8 @@ class _PassRows:
     held: Held | None = None
     whole: bool = False
     """Nothing of an unpatched run stands in them."""
+    numbers: Sequence[Numbers] = ()
+    """Tokens with other position ids."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -82,6 +91,7 @@ class _PassRows:
             edges=[*self.edges, *(edge.moved(where) for edge in part.edges)],
             held=held,
             whole=self.whole or part.whole,
+            numbers=[*self.numbers, *(numbers.moved(where) for numbers in part.numbers)],
         )
 
 
@@ -214,6 +224,7 @@ class Patcher:
             own,
             writes=self._writes(number, rows, draw, batch, text),
             edges=build_edges(plan, rows, shape, text),
+            numbers=build_numbers(plan, rows, text),
             held=None if path is None else held_rows(path, len(rows)),
         )
 
@@ -339,6 +350,8 @@ class Patcher:
                 self.runs.seed,
             )
         batch = lanes.batch.take(torch.from_numpy(lane))
+        for numbers in rows.numbers:
+            batch = batch.numbered(numbers.rows, numbers.positions, numbers.numbers)
         if rows.held is not None:
             freezing = frozen(self.model, batch, rows.held, rows.writes, added)
             rows = replace(rows, writes=[*freezing, *rows.writes])

@@ -23,9 +23,10 @@ from mechdsl.vocab.sites import WITHIN_ATTENTION, EdgeChange
 class EdgeWrite:
     """K queries of one layer whose weights on some keys are changed.
 
-    allow: the keys are seen, where the model hides them. block: no weight, the others (and a sink) share it out. reweight: times `amounts`, and the same.
-    uniform: the keys share what they have together evenly. weight: each gets `amounts`, the others
-    share what is left in their old proportions. Other keys that a query doesn't see are left alone.
+    allow: the keys are seen, where the model hides them. block: no weight, the others (and a sink)
+    share it out. reweight: times `amounts`, and the same. uniform: the keys share what they have
+    together evenly. weight: each gets `amounts`, the others share what is left in their old
+    proportions. Other keys that a query doesn't see are left alone.
     """
 
     layer: int
@@ -124,8 +125,12 @@ class LayerWork:
         if not isinstance(mask, Tensor):
             raise WriteMismatch("attention has no mask, so that no key can be allowed")
         sees = mask if mask.dtype == torch.bool else mask == 0
-        if mask.dtype != torch.bool and bool((~sees & (mask > torch.finfo(mask.dtype).min / 2)).any()):
-            raise WriteMismatch("a mask holds more than what is seen, so that no key can be allowed")
+        if mask.dtype != torch.bool and bool(
+            (~sees & (mask > torch.finfo(mask.dtype).min / 2)).any()
+        ):
+            raise WriteMismatch(
+                "a mask holds more than what is seen, so that no key can be allowed"
+            )
         mask = mask.expand(len(self.starts), heads, -1, -1).clone()
         count = mask.shape[2]
         for change in allowed:

@@ -173,6 +173,8 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
     source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
     if not rule.does.copies or source.noise is not None or base.noise is not None:
         return None
+    if any(other.does.changes == "positions" for other in experiment.rules):
+        return None  # equal tokens stand elsewhere then
     if rule.sites is not None and rule.sites.sources is not None:  # read in another layer
         return None
     if source.model != base.model:

@@ -189,7 +189,7 @@ class AllowRule(EdgeRule, EdgeIntervention):
                 return True
         assert rule.onto is not None
         first = rule.at.span.written
-        hint = f"name keys behind their queries: `from {first} to …`"
+        hint = f"name keys behind their queries: `from {rule.onto.span.written} to {first}`"
         if not shape.causal:
             hint = "`allow` is for models in which no token sees a later one"
         work.diagnostics.append(
