@@ -92,25 +92,6 @@ def missing_points(
     return None
 
 
-def resolve_point(site: ast.Site, context: SiteContext) -> SitePoint | None:
-    """A site that must be a single point, as in `cosine(L5.resid, clean)`."""
-    targets, axes = resolve_site(site, context)
-    if targets is None:
-        return None
-    points = next(iter(targets.points.values()))
-    if axes or targets.axes or len(points) != 1:
-        context.diagnostics.append(
-            AxisDoesNotFit(
-                span=site.span,
-                site=site.span.written,
-                reason="is not a single site",
-                hint="name one layer (and one head or neuron)",
-            )
-        )
-        return None
-    return points[0]
-
-
 def _fixed(
     site: ast.Site, sites: tuple[ast.Site, ...], context: SiteContext
 ) -> tuple[SiteTargets | None, tuple[Axis, ...]]:

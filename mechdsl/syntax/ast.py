@@ -844,6 +844,8 @@ class Measure(Node):
     effect: Name
     at: Position | None = None
     per: Name | None = None
+    over: Name | None = None
+    """The axis that it is averaged over."""
 
 
 @record
