@@ -63,6 +63,11 @@ class ExperimentPlan:
         return len(self.lowest)
 
     @property
+    def whole(self) -> bool:
+        """Whether its rows are whole passes, whatever else is planned."""
+        return any(plan.rule.does.whole for plan in self.rules)
+
+    @property
     def behind(self) -> bool:
         """Whether a rule acts on tokens of the answer, behind the prompt."""
         return any(plan.behind for plan in self.rules)

@@ -176,9 +176,13 @@ class Intervention:
     name: ClassVar[str]
     """As graphs call it; the verb of a rule kind that says no other. Interventions of one name with
     equal keys write the same."""
-    changes: ClassVar[Literal["sites", "edges", "input", "nothing"]] = "sites"
-    """What of a run it changes: vectors at its sites, edges of attention, the text that goes in;
-    nothing where it only looks."""
+    changes: ClassVar[Literal["sites", "edges", "input", "positions", "nothing"]] = "sites"
+    """What of a run it changes: vectors at its sites, edges of attention, the text that goes in,
+    position ids; nothing where it only looks."""
+    whole: ClassVar[bool] = False
+    """Its rows are whole passes: nothing of an unpatched run stands in them."""
+    looks_ahead: ClassVar[bool] = False
+    """By it a token may see later ones."""
     reads: ClassVar[Literal["run", "donor", "mean", "cell"] | None] = None
     """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
     seeded permutation), its mean over all prompts, or what `of_cell` makes of all rows of a cell;

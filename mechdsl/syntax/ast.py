@@ -616,6 +616,19 @@ class SetEdge(Node):
 
 
 @record
+class Allow(Node):
+    edge: Edge
+
+
+@record
+class Renumber(Node):
+    """`renumber subject tokens from 5`."""
+
+    at: Positions
+    start: Expr
+
+
+@record
 class ObserveAttention(Node):
     edge: Edge
 
@@ -698,6 +711,8 @@ RuleBody = (
     | Block
     | Reweight
     | SetEdge
+    | Allow
+    | Renumber
     | SetSite
     | PathRule
     | Add

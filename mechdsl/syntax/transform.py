@@ -553,6 +553,12 @@ class ToAst(Transformer[Token, Any]):
     def set_edge(self, c: list[Any]) -> ast.SetEdge:
         return ast.SetEdge(c[1], c[3], span=_span(c))
 
+    def allow(self, c: list[Any]) -> ast.Allow:
+        return ast.Allow(c[1], span=_span(c))
+
+    def renumber(self, c: list[Any]) -> ast.Renumber:
+        return ast.Renumber(c[1], c[3], span=_span(c))
+
     def set_site(self, c: list[Any]) -> ast.SetSite:
         return ast.SetSite(c[1], c[3], c[5], span=_span(c))
 

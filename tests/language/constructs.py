@@ -550,6 +550,24 @@ _rule(
     _EDGES,
 )
 _rule(
+    "allow attention",
+    "allow attention layers * from first-item token to last-item token",
+    "The queries see these keys too, later ones or those behind a window, with the scores that the "
+    "model gives them; the softmax goes over all that is seen then. Other rules on edges act on "
+    "the enlarged set. Rows are whole passes. Not where positions are added to scores (ALiBi).",
+    "Wang et al. 2024, arXiv 2407.01100",
+    "tests/rules/test_allowed.py",
+)
+_rule(
+    "renumber",
+    "renumber last-item token from 5",
+    "These tokens get the position ids 5, 6, …, in their order in the text; a prompt's first token "
+    "has 0. All others keep theirs, and what a token sees goes by its place as before. Rows are "
+    "whole passes. Not where the model counts by itself, or adds positions to scores.",
+    "Wang et al. 2024, arXiv 2407.01100",
+    "tests/rules/test_allowed.py",
+)
+_rule(
     "path",
     "path layer 0..1 head * -> q layer 2 head * at last token",
     "The sender gets the source run's value, every other head and every MLP is held at the base "

@@ -204,6 +204,10 @@ def _rule(node: Any) -> str | None:
             return f"reweight {edge(node.edge)} by {within(node.factor, SUM)}"
         case ast.SetEdge():
             return f"set {edge(node.edge)} to {within(node.value, SUM)}"
+        case ast.Allow():
+            return f"allow {edge(node.edge)}"
+        case ast.Renumber():
+            return f"renumber {positions(node.at)} from {within(node.start, SUM)}"
         case ast.SetSite():
             return f"set {site(node.site)} at {positions(node.at)} to {within(node.value, SUM)}"
         case ast.PathRule():
