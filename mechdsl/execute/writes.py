@@ -64,7 +64,7 @@ def readable(
         if rule.rule.does.reads == "donor":
             position = rule.position_of_cell[rows.cell]
             key = position * rule.read.prompts + read_prompts(rule, rows, means_and_donors)
-            good &= rule.read.runs.counts(key) > 0
+            good &= (rule.read.runs.counts(key) > 0) | ~rule.acts(rows)
     found = np.flatnonzero(good)
     own = rows.take(found)
     fine = np.ones(len(found), dtype=np.bool_)
@@ -73,6 +73,7 @@ def readable(
             tokens = _tokens(rule, own, means_and_donors)
             for text in texts:
                 written, read = _there(plan, rule, own, tokens, means_and_donors, text)
+                written &= rule.acts(own)[tokens.row]
                 fine[tokens.row[written & ~read]] = False
     return found[fine]
 

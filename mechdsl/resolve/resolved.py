@@ -110,6 +110,14 @@ class Amounts(Record):
 
 
 @record
+class Only(Record):
+    """The cells that a rule acts in, where it is one of several of which each cell has one."""
+
+    axis: str
+    index: int
+
+
+@record
 class EdgeTargets(Record):
     """Edges of attention: from the rule's positions, the queries, to these keys."""
 
@@ -262,6 +270,8 @@ class ResolvedRule(Record):
     """`set … to python(…)`: what makes new vectors of the base run's."""
     edge: EdgeTargets | None = None
     path: PathTargets | None = None
+    only: Only | None = None
+    """None where it acts in all cells."""
 
     @property
     def axes(self) -> frozenset[str]:
@@ -269,7 +279,8 @@ class ResolvedRule(Record):
         parts = [self.sites, self.positions, self.amounts]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
-        return frozenset(name for part in parts if part is not None for name in part.axes)
+        own = frozenset(name for part in parts if part is not None for name in part.axes)
+        return own if self.only is None else own | {self.only.axis}
 
 
 Env = int | None

@@ -62,7 +62,8 @@ class SeenRows:
     def _cell(self, cell: int, measure: ResolvedMeasure) -> Cell:
         found: list[int] = []
         for rule in self.plan.rules:
-            found.append(int(rule.position_of_cell[cell]))
+            acts = rule.active is None or bool(rule.active[cell])
+            found.append(int(rule.position_of_cell[cell]) if acts else -1)
             found.append(-1 if rule.key_of_cell is None else int(rule.key_of_cell[cell]))
             found.append(int(_below_attention(rule, cell)))
         by_item = any(atom.by_item for atom in measure.atoms)
@@ -107,6 +108,8 @@ class SeenRows:
         parts.append(self._prefix(start, row, last, ahead=ahead))
         visible = last if self.causal(base.model) and not ahead else None
         for n, rule in enumerate(self.plan.rules):
+            if cell[3 * n] < 0:  # it doesn't act there
+                continue
             written = rule.positions[cell[3 * n]].hits[row]
             keys = self._keys[n]
             to = None if keys is None else keys[cell[3 * n + 1]].hits[row]

@@ -520,6 +520,14 @@ _rule(
     "tests/rules/test_whole_cells.py",
 )
 _rule(
+    "several fills",
+    "ablate layer * head * at last token with zero, mean, mean of fewer by count, resample",
+    "Fills in a list are an axis, `fill`, named as they are written: each cell is what the rule is "
+    "with that fill alone.",
+    OWN,
+    "tests/rules/test_fills.py",
+)
+_rule(
     "block attention",
     "block attention layer * window 3 from last token to fruits tokens",
     "The queries may not attend to the keys: their scores are −∞ before the softmax, the rest, "
