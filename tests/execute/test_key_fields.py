@@ -28,6 +28,7 @@ from mechdsl.plan.value_keys import (
     measure_rows,
     mixed,
 )
+from mechdsl.plan.whole_cells import whole_cells
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import Noise, PositionCell, PromptTable, Run, RunRow
@@ -169,7 +170,7 @@ def keys(plan: ExperimentPlan) -> dict[tuple[int, ...], tuple[bytes, int]]:
     contents = Contents({"m": b"m", "n": b"n"}, "m", 0)
     kept = np.arange(len(table))
     donors = np.roll(kept, 1)
-    found = ExperimentKeys(plan, table, contents, kept, donors)
+    found = ExperimentKeys(plan, table, contents, kept, donors, whole_cells(plan, plan.rows(kept)))
     rows = plan.rows(kept)
     assert len(rows)
     every: dict[tuple[int, ...], tuple[bytes, int]] = {}

@@ -512,10 +512,14 @@ _rule(
 _rule(
     "set in Python",
     'set resid_post layer * at last token to python("functions.py:halved")',
-    "A function of a Python file is given the vectors and gives those that are written. It runs "
-    "with `--allow-python` only.",
+    "A function of a Python file is given the base run's vectors of one cell at a time, [rows, "
+    "positions, width], and gives the same shape, which is written. Rows are those of the "
+    "experiment that have the position, after `limit` and `keep`, in the order of the data; joined "
+    "positions lie along the second dimension, and rows with fewer are filled up with NaN; joined "
+    "heads or neurons lie side by side, and with several layers it is called once for each. What "
+    "it gives hangs on no other cell, batch or pass. It runs with `--allow-python` only.",
     OWN,
-    "tests/python_files/test_python_files.py",
+    "tests/rules/test_whole_cells.py",
 )
 _rule(
     "block attention",
@@ -756,6 +760,13 @@ _experiment(
     "The loss of the token that stands at a place, each run's own, read where it is predicted; the "
     "first token of an input has none.",
     "tests/execute/test_measured_places.py",
+)
+_experiment(
+    "mean over",
+    "measure entropy at each item token as raw mean over item",
+    "Averaged over an axis, in each row over the cells that it is part of, before statistics: "
+    "intervals and p are of the means. All measures of an experiment are averaged alike.",
+    "tests/execute/test_averaged.py",
 )
 _experiment(
     "loop in measure",
