@@ -126,6 +126,7 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
         [
             *(atom.node, atom.name, atom.form.takes, atom.form.function.__qualname__),
             *(atom.of_class, atom.run, atom.point, _plain(atom.python)),
+            None if atom.tokenizer is None else atom.tokenizer.hash,
         ]
         for atom in measure.atoms
     ]

@@ -310,6 +310,8 @@ class Atom(Record):
     python: PythonFunction | None = None
     rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
     """What it is given of every row."""
+    tokenizer: TextTokenizer | None = field(default=None, compare=False, repr=False)
+    """What it is given beside that."""
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Per run and row, the token that stands where it is read (`loss at …`): each run has its
     own."""

@@ -170,7 +170,9 @@ _file(
     'metric margin = python("functions.py:margin")',
     "A function of a Python file, called as `margin(logits, rows)`: the logits where the measure "
     "is read, [row, vocab], and the values of each row. It gives one number per row, and runs with "
-    "`--allow-python` only; the file's hash is kept.",
+    "`--allow-python` only; the file's hash is kept. With a third argument, or one called "
+    "`tokenizer`, it is given the model's, a `tokenizers.Tokenizer`: "
+    '`tokenizer.encode(" yes", add_special_tokens=False).ids`.',
     "tests/python_files/test_python_files.py",
 )
 _file(
