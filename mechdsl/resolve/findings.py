@@ -59,7 +59,8 @@ class VariantFinding:
         """Of every cell that has a value, in the order of the grid."""
         experiment = self.experiment
         axes = [axis.name for axis in experiment.axes]
-        places = [[axes.index(a) for a in site_targets(rule).axes] for rule in experiment.rules]
+        rules = ranked_rules(experiment)
+        places = [[axes.index(a) for a in site_targets(rule).axes] for rule in rules]
         cells = product(*(range(len(axis)) for axis in experiment.axes))
         for cell, index in enumerate(cells):
             value = math.nan if self.means is None else float(self.means[cell])
@@ -67,7 +68,7 @@ class VariantFinding:
                 continue
             points: dict[SitePoint, None] = {}
             labels: dict[str, None] = {}
-            for rule, place in zip(experiment.rules, places, strict=True):
+            for rule, place in zip(rules, places, strict=True):
                 key = tuple(index[i] for i in place)
                 labels[site_targets(rule).labels[key]] = None
                 points.update(dict.fromkeys(_written(rule, key)))
@@ -191,6 +192,12 @@ class Finding:
         return self._orders[key]
 
 
+def ranked_rules(experiment: ResolvedExperiment) -> tuple[ResolvedRule, ...]:
+    """The rules whose sites and tokens are ranked: what is observed, else all that act."""
+    observing = [rule for rule in experiment.rules if rule.does.changes == "nothing"]
+    return tuple(observing or experiment.rules)
+
+
 def site_targets(rule: ResolvedRule) -> SiteTargets:
     """The sites of a rule that has some; picks of others are refused first."""
     assert rule.sites is not None
@@ -207,7 +214,8 @@ def _written(rule: ResolvedRule, key: Key) -> tuple[SitePoint, ...]:
 
 def _token_rule(experiment: ResolvedExperiment) -> ResolvedRule:
     """The rule whose positions are swept."""
-    return next(rule for rule in experiment.rules if "position" in rule.positions.axes)
+    every = ranked_rules(experiment)
+    return next(rule for rule in every if "position" in rule.positions.axes)
 
 
 def _by_label(

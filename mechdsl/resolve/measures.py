@@ -25,14 +25,16 @@ def resolve_measure(
     label: str,
     at: ast.Position | None = None,
     runs: tuple[str, ...] = (),
+    observed: bool = False,
 ) -> ResolvedMeasure | None:
     """The measure with its atoms; None after an error.
 
-    `runs` are those that it is read on; `at` is found in each one's own text. Codes: E0108, E0203,
+    `runs` are those that it is read on; `at` is found in each one's own text; `observed`: it is of
+    what the experiment looks at. Codes: E0108, E0203,
     E0437, E0438, E0442 to E0446, E0507, E0612 and those of texts and positions.
     """
     before = len(context.diagnostics)
-    context.at = at
+    context.at, context.reads_observed = at, observed
     atoms: dict[ast.Expr, Atom] = {}
     _collect(expression, context, atoms)
     for divisor in divisors(expression):
@@ -84,6 +86,7 @@ def resolve_measure(
         unit=units.pop() if len(units) == 1 else "",
         at=positions,
         truth=_truth(context.table) if category else None,
+        observed=observed,
     )
 
 

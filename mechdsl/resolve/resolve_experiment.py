@@ -12,6 +12,7 @@ from mechdsl.diagnostics.core import Diagnostic, Unknown, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue, TooManyCells
 from mechdsl.program import spec
+from mechdsl.program.possible_axes import position_axes, possible_axes
 from mechdsl.prompts.answer_tokens import AnswerTokens
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.answers_behind import measured_answers
@@ -23,9 +24,9 @@ from mechdsl.resolve.kinds import RuleKind
 from mechdsl.resolve.loops import loop_values
 from mechdsl.resolve.measures import resolve_measure
 from mechdsl.resolve.metric_atoms import MeasureContext, known_run
+from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.open_axes import open_axes, open_positions
 from mechdsl.resolve.picks import Onward
-from mechdsl.resolve.possible_axes import position_axes, possible_axes
 from mechdsl.resolve.relative_depth import relative
 from mechdsl.resolve.resolved import (
     Axis,
@@ -91,8 +92,9 @@ def outline(
         written = tuple(rule.site for rule in experiment.rules)
         axes = tuple(relative(axis, written, model.shape.n_layers) for axis in axes)
     apart = left_out(experiment.against, work.sites)
-    observes = any(kinds[rule.verb].observes for rule in experiment.rules)
-    measures, keep, accuracies = _measures(work, axes, observes=observes)
+    looking = (kinds[rule.verb].observes(rule) for rule in experiment.rules)
+    observed = next((each for each in looking if each is not None), None)
+    measures, keep, accuracies = _measures(work, axes, observed)
     known = Outline(
         spec=experiment,
         model=model,
@@ -278,7 +280,7 @@ def _nodes(rule: spec.Rule) -> Any:
     return tuple(part for part in parts if part is not None)
 
 
-def _measures(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> Measures:
+def _measures(work: Work, axes: tuple[Axis, ...], observed: Observation | None) -> Measures:
     """What is measured, what rows are kept by, `correct` on runs whose accuracy is asked for."""
     experiment = work.experiment
     items = sorted({i for axis in axes for i in axis.items if i is not None})
@@ -290,12 +292,17 @@ def _measures(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> Measures
         work.sites,
         tuple(items),
         work.diagnostics,
-        observes=observes,
+        observed=observed,
+        names=tuple(
+            rule.observed.name or rule.observed.word
+            for rule in experiment.rules
+            if rule.observed is not None
+        ),
         metrics=work.program.metrics,
     )
     runs = tuple(dict.fromkeys(r for r in (experiment.base, experiment.source, "clean") if r))
     measures = [
-        resolve_measure(m.metric, context, label=m.label, at=m.at, runs=runs)
+        resolve_measure(m.metric, context, label=m.label, at=m.at, runs=runs, observed=m.observed)
         for m in experiment.measures
     ]
     keep = [resolve_measure(k, context, label="keep", runs=("clean",)) for k in experiment.keep]

@@ -1,0 +1,1 @@
+"""What `observe` lines see, beside plain hooks."""
