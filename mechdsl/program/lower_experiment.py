@@ -34,6 +34,7 @@ from mechdsl.program.observations import (
 )
 from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
@@ -108,7 +109,7 @@ def _part(experiment: spec.Experiment, part: Part, *, several: bool) -> spec.Exp
     if several:
         changed["within"] = experiment.name
         changed["name"] = f"{experiment.name}.{part.name}" if part.own else experiment.name
-        named = {name for rule in rules for name in rule.loops}
+        named = {name for rule in rules for name in rule.loops} | _loops_in(part.measures)
         changed["loops"] = tuple(loop for loop in experiment.loops if loop.name in named)
     return experiment.model_copy(
         update={
@@ -119,6 +120,18 @@ def _part(experiment: spec.Experiment, part: Part, *, several: bool) -> spec.Exp
             "expects": tuple(part.expects),
         }
     )
+
+
+def _loops_in(measures: Sequence[spec.Measure]) -> set[str]:
+    """Names in sites and positions of measures, which may be those of loops."""
+    every = (node for each in measures for node in (*walk(each.metric), *walk(each.at)))
+    found: set[str] = set()
+    for node in every:
+        if isinstance(node, ast.Bound) and node.name is not None:
+            found.add(node.name)
+        elif isinstance(node, ast.TokenIndex) and isinstance(node.low, str):
+            found.add(node.low)
+    return found
 
 
 def _without_sides(combined: Sequence[Variant]) -> list[Variant]:

@@ -74,11 +74,9 @@ def lower_observation(
     statement: Statement, loops: tuple[str, ...], prompts: spec.Prompts | None, work: Statements
 ) -> spec.Rule:
     """The typed line; its name is entered among those of the file."""
-    name = None
-    if statement.name is not None and work.scope.define(
-        "observation", statement.name, imported=False
-    ):
-        name = statement.name.id
+    name = None if statement.name is None else statement.name.id
+    if statement.name is not None:
+        work.scope.define("observation", statement.name, imported=False)
     source = None
     if statement.run is not None and prompts is not None:
         source = run_of(statement.run, prompts, work)

@@ -192,6 +192,8 @@ class Measure(Spec):
     per_prompt: bool = False
     observed: bool = False
     """Whether it is of what the experiment's `observe` line gives, not of the model's output."""
+    over: str | None = None
+    """The axis that it is averaged over, row by row."""
 
     @property
     def place(self) -> str | None:
@@ -302,6 +304,11 @@ class Experiment(Spec):
 
     after: tuple[str, ...] = ()
     """Experiments whose results it uses: `top 10 of cie`."""
+
+    @property
+    def over(self) -> str | None:
+        """The axis that all its measures are averaged over."""
+        return self.measures[0].over if self.measures else None
 
 
 class Program(Spec):

@@ -12,7 +12,9 @@ from mechdsl.program import spec
 from mechdsl.prompts.order_in_text import behind, by_text
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.amounts import resolve_amounts
+from mechdsl.resolve.head_sites import attention_sites
 from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.picks import pick_nothing
 from mechdsl.resolve.resolved import (
     Amounts,
     Convention,
@@ -20,8 +22,8 @@ from mechdsl.resolve.resolved import (
     Intervention,
     PositionTargets,
     ResolvedRule,
+    SitePoint,
 )
-from mechdsl.resolve.site_targets import attention_sites
 from mechdsl.resolve.targets import plain_targets, sweeps
 from mechdsl.rules.kind import RuleKind, rule_kind
 from mechdsl.syntax import ast
@@ -100,6 +102,7 @@ def resolve_edge(
     both = sweeps(rule.at, work) and sweeps(rule.onto, work)
     queries = plain_targets(rule.at, work, "from_position" if both else "position")
     keys = plain_targets(rule.onto, work)
+    sites, queries = pick_nothing(sites, queries, SitePoint("pattern", 0, None))
     if sites is None or queries is None or keys is None or does is None:
         return None
     if amounts is not None and not does.possible(rule, amounts, keys, work):

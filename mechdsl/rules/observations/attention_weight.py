@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mechdsl.diagnostics.e03_rules import BadEdit
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.observation import Seen
@@ -30,7 +31,18 @@ class AttentionWeight(Kind, EdgeIntervention):
     by_unit = True
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
-        return resolve_edge(rule, self, None, work)
+        found = resolve_edge(rule, self, None, work)
+        if found is None or found.sites is None or "nothing" not in found.sites.labels.values():
+            return found
+        work.diagnostics.append(
+            BadEdit(
+                span=rule.span,
+                reason="there would be nothing to look at",
+                what="no head is picked in one of its cells",
+                hint="pick at least one: `top 1 of …`",
+            )
+        )
+        return None
 
     def each(self, rule: ResolvedRule, seen: Seen) -> Tensor:
         assert seen.keys is not None
@@ -42,7 +54,11 @@ class AttentionWeight(Kind, EdgeIntervention):
         assert rule.spec.edge is not None
         axes = {axis.word: axis for axis in rule.spec.edge.axes}
         over = [f"these {word}s" for word, axis in axes.items() if _joins(axis)]
-        over += [] if "head" in axes else ["all heads"]
+        if rule.spec.edge.heads is not None:
+            assert rule.sites is not None
+            over += ["these heads"] if any(len(p) > 1 for p in rule.sites.points.values()) else []
+        else:
+            over += [] if "head" in axes else ["all heads"]
         cells = rule.positions.written.values()
         if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
             over.append("the queries")
