@@ -130,7 +130,7 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
         ]
         for atom in measure.atoms
     ]
-    return digest(measure.expression, measure.kind, atoms)
+    return digest(measure.expression, measure.kind, measure.observed, atoms)
 
 
 def measure_rows(

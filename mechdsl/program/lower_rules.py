@@ -86,8 +86,6 @@ def lower_rule(
             return _attention(rule, "allow", body.edge)
         case ast.Renumber():
             return spec.Rule(span=rule.span, verb="renumber", at=body.at, fill=body.start)
-        case ast.ObserveAttention():
-            return _attention(rule, "observe", body.edge)
 
 
 def _at(

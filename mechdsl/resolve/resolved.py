@@ -360,6 +360,8 @@ class ResolvedMeasure(Record):
     """Per run and row, the token position that is read; runs that are missing read their last."""
     truth: tuple[float, ...] | None = None
     """Per row, the number that the answer spells, for categories."""
+    observed: bool = False
+    """It is of what the experiment looks at: metrics of tokens read its logits, not the model's."""
     absent: tuple[int, ...] = ()
     """Rows that lack the position; they have no value."""
     item: int | None = None

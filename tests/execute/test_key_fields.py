@@ -288,6 +288,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "expression": ("patch", lambda node: text(node, "loss")),
         "atoms": ("patch", lambda atoms: atoms[:1]),
         "kind": ("patch", lambda kind: "category"),
+        "observed": ("patch", lambda observed: not observed),
         "at": ("patch", lambda at: {"clean": (1, 1, 1, 1)}),
     },
     Atom: {

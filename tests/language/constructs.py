@@ -422,6 +422,7 @@ _site(
 # --- rules ----------------------------------------------------------------------------------------
 
 _TRANSPLANTS = "tests/rules/test_transplants.py"
+_OBSERVED = "tests/rules/test_observations.py"
 _EDGES = "tests/rules/test_attention.py"
 _PATHS = "tests/rules/test_paths.py"
 
@@ -603,6 +604,25 @@ _rule(
     "stand beside it.",
     ATTENTION,
     _EDGES,
+)
+_rule(
+    "observe",
+    "observe norm resid_post layer * at last token as lengths",
+    "Looks and changes nothing: what is seen is measured, with the effect `raw`, of the patched "
+    "run where rules stand beside it. With a name the line has a result of its own, with its own "
+    "axes, beside that of the measures; `top 3 of lengths`, `expect max(lengths) > 2` and `report "
+    "lines layer of lengths` call it. `norm` is the length of the vector (L2).",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe … of RUN",
+    "observe norm resid_post layer * of fewer at last token as lengths",
+    "Of another run than the one that rules act on, whose texts positions are found in.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
 )
 _rule(
     "for",
