@@ -238,6 +238,42 @@ def build_edges(
 
 
 @dataclass(frozen=True, eq=False)
+class Numbers:
+    """K tokens with other position ids."""
+
+    rows: Tensor
+    """[K] long, row of the pass."""
+    positions: Tensor
+    """[K] long, place in the unpadded prompt."""
+    numbers: Tensor
+    """[K] long."""
+
+    def moved(self, rows: Tensor) -> Numbers:
+        """The same where row i is row `rows[i]`."""
+        return replace(self, rows=rows[self.rows])
+
+
+def build_numbers(
+    plan: ExperimentPlan, rows: Rows, text: TextBehind | None = None
+) -> list[Numbers]:
+    """The position ids that these rows change, in the order of the file."""
+    found: list[Numbers] = []
+    ends = pass_ends(plan, rows, text)
+    for rule in plan.rules:
+        if rule.rule.does.changes != "positions":
+            continue
+        written = rule.written_runs(rows)
+        row, token = rule.written.tokens.expand(written)
+        _, place = counted(rule.written.tokens.counts(written))
+        number = rule.amounts[rows.cell[row]].astype(np.int64) + place
+        if ends is not None:
+            there = token < ends[row]
+            row, token, number = row[there], token[there], number[there]
+        found.append(Numbers(*map(torch.from_numpy, (row, token, number))))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
 class _Vectors:
     """What an intervention is asked for at one place: `resolve.types.Vectors`."""
 

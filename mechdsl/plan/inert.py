@@ -49,7 +49,7 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     of_run = np.repeat(np.arange(runs), plan.written.tokens.counts(np.arange(runs)))
     prompt = (keys % plan.written.prompts)[of_run]
     none = np.zeros(len(token), dtype=np.bool_)
-    causal = experiment.model.shape.causal
+    causal = experiment.model.shape.causal and not _looks_ahead(experiment)
     same = alike = none
     shared = _shared_prefix(experiment, plan.rule)
     if shared is not None:
@@ -76,6 +76,11 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     where[_all_points(plan, is_below_attention)] = BELOW
     tokens = (same | unread, same | elsewhere, alike | unread)
     return Inert(where, np.stack([_all_of(mask, of_run, runs) for mask in tokens]))
+
+
+def _looks_ahead(experiment: ResolvedExperiment) -> bool:
+    """Whether tokens may see later ones, by some rule."""
+    return any(rule.does.looks_ahead for rule in experiment.rules)
 
 
 def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) -> Bools:
@@ -169,6 +174,8 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
     source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
     if not rule.does.copies or source.noise is not None or base.noise is not None:
         return None
+    if any(other.does.changes == "positions" for other in experiment.rules):
+        return None  # equal tokens stand elsewhere then
     if rule.sites is not None and rule.sites.sources is not None:  # read in another layer
         return None
     if source.model != base.model:

@@ -63,6 +63,11 @@ class ExperimentPlan:
         return len(self.lowest)
 
     @property
+    def whole(self) -> bool:
+        """Whether its rows are whole passes, whatever else is planned."""
+        return any(plan.rule.does.whole for plan in self.rules)
+
+    @property
     def behind(self) -> bool:
         """Whether a rule acts on tokens of the answer, behind the prompt."""
         return any(plan.behind for plan in self.rules)
@@ -92,6 +97,11 @@ class ExperimentPlan:
     def replaced(self) -> RulePlan | None:
         """The rule that puts other text into the prompts, if there is one."""
         return next((plan for plan in self.rules if plan.rule.does.changes == "input"), None)
+
+    @property
+    def observes(self) -> RulePlan | None:
+        """The rule that is measured by what it looks at, if there is one."""
+        return next((plan for plan in self.rules if plan.rule.does.changes == "nothing"), None)
 
     @property
     def starting_runs(self) -> tuple[Run, ...]:

@@ -126,10 +126,11 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
         [
             *(atom.node, atom.name, atom.form.takes, atom.form.function.__qualname__),
             *(atom.of_class, atom.run, atom.point, _plain(atom.python)),
+            None if atom.tokenizer is None else atom.tokenizer.hash,
         ]
         for atom in measure.atoms
     ]
-    return digest(measure.expression, measure.kind, atoms)
+    return digest(measure.expression, measure.kind, measure.observed, atoms)
 
 
 def measure_rows(

@@ -82,8 +82,10 @@ def lower_rule(
             return _attention(rule, "reweight", body.edge, body.factor)
         case ast.SetEdge():
             return _attention(rule, "set edge", body.edge, body.value)
-        case ast.ObserveAttention():
-            return _attention(rule, "observe", body.edge)
+        case ast.Allow():
+            return _attention(rule, "allow", body.edge)
+        case ast.Renumber():
+            return spec.Rule(span=rule.span, verb="renumber", at=body.at, fill=body.start)
 
 
 def _at(

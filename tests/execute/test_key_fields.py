@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -288,6 +289,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "expression": ("patch", lambda node: text(node, "loss")),
         "atoms": ("patch", lambda atoms: atoms[:1]),
         "kind": ("patch", lambda kind: "category"),
+        "observed": ("patch", lambda observed: not observed),
         "at": ("patch", lambda at: {"clean": (1, 1, 1, 1)}),
     },
     Atom: {
@@ -301,6 +303,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "point": ("cosine", lambda point: replace(point, layer=1)),
         "python": ("python", lambda python: replace(python, digest="1" * 64)),
         "rows": ("python", lambda rows: ({"count": 9}, *rows[1:])),
+        "tokenizer": ("python", lambda tokenizer: SimpleNamespace(hash="1" * 64)),
         "own": ("loss", lambda own: {run: (9,) * len(rows) for run, rows in own.items()}),
     },
     TokenSets: {
