@@ -141,7 +141,7 @@ class PreparedPanel:
         for plan in self.running:
             key = plan.experiment.key
             kept = self.measured[key].kept
-            donors = donors_of(plan, self.table.row_keys, self.runs.seed, kept)
+            donors = donors_of(plan, self.table, self.runs.seed, kept)
             self.means_and_donors[key] = MeansAndDonors({}, {}, donors, {}, directions[key])
             self.whole_cells[key] = self._whole_cells(plan, kept)
             self._look_up(plan, kept, donors)
@@ -252,7 +252,7 @@ class PreparedPanel:
         """How far rounding may move a logit, where that is asked: of base runs."""
         return self.runs.model.rounding if run == plan.experiment.spec.base else 0.0
 
-    def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Ints | None) -> None:
+    def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Mapping[int, Ints]) -> None:
         """What there is of an experiment's patched values."""
         if self.values is None or not plan.rules:
             return

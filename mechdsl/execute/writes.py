@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeAlias
 
@@ -26,8 +26,8 @@ from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import Place
 from mechdsl.vocab.sites import SITES
 
-LanesOf: TypeAlias = Callable[[str, bool], UnpatchedBatch]
-"""(run, of the donors of a resampling) → its lanes on the current prompts."""
+LanesOf: TypeAlias = Callable[[RulePlan], UnpatchedBatch]
+"""The run that a rule reads → its lanes on the current prompts, or on their donors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +44,8 @@ class _Entries:
 
 def read_prompts(plan: RulePlan, rows: Rows, means_and_donors: MeansAndDonors) -> Ints:
     """The prompt whose activation each row reads."""
-    if plan.rule.does.reads == "donor" and means_and_donors.donors is not None:
-        return means_and_donors.donors[rows.prompt]
-    return rows.prompt
+    donors = means_and_donors.donors.get(plan.number)
+    return rows.prompt if donors is None else donors[rows.prompt]
 
 
 def readable(
@@ -65,7 +64,7 @@ def readable(
         if rule.rule.does.reads == "donor":
             position = rule.position_of_cell[rows.cell]
             key = position * rule.read.prompts + read_prompts(rule, rows, means_and_donors)
-            good &= rule.read.runs.counts(key) > 0
+            good &= (rule.read.runs.counts(key) > 0) | ~rule.acts(rows)
     found = np.flatnonzero(good)
     own = rows.take(found)
     fine = np.ones(len(found), dtype=np.bool_)
@@ -74,6 +73,7 @@ def readable(
             tokens = _tokens(rule, own, means_and_donors)
             for text in texts:
                 written, read = _there(plan, rule, own, tokens, means_and_donors, text)
+                written &= rule.acts(own)[tokens.row]
                 fine[tokens.row[written & ~read]] = False
     return found[fine]
 
@@ -243,6 +243,42 @@ def build_edges(
 
 
 @dataclass(frozen=True, eq=False)
+class Numbers:
+    """K tokens with other position ids."""
+
+    rows: Tensor
+    """[K] long, row of the pass."""
+    positions: Tensor
+    """[K] long, place in the unpadded prompt."""
+    numbers: Tensor
+    """[K] long."""
+
+    def moved(self, rows: Tensor) -> Numbers:
+        """The same where row i is row `rows[i]`."""
+        return replace(self, rows=rows[self.rows])
+
+
+def build_numbers(
+    plan: ExperimentPlan, rows: Rows, text: TextBehind | None = None
+) -> list[Numbers]:
+    """The position ids that these rows change, in the order of the file."""
+    found: list[Numbers] = []
+    ends = pass_ends(plan, rows, text)
+    for rule in plan.rules:
+        if rule.rule.does.changes != "positions":
+            continue
+        written = rule.written_runs(rows)
+        row, token = rule.written.tokens.expand(written)
+        _, place = counted(rule.written.tokens.counts(written))
+        number = rule.amounts[rows.cell[row]].astype(np.int64) + place
+        if ends is not None:
+            there = token < ends[row]
+            row, token, number = row[there], token[there], number[there]
+        found.append(Numbers(*map(torch.from_numpy, (row, token, number))))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
 class _Vectors:
     """What an intervention is asked for at one place: `resolve.types.Vectors`."""
 
@@ -298,8 +334,7 @@ class _Vectors:
         return values[tuple(torch.from_numpy(i).to(values.device) for i in index)]
 
     def _activation(self) -> Tensor:
-        rule = self.plan.rule
-        lanes = self.lanes_of(rule.run, rule.does.reads == "donor")
+        lanes = self.lanes_of(self.plan)
         prompts = read_prompts(self.plan, self.rows, self.means_and_donors)
         lane = lanes.lane(prompts[self.row], self.draws[self.row])
         return gather(
