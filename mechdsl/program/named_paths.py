@@ -40,10 +40,11 @@ ROWS = PathConstruct("rows", "reads")
 LOCAL = PathConstruct("local", "reads")
 HF = PathConstruct("hf", "reads")
 PYTHON = PathConstruct("python", "runs")
+SAVED = PathConstruct("saved", "reads")
 REPORT = PathConstruct("report", "writes")
 
-CONSTRUCTS = (USE, ROWS, LOCAL, HF, PYTHON, REPORT)
-_CALLS = {each.name: each for each in (LOCAL, HF, PYTHON)}
+CONSTRUCTS = (USE, ROWS, LOCAL, HF, PYTHON, SAVED, REPORT)
+_CALLS = {each.name: each for each in (LOCAL, HF, PYTHON, SAVED)}
 
 
 def reach_of(source: Source, *, outside: bool, untrusted: bool) -> Reach:
