@@ -41,6 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": "Part 1: pear Count 1:", "object": "pear", "n": 4},
     ]
     (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    (folder / "facts").mkdir()
+    shutil.copy(folder / "facts.jsonl", folder / "facts" / "train.jsonl")
     (folder / "common").mkdir()
     (folder / "common" / "fruit.mech").write_text(
         'mech 1\nmodel toy = zoo("counting")\n'
