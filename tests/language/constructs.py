@@ -483,7 +483,7 @@ _rule(
     "ablate layer * head * at last token with mean",
     "It becomes the mean at that position over the clean rows that `limit` and `keep` leave; "
     "`mean of fewer` takes another run, `mean of listed` another block of prompts with rows of its "
-    "own, `mean by count` the rows of the same value.",
+    "own, `mean of fruit.train` a part of a split, `mean by count` the rows of the same value.",
     CIRCUIT,
     "tests/execute/test_effects.py",
 )
@@ -491,7 +491,8 @@ _rule(
     "ablate with resample",
     "ablate layer * head * at last token with resample",
     "It becomes that of another clean row of those that `limit` and `keep` leave, drawn once with "
-    "the seed.",
+    "the seed; with `resample of listed` that of a row of another block, drawn for each row by its "
+    "content, with repetition.",
     CIRCUIT,
     "tests/execute/test_sites.py",
 )
