@@ -326,6 +326,15 @@ _prompts(
     "tests/data/test_files.py",
 )
 _prompts(
+    "rows of a data set of the hub",
+    'rows hf_dataset("facts", split: "train")',
+    "One split of a data set that is on this disk: a folder that `save_to_disk` of the package "
+    "`datasets` wrote, a folder of files, or, by its name, a snapshot in the Hugging Face cache; "
+    "`config:` and `revision:` say which one. Nothing is downloaded. Arrow and parquet need "
+    "`pip install 'mechdsl[frames]'`.",
+    "tests/data/test_hub_datasets.py",
+)
+_prompts(
     "distinct rows",
     'rows "facts.jsonl" distinct',
     "Of equal records the first; without it each counts, and W0781 says how many there are. "

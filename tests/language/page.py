@@ -194,7 +194,7 @@ def in_experiment(*lines: str, default: tuple[str, ...] = LINES) -> str:
 def in_block(*lines: str) -> str:
     """A file with a prompts block of these lines, and the default for what they leave out."""
     text = " ".join(lines)
-    default = RECORDS if "facts.jsonl" in text else fruit.VALUES
+    default = RECORDS if '"facts' in text else fruit.VALUES
     names = {line.split()[0] for line in lines}
     kept = [line for line in default if line.split()[0] not in names]
     return PROMPTS.replace("LINES", "\n".join(f"  {line}" for line in (*lines, *kept)))

@@ -44,6 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     save_file({"d": torch.ones(128)}, folder / "directions.safetensors")
+    (folder / "facts").mkdir()
+    shutil.copy(folder / "facts.jsonl", folder / "facts" / "train.jsonl")
     (folder / "common").mkdir()
     (folder / "common" / "fruit.mech").write_text(
         'mech 1\nmodel toy = zoo("counting")\n'
