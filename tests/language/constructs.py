@@ -792,6 +792,54 @@ _rule(
     "measure logit(answer) as raw",
 )
 _rule(
+    "observe value",
+    "observe value mlp_hidden layer 1 neuron 0..3 at last token",
+    "The activation of one neuron; of neurons that are joined, their mean.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe entropy",
+    "observe entropy pattern layer * head * at last token",
+    "The entropy of what the query attends to, in nats.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe distance",
+    "observe distance pattern layer * head * at last token",
+    "How many tokens back the query attends, on average over its attention.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe logit_lens",
+    "observe logit_lens resid_post layer * at last token",
+    "The vector through the model's own final norm and unembedding, as if its layer were the last. "
+    "Measures of the experiment read what comes out; without one, it is the probability of its "
+    "most likely token. Of `attn_out`, `mlp_out` and `head_out` the norm has the scale of that "
+    "vector alone.",
+    'nostalgebraist 2020, "interpreting GPT: the logit lens"',
+    _OBSERVED,
+    "measure prob(answer) as raw",
+)
+_rule(
+    "observe direct_logit",
+    "observe direct_logit layer * head * toward answer - wrong at last token",
+    "What a component adds to the logits behind `toward` by itself: through the final norm, whose "
+    "scale is held at that of the stream, and the unembedding. Heads, `attn_out`, `mlp_out`, "
+    "neurons, and `resid_pre layer 0` for the embeddings; with the biases of norm and unembedding, "
+    "which no part has, all parts add up to the logit (before a cap on logits). Joined sites are "
+    "added up.",
+    "Elhage et al. 2021, transformer-circuits.pub/2021/framework; Wang et al. 2022, "
+    "arXiv 2211.00593",
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
     "for",
     "for l in 0..2 { patch attn_out layer l at last token patch mlp_out layer l at last token }",
     "An axis that several rules share. Also over numbers (`[0, 1, 4]`, `0%..100% step 5%`) and "
