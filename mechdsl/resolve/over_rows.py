@@ -1,0 +1,53 @@
+"""Observations that are made of the vectors of all rows at once: probes, similarities, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from mechdsl.resolve.observation import Observation
+
+if TYPE_CHECKING:
+    from mechdsl.base.arrays import Floats, Ints
+
+
+@dataclass(frozen=True, eq=False)
+class RowVectors:
+    """The vectors of one cell, one of each row."""
+
+    vectors: Floats
+    """[row, width] the mean over the tokens of its position; sites that are joined side by side."""
+    prompts: Ints
+    """[row] number in the table, ascending; rows that lack the position aren't here."""
+    keys: Sequence[bytes]
+    """[row] what is seen of it there: rows of one key have equal vectors."""
+    precision: float
+    """The relative spacing of numbers of the type that they were computed in."""
+    other: Floats | None
+    """[row, other width] the vectors of the site, or at the position, that it is set against."""
+    pairs: Floats
+    """[row, 2] how many pairs of different tokens there are, one of either position, and how many
+    of a token with itself."""
+
+
+class OverRows(Observation):
+    """An observation whose value in a row hangs on all rows of its cell."""
+
+    controls: ClassVar[tuple[str, ...]] = ()
+    """Further measures that come with it, by what is behind its label."""
+    of_rows: ClassVar[bool] = True
+    """Whether rows have values of their own, whose mean is the cell's. Else every row has the
+    cell's, and there is no interval."""
+
+    of_directions: ClassVar[bool] = False
+    """Whether it sees sums of unit vectors over the tokens of a position, and not means of
+    vectors."""
+
+    def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
+        """Of itself and of each control, [row]. ValueError or ArithmeticError, in words, for what
+        it can't be made of.
+
+        seed: of the file.
+        """
+        raise NotImplementedError
