@@ -64,7 +64,7 @@ class ProbeObservation(OverRowsKind):
         strata = y[:, 0].tolist() if probe.kind == "logistic" else None
         fold = folds(seen.keys, probe.folds, seed, strata)
         return [
-            _held_out(probe, seen.vectors, own, fold) for own in (y, y[shuffled(seen.keys, seed)])
+            _held_out(probe, seen.vectors, own, fold) for own in (y, shuffled(seen.keys, y, seed))
         ]
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
