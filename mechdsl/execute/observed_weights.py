@@ -6,10 +6,13 @@ maps, their scales and all biases are not, and neither is rotary: queries meet k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mechdsl.hooks.weight_maps import WeightMaps
+from mechdsl.rules.observations.weights import Composition, OfWeights
 
 
 def positive_share(matrix: Tensor) -> float:
@@ -31,6 +34,16 @@ def matching(maps: WeightMaps, layer: int, head: int) -> float:
     """`positive_share` of embedding → QK ← embedding: near 1, a head attends to its own token."""
     key, query = maps.key(layer, head).double(), maps.query(layer, head).double()
     return positive_share(key.T @ maps.token_gram @ query)
+
+
+@torch.no_grad()
+def of_weights(does: OfWeights, maps: WeightMaps, heads: Sequence[tuple[int, int]]) -> float:
+    """The number of one cell, of one head or two: (layer, head). ValueError, in words, where the
+    model has none."""
+    if isinstance(does, Composition):
+        (first, _), (then, _) = heads
+        return composition(maps, does.by, *heads) if first < then else float("nan")
+    return {"copying": copying, "matching": matching}[does.word](maps, *heads[0])
 
 
 def ov_matrix(maps: WeightMaps, layer: int, head: int) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -14,9 +15,11 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.digest import digest
 from mechdsl.execute.measured_values import CellGap, MeasuredValues, base_per_cell
 from mechdsl.execute.not_finite import cell_words
+from mechdsl.execute.observed_weights import of_weights
 from mechdsl.execute.read_vectors import numbers, prompt_batches, read_vectors, reader
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
+from mechdsl.hooks.weight_maps import WeightMaps
 from mechdsl.models.shape import units
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
@@ -24,6 +27,7 @@ from mechdsl.prompts.prompt_table import Hits, PositionCell
 from mechdsl.resolve.measures import evaluate
 from mechdsl.resolve.over_rows import OverRows, RowVectors
 from mechdsl.resolve.resolved import SitePoint
+from mechdsl.rules.observations.weights import OfWeights
 
 GATHERED_BYTES = 1 << 30
 """Of vectors that are held at a time, as far as several cells are."""
@@ -31,6 +35,7 @@ GATHERED_BYTES = 1 << 30
 Joined: TypeAlias = tuple[SitePoint, ...]
 """The sites of one cell, whose vectors are one, side by side; none where there is nothing."""
 Singles: TypeAlias = NDArray[np.float32]
+Make: TypeAlias = Callable[[], Sequence[Floats]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +69,21 @@ def observe_together(
     observed = over_rows(plan)
     if observed is None:
         return None
-    gatherer = _Gatherer(plan, *observed, runs, measured.kept)
     experiment = plan.experiment
     base = [
-        np.broadcast_to(base_per_cell(plan, measured, experiment.spec.base, number), (plan.n_cells, len(measured.kept)))
+        np.broadcast_to(
+            base_per_cell(plan, measured, experiment.spec.base, number),
+            (plan.n_cells, len(measured.kept)),
+        )
         for number in range(len(experiment.measures))
     ]
     found = [
         np.full(each.shape, np.nan) if measure.observed else each.copy()
         for measure, each in zip(experiment.measures, base, strict=True)
     ]
-    for cell, there, seen in gatherer.cells():
+    for cell, there, make in _made(_Gatherer(plan, *observed, runs, measured.kept), runs):
         try:
-            made = observed[1].per_row(seen, experiment.seed)
+            made = make()
         except (ValueError, ArithmeticError) as problem:
             _lack(plan, measured, cell, there, str(problem))
             continue
@@ -87,6 +94,19 @@ def observe_together(
                 of_atoms = {atom.node: by_name[atom.name] for atom in measure.atoms}
                 values[cell, there] = evaluate(measure.expression, of_atoms.__getitem__)
     return Together(measured.kept, found)
+
+
+def _made(gatherer: _Gatherer, runs: UnpatchedRuns) -> Iterator[tuple[int, Ints, Make]]:
+    """(cell, its columns, what gives the values of the observation and of its controls)."""
+    does, seed = gatherer.does, gatherer.plan.experiment.seed
+    if not isinstance(does, OfWeights):
+        for cell, there, seen in gatherer.cells():
+            yield cell, there, partial(does.per_row, seen, seed)
+        return
+    maps, every = WeightMaps(runs.model), np.arange(len(gatherer.kept))
+    for cell, (sites, beside) in enumerate(gatherer.sites()):
+        ends = [(point.layer or 0, point.unit or 0) for point in (*sites, *beside)]
+        yield cell, every, lambda ends=ends: [np.full(len(every), of_weights(does, maps, ends))]
 
 
 def _lack(
@@ -124,6 +144,10 @@ class _Gatherer:
         self._beside = list(self._of_other())
         edge = rule.rule.edge
         self._others = [] if edge is None else list(edge.keys.written.values())
+
+    def sites(self) -> Iterator[tuple[Joined, Joined]]:
+        """Per cell, its sites and those that they are set against."""
+        yield from zip(self._sites, self._beside, strict=True)
 
     def cells(self) -> Iterator[tuple[int, Ints, RowVectors]]:
         """(cell, its columns among the kept rows, their vectors), of cells that have any."""

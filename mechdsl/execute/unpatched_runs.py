@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.model_end import ModelEnd
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
@@ -210,6 +212,19 @@ class UnpatchedRuns:
             return None
         found = sorted(set[int]().union(*(readout.tokens(prompts) for readout in readouts)))
         return torch.tensor(found, dtype=torch.long, device=self.model.device)
+
+    def observed_tokens(self, readout: Readout, prompts: Ints) -> Tensor | None:
+        """[K] ascending: all that a readout reads of the logits that it observes; None for the
+        vocabulary."""
+        found = readout.observed_tokens(prompts)
+        if found is None:
+            return None
+        return torch.tensor(found, dtype=torch.long, device=self.model.device)
+
+    @cached_property
+    def unembedding(self) -> ModelEnd:
+        """What the model does behind its last block."""
+        return ModelEnd(self.model)
 
     def _gauge_reads(self) -> set[Place]:
         """Sites that measures compare (`cosine`)."""

@@ -94,6 +94,11 @@ class ExperimentPlan:
         return next((plan for plan in self.rules if plan.rule.does.changes == "input"), None)
 
     @property
+    def observes(self) -> RulePlan | None:
+        """The rule that is measured by what it looks at, if there is one."""
+        return next((plan for plan in self.rules if plan.rule.does.changes == "nothing"), None)
+
+    @property
     def starting_runs(self) -> tuple[Run, ...]:
         """The runs that rows start from: the base run, or those with the text put in."""
         if not self.rules:

@@ -101,6 +101,7 @@ def lower_measure(measure: ast.Measure, parts: Definitions, scope: Namespace) ->
         effect_span=measure.effect.span,
         at=measure.at,
         per_prompt=measure.per is not None,
+        over=None if measure.over is None else measure.over.id,
     )
 
 
@@ -118,11 +119,11 @@ def told_apart(measures: tuple[spec.Measure, ...]) -> tuple[spec.Measure, ...]:
     )
 
 
-def each_once(measures: tuple[spec.Measure, ...], work: Statements) -> None:
+def each_once(measures: Sequence[spec.Measure], work: Statements) -> None:
     """The same measure twice would only make the correction stricter."""
     seen: dict[tuple[object, ...], spec.Measure] = {}
     for measure in measures:
-        key = (measure.metric, measure.effect, measure.at, measure.per_prompt)
+        key = (measure.metric, measure.effect, measure.at, measure.per_prompt, measure.over)
         first = seen.setdefault(key, measure)
         if first is not measure:
             work.diagnostics.append(
@@ -211,6 +212,7 @@ def lower_report(report: ast.Report, work: Statements) -> spec.Report:
         by=None if report.by is None else report.by.id,
         top=top,
         file=None if report.file is None else report.file.value,
+        of=None if report.of is None else report.of.id,
     )
 
 

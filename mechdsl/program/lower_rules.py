@@ -54,8 +54,6 @@ def lower_rule(
             return _attention(rule, "reweight", body.edge, body.factor)
         case ast.SetEdge():
             return _attention(rule, "set edge", body.edge, body.value)
-        case ast.ObserveAttention():
-            return _attention(rule, "observe", body.edge)
 
 
 def _at(

@@ -28,6 +28,7 @@ from mechdsl.resolve.class_outputs import (
     refused_form,
 )
 from mechdsl.resolve.coordinates import SiteContext
+from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.resolved import Atom, Env
 from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.syntax import ast
@@ -48,8 +49,12 @@ class MeasureContext:
     diagnostics: list[Diagnostic] = field(default_factory=list)
     at: ast.Position | None = None
     """Where the measure in work is read; None is the last token."""
-    observes: bool = False
-    """Whether the experiment observes attention."""
+    observed: Observation | None = None
+    """What the experiment looks at."""
+    names: Collection[str] = ()
+    """What a measure may call it."""
+    reads_observed: bool = False
+    """Whether the measure in work is of that."""
     metrics: Collection[str] = ()
     """Names of the metrics that the file defines."""
     loop_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -77,6 +82,11 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     if isinstance(node, ast.Call) and is_python(node):
         return _of_python(node, context)
     name = node.id if isinstance(node, ast.Name) else node.name
+    seen = context.observed if context.reads_observed and isinstance(node, ast.Name) else None
+    if seen is not None and seen.gives == "number" and name in (*context.names, seen.word):
+        return Atom(node, seen.word, seen.form)
+    if seen is not None and name in seen.controls:
+        return Atom(node, name, seen.form)
     metric = METRICS.get(name)
     if metric is None and isinstance(node, ast.Name) and name in context.metrics:
         return None  # it couldn't be written out, which has been said
@@ -143,7 +153,7 @@ def _form(
             (forms.get("own") if at is not None else None)
             or forms.get("nothing")
             or forms.get("prompt")
-            or forms.get("attention")
+            or forms.get("observation")
             or next((f for f in forms.values() if f.default is not None), None)
         )
     if len(values) > 1:
@@ -157,7 +167,7 @@ def _form(
 
 def _misfit(forms: Mapping[Takes, Form], given: int) -> str:
     """Why no form of a metric fits, by how many arguments it is given."""
-    alone = {"nothing", "prompt", "own", "attention"}
+    alone = {"nothing", "prompt", "own", "observation"}
     most = 2 if "activations" in forms else 0 if alone.issuperset(forms) else 1
     if not given:
         return "it has no argument"
@@ -177,7 +187,7 @@ _USAGE: Mapping[Takes, str] = {
     "prompt": "`{}`",
     "own": "`{}`, with `at`",
     "activations": "`{}(L3.resid, clean)`",
-    "attention": "`{}`, beside a line `observe attention …`",
+    "observation": "`{}`, beside a line `observe attention …`",
 }
 
 
@@ -205,7 +215,7 @@ def _of_attention(
     arguments: tuple[ast.Argument, ...],
     context: MeasureContext,
 ) -> Atom | None:
-    if not context.observes:
+    if context.observed is None or context.observed.word != name:
         hint = "add a line `observe attention layer * head * from last token to …`"
         refuse(context, node.span, "nothing says which attention", hint)
         return None
@@ -438,6 +448,6 @@ _BUILDERS: Mapping[Takes, Builder] = {
     "nothing": _plain,
     "prompt": _plain,
     "own": _plain,
-    "attention": _of_attention,
+    "observation": _of_attention,
     "activations": _of_activations,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mechdsl.resolve.observation import Observation
 
@@ -34,11 +34,9 @@ class RowVectors:
 class OverRows(Observation):
     """An observation whose value in a row hangs on all rows of its cell."""
 
-    controls: ClassVar[tuple[str, ...]] = ()
-    """Further measures that come with it, by what is behind its label."""
-    of_rows: ClassVar[bool] = True
-    """Whether rows have values of their own, whose mean is the cell's. Else every row has the
-    cell's, and there is no interval."""
+    spread: ClassVar[Literal["rows", "unknown", "none"]] = "rows"
+    """Whether rows have values of their own, whose mean is the cell's, and whose spread its
+    interval; else every row has the cell's, which others would change or not."""
 
     of_directions: ClassVar[bool] = False
     """Whether it sees sums of unit vectors over the tokens of a position, and not means of

@@ -178,9 +178,10 @@ class Intervention:
     changes: ClassVar[Literal["sites", "edges", "input", "nothing"]] = "sites"
     """What of a run it changes: vectors at its sites, edges of attention, the text that goes in;
     nothing where it only looks."""
-    reads: ClassVar[Literal["run", "donor", "mean"] | None] = None
+    reads: ClassVar[Literal["run", "donor", "mean", "cell"] | None] = None
     """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
-    seeded permutation), or its mean over all prompts; None where nothing is read."""
+    seeded permutation), its mean over all prompts, or what `of_cell` makes of all rows of a cell;
+    None where nothing is read."""
     copies: ClassVar[bool] = False
     """What is written is what is read in the rule's run, as it is: then rows whose source and base
     agree there are equal to the base run and aren't run."""
@@ -215,6 +216,15 @@ class Intervention:
         """What a table has to say of it."""
         yield from ()
 
+    def of_cell(self, rule: ResolvedRule, given: Tensor) -> Tensor:
+        """[row, position, width]: what is written into all rows of a cell; asked once for each,
+        where `reads` is "cell".
+
+        given: [row, position, width], the rule's run at what one layer of the cell writes; heads
+        and neurons stand side by side. NaN where a row has fewer positions than others.
+        """
+        return given
+
     def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
         """[K, width] or [K, 1]: what is written; asked of interventions that change sites."""
         return vectors.read()
@@ -247,6 +257,8 @@ class ResolvedRule(Record):
     """`set … to python(…)`: what makes new vectors of the base run's."""
     edge: EdgeTargets | None = None
     path: PathTargets | None = None
+    beside: SiteTargets | None = None
+    """The sites that an observation sets its own against."""
 
     @property
     def axes(self) -> frozenset[str]:
@@ -254,6 +266,7 @@ class ResolvedRule(Record):
         parts = [self.sites, self.positions, self.amounts]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
+        parts += [] if self.beside is None else [self.beside]
         return frozenset(name for part in parts if part is not None for name in part.axes)
 
 
@@ -321,6 +334,8 @@ class ResolvedMeasure(Record):
     """Per run and row, the token position that is read; runs that are missing read their last."""
     truth: tuple[float, ...] | None = None
     """Per row, the number that the answer spells, for categories."""
+    observed: bool = False
+    """It is of what the experiment looks at: metrics of tokens read its logits, not the model's."""
     absent: tuple[int, ...] = ()
     """Rows that lack the position; they have no value."""
     item: int | None = None

@@ -31,10 +31,10 @@ from mechdsl.results.estimates import (
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.matched_cells import matched
 from mechdsl.results.rankings import ranking_of_cells, ranking_of_rows
-from mechdsl.statistics.measure_data import NO_INTERVAL
 from mechdsl.statistics.bootstrap import FEWEST_UNITS, Simultaneous, simultaneous
 from mechdsl.statistics.cell_statistics import share_limits
 from mechdsl.statistics.effect_parts import Sums, parts
+from mechdsl.statistics.measure_data import NO_INTERVAL
 from mechdsl.statistics.sampling import partitions
 from mechdsl.statistics.units import Draws, Rows, Units, units_of
 from mechdsl.validate.conditions import (

@@ -77,7 +77,7 @@ def conventions(
             f"{plural(measured.dropped, 'row')} of cells left out: "
             f"{'the other row lacks the position' if of_donors else why}"
         )
-    if len(plan.rules) > 1:
+    if sum(rule.rule.does.changes != "nothing" for rule in plan.rules) > 1:
         found["rules"] = (
             "together in one run; where two write the same vector, the later one stands"
         )

@@ -10,7 +10,6 @@ import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 
-
 Spread: TypeAlias = Literal["rows", "unknown", "none"]
 """Where intervals come from: how rows differ; nowhere, as a cell has one number of all rows; or a
 number isn't of rows, so that others would change nothing."""

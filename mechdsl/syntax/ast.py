@@ -617,7 +617,11 @@ class SetEdge(Node):
 
 @record
 class ObserveAttention(Node):
+    """`observe attention layer * head * of fewer from last token to a token as attn`."""
+
     edge: Edge
+    run: Ref | None = None
+    name: Name | None = None
 
 
 @record
@@ -707,7 +711,6 @@ RuleBody = (
     | SwapSites
     | Freeze
     | Registered
-    | ObserveAttention
 )
 
 
@@ -821,6 +824,11 @@ class Observe(Node):
     at: Positions | None = None
     other: Positions | None = None
     top: int | str | None = None
+    run: Ref | None = None
+    """What is looked at, where that isn't the run that the rules act on."""
+    name: Name | None = None
+    beside: Site | None = None
+    """The site that it is set against: `with attn_out layer *`."""
 
 
 @record
@@ -829,6 +837,8 @@ class Measure(Node):
     effect: Name
     at: Position | None = None
     per: Name | None = None
+    over: Name | None = None
+    """The axis that it is averaged over."""
 
 
 @record
@@ -845,13 +855,15 @@ class Stats(Node):
 
 @record
 class Report(Node):
-    """`report heatmap layer by head top 5 to "file"`."""
+    """`report heatmap layer by head of attn top 5 to "file"`."""
 
     kind: Name
     variable: Name | None = None
     by: Name | None = None
     top: int | str | None = None
     file: String | None = None
+    of: Name | None = None
+    """The observation that is shown, where the experiment has several."""
 
 
 @record

@@ -408,7 +408,14 @@ class ToAst(Transformer[Token, Any]):
         return ast.Search(_name(c[1]), _name(c[2]), _amount(c[5]), span=_span(c))
 
     def observe_attention(self, c: list[Any]) -> ast.ObserveAttention:
-        return ast.ObserveAttention(c[1], span=_span(c))
+        clauses = _clauses(c)
+        children = [each for each in c[1:] if not isinstance(each, Clause)]
+        # Without the run, which stands in the middle, this is an edge like others.
+        seen = self.edge(children)
+        return ast.ObserveAttention(seen, clauses.get("run"), clauses.get("name"), span=_span(c))
+
+    of_run = _clause("run", _second)
+    as_name = _clause("name", _second)
 
     def observe_features(self, c: list[Any]) -> ast.ObserveFeatures:
         return ast.ObserveFeatures(c[3], c[5], _clauses(c).get("top"), span=_span(c))
@@ -423,9 +430,13 @@ class ToAst(Transformer[Token, Any]):
             clauses.get("at"),
             clauses.get("with"),
             clauses.get("top"),
+            clauses.get("run"),
+            clauses.get("name"),
+            clauses.get("beside"),
             span=_span(c),
         )
 
+    with_site = _clause("beside", _second)
     toward = _clause("toward", _second)
     at_positions = _clause("at", _second)
     with_positions = _clause("with", _second)
@@ -434,10 +445,20 @@ class ToAst(Transformer[Token, Any]):
     def measure(self, c: list[Any]) -> ast.Measure:
         effect = next(child for child in c[2:] if isinstance(child, ast.Name))
         clauses = _clauses(c)
-        return ast.Measure(c[1], effect, clauses.get("at"), clauses.get("per"), span=_span(c))
+        return ast.Measure(
+            c[1],
+            effect,
+            clauses.get("at"),
+            clauses.get("per"),
+            clauses.get("mean"),
+            span=_span(c),
+        )
 
     measured_at = _clause("at", _second)
     per = _clause("per", _second)
+
+    def mean_over(self, c: list[Any]) -> Clause:
+        return Clause("mean", c[2], _span(c))
 
     def stats(self, c: list[Any]) -> ast.Stats:
         c = [c[0], *_without_misspelt(c[1:])]
@@ -476,6 +497,7 @@ class ToAst(Transformer[Token, Any]):
             clauses.get("by"),
             clauses.get("top"),
             clauses.get("file"),
+            clauses.get("of"),
             span=_span(c),
         )
 
@@ -483,6 +505,7 @@ class ToAst(Transformer[Token, Any]):
         return _name(c[0])
 
     by_variable = _clause("by", _second)
+    of_observation = _clause("of", _second)
     to_file = _clause("file", _second)
 
     def expect(self, c: list[Any]) -> ast.Expect:

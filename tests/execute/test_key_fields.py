@@ -27,6 +27,7 @@ from mechdsl.plan.value_keys import (
     measure_rows,
     mixed,
 )
+from mechdsl.plan.whole_cells import whole_cells
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.prompt_table import Noise, PositionCell, PromptTable, Run, RunRow
 from mechdsl.resolve.resolved import (
@@ -160,7 +161,7 @@ def keys(plan: ExperimentPlan) -> dict[tuple[int, ...], tuple[bytes, int]]:
     contents = Contents({"m": b"m", "n": b"n"}, "m", 0)
     kept = np.arange(len(table))
     donors = np.roll(kept, 1)
-    found = ExperimentKeys(plan, table, contents, kept, donors)
+    found = ExperimentKeys(plan, table, contents, kept, donors, whole_cells(plan, plan.rows(kept)))
     rows = plan.rows(kept)
     assert len(rows)
     every: dict[tuple[int, ...], tuple[bytes, int]] = {}
@@ -276,6 +277,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "expression": ("patch", lambda node: text(node, "loss")),
         "atoms": ("patch", lambda atoms: atoms[:1]),
         "kind": ("patch", lambda kind: "category"),
+        "observed": ("patch", lambda observed: not observed),
         "at": ("patch", lambda at: {"clean": (1, 1, 1, 1)}),
     },
     Atom: {

@@ -420,6 +420,7 @@ _site(
 # --- rules ----------------------------------------------------------------------------------------
 
 _TRANSPLANTS = "tests/rules/test_transplants.py"
+_OBSERVED = "tests/rules/test_observations.py"
 _EDGES = "tests/rules/test_attention.py"
 _PATHS = "tests/rules/test_paths.py"
 
@@ -510,10 +511,14 @@ _rule(
 _rule(
     "set in Python",
     'set resid_post layer * at last token to python("functions.py:halved")',
-    "A function of a Python file is given the vectors and gives those that are written. It runs "
-    "with `--allow-python` only.",
+    "A function of a Python file is given the base run's vectors of one cell at a time, [rows, "
+    "positions, width], and gives the same shape, which is written. Rows are those of the "
+    "experiment that have the position, after `limit` and `keep`, in the order of the data; joined "
+    "positions lie along the second dimension, and rows with fewer are filled up with NaN; joined "
+    "heads or neurons lie side by side, and with several layers it is called once for each. What "
+    "it gives hangs on no other cell, batch or pass. It runs with `--allow-python` only.",
     OWN,
-    "tests/python_files/test_python_files.py",
+    "tests/rules/test_whole_cells.py",
 )
 _rule(
     "block attention",
@@ -571,6 +576,25 @@ _rule(
     "stand beside it.",
     ATTENTION,
     _EDGES,
+)
+_rule(
+    "observe",
+    "observe norm resid_post layer * at last token as lengths",
+    "Looks and changes nothing: what is seen is measured, with the effect `raw`, of the patched "
+    "run where rules stand beside it. With a name the line has a result of its own, with its own "
+    "axes, beside that of the measures; `top 3 of lengths`, `expect max(lengths) > 2` and `report "
+    "lines layer of lengths` call it. `norm` is the length of the vector (L2).",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe … of RUN",
+    "observe norm resid_post layer * of fewer at last token as lengths",
+    "Of another run than the one that rules act on, whose texts positions are found in.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
 )
 _rule(
     "for",
@@ -735,6 +759,13 @@ _experiment(
     "The loss of the token that stands at a place, each run's own, read where it is predicted; the "
     "first token of an input has none.",
     "tests/execute/test_measured_places.py",
+)
+_experiment(
+    "mean over",
+    "measure entropy at each item token as raw mean over item",
+    "Averaged over an axis, in each row over the cells that it is part of, before statistics: "
+    "intervals and p are of the means. All measures of an experiment are averaged alike.",
+    "tests/execute/test_averaged.py",
 )
 _experiment(
     "loop in measure",

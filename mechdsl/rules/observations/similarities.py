@@ -33,7 +33,7 @@ class Similarity(OverRowsKind):
     of_directions: ClassVar[bool] = True
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
+        found = super().resolve(rule.model_copy(update={"onto": None}), work)
         run = work.table.runs[work.experiment.base]
         if run.noise is not None and run.noise.samples > 1:
             refuse(rule, work, "has no meaning over draws of noise", "take one draw: `samples: 1`")
@@ -46,7 +46,7 @@ class Similarity(OverRowsKind):
             refuse(rule, work, reason, "sweep at one, and name the other or join it: `{A, B}`")
             return None
         others = plain_targets(rule.onto, work)
-        return None if others is None else replace(found, edge=EdgeTargets(None, others))
+        return None if others is None else replace(found, spec=rule, edge=EdgeTargets(None, others))
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         import numpy as np

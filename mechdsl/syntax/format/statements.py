@@ -266,7 +266,7 @@ def _statement(node: Any) -> str | None:
         case ast.Search():
             return f"search {node.how.id} {node.what.id} up to {node.up_to}"
         case ast.ObserveAttention():
-            return f"observe {edge(node.edge)}"
+            return f"observe {edge(node.edge, node.run)}" + _of("as", node.name, _id)
         case ast.ObserveFeatures():
             top = _optional("top", node.top)
             return f"observe features of {node.basis.id} at {positions(node.at)}{top}"
@@ -274,7 +274,8 @@ def _statement(node: Any) -> str | None:
             return _observe(node)
         case ast.Measure():
             at, per = _of("at", node.at, position), _of("per", node.per, _id)
-            return f"measure {within(node.metric, SUM)}{at} as {node.effect.id}{per}"
+            over = _of("mean over", node.over, _id)
+            return f"measure {within(node.metric, SUM)}{at} as {node.effect.id}{per}{over}"
         case ast.Stats():
             return (
                 "stats"
@@ -289,6 +290,7 @@ def _statement(node: Any) -> str | None:
                 f"report {node.kind.id}"
                 + (f" {node.variable.id}" if node.variable else "")
                 + _of("by", node.by, _id)
+                + _of("of", node.of, _id)
                 + _optional("top", node.top)
                 + _of("to", node.file, _text)
             )
@@ -309,8 +311,11 @@ def _observe(node: ast.Observe) -> str:
     what = call(node.what) + (" at" if isinstance(node.what, ast.Call) else "")
     return (
         f"observe {what} {site(node.site)}"
+        + _of("of", node.run, ref)
+        + _of("with", node.beside, site)
         + _of("toward", node.toward, _sum)
         + _of("at", node.at, positions)
         + _of("with", node.other, positions)
         + _optional("top", node.top)
+        + _of("as", node.name, _id)
     )
