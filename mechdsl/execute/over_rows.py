@@ -1,4 +1,4 @@
-"""Observations over all rows: the vectors of each cell are gathered, then the observation is made."""
+"""Observations over all rows: the vectors of each cell are gathered, and made one number of."""
 
 from __future__ import annotations
 
@@ -70,11 +70,9 @@ def observe_together(
     if observed is None:
         return None
     experiment = plan.experiment
+    shape, run = (plan.n_cells, len(measured.kept)), experiment.spec.base
     base = [
-        np.broadcast_to(
-            base_per_cell(plan, measured, experiment.spec.base, number),
-            (plan.n_cells, len(measured.kept)),
-        )
+        np.broadcast_to(base_per_cell(plan, measured, run, number), shape)
         for number in range(len(experiment.measures))
     ]
     found = [

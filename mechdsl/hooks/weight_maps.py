@@ -36,8 +36,8 @@ class WeightMaps:
         self.projected = lru_cache(maxsize=6)(self._projected)
 
     def query(self, layer: int, head: int) -> Tensor:
-        """[d_model, d_head]: from the stream, through the attention norm's gain, to the query, before
-        rotary."""
+        """[d_model, d_head]: from the stream, through the attention norm's gain, to the query (before
+        rotary)."""
         return self.gained(layer, self.projected(layer, "q")[head])
 
     def key(self, layer: int, head: int) -> Tensor:
@@ -165,11 +165,11 @@ class WeightMaps:
 
     def _map(self, module: Any, width: int, path: str) -> Tensor:
         """[width, out] of a module; NoMap where it does something else to another vector."""
-        kind = {"dtype": self.model.dtype, "device": self.model.device}
-        units = torch.eye(width, **kind)
-        zero = module(torch.zeros(1, width, **kind)).float()
+        kind, device = self.model.dtype, self.model.device
+        units = torch.eye(width, dtype=kind, device=device)
+        zero = module(torch.zeros(1, width, dtype=kind, device=device)).float()
         found = module(units).float() - zero
-        tried = torch.linspace(-1, 1, width, **kind)[None]
+        tried = torch.linspace(-1, 1, width, dtype=kind, device=device)[None]
         got = module(tried).float() - zero
         if not torch.allclose(got, tried.float() @ found, atol=self._close(got)):
             raise NoMap(f"`{path}` is no linear map")
@@ -179,10 +179,9 @@ class WeightMaps:
     def _gain(self, path: str) -> tuple[Tensor, bool]:
         """([d_model] what a norm multiplies with, whether it takes the mean off)."""
         module, width = self._module(path), self.shape.d_model
-        kind = {"dtype": self.model.dtype, "device": self.model.device}
-        zero = module(torch.zeros(1, width, **kind)).float()
-        ones = module(torch.full((1, width), LARGE, **kind)).float() - zero
-        tried = torch.full((1, width), LARGE, **kind)
+        tried = torch.full((1, width), LARGE, dtype=self.model.dtype, device=self.model.device)
+        zero = module(torch.zeros_like(tried)).float()
+        ones = module(tried).float() - zero
         tried[0, ::2] = -LARGE / 2
         got = module(tried).float() - zero
         centred = bool(ones.abs().max() <= EXACT * got.abs().max())
@@ -203,7 +202,7 @@ class WeightMaps:
 
 
 def _units(whole: Tensor, layout: Layout) -> Tensor:
-    """[unit, width, rest] of [features, rest]: the features of each unit, as the layout has them."""
+    """[unit, width, rest] of [features, rest], as the layout has the features."""
     found: list[Tensor] = []
     for unit in range(layout.units):
         begin = layout.offset + unit // layout.group * layout.stride

@@ -34,7 +34,7 @@ class RowVectors:
 class OverRows(Observation):
     """An observation whose value in a row hangs on all rows of its cell."""
 
-    spread: ClassVar[Literal["rows", "unknown", "none"]] = "rows"
+    spread: Literal["rows", "unknown", "none"] = "rows"
     """Whether rows have values of their own, whose mean is the cell's, and whose spread its
     interval; else every row has the cell's, which others would change or not."""
 

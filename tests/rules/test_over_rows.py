@@ -171,23 +171,26 @@ def classes_told(x: Array, y: Array, fold: Array, penalty: float) -> Array:
     for each in np.unique(fold):
         held = fold == each
         own = torch.from_numpy(scaled(x, held))
-        weights = torch.zeros(x.shape[1], count, dtype=torch.float64, requires_grad=True)
-        free = torch.zeros(count, dtype=torch.float64, requires_grad=True)
-        steps = torch.optim.LBFGS([weights, free], max_iter=500, tolerance_grad=1e-9)
-
-        def loss() -> Any:
-            steps.zero_grad()
-            logits = own[~held] @ weights + free
-            whole = torch.nn.functional.cross_entropy(
-                logits, torch.from_numpy(y[~held]), reduction="sum"
-            )
-            whole = whole + penalty / 2 * (weights**2).sum()
-            whole.backward()
-            return whole
-
-        steps.step(loss)
+        weights, free = descended(own[~held], torch.from_numpy(y[~held]), count, penalty)
         right[held] = ((own[held] @ weights + free).argmax(1).numpy() == y[held]).astype(float)
     return right
+
+
+def descended(x: Any, y: Any, count: int, penalty: float) -> tuple[Any, Any]:
+    """Weights and intercepts of a logistic regression."""
+    weights = torch.zeros(x.shape[1], count, dtype=torch.float64, requires_grad=True)
+    free = torch.zeros(count, dtype=torch.float64, requires_grad=True)
+    steps = torch.optim.LBFGS([weights, free], max_iter=500, tolerance_grad=1e-9)
+
+    def loss() -> Any:
+        steps.zero_grad()
+        whole = torch.nn.functional.cross_entropy(x @ weights + free, y, reduction="sum")
+        whole = whole + penalty / 2 * (weights**2).sum()
+        whole.backward()
+        return whole
+
+    steps.step(loss)
+    return weights, free
 
 
 @pytest.mark.parametrize(
@@ -249,7 +252,8 @@ def test_a_probe_of_several_numbers_over_joined_tokens_of_another_run(tmp_path: 
     found = run(
         tmp_path,
         "llama",
-        "observe probe(pair, folds: 3, penalty: 1) at attn_out layers 0..1 of turned at right tokens",
+        "observe probe(pair, folds: 3, penalty: 1) at attn_out layers 0..1 of turned "
+        "at right tokens",
     )
     parts = [vectors("llama", "attn_out", layer, "right tokens", "turned") for layer in (0, 1)]
     y = np.array([record["pair"] for record in RECORDS])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.program import spec
@@ -54,10 +54,8 @@ class OverRowsKind(OverRows, SiteObservation):
         if any(len(points) > 1 for points in rule.sites.points.values()):
             parts.append("joined sites are one vector, side by side")
         cells = rule.positions.written.values()
-        if (
-            any(sum(map(len, row)) > 1 for cell in cells for row in cell.hits)
-            and not self.of_directions
-        ):
+        several = any(sum(map(len, row)) > 1 for cell in cells for row in cell.hits)
+        if several and not self.of_directions:
             parts.append("a row's vector is the mean over its tokens")
         yield Convention("observed", "; ".join([*parts, *self.said(rule)]))
 
@@ -77,7 +75,7 @@ def refuse(rule: spec.Rule, work: Work, reason: str, hint: str) -> None:
 class _Spread(OverRowsKind):
     """How many dimensions the vectors take up: one number of all rows."""
 
-    spread: ClassVar[Literal["rows", "unknown", "none"]] = "unknown"
+    spread = "unknown"
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         yield "of the rows around their mean, one number of all rows: no interval"

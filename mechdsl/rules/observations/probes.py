@@ -103,8 +103,8 @@ def _said(probe: Probe) -> Iterator[str]:
         yield f"the commonest is {commonest:.3g} of the rows"
         yield f"penalty {PENALTY if probe.penalty is None else probe.penalty:g} / 2 · Σ weights²"
     yield (
-        f"vectors standardised by the rows of each fit; {probe.folds} folds, in which rows that look"
-        " alike there (equal tokens) are together"
+        f"vectors standardised by the rows of each fit; {probe.folds} folds, in which rows that"
+        " look alike there (equal tokens) are together"
     )
     yield "values are the clean row's"
     yield "shuffled: the same with the values dealt to other rows (Hewitt and Liang 2019)"

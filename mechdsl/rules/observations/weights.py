@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from mechdsl.diagnostics.e02_names import BadArgument, did_you_mean
 from mechdsl.program import spec
@@ -18,15 +18,15 @@ from mechdsl.rules.observations.registry import Kind, observation
 from mechdsl.syntax import ast
 
 FOLDED = (
-    "gains of norms are folded in; their scales, biases and rotary are not, so queries meet keys at "
-    "distance 0"
+    "gains of norms are folded in; their scales, biases and rotary are not, so queries meet keys "
+    "at distance 0"
 )
 
 
 class OfWeights(OverRows, Kind):
     """`observe WORD layer * head *`: a number of each head's weights."""
 
-    spread: ClassVar[Literal["rows", "unknown", "none"]] = "none"
+    spread = "none"
     unplaced = "last token"
     compares: ClassVar[bool] = False
     """Whether a second site stands behind `with`."""
@@ -144,6 +144,6 @@ class Composition(OfWeights):
 
     def said(self) -> Iterator[str]:
         maps = "OV" if self.by == "v" else "QK"
-        yield f"‖AB‖ / (‖A‖ ‖B‖) of the first head's OV and what the {COMPOSITIONS[self.by]} of the "
-        yield f"later one's {maps} read"
+        of = COMPOSITIONS[self.by]
+        yield f"‖AB‖ / (‖A‖ ‖B‖) of the first head's OV and the later one's {maps}, read by its {of}"
         yield "pairs of which the second head isn't in a later layer have no value"
