@@ -41,8 +41,7 @@ def of_weights(does: OfWeights, maps: WeightMaps, heads: Sequence[tuple[int, int
     """The number of one cell, of one head or two: (layer, head). ValueError, in words, where the
     model has none."""
     if isinstance(does, Composition):
-        (first, _), (then, _) = heads
-        return composition(maps, does.by, *heads) if first < then else float("nan")
+        return composition(maps, does.by, *heads)
     return {"copying": copying, "matching": matching}[does.word](maps, *heads[0])
 
 

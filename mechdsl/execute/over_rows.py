@@ -79,7 +79,10 @@ def observe_together(
         np.full(each.shape, np.nan) if measure.observed else each.copy()
         for measure, each in zip(experiment.measures, base, strict=True)
     ]
+    exists = plan.exists
     for cell, there, make in _made(_Gatherer(plan, *observed, runs, measured.kept), runs):
+        if not exists[cell]:
+            continue
         try:
             made = make()
         except (ValueError, ArithmeticError) as problem:

@@ -36,8 +36,7 @@ class WeightMaps:
         self.projected = lru_cache(maxsize=6)(self._projected)
 
     def query(self, layer: int, head: int) -> Tensor:
-        """[d_model, d_head]: from the stream, through the attention norm's gain, to the query (before
-        rotary)."""
+        """[d_model, d_head] of the query: behind the attention norm's gain, before rotary."""
         return self.gained(layer, self.projected(layer, "q")[head])
 
     def key(self, layer: int, head: int) -> Tensor:

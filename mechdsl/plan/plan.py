@@ -7,7 +7,7 @@ time and never held as objects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -77,7 +77,15 @@ class ExperimentPlan:
         for plan in self.rules:
             if plan.paths is not None:
                 found &= plan.paths.exists
+            if plan.rule.beside is not None:
+                found &= np.array([plan.rule.leads(at) for at in self._along()])
         return found
+
+    def _along(self) -> Iterator[dict[str, int]]:
+        """Per cell, its index along each axis."""
+        names = [axis.name for axis in self.experiment.axes]
+        for cell in range(self.n_cells):
+            yield {n: int(own[cell]) for n, own in zip(names, self.coordinates, strict=True)}
 
     @property
     def draws(self) -> int:

@@ -79,7 +79,7 @@ class Observation(Intervention):
     drawn_positions = False
     word: ClassVar[str]
     """Behind `observe`."""
-    form: ClassVar[Form]
+    form: Form
     """Its measure, of the docstring's first line."""
     unit: ClassVar[str] = ""
     gives: ClassVar[Literal["number", "logits"]] = "number"

@@ -224,8 +224,10 @@ def _present(patched: Floats, measure: ResolvedMeasure, kept: Ints) -> Floats:
 
 def _spread(experiment: ResolvedExperiment) -> Spread:
     """Where intervals of what is observed come from."""
-    found = (rule.does for rule in experiment.rules if isinstance(rule.does, OverRows))
-    return next((does.spread for does in found), "rows")
+    for rule in experiment.rules:
+        if isinstance(rule.does, OverRows):
+            return rule.does.spread
+    return "rows"
 
 
 def _of(there: NDArray[np.bool_], values: Floats) -> Floats:

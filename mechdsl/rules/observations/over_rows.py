@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.program import spec
@@ -75,10 +75,10 @@ def refuse(rule: spec.Rule, work: Work, reason: str, hint: str) -> None:
 class _Spread(OverRowsKind):
     """How many dimensions the vectors take up: one number of all rows."""
 
-    spread = "unknown"
+    spread: Literal["rows", "unknown", "none"] = "unknown"
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
-        yield "of the rows around their mean, one number of all rows: no interval"
+        yield "of the rows around their mean"
 
     def number(self, singular: Floats, seen: RowVectors) -> float:
         """singular: [value] of the centred rows."""

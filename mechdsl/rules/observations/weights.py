@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from mechdsl.diagnostics.e02_names import BadArgument, did_you_mean
 from mechdsl.program import spec
@@ -26,7 +26,7 @@ FOLDED = (
 class OfWeights(OverRows, Kind):
     """`observe WORD layer * head *`: a number of each head's weights."""
 
-    spread = "none"
+    spread: Literal["rows", "unknown", "none"] = "none"
     unplaced = "last token"
     compares: ClassVar[bool] = False
     """Whether a second site stands behind `with`."""
@@ -70,7 +70,7 @@ class OfWeights(OverRows, Kind):
     def heads(self, rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
         """E0207 where a cell isn't one head."""
         for points in sites.points.values():
-            if len(points) > 1 or points[0].site != "z" or points[0].unit is None:
+            if [(point.site, point.unit is None) for point in points] != [("z", False)]:
                 refuse(rule, work, "is of one head at a time", "write `layer * head *`, or `L1H2`")
                 return False
         return True
@@ -111,7 +111,7 @@ class Matching(OfWeights):
 COMPOSITIONS: Mapping[str, str] = {"q": "queries", "k": "keys", "v": "values"}
 
 
-@observation("composition", unit="share")
+@observation("composition", unit="of its norm")
 class Composition(OfWeights):
     """How much of what a head writes a later head reads.
 
@@ -121,6 +121,7 @@ class Composition(OfWeights):
 
     takes: ClassVar = ("arguments", "with site")
     compares = True
+    leads_on = True
 
     def __init__(self, by: str = "") -> None:
         """by: q, k or v; empty only of the entry."""
@@ -145,5 +146,5 @@ class Composition(OfWeights):
     def said(self) -> Iterator[str]:
         maps = "OV" if self.by == "v" else "QK"
         of = COMPOSITIONS[self.by]
-        yield f"‖AB‖ / (‖A‖ ‖B‖) of the first head's OV and the later one's {maps}, read by its {of}"
-        yield "pairs of which the second head isn't in a later layer have no value"
+        yield f"‖AB‖ / (‖A‖ ‖B‖) of the first head's OV and the later one's {maps}, by its {of}"
+        yield "pairs of which the second head isn't in a later layer are left out"
