@@ -313,7 +313,8 @@ def _of_python(node: ast.Call, context: MeasureContext) -> Atom | None:
         }
         for row in context.table.runs["clean"].rows
     )
-    return Atom(node, function.name, form, python=function, rows=rows)
+    tokenizer = None if function.tokenizer == "nothing" else context.tokenizer
+    return Atom(node, function.name, form, python=function, rows=rows, tokenizer=tokenizer)
 
 
 def known_run(value: Any, context: MeasureContext) -> str | None:

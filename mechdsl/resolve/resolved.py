@@ -110,6 +110,14 @@ class Amounts(Record):
 
 
 @record
+class Only(Record):
+    """The cells that a rule acts in, where it is one of several of which each cell has one."""
+
+    axis: str
+    index: int
+
+
+@record
 class EdgeTargets(Record):
     """Edges of attention: from the rule's positions, the queries, to these keys."""
 
@@ -176,9 +184,13 @@ class Intervention:
     name: ClassVar[str]
     """As graphs call it; the verb of a rule kind that says no other. Interventions of one name with
     equal keys write the same."""
-    changes: ClassVar[Literal["sites", "edges", "input", "nothing"]] = "sites"
-    """What of a run it changes: vectors at its sites, edges of attention, the text that goes in;
-    nothing where it only looks."""
+    changes: ClassVar[Literal["sites", "edges", "input", "positions", "nothing"]] = "sites"
+    """What of a run it changes: vectors at its sites, edges of attention, the text that goes in,
+    position ids; nothing where it only looks."""
+    whole: ClassVar[bool] = False
+    """Its rows are whole passes: nothing of an unpatched run stands in them."""
+    looks_ahead: ClassVar[bool] = False
+    """By it a token may see later ones."""
     reads: ClassVar[Literal["run", "donor", "mean", "cell"] | None] = None
     """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
     seeded permutation), its mean over all prompts, or what `of_cell` makes of all rows of a cell;
@@ -262,6 +274,8 @@ class ResolvedRule(Record):
     path: PathTargets | None = None
     beside: SiteTargets | None = None
     """The sites that an observation sets its own against."""
+    only: Only | None = None
+    """None where it acts in all cells."""
 
     def leads(self, at: Mapping[str, int]) -> bool:
         """Whether there is a cell with these indices along the axes, as far as `beside` goes."""
@@ -278,7 +292,8 @@ class ResolvedRule(Record):
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
         parts += [] if self.beside is None else [self.beside]
-        return frozenset(name for part in parts if part is not None for name in part.axes)
+        own = frozenset(name for part in parts if part is not None for name in part.axes)
+        return own if self.only is None else own | {self.only.axis}
 
 
 Env = int | None
@@ -308,6 +323,8 @@ class Atom(Record):
     python: PythonFunction | None = None
     rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
     """What it is given of every row."""
+    tokenizer: TextTokenizer | None = field(default=None, compare=False, repr=False)
+    """What it is given beside that."""
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Per run and row, the token that stands where it is read (`loss at …`): each run has its
     own."""
