@@ -14,10 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from mechdsl.base.digest import digest
+from mechdsl.diagnostics.render import render_full
+from mechdsl.execute.observed_weights import composition, copying
+from mechdsl.hooks.weight_maps import WeightMaps
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult
 
-from ..execute.support import MODES, ids_of, run_file
+from ..execute.support import MODES, ids_of, run_file, shared, try_file
 from ..reference.forward import forward
 from .models import bare, double
 
@@ -351,3 +354,95 @@ def test_similarity_within_and_between_positions(tmp_path: Path, name: str) -> N
             )
             assert abs(between.measures[0].patched[layer, row] - wanted) < 1e-4
     assert within.statistics[0].n[0] == sum(len(record["left"]) > 1 for record in RECORDS)
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def test_scores_of_weights_in_a_table(tmp_path: Path) -> None:
+    """The numbers themselves are held to whole matrices in test_observed_weights."""
+    maps = WeightMaps(shared(bare("llama")))
+    found = run(tmp_path, "llama", "observe copying layer * head 1..2")
+    for cell, values in zip(found.cells, found.measures[0].patched, strict=True):
+        with torch.no_grad():
+            wanted = copying(maps, int(cell.coords["layer"]), int(cell.coords["head"]))
+        np.testing.assert_allclose(values, wanted, atol=1e-6)
+    assert np.isnan(found.statistics[0].low).all()
+    assert np.isnan(found.statistics[0].p).all()
+    assert found.conventions["interval"] == "a number of the weights alone: no interval"
+
+
+def test_heads_compose_with_later_ones_alone(tmp_path: Path) -> None:
+    maps = WeightMaps(shared(bare("gpt2")))
+    found = run(tmp_path, "gpt2", "observe composition(v) at layer * head 0 with layer * head 3")
+    assert found.axes == ("layer", "to_layer")
+    pairs = [(cell.coords["layer"], cell.coords["to_layer"]) for cell in found.cells]
+    assert pairs == [(0, 1), (0, 2), (1, 2)]
+    assert found.cells[0].site == "L0H0.z ~ L1H3.z"
+    for (one, other), values in zip(pairs, found.measures[0].patched, strict=True):
+        with torch.no_grad():
+            wanted = composition(maps, "v", (int(one), 0), (int(other), 3))
+        np.testing.assert_allclose(values, wanted, atol=1e-6)
+
+
+def test_a_cell_that_the_model_has_no_map_for_has_no_value(tmp_path: Path) -> None:
+    """Queries that are normed behind their projection."""
+    found = run(tmp_path, "qwen3", "observe matching L1H0")
+    assert np.isnan(found.measures[0].patched).all()
+    assert "`q` of layer 1" in (found.statistics[0].reasons[0] or "")
+
+
+# --- what is refused, and what is said ------------------------------------------------------------
+
+AT = "resid_post layer 0 at last token"
+REFUSED = {
+    f"observe probe {AT}": "doesn't say what is to be told",
+    f"observe probe(nothing) {AT}": "nothing",
+    f"observe probe(size, fold: 3) {AT}": "is no option of a probe",
+    f"observe probe(size, folds: 1) {AT}": "can't be `1`",
+    f"observe probe(size, penalty: 0) {AT}": "can't be `0`",
+    f"observe probe(size, kind: linear) {AT}": "can't be `linear`",
+    f"observe probe(kind, kind: ridge) {AT}": "is no number",
+    f"observe probe(pair, kind: logistic) {AT}": "is a list, which is no class",
+    f"observe probe(a) {AT}": "is the same in all rows",
+    f"observe probe(size, folds: 30) {AT}": "can't be dealt out",
+    "observe probe(size) at resid_post layer 0": "needs a position",
+    "observe probe(size) at pattern layer 0 head 0 at last token": "whose width",
+    f"observe cka {AT}": "compares two sites",
+    f"observe rank {AT} with left token": "takes no `with`",
+    "observe copying layer 0 head 0 at last token": "of the weights, not of a token",
+    "observe copying resid_post layer 0": "of one head at a time",
+    "observe copying layer 0 heads 0..1": "of one head at a time",
+    "observe composition(x) at layer 0 head * with layer 1 head *": "is no way in which heads",
+    "observe composition(q) at layer 0 head *": "is of two heads",
+    f"ablate attn_out layer 0 at last token with zero  observe rank {AT}": "reads no run in which",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED, ids=lambda line: line.replace(AT, "…"))
+def test_what_is_refused(tmp_path: Path, line: str) -> None:
+    write(tmp_path)
+    text = f"experiment e {{\n  model m\n  prompts p\n  {line}\n}}\n"
+    result, diagnostics = try_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)
+    assert result is None
+    shown = render_full(diagnostics, color=False, width=200)
+    assert REFUSED[line] in shown, shown
+
+
+def test_what_is_said_of_a_probe(tmp_path: Path) -> None:
+    found = run(tmp_path, "gpt2", f"observe probe(kind) {AT}")
+    said = found.conventions["observed"]
+    for words in (
+        "logistic regression, 3 classes (high, low, mid)",
+        "penalty 1 / 2 · Σ weights²",
+        "5 folds, in which rows that look alike there (equal tokens) are together",
+        "values are the clean row's",
+        "shuffled: the same with the values dealt to other rows",
+    ):
+        assert words in said
+
+
+def test_fewer_distinct_rows_than_folds_at_a_position(tmp_path: Path) -> None:
+    """The first token is the same in all: there is nothing to be dealt out."""
+    found = run(tmp_path, "gpt2", "observe probe(size) at resid_post layer 0 at token 0")
+    assert "5 folds of 1 distinct rows" in (found.statistics[0].reasons[0] or "")
