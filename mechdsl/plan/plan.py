@@ -22,6 +22,7 @@ from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.plan.restart import WHOLE_PASS, Shortcuts
 from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import PromptTable, Run
+from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import DRAW, Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -165,6 +166,17 @@ class ExperimentPlan:
         if prompts is None:
             prompts = np.arange(len(self.experiment.table), dtype=np.int64)
         return int(self._runs(prompts).sum()) * self.draws if self.rules else 0
+
+    def passes(self, prompts: Ints) -> Rows:
+        """The rows that are run: of what is observed of all rows at once, one for every position,
+        whose pass all cells read; none of what is observed of weights."""
+        rows = self.rows(prompts) if self.rules else Rows.none()
+        for plan in self.rules:
+            if isinstance(plan.rule.does, OverRows):
+                first = np.unique(plan.position_of_cell, return_index=True)[1]
+                read = first if plan.rule.does.reads_vectors else first[:0]
+                rows = rows.take(np.flatnonzero(np.isin(rows.cell, read)))
+        return rows
 
     def rows(self, prompts: Ints) -> Rows:
         """All rows on these prompts, ordered by cell and prompt."""

@@ -38,6 +38,8 @@ class OverRows(Observation):
     """Whether rows have values of their own, whose mean is the cell's, and whose spread its
     interval; else every row has the cell's, which others would change or not."""
 
+    reads_vectors: ClassVar[bool] = True
+    """Whether it is made of vectors at all."""
     of_directions: ClassVar[bool] = False
     """Whether it sees sums of unit vectors over the tokens of a position, and not means of
     vectors."""

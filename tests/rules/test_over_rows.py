@@ -389,7 +389,9 @@ def test_a_cell_that_the_model_has_no_map_for_has_no_value(tmp_path: Path) -> No
     """Queries that are normed behind their projection."""
     found = run(tmp_path, "qwen3", "observe matching L1H0")
     assert np.isnan(found.measures[0].patched).all()
-    assert "`q` of layer 1" in (found.statistics[0].reasons[0] or "")
+    assert "of layer 1 isn't what a linear map of the stream returns" in (
+        found.statistics[0].reasons[0] or ""
+    )
 
 
 # --- what is refused, and what is said ------------------------------------------------------------

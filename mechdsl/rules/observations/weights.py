@@ -28,6 +28,7 @@ class OfWeights(OverRows, Kind):
 
     spread: Literal["rows", "unknown", "none"] = "none"
     unplaced = "last token"
+    reads_vectors = False
     compares: ClassVar[bool] = False
     """Whether a second site stands behind `with`."""
 
