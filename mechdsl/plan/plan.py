@@ -296,8 +296,8 @@ def plan_experiment(each: Asked) -> ExperimentPlan:
     by_name = dict(zip(names, coordinates, strict=True))
     parallel = experiment.model.shape.parallel_block
     rules = tuple(
-        replace(plan, behind=_is_behind(experiment, plan))
-        for plan in (
+        replace(plan, behind=_is_behind(experiment, plan), number=number)
+        for number, plan in enumerate(
             _rule_plan(rule, by_name, count, parallel=parallel) for rule in experiment.rules
         )
     )
@@ -361,6 +361,7 @@ def _rule_plan(
             ]
             for key in keys
         ]
+    donated = rule.does.reads == "donor"
     active = None
     if rule.only is not None:  # elsewhere it has no sites
         active = by_name[rule.only.axis] == rule.only.index
@@ -386,7 +387,7 @@ def _rule_plan(
         point_table=tuple(pair[0] for pair in table),
         source_table=tuple(pair[1] for pair in table),
         written=Hits.of(written),
-        read=Hits.of(written if rule.apart is not None else read),
+        read=Hits.of(written if rule.apart is not None and not donated else read),
         averaged=Hits.of(read),
         positions=written,
         sources=read,

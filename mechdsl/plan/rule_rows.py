@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,8 @@ class RulePlan:
     """Where it reads."""
     averaged: Hits
     """What a mean is taken of: `read`, but for the rows of another block."""
+    number: int = field(default=0, kw_only=True)
+    """Its place among the rules of its experiment."""
     amounts: Floats
     """[cell] the number that is written, or that attention is multiplied with."""
     keys: Hits | None = None

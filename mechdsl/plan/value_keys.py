@@ -233,10 +233,10 @@ class ExperimentKeys:
 
     def __init__(
         self, plan: ExperimentPlan, table: PromptTable, contents: Contents, kept: Ints,
-        donors: Ints | None, cells: Mapping[int, WholeCells],
+        donors: Mapping[int, Ints], cells: Mapping[int, WholeCells],
     ) -> None:  # fmt: skip
-        """kept: rows that are in the experiment. donors: [prompt], of `resample`. cells: by number
-        of the rule, of those that read whole ones.
+        """kept: rows that are in the experiment. donors, cells: by number of the rule, of those
+        that resample ([prompt]), or read whole cells.
 
         TypeError where a value hangs on what can't be compared."""
         self.plan = plan
@@ -244,7 +244,8 @@ class ExperimentKeys:
         self.contents = contents
         self.kept = kept
         self._rules = [
-            self._rule(rule, donors, cells.get(number)) for number, rule in enumerate(plan.rules)
+            self._rule(rule, donors.get(number), cells.get(number))
+            for number, rule in enumerate(plan.rules)
         ]
         self._starts = [contents.of(run, table) for run in plan.starting_runs]
         self._whole = self._all_rows()
@@ -323,21 +324,22 @@ class ExperimentKeys:
 
     def _rule(self, plan: RulePlan, donors: Ints | None, cells: WholeCells | None) -> _RuleNumbers:
         rule, reads = plan.rule, plan.rule.does.reads
-        runs = self.table.runs
         each = reads in ("run", "donor", "cell")
+        table = self.table if rule.apart is None else rule.apart.table
+        read = table.runs[rule.run if rule.apart is None else rule.apart.run]
         groups = None
         if reads == "mean" and rule.groups is not None:
             names = [number_of(name) for name in rule.groups]
             groups = np.array(names, dtype=np.uint64)
         return _RuleNumbers(
             plan=plan,
-            source=self.contents.of(runs[rule.run], self.table) if each else None,
+            source=self.contents.of(read, table) if each else None,
             written=_of_lists(plan.written.tokens),
             read=_of_lists(plan.read.tokens),
             keys=None if plan.keys is None else _of_lists(plan.keys.tokens),
             means=self._means(plan) if reads == "mean" else None,
             groups=groups,
-            donors=donors if reads == "donor" else None,
+            donors=donors,
             cells=cells,
             given=None if cells is None else self._given(plan, cells),
         )

@@ -129,6 +129,11 @@ class Prompts(Spec):
     spans: tuple[SpanDefText, ...] = ()
     corruptions: tuple[Corruption, ...] = ()
 
+    def has_part(self, name: str | None) -> bool:
+        """Whether `BLOCK.NAME` are rows of its split, and no corruption."""
+        runs = {corruption.name for corruption in self.corruptions}
+        return self.split is not None and name in ("train", "test") and name not in runs
+
 
 class Observed(Spec):
     """What an `observe` line looks at, beside the sites and positions of its rule."""

@@ -136,15 +136,18 @@ class PathTargets(Record):
 
 @record
 class Apart(Record):
-    """A run of another block, on rows of its own, that a mean is taken of."""
+    """A run of another block, on rows of its own, that fills are taken of."""
 
     table: PromptTable
     run: str
+    part: str | None = None
+    """Of the block's split."""
 
     @property
     def name(self) -> str:
         """As a rule writes it."""
-        return self.table.name if self.run == "clean" else f"{self.table.name}.{self.run}"
+        own = self.part or (None if self.run == "clean" else self.run)
+        return self.table.name if own is None else f"{self.table.name}.{own}"
 
 
 class Vectors(Protocol):
@@ -267,7 +270,7 @@ class ResolvedRule(Record):
     amounts: Amounts | None = None
     """The number that it writes, or works with."""
     apart: Apart | None = None
-    """`mean of BLOCK`: what is averaged; `positions.read` are in its rows then."""
+    """`mean of BLOCK`, `resample of BLOCK`: what is read; `positions.read` are in its rows then."""
     python: PythonFunction | None = None
     """`set … to python(…)`: what makes new vectors of the base run's."""
     edge: EdgeTargets | None = None

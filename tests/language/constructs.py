@@ -264,6 +264,13 @@ _prompts(
 )
 _prompts("where", "where count > 3", "Only rows for which this holds.", _ROWS)
 _prompts(
+    "where tokens",
+    "where tokens(answer) = 1",
+    "How many tokens a text has behind the prompt, or a span in it (`tokens(subject)`), for the "
+    "tokenizer of the model that runs. A space of its own in front of a text isn't counted.",
+    "tests/data/test_tokens_counted.py",
+)
+_prompts(
     "split",
     "split 50%",
     "Deals the rows out into `NAME.train`, which gets this share, and `NAME.test`.",
@@ -469,7 +476,7 @@ _rule(
     "ablate layer * head * at last token with mean",
     "It becomes the mean at that position over the clean rows that `limit` and `keep` leave; "
     "`mean of fewer` takes another run, `mean of listed` another block of prompts with rows of its "
-    "own, `mean by count` the rows of the same value.",
+    "own, `mean of fruit.train` a part of a split, `mean by count` the rows of the same value.",
     CIRCUIT,
     "tests/execute/test_effects.py",
 )
@@ -477,7 +484,8 @@ _rule(
     "ablate with resample",
     "ablate layer * head * at last token with resample",
     "It becomes that of another clean row of those that `limit` and `keep` leave, drawn once with "
-    "the seed.",
+    "the seed; with `resample of listed` that of a row of another block, drawn for each row by its "
+    "content, with repetition.",
     CIRCUIT,
     "tests/execute/test_sites.py",
 )
