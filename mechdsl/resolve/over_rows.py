@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mechdsl.resolve.observation import Observation
+from mechdsl.resolve.resolved import ResolvedExperiment
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats, Ints
@@ -51,3 +52,9 @@ class OverRows(Observation):
         seed: of the file.
         """
         raise NotImplementedError
+
+
+def of_weights(experiment: ResolvedExperiment) -> bool:
+    """Whether it observes weights, for which no row matters."""
+    every = (rule.does for rule in experiment.rules)
+    return any(isinstance(does, OverRows) and not does.reads_vectors for does in every)

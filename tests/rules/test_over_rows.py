@@ -385,6 +385,27 @@ def test_heads_compose_with_later_ones_alone(tmp_path: Path) -> None:
         np.testing.assert_allclose(values, wanted, atol=1e-6)
 
 
+def test_what_weights_pick_is_tested_on_any_rows(tmp_path: Path) -> None:
+    """Without the warning of sites that are tested on the rows that they were picked on."""
+    write(tmp_path)
+    text = """
+experiment found { model m prompts p observe copying layer * head * as copies }
+experiment ranks { model m prompts p observe similarity layer 0 head 0..1 at left tokens as alike }
+experiment then {
+  model m prompts p ablate top 2 of copies at last token with zero measure entropy as delta
+}
+experiment also {
+  model m prompts p ablate top 1 of alike at last token with zero measure entropy as delta
+}
+"""
+    result, diagnostics = try_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)
+    assert result is not None
+    said = [found for found in diagnostics if found.code == "W0721"]
+    assert len(said) == 1
+    assert said[0].span is not None
+    assert said[0].span.written == "top 1 of alike"
+
+
 def test_a_cell_that_the_model_has_no_map_for_has_no_value(tmp_path: Path) -> None:
     """Queries that are normed behind their projection."""
     found = run(tmp_path, "qwen3", "observe matching L1H0")
