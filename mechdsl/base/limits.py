@@ -66,6 +66,8 @@ CELLS = _limit(1_000_000, "cells of an experiment, or of one site", "E0323")
 NUMERALS = _limit(10_000, "numerals of a measure", "E0612")
 DRAWS = _limit(10_000, "random draws of `against`", "E0630")
 
+DIRECTION_FILE = _limit(100_000_000, "bytes of a file with a direction", "E0341")
+
 # --- a model --------------------------------------------------------------------------------------
 
 LAYERS = _limit(1_000, "layers of a model", "E0430")

@@ -41,10 +41,11 @@ LOCAL = PathConstruct("local", "reads")
 HF = PathConstruct("hf", "reads")
 HF_DATASET = PathConstruct("hf_dataset", "reads")
 PYTHON = PathConstruct("python", "runs")
+SAVED = PathConstruct("saved", "reads")
 REPORT = PathConstruct("report", "writes")
 
-CONSTRUCTS = (USE, ROWS, LOCAL, HF, HF_DATASET, PYTHON, REPORT)
-_CALLS = {each.name: each for each in (LOCAL, HF, HF_DATASET, PYTHON)}
+CONSTRUCTS = (USE, ROWS, LOCAL, HF, HF_DATASET, PYTHON, SAVED, REPORT)
+_CALLS = {each.name: each for each in (LOCAL, HF, HF_DATASET, PYTHON, SAVED)}
 
 
 def reach_of(source: Source, *, outside: bool, untrusted: bool) -> Reach:
