@@ -312,6 +312,26 @@ _prompts(
     _ROWS,
 )
 _prompts(
+    "list of records",
+    'shots = list("{prompt} {n}", 1, from: example)',
+    "Each item is a text about a whole record of a block with `rows`, this one or another: the "
+    "shots of a few-shot prompt. The row's own record is never among them, nor one twice with "
+    "`distinct: true`. Their placeholders are spans: `each n of shots token`.",
+    "tests/data/test_shots.py",
+    VECTORS,
+    beside='rows "facts.jsonl"',
+)
+_prompts(
+    "shuffled shots",
+    "corrupt mixed { shots = shuffle(shots, colour) }",
+    "The same shots with one of their values dealt out anew among them, so that it fits no "
+    "longer; what follows them stays. Where any two differ, at least one text changes.",
+    "tests/data/test_shots.py",
+    VECTORS,
+    beside='template "{shots} Count 1:" colour in ["red", "green"] '
+    'shots = list("{item} {colour}", 4, sep: " ")',
+)
+_prompts(
     "value in Python",
     'size = python("functions.py:total")',
     "A function of a Python file, called as `total(row)` with the values of the row, a `dict`. In "
