@@ -25,8 +25,15 @@ from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.whole_cells import WholeCells
 from mechdsl.program.python_files import PythonFunction
+from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import PromptTable, Run
-from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure, ResolvedRule, SitePoint
+from mechdsl.resolve.resolved import (
+    Atom,
+    Env,
+    ResolvedMeasure,
+    ResolvedRule,
+    SitePoint,
+)
 
 Numbers = NDArray[np.uint64]
 
@@ -118,7 +125,7 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
     atoms = [
         [
             *(atom.node, atom.name, atom.form.takes, atom.form.function.__qualname__),
-            *(atom.of_class, atom.numerals, atom.run, atom.point, _plain(atom.python)),
+            *(atom.of_class, atom.run, atom.point, _plain(atom.python)),
         ]
         for atom in measure.atoms
     ]
@@ -139,6 +146,8 @@ def measure_rows(
     for atom in measure.atoms:
         if atom.texts:
             found = mixed(found, _of_lists(Ragged.of(_texts(atom, item))))
+        if atom.sets:
+            found = mixed(found, _of_sets(atom.sets[item if atom.by_item else None]))
         if atom.own:
             found = mixed(found, np.array(atom.own[run.name]))
         if atom.run is not None:
@@ -151,6 +160,13 @@ def measure_rows(
 def _texts(atom: Atom, item: Env) -> Sequence[tuple[int, ...]]:
     """[prompt] the tokens that it names."""
     return atom.texts[item if atom.by_item else None]
+
+
+def _of_sets(sets: TokenSets) -> Numbers:
+    """[prompt] the tokens that it names, and the numbers that they stand for."""
+    numbers = sets.numbers or ((),) * len(sets.tokens)
+    kinds = [number_of(each) for each in zip(sets.tokens, numbers, strict=True)]
+    return np.array(kinds, dtype=np.uint64)[list(sets.of_row)]
 
 
 def _plain(value: object) -> object:

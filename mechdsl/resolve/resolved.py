@@ -11,6 +11,7 @@ from mechdsl.diagnostics.core import UNKNOWN, Unknown
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.python_files import PythonFunction
+from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
@@ -286,8 +287,8 @@ class Atom(Record):
     """Per environment and row, the token ids of T, or the number of the output that is meant."""
     of_class: bool = False
     """It names an output of a classifier, and no token."""
-    numerals: tuple[tuple[int, int], ...] = ()
-    """(token id, number) of `expected(1..9)`."""
+    sets: Mapping[Env, TokenSets] = field(default_factory=dict)
+    """Per environment, the tokens of any of several texts, and of numerals."""
     run: str | None = None
     """The reference run of `kl`, `js`, `cosine`."""
     point: SitePoint | None = None
@@ -305,7 +306,18 @@ class Atom(Record):
     @property
     def by_item(self) -> bool:
         """Whether its text differs between the cells of one row."""
-        return set(self.texts) != {None} and bool(self.texts)
+        named = {*self.texts, *self.sets}
+        return named != {None} and bool(named)
+
+    @property
+    def named(self) -> Iterator[int]:
+        """All tokens of its texts, equal ones perhaps several times."""
+        for texts in self.texts.values():
+            for tokens in texts:
+                yield from tokens
+        for sets in self.sets.values():
+            for tokens in sets.tokens:
+                yield from tokens
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -128,6 +128,8 @@ class SeenRows:
         """What a metric is given beside the run that it reads."""
         if atom.texts:
             yield atom.texts[item if atom.by_item else None][row]
+        if atom.sets:
+            yield atom.sets[item if atom.by_item else None].of(row)
         if atom.python is not None:
             yield self.experiment.table.row_keys[row]
         if atom.run is not None:

@@ -76,6 +76,8 @@ MEASURES = (
     "measure logprob(answer) as delta",
     'measure logprob("w3 w9 w1") as delta',
     "measure kl(clean) as raw",
+    "measure prob(answer, wrong) as delta",
+    'measure rank(answer, ["w7", wrong]) as raw',
     "measure entropy as delta",
     "measure logit(answer) at subject token as delta",
     "measure cosine(L1.resid, clean) at subject token as raw",

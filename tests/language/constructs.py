@@ -744,6 +744,25 @@ _experiment(
     "tests/execute/test_metrics.py",
 )
 _experiment(
+    "answers that differ by row",
+    "measure prob(count + 1..12) as raw",
+    "The bounds of numerals are worked out in each row (greater-than: `prob(label + 1..99, "
+    "digits: 2)`), and so are lists: `prob([count, count + 2])`, `expected(around)` where `around` "
+    "is a value that is a list. Numerals are spelt as in `answer`, with as many `digits` as are "
+    "asked for; a row without any is an error.",
+    "tests/execute/test_metrics.py",
+    "Hanna et al. 2023, arXiv 2305.00586",
+)
+_experiment(
+    "any of several answers",
+    "measure correct(answer, answer of fewer) as raw",
+    "`correct`, `prob`, `logprob` and `rank` take several texts of one token each: whether the "
+    "best token is one of them, the sum of their probabilities, its logarithm, the best rank. A "
+    'value that is a list stands for its entries: `accepted = list(" {alias}", from: aliases)`, '
+    "then `correct(accepted)`. Equal tokens count once.",
+    "tests/execute/test_metrics.py",
+)
+_experiment(
     "measure at each",
     "measure entropy at each item token as raw",
     "Read at each of several places, an axis `measured` (`item` for occurrences); all measures of "
