@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_experiment import PatchWithoutSource
 from mechdsl.program import spec
@@ -29,6 +30,16 @@ def lower_rule(
             if not isinstance(body.value, ast.String):
                 work.later(body.value.span, "this replacement")
             return spec.Rule(span=rule.span, verb="replace", at=body.at, fill=body.value)
+        case ast.ReplaceBlock():
+            span = body.axis.span
+            return spec.Rule(
+                span=rule.span,
+                verb="replace block",
+                site=ast.Site((ast.Name("block", span=span),), (body.axis,), span=span),
+                at=_all_tokens(),
+                fill=body.word,
+                source_block=body.source,
+            )
         case ast.SwapSites():
             return _at(rule, "swap", body, onto=body.other)
         case ast.Freeze():
@@ -60,6 +71,14 @@ def lower_rule(
             return spec.Rule(span=rule.span, verb="renumber", at=body.at, fill=body.start)
         case ast.ObserveAttention():
             return _attention(rule, "observe", body.edge)
+
+
+def _all_tokens() -> ast.Positions:
+    """`tokens *`, where a rule doesn't say it."""
+    source = Source("tokens *")
+    span = Span(source, 0, len(source.text))
+    point = ast.Point(ast.TokenIndex(True, None, span=span), span=span)
+    return ast.Positions((ast.Position(point, span=span),), span=span)
 
 
 def _at(

@@ -599,6 +599,15 @@ class ReplaceTokens(Node):
 
 
 @record
+class ReplaceBlock(Node):
+    """`replace block layer 2 with block layer 1`, or with a word, `identity`."""
+
+    axis: Axis
+    word: Name | None = None
+    source: Star | AxisRange | None = None
+
+
+@record
 class Block(Node):
     edge: Edge
 
@@ -708,6 +717,7 @@ RuleBody = (
     Patch
     | Ablate
     | ReplaceTokens
+    | ReplaceBlock
     | Block
     | Reweight
     | SetEdge

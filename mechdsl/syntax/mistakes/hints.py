@@ -272,6 +272,7 @@ HINTS: tuple[Hint, ...] = (
         "the text ends at this quote: name the value on a line of its own, `x = …`, and write "
         "that name in the text",
     ),
+    Hint(r"^replace\s+block\b.*\bwith\s*$", r"(layer\s+\w+)", "name the block: `block {0}`"),
     Hint(r"", r"allow\s", "write `allow attention layers * from QUERIES to KEYS`"),
     Hint(r"", r"renumber\s", "write `renumber subject tokens from 5`"),
     Hint(r"^$", r"in\s+(\w+)", "the name comes first: `{0} in …`"),
