@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.means_and_donors import MeansAndDonors
-from mechdsl.execute.observed_attention import Look, look
+from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import frozen, held_rows, received
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
@@ -41,7 +41,7 @@ from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.columns import counted
 from mechdsl.plan.plan import ExperimentPlan, Plan
 from mechdsl.plan.restart import Held
-from mechdsl.plan.rule_rows import Rows
+from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved import Atom
@@ -179,11 +179,8 @@ class Patcher:
 
     def _look(self, member: Member) -> Look | None:
         """What an `observe` line of the member's experiment looks at."""
-        rules = self.plans[member.number].rules
-        rule = next((rule for rule in rules if rule.rule.does.changes == "nothing"), None)
-        if rule is None:
-            return None
-        return look(rule, member.rows, member.at, self.model.shape)
+        rule = self.plans[member.number].observes
+        return rule and look(rule, member.rows, member.at, self.model.shape)
 
     def _pass_rows(
         self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, draws: int
@@ -245,12 +242,14 @@ class Patcher:
         """The vectors that the rows of one experiment write."""
         means_and_donors = self.means_and_donors[number]
 
-        def lanes_of(source: str, donors: bool) -> UnpatchedBatch:
-            prompts = batch
-            if donors and means_and_donors.donors is not None:
-                prompts = np.unique(means_and_donors.donors[batch])
-            atom = self._atom(number, text)
-            return self.runs.lanes(self.runs.named(source), prompts, atom, alone=donors)
+        def lanes_of(rule: RulePlan) -> UnpatchedBatch:
+            donors, apart = means_and_donors.donors.get(rule.number), rule.rule.apart
+            prompts = batch if donors is None else np.unique(donors[batch])
+            if apart is not None:
+                places = {(point.site, point.layer) for point in rule.source_table}
+                return self.runs.apart(apart.table, apart.table.runs[apart.run], prompts, places)
+            run, atom = self.runs.named(rule.rule.run), self._atom(number, text)
+            return self.runs.lanes(run, prompts, atom, alone=donors is not None)
 
         plan = self.plans[number]
         shape = self.model.shape
@@ -262,9 +261,9 @@ class Patcher:
         lanes: UnpatchedBatch,
         readouts: Sequence[Readout],
         wanted: Sequence[_Wanted],
-    ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[Tensor | None], Tensor | None]:
-        """Per member the logits at the places it wants, its activations, and the attention that
-        it observes; and which tokens."""
+    ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[Observed | None], Tensor | None]:
+        """Per member the logits at the places it wants, its activations, and what it observes; and
+        which tokens."""
         final = (
             np.concatenate([want.final[0] for want in wanted]),
             np.concatenate([want.final[1] for want in wanted]),
@@ -304,8 +303,13 @@ class Patcher:
             for readout, own in zip(readouts, parts, strict=True)
         ]
         observed = [
-            look and look.weights({r: split[r][i] for r, i in own.items()})
-            for look, own in zip((want.look for want in wanted), looks, strict=True)
+            want.look
+            and want.look.observed(
+                {r: split[r][i] for r, i in own.items()},
+                self.runs.unembedding,
+                self.runs.observed_tokens(readout, rows.batch),
+            )
+            for want, own, readout in zip(wanted, looks, readouts, strict=True)
         ]
         return list(logits.tensor_split(ends)), activations, observed, tokens
 
@@ -414,7 +418,7 @@ class _Wanted:
     count: int
     """Rows of the member."""
     look: Look | None = None
-    """The attention that it observes."""
+    """What it observes."""
 
     def spots(self, logits: Tensor) -> Tensor | None:
         """[row, spot, vocab]"""

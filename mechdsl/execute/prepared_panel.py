@@ -138,7 +138,7 @@ class PreparedPanel:
         self.running = self._sound
         for plan in self.running:
             kept = self.measured[plan.experiment.key].kept
-            donors = donors_of(plan, self.table.row_keys, self.runs.seed, kept)
+            donors = donors_of(plan, self.table, self.runs.seed, kept)
             self.means_and_donors[plan.experiment.key] = MeansAndDonors({}, {}, donors)
             self.whole_cells[plan.experiment.key] = self._whole_cells(plan, kept)
             self._look_up(plan, kept, donors)
@@ -235,7 +235,7 @@ class PreparedPanel:
         """How far rounding may move a logit, where that is asked: of base runs."""
         return self.runs.model.rounding if run == plan.experiment.spec.base else 0.0
 
-    def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Ints | None) -> None:
+    def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Mapping[int, Ints]) -> None:
         """What there is of an experiment's patched values."""
         if self.values is None or not plan.rules:
             return

@@ -38,7 +38,8 @@ def groups(
     shared: SharedRows, plan: Plan, plans: Sequence[ExperimentPlan], widths: Ints
 ) -> Iterator[tuple[Run, Ints]]:
     """Rows that can share passes: they start from the same run, are whole passes or not, have the
-    same blocks, and are of one cell if rows don't join. Those that end up in the same columns come together."""
+    same blocks, and are of one cell if rows don't join. Those that end up in the same columns come
+    together."""
     runs: list[Run] = []
     start = np.zeros(len(shared), dtype=np.int64)
     draws = np.zeros(len(shared), dtype=np.int64)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.model_end import ModelEnd
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
@@ -111,12 +113,18 @@ class UnpatchedRuns:
     def apart(
         self, table: PromptTable, run: Run, prompts: Ints, places: Iterable[Place]
     ) -> UnpatchedBatch:
-        """A run of another block on rows of its own, of which these sites are read."""
+        """A run of another block on rows of its own, of which these sites are read; computed once
+        while the batch is in work."""
+        reads = frozenset(places)
+        key = (*self._key(run, prompts, None), reads)
+        if key in self._lanes:
+            return self._lanes[key]
         self.passes += 1
-        request = UnpatchedRequest(reads=frozenset(places), stop=self.model.shape.n_layers + 1)
+        request = UnpatchedRequest(reads=reads, stop=self.model.shape.n_layers + 1)
         (found,) = compute_unpatched(
             self.model, [(run, request)], prompts, table.row_keys, seed=self.seed, side=self.side
         )
+        self._lanes[key] = found
         return found
 
     def everything(
@@ -211,6 +219,19 @@ class UnpatchedRuns:
             return None
         found = sorted(set[int]().union(*(readout.tokens(prompts) for readout in readouts)))
         return torch.tensor(found, dtype=torch.long, device=self.model.device)
+
+    def observed_tokens(self, readout: Readout, prompts: Ints) -> Tensor | None:
+        """[K] ascending: all that a readout reads of the logits that it observes; None for the
+        vocabulary."""
+        found = readout.observed_tokens(prompts)
+        if found is None:
+            return None
+        return torch.tensor(found, dtype=torch.long, device=self.model.device)
+
+    @cached_property
+    def unembedding(self) -> ModelEnd:
+        """What the model does behind its last block."""
+        return ModelEnd(self.model)
 
     def _gauge_reads(self) -> set[Place]:
         """Sites that measures compare (`cosine`)."""

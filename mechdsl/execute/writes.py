@@ -25,8 +25,8 @@ from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import Place
 from mechdsl.vocab.sites import SITES
 
-LanesOf: TypeAlias = Callable[[str, bool], UnpatchedBatch]
-"""(run, of the donors of a resampling) → its lanes on the current prompts."""
+LanesOf: TypeAlias = Callable[[RulePlan], UnpatchedBatch]
+"""The run that a rule reads → its lanes on the current prompts, or on their donors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +43,8 @@ class _Entries:
 
 def read_prompts(plan: RulePlan, rows: Rows, means_and_donors: MeansAndDonors) -> Ints:
     """The prompt whose activation each row reads."""
-    if plan.rule.does.reads == "donor" and means_and_donors.donors is not None:
-        return means_and_donors.donors[rows.prompt]
-    return rows.prompt
+    donors = means_and_donors.donors.get(plan.number)
+    return rows.prompt if donors is None else donors[rows.prompt]
 
 
 def readable(
@@ -64,7 +63,7 @@ def readable(
         if rule.rule.does.reads == "donor":
             position = rule.position_of_cell[rows.cell]
             key = position * rule.read.prompts + read_prompts(rule, rows, means_and_donors)
-            good &= rule.read.runs.counts(key) > 0
+            good &= (rule.read.runs.counts(key) > 0) | ~rule.acts(rows)
     found = np.flatnonzero(good)
     own = rows.take(found)
     fine = np.ones(len(found), dtype=np.bool_)
@@ -73,6 +72,7 @@ def readable(
             tokens = _tokens(rule, own, means_and_donors)
             for text in texts:
                 written, read = _there(plan, rule, own, tokens, means_and_donors, text)
+                written &= rule.acts(own)[tokens.row]
                 fine[tokens.row[written & ~read]] = False
     return found[fine]
 
@@ -326,8 +326,7 @@ class _Vectors:
         return values[tuple(torch.from_numpy(i).to(values.device) for i in index)]
 
     def _activation(self) -> Tensor:
-        rule = self.plan.rule
-        lanes = self.lanes_of(rule.run, rule.does.reads == "donor")
+        lanes = self.lanes_of(self.plan)
         prompts = read_prompts(self.plan, self.rows, self.means_and_donors)
         lane = lanes.lane(prompts[self.row], self.draws[self.row])
         return gather(

@@ -355,7 +355,8 @@ def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadN
     points = rule.sites.points if rule.sites.sources is None else rule.sites.sources
     forward = unpatched(experiment, rule.run)
     if rule.apart is not None:
-        other = EncodeNode(rule.apart.table.name, None, None, (), rule.apart.run)
+        apart = rule.apart
+        other = EncodeNode(apart.table.name, apart.part, None, (), apart.run)
         forward = ForwardNode(experiment.model.name, forward.n_layers, other, rule.apart.run)
     read = ReadNode(forward, at, points, rule.positions.read)
     return read if detail is None else TransformNode(does.name, (read,), detail)

@@ -1,3 +1,4 @@
+# pyright: reportPrivateUsage=false
 """Blocks that compute in the place of others."""
 
 from __future__ import annotations

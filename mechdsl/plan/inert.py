@@ -87,7 +87,7 @@ def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) ->
         if _changes_edges(plan) and plan.keys is not None:
             dead |= plan.keys.tokens.counts(plan.key_runs(rows)) == 0
         dead |= plan.rule.does.unchanged(plan.amounts)[rows.cell]
-        found &= dead
+        found &= dead | ~plan.acts(rows)
     return found
 
 
@@ -111,7 +111,8 @@ def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -
             empty = plan.keys.tokens.counts(run) == 0
             np.logical_and.at(none, key // plan.keys.prompts, empty)
             own |= none[plan.key_of_cell]
-        found &= own | plan.rule.does.unchanged(plan.amounts)
+        own |= plan.rule.does.unchanged(plan.amounts)
+        found &= own if plan.active is None else own | ~plan.active
     return found
 
 

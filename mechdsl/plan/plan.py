@@ -110,6 +110,11 @@ class ExperimentPlan:
         return next((plan for plan in self.rules if plan.rule.does.changes == "input"), None)
 
     @property
+    def observes(self) -> RulePlan | None:
+        """The rule that is measured by what it looks at, if there is one."""
+        return next((plan for plan in self.rules if plan.rule.does.changes == "nothing"), None)
+
+    @property
     def starting_runs(self) -> tuple[Run, ...]:
         """The runs that rows start from: the base run, or those with the text put in."""
         if not self.rules:
@@ -136,7 +141,8 @@ class ExperimentPlan:
         """The first position that each row writes to."""
         first = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
         for plan in self.rules:
-            first = np.minimum(first, plan.written.leftmost(plan.written_runs(rows)))
+            own = plan.written.leftmost(plan.written_runs(rows))
+            first = np.where(plan.acts(rows), np.minimum(first, own), first)
         return first
 
     def is_inert(self, rows: Rows) -> NDArray[np.bool_]:
@@ -281,8 +287,8 @@ def plan_experiment(each: Asked) -> ExperimentPlan:
     by_name = dict(zip(names, coordinates, strict=True))
     parallel = experiment.model.shape.parallel_block
     rules = tuple(
-        replace(plan, behind=_is_behind(experiment, plan))
-        for plan in (
+        replace(plan, behind=_is_behind(experiment, plan), number=number)
+        for number, plan in enumerate(
             _rule_plan(rule, by_name, count, parallel=parallel) for rule in experiment.rules
         )
     )
@@ -346,6 +352,12 @@ def _rule_plan(
             ]
             for key in keys
         ]
+    donated = rule.does.reads == "donor"
+    active = None
+    if rule.only is not None:  # elsewhere it has no sites
+        active = by_name[rule.only.axis] == rule.only.index
+        site_of_cell = np.where(active, site_of_cell, len(lists))
+        lists.append([])
     positions = list(rule.positions.written)
     written = tuple(rule.positions.written[key] for key in positions)
     read = tuple(rule.positions.read[key] for key in positions)
@@ -366,7 +378,7 @@ def _rule_plan(
         point_table=tuple(pair[0] for pair in table),
         source_table=tuple(pair[1] for pair in table),
         written=Hits.of(written),
-        read=Hits.of(written if rule.apart is not None else read),
+        read=Hits.of(written if rule.apart is not None and not donated else read),
         averaged=Hits.of(read),
         positions=written,
         sources=read,
@@ -374,6 +386,7 @@ def _rule_plan(
         keys=keys_hit,
         key_of_cell=key_of_cell,
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
+        active=active,
     )
 
 
@@ -439,7 +452,10 @@ def _lowest(experiment: ResolvedExperiment, rules: tuple[RulePlan, ...], count: 
         if plan.rule.sites is None:
             continue
         own = [
-            min(_block(plan.point_table[p], n_layers) for p in _list(plan.points, key))
+            min(
+                (_block(plan.point_table[p], n_layers) for p in _list(plan.points, key)),
+                default=n_layers,
+            )
             for key in range(len(plan.points.offsets) - 1)
         ]
         lowest = np.minimum(lowest, np.array(own, dtype=np.int64)[plan.site_of_cell])

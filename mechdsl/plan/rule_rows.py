@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.resolved import ResolvedRule, SitePoint
@@ -55,6 +55,8 @@ class RulePlan:
     """Where it reads."""
     averaged: Hits
     """What a mean is taken of: `read`, but for the rows of another block."""
+    number: int = field(default=0, kw_only=True)
+    """Its place among the rules of its experiment."""
     amounts: Floats
     """[cell] the number that is written, or that attention is multiplied with."""
     keys: Hits | None = None
@@ -63,6 +65,15 @@ class RulePlan:
     paths: PathPlan | None = None
     behind: bool = False
     """Whether it acts on tokens of the answer, which only passes have that are read there."""
+
+    active: Bools | None = None
+    """[cell] whether it acts there; None where it does in all."""
+
+    def acts(self, rows: Rows) -> Bools:
+        """[row] whether it does anything."""
+        if self.active is None:
+            return np.ones(len(rows), dtype=np.bool_)
+        return self.active[rows.cell]
 
     def written_runs(self, rows: Rows) -> Ints:
         """[row] the run that each row writes at: an index into `written.tokens`."""
@@ -82,6 +93,8 @@ class RulePlan:
             counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
         if self.paths is not None:
             counts = np.where(self.paths.exists[:, None], counts, 0)
+        if self.active is not None:
+            counts = np.where(self.active[:, None], counts, 1)
         return counts
 
 

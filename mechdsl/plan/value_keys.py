@@ -126,10 +126,11 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
         [
             *(atom.node, atom.name, atom.form.takes, atom.form.function.__qualname__),
             *(atom.of_class, atom.run, atom.point, _plain(atom.python)),
+            None if atom.tokenizer is None else atom.tokenizer.hash,
         ]
         for atom in measure.atoms
     ]
-    return digest(measure.expression, measure.kind, atoms)
+    return digest(measure.expression, measure.kind, measure.observed, atoms)
 
 
 def measure_rows(
@@ -232,10 +233,10 @@ class ExperimentKeys:
 
     def __init__(
         self, plan: ExperimentPlan, table: PromptTable, contents: Contents, kept: Ints,
-        donors: Ints | None, cells: Mapping[int, WholeCells],
+        donors: Mapping[int, Ints], cells: Mapping[int, WholeCells],
     ) -> None:  # fmt: skip
-        """kept: rows that are in the experiment. donors: [prompt], of `resample`. cells: by number
-        of the rule, of those that read whole ones.
+        """kept: rows that are in the experiment. donors, cells: by number of the rule, of those
+        that resample ([prompt]), or read whole cells.
 
         TypeError where a value hangs on what can't be compared."""
         self.plan = plan
@@ -243,7 +244,8 @@ class ExperimentKeys:
         self.contents = contents
         self.kept = kept
         self._rules = [
-            self._rule(rule, donors, cells.get(number)) for number, rule in enumerate(plan.rules)
+            self._rule(rule, donors.get(number), cells.get(number))
+            for number, rule in enumerate(plan.rules)
         ]
         self._starts = [contents.of(run, table) for run in plan.starting_runs]
         self._whole = self._all_rows()
@@ -270,7 +272,7 @@ class ExperimentKeys:
         for index, numbers in enumerate(self._starts):
             found = np.where(starting == index, numbers[rows.prompt], found)
         for rule in self._rules:
-            found = mixed(found, rule.of(rows))
+            found = np.where(rule.plan.acts(rows), mixed(found, rule.of(rows)), found)
         return mixed(found, self._of_measure(number, rows, starting))
 
     def _of_measure(self, number: int, rows: Rows, starting: Ints) -> Numbers:
@@ -304,6 +306,7 @@ class ExperimentKeys:
             pairs = zip(rule.point_table, rule.source_table, strict=True)
             points = [_written(to) + _written(of) for to, of in pairs]
             sites = [digest(static + own) for own in _per_list(rule.points, points)]
+            begin = len(parts)
             parts.append([sites[site] for site in rule.site_of_cell.tolist()])
             if rule.rule.amounts is not None:
                 amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
@@ -311,25 +314,32 @@ class ExperimentKeys:
             if rule.paths is not None:
                 ends = _per_list(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
+            if rule.active is not None:  # where it doesn't act, the key is that without it
+                acts = rule.active.tolist()
+                parts[begin:] = [
+                    [part if own else b"" for part, own in zip(each, acts, strict=True)]
+                    for each in parts[begin:]
+                ]
         return zip(*parts, strict=True) if parts else iter([()] * self.plan.n_cells)
 
     def _rule(self, plan: RulePlan, donors: Ints | None, cells: WholeCells | None) -> _RuleNumbers:
         rule, reads = plan.rule, plan.rule.does.reads
-        runs = self.table.runs
         each = reads in ("run", "donor", "cell")
+        table = self.table if rule.apart is None else rule.apart.table
+        read = table.runs[rule.run if rule.apart is None else rule.apart.run]
         groups = None
         if reads == "mean" and rule.groups is not None:
             names = [number_of(name) for name in rule.groups]
             groups = np.array(names, dtype=np.uint64)
         return _RuleNumbers(
             plan=plan,
-            source=self.contents.of(runs[rule.run], self.table) if each else None,
+            source=self.contents.of(read, table) if each else None,
             written=_of_lists(plan.written.tokens),
             read=_of_lists(plan.read.tokens),
             keys=None if plan.keys is None else _of_lists(plan.keys.tokens),
             means=self._means(plan) if reads == "mean" else None,
             groups=groups,
-            donors=donors if reads == "donor" else None,
+            donors=donors,
             cells=cells,
             given=None if cells is None else self._given(plan, cells),
         )

@@ -195,10 +195,20 @@ class TextTokenizer:
             return self._backend.token_to_id(_UNKNOWN) if unigram else None
         return self._backend.token_to_id(cast("str", token))
 
+    @cached_property
+    def library(self) -> Tokenizer:
+        """A copy of what it is made of, for functions of the user's: what they do to it changes
+        nothing here."""
+        return Tokenizer.from_str(self._backend.to_str())
+
     def token_text(self, token: int) -> str:
         """A token as a reader knows it: decoded, special tokens by their name."""
         text = self._backend.decode([token], skip_special_tokens=False)
         return text if text and "\ufffd" not in text else self._backend.id_to_token(token) or ""
+
+    def is_space(self, token: int) -> bool:
+        """Whether it is white space alone; in some vocabularies a space decodes to nothing."""
+        return not self.token_text(token).strip(" ▁\t\n")
 
     def plain_words(self) -> list[str]:
         """Words of letters that are one token behind a space, in the order of their ids."""

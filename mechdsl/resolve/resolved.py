@@ -110,6 +110,14 @@ class Amounts(Record):
 
 
 @record
+class Only(Record):
+    """The cells that a rule acts in, where it is one of several of which each cell has one."""
+
+    axis: str
+    index: int
+
+
+@record
 class EdgeTargets(Record):
     """Edges of attention: from the rule's positions, the queries, to these keys."""
 
@@ -128,15 +136,18 @@ class PathTargets(Record):
 
 @record
 class Apart(Record):
-    """A run of another block, on rows of its own, that a mean is taken of."""
+    """A run of another block, on rows of its own, that fills are taken of."""
 
     table: PromptTable
     run: str
+    part: str | None = None
+    """Of the block's split."""
 
     @property
     def name(self) -> str:
         """As a rule writes it."""
-        return self.table.name if self.run == "clean" else f"{self.table.name}.{self.run}"
+        own = self.part or (None if self.run == "clean" else self.run)
+        return self.table.name if own is None else f"{self.table.name}.{own}"
 
 
 class Vectors(Protocol):
@@ -260,11 +271,13 @@ class ResolvedRule(Record):
     amounts: Amounts | None = None
     """The number that it writes, or works with."""
     apart: Apart | None = None
-    """`mean of BLOCK`: what is averaged; `positions.read` are in its rows then."""
+    """`mean of BLOCK`, `resample of BLOCK`: what is read; `positions.read` are in its rows then."""
     python: PythonFunction | None = None
     """`set … to python(…)`: what makes new vectors of the base run's."""
     edge: EdgeTargets | None = None
     path: PathTargets | None = None
+    only: Only | None = None
+    """None where it acts in all cells."""
 
     @property
     def axes(self) -> frozenset[str]:
@@ -272,7 +285,8 @@ class ResolvedRule(Record):
         parts = [self.sites, self.positions, self.amounts]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
-        return frozenset(name for part in parts if part is not None for name in part.axes)
+        own = frozenset(name for part in parts if part is not None for name in part.axes)
+        return own if self.only is None else own | {self.only.axis}
 
 
 Env = int | None
@@ -302,6 +316,8 @@ class Atom(Record):
     python: PythonFunction | None = None
     rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
     """What it is given of every row."""
+    tokenizer: TextTokenizer | None = field(default=None, compare=False, repr=False)
+    """What it is given beside that."""
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Per run and row, the token that stands where it is read (`loss at …`): each run has its
     own."""
@@ -350,6 +366,8 @@ class ResolvedMeasure(Record):
     """Per run and row, the token position that is read; runs that are missing read their last."""
     truth: tuple[float, ...] | None = None
     """Per row, the number that the answer spells, for categories."""
+    observed: bool = False
+    """It is of what the experiment looks at: metrics of tokens read its logits, not the model's."""
     absent: tuple[int, ...] = ()
     """Rows that lack the position; they have no value."""
     item: int | None = None

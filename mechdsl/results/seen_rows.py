@@ -62,7 +62,8 @@ class SeenRows:
     def _cell(self, cell: int, measure: ResolvedMeasure) -> Cell:
         found: list[int] = []
         for rule in self.plan.rules:
-            found.append(int(rule.position_of_cell[cell]))
+            acts = rule.active is None or bool(rule.active[cell])
+            found.append(int(rule.position_of_cell[cell]) if acts else -1)
             found.append(-1 if rule.key_of_cell is None else int(rule.key_of_cell[cell]))
             found.append(int(_below_attention(rule, cell)))
         by_item = any(atom.by_item for atom in measure.atoms)
@@ -107,6 +108,8 @@ class SeenRows:
         parts.append(self._prefix(start, row, last, ahead=ahead))
         visible = last if self.causal(base.model) and not ahead else None
         for n, rule in enumerate(self.plan.rules):
+            if cell[3 * n] < 0:  # it doesn't act there
+                continue
             written = rule.positions[cell[3 * n]].hits[row]
             keys = self._keys[n]
             to = None if keys is None else keys[cell[3 * n + 1]].hits[row]
@@ -169,7 +172,7 @@ class SeenRows:
         end = len(run.rows[row].ids) - 1
         found = -1 if looked is None else looked
         for atom in measure.atoms:
-            if atom.form.takes == "attention":
+            if measure.observed or atom.form.takes == "observation":
                 continue
             at = measure.at.get(run.name)
             if at is None or atom.form.takes == "prompt":
@@ -180,7 +183,7 @@ class SeenRows:
         return found
 
     def _looked_at(self, cell: Cell, measure: ResolvedMeasure, row: int) -> int | None:
-        """The last query whose attention the measure reads."""
+        """The last token that the measure looks at."""
         if not _looks(measure):
             return None
         queries = [
@@ -233,8 +236,8 @@ def _reaches(tokens: Sequence[int], last: int | None) -> bool:
 
 
 def _looks(measure: ResolvedMeasure) -> bool:
-    """Whether it reads attention that is observed."""
-    return any(atom.form.takes == "attention" for atom in measure.atoms)
+    """Whether it reads what is observed."""
+    return measure.observed or any(a.form.takes == "observation" for a in measure.atoms)
 
 
 def _below_attention(rule: RulePlan, cell: int) -> bool:

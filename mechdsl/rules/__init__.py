@@ -5,7 +5,8 @@ the intervention that all later stages ask. Imports resolve and below; no torch.
 """
 
 # In the order in which what they don't go together with is reported.
-from mechdsl.rules import copies, ablate, assign, replace, path, attention, renumber, blocks  # noqa: I001
+from mechdsl.rules import copies, ablate, assign, replace, path, attention  # noqa: I001
+from mechdsl.rules import renumber, blocks, observations
 from mechdsl.rules.kind import RULES, SiteRule, rule_kind
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "blocks",
     "copies",
+    "observations",
     "path",
     "renumber",
     "replace",

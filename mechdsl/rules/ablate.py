@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mechdsl.base.names import name_list
 from mechdsl.base.registry import Registry
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.program import spec
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import Apart, Convention, Intervention, ResolvedRule, Vectors
+from mechdsl.resolve.resolved import (
+    Apart,
+    Axis,
+    Convention,
+    Intervention,
+    Only,
+    ResolvedRule,
+    Vectors,
+)
 from mechdsl.rules.checks import equally_long, even
 from mechdsl.rules.kind import RuleKind, places, rule_kind
 from mechdsl.syntax import ast
@@ -20,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILLS: Registry[Intervention] = Registry("fill of an ablation")
+FILL = "fill"
+"""The axis of several fills."""
 
 
 def fill(word: str) -> Callable[[type[Intervention]], type[Intervention]]:
@@ -70,12 +83,21 @@ class Mean(Intervention):
 
 @fill("resample")
 class Resample(Intervention):
-    """`with resample of RUN`: what a run has on another row."""
+    """`with resample of RUN`: what a run has on another row; `with resample of BLOCK`, what a row
+    of another block has."""
 
     name = "resample"
     reads = "donor"
 
+    def key(self, rule: ResolvedRule) -> Hashable:
+        return rule.run, None if rule.apart is None else rule.apart.name
+
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        if rule.apart is not None:
+            rows = f"one of the {len(rule.apart.table):,} rows of {rule.apart.name}"
+            how = "drawn for each row by its content and the seed, with repetition"
+            yield Convention("fill", f"{rows}, {how}")
+            return
         how = "a seeded permutation of those after `limit` and `keep`, without fixed points"
         yield Convention("fill", f"{rule.run} run of another row ({how})")
 
@@ -85,6 +107,20 @@ class AblateRule(RuleKind):
     """Vectors are replaced by what knows nothing of the prompt."""
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        if not rule.fills:
+            return self._with_fill(rule, work)
+        own = work if not rule.fill_index else _beside(work)
+        before = len(work.diagnostics)
+        found = self._with_fill(rule, own)
+        new = work.diagnostics[before:]
+        work.diagnostics[before:] = [d for d in new if d not in work.diagnostics[:before]]
+        if own is work:
+            work.add_axis(Axis(FILL, rule.fills, rule.span))
+        elif found is not None and not has_errors(work.diagnostics):
+            _same_axes(rule, own, work)
+        return found and replace(found, only=Only(FILL, rule.fill_index))
+
+    def _with_fill(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         base = work.experiment.base
         does, run, apart = _fill(rule, work)
         groups = None if does is None else _groups(rule, does, work)
@@ -105,6 +141,19 @@ class AblateRule(RuleKind):
         )
 
 
+def _beside(work: Work) -> Work:
+    """For another fill: the axes that it finds are those of the first."""
+    return replace(work, axes={name: work.axes[name] for name in work.loops})
+
+
+def _same_axes(rule: spec.Rule, own: Work, work: Work) -> None:
+    """E0108 where a fill has other positions than the first, as it is of rows that lack some."""
+    if any(work.axes.get(name) != axis for name, axis in own.axes.items()):
+        assert rule.fill is not None
+        what = f"`{rule.fills[rule.fill_index]}` beside a fill that has other positions"
+        work.diagnostics.append(NotSupported(span=rule.fill.span, what=what))
+
+
 def _fill(rule: spec.Rule, work: Work) -> tuple[Intervention | None, str, Apart | None]:
     """What is written, the run that is read for it, and the rows where these are another block's;
     nothing is written after an error."""
@@ -112,45 +161,57 @@ def _fill(rule: spec.Rule, work: Work) -> tuple[Intervention | None, str, Apart 
     assert word is not None
     if isinstance(word, ast.OfRef):
         name, does = word.name, FILLS.get(word.name)
-        if word.of.name not in work.table.runs:
+        if word.of.part is not None or word.of.name not in work.table.runs:
             return _of_block(rule, word, work)
     else:
         name = word.id if isinstance(word, ast.Name) else ""
         does = FILLS.get(name)
     if does is None or (does.reads is None and isinstance(word, ast.OfRef)):
-        *first, last = (f"`{fill}`" for fill in FILLS)
-        hint = did_you_mean(name, FILLS, f"write {', '.join(first)} or {last}")
-        work.diagnostics.append(
-            UnknownWord(
-                span=word.span, kind="fill of an ablation", word=word.span.written, hint=hint
-            )
-        )
-        return None, work.experiment.base, None
+        return _not_a_fill(name, word.span, work), work.experiment.base, None
     if does.reads is None:
         return does, work.experiment.base, None
     return does, word.of.name if isinstance(word, ast.OfRef) else "clean", None
 
 
+def _not_a_fill(name: str, span: ast.Span, work: Work) -> None:
+    *first, last = (f"`{fill}`" for fill in FILLS)
+    hint = did_you_mean(name, FILLS, f"write {', '.join(first)} or {last}")
+    work.diagnostics.append(
+        UnknownWord(span=span, kind="fill of an ablation", word=span.written, hint=hint)
+    )
+
+
 def _of_block(
     rule: spec.Rule, word: ast.OfRef, work: Work
 ) -> tuple[Intervention | None, str, Apart | None]:
-    """What is taken of another block: its mean over all rows."""
-    base, name, block = work.experiment.base, word.name, word.of.name
-    does = FILLS.get(name)
-    table = work.table.beside.get(block)
+    """What is taken of another block, or of a part of one."""
+    base, block, part = work.experiment.base, word.of.name, word.of.part
+    does = FILLS.get(word.name)
+    of_part = work.table.beside.get(word.of.span.written) if part is not None else None
+    table = of_part or work.table.beside.get(block)
     if table is None:
         known = name_list(work.table.runs)
         hint = did_you_mean(block, work.table.runs, f"runs are {known}")
         work.diagnostics.append(UnknownName(span=word.of.span, kind="run", name=block, hint=hint))
         return None, base, None
-    averages = does is not None and does.reads == "mean"
-    if not averages or rule.by is not None:
-        what = "a mean within groups" if averages else f"`{name}`"
+    if of_part is not None:
+        apart = Apart(of_part, "clean", part)
+    else:
+        apart = Apart(table, part or "clean")
+        if apart.run not in table.runs:
+            return _no_such_run(word, table, work), base, None
+    if does is None or does.reads is None:
+        return _not_a_fill(word.name, word.span, work), base, None
+    noised = table.runs[apart.run].noise is not None
+    if rule.by is not None or (noised and does.reads == "donor"):
+        what = "a mean within groups" if rule.by is not None else "`resample` of noise"
         what = f"{what} of another block of prompts"
         work.diagnostics.append(NotSupported(span=word.of.span, what=what))
-    run = word.of.part or "clean"
-    if run in table.runs:
-        return (does if averages and rule.by is None else None), "clean", Apart(table, run)
+        return None, base, None
+    return does, "clean", apart
+
+
+def _no_such_run(word: ast.OfRef, table: PromptTable, work: Work) -> None:
     others = [f"{table.name}.{name}" for name in table.runs if name != "clean"]
     known = name_list(others)
     hint = did_you_mean(
@@ -159,7 +220,6 @@ def _of_block(
     work.diagnostics.append(
         UnknownName(span=word.of.span, kind="run", name=word.of.span.written, hint=hint)
     )
-    return None, base, None
 
 
 def _groups(rule: spec.Rule, does: Intervention, work: Work) -> tuple[str, ...] | None:

@@ -236,9 +236,10 @@ def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
 
 
 def _only(name: str, checked: Checked) -> list[spec.Experiment]:
-    found = [e for e in checked.program.experiments if e.name == name]
+    every = checked.program.experiments
+    found = {e.name for e in every if name in (e.name, e.within)}
     if not found:
-        names = [e.name for e in checked.program.experiments]
+        names = list(dict.fromkeys(e.name for e in every))
         known = name_list(names)
         checked.diagnostics.append(
             BadCommandLine(
@@ -247,8 +248,8 @@ def _only(name: str, checked: Checked) -> list[spec.Experiment]:
             )
         )
         return []
-    needed = with_needed(name, checked.program.experiments)
-    checked.unreported.update(e.name for e in needed if e.name != name)
+    needed = with_needed(found, every)
+    checked.unreported.update(e.name for e in needed if e.name not in found)
     return needed
 
 
@@ -304,15 +305,20 @@ def _with_means(
     model: ModelContext,
     table: PromptTable,
 ) -> PromptTable:
-    """The table with the other blocks that means are taken of."""
+    """The table with the other blocks, and parts of blocks, that fills are taken of."""
     beside: dict[str, PromptTable] = {}
     for rule in experiment.rules:
         fill = rule.fill
-        if not isinstance(fill, ast.OfRef) or fill.of.name in table.runs:
+        if not isinstance(fill, ast.OfRef):
             continue
-        if fill.of.name not in checked.program.prompts:
+        name, part = fill.of.name, fill.of.part
+        block = checked.program.prompts.get(name)
+        if block is None or (part is None and name in table.runs):
             continue
-        beside[fill.of.name] = contexts.table(fill.of.name, model, None, None)
+        if not block.has_part(part):
+            beside[name] = contexts.table(name, model, None, None)
+        else:
+            beside[fill.of.span.written] = contexts.table(name, model, None, part)
     stands_in = any(each.stands_in for each in (table, *beside.values()))
     return replace(table, beside=beside, stands_in=stands_in) if beside else table
 
@@ -367,7 +373,8 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
     """What the statements of an experiment must agree on, whatever the model."""
     found: list[Diagnostic] = []
     for rule in experiment.rules:
-        if rule.source is not None and rule.source == experiment.base and not experiment.broken:
+        itself = rule.source == experiment.base and not experiment.broken
+        if rule.source is not None and itself and not _elsewhere(rule):
             found.append(PatchesItself(span=rule.span, run=rule.source))
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
@@ -391,6 +398,12 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
                 )
             )
     return found
+
+
+def _elsewhere(rule: spec.Rule) -> bool:
+    """Whether a patch writes at another place than it reads."""
+    moved = rule.onto is not None and rule.onto.span.written != rule.at.span.written
+    return moved or rule.into_layer is not None
 
 
 def _answers(experiment: ResolvedExperiment) -> list[Diagnostic]:

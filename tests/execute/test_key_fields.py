@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ EXPERIMENTS = {
     "grid": one("patch z layer 0..1 head 1 at subject token, cue token into layer 2"),
     "noised": one("patch resid_post layer 1 at subject token", ends="from clean into noised"),
     "mean": one("ablate z layer 1 head 1 at subject token, cue token with mean by cue2"),
+    "fills": one("ablate z layer 1 head 1 at subject token with zero, mean"),
     "apart": one("ablate z layer 1 head 1 at subject token with mean of apart"),
     "number": one("set z layer 1 head 1 at subject token to 0.5"),
     "loop": one("for k in 1..2 { set z layer 1 head 1 at subject token to k }"),
@@ -168,7 +170,8 @@ def keys(plan: ExperimentPlan) -> dict[tuple[int, ...], tuple[bytes, int]]:
     table = plan.experiment.table
     contents = Contents({"m": b"m", "n": b"n"}, "m", 0)
     kept = np.arange(len(table))
-    donors = np.roll(kept, 1)
+    kinds = enumerate(rule.rule.does.reads for rule in plan.rules)
+    donors = {number: np.roll(kept, 1) for number, reads in kinds if reads == "donor"}
     found = ExperimentKeys(plan, table, contents, kept, donors, whole_cells(plan, plan.rows(kept)))
     rows = plan.rows(kept)
     assert len(rows)
@@ -259,6 +262,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "python": ("number", lambda python: FUNCTION),
         "edge": ("edges", lambda edge: replace(edge, change="uniform")),
         "path": ("paths", lambda path: replace(path, through_mlps=True)),
+        "only": ("fills", lambda only: replace(only, index=1)),
     },
     SiteTargets: {
         "points": ("grid", lambda points: one_more(points, next_head)),
@@ -285,6 +289,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "expression": ("patch", lambda node: text(node, "loss")),
         "atoms": ("patch", lambda atoms: atoms[:1]),
         "kind": ("patch", lambda kind: "category"),
+        "observed": ("patch", lambda observed: not observed),
         "at": ("patch", lambda at: {"clean": (1, 1, 1, 1)}),
     },
     Atom: {
@@ -298,6 +303,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "point": ("cosine", lambda point: replace(point, layer=1)),
         "python": ("python", lambda python: replace(python, digest="1" * 64)),
         "rows": ("python", lambda rows: ({"count": 9}, *rows[1:])),
+        "tokenizer": ("python", lambda tokenizer: SimpleNamespace(hash="1" * 64)),
         "own": ("loss", lambda own: {run: (9,) * len(rows) for run, rows in own.items()}),
     },
     TokenSets: {
@@ -338,6 +344,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "keys": ("edges", moved_hits),
         "key_of_cell": ("edges", turned),
         "paths": ("paths", lambda paths: replace(paths, table=next_head(paths.table))),
+        "active": ("fills", lambda active: ~active),
     },
     PathPlan: {
         "table": ("paths", next_head),
@@ -359,7 +366,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     Amounts: {"axes": PLACED},
     EdgeTargets: {},
     PathTargets: {},
-    Apart: {},
+    Apart: {"part": "the rows of `table` are its"},
     ResolvedMeasure: {
         "label": SHOWN,
         "text": SHOWN,
@@ -386,6 +393,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     RulePlan: {
         "positions": "`written` is made of them",
         "sources": "`read` and `averaged` are made of them",
+        "number": "rules are keyed in their order",
         "behind": "the tokens in `written`, `read` and `keys` say it",
     },
     PathPlan: {"through_mlps": "`PathTargets.through_mlps` goes in"},

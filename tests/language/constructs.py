@@ -170,7 +170,9 @@ _file(
     'metric margin = python("functions.py:margin")',
     "A function of a Python file, called as `margin(logits, rows)`: the logits where the measure "
     "is read, [row, vocab], and the values of each row. It gives one number per row, and runs with "
-    "`--allow-python` only; the file's hash is kept.",
+    "`--allow-python` only; the file's hash is kept. With a third argument, or one called "
+    "`tokenizer`, it is given the model's, a `tokenizers.Tokenizer`: "
+    '`tokenizer.encode(" yes", add_special_tokens=False).ids`.',
     "tests/python_files/test_python_files.py",
 )
 _file(
@@ -261,6 +263,13 @@ _prompts(
     beside='rows "facts.jsonl"',
 )
 _prompts("where", "where count > 3", "Only rows for which this holds.", _ROWS)
+_prompts(
+    "where tokens",
+    "where tokens(answer) = 1",
+    "How many tokens a text has behind the prompt, or a span in it (`tokens(subject)`), for the "
+    "tokenizer of the model that runs. A space of its own in front of a text isn't counted.",
+    "tests/data/test_tokens_counted.py",
+)
 _prompts(
     "split",
     "split 50%",
@@ -420,6 +429,7 @@ _site(
 # --- rules ----------------------------------------------------------------------------------------
 
 _TRANSPLANTS = "tests/rules/test_transplants.py"
+_OBSERVED = "tests/rules/test_observations.py"
 _EDGES = "tests/rules/test_attention.py"
 _PATHS = "tests/rules/test_paths.py"
 
@@ -464,7 +474,7 @@ _rule(
     "ablate layer * head * at last token with mean",
     "It becomes the mean at that position over the clean rows that `limit` and `keep` leave; "
     "`mean of fewer` takes another run, `mean of listed` another block of prompts with rows of its "
-    "own, `mean by count` the rows of the same value.",
+    "own, `mean of fruit.train` a part of a split, `mean by count` the rows of the same value.",
     CIRCUIT,
     "tests/execute/test_effects.py",
 )
@@ -472,7 +482,8 @@ _rule(
     "ablate with resample",
     "ablate layer * head * at last token with resample",
     "It becomes that of another clean row of those that `limit` and `keep` leave, drawn once with "
-    "the seed.",
+    "the seed; with `resample of listed` that of a row of another block, drawn for each row by its "
+    "content, with repetition.",
     CIRCUIT,
     "tests/execute/test_sites.py",
 )
@@ -520,6 +531,14 @@ _rule(
     "tests/rules/test_whole_cells.py",
 )
 _rule(
+    "several fills",
+    "ablate layer * head * at last token with zero, mean, mean of fewer by count, resample",
+    "Fills in a list are an axis, `fill`, named as they are written: each cell is what the rule is "
+    "with that fill alone.",
+    OWN,
+    "tests/rules/test_fills.py",
+)
+_rule(
     "block attention",
     "block attention layer * window 3 from last token to fruits tokens",
     "The queries may not attend to the keys: their scores are −∞ before the softmax, the rest, "
@@ -561,9 +580,10 @@ _rule(
 _rule(
     "replace block",
     "replace block layer * with block layer 1",
-    "Another block computes in that place, with its own weights on what enters there. `layers 2..3` "
-    "are replaced together; `layer l with block layer l + 1` in a `for`. Sites of a layer are what "
-    "is computed in its place. Blocks of another kind can't stand in. Rows are whole passes.",
+    "Another block computes in that place, with its own weights on what enters there. Several, "
+    "`layers 2..3`, are replaced together; a `for` may say `layer l with block layer l + 1`. Sites "
+    "of a layer are what is computed in its place. Blocks of another kind can't stand in. Rows are "
+    "whole passes.",
     OWN,
     "tests/rules/test_blocks.py",
 )
@@ -609,6 +629,25 @@ _rule(
     "stand beside it.",
     ATTENTION,
     _EDGES,
+)
+_rule(
+    "observe",
+    "observe norm resid_post layer * at last token as lengths",
+    "Looks and changes nothing: what is seen is measured, with the effect `raw`, of the patched "
+    "run where rules stand beside it. With a name the line has a result of its own, with its own "
+    "axes, beside that of the measures; `top 3 of lengths`, `expect max(lengths) > 2` and `report "
+    "lines layer of lengths` call it. `norm` is the length of the vector (L2).",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe … of RUN",
+    "observe norm resid_post layer * of fewer at last token as lengths",
+    "Of another run than the one that rules act on, whose texts positions are found in.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
 )
 _rule(
     "for",

@@ -293,7 +293,8 @@ def test_blocks_that_are_built_otherwise(data: Path) -> None:
         assert [d.code for d in not_there(by_block, {"m": other})] == ["E0108"]
         assert not_there(by_none, {"m": other}) == []
     kept = copy.deepcopy(model.module)
-    kept.get_submodule(model.anatomy.blocks[1].path).mlp.__dict__["_hf_hook"] = object()
+    part: Any = kept.get_submodule(f"{model.anatomy.blocks[1].path}.mlp")
+    part._hf_hook = object()
     for experiments in (by_block, by_none):
         found = not_there(experiments, {"m": replace(model, module=kept)})
         assert [d.code for d in found] == ["E0108"]

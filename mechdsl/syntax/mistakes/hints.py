@@ -140,7 +140,6 @@ HINTS: tuple[Hint, ...] = (
         "FROM",
     ),
     Hint(r"^(block|reweight)\s+$", r"", "write `{0} attention layer * from Q to K`", "ATTENTION"),
-    Hint(r"^observe\b", r"as\b", "an observation is shown as it is: leave `as …` out"),
     Hint(
         r"\bfrom\s+\w+\s*$",
         r"tokens?\b",
@@ -272,7 +271,6 @@ HINTS: tuple[Hint, ...] = (
         "the text ends at this quote: name the value on a line of its own, `x = …`, and write "
         "that name in the text",
     ),
-    Hint(r"^replace\s+block\b.*\bwith\s*$", r"(layer\s+\w+)", "name the block: `block {0}`"),
     Hint(r"", r"allow\s", "write `allow attention layers * from QUERIES to KEYS`"),
     Hint(r"", r"renumber\s", "write `renumber subject tokens from 5`"),
     Hint(r"^$", r"in\s+(\w+)", "the name comes first: `{0} in …`"),
