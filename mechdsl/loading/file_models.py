@@ -11,6 +11,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e04_model import IdentityBroken, OneOutput
+from mechdsl.hooks.block_exchange import unlike
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading import devices
 from mechdsl.loading.load import adopt, load
@@ -119,6 +120,8 @@ def not_there(
                 found.append(_counts_itself(rule, model))
             if isinstance(rule.does, Observation) and rule.does.gives == "logits":
                 found.append(_without_end(rule, rule.does, model))
+            if rule.does.changes == "blocks":
+                found.append(_not_alike(rule, model))
             if rule.sites is not None:
                 points = [p for here in rule.sites.points.values() for p in here]
                 span = rule.spec.span
@@ -176,6 +179,26 @@ def _counts_itself(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
     reason = f"counts to {end - 1}, and the last position is {last - first - 1}"
     hint = "count from a smaller number"
     return BadArgument(span=rule.spec.span, name="from", reason=reason, hint=hint)
+
+
+def _not_alike(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """E0108 for blocks that can't compute in the place of others."""
+    assert rule.sites is not None
+    assert rule.sites.sources is not None
+    pairs = {
+        (to.layer, None if of.site == to.site else of.layer)
+        for key, here in rule.sites.points.items()
+        for to, of in zip(here, rule.sites.sources[key], strict=True)
+    }
+    for to, of in sorted(pairs, key=str):
+        assert to is not None
+        reason = unlike(model, to, of)
+        if reason:
+            what = f"block {of} in place of block {to}: {reason};"
+            if of is None:
+                what = f"identity in place of block {to}: {reason};"
+            return NotSupported(span=rule.spec.span, what=what)
+    return None
 
 
 def _made_elsewhere(experiment: ResolvedExperiment, model: LoadedModel) -> Diagnostic | None:

@@ -759,6 +759,23 @@ _rule(
     "tests/rules/test_allowed.py",
 )
 _rule(
+    "replace block",
+    "replace block layer * with block layer 1",
+    "Another block computes in that place, with its own weights on what enters there. Several, "
+    "`layers 2..3`, are replaced together; a `for` may say `layer l with block layer l + 1`. Sites "
+    "of a layer are what is computed in its place. Blocks of another kind can't stand in. Rows are "
+    "whole passes.",
+    OWN,
+    "tests/rules/test_blocks.py",
+)
+_rule(
+    "replace block with identity",
+    "replace block layers 1..2 with identity",
+    "The blocks hand on what enters them.",
+    OWN,
+    "tests/rules/test_blocks.py",
+)
+_rule(
     "renumber",
     "renumber last-item token from 5",
     "These tokens get the position ids 5, 6, …, in their order in the text; a prompt's first token "
