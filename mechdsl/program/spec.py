@@ -261,7 +261,7 @@ class Expectation(Spec):
     citing: str | None = None
 
 
-Drawn = Literal["heads", "neurons", "experts", "layers", "positions"]
+Drawn = Literal["heads", "neurons", "experts", "layers", "positions", "directions"]
 
 
 class Control(Spec):

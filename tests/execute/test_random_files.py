@@ -33,6 +33,8 @@ prompts single {
   span subject = "w1 w2"
 }
 group few = L0H1, L2H0, L1H3
+direction d = mean_difference(p.other, elsewhere) at resid_post layer 1 at last token
+direction by_layer = mean_difference(p, p.longer) at resid_pre layer 1..2 at last token
 """
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "mistral", "bloom")
 RUNS = ("clean", "other", "longer", "turned", "noised")
@@ -139,6 +141,7 @@ def rules(draw: Any, *, swept: bool) -> str:
             [
                 *("patch", "patch", "onto", "into", "ablate", "swap", "freeze", "set", "edge"),
                 *("observe", "allow", "renumber", "block"),
+                *("add", "scale", "project out", "clamp"),
             ]
         )
     )
@@ -162,7 +165,17 @@ def rules(draw: Any, *, swept: bool) -> str:
     if verb == "observe":
         return f"observe {draw(edges(swept=swept))}"
     site, at = draw(sites(swept=swept)), draw(positions(swept=swept))
+    along = draw(st.sampled_from(["d", "by_layer", "by_layer[layer 2]", "(unit(d) - 0.5 * d)"]))
     match verb:
+        case "add":
+            return f"add {draw(st.sampled_from(['', '-2 * ', '0 * ']))}{along} to {site} at {at}"
+        case "scale":
+            return f"scale {site} at {at} by {draw(st.sampled_from(['-1', '0', '1', '2.5']))}"
+        case "project out":
+            where = draw(st.sampled_from([f"{site} at {at}", "weights"]))
+            return f"project out d from {where}"
+        case "clamp":
+            return f"clamp {along.partition(' ')[0].strip('(')} of {site} at {at} to 2"
         case "onto":
             return f"patch {site} at {at} onto {draw(st.sampled_from(ONE))}"
         case "into":
