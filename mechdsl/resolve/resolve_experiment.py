@@ -276,7 +276,16 @@ def _draws_agree(work: Work) -> None:
 
 
 def _nodes(rule: spec.Rule) -> Any:
-    parts = (rule.site, rule.at, rule.fill, rule.onto, rule.into_layer, rule.edge, rule.receiver)
+    parts = (
+        rule.site,
+        rule.reading,
+        rule.at,
+        rule.fill,
+        rule.onto,
+        rule.into_layer,
+        rule.edge,
+        rule.receiver,
+    )
     return tuple(part for part in parts if part is not None)
 
 
