@@ -14,6 +14,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import DuplicateName, did_you_mean
 from mechdsl.diagnostics.e05_data import (
+    BadCall,
     CyclicValue,
     DataFormat,
     NoDomain,
@@ -24,7 +25,7 @@ from mechdsl.diagnostics.e05_data import (
 from mechdsl.program import spec
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
-from mechdsl.prompts.names_used import NameUse, draws, uses
+from mechdsl.prompts.names_used import NameUse, calls_in, counts_tokens, draws, uses
 from mechdsl.prompts.python_values import Calls, Names, python_calls
 from mechdsl.prompts.row_scope import Refusal
 from mechdsl.prompts.values import Value, frozen, plain
@@ -258,6 +259,21 @@ class PromptsBlock:
         if not self.columns_unknown:
             self._check_uses()
         self._check_cycles()
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        """E0515 for `tokens(…)` in what prompts are made of: it is told of finished ones."""
+        elsewhere = (
+            *(each.value for each in self.definitions.values()),
+            *(each.text for each in self._all_templates()),
+            *self.texts.values(),
+            *(part for _, part in self._changed_parts()),
+        )
+        for call in calls_in(elsewhere, self.placeholders):
+            if counts_tokens(call):
+                reason, usage = "can only stand in `where`", "where tokens(answer) = 1"
+                bad = BadCall(span=call.span, name="tokens", reason=reason, usage=usage)
+                self.diagnostics.append(bad)
 
     def _duplicate(self, template: CompiledTemplate, name: str) -> None:
         for piece in template.pieces:

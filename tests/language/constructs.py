@@ -264,6 +264,13 @@ _prompts(
 )
 _prompts("where", "where count > 3", "Only rows for which this holds.", _ROWS)
 _prompts(
+    "where tokens",
+    "where tokens(answer) = 1",
+    "How many tokens a text has behind the prompt, or a span in it (`tokens(subject)`), for the "
+    "tokenizer of the model that runs. A space of its own in front of a text isn't counted.",
+    "tests/data/test_tokens_counted.py",
+)
+_prompts(
     "split",
     "split 50%",
     "Deals the rows out into `NAME.train`, which gets this share, and `NAME.test`.",
