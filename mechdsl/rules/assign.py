@@ -12,6 +12,7 @@ from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import Amounts, Convention, Intervention, ResolvedRule, Vectors
 from mechdsl.rules.kind import RuleKind, places, rule_kind
 from mechdsl.rules.readings import ReadValue, resolve_reading
+from mechdsl.rules.steer import SET_TO_DIRECTION
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class SetRule(RuleKind):
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         if rule.reading is not None:
             return resolve_reading(rule, VALUE, work)
+        if rule.direction is not None:
+            return SET_TO_DIRECTION.resolve(rule, work)
         base = work.experiment.base
         sites, positions = places(rule, base, work)
         does, python = NUMBER, None
