@@ -181,6 +181,8 @@ class Rule(Spec):
     fills: tuple[str, ...] = ()
     """ablate: the labels of an axis of fills, of which this rule is one."""
     fill_index: int = 0
+    reading: SiteText | None = None
+    """set … to value(…): the site that is read, in `source`, at `at`; written at `onto`."""
     onto: PositionsText | None = None
     """patch: where it is written; swap: the other positions; attention rules: the keys."""
     into_layer: BoundText | None = None

@@ -289,8 +289,8 @@ def _draws_agree(work: Work) -> None:
 
 def _nodes(rule: spec.Rule) -> Any:
     parts = (
-        *(rule.site, rule.at, rule.fill, rule.onto, rule.into_layer, rule.source_block),
-        *(rule.edge, rule.receiver),
+        *(rule.site, rule.reading, rule.at, rule.fill, rule.onto, rule.into_layer),
+        *(rule.source_block, rule.edge, rule.receiver),
     )
     return tuple(part for part in parts if part is not None)
 

@@ -672,10 +672,20 @@ class ObserveAttention(Node):
 
 
 @record
+class Reading(Node):
+    """`0.5 * value(mlp_out layer 2 at POSITIONS) of RUN`."""
+
+    site: Site
+    at: Positions | None = None
+    of: Ref | None = None
+    factor: Expr | None = None
+
+
+@record
 class SetSite(Node):
     site: Site
     at: Positions
-    value: Expr
+    value: Expr | Reading
 
 
 @record

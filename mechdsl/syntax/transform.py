@@ -585,6 +585,15 @@ class ToAst(Transformer[Token, Any]):
     def set_site(self, c: list[Any]) -> ast.SetSite:
         return ast.SetSite(c[1], c[3], c[5], span=_span(c))
 
+    def reading(self, c: list[Any]) -> ast.Reading:
+        factor, found = None, _nodes(c)
+        if not isinstance(found[0], ast.Site):
+            factor, *found = found
+        parts = {type(node): node for node in found}
+        return ast.Reading(
+            found[0], parts.get(ast.Positions), parts.get(ast.Ref), factor, span=_span(c)
+        )
+
     def path(self, c: list[Any]) -> ast.PathRule:
         through = _clauses(c).get("through", ())
         return ast.PathRule(c[1], c[3], c[5], through, span=_span(c))

@@ -385,7 +385,7 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
     """What the statements of an experiment must agree on, whatever the model."""
     found: list[Diagnostic] = []
     for rule in experiment.rules:
-        itself = rule.source == experiment.base and not experiment.broken
+        itself = rule.source == experiment.base and not experiment.broken and not rule.reading
         if rule.source is not None and itself and not _elsewhere(rule):
             found.append(PatchesItself(span=rule.span, run=rule.source))
     for measure in experiment.measures:

@@ -188,7 +188,11 @@ def rules(draw: Any, *, swept: bool) -> str:
             return f"swap {site} at {at} with {draw(st.sampled_from(ONE))}"
         case "set":
             python = 'python("own.py:centred")'
-            return f"set {site} at {at} to {draw(st.sampled_from(['0.5', '-1', '0', python]))}"
+            value = f"2 * value({draw(st.sampled_from(['mlp_out', 'head_out']))} layer 1)"
+            value = value.replace("head_out layer 1", "head_out layer 1 head 2")
+            read = f"{value} of {draw(st.sampled_from(RUNS))}"
+            what = draw(st.sampled_from(["0.5", "-1", "0", python, value, read]))
+            return f"set {site} at {at} to {what}"
         case _:
             return f"{verb} {site} at {at}"
 
@@ -205,7 +209,11 @@ def paths(draw: Any) -> str:
         sender += f" {draw(axis('head', 4, swept=True))}"
     if kind == "mlp_hidden":
         sender += " neurons 0..7"
-    to = draw(st.sampled_from(["q", "k", "v", "mlp_norm", "attn_norm", "logits", "final_norm"]))
+    to = draw(
+        st.sampled_from(
+            ["q", "k", "v", "mlp_norm", "attn_norm", "resid_pre", "logits", "final_norm"]
+        )
+    )
     receiver = to
     if to not in ("logits", "final_norm"):
         receiver = f"{to} {draw(axis('layer', LAYERS, swept=True))}"

@@ -712,6 +712,16 @@ _rule(
     "tests/rules/test_whole_cells.py",
 )
 _rule(
+    "set to what is elsewhere",
+    "set resid_post layer 2 at last token "
+    "to 0.5 * value(mlp_out layer 1 at last-item token) of fewer",
+    "The vector of another site of an unpatched run, the base run where none is named, times a "
+    "number if there is one; at the position that is written, where none is named. Both must be of "
+    "one width.",
+    OWN,
+    "tests/rules/test_readings.py",
+)
+_rule(
     "several fills",
     "ablate layer * head * at last token with zero, mean, mean of fewer by count, resample",
     "Fills in a list are an axis, `fill`, named as they are written: each cell is what the rule is "

@@ -32,6 +32,15 @@ def _optional(word: str, value: Any) -> str:
     return "" if value is None else f" {word} {value}"
 
 
+def _written(node: ast.Expr | ast.Reading) -> str:
+    """What a rule writes: an expression, or what a run has somewhere."""
+    if not isinstance(node, ast.Reading):
+        return within(node, SUM)
+    factor = "" if node.factor is None else f"{within(node.factor, SUM + 1)} * "
+    at = _of("at", node.at, positions)
+    return f"{factor}value({site(node.site)}{at}){_of('of', node.of, ref)}"
+
+
 def _of(word: str, node: Any, text: Any) -> str:
     """` word text(node)`, or nothing."""
     return "" if node is None else f" {word} {text(node)}"
@@ -213,7 +222,7 @@ def _rule(node: Any) -> str | None:
         case ast.Renumber():
             return f"renumber {positions(node.at)} from {within(node.start, SUM)}"
         case ast.SetSite():
-            return f"set {site(node.site)} at {positions(node.at)} to {within(node.value, SUM)}"
+            return f"set {site(node.site)} at {positions(node.at)} to {_written(node.value)}"
         case ast.PathRule():
             through = f" through {names(node.through)}" if node.through else ""
             ends = f"{site(node.sender)} -> {site(node.receiver)}"
