@@ -7,7 +7,7 @@ time and never held as objects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,6 +22,8 @@ from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.plan.restart import WHOLE_PASS, Shortcuts
 from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import PromptTable, Run
+from mechdsl.resolve.direction_types import Member
+from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import DRAW, Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -93,7 +95,15 @@ class ExperimentPlan:
         for plan in self.rules:
             if plan.paths is not None:
                 found &= plan.paths.exists
+            if plan.rule.beside is not None:
+                found &= np.array([plan.rule.leads(at) for at in self._along()])
         return found
+
+    def _along(self) -> Iterator[dict[str, int]]:
+        """Per cell, its index along each axis."""
+        names = [axis.name for axis in self.experiment.axes]
+        for cell in range(self.n_cells):
+            yield {n: int(own[cell]) for n, own in zip(names, self.coordinates, strict=True)}
 
     @property
     def draws(self) -> int:
@@ -168,6 +178,17 @@ class ExperimentPlan:
         if prompts is None:
             prompts = np.arange(len(self.experiment.table), dtype=np.int64)
         return int(self._runs(prompts).sum()) * self.draws if self.rules else 0
+
+    def passes(self, prompts: Ints) -> Rows:
+        """The rows that are run: of what is observed of all rows at once, one for every position,
+        whose pass all cells read; none of what is observed of weights."""
+        rows = self.rows(prompts) if self.rules else Rows.none()
+        for plan in self.rules:
+            if isinstance(plan.rule.does, OverRows):
+                first = np.unique(plan.position_of_cell, return_index=True)[1]
+                read = first if plan.rule.does.reads_vectors else first[:0]
+                rows = rows.take(np.flatnonzero(np.isin(rows.cell, read)))
+        return rows
 
     def rows(self, prompts: Ints) -> Rows:
         """All rows on these prompts, ordered by cell and prompt."""
@@ -365,6 +386,12 @@ def _rule_plan(
     if rule.amounts is not None:
         values = np.array(list(rule.amounts.values.values()))
         amounts = values[_lookup(list(rule.amounts.values), rule.amounts.axes, by_name, count)]
+    directions: tuple[Member, ...] = ()
+    direction_of_cell = None
+    if rule.direction is not None:
+        directions = tuple(rule.direction.members.values())
+        members = list(rule.direction.members)
+        direction_of_cell = _lookup(members, rule.direction.axes, by_name, count)
     keys_hit, key_of_cell = None, None
     if rule.edge is not None:
         cells = rule.edge.keys.written
@@ -383,6 +410,8 @@ def _rule_plan(
         positions=written,
         sources=read,
         amounts=amounts,
+        directions=directions,
+        direction_of_cell=direction_of_cell,
         keys=keys_hit,
         key_of_cell=key_of_cell,
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),

@@ -25,10 +25,12 @@ from mechdsl.diagnostics.e05_answers import AnswerLeftOut
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
     EffectWithoutRule,
+    UnreadableMeasure,
 )
 from mechdsl.diagnostics.e06_onward import TestedWherePicked
 from mechdsl.diagnostics.w07_names import HidesMetric, PatchesItself, UnusedName, WritesFirstToken
 from mechdsl.program import spec
+from mechdsl.program.lower_directions import rows_read
 from mechdsl.program.lower_file import lower_program
 from mechdsl.program.named_paths import reach_of
 from mechdsl.program.python_files import Mode, check_functions
@@ -38,6 +40,7 @@ from mechdsl.prompts.stand_ins import with_stand_ins
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.measured_parts import in_parts
+from mechdsl.resolve.over_rows import of_weights
 from mechdsl.resolve.resolve_experiment import outline
 from mechdsl.resolve.resolved import ModelContext, Outline, ResolvedExperiment
 from mechdsl.rules import RULES
@@ -224,7 +227,11 @@ def models_needed(checked: Checked) -> list[str]:
         name
         for e in checked.program.experiments
         if e.name in wanted
-        for name in (e.model, *(run.model for run in e.elsewhere))
+        for name in (
+            e.model,
+            *(run.model for run in e.elsewhere),
+            *(rows.model for rows in rows_read(e, checked.program)),
+        )
         if name is not None
     ]
     return list(dict.fromkeys(found))
@@ -260,11 +267,13 @@ def _outline(
     outlines: Mapping[str, Outline],
 ) -> Outline:
     """What is known of an experiment; what is wrong with it is said."""
-    others = [run.model for run in experiment.elsewhere if run.model is not None]
+    fitted = rows_read(experiment, checked.program)
+    others = [run.model for run in (*experiment.elsewhere, *fitted) if run.model is not None]
     model, *read = (contexts.model(name) for name in (experiment.model, *others))
     if any(each.stands_in for each in (model, *read)):
         _skip(checked.unchecked, experiment)
     blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]
+    blocks += [rows.block for rows in fitted]
     if any(name is not None and contexts.needs_python(name) for name in blocks):
         _skip(checked.unrun, experiment)
     table = contexts.table(experiment.prompts, model, experiment.limit, experiment.part)
@@ -305,7 +314,8 @@ def _with_means(
     model: ModelContext,
     table: PromptTable,
 ) -> PromptTable:
-    """The table with the other blocks, and parts of blocks, that fills are taken of."""
+    """The table with the other blocks, and parts of blocks, that fills are taken of and directions
+    fitted on."""
     beside: dict[str, PromptTable] = {}
     for rule in experiment.rules:
         fill = rule.fill
@@ -319,6 +329,8 @@ def _with_means(
             beside[name] = contexts.table(name, model, None, None)
         else:
             beside[fill.of.span.written] = contexts.table(name, model, None, part)
+    for rows in rows_read(experiment, checked.program):
+        beside[rows.key] = contexts.read_by(rows, experiment, model)
     stands_in = any(each.stands_in for each in (table, *beside.values()))
     return replace(table, beside=beside, stands_in=stands_in) if beside else table
 
@@ -351,7 +363,7 @@ def _tested_where_picked(
         picked = {
             row
             for part in found[name].parts
-            if part.experiment.table.name == table.name
+            if part.experiment.table.name == table.name and not of_weights(part.experiment)
             for row in part.experiment.table.row_ids
         }
         shared = len(picked.intersection(table.row_ids))
@@ -383,6 +395,11 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
             found.append(
                 UnknownWord(span=measure.effect_span, kind="effect", word=measure.effect, hint=hint)
             )
+        elif measure.observed and effect.name != "raw":
+            reason = f"what is observed is shown as it is, and `{effect.name}` is of two runs"
+            hint = "write `as raw`"
+            text = measure.span.written
+            found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
         elif experiment.broken:
             continue  # which may be why there is no source, or no rule
         elif effect.needs_source and experiment.source is None:
