@@ -292,6 +292,8 @@ def onward(draw: Any) -> str:
     words = "ablate embed at token 1..4 with zero"
     first = support.experiment("heads", "prompts p", heads, measure)
     second = support.experiment("words", "prompts p", words, measure)
+    look = "observe attention layer 1 head 2 from last token to token 1..5 as eyes"
+    second += support.experiment("look", "prompts p", look)
     at = draw(positions())
     rule = draw(
         st.sampled_from(
@@ -302,6 +304,7 @@ def onward(draw: Any) -> str:
                 "ablate embed at tokens except top 50% of words tokens with zero",
                 "for k in 0%..100% step 50% { ablate embed at top k of words tokens with zero }",
                 "block attention layer * from last token to top 2 of words tokens",
+                "ablate resid_pre layer 1 at top 2 of eyes tokens with zero",
                 "reweight attention top 3 of heads from last token to subject tokens by 3",
                 "for k in 0..2 { block attention top k of heads from last token to token 1..3 }",
             ]

@@ -1008,6 +1008,15 @@ _onward(
     "tests/onward/test_tokens.py",
 )
 _onward(
+    "tokens of an observation",
+    "ablate embed at top 2 of look tokens with zero",
+    "In every row the keys that the observation `look` ranks highest in this row: the keys of "
+    "`observe attention … to each …`, or the positions that another one sweeps. Several in one "
+    "experiment have names: `as attn`, then `top 2 of attn tokens`.",
+    OWN,
+    "tests/onward/test_observed_tokens.py",
+)
+_onward(
     "curve",
     "for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero }",
     "More and more of them: an axis of percentages.",
