@@ -145,7 +145,7 @@ class PanelCount:
     def unpatched(self, *, stopped: bool) -> Cost:
         """All prompts of all unpatched runs: whole, or those that are only read stopped early."""
         found = Cost()
-        for name, needs in self.panel.runs.items():
+        for name, needs in () if self.panel.only_looks else self.panel.runs.items():
             run = self.panel.table.runs[name]
             lengths = prompt_lengths(run)
             draws = run.noise.samples if run.noise is not None else 1
@@ -160,7 +160,8 @@ class PanelCount:
 
     def batches(self) -> int:
         """Forward passes over batches of prompts that all unpatched runs take."""
-        runs = [self.panel.table.runs[name] for name in self.panel.runs]
+        names = () if self.panel.only_looks else self.panel.runs
+        runs = [self.panel.table.runs[name] for name in names]
         draws = [run.noise.samples if run.noise is not None else 1 for run in runs]
         tokens = (int(prompt_lengths(run).sum()) * n for run, n in zip(runs, draws, strict=True))
         return sum(-(-n // self.prompt_tokens) for n in tokens)
