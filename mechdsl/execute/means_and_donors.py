@@ -1,4 +1,4 @@
-"""What rules write beside the source run: means, and donors of resamplings."""
+"""What rules write beside the source run: means, donors of resamplings, directions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.directions import FittedDirections
 from mechdsl.execute.made_of_cells import MadeOfCells
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
@@ -52,6 +53,7 @@ class MeansAndDonors:
         default_factory=dict[tuple[int, int | None], MadeOfCells]
     )
     """As `made_of_cells` gives it."""
+    directions: FittedDirections = field(default_factory=FittedDirections)
 
     def made_with(self, rule: int, text: TextBehind | None) -> MadeOfCells | None:
         """What a rule writes in passes with this text behind the prompts, if it is made of whole

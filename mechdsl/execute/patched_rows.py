@@ -30,7 +30,6 @@ from mechdsl.execute.writes import (
     build_numbers,
     build_writes,
     pass_ends,
-    unless_set,
 )
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
@@ -358,14 +357,13 @@ class Patcher:
         for numbers in rows.numbers:
             batch = batch.numbered(numbers.rows, numbers.positions, numbers.numbers)
         if rows.held is not None:
-            freezing = frozen(self.model, batch, rows.held, rows.writes, added)
-            rows = replace(rows, writes=[*freezing, *rows.writes])
+            added += frozen(self.model, batch, rows.held, rows.writes, added)
         all_logits = any(write.site == "logits" for write in rows.writes)
         slots, at = _by_row(final, len(rows), batch.lengths.cpu().numpy())
         result = run_whole(
             self.model,
             batch,
-            writes=[*rows.writes, *(unless_set(write, rows.writes) for write in added)],
+            writes=[*added, *rows.writes],
             reads=list(reads),
             logits_at=None if all_logits else torch.from_numpy(at).to(self.model.device),
             tokens=tokens,

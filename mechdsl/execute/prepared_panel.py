@@ -12,6 +12,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.accuracies import unmeasured_accuracies
+from mechdsl.execute.directions import DirectionFits, FittedDirections
 from mechdsl.execute.kept_values import KeptRun, KeptValues, PatchedValues
 from mechdsl.execute.made_of_cells import CellFailed, MadeOfCells, made_of_cells
 from mechdsl.execute.means_and_donors import MeansAndDonors, donors_of, means_of
@@ -135,18 +136,33 @@ class PreparedPanel:
                 measured.refused.setdefault(number, problem)
             if len(measured.refused) == len(plan.experiment.measures):
                 self._lose(plan, *measured.refused.values())
+        directions = self._directions()
         self.running = self._sound
         for plan in self.running:
-            kept = self.measured[plan.experiment.key].kept
+            key = plan.experiment.key
+            kept = self.measured[key].kept
             donors = donors_of(plan, self.table, self.runs.seed, kept)
-            self.means_and_donors[plan.experiment.key] = MeansAndDonors({}, {}, donors)
-            self.whole_cells[plan.experiment.key] = self._whole_cells(plan, kept)
+            self.means_and_donors[key] = MeansAndDonors({}, {}, donors, {}, directions[key])
+            self.whole_cells[key] = self._whole_cells(plan, kept)
             self._look_up(plan, kept, donors)
         due = self._due()
         self.batches = self._batches(due)
         self.known_batches = self._batches(np.setdiff1d(self.kept, due))
         if len(due):
             self._average()
+
+    def _directions(self) -> dict[str, FittedDirections]:
+        """Those of each experiment's rules; one with a direction that is nothing is lost."""
+        fits = DirectionFits(self.runs.model, self.runs.others, self.runs.seed, self.runs.side)
+        found: dict[str, FittedDirections] = {}
+        for plan in self._sound:
+            own, problems = fits.of(plan)
+            found[plan.experiment.key] = own
+            self.measured[plan.experiment.key].lengths = own.lengths
+            if problems:
+                self._lose(plan, *problems)
+        self.runs.passes += fits.passes
+        return found
 
     def _average(self) -> None:
         """The means that rules write, over all rows of their experiments."""
@@ -156,7 +172,8 @@ class PreparedPanel:
             batches = [own for batch in every if len(own := measured.among(batch))]
             own = self.means_and_donors[plan.experiment.key]
             means, behind = means_of(plan, self.runs, batches, readout[plan.experiment.key])
-            found = MeansAndDonors(means, behind, own.donors, self._made(plan, batches))
+            made = self._made(plan, batches)
+            found = MeansAndDonors(means, behind, own.donors, made, own.directions)
             self.means_and_donors[plan.experiment.key] = found
         self.running = self._sound
 

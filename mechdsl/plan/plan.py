@@ -22,6 +22,7 @@ from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.plan.restart import WHOLE_PASS, Shortcuts
 from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import PromptTable, Run
+from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import DRAW, Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -373,6 +374,12 @@ def _rule_plan(
     if rule.amounts is not None:
         values = np.array(list(rule.amounts.values.values()))
         amounts = values[_lookup(list(rule.amounts.values), rule.amounts.axes, by_name, count)]
+    directions: tuple[Member, ...] = ()
+    direction_of_cell = None
+    if rule.direction is not None:
+        directions = tuple(rule.direction.members.values())
+        members = list(rule.direction.members)
+        direction_of_cell = _lookup(members, rule.direction.axes, by_name, count)
     keys_hit, key_of_cell = None, None
     if rule.edge is not None:
         cells = rule.edge.keys.written
@@ -391,6 +398,8 @@ def _rule_plan(
         positions=written,
         sources=read,
         amounts=amounts,
+        directions=directions,
+        direction_of_cell=direction_of_cell,
         keys=keys_hit,
         key_of_cell=key_of_cell,
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),

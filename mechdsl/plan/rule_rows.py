@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.prompts.prompt_table import PositionCell
+from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.resolved import ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
 
@@ -59,6 +60,10 @@ class RulePlan:
     """Its place among the rules of its experiment."""
     amounts: Floats
     """[cell] the number that is written, or that attention is multiplied with."""
+    directions: tuple[Member, ...] = ()
+    """What it steers along …"""
+    direction_of_cell: Ints | None = None
+    """… [cell] which of them."""
     keys: Hits | None = None
     """Attention rules: the keys; `written` are the queries."""
     key_of_cell: Ints | None = None

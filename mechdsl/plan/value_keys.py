@@ -27,13 +27,16 @@ from mechdsl.plan.whole_cells import WholeCells
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import PromptTable, Run
-from mechdsl.resolve.resolved import (
-    Atom,
-    Env,
-    ResolvedMeasure,
-    ResolvedRule,
-    SitePoint,
+from mechdsl.resolve.direction_types import (
+    Fitted,
+    RandomLike,
+    SavedVector,
+    Unembedded,
+    UnitVector,
+    Vector,
+    WeightedSum,
 )
+from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure, ResolvedRule, SitePoint
 
 Numbers = NDArray[np.uint64]
 
@@ -295,8 +298,7 @@ class ExperimentKeys:
 
     def _shared(self) -> bytes:
         """Of all cells."""
-        model = self.contents.models[self.plan.experiment.model.name]
-        return digest("patched", model, self.plan.draws, self._whole)
+        return digest("patched", self._model(), self.plan.draws, self._whole)
 
     def _cells(self) -> Iterator[tuple[bytes, ...]]:
         """[cell] what the rules do there."""
@@ -311,6 +313,9 @@ class ExperimentKeys:
             if rule.rule.amounts is not None:
                 amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
                 parts.append([amounts[amount] for amount in rule.amounts.tolist()])
+            if rule.direction_of_cell is not None:
+                steered = [self._direction(member.vector) for member in rule.directions]
+                parts.append([steered[which] for which in rule.direction_of_cell.tolist()])
             if rule.paths is not None:
                 ends = _per_list(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
@@ -321,6 +326,31 @@ class ExperimentKeys:
                     for each in parts[begin:]
                 ]
         return zip(*parts, strict=True) if parts else iter([()] * self.plan.n_cells)
+
+    def _direction(self, vector: Vector) -> bytes:
+        """All that a direction hangs on."""
+        match vector:
+            case Fitted():
+                samples = [
+                    [self.contents.of(sample.run, sample.table), sample.cell.hits, sample.targets]
+                    for sample in vector.samples
+                ]
+                points = list(map(_written, vector.points))
+                return digest("fit", vector.way, vector.options, points, samples)
+            case Unembedded():
+                return digest("unembedding", self._model(), vector.token, vector.less)
+            case SavedVector():
+                return digest("saved", vector.key, vector.digest)
+            case WeightedSum():
+                parts = [[weight, self._direction(part)] for weight, part in vector.parts]
+                return digest("sum", parts)
+            case UnitVector():
+                return digest("unit", self._direction(vector.of))
+            case RandomLike():
+                return digest("random", self._direction(vector.of), vector.number, vector.seed)
+
+    def _model(self) -> bytes:
+        return self.contents.models[self.plan.experiment.model.name]
 
     def _rule(self, plan: RulePlan, donors: Ints | None, cells: WholeCells | None) -> _RuleNumbers:
         rule, reads = plan.rule, plan.rule.does.reads

@@ -25,6 +25,7 @@ from mechdsl.diagnostics.e05_data import (
 from mechdsl.program import spec
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
+from mechdsl.prompts.hub_datasets import read_dataset
 from mechdsl.prompts.names_used import NameUse, calls_in, counts_tokens, draws, uses
 from mechdsl.prompts.python_values import Calls, Names, python_calls
 from mechdsl.prompts.row_scope import Refusal
@@ -132,9 +133,12 @@ class PromptsBlock:
 
     def _read(self) -> DataFile | None:
         source = self.spec.rows
-        if not isinstance(source, ast.String):
+        if source is None:
             return None
-        data, diagnostics = read_data(source.value, source.span)
+        if isinstance(source, ast.String):
+            data, diagnostics = read_data(source.value, source.span)
+        else:  # other than calls are refused where they stand
+            data, diagnostics = read_dataset(source) if isinstance(source, ast.Call) else (None, [])
         self.diagnostics += diagnostics
         if data is None or not self.spec.rename:
             return data
@@ -151,7 +155,8 @@ class PromptsBlock:
                 )
         for new in new_names.values():
             if new in data.columns and new not in new_names:
-                first = f"the column `{new}` of `{source.value}`"
+                shown = source.value if isinstance(source, ast.String) else source.span.written
+                first = f"the column `{new}` of `{shown}`"
                 self.diagnostics.append(DuplicateName(span=source.span, name=new, first=first))
         records = tuple({new_names.get(k, k): v for k, v in r.items()} for r in data.records)
         columns = tuple(new_names.get(c, c) for c in data.columns)

@@ -19,6 +19,7 @@ from mechdsl.models.locate import locate, needed
 from mechdsl.models.shape import ModelShape, read_shape
 from mechdsl.models.stand_in_shape import stand_in_shape
 from mechdsl.program import spec
+from mechdsl.program.lower_directions import Rows
 from mechdsl.program.python_files import Mode, PythonFunction, find_function, of_prompts
 from mechdsl.prompts.answers import Labels
 from mechdsl.prompts.build_table import build_table
@@ -230,6 +231,15 @@ class Contexts:
                 table = replace(table, stands_in=True)
             self._tables[key] = table
         return self._tables[key]
+
+    def read_by(self, rows: Rows, experiment: spec.Experiment, model: ModelContext) -> PromptTable:
+        """The rows that a direction is fitted on: all of a block or a part, or those of the
+        experiment; for the model that runs them."""
+        if rows.model is not None:
+            model = self.model(rows.model)
+        if rows.block is None:
+            return self.table(experiment.prompts, model, experiment.limit, experiment.part)
+        return self.table(rows.block, model, None, rows.part)
 
     def fitting(self, model: ModelContext, table: PromptTable) -> ModelContext:
         """The model with the tokenizer that a table was made with."""
