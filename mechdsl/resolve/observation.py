@@ -89,7 +89,7 @@ class Observation(Intervention):
     drawn_positions = False
     word: ClassVar[str]
     """Behind `observe`."""
-    form: ClassVar[Form]
+    form: Form
     """Its measure, of the docstring's first line."""
     unit: ClassVar[str] = ""
     gives: ClassVar[Literal["number", "logits"]] = "number"
@@ -101,7 +101,9 @@ class Observation(Intervention):
     """Joined sites are added up, and not averaged."""
     read_by_measures: ClassVar[bool] = False
     """The measures of the experiment read it in place of the model's own output."""
-    takes: ClassVar[tuple[Literal["toward", "with", "top", "arguments"], ...]] = ()
+    controls: ClassVar[tuple[str, ...]] = ()
+    """What is measured beside it to set it against, each a measure behind its own label."""
+    takes: ClassVar[tuple[Literal["toward", "with", "with site", "top", "arguments"], ...]] = ()
     """The clauses that it has a meaning for."""
 
     def beside(self, rule: ResolvedRule, shape: ModelShape) -> tuple[Place, ...]:

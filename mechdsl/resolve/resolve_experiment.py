@@ -88,7 +88,10 @@ def outline(
         written = tuple(rule.site for rule in experiment.rules)
         axes = tuple(relative(axis, written, model.shape.n_layers) for axis in axes)
     apart = left_out(experiment.against, work.sites)
-    looking = (kinds[rule.verb].observes(rule) for rule in experiment.rules)
+    looking = (
+        kinds[rule.verb].observes(rule) if found is None else _observation(found)
+        for rule, found in zip(experiment.rules, rules, strict=True)
+    )
     observed = next((each for each in looking if each is not None), None)
     context = _measure_context(work, axes, observed)
     measures, places = measured_parts(work, context)
@@ -131,6 +134,11 @@ def outline(
     if problems:
         return known, diagnostics
     return replace(known, resolved=replace(resolved, control=control)), diagnostics
+
+
+def _observation(rule: ResolvedRule) -> Observation | None:
+    """What a rule looks at; None where it acts."""
+    return rule.does if isinstance(rule.does, Observation) else None
 
 
 def _work(

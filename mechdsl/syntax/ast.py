@@ -870,6 +870,8 @@ class Observe(Node):
     run: Ref | None = None
     """What is looked at, where that isn't the run that the rules act on."""
     name: Name | None = None
+    beside: Site | None = None
+    """The site that it is set against: `with attn_out layer *`."""
 
 
 @record

@@ -432,9 +432,11 @@ class ToAst(Transformer[Token, Any]):
             clauses.get("top"),
             clauses.get("run"),
             clauses.get("name"),
+            clauses.get("beside"),
             span=_span(c),
         )
 
+    with_site = _clause("beside", _second)
     toward = _clause("toward", _second)
     at_positions = _clause("at", _second)
     with_positions = _clause("with", _second)

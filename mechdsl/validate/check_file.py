@@ -40,6 +40,7 @@ from mechdsl.prompts.stand_ins import with_stand_ins
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.measured_parts import in_parts
+from mechdsl.resolve.over_rows import of_weights
 from mechdsl.resolve.resolve_experiment import outline
 from mechdsl.resolve.resolved import ModelContext, Outline, ResolvedExperiment
 from mechdsl.rules import RULES
@@ -362,7 +363,7 @@ def _tested_where_picked(
         picked = {
             row
             for part in found[name].parts
-            if part.experiment.table.name == table.name
+            if part.experiment.table.name == table.name and not of_weights(part.experiment)
             for row in part.experiment.table.row_ids
         }
         shared = len(picked.intersection(table.row_ids))

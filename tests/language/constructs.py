@@ -312,6 +312,26 @@ _prompts(
     _ROWS,
 )
 _prompts(
+    "list of records",
+    'shots = list("{prompt} {n}", 1, from: example)',
+    "Each item is a text about a whole record of a block with `rows`, this one or another: the "
+    "shots of a few-shot prompt. The row's own record is never among them, nor one twice with "
+    "`distinct: true`. Their placeholders are spans: `each n of shots token`.",
+    "tests/data/test_shots.py",
+    VECTORS,
+    beside='rows "facts.jsonl"',
+)
+_prompts(
+    "shuffled shots",
+    "corrupt mixed { shots = shuffle(shots, colour) }",
+    "The same shots with one of their values dealt out anew among them, so that it fits no "
+    "longer; what follows them stays. Where any two differ, at least one text changes.",
+    "tests/data/test_shots.py",
+    VECTORS,
+    beside='template "{shots} Count 1:" colour in ["red", "green"] '
+    'shots = list("{item} {colour}", 4, sep: " ")',
+)
+_prompts(
     "value in Python",
     'size = python("functions.py:total")',
     "A function of a Python file, called as `total(row)` with the values of the row, a `dict`. In "
@@ -516,6 +536,8 @@ _site(
 
 _TRANSPLANTS = "tests/rules/test_transplants.py"
 _OBSERVED = "tests/rules/test_observations.py"
+_TOGETHER = "tests/rules/test_over_rows.py"
+_WEIGHTS = "tests/execute/test_observed_weights.py"
 _EDGES = "tests/rules/test_attention.py"
 _PATHS = "tests/rules/test_paths.py"
 
@@ -837,6 +859,66 @@ _rule(
     "Elhage et al. 2021, transformer-circuits.pub/2021/framework; Wang et al. 2022, "
     "arXiv 2211.00593",
     _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe probe",
+    "observe probe(count, folds: 5) at resid_post layer * at last-item token as told",
+    "What a linear map of the vectors tells of a value, in rows that it wasn't fitted to: ridge "
+    "regression (R²) of numbers and lists of numbers, logistic regression (share right) of texts, "
+    "truths and two values; `kind: logistic` or `kind: ridge` says it. Rows that look alike at the "
+    "position are in one fold. Beside it stands `told shuffled`, with the values dealt to other "
+    "rows. `penalty` is that of Σ weights² on standardised vectors; without it, ridge takes the "
+    "best of 0.01 to 10,000 on folds within the rows of each fit, logistic 1.",
+    "Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368",
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe similarity",
+    "observe similarity resid_post layer * at first-item token with last-item token as alike",
+    "The cosine of a row's vectors, the mean over pairs of different tokens, one at either "
+    "position; without `with`, of the tokens of one position with each other.",
+    OWN,
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe cka",
+    "observe cka resid_post layer * with attn_out layer * at last token as alike",
+    "Linear CKA of two sites over all distinct rows, by the estimator without bias for few rows; "
+    "the second site's axes are `to_layer`, `to_head`. Its interval is that of the jackknife.",
+    "Kornblith et al. 2019, arXiv 1905.00414; Song et al. 2012",
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe rank, effective_rank",
+    "observe effective_rank resid_post layer * at last token as spread",
+    "How many dimensions the rows' vectors take up around their mean: singular values above "
+    "rounding (`rank`), or the exponential of their entropy. One number of all rows, without an "
+    "interval.",
+    "Roy and Vetterli 2007",
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe copying, matching",
+    "observe copying layer * head * as copies",
+    "Of a head's weights alone: Σ λ / Σ |λ| over the eigenvalues of embedding → OV → unembedding, "
+    "or of embedding → QK ← embedding (`matching`), from −1 to 1. Gains of norms are folded in; "
+    "their scales, biases and rotary are not.",
+    "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
+    _WEIGHTS,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe composition",
+    "observe composition(q) at layer 0 head * with layer 1 head * as read",
+    "How much of what a head writes a head of a later layer reads by its queries, keys (`k`) or "
+    "values (`v`): ‖AB‖ / (‖A‖ ‖B‖), Frobenius, of the first one's OV and the other's QK or OV.",
+    "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
+    _WEIGHTS,
     "measure logit(answer) as raw",
 )
 _rule(

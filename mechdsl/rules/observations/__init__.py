@@ -1,6 +1,16 @@
 """Kinds of observations, one file per family: what `observe` lines look at."""
 
-from mechdsl.rules.observations import attention_weight, direct_logit, lenses, patterns, vectors
+from mechdsl.rules.observations import (
+    attention_weight,
+    direct_logit,
+    lenses,
+    over_rows,
+    patterns,
+    probes,
+    similarities,
+    vectors,
+    weights,
+)
 from mechdsl.rules.observations.registry import OBSERVATIONS, SiteObservation, observation
 
 __all__ = [
@@ -10,6 +20,10 @@ __all__ = [
     "direct_logit",
     "lenses",
     "observation",
+    "over_rows",
     "patterns",
+    "probes",
+    "similarities",
     "vectors",
+    "weights",
 ]

@@ -319,6 +319,7 @@ def _observe(node: ast.Observe) -> str:
     return (
         f"observe {what} {site(node.site)}"
         + _of("of", node.run, ref)
+        + _of("with", node.beside, site)
         + _of("toward", node.toward, _sum)
         + _of("at", node.at, positions)
         + _of("with", node.other, positions)
