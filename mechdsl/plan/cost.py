@@ -148,7 +148,7 @@ class PanelCount:
     def unpatched(self, *, stopped: bool) -> Cost:
         """All prompts of all unpatched runs: whole, or those that are only read stopped early."""
         found = Cost()
-        for name, needs in self.panel.runs.items():
+        for name, needs in () if self.panel.only_looks else self.panel.runs.items():
             run = self.panel.table.runs[name]
             lengths = prompt_lengths(run)
             draws = run.noise.samples if run.noise is not None else 1
@@ -183,7 +183,8 @@ class PanelCount:
 
     def batches(self) -> int:
         """Forward passes over batches of prompts that all unpatched runs take."""
-        runs = [self.panel.table.runs[name] for name in self.panel.runs]
+        names = () if self.panel.only_looks else self.panel.runs
+        runs = [self.panel.table.runs[name] for name in names]
         draws = [run.noise.samples if run.noise is not None else 1 for run in runs]
         runs += [run for run, _ in self.fitted]
         draws += [1] * len(self.fitted)

@@ -163,7 +163,13 @@ def rules(draw: Any, *, swept: bool) -> str:
     if verb == "renumber":
         return f"renumber {draw(positions(swept=swept))} from {draw(st.integers(0, 40))}"
     if verb == "observe":
-        return f"observe {draw(edges(swept=swept))}"
+        where = f"layer {draw(st.integers(0, LAYERS - 1))} at {draw(positions(swept=swept))}"
+        others = [
+            f"norm resid_post {where}",
+            f"entropy pattern {where}",
+            "direct_logit layers 0..1 head 1 toward answer at last token",
+        ]
+        return f"observe {draw(st.sampled_from([draw(edges(swept=swept)), *others]))}"
     site, at = draw(sites(swept=swept)), draw(positions(swept=swept))
     along = draw(st.sampled_from(["d", "by_layer", "by_layer[layer 2]", "(unit(d) - 0.5 * d)"]))
     match verb:
