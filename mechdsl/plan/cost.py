@@ -173,7 +173,7 @@ class PanelWork:
     def __init__(self, panel: PanelCount, prompts: Ints) -> None:
         self.panel = panel
         self.first = bool(len(prompts)) and prompts[0] == 0
-        self.rows = [plan.rows(prompts) if plan.rules else Rows.none() for plan in panel.plans]
+        self.rows = [plan.passes(prompts) for plan in panel.plans]
         self.patched = self._whole()
         self.unpatched = panel.unpatched(stopped=False) if self.first else Cost()
         self.shortcuts = WHOLE_PASS

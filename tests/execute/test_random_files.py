@@ -138,7 +138,7 @@ def rules(draw: Any, *, swept: bool) -> str:
         st.sampled_from(
             [
                 *("patch", "patch", "onto", "into", "ablate", "swap", "freeze", "set", "edge"),
-                *("observe", "allow", "renumber"),
+                *("observe", "allow", "renumber", "block"),
             ]
         )
     )
@@ -153,6 +153,10 @@ def rules(draw: Any, *, swept: bool) -> str:
         back = draw(st.sampled_from(["tokens *", "first token", "first-item token"]))
         where = draw(st.sampled_from(["layers *", "layer 1", "layers 0..1 head 1", "few"]))
         return f"allow attention {where} from {back} to {draw(positions(swept=swept))}"
+    if verb == "block":
+        which = draw(axis("layer", LAYERS, swept=swept))
+        what = draw(st.sampled_from(["identity", "block layer 0", "block layer 2"]))
+        return f"replace block {which} with {what}"
     if verb == "renumber":
         return f"renumber {draw(positions(swept=swept))} from {draw(st.integers(0, 40))}"
     if verb == "observe":
@@ -230,12 +234,33 @@ def experiments(draw: Any) -> str:
         case _:
             count = draw(st.integers(1, 3))
             lines = [draw(rules(swept=number == 0)) for number in range(count)]
+            lines += [draw(together())] if draw(st.integers(0, 3)) == 0 else []
     measures = draw(st.lists(st.sampled_from(MEASURES), min_size=1, max_size=2, unique=True))
     against = draw(st.sampled_from(["", "", "", "against random(3)"]))
     text = MORE + support.experiment(
         "e", "prompts p", f"from {source} into {base}", *lines, *measures, against
     )
     return text + (draw(onward()) if draw(st.integers(0, 3)) == 0 else "")
+
+
+@st.composite
+def together(draw: Any) -> str:
+    """What is observed of all rows at once, of a run without rules; or of the weights."""
+    at = draw(st.sampled_from(ONE))
+    tokens = draw(positions(swept=False))
+    return draw(
+        st.sampled_from(
+            [
+                f"observe similarity z layer * head 1 of turned at {tokens} with {at} as seen",
+                f"observe similarity resid_post layer * of turned at {tokens} as seen",
+                f"observe effective_rank resid_post layer * of turned at {tokens} as seen",
+                f"observe rank attn_out layers 0..1 of turned at {at} as seen",
+                f"observe probe(a, folds: 2) at resid_post layer * of turned at {at} as seen",
+                "observe copying layer * head 1..2 of turned as seen",
+                "observe composition(k) at layer * head 0 of turned with layer * head 1 as seen",
+            ]
+        )
+    )
 
 
 @st.composite
