@@ -343,5 +343,7 @@ def _accuracy_calls(experiment: spec.Experiment) -> list[ast.Call]:
         for expect in experiment.expects
         if expect.condition is not None
         for node in walk(expect.condition)
-        if isinstance(node, ast.Call) and node.name == "accuracy" and len(node.arguments) == 1
+        if isinstance(node, ast.Call)
+        and node.name == "accuracy"
+        and [each.name for each in node.arguments] in ([None], [None, "model"])
     ]

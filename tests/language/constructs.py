@@ -1228,6 +1228,13 @@ _expectation(
     "tests/execute/test_accuracies.py",
 )
 _expectation(
+    "expect accuracy of a model",
+    "expect accuracy(clean, model: toy) > 0.9",
+    "The same where the experiment runs on several models: each has one of its own.",
+    "tests/execute/test_accuracies.py",
+    beside="model toy, twin",
+)
+_expectation(
     "expect spearman",
     "expect spearman(delta, cie) > 0.5",
     "The rank correlation with the cells of another experiment.",
