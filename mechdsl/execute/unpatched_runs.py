@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.execute.model_end import ModelEnd
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_vectors import LanesOf, reader
 from mechdsl.execute.readout import Found, Reading, Readout
@@ -25,6 +24,7 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
+from mechdsl.packed.model_end import ModelEnd
 from mechdsl.plan.plan import ExperimentPlan, Panel, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.prompts.prompt_table import PromptTable, Run

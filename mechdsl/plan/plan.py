@@ -69,6 +69,17 @@ class ExperimentPlan:
         """Whether its rows are whole passes, whatever else is planned."""
         return any(plan.rule.does.whole for plan in self.rules)
 
+    def replaced_blocks(self, cell: int) -> tuple[tuple[int, int | None], ...]:
+        """Blocks that don't do their own work in a cell, and which do it; None where none does."""
+        found: dict[int, int | None] = {}
+        for plan in self.rules:
+            if plan.rule.does.changes == "blocks":
+                for index in _list(plan.points, int(plan.site_of_cell[cell])).tolist():
+                    to, of = plan.point_table[index], plan.source_table[index]
+                    assert to.layer is not None
+                    found[to.layer] = None if of.site == to.site else of.layer
+        return tuple(sorted(found.items()))
+
     @property
     def behind(self) -> bool:
         """Whether a rule acts on tokens of the answer, behind the prompt."""

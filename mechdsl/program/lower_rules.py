@@ -60,6 +60,16 @@ def lower_rule(
             if not isinstance(body.value, ast.String):
                 work.later(body.value.span, "this replacement")
             return spec.Rule(span=rule.span, verb="replace", at=body.at, fill=body.value)
+        case ast.ReplaceBlock():
+            span = body.axis.span
+            return spec.Rule(
+                span=rule.span,
+                verb="replace block",
+                site=ast.Site((ast.Name("block", span=span),), (body.axis,), span=span),
+                at=_all_tokens(),
+                fill=body.word,
+                source_block=body.source,
+            )
         case ast.SwapSites():
             return _at(rule, "swap", body, onto=body.other)
         case ast.Freeze():
@@ -92,6 +102,14 @@ def lower_rule(
             return _attention(rule, "allow", body.edge)
         case ast.Renumber():
             return spec.Rule(span=rule.span, verb="renumber", at=body.at, fill=body.start)
+
+
+def _all_tokens() -> ast.Positions:
+    """`tokens *`, where a rule doesn't say it."""
+    source = Source("tokens *")
+    span = Span(source, 0, len(source.text))
+    point = ast.Point(ast.TokenIndex(True, None, span=span), span=span)
+    return ast.Positions((ast.Position(point, span=span),), span=span)
 
 
 def _at(

@@ -185,6 +185,8 @@ class Rule(Spec):
     """patch: where it is written; swap: the other positions; attention rules: the keys."""
     into_layer: BoundText | None = None
     """patch: the layers that are written, where they aren't those that are read."""
+    source_block: BoundText | None = None
+    """replace block: the block that computes there; None: none does."""
     edge: EdgeText | None = None
     """Attention rules: layers and heads."""
     receiver: SiteText | None = None

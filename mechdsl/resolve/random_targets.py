@@ -248,7 +248,7 @@ class _Draws:
 
     def _has(self, rule: ResolvedRule) -> set[spec.Drawn]:
         """What could be drawn for a rule: there are others of it."""
-        if rule.sites is None or rule.does.changes == "nothing":
+        if rule.sites is None or rule.does.changes in ("nothing", "positions", "blocks"):
             return set()
         points = {point for here in rule.sites.points.values() for point in here}
         found: set[spec.Drawn] = set()

@@ -30,6 +30,7 @@ from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.open_axes import open_axes, open_positions
 from mechdsl.resolve.picks import Onward
 from mechdsl.resolve.relative_depth import relative
+from mechdsl.resolve.removed_blocks import inside_removed
 from mechdsl.resolve.resolved import (
     Axis,
     ModelContext,
@@ -104,6 +105,9 @@ def outline(
         perhaps=_perhaps(work, rules) | perhaps_measured(work, measures),
         measures=measures,
         resolved=None,
+    )
+    diagnostics.extend(
+        inside_removed([r for r in rules if r], [m for m in measures if m], model.name)
     )
     if has_errors(diagnostics) or None in (*rules, *measures, *keep):
         return known, diagnostics
@@ -284,7 +288,10 @@ def _draws_agree(work: Work) -> None:
 
 
 def _nodes(rule: spec.Rule) -> Any:
-    parts = (rule.site, rule.at, rule.fill, rule.onto, rule.into_layer, rule.edge, rule.receiver)
+    parts = (
+        *(rule.site, rule.at, rule.fill, rule.onto, rule.into_layer, rule.source_block),
+        *(rule.edge, rule.receiver),
+    )
     return tuple(part for part in parts if part is not None)
 
 

@@ -184,6 +184,9 @@ class Convention:
     """Said once, behind the texts of all rules with this key."""
 
 
+Changes = Literal["sites", "edges", "input", "positions", "blocks", "nothing"]
+
+
 class Intervention:
     """What a rule does to a run. Stages behind `resolve` ask this class and know no kinds.
 
@@ -193,9 +196,9 @@ class Intervention:
     name: ClassVar[str]
     """As graphs call it; the verb of a rule kind that says no other. Interventions of one name with
     equal keys write the same."""
-    changes: ClassVar[Literal["sites", "edges", "input", "positions", "nothing"]] = "sites"
+    changes: ClassVar[Changes] = "sites"
     """What of a run it changes: vectors at its sites, edges of attention, the text that goes in,
-    position ids; nothing where it only looks."""
+    position ids, what blocks compute; nothing where it only looks."""
     whole: ClassVar[bool] = False
     """Its rows are whole passes: nothing of an unpatched run stands in them."""
     looks_ahead: ClassVar[bool] = False

@@ -624,6 +624,15 @@ class ReplaceTokens(Node):
 
 
 @record
+class ReplaceBlock(Node):
+    """`replace block layer 2 with block layer 1`, or with a word, `identity`."""
+
+    axis: Axis
+    word: Name | None = None
+    source: Star | AxisRange | None = None
+
+
+@record
 class Block(Node):
     edge: Edge
 
@@ -740,6 +749,7 @@ RuleBody = (
     Patch
     | Ablate
     | ReplaceTokens
+    | ReplaceBlock
     | Block
     | Reweight
     | SetEdge

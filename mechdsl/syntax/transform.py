@@ -561,6 +561,12 @@ class ToAst(Transformer[Token, Any]):
     def replace_tokens(self, c: list[Any]) -> ast.ReplaceTokens:
         return ast.ReplaceTokens(c[1], c[3], span=_span(c))
 
+    def replace_block(self, c: list[Any]) -> ast.ReplaceBlock:
+        word = c[4] if isinstance(c[4], ast.Name) else None
+        return ast.ReplaceBlock(c[2], word, _clauses(c).get("block"), span=_span(c))
+
+    other_block = _clause("block", lambda c: c[2])
+
     def block(self, c: list[Any]) -> ast.Block:
         return ast.Block(c[1], span=_span(c))
 

@@ -25,6 +25,7 @@ from mechdsl.diagnostics.e05_answers import AnswerLeftOut
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
     EffectWithoutRule,
+    UnreadableMeasure,
 )
 from mechdsl.diagnostics.e06_onward import TestedWherePicked
 from mechdsl.diagnostics.w07_names import HidesMetric, PatchesItself, UnusedName, WritesFirstToken
@@ -394,6 +395,11 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
             found.append(
                 UnknownWord(span=measure.effect_span, kind="effect", word=measure.effect, hint=hint)
             )
+        elif measure.observed and effect.name != "raw":
+            reason = f"what is observed is shown as it is, and `{effect.name}` is of two runs"
+            hint = "write `as raw`"
+            text = measure.span.written
+            found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
         elif experiment.broken:
             continue  # which may be why there is no source, or no rule
         elif effect.needs_source and experiment.source is None:

@@ -138,7 +138,7 @@ def rules(draw: Any, *, swept: bool) -> str:
         st.sampled_from(
             [
                 *("patch", "patch", "onto", "into", "ablate", "swap", "freeze", "set", "edge"),
-                *("observe", "allow", "renumber"),
+                *("observe", "allow", "renumber", "block"),
             ]
         )
     )
@@ -153,6 +153,10 @@ def rules(draw: Any, *, swept: bool) -> str:
         back = draw(st.sampled_from(["tokens *", "first token", "first-item token"]))
         where = draw(st.sampled_from(["layers *", "layer 1", "layers 0..1 head 1", "few"]))
         return f"allow attention {where} from {back} to {draw(positions(swept=swept))}"
+    if verb == "block":
+        which = draw(axis("layer", LAYERS, swept=swept))
+        what = draw(st.sampled_from(["identity", "block layer 0", "block layer 2"]))
+        return f"replace block {which} with {what}"
     if verb == "renumber":
         return f"renumber {draw(positions(swept=swept))} from {draw(st.integers(0, 40))}"
     if verb == "observe":

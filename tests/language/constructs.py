@@ -312,6 +312,26 @@ _prompts(
     _ROWS,
 )
 _prompts(
+    "list of records",
+    'shots = list("{prompt} {n}", 1, from: example)',
+    "Each item is a text about a whole record of a block with `rows`, this one or another: the "
+    "shots of a few-shot prompt. The row's own record is never among them, nor one twice with "
+    "`distinct: true`. Their placeholders are spans: `each n of shots token`.",
+    "tests/data/test_shots.py",
+    VECTORS,
+    beside='rows "facts.jsonl"',
+)
+_prompts(
+    "shuffled shots",
+    "corrupt mixed { shots = shuffle(shots, colour) }",
+    "The same shots with one of their values dealt out anew among them, so that it fits no "
+    "longer; what follows them stays. Where any two differ, at least one text changes.",
+    "tests/data/test_shots.py",
+    VECTORS,
+    beside='template "{shots} Count 1:" colour in ["red", "green"] '
+    'shots = list("{item} {colour}", 4, sep: " ")',
+)
+_prompts(
     "value in Python",
     'size = python("functions.py:total")',
     "A function of a Python file, called as `total(row)` with the values of the row, a `dict`. In "
@@ -739,6 +759,23 @@ _rule(
     "tests/rules/test_allowed.py",
 )
 _rule(
+    "replace block",
+    "replace block layer * with block layer 1",
+    "Another block computes in that place, with its own weights on what enters there. Several, "
+    "`layers 2..3`, are replaced together; a `for` may say `layer l with block layer l + 1`. Sites "
+    "of a layer are what is computed in its place. Blocks of another kind can't stand in. Rows are "
+    "whole passes.",
+    OWN,
+    "tests/rules/test_blocks.py",
+)
+_rule(
+    "replace block with identity",
+    "replace block layers 1..2 with identity",
+    "The blocks hand on what enters them.",
+    OWN,
+    "tests/rules/test_blocks.py",
+)
+_rule(
     "renumber",
     "renumber last-item token from 5",
     "These tokens get the position ids 5, 6, …, in their order in the text; a prompt's first token "
@@ -790,6 +827,54 @@ _rule(
     "observe norm resid_post layer * of fewer at last token as lengths",
     "Of another run than the one that rules act on, whose texts positions are found in.",
     OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe value",
+    "observe value mlp_hidden layer 1 neuron 0..3 at last token",
+    "The activation of one neuron; of neurons that are joined, their mean.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe entropy",
+    "observe entropy pattern layer * head * at last token",
+    "The entropy of what the query attends to, in nats.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe distance",
+    "observe distance pattern layer * head * at last token",
+    "How many tokens back the query attends, on average over its attention.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe logit_lens",
+    "observe logit_lens resid_post layer * at last token",
+    "The vector through the model's own final norm and unembedding, as if its layer were the last. "
+    "Measures of the experiment read what comes out; without one, it is the probability of its "
+    "most likely token. Of `attn_out`, `mlp_out` and `head_out` the norm has the scale of that "
+    "vector alone.",
+    'nostalgebraist 2020, "interpreting GPT: the logit lens"',
+    _OBSERVED,
+    "measure prob(answer) as raw",
+)
+_rule(
+    "observe direct_logit",
+    "observe direct_logit layer * head * toward answer - wrong at last token",
+    "What a component adds to the logits behind `toward` by itself: through the final norm, whose "
+    "scale is held at that of the stream, and the unembedding. Heads, `attn_out`, `mlp_out`, "
+    "neurons, and `resid_pre layer 0` for the embeddings; with the biases of norm and unembedding, "
+    "which no part has, all parts add up to the logit (before a cap on logits). Joined sites are "
+    "added up.",
+    "Elhage et al. 2021, transformer-circuits.pub/2021/framework; Wang et al. 2022, "
+    "arXiv 2211.00593",
     _OBSERVED,
     "measure logit(answer) as raw",
 )

@@ -2,7 +2,10 @@
 
 from mechdsl.rules.observations import (
     attention_weight,
+    direct_logit,
+    lenses,
     over_rows,
+    patterns,
     probes,
     similarities,
     vectors,
@@ -14,8 +17,11 @@ __all__ = [
     "OBSERVATIONS",
     "SiteObservation",
     "attention_weight",
+    "direct_logit",
+    "lenses",
     "observation",
     "over_rows",
+    "patterns",
     "probes",
     "similarities",
     "vectors",

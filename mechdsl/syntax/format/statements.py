@@ -9,6 +9,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.format.constructs import (
     CONDITION,
     SUM,
+    axis,
     axis_value,
     call,
     domain,
@@ -198,6 +199,9 @@ def _rule(node: Any) -> str | None:
             return f"ablate {site(node.site)} at {positions(node.at)} with {fills}"
         case ast.ReplaceTokens():
             return f"replace {positions(node.at)} with {within(node.value, SUM)}"
+        case ast.ReplaceBlock():
+            other = _of("block layer", node.source, axis_value) or _of("", node.word, _id)
+            return f"replace block {axis(node.axis)} with {other.strip()}"
         case ast.Block():
             return f"block {edge(node.edge)}"
         case ast.Reweight():
