@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.options import PaddingSide
+from mechdsl.execute.read_vectors import LanesOf, reader
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
     Spot,
@@ -27,7 +28,7 @@ from mechdsl.packed.model_end import ModelEnd
 from mechdsl.plan.plan import ExperimentPlan, Panel, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.prompts.prompt_table import PromptTable, Run
-from mechdsl.resolve.resolved import Atom, Place
+from mechdsl.resolve.resolved import Atom, Place, SitePoint
 
 TOGETHER = 512
 """Tokens of a run up to which others are run in the same pass."""
@@ -143,6 +144,11 @@ class UnpatchedRuns:
             side=self.side,
         )
         return {read: found.reads[read] for read in reads}
+
+    def reader(self, run: Run, points: Iterable[SitePoint]) -> LanesOf:
+        """What reads these sites of a run, and stops above the highest one: see `read_vectors`."""
+        model = self.model_of(run)
+        return reader(model, self.table, run, points, seed=self.seed, side=self.side)
 
     def model_of(self, run: Run) -> LoadedModel:
         """The model that a run runs on."""
