@@ -15,6 +15,7 @@ from mechdsl.execute.observed_attention import Look, look
 from mechdsl.execute.path_patching import frozen, held_rows, received
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
+    RuleWrites,
     TextBehind,
     UnpatchedBatch,
     continuation_positions,
@@ -22,9 +23,10 @@ from mechdsl.execute.unpatched_batch import (
     noise_writes,
     prompt_loss,
     spot_positions,
+    unless_set,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
-from mechdsl.execute.writes import build_edges, build_writes, pass_ends, unless_set
+from mechdsl.execute.writes import build_edges, build_writes, pass_ends
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -207,10 +209,14 @@ class Patcher:
 
             ends = pass_ends(plan, rows, text)
             return replace(own, writes=received(path, rows, draw, sent, shape, ends))
+        writes = self._writes(number, rows, draw, batch, text)
+        acting = RuleWrites(writes, build_edges(plan, rows, shape, text))
+        if run.derived is not None:
+            acting = self.runs.rules(run, rows.prompt, draw, batch).then(acting)
         return replace(
             own,
-            writes=self._writes(number, rows, draw, batch, text),
-            edges=build_edges(plan, rows, shape, text),
+            writes=acting.writes,
+            edges=acting.edges,
             held=None if path is None else held_rows(path, len(rows)),
         )
 
@@ -331,7 +337,6 @@ class Patcher:
                 self.model,
                 rows.run.noise,
                 rows.prompts,
-                rows.run.noise.samples,
                 self.runs.table.row_keys,
                 self.runs.seed,
             )

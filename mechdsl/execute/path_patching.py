@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.execute.writes import joined, unless_set
+from mechdsl.execute.unpatched_batch import unless_set
+from mechdsl.execute.writes import joined
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite

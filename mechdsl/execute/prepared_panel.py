@@ -12,6 +12,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.accuracies import unmeasured_accuracies
+from mechdsl.execute.derived_runs import DerivedRuns
 from mechdsl.execute.kept_values import KeptRun, KeptValues, PatchedValues
 from mechdsl.execute.means_and_donors import MeansAndDonors, donors_of, means_of
 from mechdsl.execute.measured_values import MeasuredValues
@@ -84,6 +85,7 @@ class PreparedPanel:
         self.accuracies = unmeasured_accuracies(panel)
         readouts = (*self.readouts.values(), self.keep)
         self.runs = UnpatchedRuns(panel, model, readouts, plan=plan, side=side, others=others)
+        self.derived = DerivedRuns.of(panel.derived, self.runs, self.table.row_keys, np.arange(0))
         self.profile = profile
         self.kept = np.arange(len(self.table), dtype=np.int64)
         self.known_batches: list[Ints] = []
@@ -107,7 +109,11 @@ class PreparedPanel:
 
     def prepare(self, check: Check) -> None:
         """Filter rows, measure and check the unpatched runs, average ablations."""
+        if not self.derived.over_rows:  # accuracies are of rows too that a `keep` drops
+            self._define_runs()
         unusable = self._keep()
+        if self.derived.over_rows and len(self.kept):
+            self._define_runs()
         for plan in self._sound:
             experiment = plan.experiment
             readout, accuracies = self.readouts[experiment.key], self.accuracies[experiment.key]
@@ -142,6 +148,17 @@ class PreparedPanel:
         self.known_batches = self._batches(np.setdiff1d(self.kept, due))
         if len(due):
             self._average()
+
+    def _define_runs(self) -> None:
+        """What the rules of the panel's own runs write; means and donors are of the kept rows."""
+        plans, keys = self.panel.derived, self.table.row_keys
+        self.derived = DerivedRuns.of(plans, self.runs, keys, self.kept)
+        self.runs.rules_of = self.derived.rules
+        if self.values is not None:
+            donors = {name: own.donors for name, own in self.derived.written.items()}
+            self.values.define(plans, self.kept, donors)
+        if self.derived.over_rows:
+            self.derived.average(self._batches(self.kept))
 
     def _average(self) -> None:
         """The means that rules write, over all rows of their experiments."""
@@ -294,7 +311,7 @@ class PreparedPanel:
 
     def _batches(self, prompts: Ints) -> list[Ints]:
         """Prompts in groups of similar size in tokens, in the order of the table."""
-        draws = max((r.noise.samples for r in self.table.runs.values() if r.noise), default=1)
+        draws = max((run.draws for run in self.table.runs.values()), default=1)
         cells = sum(each.n_cells for each in self.panel.experiments)
         tokens = self.sizes.prompt_tokens // (self._longest * draws)
         size = max(1, min(tokens, BATCH_ROWS // max(1, cells)))

@@ -130,7 +130,7 @@ def prompt_batches(
     if not len(prompts):
         return []
     longest = int(prompt_lengths(run)[prompts].max())
-    longest *= 1 if run.noise is None else run.noise.samples
+    longest *= run.draws
     places = {(point.site, point.layer) for point in points}
     each = sum(numbers(model.shape, place, longest) for place in places) * model.dtype.itemsize
     room = min(tokens, READ_BYTES // max(1, each))

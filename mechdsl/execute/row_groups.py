@@ -26,9 +26,10 @@ def extent(
             continue
         rows = shared.rows.take(own)
         lengths = each.lengths(rows)
-        first = each.leftmost(rows) if shortcuts and shortcuts.prefix else np.zeros_like(lengths)
+        taken = None if each.whole else shortcuts
+        first = each.leftmost(rows) if taken and taken.prefix else np.zeros_like(lengths)
         widths[own] = np.maximum(1, lengths - first) * each.draws
-        low = each.lowest[rows.cell] if shortcuts and shortcuts.resume else 0
+        low = each.lowest[rows.cell] if taken and taken.resume else 0
         blocks[own] = np.maximum(1, each.experiment.model.shape.n_layers - low)
     return widths, widths * blocks.astype(np.float64)
 

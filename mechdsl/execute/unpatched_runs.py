@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.options import PaddingSide
+from mechdsl.execute.read_vectors import LanesOf, wanted
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
+    RuleWrites,
     Spot,
     UnpatchedBatch,
     UnpatchedRequest,
@@ -25,7 +27,7 @@ from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.plan.plan import ExperimentPlan, Panel, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.prompts.prompt_table import PromptTable, Run
-from mechdsl.resolve.resolved import Atom, Place
+from mechdsl.resolve.resolved import Atom, Place, SitePoint
 
 TOGETHER = 512
 """Tokens of a run up to which others are run in the same pass."""
@@ -61,6 +63,8 @@ class UnpatchedRuns:
             self.spots = (*self.spots, {})
         self.behind = any(each.behind for each in panel.experiments)
         self.loss = next((g.loss for g in readouts if g.loss is not None), None)
+        self.rules_of: Callable[[Run, Ints, Ints, Ints], RuleWrites] | None = None
+        """What the rules of a run write: see `DerivedRuns.rules`."""
         self._lanes: dict[tuple[object, ...], UnpatchedBatch] = {}
         self.passes = 0
         """Forward passes so far."""
@@ -95,6 +99,7 @@ class UnpatchedRuns:
             due = [run]
             if not alone and continuation is None and self._is_own(run):
                 due += self._companions(run, prompts)
+            rules = self._rules(run, prompts)  # may run others
             self.passes += 1
             found = compute_unpatched(
                 self.model_of(run),
@@ -103,6 +108,7 @@ class UnpatchedRuns:
                 self.table.row_keys,
                 seed=self.seed,
                 side=self.side,
+                rules=rules,
             )
             for each, lanes in zip(due, found, strict=True):
                 self._lanes[self._key(each, prompts, continuation)] = lanes
@@ -126,15 +132,51 @@ class UnpatchedRuns:
         self.passes += 1
         places = frozenset((read.site, read.layer) for read in reads)
         request = UnpatchedRequest(reads=places, continuation=continuation)
+        prompts = np.array([prompt], dtype=np.int64)
         (found,) = compute_unpatched(
             self.model_of(run),
             [(run, request)],
-            np.array([prompt], dtype=np.int64),
+            prompts,
             self.table.row_keys,
             seed=self.seed,
             side=self.side,
+            rules=self._rules(run, prompts),
         )
         return {read: found.reads[read] for read in reads}
+
+    def reader(self, run: Run, points: Iterable[SitePoint]) -> LanesOf:
+        """What reads these sites of a run, with its rules if it has some, and stops above the
+        highest one: see `read_vectors`."""
+        model = self.model_of(run)
+        request = wanted(points, model.shape)
+
+        def lanes(prompts: Ints) -> UnpatchedBatch:
+            rules = self._rules(run, prompts)
+            self.passes += 1
+            (found,) = compute_unpatched(
+                model,
+                [(run, request)],
+                prompts,
+                self.table.row_keys,
+                seed=self.seed,
+                side=self.side,
+                rules=rules,
+            )
+            return found
+
+        return lanes
+
+    def rules(self, run: Run, prompts: Ints, draw: Ints, batch: Ints) -> RuleWrites:
+        """What the rules of a run write in rows that start there: see `DerivedRuns.rules`."""
+        assert self.rules_of is not None
+        return self.rules_of(run, prompts, draw, batch)
+
+    def _rules(self, run: Run, prompts: Ints) -> RuleWrites | None:
+        """The same in its own lanes; None for a run without rules."""
+        if run.derived is None:
+            return None
+        lanes, draw = np.repeat(prompts, run.draws), np.tile(np.arange(run.draws), len(prompts))
+        return self.rules(run, lanes, draw, prompts)
 
     def model_of(self, run: Run) -> LoadedModel:
         """The model that a run runs on."""
@@ -143,7 +185,7 @@ class UnpatchedRuns:
     def _companions(self, run: Run, prompts: Ints) -> list[Run]:
         """Runs that are due too and can go along with few prompts, as they run about as far."""
         few = sum(len(run.rows[prompt].ids) for prompt in prompts) <= TOGETHER
-        if not few or not self._goes_far(run):
+        if not few or run.derived is not None or not self._goes_far(run):
             return []
         others = [self.named(name) for name in self.panel.runs]
         return [
@@ -151,6 +193,7 @@ class UnpatchedRuns:
             for other in others
             if other is not run
             and other.model == run.model
+            and other.derived is None
             and self._key(other, prompts, None) not in self._lanes
             and self._goes_far(other)
         ]
@@ -172,8 +215,8 @@ class UnpatchedRuns:
         own = self._is_own(run)
         needs = self.panel.runs.get(run.name) if own else None
         lowest = min((int(plan.lowest.min()) for plan in self._starting(run)), default=None)
-        if self.shortcuts is None:
-            lowest = None
+        if self.shortcuts is None or run.derived is not None:
+            lowest = None  # rows are whole passes, with the run's rules beside their own
         elif lowest is not None and not self.shortcuts.resume:
             lowest = 0
         measured = own and (needs is None or needs.measured or needs.stop is None)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -324,26 +324,3 @@ def _widened(values: Tensor, width: int) -> Tensor:
     if values.shape[1] == width:
         return values
     return values[:, torch.arange(width).clamp(max=values.shape[1] - 1)]
-
-
-def unless_set(added: SiteWrite, writes: Sequence[SiteWrite]) -> SiteWrite:
-    """What is added or held, without the vectors that a rule sets: these replace it."""
-    taken: set[tuple[int, int, int]] = set()
-    for write in writes:
-        if (write.site, write.layer) == (added.site, added.layer):
-            taken.update(_places(write))
-    if not taken:
-        return added
-    keep = torch.tensor([place not in taken for place in _places(added)], dtype=torch.bool)
-    return replace(
-        added,
-        rows=added.rows[keep],
-        positions=added.positions[keep],
-        units=added.units[keep],
-        values=added.values[keep.to(added.values.device)],
-    )
-
-
-def _places(write: SiteWrite) -> Iterator[tuple[int, int, int]]:
-    """(row, position, unit) of each vector."""
-    return zip(write.rows.tolist(), write.positions.tolist(), write.units.tolist(), strict=True)

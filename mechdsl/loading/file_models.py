@@ -110,7 +110,7 @@ def not_there(
         read = [models[name] for name in experiment.models[1:]]
         runs = [run for run in experiment.spec.elsewhere if outputs_read(experiment.spec, run.name)]
         measured = [models[run.model] for run in runs if run.model is not None]
-        for rule in experiment.rules:
+        for rule in experiment.every_rule:
             if rule.sites is not None:
                 points = [p for here in rule.sites.points.values() for p in here]
                 span = rule.spec.span

@@ -148,7 +148,7 @@ class PanelCount:
         for name, needs in self.panel.runs.items():
             run = self.panel.table.runs[name]
             lengths = prompt_lengths(run)
-            draws = run.noise.samples if run.noise is not None else 1
+            draws = run.draws
             prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
             per_block = int(self.block.whole(lengths).sum()) * draws
             blocks, logits = self.shape.n_layers, prompts * self.shape.d_model
@@ -161,8 +161,7 @@ class PanelCount:
     def batches(self) -> int:
         """Forward passes over batches of prompts that all unpatched runs take."""
         runs = [self.panel.table.runs[name] for name in self.panel.runs]
-        draws = [run.noise.samples if run.noise is not None else 1 for run in runs]
-        tokens = (int(prompt_lengths(run).sum()) * n for run, n in zip(runs, draws, strict=True))
+        tokens = (int(prompt_lengths(run).sum()) * run.draws for run in runs)
         return sum(-(-n // self.prompt_tokens) for n in tokens)
 
 
@@ -221,7 +220,8 @@ class PanelWork:
         tokens = 0
         adds = self.patched.rows * float(shape.d_model * shape.outputs)
         for one in self.shapes:
-            more_tokens, more_adds = one.work(self.panel.block, shape, self.shortcuts)
+            taken = WHOLE_PASS if one.plan.whole else self.shortcuts
+            more_tokens, more_adds = one.work(self.panel.block, shape, taken)
             tokens += more_tokens
             adds += more_adds
         self.patched = replace(self.patched, tokens=tokens, multiply_adds=adds)
@@ -316,9 +316,8 @@ class _Shapes:
         self.lengths = lengths[first]
         self.counts = counts * plan.draws
         self.masks = self._masks([column[first] for column in at])
-        begin = np.where(
-            self.masks.real.any(axis=1), plan.leftmost(self.rows) if len(first) else 0, 0
-        )
+        resumed = len(first) > 0 and not plan.whole
+        begin = np.where(self.masks.real.any(axis=1), plan.leftmost(self.rows) if resumed else 0, 0)
         self.width = int(np.maximum(1, self.lengths - begin) @ self.counts)
 
     def work(self, block: _BlockCost, shape: ModelShape, shortcuts: Shortcuts) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from mechdsl.diagnostics.e06_experiment import NoMeasure
 from mechdsl.program import spec
 from mechdsl.program.constants import whole_number
 from mechdsl.program.lower_controls import lower_control
+from mechdsl.program.lower_derived_runs import derived_runs
 from mechdsl.program.lower_measures import (
     each_once,
     expand_metrics,
@@ -22,9 +23,9 @@ from mechdsl.program.lower_measures import (
 )
 from mechdsl.program.lower_other_runs import RunSide, Variant, in_model, models_of, sides, variants
 from mechdsl.program.lower_prompts import CLEAN
-from mechdsl.program.lower_rules import lower_rule
+from mechdsl.program.lower_rules import lower_rules
 from mechdsl.program.namespace import Namespace
-from mechdsl.program.sort_statements import Statements, use_names
+from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def lower_experiment(
     work.collect(definition.statements)
     before = len([d for d in scope.diagnostics if d.severity == "error"])
     prompts = _prompts(work)
+    derived = () if prompts is None else derived_runs(work, prompts)
     sources, bases = ([], []) if prompts is None else sides(work, prompts)
     models = models_of(work, bases)
     rules = _rules_of(work, prompts, sources)
@@ -79,21 +81,23 @@ def lower_experiment(
         reports=tuple(lower_report(r, work) for r in work.reports),
         expects=expects,
     )
-    return tuple(_variant(whole, each, rules[each.reads], work) for each in combined)
+    return tuple(_variant(whole, each, rules[each.reads], derived, work) for each in combined)
 
 
 def _variant(
-    whole: spec.Experiment, variant: Variant, rules: tuple[spec.Rule, ...], work: Statements
+    whole: spec.Experiment,
+    variant: Variant,
+    rules: tuple[spec.Rule, ...],
+    derived: tuple[spec.DerivedRun, ...],
+    work: Statements,
 ) -> spec.Experiment:
-    own, elsewhere = in_model(variant, rules, work)
     return whole.model_copy(
         update={
             "variant": variant.labels,
             "model": variant.model,
             "source": variant.source,
             "base": variant.base,
-            "elsewhere": elsewhere,
-            "rules": own,
+            **in_model(variant, rules, derived, work),
         }
     )
 
@@ -175,12 +179,7 @@ def _rules_of(
 def _rules(
     work: Statements, prompts: spec.Prompts | None, source: str | None
 ) -> tuple[spec.Rule, ...]:
-    found: list[spec.Rule] = []
-    for rule, loops in work.rules:
-        use_names(rule, work)
-        lowered = lower_rule(rule, source, prompts, work)
-        found.append(lowered.model_copy(update={"loops": loops}))
-    return tuple(found)
+    return lower_rules(work.rules, source, prompts, work)
 
 
 def _observed(work: Statements, parts: Definitions) -> tuple[spec.Measure, ...]:

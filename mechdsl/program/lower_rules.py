@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_experiment import PatchWithoutSource
 from mechdsl.program import spec
 from mechdsl.program.lower_other_runs import run_of
-from mechdsl.program.sort_statements import Statements
+from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
+
+
+def lower_rules(
+    rules: Sequence[tuple[ast.Rule, tuple[str, ...]]],
+    source: str | None,
+    prompts: spec.Prompts | None,
+    work: Statements,
+) -> tuple[spec.Rule, ...]:
+    """Rules with the loops around them; source: the run that patches read."""
+    found: list[spec.Rule] = []
+    for rule, loops in rules:
+        use_names(rule, work)
+        lowered = lower_rule(rule, source, prompts, work)
+        found.append(lowered.model_copy(update={"loops": loops}))
+    return tuple(found)
 
 
 def lower_rule(

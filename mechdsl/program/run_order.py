@@ -46,7 +46,7 @@ def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spe
 
 def _ranked(experiment: spec.Experiment, groups: Mapping[str, spec.Group]) -> Iterator[ast.Ranked]:
     """Every `top n of …` of an experiment, those in the groups that it names included."""
-    for part in (*experiment.rules, *experiment.measures):
+    for part in (*experiment.every_rule, *experiment.measures):
         for name in type(part).model_fields:
             yield from _in_tree(getattr(part, name), groups)
     yield from _in_tree(experiment.keep, groups)

@@ -17,6 +17,7 @@ from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.answers_behind import measured_answers
 from mechdsl.resolve.apart_from import left_out
 from mechdsl.resolve.coordinates import SiteContext
+from mechdsl.resolve.derived_runs import define_runs, on_derived
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.kinds import RuleKind
@@ -77,6 +78,8 @@ def outline(
     diagnostics: list[Diagnostic] = []
     onward = Onward({name: each.on(model.name) for name, each in (found or {}).items()})
     work = _work(experiment, program, model, table, onward, diagnostics)
+    derived = define_runs(work, kinds)
+    table = work.table
     behind = measured_answers(work)
     rules: list[ResolvedRule | None] = []
     for rule in experiment.rules:
@@ -85,7 +88,8 @@ def outline(
         rules.append(kind.resolve(rule, work))
     _loops_used(work)
     _beside_others(work, kinds)
-    _draws_agree(work)
+    diagnostics.extend(on_derived(rules, work))
+    work.draws_agree()
     axes = tuple(work.axes.values())
     if any(axis == "model" for axis, _ in experiment.variant):
         written = tuple(rule.site for rule in experiment.rules)
@@ -117,6 +121,7 @@ def outline(
         picks=onward.picks,
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,
+        derived=derived,
     )
     problem = _too_many(resolved, program)
     if problem is not None:
@@ -259,18 +264,6 @@ def _beside_others(work: Work, kinds: Registry[RuleKind]) -> None:
         if kind.once:
             what = f"a second `{verb}` in one experiment"
             work.diagnostics.extend(NotSupported(span=rule.span, what=what) for rule in own[1:])
-
-
-def _draws_agree(work: Work) -> None:
-    """Runs with noise must have equally many draws, so that draw k goes with draw k."""
-    experiment = work.experiment
-    names = [experiment.base, experiment.source, *(rule.source for rule in experiment.rules)]
-    noises = [work.table.runs[n].noise for n in names if n is not None]
-    samples = {noise.samples for noise in noises if noise is not None} - {1}
-    if len(samples) > 1:
-        work.diagnostics.append(
-            NotSupported(span=experiment.span, what="runs with different numbers of noise draws")
-        )
 
 
 def _nodes(rule: spec.Rule) -> Any:

@@ -351,6 +351,9 @@ class ResolvedExperiment(Record):
     """The experiment that this one is the control of, by its key."""
     drawn: Drawn | None = None
     """Of a control: how many draws its cells have."""
+    derived: Mapping[str, ResolvedExperiment] = field(default_factory=dict)
+    """Runs with rules that it defines, each after those that it uses: of one cell, without
+    measures."""
 
     @property
     def name(self) -> str:
@@ -371,10 +374,15 @@ class ResolvedExperiment(Record):
     def python(self) -> tuple[PythonFunction, ...]:
         """Functions of Python files that its numbers hang on."""
         measured = [atom.python for m in (*self.measures, *self.keep) for atom in m.atoms]
-        written = [rule.python for rule in self.rules]
+        written = [rule.python for rule in self.every_rule]
         own = (each for each in (*measured, *written) if each is not None)
         found = [*self.table.python, *own]
         return tuple(dict.fromkeys(found))
+
+    @property
+    def every_rule(self) -> tuple[ResolvedRule, ...]:
+        """Its own, and those of the runs that it defines."""
+        return (*(rule for run in self.derived.values() for rule in run.rules), *self.rules)
 
     @property
     def shape(self) -> tuple[int, ...]:

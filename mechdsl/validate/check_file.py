@@ -278,7 +278,8 @@ def _outline(
         known = replace(known, resolved=None)
     if known.resolved is not None:
         found += measures_fit(known.resolved)
-        found += _first_tokens(known.resolved)
+        for each in (*known.resolved.derived.values(), known.resolved):
+            found += _first_tokens(each)
         found += _answers(known.resolved)
         found += _tested_where_picked(known.resolved, findings)
     checked.diagnostics.extend(certain(found, known.unknown))
@@ -304,7 +305,7 @@ def _with_means(
 ) -> PromptTable:
     """The table with the other blocks that means are taken of."""
     beside: dict[str, PromptTable] = {}
-    for rule in experiment.rules:
+    for rule in experiment.every_rule:
         fill = rule.fill
         if not isinstance(fill, ast.OfRef) or fill.of.name in table.runs:
             continue
@@ -364,9 +365,10 @@ def _tested_where_picked(
 def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diagnostic]:
     """What the statements of an experiment must agree on, whatever the model."""
     found: list[Diagnostic] = []
-    for rule in experiment.rules:
-        if rule.source is not None and rule.source == experiment.base and not experiment.broken:
-            found.append(PatchesItself(span=rule.span, run=rule.source))
+    for run in (experiment, *experiment.derived):
+        for rule in run.rules if not experiment.broken else ():
+            if rule.source is not None and rule.source == run.base:
+                found.append(PatchesItself(span=rule.span, run=rule.source))
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
         if effect is None:

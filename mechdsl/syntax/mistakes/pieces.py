@@ -16,6 +16,7 @@ from mechdsl.syntax.reserved import (
     CLAUSE_WORDS,
     DATA_WORDS,
     EXPERIMENT_WORDS,
+    SOFT_WORDS,
     TOP_WORDS,
 )
 from mechdsl.syntax.scan import STRING
@@ -58,13 +59,15 @@ WORDS: Mapping[str, Set[str]] = {
 
 
 def first_words(kind: str) -> Set[str]:
-    """The same, with the verbs of rules that were registered from outside."""
-    return WORDS[kind] | frozenset(VERBS) if kind == "experiment_lines" else WORDS[kind]
+    """The same, with soft words and the verbs of rules that were registered from outside."""
+    own = WORDS[kind]
+    return own | SOFT_WORDS | frozenset(VERBS) if kind == "experiment_lines" else own
 
 
 INSIDE = {
     "experiment": "experiment_lines",
     "for": "experiment_lines",
+    "run": "experiment_lines",
     "prompts": "data_lines",
     "images": "data_lines",
     "corrupt": "change_lines",
