@@ -155,6 +155,8 @@ def measure_rows(
     for atom in measure.atoms:
         if atom.texts:
             found = mixed(found, _of_lists(Ragged.of(_texts(atom, item))))
+        if atom.own:
+            found = mixed(found, np.array(atom.own[run.name]))
         if atom.run is not None:
             found = mixed(found, contents.of(table.runs[atom.run], table))
         if atom.python is not None:

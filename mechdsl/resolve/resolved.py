@@ -278,9 +278,15 @@ class Atom(Record):
     """The reference run of `kl`, `js`, `cosine`."""
     point: SitePoint | None = None
     """The site of `cosine`."""
+    points: Mapping[Key, SitePoint] = field(default_factory=dict[Key, SitePoint])
+    """Where it sweeps: the site for each of the values of `axes`."""
+    axes: tuple[Axis, ...] = ()
     python: PythonFunction | None = None
     rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
     """What it is given of every row."""
+    own: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """Per run and row, the token that stands where it is read (`loss at …`): each run has its
+    own."""
 
     @property
     def by_item(self) -> bool:
@@ -315,6 +321,10 @@ class ResolvedMeasure(Record):
     """Per run and row, the token position that is read; runs that are missing read their last."""
     truth: tuple[float, ...] | None = None
     """Per row, the number that the answer spells, for categories."""
+    absent: tuple[int, ...] = ()
+    """Rows that lack the position; they have no value."""
+    item: int | None = None
+    """The occurrence that it is read at, where it is read at each."""
 
     @property
     def word(self) -> str:
@@ -324,6 +334,22 @@ class ResolvedMeasure(Record):
                 return word
             case _:
                 return ""
+
+
+Labels = tuple[tuple[str, Label], ...]
+"""Names of axes, each with a label of it."""
+
+
+@record
+class MeasuredPart(Record):
+    """The measures of an experiment at one of the places that they are read at."""
+
+    labels: Labels
+    """Which place: `(("measured", "item 2"),)`."""
+    measures: tuple[ResolvedMeasure, ...]
+    fixed: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Loops whose variables the measures name → the index of the value that stands in them: of
+    cells with others there are parts of their own."""
 
 
 @record
@@ -354,6 +380,10 @@ class ResolvedExperiment(Record):
     derived: Mapping[str, ResolvedExperiment] = field(default_factory=dict)
     """Runs with rules that it defines, each after those that it uses: of one cell, without
     measures."""
+    places: tuple[MeasuredPart, ...] = ()
+    """Where its measures are read, if that is at several places; `measures` are the first's."""
+    place: MeasuredPart | None = None
+    """Of one that is an experiment at one of these: which."""
 
     @property
     def name(self) -> str:
@@ -363,6 +393,12 @@ class ResolvedExperiment(Record):
     def key(self) -> str:
         """Its name among all variants."""
         return self.spec.key
+
+    def has(self, index: Key) -> bool:
+        """Whether its measures are read in the cell of these indices along its axes."""
+        fixed = {} if self.place is None else self.place.fixed
+        at = (fixed.get(axis.name) for axis in self.axes)
+        return all(i in (None, own) for i, own in zip(at, index, strict=True))
 
     @property
     def models(self) -> tuple[str, ...]:

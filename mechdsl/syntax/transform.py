@@ -593,7 +593,8 @@ class ToAst(Transformer[Token, Any]):
     def edge(self, c: list[Any]) -> ast.Edge:
         stack = c[1] if isinstance(c[1], ast.Name) else None
         axes = tuple(child for child in c if isinstance(child, ast.Axis))
-        return ast.Edge(stack, axes, c[-3], c[-1], span=_span(c))
+        heads = next((child for child in c if isinstance(child, ast.Site)), None)
+        return ast.Edge(stack, axes, c[-3], c[-1], heads, span=_span(c))
 
     # --- sites ---------------------------------------------------------------------------------
 
@@ -607,7 +608,7 @@ class ToAst(Transformer[Token, Any]):
             span=_span(c),
         )
 
-    flat_site = flat_axes = site
+    flat_site = flat_axes = edge_heads = heads_of = site
     basis = _clause("basis", lambda c: c[2].id)
 
     def axis(self, c: list[Any]) -> ast.Axis:

@@ -17,6 +17,7 @@ from mechdsl.program import spec
 from mechdsl.program.run_order import compared_with
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.cell_key import joined_axes, joined_cells
+from mechdsl.resolve.measured_parts import in_parts
 from mechdsl.resolve.name_cells import cell_keys
 from mechdsl.resolve.open_axes import open_axes
 from mechdsl.resolve.resolved import Outline, ResolvedMeasure
@@ -129,7 +130,8 @@ def _known(variants: Sequence[Outline], program: spec.Program) -> Known:
     resolved = [e.resolved for e in variants if e.resolved is not None]
     cells = None
     if len(resolved) == len(variants):
-        parts = [(e.spec.variant, cell_keys(e, undecided)) for e in resolved]
+        every = [part for e in resolved for part in in_parts(e)]
+        parts = [(e.spec.variant, cell_keys(e, undecided)) for e in every]
         cells = joined_cells(own, parts)
     return Known(
         _measures(experiment),

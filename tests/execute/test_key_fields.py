@@ -70,6 +70,7 @@ EXPERIMENTS = {
         "patch resid_post layer 1 at subject token",
         "measure cosine(L2.resid, other) at subject token as raw",
     ),
+    "loss": one("patch resid_post layer 1 at subject token", "measure loss at cue token as raw"),
 }  # fmt: skip
 
 
@@ -288,6 +289,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "point": ("cosine", lambda point: replace(point, layer=1)),
         "python": ("python", lambda python: replace(python, digest="1" * 64)),
         "rows": ("python", lambda rows: ({"count": 9}, *rows[1:])),
+        "own": ("loss", lambda own: {run: (9,) * len(rows) for run, rows in own.items()}),
     },
     Noise: {
         "site": ("noised", lambda site: "resid_mid"),
@@ -349,8 +351,10 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "text": SHOWN,
         "unit": "only shown, and asked for by what is worked out of values",
         "truth": "values are held against it when they are there",
+        "absent": "rows that are left out of the results; their values are of another place",
+        "item": "the text that it stands in is in `Atom.texts`",
     },
-    Atom: {},
+    Atom: {"points": "`point` is the one that is read", "axes": PLACED},
     Noise: {},
     Run: {
         "name": "what rules and measures call it; what it holds goes in",

@@ -77,6 +77,9 @@ MEASURES = (
     "measure entropy as delta",
     "measure logit(answer) at subject token as delta",
     "measure cosine(L1.resid, clean) at subject token as raw",
+    "measure entropy at each item token as delta",
+    "measure loss at token * align right as delta",
+    "measure loss at each item token as raw",
 )
 
 
@@ -116,7 +119,9 @@ def sites(draw: Any, *, swept: bool) -> str:
 def edges(draw: Any, *, swept: bool) -> str:
     """Layers, heads, queries and keys."""
     layer = draw(axis("layer", LAYERS, swept=swept))
-    head = draw(st.sampled_from(["", " head 1", " heads 0..2"]))
+    head = draw(st.sampled_from(["", " head 1", " heads 0..2", "few"]))
+    if head == "few":
+        layer, head = head, ""
     queries = draw(st.sampled_from((*ONE, "tokens *", "subject tokens")))
     keys = draw(positions(swept=swept))
     return f"attention {layer}{head} from {queries} to {keys}"
@@ -174,6 +179,7 @@ def paths(draw: Any) -> str:
         receiver = f"{to} {draw(axis('layer', LAYERS, swept=True))}"
     if to in ("q", "k", "v"):
         receiver += f" {draw(axis('head', 2, swept=True))}"
+        receiver = draw(st.sampled_from([receiver, f"{to} few"]))
     through = draw(st.sampled_from(["", " through mlps"]))
     return f"path {sender} -> {receiver} at {draw(positions())}{through}"
 
@@ -235,6 +241,8 @@ def onward(draw: Any) -> str:
                 "ablate embed at tokens except top 50% of words tokens with zero",
                 "for k in 0%..100% step 50% { ablate embed at top k of words tokens with zero }",
                 "block attention layer * from last token to top 2 of words tokens",
+                "reweight attention top 3 of heads from last token to subject tokens by 3",
+                "for k in 0..2 { block attention top k of heads from last token to token 1..3 }",
             ]
         )
     )

@@ -607,6 +607,23 @@ _onward(
     "tests/onward/test_sites.py",
 )
 _onward(
+    "heads of edges",
+    "reweight attention top 3 of cie from last token to first-item token by 1.5",
+    "The heads that `cie` ranks highest, joined, in place of layers and heads; so may a `group` "
+    "stand there. Sites of heads stand for their heads: `L1H0` (that is `z`) and `L1H0.q` are the "
+    "same one, `k` and `v` all heads that read them.",
+    OWN,
+    "tests/onward/test_heads.py",
+)
+_onward(
+    "receivers of heads",
+    "path layer 0 head * -> q of top 2 of cie at last token",
+    "Paths end where these heads read their queries, joined (`k`, `v`: those of their key-value "
+    "heads). Of a group: `-> q counters`.",
+    PATHS,
+    "tests/onward/test_heads.py",
+)
+_onward(
     "top n% of … tokens",
     "ablate embed at top 25% of places tokens with zero",
     "In every row the tokens that `places`, which sweeps tokens, ranks highest in this row; "
@@ -703,6 +720,29 @@ _experiment(
     "effect. Metrics are expressions of the metrics below. Two that differ by the position alone "
     "have it in their names: `prob(answer) at item 1 token`.",
     "tests/execute/test_metrics.py",
+)
+_experiment(
+    "measure at each",
+    "measure entropy at each item token as raw",
+    "Read at each of several places, an axis `measured` (`item` for occurrences); all measures of "
+    "an experiment are read at the same ones. Rows that lack a place drop out of it. "
+    "`{item.index}` in a text is the number of the occurrence that is measured.",
+    "tests/execute/test_measured_places.py",
+)
+_experiment(
+    "loss at each",
+    "measure loss at token * align right as raw",
+    "The loss of the token that stands at a place, each run's own, read where it is predicted; the "
+    "first token of an input has none.",
+    "tests/execute/test_measured_places.py",
+)
+_experiment(
+    "loop in measure",
+    "for l in 0..2 { ablate mlp_out layer l at last token with zero "
+    "measure cosine(resid_post layer l, clean) at last token as raw }",
+    "Measures may name a loop's variable, in sites and positions (`at token l`): they are read in "
+    "the cells of that value. `cosine(resid_post layer *, clean)` is a sweep of its own.",
+    "tests/execute/test_measured_places.py",
 )
 _experiment(
     "stats",
