@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,30 +24,31 @@ class DerivedRuns:
 
     plans: Mapping[str, ExperimentPlan]
     runs: UnpatchedRuns
-    written: dict[str, MeansAndDonors]
-    """By name, what is written beside what runs have on the same prompt."""
+    donors: Mapping[str, Ints | None]
+    """By name, [prompt] the one whose activation replaces it, for `resample`."""
+    batches: Sequence[Ints]
+    """Prompts that means are of."""
+    _written: dict[str, MeansAndDonors] = field(default_factory=dict[str, MeansAndDonors])
 
     @staticmethod
     def of(
-        plans: Mapping[str, ExperimentPlan], runs: UnpatchedRuns, keys: Sequence[int], kept: Ints
+        plans: Mapping[str, ExperimentPlan],
+        runs: UnpatchedRuns,
+        keys: Sequence[int],
+        batches: Sequence[Ints],
     ) -> DerivedRuns:
-        """keys: [prompt] of its content. kept: rows that donors are drawn from."""
-        written = {
-            name: MeansAndDonors({}, {}, donors_of(plan, keys, runs.seed, kept))
-            for name, plan in plans.items()
-        }
-        return DerivedRuns(plans, runs, written)
+        """keys: [prompt] of its content. batches: of the rows that means and donors are of."""
+        kept = np.concatenate([np.arange(0), *batches])
+        donors = {name: donors_of(plan, keys, runs.seed, kept) for name, plan in plans.items()}
+        return DerivedRuns(plans, runs, donors, batches)
 
-    @property
-    def over_rows(self) -> bool:
-        """Whether what some rule writes hangs on other rows."""
-        return any(rule.rule.does.over_rows for plan in self.plans.values() for rule in plan.rules)
-
-    def average(self, batches: Sequence[Ints]) -> None:
-        """The means that rules write, over these rows."""
-        for name, plan in self.plans.items():
-            means, behind = means_of(plan, self.runs, batches, Readout.of(()))
-            self.written[name] = MeansAndDonors(means, behind, self.written[name].donors)
+    def written(self, name: str) -> MeansAndDonors:
+        """What the rules of a run write beside what runs have on the same prompt. Means are taken
+        when something is first read of it: its values may all be known."""
+        if name not in self._written:
+            means, behind = means_of(self.plans[name], self.runs, self.batches, Readout.of(()))
+            self._written[name] = MeansAndDonors(means, behind, self.donors[name])
+        return self._written[name]
 
     def rules(self, run: Run, prompts: Ints, draw: Ints, batch: Ints) -> RuleWrites:
         """What the rules of a run write in rows that start there; those of the run that it is made
@@ -57,7 +58,7 @@ class DerivedRuns:
         """
         if run.derived is None:
             return RuleWrites()
-        plan, written = self.plans[run.name], self.written[run.name]
+        plan, written = self.plans[run.name], self.written(run.name)
         none = np.zeros(len(prompts), dtype=np.int64)
         rows = Rows(none, prompts, none)
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import stdtrit
 
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Floats
 from mechdsl.fits.means import checked
 
 FEWEST_ROWS = 4
 """Of the estimator that corrects for few rows."""
-FEWEST_UNITS = 5
-"""Below which there is no interval; without one of them `FEWEST_ROWS` are left."""
 
 
 def cosine(a: Floats, b: Floats) -> Floats:
@@ -55,72 +52,52 @@ def cka_unbiased(k: Floats, other: Floats) -> float:
 
     k, other: [row, row], `linear_kernel`s. ValueError below 4 rows.
     """
-    if len(k) < FEWEST_ROWS:
-        raise ValueError(f"{len(k)} rows, where at least {FEWEST_ROWS} are needed")
-    units = np.zeros(len(k), dtype=np.int64)
-    return float(_without_units(k, other, units, 0)[0])
+    return float(_ratio(*(_hsic(*pair) for pair in _pairs(k, other))))
 
 
-def cka_interval(
-    k: Floats,
-    other: Floats,
-    units: Ints,
-    confidence: float,
-) -> tuple[float, float]:
-    """An interval for `cka_unbiased`: its jackknife over units with Student's t, on the scale of
-    atanh as for correlations (Efron and Tibshirani 1993, chapter 11; Fisher 1921), cut at −1 and 1.
+def cka_per_row(k: Floats, other: Floats) -> Floats:
+    """[row] what each row contributes: their mean is `cka_unbiased`, and the standard error of the
+    mean is that of the jackknife (Efron and Tibshirani 1993, chapter 11): θ + (n − 1)(mean of θ₋ᵢ −
+    θ₋ᵢ), θ₋ᵢ without row i.
 
-    units: [row], 0, 1, …: rows of one unit are left out together. NaN below 5 units.
-
-    A bootstrap draws rows twice, and a row is like itself: the unbiased estimator, which leaves the
-    diagonal out, would no longer be.
+    A bootstrap would draw rows twice, and a row is like itself: the estimator, which leaves the
+    diagonal out, would no longer be unbiased. k, other: as above. ValueError below 5 rows.
     """
-    count = int(units.max(initial=-1)) + 1
-    if count < FEWEST_UNITS:
-        return float("nan"), float("nan")
-    edge = 1 - 1e-12
-    whole = np.arctanh(np.clip(cka_unbiased(k, other), -edge, edge))
-    left = np.arctanh(np.clip(_without_units(k, other, units, count)[1:], -edge, edge))
-    error = np.sqrt((count - 1) / count * ((left - left.mean()) ** 2).sum())
-    reach = float(stdtrit(count - 1, 0.5 + confidence / 200)) * error
-    return float(np.tanh(whole - reach)), float(np.tanh(whole + reach))
+    whole = cka_unbiased(k, other)
+    left = _ratio(*(_hsic_without_each(*pair) for pair in _pairs(k, other)))
+    return whole + (len(k) - 1) * (left.mean() - left)
 
 
-def _without_units(k: Floats, other: Floats, units: Ints, count: int) -> Floats:
-    """[1 + unit]: `cka_unbiased` of all rows, then without the rows of each unit."""
-    own = _hsic(k, k, units, count) * _hsic(other, other, units, count)
-    both = _hsic(k, other, units, count)
-    root = np.sqrt(np.maximum(own, 0.0))
-    return np.divide(both, root, out=np.full_like(both, np.nan), where=root > 0)
+def _pairs(k: Floats, other: Floats) -> tuple[tuple[Floats, Floats], ...]:
+    return (k, other), (k, k), (other, other)
 
 
-def _hsic(k: Floats, other: Floats, units: Ints, count: int) -> Floats:
-    """[1 + unit]: the unbiased HSIC of all rows, then without each unit, in one pass over the
-    kernels: what a unit's rows take part in is taken off the sums.
-
-    HSIC = [tr(KL) + 1ᵀK1·1ᵀL1 / ((n−1)(n−2)) − 2/(n−2) · 1ᵀKL1] / (n(n−3)), diagonals 0.
-    """
-    is_in = (units[:, None] == np.arange(count)).astype(np.float64)
-    n = len(k) - np.concatenate([[0.0], is_in.sum(axis=0)])
-    product = k * other
-    traces = product.sum() - _taken(product, is_in)
-    sums = [each.sum() - _taken(each, is_in) for each in (k, other)]
-    # Σ_j (k_j − K_jU)(l_j − L_jU) over the rows j outside unit U; k_j is j's sum over all rows.
-    parts = [
-        each.sum(axis=1)[:, None] - np.hstack([np.zeros((len(k), 1)), each @ is_in])
-        for each in (k, other)
-    ]
-    outside = 1 - np.hstack([np.zeros((len(k), 1)), is_in])
-    crossed = (parts[0] * parts[1] * outside).sum(axis=0)
-    inner = traces + sums[0] * sums[1] / ((n - 1) * (n - 2)) - 2 / (n - 2) * crossed
-    return inner / (n * (n - 3))
+def _ratio(both: Floats, own: Floats, others: Floats) -> Floats:
+    root = np.sqrt(np.maximum(own, 0.0) * np.maximum(others, 0.0))
+    return np.divide(both, root, out=np.full_like(root, np.nan), where=root > 0)
 
 
-def _taken(matrix: Floats, is_in: Floats) -> Floats:
-    """[1 + unit]: what rows and columns of a unit add to the sum of a symmetric matrix; 0 first."""
-    rows = matrix.sum(axis=1) @ is_in
-    inside = (is_in * (matrix @ is_in)).sum(axis=0)
-    return np.concatenate([[0.0], 2 * rows - inside])
+def _unbiased(n: int, trace: Floats, one: Floats, two: Floats, crossed: Floats) -> Floats:
+    """[tr(KL) + 1ᵀK1·1ᵀL1 / ((n−1)(n−2)) − 2/(n−2) · 1ᵀKL1] / (n(n−3)), diagonals 0."""
+    if n < FEWEST_ROWS:
+        raise ValueError(f"{n} rows, where at least {FEWEST_ROWS} are needed")
+    inner = trace + one * two / ((n - 1) * (n - 2)) - 2 / (n - 2) * crossed
+    return np.asarray(inner / (n * (n - 3)))
+
+
+def _hsic(k: Floats, other: Floats) -> Floats:
+    """Of all rows."""
+    one, two = k.sum(axis=1), other.sum(axis=1)
+    return _unbiased(len(k), (k * other).sum(), one.sum(), two.sum(), one @ two)
+
+
+def _hsic_without_each(k: Floats, other: Floats) -> Floats:
+    """[row] of all rows but this one: what it takes part in is taken off the sums."""
+    product, one, two = k * other, k.sum(axis=1), other.sum(axis=1)
+    trace = product.sum() - 2 * product.sum(axis=1)
+    # Σ_j (k_j − K_ij)(l_j − L_ij) over the other rows j.
+    crossed = one @ two - one * two - k @ two - other @ one + product.sum(axis=1)
+    return _unbiased(len(k) - 1, trace, one.sum() - 2 * one, two.sum() - 2 * two, crossed)
 
 
 def _centred(x: Floats) -> Floats:

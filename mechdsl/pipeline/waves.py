@@ -23,6 +23,7 @@ from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.measured_parts import in_parts, whole_spec
 from mechdsl.resolve.resolve_experiment import resolve_experiment
 from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.results.averaged import averaged
 from mechdsl.results.collect import collect, with_control, without_measures
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult
@@ -153,6 +154,8 @@ class FileRun:
         if parameters:
             said = {"parameters": _parameter_words(parameters)}
             whole = replace(whole, conventions={**whole.conventions, **said})
+        if first.spec.over is not None:
+            whole = averaged(whole, first.spec.over)
         whole = with_population(whole, first.table, first.spec.statistics)
         result = with_statistics(whole, first.spec, first.seed)
         self._say(_few_units(variants, result))

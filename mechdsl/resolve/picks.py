@@ -377,6 +377,11 @@ def _check_first_measure(experiment: ResolvedExperiment) -> None:
             "name an experiment with a rule that sweeps",
         )
     first = experiment.measures[0]
+    if experiment.spec.over is not None:
+        raise Refused(
+            f"`{name}` averages over `{experiment.spec.over}`, and ranks no single cells",
+            f"rank an experiment without `mean over {experiment.spec.over}`",
+        )
     if first.kind == "category":
         raise Refused(
             f"the first measure of `{name}`, `{first.text}`, is a category, which has no order",

@@ -11,6 +11,7 @@ from mechdsl.diagnostics.core import UNKNOWN, Unknown
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.python_files import PythonFunction
+from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
@@ -178,9 +179,10 @@ class Intervention:
     changes: ClassVar[Literal["sites", "edges", "input", "nothing"]] = "sites"
     """What of a run it changes: vectors at its sites, edges of attention, the text that goes in;
     nothing where it only looks."""
-    reads: ClassVar[Literal["run", "donor", "mean"] | None] = None
+    reads: ClassVar[Literal["run", "donor", "mean", "cell"] | None] = None
     """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
-    seeded permutation), or its mean over all prompts; None where nothing is read."""
+    seeded permutation), its mean over all prompts, or what `of_cell` makes of all rows of a cell;
+    None where nothing is read."""
     copies: ClassVar[bool] = False
     """What is written is what is read in the rule's run, as it is: then rows whose source and base
     agree there are equal to the base run and aren't run."""
@@ -214,6 +216,15 @@ class Intervention:
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         """What a table has to say of it."""
         yield from ()
+
+    def of_cell(self, rule: ResolvedRule, given: Tensor) -> Tensor:
+        """[row, position, width]: what is written into all rows of a cell; asked once for each,
+        where `reads` is "cell".
+
+        given: [row, position, width], the rule's run at what one layer of the cell writes; heads
+        and neurons stand side by side. NaN where a row has fewer positions than others.
+        """
+        return given
 
     def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
         """[K, width] or [K, 1]: what is written; asked of interventions that change sites."""
@@ -272,8 +283,8 @@ class Atom(Record):
     """Per environment and row, the token ids of T, or the number of the output that is meant."""
     of_class: bool = False
     """It names an output of a classifier, and no token."""
-    numerals: tuple[tuple[int, int], ...] = ()
-    """(token id, number) of `expected(1..9)`."""
+    sets: Mapping[Env, TokenSets] = field(default_factory=dict)
+    """Per environment, the tokens of any of several texts, and of numerals."""
     run: str | None = None
     """The reference run of `kl`, `js`, `cosine`."""
     point: SitePoint | None = None
@@ -291,7 +302,18 @@ class Atom(Record):
     @property
     def by_item(self) -> bool:
         """Whether its text differs between the cells of one row."""
-        return set(self.texts) != {None} and bool(self.texts)
+        named = {*self.texts, *self.sets}
+        return named != {None} and bool(named)
+
+    @property
+    def named(self) -> Iterator[int]:
+        """All tokens of its texts, equal ones perhaps several times."""
+        for texts in self.texts.values():
+            for tokens in texts:
+                yield from tokens
+        for sets in self.sets.values():
+            for tokens in sets.tokens:
+                yield from tokens
 
     @property
     def lengths(self) -> tuple[int, ...]:

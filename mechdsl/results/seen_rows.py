@@ -127,6 +127,8 @@ class SeenRows:
         """What a metric is given beside the run that it reads."""
         if atom.texts:
             yield atom.texts[item if atom.by_item else None][row]
+        if atom.sets:
+            yield atom.sets[item if atom.by_item else None].of(row)
         if atom.python is not None:
             yield self.experiment.table.row_keys[row]
         if atom.run is not None:
@@ -139,7 +141,7 @@ class SeenRows:
         reads = rule.rule.does.reads
         if reads == "mean" and rule.rule.groups is not None:
             yield rule.rule.groups[row]
-        if reads != "run" or rule.rule.apart is not None:
+        if reads not in ("run", "cell") or rule.rule.apart is not None:
             return
         hits: Hits = source.hits[row]
         run = self._run(rule.rule.run)

@@ -829,6 +829,8 @@ class Measure(Node):
     effect: Name
     at: Position | None = None
     per: Name | None = None
+    over: Name | None = None
+    """The axis that it is averaged over."""
 
 
 @record

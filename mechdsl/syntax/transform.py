@@ -434,10 +434,20 @@ class ToAst(Transformer[Token, Any]):
     def measure(self, c: list[Any]) -> ast.Measure:
         effect = next(child for child in c[2:] if isinstance(child, ast.Name))
         clauses = _clauses(c)
-        return ast.Measure(c[1], effect, clauses.get("at"), clauses.get("per"), span=_span(c))
+        return ast.Measure(
+            c[1],
+            effect,
+            clauses.get("at"),
+            clauses.get("per"),
+            clauses.get("mean"),
+            span=_span(c),
+        )
 
     measured_at = _clause("at", _second)
     per = _clause("per", _second)
+
+    def mean_over(self, c: list[Any]) -> Clause:
+        return Clause("mean", c[2], _span(c))
 
     def stats(self, c: list[Any]) -> ast.Stats:
         c = [c[0], *_without_misspelt(c[1:])]

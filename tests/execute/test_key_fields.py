@@ -27,7 +27,9 @@ from mechdsl.plan.value_keys import (
     measure_rows,
     mixed,
 )
+from mechdsl.plan.whole_cells import whole_cells
 from mechdsl.program.python_files import PythonFunction
+from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import Noise, PositionCell, PromptTable, Run, RunRow
 from mechdsl.resolve.resolved import (
     Amounts,
@@ -101,6 +103,9 @@ def prepared(name: str) -> ResolvedExperiment:
         case "python":
             found = changed(resolved("patch"), Atom, "python", lambda python: FUNCTION)
             return changed(found, Atom, "rows", lambda rows: ({"count": 1},) * 4)
+        case "sets":
+            sets = TokenSets(((5, 6), (7, 8)), (0, 0, 1, 1), ((1, 2), (3, 4)))
+            return changed(resolved("patch"), Atom, "sets", lambda _: {None: sets})
         case _:
             return resolved(name)
 
@@ -125,6 +130,10 @@ def changed(
         measure = other(measure)
     elif kind is Atom:
         measure = replace(measure, atoms=(other(measure.atoms[0]), *measure.atoms[1:]))
+    elif kind is TokenSets:
+        atom = measure.atoms[0]
+        atom = replace(atom, sets={None: other(atom.sets[None])})
+        measure = replace(measure, atoms=(atom, *measure.atoms[1:]))
     elif kind is Run:
         base = other(base)
     elif kind is Noise:
@@ -160,7 +169,7 @@ def keys(plan: ExperimentPlan) -> dict[tuple[int, ...], tuple[bytes, int]]:
     contents = Contents({"m": b"m", "n": b"n"}, "m", 0)
     kept = np.arange(len(table))
     donors = np.roll(kept, 1)
-    found = ExperimentKeys(plan, table, contents, kept, donors)
+    found = ExperimentKeys(plan, table, contents, kept, donors, whole_cells(plan, plan.rows(kept)))
     rows = plan.rows(kept)
     assert len(rows)
     every: dict[tuple[int, ...], tuple[bytes, int]] = {}
@@ -284,12 +293,17 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "form": ("patch", lambda form: replace(form, takes="nothing")),
         "texts": ("item", lambda texts: one_more(texts, lambda rows: ((9,),) * 4)),
         "of_class": ("patch", lambda of: not of),
-        "numerals": ("patch", lambda numerals: ((5, 1), (6, 2))),
+        "sets": ("sets", lambda sets: {None: replace(sets[None], of_row=(0, 1, 1, 1))}),
         "run": ("kl", lambda run: "turned"),
         "point": ("cosine", lambda point: replace(point, layer=1)),
         "python": ("python", lambda python: replace(python, digest="1" * 64)),
         "rows": ("python", lambda rows: ({"count": 9}, *rows[1:])),
         "own": ("loss", lambda own: {run: (9,) * len(rows) for run, rows in own.items()}),
+    },
+    TokenSets: {
+        "tokens": ("sets", lambda sets: ((*sets[0][:-1], 9), *sets[1:])),
+        "of_row": ("sets", lambda of_row: (0, 1, 1, 1)),
+        "numbers": ("sets", lambda sets: ((*sets[0][:-1], 9), *sets[1:])),
     },
     Noise: {
         "site": ("noised", lambda site: "resid_mid"),
@@ -355,6 +369,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "item": "the text that it stands in is in `Atom.texts`",
     },
     Atom: {"points": "`point` is the one that is read", "axes": PLACED},
+    TokenSets: {},
     Noise: {},
     Run: {
         "name": "what rules and measures call it; what it holds goes in",
@@ -431,7 +446,7 @@ def test_another_value_has_another_key(kind: type, field: str) -> None:
     else:
         other = planned(changed(experiment, kind, field, change))
         after = keys(other)
-        if kind in (Atom, ResolvedMeasure, Noise, Run, RunRow):
+        if kind in (Atom, TokenSets, ResolvedMeasure, Noise, Run, RunRow):
             assert unpatched_keys(plan) != unpatched_keys(other)
     both = before.keys() & after.keys()
     assert both

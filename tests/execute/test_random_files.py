@@ -7,6 +7,7 @@ refused before anything runs, and all others are run twice.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.passes import NAMES
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.validate.check_file import Settings
 
 from . import support
 
@@ -74,6 +76,8 @@ MEASURES = (
     "measure logprob(answer) as delta",
     'measure logprob("w3 w9 w1") as delta',
     "measure kl(clean) as raw",
+    "measure prob(answer, wrong) as delta",
+    'measure rank(answer, ["w7", wrong]) as raw',
     "measure entropy as delta",
     "measure logit(answer) at subject token as delta",
     "measure cosine(L1.resid, clean) at subject token as raw",
@@ -156,7 +160,8 @@ def rules(draw: Any, *, swept: bool) -> str:
         case "swap":
             return f"swap {site} at {at} with {draw(st.sampled_from(ONE))}"
         case "set":
-            return f"set {site} at {at} to {draw(st.sampled_from(['0.5', '-1', '0']))}"
+            python = 'python("own.py:centred")'
+            return f"set {site} at {at} to {draw(st.sampled_from(['0.5', '-1', '0', python]))}"
         case _:
             return f"{verb} {site} at {at}"
 
@@ -261,7 +266,10 @@ def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
     """Plain and planned are equal, or both are refused with the same words."""
     family, text, off = case
     model = support.bare(family)
-    whole, some = support.WITHOUT_PLAN, RunOptions(without=off)
+    (folder / "own.py").write_text(OWN, encoding="utf-8")
+    python = Settings(python="run")
+    whole = replace(support.WITHOUT_PLAN, settings=python)
+    some = RunOptions(without=off, settings=python)
     plain, problems = support.try_file(text, folder, model, whole, prompts=PROMPTS)
     planned, again = support.try_file(text, folder, model, some, prompts=PROMPTS)
     assert [(d.code, d.message) for d in problems] == [(d.code, d.message) for d in again]
@@ -295,6 +303,10 @@ def same(one: ExperimentResult, other: ExperimentResult, text: str) -> None:
                 np.testing.assert_allclose(a, b, atol=support.ABSOLUTE, rtol=support.RELATIVE)
 
 
+OWN = """
+def centred(vectors):
+    return 2 * vectors.nan_to_num() - vectors.nanmean(0, keepdim=True).nan_to_num()
+"""
 QUIET = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large)
 
 

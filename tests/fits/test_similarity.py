@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mechdsl.fits.similarity import (
-    cka_interval,
     cka_linear,
+    cka_per_row,
     cka_unbiased,
     cosine,
     linear_kernel,
@@ -64,50 +64,40 @@ def test_few_rows_of_many_dimensions_have_nothing_in_common() -> None:
     assert np.isclose(cka_unbiased(linear_kernel(a), linear_kernel(2 * a + 1)), 1)
 
 
-@pytest.mark.parametrize("units", [list(range(9)), [0, 0, 1, 2, 2, 3, 4, 4, 5]])
-def test_the_interval_is_the_jackknife_in_a_loop(units: list[int]) -> None:
-    from scipy.stats import t
-
-    x, y, unit = X[:9], Y[:9], np.array(units)
-    count = max(units) + 1
-    left = np.arctanh(
-        [
-            cka_unbiased(linear_kernel(x[unit != u]), linear_kernel(y[unit != u]))
-            for u in range(count)
-        ]
+def test_what_rows_contribute_is_the_jackknife_in_a_loop() -> None:
+    x, y = X[:9], Y[:9]
+    every = np.arange(9)
+    left = np.array(
+        [cka_unbiased(linear_kernel(x[every != i]), linear_kernel(y[every != i])) for i in every]
     )
-    whole = np.arctanh(cka_unbiased(linear_kernel(x), linear_kernel(y)))
-    error = np.sqrt((count - 1) / count * ((left - left.mean()) ** 2).sum())
-    reach = t.ppf(0.975, count - 1) * error
-    found = cka_interval(linear_kernel(x), linear_kernel(y), unit, 95)
-    assert np.allclose(found, [np.tanh(whole - reach), np.tanh(whole + reach)])
+    whole = cka_unbiased(linear_kernel(x), linear_kernel(y))
+    found = cka_per_row(linear_kernel(x), linear_kernel(y))
+    assert np.isclose(found.mean(), whole)
+    assert np.allclose(found, whole + 8 * (left.mean() - left))
+    error = np.sqrt(8 / 9 * ((left - left.mean()) ** 2).sum())
+    assert np.isclose(found.std(ddof=1) / 3, error)
 
 
-def test_an_interval_covers_and_what_is_equal_is_exact() -> None:
+def test_their_spread_covers_and_what_is_equal_is_exact() -> None:
     """Of two views of one signal, at 60 rows: about as often as is said."""
     mix = DRAW.normal(size=(3, 5)), DRAW.normal(size=(3, 5))
 
-    def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(n: int) -> list[np.ndarray]:
         signal = DRAW.normal(size=(n, 3))
-        return tuple(linear_kernel(signal @ m + DRAW.normal(size=(n, 5))) for m in mix)  # type: ignore[return-value]
+        return [linear_kernel(signal @ m + DRAW.normal(size=(n, 5))) for m in mix]
 
     truth = cka_unbiased(*draw(1500))
     hits = 0
     for _ in range(200):
-        k, l = draw(60)  # noqa: E741
-        low, high = cka_interval(k, l, np.arange(60), 95)
-        hits += low <= truth <= high
-    assert 180 <= hits <= 200
-    k = linear_kernel(X)
-    assert np.allclose(cka_interval(k, k, np.arange(12), 95), 1)
-
-
-def test_few_units_have_no_interval() -> None:
-    k, l = linear_kernel(X), linear_kernel(Y)  # noqa: E741
-    assert np.isnan(cka_interval(k, l, np.arange(12) % 4, 95)).all()
-    assert not np.isnan(cka_interval(k, l, np.arange(12) % 5, 95)).any()
+        found = cka_per_row(*draw(60))
+        reach = 2.0 * found.std(ddof=1) / np.sqrt(60)
+        hits += abs(found.mean() - truth) <= reach
+    assert 178 <= hits <= 200
+    assert np.allclose(cka_per_row(linear_kernel(X), linear_kernel(3 * X)), 1)
 
 
 def test_three_rows_are_too_few() -> None:
     with pytest.raises(ValueError, match="3 rows"):
         cka_unbiased(linear_kernel(X[:3]), linear_kernel(Y[:3]))
+    with pytest.raises(ValueError, match="3 rows"):
+        cka_per_row(linear_kernel(X[:4]), linear_kernel(Y[:4]))

@@ -510,10 +510,14 @@ _rule(
 _rule(
     "set in Python",
     'set resid_post layer * at last token to python("functions.py:halved")',
-    "A function of a Python file is given the vectors and gives those that are written. It runs "
-    "with `--allow-python` only.",
+    "A function of a Python file is given the base run's vectors of one cell at a time, [rows, "
+    "positions, width], and gives the same shape, which is written. Rows are those of the "
+    "experiment that have the position, after `limit` and `keep`, in the order of the data; joined "
+    "positions lie along the second dimension, and rows with fewer are filled up with NaN; joined "
+    "heads or neurons lie side by side, and with several layers it is called once for each. What "
+    "it gives hangs on no other cell, batch or pass. It runs with `--allow-python` only.",
     OWN,
-    "tests/python_files/test_python_files.py",
+    "tests/rules/test_whole_cells.py",
 )
 _rule(
     "block attention",
@@ -722,6 +726,25 @@ _experiment(
     "tests/execute/test_metrics.py",
 )
 _experiment(
+    "answers that differ by row",
+    "measure prob(count + 1..12) as raw",
+    "The bounds of numerals are worked out in each row (greater-than: `prob(label + 1..99, "
+    "digits: 2)`), and so are lists: `prob([count, count + 2])`, `expected(around)` where `around` "
+    "is a value that is a list. Numerals are spelt as in `answer`, with as many `digits` as are "
+    "asked for; a row without any is an error.",
+    "tests/execute/test_metrics.py",
+    "Hanna et al. 2023, arXiv 2305.00586",
+)
+_experiment(
+    "any of several answers",
+    "measure correct(answer, answer of fewer) as raw",
+    "`correct`, `prob`, `logprob` and `rank` take several texts of one token each: whether the "
+    "best token is one of them, the sum of their probabilities, its logarithm, the best rank. A "
+    'value that is a list stands for its entries: `accepted = list(" {alias}", from: aliases)`, '
+    "then `correct(accepted)`. Equal tokens count once.",
+    "tests/execute/test_metrics.py",
+)
+_experiment(
     "measure at each",
     "measure entropy at each item token as raw",
     "Read at each of several places, an axis `measured` (`item` for occurrences); all measures of "
@@ -735,6 +758,13 @@ _experiment(
     "The loss of the token that stands at a place, each run's own, read where it is predicted; the "
     "first token of an input has none.",
     "tests/execute/test_measured_places.py",
+)
+_experiment(
+    "mean over",
+    "measure entropy at each item token as raw mean over item",
+    "Averaged over an axis, in each row over the cells that it is part of, before statistics: "
+    "intervals and p are of the means. All measures of an experiment are averaged alike.",
+    "tests/execute/test_averaged.py",
 )
 _experiment(
     "loop in measure",
