@@ -103,7 +103,7 @@ def _asked(own: Sequence[ReportNode | ExpectNode]) -> Asked:
         keep=acting.encode.kept_by,
         accuracies=accuracies,
     )
-    runs = {each.run: each for forward in _runs(own, effects) for each in _with_own(forward)}
+    runs = {each.run: each for forward in _runs(own, effects) for each in with_own(forward)}
     for name in _filtering(experiment):  # before the graph is run
         runs.setdefault(name, unpatched(experiment, name))
     clean = replace(acting.encode, run="clean", replaced=None, replaced_by=None)
@@ -157,12 +157,12 @@ def _runs(
         yield from effect.patched.references
 
 
-def _with_own(forward: ForwardNode) -> Iterator[ForwardNode]:
+def with_own(forward: ForwardNode) -> Iterator[ForwardNode]:
     """A run, and before it those that its own rules read."""
     ruled = forward
     while ruled.on is not None:
         for read in _read(ruled):
-            yield from _with_own(read)
+            yield from with_own(read)
         ruled = ruled.on
     yield forward
 

@@ -115,6 +115,9 @@ def not_there(
                 points = [p for here in rule.sites.points.values() for p in here]
                 span = rule.spec.span
                 found += [missing_points(points, m.shape, m.name, span) for m in (model, *read)]
+        for save in experiment.saves:
+            span = save.spec.span
+            found += [missing_points(save.points, m.shape, m.name, span) for m in (model, *read)]
         for measure in (*experiment.measures, *experiment.keep):
             points = [atom.point for atom in measure.atoms if atom.point is not None]
             span = measure.expression.span

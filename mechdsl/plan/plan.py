@@ -241,7 +241,7 @@ def plan_of(graph: Graph) -> Plan:
         by_panel.setdefault((each.experiment.model.name, each.clean, defined), []).append(each)
     found = needs(graph)
     panels = tuple(
-        _panel(model, encode, _on_the_same_runs(own), found)
+        panel_of(model, encode, _on_the_same_runs(own), found)
         for (model, encode, _), own in by_panel.items()
     )
     return Plan(graph, panels)
@@ -262,9 +262,10 @@ def _on_the_same_runs(own: Sequence[Asked]) -> list[Asked]:
     return found
 
 
-def _panel(
+def panel_of(
     model: str, encode: EncodeNode, own: Sequence[Asked], found: Mapping[ForwardNode, RunNeeds]
 ) -> Panel:
+    """Experiments on the same prompts, with what their runs have to give."""
     derived = {
         name: plan_experiment(replace(own[0], experiment=run, runs=()))
         for name, run in own[0].experiment.derived.items()

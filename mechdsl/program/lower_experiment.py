@@ -24,6 +24,7 @@ from mechdsl.program.lower_measures import (
 from mechdsl.program.lower_other_runs import RunSide, Variant, in_model, models_of, sides, variants
 from mechdsl.program.lower_prompts import CLEAN
 from mechdsl.program.lower_rules import lower_rules
+from mechdsl.program.lower_saves import lower_saves, one_file
 from mechdsl.program.namespace import Namespace
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
@@ -50,7 +51,8 @@ def lower_experiment(
     measures = (*_observed(work, parts), *measures)
     each_once(measures, work)
     measures = told_apart(measures)
-    if not measures and not work.unsupported:
+    saves = () if prompts is None else lower_saves(work, prompts)
+    if not measures and not work.saves and not work.unsupported:
         scope.diagnostics.append(
             NoMeasure(span=definition.name.span, experiment=definition.name.id)
         )
@@ -60,6 +62,7 @@ def lower_experiment(
     combined = [] if prompts is None else variants(models, sources, bases, prompts, work)
     if work.unsupported or prompts is None:
         return ()
+    one_file(work, [variant.labels for variant in combined])
     part, limit = _rows(work, prompts)
     broken = before != len([d for d in scope.diagnostics if d.severity == "error"])
     if not combined:  # which has been refused
@@ -76,6 +79,7 @@ def lower_experiment(
         loops=tuple(work.loops),
         keep=tuple(expand_metrics(k, parts, scope) for k in work.keep),
         measures=measures,
+        saves=saves,
         statistics=statistics,
         against=against,
         reports=tuple(lower_report(r, work) for r in work.reports),

@@ -253,6 +253,18 @@ class DerivedRun(Spec):
     rules: tuple[Rule, ...] = ()
 
 
+class Save(Spec):
+    """`save SITE of RUN at POSITIONS to "FILE" as TYPE`: activations that are written to a file."""
+
+    site: SiteText
+    at: PositionsText
+    run: str | None = None
+    """None: the experiment's base run."""
+    file: str
+    dtype: str | None = None
+    """None: as computed."""
+
+
 class Experiment(Spec):
     """One experiment: everything that its block says, with the file's names bound.
 
@@ -276,6 +288,7 @@ class Experiment(Spec):
     rules: tuple[Rule, ...] = ()
     keep: tuple[ExprText, ...] = ()
     measures: tuple[Measure, ...]
+    saves: tuple[Save, ...] = ()
     statistics: Statistics
     against: Control | None = None
     reports: tuple[Report, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from mechdsl.base.registry import Registry
@@ -126,3 +126,18 @@ def on_derived(rules: Sequence[ResolvedRule | None], work: Work) -> Iterator[Dia
         if rule is not None and (rule.path is not None or rule.does.changes == "input"):
             what = f"a `{rule.spec.verb}` on a run that has rules"
             yield NotSupported(span=rule.spec.span, what=what)
+
+
+def accuracies_known(
+    asked: Iterable[str], derived: Mapping[str, ResolvedExperiment], experiment: spec.Experiment
+) -> Iterator[Diagnostic]:
+    """E0108 for the accuracy of a run that is made of the kept rows, beside a `keep`: an accuracy
+    is of all rows."""
+    for name in asked if experiment.keep else ():
+        run = name
+        while run in derived:
+            if any(rule.does.over_rows for rule in derived[run].rules):
+                what = f"`accuracy({name})` beside `keep`, as `{run}` is made of the rows it keeps,"
+                yield NotSupported(span=experiment.keep[0].span, what=what)
+                break
+            run = derived[run].spec.base

@@ -17,7 +17,7 @@ from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.answers_behind import measured_answers
 from mechdsl.resolve.apart_from import left_out
 from mechdsl.resolve.coordinates import SiteContext
-from mechdsl.resolve.derived_runs import define_runs, on_derived
+from mechdsl.resolve.derived_runs import accuracies_known, define_runs, on_derived
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.kinds import RuleKind
@@ -38,6 +38,7 @@ from mechdsl.resolve.resolved import (
     ResolvedMeasure,
     ResolvedRule,
 )
+from mechdsl.resolve.saves import resolve_saves
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -95,6 +96,8 @@ def outline(
     context = _measure_context(work, axes, observes=observes)
     measures, places = measured_parts(work, context)
     keep, accuracies = _other_measures(work, context)
+    saves = resolve_saves(work)
+    diagnostics.extend(accuracies_known(accuracies, derived, experiment))
     known = Outline(
         spec=experiment,
         model=model,
@@ -119,6 +122,7 @@ def outline(
         picks=onward.picks,
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,
+        saves=saves,
         derived=derived,
         places=places,
     )

@@ -375,6 +375,17 @@ class MeasuredPart(Record):
 
 
 @record
+class ResolvedSave(Record):
+    """What a `save` line writes, in full."""
+
+    spec: spec.Save = field(compare=False)
+    run: str
+    points: tuple[SitePoint, ...]
+    """One tensor each."""
+    cells: tuple[PositionCell, ...]
+
+
+@record
 class ResolvedExperiment(Record):
     """Everything that a plan needs; still without weights."""
 
@@ -399,6 +410,7 @@ class ResolvedExperiment(Record):
     """The experiment that this one is the control of, by its key."""
     drawn: Drawn | None = None
     """Of a control: how many draws its cells have."""
+    saves: tuple[ResolvedSave, ...] = ()
     derived: Mapping[str, ResolvedExperiment] = field(default_factory=dict)
     """Runs with rules that it defines, each after those that it uses: of one cell, without
     measures."""

@@ -89,6 +89,8 @@ class Checked:
     settings: Settings = field(default_factory=Settings)
     """How it was checked."""
     experiments: list[ResolvedExperiment] = field(default_factory=list[ResolvedExperiment])
+    saving: list[ResolvedExperiment] = field(default_factory=list[ResolvedExperiment])
+    """Those that write activations to files; some measure nothing beside."""
     unchecked: list[str] = field(default_factory=list[str])
     """Experiments whose model isn't on this machine."""
     unrun: list[str] = field(default_factory=list[str])
@@ -165,13 +167,15 @@ def _check_source(
     every = {v[0].name: v for v in by_name([outlines[e.key] for e in experiments])}
     for variants in every.values():
         checked.diagnostics.extend(about_results(variants, program, every))
-    checked.experiments.extend(
-        part
+    whole = [
+        resolved
         for each in experiments
         if each.name not in (*checked.unchecked, *checked.unrun)
         and (resolved := outlines[each.key].resolved) is not None
-        for part in in_parts(resolved)
-    )
+    ]
+    measured = (each for each in whole if each.measures)
+    checked.experiments.extend(part for each in measured for part in in_parts(each))
+    checked.saving.extend(each for each in whole if each.saves)
     for name, prompts in program.prompts.items():
         if prompts.span.source is source:
             contexts.table_alone(name)
@@ -219,7 +223,8 @@ def by_name(experiments: Iterable[Named]) -> list[list[Named]]:
 
 def models_needed(checked: Checked) -> list[str]:
     """Names of the models that experiments run on; with `--only` there may be others."""
-    wanted = {*(e.name for e in checked.experiments), *checked.unchecked}
+    running = (*checked.experiments, *checked.saving)
+    wanted = {*(e.name for e in running), *checked.unchecked}
     found = [
         name
         for e in checked.program.experiments

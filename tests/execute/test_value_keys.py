@@ -76,22 +76,17 @@ DIFFERENT: dict[str, list[str]] = {
                 ("ablate mlp_out layer 1 at cue token with mean", "from r into clean"),
                 ("ablate mlp_out layer 1 at cue token with mean of turned", "from r into clean"),
                 ("ablate mlp_out layer 1 at cue token with resample", "from r into clean"),
-                ("set mlp_out layer 1 at cue token to 0.5", "from r into clean"),
-                ("set mlp_out layer 1 at cue token to 0.25", "from r into clean"),
+                ("set z layer 1 head 1 at cue token to 0.5", "from r into clean"),
+                ("set z layer 1 head 1 at cue token to 0.25", "from r into clean"),
                 ("block attention layer 0 from cue token to subject token", "from r into clean"),
                 ("block attention layer 0 from cue token to token 1", "from r into clean"),
-                (
-                    "ablate mlp_out layer 1 at cue token with mean",
-                    "from r into clean",
-                    "keep prob(answer) > 0.012",
-                ),
                 (
                     "ablate mlp_out layer 0 at cue token with zero } run s { from r into clean "
                     "patch mlp_out layer 1 at cue token",
                     "from s into clean",
                 ),
                 (
-                    "set mlp_out layer 0 at cue token to 0.5 } run s { from r into clean "
+                    "set z layer 0 head 1 at cue token to 0.5 } run s { from r into clean "
                     "patch mlp_out layer 1 at cue token",
                     "from s into clean",
                 ),

@@ -410,3 +410,9 @@ def test_a_run_that_nothing_uses(data: Path) -> None:
     result, found = try_file(text, data, "llama")
     assert result is not None
     assert [d.code for d in found if d.code == "W0730"]
+
+
+def test_accuracy_of_what_is_made_of_kept_rows(data: Path) -> None:
+    lines = ["keep correct", f"run flat {{ {RUNS['flat']} }}", "from flat into clean"]
+    rule = "patch resid_post layer 2 at last token"
+    assert "E0108" in codes(experiment("e", *lines, rule, "expect accuracy(flat) > 0"), data)
