@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.means_and_donors import MeansAndDonors
-from mechdsl.execute.observed_attention import Look, look
+from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import frozen, held_rows, received
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
@@ -26,7 +26,13 @@ from mechdsl.execute.unpatched_batch import (
     unless_set,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
-from mechdsl.execute.writes import build_edges, build_writes, pass_ends
+from mechdsl.execute.writes import (
+    Numbers,
+    build_edges,
+    build_numbers,
+    build_writes,
+    pass_ends,
+)
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -63,6 +69,10 @@ class _PassRows:
     writes: Sequence[SiteWrite]
     edges: Sequence[EdgeWrite] = ()
     held: Held | None = None
+    whole: bool = False
+    """Nothing of an unpatched run stands in them."""
+    numbers: Sequence[Numbers] = ()
+    """Tokens with other position ids."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -81,6 +91,8 @@ class _PassRows:
             writes=[*self.writes, *(write.moved(where) for write in part.writes)],
             edges=[*self.edges, *(edge.moved(where) for edge in part.edges)],
             held=held,
+            whole=self.whole or part.whole,
+            numbers=[*self.numbers, *(numbers.moved(where) for numbers in part.numbers)],
         )
 
 
@@ -164,11 +176,8 @@ class Patcher:
 
     def _look(self, member: Member) -> Look | None:
         """What an `observe` line of the member's experiment looks at."""
-        rules = self.plans[member.number].rules
-        rule = next((rule for rule in rules if rule.rule.does.changes == "nothing"), None)
-        if rule is None:
-            return None
-        return look(rule, member.rows, member.at, self.model.shape)
+        rule = self.plans[member.number].observes
+        return rule and look(rule, member.rows, member.at, self.model.shape)
 
     def _pass_rows(
         self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, draws: int
@@ -196,7 +205,7 @@ class Patcher:
         """The rows of one experiment with what they write, in a pass with this text behind them."""
         plan, shape = self.plans[number], self.model.shape
         path = next((rule for rule in plan.rules if rule.paths is not None), None)
-        own = _PassRows(run, batch, rows.prompt, draw, [])
+        own = _PassRows(run, batch, rows.prompt, draw, [], whole=plan.whole)
         if path is not None and path.paths is not None and not path.paths.at_the_end:
 
             def sent(
@@ -218,6 +227,7 @@ class Patcher:
             own,
             writes=acting.writes,
             edges=acting.edges,
+            numbers=build_numbers(plan, rows, text),
             held=None if path is None else held_rows(path, len(rows)),
         )
 
@@ -249,9 +259,9 @@ class Patcher:
         lanes: UnpatchedBatch,
         readouts: Sequence[Readout],
         wanted: Sequence[_Wanted],
-    ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[Tensor | None], Tensor | None]:
-        """Per member the logits at the places it wants, its activations, and the attention that
-        it observes; and which tokens."""
+    ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[Observed | None], Tensor | None]:
+        """Per member the logits at the places it wants, its activations, and what it observes; and
+        which tokens."""
         final = (
             np.concatenate([want.final[0] for want in wanted]),
             np.concatenate([want.final[1] for want in wanted]),
@@ -291,8 +301,13 @@ class Patcher:
             for readout, own in zip(readouts, parts, strict=True)
         ]
         observed = [
-            look and look.weights({r: split[r][i] for r, i in own.items()})
-            for look, own in zip((want.look for want in wanted), looks, strict=True)
+            want.look
+            and want.look.observed(
+                {r: split[r][i] for r, i in own.items()},
+                self.runs.unembedding,
+                self.runs.observed_tokens(readout, rows.batch),
+            )
+            for want, own, readout in zip(wanted, looks, readouts, strict=True)
         ]
         return list(logits.tensor_split(ends)), activations, observed, tokens
 
@@ -306,7 +321,7 @@ class Patcher:
     ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
         """([place, vocab], [place, units, width] per site), on what was kept or in whole passes."""
         lane = lanes.lane(rows.prompts, rows.draw)
-        if lanes.kept is not None:
+        if lanes.kept is not None and not rows.whole:
             result = run_packed(
                 self.model,
                 lanes.kept,
@@ -342,6 +357,8 @@ class Patcher:
                 self.runs.seed,
             )
         batch = lanes.batch.take(torch.from_numpy(lane))
+        for numbers in rows.numbers:
+            batch = batch.numbered(numbers.rows, numbers.positions, numbers.numbers)
         if rows.held is not None:
             freezing = frozen(self.model, batch, rows.held, rows.writes, added)
             rows = replace(rows, writes=[*freezing, *rows.writes])
@@ -397,7 +414,7 @@ class _Wanted:
     count: int
     """Rows of the member."""
     look: Look | None = None
-    """The attention that it observes."""
+    """What it observes."""
 
     def spots(self, logits: Tensor) -> Tensor | None:
         """[row, spot, vocab]"""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.model_end import ModelEnd
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_vectors import LanesOf, wanted
 from mechdsl.execute.readout import Found, Reading, Readout
@@ -214,9 +216,10 @@ class UnpatchedRuns:
         """What experiments need of a run."""
         own = self._is_own(run)
         needs = self.panel.runs.get(run.name) if own else None
-        lowest = min((int(plan.lowest.min()) for plan in self._starting(run)), default=None)
-        if self.shortcuts is None or run.derived is not None:
-            lowest = None  # rows are whole passes, with the run's rules beside their own
+        packed = [plan for plan in self._starting(run) if not plan.whole]
+        lowest = min((int(plan.lowest.min()) for plan in packed), default=None)
+        if self.shortcuts is None:
+            lowest = None
         elif lowest is not None and not self.shortcuts.resume:
             lowest = 0
         measured = own and (needs is None or needs.measured or needs.stop is None)
@@ -253,6 +256,19 @@ class UnpatchedRuns:
             return None
         found = sorted(set[int]().union(*(readout.tokens(prompts) for readout in readouts)))
         return torch.tensor(found, dtype=torch.long, device=self.model.device)
+
+    def observed_tokens(self, readout: Readout, prompts: Ints) -> Tensor | None:
+        """[K] ascending: all that a readout reads of the logits that it observes; None for the
+        vocabulary."""
+        found = readout.observed_tokens(prompts)
+        if found is None:
+            return None
+        return torch.tensor(found, dtype=torch.long, device=self.model.device)
+
+    @cached_property
+    def unembedding(self) -> ModelEnd:
+        """What the model does behind its last block."""
+        return ModelEnd(self.model)
 
     def _gauge_reads(self) -> set[Place]:
         """Sites that measures compare (`cosine`)."""

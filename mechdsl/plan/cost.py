@@ -220,8 +220,7 @@ class PanelWork:
         tokens = 0
         adds = self.patched.rows * float(shape.d_model * shape.outputs)
         for one in self.shapes:
-            taken = WHOLE_PASS if one.plan.whole else self.shortcuts
-            more_tokens, more_adds = one.work(self.panel.block, shape, taken)
+            more_tokens, more_adds = one.work(self.panel.block, shape, self.shortcuts)
             tokens += more_tokens
             adds += more_adds
         self.patched = replace(self.patched, tokens=tokens, multiply_adds=adds)
@@ -316,13 +315,17 @@ class _Shapes:
         self.lengths = lengths[first]
         self.counts = counts * plan.draws
         self.masks = self._masks([column[first] for column in at])
-        resumed = len(first) > 0 and not plan.whole
-        begin = np.where(self.masks.real.any(axis=1), plan.leftmost(self.rows) if resumed else 0, 0)
+        begin = np.where(
+            self.masks.real.any(axis=1),
+            plan.leftmost(self.rows) if len(first) and not plan.whole else 0,
+            0,
+        )
         self.width = int(np.maximum(1, self.lengths - begin) @ self.counts)
 
     def work(self, block: _BlockCost, shape: ModelShape, shortcuts: Shortcuts) -> tuple[int, int]:
         """(tokens through blocks, multiply-adds)"""
         tokens = adds = 0
+        shortcuts = WHOLE_PASS if self.plan.whole else shortcuts
         for each in block_work(
             self.masks,
             shape.n_layers,

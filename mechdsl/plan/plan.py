@@ -64,6 +64,14 @@ class ExperimentPlan:
         return len(self.lowest)
 
     @property
+    def whole(self) -> bool:
+        """Whether its rows are whole passes, whatever else is planned: a rule asks for it, or they
+        start from a run that has rules."""
+        if any(run.derived is not None for run in self.starting_runs):
+            return True
+        return any(plan.rule.does.whole for plan in self.rules)
+
+    @property
     def behind(self) -> bool:
         """Whether a rule acts on tokens of the answer, behind the prompt."""
         return any(plan.behind for plan in self.rules)
@@ -94,6 +102,11 @@ class ExperimentPlan:
         return next((plan for plan in self.rules if plan.rule.does.changes == "input"), None)
 
     @property
+    def observes(self) -> RulePlan | None:
+        """The rule that is measured by what it looks at, if there is one."""
+        return next((plan for plan in self.rules if plan.rule.does.changes == "nothing"), None)
+
+    @property
     def starting_runs(self) -> tuple[Run, ...]:
         """The runs that rows start from: the base run, or those with the text put in."""
         if not self.rules:
@@ -101,11 +114,6 @@ class ExperimentPlan:
         if self.replaced is not None:
             return tuple(self.replaced.rule.inputs.values())
         return (self.experiment.table.runs[self.experiment.spec.base],)
-
-    @property
-    def whole(self) -> bool:
-        """Whether its rows are whole passes: they start from a run that has rules."""
-        return any(run.derived is not None for run in self.starting_runs)
 
     def starting_run(self, rows: Rows) -> Ints:
         """[row] index into `starting_runs`."""
@@ -125,7 +133,8 @@ class ExperimentPlan:
         """The first position that each row writes to."""
         first = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
         for plan in self.rules:
-            first = np.minimum(first, plan.written.leftmost(plan.written_runs(rows)))
+            own = plan.written.leftmost(plan.written_runs(rows))
+            first = np.where(plan.acts(rows), np.minimum(first, own), first)
         return first
 
     def is_inert(self, rows: Rows) -> NDArray[np.bool_]:
@@ -365,6 +374,11 @@ def _rule_plan(
             ]
             for key in keys
         ]
+    active = None
+    if rule.only is not None:  # elsewhere it has no sites
+        active = by_name[rule.only.axis] == rule.only.index
+        site_of_cell = np.where(active, site_of_cell, len(lists))
+        lists.append([])
     positions = list(rule.positions.written)
     written = tuple(rule.positions.written[key] for key in positions)
     read = tuple(rule.positions.read[key] for key in positions)
@@ -393,6 +407,7 @@ def _rule_plan(
         keys=keys_hit,
         key_of_cell=key_of_cell,
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
+        active=active,
     )
 
 
@@ -458,7 +473,10 @@ def _lowest(experiment: ResolvedExperiment, rules: tuple[RulePlan, ...], count: 
         if plan.rule.sites is None:
             continue
         own = [
-            min(_block(plan.point_table[p], n_layers) for p in _list(plan.points, key))
+            min(
+                (_block(plan.point_table[p], n_layers) for p in _list(plan.points, key)),
+                default=n_layers,
+            )
             for key in range(len(plan.points.offsets) - 1)
         ]
         lowest = np.minimum(lowest, np.array(own, dtype=np.int64)[plan.site_of_cell])

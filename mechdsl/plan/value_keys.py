@@ -143,10 +143,11 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
         [
             *(atom.node, atom.name, atom.form.takes, atom.form.function.__qualname__),
             *(atom.of_class, atom.run, atom.point, _plain(atom.python)),
+            None if atom.tokenizer is None else atom.tokenizer.hash,
         ]
         for atom in measure.atoms
     ]
-    return digest(measure.expression, measure.kind, atoms)
+    return digest(measure.expression, measure.kind, measure.observed, atoms)
 
 
 def measure_rows(
@@ -299,7 +300,7 @@ class ExperimentKeys:
         for index, numbers in enumerate(self._starts):
             found = np.where(starting == index, numbers[rows.prompt], found)
         for rule in self._rules:
-            found = mixed(found, rule.of(rows))
+            found = np.where(rule.plan.acts(rows), mixed(found, rule.of(rows)), found)
         return found
 
     def _of_measure(self, number: int, rows: Rows, starting: Ints) -> Numbers:
@@ -333,6 +334,7 @@ class ExperimentKeys:
             pairs = zip(rule.point_table, rule.source_table, strict=True)
             points = [_written(to) + _written(of) for to, of in pairs]
             sites = [digest(static + own) for own in _per_list(rule.points, points)]
+            begin = len(parts)
             parts.append([sites[site] for site in rule.site_of_cell.tolist()])
             if rule.rule.amounts is not None:
                 amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
@@ -340,6 +342,12 @@ class ExperimentKeys:
             if rule.paths is not None:
                 ends = _per_list(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
+            if rule.active is not None:  # where it doesn't act, the key is that without it
+                acts = rule.active.tolist()
+                parts[begin:] = [
+                    [part if own else b"" for part, own in zip(each, acts, strict=True)]
+                    for each in parts[begin:]
+                ]
         return zip(*parts, strict=True) if parts else iter([()] * self.plan.n_cells)
 
     def _rule(self, plan: RulePlan, donors: Ints | None, cells: WholeCells | None) -> _RuleNumbers:

@@ -9,7 +9,7 @@ from mechdsl.program.lower_other_runs import run_of
 from mechdsl.program.lower_prompts import CLEAN
 from mechdsl.program.lower_rules import lower_rules
 from mechdsl.program.namespace import place
-from mechdsl.program.sort_statements import Statements
+from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
 
 ONE_CELL = "a `run` has one cell: let it name one layer, head and position, or join them (`layers`)"
@@ -76,10 +76,14 @@ def _run(definition: ast.RunDef, work: Statements, prompts: spec.Prompts) -> spe
             )
         )
     source, base = _ends(inner, prompts)
-    rules = lower_rules(inner.rules, source, prompts, inner)
+    rules: list[spec.Rule] = []
+    for rule, _ in inner.rules:
+        use_names(rule, inner)
+        rules += lower_rules(rule, source, prompts, inner)
     work.unsupported |= inner.unsupported
+    name = definition.name
     return spec.DerivedRun(
-        span=definition.name.span, name=definition.name.id, source=source, base=base, rules=rules
+        span=name.span, name=name.id, source=source, base=base, rules=tuple(rules)
     )
 
 

@@ -80,7 +80,7 @@ class Namespace:
         self.diagnostics.extend(
             UnusedName(span=d.span, kind=d.kind, name=name)
             for name, d in self.definitions.items()
-            if not d.used and not d.imported and d.kind != "experiment"
+            if not d.used and not d.imported and d.kind not in ("experiment", "observation")
         )
 
 

@@ -130,6 +130,21 @@ class Prompts(Spec):
     corruptions: tuple[Corruption, ...] = ()
 
 
+class Observed(Spec):
+    """What an `observe` line looks at, beside the sites and positions of its rule."""
+
+    word: str
+    """`norm`, `logit_lens`: what kind of observation it is."""
+    name: str | None = None
+    """What it is called: `as attn`."""
+    call: CallText | None = None
+    """The word with its arguments: `probe(count)`."""
+    toward: ExprText | None = None
+    top: int | None = None
+    placed: bool = True
+    """Whether positions are written; else `at` says what stands in for them."""
+
+
 class Rule(Spec):
     """One intervention. `loops` are the `for` variables around it, outermost first."""
 
@@ -144,6 +159,9 @@ class Rule(Spec):
     fill: ExprText | None = None
     """ablate: zero, mean, resample, `mean of …`; replace: the text; others: the number."""
     by: str | None = None
+    fills: tuple[str, ...] = ()
+    """ablate: the labels of an axis of fills, of which this rule is one."""
+    fill_index: int = 0
     onto: PositionsText | None = None
     """patch: where it is written; swap: the other positions; attention rules: the keys."""
     into_layer: BoundText | None = None
@@ -153,6 +171,8 @@ class Rule(Spec):
     receiver: SiteText | None = None
     through_mlps: bool = False
     """path: whether MLPs recompute, or are held too."""
+    observed: Observed | None = None
+    """observe: what is looked at; `source` is the run, where it isn't the one that rules act on."""
     loops: tuple[str, ...] = ()
 
 
@@ -173,6 +193,8 @@ class Measure(Spec):
     effect_span: Where
     at: PositionText | None = None
     per_prompt: bool = False
+    observed: bool = False
+    """Whether it is of what the experiment's `observe` line gives, not of the model's output."""
     over: str | None = None
     """The axis that it is averaged over, row by row."""
 
@@ -196,6 +218,8 @@ class Report(Spec):
     by: str | None = None
     top: int | None = None
     file: str | None = None
+    of: str | None = None
+    """The observation that is shown, where the experiment has several."""
 
 
 class Group(Spec):
@@ -272,6 +296,9 @@ class Experiment(Spec):
     """
 
     name: str
+    """Of one of several results of a block, `BLOCK.OBSERVATION`."""
+    within: str | None = None
+    """That block."""
     variant: tuple[tuple[str, int | str], ...] = ()
     """Which one of several: (`model`, `source` or `base`; its label), axes of the results."""
     model: str

@@ -60,14 +60,15 @@ class VariantFinding:
         """Of every cell that has a value, in the order of the grid."""
         experiment = self.experiment
         axes = [axis.name for axis in experiment.axes]
-        places = [[axes.index(a) for a in site_targets(rule).axes] for rule in experiment.rules]
+        rules = ranked_rules(experiment)
+        places = [[axes.index(a) for a in site_targets(rule).axes] for rule in rules]
         for cell, index in enumerate(_cells(experiment)):
             value = math.nan if self.means is None else float(self.means[cell])
             if self.means is not None and not math.isfinite(value):
                 continue
             points: dict[SitePoint, None] = {}
             labels: dict[str, None] = {}
-            for rule, place in zip(experiment.rules, places, strict=True):
+            for rule, place in zip(rules, places, strict=True):
                 key = tuple(index[i] for i in place)
                 labels[site_targets(rule).labels[key]] = None
                 points.update(dict.fromkeys(_written(rule, key)))
@@ -191,6 +192,12 @@ class Finding:
         return self._orders[key]
 
 
+def ranked_rules(experiment: ResolvedExperiment) -> tuple[ResolvedRule, ...]:
+    """The rules whose sites and tokens are ranked: what is observed, else all that act."""
+    observing = [rule for rule in experiment.rules if rule.does.changes == "nothing"]
+    return tuple(observing or experiment.rules)
+
+
 def _cells(experiment: ResolvedExperiment) -> Iterator[Key]:
     """Every cell that there is, in the order of the grid: paths only lead forward."""
     names = [axis.name for axis in experiment.axes]
@@ -222,7 +229,8 @@ def _written(rule: ResolvedRule, key: Key) -> tuple[SitePoint, ...]:
 
 def _token_rule(experiment: ResolvedExperiment) -> ResolvedRule:
     """The rule whose positions are swept."""
-    return next(rule for rule in experiment.rules if "position" in rule.positions.axes)
+    every = ranked_rules(experiment)
+    return next(rule for rule in every if "position" in rule.positions.axes)
 
 
 def _by_label(

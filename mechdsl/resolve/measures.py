@@ -27,14 +27,18 @@ def resolve_measure(
     label: str,
     at: ast.Position | None = None,
     runs: tuple[str, ...] = (),
+    observed: bool = False,
 ) -> ResolvedMeasure | None:
     """The measure with its atoms, at the first of the places that it is read at; None after an
     error.
 
-    `runs` are those that it is read on; `at` is found in each one's own text. Codes: E0108, E0203,
-    E0437, E0438, E0442 to E0446, E0507, E0612 and those of texts and positions.
+    `runs` are those that it is read on; `at` is found in each one's own text; `observed`: it is of
+    what the experiment looks at. Codes: E0108, E0203, E0437, E0438, E0442 to E0446, E0507, E0612
+    and those of texts and positions.
     """
-    found = resolve_everywhere(expression, context, label=label, at=at, runs=runs)
+    found = resolve_everywhere(
+        expression, context, label=label, at=at, runs=runs, observed=observed
+    )
     return None if found is None else found[0][1]
 
 
@@ -45,11 +49,12 @@ def resolve_everywhere(
     label: str,
     at: ast.Position | None = None,
     runs: tuple[str, ...] = (),
+    observed: bool = False,
 ) -> list[tuple[Labels, ResolvedMeasure]] | None:
     """The measure at each of the places that it is read at, with what tells them apart; as
     `resolve_measure`."""
     before = len(context.diagnostics)
-    context.at = at
+    context.at, context.reads_observed = at, observed
     if not context.items:  # what `{item.index}` stands for is where it is read
         items = (place.item for place in places_of(at, context, runs[:1]))
         context = replace(context, items=tuple(item for item in items if item is not None))
@@ -108,6 +113,7 @@ def resolve_everywhere(
         unit=units.pop() if len(units) == 1 else "",
         at={} if positions is None else positions,
         truth=_truth(context.table) if category else None,
+        observed=observed,
     )
     everywhere = list(at_places(whole, places, context))
     if not everywhere:

@@ -42,6 +42,9 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     if isinstance(node, ast.Call) and is_python(node):
         return _of_python(node, context)
     name = node.id if isinstance(node, ast.Name) else node.name
+    seen = context.observed if context.reads_observed and isinstance(node, ast.Name) else None
+    if seen is not None and seen.gives == "number" and name in (*context.names, seen.word):
+        return Atom(node, seen.word, seen.form)
     metric = METRICS.get(name)
     if metric is None and isinstance(node, ast.Name) and name in context.metrics:
         return None  # it couldn't be written out, which has been said
@@ -104,7 +107,7 @@ def _form(
             (forms.get("own") if context.at is not None else None)
             or forms.get("nothing")
             or forms.get("prompt")
-            or forms.get("attention")
+            or forms.get("observation")
             or next((f for f in forms.values() if f.default is not None), None)
         )
     if len(values) == 2 and "activations" in forms:
@@ -124,7 +127,7 @@ def _form(
 
 def _misfit(forms: Mapping[Takes, Form], given: int) -> str:
     """Why no form of a metric fits, by how many arguments it is given."""
-    alone = {"nothing", "prompt", "own", "attention"}
+    alone = {"nothing", "prompt", "own", "observation"}
     most = 2 if "activations" in forms else 0 if alone.issuperset(forms) else 1
     if not given:
         return "it has no argument"
@@ -145,7 +148,7 @@ _USAGE: Mapping[Takes, str] = {
     "prompt": "`{}`",
     "own": "`{}`, with `at`",
     "activations": "`{}(L3.resid, clean)`",
-    "attention": "`{}`, beside a line `observe attention …`",
+    "observation": "`{}`, beside a line `observe attention …`",
 }
 
 
@@ -173,7 +176,7 @@ def _of_attention(
     arguments: tuple[ast.Argument, ...],
     context: MeasureContext,
 ) -> Atom | None:
-    if not context.observes:
+    if context.observed is None or context.observed.word != name:
         hint = "add a line `observe attention layer * head * from last token to …`"
         refuse(context, node.span, "nothing says which attention", hint)
         return None
@@ -308,7 +311,8 @@ def _of_python(node: ast.Call, context: MeasureContext) -> Atom | None:
         }
         for row in context.table.runs["clean"].rows
     )
-    return Atom(node, function.name, form, python=function, rows=rows)
+    tokenizer = None if function.tokenizer == "nothing" else context.tokenizer
+    return Atom(node, function.name, form, python=function, rows=rows, tokenizer=tokenizer)
 
 
 def known_run(value: Any, context: MeasureContext) -> str | None:
@@ -352,6 +356,6 @@ _BUILDERS: Mapping[Takes, Builder] = {
     "nothing": _plain,
     "prompt": _plain,
     "own": _plain,
-    "attention": _of_attention,
+    "observation": _of_attention,
     "activations": _of_activations,
 }

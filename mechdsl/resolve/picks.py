@@ -18,10 +18,10 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e06_numbers import PickedBySign
 from mechdsl.diagnostics.e06_onward import BadPick
+from mechdsl.program.possible_axes import may_sweep
 from mechdsl.prompts.position_hits import lies_behind
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
-from mechdsl.resolve.findings import Finding, RankedSite, Refused, site_targets
-from mechdsl.resolve.possible_axes import may_sweep
+from mechdsl.resolve.findings import Finding, RankedSite, Refused, ranked_rules, site_targets
 from mechdsl.resolve.resolved import (
     Key,
     PositionTargets,
@@ -392,17 +392,18 @@ def _check_first_measure(experiment: ResolvedExperiment) -> None:
 def _check_sites(experiment: ResolvedExperiment, node: ast.Ranked) -> None:
     _check_first_measure(experiment)
     name = experiment.name
-    without = [rule for rule in experiment.rules if rule.sites is None]
+    rules = ranked_rules(experiment)
+    without = [rule for rule in rules if rule.sites is None]
     tokens = f"{node.span.written} tokens"
     if without:
-        some = "" if len(without) == len(experiment.rules) else "some rules of "
+        some = "" if len(without) == len(rules) else "some rules of "
         raise Refused(
             f"{some}`{name}` change{'' if some else 's'} the input, which is no site",
             f"name its tokens, `{tokens}`, or an experiment that sweeps sites",
         )
-    swept = {axis for rule in experiment.rules for axis in site_targets(rule).axes}
+    swept = {axis for rule in rules for axis in site_targets(rule).axes}
     if not swept and experiment.n_cells > 1:
-        site = next(iter(site_targets(experiment.rules[0]).labels.values()))
+        site = next(iter(site_targets(rules[0]).labels.values()))
         raise Refused(
             f"`{name}` sweeps positions only, all at {site}",
             f"name its tokens, `{tokens}`, or an experiment that sweeps sites",
@@ -429,9 +430,10 @@ def _check_tokens(
             f"`{name}` ranks tokens of `{experiment.model.name}`, which has another tokenizer",
             "let both run on one model",
         )
-    sweeping = [rule for rule in experiment.rules if "position" in rule.positions.axes]
+    rules = ranked_rules(experiment)
+    sweeping = [rule for rule in rules if "position" in rule.positions.axes]
     if experiment.model.tokenizer.stands_in:
-        sweeping = [rule for rule in experiment.rules if may_sweep(rule.spec.at)]
+        sweeping = [rule for rule in rules if may_sweep(rule.spec.at)]
     if not sweeping:
         raise Refused(
             f"`{name}` doesn't sweep positions",

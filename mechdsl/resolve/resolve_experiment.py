@@ -12,6 +12,7 @@ from mechdsl.diagnostics.core import Diagnostic, Unknown, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue, TooManyCells
 from mechdsl.program import spec
+from mechdsl.program.possible_axes import position_axes, possible_axes
 from mechdsl.prompts.answer_tokens import AnswerTokens
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.answers_behind import measured_answers
@@ -26,9 +27,9 @@ from mechdsl.resolve.measure_context import MeasureContext
 from mechdsl.resolve.measured_parts import axes_of, loops_measured, measured_parts, perhaps_measured
 from mechdsl.resolve.measures import resolve_measure
 from mechdsl.resolve.metric_atoms import known_run
+from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.open_axes import open_axes, open_positions
 from mechdsl.resolve.picks import Onward
-from mechdsl.resolve.possible_axes import position_axes, possible_axes
 from mechdsl.resolve.relative_depth import relative
 from mechdsl.resolve.resolved import (
     Axis,
@@ -92,8 +93,9 @@ def outline(
         written = tuple(rule.site for rule in experiment.rules)
         axes = tuple(relative(axis, written, model.shape.n_layers) for axis in axes)
     apart = left_out(experiment.against, work.sites)
-    observes = any(kinds[rule.verb].observes for rule in experiment.rules)
-    context = _measure_context(work, axes, observes=observes)
+    looking = (kinds[rule.verb].observes(rule) for rule in experiment.rules)
+    observed = next((each for each in looking if each is not None), None)
+    context = _measure_context(work, axes, observed)
     measures, places = measured_parts(work, context)
     keep, accuracies = _other_measures(work, context)
     saves = resolve_saves(work)
@@ -275,7 +277,9 @@ def _nodes(rule: spec.Rule) -> Any:
     return tuple(part for part in parts if part is not None)
 
 
-def _measure_context(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> MeasureContext:
+def _measure_context(
+    work: Work, axes: tuple[Axis, ...], observed: Observation | None
+) -> MeasureContext:
     """What measures are resolved against."""
     items = sorted({i for axis in axes for i in axis.items if i is not None})
     if has_errors(work.diagnostics) or work.model.tokenizer.stands_in:
@@ -286,7 +290,12 @@ def _measure_context(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> M
         work.sites,
         tuple(items),
         work.diagnostics,
-        observes=observes,
+        observed=observed,
+        names=tuple(
+            rule.observed.name or rule.observed.word
+            for rule in work.experiment.rules
+            if rule.observed is not None
+        ),
         metrics=work.program.metrics,
     )
 

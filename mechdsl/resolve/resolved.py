@@ -110,6 +110,14 @@ class Amounts(Record):
 
 
 @record
+class Only(Record):
+    """The cells that a rule acts in, where it is one of several of which each cell has one."""
+
+    axis: str
+    index: int
+
+
+@record
 class EdgeTargets(Record):
     """Edges of attention: from the rule's positions, the queries, to these keys."""
 
@@ -176,9 +184,13 @@ class Intervention:
     name: ClassVar[str]
     """As graphs call it; the verb of a rule kind that says no other. Interventions of one name with
     equal keys write the same."""
-    changes: ClassVar[Literal["sites", "edges", "input", "nothing"]] = "sites"
-    """What of a run it changes: vectors at its sites, edges of attention, the text that goes in;
-    nothing where it only looks."""
+    changes: ClassVar[Literal["sites", "edges", "input", "positions", "nothing"]] = "sites"
+    """What of a run it changes: vectors at its sites, edges of attention, the text that goes in,
+    position ids; nothing where it only looks."""
+    whole: ClassVar[bool] = False
+    """Its rows are whole passes: nothing of an unpatched run stands in them."""
+    looks_ahead: ClassVar[bool] = False
+    """By it a token may see later ones."""
     reads: ClassVar[Literal["run", "donor", "mean", "cell"] | None] = None
     """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
     seeded permutation), its mean over all prompts, or what `of_cell` makes of all rows of a cell;
@@ -258,6 +270,8 @@ class ResolvedRule(Record):
     """`set … to python(…)`: what makes new vectors of the base run's."""
     edge: EdgeTargets | None = None
     path: PathTargets | None = None
+    only: Only | None = None
+    """None where it acts in all cells."""
 
     @property
     def axes(self) -> frozenset[str]:
@@ -265,7 +279,8 @@ class ResolvedRule(Record):
         parts = [self.sites, self.positions, self.amounts]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
-        return frozenset(name for part in parts if part is not None for name in part.axes)
+        own = frozenset(name for part in parts if part is not None for name in part.axes)
+        return own if self.only is None else own | {self.only.axis}
 
 
 Env = int | None
@@ -295,6 +310,8 @@ class Atom(Record):
     python: PythonFunction | None = None
     rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
     """What it is given of every row."""
+    tokenizer: TextTokenizer | None = field(default=None, compare=False, repr=False)
+    """What it is given beside that."""
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Per run and row, the token that stands where it is read (`loss at …`): each run has its
     own."""
@@ -343,6 +360,8 @@ class ResolvedMeasure(Record):
     """Per run and row, the token position that is read; runs that are missing read their last."""
     truth: tuple[float, ...] | None = None
     """Per row, the number that the answer spells, for categories."""
+    observed: bool = False
+    """It is of what the experiment looks at: metrics of tokens read its logits, not the model's."""
     absent: tuple[int, ...] = ()
     """Rows that lack the position; they have no value."""
     item: int | None = None

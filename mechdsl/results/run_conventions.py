@@ -78,7 +78,8 @@ def conventions(
             f"{plural(measured.dropped, 'row')} of cells left out: "
             f"{'the other row lacks the position' if of_donors else why}"
         )
-    if len(plan.rules) > 1:
+    acting = {r.rule.spec.span for r in plan.rules if r.rule.does.changes != "nothing"}
+    if len(acting) > 1:
         found["rules"] = (
             "together in one run; where two write the same vector, the later one stands"
         )

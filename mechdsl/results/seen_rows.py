@@ -62,7 +62,8 @@ class SeenRows:
     def _cell(self, cell: int, measure: ResolvedMeasure) -> Cell:
         found: list[int] = []
         for rule in self.plan.rules:
-            found.append(int(rule.position_of_cell[cell]))
+            acts = rule.active is None or bool(rule.active[cell])
+            found.append(int(rule.position_of_cell[cell]) if acts else -1)
             found.append(-1 if rule.key_of_cell is None else int(rule.key_of_cell[cell]))
             found.append(int(_below_attention(rule, cell)))
         by_item = any(atom.by_item for atom in measure.atoms)
@@ -103,9 +104,12 @@ class SeenRows:
                 start = list(rule.rule.inputs.values())[cell[3 * n]]
         looked = self._looked_at(cell, measure, row)
         last = self._last(start, measure, row, looked)
-        parts.append(self._prefix(start, row, last))
-        visible = last if self.causal(base.model) else None
+        ahead = any(rule.rule.does.looks_ahead for rule in self.plan.rules)
+        parts.append(self._prefix(start, row, last, ahead=ahead))
+        visible = last if self.causal(base.model) and not ahead else None
         for n, rule in enumerate(self.plan.rules):
+            if cell[3 * n] < 0:  # it doesn't act there
+                continue
             written = rule.positions[cell[3 * n]].hits[row]
             keys = self._keys[n]
             to = None if keys is None else keys[cell[3 * n + 1]].hits[row]
@@ -168,7 +172,7 @@ class SeenRows:
         end = len(run.rows[row].ids) - 1
         found = -1 if looked is None else looked
         for atom in measure.atoms:
-            if atom.form.takes == "attention":
+            if measure.observed or atom.form.takes == "observation":
                 continue
             at = measure.at.get(run.name)
             if at is None or atom.form.takes == "prompt":
@@ -179,7 +183,7 @@ class SeenRows:
         return found
 
     def _looked_at(self, cell: Cell, measure: ResolvedMeasure, row: int) -> int | None:
-        """The last query whose attention the measure reads."""
+        """The last token that the measure looks at."""
         if not _looks(measure):
             return None
         queries = [
@@ -191,14 +195,16 @@ class SeenRows:
         ]
         return max(queries, default=None)
 
-    def _prefix(self, run: Run, row: int, last: int) -> Hashable:
+    def _prefix(self, run: Run, row: int, last: int, *, ahead: bool = False) -> Hashable:
         """The tokens of a run that can be seen from one of them, with where noise is added; all of
-        them in a model that sees the whole prompt. Beyond the prompt stands the metric's text."""
+        them in a model that sees the whole prompt, or where rules let tokens see later ones
+        (ahead). Beyond the prompt stands the metric's text."""
         key = id(run)
         if key not in self._prefixes:
             self._prefixes[key] = _prefix_numbers([each.ids for each in run.rows])
         numbers = self._prefixes[key][row]
-        end = min(last, len(numbers) - 1) if self.causal(run.model) else len(numbers) - 1
+        causal = self.causal(run.model) and not ahead
+        end = min(last, len(numbers) - 1) if causal else len(numbers) - 1
         noised = () if run.noise is None else run.noise.positions[row]
         noise = tuple(token for token in noised if token <= end)
         return (run.name, last, numbers[end] if end >= 0 else -1, noise)
@@ -230,8 +236,8 @@ def _reaches(tokens: Sequence[int], last: int | None) -> bool:
 
 
 def _looks(measure: ResolvedMeasure) -> bool:
-    """Whether it reads attention that is observed."""
-    return any(atom.form.takes == "attention" for atom in measure.atoms)
+    """Whether it reads what is observed."""
+    return measure.observed or any(a.form.takes == "observation" for a in measure.atoms)
 
 
 def _below_attention(rule: RulePlan, cell: int) -> bool:

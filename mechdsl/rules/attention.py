@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_rules import BadEdit
+from mechdsl.models.adapters import adds_positions
 from mechdsl.program import spec
 from mechdsl.prompts.order_in_text import behind, by_text
 from mechdsl.prompts.prompt_table import PositionCell
@@ -31,7 +33,7 @@ from mechdsl.syntax.walk import walk
 from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.sites import EdgeChange
 
-_WITHOUT_LOGITS = ("activations", "attention")
+_WITHOUT_LOGITS = ("activations", "observation")
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +68,12 @@ class EdgeIntervention(Intervention):
             _bad_weight(rule, work, "attention can't be negative", f"this is {low:g}", self.least)
         return low >= 0
 
+    def fits(
+        self, rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
+    ) -> bool:
+        """Whether edges to hidden keys can be what they are made."""
+        return True
+
     least: ClassVar[str] = "0 takes the edge out, 1 leaves it as it is, 2 doubles it"
     """What to write instead of a negative number."""
 
@@ -83,36 +91,49 @@ class EdgeRule(RuleKind):
         raise NotImplementedError
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
-        assert rule.edge is not None
-        assert rule.onto is not None
-        sites, axes = attention_sites(rule.edge, work.sites)
-        for axis in axes:
-            work.add_axis(axis)
-        both = sweeps(rule.at, work) and sweeps(rule.onto, work)
-        queries = plain_targets(rule.at, work, "from_position" if both else "position")
-        keys = plain_targets(rule.onto, work)
         does, amounts = self.edit(rule, work)
-        sites, queries = pick_nothing(sites, queries, SitePoint("pattern", 0, None))
-        if sites is None or queries is None or keys is None or does is None:
+        return resolve_edge(rule, does, amounts, work)
+
+
+def resolve_edge(
+    rule: spec.Rule, does: EdgeIntervention | None, amounts: Amounts | None, work: Work
+) -> ResolvedRule | None:
+    """A statement about `attention … from Q to K` with its queries and keys; None after an error.
+
+    does: None after an error.
+    """
+    assert rule.edge is not None
+    assert rule.onto is not None
+    sites, axes = attention_sites(rule.edge, work.sites)
+    for axis in axes:
+        work.add_axis(axis)
+    both = sweeps(rule.at, work) and sweeps(rule.onto, work)
+    queries = plain_targets(rule.at, work, "from_position" if both else "position")
+    keys = plain_targets(rule.onto, work)
+    sites, queries = pick_nothing(sites, queries, SitePoint("pattern", 0, None))
+    if sites is None or queries is None or keys is None or does is None:
+        return None
+    if amounts is not None and not does.possible(rule, amounts, keys, work):
+        return None
+    causal = work.sites.shape.causal and (not work.sites.shape.stands_in or _predicts(work))
+    known = not work.model.tokenizer.stands_in
+    told = known or (by_text(rule.at, rule.onto) and not work.table.stands_in)
+    if does.looks_ahead:
+        if not does.fits(rule, queries, keys, work):
             return None
-        if amounts is not None and not does.possible(rule, amounts, keys, work):
-            return None
-        causal = work.sites.shape.causal and (not work.sites.shape.stands_in or _predicts(work))
-        known = not work.model.tokenizer.stands_in
-        told = known or (by_text(rule.at, rule.onto) and not work.table.stands_in)
-        if causal and told and not _anything_seen(rule, queries, keys, work):
-            return None
-        if does.removes and causal and known and not _something_left(rule, queries, keys, work):
-            return None
-        return ResolvedRule(
-            spec=rule,
-            does=does,
-            run=work.experiment.base,
-            sites=sites,
-            positions=queries,
-            amounts=amounts,
-            edge=EdgeTargets(does.change, keys),
-        )
+    elif causal and told and not _anything_seen(rule, queries, keys, work):
+        return None
+    if does.removes and causal and known and not _something_left(rule, queries, keys, work):
+        return None
+    return ResolvedRule(
+        spec=rule,
+        does=does,
+        run=work.experiment.base,
+        sites=sites,
+        positions=queries,
+        amounts=amounts,
+        edge=EdgeTargets(does.change, keys),
+    )
 
 
 @rule_kind("block")
@@ -140,6 +161,58 @@ class ReweightRule(EdgeRule, EdgeIntervention):
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
         return amounts == 1
+
+
+@rule_kind("allow")
+class AllowRule(EdgeRule, EdgeIntervention):
+    """`allow attention … from Q to K`: the query sees the key, wherever it stands."""
+
+    change = "allow"
+    said = (
+        "allowed keys join those that a query sees, with the scores that the model gives them; "
+        "other rules act on all of these"
+    )
+    whole = True
+    looks_ahead = True
+
+    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
+        return self, None
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from super().conventions(rule, n_layers)
+        yield Convention("passes", "rows of `allow` are whole passes")
+
+    def fits(
+        self, rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
+    ) -> bool:
+        """E0108, E0332 where nothing is hidden, or scores of hidden keys aren't known."""
+        shape = work.sites.shape
+        if shape.stands_in:
+            return True
+        if adds_positions(shape.family, shape.config):
+            what = "`allow` in a model that adds positions to scores"
+            work.diagnostics.append(NotSupported(span=rule.span, what=what))
+            return False
+        if shape.causal:
+            known = not work.model.tokenizer.stands_in
+            if not known or "sliding_window" in shape.config or not _all_seen(queries, keys):
+                return True
+        assert rule.onto is not None
+        first = rule.at.span.written
+        hint = f"name keys behind their queries: `from {rule.onto.span.written} to {first}`"
+        if not shape.causal:
+            hint = "`allow` is for models in which no token sees a later one"
+        work.diagnostics.append(
+            BadEdit(
+                span=rule.onto.span,
+                reason="these keys are seen already",
+                what=f"`{first}` comes behind them"
+                if shape.causal
+                else f"every token of `{work.model.name}` sees all others",
+                hint=hint,
+            )
+        )
+        return False
 
 
 class Uniform(EdgeIntervention):
@@ -202,54 +275,6 @@ class SetEdgeRule(EdgeRule):
         return (None if amounts is None else WEIGHT), amounts
 
 
-@rule_kind("observe")
-class ObserveRule(EdgeRule, EdgeIntervention):
-    """`observe attention … from Q to K`: the weight that the keys get together."""
-
-    once = True
-    """One observation can be told from another by its axes only."""
-    observes = True
-    within_prompt = "`observe` looks at the prompt alone"
-    changes = "nothing"
-    change = None
-
-    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
-        return self, None
-
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
-        if found is None or found.sites is None or "nothing" not in found.sites.labels.values():
-            return found
-        work.diagnostics.append(
-            BadEdit(
-                span=rule.span,
-                reason="there would be nothing to look at",
-                what="no head is picked in one of its cells",
-                hint="pick at least one: `top 1 of …`",
-            )
-        )
-        return None
-
-    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        assert rule.spec.edge is not None
-        axes = {axis.word: axis for axis in rule.spec.edge.axes}
-        over = [f"these {word}s" for word, axis in axes.items() if _joins(axis)]
-        if rule.spec.edge.heads is not None:
-            assert rule.sites is not None
-            over += ["these heads"] if any(len(p) > 1 for p in rule.sites.points.values()) else []
-        else:
-            over += [] if "head" in axes else ["all heads"]
-        cells = rule.positions.written.values()
-        if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
-            over.append("the queries")
-        averaged = f", averaged over {' and '.join(over)}" if over else ""
-        yield Convention("observed", f"the weight that the keys get together{averaged}")
-
-
-def _joins(axis: ast.Axis) -> bool:
-    return axis.plural or axis.window is not None
-
-
 def _predicts(work: Work) -> bool:
     """Whether a measure is of the next token, so that no model will do that sees later ones."""
     for measure in work.experiment.measures:
@@ -282,6 +307,17 @@ def _anything_seen(
         )
     )
     return False
+
+
+def _all_seen(queries: PositionTargets, keys: PositionTargets) -> bool:
+    """Whether no key comes behind a query, in any cell."""
+    lowest = [_outermost(cell, min) for cell in queries.written.values()]
+    highest = [_outermost(cell, max) for cell in keys.written.values()]
+    return all(
+        first is None or last is None or last <= first
+        for asking, asked in product(lowest, highest)
+        for first, last in zip(asking, asked, strict=True)
+    )
 
 
 def _outermost(cell: PositionCell, which: Callable[[list[int]], int]) -> list[int | None]:

@@ -583,13 +583,23 @@ class Patch(Node):
 
 
 @record
+class Fill(Node):
+    """One of several fills of an ablation."""
+
+    fill: Expr
+    by: Name | None = None
+
+
+@record
 class Ablate(Node):
-    """`fill` is `zero`, `mean`, `resample` (a `Name`) or `mean of x` (an `OfRef`); `by` a name."""
+    """`fill` is `zero`, `mean`, `resample` (a `Name`) or `mean of x` (an `OfRef`); `by` a name;
+    with `more` behind them they are an axis."""
 
     site: Site
     at: Positions
     fill: Expr
     by: Name | None = None
+    more: tuple[Fill, ...] = ()
 
 
 @record
@@ -616,8 +626,25 @@ class SetEdge(Node):
 
 
 @record
-class ObserveAttention(Node):
+class Allow(Node):
     edge: Edge
+
+
+@record
+class Renumber(Node):
+    """`renumber subject tokens from 5`."""
+
+    at: Positions
+    start: Expr
+
+
+@record
+class ObserveAttention(Node):
+    """`observe attention layer * head * of fewer from last token to a token as attn`."""
+
+    edge: Edge
+    run: Ref | None = None
+    name: Name | None = None
 
 
 @record
@@ -698,6 +725,8 @@ RuleBody = (
     | Block
     | Reweight
     | SetEdge
+    | Allow
+    | Renumber
     | SetSite
     | PathRule
     | Add
@@ -707,7 +736,6 @@ RuleBody = (
     | SwapSites
     | Freeze
     | Registered
-    | ObserveAttention
 )
 
 
@@ -821,6 +849,9 @@ class Observe(Node):
     at: Positions | None = None
     other: Positions | None = None
     top: int | str | None = None
+    run: Ref | None = None
+    """What is looked at, where that isn't the run that the rules act on."""
+    name: Name | None = None
 
 
 @record
@@ -847,13 +878,15 @@ class Stats(Node):
 
 @record
 class Report(Node):
-    """`report heatmap layer by head top 5 to "file"`."""
+    """`report heatmap layer by head of attn top 5 to "file"`."""
 
     kind: Name
     variable: Name | None = None
     by: Name | None = None
     top: int | str | None = None
     file: String | None = None
+    of: Name | None = None
+    """The observation that is shown, where the experiment has several."""
 
 
 @record

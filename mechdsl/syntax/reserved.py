@@ -31,7 +31,7 @@ EXPERIMENT_WORDS = RULE_WORDS | _words(
 )
 """First words of statements in an `experiment` or `for` block."""
 
-SOFT_WORDS = _words("run save")
+SOFT_WORDS = _words("allow renumber run save")
 """Those that begin a statement there only before what it holds, and may name anything elsewhere."""
 
 BLOCK_WORDS = _words("experiment prompts images for corrupt run")

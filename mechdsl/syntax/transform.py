@@ -408,7 +408,14 @@ class ToAst(Transformer[Token, Any]):
         return ast.Search(_name(c[1]), _name(c[2]), _amount(c[5]), span=_span(c))
 
     def observe_attention(self, c: list[Any]) -> ast.ObserveAttention:
-        return ast.ObserveAttention(c[1], span=_span(c))
+        clauses = _clauses(c)
+        children = [each for each in c[1:] if not isinstance(each, Clause)]
+        # Without the run, which stands in the middle, this is an edge like others.
+        seen = self.edge(children)
+        return ast.ObserveAttention(seen, clauses.get("run"), clauses.get("name"), span=_span(c))
+
+    of_run = _clause("run", _second)
+    as_name = _clause("name", _second)
 
     def observe_features(self, c: list[Any]) -> ast.ObserveFeatures:
         return ast.ObserveFeatures(c[3], c[5], _clauses(c).get("top"), span=_span(c))
@@ -423,6 +430,8 @@ class ToAst(Transformer[Token, Any]):
             clauses.get("at"),
             clauses.get("with"),
             clauses.get("top"),
+            clauses.get("run"),
+            clauses.get("name"),
             span=_span(c),
         )
 
@@ -486,6 +495,7 @@ class ToAst(Transformer[Token, Any]):
             clauses.get("by"),
             clauses.get("top"),
             clauses.get("file"),
+            clauses.get("of"),
             span=_span(c),
         )
 
@@ -493,6 +503,7 @@ class ToAst(Transformer[Token, Any]):
         return _name(c[0])
 
     by_variable = _clause("by", _second)
+    of_observation = _clause("of", _second)
     to_file = _clause("file", _second)
 
     def expect(self, c: list[Any]) -> ast.Expect:
@@ -520,7 +531,6 @@ class ToAst(Transformer[Token, Any]):
         file = next(child for child in c if isinstance(child, ast.String))
         return ast.Save(c[1], at, file, clauses.get("run"), clauses.get("dtype"), span=_span(c))
 
-    of_run = _clause("run", _second)
     saved_as = _clause("dtype", _second)
 
     # --- rules ---------------------------------------------------------------------------------
@@ -551,7 +561,11 @@ class ToAst(Transformer[Token, Any]):
     with_ref = _clause("source", _second)
 
     def ablate(self, c: list[Any]) -> ast.Ablate:
-        return ast.Ablate(c[1], c[3], c[5], _clauses(c).get("by"), span=_span(c))
+        more = tuple(child for child in c if isinstance(child, ast.Fill))
+        return ast.Ablate(c[1], c[3], c[5], _clauses(c).get("by"), more, span=_span(c))
+
+    def fill(self, c: list[Any]) -> ast.Fill:
+        return ast.Fill(c[0], _clauses(c).get("by"), span=_span(c))
 
     def replace_tokens(self, c: list[Any]) -> ast.ReplaceTokens:
         return ast.ReplaceTokens(c[1], c[3], span=_span(c))
@@ -564,6 +578,12 @@ class ToAst(Transformer[Token, Any]):
 
     def set_edge(self, c: list[Any]) -> ast.SetEdge:
         return ast.SetEdge(c[1], c[3], span=_span(c))
+
+    def allow(self, c: list[Any]) -> ast.Allow:
+        return ast.Allow(c[1], span=_span(c))
+
+    def renumber(self, c: list[Any]) -> ast.Renumber:
+        return ast.Renumber(c[1], c[3], span=_span(c))
 
     def set_site(self, c: list[Any]) -> ast.SetSite:
         return ast.SetSite(c[1], c[3], c[5], span=_span(c))

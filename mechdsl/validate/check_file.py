@@ -241,9 +241,10 @@ def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
 
 
 def _only(name: str, checked: Checked) -> list[spec.Experiment]:
-    found = [e for e in checked.program.experiments if e.name == name]
+    every = checked.program.experiments
+    found = {e.name for e in every if name in (e.name, e.within)}
     if not found:
-        names = [e.name for e in checked.program.experiments]
+        names = list(dict.fromkeys(e.name for e in every))
         known = name_list(names)
         checked.diagnostics.append(
             BadCommandLine(
@@ -252,8 +253,8 @@ def _only(name: str, checked: Checked) -> list[spec.Experiment]:
             )
         )
         return []
-    needed = with_needed(name, checked.program.experiments)
-    checked.unreported.update(e.name for e in needed if e.name != name)
+    needed = with_needed(found, every)
+    checked.unreported.update(e.name for e in needed if e.name not in found)
     return needed
 
 

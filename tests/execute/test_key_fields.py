@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ EXPERIMENTS = {
     "grid": one("patch z layer 0..1 head 1 at subject token, cue token into layer 2"),
     "noised": one("patch resid_post layer 1 at subject token", ends="from clean into noised"),
     "mean": one("ablate z layer 1 head 1 at subject token, cue token with mean by cue2"),
+    "fills": one("ablate z layer 1 head 1 at subject token with zero, mean"),
     "apart": one("ablate z layer 1 head 1 at subject token with mean of apart"),
     "number": one("set z layer 1 head 1 at subject token to 0.5"),
     "loop": one("for k in 1..2 { set z layer 1 head 1 at subject token to k }"),
@@ -259,6 +261,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "python": ("number", lambda python: FUNCTION),
         "edge": ("edges", lambda edge: replace(edge, change="uniform")),
         "path": ("paths", lambda path: replace(path, through_mlps=True)),
+        "only": ("fills", lambda only: replace(only, index=1)),
     },
     SiteTargets: {
         "points": ("grid", lambda points: one_more(points, next_head)),
@@ -285,6 +288,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "expression": ("patch", lambda node: text(node, "loss")),
         "atoms": ("patch", lambda atoms: atoms[:1]),
         "kind": ("patch", lambda kind: "category"),
+        "observed": ("patch", lambda observed: not observed),
         "at": ("patch", lambda at: {"clean": (1, 1, 1, 1)}),
     },
     Atom: {
@@ -298,6 +302,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "point": ("cosine", lambda point: replace(point, layer=1)),
         "python": ("python", lambda python: replace(python, digest="1" * 64)),
         "rows": ("python", lambda rows: ({"count": 9}, *rows[1:])),
+        "tokenizer": ("python", lambda tokenizer: SimpleNamespace(hash="1" * 64)),
         "own": ("loss", lambda own: {run: (9,) * len(rows) for run, rows in own.items()}),
     },
     TokenSets: {
@@ -338,6 +343,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "keys": ("edges", moved_hits),
         "key_of_cell": ("edges", turned),
         "paths": ("paths", lambda paths: replace(paths, table=next_head(paths.table))),
+        "active": ("fills", lambda active: ~active),
     },
     PathPlan: {
         "table": ("paths", next_head),

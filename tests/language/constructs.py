@@ -170,7 +170,9 @@ _file(
     'metric margin = python("functions.py:margin")',
     "A function of a Python file, called as `margin(logits, rows)`: the logits where the measure "
     "is read, [row, vocab], and the values of each row. It gives one number per row, and runs with "
-    "`--allow-python` only; the file's hash is kept.",
+    "`--allow-python` only; the file's hash is kept. With a third argument, or one called "
+    "`tokenizer`, it is given the model's, a `tokenizers.Tokenizer`: "
+    '`tokenizer.encode(" yes", add_special_tokens=False).ids`.',
     "tests/python_files/test_python_files.py",
 )
 _file(
@@ -420,6 +422,7 @@ _site(
 # --- rules ----------------------------------------------------------------------------------------
 
 _TRANSPLANTS = "tests/rules/test_transplants.py"
+_OBSERVED = "tests/rules/test_observations.py"
 _EDGES = "tests/rules/test_attention.py"
 _PATHS = "tests/rules/test_paths.py"
 
@@ -520,6 +523,14 @@ _rule(
     "tests/rules/test_whole_cells.py",
 )
 _rule(
+    "several fills",
+    "ablate layer * head * at last token with zero, mean, mean of fewer by count, resample",
+    "Fills in a list are an axis, `fill`, named as they are written: each cell is what the rule is "
+    "with that fill alone.",
+    OWN,
+    "tests/rules/test_fills.py",
+)
+_rule(
     "block attention",
     "block attention layer * window 3 from last token to fruits tokens",
     "The queries may not attend to the keys: their scores are −∞ before the softmax, the rest, "
@@ -550,6 +561,24 @@ _rule(
     _EDGES,
 )
 _rule(
+    "allow attention",
+    "allow attention layers * from first-item token to last-item token",
+    "The queries see these keys too, later ones or those behind a window, with the scores that the "
+    "model gives them; the softmax goes over all that is seen then. Other rules on edges act on "
+    "the enlarged set. Rows are whole passes. Not where positions are added to scores (ALiBi).",
+    "Wang et al. 2024, arXiv 2407.01100",
+    "tests/rules/test_allowed.py",
+)
+_rule(
+    "renumber",
+    "renumber last-item token from 5",
+    "These tokens get the position ids 5, 6, …, in their order in the text; a prompt's first token "
+    "has 0. All others keep theirs, and what a token sees goes by its place as before. Rows are "
+    "whole passes. Not where the model counts by itself, or adds positions to scores.",
+    "Wang et al. 2024, arXiv 2407.01100",
+    "tests/rules/test_allowed.py",
+)
+_rule(
     "path",
     "path layer 0..1 head * -> q layer 2 head * at last token",
     "The sender gets the source run's value, every other head and every MLP is held at the base "
@@ -575,6 +604,25 @@ _rule(
     "stand beside it.",
     ATTENTION,
     _EDGES,
+)
+_rule(
+    "observe",
+    "observe norm resid_post layer * at last token as lengths",
+    "Looks and changes nothing: what is seen is measured, with the effect `raw`, of the patched "
+    "run where rules stand beside it. With a name the line has a result of its own, with its own "
+    "axes, beside that of the measures; `top 3 of lengths`, `expect max(lengths) > 2` and `report "
+    "lines layer of lengths` call it. `norm` is the length of the vector (L2).",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe … of RUN",
+    "observe norm resid_post layer * of fewer at last token as lengths",
+    "Of another run than the one that rules act on, whose texts positions are found in.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
 )
 _rule(
     "for",

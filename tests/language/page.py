@@ -248,7 +248,7 @@ METRIC_EXAMPLES: dict[Takes, str] = {
     "own": "{} at last-item token",
     "activations": "{}(L1.resid, clean)",
     "rows": "{}",
-    "attention": "observe {} layer * from last token to first-item token",
+    "observation": "observe {} layer * from last token to first-item token",
 }
 EFFECT_SOURCES = {"recovery": PATCHING, "relative": CIRCUIT}
 NOT_HERE = ("router", "expert_out", "mixer_norm", "mixer_out")

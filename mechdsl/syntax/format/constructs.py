@@ -235,10 +235,11 @@ def ranked(node: ast.Ranked) -> str:
     return f"top {text} of {node.of}"
 
 
-def edge(node: ast.Edge) -> str:
-    """`attention layer * from Q to K`."""
+def edge(node: ast.Edge, run: ast.Ref | None = None) -> str:
+    """`attention layer * from Q to K`; run: the one that is looked at."""
     parts = ["attention", *([node.stack.id] if node.stack else []), *map(axis, node.axes)]
     parts += [site(node.heads)] if node.heads is not None else []
+    parts += [] if run is None else [f"of {ref(run)}"]
     return f"{' '.join(parts)} from {positions(node.queries)} to {positions(node.keys)}"
 
 

@@ -197,9 +197,10 @@ def _rule(node: Any) -> str | None:
                 + _of("with", node.source, ref)
             )
         case ast.Ablate():
-            fill = within(node.fill, SUM)
-            by = _of("by", node.by, _id)
-            return f"ablate {site(node.site)} at {positions(node.at)} with {fill}{by}"
+            fills = ", ".join(
+                within(each.fill, SUM) + _of("by", each.by, _id) for each in (node, *node.more)
+            )
+            return f"ablate {site(node.site)} at {positions(node.at)} with {fills}"
         case ast.ReplaceTokens():
             return f"replace {positions(node.at)} with {within(node.value, SUM)}"
         case ast.Block():
@@ -208,6 +209,10 @@ def _rule(node: Any) -> str | None:
             return f"reweight {edge(node.edge)} by {within(node.factor, SUM)}"
         case ast.SetEdge():
             return f"set {edge(node.edge)} to {within(node.value, SUM)}"
+        case ast.Allow():
+            return f"allow {edge(node.edge)}"
+        case ast.Renumber():
+            return f"renumber {positions(node.at)} from {within(node.start, SUM)}"
         case ast.SetSite():
             return f"set {site(node.site)} at {positions(node.at)} to {within(node.value, SUM)}"
         case ast.PathRule():
@@ -270,7 +275,7 @@ def _statement(node: Any) -> str | None:
         case ast.Search():
             return f"search {node.how.id} {node.what.id} up to {node.up_to}"
         case ast.ObserveAttention():
-            return f"observe {edge(node.edge)}"
+            return f"observe {edge(node.edge, node.run)}" + _of("as", node.name, _id)
         case ast.ObserveFeatures():
             top = _optional("top", node.top)
             return f"observe features of {node.basis.id} at {positions(node.at)}{top}"
@@ -294,6 +299,7 @@ def _statement(node: Any) -> str | None:
                 f"report {node.kind.id}"
                 + (f" {node.variable.id}" if node.variable else "")
                 + _of("by", node.by, _id)
+                + _of("of", node.of, _id)
                 + _optional("top", node.top)
                 + _of("to", node.file, _text)
             )
@@ -317,8 +323,10 @@ def _observe(node: ast.Observe) -> str:
     what = call(node.what) + (" at" if isinstance(node.what, ast.Call) else "")
     return (
         f"observe {what} {site(node.site)}"
+        + _of("of", node.run, ref)
         + _of("toward", node.toward, _sum)
         + _of("at", node.at, positions)
         + _of("with", node.other, positions)
         + _optional("top", node.top)
+        + _of("as", node.name, _id)
     )

@@ -140,7 +140,6 @@ HINTS: tuple[Hint, ...] = (
         "FROM",
     ),
     Hint(r"^(block|reweight)\s+$", r"", "write `{0} attention layer * from Q to K`", "ATTENTION"),
-    Hint(r"^observe\b", r"as\b", "an observation is shown as it is: leave `as …` out"),
     Hint(
         r"\bfrom\s+\w+\s*$",
         r"tokens?\b",
@@ -272,6 +271,8 @@ HINTS: tuple[Hint, ...] = (
         "the text ends at this quote: name the value on a line of its own, `x = …`, and write "
         "that name in the text",
     ),
+    Hint(r"", r"allow\s", "write `allow attention layers * from QUERIES to KEYS`"),
+    Hint(r"", r"renumber\s", "write `renumber subject tokens from 5`"),
     Hint(r"^$", r"in\s+(\w+)", "the name comes first: `{0} in …`"),
     Hint(r"^$", r"python\b", "say which value it makes: `count = python(…)`"),
     Hint(r"^$", r"apply\b", "write `set SITE at POSITION to python(…)`"),
