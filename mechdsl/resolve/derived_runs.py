@@ -97,8 +97,10 @@ def _refused(rule: ResolvedRule, table: PromptTable, run: spec.DerivedRun) -> It
         what = "a `path` in a `run`"
     elif rule.does.changes == "input":
         what, later = "a `replace` in a `run`", "write a `corrupt` in the prompts block"
-    elif rule.python is not None:
+    elif rule.python is not None or rule.does.reads == "cell":
         what = "a function of a Python file in a `run`"
+    elif rule.does.changes not in ("sites", "edges") or rule.does.whole or rule.does.looks_ahead:
+        what = f"`{rule.spec.verb}` in a `run`"
     if what:
         yield NotSupported(span=rule.spec.span, what=what, later=later)
         return
