@@ -14,7 +14,7 @@ from mechdsl.execute.unpatched_batch import RuleWrites, UnpatchedBatch
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.writes import build_edges, build_writes
 from mechdsl.plan.plan import ExperimentPlan
-from mechdsl.plan.rule_rows import Rows
+from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.prompts.prompt_table import Run
 
 
@@ -24,8 +24,8 @@ class DerivedRuns:
 
     plans: Mapping[str, ExperimentPlan]
     runs: UnpatchedRuns
-    donors: Mapping[str, Ints | None]
-    """By name, [prompt] the one whose activation replaces it, for `resample`."""
+    donors: Mapping[str, Mapping[int, Ints]]
+    """By name and number of the rule, [prompt] the row that replaces it, for `resample`."""
     batches: Sequence[Ints]
     """Prompts that means are of."""
     _written: dict[str, MeansAndDonors] = field(default_factory=dict[str, MeansAndDonors])
@@ -34,12 +34,13 @@ class DerivedRuns:
     def of(
         plans: Mapping[str, ExperimentPlan],
         runs: UnpatchedRuns,
-        keys: Sequence[int],
         batches: Sequence[Ints],
     ) -> DerivedRuns:
-        """keys: [prompt] of its content. batches: of the rows that means and donors are of."""
+        """batches: of the rows that means and donors are of."""
         kept = np.concatenate([np.arange(0), *batches])
-        donors = {name: donors_of(plan, keys, runs.seed, kept) for name, plan in plans.items()}
+        donors = {
+            name: donors_of(plan, runs.table, runs.seed, kept) for name, plan in plans.items()
+        }
         return DerivedRuns(plans, runs, donors, batches)
 
     def written(self, name: str) -> MeansAndDonors:
@@ -62,11 +63,13 @@ class DerivedRuns:
         none = np.zeros(len(prompts), dtype=np.int64)
         rows = Rows(none, prompts, none)
 
-        def lanes_of(source: str, donors: bool) -> UnpatchedBatch:
-            due = batch
-            if donors and written.donors is not None:
-                due = np.unique(written.donors[batch])
-            return self.runs.lanes(self.runs.named(source), due, alone=donors)
+        def lanes_of(rule: RulePlan) -> UnpatchedBatch:
+            donors, apart = written.donors.get(rule.number), rule.rule.apart
+            due = batch if donors is None else np.unique(donors[batch])
+            if apart is not None:
+                places = {(point.site, point.layer) for point in rule.source_table}
+                return self.runs.apart(apart.table, apart.table.runs[apart.run], due, places)
+            return self.runs.lanes(self.runs.named(rule.rule.run), due, alone=donors is not None)
 
         shape = self.runs.model.shape
         before = self.rules(self.runs.named(run.derived.base), prompts, draw, batch)

@@ -199,7 +199,10 @@ class KeptValues:
         return cls(kept.run, Contents(kept.models, panel.model, seed), panel.table)
 
     def define(
-        self, plans: Mapping[str, ExperimentPlan], rows: Ints, donors: Mapping[str, Ints | None]
+        self,
+        plans: Mapping[str, ExperimentPlan],
+        rows: Ints,
+        donors: Mapping[str, Mapping[int, Ints]],
     ) -> None:
         """What runs with rules hang on, by name, each after those that it uses. rows: those that
         means and donors are of. What can't be compared leaves all that reads the run unkept."""
@@ -210,11 +213,11 @@ class KeptValues:
         self,
         plan: ExperimentPlan,
         rows: Ints,
-        donors: Ints | None,
+        donors: Mapping[int, Ints],
         cells: Mapping[int, WholeCells],
     ) -> PatchedValues:
-        """Of one experiment. rows: those that are in it. donors: [prompt] of `resample`. cells: by
-        number of the rule, of those that read whole ones."""
+        """Of one experiment. rows: those that are in it. donors, cells: by number of the rule,
+        of those that resample, or read whole cells."""
         keys = ExperimentKeys(plan, self._table, self._contents, rows, donors, cells)
         return PatchedValues(self._run, keys)
 

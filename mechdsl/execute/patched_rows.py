@@ -23,7 +23,6 @@ from mechdsl.execute.unpatched_batch import (
     noise_writes,
     prompt_loss,
     spot_positions,
-    unless_set,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
 from mechdsl.execute.writes import (
@@ -41,7 +40,7 @@ from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.columns import counted
 from mechdsl.plan.plan import ExperimentPlan, Plan
 from mechdsl.plan.restart import Held
-from mechdsl.plan.rule_rows import Rows
+from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved import Atom
@@ -242,12 +241,14 @@ class Patcher:
         """The vectors that the rows of one experiment write."""
         means_and_donors = self.means_and_donors[number]
 
-        def lanes_of(source: str, donors: bool) -> UnpatchedBatch:
-            prompts = batch
-            if donors and means_and_donors.donors is not None:
-                prompts = np.unique(means_and_donors.donors[batch])
-            atom = self._atom(number, text)
-            return self.runs.lanes(self.runs.named(source), prompts, atom, alone=donors)
+        def lanes_of(rule: RulePlan) -> UnpatchedBatch:
+            donors, apart = means_and_donors.donors.get(rule.number), rule.rule.apart
+            prompts = batch if donors is None else np.unique(donors[batch])
+            if apart is not None:
+                places = {(point.site, point.layer) for point in rule.source_table}
+                return self.runs.apart(apart.table, apart.table.runs[apart.run], prompts, places)
+            run, atom = self.runs.named(rule.rule.run), self._atom(number, text)
+            return self.runs.lanes(run, prompts, atom, alone=donors is not None)
 
         plan = self.plans[number]
         shape = self.model.shape
@@ -360,14 +361,13 @@ class Patcher:
         for numbers in rows.numbers:
             batch = batch.numbered(numbers.rows, numbers.positions, numbers.numbers)
         if rows.held is not None:
-            freezing = frozen(self.model, batch, rows.held, rows.writes, added)
-            rows = replace(rows, writes=[*freezing, *rows.writes])
+            added += frozen(self.model, batch, rows.held, rows.writes, added)
         all_logits = any(write.site == "logits" for write in rows.writes)
         slots, at = _by_row(final, len(rows), batch.lengths.cpu().numpy())
         result = run_whole(
             self.model,
             batch,
-            writes=[*rows.writes, *(unless_set(write, rows.writes) for write in added)],
+            writes=[*added, *rows.writes],
             reads=list(reads),
             logits_at=None if all_logits else torch.from_numpy(at).to(self.model.device),
             tokens=tokens,

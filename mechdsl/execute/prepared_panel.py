@@ -13,6 +13,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.accuracies import unmeasured_accuracies
 from mechdsl.execute.derived_runs import DerivedRuns
+from mechdsl.execute.directions import DirectionFits, FittedDirections
 from mechdsl.execute.kept_values import KeptRun, KeptValues, PatchedValues
 from mechdsl.execute.made_of_cells import CellFailed, MadeOfCells, made_of_cells
 from mechdsl.execute.means_and_donors import MeansAndDonors, donors_of, means_of
@@ -143,12 +144,14 @@ class PreparedPanel:
                 measured.refused.setdefault(number, problem)
             if len(measured.refused) == len(plan.experiment.measures):
                 self._lose(plan, *measured.refused.values())
+        directions = self._directions()
         self.running = self._sound
         for plan in self.running:
-            kept = self.measured[plan.experiment.key].kept
-            donors = donors_of(plan, self.table.row_keys, self.runs.seed, kept)
-            self.means_and_donors[plan.experiment.key] = MeansAndDonors({}, {}, donors)
-            self.whole_cells[plan.experiment.key] = self._whole_cells(plan, kept)
+            key = plan.experiment.key
+            kept = self.measured[key].kept
+            donors = donors_of(plan, self.table, self.runs.seed, kept)
+            self.means_and_donors[key] = MeansAndDonors({}, {}, donors, {}, directions[key])
+            self.whole_cells[key] = self._whole_cells(plan, kept)
             self._look_up(plan, kept, donors)
         due = self._due()
         self.batches = self._batches(due)
@@ -160,11 +163,24 @@ class PreparedPanel:
         """What the rules of the panel's own runs write; means and donors are of the kept rows."""
         if not self.panel.derived:
             return
-        plans, keys = self.panel.derived, self.table.row_keys
-        derived = DerivedRuns.of(plans, self.runs, keys, self._batches(self.kept))
+        plans = self.panel.derived
+        derived = DerivedRuns.of(plans, self.runs, self._batches(self.kept))
         self.runs.rules_of = derived.rules
         if self.values is not None:
             self.values.define(plans, self.kept, derived.donors)
+
+    def _directions(self) -> dict[str, FittedDirections]:
+        """Those of each experiment's rules; one with a direction that is nothing is lost."""
+        fits = DirectionFits(self.runs.model, self.runs.others, self.runs.seed, self.runs.side)
+        found: dict[str, FittedDirections] = {}
+        for plan in self._sound:
+            own, problems = fits.of(plan)
+            found[plan.experiment.key] = own
+            self.measured[plan.experiment.key].lengths = own.lengths
+            if problems:
+                self._lose(plan, *problems)
+        self.runs.passes += fits.passes
+        return found
 
     def _average(self) -> None:
         """The means that rules write, over all rows of their experiments."""
@@ -174,7 +190,8 @@ class PreparedPanel:
             batches = [own for batch in every if len(own := measured.among(batch))]
             own = self.means_and_donors[plan.experiment.key]
             means, behind = means_of(plan, self.runs, batches, readout[plan.experiment.key])
-            found = MeansAndDonors(means, behind, own.donors, self._made(plan, batches))
+            made = self._made(plan, batches)
+            found = MeansAndDonors(means, behind, own.donors, made, own.directions)
             self.means_and_donors[plan.experiment.key] = found
         self.running = self._sound
 
@@ -253,7 +270,7 @@ class PreparedPanel:
         """How far rounding may move a logit, where that is asked: of base runs."""
         return self.runs.model.rounding if run == plan.experiment.spec.base else 0.0
 
-    def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Ints | None) -> None:
+    def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Mapping[int, Ints]) -> None:
         """What there is of an experiment's patched values."""
         if self.values is None or not plan.rules:
             return

@@ -56,7 +56,7 @@ def save_vectors(
     for save in experiment.saves:
         run = runs.named(save.run)
         batches = prompt_batches(runs.model_of(run), run, save.points, tokens=size)
-        derived = DerivedRuns.of(panel.derived, runs, experiment.table.row_keys, batches)
+        derived = DerivedRuns.of(panel.derived, runs, batches)
         runs.rules_of = derived.rules
         try:
             saved.append(_Saving(experiment, save, run, runs).written(batches))

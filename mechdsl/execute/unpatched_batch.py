@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -69,10 +69,8 @@ class RuleWrites:
     edges: Sequence[EdgeWrite] = ()
 
     def then(self, later: RuleWrites) -> RuleWrites:
-        """With rules that stand behind them: where these set a vector, it is theirs."""
-        set_later = [write for write in later.writes if write.mode == "set"]
-        kept = [unless_set(write, set_later) for write in self.writes]
-        return RuleWrites([*kept, *later.writes], [*self.edges, *later.edges])
+        """With rules that stand behind them, and act on what these leave."""
+        return RuleWrites([*self.writes, *later.writes], [*self.edges, *later.edges])
 
     def below(self, stop: int | None, n_layers: int) -> RuleWrites:
         """Without what lies above where a pass stops."""
@@ -185,11 +183,12 @@ def compute_unpatched(
         if requests[0].fuse:
             stack.enter_context(fused(model.module))
         due = rules.below(stop, model.shape.n_layers)
-        writes = list(due.writes)
+        writes: list[SiteWrite] = []
         for part, begin in zip(parts, begins, strict=False):
             rows = torch.arange(begin, begin + len(part.ids))
             added = noise_writes(model, part.run.noise, part.lanes, row_keys, seed)
-            writes += [unless_set(write.moved(rows), due.writes) for write in added]
+            writes += [write.moved(rows) for write in added]
+        writes += due.writes
         result = run_whole(
             model,
             batch,
@@ -378,26 +377,3 @@ def noise_scale(model: LoadedModel, noise: Noise) -> float:
     variance = (weights[:, None] * (vectors - mean) ** 2).sum(0).mean()
     numbers = counts.sum() * vectors.shape[1]
     return float(noise.sds * np.sqrt(variance * numbers / (numbers - 1)))
-
-
-def unless_set(added: SiteWrite, writes: Sequence[SiteWrite]) -> SiteWrite:
-    """What is added or held, without the vectors that a rule sets: these replace it."""
-    taken: set[tuple[int, int, int]] = set()
-    for write in writes:
-        if (write.site, write.layer) == (added.site, added.layer):
-            taken.update(_places(write))
-    if not taken:
-        return added
-    keep = torch.tensor([place not in taken for place in _places(added)], dtype=torch.bool)
-    return replace(
-        added,
-        rows=added.rows[keep],
-        positions=added.positions[keep],
-        units=added.units[keep],
-        values=added.values[keep.to(added.values.device)],
-    )
-
-
-def _places(write: SiteWrite) -> Iterator[tuple[int, int, int]]:
-    """(row, position, unit) of each vector."""
-    return zip(write.rows.tolist(), write.positions.tolist(), write.units.tolist(), strict=True)

@@ -119,12 +119,18 @@ class UnpatchedRuns:
     def apart(
         self, table: PromptTable, run: Run, prompts: Ints, places: Iterable[Place]
     ) -> UnpatchedBatch:
-        """A run of another block on rows of its own, of which these sites are read."""
+        """A run of another block on rows of its own, of which these sites are read; computed once
+        while the batch is in work."""
+        reads = frozenset(places)
+        key = (*self._key(run, prompts, None), reads)
+        if key in self._lanes:
+            return self._lanes[key]
         self.passes += 1
-        request = UnpatchedRequest(reads=frozenset(places), stop=self.model.shape.n_layers + 1)
+        request = UnpatchedRequest(reads=reads, stop=self.model.shape.n_layers + 1)
         (found,) = compute_unpatched(
             self.model, [(run, request)], prompts, table.row_keys, seed=self.seed, side=self.side
         )
+        self._lanes[key] = found
         return found
 
     def everything(

@@ -23,6 +23,7 @@ from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.plan.restart import WHOLE_PASS, Shortcuts
 from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import PromptTable, Run
+from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import DRAW, Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -309,8 +310,8 @@ def plan_experiment(each: Asked) -> ExperimentPlan:
     by_name = dict(zip(names, coordinates, strict=True))
     parallel = experiment.model.shape.parallel_block
     rules = tuple(
-        replace(plan, behind=_is_behind(experiment, plan))
-        for plan in (
+        replace(plan, behind=_is_behind(experiment, plan), number=number)
+        for number, plan in enumerate(
             _rule_plan(rule, by_name, count, parallel=parallel) for rule in experiment.rules
         )
     )
@@ -374,6 +375,7 @@ def _rule_plan(
             ]
             for key in keys
         ]
+    donated = rule.does.reads == "donor"
     active = None
     if rule.only is not None:  # elsewhere it has no sites
         active = by_name[rule.only.axis] == rule.only.index
@@ -386,6 +388,12 @@ def _rule_plan(
     if rule.amounts is not None:
         values = np.array(list(rule.amounts.values.values()))
         amounts = values[_lookup(list(rule.amounts.values), rule.amounts.axes, by_name, count)]
+    directions: tuple[Member, ...] = ()
+    direction_of_cell = None
+    if rule.direction is not None:
+        directions = tuple(rule.direction.members.values())
+        members = list(rule.direction.members)
+        direction_of_cell = _lookup(members, rule.direction.axes, by_name, count)
     keys_hit, key_of_cell = None, None
     if rule.edge is not None:
         cells = rule.edge.keys.written
@@ -399,11 +407,13 @@ def _rule_plan(
         point_table=tuple(pair[0] for pair in table),
         source_table=tuple(pair[1] for pair in table),
         written=Hits.of(written),
-        read=Hits.of(written if rule.apart is not None else read),
+        read=Hits.of(written if rule.apart is not None and not donated else read),
         averaged=Hits.of(read),
         positions=written,
         sources=read,
         amounts=amounts,
+        directions=directions,
+        direction_of_cell=direction_of_cell,
         keys=keys_hit,
         key_of_cell=key_of_cell,
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),

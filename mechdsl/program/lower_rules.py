@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_experiment import PatchWithoutSource
 from mechdsl.program import spec
+from mechdsl.program.lower_directions import named_in, split_factor
 from mechdsl.program.lower_other_runs import run_of
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 
 
 def lower_rules(
@@ -62,18 +65,21 @@ def lower_rule(
         case ast.Freeze():
             return _at(rule, "freeze", body)
         case ast.SetSite():
+            if named_in(body.value, work.scope.names("direction")):
+                return _of_direction(rule, "set", body, body.value, work)
             return _at(rule, "set", body, fill=body.value)
         case ast.Scale():
             return _at(rule, "scale", body, fill=body.factor)
         case ast.Clamp():
-            return _at(rule, "clamp", body, fill=body.value)
+            lowered = _at(rule, "clamp", body, fill=body.value)
+            if body.direction is None:
+                return lowered
+            _known(body.direction, work)
+            return lowered.model_copy(update={"direction": body.direction})
         case ast.Add():
-            return _at(rule, "add", body, fill=body.value)
+            return _of_direction(rule, "add", body, body.value, work)
         case ast.ProjectOut():
-            fill = body.direction
-            if body.best is not None:
-                fill = ast.Index(fill.id, body.best, span=fill.span)
-            return _at(rule, "project out", body, fill=fill)
+            return _project_out(rule, body, work)
         case ast.Registered():
             return _at(rule, body.verb.id, body, fill=body.value)
         case ast.Block():
@@ -101,6 +107,37 @@ def _at(
     return spec.Rule(
         span=rule.span, verb=verb, site=body.site, at=body.at, fill=fill, by=by, onto=onto
     )
+
+
+def _of_direction(
+    rule: ast.Rule, verb: str, body: ast.SiteRule, value: ast.Expr, work: Statements
+) -> spec.Rule:
+    """`VERB NUMBER * DIRECTION …`"""
+    factor, direction = split_factor(value, work.scope.names("direction"))
+    for name in walk(direction):
+        if isinstance(name, ast.Name) and not work.scope.has("direction", name.id):
+            _known(name, work)
+    return _at(rule, verb, body, fill=factor).model_copy(update={"direction": direction})
+
+
+def _known(direction: ast.Name | ast.Index, work: Statements) -> None:
+    """E0201 for a name that is no direction's."""
+    name = direction.id if isinstance(direction, ast.Name) else direction.name
+    work.scope.use("direction", name, direction.span)
+
+
+def _project_out(rule: ast.Rule, body: ast.ProjectOut, work: Statements) -> spec.Rule:
+    """`project out DIRECTION from SITE at POSITIONS`, or `from weights`."""
+    _known(body.direction, work)
+    if body.site is not None and body.at is not None:
+        lowered = spec.Rule(span=rule.span, verb="project out", site=body.site, at=body.at)
+    else:
+        span = Span(Source("tokens *", rule.span.source.path), 0, len("tokens *"))
+        every = ast.TokenIndex(plural=True, low=None, span=span)
+        point = ast.Position(ast.Point(every, span=span), span=span)
+        at = ast.Positions((point,), span=span)
+        lowered = spec.Rule(span=rule.span, verb="project out of weights", at=at)
+    return lowered.model_copy(update={"direction": body.direction})
 
 
 def _attention(

@@ -15,6 +15,7 @@ EXAMPLES = {
     "model": 'model {} = zoo("counting")',
     "prompts": "prompts {} {{ … }}",
     "param": "param {} = 12",
+    "direction": "direction {} = mean_difference(A, B) at resid_post layer 2 at last token",
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mechdsl.base.names import name_list
 from mechdsl.diagnostics.e02_names import CircularExperiments, UnknownName, did_you_mean
 from mechdsl.program import spec
+from mechdsl.program.lower_directions import made_of
 from mechdsl.program.namespace import Namespace
 from mechdsl.program.observations import results_by_name, with_results, with_results_in
 from mechdsl.syntax import ast
@@ -27,10 +28,11 @@ def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spe
         groups = {name: with_results_in(each, results) for name, each in parts.groups.items()}
         parts.groups.update(groups)
         parts.experiments = [with_results(each, results) for each in parts.experiments]
-    ranked = {e.name: list(_ranked(e, parts.groups)) for e in parts.experiments}
-    own = (g for g in parts.groups.values() if g.span.source is tree.span.source)
+    ranked = {e.name: list(_ranked(e, parts)) for e in parts.experiments}
+    own: list[object] = [g.sites for g in parts.groups.values() if _is_own(g, tree)]
+    own += [d.value for d in parts.directions.values() if _is_own(d, tree)]
     every = [node for nodes in ranked.values() for node in nodes]
-    every.extend(node for group in own for node in _in_tree(group.sites))
+    every.extend(node for each in own for node in _in_tree(each))
     several = {e.within for e in parts.experiments}
     known = [name for name in scope.names("experiment") if name not in several]
     known = list(dict.fromkeys([*(e.name for e in parts.experiments), *known]))
@@ -54,14 +56,23 @@ def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spe
     ]
 
 
-def _ranked(experiment: spec.Experiment, groups: Mapping[str, spec.Group]) -> Iterator[ast.Ranked]:
-    """Every `top n of …` of an experiment, those in the groups that it names included."""
+def _is_own(part: spec.Group | spec.Direction, tree: ast.File) -> bool:
+    return part.span.source is tree.span.source
+
+
+def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ast.Ranked]:
+    """Every `top n of …` of an experiment, those in the groups and directions that it names
+    included."""
     for part in (*experiment.every_rule, *experiment.measures):
         for name in type(part).model_fields:
-            yield from _in_tree(getattr(part, name), groups)
-    yield from _in_tree(experiment.keep, groups)
+            yield from _in_tree(getattr(part, name), parts.groups)
+    for rule in experiment.rules:
+        if rule.direction is not None:
+            behind = made_of([rule.direction], parts.directions)
+            yield from (node for each in behind for node in _in_tree(each.value))
+    yield from _in_tree(experiment.keep, parts.groups)
     if experiment.against is not None:
-        yield from _in_tree(experiment.against.apart, groups)
+        yield from _in_tree(experiment.against.apart, parts.groups)
 
 
 def _in_tree(tree: object, groups: Mapping[str, spec.Group] | None = None) -> Iterator[ast.Ranked]:

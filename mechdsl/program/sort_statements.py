@@ -31,14 +31,6 @@ LATER: dict[type[ast.Node], str] = {
     ast.During: "`during`",
 }
 
-# Rules that the grammar knows and that mean something only where a kind is registered for them.
-OPEN: dict[type[ast.Node], str] = {
-    ast.Add: "add",
-    ast.Scale: "scale",
-    ast.ProjectOut: "project out",
-    ast.Clamp: "clamp",
-}
-
 # Of which several stand in one statement.
 LISTED: dict[type[ast.Node], str] = {
     ast.FromInto: "keep one of them; several runs are a list: `from A, B into C`",
@@ -149,10 +141,6 @@ class Statements:
 
     def rule(self, rule: ast.Rule, loops: tuple[str, ...]) -> None:
         """Keep a rule that can be executed; E0108 at the part that can't."""
-        verb = OPEN.get(type(rule.body))
-        if verb is not None and verb not in VERBS:
-            self.later(rule.body.span, f"`{verb}`")
-            return
         before = len(self.diagnostics)
         if isinstance(rule.body, ast.Registered):
             self._amount(rule.body)
@@ -192,7 +180,9 @@ def use_names(node: ast.Node, work: Statements) -> None:
     """Mark groups and parameters that a rule refers to as used."""
     for part in walk(node):
         if isinstance(part, ast.Name):
-            _ = work.scope.has("group", part.id) or work.scope.has("param", part.id)
+            _ = any(work.scope.has(kind, part.id) for kind in ("group", "param", "direction"))
+        elif isinstance(part, ast.Index):
+            work.scope.has("direction", part.name)
         elif isinstance(part, ast.Bound) and part.name is not None:
             work.scope.has("param", part.name)
         elif isinstance(part, ast.Axis) and isinstance(part.window, str):

@@ -129,6 +129,11 @@ class Prompts(Spec):
     spans: tuple[SpanDefText, ...] = ()
     corruptions: tuple[Corruption, ...] = ()
 
+    def has_part(self, name: str | None) -> bool:
+        """Whether `BLOCK.NAME` are rows of its split, and no corruption."""
+        runs = {corruption.name for corruption in self.corruptions}
+        return self.split is not None and name in ("train", "test") and name not in runs
+
 
 class Observed(Spec):
     """What an `observe` line looks at, beside the sites and positions of its rule."""
@@ -145,19 +150,33 @@ class Observed(Spec):
     """Whether positions are written; else `at` says what stands in for them."""
 
 
+class Direction(Spec):
+    """`direction NAME = EXPR at SITE at POSITIONS`."""
+
+    name: str
+    value: ExprText
+    site: SiteText | None = None
+    """Where activations are read, where it is made of some."""
+    at: PositionsText | None = None
+    """None: at the last token."""
+
+
 class Rule(Spec):
     """One intervention. `loops` are the `for` variables around it, outermost first."""
 
     verb: str
     """What kind of rule it is: its first words, but `set edge` where attention is set."""
     site: SiteText | None = None
-    """What is written; of a path the sender. None for rules on the input and on attention."""
+    """What is written; of a path the sender. None for rules on the input, on attention and on
+    weights."""
     at: PositionsText
     """Of attention rules the queries."""
     source: str | None = None
     """patch: the run that is read (`with RUN`, else the experiment's source)."""
     fill: ExprText | None = None
     """ablate: zero, mean, resample, `mean of …`; replace: the text; others: the number."""
+    direction: ExprText | None = None
+    """add, set, project out, clamp: the direction; what it is multiplied with is `fill`."""
     by: str | None = None
     fills: tuple[str, ...] = ()
     """ablate: the labels of an axis of fills, of which this rule is one."""
@@ -355,6 +374,7 @@ class Program(Spec):
     """What a model with a `*` in its path stands for: names of models."""
     prompts: dict[str, Prompts] = {}
     groups: dict[str, Group] = {}
+    directions: dict[str, Direction] = {}
     metrics: dict[str, ExprText] = {}
     """Those that the file names; measures have them put in already."""
     parameters: dict[str, SkipValidation[int | float | str | bool]] = {}

@@ -215,6 +215,12 @@ def _shuffle(call: CallSite) -> Value:
     return call.scope.elsewhere(node.id, node.span)
 
 
+@_function("tokens", "tokens(answer)", "how many tokens a text or a span has", draws=False)
+def _tokens(call: CallSite) -> Value:
+    (node,) = call.expect(1, 1)
+    return call.scope.tokens(node, call.value(node))
+
+
 @_function("token_id", "token_id(column)", "a column that holds ids of tokens", draws=False)
 def _token_id(call: CallSite) -> Value:
     (node,) = call.expect(1, 1)

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from mechdsl.base.source import Span
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 
 Placeholders: TypeAlias = Callable[[ast.String], Sequence[ast.Expr]]
 """What stands in the braces of a text."""
@@ -91,3 +92,17 @@ def draws(node: Any, placeholders: Placeholders) -> bool:
             return any(draws(entry, placeholders) for entry in node)  # pyright: ignore[reportUnknownVariableType]
         case _:
             return False
+
+
+def calls_in(node: Any, placeholders: Placeholders) -> Iterator[ast.Call]:
+    """Every call of an expression, those in the braces of texts too."""
+    for part in walk(node):
+        if isinstance(part, ast.Call):
+            yield part
+        elif isinstance(part, ast.String):
+            yield from calls_in(tuple(placeholders(part)), placeholders)
+
+
+def counts_tokens(node: object) -> bool:
+    """Whether it is `tokens(…)`, which hangs on the model's tokenizer."""
+    return isinstance(node, ast.Call) and node.name == "tokens"

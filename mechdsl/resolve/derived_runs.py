@@ -99,6 +99,8 @@ def _refused(rule: ResolvedRule, table: PromptTable, run: spec.DerivedRun) -> It
         what, later = "a `replace` in a `run`", "write a `corrupt` in the prompts block"
     elif rule.python is not None or rule.does.reads == "cell":
         what = "a function of a Python file in a `run`"
+    elif rule.direction is not None:
+        what = "a direction in a `run`"
     elif rule.does.changes not in ("sites", "edges") or rule.does.whole or rule.does.looks_ahead:
         what = f"`{rule.spec.verb}` in a `run`"
     if what:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from mechdsl.resolve.direction_types import DirectionTargets
+
 Label = int | float | str
 
 
@@ -136,15 +138,18 @@ class PathTargets(Record):
 
 @record
 class Apart(Record):
-    """A run of another block, on rows of its own, that a mean is taken of."""
+    """A run of another block, on rows of its own, that fills are taken of."""
 
     table: PromptTable
     run: str
+    part: str | None = None
+    """Of the block's split."""
 
     @property
     def name(self) -> str:
         """As a rule writes it."""
-        return self.table.name if self.run == "clean" else f"{self.table.name}.{self.run}"
+        own = self.part or (None if self.run == "clean" else self.run)
+        return self.table.name if own is None else f"{self.table.name}.{own}"
 
 
 class Vectors(Protocol):
@@ -158,6 +163,10 @@ class Vectors(Protocol):
     @property
     def width(self) -> int:
         """Of a vector at this site; 1 for vectors over keys, which are widened."""
+        ...
+
+    def direction(self) -> Tensor:
+        """[K, width] float64: the rule's direction in the cell that each is written for."""
         ...
 
     def read(self) -> Tensor:
@@ -195,6 +204,10 @@ class Intervention:
     """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
     seeded permutation), its mean over all prompts, or what `of_cell` makes of all rows of a cell;
     None where nothing is read."""
+    mode: ClassVar[Literal["set", "add", "scale", "along"]] = "set"
+    """How what `values` gives meets what is there when the pass comes by: it replaces it, is added
+    to it, or, [K, 1], multiplies it; along directions of length 1, only the component along these
+    is set, to the rule's number, or to 0 without one."""
     copies: ClassVar[bool] = False
     """What is written is what is read in the rule's run, as it is: then rows whose source and base
     agree there are equal to the base run and aren't run."""
@@ -264,8 +277,10 @@ class ResolvedRule(Record):
     """Per row, the group whose mean fills it (`mean by template`)."""
     amounts: Amounts | None = None
     """The number that it writes, or works with."""
+    direction: DirectionTargets | None = None
+    """What it steers along."""
     apart: Apart | None = None
-    """`mean of BLOCK`: what is averaged; `positions.read` are in its rows then."""
+    """`mean of BLOCK`, `resample of BLOCK`: what is read; `positions.read` are in its rows then."""
     python: PythonFunction | None = None
     """`set … to python(…)`: what makes new vectors of the base run's."""
     edge: EdgeTargets | None = None
@@ -276,7 +291,7 @@ class ResolvedRule(Record):
     @property
     def axes(self) -> frozenset[str]:
         """Names of the axes that something of it depends on."""
-        parts = [self.sites, self.positions, self.amounts]
+        parts = [self.sites, self.positions, self.amounts, self.direction]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
         own = frozenset(name for part in parts if part is not None for name in part.axes)
@@ -456,7 +471,8 @@ class ResolvedExperiment(Record):
     @property
     def models(self) -> tuple[str, ...]:
         """The model that it runs on, and others that it reads."""
-        others = (run.model for run in self.spec.elsewhere if run.model is not None)
+        others = [run.model for run in self.spec.elsewhere if run.model is not None]
+        others += [m for rule in self.rules if rule.direction for m in rule.direction.models]
         return tuple(dict.fromkeys((self.model.name, *others)))
 
     @property

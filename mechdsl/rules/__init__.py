@@ -5,7 +5,8 @@ the intervention that all later stages ask. Imports resolve and below; no torch.
 """
 
 # In the order in which what they don't go together with is reported.
-from mechdsl.rules import copies, ablate, assign, replace, path, attention, renumber, observations  # noqa: I001
+from mechdsl.rules import copies, ablate, assign, steer, replace, path  # noqa: I001
+from mechdsl.rules import attention, renumber, observations
 from mechdsl.rules.kind import RULES, SiteRule, rule_kind
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "renumber",
     "replace",
     "rule_kind",
+    "steer",
 ]

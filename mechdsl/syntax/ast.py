@@ -87,10 +87,25 @@ class Attribute(Node):
 
 @record
 class Index(Node):
-    """`xs[2]`, `refusal[best of select]`."""
+    """`xs[2]`, `refusal[best of select]`, `refusal[layer 3, token -1]`."""
 
     name: str
-    index: Expr | Ranked
+    index: Expr | Ranked | Coordinates
+
+
+@record
+class Coordinate(Node):
+    """`layer 3`, `token -1`, `layer l`: a value of an axis, or the name of one."""
+
+    word: str
+    value: int | str
+
+
+@record
+class Coordinates(Node):
+    """`layer 3, token -1`: a member of a family of directions."""
+
+    items: tuple[Coordinate, ...]
 
 
 @record
@@ -678,17 +693,20 @@ class Scale(Node):
 
 @record
 class ProjectOut(Node):
-    direction: Name
-    best: Ranked | None
-    site: Site
-    at: Positions
+    direction: Name | Index
+    site: Site | None
+    """None for `from weights`."""
+    at: Positions | None
 
 
 @record
 class Clamp(Node):
+    """`clamp SITE …`, or `clamp DIRECTION of SITE …`."""
+
     site: Site
     at: Positions
     value: Expr
+    direction: Name | Index | None = None
 
 
 @record
@@ -716,7 +734,7 @@ class Registered(Node):
     value: Expr | None = None
 
 
-SiteRule = Ablate | SetSite | Add | Scale | ProjectOut | Clamp | SwapSites | Freeze | Registered
+SiteRule = Ablate | SetSite | Add | Scale | Clamp | SwapSites | Freeze | Registered
 """Rules that say at which site and positions they act, and something of their own."""
 RuleBody = (
     Patch

@@ -601,11 +601,22 @@ class ToAst(Transformer[Token, Any]):
         return ast.Scale(c[1], c[3], c[5], span=_span(c))
 
     def project_out(self, c: list[Any]) -> ast.ProjectOut:
-        best = next((child for child in c if isinstance(child, ast.Ranked)), None)
-        return ast.ProjectOut(c[2], best, c[-3], c[-1], span=_span(c))
+        site, at = (c[4], c[6]) if len(c) > 5 else (None, None)
+        return ast.ProjectOut(c[2], site, at, span=_span(c))
 
     def clamp(self, c: list[Any]) -> ast.Clamp:
-        return ast.Clamp(c[1], c[3], c[5], span=_span(c))
+        direction = c[1] if len(c) > 6 else None
+        return ast.Clamp(c[-5], c[-3], c[-1], direction, span=_span(c))
+
+    def member(self, c: list[Any]) -> ast.Index:
+        return ast.Index(c[0].id, c[2], span=_span(c))
+
+    def coordinate(self, c: list[Any]) -> ast.Coordinate:
+        value = str(c[1]) if isinstance(c[1], Token) else c[1].value
+        return ast.Coordinate(str(c[0]), value, span=_span(c))
+
+    def coordinates(self, c: list[Any]) -> ast.Coordinates:
+        return ast.Coordinates(tuple(_nodes(c)), span=_span(c))
 
     def swap_sites(self, c: list[Any]) -> ast.SwapSites:
         return ast.SwapSites(c[1], c[3], c[5], span=_span(c))

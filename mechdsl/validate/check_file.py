@@ -29,6 +29,7 @@ from mechdsl.diagnostics.e06_experiment import (
 from mechdsl.diagnostics.e06_onward import TestedWherePicked
 from mechdsl.diagnostics.w07_names import HidesMetric, PatchesItself, UnusedName, WritesFirstToken
 from mechdsl.program import spec
+from mechdsl.program.lower_directions import rows_read
 from mechdsl.program.lower_file import lower_program
 from mechdsl.program.named_paths import reach_of
 from mechdsl.program.python_files import Mode, check_functions
@@ -229,7 +230,11 @@ def models_needed(checked: Checked) -> list[str]:
         name
         for e in checked.program.experiments
         if e.name in wanted
-        for name in (e.model, *(run.model for run in e.elsewhere))
+        for name in (
+            e.model,
+            *(run.model for run in e.elsewhere),
+            *(rows.model for rows in rows_read(e, checked.program)),
+        )
         if name is not None
     ]
     return list(dict.fromkeys(found))
@@ -265,11 +270,13 @@ def _outline(
     outlines: Mapping[str, Outline],
 ) -> Outline:
     """What is known of an experiment; what is wrong with it is said."""
-    others = [run.model for run in experiment.elsewhere if run.model is not None]
+    fitted = rows_read(experiment, checked.program)
+    others = [run.model for run in (*experiment.elsewhere, *fitted) if run.model is not None]
     model, *read = (contexts.model(name) for name in (experiment.model, *others))
     if any(each.stands_in for each in (model, *read)):
         _skip(checked.unchecked, experiment)
     blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]
+    blocks += [rows.block for rows in fitted]
     if any(name is not None and contexts.needs_python(name) for name in blocks):
         _skip(checked.unrun, experiment)
     table = contexts.table(experiment.prompts, model, experiment.limit, experiment.part)
@@ -311,15 +318,23 @@ def _with_means(
     model: ModelContext,
     table: PromptTable,
 ) -> PromptTable:
-    """The table with the other blocks that means are taken of."""
+    """The table with the other blocks, and parts of blocks, that fills are taken of and directions
+    fitted on."""
     beside: dict[str, PromptTable] = {}
     for rule in experiment.every_rule:
         fill = rule.fill
-        if not isinstance(fill, ast.OfRef) or fill.of.name in table.runs:
+        if not isinstance(fill, ast.OfRef):
             continue
-        if fill.of.name not in checked.program.prompts:
+        name, part = fill.of.name, fill.of.part
+        block = checked.program.prompts.get(name)
+        if block is None or (part is None and name in table.runs):
             continue
-        beside[fill.of.name] = contexts.table(fill.of.name, model, None, None)
+        if not block.has_part(part):
+            beside[name] = contexts.table(name, model, None, None)
+        else:
+            beside[fill.of.span.written] = contexts.table(name, model, None, part)
+    for rows in rows_read(experiment, checked.program):
+        beside[rows.key] = contexts.read_by(rows, experiment, model)
     stands_in = any(each.stands_in for each in (table, *beside.values()))
     return replace(table, beside=beside, stands_in=stands_in) if beside else table
 
@@ -375,7 +390,7 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
     found: list[Diagnostic] = []
     for run in (experiment, *experiment.derived):
         for rule in run.rules if not experiment.broken else ():
-            if rule.source is not None and rule.source == run.base:
+            if rule.source is not None and rule.source == run.base and not _elsewhere(rule):
                 found.append(PatchesItself(span=rule.span, run=rule.source))
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
@@ -399,6 +414,12 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
                 )
             )
     return found
+
+
+def _elsewhere(rule: spec.Rule) -> bool:
+    """Whether a patch writes at another place than it reads."""
+    moved = rule.onto is not None and rule.onto.span.written != rule.at.span.written
+    return moved or rule.into_layer is not None
 
 
 def _answers(experiment: ResolvedExperiment) -> list[Diagnostic]:

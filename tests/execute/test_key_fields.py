@@ -170,7 +170,8 @@ def keys(plan: ExperimentPlan) -> dict[tuple[int, ...], tuple[bytes, int]]:
     table = plan.experiment.table
     contents = Contents({"m": b"m", "n": b"n"}, "m", 0)
     kept = np.arange(len(table))
-    donors = np.roll(kept, 1)
+    kinds = enumerate(rule.rule.does.reads for rule in plan.rules)
+    donors = {number: np.roll(kept, 1) for number, reads in kinds if reads == "donor"}
     found = ExperimentKeys(plan, table, contents, kept, donors, whole_cells(plan, plan.rows(kept)))
     rows = plan.rows(kept)
     assert len(rows)
@@ -365,7 +366,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     Amounts: {"axes": PLACED},
     EdgeTargets: {},
     PathTargets: {},
-    Apart: {},
+    Apart: {"part": "the rows of `table` are its"},
     ResolvedMeasure: {
         "label": SHOWN,
         "text": SHOWN,
@@ -393,6 +394,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     RulePlan: {
         "positions": "`written` is made of them",
         "sources": "`read` and `averaged` are made of them",
+        "number": "rules are keyed in their order",
         "behind": "the tokens in `written`, `read` and `keys` say it",
     },
     PathPlan: {"through_mlps": "`PathTargets.through_mlps` goes in"},

@@ -164,7 +164,7 @@ def rules(draw: Any, *, swept: bool) -> str:
         case "into":
             return f"patch {site} at {at} into layer {draw(st.integers(0, LAYERS - 1))}"
         case "ablate":
-            kinds = ["zero", "mean", "resample", "mean of turned"]
+            kinds = ["zero", "mean", "resample", "mean of turned", "resample of elsewhere"]
             fill = draw(st.sampled_from([*kinds, *(["zero, mean, resample"] if swept else [])]))
             return f"ablate {site} at {at} with {fill}"
         case "swap":

@@ -27,6 +27,9 @@ SCOPES = "Ghandeharioun et al. 2024, arXiv 2401.06102"
 ACROSS = "Prakash et al. 2024, arXiv 2402.14811"
 VECTORS = "Todd et al. 2023, arXiv 2310.15213"
 DELETION = "Petsiuk et al. 2018, arXiv 1806.07421"
+STEERING = "Turner et al. 2023, arXiv 2308.10248"
+REFUSAL = "Arditi et al. 2024, arXiv 2406.11717"
+MEAN_DIFFERENCE = "Marks & Tegmark 2023, arXiv 2310.06824"
 ATTENTION = "Vaswani et al. 2017, arXiv 1706.03762"
 
 
@@ -181,6 +184,80 @@ _file(
     "Sites that a rule intervenes on together.",
     "tests/execute/test_coordinates.py",
 )
+_STEERING = "tests/rules/test_steering.py"
+
+_file(
+    "direction: difference of means",
+    "direction d = mean_difference(fruit.train, fewer of fruit.train) at resid_post layer 2 at "
+    "last token",
+    "The mean over the rows of one run less that of another: of a block, a part (`fruit.train`), "
+    "a corruption (`fruit.fewer`, `fewer of fruit.train`). One vector of each row that has the "
+    "position; several tokens of a row are averaged. Without a position it is the last token. All"
+    " rows of the block are read, whatever the experiment's `limit`. The conventions say what was"
+    " read and the norm.",
+    _STEERING,
+    MEAN_DIFFERENCE,
+)
+_file(
+    "direction: two models",
+    "direction d = mean_difference(toy, twin, prompts: fruit) at resid_post layer 2 at last token",
+    "The same rows in two models of one shape; without `prompts:` the rows of the experiment that"
+    " uses it.",
+    _STEERING,
+    OWN,
+)
+_file(
+    "direction: mean",
+    "direction d = mean(fruit) at head_out layer 1 heads 0..2 at last token",
+    "The mean over rows. Joined heads, or a group of heads, go each through its slice of the "
+    "output projection and are summed: a function vector.",
+    _STEERING,
+    VECTORS,
+)
+_file(
+    "direction: component",
+    "direction d = pca(fruit, component: 2) at resid_post layer 2 at last token",
+    "A principal component of the rows, of length 1; its coordinate of the largest size is "
+    "positive.",
+    _STEERING,
+    "Zou et al. 2023, arXiv 2310.01405",
+)
+_file(
+    "direction: probe",
+    "direction d = probe(count, fruit) at resid_post layer 2 at last token",
+    "The weights of a ridge regression on a value that is a number, or of a logistic regression "
+    "between the two words that a value has (`kind:`), with the `penalty:` 1 unless it is said.",
+    _STEERING,
+    OWN,
+)
+_file(
+    "direction: unembedding",
+    'direction d = unembedding(" 3", " 2")',
+    "The unembedding's row of a token, less that of another, without the last norm.",
+    _STEERING,
+    OWN,
+)
+_file(
+    "direction: saved",
+    'direction d = saved("directions.safetensors", "d")',
+    "A vector of a safetensors file, whose hash is kept with the results.",
+    _STEERING,
+    OWN,
+)
+_file(
+    "direction: arithmetic",
+    "direction d = unit(more) - 0.5 * by_layer[layer 1, token -1]",
+    "Sums of directions, times numbers; `unit(…)` has length 1.",
+    _STEERING,
+    OWN,
+)
+_file(
+    "direction: a family",
+    "direction d = mean_difference(fruit, fruit.fewer) at resid_pre layer * at token -2..-1",
+    "One for every layer, head and position that is swept.",
+    _STEERING,
+    REFUSAL,
+)
 _file(
     "group of what was found",
     "group fv_heads = top 3 of cie",
@@ -249,6 +326,15 @@ _prompts(
     "tests/data/test_files.py",
 )
 _prompts(
+    "rows of a data set of the hub",
+    'rows hf_dataset("facts", split: "train")',
+    "One split of a data set that is on this disk: a folder that `save_to_disk` of the package "
+    "`datasets` wrote, a folder of files, or, by its name, a snapshot in the Hugging Face cache; "
+    "`config:` and `revision:` say which one. Nothing is downloaded. Arrow and parquet need "
+    "`pip install 'mechdsl[frames]'`.",
+    "tests/data/test_hub_datasets.py",
+)
+_prompts(
     "distinct rows",
     'rows "facts.jsonl" distinct',
     "Of equal records the first; without it each counts, and W0781 says how many there are. "
@@ -263,6 +349,13 @@ _prompts(
     beside='rows "facts.jsonl"',
 )
 _prompts("where", "where count > 3", "Only rows for which this holds.", _ROWS)
+_prompts(
+    "where tokens",
+    "where tokens(answer) = 1",
+    "How many tokens a text has behind the prompt, or a span in it (`tokens(subject)`), for the "
+    "tokenizer of the model that runs. A space of its own in front of a text isn't counted.",
+    "tests/data/test_tokens_counted.py",
+)
 _prompts(
     "split",
     "split 50%",
@@ -467,7 +560,7 @@ _rule(
     "ablate layer * head * at last token with mean",
     "It becomes the mean at that position over the clean rows that `limit` and `keep` leave; "
     "`mean of fewer` takes another run, `mean of listed` another block of prompts with rows of its "
-    "own, `mean by count` the rows of the same value.",
+    "own, `mean of fruit.train` a part of a split, `mean by count` the rows of the same value.",
     CIRCUIT,
     "tests/execute/test_effects.py",
 )
@@ -475,7 +568,8 @@ _rule(
     "ablate with resample",
     "ablate layer * head * at last token with resample",
     "It becomes that of another clean row of those that `limit` and `keep` leave, drawn once with "
-    "the seed.",
+    "the seed; with `resample of listed` that of a row of another block, drawn for each row by its "
+    "content, with repetition.",
     CIRCUIT,
     "tests/execute/test_sites.py",
 )
@@ -522,6 +616,79 @@ _rule(
     "Every component of the vector becomes this number; also a `param` or a `for` variable.",
     OWN,
     _TRANSPLANTS,
+)
+_rule(
+    "set to a direction",
+    "set resid_post layer 2 at last token to 2 * more",
+    "The vector becomes the direction, times the number.",
+    OWN,
+    _STEERING,
+)
+_rule(
+    "add",
+    "add 4.0 * more to resid_post layer 2 at tokens *",
+    "The direction, as long as it is (the conventions print its norm; `unit(more)` has length 1), "
+    "times the number, which may be a `param` or a `for` variable. Like `scale`, `project out` and "
+    "`clamp` it acts on what is there when the pass comes by, as a hook does: on what rules at "
+    "sites below have left, and at one site on what rules before it in the file have left.",
+    STEERING,
+    _STEERING,
+)
+_rule(
+    "scale",
+    "scale attn_out layers * at last token by 0.5",
+    "What is there is multiplied.",
+    OWN,
+    _STEERING,
+)
+_rule(
+    "project out",
+    "project out more from resid_post layer * at tokens *",
+    "What is there loses its component along the direction: x − (x · u) u, u of length 1.",
+    REFUSAL,
+    _STEERING,
+)
+_rule(
+    "project out of weights",
+    "project out more from weights",
+    "The direction is taken out of embeddings (those of positions too) and of what every attention "
+    "and MLP adds, at all tokens: as if the weights that write into the residual stream couldn't "
+    "write it. Refused for models with norms between these weights and the stream.",
+    REFUSAL,
+    _STEERING,
+)
+_rule(
+    "clamp a neuron",
+    "clamp mlp_hidden layer 2 neuron 5 at last token to 5",
+    "The neuron has this value.",
+    OWN,
+    _STEERING,
+)
+_rule(
+    "clamp along a direction",
+    "clamp more of resid_post layer 2 at last token to 5",
+    "The component along the direction, x · u with u of length 1, is set to the number; the rest "
+    "stays.",
+    OWN,
+    _STEERING,
+)
+_rule(
+    "a member of a family",
+    "add by_layer[layer 1, token -1] to resid_post layer * at last token",
+    "Coordinates are numbers, or variables of a `for` (`by_layer[layer l]`). Axes that aren't "
+    "named "
+    "stay. Without brackets, axes that the rule sweeps under the same name are shared (each layer "
+    "with the direction of that layer), others become axes of the experiment.",
+    OWN,
+    _STEERING,
+)
+_rule(
+    "the best member",
+    "project out by_layer[best of select] from resid_post layer * at tokens *",
+    "The one whose cell has the largest mean, signed, of the first measure of an experiment that "
+    "sweeps the family.",
+    REFUSAL,
+    _STEERING,
 )
 _rule(
     "set in Python",

@@ -75,8 +75,7 @@ def _plain(node: Any) -> str:
         case ast.Attribute():
             return f"{node.name}.{node.attribute}"
         case ast.Index():
-            inner = ranked(node.index) if isinstance(node.index, ast.Ranked) else None
-            return f"{node.name}[{inner or within(node.index, SUM)}]"
+            return f"{node.name}[{_inside(node.index)}]"
         case ast.Call():
             return call(node)
         case ast.ListOf():
@@ -108,6 +107,16 @@ def _plain(node: Any) -> str:
             return f"not {within(node.operand, _NOT)}"
         case _:
             raise TypeError(f"{type(node).__name__} is no expression")
+
+
+def _inside(node: Any) -> str:
+    match node:
+        case ast.Ranked():
+            return ranked(node)
+        case ast.Coordinates(items=items):
+            return ", ".join(f"{each.word} {each.value}" for each in items)
+        case _:
+            return within(node, SUM)
 
 
 def _number(node: ast.Number) -> str:

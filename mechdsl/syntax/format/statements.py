@@ -19,7 +19,6 @@ from mechdsl.syntax.format.constructs import (
     percentage,
     position,
     positions,
-    ranked,
     ref,
     site,
     string,
@@ -225,11 +224,14 @@ def _rule(node: Any) -> str | None:
             factor = within(node.factor, SUM)
             return f"scale {site(node.site)} at {positions(node.at)} by {factor}"
         case ast.ProjectOut():
-            best = f"[{ranked(node.best)}]" if node.best else ""
-            place = f"{site(node.site)} at {positions(node.at)}"
-            return f"project out {node.direction.id}{best} from {place}"
+            place = "weights"
+            if node.site is not None and node.at is not None:
+                place = f"{site(node.site)} at {positions(node.at)}"
+            return f"project out {within(node.direction, SUM)} from {place}"
         case ast.Clamp():
-            return f"clamp {site(node.site)} at {positions(node.at)} to {within(node.value, SUM)}"
+            direction = f"{within(node.direction, SUM)} of " if node.direction else ""
+            place = f"{site(node.site)} at {positions(node.at)}"
+            return f"clamp {direction}{place} to {within(node.value, SUM)}"
         case ast.SwapSites():
             other = positions(node.other)
             return f"swap {site(node.site)} at {positions(node.at)} with {other}"
