@@ -54,6 +54,7 @@ class _Seen:
     """As `mechdsl.resolve.observation.Seen`."""
 
     vectors: Tensor
+    units: Tensor | None
     positions: Tensor
     keys: tuple[Tensor, Tensor] | None
     place: Place
@@ -115,10 +116,8 @@ class Look:
         own = _wide(found[part.read])
         device = own.device
         place = torch.from_numpy(part.place).to(device)
-        if part.unit is None:
-            vectors = own[place].flatten(1)
-        else:
-            vectors = own[place, torch.from_numpy(part.unit).to(device)]
+        chosen = None if part.unit is None else torch.from_numpy(part.unit).to(device)
+        vectors = own[place].flatten(1) if chosen is None else own[place, chosen]
         keys = None
         if part.keys is not None:
             index, key = (torch.from_numpy(each).to(device) for each in part.keys)
@@ -129,6 +128,7 @@ class Look:
         }
         return _Seen(
             vectors,
+            chosen,
             torch.from_numpy(part.position).to(device),
             keys,
             (part.read.site, part.read.layer),

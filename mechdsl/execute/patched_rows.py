@@ -32,6 +32,7 @@ from mechdsl.execute.writes import (
     build_writes,
     pass_ends,
 )
+from mechdsl.hooks.block_exchange import BlockPairs, blocks_replaced
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -72,6 +73,8 @@ class _PassRows:
     """Nothing of an unpatched run stands in them."""
     numbers: Sequence[Numbers] = ()
     """Tokens with other position ids."""
+    blocks: BlockPairs = ()
+    """Which blocks compute in the places of others."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -92,6 +95,7 @@ class _PassRows:
             held=held,
             whole=self.whole or part.whole,
             numbers=[*self.numbers, *(numbers.moved(where) for numbers in part.numbers)],
+            blocks=self.blocks or part.blocks,
         )
 
 
@@ -227,6 +231,7 @@ class Patcher:
             writes=acting.writes,
             edges=acting.edges,
             numbers=build_numbers(plan, rows, text),
+            blocks=plan.replaced_blocks(int(rows.cell[0])),
             held=None if path is None else held_rows(path, len(rows)),
         )
 
@@ -364,15 +369,16 @@ class Patcher:
             added += frozen(self.model, batch, rows.held, rows.writes, added)
         all_logits = any(write.site == "logits" for write in rows.writes)
         slots, at = _by_row(final, len(rows), batch.lengths.cpu().numpy())
-        result = run_whole(
-            self.model,
-            batch,
-            writes=[*added, *rows.writes],
-            reads=list(reads),
-            logits_at=None if all_logits else torch.from_numpy(at).to(self.model.device),
-            tokens=tokens,
-            edges=rows.edges,
-        )
+        with blocks_replaced(self.model, rows.blocks):
+            result = run_whole(
+                self.model,
+                batch,
+                writes=[*added, *rows.writes],
+                reads=list(reads),
+                logits_at=None if all_logits else torch.from_numpy(at).to(self.model.device),
+                tokens=tokens,
+                edges=rows.edges,
+            )
         assert result.logits is not None
         row = torch.from_numpy(final[0]).to(result.logits.device)
         columns = torch.from_numpy(slots).to(row.device)

@@ -21,6 +21,7 @@ from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.execute.no_value import function_failed, no_value
 from mechdsl.execute.not_finite import cell_words, in_run, not_finite
 from mechdsl.execute.options import PaddingSide
+from mechdsl.execute.over_rows import Together, observe_together
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.readout import Failed, Found, Readout
@@ -97,6 +98,8 @@ class PreparedPanel:
         self.batches: list[Ints] = []
         """The others."""
         self.values = kept and KeptValues.of(kept, panel, self.runs.seed)
+        self.together: dict[str, Together] = {}
+        """What is observed of all rows at once, by the key of an experiment."""
         self.patched_values: dict[str, PatchedValues] = {}
         """By the key of an experiment; without those that can't be told apart by their content."""
 
@@ -152,7 +155,11 @@ class PreparedPanel:
             donors = donors_of(plan, self.table, self.runs.seed, kept)
             self.means_and_donors[key] = MeansAndDonors({}, {}, donors, {}, directions[key])
             self.whole_cells[key] = self._whole_cells(plan, kept)
-            self._look_up(plan, kept, donors)
+            together = observe_together(plan, self.runs, self.measured[key])
+            if together is None:
+                self._look_up(plan, kept, donors)
+            else:
+                self.together[key] = together
         due = self._due()
         self.batches = self._batches(due)
         self.known_batches = self._batches(np.setdiff1d(self.kept, due))
@@ -285,7 +292,8 @@ class PreparedPanel:
     def _due(self) -> Ints:
         """The prompts of which some row has to be run; all, where nothing is known."""
         if not any(found.any_earlier for found in self.patched_values.values()):
-            return self.kept if any(plan.rules for plan in self.running) else self.kept[:0]
+            run = (plan for plan in self.running if plan.experiment.key not in self.together)
+            return self.kept if any(plan.rules for plan in run) else self.kept[:0]
         due: list[Ints] = [self.kept[:0]]
         for batch in self._batches(self.kept):
             due += [self.sorted_out(plan, batch).live.prompt for plan in self.running]
@@ -412,7 +420,9 @@ class PreparedPanel:
         inert = plan.is_inert(rows)
         out = inert if self.plan.skips_inert else np.zeros_like(inert)
         live, known, values = rows.take(np.flatnonzero(~out)), Rows.none(), list[Floats]()
-        if key in self.patched_values:
+        if key in self.together:
+            known, values, live = live, self.together[key].of(live), Rows.none()
+        elif key in self.patched_values:
             there, found = self.patched_values[key].earlier(live)
             known, values = live.take(np.flatnonzero(there)), [each[there] for each in found]
             live = live.take(np.flatnonzero(~there))

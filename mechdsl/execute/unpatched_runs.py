@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.execute.model_end import ModelEnd
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_vectors import LanesOf, wanted
 from mechdsl.execute.readout import Found, Reading, Readout
@@ -26,6 +25,7 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
+from mechdsl.packed.model_end import ModelEnd
 from mechdsl.plan.plan import ExperimentPlan, Panel, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.prompts.prompt_table import PromptTable, Run
@@ -220,6 +220,8 @@ class UnpatchedRuns:
 
     def _request(self, run: Run, prompts: Ints, continuation: Atom | None) -> UnpatchedRequest:
         """What experiments need of a run."""
+        if self.panel.only_looks:  # its tokens alone
+            return UnpatchedRequest(stop=0)
         own = self._is_own(run)
         needs = self.panel.runs.get(run.name) if own else None
         packed = [plan for plan in self._starting(run) if not plan.whole]
@@ -297,6 +299,8 @@ class UnpatchedRuns:
     ) -> Found:
         """What is read of every prompt, draws of noise averaged; `relative` and `skip` as in
         `Readout.read`."""
+        if self.panel.only_looks:
+            return self._unseen(readout, prompts)
         plain = self.lanes(self.named(run), prompts)
         lanes = np.repeat(prompts, plain.draws)
         draws = np.tile(np.arange(plain.draws), len(prompts))
@@ -321,6 +325,13 @@ class UnpatchedRuns:
             has_loss=None if plain.loss is None else has_loss(self.named(run), lanes),
         )
         return readout.read(reading, relative, skip=skip).over_draws(plain.draws)
+
+    def _unseen(self, readout: Readout, prompts: Ints) -> Found:
+        """No value of any measure: what is observed, rows show."""
+        count = len(prompts)
+        values = [np.full(count, np.nan) for _ in readout.measures]
+        rounding = [np.zeros(count) for _ in readout.measures]
+        return Found(values, np.zeros(count, dtype=np.bool_), rounding, {}, {})
 
     def _of_spots(self, readout: Readout, found: Tensor | None) -> Tensor | None:
         """[lane, spot of the readout, ...] of [lane, spot, ...]."""

@@ -382,7 +382,7 @@ class ExperimentKeys:
             case UnitVector():
                 return digest("unit", self._direction(vector.of))
             case RandomLike():
-                return digest("random", self._direction(vector.of), vector.number, vector.seed)
+                return digest("random", self._direction(vector.of), vector.draw, vector.seed)
 
     def _model(self) -> bytes:
         return self.contents.models[self.plan.experiment.model.name]

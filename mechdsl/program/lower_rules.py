@@ -60,11 +60,23 @@ def lower_rule(
             if not isinstance(body.value, ast.String):
                 work.later(body.value.span, "this replacement")
             return spec.Rule(span=rule.span, verb="replace", at=body.at, fill=body.value)
+        case ast.ReplaceBlock():
+            span = body.axis.span
+            return spec.Rule(
+                span=rule.span,
+                verb="replace block",
+                site=ast.Site((ast.Name("block", span=span),), (body.axis,), span=span),
+                at=_all_tokens(),
+                fill=body.word,
+                source_block=body.source,
+            )
         case ast.SwapSites():
             return _at(rule, "swap", body, onto=body.other)
         case ast.Freeze():
             return _at(rule, "freeze", body)
         case ast.SetSite():
+            if isinstance(body.value, ast.Reading):
+                return _reading(rule, "set", body, body.value, prompts, work)
             if named_in(body.value, work.scope.names("direction")):
                 return _of_direction(rule, "set", body, body.value, work)
             return _at(rule, "set", body, fill=body.value)
@@ -92,6 +104,14 @@ def lower_rule(
             return _attention(rule, "allow", body.edge)
         case ast.Renumber():
             return spec.Rule(span=rule.span, verb="renumber", at=body.at, fill=body.start)
+
+
+def _all_tokens() -> ast.Positions:
+    """`tokens *`, where a rule doesn't say it."""
+    source = Source("tokens *")
+    span = Span(source, 0, len(source.text))
+    point = ast.Point(ast.TokenIndex(True, None, span=span), span=span)
+    return ast.Positions((ast.Position(point, span=span),), span=span)
 
 
 def _at(
@@ -169,6 +189,30 @@ def _patch(
         source=source,
         onto=body.onto,
         into_layer=body.into_layer,
+    )
+
+
+def _reading(
+    rule: ast.Rule,
+    verb: str,
+    body: ast.SetSite,
+    reading: ast.Reading,
+    prompts: spec.Prompts | None,
+    work: Statements,
+) -> spec.Rule:
+    """`VERB … NUMBER * value(SITE at POSITIONS) of RUN`"""
+    source = None
+    if reading.of is not None and prompts is not None:
+        source = run_of(reading.of, prompts, work)
+    return spec.Rule(
+        span=rule.span,
+        verb=verb,
+        site=body.site,
+        at=body.at if reading.at is None else reading.at,
+        onto=None if reading.at is None else body.at,
+        source=source,
+        fill=reading.factor,
+        reading=reading.site,
     )
 
 

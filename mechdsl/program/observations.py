@@ -25,7 +25,7 @@ from mechdsl.program.lower_other_runs import run_of
 from mechdsl.program.possible_axes import axes_of, position_axes
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
-from mechdsl.syntax.verbs import LENSES
+from mechdsl.syntax.verbs import CONTROLS, LENSES
 from mechdsl.syntax.walk import rewrite, walk
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def lower_observation(
         site=statement.site,
         at=statement.at or _last_token(),
         onto=statement.other,
+        receiver=statement.beside,
         source=source,
         observed=spec.Observed(
             span=called.span,
@@ -159,7 +160,7 @@ def parts_of(
         own = [*through, *(by_name[name] if name else ())]
         if not through:
             said = own if name else plain
-            own = [_own_measure(rule, [*said, *own], parts), *own]
+            own = [*_own_measures(rule, [*said, *own], parts), *own]
         found.append(Part(rule, own))
     _acts_elsewhere(observed, rules, plain, work)
     if len(found) == 1 and (not plain or found[0].name is None):
@@ -204,17 +205,18 @@ def _of_two(measure: spec.Measure, named: Sequence[str]) -> BadArgument:
     )
 
 
-def _own_measure(
+def _own_measures(
     rule: spec.Rule, beside: Sequence[spec.Measure], parts: Definitions
-) -> spec.Measure:
-    """An observation is a measure of what it looks at; its word alone may be the file's own."""
+) -> list[spec.Measure]:
+    """An observation is a measure of what it looks at; its word alone may be the file's own. Its
+    controls stand behind it."""
     said = _observed(rule)
     taken = {*parts.metrics, *(measure.label for measure in beside)}
     label = said.name or (f"observed {said.word}" if said.word in taken else said.word)
     metric: ast.Expr = ast.Name(said.word, span=rule.span)
     if said.toward is not None:
         metric = _toward(said.toward)
-    return spec.Measure(
+    own = spec.Measure(
         span=rule.span,
         label=label,
         metric=metric,
@@ -222,6 +224,16 @@ def _own_measure(
         effect_span=rule.span,
         observed=True,
     )
+    controls = CONTROLS.get(said.word, ())
+    return [
+        own,
+        *(
+            own.model_copy(
+                update={"label": f"{label} {word}", "metric": ast.Name(word, span=rule.span)}
+            )
+            for word in controls
+        ),
+    ]
 
 
 def _toward(expression: ast.Expr) -> ast.Expr:

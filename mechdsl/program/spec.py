@@ -181,10 +181,14 @@ class Rule(Spec):
     fills: tuple[str, ...] = ()
     """ablate: the labels of an axis of fills, of which this rule is one."""
     fill_index: int = 0
+    reading: SiteText | None = None
+    """set … to value(…): the site that is read, in `source`, at `at`; written at `onto`."""
     onto: PositionsText | None = None
     """patch: where it is written; swap: the other positions; attention rules: the keys."""
     into_layer: BoundText | None = None
     """patch: the layers that are written, where they aren't those that are read."""
+    source_block: BoundText | None = None
+    """replace block: the block that computes there; None: none does."""
     edge: EdgeText | None = None
     """Attention rules: layers and heads."""
     receiver: SiteText | None = None
@@ -259,7 +263,7 @@ class Expectation(Spec):
     citing: str | None = None
 
 
-Drawn = Literal["heads", "neurons", "experts", "layers", "positions"]
+Drawn = Literal["heads", "neurons", "experts", "layers", "positions", "directions"]
 
 
 class Control(Spec):

@@ -41,6 +41,8 @@ def uses(node: Any, placeholders: Placeholders) -> Iterator[NameUse]:
             return
         case ast.Call(name="list"):
             yield from _list_uses(node, placeholders)
+        case ast.Call(name="shuffle", arguments=(shuffled, _)):  # the second is one of its texts
+            yield from uses(shuffled.value, placeholders)
         case ast.Call(name="other" | "others", arguments=arguments):
             for n, argument in enumerate(arguments):
                 if n == 0 and isinstance(argument.value, ast.Name):

@@ -80,6 +80,8 @@ def resolve_everywhere(
         )
         return None
     found = tuple(atoms.values())
+    if observed and not _of_one_token(expression, found, at, context):
+        return None
     unread = unreadable(expression, found, shape, model)
     if unread is not None:
         context.diagnostics.append(unread)
@@ -129,6 +131,27 @@ def _read_alike(expression: ast.Expr, atoms: Sequence[Atom], context: MeasureCon
         return True
     reason = "the loss of a token is read in front of it, the rest at the token itself"
     refuse(context, expression.span, reason, "measure them in two lines")
+    return False
+
+
+def _of_one_token(
+    expression: ast.Expr, atoms: Sequence[Atom], at: ast.Position | None, context: MeasureContext
+) -> bool:
+    """Whether a measure can be read off what is observed: one distribution over next tokens."""
+    seen = context.observed
+    if seen is None or (seen.gives == "number" and at is None):
+        return True
+    several = any(any(atom.behind) for atom in atoms if atom.texts)
+    if at is not None:
+        reason, hint = "what is observed says itself where it is", "leave `at …` out"
+    elif any(atom.form.takes in ("prompt", "own", "activations") for atom in atoms):
+        reason = "it reads more than one distribution over next tokens"
+        hint = "measure it in an experiment without `observe`"
+    elif several and not context.tokenizer.stands_in:
+        reason, hint = "its text has several tokens", "name a text of one token"
+    else:
+        return True
+    refuse(context, expression.span, reason, hint)
     return False
 
 

@@ -43,8 +43,13 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
         return _of_python(node, context)
     name = node.id if isinstance(node, ast.Name) else node.name
     seen = context.observed if context.reads_observed and isinstance(node, ast.Name) else None
-    if seen is not None and seen.gives == "number" and name in (*context.names, seen.word):
+    own = seen is not None and (seen.gives == "number" or seen.read_by_measures)
+    if seen is not None and own and name in (*context.names, seen.word):
         return Atom(node, seen.word, seen.form)
+    if seen is not None and name in seen.controls:
+        return Atom(node, name, seen.form)
+    if context.reads_observed and name in context.names and not own:
+        return None  # an observation that there isn't, or that lacks a part, which is said there
     metric = METRICS.get(name)
     if metric is None and isinstance(node, ast.Name) and name in context.metrics:
         return None  # it couldn't be written out, which has been said

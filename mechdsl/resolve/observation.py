@@ -26,6 +26,11 @@ class Unembedding(Protocol):
         add to the logits, with the final norm's scale held at that of the stream [K, d_model]."""
         ...
 
+    def neurons_out(self, layer: int, units: Tensor, values: Tensor) -> Tensor:
+        """[K, d_model]: what neurons `units` [K] with activations `values` [K, 1] add to the
+        stream."""
+        ...
+
 
 class Seen(Protocol):
     """K vectors of one site of one layer, of some rows, and what is known of their places."""
@@ -34,6 +39,11 @@ class Seen(Protocol):
     def vectors(self) -> Tensor:
         """[K, width], in float32 at least: one head or neuron, or all of them side by side. Of
         patterns and scores the width is that of the longest prompt, 0 where there is no key."""
+        ...
+
+    @property
+    def units(self) -> Tensor | None:
+        """[K] the head or neuron of each; None where all are one vector."""
         ...
 
     @property
@@ -79,7 +89,7 @@ class Observation(Intervention):
     drawn_positions = False
     word: ClassVar[str]
     """Behind `observe`."""
-    form: ClassVar[Form]
+    form: Form
     """Its measure, of the docstring's first line."""
     unit: ClassVar[str] = ""
     gives: ClassVar[Literal["number", "logits"]] = "number"
@@ -91,7 +101,9 @@ class Observation(Intervention):
     """Joined sites are added up, and not averaged."""
     read_by_measures: ClassVar[bool] = False
     """The measures of the experiment read it in place of the model's own output."""
-    takes: ClassVar[tuple[Literal["toward", "with", "top", "arguments"], ...]] = ()
+    controls: ClassVar[tuple[str, ...]] = ()
+    """What is measured beside it to set it against, each a measure behind its own label."""
+    takes: ClassVar[tuple[Literal["toward", "with", "with site", "top", "arguments"], ...]] = ()
     """The clauses that it has a meaning for."""
 
     def beside(self, rule: ResolvedRule, shape: ModelShape) -> tuple[Place, ...]:

@@ -31,6 +31,7 @@ from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.open_axes import open_axes, open_positions
 from mechdsl.resolve.picks import Onward
 from mechdsl.resolve.relative_depth import relative
+from mechdsl.resolve.removed_blocks import inside_removed
 from mechdsl.resolve.resolved import (
     Axis,
     ModelContext,
@@ -93,7 +94,10 @@ def outline(
         written = tuple(rule.site for rule in experiment.rules)
         axes = tuple(relative(axis, written, model.shape.n_layers) for axis in axes)
     apart = left_out(experiment.against, work.sites)
-    looking = (kinds[rule.verb].observes(rule) for rule in experiment.rules)
+    looking = (
+        kinds[rule.verb].observes(rule) if found is None else _observation(found)
+        for rule, found in zip(experiment.rules, rules, strict=True)
+    )
     observed = next((each for each in looking if each is not None), None)
     context = _measure_context(work, axes, observed)
     measures, places = measured_parts(work, context)
@@ -108,6 +112,9 @@ def outline(
         perhaps=_perhaps(work, rules) | perhaps_measured(work, measures),
         measures=measures,
         resolved=None,
+    )
+    diagnostics.extend(
+        inside_removed([r for r in rules if r], [m for m in measures if m], model.name)
     )
     if has_errors(diagnostics) or None in (*rules, *measures, *keep):
         return known, diagnostics
@@ -140,6 +147,11 @@ def outline(
     if problems:
         return known, diagnostics
     return replace(known, resolved=replace(resolved, control=control)), diagnostics
+
+
+def _observation(rule: ResolvedRule) -> Observation | None:
+    """What a rule looks at; None where it acts."""
+    return rule.does if isinstance(rule.does, Observation) else None
 
 
 def _work(
@@ -273,7 +285,10 @@ def _beside_others(work: Work, kinds: Registry[RuleKind]) -> None:
 
 
 def _nodes(rule: spec.Rule) -> Any:
-    parts = (rule.site, rule.at, rule.fill, rule.onto, rule.into_layer, rule.edge, rule.receiver)
+    parts = (
+        *(rule.site, rule.reading, rule.at, rule.fill, rule.onto, rule.into_layer),
+        *(rule.source_block, rule.edge, rule.receiver),
+    )
     return tuple(part for part in parts if part is not None)
 
 
@@ -325,5 +340,7 @@ def _accuracy_calls(experiment: spec.Experiment) -> list[ast.Call]:
         for expect in experiment.expects
         if expect.condition is not None
         for node in walk(expect.condition)
-        if isinstance(node, ast.Call) and node.name == "accuracy" and len(node.arguments) == 1
+        if isinstance(node, ast.Call)
+        and node.name == "accuracy"
+        and [each.name for each in node.arguments] in ([None], [None, "model"])
     ]

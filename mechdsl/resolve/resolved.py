@@ -184,6 +184,9 @@ class Convention:
     """Said once, behind the texts of all rules with this key."""
 
 
+Changes = Literal["sites", "edges", "input", "positions", "blocks", "nothing"]
+
+
 class Intervention:
     """What a rule does to a run. Stages behind `resolve` ask this class and know no kinds.
 
@@ -193,9 +196,9 @@ class Intervention:
     name: ClassVar[str]
     """As graphs call it; the verb of a rule kind that says no other. Interventions of one name with
     equal keys write the same."""
-    changes: ClassVar[Literal["sites", "edges", "input", "positions", "nothing"]] = "sites"
+    changes: ClassVar[Changes] = "sites"
     """What of a run it changes: vectors at its sites, edges of attention, the text that goes in,
-    position ids; nothing where it only looks."""
+    position ids, what blocks compute; nothing where it only looks."""
     whole: ClassVar[bool] = False
     """Its rows are whole passes: nothing of an unpatched run stands in them."""
     looks_ahead: ClassVar[bool] = False
@@ -211,6 +214,8 @@ class Intervention:
     copies: ClassVar[bool] = False
     """What is written is what is read in the rule's run, as it is: then rows whose source and base
     agree there are equal to the base run and aren't run."""
+    leads_on: ClassVar[bool] = False
+    """Only pairs with the sites `beside` in a later layer are cells."""
     drawn_positions: ClassVar[bool] = True
     """Whether `against random(…, positions)` can put it at others."""
 
@@ -285,8 +290,18 @@ class ResolvedRule(Record):
     """`set … to python(…)`: what makes new vectors of the base run's."""
     edge: EdgeTargets | None = None
     path: PathTargets | None = None
+    beside: SiteTargets | None = None
+    """The sites that an observation sets its own against."""
     only: Only | None = None
     """None where it acts in all cells."""
+
+    def leads(self, at: Mapping[str, int]) -> bool:
+        """Whether there is a cell with these indices along the axes, as far as `beside` goes."""
+        if not self.does.leads_on or self.beside is None or self.sites is None:
+            return True
+        own = self.sites.points[tuple(at[axis] for axis in self.sites.axes)]
+        other = self.beside.points[tuple(at[axis] for axis in self.beside.axes)]
+        return max(p.layer or 0 for p in own) < min(p.layer or 0 for p in other)
 
     @property
     def axes(self) -> frozenset[str]:
@@ -294,6 +309,7 @@ class ResolvedRule(Record):
         parts = [self.sites, self.positions, self.amounts, self.direction]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
+        parts += [] if self.beside is None else [self.beside]
         own = frozenset(name for part in parts if part is not None for name in part.axes)
         return own if self.only is None else own | {self.only.axis}
 

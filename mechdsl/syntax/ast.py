@@ -624,6 +624,15 @@ class ReplaceTokens(Node):
 
 
 @record
+class ReplaceBlock(Node):
+    """`replace block layer 2 with block layer 1`, or with a word, `identity`."""
+
+    axis: Axis
+    word: Name | None = None
+    source: Star | AxisRange | None = None
+
+
+@record
 class Block(Node):
     edge: Edge
 
@@ -663,10 +672,20 @@ class ObserveAttention(Node):
 
 
 @record
+class Reading(Node):
+    """`0.5 * value(mlp_out layer 2 at POSITIONS) of RUN`."""
+
+    site: Site
+    at: Positions | None = None
+    of: Ref | None = None
+    factor: Expr | None = None
+
+
+@record
 class SetSite(Node):
     site: Site
     at: Positions
-    value: Expr
+    value: Expr | Reading
 
 
 @record
@@ -740,6 +759,7 @@ RuleBody = (
     Patch
     | Ablate
     | ReplaceTokens
+    | ReplaceBlock
     | Block
     | Reweight
     | SetEdge
@@ -870,6 +890,8 @@ class Observe(Node):
     run: Ref | None = None
     """What is looked at, where that isn't the run that the rules act on."""
     name: Name | None = None
+    beside: Site | None = None
+    """The site that it is set against: `with attn_out layer *`."""
 
 
 @record

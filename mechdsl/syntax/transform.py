@@ -432,9 +432,11 @@ class ToAst(Transformer[Token, Any]):
             clauses.get("top"),
             clauses.get("run"),
             clauses.get("name"),
+            clauses.get("beside"),
             span=_span(c),
         )
 
+    with_site = _clause("beside", _second)
     toward = _clause("toward", _second)
     at_positions = _clause("at", _second)
     with_positions = _clause("with", _second)
@@ -570,6 +572,12 @@ class ToAst(Transformer[Token, Any]):
     def replace_tokens(self, c: list[Any]) -> ast.ReplaceTokens:
         return ast.ReplaceTokens(c[1], c[3], span=_span(c))
 
+    def replace_block(self, c: list[Any]) -> ast.ReplaceBlock:
+        word = c[4] if isinstance(c[4], ast.Name) else None
+        return ast.ReplaceBlock(c[2], word, _clauses(c).get("block"), span=_span(c))
+
+    other_block = _clause("block", lambda c: c[2])
+
     def block(self, c: list[Any]) -> ast.Block:
         return ast.Block(c[1], span=_span(c))
 
@@ -587,6 +595,15 @@ class ToAst(Transformer[Token, Any]):
 
     def set_site(self, c: list[Any]) -> ast.SetSite:
         return ast.SetSite(c[1], c[3], c[5], span=_span(c))
+
+    def reading(self, c: list[Any]) -> ast.Reading:
+        factor, found = None, _nodes(c)
+        if not isinstance(found[0], ast.Site):
+            factor, *found = found
+        parts = {type(node): node for node in found}
+        return ast.Reading(
+            found[0], parts.get(ast.Positions), parts.get(ast.Ref), factor, span=_span(c)
+        )
 
     def path(self, c: list[Any]) -> ast.PathRule:
         through = _clauses(c).get("through", ())

@@ -14,3 +14,6 @@ VERBS: Registry[str] = Registry("rule")
 LENSES: set[str] = set()
 """Words behind `observe` that give a distribution over tokens, which the measures of the experiment
 read in place of the model's own."""
+
+CONTROLS: dict[str, tuple[str, ...]] = {}
+"""Word behind `observe` → the controls that come with it, each a measure of its own."""

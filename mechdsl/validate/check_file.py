@@ -25,6 +25,7 @@ from mechdsl.diagnostics.e05_answers import AnswerLeftOut
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
     EffectWithoutRule,
+    UnreadableMeasure,
 )
 from mechdsl.diagnostics.e06_onward import TestedWherePicked
 from mechdsl.diagnostics.w07_names import HidesMetric, PatchesItself, UnusedName, WritesFirstToken
@@ -39,6 +40,7 @@ from mechdsl.prompts.stand_ins import with_stand_ins
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.measured_parts import in_parts
+from mechdsl.resolve.over_rows import of_weights
 from mechdsl.resolve.resolve_experiment import outline
 from mechdsl.resolve.resolved import ModelContext, Outline, ResolvedExperiment
 from mechdsl.rules import RULES
@@ -367,7 +369,7 @@ def _tested_where_picked(
         picked = {
             row
             for part in found[name].parts
-            if part.experiment.table.name == table.name
+            if part.experiment.table.name == table.name and not of_weights(part.experiment)
             for row in part.experiment.table.row_ids
         }
         shared = len(picked.intersection(table.row_ids))
@@ -390,7 +392,8 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
     found: list[Diagnostic] = []
     for run in (experiment, *experiment.derived):
         for rule in run.rules if not experiment.broken else ():
-            if rule.source is not None and rule.source == run.base and not _elsewhere(rule):
+            itself = rule.source == run.base and not rule.reading
+            if rule.source is not None and itself and not _elsewhere(rule):
                 found.append(PatchesItself(span=rule.span, run=rule.source))
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
@@ -399,6 +402,11 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
             found.append(
                 UnknownWord(span=measure.effect_span, kind="effect", word=measure.effect, hint=hint)
             )
+        elif measure.observed and effect.name != "raw":
+            reason = f"what is observed is shown as it is, and `{effect.name}` is of two runs"
+            hint = "write `as raw`"
+            text = measure.span.written
+            found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
         elif experiment.broken:
             continue  # which may be why there is no source, or no rule
         elif effect.needs_source and experiment.source is None:

@@ -360,6 +360,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     ResolvedRule: {
         "spec": "as written; what it means is in the other fields. An intervention that makes "
         "numbers of it names what it takes in its `key`, which goes in",
+        "beside": "of observations over all rows and of weights, whose values aren't kept by row",
     },
     SiteTargets: {"axes": PLACED, "labels": SHOWN},
     PositionTargets: {"axes": PLACED, "left_out": SHOWN},

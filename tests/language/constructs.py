@@ -312,6 +312,26 @@ _prompts(
     _ROWS,
 )
 _prompts(
+    "list of records",
+    'shots = list("{prompt} {n}", 1, from: example)',
+    "Each item is a text about a whole record of a block with `rows`, this one or another: the "
+    "shots of a few-shot prompt. The row's own record is never among them, nor one twice with "
+    "`distinct: true`. Their placeholders are spans: `each n of shots token`.",
+    "tests/data/test_shots.py",
+    VECTORS,
+    beside='rows "facts.jsonl"',
+)
+_prompts(
+    "shuffled shots",
+    "corrupt mixed { shots = shuffle(shots, colour) }",
+    "The same shots with one of their values dealt out anew among them, so that it fits no "
+    "longer; what follows them stays. Where any two differ, at least one text changes.",
+    "tests/data/test_shots.py",
+    VECTORS,
+    beside='template "{shots} Count 1:" colour in ["red", "green"] '
+    'shots = list("{item} {colour}", 4, sep: " ")',
+)
+_prompts(
     "value in Python",
     'size = python("functions.py:total")',
     "A function of a Python file, called as `total(row)` with the values of the row, a `dict`. In "
@@ -516,6 +536,8 @@ _site(
 
 _TRANSPLANTS = "tests/rules/test_transplants.py"
 _OBSERVED = "tests/rules/test_observations.py"
+_TOGETHER = "tests/rules/test_over_rows.py"
+_WEIGHTS = "tests/execute/test_observed_weights.py"
 _EDGES = "tests/rules/test_attention.py"
 _PATHS = "tests/rules/test_paths.py"
 
@@ -703,6 +725,16 @@ _rule(
     "tests/rules/test_whole_cells.py",
 )
 _rule(
+    "set to what is elsewhere",
+    "set resid_post layer 2 at last token "
+    "to 0.5 * value(mlp_out layer 1 at last-item token) of fewer",
+    "The vector of another site of an unpatched run, the base run where none is named, times a "
+    "number if there is one; at the position that is written, where none is named. Both must be of "
+    "one width.",
+    OWN,
+    "tests/rules/test_readings.py",
+)
+_rule(
     "several fills",
     "ablate layer * head * at last token with zero, mean, mean of fewer by count, resample",
     "Fills in a list are an axis, `fill`, named as they are written: each cell is what the rule is "
@@ -748,6 +780,23 @@ _rule(
     "the enlarged set. Rows are whole passes. Not where positions are added to scores (ALiBi).",
     "Wang et al. 2024, arXiv 2407.01100",
     "tests/rules/test_allowed.py",
+)
+_rule(
+    "replace block",
+    "replace block layer * with block layer 1",
+    "Another block computes in that place, with its own weights on what enters there. Several, "
+    "`layers 2..3`, are replaced together; a `for` may say `layer l with block layer l + 1`. Sites "
+    "of a layer are what is computed in its place. Blocks of another kind can't stand in. Rows are "
+    "whole passes.",
+    OWN,
+    "tests/rules/test_blocks.py",
+)
+_rule(
+    "replace block with identity",
+    "replace block layers 1..2 with identity",
+    "The blocks hand on what enters them.",
+    OWN,
+    "tests/rules/test_blocks.py",
 )
 _rule(
     "renumber",
@@ -802,6 +851,114 @@ _rule(
     "Of another run than the one that rules act on, whose texts positions are found in.",
     OWN,
     _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe value",
+    "observe value mlp_hidden layer 1 neuron 0..3 at last token",
+    "The activation of one neuron; of neurons that are joined, their mean.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe entropy",
+    "observe entropy pattern layer * head * at last token",
+    "The entropy of what the query attends to, in nats.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe distance",
+    "observe distance pattern layer * head * at last token",
+    "How many tokens back the query attends, on average over its attention.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe logit_lens",
+    "observe logit_lens resid_post layer * at last token",
+    "The vector through the model's own final norm and unembedding, as if its layer were the last. "
+    "Measures of the experiment read what comes out; without one, it is the probability of its "
+    "most likely token. Of `attn_out`, `mlp_out` and `head_out` the norm has the scale of that "
+    "vector alone.",
+    'nostalgebraist 2020, "interpreting GPT: the logit lens"',
+    _OBSERVED,
+    "measure prob(answer) as raw",
+)
+_rule(
+    "observe direct_logit",
+    "observe direct_logit layer * head * toward answer - wrong at last token",
+    "What a component adds to the logits behind `toward` by itself: through the final norm, whose "
+    "scale is held at that of the stream, and the unembedding. Heads, `attn_out`, `mlp_out`, "
+    "neurons, and `resid_pre layer 0` for the embeddings; with the biases of norm and unembedding, "
+    "which no part has, all parts add up to the logit (before a cap on logits). Joined sites are "
+    "added up.",
+    "Elhage et al. 2021, transformer-circuits.pub/2021/framework; Wang et al. 2022, "
+    "arXiv 2211.00593",
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe probe",
+    "observe probe(count, folds: 5) at resid_post layer * at last-item token as told",
+    "What a linear map of the vectors tells of a value, in rows that it wasn't fitted to: ridge "
+    "regression (R²) of numbers and lists of numbers, logistic regression (share right) of texts, "
+    "truths and two values; `kind: logistic` or `kind: ridge` says it. Rows that look alike at the "
+    "position are in one fold. Beside it stands `told shuffled`, with the values dealt to other "
+    "rows. `penalty` is that of Σ weights² on standardised vectors; without it, ridge takes the "
+    "best of 0.01 to 10,000 on folds within the rows of each fit, logistic 1.",
+    "Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368",
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe similarity",
+    "observe similarity resid_post layer * at first-item token with last-item token as alike",
+    "The cosine of a row's vectors, the mean over pairs of different tokens, one at either "
+    "position; without `with`, of the tokens of one position with each other.",
+    OWN,
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe cka",
+    "observe cka resid_post layer * with attn_out layer * at last token as alike",
+    "Linear CKA of two sites over all distinct rows, by the estimator without bias for few rows; "
+    "the second site's axes are `to_layer`, `to_head`. Its interval is that of the jackknife.",
+    "Kornblith et al. 2019, arXiv 1905.00414; Song et al. 2012",
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe rank, effective_rank",
+    "observe effective_rank resid_post layer * at last token as spread",
+    "How many dimensions the rows' vectors take up around their mean: singular values above "
+    "rounding (`rank`), or the exponential of their entropy. One number of all rows, without an "
+    "interval.",
+    "Roy and Vetterli 2007",
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe copying, matching",
+    "observe copying layer * head * as copies",
+    "Of a head's weights alone: Σ λ / Σ |λ| over the eigenvalues of embedding → OV → unembedding, "
+    "or of embedding → QK ← embedding (`matching`), from −1 to 1. Gains of norms are folded in; "
+    "their scales, biases and rotary are not.",
+    "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
+    _WEIGHTS,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe composition",
+    "observe composition(q) at layer 0 head * with layer 1 head * as read",
+    "How much of what a head writes a head of a later layer reads by its queries, keys (`k`) or "
+    "values (`v`): ‖AB‖ / (‖A‖ ‖B‖), Frobenius, of the first one's OV and the other's QK or OV.",
+    "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
+    _WEIGHTS,
     "measure logit(answer) as raw",
 )
 _rule(
@@ -862,6 +1019,15 @@ _onward(
     "signed, as above.",
     DELETION,
     "tests/onward/test_tokens.py",
+)
+_onward(
+    "tokens of an observation",
+    "ablate embed at top 2 of look tokens with zero",
+    "In every row the keys that the observation `look` ranks highest in this row: the keys of "
+    "`observe attention … to each …`, or the positions that another one sweeps. Several in one "
+    "experiment have names: `as attn`, then `top 2 of attn tokens`.",
+    OWN,
+    "tests/onward/test_observed_tokens.py",
 )
 _onward(
     "curve",
@@ -1073,6 +1239,13 @@ _expectation(
     "The share of rows whose answer is the most likely token, in an unpatched run: of all rows, "
     "also of those that `keep` drops.",
     "tests/execute/test_accuracies.py",
+)
+_expectation(
+    "expect accuracy of a model",
+    "expect accuracy(clean, model: toy) > 0.9",
+    "The same where the experiment runs on several models: each has one of its own.",
+    "tests/execute/test_accuracies.py",
+    beside="model toy, twin",
 )
 _expectation(
     "expect spearman",

@@ -30,7 +30,7 @@ from mechdsl.resolve.resolved import (
     SiteTargets,
 )
 from mechdsl.rules.kind import places, rule_kind
-from mechdsl.syntax.verbs import LENSES
+from mechdsl.syntax.verbs import CONTROLS, LENSES
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, Form
 
@@ -54,6 +54,7 @@ class Kind(Observation):
         given = {
             "toward": said.toward is not None,
             "with": rule.onto is not None and rule.edge is None,
+            "with site": rule.receiver is not None,
             "top": said.top is not None,
             "arguments": said.call is not None,
         }
@@ -88,7 +89,10 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
         meaning = (entry.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
         entry.form = Form("observation", unit, "number", _as_it_is, meaning, narrow=True)
         if entry.read_by_measures:
+            entry.form = Form("nothing", unit, "number", _likeliest, meaning)
             LENSES.add(word)
+        if entry.controls:
+            CONTROLS[word] = entry.controls
         OBSERVATIONS.add(word, entry())
         return entry
 
@@ -97,6 +101,11 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
 
 def _as_it_is(values: Tensor) -> Tensor:
     return values
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """[row] of [row, vocab]: the probability of the most likely token."""
+    return logits.softmax(-1).amax(-1)
 
 
 class SiteObservation(Kind):
@@ -110,7 +119,12 @@ class SiteObservation(Kind):
             return None
         if not self.sites_fit(rule, sites, work):
             return None
-        return ResolvedRule(spec=rule, does=self, run=base, sites=sites, positions=positions)
+        found = ResolvedRule(spec=rule, does=self, run=base, sites=sites, positions=positions)
+        return found if self.positions_fit(rule, found, work) else None
+
+    def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: Work) -> bool:
+        """The same of its sites and positions together."""
+        return True
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
         """Whether the sites are such as it can look at; a diagnostic says why they aren't."""

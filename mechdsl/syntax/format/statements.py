@@ -9,6 +9,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.format.constructs import (
     CONDITION,
     SUM,
+    axis,
     axis_value,
     call,
     domain,
@@ -29,6 +30,15 @@ from mechdsl.syntax.format.constructs import (
 def _optional(word: str, value: Any) -> str:
     """` word value`, or nothing."""
     return "" if value is None else f" {word} {value}"
+
+
+def _written(node: ast.Expr | ast.Reading) -> str:
+    """What a rule writes: an expression, or what a run has somewhere."""
+    if not isinstance(node, ast.Reading):
+        return within(node, SUM)
+    factor = "" if node.factor is None else f"{within(node.factor, SUM + 1)} * "
+    at = _of("at", node.at, positions)
+    return f"{factor}value({site(node.site)}{at}){_of('of', node.of, ref)}"
 
 
 def _of(word: str, node: Any, text: Any) -> str:
@@ -202,6 +212,9 @@ def _rule(node: Any) -> str | None:
             return f"ablate {site(node.site)} at {positions(node.at)} with {fills}"
         case ast.ReplaceTokens():
             return f"replace {positions(node.at)} with {within(node.value, SUM)}"
+        case ast.ReplaceBlock():
+            other = _of("block layer", node.source, axis_value) or _of("", node.word, _id)
+            return f"replace block {axis(node.axis)} with {other.strip()}"
         case ast.Block():
             return f"block {edge(node.edge)}"
         case ast.Reweight():
@@ -213,7 +226,7 @@ def _rule(node: Any) -> str | None:
         case ast.Renumber():
             return f"renumber {positions(node.at)} from {within(node.start, SUM)}"
         case ast.SetSite():
-            return f"set {site(node.site)} at {positions(node.at)} to {within(node.value, SUM)}"
+            return f"set {site(node.site)} at {positions(node.at)} to {_written(node.value)}"
         case ast.PathRule():
             through = f" through {names(node.through)}" if node.through else ""
             ends = f"{site(node.sender)} -> {site(node.receiver)}"
@@ -326,6 +339,7 @@ def _observe(node: ast.Observe) -> str:
     return (
         f"observe {what} {site(node.site)}"
         + _of("of", node.run, ref)
+        + _of("with", node.beside, site)
         + _of("toward", node.toward, _sum)
         + _of("at", node.at, positions)
         + _of("with", node.other, positions)
