@@ -38,7 +38,7 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.peft_models import outside_of_modules, unwrapped
 from mechdsl.loading.prove import take_apart, text_of
 from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, stamps, weights_hash
-from mechdsl.models.locate import locate, needed, weight_files, zoo_models
+from mechdsl.models.locate import locate, needed, weight_files
 from mechdsl.models.shape import ModelShape, read_config, read_shape, shape_from_config, shape_of
 from mechdsl.program import spec
 from mechdsl.prompts.tokenizer import TextTokenizer
