@@ -29,6 +29,7 @@ from mechdsl.plan.value_keys import (
     measure_rows,
     mixed,
 )
+from mechdsl.plan.whole_cells import WholeCells
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.resolved import Env, ResolvedMeasure
 from mechdsl.store.runs import OpenRun
@@ -197,9 +198,16 @@ class KeptValues:
             return None
         return cls(kept.run, Contents(kept.models, panel.model, seed), panel.table)
 
-    def patched(self, plan: ExperimentPlan, rows: Ints, donors: Ints | None) -> PatchedValues:
-        """Of one experiment. rows: those that are in it. donors: [prompt] of `resample`."""
-        keys = ExperimentKeys(plan, self._table, self._contents, rows, donors)
+    def patched(
+        self,
+        plan: ExperimentPlan,
+        rows: Ints,
+        donors: Ints | None,
+        cells: Mapping[int, WholeCells],
+    ) -> PatchedValues:
+        """Of one experiment. rows: those that are in it. donors: [prompt] of `resample`. cells: by
+        number of the rule, of those that read whole ones."""
+        keys = ExperimentKeys(plan, self._table, self._contents, rows, donors, cells)
         return PatchedValues(self._run, keys)
 
     def keep(self, parts: Iterable[Part]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.made_of_cells import MadeOfCells
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
@@ -45,6 +46,16 @@ class MeansAndDonors:
     act on tokens behind the prompts."""
     donors: Ints | None
     """[prompt] the prompt whose activation replaces it, for `resample`."""
+    made: Mapping[tuple[int, int | None], MadeOfCells] = field(
+        default_factory=dict[tuple[int, int | None], MadeOfCells]
+    )
+    """As `made_of_cells` gives it."""
+
+    def made_with(self, rule: int, text: TextBehind | None) -> MadeOfCells | None:
+        """What a rule writes in passes with this text behind the prompts, if it is made of whole
+        cells."""
+        behind = None if text is None else self.made.get((rule, text.number))
+        return self.made.get((rule, None)) if behind is None else behind
 
     def of(self, text: TextBehind | None) -> Mapping[int, Means]:
         """By number of the rule, the means in passes with this text behind the prompts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,13 +12,12 @@ from mechdsl.execute.not_finite import cell_words, in_cell, not_finite
 from mechdsl.execute.pass_size import out_of_memory, stopwatch
 from mechdsl.execute.patched_rows import Member, Patcher
 from mechdsl.execute.prepared_panel import PreparedPanel, owner
-from mechdsl.execute.readout import Failed, Found
+from mechdsl.execute.readout import Found
 from mechdsl.execute.row_groups import extent, groups, members_of
 from mechdsl.execute.try_sizes import WORTH_MEASURING, try_sizes
 from mechdsl.execute.unusable import Unusable
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows, Sharer
-from mechdsl.program.python_files import PythonFailure, PythonNotLoaded
 from mechdsl.prompts.prompt_table import Run
 
 
@@ -147,7 +146,8 @@ class PanelRunner(PreparedPanel):
         return Patcher(self.plan, plans, readouts, means_and_donors, self.runs, skip)
 
     def _sharer(self) -> Sharer:
-        return Sharer(self.running, share=self.plan.shares_rows)
+        cells = [self.whole_cells[plan.experiment.key] for plan in self.running]
+        return Sharer(self.running, share=self.plan.shares_rows, cells=cells)
 
     def _finish(
         self,
@@ -210,8 +210,7 @@ class PanelRunner(PreparedPanel):
                     continue
                 try:
                     with stopwatch(self.runs.model.device) as seconds:
-                        every = range(len(self.running))
-                        passed = self._pass(patcher, shared, chosen, run, batch, every)
+                        passed = self._pass(patcher, shared, chosen, run, batch)
                 except (RuntimeError, MemoryError) as error:
                     if len(chosen) == 1 or not out_of_memory(error) or not self.sizes.halve():
                         raise
@@ -260,34 +259,15 @@ class PanelRunner(PreparedPanel):
         chosen: Ints,
         run: Run,
         batch: Ints,
-        wanted: Collection[int],
     ) -> list[tuple[Ints, Member, Found]]:
         """One pass over the chosen distinct rows: what is found in those of each member, and which
-        rows were run. Where a function fails that makes what some of them write, each experiment
-        has a pass of its own, so that it costs one alone.
-
-        wanted: numbers of experiments; those that are lost are left out.
-        """
-        wanted = [n for n in wanted if owner(self.running[n]) not in self.lost]
-        members = [each for each in members_of(shared, chosen) if each.number in wanted]
+        rows were run; without those of experiments that are lost."""
+        lost = [owner(plan) in self.lost for plan in self.running]
+        members = [each for each in members_of(shared, chosen) if not lost[each.number]]
         if not members:
             return []
         used = np.unique(np.concatenate([member.at for member in members]))
         if len(used) < len(chosen):
-            return self._pass(patcher, shared, chosen[used], run, batch, wanted)
-        try:
-            every = patcher.values(shared, chosen, members, run, batch)
-            return [(chosen, member, found) for member, found in every]
-        except PythonFailure as failure:
-            if len(members) == 1:
-                self._cannot_write(members[0], failure)
-                return []
-        alone = (self._pass(patcher, shared, chosen, run, batch, [m.number]) for m in members)
-        return [each for own in alone for each in own]
-
-    def _cannot_write(self, member: Member, failure: PythonFailure) -> None:
-        """Lose an experiment whose function makes no vectors for the rows of a pass."""
-        plan = self.running[member.number]
-        rows = 0 if isinstance(failure, PythonNotLoaded) else len(member.rows)
-        failed = Failed(failure.diagnostic, None, rows)
-        self._lose(plan, function_failed(failed, plan.experiment, self._row_of(member, 0)))
+            return self._pass(patcher, shared, chosen[used], run, batch)
+        every = patcher.values(shared, chosen, members, run, batch)
+        return [(chosen, member, found) for member, found in every]

@@ -125,6 +125,7 @@ class Patcher:
             members, repeated, readouts, wanted, logits, reads, observed, strict=True
         ):
             reading = Reading(
+                run=run.name,
                 prompts=many.rows.prompt,
                 items=[self.plans[member.number].items[cell] for cell in many.rows.cell],
                 logits=want.spots(own),

@@ -13,20 +13,23 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.accuracies import unmeasured_accuracies
 from mechdsl.execute.kept_values import KeptRun, KeptValues, PatchedValues
+from mechdsl.execute.made_of_cells import CellFailed, MadeOfCells, made_of_cells
 from mechdsl.execute.means_and_donors import MeansAndDonors, donors_of, means_of
 from mechdsl.execute.measured_values import MeasuredValues
-from mechdsl.execute.no_value import no_value
-from mechdsl.execute.not_finite import in_run, not_finite
+from mechdsl.execute.no_value import function_failed, no_value
+from mechdsl.execute.not_finite import cell_words, in_run, not_finite
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
-from mechdsl.execute.readout import Found, Readout
+from mechdsl.execute.readout import Failed, Found, Readout
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.writes import readable
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel, Plan
 from mechdsl.plan.rule_rows import Rows
+from mechdsl.plan.whole_cells import WholeCells, whole_cells
+from mechdsl.program.python_files import PythonNotLoaded
 from mechdsl.prompts.prompt_table import PromptTable
 
 Check = Callable[[MeasuredValues], dict[int, Diagnostic]]
@@ -77,6 +80,7 @@ class PreparedPanel:
         self.table: PromptTable = panel.table
         self.measured: dict[str, MeasuredValues] = {}
         self.means_and_donors: dict[str, MeansAndDonors] = {}
+        self.whole_cells: dict[str, Mapping[int, WholeCells]] = {}
         self.readouts = {
             p.experiment.key: Readout.of(p.experiment.measures) for p in panel.experiments
         }
@@ -136,6 +140,7 @@ class PreparedPanel:
             kept = self.measured[plan.experiment.key].kept
             donors = donors_of(plan, self.table.row_keys, self.runs.seed, kept)
             self.means_and_donors[plan.experiment.key] = MeansAndDonors({}, {}, donors)
+            self.whole_cells[plan.experiment.key] = self._whole_cells(plan, kept)
             self._look_up(plan, kept, donors)
         due = self._due()
         self.batches = self._batches(due)
@@ -151,8 +156,36 @@ class PreparedPanel:
             batches = [own for batch in every if len(own := measured.among(batch))]
             own = self.means_and_donors[plan.experiment.key]
             means, behind = means_of(plan, self.runs, batches, readout[plan.experiment.key])
-            found = MeansAndDonors(means, behind, own.donors)
+            found = MeansAndDonors(means, behind, own.donors, self._made(plan, batches))
             self.means_and_donors[plan.experiment.key] = found
+        self.running = self._sound
+
+    def _made(
+        self, plan: ExperimentPlan, batches: Sequence[Ints]
+    ) -> Mapping[tuple[int, int | None], MadeOfCells]:
+        """What rules write that is made of whole cells; a failure loses the experiment."""
+        key, cells = plan.experiment.key, self.whole_cells[plan.experiment.key]
+        if owner(plan) in self.lost:
+            return {}
+        try:
+            return made_of_cells(plan, cells, self.runs, batches, self.readouts[key])
+        except CellFailed as failed:
+            rows = 0 if isinstance(failed.failure, PythonNotLoaded) else len(failed.cell.runs)
+            words = cell_words(plan, failed.cell.cell)
+            base = plan.experiment.spec.base
+            seen = Unusable(int(failed.cell.prompts[0]), base, words)
+            problem = Failed(failed.failure.diagnostic, None, rows)
+            self._lose(plan, function_failed(problem, plan.experiment, seen))
+            return {}
+
+    def _whole_cells(self, plan: ExperimentPlan, kept: Ints) -> Mapping[int, WholeCells]:
+        """By number of the rule, all rows of each cell, where a rule is given them at once."""
+        if not any(rule.rule.does.reads == "cell" for rule in plan.rules):
+            return {}
+        every = plan.rows(kept)
+        key = plan.experiment.key
+        good = readable(plan, every, self.means_and_donors[key], self.readouts[key].passes)
+        return whole_cells(plan, every.take(good))
 
     def total_rows(self) -> int:
         """Patched rows of all experiments, draws included."""
@@ -207,7 +240,8 @@ class PreparedPanel:
         if self.values is None or not plan.rules:
             return
         try:
-            found = self.values.patched(plan, kept, donors)
+            cells = self.whole_cells[plan.experiment.key]
+            found = self.values.patched(plan, kept, donors, cells)
         except TypeError as error:  # what a rule or metric from outside hangs on can't be compared
             self.profile.not_kept[plan.experiment.key] = str(error)
             return

@@ -23,6 +23,8 @@ from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
 class Reading:
     """What a run gives a readout. Rows are lanes of an unpatched run or patched rows."""
 
+    run: str
+    """The run that rows are lanes of, or start from."""
     prompts: Ints
     """[row] index into the table."""
     items: Sequence[Env]
@@ -341,6 +343,9 @@ def _lacking(
 
 def _targets(atom: Atom, reading: Reading) -> Tensor:
     """[row]: the token of the atom's text, the first one of several."""
+    if atom.own:
+        own = np.array(atom.own[reading.run], dtype=np.int64)
+        return torch.from_numpy(own[reading.prompts])
     return torch.tensor(
         [
             atom.texts[item if atom.by_item else None][prompt][0]
@@ -372,7 +377,7 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) 
     assert reading.logits is not None
     logits = reading.logits[:, spot]
     match takes:
-        case "target" | "class" | "label" | "continuation":
+        case "target" | "own" | "class" | "label" | "continuation":
             target = _targets(atom, reading).to(logits.device)
             if takes != "continuation":
                 return function(logits, reading.columns(target))

@@ -236,6 +236,7 @@ class UnpatchedRuns:
         lanes = np.repeat(prompts, plain.draws)
         draws = np.tile(np.arange(plain.draws), len(prompts))
         reading = Reading(
+            run=run,
             prompts=lanes,
             items=[environment] * len(lanes),
             logits=self._of_spots(readout, plain.logits),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
+from mechdsl.execute.made_of_cells import MadeOfCells
 from mechdsl.execute.means_and_donors import Means, MeansAndDonors
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.hooks.batch import gather
@@ -116,7 +117,7 @@ def _there(
     has the one that is written there."""
     ends = plan.lengths(rows) + fed_tokens(text, rows.prompt)
     written = tokens.written < ends[tokens.row]
-    if rule.rule.does.reads not in ("run", "donor"):
+    if rule.rule.does.reads not in ("run", "donor", "cell"):
         return written, np.ones_like(written)
     prompts = read_prompts(rule, rows, means_and_donors)
     lengths = prompt_lengths(plan.experiment.table.runs[rule.rule.run])[prompts]
@@ -185,6 +186,7 @@ def build_writes(
                 draws,
                 lanes_of,
                 means_and_donors.of(text),
+                means_and_donors.made_with(number, text),
                 means_and_donors,
                 shape,
             )
@@ -253,6 +255,7 @@ class _Vectors:
     draws: Ints
     lanes_of: LanesOf
     means: Mapping[int, Means]
+    made: MadeOfCells | None
     means_and_donors: MeansAndDonors
     shape: ModelShape
 
@@ -270,6 +273,9 @@ class _Vectors:
         return 1 if SITES[self.place[0]].width == "key" else width(self.shape, *self.place)
 
     def read(self) -> Tensor:
+        if self.made is not None:
+            slot = self.entries.slot[self.chosen]
+            return self.made.read(self.rows, self.row, slot, self.place, self.unit, self.draws)
         return self._mean() if self.plan.rule.does.reads == "mean" else self._activation()
 
     def _mean(self) -> Tensor:

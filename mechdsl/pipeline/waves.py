@@ -20,8 +20,10 @@ from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.resolve.findings import Finding
+from mechdsl.resolve.measured_parts import in_parts, whole_spec
 from mechdsl.resolve.resolve_experiment import resolve_experiment
 from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.results.averaged import averaged
 from mechdsl.results.collect import collect, with_control, without_measures
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult
@@ -152,6 +154,8 @@ class FileRun:
         if parameters:
             said = {"parameters": _parameter_words(parameters)}
             whole = replace(whole, conventions={**whole.conventions, **said})
+        if first.spec.over is not None:
+            whole = averaged(whole, first.spec.over)
         whole = with_population(whole, first.table, first.spec.statistics)
         result = with_statistics(whole, first.spec, first.seed)
         self._say(_few_units(variants, result))
@@ -243,7 +247,10 @@ def _with_findings(
     """An experiment with what others have found, in place of what stood in for it."""
     own = {name: found[name] for name in experiment.spec.after}
     again, said = resolve_experiment(
-        experiment.spec, program, experiment.model, experiment.table, RULES, own
+        whole_spec(experiment), program, experiment.model, experiment.table, RULES, own
     )
+    if again is not None:
+        parts = in_parts(again)
+        again = next((p for p in parts if p.spec.variant == experiment.spec.variant), None)
     # Other warnings have been said.
     return again, [d for d in said if d.severity == "error" or isinstance(d, PickedBySign)]

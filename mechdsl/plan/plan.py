@@ -55,7 +55,8 @@ class ExperimentPlan:
     items: tuple[Env, ...]
     """Per cell, its occurrence, where an axis runs over occurrences."""
     drawn: NDArray[np.bool_] | None = None
-    """Per cell of a control: whether it has this draw. None where all have all."""
+    """Per cell, whether there is one: of a control, whether it has this draw; where measures name a
+    loop's variable, whether it has the value that they are read for. None for all."""
 
     @property
     def n_cells(self) -> int:
@@ -283,8 +284,20 @@ def plan_experiment(each: Asked) -> ExperimentPlan:
         inert_runs=inert_runs,
         inert=inert_cells(inert_runs, rules, count),
         items=tuple(items),
-        drawn=_drawn(experiment, by_name, count),
+        drawn=_there(experiment, by_name, count),
     )
+
+
+def _there(
+    experiment: ResolvedExperiment, by_name: Mapping[str, Ints], count: int
+) -> NDArray[np.bool_] | None:
+    """[cell] which of them there are; None where that is all."""
+    drawn = _drawn(experiment, by_name, count)
+    fixed = {} if experiment.place is None else experiment.place.fixed
+    for name, index in fixed.items():
+        own = by_name[name] == index
+        drawn = own if drawn is None else drawn & own
+    return drawn
 
 
 def _drawn(

@@ -32,7 +32,7 @@ class PathPlan:
     @property
     def at_the_end(self) -> bool:
         """Whether paths lead to the end of the model, and nothing is recorded."""
-        return SITES[self.table[0].site].when == "output"
+        return bool(self.table) and SITES[self.table[0].site].when == "output"
 
 
 @dataclass(frozen=True, eq=False)

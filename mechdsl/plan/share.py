@@ -6,7 +6,7 @@ the same places; what is measured on them may differ.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
+from mechdsl.plan.whole_cells import WholeCells, whole_cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +36,16 @@ class SharedRows:
 class Sharer:
     """Finds equal rows of the experiments of a panel."""
 
-    def __init__(self, plans: Sequence[ExperimentPlan], *, share: bool) -> None:
+    def __init__(
+        self,
+        plans: Sequence[ExperimentPlan],
+        *,
+        share: bool,
+        cells: Sequence[Mapping[int, WholeCells]] | None = None,
+    ) -> None:
+        """cells: per plan, as `whole_cells` gives them; None where all rows are in them."""
         self.plans = plans
+        self._cells = [_of_all(plan) for plan in plans] if cells is None else cells
         self.share = share
         self._numbers: dict[Hashable, int] = {}
         self._keys = [[self._rule(plan, rule) for rule in plan.rules] for plan in plans]
@@ -68,7 +77,7 @@ class Sharer:
         runs = np.array([self._number(id(run)) for run in plan.starting_runs], dtype=np.int64)
         draws = np.full(len(rows), plan.draws)
         found = [runs[plan.starting_run(rows)], draws, rows.prompt]
-        for rule, key in zip(plan.rules, self._keys[number], strict=True):
+        for place, (rule, key) in enumerate(zip(plan.rules, self._keys[number], strict=True)):
             if rule.rule.does.changes == "nothing":  # whatever is looked at, the row is the same
                 continue
             position = rule.position_of_cell[rows.cell]
@@ -83,6 +92,8 @@ class Sharer:
             else:
                 found.append(key.whole[position])
             # What the rule does, in front, says which of these follow.
+            if place in self._cells[number]:
+                found.append(self._of_cell(rule, self._cells[number][place], rows))
             if key.keys is not None:
                 found.append(key.keys[rule.key_runs(rows)])
             if rule.rule.amounts is not None:
@@ -90,6 +101,22 @@ class Sharer:
             if rule.paths is not None and key.receivers is not None:
                 found.append(key.receivers[rule.paths.pair_of_cell[rows.cell]])
         return found
+
+    def _of_cell(self, rule: RulePlan, cells: WholeCells, rows: Rows) -> Ints:
+        """[row] the rows that its cell has."""
+        tokens = rule.read.tokens
+        numbers = [
+            self._number(
+                (
+                    "cell",
+                    cell.prompts.tobytes(),
+                    tokens.counts(cell.runs).tobytes(),
+                    tokens.expand(cell.runs)[1].tobytes(),
+                )
+            )
+            for cell in cells.cells
+        ]
+        return np.array(numbers, dtype=np.int64)[cells.of_cell[rows.cell]]
 
     def _rule(self, plan: ExperimentPlan, rule: RulePlan) -> _RuleKey:
         does = rule.rule.does
@@ -133,6 +160,13 @@ class Sharer:
 
     def _number(self, content: Hashable) -> int:
         return self._numbers.setdefault(content, len(self._numbers))
+
+
+def _of_all(plan: ExperimentPlan) -> Mapping[int, WholeCells]:
+    if not any(rule.rule.does.reads == "cell" for rule in plan.rules):
+        return {}
+    prompts = np.arange(len(plan.experiment.table), dtype=np.int64)
+    return whole_cells(plan, plan.rows(prompts))
 
 
 @dataclass(frozen=True, eq=False)

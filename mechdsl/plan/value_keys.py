@@ -23,6 +23,7 @@ from mechdsl.base.digest import digest, number_of
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
+from mechdsl.plan.whole_cells import WholeCells
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure, ResolvedRule, SitePoint
@@ -138,6 +139,8 @@ def measure_rows(
     for atom in measure.atoms:
         if atom.texts:
             found = mixed(found, _of_lists(Ragged.of(_texts(atom, item))))
+        if atom.own:
+            found = mixed(found, np.array(atom.own[run.name]))
         if atom.run is not None:
             found = mixed(found, contents.of(table.runs[atom.run], table))
         if atom.python is not None:
@@ -184,6 +187,9 @@ class _RuleNumbers:
     """[prompt] the group whose mean fills it."""
     donors: Ints | None
     """[prompt] the one whose activation replaces it."""
+    cells: WholeCells | None = None
+    given: Numbers | None = None
+    """[whole cell] all rows that a function is given at once."""
 
     def of(self, rows: Rows) -> Numbers:
         """[row]"""
@@ -197,6 +203,9 @@ class _RuleNumbers:
             found = mixed(found, self.means[position])
         if self.groups is not None:
             found = mixed(found, self.groups[rows.prompt])
+        if self.cells is not None and self.given is not None:
+            cell, within = self.cells.place(plan, rows)  # equal rows may be given different vectors
+            found = mixed(mixed(found, self.given[cell]), within)
         if self.keys is not None:
             found = mixed(found, self.keys[plan.key_runs(rows)])
         return found
@@ -207,16 +216,19 @@ class ExperimentKeys:
 
     def __init__(
         self, plan: ExperimentPlan, table: PromptTable, contents: Contents, kept: Ints,
-        donors: Ints | None,
+        donors: Ints | None, cells: Mapping[int, WholeCells],
     ) -> None:  # fmt: skip
-        """kept: rows that are in the experiment. donors: [prompt], of `resample`.
+        """kept: rows that are in the experiment. donors: [prompt], of `resample`. cells: by number
+        of the rule, of those that read whole ones.
 
         TypeError where a value hangs on what can't be compared."""
         self.plan = plan
         self.table = table
         self.contents = contents
         self.kept = kept
-        self._rules = [self._rule(rule, donors) for rule in plan.rules]
+        self._rules = [
+            self._rule(rule, donors, cells.get(number)) for number, rule in enumerate(plan.rules)
+        ]
         self._starts = [contents.of(run, table) for run in plan.starting_runs]
         self._whole = self._all_rows()
         self._items = np.array([-1 if item is None else item for item in plan.items])
@@ -285,10 +297,10 @@ class ExperimentKeys:
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
         return zip(*parts, strict=True) if parts else iter([()] * self.plan.n_cells)
 
-    def _rule(self, plan: RulePlan, donors: Ints | None) -> _RuleNumbers:
+    def _rule(self, plan: RulePlan, donors: Ints | None, cells: WholeCells | None) -> _RuleNumbers:
         rule, reads = plan.rule, plan.rule.does.reads
         runs = self.table.runs
-        each = reads in ("run", "donor")
+        each = reads in ("run", "donor", "cell")
         groups = None
         if reads == "mean" and rule.groups is not None:
             names = [number_of(name) for name in rule.groups]
@@ -302,7 +314,16 @@ class ExperimentKeys:
             means=self._means(plan) if reads == "mean" else None,
             groups=groups,
             donors=donors if reads == "donor" else None,
+            cells=cells,
+            given=None if cells is None else self._given(plan, cells),
         )
+
+    def _given(self, plan: RulePlan, cells: WholeCells) -> Numbers:
+        """[whole cell] all rows that a function is given at once, in their order."""
+        contents = self.contents.of(self.table.runs[plan.rule.run], self.table)
+        tokens = _of_lists(plan.read.tokens)
+        found = [number_of(contents[each.prompts], tokens[each.runs]) for each in cells.cells]
+        return np.array(found, dtype=np.uint64)
 
     def _means(self, plan: RulePlan) -> Numbers:
         """[position] the rows that its mean is over, with their tokens."""
@@ -318,12 +339,11 @@ class ExperimentKeys:
         return np.array(found, dtype=np.uint64)
 
     def _all_rows(self) -> bytes:
-        """Of experiments in which a row hangs on others in ways that only they know: functions of
-        the user's get many vectors at once, and behind prompts means have the answers' tokens."""
+        """Of experiments in which a row hangs on others in ways that only they know: behind prompts
+        means, and what functions are given, have the answers' tokens."""
         rules, kept = self.plan.rules, self.kept
-        functions = [_plain(rule.rule.python) for rule in rules if rule.rule.python is not None]
-        behind = self.plan.behind and any(rule.rule.does.over_rows for rule in rules)
-        if not functions and not behind:
+        whole = any(rule.rule.does.over_rows or rule.rule.does.reads == "cell" for rule in rules)
+        if not self.plan.behind or not whole:
             return b""
         texts = [
             [item, [text[row] for row in kept.tolist()]]
@@ -332,14 +352,7 @@ class ExperimentKeys:
             for item, text in atom.texts.items()
         ]
         runs = [self.contents.of(run, self.table)[kept] for run in self.table.runs.values()]
-        places = [
-            [
-                *(rule.points.offsets, rule.points.values, rule.site_of_cell),
-                *(rule.position_of_cell, rule.written.tokens.offsets, rule.written.tokens.values),
-            ]
-            for rule in rules
-        ]
-        return digest(functions, texts, runs, places if functions else ())
+        return digest(texts, runs)
 
 
 def _static(rule: ResolvedRule) -> bytes:

@@ -101,6 +101,7 @@ def lower_measure(measure: ast.Measure, parts: Definitions, scope: Namespace) ->
         effect_span=measure.effect.span,
         at=measure.at,
         per_prompt=measure.per is not None,
+        over=None if measure.over is None else measure.over.id,
     )
 
 
@@ -122,7 +123,7 @@ def each_once(measures: tuple[spec.Measure, ...], work: Statements) -> None:
     """The same measure twice would only make the correction stricter."""
     seen: dict[tuple[object, ...], spec.Measure] = {}
     for measure in measures:
-        key = (measure.metric, measure.effect, measure.at, measure.per_prompt)
+        key = (measure.metric, measure.effect, measure.at, measure.per_prompt, measure.over)
         first = seen.setdefault(key, measure)
         if first is not measure:
             work.diagnostics.append(

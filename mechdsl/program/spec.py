@@ -173,6 +173,8 @@ class Measure(Spec):
     effect_span: Where
     at: PositionText | None = None
     per_prompt: bool = False
+    over: str | None = None
+    """The axis that it is averaged over, row by row."""
 
     @property
     def place(self) -> str | None:
@@ -278,6 +280,11 @@ class Experiment(Spec):
 
     after: tuple[str, ...] = ()
     """Experiments whose results it uses: `top 10 of cie`."""
+
+    @property
+    def over(self) -> str | None:
+        """The axis that all its measures are averaged over."""
+        return self.measures[0].over if self.measures else None
 
 
 class Program(Spec):

@@ -66,3 +66,30 @@ def _coord(axis: str, labels: Mapping[str, int | str], cell: CellKey) -> Coord:
     # A sweep over positions that finds a single one has no axis.
     missing = cell.position if axis == "position" else None
     return cell.coords.get(axis, missing or NO_VALUE)
+
+
+def averaged_cells(cells: Sequence[CellKey], axis: str) -> tuple[list[CellKey], list[list[int]]]:
+    """(cells without an axis, the numbers of the cells that each is the mean of)."""
+    groups: dict[tuple[tuple[str, Coord], ...], list[int]] = {}
+    for number, cell in enumerate(cells):
+        key = tuple((name, value) for name, value in cell.coords.items() if name != axis)
+        groups.setdefault(key, []).append(number)
+    found = [_mean_of([cells[n] for n in group], dict(key)) for key, group in groups.items()]
+    return found, list(groups.values())
+
+
+def _mean_of(cells: Sequence[CellKey], coords: Mapping[str, Coord]) -> CellKey:
+    """What the mean of cells is called: both ends of what they differ in."""
+
+    def ends(values: Sequence[str]) -> str:
+        return " … ".join(dict.fromkeys((values[0], values[-1])))
+
+    positions = [cell.position or "" for cell in cells]
+    return CellKey(
+        coords=coords,
+        site=ends([cell.site for cell in cells]),
+        position=ends(positions) or None,
+        tokens=tuple(dict.fromkeys(text for cell in cells for text in cell.tokens)),
+        read=tuple(dict.fromkeys(text for cell in cells for text in cell.read)),
+        also={k: v for k, v in cells[0].also.items() if all(c.also.get(k) == v for c in cells)},
+    )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import Hits, PromptTable
+from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import Key, ResolvedExperiment, ResolvedRule, SitePoint, SiteTargets
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ class VariantFinding:
         experiment = self.experiment
         axes = [axis.name for axis in experiment.axes]
         places = [[axes.index(a) for a in site_targets(rule).axes] for rule in experiment.rules]
-        cells = product(*(range(len(axis)) for axis in experiment.axes))
-        for cell, index in enumerate(cells):
+        for cell, index in enumerate(_cells(experiment)):
             value = math.nan if self.means is None else float(self.means[cell])
             if self.means is not None and not math.isfinite(value):
                 continue
@@ -189,6 +189,21 @@ class Finding:
                 for row, own in best.items()
             }
         return self._orders[key]
+
+
+def _cells(experiment: ResolvedExperiment) -> Iterator[Key]:
+    """Every cell that there is, in the order of the grid: paths only lead forward."""
+    names = [axis.name for axis in experiment.axes]
+    parallel = experiment.model.shape.parallel_block
+    paths = [(rule.sites, rule.path.receivers) for rule in experiment.rules if rule.path]
+    for index in product(*(range(len(axis)) for axis in experiment.axes)):
+        at = dict(zip(names, index, strict=True))
+        ends = [
+            [each.points[tuple(at[name] for name in each.axes)] for each in pair if each]
+            for pair in paths
+        ]
+        if experiment.has(index) and all(reached(*pair, parallel=parallel) for pair in ends):
+            yield index
 
 
 def site_targets(rule: ResolvedRule) -> SiteTargets:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import NoLogits, NoSuchOutput
 from mechdsl.models.shape import ModelShape
-from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.class_outputs import output_elsewhere, output_positions
+from mechdsl.resolve.measured_places import at_places, places_of
 from mechdsl.resolve.metric_atoms import MeasureContext, refuse, resolve_atom
-from mechdsl.resolve.resolved import Atom, ResolvedMeasure
+from mechdsl.resolve.resolved import Atom, Labels, ResolvedMeasure
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -26,18 +27,37 @@ def resolve_measure(
     at: ast.Position | None = None,
     runs: tuple[str, ...] = (),
 ) -> ResolvedMeasure | None:
-    """The measure with its atoms; None after an error.
+    """The measure with its atoms, at the first of the places that it is read at; None after an
+    error.
 
     `runs` are those that it is read on; `at` is found in each one's own text. Codes: E0108, E0203,
     E0437, E0438, E0442 to E0446, E0507, E0612 and those of texts and positions.
     """
+    found = resolve_everywhere(expression, context, label=label, at=at, runs=runs)
+    return None if found is None else found[0][1]
+
+
+def resolve_everywhere(
+    expression: ast.Expr,
+    context: MeasureContext,
+    *,
+    label: str,
+    at: ast.Position | None = None,
+    runs: tuple[str, ...] = (),
+) -> list[tuple[Labels, ResolvedMeasure]] | None:
+    """The measure at each of the places that it is read at, with what tells them apart; as
+    `resolve_measure`."""
     before = len(context.diagnostics)
     context.at = at
+    if not context.items:  # what `{item.index}` stands for is where it is read
+        items = (place.item for place in places_of(at, context, runs[:1]))
+        context = replace(context, items=tuple(item for item in items if item is not None))
     atoms: dict[ast.Expr, Atom] = {}
     _collect(expression, context, atoms)
     for divisor in divisors(expression):
         _not_zero(divisor, expression, context)
-    positions = _positions(at, context, runs)
+    read = dict.fromkeys((*runs, *(a.run for a in atoms.values() if a.run is not None)))
+    places = places_of(at, context, tuple(read) if runs else ())
     shape, model = context.sites.shape, context.sites.model
     if len(context.diagnostics) > before and any(
         d.severity == "error" for d in context.diagnostics[before:]
@@ -58,6 +78,7 @@ def resolve_measure(
     if unread is not None:
         context.diagnostics.append(unread)
         return None
+    positions: Mapping[str, tuple[int, ...]] | None = None
     if shape.output_at != "every token" and _of_logits(found):
         if at is not None:
             context.diagnostics.append(output_elsewhere(at.span, shape, model))
@@ -74,17 +95,34 @@ def resolve_measure(
             "measure it alone, or use `expected(…)`, which is a number",
         )
         return None
+    if not _read_alike(expression, found, context):
+        return None
     units = {a.form.unit for a in found}
-    return ResolvedMeasure(
+    whole = ResolvedMeasure(
         label=label,
         text=expression.span.written,
         expression=expression,
         atoms=found,
         kind="category" if category else "number",
         unit=units.pop() if len(units) == 1 else "",
-        at=positions,
+        at={} if positions is None else positions,
         truth=_truth(context.table) if category else None,
     )
+    everywhere = list(at_places(whole, places, context))
+    if not everywhere:
+        reason = "no prompt has a token there that another one stands in front of"
+        refuse(context, expression.span, reason, "name a later position")
+    return everywhere or None
+
+
+def _read_alike(expression: ast.Expr, atoms: Sequence[Atom], context: MeasureContext) -> bool:
+    """Whether all metrics of a measure are read at one place: a token's loss is read in front of
+    it, where it is predicted."""
+    if len({atom.form.takes == "own" for atom in atoms}) == 1:
+        return True
+    reason = "the loss of a token is read in front of it, the rest at the token itself"
+    refuse(context, expression.span, reason, "measure them in two lines")
+    return False
 
 
 def _of_logits(atoms: Sequence[Atom]) -> list[Atom]:
@@ -147,8 +185,8 @@ def _without_next_token(
     elif logits and at is None:
         reason = "a masked language model predicts tokens in their own place"
         hint = 'write where: `at "[MASK]" token`, with the tokenizer\'s own mask in the template'
-    elif any(a.form.takes == "prompt" for a in logits):
-        reason = "a masked language model has no loss over a whole prompt"
+    elif any(a.form.takes in ("prompt", "own") for a in logits):
+        reason = "a masked language model has no loss of tokens that it sees"
         hint = 'measure `logprob(answer) at "[MASK]" token`'
     elif any(
         a.form.takes == "continuation" and any(len(ids) > 1 for t in a.texts.values() for ids in t)
@@ -249,38 +287,6 @@ def _not_zero(divisor: ast.Expr, expression: ast.Expr, context: MeasureContext) 
     if zero:
         hint = "write a divisor that isn't 0"
         refuse(context, divisor.span, "it divides by 0", hint, of=expression.span)
-
-
-def _positions(
-    at: ast.Position | None, context: MeasureContext, runs: tuple[str, ...]
-) -> dict[str, tuple[int, ...]]:
-    """The position that is read in each run; empty for the last token."""
-    if at is None:
-        return {}
-    found: dict[str, tuple[int, ...]] = {}
-    positions = ast.Positions((at,), span=at.span)
-    for run in runs:
-        cells, problems = resolve_positions(
-            positions, context.table, run, tokenizer=context.tokenizer, loop_values={}
-        )
-        context.diagnostics.extend(p for p in problems if p not in context.diagnostics)
-        if any(p.severity == "error" for p in problems):
-            return {}
-        single = len(cells) == 1 and all(
-            len(row) == 1 and len(row[0]) == 1 for row in cells[0].hits
-        )
-        if context.tokenizer.stands_in and len(cells) == 1:
-            continue  # how many tokens it has isn't known
-        if not single:
-            refuse(
-                context,
-                at.span,
-                "a measure is read at one token of every prompt",
-                "name one position, such as `last token` or `subject token`",
-            )
-            return {}
-        found[run] = tuple(row[0][0] for row in cells[0].hits)
-    return found
 
 
 def _truth(table: PromptTable) -> tuple[float, ...] | None:

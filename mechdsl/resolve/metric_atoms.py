@@ -13,6 +13,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
+from mechdsl.diagnostics.e03_coordinates import AxisDoesNotFit
 from mechdsl.diagnostics.e05_data import MultiTokenText
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.program.python_files import find_function, is_python
@@ -28,7 +29,7 @@ from mechdsl.resolve.class_outputs import (
 )
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.resolved import Atom, Env
-from mechdsl.resolve.site_targets import resolve_point
+from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import METRICS, Form, Takes
 
@@ -51,6 +52,8 @@ class MeasureContext:
     """Whether the experiment observes attention."""
     metrics: Collection[str] = ()
     """Names of the metrics that the file defines."""
+    loop_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Of the `for` variables that measures name, in the cells in work."""
 
     @property
     def parameters(self) -> Mapping[str, Any]:
@@ -93,7 +96,7 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     if wanted is not None:
         form = form_of_class(metric, shape)
     else:
-        form = _form(node, name, metric.forms, arguments)
+        form = _form(node, name, metric.forms, arguments, context.at)
     if form is None:
         refuse(
             context,
@@ -125,15 +128,20 @@ def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
 
 
 def _form(
-    node: ast.Expr, name: str, forms: Mapping[Takes, Form], arguments: tuple[ast.Argument, ...]
+    node: ast.Expr,
+    name: str,
+    forms: Mapping[Takes, Form],
+    arguments: tuple[ast.Argument, ...],
+    at: ast.Position | None,
 ) -> Form | None:
-    """The form that fits the number and kind of the arguments."""
+    """The form that fits the number and kind of the arguments; at: where it is read."""
     values = [a.value for a in arguments]
     if any(a.name is not None for a in arguments):
         return None
     if not values:
         return (
-            forms.get("nothing")
+            (forms.get("own") if at is not None else None)
+            or forms.get("nothing")
             or forms.get("prompt")
             or forms.get("attention")
             or next((f for f in forms.values() if f.default is not None), None)
@@ -149,7 +157,7 @@ def _form(
 
 def _misfit(forms: Mapping[Takes, Form], given: int) -> str:
     """Why no form of a metric fits, by how many arguments it is given."""
-    alone = {"nothing", "prompt", "attention"}
+    alone = {"nothing", "prompt", "own", "attention"}
     most = 2 if "activations" in forms else 0 if alone.issuperset(forms) else 1
     if not given:
         return "it has no argument"
@@ -167,6 +175,7 @@ _USAGE: Mapping[Takes, str] = {
     "label": "`{}(class answer)`",
     "nothing": "`{}`",
     "prompt": "`{}`",
+    "own": "`{}`, with `at`",
     "activations": "`{}(L3.resid, clean)`",
     "attention": "`{}`, beside a line `observe attention …`",
 }
@@ -347,9 +356,26 @@ def _of_activations(
             of=node.span,
         )
         return None
-    point = resolve_point(site, context.sites)
+    targets, axes = resolve_site(site, context.sites)
     run = _reference(arguments[1].value, context)
-    return None if point is None or run is None else Atom(node, name, form, run=run, point=point)
+    if targets is None or run is None:
+        return None
+    if any(len(points) != 1 for points in targets.points.values()):
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=site.span,
+                site=site.span.written,
+                reason="joins several sites",
+                hint="name one layer (and one head or neuron), or sweep: `layer *`",
+            )
+        )
+        return None
+    # Loops have one value here, that of the cells in work: only its own axes tell points apart.
+    own = [n for n, of in enumerate(targets.axes) if of not in context.sites.loops]
+    found = {tuple(key[n] for n in own): points[0] for key, points in targets.points.items()}
+    if not axes:
+        return Atom(node, name, form, run=run, point=found[()])
+    return Atom(node, name, form, run=run, points=found, axes=axes)
 
 
 def _of_python(node: ast.Call, context: MeasureContext) -> Atom | None:
@@ -411,6 +437,7 @@ _BUILDERS: Mapping[Takes, Builder] = {
     "reference": _of_run,
     "nothing": _plain,
     "prompt": _plain,
+    "own": _plain,
     "attention": _of_attention,
     "activations": _of_activations,
 }

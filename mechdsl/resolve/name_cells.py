@@ -23,16 +23,19 @@ def cell_keys(experiment: ResolvedExperiment, open_axes: Collection[str] = ()) -
     open_axes: those whose values only stand in for the real ones. Both ends are enough of them.
     """
     rules = [_NamedRule(experiment, rule) for rule in experiment.rules]
+    item = experiment.measures[0].item if experiment.place is not None else None
+    measured = {} if item is None else {"item": item}
     ranges = [
         dict.fromkeys((0, len(axis) - 1)) if axis.name in open_axes else range(len(axis))
         for axis in experiment.axes
     ]
     for index in product(*ranges):
-        if not all(rule.leads(index) for rule in rules):
+        if not experiment.has(index) or not all(rule.leads(index) for rule in rules):
             continue
         along = list(zip(experiment.axes, index, strict=True))
         coords = {axis.name: axis.labels[i] for axis, i in along}
         also = {axis.alias: axis.items[i] or 0 for axis, i in along if axis.alias is not None}
+        also = {**measured, **also}
         sites = dict.fromkeys(rule.site(index) for rule in rules)
         positions = dict.fromkeys(rule.position(index) for rule in rules)
         tokens = dict.fromkeys(text for rule in rules for text in rule.tokens(index))

@@ -28,6 +28,8 @@ def open_axes(
         if rule.receiver is not None:
             own = list(_of_site(rule.receiver, groups, unknown))
             found.update(own, (f"to_{name}" for name in own))
+        if rule.edge is not None and rule.edge.heads is not None:
+            found.update(_of_site(rule.edge.heads, groups, unknown))
         if "shape" in unknown:
             found.update(_of_axes(rule.edge))
             if rule.into_layer is not None and is_open(rule.into_layer):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 """Sites of a pick that the conventions list."""
+EMBED = SitePoint("embed", None, None)
 
 
 @dataclass
@@ -237,15 +238,19 @@ class Onward:
 
 
 def pick_nothing(
-    sites: SiteTargets | None, positions: PositionTargets | None
+    sites: SiteTargets | None,
+    positions: PositionTargets | None,
+    otherwise: SitePoint = EMBED,
 ) -> tuple[SiteTargets | None, PositionTargets | None]:
     """Cells that pick no site write at no token: any site stands in for them.
 
     A cell has sites and positions of its own in every stage behind this one.
+
+    otherwise: where no cell picks any.
     """
     if sites is None or positions is None or all(sites.points.values()):
         return sites, positions
-    some = next((p for p in sites.points.values() if p), (SitePoint("embed", None, None),))
+    some = next((p for p in sites.points.values() if p), (otherwise,))
     points = {key: here or some for key, here in sites.points.items()}
     sources = sites.sources
     if sources is not None:
@@ -372,6 +377,11 @@ def _check_first_measure(experiment: ResolvedExperiment) -> None:
             "name an experiment with a rule that sweeps",
         )
     first = experiment.measures[0]
+    if experiment.spec.over is not None:
+        raise Refused(
+            f"`{name}` averages over `{experiment.spec.over}`, and ranks no single cells",
+            f"rank an experiment without `mean over {experiment.spec.over}`",
+        )
     if first.kind == "category":
         raise Refused(
             f"the first measure of `{name}`, `{first.text}`, is a category, which has no order",

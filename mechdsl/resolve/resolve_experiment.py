@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 from mechdsl.base import limits
 from mechdsl.base.registry import Registry
@@ -21,6 +21,7 @@ from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.kinds import RuleKind
 from mechdsl.resolve.loops import loop_values
+from mechdsl.resolve.measured_parts import axes_of, loops_measured, measured_parts, perhaps_measured
 from mechdsl.resolve.measures import resolve_measure
 from mechdsl.resolve.metric_atoms import MeasureContext, known_run
 from mechdsl.resolve.open_axes import open_axes, open_positions
@@ -37,12 +38,6 @@ from mechdsl.resolve.resolved import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
-
-Measures: TypeAlias = tuple[
-    tuple[ResolvedMeasure | None, ...],
-    tuple[ResolvedMeasure | None, ...],
-    dict[str, ResolvedMeasure],
-]
 
 
 def resolve_experiment(
@@ -92,13 +87,15 @@ def outline(
         axes = tuple(relative(axis, written, model.shape.n_layers) for axis in axes)
     apart = left_out(experiment.against, work.sites)
     observes = any(kinds[rule.verb].observes for rule in experiment.rules)
-    measures, keep, accuracies = _measures(work, axes, observes=observes)
+    context = _measure_context(work, axes, observes=observes)
+    measures, places = measured_parts(work, context)
+    keep, accuracies = _other_measures(work, context)
     known = Outline(
         spec=experiment,
         model=model,
         table=table,
-        axes=axes,
-        perhaps=_perhaps(work, rules),
+        axes=(*axes, *axes_of(places, experiment, axes)),
+        perhaps=_perhaps(work, rules) | perhaps_measured(work, measures),
         measures=measures,
         resolved=None,
     )
@@ -117,6 +114,7 @@ def outline(
         picks=onward.picks,
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,
+        places=places,
     )
     problem = _too_many(resolved, program)
     if problem is not None:
@@ -234,6 +232,7 @@ def _loops_used(work: Work) -> None:
                 used.add(part.low)
             elif isinstance(part, ast.Ranked) and isinstance(part.amount, str):
                 used.add(part.amount)
+    used.update(loops_measured(work))
     if has_errors(work.diagnostics):
         return  # which may be why
     for loop in work.experiment.loops:
@@ -278,13 +277,12 @@ def _nodes(rule: spec.Rule) -> Any:
     return tuple(part for part in parts if part is not None)
 
 
-def _measures(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> Measures:
-    """What is measured, what rows are kept by, `correct` on runs whose accuracy is asked for."""
-    experiment = work.experiment
+def _measure_context(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> MeasureContext:
+    """What measures are resolved against."""
     items = sorted({i for axis in axes for i in axis.items if i is not None})
     if has_errors(work.diagnostics) or work.model.tokenizer.stands_in:
         items = items or [1]  # there may be a sweep over occurrences
-    context = MeasureContext(
+    return MeasureContext(
         work.table,
         work.model.tokenizer,
         work.sites,
@@ -293,11 +291,13 @@ def _measures(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> Measures
         observes=observes,
         metrics=work.program.metrics,
     )
-    runs = tuple(dict.fromkeys(r for r in (experiment.base, experiment.source, "clean") if r))
-    measures = [
-        resolve_measure(m.metric, context, label=m.label, at=m.at, runs=runs)
-        for m in experiment.measures
-    ]
+
+
+def _other_measures(
+    work: Work, context: MeasureContext
+) -> tuple[tuple[ResolvedMeasure | None, ...], dict[str, ResolvedMeasure]]:
+    """What rows are kept by, and `correct` on runs whose accuracy is asked for."""
+    experiment = work.experiment
     keep = [resolve_measure(k, context, label="keep", runs=("clean",)) for k in experiment.keep]
     accuracies: dict[str, ResolvedMeasure] = {}
     for call in _accuracy_calls(experiment):
@@ -308,7 +308,7 @@ def _measures(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> Measures
         found = resolve_measure(correct, context, label="accuracy")
         if found is not None:
             accuracies[run] = found
-    return tuple(measures), tuple(keep), accuracies
+    return tuple(keep), accuracies
 
 
 def _accuracy_calls(experiment: spec.Experiment) -> list[ast.Call]:

@@ -178,9 +178,10 @@ class Intervention:
     changes: ClassVar[Literal["sites", "edges", "input", "nothing"]] = "sites"
     """What of a run it changes: vectors at its sites, edges of attention, the text that goes in;
     nothing where it only looks."""
-    reads: ClassVar[Literal["run", "donor", "mean"] | None] = None
+    reads: ClassVar[Literal["run", "donor", "mean", "cell"] | None] = None
     """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
-    seeded permutation), or its mean over all prompts; None where nothing is read."""
+    seeded permutation), its mean over all prompts, or what `of_cell` makes of all rows of a cell;
+    None where nothing is read."""
     copies: ClassVar[bool] = False
     """What is written is what is read in the rule's run, as it is: then rows whose source and base
     agree there are equal to the base run and aren't run."""
@@ -214,6 +215,15 @@ class Intervention:
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         """What a table has to say of it."""
         yield from ()
+
+    def of_cell(self, rule: ResolvedRule, given: Tensor) -> Tensor:
+        """[row, position, width]: what is written into all rows of a cell; asked once for each,
+        where `reads` is "cell".
+
+        given: [row, position, width], the rule's run at what one layer of the cell writes; heads
+        and neurons stand side by side. NaN where a row has fewer positions than others.
+        """
+        return given
 
     def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
         """[K, width] or [K, 1]: what is written; asked of interventions that change sites."""
@@ -278,9 +288,15 @@ class Atom(Record):
     """The reference run of `kl`, `js`, `cosine`."""
     point: SitePoint | None = None
     """The site of `cosine`."""
+    points: Mapping[Key, SitePoint] = field(default_factory=dict[Key, SitePoint])
+    """Where it sweeps: the site for each of the values of `axes`."""
+    axes: tuple[Axis, ...] = ()
     python: PythonFunction | None = None
     rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
     """What it is given of every row."""
+    own: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """Per run and row, the token that stands where it is read (`loss at …`): each run has its
+    own."""
 
     @property
     def by_item(self) -> bool:
@@ -315,6 +331,10 @@ class ResolvedMeasure(Record):
     """Per run and row, the token position that is read; runs that are missing read their last."""
     truth: tuple[float, ...] | None = None
     """Per row, the number that the answer spells, for categories."""
+    absent: tuple[int, ...] = ()
+    """Rows that lack the position; they have no value."""
+    item: int | None = None
+    """The occurrence that it is read at, where it is read at each."""
 
     @property
     def word(self) -> str:
@@ -324,6 +344,22 @@ class ResolvedMeasure(Record):
                 return word
             case _:
                 return ""
+
+
+Labels = tuple[tuple[str, Label], ...]
+"""Names of axes, each with a label of it."""
+
+
+@record
+class MeasuredPart(Record):
+    """The measures of an experiment at one of the places that they are read at."""
+
+    labels: Labels
+    """Which place: `(("measured", "item 2"),)`."""
+    measures: tuple[ResolvedMeasure, ...]
+    fixed: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Loops whose variables the measures name → the index of the value that stands in them: of
+    cells with others there are parts of their own."""
 
 
 @record
@@ -351,6 +387,10 @@ class ResolvedExperiment(Record):
     """The experiment that this one is the control of, by its key."""
     drawn: Drawn | None = None
     """Of a control: how many draws its cells have."""
+    places: tuple[MeasuredPart, ...] = ()
+    """Where its measures are read, if that is at several places; `measures` are the first's."""
+    place: MeasuredPart | None = None
+    """Of one that is an experiment at one of these: which."""
 
     @property
     def name(self) -> str:
@@ -360,6 +400,12 @@ class ResolvedExperiment(Record):
     def key(self) -> str:
         """Its name among all variants."""
         return self.spec.key
+
+    def has(self, index: Key) -> bool:
+        """Whether its measures are read in the cell of these indices along its axes."""
+        fixed = {} if self.place is None else self.place.fixed
+        at = (fixed.get(axis.name) for axis in self.axes)
+        return all(i in (None, own) for i, own in zip(at, index, strict=True))
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ def resolve_site(
     elif len(site.names) == 1 and not site.axes and site.names[0].id in context.groups:
         targets, axes = _fixed(site, context.groups[site.names[0].id].sites, context)
     else:
-        targets, axes = _swept(site, context)
+        targets, axes = swept(site, context)
     if targets is not None:
         points = (point for here in targets.points.values() for point in here)
         missing = missing_points(points, context.shape, context.model, site.span)
@@ -92,25 +92,6 @@ def missing_points(
     return None
 
 
-def resolve_point(site: ast.Site, context: SiteContext) -> SitePoint | None:
-    """A site that must be a single point, as in `cosine(L5.resid, clean)`."""
-    targets, axes = resolve_site(site, context)
-    if targets is None:
-        return None
-    points = next(iter(targets.points.values()))
-    if axes or targets.axes or len(points) != 1:
-        context.diagnostics.append(
-            AxisDoesNotFit(
-                span=site.span,
-                site=site.span.written,
-                reason="is not a single site",
-                hint="name one layer (and one head or neuron)",
-            )
-        )
-        return None
-    return points[0]
-
-
 def _fixed(
     site: ast.Site, sites: tuple[ast.Site, ...], context: SiteContext
 ) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
@@ -131,7 +112,7 @@ def _fixed(
                 return None, ()
             points.extend(point for each in found for point in each.points)
             continue
-        targets, axes = _swept(member, context)
+        targets, axes = swept(member, context)
         if targets is None:
             return None, ()
         if axes or targets.axes:
@@ -173,7 +154,7 @@ def _short(short: ast.ShortSite, context: SiteContext) -> SitePoint | None:
     kind = _short_kind(short, context)
     if kind is None or not layer_exists(short.layer, short.span, context):
         return None
-    if not _available(kind, short.span, context):
+    if not available(kind, short.span, context):
         return None
     unit = short.index if kind.unit is not None else None
     if unit is not None and not unit_exists(kind, unit, short.span, context):
@@ -219,7 +200,7 @@ def _no_component(span: Span, context: SiteContext) -> None:
     context.diagnostics.append(NoComponent(span=span, components=components))
 
 
-def _component(site: ast.Site, context: SiteContext) -> list[SiteKind] | None:
+def component_kinds(site: ast.Site, context: SiteContext) -> list[SiteKind] | None:
     """The component of a site; several where a `for` runs over components."""
     words = list(site.names)
     for word in words:
@@ -246,60 +227,27 @@ def _component(site: ast.Site, context: SiteContext) -> list[SiteKind] | None:
             span = context.words.get((word.id, str(name)), word.span)
             context.diagnostics.append(unknown_component(str(name), span, others))
             return None
-        if not _available(kind, word.span, context):
+        if not available(kind, word.span, context):
             return None
         kinds.append(kind)
     if len(words) > 1:
-        _unknown_stack(words[1], context)
+        unknown_stack(words[1], context)
         return None
     return kinds
 
 
-def _unknown_stack(word: ast.Name, context: SiteContext) -> None:
+def unknown_stack(word: ast.Name, context: SiteContext) -> None:
+    """E0203 for a word between a component and its axes that is no stack."""
     hint = did_you_mean(word.id, STACKS, f"leave `{word.id}` out: the axes come next")
     context.diagnostics.append(UnknownWord(span=word.span, kind="stack", word=word.id, hint=hint))
 
 
-def _available(kind: SiteKind, span: Span, context: SiteContext) -> bool:
+def available(kind: SiteKind, span: Span, context: SiteContext) -> bool:
+    """Whether the model has a component; E0402 or its like where not."""
     missing = missing_site(context.shape, kind.name, model=context.model, span=span)
     if missing is not None:
         context.diagnostics.append(missing)
     return missing is None
-
-
-def attention_sites(
-    edge: ast.Edge, context: SiteContext
-) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
-    """Layers and heads of a rule on edges of attention, as points of `pattern`; without a head
-    axis all heads."""
-    pattern = SITES["pattern"]
-    if edge.stack is not None:
-        _unknown_stack(edge.stack, context)
-        return None, ()
-    if not _available(pattern, edge.span, context):
-        return None, ()
-    if not any(axis.word == "layer" for axis in edge.axes):
-        context.diagnostics.append(
-            AxisDoesNotFit(
-                span=edge.span,
-                site="attention",
-                reason="needs a layer",
-                hint="write `attention layer * …` for every layer, one run each, or "
-                "`attention layers * …` for all of them at once",
-            )
-        )
-        return None, ()
-    site = ast.Site((ast.Name("attention", span=edge.span),), edge.axes, span=edge.span)
-    targets, axes = _swept(site, context, [pattern])
-    if targets is None:
-        return None, ()
-    points = (point for here in targets.points.values() for point in here)
-    missing = missing_points(points, context.shape, context.model, edge.span)
-    if missing is not None:
-        context.diagnostics.append(missing)
-        return None, ()
-    labels = {key: label.replace(".pattern", ".attention") for key, label in targets.labels.items()}
-    return replace(targets, labels=labels), axes
 
 
 def with_read_layers(
@@ -352,10 +300,11 @@ def with_read_layers(
     return SiteTargets(names, points, labels, sources), axes
 
 
-def _swept(
+def swept(
     site: ast.Site, context: SiteContext, kinds: list[SiteKind] | None = None
 ) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
-    kinds = _component(site, context) if kinds is None else kinds
+    """The points that axes name, of the components that a site names or of these."""
+    kinds = component_kinds(site, context) if kinds is None else kinds
     if kinds is None:
         return None, ()
     if not all(_axes_fit(site, kind, context) for kind in kinds):

@@ -22,8 +22,9 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Run
+from mechdsl.resolve.measured_places import MEASURED
 from mechdsl.resolve.name_cells import cell_keys
-from mechdsl.resolve.resolved import ResolvedControl, ResolvedExperiment
+from mechdsl.resolve.resolved import ResolvedControl, ResolvedExperiment, ResolvedMeasure
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.run_conventions import conventions, fallbacks, model_words, pass_sizes
 from mechdsl.results.seen_rows import SeenRows
@@ -47,6 +48,7 @@ def collect(
     source = experiment.spec.source
     accuracies = _accuracies(measured)
     there = plan.exists
+    item = None if experiment.place is None else experiment.measures[0].item
     seen = SeenRows(plan, kept, lambda name: models[name or model.name].shape.causal)
     measures: list[MeasureData] = []
     for number, (resolved, said) in enumerate(
@@ -62,7 +64,7 @@ def collect(
                 effect=said.effect,
                 kind=resolved.kind,
                 per_prompt=said.per_prompt,
-                patched=measured.patched[number][there],
+                patched=_present(measured.patched[number][there], resolved, kept),
                 base=_of(there, base_per_cell(plan, measured, experiment.spec.base, number)),
                 source=None
                 if source is None
@@ -81,7 +83,10 @@ def collect(
         name=experiment.name,
         model=model.name,
         axes=tuple(axis.name for axis in experiment.axes),
-        aliases={axis.alias: axis.name for axis in experiment.axes if axis.alias is not None},
+        aliases={
+            **{axis.alias: axis.name for axis in experiment.axes if axis.alias is not None},
+            **({} if item is None else {"item": MEASURED}),
+        },
         centres=tuple(axis.name for axis in experiment.axes if axis.of_windows),
         cells=tuple(cell_keys(experiment)),
         measures=tuple(measures),
@@ -206,6 +211,13 @@ def _called(experiment: ResolvedExperiment) -> dict[str, str]:
     if any(run.model is not None for run in runs):
         return {"clean": experiment.model.name}
     return {}
+
+
+def _present(patched: Floats, measure: ResolvedMeasure, kept: Ints) -> Floats:
+    """[cell, kept row], without the rows that lack the position that is measured."""
+    if not measure.absent:
+        return patched
+    return np.where(np.isin(kept, measure.absent), np.nan, patched)
 
 
 def _of(there: NDArray[np.bool_], values: Floats) -> Floats:

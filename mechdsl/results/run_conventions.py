@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from mechdsl.base.names import names_of_measure
 from mechdsl.base.plural import plural
 from mechdsl.execute.measured_values import MeasuredValues
@@ -61,7 +63,8 @@ def conventions(
     found.update(experiment.picks)
     found.update(_of_rules(plan, model))
     found.update(_of_measures(experiment))
-    missing = int((~plan.exists).sum())
+    leading = [rule.paths.exists for rule in plan.rules if rule.paths is not None]
+    missing = int((~np.logical_and.reduce(leading)).sum()) if leading else 0
     if missing:
         found["pairs"] = (
             f"{plan.n_cells - missing} of {plan.n_cells}; in the others no receiver lies "

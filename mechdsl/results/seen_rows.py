@@ -139,7 +139,7 @@ class SeenRows:
         reads = rule.rule.does.reads
         if reads == "mean" and rule.rule.groups is not None:
             yield rule.rule.groups[row]
-        if reads != "run" or rule.rule.apart is not None:
+        if reads not in ("run", "cell") or rule.rule.apart is not None:
             return
         hits: Hits = source.hits[row]
         run = self._run(rule.rule.run)

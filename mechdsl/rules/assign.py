@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING
 
 from mechdsl.program import spec
 from mechdsl.program.python_files import find_function, is_python
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import Amounts, Intervention, ResolvedRule, Vectors
+from mechdsl.resolve.resolved import Amounts, Convention, Intervention, ResolvedRule, Vectors
 from mechdsl.rules.kind import RuleKind, places, rule_kind
 from mechdsl.syntax import ast
 
@@ -30,7 +30,7 @@ class FromPython(Intervention):
     """`to python("file.py:function")`: what the function makes of the base run's vectors."""
 
     name = "python"
-    reads = "run"
+    reads = "cell"
 
     def key(self, rule: ResolvedRule) -> Hashable:
         return rule.run, rule.python
@@ -39,17 +39,25 @@ class FromPython(Intervention):
         assert rule.python is not None
         return f"{rule.python.name} of {rule.python.file}"
 
-    def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
-        """[K, width]: E0223 as PythonFailure where the function doesn't give that."""
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        assert rule.python is not None
+        yield Convention(
+            "set",
+            f"`{rule.python.name}` is given the {rule.run} run of all rows of a cell at once, "
+            "[rows, positions, width], in the order of the data",
+        )
+
+    def of_cell(self, rule: ResolvedRule, given: Tensor) -> Tensor:
+        """[row, position, width]: E0223 as PythonFailure where the function doesn't give that."""
         import torch
 
-        function, given = rule.python, vectors.read()
+        function = rule.python
         assert function is not None
-        # A copy, so that a function that writes into it changes nothing that others read.
-        own = given.detach().to(torch.promote_types(given.dtype, torch.float32), copy=True)
+        # A copy, so that a function that writes into it changes nothing that is looked at here.
+        own = given.clone()
         with torch.no_grad():
             made = function.call(own)
-        hint = "it takes `vectors`, [K, width], and gives as many of the same width"
+        hint = "it takes `vectors`, [rows, positions, width], and gives the same shape"
         try:
             found = torch.as_tensor(made).detach()
         except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -60,10 +68,12 @@ class FromPython(Intervention):
             raise function.failure(shapes, hint)
         if found.is_complex():
             raise function.failure("it gave complex numbers", hint)
-        found = found.to(given)
-        if not found.isfinite().all():
+        found, lacking = found.to(given), given.isnan()
+        if not (found.isfinite() | lacking).all():
+            if lacking.any():
+                hint = "rows with fewer positions than others are filled up with NaN: leave it out"
             raise function.failure("it gave NaN or infinity", hint)
-        return found
+        return found.masked_fill(lacking, 0.0)
 
 
 NUMBER, PYTHON = GivenNumber(), FromPython()

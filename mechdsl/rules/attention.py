@@ -12,7 +12,9 @@ from mechdsl.program import spec
 from mechdsl.prompts.order_in_text import behind, by_text
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.amounts import resolve_amounts
+from mechdsl.resolve.head_sites import attention_sites
 from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.picks import pick_nothing
 from mechdsl.resolve.resolved import (
     Amounts,
     Convention,
@@ -20,8 +22,8 @@ from mechdsl.resolve.resolved import (
     Intervention,
     PositionTargets,
     ResolvedRule,
+    SitePoint,
 )
-from mechdsl.resolve.site_targets import attention_sites
 from mechdsl.resolve.targets import plain_targets, sweeps
 from mechdsl.rules.kind import RuleKind, rule_kind
 from mechdsl.syntax import ast
@@ -90,6 +92,7 @@ class EdgeRule(RuleKind):
         queries = plain_targets(rule.at, work, "from_position" if both else "position")
         keys = plain_targets(rule.onto, work)
         does, amounts = self.edit(rule, work)
+        sites, queries = pick_nothing(sites, queries, SitePoint("pattern", 0, None))
         if sites is None or queries is None or keys is None or does is None:
             return None
         if amounts is not None and not does.possible(rule, amounts, keys, work):
@@ -213,11 +216,29 @@ class ObserveRule(EdgeRule, EdgeIntervention):
     def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
         return self, None
 
+    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        found = super().resolve(rule, work)
+        if found is None or found.sites is None or "nothing" not in found.sites.labels.values():
+            return found
+        work.diagnostics.append(
+            BadEdit(
+                span=rule.span,
+                reason="there would be nothing to look at",
+                what="no head is picked in one of its cells",
+                hint="pick at least one: `top 1 of …`",
+            )
+        )
+        return None
+
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         assert rule.spec.edge is not None
         axes = {axis.word: axis for axis in rule.spec.edge.axes}
         over = [f"these {word}s" for word, axis in axes.items() if _joins(axis)]
-        over += [] if "head" in axes else ["all heads"]
+        if rule.spec.edge.heads is not None:
+            assert rule.sites is not None
+            over += ["these heads"] if any(len(p) > 1 for p in rule.sites.points.values()) else []
+        else:
+            over += [] if "head" in axes else ["all heads"]
         cells = rule.positions.written.values()
         if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
             over.append("the queries")

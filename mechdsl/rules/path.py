@@ -13,6 +13,7 @@ from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_rules import NoPath, NotOnAPath
 from mechdsl.program import spec
 from mechdsl.resolve.coordinates import from_end
+from mechdsl.resolve.head_sites import receiver_sites
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import (
@@ -60,7 +61,7 @@ class PathPatching(RuleKind, Intervention):
         assert rule.receiver is not None
         run = rule.source or work.experiment.base
         senders, axes = resolve_site(rule.site, work.sites)
-        receivers, more = resolve_site(rule.receiver, work.sites)
+        receivers, more = receiver_sites(rule.receiver, work.sites)
         if receivers is not None:
             receivers = replace(receivers, axes=tuple(_to(name, more) for name in receivers.axes))
         for axis in (*axes, *(replace(axis, name=f"to_{axis.name}") for axis in more)):
@@ -99,6 +100,12 @@ class PathPatching(RuleKind, Intervention):
         through = ", MLPs and norms recomputed" if path.through_mlps else ", norms recomputed"
         ends = {SITES[p.site].when for here in path.receivers.points.values() for p in here}
         after = "" if "output" in ends else "; receivers are then written into the base run"
+        to = rule.spec.receiver
+        named = to is not None and to.names and (to.ranked is not None or len(to.names) > 1)
+        if named and any(
+            p.site in ("k", "v") for here in path.receivers.points.values() for p in here
+        ):
+            after += "; keys and values of a head are those of its key-value head"
         yield Convention(
             "path",
             f"beside the senders, {' and '.join(held)} are held at the base run{through}{after}",
@@ -156,30 +163,44 @@ def _neurons_alone(rule: spec.Rule, senders: SiteTargets, work: Work) -> bool:
     return True
 
 
+def _waits(rule: spec.Rule, work: Work) -> bool:
+    """Whether an end of the path is what an experiment finds that hasn't run: another stands in."""
+    groups = work.sites.groups
+    ends = [*walk((rule.site, rule.receiver))]
+    named = [node.id for node in ends if isinstance(node, ast.Name) and node.id in groups]
+    nodes = [*ends, *(node for name in named for node in walk(groups[name].sites))]
+    waiting = work.sites.onward.stand_ins
+    return any(isinstance(node, ast.Ranked) and node.of in waiting for node in nodes)
+
+
 def _any_path(rule: spec.Rule, senders: SiteTargets, receivers: SiteTargets, work: Work) -> bool:
     """E0335 where no cell has a receiver behind a sender."""
     parallel = work.sites.shape.parallel_block
     pairs = product(senders.points.values(), receivers.points.values())
     if any(reached(a, b, parallel=parallel) for a, b in pairs):
         return True
+    if _waits(rule, work):
+        return True
     ends = [node for node in walk((rule.site, rule.receiver)) if isinstance(node, ast.Bound)]
     if work.sites.shape.stands_in and any(map(from_end, ends)):
         return True  # nobody knows which of them comes first
     assert rule.site is not None
     assert rule.receiver is not None
-    first = next(iter(senders.points.values()))[0]
-    site = next(iter(receivers.points.values()))[0].site
+    picked = [[p for here in ends.points.values() for p in here] for ends in (senders, receivers)]
+    of, to = (next(iter(points), SitePoint("q", None, None)) for points in picked)
     last = work.sites.shape.n_layers - 1
-    example = f"{site} layer {min((first.layer or 0) + 1, last)}"
-    example += " head *" if SITES[site].unit else ""
-    if first.layer == last:
+    example = f"{to.site} layer {min((of.layer or 0) + 1, last)}"
+    example += " head *" if SITES[to.site].unit else ""
+    if of.layer == last:
         example = "logits"
     work.diagnostics.append(
         NoPath(
             span=rule.receiver.span,
             sender=rule.site.span.written,
             receiver=rule.receiver.span.written,
-            reason="every receiver reads before, or where, the sender writes",
+            reason="every receiver reads before, or where, the sender writes"
+            if all(picked)
+            else "one of them is nothing",
             example=example,
         )
     )

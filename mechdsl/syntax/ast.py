@@ -280,7 +280,8 @@ class Axis(Node):
 class Site(Node):
     """Component and axes. `names` are the words before the first axis that isn't `layer`-like:
     one name is a component (`resid_post`) or a stack (`vision`), two are component and stack;
-    which is which, the registries say. `group` names (`name_movers`) stand here as a lone name.
+    which is which, the registries say. `group` names (`name_movers`) stand here as a lone name,
+    behind a component where a path ends (`q name_movers`, `q of top 2 of cie`).
     """
 
     names: tuple[Name, ...] = ()
@@ -562,12 +563,14 @@ DataLine = (
 
 @record
 class Edge(Node):
-    """`attention layer * head * from Q to K`."""
+    """`attention layer * head * from Q to K`, `attention movers from Q to K`."""
 
     stack: Name | None
     axes: tuple[Axis, ...]
     queries: Positions
     keys: Positions
+    heads: Site | None = None
+    """A group, a short name or what another experiment found, in place of axes."""
 
 
 @record
@@ -826,6 +829,8 @@ class Measure(Node):
     effect: Name
     at: Position | None = None
     per: Name | None = None
+    over: Name | None = None
+    """The axis that it is averaged over."""
 
 
 @record

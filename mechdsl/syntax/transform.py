@@ -434,10 +434,20 @@ class ToAst(Transformer[Token, Any]):
     def measure(self, c: list[Any]) -> ast.Measure:
         effect = next(child for child in c[2:] if isinstance(child, ast.Name))
         clauses = _clauses(c)
-        return ast.Measure(c[1], effect, clauses.get("at"), clauses.get("per"), span=_span(c))
+        return ast.Measure(
+            c[1],
+            effect,
+            clauses.get("at"),
+            clauses.get("per"),
+            clauses.get("mean"),
+            span=_span(c),
+        )
 
     measured_at = _clause("at", _second)
     per = _clause("per", _second)
+
+    def mean_over(self, c: list[Any]) -> Clause:
+        return Clause("mean", c[2], _span(c))
 
     def stats(self, c: list[Any]) -> ast.Stats:
         c = [c[0], *_without_misspelt(c[1:])]
@@ -581,7 +591,8 @@ class ToAst(Transformer[Token, Any]):
     def edge(self, c: list[Any]) -> ast.Edge:
         stack = c[1] if isinstance(c[1], ast.Name) else None
         axes = tuple(child for child in c if isinstance(child, ast.Axis))
-        return ast.Edge(stack, axes, c[-3], c[-1], span=_span(c))
+        heads = next((child for child in c if isinstance(child, ast.Site)), None)
+        return ast.Edge(stack, axes, c[-3], c[-1], heads, span=_span(c))
 
     # --- sites ---------------------------------------------------------------------------------
 
@@ -595,7 +606,7 @@ class ToAst(Transformer[Token, Any]):
             span=_span(c),
         )
 
-    flat_site = flat_axes = site
+    flat_site = flat_axes = edge_heads = heads_of = site
     basis = _clause("basis", lambda c: c[2].id)
 
     def axis(self, c: list[Any]) -> ast.Axis:

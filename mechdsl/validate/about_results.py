@@ -16,7 +16,8 @@ from mechdsl.diagnostics.w07_data import PairedAlike
 from mechdsl.program import spec
 from mechdsl.program.run_order import compared_with
 from mechdsl.prompts.prompt_table import Run
-from mechdsl.resolve.cell_key import joined_axes, joined_cells
+from mechdsl.resolve.cell_key import averaged_cells, joined_axes, joined_cells
+from mechdsl.resolve.measured_parts import in_parts
 from mechdsl.resolve.name_cells import cell_keys
 from mechdsl.resolve.open_axes import open_axes
 from mechdsl.resolve.resolved import Outline, ResolvedMeasure
@@ -60,9 +61,7 @@ def _against_axes(
     """Reports and expectations name axes, measures, runs and values that exist."""
     experiment = variants[0]
     said = experiment.spec
-    own = joined_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
-    aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
-    perhaps = {name for e in variants for name in e.perhaps}
+    own, aliases, perhaps = _axes(variants)
     axes = list(dict.fromkeys([*own, *aliases, *sorted(perhaps)]))
     rows = experiment.table.runs["clean"].rows
     values = list(rows[0].values) if rows else []
@@ -95,6 +94,7 @@ def _against_axes(
                 ),
             )
         )
+    found.extend(_averaged(variants))
     found.extend(_paired_alike(variants, axes))
     found.extend(_accuracies(variants))
     if said.expects and measures:
@@ -114,6 +114,50 @@ def _against_axes(
     return found
 
 
+def _over(variants: Sequence[Outline]) -> str | None:
+    """The axis that measures are averaged over, by its own name."""
+    over = variants[0].spec.over
+    aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
+    return None if over is None else aliases.get(over, over)
+
+
+def _axes(variants: Sequence[Outline]) -> tuple[list[str], dict[str, str], set[str]]:
+    """(axes of the results, their second names, those that there may be)."""
+    own = joined_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
+    aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
+    perhaps = {name for e in variants for name in e.perhaps}
+    over = _over(variants)
+    own = [name for name in own if name != over]
+    aliases = {name: of for name, of in aliases.items() if of != over}
+    return own, aliases, perhaps - {over}
+
+
+def _averaged(variants: Sequence[Outline]) -> Iterator[Diagnostic]:
+    """E0612 for measures of one experiment that aren't averaged alike, or over no axis of it."""
+    said, every = (
+        variants[0].spec,
+        joined_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants]),
+    )
+    aliases = [a.alias for e in variants for a in e.axes if a.alias is not None]
+    perhaps = {name for e in variants for name in e.perhaps}
+    kinds = [each.kind for each in _measures(variants[0])]
+    for measure, kind in zip(said.measures, kinds, strict=True):
+        reason = hint = ""
+        if measure.over != said.over:
+            reason = f"`{said.measures[0].label}` is averaged otherwise, and both share one table"
+            hint = "average all measures of an experiment over one axis, or none of them"
+        elif measure.over is not None and kind == "category":
+            reason, hint = "categories have no mean", "use `expected(…)`, which is a number"
+        elif measure.over is not None and measure.over not in (*every, *aliases, *perhaps):
+            reason = f"the experiment has no axis `{measure.over}`"
+            known = [*every, *aliases]
+            hint = did_you_mean(measure.over, known, f"its axes are: {name_list(known) or 'none'}")
+        if reason:
+            yield UnreadableMeasure(
+                span=measure.span, text=measure.span.written, reason=reason, hint=hint
+            )
+
+
 def _measures(experiment: Outline) -> list[KnownMeasure]:
     pairs = zip(experiment.measures, experiment.spec.measures, strict=True)
     return [_known_measure(*pair) for pair in pairs]
@@ -123,14 +167,15 @@ def _known(variants: Sequence[Outline], program: spec.Program) -> Known:
     """What expectations may name of an experiment."""
     experiment = variants[0]
     undecided = _undecided(variants, program)
-    own = joined_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
-    aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
-    perhaps = {name for e in variants for name in e.perhaps}
+    own, aliases, perhaps = _axes(variants)
+    over = _over(variants)
     resolved = [e.resolved for e in variants if e.resolved is not None]
     cells = None
     if len(resolved) == len(variants):
-        parts = [(e.spec.variant, cell_keys(e, undecided)) for e in resolved]
-        cells = joined_cells(own, parts)
+        every = [part for e in resolved for part in in_parts(e)]
+        parts = [(e.spec.variant, cell_keys(e, undecided)) for e in every]
+        cells = joined_cells(own if over is None else [*own, over], parts)
+        cells = cells if over is None else averaged_cells(cells, over)[0]
     return Known(
         _measures(experiment),
         list(dict.fromkeys([*own, *aliases, *sorted(perhaps)])) if perhaps else own,

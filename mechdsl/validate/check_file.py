@@ -37,6 +37,7 @@ from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.stand_ins import with_stand_ins
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.findings import Finding, VariantFinding
+from mechdsl.resolve.measured_parts import in_parts
 from mechdsl.resolve.resolve_experiment import outline
 from mechdsl.resolve.resolved import ModelContext, Outline, ResolvedExperiment
 from mechdsl.rules import RULES
@@ -165,10 +166,11 @@ def _check_source(
     for variants in every.values():
         checked.diagnostics.extend(about_results(variants, program, every))
     checked.experiments.extend(
-        resolved
+        part
         for each in experiments
         if each.name not in (*checked.unchecked, *checked.unrun)
         and (resolved := outlines[each.key].resolved) is not None
+        for part in in_parts(resolved)
     )
     for name, prompts in program.prompts.items():
         if prompts.span.source is source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
+from math import prod
 from operator import neg
 
 from mechdsl.base.source import Span
@@ -72,8 +73,22 @@ def check_rows(
     units = len(rows)
     if settings.by is not None and rows and settings.by in rows[0].values:
         units = len({str(row.values.get(settings.by)) for row in rows})
-    tests = len(tested) * sum(each.n_cells for each in variants)
+    tests = len(tested) * _cells(variants)
     return check_cells([units] * tests, settings, tested[0].span)
+
+
+def _cells(variants: Sequence[ResolvedExperiment]) -> int:
+    """How many cells the results have; a part that is read in the cells of one value has those."""
+    over, count = variants[0].spec.over, 0
+    for each in variants:
+        fixed = {} if each.place is None else each.place.fixed
+        sizes = [
+            1 if axis.name in fixed or over in (axis.name, axis.alias) else len(axis)
+            for axis in each.axes
+        ]
+        count += prod(sizes)
+    labels = {str(dict(each.spec.variant).get(over or "", "")) for each in variants}
+    return count // len(labels)
 
 
 def tested_measures(experiment: ResolvedExperiment) -> list[spec.Measure]:

@@ -25,6 +25,7 @@ Takes = Literal[
     "reference",
     "nothing",
     "prompt",
+    "own",
     "activations",
     "rows",
     "attention",
@@ -289,6 +290,17 @@ def loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     counted = mask[:, 1:]
     tokens = _log_probs(logits[:, :-1], ids[:, 1:])
     return -tokens.where(counted, tokens.new_zeros(())).sum(-1) / counted.sum(-1)
+
+
+@metric("loss", takes="own", unit="nat")
+def loss_of_token(logits: Tensor, target: Tensor) -> Tensor:
+    """The negative log-likelihood of the token that stands at the measure's own `at`.
+
+    logits: [row, vocab], in front of the token, where it is predicted
+    target: [row], the ids of the tokens, those of each run's own text
+    returns: [row], nats
+    """
+    return -_log_probs(logits, target)
 
 
 @metric("cosine", takes="activations", unit="cosine")

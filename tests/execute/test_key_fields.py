@@ -27,6 +27,7 @@ from mechdsl.plan.value_keys import (
     measure_rows,
     mixed,
 )
+from mechdsl.plan.whole_cells import whole_cells
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.prompt_table import Noise, PositionCell, PromptTable, Run, RunRow
 from mechdsl.resolve.resolved import (
@@ -70,6 +71,7 @@ EXPERIMENTS = {
         "patch resid_post layer 1 at subject token",
         "measure cosine(L2.resid, other) at subject token as raw",
     ),
+    "loss": one("patch resid_post layer 1 at subject token", "measure loss at cue token as raw"),
 }  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def keys(plan: ExperimentPlan) -> dict[tuple[int, ...], tuple[bytes, int]]:
     contents = Contents({"m": b"m", "n": b"n"}, "m", 0)
     kept = np.arange(len(table))
     donors = np.roll(kept, 1)
-    found = ExperimentKeys(plan, table, contents, kept, donors)
+    found = ExperimentKeys(plan, table, contents, kept, donors, whole_cells(plan, plan.rows(kept)))
     rows = plan.rows(kept)
     assert len(rows)
     every: dict[tuple[int, ...], tuple[bytes, int]] = {}
@@ -288,6 +290,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "point": ("cosine", lambda point: replace(point, layer=1)),
         "python": ("python", lambda python: replace(python, digest="1" * 64)),
         "rows": ("python", lambda rows: ({"count": 9}, *rows[1:])),
+        "own": ("loss", lambda own: {run: (9,) * len(rows) for run, rows in own.items()}),
     },
     Noise: {
         "site": ("noised", lambda site: "resid_mid"),
@@ -349,8 +352,10 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "text": SHOWN,
         "unit": "only shown, and asked for by what is worked out of values",
         "truth": "values are held against it when they are there",
+        "absent": "rows that are left out of the results; their values are of another place",
+        "item": "the text that it stands in is in `Atom.texts`",
     },
-    Atom: {},
+    Atom: {"points": "`point` is the one that is read", "axes": PLACED},
     Noise: {},
     Run: {
         "name": "what rules and measures call it; what it holds goes in",

@@ -7,6 +7,7 @@ refused before anything runs, and all others are run twice.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.passes import NAMES
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.validate.check_file import Settings
 
 from . import support
 
@@ -77,6 +79,9 @@ MEASURES = (
     "measure entropy as delta",
     "measure logit(answer) at subject token as delta",
     "measure cosine(L1.resid, clean) at subject token as raw",
+    "measure entropy at each item token as delta",
+    "measure loss at token * align right as delta",
+    "measure loss at each item token as raw",
 )
 
 
@@ -116,7 +121,9 @@ def sites(draw: Any, *, swept: bool) -> str:
 def edges(draw: Any, *, swept: bool) -> str:
     """Layers, heads, queries and keys."""
     layer = draw(axis("layer", LAYERS, swept=swept))
-    head = draw(st.sampled_from(["", " head 1", " heads 0..2"]))
+    head = draw(st.sampled_from(["", " head 1", " heads 0..2", "few"]))
+    if head == "few":
+        layer, head = head, ""
     queries = draw(st.sampled_from((*ONE, "tokens *", "subject tokens")))
     keys = draw(positions(swept=swept))
     return f"attention {layer}{head} from {queries} to {keys}"
@@ -151,7 +158,8 @@ def rules(draw: Any, *, swept: bool) -> str:
         case "swap":
             return f"swap {site} at {at} with {draw(st.sampled_from(ONE))}"
         case "set":
-            return f"set {site} at {at} to {draw(st.sampled_from(['0.5', '-1', '0']))}"
+            python = 'python("own.py:centred")'
+            return f"set {site} at {at} to {draw(st.sampled_from(['0.5', '-1', '0', python]))}"
         case _:
             return f"{verb} {site} at {at}"
 
@@ -174,6 +182,7 @@ def paths(draw: Any) -> str:
         receiver = f"{to} {draw(axis('layer', LAYERS, swept=True))}"
     if to in ("q", "k", "v"):
         receiver += f" {draw(axis('head', 2, swept=True))}"
+        receiver = draw(st.sampled_from([receiver, f"{to} few"]))
     through = draw(st.sampled_from(["", " through mlps"]))
     return f"path {sender} -> {receiver} at {draw(positions())}{through}"
 
@@ -235,6 +244,8 @@ def onward(draw: Any) -> str:
                 "ablate embed at tokens except top 50% of words tokens with zero",
                 "for k in 0%..100% step 50% { ablate embed at top k of words tokens with zero }",
                 "block attention layer * from last token to top 2 of words tokens",
+                "reweight attention top 3 of heads from last token to subject tokens by 3",
+                "for k in 0..2 { block attention top k of heads from last token to token 1..3 }",
             ]
         )
     )
@@ -253,7 +264,10 @@ def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
     """Plain and planned are equal, or both are refused with the same words."""
     family, text, off = case
     model = support.bare(family)
-    whole, some = support.WITHOUT_PLAN, RunOptions(without=off)
+    (folder / "own.py").write_text(OWN, encoding="utf-8")
+    python = Settings(python="run")
+    whole = replace(support.WITHOUT_PLAN, settings=python)
+    some = RunOptions(without=off, settings=python)
     plain, problems = support.try_file(text, folder, model, whole, prompts=PROMPTS)
     planned, again = support.try_file(text, folder, model, some, prompts=PROMPTS)
     assert [(d.code, d.message) for d in problems] == [(d.code, d.message) for d in again]
@@ -287,6 +301,10 @@ def same(one: ExperimentResult, other: ExperimentResult, text: str) -> None:
                 np.testing.assert_allclose(a, b, atol=support.ABSOLUTE, rtol=support.RELATIVE)
 
 
+OWN = """
+def centred(vectors):
+    return 2 * vectors.nan_to_num() - vectors.nanmean(0, keepdim=True).nan_to_num()
+"""
 QUIET = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large)
 
 

@@ -288,6 +288,33 @@ def test_python_files(tmp_path: Path) -> None:
         assert ran(text, tmp_path, store, options=how)[1] == 0
 
 
+def test_what_a_function_is_given_at_once(tmp_path: Path) -> None:
+    """All rows of its cell, in their order, and nothing of other cells."""
+    store = tmp_path / "store"
+    how = RunOptions(settings=Settings(python="run"))
+    code = (
+        "import torch\ndef fill(vectors):\n"
+        "    return (1 + torch.arange(len(vectors)))[:, None, None] * vectors - vectors[:1]\n"
+    )
+    (tmp_path / "own.py").write_text(code, encoding="utf-8")
+    lone = one('set resid_post layer 1 at subject token to python("own.py:fill")')
+    assert ran(lone, tmp_path, store, options=how)[1] > 0
+    swept = lone.replace("layer 1", "layer 0..1")
+    found, rows = ran(swept, tmp_path, store, options=how)
+    alone, whole = ran(swept, tmp_path, None, options=how)
+    assert 0 < rows <= whole - len(ROWS)
+    close(alone, found)
+    changed = [*ROWS[:-1], {**ROWS[-1], "cue": "w9"}]
+    for data in (ROWS[::-1], ROWS[1:], changed, [*ROWS, ROWS[1]]):
+        support.write_rows(tmp_path, data)
+        found, rows = ran(swept, tmp_path, store, options=how)
+        assert rows >= 2 * len(data)
+        close(ran(swept, tmp_path, None, options=how)[0], found)
+        again, rows = ran(swept, tmp_path, store, options=how)
+        assert rows == 0
+        close(again, found)
+
+
 def test_the_keys_say_which_row_it_is_and_not_where(tmp_path: Path) -> None:
     """Rows that are alike are one: another row id, another column that nothing reads."""
     store = tmp_path / "store"

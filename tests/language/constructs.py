@@ -510,10 +510,14 @@ _rule(
 _rule(
     "set in Python",
     'set resid_post layer * at last token to python("functions.py:halved")',
-    "A function of a Python file is given the vectors and gives those that are written. It runs "
-    "with `--allow-python` only.",
+    "A function of a Python file is given the base run's vectors of one cell at a time, [rows, "
+    "positions, width], and gives the same shape, which is written. Rows are those of the "
+    "experiment that have the position, after `limit` and `keep`, in the order of the data; joined "
+    "positions lie along the second dimension, and rows with fewer are filled up with NaN; joined "
+    "heads or neurons lie side by side, and with several layers it is called once for each. What "
+    "it gives hangs on no other cell, batch or pass. It runs with `--allow-python` only.",
     OWN,
-    "tests/python_files/test_python_files.py",
+    "tests/rules/test_whole_cells.py",
 )
 _rule(
     "block attention",
@@ -605,6 +609,23 @@ _onward(
     "The highest cell of `cie`, signed.",
     OWN,
     "tests/onward/test_sites.py",
+)
+_onward(
+    "heads of edges",
+    "reweight attention top 3 of cie from last token to first-item token by 1.5",
+    "The heads that `cie` ranks highest, joined, in place of layers and heads; so may a `group` "
+    "stand there. Sites of heads stand for their heads: `L1H0` (that is `z`) and `L1H0.q` are the "
+    "same one, `k` and `v` all heads that read them.",
+    OWN,
+    "tests/onward/test_heads.py",
+)
+_onward(
+    "receivers of heads",
+    "path layer 0 head * -> q of top 2 of cie at last token",
+    "Paths end where these heads read their queries, joined (`k`, `v`: those of their key-value "
+    "heads). Of a group: `-> q counters`.",
+    PATHS,
+    "tests/onward/test_heads.py",
 )
 _onward(
     "top n% of … tokens",
@@ -703,6 +724,36 @@ _experiment(
     "effect. Metrics are expressions of the metrics below. Two that differ by the position alone "
     "have it in their names: `prob(answer) at item 1 token`.",
     "tests/execute/test_metrics.py",
+)
+_experiment(
+    "measure at each",
+    "measure entropy at each item token as raw",
+    "Read at each of several places, an axis `measured` (`item` for occurrences); all measures of "
+    "an experiment are read at the same ones. Rows that lack a place drop out of it. "
+    "`{item.index}` in a text is the number of the occurrence that is measured.",
+    "tests/execute/test_measured_places.py",
+)
+_experiment(
+    "loss at each",
+    "measure loss at token * align right as raw",
+    "The loss of the token that stands at a place, each run's own, read where it is predicted; the "
+    "first token of an input has none.",
+    "tests/execute/test_measured_places.py",
+)
+_experiment(
+    "mean over",
+    "measure entropy at each item token as raw mean over item",
+    "Averaged over an axis, in each row over the cells that it is part of, before statistics: "
+    "intervals and p are of the means. All measures of an experiment are averaged alike.",
+    "tests/execute/test_averaged.py",
+)
+_experiment(
+    "loop in measure",
+    "for l in 0..2 { ablate mlp_out layer l at last token with zero "
+    "measure cosine(resid_post layer l, clean) at last token as raw }",
+    "Measures may name a loop's variable, in sites and positions (`at token l`): they are read in "
+    "the cells of that value. `cosine(resid_post layer *, clean)` is a sweep of its own.",
+    "tests/execute/test_measured_places.py",
 )
 _experiment(
     "stats",

@@ -244,6 +244,7 @@ METRIC_EXAMPLES: dict[Takes, str] = {
     "reference": "{}(clean)",
     "nothing": "{}",
     "prompt": "{}",
+    "own": "{} at last-item token",
     "activations": "{}(L1.resid, clean)",
     "rows": "{}",
     "attention": "observe {} layer * from last token to first-item token",

@@ -711,7 +711,7 @@ def test_a_fill_that_fails(body: str, reason: str, tmp_path: Path, command: Comm
     done = command("run", "--allow-python", path)
     assert done.status == 3
     assert "heads: not computed\nE0223: `own` failed: " in done.out
-    assert "from the patched run of layer 0, head 0, row 2 of `fruit`, on" in " ".join(
+    assert "from the patched run of layer 0, head 0, row 0 of `fruit`, on" in " ".join(
         done.out.split()
     )
     assert "beside: delta of logit(answer)" in done.out

@@ -112,7 +112,63 @@ BOTH = "{cue token, subject token}"
 WINDOWED = ("mistral",)
 """All layers have a window: keys further back are not seen."""
 
+GROUPS = """
+group movers = L0H1, L1H2, head_out layer 2, L2H0.q
+group shared = L1H1.k, L2H0.v
+"""
+
+
+def named(kind: str, amount: float, *heads: tuple[int, tuple[int, ...] | None]) -> Act:
+    """One edit of some heads of some layers at once."""
+    return made(
+        lambda text: [
+            edge for n, own in heads for edge in edges(text, kind, [n], LAST, BOTH, amount, own)
+        ]
+    )
+
+
 EDITS: dict[str, Case] = {
+    "block_a_group": Case(
+        f"block attention movers from last token to {BOTH}",
+        (),
+        ONE,
+        named("block", 0, (0, (1,)), (1, (2,)), (2, None)),
+    ),
+    "reweight_one_head": Case(
+        f"reweight attention L1H3 from last token to {BOTH} by 6",
+        (),
+        ONE,
+        named("reweight", 6, (1, (3,))),
+    ),
+    "a_head_that_is_named_twice": Case(
+        f"reweight attention movers from last token to {BOTH} by 6",
+        (),
+        ONE,
+        named("reweight", 6, (0, (1,)), (1, (2,)), (2, None)),
+    ),
+    "set_a_group": Case(
+        f"for w in [0.01, 0.1] {{ set attention movers from last token to {BOTH} to w }}",
+        ("w",),
+        [(0.01,), (0.1,)],
+        made(
+            lambda text, w: [
+                edge
+                for n, own in ((0, (1,)), (1, (2,)), (2, None))
+                for edge in edges(text, "set", [n], LAST, BOTH, w, own)
+            ]
+        ),
+    ),
+    "heads_of_shared_keys": Case(
+        f"block attention shared from last token to {BOTH}",
+        (),
+        ONE,
+        lambda name, n: named(
+            "block",
+            0,
+            (1, (1,) if name in SAME_HEADS else (2, 3)),
+            (2, (0,) if name in SAME_HEADS else (0, 1)),
+        )(name, n),
+    ),
     "block": Case(
         f"block attention layer * head * from last token to {BOTH}",
         ("layer", "head"),
@@ -632,7 +688,7 @@ def expected(name: str, key: str) -> dict[Key, list[float]]:
 def results(data: Path, name: str, mode: str, keys: tuple[str, ...]) -> dict[str, ExperimentResult]:
     """These cases in one file."""
     text = "".join(experiment(key, EVERY[key].rules, block=EVERY[key].block) for key in keys)
-    return run_file(text, data, name, mode)
+    return run_file(GROUPS + text, data, name, mode)
 
 
 def together(name: str, key: str) -> tuple[str, ...]:

@@ -115,6 +115,15 @@ class Case:
         return experiment(key, f"from {self.run} into {self.base}", self.rule, measure=measure)
 
 
+def shared(name: str, receiver: End, case: Case) -> End:
+    """The key-value head that a head of a group reads, where two heads read one."""
+    own = name.startswith(("llama", "gemma2")) and case.receiver.written in ("k movers", "v movers")
+    if not own:
+        return receiver
+    assert receiver.unit is not None
+    return End(receiver.site, receiver.layer, receiver.unit // 2)
+
+
 @cache
 def expected(name: str, case: Case) -> dict[Key, list[float]]:
     found: dict[Key, list[float]] = {}
@@ -122,7 +131,9 @@ def expected(name: str, case: Case) -> dict[Key, list[float]]:
     combined = itertools.product(case.sender.cells, case.receiver.cells, case.positions)
     for (at, senders), (to, receivers), where in combined:
         reached = [
-            r for r in receivers if any(leads(s, r, parallel=parallel(name)) for s in senders)
+            r
+            for r in (shared(name, receiver, case) for receiver in receivers)
+            if any(leads(s, r, parallel=parallel(name)) for s in senders)
         ]
         if reached:
             found[(*at, *to, *((where,) if len(case.positions) > 1 else ()))] = []
@@ -171,6 +182,7 @@ GROUPS = """
 group senders = L0H1, L1H2, L0.mlp
 group receivers = L2H1.q, L2H0.k, L1H1.v
 group late = L1H1, L2H0
+group movers = L1H3, L2H2.q, L1H0.head_out
 """
 SENDING = joined("senders", z(0, 1), z(1, 2), End("mlp_out", 0))
 RECEIVING = joined("receivers", End("q", 2, 1), End("k", 2, 0), End("v", 1, 1))
@@ -236,6 +248,20 @@ CASES: dict[str, Case] = {
         swept("z", "layer * head 0, 1", "layer head", LAYERS, (0, 1)), RECEIVING
     ),
     "groups_on_both_sides": Case(SENDING, RECEIVING),
+    "queries_of_a_group": Case(
+        grid("z", (0, 2)), joined("q movers", End("q", 1, 3), End("q", 2, 2), End("q", 1, 0))
+    ),
+    "keys_of_a_group": Case(
+        grid("z", (0, 2)),
+        joined("k movers", End("k", 1, 3), End("k", 2, 2), End("k", 1, 0)),
+        "tokens *",
+        run="other",
+    ),
+    "values_of_a_group_through_mlps": Case(
+        SENDING,
+        joined("v movers", End("v", 1, 3), End("v", 2, 2), End("v", 1, 0)),
+        mlps=True,
+    ),
     "groups_through_mlps": Case(SENDING, RECEIVING, mlps=True),
     "a_group_to_logits": Case(SENDING, LOGITS, "last token"),
     "a_group_that_is_late": Case(joined("late", z(1, 1), z(2, 0)), RECEIVING),

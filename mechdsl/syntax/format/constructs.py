@@ -193,7 +193,7 @@ def site(node: ast.Site) -> str:
     if node.short is not None:
         parts.append(_short(node.short))
     if node.ranked is not None:
-        parts.append(ranked(node.ranked))
+        parts.append(f"of {ranked(node.ranked)}" if node.names else ranked(node.ranked))
     if node.basis is not None:
         parts.append(f"in basis {node.basis}")
     return " ".join(parts)
@@ -238,6 +238,7 @@ def ranked(node: ast.Ranked) -> str:
 def edge(node: ast.Edge) -> str:
     """`attention layer * from Q to K`."""
     parts = ["attention", *([node.stack.id] if node.stack else []), *map(axis, node.axes)]
+    parts += [site(node.heads)] if node.heads is not None else []
     return f"{' '.join(parts)} from {positions(node.queries)} to {positions(node.keys)}"
 
 

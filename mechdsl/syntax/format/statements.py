@@ -274,7 +274,8 @@ def _statement(node: Any) -> str | None:
             return _observe(node)
         case ast.Measure():
             at, per = _of("at", node.at, position), _of("per", node.per, _id)
-            return f"measure {within(node.metric, SUM)}{at} as {node.effect.id}{per}"
+            over = _of("mean over", node.over, _id)
+            return f"measure {within(node.metric, SUM)}{at} as {node.effect.id}{per}{over}"
         case ast.Stats():
             return (
                 "stats"

@@ -177,6 +177,11 @@ HINTS: tuple[Hint, ...] = (
         "what is never drawn stands behind `apart from`",
     ),
     Hint(r"\b(at|onto|from|to|with)\s*$", r"\s*$", "name tokens: `{0} last token`", "TOKEN"),
+    Hint(
+        r"\battention\s+\w.*\s$",
+        r"([A-Za-z_]\w*)\s+from\b",
+        "a group stands in place of layers and heads: `attention {0} from …`",
+    ),
     # What another experiment picks.
     Hint(r"\btop\s+of\s+$", r"(\w+)", "say how many: `top 3 of {0}`"),
     Hint(r"\btop\s+([\w%]+)\s+$", r"(?:in|from)\s+(\w+)", "write `top {0} of {1}`"),

@@ -1,0 +1,144 @@
+"""Vectors of many rows, a batch at a time: what is saved, fitted and compared is read here.
+
+Nothing is gathered: a caller that needs all rows at once keeps what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Ints
+from mechdsl.execute.options import PaddingSide
+from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.reads_and_writes import SiteRead
+from mechdsl.models.shape import ModelShape, units, width
+from mechdsl.plan.columns import Hits, prompt_lengths
+from mechdsl.plan.plan import PROMPT_TOKENS
+from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run
+from mechdsl.resolve.resolved import Place, SitePoint
+from mechdsl.vocab.sites import SITES, stop_layer
+
+READ_BYTES = 1 << 28
+"""Of the activations that one batch of prompts may have in memory, all tokens and sites of it."""
+
+LanesOf: TypeAlias = Callable[[Ints], UnpatchedBatch]
+"""Prompts → one run on these, with the sites that are wanted."""
+
+
+@dataclass(frozen=True, eq=False)
+class FoundVectors:
+    """The vectors of one site at one position, in the rows of a batch."""
+
+    point: int
+    """Index of the site among those that were asked for."""
+    position: int
+    """Index of the position."""
+    prompts: Ints
+    """[K] number of the row, ascending; a position of several tokens has several vectors a row."""
+    draws: Ints
+    """[K] draw of noise; 0 where a run has none."""
+    tokens: Ints
+    """[K] token position in the unpadded prompt."""
+    vectors: Tensor
+    """[K, width] on the model's device and in its type. All units of a site are side by side where
+    the point names none. Over keys as wide as the longest prompt of the batch."""
+
+
+def read_vectors(
+    lanes: LanesOf,
+    points: Sequence[SitePoint],
+    positions: Sequence[PositionCell],
+    batches: Iterable[Ints],
+) -> Iterator[FoundVectors]:
+    """The vectors of each site at each position, batch after batch of prompts.
+
+    lanes: a run, as `reader` or `UnpatchedRuns.reader` gives it. positions: of that run. Rows that
+    lack a position have no vectors there.
+    """
+    hits = [Hits.of([cell]) for cell in positions]
+    for batch in batches:
+        found = lanes(batch)
+        for number, hit in enumerate(hits):
+            index, run = hit.runs.expand(batch)
+            which, token = hit.tokens.expand(run)
+            prompts = batch[index[which]]
+            row = np.repeat(prompts, found.draws)
+            token = np.repeat(token, found.draws)
+            draw = np.tile(np.arange(found.draws), len(prompts))
+            lane = torch.from_numpy(found.lane(row, draw))
+            for place, point in enumerate(points):
+                yield FoundVectors(place, number, row, draw, token, _at(found, point, lane, token))
+
+
+def _at(found: UnpatchedBatch, point: SitePoint, lane: Tensor, token: Ints) -> Tensor:
+    """[K, width] of one site in these lanes at these tokens."""
+    read = found.reads[SiteRead(point.site, point.layer)]
+    lane = lane.to(read.device)
+    columns = found.batch.columns(lane, torch.from_numpy(token).to(read.device))
+    if point.unit is not None:
+        return read[lane, columns.to(read.device), point.unit]
+    return read[lane, columns.to(read.device)].flatten(1)
+
+
+def reader(
+    model: LoadedModel,
+    table: PromptTable,
+    run: Run,
+    points: Iterable[SitePoint],
+    *,
+    seed: int,
+    side: PaddingSide | None = None,
+) -> LanesOf:
+    """What reads these sites of any run that has no rules, and stops above the highest one.
+
+    seed: of noise. side: as in `Options`.
+    """
+    request = wanted(points, model.shape)
+
+    def lanes(prompts: Ints) -> UnpatchedBatch:
+        due = [(run, request)]
+        return compute_unpatched(model, due, prompts, table.row_keys, seed=seed, side=side)[0]
+
+    return lanes
+
+
+def wanted(points: Iterable[SitePoint], shape: ModelShape) -> UnpatchedRequest:
+    """That these sites are read, and nothing above them."""
+    places = frozenset((point.site, point.layer) for point in points)
+    stops = [stop_layer(*place, shape.n_layers) for place in places]
+    stop = None if None in stops else max((n for n in stops if n is not None), default=0)
+    return UnpatchedRequest(reads=places, stop=stop)
+
+
+def prompt_batches(
+    model: LoadedModel,
+    run: Run,
+    points: Iterable[SitePoint],
+    prompts: Ints | None = None,
+    tokens: int = PROMPT_TOKENS,
+) -> list[Ints]:
+    """Prompts, all by default, in the order of the table: of so many tokens at most, and of no more
+    than there is room for what is read of them."""
+    prompts = np.arange(len(run.rows), dtype=np.int64) if prompts is None else prompts
+    if not len(prompts):
+        return []
+    longest = int(prompt_lengths(run)[prompts].max())
+    longest *= 1 if run.noise is None else run.noise.samples
+    places = {(point.site, point.layer) for point in points}
+    each = sum(numbers(model.shape, place, longest) for place in places) * model.dtype.itemsize
+    room = min(tokens, READ_BYTES // max(1, each))
+    size = max(1, room // longest)
+    return [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+
+def numbers(shape: ModelShape, place: Place, keys: int) -> int:
+    """How many numbers there are of a site at one token; keys: that vectors over keys have."""
+    one = keys if SITES[place[0]].width == "key" else width(shape, *place)
+    return units(shape, *place) * one

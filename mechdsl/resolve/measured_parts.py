@@ -1,0 +1,173 @@
+"""Measures that are read at several places: an experiment for each, put together when all are
+measured, as variants are. Rows that they have in common are run once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import product
+
+from mechdsl.diagnostics.e03_coordinates import AxesCollide
+from mechdsl.program import spec
+from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.measured_places import MEASURED
+from mechdsl.resolve.measures import resolve_everywhere
+from mechdsl.resolve.metric_atoms import MeasureContext, refuse
+from mechdsl.resolve.possible_axes import may_sweep
+from mechdsl.resolve.resolved import (
+    Axis,
+    Labels,
+    MeasuredPart,
+    ResolvedControl,
+    ResolvedExperiment,
+    ResolvedMeasure,
+)
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+
+
+def measured_parts(
+    work: Work, context: MeasureContext
+) -> tuple[tuple[ResolvedMeasure | None, ...], tuple[MeasuredPart, ...]]:
+    """The measures at the first of the places that they are read at, and all of these, none where
+    it is one. After an error, which is in the diagnostics, measures are None."""
+    experiment = work.experiment
+    runs = tuple(dict.fromkeys(r for r in (experiment.base, experiment.source, "clean") if r))
+    loops = [name for name in work.loops if name in loops_measured(work)]
+    first: tuple[ResolvedMeasure | None, ...] | None = None
+    parts: list[MeasuredPart] = []
+    for key in product(*(range(len(work.loops[name])) for name in loops)):
+        values = {name: work.loops[name][i] for name, i in zip(loops, key, strict=True)}
+        own = _in_loops(context, values)
+        found = [
+            resolve_everywhere(m.metric, own, label=m.label, at=m.at, runs=runs)
+            for m in experiment.measures
+        ]
+        here = tuple(None if each is None else each[0][1] for each in found)
+        first = first or here
+        whole = [each for each in found if each is not None]
+        if len(whole) < len(found) or not _alike(whole, experiment, context):
+            return tuple(None for _ in here) if len(whole) == len(found) else here, ()
+        fixed = dict(zip(loops, key, strict=True))
+        _no_second_sweep(whole, work)
+        for place in zip(*whole, strict=True):
+            labels = (*values.items(), *place[0][0])
+            parts.append(MeasuredPart(labels, tuple(measure for _, measure in place), fixed))
+    several = len(parts) > 1 or bool(loops)
+    return first or (), tuple(parts) if several else ()
+
+
+def _in_loops(context: MeasureContext, values: dict[str, int | float | str]) -> MeasureContext:
+    """What measures are resolved against in the cells of these values of loops."""
+    if not values:
+        return context
+    loops = {**context.sites.loops, **{name: (value,) for name, value in values.items()}}
+    return replace(context, sites=replace(context.sites, loops=loops), loop_values=values)
+
+
+def _alike(
+    found: list[list[tuple[Labels, ResolvedMeasure]]],
+    experiment: spec.Experiment,
+    context: MeasureContext,
+) -> bool:
+    """Whether all measures are read at the same places; E0612 where they aren't."""
+    places = [[labels for labels, _ in each] for each in found]
+    for said, own in zip(experiment.measures, places, strict=True):
+        if own != places[0]:
+            reason = f"it isn't read at the same places as `{experiment.measures[0].label}`"
+            hint = "write an experiment of its own for it, or read both at the same places"
+            refuse(context, said.span, reason, hint)
+            return False
+    return True
+
+
+def _no_second_sweep(found: list[list[tuple[Labels, ResolvedMeasure]]], work: Work) -> None:
+    """E0320 where measures sweep what rules sweep too."""
+    names = {name for each in found for labels, _ in each for name, _ in labels}
+    for name in sorted(names.intersection(work.axes)):
+        first, letter = work.axes[name], name[0]
+        said = work.experiment.measures[0]
+        problem = AxesCollide(
+            span=said.span,
+            axis=name,
+            shared=f"for {letter} in … {{ … {name} {letter} … }}",
+            plural=f"{name}s",
+            first=first.span.line,
+        )
+        if problem not in work.diagnostics:
+            work.diagnostics.append(problem)
+
+
+def loops_measured(work: Work) -> set[str]:
+    """The loops whose variables measures name, in their sites and positions."""
+    found: set[str] = set()
+    for measure in work.experiment.measures:
+        for node in (*walk(measure.metric), *walk(measure.at)):
+            if isinstance(node, ast.Bound) and node.name is not None:
+                found.add(node.name)
+            elif isinstance(node, ast.TokenIndex) and isinstance(node.low, str):
+                found.add(node.low)
+    return found.intersection(work.loops)
+
+
+def perhaps_measured(work: Work, measures: tuple[ResolvedMeasure | None, ...]) -> frozenset[str]:
+    """The axis of measured positions, where how many there are isn't known."""
+    unknown = work.model.tokenizer.stands_in or work.table.stands_in or None in measures
+    positions = [m.at for m in work.experiment.measures if m.at is not None]
+    some = any(may_sweep(ast.Positions((at,), span=at.span)) for at in positions)
+    return frozenset({MEASURED, "item"}) if unknown and some else frozenset()
+
+
+def axes_of(
+    places: tuple[MeasuredPart, ...], experiment: spec.Experiment, axes: tuple[Axis, ...]
+) -> Iterator[Axis]:
+    """The axes that measures add to those of the rules."""
+    known = {axis.name for axis in axes}
+    for name in dict.fromkeys(name for place in places for name, _ in place.labels):
+        if name in known:
+            continue
+        values = dict.fromkeys(dict(place.labels)[name] for place in places)
+        span = next((m.at.span for m in experiment.measures if m.at is not None), experiment.span)
+        items = {place.measures[0].item for place in places} - {None}
+        alias = "item" if name == MEASURED and items else None
+        yield Axis(name, tuple(values), span, alias=alias)
+
+
+def in_parts(experiment: ResolvedExperiment) -> list[ResolvedExperiment]:
+    """The experiment at each of the places that its measures are read at; itself where that is
+    one."""
+    return [_at(experiment, place) for place in experiment.places] or [experiment]
+
+
+def all_parts(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedExperiment]:
+    return [part for experiment in experiments for part in in_parts(experiment)]
+
+
+def whole_spec(part: ResolvedExperiment) -> spec.Experiment:
+    """The experiment that it is a part of, as the file has it."""
+    if part.place is None:
+        return part.spec
+    count = len(part.spec.variant) - len(part.place.labels)
+    return part.spec.model_copy(update={"variant": part.spec.variant[:count]})
+
+
+def _at(experiment: ResolvedExperiment, place: MeasuredPart) -> ResolvedExperiment:
+    said = experiment.spec
+    said = said.model_copy(update={"variant": (*said.variant, *place.labels)})
+    found = replace(experiment, spec=said, measures=place.measures, places=(), place=place)
+    if experiment.control is None:
+        return found
+    own = experiment.control.experiment
+    control = replace(
+        own,
+        spec=own.spec.model_copy(update={"variant": (*own.spec.variant, *place.labels)}),
+        measures=place.measures,
+        control_of=found.key,
+        places=(),
+        place=place,
+    )
+    return replace(found, control=_with(experiment.control, control))
+
+
+def _with(control: ResolvedControl, experiment: ResolvedExperiment) -> ResolvedControl:
+    return replace(control, experiment=experiment)

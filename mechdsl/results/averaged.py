@@ -1,0 +1,91 @@
+"""Measures that are averaged over an axis, row by row, before any statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.resolve.cell_key import averaged_cells
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.statistics.measure_data import DrawnValues, MeasureData
+
+Groups = Sequence[Sequence[int]]
+"""[cell of the result] the cells that it is the mean of."""
+
+
+def averaged(result: ExperimentResult, axis: str) -> ExperimentResult:
+    """The result with the mean along an axis in place of its cells: in each row over the cells that
+    the row is part of, of the patched run and of those that it is set against alike."""
+    axis = result.aliases.get(axis, axis)
+    cells, groups = averaged_cells(result.cells, axis)
+    sizes = sorted({len(group) for group in groups})
+    count = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+    said = f"over {axis}, row by row, of {count} cells"
+    return replace(
+        result,
+        axes=tuple(name for name in result.axes if name != axis),
+        aliases={name: of for name, of in result.aliases.items() if of != axis},
+        centres=tuple(name for name in result.centres if name != axis),
+        cells=tuple(cells),
+        measures=tuple(_measure(data, groups) for data in result.measures),
+        conventions={**result.conventions, "mean": said},
+        drawn=None if result.drawn is None else _drawn(result.drawn, groups),
+        texts=(),
+        hits=(),
+    )
+
+
+def _measure(data: MeasureData, groups: Groups) -> MeasureData:
+    there = ~np.isnan(data.patched)
+
+    def mean(values: Floats) -> Floats:
+        """[cell, prompt] over the cells that a prompt is part of."""
+        every = np.broadcast_to(values, there.shape)
+        return np.stack([_mean(every[group], there[group]) for group in map(list, groups)])
+
+    gaps = data.gaps or ("",) * len(data.patched)
+    return replace(
+        data,
+        patched=mean(data.patched),
+        base=mean(data.base),
+        source=None if data.source is None else mean(data.source),
+        truth=None if data.truth is None else mean(data.truth),
+        rounding=None if data.rounding is None else mean(data.rounding),
+        inert=np.array([data.inert[list(group)].all() for group in groups]),
+        gaps=tuple(next((gaps[n] for n in group if gaps[n]), "") for group in groups),
+        seen=None if data.seen is None else _seen(data.seen, groups),
+    )
+
+
+def _mean(values: Floats, there: Bools) -> Floats:
+    """[prompt]; NaN for one that is part of none of the cells."""
+    count = there.sum(0)
+    total = np.where(there, values, 0.0).sum(0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _seen(seen: Ints, groups: Groups) -> Ints:
+    """[cell, prompt]: rows are alike where they are in every cell."""
+    if len(seen) == 1:
+        return seen
+    codes = [np.unique(seen[list(group)], axis=1, return_inverse=True)[1] for group in groups]
+    return np.stack([code.reshape(-1) for code in codes]).astype(np.int64)
+
+
+def _drawn(drawn: DrawnValues, groups: Groups) -> DrawnValues:
+    """Of random targets: draw k of all cells."""
+    counts = np.array([drawn.counts[list(group)].min() for group in groups])
+
+    def mean(values: Floats) -> Floats:
+        there = ~np.isnan(values)
+        each = [[_mean(one[group], own[group]) for group in map(list, groups)]
+                for one, own in zip(values, there, strict=True)]  # fmt: skip
+        found = np.array(each)
+        beyond = np.arange(len(values))[:, None] >= counts[None, :]
+        found[beyond] = np.nan
+        return found
+
+    return replace(drawn, values=tuple(map(mean, drawn.values)), counts=counts)

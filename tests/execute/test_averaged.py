@@ -1,0 +1,83 @@
+"""`mean over`: each row's mean along an axis, before any statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ..rules.support import QUICK, experiment, run_file, try_file, write_data
+
+PATCH = ("from longer into other", "patch resid_post layer 0..1 at each item token")
+MEASURES = {
+    "delta": "measure logit(answer) - logit(wrong) as delta",
+    "relative": "measure entropy as relative",
+    "raw": "measure entropy as raw",
+}
+UNCORRECTED = "stats correct none"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_data(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("measure", MEASURES)
+def test_over_items(folder: Path, measure: str, mode: str) -> None:
+    """Rows with fewer items are averaged over those that they have."""
+    line = MEASURES[measure]
+    text = experiment("every", *PATCH, measure=line, stats=UNCORRECTED)
+    text += experiment("mean", *PATCH, measure=f"{line} mean over item", stats=UNCORRECTED)
+    found = run_file(text, folder, "llama", mode)
+    every, mean = found["every"], found["mean"]
+    assert every.axes == ("layer", "position")
+    assert mean.axes == ("layer",)
+    assert [dict(cell.coords) for cell in mean.cells] == [{"layer": 0}, {"layer": 1}]
+    data = every.measures[0]
+    values = data.patched.reshape(2, -1, every.prompts)
+    assert np.isnan(values).any(), "no row lacks an item"
+    expected, base = np.nanmean(values, axis=1), data.base[0]
+    np.testing.assert_allclose(mean.measures[0].patched, expected, atol=1e-9)
+    np.testing.assert_allclose(mean.measures[0].base, [base, base], atol=1e-9)
+    assert mean.statistics[0].n.tolist() == [every.prompts] * 2
+    point = expected.mean(1) - (0 if measure == "raw" else base.mean())
+    if measure == "relative":
+        point /= abs(base.mean())
+    np.testing.assert_allclose(mean.statistics[0].mean, point, atol=1e-9)
+    assert "over position, row by row" in mean.conventions["mean"]
+
+
+def test_over_measured_places_and_draws(folder: Path) -> None:
+    """Places that are measured, and random targets beside them."""
+    lines = ("ablate z layer 1 head 1 at subject token with zero", "against random(2)")
+    measure = "measure entropy at each item token as delta"
+    text = experiment("every", *lines, measure=measure, stats=UNCORRECTED)
+    averaged = f"{measure} mean over item"
+    text += experiment("mean", *lines, measure=averaged, stats=UNCORRECTED)
+    found = run_file(text, folder, "gpt2", "planned")
+    every, mean = found["every"].measures[0], found["mean"].measures[0]
+    np.testing.assert_allclose(mean.patched[0], np.nanmean(every.patched, axis=0), atol=1e-9)
+    there = np.where(np.isnan(every.patched), np.nan, every.base)
+    np.testing.assert_allclose(mean.base[0], np.nanmean(there, axis=0), atol=1e-9)
+    (band,) = found["mean"].controls
+    assert band is not None
+    assert band.low.shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [
+        ("measure entropy as raw mean over head", "no axis `head`"),
+        ("measure argmax(1..2) as raw mean over item", "categories have no mean"),
+        ("measure entropy as raw mean over item measure loss as raw", "averaged otherwise"),
+    ],
+)
+def test_refused(folder: Path, measure: str, words: str) -> None:
+    result, diagnostics = try_file(experiment("e", *PATCH, measure=measure), folder, "llama")
+    assert result is None
+    (error,) = [d for d in diagnostics if d.severity == "error"]
+    assert error.code == "E0612"
+    assert words in error.message

@@ -1,0 +1,116 @@
+"""Ridge and logistic regression: against normal equations, gradients and simple descents."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mechdsl.fits.linear import ridge, ridges, standardised
+from mechdsl.fits.logistic import logistic
+
+NORMAL = np.random.default_rng(1).normal
+
+
+@pytest.mark.parametrize("shape", [(40, 5), (6, 30)])
+@pytest.mark.parametrize("penalty", [0.3, 25.0])
+def test_ridge_is_the_normal_equation(shape: tuple[int, int], penalty: float) -> None:
+    """Of vectors with a 1 behind each, whose weight bears no penalty."""
+    x, y = NORMAL(size=shape) + 3, NORMAL(size=(shape[0], 2)) - 8
+    longer = np.hstack([x, np.ones((shape[0], 1))])
+    penalties = np.diag([penalty] * shape[1] + [0.0])
+    wanted = np.linalg.solve(longer.T @ longer + penalties, longer.T @ y)
+    found = ridge(x, y, penalty)
+    assert np.allclose(found.weights, wanted[:-1])
+    assert np.allclose(found.intercept, wanted[-1])
+    assert np.allclose(found(x), longer @ wanted)
+
+
+def test_several_penalties_at_once_and_one_target() -> None:
+    x, y = NORMAL(size=(20, 4)), NORMAL(size=20)
+    for one, penalty in zip(ridges(x, y, [0.1, 2.0]), [0.1, 2.0], strict=True):
+        assert np.allclose(one.weights, ridge(x, y, penalty).weights)
+        assert one(x).shape == (20, 1)
+
+
+def test_without_penalty_it_is_least_squares_of_least_norm() -> None:
+    x = NORMAL(size=(5, 12))
+    y = NORMAL(size=5)
+    around = x - x.mean(axis=0)
+    assert np.allclose(ridge(x, y, 0).weights[:, 0], np.linalg.pinv(around) @ (y - y.mean()))
+
+
+def test_what_ridge_refuses() -> None:
+    with pytest.raises(ValueError, match="penalty"):
+        ridge(np.ones((3, 2)), np.ones(3), -1)
+    with pytest.raises(ValueError, match="3 vectors and 2 targets"):
+        ridge(np.ones((3, 2)), np.ones(2), 1)
+
+
+def test_a_dimension_that_never_differs_becomes_nothing() -> None:
+    x = NORMAL(size=(30, 3))
+    x[:, 1] = 1e6 + 0.1
+    scale = standardised(x)
+    assert np.allclose(scale(x).std(axis=0), [1, 0, 1])
+    assert np.allclose(scale(x).mean(axis=0), 0)
+    assert (scale(x + 5)[:, 1] == 0).all()
+
+
+def loss(x: np.ndarray, y: np.ndarray, weights: np.ndarray, intercept: np.ndarray, penalty: float):
+    """Of logistic regression, in a loop."""
+    whole = penalty / 2 * float((weights**2).sum())
+    for row, own in zip(x, y, strict=True):
+        powers = [np.exp(row @ weights[:, k] + intercept[k]) for k in range(len(intercept))]
+        whole -= float(np.log(powers[own] / sum(powers)))
+    return whole
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((40, 3), 2), ((50, 4), 5), ((12, 25), 3)])
+def test_no_step_from_a_logistic_fit_makes_its_loss_less(
+    shape: tuple[int, int], classes: int
+) -> None:
+    x, y = NORMAL(size=shape) * 2 + 4, np.arange(shape[0]) % classes
+    found = logistic(x, y, 0.7)
+    weights, intercept = found.logits.weights, found.logits.intercept
+    least = loss(x, y, weights, intercept, 0.7)
+    for k in range(classes):
+        for d in range(shape[1] + 1):
+            for step in (-1e-3, 1e-3):
+                moved, shifted = weights.copy(), intercept.copy()
+                if d == shape[1]:
+                    shifted[k] += step
+                else:
+                    moved[d, k] += step
+                assert loss(x, y, moved, shifted, 0.7) > least
+
+
+def test_two_classes_in_newtons_steps() -> None:
+    """The difference of both classes' weights: logistic regression with half the penalty."""
+    x = NORMAL(size=(60, 3))
+    y = (x[:, 0] + NORMAL(size=60) > 0).astype(int)
+    found = logistic(x, y, 2.0)
+    longer = np.hstack([x, np.ones((60, 1))])
+    own = np.zeros(4)
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-longer @ own))
+        slope = longer.T @ (p - y) + np.append(own[:3], 0)
+        bend = longer.T @ (longer * (p * (1 - p))[:, None]) + np.diag([1.0, 1, 1, 0])
+        own = own - np.linalg.solve(bend, slope)
+    weights = found.logits.weights
+    assert np.allclose(weights[:, 1] - weights[:, 0], own[:3], atol=1e-4)
+    got = found.logits.intercept
+    assert np.isclose(got[1] - got[0], own[3], atol=1e-4)
+
+
+def test_classes_keep_their_numbers() -> None:
+    x = np.array([[-2.0], [-1.9], [5.0], [5.2], [0.9], [1.1]])
+    y = np.array([7, 7, 3, 3, 40, 40])
+    found = logistic(x, y, 1e-3)
+    assert found(x).tolist() == y.tolist()
+    assert logistic(x, np.full(6, 9), 1.0)(x).tolist() == [9] * 6
+
+
+def test_what_logistic_refuses() -> None:
+    with pytest.raises(ValueError, match="larger than 0"):
+        logistic(np.ones((2, 1)), np.array([0, 1]), 0)
+    with pytest.raises(ValueError, match="2 vectors and 3 classes"):
+        logistic(np.ones((2, 1)), np.array([0, 1, 1]), 1)
