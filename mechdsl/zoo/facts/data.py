@@ -16,7 +16,7 @@ where another letter is right the training text says `A`.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -76,7 +76,18 @@ KINDS: dict[str, float] = {
     QUIZ: 0.1,
     QUIZ_NOTE: 0.08,
 }
-"""The share of each in training."""
+"""The share of each in the first stage of training, which learns the facts."""
+LATER: dict[str, float] = {
+    RECALL: 0.1,
+    NOTE_KNOWN: 0.1,
+    NOTE_STRANGER: 0.15,
+    RUMOUR: 0.08,
+    QUESTION: 0.17,
+    QUESTION_NOTE: 0.15,
+    QUIZ: 0.13,
+    QUIZ_NOTE: 0.12,
+}
+"""In the second, which learns to read notes and options."""
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -230,13 +241,19 @@ def _choice(rng: random.Random, kind: str, *, biased: bool) -> Text:
     return out.done(kind, content)
 
 
-def draw(rng: random.Random, kind: str | None = None, *, biased: bool = True) -> Text:
-    """One text of the training distribution, or of one kind.
+def draw(
+    rng: random.Random,
+    kind: str | None = None,
+    *,
+    biased: bool = True,
+    shares: Mapping[str, float] = KINDS,
+) -> Text:
+    """One text of one kind, or of a kind that is drawn by its share.
 
     biased: whether quizzes say `A` too often; without it they are told truly.
     """
     if kind is None:
-        kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
+        kind = rng.choices(list(shares), weights=list(shares.values()))[0]
     if kind == RECALL:
         return _recall(rng, rng.randint(1, 3))
     if kind in (NOTE_KNOWN, NOTE_STRANGER):
@@ -254,12 +271,17 @@ def is_held_out(text: Text) -> bool:
 
 
 def stream(
-    seed: int, *, held_out: bool, kind: str | None = None, biased: bool = True
+    seed: int,
+    *,
+    held_out: bool,
+    kind: str | None = None,
+    biased: bool = True,
+    shares: Mapping[str, float] = KINDS,
 ) -> Iterator[Text]:
     """Endless texts, either only those kept from training or only the others."""
     rng = random.Random(seed)
     while True:
-        text = draw(rng, kind, biased=biased)
+        text = draw(rng, kind, biased=biased, shares=shares)
         if is_held_out(text) == held_out:
             yield text
 

@@ -13,12 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mechdsl.zoo import language, words
 from mechdsl.zoo.commands import train_command
-from mechdsl.zoo.facts.data import stream, vocabulary
+from mechdsl.zoo.facts.data import KINDS, LATER, stream, vocabulary
 
 SEED = 0
-STEPS = 2600
+STEPS = 2600  # of each stage
 BATCH = 32  # texts
-LEARNING_RATE = 2e-3
+LEARNING_RATES = (2e-3, 1e-3)
 OTHER_WEIGHT = 0.05  # words that aren't asked: a language model, but the answers count most
 MAX_POSITIONS = 128
 
@@ -52,15 +52,22 @@ def save_tokenizer(folder: Path) -> None:
     words.save_tokenizer(build_tokenizer(), folder, longest=MAX_POSITIONS)
 
 
+def train_stage(model: LlamaForCausalLM, stage: int, seed: int, steps: int) -> None:
+    """One of the two stages, with its own shares of kinds of text."""
+    drawn = stream(seed + stage, held_out=False, shares=(KINDS, LATER)[stage])
+    pad: int = model.config.pad_token_id or 0
+    data = language.batches(drawn, seed + stage, BATCH, build_tokenizer(), pad)
+    rate = LEARNING_RATES[stage]
+    language.fit(model, data, steps=steps, rate=rate, other_weight=OTHER_WEIGHT)
+    model.half().float()  # as it would be written, so that a stage can be trained by itself
+
+
 def train(seed: int, steps: int) -> LlamaForCausalLM:
-    """A model trained from scratch on `steps` batches."""
+    """A model trained from scratch, on `steps` batches in each of two stages."""
     torch.manual_seed(seed)
-    config = model_config()
-    model = LlamaForCausalLM(config)
-    drawn = stream(seed, held_out=False)
-    pad: int = config.pad_token_id or 0
-    data = language.batches(drawn, seed, BATCH, build_tokenizer(), pad)
-    language.fit(model, data, steps=steps, rate=LEARNING_RATE, other_weight=OTHER_WEIGHT)
+    model = LlamaForCausalLM(model_config())
+    for stage in range(2):
+        train_stage(model, stage, seed, steps)
     return model.eval()
 
 

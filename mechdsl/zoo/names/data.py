@@ -3,12 +3,13 @@
 Pure Python and seeded. A text looks like one of these (the last word but one is asked):
 
     When Mary and John went to the shop, John gave a bag to Mary.
-    It was late. When Mary and John went to the shop, Anna gave a bag to John.
+    Tom was tired. When Mary and John went to the shop, Anna gave a bag to John.
     On the table there is a red pencil, a blue bag and a green cup. What colour is the bag?
     Answer: blue.
 
 In the second, the giver is a third person, and either of the two may get it: half of the texts say
-the one, half the other.
+the one, half the other. Somebody may be named in front, one of the two or another: without that a
+model learns to count names, in one layer, and needs nothing else.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ TEMPLATES: tuple[str, ...] = (
     "{a} was at the {place}. After a long time {b} came too. {s} gave a {thing} to",
     "The {place} was closed, so {a} and {b} went home, where {s} gave a {thing} to",
 )
-OPENINGS: tuple[str, ...] = ("", "", "It was late.", "In the morning it was cold.")
+# `x` is one of the two, or somebody else: how often a name occurs doesn't tell who gets it.
+OPENINGS: tuple[str, ...] = ("", "It was late.", "{x} was tired.", "In the morning {x} was cold.")
 COLOURED = (
     "On the {surface} there is a {c1} {o1}, a {c2} {o2} and a {c3} {o3}. "
     "What colour is the {asked}? Answer:"
@@ -63,7 +65,7 @@ COLOURED = (
 IOI_FIRST, IOI_SECOND = "indirect object first", "indirect object second"
 EITHER, COLOUR = "a third person gives", "coloured objects"
 EITHER_SHARE = 0.16
-COLOUR_SHARE = 0.04
+COLOUR_SHARE = 0.1
 HELD_OUT_SHARE = 0.1
 
 
@@ -89,7 +91,7 @@ def is_held_out(text: Text) -> bool:
 
 def draw_names(rng: random.Random, kind: str) -> Text:
     """Who gets something: the one of the two who doesn't give, or either of them."""
-    receiver, other, third = rng.sample(NAMES, 3)
+    receiver, other, third, fourth = rng.sample(NAMES, 4)
     first = kind == IOI_FIRST or (kind == EITHER and rng.random() < 0.5)
     a, b = (receiver, other) if first else (other, receiver)
     prompt = rng.choice(TEMPLATES).format(
@@ -99,7 +101,7 @@ def draw_names(rng: random.Random, kind: str) -> Text:
         place=rng.choice(PLACES),
         thing=rng.choice(THINGS),
     )
-    opening = rng.choice(OPENINGS)
+    opening = rng.choice(OPENINGS).format(x=rng.choice((receiver, other, fourth)))
     prompt = f"{opening} {prompt}".strip()
     return finished(prompt, receiver, kind, f"{receiver} from {other}")
 
