@@ -7,6 +7,7 @@ from mechdsl.diagnostics.core import Diagnostic
 @keyword_record
 class UnknownValue(Diagnostic):
     code = "E0501"
+    hangs_on = frozenset({"columns"})
     title = "prompts `{prompts}` have no value or column `{name}`"
     label = "unknown"
     help = "{hint}"
@@ -181,6 +182,7 @@ class BadCall(Diagnostic):
 @keyword_record
 class UnknownText(Diagnostic):
     code = "E0516"
+    hangs_on = frozenset({"columns"})
     title = "prompts `{prompts}` have no text `{name}`"
     label = "no such text"
     help = "{hint}"

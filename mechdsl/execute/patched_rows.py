@@ -24,7 +24,14 @@ from mechdsl.execute.unpatched_batch import (
     spot_positions,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
-from mechdsl.execute.writes import build_edges, build_writes, pass_ends, unless_set
+from mechdsl.execute.writes import (
+    Numbers,
+    build_edges,
+    build_numbers,
+    build_writes,
+    pass_ends,
+    unless_set,
+)
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -61,6 +68,10 @@ class _PassRows:
     writes: Sequence[SiteWrite]
     edges: Sequence[EdgeWrite] = ()
     held: Held | None = None
+    whole: bool = False
+    """Nothing of an unpatched run stands in them."""
+    numbers: Sequence[Numbers] = ()
+    """Tokens with other position ids."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -79,6 +90,8 @@ class _PassRows:
             writes=[*self.writes, *(write.moved(where) for write in part.writes)],
             edges=[*self.edges, *(edge.moved(where) for edge in part.edges)],
             held=held,
+            whole=self.whole or part.whole,
+            numbers=[*self.numbers, *(numbers.moved(where) for numbers in part.numbers)],
         )
 
 
@@ -194,7 +207,7 @@ class Patcher:
         """The rows of one experiment with what they write, in a pass with this text behind them."""
         plan, shape = self.plans[number], self.model.shape
         path = next((rule for rule in plan.rules if rule.paths is not None), None)
-        own = _PassRows(run, batch, rows.prompt, draw, [])
+        own = _PassRows(run, batch, rows.prompt, draw, [], whole=plan.whole)
         if path is not None and path.paths is not None and not path.paths.at_the_end:
 
             def sent(
@@ -212,6 +225,7 @@ class Patcher:
             own,
             writes=self._writes(number, rows, draw, batch, text),
             edges=build_edges(plan, rows, shape, text),
+            numbers=build_numbers(plan, rows, text),
             held=None if path is None else held_rows(path, len(rows)),
         )
 
@@ -300,7 +314,7 @@ class Patcher:
     ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
         """([place, vocab], [place, units, width] per site), on what was kept or in whole passes."""
         lane = lanes.lane(rows.prompts, rows.draw)
-        if lanes.kept is not None:
+        if lanes.kept is not None and not rows.whole:
             result = run_packed(
                 self.model,
                 lanes.kept,
@@ -337,6 +351,8 @@ class Patcher:
                 self.runs.seed,
             )
         batch = lanes.batch.take(torch.from_numpy(lane))
+        for numbers in rows.numbers:
+            batch = batch.numbered(numbers.rows, numbers.positions, numbers.numbers)
         if rows.held is not None:
             freezing = frozen(self.model, batch, rows.held, rows.writes, added)
             rows = replace(rows, writes=[*freezing, *rows.writes])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
-from mechdsl.program.python_files import PythonFailure, PythonNotLoaded
+from mechdsl.program.python_files import TOKENIZER, PythonFailure, PythonNotLoaded
 from mechdsl.resolve.resolved import Atom
 
 HINT = "it takes `logits`, [n, vocab], and `rows`, n of them, and gives n numbers"
@@ -47,8 +47,11 @@ def _called(atom: Atom, logits: Tensor, prompts: Ints) -> Tensor:
     # A copy, so that a function that writes into it changes nothing that others read.
     own = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     rows = [dict(atom.rows[prompt]) for prompt in prompts]
+    library = None if atom.tokenizer is None else atom.tokenizer.library
+    third = (library,) if function.tokenizer == "third" else ()
+    named = {TOKENIZER: library} if function.tokenizer == "named" else {}
     with torch.no_grad():
-        given = function.call(own, rows)
+        given = function.call(own, rows, *third, **named)
     try:
         found = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError, OverflowError):

@@ -150,7 +150,9 @@ class Readout:
         """The tokens whose logits a narrow readout reads on these prompts."""
         found: set[int] = set()
         for _, atom in self.atoms:
-            found.update(token for token, _ in atom.numerals)
+            for sets in atom.sets.values():
+                of_row = {sets.of_row[prompt] for prompt in prompts.tolist()}
+                found.update(token for number in of_row for token in sets.tokens[number])
             for texts in atom.texts.values():
                 found.update(texts[prompt][0] for prompt in prompts.tolist())
         return found
@@ -252,10 +254,7 @@ class Readout:
             elif takes == "reference":
                 found.append(_senseless(reading.references[number], whole=True))
             elif takes == "numerals" and atom.form.narrow and reading.logits is not None:
-                ids = torch.tensor([token for token, _ in atom.numerals])
-                columns = reading.columns(ids.to(reading.logits.device))
-                own = reading.logits[:, spot].index_select(-1, columns)
-                found.append(_senseless(own, whole=True))
+                found.append(_senseless(_own_logits(atom, reading, spot), whole=True))
         return torch.stack([one.cpu() for one in found]).any(0).numpy()
 
 
@@ -280,8 +279,7 @@ def _rounding(
         size = logits.abs().nan_to_num(nan=0.0, posinf=0.0).flatten(1).amax(-1)
     largest = size.nan_to_num(nan=0.0, posinf=0.0).double().cpu().numpy()
     if atom.form.narrow and takes == "numerals":
-        ids = torch.tensor([token for token, _ in atom.numerals], device=logits.device)
-        logits = logits.index_select(-1, reading.columns(ids))
+        logits = _own_logits(atom, reading, spot)
     if takes == "label" and unit == "share":  # by the sign of its own logit
         target = _targets(atom, reading).to(logits.device)
         own = logits.gather(-1, target[:, None])[:, 0].abs().double().cpu().numpy()
@@ -289,16 +287,25 @@ def _rounding(
     if atom.form.kind == "category":
         return _two_best_exchanged(logits, 2 * relative * largest)
     if unit in ("rank", "share"):
-        target = _targets(atom, reading).to(logits.device)
-        return _exchanged(logits, target, 2 * relative * largest, best=unit == "share")
+        if atom.sets:
+            ids, mask = sets_of(atom, reading)[:2]
+        else:
+            ids = _targets(atom, reading)[:, None]
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        ids, mask = ids.to(logits.device), mask.to(logits.device)
+        return _exchanged(logits, ids, mask, 2 * relative * largest, best=unit == "share")
     return relative * (largest if unit in ("logit", "nat", "number") else largest * np.abs(value))
 
 
-def _exchanged(logits: Tensor, target: Tensor, within: Floats, *, best: bool) -> Floats:
-    """[row]: how many tokens may change places with the target, as their logits are not further
-    apart than `within`; best: 1 where which of all is the best may change."""
-    apart = logits.double() - logits.gather(-1, target[:, None]).double()
-    apart = apart.scatter(-1, target[:, None], -torch.inf)
+def _exchanged(logits: Tensor, ids: Tensor, mask: Tensor, within: Floats, *, best: bool) -> Floats:
+    """[row]: how many tokens may change places with the best of those that are meant, as their
+    logits are not further apart than `within`; best: 1 where which of all is the best may change.
+
+    ids: [row, token]. mask: [row, token], true where there is one
+    """
+    own = logits.gather(-1, ids).masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    apart = logits.double() - own.double()
+    apart = apart.scatter(-1, ids, -torch.inf)
     close = torch.from_numpy(within).to(logits.device)[:, None]
     if best:
         apart = apart.amax(-1, keepdim=True)
@@ -354,6 +361,36 @@ def _targets(atom: Atom, reading: Reading) -> Tensor:
     )
 
 
+def sets_of(atom: Atom, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+    """[row, token] of the atom's sets: token ids, where there is one, and, of numerals, the numbers
+    that they stand for. Behind the end of a set its first token stands again."""
+    by_item = atom.by_item
+    pairs = zip(reading.prompts.tolist(), reading.items, strict=True)
+    envs = [(item if by_item else None, prompt) for prompt, item in pairs]
+    found = [(env, atom.sets[env].of_row[prompt]) for env, prompt in envs]
+    places = {place: n for n, place in enumerate(dict.fromkeys(found))}
+    tokens = [atom.sets[env].tokens[number] for env, number in places]
+    numbers = [atom.sets[env].numbers[number] for env, number in places if atom.sets[env].numbers]
+    width = max(map(len, tokens))
+    mask = torch.arange(width)[None, :] < torch.tensor([len(each) for each in tokens])[:, None]
+    index = torch.tensor([places[place] for place in found])
+    return _padded(tokens, width)[index], mask[index], _padded(numbers or tokens, width)[index]
+
+
+def _padded(sets: Sequence[tuple[int, ...]], width: int) -> Tensor:
+    """[set, width]: the first of each again behind its end."""
+    return torch.tensor([each + each[:1] * (width - len(each)) for each in sets])
+
+
+def _own_logits(atom: Atom, reading: Reading, spot: int) -> Tensor:
+    """[row, token] the logits of the atom's sets, -inf where a set has fewer."""
+    assert reading.logits is not None
+    logits = reading.logits[:, spot]
+    ids, mask, _ = sets_of(atom, reading)
+    own = logits.gather(-1, reading.columns(ids.to(logits.device)))
+    return own.masked_fill(~mask.to(logits.device), -torch.inf)
+
+
 def _senseless(logits: Tensor, *, whole: bool) -> Tensor:
     """[...] of [..., vocab]: NaN or +∞ among the logits, or, where they are the whole choice that
     there is, nothing but −∞. One reduction, without a second tensor of that size."""
@@ -383,11 +420,12 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) 
                 return function(logits, reading.columns(target))
             one = torch.ones_like(target, dtype=torch.bool)
             return function(logits[:, None], target[:, None], one[:, None])
-        case "numerals":
-            ids, numbers = zip(*atom.numerals, strict=True)
-            device = logits.device
-            columns = reading.columns(torch.tensor(ids, device=device))
-            return function(logits, columns, torch.tensor(numbers, device=device))
+        case "any" | "numerals":
+            ids, mask, numbers = (part.to(logits.device) for part in sets_of(atom, reading))
+            columns = reading.columns(ids)
+            if takes == "any":
+                return function(logits, columns, mask)
+            return function(logits, columns, mask, numbers)
         case "reference":
             return function(logits, reading.references[number])
         case "nothing":

@@ -26,9 +26,10 @@ def extent(
             continue
         rows = shared.rows.take(own)
         lengths = each.lengths(rows)
-        first = each.leftmost(rows) if shortcuts and shortcuts.prefix else np.zeros_like(lengths)
+        own_cuts = None if each.whole else shortcuts
+        first = each.leftmost(rows) if own_cuts and own_cuts.prefix else np.zeros_like(lengths)
         widths[own] = np.maximum(1, lengths - first) * each.draws
-        low = each.lowest[rows.cell] if shortcuts and shortcuts.resume else 0
+        low = each.lowest[rows.cell] if own_cuts and own_cuts.resume else 0
         blocks[own] = np.maximum(1, each.experiment.model.shape.n_layers - low)
     return widths, widths * blocks.astype(np.float64)
 
@@ -36,11 +37,12 @@ def extent(
 def groups(
     shared: SharedRows, plan: Plan, plans: Sequence[ExperimentPlan], widths: Ints
 ) -> Iterator[tuple[Run, Ints]]:
-    """Rows that can share passes: they start from the same run, and are of one cell if rows
-    don't join. Those that end up in the same columns come together."""
+    """Rows that can share passes: they start from the same run, are whole passes or not, and are
+    of one cell if rows don't join. Those that end up in the same columns come together."""
     runs: list[Run] = []
     start = np.zeros(len(shared), dtype=np.int64)
     draws = np.zeros(len(shared), dtype=np.int64)
+    whole = np.zeros(len(shared), dtype=np.int64)
     for number, each in enumerate(plans):
         own = np.flatnonzero(shared.owner == number)
         which = each.starting_run(shared.rows.take(own))
@@ -53,7 +55,8 @@ def groups(
         if len(own):
             start[own] = np.array(numbers, dtype=np.int64)[which]
             draws[own] = each.draws
-    keys = [start, draws]
+            whole[own] = each.whole
+    keys = [start, draws, whole]
     if not plan.joins_rows:
         keys += [shared.owner, shared.rows.cell]
     _, group = np.unique(np.stack(keys), axis=1, return_inverse=True)

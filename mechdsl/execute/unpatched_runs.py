@@ -171,7 +171,8 @@ class UnpatchedRuns:
         """What experiments need of a run."""
         own = self._is_own(run)
         needs = self.panel.runs.get(run.name) if own else None
-        lowest = min((int(plan.lowest.min()) for plan in self._starting(run)), default=None)
+        packed = [plan for plan in self._starting(run) if not plan.whole]
+        lowest = min((int(plan.lowest.min()) for plan in packed), default=None)
         if self.shortcuts is None:
             lowest = None
         elif lowest is not None and not self.shortcuts.resume:

@@ -64,7 +64,7 @@ def readable(
         if rule.rule.does.reads == "donor":
             position = rule.position_of_cell[rows.cell]
             key = position * rule.read.prompts + read_prompts(rule, rows, means_and_donors)
-            good &= rule.read.runs.counts(key) > 0
+            good &= (rule.read.runs.counts(key) > 0) | ~rule.acts(rows)
     found = np.flatnonzero(good)
     own = rows.take(found)
     fine = np.ones(len(found), dtype=np.bool_)
@@ -73,6 +73,7 @@ def readable(
             tokens = _tokens(rule, own, means_and_donors)
             for text in texts:
                 written, read = _there(plan, rule, own, tokens, means_and_donors, text)
+                written &= rule.acts(own)[tokens.row]
                 fine[tokens.row[written & ~read]] = False
     return found[fine]
 
@@ -234,6 +235,42 @@ def build_edges(
                     torch.from_numpy(rule.amounts[rows.cell[row_of]]),
                 )
             )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """K tokens with other position ids."""
+
+    rows: Tensor
+    """[K] long, row of the pass."""
+    positions: Tensor
+    """[K] long, place in the unpadded prompt."""
+    numbers: Tensor
+    """[K] long."""
+
+    def moved(self, rows: Tensor) -> Numbers:
+        """The same where row i is row `rows[i]`."""
+        return replace(self, rows=rows[self.rows])
+
+
+def build_numbers(
+    plan: ExperimentPlan, rows: Rows, text: TextBehind | None = None
+) -> list[Numbers]:
+    """The position ids that these rows change, in the order of the file."""
+    found: list[Numbers] = []
+    ends = pass_ends(plan, rows, text)
+    for rule in plan.rules:
+        if rule.rule.does.changes != "positions":
+            continue
+        written = rule.written_runs(rows)
+        row, token = rule.written.tokens.expand(written)
+        _, place = counted(rule.written.tokens.counts(written))
+        number = rule.amounts[rows.cell[row]].astype(np.int64) + place
+        if ends is not None:
+            there = token < ends[row]
+            row, token, number = row[there], token[there], number[there]
+        found.append(Numbers(*map(torch.from_numpy, (row, token, number))))
     return found
 
 

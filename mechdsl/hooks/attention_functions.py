@@ -368,7 +368,7 @@ def attend_whole(
     query: [B, heads, T, d_head]; key, value: [B, key-value heads, T, d_head]. mask: written out.
     """
     lanes, heads, count, _ = query.shape
-    mask = of_queries(mask, count)
+    mask = work.opened(of_queries(mask, count), heads)
     every = torch.arange(count, device=query.device)
     group = AttentionGroup(0, torch.arange(lanes, device=query.device), 1, every, every, every=True)
     kept = CachedAttention(key, value, biased(mask, position_bias), distances)

@@ -35,6 +35,8 @@ class Batch:
     """What else the model is called with (`pixel_values`), [B * n, …]: n for each prompt."""
     frames: Mapping[str, Batch] = field(default_factory=dict[str, "Batch"])
     """Tokens of the stacks beside the main one: `encoder`, `vision`."""
+    numbers: Tensor | None = None
+    """[B, T] long, position ids; None: tokens are counted."""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -96,6 +98,7 @@ class Batch:
                 for name, tensor in self.extra.items()
             },
             frames={name: frame._rows(of) for name, frame in self.frames.items()},
+            numbers=None if self.numbers is None else of(self.numbers),
         )
 
     def of_site(self, site: str, stack: str) -> Batch:
@@ -141,8 +144,17 @@ class Batch:
         return rows, columns, torch.ones_like(rows, dtype=torch.bool)
 
     def position_ids(self) -> Tensor:
-        """[B, T], 0 at the first real token, whatever stands before it."""
+        """[B, T], 0 at the first real token, whatever stands before it, unless they are given."""
+        if self.numbers is not None:
+            return self.numbers
         return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
+
+    def numbered(self, rows: Tensor, positions: Tensor, numbers: Tensor) -> Batch:
+        """The same tokens, K of them with other position ids; all [K] long."""
+        ids = self.position_ids().clone()
+        rows, numbers = rows.to(ids.device), numbers.to(ids.device)
+        ids[rows, self.columns(rows, positions)] = numbers
+        return replace(self, numbers=ids)
 
 
 def gather(read: Tensor, batch: Batch, rows: Tensor, positions: Tensor, units: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mechdsl.hooks.reads_and_writes import Frame, SiteWrite
+from mechdsl.hooks.reads_and_writes import Frame, SiteWrite, WriteMismatch
 from mechdsl.vocab.sites import WITHIN_ATTENTION, EdgeChange
 
 
@@ -23,9 +23,10 @@ from mechdsl.vocab.sites import WITHIN_ATTENTION, EdgeChange
 class EdgeWrite:
     """K queries of one layer whose weights on some keys are changed.
 
-    block: no weight, the others (and a sink) share it out. reweight: times `amounts`, and the same.
-    uniform: the keys share what they have together evenly. weight: each gets `amounts`, the others
-    share what is left in their old proportions. Keys that a query doesn't see are left alone.
+    allow: the keys are seen, where the model hides them. block: no weight, the others (and a sink)
+    share it out. reweight: times `amounts`, and the same. uniform: the keys share what they have
+    together evenly. weight: each gets `amounts`, the others share what is left in their old
+    proportions. Other keys that a query doesn't see are left alone.
     """
 
     layer: int
@@ -115,6 +116,30 @@ class LayerWork:
     due: int = 0
     """… and in all."""
 
+    def opened(self, mask: Any, heads: int) -> Any:
+        """A mask of whole prompts [lane or 1, head or 1, query, key] with the keys that are allowed
+        besides; all heads have one of their own then."""
+        allowed = [change for change in self.changes if change.change == "allow"]
+        if not allowed:
+            return mask
+        if not isinstance(mask, Tensor):
+            raise WriteMismatch("attention has no mask, so that no key can be allowed")
+        sees = mask if mask.dtype == torch.bool else mask == 0
+        if mask.dtype != torch.bool and bool(
+            (~sees & (mask > torch.finfo(mask.dtype).min / 2)).any()
+        ):
+            raise WriteMismatch(
+                "a mask holds more than what is seen, so that no key can be allowed"
+            )
+        mask = mask.expand(len(self.starts), heads, -1, -1).clone()
+        count = mask.shape[2]
+        for change in allowed:
+            token, head = change.token[change.entries], change.head[change.entries]
+            index = token // count, head, token % count, change.columns
+            mask[tuple(each.to(mask.device) for each in index)] = mask.dtype == torch.bool
+            self.done += len(change.token)
+        return mask
+
     def turned(self, site: str, vectors: Tensor) -> Tensor:
         """Queries or keys [heads, token, d_head] with what is written there."""
         writes = self.rotated.get(site, ())
@@ -139,7 +164,7 @@ class LayerWork:
         give the sink's [… , 1] as it is then."""
         self.seen = _seen(scores)
         for change in self.changes:
-            if change.change == "pattern":
+            if change.change in ("pattern", "allow"):
                 continue
             own, index = self._of(group, change, scores)
             if not len(own):

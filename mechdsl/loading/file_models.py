@@ -8,6 +8,8 @@ from typing import Any
 
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e04_model import IdentityBroken, OneOutput
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading import devices
@@ -18,7 +20,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.measures import unreadable
 from mechdsl.resolve.model_runs import outputs_read
 from mechdsl.resolve.random_targets import with_controls
-from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
+from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment, ResolvedRule
 from mechdsl.resolve.site_targets import missing_points
 from mechdsl.validate.check_file import Checked, models_needed
 
@@ -111,6 +113,8 @@ def not_there(
         runs = [run for run in experiment.spec.elsewhere if outputs_read(experiment.spec, run.name)]
         measured = [models[run.model] for run in runs if run.model is not None]
         for rule in experiment.rules:
+            if rule.does.changes == "positions":
+                found.append(_counts_itself(rule, model))
             if rule.sites is not None:
                 points = [p for here in rule.sites.points.values() for p in here]
                 span = rule.spec.span
@@ -124,6 +128,22 @@ def not_there(
                 for m in (model, *measured)
             ]
     return [each for each in found if each is not None]
+
+
+def _counts_itself(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """E0108 for position ids of a model that isn't told them, E0207 for those that it hasn't."""
+    first, last = model.calling.first_position, model.shape.max_positions
+    if first is None:
+        what = f"`renumber` in a model that counts positions by itself, as `{model.name}` does,"
+        return NotSupported(span=rule.spec.span, what=what)
+    assert rule.amounts is not None
+    hits = [row for cell in rule.positions.written.values() for rows in cell.hits for row in rows]
+    end = int(max(rule.amounts.values.values())) + max(map(len, hits), default=1)
+    if last is None or end + first <= last:
+        return None
+    reason = f"counts to {end - 1}, and the last position is {last - first - 1}"
+    hint = "count from a smaller number"
+    return BadArgument(span=rule.spec.span, name="from", reason=reason, hint=hint)
 
 
 def _made_elsewhere(experiment: ResolvedExperiment, model: LoadedModel) -> Diagnostic | None:

@@ -130,6 +130,11 @@ def family(*model_types: str) -> Callable[[type[Family]], type[Family]]:
     return register
 
 
+def adds_positions(family: str, config: Config) -> bool:
+    """Whether scores have something added by position, as the config tells."""
+    return family_of(family).additive_positions or bool(config.get("alibi"))
+
+
 def family_of(model_type: str) -> type[Family]:
     """The entry of a `model_type`, or the defaults."""
     return FAMILIES.get(model_type) or Family

@@ -317,13 +317,16 @@ class _Shapes:
         self.counts = counts * plan.draws
         self.masks = self._masks([column[first] for column in at])
         begin = np.where(
-            self.masks.real.any(axis=1), plan.leftmost(self.rows) if len(first) else 0, 0
+            self.masks.real.any(axis=1),
+            plan.leftmost(self.rows) if len(first) and not plan.whole else 0,
+            0,
         )
         self.width = int(np.maximum(1, self.lengths - begin) @ self.counts)
 
     def work(self, block: _BlockCost, shape: ModelShape, shortcuts: Shortcuts) -> tuple[int, int]:
         """(tokens through blocks, multiply-adds)"""
         tokens = adds = 0
+        shortcuts = WHOLE_PASS if self.plan.whole else shortcuts
         for each in block_work(
             self.masks,
             shape.n_layers,

@@ -49,7 +49,7 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     of_run = np.repeat(np.arange(runs), plan.written.tokens.counts(np.arange(runs)))
     prompt = (keys % plan.written.prompts)[of_run]
     none = np.zeros(len(token), dtype=np.bool_)
-    causal = experiment.model.shape.causal
+    causal = experiment.model.shape.causal and not _looks_ahead(experiment)
     same = alike = none
     shared = _shared_prefix(experiment, plan.rule)
     if shared is not None:
@@ -78,6 +78,11 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     return Inert(where, np.stack([_all_of(mask, of_run, runs) for mask in tokens]))
 
 
+def _looks_ahead(experiment: ResolvedExperiment) -> bool:
+    """Whether tokens may see later ones, by some rule."""
+    return any(rule.does.looks_ahead for rule in experiment.rules)
+
+
 def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) -> Bools:
     """[row] whether all that it writes changes nothing."""
     found = np.full(len(rows), bool(rules), dtype=np.bool_)
@@ -86,7 +91,7 @@ def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) ->
         if _changes_edges(plan) and plan.keys is not None:
             dead |= plan.keys.tokens.counts(plan.key_runs(rows)) == 0
         dead |= plan.rule.does.unchanged(plan.amounts)[rows.cell]
-        found &= dead
+        found &= dead | ~plan.acts(rows)
     return found
 
 
@@ -110,7 +115,8 @@ def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -
             empty = plan.keys.tokens.counts(run) == 0
             np.logical_and.at(none, key // plan.keys.prompts, empty)
             own |= none[plan.key_of_cell]
-        found &= own | plan.rule.does.unchanged(plan.amounts)
+        own |= plan.rule.does.unchanged(plan.amounts)
+        found &= own if plan.active is None else own | ~plan.active
     return found
 
 
@@ -168,6 +174,8 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
     source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
     if not rule.does.copies or source.noise is not None or base.noise is not None:
         return None
+    if any(other.does.changes == "positions" for other in experiment.rules):
+        return None  # equal tokens stand elsewhere then
     if rule.sites is not None and rule.sites.sources is not None:  # read in another layer
         return None
     if source.model != base.model:

@@ -63,6 +63,11 @@ class ExperimentPlan:
         return len(self.lowest)
 
     @property
+    def whole(self) -> bool:
+        """Whether its rows are whole passes, whatever else is planned."""
+        return any(plan.rule.does.whole for plan in self.rules)
+
+    @property
     def behind(self) -> bool:
         """Whether a rule acts on tokens of the answer, behind the prompt."""
         return any(plan.behind for plan in self.rules)
@@ -120,7 +125,8 @@ class ExperimentPlan:
         """The first position that each row writes to."""
         first = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
         for plan in self.rules:
-            first = np.minimum(first, plan.written.leftmost(plan.written_runs(rows)))
+            own = plan.written.leftmost(plan.written_runs(rows))
+            first = np.where(plan.acts(rows), np.minimum(first, own), first)
         return first
 
     def is_inert(self, rows: Rows) -> NDArray[np.bool_]:
@@ -330,6 +336,11 @@ def _rule_plan(
             ]
             for key in keys
         ]
+    active = None
+    if rule.only is not None:  # elsewhere it has no sites
+        active = by_name[rule.only.axis] == rule.only.index
+        site_of_cell = np.where(active, site_of_cell, len(lists))
+        lists.append([])
     positions = list(rule.positions.written)
     written = tuple(rule.positions.written[key] for key in positions)
     read = tuple(rule.positions.read[key] for key in positions)
@@ -358,6 +369,7 @@ def _rule_plan(
         keys=keys_hit,
         key_of_cell=key_of_cell,
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
+        active=active,
     )
 
 
@@ -423,7 +435,10 @@ def _lowest(experiment: ResolvedExperiment, rules: tuple[RulePlan, ...], count: 
         if plan.rule.sites is None:
             continue
         own = [
-            min(_block(plan.point_table[p], n_layers) for p in _list(plan.points, key))
+            min(
+                (_block(plan.point_table[p], n_layers) for p in _list(plan.points, key)),
+                default=n_layers,
+            )
             for key in range(len(plan.points.offsets) - 1)
         ]
         lowest = np.minimum(lowest, np.array(own, dtype=np.int64)[plan.site_of_cell])

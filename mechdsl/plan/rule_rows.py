@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.resolved import ResolvedRule, SitePoint
@@ -64,6 +64,15 @@ class RulePlan:
     behind: bool = False
     """Whether it acts on tokens of the answer, which only passes have that are read there."""
 
+    active: Bools | None = None
+    """[cell] whether it acts there; None where it does in all."""
+
+    def acts(self, rows: Rows) -> Bools:
+        """[row] whether it does anything."""
+        if self.active is None:
+            return np.ones(len(rows), dtype=np.bool_)
+        return self.active[rows.cell]
+
     def written_runs(self, rows: Rows) -> Ints:
         """[row] the run that each row writes at: an index into `written.tokens`."""
         return self.written.run(self.position_of_cell[rows.cell], rows.prompt, rows.alternative)
@@ -82,6 +91,8 @@ class RulePlan:
             counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
         if self.paths is not None:
             counts = np.where(self.paths.exists[:, None], counts, 0)
+        if self.active is not None:
+            counts = np.where(self.active[:, None], counts, 1)
         return counts
 
 

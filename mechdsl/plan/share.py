@@ -77,29 +77,44 @@ class Sharer:
         runs = np.array([self._number(id(run)) for run in plan.starting_runs], dtype=np.int64)
         draws = np.full(len(rows), plan.draws)
         found = [runs[plan.starting_run(rows)], draws, rows.prompt]
-        for place, (rule, key) in enumerate(zip(plan.rules, self._keys[number], strict=True)):
+        either: dict[str, int] = {}
+        for place, rule in enumerate(plan.rules):
             if rule.rule.does.changes == "nothing":  # whatever is looked at, the row is the same
                 continue
-            position = rule.position_of_cell[rows.cell]
-            found += [
-                np.full(len(rows), key.does),
-                key.points[rule.site_of_cell[rows.cell]],
-                key.written[rule.written_runs(rows)],
-            ]
-            if key.whole is None:
-                run = rule.read.run(position, rows.prompt, rows.alternative)
-                found.append(key.read[run])
+            own = self._of_rule(number, place, rows)
+            if rule.rule.only is not None:  # each row has one of them, in the same columns
+                begin = either.setdefault(rule.rule.only.axis, len(found))
+                before = found[begin : begin + len(own)] or [np.full(len(rows), -1)] * len(own)
+                acts = rule.acts(rows)
+                own = [np.where(acts, a, b) for a, b in zip(own, before, strict=True)]
+                found[begin : begin + len(own)] = own
             else:
-                found.append(key.whole[position])
-            # What the rule does, in front, says which of these follow.
-            if place in self._cells[number]:
-                found.append(self._of_cell(rule, self._cells[number][place], rows))
-            if key.keys is not None:
-                found.append(key.keys[rule.key_runs(rows)])
-            if rule.rule.amounts is not None:
-                found.append(key.amounts[rows.cell])
-            if rule.paths is not None and key.receivers is not None:
-                found.append(key.receivers[rule.paths.pair_of_cell[rows.cell]])
+                found += own
+        return found
+
+    def _of_rule(self, number: int, place: int, rows: Rows) -> list[Ints]:
+        """What a rule does to each row."""
+        rule, key = self.plans[number].rules[place], self._keys[number][place]
+        position = rule.position_of_cell[rows.cell]
+        found = [
+            np.full(len(rows), key.does),
+            key.points[rule.site_of_cell[rows.cell]],
+            key.written[rule.written_runs(rows)],
+        ]
+        if key.whole is None:
+            run = rule.read.run(position, rows.prompt, rows.alternative)
+            found.append(key.read[run])
+        else:
+            found.append(key.whole[position])
+        # What the rule does, in front, says which of these follow.
+        if place in self._cells[number]:
+            found.append(self._of_cell(rule, self._cells[number][place], rows))
+        if key.keys is not None:
+            found.append(key.keys[rule.key_runs(rows)])
+        if rule.rule.amounts is not None:
+            found.append(key.amounts[rows.cell])
+        if rule.paths is not None and key.receivers is not None:
+            found.append(key.receivers[rule.paths.pair_of_cell[rows.cell]])
         return found
 
     def _of_cell(self, rule: RulePlan, cells: WholeCells, rows: Rows) -> Ints:

@@ -25,8 +25,15 @@ from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.whole_cells import WholeCells
 from mechdsl.program.python_files import PythonFunction
+from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import PromptTable, Run
-from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure, ResolvedRule, SitePoint
+from mechdsl.resolve.resolved import (
+    Atom,
+    Env,
+    ResolvedMeasure,
+    ResolvedRule,
+    SitePoint,
+)
 
 Numbers = NDArray[np.uint64]
 
@@ -118,7 +125,8 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
     atoms = [
         [
             *(atom.node, atom.name, atom.form.takes, atom.form.function.__qualname__),
-            *(atom.of_class, atom.numerals, atom.run, atom.point, _plain(atom.python)),
+            *(atom.of_class, atom.run, atom.point, _plain(atom.python)),
+            None if atom.tokenizer is None else atom.tokenizer.hash,
         ]
         for atom in measure.atoms
     ]
@@ -139,6 +147,8 @@ def measure_rows(
     for atom in measure.atoms:
         if atom.texts:
             found = mixed(found, _of_lists(Ragged.of(_texts(atom, item))))
+        if atom.sets:
+            found = mixed(found, _of_sets(atom.sets[item if atom.by_item else None]))
         if atom.own:
             found = mixed(found, np.array(atom.own[run.name]))
         if atom.run is not None:
@@ -151,6 +161,13 @@ def measure_rows(
 def _texts(atom: Atom, item: Env) -> Sequence[tuple[int, ...]]:
     """[prompt] the tokens that it names."""
     return atom.texts[item if atom.by_item else None]
+
+
+def _of_sets(sets: TokenSets) -> Numbers:
+    """[prompt] the tokens that it names, and the numbers that they stand for."""
+    numbers = sets.numbers or ((),) * len(sets.tokens)
+    kinds = [number_of(each) for each in zip(sets.tokens, numbers, strict=True)]
+    return np.array(kinds, dtype=np.uint64)[list(sets.of_row)]
 
 
 def _plain(value: object) -> object:
@@ -254,7 +271,7 @@ class ExperimentKeys:
         for index, numbers in enumerate(self._starts):
             found = np.where(starting == index, numbers[rows.prompt], found)
         for rule in self._rules:
-            found = mixed(found, rule.of(rows))
+            found = np.where(rule.plan.acts(rows), mixed(found, rule.of(rows)), found)
         return mixed(found, self._of_measure(number, rows, starting))
 
     def _of_measure(self, number: int, rows: Rows, starting: Ints) -> Numbers:
@@ -288,6 +305,7 @@ class ExperimentKeys:
             pairs = zip(rule.point_table, rule.source_table, strict=True)
             points = [_written(to) + _written(of) for to, of in pairs]
             sites = [digest(static + own) for own in _per_list(rule.points, points)]
+            begin = len(parts)
             parts.append([sites[site] for site in rule.site_of_cell.tolist()])
             if rule.rule.amounts is not None:
                 amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
@@ -295,6 +313,12 @@ class ExperimentKeys:
             if rule.paths is not None:
                 ends = _per_list(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
+            if rule.active is not None:  # where it doesn't act, the key is that without it
+                acts = rule.active.tolist()
+                parts[begin:] = [
+                    [part if own else b"" for part, own in zip(each, acts, strict=True)]
+                    for each in parts[begin:]
+                ]
         return zip(*parts, strict=True) if parts else iter([()] * self.plan.n_cells)
 
     def _rule(self, plan: RulePlan, donors: Ints | None, cells: WholeCells | None) -> _RuleNumbers:

@@ -22,7 +22,7 @@ from mechdsl.program.lower_measures import (
 )
 from mechdsl.program.lower_other_runs import RunSide, Variant, in_model, models_of, sides, variants
 from mechdsl.program.lower_prompts import CLEAN
-from mechdsl.program.lower_rules import lower_rule
+from mechdsl.program.lower_rules import lower_rules
 from mechdsl.program.namespace import Namespace
 from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
@@ -178,8 +178,8 @@ def _rules(
     found: list[spec.Rule] = []
     for rule, loops in work.rules:
         use_names(rule, work)
-        lowered = lower_rule(rule, source, prompts, work)
-        found.append(lowered.model_copy(update={"loops": loops}))
+        for lowered in lower_rules(rule, source, prompts, work):
+            found.append(lowered.model_copy(update={"loops": loops}))
     return tuple(found)
 
 

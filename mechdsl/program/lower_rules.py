@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_experiment import PatchWithoutSource
 from mechdsl.program import spec
 from mechdsl.program.lower_other_runs import run_of
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
+
+
+def lower_rules(
+    rule: ast.Rule, source: str | None, prompts: spec.Prompts | None, work: Statements
+) -> tuple[spec.Rule, ...]:
+    """As `lower_rule`; an ablation with several fills is a rule with each of them."""
+    body = rule.body
+    if not isinstance(body, ast.Ablate) or not body.more:
+        return (lower_rule(rule, source, prompts, work),)
+    fills = [ast.Fill(body.fill, body.by, span=body.fill.span), *body.more]
+    labels = tuple(_label(fill) for fill in fills)
+    return tuple(
+        lower_rule(
+            replace(rule, body=replace(body, fill=fill.fill, by=fill.by, more=())),
+            source,
+            prompts,
+            work,
+        ).model_copy(update={"fills": labels, "fill_index": number})
+        for number, fill in enumerate(fills)
+    )
+
+
+def _label(fill: ast.Fill) -> str:
+    """`mean of fewer by item`, as it is written."""
+    by = "" if fill.by is None else f" by {fill.by.id}"
+    return " ".join(fill.fill.span.written.split()) + by
 
 
 def lower_rule(
@@ -54,6 +82,10 @@ def lower_rule(
             return _attention(rule, "reweight", body.edge, body.factor)
         case ast.SetEdge():
             return _attention(rule, "set edge", body.edge, body.value)
+        case ast.Allow():
+            return _attention(rule, "allow", body.edge)
+        case ast.Renumber():
+            return spec.Rule(span=rule.span, verb="renumber", at=body.at, fill=body.start)
         case ast.ObserveAttention():
             return _attention(rule, "observe", body.edge)
 

@@ -51,6 +51,9 @@ PARAMETERS: dict[FunctionUse, tuple[str, ...]] = {
     "fill": ("vectors",),
     "model": (),
 }
+TOKENIZER = "tokenizer"
+"""What a metric is given too, if it takes a third argument, or one of this name."""
+TokenizerAs = Literal["nothing", "third", "named"]
 
 
 class PythonFailure(Exception):
@@ -80,6 +83,8 @@ class PythonFunction:
     line: int = field(compare=False)
     """Where it is defined."""
     span: Span = field(compare=False, repr=False)
+    tokenizer: TokenizerAs = "nothing"
+    """Of a metric: how it is given the model's tokenizer."""
 
     @property
     def allowing(self) -> str:
@@ -89,11 +94,11 @@ class PythonFunction:
         allow = "`--allow-python` (`allow_python=True` from Python)"
         return f"read `{self.file}`, then{leave} add {allow}"
 
-    def call(self, *arguments: Any) -> Any:
+    def call(self, *arguments: Any, **named: Any) -> Any:
         """What it gives; PythonFailure for every exception."""
         function = self._load()
         try:
-            return function(*arguments)
+            return function(*arguments, **named)
         except (Exception, SystemExit) as error:
             raise self.failure(_told(error), *self._hint(error), error=error) from error
 
@@ -235,9 +240,10 @@ def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
             name, functions, f"it defines {known}" if known else "define it with `def`"
         )
         raise _Missing(f"`{file}` defines no function `{name}`", hint)
-    _check_parameters(functions[name], name, use)
+    tokenizer = _tokenizer_as(functions[name], name) if use == "metric" else "nothing"
+    _check_parameters(functions[name], name, use, tokenizer)
     digest, line = sha256(content).hexdigest(), functions[name].lineno
-    return PythonFunction(path.resolve(), file, name, digest, line, node.span)
+    return PythonFunction(path.resolve(), file, name, digest, line, node.span, tokenizer)
 
 
 def _content(path: Path, file: str) -> bytes:
@@ -280,13 +286,38 @@ def _functions(content: bytes, file: str) -> dict[str, python.FunctionDef]:
     return found
 
 
-def _check_parameters(function: python.FunctionDef, name: str, use: FunctionUse) -> None:
+def _tokenizer_as(function: python.FunctionDef, name: str) -> TokenizerAs:
+    """How a metric takes the tokenizer: by its name, or as a third argument that it can't do
+    without; one with two arguments doesn't."""
+    own = function.args
+    places = [each.arg for each in (*own.posonlyargs, *own.args)]
+    if TOKENIZER in places[:2]:
+        told = f"`{name}` takes `{TOKENIZER}` in the place of the logits or the rows"
+        raise _Missing(told, f"write `def {name}(logits, rows, {TOKENIZER}):`")
+    by_name = (each.arg for each in (*own.args, *own.kwonlyargs))
+    if TOKENIZER in by_name:
+        return "named"
+    required = places[: len(places) - len(own.defaults)]
+    return "third" if len(required) == 3 or places[2:3] == [TOKENIZER] else "nothing"
+
+
+def _check_parameters(
+    function: python.FunctionDef, name: str, use: FunctionUse, tokenizer: TokenizerAs
+) -> None:
     """It must take what it will be called with."""
     own = function.args
+    by_name = tokenizer == "named"
     most = len(own.posonlyargs) + len(own.args)
     least = most - len(own.defaults)
     wanted = PARAMETERS[use]
-    forced = any(default is None for default in own.kw_defaults)
+    if tokenizer == "third":
+        wanted = (*wanted, TOKENIZER)
+    required = [each.arg for each in (*own.posonlyargs, *own.args)][:least]
+    least -= by_name and TOKENIZER in required
+    forced = any(
+        default is None and not (by_name and each.arg == TOKENIZER)
+        for each, default in zip(own.kwonlyargs, own.kw_defaults, strict=True)
+    )
     fits = least <= len(wanted) and (most >= len(wanted) or own.vararg is not None)
     if fits and not forced:
         return

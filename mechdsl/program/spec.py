@@ -144,6 +144,9 @@ class Rule(Spec):
     fill: ExprText | None = None
     """ablate: zero, mean, resample, `mean of …`; replace: the text; others: the number."""
     by: str | None = None
+    fills: tuple[str, ...] = ()
+    """ablate: the labels of an axis of fills, of which this rule is one."""
+    fill_index: int = 0
     onto: PositionsText | None = None
     """patch: where it is written; swap: the other positions; attention rules: the keys."""
     into_layer: BoundText | None = None

@@ -21,6 +21,7 @@ from mechdsl.diagnostics.e05_data import (
     UnknownText,
 )
 from mechdsl.diagnostics.w07_data import AnswerChangesPrompt
+from mechdsl.prompts.expressions import bad
 from mechdsl.prompts.prompt_table import PromptTable, TextTokens
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.rows import CLEAN, Row
@@ -165,10 +166,18 @@ def output_texts(
     return tuple(output_text(text, labels) for text in texts), problems
 
 
+def run_and_name(expr: ast.Name | ast.OfRef) -> tuple[str, str]:
+    """`answer of fewer`: the run, and what is named of it."""
+    if isinstance(expr, ast.Name):
+        return CLEAN, expr.id
+    of = expr.of
+    return of.name if of.part is None else f"{of.name}.{of.part}", expr.name
+
+
 def _named(
     table: PromptTable, expr: ast.Name | ast.OfRef
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
-    name, run = (expr.id, CLEAN) if isinstance(expr, ast.Name) else (expr.name, _run(expr.of))
+    run, name = run_and_name(expr)
     rows = table.runs[run].rows if run in table.runs else ()
     known = list(table.runs[CLEAN].rows[0].texts) if len(table) else []
     if run not in table.runs:
@@ -177,6 +186,12 @@ def _named(
             run, table.runs, f"there are runs {runs}", written=lambda near: f"{name} of {near}"
         )
         shown = f"{name} of {run}"
+    elif name not in known and rows and name in rows[0].values:
+        value = rows[0].values[name]
+        reason = f"it is a value, {value!r}, and no text"
+        hint = f'write a text, with the space that stands in front of it if any: `" {{{name}}}"`'
+        refusal = bad(expr.span, reason, hint)
+        return (), [refusal.diagnostic(table.sources[0].describe())]
     elif name not in known:
         listed = name_list(known)
         otherwise = f"there is {listed}" if known else 'add a line such as `answer " {count}"`'
@@ -184,11 +199,15 @@ def _named(
         shown = name
     else:
         return tuple(row.texts[name] for row in rows), []
-    return (), [UnknownText(span=expr.span, prompts=table.name, name=shown, hint=hint)]
-
-
-def _run(of: ast.Ref) -> str:
-    return of.name if of.part is None else f"{of.name}.{of.part}"
+    return (), [
+        UnknownText(
+            span=expr.span,
+            prompts=table.name,
+            name=shown,
+            hint=hint,
+            by_text=run not in table.runs and not table.stands_in,
+        )
+    ]
 
 
 def _said(
@@ -210,19 +229,19 @@ def _evaluated(
     texts, problems = _said(table, expr, extra)
     if problems:
         return (), problems
-    return _behind(table, texts, tokenizer, expr.span.text, expr.span)
+    return behind_rows(table, texts, tokenizer, expr.span, range(len(table)))
 
 
-def _behind(
+def behind_rows(
     table: PromptTable,
     texts: Sequence[str | TokenId],
     tokenizer: TextTokenizer,
-    name: str,
     span: Span,
+    rows: Sequence[int],
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
-    """Texts behind the clean prompts, without the token that was moved there."""
-    prompts = [row.prompt.text for row in table.sources]
-    found, diagnostics = tokenise(prompts, texts, tokenizer, name=name, span=span)
+    """Texts behind the clean prompts of these rows, without the token that was moved there."""
+    prompts = [table.sources[row].prompt.text for row in rows]
+    found, diagnostics = tokenise(prompts, texts, tokenizer, name=span.text, span=span)
     moved = [move(t, () if isinstance(x, TokenId) else table.moved)
              for t, x in zip(found, texts, strict=True)]  # fmt: skip
     other = next((t for t, m in zip(found, moved, strict=True) if m is None), None)
@@ -286,20 +305,21 @@ def _rivals(table: PromptTable, whole: Sequence[TextTokens], edge: int) -> list[
 
 def numerals(
     table: PromptTable,
-    low: int,
-    high: int,
+    numbers: Sequence[int],
     *,
     tokenizer: TextTokenizer,
     span: Span | None = None,
+    digits: int | None = None,
 ) -> tuple[tuple[int, ...], list[Diagnostic]]:
-    """Token ids of the numerals `low` to `high`, spelt as in `answer`.
+    """Token ids of numerals, ascending, spelt as in `answer`.
 
     That is with the same text before the digits, and padded to the answers' width where these have
-    leading zeros (`05`). Codes: E0518, E0519, E0520.
+    leading zeros (`05`), or to as many `digits`. Codes: E0518, E0519, E0520.
     """
     span = span or table.sources[0].block.spec.span
     before, width = _spelling(table)
-    texts = [f"{before}{number:0{width}d}" for number in range(low, high + 1)]
+    width = width if digits is None else digits
+    texts = [f"{before}{number:0{width}d}" for number in numbers]
     # One prompt stands for all: the token behind the prompt's last one is what counts.
     prompt = table.sources[0].prompt.text
     found, diagnostics = tokenise(
@@ -319,13 +339,13 @@ def numerals(
             MultiTokenNumeral(
                 span=span,
                 amount=len(long),
-                low=low,
-                high=high,
+                low=numbers[0],
+                high=numbers[-1],
                 text=quoted(text.text),
                 tokens=len(text.ids),
                 pieces=pieces,
                 hint=(
-                    f"end the range at {low + first - 1}"
+                    f"end the range at {numbers[first - 1]}"
                     if first
                     else "measure `logprob(…)` of a text, which is summed over its tokens"
                 ),

@@ -16,7 +16,6 @@ from mechdsl.program import spec
 from mechdsl.prompts.answers import (
     Labels,
     move,
-    numerals,
     output_text,
     quoted,
     shared_beginning,
@@ -455,4 +454,4 @@ def _only(entries: Sequence[T], keep: Sequence[bool]) -> tuple[T, ...]:
     return tuple(e for e, k in zip(entries, keep, strict=True) if k)
 
 
-__all__ = ["Split", "build_table", "numerals", "text_tokens"]
+__all__ = ["Split", "build_table", "text_tokens"]

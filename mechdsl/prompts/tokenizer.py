@@ -195,6 +195,12 @@ class TextTokenizer:
             return self._backend.token_to_id(_UNKNOWN) if unigram else None
         return self._backend.token_to_id(cast("str", token))
 
+    @cached_property
+    def library(self) -> Tokenizer:
+        """A copy of what it is made of, for functions of the user's: what they do to it changes
+        nothing here."""
+        return Tokenizer.from_str(self._backend.to_str())
+
     def token_text(self, token: int) -> str:
         """A token as a reader knows it: decoded, special tokens by their name."""
         text = self._backend.decode([token], skip_special_tokens=False)

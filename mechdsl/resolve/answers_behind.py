@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from mechdsl.prompts.answer_tokens import ANSWER, NO_ANSWERS, AnswerTokens, names_answer
 from mechdsl.prompts.prompt_table import PositionCell, RunRow
 from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.measure_context import MeasureContext
 from mechdsl.resolve.measures import resolve_measure
-from mechdsl.resolve.metric_atoms import MeasureContext
 from mechdsl.resolve.resolved import Atom, ResolvedExperiment, ResolvedRule
 from mechdsl.syntax import ast
 

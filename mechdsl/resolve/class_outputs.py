@@ -27,7 +27,7 @@ from mechdsl.vocab.metrics import Form, Metric, Takes
 SHOWN = 5
 """Labels that a message lists."""
 
-_OF_TOKENS: frozenset[Takes] = frozenset({"target", "continuation", "numerals", "prompt"})
+_OF_TOKENS: frozenset[Takes] = frozenset({"target", "any", "continuation", "numerals", "prompt"})
 _OF_THE_WHOLE: frozenset[Takes] = frozenset({"reference", "nothing"})
 
 

@@ -55,6 +55,8 @@ class Work:
         if first is not None:
             word, letter = axis.name, axis.name[0]
             shared, plural = f"for {letter} in … {{ … {word} {letter} … }}", f"{word}s"
+            if word == "fill":
+                shared, plural = "ablate {A, B} … with zero, mean", "with zero"
             if word == "position":
                 shared, plural = "for t in 3..5 { … at token t … }", "{A, B}"
             self.diagnostics.append(

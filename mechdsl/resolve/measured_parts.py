@@ -10,9 +10,9 @@ from itertools import product
 from mechdsl.diagnostics.e03_coordinates import AxesCollide
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.measure_context import MeasureContext, refuse
 from mechdsl.resolve.measured_places import MEASURED
 from mechdsl.resolve.measures import resolve_everywhere
-from mechdsl.resolve.metric_atoms import MeasureContext, refuse
 from mechdsl.resolve.possible_axes import may_sweep
 from mechdsl.resolve.resolved import (
     Axis,

@@ -9,7 +9,7 @@ from itertools import product
 
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PositionCell
-from mechdsl.resolve.metric_atoms import MeasureContext, refuse
+from mechdsl.resolve.measure_context import MeasureContext, refuse
 from mechdsl.resolve.resolved import Atom, Labels, ResolvedMeasure
 from mechdsl.syntax import ast
 
@@ -125,6 +125,8 @@ def _atom_at(atom: Atom, place: Place, chosen: Mapping[str, int], context: Measu
             for run, tokens in place.at.items()
         }
         return replace(atom, own=own)
-    if atom.by_item and place.item is not None and place.item in atom.texts:
-        return replace(atom, texts={None: atom.texts[place.item]})
+    if atom.by_item and place.item in (*atom.texts, *atom.sets):
+        texts = {None: atom.texts[place.item]} if atom.texts else {}
+        sets = {None: atom.sets[place.item]} if atom.sets else {}
+        return replace(atom, texts=texts, sets=sets)
     return atom

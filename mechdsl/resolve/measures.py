@@ -12,8 +12,9 @@ from mechdsl.diagnostics.e04_model import NoLogits, NoSuchOutput
 from mechdsl.models.shape import ModelShape
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.class_outputs import output_elsewhere, output_positions
+from mechdsl.resolve.measure_context import MeasureContext, refuse
 from mechdsl.resolve.measured_places import at_places, places_of
-from mechdsl.resolve.metric_atoms import MeasureContext, refuse, resolve_atom
+from mechdsl.resolve.metric_atoms import resolve_atom
 from mechdsl.resolve.resolved import Atom, Labels, ResolvedMeasure
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
@@ -144,9 +145,7 @@ def unreadable(
     if not shape.d_logits:
         return None
     tokens = [atom for atom in logits if not atom.of_class]
-    of_texts = (ids for atom in tokens for rows in atom.texts.values() for ids in rows)
-    asked = [token for ids in of_texts for token in ids]
-    asked += [token for atom in tokens for token, _ in atom.numerals]
+    asked = [token for atom in tokens for token in atom.named]
     if any(atom.form.takes == "prompt" for atom in tokens):  # the prompt's own tokens
         asked.append(shape.vocab_size - 1)
     beyond = [token for token in asked if token >= shape.outputs]

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from mechdsl.base import limits
 from mechdsl.base.names import name_list, run_called
 from mechdsl.base.plural import plural
-from mechdsl.base.source import Span
-from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_coordinates import AxisDoesNotFit
-from mechdsl.diagnostics.e05_data import MultiTokenText
-from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.program.python_files import find_function, is_python
-from mechdsl.prompts.build_table import numerals, text_tokens
-from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.answer_sets import is_list
+from mechdsl.prompts.build_table import text_tokens
 from mechdsl.resolve.class_outputs import (
     class_argument,
     class_numbers,
@@ -27,46 +20,18 @@ from mechdsl.resolve.class_outputs import (
     refused_class,
     refused_form,
 )
-from mechdsl.resolve.coordinates import SiteContext
+from mechdsl.resolve.measure_context import (
+    LITERAL_ENV,
+    MeasureContext,
+    environments,
+    multi_token,
+    refuse,
+)
 from mechdsl.resolve.resolved import Atom, Env
+from mechdsl.resolve.sets_in_metrics import DIGITS, of_set
 from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import METRICS, Form, Takes
-
-LITERAL_ENV = "item.index"
-
-
-@dataclass
-class MeasureContext:
-    """What measures of one experiment are resolved against."""
-
-    table: PromptTable
-    tokenizer: TextTokenizer
-    sites: SiteContext
-    items: tuple[int, ...]
-    """Occurrences that the position axis runs over; empty where it runs over none."""
-    diagnostics: list[Diagnostic] = field(default_factory=list)
-    at: ast.Position | None = None
-    """Where the measure in work is read; None is the last token."""
-    observes: bool = False
-    """Whether the experiment observes attention."""
-    metrics: Collection[str] = ()
-    """Names of the metrics that the file defines."""
-    loop_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Of the `for` variables that measures name, in the cells in work."""
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        return self.sites.parameters
-
-
-def refuse(
-    context: MeasureContext, span: Span, reason: str, hint: str, of: Span | None = None
-) -> None:
-    """E0612 at a span; `of` is the whole metric, where the span is a part of it."""
-    context.diagnostics.append(
-        UnreadableMeasure(span=span, text=(of or span).written, reason=reason, hint=hint)
-    )
 
 
 def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | None:
@@ -96,7 +61,7 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     if wanted is not None:
         form = form_of_class(metric, shape)
     else:
-        form = _form(node, name, metric.forms, arguments, context.at)
+        form = _form(metric.forms, arguments, context)
     if form is None:
         refuse(
             context,
@@ -128,28 +93,30 @@ def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
 
 
 def _form(
-    node: ast.Expr,
-    name: str,
-    forms: Mapping[Takes, Form],
-    arguments: tuple[ast.Argument, ...],
-    at: ast.Position | None,
+    forms: Mapping[Takes, Form], arguments: tuple[ast.Argument, ...], context: MeasureContext
 ) -> Form | None:
-    """The form that fits the number and kind of the arguments; at: where it is read."""
-    values = [a.value for a in arguments]
-    if any(a.name is not None for a in arguments):
+    """The form that fits the number and kind of the arguments."""
+    values = [a.value for a in arguments if a.name is None]
+    if any(a.name not in (None, DIGITS) for a in arguments):
         return None
-    if not values:
+    if not arguments:
         return (
-            (forms.get("own") if at is not None else None)
+            (forms.get("own") if context.at is not None else None)
             or forms.get("nothing")
             or forms.get("prompt")
             or forms.get("attention")
             or next((f for f in forms.values() if f.default is not None), None)
         )
-    if len(values) > 1:
-        return forms.get("activations") if len(values) == 2 else None
-    if isinstance(values[0], ast.Range):
-        return forms.get("numerals")
+    if len(values) == 2 and "activations" in forms:
+        return forms["activations"]
+    ranges = [isinstance(each, ast.Range) for each in values]
+    sets = [wide or is_list(context.table, each) for wide, each in zip(ranges, values, strict=True)]
+    if values and "numerals" in forms and all(ranges if "any" in forms else sets):
+        return forms["numerals"]
+    if not values:
+        return None
+    if len(arguments) > 1 or any(sets):
+        return forms.get("any")
     if isinstance(values[0], ast.Quantity | ast.Site):
         return None
     return forms.get("target") or forms.get("continuation") or forms.get("reference")
@@ -161,13 +128,14 @@ def _misfit(forms: Mapping[Takes, Form], given: int) -> str:
     most = 2 if "activations" in forms else 0 if alone.issuperset(forms) else 1
     if not given:
         return "it has no argument"
-    if given <= most:
+    if given <= most or not {"any", "numerals"}.isdisjoint(forms):
         return "its argument doesn't fit"
     return f"it takes {plural(most, 'argument') if most else 'no argument'}, not {given}"
 
 
 _USAGE: Mapping[Takes, str] = {
     "target": "`{}(answer)`",
+    "any": "`{}(answer, wrong)`",
     "continuation": "`{}(answer)`",
     "numerals": "`{}(1..9)`",
     "reference": "`{}(clean)`",
@@ -223,17 +191,12 @@ def _of_text(
     text: Any = (
         arguments[0].value if arguments else ast.Name(form.default or "answer", span=node.span)
     )
-    by_item = isinstance(text, ast.String) and LITERAL_ENV in text.value
-    if by_item and not context.items:
-        refuse(
-            context,
-            text.span,
-            "`{item.index}` needs a sweep over occurrences",
-            "sweep over them: `at each item token`",
-        )
+    envs = environments([text], context)
+    if envs is None:
         return None
+    by_item = None not in envs
     texts: dict[Env, tuple[tuple[int, ...], ...]] = {}
-    for env in context.items if by_item else (None,):
+    for env in envs:
         extra = {} if env is None else {LITERAL_ENV: env}
         found, problems = text_tokens(context.table, text, tokenizer=context.tokenizer, extra=extra)
         context.diagnostics.extend(problems)
@@ -242,7 +205,7 @@ def _of_text(
         if form.takes == "target":
             long = next((t for t in found if len(t.ids) != 1), None)
             if long is not None:
-                context.diagnostics.append(_multi_token(text, name, long, context))
+                context.diagnostics.append(multi_token(text, name, long, context))
                 return None
         texts[env] = tuple(t.ids for t in found)
     several = any(len(ids) != 1 for rows in texts.values() for ids in rows)
@@ -273,55 +236,6 @@ def _of_class(
     if problems:
         return None
     return Atom(node, name, form, texts={None: tuple((n,) for n in numbers)}, of_class=True)
-
-
-def _multi_token(text: Any, name: str, long: Any, context: MeasureContext) -> Diagnostic:
-    pieces = " ".join(f"`{context.tokenizer.token_text(i)}`" for i in long.ids)
-    return MultiTokenText(span=text.span, text=long.text, tokens=pieces, metric=name)
-
-
-def _of_numerals(
-    node: ast.Expr,
-    name: str,
-    form: Form,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
-) -> Atom | None:
-    given = arguments[0].value
-    assert isinstance(given, ast.Range)
-    ends = [_integer(end, context.parameters) for end in (given.low, given.high)]
-    low, high = ends
-    reason = ""
-    if low is None or high is None or low > high:
-        reason = "the numerals must be two whole numbers, the smaller one first"
-    elif high - low >= limits.NUMERALS:
-        reason = f"{high - low + 1:,} numerals are more than {limits.NUMERALS:,}"
-    if low is None or high is None or reason:
-        refuse(
-            context,
-            given.span,
-            reason,
-            f"write `{name}(1..9)`",
-            of=node.span,
-        )
-        return None
-    ids, problems = numerals(context.table, low, high, tokenizer=context.tokenizer, span=given.span)
-    context.diagnostics.extend(problems)
-    if any(p.severity == "error" for p in problems):
-        return None
-    return Atom(node, name, form, numerals=tuple(zip(ids, range(low, high + 1), strict=True)))
-
-
-def _integer(node: ast.Expr, parameters: Mapping[str, Any]) -> int | None:
-    match node:
-        case ast.Number(value=int(value)):
-            return value
-        case ast.Negative(operand=ast.Number(value=int(value))):
-            return -value
-        case ast.Name(id=name) if isinstance(parameters.get(name), int):
-            return parameters[name]
-        case _:
-            return None
 
 
 def _of_run(
@@ -394,7 +308,8 @@ def _of_python(node: ast.Call, context: MeasureContext) -> Atom | None:
         }
         for row in context.table.runs["clean"].rows
     )
-    return Atom(node, function.name, form, python=function, rows=rows)
+    tokenizer = None if function.tokenizer == "nothing" else context.tokenizer
+    return Atom(node, function.name, form, python=function, rows=rows, tokenizer=tokenizer)
 
 
 def known_run(value: Any, context: MeasureContext) -> str | None:
@@ -433,7 +348,8 @@ def _reference(value: Any, context: MeasureContext) -> str | None:
 _BUILDERS: Mapping[Takes, Builder] = {
     "target": _of_text,
     "continuation": _of_text,
-    "numerals": _of_numerals,
+    "any": of_set,
+    "numerals": of_set,
     "reference": _of_run,
     "nothing": _plain,
     "prompt": _plain,

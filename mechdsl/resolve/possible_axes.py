@@ -17,6 +17,8 @@ def possible_axes(rule: spec.Rule) -> Iterator[str]:
     yield from (f"to_{name}" for name in _axes_of(rule.receiver))
     if rule.into_layer is not None:
         yield "to_layer"
+    if rule.fills:
+        yield "fill"
     yield from position_axes(rule)
 
 

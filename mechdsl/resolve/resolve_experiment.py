@@ -21,9 +21,10 @@ from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.kinds import RuleKind
 from mechdsl.resolve.loops import loop_values
+from mechdsl.resolve.measure_context import MeasureContext
 from mechdsl.resolve.measured_parts import axes_of, loops_measured, measured_parts, perhaps_measured
 from mechdsl.resolve.measures import resolve_measure
-from mechdsl.resolve.metric_atoms import MeasureContext, known_run
+from mechdsl.resolve.metric_atoms import known_run
 from mechdsl.resolve.open_axes import open_axes, open_positions
 from mechdsl.resolve.picks import Onward
 from mechdsl.resolve.possible_axes import position_axes, possible_axes

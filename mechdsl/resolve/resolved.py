@@ -11,6 +11,7 @@ from mechdsl.diagnostics.core import UNKNOWN, Unknown
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.python_files import PythonFunction
+from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
@@ -109,6 +110,14 @@ class Amounts(Record):
 
 
 @record
+class Only(Record):
+    """The cells that a rule acts in, where it is one of several of which each cell has one."""
+
+    axis: str
+    index: int
+
+
+@record
 class EdgeTargets(Record):
     """Edges of attention: from the rule's positions, the queries, to these keys."""
 
@@ -175,9 +184,13 @@ class Intervention:
     name: ClassVar[str]
     """As graphs call it; the verb of a rule kind that says no other. Interventions of one name with
     equal keys write the same."""
-    changes: ClassVar[Literal["sites", "edges", "input", "nothing"]] = "sites"
-    """What of a run it changes: vectors at its sites, edges of attention, the text that goes in;
-    nothing where it only looks."""
+    changes: ClassVar[Literal["sites", "edges", "input", "positions", "nothing"]] = "sites"
+    """What of a run it changes: vectors at its sites, edges of attention, the text that goes in,
+    position ids; nothing where it only looks."""
+    whole: ClassVar[bool] = False
+    """Its rows are whole passes: nothing of an unpatched run stands in them."""
+    looks_ahead: ClassVar[bool] = False
+    """By it a token may see later ones."""
     reads: ClassVar[Literal["run", "donor", "mean", "cell"] | None] = None
     """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
     seeded permutation), its mean over all prompts, or what `of_cell` makes of all rows of a cell;
@@ -257,6 +270,8 @@ class ResolvedRule(Record):
     """`set … to python(…)`: what makes new vectors of the base run's."""
     edge: EdgeTargets | None = None
     path: PathTargets | None = None
+    only: Only | None = None
+    """None where it acts in all cells."""
 
     @property
     def axes(self) -> frozenset[str]:
@@ -264,7 +279,8 @@ class ResolvedRule(Record):
         parts = [self.sites, self.positions, self.amounts]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
-        return frozenset(name for part in parts if part is not None for name in part.axes)
+        own = frozenset(name for part in parts if part is not None for name in part.axes)
+        return own if self.only is None else own | {self.only.axis}
 
 
 Env = int | None
@@ -282,8 +298,8 @@ class Atom(Record):
     """Per environment and row, the token ids of T, or the number of the output that is meant."""
     of_class: bool = False
     """It names an output of a classifier, and no token."""
-    numerals: tuple[tuple[int, int], ...] = ()
-    """(token id, number) of `expected(1..9)`."""
+    sets: Mapping[Env, TokenSets] = field(default_factory=dict)
+    """Per environment, the tokens of any of several texts, and of numerals."""
     run: str | None = None
     """The reference run of `kl`, `js`, `cosine`."""
     point: SitePoint | None = None
@@ -294,6 +310,8 @@ class Atom(Record):
     python: PythonFunction | None = None
     rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
     """What it is given of every row."""
+    tokenizer: TextTokenizer | None = field(default=None, compare=False, repr=False)
+    """What it is given beside that."""
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Per run and row, the token that stands where it is read (`loss at …`): each run has its
     own."""
@@ -301,7 +319,18 @@ class Atom(Record):
     @property
     def by_item(self) -> bool:
         """Whether its text differs between the cells of one row."""
-        return set(self.texts) != {None} and bool(self.texts)
+        named = {*self.texts, *self.sets}
+        return named != {None} and bool(named)
+
+    @property
+    def named(self) -> Iterator[int]:
+        """All tokens of its texts, equal ones perhaps several times."""
+        for texts in self.texts.values():
+            for tokens in texts:
+                yield from tokens
+        for sets in self.sets.values():
+            for tokens in sets.tokens:
+                yield from tokens
 
     @property
     def lengths(self) -> tuple[int, ...]:

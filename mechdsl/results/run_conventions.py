@@ -17,8 +17,9 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import PROMPT_TOKENS, ExperimentPlan
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.class_outputs import made_of
-from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.resolved import Atom, ResolvedExperiment, ResolvedRule
 from mechdsl.results.experiment_result import ANSWER_TOKENS
+from mechdsl.syntax import ast
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
 
@@ -77,7 +78,7 @@ def conventions(
             f"{plural(measured.dropped, 'row')} of cells left out: "
             f"{'the other row lacks the position' if of_donors else why}"
         )
-    if len(plan.rules) > 1:
+    if len({rule.rule.spec.span for rule in plan.rules}) > 1:
         found["rules"] = (
             "together in one run; where two write the same vector, the later one stands"
         )
@@ -154,6 +155,11 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
             token = experiment.model.tokenizer.token_text(before)
             counted = f"with the first, which `{token}` predicts"
         found["loss"] = f"mean over the prompt's own tokens {counted}"
+    said = [
+        said for measure in every for atom in measure.atoms for said in _of_sets(atom, experiment)
+    ]
+    if said:
+        found["answer sets"] = "; ".join([*dict.fromkeys(said), "equal tokens count once"])
     shape = experiment.model.shape
     logits = any(atom.form.of_outputs for measure in every for atom in measure.atoms)
     if logits and shape.output_at != "every token":
@@ -178,6 +184,30 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
         where = " and ".join(f"`{at}`" for at in dict.fromkeys(compared))
         found["cosine"] = f"compared at {where}, where it is measured, not where rules write"
     return found
+
+
+def _of_sets(atom: Atom, experiment: ResolvedExperiment) -> Iterator[str]:
+    """What a metric accepts, where that is more than a range of numerals for all rows."""
+    node, sets = atom.node, list(atom.sets.values())
+    if not sets or not isinstance(node, ast.Call):
+        return
+    plain = len(node.arguments) == 1 and len(sets) == len(sets[0].tokens) == 1
+    if plain and isinstance(node.arguments[0].value, ast.Range):
+        return
+    counts = sorted({len(tokens) for each in sets for tokens in each.tokens})
+    many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    token_of = {
+        number: token
+        for each in sets
+        for own, tokens in zip(each.numbers, each.tokens, strict=False)
+        for number, token in zip(own, tokens, strict=True)
+    }
+    if not token_of:
+        yield f"`{node.span.written}` over {many} tokens in a row"
+        return
+    text = experiment.model.tokenizer.token_text
+    spelt = " to ".join(f"`{text(token_of[end])}`" for end in (min(token_of), max(token_of)))
+    yield f"`{node.span.written}` over {many} numerals in a row ({spelt})"
 
 
 def _on_answers(plan: ExperimentPlan) -> Iterator[str]:

@@ -62,7 +62,8 @@ class SeenRows:
     def _cell(self, cell: int, measure: ResolvedMeasure) -> Cell:
         found: list[int] = []
         for rule in self.plan.rules:
-            found.append(int(rule.position_of_cell[cell]))
+            acts = rule.active is None or bool(rule.active[cell])
+            found.append(int(rule.position_of_cell[cell]) if acts else -1)
             found.append(-1 if rule.key_of_cell is None else int(rule.key_of_cell[cell]))
             found.append(int(_below_attention(rule, cell)))
         by_item = any(atom.by_item for atom in measure.atoms)
@@ -103,9 +104,12 @@ class SeenRows:
                 start = list(rule.rule.inputs.values())[cell[3 * n]]
         looked = self._looked_at(cell, measure, row)
         last = self._last(start, measure, row, looked)
-        parts.append(self._prefix(start, row, last))
-        visible = last if self.causal(base.model) else None
+        ahead = any(rule.rule.does.looks_ahead for rule in self.plan.rules)
+        parts.append(self._prefix(start, row, last, ahead=ahead))
+        visible = last if self.causal(base.model) and not ahead else None
         for n, rule in enumerate(self.plan.rules):
+            if cell[3 * n] < 0:  # it doesn't act there
+                continue
             written = rule.positions[cell[3 * n]].hits[row]
             keys = self._keys[n]
             to = None if keys is None else keys[cell[3 * n + 1]].hits[row]
@@ -127,6 +131,8 @@ class SeenRows:
         """What a metric is given beside the run that it reads."""
         if atom.texts:
             yield atom.texts[item if atom.by_item else None][row]
+        if atom.sets:
+            yield atom.sets[item if atom.by_item else None].of(row)
         if atom.python is not None:
             yield self.experiment.table.row_keys[row]
         if atom.run is not None:
@@ -189,14 +195,16 @@ class SeenRows:
         ]
         return max(queries, default=None)
 
-    def _prefix(self, run: Run, row: int, last: int) -> Hashable:
+    def _prefix(self, run: Run, row: int, last: int, *, ahead: bool = False) -> Hashable:
         """The tokens of a run that can be seen from one of them, with where noise is added; all of
-        them in a model that sees the whole prompt. Beyond the prompt stands the metric's text."""
+        them in a model that sees the whole prompt, or where rules let tokens see later ones
+        (ahead). Beyond the prompt stands the metric's text."""
         key = id(run)
         if key not in self._prefixes:
             self._prefixes[key] = _prefix_numbers([each.ids for each in run.rows])
         numbers = self._prefixes[key][row]
-        end = min(last, len(numbers) - 1) if self.causal(run.model) else len(numbers) - 1
+        causal = self.causal(run.model) and not ahead
+        end = min(last, len(numbers) - 1) if causal else len(numbers) - 1
         noised = () if run.noise is None else run.noise.positions[row]
         noise = tuple(token for token in noised if token <= end)
         return (run.name, last, numbers[end] if end >= 0 else -1, noise)

@@ -5,7 +5,7 @@ the intervention that all later stages ask. Imports resolve and below; no torch.
 """
 
 # In the order in which what they don't go together with is reported.
-from mechdsl.rules import copies, ablate, assign, replace, path, attention  # noqa: I001
+from mechdsl.rules import copies, ablate, assign, replace, path, attention, renumber  # noqa: I001
 from mechdsl.rules.kind import RULES, SiteRule, rule_kind
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "attention",
     "copies",
     "path",
+    "renumber",
     "replace",
     "rule_kind",
 ]

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mechdsl.base.names import name_list
 from mechdsl.base.registry import Registry
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import Apart, Convention, Intervention, ResolvedRule, Vectors
+from mechdsl.resolve.resolved import (
+    Apart,
+    Axis,
+    Convention,
+    Intervention,
+    Only,
+    ResolvedRule,
+    Vectors,
+)
 from mechdsl.rules.checks import equally_long, even
 from mechdsl.rules.kind import RuleKind, places, rule_kind
 from mechdsl.syntax import ast
@@ -20,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILLS: Registry[Intervention] = Registry("fill of an ablation")
+FILL = "fill"
+"""The axis of several fills."""
 
 
 def fill(word: str) -> Callable[[type[Intervention]], type[Intervention]]:
@@ -85,6 +97,20 @@ class AblateRule(RuleKind):
     """Vectors are replaced by what knows nothing of the prompt."""
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        if not rule.fills:
+            return self._with_fill(rule, work)
+        own = work if not rule.fill_index else _beside(work)
+        before = len(work.diagnostics)
+        found = self._with_fill(rule, own)
+        new = work.diagnostics[before:]
+        work.diagnostics[before:] = [d for d in new if d not in work.diagnostics[:before]]
+        if own is work:
+            work.add_axis(Axis(FILL, rule.fills, rule.span))
+        elif found is not None and not has_errors(work.diagnostics):
+            _same_axes(rule, own, work)
+        return found and replace(found, only=Only(FILL, rule.fill_index))
+
+    def _with_fill(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         base = work.experiment.base
         does, run, apart = _fill(rule, work)
         groups = None if does is None else _groups(rule, does, work)
@@ -103,6 +129,19 @@ class AblateRule(RuleKind):
             groups=groups,
             apart=apart,
         )
+
+
+def _beside(work: Work) -> Work:
+    """For another fill: the axes that it finds are those of the first."""
+    return replace(work, axes={name: work.axes[name] for name in work.loops})
+
+
+def _same_axes(rule: spec.Rule, own: Work, work: Work) -> None:
+    """E0108 where a fill has other positions than the first, as it is of rows that lack some."""
+    if any(work.axes.get(name) != axis for name, axis in own.axes.items()):
+        assert rule.fill is not None
+        what = f"`{rule.fills[rule.fill_index]}` beside a fill that has other positions"
+        work.diagnostics.append(NotSupported(span=rule.fill.span, what=what))
 
 
 def _fill(rule: spec.Rule, work: Work) -> tuple[Intervention | None, str, Apart | None]:

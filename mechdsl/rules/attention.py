@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_rules import BadEdit
+from mechdsl.models.adapters import adds_positions
 from mechdsl.program import spec
 from mechdsl.prompts.order_in_text import behind, by_text
 from mechdsl.prompts.prompt_table import PositionCell
@@ -66,6 +68,12 @@ class EdgeIntervention(Intervention):
             _bad_weight(rule, work, "attention can't be negative", f"this is {low:g}", self.least)
         return low >= 0
 
+    def fits(
+        self, rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
+    ) -> bool:
+        """Whether edges to hidden keys can be what they are made."""
+        return True
+
     least: ClassVar[str] = "0 takes the edge out, 1 leaves it as it is, 2 doubles it"
     """What to write instead of a negative number."""
 
@@ -100,7 +108,10 @@ class EdgeRule(RuleKind):
         causal = work.sites.shape.causal and (not work.sites.shape.stands_in or _predicts(work))
         known = not work.model.tokenizer.stands_in
         told = known or (by_text(rule.at, rule.onto) and not work.table.stands_in)
-        if causal and told and not _anything_seen(rule, queries, keys, work):
+        if does.looks_ahead:
+            if not does.fits(rule, queries, keys, work):
+                return None
+        elif causal and told and not _anything_seen(rule, queries, keys, work):
             return None
         if does.removes and causal and known and not _something_left(rule, queries, keys, work):
             return None
@@ -140,6 +151,58 @@ class ReweightRule(EdgeRule, EdgeIntervention):
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
         return amounts == 1
+
+
+@rule_kind("allow")
+class AllowRule(EdgeRule, EdgeIntervention):
+    """`allow attention … from Q to K`: the query sees the key, wherever it stands."""
+
+    change = "allow"
+    said = (
+        "allowed keys join those that a query sees, with the scores that the model gives them; "
+        "other rules act on all of these"
+    )
+    whole = True
+    looks_ahead = True
+
+    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
+        return self, None
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from super().conventions(rule, n_layers)
+        yield Convention("passes", "rows of `allow` are whole passes")
+
+    def fits(
+        self, rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
+    ) -> bool:
+        """E0108, E0332 where nothing is hidden, or scores of hidden keys aren't known."""
+        shape = work.sites.shape
+        if shape.stands_in:
+            return True
+        if adds_positions(shape.family, shape.config):
+            what = "`allow` in a model that adds positions to scores"
+            work.diagnostics.append(NotSupported(span=rule.span, what=what))
+            return False
+        if shape.causal:
+            known = not work.model.tokenizer.stands_in
+            if not known or "sliding_window" in shape.config or not _all_seen(queries, keys):
+                return True
+        assert rule.onto is not None
+        first = rule.at.span.written
+        hint = f"name keys behind their queries: `from {rule.onto.span.written} to {first}`"
+        if not shape.causal:
+            hint = "`allow` is for models in which no token sees a later one"
+        work.diagnostics.append(
+            BadEdit(
+                span=rule.onto.span,
+                reason="these keys are seen already",
+                what=f"`{first}` comes behind them"
+                if shape.causal
+                else f"every token of `{work.model.name}` sees all others",
+                hint=hint,
+            )
+        )
+        return False
 
 
 class Uniform(EdgeIntervention):
@@ -282,6 +345,17 @@ def _anything_seen(
         )
     )
     return False
+
+
+def _all_seen(queries: PositionTargets, keys: PositionTargets) -> bool:
+    """Whether no key comes behind a query, in any cell."""
+    lowest = [_outermost(cell, min) for cell in queries.written.values()]
+    highest = [_outermost(cell, max) for cell in keys.written.values()]
+    return all(
+        first is None or last is None or last <= first
+        for asking, asked in product(lowest, highest)
+        for first, last in zip(asking, asked, strict=True)
+    )
 
 
 def _outermost(cell: PositionCell, which: Callable[[list[int]], int]) -> list[int | None]:

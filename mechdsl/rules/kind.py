@@ -20,7 +20,7 @@ from mechdsl.resolve.resolved import Apart, Intervention, PositionTargets, Resol
 from mechdsl.resolve.site_targets import resolve_site, with_read_layers
 from mechdsl.resolve.targets import rule_targets
 from mechdsl.rules.checks import equally_long, even
-from mechdsl.syntax.reserved import RESERVED, RULE_WORDS
+from mechdsl.syntax.reserved import RESERVED, RULE_WORDS, SOFT_WORDS
 from mechdsl.syntax.verbs import VERBS
 
 RULES: Registry[RuleKind] = Registry("rule")
@@ -35,7 +35,8 @@ def rule_kind(words: str) -> Callable[[type[RuleKind]], type[RuleKind]]:
         if issubclass(entry, Intervention) and not hasattr(entry, "name"):
             entry.name = words
         RULES.add(words, entry())
-        VERBS.add(words, entry.takes)
+        if words not in SOFT_WORDS:  # the grammar has them
+            VERBS.add(words, entry.takes)
         return entry
 
     return register

@@ -53,6 +53,13 @@ def _experiments(plan: Plan, console: Console) -> None:
             f"{unpatched_rows(experiment):,}",
         )
     console.print(table)
+    whole = [each.experiment.name for each in planned if each.whole]
+    if whole:
+        console.print(
+            f"rows of {', '.join(dict.fromkeys(whole))} are whole passes: what is kept of "
+            "unpatched runs can't stand in them",
+            highlight=False,
+        )
     waiting = {e.experiment.name: e.experiment.stand_ins for e in planned if e.experiment.stand_ins}
     for name, others in waiting.items():
         console.print(

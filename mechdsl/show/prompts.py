@@ -127,6 +127,8 @@ def _list(groups: Iterable[tuple[int, ...]]) -> str:
 
 def _rules(experiment: ResolvedExperiment, console: Console) -> None:
     for rule in experiment.rules:
+        if rule.spec.fill_index:  # it stands there with its first fill
+            continue
         console.print(Text("  " + rule.spec.span.written, style="bold"))
         if rule.sites is not None:
             labels = list(rule.sites.labels.values())
@@ -194,7 +196,7 @@ def _control(experiment: ResolvedExperiment, console: Console) -> None:
     console.print(Text(f"  against {asked.span.written}{more}", style="bold"))
     console.print(Text(f"    {control.said}"))
     for rule in control.experiment.rules:
-        if rule.sites is None or DRAW not in rule.sites.axes:
+        if rule.sites is None or DRAW not in rule.sites.axes or rule.spec.fill_index:
             continue
         rest = (0,) * (len(rule.sites.axes) - 1)
         first = next(iter(drawn.counts.values()))

@@ -583,13 +583,23 @@ class Patch(Node):
 
 
 @record
+class Fill(Node):
+    """One of several fills of an ablation."""
+
+    fill: Expr
+    by: Name | None = None
+
+
+@record
 class Ablate(Node):
-    """`fill` is `zero`, `mean`, `resample` (a `Name`) or `mean of x` (an `OfRef`); `by` a name."""
+    """`fill` is `zero`, `mean`, `resample` (a `Name`) or `mean of x` (an `OfRef`); `by` a name;
+    with `more` behind them they are an axis."""
 
     site: Site
     at: Positions
     fill: Expr
     by: Name | None = None
+    more: tuple[Fill, ...] = ()
 
 
 @record
@@ -613,6 +623,19 @@ class Reweight(Node):
 class SetEdge(Node):
     edge: Edge
     value: Expr
+
+
+@record
+class Allow(Node):
+    edge: Edge
+
+
+@record
+class Renumber(Node):
+    """`renumber subject tokens from 5`."""
+
+    at: Positions
+    start: Expr
 
 
 @record
@@ -698,6 +721,8 @@ RuleBody = (
     | Block
     | Reweight
     | SetEdge
+    | Allow
+    | Renumber
     | SetSite
     | PathRule
     | Add

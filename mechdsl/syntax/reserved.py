@@ -31,6 +31,9 @@ EXPERIMENT_WORDS = RULE_WORDS | _words(
 )
 """First words of statements in an `experiment` or `for` block."""
 
+SOFT_WORDS = _words("allow renumber")
+"""Those that begin a statement there only before what it holds, and may name anything elsewhere."""
+
 BLOCK_WORDS = _words("experiment prompts images for corrupt")
 """First words of statements whose braces hold lines."""
 

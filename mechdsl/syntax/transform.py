@@ -539,7 +539,11 @@ class ToAst(Transformer[Token, Any]):
     with_ref = _clause("source", _second)
 
     def ablate(self, c: list[Any]) -> ast.Ablate:
-        return ast.Ablate(c[1], c[3], c[5], _clauses(c).get("by"), span=_span(c))
+        more = tuple(child for child in c if isinstance(child, ast.Fill))
+        return ast.Ablate(c[1], c[3], c[5], _clauses(c).get("by"), more, span=_span(c))
+
+    def fill(self, c: list[Any]) -> ast.Fill:
+        return ast.Fill(c[0], _clauses(c).get("by"), span=_span(c))
 
     def replace_tokens(self, c: list[Any]) -> ast.ReplaceTokens:
         return ast.ReplaceTokens(c[1], c[3], span=_span(c))
@@ -552,6 +556,12 @@ class ToAst(Transformer[Token, Any]):
 
     def set_edge(self, c: list[Any]) -> ast.SetEdge:
         return ast.SetEdge(c[1], c[3], span=_span(c))
+
+    def allow(self, c: list[Any]) -> ast.Allow:
+        return ast.Allow(c[1], span=_span(c))
+
+    def renumber(self, c: list[Any]) -> ast.Renumber:
+        return ast.Renumber(c[1], c[3], span=_span(c))
 
     def set_site(self, c: list[Any]) -> ast.SetSite:
         return ast.SetSite(c[1], c[3], c[5], span=_span(c))

@@ -30,10 +30,8 @@ def measures_fit(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Whether it has all tokens that measures name."""
     every = [atom for each in (*experiment.measures, *experiment.keep) for atom in each.atoms]
     atoms = [atom for atom in every if not atom.of_class]
-    named = (i for atom in atoms for rows in atom.texts.values() for ids in rows for i in ids)
-    numerals = (i for atom in atoms for i, _ in atom.numerals)
-    found = _all_there(named, experiment.model, "a measure")
-    return found or _all_there(numerals, experiment.model, "a measure")
+    named = (token for atom in atoms for token in atom.named)
+    return _all_there(named, experiment.model, "a measure")
 
 
 def _all_there(ids: Iterable[int], model: ModelContext, what: str) -> list[Diagnostic]:

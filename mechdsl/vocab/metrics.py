@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Takes = Literal[
     "target",
+    "any",
     "continuation",
     "numerals",
     "class",
@@ -160,6 +161,65 @@ def correct(logits: Tensor, target: Tensor) -> Tensor:
     return (logits.argmax(-1) == target).float()
 
 
+# --- of any of several texts ----------------------------------------------------------------------
+
+
+def _of_sets(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The logits of sets of tokens, -inf where a set has fewer: [row, token]."""
+    own = _wide(logits.gather(-1, ids))
+    return own.masked_fill(~mask, -math.inf)
+
+
+@metric("prob", takes="any", unit="probability")
+def prob_of_any(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The probability that one of several tokens comes next; equal ones count once.
+
+    logits: [row, vocab], at the measured position
+    ids: [row, token], the different tokens of each row, padded
+    mask: [row, token], true where there is one
+    returns: [row], 0..1, out of the whole vocabulary
+    source: Hanna et al. 2023, arXiv 2305.00586, for sets of years
+    """
+    return logprob_of_any(logits, ids, mask).exp()
+
+
+@metric("rank", takes="any", unit="rank")
+def rank_of_any(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The rank of the best of several tokens, 1 is the best.
+
+    logits: [row, vocab], at the measured position
+    ids: [row, token], the tokens of each row, padded
+    mask: [row, token], true where there is one
+    returns: [row], 1 + the number of tokens with a strictly greater logit than the best of them
+    """
+    best = _of_sets(logits, ids, mask).amax(-1, keepdim=True)
+    return (_wide(logits) > best).sum(-1).float() + 1
+
+
+@metric("correct", takes="any", unit="share")
+def correct_of_any(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Whether the most likely token is one of several accepted ones.
+
+    logits: [row, vocab], at the measured position
+    ids: [row, token], the tokens of each row, padded
+    mask: [row, token], true where there is one
+    returns: [row], 1.0 or 0.0; its mean is the accuracy
+    """
+    return ((logits.argmax(-1, keepdim=True) == ids) & mask).any(-1).float()
+
+
+@metric("logprob", takes="any", unit="nat")
+def logprob_of_any(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The log of the probability that one of several tokens comes next; equal ones count once.
+
+    logits: [row, vocab], at the measured position
+    ids: [row, token], the different tokens of each row, padded
+    mask: [row, token], true where there is one
+    returns: [row], nats, at most 0
+    """
+    return _of_sets(logits, ids, mask).logsumexp(-1) - _wide(logits).logsumexp(-1)
+
+
 # --- of a text of several tokens ----------------------------------------------------------------
 
 
@@ -180,42 +240,46 @@ def logprob(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @metric("expected", takes="numerals", unit="count", narrow=True)
-def expected(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+def expected(logits: Tensor, ids: Tensor, mask: Tensor, values: Tensor) -> Tensor:
     """The mean number under the distribution restricted to the numerals.
 
     logits: [row, vocab], at the measured position
-    ids: [numeral], token ids of the numerals, spelt as in the answer
-    values: [numeral], the numbers that they stand for
+    ids: [row, numeral], token ids of the numerals of each row, spelt as in the answer, padded
+    mask: [row, numeral], true where there is one
+    values: [row, numeral], the numbers that they stand for
     returns: [row], between the smallest and the greatest of the values
     """
-    restricted = _wide(logits.index_select(-1, ids)).softmax(-1)
+    restricted = _of_sets(logits, ids, mask).softmax(-1)
     return (restricted * values.to(restricted.dtype)).sum(-1)
 
 
 @metric("argmax", takes="numerals", unit="count", kind="category", narrow=True)
-def argmax(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+def argmax(logits: Tensor, ids: Tensor, mask: Tensor, values: Tensor) -> Tensor:
     """The most likely of the numerals.
 
     logits: [row, vocab], at the measured position
-    ids: [numeral], token ids of the numerals, spelt as in the answer
-    values: [numeral], the numbers that they stand for
-    returns: [row], one of the values
+    ids: [row, numeral], token ids of the numerals of each row, spelt as in the answer, padded
+    mask: [row, numeral], true where there is one
+    values: [row, numeral], the numbers that they stand for
+    returns: [row], one of the row's values
     """
-    return values[logits.index_select(-1, ids).argmax(-1)]
+    best = _of_sets(logits, ids, mask).argmax(-1, keepdim=True)
+    return values.gather(-1, best).squeeze(-1)
 
 
 @metric("prob", takes="numerals", unit="probability")
-def prob_of_numerals(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+def prob_of_numerals(logits: Tensor, ids: Tensor, mask: Tensor, values: Tensor) -> Tensor:
     """The probability of all numerals of the range together, out of the whole vocabulary.
 
     logits: [row, vocab], at the measured position
-    ids: [numeral], token ids of the numerals, spelt as in the answer
-    values: [numeral], the numbers that they stand for (not used)
+    ids: [row, numeral], token ids of the numerals of each row, spelt as in the answer, padded
+    mask: [row, numeral], true where there is one
+    values: [row, numeral], the numbers that they stand for (not used)
     returns: [row], 0..1
+    source: Hanna et al. 2023, arXiv 2305.00586, for ranges that differ by row
     """
     del values
-    wide = _wide(logits)
-    return (wide.index_select(-1, ids).logsumexp(-1) - wide.logsumexp(-1)).exp()
+    return prob_of_any(logits, ids, mask)
 
 
 # --- against another run ------------------------------------------------------------------------

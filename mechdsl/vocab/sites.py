@@ -288,7 +288,7 @@ SHORT_WORDS = tuple(
 """What may stand behind the point of `L3.mlp` beside the names of sites."""
 WITHIN_ATTENTION = ("q_rot", "k_rot", "scores", "pattern")
 """Sites that lie in no module: they are read and written where attention itself is computed."""
-EdgeChange = Literal["block", "reweight", "uniform", "weight"]
+EdgeChange = Literal["block", "reweight", "uniform", "weight", "allow"]
 """What attention does to the weights of edges."""
 
 

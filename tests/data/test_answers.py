@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from mechdsl.prompts.build_table import numerals, text_tokens
+from mechdsl.prompts.answers import numerals
+from mechdsl.prompts.build_table import text_tokens
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
 
@@ -156,7 +157,7 @@ class TestNumerals:
     ) -> None:
         tokenizer = every[name]
         made = table(COUNT, tokenizer)
-        found, problems = numerals(made, 1, 9, tokenizer=tokenizer)
+        found, problems = numerals(made, range(1, 10), tokenizer=tokenizer)
         assert not problems
         answers = {
             row.values["count"]: row.texts["answer"].ids[0] for row in made.runs["clean"].rows
@@ -165,22 +166,22 @@ class TestNumerals:
 
     def test_several_tokens(self, qwen: TextTokenizer) -> None:
         made = table(COUNT, qwen)
-        found, (error,) = numerals(made, 1, 12, tokenizer=qwen)
+        found, (error,) = numerals(made, range(1, 13), tokenizer=qwen)
         assert not found
         assert error.code == "E0518"
         assert error.message == "3 of the numerals 1..12 are more than one token"
 
     def test_leading_zeros(self, gpt2: TextTokenizer) -> None:
         made = table('y in ["02", "41"] template "{y}:" answer "{y}"', gpt2)
-        _, (error,) = numerals(made, 3, 3, tokenizer=gpt2)
+        _, (error,) = numerals(made, range(3, 4), tokenizer=gpt2)
         assert "`03`" in error.label_text
 
     def test_without_numbers_in_the_answers(self, words: TextTokenizer) -> None:
         made = table('w in ["fig", "plum"] template "{w}:" answer " {w}"', words)
-        found, problems = numerals(made, 0, 3, tokenizer=words)
+        found, problems = numerals(made, range(4), tokenizer=words)
         assert not problems
         assert [words.token_text(i) for i in found] == ["0", "1", "2", "3"]
 
     def test_numbers_that_are_no_word(self, words: TextTokenizer) -> None:
-        _, (error,) = numerals(table(COUNT, words), 25, 40, tokenizer=words)
+        _, (error,) = numerals(table(COUNT, words), range(25, 41), tokenizer=words)
         assert error.code == "E0519"

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.prompts.build_table import numerals, text_tokens
+from mechdsl.prompts.answers import numerals
+from mechdsl.prompts.build_table import text_tokens
 from mechdsl.prompts.position_hits import hit_texts
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PromptTable
@@ -122,7 +123,7 @@ def test_blocks(words: TextTokenizer, lines: list[str], template: str, limit: in
                 assert all(0 <= s.start <= s.end <= len(row.text) for s in row.spans)
         found, problems = text_tokens(made, metric_text("answer"), tokenizer=words)
         assert bool(found) != has_errors(problems)
-        ids, problems = numerals(made, 0, 5, tokenizer=words)
+        ids, problems = numerals(made, range(6), tokenizer=words)
         assert bool(ids) != has_errors(problems)
 
 

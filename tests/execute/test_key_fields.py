@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from mechdsl.plan.value_keys import (
 )
 from mechdsl.plan.whole_cells import whole_cells
 from mechdsl.program.python_files import PythonFunction
+from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import Noise, PositionCell, PromptTable, Run, RunRow
 from mechdsl.resolve.resolved import (
     Amounts,
@@ -57,6 +59,7 @@ EXPERIMENTS = {
     "grid": one("patch z layer 0..1 head 1 at subject token, cue token into layer 2"),
     "noised": one("patch resid_post layer 1 at subject token", ends="from clean into noised"),
     "mean": one("ablate z layer 1 head 1 at subject token, cue token with mean by cue2"),
+    "fills": one("ablate z layer 1 head 1 at subject token with zero, mean"),
     "apart": one("ablate z layer 1 head 1 at subject token with mean of apart"),
     "number": one("set z layer 1 head 1 at subject token to 0.5"),
     "loop": one("for k in 1..2 { set z layer 1 head 1 at subject token to k }"),
@@ -102,6 +105,9 @@ def prepared(name: str) -> ResolvedExperiment:
         case "python":
             found = changed(resolved("patch"), Atom, "python", lambda python: FUNCTION)
             return changed(found, Atom, "rows", lambda rows: ({"count": 1},) * 4)
+        case "sets":
+            sets = TokenSets(((5, 6), (7, 8)), (0, 0, 1, 1), ((1, 2), (3, 4)))
+            return changed(resolved("patch"), Atom, "sets", lambda _: {None: sets})
         case _:
             return resolved(name)
 
@@ -126,6 +132,10 @@ def changed(
         measure = other(measure)
     elif kind is Atom:
         measure = replace(measure, atoms=(other(measure.atoms[0]), *measure.atoms[1:]))
+    elif kind is TokenSets:
+        atom = measure.atoms[0]
+        atom = replace(atom, sets={None: other(atom.sets[None])})
+        measure = replace(measure, atoms=(atom, *measure.atoms[1:]))
     elif kind is Run:
         base = other(base)
     elif kind is Noise:
@@ -251,6 +261,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "python": ("number", lambda python: FUNCTION),
         "edge": ("edges", lambda edge: replace(edge, change="uniform")),
         "path": ("paths", lambda path: replace(path, through_mlps=True)),
+        "only": ("fills", lambda only: replace(only, index=1)),
     },
     SiteTargets: {
         "points": ("grid", lambda points: one_more(points, next_head)),
@@ -285,12 +296,18 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "form": ("patch", lambda form: replace(form, takes="nothing")),
         "texts": ("item", lambda texts: one_more(texts, lambda rows: ((9,),) * 4)),
         "of_class": ("patch", lambda of: not of),
-        "numerals": ("patch", lambda numerals: ((5, 1), (6, 2))),
+        "sets": ("sets", lambda sets: {None: replace(sets[None], of_row=(0, 1, 1, 1))}),
         "run": ("kl", lambda run: "turned"),
         "point": ("cosine", lambda point: replace(point, layer=1)),
         "python": ("python", lambda python: replace(python, digest="1" * 64)),
         "rows": ("python", lambda rows: ({"count": 9}, *rows[1:])),
+        "tokenizer": ("python", lambda tokenizer: SimpleNamespace(hash="1" * 64)),
         "own": ("loss", lambda own: {run: (9,) * len(rows) for run, rows in own.items()}),
+    },
+    TokenSets: {
+        "tokens": ("sets", lambda sets: ((*sets[0][:-1], 9), *sets[1:])),
+        "of_row": ("sets", lambda of_row: (0, 1, 1, 1)),
+        "numbers": ("sets", lambda sets: ((*sets[0][:-1], 9), *sets[1:])),
     },
     Noise: {
         "site": ("noised", lambda site: "resid_mid"),
@@ -325,6 +342,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "keys": ("edges", moved_hits),
         "key_of_cell": ("edges", turned),
         "paths": ("paths", lambda paths: replace(paths, table=next_head(paths.table))),
+        "active": ("fills", lambda active: ~active),
     },
     PathPlan: {
         "table": ("paths", next_head),
@@ -356,6 +374,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "item": "the text that it stands in is in `Atom.texts`",
     },
     Atom: {"points": "`point` is the one that is read", "axes": PLACED},
+    TokenSets: {},
     Noise: {},
     Run: {
         "name": "what rules and measures call it; what it holds goes in",
@@ -431,7 +450,7 @@ def test_another_value_has_another_key(kind: type, field: str) -> None:
     else:
         other = planned(changed(experiment, kind, field, change))
         after = keys(other)
-        if kind in (Atom, ResolvedMeasure, Noise, Run, RunRow):
+        if kind in (Atom, TokenSets, ResolvedMeasure, Noise, Run, RunRow):
             assert unpatched_keys(plan) != unpatched_keys(other)
     both = before.keys() & after.keys()
     assert both

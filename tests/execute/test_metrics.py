@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -46,6 +46,8 @@ prompts p {
   wrong " {b}"
   text likely = " {guess}"
   text several = " {tail}"
+  about = [n - 1, n, n + 3]
+  accepted = list(" {w}", from: words)
   corrupt longer { words = more  cue = cue2  n = m }
 }
 metric ld = logit(answer) - logit(wrong)
@@ -202,6 +204,21 @@ def answer(ran: Ran) -> str:
     return str(ran.record["n"])
 
 
+def in_set(ran: Ran, words: Iterable[int | str]) -> float:
+    return float(sum(share(at_end(ran))[ID[str(word)]] for word in set(map(str, words))))
+
+
+def mean_of(ran: Ran, numbers: Iterable[int]) -> float:
+    own = list(numbers)
+    restricted = share(at_end(ran)[[ID[str(n)] for n in own]])
+    return float(restricted @ np.array(own))
+
+
+def about(ran: Ran) -> list[int]:
+    n = ran.record["n"]
+    return [n - 1, n, n + 3]
+
+
 MEASURES: Mapping[str, Callable[[Ran], float]] = {
     "logit(answer)": lambda r: at_end(r)[ID[answer(r)]],
     'logit("w7")': lambda r: at_end(r)[ID["w7"]],
@@ -222,6 +239,27 @@ MEASURES: Mapping[str, Callable[[Ran], float]] = {
     "correct(likely)": lambda r: float(at_end(r).argmax() == ID[r.record["guess"]]),
     "expected(1..9)": lambda r: float(share(numerals(r)) @ np.array(NUMERALS)),
     "argmax(1..9)": lambda r: float(numerals(r).argmax() + 1),
+    "prob(n + 1..9)": lambda r: in_set(r, range(r.record["n"] + 1, 10)),
+    "prob(1..n) - prob(n + 1..9)": lambda r: (
+        in_set(r, range(1, r.record["n"] + 1)) - in_set(r, range(r.record["n"] + 1, 10))
+    ),
+    "prob(1..2, n + 1..9)": lambda r: in_set(r, {1, 2, *range(r.record["n"] + 1, 10)}),
+    "prob(about)": lambda r: in_set(r, about(r)),
+    "prob(answer, wrong, answer)": lambda r: in_set(r, [answer(r), r.record["b"]]),
+    'prob([n, " w7"], accepted, accepted of longer)': lambda r: in_set(
+        r, {r.record["n"], "w7", *r.record["words"], *r.record["more"]}
+    ),
+    "logprob(answer, wrong)": lambda r: float(np.log(in_set(r, [answer(r), r.record["b"]]))),
+    "rank(answer, wrong)": lambda r: min(rank_of(r, answer(r)), rank_of(r, r.record["b"])),
+    "correct(answer, likely)": lambda r: float(
+        at_end(r).argmax() in (ID[answer(r)], ID[r.record["guess"]])
+    ),
+    "expected(n - 1..n + 2)": lambda r: mean_of(r, range(r.record["n"] - 1, r.record["n"] + 3)),
+    "expected(about)": lambda r: mean_of(r, about(r)),
+    "argmax(about)": lambda r: max(about(r), key=lambda n: at_end(r)[ID[str(n)]]),
+    "prob(n + 1..9) at subject token": lambda r: float(
+        sum(share(at_subject(r))[ID[str(n)]] for n in range(r.record["n"] + 1, 10))
+    ),
     "kl(clean)": lambda r: kl(at_end(r.reference("clean")), at_end(r)),
     "kl(longer)": lambda r: kl(at_end(r.reference("longer")), at_end(r)),
     "js(clean)": lambda r: js(at_end(r.reference("clean")), at_end(r)),
@@ -371,12 +409,13 @@ def test_most_metrics_are_changed_by_the_patch() -> None:
         base, _, patched = expected("gpt2", metric)
         if np.abs(patched - base).max() <= 10 * ABSOLUTE:
             still.append(metric)
-    assert set(still) <= {"correct"}, still
+    assert set(still) <= {"correct", "argmax(about)"}, still
 
 
 def test_correct_is_sometimes_true_and_sometimes_not() -> None:
-    base, source, _ = expected("gpt2", "correct(likely)")
-    assert set(base) | set(source) == {0.0, 1.0}
+    for metric in ("correct(likely)", "correct(answer, likely)"):
+        base, source, _ = expected("gpt2", metric)
+        assert set(base) | set(source) == {0.0, 1.0}
 
 
 def test_categories_show_the_commonest_its_share_and_the_mean_error(shared: Path) -> None:

@@ -173,6 +173,7 @@ def reading(read: Readout, logits: torch.Tensor) -> Reading:
     """Every row is the first prompt's, read at one spot, and its reference too."""
     rows = len(logits)
     return Reading(
+        run="clean",
         prompts=np.zeros(rows, dtype=np.int64),
         items=[None] * rows,
         logits=logits[:, None],

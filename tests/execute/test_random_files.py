@@ -76,6 +76,8 @@ MEASURES = (
     "measure logprob(answer) as delta",
     'measure logprob("w3 w9 w1") as delta',
     "measure kl(clean) as raw",
+    "measure prob(answer, wrong) as delta",
+    'measure rank(answer, ["w7", wrong]) as raw',
     "measure entropy as delta",
     "measure logit(answer) at subject token as delta",
     "measure cosine(L1.resid, clean) at subject token as raw",
@@ -134,7 +136,10 @@ def rules(draw: Any, *, swept: bool) -> str:
     """Any rule but a path."""
     verb = draw(
         st.sampled_from(
-            ["patch", "patch", "onto", "into", "ablate", "swap", "freeze", "set", "edge", "observe"]
+            [
+                *("patch", "patch", "onto", "into", "ablate", "swap", "freeze", "set", "edge"),
+                *("observe", "allow", "renumber"),
+            ]
         )
     )
     if verb == "edge":
@@ -144,6 +149,12 @@ def rules(draw: Any, *, swept: bool) -> str:
             )
         )
         return what.format(draw(edges(swept=swept)))
+    if verb == "allow":
+        back = draw(st.sampled_from(["tokens *", "first token", "first-item token"]))
+        where = draw(st.sampled_from(["layers *", "layer 1", "layers 0..1 head 1", "few"]))
+        return f"allow attention {where} from {back} to {draw(positions(swept=swept))}"
+    if verb == "renumber":
+        return f"renumber {draw(positions(swept=swept))} from {draw(st.integers(0, 40))}"
     if verb == "observe":
         return f"observe {draw(edges(swept=swept))}"
     site, at = draw(sites(swept=swept)), draw(positions(swept=swept))
@@ -153,7 +164,8 @@ def rules(draw: Any, *, swept: bool) -> str:
         case "into":
             return f"patch {site} at {at} into layer {draw(st.integers(0, LAYERS - 1))}"
         case "ablate":
-            fill = draw(st.sampled_from(["zero", "mean", "resample", "mean of turned"]))
+            kinds = ["zero", "mean", "resample", "mean of turned"]
+            fill = draw(st.sampled_from([*kinds, *(["zero, mean, resample"] if swept else [])]))
             return f"ablate {site} at {at} with {fill}"
         case "swap":
             return f"swap {site} at {at} with {draw(st.sampled_from(ONE))}"

@@ -170,7 +170,9 @@ _file(
     'metric margin = python("functions.py:margin")',
     "A function of a Python file, called as `margin(logits, rows)`: the logits where the measure "
     "is read, [row, vocab], and the values of each row. It gives one number per row, and runs with "
-    "`--allow-python` only; the file's hash is kept.",
+    "`--allow-python` only; the file's hash is kept. With a third argument, or one called "
+    "`tokenizer`, it is given the model's, a `tokenizers.Tokenizer`: "
+    '`tokenizer.encode(" yes", add_special_tokens=False).ids`.',
     "tests/python_files/test_python_files.py",
 )
 _file(
@@ -520,6 +522,14 @@ _rule(
     "tests/rules/test_whole_cells.py",
 )
 _rule(
+    "several fills",
+    "ablate layer * head * at last token with zero, mean, mean of fewer by count, resample",
+    "Fills in a list are an axis, `fill`, named as they are written: each cell is what the rule is "
+    "with that fill alone.",
+    OWN,
+    "tests/rules/test_fills.py",
+)
+_rule(
     "block attention",
     "block attention layer * window 3 from last token to fruits tokens",
     "The queries may not attend to the keys: their scores are −∞ before the softmax, the rest, "
@@ -548,6 +558,24 @@ _rule(
     "The weight that the visible keys have together is spread evenly over them.",
     OWN,
     _EDGES,
+)
+_rule(
+    "allow attention",
+    "allow attention layers * from first-item token to last-item token",
+    "The queries see these keys too, later ones or those behind a window, with the scores that the "
+    "model gives them; the softmax goes over all that is seen then. Other rules on edges act on "
+    "the enlarged set. Rows are whole passes. Not where positions are added to scores (ALiBi).",
+    "Wang et al. 2024, arXiv 2407.01100",
+    "tests/rules/test_allowed.py",
+)
+_rule(
+    "renumber",
+    "renumber last-item token from 5",
+    "These tokens get the position ids 5, 6, …, in their order in the text; a prompt's first token "
+    "has 0. All others keep theirs, and what a token sees goes by its place as before. Rows are "
+    "whole passes. Not where the model counts by itself, or adds positions to scores.",
+    "Wang et al. 2024, arXiv 2407.01100",
+    "tests/rules/test_allowed.py",
 )
 _rule(
     "path",
@@ -723,6 +751,25 @@ _experiment(
     "A metric, the position that it is read at (the last token where there is none) and the "
     "effect. Metrics are expressions of the metrics below. Two that differ by the position alone "
     "have it in their names: `prob(answer) at item 1 token`.",
+    "tests/execute/test_metrics.py",
+)
+_experiment(
+    "answers that differ by row",
+    "measure prob(count + 1..12) as raw",
+    "The bounds of numerals are worked out in each row (greater-than: `prob(label + 1..99, "
+    "digits: 2)`), and so are lists: `prob([count, count + 2])`, `expected(around)` where `around` "
+    "is a value that is a list. Numerals are spelt as in `answer`, with as many `digits` as are "
+    "asked for; a row without any is an error.",
+    "tests/execute/test_metrics.py",
+    "Hanna et al. 2023, arXiv 2305.00586",
+)
+_experiment(
+    "any of several answers",
+    "measure correct(answer, answer of fewer) as raw",
+    "`correct`, `prob`, `logprob` and `rank` take several texts of one token each: whether the "
+    "best token is one of them, the sum of their probabilities, its logarithm, the best rank. A "
+    'value that is a list stands for its entries: `accepted = list(" {alias}", from: aliases)`, '
+    "then `correct(accepted)`. Equal tokens count once.",
     "tests/execute/test_metrics.py",
 )
 _experiment(

@@ -238,6 +238,7 @@ SITE_SOURCES = {
 METRIC_EXAMPLES: dict[Takes, str] = {
     "target": "{}(answer)",
     "continuation": "{}(answer)",
+    "any": "{}(answer, wrong)",
     "numerals": "{}(1..9)",
     "class": "{}(class answer)",
     "label": "{}(class answer)",

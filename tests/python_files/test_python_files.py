@@ -174,6 +174,46 @@ def own(logits, rows):
 
 
 @pytest.mark.parametrize(
+    ("takes", "called"),
+    [
+        ("logits, rows, tok", "tok"),
+        ("logits, rows, tok, more=3", "tok"),
+        ("logits, rows, tokenizer=None", "tokenizer"),
+        ("logits, rows, more=3, tokenizer=None", "tokenizer"),
+        ("logits, rows, *, tokenizer", "tokenizer"),
+        ("logits, rows, *, tokenizer=None, more=3", "tokenizer"),
+        ("logits, rows, tokenizer, /", "tokenizer"),
+        ("logits, rows, tokenizer=None, /", "tokenizer"),
+    ],
+)
+def test_a_metric_is_given_the_tokenizer(takes: str, called: str, tmp_path: Path) -> None:
+    """By its number or by its name; what it does to it changes nothing elsewhere."""
+    code = f"""
+def own({takes}):
+    {called}.enable_truncation(1)
+    {called}.no_truncation()
+    three, four = {called}.encode(" 3 4", add_special_tokens=False).ids[-2:]
+    assert {called}.token_to_id("4") == four
+    {called}.enable_truncation(1)
+    return logits[:, three] - logits[:, four]
+"""
+    text = METRIC.replace("logit(answer)", 'logit(" 3") - logit(" 4")')
+    found = mechdsl.run(write(tmp_path, text, code), allow_python=True)["heads"]
+    own, written = found.measures
+    assert own.patched == pytest.approx(written.patched, rel=1e-5, abs=1e-5)
+    assert abs(own.patched).min() > 0.01
+
+
+def test_metrics_of_two_arguments_stay_as_they_are(tmp_path: Path) -> None:
+    """An argument that it can do without is left to it."""
+    code = "def own(logits, rows, scale=2.0, *more):\n    return logits[:, 0] * scale\n"
+    found = mechdsl.run(write(tmp_path, METRIC, code), allow_python=True)["heads"]
+    plain = "def own(*given):\n    return 2.0 * given[0][:, 0] * (len(given) == 2)\n"
+    again = mechdsl.run(write(tmp_path, METRIC, plain), allow_python=True)["heads"]
+    assert np.array_equal(found.measures[0].patched, again.measures[0].patched)
+
+
+@pytest.mark.parametrize(
     "given",
     [
         "[float(x[0]) for x in logits]",
@@ -379,7 +419,10 @@ def test_what_is_not_checked_is_said(tmp_path: Path, command: Command) -> None:
     ("code", "reason"),
     [
         ("def own(logits):\n    return 0\n", "takes 1 argument, and is called with 2"),
-        ("def own(a, b, c):\n    return 0\n", "takes 3 arguments"),
+        ("def own(a, b, c, d):\n    return 0\n", "takes 4 arguments"),
+        ("def own(logits, tokenizer):\n    return 0\n", "in the place of the logits or the rows"),
+        ("def own(logits, *, tokenizer):\n    return 0\n", "takes 1 argument"),
+        ("def own(a, b, *, tokenizer, c):\n    return 0\n", "must be given by name"),
         ("def own(a, b, *, c):\n    return 0\n", "must be given by name"),
         ("own = 3\n", "defines no function `own`"),
         ("async def own(a, b):\n    return 0\n", "defines no function `own`"),

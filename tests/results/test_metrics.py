@@ -62,14 +62,30 @@ def test_logprob_sums_the_tokens_of_the_mask() -> None:
 
 
 def test_numerals(logits: torch.Tensor) -> None:
-    ids, numbers = torch.tensor([4, 9, 2, 17]), torch.tensor([1, 2, 3, 4])
-    p = softmax(logits)[:, ids]
+    """Each row has its own; behind its end something stands that doesn't count."""
+    ids = torch.tensor([4, 9, 2, 17]).expand(ROWS, -1)
+    numbers = torch.tensor([1, 2, 3, 4]).expand(ROWS, -1)
+    mask = torch.arange(4)[None] < torch.tensor([4, 2, 1, 3, 4, 1, 2])[:, None]
+    p = softmax(logits)[:, ids[0]] * mask.numpy()
     expected = (p * numbers.numpy()).sum(1) / p.sum(1)
-    assert values("expected", "numerals", logits, ids, numbers) == pytest.approx(expected, rel=1e-5)
-    best = numbers.numpy()[p.argmax(1)]
-    assert values("argmax", "numerals", logits, ids, numbers).tolist() == best.tolist()
+    given = (logits, ids, mask, numbers)
+    assert values("expected", "numerals", *given) == pytest.approx(expected, rel=1e-5)
+    best = numbers.numpy()[0][p.argmax(1)]
+    assert values("argmax", "numerals", *given).tolist() == best.tolist()
     assert METRICS["argmax"].forms["numerals"].kind == "category"
-    assert values("prob", "numerals", logits, ids, numbers) == pytest.approx(p.sum(1), rel=1e-5)
+    assert values("prob", "numerals", *given) == pytest.approx(p.sum(1), rel=1e-5)
+    assert values("prob", "any", *given[:3]) == pytest.approx(p.sum(1), rel=1e-5)
+    assert values("logprob", "any", *given[:3]) == pytest.approx(np.log(p.sum(1)), abs=1e-5)
+    ranks = (logits[:, None] > logits.gather(1, ids)[:, :, None]).sum(-1) + 1
+    ranks = ranks.masked_fill(~mask, VOCAB + 1).amin(-1)
+    assert values("rank", "any", *given[:3]).tolist() == ranks.tolist()
+    top = logits.argmax(-1)
+    at = torch.arange(ROWS) % 4
+    ids = ids.scatter(1, at[:, None], top[:, None])
+    best = zip(top.tolist(), ids.tolist(), mask.sum(1).tolist(), strict=True)
+    right = [float(token in own[:count]) for token, own, count in best]
+    assert {0.0, 1.0} == set(right)
+    assert values("correct", "any", logits, ids, mask).tolist() == right
 
 
 def test_divergences(logits: torch.Tensor) -> None:

@@ -112,6 +112,7 @@ def readout(*measures: str) -> Readout:
 def bounds(read: Readout, logits: torch.Tensor, relative: float) -> list[float]:
     """Per measure, how far rounding may move what it reads off logits, [1, vocab]."""
     reading = Reading(
+        run="clean",
         prompts=np.zeros(1, dtype=np.int64),
         items=[None],
         logits=logits[:, None],
@@ -146,6 +147,7 @@ def test_a_logit_near_0_moves_as_far_as_the_largest_that_was_not_asked_for() -> 
     logits[0, tokens] = torch.tensor([0.01, -0.02], dtype=torch.float64)
     logits[0, next(n for n in range(120) if n not in tokens)] = -40.0
     few = Reading(
+        run="clean",
         prompts=np.zeros(1, dtype=np.int64),
         items=[None],
         logits=logits[:, None, tokens],
@@ -195,10 +197,27 @@ def test_what_rounding_does_to_ranks_and_shares() -> None:
     assert found(5.0, 5.0) == [1, 1, 0.5]  # a tie
 
 
+def test_what_rounding_does_to_any_of_several() -> None:
+    """Accepted tokens may change places with each other, which changes nothing."""
+    read = readout('rank(answer, " 3")', 'correct(answer, " 3")')
+    one, two = read.atoms[0][1].sets[None].of(0)
+    rival = next(token for token in range(120) if token not in (one, two))
+
+    def found(first: float, second: float, other: float) -> list[float]:
+        logits = torch.full((1, 120), -10.0, dtype=torch.float64)
+        logits[0, [one, two, rival]] = torch.tensor([first, second, other], dtype=torch.float64)
+        return bounds(read, logits, 1e-3)
+
+    assert found(5.0, 4.99, 4.0) == [0, 0]
+    assert found(5.0, 4.0, 4.01) == [0, 0]
+    assert found(4.0, 5.0, 5.01) == [1, 1]
+    assert found(4.0, 5.0, 5.03) == [0, 0]
+
+
 def test_what_rounding_does_to_a_category() -> None:
     """Where the two best of the numerals are close, the other one may be found."""
     read = readout("argmax(1..9)", "argmax(3..3)", "expected(1..9)")
-    tokens = [token for token, _ in read.atoms[0][1].numerals]
+    tokens = read.atoms[0][1].sets[None].of(0)
 
     def found(best: float, second: float) -> list[float]:
         logits = torch.full((1, 120), -10.0, dtype=torch.float64)

@@ -193,9 +193,10 @@ def _rule(node: Any) -> str | None:
                 + _of("with", node.source, ref)
             )
         case ast.Ablate():
-            fill = within(node.fill, SUM)
-            by = _of("by", node.by, _id)
-            return f"ablate {site(node.site)} at {positions(node.at)} with {fill}{by}"
+            fills = ", ".join(
+                within(each.fill, SUM) + _of("by", each.by, _id) for each in (node, *node.more)
+            )
+            return f"ablate {site(node.site)} at {positions(node.at)} with {fills}"
         case ast.ReplaceTokens():
             return f"replace {positions(node.at)} with {within(node.value, SUM)}"
         case ast.Block():
@@ -204,6 +205,10 @@ def _rule(node: Any) -> str | None:
             return f"reweight {edge(node.edge)} by {within(node.factor, SUM)}"
         case ast.SetEdge():
             return f"set {edge(node.edge)} to {within(node.value, SUM)}"
+        case ast.Allow():
+            return f"allow {edge(node.edge)}"
+        case ast.Renumber():
+            return f"renumber {positions(node.at)} from {within(node.start, SUM)}"
         case ast.SetSite():
             return f"set {site(node.site)} at {positions(node.at)} to {within(node.value, SUM)}"
         case ast.PathRule():

@@ -272,6 +272,8 @@ HINTS: tuple[Hint, ...] = (
         "the text ends at this quote: name the value on a line of its own, `x = …`, and write "
         "that name in the text",
     ),
+    Hint(r"", r"allow\s", "write `allow attention layers * from QUERIES to KEYS`"),
+    Hint(r"", r"renumber\s", "write `renumber subject tokens from 5`"),
     Hint(r"^$", r"in\s+(\w+)", "the name comes first: `{0} in …`"),
     Hint(r"^$", r"python\b", "say which value it makes: `count = python(…)`"),
     Hint(r"^$", r"apply\b", "write `set SITE at POSITION to python(…)`"),

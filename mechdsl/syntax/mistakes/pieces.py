@@ -16,6 +16,7 @@ from mechdsl.syntax.reserved import (
     CLAUSE_WORDS,
     DATA_WORDS,
     EXPERIMENT_WORDS,
+    SOFT_WORDS,
     TOP_WORDS,
 )
 from mechdsl.syntax.scan import STRING
@@ -58,8 +59,9 @@ WORDS: Mapping[str, Set[str]] = {
 
 
 def first_words(kind: str) -> Set[str]:
-    """The same, with the verbs of rules that were registered from outside."""
-    return WORDS[kind] | frozenset(VERBS) if kind == "experiment_lines" else WORDS[kind]
+    """The same, with soft words and the verbs of rules that were registered from outside."""
+    own = WORDS[kind]
+    return own | SOFT_WORDS | frozenset(VERBS) if kind == "experiment_lines" else own
 
 
 INSIDE = {

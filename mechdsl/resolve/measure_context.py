@@ -1,0 +1,80 @@
+"""What measures of one experiment are resolved against, and how they are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e05_data import MultiTokenText
+from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
+from mechdsl.prompts.prompt_table import PromptTable, TextTokens
+from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.resolve.coordinates import SiteContext
+from mechdsl.resolve.resolved import Env
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+
+LITERAL_ENV = "item.index"
+
+
+@dataclass
+class MeasureContext:
+    """What measures of one experiment are resolved against."""
+
+    table: PromptTable
+    tokenizer: TextTokenizer
+    sites: SiteContext
+    items: tuple[int, ...]
+    """Occurrences that the position axis runs over; empty where it runs over none."""
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    at: ast.Position | None = None
+    """Where the measure in work is read; None is the last token."""
+    observes: bool = False
+    """Whether the experiment observes attention."""
+    metrics: Collection[str] = ()
+    """Names of the metrics that the file defines."""
+    loop_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Of the `for` variables that measures name, in the cells in work."""
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        return self.sites.parameters
+
+
+def refuse(
+    context: MeasureContext, span: Span, reason: str, hint: str, of: Span | None = None
+) -> None:
+    """E0612 at a span; `of` is the whole metric, where the span is a part of it."""
+    context.diagnostics.append(
+        UnreadableMeasure(span=span, text=(of or span).written, reason=reason, hint=hint)
+    )
+
+
+def environments(parts: Sequence[object], context: MeasureContext) -> Sequence[Env] | None:
+    """The occurrences that what is named hangs on; E0612 where the experiment has none."""
+    by_item = [
+        node
+        for part in parts
+        for node in walk(part)
+        if (isinstance(node, ast.String) and LITERAL_ENV in node.value)
+        or (isinstance(node, ast.Attribute) and f"{node.name}.{node.attribute}" == LITERAL_ENV)
+    ]
+    if not by_item:
+        return (None,)
+    if context.items:
+        return context.items
+    refuse(
+        context,
+        by_item[0].span,
+        "`{item.index}` needs a sweep over occurrences",
+        "sweep over them: `at each item token`",
+    )
+    return None
+
+
+def multi_token(text: ast.Node, name: str, long: TextTokens, context: MeasureContext) -> Diagnostic:
+    pieces = " ".join(f"`{context.tokenizer.token_text(i)}`" for i in long.ids)
+    return MultiTokenText(span=text.span, text=long.text, tokens=pieces, metric=name)

@@ -1,0 +1,120 @@
+"""Sets of answers that differ from row to row: what is refused, and what is told."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.pipeline.compute import run_source
+from mechdsl.validate.check_file import check_source
+
+FILE = """mech 1
+model toy = zoo("counting")
+prompts fruit {{
+  count in 2..6
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  around = [count - 1, count, count + 1]
+  words = list(" {{item}}", 2)
+  template "Part 1: {{fruits}} Count 1:"
+  answer " {{count}}"
+  wrong " {{count - 1}}"
+  corrupt fewer {{ count = count - 1 }}
+}}
+experiment e {{
+  prompts fruit limit 5
+  measure {} as raw
+}}
+"""
+REFUSED = {
+    "prob(count + 3..5)": ("E0503", "7..5 has no numerals", "in the row with count = 4"),
+    "prob(9..count - 1)": ("E0503", "has no numerals", "in the row with count = "),
+    "prob(count / 2..9)": ("E0503", "1.5 is not a whole number", "in the row with count = 3"),
+    "prob(count..20000)": ("E0503", "numerals are more than 10,000", "in the row with count = "),
+    "prob(count..x)": ("E0501", "no value or column `x`", ""),
+    "prob(9..1)": ("E0612", "the smaller one first", ""),
+    "prob([0.5])": ("E0503", "0.5 in it is no text", ""),
+    "prob(count)": ("E0503", "it is a value, 4, and no text", ""),
+    "expected(words)": ("E0612", "not all of it are whole numbers", ""),
+    "expected(answer)": ("E0612", "its argument doesn't fit", ""),
+    "prob(answer, digits: 2)": ("E0612", "`digits` is for numerals", ""),
+    "prob(0..9, digits: 0)": ("E0612", "`digits` must be a whole number from 1", ""),
+    "prob(digits: 2)": ("E0612", "its argument doesn't fit", ""),
+    "prob(0..count, digits: 2)": ("E0519", "` 00`", ""),
+    "logit(answer, wrong)": ("E0612", "it takes 1 argument, not 2", ""),
+    "kl(clean, answer)": ("E0612", "it takes 1 argument, not 2", ""),
+    "prob(class answer, wrong)": ("E0612", "can't be one of several", ""),
+    'logprob(answer, " plum fig")': ("E0612", "texts of several are read one by one", ""),
+    'prob(answer, " plum fig")': ("E0507", "needs a text of one token", ""),
+    'correct(" {item.index}", answer)': ("E0612", "needs a sweep over occurrences", ""),
+    "prob(item.index..9)": ("E0612", "needs a sweep over occurrences", ""),
+    "prob(answr, wrong)": ("E0516", "`answr`", ""),
+}
+
+
+def problems(text: str) -> list[Diagnostic]:
+    return [d for d in check_source(Source(text)).diagnostics if d.severity == "error"]
+
+
+@pytest.mark.parametrize("measure", REFUSED)
+def test_what_is_refused(measure: str) -> None:
+    code, reason, label = REFUSED[measure]
+    (found,) = problems(FILE.format(measure))
+    assert found.code == code
+    assert reason in found.message
+    assert label in found.label_text
+
+
+@pytest.mark.parametrize("measure", ["prob(label + 1..99)", "correct(aliases)", "prob(a..b, [c])"])
+def test_nothing_is_claimed_of_data_that_is_not_there(measure: str) -> None:
+    """Only that the file can't be read: any column may hold a list or a number."""
+    text = """mech 1
+model toy = zoo("counting")
+prompts years {{
+  rows "missing.csv"
+  template "{{clean}}"
+}}
+experiment e {{
+  prompts years
+  measure {} as raw
+}}
+"""
+    assert [d.code for d in problems(text.format(measure))] == ["E0504"]
+
+
+def test_what_is_told_of_the_sets() -> None:
+    text = FILE.format("prob(count + 1..9) as raw\n  measure correct(answer, wrong, answer)")
+    ran, found = run_source(Source(text))
+    assert ran is not None, found
+    assert ran.experiments[0].conventions["answer sets"] == (
+        "`prob(count + 1..9)` over 3 to 7 numerals in a row (`3` to `9`); "
+        "`correct(answer, wrong, answer)` over 2 tokens in a row; equal tokens count once"
+    )
+
+
+@pytest.mark.skipif("MECHDSL_DATA" not in os.environ, reason="no published data")
+def test_years_are_written_with_two_digits(tmp_path: Path) -> None:
+    """Greater-than: every row accepts the years behind its own, and rejects all others."""
+    data = Path(os.environ["MECHDSL_DATA"]) / "greater_than.csv"
+    (tmp_path / "years.csv").write_bytes(data.read_bytes())
+    path = tmp_path / "years.mech"
+    text = """mech 1
+model gpt2 = hf("openai-community/gpt2")
+prompts years {
+  rows "years.csv"
+  template "{clean}"
+  answer "{label + 1}"
+  where label < 99
+}
+experiment e {
+  prompts years limit 20
+  measure prob(label + 1..99, digits: 2) - prob(0..label, digits: 2) as raw
+}
+"""
+    path.write_text(text, encoding="utf-8")
+    checked = check_source(Source(text, path))
+    assert not [d for d in checked.diagnostics if d.severity == "error"]
