@@ -52,10 +52,10 @@ def _about(text: str) -> str:
 
 
 def _copy(origin: Path, folder: Path) -> int:
-    """Copy what isn't there."""
+    """Copy what isn't there, with the data that the files read."""
     there: list[Path] = []
     copied = 0
-    for path in sorted(origin.rglob("*.mech")):
+    for path in sorted(each for each in origin.rglob("*") if each.is_file()):
         target = folder / path.relative_to(origin)
         if os.path.lexists(target):
             there.append(target)

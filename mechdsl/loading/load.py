@@ -42,6 +42,7 @@ from mechdsl.models.locate import locate, needed, weight_files
 from mechdsl.models.shape import ModelShape, read_config, read_shape, shape_from_config, shape_of
 from mechdsl.program import spec
 from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.zoo import zoo_models
 
 _DTYPES = {
     "float32": torch.float32,

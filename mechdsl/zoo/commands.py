@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -51,7 +52,7 @@ def save(
 ) -> None:
     """Writes configuration, weights (safetensors, in that precision) and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(dtype).save_pretrained(folder)
+    cast(Any, model).to(dtype).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # is written for its owner only
     (folder / "generation_config.json").unlink(missing_ok=True)  # nothing in it but defaults
     save_tokenizer(folder)

@@ -128,9 +128,7 @@ def fit(
         each_step(step)
         logits: Tensor = model(input_ids=batch.ids, use_cache=False).logits
         known = batch.labels >= 0
-        losses = nn.functional.cross_entropy(
-            logits[known], batch.labels[known], reduction="none"
-        )
+        losses = nn.functional.cross_entropy(logits[known], batch.labels[known], reduction="none")
         weight = torch.where(batch.asked[known], 1.0, other_weight)
         loss = (losses * weight).sum() / weight.sum()
         optimizer.zero_grad()
@@ -165,8 +163,8 @@ def best_words(
             best: Tensor = model(input_ids=encoded.ids, use_cache=False).logits.argmax(-1)
         for row, text in enumerate(group):
             at = encoded.asked[row]
-            wanted = [tokenizer.id_to_token(n) for n in encoded.labels[row][at].tolist()]
-            found = [tokenizer.id_to_token(n) for n in best[row][at].tolist()]
+            wanted = [words.word_of(tokenizer, n) for n in encoded.labels[row][at].tolist()]
+            found = [words.word_of(tokenizer, n) for n in best[row][at].tolist()]
             yield text, wanted, found
 
 

@@ -1,6 +1,7 @@
 """Runs the published experiments: `python -m tests.systems [NN…] [--write]`.
 
-Prints each expectation as it goes; `--write` writes what was found to `docs/systems.md`.
+Prints each expectation as it goes; `--write` writes what was found to `docs/systems.md`, where
+rows of files that weren't run stay.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mechdsl
@@ -73,27 +74,36 @@ def outcomes(system: System) -> list[tuple[str, ExpectOutcome]]:
     return [(each.name, outcome) for each in results for outcome in each.outcomes]
 
 
+def page(rows: Mapping[str, str]) -> str:
+    """The page with these rows (file name → row), those of other files left as they are."""
+    old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    lines: list[str] = []
+    for system in systems():
+        link = f"/{system.path.name})"
+        kept = (line + "\n" for line in old.splitlines() if link in line)
+        lines.append(rows.get(system.path.name) or next(kept, ""))
+    return INTRO + "".join(lines)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status 1 where an expectation fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("numbers", nargs="*", help="by default all")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     args = parser.parse_args(arguments)
-    if args.write and args.numbers:
-        parser.error("`--write` is of all of them")
-    lines: list[str] = []
+    rows: dict[str, str] = {}
     held = True
     for system in systems():
         if args.numbers and system.number not in args.numbers:
             continue
         found = outcomes(system)
-        lines.append(row(system, found))
+        rows[system.path.name] = row(system, found)
         for name, outcome in found:
             held &= outcome.holds
             sign = "holds" if outcome.holds else "FAILS"
             print(f"{system.path.name}: {sign}  {_result(name, outcome)}", flush=True)
     if args.write:
-        PAGE.write_text(INTRO + "".join(lines), encoding="utf-8")
+        PAGE.write_text(page(rows), encoding="utf-8")
     return 0 if held else 1
 
 

@@ -1,1 +1,1 @@
-"""A small Llama-shaped decoder that knows facts about persons, reads others, and answers quizzes."""
+"""A small Llama-shaped decoder that knows facts about persons, and repeats notes."""

@@ -24,7 +24,8 @@ from mechdsl.zoo import language
 from mechdsl.zoo.language import SPECIAL, Span, Text
 
 FIRST: tuple[str, ...] = (
-    "Anna", "Karl", "Nina", "Otto", "Vera", "Hans", "Lena", "Emil", "Greta", "Felix", "Clara", "Ivan",
+    "Anna", "Karl", "Nina", "Otto", "Vera", "Hans", "Lena", "Emil", "Greta", "Felix", "Clara",
+    "Ivan",
 )  # fmt: skip
 MIDDLE: tuple[str, ...] = ("Maria", "Leo", "Rosa", "August")
 LAST: tuple[str, ...] = (
