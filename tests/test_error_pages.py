@@ -34,7 +34,7 @@ for _module in pkgutil.iter_modules(mechdsl.diagnostics.__path__):
 
 PAGES = Path(__file__).parent.parent / "docs" / "errors"
 CAUSES = {**broken.CAUSES, "W0750": left_out}
-WHILE_RUNNING = ("E0604", "E0613", "E0621", "E0622", "E0631", "W0722", "W0751", "W0762")
+WHILE_RUNNING = ("E0604", "E0613", "E0621", "E0622", "E0631", "E0641", "W0722", "W0751", "W0762")
 """Found after the unpatched runs, or by what cells have found."""
 BESIDE = {"E0231": {"W0710"}, "E0622": {"E0604"}, "W0751": {"W0722"}}
 """Codes that can't come alone."""

@@ -58,12 +58,15 @@ TRIED = _limit(500_000, "combinations that are looked at to find rows", "E0506")
 ITEMS = _limit(10_000, "items of a list", "E0506")
 TEXT = _limit(100_000, "characters of one text of a row", "E0506")
 DIGITS = _limit(300, "digits of a number that is worked out", "E0503")
+DATA_SET = _limit(2**30, "bytes of a data set of the hub", "E0506")
 DATA_DEPTH = _limit(50, "lists and objects within one another in a data file", "E0505")
 SAMPLES = _limit(10_000, "samples of noise", "E0515")
 LOOP = _limit(1_000_000, "values of a `for`", "E0322")
 CELLS = _limit(1_000_000, "cells of an experiment, or of one site", "E0323")
 NUMERALS = _limit(10_000, "numerals of a measure", "E0612")
 DRAWS = _limit(10_000, "random draws of `against`", "E0630")
+
+DIRECTION_FILE = _limit(100_000_000, "bytes of a file with a direction", "E0341")
 
 # --- a model --------------------------------------------------------------------------------------
 

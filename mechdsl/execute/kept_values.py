@@ -202,11 +202,11 @@ class KeptValues:
         self,
         plan: ExperimentPlan,
         rows: Ints,
-        donors: Ints | None,
+        donors: Mapping[int, Ints],
         cells: Mapping[int, WholeCells],
     ) -> PatchedValues:
-        """Of one experiment. rows: those that are in it. donors: [prompt] of `resample`. cells: by
-        number of the rule, of those that read whole ones."""
+        """Of one experiment. rows: those that are in it. donors, cells: by number of the rule,
+        of those that resample, or read whole cells."""
         keys = ExperimentKeys(plan, self._table, self._contents, rows, donors, cells)
         return PatchedValues(self._run, keys)
 

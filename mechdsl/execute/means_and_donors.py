@@ -1,4 +1,4 @@
-"""What rules write beside the source run: means, and donors of resamplings."""
+"""What rules write beside the source run: means, donors of resamplings, directions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.directions import FittedDirections
 from mechdsl.execute.made_of_cells import MadeOfCells
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
@@ -20,8 +21,9 @@ from mechdsl.models.shape import units, width
 from mechdsl.plan.columns import counted, prompt_lengths
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import RulePlan
+from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.prompts.seeded_draws import stable_hash
-from mechdsl.resolve.resolved import Place
+from mechdsl.resolve.resolved import Apart, Place
 from mechdsl.vocab.sites import SITES
 
 
@@ -44,12 +46,14 @@ class MeansAndDonors:
     behind: Mapping[int, Mapping[int, Means]]
     """The same with a text behind the prompts, by number of the metric that reads it; of rules that
     act on tokens behind the prompts."""
-    donors: Ints | None
-    """[prompt] the prompt whose activation replaces it, for `resample`."""
+    donors: Mapping[int, Ints]
+    """By number of the rule, [prompt] the row whose activation replaces it, for `resample`: of the
+    same block, or of the other one that the rule names."""
     made: Mapping[tuple[int, int | None], MadeOfCells] = field(
         default_factory=dict[tuple[int, int | None], MadeOfCells]
     )
     """As `made_of_cells` gives it."""
+    directions: FittedDirections = field(default_factory=FittedDirections)
 
     def made_with(self, rule: int, text: TextBehind | None) -> MadeOfCells | None:
         """What a rule writes in passes with this text behind the prompts, if it is made of whole
@@ -62,14 +66,31 @@ class MeansAndDonors:
         return self.means if text is None else {**self.means, **self.behind.get(text.number, {})}
 
 
-def donors_of(plan: ExperimentPlan, keys: Sequence[int], seed: int, kept: Ints) -> Ints | None:
-    """[prompt] whose activation replaces it, permuted over the kept rows; None without `resample`.
+def donors_of(plan: ExperimentPlan, table: PromptTable, seed: int, kept: Ints) -> dict[int, Ints]:
+    """What `MeansAndDonors` has; of the experiment's own block, a permutation of the kept rows."""
+    found: dict[int, Ints] = {}
+    for rule in plan.rules:
+        if rule.rule.does.reads == "donor":
+            apart = rule.rule.apart
+            if apart is None:
+                found[rule.number] = _donors(kept, table.row_keys, seed)
+            else:
+                found[rule.number] = _donors_of_block(table, plan.starting_runs[0], apart, seed)
+    return found
 
-    keys: [prompt] of its content.
-    """
-    if any(rule.rule.does.reads == "donor" for rule in plan.rules):
-        return _donors(kept, keys, seed)
-    return None
+
+def _donors_of_block(table: PromptTable, base: Run, apart: Apart, seed: int) -> Ints:
+    """[prompt] a row of another block, drawn by the content of the row; of other text as far as
+    there is one."""
+    keys, run = apart.table.row_keys, apart.table.runs[apart.run]
+    order = sorted(range(len(keys)), key=lambda row: (stable_hash(seed, "donor", keys[row]), row))
+    found = np.empty(len(table), dtype=np.int64)
+    for prompt, key in enumerate(table.row_keys):
+        first = stable_hash(seed, "row of a donor", key) % len(order)
+        around = [*order[first:], *order[:first]]
+        ids = base.rows[prompt].ids
+        found[prompt] = next((row for row in around if run.rows[row].ids != ids), around[0])
+    return found
 
 
 def means_of(

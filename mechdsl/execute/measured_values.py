@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +55,8 @@ class MeasuredValues:
     """Those of them that aren't even read in further rows, as their function fails."""
     gaps: dict[tuple[int, int], CellGap] = field(default_factory=dict[tuple[int, int], CellGap])
     """(number of the measure, cell) → why it has no value there; the other cells have one."""
+    lengths: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Of the directions that rules use, by name."""
     unusable: dict[int, Unusable] = field(default_factory=dict[int, Unusable])
     """Rows of the table → where they first were seen to be so."""
 

@@ -60,7 +60,8 @@ class PanelRunner(PreparedPanel):
                     self._finish(number, found.left_out, values, totals[number])
                 if len(found.known):
                     self._finish(number, found.known, found.values, totals[number])
-                    self.profile.known += len(found.known)
+                    made = plan.experiment.key in self.together
+                    self.profile.known += 0 if made else len(found.known)
                 yield (found.dropped + len(found.left_out) + len(found.known)) * plan.draws
             shared = sharer.of(rows)
             self.profile.rows += sum(len(one) for one in rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.means_and_donors import MeansAndDonors
-from mechdsl.execute.observed_attention import Look, look
+from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import frozen, held_rows, received
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
@@ -30,8 +30,8 @@ from mechdsl.execute.writes import (
     build_numbers,
     build_writes,
     pass_ends,
-    unless_set,
 )
+from mechdsl.hooks.block_exchange import BlockPairs, blocks_replaced
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -40,7 +40,7 @@ from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.columns import counted
 from mechdsl.plan.plan import ExperimentPlan, Plan
 from mechdsl.plan.restart import Held
-from mechdsl.plan.rule_rows import Rows
+from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved import Atom
@@ -72,6 +72,8 @@ class _PassRows:
     """Nothing of an unpatched run stands in them."""
     numbers: Sequence[Numbers] = ()
     """Tokens with other position ids."""
+    blocks: BlockPairs = ()
+    """Which blocks compute in the places of others."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -92,6 +94,7 @@ class _PassRows:
             held=held,
             whole=self.whole or part.whole,
             numbers=[*self.numbers, *(numbers.moved(where) for numbers in part.numbers)],
+            blocks=self.blocks or part.blocks,
         )
 
 
@@ -175,11 +178,8 @@ class Patcher:
 
     def _look(self, member: Member) -> Look | None:
         """What an `observe` line of the member's experiment looks at."""
-        rules = self.plans[member.number].rules
-        rule = next((rule for rule in rules if rule.rule.does.changes == "nothing"), None)
-        if rule is None:
-            return None
-        return look(rule, member.rows, member.at, self.model.shape)
+        rule = self.plans[member.number].observes
+        return rule and look(rule, member.rows, member.at, self.model.shape)
 
     def _pass_rows(
         self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, draws: int
@@ -226,6 +226,7 @@ class Patcher:
             writes=self._writes(number, rows, draw, batch, text),
             edges=build_edges(plan, rows, shape, text),
             numbers=build_numbers(plan, rows, text),
+            blocks=plan.replaced_blocks(int(rows.cell[0])),
             held=None if path is None else held_rows(path, len(rows)),
         )
 
@@ -240,12 +241,14 @@ class Patcher:
         """The vectors that the rows of one experiment write."""
         means_and_donors = self.means_and_donors[number]
 
-        def lanes_of(source: str, donors: bool) -> UnpatchedBatch:
-            prompts = batch
-            if donors and means_and_donors.donors is not None:
-                prompts = np.unique(means_and_donors.donors[batch])
-            atom = self._atom(number, text)
-            return self.runs.lanes(self.runs.named(source), prompts, atom, alone=donors)
+        def lanes_of(rule: RulePlan) -> UnpatchedBatch:
+            donors, apart = means_and_donors.donors.get(rule.number), rule.rule.apart
+            prompts = batch if donors is None else np.unique(donors[batch])
+            if apart is not None:
+                places = {(point.site, point.layer) for point in rule.source_table}
+                return self.runs.apart(apart.table, apart.table.runs[apart.run], prompts, places)
+            run, atom = self.runs.named(rule.rule.run), self._atom(number, text)
+            return self.runs.lanes(run, prompts, atom, alone=donors is not None)
 
         plan = self.plans[number]
         shape = self.model.shape
@@ -257,9 +260,9 @@ class Patcher:
         lanes: UnpatchedBatch,
         readouts: Sequence[Readout],
         wanted: Sequence[_Wanted],
-    ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[Tensor | None], Tensor | None]:
-        """Per member the logits at the places it wants, its activations, and the attention that
-        it observes; and which tokens."""
+    ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[Observed | None], Tensor | None]:
+        """Per member the logits at the places it wants, its activations, and what it observes; and
+        which tokens."""
         final = (
             np.concatenate([want.final[0] for want in wanted]),
             np.concatenate([want.final[1] for want in wanted]),
@@ -299,8 +302,13 @@ class Patcher:
             for readout, own in zip(readouts, parts, strict=True)
         ]
         observed = [
-            look and look.weights({r: split[r][i] for r, i in own.items()})
-            for look, own in zip((want.look for want in wanted), looks, strict=True)
+            want.look
+            and want.look.observed(
+                {r: split[r][i] for r, i in own.items()},
+                self.runs.unembedding,
+                self.runs.observed_tokens(readout, rows.batch),
+            )
+            for want, own, readout in zip(wanted, looks, readouts, strict=True)
         ]
         return list(logits.tensor_split(ends)), activations, observed, tokens
 
@@ -354,19 +362,19 @@ class Patcher:
         for numbers in rows.numbers:
             batch = batch.numbered(numbers.rows, numbers.positions, numbers.numbers)
         if rows.held is not None:
-            freezing = frozen(self.model, batch, rows.held, rows.writes, added)
-            rows = replace(rows, writes=[*freezing, *rows.writes])
+            added += frozen(self.model, batch, rows.held, rows.writes, added)
         all_logits = any(write.site == "logits" for write in rows.writes)
         slots, at = _by_row(final, len(rows), batch.lengths.cpu().numpy())
-        result = run_whole(
-            self.model,
-            batch,
-            writes=[*rows.writes, *(unless_set(write, rows.writes) for write in added)],
-            reads=list(reads),
-            logits_at=None if all_logits else torch.from_numpy(at).to(self.model.device),
-            tokens=tokens,
-            edges=rows.edges,
-        )
+        with blocks_replaced(self.model, rows.blocks):
+            result = run_whole(
+                self.model,
+                batch,
+                writes=[*added, *rows.writes],
+                reads=list(reads),
+                logits_at=None if all_logits else torch.from_numpy(at).to(self.model.device),
+                tokens=tokens,
+                edges=rows.edges,
+            )
         assert result.logits is not None
         row = torch.from_numpy(final[0]).to(result.logits.device)
         columns = torch.from_numpy(slots).to(row.device)
@@ -408,7 +416,7 @@ class _Wanted:
     count: int
     """Rows of the member."""
     look: Look | None = None
-    """The attention that it observes."""
+    """What it observes."""
 
     def spots(self, logits: Tensor) -> Tensor | None:
         """[row, spot, vocab]"""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.execute.writes import joined, unless_set
+from mechdsl.execute.writes import Part, joined
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
@@ -97,8 +97,8 @@ def received(
         vectors = values[
             torch.from_numpy(index).to(values.device), torch.from_numpy(unit).to(values.device)
         ]
-        parts = [(wanted.row[own], wanted.token[own], unit, vectors)]
-        writes.append(joined(place, parts))
+        part = Part(wanted.row[own], wanted.token[own], unit, vectors)
+        writes.append(joined(place, [part]))
     return writes
 
 
@@ -124,7 +124,7 @@ def frozen(
 ) -> list[SiteWrite]:
     """What holds every head and MLP of held rows at the base run, in a whole pass.
 
-    senders: what is written there already, which stays. noise: that of the base run.
+    senders: what is written behind it. noise: that of the base run.
     """
     shape, rows = model.shape, np.flatnonzero(held.rows)
     without_mlps = np.flatnonzero(held.rows & held.mlps)
@@ -144,8 +144,7 @@ def frozen(
         if not len(own):
             continue
         read = found[SiteRead(site, layer)]
-        write = _everywhere(read, site, layer, own, batch, lengths)
-        writes.append(unless_set(write, senders))
+        writes.append(_everywhere(read, site, layer, own, batch, lengths))
     return writes
 
 

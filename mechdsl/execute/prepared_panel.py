@@ -12,6 +12,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.accuracies import unmeasured_accuracies
+from mechdsl.execute.directions import DirectionFits, FittedDirections
 from mechdsl.execute.kept_values import KeptRun, KeptValues, PatchedValues
 from mechdsl.execute.made_of_cells import CellFailed, MadeOfCells, made_of_cells
 from mechdsl.execute.means_and_donors import MeansAndDonors, donors_of, means_of
@@ -19,6 +20,7 @@ from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.execute.no_value import function_failed, no_value
 from mechdsl.execute.not_finite import cell_words, in_run, not_finite
 from mechdsl.execute.options import PaddingSide
+from mechdsl.execute.over_rows import Together, observe_together
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.readout import Failed, Found, Readout
@@ -95,6 +97,8 @@ class PreparedPanel:
         self.batches: list[Ints] = []
         """The others."""
         self.values = kept and KeptValues.of(kept, panel, self.runs.seed)
+        self.together: dict[str, Together] = {}
+        """What is observed of all rows at once, by the key of an experiment."""
         self.patched_values: dict[str, PatchedValues] = {}
         """By the key of an experiment; without those that can't be told apart by their content."""
 
@@ -135,18 +139,37 @@ class PreparedPanel:
                 measured.refused.setdefault(number, problem)
             if len(measured.refused) == len(plan.experiment.measures):
                 self._lose(plan, *measured.refused.values())
+        directions = self._directions()
         self.running = self._sound
         for plan in self.running:
-            kept = self.measured[plan.experiment.key].kept
-            donors = donors_of(plan, self.table.row_keys, self.runs.seed, kept)
-            self.means_and_donors[plan.experiment.key] = MeansAndDonors({}, {}, donors)
-            self.whole_cells[plan.experiment.key] = self._whole_cells(plan, kept)
-            self._look_up(plan, kept, donors)
+            key = plan.experiment.key
+            kept = self.measured[key].kept
+            donors = donors_of(plan, self.table, self.runs.seed, kept)
+            self.means_and_donors[key] = MeansAndDonors({}, {}, donors, {}, directions[key])
+            self.whole_cells[key] = self._whole_cells(plan, kept)
+            together = observe_together(plan, self.runs, self.measured[key])
+            if together is None:
+                self._look_up(plan, kept, donors)
+            else:
+                self.together[key] = together
         due = self._due()
         self.batches = self._batches(due)
         self.known_batches = self._batches(np.setdiff1d(self.kept, due))
         if len(due):
             self._average()
+
+    def _directions(self) -> dict[str, FittedDirections]:
+        """Those of each experiment's rules; one with a direction that is nothing is lost."""
+        fits = DirectionFits(self.runs.model, self.runs.others, self.runs.seed, self.runs.side)
+        found: dict[str, FittedDirections] = {}
+        for plan in self._sound:
+            own, problems = fits.of(plan)
+            found[plan.experiment.key] = own
+            self.measured[plan.experiment.key].lengths = own.lengths
+            if problems:
+                self._lose(plan, *problems)
+        self.runs.passes += fits.passes
+        return found
 
     def _average(self) -> None:
         """The means that rules write, over all rows of their experiments."""
@@ -156,7 +179,8 @@ class PreparedPanel:
             batches = [own for batch in every if len(own := measured.among(batch))]
             own = self.means_and_donors[plan.experiment.key]
             means, behind = means_of(plan, self.runs, batches, readout[plan.experiment.key])
-            found = MeansAndDonors(means, behind, own.donors, self._made(plan, batches))
+            made = self._made(plan, batches)
+            found = MeansAndDonors(means, behind, own.donors, made, own.directions)
             self.means_and_donors[plan.experiment.key] = found
         self.running = self._sound
 
@@ -235,7 +259,7 @@ class PreparedPanel:
         """How far rounding may move a logit, where that is asked: of base runs."""
         return self.runs.model.rounding if run == plan.experiment.spec.base else 0.0
 
-    def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Ints | None) -> None:
+    def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Mapping[int, Ints]) -> None:
         """What there is of an experiment's patched values."""
         if self.values is None or not plan.rules:
             return
@@ -250,7 +274,8 @@ class PreparedPanel:
     def _due(self) -> Ints:
         """The prompts of which some row has to be run; all, where nothing is known."""
         if not any(found.any_earlier for found in self.patched_values.values()):
-            return self.kept if any(plan.rules for plan in self.running) else self.kept[:0]
+            run = (plan for plan in self.running if plan.experiment.key not in self.together)
+            return self.kept if any(plan.rules for plan in run) else self.kept[:0]
         due: list[Ints] = [self.kept[:0]]
         for batch in self._batches(self.kept):
             due += [self.sorted_out(plan, batch).live.prompt for plan in self.running]
@@ -377,7 +402,9 @@ class PreparedPanel:
         inert = plan.is_inert(rows)
         out = inert if self.plan.skips_inert else np.zeros_like(inert)
         live, known, values = rows.take(np.flatnonzero(~out)), Rows.none(), list[Floats]()
-        if key in self.patched_values:
+        if key in self.together:
+            known, values, live = live, self.together[key].of(live), Rows.none()
+        elif key in self.patched_values:
             there, found = self.patched_values[key].earlier(live)
             known, values = live.take(np.flatnonzero(there)), [each[there] for each in found]
             live = live.take(np.flatnonzero(~there))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.e02_python import PythonFailed
+from mechdsl.execute.observed import Observed
 from mechdsl.execute.python_metric import python_metric
 from mechdsl.execute.unpatched_batch import Spot, TextBehind, continuation_ids, spots_of
 from mechdsl.program.python_files import PythonFailure, PythonNotLoaded
@@ -38,8 +39,8 @@ class Reading:
     """Atom number → [row, 1, width] at the measured place."""
     references: Mapping[int, Tensor]
     """Atom number → [row, vocab] logits, or [row, 1, width], of the reference run."""
-    observed: Tensor | None = None
-    """[row] what `observe attention` sees; None on runs without rows."""
+    observed: Observed | None = None
+    """What an `observe` line sees; None on runs without rows."""
     tokens: Tensor | None = None
     """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
     largest: Tensor | None = None
@@ -113,17 +114,28 @@ class Readout:
     atoms: tuple[tuple[int, Atom], ...]
     """(number of its spot, atom)."""
     spots: tuple[Spot, ...]
+    looking: tuple[bool, ...]
+    """Per atom, whether it reads what is observed, and not the model's output."""
 
     @staticmethod
     def of(measures: Sequence[ResolvedMeasure]) -> Readout:
         spots = spots_of(measures)
         atoms = [(spots.index(m.at), atom) for m in measures for atom in m.atoms]
-        return Readout(tuple(measures), tuple(atoms), spots)
+        looking = [
+            m.observed or atom.form.takes == "observation" for m in measures for atom in m.atoms
+        ]
+        return Readout(tuple(measures), tuple(atoms), spots, tuple(looking))
+
+    def _of(self, looking: bool) -> tuple[Atom, ...]:
+        """The atoms that read what is observed, or the others."""
+        pairs = zip(self.atoms, self.looking, strict=True)
+        return tuple(atom for (_, atom), own in pairs if own == looking)
 
     @property
     def continuations(self) -> tuple[int, ...]:
         """Numbers of the atoms that need a pass of their own, with their text behind the prompt."""
-        return tuple(n for n, (_, atom) in enumerate(self.atoms) if any(atom.behind))
+        pairs = enumerate(zip(self.atoms, self.looking, strict=True))
+        return tuple(n for n, ((_, atom), own) in pairs if not own and any(atom.behind))
 
     @property
     def texts_behind(self) -> tuple[TextBehind, ...]:
@@ -138,18 +150,23 @@ class Readout:
     @property
     def needs_plain(self) -> bool:
         """Whether some atom is read off the prompts as they are."""
-        own = [n for n, (_, atom) in enumerate(self.atoms) if atom.form.takes != "attention"]
-        return len(self.continuations) < len(own)
+        return len(self.continuations) < len(self._of(looking=False))
 
     @property
     def narrow(self) -> bool:
         """Whether no atom needs the logits of the whole vocabulary."""
-        return all(atom.form.narrow for _, atom in self.atoms)
+        return all(atom.form.narrow for atom in self._of(looking=False))
 
-    def tokens(self, prompts: Ints) -> set[int]:
+    def observed_tokens(self, prompts: Ints) -> list[int] | None:
+        """The tokens whose logits measures read off what is observed; None for all."""
+        if not all(atom.form.narrow for atom in self._of(looking=True)):
+            return None
+        return sorted(self.tokens(prompts, looking=True))
+
+    def tokens(self, prompts: Ints, *, looking: bool = False) -> set[int]:
         """The tokens whose logits a narrow readout reads on these prompts."""
         found: set[int] = set()
-        for _, atom in self.atoms:
+        for atom in self._of(looking):
             for sets in atom.sets.values():
                 of_row = {sets.of_row[prompt] for prompt in prompts.tolist()}
                 found.update(token for number in of_row for token in sets.tokens[number])
@@ -159,7 +176,7 @@ class Readout:
 
     @property
     def loss(self) -> Atom | None:
-        return next((a for _, a in self.atoms if a.form.takes == "prompt"), None)
+        return next((a for a in self._of(looking=False) if a.form.takes == "prompt"), None)
 
     def read(self, reading: Reading, relative: float = 0.0, *, skip: Collection[int] = ()) -> Found:
         """One value per row for every measure.
@@ -206,7 +223,10 @@ class Readout:
         found: dict[Any, Floats] = {}
         for number in numbers:
             spot, atom = self.atoms[number]
-            value = _value(atom, number, spot, reading, usable)
+            if self.looking[number]:
+                value = _looked_at(atom, number, reading, usable)
+            else:
+                value = _value(atom, number, spot, reading, usable)
             found[atom.node] = value.detach().double().cpu().numpy()
         return found
 
@@ -225,6 +245,8 @@ class Readout:
         for number in numbers:
             spot, atom = self.atoms[number]
             value = values[atom.node]
+            if self.looking[number]:  # nothing is observed of runs without rows
+                continue
             error = _rounding(atom, number, spot, reading, value, relative)
             least, most = _ENDS.get(atom.form.unit, (-np.inf, np.inf))
             ways: list[Floats] = []
@@ -244,8 +266,11 @@ class Readout:
         if reading.loss is not None and reading.has_loss is not None:
             due = torch.from_numpy(reading.has_loss).to(reading.loss.device)
             found.append(reading.loss.isnan() & due)
-        if reading.observed is not None:
-            found.append(~reading.observed.isfinite())
+        seen = reading.observed
+        if seen is not None and seen.numbers is not None:
+            found.append(~seen.numbers.isfinite())
+        if seen is not None and seen.logits is not None:
+            found.append(_senseless(seen.logits, whole=seen.tokens is None))
         for number, (spot, atom) in enumerate(self.atoms):
             takes = atom.form.takes
             if takes == "activations":
@@ -253,7 +278,9 @@ class Readout:
                     found.append(~each.isfinite().flatten(1).all(-1))
             elif takes == "reference":
                 found.append(_senseless(reading.references[number], whole=True))
-            elif takes == "numerals" and atom.form.narrow and reading.logits is not None:
+            elif self.looking[number] or reading.logits is None:
+                continue
+            elif takes == "numerals" and atom.form.narrow:
                 found.append(_senseless(_own_logits(atom, reading, spot), whole=True))
         return torch.stack([one.cpu() for one in found]).any(0).numpy()
 
@@ -398,15 +425,25 @@ def _senseless(logits: Tensor, *, whole: bool) -> Tensor:
     return ~top.isfinite() if whole else top.isnan() | top.isposinf()
 
 
+def _looked_at(atom: Atom, number: int, reading: Reading, usable: Bools) -> Tensor:
+    """[row]: the atom's metric of what is observed; NaN where nothing is."""
+    seen = reading.observed
+    if seen is None:
+        return torch.full((len(reading.prompts),), torch.nan)
+    if atom.form.takes == "observation":
+        assert seen.numbers is not None
+        return seen.numbers
+    assert seen.logits is not None
+    own = replace(reading, logits=seen.logits[:, None], tokens=seen.tokens, continued={})
+    return _value(atom, number, 0, own, usable)
+
+
 def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) -> Tensor:
     """[row]: the atom's metric. E0223 as PythonFailure."""
     takes, function = atom.form.takes, atom.form.function
     if takes == "prompt":
         assert reading.loss is not None
         return reading.loss
-    if takes == "attention":
-        nothing = torch.full((len(reading.prompts),), torch.nan)
-        return nothing if reading.observed is None else reading.observed
     if takes == "activations":
         return function(reading.activations[number], reading.references[number])
     if number in reading.continued:
@@ -428,7 +465,7 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) 
             return function(logits, columns, mask, numbers)
         case "reference":
             return function(logits, reading.references[number])
-        case "nothing":
+        case "nothing" | "observation":
             return function(logits)
         case "rows":
             return python_metric(atom, logits, reading.prompts, usable)

@@ -37,12 +37,15 @@ def extent(
 def groups(
     shared: SharedRows, plan: Plan, plans: Sequence[ExperimentPlan], widths: Ints
 ) -> Iterator[tuple[Run, Ints]]:
-    """Rows that can share passes: they start from the same run, are whole passes or not, and are
-    of one cell if rows don't join. Those that end up in the same columns come together."""
+    """Rows that can share passes: they start from the same run, are whole passes or not, have the
+    same blocks, and are of one cell if rows don't join. Those that end up in the same columns come
+    together."""
     runs: list[Run] = []
     start = np.zeros(len(shared), dtype=np.int64)
     draws = np.zeros(len(shared), dtype=np.int64)
     whole = np.zeros(len(shared), dtype=np.int64)
+    blocks = np.zeros(len(shared), dtype=np.int64)
+    numbered: dict[tuple[tuple[int, int | None], ...], int] = {}
     for number, each in enumerate(plans):
         own = np.flatnonzero(shared.owner == number)
         which = each.starting_run(shared.rows.take(own))
@@ -56,7 +59,11 @@ def groups(
             start[own] = np.array(numbers, dtype=np.int64)[which]
             draws[own] = each.draws
             whole[own] = each.whole
-    keys = [start, draws, whole]
+        cells = shared.rows.cell[own]
+        for cell in np.unique(cells).tolist():
+            pairs = each.replaced_blocks(cell)
+            blocks[own[cells == cell]] = numbered.setdefault(pairs, len(numbered))
+    keys = [start, draws, whole, blocks]
     if not plan.joins_rows:
         keys += [shared.owner, shared.rows.cell]
     _, group = np.unique(np.stack(keys), axis=1, return_inverse=True)

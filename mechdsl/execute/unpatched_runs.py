@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
+from mechdsl.packed.model_end import ModelEnd
 from mechdsl.plan.plan import ExperimentPlan, Panel, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.prompts.prompt_table import PromptTable, Run
@@ -111,12 +113,18 @@ class UnpatchedRuns:
     def apart(
         self, table: PromptTable, run: Run, prompts: Ints, places: Iterable[Place]
     ) -> UnpatchedBatch:
-        """A run of another block on rows of its own, of which these sites are read."""
+        """A run of another block on rows of its own, of which these sites are read; computed once
+        while the batch is in work."""
+        reads = frozenset(places)
+        key = (*self._key(run, prompts, None), reads)
+        if key in self._lanes:
+            return self._lanes[key]
         self.passes += 1
-        request = UnpatchedRequest(reads=frozenset(places), stop=self.model.shape.n_layers + 1)
+        request = UnpatchedRequest(reads=reads, stop=self.model.shape.n_layers + 1)
         (found,) = compute_unpatched(
             self.model, [(run, request)], prompts, table.row_keys, seed=self.seed, side=self.side
         )
+        self._lanes[key] = found
         return found
 
     def everything(
@@ -169,6 +177,8 @@ class UnpatchedRuns:
 
     def _request(self, run: Run, prompts: Ints, continuation: Atom | None) -> UnpatchedRequest:
         """What experiments need of a run."""
+        if self.panel.only_looks:  # its tokens alone
+            return UnpatchedRequest(stop=0)
         own = self._is_own(run)
         needs = self.panel.runs.get(run.name) if own else None
         packed = [plan for plan in self._starting(run) if not plan.whole]
@@ -212,6 +222,19 @@ class UnpatchedRuns:
         found = sorted(set[int]().union(*(readout.tokens(prompts) for readout in readouts)))
         return torch.tensor(found, dtype=torch.long, device=self.model.device)
 
+    def observed_tokens(self, readout: Readout, prompts: Ints) -> Tensor | None:
+        """[K] ascending: all that a readout reads of the logits that it observes; None for the
+        vocabulary."""
+        found = readout.observed_tokens(prompts)
+        if found is None:
+            return None
+        return torch.tensor(found, dtype=torch.long, device=self.model.device)
+
+    @cached_property
+    def unembedding(self) -> ModelEnd:
+        """What the model does behind its last block."""
+        return ModelEnd(self.model)
+
     def _gauge_reads(self) -> set[Place]:
         """Sites that measures compare (`cosine`)."""
         return {
@@ -233,6 +256,8 @@ class UnpatchedRuns:
     ) -> Found:
         """What is read of every prompt, draws of noise averaged; `relative` and `skip` as in
         `Readout.read`."""
+        if self.panel.only_looks:
+            return self._unseen(readout, prompts)
         plain = self.lanes(self.named(run), prompts)
         lanes = np.repeat(prompts, plain.draws)
         draws = np.tile(np.arange(plain.draws), len(prompts))
@@ -257,6 +282,13 @@ class UnpatchedRuns:
             has_loss=None if plain.loss is None else has_loss(self.named(run), lanes),
         )
         return readout.read(reading, relative, skip=skip).over_draws(plain.draws)
+
+    def _unseen(self, readout: Readout, prompts: Ints) -> Found:
+        """No value of any measure: what is observed, rows show."""
+        count = len(prompts)
+        values = [np.full(count, np.nan) for _ in readout.measures]
+        rounding = [np.zeros(count) for _ in readout.measures]
+        return Found(values, np.zeros(count, dtype=np.bool_), rounding, {}, {})
 
     def _of_spots(self, readout: Readout, found: Tensor | None) -> Tensor | None:
         """[lane, spot of the readout, ...] of [lane, spot, ...]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TypeAlias
 
 import numpy as np
@@ -17,16 +18,16 @@ from mechdsl.execute.means_and_donors import Means, MeansAndDonors
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.hooks.batch import gather
 from mechdsl.hooks.inside_attention import EdgeWrite
-from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import Mode, SiteRead, SiteWrite
 from mechdsl.models.shape import ModelShape, units, width
-from mechdsl.plan.columns import counted, each_unit, prompt_lengths, units_of
+from mechdsl.plan.columns import EVERY, counted, each_unit, prompt_lengths, units_of
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import Place
 from mechdsl.vocab.sites import SITES
 
-LanesOf: TypeAlias = Callable[[str, bool], UnpatchedBatch]
-"""(run, of the donors of a resampling) → its lanes on the current prompts."""
+LanesOf: TypeAlias = Callable[[RulePlan], UnpatchedBatch]
+"""The run that a rule reads → its lanes on the current prompts, or on their donors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +44,8 @@ class _Entries:
 
 def read_prompts(plan: RulePlan, rows: Rows, means_and_donors: MeansAndDonors) -> Ints:
     """The prompt whose activation each row reads."""
-    if plan.rule.does.reads == "donor" and means_and_donors.donors is not None:
-        return means_and_donors.donors[rows.prompt]
-    return rows.prompt
+    donors = means_and_donors.donors.get(plan.number)
+    return rows.prompt if donors is None else donors[rows.prompt]
 
 
 def readable(
@@ -153,11 +153,12 @@ def build_writes(
     shape: ModelShape,
     text: TextBehind | None = None,
 ) -> list[SiteWrite]:
-    """The writes of these rows, one per site and layer, with this text behind the prompts.
+    """The writes of these rows, with this text behind the prompts.
 
-    Where two rules write the same vector, the later one in the file stands.
+    At one site and layer they act in the order of the file, each on what those before it left;
+    where two rules set the same vector, the later one stands.
     """
-    parts: dict[Place, list[tuple[Ints, Ints, Ints, Tensor]]] = defaultdict(list)
+    parts: dict[Place, list[Part]] = defaultdict(list)
     for number, rule in enumerate(plan.rules):
         if rule.rule.does.changes != "sites":
             continue
@@ -168,7 +169,7 @@ def build_writes(
         ]
         places = sorted(set(pairs), key=str)
         place_of_point = np.array([places.index(pair) for pair in pairs], dtype=np.int64)
-        unit_of_point = units_of(rule.point_table)
+        unit_of_point, unit_of_source = units_of(rule.point_table), units_of(rule.source_table)
         own = place_of_point[entries.point]
         for index in np.unique(own):
             to, of = places[index]
@@ -176,13 +177,15 @@ def build_writes(
             unit = unit_of_point[entries.point[chosen]]
             again, unit = each_unit(unit, units(shape, *to))
             chosen = chosen[again]
+            read = unit_of_source[entries.point[chosen]]
+            read = np.where(read == EVERY, unit, read)
             asked = _Vectors(
                 rule,
                 number,
                 of,
                 entries,
                 chosen,
-                unit,
+                read,
                 rows,
                 draws,
                 lanes_of,
@@ -192,8 +195,11 @@ def build_writes(
                 shape,
             )
             values = rule.rule.does.values(rule.rule, asked)
-            parts[to].append((entries.row[chosen], entries.written[chosen], unit, values))
-    return [joined(place, found) for place, found in parts.items()]
+            spots = entries.row[chosen], entries.written[chosen], unit
+            mode = rule.rule.does.mode
+            where = asked.amounts if mode == "along" else None
+            parts[to].append(Part(*spots, values, mode, where))
+    return [write for place, found in parts.items() for write in _in_order(place, found)]
 
 
 def build_edges(
@@ -309,6 +315,9 @@ class _Vectors:
     def width(self) -> int:
         return 1 if SITES[self.place[0]].width == "key" else width(self.shape, *self.place)
 
+    def direction(self) -> Tensor:
+        return self.means_and_donors.directions.of(self.plan, self.rows.cell[self.row])
+
     def read(self) -> Tensor:
         if self.made is not None:
             slot = self.entries.slot[self.chosen]
@@ -327,8 +336,7 @@ class _Vectors:
         return values[tuple(torch.from_numpy(i).to(values.device) for i in index)]
 
     def _activation(self) -> Tensor:
-        rule = self.plan.rule
-        lanes = self.lanes_of(rule.run, rule.does.reads == "donor")
+        lanes = self.lanes_of(self.plan)
         prompts = read_prompts(self.plan, self.rows, self.means_and_donors)
         lane = lanes.lane(prompts[self.row], self.draws[self.row])
         return gather(
@@ -340,17 +348,44 @@ class _Vectors:
         )
 
 
-def joined(place: Place, found: list[tuple[Ints, Ints, Ints, Tensor]]) -> SiteWrite:
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one rule writes at one place."""
+
+    row: Ints
+    position: Ints
+    unit: Ints
+    values: Tensor
+    mode: Mode = "set"
+    to: Tensor | None = None
+
+
+def _in_order(place: Place, parts: Sequence[Part]) -> Iterator[SiteWrite]:
+    """The writes of one place: neighbours that set vectors are one, all others stand alone."""
+    for sets, group in groupby(parts, lambda part: part.mode == "set"):
+        if sets:
+            yield joined(place, list(group))
+            continue
+        for part in group:
+            yield joined(place, [part])
+
+
+def joined(place: Place, found: Sequence[Part]) -> SiteWrite:
     """All vectors of one place; of equal ones the last stands."""
-    row, position, unit = (np.concatenate([part[i] for part in found]) for i in range(3))
-    longest = max(part[3].shape[1] for part in found)  # vectors over keys, of several rules
-    values = torch.cat([_widened(part[3], longest).to(found[-1][3]) for part in found])
+    row = np.concatenate([part.row for part in found])
+    position = np.concatenate([part.position for part in found])
+    unit = np.concatenate([part.unit for part in found])
+    longest = max(part.values.shape[1] for part in found)  # vectors over keys, of several rules
+    last_values = found[-1].values
+    values = torch.cat([_widened(part.values, longest).to(last_values) for part in found])
+    to = found[-1].to
     key = np.stack([row, position, unit])
     _, last = np.unique(key[:, ::-1], axis=1, return_index=True)
     if len(last) < len(row):
         keep = np.sort(len(row) - 1 - last)
         row, position, unit = row[keep], position[keep], unit[keep]
         values = values[torch.from_numpy(keep)]
+        to = None if to is None else to[torch.from_numpy(keep)]
     site, layer = place
     return SiteWrite(
         site,
@@ -359,6 +394,8 @@ def joined(place: Place, found: list[tuple[Ints, Ints, Ints, Tensor]]) -> SiteWr
         torch.from_numpy(position),
         torch.from_numpy(unit),
         values,
+        mode=found[-1].mode,
+        to=to,
     )
 
 
@@ -367,26 +404,3 @@ def _widened(values: Tensor, width: int) -> Tensor:
     if values.shape[1] == width:
         return values
     return values[:, torch.arange(width).clamp(max=values.shape[1] - 1)]
-
-
-def unless_set(added: SiteWrite, writes: Sequence[SiteWrite]) -> SiteWrite:
-    """What is added or held, without the vectors that a rule sets: these replace it."""
-    taken: set[tuple[int, int, int]] = set()
-    for write in writes:
-        if (write.site, write.layer) == (added.site, added.layer):
-            taken.update(_places(write))
-    if not taken:
-        return added
-    keep = torch.tensor([place not in taken for place in _places(added)], dtype=torch.bool)
-    return replace(
-        added,
-        rows=added.rows[keep],
-        positions=added.positions[keep],
-        units=added.units[keep],
-        values=added.values[keep.to(added.values.device)],
-    )
-
-
-def _places(write: SiteWrite) -> Iterator[tuple[int, int, int]]:
-    """(row, position, unit) of each vector."""
-    return zip(write.rows.tolist(), write.positions.tolist(), write.units.tolist(), strict=True)

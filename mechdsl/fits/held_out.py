@@ -37,18 +37,18 @@ def folds(keys: Sequence[bytes], n: int, seed: int, strata: Sequence[object] | N
     return np.array([fold[key] for key in keys], dtype=np.int64)
 
 
-def shuffled(keys: Sequence[bytes], seed: int) -> Ints:
-    """[row]: the row whose target each row gets in the shuffled-label control (after Hewitt and
-    Liang 2019): distinct keys get each other's, equal rows get the same, whatever the order.
+def shuffled(keys: Sequence[bytes], y: Floats, seed: int) -> Floats:
+    """The targets of the shuffled-label control (after Hewitt and Liang 2019), in the shape of y:
+    distinct keys get each other's, equal rows get the same, whatever the order of rows.
 
-    What a key gives away is the target of its first row.
+    y: [row, target]. A key whose rows have several targets gives the smallest away.
     """
-    first: dict[bytes, int] = {}
-    for row, key in enumerate(keys):
-        first.setdefault(key, row)
-    order = sorted(first, key=lambda key: (digest("shuffle", seed, key), key))
-    gets = dict(zip(sorted(first), order, strict=True))
-    return np.array([first[gets[key]] for key in keys], dtype=np.int64)
+    own: dict[bytes, tuple[float, ...]] = {}
+    for key, target in zip(keys, map(tuple, y.tolist()), strict=True):
+        own[key] = min(own.get(key, target), target)
+    order = sorted(own, key=lambda key: (digest("shuffle", seed, key), key))
+    gets = dict(zip(sorted(own), order, strict=True))
+    return np.array([own[gets[key]] for key in keys])
 
 
 def cross_validated(x: Floats, y: Floats, fold: Ints, fit: Fit) -> Floats:

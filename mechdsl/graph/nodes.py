@@ -16,6 +16,7 @@ import networkx as nx
 from mechdsl.base.plural import plural
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Noise, PositionCell
+from mechdsl.resolve.direction_types import DirectionTargets, fits_of
 from mechdsl.resolve.resolved import (
     DRAW,
     Axis,
@@ -66,11 +67,21 @@ class ReadNode:
 
 
 @dataclass(frozen=True)
+class DirectionNode:
+    """A direction, or a family of them, fitted before the cells that use it."""
+
+    name: str
+    made: str
+    inputs: tuple[ReadNode, ...] = ()
+
+
+@dataclass(frozen=True)
 class TransformNode:
-    """What is done to an activation before it is written: `mean`, `resample`, `noise`, `zero`."""
+    """What is done to an activation before it is written: `mean`, `resample`, `noise`, `zero`; or
+    in its place: `add`, `scale`, `project out`."""
 
     kind: str
-    inputs: tuple[ReadNode, ...] = ()
+    inputs: tuple[ReadNode | DirectionNode, ...] = ()
     detail: str = ""
 
 
@@ -99,7 +110,7 @@ class WriteNode:
         """What is read for it."""
         if isinstance(self.value, ReadNode):
             return self.value
-        return next(iter(self.value.inputs), None)
+        return next((each for each in self.value.inputs if isinstance(each, ReadNode)), None)
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,7 @@ Node: TypeAlias = (
     EncodeNode
     | ForwardNode
     | ReadNode
+    | DirectionNode
     | TransformNode
     | WriteNode
     | MeasureNode
@@ -351,14 +363,36 @@ def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadN
     does = rule.does
     detail = does.detail(rule)
     if does.reads is None:
-        return TransformNode(does.name, detail=detail or "")
+        steered = () if rule.direction is None else (_direction(experiment, rule.direction),)
+        return TransformNode(does.name, steered, detail or "")
     points = rule.sites.points if rule.sites.sources is None else rule.sites.sources
     forward = unpatched(experiment, rule.run)
     if rule.apart is not None:
-        other = EncodeNode(rule.apart.table.name, None, None, (), rule.apart.run)
+        apart = rule.apart
+        other = EncodeNode(apart.table.name, apart.part, None, (), apart.run)
         forward = ForwardNode(experiment.model.name, forward.n_layers, other, rule.apart.run)
     read = ReadNode(forward, at, points, rule.positions.read)
     return read if detail is None else TransformNode(does.name, (read,), detail)
+
+
+def _direction(experiment: ResolvedExperiment, steered: DirectionTargets) -> DirectionNode:
+    """The direction with what is read for it, each run of rows once."""
+    members = list(steered.members.values())
+    fits = [fit for member in members for fit in fits_of(member.vector)]
+    reads: dict[tuple[int, int], ReadNode] = {}
+    for number, fit in enumerate(fits):
+        for sample in fit.samples:
+            key = id(sample.table), id(sample.run.rows)
+            model = sample.run.model or experiment.model.name
+            encode = EncodeNode(sample.table.name, None, None, (), sample.run.name)
+            forward = ForwardNode(model, experiment.model.shape.n_layers, encode, sample.run.name)
+            before = reads.get(key)
+            points = {} if before is None else dict(before.points)
+            points[number,] = fit.points
+            reads[key] = ReadNode(forward, sample.cell.label, points, {(): sample.cell})
+    made = members[0].made if len(members) == 1 else f"{len(members)} directions"
+    name = " and ".join(steered.families) or members[0].name
+    return DirectionNode(name, made, tuple(reads.values()))
 
 
 def _unsaid(experiment: ResolvedExperiment, measure: ResolvedMeasure) -> str:

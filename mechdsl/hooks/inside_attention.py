@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mechdsl.hooks.reads_and_writes import Frame, SiteWrite, WriteMismatch
+from mechdsl.hooks.reads_and_writes import Frame, Mode, SiteWrite, WriteMismatch, written
 from mechdsl.vocab.sites import WITHIN_ATTENTION, EdgeChange
 
 
@@ -89,8 +89,8 @@ class _Change:
     """[K, key position], for written vectors."""
     starts: Tensor | None = None
     """[K] column of position 0, for written vectors."""
-    add: bool = False
-    """They are added to what is there."""
+    mode: Mode = "set"
+    """How they meet what is there."""
 
 
 @dataclass(eq=False)
@@ -101,10 +101,10 @@ class LayerWork:
     """[lane] column of each prompt's first token."""
     width: int
     """Key positions of a vector over keys."""
-    rotated: dict[str, list[tuple[Tensor, Tensor, Tensor, bool]]] = field(
+    rotated: dict[str, list[tuple[Tensor, Tensor, SiteWrite]]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    """q_rot, k_rot → (token, head, vectors, whether they are added)."""
+    """q_rot, k_rot → (token, head, what is written there)."""
     changes: list[_Change] = field(default_factory=list[_Change])
     wanted: frozenset[str] = frozenset()
     found: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -145,9 +145,11 @@ class LayerWork:
         writes = self.rotated.get(site, ())
         if writes:
             vectors = vectors.clone()
-        for token, head, values, add in writes:
+        for token, head, write in writes:
             index = head.to(vectors.device), token.to(vectors.device)
-            vectors.index_put_(index, values.to(vectors), accumulate=add)
+            values = write.values.to(vectors.device)
+            to = None if write.to is None else write.to.to(vectors.device)
+            vectors[index] = written(write.mode, vectors[index], values, to)
             self.done += len(token)
         if site in self.wanted:
             self.found[site] = vectors.transpose(0, 1).clone()
@@ -244,7 +246,7 @@ class LayerWork:
         position = column - change.starts[own][:, None]
         inside = position.clamp(0, change.values.shape[1] - 1)
         found = change.values[own].to("cpu").gather(1, inside).to(rows)
-        return rows + found if change.add else found
+        return written(change.mode, rows, found)
 
     def _keep(self, site: str, group: AttentionGroup, found: Tensor) -> None:
         """Keep what is read, by key position."""
@@ -293,18 +295,21 @@ def layer_work(
     """
     work = LayerWork(starts.cpu(), width, wanted=frozenset(reads) & set(WITHIN_ATTENTION))
     for write in writes:
-        rows, positions, add = write.rows, write.positions, write.mode == "add"
+        rows, positions = write.rows, write.positions
         first, second, there = frame.locate(write.site, layer, "", rows, positions)
         token, head = (first * tokens + second)[there].cpu(), write.units[there].cpu()
         values = write.values[there.to(write.values.device)]
         work.due += len(token)
         if write.site in ("q_rot", "k_rot"):
-            work.rotated[write.site].append((token, head, values, add))
+            to = None if write.to is None else write.to[there.to(write.to.device)]
+            here = replace(write, values=values, to=to)
+            work.rotated[write.site].append((token, head, here))
             continue
         begin = frame.columns(rows, torch.zeros_like(positions)).cpu()[there.cpu()]
         none = torch.zeros(0, dtype=torch.long)
         kind = "scores" if write.site == "scores" else "pattern"
-        work.changes.append(_Change(token, head, kind, none, none, none, values.cpu(), begin, add))
+        change = _Change(token, head, kind, none, none, none, values.cpu(), begin, write.mode)
+        work.changes.append(change)
     for edge in edges:
         first, second, there = frame.locate("pattern", layer, "", edge.rows, edge.queries)
         if not bool(there.all()):  # queries that no measure can see

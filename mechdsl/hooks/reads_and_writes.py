@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
+
+Mode = Literal["set", "add", "scale", "along"]
+"""How what is written meets what is there: it replaces it, is added to it, or multiplies it; along
+directions of length 1, only the component along these is set."""
 
 
 class WriteMismatch(RuntimeError):
@@ -20,7 +25,7 @@ class ReadMismatch(RuntimeError):
 class SiteWrite:
     """K vectors written at one site of one layer.
 
-    At one site, everything that is set is set before anything is added.
+    At one site, writes act in the order in which they are given, each on what those before it left.
     """
 
     site: str
@@ -33,8 +38,10 @@ class SiteWrite:
     units: Tensor
     """[K] long, head or neuron; 0 for whole vectors."""
     values: Tensor
-    """[K, width], cast to the activation's dtype and device."""
-    mode: Literal["set", "add"] = "set"
+    """[K, width], cast to the activation's dtype and device; of `scale` [K, 1], the factors."""
+    mode: Mode = "set"
+    to: Tensor | None = None
+    """[K] of `along`: the component along `values` afterwards."""
     stack: str = ""
     """Of which stack; the main one has no name."""
 
@@ -46,6 +53,27 @@ class SiteWrite:
     def moved(self, rows: Tensor) -> SiteWrite:
         """The same writes where row i is row `rows[i]`."""
         return replace(self, rows=rows[self.rows])
+
+
+def written(mode: Mode, now: Tensor, values: Tensor, to: Tensor | None = None) -> Tensor:
+    """[K, width]: what stands where `now` [K, width] stood, in its precision.
+
+    values, to: as in `SiteWrite`, on the device of `now`.
+    """
+    match mode:
+        case "set":
+            return values.to(now).expand_as(now)
+        case "add":
+            return now + values.to(now)
+        case "scale":
+            wide = now.to(torch.promote_types(now.dtype, torch.float32))
+            return (wide * values.to(wide)).to(now)
+        case "along":
+            assert to is not None
+            wide = now.to(torch.promote_types(now.dtype, torch.float32))
+            along = values.to(wide)
+            left = to.to(wide)[:, None] - (wide * along).sum(-1, keepdim=True)
+            return (wide + left * along).to(now)
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,8 @@ class SiteWork:
             if where.site in WITHIN_ATTENTION:
                 self._set_once(where, writes[where])
                 continue
-            places = sorted(writes[where], key=lambda place: place.write.mode == "add")
-            self._set_once(where, places)
-            self._add_site(where, places, where in self._reads)
+            self._set_once(where, writes[where])
+            self._add_site(where, writes[where], where in self._reads)
 
     def _require(self, where: SiteRead, problem: type[Exception]) -> None:
         """The site is one of the model's and lies in the part that is run."""
@@ -120,6 +119,8 @@ class SiteWork:
         name = where.quoted
         if SITES[where.site].width == "key":  # what lies behind a prompt's end is never seen
             site_width = write.values.shape[1]
+        if write.mode == "scale":
+            site_width = 1
         if write.values.shape != (count, site_width):
             raise ValueError(f"values for {name} must be [{count}, {site_width}]")
         if write.positions.shape != (count,) or write.units.shape != (count,):
@@ -137,12 +138,13 @@ class SiteWork:
         first, second, there = self.frame.locate(
             where.site, where.layer, where.stack, rows, positions
         )
-        values = write.values
+        values, to = write.values, write.to
         if not bool(there.all()):
             first, second, units = first[there], second[there], units[there]
             values = values[there.to(values.device)]
+            to = None if to is None else to[there.to(to.device)]
             self._wanted[number] = int(there.sum())
-        return PlacedWrite(number, write, values, first, second, units)
+        return PlacedWrite(number, write, values, first, second, units, to)
 
     def _extent(self, where: SiteRead) -> tuple[int, int]:
         """(units, width) of a site."""
@@ -159,13 +161,11 @@ class SiteWork:
         return layout.units, layout.width
 
     def _set_once(self, where: SiteRead, places: list[PlacedWrite]) -> None:
-        keys = [
-            torch.stack([place.first, place.second, place.units])
-            for place in places
-            if place.write.mode == "set"
-        ]
-        if keys and (joined := torch.cat(keys, dim=1)).shape[1] != joined.unique(dim=1).shape[1]:
-            raise ValueError(f"a vector of {where.quoted} is set twice in one run")
+        """No write has a vector twice: it would hang on chance which of the two stands."""
+        for place in places:
+            spots = torch.stack([place.first, place.second, place.units])
+            if place.write.mode != "add" and spots.shape[1] != spots.unique(dim=1).shape[1]:
+                raise ValueError(f"a vector of {where.quoted} is written twice in one write")
 
     def _within(self) -> frozenset[int]:
         """Layers where something is read or written within attention."""
@@ -203,7 +203,7 @@ class SiteWork:
             int(query.shape[2]),
             self.frame.lane_starts,
             self.frame.key_width,
-            writes=sorted(writes, key=lambda write: write.mode == "add"),
+            writes=writes,
             edges=self._edges.get(layer, ()),
             reads=[read.site for read in self._reads if read.layer == layer],
         )

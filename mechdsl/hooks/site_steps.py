@@ -6,7 +6,7 @@ A site may be a slice of that tensor, or be worked out from it; there is a kind 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from mechdsl.hooks.hook_points import (
     through_heads,
     unscaled,
 )
-from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite
+from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite, written
 from mechdsl.models.anatomy import Layout
 
 
@@ -34,6 +34,7 @@ class PlacedWrite:
     first: Tensor
     second: Tensor
     units: Tensor
+    to: Tensor | None = None
 
     def put(self, view: Tensor, values: Tensor, *, add: bool) -> None:
         """Write `values` [K, width] into a [B, T, units, width] view."""
@@ -47,6 +48,20 @@ class PlacedWrite:
     def values_like(self, view: Tensor) -> Tensor:
         """The values, on the device and of the type of what they are written to."""
         return self.values.to(device=view.device, dtype=view.dtype)
+
+    def changed(self, now: Tensor) -> Tensor:
+        """[K, width] of what stands there, [K, width]."""
+        to = None if self.to is None else self.to.to(now.device)
+        return written(self.write.mode, now, self.values.to(now.device), to)
+
+    def change(self, view: Tensor, scale: float | Tensor = 1.0) -> None:
+        """Write into a [B, T, units, width] view, which times `scale` is the site."""
+        match self.write.mode:
+            case "set" | "add" as mode:
+                self.put(view, unscaled(self.values_like(view), scale), add=mode == "add")
+            case _:
+                now = scaled(self.get(view), scale)
+                self.put(view, unscaled(self.changed(now), scale), add=False)
 
 
 class SiteSteps:
@@ -83,8 +98,7 @@ class SiteSteps:
                 value = value.clone(memory_format=torch.contiguous_format)
             view = layout_view(value, layout)
             for place in places:
-                new = unscaled(place.values_like(view), scale)
-                place.put(view, new, add=place.write.mode == "add")
+                place.change(view, scale)
                 self._done(place)
             if places:
                 layout_put(value, layout, view)
@@ -102,7 +116,7 @@ class SiteSteps:
             if places:
                 view = view.clone()
             for place in places:
-                place.put(view, place.values_like(view), add=place.write.mode == "add")
+                place.change(view)
                 self._done(place)
             self._keep(reads, view)
             return view
@@ -133,11 +147,15 @@ class SiteSteps:
                 value = value.clone()
             view = value.unsqueeze(2)
             for place in places:
-                new = place.values_like(view)
-                if place.write.mode == "set":
-                    new = new - place.get(stream)
-                new = unscaled(new, scale)
-                place.put(view, new, add=place.write.mode == "add")
+                below, add = place.get(stream), place.write.mode == "add"
+                match place.write.mode:
+                    case "add":
+                        new = place.values_like(view)
+                    case "set":
+                        new = place.values_like(view) - below
+                    case _:
+                        new = place.changed(below + scaled(place.get(view), scale)) - below
+                place.put(view, unscaled(new, scale), add=add)
                 self._done(place)
             if reads:
                 self._keep(reads, stream + scaled(view, scale))
@@ -155,19 +173,39 @@ class SiteSteps:
             z, weight = layout_view(given, layout), head_weights(module, layout)
             if places:
                 value = value.clone()
-            view = value.unsqueeze(2)
-            for place in places:
-                new = place.values_like(view)
-                if place.write.mode == "set":
-                    new = new - through_heads(place.get(z), place.units.to(z.device), weight)
-                replace(place, units=torch.zeros_like(place.units)).put(view, new, add=True)
-                self._done(place)
+                vectors = _WrittenHeads(places, z, weight)
+                for place in places:
+                    vectors.change(place)
+                    self._done(place)
+                vectors.add_to(value)
             if reads:
                 per_head = torch.einsum("bthd,hdm->bthm", z, weight)
                 for place in places:
-                    add = place.write.mode == "add"
-                    place.put(per_head, place.values_like(per_head), add=add)
+                    place.change(per_head)
                 self._keep(reads, per_head)
             return value
 
         return step
+
+
+class _WrittenHeads:
+    """What the written heads give, each vector once, however many writes change it."""
+
+    def __init__(self, places: list[PlacedWrite], z: Tensor, weight: Tensor) -> None:
+        spots = [torch.stack([p.first, p.second, p.units]).to(z.device) for p in places]
+        distinct, index = torch.cat(spots, dim=1).unique(dim=1, return_inverse=True)
+        self.first, self.second, units = distinct
+        self.before = through_heads(z[self.first, self.second, units], units, weight)
+        self.now = self.before.clone()
+        ends = torch.tensor([spot.shape[1] for spot in spots]).cumsum(0)[:-1].tolist()
+        self._index = iter(index.tensor_split(ends))
+
+    def change(self, place: PlacedWrite) -> None:
+        """The next write, in the order in which they were given."""
+        index = next(self._index)
+        self.now[index] = place.changed(self.now[index])
+
+    def add_to(self, value: Tensor) -> None:
+        """Add what has changed to what the projection returned, [B, T, d_model]."""
+        difference = self.now - self.before
+        value.index_put_((self.first, self.second), difference, accumulate=True)

@@ -11,14 +11,17 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e04_model import IdentityBroken, OneOutput
+from mechdsl.hooks.block_exchange import unlike
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading import devices
 from mechdsl.loading.load import adopt, load
 from mechdsl.loading.merge import load_adapter
 from mechdsl.models.identity import Hashed, file_hash
+from mechdsl.packed.model_end import ModelEnd
 from mechdsl.program import spec
 from mechdsl.resolve.measures import unreadable
 from mechdsl.resolve.model_runs import outputs_read
+from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment, ResolvedRule
 from mechdsl.resolve.site_targets import missing_points
@@ -115,6 +118,10 @@ def not_there(
         for rule in experiment.rules:
             if rule.does.changes == "positions":
                 found.append(_counts_itself(rule, model))
+            if isinstance(rule.does, Observation) and rule.does.gives == "logits":
+                found.append(_without_end(rule, rule.does, model))
+            if rule.does.changes == "blocks":
+                found.append(_not_alike(rule, model))
             if rule.sites is not None:
                 points = [p for here in rule.sites.points.values() for p in here]
                 span = rule.spec.span
@@ -128,6 +135,34 @@ def not_there(
                 for m in (model, *measured)
             ]
     return [each for each in found if each is not None]
+
+
+def _without_end(rule: ResolvedRule, does: Observation, model: LoadedModel) -> Diagnostic | None:
+    """E0108 for what a component adds to logits, where that isn't a linear map of its output."""
+    reason = ""
+    assert rule.sites is not None
+    places = {(p.site, p.layer) for here in rule.sites.points.values() for p in here}
+    blocks = [model.anatomy.blocks[layer] for _, layer in places if layer is not None]
+    sites = {site for site, _ in places}
+    if model.anatomy.unembedding is None or "resid_post" not in model.shape.sites:
+        reason = "of a model whose unembedding isn't found"
+    elif does.read_by_measures:
+        return None
+    elif model.anatomy.final_norm is None:
+        reason = "of a model whose final norm isn't found"
+    elif "head_out" in sites and any(block.attn_behind for block in blocks):
+        reason = "of heads with a norm behind them"
+    elif "mlp_hidden" in sites and any(
+        block.mlp_behind or block.down is None or block.taps["mlp_out"].scaled_by
+        for block in blocks
+    ):
+        reason = "of neurons with a norm behind them"
+    elif not ModelEnd(model).folds:
+        reason = "through a final norm that isn't a scale times a linear map"
+    if not reason:
+        return None
+    what = f"`observe {does.word}` {reason}, as in `{model.name}`,"
+    return NotSupported(span=rule.spec.span, what=what)
 
 
 def _counts_itself(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
@@ -144,6 +179,26 @@ def _counts_itself(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
     reason = f"counts to {end - 1}, and the last position is {last - first - 1}"
     hint = "count from a smaller number"
     return BadArgument(span=rule.spec.span, name="from", reason=reason, hint=hint)
+
+
+def _not_alike(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """E0108 for blocks that can't compute in the place of others."""
+    assert rule.sites is not None
+    assert rule.sites.sources is not None
+    pairs = {
+        (to.layer, None if of.site == to.site else of.layer)
+        for key, here in rule.sites.points.items()
+        for to, of in zip(here, rule.sites.sources[key], strict=True)
+    }
+    for to, of in sorted(pairs, key=str):
+        assert to is not None
+        reason = unlike(model, to, of)
+        if reason:
+            what = f"block {of} in place of block {to}: {reason};"
+            if of is None:
+                what = f"identity in place of block {to}: {reason};"
+            return NotSupported(span=rule.spec.span, what=what)
+    return None
 
 
 def _made_elsewhere(experiment: ResolvedExperiment, model: LoadedModel) -> Diagnostic | None:

@@ -224,7 +224,8 @@ def _tables(experiments: Iterable[ResolvedExperiment]) -> dict[str, str]:
     for each in experiments:
         if id(each.table) not in done:
             done[id(each.table)] = _table(each.table)
-        found[each.key] = done[id(each.table)]
+        saved = [v.digest for rule in each.rules if rule.direction for v in rule.direction.saved]
+        found[each.key] = " ".join([done[id(each.table)], *saved])
     return found
 
 

@@ -20,7 +20,10 @@ from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel
 from mechdsl.plan.restart import WHOLE_PASS, BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import Sharer, combined
+from mechdsl.prompts.prompt_table import Run
+from mechdsl.resolve.direction_types import fits_of
 from mechdsl.resolve.resolved import SitePoint
+from mechdsl.vocab.sites import stop_layer
 
 EFFICIENCY = 0.8
 """Share of a large product's rate that passes over wide models reach, as measured on two cores."""
@@ -145,7 +148,7 @@ class PanelCount:
     def unpatched(self, *, stopped: bool) -> Cost:
         """All prompts of all unpatched runs: whole, or those that are only read stopped early."""
         found = Cost()
-        for name, needs in self.panel.runs.items():
+        for name, needs in () if self.panel.only_looks else self.panel.runs.items():
             run = self.panel.table.runs[name]
             lengths = prompt_lengths(run)
             draws = run.noise.samples if run.noise is not None else 1
@@ -156,12 +159,35 @@ class PanelCount:
             if stopped and needs.stop is not None:
                 blocks, logits = min(needs.stop, blocks), 0
             found += Cost(0, 0, prompts, tokens * blocks, per_block * blocks + logits)
+        for run, blocks in self.fitted:  # which are stopped in any case
+            lengths = prompt_lengths(run)
+            per_block = int(self.block.whole(lengths).sum())
+            found += Cost(
+                0, 0, len(lengths), int(lengths.sum()) * blocks, float(per_block * blocks)
+            )
         return found
+
+    @cached_property
+    def fitted(self) -> list[tuple[Run, int]]:
+        """The runs that directions are fitted on, and how many blocks of them are run."""
+        members = {m.name: m for p in self.plans for rule in p.rules for m in rule.directions}
+        found: dict[tuple[int, str | None], tuple[Run, int]] = {}
+        for fit in (fit for member in members.values() for fit in fits_of(member.vector)):
+            layers = self.shape.n_layers
+            stops = [stop_layer(p.site, p.layer, layers) or layers for p in fit.points]
+            for sample in fit.samples:
+                key = id(sample.run.rows), sample.run.model
+                before = found.get(key, (sample.run, 0))
+                found[key] = sample.run, max(before[1], *(min(stop, layers) for stop in stops))
+        return list(found.values())
 
     def batches(self) -> int:
         """Forward passes over batches of prompts that all unpatched runs take."""
-        runs = [self.panel.table.runs[name] for name in self.panel.runs]
+        names = () if self.panel.only_looks else self.panel.runs
+        runs = [self.panel.table.runs[name] for name in names]
         draws = [run.noise.samples if run.noise is not None else 1 for run in runs]
+        runs += [run for run, _ in self.fitted]
+        draws += [1] * len(self.fitted)
         tokens = (int(prompt_lengths(run).sum()) * n for run, n in zip(runs, draws, strict=True))
         return sum(-(-n // self.prompt_tokens) for n in tokens)
 
@@ -173,7 +199,7 @@ class PanelWork:
     def __init__(self, panel: PanelCount, prompts: Ints) -> None:
         self.panel = panel
         self.first = bool(len(prompts)) and prompts[0] == 0
-        self.rows = [plan.rows(prompts) if plan.rules else Rows.none() for plan in panel.plans]
+        self.rows = [plan.passes(prompts) for plan in panel.plans]
         self.patched = self._whole()
         self.unpatched = panel.unpatched(stopped=False) if self.first else Cost()
         self.shortcuts = WHOLE_PASS

@@ -3,7 +3,8 @@
 Four arguments, and none of them looks at a float. In causal models source and base are the same
 prompt up to the first token in which they differ, and a write behind the last position that is read
 reaches nothing. In all models a position knows its own token only below the first attention, and a
-write above the last attention reaches its own position only.
+write above the last attention reaches its own position only. A rule by which tokens see later ones,
+or are numbered otherwise, is held to them too: a row is left out only where all of its rules are.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     of_run = np.repeat(np.arange(runs), plan.written.tokens.counts(np.arange(runs)))
     prompt = (keys % plan.written.prompts)[of_run]
     none = np.zeros(len(token), dtype=np.bool_)
-    causal = experiment.model.shape.causal and not _looks_ahead(experiment)
+    causal = experiment.model.shape.causal
     same = alike = none
     shared = _shared_prefix(experiment, plan.rule)
     if shared is not None:
@@ -76,11 +77,6 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     where[_all_points(plan, is_below_attention)] = BELOW
     tokens = (same | unread, same | elsewhere, alike | unread)
     return Inert(where, np.stack([_all_of(mask, of_run, runs) for mask in tokens]))
-
-
-def _looks_ahead(experiment: ResolvedExperiment) -> bool:
-    """Whether tokens may see later ones, by some rule."""
-    return any(rule.does.looks_ahead for rule in experiment.rules)
 
 
 def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) -> Bools:
@@ -174,8 +170,6 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
     source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
     if not rule.does.copies or source.noise is not None or base.noise is not None:
         return None
-    if any(other.does.changes == "positions" for other in experiment.rules):
-        return None  # equal tokens stand elsewhere then
     if rule.sites is not None and rule.sites.sources is not None:  # read in another layer
         return None
     if source.model != base.model:

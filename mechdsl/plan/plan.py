@@ -7,7 +7,7 @@ time and never held as objects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,6 +22,8 @@ from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.plan.restart import WHOLE_PASS, Shortcuts
 from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import PromptTable, Run
+from mechdsl.resolve.direction_types import Member
+from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import DRAW, Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -67,6 +69,17 @@ class ExperimentPlan:
         """Whether its rows are whole passes, whatever else is planned."""
         return any(plan.rule.does.whole for plan in self.rules)
 
+    def replaced_blocks(self, cell: int) -> tuple[tuple[int, int | None], ...]:
+        """Blocks that don't do their own work in a cell, and which do it; None where none does."""
+        found: dict[int, int | None] = {}
+        for plan in self.rules:
+            if plan.rule.does.changes == "blocks":
+                for index in _list(plan.points, int(plan.site_of_cell[cell])).tolist():
+                    to, of = plan.point_table[index], plan.source_table[index]
+                    assert to.layer is not None
+                    found[to.layer] = None if of.site == to.site else of.layer
+        return tuple(sorted(found.items()))
+
     @property
     def behind(self) -> bool:
         """Whether a rule acts on tokens of the answer, behind the prompt."""
@@ -82,7 +95,15 @@ class ExperimentPlan:
         for plan in self.rules:
             if plan.paths is not None:
                 found &= plan.paths.exists
+            if plan.rule.beside is not None:
+                found &= np.array([plan.rule.leads(at) for at in self._along()])
         return found
+
+    def _along(self) -> Iterator[dict[str, int]]:
+        """Per cell, its index along each axis."""
+        names = [axis.name for axis in self.experiment.axes]
+        for cell in range(self.n_cells):
+            yield {n: int(own[cell]) for n, own in zip(names, self.coordinates, strict=True)}
 
     @property
     def draws(self) -> int:
@@ -97,6 +118,11 @@ class ExperimentPlan:
     def replaced(self) -> RulePlan | None:
         """The rule that puts other text into the prompts, if there is one."""
         return next((plan for plan in self.rules if plan.rule.does.changes == "input"), None)
+
+    @property
+    def observes(self) -> RulePlan | None:
+        """The rule that is measured by what it looks at, if there is one."""
+        return next((plan for plan in self.rules if plan.rule.does.changes == "nothing"), None)
 
     @property
     def starting_runs(self) -> tuple[Run, ...]:
@@ -153,6 +179,17 @@ class ExperimentPlan:
             prompts = np.arange(len(self.experiment.table), dtype=np.int64)
         return int(self._runs(prompts).sum()) * self.draws if self.rules else 0
 
+    def passes(self, prompts: Ints) -> Rows:
+        """The rows that are run: of what is observed of all rows at once, one for every position,
+        whose pass all cells read; none of what is observed of weights."""
+        rows = self.rows(prompts) if self.rules else Rows.none()
+        for plan in self.rules:
+            if isinstance(plan.rule.does, OverRows):
+                first = np.unique(plan.position_of_cell, return_index=True)[1]
+                read = first if plan.rule.does.reads_vectors else first[:0]
+                rows = rows.take(np.flatnonzero(np.isin(rows.cell, read)))
+        return rows
+
     def rows(self, prompts: Ints) -> Rows:
         """All rows on these prompts, ordered by cell and prompt."""
         flat = self._runs(prompts).ravel()
@@ -178,6 +215,25 @@ class Panel:
         tables = [plan.experiment.table for plan in self.experiments]
         runs = {name: run for table in tables for name, run in table.runs.items()}
         return replace(tables[0], runs=runs)
+
+    @cached_property
+    def only_looks(self) -> bool:
+        """Whether all that is wanted is seen in rows to which nothing is done: then they are whole
+        passes, and no unpatched run is needed beside them."""
+        return all(
+            plan.observes is not None
+            and len(plan.rules) == 1
+            and not plan.experiment.keep
+            and not plan.experiment.accuracies
+            and all(
+                (measure.observed or atom.form.takes == "observation")
+                and atom.run is None
+                and atom.point is None
+                for measure in plan.experiment.measures
+                for atom in measure.atoms
+            )
+            for plan in self.experiments
+        )
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -271,8 +327,8 @@ def plan_experiment(each: Asked) -> ExperimentPlan:
     by_name = dict(zip(names, coordinates, strict=True))
     parallel = experiment.model.shape.parallel_block
     rules = tuple(
-        replace(plan, behind=_is_behind(experiment, plan))
-        for plan in (
+        replace(plan, behind=_is_behind(experiment, plan), number=number)
+        for number, plan in enumerate(
             _rule_plan(rule, by_name, count, parallel=parallel) for rule in experiment.rules
         )
     )
@@ -336,6 +392,7 @@ def _rule_plan(
             ]
             for key in keys
         ]
+    donated = rule.does.reads == "donor"
     active = None
     if rule.only is not None:  # elsewhere it has no sites
         active = by_name[rule.only.axis] == rule.only.index
@@ -348,6 +405,12 @@ def _rule_plan(
     if rule.amounts is not None:
         values = np.array(list(rule.amounts.values.values()))
         amounts = values[_lookup(list(rule.amounts.values), rule.amounts.axes, by_name, count)]
+    directions: tuple[Member, ...] = ()
+    direction_of_cell = None
+    if rule.direction is not None:
+        directions = tuple(rule.direction.members.values())
+        members = list(rule.direction.members)
+        direction_of_cell = _lookup(members, rule.direction.axes, by_name, count)
     keys_hit, key_of_cell = None, None
     if rule.edge is not None:
         cells = rule.edge.keys.written
@@ -361,11 +424,13 @@ def _rule_plan(
         point_table=tuple(pair[0] for pair in table),
         source_table=tuple(pair[1] for pair in table),
         written=Hits.of(written),
-        read=Hits.of(written if rule.apart is not None else read),
+        read=Hits.of(written if rule.apart is not None and not donated else read),
         averaged=Hits.of(read),
         positions=written,
         sources=read,
         amounts=amounts,
+        directions=directions,
+        direction_of_cell=direction_of_cell,
         keys=keys_hit,
         key_of_cell=key_of_cell,
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),

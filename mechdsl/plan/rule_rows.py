@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.prompts.prompt_table import PositionCell
+from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.resolved import ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
 
@@ -55,8 +56,14 @@ class RulePlan:
     """Where it reads."""
     averaged: Hits
     """What a mean is taken of: `read`, but for the rows of another block."""
+    number: int = field(default=0, kw_only=True)
+    """Its place among the rules of its experiment."""
     amounts: Floats
     """[cell] the number that is written, or that attention is multiplied with."""
+    directions: tuple[Member, ...] = ()
+    """What it steers along …"""
+    direction_of_cell: Ints | None = None
+    """… [cell] which of them."""
     keys: Hits | None = None
     """Attention rules: the keys; `written` are the queries."""
     key_of_cell: Ints | None = None

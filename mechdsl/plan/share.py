@@ -113,6 +113,8 @@ class Sharer:
             found.append(key.keys[rule.key_runs(rows)])
         if rule.rule.amounts is not None:
             found.append(key.amounts[rows.cell])
+        if key.directions is not None:
+            found.append(key.directions[rows.cell])
         if rule.paths is not None and key.receivers is not None:
             found.append(key.receivers[rule.paths.pair_of_cell[rows.cell]])
         return found
@@ -154,15 +156,23 @@ class Sharer:
             numbers = [self._number((to.hits, of.hits)) for to, of in cells]
             whole = np.array(numbers, dtype=np.int64)
         return _RuleKey(
-            self._number((does.name, does.key(rule.rule))),
+            self._number((does.name, does.mode, does.key(rule.rule))),
             np.array([self._number(one) for one in points], dtype=np.int64),
             self._tokens(rule.written),
             self._tokens(rule.read),
             whole,
             None if rule.keys is None else self._tokens(rule.keys),
             np.array([self._number(("amount", one)) for one in rule.amounts.tolist()]),
+            self._directions(rule),
             receivers,
         )
+
+    def _directions(self, rule: RulePlan) -> Ints | None:
+        """[cell]"""
+        if rule.direction_of_cell is None:
+            return None
+        numbers = [self._number(("direction", member.name)) for member in rule.directions]
+        return np.array(numbers, dtype=np.int64)[rule.direction_of_cell]
 
     def _tokens(self, hits: Hits) -> Ints:
         """[run] a number for its tokens: the token itself where there is one."""
@@ -201,6 +211,8 @@ class _RuleKey:
     """[run of keys], of attention rules."""
     amounts: Ints
     """[cell]"""
+    directions: Ints | None
+    """[cell], of rules that steer along one."""
     receivers: Ints | None
     """[pair of senders and receivers]"""
 

@@ -27,13 +27,16 @@ from mechdsl.plan.whole_cells import WholeCells
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import PromptTable, Run
-from mechdsl.resolve.resolved import (
-    Atom,
-    Env,
-    ResolvedMeasure,
-    ResolvedRule,
-    SitePoint,
+from mechdsl.resolve.direction_types import (
+    Fitted,
+    RandomLike,
+    SavedVector,
+    Unembedded,
+    UnitVector,
+    Vector,
+    WeightedSum,
 )
+from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure, ResolvedRule, SitePoint
 
 Numbers = NDArray[np.uint64]
 
@@ -130,7 +133,7 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
         ]
         for atom in measure.atoms
     ]
-    return digest(measure.expression, measure.kind, atoms)
+    return digest(measure.expression, measure.kind, measure.observed, atoms)
 
 
 def measure_rows(
@@ -233,10 +236,10 @@ class ExperimentKeys:
 
     def __init__(
         self, plan: ExperimentPlan, table: PromptTable, contents: Contents, kept: Ints,
-        donors: Ints | None, cells: Mapping[int, WholeCells],
+        donors: Mapping[int, Ints], cells: Mapping[int, WholeCells],
     ) -> None:  # fmt: skip
-        """kept: rows that are in the experiment. donors: [prompt], of `resample`. cells: by number
-        of the rule, of those that read whole ones.
+        """kept: rows that are in the experiment. donors, cells: by number of the rule, of those
+        that resample ([prompt]), or read whole cells.
 
         TypeError where a value hangs on what can't be compared."""
         self.plan = plan
@@ -244,7 +247,8 @@ class ExperimentKeys:
         self.contents = contents
         self.kept = kept
         self._rules = [
-            self._rule(rule, donors, cells.get(number)) for number, rule in enumerate(plan.rules)
+            self._rule(rule, donors.get(number), cells.get(number))
+            for number, rule in enumerate(plan.rules)
         ]
         self._starts = [contents.of(run, table) for run in plan.starting_runs]
         self._whole = self._all_rows()
@@ -294,8 +298,7 @@ class ExperimentKeys:
 
     def _shared(self) -> bytes:
         """Of all cells."""
-        model = self.contents.models[self.plan.experiment.model.name]
-        return digest("patched", model, self.plan.draws, self._whole)
+        return digest("patched", self._model(), self.plan.draws, self._whole)
 
     def _cells(self) -> Iterator[tuple[bytes, ...]]:
         """[cell] what the rules do there."""
@@ -310,6 +313,9 @@ class ExperimentKeys:
             if rule.rule.amounts is not None:
                 amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
                 parts.append([amounts[amount] for amount in rule.amounts.tolist()])
+            if rule.direction_of_cell is not None:
+                steered = [self._direction(member.vector) for member in rule.directions]
+                parts.append([steered[which] for which in rule.direction_of_cell.tolist()])
             if rule.paths is not None:
                 ends = _per_list(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
@@ -321,23 +327,49 @@ class ExperimentKeys:
                 ]
         return zip(*parts, strict=True) if parts else iter([()] * self.plan.n_cells)
 
+    def _direction(self, vector: Vector) -> bytes:
+        """All that a direction hangs on."""
+        match vector:
+            case Fitted():
+                samples = [
+                    [self.contents.of(sample.run, sample.table), sample.cell.hits, sample.targets]
+                    for sample in vector.samples
+                ]
+                points = list(map(_written, vector.points))
+                return digest("fit", vector.way, vector.options, points, samples)
+            case Unembedded():
+                return digest("unembedding", self._model(), vector.token, vector.less)
+            case SavedVector():
+                return digest("saved", vector.key, vector.digest)
+            case WeightedSum():
+                parts = [[weight, self._direction(part)] for weight, part in vector.parts]
+                return digest("sum", parts)
+            case UnitVector():
+                return digest("unit", self._direction(vector.of))
+            case RandomLike():
+                return digest("random", self._direction(vector.of), vector.draw, vector.seed)
+
+    def _model(self) -> bytes:
+        return self.contents.models[self.plan.experiment.model.name]
+
     def _rule(self, plan: RulePlan, donors: Ints | None, cells: WholeCells | None) -> _RuleNumbers:
         rule, reads = plan.rule, plan.rule.does.reads
-        runs = self.table.runs
         each = reads in ("run", "donor", "cell")
+        table = self.table if rule.apart is None else rule.apart.table
+        read = table.runs[rule.run if rule.apart is None else rule.apart.run]
         groups = None
         if reads == "mean" and rule.groups is not None:
             names = [number_of(name) for name in rule.groups]
             groups = np.array(names, dtype=np.uint64)
         return _RuleNumbers(
             plan=plan,
-            source=self.contents.of(runs[rule.run], self.table) if each else None,
+            source=self.contents.of(read, table) if each else None,
             written=_of_lists(plan.written.tokens),
             read=_of_lists(plan.read.tokens),
             keys=None if plan.keys is None else _of_lists(plan.keys.tokens),
             means=self._means(plan) if reads == "mean" else None,
             groups=groups,
-            donors=donors if reads == "donor" else None,
+            donors=donors,
             cells=cells,
             given=None if cells is None else self._given(plan, cells),
         )

@@ -20,6 +20,7 @@ class Definitions:
     """Names of the models that one with a `*` in its path stands for."""
     prompts: dict[str, spec.Prompts] = field(default_factory=dict)
     groups: dict[str, spec.Group] = field(default_factory=dict)
+    directions: dict[str, spec.Direction] = field(default_factory=dict)
     metrics: dict[str, ast.Expr] = field(default_factory=dict)
     experiments: list[spec.Experiment] = field(default_factory=list)
     seed: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base.registry import nearest
@@ -24,8 +25,16 @@ from mechdsl.program.lower_other_runs import RunSide, Variant, in_model, models_
 from mechdsl.program.lower_prompts import CLEAN
 from mechdsl.program.lower_rules import lower_rules
 from mechdsl.program.namespace import Namespace
+from mechdsl.program.observations import (
+    Part,
+    Statement,
+    deal_out,
+    lower_observation,
+    parts_of,
+)
 from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
@@ -44,20 +53,23 @@ def lower_experiment(
     sources, bases = ([], []) if prompts is None else sides(work, prompts)
     models = models_of(work, bases)
     rules = _rules_of(work, prompts, sources)
+    observed = [_observation(line, loops, prompts, work) for line, loops in work.observed]
     measures = tuple(lower_measure(m, parts, scope) for m in work.measures)
-    measures = (*_observed(work, parts), *measures)
-    each_once(measures, work)
-    measures = told_apart(measures)
-    if not measures and not work.unsupported:
+    if not measures and not observed and not work.unsupported:
         scope.diagnostics.append(
             NoMeasure(span=definition.name.span, experiment=definition.name.id)
         )
     statistics = lower_statistics(work)
     against = lower_control(work)
     expects = tuple(lower_expectation(e, work) for e in work.expects)
+    acting = next(iter(rules.values()))
+    results = parts_of(observed, told_apart(measures), acting, work, parts) or [Part()]
+    for part in results:
+        each_once(part.measures, work)
     combined = [] if prompts is None else variants(models, sources, bases, prompts, work)
     if work.unsupported or prompts is None:
         return ()
+    deal_out(results, [lower_report(r, work) for r in work.reports], expects, acting, work)
     part, limit = _rows(work, prompts)
     broken = before != len([d for d in scope.diagnostics if d.severity == "error"])
     if not combined:  # which has been refused
@@ -73,13 +85,72 @@ def lower_experiment(
         broken=broken,
         loops=tuple(work.loops),
         keep=tuple(expand_metrics(k, parts, scope) for k in work.keep),
-        measures=measures,
+        measures=(),
         statistics=statistics,
         against=against,
-        reports=tuple(lower_report(r, work) for r in work.reports),
-        expects=expects,
     )
-    return tuple(_variant(whole, each, rules[each.reads], work) for each in combined)
+    return tuple(
+        _part(_variant(whole, each, rules[each.reads], work), part, several=len(results) > 1)
+        for part in results
+        for each in (_without_sides(combined) if part.apart else combined)
+    )
+
+
+def _part(experiment: spec.Experiment, part: Part, *, several: bool) -> spec.Experiment:
+    """One result of the experiment."""
+    rules, seen = experiment.rules, part.observed
+    changed: dict[str, object] = {}
+    if seen is not None and seen.source is not None:
+        rules = ()
+        changed.update(source=None, base=seen.source)
+        seen = seen.model_copy(update={"source": None})
+    if seen is not None:
+        rules = tuple(sorted((*rules, seen), key=lambda rule: rule.span.start))
+    if several:
+        changed["within"] = experiment.name
+        changed["name"] = f"{experiment.name}.{part.name}" if part.own else experiment.name
+        named = {name for rule in rules for name in rule.loops} | _loops_in(part.measures)
+        changed["loops"] = tuple(loop for loop in experiment.loops if loop.name in named)
+    return experiment.model_copy(
+        update={
+            **changed,
+            "rules": rules,
+            "measures": tuple(part.measures),
+            "reports": tuple(part.reports),
+            "expects": tuple(part.expects),
+        }
+    )
+
+
+def _loops_in(measures: Sequence[spec.Measure]) -> set[str]:
+    """Names in sites and positions of measures, which may be those of loops."""
+    every = (node for each in measures for node in (*walk(each.metric), *walk(each.at)))
+    found: set[str] = set()
+    for node in every:
+        if isinstance(node, ast.Bound) and node.name is not None:
+            found.add(node.name)
+        elif isinstance(node, ast.TokenIndex) and isinstance(node.low, str):
+            found.add(node.low)
+    return found
+
+
+def _without_sides(combined: Sequence[Variant]) -> list[Variant]:
+    """One variant per model: what is read is another run than those of `from … into …`."""
+    found: dict[str, Variant] = {}
+    for each in combined:
+        labels = tuple(label for label in each.labels if label[0] == "model")
+        found.setdefault(each.model, replace(each, labels=labels))
+    return list(found.values())
+
+
+def _observation(
+    line: Statement,
+    loops: tuple[str, ...],
+    prompts: spec.Prompts | None,
+    work: Statements,
+) -> spec.Rule:
+    use_names(line, work)
+    return lower_observation(line, loops, prompts, work)
 
 
 def _variant(
@@ -181,19 +252,3 @@ def _rules(
         for lowered in lower_rules(rule, source, prompts, work):
             found.append(lowered.model_copy(update={"loops": loops}))
     return tuple(found)
-
-
-def _observed(work: Statements, parts: Definitions) -> tuple[spec.Measure, ...]:
-    """An observation is a measure of what it looks at; `attention` alone may be the file's own."""
-    label = "observed attention" if "attention" in parts.metrics else "attention"
-    return tuple(
-        spec.Measure(
-            span=rule.span,
-            label=label,
-            metric=ast.Name("attention", span=rule.span),
-            effect="raw",
-            effect_span=rule.span,
-        )
-        for rule, _ in work.rules
-        if isinstance(rule.body, ast.ObserveAttention)
-    )

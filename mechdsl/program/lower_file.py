@@ -27,6 +27,7 @@ from mechdsl.program import spec
 from mechdsl.program.checkpoints import STAR, checkpoints
 from mechdsl.program.constants import constant
 from mechdsl.program.definitions import Definitions
+from mechdsl.program.lower_directions import lower_direction, without_circles
 from mechdsl.program.lower_experiment import lower_experiment
 from mechdsl.program.lower_prompts import lower_prompts
 from mechdsl.program.model_bases import BASE, check_bases
@@ -70,6 +71,7 @@ def lower_program(
         for statement in file.statements:
             _define(statement, imported, parts, scope)
     check_bases([file for file, _ in files], parts, scope)
+    _directions(files, parts, scope)
     for file, imported in files:
         if imported:
             continue
@@ -93,6 +95,7 @@ def lower_program(
         checkpoints=parts.checkpoints,
         prompts=parts.prompts,
         groups=parts.groups,
+        directions=parts.directions,
         metrics=parts.metrics,
         parameters=parts.parameters,
         experiments=tuple(parts.experiments),
@@ -273,12 +276,26 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
             parts.seed, parts.seeded = value, statement.span
         case ast.PromptsDef(kind="images", name=name):
             _later(statement.name, "images", imported, scope)
-        case ast.DirectionDef(name=name):
-            _later(name, "direction", imported, scope)
         case ast.BasisDef(name=name):
             _later(name, "basis", imported, scope)
         case _:
             pass
+
+
+def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
+    """Directions last: they name blocks, models and one another, in any order."""
+    found: list[ast.DirectionDef] = []
+    for file, imported in files:
+        for statement in file.statements:
+            if isinstance(statement, ast.DirectionDef) and scope.define(
+                "direction", statement.name, imported=imported
+            ):
+                found.append(statement)
+    for statement in found:
+        direction = lower_direction(statement, parts, scope)
+        if direction is not None:
+            parts.directions[direction.name] = direction
+    parts.directions = without_circles(parts.directions, scope)
 
 
 def _later(name: ast.Name, kind: str, imported: bool, scope: Namespace) -> None:

@@ -119,7 +119,7 @@ def told_apart(measures: tuple[spec.Measure, ...]) -> tuple[spec.Measure, ...]:
     )
 
 
-def each_once(measures: tuple[spec.Measure, ...], work: Statements) -> None:
+def each_once(measures: Sequence[spec.Measure], work: Statements) -> None:
     """The same measure twice would only make the correction stricter."""
     seen: dict[tuple[object, ...], spec.Measure] = {}
     for measure in measures:
@@ -212,6 +212,7 @@ def lower_report(report: ast.Report, work: Statements) -> spec.Report:
         by=None if report.by is None else report.by.id,
         top=top,
         file=None if report.file is None else report.file.value,
+        of=None if report.of is None else report.of.id,
     )
 
 

@@ -16,6 +16,7 @@ from mechdsl.diagnostics.e02_names import (
     did_you_mean,
 )
 from mechdsl.program import spec
+from mechdsl.program.named_paths import HF_DATASET
 from mechdsl.program.namespace import Namespace, place
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
@@ -56,6 +57,32 @@ class _BlockLines:
 
     def later(self, node: ast.Node, what: str) -> None:
         self.diagnostics.append(NotSupported(span=node.span, what=what))
+
+    def _rows_from(self, source: ast.Expr) -> None:
+        """E0207 for what no rows can come from."""
+        if isinstance(source, ast.String):
+            return
+        name, reason = source.span.written, "names no rows"
+        hint = 'write `rows "facts.json"`, or `rows hf_dataset("folder", split: "train")`'
+        if isinstance(source, ast.Call) and source.name == HF_DATASET.name:
+            name, known = source.name, ("path", "split", "config", "revision")
+            given = [each.name or "path" for each in source.arguments]
+            odd = next((each for each in given if each not in known), None)
+            texts = all(isinstance(each.value, ast.String) for each in source.arguments)
+            split = next((each.value for each in source.arguments if each.name == "split"), None)
+            if odd is not None:
+                reason = f"has no argument `{odd}`"
+                hint = did_you_mean(odd, known, f"it takes {', '.join(known)}")
+            elif len(set(given)) < len(given) or not texts:
+                reason = "takes texts in quotes, each once"
+            elif "path" not in given or split is None:
+                reason = "needs a folder or a name, and a split"
+            elif isinstance(split, ast.String) and "[" in split.value:
+                reason, hint = "takes whole splits", "write `limit` in the experiment, or `where`"
+            else:
+                return
+        bad = BadArgument(span=source.span, name=name, reason=reason, hint=hint)
+        self.diagnostics.append(bad)
 
     def once(self, node: ast.Node, first: ast.Node | None, what: str) -> None:
         if first is not None:
@@ -99,8 +126,7 @@ class _BlockLines:
                 self.where.append(condition)
             case ast.RowsFrom():
                 self.once(line, self.rows, "rows")
-                if not isinstance(line.source, ast.String):
-                    self.later(line.source, "rows from a hub data set")
+                self._rows_from(line.source)
                 self.rows = line
             case ast.Rename(pairs=pairs):
                 for new, old in pairs:

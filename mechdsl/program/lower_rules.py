@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_experiment import PatchWithoutSource
 from mechdsl.program import spec
+from mechdsl.program.lower_directions import named_in, split_factor
 from mechdsl.program.lower_other_runs import run_of
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 
 
 def lower_rules(
@@ -57,23 +60,38 @@ def lower_rule(
             if not isinstance(body.value, ast.String):
                 work.later(body.value.span, "this replacement")
             return spec.Rule(span=rule.span, verb="replace", at=body.at, fill=body.value)
+        case ast.ReplaceBlock():
+            span = body.axis.span
+            return spec.Rule(
+                span=rule.span,
+                verb="replace block",
+                site=ast.Site((ast.Name("block", span=span),), (body.axis,), span=span),
+                at=_all_tokens(),
+                fill=body.word,
+                source_block=body.source,
+            )
         case ast.SwapSites():
             return _at(rule, "swap", body, onto=body.other)
         case ast.Freeze():
             return _at(rule, "freeze", body)
         case ast.SetSite():
+            if isinstance(body.value, ast.Reading):
+                return _reading(rule, "set", body, body.value, prompts, work)
+            if named_in(body.value, work.scope.names("direction")):
+                return _of_direction(rule, "set", body, body.value, work)
             return _at(rule, "set", body, fill=body.value)
         case ast.Scale():
             return _at(rule, "scale", body, fill=body.factor)
         case ast.Clamp():
-            return _at(rule, "clamp", body, fill=body.value)
+            lowered = _at(rule, "clamp", body, fill=body.value)
+            if body.direction is None:
+                return lowered
+            _known(body.direction, work)
+            return lowered.model_copy(update={"direction": body.direction})
         case ast.Add():
-            return _at(rule, "add", body, fill=body.value)
+            return _of_direction(rule, "add", body, body.value, work)
         case ast.ProjectOut():
-            fill = body.direction
-            if body.best is not None:
-                fill = ast.Index(fill.id, body.best, span=fill.span)
-            return _at(rule, "project out", body, fill=fill)
+            return _project_out(rule, body, work)
         case ast.Registered():
             return _at(rule, body.verb.id, body, fill=body.value)
         case ast.Block():
@@ -86,8 +104,14 @@ def lower_rule(
             return _attention(rule, "allow", body.edge)
         case ast.Renumber():
             return spec.Rule(span=rule.span, verb="renumber", at=body.at, fill=body.start)
-        case ast.ObserveAttention():
-            return _attention(rule, "observe", body.edge)
+
+
+def _all_tokens() -> ast.Positions:
+    """`tokens *`, where a rule doesn't say it."""
+    source = Source("tokens *")
+    span = Span(source, 0, len(source.text))
+    point = ast.Point(ast.TokenIndex(True, None, span=span), span=span)
+    return ast.Positions((ast.Position(point, span=span),), span=span)
 
 
 def _at(
@@ -103,6 +127,37 @@ def _at(
     return spec.Rule(
         span=rule.span, verb=verb, site=body.site, at=body.at, fill=fill, by=by, onto=onto
     )
+
+
+def _of_direction(
+    rule: ast.Rule, verb: str, body: ast.SiteRule, value: ast.Expr, work: Statements
+) -> spec.Rule:
+    """`VERB NUMBER * DIRECTION …`"""
+    factor, direction = split_factor(value, work.scope.names("direction"))
+    for name in walk(direction):
+        if isinstance(name, ast.Name) and not work.scope.has("direction", name.id):
+            _known(name, work)
+    return _at(rule, verb, body, fill=factor).model_copy(update={"direction": direction})
+
+
+def _known(direction: ast.Name | ast.Index, work: Statements) -> None:
+    """E0201 for a name that is no direction's."""
+    name = direction.id if isinstance(direction, ast.Name) else direction.name
+    work.scope.use("direction", name, direction.span)
+
+
+def _project_out(rule: ast.Rule, body: ast.ProjectOut, work: Statements) -> spec.Rule:
+    """`project out DIRECTION from SITE at POSITIONS`, or `from weights`."""
+    _known(body.direction, work)
+    if body.site is not None and body.at is not None:
+        lowered = spec.Rule(span=rule.span, verb="project out", site=body.site, at=body.at)
+    else:
+        span = Span(Source("tokens *", rule.span.source.path), 0, len("tokens *"))
+        every = ast.TokenIndex(plural=True, low=None, span=span)
+        point = ast.Position(ast.Point(every, span=span), span=span)
+        at = ast.Positions((point,), span=span)
+        lowered = spec.Rule(span=rule.span, verb="project out of weights", at=at)
+    return lowered.model_copy(update={"direction": body.direction})
 
 
 def _attention(
@@ -134,6 +189,30 @@ def _patch(
         source=source,
         onto=body.onto,
         into_layer=body.into_layer,
+    )
+
+
+def _reading(
+    rule: ast.Rule,
+    verb: str,
+    body: ast.SetSite,
+    reading: ast.Reading,
+    prompts: spec.Prompts | None,
+    work: Statements,
+) -> spec.Rule:
+    """`VERB … NUMBER * value(SITE at POSITIONS) of RUN`"""
+    source = None
+    if reading.of is not None and prompts is not None:
+        source = run_of(reading.of, prompts, work)
+    return spec.Rule(
+        span=rule.span,
+        verb=verb,
+        site=body.site,
+        at=body.at if reading.at is None else reading.at,
+        onto=None if reading.at is None else body.at,
+        source=source,
+        fill=reading.factor,
+        reading=reading.site,
     )
 
 

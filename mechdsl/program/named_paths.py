@@ -39,11 +39,13 @@ USE = PathConstruct("use", "reads")
 ROWS = PathConstruct("rows", "reads")
 LOCAL = PathConstruct("local", "reads")
 HF = PathConstruct("hf", "reads")
+HF_DATASET = PathConstruct("hf_dataset", "reads")
 PYTHON = PathConstruct("python", "runs")
+SAVED = PathConstruct("saved", "reads")
 REPORT = PathConstruct("report", "writes")
 
-CONSTRUCTS = (USE, ROWS, LOCAL, HF, PYTHON, REPORT)
-_CALLS = {each.name: each for each in (LOCAL, HF, PYTHON)}
+CONSTRUCTS = (USE, ROWS, LOCAL, HF, HF_DATASET, PYTHON, SAVED, REPORT)
+_CALLS = {each.name: each for each in (LOCAL, HF, HF_DATASET, PYTHON, SAVED)}
 
 
 def reach_of(source: Source, *, outside: bool, untrusted: bool) -> Reach:
@@ -97,7 +99,7 @@ def named_paths(
 
 
 def _in_words(construct: PathConstruct, path: str, span: Span) -> str:
-    if construct is HF and not _from(span, path).is_dir():
+    if construct in (HF, HF_DATASET) and not _from(span, path).is_dir():
         return "looked for in the Hugging Face cache"
     if construct is PYTHON:
         path = path.rpartition(":")[0]

@@ -15,6 +15,7 @@ EXAMPLES = {
     "model": 'model {} = zoo("counting")',
     "prompts": "prompts {} {{ … }}",
     "param": "param {} = 12",
+    "direction": "direction {} = mean_difference(A, B) at resid_post layer 2 at last token",
 }
 
 
@@ -80,7 +81,7 @@ class Namespace:
         self.diagnostics.extend(
             UnusedName(span=d.span, kind=d.kind, name=name)
             for name, d in self.definitions.items()
-            if not d.used and not d.imported and d.kind != "experiment"
+            if not d.used and not d.imported and d.kind not in ("experiment", "observation")
         )
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from mechdsl.base.names import name_list
 from mechdsl.diagnostics.e02_names import CircularExperiments, UnknownName, did_you_mean
 from mechdsl.program import spec
+from mechdsl.program.lower_directions import made_of
 from mechdsl.program.namespace import Namespace
+from mechdsl.program.observations import results_by_name, with_results, with_results_in
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -21,11 +23,19 @@ def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spe
 
     Codes: E0201 for experiments that there are not, E0210 for circles.
     """
-    ranked = {e.name: list(_ranked(e, parts.groups)) for e in parts.experiments}
-    own = (g for g in parts.groups.values() if g.span.source is tree.span.source)
+    results = results_by_name(parts.experiments)
+    if results:
+        groups = {name: with_results_in(each, results) for name, each in parts.groups.items()}
+        parts.groups.update(groups)
+        parts.experiments = [with_results(each, results) for each in parts.experiments]
+    ranked = {e.name: list(_ranked(e, parts)) for e in parts.experiments}
+    own: list[object] = [g.sites for g in parts.groups.values() if _is_own(g, tree)]
+    own += [d.value for d in parts.directions.values() if _is_own(d, tree)]
     every = [node for nodes in ranked.values() for node in nodes]
-    every.extend(node for group in own for node in _in_tree(group.sites))
-    known = scope.names("experiment")
+    every.extend(node for each in own for node in _in_tree(each))
+    several = {e.within for e in parts.experiments}
+    known = [name for name in scope.names("experiment") if name not in several]
+    known = list(dict.fromkeys([*(e.name for e in parts.experiments), *known]))
     for node in {node.span: node for node in every}.values():
         if node.of not in known:
             listed = name_list(known)
@@ -34,7 +44,9 @@ def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spe
                     span=node.span,
                     kind="experiment",
                     name=node.of,
-                    hint=did_you_mean(node.of, known, f"the file has {listed or 'none'}"),
+                    hint=did_you_mean(
+                        node.of, [*known, *results], f"the file has {listed or 'none'}"
+                    ),
                 )
             )
     _circles(ranked, scope)
@@ -44,14 +56,23 @@ def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spe
     ]
 
 
-def _ranked(experiment: spec.Experiment, groups: Mapping[str, spec.Group]) -> Iterator[ast.Ranked]:
-    """Every `top n of …` of an experiment, those in the groups that it names included."""
+def _is_own(part: spec.Group | spec.Direction, tree: ast.File) -> bool:
+    return part.span.source is tree.span.source
+
+
+def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ast.Ranked]:
+    """Every `top n of …` of an experiment, those in the groups and directions that it names
+    included."""
     for part in (*experiment.rules, *experiment.measures):
         for name in type(part).model_fields:
-            yield from _in_tree(getattr(part, name), groups)
-    yield from _in_tree(experiment.keep, groups)
+            yield from _in_tree(getattr(part, name), parts.groups)
+    for rule in experiment.rules:
+        if rule.direction is not None:
+            behind = made_of([rule.direction], parts.directions)
+            yield from (node for each in behind for node in _in_tree(each.value))
+    yield from _in_tree(experiment.keep, parts.groups)
     if experiment.against is not None:
-        yield from _in_tree(experiment.against.apart, groups)
+        yield from _in_tree(experiment.against.apart, parts.groups)
 
 
 def _in_tree(tree: object, groups: Mapping[str, spec.Group] | None = None) -> Iterator[ast.Ranked]:
@@ -129,11 +150,13 @@ def named_by(expectation: spec.Expectation, labels: Collection[str]) -> set[str]
     return found
 
 
-def with_needed(name: str, experiments: Sequence[spec.Experiment]) -> list[spec.Experiment]:
-    """An experiment with everything that has to run before it, and what it is compared with."""
-    wanted = {name}
+def with_needed(
+    names: Collection[str], experiments: Sequence[spec.Experiment]
+) -> list[spec.Experiment]:
+    """Experiments with everything that has to run before them, and what they are compared with."""
+    wanted = set(names)
     for experiment in experiments:
-        if experiment.name == name:
+        if experiment.name in names:
             wanted |= compared_with(experiment).intersection(e.name for e in experiments)
     while True:
         more = {of for e in experiments if e.name in wanted for of in e.after}

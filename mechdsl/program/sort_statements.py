@@ -28,24 +28,13 @@ LATER: dict[type[ast.Node], str] = {
     ast.Discover: "`discover`",
     ast.Search: "`search`",
     ast.ObserveFeatures: "`observe features`",
-    ast.Observe: "`observe`",
     ast.During: "`during`",
-}
-
-# Rules that the grammar knows and that mean something only where a kind is registered for them.
-OPEN: dict[type[ast.Node], str] = {
-    ast.Add: "add",
-    ast.Scale: "scale",
-    ast.ProjectOut: "project out",
-    ast.Clamp: "clamp",
 }
 
 # Of which several stand in one statement.
 LISTED: dict[type[ast.Node], str] = {
     ast.FromInto: "keep one of them; several runs are a list: `from A, B into C`",
     ast.UseModel: "keep one of them; several models are a list: `model A, B`",
-    ast.ObserveAttention: "one line looks at many edges, as in `observe attention layer * head * "
-    "from last token to each item token`; write an experiment for each other line",
 }
 
 
@@ -62,7 +51,8 @@ class Statements:
         self.keep: list[ast.Expr] = []
         self.loops: list[spec.Loop] = []
         self.rules: list[tuple[ast.Rule, tuple[str, ...]]] = []
-        self.observed: list[ast.ObserveAttention] = []
+        self.observed: list[tuple[ast.Observe | ast.ObserveAttention, tuple[str, ...]]] = []
+        """`observe` lines, with the `for` variables around them."""
         self.measures: list[ast.Measure] = []
         self.stats: list[ast.Stats] = []
         self.reports: list[ast.Report] = []
@@ -85,10 +75,9 @@ class Statements:
             match statement:
                 case ast.Rule():
                     self.rule(statement, loops)
-                case ast.ObserveAttention():
-                    self.once(statement, self.observed, "observe")
-                    if self.observed == [statement]:
-                        self.rule(ast.Rule(statement, span=statement.span), loops)
+                case ast.Observe() | ast.ObserveAttention():
+                    if self._supported(statement):
+                        self.observed.append((statement, loops))
                 case ast.For():
                     self.loop(statement, loops)
                 case ast.UseModel():
@@ -142,13 +131,15 @@ class Statements:
     def rule(self, rule: ast.Rule, loops: tuple[str, ...]) -> None:
         """Keep a rule that can be executed; E0108 at the part that can't."""
         before = len(self.diagnostics)
-        verb = OPEN.get(type(rule.body))
-        if verb is not None and verb not in VERBS:
-            self.later(rule.body.span, f"`{verb}`")
-            return
         if isinstance(rule.body, ast.Registered):
             self._amount(rule.body)
-        for node in walk(rule):
+        if self._supported(rule) and len(self.diagnostics) == before:
+            self.rules.append((rule, loops))
+
+    def _supported(self, statement: ast.Node) -> bool:
+        """Whether all parts can be executed; E0108 at those that can't."""
+        before = len(self.diagnostics)
+        for node in walk(statement):
             if type(node) in LATER:
                 self.later(node.span, LATER[type(node)])
             elif isinstance(node, ast.Site) and node.basis is not None:
@@ -159,8 +150,7 @@ class Statements:
                 self.later(node.stack.span, f"attention of the stack `{node.stack.id}`")
             elif isinstance(node, ast.SpanRef) and (node.row is not None or node.col is not None):
                 self.later(node.span, "an image position")
-        if len(self.diagnostics) == before:
-            self.rules.append((rule, loops))
+        return len(self.diagnostics) == before
 
     def _amount(self, body: ast.Registered) -> None:
         """E0101 where a verb has another word before its number, or none."""
@@ -179,7 +169,9 @@ def use_names(node: ast.Node, work: Statements) -> None:
     """Mark groups and parameters that a rule refers to as used."""
     for part in walk(node):
         if isinstance(part, ast.Name):
-            _ = work.scope.has("group", part.id) or work.scope.has("param", part.id)
+            _ = any(work.scope.has(kind, part.id) for kind in ("group", "param", "direction"))
+        elif isinstance(part, ast.Index):
+            work.scope.has("direction", part.name)
         elif isinstance(part, ast.Bound) and part.name is not None:
             work.scope.has("param", part.name)
         elif isinstance(part, ast.Axis) and isinstance(part.window, str):

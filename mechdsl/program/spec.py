@@ -129,6 +129,37 @@ class Prompts(Spec):
     spans: tuple[SpanDefText, ...] = ()
     corruptions: tuple[Corruption, ...] = ()
 
+    def has_part(self, name: str | None) -> bool:
+        """Whether `BLOCK.NAME` are rows of its split, and no corruption."""
+        runs = {corruption.name for corruption in self.corruptions}
+        return self.split is not None and name in ("train", "test") and name not in runs
+
+
+class Observed(Spec):
+    """What an `observe` line looks at, beside the sites and positions of its rule."""
+
+    word: str
+    """`norm`, `logit_lens`: what kind of observation it is."""
+    name: str | None = None
+    """What it is called: `as attn`."""
+    call: CallText | None = None
+    """The word with its arguments: `probe(count)`."""
+    toward: ExprText | None = None
+    top: int | None = None
+    placed: bool = True
+    """Whether positions are written; else `at` says what stands in for them."""
+
+
+class Direction(Spec):
+    """`direction NAME = EXPR at SITE at POSITIONS`."""
+
+    name: str
+    value: ExprText
+    site: SiteText | None = None
+    """Where activations are read, where it is made of some."""
+    at: PositionsText | None = None
+    """None: at the last token."""
+
 
 class Rule(Spec):
     """One intervention. `loops` are the `for` variables around it, outermost first."""
@@ -136,26 +167,35 @@ class Rule(Spec):
     verb: str
     """What kind of rule it is: its first words, but `set edge` where attention is set."""
     site: SiteText | None = None
-    """What is written; of a path the sender. None for rules on the input and on attention."""
+    """What is written; of a path the sender. None for rules on the input, on attention and on
+    weights."""
     at: PositionsText
     """Of attention rules the queries."""
     source: str | None = None
     """patch: the run that is read (`with RUN`, else the experiment's source)."""
     fill: ExprText | None = None
     """ablate: zero, mean, resample, `mean of …`; replace: the text; others: the number."""
+    direction: ExprText | None = None
+    """add, set, project out, clamp: the direction; what it is multiplied with is `fill`."""
     by: str | None = None
     fills: tuple[str, ...] = ()
     """ablate: the labels of an axis of fills, of which this rule is one."""
     fill_index: int = 0
+    reading: SiteText | None = None
+    """set … to value(…): the site that is read, in `source`, at `at`; written at `onto`."""
     onto: PositionsText | None = None
     """patch: where it is written; swap: the other positions; attention rules: the keys."""
     into_layer: BoundText | None = None
     """patch: the layers that are written, where they aren't those that are read."""
+    source_block: BoundText | None = None
+    """replace block: the block that computes there; None: none does."""
     edge: EdgeText | None = None
     """Attention rules: layers and heads."""
     receiver: SiteText | None = None
     through_mlps: bool = False
     """path: whether MLPs recompute, or are held too."""
+    observed: Observed | None = None
+    """observe: what is looked at; `source` is the run, where it isn't the one that rules act on."""
     loops: tuple[str, ...] = ()
 
 
@@ -176,6 +216,8 @@ class Measure(Spec):
     effect_span: Where
     at: PositionText | None = None
     per_prompt: bool = False
+    observed: bool = False
+    """Whether it is of what the experiment's `observe` line gives, not of the model's output."""
     over: str | None = None
     """The axis that it is averaged over, row by row."""
 
@@ -199,6 +241,8 @@ class Report(Spec):
     by: str | None = None
     top: int | None = None
     file: str | None = None
+    of: str | None = None
+    """The observation that is shown, where the experiment has several."""
 
 
 class Group(Spec):
@@ -219,7 +263,7 @@ class Expectation(Spec):
     citing: str | None = None
 
 
-Drawn = Literal["heads", "neurons", "experts", "layers", "positions"]
+Drawn = Literal["heads", "neurons", "experts", "layers", "positions", "directions"]
 
 
 class Control(Spec):
@@ -254,6 +298,9 @@ class Experiment(Spec):
     """
 
     name: str
+    """Of one of several results of a block, `BLOCK.OBSERVATION`."""
+    within: str | None = None
+    """That block."""
     variant: tuple[tuple[str, int | str], ...] = ()
     """Which one of several: (`model`, `source` or `base`; its label), axes of the results."""
     model: str
@@ -302,6 +349,7 @@ class Program(Spec):
     """What a model with a `*` in its path stands for: names of models."""
     prompts: dict[str, Prompts] = {}
     groups: dict[str, Group] = {}
+    directions: dict[str, Direction] = {}
     metrics: dict[str, ExprText] = {}
     """Those that the file names; measures have them put in already."""
     parameters: dict[str, SkipValidation[int | float | str | bool]] = {}

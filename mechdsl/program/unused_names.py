@@ -50,7 +50,9 @@ def _mentioned(node: ast.Node) -> Iterator[str]:
             yield word
         case ast.Ref(name=word, part=part):
             yield from (name for name in (word, part) if name is not None)
-        case ast.OfRef(name=word) | ast.Attribute(name=word):
+        case ast.Attribute(name=word, attribute=part):
+            yield from (word, part)
+        case ast.OfRef(name=word):
             yield word
         case ast.Index(name=word):
             yield word

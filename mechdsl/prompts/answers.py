@@ -105,8 +105,7 @@ def shared_beginning(found: Sequence[TextTokens], tokenizer: TextTokenizer) -> t
         return ()
     (first,) = firsts
     several = len({t.text for t in found}) > 1
-    # A space that is a token of its own decodes to nothing in some vocabularies.
-    is_space = bool(first) and not tokenizer.token_text(first[0]).strip(" ▁\t\n")
+    is_space = bool(first) and tokenizer.is_space(first[0])
     return first if several or is_space else ()
 
 

@@ -110,9 +110,9 @@ def build_table(
     if prompts_enough is not None:
         most = max(_FEWEST_ROWS, prompts_enough // (1 + len(block.spec.corruptions)))
     if ids is None:
-        found = collect(rows, limit=limit, part=part, most=most)
+        found = collect(rows, tokenizer, limit=limit, part=part, most=most)
     else:
-        found = collect_rows(rows, ids)
+        found = collect_rows(rows, tokenizer, ids)
     if found.cut:
         found.diagnostics.append(
             NotAllRows(span=block.spec.span, prompts=block.name, rows=len(found.rows))
@@ -377,7 +377,7 @@ class _Builder:
         rows = self.rows.only(corruption)
         block = rows.block
         target = max(block.combinations, _NOISE_ROWS_OF_DRAWS if block.draws else 0)
-        more = collect(rows, limit=min(target, MAX_NOISE_ROWS))
+        more = collect(rows, self.tokenizer, limit=min(target, MAX_NOISE_ROWS))
         if not more.rows:
             return table
         return _Builder(rows, self.tokenizer, None, texts=False).runs(more.rows)[0]

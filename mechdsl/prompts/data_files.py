@@ -46,7 +46,7 @@ class DataFile:
         return tuple(self.records[number] for number in self.by_content.order)
 
 
-class _Malformed(Exception):
+class Malformed(Exception):
     """A file that doesn't hold records; `reason` and `hint` are for the reader."""
 
     def __init__(self, reason: str, hint: str) -> None:
@@ -63,9 +63,9 @@ def read_data(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]
     file, problems = path_to_read(ROWS, path, span)
     if file is None:
         return None, problems
-    reader = _READERS.get(file.suffix.lower())
+    reader = READERS.get(file.suffix.lower())
     if reader is None:
-        known = ", ".join(_READERS)
+        known = ", ".join(READERS)
         reason = f"files end in {known}"
         hint = "convert it to one of these"
         return None, [DataFormat(span=span, path=path, reason=reason, hint=hint)]
@@ -81,8 +81,8 @@ def read_data(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]
     try:
         records = reader(content)
         if not records:
-            raise _Malformed("it has no records", "add some")
-    except _Malformed as error:
+            raise Malformed("it has no records", "add some")
+    except Malformed as error:
         return None, [DataFormat(span=span, path=path, reason=error.reason, hint=error.hint)]
     columns = dict.fromkeys(name for record in records for name in record)
     return DataFile(tuple(records), tuple(columns), sha256(content).hexdigest()), []
@@ -102,14 +102,14 @@ def _text(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _Malformed(f"byte {error.start} is not UTF-8", "save the file in UTF-8") from None
+        raise Malformed(f"byte {error.start} is not UTF-8", "save the file in UTF-8") from None
 
 
 def _refuse_repeated(names: Sequence[str], said: str) -> None:
     """Of two values with one name, the first would silently be lost."""
     if len(set(names)) < len(names):
         name = next(name for name, times in Counter(names).items() if times > 1)
-        raise _Malformed(f"{said} `{name}`", OWN_NAMES)
+        raise Malformed(f"{said} `{name}`", OWN_NAMES)
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -124,7 +124,7 @@ def _parsed(text: str, where: str) -> Any:
 
 def _object(value: Any, where: str) -> Record:
     if not isinstance(value, dict):
-        raise _Malformed(f"{where} is not an object", "every record is an object with the columns")
+        raise Malformed(f"{where} is not an object", "every record is an object with the columns")
     return cast("Record", value)
 
 
@@ -137,7 +137,7 @@ def _json_lines(content: bytes) -> list[Record]:
             value = _parsed(line, f"line {number}")
         except ValueError as error:
             reason = f"line {number} is not JSON ({error})"
-            raise _Malformed(reason, "write one object per line") from None
+            raise Malformed(reason, "write one object per line") from None
         records.append(_object(value, f"line {number}"))
     return records
 
@@ -146,11 +146,11 @@ def _json(content: bytes) -> list[Record]:
     try:
         value = _parsed(_text(content), "an object of it")
     except ValueError as error:
-        raise _Malformed(f"it is not JSON ({error})", "correct the file") from None
+        raise Malformed(f"it is not JSON ({error})", "correct the file") from None
     if isinstance(value, dict):
         return _inner_records(cast("dict[str, Any]", value))
     if not isinstance(value, list):
-        raise _Malformed("it holds neither a list nor an object", "write a list of objects")
+        raise Malformed("it holds neither a list nor an object", "write a list of objects")
     entries = cast("list[Any]", value)
     return [_object(entry, f"record {n}") for n, entry in enumerate(entries)]
 
@@ -160,12 +160,12 @@ def _inner_records(whole: Mapping[str, Any]) -> list[Record]:
     lists = [k for k, v in whole.items() if _is_table(v)]
     if len(lists) != 1:
         reason = "it is an object without a list of records in it"
-        raise _Malformed(reason, "write a list of objects")
+        raise Malformed(reason, "write a list of objects")
     shared = {k: v for k, v in whole.items() if k != lists[0]}
     both = next((k for k in shared if any(k in entry for entry in whole[lists[0]])), None)
     if both is not None:
         reason = f"`{both}` stands beside the list `{lists[0]}` and in its records"
-        raise _Malformed(reason, OWN_NAMES)
+        raise Malformed(reason, OWN_NAMES)
     return [cast("Record", shared | entry) for entry in whole[lists[0]]]
 
 
@@ -180,7 +180,7 @@ def _separated(delimiter: str) -> Callable[[bytes], list[Record]]:
         try:
             table = [line for line in lines if line]
         except csv.Error as error:
-            raise _Malformed(f"line {lines.line_num}: {error}", "correct the file") from None
+            raise Malformed(f"line {lines.line_num}: {error}", "correct the file") from None
         if not table:
             return []
         header, *body = table
@@ -188,7 +188,7 @@ def _separated(delimiter: str) -> Callable[[bytes], list[Record]]:
         for number, line in enumerate(body):
             if len(line) != len(header):
                 reason = f"record {number} has {len(line)} fields, the header {len(header)}"
-                raise _Malformed(reason, "quote fields that contain the separator")
+                raise Malformed(reason, "quote fields that contain the separator")
         columns = [_typed(column) for column in zip(*body, strict=True)]
         return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)]
 
@@ -207,23 +207,28 @@ def _typed(column: Sequence[str]) -> Sequence[Value]:
     return column
 
 
-def _parquet(content: bytes) -> list[Record]:
+def import_parquet(what: str) -> Any:
+    """The part of pyarrow that reads parquet; Malformed where the package isn't there."""
     try:
-        parquet = cast("Any", import_module("pyarrow.parquet"))
+        return cast("Any", import_module("pyarrow.parquet"))
     except ImportError:
-        reason = "reading parquet needs the package pyarrow"
-        raise _Malformed(reason, "pip install 'mechdsl[frames]'") from None
+        reason = f"reading {what} needs the package pyarrow"
+        raise Malformed(reason, "pip install 'mechdsl[frames]'") from None
+
+
+def _parquet(content: bytes) -> list[Record]:
+    parquet = import_parquet("parquet")
     try:
         file = parquet.ParquetFile(io.BytesIO(content))
         records = cast("list[Record]", file.read().to_pylist())
         names = cast("list[str]", file.schema_arrow.names)
     except Exception as error:  # pyarrow has its own tree of exceptions
-        raise _Malformed(f"pyarrow: {error}", "write the file again") from None
+        raise Malformed(f"pyarrow: {error}", "write the file again") from None
     _refuse_repeated(names, TWO_COLUMNS)
     return records
 
 
-_READERS: Mapping[str, Callable[[bytes], list[Record]]] = {
+READERS: Mapping[str, Callable[[bytes], list[Record]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": _separated(","),

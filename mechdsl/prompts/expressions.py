@@ -133,8 +133,9 @@ def _calculated(node: ast.Binary, scope: Scope, key: Key) -> int | float:
 
 def _index(node: ast.Index, scope: Scope, key: Key) -> Value:
     value = scope.value(node.name, node.span)
-    if isinstance(node.index, ast.Ranked):
-        raise bad(node.span, "prompts have no ranking", "write a number: `xs[2]`")
+    if isinstance(node.index, ast.Ranked | ast.Coordinates):
+        what = "ranking" if isinstance(node.index, ast.Ranked) else "layers or heads"
+        raise bad(node.span, f"prompts have no {what}", "write a number: `xs[2]`")
     at = whole_number(node.index, scope, key)
     entries = [i.value for i in value.items] if isinstance(value, Items) else value
     if not isinstance(entries, list):

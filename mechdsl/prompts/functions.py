@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from mechdsl.base import limits
@@ -199,20 +199,57 @@ def _choice(call: CallSite) -> Value:
     return entries[call.scope.draw(call.key, 0, len(entries))]
 
 
-@_function("shuffle", "shuffle(column)", "a list in another order, a column in another row's value")
+@_function(
+    "shuffle",
+    "shuffle(column)",
+    "a list in another order, a column in another row's value; of texts one value, as of `shots`: "
+    "`shuffle(shots, output)`",
+)
 def _shuffle(call: CallSite) -> Value:
-    (node,) = call.expect(1, 1)
+    node, *more = call.expect(1, 2)
     value = call.value(node)
+    if more:
+        return _dealt(call, value, more[0])
     if isinstance(value, Items):
         order = call.scope.order(call.key, max(1, len(value.items)))
         items = tuple(value.items[order[i]] for i in range(len(value.items)))
-        return Items(value.name, items, value.sep, value.last)
+        return replace(value, items=items)
     if isinstance(value, list):
         order = call.scope.order(call.key, max(1, len(value)))
         return [value[order[i]] for i in range(len(value))]
     if not isinstance(node, ast.Name):
         raise call.wrong("takes a list or a column")
     return call.scope.elsewhere(node.id, node.span)
+
+
+def _dealt(call: CallSite, value: Value, what: ast.Expr) -> Value:
+    """A list of texts in which one placeholder's values are dealt out anew, to others where any
+    differ: `shuffle(shots, output)`."""
+    if not isinstance(value, Items) or value.text is None:
+        raise call.wrong("deals out values of a list of texts", usage="shuffle(shots, output)")
+    if not isinstance(what, ast.Name) or any(what.id not in item.drawn for item in value.items):
+        known = name_list(value.items[0].drawn) if value.items else "nothing"
+        shown = what.span.written
+        raise call.bad(f"its texts draw no `{shown}`", f"they draw {known}", what.span)
+    given = [item.drawn[what.id] for item in value.items]
+    count = len(given)
+    order = call.scope.order(call.key, max(1, count))
+    # One that moves none of them is turned by one: its texts would be what they were.
+    turns = (([given[(order[i] + n) % count] for i in range(count)]) for n in range(count))
+    marks = [frozen(plain(each)) for each in given]
+    dealt = next((t for t in turns if [frozen(plain(each)) for each in t] != marks), given)
+    items: list[Item] = []
+    for n, (item, new) in enumerate(zip(value.items, dealt, strict=True)):
+        drawn = {**item.drawn, what.id: new}
+        rich = call.scope.with_values(drawn).text(value.text, call.key.item(n))
+        items.append(Item(rich, rich, drawn))
+    return replace(value, items=tuple(items))
+
+
+@_function("tokens", "tokens(answer)", "how many tokens a text or a span has", draws=False)
+def _tokens(call: CallSite) -> Value:
+    (node,) = call.expect(1, 1)
+    return call.scope.tokens(node, call.value(node))
 
 
 @_function("token_id", "token_id(column)", "a column that holds ids of tokens", draws=False)
@@ -254,8 +291,9 @@ def _list(call: CallSite) -> Value:
         drawn = _from_domains(call, what, count, distinct)
     else:
         drawn = _from_pool(call, what, source, count, distinct)
-    name = what.id if isinstance(what, ast.Name) else ""
-    return Items(name, tuple(drawn), sep, last)
+    if isinstance(what, ast.Name):
+        return Items(what.id, tuple(drawn), sep, last)
+    return Items("", tuple(drawn), sep, last, what)
 
 
 def _count(call: CallSite, node: ast.Expr) -> int:
@@ -322,7 +360,7 @@ def _item(
     changed = {name: call.scope.changed_item(name, value, key) for name, value in drawn.items()}
     if isinstance(what, ast.String):
         rich = call.scope.with_values(changed).text(what, key)
-        return Item(rich, rich)
+        return Item(rich, rich, changed)
     value = changed[what.id]
     rich = render(value)
     if rich is None:

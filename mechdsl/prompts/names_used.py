@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from mechdsl.base.source import Span
 from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 
 Placeholders: TypeAlias = Callable[[ast.String], Sequence[ast.Expr]]
 """What stands in the braces of a text."""
@@ -40,6 +41,8 @@ def uses(node: Any, placeholders: Placeholders) -> Iterator[NameUse]:
             return
         case ast.Call(name="list"):
             yield from _list_uses(node, placeholders)
+        case ast.Call(name="shuffle", arguments=(shuffled, _)):  # the second is one of its texts
+            yield from uses(shuffled.value, placeholders)
         case ast.Call(name="other" | "others", arguments=arguments):
             for n, argument in enumerate(arguments):
                 if n == 0 and isinstance(argument.value, ast.Name):
@@ -91,3 +94,17 @@ def draws(node: Any, placeholders: Placeholders) -> bool:
             return any(draws(entry, placeholders) for entry in node)  # pyright: ignore[reportUnknownVariableType]
         case _:
             return False
+
+
+def calls_in(node: Any, placeholders: Placeholders) -> Iterator[ast.Call]:
+    """Every call of an expression, those in the braces of texts too."""
+    for part in walk(node):
+        if isinstance(part, ast.Call):
+            yield part
+        elif isinstance(part, ast.String):
+            yield from calls_in(tuple(placeholders(part)), placeholders)
+
+
+def counts_tokens(node: object) -> bool:
+    """Whether it is `tokens(…)`, which hangs on the model's tokenizer."""
+    return isinstance(node, ast.Call) and node.name == "tokens"

@@ -17,6 +17,7 @@ from mechdsl.prompts.replaced_text import extended
 from mechdsl.prompts.row_selection import collect
 from mechdsl.prompts.rows import CLEAN, BlockRows
 from mechdsl.prompts.seeded_draws import stable_hash
+from mechdsl.prompts.tokenizer import TextTokenizer
 
 Build = Callable[[Sequence[int]], tuple[PromptTable | None, list[Diagnostic]]]
 """Numbers of rows → the other block's table of these."""
@@ -40,6 +41,7 @@ def paired_run(
     run: str,
     *,
     name: str,
+    tokenizer: TextTokenizer,
     build: Build,
     span: Span,
     shuffled: bool = False,
@@ -48,7 +50,7 @@ def paired_run(
     same number, or, shuffled, one that a seeded shuffle deals to it. Codes: E0207, E0527 to E0529
     and those of the other block."""
     other = others.block
-    single = _single(others, own)
+    single = _single(others, own, tokenizer)
     if shuffled and single is not None:
         reason = f"has nothing to deal out: `{other.name}` has one row"
         hint = "leave it out: the one row serves all"
@@ -102,13 +104,13 @@ def dealt(rows: Sequence[int], seed: int, own: str, other: str) -> list[int]:
     return [found[row] for row in rows]
 
 
-def _single(others: BlockRows, own: PromptsBlock) -> int | None:
+def _single(others: BlockRows, own: PromptsBlock, tokenizer: TextTokenizer) -> int | None:
     """The number of the block's row, if it has one only."""
     other = others.block
     if other.combinations == 1 and not (other.draws and own.combinations == 1):
         return 0
     if other.combinations != own.combinations and other.spec.where and not other.draws:
-        found = collect(others, limit=2).rows
+        found = collect(others, tokenizer, limit=2).rows
         return found[0].clean.id if len(found) == 1 else None
     return None
 

@@ -14,6 +14,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import DuplicateName, did_you_mean
 from mechdsl.diagnostics.e05_data import (
+    BadCall,
     CyclicValue,
     DataFormat,
     NoDomain,
@@ -24,7 +25,8 @@ from mechdsl.diagnostics.e05_data import (
 from mechdsl.program import spec
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
-from mechdsl.prompts.names_used import NameUse, draws, uses
+from mechdsl.prompts.hub_datasets import read_dataset
+from mechdsl.prompts.names_used import NameUse, calls_in, counts_tokens, draws, uses
 from mechdsl.prompts.python_values import Calls, Names, python_calls
 from mechdsl.prompts.row_scope import Refusal
 from mechdsl.prompts.values import Value, frozen, plain
@@ -131,9 +133,12 @@ class PromptsBlock:
 
     def _read(self) -> DataFile | None:
         source = self.spec.rows
-        if not isinstance(source, ast.String):
+        if source is None:
             return None
-        data, diagnostics = read_data(source.value, source.span)
+        if isinstance(source, ast.String):
+            data, diagnostics = read_data(source.value, source.span)
+        else:  # other than calls are refused where they stand
+            data, diagnostics = read_dataset(source) if isinstance(source, ast.Call) else (None, [])
         self.diagnostics += diagnostics
         if data is None or not self.spec.rename:
             return data
@@ -150,7 +155,8 @@ class PromptsBlock:
                 )
         for new in new_names.values():
             if new in data.columns and new not in new_names:
-                first = f"the column `{new}` of `{source.value}`"
+                shown = source.value if isinstance(source, ast.String) else source.span.written
+                first = f"the column `{new}` of `{shown}`"
                 self.diagnostics.append(DuplicateName(span=source.span, name=new, first=first))
         records = tuple({new_names.get(k, k): v for k, v in r.items()} for r in data.records)
         columns = tuple(new_names.get(c, c) for c in data.columns)
@@ -258,6 +264,21 @@ class PromptsBlock:
         if not self.columns_unknown:
             self._check_uses()
         self._check_cycles()
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        """E0515 for `tokens(…)` in what prompts are made of: it is told of finished ones."""
+        elsewhere = (
+            *(each.value for each in self.definitions.values()),
+            *(each.text for each in self._all_templates()),
+            *self.texts.values(),
+            *(part for _, part in self._changed_parts()),
+        )
+        for call in calls_in(elsewhere, self.placeholders):
+            if counts_tokens(call):
+                reason, usage = "can only stand in `where`", "where tokens(answer) = 1"
+                bad = BadCall(span=call.span, name="tokens", reason=reason, usage=usage)
+                self.diagnostics.append(bad)
 
     def _duplicate(self, template: CompiledTemplate, name: str) -> None:
         for piece in template.pieces:

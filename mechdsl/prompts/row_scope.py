@@ -85,6 +85,10 @@ class Scope(Protocol):
         """Whether the row has the same values in these fields."""
         ...
 
+    def tokens(self, node: ast.Expr, value: Value) -> int:
+        """How many tokens an expression has in the prompt, if it is a span of it, or behind it."""
+        ...
+
     def changed_item(self, name: str, value: Value, key: Key) -> Value:
         """A drawn item, as the corruption leaves it."""
         ...

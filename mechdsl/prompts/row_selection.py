@@ -18,6 +18,7 @@ from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.row_scope import Refusal
 from mechdsl.prompts.rows import RECORD, BlockRows, Row
 from mechdsl.prompts.seeded_draws import Permutation
+from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.prompts.values import TokenId, frozen, plain
 from mechdsl.vocab.corruptions import ValueChange, kind_of
 
@@ -67,15 +68,21 @@ class Collection:
 
 
 def collect(
-    rows: BlockRows, *, limit: int | None, part: str | None = None, most: int | None = None
+    rows: BlockRows,
+    tokenizer: TextTokenizer,
+    *,
+    limit: int | None,
+    part: str | None = None,
+    most: int | None = None,
 ) -> Collection:
     """The first `limit` rows of the block, or of its part `train` or `test`.
 
     A split deals the rows of the whole block out in turn, so that the parts never share a row and
-    a smaller limit gives a part of a larger one. `most` rows are enough to look at.
+    a smaller limit gives a part of a larger one. `most` rows are enough to look at. The tokenizer
+    counts tokens in `where`.
     Codes: E0506, E0509, E0510 and those of rows.
     """
-    found = _Collector(rows, limit, part, most)
+    found = _Collector(rows, tokenizer, limit, part, most)
     refused = found.too_many()
     if refused is not None:
         found.result.diagnostics.append(refused)
@@ -84,9 +91,9 @@ def collect(
     return found.result
 
 
-def collect_rows(rows: BlockRows, ids: Iterable[int]) -> Collection:
+def collect_rows(rows: BlockRows, tokenizer: TextTokenizer, ids: Iterable[int]) -> Collection:
     """The rows with these numbers, without those that `where` leaves out. Codes: those of rows."""
-    found = _Collector(rows, None, None)
+    found = _Collector(rows, tokenizer, None, None)
     for number in ids:
         found.try_row(rows[number])
     return found.result
@@ -104,9 +111,15 @@ class _Seen:
 
 class _Collector:
     def __init__(
-        self, rows: BlockRows, limit: int | None, part: str | None, most: int | None = None
+        self,
+        rows: BlockRows,
+        tokenizer: TextTokenizer,
+        limit: int | None,
+        part: str | None,
+        most: int | None = None,
     ) -> None:
         self.rows = rows
+        self.tokenizer = tokenizer
         self.most = most
         self.block = block = rows.block
         self.limit = limit
@@ -182,7 +195,7 @@ class _Collector:
     def try_row(self, row: Row) -> None:
         """Keep a row that is wanted by its number, whether or not another is equal to it."""
         try:
-            if row.passes(self.block.spec.where):
+            if row.passes(self.block.spec.where, self.tokenizer):
                 self.result.rows.append(self._made(row))
             else:
                 self.result.filtered += 1
@@ -207,7 +220,7 @@ class _Collector:
     def _take(self, row: Row) -> bool:
         """Keep a row if it is wanted; whether it was a new one."""
         result = self.result
-        if not row.passes(self.block.spec.where):
+        if not row.passes(self.block.spec.where, self.tokenizer):
             result.filtered += 1
             return False
         mark = self._mark(row)

@@ -14,10 +14,13 @@ from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
 from mechdsl.program import spec
 from mechdsl.prompts.expressions import bad, evaluate, holds
 from mechdsl.prompts.functions import FUNCTIONS, CallSite, draw_others
+from mechdsl.prompts.prompt_table import RunRow
 from mechdsl.prompts.prompts_block import TEMPLATE, CompiledTemplate, Definition, PromptsBlock
 from mechdsl.prompts.row_content import content_key
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.seeded_draws import Permutation, stable_hash
+from mechdsl.prompts.span_tokens import TokenMap
+from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.prompts.values import (
     Items,
     Record,
@@ -66,6 +69,8 @@ class Row:
         """What the corruption has written."""
         self.item_changes: dict[str, tuple[ast.Expr, Row]] = {}
         """Changes of names that only lists draw: applied to each item."""
+        self._tokenizer: TextTokenizer | None = None
+        """While conditions are asked for."""
         self._drawn: dict[str, Value] = {}
         self._cache: dict[str, Value] = {}
         self._texts: dict[str, str | TokenId] = {}
@@ -248,6 +253,39 @@ class Row:
             frozen(plain(record[f])) == frozen(plain(self.record[f])) for f in shared
         )
 
+    def tokens(self, node: ast.Expr, value: Value) -> int:
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise bad(node.span, "tokens are counted in `where` alone", "write it there")
+        if isinstance(value, TokenId):
+            return 1
+        spans = self._spans_called(node)
+        if spans:
+            return self._tokens_of(spans, node, tokenizer)
+        rich = render(value)
+        if rich is None:
+            raise bad(node.span, "it has no text in this row", "give a text or a number")
+        ids, _ = tokenizer.continuation(self.prompt.text, rich.text)
+        # A space of its own goes into the prompt, if all answers begin with it.
+        return len(ids[1:] if len(ids) > 1 and tokenizer.is_space(ids[0]) else ids)
+
+    def _spans_called(self, node: ast.Expr) -> list[SpanAt]:
+        """Where the prompt has what a name stands for."""
+        name = node.id if isinstance(node, ast.Name) else None
+        return [span for span in self.prompt.spans if span.name == name]
+
+    def _tokens_of(self, spans: list[SpanAt], node: ast.Expr, tokenizer: TextTokenizer) -> int:
+        text = self.prompt.text
+        found = tokenizer.encode(text)
+        places = TokenMap(RunRow(text, found.ids, found.offsets, found.special, (), {}, {}))
+        counts = dict.fromkeys(len(places.tokens(span.start, span.end)) for span in spans)
+        if len(counts) > 1:
+            shown = " and ".join(map(str, sorted(counts)))
+            reason = f"it has {shown} tokens in different places of the prompt"
+            hint = "give one of them a name of its own: `{s2 = s}`, then `tokens(s2)`"
+            raise bad(node.span, reason, hint)
+        return next(iter(counts))
+
     def changed_item(self, name: str, value: Value, key: Key) -> Value:
         if name not in self.item_changes:
             return value
@@ -345,9 +383,13 @@ class Row:
 
     # --- results --------------------------------------------------------------------------------
 
-    def passes(self, conditions: Sequence[ast.Expr]) -> bool:
-        """Whether all conditions of `where` hold."""
-        return all(holds(node, self, Key(f"where.{n}")) for n, node in enumerate(conditions))
+    def passes(self, conditions: Sequence[ast.Expr], tokenizer: TextTokenizer) -> bool:
+        """Whether all conditions of `where` hold; the tokenizer is that of the model."""
+        self._tokenizer = tokenizer
+        try:
+            return all(holds(node, self, Key(f"where.{n}")) for n, node in enumerate(conditions))
+        finally:
+            self._tokenizer = None
 
     @cached_property
     def prompt(self) -> Rich:

@@ -206,6 +206,10 @@ class TextTokenizer:
         text = self._backend.decode([token], skip_special_tokens=False)
         return text if text and "\ufffd" not in text else self._backend.id_to_token(token) or ""
 
+    def is_space(self, token: int) -> bool:
+        """Whether it is white space alone; in some vocabularies a space decodes to nothing."""
+        return not self.token_text(token).strip(" ▁\t\n")
+
     def plain_words(self) -> list[str]:
         """Words of letters that are one token behind a space, in the order of their ids."""
         candidates: dict[str, None] = {}

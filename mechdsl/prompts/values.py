@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import NoneType
-from typing import NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
+
+if TYPE_CHECKING:
+    from mechdsl.syntax import ast
 
 SEPARATOR = "sep"
 """Name of the spans between the items of a list."""
@@ -45,6 +48,8 @@ class Item:
 
     value: Value
     rich: Rich
+    drawn: Mapping[str, Value] = field(default_factory=dict[str, "Value"])
+    """What stands in the placeholders of its text."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Items:
     items: tuple[Item, ...]
     sep: str
     last: str
+    text: ast.String | None = None
+    """What each item is written as, of a list of texts."""
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,12 @@ def measured_answers(work: Work) -> AnswerTokens:
         work.sites,
         (1,),
         work.diagnostics,
-        observes=True,
         metrics=work.program.metrics,
     )
     measures = [
         (m.at is not None, resolve_measure(m.metric, context, label=m.label, at=m.at))
         for m in work.experiment.measures
+        if not m.observed  # an observation looks at the prompt alone
     ]
     del work.diagnostics[before:]
     of_texts = [

@@ -16,7 +16,15 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import Hits, PromptTable
 from mechdsl.resolve.path_rules import reached
-from mechdsl.resolve.resolved import Key, ResolvedExperiment, ResolvedRule, SitePoint, SiteTargets
+from mechdsl.resolve.resolved import (
+    Key,
+    PositionTargets,
+    ResolvedExperiment,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
@@ -60,14 +68,15 @@ class VariantFinding:
         """Of every cell that has a value, in the order of the grid."""
         experiment = self.experiment
         axes = [axis.name for axis in experiment.axes]
-        places = [[axes.index(a) for a in site_targets(rule).axes] for rule in experiment.rules]
+        rules = ranked_rules(experiment)
+        places = [[axes.index(a) for a in site_targets(rule).axes] for rule in rules]
         for cell, index in enumerate(_cells(experiment)):
             value = math.nan if self.means is None else float(self.means[cell])
             if self.means is not None and not math.isfinite(value):
                 continue
             points: dict[SitePoint, None] = {}
             labels: dict[str, None] = {}
-            for rule, place in zip(experiment.rules, places, strict=True):
+            for rule, place in zip(rules, places, strict=True):
                 key = tuple(index[i] for i in place)
                 labels[site_targets(rule).labels[key]] = None
                 points.update(dict.fromkeys(_written(rule, key)))
@@ -191,6 +200,12 @@ class Finding:
         return self._orders[key]
 
 
+def ranked_rules(experiment: ResolvedExperiment) -> tuple[ResolvedRule, ...]:
+    """The rules whose sites and tokens are ranked: what is observed, else all that act."""
+    observing = [rule for rule in experiment.rules if rule.does.changes == "nothing"]
+    return tuple(observing or experiment.rules)
+
+
 def _cells(experiment: ResolvedExperiment) -> Iterator[Key]:
     """Every cell that there is, in the order of the grid: paths only lead forward."""
     names = [axis.name for axis in experiment.axes]
@@ -222,7 +237,18 @@ def _written(rule: ResolvedRule, key: Key) -> tuple[SitePoint, ...]:
 
 def _token_rule(experiment: ResolvedExperiment) -> ResolvedRule:
     """The rule whose positions are swept."""
-    return next(rule for rule in experiment.rules if "position" in rule.positions.axes)
+    every = ranked_rules(experiment)
+    return next(rule for rule in every if "position" in ranked_tokens(rule)[0].axes)
+
+
+def ranked_tokens(rule: ResolvedRule) -> tuple[PositionTargets, ast.Positions]:
+    """The tokens of a rule that are ranked, with the positions that say which: of edges the keys,
+    unless queries alone are swept."""
+    alone = rule.edge is None or "position" in rule.positions.axes
+    if rule.edge is None or (alone and "position" not in rule.edge.keys.axes):
+        return rule.positions, rule.spec.at
+    assert rule.spec.onto is not None
+    return rule.edge.keys, rule.spec.onto
 
 
 def _by_label(
@@ -233,7 +259,7 @@ def _by_label(
     tokenizer: TextTokenizer,
 ) -> dict[str, dict[int, Hits]]:
     """Label → row id → where the positions of an experiment are in one run."""
-    positions = rule.positions
+    positions, at = ranked_tokens(rule)
     targets = {own.spec.base: positions.written, rule.run: positions.read}.get(run)
     if targets is not None:
         return {
@@ -241,7 +267,7 @@ def _by_label(
             for cell in targets.values()
         }
     # A run that it neither wrote nor read: the same positions, found in that run's own text.
-    cells, problems = resolve_positions(rule.spec.at, table, run, tokenizer=tokenizer)
+    cells, problems = resolve_positions(at, table, run, tokenizer=tokenizer)
     if has_errors(problems):
         raise Refused(
             f"the positions of `{own.name}` aren't in `{run}`: {problems[0].message}",

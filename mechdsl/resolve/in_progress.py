@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_coordinates import AxesCollide
@@ -14,6 +14,9 @@ from mechdsl.prompts.prompt_table import Hits, PromptTable
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.resolved import Axis, Label, ModelContext
 from mechdsl.syntax import ast
+
+if TYPE_CHECKING:
+    from mechdsl.resolve.families import Family
 
 
 @dataclass
@@ -26,6 +29,10 @@ class Work:
     table: PromptTable
     sites: SiteContext
     axes: dict[str, Axis] = field(default_factory=dict)
+    families: dict[str, Family | None] = field(default_factory=dict)
+    """Directions by their names; None for one that can't be had."""
+    family_axes: dict[str, tuple[Label, ...]] = field(default_factory=dict)
+    """Axes of the experiment that are those of a family of directions."""
     answers: AnswerTokens = NO_ANSWERS
     """The texts behind the prompts; none for a kind of rule that can't act on them."""
 

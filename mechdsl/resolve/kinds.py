@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.resolved import ResolvedRule
 
 
@@ -18,10 +19,12 @@ class RuleKind:
     """An experiment has one of them at most …"""
     alone: ClassVar[bool] = False
     """… and no other rule beside it."""
-    observes: ClassVar[bool] = False
-    """Whether it is measured by what it looks at (the metric `attention`)."""
     within_prompt: ClassVar[str] = ""
     """Why it can't act on the tokens of an answer, behind the prompt; empty where it can."""
+
+    def observes(self, rule: spec.Rule) -> Observation | None:
+        """What it looks at, where it is measured by that; None for rules that act."""
+        return None
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         """The rule with its targets; its sweeps become axes of the experiment.

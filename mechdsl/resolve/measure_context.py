@@ -13,6 +13,7 @@ from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.prompts.prompt_table import PromptTable, TextTokens
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.resolve.coordinates import SiteContext
+from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.resolved import Env
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
@@ -32,8 +33,12 @@ class MeasureContext:
     diagnostics: list[Diagnostic] = field(default_factory=list)
     at: ast.Position | None = None
     """Where the measure in work is read; None is the last token."""
-    observes: bool = False
-    """Whether the experiment observes attention."""
+    observed: Observation | None = None
+    """What the experiment looks at."""
+    names: Collection[str] = ()
+    """What a measure may call it."""
+    reads_observed: bool = False
+    """Whether the measure in work is of that."""
     metrics: Collection[str] = ()
     """Names of the metrics that the file defines."""
     loop_values: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -9,11 +9,11 @@ from itertools import product
 
 from mechdsl.diagnostics.e03_coordinates import AxesCollide
 from mechdsl.program import spec
+from mechdsl.program.possible_axes import may_sweep
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.measure_context import MeasureContext, refuse
 from mechdsl.resolve.measured_places import MEASURED
 from mechdsl.resolve.measures import resolve_everywhere
-from mechdsl.resolve.possible_axes import may_sweep
 from mechdsl.resolve.resolved import (
     Axis,
     Labels,
@@ -40,7 +40,9 @@ def measured_parts(
         values = {name: work.loops[name][i] for name, i in zip(loops, key, strict=True)}
         own = _in_loops(context, values)
         found = [
-            resolve_everywhere(m.metric, own, label=m.label, at=m.at, runs=runs)
+            resolve_everywhere(
+                m.metric, own, label=m.label, at=m.at, runs=runs, observed=m.observed
+            )
             for m in experiment.measures
         ]
         here = tuple(None if each is None else each[0][1] for each in found)

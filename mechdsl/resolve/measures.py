@@ -27,14 +27,18 @@ def resolve_measure(
     label: str,
     at: ast.Position | None = None,
     runs: tuple[str, ...] = (),
+    observed: bool = False,
 ) -> ResolvedMeasure | None:
     """The measure with its atoms, at the first of the places that it is read at; None after an
     error.
 
-    `runs` are those that it is read on; `at` is found in each one's own text. Codes: E0108, E0203,
-    E0437, E0438, E0442 to E0446, E0507, E0612 and those of texts and positions.
+    `runs` are those that it is read on; `at` is found in each one's own text; `observed`: it is of
+    what the experiment looks at. Codes: E0108, E0203, E0437, E0438, E0442 to E0446, E0507, E0612
+    and those of texts and positions.
     """
-    found = resolve_everywhere(expression, context, label=label, at=at, runs=runs)
+    found = resolve_everywhere(
+        expression, context, label=label, at=at, runs=runs, observed=observed
+    )
     return None if found is None else found[0][1]
 
 
@@ -45,11 +49,12 @@ def resolve_everywhere(
     label: str,
     at: ast.Position | None = None,
     runs: tuple[str, ...] = (),
+    observed: bool = False,
 ) -> list[tuple[Labels, ResolvedMeasure]] | None:
     """The measure at each of the places that it is read at, with what tells them apart; as
     `resolve_measure`."""
     before = len(context.diagnostics)
-    context.at = at
+    context.at, context.reads_observed = at, observed
     if not context.items:  # what `{item.index}` stands for is where it is read
         items = (place.item for place in places_of(at, context, runs[:1]))
         context = replace(context, items=tuple(item for item in items if item is not None))
@@ -75,6 +80,8 @@ def resolve_everywhere(
         )
         return None
     found = tuple(atoms.values())
+    if observed and not _of_one_token(expression, found, at, context):
+        return None
     unread = unreadable(expression, found, shape, model)
     if unread is not None:
         context.diagnostics.append(unread)
@@ -108,6 +115,7 @@ def resolve_everywhere(
         unit=units.pop() if len(units) == 1 else "",
         at={} if positions is None else positions,
         truth=_truth(context.table) if category else None,
+        observed=observed,
     )
     everywhere = list(at_places(whole, places, context))
     if not everywhere:
@@ -123,6 +131,27 @@ def _read_alike(expression: ast.Expr, atoms: Sequence[Atom], context: MeasureCon
         return True
     reason = "the loss of a token is read in front of it, the rest at the token itself"
     refuse(context, expression.span, reason, "measure them in two lines")
+    return False
+
+
+def _of_one_token(
+    expression: ast.Expr, atoms: Sequence[Atom], at: ast.Position | None, context: MeasureContext
+) -> bool:
+    """Whether a measure can be read off what is observed: one distribution over next tokens."""
+    seen = context.observed
+    if seen is None or (seen.gives == "number" and at is None):
+        return True
+    several = any(any(atom.behind) for atom in atoms if atom.texts)
+    if at is not None:
+        reason, hint = "what is observed says itself where it is", "leave `at …` out"
+    elif any(atom.form.takes in ("prompt", "own", "activations") for atom in atoms):
+        reason = "it reads more than one distribution over next tokens"
+        hint = "measure it in an experiment without `observe`"
+    elif several and not context.tokenizer.stands_in:
+        reason, hint = "its text has several tokens", "name a text of one token"
+    else:
+        return True
+    refuse(context, expression.span, reason, hint)
     return False
 
 

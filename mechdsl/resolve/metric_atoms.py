@@ -42,6 +42,14 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     if isinstance(node, ast.Call) and is_python(node):
         return _of_python(node, context)
     name = node.id if isinstance(node, ast.Name) else node.name
+    seen = context.observed if context.reads_observed and isinstance(node, ast.Name) else None
+    own = seen is not None and (seen.gives == "number" or seen.read_by_measures)
+    if seen is not None and own and name in (*context.names, seen.word):
+        return Atom(node, seen.word, seen.form)
+    if seen is not None and name in seen.controls:
+        return Atom(node, name, seen.form)
+    if context.reads_observed and name in context.names and not own:
+        return None  # an observation that there isn't, or that lacks a part, which is said there
     metric = METRICS.get(name)
     if metric is None and isinstance(node, ast.Name) and name in context.metrics:
         return None  # it couldn't be written out, which has been said
@@ -104,7 +112,7 @@ def _form(
             (forms.get("own") if context.at is not None else None)
             or forms.get("nothing")
             or forms.get("prompt")
-            or forms.get("attention")
+            or forms.get("observation")
             or next((f for f in forms.values() if f.default is not None), None)
         )
     if len(values) == 2 and "activations" in forms:
@@ -124,7 +132,7 @@ def _form(
 
 def _misfit(forms: Mapping[Takes, Form], given: int) -> str:
     """Why no form of a metric fits, by how many arguments it is given."""
-    alone = {"nothing", "prompt", "own", "attention"}
+    alone = {"nothing", "prompt", "own", "observation"}
     most = 2 if "activations" in forms else 0 if alone.issuperset(forms) else 1
     if not given:
         return "it has no argument"
@@ -145,7 +153,7 @@ _USAGE: Mapping[Takes, str] = {
     "prompt": "`{}`",
     "own": "`{}`, with `at`",
     "activations": "`{}(L3.resid, clean)`",
-    "attention": "`{}`, beside a line `observe attention …`",
+    "observation": "`{}`, beside a line `observe attention …`",
 }
 
 
@@ -173,7 +181,7 @@ def _of_attention(
     arguments: tuple[ast.Argument, ...],
     context: MeasureContext,
 ) -> Atom | None:
-    if not context.observes:
+    if context.observed is None or context.observed.word != name:
         hint = "add a line `observe attention layer * head * from last token to …`"
         refuse(context, node.span, "nothing says which attention", hint)
         return None
@@ -354,6 +362,6 @@ _BUILDERS: Mapping[Takes, Builder] = {
     "nothing": _plain,
     "prompt": _plain,
     "own": _plain,
-    "attention": _of_attention,
+    "observation": _of_attention,
     "activations": _of_activations,
 }

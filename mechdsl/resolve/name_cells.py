@@ -56,13 +56,16 @@ class _NamedRule:
             return {key: hit_texts(experiment.table, base, cell) for key, cell in cells.items()}
 
         positions, edge, path = rule.positions, rule.edge, rule.path
-        self.sites = self.ends = self.senders = self.receivers = self.keys = None
+        self.sites = self.ends = self.senders = self.receivers = self.keys = self.beside = None
+        self.rule, self.names = rule, names
         self.positions = _along(positions.written, positions.axes, names)
         self.texts = [_along(hits(positions.written), positions.axes, names)]
         self.unlike = _along(self._unlike(experiment, rule), positions.axes, names)
         if rule.sites is not None:
             self.sites = _along(rule.sites.labels, rule.sites.axes, names)
             self.senders = _along(rule.sites.points, rule.sites.axes, names)
+        if rule.beside is not None:
+            self.beside = _along(rule.beside.labels, rule.beside.axes, names)
         if path is not None:
             self.ends = _along(path.receivers.labels, path.receivers.axes, names)
             self.receivers = _along(path.receivers.points, path.receivers.axes, names)
@@ -85,13 +88,16 @@ class _NamedRule:
         }
 
     def leads(self, index: Key) -> bool:
-        """Whether a path has a receiver behind its sender."""
+        """Whether a path has a receiver behind its sender, and what is compared comes later."""
+        if not self.rule.leads(dict(zip(self.names, index, strict=True))):
+            return False
         if self.senders is None or self.receivers is None:
             return True
         return bool(reached(self.senders(index), self.receivers(index), parallel=self.parallel))
 
     def site(self, index: Key) -> str:
         name = "input" if self.sites is None else self.sites(index)
+        name = name if self.beside is None else f"{name} ~ {self.beside(index)}"
         return name if self.ends is None else f"{name} → {self.ends(index)}"
 
     def position(self, index: Key) -> str:

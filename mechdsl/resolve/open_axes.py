@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 
 from mechdsl.diagnostics.core import Unknown
 from mechdsl.program import spec
+from mechdsl.program.possible_axes import may_sweep_one
 from mechdsl.resolve.coordinates import is_open
-from mechdsl.resolve.possible_axes import may_sweep_one
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 

@@ -12,6 +12,7 @@ from mechdsl.diagnostics.core import Diagnostic, Unknown, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue, TooManyCells
 from mechdsl.program import spec
+from mechdsl.program.possible_axes import position_axes, possible_axes
 from mechdsl.prompts.answer_tokens import AnswerTokens
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.answers_behind import measured_answers
@@ -25,10 +26,11 @@ from mechdsl.resolve.measure_context import MeasureContext
 from mechdsl.resolve.measured_parts import axes_of, loops_measured, measured_parts, perhaps_measured
 from mechdsl.resolve.measures import resolve_measure
 from mechdsl.resolve.metric_atoms import known_run
+from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.open_axes import open_axes, open_positions
 from mechdsl.resolve.picks import Onward
-from mechdsl.resolve.possible_axes import position_axes, possible_axes
 from mechdsl.resolve.relative_depth import relative
+from mechdsl.resolve.removed_blocks import inside_removed
 from mechdsl.resolve.resolved import (
     Axis,
     ModelContext,
@@ -87,8 +89,12 @@ def outline(
         written = tuple(rule.site for rule in experiment.rules)
         axes = tuple(relative(axis, written, model.shape.n_layers) for axis in axes)
     apart = left_out(experiment.against, work.sites)
-    observes = any(kinds[rule.verb].observes for rule in experiment.rules)
-    context = _measure_context(work, axes, observes=observes)
+    looking = (
+        kinds[rule.verb].observes(rule) if found is None else _observation(found)
+        for rule, found in zip(experiment.rules, rules, strict=True)
+    )
+    observed = next((each for each in looking if each is not None), None)
+    context = _measure_context(work, axes, observed)
     measures, places = measured_parts(work, context)
     keep, accuracies = _other_measures(work, context)
     known = Outline(
@@ -99,6 +105,9 @@ def outline(
         perhaps=_perhaps(work, rules) | perhaps_measured(work, measures),
         measures=measures,
         resolved=None,
+    )
+    diagnostics.extend(
+        inside_removed([r for r in rules if r], [m for m in measures if m], model.name)
     )
     if has_errors(diagnostics) or None in (*rules, *measures, *keep):
         return known, diagnostics
@@ -129,6 +138,11 @@ def outline(
     if problems:
         return known, diagnostics
     return replace(known, resolved=replace(resolved, control=control)), diagnostics
+
+
+def _observation(rule: ResolvedRule) -> Observation | None:
+    """What a rule looks at; None where it acts."""
+    return rule.does if isinstance(rule.does, Observation) else None
 
 
 def _work(
@@ -274,11 +288,16 @@ def _draws_agree(work: Work) -> None:
 
 
 def _nodes(rule: spec.Rule) -> Any:
-    parts = (rule.site, rule.at, rule.fill, rule.onto, rule.into_layer, rule.edge, rule.receiver)
+    parts = (
+        *(rule.site, rule.reading, rule.at, rule.fill, rule.onto, rule.into_layer),
+        *(rule.source_block, rule.edge, rule.receiver),
+    )
     return tuple(part for part in parts if part is not None)
 
 
-def _measure_context(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> MeasureContext:
+def _measure_context(
+    work: Work, axes: tuple[Axis, ...], observed: Observation | None
+) -> MeasureContext:
     """What measures are resolved against."""
     items = sorted({i for axis in axes for i in axis.items if i is not None})
     if has_errors(work.diagnostics) or work.model.tokenizer.stands_in:
@@ -289,7 +308,12 @@ def _measure_context(work: Work, axes: tuple[Axis, ...], *, observes: bool) -> M
         work.sites,
         tuple(items),
         work.diagnostics,
-        observes=observes,
+        observed=observed,
+        names=tuple(
+            rule.observed.name or rule.observed.word
+            for rule in work.experiment.rules
+            if rule.observed is not None
+        ),
         metrics=work.program.metrics,
     )
 
@@ -319,5 +343,7 @@ def _accuracy_calls(experiment: spec.Experiment) -> list[ast.Call]:
         for expect in experiment.expects
         if expect.condition is not None
         for node in walk(expect.condition)
-        if isinstance(node, ast.Call) and node.name == "accuracy" and len(node.arguments) == 1
+        if isinstance(node, ast.Call)
+        and node.name == "accuracy"
+        and [each.name for each in node.arguments] in ([None], [None, "model"])
     ]

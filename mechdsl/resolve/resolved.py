@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from mechdsl.resolve.direction_types import DirectionTargets
+
 Label = int | float | str
 
 
@@ -136,15 +138,18 @@ class PathTargets(Record):
 
 @record
 class Apart(Record):
-    """A run of another block, on rows of its own, that a mean is taken of."""
+    """A run of another block, on rows of its own, that fills are taken of."""
 
     table: PromptTable
     run: str
+    part: str | None = None
+    """Of the block's split."""
 
     @property
     def name(self) -> str:
         """As a rule writes it."""
-        return self.table.name if self.run == "clean" else f"{self.table.name}.{self.run}"
+        own = self.part or (None if self.run == "clean" else self.run)
+        return self.table.name if own is None else f"{self.table.name}.{own}"
 
 
 class Vectors(Protocol):
@@ -158,6 +163,10 @@ class Vectors(Protocol):
     @property
     def width(self) -> int:
         """Of a vector at this site; 1 for vectors over keys, which are widened."""
+        ...
+
+    def direction(self) -> Tensor:
+        """[K, width] float64: the rule's direction in the cell that each is written for."""
         ...
 
     def read(self) -> Tensor:
@@ -175,6 +184,9 @@ class Convention:
     """Said once, behind the texts of all rules with this key."""
 
 
+Changes = Literal["sites", "edges", "input", "positions", "blocks", "nothing"]
+
+
 class Intervention:
     """What a rule does to a run. Stages behind `resolve` ask this class and know no kinds.
 
@@ -184,9 +196,9 @@ class Intervention:
     name: ClassVar[str]
     """As graphs call it; the verb of a rule kind that says no other. Interventions of one name with
     equal keys write the same."""
-    changes: ClassVar[Literal["sites", "edges", "input", "positions", "nothing"]] = "sites"
+    changes: ClassVar[Changes] = "sites"
     """What of a run it changes: vectors at its sites, edges of attention, the text that goes in,
-    position ids; nothing where it only looks."""
+    position ids, what blocks compute; nothing where it only looks."""
     whole: ClassVar[bool] = False
     """Its rows are whole passes: nothing of an unpatched run stands in them."""
     looks_ahead: ClassVar[bool] = False
@@ -195,9 +207,15 @@ class Intervention:
     """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
     seeded permutation), its mean over all prompts, or what `of_cell` makes of all rows of a cell;
     None where nothing is read."""
+    mode: ClassVar[Literal["set", "add", "scale", "along"]] = "set"
+    """How what `values` gives meets what is there when the pass comes by: it replaces it, is added
+    to it, or, [K, 1], multiplies it; along directions of length 1, only the component along these
+    is set, to the rule's number, or to 0 without one."""
     copies: ClassVar[bool] = False
     """What is written is what is read in the rule's run, as it is: then rows whose source and base
     agree there are equal to the base run and aren't run."""
+    leads_on: ClassVar[bool] = False
+    """Only pairs with the sites `beside` in a later layer are cells."""
     drawn_positions: ClassVar[bool] = True
     """Whether `against random(…, positions)` can put it at others."""
 
@@ -264,21 +282,34 @@ class ResolvedRule(Record):
     """Per row, the group whose mean fills it (`mean by template`)."""
     amounts: Amounts | None = None
     """The number that it writes, or works with."""
+    direction: DirectionTargets | None = None
+    """What it steers along."""
     apart: Apart | None = None
-    """`mean of BLOCK`: what is averaged; `positions.read` are in its rows then."""
+    """`mean of BLOCK`, `resample of BLOCK`: what is read; `positions.read` are in its rows then."""
     python: PythonFunction | None = None
     """`set … to python(…)`: what makes new vectors of the base run's."""
     edge: EdgeTargets | None = None
     path: PathTargets | None = None
+    beside: SiteTargets | None = None
+    """The sites that an observation sets its own against."""
     only: Only | None = None
     """None where it acts in all cells."""
+
+    def leads(self, at: Mapping[str, int]) -> bool:
+        """Whether there is a cell with these indices along the axes, as far as `beside` goes."""
+        if not self.does.leads_on or self.beside is None or self.sites is None:
+            return True
+        own = self.sites.points[tuple(at[axis] for axis in self.sites.axes)]
+        other = self.beside.points[tuple(at[axis] for axis in self.beside.axes)]
+        return max(p.layer or 0 for p in own) < min(p.layer or 0 for p in other)
 
     @property
     def axes(self) -> frozenset[str]:
         """Names of the axes that something of it depends on."""
-        parts = [self.sites, self.positions, self.amounts]
+        parts = [self.sites, self.positions, self.amounts, self.direction]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
+        parts += [] if self.beside is None else [self.beside]
         own = frozenset(name for part in parts if part is not None for name in part.axes)
         return own if self.only is None else own | {self.only.axis}
 
@@ -360,6 +391,8 @@ class ResolvedMeasure(Record):
     """Per run and row, the token position that is read; runs that are missing read their last."""
     truth: tuple[float, ...] | None = None
     """Per row, the number that the answer spells, for categories."""
+    observed: bool = False
+    """It is of what the experiment looks at: metrics of tokens read its logits, not the model's."""
     absent: tuple[int, ...] = ()
     """Rows that lack the position; they have no value."""
     item: int | None = None
@@ -439,7 +472,8 @@ class ResolvedExperiment(Record):
     @property
     def models(self) -> tuple[str, ...]:
         """The model that it runs on, and others that it reads."""
-        others = (run.model for run in self.spec.elsewhere if run.model is not None)
+        others = [run.model for run in self.spec.elsewhere if run.model is not None]
+        others += [m for rule in self.rules if rule.direction for m in rule.direction.models]
         return tuple(dict.fromkeys((self.model.name, *others)))
 
     @property

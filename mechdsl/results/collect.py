@@ -24,12 +24,13 @@ from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.measured_places import MEASURED
 from mechdsl.resolve.name_cells import cell_keys
+from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.resolved import ResolvedControl, ResolvedExperiment, ResolvedMeasure
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.run_conventions import conventions, fallbacks, model_words, pass_sizes
 from mechdsl.results.seen_rows import SeenRows
 from mechdsl.statistics.bootstrap import FEWEST_UNITS
-from mechdsl.statistics.measure_data import DrawnValues, MeasureData, Missing
+from mechdsl.statistics.measure_data import DrawnValues, MeasureData, Missing, Spread
 from mechdsl.vocab.metrics import Form
 
 
@@ -77,6 +78,7 @@ def collect(
                 at=said.place,
                 gaps=tuple(gap_words(measured, number, c) for c in np.flatnonzero(there).tolist()),
                 seen=seen.of(number, there),
+                spread=_spread(experiment) if resolved.observed else "rows",
             )
         )
     return ExperimentResult(
@@ -218,6 +220,14 @@ def _present(patched: Floats, measure: ResolvedMeasure, kept: Ints) -> Floats:
     if not measure.absent:
         return patched
     return np.where(np.isin(kept, measure.absent), np.nan, patched)
+
+
+def _spread(experiment: ResolvedExperiment) -> Spread:
+    """Where intervals of what is observed come from."""
+    for rule in experiment.rules:
+        if isinstance(rule.does, OverRows):
+            return rule.does.spread
+    return "rows"
 
 
 def _of(there: NDArray[np.bool_], values: Floats) -> Floats:

@@ -34,6 +34,7 @@ from mechdsl.results.rankings import ranking_of_cells, ranking_of_rows
 from mechdsl.statistics.bootstrap import FEWEST_UNITS, Simultaneous, simultaneous
 from mechdsl.statistics.cell_statistics import share_limits
 from mechdsl.statistics.effect_parts import Sums, parts
+from mechdsl.statistics.measure_data import NO_INTERVAL
 from mechdsl.statistics.sampling import partitions
 from mechdsl.statistics.units import Draws, Rows, Units, units_of
 from mechdsl.validate.conditions import (
@@ -304,6 +305,11 @@ class Reader:
         of = self.cells.of(value)
         sums, rounding = self.space.sums(of), bounds(of)
         means = of.result.statistics[of.measure].mean[of.cells]
+        spread = of.result.measures[of.measure].spread
+        if spread != "rows":
+            over = {"max": np.max, "min": np.min}.get(value.how, np.mean)
+            point = float(over(means))
+            return constant(point) if spread == "none" else Estimate(point, why=NO_INTERVAL[spread])
         about = Estimate(math.nan, as_in_base=as_in_base(of.result, of.measure))
         if value.how not in ("max", "min"):
             share = np.full(len(of.cells), 1 / len(of.cells))

@@ -17,6 +17,7 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import PROMPT_TOKENS, ExperimentPlan
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.class_outputs import made_of
+from mechdsl.resolve.picks import SHOWN
 from mechdsl.resolve.resolved import Atom, ResolvedExperiment, ResolvedRule
 from mechdsl.results.experiment_result import ANSWER_TOKENS
 from mechdsl.syntax import ast
@@ -62,6 +63,7 @@ def conventions(
             value = f"{noise.sds:g} sd = {noise_scale(model, noise):.4g}"
             found[f"noise of {name}"] = f"{found[f'noise of {name}']}, {value}"
     found.update(experiment.picks)
+    found.update(_of_directions(plan, measured))
     found.update(_of_rules(plan, model))
     found.update(_of_measures(experiment))
     leading = [rule.paths.exists for rule in plan.rules if rule.paths is not None]
@@ -78,9 +80,11 @@ def conventions(
             f"{plural(measured.dropped, 'row')} of cells left out: "
             f"{'the other row lacks the position' if of_donors else why}"
         )
-    if len({rule.rule.spec.span for rule in plan.rules}) > 1:
+    acting = {r.rule.spec.span for r in plan.rules if r.rule.does.changes != "nothing"}
+    if len(acting) > 1:
         found["rules"] = (
-            "together in one run; where two write the same vector, the later one stands"
+            "together in one run, in the order of the file; where two set the same vector, the "
+            "later one stands"
         )
     if any(_windowed(rule.rule.spec) for rule in plan.rules):
         found["window"] = (
@@ -230,6 +234,22 @@ def _windowed(rule: Any) -> bool:
 
 def _several(positions: Any) -> bool:
     return any(len(row) > 1 for cell in positions for row in cell.hits)
+
+
+def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, str]:
+    """How each direction was made, and its length, by which it is used."""
+    found: dict[str, str] = {}
+    for rule in plan.rules:
+        members = rule.directions[:SHOWN]
+        for member in members:
+            length = measured.lengths.get(member.name)
+            norm = "" if length is None else f"; norm {length:.4g}"
+            norm = norm if length else "; 0, so that nothing changes"
+            found[f"direction {member.name}"] = f"{member.made}{norm}"
+        more = len(rule.directions) - len(members)
+        if more:
+            found["directions"] = f"and {more} more, made in the same way"
+    return found
 
 
 def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:

@@ -172,7 +172,7 @@ class SeenRows:
         end = len(run.rows[row].ids) - 1
         found = -1 if looked is None else looked
         for atom in measure.atoms:
-            if atom.form.takes == "attention":
+            if measure.observed or atom.form.takes == "observation":
                 continue
             at = measure.at.get(run.name)
             if at is None or atom.form.takes == "prompt":
@@ -183,7 +183,7 @@ class SeenRows:
         return found
 
     def _looked_at(self, cell: Cell, measure: ResolvedMeasure, row: int) -> int | None:
-        """The last query whose attention the measure reads."""
+        """The last token that the measure looks at."""
         if not _looks(measure):
             return None
         queries = [
@@ -236,8 +236,8 @@ def _reaches(tokens: Sequence[int], last: int | None) -> bool:
 
 
 def _looks(measure: ResolvedMeasure) -> bool:
-    """Whether it reads attention that is observed."""
-    return any(atom.form.takes == "attention" for atom in measure.atoms)
+    """Whether it reads what is observed."""
+    return measure.observed or any(a.form.takes == "observation" for a in measure.atoms)
 
 
 def _below_attention(rule: RulePlan, cell: int) -> bool:

@@ -8,7 +8,7 @@ from mechdsl.base.plural import plural
 from mechdsl.base.registry import Registry
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.cell_statistics import SHARES
-from mechdsl.statistics.measure_data import may_change
+from mechdsl.statistics.measure_data import NO_INTERVAL, may_change
 from mechdsl.statistics.sampling import partitions
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 from mechdsl.vocab.effect_kind import EffectKind
@@ -64,7 +64,10 @@ def _interval(result: ExperimentResult) -> str:
     """By the kinds of figures that there are."""
     settings, sampling = result.settings, result.sampling
     assert settings is not None
-    numbers = [data for data in result.measures if data.kind == "number"]
+    every = [data for data in result.measures if data.kind == "number"]
+    numbers = [data for data in every if data.spread == "rows"]
+    if not numbers:
+        return "; ".join(dict.fromkeys(NO_INTERVAL[data.spread] for data in every))
     units = [sampling.units(seen) for data in numbers for _, seen in partitions(data)]
     counts = dict.fromkeys(each.count for each in units)
     most = max(units, key=lambda each: each.count)

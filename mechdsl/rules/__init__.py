@@ -5,7 +5,8 @@ the intervention that all later stages ask. Imports resolve and below; no torch.
 """
 
 # In the order in which what they don't go together with is reported.
-from mechdsl.rules import copies, ablate, assign, replace, path, attention, renumber  # noqa: I001
+from mechdsl.rules import copies, ablate, assign, steer, replace, path  # noqa: I001
+from mechdsl.rules import attention, renumber, blocks, observations
 from mechdsl.rules.kind import RULES, SiteRule, rule_kind
 
 __all__ = [
@@ -14,9 +15,12 @@ __all__ = [
     "ablate",
     "assign",
     "attention",
+    "blocks",
     "copies",
+    "observations",
     "path",
     "renumber",
     "replace",
     "rule_kind",
+    "steer",
 ]

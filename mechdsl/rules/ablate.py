@@ -12,6 +12,7 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.program import spec
+from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import (
     Apart,
@@ -82,12 +83,21 @@ class Mean(Intervention):
 
 @fill("resample")
 class Resample(Intervention):
-    """`with resample of RUN`: what a run has on another row."""
+    """`with resample of RUN`: what a run has on another row; `with resample of BLOCK`, what a row
+    of another block has."""
 
     name = "resample"
     reads = "donor"
 
+    def key(self, rule: ResolvedRule) -> Hashable:
+        return rule.run, None if rule.apart is None else rule.apart.name
+
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        if rule.apart is not None:
+            rows = f"one of the {len(rule.apart.table):,} rows of {rule.apart.name}"
+            how = "drawn for each row by its content and the seed, with repetition"
+            yield Convention("fill", f"{rows}, {how}")
+            return
         how = "a seeded permutation of those after `limit` and `keep`, without fixed points"
         yield Convention("fill", f"{rule.run} run of another row ({how})")
 
@@ -151,45 +161,57 @@ def _fill(rule: spec.Rule, work: Work) -> tuple[Intervention | None, str, Apart 
     assert word is not None
     if isinstance(word, ast.OfRef):
         name, does = word.name, FILLS.get(word.name)
-        if word.of.name not in work.table.runs:
+        if word.of.part is not None or word.of.name not in work.table.runs:
             return _of_block(rule, word, work)
     else:
         name = word.id if isinstance(word, ast.Name) else ""
         does = FILLS.get(name)
     if does is None or (does.reads is None and isinstance(word, ast.OfRef)):
-        *first, last = (f"`{fill}`" for fill in FILLS)
-        hint = did_you_mean(name, FILLS, f"write {', '.join(first)} or {last}")
-        work.diagnostics.append(
-            UnknownWord(
-                span=word.span, kind="fill of an ablation", word=word.span.written, hint=hint
-            )
-        )
-        return None, work.experiment.base, None
+        return _not_a_fill(name, word.span, work), work.experiment.base, None
     if does.reads is None:
         return does, work.experiment.base, None
     return does, word.of.name if isinstance(word, ast.OfRef) else "clean", None
 
 
+def _not_a_fill(name: str, span: ast.Span, work: Work) -> None:
+    *first, last = (f"`{fill}`" for fill in FILLS)
+    hint = did_you_mean(name, FILLS, f"write {', '.join(first)} or {last}")
+    work.diagnostics.append(
+        UnknownWord(span=span, kind="fill of an ablation", word=span.written, hint=hint)
+    )
+
+
 def _of_block(
     rule: spec.Rule, word: ast.OfRef, work: Work
 ) -> tuple[Intervention | None, str, Apart | None]:
-    """What is taken of another block: its mean over all rows."""
-    base, name, block = work.experiment.base, word.name, word.of.name
-    does = FILLS.get(name)
-    table = work.table.beside.get(block)
+    """What is taken of another block, or of a part of one."""
+    base, block, part = work.experiment.base, word.of.name, word.of.part
+    does = FILLS.get(word.name)
+    of_part = work.table.beside.get(word.of.span.written) if part is not None else None
+    table = of_part or work.table.beside.get(block)
     if table is None:
         known = name_list(work.table.runs)
         hint = did_you_mean(block, work.table.runs, f"runs are {known}")
         work.diagnostics.append(UnknownName(span=word.of.span, kind="run", name=block, hint=hint))
         return None, base, None
-    averages = does is not None and does.reads == "mean"
-    if not averages or rule.by is not None:
-        what = "a mean within groups" if averages else f"`{name}`"
+    if of_part is not None:
+        apart = Apart(of_part, "clean", part)
+    else:
+        apart = Apart(table, part or "clean")
+        if apart.run not in table.runs:
+            return _no_such_run(word, table, work), base, None
+    if does is None or does.reads is None:
+        return _not_a_fill(word.name, word.span, work), base, None
+    noised = table.runs[apart.run].noise is not None
+    if rule.by is not None or (noised and does.reads == "donor"):
+        what = "a mean within groups" if rule.by is not None else "`resample` of noise"
         what = f"{what} of another block of prompts"
         work.diagnostics.append(NotSupported(span=word.of.span, what=what))
-    run = word.of.part or "clean"
-    if run in table.runs:
-        return (does if averages and rule.by is None else None), "clean", Apart(table, run)
+        return None, base, None
+    return does, "clean", apart
+
+
+def _no_such_run(word: ast.OfRef, table: PromptTable, work: Work) -> None:
     others = [f"{table.name}.{name}" for name in table.runs if name != "clean"]
     known = name_list(others)
     hint = did_you_mean(
@@ -198,7 +220,6 @@ def _of_block(
     work.diagnostics.append(
         UnknownName(span=word.of.span, kind="run", name=word.of.span.written, hint=hint)
     )
-    return None, base, None
 
 
 def _groups(rule: spec.Rule, does: Intervention, work: Work) -> tuple[str, ...] | None:

@@ -33,7 +33,7 @@ from mechdsl.syntax.walk import walk
 from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.sites import EdgeChange
 
-_WITHOUT_LOGITS = ("activations", "attention")
+_WITHOUT_LOGITS = ("activations", "observation")
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,39 +91,49 @@ class EdgeRule(RuleKind):
         raise NotImplementedError
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
-        assert rule.edge is not None
-        assert rule.onto is not None
-        sites, axes = attention_sites(rule.edge, work.sites)
-        for axis in axes:
-            work.add_axis(axis)
-        both = sweeps(rule.at, work) and sweeps(rule.onto, work)
-        queries = plain_targets(rule.at, work, "from_position" if both else "position")
-        keys = plain_targets(rule.onto, work)
         does, amounts = self.edit(rule, work)
-        sites, queries = pick_nothing(sites, queries, SitePoint("pattern", 0, None))
-        if sites is None or queries is None or keys is None or does is None:
+        return resolve_edge(rule, does, amounts, work)
+
+
+def resolve_edge(
+    rule: spec.Rule, does: EdgeIntervention | None, amounts: Amounts | None, work: Work
+) -> ResolvedRule | None:
+    """A statement about `attention … from Q to K` with its queries and keys; None after an error.
+
+    does: None after an error.
+    """
+    assert rule.edge is not None
+    assert rule.onto is not None
+    sites, axes = attention_sites(rule.edge, work.sites)
+    for axis in axes:
+        work.add_axis(axis)
+    both = sweeps(rule.at, work) and sweeps(rule.onto, work)
+    queries = plain_targets(rule.at, work, "from_position" if both else "position")
+    keys = plain_targets(rule.onto, work)
+    sites, queries = pick_nothing(sites, queries, SitePoint("pattern", 0, None))
+    if sites is None or queries is None or keys is None or does is None:
+        return None
+    if amounts is not None and not does.possible(rule, amounts, keys, work):
+        return None
+    causal = work.sites.shape.causal and (not work.sites.shape.stands_in or _predicts(work))
+    known = not work.model.tokenizer.stands_in
+    told = known or (by_text(rule.at, rule.onto) and not work.table.stands_in)
+    if does.looks_ahead:
+        if not does.fits(rule, queries, keys, work):
             return None
-        if amounts is not None and not does.possible(rule, amounts, keys, work):
-            return None
-        causal = work.sites.shape.causal and (not work.sites.shape.stands_in or _predicts(work))
-        known = not work.model.tokenizer.stands_in
-        told = known or (by_text(rule.at, rule.onto) and not work.table.stands_in)
-        if does.looks_ahead:
-            if not does.fits(rule, queries, keys, work):
-                return None
-        elif causal and told and not _anything_seen(rule, queries, keys, work):
-            return None
-        if does.removes and causal and known and not _something_left(rule, queries, keys, work):
-            return None
-        return ResolvedRule(
-            spec=rule,
-            does=does,
-            run=work.experiment.base,
-            sites=sites,
-            positions=queries,
-            amounts=amounts,
-            edge=EdgeTargets(does.change, keys),
-        )
+    elif causal and told and not _anything_seen(rule, queries, keys, work):
+        return None
+    if does.removes and causal and known and not _something_left(rule, queries, keys, work):
+        return None
+    return ResolvedRule(
+        spec=rule,
+        does=does,
+        run=work.experiment.base,
+        sites=sites,
+        positions=queries,
+        amounts=amounts,
+        edge=EdgeTargets(does.change, keys),
+    )
 
 
 @rule_kind("block")
@@ -263,54 +273,6 @@ class SetEdgeRule(EdgeRule):
             return None, None
         amounts = resolve_amounts(word, work)
         return (None if amounts is None else WEIGHT), amounts
-
-
-@rule_kind("observe")
-class ObserveRule(EdgeRule, EdgeIntervention):
-    """`observe attention … from Q to K`: the weight that the keys get together."""
-
-    once = True
-    """One observation can be told from another by its axes only."""
-    observes = True
-    within_prompt = "`observe` looks at the prompt alone"
-    changes = "nothing"
-    change = None
-
-    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
-        return self, None
-
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
-        if found is None or found.sites is None or "nothing" not in found.sites.labels.values():
-            return found
-        work.diagnostics.append(
-            BadEdit(
-                span=rule.span,
-                reason="there would be nothing to look at",
-                what="no head is picked in one of its cells",
-                hint="pick at least one: `top 1 of …`",
-            )
-        )
-        return None
-
-    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        assert rule.spec.edge is not None
-        axes = {axis.word: axis for axis in rule.spec.edge.axes}
-        over = [f"these {word}s" for word, axis in axes.items() if _joins(axis)]
-        if rule.spec.edge.heads is not None:
-            assert rule.sites is not None
-            over += ["these heads"] if any(len(p) > 1 for p in rule.sites.points.values()) else []
-        else:
-            over += [] if "head" in axes else ["all heads"]
-        cells = rule.positions.written.values()
-        if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
-            over.append("the queries")
-        averaged = f", averaged over {' and '.join(over)}" if over else ""
-        yield Convention("observed", f"the weight that the keys get together{averaged}")
-
-
-def _joins(axis: ast.Axis) -> bool:
-    return axis.plural or axis.window is not None
 
 
 def _predicts(work: Work) -> bool:

@@ -1,9 +1,8 @@
 """How a kind of rule is registered, and what most of them share.
 
 Entries lie beside this file, one class each. Outside of the package, an entry is made by importing
-a module with such a class before a file is checked (`tests/rules/gizmo_rule.py` is one). Its words
-are `scale`, `clamp`, `add` or `project out`, which the grammar has and nobody means anything by
-yet, or a new one, that is then read as `WORD SITE at POSITIONS [to NUMBER | by NUMBER]`.
+a module with such a class before a file is checked (`tests/rules/gizmo_rule.py` is one). Its word
+is a new one, that is then read as `WORD SITE at POSITIONS [to NUMBER | by NUMBER]`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import networkx as nx
 from mechdsl.base.plural import plural
 from mechdsl.base.visible import visible, xml_text
 from mechdsl.graph.nodes import (
+    DirectionNode,
     EffectNode,
     EncodeNode,
     ExpectNode,
@@ -32,6 +33,7 @@ COLOURS: Mapping[type, str] = {
     EncodeNode: "#e8eef7",
     ForwardNode: "#fde9d0",
     ReadNode: "#e3f3e6",
+    DirectionNode: "#e6eaf5",
     TransformNode: "#f3e6f5",
     WriteNode: "#fbdcdc",
     MeasureNode: "#e0f2f4",
@@ -63,6 +65,8 @@ def _describe(node: Node) -> list[str]:
             return ["Forward", *lines]
         case ReadNode():
             return ["Read", _places(node.places), f"at {node.at}"]
+        case DirectionNode():
+            return ["Direction", node.name, node.made]
         case TransformNode():
             return ["Transform", f"{node.kind} {node.detail}".strip()]
         case WriteNode():

@@ -19,7 +19,7 @@ from mechdsl.program import spec
 from mechdsl.statistics.bootstrap import FEWEST_UNITS, standard_error, student, studentise
 from mechdsl.statistics.cell_tests import cell_p
 from mechdsl.statistics.effect_parts import Parts, Sums, parts
-from mechdsl.statistics.measure_data import CellStatistics, Interval, MeasureData
+from mechdsl.statistics.measure_data import NO_INTERVAL, CellStatistics, Interval, MeasureData
 from mechdsl.statistics.sampling import Sampling, in_order, partitions
 from mechdsl.statistics.shares import share_difference, share_interval
 from mechdsl.statistics.units import Units, blocks
@@ -125,6 +125,9 @@ def _interval(
 ) -> tuple[Floats, Floats]:
     """[cell] each, by the kind of the figure."""
     confidence = sampling.settings.confidence
+    if data.spread != "rows":
+        nothing = np.full(len(block.cells), np.nan)
+        return nothing, nothing
     found = share_limits(data, effect, block.cells, block.units, confidence)
     if found is None:
         draws = sampling.draws(block.units, whole=block.whole)
@@ -263,7 +266,9 @@ def _reason(
         by_zero = effect.denominator is not None and not np.isinf(found.mean[cell])
         said.append(f"{effect.divisor} is 0" if by_zero else "infinite for at least one prompt")
     units = int(found.units[cell])
-    if np.isfinite(found.mean[cell]) and not np.isfinite(found.low[cell]):
+    if data.spread in NO_INTERVAL:
+        said.append(NO_INTERVAL[data.spread])
+    elif np.isfinite(found.mean[cell]) and not np.isfinite(found.low[cell]):
         said.append(f"{plural(units, unit)}: no interval below {FEWEST_UNITS}")
     if data.inert[cell]:
         said.append("cannot differ from the base run: not tested")

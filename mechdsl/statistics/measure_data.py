@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+
+Spread: TypeAlias = Literal["rows", "unknown", "none"]
+"""Where intervals come from: how rows differ; nowhere, as a cell has one number of all rows; or a
+number isn't of rows, so that others would change nothing."""
+NO_INTERVAL: Mapping[Spread, str] = {
+    "unknown": "one number of all rows: no interval",
+    "none": "a number of the weights alone: no interval",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class MeasureData:
     tokens of them; None where no two are."""
     at: str | None = None
     """The position that it is read at, as written; None where none is."""
+    spread: Spread = "rows"
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,10 +87,25 @@ class Attribute(Node):
 
 @record
 class Index(Node):
-    """`xs[2]`, `refusal[best of select]`."""
+    """`xs[2]`, `refusal[best of select]`, `refusal[layer 3, token -1]`."""
 
     name: str
-    index: Expr | Ranked
+    index: Expr | Ranked | Coordinates
+
+
+@record
+class Coordinate(Node):
+    """`layer 3`, `token -1`, `layer l`: a value of an axis, or the name of one."""
+
+    word: str
+    value: int | str
+
+
+@record
+class Coordinates(Node):
+    """`layer 3, token -1`: a member of a family of directions."""
+
+    items: tuple[Coordinate, ...]
 
 
 @record
@@ -609,6 +624,15 @@ class ReplaceTokens(Node):
 
 
 @record
+class ReplaceBlock(Node):
+    """`replace block layer 2 with block layer 1`, or with a word, `identity`."""
+
+    axis: Axis
+    word: Name | None = None
+    source: Star | AxisRange | None = None
+
+
+@record
 class Block(Node):
     edge: Edge
 
@@ -640,14 +664,28 @@ class Renumber(Node):
 
 @record
 class ObserveAttention(Node):
+    """`observe attention layer * head * of fewer from last token to a token as attn`."""
+
     edge: Edge
+    run: Ref | None = None
+    name: Name | None = None
+
+
+@record
+class Reading(Node):
+    """`0.5 * value(mlp_out layer 2 at POSITIONS) of RUN`."""
+
+    site: Site
+    at: Positions | None = None
+    of: Ref | None = None
+    factor: Expr | None = None
 
 
 @record
 class SetSite(Node):
     site: Site
     at: Positions
-    value: Expr
+    value: Expr | Reading
 
 
 @record
@@ -674,17 +712,20 @@ class Scale(Node):
 
 @record
 class ProjectOut(Node):
-    direction: Name
-    best: Ranked | None
-    site: Site
-    at: Positions
+    direction: Name | Index
+    site: Site | None
+    """None for `from weights`."""
+    at: Positions | None
 
 
 @record
 class Clamp(Node):
+    """`clamp SITE …`, or `clamp DIRECTION of SITE …`."""
+
     site: Site
     at: Positions
     value: Expr
+    direction: Name | Index | None = None
 
 
 @record
@@ -712,12 +753,13 @@ class Registered(Node):
     value: Expr | None = None
 
 
-SiteRule = Ablate | SetSite | Add | Scale | ProjectOut | Clamp | SwapSites | Freeze | Registered
+SiteRule = Ablate | SetSite | Add | Scale | Clamp | SwapSites | Freeze | Registered
 """Rules that say at which site and positions they act, and something of their own."""
 RuleBody = (
     Patch
     | Ablate
     | ReplaceTokens
+    | ReplaceBlock
     | Block
     | Reweight
     | SetEdge
@@ -732,7 +774,6 @@ RuleBody = (
     | SwapSites
     | Freeze
     | Registered
-    | ObserveAttention
 )
 
 
@@ -846,6 +887,11 @@ class Observe(Node):
     at: Positions | None = None
     other: Positions | None = None
     top: int | str | None = None
+    run: Ref | None = None
+    """What is looked at, where that isn't the run that the rules act on."""
+    name: Name | None = None
+    beside: Site | None = None
+    """The site that it is set against: `with attn_out layer *`."""
 
 
 @record
@@ -872,13 +918,15 @@ class Stats(Node):
 
 @record
 class Report(Node):
-    """`report heatmap layer by head top 5 to "file"`."""
+    """`report heatmap layer by head of attn top 5 to "file"`."""
 
     kind: Name
     variable: Name | None = None
     by: Name | None = None
     top: int | str | None = None
     file: String | None = None
+    of: Name | None = None
+    """The observation that is shown, where the experiment has several."""
 
 
 @record

@@ -408,7 +408,14 @@ class ToAst(Transformer[Token, Any]):
         return ast.Search(_name(c[1]), _name(c[2]), _amount(c[5]), span=_span(c))
 
     def observe_attention(self, c: list[Any]) -> ast.ObserveAttention:
-        return ast.ObserveAttention(c[1], span=_span(c))
+        clauses = _clauses(c)
+        children = [each for each in c[1:] if not isinstance(each, Clause)]
+        # Without the run, which stands in the middle, this is an edge like others.
+        seen = self.edge(children)
+        return ast.ObserveAttention(seen, clauses.get("run"), clauses.get("name"), span=_span(c))
+
+    of_run = _clause("run", _second)
+    as_name = _clause("name", _second)
 
     def observe_features(self, c: list[Any]) -> ast.ObserveFeatures:
         return ast.ObserveFeatures(c[3], c[5], _clauses(c).get("top"), span=_span(c))
@@ -423,9 +430,13 @@ class ToAst(Transformer[Token, Any]):
             clauses.get("at"),
             clauses.get("with"),
             clauses.get("top"),
+            clauses.get("run"),
+            clauses.get("name"),
+            clauses.get("beside"),
             span=_span(c),
         )
 
+    with_site = _clause("beside", _second)
     toward = _clause("toward", _second)
     at_positions = _clause("at", _second)
     with_positions = _clause("with", _second)
@@ -486,6 +497,7 @@ class ToAst(Transformer[Token, Any]):
             clauses.get("by"),
             clauses.get("top"),
             clauses.get("file"),
+            clauses.get("of"),
             span=_span(c),
         )
 
@@ -493,6 +505,7 @@ class ToAst(Transformer[Token, Any]):
         return _name(c[0])
 
     by_variable = _clause("by", _second)
+    of_observation = _clause("of", _second)
     to_file = _clause("file", _second)
 
     def expect(self, c: list[Any]) -> ast.Expect:
@@ -548,6 +561,12 @@ class ToAst(Transformer[Token, Any]):
     def replace_tokens(self, c: list[Any]) -> ast.ReplaceTokens:
         return ast.ReplaceTokens(c[1], c[3], span=_span(c))
 
+    def replace_block(self, c: list[Any]) -> ast.ReplaceBlock:
+        word = c[4] if isinstance(c[4], ast.Name) else None
+        return ast.ReplaceBlock(c[2], word, _clauses(c).get("block"), span=_span(c))
+
+    other_block = _clause("block", lambda c: c[2])
+
     def block(self, c: list[Any]) -> ast.Block:
         return ast.Block(c[1], span=_span(c))
 
@@ -566,6 +585,15 @@ class ToAst(Transformer[Token, Any]):
     def set_site(self, c: list[Any]) -> ast.SetSite:
         return ast.SetSite(c[1], c[3], c[5], span=_span(c))
 
+    def reading(self, c: list[Any]) -> ast.Reading:
+        factor, found = None, _nodes(c)
+        if not isinstance(found[0], ast.Site):
+            factor, *found = found
+        parts = {type(node): node for node in found}
+        return ast.Reading(
+            found[0], parts.get(ast.Positions), parts.get(ast.Ref), factor, span=_span(c)
+        )
+
     def path(self, c: list[Any]) -> ast.PathRule:
         through = _clauses(c).get("through", ())
         return ast.PathRule(c[1], c[3], c[5], through, span=_span(c))
@@ -579,11 +607,22 @@ class ToAst(Transformer[Token, Any]):
         return ast.Scale(c[1], c[3], c[5], span=_span(c))
 
     def project_out(self, c: list[Any]) -> ast.ProjectOut:
-        best = next((child for child in c if isinstance(child, ast.Ranked)), None)
-        return ast.ProjectOut(c[2], best, c[-3], c[-1], span=_span(c))
+        site, at = (c[4], c[6]) if len(c) > 5 else (None, None)
+        return ast.ProjectOut(c[2], site, at, span=_span(c))
 
     def clamp(self, c: list[Any]) -> ast.Clamp:
-        return ast.Clamp(c[1], c[3], c[5], span=_span(c))
+        direction = c[1] if len(c) > 6 else None
+        return ast.Clamp(c[-5], c[-3], c[-1], direction, span=_span(c))
+
+    def member(self, c: list[Any]) -> ast.Index:
+        return ast.Index(c[0].id, c[2], span=_span(c))
+
+    def coordinate(self, c: list[Any]) -> ast.Coordinate:
+        value = str(c[1]) if isinstance(c[1], Token) else c[1].value
+        return ast.Coordinate(str(c[0]), value, span=_span(c))
+
+    def coordinates(self, c: list[Any]) -> ast.Coordinates:
+        return ast.Coordinates(tuple(_nodes(c)), span=_span(c))
 
     def swap_sites(self, c: list[Any]) -> ast.SwapSites:
         return ast.SwapSites(c[1], c[3], c[5], span=_span(c))

@@ -10,3 +10,10 @@ from mechdsl.base.registry import Registry
 
 VERBS: Registry[str] = Registry("rule")
 """Words → the word before the rule's number, or nothing."""
+
+LENSES: set[str] = set()
+"""Words behind `observe` that give a distribution over tokens, which the measures of the experiment
+read in place of the model's own."""
+
+CONTROLS: dict[str, tuple[str, ...]] = {}
+"""Word behind `observe` → the controls that come with it, each a measure of its own."""

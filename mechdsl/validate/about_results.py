@@ -11,7 +11,6 @@ from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain
 from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
-from mechdsl.diagnostics.e06_statistics import UnreadableExpectation
 from mechdsl.diagnostics.w07_data import PairedAlike
 from mechdsl.program import spec
 from mechdsl.program.run_order import compared_with
@@ -22,7 +21,6 @@ from mechdsl.resolve.name_cells import cell_keys
 from mechdsl.resolve.open_axes import open_axes
 from mechdsl.resolve.resolved import Outline, ResolvedMeasure
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
 from mechdsl.validate.expectations import check_expectation
 from mechdsl.validate.known import Known
 from mechdsl.validate.known_measures import KnownMeasure
@@ -96,7 +94,6 @@ def _against_axes(
         )
     found.extend(_averaged(variants))
     found.extend(_paired_alike(variants, axes))
-    found.extend(_accuracies(variants))
     if said.expects and measures:
         known = _known(variants, program)
         names = compared_with(said).intersection(every) - {experiment.name}
@@ -179,13 +176,25 @@ def _known(variants: Sequence[Outline], program: spec.Program) -> Known:
     return Known(
         _measures(experiment),
         list(dict.fromkeys([*own, *aliases, *sorted(perhaps)])) if perhaps else own,
-        list(experiment.table.runs),
+        _runs(variants),
         [e.name for e in program.experiments if e.name != experiment.name],
         aliases,
         cells,
         perhaps,
         undecided,
         experiment.name,
+    )
+
+
+def _runs(variants: Sequence[Outline]) -> list[str]:
+    """As results call them: on several models each has runs of its own."""
+    several = len({each.model.name for each in variants}) > 1
+    return list(
+        dict.fromkeys(
+            f"{run} ({each.model.name})" if several else run
+            for each in variants
+            for run in each.table.runs
+        )
     )
 
 
@@ -230,22 +239,3 @@ def _has(run: Run, values: Sequence[Any], name: str) -> bool:
         all(row.values.get(own) == value for row, value in zip(run.rows, values, strict=True))
         for own in names
     )
-
-
-def _accuracies(variants: Sequence[Outline]) -> list[Diagnostic]:
-    """E0606 for `accuracy(clean)` of several models, each of which has its own."""
-    names = list(dict.fromkeys(each.model.name for each in variants))
-    if len(names) == 1:
-        return []
-    return [
-        UnreadableExpectation(
-            span=expect.span,
-            reason="each model has an accuracy of its own",
-            hint=f"ask it of one: an experiment on `model {names[0]}` alone",
-        )
-        for expect in variants[0].spec.expects
-        if any(
-            isinstance(node, ast.Call) and node.name == "accuracy"
-            for node in walk(expect.condition)
-        )
-    ]

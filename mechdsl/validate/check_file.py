@@ -25,10 +25,12 @@ from mechdsl.diagnostics.e05_answers import AnswerLeftOut
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
     EffectWithoutRule,
+    UnreadableMeasure,
 )
 from mechdsl.diagnostics.e06_onward import TestedWherePicked
 from mechdsl.diagnostics.w07_names import HidesMetric, PatchesItself, UnusedName, WritesFirstToken
 from mechdsl.program import spec
+from mechdsl.program.lower_directions import rows_read
 from mechdsl.program.lower_file import lower_program
 from mechdsl.program.named_paths import reach_of
 from mechdsl.program.python_files import Mode, check_functions
@@ -38,6 +40,7 @@ from mechdsl.prompts.stand_ins import with_stand_ins
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.measured_parts import in_parts
+from mechdsl.resolve.over_rows import of_weights
 from mechdsl.resolve.resolve_experiment import outline
 from mechdsl.resolve.resolved import ModelContext, Outline, ResolvedExperiment
 from mechdsl.rules import RULES
@@ -224,7 +227,11 @@ def models_needed(checked: Checked) -> list[str]:
         name
         for e in checked.program.experiments
         if e.name in wanted
-        for name in (e.model, *(run.model for run in e.elsewhere))
+        for name in (
+            e.model,
+            *(run.model for run in e.elsewhere),
+            *(rows.model for rows in rows_read(e, checked.program)),
+        )
         if name is not None
     ]
     return list(dict.fromkeys(found))
@@ -236,9 +243,10 @@ def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
 
 
 def _only(name: str, checked: Checked) -> list[spec.Experiment]:
-    found = [e for e in checked.program.experiments if e.name == name]
+    every = checked.program.experiments
+    found = {e.name for e in every if name in (e.name, e.within)}
     if not found:
-        names = [e.name for e in checked.program.experiments]
+        names = list(dict.fromkeys(e.name for e in every))
         known = name_list(names)
         checked.diagnostics.append(
             BadCommandLine(
@@ -247,8 +255,8 @@ def _only(name: str, checked: Checked) -> list[spec.Experiment]:
             )
         )
         return []
-    needed = with_needed(name, checked.program.experiments)
-    checked.unreported.update(e.name for e in needed if e.name != name)
+    needed = with_needed(found, every)
+    checked.unreported.update(e.name for e in needed if e.name not in found)
     return needed
 
 
@@ -259,11 +267,13 @@ def _outline(
     outlines: Mapping[str, Outline],
 ) -> Outline:
     """What is known of an experiment; what is wrong with it is said."""
-    others = [run.model for run in experiment.elsewhere if run.model is not None]
+    fitted = rows_read(experiment, checked.program)
+    others = [run.model for run in (*experiment.elsewhere, *fitted) if run.model is not None]
     model, *read = (contexts.model(name) for name in (experiment.model, *others))
     if any(each.stands_in for each in (model, *read)):
         _skip(checked.unchecked, experiment)
     blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]
+    blocks += [rows.block for rows in fitted]
     if any(name is not None and contexts.needs_python(name) for name in blocks):
         _skip(checked.unrun, experiment)
     table = contexts.table(experiment.prompts, model, experiment.limit, experiment.part)
@@ -304,15 +314,23 @@ def _with_means(
     model: ModelContext,
     table: PromptTable,
 ) -> PromptTable:
-    """The table with the other blocks that means are taken of."""
+    """The table with the other blocks, and parts of blocks, that fills are taken of and directions
+    fitted on."""
     beside: dict[str, PromptTable] = {}
     for rule in experiment.rules:
         fill = rule.fill
-        if not isinstance(fill, ast.OfRef) or fill.of.name in table.runs:
+        if not isinstance(fill, ast.OfRef):
             continue
-        if fill.of.name not in checked.program.prompts:
+        name, part = fill.of.name, fill.of.part
+        block = checked.program.prompts.get(name)
+        if block is None or (part is None and name in table.runs):
             continue
-        beside[fill.of.name] = contexts.table(fill.of.name, model, None, None)
+        if not block.has_part(part):
+            beside[name] = contexts.table(name, model, None, None)
+        else:
+            beside[fill.of.span.written] = contexts.table(name, model, None, part)
+    for rows in rows_read(experiment, checked.program):
+        beside[rows.key] = contexts.read_by(rows, experiment, model)
     stands_in = any(each.stands_in for each in (table, *beside.values()))
     return replace(table, beside=beside, stands_in=stands_in) if beside else table
 
@@ -345,7 +363,7 @@ def _tested_where_picked(
         picked = {
             row
             for part in found[name].parts
-            if part.experiment.table.name == table.name
+            if part.experiment.table.name == table.name and not of_weights(part.experiment)
             for row in part.experiment.table.row_ids
         }
         shared = len(picked.intersection(table.row_ids))
@@ -367,7 +385,8 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
     """What the statements of an experiment must agree on, whatever the model."""
     found: list[Diagnostic] = []
     for rule in experiment.rules:
-        if rule.source is not None and rule.source == experiment.base and not experiment.broken:
+        itself = rule.source == experiment.base and not experiment.broken and not rule.reading
+        if rule.source is not None and itself and not _elsewhere(rule):
             found.append(PatchesItself(span=rule.span, run=rule.source))
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
@@ -376,6 +395,11 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
             found.append(
                 UnknownWord(span=measure.effect_span, kind="effect", word=measure.effect, hint=hint)
             )
+        elif measure.observed and effect.name != "raw":
+            reason = f"what is observed is shown as it is, and `{effect.name}` is of two runs"
+            hint = "write `as raw`"
+            text = measure.span.written
+            found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
         elif experiment.broken:
             continue  # which may be why there is no source, or no rule
         elif effect.needs_source and experiment.source is None:
@@ -391,6 +415,12 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
                 )
             )
     return found
+
+
+def _elsewhere(rule: spec.Rule) -> bool:
+    """Whether a patch writes at another place than it reads."""
+    moved = rule.onto is not None and rule.onto.span.written != rule.at.span.written
+    return moved or rule.into_layer is not None
 
 
 def _answers(experiment: ResolvedExperiment) -> list[Diagnostic]:

@@ -19,9 +19,11 @@ from mechdsl.models.locate import locate, needed
 from mechdsl.models.shape import ModelShape, read_shape
 from mechdsl.models.stand_in_shape import stand_in_shape
 from mechdsl.program import spec
+from mechdsl.program.lower_directions import Rows
 from mechdsl.program.python_files import Mode, PythonFunction, find_function, of_prompts
 from mechdsl.prompts.answers import Labels
 from mechdsl.prompts.build_table import build_table
+from mechdsl.prompts.names_used import counts_tokens
 from mechdsl.prompts.other_blocks import Paired, paired_run
 from mechdsl.prompts.prompt_conventions import Split
 from mechdsl.prompts.prompt_table import PromptTable
@@ -225,10 +227,19 @@ class Contexts:
                 self._say(found, model, name)
             if table is None:
                 table = stand_in_table(self._compiled(name).block, self._stand_in)
-            elif self._guessed(name):
+            elif self._guessed(name, model):
                 table = replace(table, stands_in=True)
             self._tables[key] = table
         return self._tables[key]
+
+    def read_by(self, rows: Rows, experiment: spec.Experiment, model: ModelContext) -> PromptTable:
+        """The rows that a direction is fitted on: all of a block or a part, or those of the
+        experiment; for the model that runs them."""
+        if rows.model is not None:
+            model = self.model(rows.model)
+        if rows.block is None:
+            return self.table(experiment.prompts, model, experiment.limit, experiment.part)
+        return self.table(rows.block, model, None, rows.part)
 
     def fitting(self, model: ModelContext, table: PromptTable) -> ModelContext:
         """The model with the tokenizer that a table was made with."""
@@ -241,12 +252,15 @@ class Contexts:
             unknown.add("shape")
         if model.tokenizer.stands_in:
             unknown.add("tokens")
-        if any(map(self._guessed, blocks)):
+        if any(self._guessed(name, model) for name in blocks):
             unknown.update(("rows", "tokens"))  # of words that stand in for others
         self.diagnostics.extend(certain(found, unknown))
 
-    def _guessed(self, name: str) -> bool:
-        """Whether a block has words of a tokenizer that isn't at hand."""
+    def _guessed(self, name: str, model: ModelContext) -> bool:
+        """Whether a block has words of a tokenizer that isn't at hand, or asks it for tokens."""
+        where = (node for condition in self.program.prompts[name].where for node in walk(condition))
+        if model.tokenizer.stands_in and any(map(counts_tokens, where)):
+            return True
         domains = (value.domain for value in self.program.prompts[name].values)
         calls = (node for domain in domains for node in walk(domain))
         return any(
@@ -388,6 +402,7 @@ class Contexts:
             rows,
             run.run,
             name=run.name,
+            tokenizer=model.tokenizer,
             build=lambda ids: self._build(prompts, model, ids=ids),
             span=run.span,
             shuffled=run.shuffled,

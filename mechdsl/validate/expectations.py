@@ -161,7 +161,7 @@ class _ConditionReader(KnownCells):
                 of, measure, where = self.cells(node)
                 return OfCells(node.name, measure, where, of.experiment)
             case "accuracy":
-                return Accuracy(self.run(self.only_argument(node, "accuracy(clean)")))
+                return Accuracy(self.accuracy(node))
             case "spearman" | "pearson":
                 return self.correlation(node, node.name)
             case "abs":
@@ -285,10 +285,34 @@ class _ConditionReader(KnownCells):
                 self.not_one(node.span, where, found)
         return Ranking(measure, where, column=column)
 
+    def accuracy(self, node: ast.Call) -> str:
+        """The run that it is of: on several models, that of one of them."""
+        model = next((each for each in node.arguments if each.name == "model"), None)
+        if model is None or model is not node.arguments[-1] or len(node.arguments) != 2:
+            return self.run(self.only_argument(node, "accuracy(clean)"))
+        run = self.argument(node, 0, "accuracy(clean)")
+        key = f"{run.span.written} ({model.value.span.written})"
+        if key not in self.known.runs:
+            own = [each for each in self.known.runs if each.startswith(f"{run.span.written} (")]
+            if not own:
+                self.run(run)  # which may be unknown
+                reason, hint = "it runs on one model", "leave `model:` out"
+                raise unreadable(model.span, reason, hint)
+            known = [each.removesuffix(")").partition(" (")[2] for each in own]
+            name = model.value.span.written
+            hint = did_you_mean(name, known, f"it runs on {name_list(known)}")
+            raise RefusedCondition(UnknownName(span=model.span, kind="model", name=name, hint=hint))
+        return key
+
     def run(self, run: ast.Expr) -> str:
         if not isinstance(run, ast.Name):
             raise unreadable(run.span, "not the name of a run", "write `accuracy(clean)`")
         found = run_called(run.id, self.known.runs)
+        own = [each for each in self.known.runs if each.startswith(f"{run.id} (")]
+        if found is None and own:
+            first = own[0].removesuffix(")").partition(" (")[2]
+            hint = f"ask it of one: `accuracy({run.id}, model: {first})`"
+            raise unreadable(run.span, "each model has an accuracy of its own", hint)
         if found is None:
             known = name_list(self.known.runs)
             hint = did_you_mean(run.id, self.known.runs, f"the runs are: {known}")

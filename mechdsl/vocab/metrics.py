@@ -29,7 +29,7 @@ Takes = Literal[
     "own",
     "activations",
     "rows",
-    "attention",
+    "observation",
 ]
 """What a metric is given beside the run it reads; the docstring of each form says the shapes."""
 
@@ -54,7 +54,7 @@ class Form:
     @property
     def of_outputs(self) -> bool:
         """Whether it reads what the model gives, and not what is inside of it."""
-        return self.takes not in ("activations", "attention")
+        return self.takes not in ("activations", "observation")
 
 
 @dataclass(frozen=True)
@@ -455,7 +455,7 @@ for _name in ("exact_match", "contains", "number"):
     METRICS.add(_name, Metric(_name))
 
 
-@metric("attention", takes="attention", unit="share of attention", narrow=True)
+@metric("attention", takes="observation", unit="share of attention", narrow=True)
 def attention(weights: Tensor) -> Tensor:
     """The weight that the keys of an `observe attention` line get together.
 

@@ -151,6 +151,11 @@ EXAMPLES = {
     "rows": ("data.csv", 'mech 1\nmodel toy = zoo("counting")\n' + PROMPTS),
     "local": ("model", HEADS.replace('zoo("counting")', 'local("PLACE")')),
     "hf": ("model", HEADS.replace('zoo("counting")', 'hf("PLACE")')),
+    "hf_dataset": (
+        "set",
+        'mech 1\nmodel toy = zoo("counting")\n'
+        + PROMPTS.replace('"PLACE"', 'hf_dataset("PLACE", split: "train")'),
+    ),
     "python": (
         "metrics.py",
         HEADS.replace(
@@ -166,6 +171,8 @@ def filled(folder: Path) -> None:
     """All that the examples name."""
     (folder / "common.mech").write_text("mech 1\n", encoding="utf-8")
     (folder / "data.csv").write_text("a\nfig\n", encoding="utf-8")
+    (folder / "set").mkdir()
+    (folder / "set" / "train.csv").write_text("a\nfig\n", encoding="utf-8")
     (folder / "metrics.py").write_text("def own(logits, rows):\n    return logits[:, 0]\n")
     zoo = Path(str(files("mechdsl") / "zoo" / "counting"))
     shutil.copytree(zoo, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))

@@ -85,7 +85,6 @@ def test_mean_of_another_block_behind_the_last_one(folder: Path, site: str, mode
     ("rule", "code", "said"),
     [
         ("ablate z layer 1 head 0 at cue token with mean of six", "E0308", "`six`"),
-        ("ablate z layer 1 head 0 at last token with resample of six", "E0108", "`resample` of"),
         ("ablate z layer 1 head 0 at last token with mean of sixx", "E0201", "`sixx`"),
         ("ablate z layer 1 head 0 at last token with mean of six.plane", "E0201", "six.plain"),
         ("ablate pattern layer 1 head 0 at last token with mean of six", "E0333", "`pattern`"),

@@ -170,7 +170,8 @@ def keys(plan: ExperimentPlan) -> dict[tuple[int, ...], tuple[bytes, int]]:
     table = plan.experiment.table
     contents = Contents({"m": b"m", "n": b"n"}, "m", 0)
     kept = np.arange(len(table))
-    donors = np.roll(kept, 1)
+    kinds = enumerate(rule.rule.does.reads for rule in plan.rules)
+    donors = {number: np.roll(kept, 1) for number, reads in kinds if reads == "donor"}
     found = ExperimentKeys(plan, table, contents, kept, donors, whole_cells(plan, plan.rows(kept)))
     rows = plan.rows(kept)
     assert len(rows)
@@ -288,6 +289,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "expression": ("patch", lambda node: text(node, "loss")),
         "atoms": ("patch", lambda atoms: atoms[:1]),
         "kind": ("patch", lambda kind: "category"),
+        "observed": ("patch", lambda observed: not observed),
         "at": ("patch", lambda at: {"clean": (1, 1, 1, 1)}),
     },
     Atom: {
@@ -358,13 +360,14 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     ResolvedRule: {
         "spec": "as written; what it means is in the other fields. An intervention that makes "
         "numbers of it names what it takes in its `key`, which goes in",
+        "beside": "of observations over all rows and of weights, whose values aren't kept by row",
     },
     SiteTargets: {"axes": PLACED, "labels": SHOWN},
     PositionTargets: {"axes": PLACED, "left_out": SHOWN},
     Amounts: {"axes": PLACED},
     EdgeTargets: {},
     PathTargets: {},
-    Apart: {},
+    Apart: {"part": "the rows of `table` are its"},
     ResolvedMeasure: {
         "label": SHOWN,
         "text": SHOWN,
@@ -391,6 +394,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     RulePlan: {
         "positions": "`written` is made of them",
         "sources": "`read` and `averaged` are made of them",
+        "number": "rules are keyed in their order",
         "behind": "the tokens in `written`, `read` and `keys` say it",
     },
     PathPlan: {"through_mlps": "`PathTargets.through_mlps` goes in"},

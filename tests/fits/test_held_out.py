@@ -50,16 +50,17 @@ def test_fewer_rows_than_folds_are_refused() -> None:
 
 
 def test_shuffling_goes_by_content_too() -> None:
-    labels = np.array([1, 2, 3, 1, 4, 5, 6, 7, 2, 8, 9, 10])
-    got = labels[shuffled(KEYS, 0)]
+    labels = np.array([[1, 2, 3, 30, 4, 5, 6, 7, 2, 8, 9, 10]], dtype=float).T
+    got = shuffled(KEYS, labels, 0)[:, 0]
     assert got[0] == got[3]
     assert got[1] == got[8]
     assert sorted(set(got.tolist())) == list(range(1, 11))
-    assert got.tolist() != labels.tolist()
-    order = DRAW.permutation(len(KEYS))
-    again = labels[order][shuffled([KEYS[k] for k in order], 0)]
-    assert again.tolist() == got[order].tolist()
-    assert shuffled(KEYS, 1).tolist() != shuffled(KEYS, 0).tolist()
+    assert got.tolist() != labels[:, 0].tolist()
+    for _ in range(5):
+        order = DRAW.permutation(len(KEYS))
+        again = shuffled([KEYS[k] for k in order], labels[order], 0)
+        assert again[:, 0].tolist() == got[order].tolist()
+    assert shuffled(KEYS, labels, 1)[:, 0].tolist() != got.tolist()
 
 
 def test_no_row_is_predicted_by_a_fit_that_saw_it() -> None:

@@ -27,6 +27,9 @@ SCOPES = "Ghandeharioun et al. 2024, arXiv 2401.06102"
 ACROSS = "Prakash et al. 2024, arXiv 2402.14811"
 VECTORS = "Todd et al. 2023, arXiv 2310.15213"
 DELETION = "Petsiuk et al. 2018, arXiv 1806.07421"
+STEERING = "Turner et al. 2023, arXiv 2308.10248"
+REFUSAL = "Arditi et al. 2024, arXiv 2406.11717"
+MEAN_DIFFERENCE = "Marks & Tegmark 2023, arXiv 2310.06824"
 ATTENTION = "Vaswani et al. 2017, arXiv 1706.03762"
 
 
@@ -181,6 +184,80 @@ _file(
     "Sites that a rule intervenes on together.",
     "tests/execute/test_coordinates.py",
 )
+_STEERING = "tests/rules/test_steering.py"
+
+_file(
+    "direction: difference of means",
+    "direction d = mean_difference(fruit.train, fewer of fruit.train) at resid_post layer 2 at "
+    "last token",
+    "The mean over the rows of one run less that of another: of a block, a part (`fruit.train`), "
+    "a corruption (`fruit.fewer`, `fewer of fruit.train`). One vector of each row that has the "
+    "position; several tokens of a row are averaged. Without a position it is the last token. All"
+    " rows of the block are read, whatever the experiment's `limit`. The conventions say what was"
+    " read and the norm.",
+    _STEERING,
+    MEAN_DIFFERENCE,
+)
+_file(
+    "direction: two models",
+    "direction d = mean_difference(toy, twin, prompts: fruit) at resid_post layer 2 at last token",
+    "The same rows in two models of one shape; without `prompts:` the rows of the experiment that"
+    " uses it.",
+    _STEERING,
+    OWN,
+)
+_file(
+    "direction: mean",
+    "direction d = mean(fruit) at head_out layer 1 heads 0..2 at last token",
+    "The mean over rows. Joined heads, or a group of heads, go each through its slice of the "
+    "output projection and are summed: a function vector.",
+    _STEERING,
+    VECTORS,
+)
+_file(
+    "direction: component",
+    "direction d = pca(fruit, component: 2) at resid_post layer 2 at last token",
+    "A principal component of the rows, of length 1; its coordinate of the largest size is "
+    "positive.",
+    _STEERING,
+    "Zou et al. 2023, arXiv 2310.01405",
+)
+_file(
+    "direction: probe",
+    "direction d = probe(count, fruit) at resid_post layer 2 at last token",
+    "The weights of a ridge regression on a value that is a number, or of a logistic regression "
+    "between the two words that a value has (`kind:`), with the `penalty:` 1 unless it is said.",
+    _STEERING,
+    OWN,
+)
+_file(
+    "direction: unembedding",
+    'direction d = unembedding(" 3", " 2")',
+    "The unembedding's row of a token, less that of another, without the last norm.",
+    _STEERING,
+    OWN,
+)
+_file(
+    "direction: saved",
+    'direction d = saved("directions.safetensors", "d")',
+    "A vector of a safetensors file, whose hash is kept with the results.",
+    _STEERING,
+    OWN,
+)
+_file(
+    "direction: arithmetic",
+    "direction d = unit(more) - 0.5 * by_layer[layer 1, token -1]",
+    "Sums of directions, times numbers; `unit(…)` has length 1.",
+    _STEERING,
+    OWN,
+)
+_file(
+    "direction: a family",
+    "direction d = mean_difference(fruit, fruit.fewer) at resid_pre layer * at token -2..-1",
+    "One for every layer, head and position that is swept.",
+    _STEERING,
+    REFUSAL,
+)
 _file(
     "group of what was found",
     "group fv_heads = top 3 of cie",
@@ -235,6 +312,26 @@ _prompts(
     _ROWS,
 )
 _prompts(
+    "list of records",
+    'shots = list("{prompt} {n}", 1, from: example)',
+    "Each item is a text about a whole record of a block with `rows`, this one or another: the "
+    "shots of a few-shot prompt. The row's own record is never among them, nor one twice with "
+    "`distinct: true`. Their placeholders are spans: `each n of shots token`.",
+    "tests/data/test_shots.py",
+    VECTORS,
+    beside='rows "facts.jsonl"',
+)
+_prompts(
+    "shuffled shots",
+    "corrupt mixed { shots = shuffle(shots, colour) }",
+    "The same shots with one of their values dealt out anew among them, so that it fits no "
+    "longer; what follows them stays. Where any two differ, at least one text changes.",
+    "tests/data/test_shots.py",
+    VECTORS,
+    beside='template "{shots} Count 1:" colour in ["red", "green"] '
+    'shots = list("{item} {colour}", 4, sep: " ")',
+)
+_prompts(
     "value in Python",
     'size = python("functions.py:total")',
     "A function of a Python file, called as `total(row)` with the values of the row, a `dict`. In "
@@ -247,6 +344,15 @@ _prompts(
     "One row per record of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file; its columns "
     "are values.",
     "tests/data/test_files.py",
+)
+_prompts(
+    "rows of a data set of the hub",
+    'rows hf_dataset("facts", split: "train")',
+    "One split of a data set that is on this disk: a folder that `save_to_disk` of the package "
+    "`datasets` wrote, a folder of files, or, by its name, a snapshot in the Hugging Face cache; "
+    "`config:` and `revision:` say which one. Nothing is downloaded. Arrow and parquet need "
+    "`pip install 'mechdsl[frames]'`.",
+    "tests/data/test_hub_datasets.py",
 )
 _prompts(
     "distinct rows",
@@ -263,6 +369,13 @@ _prompts(
     beside='rows "facts.jsonl"',
 )
 _prompts("where", "where count > 3", "Only rows for which this holds.", _ROWS)
+_prompts(
+    "where tokens",
+    "where tokens(answer) = 1",
+    "How many tokens a text has behind the prompt, or a span in it (`tokens(subject)`), for the "
+    "tokenizer of the model that runs. A space of its own in front of a text isn't counted.",
+    "tests/data/test_tokens_counted.py",
+)
 _prompts(
     "split",
     "split 50%",
@@ -422,6 +535,9 @@ _site(
 # --- rules ----------------------------------------------------------------------------------------
 
 _TRANSPLANTS = "tests/rules/test_transplants.py"
+_OBSERVED = "tests/rules/test_observations.py"
+_TOGETHER = "tests/rules/test_over_rows.py"
+_WEIGHTS = "tests/execute/test_observed_weights.py"
 _EDGES = "tests/rules/test_attention.py"
 _PATHS = "tests/rules/test_paths.py"
 
@@ -466,7 +582,7 @@ _rule(
     "ablate layer * head * at last token with mean",
     "It becomes the mean at that position over the clean rows that `limit` and `keep` leave; "
     "`mean of fewer` takes another run, `mean of listed` another block of prompts with rows of its "
-    "own, `mean by count` the rows of the same value.",
+    "own, `mean of fruit.train` a part of a split, `mean by count` the rows of the same value.",
     CIRCUIT,
     "tests/execute/test_effects.py",
 )
@@ -474,7 +590,8 @@ _rule(
     "ablate with resample",
     "ablate layer * head * at last token with resample",
     "It becomes that of another clean row of those that `limit` and `keep` leave, drawn once with "
-    "the seed.",
+    "the seed; with `resample of listed` that of a row of another block, drawn for each row by its "
+    "content, with repetition.",
     CIRCUIT,
     "tests/execute/test_sites.py",
 )
@@ -510,6 +627,79 @@ _rule(
     _TRANSPLANTS,
 )
 _rule(
+    "set to a direction",
+    "set resid_post layer 2 at last token to 2 * more",
+    "The vector becomes the direction, times the number.",
+    OWN,
+    _STEERING,
+)
+_rule(
+    "add",
+    "add 4.0 * more to resid_post layer 2 at tokens *",
+    "The direction, as long as it is (the conventions print its norm; `unit(more)` has length 1), "
+    "times the number, which may be a `param` or a `for` variable. Like `scale`, `project out` and "
+    "`clamp` it acts on what is there when the pass comes by, as a hook does: on what rules at "
+    "sites below have left, and at one site on what rules before it in the file have left.",
+    STEERING,
+    _STEERING,
+)
+_rule(
+    "scale",
+    "scale attn_out layers * at last token by 0.5",
+    "What is there is multiplied.",
+    OWN,
+    _STEERING,
+)
+_rule(
+    "project out",
+    "project out more from resid_post layer * at tokens *",
+    "What is there loses its component along the direction: x − (x · u) u, u of length 1.",
+    REFUSAL,
+    _STEERING,
+)
+_rule(
+    "project out of weights",
+    "project out more from weights",
+    "The direction is taken out of embeddings (those of positions too) and of what every attention "
+    "and MLP adds, at all tokens: as if the weights that write into the residual stream couldn't "
+    "write it. Refused for models with norms between these weights and the stream.",
+    REFUSAL,
+    _STEERING,
+)
+_rule(
+    "clamp a neuron",
+    "clamp mlp_hidden layer 2 neuron 5 at last token to 5",
+    "The neuron has this value.",
+    OWN,
+    _STEERING,
+)
+_rule(
+    "clamp along a direction",
+    "clamp more of resid_post layer 2 at last token to 5",
+    "The component along the direction, x · u with u of length 1, is set to the number; the rest "
+    "stays.",
+    OWN,
+    _STEERING,
+)
+_rule(
+    "a member of a family",
+    "add by_layer[layer 1, token -1] to resid_post layer * at last token",
+    "Coordinates are numbers, or variables of a `for` (`by_layer[layer l]`). Axes that aren't "
+    "named "
+    "stay. Without brackets, axes that the rule sweeps under the same name are shared (each layer "
+    "with the direction of that layer), others become axes of the experiment.",
+    OWN,
+    _STEERING,
+)
+_rule(
+    "the best member",
+    "project out by_layer[best of select] from resid_post layer * at tokens *",
+    "The one whose cell has the largest mean, signed, of the first measure of an experiment that "
+    "sweeps the family.",
+    REFUSAL,
+    _STEERING,
+)
+_rule(
     "set in Python",
     'set resid_post layer * at last token to python("functions.py:halved")',
     "A function of a Python file is given the base run's vectors of one cell at a time, [rows, "
@@ -520,6 +710,16 @@ _rule(
     "it gives hangs on no other cell, batch or pass. It runs with `--allow-python` only.",
     OWN,
     "tests/rules/test_whole_cells.py",
+)
+_rule(
+    "set to what is elsewhere",
+    "set resid_post layer 2 at last token "
+    "to 0.5 * value(mlp_out layer 1 at last-item token) of fewer",
+    "The vector of another site of an unpatched run, the base run where none is named, times a "
+    "number if there is one; at the position that is written, where none is named. Both must be of "
+    "one width.",
+    OWN,
+    "tests/rules/test_readings.py",
 )
 _rule(
     "several fills",
@@ -569,6 +769,23 @@ _rule(
     "tests/rules/test_allowed.py",
 )
 _rule(
+    "replace block",
+    "replace block layer * with block layer 1",
+    "Another block computes in that place, with its own weights on what enters there. Several, "
+    "`layers 2..3`, are replaced together; a `for` may say `layer l with block layer l + 1`. Sites "
+    "of a layer are what is computed in its place. Blocks of another kind can't stand in. Rows are "
+    "whole passes.",
+    OWN,
+    "tests/rules/test_blocks.py",
+)
+_rule(
+    "replace block with identity",
+    "replace block layers 1..2 with identity",
+    "The blocks hand on what enters them.",
+    OWN,
+    "tests/rules/test_blocks.py",
+)
+_rule(
     "renumber",
     "renumber last-item token from 5",
     "These tokens get the position ids 5, 6, …, in their order in the text; a prompt's first token "
@@ -603,6 +820,133 @@ _rule(
     "stand beside it.",
     ATTENTION,
     _EDGES,
+)
+_rule(
+    "observe",
+    "observe norm resid_post layer * at last token as lengths",
+    "Looks and changes nothing: what is seen is measured, with the effect `raw`, of the patched "
+    "run where rules stand beside it. With a name the line has a result of its own, with its own "
+    "axes, beside that of the measures; `top 3 of lengths`, `expect max(lengths) > 2` and `report "
+    "lines layer of lengths` call it. `norm` is the length of the vector (L2).",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe … of RUN",
+    "observe norm resid_post layer * of fewer at last token as lengths",
+    "Of another run than the one that rules act on, whose texts positions are found in.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe value",
+    "observe value mlp_hidden layer 1 neuron 0..3 at last token",
+    "The activation of one neuron; of neurons that are joined, their mean.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe entropy",
+    "observe entropy pattern layer * head * at last token",
+    "The entropy of what the query attends to, in nats.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe distance",
+    "observe distance pattern layer * head * at last token",
+    "How many tokens back the query attends, on average over its attention.",
+    OWN,
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe logit_lens",
+    "observe logit_lens resid_post layer * at last token",
+    "The vector through the model's own final norm and unembedding, as if its layer were the last. "
+    "Measures of the experiment read what comes out; without one, it is the probability of its "
+    "most likely token. Of `attn_out`, `mlp_out` and `head_out` the norm has the scale of that "
+    "vector alone.",
+    'nostalgebraist 2020, "interpreting GPT: the logit lens"',
+    _OBSERVED,
+    "measure prob(answer) as raw",
+)
+_rule(
+    "observe direct_logit",
+    "observe direct_logit layer * head * toward answer - wrong at last token",
+    "What a component adds to the logits behind `toward` by itself: through the final norm, whose "
+    "scale is held at that of the stream, and the unembedding. Heads, `attn_out`, `mlp_out`, "
+    "neurons, and `resid_pre layer 0` for the embeddings; with the biases of norm and unembedding, "
+    "which no part has, all parts add up to the logit (before a cap on logits). Joined sites are "
+    "added up.",
+    "Elhage et al. 2021, transformer-circuits.pub/2021/framework; Wang et al. 2022, "
+    "arXiv 2211.00593",
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe probe",
+    "observe probe(count, folds: 5) at resid_post layer * at last-item token as told",
+    "What a linear map of the vectors tells of a value, in rows that it wasn't fitted to: ridge "
+    "regression (R²) of numbers and lists of numbers, logistic regression (share right) of texts, "
+    "truths and two values; `kind: logistic` or `kind: ridge` says it. Rows that look alike at the "
+    "position are in one fold. Beside it stands `told shuffled`, with the values dealt to other "
+    "rows. `penalty` is that of Σ weights² on standardised vectors; without it, ridge takes the "
+    "best of 0.01 to 10,000 on folds within the rows of each fit, logistic 1.",
+    "Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368",
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe similarity",
+    "observe similarity resid_post layer * at first-item token with last-item token as alike",
+    "The cosine of a row's vectors, the mean over pairs of different tokens, one at either "
+    "position; without `with`, of the tokens of one position with each other.",
+    OWN,
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe cka",
+    "observe cka resid_post layer * with attn_out layer * at last token as alike",
+    "Linear CKA of two sites over all distinct rows, by the estimator without bias for few rows; "
+    "the second site's axes are `to_layer`, `to_head`. Its interval is that of the jackknife.",
+    "Kornblith et al. 2019, arXiv 1905.00414; Song et al. 2012",
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe rank, effective_rank",
+    "observe effective_rank resid_post layer * at last token as spread",
+    "How many dimensions the rows' vectors take up around their mean: singular values above "
+    "rounding (`rank`), or the exponential of their entropy. One number of all rows, without an "
+    "interval.",
+    "Roy and Vetterli 2007",
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe copying, matching",
+    "observe copying layer * head * as copies",
+    "Of a head's weights alone: Σ λ / Σ |λ| over the eigenvalues of embedding → OV → unembedding, "
+    "or of embedding → QK ← embedding (`matching`), from −1 to 1. Gains of norms are folded in; "
+    "their scales, biases and rotary are not.",
+    "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
+    _WEIGHTS,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe composition",
+    "observe composition(q) at layer 0 head * with layer 1 head * as read",
+    "How much of what a head writes a head of a later layer reads by its queries, keys (`k`) or "
+    "values (`v`): ‖AB‖ / (‖A‖ ‖B‖), Frobenius, of the first one's OV and the other's QK or OV.",
+    "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
+    _WEIGHTS,
+    "measure logit(answer) as raw",
 )
 _rule(
     "for",
@@ -662,6 +1006,15 @@ _onward(
     "signed, as above.",
     DELETION,
     "tests/onward/test_tokens.py",
+)
+_onward(
+    "tokens of an observation",
+    "ablate embed at top 2 of look tokens with zero",
+    "In every row the keys that the observation `look` ranks highest in this row: the keys of "
+    "`observe attention … to each …`, or the positions that another one sweeps. Several in one "
+    "experiment have names: `as attn`, then `top 2 of attn tokens`.",
+    OWN,
+    "tests/onward/test_observed_tokens.py",
 )
 _onward(
     "curve",
@@ -873,6 +1226,13 @@ _expectation(
     "The share of rows whose answer is the most likely token, in an unpatched run: of all rows, "
     "also of those that `keep` drops.",
     "tests/execute/test_accuracies.py",
+)
+_expectation(
+    "expect accuracy of a model",
+    "expect accuracy(clean, model: toy) > 0.9",
+    "The same where the experiment runs on several models: each has one of its own.",
+    "tests/execute/test_accuracies.py",
+    beside="model toy, twin",
 )
 _expectation(
     "expect spearman",

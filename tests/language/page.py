@@ -62,12 +62,28 @@ prompts blank {
 """
     + fruit.block().replace("prompts fruit", "prompts listed")
     + """
+direction more = mean_difference(fruit, fruit.fewer) at resid_post layer 2 at last token
+direction by_layer = mean_difference(fruit, fruit.fewer) at resid_post layer * at token -2..-1
+
+experiment select {
+  model toy
+  prompts fruit.train limit 4
+  project out by_layer from resid_post layers * at tokens *
+  measure kl(clean) as raw
+}
+
 experiment cie {
   model toy
   prompts fruit.train limit 4
   from clean into fewer
   patch layer * head * at last token
   measure logit(answer) as delta
+}
+
+experiment look {
+  model toy
+  prompts fruit limit 4
+  observe attention layer 2 head 1 from last token to token * align left
 }
 
 experiment places {
@@ -120,7 +136,21 @@ LINES = (
 """An experiment; a line that begins like the example gives way to it."""
 GRID = "patch layer * head * at each item token"
 RECORDS = ('template "{prompt}"', 'answer " {n}"')
-RULES = ("patch", "ablate", "replace", "swap", "freeze", "set", "block", "reweight", "path")
+RULES = (
+    "patch",
+    "ablate",
+    "replace",
+    "swap",
+    "freeze",
+    "set",
+    "block",
+    "reweight",
+    "path",
+    "add",
+    "scale",
+    "project",
+    "clamp",
+)
 
 
 @dataclass(frozen=True)
@@ -170,7 +200,7 @@ def in_experiment(*lines: str, default: tuple[str, ...] = LINES) -> str:
 def in_block(*lines: str) -> str:
     """A file with a prompts block of these lines, and the default for what they leave out."""
     text = " ".join(lines)
-    default = RECORDS if "facts.jsonl" in text else fruit.VALUES
+    default = RECORDS if '"facts' in text else fruit.VALUES
     names = {line.split()[0] for line in lines}
     kept = [line for line in default if line.split()[0] not in names]
     return PROMPTS.replace("LINES", "\n".join(f"  {line}" for line in (*lines, *kept)))
@@ -190,6 +220,12 @@ def on_top(example: str) -> str:
     if model is not None:
         file = file.replace("model toy\n", f"model {model[1]}\n")
     lines = (f"model {model[1]}" if model else LINES[0], *LINES[1:])
+    if example.startswith("direction d ="):
+        lines = tuple(
+            "add d to resid_post layer 2 at last token" if line.startswith("patch") else line
+            for line in lines
+        )
+        file = file.replace(MODELS[0], "\n".join(MODELS), 1)
     return file.replace("BODY", "\n".join(f"  {line}" for line in lines))
 
 
@@ -248,7 +284,7 @@ METRIC_EXAMPLES: dict[Takes, str] = {
     "own": "{} at last-item token",
     "activations": "{}(L1.resid, clean)",
     "rows": "{}",
-    "attention": "observe {} layer * from last token to first-item token",
+    "observation": "observe {} layer * from last token to first-item token",
 }
 EFFECT_SOURCES = {"recovery": PATCHING, "relative": CIRCUIT}
 NOT_HERE = ("router", "expert_out", "mixer_norm", "mixer_out")

@@ -244,17 +244,17 @@ def test_places_that_do_not_exist_are_refused(
         run_whole(model, batch_of(model), writes=[change(write)])
 
 
-def test_one_vector_is_set_only_once(loaded: dict[str, LoadedModel]) -> None:
+def test_one_write_has_a_vector_only_once(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["gpt2"]
-    write = one("z", 1, 2, torch.zeros(4, model.shape.d_head))
-    with pytest.raises(ValueError, match="set twice"):
-        run_whole(model, batch_of(model), writes=[write, write])
-    twice = replace(write, mode="add")
-    run_whole(model, batch_of(model), writes=[write, twice, twice])
+    here = torch.zeros(2, dtype=torch.long)
+    write = SiteWrite("z", 1, here, here, here, torch.zeros(2, model.shape.d_head))
+    with pytest.raises(ValueError, match="written twice"):
+        run_whole(model, batch_of(model), writes=[write])
+    run_whole(model, batch_of(model), writes=[replace(write, mode="add")])
 
 
 @pytest.mark.parametrize("site", ["z", "head_out", "attn_out", "resid_mid"])
-def test_what_is_set_is_set_before_anything_is_added(
+def test_writes_act_in_the_order_in_which_they_are_given(
     loaded: dict[str, LoadedModel], site: str
 ) -> None:
     model = loaded["qwen3"]
@@ -262,10 +262,20 @@ def test_what_is_set_is_set_before_anything_is_added(
     put = one(site, 1, 2, torch.full(shape, 3.0))
     add = one(site, 1, 2, torch.full(shape, 0.5), mode="add")
     where = SiteRead(site, 1)
-    for writes in ([add, put, add], [put, add, add]):
+    twice = replace(add, mode="scale", values=torch.full((shape[0], 1), 2.0))
+    flat = torch.full(shape, shape[1] ** -0.5)
+    along = replace(add, mode="along", values=flat, to=torch.full(shape[:1], shape[1] ** 0.5))
+    for writes, expected in (
+        ([add, put, add], 3.5),
+        ([put, add, add], 4.0),
+        ([put, add, twice], 7.0),
+        ([put, twice, add], 6.5),
+        ([put, along, twice], 2.0),
+        ([along, put], 3.0),
+    ):
         result = run_whole(model, batch_of(model), writes=writes, reads=[where])
-        assert torch.allclose(result.reads[where][0, 2], torch.full(shape, 4.0), atol=1e-5)
-        whole = one(site, 1, 2, torch.full(shape, 4.0))
+        assert torch.allclose(result.reads[where][0, 2], torch.full(shape, expected), atol=1e-5)
+        whole = one(site, 1, 2, torch.full(shape, expected))
         expected = run_whole(model, batch_of(model), writes=[whole]).logits
         assert result.logits is not None
         assert expected is not None

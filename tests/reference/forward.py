@@ -8,7 +8,7 @@ are edited one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ WITHOUT_LAYER = ("embed", "final_norm", "logits")
 
 @dataclass(frozen=True)
 class Write:
-    """A vector that stands at a site in place of the computed one.
+    """A vector that stands at a site in place of the computed one, or what makes it of that.
 
     position and unit are None for all of them, which may have vectors of their own: then `vector`
     is [T, units, width], or broadcasts to it. unit is the head or the neuron. Of `scores` and
@@ -51,7 +51,7 @@ class Write:
 
     site: str
     layer: int | None
-    vector: Tensor
+    vector: Tensor | Callable[[Tensor], Tensor]
     position: int | None = None
     unit: int | None = None
 
@@ -108,7 +108,8 @@ class Pass:
         for copy, write in writes:
             positions, units = _only(write.position), _only(write.unit)
             there = value[copy, positions, units]
-            vectors = write.vector.expand_as(there)
+            vectors = write.vector
+            vectors = vectors.expand_as(there) if isinstance(vectors, Tensor) else vectors(there)
             if allowed is not None:
                 vectors = torch.where(allowed[positions, None], vectors, there)
             value[copy, positions, units] = vectors

@@ -84,7 +84,11 @@ def test_writes_of_two_layers_are_those_of_hooks_of_both() -> None:
         Write(site, layer, plain[site, layer][3, -1] * -2 + 1, position, unit)
         for site, layer, position, unit in (("z", 0, 4, 3), ("mlp_hidden", 1, 6, 5))
     ]
-    first, second = (hooks.Change(w.position or 0, w.unit or 0, w.vector) for w in writes)
+    vectors = [write.vector for write in writes if isinstance(write.vector, torch.Tensor)]
+    first, second = (
+        hooks.Change(write.position or 0, write.unit or 0, vector)
+        for write, vector in zip(writes, vectors, strict=True)
+    )
     with hooks.hooked(model, row.main, 0, hooks.Session([("z", [first])])):
         prompt = {"input_ids": torch.tensor([IDS])}
         expected, seen = hooks.run(row, model, prompt, 1, "mlp_hidden", [second])

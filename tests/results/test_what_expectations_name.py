@@ -260,8 +260,8 @@ def test_only_runs_what_an_expectation_is_compared_with() -> None:
     program, _ = lower_program(parse(Source(text))[0], Source(text))
     every = program.experiments
     assert compared_with(every[0]) == {"f", "delta"}
-    assert [e.name for e in with_needed("e", every)] == ["e", "f"], "nothing that `f` alone reads"
-    assert [e.name for e in with_needed("h", every)] == ["e", "h"]
+    assert [e.name for e in with_needed({"e"}, every)] == ["e", "f"], "nothing that `f` alone reads"
+    assert [e.name for e in with_needed({"h"}, every)] == ["e", "h"]
 
 
 def test_only_shows_one_experiment(tmp_path: Path) -> None:

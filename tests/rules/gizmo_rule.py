@@ -1,6 +1,6 @@
 """A kind of rule from outside of the package: all that it takes is one such class.
 
-The grammar has its shape, `scale SITE at POSITIONS by NUMBER`, and no meaning for it.
+It is read as `stretch SITE at POSITIONS by NUMBER`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from mechdsl.resolve.resolved import ResolvedRule, Vectors
 from mechdsl.rules import SiteRule, rule_kind
 
 
-@rule_kind("scale")
-class Scale(SiteRule):
+@rule_kind("stretch")
+class Stretch(SiteRule):
     """Vectors of the base run, multiplied."""
 
     takes = "by"

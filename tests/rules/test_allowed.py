@@ -318,7 +318,8 @@ def results(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
         for key, case in CASES.items()
         if key not in NOT_HERE.get(name, ())
     )
-    return run_file(text, data, name, mode)
+    beside = experiment("beside", "ablate resid_pre layer * at cue token with zero")
+    return run_file(text + beside, data, name, mode)
 
 
 def hold(data: Path, key: str, name: str, mode: str) -> None:
@@ -446,3 +447,47 @@ def test_the_words_may_be_names(data: Path) -> None:
     found = run_file(text, data, "llama", "planned")
     assert found["a"].axes == ("allow",)
     assert found["b"].axes == ("renumber",)
+
+
+ALIKE = """
+prompts early {
+  cue in ["w26", "w28", "w29", "w30"]
+  template "w3 w4 {cue} w42"
+  span here = "w4"
+  answer " w10"
+  wrong " w11"
+}
+prompts same {
+  other in ["w27", "w21", "w22", "w23"]
+  cue = "w26"
+  template "w3 w4 {cue} w42"
+  span here = "w4"
+  answer " w10"
+  wrong " w11"
+  corrupt turned { cue = other }
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("block", "lines"),
+    [
+        ("early", ()),
+        ("same", ("from turned into clean", "patch resid_pre layer 1 at cue token")),
+    ],
+)
+def test_rows_that_differ_behind_what_is_measured(
+    data: Path, block: str, lines: Sequence[str]
+) -> None:
+    """They are as many as they are: what is allowed makes them different."""
+    measure = "measure logit(answer) - logit(wrong) at here token as delta"
+    block_it = "block attention layer 1 from here token to first token"
+    allow = "allow attention layers * from here token to cue token"
+    text = experiment("a", *lines, allow, block=block, measure=measure)
+    text += experiment("b", *lines, block_it, block=block, measure=measure)
+    found = run_file(text, data, "llama", "planned", blocks=ALIKE)
+    allowed, not_allowed = (found[name].measures[0] for name in ("a", "b"))
+    assert allowed.seen is None
+    assert len(set(np.round(allowed.patched[0], 4))) == 4
+    assert not_allowed.seen is not None
+    assert len(set(not_allowed.seen[0])) == 1

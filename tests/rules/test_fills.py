@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult
@@ -13,7 +14,22 @@ from mechdsl.store.store import Store
 
 from ..execute import support as plain
 from ..execute.support import MODES
-from .support import codes, experiment, run_file
+from ..reference.forward import Write
+from .paths import End, copied
+from .support import (
+    BLOCKS,
+    Text,
+    codes,
+    difference,
+    edited,
+    experiment,
+    records,
+    rows,
+    run_file,
+    tokens,
+    try_file,
+)
+from .support import plain as reference
 
 RULES = {
     "heads": "ablate z layer * head 1..2 at last token, cue token",
@@ -99,3 +115,100 @@ def test_values_are_those_of_the_fill_alone(tmp_path: Path) -> None:
 )
 def test_it_is_refused_once(data: Path, rule: str, code: str) -> None:
     assert codes(experiment("e", rule), data).count(code) == 1
+
+
+# --- rows of other blocks, and of parts of one ----------------------------------------------------
+
+PARTS = BLOCKS.replace('  rows "data.jsonl"\n', '  rows "data.jsonl"\n  split 50%\n', 1)
+
+
+def taken(name: str, donor: Text, n: int, layer: int, at: str) -> float:
+    """The effect of a donor's activation at one token."""
+    text, record = rows()[n], records()[n]
+    ends = [End("resid_post", layer)]
+    writes = copied(ends, reference(name, donor), tokens(donor, at), tokens(text, at))
+    return difference(edited(name, text, writes).logits, record)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+def test_what_rows_of_another_block_have(data: Path, name: str, mode: str) -> None:
+    """Where it has one row, that; else one of its rows, by the content of the row."""
+    rule = "ablate resid_post layer 0..1 at last token with resample of"
+    text = "".join(experiment(f"e{n}", f"{rule} {b}") for n, b in enumerate(("single", "second")))
+    found = run_file(text, data, name, mode)
+    drawn: set[int] = set()
+    for layer in range(2):
+        for n in range(len(records())):
+            one = taken(name, rows("single")[0], n, layer, "last token")
+            assert found["e0"].measures[0].patched[layer, n] == pytest.approx(one, abs=1e-4)
+            each = [taken(name, donor, n, layer, "last token") for donor in rows("second")]
+            errors = np.abs(found["e1"].measures[0].patched[layer, n] - np.array(each))
+            assert errors.min() < 1e-4
+            assert (errors < 1e-3).sum() == 1
+            drawn.add(int(errors.argmin()))
+    assert len(drawn) > 1
+
+
+def test_a_donor_hangs_on_the_row_alone(data: Path) -> None:
+    rule = "ablate resid_post layer 1 at last token with resample of second"
+    whole = run_file(experiment("e", rule), data, "llama", "planned")["e"].measures[0].patched
+    keep = "  keep logit(answer) > -1000000\n  keep rank(answer) > 0"
+    again = run_file(experiment("e", rule, keep), data, "llama", "planned")["e"].measures[0].patched
+    np.testing.assert_allclose(again, whole, atol=1e-5)
+    first = run_file(
+        experiment("e", rule).replace("prompts p", "prompts p limit 2"), data, "llama", "planned"
+    )["e"]
+    assert first.row_ids is not None
+    np.testing.assert_allclose(first.measures[0].patched, whole[:, list(first.row_ids)], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+def test_parts_of_a_split(data: Path, name: str) -> None:
+    """Also of the block itself: means of the one part, written into the other."""
+    rule = "ablate resid_post layer 0..1 at last token with mean of p.train"
+    one, other = experiment("a", rule), experiment("b", rule, block="second")
+    text = one.replace("prompts p", "prompts p.test") + other
+    text += experiment("c", rule).replace("prompts p", "prompts p.train")
+    found = run_file(text, data, name, "planned", blocks=PARTS)
+    train, test = found["c"].row_ids, found["a"].row_ids
+    assert train is not None
+    assert test is not None
+    assert len(train) == 2
+    assert not {*train} & {*test}
+    for layer in range(2):
+        every = [reference(name, rows()[n])["resid_post", layer][-1, 0] for n in train]
+        mean = torch.stack(every).mean(0)
+        for key, block, own in (("a", "clean", test), ("b", "second", range(4))):
+            values = found[key].measures[0].patched[layer]
+            for value, n in zip(values, own, strict=True):
+                text_of = rows(block)[n]
+                write = Write("resid_post", layer, mean, text_of.last, 0)
+                record = records("p" if block == "clean" else block)[n]
+                by_hand = difference(edited(name, text_of, [write]).logits, record)
+                assert value == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_a_corruption_of_a_block_that_is_a_source_too(data: Path) -> None:
+    """`second.turned` is not `second`, which `from second into clean` makes a run of its own."""
+    rule = "ablate resid_post layer 0..1 at last token with mean of second.turned"
+    text = experiment("a", rule) + experiment("b", "from second into clean", rule)
+    text += experiment("c", rule.removesuffix(".turned"))
+    found = run_file(text, data, "llama", "planned")
+    a, b, c = (found[key].measures[0].patched for key in "abc")
+    np.testing.assert_allclose(a, b, atol=1e-5)
+    assert np.abs(a - c).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("rule", "warned"),
+    [
+        ("patch resid_post layer 1 at cue token with clean", True),
+        ("patch resid_post layer 1 at cue token onto cue token with clean", True),
+        ("patch resid_post layer 1 at cue token onto last token with clean", False),
+        ("patch resid_post layer 1 at cue token into layer 2 with clean", False),
+    ],
+)
+def test_what_is_patched_into_itself(data: Path, rule: str, warned: bool) -> None:
+    _, diagnostics = try_file(experiment("e", rule), data, "llama")
+    assert ("W0732" in [found.code for found in diagnostics]) == warned

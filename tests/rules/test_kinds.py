@@ -59,7 +59,7 @@ prompts parts {
 experiment e {
   model toy
   prompts parts
-  scale resid_post layer 0..1 at last token by 0.5
+  stretch resid_post layer 0..1 at last token by 0.5
   measure prob(answer) as delta
   stats bootstrap(200) confidence 95% correct holm
 }
@@ -72,12 +72,12 @@ def _forget(verb: str) -> None:
 
 
 @pytest.fixture
-def scale() -> Iterator[None]:
+def stretch() -> Iterator[None]:
     name = f"{__package__}.gizmo_rule"
     sys.modules.pop(name, None)
     importlib.import_module(name)
     yield
-    _forget("scale")
+    _forget("stretch")
 
 
 @pytest.fixture
@@ -132,9 +132,9 @@ def scaled(
 
 @pytest.mark.parametrize("mode", QUICK)
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_it_writes_what_its_class_makes(scale: None, data: Path, name: str, mode: str) -> None:
-    text = experiment("e", "scale resid_post layer * at subject tokens by -0.5")
-    text += experiment("f", "for x in [0, 1, 3] { scale layer * head * at cue token by x }")
+def test_it_writes_what_its_class_makes(stretch: None, data: Path, name: str, mode: str) -> None:
+    text = experiment("e", "stretch resid_post layer * at subject tokens by -0.5")
+    text += experiment("f", "for x in [0, 1, 3] { stretch layer * head * at cue token by x }")
     found = run_file(text, data, name, mode)
     whole: dict[tuple[Coord | None, ...], Sequence[float]] = {
         (layer,): scaled(name, -0.5, "resid_post", "subject tokens", layer) for layer in LAYERS
@@ -147,8 +147,8 @@ def test_it_writes_what_its_class_makes(scale: None, data: Path, name: str, mode
     agree(found["f"], ("x", "layer", "head"), heads, unpatched(name), most=False)
 
 
-def test_rows_that_it_leaves_as_they_are_are_not_run(scale: None, data: Path) -> None:
-    text = experiment("e", "for x in [1, 2] { scale resid_post layer 1 at last token by x }")
+def test_rows_that_it_leaves_as_they_are_are_not_run(stretch: None, data: Path) -> None:
+    text = experiment("e", "for x in [1, 2] { stretch resid_post layer 1 at last token by x }")
     found = run_file(text, data, "llama", "planned")["e"]
     count = len(rows())
     assert found.conventions["inert"].startswith(f"1 of 2 cells, and {count} of {2 * count} rows")
@@ -158,10 +158,10 @@ def test_rows_that_it_leaves_as_they_are_are_not_run(scale: None, data: Path) ->
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_factors_are_told_apart_where_rows_are_shared(scale: None, data: Path, mode: str) -> None:
+def test_factors_are_told_apart_where_rows_are_shared(stretch: None, data: Path, mode: str) -> None:
     """Two experiments with the same rules but for the number, and one that does the same."""
     text = "".join(
-        experiment(key, f"scale resid_post layer 1 at last token by {factor}")
+        experiment(key, f"stretch resid_post layer 1 at last token by {factor}")
         for key, factor in (("e", 2), ("f", 3), ("g", 2))
     ) + experiment("h", "set resid_post layer 1 at last token to 2")
     found = run_file(text, data, "llama", mode)
@@ -179,26 +179,26 @@ def test_factors_are_told_apart_where_rows_are_shared(scale: None, data: Path, m
 # --- what is shown --------------------------------------------------------------------------------
 
 
-def test_it_is_formatted_and_shown(scale: None, tmp_path: Path) -> None:
+def test_it_is_formatted_and_shown(stretch: None, tmp_path: Path) -> None:
     path = tmp_path / "toy.mech"
     path.write_text(TOY.replace("by 0.5", "by   0.5"), encoding="utf-8")
     tree, problems = parse(Source(path.read_text("utf-8")))
     assert not problems
     assert format_file(tree).strip() == format_file(parse(Source(TOY))[0]).strip()
-    assert "  scale resid_post layer 0..1 at last token by 0.5\n" in format_file(tree)
+    assert "  stretch resid_post layer 0..1 at last token by 0.5\n" in format_file(tree)
     run = CliRunner()
     said = {
         command: run.invoke(app, [command, str(path)]) for command in ("explain", "plan", "graph")
     }
     assert {one.exit_code for one in said.values()} == {0}
-    assert "scale resid_post layer 0..1 at last token by 0.5" in said["explain"].output
-    assert "scale 0.5" in said["graph"].output
+    assert "stretch resid_post layer 0..1 at last token by 0.5" in said["explain"].output
+    assert "stretch 0.5" in said["graph"].output
     assert "Read" in said["graph"].output
     assert "e" in said["plan"].output
 
 
 def test_without_a_kind_it_is_refused() -> None:
-    assert checked(TOY) == ["E0108"]
+    assert checked(TOY) == ["E0101"]
 
 
 def test_the_entry_is_short() -> None:
@@ -244,7 +244,7 @@ def test_a_verb_without_a_number_reads_other_rows(clip: None, data: Path) -> Non
 def test_a_new_verb_is_soft(clip: None) -> None:
     """It is a name wherever one can stand, and begins a rule on a line of its own."""
     text = TOY.replace("  answer", '  clip in ["red", "blue"]\n  text clip_name = clip\n  answer')
-    text = text.replace("scale resid_post layer 0..1", "clip resid_post layer 0..1")
+    text = text.replace("stretch resid_post layer 0..1", "clip resid_post layer 0..1")
     text = text.replace("by 0.5", "to 0.5").replace(
         "  measure", "  report table clip\n  clip layer 1 head * at last token to 0\n  measure"
     )
@@ -264,7 +264,7 @@ def test_a_new_verb_is_soft(clip: None) -> None:
 def test_a_verb_says_which_word_stands_before_its_number(
     clip: None, line: str, expected: str
 ) -> None:
-    text = TOY.replace("scale resid_post layer 0..1 at last token by 0.5", line)
+    text = TOY.replace("stretch resid_post layer 0..1 at last token by 0.5", line)
     found = check_source(Source(text), Settings()).diagnostics
     assert [one.code for one in found] == ["E0101"]
     assert vars(found[0])["expected"] == expected
@@ -274,7 +274,7 @@ def test_a_verb_says_which_word_stands_before_its_number(
     ("line", "meant"), [("pacth layer 3 at last token", "patch"), ("clpi layer 3 to 1", "clip")]
 )
 def test_a_misspelt_verb_is_recognised(clip: None, line: str, meant: str) -> None:
-    text = TOY.replace("scale resid_post layer 0..1 at last token by 0.5", line)
+    text = TOY.replace("stretch resid_post layer 0..1 at last token by 0.5", line)
     found = check_source(Source(text), Settings()).diagnostics
     # The layer of `patch` isn't there, which is said too: the line counts as it was meant.
     assert [one.code for one in found] == ["E0102", "E0303"][: 2 if meant == "patch" else 1]
@@ -282,7 +282,7 @@ def test_a_misspelt_verb_is_recognised(clip: None, line: str, meant: str) -> Non
 
 
 def test_without_a_kind_the_word_is_no_verb() -> None:
-    text = TOY.replace("scale resid_post layer 0..1 at last token by 0.5", "clip layer 1 to 0")
+    text = TOY.replace("stretch resid_post layer 0..1 at last token by 0.5", "clip layer 1 to 0")
     assert checked(text) == ["E0101"]
 
 
@@ -304,7 +304,7 @@ def test_the_steps_of_the_page(tmp_path: Path) -> None:
     [command] = re.findall(r"```sh\npython (.*?)\n```", steps, re.DOTALL)
     (tmp_path / "clip.py").write_text(module, encoding="utf-8")
     (tmp_path / "toy.mech").write_text(
-        TOY.replace("scale", "clip").replace("by 0.5", "to 0.5"), encoding="utf-8"
+        TOY.replace("stretch", "clip").replace("by 0.5", "to 0.5"), encoding="utf-8"
     )
     arguments = shlex.split(command.replace("FILE", "toy.mech"))
     path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}

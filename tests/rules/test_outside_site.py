@@ -56,7 +56,7 @@ def test_what_is_written_is_what_the_module_returns(
 
 
 def test_a_file_is_checked_with_them(entries: None) -> None:
-    line = "scale resid_post layer 0..1 at last token by 0.5"
+    line = "stretch resid_post layer 0..1 at last token by 0.5"
     text = TOY.replace(line, "ablate attn_proj layer 0..1 at last token with zero")
     found = check_source(Source(text), Settings()).diagnostics
     assert [one.code for one in found if one.severity == "error"] == []

@@ -75,8 +75,7 @@ def _plain(node: Any) -> str:
         case ast.Attribute():
             return f"{node.name}.{node.attribute}"
         case ast.Index():
-            inner = ranked(node.index) if isinstance(node.index, ast.Ranked) else None
-            return f"{node.name}[{inner or within(node.index, SUM)}]"
+            return f"{node.name}[{_inside(node.index)}]"
         case ast.Call():
             return call(node)
         case ast.ListOf():
@@ -108,6 +107,16 @@ def _plain(node: Any) -> str:
             return f"not {within(node.operand, _NOT)}"
         case _:
             raise TypeError(f"{type(node).__name__} is no expression")
+
+
+def _inside(node: Any) -> str:
+    match node:
+        case ast.Ranked():
+            return ranked(node)
+        case ast.Coordinates(items=items):
+            return ", ".join(f"{each.word} {each.value}" for each in items)
+        case _:
+            return within(node, SUM)
 
 
 def _number(node: ast.Number) -> str:
@@ -235,10 +244,11 @@ def ranked(node: ast.Ranked) -> str:
     return f"top {text} of {node.of}"
 
 
-def edge(node: ast.Edge) -> str:
-    """`attention layer * from Q to K`."""
+def edge(node: ast.Edge, run: ast.Ref | None = None) -> str:
+    """`attention layer * from Q to K`; run: the one that is looked at."""
     parts = ["attention", *([node.stack.id] if node.stack else []), *map(axis, node.axes)]
     parts += [site(node.heads)] if node.heads is not None else []
+    parts += [] if run is None else [f"of {ref(run)}"]
     return f"{' '.join(parts)} from {positions(node.queries)} to {positions(node.keys)}"
 
 

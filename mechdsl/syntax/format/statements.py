@@ -9,6 +9,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.format.constructs import (
     CONDITION,
     SUM,
+    axis,
     axis_value,
     call,
     domain,
@@ -19,7 +20,6 @@ from mechdsl.syntax.format.constructs import (
     percentage,
     position,
     positions,
-    ranked,
     ref,
     site,
     string,
@@ -30,6 +30,15 @@ from mechdsl.syntax.format.constructs import (
 def _optional(word: str, value: Any) -> str:
     """` word value`, or nothing."""
     return "" if value is None else f" {word} {value}"
+
+
+def _written(node: ast.Expr | ast.Reading) -> str:
+    """What a rule writes: an expression, or what a run has somewhere."""
+    if not isinstance(node, ast.Reading):
+        return within(node, SUM)
+    factor = "" if node.factor is None else f"{within(node.factor, SUM + 1)} * "
+    at = _of("at", node.at, positions)
+    return f"{factor}value({site(node.site)}{at}){_of('of', node.of, ref)}"
 
 
 def _of(word: str, node: Any, text: Any) -> str:
@@ -199,6 +208,9 @@ def _rule(node: Any) -> str | None:
             return f"ablate {site(node.site)} at {positions(node.at)} with {fills}"
         case ast.ReplaceTokens():
             return f"replace {positions(node.at)} with {within(node.value, SUM)}"
+        case ast.ReplaceBlock():
+            other = _of("block layer", node.source, axis_value) or _of("", node.word, _id)
+            return f"replace block {axis(node.axis)} with {other.strip()}"
         case ast.Block():
             return f"block {edge(node.edge)}"
         case ast.Reweight():
@@ -210,7 +222,7 @@ def _rule(node: Any) -> str | None:
         case ast.Renumber():
             return f"renumber {positions(node.at)} from {within(node.start, SUM)}"
         case ast.SetSite():
-            return f"set {site(node.site)} at {positions(node.at)} to {within(node.value, SUM)}"
+            return f"set {site(node.site)} at {positions(node.at)} to {_written(node.value)}"
         case ast.PathRule():
             through = f" through {names(node.through)}" if node.through else ""
             ends = f"{site(node.sender)} -> {site(node.receiver)}"
@@ -221,11 +233,14 @@ def _rule(node: Any) -> str | None:
             factor = within(node.factor, SUM)
             return f"scale {site(node.site)} at {positions(node.at)} by {factor}"
         case ast.ProjectOut():
-            best = f"[{ranked(node.best)}]" if node.best else ""
-            place = f"{site(node.site)} at {positions(node.at)}"
-            return f"project out {node.direction.id}{best} from {place}"
+            place = "weights"
+            if node.site is not None and node.at is not None:
+                place = f"{site(node.site)} at {positions(node.at)}"
+            return f"project out {within(node.direction, SUM)} from {place}"
         case ast.Clamp():
-            return f"clamp {site(node.site)} at {positions(node.at)} to {within(node.value, SUM)}"
+            direction = f"{within(node.direction, SUM)} of " if node.direction else ""
+            place = f"{site(node.site)} at {positions(node.at)}"
+            return f"clamp {direction}{place} to {within(node.value, SUM)}"
         case ast.SwapSites():
             other = positions(node.other)
             return f"swap {site(node.site)} at {positions(node.at)} with {other}"
@@ -271,7 +286,7 @@ def _statement(node: Any) -> str | None:
         case ast.Search():
             return f"search {node.how.id} {node.what.id} up to {node.up_to}"
         case ast.ObserveAttention():
-            return f"observe {edge(node.edge)}"
+            return f"observe {edge(node.edge, node.run)}" + _of("as", node.name, _id)
         case ast.ObserveFeatures():
             top = _optional("top", node.top)
             return f"observe features of {node.basis.id} at {positions(node.at)}{top}"
@@ -295,6 +310,7 @@ def _statement(node: Any) -> str | None:
                 f"report {node.kind.id}"
                 + (f" {node.variable.id}" if node.variable else "")
                 + _of("by", node.by, _id)
+                + _of("of", node.of, _id)
                 + _optional("top", node.top)
                 + _of("to", node.file, _text)
             )
@@ -315,8 +331,11 @@ def _observe(node: ast.Observe) -> str:
     what = call(node.what) + (" at" if isinstance(node.what, ast.Call) else "")
     return (
         f"observe {what} {site(node.site)}"
+        + _of("of", node.run, ref)
+        + _of("with", node.beside, site)
         + _of("toward", node.toward, _sum)
         + _of("at", node.at, positions)
         + _of("with", node.other, positions)
         + _optional("top", node.top)
+        + _of("as", node.name, _id)
     )

@@ -140,7 +140,6 @@ HINTS: tuple[Hint, ...] = (
         "FROM",
     ),
     Hint(r"^(block|reweight)\s+$", r"", "write `{0} attention layer * from Q to K`", "ATTENTION"),
-    Hint(r"^observe\b", r"as\b", "an observation is shown as it is: leave `as …` out"),
     Hint(
         r"\bfrom\s+\w+\s*$",
         r"tokens?\b",

@@ -12,9 +12,9 @@ from mechdsl.syntax.walk import walk
 def possible_axes(rule: spec.Rule) -> Iterator[str]:
     """Names that reports and expectations may call them by."""
     yield "layer"  # which may have been forgotten
-    for site in (rule.site, rule.edge):
-        yield from _axes_of(site)
-    yield from (f"to_{name}" for name in _axes_of(rule.receiver))
+    for site in (rule.site, rule.reading, rule.edge):
+        yield from axes_of(site)
+    yield from (f"to_{name}" for name in axes_of(rule.receiver))
     if rule.into_layer is not None:
         yield "to_layer"
     if rule.fills:
@@ -31,7 +31,8 @@ def position_axes(rule: spec.Rule) -> Iterator[str]:
             yield "from_position"
 
 
-def _axes_of(site: ast.Site | ast.Edge | None) -> Iterator[str]:
+def axes_of(site: ast.Site | ast.Edge | None) -> Iterator[str]:
+    """Those of a site, or of attention."""
     for axis in walk(site):
         if isinstance(axis, ast.Axis) and not axis.plural and _sweeps(axis):
             yield axis.word

@@ -1,0 +1,280 @@
+"""Observations over all rows: the vectors of each cell are gathered, and made one number of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.digest import digest
+from mechdsl.execute.measured_values import CellGap, MeasuredValues, base_per_cell
+from mechdsl.execute.not_finite import cell_words
+from mechdsl.execute.observed_weights import of_weights
+from mechdsl.execute.read_vectors import numbers, prompt_batches, read_vectors, reader
+from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.execute.unusable import Unusable
+from mechdsl.hooks.weight_maps import WeightMaps
+from mechdsl.models.shape import units
+from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.rule_rows import Rows, RulePlan
+from mechdsl.prompts.prompt_table import Hits, PositionCell
+from mechdsl.resolve.measures import evaluate
+from mechdsl.resolve.over_rows import OverRows, RowVectors
+from mechdsl.resolve.resolved import SitePoint
+from mechdsl.rules.observations.weights import OfWeights
+
+GATHERED_BYTES = 1 << 30
+"""Of vectors that are held at a time, as far as several cells are."""
+
+Joined: TypeAlias = tuple[SitePoint, ...]
+"""The sites of one cell, whose vectors are one, side by side; none where there is nothing."""
+Singles: TypeAlias = NDArray[np.float32]
+Make: TypeAlias = Callable[[], Sequence[Floats]]
+
+
+@dataclass(frozen=True, eq=False)
+class Together:
+    """What was observed of all rows of an experiment."""
+
+    kept: Ints
+    """[column] the rows of the table."""
+    values: list[Floats]
+    """Per measure, [cell, column]; NaN where a row isn't part of the cell."""
+
+    def of(self, rows: Rows) -> list[Floats]:
+        """Per measure, [row]."""
+        columns = np.searchsorted(self.kept, rows.prompt)
+        return [values[rows.cell, columns] for values in self.values]
+
+
+def over_rows(plan: ExperimentPlan) -> tuple[RulePlan, OverRows] | None:
+    """The rule that observes all rows at once, if there is one."""
+    for rule in plan.rules:
+        if isinstance(rule.rule.does, OverRows):
+            return rule, rule.rule.does
+    return None
+
+
+def observe_together(
+    plan: ExperimentPlan, runs: UnpatchedRuns, measured: MeasuredValues
+) -> Together | None:
+    """What is observed of all kept rows at once; None where nothing is. Cells that it can't be made
+    of are gaps of `measured`."""
+    observed = over_rows(plan)
+    if observed is None:
+        return None
+    experiment = plan.experiment
+    shape, run = (plan.n_cells, len(measured.kept)), experiment.spec.base
+    base = [
+        np.broadcast_to(base_per_cell(plan, measured, run, number), shape)
+        for number in range(len(experiment.measures))
+    ]
+    found = [
+        np.full(each.shape, np.nan) if measure.observed else each.copy()
+        for measure, each in zip(experiment.measures, base, strict=True)
+    ]
+    exists = plan.exists
+    for cell, there, make in _made(_Gatherer(plan, *observed, runs, measured.kept), runs):
+        if not exists[cell]:
+            continue
+        try:
+            made = make()
+        except (ValueError, ArithmeticError) as problem:
+            _lack(plan, measured, cell, there, str(problem))
+            continue
+        words = (observed[1].word, *observed[1].controls)
+        by_name = dict(zip(words, made, strict=True))
+        for measure, values in zip(experiment.measures, found, strict=True):
+            if measure.observed:
+                of_atoms = {atom.node: by_name[atom.name] for atom in measure.atoms}
+                values[cell, there] = evaluate(measure.expression, of_atoms.__getitem__)
+    return Together(measured.kept, found)
+
+
+def _made(gatherer: _Gatherer, runs: UnpatchedRuns) -> Iterator[tuple[int, Ints, Make]]:
+    """(cell, its columns, what gives the values of the observation and of its controls)."""
+    does, seed = gatherer.does, gatherer.plan.experiment.seed
+    if not isinstance(does, OfWeights):
+        for cell, there, seen in gatherer.cells():
+            yield cell, there, partial(does.per_row, seen, seed)
+        return
+    maps, every = WeightMaps(runs.model), np.arange(len(gatherer.kept))
+    for cell, (sites, beside) in enumerate(gatherer.sites()):
+        ends = [(point.layer or 0, point.unit or 0) for point in (*sites, *beside)]
+        yield cell, every, lambda ends=ends: [np.full(len(every), of_weights(does, maps, ends))]
+
+
+def _lack(
+    plan: ExperimentPlan, measured: MeasuredValues, cell: int, there: Ints, reason: str
+) -> None:
+    """A cell has no value of what is observed."""
+    base = plan.experiment.spec.base
+    first = Unusable(int(measured.kept[there[0]]), base, cell_words(plan, cell))
+    for number, measure in enumerate(plan.experiment.measures):
+        if measure.observed:
+            measured.gaps[number, cell] = CellGap(reason, first, len(there))
+
+
+@dataclass(eq=False)
+class _Gatherer:
+    """Gathers the vectors of an experiment's cells, as many at a time as there is room for."""
+
+    plan: ExperimentPlan
+    rule: RulePlan
+    does: OverRows
+    runs: UnpatchedRuns
+    kept: Ints
+    _sites: list[Joined] = field(init=False)
+    _beside: list[Joined] = field(init=False)
+    _others: list[PositionCell] = field(init=False)
+    """The positions that are set against those of the rule."""
+
+    def __post_init__(self) -> None:
+        rule = self.rule
+        combinations: list[Joined] = []
+        for key in range(len(rule.points.offsets) - 1):
+            _, points = rule.points.expand(np.array([key]))
+            combinations.append(tuple(rule.point_table[point] for point in points.tolist()))
+        self._sites = [combinations[key] for key in rule.site_of_cell.tolist()]
+        self._beside = list(self._of_other())
+        edge = rule.rule.edge
+        self._others = [] if edge is None else list(edge.keys.written.values())
+
+    def sites(self) -> Iterator[tuple[Joined, Joined]]:
+        """Per cell, its sites and those that they are set against."""
+        yield from zip(self._sites, self._beside, strict=True)
+
+    def cells(self) -> Iterator[tuple[int, Ints, RowVectors]]:
+        """(cell, its columns among the kept rows, their vectors), of cells that have any."""
+        rule = self.rule
+        key_of_cell = np.zeros_like(rule.position_of_cell)
+        key_of_cell = key_of_cell if rule.key_of_cell is None else rule.key_of_cell
+        places = np.stack([rule.position_of_cell, key_of_cell])
+        for place, key in np.unique(places, axis=1).T.tolist():
+            spots = [rule.positions[place], *self._others[key : key + 1]]
+            own = np.flatnonzero((places[0] == place) & (places[1] == key)).tolist()
+            there = [all(spot.hits[row] for spot in spots) for row in self.kept.tolist()]
+            columns = np.flatnonzero(there)
+            if not len(columns):
+                continue
+            keys = self._keys(spots, self.kept[columns])
+            for some in self._fitting(own, len(columns) * len(spots)):
+                wanted = list(dict.fromkeys(each for cell in some for each in self._needs(cell)))
+                found = [self._gathered(wanted, spot, columns) for spot in spots]
+                for cell in some:
+                    yield cell, columns, self._seen(cell, found, columns, keys, spots)
+
+    def _seen(
+        self,
+        cell: int,
+        found: Sequence[Mapping[Joined, Singles]],
+        columns: Ints,
+        keys: Sequence[bytes],
+        spots: Sequence[PositionCell],
+    ) -> RowVectors:
+        """found: per position, the vectors of joined sites."""
+        own, beside = self._sites[cell], self._beside[cell]
+        other = found[0][beside] if beside else found[1][own] if len(found) > 1 else None
+        rows = self.kept[columns]
+        pairs = [_pairs(*(spot.hits[row] for spot in spots)) for row in rows.tolist()]
+        return RowVectors(
+            found[0][own].astype(np.float64),
+            rows,
+            keys,
+            float(torch.finfo(self.runs.model.dtype).eps),
+            None if other is None else other.astype(np.float64),
+            np.array(pairs, dtype=np.float64),
+        )
+
+    def _of_other(self) -> Iterator[Joined]:
+        """Per cell, the sites that it is set against."""
+        other = self.rule.rule.beside
+        names = [axis.name for axis in self.plan.experiment.axes]
+        for cell in range(self.plan.n_cells):
+            if other is None:
+                yield ()
+                continue
+            along = [self.plan.coordinates[names.index(axis)] for axis in other.axes]
+            yield other.points[tuple(int(each[cell]) for each in along)]
+
+    def _needs(self, cell: int) -> list[Joined]:
+        return [each for each in (self._sites[cell], self._beside[cell]) if each]
+
+    def _fitting(self, cells: Sequence[int], rows: int) -> Iterator[list[int]]:
+        """Cells whose vectors are gathered in the same passes."""
+        some: list[int] = []
+        held: dict[Joined, int] = {}
+        for cell in cells:
+            more = {each: 12 * rows * sum(map(self._width, each)) for each in self._needs(cell)}
+            if some and sum({**held, **more}.values()) > GATHERED_BYTES:
+                yield some
+                some, held = [], {}
+            some.append(cell)
+            held.update(more)
+        if some:
+            yield some
+
+    def _width(self, point: SitePoint) -> int:
+        """Of the vector of one point: of all units side by side where it names none."""
+        shape = self.runs.model.shape
+        whole = numbers(shape, (point.site, point.layer), 0)
+        return whole if point.unit is None else whole // units(shape, point.site, point.layer)
+
+    def _gathered(
+        self, combinations: Sequence[Joined], position: PositionCell, columns: Ints
+    ) -> dict[Joined, Singles]:
+        """[column, width] of each: the mean over the tokens of the position and draws of noise, or,
+        where the observation is of directions, the sum of the unit vectors."""
+        points = list(dict.fromkeys(point for each in combinations for point in each))
+        run = self.runs.named(self.rule.rule.run)
+        model, prompts = self.runs.model_of(run), self.kept[columns]
+        sums = [np.zeros((len(columns), self._width(point))) for point in points]
+        counts = np.zeros(len(columns))
+        lanes = reader(
+            model, self.runs.table, run, points, seed=self.runs.seed, side=self.runs.side
+        )
+        for read in read_vectors(
+            lanes, points, [position], prompt_batches(model, run, points, prompts)
+        ):
+            row = np.searchsorted(prompts, read.prompts)
+            vectors = read.vectors.double().cpu().numpy()
+            if self.does.of_directions:
+                vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            np.add.at(sums[read.point], row, vectors)
+            if read.point == 0:
+                np.add.at(counts, row, 1)
+        over = np.ones_like(counts) if self.does.of_directions else counts
+        means = {
+            point: (total / over[:, None]).astype(np.float32)
+            for point, total in zip(points, sums, strict=True)
+        }
+        return {
+            each: np.concatenate([means[point] for point in each], axis=1) for each in combinations
+        }
+
+    def _keys(self, spots: Sequence[PositionCell], prompts: Ints) -> list[bytes]:
+        """[row] a digest of all that its vectors at some positions hang on: of models whose tokens
+        see no later ones, the tokens up to the last of them."""
+        run = self.runs.named(self.rule.rule.run)
+        causal, found = self.runs.model_of(run).shape.causal, list[bytes]()
+        for row in prompts.tolist():
+            ids, hits = run.rows[row].ids, [spot.hits[row] for spot in spots]
+            last = max(token for own in hits for tokens in own for token in tokens)
+            drawn = None if run.noise is None else self.runs.table.row_keys[row]
+            found.append(digest(ids[: last + 1] if causal else ids, hits, drawn))
+        return found
+
+
+def _pairs(one: Hits, other: Hits | None = None) -> tuple[int, int]:
+    """(pairs of different tokens, pairs of a token with itself) of two positions of a row, or
+    within one."""
+    own = [token for tokens in one for token in tokens]
+    others = own if other is None else [token for tokens in other for token in tokens]
+    same = sum(own.count(token) for token in others)
+    return len(own) * len(others) - same, same

@@ -1,0 +1,363 @@
+"""`direction NAME = …` as typed data: what it is made of is known, and made in some order."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mechdsl.diagnostics.e02_names import BadArgument, UnknownName, UnknownWord, did_you_mean
+from mechdsl.diagnostics.e03_directions import BadDirection
+from mechdsl.program import spec
+from mechdsl.program.constants import constant
+from mechdsl.program.namespace import Namespace
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+
+if TYPE_CHECKING:
+    from mechdsl.program.definitions import Definitions
+
+Takes = Literal["two", "block", "value and block", "texts", "file", "direction"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to make a direction: `WORD(…)`."""
+
+    takes: Takes
+    example: str
+    options: tuple[str, ...] = ()
+    at_a_site: bool = True
+    """Whether it is made of activations."""
+
+
+WAYS: Mapping[str, Way] = {
+    "mean_difference": Way("two", "mean_difference(harmful, harmless)", ("prompts",)),
+    "mean": Way("block", "mean(fruit)"),
+    "pca": Way("block", "pca(fruit, component: 1)", ("component",)),
+    "probe": Way("value and block", "probe(count, fruit)", ("kind", "penalty")),
+    "unembedding": Way("texts", 'unembedding(" Mary", " John")', at_a_site=False),
+    "saved": Way("file", 'saved("refusal.safetensors", "direction")', at_a_site=False),
+    "unit": Way("direction", "unit(refusal)", at_a_site=False),
+}
+
+
+def lower_direction(
+    statement: ast.DirectionDef, parts: Definitions, scope: Namespace
+) -> spec.Direction | None:
+    """The definition, with what is wrong with it whatever the model said; None then.
+
+    Codes: E0201, E0203, E0207, E0341.
+    """
+    before = len(scope.diagnostics)
+    _check(statement.value, parts, scope)
+    if len(scope.diagnostics) > before:
+        return None
+    fits = [c for c in calls_of(statement.value) if WAYS[c.name].at_a_site]
+    word = fits[0].name if fits else ""
+    if fits and statement.site is None:
+        _bad(
+            fits[0],
+            f"`{word}` is made of activations, and no site is named",
+            f"write where: `{WAYS[word].example} at resid_post layer 2 at last token`",
+            scope,
+        )
+    site = statement.site
+    free = any(c.name in ("unembedding", "saved") for c in calls_of(statement.value))
+    if site is not None and not fits and not free:
+        hint = f"leave `at {site.span.written}` out: it lies where they lie"
+        _bad(statement.value, "it is made of directions that have a site", hint, scope)
+    if len(scope.diagnostics) > before:
+        return None
+    return spec.Direction(
+        span=statement.span,
+        name=statement.name.id,
+        value=statement.value,
+        site=site,
+        at=statement.at,
+    )
+
+
+def calls_of(node: ast.Node) -> list[ast.Call]:
+    """The ways of an expression."""
+    return [part for part in walk(node) if isinstance(part, ast.Call) and part.name in WAYS]
+
+
+def named_in(node: ast.Node | None, directions: Container[str]) -> list[str]:
+    """Names of directions in an expression."""
+    if node is None:
+        return []
+    found: dict[str, None] = {}
+    for part in walk(node):
+        match part:
+            case ast.Name(id=name) | ast.Index(name=name) if name in directions:
+                found[name] = None
+            case _:
+                pass
+    return list(found)
+
+
+def made_of(
+    nodes: Iterable[ast.Node], directions: Mapping[str, spec.Direction]
+) -> list[spec.Direction]:
+    """The definitions behind expressions, those that these are made of included."""
+    found: dict[str, spec.Direction] = {}
+    todo = [name for node in nodes for name in named_in(node, directions)]
+    while todo:
+        name = todo.pop(0)
+        if name not in found and name in directions:
+            found[name] = directions[name]
+            todo += named_in(directions[name].value, directions)
+    return list(found.values())
+
+
+def used_by(experiment: spec.Experiment, program: spec.Program) -> list[spec.Direction]:
+    """The directions that an experiment's rules use."""
+    nodes = (rule.direction for rule in experiment.rules if rule.direction is not None)
+    return made_of(nodes, program.directions)
+
+
+def rows_read(experiment: spec.Experiment, program: spec.Program) -> list[Rows]:
+    """What the fits behind an experiment's rules read."""
+    calls = [call for each in used_by(experiment, program) for call in calls_of(each.value)]
+    return list(dict.fromkeys(rows for call in calls for rows in rows_of(call, program)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a fit reads: a run of a block, or one model's run of it."""
+
+    block: str | None
+    """None for the rows of the experiment that uses it."""
+    part: Literal["train", "test"] | None = None
+    run: str = "clean"
+    model: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What tables call its rows."""
+        part = f".{self.part}" if self.part else ""
+        model = f" on {self.model}" if self.model else ""
+        return f"{self.block or ''}{part}{model}"
+
+
+def rows_of(call: ast.Call, program: spec.Program) -> list[Rows]:
+    """What a way reads; definitions that were refused aside, each name is known."""
+    given = {argument.name: argument.value for argument in call.arguments}
+    own = given.get("prompts")
+    values = [a.value for a in call.arguments if a.name is None]
+    if WAYS[call.name].takes == "value and block":
+        values = values[1:]
+    if not WAYS[call.name].at_a_site:
+        return []
+    shared = None if own is None else rows_named(own, program.prompts)
+    return [_rows(value, shared, program) for value in values]
+
+
+def _rows(value: ast.Node, shared: Rows | None, program: spec.Program) -> Rows:
+    if isinstance(value, ast.Name) and value.id in program.models:
+        rows = shared or Rows(None)
+        return Rows(rows.block, rows.part, rows.run, value.id)
+    return rows_named(value, program.prompts) or Rows(None)
+
+
+def rows_named(node: ast.Node, blocks: Mapping[str, spec.Prompts]) -> Rows | None:
+    """`fruit`, `fruit.train`, `fruit.fewer`, `fewer of fruit.train`; None for what is no block."""
+    match node:
+        case ast.Name(id=name) if name in blocks:
+            return Rows(name)
+        case ast.Attribute(name=name, attribute=word) if name in blocks:
+            return _part(Rows(name), word, blocks[name])
+        case ast.OfRef(name=run, of=of) if of.name in blocks:
+            rows = (
+                Rows(of.name) if of.part is None else _part(Rows(of.name), of.part, blocks[of.name])
+            )
+            return Rows(rows.block, rows.part, run) if rows.run == "clean" else None
+        case _:
+            return None
+
+
+def _part(rows: Rows, word: str, block: spec.Prompts) -> Rows:
+    if block.split is not None and (word == "train" or word == "test"):
+        return Rows(rows.block, word)
+    return Rows(rows.block, run=word)
+
+
+# --- what is wrong with one -----------------------------------------------------------------------
+
+
+def _check(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
+    match node:
+        case ast.Binary(operator="+" | "-", left=left, right=right):
+            _check(left, parts, scope)
+            _check(right, parts, scope)
+        case ast.Binary(operator="*", left=left, right=right):
+            number = _is_number(left, parts)
+            _check(right if number else left, parts, scope)
+            _number(left if number else right, parts, scope)
+        case ast.Binary(left=left, right=right):
+            _check(left, parts, scope)
+            _number(right, parts, scope)
+        case ast.Negative(operand=operand):
+            _check(operand, parts, scope)
+        case ast.Name(id=name) | ast.Index(name=name):
+            scope.use("direction", name, node.span)
+        case ast.Call(name=name) if name in WAYS:
+            _arguments(node, WAYS[name], parts, scope)
+        case ast.Call(name=name):
+            ways = ", ".join(f"`{way.example}`" for way in WAYS.values())
+            hint = did_you_mean(name, WAYS, f"ways are {ways}")
+            scope.diagnostics.append(
+                UnknownWord(span=node.span, kind="way to make a direction", word=name, hint=hint)
+            )
+        case _:
+            hint = f"write how it is made: `{WAYS['mean_difference'].example}`"
+            _bad(node, "it is no vector", hint, scope)
+
+
+def _is_number(node: ast.Node, parts: Definitions) -> bool:
+    named = (part for part in walk(node) if isinstance(part, ast.Name))
+    found = [part for part in walk(node) if isinstance(part, ast.Call | ast.Index)]
+    return not found and all(part.id in parts.parameters for part in named)
+
+
+def _number(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
+    if not _is_number(node, parts):
+        reason = f"`{node.span.written}` is no number, and directions are multiplied with numbers"
+        _bad(node, reason, "write a number, or a `param`: `0.5 * refusal`", scope)
+    for part in walk(node):
+        if isinstance(part, ast.Name):
+            scope.has("param", part.id)
+
+
+def _arguments(call: ast.Call, way: Way, parts: Definitions, scope: Namespace) -> None:
+    values = [a.value for a in call.arguments if a.name is None]
+    for argument in call.arguments:
+        if argument.name is not None and argument.name not in way.options:
+            known = ", ".join(f"`{each}: …`" for each in way.options)
+            hint = did_you_mean(argument.name, way.options, f"it takes {known or 'none'}")
+            reason = f"is no argument of `{call.name}`"
+            scope.diagnostics.append(
+                BadArgument(span=argument.span, name=argument.name, reason=reason, hint=hint)
+            )
+    counts = {"two": (2,), "value and block": (2,), "texts": (1, 2), "file": (2,)}
+    if len(values) not in counts.get(way.takes, (1,)):
+        scope.diagnostics.append(
+            BadArgument(
+                span=call.span,
+                name=call.name,
+                reason=f"is written `{way.example}`",
+                hint="write as many arguments",
+            )
+        )
+        return
+    match way.takes:
+        case "direction":
+            _check(values[0], parts, scope)
+        case "two" | "block":
+            models = [v for v in values if isinstance(v, ast.Name) and v.id in scope.names("model")]
+            for value in values:
+                _block(value, parts, scope, models=way.takes == "two" and len(models) == 2)
+        case "value and block":
+            _block(values[1], parts, scope, models=False)
+        case _:
+            for value in values:
+                if not isinstance(constant(value, parts.parameters), str):
+                    reason = "takes texts in quotes"
+                    scope.diagnostics.append(
+                        BadArgument(
+                            span=value.span,
+                            name=call.name,
+                            reason=reason,
+                            hint=f"write `{way.example}`",
+                        )
+                    )
+    for argument in call.arguments:
+        if argument.name == "prompts":
+            _block(argument.value, parts, scope, models=False)
+
+
+def _block(node: ast.Node, parts: Definitions, scope: Namespace, *, models: bool) -> None:
+    """E0201 where a name is neither a block's nor, of two, a model's; E0207 for a run that the
+    block doesn't have."""
+    if models and isinstance(node, ast.Name) and scope.has("model", node.id):
+        return
+    name = node.name if isinstance(node, ast.Attribute) else None
+    name = node.of.name if isinstance(node, ast.OfRef) else name
+    name = node.id if isinstance(node, ast.Name) else name
+    if name is None:
+        _bad(node, "it names no block of prompts", "write a block: `harmful`, `fruit.fewer`", scope)
+        return
+    if not scope.use("prompts", name, node.span):
+        return
+    rows = rows_named(node, parts.prompts)
+    block = parts.prompts.get(name)
+    if block is None:
+        return
+    known = ["clean", *(each.name for each in block.corruptions)]
+    if rows is None or rows.run not in known:
+        listed = ", ".join(f"`{name}.{each}`" for each in known[1:])
+        halves = f"`{name}.train` and `{name}.test`" if block.split is not None else ""
+        hint = " and ".join(each for each in (listed, halves) if each)
+        scope.diagnostics.append(
+            UnknownName(
+                span=node.span,
+                kind="run",
+                name=node.span.written,
+                hint=f"it has {hint}" if hint else f"write `{name}`: it has no other run",
+            )
+        )
+
+
+def _bad(node: ast.Node, reason: str, hint: str, scope: Namespace) -> None:
+    text = node.span.written
+    scope.diagnostics.append(BadDirection(span=node.span, text=text, reason=reason, hint=hint))
+
+
+def without_circles(
+    directions: Mapping[str, spec.Direction], scope: Namespace
+) -> dict[str, spec.Direction]:
+    """The others; E0341 for directions that are made of themselves."""
+    found = dict(directions)
+    for name, definition in directions.items():
+        behind = made_of([definition.value], directions)
+        if any(each.name == name for each in behind):
+            text = definition.value.span.written
+            reason = f"`{name}` is made of itself"
+            hint = "name what it is made of, down to a fit"
+            scope.diagnostics.append(
+                BadDirection(span=definition.value.span, text=text, reason=reason, hint=hint)
+            )
+            del found[name]
+    return found
+
+
+def split_factor(node: ast.Expr, directions: Container[str]) -> tuple[ast.Expr | None, ast.Expr]:
+    """`4.0 * refusal` as its number (None where it has none) and its direction."""
+    one = ast.Number(1, span=node.span)
+    match node:
+        case ast.Negative(operand=operand):
+            factor, rest = split_factor(operand, directions)
+            return ast.Negative(factor or one, span=node.span), rest
+        case ast.Binary(operator="*", left=left, right=right):
+            if not _has_vector(left, directions):
+                factor, rest = split_factor(right, directions)
+                return _times(left, factor, node), rest
+            if not _has_vector(right, directions):
+                factor, rest = split_factor(left, directions)
+                return _times(right, factor, node), rest
+        case ast.Binary(operator="/", left=left, right=right) if not _has_vector(right, directions):
+            factor, rest = split_factor(left, directions)
+            return ast.Binary("/", factor or one, right, span=node.span), rest
+        case _:
+            pass
+    return None, node
+
+
+def _times(number: ast.Expr, factor: ast.Expr | None, node: ast.Expr) -> ast.Expr:
+    return number if factor is None else ast.Binary("*", number, factor, span=node.span)
+
+
+def _has_vector(node: ast.Node, directions: Container[str]) -> bool:
+    calls = (part for part in walk(node) if isinstance(part, ast.Call | ast.Index))
+    return bool(named_in(node, directions)) or any(True for _ in calls)

@@ -1,0 +1,407 @@
+"""`observe` lines: what each looks at, and the results that an experiment with some has.
+
+An experiment has one result, of its measures and of the `observe` line without a name. A line with
+a name has a result of its own, with its own axes, which reports, expectations and other experiments
+call by that name; where there is nothing else in the experiment, that is its only result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+from mechdsl.base.names import name_list
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.e02_names import (
+    BadArgument,
+    RepeatedStatement,
+    UnknownName,
+    did_you_mean,
+)
+from mechdsl.program import spec
+from mechdsl.program.constants import whole_number
+from mechdsl.program.lower_other_runs import run_of
+from mechdsl.program.possible_axes import axes_of, position_axes
+from mechdsl.program.sort_statements import Statements
+from mechdsl.syntax import ast
+from mechdsl.syntax.verbs import CONTROLS, LENSES
+from mechdsl.syntax.walk import rewrite, walk
+
+if TYPE_CHECKING:
+    from mechdsl.program.definitions import Definitions
+
+Statement: TypeAlias = ast.Observe | ast.ObserveAttention
+
+
+@dataclass
+class Part:
+    """One result of an experiment."""
+
+    observed: spec.Rule | None = None
+    """The line that it is of; None where it has measures alone."""
+    measures: list[spec.Measure] = field(default_factory=list[spec.Measure])
+    own: bool = False
+    """Whether it is called by its observation's name, beside other results."""
+    reports: list[spec.Report] = field(default_factory=list[spec.Report])
+    expects: list[spec.Expectation] = field(default_factory=list[spec.Expectation])
+
+    @property
+    def name(self) -> str | None:
+        """That of its observation."""
+        return None if self.observed is None else _observed(self.observed).name
+
+    @property
+    def apart(self) -> bool:
+        """Whether it reads another run than the one that rules act on."""
+        return self.observed is not None and self.observed.source is not None
+
+    @property
+    def labels(self) -> set[str]:
+        """Words that mean it."""
+        return {measure.label for measure in self.measures} | {self.name or ""} - {""}
+
+
+def _observed(rule: spec.Rule) -> spec.Observed:
+    assert rule.observed is not None
+    return rule.observed
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+
+def lower_observation(
+    statement: Statement, loops: tuple[str, ...], prompts: spec.Prompts | None, work: Statements
+) -> spec.Rule:
+    """The typed line; its name is entered among those of the file."""
+    name = None if statement.name is None else statement.name.id
+    if statement.name is not None:
+        work.scope.define("observation", statement.name, imported=False)
+    source = None
+    if statement.run is not None and prompts is not None:
+        source = run_of(statement.run, prompts, work)
+    if isinstance(statement, ast.ObserveAttention):
+        edge = statement.edge
+        return spec.Rule(
+            span=statement.span,
+            verb="observe",
+            edge=edge,
+            at=edge.queries,
+            onto=edge.keys,
+            source=source,
+            observed=spec.Observed(span=statement.span, word="attention", name=name),
+            loops=loops,
+        )
+    called = statement.what
+    top = whole_number(statement.top, work.parts.parameters)
+    if statement.top is not None and (top is None or top < 1):
+        reason, hint = "must be a whole number above 0", "write `top 5`"
+        found = BadArgument(span=statement.span, name="top", reason=reason, hint=hint)
+        work.diagnostics.append(found)
+    return spec.Rule(
+        span=statement.span,
+        verb="observe",
+        site=statement.site,
+        at=statement.at or _last_token(),
+        onto=statement.other,
+        receiver=statement.beside,
+        source=source,
+        observed=spec.Observed(
+            span=called.span,
+            word=called.id if isinstance(called, ast.Name) else called.name,
+            name=name,
+            call=called if isinstance(called, ast.Call) else None,
+            toward=statement.toward,
+            top=top,
+            placed=statement.at is not None,
+        ),
+        loops=loops,
+    )
+
+
+def _last_token() -> ast.Positions:
+    """What stands in where no position is written; which observations take that, they say."""
+    span = Span(Source("last token"), 0, len("last token"))
+    point = ast.Point(ast.EdgeToken("last", span=span), span=span)
+    return ast.Positions((ast.Position(point, span=span),), span=span)
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def parts_of(
+    observed: Sequence[spec.Rule],
+    measures: Sequence[spec.Measure],
+    rules: Sequence[spec.Rule],
+    work: Statements,
+    parts: Definitions,
+) -> list[Part]:
+    """The results of an experiment, that of its measures first."""
+    unnamed = [rule for rule in observed if _observed(rule).name is None]
+    _named_where_several(unnamed, work)
+    names = {name for rule in observed if (name := _observed(rule).name) is not None}
+    by_name: dict[str, list[spec.Measure]] = {name: [] for name in names}
+    plain: list[spec.Measure] = []
+    for measure in measures:
+        named = _names_in(measure.metric, names)
+        if len(named) > 1:
+            work.diagnostics.append(_of_two(measure, named))
+        elif named:
+            by_name[named[0]].append(measure.model_copy(update={"observed": True}))
+        else:
+            plain.append(measure)
+    lenses = [rule for rule in observed if _observed(rule).word in LENSES]
+    read = [measure.model_copy(update={"observed": True}) for measure in plain]
+    plain = [] if lenses else plain
+    found: list[Part] = []
+    for rule in observed:
+        name = _observed(rule).name
+        through = read if rule in lenses else []
+        own = [*through, *(by_name[name] if name else ())]
+        if not through:
+            said = own if name else plain
+            own = [*_own_measures(rule, [*said, *own], parts), *own]
+        found.append(Part(rule, own))
+    _acts_elsewhere(observed, rules, plain, work)
+    if len(found) == 1 and (not plain or found[0].name is None):
+        found[0].measures += plain
+        return found
+    for part in found:
+        part.own = part.name is not None
+    first = [part for part in found if not part.own]
+    if not first and plain:
+        first = [Part()]
+    for part in first[:1]:
+        part.measures += plain
+    return [*first, *(part for part in found if part.own)]
+
+
+def _named_where_several(unnamed: Sequence[spec.Rule], work: Statements) -> None:
+    """E0209 for a second line that no name tells from the first."""
+    for rule in unnamed[1:]:
+        work.diagnostics.append(
+            RepeatedStatement(
+                span=rule.span,
+                what="observe",
+                block=work.definition.name.id,
+                first=unnamed[0].span.line,
+                hint="give each a name, and it has a result of its own: `observe … as "
+                f"{_observed(rule).word}_2`",
+            )
+        )
+
+
+def _names_in(metric: ast.Expr, names: Collection[str]) -> list[str]:
+    every = (node.id for node in walk(metric) if isinstance(node, ast.Name))
+    return list(dict.fromkeys(name for name in every if name in names))
+
+
+def _of_two(measure: spec.Measure, named: Sequence[str]) -> BadArgument:
+    return BadArgument(
+        span=measure.span,
+        name=measure.span.written,
+        reason="is made of two observations, whose cells are others",
+        hint=f"measure each by itself: `measure {named[0]} as {measure.effect}`",
+    )
+
+
+def _own_measures(
+    rule: spec.Rule, beside: Sequence[spec.Measure], parts: Definitions
+) -> list[spec.Measure]:
+    """An observation is a measure of what it looks at; its word alone may be the file's own. Its
+    controls stand behind it."""
+    said = _observed(rule)
+    taken = {*parts.metrics, *(measure.label for measure in beside)}
+    label = said.name or (f"observed {said.word}" if said.word in taken else said.word)
+    metric: ast.Expr = ast.Name(said.word, span=rule.span)
+    if said.toward is not None:
+        metric = _toward(said.toward)
+    own = spec.Measure(
+        span=rule.span,
+        label=label,
+        metric=metric,
+        effect="raw",
+        effect_span=rule.span,
+        observed=True,
+    )
+    controls = CONTROLS.get(said.word, ())
+    return [
+        own,
+        *(
+            own.model_copy(
+                update={"label": f"{label} {word}", "metric": ast.Name(word, span=rule.span)}
+            )
+            for word in controls
+        ),
+    ]
+
+
+def _toward(expression: ast.Expr) -> ast.Expr:
+    """`answer - wrong` as logits: `logit(answer) - logit(wrong)`."""
+    match expression:
+        case ast.Negative():
+            return replace(expression, operand=_toward(expression.operand))
+        case ast.Binary():
+            left, right = _toward(expression.left), _toward(expression.right)
+            return replace(expression, left=left, right=right)
+        case ast.Name() | ast.String() | ast.OfRef():
+            argument = ast.Argument(None, expression, span=expression.span)
+            return ast.Call("logit", (argument,), span=expression.span)
+        case _:
+            return expression
+
+
+def _acts_elsewhere(
+    observed: Sequence[spec.Rule],
+    rules: Sequence[spec.Rule],
+    plain: Sequence[spec.Measure],
+    work: Statements,
+) -> None:
+    """E0207 where nothing is measured of what rules do, as another run is looked at, and where
+    measures would be of that run."""
+    alone = len(observed) == 1 and observed[0].source is not None
+    unnamed = [
+        rule for rule in observed if rule.source is not None and _observed(rule).name is None
+    ]
+    if alone and rules and not plain:
+        reason = "is another run than the one that the rules act on, which nothing measures"
+        hint = "leave it out, or write the rules as a run of their own"
+    elif unnamed and (plain or rules):
+        reason = "is another run than the one that is measured"
+        hint = "give the observation a name, and it has a result of its own: `… as seen`"
+    else:
+        return
+    rule = observed[0] if alone else unnamed[0]
+    named = f"of {rule.source}"
+    work.diagnostics.append(BadArgument(span=rule.span, name=named, reason=reason, hint=hint))
+
+
+# --- what goes to which ---------------------------------------------------------------------------
+
+
+def deal_out(
+    parts: Sequence[Part],
+    reports: Sequence[spec.Report],
+    expects: Sequence[spec.Expectation],
+    rules: Sequence[spec.Rule],
+    work: Statements,
+) -> None:
+    """Give reports and expectations to the results that they are of: a report that names no
+    observation goes to all that have its axes."""
+    names = {part.name: part for part in parts if part.name is not None}
+    for report in reports:
+        if report.of is None:
+            asked = {word for word in (report.variable, report.by) if word is not None}
+            fit = [part for part in parts if asked <= _axes(part, rules)]
+            for part in fit or parts[:1]:
+                part.reports.append(report)
+        elif report.of in names:
+            names[report.of].reports.append(report)
+        elif f"of {report.of}" in report.span.written:  # else it stands for a word that was none
+            listed = name_list(names)
+            hint = f"the experiment has {listed}" if listed else "leave `of …` out"
+            hint = did_you_mean(report.of, names, hint)
+            found = UnknownName(span=report.span, kind="observation", name=report.of, hint=hint)
+            work.diagnostics.append(found)
+    for expect in expects:
+        _part_of(expect, parts).expects.append(expect)
+
+
+def _axes(part: Part, rules: Sequence[spec.Rule]) -> set[str]:
+    """Words that reports may call its axes by."""
+    acting = [] if part.apart else rules
+    every = [*acting, *([] if part.observed is None else [part.observed])]
+    found: set[str] = {"model", "source", "base"}
+    for rule in every:
+        found.update(axes_of(rule.site), axes_of(rule.edge), position_axes(rule), rule.loops)
+        found.update(f"to_{name}" for name in axes_of(rule.receiver))
+        if rule.into_layer is not None:
+            found.add("to_layer")
+    return found
+
+
+def _part_of(expect: spec.Expectation, parts: Sequence[Part]) -> Part:
+    """The first result whose measures it names, else whose effects, else the first of all."""
+    words = list(_words(expect))
+    for of_part in (lambda part: part.labels, lambda part: {m.effect for m in part.measures}):
+        for word in words:
+            fit = [part for part in parts if word in of_part(part)]
+            if fit:
+                return fit[0]
+    return parts[0]
+
+
+def _words(expect: spec.Expectation) -> Iterator[str]:
+    for node in walk(expect.condition):
+        yield node.span.written
+        match node:
+            case ast.Name(id=name) | ast.Call(name=name):
+                yield name
+            case ast.OfRef():
+                yield node.of.name
+            case _:
+                pass
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def results_by_name(experiments: Sequence[spec.Experiment]) -> dict[str, str]:
+    """Observation → the result that it is in, as that is called."""
+    return {
+        rule.observed.name: experiment.name
+        for experiment in experiments
+        for rule in experiment.rules
+        if rule.observed is not None and rule.observed.name is not None
+    }
+
+
+def with_results(experiment: spec.Experiment, results: dict[str, str]) -> spec.Experiment:
+    """The experiment with names of results where it names observations of others, or of its own
+    that are other results."""
+    own = {measure.label for measure in experiment.measures}
+
+    def change(node: ast.Node) -> ast.Node:
+        if isinstance(node, ast.Ranked) and node.of in results:
+            return replace(node, of=results[node.of])
+        if isinstance(node, ast.Name) and node.id in results and node.id not in own:
+            return replace(node, id=results[node.id])
+        if isinstance(node, ast.Ref) and node.name in results and node.name not in own:
+            return replace(node, name=results[node.name])
+        return node
+
+    def ranked(node: ast.Node) -> ast.Node:
+        return change(node) if isinstance(node, ast.Ranked) else node
+
+    rules = tuple(
+        rule.model_copy(
+            update={
+                name: rewrite(value, ranked)
+                for name in ("site", "at", "onto", "edge", "receiver", "fill")
+                if (value := getattr(rule, name)) is not None
+            }
+        )
+        for rule in experiment.rules
+    )
+    expects = tuple(
+        each
+        if each.condition is None
+        else each.model_copy(update={"condition": rewrite(each.condition, change)})
+        for each in experiment.expects
+    )
+    against = experiment.against
+    if against is not None:
+        apart = tuple(rewrite(site, ranked) for site in against.apart)
+        against = against.model_copy(update={"apart": apart})
+    return experiment.model_copy(update={"rules": rules, "expects": expects, "against": against})
+
+
+def with_results_in(group: spec.Group, results: dict[str, str]) -> spec.Group:
+    """The same of a group's sites."""
+
+    def change(node: ast.Node) -> ast.Node:
+        if isinstance(node, ast.Ranked) and node.of in results:
+            return replace(node, of=results[node.of])
+        return node
+
+    return group.model_copy(update={"sites": tuple(rewrite(site, change) for site in group.sites)})

@@ -1,0 +1,29 @@
+"""Kinds of observations, one file per family: what `observe` lines look at."""
+
+from mechdsl.rules.observations import (
+    attention_weight,
+    direct_logit,
+    lenses,
+    over_rows,
+    patterns,
+    probes,
+    similarities,
+    vectors,
+    weights,
+)
+from mechdsl.rules.observations.registry import OBSERVATIONS, SiteObservation, observation
+
+__all__ = [
+    "OBSERVATIONS",
+    "SiteObservation",
+    "attention_weight",
+    "direct_logit",
+    "lenses",
+    "observation",
+    "over_rows",
+    "patterns",
+    "probes",
+    "similarities",
+    "vectors",
+    "weights",
+]

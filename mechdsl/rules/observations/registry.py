@@ -1,0 +1,186 @@
+"""How a kind of observation is registered, and what those of sites share.
+
+An entry is one class under `observation("WORD")`, here or outside. Its docstring's first line is
+what `observe WORD SITE at POSITIONS` means, and `each` makes a number of each vector:
+
+    @observation("largest", unit="activation")
+    class Largest(SiteObservation):
+        "The largest number of the vector."
+
+        def each(self, rule, seen):
+            return seen.vectors.amax(-1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from mechdsl.base.registry import Registry
+from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
+from mechdsl.program import spec
+from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.kinds import RuleKind
+from mechdsl.resolve.observation import Observation
+from mechdsl.resolve.resolved import (
+    Convention,
+    PositionTargets,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.rules.kind import places, rule_kind
+from mechdsl.syntax.verbs import CONTROLS, LENSES
+from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import METRICS, Form
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OBSERVATIONS: Registry[Kind] = Registry("observation")
+
+
+class Kind(Observation):
+    """An observation that a word is registered for."""
+
+    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        """The line with its targets; None after an error, as `RuleKind.resolve`."""
+        raise NotImplementedError
+
+    def clauses_fit(self, rule: spec.Rule, work: Work) -> bool:
+        """E0207 for clauses that it has no meaning for, and where positions are missing."""
+        said = rule.observed
+        assert said is not None
+        given = {
+            "toward": said.toward is not None,
+            "with": rule.onto is not None and rule.edge is None,
+            "with site": rule.receiver is not None,
+            "top": said.top is not None,
+            "arguments": said.call is not None,
+        }
+        before = len(work.diagnostics)
+        for clause, there in given.items():
+            if there and clause not in self.takes:
+                words = "arguments" if clause == "arguments" else f"`{clause}`"
+                _refuse(rule, work, f"takes no {words}", "leave them out")
+        if not said.placed and self.unplaced == "refused":
+            _refuse(rule, work, "needs a position", "say where, for example `at last token`")
+        return len(work.diagnostics) == before
+
+
+def _refuse(rule: spec.Rule, work: Work, reason: str, hint: str) -> None:
+    assert rule.observed is not None
+    name = f"observe {rule.observed.word}"
+    found = BadArgument(span=rule.observed.span, name=name, reason=reason, hint=hint)
+    work.diagnostics.append(found)
+
+
+K = TypeVar("K", bound=Kind)
+
+
+def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
+    """Register a kind of observation under the word behind `observe`.
+
+    unit: of its value. Raises ValueError for a word that is taken.
+    """
+
+    def register(entry: type[K]) -> type[K]:
+        entry.name, entry.word, entry.unit = f"observe {word}", word, unit
+        meaning = (entry.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
+        entry.form = Form("observation", unit, "number", _as_it_is, meaning, narrow=True)
+        if entry.read_by_measures:
+            entry.form = Form("nothing", unit, "number", _likeliest, meaning)
+            LENSES.add(word)
+        if entry.controls:
+            CONTROLS[word] = entry.controls
+        OBSERVATIONS.add(word, entry())
+        return entry
+
+    return register
+
+
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """[row] of [row, vocab]: the probability of the most likely token."""
+    return logits.softmax(-1).amax(-1)
+
+
+class SiteObservation(Kind):
+    """A kind that looks at vectors at sites: `observe WORD SITE at POSITIONS`."""
+
+    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        fits = self.clauses_fit(rule, work)
+        base = work.experiment.base
+        sites, positions = places(rule, base, work)
+        if sites is None or positions is None or not fits:
+            return None
+        if not self.sites_fit(rule, sites, work):
+            return None
+        found = ResolvedRule(spec=rule, does=self, run=base, sites=sites, positions=positions)
+        return found if self.positions_fit(rule, found, work) else None
+
+    def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: Work) -> bool:
+        """The same of its sites and positions together."""
+        return True
+
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
+        """Whether the sites are such as it can look at; a diagnostic says why they aren't."""
+        return True
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        assert rule.spec.observed is not None
+        assert rule.sites is not None
+        said = self.form.meaning[0].lower() + self.form.meaning[1:]
+        over = list(joined(rule.sites, rule.positions))
+        averaged = f", averaged over {' and '.join(over)}" if over else ""
+        yield Convention("observed", f"{self.word}: {said}{averaged}")
+
+
+def joined(sites: SiteTargets, positions: PositionTargets) -> Iterator[str]:
+    """What a cell has several of."""
+    if any(len(points) > 1 for points in sites.points.values()):
+        yield "the joined sites"
+    cells = positions.written.values()
+    if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
+        yield "the joined tokens"
+
+
+def every_point(sites: SiteTargets) -> Iterator[SitePoint]:
+    """All points of all cells, each once."""
+    yield from dict.fromkeys(point for points in sites.points.values() for point in points)
+
+
+@rule_kind("observe")
+class ObserveRule(RuleKind):
+    """`observe WORD …`: looks, and changes nothing."""
+
+    within_prompt = "`observe` looks at the prompt alone"
+
+    def observes(self, rule: spec.Rule) -> Observation | None:
+        return None if rule.observed is None else OBSERVATIONS.get(rule.observed.word)
+
+    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        assert rule.observed is not None
+        word = rule.observed.word
+        _named_freely(rule, rule.observed, work)
+        entry = OBSERVATIONS.get(word)
+        if entry is not None:
+            return entry.resolve(rule, work)
+        hint = did_you_mean(word, OBSERVATIONS, f"observations are {', '.join(OBSERVATIONS)}")
+        found = UnknownWord(span=rule.observed.span, kind="observation", word=word, hint=hint)
+        work.diagnostics.append(found)
+        return None
+
+
+def _named_freely(rule: spec.Rule, said: spec.Observed, work: Work) -> None:
+    """E0207 for a name that measures and expectations call something else."""
+    kind = "an effect" if said.name in EFFECTS else "a metric" if said.name in METRICS else ""
+    if not kind:
+        return
+    hint = "an observation is shown as it is: leave `as …` out, or name it otherwise"
+    reason = f"names the observation, and `{said.name}` is {kind}"
+    found = BadArgument(span=rule.span, name=f"as {said.name}", reason=reason, hint=hint)
+    work.diagnostics.append(found)

@@ -1,0 +1,182 @@
+"""Numbers of weights: against whole matrices of each family's own parameters, cut by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mechdsl.execute.observed_weights import (
+    composition,
+    copying,
+    matching,
+    ov_matrix,
+    positive_share,
+    qk_matrix,
+    singular,
+    successors,
+)
+from mechdsl.hooks.weight_maps import NoMap, WeightMaps
+
+from .support import bare, shared
+
+Array = NDArray[np.float64]
+FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma", "gemma2")
+PLACES = [(0, 3), (2, 1)]
+
+
+@dataclass
+class Parts:
+    """The maps of one head, from rows, without biases: norms' gains are in them."""
+
+    q: Array
+    k: Array
+    v: Array
+    o: Array
+
+
+def numbers(parameter: Any) -> Array:
+    return parameter.detach().double().numpy()
+
+
+def centred(width: int) -> Array:
+    return np.eye(width) - np.full((width, width), 1 / width)
+
+
+def head(family: str, layer: int, number: int) -> Parts:
+    model = bare(family)
+    if family == "gpt2":
+        block = model.transformer.h[layer]
+        fused, d = numbers(block.attn.c_attn.weight), 24
+        norm = centred(d) @ np.diag(numbers(block.ln_1.weight))
+        cut = slice(6 * number, 6 * number + 6)
+        q, k, v = (norm @ fused[:, part * d : part * d + d][:, cut] for part in range(3))
+        return Parts(q, k, v, numbers(block.attn.c_proj.weight)[cut])
+    if family == "gpt_neox":
+        block = model.gpt_neox.layers[layer]
+        fused = numbers(block.attention.query_key_value.weight).T
+        norm = centred(24) @ np.diag(numbers(block.input_layernorm.weight))
+        q, k, v = (norm @ fused[:, 18 * number + 6 * part :][:, :6] for part in range(3))
+        return Parts(q, k, v, numbers(block.attention.dense.weight).T[6 * number :][:6])
+    block = model.model.layers[layer]
+    own = block.self_attn
+    plus = 1.0 if family.startswith("gemma") else 0.0  # its norms multiply with 1 + weight
+    norm = np.diag(numbers(block.input_layernorm.weight) + plus)
+    q = norm @ numbers(own.q_proj.weight).T[:, 6 * number :][:, :6]
+    k, v = (
+        norm @ numbers(part.weight).T[:, 6 * (number // 2) :][:, :6]
+        for part in (own.k_proj, own.v_proj)
+    )
+    o = numbers(own.o_proj.weight).T[6 * number :][:6]
+    if family == "gemma2":
+        o = o @ np.diag(numbers(block.post_attention_layernorm.weight) + 1)
+    return Parts(q, k, v, o)
+
+
+def ends(family: str) -> tuple[Array, Array]:
+    """([vocabulary, d] embedding, [d, vocabulary] unembedding behind the final norm's gain)."""
+    model = bare(family)
+    if family == "gpt2":
+        final = centred(24) @ np.diag(numbers(model.transformer.ln_f.weight))
+        return numbers(model.transformer.wte.weight), final @ numbers(model.lm_head.weight).T
+    if family == "gpt_neox":
+        final = centred(24) @ np.diag(numbers(model.gpt_neox.final_layer_norm.weight))
+        return numbers(model.gpt_neox.embed_in.weight), final @ numbers(model.lm_head.weight).T
+    plus = 1.0 if family.startswith("gemma") else 0.0
+    final = np.diag(numbers(model.model.norm.weight) + plus)
+    return numbers(model.model.embed_tokens.weight), final @ numbers(model.lm_head.weight).T
+
+
+@cache
+def maps(family: str) -> WeightMaps:
+    return WeightMaps(shared(bare(family)))
+
+
+def share(matrix: Array) -> float:
+    values = np.linalg.eigvals(matrix)
+    return float(values.real.sum() / np.abs(values).sum())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("place", PLACES)
+def test_scores_of_whole_circuits(family: str, place: tuple[int, int]) -> None:
+    own, (embed, unembed) = head(family, *place), ends(family)
+    ov, qk = embed @ own.v @ own.o @ unembed, embed @ own.q @ own.k.T @ embed.T
+    assert np.isclose(copying(maps(family), *place), share(ov), atol=1e-4)
+    assert np.isclose(matching(maps(family), *place), share(qk), atol=1e-4)
+    assert abs(share(ov)) > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_composition_of_two_heads(family: str) -> None:
+    first, then = head(family, *PLACES[0]), head(family, *PLACES[1])
+    ov = first.v @ first.o
+    reads = {"q": then.q @ then.k.T, "k": then.k @ then.q.T, "v": then.v @ then.o}
+    for how, read in reads.items():
+        wanted = np.linalg.norm(ov @ read) / np.linalg.norm(ov) / np.linalg.norm(read)
+        assert np.isclose(composition(maps(family), how, *PLACES), wanted, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_singular_values_of_a_product(family: str) -> None:
+    own = head(family, *PLACES[1])
+    for pair, whole in (
+        (ov_matrix(maps(family), *PLACES[1]), own.v @ own.o),
+        (qk_matrix(maps(family), *PLACES[1]), own.q @ own.k.T),
+    ):
+        wanted = np.linalg.svd(whole)[1]
+        assert np.allclose(singular(pair).numpy(), wanted[:6], atol=1e-4 * wanted[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_neuron_adds(family: str) -> None:
+    model = bare(family)
+    if family == "gpt2":
+        wanted = numbers(model.transformer.h[1].mlp.c_proj.weight)[5]
+    elif family == "gpt_neox":
+        wanted = numbers(model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight)[:, 5]
+    else:
+        block = model.model.layers[1]
+        wanted = numbers(block.mlp.down_proj.weight)[:, 5]
+        if family == "gemma2":
+            wanted = wanted * (numbers(block.post_feedforward_layernorm.weight) + 1)
+    assert np.allclose(maps(family).neuron(1, 5).numpy(), wanted, atol=1e-5)
+    logits = maps(family).to_logits(maps(family).neuron(1, 5)).numpy()
+    assert np.allclose(logits, wanted @ ends(family)[1], atol=1e-4 * np.abs(logits).max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_successors_are_ranked_among_the_tokens_named(family: str) -> None:
+    own, (_, unembed) = head(family, 2, 1), ends(family)
+    vectors = np.random.default_rng(0).normal(size=(8, len(unembed)))
+    tokens = np.array([5, 9, 11, 20, 33, 40, 41, 52])
+    logits = vectors @ own.v @ own.o @ unembed[:, tokens]
+    found = successors(
+        maps(family), 2, 1, torch.from_numpy(vectors).float(), torch.from_numpy(tokens)
+    )
+    assert found.tolist() == (logits.argmax(axis=1) == np.arange(8)).tolist()
+
+
+def test_a_share_of_positive_eigenvalues() -> None:
+    assert positive_share(torch.eye(3)) == 1
+    assert positive_share(torch.diag(torch.tensor([3.0, -1.0]))) == 0.5
+    assert abs(positive_share(torch.tensor([[0.0, -1.0], [1.0, 0.0]]))) < 1e-12
+    assert np.isnan(positive_share(torch.zeros(2, 2)))
+
+
+@torch.no_grad()
+def test_what_is_no_linear_map_is_refused() -> None:
+    """Queries that are normed behind their projection."""
+    with pytest.raises(NoMap, match="`q` of layer 1"):
+        maps("qwen3").query(1, 0)
+    assert maps("qwen3").value(1, 0).shape == (20, 6)

@@ -1,0 +1,458 @@
+"""What `observe` lines see, beside what plain code makes of the same vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.resolve.cell_key import Coord
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..execute.support import MODES
+from ..reference.forward import Run, Write, side_by_side
+from .models import FAMILIES, double
+from .paths import End
+from .support import (
+    QUICK,
+    Key,
+    agree,
+    codes,
+    difference,
+    experiment,
+    plain,
+    product,
+    records,
+    rows,
+    run_file,
+    table,
+    tokens,
+)
+from .test_attention import PAIR, taken
+
+LAYERS, HEADS = range(3), range(4)
+LAST, CUE, SUBJECT = "last token", "cue token", "subject token"
+Value = Callable[..., float]
+"""Of a run, its text and the cell's coordinates; KeyError where the text lacks the position."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An observation, and what it gives in each cell."""
+
+    lines: tuple[str, ...]
+    axes: tuple[str, ...]
+    cells: Sequence[tuple[Coord, ...]]
+    value: Value
+    label: str = "norm"
+    act: Callable[..., list[Write]] = lambda name, n, *at: []
+    base: str = "clean"
+    large: float = 0.1
+
+
+def norm(vector: Tensor) -> float:
+    return float(vector.flatten().norm())
+
+
+def mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def spread(weights: Tensor) -> float:
+    there = weights[weights > 0]
+    return float(-(there * there.log()).sum())
+
+
+def back(weights: Tensor, at: int) -> float:
+    return float(sum(weight * (at - key) for key, weight in enumerate(weights.tolist())))
+
+
+def patched(where: str, layer: int = 0) -> Callable[..., list[Write]]:
+    return lambda name, n, *at: taken(name, n, "longer", [End("resid_post", layer)], where)
+
+
+CASES: dict[str, Case] = {
+    "value_of_neurons": Case(
+        ("observe value mlp_hidden layer * neuron 0, 3, 7 at last token",),
+        ("layer", "neuron"),
+        product(LAYERS, (0, 3, 7)),
+        lambda run, text, layer, unit: float(run["mlp_hidden", layer][text.last, unit]),
+        "value",
+    ),
+    "value_of_joined_neurons": Case(
+        (f"observe value mlp_hidden layer * neurons 0..3 at {PAIR}",),
+        ("layer",),
+        product(LAYERS),
+        lambda run, text, layer: float(run["mlp_hidden", layer][tokens(text, PAIR)][:, :4].mean()),
+        "value",
+        large=0.02,
+    ),
+    "entropy_of_attention": Case(
+        ("observe entropy pattern layer * head * at last token, cue token",),
+        ("layer", "head", "position"),
+        product(LAYERS, HEADS, (LAST, CUE)),
+        lambda run, text, layer, head, at: spread(run["pattern", layer][tokens(text, at)[0], head]),
+        "entropy",
+    ),
+    "distance_of_attention": Case(
+        (f"observe distance pattern layer * at {PAIR}",),
+        ("layer",),
+        product(LAYERS),
+        lambda run, text, layer: mean(
+            [
+                back(run["pattern", layer][at, head], at)
+                for at in tokens(text, PAIR)
+                for head in HEADS
+            ]
+        ),
+        "distance",
+    ),
+    "norm_of_the_stream": Case(
+        ("observe norm resid_post layer * at last token, cue token, subject token",),
+        ("layer", "position"),
+        product(LAYERS, (LAST, CUE, SUBJECT)),
+        lambda run, text, layer, at: norm(run["resid_post", layer][tokens(text, at)[0]]),
+    ),
+    "norm_of_heads": Case(
+        ("observe norm layer * head * at last token",),
+        ("layer", "head"),
+        product(LAYERS, HEADS),
+        lambda run, text, layer, head: norm(run["z", layer][text.last, head]),
+    ),
+    "norm_of_all_heads": Case(
+        ("observe norm z layer * at cue token",),
+        ("layer",),
+        product(LAYERS),
+        lambda run, text, layer: norm(run["z", layer][tokens(text, CUE)[0]]),
+    ),
+    "norm_of_joined_sites": Case(
+        (f"observe norm head_out layers 1..2 head * at {PAIR}",),
+        ("head",),
+        product(HEADS),
+        lambda run, text, head: mean(
+            [norm(run["head_out", n][at, head]) for n in (1, 2) for at in tokens(text, PAIR)]
+        ),
+    ),
+    "norm_of_each_item": Case(
+        ("observe norm mlp_out layer 1..2 at each item token",),
+        ("layer", "position"),
+        product((1, 2), [f"item {n}" for n in range(1, 6)]),
+        lambda run, text, layer, at: norm(run["mlp_out", layer][tokens(text, f"{at} token")[0]]),
+    ),
+    "norm_of_a_patched_run": Case(
+        (
+            "from longer into clean",
+            "patch resid_post layer 0 at cue token",
+            "observe norm resid_post layer * at last token as lengths",
+            "measure logit(answer) as raw",
+        ),
+        ("layer",),
+        product(LAYERS),
+        lambda run, text, layer: norm(run["resid_post", layer][text.last]),
+        "lengths",
+        patched(CUE),
+    ),
+    "norm_of_another_run": Case(
+        (
+            "from longer into clean",
+            "patch resid_post layer 0 at cue token",
+            "observe norm resid_post layer * of longer at last token as others",
+            "measure logit(answer) as raw",
+        ),
+        ("layer",),
+        product(LAYERS),
+        lambda run, text, layer: norm(run["resid_post", layer][text.last]),
+        "others",
+        base="longer",
+    ),
+}
+
+
+# --- the end of the model, by hand ----------------------------------------------------------------
+
+NORMS = {
+    "gpt2": "transformer.ln_f",
+    "llama": "model.norm",
+    "gpt_neox": "gpt_neox.final_layer_norm",
+    "gemma2": "model.norm",
+}
+
+
+def end_of(name: str) -> tuple[Any, Any]:
+    """The final norm and the unembedding."""
+    return double(name).get_submodule(NORMS[name]), double(name).get_output_embeddings()
+
+
+def by_lens(name: str, vector: Tensor) -> Tensor:
+    """[vocab]"""
+    norm, head = end_of(name)
+    with torch.no_grad():
+        logits = head(norm(vector.reshape(1, 1, -1)))[0, 0]
+    cap = double(name).config.to_dict().get("final_logit_softcapping")
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def folded(name: str, vector: Tensor, stream: Tensor) -> Tensor:
+    """[vocab]: what a vector of the stream adds to the logits, by the formula of the norm."""
+    norm, head = end_of(name)
+    vector, stream = vector.flatten(), stream.flatten()
+    gain = norm.weight + 1 if name == "gemma2" else norm.weight
+    if isinstance(norm, torch.nn.LayerNorm):
+        vector, scale = vector - vector.mean(), (stream.var(unbiased=False) + norm.eps).sqrt()
+    else:
+        eps = getattr(norm, "variance_epsilon", None) or norm.eps
+        scale = (stream.square().mean() + eps).sqrt()
+    return (head.weight @ (gain * vector / scale)).detach()
+
+
+def toward(text_number: int, logits: Tensor) -> float:
+    return difference(logits[None], records()[text_number])
+
+
+@cache
+def found(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
+    text = "".join(experiment(key, *case.lines, measure="") for key, case in CASES.items())
+    return run_file(text, data, name, mode)
+
+
+@cache
+def expected(name: str, key: str) -> dict[Key, list[float]]:
+    case = CASES[key]
+    cells = [tuple(cell) for cell in case.cells]
+    every: list[dict[Key, Run]] = []
+    for n, text in enumerate(rows(case.base)):
+        changes = [(case.act(name, n, *cell), []) for cell in cells]
+        runs = side_by_side(name, double(name), text.ids, changes)
+        every.append(dict(zip(cells, runs, strict=True)))
+
+    def value(n: int, *at: Coord) -> float | None:
+        try:
+            return case.value(every[n][at], rows(case.base)[n], *at)
+        except KeyError:
+            return None
+
+    return table(cells, value, len(every))
+
+
+def hold(data: Path, key: str, name: str, mode: str) -> None:
+    case = CASES[key]
+    own = [line for line in case.lines if line.startswith("observe")]
+    named = f"{key}.{case.label}" if " as " in own[0] and len(case.lines) > 1 else key
+    result = found(data, name, mode)[named]
+    assert (result.measures[0].label, result.measures[0].effect) == (case.label, "raw")
+    agree(result, case.axes, expected(name, key), None, large=case.large)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("key", list(CASES))
+def test_what_is_observed_is_in_the_model(data: Path, key: str, mode: str) -> None:
+    hold(data, key, "llama", mode)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gemma2"])
+def test_what_is_observed_is_in_other_models(data: Path, name: str) -> None:
+    for key in CASES:
+        hold(data, key, name, "planned")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("key", list(CASES))
+def test_what_is_observed_is_in_every_model(data: Path, key: str, name: str, mode: str) -> None:
+    hold(data, key, name, mode)
+
+
+# --- logit lens and direct logit attribution ------------------------------------------------------
+
+LENS = ("gpt2", "llama", "gpt_neox", "gemma2")
+SITES = ("resid_post", "attn_out", "mlp_out")
+ATTRIBUTED = {
+    "embed": ("resid_pre layer 0", ()),
+    "attention": ("attn_out layer *", ("layer",)),
+    "mlps": ("mlp_out layer *", ("layer",)),
+}
+DIRECT = "toward answer - wrong at last token"
+
+
+@cache
+def ends(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
+    patch = ("from longer into clean", "patch resid_post layer 0 at cue token")
+    lenses = [
+        experiment(site, f"observe logit_lens {site} layer * at last token, cue token")
+        for site in SITES
+    ]
+    lenses.append(
+        experiment("patched", *patch, "observe logit_lens resid_post layer * at last token")
+    )
+    lenses = [text.replace(" as delta", " as raw") for text in lenses]
+    alone = experiment("alone", "observe logit_lens resid_post layer * at last token", measure="")
+    parts = [
+        experiment(key, f"observe direct_logit {site} {DIRECT}", measure="")
+        for key, (site, _) in ATTRIBUTED.items()
+    ]
+    joined = experiment("joined", f"observe direct_logit mlp_out layers 0..2 {DIRECT}", measure="")
+    if name != "gemma2":  # with a norm behind them
+        parts.append(
+            experiment("heads", f"observe direct_logit layer * head * {DIRECT}", measure="")
+        )
+        site = "mlp_hidden layer * neuron 0, 3, 5"
+        parts.append(experiment("neurons", f"observe direct_logit {site} {DIRECT}", measure=""))
+    return run_file("".join([*lenses, alone, *parts, joined]), data, name, mode)
+
+
+def of_site(site: str, name: str, n: int, *at: Coord) -> Tensor:
+    layer, where = at[0], at[1] if len(at) > 1 else LAST
+    run = plain(name, rows()[n])
+    return run[site, int(layer)][tokens(rows()[n], str(where))[0]]
+
+
+def hold_ends(data: Path, name: str, mode: str) -> None:
+    seen, count = ends(data, name, mode), len(rows())
+    for site in SITES:
+        values = table(
+            product(LAYERS, (LAST, CUE)),
+            lambda n, *at, site=site: toward(n, by_lens(name, of_site(site, name, n, *at))),
+            count,
+        )
+        agree(seen[site], ("layer", "position"), values, None)
+    alone = table(
+        product(LAYERS),
+        lambda n, *at: float(by_lens(name, of_site("resid_post", name, n, *at)).softmax(-1).max()),
+        count,
+    )
+    agree(seen["alone"], ("layer",), alone, None, large=0.02, most=False)
+    assert seen["alone"].measures[0].label == "logit_lens"
+    changed = [
+        side_by_side(name, double(name), rows()[n].ids, [(patched(CUE)(name, n), [])])[0]
+        for n in range(count)
+    ]
+    values = table(
+        product(LAYERS),
+        lambda n, layer: toward(n, by_lens(name, changed[n]["resid_post", layer][rows()[n].last])),
+        count,
+    )
+    agree(seen["patched"], ("layer",), values, None)
+    logits = [toward(n, changed[n].logits[-1]) for n in range(count)]
+    np.testing.assert_allclose(seen["patched"].measures[0].patched[-1], logits, atol=1e-4)
+
+
+def hold_parts(data: Path, name: str, mode: str) -> None:
+    seen, count = ends(data, name, mode), len(rows())
+
+    def direct(vectors: Callable[..., Tensor]) -> Callable[..., float]:
+        def value(n: int, *at: Coord) -> float:
+            stream = plain(name, rows()[n])["resid_post", 2][rows()[n].last]
+            return toward(n, folded(name, vectors(n, *at), stream))
+
+        return value
+
+    def at_last(n: int, site: str, layer: Coord) -> Tensor:
+        return plain(name, rows()[n])[site, int(layer)][rows()[n].last]
+
+    for key, (site, axes) in ATTRIBUTED.items():
+        word = site.split()[0]
+        values = table(
+            product(LAYERS) if axes else [()],
+            direct(lambda n, *at, word=word: at_last(n, word, *(at or (0,)))),
+            count,
+        )
+        agree(seen[key], axes, values, None, large=0.05)
+    if "heads" in seen:
+        values = table(
+            product(LAYERS, HEADS),
+            direct(lambda n, layer, head: at_last(n, "head_out", layer)[int(head)]),
+            count,
+        )
+        agree(seen["heads"], ("layer", "head"), values, None, large=0.05)
+    every = [seen[key].measures[0].patched.sum(axis=0) for key in ATTRIBUTED]
+    np.testing.assert_allclose(
+        seen["joined"].measures[0].patched[0], every[2], atol=1e-4, rtol=1e-4
+    )
+    norm, head = end_of(name)
+    bias = getattr(norm, "bias", None)
+    rest = torch.zeros(head.weight.shape[0]).double() if bias is None else head.weight @ bias
+    rest = rest if head.bias is None else rest + head.bias
+    for n, text in enumerate(rows()):
+        logits = plain(name, text).logits[-1]
+        cap = double(name).config.to_dict().get("final_logit_softcapping")
+        logits = logits if cap is None else cap * torch.atanh(logits / cap)
+        total = sum(float(part[n]) for part in every) + toward(n, rest.detach())
+        assert abs(total - toward(n, logits)) < 1e-4
+
+
+@pytest.mark.parametrize("name", LENS)
+def test_the_lens_is_the_end_of_the_model(data: Path, name: str) -> None:
+    hold_ends(data, name, "planned")
+
+
+@pytest.mark.parametrize("name", LENS)
+def test_parts_add_up_to_the_logit(data: Path, name: str) -> None:
+    hold_parts(data, name, "planned")
+
+
+def test_ends_are_the_same_without_the_planner(data: Path) -> None:
+    hold_ends(data, "llama", "plain")
+    hold_parts(data, "llama", "plain")
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+LENS_AT = "observe logit_lens resid_post layer 1 at last token"
+
+
+@pytest.mark.parametrize(
+    ("lines", "measure", "code"),
+    [
+        (("observe nrm resid_post layer 1 at last token",), "", "E0203"),
+        (("observe norm resid_post layer 1",), "", "E0207"),
+        (("observe norm resid_post layer 1 toward answer at last token",), "", "E0207"),
+        (("observe norm resid_post layer 1 at last token with cue token",), "", "E0207"),
+        (("observe value z layer 1 head 0 at last token",), "", "E0207"),
+        (("observe entropy z layer 1 head 0 at last token",), "", "E0207"),
+        (("observe logit_lens z layer 1 head 0 at last token",), "", "E0207"),
+        (("observe logit_lens embed at last token",), "", "E0207"),
+        (("observe logit_lens head_out layer 1 at last token",), "", "E0207"),
+        (("observe logit_lens resid_post layers 0..1 at last token",), "", "E0207"),
+        ((LENS_AT,), "measure logit(answer) at cue token as raw", "E0612"),
+        ((LENS_AT,), "measure loss as raw", "E0612"),
+        ((LENS_AT,), "measure cosine(resid_post layer 1, clean) as raw", "E0612"),
+        (
+            ("from longer into clean", "patch embed at cue token", LENS_AT),
+            "measure logit(answer) as delta",
+            "E0612",
+        ),
+        (("observe direct_logit attn_out layer 1 at last token",), "", "E0207"),
+        (
+            (
+                "observe norm embed at last token as one",
+                "observe norm embed at cue token as two",
+            ),
+            "measure one - two as raw",
+            "E0207",
+        ),
+        (("observe norm embed at last token as prob",), "", "E0207"),
+        (
+            ("observe norm embed at last token", "observe norm embed at cue token"),
+            "",
+            "E0209",
+        ),
+    ],
+)
+def test_what_is_refused(data: Path, lines: Sequence[str], measure: str, code: str) -> None:
+    found = codes(experiment("e", *lines, measure=measure), data)
+    assert [each for each in found if each.startswith("E")] == [code]
+
+
+def test_heads_with_a_norm_behind_them_are_refused(data: Path) -> None:
+    text = experiment("e", f"observe direct_logit layer 0 head 0 {DIRECT}", measure="")
+    assert "E0108" in codes(text, data, "gemma2")
+    fine = experiment("e", f"observe direct_logit attn_out layer 0 {DIRECT}", measure="")
+    assert run_file(fine, data, "gemma2", "planned")

@@ -1,0 +1,471 @@
+"""Observations over all rows: vectors of single prompts from hand-written passes, fits in loops."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mechdsl.base.digest import digest
+from mechdsl.diagnostics.render import render_full
+from mechdsl.execute.observed_weights import composition, copying
+from mechdsl.hooks.weight_maps import WeightMaps
+from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..execute.support import MODES, ids_of, run_file, shared, try_file
+from ..reference.forward import forward
+from .models import bare, double
+
+Array = NDArray[np.float64]
+FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2")
+PROMPTS = """
+prompts p {
+  rows "many.jsonl"
+  template "{left} w40 {right} w41"
+  answer " {a}"
+  corrupt turned { right = turn }
+}
+"""
+
+
+def _records() -> list[dict[str, Any]]:
+    """26 ragged prompts; three begin as another does, and one is another's equal."""
+    draw = random.Random(4)
+    found: list[dict[str, Any]] = []
+    for n in range(26):
+        left = [f"w{draw.randrange(20)}" for _ in range(draw.randint(1, 3))]
+        right = [f"w{draw.randrange(20, 38)}" for _ in range(draw.randint(1, 2))]
+        turn = [f"w{20 + (int(word[1:]) - 19) % 18}" for word in right]
+        size = sum(int(word[1:]) for word in left) + 0.25 * n
+        kind = ("low", "mid", "high")[min(2, int(left[-1][1:]) // 7)]
+        pair = [int(left[0][1:]) / 3, int(right[-1][1:]) / 2, 1.0]
+        found.append(
+            {"left": left, "right": right, "turn": turn, "size": size, "kind": kind, "pair": pair}
+        )
+    for n, of in ((5, 1), (9, 2), (20, 11)):
+        found[n]["left"] = found[of]["left"]
+    found[25] = dict(found[3])
+    return found
+
+
+RECORDS = _records()
+SEED = 3
+
+
+def words(record: dict[str, Any], run: str = "clean") -> list[str]:
+    return [*record["left"], "w40", *record["right" if run == "clean" else "turn"], "w41"]
+
+
+def hits(record: dict[str, Any], position: str) -> list[int]:
+    """Of a position's tokens; the first token of all is `<s>`."""
+    n, m = len(record["left"]), len(record["right"])
+    of = {
+        "left token": [n],
+        "left tokens": [*range(1, n + 1)],
+        "right tokens": [*range(n + 2, n + 2 + m)],
+        "last token": [n + m + 2],
+    }
+    return of[position]
+
+
+@cache
+def _seen(name: str, text: tuple[str, ...]) -> Any:
+    return forward(name, double(name), ids_of(text))
+
+
+def vectors(name: str, site: str, layer: int, position: str, run: str = "clean") -> Array:
+    """[row, width] the mean over the tokens of a position, all units side by side."""
+    found: list[Array] = []
+    for record in RECORDS:
+        own = _seen(name, tuple(words(record, run)))[site, layer]
+        found.append(own[hits(record, position)].flatten(1).mean(0).detach().numpy())
+    return np.array(found)
+
+
+def keys(position: str, *others: str, run: str = "clean") -> list[bytes]:
+    """What is seen of each row: the tokens up to the last of these."""
+    found: list[bytes] = []
+    for record in RECORDS:
+        at = [hits(record, each) for each in (position, *others)]
+        ids = tuple(ids_of(words(record, run)))[: max(map(max, at)) + 1]
+        found.append(digest(ids, [(tuple(own),) for own in at], None))
+    return found
+
+
+def write(folder: Path) -> None:
+    lines = [
+        json.dumps(
+            {
+                **{name: " ".join(record[name]) for name in ("left", "right", "turn")},
+                **{name: record[name] for name in ("size", "kind", "pair")},
+                "a": "w7",
+            }
+        )
+        for record in RECORDS
+    ]
+    (folder / "many.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def run(
+    folder: Path, name: str, *lines: str, options: RunOptions | None = None
+) -> ExperimentResult:
+    write(folder)
+    body = "\n".join(f"  {line}" for line in ("model m", "prompts p", *lines))
+    text = f"seed {SEED}\nexperiment e {{\n{body}\n}}\n"
+    results = run_file(text, folder, bare(name), options, prompts=PROMPTS)
+    return next(iter(results.values()))
+
+
+# --- probes ---------------------------------------------------------------------------------------
+
+
+def dealt(position: str, n: int, strata: list[str] | None = None) -> Array:
+    """[row] the fold, dealt out one by one."""
+    own = keys(position)
+    first: dict[bytes, str] = {}
+    for key, stratum in zip(own, strata or [""] * len(own), strict=True):
+        first[key] = min(first.get(key, stratum), stratum)
+    order = sorted(first, key=lambda key: (first[key], digest("fold", SEED, key), key))
+    return np.array([order.index(key) % n for key in own])
+
+
+def dealt_values(position: str, values: Array) -> Array:
+    """Each distinct row gets another's value."""
+    own = keys(position)
+    distinct = sorted(dict.fromkeys(own))
+    order = sorted(distinct, key=lambda key: (digest("shuffle", SEED, key), key))
+    gets = dict(zip(distinct, order, strict=True))
+    least = {
+        key: min(v.tolist() for k, v in zip(own, values, strict=True) if k == key) for key in own
+    }
+    return np.array([least[gets[key]] for key in own])
+
+
+def scaled(x: Array, held: Array) -> Array:
+    at, by = x[~held].mean(axis=0), x[~held].std(axis=0)
+    return (x - at) / by
+
+
+def ridge_told(x: Array, y: Array, fold: Array, penalty: float) -> Array:
+    """[row] 1 − (y − ŷ)² / mean((y − ȳ)²), by the normal equations."""
+    got = np.empty_like(y)
+    for each in np.unique(fold):
+        held = fold == each
+        own = scaled(x, held)
+        at, to = own[~held].mean(axis=0), y[~held].mean(axis=0)
+        gram = (own[~held] - at).T @ (own[~held] - at) + penalty * np.eye(x.shape[1])
+        weights = np.linalg.solve(gram, (own[~held] - at).T @ (y[~held] - to))
+        got[held] = (own[held] - at) @ weights + to
+    return 1 - ((y - got) ** 2).sum(1) / ((y - y.mean(0)) ** 2).sum(1).mean()
+
+
+def classes_told(x: Array, y: Array, fold: Array, penalty: float) -> Array:
+    """[row] whether the class is right, by steps of torch's own L-BFGS in 64 bits."""
+    right = np.zeros(len(y))
+    count = int(y.max()) + 1
+    for each in np.unique(fold):
+        held = fold == each
+        own = torch.from_numpy(scaled(x, held))
+        weights, free = descended(own[~held], torch.from_numpy(y[~held]), count, penalty)
+        right[held] = ((own[held] @ weights + free).argmax(1).numpy() == y[held]).astype(float)
+    return right
+
+
+def descended(x: Any, y: Any, count: int, penalty: float) -> tuple[Any, Any]:
+    """Weights and intercepts of a logistic regression."""
+    weights = torch.zeros(x.shape[1], count, dtype=torch.float64, requires_grad=True)
+    free = torch.zeros(count, dtype=torch.float64, requires_grad=True)
+    steps = torch.optim.LBFGS([weights, free], max_iter=500, tolerance_grad=1e-9)
+
+    def loss() -> Any:
+        steps.zero_grad()
+        whole = torch.nn.functional.cross_entropy(x @ weights + free, y, reduction="sum")
+        whole = whole + penalty / 2 * (weights**2).sum()
+        whole.backward()
+        return whole
+
+    steps.step(loss)
+    return weights, free
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        *((name, "planned") for name in FAMILIES),
+        *(("llama", each) for each in list(MODES)[2:]),
+        ("gpt2", "plain"),
+    ],
+)
+def test_a_ridge_probe_of_a_number(tmp_path: Path, name: str, passes: str) -> None:
+    found = run(
+        tmp_path,
+        name,
+        "observe probe(size, folds: 4, penalty: 2) at resid_post layer * at left token",
+        options=MODES[passes],
+    )
+    y = np.array([[record["size"]] for record in RECORDS])
+    fold = dealt("left token", 4)
+    for layer in range(3):
+        x = vectors(name, "resid_post", layer, "left token")
+        told = ridge_told(x, y, fold, 2.0)
+        np.testing.assert_allclose(found.measures[0].patched[layer], told, atol=2e-3)
+        control = ridge_told(x, dealt_values("left token", y), fold, 2.0)
+        np.testing.assert_allclose(found.measures[1].patched[layer], control, atol=2e-3)
+        assert np.abs(told - control).max() > 0.1
+    assert [measure.label for measure in found.measures] == ["probe", "probe shuffled"]
+    assert found.measures[0].unit == "R²"
+
+
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_a_logistic_probe_of_classes(tmp_path: Path, name: str) -> None:
+    found = run(
+        tmp_path,
+        name,
+        "observe probe(kind, penalty: 0.5) at layer 1 head 0..2 at last token as told",
+    )
+    names = [record["kind"] for record in RECORDS]
+    y = np.array([sorted(set(names)).index(each) for each in names])
+    fold = dealt("last token", 5, [str(float(each)) for each in y])
+    for head in range(3):
+        x = np.array(
+            [
+                _seen(name, tuple(words(record)))["z", 1][hits(record, "last token")[0], head]
+                .detach()
+                .numpy()
+                for record in RECORDS
+            ]
+        )
+        told = classes_told(x, y, fold, 0.5)
+        assert found.measures[0].patched[head].tolist() == told.tolist()
+        control = classes_told(x, dealt_values("last token", y), fold, 0.5)
+        assert found.measures[1].patched[head].tolist() == control.tolist()
+    assert [measure.label for measure in found.measures] == ["told", "told shuffled"]
+    assert found.measures[0].unit == "share"
+
+
+def test_a_probe_of_several_numbers_over_joined_tokens_of_another_run(tmp_path: Path) -> None:
+    found = run(
+        tmp_path,
+        "llama",
+        "observe probe(pair, folds: 3, penalty: 1) at attn_out layers 0..1 of turned "
+        "at right tokens",
+    )
+    parts = [vectors("llama", "attn_out", layer, "right tokens", "turned") for layer in (0, 1)]
+    y = np.array([record["pair"] for record in RECORDS])
+    own = keys("right tokens", run="turned")
+    order = sorted(set(own), key=lambda key: ("''", digest("fold", SEED, key), key))
+    fold = np.array([order.index(key) % 3 for key in own])
+    told = ridge_told(np.hstack(parts), y, fold, 1.0)
+    np.testing.assert_allclose(found.measures[0].patched[0], told, atol=2e-3)
+
+
+# --- what all rows have together ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_ranks_of_the_rows_around_their_mean(tmp_path: Path, name: str) -> None:
+    found = run(tmp_path, name, "observe effective_rank resid_post layer * at left tokens")
+    count = run(tmp_path, name, "observe rank resid_post layer * at left token")
+    for layer in range(3):
+        x = vectors(name, "resid_post", layer, "left tokens")
+        values = np.sqrt(np.maximum(np.linalg.eigvalsh(np.cov(x.T)), 0))
+        shares = values[values > values.max() * 1e-5] / values[values > values.max() * 1e-5].sum()
+        wanted = np.exp(-(shares * np.log(shares)).sum())
+        np.testing.assert_allclose(found.measures[0].patched[layer], wanted, rtol=1e-3)
+        # `left token` is seen in 22 ways at most, and 20 to 24 dimensions are there.
+        x = vectors(name, "resid_post", layer, "left token")
+        own = np.linalg.matrix_rank(x - x.mean(0), tol=1e-4 * np.linalg.norm(x, 2))
+        assert (count.measures[0].patched[layer] == own).all()
+    statistics = found.statistics[0]
+    assert np.isnan(statistics.low).all()
+    assert np.isfinite(statistics.mean).all()
+    assert statistics.reasons[0] is not None
+    assert "one number of all rows: no interval" in statistics.reasons[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_cka_of_two_sites(tmp_path: Path, name: str) -> None:
+    found = run(
+        tmp_path, name, "observe cka resid_post layer 0..1 with attn_out layer 1..2 at left tokens"
+    )
+    assert found.axes == ("layer", "to_layer")
+    own = keys("left tokens")
+    first = [own.index(key) for key in dict.fromkeys(own)]
+    assert len(first) < len(own)
+
+    def centred(site: str, layer: int) -> Array:
+        x = vectors(name, site, layer, "left tokens")[first]
+        x = x - x.mean(axis=0)
+        k = x @ x.T
+        np.fill_diagonal(k, 0)
+        n = len(k)
+        # U-centred (Székely and Rizzo 2014): inner products are the unbiased HSIC.
+        rows = k.sum(axis=1) / (n - 2)
+        k = k - rows[:, None] - rows[None] + k.sum() / ((n - 1) * (n - 2))
+        np.fill_diagonal(k, 0)
+        return k
+
+    for cell in found.cells:
+        a = centred("resid_post", int(cell.coords["layer"]))
+        b = centred("attn_out", int(cell.coords["to_layer"]))
+        wanted = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+        values = found.measures[0].patched[found.cells.index(cell)]
+        np.testing.assert_allclose(values.mean(), wanted, atol=1e-4)
+        assert values.std() > 0.01
+        for one, other in ((1, 5), (3, 25)):
+            assert values[one] == values[other]
+
+
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_similarity_within_and_between_positions(tmp_path: Path, name: str) -> None:
+    within = run(tmp_path, name, "observe similarity resid_post layer * at left tokens")
+    between = run(
+        tmp_path, name, "observe similarity z layer * at right tokens with {left token, last token}"
+    )
+
+    def cosine(a: Any, b: Any) -> float:
+        a, b = a.flatten(), b.flatten()
+        return float(a @ b / a.norm() / b.norm())
+
+    for layer in range(3):
+        for row, record in enumerate(RECORDS):
+            seen = _seen(name, tuple(words(record)))
+            at = hits(record, "left tokens")
+            pairs = [(a, b) for a in at for b in at if a != b]
+            got = within.measures[0].patched[layer, row]
+            if not pairs:
+                assert np.isnan(got)
+            else:
+                own = seen["resid_post", layer]
+                wanted = np.mean([cosine(own[a], own[b]) for a, b in pairs])
+                assert abs(got - wanted) < 1e-4
+            own = seen["z", layer]
+            ends = [*hits(record, "left token"), *hits(record, "last token")]
+            wanted = np.mean(
+                [cosine(own[a], own[b]) for a in hits(record, "right tokens") for b in ends]
+            )
+            assert abs(between.measures[0].patched[layer, row] - wanted) < 1e-4
+    assert within.statistics[0].n[0] == sum(len(record["left"]) > 1 for record in RECORDS)
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def test_scores_of_weights_in_a_table(tmp_path: Path) -> None:
+    """The numbers themselves are held to whole matrices in test_observed_weights."""
+    maps = WeightMaps(shared(bare("llama")))
+    found = run(tmp_path, "llama", "observe copying layer * head 1..2")
+    for cell, values in zip(found.cells, found.measures[0].patched, strict=True):
+        with torch.no_grad():
+            wanted = copying(maps, int(cell.coords["layer"]), int(cell.coords["head"]))
+        np.testing.assert_allclose(values, wanted, atol=1e-6)
+    assert np.isnan(found.statistics[0].low).all()
+    assert np.isnan(found.statistics[0].p).all()
+    assert found.conventions["interval"] == "a number of the weights alone: no interval"
+
+
+def test_heads_compose_with_later_ones_alone(tmp_path: Path) -> None:
+    maps = WeightMaps(shared(bare("gpt2")))
+    found = run(tmp_path, "gpt2", "observe composition(v) at layer * head 0 with layer * head 3")
+    assert found.axes == ("layer", "to_layer")
+    pairs = [(cell.coords["layer"], cell.coords["to_layer"]) for cell in found.cells]
+    assert pairs == [(0, 1), (0, 2), (1, 2)]
+    assert found.cells[0].site == "L0H0.z ~ L1H3.z"
+    for (one, other), values in zip(pairs, found.measures[0].patched, strict=True):
+        with torch.no_grad():
+            wanted = composition(maps, "v", (int(one), 0), (int(other), 3))
+        np.testing.assert_allclose(values, wanted, atol=1e-6)
+
+
+def test_what_weights_pick_is_tested_on_any_rows(tmp_path: Path) -> None:
+    """Without the warning of sites that are tested on the rows that they were picked on."""
+    write(tmp_path)
+    text = """
+experiment found { model m prompts p observe copying layer * head * as copies }
+experiment ranks { model m prompts p observe similarity layer 0 head 0..1 at left tokens as alike }
+experiment then {
+  model m prompts p ablate top 2 of copies at last token with zero measure entropy as delta
+}
+experiment also {
+  model m prompts p ablate top 1 of alike at last token with zero measure entropy as delta
+}
+"""
+    result, diagnostics = try_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)
+    assert result is not None
+    said = [found for found in diagnostics if found.code == "W0721"]
+    assert len(said) == 1
+    assert said[0].span is not None
+    assert said[0].span.written == "top 1 of alike"
+
+
+def test_a_cell_that_the_model_has_no_map_for_has_no_value(tmp_path: Path) -> None:
+    """Queries that are normed behind their projection."""
+    found = run(tmp_path, "qwen3", "observe matching L1H0")
+    assert np.isnan(found.measures[0].patched).all()
+    assert "of layer 1 isn't what a linear map of the stream returns" in (
+        found.statistics[0].reasons[0] or ""
+    )
+
+
+# --- what is refused, and what is said ------------------------------------------------------------
+
+AT = "resid_post layer 0 at last token"
+REFUSED = {
+    f"observe probe {AT}": "doesn't say what is to be told",
+    f"observe probe(nothing) {AT}": "nothing",
+    f"observe probe(size, fold: 3) {AT}": "is no option of a probe",
+    f"observe probe(size, folds: 1) {AT}": "can't be `1`",
+    f"observe probe(size, penalty: 0) {AT}": "can't be `0`",
+    f"observe probe(size, kind: linear) {AT}": "can't be `linear`",
+    f"observe probe(kind, kind: ridge) {AT}": "is no number",
+    f"observe probe(pair, kind: logistic) {AT}": "is a list, which is no class",
+    f"observe probe(a) {AT}": "is the same in all rows",
+    f"observe probe(size, folds: 30) {AT}": "can't be dealt out",
+    "observe probe(size) at resid_post layer 0": "needs a position",
+    "observe probe(size) at pattern layer 0 head 0 at last token": "whose width",
+    f"observe cka {AT}": "compares two sites",
+    f"observe rank {AT} with left token": "takes no `with`",
+    "observe copying layer 0 head 0 at last token": "of the weights, not of a token",
+    "observe copying resid_post layer 0": "of one head at a time",
+    "observe copying layer 0 heads 0..1": "of one head at a time",
+    "observe composition(x) at layer 0 head * with layer 1 head *": "is no way in which heads",
+    "observe composition(q) at layer 0 head *": "is of two heads",
+    f"ablate attn_out layer 0 at last token with zero  observe rank {AT}": "reads no run in which",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED, ids=lambda line: line.replace(AT, "…"))
+def test_what_is_refused(tmp_path: Path, line: str) -> None:
+    write(tmp_path)
+    text = f"experiment e {{\n  model m\n  prompts p\n  {line}\n}}\n"
+    result, diagnostics = try_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)
+    assert result is None
+    shown = render_full(diagnostics, color=False, width=200)
+    assert REFUSED[line] in shown, shown
+
+
+def test_what_is_said_of_a_probe(tmp_path: Path) -> None:
+    found = run(tmp_path, "gpt2", f"observe probe(kind) {AT}")
+    said = found.conventions["observed"]
+    for words in (
+        "logistic regression, 3 classes (high, low, mid)",
+        "penalty 1 / 2 · Σ weights²",
+        "5 folds, in which rows that look alike there (equal tokens) are together",
+        "values are the clean row's",
+        "shuffled: the same with the values dealt to other rows",
+    ):
+        assert words in said
+
+
+def test_fewer_distinct_rows_than_folds_at_a_position(tmp_path: Path) -> None:
+    """The first token is the same in all: there is nothing to be dealt out."""
+    found = run(tmp_path, "gpt2", "observe probe(size) at resid_post layer 0 at token 0")
+    assert "5 folds of 1 distinct rows" in (found.statistics[0].reasons[0] or "")
