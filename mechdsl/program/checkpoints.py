@@ -8,13 +8,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from mechdsl import zoo
 from mechdsl.base.names import name_list
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e04_model import ModelNotFound
 from mechdsl.program import spec
 from mechdsl.program.named_paths import LOCAL, path_to_read
-from mechdsl.zoo import zoo_models
 
 STAR = "*"
 
@@ -67,7 +67,7 @@ def checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequence[sp
                 model=model.name,
                 path=model.path,
                 place="the zoo" if model.kind == "zoo" else "the folder of the file",
-                advice=f"no folder matches; it has {name_list(zoo_models())}"
+                advice=f"no folder matches; it has {name_list(zoo.zoo_models())}"
                 if model.kind == "zoo"
                 else "no folder matches; write the path from the `.mech` file, with `*` for the "
                 "part that differs",
@@ -88,7 +88,7 @@ def checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequence[sp
 def _of_the_zoo(before: str, after: str) -> list[str]:
     """What `*` stands for in names of the zoo."""
     pattern = re.compile(f"{re.escape(before)}([^/]+){re.escape(after)}")
-    found = [match[1] for name in zoo_models() if (match := pattern.fullmatch(name))]
+    found = [match[1] for name in zoo.zoo_models() if (match := pattern.fullmatch(name))]
     return sorted(found, key=_natural)
 
 

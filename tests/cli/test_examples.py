@@ -12,7 +12,11 @@ from .conftest import Command
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-FILES = {path.relative_to(EXAMPLES): path for path in EXAMPLES.rglob("*") if path.is_file()}
+FILES = {
+    path.relative_to(EXAMPLES): path
+    for end in ("mech", "jsonl")
+    for path in EXAMPLES.rglob(f"*.{end}")
+}
 
 
 def test_copies_all_that_runs(
