@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.options import PaddingSide
+from mechdsl.execute.read_vectors import LanesOf, reader
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
     Spot,
@@ -24,10 +25,11 @@ from mechdsl.execute.unpatched_batch import (
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.packed.model_end import ModelEnd
+from mechdsl.plan.only_looks import only_looks
 from mechdsl.plan.plan import ExperimentPlan, Panel, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.prompts.prompt_table import PromptTable, Run
-from mechdsl.resolve.resolved import Atom, Place
+from mechdsl.resolve.resolved import Atom, Place, SitePoint
 
 TOGETHER = 512
 """Tokens of a run up to which others are run in the same pass."""
@@ -54,6 +56,7 @@ class UnpatchedRuns:
         self.seed = panel.experiments[0].experiment.seed
         self.side: PaddingSide | None = side
         self.plan = plan
+        self.only_looks = only_looks(panel)
         self.readouts = readouts
         narrow = all(readout.narrow for readout in readouts)
         accuracies = any(each.experiment.accuracies for each in panel.experiments)
@@ -144,6 +147,11 @@ class UnpatchedRuns:
         )
         return {read: found.reads[read] for read in reads}
 
+    def reader(self, run: Run, points: Iterable[SitePoint]) -> LanesOf:
+        """What reads these sites of a run, and stops above the highest one: see `read_vectors`."""
+        model = self.model_of(run)
+        return reader(model, self.table, run, points, seed=self.seed, side=self.side)
+
     def model_of(self, run: Run) -> LoadedModel:
         """The model that a run runs on."""
         return self.model if run.model is None else self.others[run.model]
@@ -177,7 +185,7 @@ class UnpatchedRuns:
 
     def _request(self, run: Run, prompts: Ints, continuation: Atom | None) -> UnpatchedRequest:
         """What experiments need of a run."""
-        if self.panel.only_looks:  # its tokens alone
+        if self.only_looks:  # its tokens alone
             return UnpatchedRequest(stop=0)
         own = self._is_own(run)
         needs = self.panel.runs.get(run.name) if own else None
@@ -256,7 +264,7 @@ class UnpatchedRuns:
     ) -> Found:
         """What is read of every prompt, draws of noise averaged; `relative` and `skip` as in
         `Readout.read`."""
-        if self.panel.only_looks:
+        if self.only_looks:
             return self._unseen(readout, prompts)
         plain = self.lanes(self.named(run), prompts)
         lanes = np.repeat(prompts, plain.draws)
