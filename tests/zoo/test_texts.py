@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+import mechdsl
 from mechdsl import zoo
 from mechdsl.zoo import example_data, facts, names, nested
 from mechdsl.zoo.facts import data as facts_data
@@ -172,3 +173,11 @@ def test_stages_of_training_are_models_of_the_zoo() -> None:
     known = zoo.zoo_models()
     assert {"counting", "induction", "names", "facts", "nested", "nested/formal"} <= set(known)
     assert "induction/step-1600" in known
+
+
+def test_a_star_names_the_steps_of_a_training() -> None:
+    found = mechdsl.check('mech 1\nmodel steps = zoo("induction/step-*")\n')
+    assert [each.code for each in found if each.severity == "error"] == []
+    for wrong in ("induction/stop-*", "*/step-*", "../*"):
+        codes = [each.code for each in mechdsl.check(f'mech 1\nmodel steps = zoo("{wrong}")\n')]
+        assert codes[:1] in (["E0401"], ["E0207"]), wrong
