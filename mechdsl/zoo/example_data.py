@@ -33,15 +33,15 @@ Record = Mapping[str, object]
 
 
 def lists(counts: Iterable[int]) -> list[Record]:
-    """Texts that ask for the number of items, which is one of `counts`."""
+    """Different texts that ask for the number of items, which is one of `counts`."""
     known = sorted(counts)
     rng = random.Random(f"{SEED} {known}")
-    found: list[Record] = []
-    for _ in range(ROWS):
+    found: dict[str, Record] = {}
+    while len(found) < ROWS:
         count = rng.choice(known)
-        items = " ".join(rng.choice(ITEMS) for _ in range(count))
-        found.append({"text": f"Part 1: {items} Count 1:", "count": count})
-    return found
+        text = f"Part 1: {' '.join(rng.choice(ITEMS) for _ in range(count))} Count 1:"
+        found[text] = {"text": text, "count": count}
+    return list(found.values())
 
 
 def known_facts() -> list[Record]:
