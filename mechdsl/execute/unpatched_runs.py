@@ -26,6 +26,7 @@ from mechdsl.execute.unpatched_batch import (
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.packed.model_end import ModelEnd
+from mechdsl.plan.only_looks import only_looks
 from mechdsl.plan.plan import ExperimentPlan, Panel, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.prompts.prompt_table import PromptTable, Run
@@ -56,6 +57,7 @@ class UnpatchedRuns:
         self.seed = panel.experiments[0].experiment.seed
         self.side: PaddingSide | None = side
         self.plan = plan
+        self.only_looks = only_looks(panel)
         self.readouts = readouts
         narrow = all(readout.narrow for readout in readouts)
         accuracies = any(each.experiment.accuracies for each in panel.experiments)
@@ -220,7 +222,7 @@ class UnpatchedRuns:
 
     def _request(self, run: Run, prompts: Ints, continuation: Atom | None) -> UnpatchedRequest:
         """What experiments need of a run."""
-        if self.panel.only_looks:  # its tokens alone
+        if self.only_looks:  # its tokens alone
             return UnpatchedRequest(stop=0)
         own = self._is_own(run)
         needs = self.panel.runs.get(run.name) if own else None
@@ -299,7 +301,7 @@ class UnpatchedRuns:
     ) -> Found:
         """What is read of every prompt, draws of noise averaged; `relative` and `skip` as in
         `Readout.read`."""
-        if self.panel.only_looks:
+        if self.only_looks:
             return self._unseen(readout, prompts)
         plain = self.lanes(self.named(run), prompts)
         lanes = np.repeat(prompts, plain.draws)

@@ -16,6 +16,7 @@ import numpy as np
 from mechdsl.base.arrays import Ints
 from mechdsl.models.shape import ModelShape
 from mechdsl.plan.columns import Ragged, prompt_lengths
+from mechdsl.plan.only_looks import only_looks
 from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel
 from mechdsl.plan.restart import WHOLE_PASS, BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.plan.rule_rows import Rows, RulePlan
@@ -148,7 +149,7 @@ class PanelCount:
     def unpatched(self, *, stopped: bool) -> Cost:
         """All prompts of all unpatched runs: whole, or those that are only read stopped early."""
         found = Cost()
-        for name, needs in () if self.panel.only_looks else self.panel.runs.items():
+        for name, needs in () if only_looks(self.panel) else self.panel.runs.items():
             run = self.panel.table.runs[name]
             lengths = prompt_lengths(run)
             draws = run.draws
@@ -183,7 +184,7 @@ class PanelCount:
 
     def batches(self) -> int:
         """Forward passes over batches of prompts that all unpatched runs take."""
-        names = () if self.panel.only_looks else self.panel.runs
+        names = () if only_looks(self.panel) else self.panel.runs
         runs = [self.panel.table.runs[name] for name in names]
         draws = [run.draws for run in runs]
         runs += [run for run, _ in self.fitted]

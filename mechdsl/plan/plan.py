@@ -221,25 +221,6 @@ class Panel:
         runs = {name: run for table in tables for name, run in table.runs.items()}
         return replace(tables[0], runs=runs)
 
-    @cached_property
-    def only_looks(self) -> bool:
-        """Whether all that is wanted is seen in rows to which nothing is done: then they are whole
-        passes, and no unpatched run is needed beside them."""
-        return all(
-            plan.observes is not None
-            and len(plan.rules) == 1
-            and not plan.experiment.keep
-            and not plan.experiment.accuracies
-            and all(
-                (measure.observed or atom.form.takes == "observation")
-                and atom.run is None
-                and atom.point is None
-                for measure in plan.experiment.measures
-                for atom in measure.atoms
-            )
-            for plan in self.experiments
-        )
-
     @property
     def models(self) -> tuple[str, ...]:
         """The model that it runs on, and others that are read."""

@@ -153,7 +153,7 @@ _file(
     'model runs = local("runs/step-*")',
     "One model for every folder that the `*` matches, in natural order; where it is used, the "
     "experiment runs on each, an axis `model` with what the `*` stands for. With `base:` they are "
-    "adapters.",
+    'adapters. `zoo("induction/step-*")` are those of a training that come with the package.',
     "tests/elsewhere/test_models.py",
 )
 _file(
