@@ -357,9 +357,10 @@ def same(one: ExperimentResult, other: ExperimentResult, text: str) -> None:
         effect = np.abs(expected.patched - expected.base)
         error = np.abs(expected.patched - found.patched)
         assert np.nanmax(error, initial=0) <= support.ABSOLUTE, text
-        limit = support.RELATIVE * np.maximum(effect, support.SMALL)
+        small = support.SMALL * support.rounding(expected.patched)
+        limit = support.RELATIVE * np.maximum(effect, small)
         good = np.isnan(error) | np.isnan(effect) | (error <= limit)
-        assert good.all(), f"{text}\n{np.nanmax(error / np.maximum(effect, support.SMALL))}"
+        assert good.all(), f"{text}\n{np.nanmax(error / np.maximum(effect, small))}"
     for expected, found in zip(one.controls, other.controls, strict=True):
         assert (expected is None) == (found is None)
         if expected is not None and found is not None:
