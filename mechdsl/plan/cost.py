@@ -16,6 +16,7 @@ import numpy as np
 from mechdsl.base.arrays import Ints
 from mechdsl.models.shape import ModelShape
 from mechdsl.plan.columns import Ragged, prompt_lengths
+from mechdsl.plan.only_looks import only_looks
 from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel
 from mechdsl.plan.restart import WHOLE_PASS, BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.plan.rule_rows import Rows, RulePlan
@@ -148,10 +149,10 @@ class PanelCount:
     def unpatched(self, *, stopped: bool) -> Cost:
         """All prompts of all unpatched runs: whole, or those that are only read stopped early."""
         found = Cost()
-        for name, needs in () if self.panel.only_looks else self.panel.runs.items():
+        for name, needs in () if only_looks(self.panel) else self.panel.runs.items():
             run = self.panel.table.runs[name]
             lengths = prompt_lengths(run)
-            draws = run.noise.samples if run.noise is not None else 1
+            draws = run.draws
             prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
             per_block = int(self.block.whole(lengths).sum()) * draws
             blocks, logits = self.shape.n_layers, prompts * self.shape.d_model
@@ -183,9 +184,9 @@ class PanelCount:
 
     def batches(self) -> int:
         """Forward passes over batches of prompts that all unpatched runs take."""
-        names = () if self.panel.only_looks else self.panel.runs
+        names = () if only_looks(self.panel) else self.panel.runs
         runs = [self.panel.table.runs[name] for name in names]
-        draws = [run.noise.samples if run.noise is not None else 1 for run in runs]
+        draws = [run.draws for run in runs]
         runs += [run for run, _ in self.fitted]
         draws += [1] * len(self.fitted)
         tokens = (int(prompt_lengths(run).sum()) * n for run, n in zip(runs, draws, strict=True))
