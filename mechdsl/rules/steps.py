@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mechdsl.diagnostics.e03_rules import BadAmount
+from mechdsl.diagnostics.e03_directions import BadDirection
 from mechdsl.program import spec
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.in_progress import Work
@@ -55,7 +55,7 @@ ADDED_STEP = AddedStep()
 
 
 def resolve_step(rule: spec.Rule, work: Work) -> ResolvedRule | None:
-    """None after E0203 for a component that there isn't, E0337 for another than is written."""
+    """None after E0203 for a component that there isn't, E0341 for another than is written."""
     base = work.experiment.base
     sites, positions = places(rule, base, work)
     amounts: Amounts | None = Amounts((), {(): 1.0})
@@ -81,10 +81,11 @@ def _itself(rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
         reason = f"what is written is `{written}`, and steps are those of what is written"
         hint = f"write `step({written})`"
     elif name in NO_STEPS and there:
-        reason = f"`{name}` isn't kept at the position before"
-        own = ", ".join(f"`{site}`" for site in work.sites.shape.sites if site not in NO_STEPS)
+        reason = f"no steps are taken of `{name}`"
+        can = (s for s in SITES if s in work.sites.shape.sites and s not in NO_STEPS)
+        own = ", ".join(f"`{site}`" for site in can)
         hint = f"steps can be taken of {own}"
     else:
         return True
-    work.diagnostics.append(BadAmount(span=span, text=f"step({name})", reason=reason, hint=hint))
+    work.diagnostics.append(BadDirection(span=span, text=f"step({name})", reason=reason, hint=hint))
     return False

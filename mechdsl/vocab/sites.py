@@ -298,7 +298,8 @@ NO_STEPS = (
     "final_norm",
     "logits",
 )
-"""Sites at which a vector isn't written by how far it is from the one before."""
+"""Sites of which no steps from the position before are taken: they are in no tensor of their own
+in every pass, or lie outside of blocks."""
 EdgeChange = Literal["block", "reweight", "uniform", "weight", "allow"]
 """What attention does to the weights of edges."""
 

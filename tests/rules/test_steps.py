@@ -160,10 +160,10 @@ def test_rows_of_several_runs_share_a_pass(data: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "code"),
     [
-        ("add step(k) to q layer 1 head 0 at tokens *", "E0337"),
-        ("add step(head_out) to head_out layer 1 head 0 at tokens *", "E0337"),
-        ("add step(pattern) to pattern layer 1 head 0 at tokens *", "E0337"),
-        ("add step(embed) to embed at tokens *", "E0337"),
+        ("add step(k) to q layer 1 head 0 at tokens *", "E0341"),
+        ("add step(head_out) to head_out layer 1 head 0 at tokens *", "E0341"),
+        ("add step(pattern) to pattern layer 1 head 0 at tokens *", "E0341"),
+        ("add step(embed) to embed at tokens *", "E0341"),
         ("add step(qq) to q layer 1 head 0 at tokens *", "E0203"),
         ("add x * step(q) to q layer 1 head 0 at tokens *", "E0337"),
         ("add step(q) + step(q) to q layer 1 head 0 at tokens *", "E0101"),
