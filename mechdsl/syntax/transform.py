@@ -605,6 +605,10 @@ class ToAst(Transformer[Token, Any]):
             found[0], parts.get(ast.Positions), parts.get(ast.Ref), factor, span=_span(c)
         )
 
+    def stepped(self, c: list[Any]) -> ast.Stepped:
+        *factor, component = _nodes(c)
+        return ast.Stepped(component, factor[0] if factor else None, span=_span(c))
+
     def path(self, c: list[Any]) -> ast.PathRule:
         through = _clauses(c).get("through", ())
         return ast.PathRule(c[1], c[3], c[5], through, span=_span(c))

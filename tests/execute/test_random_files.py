@@ -174,6 +174,13 @@ def rules(draw: Any, *, swept: bool) -> str:
     along = draw(st.sampled_from(["d", "by_layer", "by_layer[layer 2]", "(unit(d) - 0.5 * d)"]))
     match verb:
         case "add":
+            own = [
+                f"value(attn_out layer 1) of {draw(st.sampled_from(RUNS))} to {site} at {at}",
+                f"step(q) to q layer {draw(st.integers(0, 2))} head 1 at {at}",
+                f"0.5 * step(mlp_out) to mlp_out layers 0..1 at {at}",
+            ]
+            if draw(st.booleans()):
+                return f"add {draw(st.sampled_from(own))}"
             return f"add {draw(st.sampled_from(['', '-2 * ', '0 * ']))}{along} to {site} at {at}"
         case "scale":
             return f"scale {site} at {at} by {draw(st.sampled_from(['-1', '0', '1', '2.5']))}"

@@ -722,6 +722,24 @@ _rule(
     "tests/rules/test_readings.py",
 )
 _rule(
+    "add what is elsewhere",
+    "add 0.3 * value(attn_out layer 1) of clean to resid_post layer 2 at last token",
+    "The row's own vector of an unpatched run, the base run where none is named, times the number, "
+    "is added to what is there when the pass comes by. Both must be of one width.",
+    OWN,
+    "tests/rules/test_readings.py",
+)
+_rule(
+    "add steps",
+    "add 2 * step(q) to q layer 1 head * at tokens *",
+    "The vector minus that of the position before, times the number, is added: `token - 1` means "
+    "the last token. Both are those of the running pass, as they are before this rule writes. "
+    "The first position gets nothing. `q` is what is written; so are `k`, `v`, `z`, the stream and "
+    "what is added to it. Rotary embeddings come behind `q` and `k`.",
+    OWN,
+    "tests/rules/test_steps.py",
+)
+_rule(
     "several fills",
     "ablate layer * head * at last token with zero, mean, mean of fewer by count, resample",
     "Fills in a list are an axis, `fill`, named as they are written: each cell is what the rule is "
