@@ -9,7 +9,9 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import mechdsl
 from mechdsl.api import MechdslError
@@ -20,6 +22,7 @@ from mechdsl.syntax.parser_tables import grammar_file
 from .conftest import HEADS, Command
 
 PACKAGE = Path(mechdsl.__file__).parent
+ZOO = Path(str(files("mechdsl") / "zoo" / "counting"))
 COMMANDS = ("validate", "run", "plan", "graph", "explain")
 CSV = HEADS.replace("report table", 'report csv to "PLACE"')
 
@@ -146,6 +149,8 @@ def test_a_link_that_was_put_there_during_the_run(here: Path, command: Command) 
 # --- reading ---
 
 PROMPTS = 'prompts p {\n  rows "PLACE"\n  template "{a}"\n}\n'
+DIRECTION = 'direction d = saved("PLACE", "d")\n'
+PATCH = "patch layer 0..1 head * at last-item token"
 EXAMPLES = {
     "use": ("common.mech", 'mech 1\nuse "PLACE"\n'),
     "rows": ("data.csv", 'mech 1\nmodel toy = zoo("counting")\n' + PROMPTS),
@@ -162,6 +167,18 @@ EXAMPLES = {
             "prompts fruit {", 'metric own = python("PLACE:own")\nprompts fruit {'
         ).replace("logit(answer) - logit(answer of fewer) as recovery", "own as raw"),
     ),
+    "saved": (
+        "d.safetensors",
+        HEADS.replace("prompts fruit {", f"{DIRECTION}prompts fruit {{").replace(
+            PATCH, "add d to resid_post layer 1 at last token"
+        ),
+    ),
+    "tuned_lens": (
+        "d.safetensors",
+        HEADS.replace(PATCH, 'observe tuned_lens("PLACE") resid_post layer 0 at last token')
+        .replace("  from clean into fewer\n", "")
+        .replace(" as recovery", " as raw"),
+    ),
     "report": ("cells.csv", CSV),
 }
 """Each construct that takes a path, with a name that it takes."""
@@ -174,8 +191,11 @@ def filled(folder: Path) -> None:
     (folder / "set").mkdir()
     (folder / "set" / "train.csv").write_text("a\nfig\n", encoding="utf-8")
     (folder / "metrics.py").write_text("def own(logits, rows):\n    return logits[:, 0]\n")
-    zoo = Path(str(files("mechdsl") / "zoo" / "counting"))
-    shutil.copytree(zoo, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    width = json.loads((ZOO / "config.json").read_text())["hidden_size"]
+    square, vector = np.zeros((width, width), np.float32), np.ones(width, np.float32)
+    lens = {"d": vector, "layer.0.weight": square, "layer.0.bias": vector}
+    save_file(lens, folder / "d.safetensors")
+    shutil.copytree(ZOO, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
 
 
 @pytest.mark.parametrize("name", [each.name for each in CONSTRUCTS])

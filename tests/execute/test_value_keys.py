@@ -134,6 +134,10 @@ DIFFERENT: dict[str, list[str]] = {
         one(f"set {ATTENTION} subject token to 0.3"),
         one(f"observe {ATTENTION} subject token", ends="", measures=()),
         one(f"observe {ATTENTION} first-item token", ends="", measures=()),
+        *(
+            one(f"observe {word} pattern layer 1 head 1 at last token", ends="", measures=())
+            for word in ("entropy", "distance", "distance(2)", "distance(3)")
+        ),
     ],
     "paths": [
         one("path z layer 0 head 1 -> q layer 1 head 1 at last token"),
