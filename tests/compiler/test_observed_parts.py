@@ -105,9 +105,7 @@ def test_an_expectation_goes_to_what_it_names(expect: str, where: str) -> None:
 def test_an_expectation_goes_to_the_first_that_has_its_effect() -> None:
     rule = "ablate layer 0 head * at last token with zero"
     for effect, where in (("delta", "test"), ("raw", "test.lengths")):
-        found = results(
-            rule, NORM, "measure logit(answer) as delta", f"expect max({effect}) > 0.1"
-        )
+        found = results(rule, NORM, "measure logit(answer) as delta", f"expect max({effect}) > 0.1")
         assert [name for name, each in found.items() if each.expects] == [where]
 
 

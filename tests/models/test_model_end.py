@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mechdsl.base.source import Source
+from mechdsl.packed import model_end
 from mechdsl.packed.model_end import TOLERANCE, FoldedNorm
+
+from ..execute.support import run_on, shared
+from ..rules.models import bare
+from ..rules.support import BLOCKS, experiment, write_data
 
 EPS = 1e-5
 
@@ -87,3 +95,34 @@ def test_a_norm_in_half_precision_is_folded_in_32_bits() -> None:
     torch.testing.assert_close(folded.of(x), wide, rtol=1e-5, atol=1e-5)
     assert next(norm.parameters()).dtype == torch.bfloat16  # the model's own stays as it is
     assert folded.error < TOLERANCE
+
+
+# --- of whole models ------------------------------------------------------------------------------
+
+
+def test_vectors_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of them go through at a time, each gives its own logits."""
+    model = shared(bare("llama"))
+    torch.manual_seed(0)
+    vectors = torch.randn(7, model.shape.d_model)
+    whole = model_end.ModelEnd(model).logits(vectors)
+    monkeypatch.setattr(model_end, "ROWS", 3)
+    torch.testing.assert_close(model_end.ModelEnd(model).logits(vectors), whole)
+    some = torch.tensor([3, 11])
+    found = model_end.ModelEnd(model).logits(vectors, some)
+    torch.testing.assert_close(found, whole[:, some])
+
+
+def test_a_norm_that_is_no_linear_map_is_refused(tmp_path: Path) -> None:
+    """Its scale can't be held; the lens goes through it all the same."""
+    write_data(tmp_path)
+    changed = copy.deepcopy(bare("llama"))
+    changed.model.norm = Squashed(changed.config.hidden_size)
+    direct = "observe direct_logit attn_out layer 1 toward answer at last token"
+    lens = "observe logit_lens resid_post layer 1 at last token"
+    for line, code in ((direct, "E0108"), (lens, None)):
+        text = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n'
+        source = Source(text + experiment("e", line, measure=""), tmp_path / "file.mech")
+        result, problems = run_on(source, {"m": shared(changed)})
+        assert (result is None) == (code is not None), problems
+        assert [each.code for each in problems if each.severity == "error"] == [code][: bool(code)]
