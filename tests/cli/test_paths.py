@@ -22,7 +22,6 @@ from mechdsl.syntax.parser_tables import grammar_file
 from .conftest import HEADS, Command
 
 PACKAGE = Path(mechdsl.__file__).parent
-ZOO = Path(str(files("mechdsl") / "zoo" / "counting"))
 COMMANDS = ("validate", "run", "plan", "graph", "explain")
 CSV = HEADS.replace("report table", 'report csv to "PLACE"')
 
@@ -149,7 +148,6 @@ def test_a_link_that_was_put_there_during_the_run(here: Path, command: Command) 
 # --- reading ---
 
 PROMPTS = 'prompts p {\n  rows "PLACE"\n  template "{a}"\n}\n'
-DIRECTION = 'direction d = saved("PLACE", "d")\n'
 PATCH = "patch layer 0..1 head * at last-item token"
 EXAMPLES = {
     "use": ("common.mech", 'mech 1\nuse "PLACE"\n'),
@@ -168,18 +166,24 @@ EXAMPLES = {
         ).replace("logit(answer) - logit(answer of fewer) as recovery", "own as raw"),
     ),
     "saved": (
-        "d.safetensors",
-        HEADS.replace("prompts fruit {", f"{DIRECTION}prompts fruit {{").replace(
-            PATCH, "add d to resid_post layer 1 at last token"
+        "vectors.safetensors",
+        HEADS.replace("experiment ", 'direction d = saved("PLACE", "d")\nexperiment ', 1).replace(
+            "  measure", "  add d to resid_post layer 1 at last token\n  measure", 1
         ),
     ),
     "tuned_lens": (
-        "d.safetensors",
+        "vectors.safetensors",
         HEADS.replace(PATCH, 'observe tuned_lens("PLACE") resid_post layer 0 at last token')
         .replace("  from clean into fewer\n", "")
         .replace(" as recovery", " as raw"),
     ),
     "report": ("cells.csv", CSV),
+    "save": (
+        "streams.safetensors",
+        HEADS.replace(
+            "  measure", '  save resid_post layer 1 of clean at last token to "PLACE"\n  measure', 1
+        ),
+    ),
 }
 """Each construct that takes a path, with a name that it takes."""
 
@@ -191,11 +195,11 @@ def filled(folder: Path) -> None:
     (folder / "set").mkdir()
     (folder / "set" / "train.csv").write_text("a\nfig\n", encoding="utf-8")
     (folder / "metrics.py").write_text("def own(logits, rows):\n    return logits[:, 0]\n")
-    width = json.loads((ZOO / "config.json").read_text())["hidden_size"]
-    square, vector = np.zeros((width, width), np.float32), np.ones(width, np.float32)
+    square, vector = np.zeros((128, 128), np.float32), np.ones(128, np.float32)
     lens = {"d": vector, "layer.0.weight": square, "layer.0.bias": vector}
-    save_file(lens, folder / "d.safetensors")
-    shutil.copytree(ZOO, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    save_file(lens, folder / "vectors.safetensors")
+    zoo = Path(str(files("mechdsl") / "zoo" / "counting"))
+    shutil.copytree(zoo, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
 
 
 @pytest.mark.parametrize("name", [each.name for each in CONSTRUCTS])
@@ -214,10 +218,10 @@ def test_untrusted_lists_and_confines_every_construct(
     assert done.status == 2
     assert re.search(rf"warning\[W0780\]: `{name}` \w+ `{re.escape(outside)}", done.err)
     assert f"leads to `{here.parent / 'elsewhere' / target}`" in done.err
-    code = "E0531" if name == "report" else "E0535"
+    code = "E0531" if name in ("report", "save") else "E0535"
     assert f"error[{code}]" in done.err
     assert command("run", "--untrusted", path).status == 2
-    if name == "report":
+    if name in ("report", "save"):
         return
     assert inside.status == (2 if name == "python" else 0), inside.err  # E0221: it runs none
     assert "E0535" not in command("validate", path).err, "reading is free"
@@ -412,6 +416,7 @@ def test_nothing_else_looks_at_the_folder_of_a_file() -> None:
 STRINGS = {
     "use": True,
     "to_file": True,
+    "save": True,
     "turn": False,
     "template": False,
     "span_def": False,
