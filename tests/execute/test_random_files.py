@@ -167,6 +167,7 @@ def rules(draw: Any, *, swept: bool) -> str:
         others = [
             f"norm resid_post {where}",
             f"entropy pattern {where}",
+            f"distance(2) pattern {where}",
             "direct_logit layers 0..1 head 1 toward answer at last token",
         ]
         return f"observe {draw(st.sampled_from([draw(edges(swept=swept)), *others]))}"

@@ -877,7 +877,8 @@ _rule(
 _rule(
     "observe distance",
     "observe distance pattern layer * head * at last token",
-    "How many tokens back the query attends, on average over its attention.",
+    "How many tokens back the query attends, on average over its attention. `distance(8)` counts "
+    "keys that are further back as 8 tokens back.",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -890,6 +891,16 @@ _rule(
     "most likely token. Of `attn_out`, `mlp_out` and `head_out` the norm has the scale of that "
     "vector alone.",
     'nostalgebraist 2020, "interpreting GPT: the logit lens"',
+    _OBSERVED,
+    "measure prob(answer) as raw",
+)
+_rule(
+    "observe tuned_lens",
+    'observe tuned_lens("lens.safetensors") resid_post layer * at last token',
+    "As the logit lens, of h + A h + b: `layer.N.weight` [d_model, d_model] and `layer.N.bias` "
+    "[d_model] of the file are A and b for `resid_post layer N`. The last layer needs none, and "
+    "goes as it is then. The file's hash is kept with the results.",
+    "Belrose et al. 2023, arXiv 2303.08112",
     _OBSERVED,
     "measure prob(answer) as raw",
 )
