@@ -14,8 +14,9 @@ from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.diagnostics.e06_statistics import UnreadableExpectation
 from mechdsl.diagnostics.w07_data import PairedAlike
 from mechdsl.program import spec
+from mechdsl.program.lower_other_runs import BLOCKS
 from mechdsl.program.run_order import compared_with
-from mechdsl.prompts.prompt_table import Run
+from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.resolve.cell_key import averaged_cells, joined_axes, joined_cells
 from mechdsl.resolve.measured_parts import in_parts
 from mechdsl.resolve.name_cells import cell_keys
@@ -45,7 +46,7 @@ def about_results(
     unknown: list[Unknown] = [what for each in variants for what in each.unknown]
     if len(resolved) == len(variants):
         counted = not undecided and "count" not in unknown
-        few = check_rows(resolved, resolved[0].table.row_ids)
+        few = check_rows(resolved)
         found += [replace(each, by_text=counted) for each in few]
     return certain(found, unknown)
 
@@ -63,8 +64,10 @@ def _against_axes(
     said = experiment.spec
     own, aliases, perhaps = _axes(variants)
     axes = list(dict.fromkeys([*own, *aliases, *sorted(perhaps)]))
-    rows = experiment.table.runs["clean"].rows
-    values = list(rows[0].values) if rows else []
+    tables = list({id(each.table): each.table for each in variants}.values())
+    rows = [row for table in tables for row in table.runs["clean"].rows]
+    values = [n for n in rows[0].values if all(n in row.values for row in rows)] if rows else []
+    columns_unknown = any(table.columns_unknown for table in tables)
     measures = _measures(experiment)
     found: list[Diagnostic] = []
     for measure, each in zip(measures, said.measures, strict=True):
@@ -81,7 +84,7 @@ def _against_axes(
     for report in said.reports:
         found.extend(check_report(report, axes, values, measures if all_known else None))
     by = said.statistics.by
-    if by is not None and by not in values and not experiment.table.columns_unknown:
+    if by is not None and by not in values and not columns_unknown:
         found.append(
             UnknownName(
                 span=said.statistics.span,
@@ -90,7 +93,7 @@ def _against_axes(
                 hint=did_you_mean(
                     by,
                     values,
-                    f"values of `{experiment.table.name}` are {name_list(values)}",
+                    f"values of {_called(tables)} are {name_list(values)}",
                 ),
             )
         )
@@ -104,7 +107,7 @@ def _against_axes(
         truths = {
             "groups": {name: group.sites for name, group in program.groups.items()},
             "columns": None
-            if experiment.table.columns_unknown or experiment.table.stands_in
+            if columns_unknown or any(table.stands_in for table in tables)
             else {name: [row.values.get(name) for row in rows] for name in values},
             "all_rows": "count" not in experiment.unknown,
         }
@@ -112,6 +115,12 @@ def _against_axes(
         for expectation in said.expects:
             found.extend(check_expectation(expectation, known))
     return found
+
+
+def _called(tables: Sequence[PromptTable]) -> str:
+    """The blocks, and that it is what all of them have."""
+    names = list(dict.fromkeys(table.name for table in tables))
+    return f"`{names[0]}`" if len(names) == 1 else f"all of {name_list(names)}"
 
 
 def _over(variants: Sequence[Outline]) -> str | None:
@@ -146,6 +155,9 @@ def _averaged(variants: Sequence[Outline]) -> Iterator[Diagnostic]:
         if measure.over != said.over:
             reason = f"`{said.measures[0].label}` is averaged otherwise, and both share one table"
             hint = "average all measures of an experiment over one axis, or none of them"
+        elif measure.over == BLOCKS and BLOCKS in every:
+            reason = "rows of several blocks have no mean row by row"
+            hint = 'set cells of two blocks against each other: `expect prob(prompts: "a") - …`'
         elif measure.over is not None and kind == "category":
             reason, hint = "categories have no mean", "use `expected(…)`, which is a number"
         elif measure.over is not None and measure.over not in (*every, *aliases, *perhaps):
@@ -233,15 +245,17 @@ def _has(run: Run, values: Sequence[Any], name: str) -> bool:
 
 
 def _accuracies(variants: Sequence[Outline]) -> list[Diagnostic]:
-    """E0606 for `accuracy(clean)` of several models, each of which has its own."""
-    names = list(dict.fromkeys(each.model.name for each in variants))
-    if len(names) == 1:
+    """E0606 for `accuracy(clean)` of several models or blocks, each of which has its own."""
+    models = list(dict.fromkeys(each.model.name for each in variants))
+    blocks = [str(of[BLOCKS]) for each in variants if BLOCKS in (of := dict(each.spec.variant))]
+    if len(models) == 1 and not blocks:
         return []
+    what, one = ("block", f"prompts {blocks[0]}") if blocks else ("model", f"model {models[0]}")
     return [
         UnreadableExpectation(
             span=expect.span,
-            reason="each model has an accuracy of its own",
-            hint=f"ask it of one: an experiment on `model {names[0]}` alone",
+            reason=f"each {what} has an accuracy of its own",
+            hint=f"ask it of one: an experiment on `{one}` alone",
         )
         for expect in variants[0].spec.expects
         if any(

@@ -1027,6 +1027,14 @@ _experiment(
     "tests/execute/test_effects.py",
 )
 _experiment(
+    "several blocks",
+    "prompts fruit, listed limit 16",
+    "An axis, `prompts`: the experiment on each block, or part of one (`fruit.train, fruit.test`), "
+    "`limit` rows of each. Texts, runs and positions are the block's own. Cells of two blocks have "
+    "no rows in common: for a difference of them each block's rows are drawn by themselves.",
+    "tests/elsewhere/test_several_blocks.py",
+)
+_experiment(
     "from … into",
     "from clean into fewer",
     "Source run and base run: rules act on the base run, and `patch` reads the source. Effects "
