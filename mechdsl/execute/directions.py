@@ -87,7 +87,7 @@ class DirectionFits:
         members = {m.name: m for rule in plan.rules for m in rule.directions}
         due = [member for name, member in members.items() if name not in self._made]
         fits = {id(fit): fit for member in due for fit in fits_of(member.vector)}
-        self._gather(list(fits.values()))
+        self._gather([fit for key, fit in fits.items() if key not in self._read])
         problems: list[Diagnostic] = []
         for member in due:
             try:
@@ -98,7 +98,6 @@ class DirectionFits:
                 continue
             if not self._made[member.name].isfinite().all():
                 problems.append(_empty(plan, member, "has NaN or infinity"))
-        self._read.clear()
         made = {name: self._made[name] for name in members if name in self._made}
         for rule in plan.rules if not problems else ():
             # One of a family may be nothing: where all rows have the same token, say.
@@ -159,8 +158,8 @@ class DirectionFits:
             case UnitVector(of=of):
                 found = self._vector(of)
                 return found / found.norm() if found.any() else found
-            case RandomLike(of=of, number=number, seed=seed):
-                return _random(self._vector(of), number, seed)
+            case RandomLike(of=of, draw=draw, seed=seed):
+                return _random(self._vector(of), draw, seed)
 
     def _fitted(self, fit: Fitted) -> Tensor:
         samples = self._read[id(fit)]
@@ -262,10 +261,10 @@ def _saved(vector: SavedVector) -> Tensor:
     return load(content)[vector.key].double()
 
 
-def _random(like: Tensor, number: int, seed: int) -> Tensor:
+def _random(like: Tensor, draw: str, seed: int) -> Tensor:
     """A direction of the same length, drawn evenly over all."""
     random = np.random.Generator(
-        np.random.Philox(np.random.SeedSequence([stable_hash(seed, "direction", number)]))
+        np.random.Philox(np.random.SeedSequence([stable_hash(seed, "direction", draw)]))
     )
     drawn = torch.from_numpy(random.standard_normal(len(like)))
     return drawn / drawn.norm() * like.norm()

@@ -16,7 +16,7 @@ from mechdsl.base.digest import digest
 from mechdsl.execute.measured_values import CellGap, MeasuredValues, base_per_cell
 from mechdsl.execute.not_finite import cell_words
 from mechdsl.execute.observed_weights import of_weights
-from mechdsl.execute.read_vectors import numbers, prompt_batches, read_vectors, reader
+from mechdsl.execute.read_vectors import numbers, prompt_batches, read_vectors
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.hooks.weight_maps import WeightMaps
@@ -236,9 +236,7 @@ class _Gatherer:
         model, prompts = self.runs.model_of(run), self.kept[columns]
         sums = [np.zeros((len(columns), self._width(point))) for point in points]
         counts = np.zeros(len(columns))
-        lanes = reader(
-            model, self.runs.table, run, points, seed=self.runs.seed, side=self.runs.side
-        )
+        lanes = self.runs.reader(run, points)
         for read in read_vectors(
             lanes, points, [position], prompt_batches(model, run, points, prompts)
         ):
@@ -266,7 +264,9 @@ class _Gatherer:
         for row in prompts.tolist():
             ids, hits = run.rows[row].ids, [spot.hits[row] for spot in spots]
             last = max(token for own in hits for tokens in own for token in tokens)
-            drawn = None if run.noise is None else self.runs.table.row_keys[row]
+            # Of noise, and of rules (`run NAME { … }`), a row's whole content matters.
+            alone = run.noise is None and getattr(run, "derived", None) is None
+            drawn = None if alone else self.runs.table.row_keys[row]
             found.append(digest(ids[: last + 1] if causal else ids, hits, drawn))
         return found
 

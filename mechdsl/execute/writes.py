@@ -20,7 +20,7 @@ from mechdsl.hooks.batch import gather
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import Mode, SiteRead, SiteWrite
 from mechdsl.models.shape import ModelShape, units, width
-from mechdsl.plan.columns import counted, each_unit, prompt_lengths, units_of
+from mechdsl.plan.columns import EVERY, counted, each_unit, prompt_lengths, units_of
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import Place
@@ -169,7 +169,7 @@ def build_writes(
         ]
         places = sorted(set(pairs), key=str)
         place_of_point = np.array([places.index(pair) for pair in pairs], dtype=np.int64)
-        unit_of_point = units_of(rule.point_table)
+        unit_of_point, unit_of_source = units_of(rule.point_table), units_of(rule.source_table)
         own = place_of_point[entries.point]
         for index in np.unique(own):
             to, of = places[index]
@@ -177,13 +177,15 @@ def build_writes(
             unit = unit_of_point[entries.point[chosen]]
             again, unit = each_unit(unit, units(shape, *to))
             chosen = chosen[again]
+            read = unit_of_source[entries.point[chosen]]
+            read = np.where(read == EVERY, unit, read)
             asked = _Vectors(
                 rule,
                 number,
                 of,
                 entries,
                 chosen,
-                unit,
+                read,
                 rows,
                 draws,
                 lanes_of,

@@ -16,11 +16,15 @@ import numpy as np
 from mechdsl.base.arrays import Ints
 from mechdsl.models.shape import ModelShape
 from mechdsl.plan.columns import Ragged, prompt_lengths
+from mechdsl.plan.only_looks import only_looks
 from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel
 from mechdsl.plan.restart import WHOLE_PASS, BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import Sharer, combined
+from mechdsl.prompts.prompt_table import Run
+from mechdsl.resolve.direction_types import fits_of
 from mechdsl.resolve.resolved import SitePoint
+from mechdsl.vocab.sites import stop_layer
 
 EFFICIENCY = 0.8
 """Share of a large product's rate that passes over wide models reach, as measured on two cores."""
@@ -145,10 +149,10 @@ class PanelCount:
     def unpatched(self, *, stopped: bool) -> Cost:
         """All prompts of all unpatched runs: whole, or those that are only read stopped early."""
         found = Cost()
-        for name, needs in self.panel.runs.items():
+        for name, needs in () if only_looks(self.panel) else self.panel.runs.items():
             run = self.panel.table.runs[name]
             lengths = prompt_lengths(run)
-            draws = run.noise.samples if run.noise is not None else 1
+            draws = run.draws
             prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
             per_block = int(self.block.whole(lengths).sum()) * draws
             blocks, logits = self.shape.n_layers, prompts * self.shape.d_model
@@ -156,12 +160,35 @@ class PanelCount:
             if stopped and needs.stop is not None:
                 blocks, logits = min(needs.stop, blocks), 0
             found += Cost(0, 0, prompts, tokens * blocks, per_block * blocks + logits)
+        for run, blocks in self.fitted:  # which are stopped in any case
+            lengths = prompt_lengths(run)
+            per_block = int(self.block.whole(lengths).sum())
+            found += Cost(
+                0, 0, len(lengths), int(lengths.sum()) * blocks, float(per_block * blocks)
+            )
         return found
+
+    @cached_property
+    def fitted(self) -> list[tuple[Run, int]]:
+        """The runs that directions are fitted on, and how many blocks of them are run."""
+        members = {m.name: m for p in self.plans for rule in p.rules for m in rule.directions}
+        found: dict[tuple[int, str | None], tuple[Run, int]] = {}
+        for fit in (fit for member in members.values() for fit in fits_of(member.vector)):
+            layers = self.shape.n_layers
+            stops = [stop_layer(p.site, p.layer, layers) or layers for p in fit.points]
+            for sample in fit.samples:
+                key = id(sample.run.rows), sample.run.model
+                before = found.get(key, (sample.run, 0))
+                found[key] = sample.run, max(before[1], *(min(stop, layers) for stop in stops))
+        return list(found.values())
 
     def batches(self) -> int:
         """Forward passes over batches of prompts that all unpatched runs take."""
-        runs = [self.panel.table.runs[name] for name in self.panel.runs]
-        draws = [run.noise.samples if run.noise is not None else 1 for run in runs]
+        names = () if only_looks(self.panel) else self.panel.runs
+        runs = [self.panel.table.runs[name] for name in names]
+        draws = [run.draws for run in runs]
+        runs += [run for run, _ in self.fitted]
+        draws += [1] * len(self.fitted)
         tokens = (int(prompt_lengths(run).sum()) * n for run, n in zip(runs, draws, strict=True))
         return sum(-(-n // self.prompt_tokens) for n in tokens)
 

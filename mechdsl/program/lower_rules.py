@@ -75,6 +75,8 @@ def lower_rule(
         case ast.Freeze():
             return _at(rule, "freeze", body)
         case ast.SetSite():
+            if isinstance(body.value, ast.Reading):
+                return _reading(rule, "set", body, body.value, prompts, work)
             if named_in(body.value, work.scope.names("direction")):
                 return _of_direction(rule, "set", body, body.value, work)
             return _at(rule, "set", body, fill=body.value)
@@ -187,6 +189,30 @@ def _patch(
         source=source,
         onto=body.onto,
         into_layer=body.into_layer,
+    )
+
+
+def _reading(
+    rule: ast.Rule,
+    verb: str,
+    body: ast.SetSite,
+    reading: ast.Reading,
+    prompts: spec.Prompts | None,
+    work: Statements,
+) -> spec.Rule:
+    """`VERB … NUMBER * value(SITE at POSITIONS) of RUN`"""
+    source = None
+    if reading.of is not None and prompts is not None:
+        source = run_of(reading.of, prompts, work)
+    return spec.Rule(
+        span=rule.span,
+        verb=verb,
+        site=body.site,
+        at=body.at if reading.at is None else reading.at,
+        onto=None if reading.at is None else body.at,
+        source=source,
+        fill=reading.factor,
+        reading=reading.site,
     )
 
 

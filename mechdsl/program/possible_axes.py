@@ -12,7 +12,7 @@ from mechdsl.syntax.walk import walk
 def possible_axes(rule: spec.Rule) -> Iterator[str]:
     """Names that reports and expectations may call them by."""
     yield "layer"  # which may have been forgotten
-    for site in (rule.site, rule.edge):
+    for site in (rule.site, rule.reading, rule.edge):
         yield from axes_of(site)
     yield from (f"to_{name}" for name in axes_of(rule.receiver))
     if rule.into_layer is not None:

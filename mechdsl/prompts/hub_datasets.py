@@ -82,8 +82,8 @@ def read_dataset(call: ast.Call) -> tuple[DataFile | None, list[Diagnostic]]:
         return None, [bad]
     columns = dict.fromkeys(name for record in records for name in record)
     whole = sha256()
-    for file, data in content:
-        whole.update(file.name.encode() + b"\0" + sha256(data).digest())
+    for _, data in content:
+        whole.update(sha256(data).digest())
     return DataFile(tuple(records), tuple(columns), whole.hexdigest()), []
 
 

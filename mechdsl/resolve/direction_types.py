@@ -71,8 +71,8 @@ class RandomLike(Record):
     """A random direction with the length of another."""
 
     of: Vector
-    number: int
-    """Of the draw."""
+    draw: str
+    """What tells it from others: whose it is, and the number of the draw."""
     seed: int
 
 

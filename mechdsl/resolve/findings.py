@@ -16,7 +16,15 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import Hits, PromptTable
 from mechdsl.resolve.path_rules import reached
-from mechdsl.resolve.resolved import Key, ResolvedExperiment, ResolvedRule, SitePoint, SiteTargets
+from mechdsl.resolve.resolved import (
+    Key,
+    PositionTargets,
+    ResolvedExperiment,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
@@ -235,7 +243,17 @@ def _written(rule: ResolvedRule, key: Key) -> tuple[SitePoint, ...]:
 def _token_rule(experiment: ResolvedExperiment) -> ResolvedRule:
     """The rule whose positions are swept."""
     every = ranked_rules(experiment)
-    return next(rule for rule in every if "position" in rule.positions.axes)
+    return next(rule for rule in every if "position" in ranked_tokens(rule)[0].axes)
+
+
+def ranked_tokens(rule: ResolvedRule) -> tuple[PositionTargets, ast.Positions]:
+    """The tokens of a rule that are ranked, with the positions that say which: of edges the keys,
+    unless queries alone are swept."""
+    alone = rule.edge is None or "position" in rule.positions.axes
+    if rule.edge is None or (alone and "position" not in rule.edge.keys.axes):
+        return rule.positions, rule.spec.at
+    assert rule.spec.onto is not None
+    return rule.edge.keys, rule.spec.onto
 
 
 def _by_label(
@@ -246,7 +264,7 @@ def _by_label(
     tokenizer: TextTokenizer,
 ) -> dict[str, dict[int, Hits]]:
     """Label → row id → where the positions of an experiment are in one run."""
-    positions = rule.positions
+    positions, at = ranked_tokens(rule)
     targets = {own.spec.base: positions.written, rule.run: positions.read}.get(run)
     if targets is not None:
         return {
@@ -254,7 +272,7 @@ def _by_label(
             for cell in targets.values()
         }
     # A run that it neither wrote nor read: the same positions, found in that run's own text.
-    cells, problems = resolve_positions(rule.spec.at, table, run, tokenizer=tokenizer)
+    cells, problems = resolve_positions(at, table, run, tokenizer=tokenizer)
     if has_errors(problems):
         raise Refused(
             f"the positions of `{own.name}` aren't in `{run}`: {problems[0].message}",

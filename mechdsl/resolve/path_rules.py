@@ -23,6 +23,8 @@ def _before(sender: SitePoint, receiver: SitePoint, *, parallel: bool) -> bool:
     assert receiver.layer is not None
     if sender.layer != receiver.layer:
         return sender.layer < receiver.layer
+    if receiver.site == "resid_pre":  # it is the sender, or comes before it
+        return False
     if sender.site == "resid_pre":
         return True
     of_attention = sender.site in ("z", "head_out", "attn_out", "resid_mid")

@@ -21,7 +21,14 @@ from mechdsl.diagnostics.e06_onward import BadPick
 from mechdsl.program.possible_axes import may_sweep
 from mechdsl.prompts.position_hits import lies_behind
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
-from mechdsl.resolve.findings import Finding, RankedSite, Refused, ranked_rules, site_targets
+from mechdsl.resolve.findings import (
+    Finding,
+    RankedSite,
+    Refused,
+    ranked_rules,
+    ranked_tokens,
+    site_targets,
+)
 from mechdsl.resolve.resolved import (
     Key,
     PositionTargets,
@@ -401,6 +408,13 @@ def _check_sites(experiment: ResolvedExperiment, node: ast.Ranked) -> None:
             f"{some}`{name}` change{'' if some else 's'} the input, which is no site",
             f"name its tokens, `{tokens}`, or an experiment that sweeps sites",
         )
+    words = {"positions": "position ids", "blocks": "blocks"}
+    other = next((words[r.does.changes] for r in rules if r.does.changes in words), None)
+    if other is not None:
+        raise Refused(
+            f"`{name}` changes {other}, which are no sites",
+            "name an experiment that writes at sites",
+        )
     swept = {axis for rule in rules for axis in site_targets(rule).axes}
     if not swept and experiment.n_cells > 1:
         site = next(iter(site_targets(rules[0]).labels.values()))
@@ -431,9 +445,9 @@ def _check_tokens(
             "let both run on one model",
         )
     rules = ranked_rules(experiment)
-    sweeping = [rule for rule in rules if "position" in rule.positions.axes]
+    sweeping = [rule for rule in rules if "position" in ranked_tokens(rule)[0].axes]
     if experiment.model.tokenizer.stands_in:
-        sweeping = [rule for rule in rules if may_sweep(rule.spec.at)]
+        sweeping = [rule for rule in rules if may_sweep(ranked_tokens(rule)[1])]
     if not sweeping:
         raise Refused(
             f"`{name}` doesn't sweep positions",
@@ -441,7 +455,7 @@ def _check_tokens(
             f"`{node.span.written}`",
         )
     rule = sweeping[0]
-    if rule.spec.onto is not None:
+    if rule.spec.onto is not None and rule.edge is None:
         raise Refused(
             f"a cell of `{name}` has tokens in two places",
             "let it sweep single tokens, for example `at each token of …`",
@@ -449,7 +463,7 @@ def _check_tokens(
     if experiment.model.tokenizer.stands_in:
         return
     rows = experiment.table.runs[experiment.spec.base].rows
-    for cell in rule.positions.written.values():
+    for cell in ranked_tokens(rule)[0].written.values():
         if lies_behind(cell, rows):
             raise Refused(
                 f"the cell `{cell.label}` of `{name}` is of the answer, behind the prompt",

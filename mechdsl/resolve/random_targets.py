@@ -31,6 +31,7 @@ from mechdsl.resolve.matched_draws import (
     site_options,
 )
 from mechdsl.resolve.other_sites import OtherSites
+from mechdsl.resolve.random_directions import random_directions
 from mechdsl.resolve.resolved import (
     DRAW,
     Axis,
@@ -46,7 +47,14 @@ from mechdsl.resolve.resolved import (
 from mechdsl.resolve.site_targets import points_label
 from mechdsl.vocab.sites import SITES
 
-FINEST_FIRST: tuple[spec.Drawn, ...] = ("heads", "neurons", "experts", "layers", "positions")
+FINEST_FIRST: tuple[spec.Drawn, ...] = (
+    "directions",
+    "heads",
+    "neurons",
+    "experts",
+    "layers",
+    "positions",
+)
 
 
 def resolve_control(
@@ -76,6 +84,13 @@ def resolve_control(
         ]
     try:
         draws = asked.draws if draws_enough is None else min(asked.draws, draws_enough)
+        if asked.what in (None, "directions") and any(r.direction for r in experiment.rules):
+            if apart:
+                span = apart[0].site.span
+                reason = "directions are drawn, and sites stay as they are"
+                hint = "leave `apart from` out"
+                return None, [BadControl(span=span, text=span.written, reason=reason, hint=hint)]
+            return random_directions(experiment, asked, draws), []
         return _Draws(experiment, asked, apart, draws).control(), []
     except _NothingToDraw as nothing:
         reason, hint, span = nothing.reason, nothing.hint, nothing.span or asked.span

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.program.lower_other_runs import BLOCKS
-from mechdsl.resolve.cell_key import Labels, joined_axes, joined_cells
+from mechdsl.resolve.cell_key import Labels, joined_axes, joined_cells, told_apart
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.seen_rows import shared_rows
 from mechdsl.statistics.measure_data import DrawnValues, MeasureData
@@ -35,7 +35,7 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
     ]
     results = [result for _, result in parts]
     axes = joined_axes([(labels, result.axes) for labels, result in parts])
-    several = _told_apart_by(parts)
+    several = told_apart([(labels, result.model) for labels, result in parts])
     fewer = "" if ids is None or len(ids) == first.prompts else f"{len(ids)} that all have"
     return replace(
         results[0],
@@ -183,15 +183,6 @@ def _side_by_side(values: Sequence[NDArray[A] | None], cells: Sequence[int]) -> 
         return found[0]
     rows = [np.broadcast_to(v, (n, v.shape[1])) for v, n in zip(found, cells, strict=True)]
     return np.concatenate(rows)
-
-
-def _told_apart_by(parts: Sequence[tuple[Labels, ExperimentResult]]) -> list[str]:
-    """What tells the runs of one variant from those of one name of the others: its block, its
-    model; nothing where there is one."""
-    blocks = [str(dict(labels).get(BLOCKS, "")) for labels, _ in parts]
-    models = [result.model for _, result in parts]
-    told = [each if len(set(each)) > 1 else [""] * len(each) for each in (blocks, models)]
-    return [", ".join(filter(None, each)) for each in zip(*told, strict=True)]
 
 
 def _by_run(

@@ -11,6 +11,7 @@ from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import Amounts, Convention, Intervention, ResolvedRule, Vectors
 from mechdsl.rules.kind import RuleKind, places, rule_kind
+from mechdsl.rules.readings import ReadValue, resolve_reading
 from mechdsl.rules.steer import SET_TO_DIRECTION
 from mechdsl.syntax import ast
 
@@ -77,7 +78,7 @@ class FromPython(Intervention):
         return found.masked_fill(lacking, 0.0)
 
 
-NUMBER, PYTHON = GivenNumber(), FromPython()
+NUMBER, PYTHON, VALUE = GivenNumber(), FromPython(), ReadValue()
 
 
 @rule_kind("set")
@@ -85,6 +86,8 @@ class SetRule(RuleKind):
     """Vectors of the base run are replaced."""
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        if rule.reading is not None:
+            return resolve_reading(rule, VALUE, work)
         if rule.direction is not None:
             return SET_TO_DIRECTION.resolve(rule, work)
         base = work.experiment.base

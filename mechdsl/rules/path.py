@@ -43,7 +43,7 @@ SENDERS = (
     "mlp_out",
     "resid_post",
 )
-RECEIVERS = ("attn_norm", "q", "k", "v", "mlp_norm", "final_norm", "logits")
+RECEIVERS = ("resid_pre", "attn_norm", "q", "k", "v", "mlp_norm", "final_norm", "logits")
 
 
 @rule_kind("path")
@@ -140,7 +140,7 @@ def _kinds(
     if verb == "start":
         reason = "it adds nothing to the residual stream by itself"
     else:
-        reason = "a receiver is what a head or an MLP reads"
+        reason = "a receiver is what a block, a head or an MLP reads"
     work.diagnostics.append(
         NotOnAPath(
             span=site.span, verb=verb, site=wrong[0], reason=reason, hint=f"write one of {listed}"

@@ -11,19 +11,17 @@ from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain
 from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
-from mechdsl.diagnostics.e06_statistics import UnreadableExpectation
 from mechdsl.diagnostics.w07_data import PairedAlike
 from mechdsl.program import spec
 from mechdsl.program.lower_other_runs import BLOCKS
 from mechdsl.program.run_order import compared_with
 from mechdsl.prompts.prompt_table import PromptTable, Run
-from mechdsl.resolve.cell_key import averaged_cells, joined_axes, joined_cells
+from mechdsl.resolve.cell_key import averaged_cells, joined_axes, joined_cells, told_apart
 from mechdsl.resolve.measured_parts import in_parts
 from mechdsl.resolve.name_cells import cell_keys
 from mechdsl.resolve.open_axes import open_axes
 from mechdsl.resolve.resolved import Outline, ResolvedMeasure
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
 from mechdsl.validate.expectations import check_expectation
 from mechdsl.validate.known import Known
 from mechdsl.validate.known_measures import KnownMeasure
@@ -99,7 +97,6 @@ def _against_axes(
         )
     found.extend(_averaged(variants))
     found.extend(_paired_alike(variants, axes))
-    found.extend(_accuracies(variants))
     if said.expects and measures:
         known = _known(variants, program)
         names = compared_with(said).intersection(every) - {experiment.name}
@@ -191,13 +188,25 @@ def _known(variants: Sequence[Outline], program: spec.Program) -> Known:
     return Known(
         _measures(experiment),
         list(dict.fromkeys([*own, *aliases, *sorted(perhaps)])) if perhaps else own,
-        list(experiment.table.runs),
+        _runs(variants),
         [e.name for e in program.experiments if e.name != experiment.name],
         aliases,
         cells,
         perhaps,
         undecided,
         experiment.name,
+    )
+
+
+def _runs(variants: Sequence[Outline]) -> list[str]:
+    """As results call them: on several blocks or models each has runs of its own."""
+    told = told_apart([(each.spec.variant, each.model.name) for each in variants])
+    return list(
+        dict.fromkeys(
+            f"{run} ({whose})" if whose else run
+            for each, whose in zip(variants, told, strict=True)
+            for run in each.table.runs
+        )
     )
 
 
@@ -242,24 +251,3 @@ def _has(run: Run, values: Sequence[Any], name: str) -> bool:
         all(row.values.get(own) == value for row, value in zip(run.rows, values, strict=True))
         for own in names
     )
-
-
-def _accuracies(variants: Sequence[Outline]) -> list[Diagnostic]:
-    """E0606 for `accuracy(clean)` of several models or blocks, each of which has its own."""
-    models = list(dict.fromkeys(each.model.name for each in variants))
-    blocks = [str(of[BLOCKS]) for each in variants if BLOCKS in (of := dict(each.spec.variant))]
-    if len(models) == 1 and not blocks:
-        return []
-    what, one = ("block", f"prompts {blocks[0]}") if blocks else ("model", f"model {models[0]}")
-    return [
-        UnreadableExpectation(
-            span=expect.span,
-            reason=f"each {what} has an accuracy of its own",
-            hint=f"ask it of one: an experiment on `{one}` alone",
-        )
-        for expect in variants[0].spec.expects
-        if any(
-            isinstance(node, ast.Call) and node.name == "accuracy"
-            for node in walk(expect.condition)
-        )
-    ]

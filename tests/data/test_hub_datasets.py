@@ -83,6 +83,7 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
     flat(tmp_path / "d" / "data" / "train-00001-of-00002.parquet", TRAIN[3:])
     flat(tmp_path / "d" / "data" / "test-00000-of-00001.parquet", TEST)
     flat(tmp_path / "d" / "data" / "constrained.parquet", TEST)  # `train` is no word of it
+    flat(tmp_path / "d" / "data" / "pretrain.parquet", TEST)  # nor here
     assert records(tmp_path, 'hf_dataset("d", split: "train")') == TRAIN
     assert records(tmp_path, 'hf_dataset("d", split: "test")') == TEST
     lines = "".join(json.dumps(each) + "\n" for each in TRAIN)

@@ -52,6 +52,15 @@ def test_an_answer_is_counted_behind_its_prompt(kind: str, request: pytest.Fixtu
         assert rows(f"tokens(answer) <= {n}", tokenizer) == wanted
 
 
+def test_a_space_of_its_own_is_not_counted(qwen: TextTokenizer) -> None:
+    """It goes into the prompt, so that the answer is one token."""
+    assert len(qwen.continuation("Count", " 7")[0]) == 2
+    text = 'x in ["7", "3", "12"] template "Count" answer " {x}" where tokens(answer) = 1'
+    made = table(text, qwen)
+    assert {row.values["x"] for row in made.runs["clean"].rows} == {"7", "3"}
+    assert {len(row.texts["answer"].ids) for row in made.runs["clean"].rows} == {1}
+
+
 @pytest.fixture(scope="module")
 def spaced() -> TextTokenizer:
     """Words behind a space are one token, and several where they begin a text."""

@@ -27,6 +27,7 @@ from ..execute.support import (
     difference,
     experiment,
     prompt,
+    token,
     write_rows,
 )
 from ..reference.points import Point, copied
@@ -118,6 +119,21 @@ def test_each_block_by_hand(folder: Path, family: str, mode: str) -> None:
     assert set(shown) == {"clean (p)", "clean (r)", "other (p)", "other (r)"}
     np.testing.assert_allclose(np.sort(shown["clean (r)"]["logit(answer) - logit(wrong)"])[:3],
                                np.sort(by_hand(family, "r")[2]), atol=1e-4)  # fmt: skip
+
+
+def test_accuracies_of_each_block(folder: Path) -> None:
+    """Right where the answer is the likeliest token, by hand; the file of each says which."""
+    lines = ("expect accuracy(clean, prompts: p) >= 0 on mean",
+             "expect accuracy(other, prompts: r) >= 0 on mean")  # fmt: skip
+    found = run(text_of(*lines), folder, models("llama"), prompts=PROMPTS + SECOND)["e"]
+    for verdict, of, which in zip(found.outcomes, "pr", ("clean", "other"), strict=True):
+        make, rows, key = (prompt, ROWS, "a") if of == "p" else (second, OF_SECOND, "b")
+        right = [
+            int(unpatched("llama", make(row, which))[0][-1].argmax()) == token(row[key])
+            for row in rows
+        ]
+        assert verdict.value == pytest.approx(np.mean(right))
+        assert verdict.effective_n == len(rows)
 
 
 def test_models_multiply_within_a_block(folder: Path) -> None:
@@ -268,13 +284,16 @@ def checked(lines: str, folder: Path, *more: str) -> list[Diagnostic]:
     whole = f'mech 1\nmodel m = zoo("counting")\n{PROMPTS}{SECOND}{text}'
     write_rows(folder)
     every = check_source(Source(whole, folder / "file.mech")).diagnostics
-    return [d for d in every if d.code in ("E0201", "E0202", "E0207", "E0606", "E0612", "E0203")]
+    return [d for d in every if d.code in ("E0108", "E0201", "E0202", "E0207", "E0606", "E0612", "E0203")]
 
 
 def test_what_is_of_one_block_alone(folder: Path) -> None:
     line = "prompts p, r\n from clean into other"
     assert [d.code for d in checked(line, folder, "expect accuracy(clean) > 0.5")] == ["E0606"]
+    assert checked(line, folder, "expect accuracy(clean, prompts: r) > 0.5") == []
     mean = "measure prob(answer) as raw mean over prompts"
+    several = checked(line, folder, 'save resid_post layer 0 at last token to "a.safetensors"')
+    assert [d.code for d in several] == ["E0108"]
     over = checked(f"{line}\n {mean}", folder)
     assert "E0612" in [d.code for d in over]
     by = checked(line, folder, "report table by prompts")

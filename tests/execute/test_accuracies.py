@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import beta, binomtest, t
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mechdsl
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 
@@ -197,3 +201,39 @@ def test_it_is_left_out_of_every_accuracy() -> None:
         assert not set(result.left_out) & set(result.accuracy_rows[run])
     assert result.accuracy_of("clean").mean == pytest.approx(2 / 3)
     assert result.conventions["accuracy"].startswith("of all 3 rows, before `keep`")
+
+
+def test_each_of_several_models_has_its_own(tmp_path: Path) -> None:
+    """The second one gives other tokens, and is never right."""
+    folder = str(files("mechdsl") / "zoo" / "counting")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    models = [AutoModelForCausalLM.from_pretrained(folder) for _ in range(2)]
+    with torch.no_grad():
+        models[1].lm_head.weight.neg_()
+    path = tmp_path / "a.mech"
+    path.write_text(
+        """mech 1
+model toy = local("one")
+model twin = local("two")
+prompts fruit {
+  count in 2..9
+  template "Part 1: apple Count {count}:"
+  answer " 1"
+  corrupt fewer { count = count - 1 }
+}
+experiment e {
+  prompts fruit limit 6
+  from clean into fewer
+  model toy, twin
+  patch resid_post layer 1 at last token
+  measure logit(answer) as delta
+  expect accuracy(clean, model: toy) = 1 on mean
+  expect accuracy(clean, model: twin) = 1 on mean
+  expect accuracy(fewer, model: toy) - accuracy(fewer, model: twin) = 1 on mean
+}
+""",
+        encoding="utf-8",
+    )
+    own = {"toy": (models[0], tokenizer), "twin": (models[1], tokenizer)}
+    (result,) = mechdsl.run(path, models=own).files[0].experiments
+    assert [outcome.holds for outcome in result.outcomes] == [True, False, True]

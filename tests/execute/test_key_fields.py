@@ -32,6 +32,7 @@ from mechdsl.plan.whole_cells import whole_cells
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import Noise, PositionCell, PromptTable, Run, RunRow
+from mechdsl.resolve.direction_types import DirectionTargets
 from mechdsl.resolve.resolved import (
     Amounts,
     Apart,
@@ -62,6 +63,8 @@ EXPERIMENTS = {
     "fills": one("ablate z layer 1 head 1 at subject token with zero, mean"),
     "apart": one("ablate z layer 1 head 1 at subject token with mean of apart"),
     "number": one("set z layer 1 head 1 at subject token to 0.5"),
+    "steered": "direction d = mean(apart) at resid_post layer 1\n"
+    + one("add d to resid_post layer 1 at subject token"),
     "loop": one("for k in 1..2 { set z layer 1 head 1 at subject token to k }"),
     "edges": one("block attention layer 1 head 1 from last token to subject token, cue token"),
     "paths": one("path z layer 0 head 1..2 -> q layer 1..2 head 1 at last token"),
@@ -241,6 +244,13 @@ def other_table(table: PromptTable) -> PromptTable:
     return replace(table, runs={name: other_row(run) for name, run in table.runs.items()})
 
 
+def other_direction(targets: DirectionTargets) -> DirectionTargets:
+    """Of the same name, made in another way."""
+    (member,) = targets.members.values()
+    vector = replace(member.vector, way="pca")
+    return replace(targets, members={(): replace(member, vector=vector)})
+
+
 def longer(lists: Ragged) -> Ragged:
     """The first list has its first number twice."""
     return Ragged(
@@ -263,6 +273,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "edge": ("edges", lambda edge: replace(edge, change="uniform")),
         "path": ("paths", lambda path: replace(path, through_mlps=True)),
         "only": ("fills", lambda only: replace(only, index=1)),
+        "direction": ("steered", other_direction),
     },
     SiteTargets: {
         "points": ("grid", lambda points: one_more(points, next_head)),
@@ -382,6 +393,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     Run: {
         "name": "what rules and measures call it; what it holds goes in",
         "prompts": "the block that its rows are of; they go in as they are",
+        "derived": "its rules go in, as those of an experiment: `tests/execute/test_value_keys.py`",
     },
     RunRow: {
         "text": "tokens are what the model sees",
@@ -392,6 +404,8 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "texts": "those that a metric names are in `Atom.texts`",
     },
     RulePlan: {
+        "directions": "those of `direction`, in its order",
+        "direction_of_cell": "cells have the axes of `direction`",
         "positions": "`written` is made of them",
         "sources": "`read` and `averaged` are made of them",
         "number": "rules are keyed in their order",

@@ -45,6 +45,8 @@ prompts single {
   span subject = "w1 w2"
 }
 group few = L0H1, L2H0, L1H3
+direction d = mean_difference(p.other, elsewhere) at resid_post layer 1 at last token
+direction by_layer = mean_difference(p, p.longer) at resid_pre layer 1..2 at last token
 """
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "mistral", "bloom")
 RUNS = ("clean", "other", "longer", "turned", "noised")
@@ -151,6 +153,7 @@ def rules(draw: Any, *, swept: bool) -> str:
             [
                 *("patch", "patch", "onto", "into", "ablate", "swap", "freeze", "set", "edge"),
                 *("observe", "allow", "renumber", "block"),
+                *("add", "scale", "project out", "clamp"),
             ]
         )
     )
@@ -172,9 +175,25 @@ def rules(draw: Any, *, swept: bool) -> str:
     if verb == "renumber":
         return f"renumber {draw(positions(swept=swept))} from {draw(st.integers(0, 40))}"
     if verb == "observe":
-        return f"observe {draw(edges(swept=swept))}"
+        where = f"layer {draw(st.integers(0, LAYERS - 1))} at {draw(positions(swept=swept))}"
+        others = [
+            f"norm resid_post {where}",
+            f"entropy pattern {where}",
+            "direct_logit layers 0..1 head 1 toward answer at last token",
+        ]
+        return f"observe {draw(st.sampled_from([draw(edges(swept=swept)), *others]))}"
     site, at = draw(sites(swept=swept)), draw(positions(swept=swept))
+    along = draw(st.sampled_from(["d", "by_layer", "by_layer[layer 2]", "(unit(d) - 0.5 * d)"]))
     match verb:
+        case "add":
+            return f"add {draw(st.sampled_from(['', '-2 * ', '0 * ']))}{along} to {site} at {at}"
+        case "scale":
+            return f"scale {site} at {at} by {draw(st.sampled_from(['-1', '0', '1', '2.5']))}"
+        case "project out":
+            where = draw(st.sampled_from([f"{site} at {at}", "weights"]))
+            return f"project out d from {where}"
+        case "clamp":
+            return f"clamp {along.partition(' ')[0].strip('(')} of {site} at {at} to 2"
         case "onto":
             return f"patch {site} at {at} onto {draw(st.sampled_from(ONE))}"
         case "into":
@@ -187,7 +206,11 @@ def rules(draw: Any, *, swept: bool) -> str:
             return f"swap {site} at {at} with {draw(st.sampled_from(ONE))}"
         case "set":
             python = 'python("own.py:centred")'
-            return f"set {site} at {at} to {draw(st.sampled_from(['0.5', '-1', '0', python]))}"
+            value = f"2 * value({draw(st.sampled_from(['mlp_out', 'head_out']))} layer 1)"
+            value = value.replace("head_out layer 1", "head_out layer 1 head 2")
+            read = f"{value} of {draw(st.sampled_from(RUNS))}"
+            what = draw(st.sampled_from(["0.5", "-1", "0", python, value, read]))
+            return f"set {site} at {at} to {what}"
         case _:
             return f"{verb} {site} at {at}"
 
@@ -204,7 +227,11 @@ def paths(draw: Any) -> str:
         sender += f" {draw(axis('head', 4, swept=True))}"
     if kind == "mlp_hidden":
         sender += " neurons 0..7"
-    to = draw(st.sampled_from(["q", "k", "v", "mlp_norm", "attn_norm", "logits", "final_norm"]))
+    to = draw(
+        st.sampled_from(
+            ["q", "k", "v", "mlp_norm", "attn_norm", "resid_pre", "logits", "final_norm"]
+        )
+    )
     receiver = to
     if to not in ("logits", "final_norm"):
         receiver = f"{to} {draw(axis('layer', LAYERS, swept=True))}"
@@ -284,6 +311,8 @@ def onward(draw: Any) -> str:
     words = "ablate embed at token 1..4 with zero"
     first = support.experiment("heads", "prompts p", heads, measure)
     second = support.experiment("words", "prompts p", words, measure)
+    look = "observe attention layer 1 head 2 from last token to token 1..5 as eyes"
+    second += support.experiment("look", "prompts p", look)
     at = draw(positions())
     rule = draw(
         st.sampled_from(
@@ -294,6 +323,7 @@ def onward(draw: Any) -> str:
                 "ablate embed at tokens except top 50% of words tokens with zero",
                 "for k in 0%..100% step 50% { ablate embed at top k of words tokens with zero }",
                 "block attention layer * from last token to top 2 of words tokens",
+                "ablate resid_pre layer 1 at top 2 of eyes tokens with zero",
                 "reweight attention top 3 of heads from last token to subject tokens by 3",
                 "for k in 0..2 { block attention top k of heads from last token to token 1..3 }",
             ]

@@ -153,7 +153,7 @@ _file(
     'model runs = local("runs/step-*")',
     "One model for every folder that the `*` matches, in natural order; where it is used, the "
     "experiment runs on each, an axis `model` with what the `*` stands for. With `base:` they are "
-    "adapters.",
+    'adapters. `zoo("induction/step-*")` are those of a training that come with the package.',
     "tests/elsewhere/test_models.py",
 )
 _file(
@@ -620,6 +620,19 @@ _rule(
     beside="patch layer 0 head 1 at last-item token",
 )
 _rule(
+    "a run with rules",
+    "run healed { from fewer into clean  patch resid_post layer 1 at last token } "
+    "patch layer 2 head * at last token with healed",
+    "Defines a run by rules, within the experiment: wherever a run is named, `healed` is that run, "
+    "`from healed into clean`, `from clean into healed`, `kl(healed)`, `accuracy(healed)`, "
+    "`mean of healed`. Its rules have one cell, all in one pass; without `from` they act on the "
+    "clean run. What they write stays in place where other rules act on it, and a later rule at "
+    "the same place replaces it. A run may use those before it. Rows that start there are whole "
+    "passes.",
+    "McGrath et al. 2023 (arXiv 2307.15771)",
+    "tests/rules/test_derived_runs.py",
+)
+_rule(
     "set to a number",
     "set resid_post layer * at last token to 0.5",
     "Every component of the vector becomes this number; also a `param` or a `for` variable.",
@@ -710,6 +723,16 @@ _rule(
     "it gives hangs on no other cell, batch or pass. It runs with `--allow-python` only.",
     OWN,
     "tests/rules/test_whole_cells.py",
+)
+_rule(
+    "set to what is elsewhere",
+    "set resid_post layer 2 at last token "
+    "to 0.5 * value(mlp_out layer 1 at last-item token) of fewer",
+    "The vector of another site of an unpatched run, the base run where none is named, times a "
+    "number if there is one; at the position that is written, where none is named. Both must be of "
+    "one width.",
+    OWN,
+    "tests/rules/test_readings.py",
 )
 _rule(
     "several fills",
@@ -998,6 +1021,15 @@ _onward(
     "tests/onward/test_tokens.py",
 )
 _onward(
+    "tokens of an observation",
+    "ablate embed at top 2 of look tokens with zero",
+    "In every row the keys that the observation `look` ranks highest in this row: the keys of "
+    "`observe attention … to each …`, or the positions that another one sweeps. Several in one "
+    "experiment have names: `as attn`, then `top 2 of attn tokens`.",
+    OWN,
+    "tests/onward/test_observed_tokens.py",
+)
+_onward(
     "curve",
     "for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero }",
     "More and more of them: an axis of percentages.",
@@ -1215,6 +1247,13 @@ _expectation(
     "The share of rows whose answer is the most likely token, in an unpatched run: of all rows, "
     "also of those that `keep` drops.",
     "tests/execute/test_accuracies.py",
+)
+_expectation(
+    "expect accuracy of a model",
+    "expect accuracy(clean, model: toy) > 0.9",
+    "The same where the experiment runs on several models: each has one of its own.",
+    "tests/execute/test_accuracies.py",
+    beside="model toy, twin",
 )
 _expectation(
     "expect spearman",

@@ -80,6 +80,12 @@ experiment cie {
   measure logit(answer) as delta
 }
 
+experiment look {
+  model toy
+  prompts fruit limit 4
+  observe attention layer 2 head 1 from last token to token * align left
+}
+
 experiment places {
   model toy
   prompts fruit limit 4

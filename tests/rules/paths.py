@@ -27,7 +27,7 @@ SENDERS = (
     "mlp_hidden",
     "mlp_out",
 )
-RECEIVERS = ("q", "k", "v", "attn_norm", "mlp_norm", "final_norm", "logits")
+RECEIVERS = ("resid_pre", "q", "k", "v", "attn_norm", "mlp_norm", "final_norm", "logits")
 LAST = ("final_norm", "logits")
 
 
@@ -49,6 +49,8 @@ def leads(sender: End, receiver: End, *, parallel: bool) -> bool:
     if sender.layer < receiver.layer:
         return True
     if sender.layer > receiver.layer:
+        return False
+    if receiver.site == "resid_pre":
         return False
     before_the_block = sender.site == "resid_pre"
     between = sender.site in ("z", "head_out", "attn_out", "resid_mid")

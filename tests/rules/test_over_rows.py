@@ -19,6 +19,7 @@ from mechdsl.execute.observed_weights import composition, copying
 from mechdsl.hooks.weight_maps import WeightMaps
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.rules.observations import over_rows
 
 from ..execute.support import MODES, ids_of, run_file, shared, try_file
 from ..reference.forward import forward
@@ -450,6 +451,18 @@ def test_what_is_refused(tmp_path: Path, line: str) -> None:
     assert result is None
     shown = render_full(diagnostics, color=False, width=200)
     assert REFUSED[line] in shown, shown
+
+
+def test_more_vectors_than_there_is_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All heads of 26 rows: 26 · 4 · 6 numbers."""
+    line = "observe rank z layer 0 at last token"
+    monkeypatch.setattr(over_rows, "ROW_NUMBERS", 26 * 4 * 6)
+    run(tmp_path, "gpt2", line)
+    monkeypatch.setattr(over_rows, "ROW_NUMBERS", 26 * 4 * 6 - 1)
+    with pytest.raises(AssertionError, match="would hold 624 numbers at a time, more than 623"):
+        run(tmp_path, "gpt2", line)
 
 
 def test_what_is_said_of_a_probe(tmp_path: Path) -> None:

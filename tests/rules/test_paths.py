@@ -281,6 +281,21 @@ CASES: dict[str, Case] = {
         ),
         LOGITS,
     ),
+    "heads_to_blocks": Case(
+        swept("z", "layer * head 0, 3", "layer head", LAYERS, (0, 3)),
+        swept("resid_pre", "resid_pre layer *", "layer", LAYERS, ()),
+    ),
+    "a_group_to_a_block_through_mlps": Case(
+        SENDING,
+        joined("resid_pre layer 2", End("resid_pre", 2)),
+        "tokens *",
+        mlps=True,
+        run="other",
+    ),
+    "a_block_to_blocks": Case(
+        swept("resid_pre", "resid_pre layer *", "layer", LAYERS, ()),
+        swept("resid_pre", "resid_pre layer *", "layer", LAYERS, ()),
+    ),
     "from_the_clean_run": Case(grid("z", (0, 2)), grid("v", (0, 1)), run="clean", base="longer"),
 }
 

@@ -13,12 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.render import render_full
 from mechdsl.resolve.cell_key import Coord
 
-from ..execute.support import token
-from ..reference.forward import Changes, Write
-from .models import double
+from ..execute.support import MODES, as_in_the_data, run_on, shared, token
+from ..reference.forward import Changes, Write, forward
+from .models import bare, double
 from .support import (
+    BLOCKS,
     MANY,
     QUICK,
     agree,
@@ -30,6 +33,7 @@ from .support import (
     rows,
     run_file,
     tokens,
+    try_file,
     unpatched,
     worked_out,
 )
@@ -476,3 +480,112 @@ def test_other_ways_to_make_a_direction(family: str, data: Path) -> None:
 
         values = worked_out(family, [()], changes, rows(), records())
         agree(result[f"e{name}"], (), values, unpatched(family), most=False)
+
+
+def test_two_models_differ_in_a_direction(data: Path) -> None:
+    """The rows of a block, or those of the experiment, in both models."""
+    lines = (
+        'model m = local("handed over")',
+        'model other = local("handed over too")',
+        BLOCKS,
+        "direction a = mean_difference(other, m, prompts: second) at resid_post layer 1",
+        "direction b = mean_difference(other, m) at resid_post layer 0 at cue token",
+        experiment("ea", "add 3 * a to resid_post layer * at last token"),
+        experiment("eb", "add 3 * b to resid_post layer * at last token"),
+    )
+    changed = copy.deepcopy(bare("llama"))
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(1.3)
+    models = {"m": shared(bare("llama")), "other": shared(changed)}
+    source = Source("mech 1\n" + "\n".join(lines), data / "file.mech")
+    result, diagnostics = run_on(source, models, MODES["planned"])
+    assert result is not None, render_full(diagnostics, color=False, width=100)
+    found = {each.name: as_in_the_data(each) for each in result.experiments}
+    wide = copy.deepcopy(changed).double()
+    for name, block, layer, at in (
+        ("ea", "second", 1, "last token"),
+        ("eb", "clean", 0, "cue token"),
+    ):
+        texts = rows(block)
+        there = [forward("llama", wide, text.ids)["resid_post", layer] for text in texts]
+        here = [plain("llama", text)["resid_post", layer] for text in texts]
+        places = [tokens(text, at)[0] for text in texts]
+        of_both = zip(there, here, places, strict=True)
+        direction = torch.stack([(a - b)[place, 0] for a, b, place in of_both]).mean(0)
+
+        def changes(n: int, to: int, direction: Tensor = direction) -> list[Changes]:
+            return [(writes("resid_post", [to], "last token", plus(3 * direction))(n), ())]
+
+        expected = worked_out("llama", EACH, changes, rows(), records())
+        agree(found[name], ("layer",), expected, unpatched("llama"), most=False)
+
+
+def test_random_directions_are_as_long(data: Path) -> None:
+    """One draw is one direction in all cells, as long as what it stands for, and none else's."""
+    text = DIRECTION + experiment(
+        "e",
+        "for c in [1, 2] { add c * d to resid_post layer 1 at last token }",
+        "against random(4)",
+    )
+    text += experiment(
+        "f", "set resid_post layer 1 at last token to d", "against random(4, directions)"
+    )
+    found = run_file(text, data, "llama", "planned")
+    assert "directions" in found["e"].conventions["controls"]
+    assert codes(
+        DIRECTION
+        + experiment(
+            "e", "add d to resid_post layer 1 at last token", "against random(4) apart from L0H1"
+        ),
+        data,
+    ) == ["E0630"]
+
+
+@pytest.mark.parametrize("mode", QUICK)
+def test_the_best_member_is_used(mode: str, data: Path) -> None:
+    """It is the one with the largest mean, signed, and it is what the second experiment adds."""
+    text = FAMILY + experiment("select", "add 2 * d to resid_post layer 2 at last token")
+    text += experiment("test", "add 2 * d[best of select] to resid_post layer 2 at last token")
+    found = run_file(text, data, "gpt2", mode)
+    first = found["select"].measures[0]
+    means = (first.patched - first.base).mean(axis=1)
+    best = int(means.argmax())
+    layer, position = divmod(best, 2)
+    words = found["test"].conventions["d[best of select]"]
+    assert words.startswith(f"d[layer {layer}, token {('-2', '-1')[position]}]")
+    second = found["test"].measures[0]
+    assert abs(second.patched - first.patched[best]).max() < 1e-4
+    assert abs(means[best]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        (
+            "direction d = mean(p) at resid_post layer *",
+            "add d[best of other] to embed at last token",
+        ),
+        (
+            "direction d = pca(second, component: 9) at resid_post layer 1",
+            "add d to embed at cue token",
+        ),
+        (
+            "direction d = mean_difference(p, p) at resid_post layer 1",
+            "add d to embed at cue token",
+        ),
+        ('direction d = saved("d.safetensors", "e")', "add d to resid_post layer 1 at cue token"),
+        ('direction d = saved("rows.jsonl", "e")', "add d to resid_post layer 1 at cue token"),
+        ("direction d = probe(cue, p) at resid_post layer 1", "add d to embed at cue token"),
+        ('direction d = unembedding("w1 w2 w3")', "add d to embed at cue token"),
+    ],
+)
+def test_what_is_no_direction_is_an_error(line: str, rule: str, data: Path) -> None:
+    save_file({"d": torch.ones(5)}, data / "d.safetensors")
+    text = (
+        f"{line}\n" + experiment("other", "scale embed at cue token by 2") + experiment("e", rule)
+    )
+    result, diagnostics = try_file(text, data, "llama")
+    errors = {d.code for d in diagnostics if d.severity == "error"}
+    assert errors & {"E0341", "E0641", "E0620"}, errors
+    assert result is None or [each.name for each in result.experiments] == ["other"]

@@ -104,3 +104,6 @@ class LogitLens(SiteObservation):
         if sites - {"resid_pre", "resid_mid", "resid_post"}:
             said += "; the norm has the scale of this vector alone, not that of the stream"
         yield Convention("observed", f"logit lens: {said}; measures read that")
+        assert rule.spec.observed is not None
+        if rule.spec.observed.top is not None:
+            yield Convention("top tokens", "not listed yet; measures read all of them")

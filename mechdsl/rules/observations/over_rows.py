@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.diagnostics.e02_names import BadArgument
+from mechdsl.models.shape import units, width
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import OverRows, RowVectors
-from mechdsl.resolve.resolved import Convention, ResolvedRule, SiteTargets
+from mechdsl.resolve.resolved import Convention, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.rules.observations.registry import SiteObservation, observation
 from mechdsl.vocab.sites import SITES
 
@@ -45,6 +46,11 @@ class OverRowsKind(OverRows, SiteObservation):
                 reason = f"can't be made of `{over_keys[0]}`, whose width is that of each prompt"
                 refuse(rule, work, reason, "name a site whose vectors are equally wide: `z`")
                 return False
+            numbers = len(work.table) * sum(_numbers(point, work) for point in points)
+            if numbers > ROW_NUMBERS:
+                reason = f"would hold {numbers:,} numbers at a time, more than {ROW_NUMBERS:,}"
+                refuse(rule, work, reason, "write a smaller `limit` behind `prompts`")
+                return False
         return True
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
@@ -62,6 +68,13 @@ class OverRowsKind(OverRows, SiteObservation):
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         """What else a table has to say of it."""
         yield from ()
+
+
+def _numbers(point: SitePoint, work: Work) -> int:
+    """How many there are in one vector."""
+    shape = work.sites.shape
+    several = units(shape, point.site, point.layer) if point.unit is None else 1
+    return several * width(shape, point.site, point.layer)
 
 
 def refuse(rule: spec.Rule, work: Work, reason: str, hint: str) -> None:

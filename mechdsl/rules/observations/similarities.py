@@ -35,7 +35,8 @@ class Similarity(OverRowsKind):
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         found = super().resolve(rule.model_copy(update={"onto": None}), work)
         run = work.table.runs[work.experiment.base]
-        if run.noise is not None and run.noise.samples > 1:
+        drawn = getattr(run, "draws", 1)  # of runs with rules, which may read others with noise
+        if drawn > 1 or (run.noise is not None and run.noise.samples > 1):
             refuse(rule, work, "has no meaning over draws of noise", "take one draw: `samples: 1`")
             return None
         if rule.onto is None or found is None:

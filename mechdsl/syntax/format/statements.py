@@ -32,6 +32,15 @@ def _optional(word: str, value: Any) -> str:
     return "" if value is None else f" {word} {value}"
 
 
+def _written(node: ast.Expr | ast.Reading) -> str:
+    """What a rule writes: an expression, or what a run has somewhere."""
+    if not isinstance(node, ast.Reading):
+        return within(node, SUM)
+    factor = "" if node.factor is None else f"{within(node.factor, SUM + 1)} * "
+    at = _of("at", node.at, positions)
+    return f"{factor}value({site(node.site)}{at}){_of('of', node.of, ref)}"
+
+
 def _of(word: str, node: Any, text: Any) -> str:
     """` word text(node)`, or nothing."""
     return "" if node is None else f" {word} {text(node)}"
@@ -72,6 +81,8 @@ def header(node: Any) -> str | None:
             return f"corrupt {node.name.id}"
         case ast.For():
             return f"for {node.name.id} in {domain(node.domain)}"
+        case ast.RunDef():
+            return f"run {node.name.id}"
         case ast.Chat():
             return "chat"
         case _:
@@ -89,6 +100,8 @@ def body(node: Any) -> tuple[Any, ...]:
             return node.changes
         case ast.For():
             return node.body
+        case ast.RunDef():
+            return node.statements
         case ast.Chat():
             return node.turns
         case _:
@@ -213,7 +226,7 @@ def _rule(node: Any) -> str | None:
         case ast.Renumber():
             return f"renumber {positions(node.at)} from {within(node.start, SUM)}"
         case ast.SetSite():
-            return f"set {site(node.site)} at {positions(node.at)} to {within(node.value, SUM)}"
+            return f"set {site(node.site)} at {positions(node.at)} to {_written(node.value)}"
         case ast.PathRule():
             through = f" through {names(node.through)}" if node.through else ""
             ends = f"{site(node.sender)} -> {site(node.receiver)}"
@@ -305,6 +318,9 @@ def _statement(node: Any) -> str | None:
                 + _optional("top", node.top)
                 + _of("to", node.file, _text)
             )
+        case ast.Save():
+            where = f"{site(node.site)}{_of('of', node.run, ref)} at {positions(node.at)}"
+            return f"save {where} to {_text(node.file)}" + _of("as", node.dtype, _id)
         case ast.Expect():
             if node.condition is not None:
                 what = within(node.condition, CONDITION)

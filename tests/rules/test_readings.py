@@ -1,0 +1,135 @@
+"""`set SITE at POSITIONS to value(SITE at POSITIONS) of RUN`, against passes written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mechdsl.resolve.cell_key import Coord
+
+from ..execute.support import MODES
+from ..reference.forward import Changes, Write
+from .support import (
+    agree,
+    codes,
+    experiment,
+    plain,
+    records,
+    rows,
+    run_file,
+    tokens,
+    try_file,
+    unpatched,
+    worked_out,
+)
+
+Where = tuple[str, int, int]
+"""Site, layer and unit."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rule: per cell what is read and written, by hand."""
+
+    rule: str
+    axes: tuple[str, ...]
+    cells: Sequence[tuple[Coord, ...]]
+    ends: Callable[..., Sequence[tuple[Where, Where, float]]]
+    """Of a cell: (read, written, number)."""
+    read: str = "last token"
+    written: str = "last token"
+    run: str = "clean"
+    base: str = "clean"
+
+
+CASES = {
+    "one": Case(
+        "set resid_post layer 1 at last token to value(mlp_out layer 2)",
+        (), [()], lambda: [(("mlp_out", 2, 0), ("resid_post", 1, 0), 1)],
+    ),
+    "swept": Case(
+        "set attn_out layer * at cue token to 2 * value(mlp_out layer 0 at last token) of longer",
+        ("layer",), [(0,), (1,), (2,)],
+        lambda layer: [(("mlp_out", 0, 0), ("attn_out", layer, 0), 2)],
+        written="cue token", run="longer",
+    ),
+    "what is read is swept": Case(
+        "set mlp_out layer 2 at {cue token, last token} to -1 * value(attn_out layer *)",
+        ("layer",), [(0,), (1,), (2,)],
+        lambda layer: [(("attn_out", layer, 0), ("mlp_out", 2, 0), -1)],
+        read="{cue token, last token}", written="{cue token, last token}",
+    ),
+    "loops": Case(
+        "for l in 0..1 { for c in [0.5, 2] { set resid_post layer l at cue token to "
+        "c * value(resid_post layer l + 1) of turned } }",
+        ("l", "c"), [(n, c) for n in (0, 1) for c in (0.5, 2)],
+        lambda n, c: [(("resid_post", n + 1, 0), ("resid_post", n, 0), c)],
+        read="cue token", written="cue token", run="turned",
+    ),
+    "a head of another": Case(
+        "set z layer 2 heads 0..1 at last token to value(z layer 0 head 3)",
+        (), [()],
+        lambda: [(("z", 0, 3), ("z", 2, unit), 1) for unit in range(2)],
+    ),
+    "heads side by side": Case(
+        "from clean into longer set z layer 2 at last token to value(z layer 1) of other",
+        (), [()],
+        lambda: [(("z", 1, unit), ("z", 2, unit), 1) for unit in range(4)],
+        run="other", base="longer",
+    ),
+    "a head's part of the stream": Case(
+        "set attn_out layer 1 at last token to 3 * value(head_out layer 0 head *)",
+        ("head",), [(0,), (1,), (2,), (3,)],
+        lambda head: [(("head_out", 0, head), ("attn_out", 1, 0), 3)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+def test_what_is_read_elsewhere_is_written(data: Path, name: str, mode: str) -> None:
+    text = "".join(experiment(f"e{n}", case.rule) for n, case in enumerate(CASES.values()))
+    found = run_file(text, data, name, mode)
+    for number, case in enumerate(CASES.values()):
+
+        def changes(n: int, *cell: Coord, case: Case = case) -> Sequence[Changes]:
+            of, to = rows(case.run)[n], rows(case.base)[n]
+            writes = [
+                Write(out, at, amount * plain(name, of)[site, layer][origin, unit], target, own)
+                for (site, layer, unit), (out, at, own), amount in case.ends(*cell)
+                for origin, target in zip(
+                    tokens(of, case.read), tokens(to, case.written), strict=True
+                )
+            ]
+            return [(writes, ())]
+
+        expected = worked_out(name, case.cells, changes, rows(case.base), records())
+        base = unpatched(name, case.base)
+        agree(found[f"e{number}"], case.axes, expected, base, large=0.05)
+
+
+@pytest.mark.parametrize(
+    ("rule", "code"),
+    [
+        ("set resid_post layer 1 at last token to value(z layer 1 head 0)", "E0337"),
+        ("set resid_post layer 1 at last token to value(head_out layer 1)", "E0337"),
+        ("set resid_post layers 0..1 at last token to value(mlp_out layers 0..2)", "E0337"),
+        ("set z layer 1 head 0 at last token to value(pattern layer 1 head 0)", "E0337"),
+        ("set resid_post layer * at last token to value(mlp_out layer *)", "E0320"),
+        ("set resid_post layer 1 at last token to value(mlp_out layer 9)", "E0302"),
+        ("set resid_post layer 1 at last token to value(mlp_uot layer 1)", "E0203"),
+        ("set resid_post layer 1 at last token to value(mlp_out layer 1) of nobody", "E0201"),
+        ("set resid_post layer 1 at last token to x * value(mlp_out layer 1)", "E0337"),
+    ],
+)
+def test_what_is_refused(data: Path, rule: str, code: str) -> None:
+    assert code in codes(experiment("e", rule), data)
+
+
+def test_a_value_of_the_base_run_is_no_patch_into_itself(data: Path) -> None:
+    rule = "set resid_post layer 1 at last token to value(mlp_out layer 2) of clean"
+    _, diagnostics = try_file(experiment("e", rule), data, "llama")
+    assert "W0732" not in [found.code for found in diagnostics]
