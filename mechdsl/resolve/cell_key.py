@@ -46,8 +46,8 @@ NO_VALUE = "-"
 
 
 def told_apart(parts: Sequence[tuple[Labels, str]]) -> list[str]:
-    """(labels, model) of each variant: what tells its runs from those of one name of the others, its
-    block, its model; nothing where there is one."""
+    """What tells runs of a variant from those of one name of the others: its block, its model;
+    nothing where there is one. parts: labels and model of each."""
     blocks = [str(dict(labels).get(BLOCKS, "")) for labels, _ in parts]
     models = [model for _, model in parts]
     told = [each if len(set(each)) > 1 else [""] * len(each) for each in (blocks, models)]

@@ -284,7 +284,11 @@ def checked(lines: str, folder: Path, *more: str) -> list[Diagnostic]:
     whole = f'mech 1\nmodel m = zoo("counting")\n{PROMPTS}{SECOND}{text}'
     write_rows(folder)
     every = check_source(Source(whole, folder / "file.mech")).diagnostics
-    return [d for d in every if d.code in ("E0108", "E0201", "E0202", "E0207", "E0606", "E0612", "E0203")]
+    return [
+        d
+        for d in every
+        if d.code in ("E0108", "E0201", "E0202", "E0207", "E0606", "E0612", "E0203")
+    ]
 
 
 def test_what_is_of_one_block_alone(folder: Path) -> None:
