@@ -296,7 +296,8 @@ def test_what_is_of_one_block_alone(folder: Path) -> None:
     assert [d.code for d in checked(line, folder, "expect accuracy(clean) > 0.5")] == ["E0606"]
     assert checked(line, folder, "expect accuracy(clean, prompts: r) > 0.5") == []
     mean = "measure prob(answer) as raw mean over prompts"
-    several = checked(line, folder, 'save resid_post layer 0 at last token to "a.safetensors"')
+    save = 'save resid_post layer 0 of clean at last token to "a.safetensors"'
+    several = checked(line, folder, save)
     assert [d.code for d in several] == ["E0108"]
     over = checked(f"{line}\n {mean}", folder)
     assert "E0612" in [d.code for d in over]
