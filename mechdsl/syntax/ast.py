@@ -810,7 +810,7 @@ class UseModel(Node):
 @record
 class UsePrompts(Node):
     kind: Literal["prompts", "images"]
-    prompts: Ref
+    prompts: tuple[Ref, ...]
     limit: int | str | None = None
 
 

@@ -364,7 +364,7 @@ class ToAst(Transformer[Token, Any]):
         return ast.UseModel(c[1].value, span=_span(c))
 
     def use_prompts(self, c: list[Any]) -> ast.UsePrompts:
-        return ast.UsePrompts(c[0].value, c[1], _clauses(c).get("limit"), span=_span(c))
+        return ast.UsePrompts(c[0].value, c[1].value, _clauses(c).get("limit"), span=_span(c))
 
     limit = _clause("limit", _second_amount)
 

@@ -28,6 +28,18 @@ prompts elsewhere {
   rows "data.jsonl"
   template "w7 {subject} w40 {alt} w41 {cue2} w42"
 }
+prompts fewer {
+  rows "data.jsonl"
+  where cue != "w28"
+  xs = list(item, from: more, sep: " ")
+  template "w41 {xs} w40 {subject} {cue} w42"
+  answer " {b}"
+  wrong " {a}"
+  corrupt other { subject = alt }
+  corrupt longer { more = words  cue = cue2 }
+  corrupt turned { more = turned }
+  corrupt noised { add gaussian(std: 0.5) to embed at subject tokens }
+}
 prompts single {
   template "w3 w4 w40 w1 w2 w41 w26 w42"
   span subject = "w1 w2"
@@ -272,8 +284,9 @@ def experiments(draw: Any) -> str:
             lines += [draw(together())] if draw(st.integers(0, 3)) == 0 else []
     measures = draw(st.lists(st.sampled_from(MEASURES), min_size=1, max_size=2, unique=True))
     against = draw(st.sampled_from(["", "", "", "against random(3)"]))
+    blocks = draw(st.sampled_from(["prompts p"] * 4 + ["prompts p, fewer", "prompts fewer, p"]))
     text = MORE + support.experiment(
-        "e", "prompts p", f"from {source} into {base}", *lines, *measures, against
+        "e", blocks, f"from {source} into {base}", *lines, *measures, against
     )
     return text + (draw(onward()) if draw(st.integers(0, 3)) == 0 else "")
 

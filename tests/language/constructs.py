@@ -1075,6 +1075,14 @@ _experiment(
     "tests/execute/test_effects.py",
 )
 _experiment(
+    "several blocks",
+    "prompts fruit, listed limit 16",
+    "An axis, `prompts`: the experiment on each block, or part of one (`fruit.train, fruit.test`), "
+    "`limit` rows of each. Texts, runs and positions are the block's own. Cells of two blocks have "
+    "no rows in common: for a difference of them each block's rows are drawn by themselves.",
+    "tests/elsewhere/test_several_blocks.py",
+)
+_experiment(
     "a run with rules",
     "run healed { from fewer into clean  patch resid_post layer 1 at last token }",
     "Defines a run by rules, within the experiment: wherever a run is named, `healed` is that run, "
