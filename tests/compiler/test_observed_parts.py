@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mechdsl.program import spec
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 
 from .support import codes, experiment, lowered
 
@@ -107,6 +109,29 @@ def test_an_expectation_goes_to_the_first_that_has_its_effect() -> None:
     for effect, where in (("delta", "test"), ("raw", "test.lengths")):
         found = results(rule, NORM, "measure logit(answer) as delta", f"expect max({effect}) > 0.1")
         assert [name for name, each in found.items() if each.expects] == [where]
+
+
+def names_in(found: spec.Experiment) -> set[str]:
+    """In what it expects."""
+    (expect,) = found.expects
+    assert expect.condition is not None
+    return {node.id for node in walk(expect.condition) if isinstance(node, ast.Name)}
+
+
+def test_a_name_in_an_expectation_is_the_result_that_it_is_of() -> None:
+    """Its own measure keeps its name; that of another experiment is called as its result is."""
+    then = ("ablate L0H0 at last token with zero", "measure logit(answer) as delta")
+    after = experiment(*then, "expect max(attn) > 0.1", name="then")
+    found = results(ATTN, NORM, LOGIT, "expect max(attn) > 0.1", after=after)
+    assert names_in(found["test.attn"]) == {"attn"}
+    assert names_in(found["then"]) == {"test.attn"}
+
+
+@pytest.mark.parametrize("line", [ATTN.replace("layer *", "layer n"), NORM.replace("*", "n")])
+def test_a_loop_around_a_line_is_its_axis(line: str) -> None:
+    found = results(f"for n in 0..1 {{ {line} }}", LOGIT, "report lines n")
+    assert [each.kind for each in list(found.values())[1].reports] == ["lines"]
+    assert not found["test"].reports
 
 
 def test_other_experiments_call_a_result_by_the_observations_name() -> None:

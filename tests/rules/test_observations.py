@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.rules.observations.tuned_lens import _translator
+from mechdsl.rules.observations.tuned_lens import translator
 
 from ..execute.support import MODES
 from ..reference.forward import Run, Write, side_by_side
@@ -521,9 +521,9 @@ def test_a_lens_that_does_not_fit_is_refused(data: Path, said: str, reason: str)
 def test_a_lens_is_as_it_was_checked(data: Path) -> None:
     written = data / lens_of(data, "llama")
     digest = sha256(written.read_bytes()).hexdigest()
-    assert _translator(str(written), digest, 1)[1].shape == (20,)
+    assert translator(str(written), digest, 1)[1].shape == (20,)
     with pytest.raises(ValueError, match="has changed"):
-        _translator(str(written), "0" * 64, 1)
+        translator(str(written), "0" * 64, 1)
 
 
 def test_another_file_is_another_lens(data: Path) -> None:

@@ -75,7 +75,7 @@ class TunedLens(LogitLens):
         vectors = seen.vectors
         assert layer is not None
         if layer in self.layers:
-            weight, bias = _translator(self.path, self.digest, layer)
+            weight, bias = translator(self.path, self.digest, layer)
             weight, bias = weight.to(vectors), bias.to(vectors)
             vectors = vectors + vectors @ weight.T + bias
         return seen.unembedding.logits(vectors, seen.tokens)
@@ -153,7 +153,7 @@ def _refuse(rule: spec.Rule, work: Work, reason: str, hint: str) -> None:
 
 
 @lru_cache(maxsize=128)
-def _translator(path: str, digest: str, layer: int) -> tuple[Tensor, Tensor]:
+def translator(path: str, digest: str, layer: int) -> tuple[Tensor, Tensor]:
     """A [d_model, d_model] and b [d_model] of a layer. Raises ValueError where the file isn't the
     one that was checked."""
     from safetensors import safe_open
