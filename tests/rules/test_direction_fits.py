@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from mechdsl.base.source import Source
 from mechdsl.execute import directions
+from mechdsl.resolve.direction_types import Fitted
+from mechdsl.show.prompts import as_json, explain
+from mechdsl.validate.check_file import Checked, check_source
 
 from ..execute.support import Record, ids_of
 from ..reference.forward import Changes, Write
@@ -348,3 +354,65 @@ def test_random_directions_are_as_long_and_what_the_band_is_of(
         said = band.low[cell], band.mean[cell], band.high[cell]
         assert np.allclose(said, (values.min(), values.mean(), values.max()), atol=2e-4)
         assert np.ptp(values) > 0.05
+
+
+LISTS = """mech 1
+model toy = zoo("counting")
+model twin = zoo("counting")
+prompts fruit {
+  count in 2..4
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+  corrupt fewer { count = count - 1 }
+}
+direction d = WAY
+experiment e {
+  model toy
+  prompts fruit limit 12
+  add d to resid_post layer * at last token
+  measure logit(answer) as delta
+}
+"""
+
+
+def checked(way: str) -> Checked:
+    return check_source(Source(LISTS.replace("WAY", way)))
+
+
+def test_rows_beyond_the_combinations_and_what_explain_says() -> None:
+    """They are those of `limit 12` in the experiment."""
+    found = checked("mean_difference(fruit, fruit.fewer, limit: 12) at resid_post layer *")
+    own = found.experiments[0]
+    assert len(own.table) == 12
+    direction = own.rules[0].direction
+    assert direction is not None
+    for member in direction.members.values():
+        assert isinstance(member.vector, Fitted)
+        for sample, run in zip(member.vector.samples, ("clean", "fewer"), strict=True):
+            rows_ = own.table.runs[run].rows
+            assert [row.text for row in sample.run.rows] == [row.text for row in rows_]
+    printed = StringIO()
+    explain(found, Console(file=printed, width=200))
+    made = "mean over 12 rows of fruit − mean over 12 rows of fruit (fewer), at L2.resid_post"
+    assert f"direction d[layer 2]: {made}, last token" in printed.getvalue()
+    said = as_json(found)["experiments"][0]["rules"][0]["directions"]
+    assert said[2] == {"name": "d[layer 2]", "made": f"{made}, last token"}
+    without = checked("mean(fruit) at resid_post layer 1").experiments[0].rules[0].direction
+    assert without is not None
+    assert "mean over 3 rows of fruit" in without.members[()].made
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "mean(fruit, limit: 0) at resid_post layer 1",
+        "mean(fruit, limit: few) at resid_post layer 1",
+        "mean(fruit, limit: 2.5) at resid_post layer 1",
+        "mean_difference(toy, twin, limit: 8) at resid_post layer 1",
+        'unembedding(" 3", limit: 8)',
+    ],
+)
+def test_a_limit_is_a_count_of_rows_of_a_block(way: str) -> None:
+    assert [each.code for each in checked(way).diagnostics if each.severity == "error"] == ["E0207"]
