@@ -185,6 +185,7 @@ _file(
     "tests/execute/test_coordinates.py",
 )
 _STEERING = "tests/rules/test_steering.py"
+_FITTED = "tests/rules/test_direction_fits.py"
 
 _file(
     "direction: difference of means",
@@ -197,6 +198,15 @@ _file(
     " read and the norm.",
     _STEERING,
     MEAN_DIFFERENCE,
+)
+_file(
+    "direction: how many rows",
+    "direction d = mean_difference(fruit, fruit.fewer, limit: 64) at resid_post layer 2",
+    "The first 64 rows of each block, the same that `prompts fruit limit 64` takes. A block with "
+    "lists has more rows than combinations of its values: further ones draw other lists. All ways "
+    "that read rows take `limit:`.",
+    _FITTED,
+    OWN,
 )
 _file(
     "direction: two models",
@@ -226,8 +236,9 @@ _file(
     "direction: probe",
     "direction d = probe(count, fruit) at resid_post layer 2 at last token",
     "The weights of a ridge regression on a value that is a number, or of a logistic regression "
-    "between the two words that a value has (`kind:`), with the `penalty:` 1 unless it is said.",
-    _STEERING,
+    "between the two words that a value has (`kind:`), with the `penalty:` 1 unless it is said. It "
+    "points to larger numbers, or from the first word of the alphabet to the other.",
+    _FITTED,
     OWN,
 )
 _file(
