@@ -106,6 +106,11 @@ class Observation(Intervention):
     takes: ClassVar[tuple[Literal["toward", "with", "with site", "top", "arguments"], ...]] = ()
     """The clauses that it has a meaning for."""
 
+    @property
+    def made_of(self) -> Mapping[str, str]:
+        """Files whose numbers it takes, by name: SHA-256."""
+        return {}
+
     def beside(self, rule: ResolvedRule, shape: ModelShape) -> tuple[Place, ...]:
         """Whole vectors that it needs at the same tokens."""
         return ()

@@ -8,6 +8,7 @@ from mechdsl.rules.observations import (
     patterns,
     probes,
     similarities,
+    tuned_lens,
     vectors,
     weights,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "patterns",
     "probes",
     "similarities",
+    "tuned_lens",
     "vectors",
     "weights",
 ]
