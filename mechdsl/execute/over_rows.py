@@ -15,8 +15,9 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.digest import digest
 from mechdsl.execute.measured_values import CellGap, MeasuredValues, base_per_cell
 from mechdsl.execute.not_finite import cell_words
-from mechdsl.execute.observed_weights import of_weights
+from mechdsl.execute.observed_weights import WeightCells
 from mechdsl.execute.read_vectors import numbers, prompt_batches, read_vectors
+from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.hooks.weight_maps import WeightMaps
@@ -26,7 +27,7 @@ from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.prompts.prompt_table import Hits, PositionCell
 from mechdsl.resolve.measures import evaluate
 from mechdsl.resolve.over_rows import OverRows, RowVectors
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.resolved import ResolvedMeasure, SitePoint
 from mechdsl.rules.observations.weights import OfWeights
 
 GATHERED_BYTES = 1 << 30
@@ -80,34 +81,74 @@ def observe_together(
         for measure, each in zip(experiment.measures, base, strict=True)
     ]
     exists = plan.exists
-    for cell, there, make in _made(_Gatherer(plan, *observed, runs, measured.kept), runs):
+    for cell, there, make in _made(_Gatherer(plan, *observed, runs, measured.kept), measured):
         if not exists[cell]:
             continue
         try:
-            made = make()
+            made = iter(make())
         except (ValueError, ArithmeticError) as problem:
             _lack(plan, measured, cell, there, str(problem))
             continue
-        words = (observed[1].word, *observed[1].controls)
-        by_name = dict(zip(words, made, strict=True))
         for measure, values in zip(experiment.measures, found, strict=True):
             if measure.observed:
-                of_atoms = {atom.node: by_name[atom.name] for atom in measure.atoms}
-                values[cell, there] = evaluate(measure.expression, of_atoms.__getitem__)
+                values[cell, there] = next(made)
     return Together(measured.kept, found)
 
 
-def _made(gatherer: _Gatherer, runs: UnpatchedRuns) -> Iterator[tuple[int, Ints, Make]]:
-    """(cell, its columns, what gives the values of the observation and of its controls)."""
+def _made(gatherer: _Gatherer, measured: MeasuredValues) -> Iterator[tuple[int, Ints, Make]]:
+    """(cell, its columns, what gives the values of each measure of what is observed)."""
     does, seed = gatherer.does, gatherer.plan.experiment.seed
-    if not isinstance(does, OfWeights):
-        for cell, there, seen in gatherer.cells():
-            yield cell, there, partial(does.per_row, seen, seed)
+    measures = [each for each in gatherer.plan.experiment.measures if each.observed]
+    if isinstance(does, OfWeights):
+        yield from _of_weights(gatherer, does, measures, measured)
         return
-    maps, every = WeightMaps(runs.model), np.arange(len(gatherer.kept))
-    for cell, (sites, beside) in enumerate(gatherer.sites()):
-        ends = [(point.layer or 0, point.unit or 0) for point in (*sites, *beside)]
-        yield cell, every, lambda ends=ends: [np.full(len(every), of_weights(does, maps, ends))]
+    words = (does.word, *does.controls)
+
+    def made(seen: RowVectors) -> list[Floats]:
+        return _evaluated(measures, dict(zip(words, does.per_row(seen, seed), strict=True)))
+
+    for cell, there, seen in gatherer.cells():
+        yield cell, there, partial(made, seen)
+
+
+def _of_weights(
+    gatherer: _Gatherer,
+    does: OfWeights,
+    measures: Sequence[ResolvedMeasure],
+    measured: MeasuredValues,
+) -> Iterator[tuple[int, Ints, Make]]:
+    """The same of an observation of weights."""
+    plan, every = gatherer.plan, np.arange(len(gatherer.kept))
+    run = gatherer.runs.named(gatherer.rule.rule.run)
+    names = [axis.name for axis in plan.experiment.axes]
+    cells = WeightCells(
+        does,
+        WeightMaps(gatherer.runs.model_of(run)),
+        Readout.of(measures),
+        gatherer.kept,
+        run.name,
+        [(*sites, *beside) for sites, beside in gatherer.sites()],
+        plan.coordinates[names.index("value")] if "value" in names else np.zeros(plan.n_cells, int),
+        plan.items,
+    )
+
+    def made(cell: int) -> list[Floats]:
+        measured.listed[cell] = cells.listed(cell)
+        if does.gives == "logits":
+            return cells.read(cell)
+        numbers = {word: np.array(number) for word, number in cells.numbers(cell).items()}
+        return _evaluated(measures, numbers)
+
+    for cell in range(plan.n_cells):
+        yield cell, every, partial(made, cell)
+
+
+def _evaluated(measures: Sequence[ResolvedMeasure], by_name: Mapping[str, Floats]) -> list[Floats]:
+    """Per measure, [row] or one number of all, of what is observed by its words."""
+    return [
+        np.asarray(evaluate(m.expression, {a.node: by_name[a.name] for a in m.atoms}.__getitem__))
+        for m in measures
+    ]
 
 
 def _lack(

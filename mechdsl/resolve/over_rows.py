@@ -56,5 +56,5 @@ class OverRows(Observation):
 
 def of_weights(experiment: ResolvedExperiment) -> bool:
     """Whether it observes weights, for which no row matters."""
-    every = (rule.does for rule in experiment.rules)
-    return any(isinstance(does, OverRows) and not does.reads_vectors for does in every)
+    every = [rule.does for rule in experiment.rules if isinstance(rule.does, OverRows)]
+    return any(not does.reads_vectors and does.spread == "none" for does in every)

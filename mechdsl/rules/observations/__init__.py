@@ -8,6 +8,8 @@ from mechdsl.rules.observations import (
     patterns,
     probes,
     similarities,
+    successor,
+    value_vectors,
     vectors,
     weights,
 )
@@ -24,6 +26,8 @@ __all__ = [
     "patterns",
     "probes",
     "similarities",
+    "successor",
+    "value_vectors",
     "vectors",
     "weights",
 ]
